@@ -1,0 +1,21 @@
+"""How the core is built: ``pyqmigrate._core`` from the C files beside this one."""
+
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ["job.c", "scan.c", "write.c", "read.c", "direct.c"]
+
+ffibuilder = FFI()
+ffibuilder.cdef((HERE / "cdef.h").read_text())
+ffibuilder.set_source(
+    "pyqmigrate._core",
+    '#include "qmigrate.h"',
+    # Relative to setup.py, as sdists and editable installs need it.
+    sources=[f"csrc/{name}" for name in SOURCES],
+    depends=["csrc/qmigrate.h", "csrc/bits.h"],
+    include_dirs=["csrc"],
+    extra_compile_args=["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Werror=implicit"],
+    libraries=["pthread"],
+)

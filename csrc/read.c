@@ -1,0 +1,245 @@
+/* File -> guest memory: the set pages of a chunk in few, large reads; the clear ones zeroed. */
+#define _GNU_SOURCE
+#include "bits.h"
+#include "qmigrate.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+struct reader {
+    qm_job *job;
+    qm_channel *channel;
+    const struct qm_block *block;
+    const struct qm_memory *memory;
+    struct qm_fault *fault;
+    int fd;
+    size_t unit;  /* granularity of positions and lengths; 1 when buffered */
+    int straight; /* positions and addresses satisfy the descriptor: no bounce buffer */
+};
+
+static int file_fault(struct reader *r, off_t at, int rc)
+{
+    r->fault->in_memory = 0;
+    r->fault->at = at;
+    return rc;
+}
+
+static int memory_fault(struct reader *r, uint64_t off, int rc)
+{
+    r->fault->in_memory = 1;
+    r->fault->at = (int64_t)off;
+    return rc;
+}
+
+/* Reads `len` bytes at file position `at`, of which `need` must be there. */
+static int get(struct reader *r, struct iovec *iov, int n, off_t at, size_t need, uint64_t off)
+{
+    off_t bad;
+    ssize_t got = qm_preadv(r->job, r->fd, iov, n, at, r->unit, &bad);
+    if (got == -EFAULT)
+        return memory_fault(r, off, -EFAULT);
+    if (got < 0)
+        return file_fault(r, bad, (int)got);
+    if ((size_t)got < need)
+        return file_fault(r, at + got, -ENODATA);
+    return 0;
+}
+
+static int store(struct reader *r, uint64_t off, const unsigned char *bytes, size_t len)
+{
+    const struct qm_memory *m = r->memory;
+    if (m->fd < 0) {
+        memcpy(m->base + off, bytes, len);
+        return 0;
+    }
+    /* Never touched through the mapping: the file may have become shorter. */
+    while (len > 0) {
+        ssize_t put = pwrite(m->fd, bytes, len, m->fd_offset + (off_t)off);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put <= 0)
+            return memory_fault(r, off, put < 0 ? -errno : -EIO);
+        bytes += put;
+        off += (uint64_t)put;
+        len -= (size_t)put;
+    }
+    return 0;
+}
+
+/* ---- set pages ------------------------------------------------------------------------------ */
+
+/* Pages [from, to) of the block through the bounce buffer. */
+static int read_bounced(struct reader *r, const uint64_t *data, uint64_t from, uint64_t to)
+{
+    unsigned char *buffer = qm_channel_buffer(r->channel);
+    if (!buffer)
+        return -ENOMEM;
+    size_t page = r->block->page_size;
+    off_t start = r->block->pages_offset + (off_t)(from * page);
+    size_t need = (size_t)(to - from) * page;
+    size_t head = (size_t)start % r->unit;
+    size_t len = (head + need + r->unit - 1) / r->unit * r->unit;
+    struct iovec iov = {.iov_base = buffer, .iov_len = len};
+    int rc = get(r, &iov, 1, start - (off_t)head, head + need, from * page);
+    for (uint64_t k = next_set(data, from, to); k < to && rc == 0;) {
+        uint64_t stop = next_clear(data, k, to);
+        rc = store(r, k * page, buffer + head + (k - from) * page, (size_t)(stop - k) * page);
+        k = next_set(data, stop, to);
+    }
+    return rc;
+}
+
+/* Pages [from, to) of the block straight into memory, clear ones among them into the buffer. */
+static int read_straight(struct reader *r, const uint64_t *data, uint64_t from, uint64_t to)
+{
+    struct iovec iov[QM_MAX_IOV];
+    size_t page = r->block->page_size;
+    int n = 0;
+    for (uint64_t k = from; k < to;) {
+        int set = bit_get(data, k);
+        uint64_t stop = set ? next_clear(data, k, to) : next_set(data, k, to);
+        iov[n].iov_len = (size_t)(stop - k) * page;
+        if (set) {
+            iov[n].iov_base = r->memory->base + k * page;
+        } else {
+            unsigned char *buffer = qm_channel_buffer(r->channel);
+            if (!buffer)
+                return -ENOMEM;
+            iov[n].iov_base = buffer;
+        }
+        n++;
+        k = stop;
+        if (n == QM_MAX_IOV || k == to) {
+            size_t len = (size_t)(k - from) * page;
+            off_t at = r->block->pages_offset + (off_t)(from * page);
+            int rc = get(r, iov, n, at, len, from * page);
+            if (rc)
+                return rc;
+            from = k;
+            n = 0;
+        }
+    }
+    return 0;
+}
+
+static int read_run(struct reader *r, const uint64_t *data, uint64_t from, uint64_t to)
+{
+    size_t page = r->block->page_size;
+    size_t most = qm_job_piece(r->job, page) / page;
+    for (uint64_t k = from; k < to;) {
+        uint64_t stop = to - k < most ? to : k + most;
+        int rc = r->straight ? read_straight(r, data, k, stop) : read_bounced(r, data, k, stop);
+        if (rc)
+            return rc;
+        k = stop;
+    }
+    return 0;
+}
+
+static int read_set(struct reader *r, const uint64_t *data, uint64_t first, uint64_t end,
+                    uint64_t max_gap)
+{
+    uint64_t gap = max_gap / r->block->page_size;
+    for (uint64_t at = next_set(data, first, end); at < end;) {
+        uint64_t from = at, to;
+        do {
+            to = next_clear(data, at, end);
+            at = next_set(data, to, end);
+        } while (at < end && at - to <= gap);
+        int rc = read_run(r, data, from, to);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+/* ---- clear pages ---------------------------------------------------------------------------- */
+
+static int write_zeros(struct reader *r, uint64_t off, uint64_t end)
+{
+    static const unsigned char zeros[QM_MAX_PAGE];
+    while (off < end) {
+        size_t len = end - off < sizeof(zeros) ? (size_t)(end - off) : sizeof(zeros);
+        int rc = store(r, off, zeros, len);
+        if (rc)
+            return rc;
+        off += len;
+    }
+    return 0;
+}
+
+static int zero_range(struct reader *r, uint64_t off, uint64_t end)
+{
+    const struct qm_memory *m = r->memory;
+    if (m->fd < 0) {
+        /* What is zero already is not written: it may be memory that nobody has touched. */
+        for (; off < end; off += r->block->page_size)
+            if (!qm_is_zero(m->base + off, r->block->page_size))
+                memset(m->base + off, 0, r->block->page_size);
+        return 0;
+    }
+    off = (uint64_t)qm_next_data(m, off, end);
+    if (off >= end)
+        return 0;
+    off_t at = m->fd_offset + (off_t)off;
+    if (fallocate(m->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, (off_t)(end - off)) == 0)
+        return 0;
+    if (errno == EOPNOTSUPP || errno == ENOSYS || errno == EINVAL)
+        return write_zeros(r, off, end);
+    return memory_fault(r, off, -errno);
+}
+
+static int zero_clear_pages(struct reader *r, const uint64_t *data, uint64_t first, uint64_t end)
+{
+    size_t page = r->block->page_size;
+    for (uint64_t at = next_clear(data, first, end); at < end;) {
+        uint64_t stop = next_set(data, at, end);
+        int rc = zero_range(r, at * page, stop * page);
+        if (rc)
+            return rc;
+        at = next_clear(data, stop, end);
+    }
+    return 0;
+}
+
+int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
+            const struct qm_block *block, const struct qm_memory *memory, const uint64_t *data,
+            uint64_t max_gap, int zero_clear, uint64_t first, uint64_t npages,
+            struct qm_fault *fault)
+{
+    int rc = qm_block_check(block, file, first, npages);
+    if (rc)
+        return rc;
+    struct reader r = {
+        .job = job, .channel = channel, .block = block, .memory = memory, .fault = fault,
+        .fd = file->fd, .unit = 1, .straight = memory->base != NULL,
+    };
+    if (file->fd_direct >= 0) {
+        r.fd = file->fd_direct;
+        r.unit = file->off_align;
+        r.straight = r.straight && (uintptr_t)memory->base % file->mem_align == 0 &&
+                     block->page_size % file->mem_align == 0 &&
+                     block->page_size % file->off_align == 0 &&
+                     (uint64_t)block->pages_offset % file->off_align == 0;
+    }
+    uint64_t end = first + npages;
+    for (uint64_t from = first; from < end;) {
+        if (qm_job_cancelled(job))
+            return -ECANCELED;
+        uint64_t most = QM_CHUNK / block->page_size;
+        uint64_t to = end - from < most ? end : from + most;
+        rc = read_set(&r, data, from, to, max_gap);
+        if (rc == 0 && zero_clear)
+            rc = zero_clear_pages(&r, data, from, to);
+        if (rc)
+            return rc;
+        int64_t last;
+        uint64_t set = qm_count(data + from / 64, to - from, &last);
+        qm_job_did(job, (to - from) * block->page_size, set, to - from - set);
+        from = to;
+    }
+    return 0;
+}

@@ -1,0 +1,96 @@
+/* Which pages are zero. */
+#include "qmigrate.h"
+
+#include <errno.h>
+#include <string.h>
+
+/* Bytes looked at between two decisions: a page that holds data is left after one of these. */
+#define STRIDE 256u
+
+typedef uint64_t word __attribute__((may_alias, aligned(1)));
+
+static inline uint64_t any_bit(const word *w)
+{
+    uint64_t a = 0, b = 0, c = 0, d = 0;
+    for (unsigned i = 0; i < STRIDE / sizeof(word); i += 4) {
+        a |= w[i];
+        b |= w[i + 1];
+        c |= w[i + 2];
+        d |= w[i + 3];
+    }
+    return a | b | c | d;
+}
+
+static inline int zero_page(const unsigned char *page, size_t len)
+{
+    for (size_t i = 0; i < len; i += STRIDE)
+        if (any_bit((const word *)(page + i)))
+            return 0;
+    return 1;
+}
+
+int qm_is_zero(const void *bytes, size_t len)
+{
+    const unsigned char *p = bytes;
+    size_t whole = len / STRIDE * STRIDE;
+    if (!zero_page(p, whole))
+        return 0;
+    unsigned char rest = 0;
+    for (size_t i = whole; i < len; i++)
+        rest |= p[i];
+    return rest == 0;
+}
+
+int64_t qm_scan(const void *bytes, uint64_t npages, uint32_t page_size, uint64_t *bits)
+{
+    if (page_size < QM_MIN_PAGE || page_size > QM_MAX_PAGE || (page_size & (page_size - 1)))
+        return -EINVAL;
+    const unsigned char *page = bytes;
+    int64_t set = 0;
+    for (uint64_t k = 0; k < npages;) {
+        uint64_t end = npages - k < 64 ? npages - k : 64;
+        uint64_t w = 0;
+        for (uint64_t i = 0; i < end; i++, page += page_size) {
+            /* Data pages cost one miss each, and no prefetcher guesses the next: say it. */
+            __builtin_prefetch(page + 2 * (size_t)page_size);
+            w |= (uint64_t)!zero_page(page, page_size) << i;
+        }
+        bits[k / 64] = w;
+        set += __builtin_popcountll(w);
+        k += end;
+    }
+    return set;
+}
+
+uint64_t qm_sum(const void *bytes, size_t len)
+{
+    const word *w = bytes;
+    uint64_t a = 0, b = 0, c = 0, d = 0;
+    size_t n = len / sizeof(word);
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        a += w[i];
+        b += w[i + 1];
+        c += w[i + 2];
+        d += w[i + 3];
+    }
+    for (; i < n; i++)
+        a += w[i];
+    return a + b + c + d;
+}
+
+uint64_t qm_count(const uint64_t *bits, uint64_t npages, int64_t *last)
+{
+    uint64_t count = 0;
+    *last = -1;
+    for (uint64_t k = 0; k < npages; k += 64) {
+        uint64_t w = bits[k / 64];
+        if (npages - k < 64)
+            w &= ((uint64_t)1 << (npages - k)) - 1;
+        if (w) {
+            count += (uint64_t)__builtin_popcountll(w);
+            *last = (int64_t)(k + 63 - (uint64_t)__builtin_clzll(w));
+        }
+    }
+    return count;
+}

@@ -1,0 +1,427 @@
+/* Guest memory -> file: scan a chunk, plan its runs, write them. */
+#define _GNU_SOURCE
+#include "bits.h"
+#include "qmigrate.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define MAX_PAGES (QM_CHUNK / QM_MIN_PAGE)
+#define WORDS (MAX_PAGES / 64)
+/* Bytes read and scanned at a time, while they are still in the cache. */
+#define SCAN_STEP ((size_t)256 << 10)
+#define ZEROS_ALIGN 4096u
+
+static const unsigned char zeros[QM_MAX_PAGE] __attribute__((aligned(ZEROS_ALIGN)));
+
+struct writer {
+    qm_job *job;
+    qm_channel *channel;
+    const struct qm_file *file;
+    const struct qm_block *block;
+    const struct qm_memory *memory;
+    const struct qm_sparse *sparse;
+    struct qm_fault *fault;
+    int fd;
+    size_t unit;      /* granularity of positions and lengths; 1 when buffered */
+    size_t mem_align; /* of addresses; 1 when buffered */
+    int look_for_holes;
+};
+
+struct chunk {
+    uint64_t first; /* page of the block */
+    size_t npages;
+    uint64_t off; /* byte of the block */
+    size_t len;
+    const unsigned char *bytes; /* the chunk in memory; only resident pages may be touched */
+    int in_buffer;
+    int has_holes;
+    uint64_t resident[WORDS];
+    uint64_t data[WORDS]; /* pages that are not zero */
+};
+
+static int memory_fault(struct writer *w, uint64_t off, int rc)
+{
+    w->fault->in_memory = 1;
+    w->fault->at = (int64_t)off;
+    return rc;
+}
+
+/* ---- memory -> chunk ------------------------------------------------------------------------ */
+
+static ssize_t fill(const struct writer *w, void *buf, uint64_t off, size_t len)
+{
+    const struct qm_memory *m = w->memory;
+    if (m->fill)
+        return m->fill(m->fill_arg, buf, off, len);
+    size_t have = 0;
+    while (have < len) {
+        ssize_t got = pread(m->fd, (unsigned char *)buf + have, len - have,
+                            m->fd_offset + (off_t)(off + have));
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return -errno;
+        if (got == 0)
+            break;
+        have += (size_t)got;
+    }
+    return (ssize_t)have;
+}
+
+/* Memory without an address: copied into the bounce buffer, holes at the front left out. */
+static int fill_chunk(struct writer *w, struct chunk *c)
+{
+    unsigned char *buffer = qm_channel_buffer(w->channel);
+    if (!buffer)
+        return -ENOMEM;
+    c->bytes = buffer;
+    c->in_buffer = 1;
+
+    size_t start = 0;
+    if (!w->memory->fill && w->look_for_holes) {
+        int64_t data = qm_next_data(w->memory, c->off, c->off + c->len);
+        start = (size_t)((uint64_t)data - c->off) / QM_MAX_PAGE * QM_MAX_PAGE;
+        if ((uint64_t)data == c->off + c->len)
+            start = c->len;
+        if (start && w->sparse->everything)
+            memset(buffer, 0, start);
+    }
+    size_t page = w->block->page_size;
+    for (size_t at = start; at < c->len; at += SCAN_STEP) {
+        size_t step = c->len - at < SCAN_STEP ? c->len - at : SCAN_STEP;
+        ssize_t got = fill(w, buffer + at, c->off + at, step);
+        if (got < 0)
+            return memory_fault(w, c->off + at, (int)got);
+        if ((size_t)got < step)
+            return memory_fault(w, c->off + at + (size_t)got, -EFAULT);
+        /* SCAN_STEP holds 4 to 256 pages: at the largest sizes words are shared by steps. */
+        for (size_t p = 0; p < step; p += page)
+            if (!qm_is_zero(buffer + at + p, page))
+                bit_set(c->data, (at + p) / page);
+    }
+    return 0;
+}
+
+/* A mapping whose holes must stay holes. */
+static void scan_extents(struct writer *w, struct chunk *c)
+{
+    size_t page = w->block->page_size;
+    uint64_t end = c->off + c->len;
+    uint64_t at = c->off;
+    c->has_holes = 1;
+    while (at < end) {
+        uint64_t stop = qm_channel_data_until(w->channel, w->memory, at, end);
+        if (stop == at) {
+            int64_t data = qm_next_data(w->memory, at, end);
+            at = (uint64_t)data;
+            continue;
+        }
+        size_t from = (size_t)((at - c->off) / page);
+        size_t to = (size_t)((stop - c->off + page - 1) / page);
+        for (size_t k = from; k < to; k++) {
+            bit_set(c->resident, k);
+            if (!qm_is_zero(c->bytes + k * page, page))
+                bit_set(c->data, k);
+        }
+        at = stop;
+    }
+}
+
+static int load_chunk(struct writer *w, struct chunk *c)
+{
+    memset(c->data, 0, sizeof(c->data));
+    c->in_buffer = c->has_holes = 0;
+    if (!w->memory->base)
+        return fill_chunk(w, c);
+    c->bytes = w->memory->base + c->off;
+    if (w->memory->fd >= 0) {
+        memset(c->resident, 0, sizeof(c->resident));
+        scan_extents(w, c);
+    } else {
+        qm_scan(c->bytes, c->npages, w->block->page_size, c->data);
+    }
+    return 0;
+}
+
+/* ---- run -> file ---------------------------------------------------------------------------- */
+
+static int put(struct writer *w, struct iovec *iov, int n, uint64_t off)
+{
+    off_t bad;
+    int rc = qm_pwritev(w->job, w->fd, iov, n, w->block->pages_offset + (off_t)off, w->unit, &bad);
+    if (rc == -EFAULT)
+        return memory_fault(w, (uint64_t)(bad - w->block->pages_offset), rc);
+    if (rc) {
+        w->fault->in_memory = 0;
+        w->fault->at = bad;
+    }
+    return rc;
+}
+
+/* Copies [from, from + len) of the chunk into the bounce buffer, holes as zeros. */
+static unsigned char *gather(struct writer *w, const struct chunk *c, size_t from, size_t len)
+{
+    unsigned char *buffer = qm_channel_buffer(w->channel);
+    if (!buffer)
+        return NULL;
+    if (!c->has_holes) {
+        memcpy(buffer, c->bytes + from, len);
+        return buffer;
+    }
+    size_t page = w->block->page_size;
+    for (size_t at = 0; at < len; at += page) {
+        if (bit_get(c->resident, (from + at) / page))
+            memcpy(buffer + at, c->bytes + from + at, page);
+        else
+            memset(buffer + at, 0, page);
+    }
+    return buffer;
+}
+
+/* Pages with holes among them: the holes come from `zeros`, the rest straight from memory. */
+static int put_around_holes(struct writer *w, const struct chunk *c, size_t from, size_t len)
+{
+    struct iovec iov[QM_MAX_IOV];
+    int n = 0;
+    size_t page = w->block->page_size;
+    size_t end = (from + len) / page;
+    uint64_t at = c->off + from;
+    size_t pending = 0;
+    for (size_t k = from / page; k < end;) {
+        int real = bit_get(c->resident, k);
+        size_t stop = real ? next_clear(c->resident, k, end) : k + 1;
+        iov[n].iov_base = real ? (void *)(uintptr_t)(c->bytes + k * page)
+                               : (void *)(uintptr_t)zeros;
+        iov[n].iov_len = (stop - k) * page;
+        pending += iov[n].iov_len;
+        n++;
+        k = stop;
+        if (n == QM_MAX_IOV || k == end) {
+            int rc = put(w, iov, n, at);
+            if (rc)
+                return rc;
+            at += pending;
+            pending = 0;
+            n = 0;
+        }
+    }
+    return 0;
+}
+
+static int put_range(struct writer *w, const struct chunk *c, size_t from, size_t len)
+{
+    size_t page = w->block->page_size;
+    int aligned = (uintptr_t)(c->bytes + from) % w->mem_align == 0;
+    int holes = c->has_holes && next_clear(c->resident, from / page, (from + len) / page) <
+                                    (from + len) / page;
+    if (holes && aligned && page % w->unit == 0 && page % w->mem_align == 0 &&
+        w->mem_align <= ZEROS_ALIGN)
+        return put_around_holes(w, c, from, len);
+
+    const unsigned char *bytes = c->bytes + from;
+    if (holes || !aligned) {
+        bytes = gather(w, c, from, len);
+        if (!bytes)
+            return -ENOMEM;
+    }
+    struct iovec iov = {.iov_base = (void *)(uintptr_t)bytes, .iov_len = len};
+    return put(w, &iov, 1, c->off + from);
+}
+
+static int put_run(struct writer *w, const struct chunk *c, size_t from, size_t to)
+{
+    size_t grain = w->unit > w->block->page_size ? w->unit : w->block->page_size;
+    while (from < to) {
+        size_t len = qm_job_piece(w->job, grain);
+        if (len > to - from)
+            len = to - from;
+        int rc = put_range(w, c, from, len);
+        if (rc)
+            return rc;
+        from += len;
+    }
+    return 0;
+}
+
+/* ---- chunk -> runs -------------------------------------------------------------------------- */
+
+/* The longest gap (pages) to bridge: as long as allowed, while all gaps up to that length hold no
+ * more than the share of the data. Short gaps come first, since they save most calls a byte. */
+static size_t plan_gap(const struct writer *w, const uint64_t *want, size_t npages)
+{
+    size_t longest = (size_t)(w->sparse->max_gap / w->block->page_size);
+    if (longest == 0)
+        return 0;
+    if (longest >= npages)
+        longest = npages - 1;
+    uint32_t seen[MAX_PAGES];
+    memset(seen, 0, (longest + 1) * sizeof(seen[0]));
+
+    uint64_t data = 0;
+    size_t at = next_set(want, 0, npages);
+    while (at < npages) {
+        size_t stop = next_clear(want, at, npages);
+        data += stop - at;
+        at = next_set(want, stop, npages);
+        if (at < npages && at - stop <= longest)
+            seen[at - stop]++;
+    }
+    uint64_t budget = data * w->sparse->gap_share / 100;
+    uint64_t spent = 0;
+    size_t gap = 0;
+    for (size_t len = 1; len <= longest; len++) {
+        spent += (uint64_t)seen[len] * len;
+        if (spent > budget)
+            break;
+        gap = len;
+    }
+    return gap;
+}
+
+static int write_runs(struct writer *w, const struct chunk *c, const uint64_t *want)
+{
+    size_t page = w->block->page_size;
+    size_t gap = plan_gap(w, want, c->npages);
+    size_t from = 0, to = 0; /* the pending run, bytes of the chunk */
+    for (size_t at = next_set(want, 0, c->npages); at < c->npages;) {
+        size_t stop = next_clear(want, at, c->npages);
+        size_t start = at * page / w->unit * w->unit;
+        size_t end = (stop * page + w->unit - 1) / w->unit * w->unit;
+        if (to == 0) {
+            from = start;
+        } else if (start > to + gap * page) {
+            int rc = put_run(w, c, from, to);
+            if (rc)
+                return rc;
+            from = start;
+        }
+        to = end;
+        at = next_set(want, stop, c->npages);
+    }
+    return to ? put_run(w, c, from, to) : 0;
+}
+
+static int write_chunk(struct writer *w, struct chunk *c, const uint64_t *selection, uint64_t *data)
+{
+    int rc = load_chunk(w, c);
+    if (rc)
+        return rc;
+
+    uint64_t want[WORDS];
+    uint64_t data_pages = 0, selected_pages = 0;
+    size_t base = (size_t)(c->first / 64);
+    for (size_t i = 0; i * 64 < c->npages; i++) {
+        uint64_t chosen = bits_below(i, c->npages);
+        if (selection)
+            chosen &= selection[base + i];
+        uint64_t filled = c->data[i] & chosen;
+        data[base + i] = (data[base + i] & ~chosen) | filled;
+        want[i] = w->sparse->everything ? chosen : filled;
+        data_pages += (uint64_t)__builtin_popcountll(filled);
+        selected_pages += (uint64_t)__builtin_popcountll(chosen);
+    }
+    w->look_for_holes = data_pages == 0;
+    if (w->file->fd >= 0) {
+        rc = write_runs(w, c, want);
+        if (rc)
+            return rc;
+    }
+    qm_job_did(w->job, selected_pages * w->block->page_size, data_pages,
+               selected_pages - data_pages);
+    return 0;
+}
+
+/* Pages of the block that direct writes may cover. */
+static uint64_t direct_pages(const struct qm_block *block, const struct qm_file *file)
+{
+    return block->len / file->off_align * file->off_align / block->page_size;
+}
+
+static int is_direct(const struct qm_block *block, const struct qm_file *file)
+{
+    return file->fd >= 0 && file->fd_direct >= 0 &&
+           (uint64_t)block->pages_offset % file->off_align == 0;
+}
+
+int qm_write(qm_job *job, qm_channel *channel, const struct qm_file *file,
+             const struct qm_block *block, const struct qm_memory *memory,
+             const struct qm_sparse *sparse, const uint64_t *selection, uint64_t *data,
+             uint64_t first, uint64_t npages, struct qm_fault *fault)
+{
+    int rc = qm_block_check(block, file, first, npages);
+    if (rc)
+        return rc;
+    struct writer w = {
+        .job = job, .channel = channel, .file = file, .block = block, .memory = memory,
+        .sparse = sparse, .fault = fault, .fd = file->fd, .unit = 1, .mem_align = 1,
+        .look_for_holes = 1,
+    };
+    uint64_t end = first + npages;
+    if (is_direct(block, file)) {
+        w.fd = file->fd_direct;
+        w.unit = file->off_align;
+        w.mem_align = file->mem_align;
+        if (end > direct_pages(block, file))
+            end = direct_pages(block, file);
+    }
+    struct chunk c;
+    for (c.first = first; c.first < end; c.first += c.npages) {
+        if (qm_job_cancelled(job))
+            return -ECANCELED;
+        uint64_t left = end - c.first;
+        size_t most = QM_CHUNK / block->page_size;
+        c.npages = left < most ? (size_t)left : most;
+        c.off = c.first * block->page_size;
+        c.len = c.npages * block->page_size;
+        rc = write_chunk(&w, &c, selection, data);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+int qm_write_tail(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                  const struct qm_block *block, const struct qm_memory *memory,
+                  const struct qm_sparse *sparse, const uint64_t *selection, uint64_t *data,
+                  struct qm_fault *fault)
+{
+    uint64_t pages = block->len / block->page_size;
+    int rc = qm_block_check(block, file, 0, pages);
+    if (rc || !is_direct(block, file))
+        return rc;
+    struct writer w = {
+        .job = job, .channel = channel, .file = file, .block = block, .memory = memory,
+        .sparse = sparse, .fault = fault, .fd = file->fd, .unit = 1, .mem_align = 1,
+    };
+    unsigned char page[QM_MAX_PAGE];
+    for (uint64_t k = direct_pages(block, file); k < pages; k++) {
+        if (selection && !bit_get(selection, k))
+            continue;
+        uint64_t off = k * block->page_size;
+        if (memory->base && memory->fd < 0) {
+            memcpy(page, memory->base + off, block->page_size);
+        } else {
+            ssize_t got = fill(&w, page, off, block->page_size);
+            if (got < 0)
+                return memory_fault(&w, off, (int)got);
+            if ((size_t)got < block->page_size)
+                return memory_fault(&w, off + (size_t)got, -EFAULT);
+        }
+        int zero = qm_is_zero(page, block->page_size);
+        if (zero)
+            bit_clear(data, k);
+        else
+            bit_set(data, k);
+        if (!zero || sparse->everything) {
+            struct iovec iov = {.iov_base = page, .iov_len = block->page_size};
+            rc = put(&w, &iov, 1, off);
+            if (rc)
+                return rc;
+        }
+        qm_job_did(job, block->page_size, !zero, (uint64_t)zero);
+    }
+    return 0;
+}

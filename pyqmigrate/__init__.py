@@ -1,0 +1,63 @@
+"""Save, restore and work with the memory of QEMU virtual machines at the speed of the disk.
+
+The main job: guest memory into a file that QEMU loads (its ``mapped-ram`` format), and back::
+
+    import pyqmigrate
+
+    report = pyqmigrate.save("/snap/guest.mapped", [pyqmigrate.RamBlock("pc.ram", memory)])
+
+    with pyqmigrate.Snapshot("/snap/guest.mapped") as snapshot:
+        snapshot.load({"pc.ram": memory})
+
+``memory`` is anything with the buffer protocol, or ``FileMemory(fd)``. Start reading at
+:func:`save` and :class:`Snapshot`; :mod:`pyqmigrate.errors` shows what can go wrong.
+"""
+
+from pyqmigrate.errors import (
+    BlockMismatch,
+    Cancelled,
+    DirectIORefused,
+    GuestMemoryError,
+    JobTimeout,
+    NoSpace,
+    NotSupported,
+    PyqmigrateError,
+    SnapshotError,
+    TargetError,
+    UsageError,
+)
+from pyqmigrate.io.channels import Job, Progress
+from pyqmigrate.io.memory import FileMemory, RamBlock
+from pyqmigrate.io.target import Descriptors, DirectIO
+from pyqmigrate.load import Clear, LoadReport
+from pyqmigrate.save import SaveReport, Sparse, save, start_save
+from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
+
+__all__ = [  # noqa: RUF022 - most important first
+    "save",
+    "Snapshot",
+    "RamBlock",
+    "FileMemory",
+    "Descriptors",
+    "start_save",
+    "start_load",
+    "Job",
+    "Progress",
+    "SaveReport",
+    "LoadReport",
+    "SnapshotBlock",
+    "DirectIO",
+    "Sparse",
+    "Clear",
+    "PyqmigrateError",
+    "SnapshotError",
+    "UsageError",
+    "BlockMismatch",
+    "TargetError",
+    "NoSpace",
+    "DirectIORefused",
+    "GuestMemoryError",
+    "NotSupported",
+    "Cancelled",
+    "JobTimeout",
+]

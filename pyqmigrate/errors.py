@@ -1,0 +1,133 @@
+"""What can go wrong, as one tree.
+
+Everything that this package raises on purpose is a :class:`PyqmigrateError`. Each class is
+also the built-in that a caller would expect, so ``except OSError`` and ``except ValueError``
+keep working::
+
+    PyqmigrateError
+    |-- SnapshotError    (ValueError)    the file is not a whole, well-formed snapshot
+    |-- UsageError       (ValueError)    an argument is wrong; nothing was touched
+    |   `-- BlockMismatch                the blocks given are not the blocks of the snapshot
+    |-- TargetError      (OSError)       the system refused: errno, file name and position
+    |   |-- NoSpace                      the file system is full, or would be
+    |   `-- DirectIORefused              direct I/O was demanded and cannot be had here
+    |-- GuestMemoryError (OSError)       guest memory went away or cannot be reached
+    |-- NotSupported     (NotImplementedError)   well-formed, but not something we can do
+    |-- Cancelled        (RuntimeError)  the job was cancelled
+    `-- JobTimeout       (TimeoutError)  the job is still running
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+__all__ = [
+    "BlockMismatch",
+    "Cancelled",
+    "DirectIORefused",
+    "GuestMemoryError",
+    "JobTimeout",
+    "NoSpace",
+    "NotSupported",
+    "PyqmigrateError",
+    "SnapshotError",
+    "TargetError",
+    "UsageError",
+]
+
+
+class PyqmigrateError(Exception):
+    """Root of everything that this package raises on purpose."""
+
+
+class SnapshotError(PyqmigrateError, ValueError):
+    """A file is not a whole, well-formed snapshot.
+
+    ``offset`` is the absolute file offset (bytes) at which the trouble was seen, ``block`` the
+    RAM block it belongs to, ``field`` the field of the format; each is None where it has no
+    meaning. The three are part of the message.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        offset: int | None = None,
+        block: str | None = None,
+        field: str | None = None,
+    ) -> None:
+        where = []
+        if block is not None:
+            where.append(f"block {block!r}")
+        if field is not None:
+            where.append(f"field {field}")
+        if offset is not None:
+            where.append(f"file offset {offset:#x}")
+        super().__init__(f"{message} ({', '.join(where)})" if where else message)
+        self.offset = offset
+        self.block = block
+        self.field = field
+
+
+class UsageError(PyqmigrateError, ValueError):
+    """An argument is wrong; nothing was touched yet."""
+
+
+class BlockMismatch(UsageError):
+    """The blocks given to a load are not those of the snapshot: unknown, missing or mis-sized."""
+
+
+class TargetError(PyqmigrateError, OSError):
+    """The system refused an operation on the target; ``errno`` and ``filename`` are kept.
+
+    ``position`` is the file position (bytes) of a failed read or write, or None.
+    """
+
+    def __init__(
+        self,
+        errno: int,
+        what: str,
+        filename: str | os.PathLike[str] | None = None,
+        *,
+        position: int | None = None,
+    ) -> None:
+        at = "" if position is None else f" at file offset {position:#x}"
+        name = None if filename is None else os.fspath(filename)
+        super().__init__(errno, f"{what}{at}: {os.strerror(errno)}", name)
+        self.position = position
+
+
+class NoSpace(TargetError):
+    """The file system is full, or would be before the snapshot is complete."""
+
+    def __init__(
+        self, what: str, filename: str | os.PathLike[str] | None = None, *,
+        errno: int = _errno.ENOSPC, position: int | None = None,
+    ) -> None:
+        super().__init__(errno, what, filename, position=position)
+
+
+class DirectIORefused(TargetError):
+    """Direct I/O was demanded (``direct_io="on"``) and cannot be had for this file."""
+
+
+class GuestMemoryError(PyqmigrateError, OSError):
+    """Guest memory shrank, went away or cannot be reached; ``errno`` is kept."""
+
+    def __init__(self, errno: int, what: str, *, block: str | None = None) -> None:
+        name = "" if block is None else f" of block {block!r}"
+        super().__init__(errno, f"{what}{name}: {os.strerror(errno)}")
+        self.block = block
+
+
+class NotSupported(PyqmigrateError, NotImplementedError):
+    """The input is well-formed, but this package cannot do that with it."""
+
+
+class Cancelled(PyqmigrateError, RuntimeError):
+    """The job was cancelled before it was done; what it had begun was cleaned up."""
+
+
+class JobTimeout(PyqmigrateError, TimeoutError):
+    """The job did not end within the time given; it is still running."""

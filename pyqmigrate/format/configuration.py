@@ -1,0 +1,137 @@
+"""The configuration at the start of a stream: machine type, capabilities, page bits, uuid.
+
+::
+
+    u32 n, n bytes machine type, then subsections: 0x05, str8 name, u32 version 1, fields
+
+A subsection has no length, so one that is not known here cannot be stepped over
+(format document, 1.2).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
+from pyqmigrate.format.cursor import Cursor
+
+__all__ = ["IGNORE_SHARED", "MAPPED_RAM", "Configuration", "encode", "read"]
+
+MAPPED_RAM = "mapped-ram"
+IGNORE_SHARED = "x-ignore-shared"
+
+_SUBSECTION = 0x05
+_VERSION = 1
+_PAGE_BITS = "configuration/target-page-bits"
+_CAPABILITIES = "configuration/capabilities"
+_UUID = "configuration/uuid"
+
+_MACHINE_MAX = 4096  # bytes; real names have some twenty
+_CAPABILITIES_MAX = 256  # QEMU knows some thirty, and lists two
+_U32 = struct.Struct(">I")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the writer says of itself.
+
+    ``capabilities`` holds only those that change the format (``mapped-ram``,
+    ``x-ignore-shared``): that a save used multifd or direct I/O leaves no trace.
+    ``target_page_bits`` is the logarithm of the page size, where the machine states it.
+    """
+
+    machine: str
+    capabilities: tuple[str, ...] = ()
+    target_page_bits: int | None = None
+    uuid: bytes | None = None
+
+
+def encode(configuration: Configuration) -> bytes:
+    """The body of the CONFIGURATION element, in QEMU's order of subsections.
+
+    Raises :class:`UsageError` when a name is too long for its field or the uuid is not 16 bytes.
+    """
+    machine = _utf8(configuration.machine)
+    if len(machine) > _MACHINE_MAX:
+        raise UsageError(f"the machine type has {len(machine)} bytes; at most {_MACHINE_MAX} fit")
+    parts = [_U32.pack(len(machine)), machine]
+    if configuration.target_page_bits is not None:
+        parts += [_subsection(_PAGE_BITS), _U32.pack(configuration.target_page_bits)]
+    if configuration.capabilities:
+        parts += [_subsection(_CAPABILITIES), _U32.pack(len(configuration.capabilities))]
+        parts += [_str8(name) for name in configuration.capabilities]
+    if configuration.uuid is not None:
+        if len(configuration.uuid) != 16:
+            raise UsageError(f"a uuid has 16 bytes, not {len(configuration.uuid)}")
+        parts += [_subsection(_UUID), configuration.uuid]
+    return b"".join(parts)
+
+
+def read(cursor: Cursor) -> Configuration:
+    """Read the body of the CONFIGURATION element and leave the cursor after it.
+
+    Raises :class:`SnapshotError` for anything malformed or repeated, :class:`NotSupported`
+    for a subsection that is not known.
+    """
+    at = cursor.position
+    length = cursor.u32("the machine type")
+    if length > _MACHINE_MAX:
+        raise SnapshotError(
+            f"the machine type claims {length} bytes", offset=at, field="machine type"
+        )
+    machine = cursor.take(length, "the machine type").decode("utf-8", "surrogateescape")
+    capabilities: tuple[str, ...] = ()
+    bits: int | None = None
+    uuid: bytes | None = None
+    seen: set[str] = set()
+    while cursor.peek(1) == bytes([_SUBSECTION]):
+        at = cursor.position
+        cursor.skip(1, "the configuration")
+        name = cursor.text("the name of a configuration subsection")
+        version = cursor.u32(f"subsection {name!r}")
+        if name in seen:
+            raise SnapshotError(f"subsection {name!r} stands twice", offset=at)
+        seen.add(name)
+        if name not in (_PAGE_BITS, _CAPABILITIES, _UUID):
+            raise NotSupported(
+                f"configuration subsection {name!r} is not known, and has no length"
+                f" to skip it by (file offset {at:#x})"
+            )
+        if version != _VERSION:
+            raise SnapshotError(f"subsection {name!r} has version {version}, not 1", offset=at)
+        if name == _PAGE_BITS:
+            bits = cursor.u32("the target page bits")
+        elif name == _CAPABILITIES:
+            capabilities = _read_capabilities(cursor)
+        else:
+            uuid = cursor.take(16, "the uuid")
+    return Configuration(machine, capabilities, bits, uuid)
+
+
+def _read_capabilities(cursor: Cursor) -> tuple[str, ...]:
+    at = cursor.position
+    count = cursor.u32("the capability list")
+    if count > _CAPABILITIES_MAX:
+        raise SnapshotError(
+            f"the capability list claims {count} entries", offset=at, field="capabilities"
+        )
+    return tuple(cursor.text("the name of a capability") for _ in range(count))
+
+
+def _subsection(name: str) -> bytes:
+    return bytes([_SUBSECTION]) + _str8(name) + _U32.pack(_VERSION)
+
+
+def _utf8(name: str) -> bytes:
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the name {name!r} cannot be written as UTF-8") from error
+
+
+def _str8(name: str) -> bytes:
+    data = _utf8(name)
+    if len(data) > 255:
+        raise UsageError(f"the name {name!r} has {len(data)} bytes; at most 255 fit")
+    return bytes([len(data)]) + data

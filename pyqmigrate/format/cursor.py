@@ -1,0 +1,93 @@
+"""Bounded reading of bytes that nobody vouches for.
+
+A :class:`Cursor` walks forward through a :class:`ByteSource`. It never asks for more than a
+window of bytes beyond what a caller demands, never reads past the end, and says in its errors
+what it was reading and where. All numbers are big-endian, as everywhere in the framing.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pyqmigrate.errors import SnapshotError
+
+__all__ = ["ByteSource", "Cursor"]
+
+_WINDOW = 4096  # bytes read ahead; small, because block headers lie far apart
+
+
+class ByteSource(Protocol):
+    """Where bytes come from: a file, a buffer, anything with positional reads."""
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        ...
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes from absolute ``offset``; fewer only at the end."""
+        ...
+
+
+class Cursor:
+    """A position in a source, and reads that move it.
+
+    ``what`` in each method names the thing being read, for the error's message. Every read
+    raises :class:`SnapshotError` when the source ends first.
+    """
+
+    def __init__(self, source: ByteSource, position: int) -> None:
+        self._source = source
+        self._start = 0
+        self._window = b""
+        self.size = source.size
+        self.position = position
+
+    def take(self, length: int, what: str) -> bytes:
+        """The next ``length`` bytes; the caller has bounded ``length``."""
+        at = self.position
+        data = self._peek(at, length)
+        if len(data) < length:
+            raise _cut(what, at)
+        self.position = at + length
+        return data
+
+    def peek(self, length: int) -> bytes:
+        """Up to ``length`` bytes from here, fewer at the end; the position stays."""
+        return self._peek(self.position, length)
+
+    def skip(self, length: int, what: str) -> None:
+        """Move forward over ``length`` bytes that must be in the file."""
+        if length > self.size - self.position:
+            raise _cut(what, self.position)
+        self.position += length
+
+    def u8(self, what: str) -> int:
+        return self.take(1, what)[0]
+
+    def u16(self, what: str) -> int:
+        return int.from_bytes(self.take(2, what), "big")
+
+    def u32(self, what: str) -> int:
+        return int.from_bytes(self.take(4, what), "big")
+
+    def u64(self, what: str) -> int:
+        return int.from_bytes(self.take(8, what), "big")
+
+    def text(self, what: str) -> str:
+        """A counted string: one length byte, then the bytes."""
+        return self.take(self.u8(what), what).decode("utf-8", "surrogateescape")
+
+    def _peek(self, at: int, length: int) -> bytes:
+        begin = at - self._start
+        if begin < 0 or begin + length > len(self._window):
+            wanted = min(max(length, _WINDOW), self.size - at)
+            self._window = self._source.read_at(at, wanted) if wanted > 0 else b""
+            self._start, begin = at, 0
+        return self._window[begin : begin + length]
+
+
+def _cut(what: str, at: int) -> SnapshotError:
+    return SnapshotError(
+        f"the file ends inside {what}: it was cut short, or the save did not finish", offset=at
+    )

@@ -1,0 +1,169 @@
+"""The JSON description at the end of a stream, and the body lengths that it tells.
+
+The element is ``0x06, u32 length, JSON``, after the end-of-stream byte (format document, 4)::
+
+    {"configuration": {...}, "page_size": 4096,
+     "devices": [{"name": ..., "instance_id": ..., "fields": [...], "subsections": [...]}, ...]}
+
+Device sections carry no length of their own. The description gives one for each, in terms of
+the sizes of its fields; it can be wrong for arrays whose elements differ in size, so that a
+reader has to look for the footer before it believes a length.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.format.cursor import ByteSource, Cursor
+
+__all__ = [
+    "DESCRIPTION_MAX",
+    "Description",
+    "body_lengths",
+    "encode",
+    "locate",
+    "no_devices",
+    "read",
+]
+
+DESCRIPTION_MAX = 64 << 20  # bytes; real ones have 0.1 to some MiB
+_VALUES_MAX = 1 << 20  # JSON values in one description: bounds the memory of the parsed form
+_LENGTH_MAX = (1 << 63) - 1
+
+_TYPE = 0x06
+_FRAME = struct.Struct(">BI")  # type, length of the JSON
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Description:
+    """A description found in a file.
+
+    ``offset`` is the absolute file offset of its type byte, ``end`` that just after its JSON,
+    ``value`` the parsed JSON object. Of a key that is repeated in an object, the last one holds.
+    """
+
+    offset: int
+    end: int
+    value: dict[str, Any]
+
+
+def encode(text: bytes) -> bytes:
+    """The element for the JSON ``text``. Raises :class:`UsageError` when that is too long."""
+    if len(text) > DESCRIPTION_MAX:
+        raise UsageError(f"a description of {len(text)} bytes; at most {DESCRIPTION_MAX} are read")
+    return _FRAME.pack(_TYPE, len(text)) + text
+
+
+def no_devices(page_size: int) -> bytes:
+    """JSON for a stream without device sections, whose pages have ``page_size`` bytes."""
+    return json.dumps({"page_size": page_size, "devices": []}).encode()
+
+
+def read(cursor: Cursor) -> Description | None:
+    """Read the description that the cursor may stand at, forward.
+
+    None when another byte than its type is next, or none: QEMU can leave it out, and ignores
+    what follows the stream. Raises :class:`SnapshotError` when it is cut short, too long, or not
+    JSON.
+    """
+    offset = cursor.position
+    if cursor.peek(1) != bytes([_TYPE]):
+        return None
+    _, length = _FRAME.unpack(cursor.take(_FRAME.size, "the description"))
+    if length > DESCRIPTION_MAX:
+        raise SnapshotError(f"the description claims {length} bytes", offset=offset, field="length")
+    text = cursor.take(length, "the description")
+    return Description(offset, cursor.position, _parse(text, offset))
+
+
+def locate(source: ByteSource) -> Description | None:
+    """Find the description from the end of the file, without walking the stream.
+
+    None when the file does not end with one. Zero bytes after it, up to 1 MiB, are tolerated.
+    Raises :class:`SnapshotError` when one is there but not JSON.
+    """
+    size = source.size
+    base = max(0, size - _CHUNK)
+    tail = source.read_at(base, size - base).rstrip(b"\0")
+    end = base + len(tail)
+    if not tail.endswith(b"}"):
+        return None
+    while (zero := tail.rfind(b"\0")) < 0:
+        if base == 0 or end - base > DESCRIPTION_MAX:
+            return None
+        step = min(base, end - base)  # doubling, so that the work stays linear
+        base -= step
+        tail = source.read_at(base, step) + tail
+    # JSON has no zero byte, and the end-of-stream byte before the frame is one: so the last
+    # zero is that byte, or one of the four of the length.
+    first = base + zero + 1
+    for start in range(first, min(first + 1 + _FRAME.size, end)):
+        offset = start - _FRAME.size
+        frame = b"\0" + _FRAME.pack(_TYPE, end - start)
+        if offset > 0 and source.read_at(offset - 1, len(frame)) == frame:
+            return Description(offset, end, _parse(tail[start - base :], offset))
+    return None
+
+
+def body_lengths(value: Mapping[str, Any]) -> dict[tuple[str, int], int]:
+    """Length in bytes of each device's body, by name and instance id.
+
+    Devices whose entry makes no sense are left out.
+    """
+    devices = value.get("devices")
+    lengths: dict[tuple[str, int], int] = {}
+    for device in devices if isinstance(devices, list) else []:
+        if not isinstance(device, dict):
+            continue
+        name, instance = device.get("name"), device.get("instance_id")
+        length = _body_length(device)
+        if isinstance(name, str) and isinstance(instance, int) and length is not None:
+            lengths[name, instance] = length
+    return lengths
+
+
+def _body_length(device: dict[str, Any]) -> int | None:
+    """Sum of the top-level fields, and of the subsections with their frames (4.2)."""
+    total = 0
+    pending = [device]
+    while pending:
+        state = pending.pop()
+        fields, subsections = state.get("fields", []), state.get("subsections", [])
+        if not isinstance(fields, list) or not isinstance(subsections, list):
+            return None
+        for field in fields:
+            if not isinstance(field, dict):
+                return None
+            size, count = field.get("size"), field.get("array_len", 1)
+            if not _is_length(size) or not _is_length(count):
+                return None
+            total += size * count
+        for subsection in subsections:
+            name = subsection.get("vmsd_name") if isinstance(subsection, dict) else None
+            if not isinstance(name, str):
+                return None
+            total += 1 + 1 + len(name.encode("utf-8", "replace")) + 4
+            pending.append(subsection)
+    return total if total <= _LENGTH_MAX else None
+
+
+def _is_length(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _LENGTH_MAX
+
+
+def _parse(text: bytes, offset: int) -> dict[str, Any]:
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > _VALUES_MAX:
+        raise SnapshotError(f"the description has over {_VALUES_MAX} values", offset=offset)
+    try:
+        value = json.loads(text.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise SnapshotError(f"the description is not JSON: {error}", offset=offset) from error
+    if not isinstance(value, dict):
+        raise SnapshotError("the description is not a JSON object", offset=offset)
+    return value

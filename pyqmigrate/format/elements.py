@@ -1,0 +1,134 @@
+"""The elements of a migration stream: their wire forms, and what a reader makes of them.
+
+The grammar, big-endian throughout (format document, 1); ``S`` is where the stream starts::
+
+    S        "QEVM", u32 version = 3
+             0x07 configuration
+             elements: START, PART, END, FULL, COMMAND
+             0x00                                            end of stream
+             0x06 u32 length, JSON                           description; may be missing
+
+    START    0x01 u32 id, str8 name, u32 instance, u32 version, body, footer
+    PART     0x02 u32 id, body, footer
+    END      0x03 u32 id, body, footer
+    FULL     0x04 like START: a device's whole state
+    COMMAND  0x08 u16 command, u16 length, payload
+    footer   0x7E u32 id
+
+    RAM body of START    u64 total | 4, the blocks, u64 0x10
+    RAM body of PART     u64 0x10
+    RAM body of END      u64 0x10; the bitmaps are in place when it is
+
+A body has no length: RAM's is understood, a device's comes from the description. The stream
+jumps over each block's bitmap and pages (:mod:`~pyqmigrate.format.mapped_ram`).
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from pyqmigrate.format.mapped_ram import BlockLayout
+
+__all__ = ["MAGIC", "Section", "SectionKind", "Stream"]
+
+MAGIC = b"QEVM"
+VERSION = 3
+
+TYPE_EOF = 0x00
+TYPE_CONFIGURATION = 0x07
+
+PREAMBLE = struct.Struct(">4sIB")  # magic, version, type of the configuration
+SECTION_ID = struct.Struct(">BI")  # type, section id: starts PART and END, and is the footer
+INSTANCE = struct.Struct(">II")  # instance id, version id: ends the header of START and FULL
+COMMAND = struct.Struct(">BHH")  # type, command, length of the payload
+FOOTER_TYPE = 0x7E
+
+RAM_NAME, RAM_INSTANCE, RAM_VERSION = "ram", 0, 4
+WORD = struct.Struct(">Q")
+FLAG_MEM_SIZE = 0x04
+FLAG_EOS = 0x10
+
+COMMAND_PACKAGED = 7
+COMMAND_SWITCHOVER_START = 11
+COMMAND_NAMES = {
+    1: "open-return-path",
+    2: "ping",
+    3: "postcopy-advise",
+    4: "postcopy-listen",
+    5: "postcopy-run",
+    6: "postcopy-discard",
+    COMMAND_PACKAGED: "packaged",
+    8: "enable-colo",
+    9: "postcopy-resume",
+    10: "recv-bitmap",
+    COMMAND_SWITCHOVER_START: "switchover-start",
+}
+
+
+class SectionKind(enum.Enum):
+    """The elements of a stream that a reader is told of; the value is the type byte."""
+
+    START = 0x01
+    PART = 0x02
+    END = 0x03
+    FULL = 0x04
+    COMMAND = 0x08
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One element of a stream. Offsets are absolute in the file, lengths in bytes.
+
+    ``offset`` is that of the type byte, ``length`` covers the whole element with its footer;
+    RAM's START covers the pages, since the stream jumps over them. PART and END repeat the name
+    and ids of their START. A COMMAND has no section id (None), its name is that of the command,
+    its body the payload.
+    """
+
+    kind: SectionKind
+    section_id: int | None
+    name: str
+    instance_id: int
+    version_id: int
+    offset: int
+    length: int
+    body_offset: int
+    body_length: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A parsed and checked mapped-ram stream. Offsets are absolute in the file.
+
+    - ``capabilities``: those that shape the format, as listed. ``target_page_bits``, ``uuid``:
+      None where the stream does not state them.
+    - ``total_ram``: bytes, external blocks included.
+    - ``sections``: in the order of the stream, as far as it could be walked.
+    - ``description``: the parsed JSON, or None; ``description_offset`` that of its type byte.
+    - ``ram_end``: the offset of RAM's END element. There always is one: bitmaps are written
+      just before it, and a stream without it is refused.
+    - ``end``: just after the stream; the file's size where that could not be found out.
+    - ``opaque_tail``: the device state could not be walked to its end (there is no description,
+      or it does not fit): ``sections`` stops before it.
+    - ``complete``: the end of the stream was seen, by walking to its end-of-stream byte or by a
+      description at the end of the file. False says that device state may be cut off; RAM is
+      whole either way, as far as the format tells.
+    """
+
+    machine: str
+    capabilities: tuple[str, ...]
+    target_page_bits: int | None
+    uuid: bytes | None
+    total_ram: int
+    blocks: tuple[BlockLayout, ...]
+    sections: tuple[Section, ...]
+    description: dict[str, Any] | None
+    description_offset: int | None
+    ram_end: int
+    end: int
+    complete: bool
+    opaque_tail: bool
+    mapped_ram: bool = True

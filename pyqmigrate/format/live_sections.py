@@ -1,0 +1,117 @@
+"""Stepping over live sections that are not RAM.
+
+Their bodies have neither a length nor an entry in the description, so each needs to be
+understood. Three are known (format document, 4.3); the others are private to their devices.
+
+- ``dirty-bitmap`` version 1: chunks of flags, names by flag, content by flag, up to a chunk
+  with the end flag;
+- ``spapr/htab`` version 1: START is one word, the others a zero word and runs of hash table
+  entries up to an all-zero run;
+- ``s390-storage_attributes`` version 0: 64-bit words with flags in the low bits.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from pyqmigrate.errors import SnapshotError
+from pyqmigrate.format.cursor import Cursor
+
+__all__ = ["CHUNKS_MAX", "walker"]
+
+CHUNKS_MAX = 1 << 22  # chunks in one body: bounds the time a body can take
+
+Walker = Callable[[Cursor, bool], None]
+
+
+def walker(name: str, version: int) -> Walker | None:
+    """How to step over a live section's body, or None where that is not known.
+
+    The result takes a cursor at the body's start and whether the element is a START; it leaves
+    the cursor at the body's end, and raises :class:`SnapshotError` for what it cannot follow.
+    """
+    return _WALKERS.get((name, version))
+
+
+_EOS, _ZEROES, _BITMAP_NAME, _NODE_NAME = 0x01, 0x02, 0x04, 0x08
+_START, _COMPLETE, _BITS = 0x10, 0x20, 0x40
+_MORE_FLAGS = 0x80
+
+
+def _dirty_bitmap(cursor: Cursor, start: bool) -> None:
+    what = "a dirty-bitmap section"
+    for _ in range(CHUNKS_MAX):
+        flags = _dirty_bitmap_flags(cursor, what)
+        if flags & _NODE_NAME:
+            cursor.skip(cursor.u8(what), what)
+        if flags & _BITMAP_NAME:
+            cursor.skip(cursor.u8(what), what)
+        if flags & _START:
+            cursor.skip(4 + 1, what)  # granularity, flags of the bitmap
+        elif flags & _BITS:
+            cursor.skip(8 + 4, what)  # first sector, number of sectors
+            if not flags & _ZEROES:
+                cursor.skip(cursor.u64(what), what)
+        if flags & _EOS:
+            return
+    raise _endless(what, cursor)
+
+
+def _dirty_bitmap_flags(cursor: Cursor, what: str) -> int:
+    flags = cursor.u8(what)
+    if flags & _MORE_FLAGS:
+        flags = flags << 8 | cursor.u8(what)
+        if flags & _MORE_FLAGS:
+            flags = flags << 16 | cursor.u16(what)
+    return flags
+
+
+_HTAB_ENTRY = 16  # bytes
+_HTAB_RUN = struct.Struct(">IHH")  # index, valid entries, invalid entries
+_HTAB_NONE = 0xFFFFFFFF
+
+
+def _spapr_htab(cursor: Cursor, start: bool) -> None:
+    what = "a spapr/htab section"
+    at = cursor.position
+    word = cursor.u32(what)
+    if start or word == _HTAB_NONE:
+        return
+    if word:
+        raise SnapshotError(f"{what} sets a table size where runs must follow", offset=at)
+    for _ in range(CHUNKS_MAX):
+        index, valid, invalid = _HTAB_RUN.unpack(cursor.take(_HTAB_RUN.size, what))
+        if index == valid == invalid == 0:
+            return
+        cursor.skip(valid * _HTAB_ENTRY, what)
+    raise _endless(what, cursor)
+
+
+_STORAGE_EOS, _STORAGE_MORE, _STORAGE_DONE = 1, 2, 8
+_STORAGE_FLAGS = 0xFFF
+
+
+def _storage_attributes(cursor: Cursor, start: bool) -> None:
+    what = "a storage attribute section"
+    for _ in range(CHUNKS_MAX):
+        at = cursor.position
+        flags = cursor.u64(what) & _STORAGE_FLAGS
+        if flags == _STORAGE_EOS:
+            return
+        if flags == _STORAGE_MORE:
+            cursor.skip(cursor.u64(what), what)
+        elif flags != _STORAGE_DONE:
+            raise SnapshotError(f"{what} has a word with flags {flags:#x}", offset=at)
+    raise _endless(what, cursor)
+
+
+def _endless(what: str, cursor: Cursor) -> SnapshotError:
+    return SnapshotError(f"{what} has more than {CHUNKS_MAX} parts", offset=cursor.position)
+
+
+_WALKERS: dict[tuple[str, int], Walker] = {
+    ("dirty-bitmap", 1): _dirty_bitmap,
+    ("spapr/htab", 1): _spapr_htab,
+    ("s390-storage_attributes", 0): _storage_attributes,
+}

@@ -1,0 +1,175 @@
+"""The migration stream, written and read.
+
+A stream is a sequence of elements (:mod:`~pyqmigrate.format.elements` has the grammar); RAM's
+jumps over each block's bitmap and pages (:mod:`~pyqmigrate.format.mapped_ram`).
+
+A writer puts ``encode_head(...).pieces`` into the file, then pages and bitmaps at the offsets of
+``Head.blocks``, then ``encode_tail(...)`` at ``Head.tail_offset``::
+
+    head = encode_head("pc-q35-10.0", [BlockSpec("pc.ram", 1 << 30)])
+    ...
+    tail = encode_tail()
+
+A reader calls :func:`parse`, which trusts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format import configuration
+from pyqmigrate.format.cursor import ByteSource
+from pyqmigrate.format.description import encode as encode_description
+from pyqmigrate.format.description import no_devices
+from pyqmigrate.format.elements import (
+    COMMAND,
+    COMMAND_SWITCHOVER_START,
+    FLAG_EOS,
+    FLAG_MEM_SIZE,
+    FOOTER_TYPE,
+    INSTANCE,
+    MAGIC,
+    PREAMBLE,
+    RAM_INSTANCE,
+    RAM_NAME,
+    RAM_VERSION,
+    SECTION_ID,
+    TYPE_CONFIGURATION,
+    TYPE_EOF,
+    VERSION,
+    WORD,
+    Section,
+    SectionKind,
+    Stream,
+)
+from pyqmigrate.format.mapped_ram import OFFSET_MAX, BlockLayout, BlockSpec, encode_entry
+from pyqmigrate.format.walk import parse
+
+__all__ = [
+    "MAGIC",
+    "ByteSource",
+    "Head",
+    "Piece",
+    "Section",
+    "SectionKind",
+    "Stream",
+    "encode_head",
+    "encode_tail",
+    "parse",
+]
+
+_RAM_ID = 1
+_RAM_EOS = WORD.pack(FLAG_EOS) + SECTION_ID.pack(FOOTER_TYPE, _RAM_ID)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes, and the absolute file offset at which they belong."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Head:
+    """The start of a stream, up to the last block's pages.
+
+    ``pieces`` are in ascending order; the first starts at the stream's offset with the magic.
+    ``tail_offset`` is where :func:`encode_tail`'s bytes go.
+    """
+
+    blocks: tuple[BlockLayout, ...]
+    pieces: tuple[Piece, ...]
+    tail_offset: int
+
+
+def encode_head(
+    machine: str,
+    specs: Sequence[BlockSpec],
+    *,
+    offset: int = 0,
+    target_page_bits: int | None = None,
+) -> Head:
+    """Lay out ``specs`` in this order, in a stream that starts at absolute ``offset`` bytes.
+
+    ``machine`` is the machine type; an empty one is accepted by any machine. Give
+    ``target_page_bits`` for the targets that expect it: ARM machines with 4 KiB pages want 12,
+    x86 refuses it (format document, 1.2 and 7).
+
+    Raises :class:`UsageError` when names repeat, page sizes differ or do not match
+    ``target_page_bits``, or something does not fit its field.
+    """
+    page_size = None
+    if target_page_bits is not None:
+        if not 10 <= target_page_bits <= 16:
+            raise UsageError(f"{target_page_bits} target page bits; 10 to 16 are possible")
+        page_size = 1 << target_page_bits
+    names = set()
+    for spec in specs:
+        if spec.name in names:
+            raise UsageError(f"block {spec.name!r} is given twice")
+        names.add(spec.name)
+        page_size = page_size or spec.page_size
+        if spec.page_size != page_size:
+            raise UsageError(
+                f"block {spec.name!r} has pages of {spec.page_size} bytes, others of {page_size}"
+            )
+    total = sum(spec.length for spec in specs)
+    if offset < 0 or total > OFFSET_MAX:
+        raise UsageError(f"a stream at {offset} with {total} bytes of RAM cannot be in a file")
+    settings = configuration.Configuration(
+        machine, (configuration.MAPPED_RAM,), target_page_bits
+    )
+    data = b"".join((
+        PREAMBLE.pack(MAGIC, VERSION, TYPE_CONFIGURATION),
+        configuration.encode(settings),
+        SECTION_ID.pack(SectionKind.START.value, _RAM_ID),
+        bytes([len(RAM_NAME)]) + RAM_NAME.encode(),
+        INSTANCE.pack(RAM_INSTANCE, RAM_VERSION),
+        WORD.pack(total | FLAG_MEM_SIZE),
+    ))
+    pieces, blocks = [], []
+    at = offset
+    for spec in specs:
+        entry, layout = encode_entry(spec, at + len(data))
+        pieces.append(Piece(at, data + entry))
+        blocks.append(layout)
+        at, data = layout.pages_end, b""
+    if data:
+        pieces.append(Piece(at, data))
+    return Head(tuple(blocks), tuple(pieces), at + len(data))
+
+
+def encode_tail(
+    *,
+    sections: bytes = b"",
+    description: bytes | None = None,
+    switchover_start: bool = False,
+    page_size: int = 4096,
+) -> bytes:
+    """The bytes that follow the last block's pages, to the end of the stream.
+
+    ``sections`` are device sections, verbatim and with their footers; ``description`` is the
+    JSON that tells their lengths. Without sections, a description of no devices is the default,
+    so that the file shows its completeness as QEMU's files do; ``page_size`` (bytes) goes into
+    it. With sections and no description, none is written: QEMU remarks on that and loads.
+    ``switchover_start`` adds the COMMAND that QEMU 10.0 and later write for machine types of
+    10.0 and later; older ones refuse it, and none needs it.
+    """
+    if description is None and not sections:
+        description = no_devices(page_size)
+    parts = [
+        _RAM_EOS,
+        SECTION_ID.pack(SectionKind.PART.value, _RAM_ID) + _RAM_EOS,
+        COMMAND.pack(SectionKind.COMMAND.value, COMMAND_SWITCHOVER_START, 0)
+        if switchover_start
+        else b"",
+        SECTION_ID.pack(SectionKind.END.value, _RAM_ID) + _RAM_EOS,
+        sections,
+        bytes([TYPE_EOF]),
+    ]
+    if description is not None:
+        parts.append(encode_description(description))
+    return b"".join(parts)

@@ -1,0 +1,360 @@
+"""Walking a stream that nobody vouches for, from its magic to its end.
+
+The walk reads elements one after another. It is bounded by the file's size and by limits of its
+own in time and memory, goes only forward, and does not recurse on what it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pyqmigrate.errors import NotSupported, SnapshotError
+from pyqmigrate.format import configuration, description, live_sections, mapped_ram
+from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
+from pyqmigrate.format.cursor import ByteSource, Cursor
+from pyqmigrate.format.elements import (
+    COMMAND,
+    COMMAND_NAMES,
+    COMMAND_PACKAGED,
+    FLAG_EOS,
+    FLAG_MEM_SIZE,
+    FOOTER_TYPE,
+    INSTANCE,
+    MAGIC,
+    PREAMBLE,
+    RAM_INSTANCE,
+    RAM_NAME,
+    RAM_VERSION,
+    SECTION_ID,
+    TYPE_CONFIGURATION,
+    TYPE_EOF,
+    VERSION,
+    Section,
+    SectionKind,
+    Stream,
+)
+from pyqmigrate.format.mapped_ram import OFFSET_MAX, BlockLayout
+
+__all__ = ["SECTIONS_MAX", "parse"]
+
+SECTIONS_MAX = 1 << 20  # elements in one stream; a day of a throttled live save has fewer
+
+_SEARCH_MAX = 256 << 20  # bytes that all searches for lost footers may read together
+_CANDIDATE_COST = 1024  # what a footer that turned out wrong takes from that, in bytes
+_CHUNK = 1 << 20
+_FLAGS = min(mapped_ram.PAGE_SIZES) - 1  # the flag bits of a RAM word, whatever the page size
+_KINDS = {kind.value: kind for kind in SectionKind}
+
+_UNFINISHED = (
+    "no RAM END section: the save did not finish, or it was a background snapshot,"
+    " whose bitmaps are never written"
+)
+
+
+def parse(source: ByteSource, offset: int = 0) -> Stream:
+    """Parse and check the mapped-ram stream that starts at absolute ``offset`` (bytes).
+
+    Every length, offset, count and page size is checked before it is used: against the file's
+    size, against its limits, and against each other, down to overlaps of any two regions.
+    Memory is O(blocks + sections), plus the description; only framing is read, never pages or
+    bitmaps. What device sections mean is not looked at.
+
+    Raises :class:`SnapshotError` when the stream is malformed, cut short or unfinished, and
+    :class:`NotSupported` when it is a stream of another kind: sequential RAM, an unknown
+    configuration. The source's own errors pass through.
+    """
+    return _Walk(source, offset).stream()
+
+
+class _Walk:
+    """The state of one walk; :meth:`stream` runs it."""
+
+    def __init__(self, source: ByteSource, offset: int) -> None:
+        self._source = source
+        self._offset = offset
+        self._cursor = Cursor(source, offset)
+        self._sections: list[Section] = []
+        self._live: dict[int, Section] = {}  # START sections without their END, by section id
+        self._blocks: tuple[BlockLayout, ...] = ()
+        self._total = 0
+        self._ram_start: Section | None = None
+        self._ram_end: int | None = None
+        self._search_left = _SEARCH_MAX
+
+    def stream(self) -> Stream:
+        self._read_preamble()
+        self._configuration = configuration.read(self._cursor)
+        if MAPPED_RAM not in self._configuration.capabilities:
+            raise NotSupported(
+                "a classic sequential stream, without mapped-ram: its RAM is not at fixed offsets"
+            )
+        self._described = description.locate(self._source)
+        self._lengths = description.body_lengths(self._described.value) if self._described else {}
+        self._device_names = {name for name, _ in self._lengths}
+        opaque = not self._walk_elements()
+        walked = self._cursor.position
+        if self._ram_end is None:
+            raise SnapshotError(_UNFINISHED, offset=walked)
+        if not opaque:
+            self._read_description()
+        described = self._described
+        self._check_overlaps(walked)
+        return Stream(
+            machine=self._configuration.machine,
+            capabilities=self._configuration.capabilities,
+            target_page_bits=self._configuration.target_page_bits,
+            uuid=self._configuration.uuid,
+            total_ram=self._total,
+            blocks=self._blocks,
+            sections=tuple(self._sections),
+            description=described.value if described else None,
+            description_offset=described.offset if described else None,
+            ram_end=self._ram_end,
+            end=described.end if described else self._cursor.size if opaque else walked,
+            complete=not opaque or described is not None,
+            opaque_tail=opaque,
+        )
+
+    def _read_preamble(self) -> None:
+        if self._offset < 0 or self._offset > self._cursor.size:
+            raise SnapshotError("the stream starts past the end of the file", offset=self._offset)
+        data = self._cursor.take(PREAMBLE.size, "the first bytes of the stream")
+        magic, version, kind = PREAMBLE.unpack(data)
+        if magic == bytes(len(MAGIC)):
+            raise SnapshotError(
+                "the magic is zero: the save did not finish", offset=self._offset, field="magic"
+            )
+        if magic != MAGIC:
+            raise SnapshotError(
+                f"not a migration stream: it starts with {magic!r}, not {MAGIC!r}",
+                offset=self._offset,
+                field="magic",
+            )
+        if version != VERSION:
+            raise SnapshotError(
+                f"stream version {version}, where only {VERSION} is known",
+                offset=self._offset + 4,
+                field="version",
+            )
+        if kind != TYPE_CONFIGURATION:
+            raise SnapshotError(
+                f"element {kind:#04x} where the configuration must be", offset=self._offset + 8
+            )
+
+    def _walk_elements(self) -> bool:
+        """Read elements up to the end of the stream; False when the device state is opaque."""
+        cursor = self._cursor
+        while True:
+            at = cursor.position
+            if at >= cursor.size:
+                what = "the end-of-stream byte is missing: the file was cut short"
+                raise SnapshotError(_UNFINISHED if self._ram_end is None else what, offset=at)
+            kind = cursor.u8("an element")
+            if kind == TYPE_EOF:
+                return True
+            if kind not in _KINDS:
+                raise SnapshotError(f"there is no element of type {kind:#04x}", offset=at)
+            if len(self._sections) == SECTIONS_MAX:
+                raise SnapshotError(f"more than {SECTIONS_MAX} elements", offset=at)
+            if _KINDS[kind] is SectionKind.COMMAND:
+                self._sections.append(self._read_command(at))
+                continue
+            section = self._read_section(_KINDS[kind], at)
+            if section is None:
+                cursor.position = at
+                return False
+            self._sections.append(section)
+
+    def _read_command(self, at: int) -> Section:
+        self._cursor.position = at
+        _, number, length = COMMAND.unpack(self._cursor.take(COMMAND.size, "a command"))
+        if number == COMMAND_PACKAGED:
+            raise NotSupported(f"a packaged stream inside the stream (file offset {at:#x})")
+        body = self._cursor.position
+        self._cursor.skip(length, "a command")
+        name = COMMAND_NAMES.get(number, f"command {number}")
+        return Section(
+            SectionKind.COMMAND, None, name, 0, 0, at, COMMAND.size + length, body, length
+        )
+
+    def _read_section(self, kind: SectionKind, at: int) -> Section | None:
+        """Read a section after its type byte; None when it cannot be stepped over."""
+        cursor = self._cursor
+        what = f"a {kind.name} section"
+        section_id = cursor.u32(what)
+        if kind in (SectionKind.START, SectionKind.FULL):
+            name = cursor.text(what)
+            instance, version = INSTANCE.unpack(cursor.take(INSTANCE.size, what))
+            if kind is SectionKind.START and section_id in self._live:
+                raise SnapshotError(f"section id {section_id} is started twice", offset=at)
+        else:
+            start = self._live.get(section_id)
+            if start is None:
+                raise SnapshotError(
+                    f"{what} has id {section_id}, which no START has", offset=at, field="section id"
+                )
+            name, instance, version = start.name, start.instance_id, start.version_id
+        body = cursor.position
+        walk = live_sections.walker(name, version)
+        if kind is not SectionKind.FULL and name == RAM_NAME:
+            self._read_ram(kind, instance, version, at)
+        elif kind is not SectionKind.FULL and walk is not None:
+            walk(cursor, kind is SectionKind.START)
+        elif not self._step_over(kind, section_id, name, instance):
+            if self._ram_end is not None:
+                return None
+            raise SnapshotError(
+                f"section {name!r} cannot be stepped over, and RAM END was not seen before it:"
+                " the save did not finish, or this device is not known here",
+                offset=at,
+            )
+        end = cursor.position
+        if cursor.take(SECTION_ID.size, "a footer") != SECTION_ID.pack(FOOTER_TYPE, section_id):
+            raise SnapshotError(f"section {name!r} has no footer", offset=end, field="footer")
+        section = Section(
+            kind, section_id, name, instance, version, at, cursor.position - at, body, end - body
+        )
+        self._note(section)
+        return section
+
+    def _note(self, section: Section) -> None:
+        if section.section_id is None or section.kind is SectionKind.FULL:
+            return
+        if section.kind is SectionKind.START:
+            self._live[section.section_id] = section
+            if section.name == RAM_NAME:
+                self._ram_start = section
+        elif section.kind is SectionKind.END:
+            del self._live[section.section_id]
+            if section.name == RAM_NAME:
+                self._ram_end = section.offset
+
+    def _read_ram(self, kind: SectionKind, instance: int, version: int, at: int) -> None:
+        if (instance, version) != (RAM_INSTANCE, RAM_VERSION):
+            raise SnapshotError(
+                f"RAM section with instance {instance} and version {version};"
+                f" only {RAM_INSTANCE} and {RAM_VERSION} are known",
+                offset=at,
+                field="version",
+            )
+        if kind is SectionKind.START:
+            self._read_ram_start(at)
+        at = self._cursor.position
+        word = self._cursor.u64("a RAM section")
+        if word != FLAG_EOS:
+            raise SnapshotError(
+                f"a RAM section has the word {word:#x} where mapped-ram has only its end mark",
+                offset=at,
+            )
+
+    def _read_ram_start(self, at: int) -> None:
+        if self._ram_start is not None:
+            raise SnapshotError("RAM is started twice", offset=at)
+        at = self._cursor.position
+        word = self._cursor.u64("the size of RAM")
+        self._total = word - FLAG_MEM_SIZE
+        if word & _FLAGS != FLAG_MEM_SIZE or self._total > OFFSET_MAX:
+            raise SnapshotError(
+                f"RAM starts with the word {word:#x}, which is no size", offset=at, field="total"
+            )
+        bits = self._configuration.target_page_bits
+        # Only small shifts make a page size; others are refused with the first block.
+        page_size = None if bits is None else 1 << bits if bits < 64 else 0
+        self._blocks = mapped_ram.read_entries(
+            self._cursor,
+            self._total,
+            ignore_shared=IGNORE_SHARED in self._configuration.capabilities,
+            page_size=page_size,
+        )
+
+    def _step_over(self, kind: SectionKind, section_id: int, name: str, instance: int) -> bool:
+        """Move over a body that is not understood to its footer; False where that fails."""
+        cursor = self._cursor
+        body = cursor.position
+        footer = SECTION_ID.pack(FOOTER_TYPE, section_id)
+        length = self._lengths.get((name, instance)) if kind is SectionKind.FULL else None
+        if length is not None and length <= cursor.size - body:
+            cursor.position = body + length
+            if cursor.peek(len(footer)) == footer:
+                return True
+        if self._described is None and self._ram_end is not None:
+            return False
+        for candidate in self._find(footer, body):
+            if self._can_start_element(candidate + len(footer)):
+                cursor.position = candidate
+                return True
+        return False
+
+    def _find(self, mark: bytes, start: int) -> Iterator[int]:
+        """Offsets from ``start`` at which ``mark`` stands, while the budget for searches lasts."""
+        limit = self._described.offset if self._described else self._cursor.size
+        while start < limit and self._search_left > 0:
+            chunk = self._source.read_at(start, min(_CHUNK + len(mark) - 1, limit - start))
+            self._search_left -= len(chunk)
+            hit = chunk.find(mark)
+            while hit >= 0 and self._search_left > 0:
+                self._search_left -= _CANDIDATE_COST
+                yield start + hit
+                hit = chunk.find(mark, hit + 1)
+            start += _CHUNK
+
+    def _can_start_element(self, at: int) -> bool:
+        """Whether what stands at ``at`` looks like the next element, judged by its first bytes."""
+        self._cursor.position = at
+        data = self._cursor.peek(SECTION_ID.size + 1 + 255)
+        if not data:
+            return False
+        if data[0] == TYPE_EOF:
+            return self._described is None or at + 1 == self._described.offset
+        if len(data) < SECTION_ID.size or data[0] not in _KINDS:
+            return False
+        kind = _KINDS[data[0]]
+        if kind is SectionKind.COMMAND:
+            return COMMAND.unpack(data[: COMMAND.size])[1] in COMMAND_NAMES
+        if kind in (SectionKind.PART, SectionKind.END):
+            return SECTION_ID.unpack(data[: SECTION_ID.size])[1] in self._live
+        counted = data[SECTION_ID.size :]
+        name = counted[1 : 1 + counted[0]].decode("utf-8", "replace") if counted else ""
+        if kind is SectionKind.FULL and self._described is not None:
+            return name in self._device_names
+        return name != "" and name.isprintable() and "\ufffd" not in name
+
+    def _read_description(self) -> None:
+        at = self._cursor.position
+        if self._described is None:
+            self._described = description.read(self._cursor)
+        elif self._described.offset != at:
+            raise SnapshotError(
+                "the stream ends here, but its description is at"
+                f" {self._described.offset:#x}: the elements between were lost",
+                offset=at,
+            )
+
+    def _check_overlaps(self, walked: int) -> None:
+        """No two of these may share a byte: the stream's own bytes, bitmaps, pages."""
+        regions: list[tuple[int, int, str, str | None]] = [
+            (0, self._offset, "what stands before the stream", None)
+        ]
+        start = self._offset
+        for block in self._blocks:
+            if block.external:
+                continue
+            bitmap_end = block.bitmap_offset + (block.num_pages + 7) // 8
+            regions += [
+                (start, block.header_end, "the stream", None),
+                (block.bitmap_offset, bitmap_end, f"the bitmap of {block.name!r}", block.name),
+                (block.pages_offset, block.pages_end, f"the pages of {block.name!r}", block.name),
+            ]
+            start = block.pages_end
+        regions.append((start, walked, "the stream", None))
+        if self._described:
+            regions.append((self._described.offset, self._described.end, "the description", None))
+        reach, holder = 0, ""
+        holder_block: str | None = None
+        for begin, end, what, block_name in sorted(regions, key=lambda region: region[:2]):
+            if begin < end and begin < reach:
+                raise SnapshotError(
+                    f"{what} and {holder} overlap", offset=begin, block=block_name or holder_block
+                )
+            if end > reach:
+                reach, holder, holder_block = end, what, block_name

@@ -1,0 +1,1 @@
+"""Memories, targets and the channels between them. Knows no QMP."""

@@ -1,0 +1,163 @@
+"""The bitmap of one block: a bit a page, in memory that costs only where bits are set.
+
+In the file a bitmap is the writer's array of 64-bit words as it stood in memory, so its byte order
+is the writing *host's* (format document, 2.3); nothing in the file records it.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import sys
+from array import array
+from typing import Any, Protocol
+
+from pyqmigrate import _core
+from pyqmigrate.errors import SnapshotError
+from pyqmigrate.format.mapped_ram import BlockLayout
+
+__all__ = ["Bitmap"]
+
+_PIECE = 1 << 20  # bytes handled at a time; a multiple of 8
+_HOLE = 4096  # bytes: shorter stretches of zeros are not worth leaving out
+
+
+class _Readable(Protocol):
+    @property
+    def fd(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def read_at(self, offset: int, length: int) -> bytes: ...
+
+
+class _Writable(Protocol):
+    def write_at(self, offset: int, data: bytes | memoryview) -> None: ...
+
+
+class Bitmap:
+    """``npages`` bits, all clear at first. ``core`` is the ``uint64_t *`` that the core works on.
+
+    Its memory is anonymous and comes into being when bits are set: that of a 1 TiB block which
+    is mostly empty costs a few pages.
+    """
+
+    def __init__(self, npages: int) -> None:
+        self.npages = npages
+        self.nbytes = (npages + 63) // 64 * 8
+        self._memory = mmap.mmap(-1, max(self.nbytes, mmap.PAGESIZE))
+        self._buffer = _core.ffi.from_buffer("unsigned char[]", self._memory)
+        self.core: Any = _core.ffi.cast("uint64_t *", self._buffer)
+
+    def __getitem__(self, page: int) -> bool:
+        return bool(self.core[page // 64] >> page % 64 & 1)
+
+    def count(self, npages: int | None = None) -> int:
+        """How many of the first ``npages`` bits (default: all) are set."""
+        return self._count(self.npages if npages is None else npages)[0]
+
+    def last(self) -> int:
+        """The highest page whose bit is set, or -1."""
+        return self._count(self.npages)[1]
+
+    def _count(self, npages: int) -> tuple[int, int]:
+        last = _core.ffi.new("int64_t *")
+        return int(_core.lib.qm_count(self.core, npages, last)), int(last[0])
+
+    def runs(self, first: int = 0, end: int | None = None) -> list[tuple[int, int, bool]]:
+        """``(from, to, set)`` for the stretches of equal bits in ``[first, end)``."""
+        end = self.npages if end is None else end
+        found: list[tuple[int, int, bool]] = []
+        start = first
+        for page in range(first, end + 1):
+            if page == end or self[page] != self[start]:
+                if page > start:
+                    found.append((start, page, self[start]))
+                start = page
+        return found
+
+    def write_to(self, target: _Writable, offset: int, *, everything: bool) -> None:
+        """Write the words at ``offset``; stretches of zeros only when ``everything`` is asked."""
+        with memoryview(self._memory) as view:
+            if everything:
+                for at in range(0, self.nbytes, _PIECE):
+                    target.write_at(offset + at, view[at : min(at + _PIECE, self.nbytes)])
+                return
+            for at in range(0, self.nbytes, _HOLE):
+                piece = view[at : min(at + _HOLE, self.nbytes)]
+                if not _core.lib.qm_is_zero(_core.ffi.from_buffer(piece), len(piece)):
+                    target.write_at(offset + at, piece)
+
+    @classmethod
+    def read_from(cls, source: _Readable, layout: BlockLayout, byteorder: str) -> Bitmap:
+        """The bitmap of a block, its bits checked against the block and the file's size.
+
+        Holes are skipped, so that what is allocated is bounded by what the file really holds.
+        Raises SnapshotError for bits past the end of the block, for pages past the end of the
+        file, and for a bitmap that the file cuts off.
+        """
+        bitmap = cls(layout.num_pages)
+        if layout.external:
+            return bitmap
+        end = layout.bitmap_offset + bitmap.nbytes
+        at = layout.bitmap_offset
+        while at < end:
+            at = _next_data(source.fd, at, end)
+            length = min(_PIECE, end - at)
+            if length <= 0:
+                break
+            data = source.read_at(at, length)
+            start = at - layout.bitmap_offset
+            bitmap._memory[start : start + len(data)] = data
+            if len(data) < length:
+                if (start + len(data)) * 8 < layout.num_pages:
+                    bitmap.close()
+                    raise SnapshotError(
+                        "the file ends within the bitmap",
+                        offset=at + len(data), block=layout.name, field="bitmap",
+                    )
+                break
+            at += length
+        if byteorder != sys.byteorder:
+            bitmap._swap()
+        try:
+            bitmap._check(layout, source.size)
+        except SnapshotError:
+            bitmap.close()
+            raise
+        return bitmap
+
+    def _swap(self) -> None:
+        for at in range(0, self.nbytes, _PIECE):
+            words = array("Q", self._memory[at : min(at + _PIECE, self.nbytes)])
+            words.byteswap()
+            self._memory[at : at + len(words) * 8] = words.tobytes()
+
+    def _check(self, layout: BlockLayout, size: int) -> None:
+        word = self.nbytes // 8 - 1
+        if self.core[word] >> (self.npages - word * 64):
+            raise SnapshotError(
+                f"bits are set past page {self.npages}, the end of the block",
+                offset=layout.bitmap_offset + word * 8, block=layout.name, field="bitmap",
+            )
+        last = self.last()
+        if last >= 0 and layout.pages_offset + (last + 1) * layout.page_size > size:
+            raise SnapshotError(
+                f"page {last} is marked as present, but the file ends at {size:#x}: truncated",
+                offset=layout.pages_offset + last * layout.page_size,
+                block=layout.name, field="pages",
+            )
+
+    def close(self) -> None:
+        """Give the memory back. May be repeated."""
+        if not self._memory.closed:
+            _core.ffi.release(self._buffer)
+            self._memory.close()
+
+
+def _next_data(fd: int, at: int, end: int) -> int:
+    try:
+        return min(max(os.lseek(fd, at, os.SEEK_DATA), at), end)
+    except OSError as error:
+        # ENXIO: only a hole is left, and zeros are there already. Anything else: no such notion.
+        return end if error.errno == errno.ENXIO else at

@@ -1,0 +1,190 @@
+"""Where the bytes of a RAM block live: a buffer, or a file or memfd.
+
+A *buffer* is anything that exports a C-contiguous buffer (``mmap``, ``bytearray``, a numpy array,
+shared memory; writable for a load). A *file* is given as :class:`FileMemory`; its holes are found
+with SEEK_DATA, are not scanned and stay holes.
+
+:func:`attach` turns either into what the core works on, and :meth:`Attached.close` lets go of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+from pyqmigrate import _core
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format.mapped_ram import BlockSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Attached", "FileMemory", "Memory", "RamBlock", "attach"]
+
+# Where a file system hands out pieces larger than this (hugetlbfs), reading a hole through a
+# mapping would allocate a huge page, and SEEK_DATA calls every hole data.
+_LARGEST_MAPPED_PIECE = 65536
+
+
+@dataclass(frozen=True)
+class FileMemory:
+    """Guest memory that is a file or a memfd.
+
+    ``fd`` is borrowed and may be closed once the job has started; ``offset`` and ``length`` are
+    bytes, ``length`` None reaching to the end of the file. For a load it must be writable.
+    """
+
+    fd: int
+    offset: int = 0
+    length: int | None = None
+
+
+Memory: TypeAlias = Union["Buffer", FileMemory]
+
+
+@dataclass(frozen=True)
+class RamBlock:
+    """A named block of guest memory, its length a whole number of pages.
+
+    ``page_size`` is the guest's target page size in bytes (4096 on x86; a power of two from 1 KiB
+    to 64 KiB).
+    """
+
+    name: str
+    memory: Memory
+    page_size: int = 4096
+
+
+class Attached:
+    """Memory held ready for the core: ``core`` is its ``struct qm_memory *``.
+
+    ``length`` is in bytes; ``extent_bytes`` an upper bound of what can hold data. ``unaligned``
+    tells that direct I/O has to go through bounce buffers.
+    """
+
+    def __init__(self, name: str, memory: Memory, *, writable: bool) -> None:
+        self.name = name
+        self._mapping: mmap.mmap | None = None
+        self._buffer: Any = None
+        self._fd = -1
+        self.core = _core.ffi.new("struct qm_memory *")
+        self.core.fd = -1
+        try:
+            if isinstance(memory, FileMemory):
+                self._attach_file(memory, writable)
+            else:
+                self._attach_buffer(memory, writable)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach_buffer(self, memory: Buffer, writable: bool) -> None:
+        try:
+            self._buffer = _core.ffi.from_buffer("unsigned char[]", memory, writable)
+        except (TypeError, ValueError, BufferError) as error:
+            kind = "writable, C-contiguous" if writable else "C-contiguous"
+            raise UsageError(
+                f"memory of block {self.name!r} must be a {kind} buffer or a FileMemory: {error}"
+            ) from None
+        self.length = self.extent_bytes = len(self._buffer)
+        self.core.base = self._buffer
+
+    def _attach_file(self, memory: FileMemory, writable: bool) -> None:
+        try:
+            self._open_own(memory.fd, writable)
+            info = os.fstat(self._fd)
+            size = os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise UsageError(
+                f"descriptor {memory.fd} of block {self.name!r} cannot be used as memory: "
+                f"{error.strerror}"
+            ) from error
+        if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
+            raise UsageError(
+                f"descriptor {memory.fd} of block {self.name!r} is neither a file nor a memfd"
+            )
+        length = size - memory.offset if memory.length is None else memory.length
+        if memory.offset < 0 or length < 0 or memory.offset + length > size:
+            raise UsageError(
+                f"memory of block {self.name!r} reaches from byte {memory.offset} to "
+                f"{memory.offset + length} of a file of {size} bytes; give it its full size first"
+            )
+        self.length = length
+        self.extent_bytes = min(length, info.st_blocks * 512)
+        self.core.fd = self._fd
+        self.core.fd_offset = memory.offset
+        if length and (writable or self._may_be_mapped(memory.offset)):
+            self._map(memory.offset, length, writable)
+
+    def _open_own(self, fd: int, writable: bool) -> None:
+        # SEEK_DATA moves the position of the description, which is the caller's: take our own.
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        try:
+            self._fd = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+        except OSError:
+            self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            mode = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE
+            if mode not in (os.O_RDWR, flags):
+                raise OSError(errno.EBADF, "it is not open for that") from None
+
+    def _may_be_mapped(self, offset: int) -> bool:
+        """Whether reading through a mapping can neither fail later nor fill holes."""
+        try:
+            seals = fcntl.fcntl(self._fd, fcntl.F_GET_SEALS)
+        except OSError:
+            return False
+        if not seals & fcntl.F_SEAL_SHRINK:
+            return False
+        if os.fstatvfs(self._fd).f_bsize > _LARGEST_MAPPED_PIECE:
+            return False
+        try:
+            os.lseek(self._fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            return error.errno == errno.ENXIO
+        return True
+
+    def _map(self, offset: int, length: int, writable: bool) -> None:
+        start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        try:
+            self._mapping = mmap.mmap(
+                self._fd, offset - start + length, mmap.MAP_SHARED, protection, offset=start
+            )
+        except (OSError, ValueError, OverflowError):
+            return  # the descriptor alone does as well, with a copy more
+        self._buffer = _core.ffi.from_buffer("unsigned char[]", self._mapping, writable)
+        self.core.base = self._buffer + (offset - start)
+
+    def unaligned(self, mem_align: int) -> bool:
+        """Whether the memory has an address that a descriptor demanding ``mem_align`` refuses."""
+        base = int(_core.ffi.cast("uintptr_t", self.core.base))
+        return base % mem_align != 0
+
+    def close(self) -> None:
+        """Let go of buffer, mapping and descriptor. May be repeated."""
+        self.core.base = _core.ffi.NULL
+        if self._buffer is not None:
+            _core.ffi.release(self._buffer)
+            self._buffer = None
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = self.core.fd = -1
+
+
+def attach(block: RamBlock, *, writable: bool) -> Attached:
+    """Hold the memory of a block ready. UsageError when it is not whole pages, or unusable."""
+    attached = Attached(block.name, block.memory, writable=writable)
+    try:
+        BlockSpec(block.name, attached.length, block.page_size)
+    except BaseException:
+        attached.close()
+        raise
+    return attached

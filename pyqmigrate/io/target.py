@@ -1,0 +1,496 @@
+"""The file that a save writes, or a load reads: which descriptors, and when it gets its name.
+
+With direct I/O there are two descriptors with open file descriptions of their own: a buffered one
+for everything small, and one with ``O_DIRECT`` for pages. A path is opened and closed here;
+descriptors that are handed in are borrowed.
+
+A new file is published in one of two ways:
+
+- a path without an offset is written as an unnamed file in the same directory, made durable,
+  then linked and renamed over the name: whoever opens the name finds the old file or a whole new
+  one, and a process that is killed leaves nothing;
+- with an offset, with descriptors, or when an existing file is overwritten (``reuse``), the four
+  bytes of the magic are zero until everything else is durable, and are written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pyqmigrate import _core
+from pyqmigrate.errors import DirectIORefused, NoSpace, TargetError, UsageError
+from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGES_ALIGNMENT
+from pyqmigrate.format.uri import parse_file_uri
+
+__all__ = [
+    "Descriptors",
+    "Direct",
+    "DirectIO",
+    "InputTarget",
+    "OutputTarget",
+    "Target",
+    "core_file",
+    "stream_offset",
+]
+
+_MODE = 0o600
+_FALLBACK_ALIGN = 4096
+_LARGEST_ALIGN = 65536
+
+
+class DirectIO(enum.StrEnum):
+    """Whether pages bypass the page cache.
+
+    ``on``: yes, or :class:`~pyqmigrate.errors.DirectIORefused`. ``off``: no. ``auto``: where the
+    file system tells an alignment and a real aligned write works.
+    """
+
+    ON = "on"
+    OFF = "off"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """Open descriptors instead of a path; they stay the caller's and are never closed here.
+
+    ``buffered`` is without ``O_DIRECT``, ``direct`` (None: no direct I/O) a second ``open()`` of
+    the same file with it. The stream starts at ``offset`` bytes; where the descriptors stand does
+    not matter and is not changed.
+    """
+
+    buffered: int
+    direct: int | None = None
+    offset: int = 0
+
+
+Target: TypeAlias = str | os.PathLike[str] | Descriptors
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A descriptor with O_DIRECT, what it demands (bytes), and what was found out."""
+
+    fd: int
+    mem_align: int
+    off_align: int
+    reason: str
+
+
+def _split(target: Target) -> tuple[str, int]:
+    """``(path, offset)``; for descriptors a path that names them in messages."""
+    if isinstance(target, Descriptors):
+        path, offset = f"<descriptor {target.buffered}>", target.offset
+    elif isinstance(target, str) and target.startswith("file:"):
+        path, offset = parse_file_uri(target)
+    else:
+        try:
+            path, offset = os.fsdecode(target), 0
+        except TypeError:
+            raise UsageError(
+                f"a target is a path, a file: URI or Descriptors, not {type(target).__name__}"
+            ) from None
+    if not 0 <= offset <= OFFSET_MAX:
+        raise UsageError(f"offset {offset} is not a file position")
+    if not path:
+        raise UsageError("the path of the target is empty")
+    return path, offset
+
+
+def _refused(error: OSError, what: str, name: str, position: int | None = None) -> TargetError:
+    number = error.errno or errno.EIO
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(what, name, errno=number, position=position)
+    return TargetError(number, what, name, position=position)
+
+
+def _check_borrowed(given: Descriptors, *, writing: bool) -> None:
+    """UsageError unless the descriptors are what a save (or load) can work with."""
+    verb, wanted = ("write", "O_WRONLY") if writing else ("read", "O_RDONLY")
+    useless = os.O_RDONLY if writing else os.O_WRONLY
+    infos = []
+    for fd, direct in ((given.buffered, False), (given.direct, True)):
+        if fd is None:
+            continue
+        try:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            info = os.fstat(fd)
+        except OSError as error:
+            raise UsageError(f"descriptor {fd}: {error.strerror}") from None
+        if not stat.S_ISREG(info.st_mode):
+            raise UsageError(f"descriptor {fd} is not a regular file; snapshots need one")
+        if flags & os.O_ACCMODE == useless:
+            raise UsageError(f"descriptor {fd} cannot {verb}; open it with {wanted}")
+        if bool(flags & os.O_DIRECT) != direct:
+            has = "has" if flags & os.O_DIRECT else "lacks"
+            raise UsageError(
+                f"descriptor {fd} {has} O_DIRECT; pass two separate open()s of the file, "
+                "buffered without it and direct with it (a dup() shares its flags)"
+            )
+        if writing and flags & os.O_APPEND:
+            raise UsageError(f"descriptor {fd} has O_APPEND, which ignores file positions")
+        infos.append((info.st_dev, info.st_ino))
+    if len(set(infos)) > 1:
+        raise UsageError(
+            f"descriptors {given.buffered} and {given.direct} are different files; "
+            "open the same one twice"
+        )
+
+
+def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
+    """What direct I/O on this file demands, or why it is not to be had."""
+    mem, off = _core.ffi.new("uint32_t *"), _core.ffi.new("uint32_t *")
+    rc = _core.lib.qm_direct_align(fd, mem, off)
+    if rc == 0:
+        # Writing part of a file system's block costs it a read, or a wait for all other writers.
+        block = os.fstat(fd).st_blksize
+        if block > _LARGEST_ALIGN or block & (block - 1):
+            block = _FALLBACK_ALIGN
+        return int(mem[0]), max(int(off[0]), block)
+    if setting is DirectIO.ON:
+        return _FALLBACK_ALIGN, _FALLBACK_ALIGN
+    if rc == -errno.ENOSYS:
+        return "the kernel reports no alignment for direct I/O"
+    return "the file system reports no alignment for direct I/O"
+
+
+def _find_direct(
+    fd: int, given: int | None, setting: DirectIO, name: str, *, write_at: int | None
+) -> tuple[Direct | None, str]:
+    """Open (or take) the direct descriptor and try it. ``write_at``: where a unit may be written.
+
+    Returns it, or None and why not; raises DirectIORefused where it is demanded.
+    """
+    if setting is DirectIO.OFF:
+        return None, "switched off"
+    alignment = _alignment(fd, setting)
+    if isinstance(alignment, str):
+        return None, alignment
+    mem_align, off_align = alignment
+    flags = (os.O_WRONLY if write_at is not None else os.O_RDONLY) | os.O_DIRECT | os.O_CLOEXEC
+    what, direct = "open with O_DIRECT", -1
+    try:
+        direct = os.open(f"/proc/self/fd/{fd}", flags) if given is None else given
+        what = "aligned direct write" if write_at is not None else "aligned direct read"
+        with mmap.mmap(-1, _LARGEST_ALIGN) as unit, memoryview(unit)[:off_align] as view:
+            if write_at is None:
+                os.preadv(direct, [view], 0)
+            else:
+                at = -(-write_at // off_align) * off_align
+                if os.pwritev(direct, [view], at) != off_align:
+                    raise OSError(errno.EIO, "short write")
+    except OSError as error:
+        if given is None and direct >= 0:
+            os.close(direct)
+        if setting is DirectIO.ON:
+            raise DirectIORefused(
+                error.errno or errno.EINVAL, f"direct I/O is not possible here ({what})", name
+            ) from error
+        return None, f"{what} failed: {error.strerror}"
+    reason = f"works here: addresses aligned to {mem_align}, positions to {off_align} bytes"
+    return Direct(direct, mem_align, off_align, reason), reason
+
+
+def core_file(fd: int, direct: Direct | None) -> Any:
+    """The two descriptors as the core's ``struct qm_file *``; ``fd`` -1: nothing is written."""
+    file = _core.ffi.new("struct qm_file *")
+    file.fd = fd
+    file.fd_direct = direct.fd if direct else -1
+    file.mem_align = direct.mem_align if direct else 1
+    file.off_align = direct.off_align if direct else 1
+    return file
+
+
+def stream_offset(target: Target) -> int:
+    """Where in its file the stream of a target starts, bytes."""
+    return _split(target)[1]
+
+
+class OutputTarget:
+    """A file being written. Use :meth:`open`, then exactly one of publish and abort.
+
+    ``fd`` is buffered; ``direct`` is None without direct I/O, and ``direct_io_reason`` says why
+    or what it demands. ``offset`` is where the stream starts.
+    """
+
+    def __init__(self, target: Target, *, reuse: bool) -> None:
+        self.name, self.offset = _split(target)
+        self.reuse = reuse
+        self.fd = -1
+        self.direct: Direct | None = None
+        self.direct_io_reason = ""
+        self._borrowed = isinstance(target, Descriptors)
+        self._given_direct = target.direct if isinstance(target, Descriptors) else None
+        self._dir_fd = -1
+        self._final = ""
+        self._temporary: str | None = None
+        self._target = target
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the bytes go where readers may already look: the magic is written last."""
+        return not self._final
+
+    @classmethod
+    def open(cls, target: Target, direct_io: DirectIO, *, reuse: bool = False) -> OutputTarget:
+        """Open the target and find out about direct I/O.
+
+        From here on an existing file that is written in place is no snapshot any more. Raises
+        UsageError for descriptors that do not fit, TargetError when the system refuses.
+        """
+        self = cls(target, reuse=reuse)
+        try:
+            self._open()
+            self._open_direct(direct_io)
+        except BaseException:
+            self.abort()
+            raise
+        return self
+
+    def _open(self) -> None:
+        if isinstance(self._target, Descriptors):
+            _check_borrowed(self._target, writing=True)
+            self.fd = self._target.buffered
+            self._invalidate()
+            return
+        if self.offset or self.reuse:
+            with self._refusing("cannot open for writing"):
+                self.fd = os.open(self.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
+            self._refuse_special(os.fstat(self.fd).st_mode)
+            self._invalidate()
+            return
+        final = Path(os.path.realpath(self.name))
+        with self._refusing("cannot replace"):
+            with contextlib.suppress(FileNotFoundError):
+                self._refuse_special(final.stat().st_mode)
+            self._dir_fd = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._final = final.name
+        self._open_temporary()
+
+    def _refuse_special(self, mode: int) -> None:
+        if stat.S_ISDIR(mode):
+            raise TargetError(errno.EISDIR, "cannot write a snapshot", self.name)
+        if not stat.S_ISREG(mode):
+            raise UsageError(f"{self.name!r} is not a regular file; snapshots need one")
+
+    def _open_temporary(self) -> None:
+        with self._refusing("cannot create a file in the directory of"):
+            if Path("/proc/self/fd").exists():
+                try:
+                    self.fd = os.open(
+                        ".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE, dir_fd=self._dir_fd
+                    )
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT,
+                                           errno.EINVAL):
+                        raise
+            name = self._new_name()
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.fd = os.open(name, flags, _MODE, dir_fd=self._dir_fd)
+            self._temporary = name
+
+    def _new_name(self) -> str:
+        # Names are at most 255 bytes on Linux file systems.
+        front = os.fsdecode(os.fsencode(self._final)[:200])
+        return f".{front}.{secrets.token_hex(8)}.partial"
+
+    def _invalidate(self) -> None:
+        """Take the magic away before anything else changes."""
+        with self._refusing("cannot truncate"):
+            if not self.reuse:
+                os.ftruncate(self.fd, self.offset)
+            elif os.fstat(self.fd).st_size > self.offset:
+                os.pwrite(self.fd, bytes(4), self.offset)
+                os.fdatasync(self.fd)
+
+    def _open_direct(self, setting: DirectIO) -> None:
+        if self._borrowed and self._given_direct is None:
+            if setting is DirectIO.ON:
+                raise UsageError(
+                    'direct_io="on" with Descriptors needs a second descriptor, '
+                    "opened with O_DIRECT"
+                )
+            self.direct_io_reason = (
+                "switched off" if setting is DirectIO.OFF else "no direct descriptor was given"
+            )
+            return
+        # Where pages will be: what is written there now is overwritten or cut off again.
+        write_at = -(-(self.offset + 1) // PAGES_ALIGNMENT) * PAGES_ALIGNMENT
+        self.direct, self.direct_io_reason = _find_direct(
+            self.fd, self._given_direct, setting, self.name, write_at=write_at
+        )
+
+    def set_size(self, size: int) -> None:
+        """Give the file its final size (bytes), all of it a hole unless it is being reused."""
+        with self._refusing(f"cannot be made {size} bytes long"):
+            if not self.reuse:
+                os.ftruncate(self.fd, self.offset)
+            os.ftruncate(self.fd, size)
+
+    def free_bytes(self) -> int:
+        """Bytes that can still be allocated here, what the file itself holds included."""
+        with self._refusing("cannot tell the free space"):
+            info = os.fstatvfs(self.fd)
+            blocks = info.f_bfree if os.geteuid() == 0 else info.f_bavail
+            return blocks * info.f_frsize + self.allocated_bytes()
+
+    def allocated_bytes(self) -> int:
+        """Bytes of disk that the file holds."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of ``data`` at ``offset`` through the buffered descriptor."""
+        with memoryview(data).cast("B") as view:
+            done = 0
+            while done < len(view):
+                try:
+                    done += os.pwrite(self.fd, view[done:], offset + done)
+                except OSError as error:
+                    raise _refused(error, "cannot write", self.name, offset + done) from error
+
+    def publish(self, magic: bytes) -> None:
+        """Make the file durable and a snapshot: ``magic`` is what its first four bytes will be."""
+        with self._refusing("cannot make durable"):
+            if self.in_place:
+                os.fsync(self.fd)
+                self.write_at(self.offset, magic)
+                os.fdatasync(self.fd)
+            else:
+                self.write_at(self.offset, magic)
+                os.fsync(self.fd)
+        if not self.in_place:
+            with self._refusing("cannot give the finished file its name"):
+                self._link()
+                os.fsync(self._dir_fd)
+
+    def _link(self) -> None:
+        if self._temporary is None:
+            source = f"/proc/self/fd/{self.fd}"
+            try:
+                os.link(source, self._final, dst_dir_fd=self._dir_fd, follow_symlinks=True)
+                return
+            except FileExistsError:
+                name = self._new_name()
+                os.link(source, name, dst_dir_fd=self._dir_fd, follow_symlinks=True)
+                self._temporary = name
+        os.replace(
+            self._temporary, self._final, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd
+        )
+        self._temporary = None
+
+    def abort(self) -> None:
+        """Drop an unpublished file; close what is ours. May be repeated, also after publish."""
+        if self._temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary, dir_fd=self._dir_fd)
+            self._temporary = None
+        self.close()
+
+    def close(self) -> None:
+        """Close what was opened here. May be repeated."""
+        if self.direct is not None and self._given_direct is None:
+            os.close(self.direct.fd)
+        self.direct = None
+        if self.fd >= 0 and not self._borrowed:
+            os.close(self.fd)
+        if self._dir_fd >= 0:
+            os.close(self._dir_fd)
+        self.fd = self._dir_fd = -1
+
+    @contextlib.contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (TargetError, UsageError):
+            raise
+        except OSError as error:
+            raise _refused(error, what, self.name) from error
+
+
+class InputTarget:
+    """A file being read: ``fd`` (an open file description of our own), ``size`` in bytes.
+
+    Raises TargetError when it cannot be opened, UsageError for descriptors that do not fit.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.name, self.offset = _split(target)
+        self.fd = -1
+        self._given_direct: int | None = None
+        self._borrowed = isinstance(target, Descriptors)
+        if isinstance(target, Descriptors):
+            _check_borrowed(target, writing=False)
+            self._given_direct = target.direct
+            try:
+                # Looking for holes moves the position, and the caller's is not ours to move.
+                self.fd = os.open(
+                    f"/proc/self/fd/{target.buffered}", os.O_RDONLY | os.O_CLOEXEC
+                )
+            except OSError:
+                self.fd = fcntl.fcntl(target.buffered, fcntl.F_DUPFD_CLOEXEC, 3)
+        else:
+            try:
+                # O_NONBLOCK: to open a FIFO must not wait for a writer.
+                self.fd = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError as error:
+                raise _refused(error, "cannot open the snapshot", self.name) from error
+        info = os.fstat(self.fd)
+        if stat.S_ISDIR(info.st_mode):
+            self.close()
+            raise TargetError(errno.EISDIR, "cannot open the snapshot", self.name)
+        if not stat.S_ISREG(info.st_mode):
+            self.close()
+            raise UsageError(f"{self.name!r} is not a regular file; snapshots are")
+        self.size = info.st_size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes at ``offset``; fewer only at the end of the file."""
+        parts, have = [], 0
+        while have < length:
+            try:
+                part = os.pread(self.fd, length - have, offset + have)
+            except OSError as error:
+                raise _refused(error, "cannot read", self.name, offset + have) from error
+            if not part:
+                break
+            parts.append(part)
+            have += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def open_direct(self, setting: DirectIO) -> tuple[Direct | None, str]:
+        """A direct descriptor for a load, or None and why not. Give it to close_direct."""
+        if self._borrowed and self._given_direct is None:
+            if setting is DirectIO.ON:
+                raise UsageError(
+                    'direct_io="on" with Descriptors needs a second descriptor, '
+                    "opened with O_DIRECT"
+                )
+            return None, "no direct descriptor was given"
+        return _find_direct(self.fd, self._given_direct, setting, self.name, write_at=None)
+
+    def close_direct(self, direct: Direct | None) -> None:
+        """Close what open_direct opened; a borrowed descriptor stays open."""
+        if direct is not None and self._given_direct is None:
+            os.close(direct.fd)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of disk that the file holds."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def close(self) -> None:
+        """May be repeated."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,165 @@
+"""One pass in: the pages of an opened, checked snapshot -> guest memory."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyqmigrate import _core
+from pyqmigrate.errors import BlockMismatch, SnapshotError, TargetError
+from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Channels, Job, check_channels, core_block, cut
+from pyqmigrate.io.memory import Attached, Memory, RamBlock, attach
+from pyqmigrate.io.target import DirectIO, InputTarget, core_file
+from pyqmigrate.log import logger
+from pyqmigrate.options import choice
+
+__all__ = ["Clear", "LoadReport", "start_load"]
+
+# Reading over a gap this long costs less than a call more.
+_READ_GAP = 128 << 10
+
+
+class Clear(enum.StrEnum):
+    """What becomes of pages whose bit is clear: ``zero`` makes them zero (holes, where the memory
+    is a file), ``leave`` does not touch them, for memory that is known to be fresh."""
+
+    ZERO = "zero"
+    LEAVE = "leave"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did; fields as in :class:`~pyqmigrate.save.SaveReport`. ``bytes_read`` includes
+    the gaps that were read over."""
+
+    data_pages: int
+    zero_pages: int
+    bytes_read: int
+    seconds: float
+    direct_io: bool
+    direct_io_reason: str
+    channels: int
+    unaligned_blocks: tuple[str, ...]
+
+
+def start_load(
+    source: InputTarget,
+    blocks: Sequence[tuple[BlockLayout, Bitmap]],
+    memories: Mapping[str, Memory],
+    *,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    clear: Clear | str = Clear.ZERO,
+) -> Job[LoadReport]:
+    """Begin to load the blocks into the memories of the same names; returns at once.
+
+    ``source`` and the bitmaps must stay open until the job has ended. Raises BlockMismatch for
+    unknown, missing or mis-sized memories, UsageError for other bad arguments, TargetError
+    (DirectIORefused). The job's result raises SnapshotError when the file turns out to be
+    shorter than it was, GuestMemoryError, TargetError, Cancelled.
+    """
+    pass_in = _Load(
+        source, blocks, memories, check_channels(channels),
+        choice(DirectIO, direct_io, "direct_io"), choice(Clear, clear, "clear"),
+    )
+    return Job(pass_in.channels, sum(layout.length for layout, _ in blocks), pass_in.run)
+
+
+def _match(
+    blocks: Sequence[tuple[BlockLayout, Bitmap]], memories: Mapping[str, Memory]
+) -> None:
+    names = [layout.name for layout, _ in blocks]
+    missing = [name for name in names if name not in memories]
+    unknown = [name for name in memories if name not in names]
+    if missing:
+        raise BlockMismatch(
+            f"no memory is given for block {missing[0]!r}; the snapshot has {names}"
+        )
+    if unknown:
+        raise BlockMismatch(f"the snapshot has no block {unknown[0]!r}; it has {names}")
+
+
+class _Load:
+    """A load between its arguments and its report. It owns what it opens until run() ends."""
+
+    def __init__(
+        self, source: InputTarget, blocks: Sequence[tuple[BlockLayout, Bitmap]],
+        memories: Mapping[str, Memory], channels: int, direct_io: DirectIO, clear: Clear,
+    ) -> None:
+        self.started = time.monotonic()
+        _match(blocks, memories)
+        self.source = source
+        self.blocks = blocks
+        self.clear = clear
+        self.channels = Channels(channels, "pyqmigrate-load")
+        with contextlib.ExitStack() as stack:
+            self.memories: list[Attached] = []
+            for layout, _ in blocks:
+                block = RamBlock(layout.name, memories[layout.name], layout.page_size)
+                memory = attach(block, writable=True)
+                stack.callback(memory.close)
+                if memory.length != layout.length:
+                    raise BlockMismatch(
+                        f"memory of block {layout.name!r} has {memory.length} bytes, "
+                        f"the snapshot {layout.length}"
+                    )
+                self.memories.append(memory)
+            self.direct, self.reason = source.open_direct(direct_io)
+            stack.callback(source.close_direct, self.direct)
+            self._cleanup = stack.pop_all()
+
+    def run(self) -> LoadReport:
+        with self._cleanup:
+            self._read_pages()
+            return self._report()
+
+    def _read_pages(self) -> None:
+        file = core_file(self.source.fd, self.direct)
+        blocks = [core_block(layout) for layout, _ in self.blocks]
+        zero = int(self.clear is Clear.ZERO)
+
+        def move(channel: Any, item: Any, fault: Any) -> int:
+            n = item.block
+            return _core.lib.qm_read(
+                self.channels.core, channel, file, blocks[n], self.memories[n].core,
+                self.blocks[n][1].core, _READ_GAP, zero, item.first, item.npages, fault,
+            )
+
+        try:
+            self.channels.run(
+                (item for n, (layout, _) in enumerate(self.blocks)
+                 for item in cut(n, layout.num_pages, layout.page_size)),
+                move, self.source.name, [layout.name for layout, _ in self.blocks],
+            )
+        except TargetError as error:
+            if error.errno == errno.ENODATA:
+                raise SnapshotError(
+                    "the file ends within a page that is marked as present: truncated",
+                    offset=error.position,
+                ) from error
+            raise
+
+    def _report(self) -> LoadReport:
+        totals = self.channels.totals()
+        direct = self.direct
+        report = LoadReport(
+            data_pages=totals.data_pages,
+            zero_pages=totals.zero_pages,
+            bytes_read=totals.bytes_moved,
+            seconds=time.monotonic() - self.started,
+            direct_io=direct is not None,
+            direct_io_reason=self.reason,
+            channels=self.channels.count,
+            unaligned_blocks=tuple(
+                m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
+            ),
+        )
+        logger.info("loaded %s: %s", self.source.name, report)
+        return report

@@ -1,0 +1,290 @@
+"""One pass out: guest memory -> a mapped-ram snapshot.
+
+The order of writes is what makes a partial file recognisable: head with its magic still zero,
+pages, bitmaps, tail, fsync, magic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyqmigrate import _core
+from pyqmigrate.errors import Cancelled, NoSpace, UsageError
+from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.format.stream import MAGIC, Head, encode_head, encode_tail
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import (
+    Channels,
+    Job,
+    Progress,
+    check_channels,
+    core_block,
+    cut,
+    failure,
+)
+from pyqmigrate.io.memory import Attached, RamBlock, attach
+from pyqmigrate.io.target import DirectIO, OutputTarget, Target, core_file, stream_offset
+from pyqmigrate.log import logger
+from pyqmigrate.options import choice
+
+__all__ = ["SaveReport", "Sparse", "save", "start_save"]
+
+
+class Sparse(enum.StrEnum):
+    """What becomes of zero pages. Their bits are clear in every case.
+
+    ``auto``: short gaps between data are written along, where that saves calls; at most half as
+    much again as the data, in every 4 MiB. ``exact``: a zero page is never allocated.
+    ``dense``: everything is written.
+    """
+
+    AUTO = "auto"
+    EXACT = "exact"
+    DENSE = "dense"
+
+    def core(self) -> Any:
+        """The policy as the core's ``struct qm_sparse *``."""
+        gap, share = _GAPS[self]
+        policy = _core.ffi.new("struct qm_sparse *")
+        policy.max_gap = gap
+        policy.gap_share = share
+        policy.everything = self is Sparse.DENSE
+        return policy
+
+
+# Longest gap in bytes, and the gaps' share of the data in percent.
+_GAPS = {Sparse.AUTO: (128 << 10, 50), Sparse.EXACT: (0, 0), Sparse.DENSE: (0, 0)}
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What a save did.
+
+    ``bytes_written`` counts all descriptors; ``bytes_allocated`` is what the file holds on disk;
+    ``seconds`` is wall time up to and with the last fsync. ``direct_io`` says whether pages went
+    past the page cache, ``direct_io_reason`` why. ``unaligned_blocks`` names those whose memory
+    had to be copied for direct I/O.
+    """
+
+    data_pages: int
+    zero_pages: int
+    bytes_written: int
+    bytes_allocated: int
+    file_size: int
+    seconds: float
+    direct_io: bool
+    direct_io_reason: str
+    channels: int
+    sparse: Sparse
+    unaligned_blocks: tuple[str, ...]
+
+
+def save(
+    target: Target,
+    blocks: Sequence[RamBlock],
+    *,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    sparse: Sparse | str = Sparse.AUTO,
+    machine: str = "",
+    target_page_bits: int | None = None,
+    reuse: bool = False,
+    max_bandwidth: int = 0,
+    progress: Callable[[Progress], object] | None = None,
+) -> SaveReport:
+    """Save guest memory to a snapshot and wait until it is durable.
+
+    Like :func:`start_save`, with ``progress`` called on this thread at most ten times a second.
+    When the wait is interrupted, or ``progress`` raises, the save is cancelled and leaves nothing.
+    """
+    return start_save(
+        target, blocks, channels=channels, direct_io=direct_io, sparse=sparse, machine=machine,
+        target_page_bits=target_page_bits, reuse=reuse, max_bandwidth=max_bandwidth,
+    ).wait(progress)
+
+
+def start_save(
+    target: Target,
+    blocks: Sequence[RamBlock],
+    *,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    sparse: Sparse | str = Sparse.AUTO,
+    machine: str = "",
+    target_page_bits: int | None = None,
+    reuse: bool = False,
+    max_bandwidth: int = 0,
+) -> Job[SaveReport]:
+    """Begin to save guest memory; returns at once.
+
+    target: a path, a ``file:PATH[,offset=SIZE]`` URI, or Descriptors. A path without an offset
+        gets its name only when the snapshot is whole and durable.
+    blocks: the RAM blocks, in the order in which the file lists them. The memory must not change
+        until the job has ended.
+    channels: threads that move pages, 1 to 255.
+    machine: the machine type; an empty one loads on any machine.
+    target_page_bits: for targets that expect it (ARM with 4 KiB pages: 12).
+    reuse: overwrite the target in place, so that its allocated blocks are written again, which
+        is about twice as fast; what it held is lost from the start. Zero pages then may hold old
+        bytes under their clear bits.
+    max_bandwidth: bytes a second over all channels; 0 is no limit.
+
+    Raises UsageError for bad arguments, TargetError (NoSpace, DirectIORefused) when the system
+    refuses; the job's result raises these too, GuestMemoryError when memory went away, Cancelled.
+    """
+    pass_out = _Save(
+        target, blocks, choice(DirectIO, direct_io, "direct_io"),
+        choice(Sparse, sparse, "sparse"), check_channels(channels), machine, target_page_bits,
+        reuse,
+    )
+    pass_out.channels.set_rate(max_bandwidth)
+    return Job(pass_out.channels, sum(m.length for m in pass_out.memories), pass_out.run)
+
+
+class _Save:
+    """A save between its arguments and its report. It owns what it opens until run() ends."""
+
+    def __init__(
+        self, target: Target, blocks: Sequence[RamBlock], direct_io: DirectIO, sparse: Sparse,
+        channels: int, machine: str, target_page_bits: int | None, reuse: bool,
+    ) -> None:
+        if not blocks:
+            raise UsageError("no RAM blocks are given; a snapshot has at least one")
+        self.started = time.monotonic()
+        self.sparse = sparse
+        self.reuse = reuse
+        self.channels = Channels(channels, "pyqmigrate-save")
+        self.bitmaps: list[Bitmap] = []
+        with contextlib.ExitStack() as stack:
+            self.memories: list[Attached] = []
+            for block in blocks:
+                memory = attach(block, writable=False)
+                stack.callback(memory.close)
+                self.memories.append(memory)
+            self.head: Head = encode_head(
+                machine,
+                [BlockSpec(b.name, m.length, b.page_size)
+                 for b, m in zip(blocks, self.memories, strict=True)],
+                offset=stream_offset(target), target_page_bits=target_page_bits,
+            )
+            self.tail = encode_tail(page_size=blocks[0].page_size)
+            self.size = self.head.tail_offset + len(self.tail)
+            self.target = OutputTarget.open(target, direct_io, reuse=reuse)
+            stack.callback(self.target.abort)
+            self._cleanup = stack.pop_all()
+
+    def run(self) -> SaveReport:
+        with self._cleanup:
+            self._check_space()
+            self.target.set_size(self.size)
+            self._write_head()
+            self._run(self.channels, core_file(self.target.fd, self.target.direct))
+            self._write_bitmaps()
+            self._write(self.head.tail_offset, self.tail)
+            if self.channels.cancelled:
+                raise Cancelled("cancelled")
+            self.target.publish(MAGIC)
+            return self._report()
+
+    def _check_space(self) -> None:
+        """Fail before the first page where the data cannot fit; count it only if in doubt."""
+        free = self.target.free_bytes()
+        dense = self.sparse is Sparse.DENSE
+        need = sum(m.length if dense else m.extent_bytes for m in self.memories)
+        if need <= free:
+            return
+        if not dense:
+            self._run(Channels(self.channels.count, "pyqmigrate-count"), core_file(-1, None))
+            need = sum(
+                bitmap.count() * layout.page_size
+                for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True)
+            )
+            self._drop_bitmaps()
+        if need > free:
+            raise NoSpace(
+                f"the pages to save need {need >> 20} MiB and {free >> 20} MiB are free",
+                self.target.name,
+            )
+
+    def _write(self, offset: int, data: bytes | memoryview) -> None:
+        self.target.write_at(offset, data)
+        _core.lib.qm_job_add_moved(self.channels.core, len(data))
+
+    def _write_head(self) -> None:
+        for piece in self.head.pieces:
+            data = piece.data
+            if piece.offset == self.target.offset:
+                data = bytes(len(MAGIC)) + data[len(MAGIC):]
+            self._write(piece.offset, data)
+
+    def _run(self, channels: Channels, file: Any) -> None:
+        layouts = self.head.blocks
+        self.bitmaps = [Bitmap(layout.num_pages) for layout in layouts]
+        self._cleanup.callback(self._drop_bitmaps)
+        blocks = [core_block(layout) for layout in layouts]
+        policy = self.sparse.core()
+        names = [layout.name for layout in layouts]
+        null = _core.ffi.NULL
+
+        def move(channel: Any, item: Any, fault: Any) -> int:
+            n = item.block
+            return _core.lib.qm_write(
+                channels.core, channel, file, blocks[n], self.memories[n].core, policy, null,
+                self.bitmaps[n].core, item.first, item.npages, fault,
+            )
+
+        channels.run(
+            (item for n, layout in enumerate(layouts)
+             for item in cut(n, layout.num_pages, layout.page_size)),
+            move, self.target.name, names,
+        )
+        # Every direct write has returned: now what shares a file block with none of them.
+        fault = _core.ffi.new("struct qm_fault *")
+        channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
+        for n, layout in enumerate(layouts):
+            rc = _core.lib.qm_write_tail(
+                channels.core, channel, file, blocks[n], self.memories[n].core, policy, null,
+                self.bitmaps[n].core, fault,
+            )
+            if rc:
+                raise failure(rc, fault, self.target.name, layout.name)
+
+    def _write_bitmaps(self) -> None:
+        for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
+            bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        self._write(offset, data)
+
+    def _drop_bitmaps(self) -> None:
+        for bitmap in self.bitmaps:
+            bitmap.close()
+        self.bitmaps = []
+
+    def _report(self) -> SaveReport:
+        totals = self.channels.totals()
+        direct = self.target.direct
+        unaligned = tuple(
+            m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
+        )
+        report = SaveReport(
+            data_pages=totals.data_pages,
+            zero_pages=totals.zero_pages,
+            bytes_written=totals.bytes_moved + len(MAGIC),
+            bytes_allocated=self.target.allocated_bytes(),
+            file_size=os.fstat(self.target.fd).st_size,
+            seconds=time.monotonic() - self.started,
+            direct_io=direct is not None,
+            direct_io_reason=self.target.direct_io_reason,
+            channels=self.channels.count,
+            sparse=self.sparse,
+            unaligned_blocks=unaligned,
+        )
+        logger.info("saved %s: %s", self.target.name, report)
+        return report
