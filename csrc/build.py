@@ -5,7 +5,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["job.c", "scan.c", "write.c", "read.c", "direct.c"]
+SOURCES = ["job.c", "scan.c", "write.c", "read.c", "clean.c", "direct.c"]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())

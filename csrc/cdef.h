@@ -58,6 +58,7 @@ struct qm_sparse {
     uint64_t max_gap;
     uint32_t gap_share;
     int everything;
+    int mark_zero;
 };
 
 int qm_is_zero(const void *bytes, size_t len);
@@ -77,5 +78,8 @@ int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
             const struct qm_block *block, const struct qm_memory *memory, const uint64_t *data,
             uint64_t max_gap, int zero_clear, uint64_t first, uint64_t npages,
             struct qm_fault *fault);
+int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                 const struct qm_block *block, const uint64_t *data, uint64_t first,
+                 uint64_t npages, struct qm_fault *fault);
 
 int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);

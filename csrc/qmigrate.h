@@ -80,7 +80,7 @@ typedef ssize_t (*qm_fill_fn)(void *arg, void *buf, uint64_t off, size_t len);
 /* Where the bytes of a block live. One of three:
  *   base, fd < 0     plain memory that stays mapped while we work.
  *   base and fd      a mapping of `fd`. On a save, fd cannot shrink; its holes are neither read nor
- *                    made resident. On a load, fd may shrink: only the kernel touches the mapping,
+ *                    made resident (where a page may hold part of one, it is read with pread). On a load, fd may shrink: only the kernel touches the mapping,
  *                    and holes are made by punching.
  *   fd, no base      a file that may shrink: read with pread, written with pwrite.
  * or a `fill` callback, for memory that has no address here (saves only).
@@ -135,11 +135,13 @@ uint64_t qm_sum(const void *bytes, size_t len);
  *   max_gap     bytes: no longer gap is bridged (0: none).
  *   gap_share   percent: the gaps bridged in a chunk hold at most this share of its data bytes.
  *   everything  every page is written, whatever it holds.
- * Whatever is written, the bit of a zero page stays clear. */
+ *   mark_zero   together with everything: a zero page counts as data, and its bit is set.
+ * Otherwise the bit of a zero page stays clear, written or not. */
 struct qm_sparse {
     uint64_t max_gap;
     uint32_t gap_share;
     int everything;
+    int mark_zero;
 };
 
 /* Writes the pages [first, first + npages) of a block: those that `selection` has (NULL: all) and
@@ -176,6 +178,13 @@ int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
             const struct qm_block *block, const struct qm_memory *memory, const uint64_t *data,
             uint64_t max_gap, int zero_clear, uint64_t first, uint64_t npages,
             struct qm_fault *fault);
+
+/* Makes the clear pages among [first, first + npages) read as zeros in the file, by punching holes
+ * where the file system can. Only what the file holds there is read. file->fd must be readable,
+ * and a description of our own. Returns how many pages were not zero, or -errno. */
+int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                 const struct qm_block *block, const uint64_t *data, uint64_t first,
+                 uint64_t npages, struct qm_fault *fault);
 
 /* Number of set bits among the first `npages`; the highest of them goes to *last (-1: none). */
 uint64_t qm_count(const uint64_t *bits, uint64_t npages, int64_t *last);

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -71,6 +72,18 @@ static ssize_t fill(const struct writer *w, void *buf, uint64_t off, size_t len)
     return (ssize_t)have;
 }
 
+/* Whether the file behind the memory still has the chunk: past its end all would look like a hole. */
+static int still_there(struct writer *w, const struct chunk *c)
+{
+    struct stat st;
+    if (fstat(w->memory->fd, &st) < 0)
+        return memory_fault(w, c->off, -errno);
+    uint64_t end = (uint64_t)w->memory->fd_offset + c->off + c->len;
+    if (S_ISREG(st.st_mode) && (uint64_t)st.st_size < end)
+        return memory_fault(w, c->off, -EFAULT);
+    return 0;
+}
+
 /* Memory without an address: copied into the bounce buffer, holes at the front left out. */
 static int fill_chunk(struct writer *w, struct chunk *c)
 {
@@ -82,6 +95,9 @@ static int fill_chunk(struct writer *w, struct chunk *c)
 
     size_t start = 0;
     if (!w->memory->fill && w->look_for_holes) {
+        int rc = still_there(w, c);
+        if (rc)
+            return rc;
         int64_t data = qm_next_data(w->memory, c->off, c->off + c->len);
         start = (size_t)((uint64_t)data - c->off) / QM_MAX_PAGE * QM_MAX_PAGE;
         if ((uint64_t)data == c->off + c->len)
@@ -130,14 +146,22 @@ static void scan_extents(struct writer *w, struct chunk *c)
     }
 }
 
+/* Whether holes of the mapping can be told apart page by page. */
+static int holes_are_pages(const struct writer *w)
+{
+    long page = sysconf(_SC_PAGESIZE);
+    return w->block->page_size <= (uint64_t)page && w->memory->fd_offset % page == 0;
+}
+
 static int load_chunk(struct writer *w, struct chunk *c)
 {
+    const struct qm_memory *m = w->memory;
     memset(c->data, 0, sizeof(c->data));
     c->in_buffer = c->has_holes = 0;
-    if (!w->memory->base)
+    if (!m->base || (m->fd >= 0 && !holes_are_pages(w)))
         return fill_chunk(w, c);
-    c->bytes = w->memory->base + c->off;
-    if (w->memory->fd >= 0) {
+    c->bytes = m->base + c->off;
+    if (m->fd >= 0) {
         memset(c->resident, 0, sizeof(c->resident));
         scan_extents(w, c);
     } else {
@@ -168,7 +192,8 @@ static unsigned char *gather(struct writer *w, const struct chunk *c, size_t fro
     if (!buffer)
         return NULL;
     if (!c->has_holes) {
-        memcpy(buffer, c->bytes + from, len);
+        /* The chunk may stand in this very buffer; runs ascend, so none is needed again. */
+        memmove(buffer, c->bytes + from, len);
         return buffer;
     }
     size_t page = w->block->page_size;
@@ -248,25 +273,25 @@ static int put_run(struct writer *w, const struct chunk *c, size_t from, size_t 
 
 /* ---- chunk -> runs -------------------------------------------------------------------------- */
 
-/* The longest gap (pages) to bridge: as long as allowed, while all gaps up to that length hold no
- * more than the share of the data. Short gaps come first, since they save most calls a byte. */
-static size_t plan_gap(const struct writer *w, const uint64_t *want, size_t npages)
+/* The longest gap (in grains) to bridge: as long as allowed, while all gaps up to that length hold
+ * no more than the share of the data. Short gaps come first: they save most calls a byte. */
+static size_t plan_gap(const struct writer *w, const uint64_t *want, size_t n, size_t grain)
 {
-    size_t longest = (size_t)(w->sparse->max_gap / w->block->page_size);
+    size_t longest = (size_t)(w->sparse->max_gap / grain);
     if (longest == 0)
         return 0;
-    if (longest >= npages)
-        longest = npages - 1;
+    if (longest >= n)
+        longest = n - 1;
     uint32_t seen[MAX_PAGES];
     memset(seen, 0, (longest + 1) * sizeof(seen[0]));
 
     uint64_t data = 0;
-    size_t at = next_set(want, 0, npages);
-    while (at < npages) {
-        size_t stop = next_clear(want, at, npages);
+    size_t at = next_set(want, 0, n);
+    while (at < n) {
+        size_t stop = next_clear(want, at, n);
         data += stop - at;
-        at = next_set(want, stop, npages);
-        if (at < npages && at - stop <= longest)
+        at = next_set(want, stop, n);
+        if (at < n && at - stop <= longest)
             seen[at - stop]++;
     }
     uint64_t budget = data * w->sparse->gap_share / 100;
@@ -281,27 +306,39 @@ static size_t plan_gap(const struct writer *w, const uint64_t *want, size_t npag
     return gap;
 }
 
+/* One bit for every `pages` bits of `want`. */
+static void widen(const uint64_t *want, size_t npages, size_t pages, uint64_t *wide)
+{
+    memset(wide, 0, WORDS * sizeof(wide[0]));
+    for (size_t k = next_set(want, 0, npages); k < npages;) {
+        bit_set(wide, k / pages);
+        k = next_set(want, (k / pages + 1) * pages, npages);
+    }
+}
+
 static int write_runs(struct writer *w, const struct chunk *c, const uint64_t *want)
 {
-    size_t page = w->block->page_size;
-    size_t gap = plan_gap(w, want, c->npages);
-    size_t from = 0, to = 0; /* the pending run, bytes of the chunk */
-    for (size_t at = next_set(want, 0, c->npages); at < c->npages;) {
-        size_t stop = next_clear(want, at, c->npages);
-        size_t start = at * page / w->unit * w->unit;
-        size_t end = (stop * page + w->unit - 1) / w->unit * w->unit;
-        if (to == 0) {
-            from = start;
-        } else if (start > to + gap * page) {
-            int rc = put_run(w, c, from, to);
-            if (rc)
-                return rc;
-            from = start;
-        }
-        to = end;
-        at = next_set(want, stop, c->npages);
+    size_t grain = w->block->page_size, n = c->npages;
+    uint64_t wide[WORDS];
+    if (w->unit > grain) {
+        /* Runs are rounded outward to units: plan in units. */
+        widen(want, n, w->unit / grain, wide);
+        want = wide;
+        n = c->len / w->unit;
+        grain = w->unit;
     }
-    return to ? put_run(w, c, from, to) : 0;
+    size_t gap = plan_gap(w, want, n, grain);
+    for (size_t at = next_set(want, 0, n); at < n;) {
+        size_t from = at, to;
+        do {
+            to = next_clear(want, at, n);
+            at = next_set(want, to, n);
+        } while (at < n && at - to <= gap);
+        int rc = put_run(w, c, from * grain, to * grain);
+        if (rc)
+            return rc;
+    }
+    return 0;
 }
 
 static int write_chunk(struct writer *w, struct chunk *c, const uint64_t *selection, uint64_t *data)
@@ -317,7 +354,7 @@ static int write_chunk(struct writer *w, struct chunk *c, const uint64_t *select
         uint64_t chosen = bits_below(i, c->npages);
         if (selection)
             chosen &= selection[base + i];
-        uint64_t filled = c->data[i] & chosen;
+        uint64_t filled = w->sparse->mark_zero ? chosen : c->data[i] & chosen;
         data[base + i] = (data[base + i] & ~chosen) | filled;
         want[i] = w->sparse->everything ? chosen : filled;
         data_pages += (uint64_t)__builtin_popcountll(filled);
@@ -410,7 +447,7 @@ int qm_write_tail(qm_job *job, qm_channel *channel, const struct qm_file *file,
             if ((size_t)got < block->page_size)
                 return memory_fault(&w, off + (size_t)got, -EFAULT);
         }
-        int zero = qm_is_zero(page, block->page_size);
+        int zero = !sparse->mark_zero && qm_is_zero(page, block->page_size);
         if (zero)
             bit_clear(data, k);
         else

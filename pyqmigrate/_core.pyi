@@ -36,6 +36,10 @@ class _Lib:
         self, job: Any, channel: Any, file: Any, block: Any, memory: Any, data: Any,
         max_gap: int, zero_clear: int, first: int, npages: int, fault: Any,
     ) -> int: ...
+    def qm_clean(
+        self, job: Any, channel: Any, file: Any, block: Any, data: Any, first: int, npages: int,
+        fault: Any,
+    ) -> int: ...
     def qm_direct_align(self, fd: int, mem_align: Any, off_align: Any) -> int: ...
 
 lib: _Lib

@@ -23,6 +23,7 @@ from pyqmigrate.io.channels import (
     Channels,
     Job,
     Progress,
+    Range,
     check_channels,
     core_block,
     cut,
@@ -59,7 +60,7 @@ class Sparse(enum.StrEnum):
 
 
 # Longest gap in bytes, and the gaps' share of the data in percent.
-_GAPS = {Sparse.AUTO: (128 << 10, 50), Sparse.EXACT: (0, 0), Sparse.DENSE: (0, 0)}
+_GAPS = {Sparse.AUTO: (64 << 10, 50), Sparse.EXACT: (0, 0), Sparse.DENSE: (0, 0)}
 
 
 @dataclass(frozen=True)
@@ -138,21 +139,39 @@ def start_save(
     Raises UsageError for bad arguments, TargetError (NoSpace, DirectIORefused) when the system
     refuses; the job's result raises these too, GuestMemoryError when memory went away, Cancelled.
     """
-    pass_out = _Save(
-        target, blocks, choice(DirectIO, direct_io, "direct_io"),
-        choice(Sparse, sparse, "sparse"), check_channels(channels), machine, target_page_bits,
-        reuse,
+    writer = Writer(
+        target, blocks,
+        direct_io=choice(DirectIO, direct_io, "direct_io"),
+        sparse=choice(Sparse, sparse, "sparse"),
+        channels=check_channels(channels), machine=machine, target_page_bits=target_page_bits,
+        reuse=reuse, max_bandwidth=max_bandwidth,
     )
-    pass_out.channels.set_rate(max_bandwidth)
-    return Job(pass_out.channels, sum(m.length for m in pass_out.memories), pass_out.run)
+    try:
+        return Job(writer.channels, writer.total, writer.run)
+    except BaseException:
+        writer.close()
+        raise
 
 
-class _Save:
-    """A save between its arguments and its report. It owns what it opens until run() ends."""
+class Writer:
+    """A snapshot being written: ``begin``, passes over memory, ``finish``.
+
+    It owns what it opens from its construction on; :meth:`close` lets go of everything, and drops
+    a file that was not finished. ``run`` is the whole of a save with one pass.
+    """
 
     def __init__(
-        self, target: Target, blocks: Sequence[RamBlock], direct_io: DirectIO, sparse: Sparse,
-        channels: int, machine: str, target_page_bits: int | None, reuse: bool,
+        self,
+        target: Target,
+        blocks: Sequence[RamBlock],
+        *,
+        direct_io: DirectIO,
+        sparse: Sparse,
+        channels: int,
+        machine: str = "",
+        target_page_bits: int | None = None,
+        reuse: bool = False,
+        max_bandwidth: int = 0,
     ) -> None:
         if not blocks:
             raise UsageError("no RAM blocks are given; a snapshot has at least one")
@@ -160,7 +179,7 @@ class _Save:
         self.sparse = sparse
         self.reuse = reuse
         self.channels = Channels(channels, "pyqmigrate-save")
-        self.bitmaps: list[Bitmap] = []
+        self.channels.set_rate(max_bandwidth)
         with contextlib.ExitStack() as stack:
             self.memories: list[Attached] = []
             for block in blocks:
@@ -173,70 +192,104 @@ class _Save:
                  for b, m in zip(blocks, self.memories, strict=True)],
                 offset=stream_offset(target), target_page_bits=target_page_bits,
             )
-            self.tail = encode_tail(page_size=blocks[0].page_size)
-            self.size = self.head.tail_offset + len(self.tail)
+            self.bitmaps = [Bitmap(layout.num_pages) for layout in self.head.blocks]
+            for bitmap in self.bitmaps:
+                stack.callback(bitmap.close)
             self.target = OutputTarget.open(target, direct_io, reuse=reuse)
             stack.callback(self.target.abort)
             self._cleanup = stack.pop_all()
 
+    @property
+    def total(self) -> int:
+        """Bytes of guest memory."""
+        return sum(memory.length for memory in self.memories)
+
+    def close(self) -> None:
+        """May be repeated."""
+        self._cleanup.close()
+
     def run(self) -> SaveReport:
+        """Save in one pass, make the file a snapshot, and close."""
         with self._cleanup:
-            self._check_space()
-            self.target.set_size(self.size)
-            self._write_head()
-            self._run(self.channels, core_file(self.target.fd, self.target.direct))
-            self._write_bitmaps()
-            self._write(self.head.tail_offset, self.tail)
-            if self.channels.cancelled:
-                raise Cancelled("cancelled")
-            self.target.publish(MAGIC)
-            return self._report()
+            tail = encode_tail(page_size=self.head.blocks[0].page_size)
+            self.begin(len(tail))
+            self.write_pages()
+            return self.finish(tail)
+
+    def begin(self, tail_size: int = 0) -> None:
+        """Check the space, give the file its size and write the head, without its magic."""
+        self._check_space()
+        self.target.set_size(self.head.tail_offset + tail_size)
+        for piece in self.head.pieces:
+            data = piece.data
+            if piece.offset == self.target.offset:
+                data = bytes(len(MAGIC)) + data[len(MAGIC):]
+            self.write_at(piece.offset, data)
+
+    def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
+        """One pass over all blocks, or over the pages that ``selections`` has of each."""
+        file = core_file(self.target.fd, self.target.direct)
+        self._pass(self.channels, file, self.bitmaps, selections)
+
+    def finish(self, tail: bytes) -> SaveReport:
+        """Write bitmaps and tail, then publish."""
+        for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
+            bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
+        self.write_at(self.head.tail_offset, tail)
+        if self.channels.cancelled:
+            raise Cancelled("cancelled")
+        self.target.publish(MAGIC)
+        return self._report()
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write through the buffered descriptor, and count it."""
+        self.target.write_at(offset, data)
+        _core.lib.qm_job_add_moved(self.channels.core, len(data))
 
     def _check_space(self) -> None:
         """Fail before the first page where the data cannot fit; count it only if in doubt."""
         free = self.target.free_bytes()
         dense = self.sparse is Sparse.DENSE
         need = sum(m.length if dense else m.extent_bytes for m in self.memories)
-        if need <= free:
-            return
-        if not dense:
-            self._run(Channels(self.channels.count, "pyqmigrate-count"), core_file(-1, None))
-            need = sum(
-                bitmap.count() * layout.page_size
-                for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True)
-            )
-            self._drop_bitmaps()
+        if need > free and not dense:
+            need = self._count()
         if need > free:
             raise NoSpace(
                 f"the pages to save need {need >> 20} MiB and {free >> 20} MiB are free",
                 self.target.name,
             )
 
-    def _write(self, offset: int, data: bytes | memoryview) -> None:
-        self.target.write_at(offset, data)
-        _core.lib.qm_job_add_moved(self.channels.core, len(data))
-
-    def _write_head(self) -> None:
-        for piece in self.head.pieces:
-            data = piece.data
-            if piece.offset == self.target.offset:
-                data = bytes(len(MAGIC)) + data[len(MAGIC):]
-            self._write(piece.offset, data)
-
-    def _run(self, channels: Channels, file: Any) -> None:
+    def _count(self) -> int:
+        """Bytes of the pages that are not zero."""
         layouts = self.head.blocks
-        self.bitmaps = [Bitmap(layout.num_pages) for layout in layouts]
-        self._cleanup.callback(self._drop_bitmaps)
-        blocks = [core_block(layout) for layout in layouts]
-        policy = self.sparse.core()
-        names = [layout.name for layout in layouts]
-        null = _core.ffi.NULL
+        bitmaps = [Bitmap(layout.num_pages) for layout in layouts]
+        counter = self.channels.sibling("pyqmigrate-count")
+        try:
+            self._pass(counter, core_file(-1, None), bitmaps, None)
+            return sum(
+                bitmap.count() * layout.page_size
+                for bitmap, layout in zip(bitmaps, layouts, strict=True)
+            )
+        finally:
+            for bitmap in bitmaps:
+                bitmap.close()
 
-        def move(channel: Any, item: Any, fault: Any) -> int:
-            n = item.block
+    def _pass(
+        self, channels: Channels, file: Any, bitmaps: Sequence[Bitmap],
+        selections: Sequence[Bitmap] | None,
+    ) -> None:
+        layouts = self.head.blocks
+        names = [layout.name for layout in layouts]
+        # What every call on a block gets, whichever its range.
+        common = [
+            (file, core_block(layout), memory.core, self.sparse.core(),
+             selections[n].core if selections else _core.ffi.NULL, bitmaps[n].core)
+            for n, (layout, memory) in enumerate(zip(layouts, self.memories, strict=True))
+        ]
+
+        def move(channel: Any, item: Range, fault: Any) -> int:
             return _core.lib.qm_write(
-                channels.core, channel, file, blocks[n], self.memories[n].core, policy, null,
-                self.bitmaps[n].core, item.first, item.npages, fault,
+                channels.core, channel, *common[item.block], item.first, item.npages, fault
             )
 
         channels.run(
@@ -247,36 +300,18 @@ class _Save:
         # Every direct write has returned: now what shares a file block with none of them.
         fault = _core.ffi.new("struct qm_fault *")
         channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
-        for n, layout in enumerate(layouts):
-            rc = _core.lib.qm_write_tail(
-                channels.core, channel, file, blocks[n], self.memories[n].core, policy, null,
-                self.bitmaps[n].core, fault,
-            )
+        for name, arguments in zip(names, common, strict=True):
+            rc = _core.lib.qm_write_tail(channels.core, channel, *arguments, fault)
             if rc:
-                raise failure(rc, fault, self.target.name, layout.name)
-
-    def _write_bitmaps(self) -> None:
-        for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
-            bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
-
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        self._write(offset, data)
-
-    def _drop_bitmaps(self) -> None:
-        for bitmap in self.bitmaps:
-            bitmap.close()
-        self.bitmaps = []
+                raise failure(rc, fault, self.target.name, name)
 
     def _report(self) -> SaveReport:
         totals = self.channels.totals()
         direct = self.target.direct
-        unaligned = tuple(
-            m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
-        )
         report = SaveReport(
             data_pages=totals.data_pages,
             zero_pages=totals.zero_pages,
-            bytes_written=totals.bytes_moved + len(MAGIC),
+            bytes_written=totals.bytes_moved,
             bytes_allocated=self.target.allocated_bytes(),
             file_size=os.fstat(self.target.fd).st_size,
             seconds=time.monotonic() - self.started,
@@ -284,7 +319,9 @@ class _Save:
             direct_io_reason=self.target.direct_io_reason,
             channels=self.channels.count,
             sparse=self.sparse,
-            unaligned_blocks=unaligned,
+            unaligned_blocks=tuple(
+                m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
+            ),
         )
         logger.info("saved %s: %s", self.target.name, report)
         return report

@@ -35,7 +35,7 @@ DESCRIPTION_MAX = 64 << 20  # bytes; real ones have 0.1 to some MiB
 _VALUES_MAX = 1 << 20  # JSON values in one description: bounds the memory of the parsed form
 _LENGTH_MAX = (1 << 63) - 1
 
-_TYPE = 0x06
+TYPE_DESCRIPTION = 0x06
 _FRAME = struct.Struct(">BI")  # type, length of the JSON
 _CHUNK = 1 << 20
 
@@ -57,7 +57,7 @@ def encode(text: bytes) -> bytes:
     """The element for the JSON ``text``. Raises :class:`UsageError` when that is too long."""
     if len(text) > DESCRIPTION_MAX:
         raise UsageError(f"a description of {len(text)} bytes; at most {DESCRIPTION_MAX} are read")
-    return _FRAME.pack(_TYPE, len(text)) + text
+    return _FRAME.pack(TYPE_DESCRIPTION, len(text)) + text
 
 
 def no_devices(page_size: int) -> bytes:
@@ -73,7 +73,7 @@ def read(cursor: Cursor) -> Description | None:
     JSON.
     """
     offset = cursor.position
-    if cursor.peek(1) != bytes([_TYPE]):
+    if cursor.peek(1) != bytes([TYPE_DESCRIPTION]):
         return None
     _, length = _FRAME.unpack(cursor.take(_FRAME.size, "the description"))
     if length > DESCRIPTION_MAX:
@@ -105,7 +105,7 @@ def locate(source: ByteSource) -> Description | None:
     first = base + zero + 1
     for start in range(first, min(first + 1 + _FRAME.size, end)):
         offset = start - _FRAME.size
-        frame = b"\0" + _FRAME.pack(_TYPE, end - start)
+        frame = b"\0" + _FRAME.pack(TYPE_DESCRIPTION, end - start)
         if offset > 0 and source.read_at(offset - 1, len(frame)) == frame:
             return Description(offset, end, _parse(tail[start - base :], offset))
     return None

@@ -106,13 +106,14 @@ class Stream:
     - ``capabilities``: those that shape the format, as listed. ``target_page_bits``, ``uuid``:
       None where the stream does not state them.
     - ``total_ram``: bytes, external blocks included.
-    - ``sections``: in the order of the stream, as far as it could be walked.
+    - ``sections``: in the order of the stream, as far as it could be walked. After the first
+      65536, PARTs are left out: a live save can have millions.
     - ``description``: the parsed JSON, or None; ``description_offset`` that of its type byte.
     - ``ram_end``: the offset of RAM's END element. There always is one: bitmaps are written
       just before it, and a stream without it is refused.
     - ``end``: just after the stream; the file's size where that could not be found out.
-    - ``opaque_tail``: the device state could not be walked to its end (there is no description,
-      or it does not fit): ``sections`` stops before it.
+    - ``opaque_tail``: the device state could not be walked to its end (it is cut off, or
+      does not fit its description): ``sections`` stops before it.
     - ``complete``: the end of the stream was seen, by walking to its end-of-stream byte or by a
       description at the end of the file. False says that device state may be cut off; RAM is
       whole either way, as far as the format tells.

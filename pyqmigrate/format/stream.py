@@ -119,17 +119,17 @@ def encode_head(
     total = sum(spec.length for spec in specs)
     if offset < 0 or total > OFFSET_MAX:
         raise UsageError(f"a stream at {offset} with {total} bytes of RAM cannot be in a file")
-    settings = configuration.Configuration(
-        machine, (configuration.MAPPED_RAM,), target_page_bits
+    settings = configuration.Configuration(machine, (configuration.MAPPED_RAM,), target_page_bits)
+    data = b"".join(
+        (
+            PREAMBLE.pack(MAGIC, VERSION, TYPE_CONFIGURATION),
+            configuration.encode(settings),
+            SECTION_ID.pack(SectionKind.START.value, _RAM_ID),
+            bytes([len(RAM_NAME)]) + RAM_NAME.encode(),
+            INSTANCE.pack(RAM_INSTANCE, RAM_VERSION),
+            WORD.pack(total | FLAG_MEM_SIZE),
+        )
     )
-    data = b"".join((
-        PREAMBLE.pack(MAGIC, VERSION, TYPE_CONFIGURATION),
-        configuration.encode(settings),
-        SECTION_ID.pack(SectionKind.START.value, _RAM_ID),
-        bytes([len(RAM_NAME)]) + RAM_NAME.encode(),
-        INSTANCE.pack(RAM_INSTANCE, RAM_VERSION),
-        WORD.pack(total | FLAG_MEM_SIZE),
-    ))
     pieces, blocks = [], []
     at = offset
     for spec in specs:

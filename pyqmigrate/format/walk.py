@@ -35,9 +35,13 @@ from pyqmigrate.format.elements import (
 )
 from pyqmigrate.format.mapped_ram import OFFSET_MAX, BlockLayout
 
-__all__ = ["SECTIONS_MAX", "parse"]
+__all__ = ["ELEMENTS_MAX", "LISTED_MAX", "PARTS_LISTED", "parse"]
 
-SECTIONS_MAX = 1 << 20  # elements in one stream; a day of a throttled live save has fewer
+# QEMU can spin while it waits for a dirty bitmap, and then writes tens of thousands of empty
+# PARTs a second: many have to be walked, but not all be kept.
+ELEMENTS_MAX = 1 << 22  # elements in one stream
+PARTS_LISTED = 1 << 16  # from here on, Stream.sections leaves PARTs out
+LISTED_MAX = 1 << 17  # elements in Stream.sections
 
 _SEARCH_MAX = 256 << 20  # bytes that all searches for lost footers may read together
 _CANDIDATE_COST = 1024  # what a footer that turned out wrong takes from that, in bytes
@@ -144,7 +148,7 @@ class _Walk:
     def _walk_elements(self) -> bool:
         """Read elements up to the end of the stream; False when the device state is opaque."""
         cursor = self._cursor
-        while True:
+        for _ in range(ELEMENTS_MAX):
             at = cursor.position
             if at >= cursor.size:
                 what = "the end-of-stream byte is missing: the file was cut short"
@@ -154,16 +158,19 @@ class _Walk:
                 return True
             if kind not in _KINDS:
                 raise SnapshotError(f"there is no element of type {kind:#04x}", offset=at)
-            if len(self._sections) == SECTIONS_MAX:
-                raise SnapshotError(f"more than {SECTIONS_MAX} elements", offset=at)
-            if _KINDS[kind] is SectionKind.COMMAND:
-                self._sections.append(self._read_command(at))
-                continue
-            section = self._read_section(_KINDS[kind], at)
+            section = (
+                self._read_command(at)
+                if _KINDS[kind] is SectionKind.COMMAND
+                else self._read_section(_KINDS[kind], at)
+            )
             if section is None:
                 cursor.position = at
                 return False
-            self._sections.append(section)
+            if len(self._sections) < PARTS_LISTED or section.kind is not SectionKind.PART:
+                self._sections.append(section)
+            if len(self._sections) > LISTED_MAX:
+                raise SnapshotError(f"more than {LISTED_MAX} sections", offset=at)
+        raise SnapshotError(f"more than {ELEMENTS_MAX} elements", offset=cursor.position)
 
     def _read_command(self, at: int) -> Section:
         self._cursor.position = at
@@ -277,8 +284,6 @@ class _Walk:
             cursor.position = body + length
             if cursor.peek(len(footer)) == footer:
                 return True
-        if self._described is None and self._ram_end is not None:
-            return False
         for candidate in self._find(footer, body):
             if self._can_start_element(candidate + len(footer)):
                 cursor.position = candidate
@@ -305,7 +310,10 @@ class _Walk:
         if not data:
             return False
         if data[0] == TYPE_EOF:
-            return self._described is None or at + 1 == self._described.offset
+            if self._described is not None:
+                return at + 1 == self._described.offset
+            # Nothing vouches for a section found by search: the stream's end must fit as well.
+            return at + 1 == self._cursor.size or data[1:2] == bytes([description.TYPE_DESCRIPTION])
         if len(data) < SECTION_ID.size or data[0] not in _KINDS:
             return False
         kind = _KINDS[data[0]]

@@ -109,10 +109,20 @@ class Channels:
             raise MemoryError
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
+        self._sibling: Channels | None = None
+
+    def sibling(self, name: str) -> Channels:
+        """As many channels with totals of their own, cancelled together with these."""
+        self._sibling = Channels(self.count, name)
+        if self.cancelled:
+            self._sibling.cancel()
+        return self._sibling
 
     def cancel(self) -> None:
         """Stop as soon as the core looks, at least every 4 MiB."""
         _core.lib.qm_job_cancel(self.core)
+        if self._sibling is not None:
+            self._sibling.cancel()
 
     @property
     def cancelled(self) -> bool:

@@ -1,0 +1,7 @@
+"""``python -m pyqmigrate`` is the command ``pyqmigrate``."""
+
+import sys
+
+from pyqmigrate.cli import main
+
+sys.exit(main())

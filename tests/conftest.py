@@ -1,0 +1,84 @@
+"""Places to write to: a disk with direct I/O, a file system in memory, small file systems."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import mmap
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def takes_direct_io(directory: Path) -> bool:
+    """Whether an aligned direct write works there; opening alone proves little."""
+    probe = directory / "probe"
+    fd = -1
+    try:
+        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+        with mmap.mmap(-1, 65536) as unit:
+            return os.pwrite(fd, unit, 65536) == 65536
+    except OSError:
+        return False
+    finally:
+        if fd >= 0:
+            os.close(fd)
+        probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def directory_on_disk() -> Iterator[Path]:
+    """An empty directory that takes direct I/O, removed afterwards; skips where there is none."""
+    for parent in (tempfile.gettempdir(), "/var/tmp", "."):
+        with tempfile.TemporaryDirectory(prefix="pyqmigrate-", dir=parent) as name:
+            if takes_direct_io(Path(name)):
+                yield Path(name).resolve()
+                return
+    pytest.skip("no temporary directory takes direct I/O: set TMPDIR to one on a disk")
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """An empty directory that takes direct I/O."""
+    with directory_on_disk() as directory:
+        yield directory
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    """An empty directory on tmpfs."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("/dev/shm is not there to write to")
+    with tempfile.TemporaryDirectory(prefix="pyqmigrate-", dir="/dev/shm") as name:
+        yield Path(name)
+
+
+def descriptors() -> dict[str, str]:
+    """Open descriptors of this process and what they are."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found[entry.name] = str(entry.readlink())
+    return {fd: name for fd, name in found.items() if not name.endswith("/fd")}
+
+
+@pytest.fixture
+def same_descriptors() -> Iterator[None]:
+    """Fails the test when it ends with other open descriptors than it began with."""
+    before = descriptors()
+    yield
+    gc.collect()
+    assert descriptors() == before
+
+
+@pytest.fixture
+def child_environment() -> dict[str, str]:
+    """Environment for a Python child that has to find the package, and nothing preloaded."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *sys.path])
+    return environment
