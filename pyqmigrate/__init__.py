@@ -33,7 +33,7 @@ from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.save import SaveReport, Sparse, save, start_save
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
 
-__all__ = [  # noqa: RUF022 - most important first
+__all__ = [
     "save",
     "Snapshot",
     "RamBlock",

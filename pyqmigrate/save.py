@@ -211,15 +211,14 @@ class Writer:
     def run(self) -> SaveReport:
         """Save in one pass, make the file a snapshot, and close."""
         with self._cleanup:
-            tail = encode_tail(page_size=self.head.blocks[0].page_size)
-            self.begin(len(tail))
+            self.begin()
             self.write_pages()
-            return self.finish(tail)
+            return self.finish()
 
-    def begin(self, tail_size: int = 0) -> None:
+    def begin(self) -> None:
         """Check the space, give the file its size and write the head, without its magic."""
         self._check_space()
-        self.target.set_size(self.head.tail_offset + tail_size)
+        self.target.set_size(self.head.tail_offset)
         for piece in self.head.pieces:
             data = piece.data
             if piece.offset == self.target.offset:
@@ -231,8 +230,34 @@ class Writer:
         file = core_file(self.target.fd, self.target.direct)
         self._pass(self.channels, file, self.bitmaps, selections)
 
-    def finish(self, tail: bytes) -> SaveReport:
-        """Write bitmaps and tail, then publish."""
+    def clean(self) -> int:
+        """Make every page whose bit is clear read as zeros in the file: earlier passes, or an
+        earlier snapshot, may have left bytes there. Returns how many pages had some."""
+        found = 0
+        fault = _core.ffi.new("struct qm_fault *")
+        channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
+        with self.target.opened_for_reading() as fd:
+            file = core_file(fd, None)
+            for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
+                for item in cut(0, layout.num_pages, layout.page_size):
+                    count = _core.lib.qm_clean(
+                        self.channels.core, channel, file, core_block(layout), bitmap.core,
+                        item.first, item.npages, fault,
+                    )
+                    if count < 0:
+                        raise failure(count, fault, self.target.name, layout.name)
+                    found += count
+        return found
+
+    def finish(
+        self, sections: bytes = b"", description: bytes | None = None, *,
+        switchover_start: bool = False,
+    ) -> SaveReport:
+        """Write bitmaps and tail (device ``sections`` verbatim), then publish."""
+        tail = encode_tail(
+            sections=sections, description=description, switchover_start=switchover_start,
+            page_size=self.head.blocks[0].page_size,
+        )
         for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
             bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
         self.write_at(self.head.tail_offset, tail)

@@ -129,7 +129,9 @@ class Channels:
         return bool(_core.lib.qm_job_cancelled(self.core))
 
     def set_rate(self, bytes_per_second: int) -> None:
-        """Limit what all channels move together; 0 is no limit."""
+        """Limit what all channels move together; 0 is no limit. UsageError out of 64 bits."""
+        if not 0 <= bytes_per_second < 1 << 64:
+            raise UsageError(f"a bandwidth of {bytes_per_second} bytes a second is impossible")
         _core.lib.qm_job_set_rate(self.core, bytes_per_second)
 
     def totals(self) -> Any:

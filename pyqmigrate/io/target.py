@@ -339,6 +339,16 @@ class OutputTarget:
                 os.ftruncate(self.fd, self.offset)
             os.ftruncate(self.fd, size)
 
+    @contextlib.contextmanager
+    def opened_for_reading(self) -> Iterator[int]:
+        """A descriptor of our own to read back and punch what was written."""
+        with self._refusing("cannot read back what was written"):
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
     def free_bytes(self) -> int:
         """Bytes that can still be allocated here, what the file itself holds included."""
         with self._refusing("cannot tell the free space"):

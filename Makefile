@@ -1,0 +1,120 @@
+# make demo   the main job on a synthetic guest memory
+# make test   everything that ends within ten minutes; see CONTRIBUTING.md for the rest
+#
+# The virtual environment is .venv; PYTHON=python3.12 makes it with another Python, PYTEST_ARGS
+# and BENCH_ARGS go to pytest and to the comparison.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CC ?= cc
+WARNINGS := -Wall -Wextra -Wconversion -Werror
+CORE := $(wildcard csrc/*.c csrc/*.h csrc/*.py)
+BUILD := setup.py pyproject.toml $(CORE)
+export PYTHON
+
+# A tree that was moved or copied has a .venv that still points at the old place.
+ifneq ($(wildcard $(VENV)/.place),)
+ifneq ($(file < $(VENV)/.place),$(CURDIR))
+$(shell rm -rf $(VENV))
+endif
+endif
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: demo test test-long lint types cc sanitize tsan bench wheel clean distclean \
+        test-system bench-system
+
+demo: $(VENV)/.with-cli
+	$(BIN)/pyqmigrate demo $(DEMO_ARGS)
+
+test: test-system $(VENV)/.with-cli,analysis,test
+	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+
+# pytest's status 5 is "nothing was selected": right only as long as no test is marked long.
+test-long: test-system $(VENV)/.with-cli,analysis,test
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS) || \
+	    { [ $$? = 5 ] && ! grep -rqs 'mark\.long' tests; }
+
+lint: $(VENV)/.with-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.with-dev
+	$(BIN)/mypy --strict
+
+# The optimiser is on because some warnings come from it.
+cc:
+	@.ci/ensure-system compiler
+	@mkdir -p build/cc
+	@for source in csrc/*.c; do \
+	    echo "$(CC) $(WARNINGS) $$source"; \
+	    $(CC) -std=gnu11 -O2 -fPIC $(WARNINGS) -c $$source -o build/cc/$$(basename $$source .c).o || exit 1; \
+	done
+
+# The core's tests against a core with checks compiled in, in a copy of the tree: the one in use
+# stays as it is. The runtime library must come before Python's own allocations, hence LD_PRELOAD;
+# Python leaks by design. Output is not captured by descriptor, or a report would die with pytest.
+SANITIZED_TESTS ?= tests/core
+define sanitized
+	rm -rf build/$(1)
+	mkdir -p build/$(1)
+	cp -R pyproject.toml setup.py README.md LICENSE csrc pyqmigrate tests build/$(1)
+	find build/$(1) -name '*.so' -delete
+	cd build/$(1) && CC="$(CC)" LDSHARED="$(CC) -shared" CFLAGS="-g -O1 -fno-omit-frame-pointer $(2)" \
+	    $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	nm -D build/$(1)/pyqmigrate/_core*.so | grep -q '__$(1)_init'
+	cd build/$(1) && env LD_PRELOAD="$$($(CC) -print-file-name=lib$(1).so)" $(3) \
+	    $(CURDIR)/$(BIN)/python -m pytest --capture=sys -p no:cacheprovider $(SANITIZED_TESTS)
+endef
+
+sanitize: $(VENV)/.with-cli,analysis,test
+	$(call sanitized,asan,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all,\
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1)
+
+# Only code that was compiled with it is watched: Python's own threads talk in ways it cannot see.
+# Its memory map needs an address space that is not randomised.
+tsan: $(VENV)/.with-cli,analysis,test
+	$(call sanitized,tsan,-fsanitize=thread,\
+	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" setarch -R)
+
+bench: bench-system $(VENV)/.with-cli,bench
+	$(BIN)/python bench/compare.py $(BENCH_ARGS)
+
+# The wheel is built from the sdist, so both are proven.
+wheel: $(VENV)/.with-dev
+	rm -rf dist build/wheel-venv
+	$(BIN)/python -m build
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(BIN)/python .ci/check-dist dist
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install -q dist/*.whl
+	cd build && wheel-venv/bin/pyqmigrate --help >/dev/null
+
+clean:
+	rm -rf build dist *.egg-info pyqmigrate/_core*.so $(VENV)/.with-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find pyqmigrate csrc tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# First of all, so that who may not install is told one command for everything.
+test-system:
+	@.ci/ensure-system python compiler qemu
+
+bench-system:
+	@.ci/ensure-system python compiler qemu bench
+
+# The package, editable, with the extras in the file's name. The core is compiled anew whenever its
+# sources or its build change. Built without isolation: the second time needs no network.
+$(VENV)/.with-%: $(VENV)/.place $(BUILD)
+	$(BIN)/pip install -q --no-build-isolation -e '.[$*]'
+	@touch '$@'
+
+$(VENV)/.place:
+	@.ci/ensure-system python compiler
+	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	    | $(BIN)/pip install -q -r /dev/stdin
+	@printf %s '$(CURDIR)' > $@
+
+comma := ,

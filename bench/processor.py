@@ -1,0 +1,91 @@
+"""What the processor is used for: the zero scan against plain reading, and Python's share."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyqmigrate
+from bench.results import OURS, Results, Sample
+from pyqmigrate import _core
+
+__all__ = ["core_seconds", "measure_scan", "save_with_core_clock"]
+
+PAGE = 4096
+PIECE = 1 << 20
+
+
+def measure_scan(length: int, repeat: int, results: Results) -> None:
+    """Scan and sum of the same ``length`` bytes of zeros, one thread, taking turns."""
+    ffi, lib = _core.ffi, _core.lib
+    with contextlib.closing(mmap.mmap(-1, length)) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        # Written, so that it is real memory and not one zero page mapped again and again.
+        for at in range(0, length, PIECE):
+            memory[at : at + PIECE] = bytes(PIECE)
+        bits = ffi.new("uint64_t[]", length // PAGE // 64)
+        with ffi.from_buffer(memory) as data:
+            for _ in range(repeat):
+                for name in ("sum", "scan"):
+                    start = time.perf_counter()
+                    if name == "scan":
+                        found = lib.qm_scan(data, length // PAGE, PAGE, bits)
+                    else:
+                        found = lib.qm_sum(data, length)
+                    seconds = time.perf_counter() - start
+                    if found:
+                        raise AssertionError(f"the {name} of zeros is {found}")
+                    results.add("scan", OURS, name, Sample(seconds, facts={"bytes": length}))
+
+
+class _TimedLib:
+    """The core, with a clock on the processor time that each thread spends inside it."""
+
+    def __init__(self, lib: Any) -> None:
+        self._lib = lib
+        self._lock = threading.Lock()
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._lib, name)
+        if not callable(function):
+            return function
+
+        def timed(*arguments: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return function(*arguments)
+            finally:
+                spent = time.thread_time() - start
+                with self._lock:
+                    self.seconds += spent
+
+        setattr(self, name, timed)
+        return timed
+
+
+@contextlib.contextmanager
+def core_seconds() -> Iterator[_TimedLib]:
+    """While it lasts, ``seconds`` of what it gives counts the processor time inside the core."""
+    timed = _TimedLib(_core.lib)
+    _core.lib = timed  # type: ignore[assignment]
+    try:
+        yield timed
+    finally:
+        _core.lib = timed._lib
+
+
+def save_with_core_clock(path: Path, memory: Any, channels: int) -> Sample:
+    """One save. The fact ``python_seconds`` is the processor time of the process that was not
+    spent in the core: the interpreter, and the system calls that it makes itself (the fsync among
+    them), so rather more than Python's own."""
+    with core_seconds() as core:
+        cpu, start = time.process_time(), time.perf_counter()
+        pyqmigrate.save(path, [pyqmigrate.RamBlock("pc.ram", memory)], channels=channels)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return Sample(seconds, cpu, {"python_seconds": cpu - core.seconds})

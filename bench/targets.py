@@ -1,0 +1,157 @@
+"""What is to be reached, and how the results stand against it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+from bench.contents import Contents
+from bench.results import FIO, OURS, QEMU, Results, Verdict
+
+__all__ = ["GIB", "MIB", "PYTHON_WORK", "SPARSE_ALONE", "TEBIBYTE_WORK", "verdicts"]
+
+MIB, GIB = 1 << 20, 1 << 30
+SPARSE_ALONE = "1 GiB alone"
+TEBIBYTE_WORK = "1 TiB sparse"
+PYTHON_WORK = "python's share"
+
+# Content -> the time of a save at most, as a share of QEMU's defaults and of QEMU's best.
+_AGAINST_QEMU = {
+    Contents.DENSE: (None, 0.95),
+    Contents.RUNS: (0.15, 0.8),
+    Contents.SPECKLED: (0.15, 0.8),
+}
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """One for every target whose work was measured, with the peers that were there."""
+    return [
+        *_scan(results), *_saves(results), *_processor(results), *_loads(results),
+        *_sparse(results), *_tebibyte(results), *_python(results), *_page_cache(results),
+    ]  # fmt: skip
+
+
+def _scan(results: Results) -> Iterator[Verdict]:
+    if results.names("scan", OURS):
+        scan, plain = (results.median("scan", OURS, name) for name in ("scan", "sum"))
+        size = results.of("scan", OURS, "scan")[0].facts["bytes"]
+        yield Verdict(
+            "zero scan / read bandwidth", plain / scan, 0.9, at_least=True,
+            detail=f"{size / scan / 1e9:.1f} GB/s, sum loop {size / plain / 1e9:.1f} GB/s",
+        )  # fmt: skip
+
+
+def _saves(results: Results) -> Iterator[Verdict]:
+    for contents, (of_defaults, of_best) in _AGAINST_QEMU.items():
+        work = f"save {contents}"
+        for memory in results.names(work, OURS):
+            ours = results.median(work, OURS, memory)
+            label = f"{work} ({memory})"
+            if fio := results.best(work, FIO):
+                yield _ratio(f"{label} / fio", ours, results.median(work, FIO, fio), 1.05, fio)
+            if of_defaults and "defaults" in results.names(work, QEMU):
+                theirs = results.median(work, QEMU, "defaults")
+                yield _ratio(f"{label} / QEMU's defaults", ours, theirs, of_defaults)
+            if best := results.best(work, QEMU):
+                theirs = results.median(work, QEMU, best)
+                yield _ratio(f"{label} / QEMU's best", ours, theirs, of_best, best)
+
+
+def _ratio(work: str, ours: float, theirs: float, limit: float, who: str = "") -> Verdict:
+    detail = f"{ours:.3f} s against {theirs:.3f} s" + (f" ({who})" if who else "")
+    return Verdict(work, ours / theirs, limit, detail=detail)
+
+
+def _processor(results: Results) -> Iterator[Verdict]:
+    """Against the processor time of QEMU's fastest setting; what its thriftiest one used is said
+    too."""
+    for contents in Contents:
+        work = f"save {contents}"
+        times = {n: results.cpu(work, QEMU, n) or 0.0 for n in results.names(work, QEMU)}
+        best = results.best(work, QEMU)
+        for memory in results.names(work, OURS):
+            ours = results.cpu(work, OURS, memory)
+            if ours is None or best is None:
+                continue
+            least = min(times, key=lambda name: times[name])
+            yield Verdict(
+                f"processor time, {work} ({memory}) / QEMU's best", ours / times[best], 1.0,
+                detail=f"{ours:.2f} s against {times[best]:.2f} s ({best}); "
+                f"QEMU's least {times[least]:.2f} s ({least})",
+            )  # fmt: skip
+
+
+def _loads(results: Results) -> Iterator[Verdict]:
+    """Into a file of shared memory, and into anonymous memory: each against QEMU doing the same,
+    with the default of two channels and with the best count."""
+    for contents in (Contents.DENSE, Contents.RUNS):
+        work = f"load {contents}"
+        for kind in ("shared file", "anonymous"):
+            names = [name for name in results.names(work, OURS) if name.startswith(kind)]
+            names = [name for name in names if "clear" not in name]  # QEMU has no such choice
+            theirs = results.best(work, QEMU, kind)
+            if not names:
+                continue
+            best = min(names, key=lambda name: results.median(work, OURS, name))
+            for name in dict.fromkeys((names[0], best)):
+                ours = results.median(work, OURS, name)
+                if theirs:
+                    time = results.median(work, QEMU, theirs)
+                    yield _ratio(f"{work} ({name}) / QEMU's best", ours, time, 0.95, theirs)
+                if fio := results.best(work, FIO):
+                    rate = results.of(work, OURS, name)[0].facts["data_bytes"] / ours
+                    peer = results.of(work, FIO, fio)[0].facts["data_bytes"]
+                    peer /= results.median(work, FIO, fio)
+                    yield Verdict(
+                        f"{work} ({name}), rate / fio's", rate / peer, 0.9, at_least=True,
+                        detail=f"{rate / MIB:.0f} MiB/s against {peer / MIB:.0f} MiB/s ({fio})",
+                    )  # fmt: skip
+
+
+def _sparse(results: Results) -> Iterator[Verdict]:
+    work = "save sparse"
+    for name in results.names(work, OURS):
+        if name == SPARSE_ALONE:
+            continue
+        alone = results.median(work, OURS, SPARSE_ALONE)
+        ours = results.median(work, OURS, name)
+        yield _ratio(f"{work}: {name} / {SPARSE_ALONE}", ours, alone, 1.3)
+        grown = max(
+            sample.facts["resident_after"] - sample.facts["resident_before"]
+            for sample in results.of(work, OURS, name)
+        )
+        yield Verdict(f"{work}: {name}, the memfd grows by", grown / MIB, 0.0, "MiB")
+
+
+def _tebibyte(results: Results) -> Iterator[Verdict]:
+    for step in results.names(TEBIBYTE_WORK, OURS):
+        samples = results.of(TEBIBYTE_WORK, OURS, step)
+        extra = max(sample.facts["extra_bytes"] for sample in samples)
+        guest = max(sample.facts["guest_bytes"] for sample in samples)
+        yield Verdict(
+            f"{TEBIBYTE_WORK}, {step}: extra memory", extra / MIB, 96, "MiB",
+            detail=f"{samples[0].seconds:.2f} s; guest pages it has mapped "
+            f"({guest / MIB:.0f} MiB) not counted",
+        )  # fmt: skip
+
+
+def _python(results: Results) -> Iterator[Verdict]:
+    for name in results.names(PYTHON_WORK, OURS):
+        samples = results.of(PYTHON_WORK, OURS, name)
+        share = statistics.median(s.facts["python_seconds"] / s.seconds for s in samples)
+        spent = statistics.median(s.facts["python_seconds"] for s in samples)
+        yield Verdict(
+            f"{PYTHON_WORK} of a save ({name})", share * 100, 1.0, "%",
+            detail=f"{spent * 1000:.1f} ms, system calls outside the core included",
+        )  # fmt: skip
+
+
+def _page_cache(results: Results) -> Iterator[Verdict]:
+    for contents in Contents:
+        work = f"save {contents}"
+        samples = [s for name in results.names(work, OURS) for s in results.of(work, OURS, name)]
+        shares = [s.facts["cached_bytes"] / (s.facts["data_pages"] * 4096) for s in samples]
+        if shares:
+            direct = "direct" if all(s.facts["direct_io"] for s in samples) else "NOT direct"
+            yield Verdict(f"{work}: left in the page cache", max(shares) * 100, 1.0, "%",
+                          detail=f"{direct}; the most of {len(shares)} saves")  # fmt: skip

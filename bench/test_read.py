@@ -1,0 +1,62 @@
+"""The core alone, reading pages past the page cache: one thread, the bitmap known."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.conftest import SIZE, Memories
+from bench.contents import Contents
+from bench.disk import Disk
+from pyqmigrate import RamBlock, Snapshot, SnapshotBlock, _core, save
+from pyqmigrate.io.channels import core_block, cut
+
+ffi, lib = _core.ffi, _core.lib
+ALIGNMENT = 4096
+GAP = 128 << 10  # what a load reads over
+
+
+def read_pages(fd: int, block: SnapshotBlock, memory: mmap.mmap) -> None:
+    job = ffi.gc(lib.qm_job_create(), lib.qm_job_destroy)
+    channel = ffi.gc(lib.qm_channel_create(), lib.qm_channel_destroy)
+    fault = ffi.new("struct qm_fault *")
+    file = ffi.new("struct qm_file *", {
+        "fd": fd, "fd_direct": fd, "mem_align": ALIGNMENT, "off_align": ALIGNMENT,
+    })  # fmt: skip
+    place = core_block(block.layout)
+    with ffi.from_buffer(memory, require_writable=True) as data:
+        base = ffi.cast("unsigned char *", data)
+        target = ffi.new("struct qm_memory *", {"base": base, "fd": -1})
+        for part in cut(0, block.num_pages, block.page_size):
+            failed = lib.qm_read(
+                job, channel, file, place, target, block.bitmap.core, GAP, 0,
+                part.first, part.npages, fault,
+            )  # fmt: skip
+            if failed:
+                raise OSError(-failed, os.strerror(-failed))
+
+
+@pytest.mark.parametrize("contents", Contents)
+def test_read_with_one_thread(
+    benchmark: Any, memories: Memories, disk: Disk, target: Path, contents: Contents
+) -> None:
+    save(target, [RamBlock("pc.ram", memories(contents))])
+    benchmark.group = "read"
+    benchmark.extra_info["bytes"] = SIZE
+    fd = os.open(target, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with (
+            Snapshot(target) as snapshot,
+            mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory,
+        ):
+            benchmark.pedantic(
+                read_pages, args=(fd, snapshot.blocks["pc.ram"], memory),
+                setup=lambda: disk.make_cold(target), rounds=5, warmup_rounds=1,
+            )  # fmt: skip
+            assert memory[:] == memories(contents)[:]
+    finally:
+        os.close(fd)

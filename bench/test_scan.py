@@ -1,0 +1,55 @@
+"""The zero scan of the core, one thread, beside a plain sum over the same memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.conftest import SIZE, Memories
+from bench.contents import Contents
+from pyqmigrate import _core
+
+ffi, lib = _core.ffi, _core.lib
+
+
+@pytest.fixture
+def zeros() -> bytearray:
+    memory = bytearray(SIZE)
+    # Pages never written are one zero page mapped again and again, which caches too well.
+    for at in range(0, SIZE, 4096):
+        memory[at] = 0
+    return memory
+
+
+@pytest.mark.parametrize("page_size", [4096, 65536])
+def test_scan_of_zero_memory(benchmark: Any, zeros: bytearray, page_size: int) -> None:
+    bits = ffi.new("uint64_t[]", SIZE // page_size // 64)
+    benchmark.group = "scan"
+    benchmark.extra_info["bytes"] = SIZE
+    with ffi.from_buffer(zeros) as data:
+        found = benchmark.pedantic(
+            lib.qm_scan, args=(data, SIZE // page_size, page_size, bits),
+            rounds=9, warmup_rounds=1,
+        )  # fmt: skip
+    assert found == 0
+
+
+def test_plain_sum_of_zero_memory(benchmark: Any, zeros: bytearray) -> None:
+    benchmark.group = "scan"
+    benchmark.extra_info["bytes"] = SIZE
+    with ffi.from_buffer(zeros) as data:
+        total = benchmark.pedantic(lib.qm_sum, args=(data, SIZE), rounds=9, warmup_rounds=1)
+    assert total == 0
+
+
+@pytest.mark.parametrize("contents", Contents)
+def test_scan_of_used_memory(benchmark: Any, memories: Memories, contents: Contents) -> None:
+    bits = ffi.new("uint64_t[]", SIZE // 4096 // 64)
+    benchmark.group = "scan"
+    benchmark.extra_info["bytes"] = SIZE
+    with ffi.from_buffer(memories(contents)) as data:
+        found = benchmark.pedantic(
+            lib.qm_scan, args=(data, SIZE // 4096, 4096, bits), rounds=9, warmup_rounds=1
+        )
+    assert found > 0

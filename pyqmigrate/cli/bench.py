@@ -1,0 +1,190 @@
+"""Measure which channel count and direct I/O setting is best on a disk.
+
+A synthetic guest memory is saved to a fresh file and loaded from a cold cache with every setting,
+three times over in turns; medians count. Saves are timed to the fsync. Everything is removed at
+the end.
+
+JSON: ``directory``; ``size`` of the guest and ``data_bytes`` of it that are saved, in bytes;
+``direct_io_reason``; ``results``, a list of ``channels``, ``direct_io``, ``save_seconds`` and
+``load_seconds`` (a list each), ``save_mib_per_second`` and ``load_mib_per_second`` (of data, from
+the medians); ``best``, an object of ``save`` and ``load``, each the ``channels`` and ``direct_io``
+of the fastest; ``plot``, the picture's path or null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import itertools
+import mmap
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyqmigrate.cli import plot
+from pyqmigrate.cli.arguments import Verbs, add_verb, read_channels
+from pyqmigrate.cli.contents import PAGE, fill, guest_memory
+from pyqmigrate.cli.outcome import Outcome, counted, printable, table
+from pyqmigrate.cli.progress import shown
+from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
+from pyqmigrate.cli.sizes import MIB, read_size, show_size
+from pyqmigrate.errors import TargetError
+from pyqmigrate.io.memory import RamBlock
+from pyqmigrate.io.pagecache import drop_cached
+from pyqmigrate.io.target import DirectIO
+from pyqmigrate.save import save
+from pyqmigrate.snapshot import Snapshot
+
+__all__ = ["add_parser"]
+
+_DEFAULT_SIZE = 1024 * MIB
+_DEFAULT_CHANNELS = "1,2,4,8"
+_REPEAT = 3
+_BLOCK = "pc.ram"
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "bench", _run, __doc__)
+    parser.add_argument(
+        "--dir", default=DEFAULT_DIRECTORY, metavar="DIR",
+        help="a directory on the disk to measure (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--size", type=read_size, metavar="SIZE", help="size of the guest (default: 1GiB)"
+    )
+    parser.add_argument(
+        "--channels", type=_read_list, metavar="N,N...", default=_DEFAULT_CHANNELS,
+        help="channel counts to compare (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw a picture of it too; needs matplotlib"
+    )
+
+
+def _read_list(text: str) -> list[int]:
+    return sorted({read_channels(part) for part in text.split(",")})
+
+
+@dataclass
+class _Setting:
+    """A setting, and the seconds that it took."""
+
+    channels: int
+    direct_io: bool
+    save_seconds: list[float] = field(default_factory=list)
+    load_seconds: list[float] = field(default_factory=list)
+
+
+def _run(args: argparse.Namespace) -> Outcome:
+    if args.plot is not None:
+        plot.check_available()
+        _check_writable(args.plot)
+    with scratch(args.dir) as directory:
+        size = fitting_size(args.size, _DEFAULT_SIZE, directory, memories=2)
+        path = directory / "guest.mapped"
+        with guest_memory(size) as memory, guest_memory(size) as copy:
+            fill(memory)
+            fill(copy)  # with pages under it, as a guest's is
+            # Not counted: it tells whether direct I/O works here, and warms up.
+            first = save(path, [RamBlock(_BLOCK, memory)], direct_io=DirectIO.AUTO)
+            ways = (True, False) if first.direct_io else (False,)
+            settings = [_Setting(n, way) for n, way in itertools.product(args.channels, ways)]
+            for _ in range(_REPEAT):
+                for setting in settings:
+                    _measure(setting, path, memory, copy)
+    data_bytes = first.data_pages * PAGE
+    data = _data(args, size, data_bytes, settings, first.direct_io_reason)
+    if args.plot is not None:
+        plot.draw(args.plot, data["results"], f"{show_size(size)} guest in {args.dir}")
+    return Outcome(data, _lines(data))
+
+
+def _check_writable(path: str) -> None:
+    parent = Path(path).parent
+    if not os.access(parent, os.W_OK):
+        number = errno.EACCES if parent.exists() else errno.ENOENT
+        raise TargetError(number, "cannot write the picture", path)
+
+
+def _measure(setting: _Setting, path: Path, memory: mmap.mmap, copy: mmap.mmap) -> None:
+    direct_io = DirectIO.ON if setting.direct_io else DirectIO.OFF
+    way = "direct" if setting.direct_io else "buffered"
+    name = f"{counted(setting.channels, 'channel')}, {way}"
+    path.unlink()
+    with shown(f"save, {name}") as show:
+        saved = save(
+            path, [RamBlock(_BLOCK, memory)],
+            channels=setting.channels, direct_io=direct_io, progress=show,
+        )
+    with path.open("rb") as file:
+        drop_cached(file.fileno())
+    with Snapshot(path) as snapshot, shown(f"load, {name}") as show:
+        loaded = snapshot.load(
+            {_BLOCK: copy}, channels=setting.channels, direct_io=direct_io, progress=show
+        )
+    setting.save_seconds.append(saved.seconds)
+    setting.load_seconds.append(loaded.seconds)
+
+
+def _data(
+    args: argparse.Namespace, size: int, data_bytes: int, settings: list[_Setting], reason: str
+) -> dict[str, Any]:
+    def rate(seconds: list[float]) -> float:
+        return data_bytes / MIB / statistics.median(seconds)
+
+    results: list[dict[str, Any]] = [
+        {
+            "channels": setting.channels,
+            "direct_io": setting.direct_io,
+            "save_seconds": setting.save_seconds,
+            "load_seconds": setting.load_seconds,
+            "save_mib_per_second": rate(setting.save_seconds),
+            "load_mib_per_second": rate(setting.load_seconds),
+        }
+        for setting in settings
+    ]
+    return {
+        "directory": args.dir,
+        "size": size,
+        "data_bytes": data_bytes,
+        "direct_io_reason": reason,
+        "results": results,
+        "best": {work: _fastest(results, work) for work in ("save", "load")},
+        "plot": args.plot,
+    }
+
+
+def _fastest(results: list[dict[str, Any]], work: str) -> dict[str, Any]:
+    fastest = max(results, key=lambda result: float(result[f"{work}_mib_per_second"]))
+    return {key: fastest[key] for key in ("channels", "direct_io")}
+
+
+def _lines(data: dict[str, Any]) -> list[str]:
+    best = data["best"]
+    rows = [
+        (r["channels"], _way(r), *(
+            f"{r[f'{work}_mib_per_second']:.0f}"
+            + (" *" if best[work] == {key: r[key] for key in best[work]} else "  ")
+            for work in ("save", "load")
+        ))
+        for r in data["results"]
+    ]  # fmt: skip
+    return [
+        f"guest of {show_size(data['size'])}, {show_size(data['data_bytes'])} of it data, "
+        f"in {printable(data['directory'])}; medians of {_REPEAT}",
+        f"direct I/O: {data['direct_io_reason']}",
+        "",
+        *table(("channels", "I/O", "save MiB/s", "load MiB/s"), rows, left=2),
+        "",
+        *(
+            f"fastest {work}: {counted(best[work]['channels'], 'channel')}, {_way(best[work])}"
+            for work in ("save", "load")
+        ),
+        *([f"picture: {printable(data['plot'])}"] if data["plot"] else []),
+    ]
+
+
+def _way(setting: dict[str, Any]) -> str:
+    return "direct" if setting["direct_io"] else "buffered"

@@ -1,0 +1,51 @@
+"""The exit codes of the command, and which error has which."""
+
+from __future__ import annotations
+
+import enum
+
+from pyqmigrate.errors import (
+    Cancelled,
+    GuestMemoryError,
+    NotSupported,
+    PyqmigrateError,
+    SnapshotError,
+    UsageError,
+)
+
+__all__ = ["ExitCode", "QemuFailed", "exit_code"]
+
+
+class ExitCode(enum.IntEnum):
+    """What the shell is told."""
+
+    DONE = 0
+    BAD = 1
+    USAGE = 2
+    REFUSED = 3
+    GUEST = 4
+    NOT_SUPPORTED = 5
+    INTERRUPTED = 130
+
+
+class QemuFailed(PyqmigrateError, RuntimeError):
+    """QEMU did not start, died, or refused what it was asked."""
+
+
+_CODES: tuple[tuple[type[BaseException], ExitCode], ...] = (
+    (SnapshotError, ExitCode.BAD),
+    (UsageError, ExitCode.USAGE),
+    (GuestMemoryError, ExitCode.GUEST),
+    (QemuFailed, ExitCode.GUEST),
+    (NotSupported, ExitCode.NOT_SUPPORTED),
+    (Cancelled, ExitCode.INTERRUPTED),
+    (KeyboardInterrupt, ExitCode.INTERRUPTED),
+    (PyqmigrateError, ExitCode.REFUSED),
+    (OSError, ExitCode.REFUSED),
+    (MemoryError, ExitCode.REFUSED),
+)
+
+
+def exit_code(error: BaseException) -> ExitCode | None:
+    """The code for an error; None for one that is a mistake in this program."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), None)

@@ -1,0 +1,52 @@
+"""The picture of a bench: MiB/s over channels, for saves and for loads."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Any
+
+from pyqmigrate.errors import NotSupported, TargetError
+
+__all__ = ["check_available", "draw"]
+
+
+def check_available() -> None:
+    """NotSupported, with the command that helps, where there is no matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise NotSupported(
+            "a picture needs matplotlib, which is not installed: pip install 'pyqmigrate[bench]'"
+        ) from error
+
+
+def draw(path: str, results: Sequence[dict[str, Any]], title: str) -> None:
+    """Write a PNG of the ``results`` of a bench to ``path``. Needs no display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(1, 2, sharey=True)
+    channels = sorted({result["channels"] for result in results})
+    for axis, work in zip(axes, ("save", "load"), strict=True):
+        for direct_io, name in ((True, "direct"), (False, "buffered")):
+            points = {
+                r["channels"]: r[f"{work}_mib_per_second"]
+                for r in results if r["direct_io"] is direct_io
+            }  # fmt: skip
+            if points:
+                axis.plot(list(points), list(points.values()), marker="o", label=name)
+        axis.set_title(work if work == "save" else "load, cold cache")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(channels, [str(n) for n in channels])
+        axis.set_xlabel("channels")
+        axis.grid(alpha=0.3)
+    fastest = max(max(r["save_mib_per_second"], r["load_mib_per_second"]) for r in results)
+    axes[0].set_ylim(0, fastest * 1.05)  # shared with the other
+    axes[0].set_ylabel("MiB/s of data")
+    axes[0].legend()
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise TargetError(error.errno or errno.EIO, "cannot write the picture", path) from error

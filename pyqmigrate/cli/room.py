@@ -1,0 +1,77 @@
+"""Room for a synthetic guest: a directory of its own on the disk, and a size that fits."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyqmigrate.cli.contents import SMALLEST
+from pyqmigrate.cli.sizes import MIB, show_size
+from pyqmigrate.errors import NoSpace, TargetError, UsageError
+
+__all__ = ["DEFAULT_DIRECTORY", "fitting_size", "scratch"]
+
+# Not the usual place for temporary files: that is often in memory, where there is no disk to try.
+DEFAULT_DIRECTORY = os.environ.get("TMPDIR") or "/var/tmp"
+
+_DISK_SPARE = 64 * MIB
+_MEMORY_SPARE = 256 * MIB
+
+
+@contextlib.contextmanager
+def scratch(parent: str) -> Iterator[Path]:
+    """A new directory in ``parent``, removed with all that is in it at the end."""
+    with tempfile.TemporaryDirectory(prefix="pyqmigrate-", dir=parent) as name:
+        yield Path(name)
+
+
+def fitting_size(asked: int | None, default: int, directory: Path, *, memories: int) -> int:
+    """The size of a guest of which ``memories`` copies fit in memory, and one file on the disk.
+
+    That is ``asked``, or else ``default`` or less. Raises UsageError for a size that is no
+    guest's, NoSpace and TargetError where there is no room.
+    """
+    if asked is not None and (asked < SMALLEST or asked % MIB):
+        raise UsageError(f"the size is {asked}; it is whole MiB, and {show_size(SMALLEST)} or more")
+    disk, memory = _free_disk(directory), _free_memory()
+    size = asked or default
+    while True:
+        fits_disk = size + _DISK_SPARE <= disk
+        fits_memory = memories * size + _MEMORY_SPARE <= memory
+        if fits_disk and fits_memory:
+            return size
+        if asked is not None or size // 2 < SMALLEST:
+            break
+        size //= 2
+    if not fits_disk:
+        raise NoSpace(
+            f"a guest of {show_size(size)} needs {show_size(size + _DISK_SPARE)} of disk, "
+            f"{show_size(disk)} are free", directory,
+        )
+    raise TargetError(
+        errno.ENOMEM,
+        f"a guest of {show_size(size)} needs {show_size(memories * size + _MEMORY_SPARE)} "
+        f"of memory, {show_size(memory)} are available",
+    )
+
+
+def _free_disk(directory: Path) -> int:
+    info = os.statvfs(directory)
+    return (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
+
+
+def _free_memory() -> int:
+    """What the machine has available, or less where this control group may have less."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) << 10
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
+        limit = Path("/sys/fs/cgroup") / group.lstrip("/") / "memory.max"
+        available = min(available, int(limit.read_text()))
+    return available

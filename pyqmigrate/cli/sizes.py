@@ -1,0 +1,41 @@
+"""Sizes as people write and read them: ``1GiB``, ``512M``, ``1.5 GiB``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format.uri import parse_size
+
+__all__ = ["MIB", "read_size", "show_rate", "show_size"]
+
+MIB = 1 << 20
+
+_UNITS = ((10, "KiB"), (20, "MiB"), (30, "GiB"))
+_BINARY = re.compile(r"([0-9.]+) ?([kmgtpe])i(?:b)?", re.IGNORECASE | re.ASCII)
+
+
+def read_size(text: str) -> int:
+    """Bytes, for argparse: what QEMU takes (``512M``, ``0x1000``), and KiB, MiB, GiB."""
+    found = _BINARY.fullmatch(text.strip())
+    try:
+        return parse_size(found[1] + found[2] if found else text)
+    except UsageError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write it as 512MiB, 1GiB, 4096 or 0x1000"
+        ) from None
+
+
+def show_size(size: int) -> str:
+    """Bytes as the largest of B, KiB, MiB and GiB that leaves a whole part."""
+    if size < 1024:
+        return f"{size} B"
+    shown = [(round(size / (1 << shift), 1), unit) for shift, unit in _UNITS]
+    value, unit = next((pair for pair in shown if pair[0] < 1024), shown[-1])
+    return f"{value:.1f} {unit}"
+
+
+def show_rate(size: int, seconds: float) -> str:
+    """MiB a second, or nothing where no time passed."""
+    return f"{size / MIB / seconds:.0f}" if seconds > 0 else ""

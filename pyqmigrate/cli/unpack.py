@@ -1,0 +1,52 @@
+"""Unpack a snapshot into sparse raw files.
+
+Every RAM block becomes ``NAME.raw`` in DIR, which is made if it is not there; bytes of its name
+outside ``[A-Za-z0-9._-]``, and a leading dot, are written as ``%XX``. ``blocks.json`` lists them.
+
+JSON: ``snapshot``; ``directory``; ``blocks``, a list of ``name``, ``file`` (null where the content
+is not in the snapshot), ``length``, ``page_size``, ``data_pages``, ``zero_pages``;
+``bytes_allocated``; ``seconds`` with the fsync.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
+from pyqmigrate.cli.outcome import Outcome, printable, table
+from pyqmigrate.cli.progress import shown
+from pyqmigrate.cli.sizes import show_size
+from pyqmigrate.export.raw import unpack
+from pyqmigrate.snapshot import Snapshot
+
+__all__ = ["add_parser"]
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "unpack", _run, __doc__)
+    parser.add_argument("snapshot", metavar="SNAPSHOT")
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument(
+        "--block", metavar="NAME", action="append",
+        help="only this block; may be repeated (default: all)",
+    )
+    add_offset(parser)
+
+
+def _run(args: argparse.Namespace) -> Outcome:
+    with Snapshot(args.snapshot, offset=args.offset) as snapshot, shown("unpack") as show:
+        report = unpack(snapshot, args.directory, blocks=args.block, progress=show)
+    rows = [
+        (block.name, block.file or "(not in this file)", show_size(block.length),
+         block.data_pages, block.zero_pages)
+        for block in report.blocks
+    ]
+    return Outcome(
+        {"snapshot": args.snapshot, "directory": args.directory, **asdict(report)},
+        [
+            *table(("block", "file", "length", "data pages", "zero pages"), rows, left=2),
+            f"{printable(args.directory)}: {show_size(report.bytes_allocated)} allocated, "
+            f"{report.seconds:.2f} s",
+        ],
+    )

@@ -1,0 +1,271 @@
+"""Snapshot -> raw files: the memory of each RAM block in a sparse file of its own.
+
+    with Snapshot("/snap/guest.mapped") as snapshot:
+        report = unpack(snapshot, "/analysis")
+
+Byte ``n`` of ``NAME.raw`` is byte ``n`` of the block; zero pages are holes. Block names come from
+an untrusted file: :func:`raw_name` makes names of them that stay in the directory. ``blocks.json``
+beside the files is an object of ``machine`` and ``blocks``, a list of objects with the fields of
+:class:`RawBlock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from pyqmigrate.errors import BlockMismatch, GuestMemoryError, NoSpace, TargetError, UsageError
+from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.memory import FileMemory
+from pyqmigrate.io.target import DirectIO
+from pyqmigrate.load import Clear, start_load
+from pyqmigrate.log import logger
+from pyqmigrate.snapshot import Snapshot, SnapshotBlock
+
+__all__ = ["INDEX", "RawBlock", "RawReport", "raw_name", "unpack"]
+
+INDEX = "blocks.json"
+
+_NAME_MAX = 255  # bytes of a file name on Linux file systems
+_KEPT = 180  # characters of a name that is too long
+_UNSAFE = re.compile(rb"^\.|[^A-Za-z0-9._-]")
+_NEARLY_FULL = 16 << 20  # bytes; less free than this, and a failed page fault means a full disk
+
+
+@dataclass(frozen=True)
+class RawBlock:
+    """A RAM block and where its bytes went. Lengths in bytes.
+
+    ``file`` is the name in the directory; None for a block whose content is not in the snapshot
+    (``x-ignore-shared``), which has no pages of either kind. Bytes of ``name`` that are not UTF-8
+    are surrogate escapes.
+    """
+
+    name: str
+    file: str | None
+    length: int
+    page_size: int
+    data_pages: int
+    zero_pages: int
+
+
+@dataclass(frozen=True)
+class RawReport:
+    """What an unpack did: ``bytes_allocated`` is what the raw files hold on disk, ``seconds``
+    wall time up to and with the last fsync."""
+
+    blocks: tuple[RawBlock, ...]
+    bytes_allocated: int
+    seconds: float
+
+
+def raw_name(block: str) -> str:
+    """The file name for a block: its bytes outside ``[A-Za-z0-9._-]`` as ``%XX``, and ``.raw``.
+
+    So is a leading dot. Two blocks never share a name: one that would be too long for a file
+    name is cut, and ends in ``%-`` and a digest of the whole.
+    """
+    name = block.encode("utf-8", "surrogateescape")
+    safe = _UNSAFE.sub(lambda found: b"%%%02X" % found[0][0], name).decode("ascii")
+    if len(safe) + len(".raw") > _NAME_MAX:
+        safe = f"{safe[:_KEPT]}%-{hashlib.sha256(name).hexdigest()[:32]}"
+    return f"{safe}.raw"
+
+
+def unpack(
+    snapshot: Snapshot,
+    directory: str | os.PathLike[str],
+    *,
+    blocks: Sequence[str] | None = None,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.OFF,
+    progress: Callable[[Progress], object] | None = None,
+) -> RawReport:
+    """Write blocks (all, or those named) as sparse raw files into ``directory``, and wait.
+
+    Reading is buffered unless asked otherwise: direct reads would go straight into the mapped
+    pages of the raw files, whose file systems are then not told that they become dirty.
+
+    The directory is made if it is not there; its parent must be. Files get their names only when
+    all of them are whole and durable, ``blocks.json`` last; what had these names is replaced,
+    a symbolic link by the file, never what it points to. Files are created 0600. A failure, an
+    interrupt and an exception from ``progress`` leave no file behind that was not there.
+
+    Raises BlockMismatch for a name that the snapshot has not, UsageError for one that it has
+    without content, NoSpace, TargetError, SnapshotError and Cancelled as a load does.
+    """
+    started = time.monotonic()
+    wanted = _choose(snapshot, blocks)
+    path = os.fspath(directory)
+    with contextlib.ExitStack() as stack:
+        dir_fd = _open_directory(path, stack)
+        files: dict[str, _NewFile] = {}
+        _check_space(dir_fd, path, wanted)
+        for block in wanted:
+            if not block.external:
+                file = stack.enter_context(_NewFile(dir_fd, path, raw_name(block.name)))
+                file.resize(block.length)
+                files[block.name] = file
+        _load(snapshot, files, path, channels, direct_io, progress)
+        written = tuple(_describe(block) for block in wanted)
+        index = stack.enter_context(_NewFile(dir_fd, path, INDEX))
+        index.write(_index(snapshot.machine, written))
+        for file in (*files.values(), index):
+            file.make_durable()
+        allocated = sum(os.fstat(file.fd).st_blocks * 512 for file in files.values())
+        for file in (*files.values(), index):
+            file.publish()
+        with _refusing("cannot make durable", path):
+            os.fsync(dir_fd)
+    report = RawReport(written, allocated, time.monotonic() - started)
+    logger.info("unpacked %s: %s", path, report)
+    return report
+
+
+def _choose(snapshot: Snapshot, names: Sequence[str] | None) -> list[SnapshotBlock]:
+    if names is None:
+        return list(snapshot.blocks.values())
+    for name in names:
+        if name not in snapshot.blocks:
+            raise BlockMismatch(
+                f"the snapshot has no block {name!r}; it has {list(snapshot.blocks)}"
+            )
+        if snapshot.blocks[name].external:
+            raise UsageError(f"the content of block {name!r} is not in this snapshot")
+    return [block for name, block in snapshot.blocks.items() if name in names]
+
+
+def _open_directory(path: str, stack: contextlib.ExitStack) -> int:
+    with _refusing("cannot use the directory", path):
+        try:
+            os.mkdir(path, 0o700)  # noqa: PTH102
+            made = True
+        except FileExistsError:
+            made = False
+        dir_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if made:
+        stack.push(lambda kind, *_: _remove_empty(path) if kind else None)
+    stack.callback(os.close, dir_fd)
+    return dir_fd
+
+
+def _remove_empty(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(path)  # noqa: PTH106
+
+
+def _check_space(dir_fd: int, path: str, wanted: list[SnapshotBlock]) -> None:
+    need = sum(block.data_pages * block.page_size for block in wanted)
+    free = _free_bytes(dir_fd)
+    if need > free:
+        raise NoSpace(
+            f"the pages to unpack need {need >> 20} MiB and {free >> 20} MiB are free", path
+        )
+
+
+def _free_bytes(fd: int) -> int:
+    info = os.fstatvfs(fd)
+    return (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
+
+
+def _load(
+    snapshot: Snapshot, files: dict[str, _NewFile], path: str, channels: int,
+    direct_io: DirectIO | str, progress: Callable[[Progress], object] | None,
+) -> None:
+    if not files:
+        return
+    pages = [(snapshot.blocks[name].layout, snapshot.blocks[name].bitmap) for name in files]
+    memories = {name: FileMemory(file.fd) for name, file in files.items()}
+    try:
+        start_load(
+            snapshot._open_source(), pages, memories,
+            channels=channels, direct_io=direct_io, clear=Clear.LEAVE,
+        ).wait(progress)
+    except GuestMemoryError as error:
+        # This memory is a file of ours: a page of it that cannot be had has no disk under it.
+        number = error.errno or errno.EIO
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        fd = next(iter(files.values())).fd
+        if full or (number == errno.EFAULT and _free_bytes(fd) < _NEARLY_FULL):
+            raise NoSpace("cannot write raw files", path) from error
+        raise TargetError(number, "cannot write raw files", path) from error
+
+
+def _describe(block: SnapshotBlock) -> RawBlock:
+    here = not block.external
+    return RawBlock(
+        name=block.name,
+        file=raw_name(block.name) if here else None,
+        length=block.length,
+        page_size=block.page_size,
+        data_pages=block.data_pages if here else 0,
+        zero_pages=block.zero_pages if here else 0,
+    )
+
+
+def _index(machine: str, blocks: tuple[RawBlock, ...]) -> bytes:
+    value = {"machine": machine, "blocks": [asdict(block) for block in blocks]}
+    return json.dumps(value, indent=2).encode("ascii") + b"\n"
+
+
+class _NewFile:
+    """A file under a name nobody looks for, until :meth:`publish`; removed when that is not
+    reached. ``fd`` is open for reading and writing."""
+
+    def __init__(self, dir_fd: int, path: str, name: str) -> None:
+        self._dir_fd = dir_fd
+        self._name = name
+        self._path = os.path.join(path, name)  # noqa: PTH118
+        # Final names never start with a dot.
+        self._temporary = f".{secrets.token_hex(16)}.partial"
+        self._published = False
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with _refusing("cannot create", self._path):
+            self.fd = os.open(self._temporary, flags, 0o600, dir_fd=dir_fd)
+
+    def __enter__(self) -> _NewFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._published:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary, dir_fd=self._dir_fd)
+        os.close(self.fd)
+
+    def resize(self, length: int) -> None:
+        with _refusing(f"cannot be made {length} bytes long", self._path):
+            os.ftruncate(self.fd, length)
+
+    def write(self, data: bytes) -> None:
+        with _refusing("cannot write", self._path), open(self.fd, "wb", closefd=False) as file:
+            file.write(data)
+
+    def make_durable(self) -> None:
+        with _refusing("cannot make durable", self._path):
+            os.fsync(self.fd)
+
+    def publish(self) -> None:
+        with _refusing("cannot give the finished file its name", self._path):
+            os.replace(
+                self._temporary, self._name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd
+            )
+        self._published = True
+
+
+@contextlib.contextmanager
+def _refusing(what: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or errno.EIO
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(what, path, errno=number) from error
+        raise TargetError(number, what, path) from error

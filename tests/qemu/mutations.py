@@ -1,0 +1,244 @@
+"""Damages a snapshot in seeded ways and sees what the package makes of it.
+
+Each mutation is opened, verified and loaded in a child of its own, with a time limit and a
+bounded address space; a child that is killed, hangs, or meets an exception that is not one of
+the package's is a finding. To look into one by hand::
+
+    python -m tests.qemu.mutations FILE --first SEED --count 1 --show
+
+Run as a program, it is one process without threads, so that forking is safe; a result is one
+line of JSON a mutation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pyqmigrate import NotSupported, Snapshot, SnapshotError, UsageError
+
+__all__ = ["Outcome", "run"]
+
+TIME_LIMIT = 20.0  # seconds for one mutation; one takes milliseconds
+ADDRESS_SPACE = 2 << 30
+LOADABLE = 256 << 20  # blocks longer than this are read at their ends only
+ALLOWED = (SnapshotError, NotSupported, UsageError)
+ACCEPTED, REFUSED, BROKEN = 0, 1, 2
+VERDICTS = {ACCEPTED: "accepted", REFUSED: "refused", BROKEN: "broken"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one mutation; ``verdict`` is accepted, refused, broken, killed or hung."""
+
+    seed: int
+    mutation: str
+    verdict: str
+    detail: str
+
+
+def run(file: Path, first: int, count: int, offset: int = 0) -> list[Outcome]:
+    """Tries ``count`` mutations of ``file`` in a clean process of its own."""
+    command = [sys.executable, "-m", "tests.qemu.mutations", str(file), f"--first={first}",
+               f"--count={count}", f"--offset={offset}"]  # fmt: skip
+    root = Path(__file__).parents[2]
+    output = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True, text=True).stdout
+    return [Outcome(**json.loads(line)) for line in output.splitlines()]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where a whole snapshot has its numbers: ``fields`` as (position, width in bytes)."""
+
+    fields: list[tuple[int, int]]
+    metadata: list[tuple[int, int]]  # [start, end) of what is not pages
+    numbers: list[int]  # values that mean something in this file
+
+
+def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
+    with Snapshot(file, offset=offset) as snapshot:
+        blocks = sorted((b.pages_offset, b.length, name) for name, b in snapshot.blocks.items())
+    fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
+    metadata, numbers, end = [], [len(data)], offset
+    for pages_offset, length, name in blocks:
+        metadata.append((end, pages_offset))
+        text = bytes([len(name)]) + name.encode()
+        at = data.index(text, end, pages_offset)
+        fields.append((at, 1))
+        at += len(text)
+        fields += [(at, 8), (at + 8, 4), (at + 12, 8), (at + 20, 8), (at + 28, 8)]
+        fields += [(at + 36 + 8 * i, 8) for i in range(2)]  # the bitmap's first words
+        end = pages_offset + length
+        numbers += [pages_offset, length, end]
+    fields += [(data.index(b"ram\0\0\0\0\0\0\0\x04", offset) + 11, 8)]  # the sum of all lengths
+    fields += [(end, 8), (end + 8, 1), (end + 9, 4), (end + 13, 1), (end + 14, 4), (end + 18, 8)]
+    metadata.append((end, len(data)))
+    return Anatomy(fields, metadata, numbers)
+
+
+def mutate(data: bytearray, anatomy: Anatomy, rng: random.Random) -> str:
+    """Damages ``data`` in one to three ways; says how."""
+    how = [_mutate_once(data, anatomy, rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+    return ", ".join(how)
+
+
+def _mutate_once(data: bytearray, anatomy: Anatomy, rng: random.Random) -> str:
+    kind = rng.choices(
+        ("field", "flip", "number", "cut", "insert", "remove", "copy"), (8, 4, 3, 2, 2, 2, 2)
+    )[0]
+    if kind == "field":
+        at, width = rng.choice(anatomy.fields)
+        return _overwrite(data, at, width, anatomy, rng)
+    at = _position(data, anatomy, rng)
+    length = min(rng.choice((1, 2, 4, 8, 17, 47, 512, 4096, 1 << 20)), max(len(data) - at, 1))
+    if kind == "number":
+        return _overwrite(data, at, rng.choice((1, 2, 4, 8)), anatomy, rng)
+    if kind == "flip":
+        bit = rng.randrange(8)
+        if at < len(data):
+            data[at] ^= 1 << bit
+        return f"flip bit {bit} at {at:#x}"
+    if kind == "cut":
+        del data[at:]
+        return f"cut at {at:#x}"
+    if kind == "insert":
+        data[at:at] = rng.choice((bytes(length), rng.randbytes(length)))
+        return f"insert {length} bytes at {at:#x}"
+    if kind == "remove":
+        del data[at : at + length]
+        return f"remove {length} bytes at {at:#x}"
+    source = _position(data, anatomy, rng)
+    data[at : at + length] = data[source : source + length]
+    return f"copy {length} bytes from {source:#x} over {at:#x}"
+
+
+def _overwrite(data: bytearray, at: int, width: int, anatomy: Anatomy, rng: random.Random) -> str:
+    limit = 1 << 8 * width
+    old = int.from_bytes(data[at : at + width], "big")
+    number = rng.choice((
+        0, 1, 2, 511, 512, 1024, 4095, 4096, 8192, 65536, 1 << 20, 1 << 30, 1 << 31, 1 << 40,
+        1 << 52, 1 << 62, limit // 2, limit - 1, limit - 4096, rng.randrange(limit), old + 1,
+        old - 1, old + 4096, old - 4096, old * 2, old ^ 1 << rng.randrange(8 * width),
+        rng.choice(anatomy.numbers), rng.choice(anatomy.numbers) - 4096,
+    )) % limit  # fmt: skip
+    data[at : at + width] = number.to_bytes(width, "big")
+    return f"{width}-byte number at {at:#x}: {old:#x} -> {number:#x}"
+
+
+def _position(data: bytearray, anatomy: Anatomy, rng: random.Random) -> int:
+    """Mostly in the metadata, and there mostly near its ends, where it is dense."""
+    start, end = rng.choice(anatomy.metadata) if rng.random() < 0.9 else (0, len(data))
+    near = rng.choice((64, 256, 4096, end - start))
+    near = max(min(near, end - start), 1)
+    at = start + rng.randrange(near) if rng.random() < 0.7 else end - 1 - rng.randrange(near)
+    return max(0, min(at, len(data)))
+
+
+def examine(file: Path, offset: int) -> tuple[int, str]:
+    """Opens, verifies and loads a file; says what came of it."""
+    try:
+        snapshot = Snapshot(file, offset=offset)
+    except ALLOWED as error:
+        return REFUSED, f"open: {error}"
+    with snapshot:
+        try:
+            snapshot.verify()
+            flaw = None
+        except ALLOWED as error:
+            flaw = f"verify: {error}"
+        try:
+            _load(snapshot)
+        except ALLOWED as error:
+            if flaw is None:
+                return BROKEN, f"verify found nothing, but load: {error}"
+    return (REFUSED, flaw) if flaw else (ACCEPTED, "")
+
+
+def _load(snapshot: Snapshot) -> None:
+    blocks = snapshot.blocks.values()
+    if sum(block.length for block in blocks) <= LOADABLE:
+        buffers = {block.name: bytearray(block.length) for block in blocks}
+        snapshot.load(buffers, channels=2)
+        return
+    for block in blocks:
+        block.read(0, 1)
+        block.read(block.length - block.page_size, block.page_size)
+
+
+def _examine_in_child(file: Path, offset: int) -> tuple[str, str]:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        verdict, text = BROKEN, ""
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            verdict, text = examine(file, offset)
+        except BaseException:
+            text = traceback.format_exc(limit=-6)
+        try:
+            os.write(writer, text.encode(errors="replace")[:32768])
+        finally:
+            os._exit(verdict)
+    os.close(writer)
+    deadline = time.monotonic() + TIME_LIMIT
+    detail = b""
+    with os.fdopen(reader, "rb", buffering=0) as pipe:
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([pipe], [], [], left)[0]:
+                data = pipe.read(65536)
+                if not data:
+                    break
+                detail += data
+    hung = time.monotonic() >= deadline
+    if hung:
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    text = detail.decode(errors="replace")
+    if hung:
+        return "hung", text
+    if code < 0:
+        return "killed", f"{signal.Signals(-code).name} {text}"
+    return VERDICTS.get(code, "broken"), text
+
+
+def outcomes(file: Path, offset: int, first: int, count: int) -> Iterator[Outcome]:
+    base = file.read_bytes()
+    anatomy = dissect(base, file, offset)
+    with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:
+        damaged = Path(scratch) / "damaged.mapped"
+        for seed in range(first, first + count):
+            data = bytearray(base)
+            mutation = mutate(data, anatomy, random.Random(seed))
+            damaged.write_bytes(data)
+            yield Outcome(seed, mutation, *_examine_in_child(damaged, offset))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--show", action="store_true", help="in plain words instead of JSON")
+    options = parser.parse_args()
+    for outcome in outcomes(options.file, options.offset, options.first, options.count):
+        text = "{seed}: {mutation}\n    {verdict} {detail}" if options.show else None
+        print(text.format(**asdict(outcome)) if text else json.dumps(asdict(outcome)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Files of a real QEMU, damaged: refused with one of our errors, or loaded; nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bench.contents import Contents, fill
+from tests.qemu import mutations
+from tests.qemu.guest import build
+from tests.qemu.machine import GuestRam, Mode, Qemu
+
+pytestmark = pytest.mark.qemu
+
+RAM = 8 << 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is damaged."""
+
+    path: Path
+    offset: int = 0
+
+
+def paused(path: Path) -> Base:
+    with GuestRam(RAM) as ram, Qemu(ram) as vm:
+        fill(memoryview(ram.memory), Contents.SPECKLED)
+        vm.save(path)
+    return Base(path)
+
+
+def at_an_offset(path: Path) -> Base:
+    path.write_bytes(b"X" * 0x1234)
+    with GuestRam(RAM) as ram, Qemu(ram, machine="q35") as vm:
+        fill(memoryview(ram.memory), Contents.RUNS)
+        vm.save(path, Mode(channels=2, multifd=True, direct_io=True), offset=0x1234)
+    return Base(path, 0x1234)
+
+
+def running(path: Path) -> Base:
+    image = build(path.parent, RAM)
+    with GuestRam(RAM) as ram, Qemu(ram, machine="microvm", run=True, bios=image) as vm:
+        vm.save(path, Mode(channels=2, multifd=True))
+    return Base(path)
+
+
+@pytest.fixture(scope="module", params=[paused, at_an_offset, running], ids=lambda f: f.__name__)
+def base(request: pytest.FixtureRequest, module_disk: Path) -> Iterator[Base]:
+    make: Callable[[Path], Base] = request.param
+    path = module_disk / f"{make.__name__}.mapped"
+    yield make(path)
+    path.unlink()
+
+
+def assert_nothing_worse_than_a_refusal(base: Base, first: int, count: int) -> None:
+    outcomes = mutations.run(base.path, first, count, base.offset)
+    verdicts = Counter(outcome.verdict for outcome in outcomes)
+    findings = [o for o in outcomes if o.verdict not in ("accepted", "refused")]
+    worst = "\n".join(f"seed {o.seed}: {o.mutation}: {o.verdict} {o.detail}" for o in findings[:3])
+    if findings:
+        pytest.fail(f"{len(findings)} of {count}, the first:\n{worst}", pytrace=False)
+    assert len(outcomes) == count
+    assert verdicts["refused"] > count // 3, "the damage is too mild to prove anything"
+    assert verdicts["accepted"] > 0, "the damage is too coarse to reach beyond the header"
+
+
+def test_damaged_file_of_qemu_is_refused_or_loads(base: Base) -> None:
+    assert_nothing_worse_than_a_refusal(base, first=0, count=100)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_thousands_of_damaged_files_of_qemu_are_refused_or_load(base: Base) -> None:
+    assert_nothing_worse_than_a_refusal(base, first=1000, count=3400)
