@@ -274,6 +274,8 @@ class Writer:
     def _check_space(self) -> None:
         """Fail before the first page where the data cannot fit; count it only if in doubt."""
         free = self.target.free_bytes()
+        if free is None:
+            return
         dense = self.sparse is Sparse.DENSE
         need = sum(m.length if dense else m.extent_bytes for m in self.memories)
         if need > free and not dense:

@@ -99,10 +99,9 @@ class Attached:
             self._open_own(memory.fd, writable)
             info = os.fstat(self._fd)
             size = os.lseek(self._fd, 0, os.SEEK_END)
-        except OSError as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UsageError(
-                f"descriptor {memory.fd} of block {self.name!r} cannot be used as memory: "
-                f"{error.strerror}"
+                f"descriptor {memory.fd} of block {self.name!r} cannot be used as memory: {error}"
             ) from error
         if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
             raise UsageError(
@@ -124,13 +123,12 @@ class Attached:
     def _open_own(self, fd: int, writable: bool) -> None:
         # SEEK_DATA moves the position of the description, which is the caller's: take our own.
         flags = os.O_RDWR if writable else os.O_RDONLY
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE not in (os.O_RDWR, flags):
+            raise OSError(errno.EBADF, f"it is not open for {'writing' if writable else 'reading'}")
         try:
             self._fd = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
         except OSError:
             self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-            mode = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE
-            if mode not in (os.O_RDWR, flags):
-                raise OSError(errno.EBADF, "it is not open for that") from None
 
     def _may_be_mapped(self, offset: int) -> bool:
         """Whether reading through a mapping can neither fail later nor fill holes."""

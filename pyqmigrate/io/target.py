@@ -126,8 +126,8 @@ def _check_borrowed(given: Descriptors, *, writing: bool) -> None:
         try:
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             info = os.fstat(fd)
-        except OSError as error:
-            raise UsageError(f"descriptor {fd}: {error.strerror}") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"descriptor {fd} cannot be used: {error}") from None
         if not stat.S_ISREG(info.st_mode):
             raise UsageError(f"descriptor {fd} is not a regular file; snapshots need one")
         if flags & os.O_ACCMODE == useless:
@@ -349,10 +349,15 @@ class OutputTarget:
         finally:
             os.close(fd)
 
-    def free_bytes(self) -> int:
-        """Bytes that can still be allocated here, what the file itself holds included."""
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be allocated here, what the file itself holds included.
+
+        None where the file system knows no limit (a memfd).
+        """
         with self._refusing("cannot tell the free space"):
             info = os.fstatvfs(self.fd)
+            if info.f_blocks == 0:
+                return None
             blocks = info.f_bfree if os.geteuid() == 0 else info.f_bavail
             return blocks * info.f_frsize + self.allocated_bytes()
 

@@ -63,7 +63,6 @@ def pages(count: int, seed: int = 0) -> bytes:
     return b"".join(bytes(PAGE) if n % 3 == 2 else noise.randbytes(PAGE) for n in range(count))
 
 
-def make_snapshot(path: Path, blocks: dict[str, bytes], **options: Any) -> Path:
+def make_snapshot(target: str | Path, blocks: dict[str, bytes], **options: Any) -> None:
     """A snapshot of ours with these blocks."""
-    save(path, [RamBlock(name, memory) for name, memory in blocks.items()], **options)
-    return path
+    save(target, [RamBlock(name, memory) for name, memory in blocks.items()], **options)

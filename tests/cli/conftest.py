@@ -19,4 +19,6 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 def snapshot(tmp_path: Path) -> Path:
     """A snapshot with two blocks of 9 and 6 pages, a third of each zero."""
     blocks = {"pc.ram": pages(9, 1), "vga.vram": pages(6, 2)}
-    return make_snapshot(tmp_path / "guest.mapped", blocks, machine="pc-q35-10.0")
+    path = tmp_path / "guest.mapped"
+    make_snapshot(path, blocks, machine="pc-q35-10.0")
+    return path

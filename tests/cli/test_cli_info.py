@@ -41,7 +41,7 @@ def test_info_json_has_every_documented_key(snapshot: Path, command: Command) ->
 
 def test_info_tells_where_the_stream_starts(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "s"
-    make_snapshot(Path(f"file:{path},offset=8192"), {"ram": pages(3)})
+    make_snapshot(f"file:{path},offset=8192", {"ram": pages(3)})
     assert command("info", path).code == 1
     info = command("info", path, "--offset", "8KiB", "--json").json
     assert info["offset"] == 8192

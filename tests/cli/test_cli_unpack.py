@@ -87,7 +87,7 @@ def test_hostile_name_stays_in_the_directory_and_off_the_terminal(
     assert file.read_bytes() == pages(3)
     assert json.loads(index.read_text())["blocks"][0]["name"] == name
     assert all(line.isprintable() for line in ran.out.splitlines())
-    assert command("unpack", tmp_path / "s", tmp_path / "one", "--block", name).code == 0
+    assert command("unpack", tmp_path / "s", tmp_path / "one", f"--block={name}").code == 0
 
 
 def test_names_are_percent_encoded() -> None:

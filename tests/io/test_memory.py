@@ -295,15 +295,6 @@ def test_a_read_only_descriptor_is_not_loaded_into(disk: Path) -> None:
     assert path.read_bytes() == b"\x77" * LENGTH
 
 
-def test_a_write_only_descriptor_is_not_saved(disk: Path) -> None:
-    path = disk / "ram.raw"
-    path.write_bytes(bytes(LENGTH))
-    fd = os.open(path, os.O_WRONLY)
-    with pytest.raises(UsageError):
-        saved(disk, FileMemory(fd))
-    os.close(fd)
-
-
 @pytest.mark.parametrize("left", [0, 4096, LENGTH // 2, LENGTH - 1])
 @pytest.mark.parametrize("sparse", ["auto", "exact", "dense"])
 def test_a_memfd_that_shrinks_before_its_pages_are_read_is_a_guest_memory_error(
