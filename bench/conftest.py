@@ -23,7 +23,7 @@ from bench.contents import Contents, fill  # noqa: E402
 from bench.disk import Disk, NotADisk  # noqa: E402
 from bench.results import table  # noqa: E402
 
-SIZE = 256 << 20
+SIZE = 512 << 20
 MIB = 1 << 20
 _MEASURED = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -83,6 +83,7 @@ def pytest_benchmark_group_stats(
     return (yield)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:

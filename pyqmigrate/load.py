@@ -15,7 +15,7 @@ from pyqmigrate.errors import BlockMismatch, SnapshotError, TargetError
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, check_channels, core_block, cut
-from pyqmigrate.io.memory import Attached, Memory, RamBlock, attach
+from pyqmigrate.io.memory import Attached, Memory
 from pyqmigrate.io.target import DirectIO, InputTarget, core_file
 from pyqmigrate.log import logger
 from pyqmigrate.options import choice
@@ -102,8 +102,7 @@ class _Load:
         with contextlib.ExitStack() as stack:
             self.memories: list[Attached] = []
             for layout, _ in blocks:
-                block = RamBlock(layout.name, memories[layout.name], layout.page_size)
-                memory = attach(block, writable=True)
+                memory = Attached(layout.name, memories[layout.name], writable=True)
                 stack.callback(memory.close)
                 if memory.length != layout.length:
                     raise BlockMismatch(

@@ -264,6 +264,7 @@ class Writer:
         if self.channels.cancelled:
             raise Cancelled("cancelled")
         self.target.publish(MAGIC)
+        _core.lib.qm_job_add_moved(self.channels.core, len(MAGIC))
         return self._report()
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:

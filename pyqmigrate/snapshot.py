@@ -86,8 +86,8 @@ class SnapshotBlock:
 
     @property
     def zero_pages(self) -> int:
-        """Pages that the file says are zero."""
-        return self.num_pages - self.data_pages
+        """Pages that the file says are zero; an external block has pages of neither kind."""
+        return 0 if self.external else self.num_pages - self.data_pages
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes of guest memory from byte ``offset`` of the block.
@@ -152,6 +152,7 @@ class Snapshot:
         if bitmap_order not in ("little", "big"):
             raise UsageError(f"bitmap_order is {bitmap_order!r}; it is 'little' or 'big'")
         self._lock = threading.RLock()
+        self._jobs: list[Job[LoadReport]] = []
         self._bitmap_order = bitmap_order
         self._source: InputTarget | None = InputTarget(target)
         try:
@@ -214,15 +215,17 @@ class Snapshot:
     ) -> Job[LoadReport]:
         """Begin to load every block into the memory of its name; returns at once.
 
-        Arguments and errors as :meth:`load`. Keep the snapshot open until the job has ended.
+        Arguments and errors as :meth:`load`. To close the snapshot cancels the job.
         """
         external = [block.name for block in self.blocks.values() if block.external]
         wanted = [(b.layout, b.bitmap) for b in self.blocks.values() if not b.external]
         given = {name: memory for name, memory in memories.items() if name not in external}
-        return start_load_blocks(
+        job = start_load_blocks(
             self._open_source(), wanted, given,
             channels=channels, direct_io=direct_io, clear=clear,
         )
+        self._jobs.append(job)
+        return job.at_end(lambda: self._jobs.remove(job))
 
     def load(
         self,
@@ -256,7 +259,10 @@ class Snapshot:
         return self._source
 
     def close(self) -> None:
-        """Close the file and drop the bitmaps. May be repeated."""
+        """Cancel the loads under way, close the file and drop the bitmaps. May be repeated."""
+        for job in list(self._jobs):
+            job.cancel()
+            job.join()
         with self._lock:
             if self._source is not None:
                 self._source.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate import FileMemory, JobTimeout, Progress, RamBlock
+from pyqmigrate.io.target import OutputTarget
 from tests.core.kernel import PAGE_SIZES, guest, memfd, page_bits
 from tests.examples import some
 from tests.snapshots import SLOW, data_bytes, known_memory, load, ram
@@ -247,12 +249,8 @@ def test_a_save_that_only_counts_can_be_cancelled_too(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where space is in doubt pages are counted first, which takes long in a large guest."""
-    from pyqmigrate.io.target import OutputTarget
-
     monkeypatch.setattr(OutputTarget, "free_bytes", lambda self: 0)
-    import mmap
-
-    with mmap.mmap(-1, 12 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE) as m:
+    with memfd(4 << 30) as fd, mmap.mmap(fd, 4 << 30, mmap.MAP_PRIVATE) as m:
         job = pyqmigrate.start_save(disk / "snap", [RamBlock("ram", m)], channels=1)
         time.sleep(0.05)
         assert not job.done()

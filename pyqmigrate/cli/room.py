@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,8 @@ def fitting_size(asked: int | None, default: int, directory: Path, *, memories: 
 
 def _free_disk(directory: Path) -> int:
     info = os.statvfs(directory)
+    if info.f_blocks == 0:
+        return sys.maxsize  # a file system that knows no limit
     return (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
 
 

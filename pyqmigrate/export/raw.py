@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -173,6 +174,8 @@ def _check_space(dir_fd: int, path: str, wanted: list[SnapshotBlock]) -> None:
 
 def _free_bytes(fd: int) -> int:
     info = os.fstatvfs(fd)
+    if info.f_blocks == 0:
+        return sys.maxsize  # a file system that knows no limit
     return (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
 
 

@@ -96,36 +96,36 @@ class Bitmap:
         Raises SnapshotError for bits past the end of the block, for pages past the end of the
         file, and for a bitmap that the file cuts off.
         """
-        bitmap = cls(layout.num_pages)
         if layout.external:
-            return bitmap
-        end = layout.bitmap_offset + bitmap.nbytes
-        at = layout.bitmap_offset
-        while at < end:
-            at = _next_data(source.fd, at, end)
-            length = min(_PIECE, end - at)
-            if length <= 0:
-                break
-            data = source.read_at(at, length)
-            start = at - layout.bitmap_offset
-            bitmap._memory[start : start + len(data)] = data
-            if len(data) < length:
-                if (start + len(data)) * 8 < layout.num_pages:
-                    bitmap.close()
-                    raise SnapshotError(
-                        "the file ends within the bitmap",
-                        offset=at + len(data), block=layout.name, field="bitmap",
-                    )
-                break
-            at += length
-        if byteorder != sys.byteorder:
-            bitmap._swap()
+            return cls(0)  # its length is bounded by nothing in this file
+        bitmap = cls(layout.num_pages)
         try:
+            bitmap._read(source, layout)
+            if byteorder != sys.byteorder:
+                bitmap._swap()
             bitmap._check(layout, source.size)
-        except SnapshotError:
+        except BaseException:
             bitmap.close()
             raise
         return bitmap
+
+    def _read(self, source: _Readable, layout: BlockLayout) -> None:
+        needed = layout.bitmap_offset + (self.npages + 7) // 8  # writers of 32-bit words end there
+        end = layout.bitmap_offset + self.nbytes
+        at = layout.bitmap_offset
+        while at < end:
+            at = _next_data(source.fd, at, end)
+            data = source.read_at(at, min(_PIECE, end - at))
+            start = at - layout.bitmap_offset
+            self._memory[start : start + len(data)] = data
+            at += len(data)
+            if not data:
+                break
+        if source.size < needed:
+            raise SnapshotError(
+                "the file ends within the bitmap",
+                offset=source.size, block=layout.name, field="bitmap",
+            )
 
     def _swap(self) -> None:
         for at in range(0, self.nbytes, _PIECE):

@@ -262,6 +262,10 @@ class Job(Generic[R]):
         """Whether the job has ended, well or not."""
         return self._done.is_set()
 
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end, whatever it is; whether it came within ``timeout`` seconds."""
+        return self._done.wait(timeout)
+
     @property
     def progress(self) -> Progress:
         """Where the job is now."""

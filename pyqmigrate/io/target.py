@@ -103,8 +103,8 @@ def _split(target: Target) -> tuple[str, int]:
             ) from None
     if not 0 <= offset <= OFFSET_MAX:
         raise UsageError(f"offset {offset} is not a file position")
-    if not path:
-        raise UsageError("the path of the target is empty")
+    if not path or "\0" in path:
+        raise UsageError(f"{path!r} is not the path of a file")
     return path, offset
 
 
@@ -435,7 +435,7 @@ class OutputTarget:
 
 
 class InputTarget:
-    """A file being read: ``fd`` (an open file description of our own), ``size`` in bytes.
+    """A file being read: ``fd`` is an open file description of our own.
 
     Raises TargetError when it cannot be opened, UsageError for descriptors that do not fit.
     """
@@ -468,7 +468,11 @@ class InputTarget:
         if not stat.S_ISREG(info.st_mode):
             self.close()
             raise UsageError(f"{self.name!r} is not a regular file; snapshots are")
-        self.size = info.st_size
+
+    @property
+    def size(self) -> int:
+        """Length of the file now, bytes."""
+        return os.fstat(self.fd).st_size
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``; fewer only at the end of the file."""

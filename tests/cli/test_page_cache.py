@@ -1,0 +1,47 @@
+"""What a file holds in the page cache."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate import TargetError
+from pyqmigrate.io.pagecache import cached_bytes, drop_cached
+
+SIZE = 4 << 20
+
+
+def test_written_file_is_cached_until_it_is_dropped(disk: Path) -> None:
+    (disk / "file").write_bytes(os.urandom(SIZE))
+    with (disk / "file").open("rb") as file:
+        assert cached_bytes(file.fileno()) == SIZE
+        drop_cached(file.fileno())
+        assert cached_bytes(file.fileno()) == 0
+
+
+def test_one_page_that_was_read_is_counted(disk: Path) -> None:
+    (disk / "file").write_bytes(os.urandom(SIZE))
+    with (disk / "file").open("rb") as file:
+        drop_cached(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 1, SIZE // 2)
+        assert mmap.PAGESIZE <= cached_bytes(file.fileno()) < SIZE // 2
+
+
+def test_empty_file_caches_nothing(disk: Path) -> None:
+    (disk / "file").touch()
+    with (disk / "file").open("rb") as file:
+        assert cached_bytes(file.fileno()) == 0
+
+
+def test_what_cannot_be_mapped_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    fd = os.open(tmp_path / "file", os.O_WRONLY)
+    try:
+        with pytest.raises(TargetError):
+            cached_bytes(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,168 @@
+"""Ranges, channels and jobs without a target: what a pass is made of."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pyqmigrate
+from pyqmigrate._core import ffi, lib
+from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
+from tests.core.kernel import PAGE_SIZES
+from tests.examples import some
+
+
+@some
+@given(
+    st.one_of(st.integers(1, 10000), st.integers(1, 1 << 30)), st.sampled_from(PAGE_SIZES)
+)
+def test_ranges_cover_a_block_once_and_start_on_chunks(npages: int, page_size: int) -> None:
+    ranges = list(cut(3, npages, page_size))
+    assert len(ranges) <= 8193
+    at = 0
+    for item in ranges:
+        assert (item.block, item.first) == (3, at)
+        assert item.first * page_size % lib.QM_CHUNK == 0
+        assert item.npages > 0
+        at += item.npages
+    assert at == npages
+
+
+def run(channels: Channels, count: int, move: Any) -> None:
+    channels.run(iter([Range(0, n, 1) for n in range(count)]), move, "target", ["ram"])
+
+
+def test_every_range_is_moved_once() -> None:
+    seen: list[int] = []
+    run(Channels(4, "test"), 1000, lambda channel, item, fault: seen.append(item.first) or 0)
+    assert sorted(seen) == list(range(1000))
+
+
+def test_channels_have_threads_and_buffers_of_their_own() -> None:
+    barrier = threading.Barrier(3, timeout=10)
+    seen: set[tuple[int, int]] = set()
+
+    def move(channel: Any, item: Any, fault: Any) -> int:
+        seen.add((threading.get_ident(), int(ffi.cast("uintptr_t", channel))))
+        barrier.wait()
+        return 0
+
+    run(Channels(3, "test"), 3, move)
+    assert len({thread for thread, _ in seen}) == len({c for _, c in seen}) == 3
+    assert threading.get_ident() not in {thread for thread, _ in seen}
+
+
+def test_the_first_failure_stops_all_and_is_raised() -> None:
+    calls: list[int] = []
+
+    def move(channel: Any, item: Any, fault: Any) -> int:
+        calls.append(item.first)
+        if item.first == 2:
+            fault.in_memory, fault.at = 0, 0x5000
+            return -errno.EIO
+        time.sleep(0.005)
+        return -errno.ECANCELED if channels.cancelled else 0
+
+    channels = Channels(2, "test")
+    with pytest.raises(pyqmigrate.TargetError) as caught:
+        run(channels, 1000, move)
+    assert (caught.value.errno, caught.value.position) == (errno.EIO, 0x5000)
+    assert len(calls) < 20
+    assert threading.active_count() == 1
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, KeyboardInterrupt])
+def test_an_exception_in_a_channel_is_raised(kind: type[BaseException]) -> None:
+    def move(channel: Any, item: Any, fault: Any) -> int:
+        raise kind("inside")
+
+    with pytest.raises(kind, match="inside"):
+        run(Channels(2, "test"), 10, move)
+
+
+def test_an_exception_from_the_ranges_is_raised() -> None:
+    def ranges() -> Any:
+        yield Range(0, 0, 1)
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError):
+        Channels(2, "test").run(ranges(), lambda c, i, f: 0, "target", ["ram"])
+
+
+def test_cancelled_channels_raise_cancelled() -> None:
+    channels = Channels(1, "test")
+    channels.cancel()
+    with pytest.raises(pyqmigrate.Cancelled):
+        run(channels, 1, lambda c, i, f: -errno.ECANCELED)
+
+
+def test_a_thread_that_cannot_be_started_is_an_error_and_no_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="new thread"):
+        patched.setattr(threading.Thread, "start", start)
+        run(Channels(4, "test"), 10, lambda c, i, f: time.sleep(0.01) or 0)
+    assert not any(thread.is_alive() for thread in started)
+
+
+@pytest.mark.parametrize(
+    ("number", "in_memory", "kind"),
+    [
+        (errno.ECANCELED, 0, pyqmigrate.Cancelled),
+        (errno.EFAULT, 1, pyqmigrate.GuestMemoryError),
+        (errno.EIO, 1, pyqmigrate.GuestMemoryError),
+        (errno.EIO, 0, pyqmigrate.TargetError),
+        (errno.ENOSPC, 0, pyqmigrate.NoSpace),
+        (errno.EDQUOT, 0, pyqmigrate.NoSpace),
+    ],
+)
+def test_numbers_of_the_core_become_exceptions(
+    number: int, in_memory: int, kind: type[Exception]
+) -> None:
+    fault = ffi.new("struct qm_fault *", {"in_memory": in_memory, "at": 0x1000})
+    error = failure(-number, fault, "target", "pc.ram")
+    assert type(error) is kind
+    if isinstance(error, OSError):
+        assert error.errno == number
+
+
+def test_a_callback_at_the_end_runs_whether_the_job_went_well_or_not() -> None:
+    ran: list[str] = []
+    gate = threading.Event()
+
+    def fail() -> int:
+        gate.wait(5)
+        raise LookupError("bad")
+
+    good: Job[int] = Job(Channels(1, "test"), 0, lambda: (gate.wait(5) and 7) or 0)
+    bad: Job[int] = Job(Channels(1, "test"), 0, fail)
+    good.at_end(lambda: ran.append("good"))
+    bad.at_end(lambda: ran.append("bad"))
+    gate.set()
+    assert good.result(5) == 7
+    with pytest.raises(LookupError):
+        bad.result(5)
+    good.at_end(lambda: ran.append("late"))
+    assert sorted(ran) == ["bad", "good", "late"]
+
+
+def test_a_job_of_no_time_has_no_rate_of_infinity() -> None:
+    job: Job[int] = Job(Channels(1, "test"), 0, lambda: 1)
+    assert job.result(5) == 1
+    assert job.progress.rate == 0
+    assert job.progress.bytes_total == 0

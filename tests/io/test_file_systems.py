@@ -1,0 +1,170 @@
+"""Small and odd file systems, mounted for a child in a mount namespace of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyqmigrate
+from tests.snapshots import ram
+
+ROOT = Path(__file__).parent.parent.parent
+PRELUDE = """
+import json, sys, os
+from pathlib import Path
+import numpy as np
+import pyqmigrate
+from pyqmigrate import RamBlock
+from tests.io.faulty import outcome
+from tests.snapshots import load, ram
+
+directory = Path(sys.argv[1])
+def save(memory, name="snap", **options):
+    def work():
+        save.report = pyqmigrate.save(directory / name, [RamBlock("ram", memory)], **options)
+    save.report = None
+    result = outcome(work)
+    result["names"] = [p.name for p in directory.iterdir()]
+    if save.report:
+        result["direct_io"] = save.report.direct_io
+        result["reason"] = save.report.direct_io_reason
+        result["equal"] = bool((load(directory / name)["ram"] == memory).all())
+    return result
+"""
+
+
+def _unshare() -> list[str]:
+    return ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+
+
+@cache
+def why_not() -> str | None:
+    """Why nothing can be mounted; None if it can."""
+    if shutil.which("unshare") is None:
+        return "unshare is not installed"
+    done = subprocess.run(
+        [*_unshare(), "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True
+    )
+    return None if done.returncode == 0 else f"cannot mount: {done.stderr.strip()}"
+
+
+def mounted(
+    directory: Path, kind: str, options: str, script: str, environment: dict[str, str]
+) -> Any:
+    """Run a script with ``directory`` mounted for it alone; what it prints as JSON."""
+    if reason := why_not():
+        pytest.skip(reason)
+    done = subprocess.run(
+        [*_unshare(), "sh", "-ec",
+         'mount -t "$1" -o "$2" none "$3"; exec "$4" -c "$5" "$3"', "sh",
+         kind, options, str(directory), sys.executable, PRELUDE + script],
+        env=environment, capture_output=True, text=True, timeout=60, cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def mount_point(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+@pytest.mark.parametrize("sparse", ["auto", "exact", "dense"])
+def test_lack_of_space_is_found_before_the_first_page(
+    mount_point: Path, child_environment: dict[str, str], sparse: str
+) -> None:
+    result = mounted(mount_point, "tmpfs", "size=4m", f"""
+memory = ram(2048, density=1.0)
+result = save(memory, sparse={sparse!r})
+print(json.dumps(result))
+""", child_environment)
+    assert result["error"] == "NoSpace"
+    assert result["errno"] == 28
+    assert "8 MiB" in result["text"], "the message does not tell what is needed"
+    assert result["names"] == []
+
+
+def test_zero_pages_need_no_space(
+    mount_point: Path, child_environment: dict[str, str]
+) -> None:
+    result = mounted(mount_point, "tmpfs", "size=4m", """
+memory = ram(8192, density=0.02)
+print(json.dumps(save(memory, sparse="exact")))
+""", child_environment)
+    assert result["error"] is None, result
+    assert result["equal"]
+
+
+def test_space_that_goes_away_meanwhile_is_a_clear_error(
+    mount_point: Path, child_environment: dict[str, str]
+) -> None:
+    result = mounted(mount_point, "tmpfs", "size=4m", """
+from pyqmigrate.io.target import OutputTarget
+OutputTarget.free_bytes = lambda self: 1 << 40
+(directory / "snap").write_bytes(b"old")
+result = save(ram(2048, density=1.0))
+result["old"] = (directory / "snap").read_bytes() == b"old"
+print(json.dumps(result))
+""", child_environment)
+    assert result["error"] == "NoSpace"
+    assert result["position"] >= 1 << 20
+    assert result["names"] == ["snap"]
+    assert result["old"]
+
+
+def test_a_full_file_system_frees_its_space_after_the_failure(
+    mount_point: Path, child_environment: dict[str, str]
+) -> None:
+    free = mounted(mount_point, "tmpfs", "size=4m", """
+from pyqmigrate.io.target import OutputTarget
+OutputTarget.free_bytes = lambda self: 1 << 40
+save(ram(2048, density=1.0))
+info = os.statvfs(directory)
+print(json.dumps(info.f_bfree * info.f_frsize))
+""", child_environment)
+    assert free >= (4 << 20) - 65536
+
+
+def test_ramfs_refuses_direct_io_and_works_without(
+    mount_point: Path, child_environment: dict[str, str]
+) -> None:
+    auto, demanded = mounted(mount_point, "ramfs", "mode=755", """
+memory = ram(512)
+print(json.dumps([save(memory), save(memory, name="other", direct_io="on")]))
+""", child_environment)
+    assert auto["error"] is None, auto
+    assert not auto["direct_io"]
+    assert auto["equal"]
+    assert demanded["error"] == "DirectIORefused"
+    assert demanded["names"] == ["snap"]
+
+
+def test_a_read_only_file_system_is_a_target_error(
+    mount_point: Path, child_environment: dict[str, str]
+) -> None:
+    result = mounted(mount_point, "tmpfs", "ro,size=4m", """
+print(json.dumps([save(ram(16)), save(ram(16), reuse=True)]))
+""", child_environment)
+    assert [part["errno"] for part in result] == [30, 30]
+
+
+def test_a_limit_on_the_size_of_files_is_a_target_error(disk: Path) -> None:
+    memory = ram(2048, density=1.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, hard))
+    try:
+        with pytest.raises(pyqmigrate.TargetError) as caught:
+            pyqmigrate.save(disk / "snap", [pyqmigrate.RamBlock("ram", memory)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == 27
+    assert list(disk.iterdir()) == []
