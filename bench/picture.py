@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from bench.results import FIO, OURS, QEMU, Results
@@ -48,7 +49,7 @@ def draw(results: Results, title: str, path: Path) -> bool:
     return True
 
 
-def _panel(results: Results, work: str, panel: plt.Axes) -> None:
+def _panel(results: Results, work: str, panel: Axes) -> None:
     bars = list(results.samples[work])
     medians = [results.median(work, side, name) for side, name in bars]
     edge = _NEAR * min(medians)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-
-
 ffi: Any
 
 class _Lib:

@@ -195,7 +195,8 @@ class Writer:
             self.bitmaps = [Bitmap(layout.num_pages) for layout in self.head.blocks]
             for bitmap in self.bitmaps:
                 stack.callback(bitmap.close)
-            self.target = OutputTarget.open(target, direct_io, reuse=reuse)
+            sources = {m.identity for m in self.memories if m.identity is not None}
+            self.target = OutputTarget.open(target, direct_io, reuse=reuse, sources=sources)
             stack.callback(self.target.abort)
             self._cleanup = stack.pop_all()
 

@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Literal, Self
 
-from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.errors import BlockMismatch, SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.format.stream import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
@@ -212,20 +212,33 @@ class Snapshot:
         channels: int = 2,
         direct_io: DirectIO | str = DirectIO.AUTO,
         clear: Clear | str = Clear.ZERO,
+        blocks: Collection[str] | None = None,
     ) -> Job[LoadReport]:
         """Begin to load every block into the memory of its name; returns at once.
 
         Arguments and errors as :meth:`load`. To close the snapshot cancels the job.
         """
-        external = [block.name for block in self.blocks.values() if block.external]
-        wanted = [(b.layout, b.bitmap) for b in self.blocks.values() if not b.external]
-        given = {name: memory for name, memory in memories.items() if name not in external}
+        chosen = self._chosen(blocks)
+        given = {
+            name: memory for name, memory in memories.items()
+            if name not in self.blocks or not self.blocks[name].external
+        }
         job = start_load_blocks(
-            self._open_source(), wanted, given,
+            self._open_source(), [(block.layout, block.bitmap) for block in chosen], given,
             channels=channels, direct_io=direct_io, clear=clear,
         )
         self._jobs.append(job)
         return job.at_end(lambda: self._jobs.remove(job))
+
+    def _chosen(self, names: Collection[str] | None) -> list[SnapshotBlock]:
+        unknown = [name for name in names or () if name not in self.blocks]
+        if unknown:
+            names = [*self.blocks]
+            raise BlockMismatch(f"the snapshot has no block {unknown[0]!r}; it has {names}")
+        return [
+            block for name, block in self.blocks.items()
+            if not block.external and (names is None or name in names)
+        ]
 
     def load(
         self,
@@ -234,6 +247,7 @@ class Snapshot:
         channels: int = 2,
         direct_io: DirectIO | str = DirectIO.AUTO,
         clear: Clear | str = Clear.ZERO,
+        blocks: Collection[str] | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> LoadReport:
         """Load every block into the memory of its name and wait.
@@ -243,6 +257,7 @@ class Snapshot:
         channels: threads that move pages, 1 to 255.
         direct_io: whether to read past the page cache.
         clear: whether pages whose bit is clear are made zero, or left as they are.
+        blocks: the names of the blocks to load; None is all of them.
         progress: called on this thread at most ten times a second; what it raises cancels.
 
         Raises BlockMismatch (a ValueError) for unknown, missing or mis-sized memories,
@@ -250,7 +265,7 @@ class Snapshot:
         loaded before a failure stays in the memories.
         """
         return self.start_load(
-            memories, channels=channels, direct_io=direct_io, clear=clear
+            memories, channels=channels, direct_io=direct_io, clear=clear, blocks=blocks
         ).wait(progress)
 
     def _open_source(self) -> InputTarget:

@@ -27,7 +27,7 @@ from pyqmigrate.errors import BlockMismatch, GuestMemoryError, NoSpace, TargetEr
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.load import Clear, start_load
+from pyqmigrate.load import Clear
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock
 
@@ -38,7 +38,6 @@ INDEX = "blocks.json"
 _NAME_MAX = 255  # bytes of a file name on Linux file systems
 _KEPT = 180  # characters of a name that is too long
 _UNSAFE = re.compile(rb"^\.|[^A-Za-z0-9._-]")
-_NEARLY_FULL = 16 << 20  # bytes; less free than this, and a failed page fault means a full disk
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,10 @@ def unpack(
     *,
     blocks: Sequence[str] | None = None,
     channels: int = 2,
-    direct_io: DirectIO | str = DirectIO.OFF,
+    direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> RawReport:
     """Write blocks (all, or those named) as sparse raw files into ``directory``, and wait.
-
-    Reading is buffered unless asked otherwise: direct reads would go straight into the mapped
-    pages of the raw files, whose file systems are then not told that they become dirty.
 
     The directory is made if it is not there; its parent must be. Files get their names only when
     all of them are whole and durable, ``blocks.json`` last; what had these names is replaced,
@@ -185,19 +181,15 @@ def _load(
 ) -> None:
     if not files:
         return
-    pages = [(snapshot.blocks[name].layout, snapshot.blocks[name].bitmap) for name in files]
-    memories = {name: FileMemory(file.fd) for name, file in files.items()}
     try:
-        start_load(
-            snapshot._open_source(), pages, memories,
-            channels=channels, direct_io=direct_io, clear=Clear.LEAVE,
-        ).wait(progress)
+        snapshot.load(
+            {name: FileMemory(file.fd) for name, file in files.items()}, blocks=[*files],
+            channels=channels, direct_io=direct_io, clear=Clear.LEAVE, progress=progress,
+        )
     except GuestMemoryError as error:
-        # This memory is a file of ours: a page of it that cannot be had has no disk under it.
+        # This memory is a file of ours.
         number = error.errno or errno.EIO
-        full = number in (errno.ENOSPC, errno.EDQUOT)
-        fd = next(iter(files.values())).fd
-        if full or (number == errno.EFAULT and _free_bytes(fd) < _NEARLY_FULL):
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace("cannot write raw files", path) from error
         raise TargetError(number, "cannot write raw files", path) from error
 

@@ -72,6 +72,7 @@ class Attached:
         self._mapping: mmap.mmap | None = None
         self._buffer: Any = None
         self._fd = -1
+        self.identity: tuple[int, int] | None = None
         self.core = _core.ffi.new("struct qm_memory *")
         self.core.fd = -1
         try:
@@ -96,17 +97,15 @@ class Attached:
 
     def _attach_file(self, memory: FileMemory, writable: bool) -> None:
         try:
+            info = os.fstat(memory.fd)
+            if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
+                raise OSError(errno.EINVAL, "it is neither a file nor a memfd")
             self._open_own(memory.fd, writable)
-            info = os.fstat(self._fd)
             size = os.lseek(self._fd, 0, os.SEEK_END)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(
                 f"descriptor {memory.fd} of block {self.name!r} cannot be used as memory: {error}"
             ) from error
-        if not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
-            raise UsageError(
-                f"descriptor {memory.fd} of block {self.name!r} is neither a file nor a memfd"
-            )
         length = size - memory.offset if memory.length is None else memory.length
         if memory.offset < 0 or length < 0 or memory.offset + length > size:
             raise UsageError(
@@ -115,9 +114,13 @@ class Attached:
             )
         self.length = length
         self.extent_bytes = min(length, info.st_blocks * 512)
+        self.identity = (info.st_dev, info.st_ino)
         self.core.fd = self._fd
         self.core.fd_offset = memory.offset
-        if length and (writable or self._may_be_mapped(memory.offset)):
+        seals = self._seals()
+        if length and seals is not None and (
+            writable or self._may_be_mapped(seals, memory.offset)
+        ):
             self._map(memory.offset, length, writable)
 
     def _open_own(self, fd: int, writable: bool) -> None:
@@ -130,12 +133,19 @@ class Attached:
         except OSError:
             self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
-    def _may_be_mapped(self, offset: int) -> bool:
-        """Whether reading through a mapping can neither fail later nor fill holes."""
+    def _seals(self) -> int | None:
+        """The seals of a file that lives in memory (memfd, tmpfs, hugetlbfs); None elsewhere.
+
+        Writing to a disk's file through a mapping would fill its holes, and turn a full disk into
+        a fault.
+        """
         try:
-            seals = fcntl.fcntl(self._fd, fcntl.F_GET_SEALS)
+            return fcntl.fcntl(self._fd, fcntl.F_GET_SEALS)
         except OSError:
-            return False
+            return None
+
+    def _may_be_mapped(self, seals: int, offset: int) -> bool:
+        """Whether reading through a mapping can neither fail later nor fill holes."""
         if not seals & fcntl.F_SEAL_SHRINK:
             return False
         if os.fstatvfs(self._fd).f_bsize > _LARGEST_MAPPED_PIECE:

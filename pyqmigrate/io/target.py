@@ -23,7 +23,7 @@ import mmap
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -236,6 +236,7 @@ class OutputTarget:
         self._final = ""
         self._temporary: str | None = None
         self._target = target
+        self._sources: Collection[tuple[int, int]] = ()
 
     @property
     def in_place(self) -> bool:
@@ -243,13 +244,19 @@ class OutputTarget:
         return not self._final
 
     @classmethod
-    def open(cls, target: Target, direct_io: DirectIO, *, reuse: bool = False) -> OutputTarget:
+    def open(
+        cls, target: Target, direct_io: DirectIO, *, reuse: bool = False,
+        sources: Collection[tuple[int, int]] = (),
+    ) -> OutputTarget:
         """Open the target and find out about direct I/O.
 
-        From here on an existing file that is written in place is no snapshot any more. Raises
-        UsageError for descriptors that do not fit, TargetError when the system refuses.
+        From here on an existing file that is written in place is no snapshot any more; it must
+        not be one of ``sources`` (device and inode), which are still to be read. Raises
+        UsageError for that and for descriptors that do not fit, TargetError when the system
+        refuses.
         """
         self = cls(target, reuse=reuse)
+        self._sources = sources
         try:
             self._open()
             self._open_direct(direct_io)
@@ -308,10 +315,13 @@ class OutputTarget:
 
     def _invalidate(self) -> None:
         """Take the magic away before anything else changes."""
+        info = os.fstat(self.fd)
+        if (info.st_dev, info.st_ino) in self._sources:
+            raise UsageError(f"{self.name!r} holds the memory that is to be saved")
         with self._refusing("cannot truncate"):
             if not self.reuse:
                 os.ftruncate(self.fd, self.offset)
-            elif os.fstat(self.fd).st_size > self.offset:
+            elif info.st_size > self.offset:
                 os.pwrite(self.fd, bytes(4), self.offset)
                 os.fdatasync(self.fd)
 
