@@ -78,16 +78,13 @@ class Disk:
         probe.unlink()
 
     def make_cold(self, path: Path) -> None:
-        """Drops ``path`` from the page cache, and gathers free memory where that is allowed:
-        whether huge pages are to be had is luck otherwise, and decides more than the disk."""
+        """Drops ``path`` from the page cache."""
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)  # only clean pages can be dropped
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
-        with contextlib.suppress(OSError):
-            Path("/proc/sys/vm/compact_memory").write_text("1")
 
     @staticmethod
     def cached_bytes(path: Path) -> int:

@@ -56,10 +56,11 @@ def _panel(results: Results, work: str, panel: Axes) -> None:
     for place, ((side, name), median) in enumerate(zip(bars, medians, strict=True)):
         seconds = [sample.seconds for sample in results.of(work, side, name)]
         panel.barh(place, min(median, edge), color=_COLOURS[side], height=0.7)
+        end = min(median, edge)
         if max(seconds) < edge:
+            end = max(seconds)
             panel.plot([min(seconds), max(seconds)], [place, place], color="black", linewidth=1)
         text = f"{median:.2f} s" + (" (cut)" if median > edge else "")
-        end = min(max(median, *seconds), edge)
         panel.text(end + edge * 0.01, place, text, va="center", fontsize=7)
     panel.set_yticks(range(len(bars)), [name for _, name in bars], fontsize=7)
     panel.margins(y=0.02)

@@ -70,7 +70,7 @@ def test_small_pages_that_stop_midway_are_taken_up_again(
 
 
 @pytest.mark.parametrize("direct_io", ["on", "off"])
-@pytest.mark.parametrize("call", [0, 1, 2])
+@pytest.mark.parametrize("call", [0, 2])
 @pytest.mark.parametrize(
     ("mode", "kind", "number"), [("eio", "TargetError", 5), ("enospc", "NoSpace", 28)]
 )
