@@ -10,6 +10,7 @@ the exit status does not depend on it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -35,7 +36,15 @@ from bench.picture import draw
 from bench.processor import measure_scan, save_with_core_clock
 from bench.results import OURS, Results, Sample, table
 from bench.sparse import save_memfd, sparse_memfd, watch_child
-from bench.targets import GIB, MIB, PYTHON_WORK, SPARSE_ALONE, TEBIBYTE_WORK, verdicts
+from bench.targets import (
+    GIB,
+    MIB,
+    PYTHON_WORK,
+    SPARSE_ALONE,
+    SPARSE_WIDE,
+    TEBIBYTE_WORK,
+    verdicts,
+)
 from tests.qemu.machine import BINARY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,17 +112,14 @@ class Bench:
         self.make_room()
 
     def sparse(self) -> None:
-        say("preparing memfds of 64 GiB with 1 GiB of data each")
-        with (
-            sparse_memfd(GIB, GIB) as alone,
-            sparse_memfd(64 * GIB, GIB) as sealed,
-            sparse_memfd(64 * GIB, GIB, sealed=False) as unsealed,
-        ):
-            memfds = {SPARSE_ALONE: alone, "64 GiB, sealed": sealed, "64 GiB": unsealed}
-            contenders = [
-                Contender(OURS, name, partial(save_memfd, self.path, fd, self.channels))
-                for name, fd in memfds.items()
-            ]
+        say("preparing memfds of 1 GiB and of 64 GiB with 1 GiB of data each")
+        with contextlib.ExitStack() as stack:
+            contenders = []
+            for kind in ("sealed", "unsealed"):
+                for name, size in ((SPARSE_ALONE, GIB), (SPARSE_WIDE, 64 * GIB)):
+                    fd = stack.enter_context(sparse_memfd(size, GIB, sealed=kind == "sealed"))
+                    run = partial(save_memfd, self.path, fd, self.channels)
+                    contenders.append(Contender(OURS, f"{name}, {kind}", run))
             self.take_turns("save sparse", contenders, self.make_room)
         self.make_room()
 
@@ -128,6 +134,8 @@ class Bench:
     ) -> None:
         """Every contender once a round, in another order each: nobody always follows the same."""
         first: dict[str, float] = {}
+        for contender in contenders:
+            self.results.expect(work, contender.side, contender.name)
         for n in range(self.repeat):
             slow = max(_SLOW_SECONDS, _SLOW * min(first.values(), default=0.0))
             for contender in random.Random(n).sample(contenders, len(contenders)):

@@ -42,13 +42,17 @@ class Verdict:
 
 
 class Results:
-    """All samples, by work (``save dense``), side and contender, in the order they were taken."""
+    """All samples, by work (``save dense``), side and contender, in the order they were announced
+    (:meth:`expect`) or first taken."""
 
     def __init__(self) -> None:
         self.samples: dict[str, dict[tuple[str, str], list[Sample]]] = {}
 
+    def expect(self, work: str, side: str, name: str) -> list[Sample]:
+        return self.samples.setdefault(work, {}).setdefault((side, name), [])
+
     def add(self, work: str, side: str, name: str, sample: Sample) -> None:
-        self.samples.setdefault(work, {}).setdefault((side, name), []).append(sample)
+        self.expect(work, side, name).append(sample)
 
     def names(self, work: str, side: str) -> list[str]:
         """Who of ``side`` did ``work``."""

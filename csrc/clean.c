@@ -1,7 +1,7 @@
 /* What stands in the file under clear bits: bytes of earlier passes, or of an earlier snapshot. */
 #define _GNU_SOURCE
 #include "bits.h"
-#include "qmigrate.h"
+#include "channel.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -81,7 +81,7 @@ int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
     if (rc)
         return rc;
     struct cleaner c = {
-        .job = job, .buffer = qm_channel_buffer(channel), .file = file, .block = block,
+        .job = job, .buffer = qm_channel_buffer(channel, 0), .file = file, .block = block,
         .fault = fault,
     };
     if (!c.buffer)

@@ -1,6 +1,6 @@
 /* What channels share (job), what each has (channel), and whole transfers that obey the job. */
 #define _GNU_SOURCE
-#include "qmigrate.h"
+#include "channel.h"
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -21,14 +21,6 @@ struct qm_job {
     _Atomic uint64_t zero_pages;
     _Atomic uint64_t bytes_moved;
     _Atomic uint64_t calls;
-};
-
-struct qm_channel {
-    unsigned char *buffer;
-    /* The extent of data last seen in `memory`, bytes of the block. */
-    const struct qm_memory *memory;
-    uint64_t data_from;
-    uint64_t data_to;
 };
 
 #define NS ((uint64_t)1000000000)
@@ -147,28 +139,38 @@ qm_channel *qm_channel_create(void)
     return calloc(1, sizeof(qm_channel));
 }
 
-unsigned char *qm_channel_buffer(qm_channel *channel)
+unsigned char *qm_channel_buffer(qm_channel *channel, int k)
 {
-    if (channel->buffer)
-        return channel->buffer;
+    if (channel->buffers[k])
+        return channel->buffers[k];
     void *buffer;
     if (posix_memalign(&buffer, BUFFER_ALIGN, BUFFER_LEN))
         return NULL;
     /* A child that is forked while direct I/O runs must not make these pages copy-on-write. */
     madvise(buffer, BUFFER_LEN, MADV_DONTFORK);
     madvise(buffer, BUFFER_LEN, MADV_HUGEPAGE);
-    channel->buffer = buffer;
-    return channel->buffer;
+    channel->buffers[k] = buffer;
+    return buffer;
+}
+
+int qm_channel_next(qm_channel *channel, qm_job *job)
+{
+    channel->current = (channel->current + 1) % QM_BUFFERS;
+    qm_queue_wait_for(&channel->queue, job, channel->current);
+    return channel->current;
 }
 
 void qm_channel_destroy(qm_channel *channel)
 {
     if (!channel)
         return;
-    if (channel->buffer) {
+    qm_queue_close(&channel->queue);
+    for (int k = 0; k < QM_BUFFERS; k++) {
+        if (!channel->buffers[k])
+            continue;
         /* The allocator may hand this memory to somebody who does fork. */
-        madvise(channel->buffer, BUFFER_LEN, MADV_DOFORK);
-        free(channel->buffer);
+        madvise(channel->buffers[k], BUFFER_LEN, MADV_DOFORK);
+        free(channel->buffers[k]);
     }
     free(channel);
 }

@@ -11,7 +11,8 @@
  *   run      consecutive pages of one chunk that one system call moves.
  *   unit     the file alignment that direct I/O demands (`off_align`).
  *   job      the atomics that all channels of one save or load share.
- *   channel  what one thread needs for itself: a bounce buffer.
+ *   channel  what one thread needs for itself: bounce buffers, and a queue of direct transfers that
+ *            are under way while the next ones are prepared. None is when a function returns.
  *
  * Conventions
  *   Every function returns 0 or a count, or -errno; errno itself is never part of the contract.
@@ -66,8 +67,8 @@ void qm_job_add_moved(qm_job *job, uint64_t len);
 
 typedef struct qm_channel qm_channel;
 
-/* The bounce buffer (QM_CHUNK plus room for rounding, aligned for any device, not inherited by
- * fork) is allocated when first needed. A channel serves one thread at a time. */
+/* Bounce buffers (QM_CHUNK plus room for rounding, aligned for any device, not inherited by fork)
+ * are allocated when first needed. A channel serves one thread at a time. */
 qm_channel *qm_channel_create(void);
 void qm_channel_destroy(qm_channel *channel);
 
@@ -199,7 +200,6 @@ int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);
 
 struct iovec;
 
-unsigned char *qm_channel_buffer(qm_channel *channel);
 void qm_job_did(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64_t zero_pages);
 void qm_job_moved(qm_job *job, uint64_t len);
 /* Waits until `len` more bytes may move; -ECANCELED. */
@@ -213,11 +213,6 @@ ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_
                   off_t *bad);
 /* Next byte of the block at or after `off` that may hold data, at most `end`; -errno. */
 int64_t qm_next_data(const struct qm_memory *memory, uint64_t off, uint64_t end);
-/* Where the data that starts at `off` ends, at most `end`; `off` itself when there is a hole. The
- * channel keeps the extent: to find the end of one costs time that grows with its length. */
-uint64_t qm_channel_data_until(qm_channel *channel, const struct qm_memory *memory, uint64_t off,
-                               uint64_t end);
-
 /* -EINVAL when numbers do not fit together. */
 int qm_block_check(const struct qm_block *block, const struct qm_file *file, uint64_t first,
                    uint64_t npages);

@@ -1,7 +1,7 @@
 /* File -> guest memory: the set pages of a chunk in few, large reads; the clear ones zeroed. */
 #define _GNU_SOURCE
 #include "bits.h"
-#include "qmigrate.h"
+#include "channel.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -34,18 +34,21 @@ static int memory_fault(struct reader *r, uint64_t off, int rc)
     return rc;
 }
 
-/* Reads `len` bytes at file position `at`, of which `need` must be there. */
-static int get(struct reader *r, struct iovec *iov, int n, off_t at, size_t need, uint64_t off)
+static int read_fault(struct reader *r, off_t bad, int rc)
+{
+    if (rc == -EFAULT)
+        return memory_fault(r, (uint64_t)(bad - r->block->pages_offset), rc);
+    return rc ? file_fault(r, bad, rc) : 0;
+}
+
+/* Reads at file position `at` what the array asks for, of which `need` must be there. */
+static int get(struct reader *r, struct iovec *iov, off_t at, size_t need)
 {
     off_t bad;
-    ssize_t got = qm_preadv(r->job, r->fd, iov, n, at, r->unit, &bad);
-    if (got == -EFAULT)
-        return memory_fault(r, off, -EFAULT);
-    if (got < 0)
-        return file_fault(r, bad, (int)got);
-    if ((size_t)got < need)
+    ssize_t got = qm_preadv(r->job, r->fd, iov, 1, at, r->unit, &bad);
+    if (got >= 0 && (size_t)got < need)
         return file_fault(r, at + got, -ENODATA);
-    return 0;
+    return read_fault(r, bad, got < 0 ? (int)got : 0);
 }
 
 static int store(struct reader *r, uint64_t off, const unsigned char *bytes, size_t len)
@@ -74,7 +77,7 @@ static int store(struct reader *r, uint64_t off, const unsigned char *bytes, siz
 /* Pages [from, to) of the block through the bounce buffer. */
 static int read_bounced(struct reader *r, const uint64_t *data, uint64_t from, uint64_t to)
 {
-    unsigned char *buffer = qm_channel_buffer(r->channel);
+    unsigned char *buffer = qm_channel_buffer(r->channel, 0);
     if (!buffer)
         return -ENOMEM;
     size_t page = r->block->page_size;
@@ -83,13 +86,23 @@ static int read_bounced(struct reader *r, const uint64_t *data, uint64_t from, u
     size_t head = (size_t)start % r->unit;
     size_t len = (head + need + r->unit - 1) / r->unit * r->unit;
     struct iovec iov = {.iov_base = buffer, .iov_len = len};
-    int rc = get(r, &iov, 1, start - (off_t)head, head + need, from * page);
+    int rc = get(r, &iov, start - (off_t)head, head + need);
     for (uint64_t k = next_set(data, from, to); k < to && rc == 0;) {
         uint64_t stop = next_clear(data, k, to);
         rc = store(r, k * page, buffer + head + (k - from) * page, (size_t)(stop - k) * page);
         k = next_set(data, stop, to);
     }
     return rc;
+}
+
+static int read_now(struct reader *r, struct iovec *iov, int n, off_t at, size_t len, off_t *bad)
+{
+    ssize_t got = qm_preadv(r->job, r->fd, iov, n, at, r->unit, bad);
+    if (got >= 0 && (size_t)got < len) {
+        *bad = at + got;
+        return -ENODATA;
+    }
+    return got < 0 ? (int)got : 0;
 }
 
 /* Pages [from, to) of the block straight into memory, clear ones among them into the buffer. */
@@ -105,7 +118,7 @@ static int read_straight(struct reader *r, const uint64_t *data, uint64_t from, 
         if (set) {
             iov[n].iov_base = r->memory->base + k * page;
         } else {
-            unsigned char *buffer = qm_channel_buffer(r->channel);
+            unsigned char *buffer = qm_channel_buffer(r->channel, 0);
             if (!buffer)
                 return -ENOMEM;
             iov[n].iov_base = buffer;
@@ -113,11 +126,12 @@ static int read_straight(struct reader *r, const uint64_t *data, uint64_t from, 
         n++;
         k = stop;
         if (n == QM_MAX_IOV || k == to) {
-            size_t len = (size_t)(k - from) * page;
-            off_t at = r->block->pages_offset + (off_t)(from * page);
-            int rc = get(r, iov, n, at, len, from * page);
+            off_t bad, at = r->block->pages_offset + (off_t)(from * page);
+            int rc = r->unit > 1
+                         ? qm_queue_read(&r->channel->queue, r->job, r->fd, iov, n, at, r->unit, &bad)
+                         : read_now(r, iov, n, at, (size_t)(k - from) * page, &bad);
             if (rc)
-                return rc;
+                return read_fault(r, bad, rc);
             from = k;
             n = 0;
         }
@@ -128,7 +142,10 @@ static int read_straight(struct reader *r, const uint64_t *data, uint64_t from, 
 static int read_run(struct reader *r, const uint64_t *data, uint64_t from, uint64_t to)
 {
     size_t page = r->block->page_size;
-    size_t most = qm_job_piece(r->job, page) / page;
+    size_t most = qm_job_piece(r->job, page);
+    if (r->straight && r->unit > 1 && most > qm_queue_piece(&r->channel->queue))
+        most = qm_queue_piece(&r->channel->queue);
+    most /= page;
     for (uint64_t k = from; k < to;) {
         uint64_t stop = to - k < most ? to : k + most;
         int rc = r->straight ? read_straight(r, data, k, stop) : read_bounced(r, data, k, stop);
@@ -205,6 +222,27 @@ static int zero_clear_pages(struct reader *r, const uint64_t *data, uint64_t fir
     return 0;
 }
 
+static int read_range(struct reader *r, const uint64_t *data, uint64_t max_gap, int zero_clear,
+                      uint64_t first, uint64_t end)
+{
+    for (uint64_t from = first; from < end;) {
+        if (qm_job_cancelled(r->job))
+            return -ECANCELED;
+        uint64_t most = QM_CHUNK / r->block->page_size;
+        uint64_t to = end - from < most ? end : from + most;
+        int rc = read_set(r, data, from, to, max_gap);
+        if (rc == 0 && zero_clear)
+            rc = zero_clear_pages(r, data, from, to);
+        if (rc)
+            return rc;
+        int64_t last;
+        uint64_t set = qm_count(data + from / 64, to - from, &last);
+        qm_job_did(r->job, (to - from) * r->block->page_size, set, to - from - set);
+        from = to;
+    }
+    return 0;
+}
+
 int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
             const struct qm_block *block, const struct qm_memory *memory, const uint64_t *data,
             uint64_t max_gap, int zero_clear, uint64_t first, uint64_t npages,
@@ -225,21 +263,8 @@ int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
                      block->page_size % file->off_align == 0 &&
                      (uint64_t)block->pages_offset % file->off_align == 0;
     }
-    uint64_t end = first + npages;
-    for (uint64_t from = first; from < end;) {
-        if (qm_job_cancelled(job))
-            return -ECANCELED;
-        uint64_t most = QM_CHUNK / block->page_size;
-        uint64_t to = end - from < most ? end : from + most;
-        rc = read_set(&r, data, from, to, max_gap);
-        if (rc == 0 && zero_clear)
-            rc = zero_clear_pages(&r, data, from, to);
-        if (rc)
-            return rc;
-        int64_t last;
-        uint64_t set = qm_count(data + from / 64, to - from, &last);
-        qm_job_did(job, (to - from) * block->page_size, set, to - from - set);
-        from = to;
-    }
-    return 0;
+    rc = read_range(&r, data, max_gap, zero_clear, first, first + npages);
+    off_t bad;
+    int late = qm_queue_drain(&channel->queue, job, &bad);
+    return rc ? rc : read_fault(&r, bad, late);
 }

@@ -1,7 +1,7 @@
 /* Guest memory -> file: scan a chunk, plan its runs, write them. */
 #define _GNU_SOURCE
 #include "bits.h"
-#include "qmigrate.h"
+#include "channel.h"
 
 #include <errno.h>
 #include <string.h>
@@ -37,7 +37,7 @@ struct chunk {
     uint64_t off; /* byte of the block */
     size_t len;
     const unsigned char *bytes; /* the chunk in memory; only resident pages may be touched */
-    int in_buffer;
+    int buffer;                 /* the bounce buffer it was copied into, or -1 */
     int has_holes;
     uint64_t resident[WORDS];
     uint64_t data[WORDS]; /* pages that are not zero */
@@ -87,11 +87,12 @@ static int still_there(struct writer *w, const struct chunk *c)
 /* Memory without an address: copied into the bounce buffer, holes at the front left out. */
 static int fill_chunk(struct writer *w, struct chunk *c)
 {
-    unsigned char *buffer = qm_channel_buffer(w->channel);
+    int number = qm_channel_next(w->channel, w->job);
+    unsigned char *buffer = qm_channel_buffer(w->channel, number);
     if (!buffer)
         return -ENOMEM;
     c->bytes = buffer;
-    c->in_buffer = 1;
+    c->buffer = number;
 
     size_t start = 0;
     if (!w->memory->fill && w->look_for_holes) {
@@ -157,7 +158,8 @@ static int load_chunk(struct writer *w, struct chunk *c)
 {
     const struct qm_memory *m = w->memory;
     memset(c->data, 0, sizeof(c->data));
-    c->in_buffer = c->has_holes = 0;
+    c->buffer = -1;
+    c->has_holes = 0;
     if (!m->base || (m->fd >= 0 && !holes_are_pages(w)))
         return fill_chunk(w, c);
     c->bytes = m->base + c->off;
@@ -172,10 +174,8 @@ static int load_chunk(struct writer *w, struct chunk *c)
 
 /* ---- run -> file ---------------------------------------------------------------------------- */
 
-static int put(struct writer *w, struct iovec *iov, int n, uint64_t off)
+static int write_fault(struct writer *w, off_t bad, int rc)
 {
-    off_t bad;
-    int rc = qm_pwritev(w->job, w->fd, iov, n, w->block->pages_offset + (off_t)off, w->unit, &bad);
     if (rc == -EFAULT)
         return memory_fault(w, (uint64_t)(bad - w->block->pages_offset), rc);
     if (rc) {
@@ -185,25 +185,52 @@ static int put(struct writer *w, struct iovec *iov, int n, uint64_t off)
     return rc;
 }
 
-/* Copies [from, from + len) of the chunk into the bounce buffer, holes as zeros. */
-static unsigned char *gather(struct writer *w, const struct chunk *c, size_t from, size_t len)
+static int drain(struct writer *w)
 {
-    unsigned char *buffer = qm_channel_buffer(w->channel);
+    off_t bad;
+    int rc = qm_queue_drain(&w->channel->queue, w->job, &bad);
+    return write_fault(w, bad, rc);
+}
+
+/* `buffer` as in qm_queue_write. */
+static int put(struct writer *w, struct iovec *iov, int n, uint64_t off, int buffer)
+{
+    off_t bad, at = w->block->pages_offset + (off_t)off;
+    int rc = w->unit > 1 ? qm_queue_write(&w->channel->queue, w->job, w->fd, iov, n, at, w->unit,
+                                          buffer, &bad)
+                         : qm_pwritev(w->job, w->fd, iov, n, at, w->unit, &bad);
+    return write_fault(w, bad, rc);
+}
+
+/* Copies [from, from + len) of the chunk to an aligned place, holes as zeros, and writes it. */
+static int put_copy(struct writer *w, const struct chunk *c, size_t from, size_t len)
+{
+    int number = c->buffer;
+    if (number < 0) {
+        number = qm_channel_next(w->channel, w->job);
+    } else {
+        /* The chunk stands in this very buffer; runs ascend, so what is overwritten was written. */
+        int rc = drain(w);
+        if (rc)
+            return rc;
+    }
+    unsigned char *buffer = qm_channel_buffer(w->channel, number);
     if (!buffer)
-        return NULL;
-    if (!c->has_holes) {
-        /* The chunk may stand in this very buffer; runs ascend, so none is needed again. */
-        memmove(buffer, c->bytes + from, len);
-        return buffer;
-    }
+        return -ENOMEM;
     size_t page = w->block->page_size;
-    for (size_t at = 0; at < len; at += page) {
-        if (bit_get(c->resident, (from + at) / page))
-            memcpy(buffer + at, c->bytes + from + at, page);
-        else
-            memset(buffer + at, 0, page);
+    if (!c->has_holes) {
+        memmove(buffer, c->bytes + from, len);
+    } else {
+        for (size_t at = 0; at < len; at += page) {
+            if (bit_get(c->resident, (from + at) / page))
+                memcpy(buffer + at, c->bytes + from + at, page);
+            else
+                memset(buffer + at, 0, page);
+        }
     }
-    return buffer;
+    struct iovec iov = {.iov_base = buffer, .iov_len = len};
+    int rc = put(w, &iov, 1, c->off + from, number);
+    return rc || number != c->buffer ? rc : drain(w);
 }
 
 /* Pages with holes among them: the holes come from `zeros`, the rest straight from memory. */
@@ -225,7 +252,7 @@ static int put_around_holes(struct writer *w, const struct chunk *c, size_t from
         n++;
         k = stop;
         if (n == QM_MAX_IOV || k == end) {
-            int rc = put(w, iov, n, at);
+            int rc = put(w, iov, n, at, -1);
             if (rc)
                 return rc;
             at += pending;
@@ -246,14 +273,10 @@ static int put_range(struct writer *w, const struct chunk *c, size_t from, size_
         w->mem_align <= ZEROS_ALIGN)
         return put_around_holes(w, c, from, len);
 
-    const unsigned char *bytes = c->bytes + from;
-    if (holes || !aligned) {
-        bytes = gather(w, c, from, len);
-        if (!bytes)
-            return -ENOMEM;
-    }
-    struct iovec iov = {.iov_base = (void *)(uintptr_t)bytes, .iov_len = len};
-    return put(w, &iov, 1, c->off + from);
+    if (holes || !aligned)
+        return put_copy(w, c, from, len);
+    struct iovec iov = {.iov_base = (void *)(uintptr_t)(c->bytes + from), .iov_len = len};
+    return put(w, &iov, 1, c->off + from, c->buffer);
 }
 
 static int put_run(struct writer *w, const struct chunk *c, size_t from, size_t to)
@@ -261,6 +284,8 @@ static int put_run(struct writer *w, const struct chunk *c, size_t from, size_t 
     size_t grain = w->unit > w->block->page_size ? w->unit : w->block->page_size;
     while (from < to) {
         size_t len = qm_job_piece(w->job, grain);
+        if (w->unit > 1 && len > qm_queue_piece(&w->channel->queue))
+            len = qm_queue_piece(&w->channel->queue);
         if (len > to - from)
             len = to - from;
         int rc = put_range(w, c, from, len);
@@ -371,6 +396,25 @@ static int write_chunk(struct writer *w, struct chunk *c, const uint64_t *select
     return 0;
 }
 
+static int write_range(struct writer *w, const uint64_t *selection, uint64_t *data, uint64_t first,
+                       uint64_t end)
+{
+    struct chunk c;
+    for (c.first = first; c.first < end; c.first += c.npages) {
+        if (qm_job_cancelled(w->job))
+            return -ECANCELED;
+        uint64_t left = end - c.first;
+        size_t most = QM_CHUNK / w->block->page_size;
+        c.npages = left < most ? (size_t)left : most;
+        c.off = c.first * w->block->page_size;
+        c.len = c.npages * w->block->page_size;
+        int rc = write_chunk(w, &c, selection, data);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
 /* Pages of the block that direct writes may cover. */
 static uint64_t direct_pages(const struct qm_block *block, const struct qm_file *file)
 {
@@ -404,20 +448,9 @@ int qm_write(qm_job *job, qm_channel *channel, const struct qm_file *file,
         if (end > direct_pages(block, file))
             end = direct_pages(block, file);
     }
-    struct chunk c;
-    for (c.first = first; c.first < end; c.first += c.npages) {
-        if (qm_job_cancelled(job))
-            return -ECANCELED;
-        uint64_t left = end - c.first;
-        size_t most = QM_CHUNK / block->page_size;
-        c.npages = left < most ? (size_t)left : most;
-        c.off = c.first * block->page_size;
-        c.len = c.npages * block->page_size;
-        rc = write_chunk(&w, &c, selection, data);
-        if (rc)
-            return rc;
-    }
-    return 0;
+    rc = write_range(&w, selection, data, first, end);
+    int late = drain(&w);
+    return rc ? rc : late;
 }
 
 int qm_write_tail(qm_job *job, qm_channel *channel, const struct qm_file *file,
@@ -454,7 +487,7 @@ int qm_write_tail(qm_job *job, qm_channel *channel, const struct qm_file *file,
             bit_set(data, k);
         if (!zero || sparse->everything) {
             struct iovec iov = {.iov_base = page, .iov_len = block->page_size};
-            rc = put(&w, &iov, 1, off);
+            rc = put(&w, &iov, 1, off, -1);
             if (rc)
                 return rc;
         }

@@ -26,6 +26,14 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
+@pytest.fixture(params=["queue", "no queue"])
+def child_environment(
+    request: pytest.FixtureRequest, child_environment: dict[str, str]
+) -> dict[str, str]:
+    """With native AIO, and without it as in a container that forbids it."""
+    return {**child_environment, "QUEUE": "on" if request.param == "queue" else "off"}
+
+
 def run(
     shim: Path, disk: Path, environment: dict[str, str], fault: str, direct_io: str,
     page_size: int = 4096,
