@@ -60,7 +60,7 @@ class Sparse(enum.StrEnum):
 
 
 # Longest gap in bytes, and the gaps' share of the data in percent.
-_GAPS = {Sparse.AUTO: (64 << 10, 50), Sparse.EXACT: (0, 0), Sparse.DENSE: (0, 0)}
+_GAPS = {Sparse.AUTO: (32 << 10, 50), Sparse.EXACT: (0, 0), Sparse.DENSE: (0, 0)}
 
 
 @dataclass(frozen=True)
