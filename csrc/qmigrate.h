@@ -81,8 +81,9 @@ typedef ssize_t (*qm_fill_fn)(void *arg, void *buf, uint64_t off, size_t len);
 /* Where the bytes of a block live. One of three:
  *   base, fd < 0     plain memory that stays mapped while we work.
  *   base and fd      a mapping of `fd`. On a save, fd cannot shrink; its holes are neither read nor
- *                    made resident (where a page may hold part of one, it is read with pread). On a load, fd may shrink: only the kernel touches the mapping,
- *                    and holes are made by punching.
+ *                    made resident (where a page may hold part of one, it is read with pread). On
+ *                    a load, fd may shrink: only the kernel touches the mapping, and holes are made
+ *                    by punching.
  *   fd, no base      a file that may shrink: read with pread, written with pwrite.
  * or a `fill` callback, for memory that has no address here (saves only).
  * Byte 0 of the block is base[0] and file position fd_offset. `fd` must be a description of our

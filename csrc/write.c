@@ -84,7 +84,21 @@ static int still_there(struct writer *w, const struct chunk *c)
     return 0;
 }
 
-/* Memory without an address: copied into the bounce buffer, holes at the front left out. */
+/* Byte of the chunk where the hole at `at` ends, in steps that keep pages and units whole; -errno. */
+static int64_t skip_hole(struct writer *w, const struct chunk *c, size_t at)
+{
+    int rc = still_there(w, c);
+    if (rc)
+        return rc;
+    uint64_t end = c->off + c->len;
+    uint64_t data = (uint64_t)qm_next_data(w->memory, c->off + at, end);
+    if (data == end)
+        return (int64_t)c->len;
+    size_t next = (size_t)(data - c->off) / QM_MAX_PAGE * QM_MAX_PAGE;
+    return (int64_t)(next > at ? next : at);
+}
+
+/* Memory without an address: copied into the bounce buffer; where zeros are met, holes are sought. */
 static int fill_chunk(struct writer *w, struct chunk *c)
 {
     int number = qm_channel_next(w->channel, w->job);
@@ -94,30 +108,35 @@ static int fill_chunk(struct writer *w, struct chunk *c)
     c->bytes = buffer;
     c->buffer = number;
 
-    size_t start = 0;
-    if (!w->memory->fill && w->look_for_holes) {
-        int rc = still_there(w, c);
-        if (rc)
-            return rc;
-        int64_t data = qm_next_data(w->memory, c->off, c->off + c->len);
-        start = (size_t)((uint64_t)data - c->off) / QM_MAX_PAGE * QM_MAX_PAGE;
-        if ((uint64_t)data == c->off + c->len)
-            start = c->len;
-        if (start && w->sparse->everything)
-            memset(buffer, 0, start);
-    }
     size_t page = w->block->page_size;
-    for (size_t at = start; at < c->len; at += SCAN_STEP) {
+    int look = w->look_for_holes;
+    for (size_t at = 0; at < c->len;) {
+        if (look && !w->memory->fill) {
+            int64_t next = skip_hole(w, c, at);
+            if (next < 0)
+                return (int)next;
+            if ((size_t)next > at) {
+                /* Nobody reads what stands there, unless it is written as part of a run. */
+                if (w->sparse->everything || (size_t)next - at <= w->sparse->max_gap)
+                    memset(buffer + at, 0, (size_t)next - at);
+                at = (size_t)next;
+                continue;
+            }
+        }
         size_t step = c->len - at < SCAN_STEP ? c->len - at : SCAN_STEP;
         ssize_t got = fill(w, buffer + at, c->off + at, step);
         if (got < 0)
             return memory_fault(w, c->off + at, (int)got);
         if ((size_t)got < step)
             return memory_fault(w, c->off + at + (size_t)got, -EFAULT);
-        /* SCAN_STEP holds 4 to 256 pages: at the largest sizes words are shared by steps. */
-        for (size_t p = 0; p < step; p += page)
-            if (!qm_is_zero(buffer + at + p, page))
+        look = 1;
+        for (size_t p = 0; p < step; p += page) {
+            if (!qm_is_zero(buffer + at + p, page)) {
                 bit_set(c->data, (at + p) / page);
+                look = 0;
+            }
+        }
+        at += step;
     }
     return 0;
 }

@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -100,7 +101,7 @@ def load(
 @contextlib.contextmanager
 def _running(qemu: Qemu, memory_fd: int, size: int, directory: Path) -> Iterator[_Monitor]:
     ours, theirs = socket.socketpair()
-    with ours, tempfile.TemporaryFile() as stderr:
+    with ours, tempfile.TemporaryFile() as stderr, contextlib.ExitStack() as started:
         with theirs:
             command = [
                 qemu.path, "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg",
@@ -111,17 +112,30 @@ def _running(qemu: Qemu, memory_fd: int, size: int, directory: Path) -> Iterator
                 "-mon", "chardev=qmp,mode=control", "-incoming", "defer",
             ]  # fmt: skip
             try:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-                    cwd=directory, pass_fds=(memory_fd, theirs.fileno()),
-                )
+                with _uninterrupted():
+                    process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+                        cwd=directory, pass_fds=(memory_fd, theirs.fileno()),
+                    )
+                    started.callback(_end, process)
             except OSError as error:
                 raise QemuFailed(f"{qemu} does not start: {error}") from error
-        try:
-            yield _Monitor(str(qemu), ours, process, stderr)
-        finally:
-            process.kill()
-            process.wait()
+        yield _Monitor(str(qemu), ours, process, stderr)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals wait, so that no process is started and then forgotten."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Monitor:

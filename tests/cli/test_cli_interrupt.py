@@ -49,7 +49,7 @@ def wrote(size: int) -> Callable[[int], bool]:
         counters = dict(
             line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines()
         )
-        return int(counters["wchar"]) > size
+        return int(counters["write_bytes"]) > size
 
     return has_written
 
