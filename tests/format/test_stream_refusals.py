@@ -366,7 +366,7 @@ def test_cut_files_are_refused_or_said_to_be_incomplete(size: int) -> None:
     source = VALID.cut(size)
     try:
         stream = parse(source)
-    except SnapshotError:
+    except (SnapshotError, NotSupported):  # cut before its capabilities it looks classic
         return
     # A file that ends with its end-of-stream byte is whole: the description may be missing.
     described = parse(VALID).description_offset
