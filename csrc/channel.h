@@ -12,7 +12,7 @@
 #define QM_QUEUE_PIECE ((size_t)1 << 20)
 /* Pieces with more parts are transferred at once: it is their number that costs. */
 #define QM_SLOT_IOV 256
-#define QM_BUFFERS 2
+#define QM_BUFFERS 4
 
 struct qm_slot {
     int opcode, fd, n;

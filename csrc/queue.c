@@ -97,15 +97,25 @@ static void reap(struct qm_queue *q, qm_job *job)
     do
         n = io_getevents(q->context, 1, QM_QUEUE, events);
     while (n < 0 && errno == EINTR);
+    if (n < 0) {
+        /* Not to be asked how they went: closing the context waits for them all the same. */
+        int rc = -errno;
+        io_destroy(q->context);
+        q->open = 0;
+        q->free = (1u << QM_QUEUE) - 1;
+        memset(q->busy, 0, sizeof(q->busy));
+        note_error(q, rc, 0);
+        return;
+    }
     for (long i = 0; i < n; i++)
         finish(q, job, &q->slots[events[i].data], events[i].res);
 }
 
 int qm_queue_drain(struct qm_queue *q, qm_job *job, off_t *bad)
 {
-    if (!q->tried || !q->open)
+    if (!q->tried)
         return 0;
-    while (q->free != (1u << QM_QUEUE) - 1)
+    while (q->open && q->free != (1u << QM_QUEUE) - 1)
         reap(q, job);
     int rc = q->error;
     *bad = q->bad;
@@ -146,7 +156,7 @@ static int transfer(struct qm_queue *q, qm_job *job, int opcode, int fd, struct 
     int rc = qm_job_admit(job, len);
     if (rc)
         return rc;
-    while (!q->free)
+    while (q->open && !q->free)
         reap(q, job);
     if (q->error) {
         *bad = q->bad;

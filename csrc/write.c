@@ -399,7 +399,9 @@ static int write_chunk(struct writer *w, struct chunk *c, const uint64_t *select
         if (selection)
             chosen &= selection[base + i];
         uint64_t filled = w->sparse->mark_zero ? chosen : c->data[i] & chosen;
-        data[base + i] = (data[base + i] & ~chosen) | filled;
+        uint64_t word = (data[base + i] & ~chosen) | filled;
+        if (data[base + i] != word) /* a bitmap costs memory only where bits are set */
+            data[base + i] = word;
         want[i] = w->sparse->everything ? chosen : filled;
         data_pages += (uint64_t)__builtin_popcountll(filled);
         selected_pages += (uint64_t)__builtin_popcountll(chosen);
@@ -468,8 +470,9 @@ int qm_write(qm_job *job, qm_channel *channel, const struct qm_file *file,
             end = direct_pages(block, file);
     }
     rc = write_range(&w, selection, data, first, end);
-    int late = drain(&w);
-    return rc ? rc : late;
+    off_t bad = 0;
+    int late = qm_queue_drain(&channel->queue, job, &bad);
+    return rc ? rc : write_fault(&w, bad, late);
 }
 
 int qm_write_tail(qm_job *job, qm_channel *channel, const struct qm_file *file,

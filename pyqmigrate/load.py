@@ -22,6 +22,10 @@ from pyqmigrate.options import choice
 
 __all__ = ["Clear", "LoadReport", "start_load"]
 
+# Reads into fresh memory wait for its pages to be made: more threads than channels hide that.
+_THREADS_A_CHANNEL = 4
+_MOST_THREADS = 16
+
 # Reading over a gap this long costs less than a call more.
 _READ_GAP = 128 << 10
 
@@ -69,7 +73,11 @@ def start_load(
         source, blocks, memories, check_channels(channels),
         choice(DirectIO, direct_io, "direct_io"), choice(Clear, clear, "clear"),
     )
-    return Job(pass_in.channels, sum(layout.length for layout, _ in blocks), pass_in.run)
+    try:
+        return Job(pass_in.channels, sum(layout.length for layout, _ in blocks), pass_in.run)
+    except BaseException:
+        pass_in.close()
+        raise
 
 
 def _match(
@@ -98,7 +106,9 @@ class _Load:
         self.source = source
         self.blocks = blocks
         self.clear = clear
-        self.channels = Channels(channels, "pyqmigrate-load")
+        self.count = channels
+        threads = max(channels, min(channels * _THREADS_A_CHANNEL, _MOST_THREADS))
+        self.channels = Channels(threads, "pyqmigrate-load")
         with contextlib.ExitStack() as stack:
             self.memories: list[Attached] = []
             for layout, _ in blocks:
@@ -113,6 +123,9 @@ class _Load:
             self.direct, self.reason = source.open_direct(direct_io)
             stack.callback(source.close_direct, self.direct)
             self._cleanup = stack.pop_all()
+
+    def close(self) -> None:
+        self._cleanup.close()
 
     def run(self) -> LoadReport:
         with self._cleanup:
@@ -155,7 +168,7 @@ class _Load:
             seconds=time.monotonic() - self.started,
             direct_io=direct is not None,
             direct_io_reason=self.reason,
-            channels=self.channels.count,
+            channels=self.count,
             unaligned_blocks=tuple(
                 m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
             ),

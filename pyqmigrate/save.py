@@ -262,11 +262,14 @@ class Writer:
         for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
             bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
         self.write_at(self.head.tail_offset, tail)
-        if self.channels.cancelled:
-            raise Cancelled("cancelled")
-        self.target.publish(MAGIC)
+        self._check_cancelled()
+        self.target.publish(MAGIC, self._check_cancelled)
         _core.lib.qm_job_add_moved(self.channels.core, len(MAGIC))
         return self._report()
+
+    def _check_cancelled(self) -> None:
+        if self.channels.cancelled:
+            raise Cancelled("cancelled")
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write through the buffered descriptor, and count it."""

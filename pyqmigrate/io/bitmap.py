@@ -14,7 +14,7 @@ from array import array
 from typing import Any, Protocol
 
 from pyqmigrate import _core
-from pyqmigrate.errors import SnapshotError
+from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout
 
 __all__ = ["Bitmap"]
@@ -36,7 +36,8 @@ class _Writable(Protocol):
 
 
 class Bitmap:
-    """``npages`` bits, all clear at first. ``core`` is the ``uint64_t *`` that the core works on.
+    """``npages`` bits, all clear at first. ``core`` is the ``uint64_t *`` that the core works on;
+    UsageError after close.
 
     Its memory is anonymous and comes into being when bits are set: that of a 1 TiB block which
     is mostly empty costs a few pages.
@@ -45,11 +46,25 @@ class Bitmap:
     def __init__(self, npages: int) -> None:
         self.npages = npages
         self.nbytes = (npages + 63) // 64 * 8
-        self._memory = mmap.mmap(-1, max(self.nbytes, mmap.PAGESIZE))
+        # Private: looking at shared anonymous memory already allocates it.
+        self._memory = mmap.mmap(
+            -1, max(self.nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         self._buffer = _core.ffi.from_buffer("unsigned char[]", self._memory)
-        self.core: Any = _core.ffi.cast("uint64_t *", self._buffer)
+        self._core: Any = _core.ffi.cast("uint64_t *", self._buffer)
+
+    @property
+    def core(self) -> Any:
+        if self._core is None:
+            raise UsageError("the bitmap is closed, as is its snapshot")
+        return self._core
+
+    def __len__(self) -> int:
+        return self.npages
 
     def __getitem__(self, page: int) -> bool:
+        if not 0 <= page < self.npages:
+            raise IndexError(f"page {page} of {self.npages}")
         return bool(self.core[page // 64] >> page % 64 & 1)
 
     def count(self, npages: int | None = None) -> int:
@@ -98,7 +113,13 @@ class Bitmap:
         """
         if layout.external:
             return cls(0)  # its length is bounded by nothing in this file
-        bitmap = cls(layout.num_pages)
+        try:
+            bitmap = cls(layout.num_pages)
+        except (OSError, OverflowError, ValueError) as error:
+            raise SnapshotError(
+                f"a bitmap of {layout.num_pages} pages cannot be held in memory: {error}",
+                offset=layout.bitmap_offset, block=layout.name, field="bitmap",
+            ) from error
         try:
             bitmap._read(source, layout)
             if byteorder != sys.byteorder:
@@ -150,6 +171,7 @@ class Bitmap:
 
     def close(self) -> None:
         """Give the memory back. May be repeated."""
+        self._core = None
         if not self._memory.closed:
             _core.ffi.release(self._buffer)
             self._memory.close()

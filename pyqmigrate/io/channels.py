@@ -130,7 +130,7 @@ class Channels:
 
     def set_rate(self, bytes_per_second: int) -> None:
         """Limit what all channels move together; 0 is no limit. UsageError out of 64 bits."""
-        if not 0 <= bytes_per_second < 1 << 64:
+        if not isinstance(bytes_per_second, int) or not 0 <= bytes_per_second < 1 << 64:
             raise UsageError(f"a bandwidth of {bytes_per_second} bytes a second is impossible")
         _core.lib.qm_job_set_rate(self.core, bytes_per_second)
 
@@ -198,10 +198,11 @@ def failure(rc: int, fault: Any, target: str, block: str) -> PyqmigrateError:
     number = -rc
     if number == errno.ECANCELED:
         return Cancelled("cancelled")
+    if number in (errno.ENOMEM, errno.EINVAL) and not fault.at:
+        return TargetError(number, f"cannot transfer pages of block {block!r}", target)
     if fault.in_memory:
-        return GuestMemoryError(
-            number, f"guest memory went away at byte {fault.at:#x}", block=block
-        )
+        gone = "went away" if number == errno.EFAULT else "cannot be used"
+        return GuestMemoryError(number, f"guest memory {gone} at byte {fault.at:#x}", block=block)
     what = f"cannot transfer pages of block {block!r}"
     if number in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(what, target, errno=number, position=fault.at)
@@ -242,7 +243,8 @@ class Job(Generic[R]):
         self._thread.start()
 
     def cancel(self) -> None:
-        """Ask the job to stop; it does within 100 ms, and cleans up. Does not wait."""
+        """Ask the job to stop; does not wait. The channels stop within 100 ms; an fsync under way
+        ends first, and then nothing is published. It is all cleaned up."""
         self._channels.cancel()
 
     def set_max_bandwidth(self, bytes_per_second: int) -> None:

@@ -23,7 +23,7 @@ import mmap
 import os
 import secrets
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -101,9 +101,13 @@ def _split(target: Target) -> tuple[str, int]:
             raise UsageError(
                 f"a target is a path, a file: URI or Descriptors, not {type(target).__name__}"
             ) from None
-    if not 0 <= offset <= OFFSET_MAX:
+    if not isinstance(offset, int) or not 0 <= offset <= OFFSET_MAX:
         raise UsageError(f"offset {offset} is not a file position")
-    if not path or "\0" in path:
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        encoded = b""
+    if not encoded or b"\0" in encoded:
         raise UsageError(f"{path!r} is not the path of a file")
     return path, offset
 
@@ -237,6 +241,7 @@ class OutputTarget:
         self._temporary: str | None = None
         self._target = target
         self._sources: Collection[tuple[int, int]] = ()
+        self._may_be_new = False
 
     @property
     def in_place(self) -> bool:
@@ -257,6 +262,10 @@ class OutputTarget:
         """
         self = cls(target, reuse=reuse)
         self._sources = sources
+        if self._borrowed and self._given_direct is None and direct_io is DirectIO.ON:
+            raise UsageError(
+                'direct_io="on" with Descriptors needs a second descriptor, opened with O_DIRECT'
+            )
         try:
             self._open()
             self._open_direct(direct_io)
@@ -272,6 +281,7 @@ class OutputTarget:
             self._invalidate()
             return
         if self.offset or self.reuse:
+            self._may_be_new = not Path(self.name).exists()
             with self._refusing("cannot open for writing"):
                 self.fd = os.open(self.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
             self._refuse_special(os.fstat(self.fd).st_mode)
@@ -327,11 +337,6 @@ class OutputTarget:
 
     def _open_direct(self, setting: DirectIO) -> None:
         if self._borrowed and self._given_direct is None:
-            if setting is DirectIO.ON:
-                raise UsageError(
-                    'direct_io="on" with Descriptors needs a second descriptor, '
-                    "opened with O_DIRECT"
-                )
             self.direct_io_reason = (
                 "switched off" if setting is DirectIO.OFF else "no direct descriptor was given"
             )
@@ -360,7 +365,7 @@ class OutputTarget:
             os.close(fd)
 
     def free_bytes(self) -> int | None:
-        """Bytes that can still be allocated here, what the file itself holds included.
+        """Bytes that can still be allocated here, with ``reuse`` what the file holds included.
 
         None where the file system knows no limit (a memfd).
         """
@@ -369,7 +374,8 @@ class OutputTarget:
             if info.f_blocks == 0:
                 return None
             blocks = info.f_bfree if os.geteuid() == 0 else info.f_bavail
-            return blocks * info.f_frsize + self.allocated_bytes()
+            own = max(0, self.allocated_bytes() - self.offset) if self.reuse else 0
+            return blocks * info.f_frsize + own
 
     def allocated_bytes(self) -> int:
         """Bytes of disk that the file holds."""
@@ -385,20 +391,34 @@ class OutputTarget:
                 except OSError as error:
                     raise _refused(error, "cannot write", self.name, offset + done) from error
 
-    def publish(self, magic: bytes) -> None:
-        """Make the file durable and a snapshot: ``magic`` is what its first four bytes will be."""
+    def publish(self, magic: bytes, check: Callable[[], None]) -> None:
+        """Make the file durable and a snapshot: ``magic`` is what its first four bytes will be.
+
+        ``check`` is called when all is durable and nobody has seen it yet; it may raise.
+        """
         with self._refusing("cannot make durable"):
-            if self.in_place:
-                os.fsync(self.fd)
+            if not self.in_place:
+                self.write_at(self.offset, magic)
+            os.fsync(self.fd)
+        check()
+        if self.in_place:
+            with self._refusing("cannot make durable"):
                 self.write_at(self.offset, magic)
                 os.fdatasync(self.fd)
-            else:
-                self.write_at(self.offset, magic)
-                os.fsync(self.fd)
-        if not self.in_place:
+                if self._may_be_new:
+                    self._sync_directory()
+        else:
             with self._refusing("cannot give the finished file its name"):
                 self._link()
                 os.fsync(self._dir_fd)
+
+    def _sync_directory(self) -> None:
+        parent = Path(os.path.realpath(self.name)).parent
+        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def _link(self) -> None:
         if self._temporary is None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate.errors import SnapshotError
+from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from tests.core.kernel import Bits, page_bits
@@ -166,3 +166,32 @@ def test_an_empty_bitmap_of_a_huge_block_costs_next_to_nothing() -> None:
     assert resident() - before < 4 << 20
     bitmap.close()
     bitmap.close()
+
+
+def test_pages_outside_a_bitmap_are_an_index_error() -> None:
+    bitmap = Bitmap(100)
+    for page in (-1, 100, 10**12):
+        with pytest.raises(IndexError):
+            bitmap[page]
+    assert list(bitmap) == [False] * 100
+
+
+def test_a_closed_bitmap_is_refused_and_not_followed() -> None:
+    bitmap = Bitmap(100)
+    bitmap.close()
+    with pytest.raises(UsageError):
+        bitmap.count()
+    with pytest.raises(UsageError):
+        bitmap[0]
+
+
+def test_looking_at_an_empty_bitmap_costs_no_memory() -> None:
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+
+    bitmap = Bitmap(8 * (64 << 20))
+    before = resident()
+    assert bitmap.count() == 0
+    assert resident() - before < 16 << 10  # KiB; the bitmap has 64 MiB
