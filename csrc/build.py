@@ -5,7 +5,10 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["job.c", "queue.c", "scan.c", "write.c", "read.c", "clean.c", "direct.c"]
+SOURCES = [
+    "job.c", "queue.c", "scan.c", "chunk.c", "write.c", "store.c", "read.c", "clean.c", "encode.c",
+    "decode.c", "direct.c",
+]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
@@ -14,7 +17,9 @@ ffibuilder.set_source(
     '#include "qmigrate.h"',
     # Relative to setup.py, as sdists and editable installs need it.
     sources=[f"csrc/{name}" for name in SOURCES],
-    depends=["csrc/qmigrate.h", "csrc/bits.h", "csrc/channel.h"],
+    depends=[
+        f"csrc/{name}.h" for name in ("qmigrate", "bits", "channel", "chunk", "records")
+    ],
     include_dirs=["csrc"],
     extra_compile_args=["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Werror=implicit"],
     libraries=["pthread"],

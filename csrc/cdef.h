@@ -52,6 +52,7 @@ struct qm_file {
 struct qm_fault {
     int in_memory;
     int64_t at;
+    int64_t block;
 };
 
 struct qm_sparse {
@@ -81,5 +82,69 @@ int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
 int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
                  const struct qm_block *block, const uint64_t *data, uint64_t first,
                  uint64_t npages, struct qm_fault *fault);
+
+int qm_zero_clear(qm_job *job, const struct qm_block *block, const struct qm_memory *memory,
+                  const uint64_t *bits, struct qm_fault *fault);
+
+struct qm_name {
+    const unsigned char *bytes;
+    uint8_t len;
+};
+
+typedef struct qm_encoder qm_encoder;
+
+size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pages,
+                 uint64_t first, size_t from, size_t npages, uint32_t page_size,
+                 const uint64_t *want, const uint64_t *data, unsigned char *out, size_t len,
+                 size_t *next);
+qm_encoder *qm_encoder_create(int fd, int64_t at);
+void qm_encoder_destroy(qm_encoder *encoder);
+int64_t qm_encoder_position(const qm_encoder *encoder);
+void qm_encoder_forget_block(qm_encoder *encoder);
+int qm_encoder_put(qm_job *job, qm_encoder *encoder, const unsigned char *bytes, size_t len,
+                   struct qm_fault *fault);
+int qm_encoder_flush(qm_job *job, qm_encoder *encoder, struct qm_fault *fault);
+int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
+                    const struct qm_name *name, const struct qm_block *block,
+                    const struct qm_memory *memory, const uint64_t *selection, uint64_t first,
+                    uint64_t npages, struct qm_fault *fault);
+
+struct qm_record_block {
+    struct qm_name name;
+    uint64_t len;
+    const struct qm_memory *memory;
+    uint64_t *seen;
+};
+
+enum qm_record_fault {
+    QM_RECORD_FLAGS,
+    QM_RECORD_COMPRESSED,
+    QM_RECORD_NO_BLOCK,
+    QM_RECORD_UNKNOWN,
+    QM_RECORD_OUTSIDE,
+    QM_RECORD_DELTA,
+    ...
+};
+
+struct qm_record_error {
+    int what;
+    int64_t block;
+    uint64_t word;
+    uint64_t at;
+    uint32_t name_len;
+    unsigned char name[256];
+};
+
+typedef struct qm_decoder qm_decoder;
+
+qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nblocks,
+                              uint32_t page_size, int fresh);
+void qm_decoder_destroy(qm_decoder *decoder);
+int qm_decode(qm_job *job, qm_decoder *decoder, const unsigned char *bytes, size_t len,
+              size_t *used, struct qm_fault *fault);
+int qm_decode_file(qm_job *job, qm_decoder *decoder, int fd, int64_t *at, int64_t end,
+                   struct qm_fault *fault);
+void qm_decoder_error(const qm_decoder *decoder, struct qm_record_error *out);
+int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, size_t page_size);
 
 int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);

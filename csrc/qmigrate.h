@@ -112,10 +112,12 @@ struct qm_file {
     uint32_t off_align;
 };
 
-/* Where a call failed: `at` is the file position (target) or the byte of the block (memory). */
+/* Where a call failed: `at` is the file position (target) or the byte of the block (memory).
+ * `block` is which one, for calls that work on several. */
 struct qm_fault {
     int in_memory;
     int64_t at;
+    int64_t block;
 };
 
 /* ---- scan ----------------------------------------------------------------------------------- */
@@ -191,6 +193,126 @@ int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
 /* Number of set bits among the first `npages`; the highest of them goes to *last (-1: none). */
 uint64_t qm_count(const uint64_t *bits, uint64_t npages, int64_t *last);
 
+/* Zeroes every page of a block whose bit in `bits` is clear, as qm_read does; polls the job and
+ * counts these pages in it. */
+int qm_zero_clear(qm_job *job, const struct qm_block *block, const struct qm_memory *memory,
+                  const uint64_t *bits, struct qm_fault *fault);
+
+/* ---- page records --------------------------------------------------------------------------- */
+
+/*
+ * A section of the classic stream is a sequence of records, one a page, ended by a word:
+ *
+ *   u64 offset | flags     big-endian; the offset of the page in its block, a multiple of page_size,
+ *                          flags below it
+ *   u8 length, name        of the block; left out with CONTINUE: that of the record before
+ *   ZERO                   u8: the page is full of this byte
+ *   PAGE                   page_size bytes
+ *   XBZRLE                 u8 1, u16 n, n bytes: changes to the page's content so far
+ *   EOS                    ends the section; no name, no offset
+ */
+
+/* A block's name, not ended by a zero byte. */
+struct qm_name {
+    const unsigned char *bytes;
+    uint8_t len;
+};
+
+/* Encodes a record for each page k in [from, npages) that `want` has: PAGE with the page_size bytes
+ * at pages + k * page_size where `data` has it too, ZERO otherwise (that page is not read). Bit k
+ * stands for page `first + k` of the block. The block is named in the first record unless *named,
+ * which is 1 afterwards. Stops before a record that does not fit into the `len` bytes at `out`;
+ * *next is the page to go on from, npages at the end. Returns how many bytes it wrote. */
+size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pages,
+                 uint64_t first, size_t from, size_t npages, uint32_t page_size,
+                 const uint64_t *want, const uint64_t *data, unsigned char *out, size_t len,
+                 size_t *next);
+
+/* A stream being written front to back: a buffer that is written out when it is full, in pieces
+ * of at least 1 MiB where no rate limit asks for smaller ones. */
+typedef struct qm_encoder qm_encoder;
+
+/* The first byte goes to position `at` of `fd`, which stays the caller's; with fd < 0 bytes are
+ * only counted. NULL when there is no memory. */
+qm_encoder *qm_encoder_create(int fd, off_t at);
+void qm_encoder_destroy(qm_encoder *encoder);
+/* Where the next byte goes: after all that was put, written out or not. */
+off_t qm_encoder_position(const qm_encoder *encoder);
+/* The next record names its block, whichever it is. */
+void qm_encoder_forget_block(qm_encoder *encoder);
+/* Appends bytes as they are; any number. */
+int qm_encoder_put(qm_job *job, qm_encoder *encoder, const unsigned char *bytes, size_t len,
+                   struct qm_fault *fault);
+/* Writes out what is buffered. */
+int qm_encoder_flush(qm_job *job, qm_encoder *encoder, struct qm_fault *fault);
+
+/* Appends a record for each page of [first, first + npages) that `selection` has (NULL: all),
+ * ZERO where the page is zero now. Holes of memory that is a file are not read. `name` stays where
+ * it is as long as the encoder is used: by its address the encoder knows the block again. `first`
+ * as in qm_write; of the block, pages_offset has no meaning here. */
+int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
+                    const struct qm_name *name, const struct qm_block *block,
+                    const struct qm_memory *memory, const uint64_t *selection, uint64_t first,
+                    uint64_t npages, struct qm_fault *fault);
+
+/* A block as a decoder knows it. `seen` gets the bit of every page that a record mentions. Records
+ * of a block without `memory` are checked and dropped; it needs no `seen`. */
+struct qm_record_block {
+    struct qm_name name;
+    uint64_t len;
+    const struct qm_memory *memory;
+    uint64_t *seen;
+};
+
+/* What is wrong with a record. */
+enum qm_record_fault {
+    QM_RECORD_FLAGS = 1,  /* the flags of its word are none that a file can have */
+    QM_RECORD_COMPRESSED, /* a compressed page, as written until QEMU 9.0 */
+    QM_RECORD_NO_BLOCK,   /* CONTINUE, and no block was named before */
+    QM_RECORD_UNKNOWN,    /* a block that is not among those given: `name` */
+    QM_RECORD_OUTSIDE,    /* the page lies outside its block */
+    QM_RECORD_DELTA,      /* an XBZRLE body that does not fit its page or itself */
+};
+
+/* The last record that was refused: `at` is the position of its word (in the file, or among all
+ * bytes given to qm_decode), `block` its block's index or -1. */
+struct qm_record_error {
+    int what;
+    int64_t block;
+    uint64_t word;
+    uint64_t at;
+    uint32_t name_len;
+    unsigned char name[256];
+};
+
+/* Takes sections of records apart, from bytes that come in slices of any size. It keeps one page,
+ * and the last block named, between slices and between sections. */
+typedef struct qm_decoder qm_decoder;
+
+/* The `nblocks` blocks stay the caller's, and where they are; their names differ, their lengths
+ * are multiples of `page_size`. `fresh`: a change to a page that was not mentioned before applies
+ * to zeros, whatever the memory holds. NULL when there is no memory, or for a bad page size. */
+qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nblocks,
+                              uint32_t page_size, int fresh);
+void qm_decoder_destroy(qm_decoder *decoder);
+/* Decodes `len` bytes into memory. Returns 1 at the end of a section, 0 when it goes on after
+ * them; *used is how many were taken, less than `len` only at an end or a failure. -EBADMSG:
+ * qm_decoder_error tells what is wrong. Memory that is a file is written with pwrite and punched,
+ * never touched through a mapping. After a failure the decoder is of no more use. Counts records
+ * as pages, and bytes_done once for each page. */
+int qm_decode(qm_job *job, qm_decoder *decoder, const unsigned char *bytes, size_t len,
+              size_t *used, struct qm_fault *fault);
+/* Decodes the file from *at to the end of the section, where *at is afterwards; returns 1. Reads a
+ * window of 1 MiB at a time, kept from call to call. -ENODATA: the file ends, or `end` comes,
+ * before the section does. */
+int qm_decode_file(qm_job *job, qm_decoder *decoder, int fd, off_t *at, off_t end,
+                   struct qm_fault *fault);
+void qm_decoder_error(const qm_decoder *decoder, struct qm_record_error *out);
+
+/* Applies the body of an XBZRLE record to a page; -EBADMSG when it is malformed, the page then
+ * being changed in part. */
+int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, size_t page_size);
+
 /* ---- direct I/O ----------------------------------------------------------------------------- */
 
 /* What direct I/O on the file demands of addresses and of positions, as the kernel tells it.
@@ -214,6 +336,18 @@ ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_
                   off_t *bad);
 /* Next byte of the block at or after `off` that may hold data, at most `end`; -errno. */
 int64_t qm_next_data(const struct qm_memory *memory, uint64_t off, uint64_t end);
+/* Bytes -> the block's memory at `off`; by pwrite where it is a file. */
+int qm_store(const struct qm_memory *memory, uint64_t off, const unsigned char *bytes, size_t len,
+             struct qm_fault *fault);
+int qm_storev(const struct qm_memory *memory, uint64_t off, const struct iovec *iov, int n,
+              struct qm_fault *fault);
+/* Zeroes [off, end) of the block, whole pages; punched where the memory is a file. */
+int qm_store_zeros(const struct qm_memory *memory, uint32_t page_size, uint64_t off, uint64_t end,
+                   struct qm_fault *fault);
+/* The same for the pages of [first, end) whose bits are clear. */
+int qm_store_clear(const struct qm_memory *memory, uint32_t page_size, const uint64_t *bits,
+                   uint64_t first, uint64_t end, struct qm_fault *fault);
+
 /* -EINVAL when numbers do not fit together. */
 int qm_block_check(const struct qm_block *block, const struct qm_file *file, uint64_t first,
                    uint64_t npages);

@@ -2,12 +2,10 @@
 #define _GNU_SOURCE
 #include "bits.h"
 #include "channel.h"
+#include "chunk.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <string.h>
 #include <sys/uio.h>
-#include <unistd.h>
 
 struct reader {
     qm_job *job;
@@ -20,25 +18,11 @@ struct reader {
     int straight; /* positions and addresses satisfy the descriptor: no bounce buffer */
 };
 
-static int file_fault(struct reader *r, off_t at, int rc)
-{
-    r->fault->in_memory = 0;
-    r->fault->at = at;
-    return rc;
-}
-
-static int memory_fault(struct reader *r, uint64_t off, int rc)
-{
-    r->fault->in_memory = 1;
-    r->fault->at = (int64_t)off;
-    return rc;
-}
-
 static int read_fault(struct reader *r, off_t bad, int rc)
 {
     if (rc == -EFAULT)
-        return memory_fault(r, (uint64_t)(bad - r->block->pages_offset), rc);
-    return rc ? file_fault(r, bad, rc) : 0;
+        return memory_fault(r->fault, (uint64_t)(bad - r->block->pages_offset), rc);
+    return rc ? file_fault(r->fault, bad, rc) : 0;
 }
 
 /* Reads at file position `at` what the array asks for, of which `need` must be there. */
@@ -47,29 +31,8 @@ static int get(struct reader *r, struct iovec *iov, off_t at, size_t need)
     off_t bad;
     ssize_t got = qm_preadv(r->job, r->fd, iov, 1, at, r->unit, &bad);
     if (got >= 0 && (size_t)got < need)
-        return file_fault(r, at + got, -ENODATA);
+        return file_fault(r->fault, at + got, -ENODATA);
     return read_fault(r, bad, got < 0 ? (int)got : 0);
-}
-
-static int store(struct reader *r, uint64_t off, const unsigned char *bytes, size_t len)
-{
-    const struct qm_memory *m = r->memory;
-    if (m->fd < 0) {
-        memcpy(m->base + off, bytes, len);
-        return 0;
-    }
-    /* Never touched through the mapping: the file may have become shorter. */
-    while (len > 0) {
-        ssize_t put = pwrite(m->fd, bytes, len, m->fd_offset + (off_t)off);
-        if (put < 0 && errno == EINTR)
-            continue;
-        if (put <= 0)
-            return memory_fault(r, off, put < 0 ? -errno : -EIO);
-        bytes += put;
-        off += (uint64_t)put;
-        len -= (size_t)put;
-    }
-    return 0;
 }
 
 /* ---- set pages ------------------------------------------------------------------------------ */
@@ -89,7 +52,8 @@ static int read_bounced(struct reader *r, const uint64_t *data, uint64_t from, u
     int rc = get(r, &iov, start - (off_t)head, head + need);
     for (uint64_t k = next_set(data, from, to); k < to && rc == 0;) {
         uint64_t stop = next_clear(data, k, to);
-        rc = store(r, k * page, buffer + head + (k - from) * page, (size_t)(stop - k) * page);
+        rc = qm_store(r->memory, k * page, buffer + head + (k - from) * page,
+                      (size_t)(stop - k) * page, r->fault);
         k = next_set(data, stop, to);
     }
     return rc;
@@ -173,55 +137,6 @@ static int read_set(struct reader *r, const uint64_t *data, uint64_t first, uint
     return 0;
 }
 
-/* ---- clear pages ---------------------------------------------------------------------------- */
-
-static int write_zeros(struct reader *r, uint64_t off, uint64_t end)
-{
-    static const unsigned char zeros[QM_MAX_PAGE];
-    while (off < end) {
-        size_t len = end - off < sizeof(zeros) ? (size_t)(end - off) : sizeof(zeros);
-        int rc = store(r, off, zeros, len);
-        if (rc)
-            return rc;
-        off += len;
-    }
-    return 0;
-}
-
-static int zero_range(struct reader *r, uint64_t off, uint64_t end)
-{
-    const struct qm_memory *m = r->memory;
-    if (m->fd < 0) {
-        /* What is zero already is not written: it may be memory that nobody has touched. */
-        for (; off < end; off += r->block->page_size)
-            if (!qm_is_zero(m->base + off, r->block->page_size))
-                memset(m->base + off, 0, r->block->page_size);
-        return 0;
-    }
-    off = (uint64_t)qm_next_data(m, off, end);
-    if (off >= end)
-        return 0;
-    off_t at = m->fd_offset + (off_t)off;
-    if (fallocate(m->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, (off_t)(end - off)) == 0)
-        return 0;
-    if (errno == EOPNOTSUPP || errno == ENOSYS || errno == EINVAL)
-        return write_zeros(r, off, end);
-    return memory_fault(r, off, -errno);
-}
-
-static int zero_clear_pages(struct reader *r, const uint64_t *data, uint64_t first, uint64_t end)
-{
-    size_t page = r->block->page_size;
-    for (uint64_t at = next_clear(data, first, end); at < end;) {
-        uint64_t stop = next_set(data, at, end);
-        int rc = zero_range(r, at * page, stop * page);
-        if (rc)
-            return rc;
-        at = next_clear(data, stop, end);
-    }
-    return 0;
-}
-
 static int read_range(struct reader *r, const uint64_t *data, uint64_t max_gap, int zero_clear,
                       uint64_t first, uint64_t end)
 {
@@ -232,7 +147,7 @@ static int read_range(struct reader *r, const uint64_t *data, uint64_t max_gap, 
         uint64_t to = end - from < most ? end : from + most;
         int rc = read_set(r, data, from, to, max_gap);
         if (rc == 0 && zero_clear)
-            rc = zero_clear_pages(r, data, from, to);
+            rc = qm_store_clear(r->memory, r->block->page_size, data, from, to, r->fault);
         if (rc)
             return rc;
         int64_t last;

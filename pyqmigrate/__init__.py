@@ -26,10 +26,14 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
+from pyqmigrate.fdset import FdsetError, FdSets
+from pyqmigrate.format.devices import DeviceSection
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO
 from pyqmigrate.load import Clear, LoadReport
+from pyqmigrate.migration import Guest, Migration
+from pyqmigrate.options import Capabilities, Parameters, Policy
 from pyqmigrate.save import SaveReport, Sparse, save, start_save
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
 
@@ -49,6 +53,13 @@ __all__ = [
     "DirectIO",
     "Sparse",
     "Clear",
+    "Migration",
+    "Guest",
+    "DeviceSection",
+    "FdSets",
+    "Capabilities",
+    "Parameters",
+    "Policy",
     "PyqmigrateError",
     "SnapshotError",
     "UsageError",
@@ -60,4 +71,5 @@ __all__ = [
     "NotSupported",
     "Cancelled",
     "JobTimeout",
+    "FdsetError",
 ]

@@ -157,7 +157,8 @@ class Writer:
     """A snapshot being written: ``begin``, passes over memory, ``finish``.
 
     It owns what it opens from its construction on; :meth:`close` lets go of everything, and drops
-    a file that was not finished. ``run`` is the whole of a save with one pass.
+    a file that was not finished. ``run`` is the whole of a save with one pass. With ``mark_zero``
+    (and DENSE) zero pages count as data: they are written and their bits are set.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class Writer:
         *,
         direct_io: DirectIO,
         sparse: Sparse,
+        mark_zero: bool = False,
         channels: int,
         machine: str = "",
         target_page_bits: int | None = None,
@@ -177,6 +179,8 @@ class Writer:
             raise UsageError("no RAM blocks are given; a snapshot has at least one")
         self.started = time.monotonic()
         self.sparse = sparse
+        self.policy = sparse.core()
+        self.policy.mark_zero = mark_zero
         self.reuse = reuse
         self.channels = Channels(channels, "pyqmigrate-save")
         self.channels.set_rate(max_bandwidth)
@@ -314,7 +318,7 @@ class Writer:
         names = [layout.name for layout in layouts]
         # What every call on a block gets, whichever its range.
         common = [
-            (file, core_block(layout), memory.core, self.sparse.core(),
+            (file, core_block(layout), memory.core, self.policy,
              selections[n].core if selections else _core.ffi.NULL, bitmaps[n].core)
             for n, (layout, memory) in enumerate(zip(layouts, self.memories, strict=True))
         ]

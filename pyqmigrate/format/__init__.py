@@ -5,6 +5,7 @@ offset at which each belongs; readers take a :class:`~pyqmigrate.format.cursor.B
 
 - :mod:`~pyqmigrate.format.stream`: the whole stream, written and read. Start here.
 - :mod:`~pyqmigrate.format.mapped_ram`: RAM blocks, their headers and where their pages stand.
+- :mod:`~pyqmigrate.format.sequential`: the classic stream, whose pages are records.
 - :mod:`~pyqmigrate.format.configuration`: the machine and the capabilities at the stream's start.
 - :mod:`~pyqmigrate.format.description`: the JSON at the stream's end, and what it tells of lengths.
 - :mod:`~pyqmigrate.format.live_sections`: stepping over live sections that are not RAM.

@@ -45,7 +45,7 @@ from pyqmigrate.format.elements import (
     Stream,
 )
 from pyqmigrate.format.mapped_ram import OFFSET_MAX, BlockLayout, BlockSpec, encode_entry
-from pyqmigrate.format.walk import parse
+from pyqmigrate.format.mapped_walk import parse
 
 __all__ = [
     "MAGIC",
@@ -55,13 +55,16 @@ __all__ = [
     "Section",
     "SectionKind",
     "Stream",
+    "encode_end",
+    "encode_front",
     "encode_head",
+    "encode_part_header",
     "encode_tail",
     "parse",
 ]
 
 _RAM_ID = 1
-_RAM_EOS = WORD.pack(FLAG_EOS) + SECTION_ID.pack(FOOTER_TYPE, _RAM_ID)
+RAM_EOS = WORD.pack(FLAG_EOS) + SECTION_ID.pack(FOOTER_TYPE, _RAM_ID)
 
 
 @dataclass(frozen=True)
@@ -101,35 +104,10 @@ def encode_head(
     Raises :class:`UsageError` when names repeat, page sizes differ or do not match
     ``target_page_bits``, or something does not fit its field.
     """
-    page_size = None
-    if target_page_bits is not None:
-        if not 10 <= target_page_bits <= 16:
-            raise UsageError(f"{target_page_bits} target page bits; 10 to 16 are possible")
-        page_size = 1 << target_page_bits
-    names = set()
-    for spec in specs:
-        if spec.name in names:
-            raise UsageError(f"block {spec.name!r} is given twice")
-        names.add(spec.name)
-        page_size = page_size or spec.page_size
-        if spec.page_size != page_size:
-            raise UsageError(
-                f"block {spec.name!r} has pages of {spec.page_size} bytes, others of {page_size}"
-            )
-    total = sum(spec.length for spec in specs)
-    if offset < 0 or total > OFFSET_MAX:
-        raise UsageError(f"a stream at {offset} with {total} bytes of RAM cannot be in a file")
+    if offset < 0:
+        raise UsageError(f"a stream at {offset} cannot be in a file")
     settings = configuration.Configuration(machine, (configuration.MAPPED_RAM,), target_page_bits)
-    data = b"".join(
-        (
-            PREAMBLE.pack(MAGIC, VERSION, TYPE_CONFIGURATION),
-            configuration.encode(settings),
-            SECTION_ID.pack(SectionKind.START.value, _RAM_ID),
-            bytes([len(RAM_NAME)]) + RAM_NAME.encode(),
-            INSTANCE.pack(RAM_INSTANCE, RAM_VERSION),
-            WORD.pack(total | FLAG_MEM_SIZE),
-        )
-    )
+    data = encode_front(settings, specs)
     pieces, blocks = [], []
     at = offset
     for spec in specs:
@@ -158,15 +136,68 @@ def encode_tail(
     ``switchover_start`` adds the COMMAND that QEMU 10.0 and later write for machine types of
     10.0 and later; older ones refuse it, and none needs it.
     """
+    part = encode_part_header() + RAM_EOS
+    return RAM_EOS + part + encode_end(
+        sections=sections, description=description, switchover_start=switchover_start,
+        page_size=page_size,
+    )
+
+
+def encode_front(settings: configuration.Configuration, specs: Sequence[BlockSpec]) -> bytes:
+    """The start of a stream of either kind, up to the first block's entry.
+
+    Raises :class:`UsageError` when the blocks do not fit together.
+    """
+    _check_blocks(specs, settings.target_page_bits)
+    return b"".join(
+        (
+            PREAMBLE.pack(MAGIC, VERSION, TYPE_CONFIGURATION),
+            configuration.encode(settings),
+            SECTION_ID.pack(SectionKind.START.value, _RAM_ID),
+            bytes([len(RAM_NAME)]) + RAM_NAME.encode(),
+            INSTANCE.pack(RAM_INSTANCE, RAM_VERSION),
+            WORD.pack(sum(spec.length for spec in specs) | FLAG_MEM_SIZE),
+        )
+    )
+
+
+def _check_blocks(specs: Sequence[BlockSpec], target_page_bits: int | None) -> None:
+    page_size = None
+    if target_page_bits is not None:
+        if not 10 <= target_page_bits <= 16:
+            raise UsageError(f"{target_page_bits} target page bits; 10 to 16 are possible")
+        page_size = 1 << target_page_bits
+    names = set()
+    for spec in specs:
+        if spec.name in names:
+            raise UsageError(f"block {spec.name!r} is given twice")
+        names.add(spec.name)
+        page_size = page_size or spec.page_size
+        if spec.page_size != page_size:
+            raise UsageError(
+                f"block {spec.name!r} has pages of {spec.page_size} bytes, others of {page_size}"
+            )
+    total = sum(spec.length for spec in specs)
+    if total > OFFSET_MAX:
+        raise UsageError(f"a stream with {total} bytes of RAM cannot be in a file")
+
+
+def encode_part_header() -> bytes:
+    """The start of a PART of RAM; :data:`RAM_EOS` ends it."""
+    return SECTION_ID.pack(SectionKind.PART.value, _RAM_ID)
+
+
+def encode_end(
+    *, sections: bytes, description: bytes | None, switchover_start: bool, page_size: int
+) -> bytes:
+    """What follows the last PART of RAM; arguments as in :func:`encode_tail`."""
     if description is None and not sections:
         description = no_devices(page_size)
     parts = [
-        _RAM_EOS,
-        SECTION_ID.pack(SectionKind.PART.value, _RAM_ID) + _RAM_EOS,
         COMMAND.pack(SectionKind.COMMAND.value, COMMAND_SWITCHOVER_START, 0)
         if switchover_start
         else b"",
-        SECTION_ID.pack(SectionKind.END.value, _RAM_ID) + _RAM_EOS,
+        SECTION_ID.pack(SectionKind.END.value, _RAM_ID) + RAM_EOS,
         sections,
         bytes([TYPE_EOF]),
     ]

@@ -1,16 +1,17 @@
 """Walking a stream that nobody vouches for, from its magic to its end.
 
 The walk reads elements one after another. It is bounded by the file's size and by limits of its
-own in time and memory, goes only forward, and does not recurse on what it reads.
+own in time and memory, goes only forward, and does not recurse on what it reads. What stands in
+RAM's sections differs between the kinds of streams: :class:`Walk` leaves it to its subclasses.
 """
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
 
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format import configuration, description, live_sections, mapped_ram
-from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
 from pyqmigrate.format.cursor import ByteSource, Cursor
 from pyqmigrate.format.elements import (
     COMMAND,
@@ -31,11 +32,10 @@ from pyqmigrate.format.elements import (
     VERSION,
     Section,
     SectionKind,
-    Stream,
 )
-from pyqmigrate.format.mapped_ram import OFFSET_MAX, BlockLayout
+from pyqmigrate.format.mapped_ram import OFFSET_MAX
 
-__all__ = ["ELEMENTS_MAX", "LISTED_MAX", "PARTS_LISTED", "parse"]
+__all__ = ["ELEMENTS_MAX", "LISTED_MAX", "PARTS_LISTED", "Walk"]
 
 # QEMU can spin while it waits for a dirty bitmap, and then writes tens of thousands of empty
 # PARTs a second: many have to be walked, but not all be kept.
@@ -49,29 +49,13 @@ _CHUNK = 1 << 20
 _FLAGS = min(mapped_ram.PAGE_SIZES) - 1  # the flag bits of a RAM word, whatever the page size
 _KINDS = {kind.value: kind for kind in SectionKind}
 
-_UNFINISHED = (
-    "no RAM END section: the save did not finish, or it was a background snapshot,"
-    " whose bitmaps are never written"
-)
+_UNFINISHED = "no RAM END section: the save did not finish"
 
 
-def parse(source: ByteSource, offset: int = 0) -> Stream:
-    """Parse and check the mapped-ram stream that starts at absolute ``offset`` (bytes).
+class Walk(abc.ABC):
+    """The state of one walk: :meth:`read_head` up to RAM's block list, then :meth:`read_rest`."""
 
-    Every length, offset, count and page size is checked before it is used: against the file's
-    size, against its limits, and against each other, down to overlaps of any two regions.
-    Memory is O(blocks + sections), plus the description; only framing is read, never pages or
-    bitmaps. What device sections mean is not looked at.
-
-    Raises :class:`SnapshotError` when the stream is malformed, cut short or unfinished, and
-    :class:`NotSupported` when it is a stream of another kind: sequential RAM, an unknown
-    configuration. The source's own errors pass through.
-    """
-    return _Walk(source, offset).stream()
-
-
-class _Walk:
-    """The state of one walk; :meth:`stream` runs it."""
+    unfinished = _UNFINISHED  # what is wrong with a stream without RAM END
 
     def __init__(self, source: ByteSource, offset: int) -> None:
         self._source = source
@@ -79,45 +63,50 @@ class _Walk:
         self._cursor = Cursor(source, offset)
         self._sections: list[Section] = []
         self._live: dict[int, Section] = {}  # START sections without their END, by section id
-        self._blocks: tuple[BlockLayout, ...] = ()
+        self._opaque = False  # the device state cannot be walked to its end
+        self._elements = self._walk_elements()
         self._total = 0
         self._ram_start: Section | None = None
         self._ram_end: int | None = None
         self._search_left = _SEARCH_MAX
 
-    def stream(self) -> Stream:
+    def read_head(self) -> None:
+        """Read the configuration, the description, and elements up to the list of RAM blocks."""
         self._read_preamble()
         self._configuration = configuration.read(self._cursor)
-        if MAPPED_RAM not in self._configuration.capabilities:
-            raise NotSupported(
-                "a classic sequential stream, without mapped-ram: its RAM is not at fixed offsets"
-            )
+        self._check_kind()
         self._described = description.locate(self._source)
         self._lengths = description.body_lengths(self._described.value) if self._described else {}
         self._device_names = {name for name, _ in self._lengths}
-        opaque = not self._walk_elements()
+        while self._ram_start is None:
+            if next(self._elements, None) is None:
+                raise SnapshotError(self.unfinished, offset=self._cursor.position)
+
+    def read_rest(self) -> tuple[int, int]:
+        """Read the elements that are left, and the description.
+
+        Returns the offset of RAM END, and that of the end of the elements.
+        """
+        for _ in self._elements:
+            pass
         walked = self._cursor.position
         if self._ram_end is None:
-            raise SnapshotError(_UNFINISHED, offset=walked)
-        if not opaque:
+            raise SnapshotError(self.unfinished, offset=walked)
+        if not self._opaque:
             self._read_description()
-        described = self._described
-        self._check_overlaps(walked)
-        return Stream(
-            machine=self._configuration.machine,
-            capabilities=self._configuration.capabilities,
-            target_page_bits=self._configuration.target_page_bits,
-            uuid=self._configuration.uuid,
-            total_ram=self._total,
-            blocks=self._blocks,
-            sections=tuple(self._sections),
-            description=described.value if described else None,
-            description_offset=described.offset if described else None,
-            ram_end=self._ram_end,
-            end=described.end if described else self._cursor.size if opaque else walked,
-            complete=not opaque or described is not None,
-            opaque_tail=opaque,
-        )
+        return self._ram_end, walked
+
+    @abc.abstractmethod
+    def _check_kind(self) -> None:
+        """Refuse a stream whose configuration says that it is of another kind."""
+
+    @abc.abstractmethod
+    def _read_blocks(self, page_size: int | None) -> None:
+        """Read the block list of ``self._total`` bytes; the configuration states ``page_size``."""
+
+    @abc.abstractmethod
+    def _read_pages(self) -> None:
+        """Read the rest of a RAM section, up to its footer."""
 
     def _read_preamble(self) -> None:
         if self._offset < 0 or self._offset > self._cursor.size:
@@ -145,17 +134,19 @@ class _Walk:
                 f"element {kind:#04x} where the configuration must be", offset=self._offset + 8
             )
 
-    def _walk_elements(self) -> bool:
-        """Read elements up to the end of the stream; False when the device state is opaque."""
+    def _walk_elements(self) -> Iterator[Section]:
+        """Read elements up to the end of the stream, or to device state that is opaque."""
         cursor = self._cursor
         for _ in range(ELEMENTS_MAX):
             at = cursor.position
             if at >= cursor.size:
                 what = "the end-of-stream byte is missing: the file was cut short"
-                raise SnapshotError(_UNFINISHED if self._ram_end is None else what, offset=at)
+                raise SnapshotError(
+                    self.unfinished if self._ram_end is None else what, offset=at
+                )
             kind = cursor.u8("an element")
             if kind == TYPE_EOF:
-                return True
+                return
             if kind not in _KINDS:
                 raise SnapshotError(f"there is no element of type {kind:#04x}", offset=at)
             section = (
@@ -165,11 +156,13 @@ class _Walk:
             )
             if section is None:
                 cursor.position = at
-                return False
+                self._opaque = True
+                return
             if len(self._sections) < PARTS_LISTED or section.kind is not SectionKind.PART:
                 self._sections.append(section)
             if len(self._sections) > LISTED_MAX:
                 raise SnapshotError(f"more than {LISTED_MAX} sections", offset=at)
+            yield section
         raise SnapshotError(f"more than {ELEMENTS_MAX} elements", offset=cursor.position)
 
     def _read_command(self, at: int) -> Section:
@@ -246,12 +239,16 @@ class _Walk:
             )
         if kind is SectionKind.START:
             self._read_ram_start(at)
+            self._read_end_mark("the start")
+        else:
+            self._read_pages()
+
+    def _read_end_mark(self, what: str) -> None:
         at = self._cursor.position
         word = self._cursor.u64("a RAM section")
         if word != FLAG_EOS:
             raise SnapshotError(
-                f"a RAM section has the word {word:#x} where mapped-ram has only its end mark",
-                offset=at,
+                f"{what} of RAM has the word {word:#x} where only its end mark can be", offset=at
             )
 
     def _read_ram_start(self, at: int) -> None:
@@ -266,13 +263,7 @@ class _Walk:
             )
         bits = self._configuration.target_page_bits
         # Only small shifts make a page size; others are refused with the first block.
-        page_size = None if bits is None else 1 << bits if bits < 64 else 0
-        self._blocks = mapped_ram.read_entries(
-            self._cursor,
-            self._total,
-            ignore_shared=IGNORE_SHARED in self._configuration.capabilities,
-            page_size=page_size,
-        )
+        self._read_blocks(None if bits is None else 1 << bits if bits < 64 else 0)
 
     def _step_over(self, kind: SectionKind, section_id: int, name: str, instance: int) -> bool:
         """Move over a body that is not understood to its footer; False where that fails."""
@@ -337,32 +328,3 @@ class _Walk:
                 f" {self._described.offset:#x}: the elements between were lost",
                 offset=at,
             )
-
-    def _check_overlaps(self, walked: int) -> None:
-        """No two of these may share a byte: the stream's own bytes, bitmaps, pages."""
-        regions: list[tuple[int, int, str, str | None]] = [
-            (0, self._offset, "what stands before the stream", None)
-        ]
-        start = self._offset
-        for block in self._blocks:
-            if block.external:
-                continue
-            bitmap_end = block.bitmap_offset + (block.num_pages + 7) // 8
-            regions += [
-                (start, block.header_end, "the stream", None),
-                (block.bitmap_offset, bitmap_end, f"the bitmap of {block.name!r}", block.name),
-                (block.pages_offset, block.pages_end, f"the pages of {block.name!r}", block.name),
-            ]
-            start = block.pages_end
-        regions.append((start, walked, "the stream", None))
-        if self._described:
-            regions.append((self._described.offset, self._described.end, "the description", None))
-        reach, holder = 0, ""
-        holder_block: str | None = None
-        for begin, end, what, block_name in sorted(regions, key=lambda region: region[:2]):
-            if begin < end and begin < reach:
-                raise SnapshotError(
-                    f"{what} and {holder} overlap", offset=begin, block=block_name or holder_block
-                )
-            if end > reach:
-                reach, holder, holder_block = end, what, block_name

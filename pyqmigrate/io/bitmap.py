@@ -67,6 +67,21 @@ class Bitmap:
             raise IndexError(f"page {page} of {self.npages}")
         return bool(self.core[page // 64] >> page % 64 & 1)
 
+    def fill(self, data: memoryview) -> None:
+        """Take the bits from bytes, page ``k`` being bit ``k % 8`` of byte ``k // 8``.
+
+        UsageError unless there is a byte for every eight pages; bits past the end are dropped.
+        """
+        if len(data) < (self.npages + 7) // 8:
+            raise UsageError(
+                f"a bitmap of {len(data)} bytes is given for {self.npages} pages"
+            )
+        self._memory[: self.nbytes] = bytes(data[: self.nbytes]).ljust(self.nbytes, b"\0")
+        if sys.byteorder != "little":
+            self._swap()
+        if self.npages % 64:
+            self.core[self.npages // 64] &= (1 << self.npages % 64) - 1
+
     def count(self, npages: int | None = None) -> int:
         """How many of the first ``npages`` bits (default: all) are set."""
         return self._count(self.npages if npages is None else npages)[0]

@@ -1,4 +1,4 @@
-"""Options: from what a caller writes to typed values."""
+"""Options that are taken as members or as their spelling."""
 
 from __future__ import annotations
 

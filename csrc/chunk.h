@@ -1,0 +1,55 @@
+/* Guest memory, a chunk at a time, for those who write it somewhere. */
+#ifndef QM_CHUNK_H
+#define QM_CHUNK_H
+
+#include "qmigrate.h"
+
+#define MAX_PAGES (QM_CHUNK / QM_MIN_PAGE)
+#define WORDS (MAX_PAGES / 64)
+
+/* A block's memory, and how it is looked at. */
+struct qm_source {
+    qm_job *job;
+    qm_channel *channel;
+    const struct qm_block *block;
+    const struct qm_memory *memory;
+    struct qm_fault *fault;
+    uint64_t longest_gap; /* bytes: no longer hole is read where a chunk is copied */
+    int look_for_holes;   /* from the front of a chunk that has to be copied */
+};
+
+struct chunk {
+    uint64_t first; /* page of the block */
+    size_t npages;
+    uint64_t off; /* byte of the block */
+    size_t len;
+    const unsigned char *bytes; /* the chunk in memory; only resident pages may be touched */
+    int buffer;                 /* the bounce buffer it was copied into, or -1 */
+    int has_holes;
+    uint64_t resident[WORDS];
+    uint64_t data[WORDS]; /* pages that are not zero */
+};
+
+/* Makes `c` the chunk that starts at page `first` and ends by page `end`. Its content stands in
+ * guest memory, or in a buffer of the channel until the next chunk but one. */
+int qm_chunk_load(struct qm_source *s, struct chunk *c, uint64_t first, uint64_t end);
+
+/* Copies `len` bytes at `off` of memory that is a file or has no address; the number of bytes,
+ * fewer when the memory ends early, or -errno. */
+ssize_t qm_memory_fill(const struct qm_memory *memory, void *buf, uint64_t off, size_t len);
+
+static inline int memory_fault(struct qm_fault *fault, uint64_t off, int rc)
+{
+    fault->in_memory = 1;
+    fault->at = (int64_t)off;
+    return rc;
+}
+
+static inline int file_fault(struct qm_fault *fault, off_t at, int rc)
+{
+    fault->in_memory = 0;
+    fault->at = at;
+    return rc;
+}
+
+#endif

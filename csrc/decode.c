@@ -1,0 +1,457 @@
+/* The page records of a classic stream -> guest memory. */
+#define _GNU_SOURCE
+#include "bits.h"
+#include "chunk.h"
+#include "records.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+
+/* Read at a time; small enough to stay in the processor's cache until it is taken apart. */
+#define WINDOW ((size_t)1 << 20)
+#define STAGE_LEN QM_MAX_PAGE
+#define XBZRLE_HEAD 3u /* encoding, u16 length */
+#define XBZRLE_ENCODING 1
+
+/* What the next bytes of the stream are. */
+enum step { AT_WORD, AT_NAME_LEN, AT_NAME, AT_FILL, AT_PAGE, AT_DELTA_HEAD, AT_DELTA };
+
+/* Neighbouring pages that one call moves to memory that is a file. */
+struct pending {
+    const struct qm_record_block *block; /* NULL: none */
+    int zeros;
+    uint64_t off;
+    uint64_t end;
+    struct iovec iov[QM_MAX_IOV]; /* into the bytes being decoded */
+    int n;
+};
+
+struct qm_decoder {
+    const struct qm_record_block *blocks;
+    const struct qm_record_block **by_name; /* sorted */
+    size_t nblocks;
+    uint32_t page_size;
+    int fresh; /* pages not mentioned before count as zero */
+
+    enum step step;
+    size_t need; /* bytes of this step */
+    size_t have; /* of them, those in `stage` */
+    const struct qm_record_block *current;
+    uint64_t word;
+    uint64_t position; /* stream bytes taken */
+    struct qm_record_error error;
+    struct pending pending;
+    uint64_t new_bytes, data_pages, zero_pages; /* not yet counted in the job */
+
+    off_t window_at;
+    size_t window_len;
+    unsigned char stage[STAGE_LEN];
+    unsigned char page[QM_MAX_PAGE];
+    unsigned char window[WINDOW];
+};
+
+static int name_order(const unsigned char *a, size_t a_len, const unsigned char *b, size_t b_len)
+{
+    if (a_len != b_len)
+        return a_len < b_len ? -1 : 1;
+    return memcmp(a, b, a_len);
+}
+
+static int block_order(const void *a, const void *b)
+{
+    const struct qm_record_block *x = *(const struct qm_record_block *const *)a;
+    const struct qm_record_block *y = *(const struct qm_record_block *const *)b;
+    return name_order(x->name.bytes, x->name.len, y->name.bytes, y->name.len);
+}
+
+static const struct qm_record_block *find_block(const qm_decoder *d, const unsigned char *name,
+                                                size_t len)
+{
+    size_t low = 0, high = d->nblocks;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        const struct qm_record_block *block = d->by_name[middle];
+        int order = name_order(name, len, block->name.bytes, block->name.len);
+        if (order == 0)
+            return block;
+        if (order < 0)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return NULL;
+}
+
+static void await(qm_decoder *d, enum step step, size_t need)
+{
+    d->step = step;
+    d->need = need;
+    d->have = 0;
+}
+
+qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nblocks,
+                              uint32_t page_size, int fresh)
+{
+    if (page_size < QM_MIN_PAGE || page_size > QM_MAX_PAGE || (page_size & (page_size - 1)))
+        return NULL;
+    qm_decoder *d = malloc(sizeof(*d));
+    if (!d)
+        return NULL;
+    d->by_name = calloc(nblocks ? nblocks : 1, sizeof(*d->by_name));
+    if (!d->by_name) {
+        free(d);
+        return NULL;
+    }
+    for (size_t i = 0; i < nblocks; i++)
+        d->by_name[i] = &blocks[i];
+    qsort(d->by_name, nblocks, sizeof(*d->by_name), block_order);
+    d->blocks = blocks;
+    d->nblocks = nblocks;
+    d->page_size = page_size;
+    d->fresh = fresh;
+    d->current = NULL;
+    d->word = 0;
+    d->position = 0;
+    memset(&d->error, 0, sizeof(d->error));
+    d->pending.block = NULL;
+    d->new_bytes = d->data_pages = d->zero_pages = 0;
+    d->window_at = 0;
+    d->window_len = 0;
+    await(d, AT_WORD, WORD_LEN);
+    return d;
+}
+
+void qm_decoder_destroy(qm_decoder *decoder)
+{
+    if (!decoder)
+        return;
+    free(decoder->by_name);
+    free(decoder);
+}
+
+void qm_decoder_error(const qm_decoder *decoder, struct qm_record_error *out)
+{
+    *out = decoder->error;
+}
+
+static int bad(qm_decoder *d, enum qm_record_fault what)
+{
+    d->error.what = what;
+    d->error.word = d->word;
+    d->error.block = d->current ? d->current - d->blocks : -1;
+    return -EBADMSG;
+}
+
+static uint64_t offset_of(const qm_decoder *d)
+{
+    return d->word & ~(uint64_t)(d->page_size - 1);
+}
+
+/* ---- pages -> memory ------------------------------------------------------------------------ */
+
+static int flush(qm_decoder *d, struct qm_fault *fault)
+{
+    struct pending *p = &d->pending;
+    const struct qm_record_block *block = p->block;
+    if (!block)
+        return 0;
+    p->block = NULL;
+    fault->block = block - d->blocks;
+    if (p->zeros)
+        return qm_store_zeros(block->memory, d->page_size, p->off, p->end, fault);
+    return qm_storev(block->memory, p->off, p->iov, p->n, fault);
+}
+
+/* Makes room for one more page of `block` at `off` in what is pending. */
+static int join(qm_decoder *d, const struct qm_record_block *block, uint64_t off, int zeros,
+                struct qm_fault *fault)
+{
+    struct pending *p = &d->pending;
+    if (p->block != block || p->zeros != zeros || p->end != off || p->n == QM_MAX_IOV) {
+        int rc = flush(d, fault);
+        if (rc)
+            return rc;
+        p->block = block;
+        p->zeros = zeros;
+        p->off = off;
+        p->n = 0;
+    }
+    p->end = off + d->page_size;
+    return 0;
+}
+
+/* Counts a record; 1 when its page was not mentioned before. */
+static int note(qm_decoder *d, uint64_t off, int zero)
+{
+    const struct qm_record_block *block = d->current;
+    if (zero)
+        d->zero_pages++;
+    else
+        d->data_pages++;
+    if (bit_get(block->seen, off / d->page_size))
+        return 0;
+    bit_set(block->seen, off / d->page_size);
+    d->new_bytes += d->page_size;
+    return 1;
+}
+
+static int take_zero(qm_decoder *d, struct qm_fault *fault)
+{
+    const struct qm_record_block *block = d->current;
+    uint64_t off = offset_of(d);
+    if (!block->memory)
+        return 0;
+    note(d, off, 1);
+    if (block->memory->fd >= 0)
+        return join(d, block, off, 1, fault);
+    fault->block = block - d->blocks;
+    return qm_store_zeros(block->memory, d->page_size, off, off + d->page_size, fault);
+}
+
+/* `lasting`: the bytes stay where they are until the next flush. */
+static int take_page(qm_decoder *d, const unsigned char *bytes, int lasting,
+                     struct qm_fault *fault)
+{
+    const struct qm_record_block *block = d->current;
+    uint64_t off = offset_of(d);
+    if (!block->memory)
+        return 0;
+    note(d, off, 0);
+    if (block->memory->fd < 0) {
+        memcpy(block->memory->base + off, bytes, d->page_size);
+        return 0;
+    }
+    int rc = join(d, block, off, 0, fault);
+    if (rc)
+        return rc;
+    struct iovec *iov = &d->pending.iov[d->pending.n++];
+    iov->iov_base = (void *)(uintptr_t)bytes;
+    iov->iov_len = d->page_size;
+    return lasting ? 0 : flush(d, fault);
+}
+
+static int take_fill(qm_decoder *d, unsigned char fill, struct qm_fault *fault)
+{
+    if (fill == 0)
+        return take_zero(d, fault);
+    memset(d->page, fill, d->page_size);
+    return take_page(d, d->page, 0, fault);
+}
+
+/* ---- deltas --------------------------------------------------------------------------------- */
+
+static int take_length(const unsigned char **at, const unsigned char *end, size_t *length)
+{
+    if (*at == end)
+        return -1;
+    *length = *(*at)++;
+    if (*length < 0x80)
+        return 0;
+    if (*at == end || **at >= 0x80)
+        return -1;
+    *length = (*length & 0x7F) | (size_t)*(*at)++ << 7;
+    return 0;
+}
+
+int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, size_t page_size)
+{
+    const unsigned char *at = delta, *end = delta + len;
+    size_t done = 0;
+    while (at < end) {
+        size_t same, changed;
+        if (take_length(&at, end, &same) || (same == 0 && done > 0) || same > page_size - done)
+            return -EBADMSG;
+        done += same;
+        if (take_length(&at, end, &changed) || changed == 0 || changed > page_size - done ||
+            changed > (size_t)(end - at))
+            return -EBADMSG;
+        memcpy(page + done, at, changed);
+        at += changed;
+        done += changed;
+    }
+    return 0;
+}
+
+static int take_delta(qm_decoder *d, const unsigned char *delta, struct qm_fault *fault)
+{
+    const struct qm_record_block *block = d->current;
+    uint64_t off = offset_of(d);
+    const struct qm_memory *m = block->memory;
+    int rc = flush(d, fault);
+    if (rc)
+        return rc;
+    int first = m && !bit_get(block->seen, off / d->page_size);
+    if (!m || (first && d->fresh)) {
+        memset(d->page, 0, d->page_size);
+    } else if (m->fd < 0) {
+        memcpy(d->page, m->base + off, d->page_size);
+    } else {
+        fault->block = block - d->blocks;
+        ssize_t got = qm_memory_fill(m, d->page, off, d->page_size);
+        if (got < 0)
+            return memory_fault(fault, off, (int)got);
+        if ((size_t)got < d->page_size)
+            return memory_fault(fault, off + (size_t)got, -EFAULT);
+    }
+    if (qm_apply_delta(delta, d->need, d->page, d->page_size))
+        return bad(d, QM_RECORD_DELTA);
+    return take_page(d, d->page, 0, fault);
+}
+
+/* ---- bytes -> records ----------------------------------------------------------------------- */
+
+/* The block of the record is known: what follows? */
+static int start_data(qm_decoder *d)
+{
+    if (offset_of(d) >= d->current->len)
+        return bad(d, QM_RECORD_OUTSIDE);
+    if (d->word & RECORD_ZERO)
+        await(d, AT_FILL, 1);
+    else if (d->word & RECORD_PAGE)
+        await(d, AT_PAGE, d->page_size);
+    else
+        await(d, AT_DELTA_HEAD, XBZRLE_HEAD);
+    return 0;
+}
+
+/* 1 at the end of the section. */
+static int take_word(qm_decoder *d, const unsigned char *bytes)
+{
+    memcpy(&d->word, bytes, WORD_LEN);
+    d->word = __builtin_bswap64(d->word);
+    d->error.at = d->position - WORD_LEN;
+    uint64_t flags = d->word & (d->page_size - 1);
+    uint64_t kind = flags & ~(uint64_t)RECORD_CONTINUE;
+    if (d->word == RECORD_EOS)
+        return 1;
+    if (d->word == RECORD_MULTIFD_FLUSH)
+        return 0;
+    if (kind == RECORD_COMPRESS)
+        return bad(d, QM_RECORD_COMPRESSED);
+    if (kind != RECORD_ZERO && kind != RECORD_PAGE && kind != RECORD_XBZRLE)
+        return bad(d, QM_RECORD_FLAGS);
+    if (!(flags & RECORD_CONTINUE)) {
+        await(d, AT_NAME_LEN, 1);
+        return 0;
+    }
+    return d->current ? start_data(d) : bad(d, QM_RECORD_NO_BLOCK);
+}
+
+static int take_name(qm_decoder *d, const unsigned char *name)
+{
+    d->current = find_block(d, name, d->need);
+    if (d->current)
+        return start_data(d);
+    memcpy(d->error.name, name, d->need);
+    d->error.name_len = (uint32_t)d->need;
+    return bad(d, QM_RECORD_UNKNOWN);
+}
+
+static int take_delta_head(qm_decoder *d, const unsigned char *head)
+{
+    size_t len = (size_t)head[1] << 8 | head[2];
+    if (head[0] != XBZRLE_ENCODING || len > d->page_size)
+        return bad(d, QM_RECORD_DELTA);
+    await(d, AT_DELTA, len);
+    return 0;
+}
+
+/* The bytes of one step, all of them; 1 at the end of the section. */
+static int take(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
+{
+    int rc = 0;
+    switch (d->step) {
+    case AT_WORD:
+        return take_word(d, bytes);
+    case AT_NAME_LEN:
+        await(d, AT_NAME, bytes[0]);
+        return 0;
+    case AT_NAME:
+        return take_name(d, bytes);
+    case AT_DELTA_HEAD:
+        return take_delta_head(d, bytes);
+    case AT_FILL:
+        rc = take_fill(d, bytes[0], fault);
+        break;
+    case AT_PAGE:
+        rc = take_page(d, bytes, lasting, fault);
+        break;
+    case AT_DELTA:
+        rc = take_delta(d, bytes, fault);
+        break;
+    }
+    if (rc == 0)
+        await(d, AT_WORD, WORD_LEN);
+    return rc;
+}
+
+static int decode(qm_decoder *d, const unsigned char *bytes, size_t len, size_t *used,
+                  struct qm_fault *fault)
+{
+    int rc = 0;
+    while (rc == 0) {
+        size_t left = len - *used;
+        const unsigned char *whole = bytes + *used;
+        int lasting = d->have == 0 && left >= d->need;
+        if (lasting) {
+            *used += d->need;
+        } else {
+            size_t step = d->need - d->have < left ? d->need - d->have : left;
+            memcpy(d->stage + d->have, whole, step);
+            d->have += step;
+            *used += step;
+            if (d->have < d->need) {
+                d->position += left;
+                return 0;
+            }
+            whole = d->stage;
+        }
+        d->position += left - (len - *used);
+        d->have = 0;
+        rc = take(d, whole, lasting, fault);
+    }
+    return rc;
+}
+
+int qm_decode(qm_job *job, qm_decoder *d, const unsigned char *bytes, size_t len, size_t *used,
+              struct qm_fault *fault)
+{
+    *used = 0;
+    fault->block = -1;
+    int rc = decode(d, bytes, len, used, fault);
+    int rest = flush(d, fault); /* the bytes are the caller's again */
+    qm_job_did(job, d->new_bytes, d->data_pages, d->zero_pages);
+    d->new_bytes = d->data_pages = d->zero_pages = 0;
+    return rc >= 0 && rest ? rest : rc;
+}
+
+int qm_decode_file(qm_job *job, qm_decoder *d, int fd, off_t *at, off_t end,
+                   struct qm_fault *fault)
+{
+    for (;;) {
+        if (qm_job_cancelled(job))
+            return -ECANCELED;
+        if (*at < d->window_at || *at >= d->window_at + (off_t)d->window_len) {
+            size_t len = qm_job_piece(job, 4096);
+            if (len > WINDOW)
+                len = WINDOW;
+            if (end - *at < (off_t)len)
+                len = end > *at ? (size_t)(end - *at) : 0;
+            struct iovec iov = {.iov_base = d->window, .iov_len = len};
+            off_t failed;
+            ssize_t got = len ? qm_preadv(job, fd, &iov, 1, *at, 1, &failed) : 0;
+            if (got <= 0)
+                return file_fault(fault, got ? failed : *at, got ? (int)got : -ENODATA);
+            d->window_at = *at;
+            d->window_len = (size_t)got;
+        }
+        size_t skip = (size_t)(*at - d->window_at), used;
+        d->position = (uint64_t)*at;
+        int rc = qm_decode(job, d, d->window + skip, d->window_len - skip, &used, fault);
+        *at += (off_t)used;
+        if (rc)
+            return rc;
+    }
+}

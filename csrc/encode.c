@@ -1,0 +1,187 @@
+/* Guest memory -> the page records of a classic stream. */
+#define _GNU_SOURCE
+#include "bits.h"
+#include "chunk.h"
+#include "records.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+
+/* Written at a time; small enough to stay in the processor's cache on its way to the kernel. */
+#define OUT_LEN ((size_t)2 << 20)
+#define RECORD_MAX (WORD_LEN + 1 + UINT8_MAX + QM_MAX_PAGE)
+
+struct qm_encoder {
+    int fd; /* -1: bytes are only counted */
+    off_t at; /* where the buffer's first byte goes */
+    size_t have;
+    const struct qm_name *current; /* the block that the last record named */
+    unsigned char buffer[OUT_LEN];
+};
+
+static unsigned char *put_word(unsigned char *out, uint64_t word)
+{
+    word = __builtin_bswap64(word);
+    memcpy(out, &word, WORD_LEN);
+    return out + WORD_LEN;
+}
+
+size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pages,
+                 uint64_t first, size_t from, size_t npages, uint32_t page_size,
+                 const uint64_t *want, const uint64_t *data, unsigned char *out, size_t len,
+                 size_t *next)
+{
+    unsigned char *at = out;
+    size_t k = next_set(want, from, npages);
+    for (; k < npages; k = next_set(want, k + 1, npages)) {
+        int filled = bit_get(data, k);
+        size_t body = filled ? page_size : 1;
+        size_t front = *named ? 0 : 1 + (size_t)name->len;
+        if (len - (size_t)(at - out) < WORD_LEN + front + body)
+            break;
+        uint64_t flags = (filled ? RECORD_PAGE : RECORD_ZERO) | (*named ? RECORD_CONTINUE : 0);
+        at = put_word(at, (first + k) * page_size | flags);
+        if (!*named) {
+            *at++ = name->len;
+            memcpy(at, name->bytes, name->len);
+            at += name->len;
+            *named = 1;
+        }
+        if (filled)
+            memcpy(at, pages + k * page_size, page_size);
+        else
+            *at = 0;
+        at += body;
+    }
+    *next = k;
+    return (size_t)(at - out);
+}
+
+qm_encoder *qm_encoder_create(int fd, off_t at)
+{
+    qm_encoder *e = malloc(sizeof(*e));
+    if (!e)
+        return NULL;
+    e->fd = fd;
+    e->at = at;
+    e->have = 0;
+    e->current = NULL;
+    return e;
+}
+
+void qm_encoder_destroy(qm_encoder *encoder)
+{
+    free(encoder);
+}
+
+off_t qm_encoder_position(const qm_encoder *encoder)
+{
+    return encoder->at + (off_t)encoder->have;
+}
+
+void qm_encoder_forget_block(qm_encoder *encoder)
+{
+    encoder->current = NULL;
+}
+
+int qm_encoder_flush(qm_job *job, qm_encoder *e, struct qm_fault *fault)
+{
+    size_t done = 0;
+    while (e->fd >= 0 && done < e->have) {
+        size_t len = qm_job_piece(job, 4096);
+        if (len > e->have - done)
+            len = e->have - done;
+        struct iovec iov = {.iov_base = e->buffer + done, .iov_len = len};
+        off_t bad;
+        int rc = qm_pwritev(job, e->fd, &iov, 1, e->at + (off_t)done, 1, &bad);
+        if (rc)
+            return file_fault(fault, bad, rc);
+        done += len;
+    }
+    e->at += (off_t)e->have;
+    e->have = 0;
+    return 0;
+}
+
+int qm_encoder_put(qm_job *job, qm_encoder *e, const unsigned char *bytes, size_t len,
+                   struct qm_fault *fault)
+{
+    while (len > 0) {
+        size_t room = OUT_LEN - e->have;
+        if (room == 0) {
+            int rc = qm_encoder_flush(job, e, fault);
+            if (rc)
+                return rc;
+            continue;
+        }
+        size_t step = len < room ? len : room;
+        memcpy(e->buffer + e->have, bytes, step);
+        e->have += step;
+        bytes += step;
+        len -= step;
+    }
+    return 0;
+}
+
+static int put_chunk(qm_job *job, qm_encoder *e, const struct qm_name *name,
+                     const struct chunk *c, uint32_t page_size, const uint64_t *want,
+                     struct qm_fault *fault)
+{
+    int named = e->current == name;
+    for (size_t from = 0; from < c->npages;) {
+        if (OUT_LEN - e->have < RECORD_MAX) {
+            int rc = qm_encoder_flush(job, e, fault);
+            if (rc)
+                return rc;
+        }
+        e->have += qm_encode(name, &named, c->bytes, c->first, from, c->npages, page_size, want,
+                             c->data, e->buffer + e->have, OUT_LEN - e->have, &from);
+        if (named)
+            e->current = name;
+    }
+    return 0;
+}
+
+int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
+                    const struct qm_name *name, const struct qm_block *block,
+                    const struct qm_memory *memory, const uint64_t *selection, uint64_t first,
+                    uint64_t npages, struct qm_fault *fault)
+{
+    struct qm_file none = {.fd = -1, .fd_direct = -1};
+    int rc = qm_block_check(block, &none, first, npages);
+    if (rc)
+        return rc;
+    struct qm_source source = {
+        .job = job, .channel = channel, .block = block, .memory = memory, .fault = fault,
+        .look_for_holes = 1,
+    };
+    uint64_t end = first + npages, most = QM_CHUNK / block->page_size;
+    struct chunk c;
+    for (uint64_t at = first; at < end; at += most) {
+        if (qm_job_cancelled(job))
+            return -ECANCELED;
+        uint64_t want[WORDS];
+        uint64_t n = end - at < most ? end - at : most;
+        uint64_t selected = 0, filled = 0;
+        for (size_t i = 0; i * 64 < n; i++) {
+            want[i] = bits_below(i, (size_t)n);
+            if (selection)
+                want[i] &= selection[at / 64 + i];
+            selected += (uint64_t)__builtin_popcountll(want[i]);
+        }
+        if (selected == 0)
+            continue;
+        rc = qm_chunk_load(&source, &c, at, end);
+        if (rc == 0)
+            rc = put_chunk(job, encoder, name, &c, block->page_size, want, fault);
+        if (rc)
+            return rc;
+        for (size_t i = 0; i * 64 < n; i++)
+            filled += (uint64_t)__builtin_popcountll(want[i] & c.data[i]);
+        source.look_for_holes = filled == 0;
+        qm_job_did(job, selected * block->page_size, filled, selected - filled);
+    }
+    return 0;
+}

@@ -1,0 +1,104 @@
+"""Walking a mapped-ram stream: its RAM sections, and that no two regions of the file overlap."""
+
+from __future__ import annotations
+
+from pyqmigrate.errors import NotSupported, SnapshotError
+from pyqmigrate.format import mapped_ram
+from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
+from pyqmigrate.format.cursor import ByteSource
+from pyqmigrate.format.elements import Stream
+from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.walk import Walk
+
+__all__ = ["parse"]
+
+
+def parse(source: ByteSource, offset: int = 0) -> Stream:
+    """Parse and check the mapped-ram stream that starts at absolute ``offset`` (bytes).
+
+    Every length, offset, count and page size is checked before it is used: against the file's
+    size, against its limits, and against each other, down to overlaps of any two regions.
+    Memory is O(blocks + sections), plus the description; only framing is read, never pages or
+    bitmaps. What device sections mean is not looked at.
+
+    Raises :class:`SnapshotError` when the stream is malformed, cut short or unfinished, and
+    :class:`NotSupported` when it is a stream of another kind: sequential RAM, an unknown
+    configuration. The source's own errors pass through.
+    """
+    return _MappedWalk(source, offset).stream()
+
+
+class _MappedWalk(Walk):
+    """A walk over a mapped-ram stream."""
+
+    unfinished = (
+        f"{Walk.unfinished}, or it was a background snapshot, whose bitmaps are never written"
+    )
+
+    def stream(self) -> Stream:
+        self._blocks: tuple[BlockLayout, ...] = ()
+        self.read_head()
+        ram_end, walked = self.read_rest()
+        described, opaque = self._described, self._opaque
+        self._check_overlaps(walked)
+        return Stream(
+            machine=self._configuration.machine,
+            capabilities=self._configuration.capabilities,
+            target_page_bits=self._configuration.target_page_bits,
+            uuid=self._configuration.uuid,
+            total_ram=self._total,
+            blocks=self._blocks,
+            sections=tuple(self._sections),
+            description=described.value if described else None,
+            description_offset=described.offset if described else None,
+            ram_end=ram_end,
+            end=described.end if described else self._cursor.size if opaque else walked,
+            complete=not opaque or described is not None,
+            opaque_tail=opaque,
+        )
+
+    def _check_kind(self) -> None:
+        if MAPPED_RAM not in self._configuration.capabilities:
+            raise NotSupported(
+                "a classic sequential stream, without mapped-ram: its RAM is not at fixed offsets"
+            )
+
+    def _read_blocks(self, page_size: int | None) -> None:
+        self._blocks = mapped_ram.read_entries(
+            self._cursor,
+            self._total,
+            ignore_shared=IGNORE_SHARED in self._configuration.capabilities,
+            page_size=page_size,
+        )
+
+    def _read_pages(self) -> None:
+        self._read_end_mark("a section")
+
+    def _check_overlaps(self, walked: int) -> None:
+        """No two of these may share a byte: the stream's own bytes, bitmaps, pages."""
+        regions: list[tuple[int, int, str, str | None]] = [
+            (0, self._offset, "what stands before the stream", None)
+        ]
+        start = self._offset
+        for block in self._blocks:
+            if block.external:
+                continue
+            bitmap_end = block.bitmap_offset + (block.num_pages + 7) // 8
+            regions += [
+                (start, block.header_end, "the stream", None),
+                (block.bitmap_offset, bitmap_end, f"the bitmap of {block.name!r}", block.name),
+                (block.pages_offset, block.pages_end, f"the pages of {block.name!r}", block.name),
+            ]
+            start = block.pages_end
+        regions.append((start, walked, "the stream", None))
+        if self._described:
+            regions.append((self._described.offset, self._described.end, "the description", None))
+        reach, holder = 0, ""
+        holder_block: str | None = None
+        for begin, end, what, block_name in sorted(regions, key=lambda region: region[:2]):
+            if begin < end and begin < reach:
+                raise SnapshotError(
+                    f"{what} and {holder} overlap", offset=begin, block=block_name or holder_block
+                )
+            if end > reach:
+                reach, holder, holder_block = end, what, block_name

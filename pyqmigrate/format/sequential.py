@@ -1,0 +1,217 @@
+"""The classic stream: RAM as records of pages, one after another, without fixed places.
+
+The elements are those of any stream (:mod:`~pyqmigrate.format.elements`); the capabilities do not
+list ``mapped-ram``. RAM's sections, big-endian throughout (format document, 2.1 and 3)::
+
+    START    u64 total | 4, the blocks, u64 0x10
+    block    str8 name | u64 length | [u64 guest address, with x-ignore-shared]
+    PART     records, u64 0x10
+    END      records, u64 0x10
+
+A record is a word, a block's name unless it continues with that of the record before, and a page,
+a byte that fills the page, or changes to it; the core takes records apart and makes them. The
+stream nowhere says how long a page is: the description does, or ``target-page-bits``.
+
+A writer puts together ``encode_head``, ``encode_part_header`` and records and ``RAM_EOS`` for each
+pass over memory, and ``encode_end``; a reader walks with :class:`SequentialWalk`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyqmigrate.errors import NotSupported, SnapshotError
+from pyqmigrate.format import configuration
+from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
+from pyqmigrate.format.cursor import ByteSource
+from pyqmigrate.format.elements import Section
+from pyqmigrate.format.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGE_SIZES, BlockSpec
+from pyqmigrate.format.stream import RAM_EOS, encode_end, encode_front, encode_part_header
+from pyqmigrate.format.walk import Walk
+
+__all__ = [
+    "RAM_EOS",
+    "SequentialBlock",
+    "SequentialStream",
+    "SequentialWalk",
+    "encode_end",
+    "encode_head",
+    "encode_part_header",
+]
+
+_U64 = struct.Struct(">Q")
+_USUAL_PAGE_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class SequentialBlock:
+    """A RAM block as a classic stream lists it; ``length`` in bytes.
+
+    ``entry_offset`` is where its entry stands in the file, ``gpa`` the guest physical address
+    where the stream tells it (``x-ignore-shared``), for information only.
+    """
+
+    name: str
+    length: int
+    entry_offset: int
+    gpa: int | None = None
+
+
+@dataclass(frozen=True)
+class SequentialStream:
+    """A classic stream that was walked to its end. Offsets are absolute in the file.
+
+    Fields as in :class:`~pyqmigrate.format.elements.Stream`. ``ignore_shared`` says that blocks
+    without any record may have their content in a file of their own.
+    """
+
+    machine: str
+    capabilities: tuple[str, ...]
+    target_page_bits: int | None
+    uuid: bytes | None
+    page_size: int
+    total_ram: int
+    blocks: tuple[SequentialBlock, ...]
+    sections: tuple[Section, ...]
+    description: dict[str, Any] | None
+    description_offset: int | None
+    ram_end: int
+    end: int
+    complete: bool
+    opaque_tail: bool
+
+    @property
+    def ignore_shared(self) -> bool:
+        return IGNORE_SHARED in self.capabilities
+
+
+def encode_head(
+    machine: str, specs: Sequence[BlockSpec], *, target_page_bits: int | None = None
+) -> bytes:
+    """The start of a stream with these blocks, up to the end of RAM's START.
+
+    Arguments and errors as in :func:`pyqmigrate.format.stream.encode_head`.
+    """
+    settings = configuration.Configuration(machine, (), target_page_bits)
+    parts = [encode_front(settings, specs)]
+    for spec in specs:
+        name = spec.name.encode("utf-8", "surrogateescape")
+        parts.append(bytes([len(name)]) + name + _U64.pack(spec.length))
+    return b"".join(parts) + RAM_EOS
+
+
+class SequentialWalk(Walk):
+    """A walk over a classic stream, whose records somebody else takes apart.
+
+    ``page_size`` (bytes) is used where the stream tells none. ``read_records`` is called at the
+    start of each body of records with its file offset, and returns the offset just after it.
+    After ``read_head``, ``blocks`` and ``page_size`` hold. Raises as
+    :func:`pyqmigrate.format.stream.parse` does, and what ``read_records`` raises.
+    """
+
+    unfinished = "no RAM END section: the save did not finish, or it was a background snapshot"
+
+    def __init__(
+        self, source: ByteSource, offset: int, read_records: Callable[[int], int], *,
+        page_size: int | None = None,
+    ) -> None:
+        super().__init__(source, offset)
+        self._read_records = read_records
+        self._given_page_size = page_size
+        self.page_size = 0
+        self.blocks: tuple[SequentialBlock, ...] = ()
+
+    def stream(self) -> SequentialStream:
+        """Walk on to the end of the stream; call it once, after ``read_head``."""
+        ram_end, walked = self.read_rest()
+        described, settings = self._described, self._configuration
+        end = self._cursor.size if self._opaque else walked
+        return SequentialStream(
+            machine=settings.machine,
+            capabilities=settings.capabilities,
+            target_page_bits=settings.target_page_bits,
+            uuid=settings.uuid,
+            page_size=self.page_size,
+            total_ram=self._total,
+            blocks=self.blocks,
+            sections=tuple(self._sections),
+            description=described.value if described else None,
+            description_offset=described.offset if described else None,
+            ram_end=ram_end,
+            end=described.end if described else end,
+            complete=not self._opaque or described is not None,
+            opaque_tail=self._opaque,
+        )
+
+    def _check_kind(self) -> None:
+        if MAPPED_RAM in self._configuration.capabilities:
+            raise NotSupported("a mapped-ram stream: its pages stand at fixed offsets")
+
+    def _read_blocks(self, page_size: int | None) -> None:
+        at = self._cursor.position
+        self.page_size = self._find_page_size(page_size, at)
+        blocks: list[SequentialBlock] = []
+        names: set[str] = set()
+        remaining = self._total
+        while remaining:
+            block = self._read_entry()
+            if len(blocks) == BLOCKS_MAX:
+                raise SnapshotError(f"more than {BLOCKS_MAX} RAM blocks", offset=block.entry_offset)
+            if block.name in names:
+                raise _fault(block, "the name stands twice in the list", "name")
+            if block.length > remaining:
+                raise _fault(
+                    block, f"the blocks are longer together than the total of {self._total} bytes",
+                    "length",
+                )
+            names.add(block.name)
+            blocks.append(block)
+            remaining -= block.length
+        self.blocks = tuple(blocks)
+
+    def _read_entry(self) -> SequentialBlock:
+        cursor = self._cursor
+        at = cursor.position
+        name = cursor.text("the name of a RAM block")
+        if not name:
+            raise SnapshotError("a RAM block without a name", offset=at, field="name")
+        what = f"the entry of RAM block {name!r}"
+        length = cursor.u64(what)
+        ignore_shared = IGNORE_SHARED in self._configuration.capabilities
+        gpa = cursor.u64(what) if ignore_shared else None
+        block = SequentialBlock(name, length, at, gpa)
+        if length == 0 or length % self.page_size or length > OFFSET_MAX:
+            raise _fault(
+                block, f"length {length} is not a positive multiple of the page size"
+                f" {self.page_size}", "length",
+            )
+        return block
+
+    def _find_page_size(self, stated: int | None, at: int) -> int:
+        """From the configuration, else the description, else the caller."""
+        described = self._described.value.get("page_size") if self._described else None
+        if type(described) is int and stated is None:
+            stated = described
+        given = self._given_page_size
+        if stated is not None and given is not None and stated != given:
+            raise SnapshotError(
+                f"pages of {stated} bytes are stated, where {given} were expected",
+                offset=at, field="page_size",
+            )
+        size = stated if stated is not None else given or _USUAL_PAGE_SIZE
+        if size not in PAGE_SIZES:
+            raise SnapshotError(
+                f"page size {size} is not a power of two from 1024 to 65536",
+                offset=at, field="page_size",
+            )
+        return size
+
+    def _read_pages(self) -> None:
+        self._cursor.position = self._read_records(self._cursor.position)
+
+
+def _fault(block: SequentialBlock, message: str, field: str) -> SnapshotError:
+    return SnapshotError(message, offset=block.entry_offset, block=block.name, field=field)

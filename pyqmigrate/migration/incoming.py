@@ -1,0 +1,153 @@
+"""One incoming migration: its source, what it brings, and for whom."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+
+from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError
+from pyqmigrate.fdset import FdSets, is_fdset_name
+from pyqmigrate.format.address import Address, Transport
+from pyqmigrate.format.devices import DeviceSection
+from pyqmigrate.format.elements import Section, SectionKind
+from pyqmigrate.format.stream import Stream, parse
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Job
+from pyqmigrate.io.memory import Memory, RamBlock
+from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
+from pyqmigrate.load import LoadReport, start_load
+from pyqmigrate.migration.outgoing import TakeFd
+from pyqmigrate.options import Capabilities, Parameters, Policy
+from pyqmigrate.options.rules import effective_direct_io
+from pyqmigrate.sequential import start_sequential_load
+
+__all__ = ["Source"]
+
+_DEVICE_MAX = 256 << 20  # bytes of one device's state; real ones have some KiB to some MiB
+
+
+class Source:
+    """The file of an incoming migration, open. What it borrows goes back with ``close``.
+
+    Raises FdsetError, TargetError or UsageError when it cannot be opened; what is in it is
+    looked at by :meth:`load`.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        capabilities: Capabilities,
+        parameters: Parameters,
+        *,
+        policy: Policy,
+        fdsets: FdSets,
+        take_fd: TakeFd,
+    ) -> None:
+        self._capabilities = capabilities
+        self._parameters = parameters
+        self._direct = effective_direct_io(capabilities, parameters)
+        with contextlib.ExitStack() as stack:
+            target = self._target(address, policy, fdsets, take_fd, stack)
+            self._input = InputTarget(target)
+            stack.callback(self._input.close)
+            self._resources = stack.pop_all()
+
+    def _target(
+        self, address: Address, policy: Policy, fdsets: FdSets, take_fd: TakeFd,
+        stack: contextlib.ExitStack,
+    ) -> str | Descriptors:
+        if address.transport is Transport.FD:
+            fd = take_fd(address.path)
+            stack.callback(os.close, fd)
+            return Descriptors(fd, offset=os.lseek(fd, 0, os.SEEK_CUR))
+        if address.transport is not Transport.FILE:
+            raise NotSupported(
+                f"migration over {address.transport} is not possible here, only files"
+            )
+        if not is_fdset_name(address.path):
+            return f"file:{address.path},offset={address.offset}"
+        plain = stack.enter_context(fdsets.open(address.path, os.O_RDONLY)).fileno()
+        direct = None
+        if self._direct:
+            direct = stack.enter_context(
+                fdsets.open(address.path, os.O_RDONLY | os.O_DIRECT)
+            ).fileno()
+        offset = address.offset
+        if offset == 0 and policy is Policy.COMPAT:
+            offset = os.lseek(plain, 0, os.SEEK_CUR)
+        return Descriptors(plain, direct, offset)
+
+    def load(self, blocks: Sequence[RamBlock]) -> tuple[list[DeviceSection], LoadReport]:
+        """Load the blocks and return the devices' sections, in the order of the stream.
+
+        Blocks of the stream that are not among ``blocks`` are left out. Raises SnapshotError,
+        BlockMismatch, NotSupported, TargetError, GuestMemoryError.
+        """
+        memories: Mapping[str, Memory] = {block.name: block.memory for block in blocks}
+        if not self._capabilities.mapped_ram:
+            return self._load_sequential(memories)
+        try:
+            stream = parse(self._input, self._input.offset)
+        except NotSupported as error:
+            raise SnapshotError(
+                "Capability mapped-ram is on, but received capability is off"
+            ) from error
+        return self._load_mapped(stream, memories)
+
+    def _load_sequential(
+        self, memories: Mapping[str, Memory]
+    ) -> tuple[list[DeviceSection], LoadReport]:
+        try:
+            job = start_sequential_load(
+                self._input, memories, skip_unknown_blocks=True,
+            )
+        except NotSupported as error:
+            raise SnapshotError(
+                "Capability mapped-ram is off, but received capability is on"
+            ) from error
+        report = job.result()
+        return list(report.devices), report
+
+    def _load_mapped(
+        self, stream: Stream, memories: Mapping[str, Memory]
+    ) -> tuple[list[DeviceSection], LoadReport]:
+        missing = [name for name in memories if name not in {b.name for b in stream.blocks}]
+        if missing:
+            raise BlockMismatch(f"the stream has no block {missing[0]!r}")
+        with contextlib.ExitStack() as stack:
+            chosen = []
+            for layout in stream.blocks:
+                if layout.name in memories and not layout.external:
+                    bitmap = Bitmap.read_from(self._input, layout, "little")
+                    stack.callback(bitmap.close)
+                    chosen.append((layout, bitmap))
+            several = self._capabilities.multifd
+            job: Job[LoadReport] = start_load(
+                self._input, chosen, {layout.name: memories[layout.name] for layout, _ in chosen},
+                channels=self._parameters.multifd_channels if several else 1,
+                direct_io=DirectIO.ON if self._direct else DirectIO.OFF,
+            )
+            report = job.result()
+        return self._devices(stream.sections), report
+
+    def _devices(self, sections: Sequence[Section]) -> list[DeviceSection]:
+        found = []
+        for section in sections:
+            if section.kind is not SectionKind.FULL:
+                continue
+            if section.body_length > _DEVICE_MAX:
+                raise SnapshotError(
+                    f"the state of device {section.name!r} has {section.body_length} bytes",
+                    offset=section.offset,
+                )
+            data = self._input.read_at(section.body_offset, section.body_length)
+            found.append(
+                DeviceSection(section.name, data, section.instance_id, section.version_id)
+            )
+        return found
+
+    def close(self) -> None:
+        """May be repeated."""
+        self._resources.close()
+

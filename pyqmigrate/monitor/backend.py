@@ -1,0 +1,144 @@
+"""What the monitor needs of a migration: the interface between QMP and the one that moves pages.
+
+Nothing here knows about JSON text or sockets, so that a program can drive the same object
+directly. Texts of errors are QEMU's where QEMU has one; :mod:`pyqmigrate.options.rules` has the
+checks and their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from pyqmigrate.events import Event
+from pyqmigrate.format.address import Address
+from pyqmigrate.options import Capabilities, Parameters
+from pyqmigrate.status import MigrationInfo, RunState
+
+__all__ = ["MigrationBackend", "TakeFd"]
+
+TakeFd = Callable[[str], int]
+"""Gives up the descriptor that a client named with getfd; the caller owns it from then on.
+Raises FdsetError when there is no such name."""
+
+
+class MigrationBackend(Protocol):
+    """One guest's migrations, one outgoing at a time, and at most one incoming.
+
+    Every method may be called from any thread. None blocks for longer than it takes to open
+    files, to stop the guest, or to take a lock that is only ever held shortly; ``query``,
+    ``capabilities``, ``parameters`` and ``run_state`` take well under a millisecond, since they
+    are called from an event loop.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The capabilities in force."""
+        ...
+
+    @property
+    def parameters(self) -> Parameters:
+        """The parameters in force."""
+        ...
+
+    @property
+    def run_state(self) -> RunState:
+        """What the guest is doing now.
+
+        After an outgoing migration: completed leaves ``postmigrate`` (whatever it was before),
+        failed and cancelled what it was before. Waiting for an incoming one, and while it runs:
+        ``inmigrate``; after it, what the stream says, or ``paused`` where the stream says
+        running and the embedder asked not to start.
+        """
+        ...
+
+    def memory_size(self) -> int:
+        """Return the size of the guest's RAM in bytes."""
+        ...
+
+    def set_capabilities(self, changes: Mapping[str, bool]) -> None:
+        """Merge ``changes`` over the capabilities, all or nothing.
+
+        Raises UsageError: ``There's a migration process in progress`` while an outgoing one
+        runs (even when nothing would change), or what ``Capabilities.merge`` raises.
+        """
+        ...
+
+    def set_parameters(self, changes: Mapping[str, object]) -> None:
+        """Merge ``changes`` over the parameters, all or nothing, at any time.
+
+        ``max-bandwidth`` has effect at once, also on a migration under way; nothing else has.
+        Raises UsageError as ``Parameters.merge`` does, with the policy and the capabilities in
+        force and ``running`` as it is.
+        """
+        ...
+
+    def migrate(self, address: Address, *, resume: bool, take_fd: TakeFd) -> None:
+        """Begin an outgoing migration; return when its target is open and status is ``setup``.
+
+        Order: the checks of ``rules.check_outgoing`` (and the strict ones), with no state
+        changed when one fails; then status ``setup`` with its event; then the open. A failed
+        open leaves status ``failed`` with its text (event too), the run state as it was, and
+        raises. An FD address is opened with ``take_fd`` at that moment.
+
+        Later, from a thread: PASS 1, ``active``, [PASS 2...,] STOP when the guest ran,
+        [``pre-switchover`` until ``migrate_continue``,] ``device``, PASS n, ``completed``. A
+        write error: ``failed``, the guest running again if it ran. A new migration forgets the
+        error of the last one; a failed check does not.
+        """
+        ...
+
+    def migrate_incoming(self, address: Address, *, exit_on_error: bool, take_fd: TakeFd) -> None:
+        """Begin to load; return when the source is open.
+
+        Order: ``rules.check_incoming`` before the address is even looked at (which is why the
+        monitor calls ``check_incoming_allowed`` first), then ``check_incoming_transport``, then
+        status ``setup`` and the open. In compat mode a failed open leaves ``setup`` for good;
+        in strict mode the status goes back to ``none``, so that it can be tried again.
+
+        Later, from a thread: ``active``, [RESUME,] ``completed``; or ``failed``, and with
+        ``exit_on_error`` the callback that asks the server to end.
+        """
+        ...
+
+    def check_incoming_allowed(self) -> None:
+        """Raise UsageError as ``rules.check_incoming`` does."""
+        ...
+
+    def cancel(self) -> None:
+        """Cancel the outgoing migration: ``cancelling``, then ``cancelled``. Idle: nothing.
+
+        Returns at once; raises nothing.
+        """
+        ...
+
+    def migrate_continue(self, state: str) -> None:
+        """Go on from ``pre-switchover``.
+
+        Raises UsageError: ``Migration not in expected state: <status>`` unless ``state`` is
+        the status at this moment.
+        """
+        ...
+
+    def query(self) -> MigrationInfo:
+        """Return where the outgoing migration stands, or the incoming one on a destination."""
+        ...
+
+    def stop(self) -> None:
+        """Stop the guest (event STOP); one that is stopped already, or waits, stays so."""
+        ...
+
+    def cont(self) -> None:
+        """Run the guest (event RESUME), also from ``postmigrate``.
+
+        While it waits for a migration, only note that it is to run afterwards.
+        """
+        ...
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Call ``callback`` for every event from now on; the function returned ends that.
+
+        It is called in the order of the events, from whatever thread they happen on, must not
+        block, and gets MIGRATION and MIGRATION_PASS only while the capability ``events`` is on.
+        """
+        ...

@@ -1,0 +1,243 @@
+"""The commands of the monitor: their arguments' shapes, and what each does.
+
+A table, so that ``query-commands`` and the dispatcher cannot disagree.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pyqmigrate.fdset import FdSets
+from pyqmigrate.format import qapi
+from pyqmigrate.format.address import CHANNELS, parse_address
+from pyqmigrate.monitor import hmp
+from pyqmigrate.monitor.backend import MigrationBackend
+from pyqmigrate.monitor.descriptors import NamedFds, PendingFds
+from pyqmigrate.options.capabilities import CAPABILITY_STATUS
+from pyqmigrate.options.parameters import PARAMETERS
+from pyqmigrate.status import RunState, Status
+
+__all__ = ["COMMANDS", "Command", "Context", "Version"]
+
+
+class Version(NamedTuple):
+    """What the server says that it is."""
+
+    major: int
+    minor: int
+    micro: int
+    package: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """Return what query-version returns."""
+        numbers = {"micro": self.micro, "minor": self.minor, "major": self.major}
+        return {"qemu": numbers, "package": self.package}
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a command may act on. ``pending`` is the connection's, the rest the server's.
+
+    ``quit`` asks the server to end, and returns at once.
+    """
+
+    migration: MigrationBackend
+    fdsets: FdSets
+    names: NamedFds
+    pending: PendingFds
+    version: Version
+    quit: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """``run`` gets checked arguments and returns JSON; it runs on a thread when it may block."""
+
+    arguments: qapi.Struct
+    run: Callable[[Context, dict[str, Any]], object]
+    blocks: bool = False
+
+
+def _query_version(context: Context, _: dict[str, Any]) -> object:
+    return context.version.to_json()
+
+
+def _query_commands(_context: Context, _: dict[str, Any]) -> object:
+    return [{"name": name} for name in COMMANDS]
+
+
+def _query_status(context: Context, _: dict[str, Any]) -> object:
+    state = context.migration.run_state
+    return {"status": state, "running": state is RunState.RUNNING}
+
+
+def _stop(context: Context, _: dict[str, Any]) -> object:
+    context.migration.stop()
+    return {}
+
+
+def _cont(context: Context, _: dict[str, Any]) -> object:
+    context.migration.cont()
+    return {}
+
+
+def _quit(context: Context, _: dict[str, Any]) -> object:
+    context.quit()
+    return {}
+
+
+def _add_fd(context: Context, arguments: dict[str, Any]) -> object:
+    fd = context.pending.take()
+    try:
+        added = context.fdsets.add(fd, arguments.get("fdset-id"), arguments.get("opaque"))
+    except BaseException:
+        os.close(fd)
+        raise
+    return {"fd": added.fd, "fdset-id": added.fdset_id}
+
+
+def _remove_fd(context: Context, arguments: dict[str, Any]) -> object:
+    context.fdsets.remove(arguments["fdset-id"], arguments.get("fd"))
+    return {}
+
+
+def _query_fdsets(context: Context, _: dict[str, Any]) -> object:
+    return [
+        {
+            "fds": [
+                {"fd": fd} if opaque is None else {"fd": fd, "opaque": opaque}
+                for fd, opaque in fdset.fds
+            ],
+            "fdset-id": fdset.fdset_id,
+        }
+        for fdset in context.fdsets.query()
+    ]
+
+
+def _getfd(context: Context, arguments: dict[str, Any]) -> object:
+    context.names.add(arguments["fdname"], context.pending.take())
+    return {}
+
+
+def _closefd(context: Context, arguments: dict[str, Any]) -> object:
+    context.names.close(arguments["fdname"])
+    return {}
+
+
+def _migrate(context: Context, arguments: dict[str, Any]) -> object:
+    address = parse_address(arguments.get("uri"), arguments.get("channels"))
+    context.migration.migrate(
+        address, resume=arguments.get("resume", False), take_fd=context.names.take
+    )
+    return {}
+
+
+def _migrate_incoming(context: Context, arguments: dict[str, Any]) -> object:
+    context.migration.check_incoming_allowed()
+    address = parse_address(arguments.get("uri"), arguments.get("channels"), incoming=True)
+    context.migration.migrate_incoming(
+        address,
+        exit_on_error=arguments.get("exit-on-error", True),
+        take_fd=context.names.take,
+    )
+    return {}
+
+
+def _migrate_cancel(context: Context, _: dict[str, Any]) -> object:
+    context.migration.cancel()
+    return {}
+
+
+def _migrate_continue(context: Context, arguments: dict[str, Any]) -> object:
+    context.migration.migrate_continue(arguments["state"])
+    return {}
+
+
+def _query_migrate(context: Context, _: dict[str, Any]) -> object:
+    return context.migration.query().to_json()
+
+
+def _query_capabilities(context: Context, _: dict[str, Any]) -> object:
+    return context.migration.capabilities.to_json()
+
+
+def _set_capabilities(context: Context, arguments: dict[str, Any]) -> object:
+    context.migration.set_capabilities(
+        {entry["capability"]: entry["state"] for entry in arguments["capabilities"]}
+    )
+    return {}
+
+
+def _query_parameters(context: Context, _: dict[str, Any]) -> object:
+    return context.migration.parameters.to_json()
+
+
+def _set_parameters(context: Context, arguments: dict[str, Any]) -> object:
+    context.migration.set_parameters(arguments)
+    return {}
+
+
+def _query_memory(context: Context, _: dict[str, Any]) -> object:
+    return {"base-memory": context.migration.memory_size(), "plugged-memory": 0}
+
+
+def _human_monitor_command(context: Context, arguments: dict[str, Any]) -> object:
+    line = arguments["command-line"]
+    return hmp.run(line, context.migration, context.names.take, context.quit)
+
+
+def _shape(**members: qapi.Shape) -> qapi.Struct:
+    return qapi.Struct({name.replace("_", "-"): shape for name, shape in members.items()})
+
+
+_NOTHING = _shape()
+_URI = qapi.optional(qapi.STR)
+_CHANNELS = qapi.optional(CHANNELS)
+_BOOL = qapi.optional(qapi.BOOL)
+
+COMMANDS: dict[str, Command] = {
+    "add-fd": Command(
+        _shape(fdset_id=qapi.optional(qapi.INT), opaque=qapi.optional(qapi.STR)), _add_fd
+    ),
+    "closefd": Command(_shape(fdname=qapi.STR), _closefd),
+    "cont": Command(_NOTHING, _cont, blocks=True),
+    "getfd": Command(_shape(fdname=qapi.STR), _getfd),
+    "human-monitor-command": Command(
+        _shape(command_line=qapi.STR, cpu_index=qapi.optional(qapi.INT)),
+        _human_monitor_command,
+        blocks=True,
+    ),
+    "migrate": Command(
+        _shape(uri=_URI, channels=_CHANNELS, detach=_BOOL, resume=_BOOL), _migrate, blocks=True
+    ),
+    "migrate-continue": Command(
+        _shape(state=qapi.Words(tuple(Status))), _migrate_continue, blocks=True
+    ),
+    "migrate-incoming": Command(
+        _shape(uri=_URI, channels=_CHANNELS, exit_on_error=_BOOL), _migrate_incoming, blocks=True
+    ),
+    "migrate-set-capabilities": Command(
+        _shape(capabilities=qapi.ListOf(CAPABILITY_STATUS)), _set_capabilities
+    ),
+    "migrate-set-parameters": Command(PARAMETERS, _set_parameters),
+    "migrate_cancel": Command(_NOTHING, _migrate_cancel),
+    # The session itself negotiates, and answers this one however late it comes.
+    "qmp_capabilities": Command(_NOTHING, lambda _context, _: {}),
+    "query-commands": Command(_NOTHING, _query_commands),
+    "query-fdsets": Command(_NOTHING, _query_fdsets),
+    "query-memory-size-summary": Command(_NOTHING, _query_memory),
+    "query-migrate": Command(_NOTHING, _query_migrate),
+    "query-migrate-capabilities": Command(_NOTHING, _query_capabilities),
+    "query-migrate-parameters": Command(_NOTHING, _query_parameters),
+    "query-status": Command(_NOTHING, _query_status),
+    "query-version": Command(_NOTHING, _query_version),
+    "quit": Command(_NOTHING, _quit),
+    "remove-fd": Command(
+        _shape(fdset_id=qapi.INT, fd=qapi.optional(qapi.INT)), _remove_fd, blocks=True
+    ),
+    "stop": Command(_NOTHING, _stop, blocks=True),
+}
+"""Every command by its name; what it does with its arguments, and whether it may block."""

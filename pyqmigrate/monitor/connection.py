@@ -1,0 +1,125 @@
+"""One client's socket: values in, in order, each with the descriptors that preceded it; lines out.
+
+Reading goes on only when the answers have left, and what has not left is bounded: a client
+that is owed too much (events it does not read) is cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator
+
+from pyqmigrate.monitor.descriptors import PendingFds, Receiver
+from pyqmigrate.monitor.json_stream import JsonError, JsonStream, JsonValue, encode_line
+
+__all__ = ["Connection"]
+
+_log = logging.getLogger(__name__)
+
+_CHUNK = 16 << 10  # small enough that reading it holds the event loop up for little
+_MOST_OWED = 4 << 20
+
+
+class Connection:
+    """Owns a connected non-blocking socket, and puts arriving descriptors into ``pending``.
+
+    For the event loop's thread only.
+    """
+
+    def __init__(self, sock: socket.socket, pending: PendingFds) -> None:
+        self._sock = sock
+        self._receiver = Receiver(sock)
+        self._pending = pending
+        self._loop = asyncio.get_running_loop()
+        self._owed = bytearray()
+        self._waiting: asyncio.Future[None] | None = None
+        self._broken: OSError | None = None
+
+    async def __aiter__(self) -> AsyncIterator[JsonValue | JsonError]:
+        """Yield what the client sends until it closes. Raises OSError when the socket breaks."""
+        stream = JsonStream()
+        while True:
+            try:
+                data, fds = self._receiver.receive(_CHUNK)
+            except BlockingIOError:
+                await self._readable()
+                continue
+            self._pending.put(fds)
+            if not data:
+                return
+            for item in stream.feed(data):
+                yield item
+                if self._broken is not None:
+                    raise self._broken
+
+    def send(self, message: object) -> None:
+        """Send one line, or as much as the client takes now, and the rest when it can.
+
+        Never blocks and never raises: what broke is raised to the one who reads or waits.
+        """
+        if self._broken is not None:
+            return
+        line = encode_line(message)
+        if self._owed:
+            if len(self._owed) + len(line) > _MOST_OWED:
+                self._break(OSError("it does not read what it is sent"))
+            else:
+                self._owed += line
+            return
+        sent = self._send_now(line)
+        if sent < len(line) and self._broken is None:
+            self._owed += line[sent:]
+            self._loop.add_writer(self._sock, self._send_owed)
+
+    async def sent(self) -> None:
+        """Wait until everything owed has left. Raises OSError when the socket breaks."""
+        while self._owed and self._broken is None:
+            self._waiting = self._loop.create_future()
+            await self._waiting
+        if self._broken is not None:
+            raise self._broken
+
+    def close(self) -> None:
+        """Close the socket, and what was pending on it."""
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        self._receiver.close()
+        self._pending.close()
+
+    async def _readable(self) -> None:
+        waiting = self._waiting = self._loop.create_future()
+        self._loop.add_reader(self._sock, self._wake)
+        try:
+            await waiting
+        finally:
+            self._loop.remove_reader(self._sock)
+        if self._broken is not None:
+            raise self._broken
+
+    def _send_now(self, data: bytes | bytearray) -> int:
+        try:
+            return self._sock.send(data, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+        except OSError as broken:
+            self._break(broken)
+            return 0
+
+    def _send_owed(self) -> None:
+        del self._owed[: self._send_now(self._owed)]
+        if not self._owed:
+            self._loop.remove_writer(self._sock)
+            self._wake()
+
+    def _break(self, reason: OSError) -> None:
+        self._broken = reason
+        self._owed.clear()
+        self._loop.remove_writer(self._sock)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)

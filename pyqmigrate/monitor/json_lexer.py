@@ -1,0 +1,199 @@
+"""Bytes of a QMP connection to JSON tokens, a slice at a time.
+
+Tokens are those of JSON, and strings may stand in single quotes. Whatever cannot begin or go on
+as a token is a *stray*; after one, bytes are skipped up to the next bracket, comma, colon,
+control character or byte 0xFE or 0xFF, of which the latter two are strays themselves: a client
+that has lost its place can always send 0xFF. Every byte is looked at a fixed number of times,
+however the input is sliced.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import NamedTuple
+
+__all__ = ["JsonLexer", "Kind", "Token"]
+
+
+class Kind(Enum):
+    """What a token is."""
+
+    PUNCTUATION = auto()
+    STRING = auto()
+    NUMBER = auto()
+    KEYWORD = auto()
+    STRAY = auto()
+    OVERSIZED = auto()
+
+
+class Token(NamedTuple):
+    """One token: its bytes as sent (quotes and escapes included), and where it is known.
+
+    ``end`` counts the bytes of the stream up to and including the one that completed the token:
+    its last, or, for a number or a keyword, the one after it.
+    """
+
+    kind: Kind
+    text: bytes
+    end: int
+
+
+_BLANK = re.compile(rb"[ \t\r\n]*")
+_SKIP = re.compile(rb"[^\x00-\x08\x0a-\x1f\[\]{}:,\xfe\xff]*")
+_WHOLE = re.compile(
+    rb"[ \t\r\n]*(?:([{}\[\]:,])"
+    rb'|("[^"\\\x00-\x1f\xfe\xff]*"|\'[^\'\\\x00-\x1f\xfe\xff]*\')'
+    rb"|(-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)(?=[\s\]},])"
+    rb"|([a-z]+)(?=[^a-z]))"
+)
+_KINDS = (Kind.STRAY, Kind.PUNCTUATION, Kind.STRING, Kind.NUMBER, Kind.KEYWORD)  # by group
+_LAST_WITHOUT_AHEAD = 2
+_INSIDE = {
+    b'"': re.compile(rb'(?:[^"\\\x00-\x1f\xfe\xff]++|\\[\x20-\xfd])*+'),
+    b"'": re.compile(rb"(?:[^'\\\x00-\x1f\xfe\xff]++|\\[\x20-\xfd])*+"),
+}
+_LETTERS = re.compile(rb"[a-z]*")
+
+# What may follow in a number, from each point in it; the points in _FINAL may end one.
+_DIGITS = b"0123456789"
+_NUMBER: dict[str, dict[int, str]] = {
+    "sign": {**dict.fromkeys(_DIGITS, "digits"), ord("0"): "zero"},
+    "zero": {**dict.fromkeys(b".", "point"), **dict.fromkeys(b"eE", "exp")},
+    "digits": {
+        **dict.fromkeys(_DIGITS, "digits"),
+        **dict.fromkeys(b".", "point"),
+        **dict.fromkeys(b"eE", "exp"),
+    },
+    "point": dict.fromkeys(_DIGITS, "fraction"),
+    "fraction": {**dict.fromkeys(_DIGITS, "fraction"), **dict.fromkeys(b"eE", "exp")},
+    "exp": {**dict.fromkeys(_DIGITS, "exponent"), **dict.fromkeys(b"+-", "exponent sign")},
+    "exponent sign": dict.fromkeys(_DIGITS, "exponent"),
+    "exponent": dict.fromkeys(_DIGITS, "exponent"),
+}
+_FINAL = {"zero", "digits", "fraction", "exponent"}
+
+
+class JsonLexer:
+    """An incremental tokenizer; a token of more than ``limit`` bytes is cut and OVERSIZED."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._position = 0  # of the slice being read, in the stream
+        self._partial = bytearray()
+        self._state = "start"  # or "skip", "string", "escape", "keyword", or a key of _NUMBER
+
+    def feed(self, data: bytes) -> Iterator[Token]:
+        """Take the next bytes of the stream and yield the tokens that they complete.
+
+        The iterator must be run to its end before the next slice is fed.
+        """
+        at = 0
+        while at < len(data):
+            token = None
+            if self._state == "start":
+                at, token = self._whole(data, at) or self._begin(data, at)
+            elif self._state == "skip":
+                at = _span(_SKIP, data, at)
+                self._state = "start" if at < len(data) else "skip"
+            else:
+                at, token = self._go_on(data, at)
+                if token is None and len(self._partial) > self._limit:
+                    token = self._finish(Kind.OVERSIZED, at)
+            if token is not None:
+                yield token
+        self._position += len(data)
+
+    def _whole(self, data: bytes, at: int) -> tuple[int, Token] | None:
+        """Take a token that the slice holds from end to end: the usual case, made fast."""
+        found = _WHOLE.match(data, at)
+        if found is None:
+            return None
+        index = found.lastindex or 1
+        text = found[index]
+        if len(text) > self._limit:
+            return None
+        at = found.end()
+        return at, Token(_KINDS[index], text, self._position + at + (index > _LAST_WITHOUT_AHEAD))
+
+    def _begin(self, data: bytes, at: int) -> tuple[int, Token | None]:
+        """Begin a token that the slice may not complete, or report a stray byte."""
+        at = _span(_BLANK, data, at)
+        first = data[at : at + 1]
+        if not first:
+            return at, None
+        self._partial += first
+        if first in _INSIDE:
+            self._state = "string"
+        elif first == b"-":
+            self._state = "sign"
+        elif first.isdigit():
+            self._state = "zero" if first == b"0" else "digits"
+        elif first.islower():
+            self._state = "keyword"
+        elif first in b"{}[]:,":
+            return at + 1, self._finish(Kind.PUNCTUATION, at + 1)
+        else:
+            return at + 1, self._finish(Kind.STRAY, at + 1)
+        return at + 1, None
+
+    def _go_on(self, data: bytes, at: int) -> tuple[int, Token | None]:
+        """Extend the token at hand by at least one byte, or end it before the next one."""
+        most = min(len(data), at + self._limit + 1 - len(self._partial))
+        if self._state == "keyword":
+            stop = _span(_LETTERS, data, at, most)
+            self._partial += data[at:stop]
+            return stop, self._finish(Kind.KEYWORD, stop + 1) if stop < most else None
+        if self._state == "string":
+            return self._string(data, at, most)
+        if self._state == "escape":
+            self._state = "string"
+            self._partial += data[at : at + 1]
+            stray = _cannot_be_in_a_string(data[at])
+            return at + 1, self._finish(Kind.STRAY, at + 1) if stray else None
+        return self._number(data, at, most)
+
+    def _string(self, data: bytes, at: int, most: int) -> tuple[int, Token | None]:
+        quote = bytes(self._partial[:1])
+        stop = _span(_INSIDE[quote], data, at, most)
+        self._partial += data[at : min(stop + 1, most)]
+        if stop == most:
+            return stop, None
+        if data[stop] == quote[0]:
+            return stop + 1, self._finish(Kind.STRING, stop + 1)
+        if _cannot_be_in_a_string(data[stop]):
+            return stop + 1, self._finish(Kind.STRAY, stop + 1)
+        self._state = "escape"
+        return stop + 1, None
+
+    def _number(self, data: bytes, at: int, most: int) -> tuple[int, Token | None]:
+        state, start = self._state, at
+        while at < most and (following := _NUMBER[state].get(data[at])) is not None:
+            state = following
+            at += 1
+        self._state = state
+        self._partial += data[start:at]
+        if at == most:
+            return at, None
+        if state in _FINAL and not (state == "zero" and data[at] in _DIGITS):
+            return at, self._finish(Kind.NUMBER, at + 1)
+        self._partial += data[at : at + 1]
+        return at + 1, self._finish(Kind.STRAY, at + 1)
+
+    def _finish(self, kind: Kind, end: int) -> Token:
+        token = Token(kind, bytes(self._partial), self._position + end)
+        self._partial.clear()
+        self._state = "skip" if kind is Kind.STRAY else "start"
+        return token
+
+
+def _span(pattern: re.Pattern[bytes], data: bytes, at: int, most: int = sys.maxsize) -> int:
+    """Return where the bytes that ``pattern``, which may match none, takes from ``at`` on end."""
+    found = pattern.match(data, at, most)
+    return at if found is None else found.end()
+
+
+def _cannot_be_in_a_string(byte: int) -> bool:
+    return byte < 0x20 or byte > 0xFD

@@ -1,0 +1,345 @@
+"""QMP's input as a stream of JSON values, and its output as lines.
+
+A QMP client may put several messages in one packet, cut one anywhere, and end none with a
+newline; the standard json module wants whole texts. :class:`JsonStream` takes slices of any
+size and gives each value, or what was wrong, as soon as its last byte is there::
+
+    stream = JsonStream()
+    for item in stream.feed(sock.recv(65536)):
+        if isinstance(item, JsonError):
+            ...
+
+What is read, where reading goes on after an error, and the texts of errors are QEMU's (checked
+against 10.0.2 on random input), except that ``0e1``, which JSON allows and QEMU takes
+for two tokens, is a number. Work is linear in the bytes fed; what is kept is bounded by
+``message_limit`` bytes of tokens, ``token_limit`` of them, and ``depth_limit`` open brackets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from enum import Enum, auto
+from typing import NamedTuple
+
+from pyqmigrate.monitor.json_lexer import JsonLexer, Kind, Token
+
+__all__ = ["JsonError", "JsonStream", "JsonValue", "encode_line"]
+
+MESSAGE_LIMIT = 64 << 20
+TOKEN_LIMIT = 2 << 20
+DEPTH_LIMIT = 1024
+
+
+class JsonValue(NamedTuple):
+    """A value that was read, and the position in the stream (bytes) right after it.
+
+    Numbers are int when they fit 64 bits, signed or unsigned, and float otherwise; one too
+    large for a float is the largest float.
+    """
+
+    value: object
+    end: int
+
+
+class JsonError(NamedTuple):
+    """What was wrong, in QEMU's words, and the position (bytes) after what showed it."""
+
+    text: str
+    end: int
+
+
+class _Expect(Enum):
+    VALUE = auto()
+    KEY = auto()
+    FIRST_KEY = auto()
+    COLON = auto()
+    MEMBER_END = auto()
+    FIRST_ITEM = auto()
+    ITEM_END = auto()
+
+
+class _Malformed(Exception):
+    """The value being read is not JSON; its text says why."""
+
+
+class JsonStream:
+    """An incremental reader of JSON values; the limits are QEMU's unless given."""
+
+    def __init__(
+        self,
+        *,
+        message_limit: int = MESSAGE_LIMIT,
+        token_limit: int = TOKEN_LIMIT,
+        depth_limit: int = DEPTH_LIMIT,
+    ) -> None:
+        self._message_limit = message_limit
+        self._token_limit = token_limit
+        self._depth_limit = depth_limit
+        self._lexer = JsonLexer(message_limit)
+        self._reset()
+
+    def feed(self, data: bytes) -> Iterator[JsonValue | JsonError]:
+        """Take the next bytes and yield every value and error that they complete.
+
+        The iterator must be run to its end before the next slice is fed.
+        """
+        for token in self._lexer.feed(data):
+            item = self._take(token)
+            if item is not None:
+                self._reset()
+                yield item
+
+    def _reset(self) -> None:
+        self._builder = _Builder()
+        self._error = ""
+        self._size = 0
+        self._tokens = 0
+        self._braces = 0
+        self._brackets = 0
+
+    def _take(self, token: Token) -> JsonValue | JsonError | None:
+        kind, text, end = token
+        if kind is Kind.STRAY:
+            return JsonError(f"JSON parse error, stray '{_shown(text)}'", end)
+        if kind is Kind.PUNCTUATION:
+            self._braces += (text == b"{") - (text == b"}")
+            self._brackets += (text == b"[") - (text == b"]")
+        over = self._over_a_limit(token)
+        if over:
+            return JsonError(f"JSON {over} limit exceeded", end)
+        self._size += len(text) + 1
+        self._tokens += 1
+        if not self._error:
+            try:
+                self._builder.take(token)
+            except _Malformed as malformed:
+                self._error = str(malformed)
+                self._builder = _Builder()  # let go of what was built
+        if (self._braces > 0 or self._brackets > 0) and min(self._braces, self._brackets) >= 0:
+            return None  # brackets are open: even a malformed message ends where they close
+        if self._error:
+            return JsonError(f"JSON parse error, {self._error}", end)
+        return JsonValue(self._builder.root, end)
+
+    def _over_a_limit(self, token: Token) -> str:
+        if token.kind is Kind.OVERSIZED or self._size + len(token.text) + 1 > self._message_limit:
+            return "token size"
+        if self._tokens + 1 > self._token_limit:
+            return "token count"
+        if self._braces + self._brackets > self._depth_limit:
+            return "nesting depth"
+        return ""
+
+
+class _Builder:
+    """Puts one value together, token by token, with a stack of its own for the nesting."""
+
+    def __init__(self) -> None:
+        self.root: object = None
+        self._expect = _Expect.VALUE
+        self._open: list[tuple[dict[str, object] | list[object], bool]] = []
+        self._keys: list[str] = []  # of the members being read in the open objects
+
+    def take(self, token: Token) -> None:
+        text = token.text
+        expect = self._expect
+        if expect is _Expect.COLON:
+            if text != b":":
+                raise _Malformed("missing : in object pair")
+            self._expect = _Expect.VALUE
+        elif expect is _Expect.MEMBER_END:
+            self._separate(text, b"}", _Expect.KEY, "expected separator in dict")
+        elif expect is _Expect.ITEM_END:
+            self._separate(text, b"]", _Expect.VALUE, "expected separator in list")
+        elif (expect is _Expect.FIRST_KEY and text == b"}") or (
+            expect is _Expect.FIRST_ITEM and text == b"]"
+        ):
+            self._close()
+        elif text == b"{":
+            self._enter({}, _Expect.FIRST_KEY)
+        elif text == b"[":
+            self._enter([], _Expect.FIRST_ITEM)
+        elif token.kind is Kind.PUNCTUATION:
+            raise _Malformed("expecting value")
+        else:
+            self._place(_scalar(token), self._is_key())
+
+    def _is_key(self) -> bool:
+        return self._expect in (_Expect.KEY, _Expect.FIRST_KEY)
+
+    def _enter(self, container: dict[str, object] | list[object], inside: _Expect) -> None:
+        self._open.append((container, self._is_key()))
+        self._expect = inside
+
+    def _separate(self, text: bytes, closing: bytes, following: _Expect, complaint: str) -> None:
+        if text == closing:
+            self._close()
+        elif text == b",":
+            self._expect = following
+        else:
+            raise _Malformed(complaint)
+
+    def _close(self) -> None:
+        container, is_key = self._open.pop()
+        self._place(container, is_key)
+
+    def _place(self, value: object, is_key: bool) -> None:
+        if is_key:
+            if not isinstance(value, str):
+                raise _Malformed("key is not a string in object")
+            self._keys.append(value)
+            self._expect = _Expect.COLON
+        elif not self._open:
+            self.root = value
+        elif isinstance(container := self._open[-1][0], dict):
+            key = self._keys.pop()
+            if key in container:
+                raise _Malformed("duplicate key")
+            container[key] = value
+            self._expect = _Expect.MEMBER_END
+        else:
+            container.append(value)
+            self._expect = _Expect.ITEM_END
+
+
+_KEYWORDS = {b"true": True, b"false": False, b"null": None}
+_LARGEST = sys.float_info.max
+
+
+def _scalar(token: Token) -> object:
+    if token.kind is Kind.STRING:
+        return _string(token.text)
+    if token.kind is Kind.NUMBER:
+        return _number(token.text)
+    if token.text not in _KEYWORDS:
+        raise _Malformed(f"invalid keyword '{token.text.decode('ascii')}'")
+    return _KEYWORDS[token.text]
+
+
+def _number(text: bytes) -> int | float:
+    if len(text) <= 20 and not any(mark in text for mark in b".eE"):
+        value = int(text)
+        if -(2**63) <= value < 2**64:
+            return value
+    return max(-_LARGEST, min(_LARGEST, float(text)))
+
+
+_PLAIN = re.compile(rb"[\x20-\x5b\x5d-\x7f]*")
+_NONCHARACTER = re.compile(
+    "[\ufdd0-\ufdef"
+    + "".join(chr(plane << 16 | 0xFFFE) + chr(plane << 16 | 0xFFFF) for plane in range(17))
+    + "]"
+)
+# As far as every escape is good: no lone surrogate, no noncharacter, alone or as a pair.
+_GOOD_ESCAPES = re.compile(
+    rb"""(?:[^\\]++
+        |\\[bfnrt\\/"']
+        |\\u(?i:(?!d[89a-f]|fff[ef]|fd[de])[0-9a-f]{4})
+        |\\u(?!(?i:d[89ab][37bf]f)\\u(?i:dff[ef]))
+         (?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})
+        )*+""",
+    re.VERBOSE,
+)
+
+
+def _string(token: bytes) -> str:
+    """Decode a string token. QEMU's UTF-8 has a two-byte NUL, and no noncharacters."""
+    body = token[1:-1]
+    if _PLAIN.fullmatch(body):
+        return body.decode("ascii")
+    found = _GOOD_ESCAPES.match(body)
+    good = found.end() if found else 0
+    text = _decoded(body[:good])
+    if good < len(body):
+        if body[good + 1 : good + 2] != b"u":
+            raise _Malformed("invalid escape sequence in string")
+        shown = token[good + 1 : good + 7].decode("utf-8", "replace")
+        raise _Malformed(f"{shown} is not a valid Unicode character")
+    if "\\" not in text:
+        return text
+    # The standard module decodes escapes, once quotes stand as it wants them.
+    parts = (part.replace("\\'", "'").replace('\\"', '"') for part in text.split("\\\\"))
+    quoted = "\\\\".join(part.replace('"', '\\"') for part in parts)
+    return str(json.loads(f'"{quoted}"', strict=False))
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        text = "\0".join(part.decode() for part in raw.split(b"\xc0\x80"))
+    except UnicodeDecodeError:
+        raise _Malformed("invalid UTF-8 sequence in string") from None
+    if _NONCHARACTER.search(text):
+        raise _Malformed("invalid UTF-8 sequence in string")
+    return text
+
+
+def _shown(stray: bytes) -> str:
+    """Text for an error; as in QEMU it ends at a NUL, unless that is the two-byte one."""
+    parts = stray.partition(b"\0")[0].split(b"\xc0\x80")
+    return _NONCHARACTER.sub("\ufffd", "\0".join(p.decode("utf-8", "replace") for p in parts))
+
+
+_LINE_ESCAPE = re.compile(
+    r"\\(?:(ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})"  # a pair of surrogates
+    r"|(ud[89a-f][0-9a-f]{2})"  # half a pair
+    r"|(u[0-9a-f]{4})"
+    r"|.)"
+)
+
+
+def encode_line(value: object) -> bytes:
+    """Return ``value`` as one line of ASCII JSON that ends CRLF, as QEMU writes it.
+
+    Anything but printable ASCII is escaped, with upper-case hex digits; half a surrogate pair
+    (an undecodable byte in a file name, say) becomes U+FFFD. Raises ValueError for an infinity
+    or NaN and TypeError for what JSON has no form for.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except RecursionError:  # as deep as a client may nest what it wants back
+        text = _deep_text(value)
+    if "\\u" in text:
+        text = _LINE_ESCAPE.sub(_upper_case, text)
+    if "\x7f" in text:
+        text = text.replace("\x7f", "\\u007F")
+    return text.encode("ascii") + b"\r\n"
+
+
+class _Text(str):
+    """Finished JSON among values that are still to be written."""
+
+
+def _deep_text(value: object) -> str:
+    parts: list[str] = []
+    rest: list[object] = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, _Text):
+            parts.append(item)
+        elif isinstance(item, dict):
+            members = ((_Text(f"{json.dumps(key)}: "), inner) for key, inner in item.items())
+            rest += reversed(_enclosed("{", members, "}"))
+        elif isinstance(item, list | tuple):
+            rest += reversed(_enclosed("[", ((inner,) for inner in item), "]"))
+        else:
+            parts.append(json.dumps(item, allow_nan=False))
+    return "".join(parts)
+
+
+def _enclosed(first: str, groups: Iterable[tuple[object, ...]], last: str) -> list[object]:
+    items: list[object] = [_Text(first)]
+    for number, group in enumerate(groups):
+        items += [_Text(", "), *group] if number else group
+    return [*items, _Text(last)]
+
+
+def _upper_case(escape: re.Match[str]) -> str:
+    pair, half, single = escape.groups()
+    if half:
+        return "\\uFFFD"
+    if pair:
+        return "\\u" + pair[1:5].upper() + "\\u" + pair[7:].upper()
+    return "\\u" + single[1:].upper() if single else escape[0]

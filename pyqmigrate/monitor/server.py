@@ -1,0 +1,254 @@
+"""A QMP server on a UNIX socket, in front of a migration.
+
+::
+
+    server = QmpServer(migration, fdsets)
+    await server.listen("/run/vm.qmp")
+    await server.quit_requested.wait()
+    await server.close()
+
+The socket has mode 0600, and a peer of another user than ours or root is turned away. Each
+client is one task: a message is read, carried out and answered before the next one is looked
+at, so a client that does not read its answers stalls itself and nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable, Coroutine
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pyqmigrate.errors import TargetError
+from pyqmigrate.events import Event
+from pyqmigrate.fdset import FdSets
+from pyqmigrate.monitor.backend import MigrationBackend
+from pyqmigrate.monitor.commands import Context, Version
+from pyqmigrate.monitor.connection import Connection
+from pyqmigrate.monitor.descriptors import NamedFds, PendingFds
+from pyqmigrate.monitor.session import Session, event_message
+from pyqmigrate.options import Policy
+
+__all__ = ["QmpServer"]
+
+_log = logging.getLogger(__name__)
+_CLIENTS = 16
+_QEMU = Version(10, 0, 2)
+
+
+class QmpServer:
+    """Serves QMP for one migration and its fdsets, both of which stay the caller's.
+
+    ``policy`` COMPAT imitates QEMU 10.0.2 to the outside as well: its version, its offer of
+    out-of-band execution (no command here supports it), and one client at a time, the next
+    waiting in line. STRICT serves up to 16 at once. ``version`` overrides what is announced,
+    ``any_user`` lets peers of every user in.
+
+    The methods are for the event loop's thread; events may come from any thread.
+    """
+
+    def __init__(
+        self,
+        migration: MigrationBackend,
+        fdsets: FdSets,
+        *,
+        policy: Policy = Policy.STRICT,
+        version: Version | None = None,
+        any_user: bool = False,
+    ) -> None:
+        compat = policy is Policy.COMPAT
+        self._migration = migration
+        self._fdsets = fdsets
+        self._names = NamedFds()
+        self._version = version or (_QEMU if compat else _own_version())
+        self._offered = ("oob",) if compat else ()
+        self._any_user = any_user
+        self._places = asyncio.Semaphore(1 if compat else _CLIENTS)
+        self._connections: dict[Connection, Session] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listeners: list[tuple[socket.socket, Path]] = []
+        self._unsubscribe: Callable[[], None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._quitting = False
+        self.quit_requested = asyncio.Event()
+        """Set when a client sent ``quit``; ending is up to the embedder."""
+
+    async def listen(self, path: str | os.PathLike[str]) -> None:
+        """Listen on a new UNIX socket at ``path``, mode 0600; return when clients can connect.
+
+        A socket that nobody listens on any more is replaced. Raises TargetError when ``path``
+        is taken or cannot be made.
+        """
+        place = Path(path)
+        listener = _listener(place)
+        self._listeners.append((listener, place))
+        if self._unsubscribe is None:
+            self._loop = asyncio.get_running_loop()
+            self._unsubscribe = self._migration.subscribe(
+                lambda event: self._call_soon(self.send_event, event)
+            )
+        self._start(self._accept(listener))
+
+    def send_event(self, event: Event) -> None:
+        """Send an event to every client that has finished negotiation."""
+        message = event_message(event)
+        for connection, session in list(self._connections.items()):
+            if session.negotiated:
+                connection.send(message)
+
+    async def close(self) -> None:
+        """Stop listening, end every connection, close what clients left pending or named.
+
+        Answers already given are sent first where the client takes them at once.
+        """
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for listener, place in self._listeners:
+            _remove_socket(listener, place)
+            listener.close()
+        self._listeners.clear()
+        self._names.close_all()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._places.acquire()
+            try:
+                client, _ = await loop.sock_accept(listener)
+            except OSError as refused:  # out of descriptors, say: the client may try again
+                _log.warning("cannot accept a client: %s", refused.strerror)
+                self._places.release()
+                await asyncio.sleep(0.1)
+                continue
+            except BaseException:
+                self._places.release()
+                raise
+            client.setblocking(False)
+            if self._any_user or _is_trusted(client):
+                self._start(self._serve(client))
+            else:
+                client.close()
+                self._places.release()
+
+    async def _serve(self, client: socket.socket) -> None:
+        pending = PendingFds()
+        context = Context(
+            self._migration, self._fdsets, self._names, pending, self._version, self._quit
+        )
+        session = Session(context, offered=self._offered)
+        connection = Connection(client, pending)
+        self._connections[connection] = session
+        try:
+            connection.send(session.greeting())
+            async for item in connection:
+                connection.send(await session.answer(item))
+                if self._quitting and not self.quit_requested.is_set():
+                    self._announce_quit()
+                await connection.sent()
+        except OSError as broken:
+            _log.info("a client is gone: %s", broken.strerror or broken)
+        except Exception:
+            _log.exception("a client is cut off for an unforeseen reason")
+        finally:
+            del self._connections[connection]
+            connection.close()
+            self._places.release()
+
+    def _quit(self) -> None:
+        self._quitting = True  # acted on when the client has its answer; from any thread
+
+    def _announce_quit(self) -> None:
+        data = {"guest": False, "reason": "host-qmp-quit"}
+        self.send_event(Event("SHUTDOWN", data, time.time()))
+        self.quit_requested.set()
+
+    def _call_soon(self, call: Callable[..., None], *arguments: object) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is listening
+                self._loop.call_soon_threadsafe(call, *arguments)
+
+
+def _listener(place: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(place)
+        listener.bind(os.fspath(place))
+        place.chmod(0o600)  # nobody can connect before listen()
+        listener.listen()
+    except OSError as refused:
+        listener.close()
+        raise TargetError(
+            refused.errno or errno.EINVAL, "cannot listen on the QMP socket", place
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _remove_stale(place: Path) -> None:
+    try:
+        is_socket = stat.S_ISSOCK(place.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        return  # bind() will say that the address is in use
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(place))
+        except ConnectionRefusedError:
+            place.unlink()
+
+
+def _remove_socket(listener: socket.socket, place: Path) -> None:
+    """Remove the socket's name, unless it has become somebody else's."""
+    with contextlib.suppress(OSError):
+        if listener.getsockname() == os.fspath(place) and stat.S_ISSOCK(place.lstat().st_mode):
+            place.unlink()
+
+
+def _is_trusted(client: socket.socket) -> bool:
+    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", credentials)
+    if uid in (0, os.geteuid()):
+        return True
+    _log.warning("turned away process %d of user %d: only ours and root may connect", pid, uid)
+    return False
+
+
+def _own_version() -> Version:
+    try:
+        text = metadata.version("pyqmigrate")
+    except metadata.PackageNotFoundError:
+        text = "0.0.0"
+    parts = [int(part) if part.isdecimal() else 0 for part in [*text.split("."), "0", "0"]]
+    return Version(parts[0], parts[1], parts[2], f"pyqmigrate {text}")

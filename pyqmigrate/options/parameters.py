@@ -1,0 +1,307 @@
+"""Migration parameters: QEMU's values, by its names, with its types, ranges and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format import qapi
+from pyqmigrate.options.capabilities import Capabilities
+from pyqmigrate.options.policy import Policy
+
+__all__ = [
+    "PARAMETERS",
+    "MigrationMode",
+    "MultifdCompression",
+    "Parameters",
+    "ZeroPageDetection",
+]
+
+
+class ZeroPageDetection(StrEnum):
+    """Who looks for zero pages: nobody, the main thread, or the channels."""
+
+    NONE = "none"
+    LEGACY = "legacy"
+    MULTIFD = "multifd"
+
+
+class MultifdCompression(StrEnum):
+    """How multifd channels compress; with mapped-ram only ``none`` works."""
+
+    NONE = "none"
+    ZLIB = "zlib"
+    ZSTD = "zstd"
+
+
+class MigrationMode(StrEnum):
+    """What the migration is for."""
+
+    NORMAL = "normal"
+    CPR_REBOOT = "cpr-reboot"
+    CPR_TRANSFER = "cpr-transfer"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The parameters of QEMU 10.0 with its defaults.
+
+    Those that a file migration has no use for can be set too, and are kept. A field is called
+    what QEMU calls it, with underscores for dashes. Bandwidths are in bytes a second (0:
+    unlimited), sizes in bytes, times in milliseconds.
+    """
+
+    announce_initial: int = 50
+    announce_max: int = 550
+    announce_rounds: int = 5
+    announce_step: int = 100
+    throttle_trigger_threshold: int = 50
+    cpu_throttle_initial: int = 20
+    cpu_throttle_increment: int = 10
+    cpu_throttle_tailslow: bool = False
+    tls_creds: str = ""
+    tls_hostname: str = ""
+    tls_authz: str = ""
+    max_bandwidth: int = 128 << 20
+    avail_switchover_bandwidth: int = 0
+    downtime_limit: int = 300
+    x_checkpoint_delay: int = 20000
+    multifd_channels: int = 2
+    xbzrle_cache_size: int = 64 << 20
+    max_postcopy_bandwidth: int = 0
+    max_cpu_throttle: int = 99
+    multifd_compression: MultifdCompression = MultifdCompression.NONE
+    multifd_zlib_level: int = 1
+    multifd_qatzip_level: int = 1
+    multifd_zstd_level: int = 1
+    block_bitmap_mapping: tuple[Mapping[str, object], ...] | None = None
+    x_vcpu_dirty_limit_period: int = 1000
+    vcpu_dirty_limit: int = 1
+    mode: MigrationMode = MigrationMode.NORMAL
+    zero_page_detection: ZeroPageDetection = ZeroPageDetection.MULTIFD
+    direct_io: bool = False
+
+    @property
+    def compressed_or_tls(self) -> bool:
+        """Whether multifd compression or TLS is on, neither of which mapped-ram can have."""
+        return self.multifd_compression is not MultifdCompression.NONE or bool(self.tls_creds)
+
+    def __iter__(self) -> Iterator[tuple[str, object]]:
+        """Yield (QEMU's name, value) in QEMU's order of declaration."""
+        for field in dataclasses.fields(self):
+            yield field.name.replace("_", "-"), getattr(self, field.name)
+
+    def merge(
+        self,
+        changes: Mapping[str, object],
+        *,
+        capabilities: Capabilities | None = None,
+        policy: Policy = Policy.STRICT,
+        running: bool = False,
+    ) -> Parameters:
+        """Return these parameters with ``changes`` (name to value) made, if all are in order.
+
+        Names are QEMU's, or the fields' (``merge_json`` takes QEMU's only); values are JSON's.
+        ``capabilities`` are those in force (none on, by default); ``running`` says that a
+        migration is under way.
+
+        Raises UsageError, and then nothing has changed: an unknown name, a wrong type, a value
+        out of range, compression or TLS together with mapped-ram. A STRICT policy also refuses
+        to change, while a migration runs, what takes QEMU down or has no effect then; COMPAT
+        lets it pass, and holds the *current* values, not the new ones, against mapped-ram, as
+        QEMU 10.0.2 does.
+        """
+        named = {name.replace("_", "-"): value for name, value in changes.items()}
+        return self.merge_json(named, capabilities=capabilities, policy=policy, running=running)
+
+    def merge_json(
+        self,
+        arguments: object,
+        *,
+        capabilities: Capabilities | None = None,
+        policy: Policy = Policy.STRICT,
+        running: bool = False,
+    ) -> Parameters:
+        """Do what ``merge`` does for the JSON arguments of migrate-set-parameters."""
+        read: dict[str, Any] = {
+            name.replace("-", "_"): _typed(name, value)
+            for name, value in PARAMETERS.read(arguments).items()
+        }
+        new = dataclasses.replace(self, **read)
+        capabilities = Capabilities() if capabilities is None else capabilities
+        new._check_ranges(capabilities, self if policy is Policy.COMPAT else new)
+        if policy is Policy.STRICT and running:
+            new._check_unchanged_since(self)
+        return new
+
+    def to_json(self) -> dict[str, object]:
+        """Return what query-migrate-parameters returns."""
+        values = dict(self)
+        mapping = values.pop("block-bitmap-mapping")
+        if mapping is not None:
+            values["block-bitmap-mapping"] = list(self.block_bitmap_mapping or ())
+        return values
+
+    def _check_ranges(self, capabilities: Capabilities, compared: Parameters) -> None:
+        values = dict(self)
+        for limit in _LIMITS_BEFORE:
+            limit.check(values)
+        if capabilities.mapped_ram and compared.compressed_or_tls:
+            raise UsageError(
+                "Mapped-ram only available for non-compressed non-TLS multifd migration"
+            )
+        if capabilities.zero_copy_send and self.compressed_or_tls:
+            raise UsageError(
+                "Zero copy only available for non-compressed non-TLS multifd migration"
+            )
+        for limit in _LIMITS_AFTER:
+            limit.check(values)
+
+    def _check_unchanged_since(self, before: Parameters) -> None:
+        old = dict(before)
+        for name, value in self:
+            if name in _FIXED_WHILE_RUNNING and value != old[name]:
+                raise UsageError(
+                    f"Parameter '{name}' cannot change while a migration is running; set it "
+                    "before, or migrate_cancel first (max-bandwidth may change at any time)"
+                )
+
+
+_FIXED_WHILE_RUNNING = frozenset(
+    {
+        "direct-io",
+        "mode",
+        "multifd-channels",
+        "multifd-compression",
+        "multifd-qatzip-level",
+        "multifd-zlib-level",
+        "multifd-zstd-level",
+        "tls-authz",
+        "tls-creds",
+        "tls-hostname",
+        "zero-page-detection",
+    }
+)
+_WORDS: dict[str, type[StrEnum]] = {
+    "multifd-compression": MultifdCompression,
+    "mode": MigrationMode,
+    "zero-page-detection": ZeroPageDetection,
+}
+_BITMAP_TRANSFORM = qapi.Struct({"persistent": qapi.optional(qapi.BOOL)})
+_BITMAP_ALIAS = qapi.Struct(
+    {"name": qapi.STR, "alias": qapi.STR, "transform": qapi.optional(_BITMAP_TRANSFORM)}
+)
+_NODE_ALIAS = qapi.Struct(
+    {"node-name": qapi.STR, "alias": qapi.STR, "bitmaps": qapi.ListOf(_BITMAP_ALIAS)}
+)
+_U8, _U64, _TEXT = qapi.UINT8, qapi.UINT64, qapi.STR_OR_NULL
+
+PARAMETERS = qapi.Struct(
+    {
+        name: qapi.optional(shape)
+        for name, shape in {
+            "announce-initial": _U64,
+            "announce-max": _U64,
+            "announce-rounds": _U64,
+            "announce-step": _U64,
+            "throttle-trigger-threshold": _U8,
+            "cpu-throttle-initial": _U8,
+            "cpu-throttle-increment": _U8,
+            "cpu-throttle-tailslow": qapi.BOOL,
+            "tls-creds": _TEXT,
+            "tls-hostname": _TEXT,
+            "tls-authz": _TEXT,
+            "max-bandwidth": _U64,
+            "avail-switchover-bandwidth": _U64,
+            "downtime-limit": _U64,
+            "x-checkpoint-delay": qapi.UINT32,
+            "multifd-channels": _U8,
+            "xbzrle-cache-size": _U64,
+            "max-postcopy-bandwidth": _U64,
+            "max-cpu-throttle": _U8,
+            "multifd-compression": qapi.Words(tuple(MultifdCompression)),
+            "multifd-zlib-level": _U8,
+            "multifd-qatzip-level": _U8,
+            "multifd-zstd-level": _U8,
+            "block-bitmap-mapping": qapi.ListOf(_NODE_ALIAS),
+            "x-vcpu-dirty-limit-period": _U64,
+            "vcpu-dirty-limit": _U64,
+            "mode": qapi.Words(tuple(MigrationMode)),
+            "zero-page-detection": qapi.Words(tuple(ZeroPageDetection)),
+            "direct-io": qapi.BOOL,
+        }.items()
+    }
+)
+"""The shape of the arguments of migrate-set-parameters."""
+
+
+def _typed(name: str, value: object) -> object:
+    if name in _WORDS:
+        return _WORDS[name](str(value))
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Limit(NamedTuple):
+    """What a number must satisfy, and QEMU's text for one that does not."""
+
+    name: str
+    holds: Callable[[int, Mapping[str, object]], bool]
+    text: str
+
+    def check(self, values: Mapping[str, object]) -> None:
+        value = values[self.name]
+        assert isinstance(value, int)
+        if not self.holds(value, values):
+            raise UsageError(f"Parameter {self.text}")
+
+
+def _between(name: str, low: int, high: int, words: str = "") -> _Limit:
+    text = words or f"a value between {low} and {high}"
+    shown = name.replace("-", "_")
+    return _Limit(name, lambda value, _: low <= value <= high, f"'{shown}' expects {text}")
+
+
+_PERCENT = "an integer in the range of 1 to 99"
+_PAGE = 4096
+
+# In the order in which QEMU 10.0.2 looks; the conflicts with capabilities stand in between.
+_LIMITS_BEFORE = (
+    _between("throttle-trigger-threshold", 1, 100, "an integer in the range of 1 to 100"),
+    _between("cpu-throttle-initial", 1, 99, _PERCENT),
+    _between("cpu-throttle-increment", 1, 99, _PERCENT),
+    _between("downtime-limit", 0, 2000000, "an integer in the range of 0 to (2000 * 1000) ms"),
+    _between("multifd-channels", 1, 255),
+    _between("multifd-zlib-level", 0, 9),
+    _between("multifd-qatzip-level", 1, 9),
+    _between("multifd-zstd-level", 0, 20),
+    _Limit(
+        "xbzrle-cache-size",
+        lambda value, _: value >= _PAGE and value & (value - 1) == 0,
+        "'xbzrle_cache_size' expects a power of two no less than the target page size",
+    ),
+    _Limit(
+        "max-cpu-throttle",
+        lambda value, values: int(str(values["cpu-throttle-initial"])) <= value <= 99,
+        "'max_cpu_throttle' expects an integer in the range of cpu_throttle_initial to 99",
+    ),
+    _between("announce-initial", 0, 100000),
+    _between("announce-max", 0, 100000),
+    _between("announce-rounds", 0, 1000),
+    _between("announce-step", 1, 10000, "a value between 0 and 10000"),
+)
+_LIMITS_AFTER = (
+    _Limit(
+        "x-vcpu-dirty-limit-period",
+        lambda value, _: 1 <= value <= 1000,
+        "'x-vcpu-dirty-limit-period' expects a value between 1 and 1000",
+    ),
+    _Limit(
+        "vcpu-dirty-limit",
+        lambda value, _: value >= 1,
+        "'vcpu_dirty_limit' must be greater than 1 MB/s",
+    ),
+)

@@ -1,0 +1,132 @@
+"""What must hold when a migration starts: its transport, capabilities and parameters together.
+
+The checks that QEMU makes in ``migrate`` and ``migrate-incoming`` come in its order and with
+its texts. The strict ones are those that QEMU does not make, and fails or dies for later.
+"""
+
+from __future__ import annotations
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format.address import Transport
+from pyqmigrate.options.capabilities import Capabilities
+from pyqmigrate.options.parameters import MigrationMode, Parameters
+from pyqmigrate.status import RunState, Status
+
+__all__ = [
+    "check_incoming",
+    "check_incoming_transport",
+    "check_outgoing",
+    "check_strictly",
+    "check_transport",
+    "check_with_mapped_ram",
+    "effective_direct_io",
+]
+
+
+def effective_direct_io(capabilities: Capabilities, parameters: Parameters) -> bool:
+    """Return whether O_DIRECT will be used: direct-io has no effect without mapped-ram and
+    multifd, in whatever order the three were set."""
+    return parameters.direct_io and capabilities.mapped_ram and capabilities.multifd
+
+
+def check_transport(
+    transport: Transport, capabilities: Capabilities, parameters: Parameters
+) -> None:
+    """Check that the transport can do what is asked, for a save as for a load.
+
+    Raises UsageError with QEMU's text.
+    """
+    is_file = transport is Transport.FILE
+    if capabilities.mapped_ram and not is_file:
+        raise UsageError("Migration requires seekable transport (e.g. file)")
+    many = transport is Transport.SOCKET or (is_file and capabilities.mapped_ram)
+    if (capabilities.multifd or capabilities.postcopy_preempt) and not many:
+        raise UsageError("Migration requires multi-channel URIs (e.g. tcp)")
+    if effective_direct_io(capabilities, parameters) and not is_file:
+        raise UsageError("Migration requires a transport that allows for extra fds (e.g. file)")
+    if parameters.mode is MigrationMode.CPR_TRANSFER and is_file:
+        raise UsageError("Migration requires streamable transport (eg unix)")
+
+
+def check_with_mapped_ram(capabilities: Capabilities, parameters: Parameters) -> None:
+    """Check the last of what ``migrate`` looks at before it changes any state.
+
+    Raises UsageError with QEMU's text: TLS or compression together with mapped-ram.
+    """
+    if not capabilities.mapped_ram:
+        return
+    if parameters.tls_creds:
+        raise UsageError("Cannot use TLS with mapped-ram")
+    if parameters.compressed_or_tls:
+        raise UsageError("Cannot use compression with mapped-ram")
+
+
+def check_strictly(capabilities: Capabilities, *, shared_ram: bool = False) -> None:
+    """Refuse what QEMU lets start to a file, and then fails on.
+
+    ``shared_ram`` says whether there are blocks that x-ignore-shared leaves out. Raises
+    UsageError, which says what to switch off.
+    """
+    if capabilities.return_path:
+        raise UsageError(
+            "a file has no way back for return-path: switch the capability off "
+            "(switchover-ack with it)"
+        )
+    if capabilities.postcopy_ram:
+        raise UsageError("a file cannot serve pages on demand: switch postcopy-ram off")
+    if capabilities.x_ignore_shared and capabilities.mapped_ram and shared_ram:
+        raise UsageError(
+            "x-ignore-shared leaves shared RAM out, and a mapped-ram file has no place for a "
+            "block that is left out: switch one of the two off"
+        )
+
+
+def check_outgoing(
+    transport: Transport,
+    capabilities: Capabilities,
+    parameters: Parameters,
+    *,
+    status: Status,
+    run_state: RunState,
+    resume: bool = False,
+) -> None:
+    """Check all that ``migrate`` looks at after the address, in QEMU's order.
+
+    ``status`` is that of the last outgoing migration. Raises UsageError with QEMU's text; no
+    state may have changed then, and no event been sent.
+    """
+    check_transport(transport, capabilities, parameters)
+    if resume:
+        raise UsageError("Cannot resume if there is no paused migration")
+    if status.running:
+        raise UsageError("There's a migration process in progress")
+    if run_state is RunState.INMIGRATE:
+        raise UsageError("Guest is waiting for an incoming migration")
+    if run_state is RunState.POSTMIGRATE:
+        raise UsageError("Can't migrate the vm that was paused due to previous migration")
+    check_with_mapped_ram(capabilities, parameters)
+
+
+def check_incoming(*, deferred: bool, started: bool) -> None:
+    """Check what ``migrate-incoming`` looks at before the address.
+
+    ``deferred`` says whether the process was begun to wait for a migration, ``started`` whether
+    one was accepted already. Raises UsageError with QEMU's text.
+    """
+    if not deferred:
+        raise UsageError("'-incoming' was not specified on the command line")
+    if started:
+        raise UsageError("The incoming migration has already been started")
+
+
+def check_incoming_transport(
+    transport: Transport, capabilities: Capabilities, parameters: Parameters, *, status: Status
+) -> None:
+    """Check what ``migrate-incoming`` looks at after the address, in QEMU's order.
+
+    ``status`` is that of the incoming migration. Raises UsageError with QEMU's text; only a
+    failed open leaves it at ``setup``, for good.
+    """
+    check_transport(transport, capabilities, parameters)
+    if status is not Status.NONE:
+        raise UsageError(f"Illegal migration incoming state: {status}")

@@ -1,0 +1,568 @@
+"""The classic stream, one pass out and one pass in: what QEMU writes and reads with ``file:`` and
+without mapped-ram.
+
+    with_memory = RamBlock("pc.ram", memory)
+    start_sequential_save("/snap/guest.classic", [with_memory], machine="pc-q35-10.0").wait()
+    source = InputTarget("/snap/guest.classic")
+    report = start_sequential_load(source, {"pc.ram": buffer}).wait()
+
+Pages stand one after another in the order in which they were saved; a page that changes during a
+save is there again. So there is one channel, direct I/O has no use, and a reader has to read
+everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyqmigrate import _core
+from pyqmigrate.errors import (
+    BlockMismatch,
+    Cancelled,
+    NoSpace,
+    NotSupported,
+    PyqmigrateError,
+    SnapshotError,
+    TargetError,
+    UsageError,
+)
+from pyqmigrate.format.devices import DeviceSection
+from pyqmigrate.format.elements import MAGIC, SectionKind
+from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.format.sequential import (
+    RAM_EOS,
+    SequentialBlock,
+    SequentialStream,
+    SequentialWalk,
+    encode_end,
+    encode_head,
+    encode_part_header,
+)
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
+from pyqmigrate.io.memory import Attached, Memory, RamBlock, attach
+from pyqmigrate.io.target import DirectIO, InputTarget, OutputTarget, Target, stream_offset
+from pyqmigrate.load import Clear, LoadReport
+from pyqmigrate.log import logger
+from pyqmigrate.options import choice
+from pyqmigrate.save import SaveReport, Sparse
+
+__all__ = [
+    "DEVICE_STATE_MAX",
+    "SequentialLoadReport",
+    "SequentialReader",
+    "SequentialWriter",
+    "start_sequential_load",
+    "start_sequential_save",
+]
+
+DEVICE_STATE_MAX = 256 << 20  # bytes of device sections that a load hands back
+
+_BUFFERED = "a classic stream goes through the page cache"
+
+
+def start_sequential_save(
+    target: Target,
+    blocks: Sequence[RamBlock],
+    *,
+    machine: str = "",
+    target_page_bits: int | None = None,
+    reuse: bool = False,
+    max_bandwidth: int = 0,
+) -> Job[SaveReport]:
+    """Begin to save guest memory as a classic stream; returns at once.
+
+    Arguments and errors as in :func:`pyqmigrate.save.start_save`. QEMU loads the file only on the
+    machine of the name given: an empty one is accepted by any.
+    """
+    writer = SequentialWriter(
+        target, blocks, machine=machine, target_page_bits=target_page_bits, reuse=reuse,
+        max_bandwidth=max_bandwidth,
+    )
+    try:
+        return Job(writer.channels, writer.total, writer.run)
+    except BaseException:
+        writer.close()
+        raise
+
+
+def core_name(name: str) -> tuple[Any, Any]:
+    """A block's name as the core's ``struct qm_name *``, and what has to be kept along with it."""
+    data = name.encode("utf-8", "surrogateescape")
+    text = _core.ffi.new("unsigned char[]", data)
+    core = _core.ffi.new("struct qm_name *")
+    core.bytes, core.len = text, len(data)
+    return core, text
+
+
+class SequentialWriter:
+    """A classic stream being written, used like :class:`~pyqmigrate.save.Writer`: ``begin``,
+    passes over memory, ``finish``, or all of it by ``run``; ``close`` in every case.
+
+    Each pass is one PART section with a record for every page of the pass: a zero page, also one
+    in a hole of a sparse memory, is a record of nine bytes. As in QEMU's own streams none is left
+    out, for a page that is not mentioned keeps what the loading side has there, and that need not
+    be zero: ROMs have content from the start. Holes are neither read nor made resident.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        blocks: Sequence[RamBlock],
+        *,
+        machine: str = "",
+        target_page_bits: int | None = None,
+        reuse: bool = False,
+        max_bandwidth: int = 0,
+    ) -> None:
+        if not blocks:
+            raise UsageError("no RAM blocks are given; a snapshot has at least one")
+        self.started = time.monotonic()
+        self.reuse = reuse
+        self.channels = Channels(1, "pyqmigrate-save")
+        self.channels.set_rate(max_bandwidth)
+        with contextlib.ExitStack() as stack:
+            self.memories: list[Attached] = []
+            for block in blocks:
+                memory = attach(block, writable=False)
+                stack.callback(memory.close)
+                self.memories.append(memory)
+            self.specs = [
+                BlockSpec(b.name, m.length, b.page_size)
+                for b, m in zip(blocks, self.memories, strict=True)
+            ]
+            self._head = encode_head(machine, self.specs, target_page_bits=target_page_bits)
+            self._names = [core_name(spec.name) for spec in self.specs]
+            self._blocks = [_core_block(spec.length, spec.page_size) for spec in self.specs]
+            sources = {m.identity for m in self.memories if m.identity is not None}
+            self.target = OutputTarget.open(target, DirectIO.OFF, reuse=reuse, sources=sources)
+            stack.callback(self.target.abort)
+            self._encoder = _new_encoder(self.target.fd, stream_offset(target))
+            self._cleanup = stack.pop_all()
+
+    @property
+    def total(self) -> int:
+        """Bytes of guest memory."""
+        return sum(memory.length for memory in self.memories)
+
+    def close(self) -> None:
+        """May be repeated."""
+        self._cleanup.close()
+
+    def run(self) -> SaveReport:
+        """Save in one pass, make the file a snapshot, and close."""
+        with self._cleanup:
+            self.begin()
+            self.write_pages()
+            return self.finish()
+
+    def begin(self) -> None:
+        """Check the space, and write the head without its magic."""
+        self._check_space()
+        self._put(self._encoder, bytes(len(MAGIC)) + self._head[len(MAGIC):])
+
+    def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
+        """One pass over all blocks, or over the pages that ``selections`` has of each.
+
+        A pass that selects nothing writes nothing.
+        """
+        if selections is not None and not any(bitmap.count() for bitmap in selections):
+            return
+        self._pass(self.channels, self._encoder, selections)
+
+    def clean(self) -> int:
+        """Nothing is left of earlier passes that could be read; returns 0."""
+        return 0
+
+    def finish(
+        self, sections: bytes = b"", description: bytes | None = None, *,
+        switchover_start: bool = False,
+    ) -> SaveReport:
+        """Write the end of the stream (device ``sections`` verbatim), then publish."""
+        self._put(self._encoder, encode_end(
+            sections=sections, description=description, switchover_start=switchover_start,
+            page_size=self.specs[0].page_size,
+        ))
+        fault = _new_fault()
+        self._check(
+            _core.lib.qm_encoder_flush(self.channels.core, self._encoder, fault), fault
+        )
+        if self.reuse:
+            self.target.set_size(_core.lib.qm_encoder_position(self._encoder))
+        self._check_cancelled()
+        self.target.publish(MAGIC, self._check_cancelled)
+        return self._report()
+
+    def _check_cancelled(self) -> None:
+        if self.channels.cancelled:
+            raise Cancelled("cancelled")
+
+    def _check_space(self) -> None:
+        """Fail before the first page where the stream cannot fit; count it only if in doubt."""
+        free = self.target.free_bytes()
+        if free is None:
+            return
+        records = sum(spec.length // spec.page_size for spec in self.specs) * _RECORD
+        need = sum(memory.extent_bytes for memory in self.memories) + records
+        if need > free:
+            need = self._count()
+        if need > free:
+            raise NoSpace(
+                f"the stream needs {need >> 20} MiB and {free >> 20} MiB are free",
+                self.target.name,
+            )
+
+    def _count(self) -> int:
+        """Bytes of all records of one pass."""
+        counter = _new_encoder(-1, 0)
+        self._pass(self.channels.sibling("pyqmigrate-count"), counter, None)
+        return int(_core.lib.qm_encoder_position(counter))
+
+    def _pass(
+        self, channels: Channels, encoder: Any, selections: Sequence[Bitmap] | None
+    ) -> None:
+        common = [
+            (encoder, name[0], block, memory.core,
+             selections[n].core if selections else _core.ffi.NULL)
+            for n, (name, block, memory) in enumerate(
+                zip(self._names, self._blocks, self.memories, strict=True)
+            )
+        ]
+
+        def move(channel: Any, item: Range, fault: Any) -> int:
+            return _core.lib.qm_encode_pages(
+                channels.core, channel, *common[item.block], item.first, item.npages, fault
+            )
+
+        self._put(encoder, encode_part_header())
+        _core.lib.qm_encoder_forget_block(encoder)
+        channels.run(
+            (item for n, spec in enumerate(self.specs)
+             for item in cut(n, spec.length // spec.page_size, spec.page_size)),
+            move, self.target.name, [spec.name for spec in self.specs],
+        )
+        self._put(encoder, RAM_EOS)
+
+    def _put(self, encoder: Any, data: bytes) -> None:
+        fault = _new_fault()
+        self._check(
+            _core.lib.qm_encoder_put(self.channels.core, encoder, data, len(data), fault), fault
+        )
+
+    def _check(self, rc: int, fault: Any) -> None:
+        if rc:
+            raise _refused(rc, fault, "cannot write the stream", self.target.name)
+
+    def _report(self) -> SaveReport:
+        totals = self.channels.totals()
+        report = SaveReport(
+            data_pages=totals.data_pages,
+            zero_pages=totals.zero_pages,
+            bytes_written=totals.bytes_moved,
+            bytes_allocated=self.target.allocated_bytes(),
+            file_size=os.fstat(self.target.fd).st_size,
+            seconds=time.monotonic() - self.started,
+            direct_io=False,
+            direct_io_reason=_BUFFERED,
+            channels=self.channels.count,
+            sparse=Sparse.EXACT,
+            unaligned_blocks=(),
+        )
+        logger.info("saved %s: %s", self.target.name, report)
+        return report
+
+
+_RECORD = 8 + 1  # bytes of a record beside its page: the word, and a zero page's filling
+
+
+def _new_encoder(fd: int, at: int) -> Any:
+    encoder = _core.lib.qm_encoder_create(fd, at)
+    if encoder == _core.ffi.NULL:
+        raise MemoryError
+    return _core.ffi.gc(encoder, _core.lib.qm_encoder_destroy)
+
+
+def _new_fault() -> Any:
+    return _core.ffi.new("struct qm_fault *")
+
+
+def _core_block(length: int, page_size: int) -> Any:
+    block = _core.ffi.new("struct qm_block *")
+    block.len, block.page_size = length, page_size
+    return block
+
+
+def _refused(rc: int, fault: Any, what: str, target: str) -> PyqmigrateError:
+    number = -rc
+    if number == errno.ECANCELED:
+        return Cancelled("cancelled")
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(what, target, errno=number, position=fault.at)
+    return TargetError(number, what, target, position=fault.at)
+
+
+@dataclass(frozen=True)
+class SequentialLoadReport(LoadReport):
+    """What a load of a classic stream did, and what else the stream had.
+
+    ``data_pages`` and ``zero_pages`` count records: a page that was saved again is counted again.
+    Pages that no record mentions are zero pages where they were cleared. ``devices`` are the
+    device sections in the order of the stream, as far as it could be walked
+    (``stream.opaque_tail``). ``skipped`` names the blocks that were not loaded: those that the
+    caller left out, and those of an ``x-ignore-shared`` stream without a record.
+    """
+
+    stream: SequentialStream
+    devices: tuple[DeviceSection, ...]
+    skipped: tuple[str, ...]
+
+
+def start_sequential_load(
+    source: InputTarget,
+    memories: Mapping[str, Memory],
+    *,
+    skip_unknown_blocks: bool = False,
+    clear: Clear | str = Clear.ZERO,
+    page_size: int | None = None,
+    max_bandwidth: int = 0,
+) -> Job[SequentialLoadReport]:
+    """Begin to load a classic stream into the memories of its blocks; returns at once.
+
+    source: borrowed; keep it open until the job has ended.
+    memories: a writable buffer or FileMemory for each block, of just its length.
+    skip_unknown_blocks: whether blocks without a memory are read over.
+    clear: whether pages that no record mentions are made zero, or left as they are. A change to a
+        page (XBZRLE) applies to zeros, or to what the memory holds, likewise.
+    page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
+    max_bandwidth: bytes a second; 0 is no limit.
+
+    Reads the head before it returns. Raises SnapshotError for a damaged file, NotSupported for one
+    of another kind, BlockMismatch for memories that do not fit, UsageError, TargetError; the
+    job's result raises these too, GuestMemoryError, Cancelled. What was loaded before a failure
+    stays in the memories.
+    """
+    reader = SequentialReader(
+        source, memories, skip_unknown_blocks=skip_unknown_blocks,
+        clear=choice(Clear, clear, "clear"), page_size=page_size, max_bandwidth=max_bandwidth,
+    )
+    try:
+        return Job(reader.channels, reader.total, reader.run)
+    except BaseException:
+        reader.close()
+        raise
+
+
+class _PolledSource:
+    """The stream's framing; reading it ends when the job is cancelled."""
+
+    def __init__(self, source: InputTarget, channels: Channels) -> None:
+        self._source = source
+        self._channels = channels
+        self.size = source.size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        if self._channels.cancelled:
+            raise Cancelled("cancelled")
+        return self._source.read_at(offset, length)
+
+
+class SequentialReader:
+    """A classic stream being read: its head is parsed on construction, ``run`` does the rest.
+
+    ``blocks``, ``page_size`` and ``total`` (bytes of guest memory to load) hold from the start.
+    """
+
+    def __init__(
+        self,
+        source: InputTarget,
+        memories: Mapping[str, Memory],
+        *,
+        skip_unknown_blocks: bool = False,
+        clear: Clear = Clear.ZERO,
+        page_size: int | None = None,
+        max_bandwidth: int = 0,
+    ) -> None:
+        self.started = time.monotonic()
+        self.source = source
+        self.clear = clear
+        self.channels = Channels(1, "pyqmigrate-load")
+        self.channels.set_rate(max_bandwidth)
+        self._walk = SequentialWalk(
+            _PolledSource(source, self.channels), source.offset, self._read_records,
+            page_size=page_size,
+        )
+        self._walk.read_head()
+        self.blocks = self._walk.blocks
+        self.page_size = self._walk.page_size
+        _match(self.blocks, memories, skip_unknown_blocks)
+        with contextlib.ExitStack() as stack:
+            self._loads: list[tuple[SequentialBlock, Attached, Bitmap]] = []
+            for block in self.blocks:
+                if block.name in memories:
+                    memory = self._attach(block, memories[block.name])
+                    stack.callback(memory.close)
+                    bitmap = Bitmap(block.length // self.page_size)
+                    stack.callback(bitmap.close)
+                    self._loads.append((block, memory, bitmap))
+            self._decoder = self._new_decoder()
+            self._cleanup = stack.pop_all()
+
+    @property
+    def total(self) -> int:
+        """Bytes of guest memory that will be loaded."""
+        return sum(block.length for block, _, _ in self._loads)
+
+    def close(self) -> None:
+        """May be repeated."""
+        self._cleanup.close()
+
+    def run(self) -> SequentialLoadReport:
+        """Read on to the end of the stream, and close."""
+        with self._cleanup:
+            stream = self._walk.stream()
+            return self._report(stream, self._clear_rest(stream), self._read_devices(stream))
+
+    def _attach(self, block: SequentialBlock, memory: Memory) -> Attached:
+        attached = Attached(block.name, memory, writable=True)
+        if attached.length != block.length:
+            attached.close()
+            raise BlockMismatch(
+                f"memory of block {block.name!r} has {attached.length} bytes, "
+                f"the snapshot {block.length}"
+            )
+        return attached
+
+    def _new_decoder(self) -> Any:
+        loads = {block.name: (memory, bitmap) for block, memory, bitmap in self._loads}
+        self._names = [core_name(block.name) for block in self.blocks]
+        self._core_blocks = _core.ffi.new("struct qm_record_block[]", len(self.blocks))
+        for core, block, (name, _) in zip(
+            self._core_blocks, self.blocks, self._names, strict=True
+        ):
+            core.name = name[0]
+            core.len = block.length
+            if block.name in loads:
+                memory, bitmap = loads[block.name]
+                core.memory, core.seen = memory.core, bitmap.core
+        decoder = _core.lib.qm_decoder_create(
+            self._core_blocks, len(self.blocks), self.page_size, self.clear is Clear.ZERO
+        )
+        if decoder == _core.ffi.NULL:
+            raise MemoryError
+        return _core.ffi.gc(decoder, _core.lib.qm_decoder_destroy)
+
+    def _read_records(self, offset: int) -> int:
+        at, fault = _core.ffi.new("int64_t *", offset), _new_fault()
+        rc = _core.lib.qm_decode_file(
+            self.channels.core, self._decoder, self.source.fd, at, self.source.size, fault
+        )
+        if rc < 0:
+            raise self._failure(rc, fault, at[0])
+        return int(at[0])
+
+    def _failure(self, rc: int, fault: Any, at: int) -> PyqmigrateError:
+        if rc == -errno.EBADMSG:
+            return self._malformed()
+        if rc == -errno.ENODATA and not fault.in_memory:
+            return SnapshotError(
+                "the file ends within RAM's pages: it was cut short, or the save did not finish",
+                offset=at,
+            )
+        if fault.in_memory:
+            return failure(rc, fault, self.source.name, self.blocks[fault.block].name)
+        return _refused(rc, fault, "cannot read the stream", self.source.name)
+
+    def _malformed(self) -> PyqmigrateError:
+        error = _core.ffi.new("struct qm_record_error *")
+        _core.lib.qm_decoder_error(self._decoder, error)
+        what, word = error.what, int(error.word)
+        if what == _core.lib.QM_RECORD_COMPRESSED:
+            return NotSupported(
+                f"a compressed page, as QEMU wrote until 9.0 (file offset {error.at:#x})"
+            )
+        block = self.blocks[error.block].name if error.block >= 0 else None
+        if what == _core.lib.QM_RECORD_UNKNOWN:
+            block = bytes(error.name[0 : error.name_len]).decode("utf-8", "surrogateescape")
+        message, field = {
+            _core.lib.QM_RECORD_FLAGS: (f"no page record has the word {word:#x}", "flags"),
+            _core.lib.QM_RECORD_NO_BLOCK: ("a page record continues no block", "name"),
+            _core.lib.QM_RECORD_UNKNOWN: ("a page record of a block that is not listed", "name"),
+            _core.lib.QM_RECORD_OUTSIDE: (
+                f"page at {word & -self.page_size:#x}, outside of its block", "offset"
+            ),
+            _core.lib.QM_RECORD_DELTA: ("the change to a page does not fit it", "xbzrle"),
+        }[what]
+        return SnapshotError(message, offset=int(error.at), block=block, field=field)
+
+    def _clear_rest(self, stream: SequentialStream) -> set[str]:
+        """Zero what no record mentioned; returns the blocks whose content is elsewhere."""
+        elsewhere = set()
+        for block, memory, bitmap in self._loads:
+            if stream.ignore_shared and bitmap.last() < 0:
+                elsewhere.add(block.name)
+            elif self.clear is Clear.ZERO:
+                fault = _new_fault()
+                rc = _core.lib.qm_zero_clear(
+                    self.channels.core, _core_block(block.length, self.page_size), memory.core,
+                    bitmap.core, fault,
+                )
+                if rc:
+                    raise failure(rc, fault, self.source.name, block.name)
+        return elsewhere
+
+    def _read_devices(self, stream: SequentialStream) -> tuple[DeviceSection, ...]:
+        full = [s for s in stream.sections if s.kind is SectionKind.FULL]
+        total = sum(section.body_length for section in full)
+        if total > DEVICE_STATE_MAX:
+            raise NotSupported(
+                f"device state of {total >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are read"
+            )
+        return tuple(
+            DeviceSection(
+                s.name, self.source.read_at(s.body_offset, s.body_length),
+                s.instance_id, s.version_id,
+            )
+            for s in full
+        )
+
+    def _report(
+        self, stream: SequentialStream, elsewhere: set[str], devices: tuple[DeviceSection, ...]
+    ) -> SequentialLoadReport:
+        totals = self.channels.totals()
+        loaded = {block.name for block, _, _ in self._loads} - elsewhere
+        report = SequentialLoadReport(
+            data_pages=totals.data_pages,
+            zero_pages=totals.zero_pages,
+            bytes_read=totals.bytes_moved,
+            seconds=time.monotonic() - self.started,
+            direct_io=False,
+            direct_io_reason=_BUFFERED,
+            channels=self.channels.count,
+            unaligned_blocks=(),
+            stream=stream,
+            devices=devices,
+            skipped=tuple(block.name for block in self.blocks if block.name not in loaded),
+        )
+        logger.info("loaded %s: %d data pages, %d zero pages, %d bytes read", self.source.name,
+                    report.data_pages, report.zero_pages, report.bytes_read)
+        return report
+
+
+def _match(
+    blocks: Sequence[SequentialBlock], memories: Mapping[str, Memory], skip_unknown: bool
+) -> None:
+    names = [block.name for block in blocks]
+    missing = [name for name in names if name not in memories]
+    unknown = [name for name in memories if name not in names]
+    if missing and not skip_unknown:
+        raise BlockMismatch(
+            f"no memory is given for block {missing[0]!r}; the snapshot has {names}"
+        )
+    if unknown:
+        raise BlockMismatch(f"the snapshot has no block {unknown[0]!r}; it has {names}")

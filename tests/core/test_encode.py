@@ -1,0 +1,215 @@
+"""The page records that are made of memory, against a twin in plain Python."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import mmap
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyqmigrate._core import ffi, lib
+from tests.conftest import directory_on_disk
+from tests.core import records
+from tests.core.kernel import (
+    CHUNK,
+    PAGE_SIZES,
+    Bits,
+    Bytes,
+    File,
+    Memory,
+    guest,
+    memfd,
+    new_block,
+    new_channel,
+    new_job,
+    page_bits,
+    to_words,
+    totals,
+)
+from tests.core.records import Name
+from tests.examples import some
+
+NAME = b"pc.ram"
+
+
+@pytest.fixture(scope="module")
+def file() -> Iterator[File]:
+    with directory_on_disk() as directory:
+        opened = File(directory / "stream")
+        yield opened
+        opened.close()
+
+
+def stream(
+    file: File, memory: Memory, length: int, page_size: int, *, at: int = 0,
+    selection: Bits | None = None, job: object = None,
+) -> bytes:
+    """What the encoder writes for one block, in calls of two chunks."""
+    file.fill(b"")
+    job = job or new_job()
+    channel, fault, name = new_channel(), ffi.new("struct qm_fault *"), Name(NAME)
+    encoder = ffi.gc(lib.qm_encoder_create(file.fd, at), lib.qm_encoder_destroy)
+    words = ffi.NULL if selection is None else to_words(selection)
+    block, npages = new_block(length, page_size, 0), length // page_size
+    step = 2 * CHUNK // page_size
+    for first in range(0, npages, step):
+        rc = lib.qm_encode_pages(
+            job, channel, encoder, name.core, block, memory.core, words, first,
+            min(step, npages - first), fault,
+        )
+        assert rc == 0
+    assert lib.qm_encoder_flush(job, encoder, fault) == 0
+    end = lib.qm_encoder_position(encoder)
+    return file.read(at, end - at).tobytes()
+
+
+def expected(memory: Bytes, page_size: int, selection: Bits | None = None) -> bytes:
+    want = np.ones(len(memory) // page_size, dtype=bool) if selection is None else selection
+    return records.encode(memory, page_size, NAME, want, named=False)
+
+
+@some
+@given(
+    page_size=st.sampled_from(PAGE_SIZES), data=st.data(), select=st.booleans(),
+    at=st.integers(0, 5000), shift=st.sampled_from([0, 1, 64]),
+)
+def test_stream_is_that_of_the_twin(
+    file: File, page_size: int, data: st.DataObject, select: bool, at: int, shift: int
+) -> None:
+    npages = data.draw(st.integers(1, 3 * CHUNK // max(page_size, 8192)))
+    memory = guest(data.draw(page_bits(npages)), page_size, shift=shift)
+    selection = data.draw(page_bits(npages)) if select else None
+    got = stream(file, Memory(base=memory), len(memory), page_size, at=at, selection=selection)
+    assert got == expected(memory, page_size, selection)
+
+
+@some
+@given(
+    npages=st.integers(1, 70), first=st.integers(0, 1 << 40), named=st.booleans(),
+    room=st.integers(0, 40000), data=st.data(),
+)
+def test_kernel_stops_before_a_record_that_does_not_fit(
+    npages: int, first: int, named: bool, room: int, data: st.DataObject
+) -> None:
+    page_size = 1024
+    bits, want = data.draw(page_bits(npages)), data.draw(page_bits(npages))
+    memory = guest(bits, page_size)
+    out = ffi.new("unsigned char[]", max(room, 1))
+    name, following, flag = Name(NAME), ffi.new("size_t *"), ffi.new("int *", named)
+    have = lib.qm_encode(
+        name.core, flag, ffi.from_buffer("unsigned char[]", memory), first, 0, npages,
+        page_size, to_words(want), to_words(bits), out, room, following,
+    )
+    done = np.arange(npages) < following[0]
+    whole = records.encode(memory, page_size, NAME, want & done, named)
+    # The twin counts from page 0: put the first page's offset into every word.
+    got = bytes(ffi.buffer(out, have)) if have else b""
+    assert len(got) == len(whole) <= room
+    assert [w - first * page_size for w in words_of(got, named)] == words_of(whole, named)
+    assert flag[0] == (named or have > 0)
+    if following[0] < npages:
+        k = following[0]
+        front = 0 if flag[0] else 1 + len(NAME)
+        assert want[k] and room - have < 8 + front + (page_size if bits[k] else 1)
+
+
+def words_of(data: bytes, named: bool) -> list[int]:
+    """The words of records of 1 KiB pages."""
+    found, at = [], 0
+    while at < len(data):
+        word = int.from_bytes(data[at : at + 8], "big")
+        found.append(word)
+        at += 8 + (0 if word & records.CONTINUE else 1 + data[at + 8])
+        at += 1024 if word & records.PAGE else 1
+    return found
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "unsealed"])
+def test_holes_of_a_file_are_zero_records_and_stay_holes(file: File, sealed: bool) -> None:
+    size = 3 * CHUNK + 8192
+    with memfd(size, fcntl.F_SEAL_SHRINK if sealed else 0) as fd:
+        memory = np.zeros(size, dtype=np.uint8)
+        for at in (4096, CHUNK + 12288, size - 4096):
+            memory[at : at + 4096] = 0x5A
+            os.pwrite(fd, bytes([0x5A]) * 4096, at)
+        allocated = os.fstat(fd).st_blocks
+        with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
+            view = np.frombuffer(mapping, dtype=np.uint8)
+            core = Memory(base=view if sealed else None, fd=fd)
+            assert stream(file, core, size, 4096) == expected(memory, 4096)
+            del core, view
+            gc.collect()
+        assert os.fstat(fd).st_blocks == allocated
+
+
+def test_memory_that_ends_early_is_a_memory_fault(file: File) -> None:
+    with memfd(CHUNK) as fd:
+        fault, name = ffi.new("struct qm_fault *"), Name(NAME)
+        encoder = ffi.gc(lib.qm_encoder_create(file.fd, 0), lib.qm_encoder_destroy)
+        rc = lib.qm_encode_pages(
+            new_job(), new_channel(), encoder, name.core, new_block(2 * CHUNK, 4096, 0),
+            Memory(fd=fd).core, ffi.NULL, 0, 2 * CHUNK // 4096, fault,
+        )
+        assert rc == -14
+        assert fault.in_memory == 1
+        assert fault.at == CHUNK
+
+
+def test_counts_are_those_of_the_selected_pages(file: File) -> None:
+    bits = np.arange(100) % 3 == 0
+    selection = np.arange(100) < 50
+    job = new_job()
+    memory = guest(bits, 4096)
+    got = stream(file, Memory(base=memory), len(memory), 4096, selection=selection, job=job)
+    counted = totals(job)
+    assert (counted.data_pages, counted.zero_pages) == (17, 33)
+    assert counted.bytes_done == 50 * 4096
+    assert counted.bytes_moved == len(got)
+
+
+def test_writes_are_of_a_mebibyte_or_more(file: File) -> None:
+    job = new_job()
+    memory = guest(np.ones(8192, dtype=bool), 4096)
+    got = stream(file, Memory(base=memory), len(memory), 4096, job=job)
+    assert totals(job).calls <= len(got) // (1 << 20) + 1
+
+
+def test_cancelled_job_writes_no_more(file: File) -> None:
+    file.fill(b"")
+    job, fault, name = new_job(), ffi.new("struct qm_fault *"), Name(NAME)
+    lib.qm_job_cancel(job)
+    encoder = ffi.gc(lib.qm_encoder_create(file.fd, 0), lib.qm_encoder_destroy)
+    memory = guest(np.ones(10, dtype=bool), 4096)
+    rc = lib.qm_encode_pages(
+        job, new_channel(), encoder, name.core, new_block(len(memory), 4096, 0),
+        Memory(base=memory).core, ffi.NULL, 0, 10, fault,
+    )
+    assert rc == -125
+    assert lib.qm_encoder_put(job, encoder, b"x", 1, fault) == 0
+    assert lib.qm_encoder_flush(job, encoder, fault) == -125
+    assert os.fstat(file.fd).st_size == 0
+
+
+def test_block_is_named_again_when_it_was_forgotten(file: File) -> None:
+    file.fill(b"")
+    job, fault, name = new_job(), ffi.new("struct qm_fault *"), Name(NAME)
+    encoder = ffi.gc(lib.qm_encoder_create(file.fd, 0), lib.qm_encoder_destroy)
+    memory = guest(np.ones(1, dtype=bool), 1024)
+    arguments = (name.core, new_block(1024, 1024, 0), Memory(base=memory))
+    for _ in range(2):
+        for _ in range(2):
+            rc = lib.qm_encode_pages(
+                job, new_channel(), encoder, *arguments[:2], arguments[2].core, ffi.NULL, 0, 1,
+                fault,
+            )
+            assert rc == 0
+        lib.qm_encoder_forget_block(encoder)
+    lib.qm_encoder_flush(job, encoder, fault)
+    one = [records.encode(memory, 1024, NAME, np.ones(1, dtype=bool), n) for n in (False, True)]
+    assert file.read(0, 10000).tobytes() == (one[0] + one[1]) * 2

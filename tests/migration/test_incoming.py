@@ -1,0 +1,159 @@
+"""Incoming migrations: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate import RamBlock, UsageError
+from pyqmigrate.format.address import parse_uri
+from pyqmigrate.format.devices import DeviceSection
+from pyqmigrate.migration import Guest, Migration
+from pyqmigrate.options import Policy
+from pyqmigrate.status import RunState, Status
+from tests.migration.test_outgoing import LENGTH, Recorder, memory
+
+KINDS = [{"mapped-ram": True}, {"mapped-ram": True, "multifd": True}, {}]
+
+
+class WithDevices(Guest):
+    def __init__(self, devices: Sequence[DeviceSection] = ()) -> None:
+        self.devices = devices
+        self.got: list[DeviceSection] = []
+        self.running = False
+
+    def save_devices(self) -> Sequence[DeviceSection]:
+        return self.devices
+
+    def load_devices(self, devices: Sequence[DeviceSection]) -> None:
+        self.got = list(devices)
+
+    def cont(self) -> None:
+        self.running = True
+
+
+def save(path: Path, kind: dict[str, bool], **options: object) -> mmap.mmap:
+    ram = memory()
+    source = Migration([RamBlock("pc.ram", ram)], **options)  # type: ignore[arg-type]
+    source.set_capabilities(kind)
+    source.migrate(parse_uri(f"file:{path}"))
+    info = source.wait(60)
+    assert info.status is Status.COMPLETED, info
+    return ram
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "classic"])
+def test_memory_and_devices_come_back_in_order(disk: Path, kind: dict[str, bool]) -> None:
+    devices = [
+        DeviceSection("cpu", b"\x00\x7e\x00\x00\x00\x02" * 9, 1, 12),
+        DeviceSection("clock", b"", 0, 1),
+        DeviceSection("cpu", b"second", 2, 12),
+    ]
+    ram = save(disk / "snap", kind, guest=WithDevices(devices))
+    target, guest = bytearray(b"\xff" * LENGTH), WithDevices()
+    incoming = Migration([RamBlock("pc.ram", target)], guest=guest, incoming=True)
+    incoming.set_capabilities(kind)
+    recorder = Recorder(incoming)
+    incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"))
+    assert incoming.wait(60).status is Status.COMPLETED, incoming.query()
+    assert bytes(target) == ram[:]
+    assert [device for device in guest.got if device.name != "globalstate"] == devices
+    assert guest.running
+    assert incoming.run_state is RunState.RUNNING
+    assert recorder.seen == ["setup", "active", "RESUME", "completed"]
+
+
+@pytest.mark.parametrize("stored", [RunState.PAUSED, RunState.PRELAUNCH])
+def test_a_guest_that_was_stopped_stays_so(disk: Path, stored: RunState) -> None:
+    save(disk / "snap", {"mapped-ram": True}, run_state=stored)
+    guest = WithDevices()
+    incoming = Migration([RamBlock("pc.ram", bytearray(LENGTH))], guest=guest, incoming=True)
+    incoming.set_capabilities({"mapped-ram": True})
+    incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"))
+    incoming.wait(60)
+    assert incoming.run_state is stored
+    assert not guest.running
+
+
+def test_a_guest_that_is_not_to_start_is_paused(disk: Path) -> None:
+    save(disk / "snap", {"mapped-ram": True})
+    incoming = Migration(
+        [RamBlock("pc.ram", bytearray(LENGTH))], incoming=True, autostart=False
+    )
+    incoming.set_capabilities({"mapped-ram": True})
+    incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"))
+    incoming.wait(60)
+    assert incoming.run_state is RunState.PAUSED
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_stream_of_the_other_kind_fails(disk: Path, on: bool) -> None:
+    save(disk / "snap", {"mapped-ram": not on})
+    incoming = Migration([RamBlock("pc.ram", bytearray(LENGTH))], incoming=True)
+    incoming.set_capabilities({"mapped-ram": on})
+    incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"), exit_on_error=False)
+    info = incoming.wait(60)
+    assert info.status is Status.FAILED
+    assert f"Capability mapped-ram is {'on' if on else 'off'}" in info.error
+    assert incoming.run_state is RunState.INMIGRATE
+
+
+def test_a_damaged_stream_ends_the_program_only_where_that_was_asked(disk: Path) -> None:
+    (disk / "junk").write_bytes(b"junk" * 4096)
+    for exit_on_error in (True, False):
+        ended: list[bool] = []
+        incoming = Migration(
+            [RamBlock("pc.ram", bytearray(LENGTH))], incoming=True,
+            on_exit=lambda ended=ended: ended.append(True),  # type: ignore[misc]
+        )
+        incoming.set_capabilities({"mapped-ram": True})
+        incoming.migrate_incoming(parse_uri(f"file:{disk}/junk"), exit_on_error=exit_on_error)
+        assert incoming.wait(60).status is Status.FAILED
+        incoming.close()
+        assert bool(ended) == exit_on_error
+
+
+def test_a_failed_open_may_be_tried_again_and_in_compat_may_not(disk: Path) -> None:
+    save(disk / "snap", {"mapped-ram": True})
+    for policy in Policy:
+        incoming = Migration(
+            [RamBlock("pc.ram", bytearray(LENGTH))], incoming=True, policy=policy
+        )
+        incoming.set_capabilities({"mapped-ram": True})
+        with pytest.raises(OSError, match="Could not open '/nonexistent': No such file"):
+            incoming.migrate_incoming(parse_uri("file:/nonexistent"))
+        if policy is Policy.COMPAT:
+            with pytest.raises(UsageError, match="Illegal migration incoming state: setup"):
+                incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"))
+        else:
+            incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"))
+            assert incoming.wait(60).status is Status.COMPLETED
+
+
+def test_it_is_accepted_once_and_only_when_waited_for(disk: Path) -> None:
+    save(disk / "snap", {"mapped-ram": True})
+    address = parse_uri(f"file:{disk}/snap")
+    with pytest.raises(UsageError, match="'-incoming' was not specified"):
+        Migration([RamBlock("pc.ram", bytearray(LENGTH))]).migrate_incoming(address)
+    incoming = Migration([RamBlock("pc.ram", bytearray(LENGTH))], incoming=True)
+    incoming.set_capabilities({"mapped-ram": True})
+    with pytest.raises(UsageError, match="Guest is waiting for an incoming migration"):
+        incoming.migrate(address)
+    incoming.migrate_incoming(address)
+    incoming.wait(60)
+    with pytest.raises(UsageError, match="already been started"):
+        incoming.migrate_incoming(address)
+
+
+def test_a_block_that_the_stream_lacks_fails_the_load(disk: Path) -> None:
+    save(disk / "snap", {"mapped-ram": True})
+    blocks = [RamBlock("pc.ram", bytearray(LENGTH)), RamBlock("vga.vram", bytearray(4096))]
+    incoming = Migration(blocks, incoming=True)
+    incoming.set_capabilities({"mapped-ram": True})
+    incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"), exit_on_error=False)
+    info = incoming.wait(60)
+    assert info.status is Status.FAILED
+    assert "vga.vram" in info.error

@@ -1,0 +1,177 @@
+"""``pyqmigrate serve`` as a process, driven by the client library that managers use.
+
+    with Driver() as driver, GuestRam(64 << 20) as ram, Serve(driver, ram) as server:
+        server.execute("migrate", {"uri": f"file:{path}"})
+        server.wait()
+
+It has the methods of :class:`tests.qemu.machine.Qemu` that a scenario needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from tests.monitor.harness import RawClient
+from tests.qemu.machine import GuestRam, MigrationFailed
+from tests.qemu.qmp import QmpError
+
+__all__ = ["Driver", "Serve"]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STEPS = ROOT / "tests" / "monitor" / "step_driver.py"
+TERMINAL = ["completed", "failed", "cancelled"]
+
+
+class Driver:
+    """The client library in a program of its own; one serves any number of servers."""
+
+    def __init__(self) -> None:
+        self._names = itertools.count()
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with there:
+            self.process = subprocess.Popen([sys.executable, "-P", str(STEPS)], stdin=there)
+        self._steps = here
+        here.settimeout(90)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._steps.close()
+        self.process.kill()
+        self.process.wait()
+
+    def connect(self, path: Path) -> str:
+        """A new client of the server at ``path``; its name."""
+        name = str(next(self._names))
+        self.take({"connect": name, "socket": str(path)})
+        return name
+
+    def take(self, step: dict[str, Any], *fds: int) -> dict[str, Any]:
+        socket.send_fds(self._steps, [json.dumps(step).encode()], fds)
+        answer: dict[str, Any] = json.loads(self._steps.recv(1 << 20))
+        if "broken" in answer:
+            raise ConnectionError(answer["broken"])
+        return answer
+
+
+class Serve:
+    """One ``pyqmigrate serve`` in front of ``ram``, and a client connected to it."""
+
+    def __init__(
+        self, driver: Driver, ram: GuestRam, *, machine: str = "pc-i440fx-10.0",
+        incoming: bool = False, compat: bool = False, block: str = "pc.ram",
+    ) -> None:  # fmt: skip
+        self._driver = driver
+        self.machine = machine
+        self.events: list[dict[str, Any]] = []
+        self._directory = tempfile.TemporaryDirectory(prefix="serve-")
+        self.socket = Path(self._directory.name) / "qmp.sock"
+        self._stderr = Path(self._directory.name) / "stderr"
+        self._clients: list[str] = []
+        command = [
+            sys.executable, "-m", "pyqmigrate", "serve", "--qmp", f"unix:{self.socket}",
+            "--ram", f"{block}=/proc/self/fd/{ram.fd}", "--machine", machine,
+            *(["--incoming", "defer"] if incoming else []),
+            *(["--compat"] if compat else []),
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        with self._stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+                pass_fds=[ram.fd], env=environment,
+            )  # fmt: skip
+        try:
+            self._client = self._connect(time.monotonic() + 30)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for client in self._clients:
+            with contextlib.suppress(ConnectionError):
+                self._driver.take({"close": client})
+        self.process.kill()
+        self.process.wait()
+        self._directory.cleanup()
+
+    def client(self) -> str:
+        """One more client, for ``execute``."""
+        self._clients.append(self._driver.connect(self.socket))
+        return self._clients[-1]
+
+    def disconnect(self) -> None:
+        """Hang up and connect anew."""
+        self._driver.take({"close": self._client})
+        self._clients.remove(self._client)
+        self._client = self.client()
+
+    def raw(self) -> RawClient:
+        """A client that says exactly what it is told."""
+        return RawClient(self.socket)
+
+    def execute(
+        self, command: str, arguments: dict[str, Any] | None = None, *, fd: int | None = None,
+        client: str | None = None, wait: list[str] | None = None,
+    ) -> Any:  # fmt: skip
+        step = {"client": client or self._client, "execute": command}
+        if arguments is not None:
+            step["arguments"] = arguments
+        if wait is not None:
+            step["wait"] = wait
+        answer = self._driver.take(step, *([] if fd is None else [fd]))
+        if client is None:
+            self.events += answer["events"]
+        if "error" in answer:
+            raise QmpError(command, answer["error"])
+        return answer["return"]
+
+    def set_capabilities(self, wanted: dict[str, bool]) -> None:
+        states = [{"capability": name, "state": on} for name, on in wanted.items()]
+        self.execute("migrate-set-capabilities", {"capabilities": states})
+
+    def wait(self, limit: float = 60) -> dict[str, Any]:
+        """Waits for the end of a migration, whichever it is; returns ``query-migrate``."""
+        deadline = time.monotonic() + limit
+        while True:
+            result: dict[str, Any] = self.execute("query-migrate")
+            if result.get("status") in TERMINAL:
+                return result
+            if time.monotonic() > deadline:
+                raise MigrationFailed(result, self.stderr())
+            time.sleep(0.005)
+
+    def descriptors(self) -> int:
+        """How many descriptors the server has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def end(self, number: signal.Signals, limit: float = 20) -> int:
+        """Sends a signal and waits for the end; the exit status as Popen has it."""
+        self.process.send_signal(number)
+        return self.process.wait(limit)
+
+    def stderr(self) -> str:
+        return self._stderr.read_text(errors="replace")
+
+    def _connect(self, deadline: float) -> str:
+        while True:
+            if self.socket.exists():
+                with contextlib.suppress(ConnectionError):
+                    return self.client()
+            assert self.process.poll() is None, self.stderr()
+            assert time.monotonic() < deadline, self.stderr()
+            time.sleep(0.02)

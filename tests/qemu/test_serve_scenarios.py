@@ -1,0 +1,208 @@
+"""QEMU's own file migration scenarios, with our server saving, loading, or both.
+
+The names, capabilities, parameters, URIs and descriptors are those of QEMU's migration tests;
+RAM is compared every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bench.contents import Contents, fill
+from tests.qemu.machine import GuestRam, Qemu
+from tests.qemu.qmp import QmpError
+from tests.qemu.serve import Driver, Serve
+
+pytestmark = pytest.mark.qemu
+
+RAM = 32 << 20
+HEADER = b"X" * 0x1000
+MAGIC = b"QEVM"
+W, R, D = os.O_WRONLY, os.O_RDONLY, os.O_DIRECT
+FDSET = "file:/dev/fdset/1,offset=4096"
+MAPPED = ("mapped-ram",)
+MULTIFD = ("mapped-ram", "multifd")
+FOUR = {"multifd-channels": 4}
+DIRECT = {**FOUR, "direct-io": True}
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    stop: bool
+    capabilities: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, object], ...] = ()
+    uri: str = "file:{file}"
+    lent: tuple[int, ...] = ()  # flags of the saver's descriptors beyond its access mode
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ROWS = [
+    Row("file", True),
+    Row("file/offset", False, uri="file:{file},offset=4096"),
+    Row("file/offset/fdset", False, uri=FDSET, lent=(0,)),
+    Row("file/mapped-ram", True, MAPPED),
+    Row("file/mapped-ram/live", False, MAPPED),
+    Row("multifd/file/mapped-ram", True, MULTIFD, tuple(FOUR.items())),
+    Row("multifd/file/mapped-ram/live", False, MULTIFD, tuple(FOUR.items())),
+    Row("multifd/file/mapped-ram/dio", True, MULTIFD, tuple(DIRECT.items())),
+    Row("multifd/file/mapped-ram/fdset", True, MULTIFD, tuple(FOUR.items()), FDSET, (0, 0)),
+    Row("multifd/file/mapped-ram/fdset/dio", True, MULTIFD, tuple(DIRECT.items()), FDSET, (0, D)),
+    Row("fd/file", True, uri="fd:there", lent=(0,)),
+]
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    with Driver() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def machine_type() -> str:
+    with GuestRam(RAM) as ram, Qemu(ram) as vm:
+        return vm.machine_name()
+
+
+def configure(end: Qemu | Serve, row: Row) -> None:
+    end.set_capabilities({"events": True, **dict.fromkeys(row.capabilities, True)})
+    end.execute("migrate-set-parameters", {"max-bandwidth": 0, **dict(row.parameters)})
+
+
+def lend(end: Qemu | Serve, row: Row, path: Path, access: int) -> str:
+    """Hands in the descriptors of a row, each a separate open; its URI."""
+    for flags in row.lent:
+        fd = os.open(path, access | flags | os.O_CREAT, 0o600)
+        try:
+            if row.uri.startswith("fd:"):
+                end.execute("getfd", {"fdname": "there"}, fd=fd)
+            else:
+                assert end.execute("add-fd", {"fdset-id": 1}, fd=fd)["fdset-id"] == 1
+        finally:
+            os.close(fd)
+    return row.uri.format(file=path)
+
+
+def save(end: Qemu | Serve, row: Row, path: Path) -> None:
+    configure(end, row)
+    if "offset" in row.uri:
+        path.write_bytes(HEADER)
+    uri = lend(end, row, path, W)
+    if row.stop:
+        end.execute("stop")
+    end.execute("migrate", {"uri": uri})
+    result = end.wait()
+    assert result["status"] == "completed", result
+    assert end.execute("query-status")["status"] == "postmigrate"
+    take_back(end, row)
+    with path.open("rb") as file:
+        if "offset" in row.uri:
+            assert file.read(len(HEADER)) == HEADER
+        assert file.read(len(MAGIC)) == MAGIC
+
+
+def load(end: Qemu | Serve, row: Row, path: Path) -> None:
+    configure(end, row)
+    uri = lend(end, row, path, R)
+    end.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
+    result = end.wait()
+    assert result == {"status": "completed"}
+    take_back(end, row)
+
+
+def take_back(end: Qemu | Serve, row: Row) -> None:
+    if "fdset" in row.uri:
+        end.execute("remove-fd", {"fdset-id": 1})
+        assert end.execute("query-fdsets") == []
+
+
+def same(one: GuestRam, other: GuestRam) -> bool:
+    """Compares without a copy, and without a diff that pytest would make of 32 MiB."""
+    with memoryview(one.memory) as a, memoryview(other.memory) as b:
+        step = 1 << 20
+        return all(a[at : at + step] == b[at : at + step] for at in range(0, RAM, step))
+
+
+def occupied(ram: GuestRam) -> None:
+    """Memory that a load has to overwrite, zero pages too."""
+    ram.memory[:] = b"\xa5" * RAM
+
+
+@pytest.mark.parametrize("policy", ["strict", "compat"])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_serve_loads_what_serve_saved(
+    driver: Driver, machine_type: str, disk: Path, row: Row, policy: str
+) -> None:
+    path, compat = disk / "state", policy == "compat"
+    with GuestRam(RAM) as source, GuestRam(RAM) as destination:
+        fill(source.memory, Contents.SPECKLED)
+        occupied(destination)
+        with Serve(driver, source, machine=machine_type, compat=compat) as saver:
+            save(saver, row, path)
+            statuses = [e["data"]["status"] for e in saver.events if e["event"] == "MIGRATION"]
+            assert statuses == ["setup", "active", "device", "completed"]
+        with Serve(driver, destination, machine=machine_type, compat=compat, incoming=True) as end:
+            load(end, row, path)
+            state = "paused" if row.stop else "running"
+            assert end.execute("query-status")["status"] == state
+            end.execute("cont")
+            assert end.execute("query-status") == {"status": "running", "running": True}
+        assert same(source, destination)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_serve_loads_what_qemu_saved(driver: Driver, disk: Path, row: Row) -> None:
+    path = disk / "state"
+    with GuestRam(RAM) as source, GuestRam(RAM) as destination:
+        fill(source.memory, Contents.SPECKLED)  # before it runs: its firmware lives there as well
+        occupied(destination)
+        with Qemu(source, run=not row.stop) as vm:
+            machine_type = vm.machine_name()
+            save(vm, row, path)
+        with Serve(driver, destination, machine=machine_type, incoming=True) as end:
+            load(end, row, path)
+        assert same(source, destination)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_qemu_loads_what_serve_saved(
+    driver: Driver, machine_type: str, disk: Path, row: Row
+) -> None:
+    path = disk / "state"
+    with GuestRam(RAM) as source, GuestRam(RAM) as destination:
+        fill(source.memory, Contents.SPECKLED)
+        with Serve(driver, source, machine=machine_type) as saver:
+            save(saver, row, path)
+        with Qemu(destination, incoming=True) as vm:
+            load(vm, row, path)
+            assert vm.execute("query-status")["status"] == "paused"
+        assert same(source, destination)
+
+
+def test_a_bad_offset_is_an_error_of_migrate_and_changes_nothing(
+    driver: Driver, disk: Path
+) -> None:
+    path = disk / "state"
+    replies = []
+    with GuestRam(RAM) as ram, contextlib.ExitStack() as stack:
+        ends = [
+            stack.enter_context(Qemu(ram)),
+            stack.enter_context(Serve(driver, ram, compat=True)),
+            stack.enter_context(Serve(driver, ram)),
+        ]
+        for end in ends:
+            with pytest.raises(QmpError) as refused:
+                end.execute("migrate", {"uri": f"file:{path},offset=0x20M"})
+            replies.append((refused.value.error_class, refused.value.desc))
+            assert end.execute("query-migrate") == {}
+    assert replies[0] == replies[1] == replies[2]
+    assert "bad offset" in replies[0][1]
+    assert not path.exists()
