@@ -22,6 +22,9 @@ from pyqmigrate.errors import (
     NoSpace,
     NotSupported,
     PyqmigrateError,
+    QemuError,
+    QemuGone,
+    QemuRefused,
     SnapshotError,
     TargetError,
     UsageError,
@@ -29,7 +32,7 @@ from pyqmigrate.errors import (
 from pyqmigrate.fdset import FdsetError, FdSets
 from pyqmigrate.format.devices import DeviceSection
 from pyqmigrate.io.channels import Job, Progress
-from pyqmigrate.io.memory import FileMemory, RamBlock
+from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.migration import Guest, Migration
@@ -42,6 +45,7 @@ __all__ = [
     "Snapshot",
     "RamBlock",
     "FileMemory",
+    "ProcessMemory",
     "Descriptors",
     "start_save",
     "start_load",
@@ -68,6 +72,9 @@ __all__ = [
     "NoSpace",
     "DirectIORefused",
     "GuestMemoryError",
+    "QemuError",
+    "QemuRefused",
+    "QemuGone",
     "NotSupported",
     "Cancelled",
     "JobTimeout",

@@ -12,6 +12,9 @@ keep working::
     |   |-- NoSpace                      the file system is full, or would be
     |   `-- DirectIORefused              direct I/O was demanded and cannot be had here
     |-- GuestMemoryError (OSError)       guest memory went away or cannot be reached
+    |-- QemuError        (RuntimeError)  a QEMU did not do what it was asked
+    |   |-- QemuRefused                  it answered a command with an error
+    |   `-- QemuGone                     it ended, or hung up
     |-- NotSupported     (NotImplementedError)   well-formed, but not something we can do
     |-- Cancelled        (RuntimeError)  the job was cancelled
     `-- JobTimeout       (TimeoutError)  the job is still running
@@ -31,6 +34,9 @@ __all__ = [
     "NoSpace",
     "NotSupported",
     "PyqmigrateError",
+    "QemuError",
+    "QemuGone",
+    "QemuRefused",
     "SnapshotError",
     "TargetError",
     "UsageError",
@@ -119,6 +125,27 @@ class GuestMemoryError(PyqmigrateError, OSError):
         name = "" if block is None else f" of block {block!r}"
         super().__init__(errno, f"{what}{name}: {os.strerror(errno)}")
         self.block = block
+
+
+class QemuError(PyqmigrateError, RuntimeError):
+    """A QEMU did not start, did not answer, or failed at what it was asked."""
+
+
+class QemuRefused(QemuError):
+    """QEMU answered a command with an error.
+
+    ``command`` is the QMP command, ``desc`` and ``error_class`` are QEMU's own words.
+    """
+
+    def __init__(self, command: str, desc: str, error_class: str = "GenericError") -> None:
+        super().__init__(f"QEMU refused {command}: {desc}")
+        self.command = command
+        self.desc = desc
+        self.error_class = error_class
+
+
+class QemuGone(QemuError):
+    """QEMU ended or was killed, or hung up its monitor."""
 
 
 class NotSupported(PyqmigrateError, NotImplementedError):

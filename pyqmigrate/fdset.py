@@ -54,11 +54,12 @@ _ID_MAX = 2**63 - 1
 class FdsetError(PyqmigrateError, OSError):
     """A set or a member is not there, or does not serve; ``errno`` says which kind of refusal.
 
-    The text is QEMU's and has no errno in front.
+    The text is QEMU's and has no errno in front. ``flags`` are those that an open asked for.
     """
 
-    def __init__(self, errno: int, text: str) -> None:
+    def __init__(self, errno: int, text: str, flags: int = 0) -> None:
         super().__init__(errno, text)
+        self.flags = flags
 
     def __str__(self) -> str:
         return str(self.strerror)
@@ -181,14 +182,14 @@ class FdSets:
             number = fdset_number(name)
             entry = self._sets.get(number)
             if entry is None:
-                raise FdsetError(errno.ENOENT, f"Failed to find fdset {PREFIX}{number}")
+                raise FdsetError(errno.ENOENT, f"Failed to find fdset {PREFIX}{number}", wanted)
             fd = _matching_member(entry, wanted)
             try:
                 duplicate = _duplicate(fd, wanted)
             except OSError as refused:
                 raise FdsetError(
                     refused.errno or errno.EINVAL,
-                    f"Failed to dup() given file descriptor fd={fd}",
+                    f"Failed to dup() given file descriptor fd={fd}", wanted,
                 ) from refused
             file = FdsetFile(self, number, duplicate, name)
             entry.loans.add(file)
@@ -322,12 +323,12 @@ def _matching_member(entry: _Set, wanted: int) -> int:
         except OSError as refused:
             raise FdsetError(
                 refused.errno or errno.EBADF,
-                f"Failed to read file status flags for fd={member.fd}",
+                f"Failed to read file status flags for fd={member.fd}", wanted,
             ) from refused
         if flags & _MATCH == wanted & _MATCH:
             return member.fd
     raise FdsetError(
-        errno.EACCES, f"Failed to find file descriptor with matching flags={wanted:#x}"
+        errno.EACCES, f"Failed to find file descriptor with matching flags={wanted:#x}", wanted
     )
 
 

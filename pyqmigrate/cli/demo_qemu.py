@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pyqmigrate.cli.exit_codes import QemuFailed
+from pyqmigrate.errors import QemuError
 
 __all__ = ["BLOCK", "Qemu", "find_qemu", "load"]
 
@@ -69,7 +69,7 @@ def load(
 ) -> float:
     """Have QEMU load ``snapshot`` into ``memory_fd``, a file of ``size`` bytes; returns seconds.
 
-    ``direct_io`` only where the file system can: QEMU may die of it elsewhere. Raises QemuFailed.
+    ``direct_io`` only where the file system can: QEMU may die of it elsewhere. Raises QemuError.
     """
     newer = qemu.version >= _DIRECT_IO
     with _running(qemu, memory_fd, size, snapshot.parent) as monitor:
@@ -91,7 +91,7 @@ def load(
             if status == "completed":
                 return time.monotonic() - started
             if status in ("failed", "cancelled"):
-                raise QemuFailed(
+                raise QemuError(
                     f"{qemu} refused the snapshot: {answer.get('error-desc', status)}; "
                     f"{monitor.last_words()}"
                 )
@@ -119,7 +119,7 @@ def _running(qemu: Qemu, memory_fd: int, size: int, directory: Path) -> Iterator
                     )
                     started.callback(_end, process)
             except OSError as error:
-                raise QemuFailed(f"{qemu} does not start: {error}") from error
+                raise QemuError(f"{qemu} does not start: {error}") from error
         yield _Monitor(str(qemu), ours, process, stderr)
 
 
@@ -139,7 +139,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 class _Monitor:
-    """A QMP session: one command, one answer. Every failure is a QemuFailed."""
+    """A QMP session: one command, one answer. Every failure is a QemuError."""
 
     def __init__(
         self, name: str, connection: socket.socket, process: subprocess.Popen[bytes],
@@ -152,7 +152,7 @@ class _Monitor:
         self._received = b""
         self._socket.settimeout(_ANSWER)
         if "QMP" not in self._message():
-            raise QemuFailed(f"{name} does not greet as QEMU does")
+            raise QemuError(f"{name} does not greet as QEMU does")
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class _Monitor:
         while True:
             message = self._message()
             if "error" in message:
-                raise QemuFailed(f"{self._name} refused {command}: {message['error'].get('desc')}")
+                raise QemuError(f"{self._name} refused {command}: {message['error'].get('desc')}")
             if "return" in message:
                 answer: dict[str, Any] = message["return"]
                 return answer
@@ -181,15 +181,15 @@ class _Monitor:
         except OSError as error:
             raise self._gone() from error
         except ValueError as error:
-            raise QemuFailed(f"{self._name} does not speak QMP: {line[:80]!r}") from error
+            raise QemuError(f"{self._name} does not speak QMP: {line[:80]!r}") from error
         return message
 
-    def _gone(self) -> QemuFailed:
+    def _gone(self) -> QemuError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         code = self._process.returncode
         how = f"did not answer within {_ANSWER:.0f} s" if code is None else f"ended with {code}"
-        return QemuFailed(f"{self._name} {how}; {self.last_words()}")
+        return QemuError(f"{self._name} {how}; {self.last_words()}")
 
     def last_words(self) -> str:
         """What QEMU printed last."""

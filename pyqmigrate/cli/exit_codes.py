@@ -9,11 +9,12 @@ from pyqmigrate.errors import (
     GuestMemoryError,
     NotSupported,
     PyqmigrateError,
+    QemuError,
     SnapshotError,
     UsageError,
 )
 
-__all__ = ["ExitCode", "QemuFailed", "exit_code"]
+__all__ = ["ExitCode", "exit_code"]
 
 
 class ExitCode(enum.IntEnum):
@@ -28,15 +29,11 @@ class ExitCode(enum.IntEnum):
     INTERRUPTED = 130
 
 
-class QemuFailed(PyqmigrateError, RuntimeError):
-    """QEMU did not start, died, or refused what it was asked."""
-
-
 _CODES: tuple[tuple[type[BaseException], ExitCode], ...] = (
     (SnapshotError, ExitCode.BAD),
     (UsageError, ExitCode.USAGE),
     (GuestMemoryError, ExitCode.GUEST),
-    (QemuFailed, ExitCode.GUEST),
+    (QemuError, ExitCode.GUEST),
     (NotSupported, ExitCode.NOT_SUPPORTED),
     (Cancelled, ExitCode.INTERRUPTED),
     (KeyboardInterrupt, ExitCode.INTERRUPTED),

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 
 from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError
-from pyqmigrate.fdset import FdSets, is_fdset_name
-from pyqmigrate.format.address import Address, Transport
+from pyqmigrate.fdset import FdSets
+from pyqmigrate.fdset_rules import Direction
+from pyqmigrate.format.address import Address
 from pyqmigrate.format.devices import DeviceSection
 from pyqmigrate.format.elements import Section, SectionKind
 from pyqmigrate.format.stream import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
-from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
+from pyqmigrate.io.target import DirectIO, InputTarget
 from pyqmigrate.load import LoadReport, start_load
-from pyqmigrate.migration.outgoing import TakeFd
+from pyqmigrate.migration.opening import TakeFd, target_of
 from pyqmigrate.options import Capabilities, Parameters, Policy
 from pyqmigrate.options.rules import effective_direct_io
 from pyqmigrate.sequential import start_sequential_load
@@ -48,35 +48,13 @@ class Source:
         self._parameters = parameters
         self._direct = effective_direct_io(capabilities, parameters)
         with contextlib.ExitStack() as stack:
-            target = self._target(address, policy, fdsets, take_fd, stack)
+            target = target_of(
+                address, Direction.LOAD, direct_io=self._direct, policy=policy, fdsets=fdsets,
+                take_fd=take_fd, resources=stack,
+            )
             self._input = InputTarget(target)
             stack.callback(self._input.close)
             self._resources = stack.pop_all()
-
-    def _target(
-        self, address: Address, policy: Policy, fdsets: FdSets, take_fd: TakeFd,
-        stack: contextlib.ExitStack,
-    ) -> str | Descriptors:
-        if address.transport is Transport.FD:
-            fd = take_fd(address.path)
-            stack.callback(os.close, fd)
-            return Descriptors(fd, offset=os.lseek(fd, 0, os.SEEK_CUR))
-        if address.transport is not Transport.FILE:
-            raise NotSupported(
-                f"migration over {address.transport} is not possible here, only files"
-            )
-        if not is_fdset_name(address.path):
-            return f"file:{address.path},offset={address.offset}"
-        plain = stack.enter_context(fdsets.open(address.path, os.O_RDONLY)).fileno()
-        direct = None
-        if self._direct:
-            direct = stack.enter_context(
-                fdsets.open(address.path, os.O_RDONLY | os.O_DIRECT)
-            ).fileno()
-        offset = address.offset
-        if offset == 0 and policy is Policy.COMPAT:
-            offset = os.lseek(plain, 0, os.SEEK_CUR)
-        return Descriptors(plain, direct, offset)
 
     def load(self, blocks: Sequence[RamBlock]) -> tuple[list[DeviceSection], LoadReport]:
         """Load the blocks and return the devices' sections, in the order of the stream.
@@ -99,9 +77,7 @@ class Source:
         self, memories: Mapping[str, Memory]
     ) -> tuple[list[DeviceSection], LoadReport]:
         try:
-            job = start_sequential_load(
-                self._input, memories, skip_unknown_blocks=True,
-            )
+            job = start_sequential_load(self._input, memories, skip_unknown_blocks=True)
         except NotSupported as error:
             raise SnapshotError(
                 "Capability mapped-ram is off, but received capability is on"

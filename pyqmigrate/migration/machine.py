@@ -18,7 +18,8 @@ from pyqmigrate.io.memory import RamBlock, attach
 from pyqmigrate.log import logger
 from pyqmigrate.migration.guest import Guest
 from pyqmigrate.migration.incoming import Source
-from pyqmigrate.migration.outgoing import Clock, PassWriter, TakeFd, open_writer, selections
+from pyqmigrate.migration.opening import TakeFd, opens_late
+from pyqmigrate.migration.outgoing import Clock, PassWriter, open_writer, selections
 from pyqmigrate.options import Capabilities, Parameters, Policy, rules
 from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
 
@@ -213,7 +214,9 @@ class Migration:
         """Begin an outgoing migration to an address or URI; returns when its target is open.
 
         Raises UsageError or FdsetError from a check, and then nothing has changed; FdsetError,
-        TargetError or UsageError from the open, and then the status is ``failed``.
+        TargetError or UsageError from the open, and then the status is ``failed``. With COMPAT
+        it becomes ``failed`` without an error raised where only a descriptor with O_DIRECT is
+        missing or refused: QEMU opens that after its answer (and 10.0 dies of it).
         """
         address = parse_uri(address) if isinstance(address, str) else address
         with self._starting:
@@ -234,6 +237,12 @@ class Migration:
             except (PyqmigrateError, OSError) as error:
                 resources.close()
                 named = _open_error("create", address, error)
+                if self._policy is Policy.COMPAT and opens_late(error):
+                    with self._lock:
+                        self._start(
+                            lambda: self._end_outgoing(Status.FAILED, named), "pyqmigrate-migrate"
+                        )
+                    return
                 self._end_outgoing(Status.FAILED, named)
                 raise named from error
             with self._lock:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.fdset import FdSets, is_fdset_name
-from pyqmigrate.format.address import Address, Transport
+from pyqmigrate.errors import UsageError
+from pyqmigrate.fdset import FdSets
+from pyqmigrate.fdset_rules import Direction
+from pyqmigrate.format.address import Address
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.io.target import Descriptors, DirectIO
+from pyqmigrate.io.target import DirectIO
+from pyqmigrate.migration.opening import TakeFd, target_of
 from pyqmigrate.options import Capabilities, Parameters, Policy, ZeroPageDetection
 from pyqmigrate.options.rules import effective_direct_io
 from pyqmigrate.save import SaveReport, Sparse, Writer
 from pyqmigrate.sequential import SequentialWriter
 
-__all__ = ["PassWriter", "TakeFd", "open_writer", "selections"]
-
-TakeFd = Callable[[str], int]
+__all__ = ["Clock", "PassWriter", "open_writer", "selections"]
 
 
 class PassWriter(Protocol):
@@ -57,10 +56,13 @@ def open_writer(
 ) -> PassWriter:
     """Open the target of a migration. What is borrowed or taken goes back with ``resources``.
 
-    Raises FdsetError, TargetError or UsageError.
+    Raises FdsetError, TargetError, NotSupported or UsageError.
     """
     direct = effective_direct_io(capabilities, parameters)
-    target = _target(address, direct, policy, fdsets, take_fd, resources)
+    target = target_of(
+        address, Direction.SAVE, direct_io=direct, policy=policy, fdsets=fdsets, take_fd=take_fd,
+        resources=resources,
+    )
     if not capabilities.mapped_ram:
         return SequentialWriter(
             target, blocks, machine=machine, target_page_bits=target_page_bits,
@@ -76,37 +78,6 @@ def open_writer(
         machine=machine, target_page_bits=target_page_bits,
         max_bandwidth=parameters.max_bandwidth,
     )
-
-
-def _target(
-    address: Address, direct: bool, policy: Policy, fdsets: FdSets, take_fd: TakeFd,
-    resources: contextlib.ExitStack,
-) -> str | Descriptors:
-    if address.transport is Transport.FD:
-        fd = take_fd(address.path)
-        resources.callback(os.close, fd)
-        return Descriptors(fd, offset=_position(fd))
-    if address.transport is not Transport.FILE:
-        raise NotSupported(f"migration over {address.transport} is not possible here, only files")
-    if not is_fdset_name(address.path):
-        return f"file:{address.path},offset={address.offset}"
-    plain = resources.enter_context(fdsets.open(address.path, os.O_WRONLY | os.O_CREAT)).fileno()
-    with_direct = None
-    if direct:
-        with_direct = resources.enter_context(
-            fdsets.open(address.path, os.O_WRONLY | os.O_DIRECT)
-        ).fileno()
-    offset = address.offset
-    if offset == 0 and policy is Policy.COMPAT:
-        offset = _position(plain)  # QEMU seeks only to an offset that is not 0
-    return Descriptors(plain, with_direct, offset)
-
-
-def _position(fd: int) -> int:
-    try:
-        return os.lseek(fd, 0, os.SEEK_CUR)
-    except OSError as error:
-        raise UsageError(f"descriptor {fd} is not a file: {error.strerror}") from error
 
 
 def selections(

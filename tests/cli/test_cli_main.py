@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import pyqmigrate
-from pyqmigrate.cli.exit_codes import ExitCode, QemuFailed, exit_code
+from pyqmigrate.cli.exit_codes import ExitCode, exit_code
+from pyqmigrate.errors import QemuError
 from tests.cli.command import COMMAND, Command, child
 
 VERBS = ("demo", "pack", "unpack", "info", "verify", "bench")
@@ -28,7 +29,7 @@ VERBS = ("demo", "pack", "unpack", "info", "verify", "bench")
         (PermissionError(errno.EACCES, "x"), 3),
         (MemoryError(), 3),
         (pyqmigrate.GuestMemoryError(errno.EFAULT, "x"), 4),
-        (QemuFailed("x"), 4),
+        (QemuError("x"), 4),
         (pyqmigrate.NotSupported("x"), 5),
         (pyqmigrate.Cancelled("x"), 130),
         (KeyboardInterrupt(), 130),
