@@ -27,6 +27,7 @@ qm_channel *qm_channel_create(void);
 void qm_channel_destroy(qm_channel *channel);
 
 typedef ssize_t (*qm_fill_fn)(void *arg, void *buf, uint64_t off, size_t len);
+typedef int64_t (*qm_next_fn)(void *arg, uint64_t off, uint64_t end);
 
 struct qm_memory {
     unsigned char *base;
@@ -34,7 +35,20 @@ struct qm_memory {
     int64_t fd_offset;
     qm_fill_fn fill;
     void *fill_arg;
+    qm_next_fn next;
 };
+
+struct qm_process {
+    int pid;
+    int pidfd;
+    int pagemap;
+    int has_scan;
+    uint64_t address;
+};
+
+ssize_t qm_process_fill(void *process, void *buf, uint64_t off, size_t len);
+int64_t qm_process_next(void *process, uint64_t off, uint64_t end);
+int qm_process_can_scan(int pagemap);
 
 struct qm_block {
     uint64_t len;
@@ -83,6 +97,9 @@ int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
                  const struct qm_block *block, const uint64_t *data, uint64_t first,
                  uint64_t npages, struct qm_fault *fault);
 
+int64_t qm_find_stale(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                      const struct qm_block *block, const uint64_t *data, uint64_t *stale,
+                      uint64_t first, uint64_t npages, struct qm_fault *fault);
 int qm_zero_clear(qm_job *job, const struct qm_block *block, const struct qm_memory *memory,
                   const uint64_t *bits, struct qm_fault *fault);
 

@@ -35,6 +35,8 @@ ssize_t qm_memory_fill(const struct qm_memory *m, void *buf, uint64_t off, size_
 static int still_there(struct qm_source *s, const struct chunk *c)
 {
     struct stat st;
+    if (s->memory->fill)
+        return 0;
     if (fstat(s->memory->fd, &st) < 0)
         return memory_fault(s->fault, c->off, -errno);
     uint64_t end = (uint64_t)s->memory->fd_offset + c->off + c->len;
@@ -50,7 +52,9 @@ static int64_t skip_hole(struct qm_source *s, const struct chunk *c, size_t at)
     if (rc)
         return rc;
     uint64_t end = c->off + c->len;
-    uint64_t data = (uint64_t)qm_next_data(s->memory, c->off + at, end);
+    const struct qm_memory *m = s->memory;
+    uint64_t data = (uint64_t)(m->fill ? m->next(m->fill_arg, c->off + at, end)
+                                       : qm_next_data(m, c->off + at, end));
     if (data == end)
         return (int64_t)c->len;
     size_t next = (size_t)(data - c->off) / QM_MAX_PAGE * QM_MAX_PAGE;
@@ -70,7 +74,7 @@ static int fill_chunk(struct qm_source *s, struct chunk *c)
     size_t page = s->block->page_size;
     int look = s->look_for_holes;
     for (size_t at = 0; at < c->len;) {
-        if (look && !s->memory->fill) {
+        if (look && (!s->memory->fill || s->memory->next)) {
             int64_t next = skip_hole(s, c, at);
             if (next < 0)
                 return (int)next;

@@ -9,11 +9,16 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+/* Pages that are read along with the clear ones around them, to have fewer and larger reads. */
+#define BRIDGED 8
+
 struct cleaner {
     qm_job *job;
     unsigned char *buffer;
     const struct qm_file *file;
     const struct qm_block *block;
+    const uint64_t *data;
+    uint64_t *stale; /* NULL: what is found becomes zeros in the file */
     struct qm_fault *fault;
 };
 
@@ -45,11 +50,17 @@ static int make_zero(struct cleaner *c, off_t from, off_t to)
     return 0;
 }
 
-/* Looks at `len` bytes (whole pages) at file position `at`; returns how many pages were not zero. */
-static int64_t clean_piece(struct cleaner *c, off_t at, size_t len)
+static int make_pages_zero(struct cleaner *c, off_t at, size_t from, size_t to)
+{
+    return to > from && !c->stale ? make_zero(c, at + (off_t)from, at + (off_t)to) : 0;
+}
+
+/* Looks at the clear ones of `npages` pages from page `first` on; returns how many were not zero. */
+static int64_t clean_piece(struct cleaner *c, uint64_t first, size_t npages)
 {
     size_t page = c->block->page_size;
-    struct iovec iov = {.iov_base = c->buffer, .iov_len = len};
+    off_t at = c->block->pages_offset + (off_t)(first * page);
+    struct iovec iov = {.iov_base = c->buffer, .iov_len = npages * page};
     off_t bad;
     ssize_t got = qm_preadv(c->job, c->file->fd, &iov, 1, at, 1, &bad);
     if (got < 0)
@@ -57,59 +68,90 @@ static int64_t clean_piece(struct cleaner *c, off_t at, size_t len)
     int64_t found = 0;
     size_t from = 0, to = 0; /* pending stretch of stale pages */
     for (size_t p = 0; p < (size_t)got; p += page) {
+        uint64_t k = first + p / page;
         size_t have = (size_t)got - p < page ? (size_t)got - p : page;
-        if (qm_is_zero(c->buffer + p, have))
+        if (bit_get(c->data, k) || qm_is_zero(c->buffer + p, have))
             continue;
         found++;
+        if (c->stale)
+            bit_set(c->stale, k);
         if (p != to) {
-            int rc = to > from ? make_zero(c, at + (off_t)from, at + (off_t)to) : 0;
+            int rc = make_pages_zero(c, at, from, to);
             if (rc)
                 return rc;
             from = p;
         }
         to = p + have;
     }
-    int rc = to > from ? make_zero(c, at + (off_t)from, at + (off_t)to) : 0;
+    int rc = make_pages_zero(c, at, from, to);
     return rc ? rc : found;
+}
+
+/* The end of the piece that starts with the clear page k: no further than `end`. */
+static uint64_t piece_end(const uint64_t *data, uint64_t k, uint64_t end)
+{
+    uint64_t stop = next_set(data, k, end);
+    while (stop < end) {
+        uint64_t clear = next_clear(data, stop, end);
+        if (clear == end || clear - stop > BRIDGED)
+            break;
+        stop = next_set(data, clear, end);
+    }
+    return stop;
+}
+
+static int64_t clean(struct cleaner *c, qm_channel *channel, uint64_t first, uint64_t npages)
+{
+    const struct qm_block *block = c->block;
+    int rc = qm_block_check(block, c->file, first, npages);
+    if (rc)
+        return rc;
+    c->buffer = qm_channel_buffer(channel, 0);
+    if (!c->buffer)
+        return -ENOMEM;
+    size_t page = block->page_size;
+    uint64_t end = first + npages;
+    int64_t found = 0;
+    for (uint64_t k = next_clear(c->data, first, end); k < end;) {
+        off_t at = lseek(c->file->fd, block->pages_offset + (off_t)(k * page), SEEK_DATA);
+        if (at < 0 && errno == ENXIO)
+            break;
+        if (at > block->pages_offset) {
+            uint64_t next = (uint64_t)(at - block->pages_offset) / page;
+            if (next >= end)
+                break;
+            if (next > k && bit_get(c->data, next)) {
+                k = next_clear(c->data, next, end);
+                continue;
+            }
+            if (next > k)
+                k = next;
+        }
+        uint64_t most = k + QM_CHUNK / page;
+        uint64_t stop = piece_end(c->data, k, most < end ? most : end);
+        int64_t n = clean_piece(c, k, (size_t)(stop - k));
+        if (n < 0)
+            return n;
+        found += n;
+        k = next_clear(c->data, stop, end);
+    }
+    return found;
 }
 
 int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
                  const struct qm_block *block, const uint64_t *data, uint64_t first,
                  uint64_t npages, struct qm_fault *fault)
 {
-    int rc = qm_block_check(block, file, first, npages);
-    if (rc)
-        return rc;
+    struct cleaner c = {.job = job, .file = file, .block = block, .data = data, .fault = fault};
+    return clean(&c, channel, first, npages);
+}
+
+int64_t qm_find_stale(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                      const struct qm_block *block, const uint64_t *data, uint64_t *stale,
+                      uint64_t first, uint64_t npages, struct qm_fault *fault)
+{
     struct cleaner c = {
-        .job = job, .buffer = qm_channel_buffer(channel, 0), .file = file, .block = block,
-        .fault = fault,
+        .job = job, .file = file, .block = block, .data = data, .stale = stale, .fault = fault,
     };
-    if (!c.buffer)
-        return -ENOMEM;
-    size_t page = block->page_size;
-    uint64_t end = first + npages;
-    int64_t found = 0;
-    for (uint64_t k = next_clear(data, first, end); k < end;) {
-        uint64_t stop = next_set(data, k, end);
-        off_t at = lseek(file->fd, block->pages_offset + (off_t)(k * page), SEEK_DATA);
-        if (at < 0 && errno == ENXIO)
-            break;
-        if (at > block->pages_offset) {
-            uint64_t next = (uint64_t)(at - block->pages_offset) / page;
-            if (next >= stop) {
-                k = next_clear(data, next < end ? next : end, end);
-                continue;
-            }
-            if (next > k)
-                k = next;
-        }
-        uint64_t most = QM_CHUNK / page;
-        uint64_t len = stop - k < most ? stop - k : most;
-        int64_t n = clean_piece(&c, block->pages_offset + (off_t)(k * page), (size_t)len * page);
-        if (n < 0)
-            return n;
-        found += n;
-        k = next_clear(data, k + len, end);
-    }
-    return found;
+    return clean(&c, channel, first, npages);
 }

@@ -77,6 +77,8 @@ void qm_channel_destroy(qm_channel *channel);
 /* Fills `len` bytes at `buf` with guest memory from byte `off` of the block. Returns `len`, fewer
  * when the memory ends early, or -errno. Called from the channel's thread. */
 typedef ssize_t (*qm_fill_fn)(void *arg, void *buf, uint64_t off, size_t len);
+/* Next byte of the block at or after `off` that may be other than zero, at most `end`. */
+typedef int64_t (*qm_next_fn)(void *arg, uint64_t off, uint64_t end);
 
 /* Where the bytes of a block live. One of three:
  *   base, fd < 0     plain memory that stays mapped while we work.
@@ -85,7 +87,8 @@ typedef ssize_t (*qm_fill_fn)(void *arg, void *buf, uint64_t off, size_t len);
  *                    a load, fd may shrink: only the kernel touches the mapping, and holes are made
  *                    by punching.
  *   fd, no base      a file that may shrink: read with pread, written with pwrite.
- * or a `fill` callback, for memory that has no address here (saves only).
+ * or a `fill` callback, for memory that has no address here (saves only), and with it perhaps
+ * `next`, which knows where there is nothing to read; both get `fill_arg`.
  * Byte 0 of the block is base[0] and file position fd_offset. `fd` must be a description of our
  * own, since SEEK_DATA moves its position. */
 struct qm_memory {
@@ -94,7 +97,31 @@ struct qm_memory {
     off_t fd_offset;
     qm_fill_fn fill;
     void *fill_arg;
+    qm_next_fn next;
 };
+
+/* Memory of another process: the argument of qm_process_fill and qm_process_next.
+ *   pid, pidfd   the process, and a descriptor that tells when it is gone: its number may be
+ *                somebody else's from then on.
+ *   pagemap      /proc/PID/pagemap; only qm_process_next needs it, and only for a private,
+ *                anonymous mapping, where a page that is not there is zero.
+ *   has_scan     whether the kernel has PAGEMAP_SCAN (Linux 6.7).
+ *   address      of byte 0 of the block, in that process. */
+struct qm_process {
+    int pid;
+    int pidfd;
+    int pagemap;
+    int has_scan;
+    uint64_t address;
+};
+
+/* A qm_fill_fn by process_vm_readv. -ESRCH: the process is gone; -EPERM: it may not be read. */
+ssize_t qm_process_fill(void *process, void *buf, uint64_t off, size_t len);
+/* A qm_next_fn that passes over pages never touched, and those known as the zero page; `off` where
+ * that cannot be found out. */
+int64_t qm_process_next(void *process, uint64_t off, uint64_t end);
+/* 1 when the pagemap can be asked for ranges, 0 when it has to be read. */
+int qm_process_can_scan(int pagemap);
 
 struct qm_block {
     uint64_t len;
@@ -189,6 +216,12 @@ int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
 int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
                  const struct qm_block *block, const uint64_t *data, uint64_t first,
                  uint64_t npages, struct qm_fault *fault);
+
+/* The same search, changing nothing: the bits of the pages found are set in `stale`, a bitmap of
+ * the whole block. `first` as in qm_write. */
+int64_t qm_find_stale(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                      const struct qm_block *block, const uint64_t *data, uint64_t *stale,
+                      uint64_t first, uint64_t npages, struct qm_fault *fault);
 
 /* Number of set bits among the first `npages`; the highest of them goes to *last (-1: none). */
 uint64_t qm_count(const uint64_t *bits, uint64_t npages, int64_t *last);

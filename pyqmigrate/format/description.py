@@ -23,6 +23,7 @@ from pyqmigrate.format.cursor import ByteSource, Cursor
 
 __all__ = [
     "DESCRIPTION_MAX",
+    "HEADER_LENGTH",
     "Description",
     "body_lengths",
     "encode",
@@ -37,6 +38,7 @@ _LENGTH_MAX = (1 << 63) - 1
 
 TYPE_DESCRIPTION = 0x06
 _FRAME = struct.Struct(">BI")  # type, length of the JSON
+HEADER_LENGTH = _FRAME.size  # bytes of the element before the JSON
 _CHUNK = 1 << 20
 
 

@@ -1,10 +1,11 @@
-"""Where the bytes of a RAM block live: a buffer, or a file or memfd.
+"""Where the bytes of a RAM block live: a buffer, a file or memfd, or another process.
 
 A *buffer* is anything that exports a C-contiguous buffer (``mmap``, ``bytearray``, a numpy array,
 shared memory; writable for a load). A *file* is given as :class:`FileMemory`; its holes are found
-with SEEK_DATA, are not scanned and stay holes.
+with SEEK_DATA, are not scanned and stay holes. Memory of another *process*, for saves only, is a
+:class:`~pyqmigrate.io.process.ProcessMemory`.
 
-:func:`attach` turns either into what the core works on, and :meth:`Attached.close` lets go of it.
+:func:`attach` turns any of them into what the core works on; :meth:`Attached.close` lets go of it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from pyqmigrate import _core
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.io.process import ProcessMemory, ProcessSource
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Attached", "FileMemory", "Memory", "RamBlock", "attach"]
+__all__ = ["Attached", "FileMemory", "Memory", "ProcessMemory", "RamBlock", "attach"]
 
 # Where a file system hands out pieces larger than this (hugetlbfs), reading a hole through a
 # mapping would allocate a huge page, and SEEK_DATA calls every hole data.
@@ -44,7 +46,7 @@ class FileMemory:
     length: int | None = None
 
 
-Memory: TypeAlias = Union["Buffer", FileMemory]
+Memory: TypeAlias = Union["Buffer", FileMemory, ProcessMemory]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Attached:
         self.name = name
         self._mapping: mmap.mmap | None = None
         self._buffer: Any = None
+        self._process: ProcessSource | None = None
         self._fd = -1
         self.identity: tuple[int, int] | None = None
         self.core = _core.ffi.new("struct qm_memory *")
@@ -78,6 +81,8 @@ class Attached:
         try:
             if isinstance(memory, FileMemory):
                 self._attach_file(memory, writable)
+            elif isinstance(memory, ProcessMemory):
+                self._attach_process(memory, writable)
             else:
                 self._attach_buffer(memory, writable)
         except BaseException:
@@ -122,6 +127,18 @@ class Attached:
             writable or self._may_be_mapped(seals, memory.offset)
         ):
             self._map(memory.offset, length, writable)
+
+    def _attach_process(self, memory: ProcessMemory, writable: bool) -> None:
+        if writable:
+            raise UsageError(
+                f"memory of block {self.name!r} is that of another process, which can only be saved"
+            )
+        self._process = ProcessSource(memory, self.name)
+        self.length = self.extent_bytes = memory.length
+        self.core.fill = _core.ffi.addressof(_core.lib, "qm_process_fill")
+        self.core.fill_arg = self._process.core
+        if self._process.skips:
+            self.core.next = _core.ffi.addressof(_core.lib, "qm_process_next")
 
     def _open_own(self, fd: int, writable: bool) -> None:
         # SEEK_DATA moves the position of the description, which is the caller's: take our own.
@@ -174,7 +191,7 @@ class Attached:
         return base % mem_align != 0
 
     def close(self) -> None:
-        """Let go of buffer, mapping and descriptor. May be repeated."""
+        """Let go of buffer, mapping, process and descriptor. May be repeated."""
         self.core.base = _core.ffi.NULL
         if self._buffer is not None:
             _core.ffi.release(self._buffer)
@@ -182,6 +199,9 @@ class Attached:
         if self._mapping is not None:
             self._mapping.close()
             self._mapping = None
+        if self._process is not None:
+            self._process.close()
+            self._process = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = self.core.fd = -1

@@ -1,0 +1,122 @@
+/* Memory of another process: what is in it, and where there is nothing yet. */
+#define _GNU_SOURCE
+#include "qmigrate.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* Linux 6.7: the ranges of /proc/PID/pagemap that are of some kind. Declared here, since the
+ * system's headers may be older than its kernel. */
+struct scan {
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+    uint64_t inverted, all_of, any_of, returned;
+};
+
+struct scanned {
+    uint64_t start, end, kinds;
+};
+
+#define SCAN _IOWR('f', 16, struct scan)
+#define SCAN_PRESENT ((uint64_t)1 << 3)
+#define SCAN_SWAPPED ((uint64_t)1 << 4)
+#define SCAN_ZERO_PAGE ((uint64_t)1 << 5)
+
+/* The words of pagemap, one a page. */
+#define WORD_TOUCHED ((uint64_t)3 << 62) /* present or swapped */
+#define WORDS_AT_ONCE 512
+
+/* The number is checked after it was used: by then it may belong to a new process, but not while
+ * the old one is still there. */
+static int is_gone(const struct qm_process *p)
+{
+    struct pollfd watch = {.fd = p->pidfd, .events = POLLIN};
+    int n;
+    do
+        n = poll(&watch, 1, 0);
+    while (n < 0 && errno == EINTR);
+    return n != 0;
+}
+
+ssize_t qm_process_fill(void *arg, void *buf, uint64_t off, size_t len)
+{
+    const struct qm_process *p = arg;
+    size_t have = 0;
+    int rc = 0;
+    while (have < len) {
+        struct iovec to = {.iov_base = (unsigned char *)buf + have, .iov_len = len - have};
+        struct iovec from = {
+            .iov_base = (void *)(uintptr_t)(p->address + off + have), .iov_len = len - have,
+        };
+        ssize_t got = process_vm_readv(p->pid, &to, 1, &from, 1, 0);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0) {
+            rc = got < 0 ? -errno : -EFAULT;
+            break;
+        }
+        have += (size_t)got;
+    }
+    if (is_gone(p))
+        return -ESRCH;
+    /* Of memory that ends within the range, the part before is told: it shows where. */
+    return rc && (have == 0 || rc != -EFAULT) ? rc : (ssize_t)have;
+}
+
+static int64_t next_by_scan(const struct qm_process *p, uint64_t from, uint64_t end)
+{
+    struct scanned found;
+    struct scan scan = {
+        .size = sizeof(scan), .start = from, .end = end, .vec = (uintptr_t)&found, .vec_len = 1,
+        .max_pages = 1, .inverted = SCAN_ZERO_PAGE, .all_of = SCAN_ZERO_PAGE,
+        .any_of = SCAN_PRESENT | SCAN_SWAPPED, .returned = SCAN_PRESENT,
+    };
+    int n = ioctl(p->pagemap, SCAN, &scan);
+    if (n < 0)
+        return -errno;
+    return (int64_t)(n > 0 ? found.start : end);
+}
+
+int qm_process_can_scan(int pagemap)
+{
+    struct scan nothing = {.size = sizeof(nothing)};
+    return ioctl(pagemap, SCAN, &nothing) == 0;
+}
+
+static int64_t next_by_words(const struct qm_process *p, uint64_t from, uint64_t end,
+                             uint64_t page)
+{
+    uint64_t words[WORDS_AT_ONCE];
+    while (from < end) {
+        size_t wanted = (size_t)((end - from + page - 1) / page);
+        if (wanted > WORDS_AT_ONCE)
+            wanted = WORDS_AT_ONCE;
+        ssize_t got = pread(p->pagemap, words, wanted * sizeof(words[0]),
+                            (off_t)(from / page * sizeof(words[0])));
+        if (got < (ssize_t)sizeof(words[0]))
+            return got < 0 ? -errno : -ESRCH;
+        for (size_t k = 0; k < (size_t)got / sizeof(words[0]); k++, from += page)
+            if (words[k] & WORD_TOUCHED)
+                return (int64_t)from;
+    }
+    return (int64_t)end;
+}
+
+int64_t qm_process_next(void *arg, uint64_t off, uint64_t end)
+{
+    const struct qm_process *p = arg;
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t from = (p->address + off) / page * page;
+    uint64_t stop = p->address + end;
+    int64_t at = p->has_scan ? next_by_scan(p, from, (stop + page - 1) / page * page)
+                             : next_by_words(p, from, stop, page);
+    /* While a process ends, its pages go before the process does: nothing there means nothing
+     * unless there still is something to read afterwards. */
+    unsigned char byte;
+    if (at < 0 || qm_process_fill(arg, &byte, 0, 1) != 1)
+        return (int64_t)off; /* reading it tells what is wrong */
+    uint64_t found = (uint64_t)at < p->address + off ? p->address + off : (uint64_t)at;
+    return (int64_t)((found < stop ? found : stop) - p->address);
+}

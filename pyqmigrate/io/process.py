@@ -1,0 +1,152 @@
+"""Memory of another process: what a QEMU without shared guest memory has.
+
+It is read with ``process_vm_readv``, which asks for the same rights as a debugger has: root, or
+``CAP_SYS_PTRACE``, or the same user where neither Yama nor the process itself objects. Only saves
+can use it.
+
+Private anonymous memory that the process never touched is not read: its pages would come into
+being by that, with their page tables. The kernel tells which they are (``/proc/PID/pagemap``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyqmigrate import _core
+from pyqmigrate.errors import GuestMemoryError, UsageError
+
+__all__ = ["ProcessMemory", "ProcessSource"]
+
+_END = 1 << 64
+_WHAT = "cannot read the memory of process"
+# Start, end, shared or private, inode, name.
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...([sp]) \S+ \S+ (\d+) *(.*)")
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """Guest memory in another process, for saves: ``length`` bytes from its ``address`` on.
+
+    QEMU tells the addresses of its RAM blocks with ``info ramblock``. The process must not change
+    the memory, nor map anything else there, while it is read. What shared memory has, a
+    :class:`FileMemory` reads faster.
+    """
+
+    pid: int
+    address: int
+    length: int
+
+    def refusal(self) -> GuestMemoryError | None:
+        """Why the memory cannot be read from here (its errno says it: EPERM, ESRCH, EFAULT), or
+        None where its first and its last byte can."""
+        try:
+            ProcessSource(self).close()
+        except GuestMemoryError as error:
+            return error
+        return None
+
+
+class ProcessSource:
+    """A process' memory held ready for the core's ``qm_process_fill`` and ``qm_process_next``.
+
+    ``core`` is their argument; ``skips`` says whether the second may be used. A process that ends
+    is noticed, also when its number is given to another. Raises UsageError for what can be no
+    memory, GuestMemoryError when it cannot be read; ``block`` is for its message.
+    """
+
+    def __init__(self, memory: ProcessMemory, block: str | None = None) -> None:
+        _check(memory)
+        self._block = block
+        self._pid = memory.pid
+        self._fds = contextlib.ExitStack()
+        try:
+            self.core: Any = _core.ffi.new("struct qm_process *")
+            self.core.pid, self.core.address = memory.pid, memory.address
+            self.core.pidfd = self._open(os.pidfd_open, memory.pid)
+            self.core.pagemap = -1
+            self._probe(0)
+            self._probe(memory.length - 1)
+            self.skips = self._find_pagemap(memory)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """May be repeated."""
+        self._fds.close()
+
+    def _open(self, opener: Any, *arguments: Any) -> int:
+        try:
+            fd: int = opener(*arguments)
+        except OSError as error:
+            raise self._refused(error.errno or errno.EIO) from error
+        self._fds.callback(os.close, fd)
+        return fd
+
+    def _probe(self, at: int) -> None:
+        got = _core.lib.qm_process_fill(self.core, _core.ffi.new("char[1]"), at, 1)
+        if got != 1:
+            raise self._refused(-got if got < 0 else errno.EFAULT)
+
+    def _refused(self, number: int) -> GuestMemoryError:
+        what = f"{_WHAT} {self._pid}"
+        if number == errno.EPERM:
+            what += " (it takes CAP_SYS_PTRACE, or its user and a kernel that lets users trace)"
+        return GuestMemoryError(number, what, block=self._block)
+
+    def _find_pagemap(self, memory: ProcessMemory) -> bool:
+        """Open the pagemap where a page that is not there must be zero, and it is worth it."""
+        try:
+            if memory.length < _core.lib.QM_CHUNK or not _is_anonymous(memory):
+                return False
+            self.core.pagemap = self._open(
+                os.open, f"/proc/{memory.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC
+            )
+        except OSError:
+            return False
+        self.core.has_scan = _core.lib.qm_process_can_scan(self.core.pagemap)
+        self._probe(0)  # what was opened by number is the process' only if that is still there
+        return True
+
+
+def _check(memory: ProcessMemory) -> None:
+    pid, address, length = memory.pid, memory.address, memory.length
+    if not all(type(value) is int for value in (pid, address, length)):
+        raise UsageError(f"{memory} has something that is not a whole number")
+    if not 0 < pid < 1 << 31:
+        raise UsageError(f"{pid} is not the number of a process")
+    if length <= 0 or address < 0 or address + length > _END:
+        raise UsageError(f"no process has {length} bytes at address {address:#x}")
+
+
+def _is_anonymous(memory: ProcessMemory) -> bool:
+    """Whether all of it is mapped, private, and backed by no file."""
+    at, end = memory.address, memory.address + memory.length
+    for start, stop, anonymous in _mappings(memory.pid):
+        if stop <= at:
+            continue
+        if start > at or not anonymous:
+            return False
+        at = stop
+        if at >= end:
+            return True
+    return False
+
+
+def _mappings(pid: int) -> Iterator[tuple[int, int, bool]]:
+    """Start, end, and whether it is private and anonymous, of each mapping in ascending order."""
+    with Path(f"/proc/{pid}/maps").open(errors="replace") as file:
+        for line in file:
+            found = _MAPPING.match(line)
+            if found is None:
+                continue
+            start, stop, sharing, inode, name = found.groups()
+            named = name not in ("", "[heap]") and not name.startswith("[anon:")
+            yield int(start, 16), int(stop, 16), sharing == "p" and inode == "0" and not named
