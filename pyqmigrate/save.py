@@ -172,6 +172,8 @@ class Writer:
         channels: int,
         machine: str = "",
         target_page_bits: int | None = None,
+        uuid: bytes | None = None,
+        ignore_shared: bool = False,
         reuse: bool = False,
         max_bandwidth: int = 0,
     ) -> None:
@@ -194,7 +196,8 @@ class Writer:
                 machine,
                 [BlockSpec(b.name, m.length, b.page_size)
                  for b, m in zip(blocks, self.memories, strict=True)],
-                offset=stream_offset(target), target_page_bits=target_page_bits,
+                offset=stream_offset(target), target_page_bits=target_page_bits, uuid=uuid,
+                ignore_shared=ignore_shared,
             )
             self.bitmaps = [Bitmap(layout.num_pages) for layout in self.head.blocks]
             for bitmap in self.bitmaps:
@@ -213,12 +216,15 @@ class Writer:
         """May be repeated."""
         self._cleanup.close()
 
-    def run(self) -> SaveReport:
-        """Save in one pass, make the file a snapshot, and close."""
+    def run(
+        self, sections: bytes = b"", description: bytes | None = None, *,
+        switchover_start: bool = False,
+    ) -> SaveReport:
+        """Save in one pass, make the file a snapshot, and close; arguments as in finish."""
         with self._cleanup:
             self.begin()
             self.write_pages()
-            return self.finish()
+            return self.finish(sections, description, switchover_start=switchover_start)
 
     def begin(self) -> None:
         """Check the space, give the file its size and write the head, without its magic."""

@@ -17,7 +17,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,9 @@ class SequentialWriter:
     in a hole of a sparse memory, is a record of nine bytes. As in QEMU's own streams none is left
     out, for a page that is not mentioned keeps what the loading side has there, and that need not
     be zero: ROMs have content from the start. Holes are neither read nor made resident.
+
+    ``left_out`` are the names of blocks that are listed, and whose content the loading side finds
+    elsewhere (``x-ignore-shared``); None where the capability is off.
     """
 
     def __init__(
@@ -118,6 +121,8 @@ class SequentialWriter:
         *,
         machine: str = "",
         target_page_bits: int | None = None,
+        uuid: bytes | None = None,
+        left_out: Collection[str] | None = None,
         reuse: bool = False,
         max_bandwidth: int = 0,
     ) -> None:
@@ -137,7 +142,11 @@ class SequentialWriter:
                 BlockSpec(b.name, m.length, b.page_size)
                 for b, m in zip(blocks, self.memories, strict=True)
             ]
-            self._head = encode_head(machine, self.specs, target_page_bits=target_page_bits)
+            self._left_out = left_out or ()
+            self._head = encode_head(
+                machine, self.specs, target_page_bits=target_page_bits, uuid=uuid,
+                ignore_shared=left_out is not None,
+            )
             self._names = [core_name(spec.name) for spec in self.specs]
             self._blocks = [_core_block(spec.length, spec.page_size) for spec in self.specs]
             sources = {m.identity for m in self.memories if m.identity is not None}
@@ -148,8 +157,10 @@ class SequentialWriter:
 
     @property
     def total(self) -> int:
-        """Bytes of guest memory."""
-        return sum(memory.length for memory in self.memories)
+        """Bytes of guest memory that is written."""
+        return sum(
+            spec.length for spec in self.specs if spec.name not in self._left_out
+        )
 
     def close(self) -> None:
         """May be repeated."""
@@ -243,7 +254,7 @@ class SequentialWriter:
         self._put(encoder, encode_part_header())
         _core.lib.qm_encoder_forget_block(encoder)
         channels.run(
-            (item for n, spec in enumerate(self.specs)
+            (item for n, spec in enumerate(self.specs) if spec.name not in self._left_out
              for item in cut(n, spec.length // spec.page_size, spec.page_size)),
             move, self.target.name, [spec.name for spec in self.specs],
         )
@@ -375,7 +386,8 @@ class _PolledSource:
 class SequentialReader:
     """A classic stream being read: its head is parsed on construction, ``run`` does the rest.
 
-    ``blocks``, ``page_size`` and ``total`` (bytes of guest memory to load) hold from the start.
+    ``configuration``, ``blocks``, ``page_size`` and ``total`` (bytes of guest memory to load) hold
+    from the start.
     """
 
     def __init__(
@@ -398,6 +410,7 @@ class SequentialReader:
             page_size=page_size,
         )
         self._walk.read_head()
+        self.configuration = self._walk.configuration
         self.blocks = self._walk.blocks
         self.page_size = self._walk.page_size
         _match(self.blocks, memories, skip_unknown_blocks)

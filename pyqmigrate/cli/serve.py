@@ -19,6 +19,7 @@ import errno
 import os
 import signal
 from pathlib import Path
+from uuid import UUID
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode
@@ -45,6 +46,9 @@ def add_parser(verbs: Verbs) -> None:
         "--machine", default="", metavar="TYPE", help="machine type written into snapshots"
     )
     parser.add_argument(
+        "--uuid", type=UUID, help="the guest's, for the capability validate-uuid"
+    )
+    parser.add_argument(
         "--incoming", metavar="defer|URI", help="wait for a migration, or load this one at once"
     )
     parser.add_argument(
@@ -60,6 +64,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         migration = Migration(
             [_block(text, stack) for text in args.ram],
             machine=args.machine,
+            uuid=args.uuid,
             policy=Policy.COMPAT if args.compat else Policy.STRICT,
             incoming=args.incoming is not None,
             # What a manager finds when it connects to QEMU; a library's own default is no limit.

@@ -139,13 +139,17 @@ def place(spec: BlockSpec, header_end: int) -> BlockLayout:
     )
 
 
-def encode_entry(spec: BlockSpec, entry_offset: int) -> tuple[bytes, BlockLayout]:
+def encode_entry(
+    spec: BlockSpec, entry_offset: int, *, ignore_shared: bool = False
+) -> tuple[bytes, BlockLayout]:
     """The entry of a block that starts at ``entry_offset``, up to its header's end, and its place.
 
-    The stream goes on at the layout's ``pages_end``.
+    The stream goes on at the layout's ``pages_end``. With ``ignore_shared`` the entry has a guest
+    address, which is 0.
     """
     name = spec.name.encode("utf-8", "surrogateescape")
-    front = bytes([len(name)]) + name + _U64.pack(spec.length)
+    address = _U64.pack(0) if ignore_shared else b""
+    front = bytes([len(name)]) + name + _U64.pack(spec.length) + address
     layout = place(spec, entry_offset + len(front) + _HEADER.size)
     header = _HEADER.pack(
         _HEADER_VERSION, layout.page_size, layout.bitmap_offset, layout.pages_offset

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, SnapshotError
-from pyqmigrate.format import configuration
-from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
+from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM, Configuration
 from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.elements import Section
 from pyqmigrate.format.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGE_SIZES, BlockSpec
@@ -89,17 +88,20 @@ class SequentialStream:
 
 
 def encode_head(
-    machine: str, specs: Sequence[BlockSpec], *, target_page_bits: int | None = None
+    machine: str, specs: Sequence[BlockSpec], *, target_page_bits: int | None = None,
+    uuid: bytes | None = None, ignore_shared: bool = False,
 ) -> bytes:
     """The start of a stream with these blocks, up to the end of RAM's START.
 
     Arguments and errors as in :func:`pyqmigrate.format.stream.encode_head`.
     """
-    settings = configuration.Configuration(machine, (), target_page_bits)
+    capabilities = (IGNORE_SHARED,) if ignore_shared else ()
+    settings = Configuration(machine, capabilities, target_page_bits, uuid)
+    address = _U64.pack(0) if ignore_shared else b""
     parts = [encode_front(settings, specs)]
     for spec in specs:
         name = spec.name.encode("utf-8", "surrogateescape")
-        parts.append(bytes([len(name)]) + name + _U64.pack(spec.length))
+        parts.append(bytes([len(name)]) + name + _U64.pack(spec.length) + address)
     return b"".join(parts) + RAM_EOS
 
 
@@ -123,6 +125,11 @@ class SequentialWalk(Walk):
         self._given_page_size = page_size
         self.page_size = 0
         self.blocks: tuple[SequentialBlock, ...] = ()
+
+    @property
+    def configuration(self) -> Configuration:
+        """What the writer says of itself."""
+        return self._configuration
 
     def stream(self) -> SequentialStream:
         """Walk on to the end of the stream; call it once, after ``read_head``."""

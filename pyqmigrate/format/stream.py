@@ -94,24 +94,31 @@ def encode_head(
     *,
     offset: int = 0,
     target_page_bits: int | None = None,
+    uuid: bytes | None = None,
+    ignore_shared: bool = False,
 ) -> Head:
     """Lay out ``specs`` in this order, in a stream that starts at absolute ``offset`` bytes.
 
     ``machine`` is the machine type; an empty one is accepted by any machine. Give
     ``target_page_bits`` for the targets that expect it: ARM machines with 4 KiB pages want 12,
-    x86 refuses it (format document, 1.2 and 7).
+    x86 refuses it (format document, 1.2 and 7). ``uuid``, 16 bytes, is that of the guest, for a
+    loading QEMU that validates it. ``ignore_shared`` says that the writer had x-ignore-shared on;
+    a reader must have it on as well, then.
 
     Raises :class:`UsageError` when names repeat, page sizes differ or do not match
     ``target_page_bits``, or something does not fit its field.
     """
     if offset < 0:
         raise UsageError(f"a stream at {offset} cannot be in a file")
-    settings = configuration.Configuration(machine, (configuration.MAPPED_RAM,), target_page_bits)
+    capabilities = (configuration.IGNORE_SHARED,) if ignore_shared else ()
+    settings = configuration.Configuration(
+        machine, (*capabilities, configuration.MAPPED_RAM), target_page_bits, uuid
+    )
     data = encode_front(settings, specs)
     pieces, blocks = [], []
     at = offset
     for spec in specs:
-        entry, layout = encode_entry(spec, at + len(data))
+        entry, layout = encode_entry(spec, at + len(data), ignore_shared=ignore_shared)
         pieces.append(Piece(at, data + entry))
         blocks.append(layout)
         at, data = layout.pages_end, b""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from uuid import UUID
 
 from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError
 from pyqmigrate.fdset import FdSets
 from pyqmigrate.fdset_rules import Direction
 from pyqmigrate.format.address import Address
+from pyqmigrate.format.configuration import IGNORE_SHARED, Configuration
 from pyqmigrate.format.devices import DeviceSection
 from pyqmigrate.format.elements import Section, SectionKind
 from pyqmigrate.format.stream import Stream, parse
@@ -20,7 +22,7 @@ from pyqmigrate.load import LoadReport, start_load
 from pyqmigrate.migration.opening import TakeFd, target_of
 from pyqmigrate.options import Capabilities, Parameters, Policy
 from pyqmigrate.options.rules import effective_direct_io
-from pyqmigrate.sequential import start_sequential_load
+from pyqmigrate.sequential import SequentialReader
 
 __all__ = ["Source"]
 
@@ -43,8 +45,10 @@ class Source:
         policy: Policy,
         fdsets: FdSets,
         take_fd: TakeFd,
+        uuid: UUID | None,
     ) -> None:
         self._capabilities = capabilities
+        self._uuid = uuid
         self._parameters = parameters
         self._direct = effective_direct_io(capabilities, parameters)
         with contextlib.ExitStack() as stack:
@@ -71,19 +75,38 @@ class Source:
             raise SnapshotError(
                 "Capability mapped-ram is on, but received capability is off"
             ) from error
+        self._check_settings(stream)
         return self._load_mapped(stream, memories)
 
     def _load_sequential(
         self, memories: Mapping[str, Memory]
     ) -> tuple[list[DeviceSection], LoadReport]:
         try:
-            job = start_sequential_load(self._input, memories, skip_unknown_blocks=True)
+            reader = SequentialReader(self._input, memories, skip_unknown_blocks=True)
         except NotSupported as error:
             raise SnapshotError(
                 "Capability mapped-ram is off, but received capability is on"
             ) from error
-        report = job.result()
+        with contextlib.closing(reader):
+            self._check_settings(reader.configuration)
+            report = reader.run()
         return list(report.devices), report
+
+    def _check_settings(self, received: Configuration | Stream) -> None:
+        """The stream's must be ours; an identity that one side does not tell passes."""
+        on = IGNORE_SHARED in received.capabilities
+        if on != self._capabilities.x_ignore_shared:
+            state = {True: "on", False: "off"}
+            raise SnapshotError(
+                f"Capability x-ignore-shared is {state[not on]}, but received capability is "
+                f"{state[on]}"
+            )
+        if not self._capabilities.validate_uuid or None in (received.uuid, self._uuid):
+            return
+        if UUID(bytes=received.uuid) != self._uuid:
+            raise SnapshotError(
+                f"UUID received is {UUID(bytes=received.uuid)} and local is {self._uuid}"
+            )
 
     def _load_mapped(
         self, stream: Stream, memories: Mapping[str, Memory]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from uuid import UUID
 
 from pyqmigrate.errors import Cancelled, JobTimeout, PyqmigrateError, TargetError, UsageError
 from pyqmigrate.events import Event
@@ -19,7 +21,13 @@ from pyqmigrate.log import logger
 from pyqmigrate.migration.guest import Guest
 from pyqmigrate.migration.incoming import Source
 from pyqmigrate.migration.opening import TakeFd, opens_late
-from pyqmigrate.migration.outgoing import Clock, PassWriter, open_writer, selections
+from pyqmigrate.migration.outgoing import (
+    Clock,
+    PassWriter,
+    in_file,
+    open_writer,
+    selections,
+)
 from pyqmigrate.options import Capabilities, Parameters, Policy, rules
 from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
 
@@ -56,6 +64,7 @@ class Migration:
         hold; the default is memory that never changes.
     fdsets: where ``/dev/fdset/N`` is looked up; a program that has none may leave it out.
     machine, target_page_bits: for the stream, as in :func:`pyqmigrate.save`.
+    uuid: the guest's, told and compared while the capability ``validate-uuid`` is on.
     policy: STRICT refuses before the start what QEMU fails or dies on later; COMPAT does what
         QEMU does, and fails where QEMU would crash.
     run_state: what the guest does now. With ``incoming`` it waits in ``inmigrate`` for
@@ -75,6 +84,7 @@ class Migration:
         fdsets: FdSets | None = None,
         machine: str = "",
         target_page_bits: int | None = None,
+        uuid: UUID | None = None,
         policy: Policy = Policy.STRICT,
         run_state: RunState = RunState.RUNNING,
         incoming: bool = False,
@@ -89,6 +99,7 @@ class Migration:
         self._fdsets = fdsets or FdSets()
         self._machine = machine
         self._target_page_bits = target_page_bits
+        self._uuid = uuid
         self._policy = policy
         self._capabilities = capabilities or Capabilities()
         self._parameters = parameters or Parameters(max_bandwidth=0)
@@ -258,7 +269,7 @@ class Migration:
         writer = open_writer(
             address, self._blocks, self._capabilities, self._parameters, policy=self._policy,
             fdsets=self._fdsets, take_fd=take_fd, machine=self._machine,
-            target_page_bits=self._target_page_bits, resources=resources,
+            target_page_bits=self._target_page_bits, uuid=self._uuid, resources=resources,
         )
         resources.callback(writer.close)
         return writer
@@ -266,7 +277,10 @@ class Migration:
     def _check_strictly(self, address: Address, direction: Direction) -> None:
         if self._policy is not Policy.STRICT:
             return
-        rules.check_strictly(self._capabilities)
+        rules.check_strictly(
+            self._capabilities,
+            shared_ram=direction is Direction.SAVE and any(map(in_file, self._blocks)),
+        )
         if address.transport is Transport.FILE and is_fdset_name(address.path):
             check_fdset(
                 self._fdsets, address.path, direction,
@@ -336,6 +350,9 @@ class Migration:
             if dirty is not None:
                 self._write_dirty(writer, dirty)
             writer.clean()
+        ignoring = self._capabilities.x_ignore_shared and self._capabilities.mapped_ram
+        if ignoring and any(map(in_file, self._blocks)):  # let through by COMPAT only
+            raise OpenError(errno.EFAULT, "Unable to write to file: Bad address")
         sections, description = encode_devices(
             [global_state(before), *self._guest.save_devices()], self._blocks[0].page_size
         )
@@ -481,7 +498,7 @@ class Migration:
             try:
                 source = Source(
                     address, self._capabilities, self._parameters, policy=self._policy,
-                    fdsets=self._fdsets, take_fd=take_fd,
+                    fdsets=self._fdsets, take_fd=take_fd, uuid=self._uuid,
                 )
             except (PyqmigrateError, OSError) as error:
                 if self._policy is Policy.STRICT:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
+from uuid import UUID
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.fdset import FdSets
@@ -13,7 +14,7 @@ from pyqmigrate.fdset_rules import Direction
 from pyqmigrate.format.address import Address
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.memory import RamBlock
+from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.io.target import DirectIO
 from pyqmigrate.migration.opening import TakeFd, target_of
 from pyqmigrate.options import Capabilities, Parameters, Policy, ZeroPageDetection
@@ -21,7 +22,7 @@ from pyqmigrate.options.rules import effective_direct_io
 from pyqmigrate.save import SaveReport, Sparse, Writer
 from pyqmigrate.sequential import SequentialWriter
 
-__all__ = ["Clock", "PassWriter", "open_writer", "selections"]
+__all__ = ["Clock", "PassWriter", "in_file", "open_writer", "selections"]
 
 
 class PassWriter(Protocol):
@@ -52,6 +53,7 @@ def open_writer(
     take_fd: TakeFd,
     machine: str,
     target_page_bits: int | None,
+    uuid: UUID | None,
     resources: contextlib.ExitStack,
 ) -> PassWriter:
     """Open the target of a migration. What is borrowed or taken goes back with ``resources``.
@@ -63,9 +65,12 @@ def open_writer(
         address, Direction.SAVE, direct_io=direct, policy=policy, fdsets=fdsets, take_fd=take_fd,
         resources=resources,
     )
+    told = uuid.bytes if uuid is not None and capabilities.validate_uuid else None
     if not capabilities.mapped_ram:
+        shared = [block.name for block in blocks if in_file(block)]
         return SequentialWriter(
-            target, blocks, machine=machine, target_page_bits=target_page_bits,
+            target, blocks, machine=machine, target_page_bits=target_page_bits, uuid=told,
+            left_out=shared if capabilities.x_ignore_shared else None,
             max_bandwidth=parameters.max_bandwidth,
         )
     all_pages = parameters.zero_page_detection is ZeroPageDetection.NONE
@@ -75,9 +80,14 @@ def open_writer(
         sparse=Sparse.DENSE if all_pages else Sparse.AUTO,
         mark_zero=all_pages,
         channels=parameters.multifd_channels if capabilities.multifd else 1,
-        machine=machine, target_page_bits=target_page_bits,
-        max_bandwidth=parameters.max_bandwidth,
+        machine=machine, target_page_bits=target_page_bits, uuid=told,
+        ignore_shared=capabilities.x_ignore_shared, max_bandwidth=parameters.max_bandwidth,
     )
+
+
+def in_file(block: RamBlock) -> bool:
+    """Whether the block's memory is a file that others can have too: what x-ignore-shared skips."""
+    return isinstance(block.memory, FileMemory)
 
 
 def selections(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
-from pyqmigrate import RamBlock, UsageError
+from pyqmigrate import FileMemory, RamBlock, UsageError
 from pyqmigrate.format.address import parse_uri
 from pyqmigrate.format.devices import DeviceSection
 from pyqmigrate.migration import Guest, Migration
@@ -99,6 +100,94 @@ def test_a_stream_of_the_other_kind_fails(disk: Path, on: bool) -> None:
     assert info.status is Status.FAILED
     assert f"Capability mapped-ram is {'on' if on else 'off'}" in info.error
     assert incoming.run_state is RunState.INMIGRATE
+
+
+OURS, THEIRS = UUID(int=1), UUID(int=2)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "classic"])
+@pytest.mark.parametrize(
+    ("told", "local", "checked", "fits"),
+    [
+        (OURS, OURS, True, True),
+        (OURS, THEIRS, True, False),
+        (None, THEIRS, True, True),
+        (OURS, None, True, True),
+        (OURS, THEIRS, False, True),
+    ],
+)
+def test_identities_are_compared_where_both_are_told(
+    disk: Path, kind: dict[str, bool], told: UUID | None, local: UUID | None, checked: bool,
+    fits: bool,
+) -> None:
+    wanted = {**kind, "validate-uuid": checked}
+    save(disk / "snap", wanted, uuid=told)
+    incoming = Migration(
+        [RamBlock("pc.ram", bytearray(LENGTH))], incoming=True, uuid=local
+    )
+    incoming.set_capabilities(wanted)
+    incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"), exit_on_error=False)
+    info = incoming.wait(60)
+    assert info.status is (Status.COMPLETED if fits else Status.FAILED)
+    if not fits:
+        assert f"UUID received is {OURS} and local is {THEIRS}" in info.error
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "classic"])
+@pytest.mark.parametrize("on", [True, False])
+def test_ignoring_shared_memory_is_agreed_upon(
+    disk: Path, kind: dict[str, bool], on: bool
+) -> None:
+    ram = save(disk / "snap", {**kind, "x-ignore-shared": on})
+    for ours in (True, False):
+        target = bytearray(LENGTH)
+        incoming = Migration([RamBlock("pc.ram", target)], incoming=True)
+        incoming.set_capabilities({**kind, "x-ignore-shared": ours})
+        incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"), exit_on_error=False)
+        info = incoming.wait(60)
+        if ours == on:
+            assert info.status is Status.COMPLETED
+            assert bytes(target) == ram[:]
+        else:
+            assert info.status is Status.FAILED
+            assert "Capability x-ignore-shared is" in info.error
+
+
+def test_a_classic_stream_leaves_shared_memory_where_it_is(disk: Path) -> None:
+    with (disk / "ram").open("w+b") as shared:
+        shared.write(b"kept" * (LENGTH // 4))
+        shared.flush()
+        blocks = [RamBlock("pc.ram", FileMemory(shared.fileno())), RamBlock("rom", memory())]
+        source = Migration(blocks)
+        source.set_capabilities({"x-ignore-shared": True})
+        source.migrate(parse_uri(f"file:{disk}/snap"))
+        assert source.wait(60).status is Status.COMPLETED
+        assert (disk / "snap").stat().st_size < 2 * LENGTH
+        rom = bytearray(LENGTH)
+        incoming = Migration([blocks[0], RamBlock("rom", rom)], incoming=True)
+        incoming.set_capabilities({"x-ignore-shared": True})
+        incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"))
+        assert incoming.wait(60).status is Status.COMPLETED
+        assert bytes(rom) == memory()[:]
+        assert (disk / "ram").read_bytes() == b"kept" * (LENGTH // 4)
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_shared_memory_cannot_be_left_out_of_a_mapped_ram_file(
+    disk: Path, policy: Policy
+) -> None:
+    with (disk / "ram").open("w+b") as shared:
+        shared.truncate(LENGTH)
+        source = Migration([RamBlock("pc.ram", FileMemory(shared.fileno()))], policy=policy)
+        source.set_capabilities({"x-ignore-shared": True, "mapped-ram": True})
+        if policy is Policy.STRICT:
+            with pytest.raises(UsageError, match="switch one of the two off"):
+                source.migrate(parse_uri(f"file:{disk}/snap"))
+            return
+        source.migrate(parse_uri(f"file:{disk}/snap"))
+        info = source.wait(60)
+        assert info.status is Status.FAILED
+        assert info.error == "Unable to write to file: Bad address"
 
 
 def test_a_damaged_stream_ends_the_program_only_where_that_was_asked(disk: Path) -> None:
