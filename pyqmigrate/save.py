@@ -6,17 +6,10 @@ pages, bitmaps, tail, fsync, magic.
 
 from __future__ import annotations
 
-import contextlib
-import enum
-import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.errors import Cancelled, NoSpace, UsageError
-from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.format.stream import MAGIC, Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import (
@@ -29,61 +22,12 @@ from pyqmigrate.io.channels import (
     cut,
     failure,
 )
-from pyqmigrate.io.memory import Attached, RamBlock, attach
-from pyqmigrate.io.target import DirectIO, OutputTarget, Target, core_file, stream_offset
-from pyqmigrate.log import logger
+from pyqmigrate.io.memory import RamBlock
+from pyqmigrate.io.target import DirectIO, Target, core_file, stream_offset
 from pyqmigrate.options import choice
+from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
 
 __all__ = ["SaveReport", "Sparse", "save", "start_save"]
-
-
-class Sparse(enum.StrEnum):
-    """What becomes of zero pages. Their bits are clear in every case.
-
-    ``auto``: short gaps between data are written along, where that saves calls; at most half as
-    much again as the data, in every 4 MiB. ``exact``: a zero page is never allocated.
-    ``dense``: everything is written.
-    """
-
-    AUTO = "auto"
-    EXACT = "exact"
-    DENSE = "dense"
-
-    def core(self) -> Any:
-        """The policy as the core's ``struct qm_sparse *``."""
-        gap, share = _GAPS[self]
-        policy = _core.ffi.new("struct qm_sparse *")
-        policy.max_gap = gap
-        policy.gap_share = share
-        policy.everything = self is Sparse.DENSE
-        return policy
-
-
-# Longest gap in bytes, and the gaps' share of the data in percent.
-_GAPS = {Sparse.AUTO: (32 << 10, 50), Sparse.EXACT: (0, 0), Sparse.DENSE: (0, 0)}
-
-
-@dataclass(frozen=True)
-class SaveReport:
-    """What a save did.
-
-    ``bytes_written`` counts all descriptors; ``bytes_allocated`` is what the file holds on disk;
-    ``seconds`` is wall time up to and with the last fsync. ``direct_io`` says whether pages went
-    past the page cache, ``direct_io_reason`` why. ``unaligned_blocks`` names those whose memory
-    had to be copied for direct I/O.
-    """
-
-    data_pages: int
-    zero_pages: int
-    bytes_written: int
-    bytes_allocated: int
-    file_size: int
-    seconds: float
-    direct_io: bool
-    direct_io_reason: str
-    channels: int
-    sparse: Sparse
-    unaligned_blocks: tuple[str, ...]
 
 
 def save(
@@ -153,12 +97,9 @@ def start_save(
         raise
 
 
-class Writer:
-    """A snapshot being written: ``begin``, passes over memory, ``finish``.
-
-    It owns what it opens from its construction on; :meth:`close` lets go of everything, and drops
-    a file that was not finished. ``run`` is the whole of a save with one pass. With ``mark_zero``
-    (and DENSE) zero pages count as data: they are written and their bits are set.
+class Writer(StreamWriter):
+    """A mapped-ram snapshot being written. With ``mark_zero`` (and DENSE) zero pages count as data:
+    they are written and their bits are set.
     """
 
     def __init__(
@@ -177,54 +118,19 @@ class Writer:
         reuse: bool = False,
         max_bandwidth: int = 0,
     ) -> None:
-        if not blocks:
-            raise UsageError("no RAM blocks are given; a snapshot has at least one")
-        self.started = time.monotonic()
+        super().__init__(blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth)
         self.sparse = sparse
         self.policy = sparse.core()
         self.policy.mark_zero = mark_zero
-        self.reuse = reuse
-        self.channels = Channels(channels, "pyqmigrate-save")
-        self.channels.set_rate(max_bandwidth)
-        with contextlib.ExitStack() as stack:
-            self.memories: list[Attached] = []
-            for block in blocks:
-                memory = attach(block, writable=False)
-                stack.callback(memory.close)
-                self.memories.append(memory)
+        with self._closed_on_error():
             self.head: Head = encode_head(
-                machine,
-                [BlockSpec(b.name, m.length, b.page_size)
-                 for b, m in zip(blocks, self.memories, strict=True)],
-                offset=stream_offset(target), target_page_bits=target_page_bits, uuid=uuid,
-                ignore_shared=ignore_shared,
+                machine, self.specs, offset=stream_offset(target),
+                target_page_bits=target_page_bits, uuid=uuid, ignore_shared=ignore_shared,
             )
             self.bitmaps = [Bitmap(layout.num_pages) for layout in self.head.blocks]
             for bitmap in self.bitmaps:
-                stack.callback(bitmap.close)
-            sources = {m.identity for m in self.memories if m.identity is not None}
-            self.target = OutputTarget.open(target, direct_io, reuse=reuse, sources=sources)
-            stack.callback(self.target.abort)
-            self._cleanup = stack.pop_all()
-
-    @property
-    def total(self) -> int:
-        """Bytes of guest memory."""
-        return sum(memory.length for memory in self.memories)
-
-    def close(self) -> None:
-        """May be repeated."""
-        self._cleanup.close()
-
-    def run(
-        self, sections: bytes = b"", description: bytes | None = None, *,
-        switchover_start: bool = False,
-    ) -> SaveReport:
-        """Save in one pass, make the file a snapshot, and close; arguments as in finish."""
-        with self._cleanup:
-            self.begin()
-            self.write_pages()
-            return self.finish(sections, description, switchover_start=switchover_start)
+                self._cleanup.callback(bitmap.close)
+            self._open(target, direct_io)
 
     def begin(self) -> None:
         """Check the space, give the file its size and write the head, without its magic."""
@@ -272,37 +178,20 @@ class Writer:
         for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
             bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
         self.write_at(self.head.tail_offset, tail)
-        self._check_cancelled()
-        self.target.publish(MAGIC, self._check_cancelled)
-        _core.lib.qm_job_add_moved(self.channels.core, len(MAGIC))
-        return self._report()
-
-    def _check_cancelled(self) -> None:
-        if self.channels.cancelled:
-            raise Cancelled("cancelled")
+        return self._publish()
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write through the buffered descriptor, and count it."""
         self.target.write_at(offset, data)
         _core.lib.qm_job_add_moved(self.channels.core, len(data))
 
-    def _check_space(self) -> None:
-        """Fail before the first page where the data cannot fit; count it only if in doubt."""
-        free = self.target.free_bytes()
-        if free is None:
-            return
+    def _needed(self) -> int:
         dense = self.sparse is Sparse.DENSE
-        need = sum(m.length if dense else m.extent_bytes for m in self.memories)
-        if need > free and not dense:
-            need = self._count()
-        if need > free:
-            raise NoSpace(
-                f"the pages to save need {need >> 20} MiB and {free >> 20} MiB are free",
-                self.target.name,
-            )
+        return sum(m.length if dense else m.extent_bytes for m in self.memories)
 
     def _count(self) -> int:
-        """Bytes of the pages that are not zero."""
+        if self.sparse is Sparse.DENSE:
+            return self.total
         layouts = self.head.blocks
         bitmaps = [Bitmap(layout.num_pages) for layout in layouts]
         counter = self.channels.sibling("pyqmigrate-count")
@@ -346,24 +235,3 @@ class Writer:
             rc = _core.lib.qm_write_tail(channels.core, channel, *arguments, fault)
             if rc:
                 raise failure(rc, fault, self.target.name, name)
-
-    def _report(self) -> SaveReport:
-        totals = self.channels.totals()
-        direct = self.target.direct
-        report = SaveReport(
-            data_pages=totals.data_pages,
-            zero_pages=totals.zero_pages,
-            bytes_written=totals.bytes_moved,
-            bytes_allocated=self.target.allocated_bytes(),
-            file_size=os.fstat(self.target.fd).st_size,
-            seconds=time.monotonic() - self.started,
-            direct_io=direct is not None,
-            direct_io_reason=self.target.direct_io_reason,
-            channels=self.channels.count,
-            sparse=self.sparse,
-            unaligned_blocks=tuple(
-                m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
-            ),
-        )
-        logger.info("saved %s: %s", self.target.name, report)
-        return report

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +29,9 @@ from pyqmigrate.errors import (
     PyqmigrateError,
     SnapshotError,
     TargetError,
-    UsageError,
 )
 from pyqmigrate.format.devices import DeviceSection
 from pyqmigrate.format.elements import MAGIC, SectionKind
-from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.format.sequential import (
     RAM_EOS,
     SequentialBlock,
@@ -46,12 +43,12 @@ from pyqmigrate.format.sequential import (
 )
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
-from pyqmigrate.io.memory import Attached, Memory, RamBlock, attach
-from pyqmigrate.io.target import DirectIO, InputTarget, OutputTarget, Target, stream_offset
+from pyqmigrate.io.memory import Attached, Memory, RamBlock
+from pyqmigrate.io.target import DirectIO, InputTarget, Target, stream_offset
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.log import logger
 from pyqmigrate.options import choice
-from pyqmigrate.save import SaveReport, Sparse
+from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
 
 __all__ = [
     "DEVICE_STATE_MAX",
@@ -101,9 +98,8 @@ def core_name(name: str) -> tuple[Any, Any]:
     return core, text
 
 
-class SequentialWriter:
-    """A classic stream being written, used like :class:`~pyqmigrate.save.Writer`: ``begin``,
-    passes over memory, ``finish``, or all of it by ``run``; ``close`` in every case.
+class SequentialWriter(StreamWriter):
+    """A classic stream being written.
 
     Each pass is one PART section with a record for every page of the pass: a zero page, also one
     in a hole of a sparse memory, is a record of nine bytes. As in QEMU's own streams none is left
@@ -113,6 +109,8 @@ class SequentialWriter:
     ``left_out`` are the names of blocks that are listed, and whose content the loading side finds
     elsewhere (``x-ignore-shared``); None where the capability is off.
     """
+
+    sparse = Sparse.EXACT
 
     def __init__(
         self,
@@ -126,34 +124,17 @@ class SequentialWriter:
         reuse: bool = False,
         max_bandwidth: int = 0,
     ) -> None:
-        if not blocks:
-            raise UsageError("no RAM blocks are given; a snapshot has at least one")
-        self.started = time.monotonic()
-        self.reuse = reuse
-        self.channels = Channels(1, "pyqmigrate-save")
-        self.channels.set_rate(max_bandwidth)
-        with contextlib.ExitStack() as stack:
-            self.memories: list[Attached] = []
-            for block in blocks:
-                memory = attach(block, writable=False)
-                stack.callback(memory.close)
-                self.memories.append(memory)
-            self.specs = [
-                BlockSpec(b.name, m.length, b.page_size)
-                for b, m in zip(blocks, self.memories, strict=True)
-            ]
-            self._left_out = left_out or ()
+        super().__init__(blocks, channels=1, reuse=reuse, max_bandwidth=max_bandwidth)
+        self._left_out = left_out or ()
+        with self._closed_on_error():
             self._head = encode_head(
                 machine, self.specs, target_page_bits=target_page_bits, uuid=uuid,
                 ignore_shared=left_out is not None,
             )
             self._names = [core_name(spec.name) for spec in self.specs]
             self._blocks = [_core_block(spec.length, spec.page_size) for spec in self.specs]
-            sources = {m.identity for m in self.memories if m.identity is not None}
-            self.target = OutputTarget.open(target, DirectIO.OFF, reuse=reuse, sources=sources)
-            stack.callback(self.target.abort)
+            self._open(target, DirectIO.OFF)
             self._encoder = _new_encoder(self.target.fd, stream_offset(target))
-            self._cleanup = stack.pop_all()
 
     @property
     def total(self) -> int:
@@ -162,27 +143,12 @@ class SequentialWriter:
             spec.length for spec in self.specs if spec.name not in self._left_out
         )
 
-    def close(self) -> None:
-        """May be repeated."""
-        self._cleanup.close()
-
-    def run(self) -> SaveReport:
-        """Save in one pass, make the file a snapshot, and close."""
-        with self._cleanup:
-            self.begin()
-            self.write_pages()
-            return self.finish()
-
     def begin(self) -> None:
-        """Check the space, and write the head without its magic."""
         self._check_space()
         self._put(self._encoder, bytes(len(MAGIC)) + self._head[len(MAGIC):])
 
     def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
-        """One pass over all blocks, or over the pages that ``selections`` has of each.
-
-        A pass that selects nothing writes nothing.
-        """
+        """As in the base; a pass that selects nothing writes nothing."""
         if selections is not None and not any(bitmap.count() for bitmap in selections):
             return
         self._pass(self.channels, self._encoder, selections)
@@ -195,7 +161,6 @@ class SequentialWriter:
         self, sections: bytes = b"", description: bytes | None = None, *,
         switchover_start: bool = False,
     ) -> SaveReport:
-        """Write the end of the stream (device ``sections`` verbatim), then publish."""
         self._put(self._encoder, encode_end(
             sections=sections, description=description, switchover_start=switchover_start,
             page_size=self.specs[0].page_size,
@@ -206,28 +171,11 @@ class SequentialWriter:
         )
         if self.reuse:
             self.target.set_size(_core.lib.qm_encoder_position(self._encoder))
-        self._check_cancelled()
-        self.target.publish(MAGIC, self._check_cancelled)
-        return self._report()
+        return self._publish()
 
-    def _check_cancelled(self) -> None:
-        if self.channels.cancelled:
-            raise Cancelled("cancelled")
-
-    def _check_space(self) -> None:
-        """Fail before the first page where the stream cannot fit; count it only if in doubt."""
-        free = self.target.free_bytes()
-        if free is None:
-            return
+    def _needed(self) -> int:
         records = sum(spec.length // spec.page_size for spec in self.specs) * _RECORD
-        need = sum(memory.extent_bytes for memory in self.memories) + records
-        if need > free:
-            need = self._count()
-        if need > free:
-            raise NoSpace(
-                f"the stream needs {need >> 20} MiB and {free >> 20} MiB are free",
-                self.target.name,
-            )
+        return sum(memory.extent_bytes for memory in self.memories) + records
 
     def _count(self) -> int:
         """Bytes of all records of one pass."""
@@ -270,23 +218,8 @@ class SequentialWriter:
         if rc:
             raise _refused(rc, fault, "cannot write the stream", self.target.name)
 
-    def _report(self) -> SaveReport:
-        totals = self.channels.totals()
-        report = SaveReport(
-            data_pages=totals.data_pages,
-            zero_pages=totals.zero_pages,
-            bytes_written=totals.bytes_moved,
-            bytes_allocated=self.target.allocated_bytes(),
-            file_size=os.fstat(self.target.fd).st_size,
-            seconds=time.monotonic() - self.started,
-            direct_io=False,
-            direct_io_reason=_BUFFERED,
-            channels=self.channels.count,
-            sparse=Sparse.EXACT,
-            unaligned_blocks=(),
-        )
-        logger.info("saved %s: %s", self.target.name, report)
-        return report
+    def _direct_io_reason(self) -> str:
+        return _BUFFERED
 
 
 _RECORD = 8 + 1  # bytes of a record beside its page: the word, and a zero page's filling

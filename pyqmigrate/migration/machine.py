@@ -23,13 +23,13 @@ from pyqmigrate.migration.incoming import Source
 from pyqmigrate.migration.opening import TakeFd, opens_late
 from pyqmigrate.migration.outgoing import (
     Clock,
-    PassWriter,
     in_file,
     open_writer,
     selections,
 )
 from pyqmigrate.options import Capabilities, Parameters, Policy, rules
 from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
+from pyqmigrate.writer import StreamWriter
 
 __all__ = ["Migration"]
 
@@ -120,7 +120,7 @@ class Migration:
         self._incoming_started = False
         self._error = ""
         self._info = MigrationInfo()
-        self._writer: PassWriter | None = None
+        self._writer: StreamWriter | None = None
         self._clock = Clock()
         self._passes = 0
         self._pass_base = 0
@@ -265,7 +265,7 @@ class Migration:
 
     def _open(
         self, address: Address, take_fd: TakeFd, resources: contextlib.ExitStack
-    ) -> PassWriter:
+    ) -> StreamWriter:
         writer = open_writer(
             address, self._blocks, self._capabilities, self._parameters, policy=self._policy,
             fdsets=self._fdsets, take_fd=take_fd, machine=self._machine,
@@ -328,7 +328,7 @@ class Migration:
         else:
             self._end_outgoing(Status.COMPLETED, None)
 
-    def _save(self, writer: PassWriter, before: RunState) -> None:
+    def _save(self, writer: StreamWriter, before: RunState) -> None:
         self._clock.set_up()
         self._begin_pass()
         self._go_to(Status.ACTIVE)
@@ -362,7 +362,7 @@ class Migration:
             self._committing = True
         writer.finish(sections, description)
 
-    def _repeat(self, writer: PassWriter) -> None:
+    def _repeat(self, writer: StreamWriter) -> None:
         """Passes over what changed meanwhile, until that is little enough for the downtime."""
         limit = self._parameters.downtime_limit / 1000
         for _ in range(_MOST_PASSES):
@@ -375,7 +375,7 @@ class Migration:
                 return
             logger.debug("pass %d: %d bytes in %.3f s", self._passes, written, seconds)
 
-    def _write_dirty(self, writer: PassWriter, dirty: Mapping[str, object]) -> int:
+    def _write_dirty(self, writer: StreamWriter, dirty: Mapping[str, object]) -> int:
         chosen = selections(dirty, self._blocks, self._pages)
         try:
             changed = sum(bitmap.count() for bitmap in chosen)
@@ -403,7 +403,7 @@ class Migration:
             self._stopped_here = True
             self._set_run_state(RunState.FINISH_MIGRATE, "STOP")
 
-    def _pause(self, writer: PassWriter) -> None:
+    def _pause(self, writer: StreamWriter) -> None:
         with self._changed:
             self._go_to(Status.PRE_SWITCHOVER)
             self._changed.wait_for(lambda: self._status is not Status.PRE_SWITCHOVER)

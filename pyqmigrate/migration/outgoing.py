@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 from uuid import UUID
 
 from pyqmigrate.errors import UsageError
@@ -13,33 +12,16 @@ from pyqmigrate.fdset import FdSets
 from pyqmigrate.fdset_rules import Direction
 from pyqmigrate.format.address import Address
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.io.target import DirectIO
 from pyqmigrate.migration.opening import TakeFd, target_of
 from pyqmigrate.options import Capabilities, Parameters, Policy, ZeroPageDetection
 from pyqmigrate.options.rules import effective_direct_io
-from pyqmigrate.save import SaveReport, Sparse, Writer
+from pyqmigrate.save import Sparse, Writer
 from pyqmigrate.sequential import SequentialWriter
+from pyqmigrate.writer import StreamWriter
 
-__all__ = ["Clock", "PassWriter", "in_file", "open_writer", "selections"]
-
-
-class PassWriter(Protocol):
-    """What writes the stream: mapped-ram or sequential."""
-
-    channels: Channels
-
-    @property
-    def total(self) -> int: ...
-    def begin(self) -> None: ...
-    def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None: ...
-    def clean(self) -> int: ...
-    def finish(
-        self, sections: bytes = b"", description: bytes | None = None, *,
-        switchover_start: bool = False,
-    ) -> SaveReport: ...
-    def close(self) -> None: ...
+__all__ = ["Clock", "in_file", "open_writer", "selections"]
 
 
 def open_writer(
@@ -55,7 +37,7 @@ def open_writer(
     target_page_bits: int | None,
     uuid: UUID | None,
     resources: contextlib.ExitStack,
-) -> PassWriter:
+) -> StreamWriter:
     """Open the target of a migration. What is borrowed or taken goes back with ``resources``.
 
     Raises FdsetError, TargetError, NotSupported or UsageError.

@@ -1,0 +1,210 @@
+"""A stream being written, of whatever kind: memories, channels, a target, and a report."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import enum
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyqmigrate import _core
+from pyqmigrate.errors import Cancelled, NoSpace, UsageError
+from pyqmigrate.format.elements import MAGIC
+from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.memory import Attached, RamBlock, attach
+from pyqmigrate.io.target import DirectIO, OutputTarget, Target
+from pyqmigrate.log import logger
+
+__all__ = ["SaveReport", "Sparse", "StreamWriter"]
+
+
+class Sparse(enum.StrEnum):
+    """What becomes of zero pages. Their bits are clear in every case.
+
+    ``auto``: short gaps between data are written along, where that saves calls; at most half as
+    much again as the data, in every 4 MiB. ``exact``: a zero page is never allocated.
+    ``dense``: everything is written.
+    """
+
+    AUTO = "auto"
+    EXACT = "exact"
+    DENSE = "dense"
+
+    def core(self) -> Any:
+        """The policy as the core's ``struct qm_sparse *``."""
+        gap, share = _GAPS[self]
+        policy = _core.ffi.new("struct qm_sparse *")
+        policy.max_gap = gap
+        policy.gap_share = share
+        policy.everything = self is Sparse.DENSE
+        return policy
+
+
+# Longest gap in bytes, and the gaps' share of the data in percent.
+_GAPS = {Sparse.AUTO: (32 << 10, 50), Sparse.EXACT: (0, 0), Sparse.DENSE: (0, 0)}
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What a save did.
+
+    ``bytes_written`` counts all descriptors; ``bytes_allocated`` is what the file holds on disk;
+    ``seconds`` is wall time up to and with the last fsync. ``direct_io`` says whether pages went
+    past the page cache, ``direct_io_reason`` why. ``unaligned_blocks`` names those whose memory
+    had to be copied for direct I/O.
+    """
+
+    data_pages: int
+    zero_pages: int
+    bytes_written: int
+    bytes_allocated: int
+    file_size: int
+    seconds: float
+    direct_io: bool
+    direct_io_reason: str
+    channels: int
+    sparse: Sparse
+    unaligned_blocks: tuple[str, ...]
+
+
+class StreamWriter(abc.ABC):
+    """A stream being written: ``begin``, passes over memory, ``finish``; all of it by ``run``.
+
+    It owns what it opens from its construction on; :meth:`close` lets go of everything, and drops
+    a file that was not finished.
+    """
+
+    sparse = Sparse.AUTO
+    target: OutputTarget
+
+    def __init__(
+        self, blocks: Sequence[RamBlock], *, channels: int, reuse: bool, max_bandwidth: int
+    ) -> None:
+        if not blocks:
+            raise UsageError("no RAM blocks are given; a snapshot has at least one")
+        self.started = time.monotonic()
+        self.reuse = reuse
+        self.channels = Channels(channels, "pyqmigrate-save")
+        self.channels.set_rate(max_bandwidth)
+        self.memories: list[Attached] = []
+        self._cleanup = contextlib.ExitStack()
+        with self._closed_on_error():
+            for block in blocks:
+                memory = attach(block, writable=False)
+                self._cleanup.callback(memory.close)
+                self.memories.append(memory)
+            self.specs = [
+                BlockSpec(b.name, m.length, b.page_size)
+                for b, m in zip(blocks, self.memories, strict=True)
+            ]
+
+    @contextlib.contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, target: Target, direct_io: DirectIO) -> None:
+        """The last thing a constructor does: from here on an existing file may be changed."""
+        sources = {m.identity for m in self.memories if m.identity is not None}
+        self.target = OutputTarget.open(target, direct_io, reuse=self.reuse, sources=sources)
+        self._cleanup.callback(self.target.abort)
+
+    @property
+    def total(self) -> int:
+        """Bytes of guest memory."""
+        return sum(spec.length for spec in self.specs)
+
+    def close(self) -> None:
+        """May be repeated."""
+        self._cleanup.close()
+
+    def run(
+        self, sections: bytes = b"", description: bytes | None = None, *,
+        switchover_start: bool = False,
+    ) -> SaveReport:
+        """Save in one pass, make the file a snapshot, and close; arguments as in finish."""
+        with self._cleanup:
+            self.begin()
+            self.write_pages()
+            return self.finish(sections, description, switchover_start=switchover_start)
+
+    @abc.abstractmethod
+    def begin(self) -> None:
+        """Check the space and write the head, without its magic."""
+
+    @abc.abstractmethod
+    def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
+        """One pass over all blocks, or over the pages that ``selections`` has of each."""
+
+    @abc.abstractmethod
+    def clean(self) -> int:
+        """See that nothing of earlier passes can be read; returns how many pages that took."""
+
+    @abc.abstractmethod
+    def finish(
+        self, sections: bytes = b"", description: bytes | None = None, *,
+        switchover_start: bool = False,
+    ) -> SaveReport:
+        """Write what follows the pages (device ``sections`` verbatim), then publish."""
+
+    @abc.abstractmethod
+    def _needed(self) -> int:
+        """An upper bound of the bytes that the file will hold."""
+
+    @abc.abstractmethod
+    def _count(self) -> int:
+        """The bytes that the file will hold, found by looking at all of memory."""
+
+    def _check_space(self) -> None:
+        """Fail before the first page where the data cannot fit; count it only if in doubt."""
+        free = self.target.free_bytes()
+        if free is None or self._needed() <= free:
+            return
+        need = self._count()
+        if need > free:
+            raise NoSpace(
+                f"the save needs {need >> 20} MiB and {free >> 20} MiB are free", self.target.name
+            )
+
+    def _check_cancelled(self) -> None:
+        if self.channels.cancelled:
+            raise Cancelled("cancelled")
+
+    def _publish(self) -> SaveReport:
+        self._check_cancelled()
+        self.target.publish(MAGIC, self._check_cancelled)
+        _core.lib.qm_job_add_moved(self.channels.core, len(MAGIC))
+        return self._report()
+
+    def _report(self) -> SaveReport:
+        totals = self.channels.totals()
+        direct = self.target.direct
+        report = SaveReport(
+            data_pages=totals.data_pages,
+            zero_pages=totals.zero_pages,
+            bytes_written=totals.bytes_moved,
+            bytes_allocated=self.target.allocated_bytes(),
+            file_size=os.fstat(self.target.fd).st_size,
+            seconds=time.monotonic() - self.started,
+            direct_io=direct is not None,
+            direct_io_reason=self._direct_io_reason(),
+            channels=self.channels.count,
+            sparse=self.sparse,
+            unaligned_blocks=tuple(
+                m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
+            ),
+        )
+        logger.info("saved %s: %s", self.target.name, report)
+        return report
+
+    def _direct_io_reason(self) -> str:
+        return self.target.direct_io_reason
