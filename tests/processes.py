@@ -88,7 +88,9 @@ class Holder:
         """Which pages are there, by /proc/PID/pagemap."""
         with Path(f"/proc/{self.pid}/pagemap").open("rb", buffering=0) as pagemap:
             raw = os.pread(pagemap.fileno(), self.length // PAGE * 8, self.address // PAGE * 8)
-        return np.frombuffer(raw, dtype=np.uint64) >> np.uint64(63) != 0
+        words = np.frombuffer(raw, dtype="<u8")
+        present: Bits = (words >> np.uint64(63)).astype(np.bool_)
+        return present
 
     def page_tables(self) -> int:
         """KiB of page tables."""

@@ -35,8 +35,9 @@ class ProcessMemory:
     """Guest memory in another process, for saves: ``length`` bytes from its ``address`` on.
 
     QEMU tells the addresses of its RAM blocks with ``info ramblock``. The process must not change
-    the memory, nor map anything else there, while it is read. What shared memory has, a
-    :class:`FileMemory` reads faster.
+    the memory, nor map anything else there, while it is read. Give shared memory as the file that
+    it is (:class:`~pyqmigrate.io.memory.FileMemory`) where that can be had: read in this way, its
+    holes are filled.
     """
 
     pid: int

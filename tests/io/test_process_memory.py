@@ -117,17 +117,20 @@ def test_what_no_process_has_is_refused(disk: Path, pid: Any, address: Any, leng
 
 def test_part_of_a_page_is_no_block(disk: Path) -> None:
     with Holder(4, [0], flags=PRIVATE) as holder:
+        memory = ProcessMemory(holder.pid, holder.address, PAGE + 1)
         with pytest.raises(UsageError, match="multiple of the page size"):
-            saved(disk / "snap", ProcessMemory(holder.pid, holder.address, PAGE + 1))
+            saved(disk / "snap", memory)
 
 
 def test_nothing_is_loaded_into_a_process(disk: Path) -> None:
     save_known(disk / "snap")
     length = len(known_memory())
     with Holder(length // PAGE, [0], flags=PRIVATE) as holder:
-        with pyqmigrate.Snapshot(disk / "snap") as snapshot:
-            with pytest.raises(UsageError, match="only be saved"):
-                snapshot.load({"ram": holder.memory})
+        with (
+            pyqmigrate.Snapshot(disk / "snap") as snapshot,
+            pytest.raises(UsageError, match="only be saved"),
+        ):
+            snapshot.load({"ram": holder.memory})
         assert holder.present().sum() == 1
 
 
@@ -202,7 +205,7 @@ def test_blocks_of_all_kinds_go_into_one_snapshot(disk: Path) -> None:
         blocks = [
             RamBlock("process", holder.memory),
             RamBlock("file", pyqmigrate.FileMemory(fd)),
-            RamBlock("buffer", known),
+            RamBlock("buffer", known.tobytes()),
         ]
         pyqmigrate.save(disk / "snap", blocks)
         loaded = load(disk / "snap")

@@ -98,7 +98,8 @@ class Qemu:
 
     The guest is stopped before its first instruction (``-S``) unless ``run`` is true.
     ``incoming`` makes it wait for :meth:`load`. ``private`` gives it anonymous RAM instead of
-    ``ram``, which then only says how much. ``serial`` is a file that receives what the guest
+    ``ram``, which then only says how much; ``memory`` is the command line's part that gives it
+    RAM in yet another way, the machine included. ``serial`` is a file that receives what the guest
     writes to its first serial port.
     """
 
@@ -110,6 +111,7 @@ class Qemu:
         run: bool = False,
         incoming: bool = False,
         private: bool = False,
+        memory: Sequence[str] | None = None,
         bios: Path | None = None,
         serial: Path | None = None,
         extra: Sequence[str] = (),
@@ -126,10 +128,13 @@ class Qemu:
             if private
             else f"memory-backend-file,{backend},share=on,mem-path=/proc/self/fd/{ram.fd}"
         )
+        if memory is None:
+            memory = [
+                "-machine", f"{machine},memory-backend={self.ram_block}",
+                "-m", f"{ram.length >> 20}M", "-object", backend,
+            ]  # fmt: skip
         command = [
-            BINARY, "-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot",
-            "-machine", f"{machine},memory-backend={self.ram_block}",
-            "-m", f"{ram.length >> 20}M", "-object", backend,
+            BINARY, "-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot", *memory,
             "-qmp", f"unix:{self.socket},server=on,wait=off",
             *([] if run else ["-S"]),
             *(["-incoming", "defer"] if incoming else []),
@@ -223,12 +228,17 @@ class Qemu:
         names = [m["name"] for m in machines if self.machine in (m["name"], m.get("alias"))]
         return str(names[0])
 
-    def read_blocks(self) -> dict[str, bytes]:
-        """The bytes of every RAM block, from QEMU's own address space."""
+    def where_blocks_are(self) -> dict[str, tuple[int, int]]:
+        """Address in QEMU, and length in bytes, of every RAM block."""
         table = self.execute("human-monitor-command", {"command-line": "info ramblock"})
         lines = (_RAMBLOCK_LINE.match(line) for line in table.splitlines())
         where = {m["name"]: (int(m["host"], 16), int(m["used"], 16)) for m in lines if m}
         assert self.ram_block in where, table
+        return where
+
+    def read_blocks(self) -> dict[str, bytes]:
+        """The bytes of every RAM block, from QEMU's own address space."""
+        where = self.where_blocks_are()
         with Path(f"/proc/{self.process.pid}/mem").open("rb", buffering=0) as memory:
             return {
                 name: os.pread(memory.fileno(), used, host) for name, (host, used) in where.items()
