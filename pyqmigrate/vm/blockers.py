@@ -1,0 +1,93 @@
+"""What a snapshot whose pages we write ourselves would miss.
+
+QEMU gives its device state in one of two ways (:class:`Way`). Neither carries what other live
+sections than RAM have: their parts stand between those of RAM, and only their devices know their
+form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+
+from pyqmigrate.vm.guest import Guest
+
+__all__ = ["Way", "missed_devices", "why_no_migration"]
+
+
+class Way(StrEnum):
+    """How QEMU hands out its device state without the pages."""
+
+    IGNORE_SHARED = "ignore-shared"
+    """``migrate`` with ``x-ignore-shared``: complete and described, shared file-backed RAM left
+    out; a guest that did not run ends in ``postmigrate``."""
+    DEVICES_ONLY = "devices-only"
+    """``xen-save-devices-state``: device sections alone; a guest that does not run stays as it
+    is. Only x86 builds of QEMU have it."""
+
+
+_DEVICES = (
+    (re.compile(r"vfio-"), "it passes a host device through (vfio), with live state of its own"),
+    (
+        re.compile(r"virtio-mem(?!ory)"),
+        "its plugged-in memory (virtio-mem) is told in a section before RAM",
+    ),
+)  # fmt: skip
+# Machines with a live section of their own.
+_MACHINES = (
+    (re.compile(r"pseries"), "the hash page table of this machine is a live section (spapr/htab)"),
+    (
+        re.compile(r"s390-ccw"),
+        "the storage attributes of this machine are a live section (s390-storage_attributes)",
+    ),
+)  # fmt: skip
+# Capabilities that put more into a stream than RAM and device state, or take RAM out.
+_CAPABILITIES = {
+    "block": "the capability block puts disks into the stream",
+    "x-colo": "the capability x-colo makes of a migration something else than a snapshot",
+}
+
+
+def missed_devices(guest: Guest, way: Way) -> list[str]:
+    """Reasons why a save this way would lose something; empty when nothing is.
+
+    Only what QEMU tells is known: a live section of a device not listed here is found when its
+    stream is read.
+    """
+    reasons = list(_from_devices(guest))
+    reasons += [why for pattern, why in _MACHINES if pattern.match(guest.machine)]
+    reasons += [why for name, why in _CAPABILITIES.items() if guest.capabilities.get(name)]
+    if guest.dirty_bitmaps and guest.capabilities.get("dirty-bitmaps"):
+        names = ", ".join(f"{name} of {node}" for node, name in guest.dirty_bitmaps)
+        reasons.append(f"dirty bitmaps are a live section (dirty-bitmaps is on): {names}")
+    if way is Way.IGNORE_SHARED and "x-ignore-shared" not in guest.capabilities:
+        reasons.append("this QEMU has no x-ignore-shared")
+    if way is Way.DEVICES_ONLY and "xen-save-devices-state" not in guest.commands:
+        reasons.append("this QEMU has no xen-save-devices-state (builds for x86 have it)")
+    return reasons
+
+
+def _from_devices(guest: Guest) -> Iterator[str]:
+    for pattern, why in _DEVICES:
+        for path, kind in guest.devices:
+            if pattern.match(kind):
+                yield f"{path.rpartition('/')[2]} ({kind}): {why}"
+
+
+def why_no_migration(guest: Guest) -> str | None:
+    """Why this guest cannot be saved at all now, whoever writes the pages; None if it can."""
+    if guest.blocked_reasons:
+        return "QEMU refuses to migrate this guest: " + "; ".join(guest.blocked_reasons)
+    if guest.run_state == "inmigrate":
+        return "the guest is not there yet: this QEMU waits for an incoming migration"
+    if guest.migration_status in _UNDER_WAY:
+        return f"a migration of this guest is under way (status {guest.migration_status})"
+    return None
+
+
+_UNDER_WAY = {
+    "setup", "active", "pre-switchover", "device", "cancelling", "failing", "wait-unplug", "colo",
+    "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup",
+    "postcopy-device",
+}  # fmt: skip

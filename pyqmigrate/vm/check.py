@@ -1,0 +1,151 @@
+"""What a save of this guest would do now, without doing it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyqmigrate.errors import NotSupported, QemuError
+from pyqmigrate.vm.choice import Choice, Engine, choose_engine
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.disks import Disk, restore_needs
+from pyqmigrate.vm.estimate import DiskRate, Estimate, estimate, measure_rate
+from pyqmigrate.vm.guest import Guest, GuestBlock, look
+
+__all__ = ["CheckReport", "check"]
+
+_SPARE = 16 << 20  # headers, bitmaps of a guest of some size, device state
+_BITS_A_BITMAP_BYTE = 8
+
+# What QEMU refuses together with mapped-ram, or what breaks a save to a file. Seen on 10.0.2.
+_CAPABILITIES = {
+    "return-path": "makes a save to a file fail",
+    "postcopy-ram": "excludes mapped-ram, and makes a save to a file fail",
+    "xbzrle": "excludes mapped-ram and multifd",
+    "x-colo": "makes of a migration something else than a save",
+    "x-ignore-shared": "makes mapped-ram fail with 'Bad address' at the very end",
+    "background-snapshot": "excludes multifd",
+    "zero-copy-send": "is for sockets only",
+    "postcopy-preempt": "excludes mapped-ram",
+    "dirty-limit": "slows the guest down during a migration",
+    "auto-converge": "slows the guest down during a live save",
+}
+_PARAMETERS = {
+    "tls-creds": ("", "QEMU refuses mapped-ram with TLS"),
+    "multifd-compression": ("none", "QEMU refuses mapped-ram with compression"),
+    "mode": ("normal", "another mode than normal is no save of a running guest"),
+}
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a save would do. Sizes in bytes.
+
+    ``choice`` is None when the guest cannot be saved, and ``blockers`` then say why.
+    ``estimate`` is of the memory's data, ``need`` of the disk that the file takes. ``disk`` is
+    None when no ``directory`` was given. ``warnings`` are settings that QEMU has now and that
+    would hurt a save which did not change them. ``disk_needs`` are sentences on what a restore
+    needs of the writable ``disks`` when the guest goes on after the save.
+    """
+
+    version: tuple[int, int, int]
+    pid: int | None
+    machine: str
+    run_state: str
+    total_ram: int
+    blocks: tuple[GuestBlock, ...]
+    choice: Choice | None
+    blockers: tuple[str, ...]
+    warnings: tuple[str, ...]
+    estimate: Estimate
+    need: int
+    directory: Path | None
+    disk: DiskRate | None
+    disks: tuple[Disk, ...]
+    disk_needs: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the file fits in the directory; None where that is not known."""
+        if self.disk is None or self.disk.free is None:
+            return None
+        return self.need <= self.disk.free
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the writing takes at the rate of the probe; None where there is no rate."""
+        return self.need / self.disk.rate if self.disk is not None and self.disk.rate else None
+
+    @property
+    def possible(self) -> bool:
+        """Whether a save would succeed, as far as can be seen."""
+        return self.choice is not None and self.fits is not False
+
+
+async def check(
+    monitor: Monitor, directory: str | os.PathLike[str] | None = None, *,
+    engine: str = "auto", live: bool = False,
+) -> CheckReport:
+    """Say what a save into ``directory`` would do, with ``engine`` and ``live`` as for a save.
+
+    QEMU gets queries only; the directory gets 64 MiB in a file without a name, which is gone
+    afterwards. Raises QemuError when QEMU does not answer, TargetError when the directory cannot
+    be written to, UsageError for an engine that there is not.
+    """
+    with await look(monitor) as guest:
+        choice: Choice | None = None
+        blockers: list[str] = []
+        try:
+            choice = choose_engine(guest, engine=engine, live=live)
+        except (NotSupported, QemuError) as error:
+            blockers.append(str(error))
+        guessed = await asyncio.to_thread(estimate, guest)
+        where = None if directory is None else Path(directory)
+        disk = None if where is None else await asyncio.to_thread(measure_rate, where)
+        need = guessed.data + _bitmaps(guest) + _SPARE
+        return CheckReport(
+            version=guest.version,
+            pid=guest.pid,
+            machine=guest.machine,
+            run_state=guest.run_state,
+            total_ram=guest.total_ram,
+            blocks=guest.blocks,
+            choice=choice,
+            blockers=tuple(blockers),
+            warnings=tuple(_warnings(guest, choice, disk)),
+            estimate=guessed,
+            need=need,
+            directory=where,
+            disk=disk,
+            disks=guest.disks,
+            disk_needs=tuple(restore_needs(guest.disks, resumed=guest.running)),
+        )
+
+
+def _bitmaps(guest: Guest) -> int:
+    page = 1 << (guest.target_page_bits or 12)
+    return guest.total_ram // page // _BITS_A_BITMAP_BYTE
+
+
+def _warnings(guest: Guest, choice: Choice | None, disk: DiskRate | None) -> Iterator[str]:
+    for name, what in _CAPABILITIES.items():
+        if guest.capabilities.get(name):
+            yield f"capability {name} is on: it {what}"
+    for name, (harmless, what) in _PARAMETERS.items():
+        value = guest.parameters.get(name, harmless)
+        if value != harmless:
+            yield f"parameter {name} is {value!r}: {what}"
+    if guest.parameters.get("direct-io") and disk is not None and not disk.direct_io:
+        yield (
+            "parameter direct-io is on, and this directory has no direct I/O "
+            f"({disk.reason}): a migrate to it may kill QEMU"
+        )
+    if choice is not None and choice.engine is Engine.QEMU:
+        bandwidth = int(guest.parameters.get("max-bandwidth", 0))
+        if bandwidth and (disk is None or bandwidth < disk.rate):
+            yield f"parameter max-bandwidth holds QEMU down to {bandwidth >> 20} MiB a second"
+    if choice is not None and not choice.stays:
+        yield f"a guest found {guest.run_state} ends in postmigrate"

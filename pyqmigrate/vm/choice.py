@@ -1,0 +1,135 @@
+"""Who writes the pages of a save: QEMU, or we."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pyqmigrate.errors import NotSupported, QemuError, UsageError
+from pyqmigrate.vm.blockers import Way, missed_devices, why_no_migration
+from pyqmigrate.vm.guest import Guest, GuestBlock
+
+__all__ = ["Choice", "Engine", "choose_engine"]
+
+# What may go through QEMU's own stream beside the file-backed blocks: ROMs, video memory.
+_LARGEST_REST = 256 << 20
+
+
+class Engine(StrEnum):
+    """Who writes the pages."""
+
+    QEMU = "qemu"
+    DIRECT = "direct"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine, and in a sentence ``why``; ``way`` is None for QEMU's.
+
+    ``refused`` are the reasons against engine ``direct`` where that was asked about and is not to
+    be had. ``stays`` is false when the guest does not run and will not be what it was (it ends in
+    ``postmigrate``).
+    """
+
+    engine: Engine
+    way: Way | None
+    why: str
+    refused: tuple[str, ...] = ()
+    stays: bool = True
+
+
+def choose_engine(guest: Guest, *, engine: str = "auto", live: bool = False) -> Choice:
+    """Decide for ``engine`` "auto", "direct" or "qemu"; ``live``: the guest runs meanwhile.
+
+    Raises NotSupported when ``direct`` is demanded and would miss something, or nothing can save
+    this guest as asked; QemuError when it cannot be saved now; UsageError for another engine.
+    """
+    if engine not in ("auto", *Engine):
+        raise UsageError(f"{engine!r} is no engine: auto, direct or qemu")
+    if (why_not := why_no_migration(guest)) is not None:
+        raise QemuError(why_not)
+    refused: tuple[str, ...] = ()
+    if engine != Engine.QEMU:
+        refused = ("a live save is asked for, and pages are copied here while the guest stands",)
+        if not live:
+            way, refused = _way(guest)
+            if way is not None:
+                return _by_us(guest, way)
+        if engine == Engine.DIRECT:
+            raise NotSupported(f"engine direct cannot save this guest: {'; '.join(refused)}")
+    return _by_qemu(guest, refused)
+
+
+def _way(guest: Guest) -> tuple[Way | None, tuple[str, ...]]:
+    """The way that fits, or the reasons why none does."""
+    ways = [Way.IGNORE_SHARED, Way.DEVICES_ONLY]
+    if not guest.running:  # the second leaves it as it was found
+        ways.reverse()
+    reasons: list[str] = []
+    for way in ways:
+        against = _against(guest, way)
+        if not against:
+            return way, ()
+        reasons += [reason for reason in against if reason not in reasons]
+    return None, tuple(reasons)
+
+
+def _against(guest: Guest, way: Way) -> list[str]:
+    missed = missed_devices(guest, way)
+    if way is Way.DEVICES_ONLY:
+        return missed + _unreachable(guest.blocks)
+    skipped = tuple(block for block in guest.blocks if block.file_backed)
+    rest = guest.total_ram - sum(block.length for block in skipped)
+    if guest.run_state == "postmigrate":
+        missed.append(_POSTMIGRATE)
+    if not skipped:
+        missed.append("x-ignore-shared leaves nothing out: no RAM is a shared memory-backend-file")
+    elif rest > _LARGEST_REST:
+        missed.append(
+            f"x-ignore-shared leaves {rest >> 20} MiB in the stream that are in no shared "
+            "memory-backend-file"
+        )
+    return missed + _unreachable(skipped)
+
+
+def _unreachable(blocks: tuple[GuestBlock, ...]) -> list[str]:
+    why: dict[str, list[str]] = {}
+    for block in blocks:
+        if block.memory is None:
+            why.setdefault(block.why_not, []).append(block.name)
+    return [f"{_several(names)}: {reason}" for reason, names in why.items()]
+
+
+def _several(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} blocks more"
+
+
+def _by_us(guest: Guest, way: Way) -> Choice:
+    if way is Way.DEVICES_ONLY:
+        why = "all of its RAM can be read here"
+        if not guest.running:
+            why += f", and it stays {guest.run_state}"
+        return Choice(Engine.DIRECT, way, why)
+    why = "its RAM is shared and file-backed, so QEMU can leave it out"
+    if not guest.running:
+        why += _ending(guest)
+    return Choice(Engine.DIRECT, way, why, stays=guest.running)
+
+
+def _by_qemu(guest: Guest, refused: tuple[str, ...]) -> Choice:
+    if "mapped-ram" not in guest.capabilities:
+        version = ".".join(map(str, guest.version))
+        raise NotSupported(f"this QEMU ({version}) has no mapped-ram: 9.0 or newer has")
+    if guest.run_state == "postmigrate":
+        raise NotSupported("; ".join((_POSTMIGRATE, *refused)))
+    why = "engine direct is not possible" if refused else "it was asked for"
+    if not guest.running:
+        why += _ending(guest)
+    return Choice(Engine.QEMU, None, why, refused, stays=guest.running)
+
+
+_POSTMIGRATE = "QEMU migrates a guest in postmigrate no second time: let it run first (cont)"
+
+
+def _ending(guest: Guest) -> str:
+    return f"; found {guest.run_state}, it will end in postmigrate"

@@ -1,0 +1,183 @@
+"""A negotiated QMP session with a running QEMU.
+
+    async with await Monitor.connect("/run/guest.qmp") as monitor:
+        print(monitor.version, await monitor.execute("query-status"))
+
+The session is the library ``qemu.qmp``'s; here are the time limits, errors of this package's own
+that say what happened, and descriptors handed over one at a time, as QEMU takes them (management
+document, 6.3 and 9.3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+
+from pyqmigrate.errors import NotSupported, QemuError, QemuGone, QemuRefused
+
+try:
+    from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+except ImportError as error:  # pragma: no cover - depends on what is installed
+    raise NotSupported(
+        "working with a running QEMU needs the library qemu.qmp: pip install 'pyqmigrate[vm]'"
+    ) from error
+
+__all__ = ["GREETING_TIMEOUT", "Monitor"]
+
+GREETING_TIMEOUT = 5.0  # seconds; a QEMU whose monitor is free greets at once
+_ANSWER_TIMEOUT = 60.0  # seconds; QEMU answers while it migrates, but may wait for a disk
+_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class Monitor:
+    """One session. ``version`` is QEMU's, as (major, minor, micro).
+
+    ``peer_pid`` is the process that listens on the socket, or None where the kernel cannot tell
+    (another pid namespace). One command is under way at a time, whoever asks.
+    """
+
+    def __init__(self, client: QMPClient, path: Path, peer_pid: int | None) -> None:
+        self._client = client
+        self._turn = asyncio.Lock()
+        self.path = path
+        self.peer_pid = peer_pid
+        assert client.greeting is not None
+        version = cast("Mapping[str, int]", client.greeting.QMP.version["qemu"])
+        self.version = (version["major"], version["minor"], version["micro"])
+
+    @classmethod
+    async def connect(
+        cls, path: str | os.PathLike[str], *, timeout: float = GREETING_TIMEOUT
+    ) -> Self:
+        """Connect to the UNIX socket at ``path`` and negotiate, in at most ``timeout`` seconds.
+
+        Raises QemuError when nobody listens, and when no greeting comes: a monitor serves one
+        client at a time.
+        """
+        where = Path(path)
+        connection = await asyncio.wait_for(_open(where), timeout)
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        pid = _PEER.unpack(credentials)[0] or None
+        client = QMPClient(str(where))
+        client.logger = _SILENT
+        try:
+            await asyncio.wait_for(client.connect(connection), timeout)
+        except TimeoutError as error:
+            connection.close()
+            raise QemuError(
+                f"no greeting from the monitor {where} within {timeout:g} s: another client holds "
+                "it (a monitor serves one at a time), or QEMU hangs; end that client, or give QEMU "
+                "a second -qmp socket"
+            ) from error
+        except (QMPError, OSError, EOFError) as error:
+            connection.close()
+            raise QemuGone(f"the monitor {where} is not QMP, or hung up: {error}") from error
+        return cls(client, where, pid)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Hang up. May be repeated, and when QEMU is gone."""
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            await self._client.disconnect()
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *,
+        timeout: float = _ANSWER_TIMEOUT,
+    ) -> Any:
+        """Run one command and return what it returns.
+
+        Raises QemuRefused when QEMU answers with an error, QemuGone when it hung up, QemuError
+        when there is no answer within ``timeout`` seconds.
+        """
+        async with self._turn:
+            return await self._execute(command, arguments, timeout)
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None, timeout: float
+    ) -> Any:
+        try:
+            return await asyncio.wait_for(
+                self._client.execute(command, dict(arguments) if arguments else None), timeout
+            )
+        except ExecuteError as error:
+            raise QemuRefused(command, str(error), error.error_class) from error
+        except (ExecInterruptedError, StateError, OSError, EOFError) as error:
+            if isinstance(error, TimeoutError):
+                raise QemuError(f"QEMU has not answered {command} within {timeout:g} s") from error
+            raise QemuGone(f"QEMU hung up on {command}: it ended, or was killed") from error
+
+    async def hmp(self, line: str) -> str:
+        """What the human monitor prints on ``line``."""
+        return str(await self.execute("human-monitor-command", {"command-line": line}))
+
+    async def add_fd(self, fd: int, *, fdset_id: int | None = None, opaque: str = "") -> int:
+        """Hand a descriptor over into a fdset; returns the set's id. ``fd`` stays the caller's."""
+        arguments: dict[str, object] = {"opaque": opaque} if opaque else {}
+        if fdset_id is not None:
+            arguments["fdset-id"] = fdset_id
+        async with self._turn:
+            self._lend(fd)
+            added = await self._execute("add-fd", arguments, _ANSWER_TIMEOUT)
+        return int(added["fdset-id"])
+
+    def _lend(self, fd: int) -> None:
+        try:
+            self._client.send_fd_scm(fd)
+        except (StateError, OSError) as error:
+            raise QemuGone("QEMU hung up before it got a descriptor") from error
+
+    @contextlib.asynccontextmanager
+    async def fdset(self, fds: Mapping[str, int]) -> AsyncIterator[int]:
+        """A new fdset of these descriptors (their names tell a person what they are); its id.
+
+        The set is removed afterwards, as long as there is somebody to tell.
+        """
+        fdset_id: int | None = None
+        try:
+            for name, fd in fds.items():
+                fdset_id = await self.add_fd(fd, fdset_id=fdset_id, opaque=name)
+            if fdset_id is None:
+                raise ValueError("a fdset has at least one descriptor")
+            yield fdset_id
+        finally:
+            if fdset_id is not None:
+                with contextlib.suppress(QemuError):
+                    await self.execute("remove-fd", {"fdset-id": fdset_id})
+
+
+async def _open(path: Path) -> socket.socket:
+    """A connected, non-blocking socket; a path of any length."""
+    loop = asyncio.get_running_loop()
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)
+    directory = -1
+    try:
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        await loop.sock_connect(connection, f"/proc/self/fd/{directory}/{path.name}")
+    except OSError as error:
+        connection.close()
+        raise QemuError(f"cannot connect to the monitor {path}: {error.strerror}") from error
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        if directory >= 0:
+            os.close(directory)
+    return connection
+
+
+_SILENT = logging.getLogger("pyqmigrate.qmp")
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False

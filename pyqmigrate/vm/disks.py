@@ -1,0 +1,337 @@
+"""The disks of a running QEMU, and snapshots of them at the instant of a memory snapshot.
+
+A memory snapshot is worth something only together with the disks as they were at its instant. A
+guest that goes on writing runs ahead of it, and a restore against such a disk corrupts it. With
+an external snapshot the guest goes on in a new file, an *overlay*, and the file that it had (the
+*base*) stays as it was::
+
+    plan = prepare(guest, Path("guest.snap"))    # nothing is touched yet
+    ...                                          # the guest is stopped
+    await take(monitor, plan)                    # one transaction: all disks or none
+    ...                                          # the memory is saved, the guest goes on
+    record(plan)                                 # guest.snap.disks.json
+    await forget(monitor, plan)                  # or this, when the save failed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyqmigrate.errors import (
+    NotSupported,
+    QemuError,
+    QemuGone,
+    QemuRefused,
+    TargetError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.connection import Monitor
+    from pyqmigrate.vm.guest import Guest
+
+__all__ = [
+    "Disk",
+    "DiskPlan",
+    "Overlay",
+    "forget",
+    "prepare",
+    "read_disks",
+    "record",
+    "record_path",
+    "restore_needs",
+    "take",
+]
+
+_FORMATS = ("qcow2", "raw")
+_COMMIT_TIMEOUT = 60.0  # seconds; what an overlay has got during one save is not much
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk with a medium. ``device`` is the name of ``-drive``, empty with ``-blockdev``.
+
+    ``qdev`` is the QOM path or id of the device that has it, ``node`` its top node, ``file`` that
+    node's file as QEMU names it (``json:...`` where a name cannot), ``format`` the driver
+    (``qcow2``, ``raw``), ``size`` what the guest sees, in bytes.
+    """
+
+    device: str
+    qdev: str
+    node: str
+    file: str
+    format: str
+    writable: bool
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        """What a person knows it by."""
+        return self.device or self.qdev.removesuffix("/virtio-backend") or self.node
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A disk that goes on in another file: ``file``, a qcow2 over ``disk.file``, as QEMU names it.
+
+    ``node`` is the name of its node; ``here`` is the same file as this process sees it.
+    """
+
+    disk: Disk
+    file: str
+    node: str
+    here: Path
+
+
+@dataclass
+class DiskPlan:
+    """External snapshots to take, or taken, of all writable disks. ``record`` is the JSON file."""
+
+    snapshot: Path
+    overlays: tuple[Overlay, ...]
+    record: Path
+    taken: bool = False
+    recorded: bool = field(default=False, repr=False)
+
+
+def read_disks(devices: Sequence[dict[str, Any]]) -> tuple[Disk, ...]:
+    """The disks in what ``query-block`` returns; drives without a medium are none."""
+    return tuple(_disk(device, device["inserted"]) for device in devices if "inserted" in device)
+
+
+def _disk(device: dict[str, Any], medium: dict[str, Any]) -> Disk:
+    return Disk(
+        device=device.get("device", ""),
+        qdev=device.get("qdev", ""),
+        node=medium.get("node-name", ""),
+        file=medium.get("file", ""),
+        format=medium.get("drv", ""),
+        writable=not medium.get("ro", False),
+        size=medium.get("image", {}).get("virtual-size", 0),
+    )
+
+
+def restore_needs(disks: Sequence[Disk], *, resumed: bool, with_disks: bool = False) -> list[str]:
+    """What a later restore needs of the writable disks, a sentence each.
+
+    ``resumed``: the guest goes on after the save. ``with_disks``: disk snapshots are taken.
+    """
+    return [_need(disk, resumed, with_disks) for disk in disks if disk.writable]
+
+
+def _need(disk: Disk, resumed: bool, with_disks: bool) -> str:
+    what = f"disk {disk.name} ({disk.format}, {disk.file})"
+    if with_disks:
+        return f"{what}: give a restore a new overlay over it; the guest goes on in another file"
+    if resumed:
+        return (
+            f"{what}: the guest goes on writing to it, so it runs ahead of the snapshot and a "
+            "restore against it corrupts it; take the disks along (--with-disks), or end the guest "
+            "(--then quit)"
+        )
+    return f"{what}: must be as it is now when the snapshot is restored"
+
+
+def record_path(snapshot: Path) -> Path:
+    """Where the names of the disks of a snapshot are recorded."""
+    return snapshot.with_name(f"{snapshot.name}.disks.json")
+
+
+def prepare(guest: Guest, snapshot: Path) -> DiskPlan:
+    """Choose an overlay for each writable disk: beside it, named after it and the snapshot.
+
+    Touches nothing. Raises NotSupported when a writable disk is not a qcow2 or raw image in a
+    file that is seen from here, UsageError when a file that an overlay would be is there already.
+    """
+    token = secrets.token_hex(4)
+    overlays = tuple(
+        _overlay(guest, disk, snapshot, f"snapshot-{token}-{number}")
+        for number, disk in enumerate(disk for disk in guest.disks if disk.writable)
+    )
+    if overlays and "transaction" not in guest.commands:
+        raise NotSupported("this QEMU has no transactions, so no snapshots of disks at one instant")
+    return DiskPlan(snapshot, overlays, record_path(snapshot))
+
+
+def _overlay(guest: Guest, disk: Disk, snapshot: Path, node: str) -> Overlay:
+    if disk.format not in _FORMATS:
+        raise NotSupported(
+            f"disk {disk.name} is {disk.format}; snapshots are taken of {' and '.join(_FORMATS)}"
+        )
+    base = _seen_here(guest.pid, disk.file)
+    try:
+        regular = stat.S_ISREG(base.stat().st_mode)
+    except OSError:
+        regular = False
+    if not regular or disk.file.startswith(("/proc/", "/dev/fd")):
+        raise NotSupported(
+            f"disk {disk.name} is {disk.file!r}, which is not a file that is seen from here: there "
+            "is no place beside it for an overlay"
+        )
+    file = f"{disk.file}.{snapshot.name}.qcow2"
+    here = base.with_name(f"{base.name}.{snapshot.name}.qcow2")
+    if os.path.lexists(here):
+        raise UsageError(f"{file!r} is there already; it would be the overlay of disk {disk.name}")
+    return Overlay(disk, file, node, here)
+
+
+def _seen_here(pid: int | None, file: str) -> Path:
+    """The path by which this process reaches a file that QEMU names so."""
+    if pid is None:
+        return Path(file)
+    if not file.startswith("/"):
+        return Path(f"/proc/{pid}/cwd") / file
+    inside = Path(f"/proc/{pid}/root{file}")
+    return inside if os.path.lexists(inside) else Path(file)
+
+
+async def take(monitor: Monitor, plan: DiskPlan) -> None:
+    """Take the snapshots, all or none, in one transaction, while the guest is stopped.
+
+    That may be in ``paused``, ``postmigrate`` or ``finish-migrate``. From here on the guest's
+    writes go to the overlays. Raises QemuRefused when nothing was changed.
+    """
+    if not plan.overlays:
+        return
+    actions = [
+        {
+            "type": "blockdev-snapshot-sync",
+            "data": {
+                "node-name": overlay.disk.node,
+                "snapshot-file": overlay.file,
+                "snapshot-node-name": overlay.node,
+                "format": "qcow2",
+            },
+        }
+        for overlay in plan.overlays
+    ]
+    plan.taken = True  # also when the answer is lost
+    try:
+        await monitor.execute("transaction", {"actions": actions})
+    except QemuRefused:
+        plan.taken = False
+        _remove_overlays(plan)  # QEMU leaves those that it had made when another failed
+        raise
+
+
+def record(plan: DiskPlan) -> Path | None:
+    """Write the names down beside the memory, durable and at once; None without disks.
+
+    The JSON object has ``snapshot`` (its file name) and ``disks``, a list of ``device``, ``qdev``,
+    ``node``, ``file`` (which stays as it was at the snapshot's instant), ``format``, ``size`` (in
+    bytes) and ``continued_in`` (the file in which the guest goes on). Raises TargetError.
+    """
+    if not plan.overlays:
+        return None
+    disks = [
+        {key: value for key, value in asdict(overlay.disk).items() if key != "writable"}
+        | {"continued_in": overlay.file}
+        for overlay in plan.overlays
+    ]
+    text = json.dumps({"snapshot": plan.snapshot.name, "disks": disks}, indent=2) + "\n"
+    try:
+        _replace(plan.record, text)
+    except OSError as error:
+        raise TargetError(error.errno or 0, "cannot record the disks", plan.record) from error
+    plan.recorded = True
+    return plan.record
+
+
+def _replace(path: Path, text: str) -> None:
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:200]}.", dir=path.parent)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+async def forget(monitor: Monitor, plan: DiskPlan) -> tuple[str, ...]:
+    """Undo: what overlays have got goes back into the bases, and the overlays are removed.
+
+    May be called whether or not the snapshots were taken, once the guest is as it was found. No
+    QemuError comes out of it: the sentences returned say what is left to do; none: all is undone.
+    """
+    if plan.recorded:
+        plan.record.unlink(missing_ok=True)
+        plan.recorded = False
+    if not plan.taken:
+        return ()
+    left = []
+    for overlay in plan.overlays:
+        try:
+            await _commit(monitor, overlay)
+            overlay.here.unlink(missing_ok=True)
+        except (QemuError, OSError) as error:
+            left.append(
+                f"disk {overlay.disk.name} goes on in {overlay.file} over {overlay.disk.file}: "
+                f"undoing that failed ({error}); block-commit {overlay.node} when the guest runs"
+            )
+            if isinstance(error, QemuGone):
+                left[-1] = (
+                    f"disk {overlay.disk.name} went on in {overlay.file} over {overlay.disk.file} "
+                    "when QEMU ended: start it with that file"
+                )
+    plan.taken = bool(left)
+    return tuple(left)
+
+
+async def _commit(monitor: Monitor, overlay: Overlay) -> None:
+    """Merge an overlay into its base, and let the guest go on there."""
+    job = f"undo-{overlay.node}"
+    await monitor.execute(
+        "block-commit",
+        {
+            "job-id": job,
+            "device": overlay.node,
+            "base-node": overlay.disk.node,
+            "auto-dismiss": False,
+        },
+    )
+    completing = False
+    async with asyncio.timeout(_COMMIT_TIMEOUT):
+        while True:
+            state = await _job(monitor, job)
+            if state["status"] == "concluded":
+                break
+            if state["status"] == "ready" and not completing:
+                completing = True
+                await monitor.execute("block-job-complete", {"device": job})
+            await asyncio.sleep(0.005)
+    await monitor.execute("job-dismiss", {"id": job})
+    if "error" in state:
+        raise QemuError(f"block-commit failed: {state['error']}")
+
+
+async def _job(monitor: Monitor, name: str) -> dict[str, Any]:
+    jobs: list[dict[str, Any]] = await monitor.execute("query-jobs")
+    for job in jobs:
+        if job["id"] == name:
+            return job
+    raise QemuError(f"the job {name} is gone")
+
+
+def _remove_overlays(plan: DiskPlan) -> None:
+    for overlay in plan.overlays:
+        with contextlib.suppress(OSError):
+            overlay.here.unlink()

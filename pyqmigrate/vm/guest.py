@@ -1,0 +1,189 @@
+"""What a running QEMU is: machine, memory, devices, disks, settings.
+
+    async with await Monitor.connect("/run/guest.qmp") as monitor:
+        with await look(monitor) as guest:
+            print(guest.machine, [block.name for block in guest.blocks])
+
+Looking changes nothing: only queries are asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pyqmigrate.errors import QemuRefused
+from pyqmigrate.io.memory import FileMemory
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.disks import Disk, read_disks
+from pyqmigrate.vm.memory_map import Backend, GuestBlock, RamLine, find_memory, parse_ramblock
+from pyqmigrate.vm.process import find_process
+
+__all__ = ["Guest", "GuestBlock", "look"]
+
+# Bits of the guest's page where the target has one size only; ARM's depends on the machine.
+_PAGE_BITS = {
+    "i386": 12, "x86_64": 12, "ppc": 12, "ppc64": 12, "s390x": 12, "riscv32": 12, "riscv64": 12,
+    "loongarch64": 12, "m68k": 12, "mips": 12, "mips64": 12, "sparc": 12, "sparc64": 13,
+    "hppa": 12, "or1k": 13,
+}  # fmt: skip
+_NO_DEVICES = {"irq", "memory-region", "container"}
+_CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A QEMU at the moment that it was looked at.
+
+    ``version`` is (major, minor, micro). ``pid`` is its process as we number it, ``binary`` what
+    that runs; None and empty where it cannot be told. ``machine`` is the full name, as a stream
+    carries it (``pc-i440fx-10.0``), ``target`` the architecture (``x86_64``), ``target_page_bits``
+    None where only a stream tells. ``run_state`` is ``query-status``'s, ``migration_status``
+    ``query-migrate``'s, "none" before the first. ``blocks`` are those that a stream has, in QEMU's
+    order, and no others. ``devices`` are pairs of QOM path and type, ``dirty_bitmaps`` of node and
+    bitmap, ``commands`` the QMP commands there are.
+
+    The descriptors in ``blocks`` are its own: close it, or use it as a context manager.
+    """
+
+    version: tuple[int, int, int]
+    pid: int | None
+    binary: str
+    machine: str
+    target: str
+    target_page_bits: int | None
+    run_state: str
+    running: bool
+    uuid: str
+    blocks: tuple[GuestBlock, ...]
+    capabilities: Mapping[str, bool]
+    parameters: Mapping[str, Any]
+    migration_status: str
+    blocked_reasons: tuple[str, ...]
+    disks: tuple[Disk, ...]
+    devices: tuple[tuple[str, str], ...]
+    dirty_bitmaps: tuple[tuple[str, str], ...]
+    commands: frozenset[str]
+
+    @property
+    def total_ram(self) -> int:
+        """Bytes in all blocks."""
+        return sum(block.length for block in self.blocks)
+
+    def close(self) -> None:
+        """Close the descriptors of the blocks' memory. Once only."""
+        for block in self.blocks:
+            if isinstance(block.memory, FileMemory):
+                os.close(block.memory.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+async def look(monitor: Monitor) -> Guest:
+    """Ask a QEMU what it is, and find its memory.
+
+    Memory that cannot be reached is no error: the block says why. Raises QemuError when QEMU does
+    not answer, or its list of blocks is not understood.
+    """
+    target = str((await monitor.execute("query-target"))["arch"])
+    status = await monitor.execute("query-status")
+    migration = await monitor.execute("query-migrate")
+    capabilities = await monitor.execute("query-migrate-capabilities")
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    facts: dict[str, Any] = {
+        "version": monitor.version,
+        "machine": await _machine(monitor),
+        "target": target,
+        "target_page_bits": _PAGE_BITS.get(target),
+        "run_state": str(status["status"]),
+        "running": bool(status["running"]),
+        "uuid": str((await monitor.execute("query-uuid"))["UUID"]),
+        "capabilities": {entry["capability"]: entry["state"] for entry in capabilities},
+        "parameters": await monitor.execute("query-migrate-parameters"),
+        "migration_status": str(migration.get("status", "none")),
+        "blocked_reasons": tuple(migration.get("blocked-reasons", ())),
+        "disks": read_disks(await monitor.execute("query-block")),
+        "devices": tuple(await _devices(monitor)),
+        "dirty_bitmaps": tuple(
+            (str(node.get("node-name", "")), str(bitmap.get("name", "")))
+            for node in nodes for bitmap in node.get("dirty-bitmaps", ())
+        ),
+        "commands": frozenset(
+            str(entry["name"]) for entry in await monitor.execute("query-commands")
+        ),
+    }  # fmt: skip
+    lines = parse_ramblock(await monitor.hmp("info ramblock"))
+    backends = await _backends(monitor)
+    processors = await monitor.execute("query-cpus-fast")
+    threads = {int(processor["thread-id"]) for processor in processors}
+    return await asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer_pid, threads)
+
+
+def _with_memory(
+    facts: dict[str, Any], lines: list[RamLine], backends: Mapping[str, Backend],
+    peer: int | None, threads: set[int],
+) -> Guest:
+    pid = find_process(peer, threads, [line.host_address for line in lines if line.host_address])
+    binary, why_no_pid = "", ""
+    if pid is None:
+        why_no_pid = (
+            "the process of this QEMU is not to be found: it may be out of sight (another machine, "
+            "a pid namespace not below ours), or look like nothing to a user who is not root"
+        )
+    else:
+        binary = _binary(pid)
+    blocks = find_memory(lines, backends, pid, why_no_pid)
+    return Guest(**facts, pid=pid, binary=binary, blocks=tuple(blocks))
+
+
+def _binary(pid: int) -> str:
+    try:
+        return os.fspath(Path(f"/proc/{pid}/exe").readlink())
+    except OSError:
+        return ""
+
+
+async def _machine(monitor: Monitor) -> str:
+    kind = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
+    return str(kind).removesuffix("-machine")
+
+
+async def _backends(monitor: Monitor) -> dict[str, Backend]:
+    """Memory backends by their ids; those that the command line made have one, too."""
+    types = {
+        entry["name"]: _child_type(entry["type"])
+        for entry in await monitor.execute("qom-list", {"path": "/objects"})
+    }
+    return {
+        backend["id"]: Backend(
+            types.get(backend["id"], ""), int(backend["size"]), bool(backend.get("share", False))
+        )
+        for backend in await monitor.execute("query-memdev") if "id" in backend
+    }  # fmt: skip
+
+
+async def _devices(monitor: Monitor) -> list[tuple[str, str]]:
+    devices = []
+    for container in _CONTAINERS:
+        try:
+            entries = await monitor.execute("qom-list", {"path": container})
+        except QemuRefused:  # a machine without it
+            continue
+        devices += [
+            (f"{container}/{entry['name']}", _child_type(entry["type"]))
+            for entry in entries
+            if entry["type"].startswith("child<") and _child_type(entry["type"]) not in _NO_DEVICES
+        ]  # fmt: skip
+    return devices
+
+
+def _child_type(kind: str) -> str:
+    return kind.removeprefix("child<").removesuffix(">")

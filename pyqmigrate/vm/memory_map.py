@@ -1,0 +1,197 @@
+"""The RAM blocks of a running QEMU, and where their bytes can be read.
+
+``info ramblock`` names the blocks, with their lengths and addresses. A block without a name is not
+migrated, so it is in no stream. Shared memory is read through the file behind the mapping, private
+memory through ``process_vm_readv``, where that is permitted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterable, Sequence
+from collections.abc import Mapping as Table
+from dataclasses import dataclass
+
+from pyqmigrate.errors import QemuError
+from pyqmigrate.io.memory import FileMemory, Memory
+from pyqmigrate.io.process import ProcessMemory
+from pyqmigrate.vm.process import Mapping, covering, open_mapped, read_mappings
+
+__all__ = ["Backend", "GuestBlock", "RamLine", "find_memory", "parse_ramblock"]
+
+_LINE = re.compile(
+    r" *(?P<name>.*?) +(?P<page>\d+ [KMGT]?i?B) +0x[0-9a-f]+ +0x(?P<used>[0-9a-f]+)"
+    r" +0x[0-9a-f]+(?: +0x(?P<host>[0-9a-f]+))?(?: +\S+)* *",
+    re.IGNORECASE,
+)
+_HEAD = re.compile(r"\s*Block Name\s+PSize\s")
+_UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+
+
+@dataclass(frozen=True)
+class RamLine:
+    """A line of ``info ramblock``; ``length`` is what is used now. Address 0: it tells none."""
+
+    name: str
+    page_size: int
+    length: int
+    host_address: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A memory backend: its QOM type, its size in bytes, and whether it is shared."""
+
+    type: str
+    size: int
+    share: bool
+
+
+@dataclass(frozen=True)
+class GuestBlock:
+    """A RAM block of a running QEMU, as it would stand in a stream.
+
+    ``length`` in bytes; ``page_size`` is the host's pages of the backend, also in bytes, and not
+    the guest's. ``memory`` is where to read it, or None, and then ``why_not`` says what is
+    missing; a descriptor in it is the guest's (:class:`pyqmigrate.vm.guest.Guest`). ``backend`` is
+    the QOM type, empty for memory of QEMU's own. ``file_backed``: ``x-ignore-shared`` leaves it
+    out of the stream.
+    """
+
+    name: str
+    length: int
+    page_size: int
+    host_address: int
+    memory: Memory | None
+    shared: bool
+    file_backed: bool
+    backend: str = ""
+    why_not: str = ""
+
+
+def parse_ramblock(text: str) -> list[RamLine]:
+    """The named lines of ``info ramblock``, in its order: the blocks that a stream has.
+
+    Raises QemuError for a table of another form: a block overlooked would be a block lost.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines or not _HEAD.match(lines[0]):
+        raise QemuError(f"info ramblock has a form that is not known here: {text[:200]!r}")
+    return [parsed for line in lines[1:] if (parsed := _parse_line(line)).name]
+
+
+def _parse_line(line: str) -> RamLine:
+    found = _LINE.fullmatch(line)
+    if found is None:
+        raise QemuError(f"a line of info ramblock is not understood: {line!r}")
+    number, unit = found["page"].split()
+    return RamLine(
+        found["name"], int(number) << _UNITS[unit], int(found["used"], 16),
+        int(found["host"] or "0", 16),
+    )
+
+
+def find_memory(
+    lines: Iterable[RamLine], backends: Table[str, Backend], pid: int | None, why_no_pid: str = ""
+) -> list[GuestBlock]:
+    """The blocks with their memories; the descriptors opened for them are the caller's to close.
+
+    ``backends`` are by id. Never fails for memory that cannot be reached: ``why_not`` says so.
+    """
+    mappings: list[Mapping] = []
+    why_not = why_no_pid or "the process of this QEMU is not known"
+    if pid is not None:
+        try:
+            mappings, why_not = read_mappings(pid), ""
+        except OSError as error:
+            why_not = (
+                f"/proc/{pid}/maps cannot be read ({error.strerror}): be the user that QEMU runs "
+                "as, or root (CAP_SYS_PTRACE)"
+            )
+    blocks: list[GuestBlock] = []
+    try:
+        for line in lines:
+            backend = _backend_of(line, backends)
+            blocks.append(_block(line, backend, pid or 0, mappings, why_not))
+    except BaseException:
+        for block in blocks:
+            if isinstance(block.memory, FileMemory):
+                os.close(block.memory.fd)
+        raise
+    return blocks
+
+
+def _backend_of(line: RamLine, backends: Table[str, Backend]) -> Backend | None:
+    """A block is named after its backend: alone, as /objects/ID, or after a device's path."""
+    backend = backends.get(line.name.rpartition("/")[2])
+    return backend if backend is not None and backend.size == line.length else None
+
+
+def _block(
+    line: RamLine, backend: Backend | None, pid: int, mappings: Sequence[Mapping], why_not: str
+) -> GuestBlock:
+    place = covering(mappings, line.host_address, line.length)
+    shared = all(m.shared for m in place) if place else backend is not None and backend.share
+    memory: Memory | None = None
+    if not why_not and not place:
+        why_not = f"its address {line.host_address:#x} is not mapped in process {pid}"
+    if not why_not:
+        memory, why_not = _memory(line, place, pid, shared)
+    kind = "" if backend is None else backend.type
+    return GuestBlock(
+        line.name, line.length, line.page_size, line.host_address, memory, shared,
+        shared and kind == "memory-backend-file", kind, why_not,
+    )
+
+
+def _memory(
+    line: RamLine, place: Sequence[Mapping], pid: int, shared: bool
+) -> tuple[Memory | None, str]:
+    why_no_file = ""
+    if shared:
+        try:
+            return _file_memory(line, place, pid), ""
+        except OSError as error:
+            why_no_file = f"the file it is in cannot be read ({error.strerror}); "
+    if not place[0].readable:
+        return None, why_no_file + "QEMU itself may not read it"
+    private = ProcessMemory(pid, line.host_address, line.length)
+    refusal = private.refusal()
+    if refusal is None:
+        return private, ""
+    return None, why_no_file + _why_not_process(refusal, pid)
+
+
+def _file_memory(line: RamLine, place: Sequence[Mapping], pid: int) -> FileMemory:
+    """OSError when it is not one piece of one file, or that cannot be opened or read."""
+    first = place[0]
+    for m in place:
+        one_piece = m.offset - first.offset == m.start - first.start
+        if (m.device, m.inode) != (first.device, first.inode) or not one_piece:
+            raise OSError(errno.EINVAL, "it is in several files")
+    offset = first.offset + line.host_address - first.start
+    fd = open_mapped(pid, first)
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise OSError(errno.EINVAL, "it is neither a file nor a memfd")
+        if os.lseek(fd, 0, os.SEEK_END) < offset + line.length:
+            raise OSError(errno.EINVAL, "it is shorter than the block")
+    except BaseException:
+        os.close(fd)
+        raise
+    return FileMemory(fd, offset, line.length)
+
+
+def _why_not_process(error: OSError, pid: int) -> str:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return (
+            f"private memory of process {pid} may not be read: be root (CAP_SYS_PTRACE), or be "
+            "the user that QEMU runs as with kernel.yama.ptrace_scope = 0"
+        )
+    if error.errno == errno.ENOSYS:
+        return "this system does not let process_vm_readv be called"
+    return f"memory of process {pid} cannot be read: {error.strerror}"

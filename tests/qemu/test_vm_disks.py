@@ -1,0 +1,268 @@
+"""Disk snapshots of a real QEMU at the instant of a memory snapshot, and undoing them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyqmigrate.errors import NotSupported, QemuRefused, UsageError
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.disks import DiskPlan, forget, prepare, record, take
+from pyqmigrate.vm.guest import look
+from tests.qemu.bare import BareQemu
+
+pytestmark = pytest.mark.qemu
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+OLD, NEW = b"\x11" * 512, b"\x22" * 512
+Task = Callable[[Monitor, DiskPlan], Awaitable[None]]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two raw images, ``left`` and ``right``, of OLD."""
+    for name in ("left", "right"):
+        (tmp_path / name).write_bytes(OLD * (SIZE // len(OLD)))
+    return tmp_path
+
+
+def drives(images: Path) -> list[str]:
+    """One in each of the two ways to name a disk; and one read-only."""
+    return [
+        "-M", "pc", "-m", "32M",
+        "-drive", f"file={images}/left,format=raw,if=virtio,id=first",
+        "-blockdev", f"driver=file,filename={images}/right,node-name=file",
+        "-blockdev", "driver=raw,file=file,node-name=top",
+        "-device", "virtio-blk,drive=top,id=second",
+        "-drive", f"file={images}/right,format=raw,if=ide,media=cdrom,readonly=on,file.locking=off",
+    ]  # fmt: skip
+
+
+def listed(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+async def planned(monitor: Monitor, snapshot: Path) -> DiskPlan:
+    with await look(monitor) as guest:
+        return prepare(guest, snapshot)
+
+
+async def disk_write(monitor: Monitor, disk: str = "left") -> None:
+    """A disk of the guest gets NEW at its start."""
+    found = next(
+        device for device in await monitor.execute("query-block")
+        if f"/{disk}" in device["inserted"]["file"] and not device["inserted"]["ro"]
+    )  # fmt: skip
+    answer = await monitor.hmp(f'qemu-io -d {found["qdev"]} "write -P 0x22 0 512"')
+    assert answer == "", answer  # it says on standard output what it did
+
+
+async def files(monitor: Monitor) -> list[str]:
+    """What the writable disks are now."""
+    media = [disk["inserted"] for disk in await monitor.execute("query-block")]
+    return [Path(medium["file"]).name for medium in media if not medium["ro"]]
+
+
+def with_plan(images: Path, task: Task, *, run: bool = False) -> DiskPlan:
+    async def session(monitor: Monitor) -> DiskPlan:
+        plan = await planned(monitor, images / "guest.snap")
+        await task(monitor, plan)
+        return plan
+
+    with BareQemu(*drives(images), run=run) as qemu:
+        return qemu.run(session)
+
+
+BASES = ["left", "right"]
+OVERLAYS = ["left.guest.snap.qcow2", "right.guest.snap.qcow2"]
+
+
+def test_preparing_touches_nothing(images: Path) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        assert [overlay.disk.name for overlay in plan.overlays] == [
+            "first", "/machine/peripheral/second",
+        ]  # fmt: skip
+        assert listed(images) == BASES
+        assert await files(monitor) == BASES
+
+    with_plan(images, task)
+
+
+def test_writable_disks_go_on_in_overlays_and_bases_stay(images: Path) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        await take(monitor, plan)
+        assert await files(monitor) == OVERLAYS
+        for disk in BASES:
+            await disk_write(monitor, disk)
+
+    with_plan(images, task)
+    for name, overlay in zip(BASES, OVERLAYS, strict=True):
+        assert (images / name).read_bytes() == OLD * (SIZE // len(OLD))
+        assert NEW in (images / overlay).read_bytes()
+
+
+async def migrated(monitor: Monitor) -> None:
+    await monitor.execute("migrate", {"uri": "exec:cat >/dev/null"})
+    while (await monitor.execute("query-status"))["status"] != "postmigrate":
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("migrates", [False, True], ids=["paused", "postmigrate"])
+def test_guest_goes_on_after_snapshots_were_taken(images: Path, migrates: bool) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        await (migrated(monitor) if migrates else monitor.execute("stop"))
+        await take(monitor, plan)
+        await monitor.execute("cont")
+        await disk_write(monitor)
+        assert (await monitor.execute("query-status"))["status"] == "running"
+
+    with_plan(images, task, run=True)
+    assert (images / "left").read_bytes()[:512] == OLD
+    assert NEW in (images / OVERLAYS[0]).read_bytes()
+
+
+@pytest.mark.parametrize("state", ["paused", "running", "after postmigrate"])
+def test_forgetting_brings_writes_back_and_removes_overlays(images: Path, state: str) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        await (migrated(monitor) if "post" in state else monitor.execute("stop"))
+        await take(monitor, plan)
+        record(plan)
+        if state != "paused":
+            await monitor.execute("cont")
+        await disk_write(monitor)
+        assert await forget(monitor, plan) == ()
+        assert await files(monitor) == BASES
+        assert await monitor.execute("query-jobs") == []
+
+    with_plan(images, task, run=True)
+    assert listed(images) == BASES
+    assert (images / "left").read_bytes()[:1024] == NEW + OLD
+
+
+def test_forgetting_what_was_not_taken_does_nothing(images: Path) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        assert await forget(monitor, plan) == ()
+        assert await files(monitor) == BASES
+
+    with_plan(images, task)
+
+
+def test_all_or_none(images: Path) -> None:
+    """A directory stands where the second overlay would be."""
+
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        plan.overlays[1].here.mkdir()
+        with pytest.raises(QemuRefused):
+            await take(monitor, plan)
+        assert not plan.taken
+        assert await files(monitor) == BASES
+
+    with_plan(images, task)
+    assert listed(images) == ["left", "right", OVERLAYS[1]]
+
+
+def test_second_snapshot_goes_over_the_first(images: Path) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        await take(monitor, plan)
+        second = await planned(monitor, images / "two")
+        await take(monitor, second)
+        assert (await files(monitor))[0] == "left.guest.snap.qcow2.two.qcow2"
+        assert second.overlays[0].disk.format == "qcow2"
+        assert await forget(monitor, second) == ()
+        assert await files(monitor) == OVERLAYS
+
+    with_plan(images, task)
+
+
+def test_record_names_base_and_overlay(images: Path) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        await take(monitor, plan)
+        record(plan)
+
+    plan = with_plan(images, task)
+    assert plan.record == images / "guest.snap.disks.json"
+    recorded: dict[str, Any] = json.loads(plan.record.read_text())
+    assert recorded["snapshot"] == "guest.snap"
+    assert recorded["disks"][1] == {
+        "device": "", "qdev": "/machine/peripheral/second/virtio-backend", "node": "top",
+        "file": str(images / "right"), "format": "raw", "size": SIZE,
+        "continued_in": str(images / OVERLAYS[1]),
+    }  # fmt: skip
+
+
+def test_relative_name_is_one_of_qemus_directory(images: Path) -> None:
+    async def session(monitor: Monitor) -> None:
+        plan = await planned(monitor, images / "snap")
+        await take(monitor, plan)
+        assert await forget(monitor, plan) == ()
+
+    arguments = ["-M", "pc", "-m", "32M", "-drive", "file=left,format=raw,if=virtio"]
+    with BareQemu(*arguments, cwd=images) as qemu:
+        qemu.run(session)
+    assert listed(images) == BASES
+
+
+@pytest.mark.parametrize(
+    "drive",
+    [
+        ["-blockdev", "driver=null-co,node-name=n,size=1048576", "-device", "virtio-blk,drive=n"],
+        ["-drive", "file=/proc/self/fd/{fd},format=raw,if=virtio"],
+    ],
+    ids=["no-file", "descriptor"],
+)
+def test_disk_without_a_place_for_an_overlay_is_refused(images: Path, drive: list[str]) -> None:
+    fd = os.open(images / "left", os.O_RDWR)
+    arguments = [word.format(fd=fd) for word in drive]
+
+    async def session(monitor: Monitor) -> None:
+        with pytest.raises(NotSupported, match="disk"):
+            await planned(monitor, images / "snap")
+
+    try:
+        with BareQemu("-M", "pc", "-m", "32M", *arguments, fds=[fd]) as qemu:
+            qemu.run(session)
+    finally:
+        os.close(fd)
+
+
+def test_overlay_that_is_there_already_is_refused(images: Path) -> None:
+    (images / OVERLAYS[0]).write_text("somebody's")
+
+    async def session(monitor: Monitor) -> None:
+        with pytest.raises(UsageError, match="is there already"):
+            await planned(monitor, images / "guest.snap")
+
+    with BareQemu(*drives(images)) as qemu:
+        qemu.run(session)
+    assert (images / OVERLAYS[0]).read_text() == "somebody's"
+
+
+def test_guest_without_writable_disks_needs_nothing(images: Path) -> None:
+    async def session(monitor: Monitor) -> None:
+        plan = await planned(monitor, images / "snap")
+        await take(monitor, plan)
+        assert record(plan) is None and await forget(monitor, plan) == ()
+
+    with BareQemu("-M", "pc", "-m", "32M") as qemu:
+        qemu.run(session)
+
+
+def test_qemu_that_ended_is_told_of(images: Path) -> None:
+    async def session(qemu: BareQemu) -> tuple[str, ...]:
+        async with await qemu.connect() as monitor:
+            plan = await planned(monitor, images / "guest.snap")
+            await take(monitor, plan)
+            qemu.kill()
+            return await forget(monitor, plan)
+
+    with BareQemu(*drives(images)) as qemu:
+        left = asyncio.run(session(qemu))
+    assert len(left) == 2 and all("when QEMU ended" in sentence for sentence in left)
+    assert OVERLAYS[0] in listed(images)
