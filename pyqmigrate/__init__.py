@@ -13,6 +13,7 @@ The main job: guest memory into a file that QEMU loads (its ``mapped-ram`` forma
 :func:`save` and :class:`Snapshot`; :mod:`pyqmigrate.errors` shows what can go wrong.
 """
 
+from pyqmigrate.devices import Devices, devices
 from pyqmigrate.errors import (
     BlockMismatch,
     Cancelled,
@@ -30,6 +31,8 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.fdset import FdsetError, FdSets
+from pyqmigrate.format.cpu_state import CpuRegisters, cpu_registers
+from pyqmigrate.format.device_tree import Device
 from pyqmigrate.format.devices import DeviceSection
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
@@ -54,6 +57,11 @@ __all__ = [
     "SaveReport",
     "LoadReport",
     "SnapshotBlock",
+    "devices",
+    "Devices",
+    "Device",
+    "cpu_registers",
+    "CpuRegisters",
     "DirectIO",
     "Sparse",
     "Clear",

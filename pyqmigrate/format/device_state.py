@@ -1,0 +1,336 @@
+"""Device sections decoded with the description that their own stream carries.
+
+A body is the fields of the description one after another, without gaps; then its subsections
+(format document, 4.1 and 4.2)::
+
+    field        size bytes; array_len times if that is given
+    struct       the fields of "struct", then its subsections; its size covers both
+    qtailq       per element: 0x01, the element's fields; at the end 0x00       (qlist likewise)
+    gtree        u32 count; per element: 0x01, key, value's fields; at the end 0x00
+    subsection   0x05, str8 name, u32 version, fields
+
+An array whose elements are all described alike is described by its first element. Where the
+elements differ in size that is wrong, and so is the length of all around it: what such a
+description does not explain stays bytes. The description is as untrusted as the rest: depth and
+number of values are bounded, and no size reaches out of what contains it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from pyqmigrate.errors import NotSupported, SnapshotError
+from pyqmigrate.format.cursor import ByteSource
+from pyqmigrate.format.device_tree import Device, Field, State, Value
+from pyqmigrate.format.elements import Section, SectionKind
+from pyqmigrate.format.vmstate_types import GTREE, LISTS, VECTORS, decode_array, decode_one, width
+
+__all__ = ["DEVICE_STATE_MAX", "DescribedStream", "decode_device", "decode_devices"]
+
+DEVICE_STATE_MAX = 256 << 20  # bytes of bodies in one call
+DEPTH_MAX = 32  # structs and subsections in one another; QEMU's own come to 8
+VALUES_MAX = 1 << 18  # fields in one section, repeated ones counted as often
+_VALUES_FREE = 1024  # what any section may have; beyond that it needs a byte for every two
+_ELEMENTS_A_VALUE = 8  # elements of an array of numbers that count as much as a field
+
+_SUBSECTION = 0x05
+_VERSION = struct.Struct(">I")
+_COUNT = struct.Struct(">I")
+_MORE, _END = b"\x01", b"\x00"
+
+
+class DescribedStream(Protocol):
+    """What is needed of a parsed stream, of whichever kind."""
+
+    @property
+    def sections(self) -> Sequence[Section]: ...
+
+    @property
+    def description(self) -> Mapping[str, Any] | None: ...
+
+
+def decode_devices(
+    source: ByteSource,
+    stream: DescribedStream,
+    *,
+    name: str | None = None,
+    section_id: int | None = None,
+) -> Iterator[Device]:
+    """Decode the device sections of ``stream``, in its order, one after another.
+
+    ``name`` and ``section_id`` select; of ``source`` only the bodies of those sections are read.
+    What the description does not explain is bytes, never an error. Raises :class:`SnapshotError`
+    when the file has become shorter, :class:`NotSupported` when the sections that are selected
+    have more than DEVICE_STATE_MAX bytes.
+    """
+    sections = [
+        section for section in stream.sections
+        if section.kind is SectionKind.FULL
+        and (name is None or section.name == name)
+        and (section_id is None or section.section_id == section_id)
+    ]
+    total = sum(section.body_length for section in sections)
+    if total > DEVICE_STATE_MAX:
+        raise NotSupported(
+            f"device state of {total >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are decoded"
+        )
+    described = _described_devices(stream.description)
+    for section in sections:
+        body = source.read_at(section.body_offset, section.body_length)
+        if len(body) != section.body_length:
+            raise SnapshotError(
+                f"the file ends within section {section.name!r}: truncated",
+                offset=section.body_offset + len(body),
+            )
+        yield decode_device(section, body, described.get((section.name, section.instance_id)))
+
+
+def decode_device(
+    section: Section, body: bytes, described: Mapping[str, Any] | None
+) -> Device:
+    """Decode one section; ``described`` is its entry among the description's ``devices``."""
+    decoder = _Decoder(body)
+    if described is None:
+        state = State(section.name, None, 0, len(body), (decoder.rest(0, len(body)),))
+    else:
+        state = decoder.bounded(described, 0, len(body), 0)
+    return Device(
+        name=section.name,
+        instance_id=section.instance_id,
+        version_id=section.version_id,
+        section_id=section.section_id or 0,
+        offset=section.offset,
+        length=section.length,
+        body_offset=section.body_offset,
+        body_length=section.body_length,
+        state=state,
+        described=described is not None,
+        explained=decoder.explained,
+    )
+
+
+def _described_devices(
+    description: Mapping[str, Any] | None,
+) -> dict[tuple[str, int], Mapping[str, Any]]:
+    found: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for device in _objects((description or {}).get("devices")):
+        name, instance = device.get("name"), device.get("instance_id")
+        if isinstance(name, str) and isinstance(instance, int):
+            found[name, instance] = device
+    return found
+
+
+class _Unexplained(Exception):
+    """The bytes are not as the description says."""
+
+
+class _Decoder:
+    """The decoding of one body. ``explained`` is True as long as every byte fits."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self._values_left = min(VALUES_MAX, _VALUES_FREE + 2 * len(body))
+        self.explained = True
+
+    def bounded(self, described: Mapping[str, Any], at: int, end: int, depth: int) -> State:
+        """The state that fills ``[at, end)``; with a field of bytes where it does not."""
+        items = _objects(described.get("fields"))
+        fields: list[Field] = []
+        subsections: list[State] = []
+        try:
+            position = self._fill(described, at, end, depth, fields, subsections)
+        except _Unexplained:
+            position = -1
+        if position != end:
+            subsections = []
+            trusted = next(
+                (n for n, item in enumerate(items[: len(fields)]) if _is_doubtful(item)),
+                len(fields),
+            )
+            del fields[trusted:]
+            position = at + sum(field.length for field in fields)
+            if position < end:
+                fields.append(self.rest(position, end))
+            self.explained = False
+        return _state(described, at, end, fields, subsections)
+
+    def rest(self, at: int, end: int) -> Field:
+        """Bytes that nothing explains."""
+        self.explained = False
+        return Field("", "", at, end - at, self._body[at:end], opaque=True)
+
+    def _fill(
+        self, described: Mapping[str, Any], at: int, end: int, depth: int,
+        fields: list[Field], subsections: list[State],
+    ) -> int:
+        """Decode fields and subsections from ``at`` on, into the lists; returns where they end."""
+        for item in _objects(described.get("fields")):
+            fields.append(self._field(item, at, end, depth))
+            at += fields[-1].length
+        for item in _objects(described.get("subsections")):
+            subsections.append(self._subsection(item, at, end, depth + 1))
+            at += subsections[-1].length
+        return at
+
+    def _subsection(self, described: Mapping[str, Any], at: int, end: int, depth: int) -> State:
+        if depth > DEPTH_MAX or not self._afford(_listed(described)):
+            raise _Unexplained
+        frame = _frame(described)
+        start = at + len(frame)
+        if start > end or self._body[at:start] != frame:
+            raise _Unexplained
+        fields: list[Field] = []
+        subsections: list[State] = []
+        stop = self._fill(described, start, end, depth, fields, subsections)
+        return _state(described, at, stop, fields, subsections)
+
+    def _field(self, item: Mapping[str, Any], at: int, end: int, depth: int) -> Field:
+        size, count = _number(item.get("size")), _number(item.get("array_len", 1))
+        if size is None or count is None or size * count > end - at:
+            raise _Unexplained
+        name, kind = _text(item.get("name")), _text(item.get("type"))
+        stop = at + size * count
+        value, known = self._value(
+            item, kind, at, stop, count if "array_len" in item else None, depth
+        )
+        index = _number(item.get("index"))
+        return Field(name, kind, at, stop - at, value, index, opaque=not known)
+
+    def _value(
+        self, item: Mapping[str, Any], kind: str, at: int, end: int, count: int | None, depth: int
+    ) -> tuple[Value, bool]:
+        """The value, and whether it is known; where not, it is bytes."""
+        data = self._body[at:end]
+        nested = item.get("struct", item)
+        if kind in LISTS and count is None and depth < DEPTH_MAX:
+            return self._list(item, kind, at, end, depth + 1, data)
+        if isinstance(nested, dict) and "fields" in nested and kind not in LISTS:
+            if depth >= DEPTH_MAX or not self._afford((count or 1) * _listed(nested)):
+                return data, False
+            if count is None:
+                return self.bounded(nested, at, end, depth + 1), True
+            size = len(data) // (count or 1)
+            return tuple(
+                self.bounded(nested, at + n * size, at + (n + 1) * size, depth + 1)
+                for n in range(count)
+            ), True
+        if not self._afford((count or 0) // _ELEMENTS_A_VALUE):
+            return data, False
+        if kind in VECTORS and count is None:
+            kind, count = VECTORS[kind]
+        return decode_one(kind, data) if count is None else decode_array(kind, data, count)
+
+    def _list(
+        self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int, data: bytes
+    ) -> tuple[Value, bool]:
+        """A list's elements. Only the last one's description is left: all have to be like it."""
+        explained, self.explained = self.explained, True
+        try:
+            states = self._elements(item, kind, at, end, depth)
+            if self.explained:
+                return states, True
+        except _Unexplained:
+            pass
+        finally:
+            self.explained = explained
+        return data, False
+
+    def _elements(
+        self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int
+    ) -> tuple[State, ...]:
+        count, key = None, 0
+        if kind == GTREE:
+            if end - at < _COUNT.size:
+                raise _Unexplained
+            count = _COUNT.unpack_from(self._body, at)[0]
+            at += _COUNT.size
+            key = _key_length(item, count, end - len(_END) - at) if count else 0
+        states: list[State] = []
+        while self._body[at:end] != _END:
+            if self._body[at : at + 1] != _MORE or not self._afford(_listed(item)):
+                raise _Unexplained
+            states.append(self._element(item, at + 1, end, key, depth))
+            at += 1 + states[-1].length
+        if count not in (None, len(states)):
+            raise _Unexplained
+        return tuple(states)
+
+    def _element(
+        self, item: Mapping[str, Any], at: int, end: int, key: int, depth: int
+    ) -> State:
+        fields: list[Field] = []
+        subsections: list[State] = []
+        if key > end - at:
+            raise _Unexplained
+        if key:
+            fields.append(Field("key", "buffer", at, key, self._body[at : at + key]))
+        stop = self._fill(item, at + key, end, depth, fields, subsections)
+        return _state(item, at, stop, fields, subsections)
+
+    def _afford(self, values: int) -> bool:
+        if values > self._values_left:
+            self._values_left = 0
+            return False
+        self._values_left -= values
+        return True
+
+
+def _frame(described: Mapping[str, Any]) -> bytes:
+    """What a subsection starts with."""
+    name = _text(described.get("vmsd_name")).encode("utf-8", "surrogatepass")
+    version = _number(described.get("version"))
+    if len(name) > 0xFF or version is None or version >= 1 << 32:
+        raise _Unexplained
+    return bytes([_SUBSECTION, len(name)]) + name + _VERSION.pack(version)
+
+
+def _key_length(item: Mapping[str, Any], count: int, length: int) -> int:
+    """Bytes of the key of each of ``count`` elements that have ``length`` bytes together.
+
+    The description of the key is lost: that of the value has taken its place.
+    """
+    value = sum(
+        (_number(field.get("size")) or 0) * (_number(field.get("array_len", 1)) or 0)
+        for field in _objects(item.get("fields"))
+    )
+    key = length // count - len(_MORE) - value
+    if key <= 0 or length % count or item.get("subsections"):
+        raise _Unexplained
+    return key
+
+
+def _state(
+    described: Mapping[str, Any], at: int, end: int,
+    fields: Iterable[Field], subsections: Iterable[State],
+) -> State:
+    return State(
+        _text(described.get("vmsd_name")), _number(described.get("version")),
+        at, end - at, tuple(fields), tuple(subsections),
+    )
+
+
+def _is_doubtful(item: Mapping[str, Any]) -> bool:
+    """Whether the real length of a field may be another one than the description says."""
+    fixed = width(_text(item.get("type")), item["size"])
+    return item["size"] != fixed if fixed is not None else item.get("array_len") is not None
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    """The objects of a list; QEMU writes nothing else there."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _number(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _listed(described: Mapping[str, Any]) -> int:
+    """What it costs to decode a state once."""
+    listed = (described.get("fields"), described.get("subsections"))
+    return 1 + sum(len(items) for items in listed if isinstance(items, list))

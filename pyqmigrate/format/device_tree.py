@@ -1,0 +1,119 @@
+"""Device state as values: what :mod:`~pyqmigrate.format.device_state` makes of a section.
+
+A :class:`Device` is one section of the stream; its ``state`` is a tree of :class:`State` and
+:class:`Field` with the names and types of the stream's own description::
+
+    device.name, device.instance_id             ("cpu", 0)
+    device.state["env.eip"]                     0xfff0
+    device.state["env.segs"][1]["base"]         0xffff0000
+    device.state.subsection("cpu/vfp")          a State, or None
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias, Union
+
+__all__ = ["Device", "Field", "Scalar", "State", "Value"]
+
+Scalar: TypeAlias = int | bool | bytes | None
+Value: TypeAlias = Union[Scalar, "State", tuple[Scalar, ...], tuple["State", ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field, as the description lists it. ``offset`` and ``length`` are bytes in the body.
+
+    ``type`` is QEMU's word for it, empty for bytes that the description does not explain (they
+    have no name either). ``index`` is the place in an array whose elements are listed singly.
+
+    ``value`` by type: numbers and timers are int, ``bool`` is bool (an int where the byte is
+    neither 0 nor 1), a null pointer is None, a struct is a State; buffers, arrays of ``uint8`` and
+    all that is ``opaque`` are bytes; a bitmap is bytes, its bit k being ``value[k // 8] >> k % 8``;
+    other arrays and lists are tuples. ``opaque`` says that nobody here knows what the bytes mean.
+    """
+
+    name: str
+    type: str
+    offset: int
+    length: int
+    value: Value
+    index: int | None = None
+    opaque: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name, with the index where there is one."""
+        return self.name if self.index is None else f"{self.name}[{self.index}]"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The fields of a device, of a struct, or of a subsection, in the order of the stream.
+
+    ``name`` is that of the description's vmstate, perhaps empty; ``version`` None where none is
+    told. ``offset`` and ``length`` are bytes in the body; those of a subsection have its frame.
+    """
+
+    name: str
+    version: int | None
+    offset: int
+    length: int
+    fields: tuple[Field, ...]
+    subsections: tuple[State, ...] = ()
+
+    def __getitem__(self, name: str) -> Value:
+        """The value of the first field of this name; KeyError when there is none."""
+        for field in self.fields:
+            if field.name == name:
+                return field.value
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return any(field.name == name for field in self.fields)
+
+    def get(self, name: str) -> Value:
+        """As ``self[name]``, but None when there is no such field."""
+        return next((field.value for field in self.fields if field.name == name), None)
+
+    def subsection(self, name: str) -> State | None:
+        """The subsection of this name, or None."""
+        return next((state for state in self.subsections if state.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device section. ``offset`` and ``body_offset`` are absolute in the file, bytes.
+
+    ``described`` is False where the stream does not say what is in the section; its ``state``
+    then is one opaque field. ``explained`` is False where there are bytes that the description
+    does not account for, here or in a struct: they stand in the tree as fields without a name.
+    """
+
+    name: str
+    instance_id: int
+    version_id: int
+    section_id: int
+    offset: int
+    length: int
+    body_offset: int
+    body_length: int
+    state: State
+    described: bool
+    explained: bool
+
+    def __getitem__(self, name: str) -> Value:
+        """As ``state[name]``."""
+        return self.state[name]
+
+    def states(self) -> Iterator[State]:
+        """Every State of the tree, this device's own first."""
+        pending = [self.state]
+        while pending:
+            state = pending.pop()
+            yield state
+            pending += reversed(state.subsections)
+            for field in reversed(state.fields):
+                values = field.value if isinstance(field.value, tuple) else (field.value,)
+                pending += [value for value in reversed(values) if isinstance(value, State)]

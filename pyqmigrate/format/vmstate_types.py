@@ -1,0 +1,97 @@
+"""The types that descriptions name, and what their bytes mean.
+
+All numbers are big-endian, whatever host and guest are. Some names mislead: ``int32 le`` says
+that a loading QEMU accepts values less than or equal to its own, and ``equal`` that it wants its
+own. A type that is not here is known to its device alone.
+"""
+
+from __future__ import annotations
+
+import array
+import struct
+from dataclasses import dataclass
+
+from pyqmigrate.format.device_tree import Scalar
+
+__all__ = ["GTREE", "LISTS", "VECTORS", "decode_array", "decode_one", "width"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    code: str  # of the module struct
+    width: int
+
+
+_U8, _U16, _U32, _U64 = (_Number(c, w) for c, w in zip("BHIQ", (1, 2, 4, 8), strict=True))
+_S8, _S16, _S32, _S64 = (_Number(c, w) for c, w in zip("bhiq", (1, 2, 4, 8), strict=True))
+
+_NUMBERS = {
+    "uint8": _U8, "uint8 equal": _U8,
+    "uint16": _U16, "uint16 equal": _U16,
+    "uint32": _U32, "uint32 equal": _U32,
+    "uint64": _U64, "uint64 equal": _U64,
+    "int8": _S8, "int16": _S16,
+    "int32": _S32, "int32 equal": _S32, "int32 le": _S32,
+    "int64": _S64, "int64 equal": _S64,
+    "timer": _S64,  # when it is due, ns of its clock; -1 is never
+    "CPU_Double_U": _U64,  # the bits of a double
+    "cpsr": _U32, "fpscr": _U32,  # Arm; the first is PSTATE in AArch64
+}  # fmt: skip
+_BOOLS = {"bool", "powered_off"}
+
+# A null pointer in an array of pointers: one byte, under either name (until 9.2 the second).
+_NULL_TYPES = {"nullptr", "uint64"}
+_NULL_BYTE = b"0"
+
+_BYTES = frozenset({"buffer", "unused_buffer", "pci config"})
+GTREE = "gtree"
+LISTS = frozenset({"qtailq", "qlist", GTREE})
+VECTORS = {"pci irq state": ("uint32", 4)}  # one field that is an array of another type
+
+
+def width(kind: str, size: int) -> int | None:
+    """Bytes of one value of type ``kind``, which is described with ``size``; None if any number."""
+    if kind in _BOOLS or (kind in _NULL_TYPES and size == len(_NULL_BYTE)):
+        return 1
+    number = _NUMBERS.get(kind)
+    return number.width if number else None
+
+
+def decode_one(kind: str, data: bytes) -> tuple[Scalar, bool]:
+    """The value of ``data``, and whether the type is known; where not, it is ``data`` itself."""
+    if kind in _BYTES:
+        return data, True
+    if kind in _BOOLS and len(data) == 1:
+        return _boolean(data[0]), True
+    if kind == "bitmap" and len(data) % 8 == 0:
+        return _bitmap(data), True
+    if kind in _NULL_TYPES and data == _NULL_BYTE:
+        return None, True
+    number = _NUMBERS.get(kind)
+    if number and number.width == len(data):
+        value: int = struct.unpack(">" + number.code, data)[0]
+        return value, True
+    return data, False
+
+
+def decode_array(kind: str, data: bytes, count: int) -> tuple[bytes | tuple[Scalar, ...], bool]:
+    """As :func:`decode_one`, for ``count`` values of equal size."""
+    size = len(data) // count if count else 0
+    if kind == "uint8" and size == 1:
+        return data, True
+    number = _NUMBERS.get(kind)
+    if number and number.width == size:
+        return struct.unpack(f">{count}{number.code}", data), True
+    values = [decode_one(kind, data[at : at + size]) for at in range(0, len(data), size or 1)]
+    return tuple(value for value, _ in values), all(known for _, known in values)
+
+
+def _boolean(byte: int) -> int | bool:
+    return bool(byte) if byte <= 1 else byte
+
+
+def _bitmap(data: bytes) -> bytes:
+    """Words of 64 bits, the lowest bits first, each big-endian, as bytes with low bits first."""
+    words = array.array("Q", data)
+    words.byteswap()
+    return words.tobytes()

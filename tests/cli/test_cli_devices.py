@@ -1,0 +1,157 @@
+"""What devices says about the device state in a file."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyqmigrate.format.devices import DeviceSection, encode_devices
+from tests.cli.command import Command
+from tests.format.builders import EOF, full, snapshot
+
+RTC = {
+    "vmsd_name": "rtc", "version": 1,
+    "fields": [
+        {"name": "cmos", "type": "buffer", "size": 128},
+        {"name": "due", "type": "timer", "size": 8},
+        {"name": "on", "type": "bool", "size": 1},
+        {"name": "irq", "type": "struct", "size": 3, "array_len": 2, "struct": {
+            "vmsd_name": "irq", "version": 1, "fields": [
+                {"name": "level", "type": "uint8", "size": 1},
+                {"name": "count", "type": "uint16", "size": 2},
+            ],
+        }},
+    ],
+    "subsections": [{
+        "vmsd_name": "rtc/more", "version": 2,
+        "fields": [{"name": "own", "type": "virtio", "size": 2}],
+    }],
+}  # fmt: skip
+BODY = (
+    bytes(range(128)) + struct.pack(">qBBHBH", -1, 1, 2, 0x300, 4, 5)
+    + b"\x05\x08rtc/more" + struct.pack(">I", 2) + b"\xab\xcd"
+)  # fmt: skip
+
+
+def write(path: Path, *devices: DeviceSection) -> Path:
+    """A snapshot with these devices; their section ids count from 2."""
+    sections, text = encode_devices(devices, 4096)
+    made = snapshot(sections=sections, description=text)
+    path.write_bytes(made.read_at(0, made.size))
+    return path
+
+
+@pytest.fixture
+def devices(tmp_path: Path) -> Path:
+    rtc = DeviceSection("rtc", BODY, 0, 3, RTC)
+    return write(tmp_path / "s", rtc, DeviceSection("old", b"abc"), DeviceSection("old", b"d", 1))
+
+
+def test_tree_shows_names_types_and_values(devices: Path, command: Command) -> None:
+    lines = [line.split() for line in command("devices", devices, "rtc").out.splitlines()]
+    assert lines[0][:6] == ["section", "2:", "rtc,", "instance", "0,", "version"]
+    assert lines[1][:4] == ["cmos", "buffer", "00", "01"]
+    assert lines[1][-3:] == ["...", "128", "bytes"]
+    assert lines[2:] == [
+        ["due", "timer", "-1"],
+        ["on", "bool", "yes"],
+        ["irq", "struct[2]"],
+        ["[0]", "level", "2", "count", "0x300"],
+        ["[1]", "level", "4", "count", "5"],
+        ["subsection", "rtc/more,", "version", "2"],
+        ["own", "virtio", "ab", "cd"],
+    ]
+
+
+def test_json_has_every_documented_key(devices: Path, command: Command) -> None:
+    found = command("devices", devices, "--json").json
+    assert set(found) == {"snapshot", "machine", "described", "opaque_tail", "devices"}
+    assert (found["machine"], found["described"], found["opaque_tail"]) == ("pc", True, False)
+    rtc, *others = found["devices"]
+    assert set(rtc) == {
+        "name", "instance_id", "version_id", "section_id", "offset", "length", "body_offset",
+        "body_length", "described", "explained", "state",
+    }  # fmt: skip
+    assert rtc["body_length"] == len(BODY)
+    assert [(d["name"], d["instance_id"], d["section_id"]) for d in others] == [
+        ("old", 0, 3), ("old", 1, 4),
+    ]
+    with devices.open("rb") as file:
+        file.seek(rtc["body_offset"])
+        assert file.read(len(BODY)) == BODY
+
+
+def test_json_values_are_whole(devices: Path, command: Command) -> None:
+    state: dict[str, Any] = command("devices", devices, "rtc", "--json").json["devices"][0]["state"]
+    cmos, due, on, irq = state["fields"]
+    assert cmos["value"] == bytes(range(128)).hex()
+    assert due == {
+        "name": "due", "type": "timer", "offset": 128, "length": 8, "index": None,
+        "opaque": False, "value": -1,
+    }
+    assert on["value"] is True
+    assert [field["value"] for field in irq["value"][1]["fields"]] == [4, 5]
+    [own] = state["subsections"][0]["fields"]
+    assert (own["value"], own["opaque"]) == ("abcd", True)
+
+
+def test_section_chooses_one_of_the_same_name(devices: Path, command: Command) -> None:
+    [found] = command("devices", devices, "old", "--section", "4", "--json").json["devices"]
+    assert found["instance_id"] == 1
+
+
+def test_device_that_is_not_there_is_wrong_usage(devices: Path, command: Command) -> None:
+    ran = command("devices", devices, "cpu")
+    assert ran.code == 2
+    assert "2 'rtc', 3 'old', 4 'old'" in ran.err
+
+
+def test_bytes_that_the_description_does_not_explain_are_said(
+    tmp_path: Path, command: Command
+) -> None:
+    longer = {**RTC, "fields": [{"name": "cmos", "type": "buffer", "size": 200}]}
+    path = write(tmp_path / "s", DeviceSection("rtc", BODY, 0, 1, longer))
+    out = command("devices", path).out.splitlines()
+    assert out[1].strip() == "its description does not fit all of it"
+    assert out[2].split()[:2] == ["?", "unexplained"]
+    assert out[2].endswith(f"... {len(BODY)} bytes")
+
+
+def test_sections_without_description_are_listed(tmp_path: Path, command: Command) -> None:
+    made = snapshot(sections=full(3, "rtc", b"abc") + full(4, "cpu", b"de"), description=None)
+    (tmp_path / "s").write_bytes(made.read_at(0, made.size))
+    found = command("devices", tmp_path / "s", "--json").json
+    assert found["described"] is False
+    assert [d["state"]["fields"][0]["value"] for d in found["devices"]] == ["616263", "6465"]
+
+
+def test_device_state_alone_is_opened_by_looking(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "s").write_bytes(b"QEVM\0\0\0\3" + full(3, "rtc", b"abc") + EOF)
+    found = command("devices", tmp_path / "s", "--json").json
+    assert found["machine"] is None
+    assert [device["name"] for device in found["devices"]] == ["rtc"]
+
+
+def test_hostile_names_are_shown_escaped(tmp_path: Path, command: Command) -> None:
+    bad = "\x1b[2J\u202e"
+    described = {"fields": [
+        {"name": bad, "type": bad, "size": 1},
+        {"name": "s", "type": "struct", "size": 2, "array_len": 1,
+         "struct": {"fields": [{"name": bad, "type": "uint8", "size": 2}]}},
+    ]}  # fmt: skip
+    path = write(tmp_path / "s", DeviceSection(bad, b"abc", 0, 1, described))
+    out = command("devices", path).out
+    assert r"\x1b[2J\u202e" in out
+    assert all(line.isprintable() for line in out.splitlines())
+
+
+def test_file_that_is_no_snapshot_is_bad(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "s").write_bytes(b"hello, this is not a stream")
+    assert command("devices", tmp_path / "s").code == 1
+
+
+def test_section_that_is_no_number_is_wrong_usage(devices: Path, command: Command) -> None:
+    assert command("devices", devices, "--section", "two").code == 2
