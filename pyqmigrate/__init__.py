@@ -27,6 +27,7 @@ from pyqmigrate.errors import (
     QemuGone,
     QemuRefused,
     SnapshotError,
+    SnapshotTruncated,
     TargetError,
     UsageError,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "Policy",
     "PyqmigrateError",
     "SnapshotError",
+    "SnapshotTruncated",
     "UsageError",
     "BlockMismatch",
     "TargetError",

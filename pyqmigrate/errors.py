@@ -6,6 +6,7 @@ keep working::
 
     PyqmigrateError
     |-- SnapshotError    (ValueError)    the file is not a whole, well-formed snapshot
+    |   `-- SnapshotTruncated            it ends too early
     |-- UsageError       (ValueError)    an argument is wrong; nothing was touched
     |   `-- BlockMismatch                the blocks given are not the blocks of the snapshot
     |-- TargetError      (OSError)       the system refused: errno, file name and position
@@ -38,6 +39,7 @@ __all__ = [
     "QemuGone",
     "QemuRefused",
     "SnapshotError",
+    "SnapshotTruncated",
     "TargetError",
     "UsageError",
 ]
@@ -74,6 +76,10 @@ class SnapshotError(PyqmigrateError, ValueError):
         self.offset = offset
         self.block = block
         self.field = field
+
+
+class SnapshotTruncated(SnapshotError):
+    """A stream ends before what it promised: it was cut short, or the save did not finish."""
 
 
 class UsageError(PyqmigrateError, ValueError):

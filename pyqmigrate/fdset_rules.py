@@ -149,9 +149,9 @@ def _look(fd: int, opaque: str | None) -> Member:
 
 
 def _check_each(name: str, members: Sequence[Member], direction: Direction) -> None:
-    only = _opening(direction, direct=False)
     for member in members:
         if member.access == os.O_RDWR:
+            only = _opening(direction, direct=member.direct)
             raise _refusal(name, f"{member}; access modes must match exactly: open with {only}")
         if member.sync:
             raise _refusal(

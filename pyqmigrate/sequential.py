@@ -28,6 +28,7 @@ from pyqmigrate.errors import (
     NotSupported,
     PyqmigrateError,
     SnapshotError,
+    SnapshotTruncated,
     TargetError,
 )
 from pyqmigrate.format.devices import DeviceSection
@@ -416,7 +417,7 @@ class SequentialReader:
         if rc == -errno.EBADMSG:
             return self._malformed()
         if rc == -errno.ENODATA and not fault.in_memory:
-            return SnapshotError(
+            return SnapshotTruncated(
                 "the file ends within RAM's pages: it was cut short, or the save did not finish",
                 offset=at,
             )

@@ -26,6 +26,7 @@ from pyqmigrate import (
     QemuRefused,
     RamBlock,
     SnapshotError,
+    SnapshotTruncated,
     TargetError,
     UsageError,
 )
@@ -36,6 +37,7 @@ from tests.snapshots import known_memory, save_known
     ("kind", "builtin"),
     [
         (SnapshotError, ValueError),
+        (SnapshotTruncated, SnapshotError),
         (UsageError, ValueError),
         (BlockMismatch, UsageError),
         (TargetError, OSError),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pyqmigrate.errors import SnapshotError
+from pyqmigrate.errors import SnapshotTruncated
 
 __all__ = ["ByteSource", "Cursor"]
 
@@ -33,7 +33,7 @@ class Cursor:
     """A position in a source, and reads that move it.
 
     ``what`` in each method names the thing being read, for the error's message. Every read
-    raises :class:`SnapshotError` when the source ends first.
+    raises :class:`SnapshotTruncated` when the source ends first.
     """
 
     def __init__(self, source: ByteSource, position: int) -> None:
@@ -87,7 +87,7 @@ class Cursor:
         return self._window[begin : begin + length]
 
 
-def _cut(what: str, at: int) -> SnapshotError:
-    return SnapshotError(
+def _cut(what: str, at: int) -> SnapshotTruncated:
+    return SnapshotTruncated(
         f"the file ends inside {what}: it was cut short, or the save did not finish", offset=at
     )

@@ -111,7 +111,12 @@ class Walk(abc.ABC):
     def _read_preamble(self) -> None:
         if self._offset < 0 or self._offset > self._cursor.size:
             raise SnapshotError("the stream starts past the end of the file", offset=self._offset)
-        data = self._cursor.take(PREAMBLE.size, "the first bytes of the stream")
+        data = self._cursor.peek(PREAMBLE.size)
+        if len(data) < PREAMBLE.size:
+            raise SnapshotError(
+                f"not a migration stream: only {len(data)} bytes are there", offset=self._offset
+            )
+        self._cursor.position += PREAMBLE.size
         magic, version, kind = PREAMBLE.unpack(data)
         if magic == bytes(len(MAGIC)):
             raise SnapshotError(

@@ -67,12 +67,14 @@ class Descriptors:
 
     ``buffered`` is without ``O_DIRECT``, ``direct`` (None: no direct I/O) a second ``open()`` of
     the same file with it. The stream starts at ``offset`` bytes; where the descriptors stand does
-    not matter and is not changed.
+    not matter and is not changed. ``scattered`` lets the two be different files, as QEMU does:
+    pages are in the one, all else in the other.
     """
 
     buffered: int
     direct: int | None = None
     offset: int = 0
+    scattered: bool = False
 
 
 Target: TypeAlias = str | os.PathLike[str] | Descriptors
@@ -145,11 +147,24 @@ def _check_borrowed(given: Descriptors, *, writing: bool) -> None:
         if writing and flags & os.O_APPEND:
             raise UsageError(f"descriptor {fd} has O_APPEND, which ignores file positions")
         infos.append((info.st_dev, info.st_ino))
-    if len(set(infos)) > 1:
+    if len(set(infos)) > 1 and not given.scattered:
         raise UsageError(
             f"descriptors {given.buffered} and {given.direct} are different files; "
             "open the same one twice"
         )
+
+
+def _followed(name: str) -> Path:
+    """The file that a path leads to. Only links of its last part are read: ``/proc/PID/root``
+    further up is a link that does not lead where its text says."""
+    path = Path(name)
+    for _ in range(40):
+        try:
+            link = path.readlink()
+        except OSError:
+            return path
+        path = path.parent / link
+    raise TargetError(errno.ELOOP, "cannot open for writing", name)
 
 
 def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
@@ -287,7 +302,7 @@ class OutputTarget:
             self._refuse_special(os.fstat(self.fd).st_mode)
             self._invalidate()
             return
-        final = Path(os.path.realpath(self.name))
+        final = _followed(self.name)
         with self._refusing("cannot replace"):
             with contextlib.suppress(FileNotFoundError):
                 self._refuse_special(final.stat().st_mode)
@@ -413,7 +428,7 @@ class OutputTarget:
                 os.fsync(self._dir_fd)
 
     def _sync_directory(self) -> None:
-        parent = Path(os.path.realpath(self.name)).parent
+        parent = _followed(self.name).parent
         fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)

@@ -10,7 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID
 
-from pyqmigrate.errors import Cancelled, JobTimeout, PyqmigrateError, TargetError, UsageError
+from pyqmigrate.errors import (
+    Cancelled,
+    JobTimeout,
+    PyqmigrateError,
+    SnapshotTruncated,
+    TargetError,
+    UsageError,
+)
 from pyqmigrate.events import Event
 from pyqmigrate.fdset import FdSets, is_fdset_name
 from pyqmigrate.fdset_rules import Direction, check_fdset
@@ -158,9 +165,9 @@ class Migration:
 
     def query(self) -> MigrationInfo:
         """Where the outgoing migration stands, or the incoming one of a guest that waits for it."""
-        if self._deferred:
-            return MigrationInfo(self._incoming_status, self._error)
         status = self._status
+        if self._deferred and status is Status.NONE:
+            return MigrationInfo(self._incoming_status, self._error)
         if not status.running:
             return self._info
         return MigrationInfo(
@@ -324,6 +331,10 @@ class Migration:
             logger.info("outgoing migration failed: %s", error)
             self._let_go_on(before)
             ended = Status.CANCELLED if self._cancelling() else Status.FAILED
+            if self._policy is Policy.COMPAT and isinstance(error, TargetError) and error.errno:
+                error = OpenError(
+                    error.errno, f"Unable to write to file: {os.strerror(error.errno)}"
+                )
             self._end_outgoing(ended, None if self._cancelling() else error)
         else:
             self._end_outgoing(Status.COMPLETED, None)
@@ -348,7 +359,7 @@ class Migration:
         if tracked:
             dirty = self._guest.dirty()
             if dirty is not None:
-                self._write_dirty(writer, dirty)
+                self._write_dirty(writer, dirty, last=True)
             writer.clean()
         ignoring = self._capabilities.x_ignore_shared and self._capabilities.mapped_ram
         if ignoring and any(map(in_file, self._blocks)):  # let through by COMPAT only
@@ -375,12 +386,15 @@ class Migration:
                 return
             logger.debug("pass %d: %d bytes in %.3f s", self._passes, written, seconds)
 
-    def _write_dirty(self, writer: StreamWriter, dirty: Mapping[str, object]) -> int:
+    def _write_dirty(
+        self, writer: StreamWriter, dirty: Mapping[str, object], *, last: bool = False
+    ) -> int:
         chosen = selections(dirty, self._blocks, self._pages)
         try:
             changed = sum(bitmap.count() for bitmap in chosen)
             if changed:
-                self._begin_pass()
+                if not last:  # that one has been told
+                    self._begin_pass()
                 writer.write_pages(chosen)
             return changed
         finally:
@@ -521,12 +535,21 @@ class Migration:
         except BaseException as error:
             logger.info("incoming migration failed: %s", error)
             with self._changed:
-                self._error = f"load of migration failed: {error}"
+                reason = str(error)
+                if self._policy is Policy.COMPAT:  # QEMU has the reason on its standard error
+                    reason = os.strerror(self._loading_errno(error))
+                self._error = f"load of migration failed: {reason}"
                 self._thread = None
                 self._set_incoming(Status.FAILED)
                 self._changed.notify_all()
             if exit_on_error and self.on_exit is not None:
                 self.on_exit()
+
+    def _loading_errno(self, error: BaseException) -> int:
+        """What QEMU makes of a failed load."""
+        if isinstance(error, SnapshotTruncated) and not self._capabilities.mapped_ram:
+            return errno.EIO
+        return getattr(error, "errno", None) or errno.EINVAL
 
     def _start_loaded(self, stored: str | None) -> None:
         run_state = RunState.RUNNING

@@ -51,7 +51,9 @@ def target_of(
     offset = address.offset
     if offset == 0 and policy is Policy.COMPAT:
         offset = _position(main)  # QEMU seeks only to an offset that is not 0
-    return Descriptors(main, pages, offset)
+        if offset and direction is Direction.SAVE:
+            os.ftruncate(main, 0)  # and cuts at the one asked for
+    return Descriptors(main, pages, offset, scattered=policy is Policy.COMPAT)
 
 
 def opens_late(error: Exception) -> bool:

@@ -30,7 +30,7 @@ def _field(field: Field) -> bytes:
     value = field.value
     if isinstance(value, State):
         return encode(value)
-    if field.type in _LISTS and isinstance(value, tuple):
+    if field.type in _LISTS and isinstance(value, tuple) and field.length:
         count = struct.pack(">I", len(value)) if field.type == "gtree" else b""
         elements = [b"\1" + encode(state) for state in value if isinstance(state, State)]
         return count + b"".join(elements) + b"\0"

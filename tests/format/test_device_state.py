@@ -6,7 +6,7 @@ import struct
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported, SnapshotError
@@ -351,6 +351,7 @@ _HOSTILE_FIELD = st.recursive(
 )
 
 
+@example({"fields": [{"size": 0, "type": "qtailq", "array_len": 0}]}, b"")
 @settings(max_examples=200, deadline=None)
 @given(_hostile_state(_HOSTILE_FIELD), st.one_of(st.binary(max_size=40), st.binary(max_size=9)))
 def test_no_description_makes_the_decoder_fail_or_lose_bytes(

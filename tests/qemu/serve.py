@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.monitor.harness import RawClient
-from tests.qemu.machine import GuestRam, MigrationFailed
+from tests.qemu.machine import GuestRam, MigrationFailed, Qemu
 from tests.qemu.qmp import QmpError
 
-__all__ = ["Driver", "Serve"]
+__all__ = ["Driver", "Serve", "Witness"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = ROOT / "tests" / "monitor" / "step_driver.py"
@@ -71,7 +72,7 @@ class Serve:
 
     def __init__(
         self, driver: Driver, ram: GuestRam, *, machine: str = "pc-i440fx-10.0",
-        incoming: bool = False, compat: bool = False, block: str = "pc.ram",
+        incoming: bool = False, compat: bool = False, block: str = "pc.ram", uuid: str = "",
     ) -> None:  # fmt: skip
         self._driver = driver
         self.machine = machine
@@ -85,6 +86,7 @@ class Serve:
             "--ram", f"{block}=/proc/self/fd/{ram.fd}", "--machine", machine,
             *(["--incoming", "defer"] if incoming else []),
             *(["--compat"] if compat else []),
+            *(["--uuid", uuid] if uuid else []),
         ]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         with self._stderr.open("wb") as stderr:
@@ -175,3 +177,101 @@ class Serve:
             assert self.process.poll() is None, self.stderr()
             assert time.monotonic() < deadline, self.stderr()
             time.sleep(0.02)
+
+
+class Witness:
+    """Drives an end, and keeps every answer in a form that is the same for equal ends.
+
+    Left out, because they are nobody's promise: the numbers of descriptors, the values of
+    statistics (their names and types stay), and how many passes there were.
+    """
+
+    def __init__(self, end: Qemu | Serve) -> None:
+        self.end = end
+        self.account: list[tuple[str, Any]] = []
+        self._heard = len(self._events())
+
+    def ask(
+        self, command: str, arguments: dict[str, Any] | None = None, *, fd: int | None = None
+    ) -> dict[str, Any]:
+        """One command; its reply is noted, also one that is an error."""
+        answer = self.hear(command, arguments, fd=fd)
+        request = f"{command} {json.dumps(arguments)}"
+        self.account.append((request, _comparable(answer, numbers=command != "query-migrate")))
+        return answer
+
+    def hear(
+        self, command: str, arguments: dict[str, Any] | None = None, *, fd: int | None = None
+    ) -> dict[str, Any]:
+        """As ``ask``, but nothing is noted."""
+        try:
+            return {"return": self.end.execute(command, arguments, fd=fd)}
+        except QmpError as refused:
+            return {"error": {"class": refused.error_class, "desc": refused.desc}}
+
+    def rest(self) -> None:
+        """Ends what an earlier test may have left under way; nothing of it is noted."""
+        self.end.execute("migrate_cancel")
+        while self.end.execute("query-migrate").get("status", "none") not in ["none", *TERMINAL]:
+            time.sleep(0.005)
+        while self.end.execute("query-status")["status"] == "finish-migrate":
+            time.sleep(0.005)
+        self.end.execute("cont")
+        for fdset in self.end.execute("query-fdsets"):
+            self.end.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+        self._heard = len(self._events())
+
+    def state(self) -> None:
+        """Notes what a manager can see of migration, guest and descriptors."""
+        for command in ("query-migrate", "query-status", "query-fdsets"):
+            self.ask(command)
+
+    def settle(self, limit: float = 30) -> None:
+        """Waits until a migration has ended and the guest is what it is to be afterwards."""
+        deadline = time.monotonic() + limit
+        while (
+            self.end.execute("query-migrate").get("status") not in TERMINAL
+            or self.end.execute("query-status")["status"] == "finish-migrate"
+        ):
+            assert time.monotonic() < deadline, self.end.execute("query-migrate")
+            time.sleep(0.005)
+
+    def events(self) -> list[str]:
+        """Notes the statuses since the last time, and STOP and RESUME among them.
+
+        QEMU may tell of one failure twice (the thread and a channel both do): once is noted.
+        """
+        status = self.end.execute("query-migrate").get("status")
+        deadline = time.monotonic() + 5  # a status is seen a moment before its event is sent
+        while status in TERMINAL and status != self._last_status():
+            assert time.monotonic() < deadline, f"no event for {status}"
+            self.end.execute("query-status")  # what happened before it has been heard after it
+        new = self._events()[self._heard :]
+        self._heard += len(new)
+        words = [e.get("data", {}).get("status", e["event"]) for e in new]
+        words = [word for word in words if word != "MIGRATION_PASS"]
+        once = [w for n, w in enumerate(words) if n == 0 or w != words[n - 1]]
+        self.account.append(("events", once))
+        return once
+
+    def _last_status(self) -> str | None:
+        told = [e["data"]["status"] for e in self._events() if e["event"] == "MIGRATION"]
+        return told[-1] if told else None
+
+    def _events(self) -> list[dict[str, Any]]:
+        return self.end.qmp.events if isinstance(self.end, Qemu) else self.end.events
+
+
+def _comparable(value: Any, *, numbers: bool = True) -> Any:
+    if isinstance(value, dict):
+        found = {key: _comparable(inner, numbers=numbers) for key, inner in value.items()}
+        if "fd" in found:
+            found["fd"] = type(value["fd"])
+        if "mbps" in found:  # a double without a fraction is written without a point
+            found["mbps"] = float
+        return found
+    if isinstance(value, list):
+        return [_comparable(inner, numbers=numbers) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"\bfd=\d+", "fd=N", value)
+    return value if numbers or isinstance(value, bool) else type(value)
