@@ -151,8 +151,11 @@ class Parameters:
         for limit in _LIMITS_BEFORE:
             limit.check(values)
         if capabilities.mapped_ram and compared.compressed_or_tls:
+            advice = "" if compared is not self else (
+                ": leave multifd-compression none and tls-creds empty, or switch mapped-ram off"
+            )
             raise UsageError(
-                "Mapped-ram only available for non-compressed non-TLS multifd migration"
+                f"Mapped-ram only available for non-compressed non-TLS multifd migration{advice}"
             )
         if capabilities.zero_copy_send and self.compressed_or_tls:
             raise UsageError(

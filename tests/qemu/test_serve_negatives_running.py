@@ -290,7 +290,7 @@ def test_compat_lives_when_more_channels_are_asked_for_in_flight(ends: Ends, dis
 
 
 FIXED = "'{}' cannot change while a migration is running; set it before, or migrate_cancel first"
-NO_COMPRESSION = "Mapped-ram only available for non-compressed non-TLS multifd migration"
+NO_COMPRESSION = "leave multifd-compression none and tls-creds empty, or switch mapped-ram off"
 
 
 @pytest.mark.parametrize(
