@@ -300,6 +300,7 @@ class OutputTarget:
             with self._refusing("cannot open for writing"):
                 self.fd = os.open(self.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
             self._refuse_special(os.fstat(self.fd).st_mode)
+            self._lock()
             self._invalidate()
             return
         final = _followed(self.name)
@@ -309,6 +310,18 @@ class OutputTarget:
             self._dir_fd = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._final = final.name
         self._open_temporary()
+
+    def _lock(self) -> None:
+        """A guest that was restored from the file instantly holds a shared lock on it."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TargetError(
+                errno.EBUSY, "cannot be changed in place: a guest runs from it, or somebody writes "
+                "it; save to another name, which may replace this one", self.name,
+            ) from error
+        except OSError:
+            pass  # a file system without locks
 
     def _refuse_special(self, mode: int) -> None:
         if stat.S_ISDIR(mode):

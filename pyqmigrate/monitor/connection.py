@@ -18,8 +18,9 @@ __all__ = ["Connection"]
 
 _log = logging.getLogger(__name__)
 
-_CHUNK = 16 << 10  # small enough that reading it holds the event loop up for little
+_CHUNK = 4 << 10  # its worst contents, a token a byte, hold the event loop up for some 5 ms
 _MOST_OWED = 4 << 20
+_PATIENCE = 10.0  # seconds without a byte taken by a client that is owed more than that
 
 
 class Connection:
@@ -53,15 +54,25 @@ class Connection:
                 yield item
                 if self._broken is not None:
                     raise self._broken
+            # A client that is never waited for, since more of it is always there, must not keep
+            # the loop from everybody else.
+            await asyncio.sleep(0)
 
     def send(self, message: object) -> None:
         """Send one line, or as much as the client takes now, and the rest when it can.
 
         Never blocks and never raises: what broke is raised to the one who reads or waits.
         """
-        if self._broken is not None:
-            return
-        line = encode_line(message)
+        if self._broken is None:
+            self._send_line(encode_line(message))
+
+    async def send_large(self, message: object) -> None:
+        """Like ``send``, for what may take seconds to encode: a long identity, say."""
+        line = await asyncio.to_thread(encode_line, message)
+        if self._broken is None:
+            self._send_line(line)
+
+    def _send_line(self, line: bytes) -> None:
         if self._owed:
             if len(self._owed) + len(line) > _MOST_OWED:
                 self._break(OSError("it does not read what it is sent"))
@@ -74,10 +85,19 @@ class Connection:
             self._loop.add_writer(self._sock, self._send_owed)
 
     async def sent(self) -> None:
-        """Wait until everything owed has left. Raises OSError when the socket breaks."""
+        """Wait until everything owed has left. Raises OSError when the socket breaks.
+
+        An answer may be long, being asked for; but not kept for a client that has stalled.
+        """
         while self._owed and self._broken is None:
+            owed = len(self._owed)
             self._waiting = self._loop.create_future()
-            await self._waiting
+            try:
+                async with asyncio.timeout(_PATIENCE if owed > _MOST_OWED else None):
+                    await self._waiting
+            except TimeoutError:
+                if len(self._owed) == owed:
+                    self._break(OSError("it does not read what it is sent"))
         if self._broken is not None:
             raise self._broken
 

@@ -31,6 +31,7 @@ __all__ = ["JsonError", "JsonStream", "JsonValue", "encode_line"]
 MESSAGE_LIMIT = 64 << 20
 TOKEN_LIMIT = 2 << 20
 DEPTH_LIMIT = 1024
+_TEXT_LIMIT = 1023  # of what is said about a malformed value; QEMU's, too
 
 
 class JsonValue(NamedTuple):
@@ -116,7 +117,7 @@ class JsonStream:
             try:
                 self._builder.take(token)
             except _Malformed as malformed:
-                self._error = str(malformed)
+                self._error = str(malformed)[:_TEXT_LIMIT]
                 self._builder = _Builder()  # let go of what was built
         if (self._braces > 0 or self._brackets > 0) and min(self._braces, self._brackets) >= 0:
             return None  # brackets are open: even a malformed message ends where they close
@@ -282,12 +283,14 @@ def _shown(stray: bytes) -> str:
     return _NONCHARACTER.sub("\ufffd", "\0".join(p.decode("utf-8", "replace") for p in parts))
 
 
-_LINE_ESCAPE = re.compile(
-    r"\\(?:(ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})"  # a pair of surrogates
-    r"|(ud[89a-f][0-9a-f]{2})"  # half a pair
-    r"|(u[0-9a-f]{4})"
-    r"|.)"
+# What is to be left alone, then escapes as far as they go, a pair of surrogates never cut; not all
+# of them at once, since a long text may consist of nothing else. It matches wherever the last match
+# ended: a search that moved on could begin in the middle of an escaped backslash.
+_LINE_ESCAPES = re.compile(
+    r"((?:[^\\]++|\\[^u])*+)"
+    r"((?:\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|\\u[0-9a-f]{4}){1,4096}+|\Z)"
 )
+_HALF = re.compile(r"(\\uD[89AB]..\\uD[C-F]..)|\\uD[89A-F]..")
 
 
 def encode_line(value: object) -> bytes:
@@ -302,7 +305,7 @@ def encode_line(value: object) -> bytes:
     except RecursionError:  # as deep as a client may nest what it wants back
         text = _deep_text(value)
     if "\\u" in text:
-        text = _LINE_ESCAPE.sub(_upper_case, text)
+        text = _LINE_ESCAPES.sub(_upper_case, text)
     if "\x7f" in text:
         text = text.replace("\x7f", "\\u007F")
     return text.encode("ascii") + b"\r\n"
@@ -336,10 +339,9 @@ def _enclosed(first: str, groups: Iterable[tuple[object, ...]], last: str) -> li
     return [*items, _Text(last)]
 
 
-def _upper_case(escape: re.Match[str]) -> str:
-    pair, half, single = escape.groups()
-    if half:
-        return "\\uFFFD"
-    if pair:
-        return "\\u" + pair[1:5].upper() + "\\u" + pair[7:].upper()
-    return "\\u" + single[1:].upper() if single else escape[0]
+def _upper_case(found: re.Match[str]) -> str:
+    text, escapes = found.groups()
+    escapes = escapes.upper().replace("\\U", "\\u")
+    if "\\uD" in escapes:
+        escapes = _HALF.sub(lambda half: half[1] or "\\uFFFD", escapes)
+    return text + escapes

@@ -43,6 +43,7 @@ __all__ = ["QmpServer"]
 
 _log = logging.getLogger(__name__)
 _CLIENTS = 16
+_LARGE = 64 << 10  # bytes of a message whose answer, which may repeat it, is a thread's work
 _QEMU = Version(10, 0, 2)
 
 
@@ -171,8 +172,15 @@ class QmpServer:
         self._connections[connection] = session
         try:
             connection.send(session.greeting())
+            position = 0
             async for item in connection:
-                connection.send(await session.answer(item))
+                answer = await session.answer(item)
+                if item.end - position > _LARGE:
+                    await connection.send_large(answer)
+                else:
+                    connection.send(answer)
+                position = item.end
+                del answer, item  # while the client is waited for, they would be kept
                 if self._quitting and not self.quit_requested.is_set():
                     self._announce_quit()
                 await connection.sent()

@@ -65,6 +65,11 @@ def missed_devices(guest: Guest, way: Way) -> list[str]:
         reasons.append("this QEMU has no x-ignore-shared")
     if way is Way.DEVICES_ONLY and "xen-save-devices-state" not in guest.commands:
         reasons.append("this QEMU has no xen-save-devices-state (builds for x86 have it)")
+    if way is Way.DEVICES_ONLY and guest.target_page_bits is None:
+        reasons.append(
+            "xen-save-devices-state does not tell the page size, which differs between machines of "
+            f"{guest.target}"
+        )
     return reasons
 
 

@@ -62,13 +62,15 @@ class Monitor:
         client at a time.
         """
         where = Path(path)
-        connection = await asyncio.wait_for(_open(where), timeout)
+        async with asyncio.timeout(timeout):
+            connection = await _open(where)
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         pid = _PEER.unpack(credentials)[0] or None
         client = QMPClient(str(where))
         client.logger = _SILENT
         try:
-            await asyncio.wait_for(client.connect(connection), timeout)
+            async with asyncio.timeout(timeout):
+                await client.connect(connection)
         except TimeoutError as error:
             connection.close()
             raise QemuError(
@@ -108,9 +110,10 @@ class Monitor:
         self, command: str, arguments: Mapping[str, object] | None, timeout: float
     ) -> Any:
         try:
-            return await asyncio.wait_for(
-                self._client.execute(command, dict(arguments) if arguments else None), timeout
-            )
+            async with asyncio.timeout(timeout):
+                return await self._client.execute(
+                    command, dict(arguments) if arguments else None
+                )
         except ExecuteError as error:
             raise QemuRefused(command, str(error), error.error_class) from error
         except (ExecInterruptedError, StateError, OSError, EOFError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 import pyqmigrate
-from pyqmigrate import RamBlock
+from pyqmigrate import RamBlock, TargetError
+from pyqmigrate.io.target import DirectIO, OutputTarget
 from tests.snapshots import SLOW, data_bytes, known_memory, load, ram, save_known
 
 OLD = b"what stood there before"
@@ -40,6 +42,19 @@ def cancel(job: pyqmigrate.Job[Any]) -> None:
 
 
 # ---- publication ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_file_that_a_guest_runs_from_is_not_changed_in_place(tmp_path: Path, reuse: bool) -> None:
+    path = tmp_path / "snapshot"
+    path.write_bytes(b"mapped by a guest")
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        with pytest.raises(TargetError, match="a guest runs from it"):
+            OutputTarget.open(
+                str(path) if reuse else f"file:{path},offset=4", DirectIO.OFF, reuse=reuse
+            )
+    assert path.read_bytes() == b"mapped by a guest"
 
 
 def test_the_name_appears_only_when_the_snapshot_is_whole(disk: Path) -> None:

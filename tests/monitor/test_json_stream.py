@@ -284,6 +284,19 @@ def test_half_a_surrogate_pair_is_written_as_the_replacement_character():
     assert encode_line("a\udcff\ud83d") == b'"a\\uFFFD\\uFFFD"\r\n'
 
 
+@given(st.lists(st.sampled_from(["\\", "\\ud83d", "\\u00e9", "u", "é", "\x1f", "😀", '"'])))
+@example(["\\ud83d"])
+def test_a_text_that_looks_like_escapes_comes_through_a_line(pieces):
+    text = "".join(pieces)
+    assert json.loads(encode_line(text)) == text
+
+
+def test_a_text_that_is_all_escapes_keeps_its_pairs_together():
+    for shift in range(3):
+        text = "é" * shift + "😀" * 10_000
+        assert json.loads(encode_line(text)) == text
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_json_cannot_say_is_not_written(value):
     with pytest.raises(ValueError, match="JSON compliant"):

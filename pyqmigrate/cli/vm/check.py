@@ -1,0 +1,148 @@
+"""Say what a save of a running guest would do, without doing it.
+
+Asks QEMU, looks at its memory, and with --dir writes 64 MiB to try the disk, into a file without
+a name. Ends with exit code 1 when the guest cannot be saved, or the file would not fit.
+
+JSON: ``possible``; ``qemu`` (``version``, ``pid`` or null); ``machine``; ``run_state``;
+``total_ram``; ``engine`` and ``way`` (null where there is none), ``why`` and ``refused`` (reasons
+against engine direct); ``blockers`` and ``warnings`` (sentences); ``data`` (pages that are not
+zero), ``basis`` (counted, sampled, or bound: not all memory can be read, it may be less) and
+``need`` (the file, on disk); ``directory``,
+``free``, ``fits``, ``direct_io``, ``direct_io_reason``, ``rate`` (bytes a second) and ``seconds``
+(null without --dir, ``free`` and ``fits`` also where there is no limit); ``blocks``, a list of
+``name``, ``length``, ``kind`` (file, process, or null: cannot be read), ``shared``,
+``file_backed``, ``why_not``; ``disks``, a list of ``device``, ``qdev``, ``node``, ``file``,
+``format``, ``writable``, ``size``; ``disk_needs`` (sentences). Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pyqmigrate.cli.arguments import Verbs, add_verb
+from pyqmigrate.cli.exit_codes import ExitCode
+from pyqmigrate.cli.outcome import Outcome, printable, table
+from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.io.memory import FileMemory
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.check import CheckReport
+    from pyqmigrate.vm.guest import GuestBlock
+
+__all__ = ["add_parser"]
+
+_ABOUT = {"counted": "", "sampled": "about ", "bound": "at most "}
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "check", _run, __doc__)
+    parser.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket")
+    parser.add_argument(
+        "--dir", metavar="DIR", help="where the snapshot would go; its disk is tried"
+    )
+    parser.add_argument(
+        "--engine", choices=["auto", "qemu", "direct"], default="auto",
+        help="who writes the pages (default: auto)",
+    )
+    parser.add_argument("--live", action="store_true", help="the guest runs during the save")
+
+
+def _run(args: argparse.Namespace) -> Outcome:
+    report = asyncio.run(_check(args))
+    data = _data(report)
+    code = ExitCode.DONE if report.possible else ExitCode.BAD
+    return Outcome(data, [printable(line) for line in _lines(report, data)], code)
+
+
+async def _check(args: argparse.Namespace) -> CheckReport:
+    # The library for QMP is an extra: what does not need it works without.
+    from pyqmigrate.vm.check import check
+    from pyqmigrate.vm.connection import Monitor
+
+    async with await Monitor.connect(args.qmp) as monitor:
+        return await check(monitor, args.dir, engine=args.engine, live=args.live)
+
+
+def _data(report: CheckReport) -> dict[str, Any]:
+    choice, disk = report.choice, report.disk
+    return {
+        "possible": report.possible,
+        "qemu": {"version": ".".join(map(str, report.version)), "pid": report.pid},
+        "machine": report.machine,
+        "run_state": report.run_state,
+        "total_ram": report.total_ram,
+        "engine": None if choice is None else str(choice.engine),
+        "way": None if choice is None or choice.way is None else str(choice.way),
+        "why": "" if choice is None else choice.why,
+        "refused": [] if choice is None else list(choice.refused),
+        "blockers": list(report.blockers),
+        "warnings": list(report.warnings),
+        "data": report.estimate.data,
+        "basis": str(report.estimate.basis),
+        "need": report.need,
+        "directory": None if report.directory is None else str(report.directory),
+        "free": None if disk is None else disk.free,
+        "fits": report.fits,
+        "direct_io": None if disk is None else disk.direct_io,
+        "direct_io_reason": None if disk is None else disk.reason,
+        "rate": None if disk is None else round(disk.rate),
+        "seconds": report.seconds,
+        "blocks": [_block(block) for block in report.blocks],
+        "disks": [asdict(disk) for disk in report.disks],
+        "disk_needs": list(report.disk_needs),
+    }
+
+
+def _block(block: GuestBlock) -> dict[str, Any]:
+    kind = "file" if isinstance(block.memory, FileMemory) else "process"
+    return {
+        "name": block.name,
+        "length": block.length,
+        "kind": None if block.memory is None else kind,
+        "shared": block.shared,
+        "file_backed": block.file_backed,
+        "why_not": block.why_not,
+    }
+
+
+def _lines(report: CheckReport, data: dict[str, Any]) -> Iterator[str]:
+    process = "" if report.pid is None else f", process {report.pid}"
+    yield f"QEMU      {data['qemu']['version']}{process}"
+    yield f"machine   {report.machine}, {report.run_state}"
+    if report.choice is None:
+        yield "engine    none: this guest cannot be saved now"
+    else:
+        yield f"engine    {report.choice.engine}: {report.choice.why}"
+        yield from (f"          not direct: {reason}" for reason in report.choice.refused)
+    about = _ABOUT[report.estimate.basis]
+    yield (
+        f"RAM       {show_size(report.total_ram)}, {about}{show_size(report.estimate.data)} of it "
+        "not zero"
+    )
+    yield from _disk_lines(report)
+    yield from (f"blocker   {sentence}" for sentence in report.blockers)
+    yield from (f"warning   {sentence}" for sentence in report.warnings)
+    yield from (f"restore   {sentence}" for sentence in report.disk_needs)
+    yield ""
+    yield from table(
+        ("block", "length", "read from"),
+        [(b["name"], show_size(b["length"]), b["kind"] or "nowhere") for b in data["blocks"]],
+    )
+
+
+def _disk_lines(report: CheckReport) -> Iterator[str]:
+    about = _ABOUT[report.estimate.basis]
+    yield f"file      {about or 'about '}{show_size(report.need)} of disk"
+    disk = report.disk
+    if disk is None:
+        return
+    room = "no limit" if disk.free is None else f"{show_size(disk.free)} free"
+    yield f"space     {room}" + (": not enough" if report.fits is False else "")
+    direct = "direct I/O" if disk.direct_io else f"no direct I/O ({disk.reason})"
+    yield f"disk      {direct}"
+    if report.seconds is not None:
+        yield f"time      about {report.seconds:.1f} s at {show_rate(round(disk.rate), 1)} MiB/s"

@@ -1,0 +1,93 @@
+"""Start several guests from one snapshot; they share its page cache.
+
+After ``--`` comes the command line that the VM was started with, in which ``{n}`` is the number of
+the guest, from 1 on. Each guest gets a monitor DIR/N.qmp of its own, and no standard input. Disks
+that more than one guest would write to are refused. A guest that fails does not stop the others.
+
+The command waits until all have ended, and passes SIGINT, SIGTERM and SIGHUP on to them. The exit
+code is 4 when a guest could not be made, or its QEMU ended badly.
+
+JSON, printed as soon as all guests are there: ``guests``, a list of ``number``, ``qmp``, and
+either ``error`` or what vm restore prints. If a QEMU ends badly later, an ``error`` follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
+from pyqmigrate.cli.outcome import describe_error, printable, table
+from pyqmigrate.cli.vm.restore import add_command, add_run_state, pass_signals_on
+from pyqmigrate.errors import QemuError
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.clone import Clone
+
+__all__ = ["add_parser"]
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "clone", _run, __doc__)
+    parser.add_argument("snapshot", metavar="SNAPSHOT")
+    parser.add_argument("--count", type=int, required=True, metavar="N", help="how many guests")
+    parser.add_argument(
+        "--dir", default=".", metavar="DIR", help="where the monitors are made (default: here)"
+    )
+    parser.add_argument(
+        "--mode", choices=["auto", "instant", "load", "postcopy"], default="auto",
+        help="how the memory gets there (default: auto)",
+    )
+    add_run_state(parser)
+    add_offset(parser)
+    add_command(parser)
+
+
+def _run(args: argparse.Namespace) -> None:
+    asyncio.run(_clone(args))
+
+
+async def _clone(args: argparse.Namespace) -> None:
+    from pyqmigrate.vm.clone import clone
+
+    clones = await clone(
+        args.snapshot, args.command, args.count, directory=args.dir, mode=args.mode,
+        paused=args.paused, offset=args.offset,
+    )
+    vms = [one.vm for one in clones if one.vm is not None]
+    pass_signals_on(vms)
+    if args.json:
+        print(json.dumps({"guests": [_data(one) for one in clones]}, indent=2), flush=True)
+    else:
+        print(*_lines(clones), sep="\n", file=sys.stderr, flush=True)
+    codes = await asyncio.gather(*(vm.wait() for vm in vms))
+    await asyncio.gather(*(vm.close() for vm in vms))
+    failed = len(clones) - len(vms)
+    if failed or any(codes):
+        raise QemuError(
+            f"{failed} of {len(clones)} guests could not be made" if failed
+            else f"{sum(map(bool, codes))} of {len(codes)} QEMUs ended badly"
+        )
+
+
+def _data(one: Clone) -> dict[str, Any]:
+    data: dict[str, Any] = {"number": one.number, "qmp": str(one.qmp)}
+    if one.vm is None:
+        return data | {"error": describe_error(one.error or QemuError())}
+    return data | one.vm.report.as_data()
+
+
+def _lines(clones: list[Clone]) -> list[str]:
+    rows = [
+        (one.number, one.vm.report.pid, one.vm.report.run_state, one.vm.report.mode,
+         f"{one.vm.report.load_seconds * 1000:.1f} ms", one.qmp)
+        for one in clones if one.vm is not None
+    ]  # fmt: skip
+    errors = [
+        f"guest {one.number}: {printable(describe_error(one.error))}"
+        for one in clones if one.error is not None
+    ]
+    return table(("guest", "pid", "state", "mode", "load", "monitor"), rows, left=1) + errors

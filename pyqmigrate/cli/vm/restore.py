@@ -1,0 +1,137 @@
+"""Start a QEMU that goes on where a snapshot was taken.
+
+After ``--`` comes the command line that the VM was started with; what a restore needs is added to
+it. In mode instant the guest's memory is mapped from the snapshot, and the guest is there in
+milliseconds whatever its size; the file must not change in place while the guest runs, and may be
+replaced or removed. In mode load QEMU reads all of it first; postcopy is QEMU's own lazy load,
+where it has one. The default, auto, is instant where that is possible.
+
+QEMU has this command's standard streams. The command waits until it ends, and passes SIGINT,
+SIGTERM and SIGHUP on to it; before the guest is there, they end the restore. What was done is
+told on standard error when the guest is there.
+
+The exit code is 0 when QEMU ended with 0, and 4 otherwise.
+
+JSON, printed as soon as the guest is there: ``mode``; ``why``; ``machine``; ``qemu``, its version;
+``pid``; ``run_state``; ``load_seconds``, from migrate-incoming to completed; ``start_seconds``
+until QEMU answered; ``total_seconds``; ``settings`` of QEMU that are not its defaults;
+``mapped_blocks``; ``stale_pages`` that the file had old bytes for, and ``stale_seconds`` to find
+them; ``notes``. If QEMU ends badly later, an ``error`` follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from pyqmigrate.cli.arguments import (
+    Verbs,
+    add_direct_io,
+    add_offset,
+    add_verb,
+    read_channels,
+)
+from pyqmigrate.cli.outcome import counted, printable
+from pyqmigrate.errors import QemuError
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.restore import RestoredVm, RestoreReport
+
+__all__ = ["add_command", "add_parser", "add_run_state", "pass_signals_on", "report_lines"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "restore", _run, __doc__)
+    parser.add_argument("snapshot", metavar="SNAPSHOT")
+    parser.add_argument(
+        "--mode", choices=["auto", "instant", "load", "postcopy"], default="auto",
+        help="how the memory gets there (default: auto)",
+    )
+    add_run_state(parser)
+    parser.add_argument("--qmp", metavar="SOCKET", help="give QEMU one more monitor, here")
+    add_offset(parser)
+    parser.add_argument(
+        "--channels", type=read_channels, metavar="N", default=None,
+        help="how many channels QEMU reads with in mode load (default: as the file needs)",
+    )
+    add_direct_io(parser)
+    add_command(parser)
+
+
+def add_run_state(parser: argparse.ArgumentParser) -> None:
+    state = parser.add_mutually_exclusive_group()
+    state.add_argument(
+        "--paused", dest="paused", action="store_true", default=None,
+        help="leave the guest paused (default: as it was when it was saved)",
+    )
+    state.add_argument(
+        "--running", dest="paused", action="store_false", default=None,
+        help="let the guest run even if it was saved paused",
+    )
+
+
+def add_command(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "command", nargs="+", metavar="-- qemu-system-... ARGS",
+        help="the command line that the VM was started with",
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    asyncio.run(_restore(args))
+
+
+async def _restore(args: argparse.Namespace) -> None:
+    from pyqmigrate.vm.restore import restore
+
+    vm = await restore(
+        args.snapshot, args.command, mode=args.mode, paused=args.paused, qmp=args.qmp,
+        offset=args.offset, channels=args.channels, direct_io=args.direct_io,
+    )
+    async with vm:
+        pass_signals_on([vm])
+        if args.json:
+            print(json.dumps(vm.report.as_data(), indent=2), flush=True)
+        else:
+            print(*report_lines(vm.report), sep="\n", file=sys.stderr, flush=True)
+        code = await vm.wait()
+    if code:
+        raise QemuError(
+            f"QEMU was killed by signal {-code}" if code < 0 else f"QEMU ended with {code}"
+        )
+
+
+def pass_signals_on(vms: list[RestoredVm]) -> None:
+    """From now on the signals that end this command go to QEMU instead."""
+    loop = asyncio.get_running_loop()
+
+    def send(number: int) -> None:
+        for vm in vms:
+            if vm.process.poll() is None:
+                vm.process.send_signal(number)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, send, number)
+
+
+def report_lines(report: RestoreReport) -> list[str]:
+    """For people."""
+    lines = [
+        f"restored  {report.mode}: {printable(report.why)}",
+        f"guest     {report.run_state}, pid {report.pid}, {printable(report.machine)}, "
+        f"QEMU {report.qemu}",
+        f"time      {report.load_seconds * 1000:.1f} ms to load, "
+        f"{report.total_seconds * 1000:.0f} ms in all",
+    ]
+    if report.stale_pages:
+        lines.append(
+            f"stale     {counted(report.stale_pages, 'page')} marked, found in "
+            f"{report.stale_seconds * 1000:.0f} ms"
+        )
+    return lines + [f"note      {printable(note)}" for note in report.notes]

@@ -1,0 +1,124 @@
+"""Save the guest of a running QEMU, and leave it as it was found.
+
+SNAPSHOT appears when it is whole, durable and verified. Whatever fails, and when this command is
+interrupted or killed, the guest is put back as it was, running or paused, with its settings.
+
+Engine qemu lets QEMU write the file, with the settings that are fast for this guest; engine direct
+lets QEMU write its device state only, and writes the pages from here. Without --then the guest is
+afterwards what it was before; with --then quit QEMU ends once the snapshot has its name.
+
+JSON: ``snapshot``; ``engine`` and ``why``; ``settings``, an object of QEMU's settings that were
+changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_io_reason``;
+``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
+``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
+``run_state_before``, ``run_state_after`` (null: QEMU has ended); ``disks`` (what a restore needs of
+the writable disks, sentences); ``disks_record`` (the file with their names, or null); ``notes``
+(sentences).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+from collections.abc import Coroutine, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_verb
+from pyqmigrate.cli.outcome import Outcome, counted, printable
+from pyqmigrate.cli.progress import shown
+from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.save import Sparse
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.save import VmSaveReport
+
+__all__ = ["add_parser"]
+
+T = TypeVar("T")
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = add_verb(verbs, "save", _run, __doc__)
+    parser.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket")
+    parser.add_argument("snapshot", metavar="SNAPSHOT", help="the snapshot to write")
+    parser.add_argument(
+        "--engine", choices=["auto", "qemu", "direct"], default="auto",
+        help="who writes the pages (default: auto, direct where nothing would be missed)",
+    )
+    parser.add_argument("--live", action="store_true", help="let the guest run during the save")
+    parser.add_argument(
+        "--then", choices=["pause", "resume", "quit"], default=None,
+        help="what becomes of the guest (default: what it was)",
+    )
+    add_channels(parser)
+    add_direct_io(parser)
+    parser.add_argument(
+        "--sparse", choices=[str(policy) for policy in Sparse], default="auto",
+        help="what becomes of zero pages (default: auto, what is fast)",
+    )
+    parser.add_argument(
+        "--with-disks", action="store_true",
+        help="take snapshots of the writable disks at the same instant",
+    )
+
+
+def _run(args: argparse.Namespace) -> Outcome:
+    # The library for QMP is an extra: what does not need it works without.
+    from pyqmigrate.vm.save import save
+
+    with shown("vm save") as show:
+        report = _interruptible(
+            save(
+                args.qmp, args.snapshot, engine=args.engine, live=args.live, then=args.then,
+                channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
+                with_disks=args.with_disks, progress=show,
+            )
+        )
+    return Outcome(asdict(report), [printable(line) for line in _lines(report)])
+
+
+def _interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """Run it; SIGTERM ends it as Ctrl-C does, with the time to put the guest back."""
+
+    async def cancelled_by_signal() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        with contextlib.suppress(RuntimeError, ValueError):  # only the main thread hears signals
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(cancelled_by_signal())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def _lines(report: VmSaveReport) -> Iterator[str]:
+    size, allocated = show_size(report.file_size), show_size(report.bytes_allocated)
+    yield f"{report.snapshot}: {size}, {allocated} allocated"
+    yield f"engine    {report.engine}: {report.why}"
+    rate = show_rate(report.bytes_written, report.seconds)
+    yield (
+        f"written   {show_size(report.bytes_written)} in {report.seconds:.2f} s, {rate} MiB/s, "
+        f"{counted(report.channels, 'channel')}, direct I/O {'on' if report.direct_io else 'off'} "
+        f"({report.direct_io_reason})"
+    )
+    downtime = "" if report.downtime is None else f", it stood still for {report.downtime:.3f} s"
+    yield f"guest     {report.run_state_before} before, {_after(report)} now{downtime}"
+    for name, used in report.settings.items():
+        yield f"setting   {name}={_spelled(used.value)} meanwhile: {used.why}"
+    yield from (f"restore   {sentence}" for sentence in report.disks)
+    if report.disks_record is not None:
+        yield f"disks     recorded in {report.disks_record}"
+    yield from (f"note      {sentence}" for sentence in report.notes)
+
+
+def _after(report: VmSaveReport) -> str:
+    return "ended" if report.run_state_after is None else report.run_state_after
+
+
+def _spelled(value: object) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

@@ -1,0 +1,40 @@
+"""A real QEMU: save it, restore it, clone it, without hurting it.
+
+    import asyncio
+    from pyqmigrate import vm
+
+    async def main() -> None:
+        report = await vm.connect("/run/guest.qmp").save("/snap/guest.mapped", then="quit")
+        print(report.engine, report.downtime)
+        guest = await vm.restore("/snap/guest.mapped", ["qemu-system-x86_64", "-m", "4G"])
+        print(guest.report.load_seconds)
+
+    asyncio.run(main())
+
+:mod:`pyqmigrate.vm.sync` has the same names for programs without asyncio. All of it needs the
+library ``qemu.qmp`` (``pip install 'pyqmigrate[vm]'``).
+"""
+
+from pyqmigrate.vm.check import CheckReport
+from pyqmigrate.vm.choice import Engine
+from pyqmigrate.vm.clone import Clone, clone
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.handle import Vm, connect
+from pyqmigrate.vm.restore import Mode, RestoredVm, RestoreReport, restore
+from pyqmigrate.vm.save import Then, VmSaveReport
+
+__all__ = [
+    "connect",
+    "Vm",
+    "restore",
+    "RestoredVm",
+    "clone",
+    "Clone",
+    "VmSaveReport",
+    "RestoreReport",
+    "CheckReport",
+    "Engine",
+    "Then",
+    "Mode",
+    "Monitor",
+]

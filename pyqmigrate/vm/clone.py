@@ -1,0 +1,98 @@
+"""Many guests from one snapshot.
+
+    for one in await clone("/snap/guest.mapped", command, 10, directory="/run/guests"):
+        print(one.number, one.qmp, one.error or one.vm.report.load_seconds)
+
+Each is a QEMU of its own that maps the same file: they share its page cache, and each pays for
+the pages that it changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pyqmigrate.errors import PyqmigrateError, UsageError
+from pyqmigrate.io.target import Target
+from pyqmigrate.vm.command_line import CommandLine, Option
+from pyqmigrate.vm.restore import Mode, Request, RestoredVm, restore_from
+from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.written_files import written_files
+
+__all__ = ["Clone", "clone"]
+
+
+@dataclass(frozen=True)
+class Clone:
+    """Guest ``number`` (from 1 on), its monitor socket, and either ``vm`` or ``error``."""
+
+    number: int
+    qmp: Path
+    vm: RestoredVm | None = None
+    error: PyqmigrateError | None = None
+
+
+async def clone(
+    snapshot: Target, command: Sequence[str], count: int, *,
+    directory: str | os.PathLike[str] = ".",
+    mode: Mode | str = Mode.AUTO,
+    paused: bool | None = None,
+    offset: int | None = None,
+    at_once: int | None = None,
+) -> list[Clone]:
+    """Restore ``count`` guests from one snapshot.
+
+    ``{n}`` in a word of ``command`` is the number of the guest, from 1 on. Each gets a monitor
+    ``directory/N.qmp`` of its own, and no standard input. ``at_once`` start at the same time (as
+    many as there are processors). mode, paused, offset: as for :func:`pyqmigrate.vm.restore`.
+
+    A guest that fails has its error in the list; the others go on. When the call is cancelled,
+    all are ended. Raises UsageError when guests would write to the same disk or file, and what is
+    wrong with the snapshot itself.
+    """
+    if count < 1:
+        raise UsageError(f"{count} guests cannot be made")
+    wanted = CommandLine.parse(command)
+    commands = {number: wanted.filled_in(number) for number in range(1, count + 1)}
+    _refuse_shared(commands)
+    request = Request(Mode(mode), paused, stdin=subprocess.DEVNULL)
+    turn = asyncio.Semaphore(at_once or os.cpu_count() or 1)
+    started: list[RestoredVm] = []
+
+    async def one(source: Source, number: int) -> Clone:
+        qmp = Path(directory) / f"{number}.qmp"
+        async with turn:
+            try:
+                vm = await restore_from(source, commands[number], replace(request, qmp=qmp))
+            except PyqmigrateError as error:
+                return Clone(number, qmp, error=error)
+        started.append(vm)
+        return Clone(number, qmp, vm)
+
+    async with await Source.open(snapshot, offset) as source:
+        tasks = [asyncio.create_task(one(source, number)) for number in commands]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*(vm.end() for vm in started), return_exceptions=True)
+            raise
+
+
+def _refuse_shared(commands: dict[int, CommandLine]) -> None:
+    writers: dict[str, tuple[int, Option]] = {}
+    for number, command in commands.items():
+        for file, option in written_files(command).items():
+            other = writers.setdefault(file, (number, option))[0]
+            if other != number:
+                raise UsageError(
+                    f"guests {other} and {number} would both write to {file!r} ({option}): put "
+                    "{n} into its name and give each a copy or an overlay of its own, or make it "
+                    "read-only"
+                )

@@ -1,0 +1,201 @@
+"""The grammar of QEMU's command line, as far as a restore has to understand it.
+
+    command = CommandLine.parse(["qemu-system-x86_64", "-M", "q35", "-m", "4G"])
+    command.last("machine").properties("type")      # {"type": "q35"}
+    command.with_options(Option("incoming", "defer")).argv()
+
+An option starts with one dash or two; a word that is no option is a disk image. Values are lists
+of ``key=value`` in which a comma is doubled, the key of the first is often left out, and a bare
+``key`` or ``nokey`` is a switch; some options take JSON as well.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format.uri import parse_size
+
+__all__ = ["CommandLine", "Option", "escape", "is_on", "join_properties", "read_ram_size"]
+
+# Options that take no value. Every other one takes the next word, whatever it looks like.
+_SWITCHES = frozenset({
+    "S", "alt-grab", "async-teardown", "ctrl-grab", "curses", "daemonize", "enable-fips",
+    "enable-kvm", "enable-sync-profile", "full-screen", "h", "help", "jitdump", "mem-prealloc",
+    "no-acpi", "no-fd-bootchk", "no-hpet", "no-quit", "no-reboot", "no-shutdown",
+    "no-user-config", "nodefaults", "nodefconfig", "nographic", "old-param", "one-insn-per-tb",
+    "only-migratable", "perfmap", "portrait", "preconfig", "rtc-td-hack", "s", "sdl",
+    "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach",
+    "xen-domid-restrict",
+})  # fmt: skip
+_SAME = {"M": "machine", "nodefconfig": "no-user-config"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its name without dashes, and its value (None: it takes none).
+
+    The name of a disk image that stands alone is empty.
+    """
+
+    name: str
+    value: str | None = None
+
+    def properties(self, implied: str | None = None) -> dict[str, str]:
+        """The value as keys and texts; ``implied`` is the key that the first may leave out.
+
+        Values of a JSON object that are no texts are as JSON writes them, except that booleans
+        are ``on`` and ``off``. Raises UsageError for JSON that is none.
+        """
+        text = self.value or ""
+        if text.lstrip().startswith("{"):
+            return self._from_json(text)
+        found: dict[str, str] = {}
+        for number, item in enumerate(_split(text)):
+            key, equals, value = item.partition("=")
+            if equals:
+                found[key] = value
+            elif number == 0 and implied:
+                found[implied] = item
+            elif item.startswith("no") and item not in ("node", "node-name"):
+                found[item[2:]] = "off"
+            else:
+                found[item] = "on"
+        return found
+
+    def _from_json(self, text: str) -> dict[str, str]:
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"-{self.name} {text!r} is not JSON: {error}") from error
+        return dict(_flatten("", data)) if isinstance(data, dict) else {}
+
+    def words(self) -> list[str]:
+        """As words of a command line."""
+        if not self.name:
+            return [self.value or ""]
+        return [f"-{self.name}", *([] if self.value is None else [self.value])]
+
+    def __str__(self) -> str:
+        return " ".join(self.words())
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A program and its options, in order: later ones win."""
+
+    program: str
+    options: tuple[Option, ...]
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Self:
+        """Raises UsageError when there is no program, or the last option lacks its value."""
+        if not words or words[0].startswith("-"):
+            raise UsageError(
+                "the command line of the VM starts with the program: qemu-system-x86_64 ..."
+            )
+        options = []
+        rest = iter(words[1:])
+        for word in rest:
+            if not word.startswith("-") or word == "-":
+                options.append(Option("", word))
+                continue
+            name = word[2:] if word.startswith("--") else word[1:]
+            name = _SAME.get(name, name)
+            if name in _SWITCHES:
+                options.append(Option(name))
+                continue
+            value = next(rest, None)
+            if value is None:
+                raise UsageError(f"the command line of the VM ends with {word}, without its value")
+            options.append(Option(name, value))
+        return cls(words[0], tuple(options))
+
+    def argv(self) -> list[str]:
+        return [self.program, *(word for option in self.options for word in option.words())]
+
+    def has(self, name: str) -> bool:
+        return any(option.name == name for option in self.options)
+
+    def all(self, name: str) -> list[Option]:
+        return [option for option in self.options if option.name == name]
+
+    def last(self, name: str) -> Option | None:
+        return next((option for option in reversed(self.options) if option.name == name), None)
+
+    def merged(self, name: str, implied: str | None = None) -> dict[str, str]:
+        """The properties of all options of that name together, as QEMU merges ``-machine``."""
+        found: dict[str, str] = {}
+        for option in self.all(name):
+            found |= option.properties(implied)
+        return found
+
+    def without(self, *names: str) -> Self:
+        kept = tuple(option for option in self.options if option.name not in names)
+        return type(self)(self.program, kept)
+
+    def replaced(self, changes: Mapping[Option, Option]) -> Self:
+        """Each option that is a key, by its value, in the same place."""
+        options = tuple(changes.get(option, option) for option in self.options)
+        return type(self)(self.program, options)
+
+    def with_options(self, *options: Option) -> Self:
+        return type(self)(self.program, (*self.options, *options))
+
+    def filled_in(self, number: int) -> Self:
+        """With every ``{n}`` replaced by ``number``."""
+        options = (
+            Option(option.name, option.value and option.value.replace("{n}", str(number)))
+            for option in self.options
+        )
+        return type(self)(self.program, tuple(options))
+
+
+def escape(value: str) -> str:
+    """``value`` as it is written in a list of properties."""
+    return value.replace(",", ",,")
+
+
+def join_properties(first: str, properties: Mapping[str, str]) -> str:
+    """``first,key=value,...`` with commas doubled; ``first`` is the one without a key."""
+    return ",".join([escape(first), *(f"{k}={escape(v)}" for k, v in properties.items())])
+
+
+def is_on(value: str | None) -> bool:
+    """Whether a switch is on; None is off."""
+    return value is not None and value.lower() in ("on", "yes", "true", "y")
+
+
+def read_ram_size(command: CommandLine) -> int | None:
+    """What ``-m`` says, in bytes; None without it. UsageError when it is no size."""
+    text = command.merged("m", "size").get("size")
+    if text is None:
+        return None
+    try:
+        return parse_size(f"{text}M" if text.isdecimal() else text)
+    except UsageError as error:
+        raise UsageError(f"-m {text!r} is not a size") from error
+
+
+def _split(text: str) -> list[str]:
+    """At single commas; doubled ones become one."""
+    pieces = re.findall(r"(?:[^,]|,,)+", text)
+    return [piece.replace(",,", ",") for piece in pieces]
+
+
+def _flatten(front: str, value: object) -> Iterable[tuple[str, str]]:
+    """``{"a": {"b": 1}}`` as ``a.b=1``, the way of option lists."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(f"{front}.{key}" if front else str(key), inner)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _flatten(f"{front}.{number}", inner)
+    elif isinstance(value, bool):
+        yield front, "on" if value else "off"
+    else:
+        yield front, value if isinstance(value, str) else json.dumps(value)

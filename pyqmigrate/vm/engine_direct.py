@@ -1,0 +1,188 @@
+"""Engine ``direct``: QEMU writes its device state, and we write the pages.
+
+The device state goes into a memfd, in one of the two ways of :class:`pyqmigrate.vm.blockers.Way`.
+From the first command until the last page is written the guest stands still; bitmaps, tail and
+fsync come when it runs again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from uuid import UUID
+
+from pyqmigrate.errors import NotSupported
+from pyqmigrate.io.channels import Job
+from pyqmigrate.io.memory import Memory, RamBlock
+from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
+from pyqmigrate.save import SaveReport, Sparse, Writer
+from pyqmigrate.vm.blockers import Way
+from pyqmigrate.vm.custody import Custody
+from pyqmigrate.vm.device_state import DeviceState, read_devices, read_migrated
+from pyqmigrate.vm.guest import Guest
+from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
+from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
+
+__all__ = ["save_by_us"]
+
+_REPORT_EVERY = 0.1  # seconds
+# What a guest can be on load; any other state (io-error, shutdown, ...) comes back as paused.
+_LOADABLE = {"running", "suspended", "prelaunch"}
+
+
+async def save_by_us(
+    custody: Custody,
+    guest: Guest,
+    way: Way,
+    target: OutputTarget,
+    *,
+    channels: int,
+    sparse: Sparse,
+    resume: bool,
+    at_instant: AtInstant | None = None,
+    progress: ProgressCallback | None = None,
+) -> Written:
+    """Write a snapshot into ``target`` and, with ``resume``, let the guest go on.
+
+    The file is durable when this returns. Raises QemuError, NotSupported when QEMU turns out to
+    write something that the snapshot could not have, GuestMemoryError, TargetError, Cancelled.
+    ``custody`` puts back what is changed here, also then.
+    """
+    monitor = custody.monitor
+    await custody.apply()
+    stopped = time.monotonic()
+    if way is Way.IGNORE_SHARED:
+        state = await _migrated(custody, guest, at_instant)
+    else:
+        state = await _devices_only(custody, guest, at_instant)
+    heed_cancellation()
+    job, pages_written = _start(target, guest, state, channels, sparse)
+    downtime = None
+    try:
+        await _until(pages_written, job, progress)
+        if job.done():
+            job.result()  # raises what went wrong
+        if resume:
+            await monitor.execute("cont")
+            if guest.running:
+                downtime = time.monotonic() - stopped
+        report = await asyncio.to_thread(job.result)
+    except BaseException:
+        job.cancel()
+        await unbroken(asyncio.to_thread(job.join))
+        raise
+    if progress is not None:
+        progress(job.progress)
+    return Written(report.bytes_written, downtime, _notes(report))
+
+
+async def _migrated(custody: Custody, guest: Guest, at_instant: AtInstant | None) -> DeviceState:
+    elsewhere = [block.name for block in guest.blocks if block.file_backed]
+    with _memory_file() as (written, read):
+        async with custody.lent({"device-state": written}) as path:
+            await migrate(custody.monitor, path, at_instant=at_instant, pause=guest.running)
+        return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=elsewhere)
+
+
+async def _devices_only(
+    custody: Custody, guest: Guest, at_instant: AtInstant | None
+) -> DeviceState:
+    monitor = custody.monitor
+    if guest.running:
+        await monitor.execute("stop")
+    if at_instant is not None:
+        await at_instant()
+    with _memory_file() as (written, read):
+        async with custody.lent({"device-state": written}) as path:
+            await monitor.execute("xen-save-devices-state", {"filename": path, "live": False})
+        return await asyncio.to_thread(
+            read_devices, Descriptors(read), machine=guest.machine,
+            blocks={block.name: block.length for block in guest.blocks},
+            page_size=1 << (guest.target_page_bits or 12),
+            uuid=UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None,
+            run_state=guest.run_state if guest.run_state in _LOADABLE else "paused",
+        )
+
+
+@contextlib.contextmanager
+def _memory_file() -> Iterator[tuple[int, int]]:
+    """Two opens of an empty file in memory: for writing only, as QEMU wants it, and for reading."""
+    with contextlib.ExitStack() as stack:
+        read = os.memfd_create("device-state", os.MFD_CLOEXEC)
+        stack.callback(os.close, read)
+        written = os.open(f"/proc/self/fd/{read}", os.O_WRONLY | os.O_CLOEXEC)
+        stack.callback(os.close, written)
+        yield written, read
+
+
+def _start(
+    target: OutputTarget, guest: Guest, state: DeviceState, channels: int, sparse: Sparse
+) -> tuple[Job[SaveReport], asyncio.Event]:
+    """Begin to write; the event is set when the pages are written, or will not be."""
+    loop = asyncio.get_running_loop()
+    pages_written = asyncio.Event()
+    writer = Writer(
+        Descriptors(target.fd, target.direct.fd if target.direct else None),
+        _ram_blocks(guest, state),
+        direct_io=DirectIO.ON if target.direct else DirectIO.OFF,
+        sparse=sparse, channels=channels, machine=state.machine,
+        target_page_bits=state.target_page_bits, uuid=state.uuid,
+    )
+
+    def tell() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(pages_written.set)
+
+    def write() -> SaveReport:
+        try:
+            writer.begin()
+            writer.write_pages()
+            tell()
+            return writer.finish(
+                state.sections, state.description, switchover_start=state.switchover_start
+            )
+        finally:
+            writer.close()
+
+    try:
+        return Job(writer.channels, writer.total, write).at_end(tell), pages_written
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _ram_blocks(guest: Guest, state: DeviceState) -> list[RamBlock]:
+    """Where each block of the stream is: in the stream, or with the guest."""
+    known = {block.name: block for block in guest.blocks}
+    blocks = []
+    for name, length in state.blocks.items():
+        memory: Memory | None = state.carried.get(name)
+        if memory is None and name in known and known[name].length == length:
+            memory = known[name].memory
+        if memory is None:
+            raise NotSupported(
+                f"QEMU left block {name!r} of {length} bytes out, and it cannot be read here"
+            )
+        blocks.append(RamBlock(name, memory, state.page_size))
+    return blocks
+
+
+async def _until(
+    event: asyncio.Event, job: Job[SaveReport], progress: ProgressCallback | None
+) -> None:
+    while not event.is_set():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REPORT_EVERY):
+                await event.wait()
+        if progress is not None:
+            progress(job.progress)
+
+
+def _notes(report: SaveReport) -> tuple[str, ...]:
+    return tuple(
+        f"memory of block {name!r} is not aligned for direct I/O: it was copied"
+        for name in report.unaligned_blocks
+    )

@@ -1,0 +1,61 @@
+"""A running QEMU, by the path of its monitor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyqmigrate.io.target import DirectIO
+from pyqmigrate.vm.check import CheckReport, check
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.save import Then, VmSaveReport, save
+from pyqmigrate.writer import Sparse
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.migrating import ProgressCallback
+
+__all__ = ["Vm", "connect"]
+
+
+def connect(qmp: str | os.PathLike[str]) -> Vm:
+    """A handle on the QEMU whose monitor listens on the UNIX socket ``qmp``."""
+    return Vm(qmp)
+
+
+class Vm:
+    """A running QEMU. Each method opens a session of its own and ends it: a monitor serves one
+    client at a time, and others want it too."""
+
+    def __init__(self, qmp: str | os.PathLike[str]) -> None:
+        self.qmp = Path(qmp)
+
+    def __repr__(self) -> str:
+        return f"Vm({str(self.qmp)!r})"
+
+    async def save(
+        self,
+        snapshot: str | os.PathLike[str],
+        *,
+        engine: str = "auto",
+        live: bool = False,
+        then: Then | str | None = None,
+        channels: int = 2,
+        direct_io: DirectIO | str = DirectIO.AUTO,
+        sparse: Sparse | str = Sparse.AUTO,
+        with_disks: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> VmSaveReport:
+        """Save the guest; see :func:`pyqmigrate.vm.save.save`."""
+        return await save(
+            self.qmp, snapshot, engine=engine, live=live, then=then, channels=channels,
+            direct_io=direct_io, sparse=sparse, with_disks=with_disks, progress=progress,
+        )
+
+    async def check(
+        self, directory: str | os.PathLike[str] | None = None, *, engine: str = "auto",
+        live: bool = False,
+    ) -> CheckReport:
+        """Say what a save into ``directory`` would do; see :func:`pyqmigrate.vm.check.check`."""
+        async with await Monitor.connect(self.qmp) as monitor:
+            return await check(monitor, directory, engine=engine, live=live)

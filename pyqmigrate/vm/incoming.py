@@ -1,0 +1,60 @@
+"""What of the command line that a VM was started with cannot go together with a restore."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.vm.command_line import CommandLine, Option, escape
+
+__all__ = ["make_incoming"]
+
+_REFUSED = {
+    "loadvm": "the guest's state comes from the snapshot",
+    "preconfig": "the machine must be complete when the snapshot is loaded",
+}
+_PAUSED = Option("S")
+
+
+def make_incoming(
+    command: CommandLine, *, paused: bool | None, qmp: str | os.PathLike[str] | None
+) -> tuple[CommandLine, list[str]]:
+    """``command`` for a QEMU that waits for a snapshot, and what was changed in it besides.
+
+    ``paused``: whether the guest stays paused; None leaves ``-S`` as it is. ``qmp`` is the path
+    of one more monitor. Raises UsageError for options that contradict a restore.
+    """
+    notes = []
+    for option in command.options:
+        if option.name in _REFUSED:
+            raise UsageError(f"{option} does not go with a restore: {_REFUSED[option.name]}")
+        if option.name == "incoming" and option.value != "defer":
+            raise UsageError(f"{option} does not go with a restore, which says what is loaded")
+    if command.has("daemonize"):
+        notes.append("-daemonize is left out: the process that is started here is QEMU itself")
+    if paused is False and command.has("S"):
+        notes.append("-S is left out: the guest is to run")
+    stays = command.has("S") if paused is None else paused
+    command = command.without("incoming", "daemonize", "S")
+    added = [Option("incoming", "defer")] + [_PAUSED] * stays
+    if qmp is not None:
+        path = Path(qmp)
+        _check_socket(path)
+        added.append(Option("qmp", f"unix:{escape(str(path))},server=on,wait=off"))
+    return command.with_options(*added), notes
+
+
+def _check_socket(path: Path) -> None:
+    """QEMU would take the name away from another one that listens there."""
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no directory for the monitor {path}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            if "too long" in str(error):
+                raise UsageError(f"{path} is too long for the name of a socket") from error
+            return
+    raise UsageError(f"another monitor listens at {path}")

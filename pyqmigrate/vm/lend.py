@@ -1,0 +1,71 @@
+"""The descriptors of a target as QEMU wants them, tried before QEMU hears of them.
+
+QEMU takes from a fdset the member whose access mode and ``O_DIRECT`` are just those it asks for,
+and one that finds none for its direct channels dies of it (management document, 1.5 and 2.5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+
+from pyqmigrate.errors import DirectIORefused, TargetError
+from pyqmigrate.io.target import OutputTarget
+
+__all__ = ["opened_for_qemu"]
+
+# What QEMU compares, and what it could not take off again or would be misled by.
+_MATTERS = os.O_ACCMODE | os.O_DIRECT | os.O_DSYNC | os.O_SYNC | os.O_APPEND
+
+
+@contextlib.contextmanager
+def opened_for_qemu(target: OutputTarget) -> Iterator[Mapping[str, int]]:
+    """Separate opens of an empty target for writing only: ``buffered``, and with direct I/O
+    ``direct``; they are closed afterwards.
+
+    Raises TargetError when the system refuses one, DirectIORefused when a direct write fails.
+    """
+    modes = {"buffered": os.O_WRONLY}
+    if target.direct is not None:
+        modes["direct"] = os.O_WRONLY | os.O_DIRECT
+    with contextlib.ExitStack() as stack:
+        fds = {}
+        for name, flags in modes.items():
+            fds[name] = _open(target, flags)
+            stack.callback(os.close, fds[name])
+        if target.direct is not None:
+            _try_direct(target, fds["direct"], target.direct.off_align)
+        yield fds
+
+
+def _open(target: OutputTarget, flags: int) -> int:
+    try:
+        fd = os.open(f"/proc/self/fd/{target.fd}", flags | os.O_CLOEXEC)
+    except OSError as error:
+        number = error.errno or errno.EIO
+        kind = DirectIORefused if flags & os.O_DIRECT else TargetError
+        raise kind(number, "cannot open the file once more for QEMU", target.name) from error
+    same = os.path.samestat(os.fstat(fd), os.fstat(target.fd))
+    if not same or fcntl.fcntl(fd, fcntl.F_GETFL) & _MATTERS != flags:
+        os.close(fd)
+        raise TargetError(
+            errno.EINVAL, "the system opened another file, or with other flags, for QEMU",
+            target.name,
+        )
+    return fd
+
+
+def _try_direct(target: OutputTarget, fd: int, unit: int) -> None:
+    try:
+        with mmap.mmap(-1, unit) as zeros:
+            if os.pwrite(fd, zeros, 0) != unit:
+                raise OSError(errno.EIO, "short write")
+        os.ftruncate(fd, 0)
+    except OSError as error:
+        raise DirectIORefused(
+            error.errno or errno.EINVAL, "an aligned direct write failed", target.name
+        ) from error

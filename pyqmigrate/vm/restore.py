@@ -1,0 +1,352 @@
+"""A new QEMU that goes on where a snapshot was taken.
+
+    guest = await restore("/snap/guest.mapped", ["qemu-system-x86_64", "-M", "q35", "-m", "4G"])
+    print(guest.report.mode, guest.report.load_seconds)
+    await guest.wait()
+
+Three ways for the memory to get there:
+
+- ``instant``: QEMU's RAM is a private mapping of the snapshot, and QEMU loads only a small
+  companion stream. Time does not depend on the size of the guest.
+- ``load``: QEMU reads all of the file before the guest runs.
+- ``postcopy``: QEMU's own lazy load, where it has one.
+
+QEMU compares neither the machine type nor the RAM blocks of a snapshot with its own as it should;
+that is done here, before it loads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from pyqmigrate.errors import BlockMismatch, NotSupported, QemuError, UsageError
+from pyqmigrate.io.target import DirectIO, Target
+from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.incoming import make_incoming
+from pyqmigrate.vm.launch import Launched, Stream, launch
+from pyqmigrate.vm.loading import Incoming, take_in
+from pyqmigrate.vm.memory_backends import Mapped, map_blocks
+from pyqmigrate.vm.memory_map import parse_ramblock
+from pyqmigrate.vm.source import Source
+
+__all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_from"]
+
+_NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
+_STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state that the stream brought
+
+
+class Mode(enum.StrEnum):
+    """How guest memory gets into the new QEMU. ``auto``: instantly where that is possible."""
+
+    AUTO = "auto"
+    INSTANT = "instant"
+    LOAD = "load"
+    POSTCOPY = "postcopy"
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What a restore did, and why so. Times in seconds.
+
+    ``load_seconds`` from ``migrate-incoming`` to completed, ``start_seconds`` until the new QEMU's
+    monitor answered, ``total_seconds`` everything. ``settings`` are those of QEMU that differ from
+    its defaults. ``stale_pages`` had to be marked because the file holds old bytes for zero pages;
+    finding them took ``stale_seconds``, during the start. ``run_state`` is QEMU's (``running``,
+    ``paused``, ``prelaunch``), ``notes`` what was changed in the command line and what to mind.
+    """
+
+    mode: Mode
+    why: str
+    machine: str
+    qemu: str
+    pid: int
+    run_state: str
+    load_seconds: float
+    start_seconds: float
+    total_seconds: float
+    settings: dict[str, Any]
+    mapped_blocks: tuple[str, ...] = ()
+    stale_pages: int = 0
+    stale_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def as_data(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"mode": str(self.mode)}
+
+
+class RestoredVm:
+    """A guest that goes on. ``process`` is its QEMU, ``monitor`` a session with it.
+
+    Both are the caller's: as a context manager, or by :meth:`close`, only the session is ended,
+    and QEMU goes on without it. Its process has to be waited for, as any child.
+    """
+
+    def __init__(self, qemu: Launched, report: RestoreReport) -> None:
+        self._qemu = qemu
+        self.report = report
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        return self._qemu.process
+
+    @property
+    def monitor(self) -> Monitor:
+        return self._qemu.monitor
+
+    async def wait(self) -> int:
+        """Until QEMU ends; its exit status, negative for the signal that killed it."""
+        pidfd = os.pidfd_open(self.process.pid) if self.process.poll() is None else -1
+        if pidfd >= 0:
+            loop, ended = asyncio.get_running_loop(), asyncio.Event()
+            loop.add_reader(pidfd, ended.set)
+            try:
+                await ended.wait()
+            finally:
+                loop.remove_reader(pidfd)
+                os.close(pidfd)
+        return self.process.wait()
+
+    async def end(self) -> None:
+        """End QEMU, whatever the guest does; by SIGTERM, at last SIGKILL, if it does not obey."""
+        await self._qemu.end()
+
+    async def close(self) -> None:
+        """Hang up the monitor; the guest goes on. May be repeated."""
+        await self.monitor.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a restore; see :func:`restore`."""
+
+    mode: Mode = Mode.AUTO
+    paused: bool | None = None
+    qmp: str | os.PathLike[str] | None = None
+    channels: int | None = None
+    direct_io: DirectIO = DirectIO.AUTO
+    stdin: Stream = None
+    stdout: Stream = None
+    stderr: Stream = None
+
+
+async def restore(
+    snapshot: Target, command: Sequence[str], *,
+    mode: Mode | str = Mode.AUTO,
+    paused: bool | None = None,
+    qmp: str | os.PathLike[str] | None = None,
+    offset: int | None = None,
+    channels: int | None = None,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+) -> RestoredVm:
+    """Start a QEMU and have it go on where ``snapshot`` was taken.
+
+    command: the command line that the VM was started with, the program first. What a restore
+        needs is added; what cannot go with it is left out and named in the report's notes, or
+        refused.
+    mode: see :class:`Mode`.
+    paused: True leaves the guest paused, False lets it run, None does as the snapshot says.
+    qmp: the path of a monitor socket to add.
+    offset: where in the file the stream starts, bytes; None is at its start, or behind the header
+        of an image that libvirt saved.
+    channels, direct_io: how QEMU reads the file in mode ``load``; the default is chosen by
+        whether the file is in the page cache.
+    stdin, stdout, stderr: QEMU's, as for subprocess.Popen; None is this process's own. Standard
+        error is passed on from the moment the guest is there, by a thread of this process.
+
+    Raises UsageError for a command line that contradicts a restore or another machine type,
+    BlockMismatch for other RAM blocks, SnapshotError for a bad file, NotSupported where this QEMU
+    or this file cannot do ``mode``, QemuError with QEMU's own output when it does not start or
+    load. Whatever fails, the QEMU that was started is ended.
+    """
+    request = Request(
+        Mode(mode), paused, qmp, channels, DirectIO(direct_io), stdin, stdout, stderr
+    )
+    async with await Source.open(snapshot, offset) as source:
+        return await restore_from(source, CommandLine.parse(command), request)
+
+
+async def restore_from(source: Source, command: CommandLine, request: Request) -> RestoredVm:
+    """As :func:`restore`, from a snapshot that is open."""
+    started = time.monotonic()
+    command, notes = make_incoming(command, paused=request.paused, qmp=request.qmp)
+    attempt = _Attempt(source, request, started, tuple(notes))
+    if request.mode not in (Mode.AUTO, Mode.INSTANT):
+        return await attempt.load(command, "asked for")
+    try:
+        mapped = map_blocks(command, source.snapshot, source.fd)
+    except NotSupported as error:
+        if request.mode is Mode.INSTANT:
+            raise NotSupported(f"no instant restore: {error}") from error
+        return await attempt.load(command, f"no instant restore: {error}")
+    try:
+        return await attempt.instant(mapped)
+    except _NotStarted as error:
+        if request.mode is Mode.INSTANT:
+            raise
+        return await attempt.load(command, f"no instant restore: with mapped memory, {error}")
+
+
+class _NotStarted(QemuError):
+    """QEMU ended before its monitor answered."""
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    source: Source
+    request: Request
+    started: float
+    notes: tuple[str, ...] = field(default=())
+
+    async def instant(self, mapped: Mapped) -> RestoredVm:
+        building = asyncio.ensure_future(self.source.companion(mapped.blocks))
+        # Where QEMU does not start either, nobody asks what became of it.
+        building.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            async with await self._launch(mapped.command, [self.source.fd]) as qemu:
+                companion = await building
+                fd = companion.open_for_reading()
+                try:
+                    incoming = Incoming({"companion": fd}, self.source.snapshot.offset)
+                    seconds = await take_in(qemu, incoming)
+                finally:
+                    os.close(fd)
+                return await self._hand_over(
+                    qemu, seconds, incoming, mode=Mode.INSTANT,
+                    why="the memory is mapped from the snapshot",
+                    mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
+                    stale_seconds=companion.stale_seconds, notes=(*self.notes, *mapped.notes),
+                )
+        finally:
+            building.cancel()
+
+    async def load(self, command: CommandLine, why: str) -> RestoredVm:
+        request = self.request
+        if request.mode is Mode.POSTCOPY:
+            return await self._load(command, why, Mode.POSTCOPY, {}, 0)
+        reading = await asyncio.to_thread(
+            self.source.reading, request.channels, request.direct_io
+        )
+        try:
+            direct = {"direct": reading.direct.fd} if reading.direct else {}
+            notes = f"reading: {reading.why}"
+            return await self._load(
+                command, why, Mode.LOAD, direct, reading.channels, notes
+            )
+        finally:
+            self.source.close_reading(reading)
+
+    async def _load(
+        self, command: CommandLine, why: str, mode: Mode, direct: dict[str, int], channels: int,
+        *notes: str,
+    ) -> RestoredVm:
+        async with await self._launch(command, []) as qemu:
+            fd = self.source.open_again()
+            try:
+                incoming = Incoming(
+                    {"buffered": fd, **direct}, self.source.snapshot.offset,
+                    self.source.capabilities, channels, bool(direct), mode is Mode.POSTCOPY,
+                )
+                seconds = await take_in(qemu, incoming)
+            finally:
+                os.close(fd)
+            return await self._hand_over(
+                qemu, seconds, incoming, mode=mode, why=why, notes=(*self.notes, *notes)
+            )
+
+    async def _launch(self, command: CommandLine, fds: list[int]) -> Launched:
+        request = self.request
+        try:
+            qemu = await launch(
+                command, fds, stdin=request.stdin, stdout=request.stdout, stderr=request.stderr
+            )
+        except QemuError as error:
+            raise _NotStarted(str(error)) from error
+        async with qemu:
+            await check(qemu.monitor, self.source.snapshot)
+        return qemu
+
+    async def _hand_over(
+        self, qemu: Launched, seconds: float, incoming: Incoming, *, notes: tuple[str, ...],
+        **what: Any,
+    ) -> RestoredVm:
+        paused = self.request.paused
+        if paused is None and self.source.was_running:
+            paused = False
+        state = await _settle(qemu.monitor, paused)
+        if state != "running" and not paused:
+            notes = (*notes, f"the guest is {state}, as it was when it was saved; cont lets it run")
+        report = RestoreReport(
+            machine=self.source.snapshot.machine,
+            qemu=".".join(map(str, qemu.monitor.version)), pid=qemu.process.pid, run_state=state,
+            load_seconds=seconds, start_seconds=qemu.seconds,
+            total_seconds=time.monotonic() - self.started, settings=incoming.settings(),
+            notes=notes, **what,
+        )
+        qemu.hand_over()
+        return RestoredVm(qemu, report)
+
+
+async def _settle(monitor: Monitor, paused: bool | None) -> str:
+    """The run state once it has come, after ``cont`` where a paused guest is to run."""
+    deadline = time.monotonic() + _STATE_TIMEOUT
+    while True:
+        state = str((await monitor.execute("query-status"))["status"])
+        if state != "inmigrate" or time.monotonic() > deadline:
+            break
+        await asyncio.sleep(0.001)
+    if paused is False and state in ("paused", "prelaunch"):
+        await monitor.execute("cont")
+        state = str((await monitor.execute("query-status"))["status"])
+    return state
+
+
+async def check(monitor: Monitor, snapshot: Snapshot) -> None:
+    """Hold the machine and the RAM blocks of a QEMU against the snapshot.
+
+    Raises UsageError for another machine type, BlockMismatch for a block that is missing on
+    either side or has another length.
+    """
+    kind = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
+    machine = str(kind).removesuffix("-machine")
+    if snapshot.machine and machine != snapshot.machine:
+        raise UsageError(
+            f"the snapshot is of machine type {snapshot.machine}, and the command line makes "
+            f"{machine}: give -machine {snapshot.machine}"
+        )
+    here = {line.name: line.length for line in parse_ramblock(await monitor.hmp("info ramblock"))}
+    wanted = {name: block.length for name, block in snapshot.blocks.items()}
+    faults = [
+        *(
+            f"{name!r} is missing in the command line's machine"
+            for name in wanted.keys() - here.keys()
+        ),
+        *(
+            f"{name!r} is not in the snapshot" for name in here.keys() - wanted.keys()
+            if _NOT_MIGRATED not in name
+        ),
+        *(
+            f"{name!r} has {here[name]} bytes here and {length} in the snapshot"
+            for name, length in wanted.items() if name in here and here[name] != length
+        ),
+    ]
+    if faults:
+        raise BlockMismatch(
+            "the command line makes other RAM than the snapshot has: " + "; ".join(sorted(faults))
+        )

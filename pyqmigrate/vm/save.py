@@ -1,0 +1,364 @@
+"""Save a running QEMU's guest, and leave it as it was found.
+
+What happens, in this order: look, choose the engine, open the file and try direct I/O, check the
+space, start the guardian; only then QEMU is touched. The engine has the file written and lets the
+guest go on. The file is made durable, its structure is read back and compared with the guest, and
+it gets its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pyqmigrate.errors import (
+    Cancelled,
+    NoSpace,
+    PyqmigrateError,
+    QemuGone,
+    SnapshotError,
+    UsageError,
+)
+from pyqmigrate.format.stream import MAGIC
+from pyqmigrate.io.channels import check_channels
+from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset
+from pyqmigrate.options import choice
+from pyqmigrate.save import Sparse
+from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.vm import disks
+from pyqmigrate.vm.blockers import Way
+from pyqmigrate.vm.choice import Choice, Engine, choose_engine
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.contents import count_data, extent_bytes, sample
+from pyqmigrate.vm.custody import Custody
+from pyqmigrate.vm.engine_direct import save_by_us
+from pyqmigrate.vm.engine_qemu import save_by_qemu
+from pyqmigrate.vm.guest import Guest, look
+from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
+from pyqmigrate.vm.settings import Changes, Value, for_device_state, for_pages, no_changes
+from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
+
+__all__ = ["Then", "UsedSetting", "VmSaveReport", "save"]
+
+_QUIT_TIMEOUT = 30.0  # seconds
+
+
+class Then(StrEnum):
+    """What becomes of the guest after a save."""
+
+    RESUME = "resume"
+    PAUSE = "pause"
+    QUIT = "quit"
+
+
+@dataclass(frozen=True)
+class UsedSetting:
+    """A setting of QEMU's that the save changed for its time: the value, and why."""
+
+    value: Value
+    why: str
+
+
+@dataclass(frozen=True)
+class VmSaveReport:
+    """What a save did.
+
+    ``downtime`` is how many seconds the guest stood still, None where it did not run before or
+    does not again; ``seconds`` is wall time up to the moment at which the snapshot had its name.
+    ``bytes_written`` went to the file, ``bytes_allocated`` is what it holds on disk, ``rate`` is
+    ``bytes_written`` a second. ``run_state_after`` is None after ``quit``. ``disks`` are sentences
+    on what a restore needs of the writable disks, ``disks_record`` is the file with their names
+    where snapshots of them were taken. ``notes`` are things that somebody should know.
+    """
+
+    snapshot: str
+    engine: Engine
+    why: str
+    settings: Mapping[str, UsedSetting]
+    direct_io: bool
+    direct_io_reason: str
+    channels: int
+    downtime: float | None
+    seconds: float
+    bytes_written: int
+    bytes_allocated: int
+    file_size: int
+    rate: float
+    run_state_before: str
+    run_state_after: str | None
+    disks: tuple[str, ...]
+    disks_record: str | None
+    notes: tuple[str, ...] = field(default=())
+
+
+async def save(
+    qmp: str | os.PathLike[str],
+    snapshot: str | os.PathLike[str],
+    *,
+    engine: str = "auto",
+    live: bool = False,
+    then: Then | str | None = None,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    sparse: Sparse | str = Sparse.AUTO,
+    with_disks: bool = False,
+    progress: ProgressCallback | None = None,
+) -> VmSaveReport:
+    """Save the guest of the QEMU whose monitor listens at ``qmp`` into the file ``snapshot``.
+
+    The name appears when the snapshot is whole, durable and verified; one that is there already
+    is replaced.
+
+    engine: ``qemu``, ``direct``, or ``auto``: direct where nothing would be missed.
+    live: the guest runs while most of it is saved; only engine qemu can.
+    then: what becomes of the guest; None leaves it as it was found. ``quit`` ends QEMU, once the
+        snapshot has its name.
+    channels: threads, or multifd channels, that move pages: 1 to 255.
+    sparse: ``exact`` allocates no zero page, ``dense`` all of them.
+    with_disks: take snapshots of the writable disks at the same instant (:mod:`pyqmigrate.vm
+        .disks`).
+    progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
+
+    Whatever fails, and when this is cancelled or its process killed, the guest is put back as it
+    was found and nothing is left. Raises UsageError, NotSupported, QemuError (QemuGone when QEMU
+    ended), TargetError (NoSpace, DirectIORefused), GuestMemoryError, SnapshotError when what was
+    written is not what the guest has.
+    """
+    request = _Request(
+        os.fspath(snapshot), engine, live, None if then is None else choice(Then, then, "then"),
+        check_channels(channels), choice(DirectIO, direct_io, "direct_io"),
+        choice(Sparse, sparse, "sparse"), with_disks, progress,
+    )
+    if stream_offset(request.snapshot):
+        raise UsageError("a guest is saved into a file of its own: without an offset")
+    async with await Monitor.connect(qmp) as monitor:
+        with await look(monitor) as guest:
+            return await _Save(monitor, guest, request).run()
+
+
+@dataclass(frozen=True)
+class _Request:
+    snapshot: str
+    engine: str
+    live: bool
+    then: Then | None
+    channels: int
+    direct_io: DirectIO
+    sparse: Sparse
+    with_disks: bool
+    progress: ProgressCallback | None
+
+
+class _Save:
+    """One save under way."""
+
+    def __init__(self, monitor: Monitor, guest: Guest, request: _Request) -> None:
+        self.started = time.monotonic()
+        self.monitor = monitor
+        self.guest = guest
+        self.request = request
+        self.choice: Choice = choose_engine(guest, engine=request.engine, live=request.live)
+        self.plan = (
+            disks.prepare(guest, _path(request.snapshot)) if request.with_disks else None
+        )
+
+    async def run(self) -> VmSaveReport:
+        request = self.request
+        target = await asyncio.to_thread(OutputTarget.open, request.snapshot, request.direct_io)
+        try:
+            await asyncio.to_thread(self._check_space, target)
+            changes = await asyncio.to_thread(self._changes, target)
+            async with (
+                self._disks_undone(),
+                Custody(self.monitor, self.guest, changes, target) as custody,
+            ):
+                return await self._run(target, changes, custody)
+        except QemuGone as error:
+            error.add_note(f"({self._what_became_of_qemu()}) ")
+            raise
+        finally:
+            target.abort()
+
+    async def _run(
+        self, target: OutputTarget, changes: Changes, custody: Custody
+    ) -> VmSaveReport:
+        written = await self._engine(custody, target)
+        file_size, allocated = os.fstat(target.fd).st_size, target.allocated_bytes()
+        direct, reason = target.direct is not None, target.direct_io_reason
+        await self._publish(target)
+        seconds = time.monotonic() - self.started
+        await custody.end(resume=self._resumes)
+        after = await self._end()
+        resumed = self._resumes and self.guest.running
+        return VmSaveReport(
+            snapshot=self.request.snapshot,
+            engine=self.choice.engine,
+            why=self.choice.why,
+            settings=_used(changes),
+            direct_io=direct,
+            direct_io_reason=reason,
+            channels=self.request.channels,
+            downtime=written.downtime,
+            seconds=seconds,
+            bytes_written=written.bytes_written,
+            bytes_allocated=allocated,
+            file_size=file_size,
+            rate=written.bytes_written / seconds if seconds else 0.0,
+            run_state_before=self.guest.run_state,
+            run_state_after=after,
+            disks=tuple(
+                disks.restore_needs(
+                    self.guest.disks, resumed=resumed, with_disks=self.request.with_disks
+                )
+            ),
+            disks_record=str(self.plan.record) if self.plan and self.plan.recorded else None,
+            notes=(*written.notes, *self._notes(after), *custody.trouble),
+        )
+
+    @property
+    def _resumes(self) -> bool:
+        """Whether the guest is to run when the save is done."""
+        if self.request.then is None:
+            return self.guest.running
+        return self.request.then is Then.RESUME
+
+    def _check_space(self, target: OutputTarget) -> None:
+        """Fail before QEMU is touched where the data cannot fit; count it only if in doubt."""
+        free = target.free_bytes()
+        if free is None:
+            return
+        if self.request.sparse is Sparse.DENSE:
+            need = self.guest.total_ram
+        else:
+            need = extent_bytes(self.guest)
+            if need > free:
+                need = count_data(self.guest, self.request.channels)
+        if need > free:
+            raise NoSpace(
+                f"the guest's memory needs {need >> 20} MiB and {free >> 20} MiB are free",
+                target.name,
+            )
+
+    def _changes(self, target: OutputTarget) -> Changes:
+        pause = self.plan is not None and self.guest.running
+        if self.choice.way is Way.DEVICES_ONLY:
+            return no_changes()
+        if self.choice.way is Way.IGNORE_SHARED:
+            return for_device_state(self.guest, pause=pause)
+        return for_pages(
+            self.guest, channels=self.request.channels, direct=target.direct,
+            sparse=self.request.sparse, live=self.request.live, pause=pause,
+            contents=sample(self.guest),
+        )
+
+    async def _engine(self, custody: Custody, target: OutputTarget) -> Written:
+        request = self.request
+        # Before the snapshot has its name nothing may happen that cannot be undone.
+        at_instant: AtInstant | None = self._take_disks if self.plan else None
+        if self.choice.way is None:
+            return await save_by_qemu(
+                custody, target, running=self.guest.running, live=request.live,
+                resume=self._resumes, at_instant=at_instant, progress=request.progress,
+            )
+        return await save_by_us(
+            custody, self.guest, self.choice.way, target, channels=request.channels,
+            sparse=request.sparse, resume=self._resumes, at_instant=at_instant,
+            progress=request.progress,
+        )
+
+    async def _publish(self, target: OutputTarget) -> None:
+        """Durable, verified, named. Once cancelled, it gets no name."""
+        heed_cancellation()
+        cancelled = threading.Event()
+
+        def check() -> None:
+            _verify(target, self.guest)
+            if self.plan is not None:
+                disks.record(self.plan)
+            if cancelled.is_set():
+                raise Cancelled("cancelled")
+
+        publishing = asyncio.ensure_future(asyncio.to_thread(target.publish, MAGIC, check))
+        try:
+            await asyncio.shield(publishing)
+        except asyncio.CancelledError:
+            cancelled.set()
+            with contextlib.suppress(PyqmigrateError):
+                await unbroken(publishing)
+            raise
+
+    async def _end(self) -> str | None:
+        """Quit if that was asked for; what the guest is doing now."""
+        if self.request.then is not Then.QUIT:
+            return str((await self.monitor.execute("query-status"))["status"])
+        with contextlib.suppress(QemuGone):  # it may hang up before it answers
+            await self.monitor.execute("quit")
+        return None
+
+    async def _take_disks(self) -> None:
+        assert self.plan is not None
+        await disks.take(self.monitor, self.plan)
+
+    @contextlib.asynccontextmanager
+    async def _disks_undone(self) -> AsyncIterator[None]:
+        """When the save fails, the disks go on in the files that they had."""
+        try:
+            yield
+        except BaseException as error:
+            if self.plan is not None:
+                for left in await unbroken(disks.forget(self.monitor, self.plan)):
+                    error.add_note(f"({left}) ")
+            raise
+
+    def _notes(self, after: str | None) -> list[str]:
+        notes = []
+        before = self.guest.run_state
+        if after == "postmigrate" and before != after:
+            notes.append(
+                f"the guest was {before} and is postmigrate now: it keeps still, but QEMU migrates "
+                "it again only when it has run (cont)"
+            )
+        return notes
+
+    def _what_became_of_qemu(self) -> str:
+        pid = self.guest.pid
+        if pid is None:
+            return "which process it was is not known"
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return f"process {pid} is no more"
+        return f"process {pid} is a zombie" if state == "Z" else f"process {pid} is still there"
+
+
+def _path(snapshot: str) -> Path:
+    return Path(snapshot.removeprefix("file:"))
+
+
+def _used(changes: Changes) -> dict[str, UsedSetting]:
+    both = {**changes.capabilities, **changes.parameters}
+    return {name: UsedSetting(change.after, change.why) for name, change in both.items()}
+
+
+def _verify(target: OutputTarget, guest: Guest) -> None:
+    """Read the structure back, and compare it with what QEMU says the guest is."""
+    with target.opened_for_reading() as fd, Snapshot(Descriptors(fd)) as snapshot:
+        snapshot.verify()
+        saved: dict[str, Any] = {name: b.length for name, b in snapshot.blocks.items()}
+        expected = {block.name: block.length for block in guest.blocks}
+        if saved != expected:
+            raise SnapshotError(f"the file has blocks {saved}, the guest {expected}")
+        if any(block.external for block in snapshot.blocks.values()):
+            raise SnapshotError("a block's content is not in the file")
+        if snapshot.machine != guest.machine:
+            raise SnapshotError(
+                f"the file is of machine {snapshot.machine!r}, the guest of {guest.machine!r}"
+            )

@@ -1,0 +1,169 @@
+"""The snapshot that guests are restored from: opened and checked once, for one guest or many."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, TargetError
+from pyqmigrate.format.libvirt import is_libvirt, read_header
+from pyqmigrate.io.channels import check_channels
+from pyqmigrate.io.pagecache import cached_bytes
+from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target
+from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.vm.companion import Companion
+
+__all__ = ["Reading", "Source"]
+
+_WARM = 0.5  # share of the file in the page cache from which direct I/O only costs
+_COLD_CHANNELS = 8  # direct reads under way at a time
+_WARM_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How QEMU is to read all of the file: channels, the direct descriptor if any, and why."""
+
+    channels: int
+    direct: Direct | None
+    why: str
+
+
+class Source:
+    """An open, verified snapshot. Use it as an asynchronous context manager.
+
+    ``was_running``: libvirt pauses a guest before it saves it, and notes here that it ran.
+    ``fd`` carries a shared lock (flock) that whoever inherits the descriptor keeps: the file must
+    not change in place while a guest's memory is mapped from it.
+    """
+
+    def __init__(self, target: Target, offset: int | None) -> None:
+        self._input = InputTarget(target)
+        self._companions: dict[tuple[str, ...], asyncio.Task[Companion]] = {}
+        self.name = self._input.name
+        self.was_running = False
+        try:
+            self._lock()
+            at = self._start() if offset is None else offset
+            self.snapshot = Snapshot(Descriptors(self.fd, offset=at))
+            self.snapshot.verify()
+        except BaseException:
+            self._input.close()
+            raise
+
+    @classmethod
+    async def open(cls, target: Target, offset: int | None) -> Self:
+        """Raises SnapshotError, NotSupported or TargetError for a file that cannot be restored."""
+        return await asyncio.to_thread(cls, target, offset)
+
+    @property
+    def fd(self) -> int:
+        return self._input.fd
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._companions.values():
+            task.cancel()
+        for result in await asyncio.gather(*self._companions.values(), return_exceptions=True):
+            if isinstance(result, Companion):
+                result.close()
+        self.snapshot.close()
+        self._input.close()
+
+    def _start(self) -> int:
+        """Where the stream starts: behind libvirt's header, if there is one."""
+        if self._input.offset or not is_libvirt(self._input.read_at(0, 16)):
+            return self._input.offset
+        header = read_header(self._input)
+        if not header.complete:
+            raise SnapshotError("libvirt did not finish this image", offset=0)
+        if header.format.compressed:
+            raise NotSupported(f"libvirt compressed this image ({header.format.name.lower()})")
+        self.was_running = header.was_running
+        return header.stream_offset
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TargetError(
+                errno.EBUSY, "somebody writes the snapshot in place", self.name
+            ) from error
+        except OSError as error:
+            # A file system without locks: nobody can be kept from writing there.
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
+                raise
+
+    async def companion(self, blocks: Sequence[str]) -> Companion:
+        """The stream for a QEMU that maps ``blocks``; made once, and closed with this."""
+        key = tuple(sorted(blocks))
+        if key not in self._companions:
+            self._companions[key] = asyncio.create_task(self._build(key))
+        return await asyncio.shield(self._companions[key])
+
+    async def _build(self, blocks: Sequence[str]) -> Companion:
+        companion = Companion(self.snapshot, self.fd, blocks)
+        building = asyncio.ensure_future(asyncio.to_thread(companion.build))
+        try:
+            await asyncio.shield(building)
+        except BaseException:
+            companion.cancel()
+            await asyncio.wait([building])
+            companion.close()
+            raise
+        return companion
+
+    def reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
+        """The fastest way for QEMU to read this file as it is now. Blocks for a moment.
+
+        Give what comes of it to :meth:`close_reading`. Raises DirectIORefused where direct I/O is
+        demanded and cannot be had.
+        """
+        if channels is not None:
+            check_channels(channels)
+        direct, why = None, "direct I/O is switched off"
+        cached = 0.0
+        if direct_io is DirectIO.AUTO:
+            cached = cached_bytes(self.fd) / max(self.snapshot.allocated, 1)
+            why = f"{min(cached, 1):.0%} of the file is in the page cache"
+        if cached < _WARM and direct_io is not DirectIO.OFF:
+            direct, why = self._input.open_direct(direct_io)
+            direct, why = self._fitting(direct, why, direct_io)
+        chosen = _COLD_CHANNELS if direct else _WARM_CHANNELS
+        return Reading(chosen if channels is None else channels, direct, why)
+
+    def _fitting(
+        self, direct: Direct | None, why: str, setting: DirectIO
+    ) -> tuple[Direct | None, str]:
+        """QEMU reads single pages: they must suit the disk."""
+        if direct is None or all(
+            block.page_size % direct.off_align == 0
+            and block.pages_offset % direct.off_align == 0
+            for block in self.snapshot.blocks.values()
+        ):
+            return direct, why
+        unit = direct.off_align
+        self._input.close_direct(direct)
+        why = f"the pages are not aligned to the {unit} bytes that the disk demands"
+        if setting is DirectIO.ON:
+            raise DirectIORefused(errno.EINVAL, f"no direct I/O: {why}", self.name)
+        return None, why
+
+    def close_reading(self, reading: Reading) -> None:
+        self._input.close_direct(reading.direct)
+
+    def open_again(self) -> int:
+        """A descriptor with a position of its own, at the start; the caller closes it."""
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Those that the stream names; QEMU wants the same ones on."""
+        return self.snapshot.stream.capabilities

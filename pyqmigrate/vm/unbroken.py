@@ -1,0 +1,40 @@
+"""Cancellation: work that it does not break, and places where it is heard."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+__all__ = ["heed_cancellation", "unbroken"]
+
+T = TypeVar("T")
+
+
+async def unbroken(work: Awaitable[T]) -> T:
+    """The result of ``work``. A cancellation of the caller takes effect when it is done."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.cancelled():
+                raise
+            cancelled = error
+        except BaseException:
+            break
+    if cancelled is not None:
+        task.exception()  # looked at, so that nobody complains about it
+        raise cancelled
+    return task.result()
+
+
+def heed_cancellation() -> None:
+    """Raise CancelledError if this task was cancelled, also where that has been swallowed.
+
+    ``asyncio.wait_for`` does so, in Python 3.11, when what it waited for came at the same moment.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

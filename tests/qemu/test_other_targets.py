@@ -1,0 +1,93 @@
+"""Guests that are no PC: flash, other byte orders, sections that a PC does not have."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyqmigrate import Snapshot
+from tests.qemu.compare import assert_same_memory
+from tests.qemu.machine import GuestRam
+from tests.qemu.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
+from tests.qemu.qmp import QmpClient
+from tests.qemu.verbs import restored, save
+
+pytestmark = pytest.mark.qemu
+
+MODES = ["instant", "load"]
+WRITES_RAM = "pseries"  # its device tree, at every start
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> OtherTarget:
+    return TARGETS[request.param]
+
+
+@pytest.fixture
+def ram(target: OtherTarget) -> Iterator[GuestRam]:
+    """Random pages, single and in runs, in RAM that is zero otherwise."""
+    rng = np.random.default_rng(target.length)
+    with GuestRam(target.length) as ram:
+        for start in rng.integers(0, target.length // 4096 - 16, 200):
+            length = int(rng.integers(1, 16)) * 4096
+            ram.memory[start * 4096 : start * 4096 + length] = rng.bytes(length)
+        yield ram
+
+
+@contextlib.contextmanager
+def again(
+    target: OtherTarget, snapshot: Path, directory: Path, *options: str
+) -> Iterator[tuple[str, bytes]]:
+    """Restores it paused: the mode, and what its RAM is."""
+    socket = directory / "again"
+    words = ["--paused", "--qmp", str(socket), *options]
+    command = target.command("ram")
+    with restored(snapshot, command, *words) as report, QmpClient(socket) as qmp:
+        yield report["mode"], memory_of(qmp, report["pid"], target.block)
+
+
+@pytest.mark.parametrize("channels", [0, 2])
+def test_snapshot_that_qemu_saved_has_its_memory(
+    target: OtherTarget, ram: GuestRam, disk: Path, channels: int
+) -> None:
+    path = disk / "snapshot"
+    with OtherQemu(target, ram) as qemu:
+        qemu.save(path, **({"multifd-channels": channels} if channels else {}))
+        expected = bytes(ram.memory)
+    with Snapshot(path) as snapshot:
+        assert target.machine in snapshot.machine
+        memory = snapshot.blocks[target.block].read(0, target.length)
+    assert_same_memory(memory, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_guest_that_qemu_saved_is_restored(
+    target: OtherTarget, ram: GuestRam, disk: Path, mode: str
+) -> None:
+    path = disk / "snapshot"
+    with OtherQemu(target, ram) as qemu:
+        qemu.save(path)
+        expected = bytes(ram.memory)
+    asked = "auto" if target.machine == WRITES_RAM else mode
+    with again(target, path, disk, "--mode", asked) as (used, memory):
+        assert used == ("load" if target.machine == WRITES_RAM else mode)
+        assert_same_memory(memory, expected)
+
+
+@pytest.mark.parametrize("engine", ["auto", "qemu"])
+def test_guest_that_vm_save_saved_is_restored(
+    target: OtherTarget, ram: GuestRam, disk: Path, engine: str
+) -> None:
+    path = disk / "snapshot"
+    with OtherQemu(target, ram) as qemu:
+        expected = bytes(ram.memory)
+        save(qemu.socket, path, "--engine", engine, "--then", "quit")
+        assert qemu.process.wait(10) == 0
+    assert_same_memory(expected, bytes(ram.memory))
+    for mode in ["auto"] if target.machine == WRITES_RAM else MODES:
+        with again(target, path, disk, "--mode", mode) as (_, memory):
+            assert_same_memory(memory, expected)

@@ -1,0 +1,161 @@
+"""Many guests from one snapshot."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.vm.clone import Clone, clone
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.restore import restore
+from tests.qemu.compare import assert_same_blocks
+from tests.qemu.saved import RAM, Saved, goes_on, memory_of, save_guest
+
+pytestmark = pytest.mark.qemu
+
+MIB = 1 << 20
+PC = ["-M", "pc", "-m", str(RAM >> 20)]
+
+
+@pytest.fixture(scope="module")
+def saved(module_disk: Path) -> Saved:
+    return save_guest(module_disk, PC)
+
+
+async def end_all(clones: list[Clone]) -> None:
+    for one in clones:
+        if one.vm is not None:
+            await one.vm.end()
+
+
+def proportional_bytes(pid: int) -> int:
+    """The process's share of all memory that it uses, divided among who uses it too."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = re.search(r"^Pss: +(\d+) kB", text, re.MULTILINE)
+    assert found, text
+    return int(found[1]) * 1024
+
+
+def test_every_clone_goes_on_by_itself(saved: Saved, tmp_path: Path) -> None:
+    command = saved.command(serial=tmp_path / "serial-{n}")
+
+    async def run() -> None:
+        clones = await clone(saved.path, command, 3, directory=tmp_path)
+        try:
+            assert [one.number for one in clones] == [1, 2, 3]
+            for one in clones:
+                assert one.vm is not None, one.error
+                assert one.vm.report.mode == "instant"
+                await goes_on(saved, one.vm, tmp_path / f"serial-{one.number}")
+                assert one.qmp == tmp_path / f"{one.number}.qmp"
+                async with await Monitor.connect(one.qmp) as monitor:
+                    assert (await monitor.execute("query-status"))["status"] == "paused"
+        finally:
+            await end_all(clones)
+
+    asyncio.run(run())
+
+
+def test_clone_that_fails_does_not_stop_the_others(saved: Saved, tmp_path: Path) -> None:
+    """Its serial port is a file in a directory that is there for two of three."""
+    for number in (1, 3):
+        (tmp_path / str(number)).mkdir()
+    command = saved.command(serial=tmp_path / "{n}" / "serial")
+
+    async def run() -> None:
+        clones = await clone(saved.path, command, 3, directory=tmp_path)
+        try:
+            assert [one.vm is not None for one in clones] == [True, False, True]
+            assert "No such file or directory" in str(clones[1].error)
+        finally:
+            await end_all(clones)
+
+    asyncio.run(run())
+
+
+def test_disk_that_all_would_write_to_is_refused(saved: Saved, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    command = [*saved.command(serial=tmp_path / "{n}"), "-drive", f"file={disk},if=virtio"]
+    with pytest.raises(UsageError, match=r"guests 1 and 2 would both write to .*disk\.img"):
+        asyncio.run(clone(saved.path, command, 2, directory=tmp_path))
+
+
+def test_one_clone_may_have_the_disk(saved: Saved, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(MIB))
+    # No device is attached: the machine stays the one that was saved.
+    drive = f"file={disk},if=none,id=d,format=raw"
+    command = [*saved.command(serial=tmp_path / "{n}"), "-drive", drive]
+
+    async def run() -> None:
+        clones = await clone(saved.path, command, 1, directory=tmp_path)
+        await end_all(clones)
+        assert clones[0].error is None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_clones_at_all_is_refused(saved: Saved, tmp_path: Path, count: int) -> None:
+    with pytest.raises(UsageError, match="cannot be made"):
+        asyncio.run(clone(saved.path, saved.command(serial=tmp_path / "s"), count))
+
+
+def test_cancelled_clones_are_all_ended(saved: Saved, tmp_path: Path) -> None:
+    command = saved.command(serial=tmp_path / "serial-{n}")
+
+    async def run() -> None:
+        task = asyncio.create_task(clone(saved.path, command, 6, directory=tmp_path))
+        while not (tmp_path / "3.qmp").exists():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    tasks = Path("/proc/self/task").glob("*/children")
+    assert not [task for task in tasks if task.read_text().split()]
+
+
+def share_of_memory(directory: Path, ram: int) -> None:
+    """Ten paused guests whose memory has all been looked at use hardly more than one."""
+    arguments = ["-M", "pc", "-m", str(ram >> 20)]
+    # Saved paused: old bytes under clear bits would become zero pages of each guest's own.
+    saved = save_guest(directory, arguments, ram=ram, paused=True)
+    command = saved.command(serial=directory / "serial-{n}")
+
+    async def touch(one: Clone) -> int:
+        """Reads all of its memory as the guest would, through its own mapping."""
+        assert one.vm is not None, one.error
+        memory = await memory_of(one.vm.monitor, one.vm.process.pid)
+        assert_same_blocks(memory, saved.memory)
+        return one.vm.process.pid
+
+    async def run() -> None:
+        alone = await restore(saved.path, command, paused=True)
+        base = proportional_bytes(await touch(Clone(0, directory, alone)))
+        await alone.end()
+        clones = await clone(saved.path, command, 10, directory=directory, paused=True)
+        try:
+            pids = [await touch(one) for one in clones]
+            together = sum(map(proportional_bytes, pids))
+        finally:
+            await end_all(clones)
+        assert base > ram // 2, "its memory is not resident: the test proves nothing"
+        # What every QEMU has of its own: code that it shares is small, its heap is not.
+        assert together < base + 10 * (40 * MIB), f"{together >> 20} MiB, one: {base >> 20} MiB"
+
+    asyncio.run(run())
+
+
+def test_ten_clones_share_their_memory(disk: Path) -> None:
+    share_of_memory(disk, 256 * MIB)
+
+
+@pytest.mark.long
+def test_ten_clones_of_2_gib_share_their_memory(disk: Path) -> None:
+    share_of_memory(disk, 2048 * MIB)

@@ -1,0 +1,149 @@
+"""Images that libvirt saved: what their header says, and that their guest goes on without it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from pyqmigrate import Snapshot
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
+from pyqmigrate.io.target import InputTarget
+from pyqmigrate.sequential import start_sequential_load
+from pyqmigrate.vm.restore import restore
+from tests.qemu.guest import build, check_pattern
+from tests.qemu.libvirt import Domain, Libvirt
+from tests.qemu.machine import BINARY
+from tests.qemu.saved import Saved, goes_on, serial_says
+
+pytestmark = pytest.mark.qemu
+
+RAM = 24 << 20
+# Machine, and how virsh is asked to save.
+SPARSE = {
+    "pc": ("pc", ()),
+    "q35, parallel": ("q35", ("--parallel-channels", "2")),
+    "q35, parallel and direct": ("q35", ("--parallel-channels", "2", "--bypass-cache")),
+}
+DOMAIN = """
+<domain type='qemu'>
+  <name>{name}</name>
+  <memory unit='b'>{ram}</memory>
+  <os><type arch='x86_64' machine='{machine}'>hvm</type><loader type='rom'>{image}</loader></os>
+  <features><acpi/></features>
+  <devices>
+    <emulator>{emulator}</emulator>
+    <serial type='file'><source path='{serial}'/></serial>
+  </devices>
+</domain>
+"""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A file that libvirt wrote, the command line of its guest, and what that had reported."""
+
+    path: Path
+    header: LibvirtHeader
+    domain: Domain
+    bios: Path
+    reports: bytes
+
+
+def save(
+    libvirt: Libvirt, directory: Path, machine: str, *options: str, paused: bool = False
+) -> Image:
+    """Has libvirt start a guest and, once it runs, save it; that ends it."""
+    path, serial, name = directory / "image", directory / "serial", directory.name
+    bios, emulator = build(directory, RAM), shutil.which(BINARY)
+    values = {"machine": machine, "image": bios, "serial": serial, "emulator": emulator}
+    domain = libvirt.create(name, DOMAIN.format(name=name, ram=RAM, **values))
+    serial_says(serial, 2)
+    if paused:
+        libvirt.virsh("suspend", name)
+    libvirt.virsh("save", name, path, *options)
+    with contextlib.closing(InputTarget(path)) as source:
+        header = read_header(source)
+    return Image(path, header, domain, bios, serial.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def libvirt() -> Iterator[Libvirt]:
+    # Socket paths are short, so this is not pytest's directory.
+    with tempfile.TemporaryDirectory(prefix="lv-") as name, Libvirt(Path(name)) as libvirt:
+        yield libvirt
+
+
+@pytest.fixture(scope="module", params=SPARSE)
+def image(request: pytest.FixtureRequest, libvirt: Libvirt, module_disk: Path) -> Image:
+    machine, options = SPARSE[request.param]
+    directory = module_disk / re.sub(r"\W+", "-", request.param)
+    directory.mkdir()
+    return save(libvirt, directory, machine, "--image-format", "sparse", *options)
+
+
+def test_header_of_a_sparse_image_is_understood(image: Image) -> None:
+    header = image.header
+    assert header.complete
+    assert header.was_running
+    assert (header.version, header.format) == (2, ImageFormat.SPARSE)
+    assert ElementTree.fromstring(header.xml).tag == "domain"
+    assert ElementTree.fromstring(header.cookie).tag == "cookie"
+
+
+def test_header_is_encoded_as_libvirt_did(image: Image) -> None:
+    with image.path.open("rb") as file:
+        assert encode_header(image.header) == file.read(image.header.stream_offset)
+
+
+def test_snapshot_in_a_sparse_image_is_one_instant_of_the_guest(image: Image) -> None:
+    with Snapshot(image.path, offset=image.header.stream_offset) as snapshot:
+        memory = snapshot.blocks["pc.ram"].read(0, RAM)
+        assert snapshot.machine in image.header.xml
+    assert check_pattern(memory).generation - len(image.reports) in (0, 1)
+
+
+@pytest.mark.parametrize("mode", ["instant", "load"])
+def test_guest_goes_on_without_libvirt(image: Image, tmp_path: Path, mode: str) -> None:
+    serial = tmp_path / "serial"
+    command = [*image.domain.machine(), "-serial", f"file:{serial}"]
+    saved = Saved(image.path, image.bios, (), ("pc.ram",), {}, image.reports)
+
+    async def run() -> None:
+        # libvirt stops a guest before it saves it: that it ran is told by the header alone.
+        vm = await restore(image.path, command, mode=mode)
+        try:
+            assert (vm.report.mode, vm.report.run_state) == (mode, "running")
+            await goes_on(saved, vm, serial)
+        finally:
+            await vm.end()
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def raw(libvirt: Libvirt, module_disk: Path) -> Image:
+    directory = module_disk / "raw"
+    directory.mkdir()
+    return save(libvirt, directory, "pc", "--image-format", "raw", paused=True)
+
+
+def test_raw_image_of_a_paused_guest_says_so(raw: Image) -> None:
+    assert raw.header.format is ImageFormat.RAW
+    assert not raw.header.was_running
+
+
+def test_classic_stream_in_a_raw_image_is_one_instant_of_the_guest(raw: Image) -> None:
+    memory = bytearray(RAM)
+    uri = f"file:{raw.path},offset={raw.header.stream_offset}"
+    with contextlib.closing(InputTarget(uri)) as source:
+        start_sequential_load(source, {"pc.ram": memory}, skip_unknown_blocks=True).wait()
+    assert check_pattern(bytes(memory)).generation - len(raw.reports) in (0, 1)

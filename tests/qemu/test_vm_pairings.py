@@ -1,0 +1,86 @@
+"""Every engine of a save with every mode of a restore: the guest goes on where it stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate import vm
+from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.vm.connection import Monitor
+from tests.qemu.bare import BareQemu
+from tests.qemu.compare import assert_same_blocks
+from tests.qemu.guest import build
+from tests.qemu.saved import RAM, Saved, goes_on, memory_of, serial_says
+
+pytestmark = pytest.mark.qemu
+
+SIZE = f"size={RAM}"
+MEMORY = {
+    "private": ["-m", str(RAM >> 20)],
+    "file": ["-m", str(RAM >> 20), "-object",
+             f"memory-backend-file,id=pc.ram,{SIZE},mem-path=/dev/shm,share=on"],
+    "memfd": ["-m", str(RAM >> 20), "-object", f"memory-backend-memfd,id=pc.ram,{SIZE},share=on"],
+    "two nodes": [
+        "-m", str(RAM >> 20),
+        "-object", f"memory-backend-memfd,id=m0,size={RAM // 2},share=on",
+        "-object", f"memory-backend-memfd,id=m1,size={RAM // 2},share=on",
+        "-numa", "node,memdev=m0", "-numa", "node,memdev=m1",
+    ],
+}  # fmt: skip
+
+
+def save_ours(directory: Path, machine: str, memory: str, engine: str) -> Saved:
+    """Let a guest run, save it with ``engine``; its memory is read while it stands still."""
+    image, serial, path = build(directory, RAM), directory / "serial", directory / "guest.mapped"
+    backend = [",memory-backend=pc.ram"] if memory in ("file", "memfd") else []
+    arguments = ("-M", "".join([machine, *backend]), *MEMORY[memory])
+    with BareQemu(*arguments, "-bios", str(image), "-serial", f"file:{serial}", run=True) as qemu:
+        serial_says(serial, 2)
+
+        async def look() -> dict[str, bytes]:
+            async with await qemu.connect():
+                pass
+            report = await vm.connect(qemu.socket).save(path, engine=engine, then="pause")
+            assert report.engine == engine
+            async with await Monitor.connect(qemu.socket) as monitor:
+                return await memory_of(monitor, qemu.process.pid)
+
+        found = asyncio.run(look())
+    blocks = ("m0", "m1") if memory == "two nodes" else ("pc.ram",)
+    return Saved(path, image, arguments, blocks, found, serial.read_bytes())
+
+
+GUESTS = [("pc", memory) for memory in MEMORY] + [
+    ("q35", memory) if memory == "memfd" else pytest.param("q35", memory, marks=pytest.mark.long)
+    for memory in MEMORY
+]
+
+
+@pytest.mark.parametrize("engine", ["direct", "qemu"])
+@pytest.mark.parametrize(("machine", "memory"), GUESTS)
+def test_guest_goes_on_where_it_was_saved(
+    disk: Path, tmp_path: Path, machine: str, memory: str, engine: str
+) -> None:
+    saved = save_ours(disk, machine, memory, engine)
+
+    async def run(mode: str) -> None:
+        serial = tmp_path / mode
+        guest = await vm.restore(saved.path, saved.command(serial=serial), mode=mode, paused=True)
+        try:
+            assert guest.report.mode == mode
+            assert_same_blocks(
+                await memory_of(guest.monitor, guest.process.pid), saved.memory
+            )
+            await guest.monitor.execute("cont")
+            await goes_on(saved, guest, serial)
+        finally:
+            await guest.end()
+
+    for mode in ("instant", "load"):
+        asyncio.run(run(mode))
+    with Snapshot(saved.path) as snapshot:
+        ours = {name: block.read(0, block.length) for name, block in snapshot.blocks.items()}
+    assert_same_blocks(ours, saved.memory)

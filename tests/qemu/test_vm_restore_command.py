@@ -1,0 +1,168 @@
+"""``pyqmigrate vm restore`` and ``vm clone``: in the foreground until QEMU ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.command import COMMAND
+from tests.qemu.qmp import QmpClient
+from tests.qemu.saved import RAM, Saved, save_guest, serial_says
+
+pytestmark = pytest.mark.qemu
+
+PC = ["-M", "pc", "-m", str(RAM >> 20)]
+
+
+@pytest.fixture(scope="module")
+def saved(module_disk: Path) -> Saved:
+    return save_guest(module_disk, PC)
+
+
+@pytest.fixture
+def started(child_environment: dict[str, str]) -> Iterator[Any]:
+    """Starts the command with these arguments; whatever is left of it is ended."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str | Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*COMMAND, "vm", *map(str, arguments)], env=child_environment, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.communicate()
+
+
+def monitor(path: Path) -> QmpClient:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return QmpClient(path)
+        except OSError:
+            assert time.monotonic() < deadline, f"nobody listens at {path}"
+            time.sleep(0.01)
+
+
+def test_guest_goes_on_until_qemu_is_asked_to_end(
+    saved: Saved, started: Any, tmp_path: Path
+) -> None:
+    serial, socket = tmp_path / "serial", tmp_path / "qmp"
+    process = started("restore", saved.path, "--qmp", socket, "--", *saved.command(serial=serial))
+    reports = len(saved.reports)
+    assert serial_says(serial, 2)[:2] == bytes([reports + 1, reports + 2])
+    with monitor(socket) as qmp:
+        qmp.execute("quit")
+    out, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert out == ""
+    assert errors.startswith("restored  instant: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_ends_qemu_and_then_the_command(
+    saved: Saved, started: Any, tmp_path: Path, number: int
+) -> None:
+    serial = tmp_path / "serial"
+    process = started("restore", saved.path, "--", *saved.command(serial=serial))
+    serial_says(serial, 1)
+    process.stderr.readline()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert f"terminating on signal {int(number)}" in errors
+
+
+def test_json_is_there_as_soon_as_the_guest_is(
+    saved: Saved, started: Any, tmp_path: Path
+) -> None:
+    command = saved.command(serial=tmp_path / "serial")
+    process = started("restore", saved.path, "--json", "--paused", "--mode", "load", "--", *command)
+    lines = []
+    while not lines or lines[-1] != "}\n":
+        lines.append(process.stdout.readline())
+    report = json.loads("".join(lines))
+    assert report["mode"] == "load"
+    assert report["run_state"] == "paused"
+    assert Path(f"/proc/{report['pid']}").exists()
+    process.terminate()
+    assert process.communicate(timeout=30)[0] == ""
+
+
+def test_qemu_that_is_killed_is_an_error(saved: Saved, started: Any, tmp_path: Path) -> None:
+    socket = tmp_path / "qmp"
+    command = saved.command(serial=tmp_path / "serial")
+    process = started("restore", saved.path, "--paused", "--qmp", socket, "--", *command)
+    with monitor(socket) as qmp:
+        process.stderr.readline()
+        pid = qmp.execute("query-cpus-fast")[0]["thread-id"]
+        subprocess.run(["kill", "-KILL", str(pid)], check=True)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 4
+    assert "killed by signal 9" in errors
+
+
+def test_failure_shows_what_qemu_wrote_once(saved: Saved, started: Any, tmp_path: Path) -> None:
+    command = saved.command(*PC, "-device", "no-such-device", serial=tmp_path / "serial")
+    process = started("restore", saved.path, "--", *command)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert errors.count("no-such-device: ") == 1
+
+
+def test_wrong_machine_is_wrong_usage(saved: Saved, started: Any, tmp_path: Path) -> None:
+    command = saved.command("-M", "q35", "-m", PC[-1], serial=tmp_path / "serial")
+    process = started("restore", saved.path, "--", *command)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "machine type pc-i440fx-" in errors
+
+
+def test_clones_are_listed_and_end_together(saved: Saved, started: Any, tmp_path: Path) -> None:
+    process = started(
+        "clone", saved.path, "--count", "3", "--dir", tmp_path, "--json", "--",
+        *saved.command(serial=tmp_path / "serial-{n}"),
+    )  # fmt: skip
+    lines = []
+    while not lines or lines[-1] != "}\n":
+        lines.append(process.stdout.readline())
+    guests = json.loads("".join(lines))["guests"]
+    assert [guest["number"] for guest in guests] == [1, 2, 3]
+    for guest in guests:
+        with monitor(Path(guest["qmp"])) as qmp:
+            assert qmp.execute("query-status")["running"]
+        serial_says(tmp_path / f"serial-{guest['number']}", 1)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert not any(Path(f"/proc/{guest['pid']}").exists() for guest in guests)
+
+
+def test_clone_that_fails_is_named_and_the_exit_code_tells(
+    saved: Saved, started: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "1").mkdir()
+    process = started(
+        "clone", saved.path, "--count", "2", "--dir", tmp_path, "--",
+        *saved.command(serial=tmp_path / "{n}" / "serial"),
+    )  # fmt: skip
+    serial_says(tmp_path / "1" / "serial", 1)
+    while not process.stderr.readline().startswith("guest 2: "):
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 4

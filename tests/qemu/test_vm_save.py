@@ -1,0 +1,262 @@
+"""A running QEMU is saved by each engine; a stock QEMU loads the file, and the guest goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate import Snapshot
+from pyqmigrate.errors import NotSupported, QemuError, UsageError
+from pyqmigrate.io.channels import Progress
+from pyqmigrate.vm.save import save
+from tests.qemu.guest import check_pattern
+from tests.qemu.machine import RAM_BLOCK
+from tests.qemu.saving import KINDS, loaded, source, wait_until
+
+pytestmark = pytest.mark.qemu
+
+ENGINES = ["qemu", "direct"]
+# With each machine in the short form: one kind of memory; with pc all.
+SHORT = {("q35", "file"), ("microvm", "private"), *(("pc", memory) for memory in KINDS)}
+MATRIX = [
+    pytest.param(
+        engine, machine, memory, marks=() if (machine, memory) in SHORT else pytest.mark.long
+    )
+    for engine in ENGINES for machine in RAM_BLOCK for memory in KINDS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "machine", "memory"), MATRIX)
+def test_running_guest_is_saved_and_goes_on(
+    engine: str, machine: str, memory: str, disk: Path
+) -> None:
+    path = disk / "snapshot"
+    with source(disk, machine=machine, memory=memory) as guest:
+        report = guest.save(path, engine=engine)
+        assert (report.engine, report.run_state_after) == (engine, "running")
+        assert report.downtime is not None and report.downtime < report.seconds + 0.2
+        guest.files.add("snapshot")
+        guest.assert_as_before()
+        counted = guest.serial.read_bytes()
+        with loaded(guest, path) as other:
+            assert other.status() == "paused"  # it was started with -S
+            ram = bytes(other.ram.memory[:])
+            instant = check_pattern(ram)
+            other.vm.execute("cont")
+            other.wait_for_count(2)
+            assert other.serial.read_bytes()[0] in (
+                instant.generation & 0x7F, instant.generation + 1 & 0x7F
+            )
+    assert instant.generation - 1 <= len(counted)
+
+
+@pytest.mark.parametrize(("engine", "machine", "memory"), MATRIX)
+def test_paused_guest_is_saved_as_it_stands(
+    engine: str, machine: str, memory: str, disk: Path
+) -> None:
+    path = disk / "snapshot"
+    with source(disk, machine=machine, memory=memory, run=False) as guest:
+        report = guest.save(path, engine=engine)
+        # QEMU cannot go back to paused from a migration of its own.
+        assert guest.status() == ("paused" if engine == "direct" else "postmigrate")
+        assert report.downtime is None
+        assert bool(report.notes) == (engine == "qemu")
+        guest.run_state = guest.status()
+        guest.files.add("snapshot")
+        guest.assert_as_before()
+        memory_now = guest.vm.read_blocks()
+        with loaded(guest, path) as other:
+            assert other.status() == "paused"
+            assert other.vm.read_blocks() == memory_now
+
+
+def test_auto_leaves_a_paused_guest_paused(disk: Path) -> None:
+    with source(disk, memory="private", run=False) as guest:
+        report = guest.save(disk / "snapshot")
+        assert (report.engine, guest.status()) == ("direct", "paused")
+
+
+def test_live_save_is_qemus_and_says_why(disk: Path) -> None:
+    with source(disk) as guest:
+        report = guest.save(disk / "snapshot", live=True)
+        assert report.engine == "qemu"
+        assert "avail-switchover-bandwidth" not in report.settings
+        guest.files.add("snapshot")
+        guest.assert_as_before()
+        with Snapshot(disk / "snapshot") as snapshot:
+            block = snapshot.blocks["pc.ram"]
+            check_pattern(block.read(0, block.length))
+
+
+def test_guest_that_never_stands_still_is_stopped_after_some_passes(disk: Path) -> None:
+    with source(disk, length=128 << 20) as guest:
+        guest.vm.execute("migrate-set-parameters", {"downtime-limit": 1})
+        guest.before = guest.settings()
+        report = guest.save(disk / "snapshot", live=True)
+        assert any("passes" in note for note in report.notes)
+        guest.files.add("snapshot")
+        guest.assert_as_before()
+
+
+def test_engine_direct_refuses_a_live_save(disk: Path) -> None:
+    with source(disk) as guest:
+        with pytest.raises(NotSupported, match="live"):
+            guest.save(disk / "snapshot", engine="direct", live=True)
+        guest.assert_as_before()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_then_pause_leaves_the_guest_standing(engine: str, disk: Path) -> None:
+    with source(disk) as guest:
+        report = guest.save(disk / "snapshot", engine=engine, then="pause")
+        assert report.run_state_after == guest.status() == "postmigrate"
+        assert report.downtime is None
+        assert guest.settings() == guest.before
+        with Snapshot(disk / "snapshot") as snapshot:
+            ram = snapshot.blocks["pc.ram"]
+            assert ram.read(0, ram.length) == guest.ram.memory[:]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_then_quit_ends_qemu_after_the_snapshot_has_its_name(engine: str, disk: Path) -> None:
+    with source(disk) as guest:
+        report = guest.save(disk / "snapshot", engine=engine, then="quit")
+        assert report.run_state_after is None
+        assert guest.vm.process.wait(20) == 0
+        with Snapshot(disk / "snapshot") as snapshot:
+            snapshot.verify()
+            ram = snapshot.blocks["pc.ram"]
+            check_pattern(ram.read(0, ram.length))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_then_resume_starts_a_paused_guest(engine: str, disk: Path) -> None:
+    with source(disk, run=False) as guest:
+        guest.save(disk / "snapshot", engine=engine, then="resume")
+        assert guest.status() == "running"
+        guest.wait_for_count(guest.count() + 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_older_snapshot_is_replaced(engine: str, disk: Path) -> None:
+    (disk / "snapshot").write_bytes(b"old")
+    with source(disk) as guest:
+        guest.save(disk / "snapshot", engine=engine)
+        guest.assert_as_before()
+        with Snapshot(disk / "snapshot") as snapshot:
+            snapshot.verify()
+
+
+def test_settings_that_are_in_the_way_are_put_aside_and_put_back(disk: Path) -> None:
+    with source(disk, memory="private") as guest:
+        guest.vm.set_capabilities({"xbzrle": True, "release-ram": True, "x-ignore-shared": True})
+        guest.vm.execute(
+            "migrate-set-parameters",
+            {"multifd-compression": "zlib", "max-bandwidth": 4096, "multifd-channels": 7},
+        )
+        guest.before = guest.settings()
+        report = guest.save(disk / "snapshot", engine="qemu", channels=3)
+        assert report.settings["release-ram"].value is False
+        assert report.settings["multifd-channels"].value == 3
+        guest.files.add("snapshot")
+        guest.assert_as_before()
+
+
+def test_direct_io_off_is_heeded_by_both_engines(disk: Path) -> None:
+    with source(disk) as guest:
+        for engine in ENGINES:
+            report = guest.save(disk / "snapshot", engine=engine, direct_io="off")
+            assert (report.direct_io, report.direct_io_reason) == (False, "switched off")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_progress_ends_at_the_whole(engine: str, disk: Path) -> None:
+    seen = []
+    with source(disk) as guest:
+        guest.save(disk / "snapshot", engine=engine, progress=seen.append)
+    assert seen[-1].bytes_done == seen[-1].bytes_total >= guest.ram.length
+
+
+def test_place_within_a_file_is_refused(disk: Path) -> None:
+    with source(disk) as guest:
+        with pytest.raises(UsageError, match="offset"):
+            guest.save(Path(f"file:{disk}/snapshot,offset=4096"))
+        guest.assert_as_before()
+
+
+def test_monitor_that_nobody_listens_at_is_an_error(disk: Path) -> None:
+    with pytest.raises(QemuError, match="connect"):
+        asyncio.run(save(disk / "no.qmp", disk / "snapshot"))
+    assert list(disk.iterdir()) == []
+
+
+def test_command_saves_and_tells(disk: Path) -> None:
+    with source(disk) as guest:
+        process = guest.start_save(disk / "snapshot", "--json")
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        guest.files.add("snapshot")
+        guest.assert_as_before()
+        told = json.loads(output)
+        assert told["engine"] == "direct" and told["run_state_after"] == "running"
+        assert told["file_size"] == (disk / "snapshot").stat().st_size
+        wait_until(lambda: guest.vm.process.poll() is None, "QEMU ended")
+
+
+def test_command_tells_people_what_was_changed(disk: Path) -> None:
+    with source(disk) as guest:
+        process = guest.start_save(disk / "snapshot", "--engine", "qemu")
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        text = output.decode()
+        assert "setting   multifd=on meanwhile" in text
+        assert "running before, running now" in text
+
+
+def with_disk(directory: Path) -> tuple[str, ...]:
+    (directory / "image").write_bytes(bytes(1 << 20))
+    return ("-drive", f"file={directory}/image,format=raw,if=virtio")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("memory", ["file", "private"])
+@pytest.mark.parametrize("run", [True, False], ids=["running", "paused"])
+def test_disks_are_taken_along(engine: str, memory: str, run: bool, disk: Path) -> None:
+    with source(disk, memory=memory, run=run, extra=with_disk(disk)) as guest:
+        report = guest.save(disk / "snapshot", engine=engine, with_disks=True)
+        record = disk / "snapshot.disks.json"
+        assert report.disks_record == str(record)
+        told = json.loads(record.read_text())["disks"][0]
+        assert told["file"] == str(disk / "image")
+        (medium,) = (d["inserted"] for d in guest.vm.execute("query-block") if "inserted" in d)
+        assert medium["file"] == told["continued_in"]
+        assert guest.settings() == guest.before
+        if run:
+            assert guest.status() == "running"
+            guest.wait_for_count(guest.count() + 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("memory", ["file", "private"])
+def test_disks_are_what_they_were_when_the_save_fails(
+    engine: str, memory: str, disk: Path
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.bytes_done == progress.bytes_total:
+            raise KeyError("enough")
+
+    with source(disk, memory=memory, extra=with_disk(disk)) as guest:
+        with pytest.raises(KeyError, match="enough"):
+            guest.save(disk / "snapshot", engine=engine, with_disks=True, progress=stop)
+        guest.assert_as_before()
+        (medium,) = (d["inserted"] for d in guest.vm.execute("query-block") if "inserted" in d)
+        assert medium["file"] == str(disk / "image")
+
+
+def test_writable_disks_are_named_with_what_a_restore_needs(disk: Path) -> None:
+    with source(disk, extra=with_disk(disk)) as guest:
+        (sentence,) = guest.save(disk / "snapshot").disks
+        assert "image" in sentence and "--with-disks" in sentence

@@ -1,0 +1,268 @@
+"""Whatever happens to a save, the guest is what it was, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from pyqmigrate import Snapshot
+from pyqmigrate.errors import QemuError, QemuGone, TargetError
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.save import save
+from tests.qemu.saving import ROOT, Source, source
+
+pytestmark = pytest.mark.qemu
+
+ENGINES = ["qemu", "direct"]
+LARGE = 128 << 20
+OLD = b"what was there before"
+UNSHARE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+# The command, on a file system that does not tell how full it is.
+BLIND = """
+import sys
+from pyqmigrate.cli import main
+from pyqmigrate.io.target import OutputTarget
+OutputTarget.free_bytes = lambda self: None
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def save_on(
+    guest: Source, file_system: str, *arguments: str, blind: bool = False
+) -> tuple[int, str, list[str]]:
+    """Save on a file system that only the command sees: exit code, standard error, files left."""
+    place = guest.directory / "mounted"
+    place.mkdir()
+    guest.files.add("mounted")
+    if subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace of our own is to be had")
+    script = (
+        f'mount -t {file_system} none "$1"; place="$1"; shift; "$@" || echo "$?"; ls -A "$place"'
+    )
+    python = ["-c", BLIND] if blind else ["-m", "pyqmigrate"]
+    result = subprocess.run(
+        [*UNSHARE, "sh", "-ec", script, "sh", str(place), sys.executable, *python,
+         "vm", "save", "--qmp", str(guest.socket), *arguments, str(place / "snapshot")],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
+    code = int(lines.pop(0)) if lines and lines[0].isdecimal() else 0
+    return code, result.stderr, lines
+
+
+@pytest.mark.parametrize("run", [True, False], ids=["running", "paused"])
+def test_no_space_is_seen_before_qemu_is_touched(run: bool, disk: Path) -> None:
+    with source(disk, run=run) as guest:
+        code, errors, left = save_on(guest, "tmpfs -o size=8m")
+        assert (code, left) == (3, []), errors
+        assert "MiB are free" in errors
+        guest.assert_as_before()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_running_guest_survives_that_space_runs_out(engine: str, disk: Path) -> None:
+    with source(disk) as guest:
+        code, errors, left = save_on(guest, "tmpfs -o size=8m", "--engine", engine, blind=True)
+        assert (code, left) == (3, []), errors
+        assert "No space left" in errors
+        guest.assert_as_before()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_paused_guest_survives_that_space_runs_out(engine: str, disk: Path) -> None:
+    with source(disk, run=False) as guest:
+        code, errors, left = save_on(guest, "tmpfs -o size=8m", "--engine", engine, blind=True)
+        assert (code, left) == (3, []), errors
+        guest.assert_as_before()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_directory_without_direct_io_is_written_buffered(engine: str, disk: Path) -> None:
+    with source(disk) as guest:
+        code, errors, left = save_on(guest, "ramfs", "--engine", engine)
+        assert (code, errors, left[-1]) == (0, "", "snapshot")
+        assert any("direct I/O off" in line for line in left)
+        guest.assert_as_before()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_direct_io_that_cannot_be_had_is_refused_before_qemu_is_touched(
+    engine: str, disk: Path
+) -> None:
+    with source(disk) as guest:
+        code, errors, left = save_on(guest, "ramfs", "--engine", engine, "--direct-io", "on")
+        assert (code, left) == (3, []), errors
+        assert "direct I/O is not possible" in errors
+        guest.assert_as_before()
+
+
+def test_path_that_cannot_be_written_leaves_the_guest_alone(disk: Path) -> None:
+    with source(disk) as guest:
+        for path in (disk / "missing" / "snapshot", disk):
+            with pytest.raises(TargetError):
+                guest.save(path)
+        guest.assert_as_before()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_cancelled_save_leaves_the_guest_as_it_was(engine: str, disk: Path) -> None:
+    async def cancelled(guest: Source, after: float) -> bool:
+        task = asyncio.ensure_future(save(guest.socket, disk / "snapshot", engine=engine))
+        await asyncio.sleep(after)
+        task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            return True
+        return False
+
+    with source(disk, length=LARGE) as guest:
+        (disk / "snapshot").write_bytes(OLD)
+        guest.files.add("snapshot")
+        outcomes = []
+        for after in (0.01, 0.04, 0.07, 0.1, 0.15, 0.2):
+            outcomes.append(asyncio.run(cancelled(guest, after)))
+            guest.assert_as_before()
+            assert_old_or_whole(disk / "snapshot")
+        assert any(outcomes)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_progress_that_raises_ends_the_save(engine: str, disk: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(_: object) -> NoReturn:
+        raise Enough
+
+    with source(disk, length=LARGE) as guest:
+        with pytest.raises(Enough):
+            guest.save(disk / "snapshot", engine=engine, progress=stop)
+        guest.assert_as_before()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_interrupted_command_puts_the_guest_back_before_it_ends(
+    engine: str, number: signal.Signals, disk: Path
+) -> None:
+    with source(disk, length=LARGE) as guest:
+        process = guest.start_save(disk / "snapshot", "--engine", engine)
+        wait_for_touch(guest, engine)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        guest.assert_as_before()
+
+
+def wait_for_touch(guest: Source, engine: str) -> None:
+    """Until a save is at work on QEMU."""
+    deadline = time.monotonic() + 20
+    while not guest.vm.execute("query-fdsets"):
+        assert time.monotonic() < deadline, "the save does not begin"
+
+
+def assert_old_or_whole(path: Path) -> bool:
+    """Whether the snapshot is a new one."""
+    if path.read_bytes()[: len(OLD)] == OLD:
+        return False
+    with Snapshot(path) as snapshot:
+        snapshot.verify()
+    path.write_bytes(OLD)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("memory", "run", "kills"),
+    [
+        pytest.param("file", True, 5),
+        pytest.param("private", True, 50, marks=pytest.mark.long),
+        pytest.param("file", True, 50, marks=pytest.mark.long),
+        pytest.param("private", False, 50, marks=pytest.mark.long),
+    ],
+)
+def test_guest_survives_that_the_command_is_killed(
+    memory: str, run: bool, kills: int, disk: Path
+) -> None:
+    choose = random.Random(kills)
+    # What engine qemu makes of a paused guest cannot be undone once it is complete.
+    engines = ENGINES if run else ["direct"]
+    with source(disk, memory=memory, length=64 << 20, run=run) as guest:
+        (disk / "snapshot").write_bytes(OLD)
+        guest.files.add("snapshot")
+        started = time.monotonic()
+        process = guest.start_save(disk / "snapshot")
+        process.communicate(timeout=60)
+        whole = time.monotonic() - started
+        assert_old_or_whole(disk / "snapshot")
+        finished = 0
+        for number in range(kills):
+            process = guest.start_save(
+                disk / "snapshot", "--engine", engines[number % len(engines)]
+            )
+            time.sleep(choose.uniform(whole / 4, whole))
+            process.kill()
+            process.communicate(timeout=60)
+            guest.assert_as_before(within=30)
+            finished += assert_old_or_whole(disk / "snapshot")
+        assert finished < kills, "no kill came in time: the test proves nothing"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_guest_survives_a_kill_in_the_midst_of_a_save(engine: str, disk: Path) -> None:
+    with source(disk, length=LARGE) as guest:
+        process = guest.start_save(disk / "snapshot", "--engine", engine)
+        wait_for_touch(guest, engine)
+        process.kill()
+        process.communicate(timeout=60)
+        guest.assert_as_before(within=30)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_qemu_that_dies_is_reported_as_that(engine: str, disk: Path) -> None:
+    with source(disk, length=LARGE) as guest:
+
+        def kill(_: object) -> None:
+            guest.vm.process.kill()
+            guest.vm.process.wait()
+
+        with pytest.raises(QemuGone) as raised:
+            guest.save(disk / "snapshot", engine=engine, progress=kill)
+        assert any("is no more" in note for note in raised.value.__notes__)
+        assert guest._files() <= guest.files
+        assert guest._guardians() == []
+
+
+def test_second_save_at_the_same_time_is_told_who_is_in_its_way(disk: Path) -> None:
+    async def two(guest: Source) -> None:
+        async with await Monitor.connect(guest.socket):
+            started = time.monotonic()
+            with pytest.raises(QemuError, match="another client"):
+                await save(guest.socket, disk / "snapshot")
+            assert 4.5 < time.monotonic() - started < 8
+
+    with source(disk) as guest:
+        asyncio.run(two(guest))
+        guest.assert_as_before()
+
+
+def test_migration_of_somebody_else_is_left_alone(disk: Path) -> None:
+    with source(disk) as guest:
+        guest.vm.execute("migrate-set-parameters", {"max-bandwidth": 4096})
+        guest.vm.execute("migrate", {"uri": f"file:{disk}/other"})
+        with pytest.raises(QemuError, match="under way"):
+            guest.save(disk / "snapshot")
+        assert guest.vm.execute("query-migrate")["status"] in ("setup", "active")
+        guest.vm.execute("migrate_cancel")
+        assert not (disk / "snapshot").exists()
+
+

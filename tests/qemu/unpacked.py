@@ -1,0 +1,28 @@
+"""Where .ci/ensure-system unpacks what tests use and nobody should have to install."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+__all__ = ["lack", "unpacked"]
+
+_ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyqmigrate-tests"
+
+
+def unpacked(name: str) -> Path:
+    """The root of the packages unpacked as ``name``: targets, linux or libvirt."""
+    root = _ROOT / name
+    if not (root / ".complete").exists():
+        lack(f"{root} is not there: run .ci/ensure-system qemu")
+    return root
+
+
+def lack(reason: str) -> NoReturn:
+    """Skips the test, or fails it with CI=true, because its environment is not what it needs."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI=true, and {reason}", pytrace=False)
+    pytest.skip(reason)

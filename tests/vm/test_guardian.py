@@ -1,0 +1,254 @@
+"""The guardian: what it does to put a guest back, and when it does nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyqmigrate.vm import guardian
+
+TOKEN = "pyqmigrate-token"
+FINDING: dict[str, Any] = {
+    "monitor": "", "token": TOKEN, "resume": True, "capabilities": {"mapped-ram": False},
+    "parameters": {"max-bandwidth": 7}, "directory": "/", "file": -1,
+}  # fmt: skip
+
+
+class Machine:
+    """As much of a QEMU as the guardian asks about; ``refuses`` are commands that fail."""
+
+    def __init__(
+        self, migration: str = "completed", state: str = "postmigrate",
+        refuses: tuple[str, ...] = (),
+    ) -> None:
+        self.migration = migration
+        self.state = state
+        self.refuses = refuses
+        self.fdsets = {0: "somebody else's", 1: f"{TOKEN} buffered"}
+        self.told: list[str] = []
+        self.patience = 3
+
+    def do(self, command: str, arguments: dict[str, Any] | None) -> Any:
+        if not command.startswith("query"):
+            self.told.append(command)
+        if command in self.refuses:
+            raise guardian.Refused("no")
+        match command:
+            case "query-migrate":
+                return {"status": self.migration}
+            case "query-status":
+                return {"status": self.state}
+            case "query-fdsets":
+                return [
+                    {"fdset-id": n, "fds": [{"fd": 9, "opaque": o}]} for n, o in self.fdsets.items()
+                ]
+            case "migrate_cancel":
+                self.migration = "cancelling"
+            case "cont":
+                self.state = "running"
+            case "remove-fd":
+                assert arguments is not None
+                del self.fdsets[arguments["fdset-id"]]
+        return {}
+
+    def wait(self) -> None:
+        self.patience -= 1
+        assert self.patience >= 0, "it waits for nothing"
+        if self.migration == "cancelling":
+            self.migration, self.state = "cancelled", "running"
+        if self.state == "finish-migrate":
+            self.state = "postmigrate"
+
+
+def drive(machine: Machine, **arguments: Any) -> list[str]:
+    steps = guardian.put_back(FINDING, **arguments)
+    step = next(steps)
+    try:
+        while True:
+            if step is None:
+                machine.wait()
+                step = next(steps)
+                continue
+            try:
+                result = machine.do(*step)
+            except guardian.Refused as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(result)
+    except StopIteration as end:
+        return list(end.value)
+
+
+def test_complete_migration_is_followed_by_cont_and_settings() -> None:
+    machine = Machine()
+    assert drive(machine) == []
+    assert machine.told == [
+        "cont", "migrate-set-capabilities", "migrate-set-parameters", "remove-fd"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ["setup", "active", "pre-switchover", "device"])
+def test_migration_under_way_is_cancelled_first(status: str) -> None:
+    machine = Machine(status, "running")
+    drive(machine)
+    assert machine.told[0] == "migrate_cancel"
+    assert machine.told.count("migrate_cancel") == 1
+
+
+def test_guest_that_runs_is_not_told_to() -> None:
+    machine = Machine("failed", "running")
+    drive(machine)
+    assert "cont" not in machine.told
+
+
+def test_state_in_between_is_waited_for() -> None:
+    machine = Machine("completed", "finish-migrate")
+    drive(machine)
+    assert machine.state == "running"
+
+
+@pytest.mark.parametrize("state", ["io-error", "shutdown", "internal-error"])
+def test_guest_that_stopped_by_itself_stays_as_it_is(state: str) -> None:
+    machine = Machine("completed", state)
+    drive(machine)
+    assert machine.state == state
+
+
+def test_guest_that_is_to_stand_still_is_not_told_to_run() -> None:
+    machine = Machine()
+    drive(machine, resume=False)
+    assert machine.state == "postmigrate"
+
+
+def test_only_descriptors_of_our_own_are_removed() -> None:
+    machine = Machine()
+    drive(machine)
+    assert list(machine.fdsets.values()) == ["somebody else's"]
+
+
+def test_refusal_does_not_keep_it_from_the_rest() -> None:
+    machine = Machine(refuses=("cont", "migrate-set-capabilities"))
+    trouble = drive(machine)
+    assert trouble == ["cont: no", "migrate-set-capabilities: no"]
+    assert "migrate-set-parameters" in machine.told
+
+
+@pytest.fixture
+def monitor(tmp_path: Path) -> Iterator[tuple[Path, Machine]]:
+    """A QMP server in front of a Machine, for one client."""
+    machine = Machine()
+    path = tmp_path / "monitor"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def serve() -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with connection, connection.makefile("rw") as stream:
+            greeting: dict[str, Any] = {"QMP": {"version": {}, "capabilities": []}}
+            event: dict[str, Any] = {"event": "STOP", "timestamp": {}}
+            stream.write(json.dumps(greeting) + "\r\n")
+            stream.flush()
+            decoder = json.JSONDecoder()
+            received = ""
+            while data := connection.recv(4096):
+                received += data.decode()
+                while received:
+                    request, end = decoder.raw_decode(received)
+                    received = received[end:]
+                    reply = {"return": machine.do(request["execute"], request.get("arguments"))}
+                    stream.write(f"{json.dumps(event)}\r\n{json.dumps(reply)}\r\n")
+                    stream.flush()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield path, machine
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
+
+
+def start(finding: dict[str, Any], pid: int, fds: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", guardian.__file__, str(pid)], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=fds,
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(finding).encode() + b"\n")
+    process.stdin.flush()
+    return process
+
+
+def ended(process: subprocess.Popen[bytes]) -> None:
+    """It ended well, and said nothing."""
+    output, _ = process.communicate(timeout=20)
+    assert (process.returncode, output) == (0, b"")
+
+
+def test_goodbye_keeps_it_from_doing_anything(monitor: tuple[Path, Machine]) -> None:
+    path, machine = monitor
+    process = start({**FINDING, "monitor": str(path)}, os.getpid())
+    output, _ = process.communicate(b"done\n", timeout=20)
+    assert (process.returncode, output, machine.told) == (0, b"", [])
+
+
+def test_closed_pipe_without_goodbye_puts_it_to_work(monitor: tuple[Path, Machine]) -> None:
+    path, machine = monitor
+    ended(start({**FINDING, "monitor": str(path)}, os.getpid()))
+    assert machine.state == "running"
+    assert "migrate-set-parameters" in machine.told
+
+
+def test_end_of_the_process_is_enough_when_the_pipe_stays_open(
+    monitor: tuple[Path, Machine]
+) -> None:
+    """As when a child that it forked has the pipe, too."""
+    path, machine = monitor
+    watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = start({**FINDING, "monitor": str(path)}, watched.pid)
+    watched.communicate(b"\n")
+    assert process.wait(20) == 0
+    assert machine.state == "running"
+    process.communicate()
+
+
+def test_process_that_ends_before_it_said_anything_needs_nothing() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid())],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    ended(process)
+
+
+def test_qemu_that_is_gone_ends_it_silently(tmp_path: Path) -> None:
+    ended(start({**FINDING, "monitor": str(tmp_path / "gone")}, os.getpid()))
+
+
+def test_unfinished_file_loses_its_provisional_name(tmp_path: Path) -> None:
+    unfinished, other = tmp_path / ".a.1.partial", tmp_path / ".b.2.partial"
+    other.touch()
+    with unfinished.open("wb") as file:
+        finding = {**FINDING, "directory": str(tmp_path), "file": file.fileno()}
+        ended(start(finding, os.getpid(), (file.fileno(),)))
+    assert not unfinished.exists()
+    assert other.exists()
+
+
+def test_finished_file_keeps_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "snapshot"
+    with path.open("wb") as file:
+        finding = {**FINDING, "directory": str(tmp_path), "file": file.fileno()}
+        ended(start(finding, os.getpid(), (file.fileno(),)))
+    assert path.exists()

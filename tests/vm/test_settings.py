@@ -1,0 +1,144 @@
+"""Which settings are changed for a save, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pyqmigrate.errors import NotSupported
+from pyqmigrate.io.target import Direct
+from pyqmigrate.save import Sparse
+from pyqmigrate.vm.contents import Contents
+from pyqmigrate.vm.guest import Guest
+from pyqmigrate.vm.settings import Changes, for_device_state, for_pages
+
+GIB = 1 << 30
+CAPABILITIES = dict.fromkeys(
+    ("mapped-ram", "multifd", "x-ignore-shared", "xbzrle", "release-ram", "events",
+     "return-path", "pause-before-switchover", "dirty-bitmaps"),
+    False,
+)  # fmt: skip
+PARAMETERS = {
+    "multifd-channels": 2, "direct-io": False, "zero-page-detection": "multifd",
+    "max-bandwidth": 134217728, "multifd-compression": "none", "tls-creds": "", "mode": "normal",
+    "avail-switchover-bandwidth": 0, "downtime-limit": 300,
+}  # fmt: skip
+DIRECT = Direct(fd=-1, mem_align=512, off_align=4096, reason="works here")
+
+
+def guest(
+    capabilities: dict[str, bool] | None = None, parameters: dict[str, Any] | None = None, *,
+    running: bool = True, without: tuple[str, ...] = (),
+) -> Guest:
+    def kept(settings: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name not in without}
+
+    return Guest(
+        version=(10, 0, 2), pid=None, binary="", machine="pc-i440fx-10.0", target="x86_64",
+        target_page_bits=12, run_state="running" if running else "paused", running=running, uuid="",
+        blocks=(), capabilities=kept({**CAPABILITIES, **(capabilities or {})}),
+        parameters=kept({**PARAMETERS, **(parameters or {})}), migration_status="none",
+        blocked_reasons=(), disks=(), devices=(), dirty_bitmaps=(), commands=frozenset(),
+    )
+
+
+def pages(
+    found: Guest, *, direct: Direct | None = DIRECT, sparse: Sparse = Sparse.AUTO,
+    live: bool = False, pause: bool = False, contents: Contents | None = None,
+) -> Changes:
+    return for_pages(
+        found, channels=4, direct=direct, sparse=sparse, live=live, pause=pause, contents=contents
+    )
+
+
+def zero_pages(contents: Contents | None, sparse: Sparse = Sparse.AUTO) -> object:
+    return pages(guest(), contents=contents, sparse=sparse).parameters[
+        "zero-page-detection"
+    ].after
+
+
+def test_only_what_differs_is_changed() -> None:
+    changes = pages(guest(running=False))
+    assert set(changes.capabilities) == {"mapped-ram", "multifd"}
+    assert set(changes.parameters) == {
+        "multifd-channels", "direct-io", "zero-page-detection", "max-bandwidth"
+    }  # fmt: skip
+
+
+def test_every_change_knows_what_was_before_and_why() -> None:
+    changes = pages(guest())
+    for name, change in {**changes.capabilities, **changes.parameters}.items():
+        assert change.before == {**CAPABILITIES, **PARAMETERS}[name] != change.after
+        assert change.why
+
+
+def test_long_zero_runs_are_left_out_in_order() -> None:
+    assert zero_pages(Contents(4 * GIB, 2 * GIB, 16384)) == "legacy"
+
+
+def test_single_zero_pages_are_written_along() -> None:
+    assert zero_pages(Contents(4 * GIB, int(2.8 * GIB), 220_000)) == "none"
+
+
+def test_memory_that_is_all_data_is_looked_through_in_order() -> None:
+    assert zero_pages(Contents(4 * GIB, 4 * GIB, 0)) == "legacy"
+
+
+def test_memory_that_cannot_be_looked_at_is_taken_for_runs() -> None:
+    assert zero_pages(None) == "legacy"
+
+
+def test_exact_allocates_no_zero_page_whatever_it_costs() -> None:
+    assert zero_pages(Contents(4 * GIB, int(2.8 * GIB), 220_000), Sparse.EXACT) == "legacy"
+
+
+def test_dense_writes_every_page() -> None:
+    assert zero_pages(Contents(4 * GIB, 2 * GIB, 16384), Sparse.DENSE) == "none"
+
+
+def test_direct_io_that_is_not_to_be_had_is_switched_off() -> None:
+    changes = pages(guest(parameters={"direct-io": True}), direct=None)
+    assert changes.parameters["direct-io"].after is False
+
+
+def test_running_guest_is_stopped_at_once_unless_live() -> None:
+    assert "avail-switchover-bandwidth" in pages(guest()).parameters
+    assert "avail-switchover-bandwidth" not in pages(guest(), live=True).parameters
+    assert "avail-switchover-bandwidth" not in pages(guest(running=False)).parameters
+
+
+def test_downtime_limit_is_put_back_also_when_it_changes_later() -> None:
+    assert pages(guest(), live=True).touched == {"downtime-limit": 300}
+
+
+@pytest.mark.parametrize("name", ["release-ram", "xbzrle", "return-path", "x-ignore-shared"])
+def test_capability_in_the_way_is_switched_off(name: str) -> None:
+    assert pages(guest({name: True})).capabilities[name].after is False
+
+
+@pytest.mark.parametrize("name", ["events", "dirty-bitmaps"])
+def test_capability_that_does_no_harm_stays(name: str) -> None:
+    assert name not in pages(guest({name: True})).capabilities
+
+
+def test_pause_is_switched_on_only_where_something_is_done_meanwhile() -> None:
+    name = "pause-before-switchover"
+    assert pages(guest(), pause=True).capabilities[name].after is True
+    assert pages(guest({name: True})).capabilities[name].after is False
+
+
+def test_device_state_comes_as_a_classic_stream_without_shared_memory() -> None:
+    changes = for_device_state(guest({"mapped-ram": True, "multifd": True}), pause=False)
+    states = {name: change.after for name, change in changes.capabilities.items()}
+    assert states == {"mapped-ram": False, "multifd": False, "x-ignore-shared": True}
+
+
+def test_setting_that_this_qemu_does_not_have_is_left_alone() -> None:
+    changes = pages(guest(without=("direct-io", "zero-page-detection", "mode")))
+    assert not {"direct-io", "zero-page-detection", "mode"} & changes.parameters.keys()
+
+
+def test_qemu_without_mapped_ram_is_not_supported() -> None:
+    with pytest.raises(NotSupported, match=r"10\.0\.2"):
+        pages(guest(without=("mapped-ram",)))

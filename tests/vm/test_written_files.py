@@ -1,0 +1,79 @@
+"""Which files a QEMU would write to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.written_files import written_files
+
+
+def written(*words: str) -> list[str]:
+    return sorted(written_files(CommandLine.parse(["qemu", *words])))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-drive", "file=/d,if=virtio"],
+        ["-drive", "file.filename=/d,file.driver=file,driver=raw"],
+        ["-drive", "file=file:/d"],
+        ["-hda", "/d"],
+        ["/d"],
+        ["-pflash", "/d"],
+        ["-blockdev", "driver=file,node-name=a,filename=/d"],
+        ["-blockdev", '{"driver":"qcow2","file":{"driver":"file","filename":"/d"}}'],
+        ["-blockdev", "file,node-name=a,filename=/d", "-blockdev", "raw,node-name=b,file=a"],
+        ["-object", "memory-backend-file,id=m,size=1M,mem-path=/d,share=on"],
+        ["-qmp", "unix:/d,server=on,wait=off"],
+        ["-monitor", "unix:/d,server,nowait"],
+        ["-chardev", "socket,id=c,path=/d,server=on"],
+        ["-vnc", "unix:/d"],
+    ],
+    ids=" ".join,
+)
+def test_file_that_is_written_is_found(words: list[str]) -> None:
+    assert written(*words) == ["/d"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-drive", "file=/d,readonly=on"],
+        ["-drive", "file=/d,media=cdrom"],
+        ["-drive", "file=/d,snapshot=on"],
+        ["-snapshot", "-drive", "file=/d", "-hda", "/d"],
+        ["-cdrom", "/d"],
+        ["-blockdev", "driver=file,node-name=a,filename=/d,read-only=on"],
+        ["-blockdev", "file,node-name=a,filename=/d",
+         "-blockdev", "raw,node-name=b,file=a,read-only=on"],
+        ["-object", "memory-backend-file,id=m,size=1M,mem-path=/d,share=off"],
+        ["-object", "memory-backend-file,id=m,size=1M,mem-path=/d,share=on,readonly=on"],
+        ["-chardev", "socket,id=c,path=/d"],
+        ["-serial", "tcp::4444,server"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_file_that_is_only_read_is_not(words: list[str]) -> None:
+    assert written(*words) == []
+
+
+def test_backing_file_of_an_overlay_is_only_read() -> None:
+    found = written(
+        "-blockdev", "file,node-name=base,filename=/base",
+        "-blockdev", "file,node-name=top,filename=/top",
+        "-blockdev", "qcow2,node-name=disk,file=top,backing=base",
+    )  # fmt: skip
+    assert found == ["/top"]
+
+
+def test_file_has_one_name_whatever_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "disk").touch()
+    (tmp_path / "link").symlink_to("disk")
+    assert written("-hda", str(tmp_path / "link")) == [str(tmp_path / "disk")]
+
+
+def test_disk_on_the_network_is_known_by_its_address() -> None:
+    assert written("-drive", "file=nbd://host:10809/export") == ["nbd://host:10809/export"]
