@@ -2,7 +2,8 @@
 
 A manager drives QEMU's file migration here without QEMU: this memory is saved to snapshots that
 QEMU loads, and what QEMU saved is loaded into it. Ctrl-C, SIGTERM and the command quit end the
-server; a save that runs then is cancelled and leaves nothing behind.
+server, with exit code 0; a save that runs then is cancelled. It leaves nothing behind at a path; a
+file that was handed in, or has an offset, keeps a part that is recognisable by its zero magic.
 
 The socket is made with mode 0600, and only this user and root may connect.
 
