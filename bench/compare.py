@@ -45,10 +45,11 @@ from bench.targets import (
     TEBIBYTE_WORK,
     verdicts,
 )
+from bench.vm import restores, vm_savers
 from tests.qemu.machine import BINARY
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("scan", "saves", "cpu", "loads", "sparse")
+PARTS = ("scan", "saves", "cpu", "loads", "sparse", "restores")
 # Who took longer than both, the first time, is not repeated as often.
 _SLOW = 4.0  # times the fastest
 _SLOW_SECONDS = 10.0
@@ -88,12 +89,15 @@ class Bench:
         if "sparse" in parts:
             self.sparse()
             self.tebibyte()
+        if "restores" in parts:
+            restores(self.size, self.path, self.disk, self.repeat, self.add)
 
     def saves(self, ram: SharedRam, contents: Contents) -> None:
         # fio has no zero pages to leave out: it is a peer for memory without any.
         pages = int(data_pages(contents, self.size // 4096).sum())
         data = pages * 4096 if contents is Contents.DENSE else 0
         contenders = save_contenders(ram, self.path, self.disk, self.channels, data)
+        contenders += vm_savers(ram, self.path, self.channels)
         self.take_turns(f"save {contents}", contenders, self.make_room)
         self.make_room()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from bench.contents import Contents
 from bench.results import FIO, OURS, QEMU, Results, Verdict
+from bench.vm import INSTANT_WORK, RESTORE_WORK, VM_DIRECT, VM_QEMU
 
 __all__ = ["GIB", "MIB", "PYTHON_WORK", "SPARSE_ALONE", "SPARSE_WIDE", "TEBIBYTE_WORK", "verdicts"]
 
@@ -28,6 +29,7 @@ def verdicts(results: Results) -> list[Verdict]:
     return [
         *_scan(results), *_saves(results), *_processor(results), *_loads(results),
         *_sparse(results), *_tebibyte(results), *_python(results), *_page_cache(results),
+        *_restores(results),
     ]  # fmt: skip
 
 
@@ -47,6 +49,9 @@ def _saves(results: Results) -> Iterator[Verdict]:
         for memory in results.names(work, OURS):
             ours = results.median(work, OURS, memory)
             label = f"{work} ({memory})"
+            if memory in (VM_DIRECT, VM_QEMU):
+                yield from _vm_saves(results, contents, memory, ours)
+                continue
             if fio := results.best(work, FIO):
                 yield _ratio(f"{label} / fio", ours, results.median(work, FIO, fio), 1.05, fio)
             if of_defaults and "defaults" in results.names(work, QEMU):
@@ -55,6 +60,33 @@ def _saves(results: Results) -> Iterator[Verdict]:
             if best := results.best(work, QEMU):
                 theirs = results.median(work, QEMU, best)
                 yield _ratio(f"{label} / QEMU's best", ours, theirs, of_best, best)
+
+
+def _vm_saves(
+    results: Results, contents: Contents, name: str, ours: float
+) -> Iterator[Verdict]:
+    """Against the same runs of QEMU's as the package's other saves."""
+    work = f"save {contents}"
+    label = f"{work} ({name})"
+    of_defaults = {VM_DIRECT: 0.15, VM_QEMU: 0.2}[name]
+    if contents is not Contents.DENSE and "defaults" in results.names(work, QEMU):
+        theirs = results.median(work, QEMU, "defaults")
+        yield _ratio(f"{label} / QEMU's defaults", ours, theirs, of_defaults)
+    best = results.best(work, QEMU)
+    if name == VM_DIRECT and best and contents is not Contents.DENSE:
+        limit = 0.8 if contents is Contents.RUNS else 0.9
+        yield _ratio(f"{label} / QEMU's best", ours, results.median(work, QEMU, best), limit, best)
+
+
+def _restores(results: Results) -> Iterator[Verdict]:
+    for name in results.names(INSTANT_WORK, OURS):
+        median = results.median(INSTANT_WORK, OURS, name)
+        yield Verdict(f"{INSTANT_WORK}, {name}", median * 1000, 30, "ms")
+    for name in results.names(RESTORE_WORK, OURS):
+        if best := results.best(RESTORE_WORK, QEMU):
+            ours = results.median(RESTORE_WORK, OURS, name)
+            theirs = results.median(RESTORE_WORK, QEMU, best)
+            yield _ratio(f"{RESTORE_WORK} ({name}) / QEMU's best", ours, theirs, 1.0, best)
 
 
 def _ratio(work: str, ours: float, theirs: float, limit: float, who: str = "") -> Verdict:
@@ -150,6 +182,7 @@ def _page_cache(results: Results) -> Iterator[Verdict]:
     for contents in Contents:
         work = f"save {contents}"
         samples = [s for name in results.names(work, OURS) for s in results.of(work, OURS, name)]
+        samples = [s for s in samples if "cached_bytes" in s.facts]
         shares = [s.facts["cached_bytes"] / (s.facts["data_pages"] * 4096) for s in samples]
         if shares:
             direct = "direct" if all(s.facts["direct_io"] for s in samples) else "NOT direct"
