@@ -23,6 +23,7 @@ file           number of an inherited descriptor of the unfinished file, or -1
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -72,10 +73,13 @@ def put_back(finding: dict[str, Any], *, resume: bool | None = None) -> Generato
 
 
 def _end_migration(trouble: list[str]) -> Generator[Step, Any, None]:
-    """No migration is under way any more, and the run state is not one in between."""
+    """No migration is under way any more, and the run state is not one in between.
+
+    QEMU 10.0.2 dies of a cancel that comes before its channels are set up.
+    """
     asked = False
-    while (yield "query-migrate", None).get("status") in _UNDER_WAY:
-        if not asked:
+    while (status := (yield "query-migrate", None).get("status")) in _UNDER_WAY:
+        if not asked and status != "setup":
             yield from _attempt("migrate_cancel", None, trouble)
             asked = True
         yield None
@@ -99,6 +103,7 @@ class _Monitor:
 
     def __init__(self, path: str, deadline: float) -> None:
         self._deadline = deadline
+        self._ids = itertools.count()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         directory, name = os.path.split(path)
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
@@ -111,14 +116,21 @@ class _Monitor:
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        request = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        identity = f"guardian-{next(self._ids)}"
+        request = {"execute": command, "id": identity} | (
+            {"arguments": arguments} if arguments else {}
+        )
         self._socket.sendall(json.dumps(request).encode())
         for message in self._messages:
+            if message.get("id") != identity:
+                continue  # an event, or the answer to a command of the client before
             if "error" in message:
                 raise Refused(message["error"]["desc"])
-            if "return" in message:
-                return message["return"]
+            return message["return"]
         raise EOFError
+
+    def close(self) -> None:
+        self._socket.close()
 
     def _read(self) -> Iterator[dict[str, Any]]:
         received = b""
@@ -134,15 +146,29 @@ class _Monitor:
 
 def _rescue(finding: dict[str, Any]) -> None:
     deadline = time.monotonic() + _PATIENCE
-    with contextlib.suppress(OSError, EOFError, ValueError):
-        monitor = _Monitor(finding["monitor"], deadline)
-        steps = put_back(finding)
-        with contextlib.suppress(StopIteration):
-            step = next(steps)
-            while time.monotonic() < deadline:
-                step = _answer(monitor, steps, step)
+    while time.monotonic() < deadline:
+        try:
+            _put_back(finding, deadline)
+            break
+        except (FileNotFoundError, ConnectionRefusedError):
+            break  # QEMU is gone
+        except (OSError, EOFError, ValueError, LookupError, Refused):
+            time.sleep(0.2)
     with contextlib.suppress(OSError):
         _remove_partial(finding)
+
+
+def _put_back(finding: dict[str, Any], deadline: float) -> None:
+    monitor = _Monitor(finding["monitor"], deadline)
+    steps = put_back(finding)
+    try:
+        step = next(steps)
+        while time.monotonic() < deadline:
+            step = _answer(monitor, steps, step)
+    except StopIteration:
+        pass
+    finally:
+        monitor.close()
 
 
 def _answer(monitor: _Monitor, steps: Generator[Step, Any, list[str]], step: Step) -> Step:

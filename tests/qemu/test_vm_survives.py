@@ -157,14 +157,14 @@ def test_interrupted_command_puts_the_guest_back_before_it_ends(
 ) -> None:
     with source(disk, length=LARGE) as guest:
         process = guest.start_save(disk / "snapshot", "--engine", engine)
-        wait_for_touch(guest, engine)
+        wait_for_touch(guest)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130, errors
         guest.assert_as_before()
 
 
-def wait_for_touch(guest: Source, engine: str) -> None:
+def wait_for_touch(guest: Source) -> None:
     """Until a save is at work on QEMU."""
     deadline = time.monotonic() + 20
     while not guest.vm.execute("query-fdsets"):
@@ -221,7 +221,7 @@ def test_guest_survives_that_the_command_is_killed(
 def test_guest_survives_a_kill_in_the_midst_of_a_save(engine: str, disk: Path) -> None:
     with source(disk, length=LARGE) as guest:
         process = guest.start_save(disk / "snapshot", "--engine", engine)
-        wait_for_touch(guest, engine)
+        wait_for_touch(guest)
         process.kill()
         process.communicate(timeout=60)
         guest.assert_as_before(within=30)

@@ -52,6 +52,7 @@ class Machine:
                     {"fdset-id": n, "fds": [{"fd": 9, "opaque": o}]} for n, o in self.fdsets.items()
                 ]
             case "migrate_cancel":
+                assert self.migration != "setup", "QEMU would die of it"
                 self.migration = "cancelling"
             case "cont":
                 self.state = "running"
@@ -63,7 +64,9 @@ class Machine:
     def wait(self) -> None:
         self.patience -= 1
         assert self.patience >= 0, "it waits for nothing"
-        if self.migration == "cancelling":
+        if self.migration == "setup":
+            self.migration = "active"
+        elif self.migration == "cancelling":
             self.migration, self.state = "cancelled", "running"
         if self.state == "finish-migrate":
             self.state = "postmigrate"
@@ -168,8 +171,11 @@ def monitor(tmp_path: Path) -> Iterator[tuple[Path, Machine]]:
                 while received:
                     request, end = decoder.raw_decode(received)
                     received = received[end:]
-                    reply = {"return": machine.do(request["execute"], request.get("arguments"))}
-                    stream.write(f"{json.dumps(event)}\r\n{json.dumps(reply)}\r\n")
+                    stale = {"return": {}, "id": "of the client before"}
+                    result = machine.do(request["execute"], request.get("arguments"))
+                    reply = {"return": result, "id": request["id"]}
+                    for message in (event, stale, reply):
+                        stream.write(json.dumps(message) + "\r\n")
                     stream.flush()
 
     thread = threading.Thread(target=serve)
