@@ -22,7 +22,10 @@ MODES = ["instant", "load"]
 WRITES_RAM = "pseries"  # its device tree, at every start
 
 
-@pytest.fixture(params=TARGETS)
+@pytest.fixture(params=[
+    pytest.param(name, marks=[] if name in ("aarch64", "ppc64") else [pytest.mark.long])
+    for name in TARGETS
+])  # fmt: skip
 def target(request: pytest.FixtureRequest) -> OtherTarget:
     return TARGETS[request.param]
 

@@ -410,7 +410,12 @@ def ask_qemu(full: Path, disk: Path, kind: str, way: Way) -> list[tuple[str, Any
     raise AssertionError("QEMU died four times")
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=[] if way.name == "fdset" else [pytest.mark.long])
+     for way in WAYS],
+    ids=[str(way) for way in WAYS],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", SPACELESS)
 def test_compat_fails_on_a_full_disk_as_qemu_does(
     ends: Ends, full_disk: Path, disk: Path, kind: str, way: Way
@@ -426,7 +431,12 @@ def test_compat_fails_on_a_full_disk_as_qemu_does(
     assert kept == way.kept
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=[] if way.name == "fdset" else [pytest.mark.long])
+     for way in WAYS],
+    ids=[str(way) for way in WAYS],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", SPACELESS)
 def test_strict_fails_on_a_full_disk_with_the_space_it_needs_and_the_guest_runs_on(
     ends: Ends, full_disk: Path, disk: Path, kind: str, way: Way
