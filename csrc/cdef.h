@@ -3,6 +3,7 @@
 #define QM_CHUNK ...
 #define QM_MIN_PAGE ...
 #define QM_MAX_PAGE ...
+#define QM_CHANGES_MAX ...
 
 typedef struct qm_job qm_job;
 typedef struct qm_channel qm_channel;
@@ -131,6 +132,7 @@ struct qm_record_block {
     uint64_t len;
     const struct qm_memory *memory;
     uint64_t *seen;
+    struct qm_index *index;
 };
 
 enum qm_record_fault {
@@ -140,6 +142,9 @@ enum qm_record_fault {
     QM_RECORD_UNKNOWN,
     QM_RECORD_OUTSIDE,
     QM_RECORD_DELTA,
+    QM_RECORD_MULTIFD,
+    QM_RECORD_SCATTERED,
+    QM_RECORD_CHANGES,
     ...
 };
 
@@ -163,5 +168,50 @@ int qm_decode_file(qm_job *job, qm_decoder *decoder, int fd, int64_t *at, int64_
                    struct qm_fault *fault);
 void qm_decoder_error(const qm_decoder *decoder, struct qm_record_error *out);
 int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, size_t page_size);
+
+struct qm_change {
+    uint64_t before;
+    uint64_t at;
+    uint16_t len;
+    uint32_t depth;
+};
+
+typedef struct qm_index qm_index;
+
+qm_index *qm_index_create(uint64_t npages, uint32_t page_size);
+void qm_index_destroy(qm_index *index);
+uint64_t qm_index_bytes(const qm_index *index);
+int qm_index_fill_is(qm_index *index, uint64_t page, unsigned char fill);
+int qm_index_page_at(qm_index *index, uint64_t page, uint64_t at);
+int qm_index_changed(qm_index *index, uint64_t page, uint64_t at, uint16_t len);
+uint64_t qm_index_next(const qm_index *index, uint64_t page);
+int qm_index_get(const qm_index *index, uint64_t first, uint64_t npages, uint64_t *words);
+int qm_index_put(qm_index *index, uint64_t first, uint64_t npages, const uint64_t *words,
+                 uint64_t end);
+uint64_t qm_index_changes(const qm_index *index, const struct qm_change **changes);
+int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint64_t n,
+                         uint64_t end);
+uint64_t qm_index_count(const qm_index *index);
+uint64_t qm_index_run(const qm_index *index, uint64_t first, uint64_t end, int *data);
+
+struct qm_indexed {
+    const qm_index *index;
+    int fd;
+};
+
+ssize_t qm_indexed_fill(void *indexed, void *buf, uint64_t off, size_t len);
+int64_t qm_indexed_next(void *indexed, uint64_t off, uint64_t end);
+
+struct qm_mapped {
+    const uint64_t *data;
+    uint64_t npages;
+    int64_t pages_offset;
+    uint32_t page_size;
+    int fd;
+};
+
+ssize_t qm_mapped_fill(void *mapped, void *buf, uint64_t off, size_t len);
+int64_t qm_mapped_next(void *mapped, uint64_t off, uint64_t end);
+uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 
 int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);

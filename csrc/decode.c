@@ -43,6 +43,7 @@ struct qm_decoder {
     uint64_t position; /* stream bytes taken */
     struct qm_record_error error;
     struct pending pending;
+    uint64_t index_bytes; /* of all indexes together */
     uint64_t new_bytes, data_pages, zero_pages; /* not yet counted in the job */
 
     off_t window_at;
@@ -116,6 +117,7 @@ qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nbloc
     d->position = 0;
     memset(&d->error, 0, sizeof(d->error));
     d->pending.block = NULL;
+    d->index_bytes = 0;
     d->new_bytes = d->data_pages = d->zero_pages = 0;
     d->window_at = 0;
     d->window_len = 0;
@@ -300,6 +302,42 @@ static int take_delta(qm_decoder *d, const unsigned char *delta, struct qm_fault
     return take_page(d, d->page, 0, fault);
 }
 
+/* ---- places of pages ------------------------------------------------------------------------ */
+
+/* Every record pays for what it adds to an index, and a stream for the first of them. */
+#define INDEX_FLOOR ((uint64_t)64 << 20)
+#define INDEX_SHARE 4u
+
+static int note_place(qm_decoder *d, const unsigned char *bytes)
+{
+    qm_index *index = d->current->index;
+    uint64_t page = offset_of(d) / d->page_size, before = qm_index_bytes(index);
+    uint64_t at = d->position - d->need; /* the data's first byte */
+    int rc, zero = 0;
+    if (d->step == AT_FILL) {
+        zero = bytes[0] == 0;
+        rc = qm_index_fill_is(index, page, bytes[0]);
+    } else if (d->step == AT_PAGE) {
+        rc = qm_index_page_at(index, page, at);
+    } else {
+        if (qm_apply_delta(bytes, d->need, d->page, d->page_size))
+            return bad(d, QM_RECORD_DELTA);
+        rc = qm_index_changed(index, page, at, (uint16_t)d->need);
+    }
+    if (rc < 0)
+        return rc == -EMLINK ? bad(d, QM_RECORD_CHANGES) : rc;
+    d->index_bytes += qm_index_bytes(index) - before;
+    if (d->index_bytes > INDEX_FLOOR && d->index_bytes - INDEX_FLOOR > d->position * INDEX_SHARE)
+        return bad(d, QM_RECORD_SCATTERED);
+    if (zero)
+        d->zero_pages++;
+    else
+        d->data_pages++;
+    if (rc)
+        d->new_bytes += d->page_size;
+    return 0;
+}
+
 /* ---- bytes -> records ----------------------------------------------------------------------- */
 
 /* The block of the record is known: what follows? */
@@ -327,7 +365,7 @@ static int take_word(qm_decoder *d, const unsigned char *bytes)
     if (d->word == RECORD_EOS)
         return 1;
     if (d->word == RECORD_MULTIFD_FLUSH)
-        return 0;
+        return bad(d, QM_RECORD_MULTIFD);
     if (kind == RECORD_COMPRESS)
         return bad(d, QM_RECORD_COMPRESSED);
     if (kind != RECORD_ZERO && kind != RECORD_PAGE && kind != RECORD_XBZRLE)
@@ -373,13 +411,13 @@ static int take(qm_decoder *d, const unsigned char *bytes, int lasting, struct q
     case AT_DELTA_HEAD:
         return take_delta_head(d, bytes);
     case AT_FILL:
-        rc = take_fill(d, bytes[0], fault);
+        rc = d->current->index ? note_place(d, bytes) : take_fill(d, bytes[0], fault);
         break;
     case AT_PAGE:
-        rc = take_page(d, bytes, lasting, fault);
+        rc = d->current->index ? note_place(d, bytes) : take_page(d, bytes, lasting, fault);
         break;
     case AT_DELTA:
-        rc = take_delta(d, bytes, fault);
+        rc = d->current->index ? note_place(d, bytes) : take_delta(d, bytes, fault);
         break;
     }
     if (rc == 0)

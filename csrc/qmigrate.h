@@ -288,13 +288,15 @@ int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
                     const struct qm_memory *memory, const uint64_t *selection, uint64_t first,
                     uint64_t npages, struct qm_fault *fault);
 
-/* A block as a decoder knows it. `seen` gets the bit of every page that a record mentions. Records
- * of a block without `memory` are checked and dropped; it needs no `seen`. */
+/* A block as a decoder knows it. `seen` gets the bit of every page that a record mentions. Of a
+ * block with an `index`, the places of pages are noted there, and nothing else is done. Records of
+ * a block with neither are checked and dropped; it needs no `seen`. */
 struct qm_record_block {
     struct qm_name name;
     uint64_t len;
     const struct qm_memory *memory;
     uint64_t *seen;
+    struct qm_index *index;
 };
 
 /* What is wrong with a record. */
@@ -305,6 +307,9 @@ enum qm_record_fault {
     QM_RECORD_UNKNOWN,    /* a block that is not among those given: `name` */
     QM_RECORD_OUTSIDE,    /* the page lies outside its block */
     QM_RECORD_DELTA,      /* an XBZRLE body that does not fit its page or itself */
+    QM_RECORD_MULTIFD,    /* the mark of multifd, whose pages are in other streams */
+    QM_RECORD_SCATTERED,  /* an index would outgrow the stream: no guest is like that */
+    QM_RECORD_CHANGES,    /* more than QM_CHANGES_MAX changes to a page */
 };
 
 /* The last record that was refused: `at` is the position of its word (in the file, or among all
@@ -345,6 +350,86 @@ void qm_decoder_error(const qm_decoder *decoder, struct qm_record_error *out);
 /* Applies the body of an XBZRLE record to a page; -EBADMSG when it is malformed, the page then
  * being changed in part. */
 int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, size_t page_size);
+
+/* ---- pages of a snapshot as memory ---------------------------------------------------------- */
+
+/*
+ * The index of a block tells of every page where a classic stream has it: a word a page, 0 for one
+ * that no record mentions, else a kind above bit 62 and a value below:
+ *
+ *   QM_PLACE_FILL     the page is full of this byte
+ *   QM_PLACE_PAGE     file position of its page_size bytes
+ *   QM_PLACE_CHANGED  number of the last of the changes (XBZRLE) that make the page, in order,
+ *                     of what `before` tells, which is a word as well
+ *
+ * It takes memory for what is mentioned: 8 bytes a page, in pieces of 512 pages, and 24 bytes a
+ * change. Made by one thread, it may then be read by many.
+ */
+enum qm_place { QM_PLACE_FILL = 1, QM_PLACE_PAGE = 2, QM_PLACE_CHANGED = 3 };
+#define QM_CHANGES_MAX 1024 /* of one page, since it was last there as a whole */
+
+struct qm_change {
+    uint64_t before;
+    uint64_t at; /* file position of the `len` bytes of an XBZRLE record */
+    uint16_t len;
+    uint32_t depth; /* changes from here down; not taken from outside */
+};
+
+typedef struct qm_index qm_index;
+
+/* NULL when there is no memory, or for a bad page size. */
+qm_index *qm_index_create(uint64_t npages, uint32_t page_size);
+void qm_index_destroy(qm_index *index);
+/* Bytes of memory that it has taken. */
+uint64_t qm_index_bytes(const qm_index *index);
+
+/* Note what a record says of a page. 1 when the page was not mentioned before, 0 when it was;
+ * -EINVAL outside the block, -ENOMEM, -EFBIG, -EMLINK after QM_CHANGES_MAX changes. */
+int qm_index_fill_is(qm_index *index, uint64_t page, unsigned char fill);
+int qm_index_page_at(qm_index *index, uint64_t page, uint64_t at);
+int qm_index_changed(qm_index *index, uint64_t page, uint64_t at, uint16_t len);
+
+/* The first page from `page` on that is mentioned; the number of all pages where none is. */
+uint64_t qm_index_next(const qm_index *index, uint64_t page);
+/* Words of `npages` pages from `first` on, and all changes, out of the index; and into it. What is
+ * put in may come from anywhere: -EBADMSG where it points outside a file of `end` bytes, or at
+ * changes that are not there. Put in changes first. */
+int qm_index_get(const qm_index *index, uint64_t first, uint64_t npages, uint64_t *words);
+int qm_index_put(qm_index *index, uint64_t first, uint64_t npages, const uint64_t *words,
+                 uint64_t end);
+uint64_t qm_index_changes(const qm_index *index, const struct qm_change **changes);
+int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint64_t n,
+                         uint64_t end);
+/* Pages that hold something: not those unmentioned or full of zeros. */
+uint64_t qm_index_count(const qm_index *index);
+/* Where the pages from `first` on cease to be alike in that; at most `end`. */
+uint64_t qm_index_run(const qm_index *index, uint64_t first, uint64_t end, int *data);
+
+/* A block of a classic stream: the argument of qm_indexed_fill and qm_indexed_next, a qm_fill_fn
+ * (whole pages only) and a qm_next_fn. -ENODATA: the file ends; -EBADMSG: a change does not fit. */
+struct qm_indexed {
+    const qm_index *index;
+    int fd;
+};
+
+ssize_t qm_indexed_fill(void *indexed, void *buf, uint64_t off, size_t len);
+int64_t qm_indexed_next(void *indexed, uint64_t off, uint64_t end);
+
+/* The same for a block of a mapped-ram file: pages whose bit in `data` is clear are zeros, whatever
+ * the file has there. */
+struct qm_mapped {
+    const uint64_t *data;
+    uint64_t npages;
+    off_t pages_offset;
+    uint32_t page_size;
+    int fd;
+};
+
+ssize_t qm_mapped_fill(void *mapped, void *buf, uint64_t off, size_t len);
+int64_t qm_mapped_next(void *mapped, uint64_t off, uint64_t end);
+
+/* Where the bits from `first` on cease to be alike; at most `end`. */
+uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 
 /* ---- direct I/O ----------------------------------------------------------------------------- */
 

@@ -13,6 +13,7 @@ The main job: guest memory into a file that QEMU loads (its ``mapped-ram`` forma
 :func:`save` and :class:`Snapshot`; :mod:`pyqmigrate.errors` shows what can go wrong.
 """
 
+from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.devices import Devices, devices
 from pyqmigrate.errors import (
     BlockMismatch,
@@ -31,6 +32,7 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
+from pyqmigrate.export.convert import Form, convert
 from pyqmigrate.fdset import FdsetError, FdSets
 from pyqmigrate.format.cpu_state import CpuRegisters, cpu_registers
 from pyqmigrate.format.device_tree import Device
@@ -40,6 +42,7 @@ from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.migration import Guest, Migration
+from pyqmigrate.opening import open_snapshot
 from pyqmigrate.options import Capabilities, Parameters, Policy
 from pyqmigrate.save import SaveReport, Sparse, save, start_save
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
@@ -47,6 +50,8 @@ from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
 __all__ = [
     "save",
     "Snapshot",
+    "open_snapshot",
+    "convert",
     "RamBlock",
     "FileMemory",
     "ProcessMemory",
@@ -58,6 +63,8 @@ __all__ = [
     "SaveReport",
     "LoadReport",
     "SnapshotBlock",
+    "ClassicSnapshot",
+    "Form",
     "devices",
     "Devices",
     "Device",

@@ -6,7 +6,7 @@ pages, bitmaps, tail, fsync, magic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pyqmigrate import _core
@@ -99,7 +99,8 @@ def start_save(
 
 class Writer(StreamWriter):
     """A mapped-ram snapshot being written. With ``mark_zero`` (and DENSE) zero pages count as data:
-    they are written and their bits are set.
+    they are written and their bits are set. ``before`` are elements, as they are, that stand before
+    RAM's.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Writer(StreamWriter):
         target_page_bits: int | None = None,
         uuid: bytes | None = None,
         ignore_shared: bool = False,
+        before: bytes = b"",
         reuse: bool = False,
         max_bandwidth: int = 0,
     ) -> None:
@@ -126,6 +128,7 @@ class Writer(StreamWriter):
             self.head: Head = encode_head(
                 machine, self.specs, offset=stream_offset(target),
                 target_page_bits=target_page_bits, uuid=uuid, ignore_shared=ignore_shared,
+                before=before,
             )
             self.bitmaps = [Bitmap(layout.num_pages) for layout in self.head.blocks]
             for bitmap in self.bitmaps:
@@ -171,13 +174,18 @@ class Writer(StreamWriter):
         switchover_start: bool = False,
     ) -> SaveReport:
         """Write bitmaps and tail (device ``sections`` verbatim), then publish."""
-        tail = encode_tail(
+        return self.finish_with([encode_tail(
             sections=sections, description=description, switchover_start=switchover_start,
             page_size=self.head.blocks[0].page_size,
-        )
+        )])
+
+    def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
         for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
             bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
-        self.write_at(self.head.tail_offset, tail)
+        at = self.head.tail_offset
+        for piece in tail:
+            self.write_at(at, piece)
+            at += len(piece)
         return self._publish()
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:

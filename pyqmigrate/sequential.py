@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ __all__ = [
     "SequentialLoadReport",
     "SequentialReader",
     "SequentialWriter",
+    "record_error",
+    "refused",
     "start_sequential_load",
     "start_sequential_save",
 ]
@@ -108,7 +110,8 @@ class SequentialWriter(StreamWriter):
     be zero: ROMs have content from the start. Holes are neither read nor made resident.
 
     ``left_out`` are the names of blocks that are listed, and whose content the loading side finds
-    elsewhere (``x-ignore-shared``); None where the capability is off.
+    elsewhere (``x-ignore-shared``); None where the capability is off. ``before`` are elements, as
+    they are, that stand before RAM's.
     """
 
     sparse = Sparse.EXACT
@@ -122,6 +125,7 @@ class SequentialWriter(StreamWriter):
         target_page_bits: int | None = None,
         uuid: bytes | None = None,
         left_out: Collection[str] | None = None,
+        before: bytes = b"",
         reuse: bool = False,
         max_bandwidth: int = 0,
     ) -> None:
@@ -130,7 +134,7 @@ class SequentialWriter(StreamWriter):
         with self._closed_on_error():
             self._head = encode_head(
                 machine, self.specs, target_page_bits=target_page_bits, uuid=uuid,
-                ignore_shared=left_out is not None,
+                ignore_shared=left_out is not None, before=before,
             )
             self._names = [core_name(spec.name) for spec in self.specs]
             self._blocks = [_core_block(spec.length, spec.page_size) for spec in self.specs]
@@ -162,10 +166,14 @@ class SequentialWriter(StreamWriter):
         self, sections: bytes = b"", description: bytes | None = None, *,
         switchover_start: bool = False,
     ) -> SaveReport:
-        self._put(self._encoder, encode_end(
+        return self.finish_with([encode_end(
             sections=sections, description=description, switchover_start=switchover_start,
             page_size=self.specs[0].page_size,
-        ))
+        )])
+
+    def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
+        for piece in tail:
+            self._put(self._encoder, piece)
         fault = _new_fault()
         self._check(
             _core.lib.qm_encoder_flush(self.channels.core, self._encoder, fault), fault
@@ -217,7 +225,7 @@ class SequentialWriter(StreamWriter):
 
     def _check(self, rc: int, fault: Any) -> None:
         if rc:
-            raise _refused(rc, fault, "cannot write the stream", self.target.name)
+            raise refused(rc, fault, "cannot write the stream", self.target.name)
 
     def _direct_io_reason(self) -> str:
         return _BUFFERED
@@ -243,7 +251,8 @@ def _core_block(length: int, page_size: int) -> Any:
     return block
 
 
-def _refused(rc: int, fault: Any, what: str, target: str) -> PyqmigrateError:
+def refused(rc: int, fault: Any, what: str, target: str) -> PyqmigrateError:
+    """The exception for a negative return of the core that has to do with the stream's file."""
     number = -rc
     if number == errno.ECANCELED:
         return Cancelled("cancelled")
@@ -415,7 +424,7 @@ class SequentialReader:
 
     def _failure(self, rc: int, fault: Any, at: int) -> PyqmigrateError:
         if rc == -errno.EBADMSG:
-            return self._malformed()
+            return record_error(self._decoder, self.blocks, self.page_size)
         if rc == -errno.ENODATA and not fault.in_memory:
             return SnapshotTruncated(
                 "the file ends within RAM's pages: it was cut short, or the save did not finish",
@@ -423,29 +432,7 @@ class SequentialReader:
             )
         if fault.in_memory:
             return failure(rc, fault, self.source.name, self.blocks[fault.block].name)
-        return _refused(rc, fault, "cannot read the stream", self.source.name)
-
-    def _malformed(self) -> PyqmigrateError:
-        error = _core.ffi.new("struct qm_record_error *")
-        _core.lib.qm_decoder_error(self._decoder, error)
-        what, word = error.what, int(error.word)
-        if what == _core.lib.QM_RECORD_COMPRESSED:
-            return NotSupported(
-                f"a compressed page, as QEMU wrote until 9.0 (file offset {error.at:#x})"
-            )
-        block = self.blocks[error.block].name if error.block >= 0 else None
-        if what == _core.lib.QM_RECORD_UNKNOWN:
-            block = bytes(error.name[0 : error.name_len]).decode("utf-8", "surrogateescape")
-        message, field = {
-            _core.lib.QM_RECORD_FLAGS: (f"no page record has the word {word:#x}", "flags"),
-            _core.lib.QM_RECORD_NO_BLOCK: ("a page record continues no block", "name"),
-            _core.lib.QM_RECORD_UNKNOWN: ("a page record of a block that is not listed", "name"),
-            _core.lib.QM_RECORD_OUTSIDE: (
-                f"page at {word & -self.page_size:#x}, outside of its block", "offset"
-            ),
-            _core.lib.QM_RECORD_DELTA: ("the change to a page does not fit it", "xbzrle"),
-        }[what]
-        return SnapshotError(message, offset=int(error.at), block=block, field=field)
+        return refused(rc, fault, "cannot read the stream", self.source.name)
 
     def _clear_rest(self, stream: SequentialStream) -> set[str]:
         """Zero what no record mentioned; returns the blocks whose content is elsewhere."""
@@ -499,6 +486,38 @@ class SequentialReader:
         logger.info("loaded %s: %d data pages, %d zero pages, %d bytes read", self.source.name,
                     report.data_pages, report.zero_pages, report.bytes_read)
         return report
+
+
+def record_error(
+    decoder: Any, blocks: Sequence[SequentialBlock], page_size: int
+) -> PyqmigrateError:
+    """What is wrong with the record at which ``decoder`` stopped."""
+    error = _core.ffi.new("struct qm_record_error *")
+    _core.lib.qm_decoder_error(decoder, error)
+    what, word, at = error.what, int(error.word), int(error.at)
+    unable = {
+        _core.lib.QM_RECORD_COMPRESSED: "a compressed page, as QEMU wrote until 9.0",
+        _core.lib.QM_RECORD_MULTIFD:
+            "a multifd stream without mapped-ram: its pages went over other channels",
+        _core.lib.QM_RECORD_CHANGES:
+            f"more than {_core.lib.QM_CHANGES_MAX} changes to one page: too many for an index",
+    }  # fmt: skip
+    if what in unable:
+        return NotSupported(f"{unable[what]} (file offset {at:#x})")
+    block = blocks[error.block].name if error.block >= 0 else None
+    if what == _core.lib.QM_RECORD_UNKNOWN:
+        block = bytes(error.name[0 : error.name_len]).decode("utf-8", "surrogateescape")
+    message, field = {
+        _core.lib.QM_RECORD_FLAGS: (f"no page record has the word {word:#x}", "flags"),
+        _core.lib.QM_RECORD_NO_BLOCK: ("a page record continues no block", "name"),
+        _core.lib.QM_RECORD_UNKNOWN: ("a page record of a block that is not listed", "name"),
+        _core.lib.QM_RECORD_OUTSIDE: (
+            f"page at {word & -page_size:#x}, outside of its block", "offset"
+        ),
+        _core.lib.QM_RECORD_DELTA: ("the change to a page does not fit it", "xbzrle"),
+        _core.lib.QM_RECORD_SCATTERED: ("few pages at far places: no guest is like that", "offset"),
+    }[what]
+    return SnapshotError(message, offset=at, block=block, field=field)
 
 
 def _match(

@@ -7,7 +7,7 @@ import contextlib
 import enum
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +155,10 @@ class StreamWriter(abc.ABC):
         switchover_start: bool = False,
     ) -> SaveReport:
         """Write what follows the pages (device ``sections`` verbatim), then publish."""
+
+    @abc.abstractmethod
+    def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
+        """Write ``tail``, all that follows the pages up to the end of the stream, then publish."""
 
     @abc.abstractmethod
     def _needed(self) -> int:

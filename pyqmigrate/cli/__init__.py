@@ -33,7 +33,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from pyqmigrate.cli import bench, demo, devices, info, pack, serve, unpack, verify, vm
+from pyqmigrate.cli import bench, convert, demo, devices, info, pack, serve, unpack, verify, vm
 from pyqmigrate.cli.arguments import BadArguments, Parser
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.outcome import Outcome, describe_error, error_data, printable
@@ -41,7 +41,7 @@ from pyqmigrate.errors import NotSupported, SnapshotError
 
 __all__ = ["main"]
 
-_VERBS = (demo, vm, pack, unpack, info, devices, verify, bench, serve)
+_VERBS = (demo, vm, pack, unpack, info, devices, verify, convert, bench, serve)
 _EPILOG = """Exit codes: 0 done, 1 the snapshot is bad or something differs, 2 wrong usage,
 3 the system refused (space, permission, I/O), 4 the guest or QEMU failed,
 5 not supported here, 130 interrupted.

@@ -1,12 +1,19 @@
 """Show what a snapshot holds.
 
-JSON: ``snapshot``; ``machine`` (perhaps empty); ``capabilities`` (names); ``target_page_bits`` and
-``uuid`` (null where the file does not state them); ``offset`` where the stream starts and
-``end`` where it ends; ``size`` and ``allocated`` of the file in bytes; ``total_ram`` in bytes;
+``--xml`` prints the domain's XML that libvirt put before the stream, and nothing else.
+
+JSON: ``snapshot``; ``kind`` (mapped-ram or stream); ``machine`` (perhaps empty);
+``capabilities`` (names); ``target_page_bits`` and ``uuid`` (null where the file does not state
+them); ``offset`` where the stream starts and ``end`` where it ends; ``size`` and ``allocated`` of
+the file in bytes; ``total_ram`` in bytes;
 ``complete`` (false: device state may be cut off); ``opaque_tail`` (true: the device sections
 could not be told apart and are not listed); ``blocks``, a list of ``name``, ``length``,
-``page_size``, ``pages``, ``data_pages``, ``zero_pages``, ``bitmap_offset``, ``pages_offset``,
-``external`` (true: the content is in another file, and page counts are null); ``sections``, a list
+``page_size``, ``pages``, ``data_pages``, ``zero_pages``, ``bitmap_offset``, ``pages_offset`` (null
+in a classic stream), ``external`` (true: the content is in another file, and page counts are null);
+``libvirt`` (null, or ``version``, ``format``, ``was_running``, ``xml``, ``cookie``);
+``written_by``, an object of ``qemu`` (``[major, minor]`` of the oldest that can have, or null),
+``reasons``, ``libvirt``; ``run_state`` after a load (null: not told); ``loadable`` (by a QEMU with
+the same machine), ``obstacles`` to that and ``remarks``, texts; ``sections``, a list
 of ``kind`` (start, part, end, full, command), ``section_id``, ``name``, ``instance_id``,
 ``version_id``, ``offset``, ``length``, ``body_offset``, ``body_length``. Offsets are absolute in
 the file; offsets and lengths are in bytes.
@@ -20,30 +27,52 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
+from pyqmigrate.cli.arguments import Verbs, add_verb
+from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_size
+from pyqmigrate.errors import UsageError
 from pyqmigrate.format.elements import Section
-from pyqmigrate.snapshot import Snapshot, SnapshotBlock
+from pyqmigrate.format.libvirt import LibvirtHeader
+from pyqmigrate.opened import OpenedBlock
+from pyqmigrate.opening import AnySnapshot, open_snapshot
+from pyqmigrate.provenance import Provenance, provenance
+from pyqmigrate.snapshot import SnapshotBlock
 
 __all__ = ["add_parser"]
 
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "info", _run, __doc__)
-    parser.add_argument("snapshot", metavar="SNAPSHOT")
-    add_offset(parser)
+    add_snapshot(parser)
+    parser.add_argument(
+        "--xml", action="store_true", help="print the XML of libvirt's header and nothing else"
+    )
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    with Snapshot(args.snapshot, offset=args.offset) as snapshot:
-        data = {"snapshot": args.snapshot, **_data(snapshot)}
-        return Outcome(data, list(_lines(snapshot, data)))
+    if args.xml:
+        return _xml(args)
+    with opened(args, args.snapshot) as snapshot:
+        origin = provenance(snapshot)
+        data = {"snapshot": args.snapshot, **_data(snapshot, origin)}
+        return Outcome(data, list(_lines(snapshot, data, origin)))
 
 
-def _data(snapshot: Snapshot) -> dict[str, Any]:
+def _xml(args: argparse.Namespace) -> Outcome:
+    with open_snapshot(args.snapshot, offset=args.offset, page_size=args.page_size) as snapshot:
+        if snapshot.libvirt is None:
+            raise UsageError(f"{args.snapshot!r} has no header of libvirt's, and no XML")
+        xml = snapshot.libvirt.xml
+    return Outcome(
+        {"snapshot": args.snapshot, "xml": xml}, [printable(line) for line in xml.splitlines()]
+    )
+
+
+def _data(snapshot: AnySnapshot, origin: Provenance) -> dict[str, Any]:
     stream = snapshot.stream
     return {
+        "kind": str(snapshot.kind),
         "machine": stream.machine,
         "capabilities": list(stream.capabilities),
         "target_page_bits": stream.target_page_bits,
@@ -55,6 +84,14 @@ def _data(snapshot: Snapshot) -> dict[str, Any]:
         "total_ram": stream.total_ram,
         "complete": stream.complete,
         "opaque_tail": stream.opaque_tail,
+        "libvirt": _libvirt(snapshot.libvirt),
+        "written_by": {
+            "qemu": origin.qemu, "reasons": list(origin.reasons), "libvirt": origin.libvirt,
+        },
+        "run_state": origin.run_state,
+        "loadable": origin.loadable,
+        "obstacles": list(origin.obstacles),
+        "remarks": list(origin.remarks),
         "blocks": [_block(block) for block in snapshot.blocks.values()],
         "sections": [
             asdict(section) | {"kind": section.kind.name.lower()} for section in stream.sections
@@ -62,7 +99,17 @@ def _data(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _block(block: SnapshotBlock) -> dict[str, Any]:
+def _libvirt(header: LibvirtHeader | None) -> dict[str, Any] | None:
+    if header is None:
+        return None
+    return {
+        "version": header.version, "format": header.format.name.lower(),
+        "was_running": header.was_running, "xml": header.xml, "cookie": header.cookie,
+    }
+
+
+def _block(block: OpenedBlock) -> dict[str, Any]:
+    place = block if isinstance(block, SnapshotBlock) else None
     here = not block.external
     return {
         "name": block.name,
@@ -71,17 +118,34 @@ def _block(block: SnapshotBlock) -> dict[str, Any]:
         "pages": block.num_pages,
         "data_pages": block.data_pages if here else None,
         "zero_pages": block.zero_pages if here else None,
-        "bitmap_offset": block.bitmap_offset,
-        "pages_offset": block.pages_offset,
+        "bitmap_offset": place.bitmap_offset if place else None,
+        "pages_offset": place.pages_offset if place else None,
         "external": block.external,
     }
 
 
-def _lines(snapshot: Snapshot, data: dict[str, Any]) -> Iterator[str]:
+def _lines(
+    snapshot: AnySnapshot, data: dict[str, Any], origin: Provenance
+) -> Iterator[str]:
     stream = snapshot.stream
     yield f"machine   {printable(stream.machine) or '(none: loads on any)'}"
     yield f"file      {show_size(snapshot.size)}, {show_size(snapshot.allocated)} allocated"
-    yield f"stream    {snapshot.offset:#x} to {stream.end:#x}"
+    yield f"stream    {snapshot.offset:#x} to {stream.end:#x}, {snapshot.kind}"
+    if stream.capabilities:
+        yield f"requires  {', '.join(printable(name) for name in stream.capabilities)}"
+    if stream.uuid is not None:
+        yield f"uuid      {stream.uuid.hex()}"
+    if snapshot.libvirt is not None:
+        was = "running" if snapshot.libvirt.was_running else "paused"
+        yield f"libvirt   {snapshot.libvirt.format.name.lower()} image, the guest was {was}"
+    if origin.qemu is not None:
+        major, minor = origin.qemu
+        why = ", ".join(printable(reason) for reason in origin.reasons)
+        yield f"written   by QEMU {major}.{minor} or later, or for it ({why})"
+    if origin.run_state is not None:
+        yield f"guest     {printable(origin.run_state)}"
+    yield f"QEMU      {'would load it' if origin.loadable else 'would not load it'}"
+    yield from (f"          {printable(text)}" for text in (*origin.obstacles, *origin.remarks))
     yield f"RAM       {show_size(stream.total_ram)}"
     if not stream.complete:
         yield "complete  RAM yes; the end of the device state was not seen"
@@ -95,7 +159,7 @@ def _lines(snapshot: Snapshot, data: dict[str, Any]) -> Iterator[str]:
         [
             (b["name"], show_size(b["length"]), show_size(b["page_size"]),
              *(("-", "-", "in another file") if b["external"] else
-               (b["data_pages"], b["zero_pages"], f"{b['pages_offset']:#x}")))
+               (b["data_pages"], b["zero_pages"], _place(b["pages_offset"]))))
             for b in data["blocks"]
         ],
     )  # fmt: skip
@@ -104,6 +168,10 @@ def _lines(snapshot: Snapshot, data: dict[str, Any]) -> Iterator[str]:
         ("section", "kind", "instance", "version", "offset", "length"),
         list(_section_rows(stream.sections)), left=2,
     )
+
+
+def _place(pages_offset: int | None) -> str:
+    return "in records" if pages_offset is None else f"{pages_offset:#x}"
 
 
 def _section_rows(sections: Iterable[Section]) -> Iterator[tuple[object, ...]]:

@@ -1,4 +1,4 @@
-"""Unpack a snapshot into sparse raw files.
+"""Unpack a snapshot of any kind into sparse raw files.
 
 Every RAM block becomes ``NAME.raw`` in DIR, which is made if it is not there; bytes of its name
 outside ``[A-Za-z0-9._-]``, and a leading dot, are written as ``%XX``. ``blocks.json`` lists them.
@@ -13,29 +13,28 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
+from pyqmigrate.cli.arguments import Verbs, add_verb
+from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_size
 from pyqmigrate.export.raw import unpack
-from pyqmigrate.snapshot import Snapshot
 
 __all__ = ["add_parser"]
 
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "unpack", _run, __doc__)
-    parser.add_argument("snapshot", metavar="SNAPSHOT")
+    add_snapshot(parser)
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument(
         "--block", metavar="NAME", action="append",
         help="only this block; may be repeated (default: all)",
     )
-    add_offset(parser)
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    with Snapshot(args.snapshot, offset=args.offset) as snapshot, shown("unpack") as show:
+    with opened(args, args.snapshot) as snapshot, shown("unpack") as show:
         report = unpack(snapshot, args.directory, blocks=args.block, progress=show)
     rows = [
         (block.name, block.file or "(not in this file)", show_size(block.length),

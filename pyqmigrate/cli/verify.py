@@ -1,8 +1,8 @@
 """Verify that a snapshot is whole and well-formed.
 
 Checked are its structure, every length and offset against each other and the file's size, every
-bitmap, and that the end of the stream is there. The format has no checksums: flipped bits in
-pages cannot be seen.
+bitmap or page record, and that the end of the stream is there. The format has no checksums:
+flipped bits in pages cannot be seen.
 
 JSON: ``snapshot``; ``valid``, true; ``blocks``, ``data_pages``, ``zero_pages`` (numbers). A
 snapshot that is bad is an error, with exit code 1.
@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import argparse
 
-from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
+from pyqmigrate.cli.arguments import Verbs, add_verb
+from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable
-from pyqmigrate.snapshot import Snapshot
 
 __all__ = ["add_parser"]
 
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "verify", _run, __doc__)
-    parser.add_argument("snapshot", metavar="SNAPSHOT")
-    add_offset(parser)
+    add_snapshot(parser)
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    with Snapshot(args.snapshot, offset=args.offset) as snapshot:
+    with opened(args, args.snapshot) as snapshot:
         snapshot.verify()
         blocks = [block for block in snapshot.blocks.values() if not block.external]
         data = sum(block.data_pages for block in blocks)

@@ -1,4 +1,4 @@
-"""Snapshot -> raw files: the memory of each RAM block in a sparse file of its own.
+"""Snapshot of any kind -> raw files: the memory of each RAM block in a sparse file of its own.
 
     with Snapshot("/snap/guest.mapped") as snapshot:
         report = unpack(snapshot, "/analysis")
@@ -29,7 +29,8 @@ from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.target import DirectIO
 from pyqmigrate.load import Clear
 from pyqmigrate.log import logger
-from pyqmigrate.snapshot import Snapshot, SnapshotBlock
+from pyqmigrate.opened import OpenedBlock
+from pyqmigrate.opening import AnySnapshot
 
 __all__ = ["INDEX", "RawBlock", "RawReport", "raw_name", "unpack"]
 
@@ -81,7 +82,7 @@ def raw_name(block: str) -> str:
 
 
 def unpack(
-    snapshot: Snapshot,
+    snapshot: AnySnapshot,
     directory: str | os.PathLike[str],
     *,
     blocks: Sequence[str] | None = None,
@@ -127,7 +128,7 @@ def unpack(
     return report
 
 
-def _choose(snapshot: Snapshot, names: Sequence[str] | None) -> list[SnapshotBlock]:
+def _choose(snapshot: AnySnapshot, names: Sequence[str] | None) -> list[OpenedBlock]:
     if names is None:
         return list(snapshot.blocks.values())
     for name in names:
@@ -159,7 +160,7 @@ def _remove_empty(path: str) -> None:
         os.rmdir(path)  # noqa: PTH106
 
 
-def _check_space(dir_fd: int, path: str, wanted: list[SnapshotBlock]) -> None:
+def _check_space(dir_fd: int, path: str, wanted: list[OpenedBlock]) -> None:
     need = sum(block.data_pages * block.page_size for block in wanted)
     free = _free_bytes(dir_fd)
     if need > free:
@@ -176,7 +177,7 @@ def _free_bytes(fd: int) -> int:
 
 
 def _load(
-    snapshot: Snapshot, files: dict[str, _NewFile], path: str, channels: int,
+    snapshot: AnySnapshot, files: dict[str, _NewFile], path: str, channels: int,
     direct_io: DirectIO | str, progress: Callable[[Progress], object] | None,
 ) -> None:
     if not files:
@@ -194,7 +195,7 @@ def _load(
         raise TargetError(number, "cannot write raw files", path) from error
 
 
-def _describe(block: SnapshotBlock) -> RawBlock:
+def _describe(block: OpenedBlock) -> RawBlock:
     here = not block.external
     return RawBlock(
         name=block.name,

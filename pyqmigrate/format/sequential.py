@@ -89,7 +89,7 @@ class SequentialStream:
 
 def encode_head(
     machine: str, specs: Sequence[BlockSpec], *, target_page_bits: int | None = None,
-    uuid: bytes | None = None, ignore_shared: bool = False,
+    uuid: bytes | None = None, ignore_shared: bool = False, before: bytes = b"",
 ) -> bytes:
     """The start of a stream with these blocks, up to the end of RAM's START.
 
@@ -98,7 +98,7 @@ def encode_head(
     capabilities = (IGNORE_SHARED,) if ignore_shared else ()
     settings = Configuration(machine, capabilities, target_page_bits, uuid)
     address = _U64.pack(0) if ignore_shared else b""
-    parts = [encode_front(settings, specs)]
+    parts = [encode_front(settings, specs, before)]
     for spec in specs:
         name = spec.name.encode("utf-8", "surrogateescape")
         parts.append(bytes([len(name)]) + name + _U64.pack(spec.length) + address)

@@ -59,6 +59,7 @@ __all__ = [
     "encode_front",
     "encode_head",
     "encode_part_header",
+    "encode_ram_end",
     "encode_tail",
     "parse",
 ]
@@ -96,6 +97,7 @@ def encode_head(
     target_page_bits: int | None = None,
     uuid: bytes | None = None,
     ignore_shared: bool = False,
+    before: bytes = b"",
 ) -> Head:
     """Lay out ``specs`` in this order, in a stream that starts at absolute ``offset`` bytes.
 
@@ -103,7 +105,8 @@ def encode_head(
     ``target_page_bits`` for the targets that expect it: ARM machines with 4 KiB pages want 12,
     x86 refuses it (format document, 1.2 and 7). ``uuid``, 16 bytes, is that of the guest, for a
     loading QEMU that validates it. ``ignore_shared`` says that the writer had x-ignore-shared on;
-    a reader must have it on as well, then.
+    a reader must have it on as well, then. ``before`` are elements, as they are, that stand before
+    RAM's.
 
     Raises :class:`UsageError` when names repeat, page sizes differ or do not match
     ``target_page_bits``, or something does not fit its field.
@@ -114,7 +117,7 @@ def encode_head(
     settings = configuration.Configuration(
         machine, (*capabilities, configuration.MAPPED_RAM), target_page_bits, uuid
     )
-    data = encode_front(settings, specs)
+    data = encode_front(settings, specs, before)
     pieces, blocks = [], []
     at = offset
     for spec in specs:
@@ -150,8 +153,12 @@ def encode_tail(
     )
 
 
-def encode_front(settings: configuration.Configuration, specs: Sequence[BlockSpec]) -> bytes:
+def encode_front(
+    settings: configuration.Configuration, specs: Sequence[BlockSpec], before: bytes = b""
+) -> bytes:
     """The start of a stream of either kind, up to the first block's entry.
+
+    ``before`` are elements, as they are, that stand before RAM's.
 
     Raises :class:`UsageError` when the blocks do not fit together.
     """
@@ -160,6 +167,7 @@ def encode_front(settings: configuration.Configuration, specs: Sequence[BlockSpe
         (
             PREAMBLE.pack(MAGIC, VERSION, TYPE_CONFIGURATION),
             configuration.encode(settings),
+            before,
             SECTION_ID.pack(SectionKind.START.value, _RAM_ID),
             bytes([len(RAM_NAME)]) + RAM_NAME.encode(),
             INSTANCE.pack(RAM_INSTANCE, RAM_VERSION),
@@ -194,6 +202,11 @@ def encode_part_header() -> bytes:
     return SECTION_ID.pack(SectionKind.PART.value, _RAM_ID)
 
 
+def encode_ram_end() -> bytes:
+    """The END of RAM, without pages."""
+    return SECTION_ID.pack(SectionKind.END.value, _RAM_ID) + RAM_EOS
+
+
 def encode_end(
     *, sections: bytes, description: bytes | None, switchover_start: bool, page_size: int
 ) -> bytes:
@@ -204,7 +217,7 @@ def encode_end(
         COMMAND.pack(SectionKind.COMMAND.value, COMMAND_SWITCHOVER_START, 0)
         if switchover_start
         else b"",
-        SECTION_ID.pack(SectionKind.END.value, _RAM_ID) + RAM_EOS,
+        encode_ram_end(),
         sections,
         bytes([TYPE_EOF]),
     ]

@@ -189,6 +189,8 @@ class Walk(abc.ABC):
         section_id = cursor.u32(what)
         if kind in (SectionKind.START, SectionKind.FULL):
             name = cursor.text(what)
+            if not name:
+                raise SnapshotError(f"{what} without a name", offset=at, field="name")
             instance, version = INSTANCE.unpack(cursor.take(INSTANCE.size, what))
             if kind is SectionKind.START and section_id in self._live:
                 raise SnapshotError(f"section id {section_id} is started twice", offset=at)

@@ -26,7 +26,15 @@ from pyqmigrate.io.process import ProcessMemory, ProcessSource
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Attached", "FileMemory", "Memory", "ProcessMemory", "RamBlock", "attach"]
+__all__ = [
+    "Attached",
+    "FileMemory",
+    "Memory",
+    "ProcessMemory",
+    "RamBlock",
+    "StoredMemory",
+    "attach",
+]
 
 # Where a file system hands out pieces larger than this (hugetlbfs), reading a hole through a
 # mapping would allocate a huge page, and SEEK_DATA calls every hole data.
@@ -46,7 +54,27 @@ class FileMemory:
     length: int | None = None
 
 
-Memory: TypeAlias = Union["Buffer", FileMemory, ProcessMemory]
+@dataclass(frozen=True)
+class StoredMemory:
+    """Guest memory that a file has in a form of its own, for saves: a block of a snapshot.
+
+    ``fill`` and ``next`` are the core's functions that read it (``qm_fill_fn``, whole pages only,
+    and ``qm_next_fn``), ``argument`` is what they get, ``kept`` what that points into; ``identity``
+    is the file's device and inode.
+    ``length`` and ``extent_bytes``, an upper bound of what holds data, are bytes. It is good as
+    long as the snapshot is open.
+    """
+
+    length: int
+    extent_bytes: int
+    identity: tuple[int, int]
+    fill: Any
+    next: Any
+    argument: Any
+    kept: Any = None
+
+
+Memory: TypeAlias = Union["Buffer", FileMemory, ProcessMemory, StoredMemory]
 
 
 @dataclass(frozen=True)
@@ -74,6 +102,7 @@ class Attached:
         self._mapping: mmap.mmap | None = None
         self._buffer: Any = None
         self._process: ProcessSource | None = None
+        self._stored: StoredMemory | None = None
         self._fd = -1
         self.identity: tuple[int, int] | None = None
         self.core = _core.ffi.new("struct qm_memory *")
@@ -83,6 +112,8 @@ class Attached:
                 self._attach_file(memory, writable)
             elif isinstance(memory, ProcessMemory):
                 self._attach_process(memory, writable)
+            elif isinstance(memory, StoredMemory):
+                self._attach_stored(memory, writable)
             else:
                 self._attach_buffer(memory, writable)
         except BaseException:
@@ -139,6 +170,15 @@ class Attached:
         self.core.fill_arg = self._process.core
         if self._process.skips:
             self.core.next = _core.ffi.addressof(_core.lib, "qm_process_next")
+
+    def _attach_stored(self, memory: StoredMemory, writable: bool) -> None:
+        if writable:
+            raise UsageError(f"memory of block {self.name!r} is a snapshot's, and can only be read")
+        self._stored = memory  # the core has nothing but pointers into it
+        self.length, self.extent_bytes = memory.length, memory.extent_bytes
+        self.identity = memory.identity
+        self.core.fill, self.core.next = memory.fill, memory.next
+        self.core.fill_arg = memory.argument
 
     def _open_own(self, fd: int, writable: bool) -> None:
         # SEEK_DATA moves the position of the description, which is the caller's: take our own.

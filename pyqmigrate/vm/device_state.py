@@ -36,7 +36,7 @@ from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.format.sequential import SequentialStream
 from pyqmigrate.io.channels import Job, check_channels
-from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock
+from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, StoredMemory
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
 from pyqmigrate.options import choice
 from pyqmigrate.save import SaveReport, Sparse, Writer
@@ -288,7 +288,7 @@ def _ram_blocks(state: DeviceState, memories: Mapping[str, Memory]) -> list[RamB
 
 
 def _length(name: str, memory: Memory) -> int | None:
-    if isinstance(memory, FileMemory | ProcessMemory):
+    if isinstance(memory, FileMemory | ProcessMemory | StoredMemory):
         return memory.length
     try:
         with memoryview(memory) as view:

@@ -134,11 +134,6 @@ def test_current_block_lasts_over_the_end_of_a_section() -> None:
     assert content[8192:].all()
 
 
-def test_flush_marks_are_stepped_over() -> None:
-    decoder, _ = decoder_of()
-    assert decoder.feed(word(0, records.FLUSH) + END_MARK) == (1, 16)
-
-
 def test_mapping_whose_file_shrank_is_not_touched() -> None:
     """A store through the mapping would be a SIGBUS; a write past the end makes the file longer."""
     with memfd(8192) as fd, mmap.mmap(fd, 8192) as mapping:
@@ -182,6 +177,7 @@ REFUSED = {
     "unknown flag": (word(0, PAGE | 0x400), lib.QM_RECORD_FLAGS),
     "end mark with an offset": (word(4096, EOS), lib.QM_RECORD_FLAGS),
     "end mark that continues": (word(0, EOS | CONTINUE), lib.QM_RECORD_FLAGS),
+    "flush mark of multifd": (word(0, records.FLUSH), lib.QM_RECORD_MULTIFD),
     "flush with a page": (word(0, PAGE | records.FLUSH), lib.QM_RECORD_FLAGS),
     "continues nothing": (word(0, PAGE | CONTINUE), lib.QM_RECORD_NO_BLOCK),
     "unknown block": (word(0, ZERO) + str8(b"A"), lib.QM_RECORD_UNKNOWN),

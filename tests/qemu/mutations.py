@@ -1,8 +1,9 @@
 """Damages a snapshot in seeded ways and sees what the package makes of it.
 
-Each mutation is opened, verified and loaded in a child of its own, with a time limit and a
-bounded address space; a child that is killed, hangs, or meets an exception that is not one of
-the package's is a finding. To look into one by hand::
+Each mutation is opened, verified, loaded and converted in a child of its own, with a time limit and
+a bounded address space; a child that is killed, hangs, takes more than a second of the processor or
+more than 256 MiB, or meets an exception that is not one of the package's is a finding. To look
+into one by hand::
 
     python -m tests.qemu.mutations FILE --first SEED --count 1 --show
 
@@ -28,13 +29,21 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyqmigrate import NotSupported, Snapshot, SnapshotError, UsageError
+from pyqmigrate import Descriptors, NotSupported, Snapshot, SnapshotError, UsageError
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.export.convert import convert
+from pyqmigrate.format.elements import SectionKind
+from pyqmigrate.opened import Kind
+from pyqmigrate.opening import AnySnapshot, open_snapshot
 
 __all__ = ["Outcome", "run"]
 
 TIME_LIMIT = 20.0  # seconds for one mutation; one takes milliseconds
 ADDRESS_SPACE = 2 << 30
+CPU_LIMIT = 1.0  # seconds of the processor
+MEMORY_LIMIT = 256 << 10  # KiB over what the child had from the start
 LOADABLE = 256 << 20  # blocks longer than this are read at their ends only
+CONVERTIBLE = 64 << 20
 ALLOWED = (SnapshotError, NotSupported, UsageError)
 ACCEPTED, REFUSED, BROKEN = 0, 1, 2
 VERDICTS = {ACCEPTED: "accepted", REFUSED: "refused", BROKEN: "broken"}
@@ -42,7 +51,8 @@ VERDICTS = {ACCEPTED: "accepted", REFUSED: "refused", BROKEN: "broken"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one mutation; ``verdict`` is accepted, refused, broken, killed or hung."""
+    """What became of one mutation; ``verdict`` is accepted, refused, broken, killed,
+    hung, slow or large."""
 
     seed: int
     mutation: str
@@ -69,6 +79,9 @@ class Anatomy:
 
 
 def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
+    with open_snapshot(file, offset=offset or None) as opened:
+        if isinstance(opened, ClassicSnapshot):
+            return _dissect_classic(data, opened)
     with Snapshot(file, offset=offset) as snapshot:
         blocks = sorted((b.pages_offset, b.length, name) for name, b in snapshot.blocks.items())
     fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
@@ -87,6 +100,39 @@ def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
     fields += [(end, 8), (end + 8, 1), (end + 9, 4), (end + 13, 1), (end + 14, 4), (end + 18, 8)]
     metadata.append((end, len(data)))
     return Anatomy(fields, metadata, numbers)
+
+
+def _dissect_classic(data: bytes, snapshot: ClassicSnapshot) -> Anatomy:
+    """Besides the head and the tail, some of the records stand for all of them."""
+    offset, stream = snapshot.offset, snapshot.stream
+    fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
+    numbers = [len(data), stream.total_ram]
+    for block in stream.blocks:
+        name = 1 + len(block.name.encode())
+        fields += [(block.entry_offset, 1), (block.entry_offset + name, 8)]
+        numbers += [block.length, block.entry_offset]
+    metadata = []
+    ram = [s for s in stream.sections if s.name == "ram"]
+    for section in ram:
+        fields += [(section.offset, 1), (section.offset + 1, 4), (section.body_offset, 8)]
+        numbers.append(section.offset)
+        # The first records of a section stand close together: zero pages.
+        metadata.append((section.offset, min(section.offset + 4096, len(data))))
+    for _, index in snapshot.blocks.items():
+        for first, _, held in index.runs():
+            if held and len(fields) < 400:
+                word = data.find(snapshot_word(first, index.page_size), ram[0].offset)
+                fields += [(word, 8)] if word > 0 else []
+    for section in stream.sections:
+        if section.kind is SectionKind.FULL:
+            fields += [(section.offset, 1), (section.offset + 1, 4), (section.offset + 5, 1)]
+    metadata += [(0, ram[0].offset + ram[0].length), (ram[-1].offset, len(data))]
+    return Anatomy(fields, metadata, numbers)
+
+
+def snapshot_word(page: int, page_size: int) -> bytes:
+    """The word of a record that continues in a block and has a whole page."""
+    return (page * page_size | 0x28).to_bytes(8, "big")
 
 
 def mutate(data: bytearray, anatomy: Anatomy, rng: random.Random) -> str:
@@ -148,9 +194,9 @@ def _position(data: bytearray, anatomy: Anatomy, rng: random.Random) -> int:
 
 
 def examine(file: Path, offset: int) -> tuple[int, str]:
-    """Opens, verifies and loads a file; says what came of it."""
+    """Opens, verifies, loads and converts a file; says what came of it."""
     try:
-        snapshot = Snapshot(file, offset=offset)
+        snapshot = open_snapshot(file, offset=offset)
     except ALLOWED as error:
         return REFUSED, f"open: {error}"
     with snapshot:
@@ -164,10 +210,17 @@ def examine(file: Path, offset: int) -> tuple[int, str]:
         except ALLOWED as error:
             if flaw is None:
                 return BROKEN, f"verify found nothing, but load: {error}"
+        try:
+            _convert(snapshot, file)
+        except NotSupported:
+            pass
+        except ALLOWED as error:
+            if flaw is None:
+                return BROKEN, f"verify found nothing, but convert: {error}"
     return (REFUSED, flaw) if flaw else (ACCEPTED, "")
 
 
-def _load(snapshot: Snapshot) -> None:
+def _load(snapshot: AnySnapshot) -> None:
     blocks = snapshot.blocks.values()
     if sum(block.length for block in blocks) <= LOADABLE:
         buffers = {block.name: bytearray(block.length) for block in blocks}
@@ -176,6 +229,19 @@ def _load(snapshot: Snapshot) -> None:
     for block in blocks:
         block.read(0, 1)
         block.read(block.length - block.page_size, block.page_size)
+
+
+def _convert(snapshot: AnySnapshot, file: Path) -> None:
+    if sum(block.length for block in snapshot.blocks.values()) > CONVERTIBLE:
+        return
+    other = "stream" if snapshot.kind is Kind.MAPPED_RAM else "mapped-ram"
+    target = os.memfd_create("converted")
+    try:
+        convert(snapshot, Descriptors(target), to=other)
+        with open_snapshot(Descriptors(target)) as converted:
+            converted.verify()
+    finally:
+        os.close(target)
 
 
 def _examine_in_child(file: Path, offset: int) -> tuple[str, str]:
@@ -206,12 +272,18 @@ def _examine_in_child(file: Path, offset: int) -> tuple[str, str]:
     hung = time.monotonic() >= deadline
     if hung:
         os.kill(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status, used = os.wait4(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
     text = detail.decode(errors="replace")
     if hung:
         return "hung", text
     if code < 0:
         return "killed", f"{signal.Signals(-code).name} {text}"
+    seconds = used.ru_utime + used.ru_stime
+    if seconds > CPU_LIMIT:
+        return "slow", f"{seconds:.2f} s of the processor {text}"
+    if used.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MEMORY_LIMIT:
+        return "large", f"{used.ru_maxrss >> 10} MiB {text}"
     return VERDICTS.get(code, "broken"), text
 
 

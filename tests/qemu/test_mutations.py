@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 
 from bench.contents import Contents, fill
 from tests.qemu import mutations
+from tests.qemu.classic import ClassicQemu
 from tests.qemu.guest import build
 from tests.qemu.machine import GuestRam, Mode, Qemu
 
@@ -49,7 +51,28 @@ def running(path: Path) -> Base:
     return Base(path)
 
 
-@pytest.fixture(scope="module", params=[paused, at_an_offset, running], ids=lambda f: f.__name__)
+def classic(path: Path) -> Base:
+    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+        fill(memoryview(ram.memory), Contents.SPECKLED)
+        vm.save(path)
+    return Base(path)
+
+
+def classic_with_changes(path: Path) -> Base:
+    length = 2 * RAM  # less is saved before it can be made to change
+    image, serial = build(path.parent, length), path.with_name("serial")
+    with GuestRam(length) as ram, ClassicQemu(ram, run=True, bios=image, serial=serial) as vm:
+        while not (serial.exists() and serial.stat().st_size >= 2):
+            time.sleep(0.01)
+        vm.xbzrle = True
+        vm.save_in_rounds(path, 3)
+    return Base(path)
+
+
+BASES = [paused, at_an_offset, running, classic, classic_with_changes]
+
+
+@pytest.fixture(scope="module", params=BASES, ids=lambda f: f.__name__)
 def base(request: pytest.FixtureRequest, module_disk: Path) -> Iterator[Base]:
     make: Callable[[Path], Base] = request.param
     path = module_disk / f"{make.__name__}.mapped"

@@ -1,0 +1,41 @@
+"""A snapshot of any kind, opened for a verb as its arguments say."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.cli.arguments import Parser, add_offset
+from pyqmigrate.cli.progress import shown
+from pyqmigrate.cli.sizes import read_size
+from pyqmigrate.opening import AnySnapshot, open_snapshot
+
+__all__ = ["add_snapshot", "opened"]
+
+
+def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
+    """SNAPSHOT, and what may be said about it."""
+    parser.add_argument(name, metavar=name.upper())
+    add_offset(parser)
+    parser.add_argument(
+        "--page-size", type=read_size, metavar="SIZE", default=None,
+        help="of a classic stream that does not tell it (default: 4096)",
+    )
+    parser.add_argument(
+        "--index", metavar="FILE", default=None,
+        help="where the index of a classic stream is kept, to save the pass that makes it",
+    )
+
+
+@contextlib.contextmanager
+def opened(args: argparse.Namespace, path: str) -> Iterator[AnySnapshot]:
+    """The snapshot; a classic stream is read through."""
+    with open_snapshot(
+        path, offset=args.offset, page_size=args.page_size, index=args.index
+    ) as snapshot:
+        if isinstance(snapshot, ClassicSnapshot):
+            with shown("read through") as show:
+                snapshot.read_through(show)
+        yield snapshot

@@ -1,0 +1,262 @@
+"""A snapshot in another form: classic stream, mapped-ram file, raw files.
+
+    convert("/old/guest.classic", "/snap/guest.mapped", to="mapped-ram")
+
+The pages of the two stream forms go through the same writers as a save's, straight from the source:
+a mapped-ram file is written by all channels with direct I/O, and zero pages become holes. A classic
+source takes its one pass for the index first (:mod:`pyqmigrate.classic`). Everything that is not
+RAM (device sections, what stands between RAM's parts, the description) is carried over byte for
+byte, and so are machine type, page bits and uuid; QEMU loads the result as it would the source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from pyqmigrate import _core
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.errors import (
+    BlockMismatch,
+    GuestMemoryError,
+    NotSupported,
+    SnapshotError,
+    UsageError,
+)
+from pyqmigrate.export.raw import RawReport, unpack
+from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind
+from pyqmigrate.format.stream import RAM_EOS, encode_part_header, encode_ram_end
+from pyqmigrate.format.walk import PARTS_LISTED
+from pyqmigrate.io.channels import Job, Progress, check_channels
+from pyqmigrate.io.memory import Attached, Memory, RamBlock, StoredMemory
+from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
+from pyqmigrate.opened import OpenedBlock, refused_read
+from pyqmigrate.opening import AnySnapshot, open_snapshot
+from pyqmigrate.options import choice
+from pyqmigrate.save import SaveReport, Sparse, Writer
+from pyqmigrate.sequential import SequentialWriter
+from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.writer import StreamWriter
+
+__all__ = ["Form", "convert", "start_stream_conversion"]
+
+_PIECE = 1 << 20
+_RAM_ID = 1  # in what the writers write
+
+
+class Form(enum.StrEnum):
+    """What a snapshot becomes: a mapped-ram file, a classic stream, a directory of raw files."""
+
+    MAPPED_RAM = "mapped-ram"
+    STREAM = "stream"
+    RAW = "raw"
+
+
+def convert(
+    source: AnySnapshot | Target,
+    target: Target,
+    *,
+    to: Form | str,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    sparse: Sparse | str = Sparse.AUTO,
+    memories: Mapping[str, Memory] | None = None,
+    progress: Callable[[Progress], object] | None = None,
+) -> SaveReport | RawReport:
+    """Write the snapshot in another form, and wait until that is durable.
+
+    source: an opened snapshot, which stays open, or what ``open_snapshot`` takes.
+    target: as for a save; for raw files a directory.
+    memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
+        A classic stream leaves out those that are not given.
+    channels, direct_io, sparse, progress: as in :func:`pyqmigrate.save.save`; a classic stream is
+        written by one channel through the page cache.
+
+    Raises SnapshotError for a source that is damaged or whose end is missing, NotSupported where
+    its form cannot be carried over, BlockMismatch and UsageError for bad arguments, TargetError,
+    Cancelled. The target then is what it was, unless it was to be written in place.
+    """
+    form = choice(Form, to, "to")
+    with contextlib.ExitStack() as stack:
+        opened: AnySnapshot
+        if isinstance(source, Snapshot | ClassicSnapshot):
+            opened = source
+        else:
+            opened = open_snapshot(source)
+            stack.callback(opened.close)
+        if isinstance(opened, ClassicSnapshot):
+            opened.read_through(progress)
+        if form is Form.RAW:
+            if isinstance(target, Descriptors):
+                raise UsageError("raw files go to a directory, not to descriptors")
+            return unpack(
+                opened, target, channels=channels, direct_io=direct_io, progress=progress
+            )
+        return start_stream_conversion(
+            opened, target, to=form, channels=channels, direct_io=direct_io, sparse=sparse,
+            memories=memories,
+        ).wait(progress)
+
+
+def start_stream_conversion(
+    source: AnySnapshot,
+    target: Target,
+    *,
+    to: Form,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    sparse: Sparse | str = Sparse.AUTO,
+    memories: Mapping[str, Memory] | None = None,
+) -> Job[SaveReport]:
+    """Begin to write a mapped-ram file or a classic stream; returns at once.
+
+    Arguments and errors as in :func:`convert`. ``source`` stays open until the job has ended.
+    """
+    carried = _carried(source)
+    blocks, left_out = _blocks(source, memories or {})
+    writer: StreamWriter
+    stream = source.stream
+    if to is Form.STREAM:
+        check_channels(channels)
+        writer = SequentialWriter(
+            target, blocks, machine=stream.machine, target_page_bits=stream.target_page_bits,
+            uuid=stream.uuid, left_out=left_out or None, before=carried.before,
+        )
+    elif left_out:
+        raise NotSupported(
+            f"the content of block {left_out[0]!r} is not in this snapshot, and a mapped-ram file"
+            " has to have it: give its memory"
+        )
+    else:
+        writer = Writer(
+            target, blocks, direct_io=choice(DirectIO, direct_io, "direct_io"),
+            sparse=choice(Sparse, sparse, "sparse"), channels=check_channels(channels),
+            machine=stream.machine, target_page_bits=stream.target_page_bits, uuid=stream.uuid,
+            before=carried.before,
+        )
+    try:
+        return Job(writer.channels, writer.total, lambda: _write(writer, source, carried, to))
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _write(
+    writer: StreamWriter, source: AnySnapshot, carried: _Carried, to: Form
+) -> SaveReport:
+    with contextlib.closing(writer):
+        writer.begin()
+        try:
+            writer.write_pages()
+        except GuestMemoryError as error:
+            # This memory is a file of ours.
+            raise refused_read(
+                error.errno or errno.EIO, source.source, error.block or ""
+            ) from error
+        return writer.finish_with(carried.tail(source.source, to))
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """What a stream has beside RAM: ``before`` it, ``middle`` before its END, ``after`` that, as
+    ranges of the file up to the end of the stream."""
+
+    before: bytes
+    middle: tuple[tuple[int, int], ...]
+    after: tuple[int, int]
+
+    def tail(self, source: InputTarget, to: Form) -> Iterator[bytes]:
+        """What follows the pages, in pieces. A mapped-ram file has RAM's list and PART to end."""
+        if to is Form.MAPPED_RAM:
+            yield RAM_EOS + encode_part_header() + RAM_EOS
+        for start, end in self.middle:
+            yield from _read(source, start, end)
+        yield encode_ram_end()
+        yield from _read(source, *self.after)
+
+
+def _read(source: InputTarget, start: int, end: int) -> Iterator[bytes]:
+    while start < end:
+        data = source.read_at(start, min(_PIECE, end - start))
+        if not data:
+            raise SnapshotError("the file became shorter while it was read", offset=start)
+        yield data
+        start += len(data)
+
+
+def _carried(source: AnySnapshot) -> _Carried:
+    stream = source.stream
+    if not stream.complete:
+        raise SnapshotError(
+            "the end of the stream is missing: device state is cut off", offset=stream.end
+        )
+    ours = [s for s in stream.sections if _is_ram(s)]
+    others = [s for s in stream.sections if not _is_ram(s)]
+    if len(stream.sections) > PARTS_LISTED and any(s.kind is SectionKind.PART for s in others):
+        raise NotSupported("so many sections of live devices cannot be carried over")
+    start, end = ours[0], ours[-1]
+    if start.section_id != _RAM_ID and any(s.section_id == _RAM_ID for s in others):
+        raise NotSupported(f"another section than RAM's has the id {_RAM_ID}")
+    before = [s for s in others if s.offset < start.offset]
+    if sum(s.length for s in before) > _PIECE:
+        raise NotSupported("more than 1 MiB of sections stand before RAM")
+    return _Carried(
+        before=b"".join(
+            b"".join(_read(source.source, s.offset, s.offset + s.length)) for s in before
+        ),
+        middle=tuple(
+            (s.offset, s.offset + s.length) for s in others
+            if start.offset < s.offset < end.offset
+        ),
+        after=(end.offset + end.length, stream.end),
+    )
+
+
+def _is_ram(section: Section) -> bool:
+    live = (SectionKind.START, SectionKind.PART, SectionKind.END)
+    return section.kind in live and section.name == RAM_NAME
+
+
+def _blocks(
+    source: AnySnapshot, memories: Mapping[str, Memory]
+) -> tuple[list[RamBlock], list[str]]:
+    """The blocks with their memories, and the names of those that have none."""
+    opened: Mapping[str, OpenedBlock] = source.blocks
+    for name in memories:
+        if name not in opened:
+            raise BlockMismatch(f"the snapshot has no block {name!r}; it has {[*opened]}")
+    blocks, left_out = [], []
+    for name, block in opened.items():
+        memory = memories.get(name)
+        if memory is not None:
+            with contextlib.closing(Attached(name, memory, writable=False)) as attached:
+                if attached.length != block.length:
+                    raise BlockMismatch(
+                        f"memory of block {name!r} has {attached.length} bytes, "
+                        f"the snapshot {block.length}"
+                    )
+        elif block.external:
+            left_out.append(name)
+            memory = _nothing(block)
+        else:
+            memory = block.memory()
+        blocks.append(RamBlock(name, memory, block.page_size))
+    if not blocks:
+        raise NotSupported("the snapshot has no RAM blocks")
+    return blocks, left_out
+
+
+def _nothing(block: OpenedBlock) -> StoredMemory:
+    """Memory that is listed and never read."""
+    index = _core.ffi.gc(
+        _core.lib.qm_index_create(block.num_pages, block.page_size), _core.lib.qm_index_destroy
+    )
+    indexed = _core.ffi.new("struct qm_indexed *")
+    indexed.index, indexed.fd = index, -1
+    return StoredMemory(
+        block.length, 0, (0, 0), _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
+        _core.ffi.addressof(_core.lib, "qm_indexed_next"), indexed, index,
+    )

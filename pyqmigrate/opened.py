@@ -1,0 +1,317 @@
+"""What every opened snapshot has, whichever form its file has.
+
+There are two: :class:`~pyqmigrate.snapshot.Snapshot`, a mapped-ram file, and
+:class:`~pyqmigrate.classic.ClassicSnapshot`, a classic stream.
+:func:`~pyqmigrate.opening.open_snapshot` looks which one a file is.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import errno
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from pyqmigrate import _core
+from pyqmigrate.errors import (
+    BlockMismatch,
+    NotSupported,
+    SnapshotError,
+    TargetError,
+    UsageError,
+)
+from pyqmigrate.format.elements import Stream
+from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
+from pyqmigrate.format.sequential import SequentialStream
+from pyqmigrate.io.channels import Job, Progress
+from pyqmigrate.io.memory import Memory, StoredMemory
+from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
+from pyqmigrate.load import Clear, LoadReport
+
+__all__ = ["Kind", "Located", "OpenedBlock", "OpenedSnapshot", "locate"]
+
+
+class Kind(enum.StrEnum):
+    """The form of a file: pages at fixed places, or records of pages one after another."""
+
+    MAPPED_RAM = "mapped-ram"
+    STREAM = "stream"
+
+
+@dataclass(frozen=True)
+class Located:
+    """An open file, ``source.offset`` being where the stream starts; behind what, if libvirt's."""
+
+    source: InputTarget
+    libvirt: LibvirtHeader | None = None
+
+
+def locate(target: Target | Located, offset: int | None = None) -> Located:
+    """Open a file and find out where its stream starts; whoever calls closes the source.
+
+    target: a path, a ``file:`` URI or Descriptors (borrowed, open for reading).
+    offset: where the stream starts, bytes, for a path. Where none is given in any way, a header
+        of libvirt's at the start of the file tells.
+
+    Raises SnapshotError for a save image that libvirt did not finish, NotSupported for a
+    compressed one, UsageError, TargetError.
+    """
+    if isinstance(target, Located):
+        return target
+    source = InputTarget(target)
+    try:
+        if offset is not None:
+            if isinstance(target, Descriptors) or source.offset:
+                raise UsageError("the offset is given twice")
+            if not 0 <= offset < 1 << 63:
+                raise UsageError(f"offset {offset} is not a file position")
+            source.offset = offset
+        elif not source.offset and is_libvirt(source.read_at(0, 16)):
+            header = read_header(source)
+            if not header.complete:
+                raise SnapshotError("libvirt did not finish this save image", offset=0)
+            if header.format.compressed:
+                name = header.format.name.lower()
+                raise NotSupported(
+                    f"the stream in this save image is compressed ({name}), from file offset "
+                    f"{header.stream_offset} on: decompress it into a file of its own first"
+                )
+            source.offset = header.stream_offset
+            return Located(source, header)
+    except BaseException:
+        source.close()
+        raise
+    return Located(source)
+
+
+class OpenedBlock(abc.ABC):
+    """One RAM block of an opened snapshot. Lengths in bytes."""
+
+    name: str
+    length: int
+    page_size: int
+
+    @property
+    def num_pages(self) -> int:
+        return self.length // self.page_size
+
+    @property
+    @abc.abstractmethod
+    def external(self) -> bool:
+        """Whether the content is kept in another file (``x-ignore-shared``)."""
+
+    @property
+    @abc.abstractmethod
+    def data_pages(self) -> int:
+        """Pages that the file holds."""
+
+    @property
+    def zero_pages(self) -> int:
+        """Pages that the file says are zero; an external block has pages of neither kind."""
+        return 0 if self.external else self.num_pages - self.data_pages
+
+    @abc.abstractmethod
+    def memory(self) -> StoredMemory:
+        """The block as memory to save, export or compare; good until the snapshot is closed.
+
+        UsageError for an external block.
+        """
+
+    @abc.abstractmethod
+    def runs(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bool]]:
+        """``(from, to, whether the file holds them)`` for the pages ``[first, end)``, in turn."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes of guest memory from byte ``offset`` of the block.
+
+        Pages that the file says are zero are zeros, whatever it has there. UsageError outside the
+        block, SnapshotError when the file has become shorter, TargetError.
+        """
+        if offset < 0 or length < 0 or offset + length > self.length:
+            raise UsageError(
+                f"bytes {offset} to {offset + length} are not inside block {self.name!r} "
+                f"of {self.length} bytes"
+            )
+        if self.external:
+            raise self._elsewhere()
+        if length == 0:
+            return b""
+        memory = self.memory()
+        start = offset // self.page_size * self.page_size
+        stop = -(-(offset + length) // self.page_size) * self.page_size
+        buffer = _core.ffi.new("char[]", stop - start)
+        got = memory.fill(memory.argument, buffer, start, stop - start)
+        if got < 0:
+            raise self._refused(-got)
+        return bytes(_core.ffi.buffer(buffer)[offset - start : offset - start + length])
+
+    def _elsewhere(self) -> UsageError:
+        return UsageError(f"the content of block {self.name!r} is not in this file")
+
+    @abc.abstractmethod
+    def _refused(self, number: int) -> Exception:
+        """The exception for a read that failed with this errno."""
+
+
+def refused_read(number: int, source: InputTarget, block: str) -> Exception:
+    """The exception for pages that cannot be read from a snapshot's file."""
+    if number == errno.ENODATA:
+        return SnapshotError(
+            "the file ends within a page that is marked as present: truncated",
+            offset=source.size, block=block, field="pages",
+        )
+    if number == errno.EBADMSG:
+        return SnapshotError("the change to a page does not fit it", block=block, field="xbzrle")
+    return TargetError(number, f"cannot read pages of block {block!r}", source.name)
+
+
+B = TypeVar("B", bound=OpenedBlock)
+
+
+class OpenedSnapshot(abc.ABC, Generic[B]):
+    """A finished file, open for reading; reads and loads may run in several threads at once.
+
+    ``libvirt`` is the header before the stream, or None. Close it when it is done with.
+    """
+
+    kind: Kind
+    libvirt: LibvirtHeader | None
+    blocks: Mapping[str, B]
+
+    def __init__(self, located: Located) -> None:
+        self._lock = threading.RLock()
+        self._jobs: list[Job[Any]] = []
+        self._source: InputTarget | None = located.source
+        self.libvirt = located.libvirt
+
+    @property
+    @abc.abstractmethod
+    def machine(self) -> str:
+        """The machine type of the guest, perhaps empty."""
+
+    @property
+    @abc.abstractmethod
+    def stream(self) -> Stream | SequentialStream:
+        """What the stream says, and its sections."""
+
+    @abc.abstractmethod
+    def verify(self) -> None:
+        """Check the structure as far as the format allows; SnapshotError says what is wrong."""
+
+    @abc.abstractmethod
+    def start_load(
+        self,
+        memories: Mapping[str, Memory],
+        *,
+        channels: int = 2,
+        direct_io: DirectIO | str = DirectIO.AUTO,
+        clear: Clear | str = Clear.ZERO,
+        blocks: Collection[str] | None = None,
+    ) -> Job[LoadReport]:
+        """Begin to load every block into the memory of its name; returns at once.
+
+        Arguments and errors as :meth:`load`. To close the snapshot cancels the job.
+        """
+
+    def load(
+        self,
+        memories: Mapping[str, Memory],
+        *,
+        channels: int = 2,
+        direct_io: DirectIO | str = DirectIO.AUTO,
+        clear: Clear | str = Clear.ZERO,
+        blocks: Collection[str] | None = None,
+        progress: Callable[[Progress], object] | None = None,
+    ) -> LoadReport:
+        """Load every block into the memory of its name and wait.
+
+        memories: a writable buffer or FileMemory for each block, of just its length; blocks whose
+            content is in another file need none.
+        channels: threads that move pages, 1 to 255.
+        direct_io: whether to read past the page cache.
+        clear: whether pages whose bit is clear are made zero, or left as they are.
+        blocks: the names of the blocks to load; None is all of them.
+        progress: called on this thread at most ten times a second; what it raises cancels.
+
+        A classic stream is read front to back, by one channel through the page cache; ``clear`` is
+        about pages that it does not mention.
+
+        Raises BlockMismatch (a ValueError) for unknown, missing or mis-sized memories,
+        SnapshotError for a damaged file, GuestMemoryError, TargetError, Cancelled. What was
+        loaded before a failure stays in the memories.
+        """
+        return self.start_load(
+            memories, channels=channels, direct_io=direct_io, clear=clear, blocks=blocks
+        ).wait(progress)
+
+    @property
+    def source(self) -> InputTarget:
+        """The open file. UsageError when the snapshot is closed."""
+        if self._source is None:
+            raise UsageError("the snapshot is closed")
+        return self._source
+
+    @property
+    def offset(self) -> int:
+        """Where the stream starts in the file, bytes."""
+        return self.source.offset
+
+    @property
+    def size(self) -> int:
+        """Apparent size of the file, bytes."""
+        return self.source.size
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of disk that the file holds."""
+        return self.source.allocated_bytes()
+
+    def _identity(self) -> tuple[int, int]:
+        info = os.fstat(self.source.fd)
+        return info.st_dev, info.st_ino
+
+    def _known(self, names: Collection[str] | None) -> list[B]:
+        """The blocks of these names (None: all), in the order of the stream."""
+        unknown = [name for name in names or () if name not in self.blocks]
+        if unknown:
+            raise BlockMismatch(
+                f"the snapshot has no block {unknown[0]!r}; it has {[*self.blocks]}"
+            )
+        return [b for name, b in self.blocks.items() if names is None or name in names]
+
+    R = TypeVar("R")
+
+    def _follow(self, job: Job[R]) -> Job[R]:
+        """Cancel the job when the snapshot is closed before it ends."""
+        self._jobs.append(job)
+        return job.at_end(lambda: self._jobs.remove(job))
+
+    def _drop(self) -> None:
+        """Give memory back; called once, after all jobs have ended."""
+
+    def close(self) -> None:
+        """Cancel the jobs under way, close the file and drop what was kept. May be repeated."""
+        for job in list(self._jobs):
+            job.cancel()
+            job.join()
+        with self._lock:
+            if self._source is not None:
+                self._source.close()
+                self._source = None
+            self._drop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,64 @@
+"""Open a snapshot of whichever kind: it is looked at, its name does not matter.
+
+    with open_snapshot("/var/lib/libvirt/save/guest") as snapshot:
+        print(snapshot.kind, snapshot.machine, snapshot.libvirt is not None)
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, TypeAlias
+
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.errors import NotSupported
+from pyqmigrate.format import configuration
+from pyqmigrate.format.cursor import Cursor
+from pyqmigrate.format.elements import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERSION
+from pyqmigrate.io.target import InputTarget, Target
+from pyqmigrate.opened import Kind, locate
+from pyqmigrate.snapshot import Snapshot
+
+__all__ = ["AnySnapshot", "open_snapshot"]
+
+AnySnapshot: TypeAlias = Snapshot | ClassicSnapshot
+
+_MULTIFD_MAGIC = bytes.fromhex("11223344")
+
+
+def open_snapshot(
+    target: Target,
+    *,
+    offset: int | None = None,
+    bitmap_order: Literal["little", "big"] = "little",
+    page_size: int | None = None,
+    index: str | os.PathLike[str] | None = None,
+) -> AnySnapshot:
+    """Open a mapped-ram file or a classic stream, behind libvirt's header or at an offset.
+
+    bitmap_order: for a mapped-ram file, see :class:`~pyqmigrate.snapshot.Snapshot`.
+    page_size, index: for a classic stream, see :class:`~pyqmigrate.classic.ClassicSnapshot`.
+
+    Raises SnapshotError for what is no whole snapshot, NotSupported for what is one of a kind that
+    cannot be read (compressed as a whole, a multifd channel), TargetError, UsageError.
+    """
+    located = locate(target, offset)
+    try:
+        kind = _kind(located.source)
+    except BaseException:
+        located.source.close()
+        raise
+    if kind is Kind.MAPPED_RAM:
+        return Snapshot(located, bitmap_order=bitmap_order)
+    return ClassicSnapshot(located, page_size=page_size, index=index)
+
+
+def _kind(source: InputTarget) -> Kind:
+    """From the capabilities at the start; what is no stream is refused by who parses it."""
+    head = source.read_at(source.offset, PREAMBLE.size)
+    if head.startswith(_MULTIFD_MAGIC):
+        raise NotSupported("a multifd channel: only some pages of a guest, and no device state")
+    if len(head) < PREAMBLE.size or PREAMBLE.unpack(head) != (MAGIC, VERSION, TYPE_CONFIGURATION):
+        return Kind.MAPPED_RAM
+    settings = configuration.read(Cursor(source, source.offset + PREAMBLE.size))
+    mapped = configuration.MAPPED_RAM in settings.capabilities
+    return Kind.MAPPED_RAM if mapped else Kind.STREAM

@@ -1,0 +1,243 @@
+"""The index of a classic stream: where in the file each page of each block is.
+
+A classic stream has no places of its own, so that random reads need one pass over all of it. The
+pass keeps 8 bytes a page (and 24 a change that XBZRLE made), whatever the stream's size, and can be
+kept in a file beside it, from which it is made again without the pass.
+
+A kept index is a cache that nobody vouches for: it is used only if it names the file's size, time
+of change and first and last bytes, and every number in it is possible. Its form, little-endian::
+
+    "qmindex1", u32 length, JSON of that length, padded with zeros to a multiple of 8
+    for each block in turn, as many as the JSON tells:
+        changes   u64 before, u64 at, u64 length
+        runs      u64 first page, u64 pages, a u64 word a page (csrc/qmigrate.h, qm_place)
+
+The JSON has ``size``, ``mtime_ns``, ``offset``, ``page_size``, ``digest``, ``bodies`` (start and
+end of each body of records) and ``blocks`` (name, length, changes, runs).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pyqmigrate import _core
+from pyqmigrate.errors import PyqmigrateError, SnapshotError, TargetError
+from pyqmigrate.format.sequential import SequentialBlock
+from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.target import InputTarget
+from pyqmigrate.sequential import core_name, record_error, refused
+
+__all__ = ["PageIndex", "keep", "recall"]
+
+_MAGIC = b"qmindex1"
+_HEAD_MAX = 64 << 20
+_RUN_MAX = 1 << 16  # pages in one run of a kept index
+_DIGESTED = 64 << 10  # bytes at either end of the stream's file
+_CHANGE = struct.Struct("<QQQ")
+_RUN = struct.Struct("<QQ")
+
+
+class PageIndex:
+    """The places of the pages of ``blocks``; empty at first.
+
+    ``cores`` are the blocks' ``qm_index *`` by name. ``bodies`` tells the end of each body of
+    records by its start. :meth:`read_records` fills it, a body at a time.
+    """
+
+    def __init__(self, blocks: Sequence[SequentialBlock], page_size: int) -> None:
+        self.blocks = blocks
+        self.page_size = page_size
+        self.bodies: dict[int, int] = {}
+        self.cores: dict[str, Any] = {}
+        for block in blocks:
+            core = _core.lib.qm_index_create(block.length // page_size, page_size)
+            if core == _core.ffi.NULL:
+                raise MemoryError
+            self.cores[block.name] = _core.ffi.gc(core, _core.lib.qm_index_destroy)
+        self._names = [core_name(block.name) for block in blocks]
+        self._records = _core.ffi.new("struct qm_record_block[]", len(blocks))
+        for record, block, name in zip(self._records, blocks, self._names, strict=True):
+            record.name, record.len = name[0][0], block.length
+            record.index = self.cores[block.name]
+        decoder = _core.lib.qm_decoder_create(self._records, len(blocks), page_size, True)
+        if decoder == _core.ffi.NULL:
+            raise MemoryError
+        self._decoder = _core.ffi.gc(decoder, _core.lib.qm_decoder_destroy)
+
+    def read_records(self, source: InputTarget, channels: Channels, offset: int) -> int:
+        """Take in the body of records at ``offset``; returns where it ends.
+
+        Raises SnapshotError, NotSupported for what no index can hold, TargetError, Cancelled.
+        """
+        at = _core.ffi.new("int64_t *", offset)
+        fault = _core.ffi.new("struct qm_fault *")
+        rc = _core.lib.qm_decode_file(
+            channels.core, self._decoder, source.fd, at, source.size, fault
+        )
+        if rc < 0:
+            raise self._failure(rc, fault, source, int(at[0]))
+        self.bodies[offset] = int(at[0])
+        return int(at[0])
+
+    def _failure(self, rc: int, fault: Any, source: InputTarget, at: int) -> PyqmigrateError:
+        if rc == -errno.EBADMSG:
+            return record_error(self._decoder, self.blocks, self.page_size)
+        if rc == -errno.ENODATA:
+            return SnapshotError(
+                "the file ends within RAM's pages: it was cut short, or the save did not finish",
+                offset=at,
+            )
+        return refused(rc, fault, "cannot read the stream", source.name)
+
+
+def keep(index: PageIndex, source: InputTarget, path: Path) -> None:
+    """Write the index of ``source`` to ``path``; it appears there whole. Raises TargetError."""
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(temporary, "xb", opener=_private) as file:
+            _write(index, source, file)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise TargetError(
+            error.errno or errno.EIO, "cannot keep the index", os.fspath(path)
+        ) from error
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _write(index: PageIndex, source: InputTarget, file: BinaryIO) -> None:
+    lists = {block.name: list(_runs(index, block)) for block in index.blocks}
+    changes = {name: _changes(core) for name, core in index.cores.items()}
+    head = json.dumps({
+        **_identity(source), "page_size": index.page_size,
+        "bodies": [*index.bodies.items()],
+        "blocks": [
+            [b.name, b.length, len(changes[b.name]), len(lists[b.name])] for b in index.blocks
+        ],
+    }).encode()
+    file.write(_MAGIC + struct.pack("<I", len(head)) + head + bytes(-(12 + len(head)) % 8))
+    for block in index.blocks:
+        for change in changes[block.name]:
+            file.write(_CHANGE.pack(change.before, change.at, change.len))
+        for first, npages in lists[block.name]:
+            words = _core.ffi.new("uint64_t[]", npages)
+            _core.lib.qm_index_get(index.cores[block.name], first, npages, words)
+            file.write(_RUN.pack(first, npages) + _turned(bytes(_core.ffi.buffer(words))))
+
+
+def _turned(words: bytes) -> bytes:
+    """Native words as little-endian ones, and back."""
+    if sys.byteorder == "little":
+        return words
+    turned = array.array("Q", words)
+    turned.byteswap()
+    return turned.tobytes()
+
+
+def _changes(core: Any) -> Any:
+    found = _core.ffi.new("const struct qm_change **")
+    count = _core.lib.qm_index_changes(core, found)
+    return found[0][0:count] if count else ()
+
+
+def _runs(index: PageIndex, block: SequentialBlock) -> Iterator[tuple[int, int]]:
+    """Ranges of pages, of 512 or a multiple, outside of which none is mentioned."""
+    core, end = index.cores[block.name], block.length // index.page_size
+    start = stop = 0
+    while (page := _core.lib.qm_index_next(core, stop)) < end:
+        first = page // 512 * 512
+        if first != stop or stop - start >= _RUN_MAX:
+            if stop > start:
+                yield start, stop - start
+            start = first
+        stop = min(first + 512, end)
+    if stop > start:
+        yield start, stop - start
+
+
+def _identity(source: InputTarget) -> dict[str, Any]:
+    info = os.fstat(source.fd)
+    digest = hashlib.sha256(source.read_at(source.offset, _DIGESTED))
+    digest.update(source.read_at(max(0, info.st_size - _DIGESTED), _DIGESTED))
+    return {
+        "size": info.st_size, "mtime_ns": info.st_mtime_ns, "offset": source.offset,
+        "digest": digest.hexdigest(),
+    }
+
+
+def recall(
+    source: InputTarget, path: Path, blocks: Sequence[SequentialBlock], page_size: int
+) -> PageIndex | None:
+    """The index of ``source`` that ``path`` keeps; None where it is missing, of another file, or
+    damaged in any way. The blocks and page size are those of the stream's head."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return _read(source, file, size, blocks, page_size)
+    except (OSError, ValueError, TypeError, KeyError, struct.error, RecursionError):
+        return None
+
+
+def _read(
+    source: InputTarget, file: BinaryIO, size: int, blocks: Sequence[SequentialBlock],
+    page_size: int,
+) -> PageIndex:
+    if _exactly(file, 8) != _MAGIC:
+        raise ValueError("no index")
+    length = int.from_bytes(_exactly(file, 4), "little")
+    if length > min(_HEAD_MAX, size):
+        raise ValueError("too long")
+    head = json.loads(_exactly(file, length))
+    _exactly(file, -(12 + length) % 8)
+    if any(head[key] != value for key, value in _identity(source).items()):
+        raise ValueError("another file")
+    listed = [(name, length) for name, length, _, _ in head["blocks"]]
+    if head["page_size"] != page_size or listed != [(b.name, b.length) for b in blocks]:
+        raise ValueError("other blocks")
+    index = PageIndex(blocks, page_size)
+    for start, end in head["bodies"]:
+        if not (type(start) is type(end) is int and 0 <= start < end <= source.size):
+            raise ValueError("a body outside of the file")
+        index.bodies[start] = end
+    for block, (_, _, changes, runs) in zip(blocks, head["blocks"], strict=True):
+        core = index.cores[block.name]
+        if not 0 <= changes * _CHANGE.size + runs * _RUN.size <= size:
+            raise ValueError("too many")
+        for _ in range(changes):
+            change = _core.ffi.new("struct qm_change *")
+            change.before, change.at, change.len = _CHANGE.unpack(_exactly(file, _CHANGE.size))
+            _accept(_core.lib.qm_index_put_changes(core, change, 1, source.size))
+        for _ in range(runs):
+            first, npages = _RUN.unpack(_exactly(file, _RUN.size))
+            if npages * 8 > size:
+                raise ValueError("too many")
+            words = _core.ffi.from_buffer("uint64_t[]", _turned(_exactly(file, npages * 8)))
+            _accept(_core.lib.qm_index_put(core, first, npages, words, source.size))
+    return index
+
+
+def _accept(rc: int) -> None:
+    if rc < 0:
+        raise ValueError(os.strerror(-rc))
+
+
+def _exactly(file: BinaryIO, length: int) -> bytes:
+    data = file.read(length)
+    if len(data) != length:
+        raise ValueError("cut off")
+    return data

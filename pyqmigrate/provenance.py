@@ -1,0 +1,116 @@
+"""What wrote a snapshot, and whether QEMU would load it: as far as the file tells.
+
+No file names its writer. What it does tell: the machine type, which QEMU versions its features
+need, and what libvirt puts before it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pyqmigrate.errors import SnapshotError
+from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
+from pyqmigrate.format.devices import DeviceSection, run_state_of
+from pyqmigrate.format.elements import SectionKind
+from pyqmigrate.opening import AnySnapshot
+
+__all__ = ["Provenance", "provenance"]
+
+_VERSIONED = re.compile(r"-(\d+)\.(\d+)$")
+_RUN_STATE_MAX = 4096  # bytes of the section that has the run state; it has 104
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """``qemu`` is the oldest version ``(major, minor)`` that can have written the file, or None;
+    ``reasons`` why it must have been that one or later. ``libvirt`` says that libvirt saved it.
+
+    ``loadable`` says whether a QEMU of that version or later, with the same machine and
+    capabilities, would load it; ``obstacles`` why not, ``remarks`` what else to know for it.
+    ``run_state`` is what the guest is going to be then, where the file tells (``running``).
+    """
+
+    qemu: tuple[int, int] | None
+    reasons: tuple[str, ...]
+    libvirt: bool
+    loadable: bool
+    obstacles: tuple[str, ...]
+    remarks: tuple[str, ...]
+    run_state: str | None
+
+
+def provenance(snapshot: AnySnapshot) -> Provenance:
+    """Judge an opened snapshot; for a classic stream that takes its pass over the file."""
+    stream = snapshot.stream
+    found = _signs(snapshot)
+    obstacles = _obstacles(snapshot)
+    return Provenance(
+        qemu=max((version for version, _ in found), default=None),
+        reasons=tuple(reason for _, reason in found),
+        libvirt=snapshot.libvirt is not None,
+        loadable=not obstacles,
+        obstacles=obstacles,
+        remarks=_remarks(snapshot),
+        run_state=_run_state(snapshot) if stream.complete else None,
+    )
+
+
+def _signs(snapshot: AnySnapshot) -> list[tuple[tuple[int, int], str]]:
+    stream = snapshot.stream
+    found = []
+    version = _VERSIONED.search(stream.machine)
+    if version:
+        found.append(
+            ((int(version[1]), int(version[2])), f"machine type {stream.machine}")
+        )
+    if MAPPED_RAM in stream.capabilities:
+        found.append(((9, 0), "mapped-ram"))
+        if any(block.external for block in snapshot.blocks.values()):
+            found.append(((11, 0), "blocks of a mapped-ram file that are kept elsewhere"))
+    if any(s.kind is SectionKind.COMMAND and s.name == "switchover-start" for s in stream.sections):
+        found.append(((10, 0), "the command switchover-start"))
+    return found
+
+
+def _obstacles(snapshot: AnySnapshot) -> tuple[str, ...]:
+    stream = snapshot.stream
+    found = []
+    if not stream.complete:
+        found.append("the end of the stream was not seen: device state may be cut off")
+    try:
+        snapshot.verify()
+    except SnapshotError as error:
+        if stream.complete:
+            found.append(str(error))
+    if not snapshot.blocks:
+        found.append("it has no RAM")
+    return tuple(found)
+
+
+def _remarks(snapshot: AnySnapshot) -> tuple[str, ...]:
+    stream = snapshot.stream
+    found = []
+    if MAPPED_RAM in stream.capabilities:
+        found.append("QEMU needs the capability mapped-ram on, from 9.0")
+        if IGNORE_SHARED in stream.capabilities:
+            found.append("QEMU before 11.0 cannot load mapped-ram together with x-ignore-shared")
+    if IGNORE_SHARED in stream.capabilities:
+        found.append("QEMU needs the capability x-ignore-shared on, and the blocks kept elsewhere")
+    if not stream.machine:
+        found.append("it names no machine type: any machine takes it")
+    if not any(s.kind is SectionKind.FULL for s in stream.sections) and not stream.opaque_tail:
+        found.append("it has no device state: the guest begins as after a reset")
+    if stream.description is None:
+        found.append("it has no description: QEMU remarks on that and loads it")
+    if stream.uuid is not None:
+        found.append("a QEMU that validates uuids needs the same one")
+    return tuple(found)
+
+
+def _run_state(snapshot: AnySnapshot) -> str | None:
+    for s in snapshot.stream.sections:
+        if s.kind is SectionKind.FULL and s.name == "globalstate":
+            data = snapshot.source.read_at(s.body_offset, min(s.body_length, _RUN_STATE_MAX))
+            return run_state_of([DeviceSection(s.name, data, s.instance_id, s.version_id)])
+    return None

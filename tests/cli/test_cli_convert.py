@@ -1,0 +1,147 @@
+"""Converting on the command line, and what the verbs say of a classic stream."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate import RamBlock, SnapshotError, open_snapshot
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from pyqmigrate.sequential import start_sequential_save
+from tests.cli.command import COMMAND, PAGE, Command, pages
+
+
+def save_classic(target: Path | str, memory: bytes, machine: str = "pc-q35-9.2") -> None:
+    start_sequential_save(target, [RamBlock("pc.ram", memory)], machine=machine).wait()
+
+
+@pytest.fixture
+def classic(tmp_path: Path) -> Path:
+    save_classic(tmp_path / "classic", pages(9, 1))
+    return tmp_path / "classic"
+
+
+@pytest.mark.parametrize("form", ["mapped-ram", "stream"])
+def test_target_has_the_memory_in_the_form_asked_for(
+    classic: Path, tmp_path: Path, command: Command, form: str
+) -> None:
+    ran = command("convert", classic, tmp_path / "to", "--to", form, "--json")
+    assert ran.code == 0
+    assert (ran.json["to"], ran.json["data_pages"], ran.json["zero_pages"]) == (form, 6, 3)
+    with open_snapshot(tmp_path / "to") as snapshot:
+        assert str(snapshot.kind) == form
+        assert snapshot.blocks["pc.ram"].read(0, 9 * PAGE) == pages(9, 1)
+
+
+def test_raw_files_are_those_of_unpack(classic: Path, tmp_path: Path, command: Command) -> None:
+    assert command("convert", classic, tmp_path / "raw", "--to", "raw").code == 0
+    assert command("unpack", classic, tmp_path / "out").code == 0
+    for directory in ("raw", "out"):
+        assert (tmp_path / directory / "pc.ram.raw").read_bytes() == pages(9, 1)
+
+
+def test_form_has_to_be_said(classic: Path, tmp_path: Path, command: Command) -> None:
+    assert command("convert", classic, tmp_path / "to").code == 2
+    assert command("convert", classic, tmp_path / "to", "--to", "qcow2").code == 2
+
+
+def test_damaged_source_is_bad_and_makes_no_target(
+    classic: Path, tmp_path: Path, command: Command
+) -> None:
+    os.truncate(classic, classic.stat().st_size - 1)
+    assert command("convert", classic, tmp_path / "to", "--to", "mapped-ram").code == 1
+    assert not (tmp_path / "to").exists()
+
+
+def test_info_tells_of_a_classic_stream(classic: Path, command: Command) -> None:
+    info = command("info", classic, "--json").json
+    assert info["kind"] == "stream"
+    assert info["written_by"]["qemu"] == [9, 2]
+    assert info["loadable"] is True
+    assert info["blocks"] == [{
+        "name": "pc.ram", "length": 9 * PAGE, "page_size": PAGE, "pages": 9, "data_pages": 6,
+        "zero_pages": 3, "bitmap_offset": None, "pages_offset": None, "external": False,
+    }]  # fmt: skip
+    assert "would load it" in command("info", classic).out
+
+
+def test_verify_counts_the_pages_of_a_classic_stream(classic: Path, command: Command) -> None:
+    ran = command("verify", classic, "--json")
+    assert (ran.code, ran.json["data_pages"], ran.json["zero_pages"]) == (0, 6, 3)
+
+
+def test_kept_index_is_written_where_it_is_asked_for(
+    classic: Path, tmp_path: Path, command: Command
+) -> None:
+    for _ in range(2):
+        assert command("verify", classic, "--index", tmp_path / "index").code == 0
+    assert (tmp_path / "index").exists()
+
+
+def test_xml_of_libvirt_is_printed(tmp_path: Path, command: Command) -> None:
+    xml = "<domain>\n  <name>\x1b[2J</name>\n</domain>"
+    front = encode_header(LibvirtHeader(
+        True, 2, ImageFormat.RAW, False, xml, "<cookie/>", 4096, "little"
+    ))
+    (tmp_path / "save").write_bytes(front)
+    save_classic(f"file:{tmp_path}/save,offset=4096", pages(3))
+    assert command("info", tmp_path / "save", "--xml").out == (
+        "<domain>\n  <name>\\x1b[2J</name>\n</domain>\n"
+    )
+    libvirt = command("info", tmp_path / "save", "--json").json["libvirt"]
+    assert libvirt == {
+        "version": 2, "format": "raw", "was_running": False, "xml": xml, "cookie": "<cookie/>",
+    }
+    assert "libvirt" in command("info", tmp_path / "save").out
+
+
+def test_xml_of_no_libvirt_image_is_wrong_usage(classic: Path, command: Command) -> None:
+    assert command("info", classic, "--xml").code == 2
+
+
+def test_killed_conversion_leaves_the_source_and_no_half_of_a_target(
+    disk: Path, child_environment: dict[str, str]
+) -> None:
+    memory = pages(8192, 5)
+    save_classic(disk / "from", memory)
+    source = (disk / "from").read_bytes()
+    (disk / "to").write_bytes(b"old")
+    whole = 0
+    for delay in (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 2.0):
+        process = subprocess.Popen(
+            [*COMMAND, "convert", str(disk / "from"), str(disk / "to"), "--to", "mapped-ram"],
+            env=child_environment, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (disk / "to").read_bytes() == b"old":
+            continue
+        whole += 1
+        with open_snapshot(disk / "to") as snapshot:
+            snapshot.verify()
+            assert snapshot.blocks["pc.ram"].read(0, len(memory)) == memory
+        (disk / "to").write_bytes(b"old")
+    assert whole, "no conversion ended: the test proves nothing"
+    assert (disk / "from").read_bytes() == source
+    assert sorted(path.name for path in disk.iterdir()) == ["from", "to"]
+
+
+def test_interrupted_pass_says_so(classic: Path, monkeypatch: pytest.MonkeyPatch,
+                                  command: Command) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyqmigrate.classic.ClassicSnapshot.read_through", interrupt)
+    assert command("verify", classic).code == 130
+
+
+def test_what_is_no_snapshot_is_bad(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(b"ELF")
+    with pytest.raises(SnapshotError):
+        open_snapshot(tmp_path / "s")

@@ -1,0 +1,187 @@
+"""Snapshots of a real QEMU in other forms, which it loads as it would the first."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bench.contents import Contents, fill
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.devices import devices
+from pyqmigrate.export.convert import Form, convert
+from pyqmigrate.opened import Kind
+from pyqmigrate.opening import AnySnapshot, open_snapshot
+from pyqmigrate.save import SaveReport
+from pyqmigrate.snapshot import Snapshot
+from tests.qemu.classic import ClassicQemu
+from tests.qemu.compare import assert_same_blocks
+from tests.qemu.guest import build, check_pattern
+from tests.qemu.machine import RAM_BLOCK, GuestRam, Mode, Qemu
+
+pytestmark = pytest.mark.qemu
+
+RAM = 32 << 20
+FORMS = [Form.MAPPED_RAM, Form.STREAM]
+QEMU = {Form.MAPPED_RAM: Qemu, Form.STREAM: ClassicQemu}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file of QEMU's and what its guest's memory was."""
+
+    path: Path
+    machine: str
+    blocks: dict[str, bytes]
+    image: Path | None = None
+
+
+def save_paused(directory: Path, machine: str, form: Form) -> Saved:
+    path = directory / f"theirs.{form}"
+    with GuestRam(RAM) as ram, QEMU[form](ram, machine=machine) as vm:
+        fill(memoryview(ram.memory), Contents.SPECKLED, seed=8)
+        vm.save(path)
+        return Saved(path, machine, vm.read_blocks())
+
+
+def save_running(directory: Path, machine: str, form: Form, *, xbzrle: bool = False) -> Saved:
+    path, serial, image = directory / f"live.{form}", directory / "serial", build(directory, RAM)
+    with GuestRam(RAM) as ram, QEMU[form](
+        ram, machine=machine, run=True, bios=image, serial=serial
+    ) as vm:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while len(serial.read_bytes()) < 2:
+            assert time.monotonic() < deadline, "the guest does not run"
+            time.sleep(0.01)
+        if isinstance(vm, ClassicQemu):
+            vm.xbzrle = xbzrle
+            vm.save_in_rounds(path, 4)
+        else:
+            vm.save(path, Mode(channels=2, multifd=True))
+        return Saved(path, machine, vm.read_blocks(), image)
+
+
+def assert_loads(path: Path, saved: Saved, form: Form) -> None:
+    with GuestRam(RAM) as ram, QEMU[form](
+        ram, machine=saved.machine, incoming=True, bios=saved.image,
+        serial=path.with_name("serial-after") if saved.image else None,
+    ) as vm:  # fmt: skip
+        vm.load(path)
+        assert_same_blocks(vm.read_blocks(), saved.blocks)
+
+
+def assert_same_state(path: Path, other: Path) -> None:
+    """The same device sections, byte for byte, and the same description."""
+    pair = []
+    for file in (path, other):
+        with open_snapshot(file) as snapshot:
+            pair.append(state_of(snapshot))
+    assert pair[0] == pair[1]
+
+
+def state_of(snapshot: AnySnapshot) -> tuple[object, ...]:
+    stream, source = snapshot.stream, snapshot.source
+    sections = [
+        (s.kind.name, s.section_id, source.read_at(s.offset, s.length))
+        for s in stream.sections if s.name != "ram"
+    ]
+    return (
+        stream.machine, stream.target_page_bits, stream.uuid, sections,
+        json.dumps(stream.description),
+    )
+
+
+@pytest.mark.parametrize("machine", RAM_BLOCK)
+@pytest.mark.parametrize("form", FORMS)
+def test_other_form_and_back_are_loaded_with_equal_memory(
+    machine: str, form: Form, disk: Path
+) -> None:
+    saved = save_paused(disk, machine, form)
+    [other] = set(FORMS) - {form}
+    convert(saved.path, disk / "there", to=other)
+    convert(disk / "there", disk / "back", to=form)
+    assert_loads(disk / "there", saved, other)
+    assert_loads(disk / "back", saved, form)
+    assert_same_state(saved.path, disk / "there")
+    assert_same_state(saved.path, disk / "back")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("machine", RAM_BLOCK)
+def test_live_save_is_one_instant_in_the_other_form(
+    machine: str, form: Form, disk: Path
+) -> None:
+    saved = save_running(disk, machine, form)
+    [other] = set(FORMS) - {form}
+    convert(saved.path, disk / "there", to=other)
+    with open_snapshot(disk / "there") as snapshot:
+        block = snapshot.blocks[RAM_BLOCK[machine]]
+        check_pattern(block.read(0, block.length))
+    assert_loads(disk / "there", saved, other)
+    assert_same_state(saved.path, disk / "there")
+
+
+def test_changes_to_pages_are_applied(disk: Path) -> None:
+    saved = save_running(disk, "pc", Form.STREAM, xbzrle=True)
+    convert(saved.path, disk / "there", to="mapped-ram")
+    assert_loads(disk / "there", saved, Form.MAPPED_RAM)
+    with open_snapshot(saved.path) as snapshot:
+        for name, block in snapshot.blocks.items():
+            assert block.read(0, block.length) == saved.blocks[name]
+
+
+def test_raw_files_of_a_classic_stream_hold_the_memory(disk: Path) -> None:
+    saved = save_paused(disk, "pc", Form.STREAM)
+    convert(saved.path, disk / "raw", to="raw")
+    assert (disk / "raw/pc.ram.raw").read_bytes() == saved.blocks["pc.ram"]
+
+
+def test_zero_pages_are_holes_of_the_mapped_file(disk: Path) -> None:
+    saved = save_paused(disk, "q35", Form.STREAM)
+    report = convert(saved.path, disk / "there", to="mapped-ram", sparse="exact")
+    assert isinstance(report, SaveReport)
+    data = sum(
+        any(block[at : at + 4096]) for block in saved.blocks.values()
+        for at in range(0, len(block), 4096)
+    )
+    assert report.data_pages == data
+    assert (disk / "there").stat().st_blocks * 512 < data * 4096 + (1 << 20)
+
+
+def test_stale_bytes_under_clear_bits_do_not_come_along(disk: Path) -> None:
+    saved = save_paused(disk, "pc", Form.MAPPED_RAM)
+    with Snapshot(saved.path) as snapshot:
+        block = snapshot.blocks["pc.ram"]
+        stale = [first for first, _, data in block.runs() if not data][:50]
+        assert stale
+        at = block.pages_offset
+    fd = os.open(saved.path, os.O_WRONLY)
+    for page in stale:
+        os.pwrite(fd, b"\xee" * 4096, at + page * 4096)
+    os.close(fd)
+    convert(saved.path, disk / "there", to="stream")
+    assert_loads(disk / "there", saved, Form.STREAM)
+
+
+def test_kind_is_found_by_looking(disk: Path) -> None:
+    for form in FORMS:
+        saved = save_paused(disk, "microvm", form)
+        with open_snapshot(saved.path) as snapshot:
+            assert snapshot.kind is Kind(form.value)
+            assert snapshot.machine.startswith("microvm") or snapshot.machine
+            snapshot.verify()
+        assert devices(saved.path).devices
+
+
+def test_offset_is_kept_apart(disk: Path) -> None:
+    saved = save_paused(disk, "pc", Form.STREAM)
+    convert(saved.path, f"file:{disk}/there,offset=0x1234", to="mapped-ram")
+    with GuestRam(RAM) as ram, Qemu(ram, incoming=True) as vm:
+        vm.load(disk / "there", offset=0x1234)
+        assert_same_blocks(vm.read_blocks(), saved.blocks)
+    with ClassicSnapshot(saved.path) as snapshot, open_snapshot(disk / "there", offset=0x1234) as o:
+        assert snapshot.machine == o.machine

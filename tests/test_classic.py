@@ -1,0 +1,267 @@
+"""A classic stream, opened for reading at random; its index, kept and doubted."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pyqmigrate
+from pyqmigrate import BlockMismatch, Descriptors, NotSupported, RamBlock, SnapshotError, UsageError
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.export.convert import convert
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from pyqmigrate.opened import Kind
+from pyqmigrate.opening import open_snapshot
+from pyqmigrate.sequential import start_sequential_save
+from pyqmigrate.snapshot import Snapshot
+from tests.conftest import directory_on_disk
+from tests.examples import some
+from tests.snapshots import Bytes, known_memory, ram, save_known
+
+
+def save_classic(path: Path | str, seed: int = 0, page_size: int = 4096) -> Bytes:
+    memory = ram(512, seed=seed, page_size=page_size)
+    bits = page_size.bit_length() - 1
+    start_sequential_save(
+        path, [RamBlock("ram", memory, page_size)], machine="pc-q35-10.0",
+        target_page_bits=None if page_size == 4096 else bits,
+    ).wait()
+    return memory
+
+
+def header(form: ImageFormat, *, complete: bool = True, offset: int = 4321) -> bytes:
+    return encode_header(LibvirtHeader(
+        complete, 2, form, True, "<domain/>", "", offset, "little"
+    ))
+
+
+@pytest.mark.parametrize("page_size", [1 << bits for bits in range(10, 17)])
+def test_pages_of_any_size_are_read_at_random(disk: Path, page_size: int) -> None:
+    memory = save_classic(disk / "snap", page_size=page_size).tobytes()
+    rng = random.Random(3)
+    with open_snapshot(disk / "snap") as snapshot:
+        assert snapshot.kind is Kind.STREAM
+        block = snapshot.blocks["ram"]
+        assert (block.page_size, block.num_pages) == (page_size, 512)
+        for _ in range(50):
+            at = rng.randrange(len(memory))
+            length = rng.randrange(min(3 * page_size, len(memory) - at) + 1)
+            assert block.read(at, length) == memory[at : at + length]
+        assert block.read(0, block.length) == memory
+
+
+def test_block_tells_what_it_holds(disk: Path) -> None:
+    memory = save_classic(disk / "snap")
+    pages = memory.reshape(-1, 4096).any(axis=1)
+    with ClassicSnapshot(disk / "snap") as snapshot:
+        assert snapshot.machine == "pc-q35-10.0"
+        block = snapshot.blocks["ram"]
+        assert (block.data_pages, block.zero_pages) == (pages.sum(), (~pages).sum())
+        assert not block.external
+        flat = [data for first, end, data in block.runs() for _ in range(first, end)]
+        assert flat == pages.tolist()
+        assert snapshot.size == (disk / "snap").stat().st_size
+        snapshot.verify()
+
+
+def test_load_takes_the_memory_of_each_block(disk: Path) -> None:
+    memory = save_classic(disk / "snap")
+    loaded = np.full(len(memory), 0x77, dtype=np.uint8)
+    with ClassicSnapshot(disk / "snap") as snapshot:
+        snapshot.load({"ram": loaded})
+        with pytest.raises(BlockMismatch):
+            snapshot.load({})
+        with pytest.raises(BlockMismatch):
+            snapshot.load({"ram": loaded, "other": loaded})
+    assert (loaded == memory).all()
+
+
+def test_closed_snapshot_says_so(disk: Path) -> None:
+    save_classic(disk / "snap")
+    snapshot = ClassicSnapshot(disk / "snap")
+    snapshot.close()
+    snapshot.close()
+    with pytest.raises(UsageError, match="closed"):
+        snapshot.blocks["ram"].read(0, 1)
+    with pytest.raises(UsageError, match="closed"):
+        snapshot.verify()
+
+
+@pytest.mark.usefixtures("same_descriptors")
+def test_nothing_stays_open(disk: Path) -> None:
+    save_classic(disk / "snap")
+    with open_snapshot(disk / "snap", index=disk / "index") as snapshot:
+        snapshot.verify()
+    (disk / "bad").write_bytes(b"QEVM")
+    with pytest.raises(SnapshotError):
+        open_snapshot(disk / "bad")
+
+
+def test_kept_index_is_used_without_reading_the_pages(disk: Path) -> None:
+    memory = save_classic(disk / "snap").tobytes()
+    with ClassicSnapshot(disk / "snap", index=disk / "index") as first:
+        assert first.blocks["ram"].read(0, len(memory)) == memory
+    info = (disk / "snap").stat()
+    assert (disk / "index").stat().st_size < info.st_size // 50
+    # A page between the ends that are looked at: only a new pass would meet the damage.
+    at = info.st_size // 2 // 4096 * 4096
+    with (disk / "snap").open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xff" * 8200)
+    os.utime(disk / "snap", ns=(info.st_atime_ns, info.st_mtime_ns))
+    with ClassicSnapshot(disk / "snap", index=disk / "index") as second:
+        assert second.blocks["ram"].read(0, 4096) == memory[:4096]
+        assert second.stream.complete
+    with pytest.raises(SnapshotError), ClassicSnapshot(disk / "snap") as third:
+        third.verify()
+
+
+def test_index_of_another_file_is_made_anew(disk: Path) -> None:
+    save_classic(disk / "snap", seed=1)
+    with ClassicSnapshot(disk / "snap", index=disk / "index") as snapshot:
+        snapshot.verify()
+    kept = (disk / "index").read_bytes()
+    memory = save_classic(disk / "snap", seed=2).tobytes()
+    with ClassicSnapshot(disk / "snap", index=disk / "index") as snapshot:
+        assert snapshot.blocks["ram"].read(0, len(memory)) == memory
+    assert (disk / "index").read_bytes() != kept
+
+
+@some
+@given(st.integers(0, 1 << 20), st.integers(1, 255), st.booleans())
+def test_damaged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, cut: bool) -> None:
+    with directory_on_disk() as disk:
+        path, index = disk / "snap", disk / "index"
+        memory = save_classic(path).tobytes()
+        with ClassicSnapshot(path, index=index) as snapshot:
+            snapshot.verify()
+        data = bytearray(index.read_bytes())
+        at %= len(data)
+        data[at] ^= flip
+        index.write_bytes(data[:at] if cut else data)
+        with ClassicSnapshot(path, index=index) as snapshot:
+            block = snapshot.blocks["ram"]
+            assert len(block.read(0, block.length)) == len(memory)
+            assert snapshot.stream.complete
+
+
+@pytest.mark.parametrize("offset", [0, 0x1234])
+@pytest.mark.parametrize("kind", Kind)
+def test_kind_is_found_at_an_offset(disk: Path, kind: Kind, offset: int) -> None:
+    uri = f"file:{disk}/snap,offset={offset}"
+    memory = known_memory()
+    if kind is Kind.STREAM:
+        start_sequential_save(uri, [RamBlock("ram", memory)]).wait()
+    else:
+        pyqmigrate.save(uri, [RamBlock("ram", memory)])
+    with open_snapshot(disk / "snap", offset=offset or None) as snapshot:
+        assert snapshot.kind is kind
+        assert snapshot.blocks["ram"].read(0, len(memory)) == memory.tobytes()
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_libvirt_header_is_stepped_over(disk: Path, kind: Kind) -> None:
+    front = header(ImageFormat.RAW if kind is Kind.STREAM else ImageFormat.SPARSE)
+    path = disk / "snap"
+    path.write_bytes(front)
+    uri, memory = f"file:{path},offset={len(front)}", known_memory()
+    if kind is Kind.STREAM:
+        start_sequential_save(uri, [RamBlock("ram", memory)]).wait()
+    else:
+        pyqmigrate.save(uri, [RamBlock("ram", memory)])
+    fd = os.open(path, os.O_RDONLY)
+    for target in (path, Descriptors(fd)):
+        with open_snapshot(target) as snapshot:
+            assert snapshot.libvirt is not None
+            assert snapshot.libvirt.xml == "<domain/>"
+            assert (snapshot.kind, snapshot.offset) == (kind, len(front))
+            assert snapshot.blocks["ram"].read(0, len(memory)) == memory.tobytes()
+    os.close(fd)
+
+
+def test_unfinished_libvirt_image_is_refused(disk: Path) -> None:
+    (disk / "snap").write_bytes(header(ImageFormat.SPARSE, complete=False))
+    with pytest.raises(SnapshotError, match="did not finish"):
+        open_snapshot(disk / "snap")
+
+
+def test_compressed_libvirt_image_is_not_supported(disk: Path) -> None:
+    (disk / "snap").write_bytes(header(ImageFormat.ZSTD) + bytes(100))
+    with pytest.raises(NotSupported, match=r"zstd.*4321"):
+        open_snapshot(disk / "snap")
+
+
+def test_cut_stream_is_a_snapshot_error_wherever_it_is_cut(disk: Path) -> None:
+    save_classic(disk / "whole")
+    data = (disk / "whole").read_bytes()
+    for share in (0.0001, 0.3, 0.7, 0.999):
+        (disk / "cut").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(SnapshotError), open_snapshot(disk / "cut") as snapshot:
+            snapshot.verify()
+
+
+def test_multifd_without_mapped_ram_is_not_supported(disk: Path) -> None:
+    save_classic(disk / "snap")
+    data = (disk / "snap").read_bytes()
+    part = data.index(b"\x02\0\0\0\1") + 5
+    (disk / "snap").write_bytes(data[:part] + (0x200).to_bytes(8, "big") + data[part:])
+    with open_snapshot(disk / "snap") as snapshot:
+        with pytest.raises(NotSupported, match="multifd"):
+            snapshot.verify()
+        with pytest.raises(NotSupported, match="multifd"):
+            snapshot.load({"ram": bytearray(snapshot.blocks["ram"].length)})
+
+
+def test_interrupted_pass_can_be_made_again(disk: Path) -> None:
+    save_classic(disk / "snap")
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with ClassicSnapshot(disk / "snap") as snapshot:
+        with pytest.raises(KeyboardInterrupt):
+            snapshot.read_through(interrupt)
+        snapshot.verify()
+
+
+@pytest.mark.parametrize("to", ["mapped-ram", "stream"])
+@pytest.mark.parametrize("kind", Kind)
+def test_converted_snapshot_has_the_memory(disk: Path, kind: Kind, to: str) -> None:
+    save = save_classic if kind is Kind.STREAM else save_known
+    memory = save(disk / "from")
+    convert(disk / "from", disk / "to", to=to)
+    with open_snapshot(disk / "to") as snapshot:
+        assert str(snapshot.kind) == to
+        snapshot.verify()
+        assert snapshot.blocks["ram"].read(0, len(memory)) == memory.tobytes()
+
+
+def test_snapshot_can_be_replaced_by_its_own_conversion(disk: Path) -> None:
+    memory = save_classic(disk / "snap")
+    convert(disk / "snap", disk / "snap", to="mapped-ram")
+    with Snapshot(disk / "snap") as snapshot:
+        assert snapshot.blocks["ram"].read(0, len(memory)) == memory.tobytes()
+
+
+def test_conversion_into_its_own_source_in_place_is_refused(disk: Path) -> None:
+    save_classic(disk / "snap")
+    before = (disk / "snap").read_bytes()
+    with pytest.raises(UsageError):
+        convert(disk / "snap", f"file:{disk}/snap,offset=4096", to="mapped-ram")
+    assert (disk / "snap").read_bytes() == before
+
+
+def test_failed_conversion_leaves_no_file(disk: Path) -> None:
+    save_classic(disk / "snap")
+    with ClassicSnapshot(disk / "snap") as snapshot:
+        snapshot.verify()
+        os.truncate(disk / "snap", 100_000)
+        with pytest.raises(SnapshotError):
+            convert(snapshot, disk / "to", to="mapped-ram")
+    assert list(disk.iterdir()) == [disk / "snap"]
