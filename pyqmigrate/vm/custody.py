@@ -36,7 +36,6 @@ from pyqmigrate.vm.unbroken import unbroken
 __all__ = ["Custody"]
 
 _PATIENCE = 120.0  # seconds for QEMU to end what it was told to cancel
-_A_MOMENT = 0.005  # seconds
 
 
 class Custody:
@@ -98,10 +97,18 @@ class Custody:
 
     @contextlib.asynccontextmanager
     async def lent(self, fds: Mapping[str, int]) -> AsyncIterator[str]:
-        """Hand descriptors to QEMU; the path under which it opens them."""
-        named = {f"{self._token} {name}": fd for name, fd in fds.items()}
-        async with self.monitor.fdset(named) as number:
-            yield f"/dev/fdset/{number}"
+        """Hand descriptors to QEMU; the path under which it opens them.
+
+        When something fails meanwhile, they stay until everything is put back: a migration that
+        looks for a descriptor in vain is the end of QEMU 10.0.2.
+        """
+        number: int | None = None
+        for name, fd in fds.items():
+            number = await self.monitor.add_fd(
+                fd, fdset_id=number, opaque=f"{self._token} {name}"
+            )
+        yield f"/dev/fdset/{number}"
+        await self.monitor.execute("remove-fd", {"fdset-id": number})
 
     async def end(self, *, resume: bool | None = None) -> None:
         """Put everything back and dismiss the guardian; ``resume``: whether the guest is to run,
@@ -170,7 +177,7 @@ async def _drive(monitor: Monitor, steps: Generator[guardian.Step, Any, list[str
                     raise QemuError(
                         f"QEMU has not ended the migration {_PATIENCE:g} s after it was told to"
                     )
-                await asyncio.sleep(_A_MOMENT)
+                await asyncio.sleep(guardian.A_MOMENT)
                 step = next(steps)
                 continue
             try:

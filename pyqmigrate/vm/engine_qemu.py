@@ -1,12 +1,14 @@
 """Engine ``qemu``: QEMU writes the snapshot itself, through descriptors that it is lent.
 
-A running guest is not stopped first: the snapshot would then say ``paused``. QEMU is made to stop
-it as soon as it has measured its own rate, some 100 ms after the start, whatever is left to write;
-with ``live`` when what is left takes no longer than ``downtime-limit``.
+The guest is stopped first, unless the save is ``live``: then it runs until what is left takes no
+longer than ``downtime-limit``. QEMU notes down that a guest which we stopped is ``paused``, and
+that is put right in the file before anybody sees it. (QEMU can be made to stop the guest itself,
+but then writes all of its memory in a phase that it cannot be called back from.)
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -14,6 +16,7 @@ from pyqmigrate.io.target import OutputTarget
 from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.lend import opened_for_qemu
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
+from pyqmigrate.vm.run_state import set_run_state
 
 __all__ = ["save_by_qemu"]
 
@@ -51,14 +54,21 @@ async def save_by_qemu(
     with opened_for_qemu(target) as fds:
         async with custody.lent(fds) as path:
             await custody.apply()
+            stopped = None
+            if running and not live:
+                stopped = time.monotonic()
+                await monitor.execute("stop")
             info = await migrate(
-                monitor, path, at_instant=at_instant, pause=running, progress=progress,
+                monitor, path, at_instant=at_instant, pause=running and live, progress=progress,
                 watch=shorten if live else None,
             )
             seen = time.monotonic()
-            downtime = None
             if resume:
                 await monitor.execute("cont")
-                if running:
-                    downtime = info["downtime"] / 1000 + time.monotonic() - seen
+    downtime = None
+    if running and resume:
+        now = time.monotonic()
+        downtime = now - seen + info["downtime"] / 1000 if stopped is None else now - stopped
+    if stopped is not None and not await asyncio.to_thread(set_run_state, target, "running"):
+        notes.append("the snapshot says that the guest was paused, though it ran")
     return Written(info["ram"]["transferred"], downtime, tuple(notes))

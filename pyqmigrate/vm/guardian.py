@@ -33,12 +33,17 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any, TypeAlias
 
-__all__ = ["PARTIAL", "Refused", "Step", "put_back"]
+__all__ = ["A_MOMENT", "PARTIAL", "Refused", "Step", "put_back"]
 
 PARTIAL = ".partial"  # what the names of unfinished files end in
 _PATIENCE = 600.0  # seconds, for the monitor to become free and the migration to end
 _UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "failing", "wait-unplug"}
+_MAY_BE_CANCELLED = {"active", "pre-switchover", "wait-unplug"}
 _BETWEEN = {"finish-migrate", "save-vm"}
+# Moments: QEMU's time slot for bandwidth; no news for so long; and after so many it must do.
+_ONE_SLOT, _QUIET, _LONGEST_WAIT = 12, 3, 60
+A_MOMENT = 0.01  # seconds
+_CRAWL = {"max-bandwidth": 10_000, "downtime-limit": 0}
 _STOPPED_BY_US = {"postmigrate", "paused"}
 
 Step: TypeAlias = "tuple[str, dict[str, Any] | None] | None"
@@ -53,7 +58,7 @@ def put_back(finding: dict[str, Any], *, resume: bool | None = None) -> Generato
 ]:
     """The commands that leave a guest as it was found: generator of (command, arguments).
 
-    None in place of a command means to wait a moment. The result of each is to be sent in, an
+    None in place of a command means to wait A_MOMENT. The result of each is to be sent in, an
     error thrown in as :class:`Refused`. Returns what could not be done. ``resume`` overrides
     whether the guest is to run.
     """
@@ -75,16 +80,38 @@ def put_back(finding: dict[str, Any], *, resume: bool | None = None) -> Generato
 def _end_migration(trouble: list[str]) -> Generator[Step, Any, None]:
     """No migration is under way any more, and the run state is not one in between.
 
-    QEMU 10.0.2 dies of a cancel that comes before its channels are set up.
+    QEMU 10.0.2 dies now and then of a cancel that finds its channels being set up, or with pages
+    that they have not begun with: it takes their bitmaps away first. So it is slowed down until
+    the channels have nothing to do, and what cannot be slowed down is let come to its end.
     """
-    asked = False
-    while (status := (yield "query-migrate", None).get("status")) in _UNDER_WAY:
-        if not asked and status != "setup":
+    slowed = cancelled = False
+    while (info := (yield "query-migrate", None)).get("status") in _UNDER_WAY:
+        status = info["status"]
+        if status == "active" and not slowed:
+            slowed = True
+            yield from _attempt("migrate-set-parameters", _CRAWL, trouble)
+            yield from _until_quiet()
+        elif status in _MAY_BE_CANCELLED and not cancelled:
+            cancelled = True
             yield from _attempt("migrate_cancel", None, trouble)
-            asked = True
         yield None
     while (yield "query-status", None)["status"] in _BETWEEN:
         yield None
+
+
+def _until_quiet() -> Generator[Step, Any, None]:
+    """QEMU sends something every 100 ms, however slow it is told to be; then comes a pause."""
+    sent: list[int] = []
+    for _ in range(_LONGEST_WAIT):
+        yield None
+        info = yield "query-migrate", None
+        if info.get("status") != "active":
+            return
+        sent.append(info.get("ram", {}).get("transferred", 0))
+        latest = sent[_ONE_SLOT:]
+        pause = latest[-_QUIET:]
+        if latest and latest[0] != latest[-1] and pause == [latest[-1]] * _QUIET:
+            return
 
 
 def _attempt(
@@ -173,7 +200,7 @@ def _put_back(finding: dict[str, Any], deadline: float) -> None:
 
 def _answer(monitor: _Monitor, steps: Generator[Step, Any, list[str]], step: Step) -> Step:
     if step is None:
-        time.sleep(0.02)
+        time.sleep(A_MOMENT)
         return next(steps)
     try:
         result = monitor.execute(*step)

@@ -255,7 +255,7 @@ class _Save:
             return for_device_state(self.guest, pause=pause)
         return for_pages(
             self.guest, channels=self.request.channels, direct=target.direct,
-            sparse=self.request.sparse, live=self.request.live, pause=pause,
+            sparse=self.request.sparse, pause=pause and self.request.live,
             contents=sample(self.guest),
         )
 

@@ -41,7 +41,8 @@ _OFF = {
     "compress": "compressed pages have no place in the file",
     "block": "disks are not saved this way",
 }
-_PLAIN = {
+_PLAIN_FAST: Mapping[str, tuple[Value, str]] = {
+    "max-bandwidth": (0, "no limit"),
     "multifd-compression": ("none", "compressed pages have no place in the file"),
     "tls-creds": ("", "a file is not encrypted on the wire"),
     "mode": ("normal", "the others are for restarting a host"),
@@ -49,7 +50,9 @@ _PLAIN = {
 # Half a second's downtime at this rate is more than any guest has: QEMU stops the guest after its
 # first look at the rate (100 ms), and the snapshot still says that it ran.
 _ANY_RATE = 1 << 50  # bytes/s
-_AT_ONCE = {
+# What a live save, and the end of one that is cancelled, may change further.
+_TOUCHED = ("downtime-limit", "max-bandwidth")
+_AT_ONCE: Mapping[str, tuple[Value, str]] = {
     "avail-switchover-bandwidth": (_ANY_RATE, "so that QEMU stops the guest at once"),
     "downtime-limit": (1000, "so that QEMU stops the guest at once"),
 }
@@ -82,7 +85,6 @@ def for_pages(
     channels: int,
     direct: Direct | None,
     sparse: Sparse,
-    live: bool,
     pause: bool,
     contents: Contents | None,
 ) -> Changes:
@@ -108,7 +110,7 @@ def for_pages(
             "pages go past the page cache" if direct else "direct I/O is not to be had",
         ),
         "zero-page-detection": _zero_pages(sparse, contents),
-        **_common(guest, live=live),
+        **_PLAIN_FAST,
     }
     return _changes(guest, capabilities, parameters)
 
@@ -120,7 +122,8 @@ def for_device_state(guest: Guest, *, pause: bool) -> Changes:
         **_off("mapped-ram", "the device state comes as a classic stream"),
         **_off("multifd", "the device state comes as a classic stream"),
     }
-    return _changes(guest, {**capabilities, **_pause(pause)}, _common(guest, live=False))
+    parameters = {**_PLAIN_FAST, **(_AT_ONCE if guest.running else {})}
+    return _changes(guest, {**capabilities, **_pause(pause)}, parameters)
 
 
 def no_changes() -> Changes:
@@ -141,16 +144,6 @@ def _zero_pages(sparse: Sparse, contents: Contents | None) -> tuple[Value, str]:
     return "legacy", "one thread looks for zero pages, so that the others leave in order, joined"
 
 
-def _common(guest: Guest, *, live: bool) -> dict[str, tuple[Value, str]]:
-    parameters: dict[str, tuple[Value, str]] = {
-        "max-bandwidth": (0, "no limit"),
-        **_PLAIN,
-    }
-    if guest.running and not live:
-        parameters |= _AT_ONCE
-    return parameters
-
-
 def _pause(pause: bool) -> dict[str, tuple[bool, str]]:
     why = "disks are snapshotted while the guest stands" if pause else "it would wait for somebody"
     return {"pause-before-switchover": (pause, why)}
@@ -166,7 +159,7 @@ def _changes(
     parameters: Mapping[str, tuple[Value, str]],
 ) -> Changes:
     off = {name: (False, why) for name, why in _OFF.items()}
-    touched = {n: guest.parameters[n] for n in ("downtime-limit",) if n in guest.parameters}
+    touched = {n: guest.parameters[n] for n in _TOUCHED if n in guest.parameters}
     return Changes(
         _differing(guest.capabilities, {**off, **capabilities}),
         _differing(guest.parameters, parameters),

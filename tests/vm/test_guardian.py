@@ -35,7 +35,10 @@ class Machine:
         self.refuses = refuses
         self.fdsets = {0: "somebody else's", 1: f"{TOKEN} buffered"}
         self.told: list[str] = []
-        self.patience = 3
+        self.patience = 200
+        self.transferred = 0
+        self.slow = False
+        self.still = 0
 
     def do(self, command: str, arguments: dict[str, Any] | None) -> Any:
         if not command.startswith("query"):
@@ -44,7 +47,7 @@ class Machine:
             raise guardian.Refused("no")
         match command:
             case "query-migrate":
-                return {"status": self.migration}
+                return {"status": self.migration, "ram": {"transferred": self.transferred}}
             case "query-status":
                 return {"status": self.state}
             case "query-fdsets":
@@ -52,8 +55,12 @@ class Machine:
                     {"fdset-id": n, "fds": [{"fd": 9, "opaque": o}]} for n, o in self.fdsets.items()
                 ]
             case "migrate_cancel":
-                assert self.migration != "setup", "QEMU would die of it"
+                assert self.migration in ("active", "pre-switchover"), "QEMU would die of it"
+                assert self.migration != "active" or self.still > 1, "QEMU would die of it"
                 self.migration = "cancelling"
+            case "migrate-set-parameters":
+                assert arguments is not None
+                self.slow = arguments["max-bandwidth"] > 7
             case "cont":
                 self.state = "running"
             case "remove-fd":
@@ -64,8 +71,13 @@ class Machine:
     def wait(self) -> None:
         self.patience -= 1
         assert self.patience >= 0, "it waits for nothing"
+        self.still += 1
+        if not self.slow or self.patience % 10 == 0:
+            self.transferred, self.still = self.transferred + 1, 0
         if self.migration == "setup":
             self.migration = "active"
+        elif self.migration == "device":
+            self.migration, self.state = "completed", "postmigrate"
         elif self.migration == "cancelling":
             self.migration, self.state = "cancelled", "running"
         if self.state == "finish-migrate":
@@ -99,12 +111,25 @@ def test_complete_migration_is_followed_by_cont_and_settings() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("status", ["setup", "active", "pre-switchover", "device"])
-def test_migration_under_way_is_cancelled_first(status: str) -> None:
+@pytest.mark.parametrize("status", ["setup", "active"])
+def test_migration_under_way_is_slowed_down_and_cancelled_in_a_pause(status: str) -> None:
     machine = Machine(status, "running")
     drive(machine)
-    assert machine.told[0] == "migrate_cancel"
+    assert machine.told[:2] == ["migrate-set-parameters", "migrate_cancel"]
     assert machine.told.count("migrate_cancel") == 1
+
+
+def test_migration_that_waits_is_cancelled_at_once() -> None:
+    machine = Machine("pre-switchover", "finish-migrate")
+    drive(machine)
+    assert machine.told[0] == "migrate_cancel"
+
+
+def test_last_phase_is_let_come_to_its_end() -> None:
+    machine = Machine("device", "finish-migrate")
+    drive(machine)
+    assert "migrate_cancel" not in machine.told
+    assert machine.state == "running"
 
 
 def test_guest_that_runs_is_not_told_to() -> None:

@@ -45,10 +45,10 @@ def guest(
 
 def pages(
     found: Guest, *, direct: Direct | None = DIRECT, sparse: Sparse = Sparse.AUTO,
-    live: bool = False, pause: bool = False, contents: Contents | None = None,
+    pause: bool = False, contents: Contents | None = None,
 ) -> Changes:
     return for_pages(
-        found, channels=4, direct=direct, sparse=sparse, live=live, pause=pause, contents=contents
+        found, channels=4, direct=direct, sparse=sparse, pause=pause, contents=contents
     )
 
 
@@ -102,14 +102,16 @@ def test_direct_io_that_is_not_to_be_had_is_switched_off() -> None:
     assert changes.parameters["direct-io"].after is False
 
 
-def test_running_guest_is_stopped_at_once_unless_live() -> None:
-    assert "avail-switchover-bandwidth" in pages(guest()).parameters
-    assert "avail-switchover-bandwidth" not in pages(guest(), live=True).parameters
-    assert "avail-switchover-bandwidth" not in pages(guest(running=False)).parameters
+def test_device_state_of_a_running_guest_comes_at_once() -> None:
+    name = "avail-switchover-bandwidth"
+    assert name in for_device_state(guest(), pause=False).parameters
+    assert name not in for_device_state(guest(running=False), pause=False).parameters
+    assert name not in pages(guest()).parameters
 
 
-def test_downtime_limit_is_put_back_also_when_it_changes_later() -> None:
-    assert pages(guest(), live=True).touched == {"downtime-limit": 300}
+def test_what_may_change_later_is_put_back_too() -> None:
+    unlimited = guest(parameters={"max-bandwidth": 0})
+    assert pages(unlimited).touched == {"downtime-limit": 300, "max-bandwidth": 0}
 
 
 @pytest.mark.parametrize("name", ["release-ram", "xbzrle", "return-path", "x-ignore-shared"])
