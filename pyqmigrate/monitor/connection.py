@@ -108,6 +108,8 @@ class Connection:
         self._sock.close()
         self._receiver.close()
         self._pending.close()
+        # Its traceback holds this and what was being read: a ring that only the collector finds.
+        self._broken = None
 
     async def _readable(self) -> None:
         waiting = self._waiting = self._loop.create_future()

@@ -1,4 +1,6 @@
 import asyncio
+import contextlib
+import gc
 import json
 import os
 import socket
@@ -14,6 +16,7 @@ import pytest
 from pyqmigrate.errors import TargetError
 from pyqmigrate.fdset import FdSets
 from pyqmigrate.monitor import QmpServer, Version, server
+from pyqmigrate.monitor.connection import Connection
 from pyqmigrate.options import Policy
 from tests.monitor.harness import ServerThread
 from tests.monitor.idle_guest import IdleGuest
@@ -461,3 +464,17 @@ def test_a_file_name_that_is_no_text_is_answered_in_ascii(client, tmp_path):
     answer = client.execute("migrate", uri=f"file:{tmp_path}/é\x7f/x")
     assert json.dumps(answer).isascii()
     assert answer["error"]["desc"].startswith("Could not create")
+
+
+def test_what_a_client_left_unread_is_let_go_at_once_and_not_when_python_collects(server):
+    gc.collect()
+    gc.disable()
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(0.3)
+            client.connect(str(server.path))
+            with contextlib.suppress(TimeoutError):
+                client.sendall(b'{"execute": "qmp_capabilities"}' * 10_000)
+        wait_until(lambda: not any(isinstance(o, Connection) for o in gc.get_objects()))
+    finally:
+        gc.enable()
