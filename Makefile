@@ -1,10 +1,11 @@
 # make demo   the main job on a synthetic guest memory
 # make test   everything that ends within ten minutes; see CONTRIBUTING.md for the rest
 #
-# The virtual environment is .venv; PYTHON=python3.12 makes it with another Python, PYTEST_ARGS
-# and BENCH_ARGS go to pytest and to the comparison.
+# The virtual environment is .venv; PYTHON=python3.12 makes it with another Python, JOBS=1 has the
+# tests one after the other, PYTEST_ARGS and BENCH_ARGS go to pytest and to the comparison.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 CC ?= cc
@@ -29,7 +30,7 @@ demo: $(VENV)/.with-cli
 	$(BIN)/pyqmigrate demo $(DEMO_ARGS)
 
 test: test-system $(VENV)/.with-cli,analysis,test
-	$(BIN)/python -m pytest -m "not long" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long" $(PYTEST_ARGS)
 
 # pytest's status 5 is "nothing was selected": right only as long as no test is marked long.
 test-long: test-system $(VENV)/.with-cli,analysis,test
