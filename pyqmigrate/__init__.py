@@ -13,8 +13,9 @@ The main job: guest memory into a file that QEMU loads (its ``mapped-ram`` forma
 :func:`save` and :class:`Snapshot`; :mod:`pyqmigrate.errors` shows what can go wrong.
 """
 
-from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.devices import Devices, devices
+import importlib
+from typing import TYPE_CHECKING
+
 from pyqmigrate.errors import (
     BlockMismatch,
     Cancelled,
@@ -32,20 +33,24 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.export.convert import Form, convert
-from pyqmigrate.fdset import FdsetError, FdSets
-from pyqmigrate.format.cpu_state import CpuRegisters, cpu_registers
-from pyqmigrate.format.device_tree import Device
-from pyqmigrate.format.devices import DeviceSection
-from pyqmigrate.io.channels import Job, Progress
-from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
-from pyqmigrate.io.target import Descriptors, DirectIO
-from pyqmigrate.load import Clear, LoadReport
-from pyqmigrate.migration import Guest, Migration
-from pyqmigrate.opening import open_snapshot
-from pyqmigrate.options import Capabilities, Parameters, Policy
 from pyqmigrate.save import SaveReport, Sparse, save, start_save
-from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
+
+if TYPE_CHECKING:
+    from pyqmigrate.classic import ClassicSnapshot
+    from pyqmigrate.device_listing import Devices, devices
+    from pyqmigrate.export.convert import Form, convert
+    from pyqmigrate.fdset import FdsetError, FdSets
+    from pyqmigrate.format.cpu_state import CpuRegisters, cpu_registers
+    from pyqmigrate.format.device_tree import Device
+    from pyqmigrate.format.devices import DeviceSection
+    from pyqmigrate.io.channels import Job, Progress
+    from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
+    from pyqmigrate.io.target import Descriptors, DirectIO
+    from pyqmigrate.load import Clear, LoadReport
+    from pyqmigrate.migration import Guest, Migration
+    from pyqmigrate.opening import open_snapshot
+    from pyqmigrate.options import Capabilities, Parameters, Policy
+    from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
 
 __all__ = [
     "save",
@@ -97,3 +102,49 @@ __all__ = [
     "JobTimeout",
     "FdsetError",
 ]
+
+# Imported when they are first used: a command that restores a guest has no time for the rest.
+# The module `save` is not among them, as its name is that of the function.
+_HOME = {
+    "ClassicSnapshot": "classic",
+    "Devices": "device_listing",
+    "devices": "device_listing",
+    "Form": "export.convert",
+    "convert": "export.convert",
+    "FdsetError": "fdset",
+    "FdSets": "fdset",
+    "CpuRegisters": "format.cpu_state",
+    "cpu_registers": "format.cpu_state",
+    "Device": "format.device_tree",
+    "DeviceSection": "format.devices",
+    "Job": "io.channels",
+    "Progress": "io.channels",
+    "FileMemory": "io.memory",
+    "ProcessMemory": "io.memory",
+    "RamBlock": "io.memory",
+    "Descriptors": "io.target",
+    "DirectIO": "io.target",
+    "Clear": "load",
+    "LoadReport": "load",
+    "Guest": "migration",
+    "Migration": "migration",
+    "open_snapshot": "opening",
+    "Capabilities": "options",
+    "Parameters": "options",
+    "Policy": "options",
+    "Snapshot": "snapshot",
+    "SnapshotBlock": "snapshot",
+    "start_load": "snapshot",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

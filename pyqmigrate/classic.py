@@ -28,9 +28,9 @@ from pyqmigrate.io.memory import Memory, StoredMemory
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.opened import Kind, Located, OpenedBlock, OpenedSnapshot, locate, refused_read
-from pyqmigrate.options import choice
 from pyqmigrate.page_index import PageIndex, keep, recall
 from pyqmigrate.sequential import start_sequential_load
+from pyqmigrate.spelling import choice
 
 __all__ = ["ClassicBlock", "ClassicSnapshot"]
 

@@ -18,7 +18,7 @@ from pyqmigrate.io.channels import Channels, Job, check_channels, core_block, cu
 from pyqmigrate.io.memory import Attached, Memory
 from pyqmigrate.io.target import DirectIO, InputTarget, core_file
 from pyqmigrate.log import logger
-from pyqmigrate.options import choice
+from pyqmigrate.spelling import choice
 
 __all__ = ["Clear", "LoadReport", "start_load"]
 

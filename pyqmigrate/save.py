@@ -24,7 +24,7 @@ from pyqmigrate.io.channels import (
 )
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.target import DirectIO, Target, core_file, stream_offset
-from pyqmigrate.options import choice
+from pyqmigrate.spelling import choice
 from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
 
 __all__ = ["SaveReport", "Sparse", "save", "start_save"]

@@ -48,7 +48,7 @@ from pyqmigrate.io.memory import Attached, Memory, RamBlock
 from pyqmigrate.io.target import DirectIO, InputTarget, Target, stream_offset
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.log import logger
-from pyqmigrate.options import choice
+from pyqmigrate.spelling import choice
 from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
 
 __all__ = [

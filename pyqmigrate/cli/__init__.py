@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
+import importlib
 import json
 import os
 import signal
@@ -31,9 +31,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
-from pyqmigrate.cli import bench, convert, demo, devices, info, pack, serve, unpack, verify, vm
 from pyqmigrate.cli.arguments import BadArguments, Parser
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.outcome import Outcome, describe_error, error_data, printable
@@ -41,7 +40,9 @@ from pyqmigrate.errors import NotSupported, SnapshotError
 
 __all__ = ["main"]
 
-_VERBS = (demo, vm, pack, unpack, info, devices, verify, convert, bench, serve)
+_VERBS = (
+    "demo", "vm", "pack", "unpack", "info", "devices", "verify", "convert", "bench", "serve",
+)
 _EPILOG = """Exit codes: 0 done, 1 the snapshot is bad or something differs, 2 wrong usage,
 3 the system refused (space, permission, I/O), 4 the guest or QEMU failed,
 5 not supported here, 130 interrupted.
@@ -95,18 +96,24 @@ def _parser() -> Parser:
         description="Save, restore and look into the memory of QEMU virtual machines.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"pyqmigrate {_version()}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in _VERBS:
-        verb.add_parser(verbs)
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    parser.offer(__name__, _VERBS)
     return parser
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("pyqmigrate")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: that takes longer than some verbs."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=settings.get("help"))
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        metadata = importlib.import_module("importlib.metadata")
+        try:
+            version = metadata.version("pyqmigrate")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        parser.exit(message=f"pyqmigrate {version}\n")
 
 
 def _json(data: object) -> str:

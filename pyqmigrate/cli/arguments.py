@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from pyqmigrate.cli.sizes import read_size
@@ -33,7 +35,26 @@ class BadArguments(UsageError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises BadArguments where argparse would print and exit."""
+    """Raises BadArguments where argparse would print and exit.
+
+    Verbs that are offered are modules; only that of the verb which is asked for is imported.
+    """
+
+    _offered: tuple[str, Sequence[str]] | None = None
+
+    def offer(self, package: str, names: Sequence[str]) -> None:
+        """Take one of the verbs ``names``, modules of ``package`` with an ``add_parser``."""
+        self._offered = package, names
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        if self._offered:
+            (package, names), self._offered = self._offered, None
+            verbs = self.add_subparsers(title="verbs", metavar="VERB", required=True)
+            for name in [name for name in names if name in (args or ())[:1]] or names:
+                importlib.import_module(f"{package}.{name}").add_parser(verbs)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise BadArguments(message, self.format_usage())

@@ -25,7 +25,7 @@ from typing import Any
 
 from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
 from pyqmigrate.cli.outcome import Outcome, counted, printable
-from pyqmigrate.devices import Devices, devices
+from pyqmigrate.device_listing import Devices, devices
 from pyqmigrate.format.device_tree import Device, Field, Scalar, State, Value
 
 __all__ = ["add_parser"]

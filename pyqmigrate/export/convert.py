@@ -35,10 +35,10 @@ from pyqmigrate.io.memory import Attached, Memory, RamBlock, StoredMemory
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
 from pyqmigrate.opened import OpenedBlock, refused_read
 from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.options import choice
 from pyqmigrate.save import SaveReport, Sparse, Writer
 from pyqmigrate.sequential import SequentialWriter
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.spelling import choice
 from pyqmigrate.writer import StreamWriter
 
 __all__ = ["Form", "convert", "start_stream_conversion"]

@@ -17,7 +17,6 @@ from pyqmigrate.options.parameters import (
     ZeroPageDetection,
 )
 from pyqmigrate.options.policy import Policy
-from pyqmigrate.options.spelling import choice
 
 __all__ = [
     "CAPABILITY_NAMES",
@@ -27,5 +26,4 @@ __all__ = [
     "Parameters",
     "Policy",
     "ZeroPageDetection",
-    "choice",
 ]

@@ -15,13 +15,18 @@
 library ``qemu.qmp`` (``pip install 'pyqmigrate[vm]'``).
 """
 
-from pyqmigrate.vm.check import CheckReport
-from pyqmigrate.vm.choice import Engine
+import importlib
+from typing import TYPE_CHECKING
+
 from pyqmigrate.vm.clone import Clone, clone
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.handle import Vm, connect
 from pyqmigrate.vm.restore import Mode, RestoredVm, RestoreReport, restore
-from pyqmigrate.vm.save import Then, VmSaveReport
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.check import CheckReport
+    from pyqmigrate.vm.choice import Engine
+    from pyqmigrate.vm.connection import Monitor
+    from pyqmigrate.vm.handle import Vm, connect
+    from pyqmigrate.vm.save import Then, VmSaveReport
 
 __all__ = [
     "connect",
@@ -38,3 +43,27 @@ __all__ = [
     "Mode",
     "Monitor",
 ]
+
+# Imported when they are first used, as in the package above. The modules `clone` and `restore` are
+# not among them, as their names are those of functions.
+_HOME = {
+    "CheckReport": "check",
+    "Engine": "choice",
+    "Monitor": "connection",
+    "Vm": "handle",
+    "connect": "handle",
+    "Then": "save",
+    "VmSaveReport": "save",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -38,9 +38,9 @@ from pyqmigrate.format.sequential import SequentialStream
 from pyqmigrate.io.channels import Job, check_channels
 from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, StoredMemory
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
-from pyqmigrate.options import choice
 from pyqmigrate.save import SaveReport, Sparse, Writer
 from pyqmigrate.sequential import DEVICE_STATE_MAX, SequentialReader
+from pyqmigrate.spelling import choice
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -30,9 +30,8 @@ from pyqmigrate.errors import (
 from pyqmigrate.format.stream import MAGIC
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset
-from pyqmigrate.options import choice
-from pyqmigrate.save import Sparse
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.spelling import choice
 from pyqmigrate.vm import disks
 from pyqmigrate.vm.blockers import Way
 from pyqmigrate.vm.choice import Choice, Engine, choose_engine
@@ -45,6 +44,7 @@ from pyqmigrate.vm.guest import Guest, look
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.settings import Changes, Value, for_device_state, for_pages, no_changes
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
+from pyqmigrate.writer import Sparse
 
 __all__ = ["Then", "UsedSetting", "VmSaveReport", "save"]
 

@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.target import Direct
-from pyqmigrate.save import Sparse
 from pyqmigrate.vm.contents import Contents
 from pyqmigrate.vm.guest import Guest
+from pyqmigrate.writer import Sparse
 
 __all__ = ["Change", "Changes", "Value", "for_device_state", "for_pages", "no_changes"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.devices import devices
+from pyqmigrate.device_listing import devices
 from pyqmigrate.export.convert import Form, convert
 from pyqmigrate.opened import Kind
 from pyqmigrate.opening import AnySnapshot, open_snapshot

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pyqmigrate.devices import Devices, devices
+from pyqmigrate.device_listing import Devices, devices
 from pyqmigrate.format.cpu_state import Architecture, CpuRegisters, cpu_registers
 from pyqmigrate.format.device_tree import Device, State
 from tests.format.device_twin import encode, fields_of

@@ -30,7 +30,7 @@ from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_ver
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
-from pyqmigrate.save import Sparse
+from pyqmigrate.writer import Sparse
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.save import VmSaveReport

@@ -1,0 +1,43 @@
+"""What an import costs is what is used of it."""
+
+import subprocess
+import sys
+
+import pytest
+
+import pyqmigrate
+import pyqmigrate.vm
+
+
+def loaded(code):
+    """The modules that are there after ``code``."""
+    text = subprocess.check_output(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"], text=True
+    )
+    return set(text.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("package", [pyqmigrate, pyqmigrate.vm], ids=lambda p: p.__name__)
+def test_every_public_name_is_there_and_listed(package):
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+        assert name in dir(package)
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = pyqmigrate.no_such_name
+
+
+def test_the_package_alone_loads_no_monitor_and_no_command_line():
+    assert not {"qemu.qmp", "pyqmigrate.cli", "pyqmigrate.vm"} & loaded("import pyqmigrate")
+
+
+def test_a_verb_loads_its_own_module_and_no_other():
+    code = (
+        "import contextlib, pyqmigrate.cli\n"
+        "with contextlib.suppress(SystemExit):\n    pyqmigrate.cli.main(['info', '--help'])"
+    )
+    verbs = {name for name in loaded(code) if name.startswith("pyqmigrate.cli.")}
+    assert "pyqmigrate.cli.info" in verbs
+    assert not {"pyqmigrate.cli.pack", "pyqmigrate.cli.vm.save"} & verbs
