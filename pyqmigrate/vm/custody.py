@@ -6,9 +6,9 @@
         await custody.end(resume=True)
 
 Leaving it without having called :meth:`Custody.end` puts everything back: a migration under way
-is cancelled, settings are what they were, the descriptors that QEMU was given are removed, and the
-guest runs if it ran. The same is done by a guardian process if this one is killed
-(:mod:`pyqmigrate.vm.guardian`).
+is cancelled, settings are what they were, the descriptors that QEMU was given are removed, the
+guest runs if it ran, and its disks are the files that they were. The same is done by a guardian
+process if this one is killed (:mod:`pyqmigrate.vm.guardian`).
 """
 
 from __future__ import annotations
@@ -23,33 +23,40 @@ import sys
 import time
 from collections.abc import AsyncIterator, Generator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
 from pyqmigrate.io.target import OutputTarget
 from pyqmigrate.vm import guardian
 from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.disks import DiskPlan
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.settings import Changes
 from pyqmigrate.vm.unbroken import unbroken
 
-__all__ = ["Custody"]
+__all__ = ["Custody", "drive"]
+
+T = TypeVar("T")
 
 _PATIENCE = 120.0  # seconds for QEMU to end what it was told to cancel
 
 
 class Custody:
-    """``changes`` are made by :meth:`apply`; ``target`` is the file that is being written.
+    """``changes`` are made by :meth:`apply`; ``target`` is the file that is being written, and
+    ``plan`` has the snapshots of disks that are taken along.
 
-    ``trouble`` is what could not be put back, in QEMU's words.
+    ``trouble`` is what could not be put back, in QEMU's words. Once the snapshot has its name, set
+    ``published``: its disks are not touched any more.
     """
 
     def __init__(
-        self, monitor: Monitor, guest: Guest, changes: Changes, target: OutputTarget
+        self, monitor: Monitor, guest: Guest, changes: Changes, target: OutputTarget,
+        plan: DiskPlan | None = None,
     ) -> None:
         self.monitor = monitor
         self.changes = changes
         self.trouble: list[str] = []
+        self.published = False
         self._token = f"pyqmigrate-{secrets.token_hex(8)}"
         self._target = target
         self._guardian: subprocess.Popen[bytes] | None = None
@@ -63,6 +70,8 @@ class Custody:
             },
             "directory": os.path.realpath(Path(target.name).parent),
             "file": target.fd,
+            "disks": [] if plan is None else [overlay.finding() for overlay in plan.overlays],
+            "record": "" if plan is None else os.path.abspath(plan.record),  # noqa: PTH100
         }
 
     async def __aenter__(self) -> Self:
@@ -77,9 +86,13 @@ class Custody:
         except QemuError as failed:
             # The first error says more; what became of the guest is added to it.
             if isinstance(error, BaseException):
-                error.add_note(f"(the guest could not be put back at once: {failed})")
+                error.add_note(f"(the guest could not be put back at once: {failed}) ")
             elif kind is None:
                 raise
+        else:
+            if isinstance(error, BaseException):
+                for sentence in self.trouble:
+                    error.add_note(f"({sentence}) ")
 
     async def apply(self) -> None:
         """Change the settings. QemuRefused when QEMU does not take one: then none of its kind."""
@@ -127,8 +140,8 @@ class Custody:
             self._let_go()
 
     async def _put_back(self, resume: bool | None) -> None:
-        steps = guardian.put_back(self._finding, resume=resume)
-        self.trouble += await _drive(self.monitor, steps)
+        steps = guardian.put_back(self._finding, resume=resume, published=self.published)
+        self.trouble += await drive(self.monitor, steps)
         await self._dismiss()
 
     def _start_guardian(self) -> None:
@@ -167,7 +180,8 @@ class Custody:
                 process.stdin.close()
 
 
-async def _drive(monitor: Monitor, steps: Generator[guardian.Step, Any, list[str]]) -> list[str]:
+async def drive(monitor: Monitor, steps: Generator[guardian.Step, Any, T]) -> T:
+    """Carry out a guardian's steps on a session of our own; what they come to."""
     deadline = time.monotonic() + _PATIENCE
     try:
         step = next(steps)
@@ -187,6 +201,5 @@ async def _drive(monitor: Monitor, steps: Generator[guardian.Step, Any, list[str
             else:
                 step = steps.send(result)
     except StopIteration as end:
-        result = end.value
-        assert isinstance(result, list)
-        return result
+        outcome: T = end.value
+        return outcome

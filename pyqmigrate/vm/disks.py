@@ -10,12 +10,12 @@ an external snapshot the guest goes on in a new file, an *overlay*, and the file
     await take(monitor, plan)                    # one transaction: all disks or none
     ...                                          # the memory is saved, the guest goes on
     record(plan)                                 # guest.snap.disks.json
-    await forget(monitor, plan)                  # or this, when the save failed
+
+When the save fails, :mod:`pyqmigrate.vm.guardian` has the commands that undo it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -27,14 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyqmigrate.errors import (
-    NotSupported,
-    QemuError,
-    QemuGone,
-    QemuRefused,
-    TargetError,
-    UsageError,
-)
+from pyqmigrate.errors import NotSupported, QemuRefused, TargetError, UsageError
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.connection import Monitor
@@ -44,17 +37,16 @@ __all__ = [
     "Disk",
     "DiskPlan",
     "Overlay",
-    "forget",
     "prepare",
     "read_disks",
     "record",
     "record_path",
     "restore_needs",
+    "stranded",
     "take",
 ]
 
 _FORMATS = ("qcow2", "raw")
-_COMMIT_TIMEOUT = 60.0  # seconds; what an overlay has got during one save is not much
 
 
 @dataclass(frozen=True)
@@ -91,6 +83,14 @@ class Overlay:
     file: str
     node: str
     here: Path
+
+    def finding(self) -> dict[str, str]:
+        """What a guardian has to know (:mod:`pyqmigrate.vm.guardian`)."""
+        return {
+            "name": self.disk.name, "node": self.node, "base": self.disk.node,
+            "base_file": self.disk.file, "file": self.file,
+            "here": os.path.abspath(self.here),  # noqa: PTH100 - not where its links lead
+        }  # fmt: skip
 
 
 @dataclass
@@ -266,69 +266,19 @@ def _replace(path: Path, text: str) -> None:
         os.close(directory)
 
 
-async def forget(monitor: Monitor, plan: DiskPlan) -> tuple[str, ...]:
-    """Undo: what overlays have got goes back into the bases, and the overlays are removed.
-
-    May be called whether or not the snapshots were taken, once the guest is as it was found. No
-    QemuError comes out of it: the sentences returned say what is left to do; none: all is undone.
-    """
-    if plan.recorded:
-        plan.record.unlink(missing_ok=True)
-        plan.recorded = False
-    if not plan.taken:
-        return ()
-    left = []
-    for overlay in plan.overlays:
-        try:
-            await _commit(monitor, overlay)
-            overlay.here.unlink(missing_ok=True)
-        except (QemuError, OSError) as error:
-            left.append(
-                f"disk {overlay.disk.name} goes on in {overlay.file} over {overlay.disk.file}: "
-                f"undoing that failed ({error}); block-commit {overlay.node} when the guest runs"
-            )
-            if isinstance(error, QemuGone):
-                left[-1] = (
-                    f"disk {overlay.disk.name} went on in {overlay.file} over {overlay.disk.file} "
-                    "when QEMU ended: start it with that file"
-                )
-    plan.taken = bool(left)
-    return tuple(left)
+def stranded(plan: DiskPlan) -> list[str]:
+    """What QEMU left when it ended before the snapshots that it took were undone, in sentences."""
+    return [
+        f"disk {overlay.disk.name} went on in {overlay.file} over {overlay.disk.file} when QEMU "
+        "ended: start it with that file"
+        for overlay in plan.overlays
+        if os.path.lexists(_outlasting(overlay))
+    ]
 
 
-async def _commit(monitor: Monitor, overlay: Overlay) -> None:
-    """Merge an overlay into its base, and let the guest go on there."""
-    job = f"undo-{overlay.node}"
-    await monitor.execute(
-        "block-commit",
-        {
-            "job-id": job,
-            "device": overlay.node,
-            "base-node": overlay.disk.node,
-            "auto-dismiss": False,
-        },
-    )
-    completing = False
-    async with asyncio.timeout(_COMMIT_TIMEOUT):
-        while True:
-            state = await _job(monitor, job)
-            if state["status"] == "concluded":
-                break
-            if state["status"] == "ready" and not completing:
-                completing = True
-                await monitor.execute("block-job-complete", {"device": job})
-            await asyncio.sleep(0.005)
-    await monitor.execute("job-dismiss", {"id": job})
-    if "error" in state:
-        raise QemuError(f"block-commit failed: {state['error']}")
-
-
-async def _job(monitor: Monitor, name: str) -> dict[str, Any]:
-    jobs: list[dict[str, Any]] = await monitor.execute("query-jobs")
-    for job in jobs:
-        if job["id"] == name:
-            return job
-    raise QemuError(f"the job {name} is gone")
+def _outlasting(overlay: Overlay) -> Path:
+    """The overlay where no process of QEMU's leads to it any more."""
+    return Path(overlay.file) if overlay.file.startswith("/") else overlay.here
 
 
 def _remove_overlays(plan: DiskPlan) -> None:

@@ -17,7 +17,15 @@ capabilities   QEMU's capabilities that will have been changed: name to former s
 parameters     the same for parameters
 directory      where the snapshot was to be, absolute
 file           number of an inherited descriptor of the unfinished file, or -1
+disks          a list, empty where disks are not snapshotted: objects of ``name``, ``node``
+               (the overlay's), ``base`` (the node below), ``base_file``, ``file`` (the overlay
+               as QEMU names it) and ``here`` (as we do)
+record         path of the file with the names of the disks, or ""
 =============  ====================================================================
+
+The overlays stay when the snapshot got its name before the process ended: they are its disks then.
+Otherwise what they hold goes back into the files below, and what cannot go back is never thrown
+away: the guest keeps its overlay, and ``RECORD.left`` says so.
 """
 
 from __future__ import annotations
@@ -33,7 +41,7 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any, TypeAlias
 
-__all__ = ["A_MOMENT", "PARTIAL", "Refused", "Step", "put_back"]
+__all__ = ["A_MOMENT", "PARTIAL", "Refused", "Step", "goes_on_in", "put_back", "undo_disks"]
 
 PARTIAL = ".partial"  # what the names of unfinished files end in
 _PATIENCE = 600.0  # seconds, for the monitor to become free and the migration to end
@@ -45,6 +53,7 @@ _ONE_SLOT, _QUIET, _LONGEST_WAIT = 12, 3, 60
 A_MOMENT = 0.01  # seconds
 _CRAWL = {"max-bandwidth": 10_000, "downtime-limit": 0}
 _STOPPED_BY_US = {"postmigrate", "paused"}
+_LONGEST_COMMIT = 6000  # moments; what an overlay has got during one save is not much
 
 Step: TypeAlias = "tuple[str, dict[str, Any] | None] | None"
 
@@ -53,14 +62,14 @@ class Refused(Exception):
     """QEMU answered a command with an error."""
 
 
-def put_back(finding: dict[str, Any], *, resume: bool | None = None) -> Generator[
-    Step, Any, list[str]
-]:
+def put_back(
+    finding: dict[str, Any], *, resume: bool | None = None, published: bool = False
+) -> Generator[Step, Any, list[str]]:
     """The commands that leave a guest as it was found: generator of (command, arguments).
 
     None in place of a command means to wait A_MOMENT. The result of each is to be sent in, an
     error thrown in as :class:`Refused`. Returns what could not be done. ``resume`` overrides
-    whether the guest is to run.
+    whether the guest is to run; with ``published`` its disks stay as the snapshot needs them.
     """
     trouble: list[str] = []
     yield from _end_migration(trouble)
@@ -74,7 +83,80 @@ def put_back(finding: dict[str, Any], *, resume: bool | None = None) -> Generato
     for entry in (yield "query-fdsets", None):
         if any(finding["token"] in member.get("opaque", "") for member in entry["fds"]):
             yield from _attempt("remove-fd", {"fdset-id": entry["fdset-id"]}, trouble)
+    if not published:
+        yield from undo_disks(finding, trouble)
     return trouble
+
+
+def undo_disks(finding: dict[str, Any], trouble: list[str]) -> Generator[Step, Any, None]:
+    """What overlays have got goes back into the files below, and the overlays are removed.
+
+    Nothing is asked of QEMU where no disk is to be snapshotted. An overlay that QEMU does not use
+    is one that a refused transaction has left.
+    """
+    _remove_record(finding)
+    if not finding["disks"]:
+        return
+    if (yield "query-status", None)["status"] == "postmigrate":
+        with contextlib.suppress(Refused):  # QEMU before 10.0: then the commit is refused
+            yield "blockdev-set-active", {"active": True}
+    nodes = {node.get("node-name") for node in (yield "query-named-block-nodes", {"flat": True})}
+    for disk in finding["disks"]:
+        try:
+            if disk["node"] in nodes:
+                yield from _commit(disk["node"], disk["base"])
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                os.unlink(disk["here"])  # noqa: PTH108
+        except Refused as error:
+            trouble.append(
+                f"disk {goes_on_in(disk)}: undoing that failed ({error}); block-commit "
+                f"{disk['node']} when the guest runs"
+            )
+        except OSError as error:
+            trouble.append(f"{disk['file']} cannot be removed ({error.strerror}); it is not needed")
+
+
+def goes_on_in(disk: dict[str, str]) -> str:
+    """What became of a disk whose overlay stays."""
+    return f"{disk['name']} goes on in {disk['file']} over {disk['base_file']}"
+
+
+def _commit(node: str, base: str) -> Generator[Step, Any, None]:
+    """Merge an overlay into the node below, and let the guest go on there."""
+    job = f"undo-{node}"
+    arguments = {"job-id": job, "device": node, "base-node": base, "auto-dismiss": False}
+    if (yield from _job(job)) is None:  # whoever was killed may have begun it
+        yield "block-commit", arguments
+    completing = False
+    for _ in range(_LONGEST_COMMIT):
+        state = yield from _job(job)
+        if state is None:
+            raise Refused(f"the job {job} is gone")
+        if state["status"] == "concluded":
+            yield "job-dismiss", {"id": job}
+            if "error" in state:
+                raise Refused(state["error"])
+            return
+        if state["status"] == "ready" and not completing:
+            completing = True
+            yield "job-complete", {"id": job}
+        yield None
+    yield "job-cancel", {"id": job}  # the overlay still has everything
+    raise Refused("it takes too long")
+
+
+def _job(name: str) -> Generator[Step, Any, dict[str, Any] | None]:
+    jobs = yield "query-jobs", None
+    return next((job for job in jobs if job["id"] == name), None)
+
+
+def _remove_record(finding: dict[str, Any]) -> None:
+    """The names of disks beside a snapshot that there is not; somebody else's are left alone."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        with open(finding["record"], encoding="utf-8") as file:  # noqa: PTH123
+            recorded = {disk["continued_in"] for disk in json.load(file)["disks"]}
+        if recorded & {disk["file"] for disk in finding["disks"]}:
+            os.unlink(finding["record"])  # noqa: PTH108
 
 
 def _end_migration(trouble: list[str]) -> Generator[Step, Any, None]:
@@ -173,29 +255,37 @@ class _Monitor:
 
 def _rescue(finding: dict[str, Any]) -> None:
     deadline = time.monotonic() + _PATIENCE
+    published = _is_published(finding)
+    trouble: list[str] = []
     while time.monotonic() < deadline:
         try:
-            _put_back(finding, deadline)
+            trouble = _put_back(finding, deadline, published)
             break
         except (FileNotFoundError, ConnectionRefusedError):
             break  # QEMU is gone
         except (OSError, EOFError, ValueError, LookupError, Refused):
             time.sleep(0.2)
     with contextlib.suppress(OSError):
-        _remove_partial(finding)
+        if (partial := _partial(finding)) is not None:
+            os.unlink(partial)  # noqa: PTH108
+    if not published:
+        with contextlib.suppress(OSError):
+            _leave_word(finding, trouble)
 
 
-def _put_back(finding: dict[str, Any], deadline: float) -> None:
+def _put_back(finding: dict[str, Any], deadline: float, published: bool) -> list[str]:
     monitor = _Monitor(finding["monitor"], deadline)
-    steps = put_back(finding)
+    steps = put_back(finding, published=published)
     try:
         step = next(steps)
         while time.monotonic() < deadline:
             step = _answer(monitor, steps, step)
-    except StopIteration:
-        pass
+    except StopIteration as end:
+        trouble: list[str] = end.value
+        return trouble
     finally:
         monitor.close()
+    return []
 
 
 def _answer(monitor: _Monitor, steps: Generator[Step, Any, list[str]], step: Step) -> Step:
@@ -209,14 +299,40 @@ def _answer(monitor: _Monitor, steps: Generator[Step, Any, list[str]], step: Ste
     return steps.send(result)
 
 
-def _remove_partial(finding: dict[str, Any]) -> None:
-    """A file that has a name already, but not its own."""
-    if finding["file"] < 0 or not (info := os.fstat(finding["file"])).st_nlink:
+def _leave_word(finding: dict[str, Any], trouble: list[str]) -> None:
+    """Nobody is there to be told that a guest goes on in an overlay: it is written down."""
+    _remove_record(finding)
+    left = [
+        disk for disk in finding["disks"]
+        if os.path.lexists(disk["here"]) or os.path.lexists(disk["file"])
+    ]
+    if not left:
         return
+    lines = [*trouble, *(f"disk {goes_on_in(disk)}: if QEMU is gone, start it so" for disk in left)]
+    with open(f"{finding['record']}.left", "w", encoding="utf-8") as file:  # noqa: PTH123
+        file.write("".join(f"{line}\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_published(finding: dict[str, Any]) -> bool:
+    """Whether the snapshot has the name that it was to have."""
+    try:
+        named = finding["file"] >= 0 and os.fstat(finding["file"]).st_nlink > 0
+        return named and _partial(finding) is None
+    except OSError:
+        return False
+
+
+def _partial(finding: dict[str, Any]) -> str | None:
+    """The path of a file that has a name already, but not its own."""
+    if finding["file"] < 0 or not (info := os.fstat(finding["file"])).st_nlink:
+        return None
     with os.scandir(finding["directory"]) as entries:
         for entry in entries:
             if entry.name.endswith(PARTIAL) and entry.inode() == info.st_ino:
-                os.unlink(entry.path)  # noqa: PTH108
+                return str(entry.path)
+    return None
 
 
 def _all_is_well(pid: int) -> tuple[dict[str, Any] | None, bool]:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -176,13 +176,14 @@ class _Save:
         try:
             await asyncio.to_thread(self._check_space, target)
             changes = await asyncio.to_thread(self._changes, target)
-            async with (
-                self._disks_undone(),
-                Custody(self.monitor, self.guest, changes, target) as custody,
-            ):
+            custody = Custody(self.monitor, self.guest, changes, target, self.plan)
+            async with custody:
                 return await self._run(target, changes, custody)
         except QemuGone as error:
             error.add_note(f"({self._what_became_of_qemu()}) ")
+            if self.plan is not None and self.plan.taken and not custody.published:
+                for left in disks.stranded(self.plan):
+                    error.add_note(f"({left}) ")
             raise
         finally:
             target.abort()
@@ -193,7 +194,7 @@ class _Save:
         written = await self._engine(custody, target)
         file_size, allocated = os.fstat(target.fd).st_size, target.allocated_bytes()
         direct, reason = target.direct is not None, target.direct_io_reason
-        await self._publish(target)
+        await self._publish(target, custody)
         seconds = time.monotonic() - self.started
         await custody.end(resume=self._resumes)
         after = await self._end()
@@ -274,8 +275,8 @@ class _Save:
             progress=request.progress,
         )
 
-    async def _publish(self, target: OutputTarget) -> None:
-        """Durable, verified, named. Once cancelled, it gets no name."""
+    async def _publish(self, target: OutputTarget, custody: Custody) -> None:
+        """Durable, verified, named. Once cancelled, it gets no name, unless it has it already."""
         heed_cancellation()
         cancelled = threading.Event()
 
@@ -294,6 +295,10 @@ class _Save:
             with contextlib.suppress(PyqmigrateError):
                 await unbroken(publishing)
             raise
+        finally:
+            custody.published = (
+                publishing.done() and not publishing.cancelled() and not publishing.exception()
+            )
 
     async def _end(self) -> str | None:
         """Quit if that was asked for; what the guest is doing now."""
@@ -306,17 +311,6 @@ class _Save:
     async def _take_disks(self) -> None:
         assert self.plan is not None
         await disks.take(self.monitor, self.plan)
-
-    @contextlib.asynccontextmanager
-    async def _disks_undone(self) -> AsyncIterator[None]:
-        """When the save fails, the disks go on in the files that they had."""
-        try:
-            yield
-        except BaseException as error:
-            if self.plan is not None:
-                for left in await unbroken(disks.forget(self.monitor, self.plan)):
-                    error.add_note(f"({left}) ")
-            raise
 
     def _notes(self, after: str | None) -> list[str]:
         notes = []

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import NotSupported, QemuRefused, UsageError
+from pyqmigrate.vm import guardian
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.disks import DiskPlan, forget, prepare, record, take
+from pyqmigrate.vm.custody import drive
+from pyqmigrate.vm.disks import DiskPlan, prepare, record, stranded, take
 from pyqmigrate.vm.guest import look
 from tests.qemu.bare import BareQemu
 
@@ -80,6 +82,15 @@ def with_plan(images: Path, task: Task, *, run: bool = False) -> DiskPlan:
         return qemu.run(session)
 
 
+async def forget(monitor: Monitor, plan: DiskPlan) -> list[str]:
+    """Undo the snapshots; what could not be undone."""
+    trouble: list[str] = []
+    finding = {"disks": [overlay.finding() for overlay in plan.overlays],
+               "record": str(plan.record)}  # fmt: skip
+    await drive(monitor, guardian.undo_disks(finding, trouble))
+    return trouble
+
+
 BASES = ["left", "right"]
 OVERLAYS = ["left.guest.snap.qcow2", "right.guest.snap.qcow2"]
 
@@ -128,16 +139,21 @@ def test_guest_goes_on_after_snapshots_were_taken(images: Path, migrates: bool) 
     assert NEW in (images / OVERLAYS[0]).read_bytes()
 
 
-@pytest.mark.parametrize("state", ["paused", "running", "after postmigrate"])
+@pytest.mark.parametrize("state", ["paused", "running", "after postmigrate", "postmigrate"])
 def test_forgetting_brings_writes_back_and_removes_overlays(images: Path, state: str) -> None:
     async def task(monitor: Monitor, plan: DiskPlan) -> None:
         await (migrated(monitor) if "post" in state else monitor.execute("stop"))
         await take(monitor, plan)
         record(plan)
-        if state != "paused":
-            await monitor.execute("cont")
-        await disk_write(monitor)
-        assert await forget(monitor, plan) == ()
+        if state == "postmigrate":
+            await monitor.execute("blockdev-set-active", {"active": True})
+            await disk_write(monitor)
+            await monitor.execute("blockdev-set-active", {"active": False})
+        else:
+            if state != "paused":
+                await monitor.execute("cont")
+            await disk_write(monitor)
+        assert await forget(monitor, plan) == []
         assert await files(monitor) == BASES
         assert await monitor.execute("query-jobs") == []
 
@@ -148,7 +164,7 @@ def test_forgetting_brings_writes_back_and_removes_overlays(images: Path, state:
 
 def test_forgetting_what_was_not_taken_does_nothing(images: Path) -> None:
     async def task(monitor: Monitor, plan: DiskPlan) -> None:
-        assert await forget(monitor, plan) == ()
+        assert await forget(monitor, plan) == []
         assert await files(monitor) == BASES
 
     with_plan(images, task)
@@ -175,7 +191,7 @@ def test_second_snapshot_goes_over_the_first(images: Path) -> None:
         await take(monitor, second)
         assert (await files(monitor))[0] == "left.guest.snap.qcow2.two.qcow2"
         assert second.overlays[0].disk.format == "qcow2"
-        assert await forget(monitor, second) == ()
+        assert await forget(monitor, second) == []
         assert await files(monitor) == OVERLAYS
 
     with_plan(images, task)
@@ -201,7 +217,7 @@ def test_relative_name_is_one_of_qemus_directory(images: Path) -> None:
     async def session(monitor: Monitor) -> None:
         plan = await planned(monitor, images / "snap")
         await take(monitor, plan)
-        assert await forget(monitor, plan) == ()
+        assert await forget(monitor, plan) == []
 
     arguments = ["-M", "pc", "-m", "32M", "-drive", "file=left,format=raw,if=virtio"]
     with BareQemu(*arguments, cwd=images) as qemu:
@@ -248,19 +264,19 @@ def test_guest_without_writable_disks_needs_nothing(images: Path) -> None:
     async def session(monitor: Monitor) -> None:
         plan = await planned(monitor, images / "snap")
         await take(monitor, plan)
-        assert record(plan) is None and await forget(monitor, plan) == ()
+        assert record(plan) is None and await forget(monitor, plan) == []
 
     with BareQemu("-M", "pc", "-m", "32M") as qemu:
         qemu.run(session)
 
 
 def test_qemu_that_ended_is_told_of(images: Path) -> None:
-    async def session(qemu: BareQemu) -> tuple[str, ...]:
+    async def session(qemu: BareQemu) -> list[str]:
         async with await qemu.connect() as monitor:
             plan = await planned(monitor, images / "guest.snap")
             await take(monitor, plan)
             qemu.kill()
-            return await forget(monitor, plan)
+            return stranded(plan)
 
     with BareQemu(*drives(images)) as qemu:
         left = asyncio.run(session(qemu))

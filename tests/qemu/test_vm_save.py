@@ -255,6 +255,30 @@ def test_disks_are_what_they_were_when_the_save_fails(
         assert medium["file"] == str(disk / "image")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("run", [True, False], ids=["running", "paused"])
+def test_disks_are_what_they_were_when_the_save_is_killed(
+    engine: str, run: bool, disk: Path
+) -> None:
+    with source(disk, run=run, length=128 << 20, extra=with_disk(disk)) as guest:
+        for _ in range(3):
+            process = guest.start_save(disk / "snapshot", "--engine", engine, "--with-disks")
+            wait_until((disk / "image.snapshot.qcow2").exists, "no overlay")
+            process.kill()
+            process.communicate()
+            if (disk / "snapshot").exists():
+                pytest.skip("the save was done before it could be killed")
+            wait_until(lambda: not guest._guardians(), "the guardian does not end")
+            (medium,) = (d["inserted"] for d in guest.vm.execute("query-block") if "inserted" in d)
+            assert medium["file"] == str(disk / "image")
+            assert guest.vm.execute("query-jobs") == []
+            assert guest._files() == guest.files
+            if run or engine == "direct":
+                guest.assert_as_before()
+            elif guest.status() == "postmigrate":
+                break
+
+
 def test_writable_disks_are_named_with_what_a_restore_needs(disk: Path) -> None:
     with source(disk, extra=with_disk(disk)) as guest:
         (sentence,) = guest.save(disk / "snapshot").disks

@@ -20,6 +20,7 @@ TOKEN = "pyqmigrate-token"
 FINDING: dict[str, Any] = {
     "monitor": "", "token": TOKEN, "resume": True, "capabilities": {"mapped-ram": False},
     "parameters": {"max-bandwidth": 7}, "directory": "/", "file": -1,
+    "disks": [], "record": "",
 }  # fmt: skip
 
 
@@ -39,6 +40,8 @@ class Machine:
         self.transferred = 0
         self.slow = False
         self.still = 0
+        self.nodes = {"base"}
+        self.jobs: list[dict[str, str]] = []
 
     def do(self, command: str, arguments: dict[str, Any] | None) -> Any:
         if not command.startswith("query"):
@@ -63,6 +66,17 @@ class Machine:
                 self.slow = arguments["max-bandwidth"] > 7
             case "cont":
                 self.state = "running"
+            case "query-named-block-nodes":
+                return [{"node-name": node} for node in self.nodes]
+            case "query-jobs":
+                return self.jobs
+            case "block-commit":
+                assert arguments is not None
+                self.jobs = [{"id": arguments["job-id"], "status": "ready"}]
+            case "job-complete":
+                self.jobs[0]["status"] = "concluded"
+            case "job-dismiss":
+                self.jobs = []
             case "remove-fd":
                 assert arguments is not None
                 del self.fdsets[arguments["fdset-id"]]
@@ -84,8 +98,10 @@ class Machine:
             self.state = "postmigrate"
 
 
-def drive(machine: Machine, **arguments: Any) -> list[str]:
-    steps = guardian.put_back(FINDING, **arguments)
+def drive(
+    machine: Machine, finding: dict[str, Any] = FINDING, **arguments: Any
+) -> list[str]:
+    steps = guardian.put_back(finding, **arguments)
     step = next(steps)
     try:
         while True:
@@ -168,6 +184,68 @@ def test_refusal_does_not_keep_it_from_the_rest() -> None:
     trouble = drive(machine)
     assert trouble == ["cont: no", "migrate-set-capabilities: no"]
     assert "migrate-set-parameters" in machine.told
+
+
+def with_disk(directory: Path) -> dict[str, Any]:
+    """A finding of a guest that has an overlay, recorded beside its snapshot."""
+    overlay, record = directory / "overlay", directory / "snapshot.disks.json"
+    overlay.touch()
+    record.write_text(json.dumps({"disks": [{"continued_in": str(overlay)}]}))
+    disk = {"name": "disk", "node": "overlay", "base": "base", "base_file": "image",
+            "file": str(overlay), "here": str(overlay)}  # fmt: skip
+    return {**FINDING, "disks": [disk], "record": str(record), "directory": str(directory)}
+
+
+def listed(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_overlay_goes_back_into_its_base_when_there_is_no_snapshot(tmp_path: Path) -> None:
+    machine = Machine()
+    machine.nodes.add("overlay")
+    assert drive(machine, with_disk(tmp_path)) == []
+    assert machine.told[-3:] == ["block-commit", "job-complete", "job-dismiss"]
+    assert listed(tmp_path) == []
+
+
+def test_overlay_that_a_refused_transaction_left_is_removed(tmp_path: Path) -> None:
+    machine = Machine()
+    assert drive(machine, with_disk(tmp_path)) == []
+    assert "block-commit" not in machine.told
+    assert listed(tmp_path) == []
+
+
+def test_commit_that_was_under_way_is_not_begun_again(tmp_path: Path) -> None:
+    machine = Machine()
+    machine.nodes.add("overlay")
+    machine.jobs = [{"id": "undo-overlay", "status": "ready"}]
+    assert drive(machine, with_disk(tmp_path)) == []
+    assert "block-commit" not in machine.told
+    assert machine.jobs == []
+
+
+@pytest.mark.parametrize("command", ["block-commit", "job-complete"])
+def test_overlay_that_cannot_go_back_stays(tmp_path: Path, command: str) -> None:
+    machine = Machine(refuses=(command,))
+    machine.nodes.add("overlay")
+    (sentence,) = drive(machine, with_disk(tmp_path))
+    assert f"goes on in {tmp_path}/overlay over image" in sentence
+    assert listed(tmp_path) == ["overlay"]
+
+
+def test_disks_of_a_published_snapshot_are_left_alone(tmp_path: Path) -> None:
+    machine = Machine()
+    machine.nodes.add("overlay")
+    drive(machine, with_disk(tmp_path), published=True)
+    assert "block-commit" not in machine.told
+    assert listed(tmp_path) == ["overlay", "snapshot.disks.json"]
+
+
+def test_record_of_another_save_is_left_alone(tmp_path: Path) -> None:
+    finding = with_disk(tmp_path)
+    finding["disks"][0]["file"] = str(tmp_path / "other")
+    drive(Machine(), finding)
+    assert listed(tmp_path) == ["snapshot.disks.json"]
 
 
 @pytest.fixture
@@ -283,3 +361,29 @@ def test_finished_file_keeps_its_name(tmp_path: Path) -> None:
         finding = {**FINDING, "directory": str(tmp_path), "file": file.fileno()}
         ended(start(finding, os.getpid(), (file.fileno(),)))
     assert path.exists()
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["published", "unpublished"])
+def test_killed_save_leaves_the_disks_that_its_snapshot_needs(
+    monitor: tuple[Path, Machine], tmp_path: Path, named: bool
+) -> None:
+    path, machine = monitor
+    machine.nodes.add("overlay")
+    directory = tmp_path / "snapshots"
+    directory.mkdir()
+    snapshot = directory / "snapshot"
+    with snapshot.open("wb") as file:
+        if not named:
+            snapshot.unlink()
+        finding = {**with_disk(directory), "monitor": str(path), "file": file.fileno()}
+        ended(start(finding, os.getpid(), (file.fileno(),)))
+    assert ("block-commit" in machine.told) is not named
+    kept = ["overlay", "snapshot", "snapshot.disks.json"]
+    assert listed(directory) == (kept if named else [])
+
+
+def test_overlay_that_qemu_left_when_it_ended_is_written_down(tmp_path: Path) -> None:
+    ended(start({**with_disk(tmp_path), "monitor": str(tmp_path / "gone")}, os.getpid()))
+    assert listed(tmp_path) == ["overlay", "snapshot.disks.json.left"]
+    word = (tmp_path / "snapshot.disks.json.left").read_text()
+    assert f"disk disk goes on in {tmp_path}/overlay over image" in word
