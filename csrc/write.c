@@ -212,8 +212,49 @@ static int write_runs(struct writer *w, const struct chunk *c, const uint64_t *w
     return 0;
 }
 
-static int write_chunk(struct writer *w, const struct chunk *c, const uint64_t *selection,
-                       uint64_t *data)
+/* Puts the chunk into a buffer of ours, where nobody changes it: zero pages as zeros. */
+static int stage(struct writer *w, struct chunk *c)
+{
+    int number = c->buffer;
+    if (number < 0)
+        number = qm_channel_next(w->source.channel, w->job);
+    unsigned char *buffer = qm_channel_buffer(w->source.channel, number);
+    if (!buffer)
+        return -ENOMEM;
+    size_t page = w->source.block->page_size;
+    for (size_t k = 0; k < c->npages;) {
+        size_t stop = next_set(c->data, k, c->npages);
+        memset(buffer + k * page, 0, (stop - k) * page);
+        k = next_clear(c->data, stop, c->npages);
+        if (c->buffer < 0)
+            memcpy(buffer + stop * page, c->bytes + stop * page, (k - stop) * page);
+    }
+    c->bytes = buffer;
+    c->buffer = number;
+    c->has_holes = 0;
+    return 0;
+}
+
+/* Tells which pieces of the chunk have pages in `want`, and what they will be if that is `known`. */
+static int tell_writing(struct writer *w, const struct chunk *c, const uint64_t *want, int known)
+{
+    size_t page = w->source.block->page_size, pages = QM_PIECE / page;
+    off_t at = w->source.block->pages_offset + (off_t)c->off;
+    for (size_t k = next_set(want, 0, c->npages); k < c->npages;) {
+        size_t from = k / pages * pages, to = from + pages;
+        while ((k = next_set(want, to, c->npages)) < c->npages && k < to + pages)
+            to += pages;
+        if (to > c->npages)
+            to = c->npages;
+        int rc = w->file->writing(w->file->writing_arg, at + (off_t)(from * page),
+                                  known ? c->bytes + from * page : NULL, (to - from) * page);
+        if (rc)
+            return file_fault(w->source.fault, at + (off_t)(from * page), rc);
+    }
+    return 0;
+}
+
+static int write_chunk(struct writer *w, struct chunk *c, const uint64_t *selection, uint64_t *data)
 {
     uint64_t want[WORDS];
     uint64_t data_pages = 0, selected_pages = 0;
@@ -232,7 +273,14 @@ static int write_chunk(struct writer *w, const struct chunk *c, const uint64_t *
     }
     w->source.look_for_holes = data_pages == 0;
     if (w->file->fd >= 0) {
-        int rc = write_runs(w, c, want);
+        int rc = 0;
+        if (w->file->writing && next_set(want, 0, c->npages) < c->npages) {
+            rc = stage(w, c);
+            if (rc == 0)
+                rc = tell_writing(w, c, want, selection == NULL);
+        }
+        if (rc == 0)
+            rc = write_runs(w, c, want);
         if (rc)
             return rc;
     }

@@ -22,6 +22,7 @@ from pyqmigrate import _core
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, cut
+from pyqmigrate.io.holes import next_data
 from pyqmigrate.io.target import core_file
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock
 
@@ -104,19 +105,12 @@ class Companion:
         """Bytes of the snapshot to the same place, holes left out."""
         end = at + length
         while at < end:
-            at = self._next_data(at, end)
+            at = next_data(self._source, at, end)
             data = os.pread(self._source, min(_WINDOW, end - at), at)
             if at < end and not data:
                 raise SnapshotError("the file has become shorter", offset=at)
             self.write_at(at, data)
             at += len(data)
-
-    def _next_data(self, at: int, end: int) -> int:
-        try:
-            return min(max(os.lseek(self._source, at, os.SEEK_DATA), at), end)
-        except OSError as error:
-            # ENXIO: only a hole is left. Anything else: the file system does not tell.
-            return end if error.errno == errno.ENXIO else at
 
     def _mark_stale(self, block: SnapshotBlock) -> None:
         """Set the bit of each page that is clear in the snapshot and not zero in its file."""
