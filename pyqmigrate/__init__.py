@@ -37,6 +37,7 @@ from pyqmigrate.fdset import FdsetError, FdSets
 from pyqmigrate.format.cpu_state import CpuRegisters, cpu_registers
 from pyqmigrate.format.device_tree import Device
 from pyqmigrate.format.devices import DeviceSection
+from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO
@@ -45,6 +46,7 @@ from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.opening import open_snapshot
 from pyqmigrate.options import Capabilities, Parameters, Policy
 from pyqmigrate.save import SaveReport, Sparse, save, start_save
+from pyqmigrate.seal import SealCheck, SealReport, seal, verify_seal
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
 
 __all__ = [
@@ -52,6 +54,8 @@ __all__ = [
     "Snapshot",
     "open_snapshot",
     "convert",
+    "seal",
+    "verify_seal",
     "RamBlock",
     "FileMemory",
     "ProcessMemory",
@@ -62,6 +66,9 @@ __all__ = [
     "Progress",
     "SaveReport",
     "LoadReport",
+    "SealReport",
+    "SealCheck",
+    "Algorithm",
     "SnapshotBlock",
     "ClassicSnapshot",
     "Form",

@@ -91,6 +91,15 @@ class SealCheck:
     def intact(self) -> bool:
         return not self.damages
 
+    def data(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "path": self.seal, "algorithm": str(self.algorithm), "size": self.size,
+            "intact": self.intact, "damages": [damage.data() for damage in self.damages],
+            "notes": [*self.notes], "bytes_read": self.bytes_read, "seconds": self.seconds,
+            "direct_io": self.direct_io, "direct_io_reason": self.direct_io_reason,
+        }  # fmt: skip
+
     def raise_if_damaged(self) -> None:
         """SnapshotError for the first damage, which says how many there are."""
         if self.damages:

@@ -33,7 +33,19 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from pyqmigrate.cli import bench, convert, demo, devices, info, pack, serve, unpack, verify, vm
+from pyqmigrate.cli import (
+    bench,
+    convert,
+    demo,
+    devices,
+    info,
+    pack,
+    seal,
+    serve,
+    unpack,
+    verify,
+    vm,
+)
 from pyqmigrate.cli.arguments import BadArguments, Parser
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.outcome import Outcome, describe_error, error_data, printable
@@ -41,7 +53,7 @@ from pyqmigrate.errors import NotSupported, SnapshotError
 
 __all__ = ["main"]
 
-_VERBS = (demo, vm, pack, unpack, info, devices, verify, convert, bench, serve)
+_VERBS = (demo, vm, pack, unpack, info, devices, seal, verify, convert, bench, serve)
 _EPILOG = """Exit codes: 0 done, 1 the snapshot is bad or something differs, 2 wrong usage,
 3 the system refused (space, permission, I/O), 4 the guest or QEMU failed,
 5 not supported here, 130 interrupted.

@@ -36,12 +36,14 @@ class Companion:
 
     ``snapshot_fd`` is the snapshot's file, open for reading; its position is moved. After
     :meth:`build`, ``stale_pages`` are those that had to be marked, and finding them took
-    ``stale_seconds``.
+    ``stale_seconds``. With ``sealed`` a seal says that there are none, and they are not looked for.
     """
 
     def __init__(
-        self, snapshot: Snapshot, snapshot_fd: int, mapped: Collection[str], *, channels: int = 2
+        self, snapshot: Snapshot, snapshot_fd: int, mapped: Collection[str], *, channels: int = 2,
+        sealed: bool = False,
     ) -> None:
+        self.sealed = sealed
         self.stale_pages = 0
         self.stale_seconds = 0.0
         self._snapshot = snapshot
@@ -67,7 +69,7 @@ class Companion:
             ) from error
         started = time.monotonic()
         for block in self._snapshot.blocks.values():
-            if block.name in self._mapped:
+            if block.name in self._mapped and not self.sealed:
                 self._mark_stale(block)
         self.stale_seconds = time.monotonic() - started
 
