@@ -18,8 +18,8 @@ of these keys, in this order; readers step over others between the first and the
                         cannot be parsed any more: a list of objects of name, length, page_size,
                         header, bitmap and pages, the last three file offsets; empty for a stream
                         that has no bitmaps, and where it would not fit
-    digest              32 hexadecimal digits: the digest of all the digests, one after another,
-                        followed by the head's own bytes up to the comma before this key
+    digest              32 hexadecimal digits, lower case: the digest of all the digests, one after
+                        another, followed by the head's own bytes up to the comma before this key
 
 All of the file has digests, whatever stands before and after the stream. ``mtime_ns`` tells a
 file that was left alone from one that was not, without reading it; it is no part of what is
@@ -49,7 +49,6 @@ SEALED_MAX = 1 << 46  # bytes of a file; what claims more is taken for damage
 _FORMAT = "pyqmigrate-seal"
 _VERSION = 1
 _START = b'{"format": "' + _FORMAT.encode() + b'"'
-_LAST = b', "digest": "'
 
 
 def count_pieces(size: int) -> int:
@@ -94,8 +93,7 @@ class SealHead:
             ],
         }  # fmt: skip
         front = json.dumps(head).encode("ascii")[:-1]
-        digest = digest_of_all(self.algorithm, [digests, front]).hex()
-        line = front + _LAST + digest.encode("ascii") + b'"}\n'
+        line = front + _end(digest_of_all(self.algorithm, [digests, front]))
         return line if len(line) <= HEAD_MAX else replace(self, blocks=()).encode(digests)
 
 
@@ -138,12 +136,14 @@ class SealLine:
         blocks = head.get("blocks")
         if not isinstance(blocks, list):
             raise _fault("the seal has no list of blocks")
+        if not line.endswith(_end(digest)):
+            raise _fault("the seal does not end with its digest")
         return cls(
             SealHead(
                 algorithm, size, _number(head, "mtime_ns", negative=True), clear,
                 _number(head, "offset"), tuple(map(_block, blocks)),
             ),
-            digest, line.rpartition(_LAST)[0],
+            digest, line[: -len(_end(digest))],
         )
 
     def check(self, digests: Iterable[Data]) -> None:
@@ -151,6 +151,10 @@ class SealLine:
         NotSupported where the library for the algorithm is missing."""
         if digest_of_all(self.head.algorithm, chain(digests, [self.front])) != self.digest:
             raise _fault("the seal itself is damaged: it is not what its digest was made of")
+
+
+def _end(digest: bytes) -> bytes:
+    return b', "digest": "' + digest.hex().encode("ascii") + b'"}\n'
 
 
 def _block(value: Any) -> BlockLayout:
