@@ -119,7 +119,9 @@ class Digests:
 
         def read(_: Any, item: Range, __: Any) -> int:
             if not hasattr(local, "buffer"):
-                local.buffer = memoryview(mmap.mmap(-1, _PIECES_A_READ * PIECE))
+                memory = mmap.mmap(-1, _PIECES_A_READ * PIECE)
+                memory.madvise(mmap.MADV_DONTFORK)  # a child would split it from what is read
+                local.buffer = memoryview(memory)
             at = item.first * PIECE
             view = local.buffer[: min(item.npages * PIECE, self.size - at)]
             _read(fd, direct, local.buffer, len(view), at, name)
