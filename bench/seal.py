@@ -20,7 +20,7 @@ __all__ = ["CACHED", "COLD", "PLAIN", "SEALED", "seal_work", "seals"]
 
 COLD, CACHED = "verify cold", "verify cached"
 PLAIN, SEALED = "without a seal", "with a seal"
-_CHANNELS = (4, 8)
+_CHANNELS = 8  # what verify_seal takes by default
 _CACHED_ROUNDS = 5
 
 TakeTurns = Callable[..., None]
@@ -44,10 +44,8 @@ def seals(
             _saves(seal_work(contents), ram.memory, path, disk, channels, repeat, add)
         disk.clear(path, _seal_of(path))
         _save(path, ram.memory, channels, "xxh3-128")
-    contenders = [
-        Contender(OURS, f"{n} channels", partial(_verify, path, n, "on")) for n in _CHANNELS
-    ]
-    take_turns(COLD, contenders + fio_read_contenders(path), lambda: _cool_down(disk, path))
+    ours = Contender(OURS, f"{_CHANNELS} channels", partial(_verify, path, _CHANNELS, "on"))
+    take_turns(COLD, [ours, *fio_read_contenders(path)], lambda: _cool_down(disk, path))
     path.read_bytes()
     for _ in range(_CACHED_ROUNDS):
         add(CACHED, OURS, "1 channel", _verify(path, 1, "off"))

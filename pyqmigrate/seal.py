@@ -113,7 +113,7 @@ class SealCheck:
 
 def seal(
     snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, channels: int = 4, direct_io: DirectIO | str = DirectIO.AUTO,
+    page_size: int | None = None, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealReport:
     """Make a finished snapshot durable and verifiable, and wait; see :func:`start_seal`."""
@@ -125,7 +125,7 @@ def seal(
 
 def start_seal(
     snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, channels: int = 4, direct_io: DirectIO | str = DirectIO.AUTO,
+    page_size: int | None = None, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealReport]:
     """Begin to seal a snapshot of any kind; returns at once.
 
@@ -291,7 +291,7 @@ def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
 
 
 def verify_seal(
-    snapshot: Named, *, channels: int = 4, direct_io: DirectIO | str = DirectIO.AUTO,
+    snapshot: Named, *, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealCheck | None:
     """Hold a file against its seal, and wait; None where it has none. See :func:`start_verify`."""
@@ -300,7 +300,7 @@ def verify_seal(
 
 
 def start_verify(
-    snapshot: Named, *, channels: int = 4, direct_io: DirectIO | str = DirectIO.AUTO
+    snapshot: Named, *, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO
 ) -> Job[SealCheck] | None:
     """Begin to compare every byte of a file with its seal; None where it has none.
 

@@ -38,7 +38,7 @@ def add_parser(verbs: Verbs) -> None:
         help="of a classic stream that does not tell it (default: 4096)",
     )
     add_offset(parser)
-    add_channels(parser, default=4)
+    add_channels(parser, default=8)
     add_direct_io(parser)
 
 
