@@ -26,7 +26,7 @@ from pyqmigrate.damage import Damage, parts_of
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.mapped_ram import BlockLayout
-from pyqmigrate.format.seal import PIECE, SEALED_MAX, SUFFIX, count_pieces
+from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.digests import Digests, open_direct
 from pyqmigrate.io.manifest import Manifest, read_manifest, seal_path, write_manifest
@@ -239,7 +239,7 @@ class _Sealing:
             ) from error
         except OSError as error:
             # A file system without locks: nobody can be kept from writing there.
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EBADF):
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
                 raise
 
     def _check_unchanged(self, before: os.stat_result) -> None:
@@ -355,8 +355,8 @@ class _Checking:
         notes = []
         if damages and info.st_mtime_ns != manifest.head.mtime_ns:
             notes.append(
-                "the file was modified after it was sealed: it may be another snapshot by now, "
-                f"which {SUFFIX!r} beside it does not belong to"
+                "the file was modified after it was sealed; if it was meant to be, or another "
+                "snapshot has its name by now, seal it again"
             )
         elif info.st_mtime_ns != manifest.head.mtime_ns:
             notes.append("the file has another time of modification than when it was sealed")

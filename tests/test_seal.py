@@ -14,6 +14,7 @@ import pytest
 import pyqmigrate
 from pyqmigrate import Algorithm, RamBlock, SnapshotError, TargetError, UsageError, seal
 from pyqmigrate.errors import Cancelled
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.io.digests import Digests
 from pyqmigrate.io.manifest import read_manifest
 from pyqmigrate.seal import current_seal, stale_pages, start_seal, start_verify, verify_seal
@@ -293,3 +294,22 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         seal(made.path)
     made.seal.unlink()
     assert verify_seal(made.path) is None
+
+
+def test_what_libvirt_saved_is_sealed_with_its_header(tmp_path: Path) -> None:
+    made, start = Sealed.make(tmp_path / "guest", seal=None), 8192
+    header = LibvirtHeader(
+        complete=True, version=2, format=ImageFormat.SPARSE, was_running=True, xml="<domain/>",
+        cookie="", stream_offset=start, byte_order="little",
+    )  # fmt: skip
+    pyqmigrate.save(
+        f"file:{made.path},offset={start}", [RamBlock("pc.ram", made.big)], machine="pc"
+    )
+    made.write(0, encode_header(header))
+    seal(made.path)
+    found = read_manifest(made.seal)
+    assert found is not None
+    assert found.head.offset == start
+    assert made.check().intact
+    made.write(start - 5, b"?")
+    assert made.check().damages[0].parts[0].what == "what is before the stream"

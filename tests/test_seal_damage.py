@@ -161,7 +161,7 @@ def test_another_snapshot_under_the_name_is_told_as_such(sealed: Sealed) -> None
     other.rename(sealed.path)
     check = sealed.check()
     assert not check.intact
-    assert "may be another snapshot" in check.notes[0]
+    assert "another snapshot has its name" in check.notes[0]
 
 
 def test_the_first_damage_is_raised_with_its_place(sealed: Sealed) -> None:
