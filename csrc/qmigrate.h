@@ -133,19 +133,19 @@ struct qm_block {
     uint32_t page_size;
 };
 
-/* Is told by qm_write what it is about to write: of the `len` bytes that start at file position
- * `at`, whole pieces (the last of a block may be shorter), each has pages to be written. Where nothing but holes stood
- * there before, they will be those at `bytes`, which stay until it returns; NULL where that cannot
- * be said, because only selected pages are written. Called from the channel's thread. Returns 0,
- * or -errno to end the work. */
+/* Is told by qm_write what it is about to write: the `len` bytes that start at file position `at` are
+ * a piece (the last of a block may be shorter) that has pages to be written. Where nothing but holes
+ * stood there before, they will be those at `bytes`, which stay until it returns; NULL where that
+ * cannot be said, because only selected pages are written. Called from the channel's thread. Returns
+ * 0, or -errno to end the work. */
 typedef int (*qm_writing_fn)(void *arg, int64_t at, const void *bytes, size_t len);
 
 /* The file. `fd` is buffered; `fd_direct` has O_DIRECT and is -1 where direct I/O is off.
  * mem_align and off_align are what the direct descriptor demands of memory addresses, and of file
  * positions and lengths: powers of two, at most QM_MAX_PAGE.
- * `writing`, where there is one, gets writing_arg. Every page is then copied before it is written,
- * zero pages as zeros, so that what it is told is what the kernel gets, whatever becomes of guest
- * memory meanwhile. It is not told of what qm_write_tail writes. */
+ * `writing`, where there is one, gets writing_arg. A write without a selection then copies every page
+ * first, zero pages as zeros, so that what is told is what the kernel gets, whatever becomes of guest
+ * memory meanwhile. Nothing is told of what qm_write_tail writes. */
 struct qm_file {
     int fd;
     int fd_direct;

@@ -212,49 +212,69 @@ static int write_runs(struct writer *w, const struct chunk *c, const uint64_t *w
     return 0;
 }
 
-/* Puts the chunk into a buffer of ours, where nobody changes it: zero pages as zeros. */
-static int stage(struct writer *w, struct chunk *c)
+/* Copies the pages [from, to) of the chunk to their place in `buffer`, zero pages as zeros. */
+static void stage(const struct chunk *c, size_t page, size_t from, size_t to, unsigned char *buffer)
 {
-    int number = c->buffer;
-    if (number < 0)
-        number = qm_channel_next(w->source.channel, w->job);
-    unsigned char *buffer = qm_channel_buffer(w->source.channel, number);
+    while (from < to) {
+        size_t stop = next_set(c->data, from, to);
+        memset(buffer + from * page, 0, (stop - from) * page);
+        from = next_clear(c->data, stop, to);
+        if (c->bytes != buffer)
+            memcpy(buffer + stop * page, c->bytes + stop * page, (from - stop) * page);
+    }
+}
+
+/* Writes a chunk from a buffer of ours, where nobody changes it, and tells of it; piece by piece, so
+ * that the disk does not wait for the digests of all. */
+static int write_told(struct writer *w, const struct chunk *c, const uint64_t *want)
+{
+    struct chunk own = *c;
+    if (own.buffer < 0)
+        own.buffer = qm_channel_next(w->source.channel, w->job);
+    unsigned char *buffer = qm_channel_buffer(w->source.channel, own.buffer);
     if (!buffer)
         return -ENOMEM;
-    size_t page = w->source.block->page_size;
-    for (size_t k = 0; k < c->npages;) {
-        size_t stop = next_set(c->data, k, c->npages);
-        memset(buffer + k * page, 0, (stop - k) * page);
-        k = next_clear(c->data, stop, c->npages);
-        if (c->buffer < 0)
-            memcpy(buffer + stop * page, c->bytes + stop * page, (k - stop) * page);
+    own.bytes = buffer;
+    own.has_holes = 0;
+    size_t page = w->source.block->page_size, pages = QM_PIECE / page;
+    off_t at = w->source.block->pages_offset + (off_t)c->off;
+    for (size_t k = next_set(want, 0, c->npages); k < c->npages;) {
+        size_t from = k / pages * pages;
+        size_t to = from + pages < c->npages ? from + pages : c->npages;
+        stage(c, page, from, to, buffer);
+        int rc = w->file->writing(w->file->writing_arg, at + (off_t)(from * page),
+                                  buffer + from * page, (to - from) * page);
+        if (rc)
+            return file_fault(w->source.fault, at + (off_t)(from * page), rc);
+        uint64_t part[WORDS] = {0};
+        for (; k < to; k = next_set(want, k + 1, c->npages))
+            bit_set(part, k);
+        rc = write_runs(w, &own, part);
+        if (rc)
+            return rc;
     }
-    c->bytes = buffer;
-    c->buffer = number;
-    c->has_holes = 0;
     return 0;
 }
 
-/* Tells which pieces of the chunk have pages in `want`, and what they will be if that is `known`. */
-static int tell_writing(struct writer *w, const struct chunk *c, const uint64_t *want, int known)
+/* Tells which pieces of the chunk are about to change. */
+static int tell_change(struct writer *w, const struct chunk *c, const uint64_t *want)
 {
     size_t page = w->source.block->page_size, pages = QM_PIECE / page;
     off_t at = w->source.block->pages_offset + (off_t)c->off;
     for (size_t k = next_set(want, 0, c->npages); k < c->npages;) {
-        size_t from = k / pages * pages, to = from + pages;
-        while ((k = next_set(want, to, c->npages)) < c->npages && k < to + pages)
-            to += pages;
-        if (to > c->npages)
-            to = c->npages;
-        int rc = w->file->writing(w->file->writing_arg, at + (off_t)(from * page),
-                                  known ? c->bytes + from * page : NULL, (to - from) * page);
+        size_t from = k / pages * pages;
+        size_t to = from + pages < c->npages ? from + pages : c->npages;
+        int rc = w->file->writing(w->file->writing_arg, at + (off_t)(from * page), NULL,
+                                  (to - from) * page);
         if (rc)
             return file_fault(w->source.fault, at + (off_t)(from * page), rc);
+        k = next_set(want, to, c->npages);
     }
     return 0;
 }
 
-static int write_chunk(struct writer *w, struct chunk *c, const uint64_t *selection, uint64_t *data)
+static int write_chunk(struct writer *w, const struct chunk *c, const uint64_t *selection,
+                       uint64_t *data)
 {
     uint64_t want[WORDS];
     uint64_t data_pages = 0, selected_pages = 0;
@@ -273,14 +293,9 @@ static int write_chunk(struct writer *w, struct chunk *c, const uint64_t *select
     }
     w->source.look_for_holes = data_pages == 0;
     if (w->file->fd >= 0) {
-        int rc = 0;
-        if (w->file->writing && next_set(want, 0, c->npages) < c->npages) {
-            rc = stage(w, c);
-            if (rc == 0)
-                rc = tell_writing(w, c, want, selection == NULL);
-        }
+        int rc = w->file->writing && selection ? tell_change(w, c, want) : 0;
         if (rc == 0)
-            rc = write_runs(w, c, want);
+            rc = w->file->writing && !selection ? write_told(w, c, want) : write_runs(w, c, want);
         if (rc)
             return rc;
     }
