@@ -12,6 +12,7 @@ where it is not.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -121,6 +122,8 @@ class Digests:
             if not hasattr(local, "buffer"):
                 memory = mmap.mmap(-1, _PIECES_A_READ * PIECE)
                 memory.madvise(mmap.MADV_DONTFORK)  # a child would split it from what is read
+                with contextlib.suppress(OSError):  # not every kernel has huge pages
+                    memory.madvise(mmap.MADV_HUGEPAGE)
                 local.buffer = memoryview(memory)
             at = item.first * PIECE
             view = local.buffer[: min(item.npages * PIECE, self.size - at)]
