@@ -35,6 +35,7 @@ from bench.disk import Disk, NotADisk
 from bench.picture import draw
 from bench.processor import measure_scan, save_with_core_clock
 from bench.results import OURS, Results, Sample, table
+from bench.seal import seals
 from bench.sparse import save_memfd, sparse_memfd, watch_child
 from bench.targets import (
     GIB,
@@ -49,11 +50,12 @@ from bench.vm import restores, vm_savers
 from tests.qemu.machine import BINARY
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("scan", "saves", "cpu", "loads", "sparse", "restores")
+PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "restores")
 # Who took longer than both, the first time, is not repeated as often.
 _SLOW = 4.0  # times the fastest
 _SLOW_SECONDS = 10.0
 _SCAN_ROUNDS = 9
+_SEAL_ROUNDS = 7  # at least: a few percent are to be told apart
 _LOAD_CHANNELS = (4, 8)  # besides --channels
 
 
@@ -89,6 +91,11 @@ class Bench:
         if "sparse" in parts:
             self.sparse()
             self.tebibyte()
+        if "seals" in parts:
+            seals(
+                self.size, self.path, self.disk, self.channels, max(self.repeat, _SEAL_ROUNDS),
+                self.take_turns, self.add,
+            )
         if "restores" in parts:
             restores(self.size, self.path, self.disk, self.repeat, self.add)
 

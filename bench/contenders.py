@@ -26,7 +26,9 @@ from bench.disk import Disk
 from bench.results import FIO, OURS, QEMU, Sample
 from tests.qemu.machine import BINARY, GuestRam, MigrationFailed, Mode, Qemu
 
-__all__ = ["Contender", "SharedRam", "load_contenders", "save_contenders"]
+__all__ = [
+    "Contender", "SharedRam", "fio_read_contenders", "load_contenders", "save_contenders",
+]  # fmt: skip
 
 SHARED, ANONYMOUS = "shared file", "anonymous"
 _LIMIT = 900.0  # seconds for one QEMU migration
@@ -161,12 +163,8 @@ def load_contenders(
 
     contenders = [ours(kind, n, "zero") for kind in (SHARED, ANONYMOUS) for n in channels]
     contenders.append(ours(ANONYMOUS, channels[0], "leave"))
-    if fio and shutil.which("fio"):
-        size = path.stat().st_size
-        contenders += [
-            Contender(FIO, f"{jobs} jobs", partial(_fio_read, path, size, jobs))
-            for jobs in (1, 2, 4)
-        ]
+    if fio:
+        contenders += fio_read_contenders(path)
     if shutil.which(BINARY):
         both = [Mode(channels=n, multifd=True, direct_io=direct)
                 for n in (2, 8) for direct in (True, False)]  # fmt: skip
@@ -178,6 +176,16 @@ def load_contenders(
             for kind, mode in modes
         ]  # fmt: skip
     return contenders
+
+
+def fio_read_contenders(path: Path) -> list[Contender]:
+    """fio reading all of ``path`` directly, with some numbers of jobs; none without fio."""
+    if not shutil.which("fio"):
+        return []
+    size = path.stat().st_size
+    return [
+        Contender(FIO, f"{jobs} jobs", partial(_fio_read, path, size, jobs)) for jobs in (1, 2, 4)
+    ]
 
 
 def _load_ours(

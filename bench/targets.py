@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from bench.contents import Contents
 from bench.results import FIO, OURS, QEMU, Results, Verdict
+from bench.seal import CACHED, COLD, PLAIN, SEALED, seal_work
 from bench.vm import INSTANT_WORK, RESTORE_WORK, VM_DIRECT, VM_QEMU
 
 __all__ = ["GIB", "MIB", "PYTHON_WORK", "SPARSE_ALONE", "SPARSE_WIDE", "TEBIBYTE_WORK", "verdicts"]
@@ -29,7 +30,7 @@ def verdicts(results: Results) -> list[Verdict]:
     return [
         *_scan(results), *_saves(results), *_processor(results), *_loads(results),
         *_sparse(results), *_tebibyte(results), *_python(results), *_page_cache(results),
-        *_restores(results),
+        *_seals(results), *_restores(results),
     ]  # fmt: skip
 
 
@@ -76,6 +77,35 @@ def _vm_saves(
     if name == VM_DIRECT and best and contents is not Contents.DENSE:
         limit = 0.8 if contents is Contents.RUNS else 0.9
         yield _ratio(f"{label} / QEMU's best", ours, results.median(work, QEMU, best), limit, best)
+
+
+def _seals(results: Results) -> Iterator[Verdict]:
+    for contents in Contents:
+        work = seal_work(contents)
+        if results.names(work, OURS):
+            plain, sealed = (results.median(work, OURS, name) for name in (PLAIN, SEALED))
+            yield _ratio(f"save {contents} with a seal / without", sealed, plain, 1.05)
+    for name in results.names(COLD, OURS):
+        if fio := results.best(COLD, FIO):
+            ours, theirs = _rate(results, COLD, OURS, name), _rate(results, COLD, FIO, fio)
+            yield Verdict(
+                f"{COLD} ({name}), rate / fio's", ours / theirs, 0.9, at_least=True,
+                detail=f"{ours / MIB:.0f} MiB/s against {theirs / MIB:.0f} MiB/s ({fio})",
+            )  # fmt: skip
+    for name in results.names(CACHED, OURS):
+        wall = _rate(results, CACHED, OURS, name) / 1e9
+        spent = statistics.median(
+            s.facts["data_bytes"] / s.cpu / 1e9 for s in results.of(CACHED, OURS, name) if s.cpu
+        )
+        yield Verdict(
+            f"{CACHED}, a core", spent, 4.0, "GB/s", at_least=True, detail=f"{wall:.1f} by the wall"
+        )
+
+
+def _rate(results: Results, work: str, side: str, name: str) -> float:
+    """Bytes of data a second, by the median time."""
+    data: float = results.of(work, side, name)[0].facts["data_bytes"]
+    return data / results.median(work, side, name)
 
 
 def _restores(results: Results) -> Iterator[Verdict]:

@@ -1,6 +1,7 @@
 /* What Python binds of qmigrate.h, where every function is explained. */
 
 #define QM_CHUNK ...
+#define QM_PIECE ...
 #define QM_MIN_PAGE ...
 #define QM_MAX_PAGE ...
 #define QM_CHANGES_MAX ...
@@ -23,6 +24,7 @@ int qm_job_cancelled(const qm_job *job);
 void qm_job_set_rate(qm_job *job, uint64_t bytes_per_second);
 void qm_job_totals(const qm_job *job, struct qm_totals *out);
 void qm_job_add_moved(qm_job *job, uint64_t len);
+void qm_job_did(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64_t zero_pages);
 
 qm_channel *qm_channel_create(void);
 void qm_channel_destroy(qm_channel *channel);
@@ -57,12 +59,18 @@ struct qm_block {
     uint32_t page_size;
 };
 
+typedef int (*qm_writing_fn)(void *arg, int64_t at, const void *bytes, size_t len);
+
 struct qm_file {
     int fd;
     int fd_direct;
     uint32_t mem_align;
     uint32_t off_align;
+    qm_writing_fn writing;
+    void *writing_arg;
 };
+
+extern "Python" int qm_note_writing(void *arg, int64_t at, const void *bytes, size_t len);
 
 struct qm_fault {
     int in_memory;

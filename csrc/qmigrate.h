@@ -10,6 +10,7 @@
  *            Never less than 64 pages, so that two chunks share no bitmap word.
  *   run      consecutive pages of one chunk that one system call moves.
  *   unit     the file alignment that direct I/O demands (`off_align`).
+ *   piece    QM_PIECE bytes of a block, from a multiple of QM_PIECE on: what has a digest.
  *   job      the atomics that all channels of one save or load share.
  *   channel  what one thread needs for itself: bounce buffers, and a queue of direct transfers that
  *            are under way while the next ones are prepared. None is when a function returns.
@@ -30,6 +31,7 @@
 #include <sys/types.h>
 
 #define QM_CHUNK ((size_t)4 << 20)
+#define QM_PIECE ((size_t)1 << 20)
 #define QM_MIN_PAGE 1024u
 #define QM_MAX_PAGE 65536u
 /* Limits of one readv/writev call on Linux. */
@@ -62,6 +64,8 @@ void qm_job_set_rate(qm_job *job, uint64_t bytes_per_second);
 void qm_job_totals(const qm_job *job, struct qm_totals *out);
 /* Count bytes that were written elsewhere (head, bitmaps) into bytes_moved. */
 void qm_job_add_moved(qm_job *job, uint64_t len);
+/* Count guest bytes, and pages of both kinds, that were dealt with elsewhere. */
+void qm_job_did(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64_t zero_pages);
 
 /* ---- channel -------------------------------------------------------------------------------- */
 
@@ -129,14 +133,26 @@ struct qm_block {
     uint32_t page_size;
 };
 
+/* Is told by qm_write what it is about to write: the `len` bytes that start at file position `at` are
+ * a piece (the last of a block may be shorter) that has pages to be written. Where nothing but holes
+ * stood there before, they will be those at `bytes`, which stay until it returns; NULL where that
+ * cannot be said, because only selected pages are written. Called from the channel's thread. Returns
+ * 0, or -errno to end the work. */
+typedef int (*qm_writing_fn)(void *arg, int64_t at, const void *bytes, size_t len);
+
 /* The file. `fd` is buffered; `fd_direct` has O_DIRECT and is -1 where direct I/O is off.
  * mem_align and off_align are what the direct descriptor demands of memory addresses, and of file
- * positions and lengths: powers of two, at most QM_MAX_PAGE. */
+ * positions and lengths: powers of two, at most QM_MAX_PAGE.
+ * `writing`, where there is one, gets writing_arg. A write without a selection then copies every page
+ * first, zero pages as zeros, so that what is told is what the kernel gets, whatever becomes of guest
+ * memory meanwhile. Nothing is told of what qm_write_tail writes. */
 struct qm_file {
     int fd;
     int fd_direct;
     uint32_t mem_align;
     uint32_t off_align;
+    qm_writing_fn writing;
+    void *writing_arg;
 };
 
 /* Where a call failed: `at` is the file position (target) or the byte of the block (memory).
@@ -441,7 +457,6 @@ int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);
 
 struct iovec;
 
-void qm_job_did(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64_t zero_pages);
 void qm_job_moved(qm_job *job, uint64_t len);
 /* Waits until `len` more bytes may move; -ECANCELED. */
 int qm_job_admit(qm_job *job, uint64_t len);

@@ -212,6 +212,67 @@ static int write_runs(struct writer *w, const struct chunk *c, const uint64_t *w
     return 0;
 }
 
+/* Copies the pages [from, to) of the chunk to their place in `buffer`, zero pages as zeros. */
+static void stage(const struct chunk *c, size_t page, size_t from, size_t to, unsigned char *buffer)
+{
+    while (from < to) {
+        size_t stop = next_set(c->data, from, to);
+        memset(buffer + from * page, 0, (stop - from) * page);
+        from = next_clear(c->data, stop, to);
+        if (c->bytes != buffer)
+            memcpy(buffer + stop * page, c->bytes + stop * page, (from - stop) * page);
+    }
+}
+
+/* Writes a chunk from a buffer of ours, where nobody changes it, and tells of it; piece by piece, so
+ * that the disk does not wait for the digests of all. */
+static int write_told(struct writer *w, const struct chunk *c, const uint64_t *want)
+{
+    struct chunk own = *c;
+    if (own.buffer < 0)
+        own.buffer = qm_channel_next(w->source.channel, w->job);
+    unsigned char *buffer = qm_channel_buffer(w->source.channel, own.buffer);
+    if (!buffer)
+        return -ENOMEM;
+    own.bytes = buffer;
+    own.has_holes = 0;
+    size_t page = w->source.block->page_size, pages = QM_PIECE / page;
+    off_t at = w->source.block->pages_offset + (off_t)c->off;
+    for (size_t k = next_set(want, 0, c->npages); k < c->npages;) {
+        size_t from = k / pages * pages;
+        size_t to = from + pages < c->npages ? from + pages : c->npages;
+        stage(c, page, from, to, buffer);
+        int rc = w->file->writing(w->file->writing_arg, at + (off_t)(from * page),
+                                  buffer + from * page, (to - from) * page);
+        if (rc)
+            return file_fault(w->source.fault, at + (off_t)(from * page), rc);
+        uint64_t part[WORDS] = {0};
+        for (; k < to; k = next_set(want, k + 1, c->npages))
+            bit_set(part, k);
+        rc = write_runs(w, &own, part);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+/* Tells which pieces of the chunk are about to change. */
+static int tell_change(struct writer *w, const struct chunk *c, const uint64_t *want)
+{
+    size_t page = w->source.block->page_size, pages = QM_PIECE / page;
+    off_t at = w->source.block->pages_offset + (off_t)c->off;
+    for (size_t k = next_set(want, 0, c->npages); k < c->npages;) {
+        size_t from = k / pages * pages;
+        size_t to = from + pages < c->npages ? from + pages : c->npages;
+        int rc = w->file->writing(w->file->writing_arg, at + (off_t)(from * page), NULL,
+                                  (to - from) * page);
+        if (rc)
+            return file_fault(w->source.fault, at + (off_t)(from * page), rc);
+        k = next_set(want, to, c->npages);
+    }
+    return 0;
+}
+
 static int write_chunk(struct writer *w, const struct chunk *c, const uint64_t *selection,
                        uint64_t *data)
 {
@@ -232,7 +293,9 @@ static int write_chunk(struct writer *w, const struct chunk *c, const uint64_t *
     }
     w->source.look_for_holes = data_pages == 0;
     if (w->file->fd >= 0) {
-        int rc = write_runs(w, c, want);
+        int rc = w->file->writing && selection ? tell_change(w, c, want) : 0;
+        if (rc == 0)
+            rc = w->file->writing && !selection ? write_told(w, c, want) : write_runs(w, c, want);
         if (rc)
             return rc;
     }

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pyqmigrate.format.cpu_state import CpuRegisters, cpu_registers
     from pyqmigrate.format.device_tree import Device
     from pyqmigrate.format.devices import DeviceSection
+    from pyqmigrate.format.digest import Algorithm
     from pyqmigrate.io.channels import Job, Progress
     from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
     from pyqmigrate.io.target import Descriptors, DirectIO
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from pyqmigrate.migration import Guest, Migration
     from pyqmigrate.opening import open_snapshot
     from pyqmigrate.options import Capabilities, Parameters, Policy
+    from pyqmigrate.sealing import SealCheck, SealReport, seal, verify_seal
     from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
 
 __all__ = [
@@ -57,6 +59,8 @@ __all__ = [
     "Snapshot",
     "open_snapshot",
     "convert",
+    "seal",
+    "verify_seal",
     "RamBlock",
     "FileMemory",
     "ProcessMemory",
@@ -67,6 +71,9 @@ __all__ = [
     "Progress",
     "SaveReport",
     "LoadReport",
+    "SealReport",
+    "SealCheck",
+    "Algorithm",
     "SnapshotBlock",
     "ClassicSnapshot",
     "Form",
@@ -117,6 +124,7 @@ _HOME = {
     "cpu_registers": "format.cpu_state",
     "Device": "format.device_tree",
     "DeviceSection": "format.devices",
+    "Algorithm": "format.digest",
     "Job": "io.channels",
     "Progress": "io.channels",
     "FileMemory": "io.memory",
@@ -132,6 +140,10 @@ _HOME = {
     "Capabilities": "options",
     "Parameters": "options",
     "Policy": "options",
+    "SealCheck": "sealing",
+    "SealReport": "sealing",
+    "seal": "sealing",
+    "verify_seal": "sealing",
     "Snapshot": "snapshot",
     "SnapshotBlock": "snapshot",
     "start_load": "snapshot",

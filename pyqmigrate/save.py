@@ -1,15 +1,18 @@
 """One pass out: guest memory -> a mapped-ram snapshot.
 
 The order of writes is what makes a partial file recognisable: head with its magic still zero,
-pages, bitmaps, tail, fsync, magic.
+pages, bitmaps, tail, fsync, magic. A seal comes after all of that.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pyqmigrate import _core
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.stream import MAGIC, Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import (
@@ -22,8 +25,10 @@ from pyqmigrate.io.channels import (
     cut,
     failure,
 )
+from pyqmigrate.io.digests import Digests
+from pyqmigrate.io.manifest import Manifest, seal_path, write_manifest
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.io.target import DirectIO, Target, core_file, stream_offset
+from pyqmigrate.io.target import Descriptors, DirectIO, Target, core_file, stream_offset
 from pyqmigrate.spelling import choice
 from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
 
@@ -41,6 +46,7 @@ def save(
     target_page_bits: int | None = None,
     reuse: bool = False,
     max_bandwidth: int = 0,
+    seal: Algorithm | str | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> SaveReport:
     """Save guest memory to a snapshot and wait until it is durable.
@@ -50,7 +56,7 @@ def save(
     """
     return start_save(
         target, blocks, channels=channels, direct_io=direct_io, sparse=sparse, machine=machine,
-        target_page_bits=target_page_bits, reuse=reuse, max_bandwidth=max_bandwidth,
+        target_page_bits=target_page_bits, reuse=reuse, max_bandwidth=max_bandwidth, seal=seal,
     ).wait(progress)
 
 
@@ -65,6 +71,7 @@ def start_save(
     target_page_bits: int | None = None,
     reuse: bool = False,
     max_bandwidth: int = 0,
+    seal: Algorithm | str | None = None,
 ) -> Job[SaveReport]:
     """Begin to save guest memory; returns at once.
 
@@ -79,16 +86,23 @@ def start_save(
         is about twice as fast; what it held is lost from the start. Zero pages then may hold old
         bytes under their clear bits.
     max_bandwidth: bytes a second over all channels; 0 is no limit.
+    seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the path when
+        the snapshot has its name, of the bytes as they were written. Should that fail, the snapshot
+        stays. Not for Descriptors, which have no path.
 
-    Raises UsageError for bad arguments, TargetError (NoSpace, DirectIORefused) when the system
+    Raises UsageError for bad arguments, NotSupported for a digest whose library is missing,
+    TargetError (NoSpace, DirectIORefused) when the system
     refuses; the job's result raises these too, GuestMemoryError when memory went away, Cancelled.
     """
+    if seal is not None and isinstance(target, Descriptors):
+        raise UsageError("a seal stands beside a path; seal what descriptors lead to by its path")
     writer = Writer(
         target, blocks,
         direct_io=choice(DirectIO, direct_io, "direct_io"),
         sparse=choice(Sparse, sparse, "sparse"),
         channels=check_channels(channels), machine=machine, target_page_bits=target_page_bits,
         reuse=reuse, max_bandwidth=max_bandwidth,
+        seal=None if seal is None else choice(Algorithm, seal, "seal"),
     )
     try:
         return Job(writer.channels, writer.total, writer.run)
@@ -101,6 +115,9 @@ class Writer(StreamWriter):
     """A mapped-ram snapshot being written. With ``mark_zero`` (and DENSE) zero pages count as data:
     they are written and their bits are set. ``before`` are elements, as they are, that stand before
     RAM's.
+
+    With ``seal`` there are ``digests``, all known when ``finish`` returns. Where the target is
+    a path the seal has then been written too; where it is Descriptors that is left to the caller.
     """
 
     def __init__(
@@ -119,8 +136,13 @@ class Writer(StreamWriter):
         before: bytes = b"",
         reuse: bool = False,
         max_bandwidth: int = 0,
+        seal: Algorithm | None = None,
     ) -> None:
         super().__init__(blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth)
+        self.digests: Digests | None = None
+        # Whether pages whose bit is clear can have old bytes in the file.
+        self._stale = reuse
+        self._passes = 0
         self.sparse = sparse
         self.policy = sparse.core()
         self.policy.mark_zero = mark_zero
@@ -133,12 +155,17 @@ class Writer(StreamWriter):
             self.bitmaps = [Bitmap(layout.num_pages) for layout in self.head.blocks]
             for bitmap in self.bitmaps:
                 self._cleanup.callback(bitmap.close)
+            if seal is not None:
+                self.digests = Digests(seal, overlay=(stream_offset(target), MAGIC))
             self._open(target, direct_io)
+            self._named = not isinstance(target, Descriptors)
 
     def begin(self) -> None:
         """Check the space, give the file its size and write the head, without its magic."""
         self._check_space()
         self.target.set_size(self.head.tail_offset)
+        if self.digests is not None:
+            self.digests.resize(self.head.tail_offset)
         for piece in self.head.pieces:
             data = piece.data
             if piece.offset == self.target.offset:
@@ -148,6 +175,10 @@ class Writer(StreamWriter):
     def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
         """One pass over all blocks, or over the pages that ``selections`` has of each."""
         file = core_file(self.target.fd, self.target.direct)
+        if self.digests is not None and not self.reuse:
+            self.digests.watch(file)
+        self._passes += 1
+        self._stale |= self._passes > 1
         self._pass(self.channels, file, self.bitmaps, selections)
 
     def clean(self) -> int:
@@ -166,7 +197,11 @@ class Writer(StreamWriter):
                     )
                     if count < 0:
                         raise failure(count, fault, self.target.name, layout.name)
+                    if count and self.digests is not None:
+                        at = layout.pages_offset + item.first * layout.page_size
+                        self.digests.forget(at, item.npages * layout.page_size)
                     found += count
+        self._stale = False
         return found
 
     def finish(
@@ -180,17 +215,45 @@ class Writer(StreamWriter):
         )])
 
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
+        if self.digests is not None and self._stale:
+            self.clean()
         for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
             bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
         at = self.head.tail_offset
         for piece in tail:
             self.write_at(at, piece)
             at += len(piece)
-        return self._publish()
+        self._publish()
+        if self.digests is not None and self._named:
+            modified = os.fstat(self.target.fd).st_mtime_ns
+            write_manifest(seal_path(self.target.name), self.manifest(modified))
+        return self._report()
+
+    def manifest(self, mtime_ns: int) -> Manifest:
+        """The seal of what was written, for a file that was then modified for the last time."""
+        assert self.digests is not None
+        return self.digests.seal(
+            mtime_ns, self.head.pieces[0].offset, self.head.blocks, clear_pages_zero=True
+        )
+
+    def _before_publication(self) -> None:
+        super()._before_publication()
+        if self.digests is None:
+            return
+        with self.target.opened_for_reading() as fd:
+            self.digests.resize(os.fstat(fd).st_size)
+            self.digests.read_rest(
+                fd, self.target.name, self.channels.sibling("pyqmigrate-digest")
+            )
+
+    def _seal_algorithm(self) -> Algorithm | None:
+        return None if self.digests is None else self.digests.algorithm
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write through the buffered descriptor, and count it."""
         self.target.write_at(offset, data)
+        if self.digests is not None:
+            self.digests.forget(offset, len(data))
         _core.lib.qm_job_add_moved(self.channels.core, len(data))
 
     def _needed(self) -> int:

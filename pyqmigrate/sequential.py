@@ -180,7 +180,8 @@ class SequentialWriter(StreamWriter):
         )
         if self.reuse:
             self.target.set_size(_core.lib.qm_encoder_position(self._encoder))
-        return self._publish()
+        self._publish()
+        return self._report()
 
     def _needed(self) -> int:
         records = sum(spec.length // spec.page_size for spec in self.specs) * _RECORD

@@ -13,6 +13,7 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.errors import Cancelled, NoSpace, UsageError
+from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.elements import MAGIC
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.io.bitmap import Bitmap
@@ -57,7 +58,7 @@ class SaveReport:
     ``bytes_written`` counts all descriptors; ``bytes_allocated`` is what the file holds on disk;
     ``seconds`` is wall time up to and with the last fsync. ``direct_io`` says whether pages went
     past the page cache, ``direct_io_reason`` why. ``unaligned_blocks`` names those whose memory
-    had to be copied for direct I/O.
+    had to be copied for direct I/O. ``seal`` is the algorithm of the seal, None without one.
     """
 
     data_pages: int
@@ -71,6 +72,7 @@ class SaveReport:
     channels: int
     sparse: Sparse
     unaligned_blocks: tuple[str, ...]
+    seal: Algorithm | None = None
 
 
 class StreamWriter(abc.ABC):
@@ -183,11 +185,14 @@ class StreamWriter(abc.ABC):
         if self.channels.cancelled:
             raise Cancelled("cancelled")
 
-    def _publish(self) -> SaveReport:
+    def _publish(self) -> None:
         self._check_cancelled()
-        self.target.publish(MAGIC, self._check_cancelled)
+        self.target.publish(MAGIC, self._before_publication)
         _core.lib.qm_job_add_moved(self.channels.core, len(MAGIC))
-        return self._report()
+
+    def _before_publication(self) -> None:
+        """All is durable, and nobody has seen it; what is raised here undoes it."""
+        self._check_cancelled()
 
     def _report(self) -> SaveReport:
         totals = self.channels.totals()
@@ -206,9 +211,13 @@ class StreamWriter(abc.ABC):
             unaligned_blocks=tuple(
                 m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
             ),
+            seal=self._seal_algorithm(),
         )
         logger.info("saved %s: %s", self.target.name, report)
         return report
+
+    def _seal_algorithm(self) -> Algorithm | None:
+        return None
 
     def _direct_io_reason(self) -> str:
         return self.target.direct_io_reason

@@ -41,7 +41,8 @@ from pyqmigrate.errors import NotSupported, SnapshotError
 __all__ = ["main"]
 
 _VERBS = (
-    "demo", "vm", "pack", "unpack", "info", "devices", "verify", "convert", "bench", "serve",
+    "demo", "vm", "pack", "unpack", "info", "devices", "seal", "verify", "convert", "bench",
+    "serve",
 )
 _EPILOG = """Exit codes: 0 done, 1 the snapshot is bad or something differs, 2 wrong usage,
 3 the system refused (space, permission, I/O), 4 the guest or QEMU failed,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.errors import UsageError
+from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.io.channels import MAX_CHANNELS, check_channels
 from pyqmigrate.io.target import DirectIO
 
@@ -19,9 +21,12 @@ __all__ = [
     "add_channels",
     "add_direct_io",
     "add_offset",
+    "add_seal",
     "add_verb",
     "read_channels",
 ]
+
+_SEAL = "--seal"
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -49,12 +54,19 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
+        """As argparse's; an option whose value may be left out would take the next argument."""
+        given = list(sys.argv[1:] if args is None else args)
         if self._offered:
             (package, names), self._offered = self._offered, None
             verbs = self.add_subparsers(title="verbs", metavar="VERB", required=True)
-            for name in [name for name in names if name in (args or ())[:1]] or names:
+            for name in [name for name in names if name in given[:1]] or names:
                 importlib.import_module(f"{package}.{name}").add_parser(verbs)
-        return super().parse_known_args(args, namespace)
+        end = given.index("--") if "--" in given else len(given)
+        if _SEAL in self._option_string_actions:
+            given[:end] = [
+                f"{_SEAL}={Algorithm.XXH3_128}" if text == _SEAL else text for text in given[:end]
+            ]
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise BadArguments(message, self.format_usage())
@@ -82,10 +94,20 @@ def add_offset(parser: Parser) -> None:
     )
 
 
-def add_channels(parser: Parser) -> None:
+def add_channels(parser: Parser, default: int = 2) -> None:
+    what = "move pages" if default == 2 else "read"
     parser.add_argument(
-        "--channels", type=read_channels, metavar="N", default=2,
-        help=f"threads that move pages, 1 to {MAX_CHANNELS} (default: 2)",
+        "--channels", type=read_channels, metavar="N", default=default,
+        help=f"threads that {what}, 1 to {MAX_CHANNELS} (default: {default})",
+    )
+
+
+def add_seal(parser: Parser) -> None:
+    """``--seal[=ALGORITHM]``; what follows ``--seal`` without the sign is another argument."""
+    parser.add_argument(
+        _SEAL, metavar="ALGORITHM", choices=[str(name) for name in Algorithm], default=None,
+        help=f"write a seal beside the snapshot; --seal alone is --seal={Algorithm.XXH3_128} "
+        f"(others: {Algorithm.BLAKE3}, {Algorithm.SHA256})",
     )
 
 

@@ -3,11 +3,12 @@
 Each ``NAME=FILE`` (split at the last ``=``) is one RAM block: its name, and the file that holds its
 bytes, whole pages of 4 KiB. Holes of the files are neither read nor stored. SNAPSHOT appears
 only when it is whole and durable; with ``--offset`` it is written into the file in place, and is
-a snapshot only once it is whole.
+a snapshot only once it is whole. With ``--seal`` SNAPSHOT.seal is written when it is there, without
+reading it again; see the verb seal.
 
 JSON: ``snapshot``; ``data_pages``, ``zero_pages``; ``bytes_written``, ``bytes_allocated``,
 ``file_size``; ``seconds`` with the fsync; ``direct_io`` (true or false), ``direct_io_reason``;
-``channels``; ``sparse``; ``unaligned_blocks`` (names).
+``channels``; ``sparse``; ``unaligned_blocks`` (names); ``seal`` (the algorithm, or null).
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ import stat
 from dataclasses import asdict
 from typing import NamedTuple
 
-from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_offset, add_verb
+from pyqmigrate.cli.arguments import (
+    Verbs,
+    add_channels,
+    add_direct_io,
+    add_offset,
+    add_seal,
+    add_verb,
+)
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
@@ -52,6 +60,7 @@ def add_parser(verbs: Verbs) -> None:
         help="what becomes of zero pages (default: auto, short gaps are written along)",
     )
     add_offset(parser)
+    add_seal(parser)
 
 
 def _read_source(text: str) -> _Source:
@@ -72,7 +81,8 @@ def _run(args: argparse.Namespace) -> Outcome:
         show = stack.enter_context(shown("pack"))
         report = save(
             _target(args.snapshot, args.offset), blocks, channels=args.channels,
-            direct_io=args.direct_io, sparse=args.sparse, machine=args.machine, progress=show,
+            direct_io=args.direct_io, sparse=args.sparse, machine=args.machine, seal=args.seal,
+            progress=show,
         )
     data = {"snapshot": args.snapshot, **asdict(report)}
     return Outcome(data, _lines(args.snapshot, report))
@@ -119,4 +129,5 @@ def _lines(path: str, report: SaveReport) -> list[str]:
             f"memory of {printable(name)!r} is not aligned: it was copied"
             for name in report.unaligned_blocks
         ),
+        *([f"sealed: {report.seal}"] if report.seal else []),
     ]

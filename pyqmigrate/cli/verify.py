@@ -1,20 +1,40 @@
-"""Verify that a snapshot is whole and well-formed.
+"""Verify that a snapshot is whole and well-formed, and what was sealed.
 
-Checked are its structure, every length and offset against each other and the file's size, every
-bitmap or page record, and that the end of the stream is there. The format has no checksums:
-flipped bits in pages cannot be seen.
+With a seal beside it (SNAPSHOT.seal, see the verb seal) every byte of the file is held against it:
+a damage is told with its MiB and file offset, the block, and the pages of the guest. Then, as
+always, the structure is checked: every length and offset against each other and the file's size,
+every bitmap or page record, and that the end of the stream is there. Without a seal flipped bits in
+pages cannot be seen.
 
-JSON: ``snapshot``; ``valid``, true; ``blocks``, ``data_pages``, ``zero_pages`` (numbers). A
-snapshot that is bad is an error, with exit code 1.
+``--deep`` decodes the device state too, and counts pages whose bit is clear and that do not read as
+zeros in the file. These are no damage: for the guest they are zeros.
+
+JSON: ``snapshot``; ``valid``; ``seal``, null where there is none, otherwise an object of ``path``,
+``algorithm``, ``size``, ``intact``, ``damages``, ``notes`` (sentences), ``bytes_read``,
+``seconds``, ``direct_io``, ``direct_io_reason``. Each of ``damages`` has ``mib``, ``offset``,
+``length`` (bytes), ``why``, and ``parts``: what was sealed there, ``what`` (pages, bitmap, or
+words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. Where it is intact
+or null: ``blocks``, ``data_pages``, ``zero_pages`` (numbers); with --deep ``devices`` (a number,
+null where they cannot be told apart) and ``stale_pages`` (by block). Damage exits with 1; a
+snapshot or a seal that cannot be parsed is an error, with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from pyqmigrate.cli.arguments import Verbs, add_verb
+from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_verb
+from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable
+from pyqmigrate.cli.progress import shown
+from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.device_listing import devices
+from pyqmigrate.errors import NotSupported
+from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.sealing import SealCheck, stale_pages, verify_seal
+from pyqmigrate.snapshot import Snapshot
 
 __all__ = ["add_parser"]
 
@@ -22,18 +42,71 @@ __all__ = ["add_parser"]
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "verify", _run, __doc__)
     add_snapshot(parser)
+    parser.add_argument(
+        "--deep", action="store_true", help="look at device state and clear pages too"
+    )
+    add_channels(parser, default=8)
+    add_direct_io(parser)
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    with shown("verify") as show:
+        check = verify_seal(
+            args.snapshot, channels=args.channels, direct_io=args.direct_io, progress=show
+        )
+    data: dict[str, Any] = {
+        "snapshot": args.snapshot, "valid": True, "seal": None if check is None else check.data(),
+    }  # fmt: skip
+    lines = [] if check is None else _about(check)
+    if check is not None and not check.intact:
+        return Outcome(data | {"valid": False}, lines, ExitCode.BAD)
     with opened(args, args.snapshot) as snapshot:
         snapshot.verify()
         blocks = [block for block in snapshot.blocks.values() if not block.external]
-        data = sum(block.data_pages for block in blocks)
+        pages = sum(block.data_pages for block in blocks)
         zero = sum(block.zero_pages for block in blocks)
         count = len(snapshot.blocks)
-    return Outcome(
-        {"snapshot": args.snapshot, "valid": True, "blocks": count,
-         "data_pages": data, "zero_pages": zero},
-        [f"{printable(args.snapshot)}: well-formed and whole: {counted(count, 'block')}, "
-         f"{counted(data, 'data page')}, {counted(zero, 'zero page')}"],
-    )  # fmt: skip
+        data |= {"blocks": count, "data_pages": pages, "zero_pages": zero}
+        lines.append(
+            f"{printable(args.snapshot)}: well-formed and whole: {counted(count, 'block')}, "
+            f"{counted(pages, 'data page')}, {counted(zero, 'zero page')}"
+        )
+        if args.deep:
+            _look_deeper(args, snapshot, data, lines)
+    return Outcome(data, lines)
+
+
+def _about(check: SealCheck) -> list[str]:
+    lines = [printable(f"damaged   {damage}") for damage in check.damages]
+    lines += [f"note      {printable(note)}" for note in check.notes]
+    rate = show_rate(check.bytes_read, check.seconds)
+    verdict = "nothing has changed" if check.intact else "NOT what was sealed"
+    return [
+        *lines,
+        f"{printable(check.seal)}: {verdict}: {check.algorithm} of {show_size(check.size)}, "
+        f"{show_size(check.bytes_read)} read in {check.seconds:.2f} s, {rate} MiB/s",
+    ]
+
+
+def _look_deeper(
+    args: argparse.Namespace, snapshot: AnySnapshot, data: dict[str, Any], lines: list[str]
+) -> None:
+    stale = stale_pages(snapshot) if isinstance(snapshot, Snapshot) else {}
+    data["stale_pages"] = stale
+    lines += [
+        f"{counted(number, 'clear page')} of block {printable(name)!r} with old bytes in the file"
+        for name, number in stale.items()
+    ]
+    try:
+        found = devices(args.snapshot, offset=args.offset)
+    except NotSupported as error:
+        data["devices"] = None
+        lines.append(f"device state: {printable(str(error))}")
+        return
+    number = len(found.devices)
+    data["devices"] = None if found.opaque_tail else number
+    lines.append(
+        "device state cannot be told apart: there is no description, or it does not fit"
+        if found.opaque_tail
+        else f"device state: {counted(number, 'section')} decoded"
+    )

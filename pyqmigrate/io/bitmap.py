@@ -6,9 +6,7 @@ is the writing *host's* (format document, 2.3); nothing in the file records it.
 
 from __future__ import annotations
 
-import errno
 import mmap
-import os
 import sys
 from array import array
 from typing import Any, Protocol
@@ -16,6 +14,7 @@ from typing import Any, Protocol
 from pyqmigrate import _core
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.io.holes import next_data
 
 __all__ = ["Bitmap"]
 
@@ -150,7 +149,7 @@ class Bitmap:
         end = layout.bitmap_offset + self.nbytes
         at = layout.bitmap_offset
         while at < end:
-            at = _next_data(source.fd, at, end)
+            at = next_data(source.fd, at, end)  # zeros are there already
             data = source.read_at(at, min(_PIECE, end - at))
             start = at - layout.bitmap_offset
             self._memory[start : start + len(data)] = data
@@ -190,11 +189,3 @@ class Bitmap:
         if not self._memory.closed:
             _core.ffi.release(self._buffer)
             self._memory.close()
-
-
-def _next_data(fd: int, at: int, end: int) -> int:
-    try:
-        return min(max(os.lseek(fd, at, os.SEEK_DATA), at), end)
-    except OSError as error:
-        # ENXIO: only a hole is left, and zeros are there already. Anything else: no such notion.
-        return end if error.errno == errno.ENXIO else at

@@ -11,6 +11,9 @@ A new file is published in one of two ways:
   one, and a process that is killed leaves nothing;
 - with an offset, with descriptors, or when an existing file is overwritten (``reuse``), the four
   bytes of the magic are zero until everything else is durable, and are written last.
+
+A seal (:mod:`pyqmigrate.format.seal`) that lies beside a path is removed before the file there
+changes, or another one takes its name.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import Any, TypeAlias
 from pyqmigrate import _core
 from pyqmigrate.errors import DirectIORefused, NoSpace, TargetError, UsageError
 from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGES_ALIGNMENT
+from pyqmigrate.format.seal import SUFFIX, is_seal
 from pyqmigrate.format.uri import parse_file_uri
 
 __all__ = [
@@ -41,12 +45,15 @@ __all__ = [
     "OutputTarget",
     "Target",
     "core_file",
+    "followed",
     "stream_offset",
 ]
 
 _MODE = 0o600
 _FALLBACK_ALIGN = 4096
 _LARGEST_ALIGN = 65536
+# Why there is no file of ours: none, a name too long, a symbolic link, a socket.
+_NO_FILE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
 
 class DirectIO(enum.StrEnum):
@@ -154,7 +161,7 @@ def _check_borrowed(given: Descriptors, *, writing: bool) -> None:
         )
 
 
-def _followed(name: str) -> Path:
+def followed(name: str) -> Path:
     """The file that a path leads to. Only links of its last part are read: ``/proc/PID/root``
     further up is a link that does not lead where its text says."""
     path = Path(name)
@@ -301,9 +308,10 @@ class OutputTarget:
                 self.fd = os.open(self.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
             self._refuse_special(os.fstat(self.fd).st_mode)
             self._lock()
+            self._remove_seal(str(followed(self.name)), None)
             self._invalidate()
             return
-        final = _followed(self.name)
+        final = followed(self.name)
         with self._refusing("cannot replace"):
             with contextlib.suppress(FileNotFoundError):
                 self._refuse_special(final.stat().st_mode)
@@ -436,12 +444,30 @@ class OutputTarget:
                 if self._may_be_new:
                     self._sync_directory()
         else:
+            self._remove_seal(self._final, self._dir_fd)
             with self._refusing("cannot give the finished file its name"):
                 self._link()
                 os.fsync(self._dir_fd)
 
+    def _remove_seal(self, name: str, dir_fd: int | None) -> None:
+        """The seal of the file that is replaced would call the new one damaged."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+        with self._refusing("cannot remove the seal of what is replaced"):
+            try:
+                fd = os.open(name + SUFFIX, flags, dir_fd=dir_fd)
+            except OSError as error:
+                if error.errno in _NO_FILE:
+                    return
+                raise
+            try:
+                ours = stat.S_ISREG(os.fstat(fd).st_mode) and is_seal(os.pread(fd, 64, 0))
+            finally:
+                os.close(fd)
+            if ours:
+                os.unlink(name + SUFFIX, dir_fd=dir_fd)
+
     def _sync_directory(self) -> None:
-        parent = _followed(self.name).parent
+        parent = followed(self.name).parent
         fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)

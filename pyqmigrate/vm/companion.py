@@ -22,6 +22,7 @@ from pyqmigrate import _core
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, cut
+from pyqmigrate.io.holes import next_data
 from pyqmigrate.io.target import core_file
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock
 
@@ -35,12 +36,14 @@ class Companion:
 
     ``snapshot_fd`` is the snapshot's file, open for reading; its position is moved. After
     :meth:`build`, ``stale_pages`` are those that had to be marked, and finding them took
-    ``stale_seconds``.
+    ``stale_seconds``. With ``sealed`` a seal says that there are none, and they are not looked for.
     """
 
     def __init__(
-        self, snapshot: Snapshot, snapshot_fd: int, mapped: Collection[str], *, channels: int = 2
+        self, snapshot: Snapshot, snapshot_fd: int, mapped: Collection[str], *, channels: int = 2,
+        sealed: bool = False,
     ) -> None:
+        self.sealed = sealed
         self.stale_pages = 0
         self.stale_seconds = 0.0
         self._snapshot = snapshot
@@ -66,7 +69,7 @@ class Companion:
             ) from error
         started = time.monotonic()
         for block in self._snapshot.blocks.values():
-            if block.name in self._mapped:
+            if block.name in self._mapped and not self.sealed:
                 self._mark_stale(block)
         self.stale_seconds = time.monotonic() - started
 
@@ -104,19 +107,12 @@ class Companion:
         """Bytes of the snapshot to the same place, holes left out."""
         end = at + length
         while at < end:
-            at = self._next_data(at, end)
+            at = next_data(self._source, at, end)
             data = os.pread(self._source, min(_WINDOW, end - at), at)
             if at < end and not data:
                 raise SnapshotError("the file has become shorter", offset=at)
             self.write_at(at, data)
             at += len(data)
-
-    def _next_data(self, at: int, end: int) -> int:
-        try:
-            return min(max(os.lseek(self._source, at, os.SEEK_DATA), at), end)
-        except OSError as error:
-            # ENXIO: only a hole is left. Anything else: the file system does not tell.
-            return end if error.errno == errno.ENXIO else at
 
     def _mark_stale(self, block: SnapshotBlock) -> None:
         """Set the bit of each page that is clear in the snapshot and not zero in its file."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from uuid import UUID
 
 from pyqmigrate.errors import NotSupported
+from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
@@ -41,6 +42,7 @@ async def save_by_us(
     *,
     channels: int,
     sparse: Sparse,
+    seal: Algorithm | None = None,
     resume: bool,
     at_instant: AtInstant | None = None,
     progress: ProgressCallback | None = None,
@@ -59,7 +61,7 @@ async def save_by_us(
     else:
         state = await _devices_only(custody, guest, at_instant)
     heed_cancellation()
-    job, pages_written = _start(target, guest, state, channels, sparse)
+    writer, job, pages_written = _start(target, guest, state, channels, sparse, seal)
     downtime = None
     try:
         await _until(pages_written, job, progress)
@@ -76,7 +78,9 @@ async def save_by_us(
         raise
     if progress is not None:
         progress(job.progress)
-    return Written(report.bytes_written, downtime, _notes(report))
+    return Written(
+        report.bytes_written, downtime, _notes(report), None if seal is None else writer.manifest
+    )
 
 
 async def _migrated(custody: Custody, guest: Guest, at_instant: AtInstant | None) -> DeviceState:
@@ -119,8 +123,9 @@ def _memory_file() -> Iterator[tuple[int, int]]:
 
 
 def _start(
-    target: OutputTarget, guest: Guest, state: DeviceState, channels: int, sparse: Sparse
-) -> tuple[Job[SaveReport], asyncio.Event]:
+    target: OutputTarget, guest: Guest, state: DeviceState, channels: int, sparse: Sparse,
+    seal: Algorithm | None,
+) -> tuple[Writer, Job[SaveReport], asyncio.Event]:
     """Begin to write; the event is set when the pages are written, or will not be."""
     loop = asyncio.get_running_loop()
     pages_written = asyncio.Event()
@@ -129,7 +134,7 @@ def _start(
         _ram_blocks(guest, state),
         direct_io=DirectIO.ON if target.direct else DirectIO.OFF,
         sparse=sparse, channels=channels, machine=state.machine,
-        target_page_bits=state.target_page_bits, uuid=state.uuid,
+        target_page_bits=state.target_page_bits, uuid=state.uuid, seal=seal,
     )
 
     def tell() -> None:
@@ -148,7 +153,8 @@ def _start(
             writer.close()
 
     try:
-        return Job(writer.channels, writer.total, write).at_end(tell), pages_written
+        job = Job(writer.channels, writer.total, write).at_end(tell)
+        return writer, job, pages_written
     except BaseException:
         writer.close()
         raise

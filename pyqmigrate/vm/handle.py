@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.io.target import DirectIO
 from pyqmigrate.vm.check import CheckReport, check
 from pyqmigrate.vm.connection import Monitor
@@ -44,12 +45,14 @@ class Vm:
         direct_io: DirectIO | str = DirectIO.AUTO,
         sparse: Sparse | str = Sparse.AUTO,
         with_disks: bool = False,
+        seal: Algorithm | str | None = None,
         progress: ProgressCallback | None = None,
     ) -> VmSaveReport:
         """Save the guest; see :func:`pyqmigrate.vm.save.save`."""
         return await save(
             self.qmp, snapshot, engine=engine, live=live, then=then, channels=channels,
-            direct_io=direct_io, sparse=sparse, with_disks=with_disks, progress=progress,
+            direct_io=direct_io, sparse=sparse, with_disks=with_disks, seal=seal,
+            progress=progress,
         )
 
     async def check(

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from pyqmigrate.errors import Cancelled, NoSpace, PyqmigrateError, QemuError
 from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.manifest import Manifest
 from pyqmigrate.status import Status
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.unbroken import heed_cancellation
@@ -33,11 +34,13 @@ _STOPPING = {"finish-migrate", "save-vm"}
 @dataclass(frozen=True)
 class Written:
     """What an engine did. ``bytes_written`` went to the file; ``downtime`` is in seconds, None
-    where the guest did not run before or does not again."""
+    where the guest did not run before or does not again. ``manifest`` makes a seal for the file as
+    it was written, from the time of its last modification (ns)."""
 
     bytes_written: int
     downtime: float | None
     notes: tuple[str, ...] = ()
+    manifest: Callable[[int], Manifest] | None = None
 
 
 async def migrate(

@@ -30,6 +30,7 @@ from pyqmigrate.errors import BlockMismatch, NotSupported, QemuError, UsageError
 from pyqmigrate.io.target import DirectIO, Target
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.companion import Companion
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.incoming import make_incoming
 from pyqmigrate.vm.launch import Launched, Stream, launch
@@ -207,6 +208,12 @@ class _NotStarted(QemuError):
     """QEMU ended before its monitor answered."""
 
 
+def _about(companion: Companion) -> tuple[str, ...]:
+    if not companion.sealed:
+        return ()
+    return ("the snapshot is sealed: its clear pages are zeros in the file and were not searched",)
+
+
 @dataclass(frozen=True)
 class _Attempt:
     source: Source
@@ -231,7 +238,8 @@ class _Attempt:
                     qemu, seconds, incoming, mode=Mode.INSTANT,
                     why="the memory is mapped from the snapshot",
                     mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
-                    stale_seconds=companion.stale_seconds, notes=(*self.notes, *mapped.notes),
+                    stale_seconds=companion.stale_seconds,
+                    notes=(*self.notes, *mapped.notes, *_about(companion)),
                 )
         finally:
             building.cancel()

@@ -27,9 +27,12 @@ from pyqmigrate.errors import (
     SnapshotError,
     UsageError,
 )
+from pyqmigrate.format.digest import Algorithm, digester
 from pyqmigrate.format.stream import MAGIC
 from pyqmigrate.io.channels import check_channels
+from pyqmigrate.io.manifest import seal_path, write_manifest
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset
+from pyqmigrate.sealing import start_seal
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
 from pyqmigrate.vm import disks
@@ -76,7 +79,8 @@ class VmSaveReport:
     ``bytes_written`` went to the file, ``bytes_allocated`` is what it holds on disk, ``rate`` is
     ``bytes_written`` a second. ``run_state_after`` is None after ``quit``. ``disks`` are sentences
     on what a restore needs of the writable disks, ``disks_record`` is the file with their names
-    where snapshots of them were taken. ``notes`` are things that somebody should know.
+    where snapshots of them were taken. ``seal`` is the algorithm of the seal, if any.
+    ``notes`` are things that somebody should know.
     """
 
     snapshot: str
@@ -96,6 +100,7 @@ class VmSaveReport:
     run_state_after: str | None
     disks: tuple[str, ...]
     disks_record: str | None
+    seal: Algorithm | None = None
     notes: tuple[str, ...] = field(default=())
 
 
@@ -110,6 +115,7 @@ async def save(
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
     with_disks: bool = False,
+    seal: Algorithm | str | None = None,
     progress: ProgressCallback | None = None,
 ) -> VmSaveReport:
     """Save the guest of the QEMU whose monitor listens at ``qmp`` into the file ``snapshot``.
@@ -125,6 +131,9 @@ async def save(
     sparse: ``exact`` allocates no zero page, ``dense`` all of them.
     with_disks: take snapshots of the writable disks at the same instant (:mod:`pyqmigrate.vm
         .disks`).
+    seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the snapshot
+        when it has its name and the guest is as it shall be. With engine qemu the file is read for
+        it. Should that fail, the snapshot stays.
     progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
 
     Whatever fails, and when this is cancelled or its process killed, the guest is put back as it
@@ -136,7 +145,10 @@ async def save(
         os.fspath(snapshot), engine, live, None if then is None else choice(Then, then, "then"),
         check_channels(channels), choice(DirectIO, direct_io, "direct_io"),
         choice(Sparse, sparse, "sparse"), with_disks, progress,
+        None if seal is None else choice(Algorithm, seal, "seal"),
     )
+    if request.seal is not None:
+        digester(request.seal)
     if stream_offset(request.snapshot):
         raise UsageError("a guest is saved into a file of its own: without an offset")
     async with await Monitor.connect(qmp) as monitor:
@@ -155,6 +167,7 @@ class _Request:
     sparse: Sparse
     with_disks: bool
     progress: ProgressCallback | None
+    seal: Algorithm | None
 
 
 class _Save:
@@ -195,9 +208,11 @@ class _Save:
         file_size, allocated = os.fstat(target.fd).st_size, target.allocated_bytes()
         direct, reason = target.direct is not None, target.direct_io_reason
         await self._publish(target, custody)
+        modified = os.fstat(target.fd).st_mtime_ns
         seconds = time.monotonic() - self.started
         await custody.end(resume=self._resumes)
         after = await self._end()
+        await self._seal(written, modified)
         resumed = self._resumes and self.guest.running
         return VmSaveReport(
             snapshot=self.request.snapshot,
@@ -221,6 +236,7 @@ class _Save:
                 )
             ),
             disks_record=str(self.plan.record) if self.plan and self.plan.recorded else None,
+            seal=self.request.seal,
             notes=(*written.notes, *self._notes(after), *custody.trouble),
         )
 
@@ -271,9 +287,26 @@ class _Save:
             )
         return await save_by_us(
             custody, self.guest, self.choice.way, target, channels=request.channels,
-            sparse=request.sparse, resume=self._resumes, at_instant=at_instant,
+            sparse=request.sparse, seal=request.seal, resume=self._resumes, at_instant=at_instant,
             progress=request.progress,
         )
+
+    async def _seal(self, written: Written, mtime_ns: int) -> None:
+        """Beside the snapshot, which is there and stays."""
+        if self.request.seal is None:
+            return
+        path = _path(self.request.snapshot)
+        if written.manifest is not None:
+            manifest = written.manifest(mtime_ns)
+            await asyncio.to_thread(write_manifest, seal_path(path), manifest)
+            return
+        job = start_seal(path, algorithm=self.request.seal)
+        try:
+            await asyncio.to_thread(job.result)
+        except BaseException:
+            job.cancel()
+            await unbroken(asyncio.to_thread(job.join))
+            raise
 
     async def _publish(self, target: OutputTarget, custody: Custody) -> None:
         """Durable, verified, named. Once cancelled, it gets no name, unless it has it already."""

@@ -15,6 +15,7 @@ from pyqmigrate.format.libvirt import is_libvirt, read_header
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.pagecache import cached_bytes
 from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target
+from pyqmigrate.sealing import current_seal
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.vm.companion import Companion
 
@@ -46,6 +47,7 @@ class Source:
         self._input = InputTarget(target)
         self._companions: dict[tuple[str, ...], asyncio.Task[Companion]] = {}
         self.name = self._input.name
+        self._has_path = not isinstance(target, Descriptors)
         self.was_running = False
         try:
             self._lock()
@@ -109,7 +111,8 @@ class Source:
         return await asyncio.shield(self._companions[key])
 
     async def _build(self, blocks: Sequence[str]) -> Companion:
-        companion = Companion(self.snapshot, self.fd, blocks)
+        sealed = await asyncio.to_thread(self._sealed)
+        companion = Companion(self.snapshot, self.fd, blocks, sealed=sealed)
         building = asyncio.ensure_future(asyncio.to_thread(companion.build))
         try:
             await asyncio.shield(building)
@@ -119,6 +122,13 @@ class Source:
             companion.close()
             raise
         return companion
+
+    def _sealed(self) -> bool:
+        """Whether a seal of the file as it is now says that its clear pages are zeros."""
+        if not self._has_path:
+            return False
+        seal = current_seal(self.name, self.fd)
+        return seal is not None and seal.clear_pages_zero
 
     def reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
         """The fastest way for QEMU to read this file as it is now. Blocks for a moment.

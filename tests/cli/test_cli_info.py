@@ -65,7 +65,8 @@ def test_verify_accepts_a_whole_snapshot(snapshot: Path, command: Command) -> No
     ran = command("verify", snapshot, "--json")
     assert ran.code == 0
     assert ran.json == {
-        "snapshot": str(snapshot), "valid": True, "blocks": 2, "data_pages": 10, "zero_pages": 5,
+        "snapshot": str(snapshot), "valid": True, "seal": None, "blocks": 2, "data_pages": 10,
+        "zero_pages": 5,
     }
 
 

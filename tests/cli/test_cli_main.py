@@ -14,7 +14,7 @@ from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.errors import QemuError
 from tests.cli.command import COMMAND, Command, child
 
-VERBS = ("demo", "pack", "unpack", "info", "verify", "bench")
+VERBS = ("demo", "pack", "unpack", "info", "seal", "verify", "bench")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_help_of_every_verb_tells_of_json(verb: str, command: Command) -> None:
     assert "JSON:" in ran.out
 
 
-@pytest.mark.parametrize("verb", ["pack", "unpack", "info", "verify"])
+@pytest.mark.parametrize("verb", ["pack", "unpack", "info", "seal", "verify"])
 def test_verb_with_a_snapshot_takes_an_offset(verb: str, command: Command) -> None:
     assert "--offset SIZE" in command(verb, "--help").out
 
@@ -64,6 +64,7 @@ def test_help_lists_the_verbs_and_exit_codes(command: Command) -> None:
     "arguments",
     [(), ("frobnicate",), ("info",), ("info", "--nope", "x"), ("verify", "x", "--offset", "1GB"),
      ("pack", "x", "no-equals-sign"), ("pack", "x", "=file"), ("pack", "x", "name="),
+     ("pack", "x", "a=b", "--seal=md5"), ("seal", "x", "--algorithm", "md5"), ("seal",),
      ("pack", "x", "a=b", "--channels", "0"), ("pack", "x", "a=b", "--sparse", "maybe"),
      ("bench", "--channels", "1,,2"), ("demo", "--size", "5000"), ("demo", "--size", "1MiB")],
     ids=" ".join,

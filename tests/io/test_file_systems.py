@@ -168,3 +168,81 @@ def test_a_limit_on_the_size_of_files_is_a_target_error(disk: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.errno == 27
     assert list(disk.iterdir()) == []
+
+
+SEALING = """
+from pyqmigrate.sealing import seal, verify_seal
+path = directory / "snap"
+def sealed():
+    return outcome(lambda: seal(path)) | {"names": sorted(p.name for p in directory.iterdir())}
+def filled():
+    with (directory / "ballast").open("wb", buffering=0) as ballast:
+        try:
+            while True:
+                ballast.write(bytes(4096))
+        except OSError:
+            pass
+"""
+
+
+def test_a_seal_that_has_no_space_leaves_the_old_one_and_the_snapshot(
+    mount_point: Path, child_environment: dict[str, str]
+) -> None:
+    first, full, intact = mounted(mount_point, "tmpfs", "size=8m", SEALING + """
+memory = ram(512)
+save(memory)
+first = sealed()
+filled()
+print(json.dumps([first, sealed(), verify_seal(path).intact]))
+""", child_environment)
+    assert (first["error"], first["names"]) == (None, ["snap", "snap.seal"])
+    assert (full["error"], full["errno"]) == ("NoSpace", 28)
+    assert full["names"] == ["ballast", "snap", "snap.seal"]
+    assert intact
+
+
+def test_a_save_whose_seal_has_no_space_leaves_the_snapshot(
+    mount_point: Path, child_environment: dict[str, str]
+) -> None:
+    result = mounted(mount_point, "tmpfs", "size=8m", SEALING + """
+from pyqmigrate import save as plain
+from pyqmigrate.io.target import OutputTarget
+publish = OutputTarget.publish
+def then_full(self, magic, check):
+    publish(self, magic, check)
+    if magic == b"QEVM":
+        filled()
+OutputTarget.publish = then_full
+memory = ram(512)
+result = outcome(lambda: plain(path, [RamBlock("ram", memory)], seal="xxh3-128"))
+result["names"] = sorted(p.name for p in directory.iterdir())
+result["equal"] = bool((load(path)["ram"] == memory).all())
+print(json.dumps(result))
+""", child_environment)
+    assert result["error"] == "NoSpace"
+    assert result["names"] == ["ballast", "snap"]
+    assert result["equal"]
+
+
+def test_a_read_only_directory_has_no_seal_written(
+    mount_point: Path, child_environment: dict[str, str]
+) -> None:
+    result = mounted(mount_point, "tmpfs", "size=8m", SEALING + """
+import subprocess
+save(ram(512))
+subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
+print(json.dumps(sealed()))
+""", child_environment)
+    assert (result["error"], result["errno"]) == ("TargetError", 30)
+    assert result["names"] == ["snap"]
+
+
+def test_a_file_system_without_direct_io_or_holes_is_sealed(
+    mount_point: Path, child_environment: dict[str, str]
+) -> None:
+    result, intact = mounted(mount_point, "ramfs", "mode=755", SEALING + """
+save(ram(512))
+print(json.dumps([sealed(), verify_seal(path).intact]))
+""", child_environment)
+    assert result["error"] is None, result
+    assert intact

@@ -178,3 +178,15 @@ def test_cancelled_search_ends(directory: Path) -> None:
             companion.build()
     companion.close()
     os.close(fd)
+
+
+def test_sealed_snapshot_is_not_searched(directory: Path) -> None:
+    made = make(directory)
+    assert made.dirty(list(range(PAGES)))
+    fd = os.open(made.path, os.O_RDONLY)
+    with pyqmigrate.Snapshot(made.path) as snapshot:
+        companion = Companion(snapshot, fd, ["big"], sealed=True)
+        companion.build()
+    os.close(fd)
+    assert (companion.stale_pages, made.bits(companion, "big")) == (0, [])
+    companion.close()

@@ -5,15 +5,16 @@ interrupted or killed, the guest is put back as it was, running or paused, with 
 
 Engine qemu lets QEMU write the file, with the settings that are fast for this guest; engine direct
 lets QEMU write its device state only, and writes the pages from here. Without --then the guest is
-afterwards what it was before; with --then quit QEMU ends once the snapshot has its name.
+afterwards what it was before; with --then quit QEMU ends once the snapshot has its name. --seal
+writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the file is read for it.
 
 JSON: ``snapshot``; ``engine`` and ``why``; ``settings``, an object of QEMU's settings that were
 changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_io_reason``;
 ``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
 ``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
 ``run_state_before``, ``run_state_after`` (null: QEMU has ended); ``disks`` (what a restore needs of
-the writable disks, sentences); ``disks_record`` (the file with their names, or null); ``notes``
-(sentences).
+the writable disks, sentences); ``disks_record`` (the file with their names, or null); ``seal``
+(the algorithm, or null); ``notes`` (sentences).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_verb
+from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_seal, add_verb
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
@@ -63,6 +64,7 @@ def add_parser(verbs: Verbs) -> None:
         "--with-disks", action="store_true",
         help="take snapshots of the writable disks at the same instant",
     )
+    add_seal(parser)
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -74,7 +76,7 @@ def _run(args: argparse.Namespace) -> Outcome:
             save(
                 args.qmp, args.snapshot, engine=args.engine, live=args.live, then=args.then,
                 channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
-                with_disks=args.with_disks, progress=show,
+                with_disks=args.with_disks, seal=args.seal, progress=show,
             )
         )
     return Outcome(asdict(report), [printable(line) for line in _lines(report)])
@@ -113,6 +115,8 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
     yield from (f"restore   {sentence}" for sentence in report.disks)
     if report.disks_record is not None:
         yield f"disks     recorded in {report.disks_record}"
+    if report.seal is not None:
+        yield f"sealed    {report.seal}"
     yield from (f"note      {sentence}" for sentence in report.notes)
 
 

@@ -1,0 +1,127 @@
+"""What stands at some place of a sealed file: which block, which pages of the guest.
+
+The seal tells it, so that the damage in a file is named that cannot be parsed any more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.seal import PIECE, SealHead
+
+__all__ = ["Damage", "Part", "parts_of"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a damaged stretch. ``what`` is ``pages``, ``bitmap``, or words for anything else.
+
+    For pages and bitmaps: ``block``, and the pages ``[first_page, end_page)`` of it whose content
+    cannot be trusted; ``data_pages`` is how many of them hold data by their bits, None where that
+    cannot be told.
+    """
+
+    what: str
+    block: str | None = None
+    first_page: int | None = None
+    end_page: int | None = None
+    data_pages: int | None = None
+
+    def __str__(self) -> str:
+        if self.first_page is None or self.end_page is None:
+            return self.what
+        pages = f"page {self.first_page}"
+        if self.end_page - self.first_page > 1:
+            pages = f"pages {self.first_page} to {self.end_page - 1}"
+        if self.what == "bitmap":
+            return f"bitmap of block {self.block!r}, of its {pages}"
+        held = "" if self.data_pages is None else f" ({self.data_pages} with data)"
+        return f"block {self.block!r}, {pages}{held}"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A stretch of the file that is not what was sealed: whole pieces, or what is missing or added.
+
+    ``offset`` and ``length`` in bytes, ``why`` in words, ``parts`` what was sealed there.
+    """
+
+    offset: int
+    length: int
+    why: str
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def block(self) -> str | None:
+        """The first block that is named, if any."""
+        return next((part.block for part in self.parts if part.block is not None), None)
+
+    def __str__(self) -> str:
+        first, last = self.offset // PIECE, (self.offset + max(self.length, 1) - 1) // PIECE
+        mib = f"MiB {first}" if first == last else f"MiB {first} to {last}"
+        what = f": {'; '.join(map(str, self.parts))}" if self.parts else ""
+        return f"{mib}, file offset {self.offset:#x}, {self.length} bytes: {self.why}{what}"
+
+    def data(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "mib": self.offset // PIECE, "offset": self.offset, "length": self.length,
+            "why": self.why, "parts": [vars(part) for part in self.parts],
+        }  # fmt: skip
+
+
+def parts_of(
+    head: SealHead, start: int, end: int, intact: Callable[[int, int], bool], fd: int
+) -> Iterator[Part]:
+    """What was sealed at file positions ``[start, end)``.
+
+    ``intact(from, to)`` says whether what is there now is what was sealed: then bitmaps are read
+    from ``fd`` to tell how many pages hold data. Raises OSError.
+    """
+    if not head.blocks:
+        yield Part("the stream" if end > head.offset else "what is before the stream")
+        return
+    if start < head.offset:
+        yield Part("what is before the stream")
+    at = head.offset
+    for block in head.blocks:
+        if _meet(start, end, at, block.header_end):
+            first = block is head.blocks[0]
+            yield Part("head of the stream" if first else f"header of block {block.name!r}")
+        if not block.external:
+            yield from _bitmap(block, start, end)
+            yield from _pages(block, start, end, intact, fd)
+        at = block.pages_end
+    if end > at:
+        yield Part("what follows the blocks: the device state")
+
+
+def _meet(start: int, end: int, first: int, last: int) -> bool:
+    return start < last and first < end
+
+
+def _bitmap(block: BlockLayout, start: int, end: int) -> Iterator[Part]:
+    at = block.bitmap_offset
+    first, stop = max(start - at, 0) * 8, min((end - at) * 8, block.num_pages)
+    if first < stop:
+        yield Part("bitmap", block.name, first, stop)
+
+
+def _pages(
+    block: BlockLayout, start: int, end: int, intact: Callable[[int, int], bool], fd: int
+) -> Iterator[Part]:
+    at, page = block.pages_offset, block.page_size
+    first, stop = max(start - at, 0) // page, min(-(-(end - at) // page), block.num_pages)
+    if first >= stop:
+        return
+    bits = (block.bitmap_offset + first // 8, block.bitmap_offset + -(-stop // 8))
+    held = None
+    if intact(*bits):
+        words = os.pread(fd, bits[1] - bits[0], bits[0])
+        mask = (1 << stop - first) - 1
+        held = (int.from_bytes(words, "little") >> first % 8 & mask).bit_count()
+    yield Part("pages", block.name, first, stop, held)

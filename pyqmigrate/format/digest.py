@@ -1,0 +1,82 @@
+"""Digests of 16 bytes: which there are, from whose libraries.
+
+``xxh3-128`` finds damage, at the speed of memory; it does not stop somebody who means harm.
+``blake3`` and ``sha256`` do, as far as 128 bits can: sha256 is cut to its first 16 bytes, and
+blake3 is asked for as many.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import xxhash
+
+from pyqmigrate.errors import NotSupported
+
+__all__ = ["DIGEST_SIZE", "Algorithm", "Data", "digest_of_all", "digester", "zero_digest"]
+
+DIGEST_SIZE = 16  # bytes
+
+Data: TypeAlias = bytes | bytearray | memoryview
+
+
+class Algorithm(enum.StrEnum):
+    """How a digest is computed."""
+
+    XXH3_128 = "xxh3-128"
+    BLAKE3 = "blake3"
+    SHA256 = "sha256"
+
+
+def digester(algorithm: Algorithm) -> Callable[[Data], bytes]:
+    """The function from bytes to their digest. Long ones are digested without the GIL.
+
+    Raises NotSupported where the library for it is not installed.
+    """
+    if algorithm is Algorithm.XXH3_128:
+        return xxhash.xxh3_128_digest
+    if algorithm is Algorithm.SHA256:
+        return lambda data: hashlib.sha256(data).digest()[:DIGEST_SIZE]
+    blake3 = _blake3()
+
+    def digest(data: Data) -> bytes:
+        found: bytes = blake3(data).digest(length=DIGEST_SIZE)
+        return found
+
+    return digest
+
+
+def digest_of_all(algorithm: Algorithm, pieces: Iterable[Data]) -> bytes:
+    """The digest of ``pieces``, one after another as if they were one."""
+    if algorithm is Algorithm.BLAKE3:
+        blake3 = _feed(_blake3()(), pieces)
+        found: bytes = blake3.digest(length=DIGEST_SIZE)
+        return found
+    state = xxhash.xxh3_128() if algorithm is Algorithm.XXH3_128 else hashlib.sha256()
+    return bytes(_feed(state, pieces).digest()[:DIGEST_SIZE])
+
+
+@functools.lru_cache(maxsize=16)
+def zero_digest(algorithm: Algorithm, length: int) -> bytes:
+    """The digest of ``length`` zeros."""
+    return digester(algorithm)(bytes(length))
+
+
+def _feed(state: Any, pieces: Iterable[Data]) -> Any:
+    for piece in pieces:
+        state.update(piece)
+    return state
+
+
+def _blake3() -> Any:
+    try:
+        from blake3 import blake3
+    except ImportError:
+        raise NotSupported(
+            "blake3 is not installed: pip install pyqmigrate[blake3], or choose xxh3-128 or sha256"
+        ) from None
+    return blake3

@@ -1,0 +1,182 @@
+"""The manifest of a sealed file: ``SNAPSHOT.seal``, beside it.
+
+One line of JSON, the head, ended by a newline and at most 1 MiB long; then a digest of 16 bytes for
+each piece of 1 MiB of the file, in order, and nothing after them. The last piece is shorter where
+the file ends within it. Holes are digested as the zeros that they read as. The head is an object
+of these keys, in this order; readers step over others between the first and the last::
+
+    format              "pyqmigrate-seal": a seal is known by its first bytes
+    version             1
+    algorithm           "xxh3-128", "blake3" or "sha256": see pyqmigrate.format.digest
+    piece               1048576, bytes
+    size                of the file, bytes
+    mtime_ns            when the file was last modified: nanoseconds since 1970
+    clear_pages_zero    true: every page whose bit is clear reads as zeros in the file; false for a
+                        stream that has no bitmaps
+    offset              where the stream starts, bytes
+    blocks              where each RAM block stands, to name what is damaged even in a file that
+                        cannot be parsed any more: a list of objects of name, length, page_size,
+                        header, bitmap and pages, the last three file offsets; empty for a stream
+                        that has no bitmaps, and where it would not fit
+    digest              32 hexadecimal digits, lower case: the digest of all the digests, one after
+                        another, followed by the head's own bytes up to the comma before this key
+
+All of the file has digests, whatever stands before and after the stream. ``mtime_ns`` tells a
+file that was left alone from one that was not, without reading it; it is no part of what is
+verified.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+from pyqmigrate.errors import SnapshotError
+from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data, digest_of_all
+from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout
+
+__all__ = ["HEAD_MAX", "PIECE", "SEALED_MAX", "SUFFIX", "SealHead", "SealLine",
+           "count_pieces", "is_seal"]
+
+SUFFIX = ".seal"
+PIECE = 1 << 20  # bytes of the file that have one digest
+HEAD_MAX = 1 << 20  # bytes, the newline included
+SEALED_MAX = 1 << 46  # bytes of a file; what claims more is taken for damage
+
+_FORMAT = "pyqmigrate-seal"
+_VERSION = 1
+_START = b'{"format": "' + _FORMAT.encode() + b'"'
+
+
+def count_pieces(size: int) -> int:
+    """How many pieces a file of ``size`` bytes has."""
+    return -(-size // PIECE)
+
+
+def is_seal(data: bytes) -> bool:
+    """Whether a file that starts with ``data`` (64 bytes of it) is, or was, a seal."""
+    return data.startswith(_START)
+
+
+@dataclass(frozen=True)
+class SealHead:
+    """The head of a manifest. ``size`` and ``offset`` in bytes."""
+
+    algorithm: Algorithm
+    size: int
+    mtime_ns: int
+    clear_pages_zero: bool
+    offset: int = 0
+    blocks: tuple[BlockLayout, ...] = ()
+
+    @property
+    def digests_size(self) -> int:
+        """Bytes of all the digests."""
+        return count_pieces(self.size) * DIGEST_SIZE
+
+    def encode(self, digests: Data) -> bytes:
+        """The line, with its newline, for these digests."""
+        head = {
+            "format": _FORMAT, "version": _VERSION, "algorithm": str(self.algorithm),
+            "piece": PIECE, "size": self.size, "mtime_ns": self.mtime_ns,
+            "clear_pages_zero": self.clear_pages_zero, "offset": self.offset,
+            "blocks": [
+                {
+                    "name": block.name, "length": block.length, "page_size": block.page_size,
+                    "header": block.header_offset, "bitmap": block.bitmap_offset,
+                    "pages": block.pages_offset,
+                }
+                for block in self.blocks
+            ],
+        }  # fmt: skip
+        front = json.dumps(head).encode("ascii")[:-1]
+        line = front + _end(digest_of_all(self.algorithm, [digests, front]))
+        return line if len(line) <= HEAD_MAX else replace(self, blocks=()).encode(digests)
+
+
+@dataclass(frozen=True)
+class SealLine:
+    """A head that was read, and what its digest is of: ``front`` is its own part in that."""
+
+    head: SealHead
+    digest: bytes
+    front: bytes
+
+    @classmethod
+    def decode(cls, line: bytes) -> SealLine:
+        """Read the line, with its newline. Raises SnapshotError for whatever is wrong with it.
+
+        That the digest is right is for :meth:`check`.
+        """
+        if not line.endswith(b"\n") or len(line) > HEAD_MAX:
+            raise _fault("the head of the seal does not end")
+        try:
+            head = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _fault("the head of the seal is no JSON") from error
+        if not isinstance(head, dict) or head.get("format") != _FORMAT:
+            raise _fault("this is no seal")
+        for key, only in (("version", _VERSION), ("piece", PIECE)):
+            if _number(head, key) != only:
+                raise _fault(f"{key} {head[key]} of the seal is not known here, only {only}")
+        try:
+            algorithm = Algorithm(head["algorithm"])
+            digest = bytes.fromhex(head["digest"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise _fault("the seal names no algorithm known here, or has no digest") from error
+        size = _number(head, "size")
+        if size > SEALED_MAX:
+            raise _fault(f"the seal is of a file of {size} bytes; {SEALED_MAX} are possible")
+        clear = head.get("clear_pages_zero")
+        if not isinstance(clear, bool):
+            raise _fault("clear_pages_zero of the seal is neither true nor false")
+        blocks = head.get("blocks")
+        if not isinstance(blocks, list):
+            raise _fault("the seal has no list of blocks")
+        if not line.endswith(_end(digest)):
+            raise _fault("the seal does not end with its digest")
+        return cls(
+            SealHead(
+                algorithm, size, _number(head, "mtime_ns", negative=True), clear,
+                _number(head, "offset"), tuple(map(_block, blocks)),
+            ),
+            digest, line[: -len(_end(digest))],
+        )
+
+    def check(self, digests: Iterable[Data]) -> None:
+        """Raises SnapshotError unless these are the digests, and the head is as it was written;
+        NotSupported where the library for the algorithm is missing."""
+        if digest_of_all(self.head.algorithm, chain(digests, [self.front])) != self.digest:
+            raise _fault("the seal itself is damaged: it is not what its digest was made of")
+
+
+def _end(digest: bytes) -> bytes:
+    return b', "digest": "' + digest.hex().encode("ascii") + b'"}\n'
+
+
+def _block(value: Any) -> BlockLayout:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise _fault("the seal lists a block without a name")
+    block = BlockLayout(
+        value["name"], _number(value, "length"), _number(value, "page_size"),
+        _number(value, "header"), _number(value, "bitmap"), _number(value, "pages"),
+    )
+    if block.page_size not in PAGE_SIZES:
+        raise _fault(f"the seal lists a block with pages of {block.page_size} bytes")
+    return block
+
+
+def _number(head: dict[str, Any], key: str, *, negative: bool = False) -> int:
+    value = head.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _fault(f"{key} of the seal is no whole number")
+    if not (-OFFSET_MAX if negative else 0) <= value <= OFFSET_MAX:
+        raise _fault(f"{key} of the seal is out of its range")
+    return value
+
+
+def _fault(message: str) -> SnapshotError:
+    return SnapshotError(message, field="seal")

@@ -1,0 +1,110 @@
+"""The file of a seal: where it is, reading it with checks, writing it all at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyqmigrate.errors import SnapshotError, TargetError
+from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.format.seal import HEAD_MAX, SUFFIX, SealHead, SealLine
+from pyqmigrate.io.target import DirectIO, OutputTarget, followed
+
+__all__ = ["Manifest", "read_manifest", "seal_path", "write_manifest"]
+
+_WINDOW = 1 << 20  # bytes read at a time
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A seal: its head, and the digests of the file's pieces one after another."""
+
+    head: SealHead
+    digests: bytes
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return self.head.algorithm
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file when it was sealed."""
+        return self.head.size
+
+    @property
+    def clear_pages_zero(self) -> bool:
+        """Whether pages whose bit is clear read as zeros in the file."""
+        return self.head.clear_pages_zero
+
+
+def seal_path(snapshot: str | os.PathLike[str]) -> Path:
+    """Where the seal of a file is: beside it, or beside what a symbolic link leads to."""
+    path = followed(os.fsdecode(snapshot))
+    return path.with_name(path.name + SUFFIX)
+
+
+def read_manifest(path: Path, limit: int | None = None) -> Manifest | None:
+    """The manifest at ``path``; None where there is no file.
+
+    limit: bytes of digests that are kept, no more than so many take memory; all are checked.
+
+    Raises SnapshotError (its ``field`` is ``seal``) unless it is whole, NotSupported where its
+    algorithm is not installed, TargetError.
+    """
+    try:
+        # O_NONBLOCK: to open a FIFO must not wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise TargetError(error.errno or errno.EIO, "cannot open the seal", path) from error
+    try:
+        return _read(fd, limit)
+    except OSError as error:
+        raise TargetError(error.errno or errno.EIO, "cannot read the seal", path) from error
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, limit: int | None) -> Manifest:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        raise SnapshotError("the seal is no regular file", field="seal")
+    text, newline, _ = os.pread(fd, HEAD_MAX, 0).partition(b"\n")
+    line = SealLine.decode(text + newline)
+    head, start = line.head, len(text) + len(newline)
+    if info.st_size != start + head.digests_size:
+        raise SnapshotError(
+            f"the seal has {info.st_size} bytes, and {start + head.digests_size} by its head",
+            field="seal",
+        )
+    kept = bytearray()
+
+    def digests() -> Iterator[bytes]:
+        at = start
+        while piece := os.pread(fd, _WINDOW, at):
+            at += len(piece)
+            room = len(piece) if limit is None else max(0, limit - len(kept))
+            kept.extend(piece[:room])
+            yield piece
+
+    line.check(digests())
+    return Manifest(head, bytes(kept))
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write it beside its file; it has its name when it is whole and durable. TargetError."""
+    line = manifest.head.encode(manifest.digests)
+    target = OutputTarget.open(path, DirectIO.OFF)
+    try:
+        target.set_size(len(line) + len(manifest.digests))
+        target.write_at(0, line)
+        target.write_at(len(line), manifest.digests)
+        target.publish(line[:4], lambda: None)
+    finally:
+        target.abort()

@@ -1,0 +1,401 @@
+"""Sealing a finished snapshot, and verifying one that was sealed.
+
+    seal("/snap/guest.mapped")                       # writes /snap/guest.mapped.seal
+    check = verify_seal("/snap/guest.mapped")        # None: it has no seal
+    for damage in check.damages:
+        print(damage)
+
+What a seal holds is told in :mod:`pyqmigrate.format.seal`. It vouches for every byte of the file,
+not for who wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pyqmigrate.damage import Damage, parts_of
+from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError, TargetError, UsageError
+from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
+from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.digests import Digests, open_direct
+from pyqmigrate.io.manifest import Manifest, read_manifest, seal_path, write_manifest
+from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
+from pyqmigrate.opening import open_snapshot
+from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.spelling import choice
+from pyqmigrate.stale import clear_stale, find_stale
+
+__all__ = [
+    "SealCheck",
+    "SealReport",
+    "current_seal",
+    "seal",
+    "stale_pages",
+    "start_seal",
+    "start_verify",
+    "verify_seal",
+]
+
+Named: TypeAlias = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class SealReport:
+    """What sealing did.
+
+    ``size`` of the file and ``bytes_read`` of it, in bytes; ``cleared_pages`` had old bytes under
+    clear bits and are holes now; ``clear_pages_zero`` is False for a stream without bitmaps.
+    ``direct_io`` says whether the file was read past the page cache, ``direct_io_reason`` why.
+    """
+
+    snapshot: str
+    seal: str
+    algorithm: Algorithm
+    size: int
+    bytes_read: int
+    clear_pages_zero: bool
+    cleared_pages: int
+    seconds: float
+    direct_io: bool
+    direct_io_reason: str
+    channels: int
+
+
+@dataclass(frozen=True)
+class SealCheck:
+    """A file held against its seal. ``notes`` are sentences that are worth knowing."""
+
+    seal: str
+    algorithm: Algorithm
+    size: int
+    damages: tuple[Damage, ...]
+    notes: tuple[str, ...]
+    clear_pages_zero: bool
+    bytes_read: int
+    seconds: float
+    direct_io: bool
+    direct_io_reason: str
+
+    @property
+    def intact(self) -> bool:
+        return not self.damages
+
+    def data(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "path": self.seal, "algorithm": str(self.algorithm), "size": self.size,
+            "intact": self.intact, "damages": [damage.data() for damage in self.damages],
+            "notes": [*self.notes], "bytes_read": self.bytes_read, "seconds": self.seconds,
+            "direct_io": self.direct_io, "direct_io_reason": self.direct_io_reason,
+        }  # fmt: skip
+
+    def raise_if_damaged(self) -> None:
+        """SnapshotError for the first damage, which says how many there are."""
+        if self.damages:
+            first = self.damages[0]
+            more = f", and {len(self.damages) - 1} more" if len(self.damages) > 1 else ""
+            raise SnapshotError(
+                f"the file is not what was sealed: {first}{more}",
+                offset=first.offset, block=first.block,
+            )
+
+
+def seal(
+    snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
+    page_size: int | None = None, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
+    progress: Callable[[Progress], object] | None = None,
+) -> SealReport:
+    """Make a finished snapshot durable and verifiable, and wait; see :func:`start_seal`."""
+    return start_seal(
+        snapshot, algorithm=algorithm, offset=offset, page_size=page_size, channels=channels,
+        direct_io=direct_io,
+    ).wait(progress)
+
+
+def start_seal(
+    snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
+    page_size: int | None = None, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
+) -> Job[SealReport]:
+    """Begin to seal a snapshot of any kind; returns at once.
+
+    Its structure is verified; pages whose bit is clear and that do not read as zeros become holes;
+    it is made durable; the seal gets its name beside it when it is whole and durable. One that is
+    there is replaced.
+
+    snapshot: a path or a ``file:`` URI. offset, page_size: as for
+        :func:`~pyqmigrate.opening.open_snapshot`.
+    channels: threads that read, 1 to 255. direct_io: whether past the page cache; ``auto``: unless
+        the file is in it.
+
+    The job's result raises SnapshotError for a file that is no whole snapshot, TargetError when the
+    system refuses: with errno EBUSY when somebody writes the file, when it changes meanwhile, and
+    where pages would have to be cleared while a guest runs from it; NotSupported; Cancelled.
+    """
+    if isinstance(snapshot, Descriptors):
+        raise UsageError("a seal stands beside a path; descriptors have none")
+    chosen, setting = choice(Algorithm, algorithm, "algorithm"), _setting(direct_io)
+    count = check_channels(channels)
+    source = InputTarget(snapshot)
+    try:
+        if offset is not None:
+            if source.offset:
+                raise UsageError("the offset is given twice")
+            source.offset = offset
+        work = _Sealing(
+            source, page_size, Digests(chosen), Channels(count, "pyqmigrate-seal"), setting
+        )
+        return Job(work.channels, source.size, work.run)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _setting(direct_io: DirectIO | str) -> DirectIO:
+    return choice(DirectIO, direct_io, "direct_io")
+
+
+@dataclass(frozen=True)
+class _Sealing:
+    source: InputTarget
+    page_size: int | None
+    digests: Digests
+    channels: Channels
+    direct_io: DirectIO
+
+    def run(self) -> SealReport:
+        try:
+            with self._refusing():
+                return self._run(time.monotonic())
+        finally:
+            self.source.close()
+
+    def _run(self, started: float) -> SealReport:
+        source, path, digests = self.source, seal_path(self.source.name), self.digests
+        if source.size > SEALED_MAX:
+            raise NotSupported(f"a file of {source.size} bytes cannot be sealed")
+        self._lock(fcntl.LOCK_SH, "somebody writes it in place")
+        cleared, start, blocks = self._prepare(path)
+        os.fsync(source.fd)
+        before = os.fstat(source.fd)
+        digests.resize(before.st_size)
+        direct, reason = open_direct(source, self.direct_io)
+        try:
+            digests.read_rest(source.fd, source.name, self.channels, direct)
+        finally:
+            source.close_direct(direct)
+        self._check_unchanged(before)
+        manifest = digests.seal(
+            before.st_mtime_ns, start, blocks or (), clear_pages_zero=blocks is not None
+        )
+        write_manifest(path, manifest)
+        return SealReport(
+            source.name, str(path), digests.algorithm, before.st_size, digests.bytes_read,
+            blocks is not None, cleared, time.monotonic() - started, direct is not None, reason,
+            self.channels.count,
+        )
+
+    def _prepare(self, path: Path) -> tuple[int, int, tuple[BlockLayout, ...] | None]:
+        """Verify the structure and clear pages; how many, the stream's start, and the blocks."""
+        target = Descriptors(self.source.fd, offset=self.source.offset)
+        with open_snapshot(target, page_size=self.page_size) as snapshot:
+            snapshot.verify()
+            if not isinstance(snapshot, Snapshot):
+                return 0, snapshot.offset, None
+            channels = self.channels.sibling("pyqmigrate-stale")
+            stale = find_stale(snapshot, channels)
+            if stale:
+                self._clear(snapshot, stale, path, channels)
+            return sum(stale.values()), snapshot.offset, snapshot.stream.blocks
+
+    def _clear(
+        self, snapshot: Snapshot, stale: dict[str, int], path: Path, channels: Channels
+    ) -> None:
+        self._lock(fcntl.LOCK_EX, "a guest runs from it, and pages have to be cleared in it")
+        # An earlier seal would call damaged what is done now.
+        path.unlink(missing_ok=True)
+        fd = os.open(f"/proc/self/fd/{self.source.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            clear_stale(snapshot, fd, stale, channels)
+        finally:
+            os.close(fd)
+
+    def _lock(self, kind: int, why: str) -> None:
+        try:
+            fcntl.flock(self.source.fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TargetError(
+                errno.EBUSY, f"cannot be sealed now: {why}", self.source.name
+            ) from error
+        except OSError as error:
+            # A file system without locks: nobody can be kept from writing there.
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
+                raise
+
+    def _check_unchanged(self, before: os.stat_result) -> None:
+        """Whether the name still leads to the file, and the file is what was read."""
+        now, named = os.fstat(self.source.fd), Path(self.source.name).stat()
+        same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        if not same or not os.path.samestat(now, named):
+            raise TargetError(
+                errno.EBUSY, "was changed or replaced while it was being sealed", self.source.name
+            )
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except PyqmigrateError:
+            raise
+        except OSError as error:
+            raise TargetError(
+                error.errno or errno.EIO, "cannot be sealed", self.source.name
+            ) from error
+
+
+def stale_pages(snapshot: Snapshot, *, channels: int = 2) -> dict[str, int]:
+    """How many pages of each block have their bit clear and do not read as zeros in the file.
+
+    For a guest they are zeros all the same. Blocks without any are left out. Raises SnapshotError
+    for bad bitmaps, TargetError.
+    """
+    return find_stale(snapshot, Channels(check_channels(channels), "pyqmigrate-stale"))
+
+
+def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
+    """The seal beside ``path``, if the file has not been touched since.
+
+    That is: it is whole, and the file, ``fd`` if given, has the size and the time of modification
+    that it was sealed with. Nothing of the file is read. None otherwise, whatever the reason.
+    """
+    try:
+        manifest = read_manifest(seal_path(path))
+        info = os.stat(path) if fd is None else os.fstat(fd)  # noqa: PTH116
+    except (PyqmigrateError, OSError, ValueError):
+        return None
+    if manifest is None or (info.st_size, info.st_mtime_ns) != (
+        manifest.size, manifest.head.mtime_ns
+    ):  # fmt: skip
+        return None
+    return manifest
+
+
+def verify_seal(
+    snapshot: Named, *, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
+    progress: Callable[[Progress], object] | None = None,
+) -> SealCheck | None:
+    """Hold a file against its seal, and wait; None where it has none. See :func:`start_verify`."""
+    job = start_verify(snapshot, channels=channels, direct_io=direct_io)
+    return None if job is None else job.wait(progress)
+
+
+def start_verify(
+    snapshot: Named, *, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO
+) -> Job[SealCheck] | None:
+    """Begin to compare every byte of a file with its seal; None where it has none.
+
+    The structure of the file is not looked at, so a file that cannot be parsed any more is told
+    what is damaged in it all the same. Arguments as for :func:`start_seal`. Raises SnapshotError
+    (its ``field`` is ``seal``) for a seal that is damaged itself, NotSupported where the library
+    for its digests is missing, UsageError, TargetError; the job's result TargetError, SnapshotError
+    when the file becomes shorter meanwhile, Cancelled.
+    """
+    if isinstance(snapshot, Descriptors):
+        raise UsageError("a seal stands beside a path; descriptors have none")
+    count, setting = check_channels(channels), _setting(direct_io)
+    source = InputTarget(snapshot)
+    try:
+        path = seal_path(source.name)
+        manifest = read_manifest(path)
+        if manifest is None:
+            source.close()
+            return None
+        work = _Checking(source, path, manifest, Channels(count, "pyqmigrate-verify"), setting)
+        return Job(work.channels, min(source.size, manifest.size), work.run)
+    except BaseException:
+        source.close()
+        raise
+
+
+@dataclass(frozen=True)
+class _Checking:
+    source: InputTarget
+    path: Path
+    manifest: Manifest
+    channels: Channels
+    direct_io: DirectIO
+
+    def run(self) -> SealCheck:
+        try:
+            return self._run(time.monotonic())
+        finally:
+            self.source.close()
+
+    def _run(self, started: float) -> SealCheck:
+        source, manifest = self.source, self.manifest
+        info = os.fstat(source.fd)
+        digests = Digests(manifest.algorithm)
+        digests.resize(min(info.st_size, manifest.size))
+        direct, reason = open_direct(source, self.direct_io)
+        try:
+            digests.read_rest(source.fd, source.name, self.channels, direct)
+        finally:
+            source.close_direct(direct)
+        damages = tuple(self._damages(digests, info.st_size))
+        notes = []
+        if damages and info.st_mtime_ns != manifest.head.mtime_ns:
+            notes.append(
+                "the file was modified after it was sealed; if it was meant to be, or another "
+                "snapshot has its name by now, seal it again"
+            )
+        elif info.st_mtime_ns != manifest.head.mtime_ns:
+            notes.append("the file has another time of modification than when it was sealed")
+        return SealCheck(
+            str(self.path), manifest.algorithm, manifest.size, damages, tuple(notes),
+            manifest.clear_pages_zero, digests.bytes_read, time.monotonic() - started,
+            direct is not None, reason,
+        )
+
+    def _damages(self, digests: Digests, size: int) -> Iterator[Damage]:
+        sealed = self.manifest.size
+        bad = [*digests.differing(self.manifest.digests)]
+        if size < sealed and size % PIECE and (not bad or bad[-1] != size // PIECE):
+            bad.append(size // PIECE)
+        wrong = set(bad)
+
+        def intact(start: int, end: int) -> bool:
+            pieces = range(start // PIECE, count_pieces(end))
+            return end <= min(size, sealed) and wrong.isdisjoint(pieces)
+
+        def parts(start: int, end: int) -> tuple[Any, ...]:
+            return tuple(parts_of(self.manifest.head, start, end, intact, self.source.fd))
+
+        for first, last in _stretches(bad):
+            start, end = first * PIECE, min((last + 1) * PIECE, size, sealed)
+            yield Damage(start, end - start, "not what was sealed", parts(start, end))
+        if size < sealed:
+            yield Damage(
+                size, sealed - size, f"missing: the file had {sealed} bytes and has {size}",
+                parts(size, sealed),
+            )
+        if size > sealed:
+            yield Damage(
+                sealed, size - sealed, f"added: the file had {sealed} bytes and has {size}"
+            )
+
+
+def _stretches(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """``(first, last)`` of the stretches of consecutive numbers."""
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in group]
+        yield members[0], members[-1]

@@ -1,0 +1,63 @@
+"""Old bytes under clear bits: pages that are zero for a guest, and not in the file.
+
+A live save leaves them, and a save over an older file. Loads step over them; a guest whose memory
+is a mapping of the file would see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from pyqmigrate import _core
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Channels, Range, core_block, cut
+from pyqmigrate.io.target import core_file
+from pyqmigrate.snapshot import Snapshot, SnapshotBlock
+
+__all__ = ["clear_stale", "find_stale"]
+
+
+def find_stale(snapshot: Snapshot, channels: Channels) -> dict[str, int]:
+    """How many stale pages each block has; blocks without any are left out.
+
+    Only what the file holds under clear bits is read. Raises SnapshotError for bad bitmaps,
+    TargetError, Cancelled.
+    """
+    file, found = core_file(snapshot.source.fd, None), {}
+    for block in snapshot.blocks.values():
+        if block.external:
+            continue
+        stale = Bitmap(block.num_pages)
+        try:
+            _each(block, channels, _core.lib.qm_find_stale, file, stale.core)
+            if count := stale.count():
+                found[block.name] = count
+        finally:
+            stale.close()
+    return found
+
+
+def clear_stale(
+    snapshot: Snapshot, fd: int, names: Collection[str], channels: Channels
+) -> None:
+    """Make them holes in the blocks ``names``; ``fd`` is the file, open for writing, our own."""
+    file = core_file(fd, None)
+    for name in names:
+        _each(snapshot.blocks[name], channels, _core.lib.qm_clean, file)
+
+
+def _each(
+    block: SnapshotBlock, channels: Channels, function: Any, file: Any, *more: Any
+) -> None:
+    """Call a function of the core for all of a block, range by range."""
+    layout, bits = core_block(block.layout), block.bitmap
+
+    def move(channel: Any, piece: Range, fault: Any) -> int:
+        count = function(
+            channels.core, channel, file, layout, bits.core, *more, piece.first, piece.npages, fault
+        )
+        return min(int(count), 0)
+
+    pieces = cut(0, block.num_pages, block.page_size)
+    channels.run(pieces, move, "the snapshot", [block.name])

@@ -1,0 +1,315 @@
+"""Sealing a finished snapshot, and what a seal is good for afterwards."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyqmigrate
+from pyqmigrate import Algorithm, RamBlock, SnapshotError, TargetError, UsageError, seal
+from pyqmigrate.errors import Cancelled
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from pyqmigrate.io.digests import Digests
+from pyqmigrate.io.manifest import read_manifest
+from pyqmigrate.sealing import current_seal, stale_pages, start_seal, start_verify, verify_seal
+from pyqmigrate.snapshot import Snapshot
+from tests.sealed import PAGE, Sealed
+from tests.snapshots import data_bytes, load, ram, save_known
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("direct_io", ["on", "off"])
+def test_what_is_sealed_is_intact(disk: Path, algorithm: Algorithm, direct_io: str) -> None:
+    save_known(disk / "snap")
+    report = seal(disk / "snap", algorithm=algorithm, direct_io=direct_io)
+    assert (report.snapshot, report.seal) == (str(disk / "snap"), str(disk / "snap.seal"))
+    assert (report.algorithm, report.size) == (algorithm, (disk / "snap").stat().st_size)
+    assert (report.clear_pages_zero, report.cleared_pages) == (True, 0)
+    assert report.direct_io == (direct_io == "on")
+    check = verify_seal(disk / "snap", direct_io=direct_io)
+    assert check is not None
+    assert (check.intact, check.algorithm, check.notes) == (True, algorithm, ())
+
+
+def test_seal_is_the_same_as_the_one_of_the_save(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest")
+    written = made.seal.read_bytes()
+    made.seal.unlink()
+    seal(made.path)
+    assert made.seal.read_bytes() == written
+
+
+def test_a_file_without_a_seal_has_nothing_to_be_held_against(tmp_path: Path) -> None:
+    save_known(tmp_path / "snap")
+    assert verify_seal(tmp_path / "snap") is None
+    assert start_verify(tmp_path / "snap") is None
+    assert current_seal(tmp_path / "snap") is None
+
+
+def test_clear_pages_with_old_bytes_become_holes(disk: Path) -> None:
+    made = Sealed.make(disk / "guest", sparse="exact", seal=None)
+    stale = made.stale("big", 20)
+    with Snapshot(made.path) as snapshot:
+        assert stale_pages(snapshot) == {"big": 20}
+        before = snapshot.blocks["big"].data_pages
+    report = seal(made.path)
+    assert report.cleared_pages == 20
+    _, pages = made.block("big")
+    for page in stale:
+        at = pages + page * PAGE
+        assert data_bytes(made.path, at, at + PAGE) == 0
+    with Snapshot(made.path) as snapshot:
+        assert stale_pages(snapshot) == {}
+        assert snapshot.blocks["big"].data_pages == before
+    assert made.check().intact
+    assert (load(made.path)["big"] == made.big).all()
+    found = current_seal(made.path)
+    assert found is not None
+    assert found.clear_pages_zero
+
+
+def test_stale_pages_are_counted_by_block(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest")
+    made.stale("big", 3)
+    made.stale("small", 2)
+    with Snapshot(made.path) as snapshot:
+        assert stale_pages(snapshot, channels=1) == {"big": 3, "small": 2}
+
+
+def lock(path: Path, kind: int) -> int:
+    fd = os.open(path, os.O_RDONLY)
+    fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    return fd
+
+
+def test_a_file_that_a_guest_runs_from_is_sealed_but_not_changed(disk: Path) -> None:
+    made = Sealed.make(disk / "guest", seal=None)
+    fd = lock(made.path, fcntl.LOCK_SH)
+    try:
+        seal(made.path)
+        made.stale("big", 1)
+        content, sealed = made.path.read_bytes(), made.seal.read_bytes()
+        with pytest.raises(TargetError, match="a guest runs from it") as caught:
+            seal(made.path)
+        assert caught.value.errno == errno.EBUSY
+        assert (made.path.read_bytes(), made.seal.read_bytes()) == (content, sealed)
+    finally:
+        os.close(fd)
+    assert seal(made.path).cleared_pages == 1
+
+
+def test_a_file_that_is_written_in_place_is_not_sealed(disk: Path) -> None:
+    made = Sealed.make(disk / "guest", seal=None)
+    fd = lock(made.path, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(TargetError, match="somebody writes it") as caught:
+            seal(made.path)
+    finally:
+        os.close(fd)
+    assert caught.value.errno == errno.EBUSY
+    assert not made.seal.exists()
+
+
+def test_what_is_no_whole_snapshot_is_not_sealed(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest", seal=None)
+    os.truncate(made.path, made.path.stat().st_size - 5)
+    with pytest.raises(SnapshotError):
+        seal(made.path)
+    assert [*tmp_path.iterdir()] == [made.path]
+
+
+def during(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """Has ``act`` called when all has been read, and no seal is written yet."""
+    whole = Digests.read_rest
+
+    def read_rest(self: Digests, *arguments: Any, **options: Any) -> None:
+        whole(self, *arguments, **options)
+        act()
+
+    monkeypatch.setattr(Digests, "read_rest", read_rest)
+
+
+def test_a_file_that_changes_meanwhile_is_not_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Sealed.make(tmp_path / "guest", seal=None)
+    during(monkeypatch, lambda: os.truncate(made.path, made.path.stat().st_size + 1))
+    with pytest.raises(TargetError, match="changed or replaced"):
+        seal(made.path)
+    assert not made.seal.exists()
+
+
+def test_a_file_that_is_replaced_meanwhile_is_not_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Sealed.make(tmp_path / "guest", seal=None)
+    other = Sealed.make(tmp_path / "other", density=0.1, seal=None)
+    during(monkeypatch, lambda: other.path.rename(made.path))
+    with pytest.raises(TargetError, match="changed or replaced"):
+        seal(made.path)
+    assert not made.seal.exists()
+
+
+def test_a_cancelled_seal_leaves_the_one_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Sealed.make(tmp_path / "guest")
+    old = made.seal.read_bytes()
+    reached, go = threading.Event(), threading.Event()
+    whole = Digests.read_rest
+
+    def read_rest(self: Digests, *arguments: Any) -> None:
+        reached.set()
+        go.wait()
+        whole(self, *arguments)
+
+    monkeypatch.setattr(Digests, "read_rest", read_rest)
+    job = start_seal(made.path, algorithm="blake3")
+    reached.wait()
+    job.cancel()
+    go.set()
+    with pytest.raises(Cancelled):
+        job.result()
+    assert made.seal.read_bytes() == old
+
+
+def test_progress_reaches_the_size_of_the_file(disk: Path) -> None:
+    made = Sealed.make(disk / "guest")
+    size, seen = made.path.stat().st_size, []
+    seal(made.path, progress=seen.append)
+    verify_seal(made.path, progress=seen.append)
+    assert (seen[-1].bytes_done, seen[-1].bytes_total) == (size, size)
+
+
+def test_the_stream_may_be_behind_an_offset(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"X" * 5000)
+    pyqmigrate.save(f"file:{path},offset=5000", [RamBlock("ram", ram(50))])
+    with pytest.raises(SnapshotError):
+        seal(path)
+    seal(path, offset=5000)
+    assert verify_seal(path).intact  # type: ignore[union-attr]
+    seal(f"file:{path},offset=5000")
+    found = read_manifest(tmp_path / "file.seal")
+    assert found is not None
+    assert found.head.offset == 5000
+    with pytest.raises(UsageError, match="twice"):
+        seal(f"file:{path},offset=5000", offset=5000)
+
+
+def test_a_classic_stream_is_sealed_without_a_word_on_clear_pages(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest", seal=None)
+    with pyqmigrate.open_snapshot(made.path) as snapshot:
+        pyqmigrate.convert(snapshot, tmp_path / "stream", to="stream")
+    report = seal(tmp_path / "stream")
+    assert not report.clear_pages_zero
+    check = verify_seal(tmp_path / "stream")
+    assert check is not None
+    assert check.intact
+    with (tmp_path / "stream").open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"??")
+    check = verify_seal(tmp_path / "stream")
+    assert check is not None
+    assert [str(part) for part in check.damages[0].parts] == ["the stream"]
+
+
+def test_seal_is_beside_what_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    made = Sealed.make(tmp_path / "far/guest", seal=None)
+    (tmp_path / "link").symlink_to("far/guest")
+    seal(tmp_path / "link")
+    assert made.seal.exists()
+    assert verify_seal(tmp_path / "link").intact  # type: ignore[union-attr]
+    assert current_seal(tmp_path / "link") is not None
+    assert not (tmp_path / "link.seal").exists()
+
+
+def test_descriptors_have_no_seal(tmp_path: Path) -> None:
+    save_known(tmp_path / "snap")
+    with (tmp_path / "snap").open("rb") as file:
+        target = pyqmigrate.Descriptors(file.fileno())
+        for work in (seal, verify_seal):
+            with pytest.raises(UsageError, match="path"):
+                work(target)
+
+
+def test_an_unknown_algorithm_is_a_usage_error(tmp_path: Path) -> None:
+    save_known(tmp_path / "snap")
+    with pytest.raises(UsageError):
+        seal(tmp_path / "snap", algorithm="md5")
+
+
+def test_a_seal_is_current_until_the_file_is_touched(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest")
+    with made.path.open("rb") as file:
+        assert current_seal(made.path, file.fileno()) == current_seal(made.path) is not None
+    os.utime(made.path, ns=(0, 0))
+    assert current_seal(made.path) is None
+    assert made.check().notes, "the other time is not told"
+    seal(made.path)
+    assert current_seal(made.path) is not None
+    os.truncate(made.path, made.path.stat().st_size + 1)
+    assert current_seal(made.path) is None
+
+
+def test_a_damaged_seal_is_not_current_and_an_error_to_verify(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest")
+    data = bytearray(made.seal.read_bytes())
+    data[-3] ^= 1
+    made.seal.write_bytes(data)
+    assert current_seal(made.path) is None
+    with pytest.raises(SnapshotError) as caught:
+        verify_seal(made.path)
+    assert caught.value.field == "seal"
+    seal(made.path)
+    assert made.check().intact
+
+
+def test_a_seal_of_a_copy_vouches_for_the_copy(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest")
+    (tmp_path / "copy").write_bytes(made.path.read_bytes())
+    (tmp_path / "copy.seal").write_bytes(made.seal.read_bytes())
+    check = verify_seal(tmp_path / "copy")
+    assert check is not None
+    assert check.intact
+    assert current_seal(tmp_path / "copy") is None
+
+
+@pytest.mark.usefixtures("same_descriptors")
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest")
+    made.stale("big", 2)
+    seal(made.path)
+    made.check()
+    made.write(0, b"????")
+    made.check()
+    with pytest.raises(SnapshotError):
+        seal(made.path)
+    made.seal.unlink()
+    assert verify_seal(made.path) is None
+
+
+def test_what_libvirt_saved_is_sealed_with_its_header(tmp_path: Path) -> None:
+    made, start = Sealed.make(tmp_path / "guest", seal=None), 8192
+    header = LibvirtHeader(
+        complete=True, version=2, format=ImageFormat.SPARSE, was_running=True, xml="<domain/>",
+        cookie="", stream_offset=start, byte_order="little",
+    )  # fmt: skip
+    pyqmigrate.save(
+        f"file:{made.path},offset={start}", [RamBlock("pc.ram", made.big)], machine="pc"
+    )
+    made.write(0, encode_header(header))
+    seal(made.path)
+    found = read_manifest(made.seal)
+    assert found is not None
+    assert found.head.offset == start
+    assert made.check().intact
+    made.write(start - 5, b"?")
+    assert made.check().damages[0].parts[0].what == "what is before the stream"
