@@ -33,10 +33,13 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.export.convert import Form, convert
+from pyqmigrate.export.image import ImageReport
 from pyqmigrate.fdset import FdsetError, FdSets
 from pyqmigrate.format.cpu_state import CpuRegisters, cpu_registers
 from pyqmigrate.format.device_tree import Device
 from pyqmigrate.format.devices import DeviceSection
+from pyqmigrate.format.physical_map import parse_placement
+from pyqmigrate.format.placement import Placement
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO
@@ -65,6 +68,9 @@ __all__ = [
     "SnapshotBlock",
     "ClassicSnapshot",
     "Form",
+    "ImageReport",
+    "Placement",
+    "parse_placement",
     "devices",
     "Devices",
     "Device",
