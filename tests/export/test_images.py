@@ -351,6 +351,19 @@ def test_progress_that_raises_leaves_nothing(form: str, disk: Path) -> None:
         assert (Physical.of_elf if form == "elf" else Physical.of_lime)(path).all() == SEEN
 
 
+@pytest.mark.parametrize("length", [1 << 62, (1 << 63) - 4096])
+@pytest.mark.parametrize("form", FORMS)
+def test_length_beyond_any_file_ends_in_an_error_of_ours(
+    form: str, length: int, disk: Path
+) -> None:
+    source = make(disk / "s", "stream", machine="virt-9.2", **{"mach-virt.ram": bytes(8192)})
+    data = source.read_bytes()
+    for old, new in ((8192 | 4, length | 4), (8192, length)):
+        data = data.replace(struct.pack(">Q", old), struct.pack(">Q", new), 1)
+    source.write_bytes(data)
+    refused(source, form, PyqmigrateError, "too large")
+
+
 def damaged(data: bytes, choose: random.Random) -> bytes:
     """Bytes of the head changed, mostly."""
     changed = bytearray(data)
