@@ -220,6 +220,16 @@ struct qm_mapped {
 
 ssize_t qm_mapped_fill(void *mapped, void *buf, uint64_t off, size_t len);
 int64_t qm_mapped_next(void *mapped, uint64_t off, uint64_t end);
+
+struct qm_part {
+    qm_fill_fn fill;
+    qm_next_fn next;
+    void *arg;
+    uint64_t offset;
+};
+
+ssize_t qm_part_fill(void *part, void *buf, uint64_t off, size_t len);
+int64_t qm_part_next(void *part, uint64_t off, uint64_t end);
 uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 
 int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);

@@ -444,6 +444,17 @@ struct qm_mapped {
 ssize_t qm_mapped_fill(void *mapped, void *buf, uint64_t off, size_t len);
 int64_t qm_mapped_next(void *mapped, uint64_t off, uint64_t end);
 
+/* Memory that is a part of another one: its byte 0 is byte `offset` there, whole pages. */
+struct qm_part {
+    qm_fill_fn fill;
+    qm_next_fn next;
+    void *arg;
+    uint64_t offset;
+};
+
+ssize_t qm_part_fill(void *part, void *buf, uint64_t off, size_t len);
+int64_t qm_part_next(void *part, uint64_t off, uint64_t end);
+
 /* Where the bits from `first` on cease to be alike; at most `end`. */
 uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 

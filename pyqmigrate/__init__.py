@@ -39,11 +39,14 @@ if TYPE_CHECKING:
     from pyqmigrate.classic import ClassicSnapshot
     from pyqmigrate.device_listing import Devices, devices
     from pyqmigrate.export.convert import Form, convert
+    from pyqmigrate.export.image import ImageReport
     from pyqmigrate.fdset import FdsetError, FdSets
     from pyqmigrate.format.cpu_state import CpuRegisters, cpu_registers
     from pyqmigrate.format.device_tree import Device
     from pyqmigrate.format.devices import DeviceSection
     from pyqmigrate.format.digest import Algorithm
+    from pyqmigrate.format.physical_map import parse_placement
+    from pyqmigrate.format.placement import Placement
     from pyqmigrate.io.channels import Job, Progress
     from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
     from pyqmigrate.io.target import Descriptors, DirectIO
@@ -77,6 +80,9 @@ __all__ = [
     "SnapshotBlock",
     "ClassicSnapshot",
     "Form",
+    "ImageReport",
+    "Placement",
+    "parse_placement",
     "devices",
     "Devices",
     "Device",
@@ -118,12 +124,15 @@ _HOME = {
     "devices": "device_listing",
     "Form": "export.convert",
     "convert": "export.convert",
+    "ImageReport": "export.image",
     "FdsetError": "fdset",
     "FdSets": "fdset",
     "CpuRegisters": "format.cpu_state",
     "cpu_registers": "format.cpu_state",
     "Device": "format.device_tree",
     "DeviceSection": "format.devices",
+    "parse_placement": "format.physical_map",
+    "Placement": "format.placement",
     "Algorithm": "format.digest",
     "Job": "io.channels",
     "Progress": "io.channels",

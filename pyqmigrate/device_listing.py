@@ -29,7 +29,8 @@ from pyqmigrate.format.elements import (
     SectionKind,
 )
 from pyqmigrate.format.stream import parse
-from pyqmigrate.io.target import Descriptors, InputTarget, Target
+from pyqmigrate.io.target import InputTarget, Target
+from pyqmigrate.opened import locate
 from pyqmigrate.sequential import start_sequential_load
 
 __all__ = ["Devices", "cpu_registers", "devices"]
@@ -61,21 +62,16 @@ def devices(
 
     target: a path, a ``file:`` URI or Descriptors: a mapped-ram snapshot, a classic stream (which
         has to be read from end to end for it), or what ``xen-save-devices-state`` wrote.
+        libvirt's header before the stream is stepped over.
     offset: where the stream starts, bytes; for a path.
     name, section_id: only devices of this name, and of this section id.
 
     Blocks until done. Raises UsageError where no device is selected, SnapshotError for a damaged
-    file, NotSupported for a stream that
-    cannot be walked or has more than 256 MiB of device state, TargetError.
+    file, NotSupported for a stream that cannot be walked, is compressed, or has more than 256 MiB
+    of device state, TargetError.
     """
-    source = InputTarget(target)
+    source = locate(target, offset).source
     try:
-        if offset is not None:
-            if isinstance(target, Descriptors) or source.offset:
-                raise UsageError("the offset is given twice")
-            if not 0 <= offset < 1 << 63:
-                raise UsageError(f"offset {offset} is not a file position")
-            source.offset = offset
         stream, machine, opaque = _walk(source)
         found = tuple(decode_devices(source, stream, name=name, section_id=section_id))
         if not found and (name is not None or section_id is not None):

@@ -5,11 +5,21 @@ SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
 ``mapped-ram``  a mapped-ram file: fast to restore, in parallel or at once
 ``stream``      a classic stream, as every QEMU loads it
 ``raw``         a directory of raw files, one a RAM block (as unpack)
+``elf``         an ELF core of the guest's physical memory: for gdb, drgn, crash, volatility3
+``lime``        a LiME file of it: for volatility3
 
 Device state is carried over byte for byte. DST appears only when it is whole and durable.
 ``--memory NAME=FILE`` gives the content of a block that SRC only lists (x-ignore-shared).
 
-JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has.
+For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
+the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places one
+by hand (a memory module that was plugged in), instead of what would be found for it. Numbers are
+bytes, decimal or 0x.
+
+JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
+elf and lime, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,
+``offset`` in the block and ``length``; ``unplaced``, the blocks that are left out; ``cpus``, how
+many have their registers in it.
 """
 
 from __future__ import annotations
@@ -17,39 +27,43 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import TypeAlias
 
 from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_verb
 from pyqmigrate.cli.opening import add_snapshot, opened
-from pyqmigrate.cli.outcome import Outcome, printable
-from pyqmigrate.cli.progress import Show, shown
+from pyqmigrate.cli.outcome import Outcome, counted, printable, table
+from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.errors import UsageError
 from pyqmigrate.export.convert import Form, convert
+from pyqmigrate.export.image import ImageReport
+from pyqmigrate.export.raw import RawReport
+from pyqmigrate.format.physical_map import parse_placement
+from pyqmigrate.format.placement import GivenPlacement
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.save import SaveReport, Sparse
+from pyqmigrate.save import Sparse
 
-__all__ = ["FORMS", "add_parser"]
-
-Converter: TypeAlias = Callable[[argparse.Namespace, AnySnapshot, Show | None], Outcome]
-
+__all__ = ["add_parser"]
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "convert", _run, __doc__)
     add_snapshot(parser)
     parser.add_argument("target", metavar="DST")
-    parser.add_argument("--to", choices=[*FORMS], required=True, help="the form of DST")
+    forms = [str(form) for form in Form]
+    parser.add_argument("--to", choices=forms, required=True, help="the form of DST")
     parser.add_argument(
         "--memory", metavar="NAME=FILE", action="append", default=[], type=_read_memory,
         help="the content of a block; may be repeated",
+    )
+    parser.add_argument(
+        "--map", metavar="NAME@ADDRESS[+OFFSET[,SIZE]]", action="append", default=[],
+        type=_read_placement, help="where a block is in an elf or lime file; may be repeated",
     )
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
         "--sparse", choices=[str(policy) for policy in Sparse], default="auto",
-        help="what becomes of zero pages in a mapped-ram file (default: auto)",
+        help="what becomes of zero pages in a mapped-ram, elf or lime file (default: auto)",
     )
 
 
@@ -60,13 +74,18 @@ def _read_memory(text: str) -> tuple[str, str]:
     return name, path
 
 
+def _read_placement(text: str) -> GivenPlacement:
+    try:
+        return parse_placement(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _run(args: argparse.Namespace) -> Outcome:
-    with opened(args, args.snapshot) as snapshot, shown("convert") as show:
-        return FORMS[args.to](args, snapshot, show)
-
-
-def _convert(args: argparse.Namespace, snapshot: AnySnapshot, show: Show | None) -> Outcome:
-    with contextlib.ExitStack() as stack:
+    with (
+        opened(args, args.snapshot) as snapshot, shown("convert") as show,
+        contextlib.ExitStack() as stack,
+    ):
         memories = {}
         for name, path in args.memory:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -74,19 +93,33 @@ def _convert(args: argparse.Namespace, snapshot: AnySnapshot, show: Show | None)
             memories[name] = FileMemory(fd)
         report = convert(
             snapshot, args.target, to=args.to, channels=args.channels, direct_io=args.direct_io,
-            sparse=args.sparse, memories=memories, progress=show,
+            sparse=args.sparse, memories=memories, placements=args.map, progress=show,
         )
     data = {
         "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),
     }
     front = f"{printable(args.target)}: {args.to}, {show_size(report.bytes_allocated)} allocated"
-    if isinstance(report, SaveReport):
-        rate = show_rate(report.bytes_written, report.seconds)
-        return Outcome(data, [
-            f"{front}, {report.data_pages} data pages, {report.zero_pages} zero pages",
-            f"{show_size(report.bytes_written)} written in {report.seconds:.2f} s, {rate} MiB/s",
-        ])
-    return Outcome(data, [f"{front}, {len(report.blocks)} blocks, {report.seconds:.2f} s"])
+    if isinstance(report, RawReport):
+        return Outcome(data, [f"{front}, {len(report.blocks)} blocks, {report.seconds:.2f} s"])
+    rate = show_rate(report.bytes_written, report.seconds)
+    lines = [
+        f"{front}, {report.data_pages} data pages, {report.zero_pages} zero pages",
+        f"{show_size(report.bytes_written)} written in {report.seconds:.2f} s, {rate} MiB/s",
+    ]
+    if isinstance(report, ImageReport):
+        registers = [f"registers of {counted(report.cpus, 'CPU')}"] if args.to == Form.ELF else []
+        lines = [*_ranges(report), *lines, *registers, *_left_out(report)]
+    return Outcome(data, lines)
 
 
-FORMS: dict[str, Converter] = {str(form): _convert for form in Form}
+def _ranges(report: ImageReport) -> list[str]:
+    rows = [
+        (one.block, f"{one.address:#x}", f"{one.offset:#x}", f"{one.length:#x}")
+        for one in report.ranges
+    ]
+    return table(("block", "address", "from byte", "length"), rows)
+
+
+def _left_out(report: ImageReport) -> list[str]:
+    names = ", ".join(printable(name) for name in report.unplaced)
+    return [f"not in it, for want of an address: {names}"] if names else []

@@ -1,4 +1,4 @@
-"""A snapshot in another form: classic stream, mapped-ram file, raw files.
+"""A snapshot in another form: classic stream, mapped-ram file, raw files, ELF core, LiME file.
 
     convert("/old/guest.classic", "/snap/guest.mapped", to="mapped-ram")
 
@@ -7,6 +7,9 @@ a mapped-ram file is written by all channels with direct I/O, and zero pages bec
 source takes its one pass for the index first (:mod:`pyqmigrate.classic`). Everything that is not
 RAM (device sections, what stands between RAM's parts, the description) is carried over byte for
 byte, and so are machine type, page bits and uuid; QEMU loads the result as it would the source.
+
+The other forms have a module each: :mod:`~pyqmigrate.export.raw`, :mod:`~pyqmigrate.export.elf`,
+:mod:`~pyqmigrate.export.lime`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyqmigrate import _core
@@ -26,8 +29,12 @@ from pyqmigrate.errors import (
     SnapshotError,
     UsageError,
 )
+from pyqmigrate.export.elf import write_elf
+from pyqmigrate.export.image import ImageReport
+from pyqmigrate.export.lime import write_lime
 from pyqmigrate.export.raw import RawReport, unpack
 from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind
+from pyqmigrate.format.placement import GivenPlacement
 from pyqmigrate.format.stream import RAM_EOS, encode_part_header, encode_ram_end
 from pyqmigrate.format.walk import PARTS_LISTED
 from pyqmigrate.io.channels import Job, Progress, check_channels
@@ -48,11 +55,17 @@ _RAM_ID = 1  # in what the writers write
 
 
 class Form(enum.StrEnum):
-    """What a snapshot becomes: a mapped-ram file, a classic stream, a directory of raw files."""
+    """What a snapshot becomes: a mapped-ram file, a classic stream, a directory of raw files, or
+    the guest's physical memory as an ELF core or as a LiME file."""
 
     MAPPED_RAM = "mapped-ram"
     STREAM = "stream"
     RAW = "raw"
+    ELF = "elf"
+    LIME = "lime"
+
+
+_IMAGES = {Form.ELF: write_elf, Form.LIME: write_lime}
 
 
 def convert(
@@ -64,14 +77,16 @@ def convert(
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
     memories: Mapping[str, Memory] | None = None,
+    placements: Sequence[GivenPlacement] | None = None,
     progress: Callable[[Progress], object] | None = None,
-) -> SaveReport | RawReport:
+) -> SaveReport | RawReport | ImageReport:
     """Write the snapshot in another form, and wait until that is durable.
 
     source: an opened snapshot, which stays open, or what ``open_snapshot`` takes.
     target: as for a save; for raw files a directory.
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
-        A classic stream leaves out those that are not given.
+        A classic stream leaves out those that are not given. For the stream forms only.
+    placements: for an ELF core or a LiME file, as in :func:`~pyqmigrate.export.elf.write_elf`.
     channels, direct_io, sparse, progress: as in :func:`pyqmigrate.save.save`; a classic stream is
         written by one channel through the page cache.
 
@@ -80,6 +95,10 @@ def convert(
     Cancelled. The target then is what it was, unless it was to be written in place.
     """
     form = choice(Form, to, "to")
+    if memories and form not in (Form.MAPPED_RAM, Form.STREAM):
+        raise UsageError("memories are for a mapped-ram file and a classic stream")
+    if placements and form not in _IMAGES:
+        raise UsageError("placements are for an ELF core and a LiME file")
     with contextlib.ExitStack() as stack:
         opened: AnySnapshot
         if isinstance(source, Snapshot | ClassicSnapshot):
@@ -94,6 +113,11 @@ def convert(
                 raise UsageError("raw files go to a directory, not to descriptors")
             return unpack(
                 opened, target, channels=channels, direct_io=direct_io, progress=progress
+            )
+        if form in _IMAGES:
+            return _IMAGES[form](
+                opened, target, placements=placements, channels=channels, direct_io=direct_io,
+                sparse=sparse, progress=progress,
             )
         return start_stream_conversion(
             opened, target, to=form, channels=channels, direct_io=direct_io, sparse=sparse,

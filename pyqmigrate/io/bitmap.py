@@ -12,7 +12,7 @@ from array import array
 from typing import Any, Protocol
 
 from pyqmigrate import _core
-from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.io.holes import next_data
 
@@ -35,8 +35,8 @@ class _Writable(Protocol):
 
 
 class Bitmap:
-    """``npages`` bits, all clear at first. ``core`` is the ``uint64_t *`` that the core works on;
-    UsageError after close.
+    """``npages`` bits, all clear at first; NotSupported for more than there is memory for. ``core``
+    is the ``uint64_t *`` that the core works on; UsageError after close.
 
     Its memory is anonymous and comes into being when bits are set: that of a 1 TiB block which
     is mostly empty costs a few pages.
@@ -46,9 +46,14 @@ class Bitmap:
         self.npages = npages
         self.nbytes = (npages + 63) // 64 * 8
         # Private: looking at shared anonymous memory already allocates it.
-        self._memory = mmap.mmap(
-            -1, max(self.nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        try:
+            self._memory = mmap.mmap(-1, max(self.nbytes, mmap.PAGESIZE), flags=flags)
+        except (OSError, OverflowError) as error:
+            raise NotSupported(
+                f"a block of {npages} pages is too large: a bitmap of {self.nbytes >> 20} MiB "
+                f"cannot be had here ({error})"
+            ) from error
         self._buffer = _core.ffi.from_buffer("unsigned char[]", self._memory)
         self._core: Any = _core.ffi.cast("uint64_t *", self._buffer)
 

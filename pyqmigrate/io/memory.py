@@ -73,6 +73,20 @@ class StoredMemory:
     argument: Any
     kept: Any = None
 
+    def part(self, offset: int, length: int) -> StoredMemory:
+        """Bytes ``[offset, offset + length)`` of it, whole pages, as memory of their own."""
+        if offset < 0 or length < 0 or offset + length > self.length:
+            raise UsageError(f"bytes {offset} to {offset + length} of {self.length} are not there")
+        if length == self.length:
+            return self
+        part = _core.ffi.new("struct qm_part *")
+        part.fill, part.next, part.arg, part.offset = self.fill, self.next, self.argument, offset
+        return StoredMemory(
+            length, min(length, self.extent_bytes), self.identity,
+            _core.ffi.addressof(_core.lib, "qm_part_fill"),
+            _core.ffi.addressof(_core.lib, "qm_part_next"), part, self,
+        )
+
 
 Memory: TypeAlias = Union["Buffer", FileMemory, ProcessMemory, StoredMemory]
 

@@ -13,7 +13,8 @@ import pytest
 from pyqmigrate import RamBlock, SnapshotError, open_snapshot
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.sequential import start_sequential_save
-from tests.cli.command import COMMAND, PAGE, Command, pages
+from tests.cli.command import COMMAND, PAGE, Command, make_snapshot, pages
+from tests.physical import Physical
 
 
 def save_classic(target: Path | str, memory: bytes, machine: str = "pc-q35-9.2") -> None:
@@ -104,32 +105,95 @@ def test_xml_of_no_libvirt_image_is_wrong_usage(classic: Path, command: Command)
     assert command("info", classic, "--xml").code == 2
 
 
+def kill_conversions(
+    disk: Path, environment: dict[str, str], form: str, delays: tuple[float, ...]
+) -> list[bytes]:
+    """Converts over an old target, killed after each of the delays; what the target was then."""
+    source = (disk / "from").read_bytes()
+    found = []
+    for delay in delays:
+        (disk / "to").write_bytes(b"old")
+        process = subprocess.Popen(
+            [*COMMAND, "convert", str(disk / "from"), str(disk / "to"), "--to", form],
+            env=environment, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found.append((disk / "to").read_bytes())
+        for entry in disk.iterdir():
+            if entry.name not in ("from", "to"):
+                # A finished file that was killed between getting this name and its own.
+                assert entry.name.endswith(".partial")
+                found.append(entry.read_bytes())
+                entry.unlink()
+    assert (disk / "from").read_bytes() == source
+    whole = [data for data in found if data != b"old"]
+    assert whole, "no conversion ended: the test proves nothing"
+    return whole
+
+
 def test_killed_conversion_leaves_the_source_and_no_half_of_a_target(
     disk: Path, child_environment: dict[str, str]
 ) -> None:
     memory = pages(8192, 5)
     save_classic(disk / "from", memory)
-    source = (disk / "from").read_bytes()
-    (disk / "to").write_bytes(b"old")
-    whole = 0
-    for delay in (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 2.0):
-        process = subprocess.Popen(
-            [*COMMAND, "convert", str(disk / "from"), str(disk / "to"), "--to", "mapped-ram"],
-            env=child_environment, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (disk / "to").read_bytes() == b"old":
-            continue
-        whole += 1
+    delays = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 2.0)
+    for data in kill_conversions(disk, child_environment, "mapped-ram", delays):
+        (disk / "to").write_bytes(data)
         with open_snapshot(disk / "to") as snapshot:
             snapshot.verify()
             assert snapshot.blocks["pc.ram"].read(0, len(memory)) == memory
-        (disk / "to").write_bytes(b"old")
-    assert whole, "no conversion ended: the test proves nothing"
-    assert (disk / "from").read_bytes() == source
-    assert sorted(path.name for path in disk.iterdir()) == ["from", "to"]
+
+
+@pytest.mark.parametrize("form", ["elf", "lime"])
+def test_killed_export_leaves_no_half_of_a_file(
+    disk: Path, child_environment: dict[str, str], form: str
+) -> None:
+    memory = pages(8192, 5)
+    save_classic(disk / "from", memory)
+    for data in kill_conversions(disk, child_environment, form, (0.2, 0.3, 0.35, 0.45, 3.0)):
+        (disk / "to").write_bytes(data)
+        read = Physical.of_elf if form == "elf" else Physical.of_lime
+        assert read(disk / "to").all() == {0: memory}
+
+
+@pytest.mark.parametrize("form", ["elf", "lime"])
+def test_export_tells_where_memory_is(tmp_path: Path, command: Command, form: str) -> None:
+    blocks = {"pc.ram": pages(9, 1), "odd\x1b[2J": pages(6, 2)}
+    make_snapshot(tmp_path / "s", blocks, machine="pc-q35-10.0")
+    arguments = ["convert", tmp_path / "s", tmp_path / "to", "--to", form]
+    ran = command(*arguments, "--map", "pc.ram@0x1000+4096,8192", "--json")
+    assert ran.code == 0
+    assert ran.json["ranges"] == [
+        {"block": "pc.ram", "address": 4096, "offset": 4096, "length": 8192}
+    ]
+    assert (ran.json["unplaced"], ran.json["cpus"]) == (["odd\x1b[2J"], 0)
+    assert ran.json["file_size"] == (tmp_path / "to").stat().st_size
+    text = command(*arguments).out
+    assert "0x9000" in text
+    assert "odd\\x1b[2J" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("words", [
+    ("--map", "pc.ram"), ("--map", "pc.ram@0x10000000000000000"), ("--map", "nobody@0"),
+    ("--map", "pc.ram@0", "--map", "pc.ram@0"), ("--memory", "pc.ram=/dev/null"),
+])  # fmt: skip
+def test_wrong_words_about_an_export_are_wrong_usage(
+    classic: Path, tmp_path: Path, command: Command, words: tuple[str, ...]
+) -> None:
+    assert command("convert", classic, tmp_path / "to", "--to", "elf", *words).code == 2
+    assert not (tmp_path / "to").exists()
+
+
+def test_machine_of_which_nothing_is_known_is_not_supported(
+    tmp_path: Path, command: Command
+) -> None:
+    make_snapshot(tmp_path / "s", {"ram": pages(9)}, machine="toaster")
+    ran = command("convert", tmp_path / "s", tmp_path / "to", "--to", "lime")
+    assert ran.code == 5
+    assert "--map" in ran.err
 
 
 def test_interrupted_pass_says_so(classic: Path, monkeypatch: pytest.MonkeyPatch,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pyqmigrate.format.devices import DeviceSection, encode_devices
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from tests.cli.command import Command
 from tests.format.builders import EOF, full, snapshot
 
@@ -132,6 +133,16 @@ def test_device_state_alone_is_opened_by_looking(tmp_path: Path, command: Comman
     (tmp_path / "s").write_bytes(b"QEVM\0\0\0\3" + full(3, "rtc", b"abc") + EOF)
     found = command("devices", tmp_path / "s", "--json").json
     assert found["machine"] is None
+    assert [device["name"] for device in found["devices"]] == ["rtc"]
+
+
+def test_header_of_libvirt_is_stepped_over(tmp_path: Path, command: Command) -> None:
+    sections, text = encode_devices([DeviceSection("rtc", BODY, 0, 3, RTC)], 4096)
+    made = snapshot(offset=5000, sections=sections, description=text)
+    header = LibvirtHeader(True, 2, ImageFormat.SPARSE, True, "<domain/>", "", 5000, "little")
+    data = made.read_at(0, made.size)
+    (tmp_path / "s").write_bytes(encode_header(header) + data[5000:])
+    found = command("devices", tmp_path / "s", "--json").json
     assert [device["name"] for device in found["devices"]] == ["rtc"]
 
 

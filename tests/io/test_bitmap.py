@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from tests.core.kernel import Bits, page_bits
@@ -195,3 +195,9 @@ def test_looking_at_an_empty_bitmap_costs_no_memory() -> None:
     before = resident()
     assert bitmap.count() == 0
     assert resident() - before < 16 << 10  # KiB; the bitmap has 64 MiB
+
+
+@pytest.mark.parametrize("npages", [1 << 61, 1 << 80])
+def test_more_pages_than_memory_has_bits_for_are_not_supported(npages: int) -> None:
+    with pytest.raises(NotSupported, match="too large"):
+        Bitmap(npages)

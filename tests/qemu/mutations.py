@@ -210,13 +210,15 @@ def examine(file: Path, offset: int) -> tuple[int, str]:
         except ALLOWED as error:
             if flaw is None:
                 return BROKEN, f"verify found nothing, but load: {error}"
-        try:
-            _convert(snapshot, file)
-        except NotSupported:
-            pass
-        except ALLOWED as error:
-            if flaw is None:
-                return BROKEN, f"verify found nothing, but convert: {error}"
+        for form in ("other", "elf", "lime"):
+            try:
+                _convert(snapshot, form)
+            except NotSupported:
+                pass
+            except ALLOWED as error:
+                # Physical memory cannot be had of every snapshot that is sound.
+                if flaw is None and (form == "other" or isinstance(error, SnapshotError)):
+                    return BROKEN, f"verify found nothing, but convert to {form}: {error}"
     return (REFUSED, flaw) if flaw else (ACCEPTED, "")
 
 
@@ -231,15 +233,17 @@ def _load(snapshot: AnySnapshot) -> None:
         block.read(block.length - block.page_size, block.page_size)
 
 
-def _convert(snapshot: AnySnapshot, file: Path) -> None:
+def _convert(snapshot: AnySnapshot, form: str) -> None:
     if sum(block.length for block in snapshot.blocks.values()) > CONVERTIBLE:
         return
-    other = "stream" if snapshot.kind is Kind.MAPPED_RAM else "mapped-ram"
+    if form == "other":
+        form = "stream" if snapshot.kind is Kind.MAPPED_RAM else "mapped-ram"
     target = os.memfd_create("converted")
     try:
-        convert(snapshot, Descriptors(target), to=other)
-        with open_snapshot(Descriptors(target)) as converted:
-            converted.verify()
+        convert(snapshot, Descriptors(target), to=form)
+        if form not in ("elf", "lime"):
+            with open_snapshot(Descriptors(target)) as converted:
+                converted.verify()
     finally:
         os.close(target)
 

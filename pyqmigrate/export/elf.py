@@ -1,0 +1,91 @@
+"""Snapshot -> an ELF core file of the guest's physical memory.
+
+    with open_snapshot("/snap/guest.mapped") as snapshot:
+        report = write_elf(snapshot, "/analysis/guest.elf")
+
+``readelf``, gdb, drgn, crash and volatility3 read it. There is a PT_LOAD for each range of the
+guest's address space that shows RAM, notes with the registers of each CPU, and the VMCOREINFO of a
+Linux guest (:mod:`pyqmigrate.format.elf`, :mod:`~pyqmigrate.format.cpu_notes`,
+:mod:`~pyqmigrate.export.vmcoreinfo`). A block stands in the file once, however many ranges show
+parts of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from pyqmigrate.export.guest import Guest
+from pyqmigrate.export.image import Area, Image, ImageReport, write_image
+from pyqmigrate.export.vmcoreinfo import VmcoreinfoSearch
+from pyqmigrate.format.cpu_notes import cpu_notes
+from pyqmigrate.format.cpu_state import cpu_registers
+from pyqmigrate.format.elf import Segment, encode_head, head_length
+from pyqmigrate.format.physical_map import processor_of
+from pyqmigrate.format.placement import GivenPlacement, Placement
+from pyqmigrate.format.vmcoreinfo import NOTE_MAX
+from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.target import DirectIO, Target
+from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.writer import Sparse
+
+__all__ = ["write_elf"]
+
+_ALIGNMENT = 1 << 20  # of blocks in the file: more than any direct I/O asks for
+
+
+def write_elf(
+    snapshot: AnySnapshot,
+    target: Target,
+    *,
+    placements: Sequence[GivenPlacement] | None = None,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    sparse: Sparse | str = Sparse.AUTO,
+    progress: Callable[[Progress], object] | None = None,
+) -> ImageReport:
+    """Write the guest's memory and registers as an ELF core file, and wait until that is durable.
+
+    placements: where blocks are in the guest's address space, for those of which that is not
+        found out; see :func:`~pyqmigrate.format.physical_map.parse_placement`.
+    target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.save.save`.
+
+    Raises NotSupported where a machine's address space is not known and nothing is given,
+    UsageError, SnapshotError, TargetError, Cancelled. The target then is what it was.
+    """
+    guest = Guest.of(snapshot, placements or (), progress)
+    processor = processor_of(snapshot.machine, snapshot.blocks, guest.devices)
+    cpus = [cpu for cpu in cpu_registers(guest.devices) if cpu.architecture in processor.described]
+    notes = b"".join(cpu_notes(cpus, guest.devices))
+    at = head_length(len(guest.ranges), len(notes) + NOTE_MAX)
+    areas = {}
+    for name, start, end in _spans(guest.ranges):
+        at = -(-at // _ALIGNMENT) * _ALIGNMENT
+        areas[name] = Area(snapshot.blocks[name], start, end - start, at)
+        at += end - start
+    search = VmcoreinfoSearch(snapshot, big_endian=processor.big_endian)
+    segments = [_segment(one, areas[one.block]) for one in guest.ranges]
+
+    def head() -> bytes:
+        return encode_head(
+            processor.elf, segments, notes + search.note, big_endian=processor.big_endian
+        )
+
+    return write_image(
+        snapshot, target, guest,
+        Image([*areas.values()], at, lambda: [(0, head())], look=search.look), cpus=len(cpus),
+        channels=channels, direct_io=direct_io, sparse=sparse, progress=progress,
+    )
+
+
+def _spans(ranges: Sequence[Placement]) -> Iterator[tuple[str, int, int]]:
+    """Of each block, from the first byte to the last that is seen of it."""
+    spans: dict[str, tuple[int, int]] = {}
+    for one in ranges:
+        start, end = spans.get(one.block, (one.offset, 0))
+        spans[one.block] = min(start, one.offset), max(end, one.offset + one.length)
+    for name, (start, end) in spans.items():
+        yield name, start, end
+
+
+def _segment(one: Placement, area: Area) -> Segment:
+    return Segment(one.address, area.position + one.offset - area.offset, one.length)

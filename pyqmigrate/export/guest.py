@@ -1,0 +1,79 @@
+"""What a snapshot says of its guest: device state, and where in its address space its blocks are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.errors import NotSupported, UsageError
+from pyqmigrate.format.device_state import decode_devices
+from pyqmigrate.format.device_tree import Device
+from pyqmigrate.format.physical_map import physical_map
+from pyqmigrate.format.placement import GivenPlacement, Placement
+from pyqmigrate.io.channels import Progress
+from pyqmigrate.log import logger
+from pyqmigrate.opened import OpenedBlock
+from pyqmigrate.opening import AnySnapshot
+
+__all__ = ["Guest"]
+
+_ACPI_TABLES = "/rom@etc/acpi/tables"
+_ACPI_TABLES_MAX = 8 << 20  # QEMU's are 2 MiB at most
+
+
+@dataclass(frozen=True)
+class Guest:
+    """``devices`` are empty where they cannot be told apart; ``ranges`` are those of the guest's
+    address space that show blocks, in order, and ``unplaced`` the blocks that none shows."""
+
+    devices: tuple[Device, ...]
+    ranges: tuple[Placement, ...]
+    unplaced: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, snapshot: AnySnapshot, given: Sequence[GivenPlacement],
+        progress: Callable[[Progress], object] | None,
+    ) -> Guest:
+        """Look; a classic stream takes its one pass for that.
+
+        Errors as of physical_map; also SnapshotError, and UsageError where a block that has to be
+        there is in another file.
+        """
+        if isinstance(snapshot, ClassicSnapshot):
+            snapshot.read_through(progress)
+        try:
+            devices = tuple(decode_devices(snapshot.source, snapshot.stream))
+        except NotSupported as error:  # hundreds of MiB of it
+            logger.warning("the device state is not looked into: %s", error)
+            devices = ()
+        blocks: dict[str, OpenedBlock] = {**snapshot.blocks}
+        ranges = physical_map(
+            snapshot.machine, {name: block.length for name, block in blocks.items()}, devices,
+            given=given, acpi_tables=_acpi_tables(blocks.get(_ACPI_TABLES)),
+        )
+        for one in ranges:
+            _check(one, blocks[one.block])
+        placed = {one.block for one in ranges}
+        return cls(devices, ranges, tuple(name for name in blocks if name not in placed))
+
+
+def _acpi_tables(block: OpenedBlock | None) -> bytes:
+    if block is None or block.external or block.length > _ACPI_TABLES_MAX:
+        return b""
+    return block.read(0, block.length)
+
+
+def _check(one: Placement, block: OpenedBlock) -> None:
+    if block.external:
+        raise UsageError(
+            f"the content of block {block.name!r} is not in this snapshot: convert it to mapped-ram"
+            " first, with --memory"
+        )
+    if one.offset % block.page_size or one.length % block.page_size:
+        raise UsageError(
+            f"the part of block {one.block!r} at {one.address:#x} is not whole pages of "
+            f"{block.page_size} bytes"
+        )

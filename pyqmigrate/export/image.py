@@ -1,0 +1,258 @@
+"""A file that shows guest memory by address: what ELF cores and LiME files have in common.
+
+A head, then areas: pieces of RAM blocks at file positions of the format's choosing. Their pages
+are written by all channels, with direct I/O where an area's position allows it; zero pages become
+holes, and the file appears under its name when it is whole and durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pyqmigrate import _core
+from pyqmigrate.errors import Cancelled, GuestMemoryError, NoSpace, UsageError
+from pyqmigrate.export.guest import Guest
+from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.placement import Placement
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import (
+    Channels,
+    Job,
+    Progress,
+    Range,
+    check_channels,
+    core_block,
+    cut,
+    failure,
+)
+from pyqmigrate.io.memory import Attached
+from pyqmigrate.io.target import DirectIO, OutputTarget, Target, core_file
+from pyqmigrate.log import logger
+from pyqmigrate.opened import OpenedBlock, refused_read
+from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.spelling import choice
+from pyqmigrate.writer import Sparse
+
+__all__ = ["Area", "Image", "ImageReport", "write_image"]
+
+_MAGIC_LENGTH = 4
+
+
+@dataclass(frozen=True)
+class Area:
+    """Bytes ``[offset, offset + length)`` of a block, whole pages, at a position of the file."""
+
+    block: OpenedBlock
+    offset: int
+    length: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """All of a file: its memory and its length; ``pieces`` gives, when memory is written, the rest
+    by position, the first at 0 and longer than a magic. ``direct_io_reason`` is why direct I/O
+    cannot write it, where that is so. ``look`` is called, from the channels, with a block and the
+    first and last byte of what was just read of it.
+    """
+
+    areas: Sequence[Area]
+    length: int
+    pieces: Callable[[], Sequence[tuple[int, bytes]]]
+    direct_io_reason: str = ""
+    look: Callable[[OpenedBlock, int, int], object] | None = None
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """What an export did: the ``ranges`` of the guest's address space that the file has, the
+    blocks that are ``unplaced`` in it, how many ``cpus`` have notes. The rest is as in
+    :class:`~pyqmigrate.save.SaveReport`.
+    """
+
+    ranges: tuple[Placement, ...]
+    unplaced: tuple[str, ...]
+    cpus: int
+    data_pages: int
+    zero_pages: int
+    bytes_written: int
+    bytes_allocated: int
+    file_size: int
+    seconds: float
+    direct_io: bool
+    direct_io_reason: str
+    channels: int
+    sparse: Sparse
+
+
+def write_image(
+    snapshot: AnySnapshot,
+    target: Target,
+    guest: Guest,
+    image: Image,
+    *,
+    cpus: int,
+    channels: int,
+    direct_io: DirectIO | str,
+    sparse: Sparse | str,
+    progress: Callable[[Progress], object] | None,
+) -> ImageReport:
+    """Write and publish it, and wait. Arguments and errors as in :func:`pyqmigrate.save.save`;
+    also SnapshotError when pages cannot be read."""
+    writer = _Writer(
+        snapshot, target, image, check_channels(channels),
+        choice(DirectIO, direct_io, "direct_io"), choice(Sparse, sparse, "sparse"),
+    )
+    try:
+        job = Job(writer.channels, sum(area.length for area in image.areas), writer.run)
+    except BaseException:
+        writer.close()
+        raise
+    report = replace(
+        job.wait(progress), ranges=guest.ranges, unplaced=guest.unplaced, cpus=cpus
+    )
+    logger.info("exported %s: %s", snapshot.source.name, report)
+    return report
+
+
+class _Writer:
+    """An image being written. It owns what it opens until :meth:`run` ends."""
+
+    def __init__(
+        self, snapshot: AnySnapshot, target: Target, image: Image, channels: int,
+        direct_io: DirectIO, sparse: Sparse,
+    ) -> None:
+        self.started = time.monotonic()
+        self.snapshot = snapshot
+        self.image = image
+        self.sparse = sparse
+        self.channels = Channels(channels, "pyqmigrate-export")
+        with contextlib.ExitStack() as stack:
+            self.memories: list[Attached] = []
+            self.bitmaps: list[Bitmap] = []
+            for area in image.areas:
+                memory = Attached(
+                    area.block.name, area.block.memory().part(area.offset, area.length),
+                    writable=False,
+                )
+                stack.callback(memory.close)
+                self.memories.append(memory)
+                bitmap = Bitmap(area.length // area.block.page_size)
+                stack.callback(bitmap.close)
+                self.bitmaps.append(bitmap)
+            info = os.fstat(snapshot.source.fd)
+            self.target = OutputTarget.open(
+                target, direct_io, sources={(info.st_dev, info.st_ino)}
+            )
+            stack.callback(self.target.abort)
+            if self.target.offset:
+                raise UsageError("such a file starts at the start; an offset is for snapshots")
+            self._cleanup = stack.pop_all()
+
+    def close(self) -> None:
+        self._cleanup.close()
+
+    def run(self) -> ImageReport:
+        with self._cleanup:
+            self._check_space()
+            self.target.set_size(self.image.length)
+            self._pass(self.channels, core_file(self.target.fd, self.target.direct))
+            pieces = self.image.pieces()
+            for position, data in pieces:
+                self.target.write_at(position, data if position else _without_magic(data))
+                _core.lib.qm_job_add_moved(self.channels.core, len(data))
+            self._check_cancelled()
+            self.target.publish(pieces[0][1][:_MAGIC_LENGTH], self._check_cancelled)
+            return self._report()
+
+    def _check_cancelled(self) -> None:
+        if self.channels.cancelled:
+            raise Cancelled("cancelled")
+
+    def _check_space(self) -> None:
+        """Fail before the first page where the data cannot fit; count it only if in doubt."""
+        free = self.target.free_bytes()
+        dense = self.sparse is Sparse.DENSE
+        need = sum(m.length if dense else m.extent_bytes for m in self.memories)
+        if free is None or need <= free:
+            return
+        if not dense:
+            self._pass(self.channels.sibling("pyqmigrate-count"), core_file(-1, None))
+            need = sum(
+                bitmap.count() * area.block.page_size
+                for bitmap, area in zip(self.bitmaps, self.image.areas, strict=True)
+            )
+        if need > free:
+            raise NoSpace(
+                f"the export needs {need >> 20} MiB and {free >> 20} MiB are free",
+                self.target.name,
+            )
+
+    def _pass(self, channels: Channels, file: Any) -> None:
+        layouts = [
+            BlockLayout(area.block.name, area.length, area.block.page_size, 0, 0, area.position)
+            for area in self.image.areas
+        ]
+        names = [layout.name for layout in layouts]
+        policy = self.sparse.core()
+        common = [
+            (file, core_block(layout), memory.core, policy, _core.ffi.NULL, bitmap.core)
+            for layout, memory, bitmap in zip(layouts, self.memories, self.bitmaps, strict=True)
+        ]
+
+        look = self.image.look if file.fd >= 0 else None
+
+        def move(channel: Any, item: Range, fault: Any) -> int:
+            rc = _core.lib.qm_write(
+                channels.core, channel, *common[item.block], item.first, item.npages, fault
+            )
+            if rc == 0 and look is not None:
+                area = self.image.areas[item.block]
+                start = area.offset + item.first * area.block.page_size
+                look(area.block, start, start + item.npages * area.block.page_size)
+            return rc
+
+        try:
+            channels.run(
+                (item for n, layout in enumerate(layouts)
+                 for item in cut(n, layout.num_pages, layout.page_size)),
+                move, self.target.name, names,
+            )
+            # Every direct write has returned: now what shares a file block with none of them.
+            fault = _core.ffi.new("struct qm_fault *")
+            channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
+            for name, arguments in zip(names, common, strict=True):
+                rc = _core.lib.qm_write_tail(channels.core, channel, *arguments, fault)
+                if rc:
+                    raise failure(rc, fault, self.target.name, name)
+        except GuestMemoryError as error:
+            # This memory is the snapshot's file.
+            raise refused_read(
+                error.errno or errno.EIO, self.snapshot.source, error.block or ""
+            ) from error
+
+    def _report(self) -> ImageReport:
+        totals = self.channels.totals()
+        return ImageReport(
+            ranges=(), unplaced=(), cpus=0,
+            data_pages=totals.data_pages,
+            zero_pages=totals.zero_pages,
+            bytes_written=totals.bytes_moved,
+            bytes_allocated=self.target.allocated_bytes(),
+            file_size=os.fstat(self.target.fd).st_size,
+            seconds=time.monotonic() - self.started,
+            direct_io=self.target.direct is not None,
+            direct_io_reason=self.image.direct_io_reason or self.target.direct_io_reason,
+            channels=self.channels.count,
+            sparse=self.sparse,
+        )
+
+
+def _without_magic(data: bytes) -> bytes:
+    return bytes(_MAGIC_LENGTH) + data[_MAGIC_LENGTH:]

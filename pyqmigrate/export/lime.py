@@ -1,0 +1,58 @@
+"""Snapshot -> a LiME file of the guest's physical memory.
+
+    with open_snapshot("/snap/guest.mapped") as snapshot:
+        report = write_lime(snapshot, "/analysis/guest.lime")
+
+Each range of the guest's address space that shows RAM, in order of address
+(:mod:`pyqmigrate.format.lime`). The format leaves no room for alignment, so it is written through
+the page cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.export.guest import Guest
+from pyqmigrate.export.image import Area, Image, ImageReport, write_image
+from pyqmigrate.format.lime import HEADER_LENGTH, encode_header
+from pyqmigrate.format.placement import GivenPlacement
+from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.target import DirectIO, Target
+from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.spelling import choice
+from pyqmigrate.writer import Sparse
+
+__all__ = ["write_lime"]
+
+_UNALIGNED = "the format puts memory at positions that are not aligned"
+
+
+def write_lime(
+    snapshot: AnySnapshot,
+    target: Target,
+    *,
+    placements: Sequence[GivenPlacement] | None = None,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    sparse: Sparse | str = Sparse.AUTO,
+    progress: Callable[[Progress], object] | None = None,
+) -> ImageReport:
+    """Write the guest's memory as a LiME file, and wait until that is durable.
+
+    Arguments and errors as in :func:`~pyqmigrate.export.elf.write_elf`; ``direct_io="on"`` is a
+    UsageError.
+    """
+    if choice(DirectIO, direct_io, "direct_io") is DirectIO.ON:
+        raise UsageError(f"direct I/O cannot write a LiME file: {_UNALIGNED}")
+    guest = Guest.of(snapshot, placements or (), progress)
+    headers, areas, at = [], [], 0
+    for one in guest.ranges:
+        headers.append((at, encode_header(one.address, one.length)))
+        at += HEADER_LENGTH
+        areas.append(Area(snapshot.blocks[one.block], one.offset, one.length, at))
+        at += one.length
+    return write_image(
+        snapshot, target, guest, Image(areas, at, lambda: headers, _UNALIGNED), cpus=0,
+        channels=channels, direct_io=DirectIO.OFF, sparse=sparse, progress=progress,
+    )

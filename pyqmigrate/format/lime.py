@@ -1,0 +1,38 @@
+"""The LiME format of memory: ranges of addresses, each behind a header of 32 bytes.
+
+::
+
+    u32 0x4C694D45, u32 version 1, u64 first address, u64 last address, 8 bytes reserved; the bytes
+
+All little-endian; the last address is the range's own. Ranges stand in order of address, with
+nothing between them.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyqmigrate.errors import SnapshotError
+
+__all__ = ["HEADER_LENGTH", "decode_header", "encode_header"]
+
+_HEADER = struct.Struct("<IIQQ8x")
+HEADER_LENGTH = _HEADER.size
+
+_MAGIC = 0x4C694D45
+_VERSION = 1
+
+
+def encode_header(address: int, length: int) -> bytes:
+    """The header of ``length`` bytes (at least one) from guest-physical ``address`` on."""
+    return _HEADER.pack(_MAGIC, _VERSION, address, address + length - 1)
+
+
+def decode_header(data: bytes) -> tuple[int, int]:
+    """Address and length; SnapshotError when it is no header."""
+    if len(data) < HEADER_LENGTH:
+        raise SnapshotError("the file ends within the header of a range")
+    magic, version, first, last = _HEADER.unpack_from(data)
+    if magic != _MAGIC or version != _VERSION or last < first:
+        raise SnapshotError("this is no header of LiME version 1")
+    return first, last - first + 1

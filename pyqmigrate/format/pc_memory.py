@@ -1,0 +1,219 @@
+"""The address space of the PC family: i440fx, q35, microvm.
+
+::
+
+    0            RAM
+    0xa0000      the window of a VGA card (where there is none, RAM)
+    0xc0000      ROMs, or the RAM behind them: firmware copies them there and lets RAM show instead
+    0x100000     RAM, up to the split
+    (BARs)       where firmware put them, the memory of a standard VGA card among them
+    4 GiB - n    firmware of n bytes; its last 128 KiB are those at 0xe0000 too
+    4 GiB        the rest of RAM
+
+The split is lower than 4 GiB, to leave room for devices. How much RAM is on either side stands in
+the clock's CMOS memory, where firmware looks for it; without that, the default of the machine type
+holds. All of it is as ``info mtree -f`` of QEMU 10.0 shows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pyqmigrate.errors import NotSupported
+from pyqmigrate.format.device_tree import Device
+from pyqmigrate.format.placement import Hole, Placement
+
+__all__ = ["PC_FAMILY", "TOLD_LESS", "PcMachine", "Ram", "layers"]
+
+_MIB = 1 << 20
+_ROUNDING = 64 << 10
+TOLD_LESS = range(2 * _ROUNDING)  # by how much firmware is told less RAM than there is
+_FOUR_GIB = 4 << 30
+# RAM that would reach this address may have been moved up to 1 TiB, for an AMD processor.
+_MOVED_FROM = 0xFD_0000_0000
+
+_VGA = Hole(0xA0000, 0x20000)
+_VGA_MEMORY = re.compile(r".*vga\.vram|.*vgavram")
+_ROMS = 0xC0000
+_LOW_FIRMWARE = 0xE0000
+_LOW_FIRMWARE_MAX = 0x20000
+_ALL_SHADOWED = b"\x33" * 7
+
+
+@dataclass(frozen=True)
+class Ram:
+    """The guest's RAM: the blocks it is made of with their lengths, one after another."""
+
+    blocks: tuple[tuple[str, int], ...]
+
+    @property
+    def length(self) -> int:
+        return sum(length for _, length in self.blocks)
+
+    def seen(self, start: int, end: int, address: int) -> list[Placement]:
+        """Bytes ``[start, end)`` of RAM at ``address``."""
+        found, at = [], 0
+        for name, length in self.blocks:
+            first, last = max(start, at), min(end, at + length)
+            if first < last:
+                found.append(Placement(name, address + first - start, first - at, last - first))
+            at += length
+        return found
+
+
+@dataclass(frozen=True)
+class PcMachine:
+    """A machine type of the family.
+
+    ``ram`` is what its RAM is called where the user chose no name. RAM of at least ``splits_at``
+    bytes has ``below`` of them under 4 GiB. ``pam`` is the first of seven registers in the PCI
+    configuration of the host bridge ``bridge`` that say what is at 0xc0000; None where that is RAM
+    and, at its end, firmware.
+    """
+
+    name: re.Pattern[str]
+    ram: str
+    splits_at: int
+    below: int
+    bridge: str = ""
+    pam: int | None = None
+
+    def told_size(self, devices: Iterable[Device]) -> int | None:
+        """How much RAM firmware is told of, rounded down to 64 KiB on either side of 4 GiB."""
+        told = _told(devices)
+        return None if told is None else sum(told)
+
+    def split(self, length: int, devices: Iterable[Device]) -> int:
+        """How many of ``length`` bytes of RAM are below 4 GiB; NotSupported where that is told
+        and not exact."""
+        default = self.below if length >= self.splits_at else length
+        told = _told(devices)
+        if told is None or length - sum(told) not in TOLD_LESS:
+            return default
+        below, above = told
+        if not above:
+            return length
+        if default - below in range(_ROUNDING):
+            return default
+        if below + above != length:
+            raise NotSupported(
+                "where RAM goes on above 4 GiB is told to 64 KiB only; place it by hand "
+                "(--map NAME@ADDRESS+OFFSET,SIZE)"
+            )
+        return below
+
+
+PC_FAMILY = (
+    PcMachine(re.compile(r"pc-q35-|q35\Z"), "pc.ram", 0xB0000000, 0x80000000, "mch", 0x90),
+    PcMachine(re.compile(r"pc(-i440fx-|\Z)"), "pc.ram", 0xE0000000, 0xC0000000, "I440FX", 0x59),
+    PcMachine(re.compile(r"microvm"), "microvm.ram", 0xC0000000, 0xC0000000),
+)
+
+_BAR = 0x10  # where in PCI configuration the first one stands
+_BAR_KIND = 0xF  # its low bits; 0 or 8 is memory with an address of 32 bits
+
+
+def layers(
+    machine: PcMachine, ram: Ram, blocks: Mapping[str, int], devices: Sequence[Device]
+) -> list[list[Placement]]:
+    """What lies upon what, RAM at the bottom. NotSupported where RAM may be in two places."""
+    below = machine.split(ram.length, devices)
+    if _FOUR_GIB + ram.length - below > _MOVED_FROM:
+        raise NotSupported(
+            "so much RAM may be at 4 GiB or at 1 TiB, which the snapshot does not tell; "
+            "place it by hand (--map NAME@ADDRESS+OFFSET,SIZE)"
+        )
+    found = [ram.seen(0, below, 0), ram.seen(below, ram.length, _FOUR_GIB)]
+    if any(_VGA_MEMORY.match(name) for name in blocks):
+        found.append([_VGA])
+    if machine.pam is None:
+        found.append([*_low_firmware(blocks)])
+    else:
+        roms = [*_option_roms(blocks), *_low_firmware(blocks)]
+        registers = _registers(machine.bridge, machine.pam, devices)
+        found.append([part for rom in roms for part in _not_shadowed(rom, registers)])
+    if "pc.bios" in blocks:
+        length = blocks["pc.bios"]
+        found.append([Placement("pc.bios", _FOUR_GIB - length, 0, length)])
+    found.append([*_bars(blocks, devices)])
+    return found
+
+
+def _option_roms(blocks: Mapping[str, int]) -> Iterator[Placement]:
+    if "pc.rom" in blocks:
+        yield Placement("pc.rom", _ROMS, 0, min(blocks["pc.rom"], _LOW_FIRMWARE - _ROMS))
+
+
+def _low_firmware(blocks: Mapping[str, int]) -> Iterator[Placement]:
+    """The end of the firmware below 1 MiB; beside flash there is a copy of its own for that."""
+    name = "isa-bios" if "isa-bios" in blocks else "pc.bios"
+    if name in blocks:
+        length = min(blocks[name], _LOW_FIRMWARE_MAX)
+        yield Placement(name, _MIB - length, blocks[name] - length, length)
+
+
+def _registers(bridge: str, first: int, devices: Iterable[Device]) -> bytes:
+    """The seven registers; where they are not known, those that firmware leaves."""
+    for device in devices:
+        config = _pci_config(device) if device.name.rpartition("/")[2] == bridge else None
+        if config is not None:
+            return config[first : first + len(_ALL_SHADOWED)]
+    return _ALL_SHADOWED
+
+
+def _not_shadowed(rom: Placement, registers: bytes) -> Iterator[Placement]:
+    """The parts of a ROM that are seen: reads do not go to RAM there.
+
+    Bits 0 and 4 of a register send the reads of 16 KiB each to RAM; the first register has but one,
+    for 64 KiB from 0xf0000 on.
+    """
+    pieces = [(_MIB - 0x10000, 0x10000, registers[0] >> 4)]
+    for n, register in enumerate(registers[1:]):
+        at = _ROMS + n * 0x8000
+        pieces += [(at, 0x4000, register), (at + 0x4000, 0x4000, register >> 4)]
+    for address, length, register in pieces:
+        start, end = max(rom.address, address), min(rom.end, address + length)
+        if start < end and not register & 1:
+            yield rom.part(start, end)
+
+
+def _bars(blocks: Mapping[str, int], devices: Iterable[Device]) -> Iterator[Placement]:
+    """The memory of standard VGA cards: their first BAR, where the guest lets it be seen."""
+    for device in devices:
+        slot, _, kind = device.name.rpartition("/")
+        name = f"{slot}/vga.vram"
+        config = _pci_config(device) if kind == "vga" and name in blocks else None
+        if config is None:
+            continue
+        bar = _little(config, _BAR, 4)
+        address = bar & ~_BAR_KIND
+        if config[4] & 2 and bar & _BAR_KIND in (0, 8) and address and address % blocks[name] == 0:
+            yield Placement(name, address, 0, blocks[name])
+
+
+def _told(devices: Iterable[Device]) -> tuple[int, int] | None:
+    """How much RAM below and above 4 GiB firmware finds in CMOS; None where there is no clock."""
+    for device in devices:
+        cmos = device.state.get("cmos_data") if device.name == "mc146818rtc" else None
+        if isinstance(cmos, bytes) and len(cmos) >= 0x5E:
+            beyond_16_mib, beyond_1_mib = _little(cmos, 0x34, 2), _little(cmos, 0x30, 2)
+            if beyond_16_mib:
+                below = 16 * _MIB + (beyond_16_mib << 16)
+            else:
+                below = _MIB + (beyond_1_mib << 10)
+            return below, _little(cmos, 0x5B, 3) << 16
+    return None
+
+
+def _pci_config(device: Device) -> bytes | None:
+    for state in device.states():
+        for field in state.fields:
+            if field.type == "pci config" and isinstance(field.value, bytes):
+                return field.value if len(field.value) >= 256 else None
+    return None
+
+
+def _little(data: bytes, at: int, length: int) -> int:
+    return int.from_bytes(data[at : at + length], "little")

@@ -1,0 +1,224 @@
+"""Where in the guest's address space the bytes of its RAM blocks are.
+
+    for placement in physical_map(machine, {"pc.ram": 4 << 30}, devices):
+        placement.block, placement.address, placement.offset, placement.length
+
+A snapshot names blocks and does not say at which guest-physical addresses they can be seen. That
+follows from the machine type, and in part from the device state: see
+:mod:`~pyqmigrate.format.pc_memory` for the PC family. Other machines have their RAM in one piece.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pyqmigrate.errors import NotSupported, UsageError
+from pyqmigrate.format.cpu_state import Architecture, cpu_registers
+from pyqmigrate.format.device_tree import Device
+from pyqmigrate.format.pc_memory import PC_FAMILY, TOLD_LESS, PcMachine, Ram, layers
+from pyqmigrate.format.placement import GivenPlacement, Placement, overlay
+from pyqmigrate.format.srat import nodes_in_order
+
+__all__ = [
+    "GivenPlacement",
+    "Placement",
+    "Processor",
+    "parse_placement",
+    "physical_map",
+    "processor_of",
+]
+
+_NUMBER = "0[xX][0-9a-fA-F]+|[0-9]+"
+_GIVEN = re.compile(
+    f"(?P<block>.+)@(?P<address>{_NUMBER})"
+    rf"(?:\+(?P<offset>{_NUMBER})(?:,(?P<length>{_NUMBER}))?)?",
+    re.DOTALL,
+)
+_ADDRESS_MAX = 1 << 64
+# Blocks that stand beside backends with names of the user's choosing and are none.
+_NEVER_RAM = re.compile(r".*/|pc\.bios|pc\.rom|isa-bios|(system|virt)\.flash\d|vga\.")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What a machine type runs; ``elf`` is its number in ELF files, ``described`` what registers
+    of it look like, where that is known."""
+
+    elf: int
+    described: tuple[Architecture, ...] = ()
+    big_endian: bool = False
+
+
+_X86 = Processor(62, (Architecture.X86_64, Architecture.I386))
+_AARCH64 = Processor(183, (Architecture.AARCH64,))
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """Machines that have all RAM in one piece, from ``base`` on."""
+
+    name: re.Pattern[str]
+    ram: str
+    base: int
+    processor: Processor
+
+
+# Several processors have a machine "virt"; this list has the one of Arm first.
+_FLAT = (
+    _Flat(re.compile(r"virt(-|\Z)"), "mach-virt.ram", 1 << 30, _AARCH64),
+    _Flat(re.compile(r"virt\Z"), "riscv_virt_board.ram", 2 << 30, Processor(243)),
+    _Flat(re.compile(r"pseries"), "ppc_spapr.ram", 0, Processor(21, big_endian=True)),
+    _Flat(re.compile(r"s390-ccw-virtio"), "s390.ram", 0, Processor(22, big_endian=True)),
+)
+
+
+def parse_placement(text: str) -> GivenPlacement:
+    """``NAME@ADDRESS[+OFFSET[,SIZE]]``: a part of block NAME, seen at a guest-physical ADDRESS.
+
+    Numbers are bytes, decimal or hexadecimal (``0x``). Without OFFSET the part starts with the
+    block, without SIZE it ends with it. UsageError for any other text.
+    """
+    found = _GIVEN.fullmatch(text)
+    try:
+        if found is None:
+            raise ValueError
+        return GivenPlacement(
+            found["block"], int(found["address"], 0), int(found["offset"] or "0", 0),
+            None if found["length"] is None else int(found["length"], 0),
+        )
+    except ValueError:
+        raise UsageError(
+            f"{text!r} is not NAME@ADDRESS[+OFFSET[,SIZE]], like pc.ram@0x100000000+0xc0000000"
+        ) from None
+
+
+def physical_map(
+    machine: str,
+    blocks: Mapping[str, int],
+    devices: Iterable[Device] = (),
+    *,
+    given: Sequence[GivenPlacement] = (),
+    acpi_tables: bytes = b"",
+) -> tuple[Placement, ...]:
+    """The ranges of the guest's address space that show RAM blocks, by address, none overlapping.
+
+    blocks: the length of each, in the order of the stream.
+    devices: the device state, as far as there is some: it tells what firmware has set up. Without
+        it, firmware is taken to have run, and RAM to be split as it is by default.
+    given: placed by hand, instead of what would be found for these blocks, and on top of it where
+        addresses collide. Where not even RAM can be found, they are all there is.
+    acpi_tables: content of ``/rom@etc/acpi/tables``, which has the order of NUMA nodes.
+
+    Blocks that nothing is known about are left out. Raises NotSupported where not even RAM can be
+    placed and none is given, UsageError for parts outside of their blocks or upon one another.
+    """
+    by_hand = _checked(given, blocks)
+    moved = {placement.block for placement in by_hand}
+    try:
+        found = _found(machine, blocks, tuple(devices), acpi_tables)
+    except NotSupported:
+        if not by_hand:
+            raise
+        found = ()
+    rest = [[one for one in layer if one.block not in moved] for layer in found]
+    return overlay([*rest, by_hand])
+
+
+def processor_of(
+    machine: str, blocks: Iterable[str], devices: Iterable[Device] = ()
+) -> Processor:
+    """What a machine runs; NotSupported where that is not known."""
+    if _pc(machine) is not None:
+        return _X86
+    devices = tuple(devices)
+    flat = _flat(machine, blocks, devices)
+    if flat is not None:
+        return flat.processor
+    for cpu in cpu_registers(devices):
+        return _X86 if cpu.architecture in _X86.described else _AARCH64
+    raise NotSupported(
+        f"which processor machine {machine!r} has is not known, and an ELF file has to say it; "
+        "a LiME file does not"
+    )
+
+
+def _found(
+    machine: str, blocks: Mapping[str, int], devices: Sequence[Device], acpi_tables: bytes
+) -> Sequence[Sequence[Placement]]:
+    pc = _pc(machine)
+    if pc is not None:
+        ram = _main_ram(pc.ram, blocks, pc.told_size(devices), acpi_tables)
+        return layers(pc, ram, blocks, devices)
+    flat = _flat(machine, blocks, devices)
+    if flat is None:
+        raise NotSupported(
+            f"where machine {machine!r} has its RAM is not known; place it by hand "
+            f"(--map NAME@ADDRESS); there are the blocks {[*blocks]}"
+        )
+    ram = _main_ram(flat.ram, blocks, None, acpi_tables)
+    return [ram.seen(0, ram.length, flat.base)]
+
+
+def _pc(machine: str) -> PcMachine | None:
+    return next((pc for pc in PC_FAMILY if pc.name.match(machine)), None)
+
+
+def _flat(
+    machine: str, blocks: Iterable[str], devices: Sequence[Device]
+) -> _Flat | None:
+    named = [flat for flat in _FLAT if flat.name.match(machine)]
+    exact = next((flat for flat in named if flat.ram in blocks), None)
+    if exact is not None or not named or named[0].processor != _AARCH64:
+        return exact or next(iter(named), None)
+    # With a backend of the user's, RAM has any name.
+    arm = {Architecture.AARCH64, Architecture.ARM}
+    return named[0] if any(c.architecture in arm for c in cpu_registers(devices)) else None
+
+
+def _main_ram(
+    name: str, blocks: Mapping[str, int], size: int | None, acpi_tables: bytes
+) -> Ram:
+    """The blocks that make up RAM, in their order; ``size`` is how much there is, if known."""
+    if name in blocks:
+        return Ram(((name, blocks[name]),))
+    backends = {n: length for n, length in blocks.items() if not _NEVER_RAM.match(n)}
+    if size is not None and sum(backends.values()) - size not in TOLD_LESS:
+        # Some of them are modules that were plugged in, or are shared with others.
+        alone = [n for n, length in backends.items() if length - size in TOLD_LESS]
+        backends = {n: backends[n] for n in alone} if len(alone) == 1 else {}
+    if len(backends) == 1:
+        return Ram(tuple(backends.items()))
+    ordered = nodes_in_order(acpi_tables, backends)
+    if not ordered:
+        raise NotSupported(
+            "which blocks are the guest's RAM, and in which order, is not known; place them by "
+            f"hand (--map NAME@ADDRESS); there are {[*blocks]}"
+        )
+    return Ram(tuple((n, backends[n]) for n in ordered))
+
+
+def _checked(given: Sequence[GivenPlacement], blocks: Mapping[str, int]) -> list[Placement]:
+    """The parts given, by address."""
+    placed = []
+    for part in given:
+        if part.block not in blocks:
+            raise UsageError(f"there is no block {part.block!r} to place; there are {[*blocks]}")
+        length = blocks[part.block] - part.offset if part.length is None else part.length
+        if part.offset < 0 or length <= 0 or part.offset + length > blocks[part.block]:
+            raise UsageError(
+                f"bytes {part.offset:#x} to {part.offset + length:#x} are not in block "
+                f"{part.block!r} of {blocks[part.block]:#x} bytes"
+            )
+        if part.address < 0 or part.address + length > _ADDRESS_MAX:
+            raise UsageError(f"block {part.block!r} at {part.address:#x} leaves the address space")
+        placed.append(Placement(part.block, part.address, part.offset, length))
+    placed.sort(key=lambda placement: placement.address)
+    for one, other in itertools.pairwise(placed):
+        if one.end > other.address:
+            raise UsageError(
+                f"blocks {one.block!r} and {other.block!r} are both placed at {other.address:#x}"
+            )
+    return placed

@@ -1,0 +1,87 @@
+"""A range of guest-physical addresses that shows a part of a RAM block, and layers of such."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["GivenPlacement", "Hole", "Placement", "overlay"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bytes ``[offset, offset + length)`` of a block, seen from guest-physical ``address`` on."""
+
+    block: str
+    address: int
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The first address behind it."""
+        return self.address + self.length
+
+    def part(self, start: int, end: int) -> Placement:
+        """What is seen of it at the addresses ``[start, end)``, inside of its own."""
+        return Placement(self.block, start, self.offset + start - self.address, end - start)
+
+
+@dataclass(frozen=True)
+class GivenPlacement:
+    """A placement that somebody asks for; ``length`` None reaches to the end of the block."""
+
+    block: str
+    address: int
+    offset: int = 0
+    length: int | None = None
+
+
+class Hole(Placement):
+    """Addresses at which there is no memory, whatever lies below."""
+
+    def __init__(self, address: int, length: int) -> None:
+        super().__init__("", address, 0, length)
+
+    def part(self, start: int, end: int) -> Placement:
+        return Hole(start, end - start)
+
+
+def overlay(layers: Iterable[Sequence[Placement]]) -> tuple[Placement, ...]:
+    """What is seen of layers that lie upon one another, the last one on top; in order.
+
+    Neighbours that go on where the other ends, in the block too, become one.
+    """
+    seen: list[Placement] = []
+    for layer in layers:
+        for top in layer:
+            seen = [rest for below in seen for rest in _uncovered(below, top)]
+            seen.append(top)
+    seen.sort(key=lambda placement: placement.address)
+    joined: list[Placement] = []
+    for one in seen:
+        if isinstance(one, Hole):
+            continue
+        last = joined[-1] if joined else None
+        if last is not None and _goes_on(last, one):
+            joined[-1] = Placement(one.block, last.address, last.offset, one.end - last.address)
+        else:
+            joined.append(one)
+    return tuple(joined)
+
+
+def _uncovered(below: Placement, top: Placement) -> Iterable[Placement]:
+    if below.end <= top.address or top.end <= below.address:
+        yield below
+        return
+    if below.address < top.address:
+        yield below.part(below.address, top.address)
+    if top.end < below.end:
+        yield below.part(top.end, below.end)
+
+
+def _goes_on(one: Placement, other: Placement) -> bool:
+    return (
+        one.block == other.block and one.end == other.address
+        and one.offset + one.length == other.offset
+    )
