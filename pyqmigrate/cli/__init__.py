@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = _run(arguments)
         if outcome is None:
             return ExitCode.DONE
-        text = _json(outcome.data) if as_json else "".join(f"{line}\n" for line in outcome.lines)
-        _write(sys.stdout, text)
+        if outcome.data is not None:
+            lines = "".join(f"{line}\n" for line in outcome.lines)
+            _write(sys.stdout, _json(outcome.data) if as_json else lines)
         return outcome.code
     except BaseException as error:
         code = exit_code(error)

@@ -19,9 +19,12 @@ __all__ = ["Outcome", "counted", "describe_error", "error_data", "printable", "t
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a verb: ``data`` for ``--json``, ``lines`` for people, and the exit code."""
+    """The result of a verb: ``data`` for ``--json``, ``lines`` for people, and the exit code.
 
-    data: dict[str, Any]
+    ``data`` is None for a verb that has printed it already.
+    """
+
+    data: dict[str, Any] | None
     lines: Sequence[str]
     code: ExitCode = ExitCode.DONE
 

@@ -2,8 +2,9 @@
 
 The monitor is a socket that QEMU inherits, described in a ``-readconfig`` of its own: QEMU counts
 ``-mon`` and ``-qmp`` on the command line as a wish for no other monitor, and the command line
-stays as its owner wrote it. What QEMU writes to standard error is kept until the guest is handed
-over, so that it can be part of an error, and passed on afterwards.
+stays as its owner wrote it. That description is a pipe whose end comes when QEMU is on a leash:
+until it is handed over, it does not outlive this process. What QEMU writes to standard error is
+kept until then, so that it can be part of an error, and passed on afterwards.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import IO, Self
 from pyqmigrate.errors import QemuError
 from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.leash import Leash
 
 __all__ = ["Launched", "Stream", "launch"]
 
@@ -33,7 +35,9 @@ _KEPT = 1 << 16  # bytes of standard error that a message may have to draw on
 _LAST_WORDS = 0.2  # seconds that QEMU's last lines may need to arrive
 _END_TIMEOUT = 5.0  # seconds from SIGTERM to SIGKILL
 _NAME = "pyqmigrate"
-_CONFIGURATION = """[chardev "{name}"]
+# QEMU takes the head alone for a mistake, and ends.
+_HEAD = '[chardev "'
+_CONFIGURATION = """{name}"]
   backend = "socket"
   fd = "{fd}"
   server = "on"
@@ -49,12 +53,13 @@ class Launched:
 
     def __init__(
         self, process: subprocess.Popen[bytes], monitor: Monitor, errors: _ErrorOutput,
-        seconds: float,
+        leash: Leash, seconds: float,
     ) -> None:
         self.process = process
         self.monitor = monitor
         self.seconds = seconds  # until the monitor answered
         self._errors = errors
+        self._leash = leash
 
     async def described(self, what: str) -> str:
         """``what``, how the process ended if it did, and what it wrote to standard error."""
@@ -65,7 +70,8 @@ class Launched:
             self.process.wait(_END_TIMEOUT)
 
     def hand_over(self) -> None:
-        """From here on standard error goes where the caller wanted it."""
+        """From here on QEMU lives without us, and standard error goes where the caller wanted."""
+        self._leash.close()
         self._errors.hand_over()
 
     async def end(self) -> None:
@@ -75,6 +81,7 @@ class Launched:
         await self.monitor.close()
         await asyncio.to_thread(self._wait)
         await asyncio.to_thread(_end, self.process)
+        self._leash.close()
         await asyncio.to_thread(self._errors.join)
 
     async def __aenter__(self) -> Self:
@@ -101,17 +108,21 @@ async def launch(
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         listener.bind(str(path))
         listener.listen(1)
-        configuration = os.memfd_create("monitor")
+        configuration, writer = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, configuration)
-        text = _CONFIGURATION.format(name=_NAME, fd=listener.fileno())
-        os.write(configuration, text.encode())
+        description = stack.enter_context(os.fdopen(writer, "w"))
+        description.write(_HEAD)
+        description.flush()
         own = Option("readconfig", f"/proc/self/fd/{configuration}")
+        leash = Leash()
+        undo = stack.enter_context(contextlib.ExitStack())
+        undo.callback(leash.close)
         errors = _ErrorOutput(stderr)
         stack.callback(errors.close_writer)
         # In a thread, where no signal can raise between the fork and our knowing of it.
         starting = asyncio.ensure_future(asyncio.to_thread(
             subprocess.Popen, command.with_options(own).argv(), stdin=stdin, stdout=stdout,
-            stderr=errors.writer, pass_fds=(listener.fileno(), configuration, *pass_fds),
+            stderr=errors.writer, pass_fds=(listener.fileno(), configuration, leash.fd, *pass_fds),
         ))  # fmt: skip
         try:
             process = await asyncio.shield(starting)
@@ -120,6 +131,14 @@ async def launch(
         except asyncio.CancelledError:
             with contextlib.suppress(OSError):
                 _end(await starting)
+            raise
+        try:
+            leash.hold(process.pid)
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and will be asked why
+                description.write(_CONFIGURATION.format(name=_NAME, fd=listener.fileno()))
+                description.close()
+        except BaseException:
+            _end(process)
             raise
         # Nobody else may hold these: that QEMU is gone is seen by their being closed.
         listener.close()
@@ -133,7 +152,8 @@ async def launch(
         except BaseException:
             _end(process)
             raise
-        return Launched(process, monitor, errors, time.monotonic() - started)
+        undo.pop_all()
+        return Launched(process, monitor, errors, leash, time.monotonic() - started)
 
 
 class _ErrorOutput:

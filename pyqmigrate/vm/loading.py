@@ -67,11 +67,11 @@ async def take_in(qemu: Launched, incoming: Incoming) -> float:
             )
             answer = await _wait(qemu)
             seconds = time.monotonic() - started
+            if answer["status"] in ("failed", "cancelled"):
+                reason = answer.get("error-desc", answer["status"])
+                raise QemuError(await qemu.described(f"QEMU did not load the snapshot: {reason}"))
     except QemuGone as error:
         raise QemuGone(await qemu.described("QEMU died while it loaded the snapshot")) from error
-    if answer["status"] in ("failed", "cancelled"):
-        reason = answer.get("error-desc", answer["status"])
-        raise QemuError(await qemu.described(f"QEMU did not load the snapshot: {reason}"))
     return seconds
 
 

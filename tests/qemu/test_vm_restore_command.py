@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import time
@@ -87,6 +88,80 @@ def test_signal_ends_qemu_and_then_the_command(
     assert f"terminating on signal {int(number)}" in errors
 
 
+def living(word: Path) -> list[int]:
+    """Processes other than zombies with this word in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(word) in (entry / "cmdline").read_text(errors="replace"):
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                found += [int(entry.name)] * (state != "Z")
+    return found
+
+
+@pytest.mark.parametrize("mode", ["instant", "load"])
+def test_qemu_does_not_outlive_a_restore_that_is_killed(
+    saved: Saved, started: Any, tmp_path: Path, mode: str
+) -> None:
+    """It is killed as soon as QEMU listens; if the guest was there before that, it goes on."""
+    for number in range(4):
+        serial, socket = tmp_path / f"serial-{number}", tmp_path / f"qmp-{number}"
+        process = started(
+            "restore", saved.path, "--mode", mode, "--qmp", socket, "--",
+            *saved.command(serial=serial),
+        )  # fmt: skip
+        while not socket.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 5
+        while pids := living(serial):
+            if time.monotonic() > deadline:
+                with monitor(socket) as qmp:
+                    assert qmp.execute("query-status")["status"] == "running"
+                    qmp.execute("quit")
+                break
+            time.sleep(0.01)
+        else:
+            return
+        assert len(pids) == 1
+    raise AssertionError("no kill came in time: the test proves nothing")
+
+
+def test_qemu_that_was_started_a_moment_ago_ends_with_a_restore_that_is_killed(
+    saved: Saved, started: Any, tmp_path: Path
+) -> None:
+    """Before it has read what monitor it is to have."""
+    wrapper, begun = tmp_path / "wrapper", tmp_path / "begun"
+    wrapper.write_text(f'#!/bin/sh\n: > {begun}\nread _ < {tmp_path}/never\nexec false\n')
+    wrapper.chmod(0o755)
+    os.mkfifo(tmp_path / "never")
+    process = started("restore", saved.path, "--", wrapper, *saved.command(serial=tmp_path)[1:])
+    while not begun.exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while living(wrapper):
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.01)
+
+
+def test_guest_outlives_a_command_that_is_killed_later(
+    saved: Saved, started: Any, tmp_path: Path
+) -> None:
+    serial, socket = tmp_path / "serial", tmp_path / "qmp"
+    process = started("restore", saved.path, "--qmp", socket, "--", *saved.command(serial=serial))
+    process.stderr.readline()
+    process.kill()
+    process.wait()
+    serial_says(serial, len(serial.read_bytes()) + 3)
+    with monitor(socket) as qmp:
+        qmp.execute("quit")
+
+
 def test_json_is_there_as_soon_as_the_guest_is(
     saved: Saved, started: Any, tmp_path: Path
 ) -> None:
@@ -114,6 +189,31 @@ def test_qemu_that_is_killed_is_an_error(saved: Saved, started: Any, tmp_path: P
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 4
     assert "killed by signal 9" in errors
+
+
+def test_json_stays_one_object_when_qemu_ends_badly(
+    saved: Saved, started: Any, tmp_path: Path
+) -> None:
+    serial = tmp_path / "serial"
+    process = started("restore", saved.path, "--json", "--", *saved.command(serial=serial))
+    serial_says(serial, 1)
+    (pid,) = (pid for pid in living(serial) if pid != process.pid)
+    while not (line := process.stdout.readline()).startswith("}"):
+        assert line
+    os.kill(pid, signal.SIGKILL)
+    out, errors = process.communicate(timeout=30)
+    assert process.returncode == 4
+    assert out == ""
+    assert "killed by signal 9" in errors
+
+
+def test_json_of_a_restore_that_fails_is_one_error(
+    saved: Saved, started: Any, tmp_path: Path
+) -> None:
+    command = saved.command(*PC, "-device", "no-such-device", serial=tmp_path / "serial")
+    process = started("restore", saved.path, "--json", "--", *command)
+    out, _ = process.communicate(timeout=60)
+    assert json.loads(out)["error"]["exit_code"] == process.returncode == 4
 
 
 def test_failure_shows_what_qemu_wrote_once(saved: Saved, started: Any, tmp_path: Path) -> None:

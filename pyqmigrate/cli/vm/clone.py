@@ -8,7 +8,8 @@ The command waits until all have ended, and passes SIGINT, SIGTERM and SIGHUP on
 code is 4 when a guest could not be made, or its QEMU ended badly.
 
 JSON, printed as soon as all guests are there: ``guests``, a list of ``number``, ``qmp``, and
-either ``error`` or what vm restore prints. If a QEMU ends badly later, an ``error`` follows.
+either ``error`` or what vm restore prints. That a QEMU ended badly later is told by standard error
+and the exit code.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
-from pyqmigrate.cli.outcome import describe_error, printable, table
-from pyqmigrate.cli.vm.restore import add_command, add_run_state, pass_signals_on
+from pyqmigrate.cli.outcome import Outcome, describe_error, printable, table
+from pyqmigrate.cli.vm.restore import add_command, add_run_state, ended, pass_signals_on
 from pyqmigrate.errors import QemuError
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ def add_parser(verbs: Verbs) -> None:
     add_command(parser)
 
 
-def _run(args: argparse.Namespace) -> None:
-    asyncio.run(_clone(args))
+def _run(args: argparse.Namespace) -> Outcome:
+    return asyncio.run(_clone(args))
 
 
-async def _clone(args: argparse.Namespace) -> None:
+async def _clone(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.clone import clone
 
     clones = await clone(
@@ -66,11 +67,11 @@ async def _clone(args: argparse.Namespace) -> None:
     codes = await asyncio.gather(*(vm.wait() for vm in vms))
     await asyncio.gather(*(vm.close() for vm in vms))
     failed = len(clones) - len(vms)
-    if failed or any(codes):
-        raise QemuError(
-            f"{failed} of {len(clones)} guests could not be made" if failed
-            else f"{sum(map(bool, codes))} of {len(codes)} QEMUs ended badly"
-        )
+    if failed:
+        return ended(f"{failed} of {len(clones)} guests could not be made")
+    if any(codes):
+        return ended(f"{sum(map(bool, codes))} of {len(codes)} QEMUs ended badly")
+    return ended()
 
 
 def _data(one: Clone) -> dict[str, Any]:

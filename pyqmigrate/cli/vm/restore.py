@@ -16,7 +16,7 @@ JSON, printed as soon as the guest is there: ``mode``; ``why``; ``machine``; ``q
 ``pid``; ``run_state``; ``load_seconds``, from migrate-incoming to completed; ``start_seconds``
 until QEMU answered; ``total_seconds``; ``settings`` of QEMU that are not its defaults;
 ``mapped_blocks``; ``stale_pages`` that the file had old bytes for, and ``stale_seconds`` to find
-them; ``notes``. If QEMU ends badly later, an ``error`` follows.
+them; ``notes``. That QEMU ended badly later is told by standard error and the exit code.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from pyqmigrate.cli.arguments import (
     add_verb,
     read_channels,
 )
-from pyqmigrate.cli.outcome import counted, printable
-from pyqmigrate.errors import QemuError
+from pyqmigrate.cli.exit_codes import ExitCode
+from pyqmigrate.cli.outcome import Outcome, counted, printable
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.restore import RestoredVm, RestoreReport
 
-__all__ = ["add_command", "add_parser", "add_run_state", "pass_signals_on", "report_lines"]
+__all__ = ["add_command", "add_parser", "add_run_state", "ended", "pass_signals_on", "report_lines"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -83,11 +83,11 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(args: argparse.Namespace) -> None:
-    asyncio.run(_restore(args))
+def _run(args: argparse.Namespace) -> Outcome:
+    return asyncio.run(_restore(args))
 
 
-async def _restore(args: argparse.Namespace) -> None:
+async def _restore(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.restore import restore
 
     vm = await restore(
@@ -101,10 +101,16 @@ async def _restore(args: argparse.Namespace) -> None:
         else:
             print(*report_lines(vm.report), sep="\n", file=sys.stderr, flush=True)
         code = await vm.wait()
-    if code:
-        raise QemuError(
-            f"QEMU was killed by signal {-code}" if code < 0 else f"QEMU ended with {code}"
-        )
+    if not code:
+        return ended()
+    return ended(f"QEMU was killed by signal {-code}" if code < 0 else f"QEMU ended with {code}")
+
+
+def ended(trouble: str = "") -> Outcome:
+    """How it came out, for a command that has printed its report long ago."""
+    if trouble:
+        print(f"pyqmigrate: {trouble}", file=sys.stderr, flush=True)
+    return Outcome(None, [], ExitCode.GUEST if trouble else ExitCode.DONE)
 
 
 def pass_signals_on(vms: list[RestoredVm]) -> None:
