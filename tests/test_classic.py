@@ -134,7 +134,7 @@ def test_index_of_another_file_is_made_anew(disk: Path) -> None:
 
 
 @some
-@given(st.integers(0, 1 << 20), st.integers(1, 255), st.booleans())
+@given(st.integers(8, 1 << 20), st.integers(1, 255), st.booleans())
 def test_damaged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, cut: bool) -> None:
     with directory_on_disk() as disk:
         path, index = disk / "snap", disk / "index"
@@ -142,13 +142,21 @@ def test_damaged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, 
         with ClassicSnapshot(path, index=index) as snapshot:
             snapshot.verify()
         data = bytearray(index.read_bytes())
-        at %= len(data)
+        at = 8 + at % (len(data) - 8)  # behind the magic
         data[at] ^= flip
         index.write_bytes(data[:at] if cut else data)
         with ClassicSnapshot(path, index=index) as snapshot:
             block = snapshot.blocks["ram"]
             assert len(block.read(0, block.length)) == len(memory)
             assert snapshot.stream.complete
+
+
+def test_index_takes_the_place_of_no_other_file(disk: Path) -> None:
+    save_classic(disk / "snap")
+    before = (disk / "snap").read_bytes()
+    with pytest.raises(UsageError, match="no index"):
+        open_snapshot(disk / "snap", index=disk / "snap")
+    assert (disk / "snap").read_bytes() == before
 
 
 @pytest.mark.parametrize("offset", [0, 0x1234])
