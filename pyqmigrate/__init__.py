@@ -44,6 +44,7 @@ from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.opening import open_snapshot
 from pyqmigrate.options import Capabilities, Parameters, Policy
+from pyqmigrate.provenance import Provenance, provenance
 from pyqmigrate.save import SaveReport, Sparse, save, start_save
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
 
@@ -70,6 +71,8 @@ __all__ = [
     "Device",
     "cpu_registers",
     "CpuRegisters",
+    "provenance",
+    "Provenance",
     "DirectIO",
     "Sparse",
     "Clear",
