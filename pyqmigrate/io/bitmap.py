@@ -14,7 +14,7 @@ from array import array
 from typing import Any, Protocol
 
 from pyqmigrate import _core
-from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.errors import SnapshotError, TargetError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout
 
 __all__ = ["Bitmap"]
@@ -40,16 +40,21 @@ class Bitmap:
     UsageError after close.
 
     Its memory is anonymous and comes into being when bits are set: that of a 1 TiB block which
-    is mostly empty costs a few pages.
+    is mostly empty costs a few pages. TargetError where the system refuses as much.
     """
 
     def __init__(self, npages: int) -> None:
         self.npages = npages
         self.nbytes = (npages + 63) // 64 * 8
         # Private: looking at shared anonymous memory already allocates it.
-        self._memory = mmap.mmap(
-            -1, max(self.nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        try:
+            self._memory = mmap.mmap(
+                -1, max(self.nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
+        except OSError as error:
+            raise TargetError(
+                error.errno or errno.ENOMEM, f"no memory for the bitmap of {npages} pages"
+            ) from error
         self._buffer = _core.ffi.from_buffer("unsigned char[]", self._memory)
         self._core: Any = _core.ffi.cast("uint64_t *", self._buffer)
 
