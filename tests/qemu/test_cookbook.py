@@ -123,6 +123,15 @@ def test_old_save_restores_fast(kitchen: Kitchen, saved: Saved) -> None:
     assert serial_says(kitchen.directory / "serial", 2)[:2] == bytes([reports + 1, reports + 2])
 
 
+def test_damage_is_found(kitchen: Kitchen, saved: Saved) -> None:
+    path = kitchen.directory / "guest.mapped"
+    shutil.copy(saved.path, path)
+    kitchen.cook("Know that a snapshot is whole before relying on it")
+    with path.open("rb") as file:
+        file.seek(10 << 20)
+        assert file.read(1) != b"\xff", "the recipe changed nothing"
+
+
 def test_cpus_are_seen(kitchen: Kitchen, saved: Saved) -> None:
     shutil.copy(saved.path, kitchen.directory / "guest.mapped")
     _, printed = kitchen.cook("See what the CPUs were doing")
