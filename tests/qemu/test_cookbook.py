@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import convert, cpu_registers, devices, open_snapshot
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from tests.qemu.saved import RAM, Saved, save_guest, serial_says
 
 pytestmark = pytest.mark.qemu
@@ -113,6 +114,19 @@ def test_every_recipe_is_cooked() -> None:
     titles = re.findall(r"^## (.*)$", PAGE.read_text(), re.MULTILINE)
     cooked = re.findall(r'^    .*cook\("(.*)"\)', Path(__file__).read_text(), re.MULTILINE)
     assert sorted(titles) == sorted(cooked)
+
+
+def test_libvirt_save_is_opened_by_gdb(kitchen: Kitchen, saved: Saved) -> None:
+    xml = "<domain type='qemu'>\n  <name>guest</name>\n</domain>\n"
+    convert(saved.path, kitchen.directory / "guest.stream", to="stream")
+    data = (kitchen.directory / "guest.stream").read_bytes()
+    header = LibvirtHeader(True, 2, ImageFormat.RAW, True, xml, "", 5000, "little")
+    (kitchen.directory / "guest.save").write_bytes(encode_header(header) + data)
+    [printed] = kitchen.cook("Get the memory of a libvirt save into gdb")
+    [cpu] = cpu_registers(devices(saved.path).devices)
+    assert f"rip            {cpu.general['rip']:#x} " in printed
+    there = " ".join(re.findall(r"\t0x(..)", printed.rpartition("0x7c00:")[2]))
+    assert there == saved.memory["pc.ram"][0x7C00:0x7C04].hex(" ")
 
 
 def test_old_save_restores_fast(kitchen: Kitchen, saved: Saved) -> None:
