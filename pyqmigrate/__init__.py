@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from pyqmigrate.migration import Guest, Migration
     from pyqmigrate.opening import open_snapshot
     from pyqmigrate.options import Capabilities, Parameters, Policy
+    from pyqmigrate.origin import Provenance, provenance
     from pyqmigrate.sealing import SealCheck, SealReport, seal, verify_seal
     from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
 
@@ -88,6 +89,8 @@ __all__ = [
     "Device",
     "cpu_registers",
     "CpuRegisters",
+    "provenance",
+    "Provenance",
     "DirectIO",
     "Sparse",
     "Clear",
@@ -149,6 +152,8 @@ _HOME = {
     "Capabilities": "options",
     "Parameters": "options",
     "Policy": "options",
+    "Provenance": "origin",
+    "provenance": "origin",
     "SealCheck": "sealing",
     "SealReport": "sealing",
     "seal": "sealing",

@@ -28,7 +28,7 @@ from pyqmigrate.io.memory import Memory, StoredMemory
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.opened import Kind, Located, OpenedBlock, OpenedSnapshot, locate, refused_read
-from pyqmigrate.page_index import PageIndex, keep, recall
+from pyqmigrate.page_index import PageIndex, check_place, keep, recall
 from pyqmigrate.sequential import start_sequential_load
 from pyqmigrate.spelling import choice
 
@@ -105,7 +105,7 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
     target, offset: as for :class:`~pyqmigrate.snapshot.Snapshot`.
     page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
     index: where the result of the pass is kept; it is used if it is that of this file, and written
-        otherwise.
+        otherwise. A file there that is no index is a UsageError.
 
     Raises SnapshotError for a damaged head, NotSupported for a stream of another kind, TargetError,
     UsageError. The pass raises these too, at whatever needed it: NotSupported for a multifd stream,
@@ -126,6 +126,8 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         self._kept = None if index is None else Path(index)
         self._pass: tuple[SequentialStream, PageIndex] | None = None
         try:
+            if self._kept is not None:
+                check_place(self._kept)
             walk = SequentialWalk(self.source, self.offset, _no_records, page_size=page_size)
             walk.read_head()
         except BaseException:

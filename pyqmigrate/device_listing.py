@@ -11,11 +11,14 @@ What the values are is told in :mod:`pyqmigrate.format.device_tree`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyqmigrate.errors import NotSupported, UsageError
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.errors import UsageError
 from pyqmigrate.format.cpu_state import cpu_registers
 from pyqmigrate.format.device_state import DescribedStream, decode_devices
 from pyqmigrate.format.device_tree import Device
@@ -28,10 +31,11 @@ from pyqmigrate.format.elements import (
     Section,
     SectionKind,
 )
-from pyqmigrate.format.stream import parse
+from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.target import InputTarget, Target
 from pyqmigrate.opened import locate
-from pyqmigrate.sequential import start_sequential_load
+from pyqmigrate.opening import AnySnapshot, open_snapshot
+from pyqmigrate.snapshot import Snapshot
 
 __all__ = ["Devices", "cpu_registers", "devices"]
 
@@ -52,46 +56,63 @@ class Devices:
 
 
 def devices(
-    target: Target,
+    target: AnySnapshot | Target,
     *,
     offset: int | None = None,
     name: str | None = None,
     section_id: int | None = None,
+    page_size: int | None = None,
+    index: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], object] | None = None,
 ) -> Devices:
     """Decode the device state of a file, of whichever kind it is.
 
-    target: a path, a ``file:`` URI or Descriptors: a mapped-ram snapshot, a classic stream (which
-        has to be read from end to end for it), or what ``xen-save-devices-state`` wrote.
-        libvirt's header before the stream is stepped over.
-    offset: where the stream starts, bytes; for a path.
+    target: an opened snapshot, which stays open; or a path, a ``file:`` URI or Descriptors: what
+        ``open_snapshot`` takes, or what ``xen-save-devices-state`` wrote.
+    offset, page_size, index: as for ``open_snapshot``, which must have had them where the snapshot
+        is open already.
     name, section_id: only devices of this name, and of this section id.
+    progress: called while a classic stream is read through, as for a load.
 
     Blocks until done. Raises UsageError where no device is selected, SnapshotError for a damaged
-    file, NotSupported for a stream that cannot be walked, is compressed, or has more than 256 MiB
-    of device state, TargetError.
+    file, NotSupported for a stream that cannot be walked or has more than 256 MiB of device state,
+    TargetError.
     """
-    source = locate(target, offset).source
-    try:
-        stream, machine, opaque = _walk(source)
-        found = tuple(decode_devices(source, stream, name=name, section_id=section_id))
-        if not found and (name is not None or section_id is not None):
-            raise _unknown(stream, name, section_id)
-        return Devices(machine, stream.description is not None, opaque, found)
-    finally:
-        source.close()
+    if isinstance(target, Snapshot | ClassicSnapshot):
+        if (offset, page_size, index) != (None, None, None):
+            raise UsageError("offset, page_size and index belong to the opening of the snapshot")
+        return _decode_snapshot(target, name, section_id, progress)
+    located = locate(target, offset)
+    with contextlib.ExitStack() as stack:
+        stack.callback(located.source.close)
+        if _is_state_alone(located.source):
+            stream = _StateAlone(walk_devices(located.source))
+            return _decode(located.source, stream, None, False, name, section_id)
+        stack.pop_all()
+    with open_snapshot(located, page_size=page_size, index=index) as snapshot:
+        return _decode_snapshot(snapshot, name, section_id, progress)
 
 
-def _walk(source: InputTarget) -> tuple[DescribedStream, str | None, bool]:
-    """The sections and their description, the machine, and whether sections are missing."""
-    if _is_state_alone(source):
-        return _StateAlone(walk_devices(source)), None, False
-    try:
-        mapped = parse(source, source.offset)
-    except NotSupported:
-        # A classic stream, unless that says so itself. Nothing is loaded of its RAM.
-        classic = start_sequential_load(source, {}, skip_unknown_blocks=True).wait().stream
-        return classic, classic.machine, classic.opaque_tail
-    return mapped, mapped.machine, mapped.opaque_tail
+def _decode_snapshot(
+    snapshot: AnySnapshot, name: str | None, section_id: int | None,
+    progress: Callable[[Progress], object] | None,
+) -> Devices:
+    if isinstance(snapshot, ClassicSnapshot):
+        snapshot.read_through(progress)
+    stream = snapshot.stream
+    return _decode(
+        snapshot.source, stream, stream.machine, stream.opaque_tail, name, section_id
+    )
+
+
+def _decode(
+    source: InputTarget, stream: DescribedStream, machine: str | None, opaque_tail: bool,
+    name: str | None, section_id: int | None,
+) -> Devices:
+    found = tuple(decode_devices(source, stream, name=name, section_id=section_id))
+    if not found and (name is not None or section_id is not None):
+        raise _unknown(stream, name, section_id)
+    return Devices(machine, stream.description is not None, opaque_tail, found)
 
 
 def _unknown(stream: DescribedStream, name: str | None, section_id: int | None) -> UsageError:

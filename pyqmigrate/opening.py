@@ -15,7 +15,7 @@ from pyqmigrate.format import configuration
 from pyqmigrate.format.cursor import Cursor
 from pyqmigrate.format.elements import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERSION
 from pyqmigrate.io.target import InputTarget, Target
-from pyqmigrate.opened import Kind, locate
+from pyqmigrate.opened import Kind, Located, locate
 from pyqmigrate.snapshot import Snapshot
 
 __all__ = ["AnySnapshot", "open_snapshot"]
@@ -26,7 +26,7 @@ _MULTIFD_MAGIC = bytes.fromhex("11223344")
 
 
 def open_snapshot(
-    target: Target,
+    target: Target | Located,
     *,
     offset: int | None = None,
     bitmap_order: Literal["little", "big"] = "little",

@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pyqmigrate import _core
-from pyqmigrate.errors import PyqmigrateError, SnapshotError, TargetError
+from pyqmigrate.errors import PyqmigrateError, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.sequential import SequentialBlock
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.target import InputTarget
 from pyqmigrate.sequential import core_name, record_error, refused
 
-__all__ = ["PageIndex", "keep", "recall"]
+__all__ = ["PageIndex", "check_place", "keep", "recall"]
 
 _MAGIC = b"qmindex1"
 _HEAD_MAX = 64 << 20
@@ -99,6 +99,22 @@ class PageIndex:
                 offset=at,
             )
         return refused(rc, fault, "cannot read the stream", source.name)
+
+
+def check_place(path: Path) -> None:
+    """Refuse, with UsageError, a place that has something else than an index: the snapshot itself,
+    say. Nothing at all, or an empty file, may be there."""
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(_MAGIC))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TargetError(
+            error.errno or errno.EIO, "cannot keep an index there", os.fspath(path)
+        ) from error
+    if found not in (b"", _MAGIC):
+        raise UsageError(f"{os.fspath(path)!r} is no index, and would be replaced by one")
 
 
 def keep(index: PageIndex, source: InputTarget, path: Path) -> None:

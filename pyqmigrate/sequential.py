@@ -187,6 +187,10 @@ class SequentialWriter(StreamWriter):
         records = sum(spec.length // spec.page_size for spec in self.specs) * _RECORD
         return sum(memory.extent_bytes for memory in self.memories) + records
 
+    def _least(self) -> int:
+        stored = (spec for spec in self.specs if spec.name not in self._left_out)
+        return sum(spec.length // spec.page_size for spec in stored) * _RECORD
+
     def _count(self) -> int:
         """Bytes of all records of one pass."""
         counter = _new_encoder(-1, 0)

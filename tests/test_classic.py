@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pyqmigrate
-from pyqmigrate import BlockMismatch, Descriptors, NotSupported, RamBlock, SnapshotError, UsageError
+from pyqmigrate import (
+    BlockMismatch,
+    Descriptors,
+    NotSupported,
+    RamBlock,
+    SnapshotError,
+    TargetError,
+    UsageError,
+)
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
@@ -22,6 +30,7 @@ from pyqmigrate.sequential import start_sequential_save
 from pyqmigrate.snapshot import Snapshot
 from tests.conftest import directory_on_disk
 from tests.examples import some
+from tests.format.builders import classic_stream, page_records
 from tests.snapshots import Bytes, known_memory, ram, save_known
 
 
@@ -134,7 +143,7 @@ def test_index_of_another_file_is_made_anew(disk: Path) -> None:
 
 
 @some
-@given(st.integers(0, 1 << 20), st.integers(1, 255), st.booleans())
+@given(st.integers(8, 1 << 20), st.integers(1, 255), st.booleans())
 def test_damaged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, cut: bool) -> None:
     with directory_on_disk() as disk:
         path, index = disk / "snap", disk / "index"
@@ -142,13 +151,29 @@ def test_damaged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, 
         with ClassicSnapshot(path, index=index) as snapshot:
             snapshot.verify()
         data = bytearray(index.read_bytes())
-        at %= len(data)
+        at = 8 + at % (len(data) - 8)  # behind the magic
         data[at] ^= flip
         index.write_bytes(data[:at] if cut else data)
         with ClassicSnapshot(path, index=index) as snapshot:
             block = snapshot.blocks["ram"]
             assert len(block.read(0, block.length)) == len(memory)
             assert snapshot.stream.complete
+
+
+@pytest.mark.parametrize("to", ["stream", "mapped-ram", "raw"])
+def test_block_that_fits_no_disk_is_refused_at_once(disk: Path, to: str) -> None:
+    (disk / "snap").write_bytes(classic_stream(page_records(), length=1 << 60))
+    with pytest.raises((NotSupported, TargetError)):
+        convert(disk / "snap", disk / "to", to=to)
+    assert not (disk / "to").exists() or not [*(disk / "to").iterdir()]
+
+
+def test_index_takes_the_place_of_no_other_file(disk: Path) -> None:
+    save_classic(disk / "snap")
+    before = (disk / "snap").read_bytes()
+    with pytest.raises(UsageError, match="no index"):
+        open_snapshot(disk / "snap", index=disk / "snap")
+    assert (disk / "snap").read_bytes() == before
 
 
 @pytest.mark.parametrize("offset", [0, 0x1234])

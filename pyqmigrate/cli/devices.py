@@ -1,6 +1,6 @@
 """Show the state of a snapshot's devices, with the names of their fields.
 
-Of a mapped-ram snapshot, of a classic stream, or of what xen-save-devices-state wrote. NAME and
+Of any snapshot that info opens, or of what xen-save-devices-state wrote. NAME and
 --section choose among the devices; ``cpu`` are the processors. Bytes that nothing explains are
 shown as they are.
 
@@ -23,8 +23,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
+from pyqmigrate.cli.arguments import Verbs, add_verb
+from pyqmigrate.cli.opening import add_snapshot
 from pyqmigrate.cli.outcome import Outcome, counted, printable
+from pyqmigrate.cli.progress import shown
 from pyqmigrate.device_listing import Devices, devices
 from pyqmigrate.format.device_tree import Device, Field, Scalar, State, Value
 
@@ -37,12 +39,11 @@ _LINE = 100  # characters of an element of an array that is shown on one line
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "devices", _run, __doc__)
-    parser.add_argument("snapshot", metavar="SNAPSHOT")
+    add_snapshot(parser)
     parser.add_argument("name", metavar="NAME", nargs="?", help="only devices of this name")
     parser.add_argument(
         "--section", type=_section, metavar="N", default=None, help="only the section of this id"
     )
-    add_offset(parser)
 
 
 def _section(text: str) -> int:
@@ -53,9 +54,11 @@ def _section(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    found = devices(
-        args.snapshot, offset=args.offset, name=args.name, section_id=args.section
-    )
+    with shown("read through") as show:
+        found = devices(
+            args.snapshot, offset=args.offset, name=args.name, section_id=args.section,
+            page_size=args.page_size, index=args.index, progress=show,
+        )
     data = {
         "snapshot": args.snapshot,
         "machine": found.machine,
@@ -110,6 +113,8 @@ def _field(field: Field) -> dict[str, Any]:
 
 
 def _lines(found: Devices) -> Iterator[str]:
+    if not (found.devices or found.opaque_tail):
+        yield "no device state"
     for number, device in enumerate(found.devices):
         if number:
             yield ""

@@ -1,6 +1,7 @@
 """Show what a snapshot holds.
 
-``--xml`` prints the domain's XML that libvirt put before the stream, and nothing else.
+``--xml`` prints the domain's XML that libvirt put before the stream, and nothing else; also that of
+a compressed or unfinished image.
 
 JSON: ``snapshot``; ``kind`` (mapped-ram or stream); ``machine`` (perhaps empty);
 ``capabilities`` (names); ``target_page_bits`` and ``uuid`` (null where the file does not state
@@ -22,7 +23,9 @@ the file; offsets and lengths are in bytes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -33,10 +36,11 @@ from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_size
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.elements import Section
-from pyqmigrate.format.libvirt import LibvirtHeader
+from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
+from pyqmigrate.io.target import InputTarget
 from pyqmigrate.opened import OpenedBlock
-from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.provenance import Provenance, provenance
+from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.origin import Provenance, provenance
 from pyqmigrate.snapshot import SnapshotBlock
 
 __all__ = ["add_parser"]
@@ -60,10 +64,14 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 def _xml(args: argparse.Namespace) -> Outcome:
-    with open_snapshot(args.snapshot, offset=args.offset, page_size=args.page_size) as snapshot:
-        if snapshot.libvirt is None:
+    # What follows the header does not matter here: it may be compressed, or unfinished.
+    source = InputTarget(args.snapshot)
+    with contextlib.closing(source):
+        if args.offset is not None or source.offset:
+            raise UsageError("the XML is that of a header at the start of the file: no offset")
+        if not is_libvirt(source.read_at(0, 16)):
             raise UsageError(f"{args.snapshot!r} has no header of libvirt's, and no XML")
-        xml = snapshot.libvirt.xml
+        xml = read_header(source).xml
     return Outcome(
         {"snapshot": args.snapshot, "xml": xml}, [printable(line) for line in xml.splitlines()]
     )
@@ -76,7 +84,7 @@ def _data(snapshot: AnySnapshot, origin: Provenance) -> dict[str, Any]:
         "machine": stream.machine,
         "capabilities": list(stream.capabilities),
         "target_page_bits": stream.target_page_bits,
-        "uuid": None if stream.uuid is None else stream.uuid.hex(),
+        "uuid": _uuid(stream.uuid),
         "offset": snapshot.offset,
         "end": stream.end,
         "size": snapshot.size,
@@ -97,6 +105,10 @@ def _data(snapshot: AnySnapshot, origin: Provenance) -> dict[str, Any]:
             asdict(section) | {"kind": section.kind.name.lower()} for section in stream.sections
         ],
     }
+
+
+def _uuid(data: bytes | None) -> str | None:
+    return None if data is None else str(uuid.UUID(bytes=data))
 
 
 def _libvirt(header: LibvirtHeader | None) -> dict[str, Any] | None:
@@ -134,7 +146,7 @@ def _lines(
     if stream.capabilities:
         yield f"requires  {', '.join(printable(name) for name in stream.capabilities)}"
     if stream.uuid is not None:
-        yield f"uuid      {stream.uuid.hex()}"
+        yield f"uuid      {_uuid(stream.uuid)}"
     if snapshot.libvirt is not None:
         was = "running" if snapshot.libvirt.was_running else "paused"
         yield f"libvirt   {snapshot.libvirt.format.name.lower()} image, the guest was {was}"

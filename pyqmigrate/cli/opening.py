@@ -24,6 +24,10 @@ def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
         help="of a classic stream that does not tell it (default: 4096)",
     )
     parser.add_argument(
+        "--bitmap-order", choices=["little", "big"], default="little",
+        help="byte order of the host that wrote a mapped-ram file (default: little)",
+    )
+    parser.add_argument(
         "--index", metavar="FILE", default=None,
         help="where the index of a classic stream is kept, to save the pass that makes it",
     )
@@ -33,7 +37,8 @@ def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
 def opened(args: argparse.Namespace, path: str) -> Iterator[AnySnapshot]:
     """The snapshot; a classic stream is read through."""
     with open_snapshot(
-        path, offset=args.offset, page_size=args.page_size, index=args.index
+        path, offset=args.offset, bitmap_order=args.bitmap_order, page_size=args.page_size,
+        index=args.index,
     ) as snapshot:
         if isinstance(snapshot, ClassicSnapshot):
             with shown("read through") as show:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from pyqmigrate.errors import BlockMismatch, GuestMemoryError, NoSpace, TargetError, UsageError
 from pyqmigrate.io.channels import Progress
@@ -95,7 +96,8 @@ def unpack(
     The directory is made if it is not there; its parent must be. Files get their names only when
     all of them are whole and durable, ``blocks.json`` last; what had these names is replaced,
     a symbolic link by the file, never what it points to. Files are created 0600. A failure, an
-    interrupt and an exception from ``progress`` leave no file behind that was not there.
+    interrupt and an exception from ``progress`` leave no file behind that was not there; being
+    killed leaves whole files at most (on file systems without unnamed ones also hidden parts).
 
     Raises BlockMismatch for a name that the snapshot has not, UsageError for one that it has
     without content, NoSpace, TargetError, SnapshotError and Cancelled as a load does.
@@ -213,25 +215,38 @@ def _index(machine: str, blocks: tuple[RawBlock, ...]) -> bytes:
 
 
 class _NewFile:
-    """A file under a name nobody looks for, until :meth:`publish`; removed when that is not
-    reached. ``fd`` is open for reading and writing."""
+    """A file without a name until :meth:`publish`; where the file system has no such files, under
+    one that nobody looks for, and removed when that is not reached. ``fd`` is open for reading
+    and writing."""
 
     def __init__(self, dir_fd: int, path: str, name: str) -> None:
         self._dir_fd = dir_fd
         self._name = name
         self._path = os.path.join(path, name)  # noqa: PTH118
         # Final names never start with a dot.
-        self._temporary = f".{secrets.token_hex(16)}.partial"
-        self._published = False
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._temporary: str | None = None
+        self._spare = f".{secrets.token_hex(16)}.partial"
         with _refusing("cannot create", self._path):
-            self.fd = os.open(self._temporary, flags, 0o600, dir_fd=dir_fd)
+            self.fd = self._open()
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if Path("/proc/self/fd").exists():
+            try:
+                return os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self._dir_fd)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+                    raise
+        flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        fd = os.open(self._spare, flags, 0o600, dir_fd=self._dir_fd)
+        self._temporary = self._spare
+        return fd
 
     def __enter__(self) -> _NewFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._published:
+        if self._temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary, dir_fd=self._dir_fd)
         os.close(self.fd)
@@ -250,10 +265,20 @@ class _NewFile:
 
     def publish(self) -> None:
         with _refusing("cannot give the finished file its name", self._path):
+            if self._temporary is None:
+                try:
+                    self._link(self._name)
+                    return
+                except FileExistsError:  # Linux cannot link over a name
+                    self._link(self._spare)
+                    self._temporary = self._spare
             os.replace(
                 self._temporary, self._name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd
             )
-        self._published = True
+        self._temporary = None
+
+    def _link(self, name: str) -> None:
+        os.link(f"/proc/self/fd/{self.fd}", name, dst_dir_fd=self._dir_fd, follow_symlinks=True)
 
 
 @contextlib.contextmanager

@@ -101,6 +101,18 @@ def test_xml_of_libvirt_is_printed(tmp_path: Path, command: Command) -> None:
     assert "libvirt" in command("info", tmp_path / "save").out
 
 
+@pytest.mark.parametrize("form", [ImageFormat.ZSTD, ImageFormat.RAW])
+def test_xml_is_printed_where_the_stream_cannot_be_read(
+    tmp_path: Path, command: Command, form: ImageFormat
+) -> None:
+    complete = form is not ImageFormat.RAW
+    image = encode_header(LibvirtHeader(complete, 2, form, True, "<domain/>", "", 200, "big"))
+    (tmp_path / "save").write_bytes(image + b"noise")
+    assert command("info", tmp_path / "save", "--xml").out == "<domain/>\n"
+    assert command("info", tmp_path / "save").code == (5 if complete else 1)
+    assert command("info", tmp_path / "save", "--xml", "--offset", "200").code == 2
+
+
 def test_xml_of_no_libvirt_image_is_wrong_usage(classic: Path, command: Command) -> None:
     assert command("info", classic, "--xml").code == 2
 

@@ -8,10 +8,21 @@ from typing import Any
 
 import pytest
 
+from pyqmigrate import UsageError, open_snapshot
+from pyqmigrate.device_listing import devices as look_into
 from pyqmigrate.format.devices import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.format.stream import encode_head, encode_tail
 from tests.cli.command import Command
-from tests.format.builders import EOF, full, snapshot
+from tests.format.builders import (
+    EOF,
+    classic_stream,
+    file_of,
+    full,
+    page_records,
+    snapshot,
+)
 
 RTC = {
     "vmsd_name": "rtc", "version": 1,
@@ -136,14 +147,50 @@ def test_device_state_alone_is_opened_by_looking(tmp_path: Path, command: Comman
     assert [device["name"] for device in found["devices"]] == ["rtc"]
 
 
-def test_header_of_libvirt_is_stepped_over(tmp_path: Path, command: Command) -> None:
-    sections, text = encode_devices([DeviceSection("rtc", BODY, 0, 3, RTC)], 4096)
-    made = snapshot(offset=5000, sections=sections, description=text)
-    header = LibvirtHeader(True, 2, ImageFormat.SPARSE, True, "<domain/>", "", 5000, "little")
-    data = made.read_at(0, made.size)
-    (tmp_path / "s").write_bytes(encode_header(header) + data[5000:])
-    found = command("devices", tmp_path / "s", "--json").json
-    assert [device["name"] for device in found["devices"]] == ["rtc"]
+@pytest.mark.parametrize("classic", [False, True])
+def test_devices_behind_libvirts_header_are_found(
+    tmp_path: Path, command: Command, classic: bool
+) -> None:
+    body, front = full(3, "rtc", b"abc"), 5000
+    if classic:
+        data = classic_stream(page_records(), devices=body)
+    else:
+        made = file_of(encode_head("pc", [BlockSpec("pc.ram", 65536)], offset=front),
+                       encode_tail(sections=body), bytes(front))  # fmt: skip
+        data = made.read_at(front, made.size - front)
+    form = ImageFormat.RAW if classic else ImageFormat.SPARSE
+    header = encode_header(LibvirtHeader(True, 2, form, True, "<domain/>", "", front, "little"))
+    (tmp_path / "s").write_bytes(header + data)
+    for arguments in ([], ["--offset", "5000"]):
+        ran = command("devices", tmp_path / "s", "rtc", "--json", *arguments)
+        [found] = ran.json["devices"]
+        assert (found["offset"] > front, found["body_length"]) == (True, 3)
+
+
+def test_devices_of_a_classic_stream_keep_its_index(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "s").write_bytes(classic_stream(page_records(), devices=full(3, "rtc", b"abc")))
+    assert command("devices", tmp_path / "s", "--index", tmp_path / "index").code == 0
+    kept = (tmp_path / "index").stat()
+    with open_snapshot(tmp_path / "s", index=tmp_path / "index") as snapshot:
+        assert [device.name for device in look_into(snapshot).devices] == ["rtc"]
+        assert snapshot.blocks["pc.ram"].read(0, 4) == b"\1\1\1\1"
+        with pytest.raises(UsageError, match="opening"):
+            look_into(snapshot, offset=0)
+    assert (tmp_path / "index").stat().st_mtime_ns == kept.st_mtime_ns
+    assert command("devices", tmp_path / "s", "--index", tmp_path / "s").code == 2
+
+
+def test_classic_stream_of_other_pages_needs_their_size(tmp_path: Path, command: Command) -> None:
+    records = page_records(1024)
+    stream = classic_stream(records, devices=full(3, "rtc", b"abc"), description=None)
+    (tmp_path / "s").write_bytes(stream)
+    assert command("devices", tmp_path / "s").code == 1
+    assert command("devices", tmp_path / "s", "--page-size", "1024").code == 0
+
+
+def test_snapshot_without_devices_says_so(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "s").write_bytes(classic_stream(page_records()))
+    assert command("devices", tmp_path / "s").out == "no device state\n"
 
 
 def test_hostile_names_are_shown_escaped(tmp_path: Path, command: Command) -> None:

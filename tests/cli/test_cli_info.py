@@ -61,6 +61,20 @@ def test_hostile_names_are_shown_escaped(tmp_path: Path, command: Command) -> No
     assert all(line.isprintable() for line in out.splitlines())
 
 
+def test_bitmap_of_a_big_endian_host_is_read(tmp_path: Path, command: Command) -> None:
+    path, memory = tmp_path / "s", pages(128)
+    make_snapshot(path, {"ram": memory})
+    with Snapshot(path) as opened:
+        at = opened.blocks["ram"].bitmap_offset
+    data = path.read_bytes()
+    turned = data[at : at + 8][::-1] + data[at + 8 : at + 16][::-1]
+    path.write_bytes(data[:at] + turned + data[at + 16 :])
+    for order, equal in (("big", True), ("little", False)):
+        raw = tmp_path / order
+        assert command("unpack", path, raw, "--bitmap-order", order).code == 0
+        assert ((raw / "ram.raw").read_bytes() == memory) is equal
+
+
 def test_verify_accepts_a_whole_snapshot(snapshot: Path, command: Command) -> None:
     ran = command("verify", snapshot, "--json")
     assert ran.code == 0

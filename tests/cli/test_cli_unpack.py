@@ -176,3 +176,14 @@ def test_unpack_leaves_no_descriptor_open(tmp_path: Path, snapshot: Path) -> Non
     with Snapshot(snapshot) as opened:
         raw.unpack(opened, tmp_path / "out")
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_files_appear_where_there_are_no_unnamed_ones(
+    snapshot: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, twice: bool
+) -> None:
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # refused with the same errno
+    for _ in range(1 + twice):
+        assert command("unpack", snapshot, tmp_path / "out").code == 0
+    assert names(tmp_path / "out") == ["blocks.json", "pc.ram.raw", "vga.vram.raw"]
+    assert (tmp_path / "out" / "pc.ram.raw").read_bytes() == pages(9, 1)

@@ -1,9 +1,9 @@
 """Damages a snapshot in seeded ways and sees what the package makes of it.
 
-Each mutation is opened, verified, loaded and converted in a child of its own, with a time limit and
-a bounded address space; a child that is killed, hangs, takes more than a second of the processor or
-more than 256 MiB, or meets an exception that is not one of the package's is a finding. To look
-into one by hand::
+Each mutation is opened, verified, looked into, loaded and converted in a child of its own, with a
+time limit and a bounded address space; a child that is killed, hangs, takes more than a second of
+the processor or more than 256 MiB, or meets an exception that is not one of the package's is a
+finding. To look into one by hand::
 
     python -m tests.qemu.mutations FILE --first SEED --count 1 --show
 
@@ -19,6 +19,7 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,10 +32,13 @@ from pathlib import Path
 
 from pyqmigrate import Descriptors, NotSupported, Snapshot, SnapshotError, UsageError
 from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.device_listing import devices
 from pyqmigrate.export.convert import convert
+from pyqmigrate.export.raw import unpack
 from pyqmigrate.format.elements import SectionKind
 from pyqmigrate.opened import Kind
 from pyqmigrate.opening import AnySnapshot, open_snapshot
+from pyqmigrate.origin import provenance
 
 __all__ = ["Outcome", "run"]
 
@@ -194,7 +198,12 @@ def _position(data: bytearray, anatomy: Anatomy, rng: random.Random) -> int:
 
 
 def examine(file: Path, offset: int) -> tuple[int, str]:
-    """Opens, verifies, loads and converts a file; says what came of it."""
+    """Opens, verifies, looks into, loads and converts a file; says what came of it."""
+    try:
+        devices(file, offset=offset or None)
+        looked = None
+    except ALLOWED as error:
+        looked = f"devices: {error}"
     try:
         snapshot = open_snapshot(file, offset=offset)
     except ALLOWED as error:
@@ -205,11 +214,24 @@ def examine(file: Path, offset: int) -> tuple[int, str]:
             flaw = None
         except ALLOWED as error:
             flaw = f"verify: {error}"
+        if flaw is None and looked is not None:
+            return BROKEN, f"verify found nothing, but {looked}"
+        try:
+            loadable = provenance(snapshot).loadable
+        except ALLOWED:  # of a classic stream that cannot be read through
+            loadable = False
+        if loadable != (flaw is None):
+            return BROKEN, f"verify found {flaw}, but info says loadable: {loadable}"
         try:
             _load(snapshot)
         except ALLOWED as error:
             if flaw is None:
                 return BROKEN, f"verify found nothing, but load: {error}"
+        try:
+            _unpack(snapshot, file.parent / "raw")
+        except ALLOWED as error:
+            if flaw is None:
+                return BROKEN, f"verify found nothing, but unpack: {error}"
         for form in ("other", "elf", "lime"):
             try:
                 _convert(snapshot, form)
@@ -231,6 +253,15 @@ def _load(snapshot: AnySnapshot) -> None:
     for block in blocks:
         block.read(0, 1)
         block.read(block.length - block.page_size, block.page_size)
+
+
+def _unpack(snapshot: AnySnapshot, directory: Path) -> None:
+    if sum(block.length for block in snapshot.blocks.values()) > CONVERTIBLE:
+        return
+    try:
+        unpack(snapshot, directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _convert(snapshot: AnySnapshot, form: str) -> None:

@@ -14,7 +14,7 @@ from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, NotSupported, UsageError, convert, open_snapshot
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.opened import Kind
-from pyqmigrate.provenance import provenance
+from pyqmigrate.origin import provenance
 from tests.qemu.classic import ClassicQemu
 from tests.qemu.compare import assert_same_blocks, assert_same_memory
 from tests.qemu.guest import check_pattern

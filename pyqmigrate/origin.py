@@ -41,7 +41,8 @@ class Provenance:
 
 
 def provenance(snapshot: AnySnapshot) -> Provenance:
-    """Judge an opened snapshot; for a classic stream that takes its pass over the file."""
+    """Judge an opened snapshot; for a classic stream that takes its pass over the file, which
+    raises what it raises there."""
     stream = snapshot.stream
     found = _signs(snapshot)
     obstacles = _obstacles(snapshot)
@@ -83,8 +84,6 @@ def _obstacles(snapshot: AnySnapshot) -> tuple[str, ...]:
     except SnapshotError as error:
         if stream.complete:
             found.append(str(error))
-    if not snapshot.blocks:
-        found.append("it has no RAM")
     return tuple(found)
 
 
@@ -99,6 +98,8 @@ def _remarks(snapshot: AnySnapshot) -> tuple[str, ...]:
         found.append("QEMU needs the capability x-ignore-shared on, and the blocks kept elsewhere")
     if not stream.machine:
         found.append("it names no machine type: any machine takes it")
+    if not snapshot.blocks:
+        found.append("it has no RAM: only a machine without RAM takes it")
     if not any(s.kind is SectionKind.FULL for s in stream.sections) and not stream.opaque_tail:
         found.append("it has no device state: the guest begins as after a reset")
     if stream.description is None:

@@ -1,0 +1,168 @@
+"""The recipes of docs/cookbook.md, run as they stand."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate import convert, cpu_registers, devices, open_snapshot
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from tests.qemu.saved import RAM, Saved, save_guest, serial_says
+
+pytestmark = pytest.mark.qemu
+
+PAGE = Path(__file__).parents[2] / "docs" / "cookbook.md"
+PATIENCE = 60  # seconds
+
+
+@pytest.fixture(scope="module")
+def saved(module_disk: Path) -> Saved:
+    """A guest that QEMU saved while it ran."""
+    return save_guest(module_disk, ["-M", "pc", "-m", str(RAM >> 20)])
+
+
+@dataclass
+class Kitchen:
+    """A directory with the files that recipes begin with, and a shell in it."""
+
+    directory: Path
+    environment: dict[str, str]
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def cook(self, title: str) -> list[str]:
+        """Do what stands under the title, in its order; what each block printed."""
+        text = PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+        blocks = re.findall(r"^```(console|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        assert blocks
+        return [self.console(body) if kind == "console" else self.python(body)
+                for kind, body in blocks]  # fmt: skip
+
+    def console(self, body: str) -> str:
+        printed = ""
+        for step in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
+            command, _, shown = step.partition("\n")
+            said = self.leave(command) if command.endswith("&") else self.run(command)
+            assert matches(shown, said), f"{command}\n{said}"
+            printed += said
+        return printed
+
+    def run(self, command: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.directory, env=self.environment, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=PATIENCE,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        return done.stdout
+
+    def leave(self, command: str) -> str:
+        """Start it, and go on as soon as it has said its first line."""
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command.removesuffix('&')}"], cwd=self.directory,
+            env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.running.append(process)
+        assert process.stdout is not None
+        return process.stdout.readline().decode()
+
+    def python(self, body: str) -> str:
+        return self.run(f"{sys.executable} - <<'END'\n{body}END")
+
+    def close(self) -> None:
+        for process in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def matches(shown: str, said: str) -> bool:
+    """As doctest's ELLIPSIS: what the page leaves out may be anything."""
+    return not shown or doctest.OutputChecker().check_output(shown, said, doctest.ELLIPSIS)
+
+
+@pytest.fixture
+def kitchen(saved: Saved, disk: Path, child_environment: dict[str, str]) -> Iterator[Kitchen]:
+    (disk / "bin").mkdir()
+    command = disk / "bin" / "pyqmigrate"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m pyqmigrate "$@"\n')
+    command.chmod(0o700)
+    path = f"{disk}/bin:{child_environment['PATH']}"
+    vm = " ".join(saved.command(serial=disk / "serial"))
+    at_work = Kitchen(disk, {**child_environment, "PATH": path, "VM": vm})
+    yield at_work
+    at_work.close()
+
+
+def test_every_recipe_is_cooked() -> None:
+    titles = re.findall(r"^## (.*)$", PAGE.read_text(), re.MULTILINE)
+    cooked = re.findall(r'^    .*cook\("(.*)"\)', Path(__file__).read_text(), re.MULTILINE)
+    assert sorted(titles) == sorted(cooked)
+
+
+def test_libvirt_save_is_opened_by_gdb(kitchen: Kitchen, saved: Saved) -> None:
+    xml = "<domain type='qemu'>\n  <name>guest</name>\n</domain>\n"
+    convert(saved.path, kitchen.directory / "guest.stream", to="stream")
+    data = (kitchen.directory / "guest.stream").read_bytes()
+    header = LibvirtHeader(True, 2, ImageFormat.RAW, True, xml, "", 5000, "little")
+    (kitchen.directory / "guest.save").write_bytes(encode_header(header) + data)
+    [printed] = kitchen.cook("Get the memory of a libvirt save into gdb")
+    [cpu] = cpu_registers(devices(saved.path).devices)
+    assert f"rip            {cpu.general['rip']:#x} " in printed
+    there = " ".join(re.findall(r"\t0x(..)", printed.rpartition("0x7c00:")[2]))
+    assert there == saved.memory["pc.ram"][0x7C00:0x7C04].hex(" ")
+
+
+def test_old_save_restores_fast(kitchen: Kitchen, saved: Saved) -> None:
+    convert(saved.path, kitchen.directory / "old.stream", to="stream")
+    kitchen.cook("Make an old save restore fast")
+    reports = len(saved.reports)
+    # The guest goes on counting where it was saved.
+    assert serial_says(kitchen.directory / "serial", 2)[:2] == bytes([reports + 1, reports + 2])
+
+
+def test_damage_is_found(kitchen: Kitchen, saved: Saved) -> None:
+    path = kitchen.directory / "guest.mapped"
+    shutil.copy(saved.path, path)
+    kitchen.cook("Know that a snapshot is whole before relying on it")
+    with path.open("rb") as file:
+        file.seek(10 << 20)
+        assert file.read(1) != b"\xff", "the recipe changed nothing"
+
+
+def test_cpus_are_seen(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    _, printed = kitchen.cook("See what the CPUs were doing")
+    [cpu] = cpu_registers(devices(saved.path).devices)
+    said = dict(re.findall(r"^(\w+) +(0x[0-9a-f]+)$", printed, re.MULTILINE))
+    assert {name: int(value, 16) for name, value in said.items()} == cpu.general
+
+
+def test_text_is_found(kitchen: Kitchen, saved: Saved) -> None:
+    path = kitchen.directory / "guest.mapped"
+    shutil.copy(saved.path, path)
+    with open_snapshot(path) as snapshot:
+        ram = snapshot.blocks["pc.ram"]
+        held = [(a, b) for a, b, data in ram.runs() if data]
+        at = held[-1][0] * ram.page_size + 77
+        offset = ram.pages_offset  # type: ignore[union-attr]
+    with path.open("r+b") as file:
+        file.seek(offset + at)
+        file.write(b"here it is")
+    assert kitchen.cook("Find a text in guest memory") == [f"pc.ram {at:#x}\n"]
