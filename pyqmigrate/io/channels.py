@@ -299,9 +299,10 @@ class Job(Generic[R]):
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise JobTimeout(f"the job has not ended after {timeout} s; it goes on")
-            if progress is None:
-                self._done.wait(left)
-            elif not self._done.wait(_REPORT_EVERY if left is None else min(_REPORT_EVERY, left)):
+            # Never without a limit: a signal that comes while a thread is about to sleep would be
+            # heard only when it wakes.
+            moment = _REPORT_EVERY if left is None else min(_REPORT_EVERY, left)
+            if not self._done.wait(moment) and progress is not None:
                 self._report(progress)
         self._thread.join()
         if self._error is not None:

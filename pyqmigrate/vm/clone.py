@@ -21,6 +21,7 @@ from pyqmigrate.io.target import Target
 from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.restore import Mode, Request, RestoredVm, restore_from
 from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.unbroken import unbroken
 from pyqmigrate.vm.written_files import written_files
 
 __all__ = ["Clone", "clone"]
@@ -76,13 +77,18 @@ async def clone(
     async with await Source.open(snapshot, offset) as source:
         tasks = [asyncio.create_task(one(source, number)) for number in commands]
         try:
-            return list(await asyncio.gather(*tasks))
+            await asyncio.wait(tasks)
+            return [task.result() for task in tasks]
         except BaseException:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.gather(*(vm.end() for vm in started), return_exceptions=True)
+            await unbroken(_ended(tasks, started))
             raise
+
+
+async def _ended(tasks: Sequence[asyncio.Task[Clone]], started: Sequence[RestoredVm]) -> None:
+    await asyncio.wait(tasks)
+    await asyncio.gather(*(vm.end() for vm in started), return_exceptions=True)
 
 
 def _refuse_shared(commands: dict[int, CommandLine]) -> None:

@@ -26,6 +26,7 @@ from pyqmigrate.errors import QemuError
 from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.leash import Leash
+from pyqmigrate.vm.unbroken import unbroken
 
 __all__ = ["Launched", "Stream", "launch"]
 
@@ -75,7 +76,10 @@ class Launched:
         self._errors.hand_over()
 
     async def end(self) -> None:
-        """Ask the process to end, and end it if it does not."""
+        """Ask the process to end, and end it if it does not. Cannot be interrupted halfway."""
+        await unbroken(self._stop())
+
+    async def _stop(self) -> None:
         with contextlib.suppress(QemuError):
             await self.monitor.execute("quit", timeout=_END_TIMEOUT)
         await self.monitor.close()
@@ -125,12 +129,12 @@ async def launch(
             stderr=errors.writer, pass_fds=(listener.fileno(), configuration, leash.fd, *pass_fds),
         ))  # fmt: skip
         try:
-            process = await asyncio.shield(starting)
+            process = await unbroken(starting)
         except OSError as error:
             raise QemuError(f"{command.program} does not start: {error.strerror}") from error
         except asyncio.CancelledError:
-            with contextlib.suppress(OSError):
-                _end(await starting)
+            if starting.exception() is None:
+                _end(starting.result())
             raise
         try:
             leash.hold(process.pid)
