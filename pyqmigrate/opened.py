@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from pyqmigrate import _core
 from pyqmigrate.errors import (
@@ -27,11 +27,13 @@ from pyqmigrate.errors import (
 )
 from pyqmigrate.format.elements import Stream
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
-from pyqmigrate.format.sequential import SequentialStream
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.memory import Memory, StoredMemory
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
 from pyqmigrate.load import Clear, LoadReport
+
+if TYPE_CHECKING:
+    from pyqmigrate.format.sequential import SequentialStream
 
 __all__ = ["Kind", "Located", "OpenedBlock", "OpenedSnapshot", "locate"]
 

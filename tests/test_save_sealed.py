@@ -18,7 +18,7 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.digests import Digests
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.save import Sparse, Writer
+from pyqmigrate.saving import Sparse, Writer
 from pyqmigrate.sealing import current_seal, stale_pages, verify_seal
 from tests.core.kernel import PAGE_SIZES
 from tests.examples import few, some

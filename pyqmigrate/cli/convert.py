@@ -41,7 +41,7 @@ from pyqmigrate.export.raw import RawReport
 from pyqmigrate.format.physical_map import parse_placement
 from pyqmigrate.format.placement import GivenPlacement
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.save import Sparse
+from pyqmigrate.saving import Sparse
 
 __all__ = ["add_parser"]
 

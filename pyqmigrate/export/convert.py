@@ -42,7 +42,7 @@ from pyqmigrate.io.memory import Attached, Memory, RamBlock, StoredMemory
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
 from pyqmigrate.opened import OpenedBlock, refused_read
 from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.save import SaveReport, Sparse, Writer
+from pyqmigrate.saving import SaveReport, Sparse, Writer
 from pyqmigrate.sequential import SequentialWriter
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
@@ -87,7 +87,7 @@ def convert(
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
         A classic stream leaves out those that are not given. For the stream forms only.
     placements: for an ELF core or a LiME file, as in :func:`~pyqmigrate.export.elf.write_elf`.
-    channels, direct_io, sparse, progress: as in :func:`pyqmigrate.save.save`; a classic stream is
+    channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`; a classic stream is
         written by one channel through the page cache.
 
     Raises SnapshotError for a source that is damaged or whose end is missing, NotSupported where

@@ -47,7 +47,7 @@ def write_elf(
 
     placements: where blocks are in the guest's address space, for those of which that is not
         found out; see :func:`~pyqmigrate.format.physical_map.parse_placement`.
-    target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.save.save`.
+    target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`.
 
     Raises NotSupported where a machine's address space is not known and nothing is given,
     UsageError, SnapshotError, TargetError, Cancelled. The target then is what it was.

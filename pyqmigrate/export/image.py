@@ -73,7 +73,7 @@ class Image:
 class ImageReport:
     """What an export did: the ``ranges`` of the guest's address space that the file has, the
     blocks that are ``unplaced`` in it, how many ``cpus`` have notes. The rest is as in
-    :class:`~pyqmigrate.save.SaveReport`.
+    :class:`~pyqmigrate.saving.SaveReport`.
     """
 
     ranges: tuple[Placement, ...]
@@ -103,7 +103,7 @@ def write_image(
     sparse: Sparse | str,
     progress: Callable[[Progress], object] | None,
 ) -> ImageReport:
-    """Write and publish it, and wait. Arguments and errors as in :func:`pyqmigrate.save.save`;
+    """Write and publish it, and wait. Arguments and errors as in :func:`pyqmigrate.saving.save`;
     also SnapshotError when pages cannot be read."""
     writer = _Writer(
         snapshot, target, image, check_channels(channels),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.seal import HEAD_MAX, SUFFIX, SealHead, SealLine
-from pyqmigrate.io.target import DirectIO, OutputTarget, followed
+from pyqmigrate.format.seal import HEAD_MAX, SealHead, SealLine
+from pyqmigrate.io.target import DirectIO, OutputTarget, seal_path
 
 __all__ = ["Manifest", "read_manifest", "seal_path", "write_manifest"]
 
@@ -40,12 +40,6 @@ class Manifest:
     def clear_pages_zero(self) -> bool:
         """Whether pages whose bit is clear read as zeros in the file."""
         return self.head.clear_pages_zero
-
-
-def seal_path(snapshot: str | os.PathLike[str]) -> Path:
-    """Where the seal of a file is: beside it, or beside what a symbolic link leads to."""
-    path = followed(os.fsdecode(snapshot))
-    return path.with_name(path.name + SUFFIX)
 
 
 def read_manifest(path: Path, limit: int | None = None) -> Manifest | None:

@@ -43,6 +43,7 @@ __all__ = [
     "DirectIO",
     "InputTarget",
     "OutputTarget",
+    "seal_path",
     "Target",
     "core_file",
     "followed",
@@ -172,6 +173,12 @@ def followed(name: str) -> Path:
             return path
         path = path.parent / link
     raise TargetError(errno.ELOOP, "cannot open for writing", name)
+
+
+def seal_path(snapshot: str | os.PathLike[str]) -> Path:
+    """Where the seal of a file is: beside it, or beside what a symbolic link leads to."""
+    path = followed(os.fsdecode(snapshot))
+    return path.with_name(path.name + SUFFIX)
 
 
 def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:

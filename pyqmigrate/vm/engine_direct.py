@@ -19,7 +19,7 @@ from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
-from pyqmigrate.save import SaveReport, Sparse, Writer
+from pyqmigrate.saving import SaveReport, Sparse, Writer
 from pyqmigrate.vm.blockers import Way
 from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.device_state import DeviceState, read_devices, read_migrated

@@ -20,8 +20,9 @@ from pyqmigrate.errors import QemuRefused
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import Disk, read_disks
-from pyqmigrate.vm.memory_map import Backend, GuestBlock, RamLine, find_memory, parse_ramblock
+from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory
 from pyqmigrate.vm.process import find_process
+from pyqmigrate.vm.ramblock import RamLine, parse_ramblock
 
 __all__ = ["Guest", "GuestBlock", "look"]
 

@@ -36,7 +36,7 @@ from pyqmigrate.vm.incoming import make_incoming
 from pyqmigrate.vm.launch import Launched, Stream, launch
 from pyqmigrate.vm.loading import Incoming, take_in
 from pyqmigrate.vm.memory_backends import Mapped, map_blocks
-from pyqmigrate.vm.memory_map import parse_ramblock
+from pyqmigrate.vm.ramblock import parse_ramblock
 from pyqmigrate.vm.source import Source
 
 __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_from"]

@@ -14,8 +14,7 @@ from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, Targ
 from pyqmigrate.format.libvirt import is_libvirt, read_header
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.pagecache import cached_bytes
-from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target
-from pyqmigrate.sealing import current_seal
+from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target, seal_path
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.vm.companion import Companion
 
@@ -125,8 +124,11 @@ class Source:
 
     def _sealed(self) -> bool:
         """Whether a seal of the file as it is now says that its clear pages are zeros."""
-        if not self._has_path:
+        if not self._has_path or not seal_path(self.name).exists():
             return False
+        # Most snapshots have none, and a restore has no time for what it does not need.
+        from pyqmigrate.sealing import current_seal
+
         seal = current_seal(self.name, self.fd)
         return seal is not None and seal.clear_pages_zero
 

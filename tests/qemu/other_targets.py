@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pyqmigrate.vm.memory_map import parse_ramblock
+from pyqmigrate.vm.ramblock import parse_ramblock
 from tests.qemu.machine import GuestRam
 from tests.qemu.qmp import QmpClient
 from tests.qemu.unpacked import unpacked

@@ -16,8 +16,9 @@ import pytest
 from pyqmigrate.errors import QemuError
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.process import ProcessMemory
-from pyqmigrate.vm.memory_map import Backend, GuestBlock, RamLine, find_memory, parse_ramblock
+from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory
 from pyqmigrate.vm.process import Mapping, covering, find_process, open_mapped, read_mappings
+from pyqmigrate.vm.ramblock import RamLine, parse_ramblock
 
 MIB = 1 << 20
 HEAD_10 = (

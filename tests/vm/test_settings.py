@@ -8,7 +8,7 @@ import pytest
 
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.target import Direct
-from pyqmigrate.save import Sparse
+from pyqmigrate.saving import Sparse
 from pyqmigrate.vm.contents import Contents
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.settings import Changes, for_device_state, for_pages
