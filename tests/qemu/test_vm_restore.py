@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.qemu.saved import (
     save_guest,
     serial_says,
 )
+from tests.qemu.unpacked import emulator
 
 pytestmark = pytest.mark.qemu
 
@@ -361,12 +361,11 @@ def test_guest_does_not_change_the_snapshot(disk: Path, serial: Path) -> None:
     assert saved.path.read_bytes() == before
 
 
-@pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="no qemu-system-aarch64")
 @pytest.mark.parametrize("mode", ["instant", "load"])
 def test_guest_of_another_architecture_is_restored(disk: Path, mode: str) -> None:
     """It never ran: what it has in its memory was put there."""
     command = [
-        "qemu-system-aarch64", "-accel", "tcg", "-M", "virt", "-cpu", "cortex-a57", "-m", M,
+        emulator("aarch64"), "-accel", "tcg", "-M", "virt", "-cpu", "cortex-a57", "-m", M,
         "-nodefaults", "-display", "none", "-S",
     ]  # fmt: skip
     path = disk / "guest.mapped"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-__all__ = ["lack", "unpacked"]
+__all__ = ["emulator", "lack", "unpacked"]
 
 _ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyqmigrate-tests"
 
@@ -19,6 +20,12 @@ def unpacked(name: str) -> Path:
     if not (root / ".complete").exists():
         lack(f"{root} is not there: run .ci/ensure-system qemu")
     return root
+
+
+def emulator(target: str) -> str:
+    """A QEMU for another target: the one that is installed, or the one unpacked."""
+    program = f"qemu-system-{target}"
+    return shutil.which(program) or str(unpacked("targets") / "usr/bin" / program)
 
 
 def lack(reason: str) -> NoReturn:
