@@ -267,13 +267,6 @@ def test_converted_snapshot_has_the_memory(disk: Path, kind: Kind, to: str) -> N
         assert snapshot.blocks["ram"].read(0, len(memory)) == memory.tobytes()
 
 
-def test_snapshot_can_be_replaced_by_its_own_conversion(disk: Path) -> None:
-    memory = save_classic(disk / "snap")
-    convert(disk / "snap", disk / "snap", to="mapped-ram")
-    with Snapshot(disk / "snap") as snapshot:
-        assert snapshot.blocks["ram"].read(0, len(memory)) == memory.tobytes()
-
-
 def test_conversion_into_its_own_source_in_place_is_refused(disk: Path) -> None:
     save_classic(disk / "snap")
     before = (disk / "snap").read_bytes()

@@ -47,6 +47,7 @@ __all__ = [
     "core_file",
     "followed",
     "stream_offset",
+    "target_path",
 ]
 
 _MODE = 0o600
@@ -236,6 +237,11 @@ def core_file(fd: int, direct: Direct | None) -> Any:
     file.mem_align = direct.mem_align if direct else 1
     file.off_align = direct.off_align if direct else 1
     return file
+
+
+def target_path(target: str | os.PathLike[str]) -> str:
+    """The path in a target, without ``file:`` and offset."""
+    return _split(target)[0]
 
 
 def stream_offset(target: Target) -> int:
