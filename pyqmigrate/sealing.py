@@ -29,7 +29,14 @@ from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.digests import Digests, open_direct
-from pyqmigrate.io.manifest import Manifest, read_manifest, seal_path, write_manifest
+from pyqmigrate.io.manifest import (
+    Manifest,
+    check_place,
+    read_manifest,
+    remove_manifest,
+    seal_path,
+    write_manifest,
+)
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
 from pyqmigrate.opening import open_snapshot
 from pyqmigrate.snapshot import Snapshot
@@ -131,7 +138,7 @@ def start_seal(
 
     Its structure is verified; pages whose bit is clear and that do not read as zeros become holes;
     it is made durable; the seal gets its name beside it when it is whole and durable. One that is
-    there is replaced.
+    there is replaced; another file of that name is a UsageError, before anything is changed.
 
     snapshot: a path or a ``file:`` URI. offset, page_size: as for
         :func:`~pyqmigrate.opening.open_snapshot`.
@@ -152,6 +159,7 @@ def start_seal(
             if source.offset:
                 raise UsageError("the offset is given twice")
             source.offset = offset
+        check_place(seal_path(source.name))
         work = _Sealing(
             source, page_size, Digests(chosen), Channels(count, "pyqmigrate-seal"), setting
         )
@@ -223,7 +231,7 @@ class _Sealing:
     ) -> None:
         self._lock(fcntl.LOCK_EX, "a guest runs from it, and pages have to be cleared in it")
         # An earlier seal would call damaged what is done now.
-        path.unlink(missing_ok=True)
+        remove_manifest(path)
         fd = os.open(f"/proc/self/fd/{self.source.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             clear_stale(snapshot, fd, stale, channels)

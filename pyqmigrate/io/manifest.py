@@ -12,9 +12,17 @@ from pathlib import Path
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.seal import HEAD_MAX, SUFFIX, SealHead, SealLine
-from pyqmigrate.io.target import DirectIO, OutputTarget, followed
+from pyqmigrate.io import old_seal
+from pyqmigrate.io.target import DirectIO, OutputTarget, followed, sync_directory
 
-__all__ = ["Manifest", "read_manifest", "seal_path", "write_manifest"]
+__all__ = [
+    "Manifest",
+    "check_place",
+    "read_manifest",
+    "remove_manifest",
+    "seal_path",
+    "write_manifest",
+]
 
 _WINDOW = 1 << 20  # bytes read at a time
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -97,8 +105,31 @@ def _read(fd: int, limit: int | None) -> Manifest:
     return Manifest(head, bytes(kept))
 
 
+def check_place(path: Path) -> None:
+    """UsageError where something stands that is no seal of ours and would be replaced by one.
+
+    Raises TargetError.
+    """
+    try:
+        old_seal.check_replaceable(path)
+    except OSError as error:
+        raise TargetError(
+            error.errno or errno.EIO, "cannot look at the seal that is there", path
+        ) from error
+
+
+def remove_manifest(path: Path) -> None:
+    """Remove the seal at ``path``, if one of ours is there, and make that durable. OSError."""
+    if old_seal.remove(os.fspath(path)):
+        sync_directory(path)
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write it beside its file; it has its name when it is whole and durable. TargetError."""
+    """Write it beside its file; it has its name when it is whole and durable.
+
+    Raises UsageError where something else has that name, TargetError.
+    """
+    check_place(path)
     line = manifest.head.encode(manifest.digests)
     target = OutputTarget.open(path, DirectIO.OFF)
     try:
