@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from pyqmigrate.damage import Damage, parts_of
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError, TargetError, UsageError
-from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
@@ -287,15 +287,13 @@ def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
     that it was sealed with. Nothing of the file is read. None otherwise, whatever the reason.
     """
     try:
-        manifest = read_manifest(seal_path(path))
         info = os.stat(path) if fd is None else os.fstat(fd)  # noqa: PTH116
+        return read_manifest(
+            seal_path(path),
+            wanted=lambda head: (head.size, head.mtime_ns) == (info.st_size, info.st_mtime_ns),
+        )
     except (PyqmigrateError, OSError, ValueError):
         return None
-    if manifest is None or (info.st_size, info.st_mtime_ns) != (
-        manifest.size, manifest.head.mtime_ns
-    ):  # fmt: skip
-        return None
-    return manifest
 
 
 def verify_seal(
@@ -324,7 +322,8 @@ def start_verify(
     source = InputTarget(snapshot)
     try:
         path = seal_path(source.name)
-        manifest = read_manifest(path)
+        # Digests of pieces that the file does not have are not needed to call them missing.
+        manifest = read_manifest(path, count_pieces(source.size) * DIGEST_SIZE)
         if manifest is None:
             source.close()
             return None

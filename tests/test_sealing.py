@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,25 @@ def test_a_damaged_seal_is_not_current_and_an_error_to_verify(tmp_path: Path) ->
     assert caught.value.field == "seal"
     seal(made.path)
     assert made.check().intact
+
+
+def test_a_seal_that_claims_a_huge_file_costs_no_memory(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest")
+    found = read_manifest(made.seal)
+    assert found is not None
+    head = dataclasses.replace(found.head, size=1 << 42)
+    digests = bytes(found.digests).ljust(head.digests_size, b"\1")
+    made.seal.write_bytes(head.encode(digests) + digests)
+    tracemalloc.start()
+    try:
+        check = made.check()
+        assert current_seal(made.path) is None
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20 < len(digests)
+    finally:
+        tracemalloc.stop()
+    size = made.path.stat().st_size
+    assert [damage.offset for damage in check.damages][-1] == size
+    assert f"the file had {1 << 42} bytes and has {size}" in check.damages[-1].why
 
 
 def test_a_seal_of_a_copy_vouches_for_the_copy(tmp_path: Path) -> None:

@@ -432,7 +432,7 @@ class OutputTarget:
         """Bytes of disk that the file holds."""
         return os.fstat(self.fd).st_blocks * 512
 
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+    def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data`` at ``offset`` through the buffered descriptor."""
         with memoryview(data).cast("B") as view:
             done = 0
