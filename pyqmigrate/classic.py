@@ -104,8 +104,8 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
 
     target, offset: as for :class:`~pyqmigrate.snapshot.Snapshot`.
     page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
-    index: where the result of the pass is kept; it is used if it is that of this file, and written
-        otherwise. A file there that is no index is a UsageError.
+    index: where the result of the pass is kept; it is used if it is whole and of this file, and
+        written otherwise. A file there that is no index is a UsageError.
 
     Raises SnapshotError for a damaged head, NotSupported for a stream of another kind, TargetError,
     UsageError. The pass raises these too, at whatever needed it: NotSupported for a multifd stream,

@@ -8,6 +8,7 @@ There are two: :class:`~pyqmigrate.snapshot.Snapshot`, a mapped-ram file, and
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import errno
 import os
@@ -29,7 +30,7 @@ from pyqmigrate.format.elements import Stream
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.memory import Memory, StoredMemory
-from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
+from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target, target_path
 from pyqmigrate.load import Clear, LoadReport
 
 if TYPE_CHECKING:
@@ -272,6 +273,27 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
     def allocated(self) -> int:
         """Bytes of disk that the file holds."""
         return self.source.allocated_bytes()
+
+    def refuse_as_target(self, target: Target) -> None:
+        """UsageError when ``target`` leads to this very file: writing there would destroy it.
+
+        Links are followed, and a hard link is the file. What leads nowhere is no matter here.
+        """
+        places: tuple[str | int, ...]
+        if isinstance(target, Descriptors):
+            fds = (target.buffered, target.direct)
+            places = tuple(fd for fd in fds if fd is not None)
+        else:
+            places = (target_path(target),)
+        for place in places:
+            with contextlib.suppress(OSError):
+                info = os.stat(place)  # noqa: PTH116
+                if (info.st_dev, info.st_ino) == self._identity():
+                    name = repr(place) if isinstance(place, str) else f"descriptor {place}"
+                    raise UsageError(
+                        f"{name} is the snapshot that is read ({self.source.name!r}), and would be"
+                        " overwritten: write to another file"
+                    )
 
     def _identity(self) -> tuple[int, int]:
         info = os.fstat(self.source.fd)

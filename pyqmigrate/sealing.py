@@ -24,12 +24,19 @@ from typing import Any, TypeAlias
 
 from pyqmigrate.damage import Damage, parts_of
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError, TargetError, UsageError
-from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.digests import Digests, open_direct
-from pyqmigrate.io.manifest import Manifest, read_manifest, seal_path, write_manifest
+from pyqmigrate.io.manifest import (
+    Manifest,
+    check_place,
+    read_manifest,
+    remove_manifest,
+    seal_path,
+    write_manifest,
+)
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
 from pyqmigrate.opening import open_snapshot
 from pyqmigrate.snapshot import Snapshot
@@ -131,7 +138,7 @@ def start_seal(
 
     Its structure is verified; pages whose bit is clear and that do not read as zeros become holes;
     it is made durable; the seal gets its name beside it when it is whole and durable. One that is
-    there is replaced.
+    there is replaced; another file of that name is a UsageError, before anything is changed.
 
     snapshot: a path or a ``file:`` URI. offset, page_size: as for
         :func:`~pyqmigrate.opening.open_snapshot`.
@@ -152,6 +159,7 @@ def start_seal(
             if source.offset:
                 raise UsageError("the offset is given twice")
             source.offset = offset
+        check_place(seal_path(source.name))
         work = _Sealing(
             source, page_size, Digests(chosen), Channels(count, "pyqmigrate-seal"), setting
         )
@@ -223,7 +231,7 @@ class _Sealing:
     ) -> None:
         self._lock(fcntl.LOCK_EX, "a guest runs from it, and pages have to be cleared in it")
         # An earlier seal would call damaged what is done now.
-        path.unlink(missing_ok=True)
+        remove_manifest(path)
         fd = os.open(f"/proc/self/fd/{self.source.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             clear_stale(snapshot, fd, stale, channels)
@@ -279,15 +287,13 @@ def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
     that it was sealed with. Nothing of the file is read. None otherwise, whatever the reason.
     """
     try:
-        manifest = read_manifest(seal_path(path))
         info = os.stat(path) if fd is None else os.fstat(fd)  # noqa: PTH116
+        return read_manifest(
+            seal_path(path),
+            wanted=lambda head: (head.size, head.mtime_ns) == (info.st_size, info.st_mtime_ns),
+        )
     except (PyqmigrateError, OSError, ValueError):
         return None
-    if manifest is None or (info.st_size, info.st_mtime_ns) != (
-        manifest.size, manifest.head.mtime_ns
-    ):  # fmt: skip
-        return None
-    return manifest
 
 
 def verify_seal(
@@ -316,7 +322,8 @@ def start_verify(
     source = InputTarget(snapshot)
     try:
         path = seal_path(source.name)
-        manifest = read_manifest(path)
+        # Digests of pieces that the file does not have are not needed to call them missing.
+        manifest = read_manifest(path, count_pieces(source.size) * DIGEST_SIZE)
         if manifest is None:
             source.close()
             return None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pyqmigrate
-from pyqmigrate import Algorithm, RamBlock, SnapshotError, TargetError, UsageError, seal
+from pyqmigrate import Algorithm, RamBlock, SnapshotError, TargetError, UsageError, seal, sealing
 from pyqmigrate.errors import Cancelled
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.io.digests import Digests
@@ -240,6 +242,72 @@ def test_descriptors_have_no_seal(tmp_path: Path) -> None:
                 work(target)
 
 
+@pytest.mark.parametrize("content", [b"", b"wax", b'{"format": "another seal"}\n', None])
+def test_a_file_that_is_no_seal_is_left_alone_and_nothing_is_changed(
+    disk: Path, content: bytes | None
+) -> None:
+    made = Sealed.make(disk / "guest", seal=None)
+    made.stale("big", 5)
+    before = made.path.read_bytes()
+    if content is None:
+        made.seal.mkdir()
+    else:
+        made.seal.write_bytes(content)
+    with pytest.raises(UsageError, match="move it away"):
+        seal(made.path)
+    assert made.path.read_bytes() == before
+    assert content is None or made.seal.read_bytes() == content
+
+
+def test_a_file_that_a_link_under_the_seals_name_leads_to_is_not_replaced(disk: Path) -> None:
+    made = Sealed.make(disk / "guest", seal=None)
+    (disk / "letter").write_text("dear")
+    made.seal.symlink_to("letter")
+    with pytest.raises(UsageError, match="move it away"):
+        seal(made.path)
+    assert (disk / "letter").read_text() == "dear"
+
+
+def test_an_old_seal_is_gone_for_good_before_a_page_is_cleared(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Sealed.make(disk / "guest")
+    made.stale("big", 1)
+    order: list[str] = []
+    sync, clear = os.fsync, sealing.clear_stale
+
+    def noted_sync(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), disk.stat()):
+            order.append("directory, " + ("with" if made.seal.exists() else "without"))
+        sync(fd)
+
+    def noted_clear(*arguments: Any) -> None:
+        order.append("clear")
+        clear(*arguments)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(sealing, "clear_stale", noted_clear)
+    seal(made.path)
+    assert order == ["directory, without", "clear", "directory, with"]
+
+
+def test_a_seal_that_somebody_puts_a_file_over_meanwhile_is_not_removed(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Sealed.make(disk / "guest", seal=None)
+    made.stale("big", 1)
+    find = sealing.find_stale
+
+    def found(*arguments: Any) -> dict[str, int]:
+        made.seal.write_text("wax")
+        return find(*arguments)
+
+    monkeypatch.setattr(sealing, "find_stale", found)
+    with pytest.raises(UsageError, match="move it away"):
+        seal(made.path)
+    assert made.seal.read_text() == "wax"
+
+
 def test_an_unknown_algorithm_is_a_usage_error(tmp_path: Path) -> None:
     save_known(tmp_path / "snap")
     with pytest.raises(UsageError):
@@ -270,6 +338,25 @@ def test_a_damaged_seal_is_not_current_and_an_error_to_verify(tmp_path: Path) ->
     assert caught.value.field == "seal"
     seal(made.path)
     assert made.check().intact
+
+
+def test_a_seal_that_claims_a_huge_file_costs_no_memory(tmp_path: Path) -> None:
+    made = Sealed.make(tmp_path / "guest")
+    found = read_manifest(made.seal)
+    assert found is not None
+    head = dataclasses.replace(found.head, size=1 << 42)
+    digests = bytes(found.digests).ljust(head.digests_size, b"\1")
+    made.seal.write_bytes(head.encode(digests) + digests)
+    tracemalloc.start()
+    try:
+        check = made.check()
+        assert current_seal(made.path) is None
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20 < len(digests)
+    finally:
+        tracemalloc.stop()
+    size = made.path.stat().st_size
+    assert [damage.offset for damage in check.damages][-1] == size
+    assert f"the file had {1 << 42} bytes and has {size}" in check.damages[-1].why
 
 
 def test_a_seal_of_a_copy_vouches_for_the_copy(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
 ``elf``         an ELF core of the guest's physical memory: for gdb, drgn, crash, volatility3
 ``lime``        a LiME file of it: for volatility3
 
-Device state is carried over byte for byte. DST appears only when it is whole and durable.
+Device state is carried over byte for byte. DST appears only when it is whole and durable;
+it cannot be SRC, under whatever name.
 ``--memory NAME=FILE`` gives the content of a block that SRC only lists (x-ignore-shared).
 
 For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and

@@ -91,14 +91,16 @@ def _about(check: SealCheck) -> list[str]:
 def _look_deeper(
     args: argparse.Namespace, snapshot: AnySnapshot, data: dict[str, Any], lines: list[str]
 ) -> None:
-    stale = stale_pages(snapshot) if isinstance(snapshot, Snapshot) else {}
+    stale = (
+        stale_pages(snapshot, channels=args.channels) if isinstance(snapshot, Snapshot) else {}
+    )
     data["stale_pages"] = stale
     lines += [
         f"{counted(number, 'clear page')} of block {printable(name)!r} with old bytes in the file"
         for name, number in stale.items()
     ]
     try:
-        found = devices(args.snapshot, offset=args.offset)
+        found = devices(snapshot)
     except NotSupported as error:
         data["devices"] = None
         lines.append(f"device state: {printable(str(error))}")

@@ -83,7 +83,8 @@ def convert(
     """Write the snapshot in another form, and wait until that is durable.
 
     source: an opened snapshot, which stays open, or what ``open_snapshot`` takes.
-    target: as for a save; for raw files a directory.
+    target: as for a save; for raw files a directory. It must not be the source, under whatever
+        name.
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
         A classic stream leaves out those that are not given. For the stream forms only.
     placements: for an ELF core or a LiME file, as in :func:`~pyqmigrate.export.elf.write_elf`.
@@ -106,6 +107,7 @@ def convert(
         else:
             opened = open_snapshot(source)
             stack.callback(opened.close)
+        opened.refuse_as_target(target)
         if isinstance(opened, ClassicSnapshot):
             opened.read_through(progress)
         if form is Form.RAW:
@@ -139,6 +141,7 @@ def start_stream_conversion(
 
     Arguments and errors as in :func:`convert`. ``source`` stays open until the job has ended.
     """
+    source.refuse_as_target(target)
     carried = _carried(source)
     blocks, left_out = _blocks(source, memories or {})
     writer: StreamWriter

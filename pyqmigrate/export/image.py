@@ -105,6 +105,7 @@ def write_image(
 ) -> ImageReport:
     """Write and publish it, and wait. Arguments and errors as in :func:`pyqmigrate.saving.save`;
     also SnapshotError when pages cannot be read."""
+    snapshot.refuse_as_target(target)
     writer = _Writer(
         snapshot, target, image, check_channels(channels),
         choice(DirectIO, direct_io, "direct_io"), choice(Sparse, sparse, "sparse"),

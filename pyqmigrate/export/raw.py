@@ -100,11 +100,14 @@ def unpack(
     killed leaves whole files at most (on file systems without unnamed ones also hidden parts).
 
     Raises BlockMismatch for a name that the snapshot has not, UsageError for one that it has
-    without content, NoSpace, TargetError, SnapshotError and Cancelled as a load does.
+    without content and where the snapshot itself would be replaced, NoSpace, TargetError,
+    SnapshotError and Cancelled as a load does.
     """
     started = time.monotonic()
     wanted = _choose(snapshot, blocks)
     path = os.fspath(directory)
+    for name in ("", INDEX, *(raw_name(block.name) for block in wanted if not block.external)):
+        snapshot.refuse_as_target(os.path.join(path, name) if name else path)  # noqa: PTH118
     with contextlib.ExitStack() as stack:
         dir_fd = _open_directory(path, stack)
         files: dict[str, _NewFile] = {}

@@ -99,7 +99,7 @@ class Digests:
         head = SealHead(self.algorithm, self.size, mtime_ns, clear_pages_zero, offset, blocks)
         return Manifest(head, bytes(self._table))
 
-    def differing(self, digests: bytes) -> Iterator[int]:
+    def differing(self, digests: bytes | bytearray) -> Iterator[int]:
         """Numbers of the pieces, known here and there, whose digests differ."""
         for start in range(0, min(len(self._table), len(digests)), PIECE):
             end = start + PIECE

@@ -34,8 +34,9 @@ from typing import Any, TypeAlias
 from pyqmigrate import _core
 from pyqmigrate.errors import DirectIORefused, NoSpace, TargetError, UsageError
 from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGES_ALIGNMENT
-from pyqmigrate.format.seal import SUFFIX, is_seal
+from pyqmigrate.format.seal import SUFFIX
 from pyqmigrate.format.uri import parse_file_uri
+from pyqmigrate.io import old_seal
 
 __all__ = [
     "Descriptors",
@@ -48,13 +49,13 @@ __all__ = [
     "core_file",
     "followed",
     "stream_offset",
+    "sync_directory",
+    "target_path",
 ]
 
 _MODE = 0o600
 _FALLBACK_ALIGN = 4096
 _LARGEST_ALIGN = 65536
-# Why there is no file of ours: none, a name too long, a symbolic link, a socket.
-_NO_FILE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
 
 class DirectIO(enum.StrEnum):
@@ -181,6 +182,15 @@ def seal_path(snapshot: str | os.PathLike[str]) -> Path:
     return path.with_name(path.name + SUFFIX)
 
 
+def sync_directory(path: Path) -> None:
+    """Make names in the directory of ``path``, and their removal, durable. Raises OSError."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
     """What direct I/O on this file demands, or why it is not to be had."""
     mem, off = _core.ffi.new("uint32_t *"), _core.ffi.new("uint32_t *")
@@ -243,6 +253,11 @@ def core_file(fd: int, direct: Direct | None) -> Any:
     file.mem_align = direct.mem_align if direct else 1
     file.off_align = direct.off_align if direct else 1
     return file
+
+
+def target_path(target: str | os.PathLike[str]) -> str:
+    """The path in a target, without ``file:`` and offset."""
+    return _split(target)[0]
 
 
 def stream_offset(target: Target) -> int:
@@ -424,7 +439,7 @@ class OutputTarget:
         """Bytes of disk that the file holds."""
         return os.fstat(self.fd).st_blocks * 512
 
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+    def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data`` at ``offset`` through the buffered descriptor."""
         with memoryview(data).cast("B") as view:
             done = 0
@@ -457,29 +472,14 @@ class OutputTarget:
                 os.fsync(self._dir_fd)
 
     def _remove_seal(self, name: str, dir_fd: int | None) -> None:
-        """The seal of the file that is replaced would call the new one damaged."""
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+        """The seal of the file that is replaced would call the new one damaged. In place it is
+        gone for good before the file changes."""
         with self._refusing("cannot remove the seal of what is replaced"):
-            try:
-                fd = os.open(name + SUFFIX, flags, dir_fd=dir_fd)
-            except OSError as error:
-                if error.errno in _NO_FILE:
-                    return
-                raise
-            try:
-                ours = stat.S_ISREG(os.fstat(fd).st_mode) and is_seal(os.pread(fd, 64, 0))
-            finally:
-                os.close(fd)
-            if ours:
-                os.unlink(name + SUFFIX, dir_fd=dir_fd)
+            if old_seal.remove(name + SUFFIX, dir_fd) and dir_fd is None:
+                self._sync_directory()
 
     def _sync_directory(self) -> None:
-        parent = followed(self.name).parent
-        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_directory(followed(self.name))
 
     def _link(self) -> None:
         if self._temporary is None:

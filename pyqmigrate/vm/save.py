@@ -30,7 +30,7 @@ from pyqmigrate.errors import (
 from pyqmigrate.format.digest import Algorithm, digester
 from pyqmigrate.format.stream import MAGIC
 from pyqmigrate.io.channels import check_channels
-from pyqmigrate.io.manifest import seal_path, write_manifest
+from pyqmigrate.io.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset
 from pyqmigrate.sealing import start_seal
 from pyqmigrate.snapshot import Snapshot
@@ -149,6 +149,7 @@ async def save(
     )
     if request.seal is not None:
         digester(request.seal)
+        await asyncio.to_thread(check_place, seal_path(_path(request.snapshot)))
     if stream_offset(request.snapshot):
         raise UsageError("a guest is saved into a file of its own: without an offset")
     async with await Monitor.connect(qmp) as monitor:
