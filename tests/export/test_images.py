@@ -266,6 +266,21 @@ def test_placements_are_refused_for_other_forms(form: str, disk: Path) -> None:
                 placements=[parse_placement("pc.ram@0")])  # fmt: skip
 
 
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_byte_order_can_be_given(order: Any, disk: Path) -> None:
+    source = make(disk / "s", "mapped-ram", "pseries-10.0", **{"ppc_spapr.ram": bytes(4 << 20)})
+    image, _ = export(source, disk / "to", "elf", byte_order=order)
+    assert (disk / "to").read_bytes()[5] == (1 if order == "little" else 2)
+    assert image.machine == "EM_PPC64"
+
+
+def test_byte_order_is_refused_where_it_has_no_meaning(disk: Path) -> None:
+    source = make(disk / "s", "mapped-ram")
+    for form, order in (("lime", "big"), ("raw", "little"), ("elf", "middle")):
+        with pytest.raises(UsageError, match=r"byte.order"):
+            convert(source, disk / "to", to=form, byte_order=order)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("form", ["raw", *FORMS])
 def test_memories_are_refused_where_they_have_no_meaning(form: str, disk: Path) -> None:
     with pytest.raises(UsageError, match="memories"):
