@@ -75,12 +75,12 @@ def write_elf(
 
     def head() -> bytes:
         return encode_head(
-            processor.elf, segments, notes + search.note, big_endian=big_endian
+            processor.elf, segments, notes + search.note(), big_endian=big_endian
         )
 
     return write_image(
         snapshot, target, guest,
-        Image([*areas.values()], at, lambda: [(0, head())], look=search.look), cpus=len(cpus),
+        Image([*areas.values()], at, lambda: [(0, head())], watch=search.watched), cpus=len(cpus),
         channels=channels, direct_io=direct_io, sparse=sparse, progress=progress,
     )
 

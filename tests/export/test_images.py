@@ -195,6 +195,21 @@ def test_note_is_found_among_pages_smaller_than_linuxs(disk: Path) -> None:
         assert [n.content for n in image.notes] == found
 
 
+def bytes_read_here() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_memory_is_read_once(disk: Path) -> None:
+    length = 64 << 20
+    memory = bytearray(os.urandom(length))
+    memory[length // 2 : length // 2 + 64] = note_of("6.1").ljust(64, b"\0")
+    with open_snapshot(make(disk / "s", "mapped-ram", **{"pc.ram": bytes(memory)})) as snapshot:
+        before = bytes_read_here()
+        convert(snapshot, disk / "to", to="elf")
+        assert bytes_read_here() - before < length + (4 << 20)
+    assert [n.content for n in Physical.of_elf(disk / "to").notes] == [b"OSRELEASE=6.1\n"]
+
+
 def test_note_that_leaves_its_block_is_none(disk: Path) -> None:
     memory = bytearray(ram(8).tobytes())
     note = struct.pack("<III", 11, 8192, 0) + b"VMCOREINFO\0\0OSRELEASE="
