@@ -230,6 +230,20 @@ struct qm_part {
 
 ssize_t qm_part_fill(void *part, void *buf, uint64_t off, size_t len);
 int64_t qm_part_next(void *part, uint64_t off, uint64_t end);
+
+struct qm_watch {
+    qm_fill_fn fill;
+    qm_next_fn next;
+    void *arg;
+    const unsigned char *head;
+    const unsigned char *mask;
+    size_t len;
+    uint64_t step;
+    uint64_t found;
+};
+
+ssize_t qm_watch_fill(void *watch, void *buf, uint64_t off, size_t len);
+int64_t qm_watch_next(void *watch, uint64_t off, uint64_t end);
 uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 
 int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);

@@ -455,6 +455,24 @@ struct qm_part {
 ssize_t qm_part_fill(void *part, void *buf, uint64_t off, size_t len);
 int64_t qm_part_next(void *part, uint64_t off, uint64_t end);
 
+/* Memory that is another one, and in which something is looked for in passing: at multiples of
+ * `step` bytes, the `len` bytes that are `head` where `mask` has bits. `found` is the lowest place so
+ * far; UINT64_MAX at first. Several channels may read it at once. What is not read is not seen, nor
+ * what does not stand within one read: `len` is at most a page, `step` not less than one. */
+struct qm_watch {
+    qm_fill_fn fill;
+    qm_next_fn next;
+    void *arg;
+    const unsigned char *head;
+    const unsigned char *mask;
+    size_t len;
+    uint64_t step;
+    uint64_t found;
+};
+
+ssize_t qm_watch_fill(void *watch, void *buf, uint64_t off, size_t len);
+int64_t qm_watch_next(void *watch, uint64_t off, uint64_t end);
+
 /* Where the bits from `first` on cease to be alike; at most `end`. */
 uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 

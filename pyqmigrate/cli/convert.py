@@ -15,7 +15,8 @@ it cannot be SRC, under whatever name.
 For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
 the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places one
 by hand (a memory module that was plugged in), instead of what would be found for it. Numbers are
-bytes, decimal or 0x.
+bytes, decimal or 0x. ``--byte-order`` says what a Power guest's is in an elf file where there is no
+device state to tell.
 
 JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
 elf and lime, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,
@@ -60,6 +61,10 @@ def add_parser(verbs: Verbs) -> None:
         "--map", metavar="NAME@ADDRESS[+OFFSET[,SIZE]]", action="append", default=[],
         type=_read_placement, help="where a block is in an elf or lime file; may be repeated",
     )
+    parser.add_argument(
+        "--byte-order", choices=["little", "big"], default=None,
+        help="of the guest, in an elf file (default: as the device state has it)",
+    )
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
@@ -94,7 +99,8 @@ def _run(args: argparse.Namespace) -> Outcome:
             memories[name] = FileMemory(fd)
         report = convert(
             snapshot, args.target, to=args.to, channels=args.channels, direct_io=args.direct_io,
-            sparse=args.sparse, memories=memories, placements=args.map, progress=show,
+            sparse=args.sparse, memories=memories, placements=args.map,
+            byte_order=args.byte_order, progress=show,
         )
     data = {
         "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),

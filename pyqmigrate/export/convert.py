@@ -19,6 +19,7 @@ import enum
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from pyqmigrate import _core
 from pyqmigrate.classic import ClassicSnapshot
@@ -65,7 +66,7 @@ class Form(enum.StrEnum):
     LIME = "lime"
 
 
-_IMAGES = {Form.ELF: write_elf, Form.LIME: write_lime}
+_IMAGES = (Form.ELF, Form.LIME)
 
 
 def convert(
@@ -78,6 +79,7 @@ def convert(
     sparse: Sparse | str = Sparse.AUTO,
     memories: Mapping[str, Memory] | None = None,
     placements: Sequence[GivenPlacement] | None = None,
+    byte_order: Literal["little", "big"] | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> SaveReport | RawReport | ImageReport:
     """Write the snapshot in another form, and wait until that is durable.
@@ -88,6 +90,7 @@ def convert(
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
         A classic stream leaves out those that are not given. For the stream forms only.
     placements: for an ELF core or a LiME file, as in :func:`~pyqmigrate.export.elf.write_elf`.
+    byte_order: the guest's, for an ELF core: as in :func:`~pyqmigrate.export.elf.write_elf`.
     channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`; a classic stream is
         written by one channel through the page cache.
 
@@ -100,6 +103,8 @@ def convert(
         raise UsageError("memories are for a mapped-ram file and a classic stream")
     if placements and form not in _IMAGES:
         raise UsageError("placements are for an ELF core and a LiME file")
+    if byte_order and form is not Form.ELF:
+        raise UsageError("a byte order is for an ELF core")
     with contextlib.ExitStack() as stack:
         opened: AnySnapshot
         if isinstance(source, Snapshot | ClassicSnapshot):
@@ -116,8 +121,13 @@ def convert(
             return unpack(
                 opened, target, channels=channels, direct_io=direct_io, progress=progress
             )
-        if form in _IMAGES:
-            return _IMAGES[form](
+        if form is Form.ELF:
+            return write_elf(
+                opened, target, placements=placements, channels=channels, direct_io=direct_io,
+                sparse=sparse, byte_order=byte_order, progress=progress,
+            )
+        if form is Form.LIME:
+            return write_lime(
                 opened, target, placements=placements, channels=channels, direct_io=direct_io,
                 sparse=sparse, progress=progress,
             )

@@ -13,10 +13,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.cpu_state import Architecture, cpu_registers
+from pyqmigrate.format.cpu_state import Architecture, cpu_registers, power_is_little_endian
 from pyqmigrate.format.device_tree import Device
 from pyqmigrate.format.pc_memory import PC_FAMILY, TOLD_LESS, PcMachine, Ram, layers
 from pyqmigrate.format.placement import GivenPlacement, Placement, overlay
@@ -44,8 +44,8 @@ _NEVER_RAM = re.compile(r".*/|pc\.bios|pc\.rom|isa-bios|(system|virt)\.flash\d|v
 
 @dataclass(frozen=True)
 class Processor:
-    """What a machine type runs; ``elf`` is its number in ELF files, ``described`` what registers
-    of it look like, where that is known."""
+    """What a machine runs; ``elf`` is its number in ELF files, ``described`` what registers of it
+    look like, where that is known, ``big_endian`` the byte order of its guest."""
 
     elf: int
     described: tuple[Architecture, ...] = ()
@@ -54,6 +54,7 @@ class Processor:
 
 _X86 = Processor(62, (Architecture.X86_64, Architecture.I386))
 _AARCH64 = Processor(183, (Architecture.AARCH64,))
+_POWER = Processor(21, big_endian=True)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class _Flat:
 _FLAT = (
     _Flat(re.compile(r"virt(-|\Z)"), "mach-virt.ram", 1 << 30, _AARCH64),
     _Flat(re.compile(r"virt\Z"), "riscv_virt_board.ram", 2 << 30, Processor(243)),
-    _Flat(re.compile(r"pseries"), "ppc_spapr.ram", 0, Processor(21, big_endian=True)),
+    _Flat(re.compile(r"pseries"), "ppc_spapr.ram", 0, _POWER),
     _Flat(re.compile(r"s390-ccw-virtio"), "s390.ram", 0, Processor(22, big_endian=True)),
 )
 
@@ -130,12 +131,17 @@ def physical_map(
 def processor_of(
     machine: str, blocks: Iterable[str], devices: Iterable[Device] = ()
 ) -> Processor:
-    """What a machine runs; NotSupported where that is not known."""
+    """What a machine runs; NotSupported where that is not known.
+
+    A Power guest is of either byte order: big where ``devices`` do not tell.
+    """
     if _pc(machine) is not None:
         return _X86
     devices = tuple(devices)
     flat = _flat(machine, blocks, devices)
     if flat is not None:
+        if flat.processor is _POWER:
+            return replace(_POWER, big_endian=not power_is_little_endian(devices))
         return flat.processor
     for cpu in cpu_registers(devices):
         return _X86 if cpu.architecture in _X86.described else _AARCH64

@@ -228,6 +228,8 @@ def test_processor_is_that_of_the_machine_or_of_its_cpus() -> None:
     assert processor_of("q35", []).elf == 62
     assert processor_of("virt-9.2", ["mach-virt.ram"]).elf == 183
     assert processor_of("pseries-9.2", ["ppc_spapr.ram"]).big_endian
+    power = device(fields({"env.msr": 1, "env.spr": ()}))
+    assert not processor_of("pseries-9.2", ["ppc_spapr.ram"], [power]).big_endian
     assert processor_of("raspi3b", ["ram"], [device(fields(ARM))]).elf == 183
     assert processor_of("xenfv", ["ram"], [device(fields(X86))]).elf == 62
     with pytest.raises(NotSupported, match="LiME"):
