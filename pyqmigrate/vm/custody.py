@@ -2,13 +2,18 @@
 
     async with Custody(monitor, guest, changes, target) as custody:
         await custody.apply()
+        await custody.migrate(path)
         ...
+        await custody.resume()
         await custody.end(resume=True)
 
-Leaving it without having called :meth:`Custody.end` puts everything back: a migration under way
-is cancelled, settings are what they were, the descriptors that QEMU was given are removed, the
-guest runs if it ran, and its disks are the files that they were. The same is done by a guardian
-process if this one is killed (:mod:`pyqmigrate.vm.guardian`).
+Leaving it without having called :meth:`Custody.end` puts everything back: a migration that was
+begun here is cancelled, settings are what they were, the descriptors that QEMU was given are
+removed, the guest runs if it ran, and its disks are the files that they were. The same is done by a
+guardian process if this one is killed (:mod:`pyqmigrate.vm.guardian`).
+
+Others may have monitors, too. What they do to the guest meanwhile is not undone: what is done here
+is written down just before (:class:`pyqmigrate.vm.guardian.Did`).
 """
 
 from __future__ import annotations
@@ -21,15 +26,17 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncIterator, Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
 from pyqmigrate.io.target import OutputTarget
 from pyqmigrate.vm import guardian
+from pyqmigrate.vm.blockers import why_no_migration_now
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import DiskPlan
+from pyqmigrate.vm.guardian import Did
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.settings import Changes
 from pyqmigrate.vm.unbroken import unbroken
@@ -39,6 +46,7 @@ __all__ = ["Custody", "drive"]
 T = TypeVar("T")
 
 _PATIENCE = 120.0  # seconds for QEMU to end what it was told to cancel
+_OTHERS = 100  # moments for a migration of somebody else's
 
 
 class Custody:
@@ -54,6 +62,7 @@ class Custody:
         plan: DiskPlan | None = None,
     ) -> None:
         self.monitor = monitor
+        self.guest = guest
         self.changes = changes
         self.trouble: list[str] = []
         self.published = False
@@ -64,6 +73,7 @@ class Custody:
             "monitor": os.fspath(Path(monitor.path).absolute()),
             "token": self._token,
             "resume": guest.running,
+            "did": [],
             "capabilities": {n: change.before for n, change in changes.capabilities.items()},
             "parameters": {
                 **changes.touched, **{n: c.before for n, c in changes.parameters.items()}
@@ -98,6 +108,12 @@ class Custody:
         """Change the settings. QemuRefused when QEMU does not take one: then none of its kind."""
         if self._guardian is None or self._guardian.poll() is not None:
             raise QemuError("the guardian process ended by itself")
+        # Another monitor's client may have begun one since the guest was looked at.
+        status = (await self.monitor.execute("query-migrate")).get("status", "none")
+        if (why_not := why_no_migration_now(str(status))) is not None:
+            raise QemuError(why_not)
+        if self.changes.parameters or self.changes.capabilities:
+            self._note(Did.SETTINGS)
         if self.changes.parameters:
             wanted = {name: change.after for name, change in self.changes.parameters.items()}
             await self.monitor.execute("migrate-set-parameters", wanted)
@@ -108,6 +124,38 @@ class Custody:
             ]
             await self.monitor.execute("migrate-set-capabilities", {"capabilities": entries})
 
+    async def stop(self) -> None:
+        """Let the guest stand still."""
+        self._note(Did.STOPPED)
+        await self.monitor.execute("stop")
+
+    async def migrate(self, path: str) -> None:
+        """Begin to migrate to the file ``path``. QemuRefused when QEMU does not, as it does when
+        somebody else was faster."""
+        self._note(Did.SETTINGS, Did.MIGRATING)
+        try:
+            await self.monitor.execute("migrate", {"uri": f"file:{path}"})
+        except QemuRefused:
+            self._note(without=(Did.MIGRATING,))
+            raise
+
+    def migrated(self) -> None:
+        """The migration that was begun here has ended, well or not."""
+        self._note(Did.MIGRATED, without=(Did.MIGRATING,))
+
+    async def resume(self) -> None:
+        """Let the guest go on. QemuError when it is not here that it was made to stand."""
+        state = (await self.monitor.execute("query-status"))["status"]
+        did = set(self._finding["did"])
+        if state == "postmigrate" and not did & {Did.MIGRATING, Did.MIGRATED} and (
+            self.guest.run_state != state
+        ):
+            raise QemuError(
+                "somebody else has migrated the guest meanwhile: it may run elsewhere by now"
+            )
+        await self.monitor.execute("cont")
+        self._note(without=(Did.STOPPED, Did.MIGRATED))
+
     @contextlib.asynccontextmanager
     async def lent(self, fds: Mapping[str, int]) -> AsyncIterator[str]:
         """Hand descriptors to QEMU; the path under which it opens them.
@@ -116,6 +164,7 @@ class Custody:
         looks for a descriptor in vain is the end of QEMU 10.0.2.
         """
         number: int | None = None
+        self._note(Did.LENT)
         for name, fd in fds.items():
             number = await self.monitor.add_fd(
                 fd, fdset_id=number, opaque=f"{self._token} {name}"
@@ -126,6 +175,9 @@ class Custody:
     async def end(self, *, resume: bool | None = None) -> None:
         """Put everything back and dismiss the guardian; ``resume``: whether the guest is to run,
         None for whether it ran. Cannot be interrupted halfway, and may be repeated.
+
+        The guardian stays while a migration of somebody else's is under way, to put settings back
+        when that has ended; ``trouble`` says so.
 
         Raises QemuGone when QEMU is no more, QemuError when it does not do what it is told.
         """
@@ -140,9 +192,21 @@ class Custody:
             self._let_go()
 
     async def _put_back(self, resume: bool | None) -> None:
-        steps = guardian.put_back(self._finding, resume=resume, published=self.published)
-        self.trouble += await drive(self.monitor, steps)
-        await self._dismiss()
+        if resume is not None:
+            self._tell(resume=resume)
+        steps = guardian.put_back(
+            self._finding, resume=resume, published=self.published, patience=_OTHERS
+        )
+        try:
+            self.trouble += await drive(self.monitor, steps)
+        except guardian.Busy:
+            self.trouble.append(
+                "somebody else's migration of this guest is under way: a guardian process waits "
+                "for its end to put the settings back"
+            )
+            self._tell(did=[Did.SETTINGS])
+        else:
+            await self._dismiss()
 
     def _start_guardian(self) -> None:
         """It holds the unfinished file open, and gets neither our signals nor our terminal."""
@@ -154,6 +218,18 @@ class Custody:
         )  # fmt: skip
         self._guardian = process
         self._say(json.dumps(self._finding))
+
+    def _note(self, *done: str, without: Collection[str] = ()) -> None:
+        """What is done to QEMU; said before it is done, and taken back when it is undone."""
+        did = [word for word in self._finding["did"] if word not in without]
+        self._tell(did=[*did, *(word for word in done if word not in did)])
+
+    def _tell(self, **news: Any) -> None:
+        self._finding |= news
+        if self._guardian is not None:
+            # Should it have died, the guest is best served by going on.
+            with contextlib.suppress(QemuError):
+                self._say(json.dumps(news))
 
     def _say(self, line: str) -> None:
         assert self._guardian is not None and self._guardian.stdin is not None

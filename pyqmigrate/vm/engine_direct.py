@@ -53,7 +53,6 @@ async def save_by_us(
     write something that the snapshot could not have, GuestMemoryError, TargetError, Cancelled.
     ``custody`` puts back what is changed here, also then.
     """
-    monitor = custody.monitor
     await custody.apply()
     stopped = time.monotonic()
     if way is Way.IGNORE_SHARED:
@@ -68,7 +67,7 @@ async def save_by_us(
         if job.done():
             job.result()  # raises what went wrong
         if resume:
-            await monitor.execute("cont")
+            await custody.resume()
             if guest.running:
                 downtime = time.monotonic() - stopped
         report = await asyncio.to_thread(job.result)
@@ -87,7 +86,7 @@ async def _migrated(custody: Custody, guest: Guest, at_instant: AtInstant | None
     elsewhere = [block.name for block in guest.blocks if block.file_backed]
     with _memory_file() as (written, read):
         async with custody.lent({"device-state": written}) as path:
-            await migrate(custody.monitor, path, at_instant=at_instant, pause=guest.running)
+            await migrate(custody, path, at_instant=at_instant, pause=guest.running)
         return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=elsewhere)
 
 
@@ -96,7 +95,7 @@ async def _devices_only(
 ) -> DeviceState:
     monitor = custody.monitor
     if guest.running:
-        await monitor.execute("stop")
+        await custody.stop()
     if at_instant is not None:
         await at_instant()
     with _memory_file() as (written, read):

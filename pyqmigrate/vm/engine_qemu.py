@@ -57,14 +57,14 @@ async def save_by_qemu(
             stopped = None
             if running and not live:
                 stopped = time.monotonic()
-                await monitor.execute("stop")
+                await custody.stop()
             info = await migrate(
-                monitor, path, at_instant=at_instant, pause=running and live, progress=progress,
+                custody, path, at_instant=at_instant, pause=running and live, progress=progress,
                 watch=shorten if live else None,
             )
             seen = time.monotonic()
             if resume:
-                await monitor.execute("cont")
+                await custody.resume()
     downtime = None
     if running and resume:
         now = time.monotonic()

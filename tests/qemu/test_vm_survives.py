@@ -10,15 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from pyqmigrate import Snapshot
 from pyqmigrate.errors import QemuError, QemuGone, TargetError
 from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.save import save
-from tests.qemu.saving import ROOT, Source, source
+from tests.qemu.saving import ROOT, Source, source, wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -268,3 +269,70 @@ def test_migration_of_somebody_else_is_left_alone(disk: Path) -> None:
         assert not (disk / "snapshot").exists()
 
 
+class Interloper:
+    """Another client, at the second monitor, begins a migration just before a step of a save."""
+
+    def __init__(self, guest: Source, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+        self.vm = guest.vm
+        self.file = guest.directory / "other"
+        method = getattr(Custody, step)
+
+        async def later(*arguments: Any) -> None:
+            self.begin()
+            await method(*arguments)
+
+        monkeypatch.setattr(Custody, step, later)
+
+    def begin(self) -> None:
+        self.vm.set_capabilities({"x-ignore-shared": False, "pause-before-switchover": False})
+        self.vm.execute(
+            "migrate-set-parameters", {"max-bandwidth": 4096, "avail-switchover-bandwidth": 0}
+        )
+        self.vm.execute("migrate", {"uri": f"file:{self.file}"})
+        wait_until(lambda: self.vm.execute("query-migrate")["status"] != "setup", "no migration")
+
+    def assert_undisturbed(self) -> None:
+        for _ in range(3):
+            time.sleep(0.2)
+            assert self.vm.execute("query-migrate")["status"] == "active"
+            assert self.vm.execute("query-migrate-parameters")["max-bandwidth"] == 4096
+
+    def end(self) -> None:
+        self.vm.execute("migrate-set-parameters", {"max-bandwidth": 134217728})
+        self.vm.execute("migrate_cancel")
+        wait_until(
+            lambda: self.vm.execute("query-migrate")["status"] == "cancelled", "it does not end"
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_migration_begun_by_another_client_meanwhile_is_left_alone(
+    engine: str, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with source(disk, length=LARGE) as guest:
+        guest.files.add("other")
+        other = Interloper(guest, monkeypatch, "apply")
+        with pytest.raises(QemuError, match="under way"):
+            guest.save(disk / "snapshot", engine=engine)
+        assert guest.vm.execute("query-fdsets") == []
+        other.assert_undisturbed()
+        other.end()
+        guest.assert_as_before(within=30)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_migration_of_another_client_that_was_faster_is_left_alone(
+    engine: str, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has settings of the save, which are put back when it has ended."""
+    with source(disk, length=LARGE) as guest:
+        guest.files.add("other")
+        other = Interloper(guest, monkeypatch, "migrate")
+        with pytest.raises(QemuError, match=r"migrat.* in progress") as raised:
+            guest.save(disk / "snapshot", engine=engine)
+        assert any("a guardian process waits" in note for note in raised.value.__notes__)
+        assert guest.status() == "running"
+        assert guest.vm.execute("query-fdsets") == []
+        other.assert_undisturbed()
+        other.end()
+        guest.assert_as_before(within=30)

@@ -18,7 +18,8 @@ from pyqmigrate.vm import guardian
 
 TOKEN = "pyqmigrate-token"
 FINDING: dict[str, Any] = {
-    "monitor": "", "token": TOKEN, "resume": True, "capabilities": {"mapped-ram": False},
+    "monitor": "", "token": TOKEN, "resume": True,
+    "did": ["lent", "settings", "stopped", "migrating"], "capabilities": {"mapped-ram": False},
     "parameters": {"max-bandwidth": 7}, "directory": "/", "file": -1,
     "disks": [], "record": "",
 }  # fmt: skip
@@ -123,7 +124,7 @@ def test_complete_migration_is_followed_by_cont_and_settings() -> None:
     machine = Machine()
     assert drive(machine) == []
     assert machine.told == [
-        "cont", "migrate-set-capabilities", "migrate-set-parameters", "remove-fd"
+        "cont", "remove-fd", "migrate-set-capabilities", "migrate-set-parameters"
     ]  # fmt: skip
 
 
@@ -186,6 +187,43 @@ def test_refusal_does_not_keep_it_from_the_rest() -> None:
     assert "migrate-set-parameters" in machine.told
 
 
+def having_done(*did: str) -> dict[str, Any]:
+    return {**FINDING, "did": list(did)}
+
+
+@pytest.mark.parametrize("status", ["setup", "active", "pre-switchover"])
+def test_migration_of_somebody_else_is_let_come_to_its_end(status: str) -> None:
+    machine = Machine(status, "running")
+    machine.wait = lambda: setattr(machine, "migration", "completed")  # type: ignore[method-assign]
+    assert drive(machine, having_done("lent", "settings")) == []
+    assert machine.told == ["remove-fd", "migrate-set-capabilities", "migrate-set-parameters"]
+
+
+def test_settings_are_not_changed_under_a_migration_of_somebody_else() -> None:
+    machine = Machine("active", "running")
+    with pytest.raises(guardian.Busy):
+        drive(machine, having_done("lent", "settings"), patience=3)
+    assert machine.told == ["remove-fd"]
+
+
+def test_guest_that_somebody_else_migrated_away_does_not_run_again() -> None:
+    machine = Machine("completed", "postmigrate")
+    drive(machine, having_done("settings", "stopped"))
+    assert machine.state == "postmigrate"
+
+
+def test_guest_that_somebody_else_paused_stays_paused() -> None:
+    machine = Machine("none", "paused")
+    drive(machine, having_done("settings"))
+    assert machine.state == "paused"
+
+
+def test_guest_that_was_only_stopped_goes_on() -> None:
+    machine = Machine("none", "paused")
+    drive(machine, having_done("stopped"))
+    assert machine.told == ["cont", "remove-fd"]
+
+
 def with_disk(directory: Path) -> dict[str, Any]:
     """A finding of a guest that has an overlay, recorded beside its snapshot."""
     overlay, record = directory / "overlay", directory / "snapshot.disks.json"
@@ -204,7 +242,7 @@ def test_overlay_goes_back_into_its_base_when_there_is_no_snapshot(tmp_path: Pat
     machine = Machine()
     machine.nodes.add("overlay")
     assert drive(machine, with_disk(tmp_path)) == []
-    assert machine.told[-3:] == ["block-commit", "job-complete", "job-dismiss"]
+    assert machine.told[2:5] == ["block-commit", "job-complete", "job-dismiss"]
     assert listed(tmp_path) == []
 
 
@@ -331,6 +369,21 @@ def test_end_of_the_process_is_enough_when_the_pipe_stays_open(
     assert process.wait(20) == 0
     assert machine.state == "running"
     process.communicate()
+
+
+def test_news_are_added_to_what_was_told_before(monitor: tuple[Path, Machine]) -> None:
+    path, machine = monitor
+    process = start({**FINDING, "monitor": str(path)}, os.getpid())
+    news = {"did": ["stopped"], "resume": False}
+    output, _ = process.communicate(json.dumps(news).encode() + b"\n", timeout=20)
+    assert (process.returncode, output) == (0, b"")
+    assert machine.told == ["qmp_capabilities", "remove-fd"]
+
+
+def test_qemu_that_was_not_touched_is_left_alone(monitor: tuple[Path, Machine]) -> None:
+    path, machine = monitor
+    ended(start({**having_done(), "monitor": str(path)}, os.getpid()))
+    assert machine.told == []
 
 
 def test_process_that_ends_before_it_said_anything_needs_nothing() -> None:
