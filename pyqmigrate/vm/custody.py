@@ -32,7 +32,7 @@ from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
 from pyqmigrate.io.target import OutputTarget
-from pyqmigrate.vm import guardian
+from pyqmigrate.vm import disks, guardian
 from pyqmigrate.vm.blockers import why_no_migration_now
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import DiskPlan
@@ -68,6 +68,7 @@ class Custody:
         self.published = False
         self._token = f"pyqmigrate-{secrets.token_hex(8)}"
         self._target = target
+        self._plan = plan
         self._guardian: subprocess.Popen[bytes] | None = None
         self._finding: dict[str, Any] = {
             "monitor": os.fspath(Path(monitor.path).absolute()),
@@ -123,6 +124,12 @@ class Custody:
                 for name, change in self.changes.capabilities.items()
             ]
             await self.monitor.execute("migrate-set-capabilities", {"capabilities": entries})
+
+    async def take_disks(self) -> None:
+        """Take the snapshots of disks that were planned, all or none."""
+        if self._plan is not None:
+            self._note(Did.DISKS)
+            await disks.take(self.monitor, self._plan)
 
     async def stop(self) -> None:
         """Let the guest stand still."""
@@ -204,7 +211,7 @@ class Custody:
                 "somebody else's migration of this guest is under way: a guardian process waits "
                 "for its end to put the settings back"
             )
-            self._tell(did=[Did.SETTINGS])
+            self._tell(did=[Did.SETTINGS], disks=[])
         else:
             await self._dismiss()
 

@@ -76,6 +76,8 @@ class Did:
     """QEMU was given descriptors."""
     SETTINGS = "settings"
     """Settings may be other than they were."""
+    DISKS = "disks"
+    """Snapshots of disks may have been taken."""
     STOPPED = "stopped"
     """The guest was told to stop."""
     MIGRATING = "migrating"

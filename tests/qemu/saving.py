@@ -104,11 +104,16 @@ class Source:
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 if any(word.endswith(b"vm/guardian.py") for word in words) and any(
-                    os.fspath(fd.readlink()).startswith(f"{self.directory}/")
-                    for fd in (entry / "fd").iterdir()
+                    name.startswith(f"{self.directory}/") for name in _open_files(entry)
                 ):
                     found.append(int(entry.name))
         return found
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    for fd in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            yield os.fspath(fd.readlink())
 
 
 def wait_until(
