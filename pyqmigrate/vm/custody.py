@@ -1,11 +1,12 @@
 """A guest in our hands: found in some state, and put back into it whatever happens.
 
-    async with Custody(monitor, guest, changes, target) as custody:
-        await custody.apply()
-        await custody.migrate(path)
-        ...
-        await custody.resume()
-        await custody.end(resume=True)
+    async with Custody(monitor, guest, "/snap/guest.mapped") as custody:
+        async with custody.opened(DirectIO.AUTO) as target:
+            await custody.apply(changes)
+            await custody.migrate(path)
+            ...
+            await custody.resume()
+            await custody.end(resume=True)
 
 Leaving it without having called :meth:`Custody.end` puts everything back: a migration that was
 begun here is cancelled, settings are what they were, the descriptors that QEMU was given are
@@ -23,15 +24,16 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Generator, Mapping
+from collections.abc import AsyncIterator, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
-from pyqmigrate.io.target import OutputTarget
+from pyqmigrate.io.target import DirectIO, OutputTarget, followed
 from pyqmigrate.vm import disks, guardian
 from pyqmigrate.vm.blockers import why_no_migration_now
 from pyqmigrate.vm.connection import Monitor
@@ -39,7 +41,7 @@ from pyqmigrate.vm.disks import DiskPlan
 from pyqmigrate.vm.guardian import Did
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.settings import Changes
-from pyqmigrate.vm.unbroken import unbroken
+from pyqmigrate.vm.unbroken import owned, unbroken
 
 __all__ = ["Custody", "drive"]
 
@@ -50,37 +52,34 @@ _OTHERS = 100  # moments for a migration of somebody else's
 
 
 class Custody:
-    """``changes`` are made by :meth:`apply`; ``target`` is the file that is being written, and
-    ``plan`` has the snapshots of disks that are taken along.
+    """``snapshot`` is the path of the file that is to be written, and ``plan`` has the snapshots
+    of disks that are taken along.
 
     ``trouble`` is what could not be put back, in QEMU's words. Once the snapshot has its name, set
     ``published``: its disks are not touched any more.
     """
 
     def __init__(
-        self, monitor: Monitor, guest: Guest, changes: Changes, target: OutputTarget,
-        plan: DiskPlan | None = None,
+        self, monitor: Monitor, guest: Guest, snapshot: str, plan: DiskPlan | None = None
     ) -> None:
         self.monitor = monitor
         self.guest = guest
-        self.changes = changes
         self.trouble: list[str] = []
         self.published = False
         self._token = f"pyqmigrate-{secrets.token_hex(8)}"
-        self._target = target
+        self._snapshot = snapshot
         self._plan = plan
         self._guardian: subprocess.Popen[bytes] | None = None
+        self._news: socket.socket | None = None
         self._finding: dict[str, Any] = {
             "monitor": os.fspath(Path(monitor.path).absolute()),
             "token": self._token,
             "resume": guest.running,
             "did": [],
-            "capabilities": {n: change.before for n, change in changes.capabilities.items()},
-            "parameters": {
-                **changes.touched, **{n: c.before for n, c in changes.parameters.items()}
-            },
-            "directory": os.path.realpath(Path(target.name).parent),
-            "file": target.fd,
+            "capabilities": {},
+            "parameters": {},
+            "directory": os.path.realpath(followed(snapshot).parent),
+            "file": False,
             "disks": [] if plan is None else [overlay.finding() for overlay in plan.overlays],
             "record": "" if plan is None else os.path.abspath(plan.record),  # noqa: PTH100
         }
@@ -105,23 +104,42 @@ class Custody:
                 for sentence in self.trouble:
                     error.add_note(f"({sentence}) ")
 
-    async def apply(self) -> None:
-        """Change the settings. QemuRefused when QEMU does not take one: then none of its kind."""
+    @contextlib.asynccontextmanager
+    async def opened(self, direct_io: DirectIO) -> AsyncIterator[OutputTarget]:
+        """The file to write, unfinished; gone afterwards unless it was published."""
+        opening = asyncio.to_thread(
+            OutputTarget.open, self._snapshot, direct_io, mark=self._token
+        )
+        target = await owned(opening, OutputTarget.abort)
+        try:
+            self._tell(file=True, fds=(target.fd,))
+            yield target
+        finally:
+            target.abort()
+
+    async def apply(self, changes: Changes) -> None:
+        """Change settings. QemuRefused when QEMU does not take one: then none of its kind."""
         if self._guardian is None or self._guardian.poll() is not None:
             raise QemuError("the guardian process ended by itself")
         # Another monitor's client may have begun one since the guest was looked at.
         status = (await self.monitor.execute("query-migrate")).get("status", "none")
         if (why_not := why_no_migration_now(str(status))) is not None:
             raise QemuError(why_not)
-        if self.changes.parameters or self.changes.capabilities:
+        self._tell(
+            capabilities={name: change.before for name, change in changes.capabilities.items()},
+            parameters={
+                **changes.touched, **{n: change.before for n, change in changes.parameters.items()}
+            },
+        )  # fmt: skip
+        if changes.parameters or changes.capabilities:
             self._note(Did.SETTINGS)
-        if self.changes.parameters:
-            wanted = {name: change.after for name, change in self.changes.parameters.items()}
+        if changes.parameters:
+            wanted = {name: change.after for name, change in changes.parameters.items()}
             await self.monitor.execute("migrate-set-parameters", wanted)
-        if self.changes.capabilities:
+        if changes.capabilities:
             entries = [
                 {"capability": name, "state": change.after}
-                for name, change in self.changes.capabilities.items()
+                for name, change in changes.capabilities.items()
             ]
             await self.monitor.execute("migrate-set-capabilities", {"capabilities": entries})
 
@@ -216,14 +234,17 @@ class Custody:
             await self._dismiss()
 
     def _start_guardian(self) -> None:
-        """It holds the unfinished file open, and gets neither our signals nor our terminal."""
-        command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid())]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
-            pass_fds=[self._target.fd],
-        )  # fmt: skip
-        self._guardian = process
+        """It gets neither our signals nor our terminal."""
+        command = [
+            sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), self._snapshot
+        ]  # fmt: skip
+        ours, its = socket.socketpair()
+        with its:
+            self._guardian = subprocess.Popen(
+                command, stdin=its.fileno(), stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+            )  # fmt: skip
+        self._news = ours
         self._say(json.dumps(self._finding))
 
     def _note(self, *done: str, without: Collection[str] = ()) -> None:
@@ -231,19 +252,20 @@ class Custody:
         did = [word for word in self._finding["did"] if word not in without]
         self._tell(did=[*did, *(word for word in done if word not in did)])
 
-    def _tell(self, **news: Any) -> None:
+    def _tell(self, *, fds: Sequence[int] = (), **news: Any) -> None:
         self._finding |= news
         if self._guardian is not None:
             # Should it have died, the guest is best served by going on.
             with contextlib.suppress(QemuError):
-                self._say(json.dumps(news))
+                self._say(json.dumps(news), fds)
 
-    def _say(self, line: str) -> None:
-        assert self._guardian is not None and self._guardian.stdin is not None
+    def _say(self, line: str, fds: Sequence[int] = ()) -> None:
+        assert self._news is not None
+        text = line.encode() + b"\n"
         try:
-            self._guardian.stdin.write(line.encode() + b"\n")
-            self._guardian.stdin.flush()
-        except BrokenPipeError as error:
+            sent = socket.send_fds(self._news, [text], fds) if fds else 0
+            self._news.sendall(text[sent:])
+        except (BrokenPipeError, ConnectionResetError) as error:
             raise QemuError("the guardian process ended by itself") from error
 
     async def _dismiss(self) -> None:
@@ -257,10 +279,9 @@ class Custody:
 
     def _let_go(self) -> None:
         """Without a word before, the guardian goes to work when the monitor is free."""
-        process, self._guardian = self._guardian, None
-        if process is not None and process.stdin is not None:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
+        self._guardian = None
+        if self._news is not None:
+            self._news.close()
 
 
 async def drive(monitor: Monitor, steps: Generator[guardian.Step, Any, T]) -> T:

@@ -25,6 +25,7 @@ from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.device_state import DeviceState, read_devices, read_migrated
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
+from pyqmigrate.vm.settings import Changes
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 
 __all__ = ["save_by_us"]
@@ -39,6 +40,7 @@ async def save_by_us(
     guest: Guest,
     way: Way,
     target: OutputTarget,
+    changes: Changes,
     *,
     channels: int,
     sparse: Sparse,
@@ -51,9 +53,9 @@ async def save_by_us(
 
     The file is durable when this returns. Raises QemuError, NotSupported when QEMU turns out to
     write something that the snapshot could not have, GuestMemoryError, TargetError, Cancelled.
-    ``custody`` puts back what is changed here, also then.
+    ``custody`` makes the ``changes``, and puts back what is changed here, also then.
     """
-    await custody.apply()
+    await custody.apply(changes)
     stopped = time.monotonic()
     if way is Way.IGNORE_SHARED:
         state = await _migrated(custody, guest, at_instant)

@@ -1,23 +1,25 @@
 """Puts a guest back as it was found, when the process that was saving it is no more.
 
 This is a program of its own, started by :mod:`pyqmigrate.vm.custody` as ``python -I -S
-guardian.py PID``. On standard input it gets lines of JSON objects, which add up to the *finding*:
-how the guest was found, and what is being done to it, said before it is done. The line ``done``
-means that all is well; if process PID ends, or closes the pipe, without having said so, the
-guardian connects to the monitor and does what :func:`put_back` says.
+guardian.py PID SNAPSHOT`` (the latter for people who look at a list of processes). Through the
+socket that is its standard input it gets lines of JSON objects, which add up to the *finding*: how
+the guest was found, and what is being done to it, said before it is done. The line ``done`` means
+that all is well; if process PID ends, or closes the socket, without having said so, the guardian
+connects to the monitor and does what :func:`put_back` says.
 
 It imports nothing but the standard library: it must start fast, and work when nothing else does.
 A finding has these keys:
 
 =============  ====================================================================
 monitor        path of the monitor's socket, absolute
-token          in the names of the descriptors that were handed to QEMU
+token          in the names of the descriptors that were handed to QEMU, and in that of the
+               unfinished file, where it has to have one
 resume         whether the guest is to run
 did            a list of what the save has done: see :class:`Did`
 capabilities   QEMU's capabilities that will have been changed: name to former state
 parameters     the same for parameters
 directory      where the snapshot was to be, absolute
-file           number of an inherited descriptor of the unfinished file, or -1
+file           true when the unfinished file is there: its descriptor came with this line
 disks          a list, empty where disks are not snapshotted: objects of ``name``, ``node``
                (the overlay's), ``base`` (the node below), ``base_file``, ``file`` (the overlay
                as QEMU names it) and ``here`` (as we do)
@@ -311,9 +313,10 @@ class _Monitor:
             received += data
 
 
-def _rescue(finding: dict[str, Any]) -> None:
+def _rescue(finding: dict[str, Any], file: int) -> None:
+    """``file`` is a descriptor of the unfinished file, -1 where that was not opened."""
     deadline = time.monotonic() + _PATIENCE
-    published = _is_published(finding)
+    published = _is_published(finding, file)
     trouble: list[str] = []
     while finding["did"] and time.monotonic() < deadline:
         try:
@@ -373,61 +376,65 @@ def _leave_word(finding: dict[str, Any], trouble: list[str]) -> None:
         os.fsync(file.fileno())
 
 
-def _is_published(finding: dict[str, Any]) -> bool:
+def _is_published(finding: dict[str, Any], file: int) -> bool:
     """Whether the snapshot has the name that it was to have."""
     try:
-        named = finding["file"] >= 0 and os.fstat(finding["file"]).st_nlink > 0
-        return named and _partial(finding) is None
+        return file >= 0 and os.fstat(file).st_nlink > 0 and _partial(finding) is None
     except OSError:
         return False
 
 
 def _partial(finding: dict[str, Any]) -> str | None:
-    """The path of a file that has a name already, but not its own."""
-    if finding["file"] < 0 or not (info := os.fstat(finding["file"])).st_nlink:
-        return None
+    """The path of the unfinished file, where it has a name already, but not its own."""
     with os.scandir(finding["directory"]) as entries:
         for entry in entries:
-            if entry.name.endswith(PARTIAL) and entry.inode() == info.st_ino:
+            if entry.name.endswith(f".{finding['token']}{PARTIAL}"):
                 return str(entry.path)
     return None
 
 
-def _what_was_left(pid: int) -> dict[str, Any] | None:
-    """Wait for the end of the process; the finding, None if it said that all is well."""
+def _what_was_left(pid: int) -> tuple[dict[str, Any] | None, int]:
+    """Wait for the end of the process; the finding, None if it said that all is well, and the
+    descriptor of the unfinished file, or -1."""
     received = b""
     poll = select.poll()
     poll.register(0, select.POLLIN)
     process, gone = -1, False
     try:
-        # A child that the process forked may hold the pipe open for ever.
+        # A child that the process forked may hold the socket open for ever.
         process = os.pidfd_open(pid)
         poll.register(process, select.POLLIN)
     except ProcessLookupError:
         gone = True
     except OSError:
-        pass  # a kernel without pidfds: the pipe alone has to tell
+        pass  # a kernel without pidfds: the socket alone has to tell
     finding: dict[str, Any] | None = None
+    file = -1
+    news = socket.socket(fileno=0)
     while True:
         ready = {fd for fd, _ in poll.poll(0 if gone else None)}
         if 0 in ready:
-            data = os.read(0, 65536)
+            try:
+                data, fds, _, _ = socket.recv_fds(news, 65536, 1)
+            except ConnectionError:  # it was killed
+                data, fds = b"", []
+            file = fds[0] if fds else file
             *lines, received = (received + data).split(b"\n")
             for line in lines:
                 if line == b"done":
-                    return None
+                    return None, file
                 finding = {**(finding or {}), **json.loads(line)}
             if data:
                 continue
         elif not gone and process not in ready:
             continue
-        return finding
+        return finding, file
 
 
 def _main() -> None:
-    finding = _what_was_left(int(sys.argv[1]))
+    finding, file = _what_was_left(int(sys.argv[1]))
     if finding is not None:
-        _rescue(finding)
+        _rescue(finding, file)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import Disk, read_disks
 from pyqmigrate.vm.memory_map import Backend, GuestBlock, RamLine, find_memory, parse_ramblock
 from pyqmigrate.vm.process import find_process
+from pyqmigrate.vm.unbroken import owned
 
 __all__ = ["Guest", "GuestBlock", "look"]
 
@@ -124,7 +125,8 @@ async def look(monitor: Monitor) -> Guest:
     backends = await _backends(monitor)
     processors = await monitor.execute("query-cpus-fast")
     threads = {int(processor["thread-id"]) for processor in processors}
-    return await asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer_pid, threads)
+    found = asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer_pid, threads)
+    return await owned(found, Guest.close)
 
 
 def _with_memory(

@@ -1,7 +1,7 @@
 """Save a running QEMU's guest, and leave it as it was found.
 
-What happens, in this order: look, choose the engine, open the file and try direct I/O, choose the
-settings, check the space, start the guardian; only then QEMU is touched. The engine has the file
+What happens, in this order: look, choose the engine, start the guardian, open the file and try
+direct I/O, choose the settings, check the space; only then QEMU is touched. The engine has the file
 written and lets the guest go on. The file is made durable, its structure is read back and compared
 with the guest, and it gets its name.
 """
@@ -175,12 +175,12 @@ class _Save:
         )
 
     async def run(self) -> VmSaveReport:
-        request = self.request
-        target = await asyncio.to_thread(OutputTarget.open, request.snapshot, request.direct_io)
+        custody = Custody(
+            self.monitor, self.guest, os.fspath(_path(self.request.snapshot)), self.disks
+        )
         try:
-            plan = await asyncio.to_thread(self._plan, target)
-            custody = Custody(self.monitor, self.guest, plan.changes, target, self.disks)
-            async with custody:
+            async with custody, custody.opened(self.request.direct_io) as target:
+                plan = await unbroken(asyncio.to_thread(self._plan, target))
                 return await self._run(target, plan, custody)
         except QemuGone as error:
             error.add_note(f"({self._what_became_of_qemu()}) ")
@@ -188,8 +188,6 @@ class _Save:
                 for left in disks.stranded(self.disks):
                     error.add_note(f"({left}) ")
             raise
-        finally:
-            target.abort()
 
     async def _run(
         self, target: OutputTarget, plan: Plan, custody: Custody
@@ -257,11 +255,11 @@ class _Save:
         at_instant: AtInstant | None = custody.take_disks if self.disks else None
         if self.choice.way is None:
             return await save_by_qemu(
-                custody, target, running=self.guest.running, live=request.live,
+                custody, target, plan.changes, running=self.guest.running, live=request.live,
                 resume=self._resumes, at_instant=at_instant, progress=request.progress,
             )
         return await save_by_us(
-            custody, self.guest, self.choice.way, target, channels=request.channels,
+            custody, self.guest, self.choice.way, target, plan.changes, channels=request.channels,
             sparse=plan.sparse, seal=request.seal, resume=self._resumes, at_instant=at_instant,
             progress=request.progress,
         )

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +17,10 @@ import pytest
 
 from pyqmigrate import Snapshot
 from pyqmigrate.errors import QemuError, QemuGone, TargetError
+from pyqmigrate.io.target import OutputTarget
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.custody import Custody
+from pyqmigrate.vm.memory_map import GuestBlock, find_memory
 from pyqmigrate.vm.save import save
 from tests.qemu.saving import ROOT, Source, source, wait_until
 
@@ -34,6 +37,27 @@ from pyqmigrate.cli import main
 from pyqmigrate.io.target import OutputTarget
 OutputTarget.free_bytes = lambda self: None
 sys.exit(main(sys.argv[1:]))
+"""
+
+
+# The command, on a file system without files that have no name (O_TMPFILE).
+NAMED = """
+import errno, os, sys
+from pyqmigrate.cli import main
+real = os.open
+def open(path, flags, *rest, **more):
+    if flags & os.O_TMPFILE == os.O_TMPFILE:
+        raise OSError(errno.EOPNOTSUPP, "no unnamed files here")
+    return real(path, flags, *rest, **more)
+os.open = open
+sys.exit(main(sys.argv[1:]))
+"""
+
+SLOW_TO_OPEN = """
+import time
+from pyqmigrate.io.target import OutputTarget
+open_direct = OutputTarget._open_direct
+OutputTarget._open_direct = lambda *arguments: (time.sleep(1), open_direct(*arguments))[1]
 """
 
 
@@ -149,6 +173,83 @@ def test_cancelled_save_leaves_the_guest_as_it_was(engine: str, disk: Path) -> N
             guest.assert_as_before()
             assert_old_or_whole(disk / "snapshot")
         assert any(outcomes)
+
+
+def test_save_cancelled_while_its_file_is_opened_leaves_none(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+    real = OutputTarget._open_direct
+
+    def slow(target: OutputTarget, *arguments: Any) -> None:
+        opened.set()
+        time.sleep(0.3)
+        real(target, *arguments)
+
+    def named(self: OutputTarget) -> None:
+        self._temporary = self._new_name()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self.fd = os.open(self._temporary, flags, dir_fd=self._dir_fd)
+
+    monkeypatch.setattr(OutputTarget, "_open_direct", slow)
+    monkeypatch.setattr(OutputTarget, "_open_temporary", named)
+
+    async def cancelled(guest: Source) -> None:
+        task = asyncio.ensure_future(save(guest.socket, disk / "snapshot"))
+        await asyncio.to_thread(opened.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with source(disk) as guest:
+        descriptors = open_descriptors()
+        asyncio.run(cancelled(guest))
+        assert open_descriptors() == descriptors
+        guest.assert_as_before()
+
+
+def test_save_cancelled_while_it_looks_keeps_no_memory_open(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = threading.Event()
+
+    def slow(*arguments: Any) -> list[GuestBlock]:
+        looking.set()
+        time.sleep(0.3)
+        return find_memory(*arguments)
+
+    monkeypatch.setattr("pyqmigrate.vm.guest.find_memory", slow)
+
+    async def cancelled(guest: Source) -> None:
+        task = asyncio.ensure_future(save(guest.socket, disk / "snapshot"))
+        await asyncio.to_thread(looking.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with source(disk) as guest:
+        descriptors = open_descriptors()
+        asyncio.run(cancelled(guest))
+        assert open_descriptors() == descriptors
+        guest.assert_as_before()
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_killed_save_leaves_no_file_that_had_to_have_a_name(disk: Path) -> None:
+    """It is killed before the guardian hears of the file."""
+    with source(disk, length=64 << 20) as guest:
+        for _ in range(3):
+            command = [sys.executable, "-c", SLOW_TO_OPEN + NAMED, "vm", "save"]
+            process = subprocess.Popen(
+                [*command, "--qmp", str(guest.socket), str(disk / "snapshot")], cwd=ROOT
+            )
+            wait_until(lambda: any(disk.glob(".snapshot.*.partial")), "no unfinished file")
+            process.kill()
+            process.wait()
+            guest.assert_as_before(within=30)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
