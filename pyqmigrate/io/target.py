@@ -286,6 +286,7 @@ class OutputTarget:
         self._target = target
         self._sources: Collection[tuple[int, int]] = ()
         self._may_be_new = False
+        self._mark = secrets.token_hex(8)
 
     @property
     def in_place(self) -> bool:
@@ -295,17 +296,20 @@ class OutputTarget:
     @classmethod
     def open(
         cls, target: Target, direct_io: DirectIO, *, reuse: bool = False,
-        sources: Collection[tuple[int, int]] = (),
+        sources: Collection[tuple[int, int]] = (), mark: str | None = None,
     ) -> OutputTarget:
         """Open the target and find out about direct I/O.
 
         From here on an existing file that is written in place is no snapshot any more; it must
-        not be one of ``sources`` (device and inode), which are still to be read. Raises
+        not be one of ``sources`` (device and inode), which are still to be read. A name that an
+        unfinished file has to have ends in ``.MARK.partial``; without ``mark`` in a random one.
+        Raises
         UsageError for that and for descriptors that do not fit, TargetError when the system
         refuses.
         """
         self = cls(target, reuse=reuse)
         self._sources = sources
+        self._mark = mark or self._mark
         if self._borrowed and self._given_direct is None and direct_io is DirectIO.ON:
             raise UsageError(
                 'direct_io="on" with Descriptors needs a second descriptor, opened with O_DIRECT'
@@ -379,7 +383,7 @@ class OutputTarget:
     def _new_name(self) -> str:
         # Names are at most 255 bytes on Linux file systems.
         front = os.fsdecode(os.fsencode(self._final)[:200])
-        return f".{front}.{secrets.token_hex(8)}.partial"
+        return f".{front}.{self._mark}.partial"
 
     def _invalidate(self) -> None:
         """Take the magic away before anything else changes."""

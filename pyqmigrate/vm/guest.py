@@ -23,6 +23,7 @@ from pyqmigrate.vm.disks import Disk, read_disks
 from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory
 from pyqmigrate.vm.process import find_process
 from pyqmigrate.vm.ramblock import RamLine, parse_ramblock
+from pyqmigrate.vm.unbroken import owned
 
 __all__ = ["Guest", "GuestBlock", "look"]
 
@@ -125,7 +126,8 @@ async def look(monitor: Monitor) -> Guest:
     backends = await _backends(monitor)
     processors = await monitor.execute("query-cpus-fast")
     threads = {int(processor["thread-id"]) for processor in processors}
-    return await asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer_pid, threads)
+    found = asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer_pid, threads)
+    return await owned(found, Guest.close)
 
 
 def _with_memory(

@@ -1,9 +1,9 @@
 """Save a running QEMU's guest, and leave it as it was found.
 
-What happens, in this order: look, choose the engine, open the file and try direct I/O, check the
-space, start the guardian; only then QEMU is touched. The engine has the file written and lets the
-guest go on. The file is made durable, its structure is read back and compared with the guest, and
-it gets its name.
+What happens, in this order: look, choose the engine, start the guardian, open the file and try
+direct I/O, choose the settings, check the space; only then QEMU is touched. The engine has the file
+written and lets the guest go on. The file is made durable, its structure is read back and compared
+with the guest, and it gets its name.
 """
 
 from __future__ import annotations
@@ -36,16 +36,15 @@ from pyqmigrate.sealing import start_seal
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
 from pyqmigrate.vm import disks
-from pyqmigrate.vm.blockers import Way
 from pyqmigrate.vm.choice import Choice, Engine, choose_engine
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.contents import count_data, extent_bytes, sample
 from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.engine_direct import save_by_us
 from pyqmigrate.vm.engine_qemu import save_by_qemu
 from pyqmigrate.vm.guest import Guest, look
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
-from pyqmigrate.vm.settings import Changes, Value, for_device_state, for_pages, no_changes
+from pyqmigrate.vm.plan import Plan, make_plan
+from pyqmigrate.vm.settings import UsedSetting
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 from pyqmigrate.writer import Sparse
 
@@ -60,14 +59,6 @@ class Then(StrEnum):
     RESUME = "resume"
     PAUSE = "pause"
     QUIT = "quit"
-
-
-@dataclass(frozen=True)
-class UsedSetting:
-    """A setting of QEMU's that the save changed for its time: the value, and why."""
-
-    value: Value
-    why: str
 
 
 @dataclass(frozen=True)
@@ -180,32 +171,29 @@ class _Save:
         self.guest = guest
         self.request = request
         self.choice: Choice = choose_engine(guest, engine=request.engine, live=request.live)
-        self.plan = (
+        self.disks = (
             disks.prepare(guest, _path(request.snapshot)) if request.with_disks else None
         )
 
     async def run(self) -> VmSaveReport:
-        request = self.request
-        target = await asyncio.to_thread(OutputTarget.open, request.snapshot, request.direct_io)
+        custody = Custody(
+            self.monitor, self.guest, os.fspath(_path(self.request.snapshot)), self.disks
+        )
         try:
-            await asyncio.to_thread(self._check_space, target)
-            changes = await asyncio.to_thread(self._changes, target)
-            custody = Custody(self.monitor, self.guest, changes, target, self.plan)
-            async with custody:
-                return await self._run(target, changes, custody)
+            async with custody, custody.opened(self.request.direct_io) as target:
+                plan = await unbroken(asyncio.to_thread(self._plan, target))
+                return await self._run(target, plan, custody)
         except QemuGone as error:
             error.add_note(f"({self._what_became_of_qemu()}) ")
-            if self.plan is not None and self.plan.taken and not custody.published:
-                for left in disks.stranded(self.plan):
+            if self.disks is not None and self.disks.taken and not custody.published:
+                for left in disks.stranded(self.disks):
                     error.add_note(f"({left}) ")
             raise
-        finally:
-            target.abort()
 
     async def _run(
-        self, target: OutputTarget, changes: Changes, custody: Custody
+        self, target: OutputTarget, plan: Plan, custody: Custody
     ) -> VmSaveReport:
-        written = await self._engine(custody, target)
+        written = await self._engine(custody, target, plan)
         file_size, allocated = os.fstat(target.fd).st_size, target.allocated_bytes()
         direct, reason = target.direct is not None, target.direct_io_reason
         await self._publish(target, custody)
@@ -219,7 +207,7 @@ class _Save:
             snapshot=self.request.snapshot,
             engine=self.choice.engine,
             why=self.choice.why,
-            settings=_used(changes),
+            settings=plan.changes.used(),
             direct_io=direct,
             direct_io_reason=reason,
             channels=self.request.channels,
@@ -236,9 +224,9 @@ class _Save:
                     self.guest.disks, resumed=resumed, with_disks=self.request.with_disks
                 )
             ),
-            disks_record=str(self.plan.record) if self.plan and self.plan.recorded else None,
+            disks_record=str(self.disks.record) if self.disks and self.disks.recorded else None,
             seal=self.request.seal,
-            notes=(*written.notes, *self._notes(after), *custody.trouble),
+            notes=(*plan.notes, *written.notes, *self._notes(after), *custody.trouble),
         )
 
     @property
@@ -248,47 +236,32 @@ class _Save:
             return self.guest.running
         return self.request.then is Then.RESUME
 
-    def _check_space(self, target: OutputTarget) -> None:
-        """Fail before QEMU is touched where the data cannot fit; count it only if in doubt."""
-        free = target.free_bytes()
-        if free is None:
-            return
-        if self.request.sparse is Sparse.DENSE:
-            need = self.guest.total_ram
-        else:
-            need = extent_bytes(self.guest)
-            if need > free:
-                need = count_data(self.guest, self.request.channels)
-        if need > free:
+    def _plan(self, target: OutputTarget) -> Plan:
+        """Fail before QEMU is touched where the file cannot fit."""
+        plan = make_plan(
+            self.guest, self.choice, channels=self.request.channels,
+            direct=target.direct is not None, sparse=self.request.sparse, live=self.request.live,
+            with_disks=self.disks is not None, free=target.free_bytes(),
+        )
+        if plan.fits is False and plan.free is not None:
             raise NoSpace(
-                f"the guest's memory needs {need >> 20} MiB and {free >> 20} MiB are free",
+                f"the snapshot needs {plan.need >> 20} MiB and {plan.free >> 20} MiB are free",
                 target.name,
             )
+        return plan
 
-    def _changes(self, target: OutputTarget) -> Changes:
-        pause = self.plan is not None and self.guest.running
-        if self.choice.way is Way.DEVICES_ONLY:
-            return no_changes()
-        if self.choice.way is Way.IGNORE_SHARED:
-            return for_device_state(self.guest, pause=pause)
-        return for_pages(
-            self.guest, channels=self.request.channels, direct=target.direct,
-            sparse=self.request.sparse, pause=pause and self.request.live,
-            contents=sample(self.guest),
-        )
-
-    async def _engine(self, custody: Custody, target: OutputTarget) -> Written:
+    async def _engine(self, custody: Custody, target: OutputTarget, plan: Plan) -> Written:
         request = self.request
         # Before the snapshot has its name nothing may happen that cannot be undone.
-        at_instant: AtInstant | None = self._take_disks if self.plan else None
+        at_instant: AtInstant | None = custody.take_disks if self.disks else None
         if self.choice.way is None:
             return await save_by_qemu(
-                custody, target, running=self.guest.running, live=request.live,
+                custody, target, plan.changes, running=self.guest.running, live=request.live,
                 resume=self._resumes, at_instant=at_instant, progress=request.progress,
             )
         return await save_by_us(
-            custody, self.guest, self.choice.way, target, channels=request.channels,
-            sparse=request.sparse, seal=request.seal, resume=self._resumes, at_instant=at_instant,
+            custody, self.guest, self.choice.way, target, plan.changes, channels=request.channels,
+            sparse=plan.sparse, seal=request.seal, resume=self._resumes, at_instant=at_instant,
             progress=request.progress,
         )
 
@@ -316,8 +289,8 @@ class _Save:
 
         def check() -> None:
             _verify(target, self.guest)
-            if self.plan is not None:
-                disks.record(self.plan)
+            if self.disks is not None:
+                disks.record(self.disks)
             if cancelled.is_set():
                 raise Cancelled("cancelled")
 
@@ -342,10 +315,6 @@ class _Save:
             await self.monitor.execute("quit")
         return None
 
-    async def _take_disks(self) -> None:
-        assert self.plan is not None
-        await disks.take(self.monitor, self.plan)
-
     def _notes(self, after: str | None) -> list[str]:
         notes = []
         before = self.guest.run_state
@@ -369,11 +338,6 @@ class _Save:
 
 def _path(snapshot: str) -> Path:
     return Path(snapshot.removeprefix("file:"))
-
-
-def _used(changes: Changes) -> dict[str, UsedSetting]:
-    both = {**changes.capabilities, **changes.parameters}
-    return {name: UsedSetting(change.after, change.why) for name, change in both.items()}
 
 
 def _verify(target: OutputTarget, guest: Guest) -> None:

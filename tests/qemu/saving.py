@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -98,15 +97,13 @@ class Source:
         return {path.name for path in self.directory.iterdir()}
 
     def _guardians(self) -> list[int]:
-        """Processes that guard this guest: their unfinished file is in this directory."""
+        """Processes that guard this guest: they are told a snapshot in this directory."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if any(word.endswith(b"vm/guardian.py") for word in words) and any(
-                    os.fspath(fd.readlink()).startswith(f"{self.directory}/")
-                    for fd in (entry / "fd").iterdir()
-                ):
+                ours = any(word.startswith(bytes(self.directory)) for word in words)
+                if ours and any(word.endswith(b"vm/guardian.py") for word in words):
                     found.append(int(entry.name))
         return found
 

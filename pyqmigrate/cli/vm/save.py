@@ -31,6 +31,7 @@ from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_sea
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.cli.vm.settings import setting_lines
 from pyqmigrate.writer import Sparse
 
 if TYPE_CHECKING:
@@ -110,8 +111,7 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
     )
     downtime = "" if report.downtime is None else f", it stood still for {report.downtime:.3f} s"
     yield f"guest     {report.run_state_before} before, {_after(report)} now{downtime}"
-    for name, used in report.settings.items():
-        yield f"setting   {name}={_spelled(used.value)} meanwhile: {used.why}"
+    yield from setting_lines(report.settings)
     yield from (f"restore   {sentence}" for sentence in report.disks)
     if report.disks_record is not None:
         yield f"disks     recorded in {report.disks_record}"
@@ -122,7 +122,3 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
 
 def _after(report: VmSaveReport) -> str:
     return "ended" if report.run_state_after is None else report.run_state_after
-
-
-def _spelled(value: object) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
