@@ -74,6 +74,13 @@ class Option:
             raise UsageError(f"-{self.name} {text!r} is not JSON: {error}") from error
         return dict(_flatten("", data)) if isinstance(data, dict) else {}
 
+    def with_property(self, key: str, on: bool) -> Self:
+        """With a switch set, whatever it was, and all else as it is written."""
+        text = self.value or ""
+        if text.lstrip().startswith("{"):
+            return type(self)(self.name, json.dumps(json.loads(text) | {key: on}))
+        return type(self)(self.name, f"{text},{key}={'on' if on else 'off'}")  # the last one wins
+
     def words(self) -> list[str]:
         """As words of a command line."""
         if not self.name:

@@ -19,7 +19,7 @@ from pyqmigrate.errors import NotSupported
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on, join_properties, read_ram_size
 
-__all__ = ["Mapped", "map_blocks"]
+__all__ = ["Mapped", "block_of", "map_blocks", "memories_of", "memory_backends"]
 
 _BACKEND = "memory-backend-"
 # Devices whose memory is not what it seems: kept in a file of its own, or plugged piece by piece.
@@ -52,15 +52,11 @@ def map_blocks(command: CommandLine, snapshot: Snapshot, fd: int) -> Mapped:
     """
     _check(command, snapshot)
     mapped = Mapped(command)
-    spared = {
-        option.properties("driver").get("memdev")
-        for option in command.all("device")
-        if option.properties("driver").get("driver", "").startswith(_OWN_MEMORY)
-    }
+    spared = memories_of(command)
     changes: dict[Option, Option] = {}
-    for option, properties in _backends(command):
+    for option, properties in memory_backends(command):
         name = properties.get("id", "")
-        block = _block_of(name, snapshot)
+        block = block_of(name, snapshot)
         if block is None or name in spared or is_on(properties.get("readonly")):
             continue
         changes[option] = _backend(name, block, fd, properties)
@@ -109,14 +105,25 @@ def _check(command: CommandLine, snapshot: Snapshot) -> None:
             raise NotSupported(f"the content of block {block.name!r} is in another file")
 
 
-def _backends(command: CommandLine) -> Iterator[tuple[Option, dict[str, str]]]:
+def memories_of(command: CommandLine, drivers: tuple[str, ...] = _OWN_MEMORY) -> set[str]:
+    """The ids of the backends that belong to a device whose driver starts so."""
+    devices = (option.properties("driver") for option in command.all("device"))
+    return {
+        device["memdev"] for device in devices
+        if "memdev" in device and device.get("driver", "").startswith(drivers)
+    }
+
+
+def memory_backends(command: CommandLine) -> Iterator[tuple[Option, dict[str, str]]]:
+    """The options that make memory backends, with their properties."""
     for option in command.all("object"):
         properties = option.properties("qom-type")
         if properties.get("qom-type", "").startswith(_BACKEND):
             yield option, properties
 
 
-def _block_of(backend: str, snapshot: Snapshot) -> SnapshotBlock | None:
+def block_of(backend: str, snapshot: Snapshot) -> SnapshotBlock | None:
+    """The block whose memory the backend of that id makes."""
     # Machine types up to 4.0 name blocks of some backends by their whole path.
     return snapshot.blocks.get(backend) or snapshot.blocks.get(f"/objects/{backend}")
 

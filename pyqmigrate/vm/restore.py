@@ -37,7 +37,9 @@ from pyqmigrate.vm.launch import Launched, Stream, launch
 from pyqmigrate.vm.loading import Incoming, take_in
 from pyqmigrate.vm.memory_backends import Mapped, map_blocks
 from pyqmigrate.vm.memory_map import parse_ramblock
+from pyqmigrate.vm.ram_files import RamFiles, loadable
 from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.unbroken import closed_if_cancelled
 
 __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_from"]
 
@@ -226,21 +228,23 @@ class _Attempt:
         # Where QEMU does not start either, nobody asks what became of it.
         building.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            async with await self._launch(mapped.command, [self.source.fd]) as qemu:
-                companion = await building
-                fd = companion.open_for_reading()
-                try:
-                    incoming = Incoming({"companion": fd}, self.source.snapshot.offset)
-                    seconds = await take_in(qemu, incoming)
-                finally:
-                    os.close(fd)
-                return await self._hand_over(
-                    qemu, seconds, incoming, mode=Mode.INSTANT,
-                    why="the memory is mapped from the snapshot",
-                    mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
-                    stale_seconds=companion.stale_seconds,
-                    notes=(*self.notes, *mapped.notes, *_about(companion)),
-                )
+            with await self._files(mapped.command, mapped.blocks) as files:
+                async with await self._launch(mapped.command, [self.source.fd]) as qemu:
+                    companion = await building
+                    await asyncio.to_thread(files.clear)
+                    fd = companion.open_for_reading()
+                    try:
+                        incoming = Incoming({"companion": fd}, self.source.snapshot.offset)
+                        seconds = await take_in(qemu, incoming)
+                    finally:
+                        os.close(fd)
+                    return await self._hand_over(
+                        qemu, seconds, incoming, mode=Mode.INSTANT,
+                        why="the memory is mapped from the snapshot",
+                        mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
+                        stale_seconds=companion.stale_seconds,
+                        notes=(*self.notes, *mapped.notes, *files.notes, *_about(companion)),
+                    )
         finally:
             building.cancel()
 
@@ -264,19 +268,29 @@ class _Attempt:
         self, command: CommandLine, why: str, mode: Mode, direct: dict[str, int], channels: int,
         *notes: str,
     ) -> RestoredVm:
-        async with await self._launch(command, []) as qemu:
-            fd = self.source.open_again()
-            try:
-                incoming = Incoming(
-                    {"buffered": fd, **direct}, self.source.snapshot.offset,
-                    self.source.capabilities, channels, bool(direct), mode is Mode.POSTCOPY,
+        command, changes = loadable(command, self.source.snapshot)
+        with await self._files(command) as files:
+            async with await self._launch(command, []) as qemu:
+                await asyncio.to_thread(files.clear)
+                fd = self.source.open_again()
+                try:
+                    incoming = Incoming(
+                        {"buffered": fd, **direct}, self.source.snapshot.offset,
+                        self.source.capabilities, channels, bool(direct), mode is Mode.POSTCOPY,
+                    )
+                    seconds = await take_in(qemu, incoming)
+                finally:
+                    os.close(fd)
+                return await self._hand_over(
+                    qemu, seconds, incoming, mode=mode, why=why,
+                    notes=(*self.notes, *changes, *files.notes, *notes),
                 )
-                seconds = await take_in(qemu, incoming)
-            finally:
-                os.close(fd)
-            return await self._hand_over(
-                qemu, seconds, incoming, mode=mode, why=why, notes=(*self.notes, *notes)
-            )
+
+    async def _files(self, command: CommandLine, mapped: Sequence[str] = ()) -> RamFiles:
+        """The memory files of a QEMU to come; refused before it starts."""
+        return await closed_if_cancelled(
+            asyncio.to_thread(RamFiles, command, self.source.snapshot, mapped), RamFiles.close
+        )
 
     async def _launch(self, command: CommandLine, fds: list[int]) -> Launched:
         request = self.request

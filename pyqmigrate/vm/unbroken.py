@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-__all__ = ["heed_cancellation", "unbroken"]
+__all__ = ["closed_if_cancelled", "heed_cancellation", "unbroken"]
 
 T = TypeVar("T")
 
@@ -28,6 +28,20 @@ async def unbroken(work: Awaitable[T]) -> T:
         task.exception()  # looked at, so that nobody complains about it
         raise cancelled
     return task.result()
+
+
+async def closed_if_cancelled(opening: Awaitable[T], close: Callable[[T], object]) -> T:
+    """The result of ``opening``, which a thread may go on with when the caller is cancelled.
+
+    Then it is waited for, and what it opened is closed.
+    """
+    task = asyncio.ensure_future(opening)
+    try:
+        return await unbroken(task)
+    except asyncio.CancelledError:
+        if not task.cancelled() and task.exception() is None:
+            close(task.result())
+        raise
 
 
 def heed_cancellation() -> None:
