@@ -9,13 +9,15 @@ of a machine that was started with ``-m`` alone gets the name that the file has.
 
 from __future__ import annotations
 
+import json
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on, join_properties, read_ram_size
 
@@ -25,7 +27,8 @@ _BACKEND = "memory-backend-"
 # Devices whose memory is not what it seems: kept in a file of its own, or plugged piece by piece.
 _OWN_MEMORY = ("nvdimm", "virtio-pmem", "virtio-mem", "ivshmem")
 # What a backend may go on to say about its memory when that becomes a mapping of the snapshot.
-_KEPT = ("merge", "dump", "reserve", "host-nodes", "policy")
+_KEPT_SWITCHES = ("merge", "dump", "reserve")
+_MOST_NODES = 1 << 10  # of any Linux
 _DROPPED = {
     "mem-path": "-mem-path is left out: memory is mapped from the snapshot",
     "mem-prealloc": "-mem-prealloc is left out: memory comes when it is touched",
@@ -59,7 +62,8 @@ def map_blocks(command: CommandLine, snapshot: Snapshot, fd: int) -> Mapped:
         block = block_of(name, snapshot)
         if block is None or name in spared or is_on(properties.get("readonly")):
             continue
-        changes[option] = _backend(name, block, fd, properties)
+        nodes = _numbers(option.listed("host-nodes"))
+        changes[option] = _backend(name, block, fd, properties, nodes)
         mapped.blocks.append(block.name)
         if is_on(properties.get("prealloc")):
             mapped.notes.append(f"prealloc=on of {name!r} is off: memory comes when it is touched")
@@ -152,21 +156,45 @@ def _default_block(command: CommandLine, snapshot: Snapshot) -> SnapshotBlock:
     return found[0]
 
 
-def _backend(name: str, block: SnapshotBlock, fd: int, given: dict[str, str]) -> Option:
+def _backend(
+    name: str, block: SnapshotBlock, fd: int, given: dict[str, str], nodes: Sequence[int] = (),
+) -> Option:
     if block.pages_offset % mmap.PAGESIZE:
         raise NotSupported(
             f"the pages of block {block.name!r} start at {block.pages_offset:#x}, "
             "where nothing can be mapped"
         )
-    properties = {key: given[key] for key in given if key.split(".")[0] in _KEPT} | {
+    properties: dict[str, Any] = {
+        "qom-type": "memory-backend-file",
         "id": name,
-        "size": str(block.length),
+        "size": block.length,
         "mem-path": f"/proc/self/fd/{fd}",
-        "offset": str(block.pages_offset),
-        "share": "off",
-        "readonly": "on",
+        "offset": block.pages_offset,
+        "share": False,
+        "readonly": True,
         "rom": "off",
-        "prealloc": "off",
-        "x-use-canonical-path-for-ramblock-id": "on" if block.name != name else "off",
+        "prealloc": False,
+        "x-use-canonical-path-for-ramblock-id": block.name != name,
     }
-    return Option("object", join_properties("memory-backend-file", properties))
+    properties |= {key: is_on(given[key]) for key in _KEPT_SWITCHES if key in given}
+    if "policy" in given:
+        properties["policy"] = given["policy"]
+    if nodes:
+        properties["host-nodes"] = list(nodes)
+    # As JSON, since a list is not written as key=value by everything that reads that form.
+    return Option("object", json.dumps(properties))
+
+
+def _numbers(texts: Iterable[str]) -> list[int]:
+    """``0``, ``2-4`` and the like, as QEMU has it in lists of numbers."""
+    numbers: list[int] = []
+    for text in texts:
+        first, _, last = text.partition("-")
+        try:
+            chosen = range(int(first), int(last or first) + 1)
+        except ValueError as error:
+            raise UsageError(f"host-nodes={text!r} is no number of a node") from error
+        if not 0 <= chosen.start < chosen.stop <= _MOST_NODES:
+            raise UsageError(f"host-nodes={text!r} are no nodes of a host")
+        numbers += chosen
+    return numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyqmigrate
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.memory_backends import Mapped, map_blocks
 
@@ -72,6 +73,32 @@ def test_backend_in_json_is_replaced(snapshot: pyqmigrate.Snapshot) -> None:
     found = mapped(snapshot, f"-M pc,memory-backend=m0 -object {text}")
     assert backends(found)["m0"]["qom-type"] == "memory-backend-file"
     assert backends(found)["m0"]["policy"] == "bind"
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [('{"qom-type":"memory-backend-ram","id":"m0","size":2097152,"host-nodes":[0,2]}', [0, 2]),
+     ("memory-backend-ram,id=m0,size=2M,host-nodes=0,host-nodes=2", [0, 2]),
+     ("memory-backend-ram,id=m0,size=2M,host-nodes=1-3", [1, 2, 3])],
+)  # fmt: skip
+def test_nodes_of_the_host_stay_a_list(
+    snapshot: pyqmigrate.Snapshot, text: str, nodes: list[int]
+) -> None:
+    found = mapped(snapshot, f"-M pc,memory-backend=m0 -object {text}")
+    (option,) = found.command.all("object")
+    assert json.loads(option.value or "")["host-nodes"] == nodes
+
+
+def test_node_of_the_host_that_is_no_number_is_refused(snapshot: pyqmigrate.Snapshot) -> None:
+    with pytest.raises(UsageError, match="host-nodes='x'"):
+        mapped(snapshot, "-M pc,memory-backend=m0 -object "
+               "memory-backend-ram,id=m0,size=2M,host-nodes=x")
+
+
+def test_range_of_nodes_is_no_longer_than_a_host_has(snapshot: pyqmigrate.Snapshot) -> None:
+    with pytest.raises(UsageError, match="host-nodes="):
+        mapped(snapshot, "-M pc,memory-backend=m0 -object "
+               "memory-backend-ram,id=m0,size=2M,host-nodes=0-99999999999")
 
 
 def test_block_with_a_whole_path_keeps_it(snapshot: pyqmigrate.Snapshot) -> None:
