@@ -98,8 +98,11 @@ def _check(command: CommandLine, snapshot: Snapshot) -> None:
         if "vhost-user" in (option.value or ""):
             raise NotSupported(f"vhost-user works on shared memory only ({option})")
     for option in command.all("readconfig"):
+        file = Path(option.value or "")
         try:
-            text = Path(option.value or "").read_text(errors="replace")
+            if file.exists() and not file.is_file():  # to read a pipe is to take it from QEMU
+                raise NotSupported(f"{option} is no file, and what it says is QEMU's alone")
+            text = file.read_text(errors="replace")
         except OSError as error:
             raise NotSupported(f"{option} cannot be looked into: {error.strerror}") from error
         if "memory-backend" in text or "[memory]" in text:

@@ -22,7 +22,7 @@ import enum
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -33,6 +33,7 @@ from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.companion import Companion
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.incoming import make_incoming
+from pyqmigrate.vm.inherited import check_descriptors
 from pyqmigrate.vm.launch import Launched, Stream, launch
 from pyqmigrate.vm.loading import Incoming, take_in
 from pyqmigrate.vm.memory_backends import Mapped, map_blocks
@@ -146,6 +147,7 @@ class Request:
     stdin: Stream = None
     stdout: Stream = None
     stderr: Stream = None
+    pass_fds: tuple[int, ...] = ()
 
 
 async def restore(
@@ -157,6 +159,7 @@ async def restore(
     channels: int | None = None,
     direct_io: DirectIO | str = DirectIO.AUTO,
     stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+    pass_fds: Collection[int] = (),
 ) -> RestoredVm:
     """Start a QEMU and have it go on where ``snapshot`` was taken.
 
@@ -172,6 +175,7 @@ async def restore(
         whether the file is in the page cache.
     stdin, stdout, stderr: QEMU's, as for subprocess.Popen; None is this process's own. Standard
         error is passed on from the moment the guest is there, by a thread of this process.
+    pass_fds: descriptors that the command line names by their numbers, and QEMU is to have.
 
     Raises UsageError for a command line that contradicts a restore or another machine type,
     BlockMismatch for other RAM blocks, SnapshotError for a bad file, NotSupported where this QEMU
@@ -179,7 +183,8 @@ async def restore(
     load. Whatever fails, the QEMU that was started is ended.
     """
     request = Request(
-        Mode(mode), paused, qmp, channels, DirectIO(direct_io), stdin, stdout, stderr
+        Mode(mode), paused, qmp, channels, DirectIO(direct_io), stdin, stdout, stderr,
+        check_descriptors(pass_fds),
     )
     async with await Source.open(snapshot, offset) as source:
         return await restore_from(source, CommandLine.parse(command), request)
@@ -296,7 +301,8 @@ class _Attempt:
         request = self.request
         try:
             qemu = await launch(
-                command, fds, stdin=request.stdin, stdout=request.stdout, stderr=request.stderr
+                command, [*fds, *request.pass_fds],
+                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
             )
         except QemuError as error:
             raise _NotStarted(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,3 +170,17 @@ def test_configuration_file_without_memory_is_no_hindrance(
 ) -> None:
     (tmp_path / "vm.cfg").write_text('[device]\n driver = "virtio-rng-pci"\n')
     assert mapped(snapshot, f"-m 4 -readconfig {tmp_path}/vm.cfg").blocks == ["pc.ram"]
+
+
+def test_configuration_that_comes_through_a_pipe_is_left_to_qemu(
+    snapshot: pyqmigrate.Snapshot
+) -> None:
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"[device]\n")
+        with pytest.raises(NotSupported, match="is no file"):
+            mapped(snapshot, f"-m 4 -readconfig /proc/self/fd/{reader}")
+        assert os.read(reader, 100) == b"[device]\n"
+    finally:
+        os.close(reader)
+        os.close(writer)
