@@ -22,7 +22,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Self
 
-from pyqmigrate.errors import QemuError
+from pyqmigrate.errors import QemuError, UsageError
 from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.leash import Leash
@@ -103,7 +103,7 @@ async def launch(
     """Start ``command`` and wait until its monitor answers.
 
     Streams are as subprocess.Popen takes them; None is this process's own. Raises QemuError with
-    what QEMU said when it does not start.
+    what QEMU said when it does not start, UsageError for words that no program can be given.
     """
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -132,6 +132,8 @@ async def launch(
             process = await unbroken(starting)
         except OSError as error:
             raise QemuError(f"{command.program} does not start: {error.strerror}") from error
+        except ValueError as error:  # a NUL, or a character that the system's encoding lacks
+            raise UsageError(f"a word of the command line cannot be one: {error}") from error
         except asyncio.CancelledError:
             if starting.exception() is None:
                 _end(starting.result())

@@ -28,6 +28,7 @@ _BACKEND = "memory-backend-"
 _OWN_MEMORY = ("nvdimm", "virtio-pmem", "virtio-mem", "ivshmem")
 # What a backend may go on to say about its memory when that becomes a mapping of the snapshot.
 _KEPT_SWITCHES = ("merge", "dump", "reserve")
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # QEMU's rule for names that a user gives
 _MOST_NODES = 1 << 10  # of any Linux
 _DROPPED = {
     "mem-path": "-mem-path is left out: memory is mapped from the snapshot",
@@ -156,6 +157,8 @@ def _default_block(command: CommandLine, snapshot: Snapshot) -> SnapshotBlock:
             f"{'no' if not found else 'more than one'} RAM block{asked} is the machine's own: "
             f"the file has {[block.name for block in snapshot.blocks.values()]}"
         )
+    if not _ID.fullmatch(found[0].name):
+        raise NotSupported(f"a memory backend cannot have the name of block {found[0].name!r}")
     return found[0]
 
 

@@ -113,6 +113,13 @@ def test_program_that_is_not_there_is_an_error(saved: Saved) -> None:
     assert "does not start" in str(error)
 
 
+def test_word_that_no_program_can_be_given_is_an_error(saved: Saved, tmp_path: Path) -> None:
+    for word in ("a\0b", "\ud800"):
+        error = attempt(saved.path, saved.command(*PC, "-name", word, serial=tmp_path / "serial"))
+        assert isinstance(error, UsageError)
+        assert "a word of the command line" in str(error)
+
+
 def test_program_that_is_no_qemu_is_an_error(saved: Saved) -> None:
     assert "does not start" in str(attempt(saved.path, ["true", *PC]))
 

@@ -54,6 +54,21 @@ def test_machine_of_m_alone_gets_a_backend_of_its_blocks_name(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["pc\0.ram", "pc ram.ram", "0.ram", "\udc80.ram", "p,c.ram"])
+def test_block_whose_name_no_backend_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "hostile.mapped"
+    pyqmigrate.save(path, [pyqmigrate.RamBlock("x" * len(name.encode("utf-8", "surrogateescape")),
+                                               np.zeros(MIB, dtype=np.uint8))])
+    data = path.read_bytes()
+    raw = name.encode("utf-8", "surrogateescape")
+    path.write_bytes(data.replace(b"x" * len(raw), raw, 1))
+    with (
+        pyqmigrate.Snapshot(path) as snapshot,
+        pytest.raises(NotSupported, match="cannot have the name"),
+    ):
+        mapped(snapshot, "-M pc")
+
+
 def test_own_block_is_found_without_m(snapshot: pyqmigrate.Snapshot) -> None:
     assert mapped(snapshot, "-M pc").blocks == ["pc.ram"]
 
