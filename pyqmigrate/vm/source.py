@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -18,6 +19,7 @@ from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Tar
 from pyqmigrate.sealing import current_seal
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.vm.companion import Companion
+from pyqmigrate.vm.unbroken import unbroken
 
 __all__ = ["Reading", "Source"]
 
@@ -118,8 +120,11 @@ class Source:
             await asyncio.shield(building)
         except BaseException:
             companion.cancel()
-            await asyncio.wait([building])
-            companion.close()
+            try:
+                with contextlib.suppress(Exception):  # what it ends with now is of no interest
+                    await unbroken(building)
+            finally:
+                companion.close()
             raise
         return companion
 

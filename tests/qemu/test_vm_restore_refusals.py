@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def nothing_left() -> Iterator[None]:
     before = children()
     yield
     assert children() == before
+
+
+@pytest.fixture(autouse=True)
+def nobody_complains(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """asyncio logs what a task ended with that nobody asked for; the command would print it."""
+    yield
+    gc.collect()
+    assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
 
 
 def attempt(path: Path, command: list[str], **options: object) -> PyqmigrateError:
