@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.command_line import CommandLine, Option
+from pyqmigrate.vm.inherited import check_descriptors, descriptors_in_use
 from pyqmigrate.vm.restore import Mode, Request, RestoredVm, restore_from
 from pyqmigrate.vm.source import Source
 from pyqmigrate.vm.unbroken import unbroken
@@ -44,23 +45,28 @@ async def clone(
     paused: bool | None = None,
     offset: int | None = None,
     at_once: int | None = None,
+    pass_fds: Collection[int] = (),
 ) -> list[Clone]:
     """Restore ``count`` guests from one snapshot.
 
     ``{n}`` in a word of ``command`` is the number of the guest, from 1 on. Each gets a monitor
     ``directory/N.qmp`` of its own, and no standard input. ``at_once`` start at the same time (as
     many as there are processors). mode, paused, offset: as for :func:`pyqmigrate.vm.restore`.
+    Every guest gets all of ``pass_fds``; ``fd=1{n}`` gives guest 2 the use of descriptor 12.
 
     A guest that fails has its error in the list; the others go on. When the call is cancelled,
-    all are ended. Raises UsageError when guests would write to the same disk or file, and what is
-    wrong with the snapshot itself.
+    all are ended. Raises UsageError when guests would write to the same disk or file, or use the
+    same descriptor (other than a file that is open for reading only), and what is wrong with the
+    snapshot itself.
     """
     if count < 1:
         raise UsageError(f"{count} guests cannot be made")
     wanted = CommandLine.parse(command)
     commands = {number: wanted.filled_in(number) for number in range(1, count + 1)}
     _refuse_shared(commands)
-    request = Request(Mode(mode), paused, stdin=subprocess.DEVNULL)
+    request = Request(
+        Mode(mode), paused, stdin=subprocess.DEVNULL, pass_fds=check_descriptors(pass_fds)
+    )
     turn = asyncio.Semaphore(at_once or os.cpu_count() or 1)
     started: list[RestoredVm] = []
 
@@ -92,13 +98,25 @@ async def _ended(tasks: Sequence[asyncio.Task[Clone]], started: Sequence[Restore
 
 
 def _refuse_shared(commands: dict[int, CommandLine]) -> None:
-    writers: dict[str, tuple[int, Option]] = {}
+    for one, other, file, option in _in_common(commands, written_files):
+        raise UsageError(
+            f"guests {one} and {other} would both write to {file!r} ({option}): put {{n}} into "
+            "its name and give each a copy or an overlay of its own, or make it read-only"
+        )
+    for one, other, descriptor, option in _in_common(commands, descriptors_in_use):
+        raise UsageError(
+            f"guests {one} and {other} would both have {descriptor} ({option}), which serves one: "
+            "put {n} into its number"
+        )
+
+
+def _in_common(
+    commands: dict[int, CommandLine], find: Callable[[CommandLine], dict[str, Option]]
+) -> Iterator[tuple[int, int, str, Option]]:
+    """Two guests that share something, what that is, and the option of the second."""
+    owners: dict[str, int] = {}
     for number, command in commands.items():
-        for file, option in written_files(command).items():
-            other = writers.setdefault(file, (number, option))[0]
-            if other != number:
-                raise UsageError(
-                    f"guests {other} and {number} would both write to {file!r} ({option}): put "
-                    "{n} into its name and give each a copy or an overlay of its own, or make it "
-                    "read-only"
-                )
+        for name, option in find(command).items():
+            owner = owners.setdefault(name, number)
+            if owner != number:
+                yield owner, number, name, option

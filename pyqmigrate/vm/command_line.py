@@ -74,6 +74,26 @@ class Option:
             raise UsageError(f"-{self.name} {text!r} is not JSON: {error}") from error
         return dict(_flatten("", data)) if isinstance(data, dict) else {}
 
+    def listed(self, key: str) -> list[str]:
+        """All values of a key that may have several: repeated in a list of properties, a JSON list.
+
+        :meth:`properties` has the last of the one, and ``key.0``, ``key.1`` of the other.
+        """
+        text = self.value or ""
+        if text.lstrip().startswith("{"):
+            found = dict(self._from_json(text))
+            return [value for name, value in found.items()
+                    if name == key or re.fullmatch(rf"{re.escape(key)}\.\d+", name)]
+        items = (item.partition("=") for item in _split(text))
+        return [value for name, equals, value in items if equals and name == key]
+
+    def with_property(self, key: str, on: bool) -> Self:
+        """With a switch set, whatever it was, and all else as it is written."""
+        text = self.value or ""
+        if text.lstrip().startswith("{"):
+            return type(self)(self.name, json.dumps(json.loads(text) | {key: on}))
+        return type(self)(self.name, f"{text},{key}={'on' if on else 'off'}")  # the last one wins
+
     def words(self) -> list[str]:
         """As words of a command line."""
         if not self.name:

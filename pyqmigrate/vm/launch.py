@@ -22,11 +22,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Self
 
-from pyqmigrate.errors import QemuError
+from pyqmigrate.errors import QemuError, UsageError
 from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.leash import Leash
-from pyqmigrate.vm.unbroken import unbroken
+from pyqmigrate.vm.unbroken import owned, unbroken
 
 __all__ = ["Launched", "Stream", "launch"]
 
@@ -103,7 +103,7 @@ async def launch(
     """Start ``command`` and wait until its monitor answers.
 
     Streams are as subprocess.Popen takes them; None is this process's own. Raises QemuError with
-    what QEMU said when it does not start.
+    what QEMU said when it does not start, UsageError for words that no program can be given.
     """
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -124,18 +124,16 @@ async def launch(
         errors = _ErrorOutput(stderr)
         stack.callback(errors.close_writer)
         # In a thread, where no signal can raise between the fork and our knowing of it.
-        starting = asyncio.ensure_future(asyncio.to_thread(
+        starting = asyncio.to_thread(
             subprocess.Popen, command.with_options(own).argv(), stdin=stdin, stdout=stdout,
             stderr=errors.writer, pass_fds=(listener.fileno(), configuration, leash.fd, *pass_fds),
-        ))  # fmt: skip
+        )
         try:
-            process = await unbroken(starting)
+            process: subprocess.Popen[bytes] = await owned(starting, _end)
         except OSError as error:
             raise QemuError(f"{command.program} does not start: {error.strerror}") from error
-        except asyncio.CancelledError:
-            if starting.exception() is None:
-                _end(starting.result())
-            raise
+        except ValueError as error:  # a NUL, or a character that the system's encoding lacks
+            raise UsageError(f"a word of the command line cannot be one: {error}") from error
         try:
             leash.hold(process.pid)
             with contextlib.suppress(BrokenPipeError):  # it has ended, and will be asked why

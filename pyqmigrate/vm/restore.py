@@ -22,7 +22,7 @@ import enum
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -33,11 +33,14 @@ from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.companion import Companion
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.incoming import make_incoming
+from pyqmigrate.vm.inherited import check_descriptors
 from pyqmigrate.vm.launch import Launched, Stream, launch
 from pyqmigrate.vm.loading import Incoming, take_in
 from pyqmigrate.vm.memory_backends import Mapped, map_blocks
+from pyqmigrate.vm.ram_files import RamFiles, loadable
 from pyqmigrate.vm.ramblock import parse_ramblock
 from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.unbroken import owned
 
 __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_from"]
 
@@ -144,6 +147,7 @@ class Request:
     stdin: Stream = None
     stdout: Stream = None
     stderr: Stream = None
+    pass_fds: tuple[int, ...] = ()
 
 
 async def restore(
@@ -155,6 +159,7 @@ async def restore(
     channels: int | None = None,
     direct_io: DirectIO | str = DirectIO.AUTO,
     stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+    pass_fds: Collection[int] = (),
 ) -> RestoredVm:
     """Start a QEMU and have it go on where ``snapshot`` was taken.
 
@@ -170,6 +175,7 @@ async def restore(
         whether the file is in the page cache.
     stdin, stdout, stderr: QEMU's, as for subprocess.Popen; None is this process's own. Standard
         error is passed on from the moment the guest is there, by a thread of this process.
+    pass_fds: descriptors that the command line names by their numbers, and QEMU is to have.
 
     Raises UsageError for a command line that contradicts a restore or another machine type,
     BlockMismatch for other RAM blocks, SnapshotError for a bad file, NotSupported where this QEMU
@@ -177,7 +183,8 @@ async def restore(
     load. Whatever fails, the QEMU that was started is ended.
     """
     request = Request(
-        Mode(mode), paused, qmp, channels, DirectIO(direct_io), stdin, stdout, stderr
+        Mode(mode), paused, qmp, channels, DirectIO(direct_io), stdin, stdout, stderr,
+        check_descriptors(pass_fds),
     )
     async with await Source.open(snapshot, offset) as source:
         return await restore_from(source, CommandLine.parse(command), request)
@@ -226,21 +233,23 @@ class _Attempt:
         # Where QEMU does not start either, nobody asks what became of it.
         building.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            async with await self._launch(mapped.command, [self.source.fd]) as qemu:
-                companion = await building
-                fd = companion.open_for_reading()
-                try:
-                    incoming = Incoming({"companion": fd}, self.source.snapshot.offset)
-                    seconds = await take_in(qemu, incoming)
-                finally:
-                    os.close(fd)
-                return await self._hand_over(
-                    qemu, seconds, incoming, mode=Mode.INSTANT,
-                    why="the memory is mapped from the snapshot",
-                    mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
-                    stale_seconds=companion.stale_seconds,
-                    notes=(*self.notes, *mapped.notes, *_about(companion)),
-                )
+            with await self._files(mapped.command, mapped.blocks) as files:
+                async with await self._launch(mapped.command, [self.source.fd]) as qemu:
+                    companion = await building
+                    await asyncio.to_thread(files.clear)
+                    fd = companion.open_for_reading()
+                    try:
+                        incoming = Incoming({"companion": fd}, self.source.snapshot.offset)
+                        seconds = await take_in(qemu, incoming)
+                    finally:
+                        os.close(fd)
+                    return await self._hand_over(
+                        qemu, seconds, incoming, mode=Mode.INSTANT,
+                        why="the memory is mapped from the snapshot",
+                        mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
+                        stale_seconds=companion.stale_seconds,
+                        notes=(*self.notes, *mapped.notes, *files.notes, *_about(companion)),
+                    )
         finally:
             building.cancel()
 
@@ -264,25 +273,36 @@ class _Attempt:
         self, command: CommandLine, why: str, mode: Mode, direct: dict[str, int], channels: int,
         *notes: str,
     ) -> RestoredVm:
-        async with await self._launch(command, []) as qemu:
-            fd = self.source.open_again()
-            try:
-                incoming = Incoming(
-                    {"buffered": fd, **direct}, self.source.snapshot.offset,
-                    self.source.capabilities, channels, bool(direct), mode is Mode.POSTCOPY,
+        command, changes = loadable(command, self.source.snapshot)
+        with await self._files(command) as files:
+            async with await self._launch(command, []) as qemu:
+                await asyncio.to_thread(files.clear)
+                fd = self.source.open_again()
+                try:
+                    incoming = Incoming(
+                        {"buffered": fd, **direct}, self.source.snapshot.offset,
+                        self.source.capabilities, channels, bool(direct), mode is Mode.POSTCOPY,
+                    )
+                    seconds = await take_in(qemu, incoming)
+                finally:
+                    os.close(fd)
+                return await self._hand_over(
+                    qemu, seconds, incoming, mode=mode, why=why,
+                    notes=(*self.notes, *changes, *files.notes, *notes),
                 )
-                seconds = await take_in(qemu, incoming)
-            finally:
-                os.close(fd)
-            return await self._hand_over(
-                qemu, seconds, incoming, mode=mode, why=why, notes=(*self.notes, *notes)
-            )
+
+    async def _files(self, command: CommandLine, mapped: Sequence[str] = ()) -> RamFiles:
+        """The memory files of a QEMU to come; refused before it starts."""
+        return await owned(
+            asyncio.to_thread(RamFiles, command, self.source.snapshot, mapped), RamFiles.close
+        )
 
     async def _launch(self, command: CommandLine, fds: list[int]) -> Launched:
         request = self.request
         try:
             qemu = await launch(
-                command, fds, stdin=request.stdin, stdout=request.stdout, stderr=request.stderr
+                command, [*fds, *request.pass_fds],
+                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
             )
         except QemuError as error:
             raise _NotStarted(str(error)) from error

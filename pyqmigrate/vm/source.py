@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -17,6 +18,7 @@ from pyqmigrate.io.pagecache import cached_bytes
 from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target, seal_path
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.vm.companion import Companion
+from pyqmigrate.vm.unbroken import unbroken
 
 __all__ = ["Reading", "Source"]
 
@@ -117,8 +119,11 @@ class Source:
             await asyncio.shield(building)
         except BaseException:
             companion.cancel()
-            await asyncio.wait([building])
-            companion.close()
+            try:
+                with contextlib.suppress(Exception):  # what it ends with now is of no interest
+                    await unbroken(building)
+            finally:
+                companion.close()
             raise
         return companion
 

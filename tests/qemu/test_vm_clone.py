@@ -168,3 +168,9 @@ def test_ten_clones_share_their_memory(disk: Path) -> None:
 @pytest.mark.long
 def test_ten_clones_of_2_gib_share_their_memory(disk: Path) -> None:
     share_of_memory(disk, 2048 * MIB)
+
+
+def test_descriptor_that_all_would_use_is_refused(saved: Saved, tmp_path: Path) -> None:
+    command = [*saved.command(serial=tmp_path / "{n}"), "-chardev", "socket,id=c,fd=9"]
+    with pytest.raises(UsageError, match="guests 1 and 2 would both have descriptor 9 "):
+        asyncio.run(clone(saved.path, command, 2, directory=tmp_path))

@@ -53,6 +53,13 @@ SPELLINGS = {
               "-object", f"memory-backend-memfd,id=pc.ram,size={M}M,share=on,prealloc=on"],
     "json": ["-M", "pc", "-machine", "memory-backend=pc.ram", "-m", M,
              "-object", f'{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{RAM}}}'],
+    "json of libvirt": [
+        "-M", "pc", "-machine", "memory-backend=pc.ram", "-m", M, "-object",
+        f'{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{RAM},"host-nodes":[0],'
+        '"policy":"bind","prealloc":true,"merge":false}'],
+    "nodes of the host": [
+        "-M", "pc,memory-backend=pc.ram", "-m", M, "-object",
+        f"memory-backend-ram,id=pc.ram,size={RAM},host-nodes=0,host-nodes=0,policy=bind,dump=off"],
     "mem-path": ["-M", "pc", "-m", f"size={RAM >> 10}k", "-mem-path", "/dev/shm", "-mem-prealloc"],
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def nothing_left() -> Iterator[None]:
     before = children()
     yield
     assert children() == before
+
+
+@pytest.fixture(autouse=True)
+def nobody_complains(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """asyncio logs what a task ended with that nobody asked for; the command would print it."""
+    yield
+    gc.collect()
+    assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
 
 
 def attempt(path: Path, command: list[str], **options: object) -> PyqmigrateError:
@@ -111,6 +120,13 @@ def test_program_that_is_not_there_is_an_error(saved: Saved) -> None:
     error = attempt(saved.path, ["/no/such/qemu", *PC])
     assert isinstance(error, QemuError)
     assert "does not start" in str(error)
+
+
+def test_word_that_no_program_can_be_given_is_an_error(saved: Saved, tmp_path: Path) -> None:
+    for word in ("a\0b", "\ud800"):
+        error = attempt(saved.path, saved.command(*PC, "-name", word, serial=tmp_path / "serial"))
+        assert isinstance(error, UsageError)
+        assert "a word of the command line" in str(error)
 
 
 def test_program_that_is_no_qemu_is_an_error(saved: Saved) -> None:

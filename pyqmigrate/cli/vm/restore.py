@@ -6,7 +6,8 @@ milliseconds whatever its size; the file must not change in place while the gues
 replaced or removed. In mode load QEMU reads all of it first; postcopy is QEMU's own lazy load,
 where it has one. The default, auto, is instant where that is possible.
 
-QEMU has this command's standard streams. The command waits until it ends, and passes SIGINT,
+QEMU has this command's standard streams and every other descriptor that was open when it was
+started (-add-fd fd=5, -netdev tap,fd=5). The command waits until it ends, and passes SIGINT,
 SIGTERM and SIGHUP on to it; before the guest is there, they end the restore. What was done is
 told on standard error when the guest is there.
 
@@ -84,15 +85,17 @@ def add_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    return asyncio.run(_restore(args))
+    from pyqmigrate.vm.inherited import inherited_descriptors
+
+    return asyncio.run(_restore(args, inherited_descriptors()))
 
 
-async def _restore(args: argparse.Namespace) -> Outcome:
+async def _restore(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
     from pyqmigrate.vm.restore import restore
 
     vm = await restore(
         args.snapshot, args.command, mode=args.mode, paused=args.paused, qmp=args.qmp,
-        offset=args.offset, channels=args.channels, direct_io=args.direct_io,
+        offset=args.offset, channels=args.channels, direct_io=args.direct_io, pass_fds=fds,
     )
     async with vm:
         pass_signals_on([vm])
