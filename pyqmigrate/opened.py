@@ -271,7 +271,9 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
         """Bytes of disk that the file holds."""
         return self.source.allocated_bytes()
 
-    def _identity(self) -> tuple[int, int]:
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the file."""
         info = os.fstat(self.source.fd)
         return info.st_dev, info.st_ino
 
