@@ -288,14 +288,16 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
         for place in places:
             with contextlib.suppress(OSError):
                 info = os.stat(place)  # noqa: PTH116
-                if (info.st_dev, info.st_ino) == self._identity():
+                if (info.st_dev, info.st_ino) == self.identity:
                     name = repr(place) if isinstance(place, str) else f"descriptor {place}"
                     raise UsageError(
                         f"{name} is the snapshot that is read ({self.source.name!r}), and would be"
                         " overwritten: write to another file"
                     )
 
-    def _identity(self) -> tuple[int, int]:
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the file."""
         info = os.fstat(self.source.fd)
         return info.st_dev, info.st_ino
 

@@ -78,7 +78,7 @@ class SnapshotBlock(OpenedBlock):
         mapped.pages_offset, mapped.page_size = self.pages_offset, self.page_size
         mapped.fd = self._snapshot.source.fd
         return StoredMemory(
-            self.length, self.data_pages * self.page_size, self._snapshot._identity(),
+            self.length, self.data_pages * self.page_size, self._snapshot.identity,
             _core.ffi.addressof(_core.lib, "qm_mapped_fill"),
             _core.ffi.addressof(_core.lib, "qm_mapped_next"), mapped,
         )

@@ -89,7 +89,7 @@ def _read_placement(text: str) -> GivenPlacement:
 
 def _run(args: argparse.Namespace) -> Outcome:
     with (
-        opened(args, args.snapshot) as snapshot, shown("convert") as show,
+        opened(args, args.snapshot, read_through=False) as snapshot, shown("convert") as show,
         contextlib.ExitStack() as stack,
     ):
         memories = {}

@@ -34,13 +34,15 @@ def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace, path: str) -> Iterator[AnySnapshot]:
-    """The snapshot; a classic stream is read through."""
+def opened(
+    args: argparse.Namespace, path: str, *, read_through: bool = True
+) -> Iterator[AnySnapshot]:
+    """The snapshot; a classic stream is read through, unless the verb makes a pass of its own."""
     with open_snapshot(
         path, offset=args.offset, bitmap_order=args.bitmap_order, page_size=args.page_size,
         index=args.index,
     ) as snapshot:
-        if isinstance(snapshot, ClassicSnapshot):
+        if read_through and isinstance(snapshot, ClassicSnapshot):
             with shown("read through") as show:
                 snapshot.read_through(show)
         yield snapshot

@@ -35,7 +35,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    with opened(args, args.snapshot) as snapshot, shown("unpack") as show:
+    with opened(args, args.snapshot, read_through=False) as snapshot, shown("unpack") as show:
         report = unpack(snapshot, args.directory, blocks=args.block, progress=show)
     rows = [
         (block.name, block.file or "(not in this file)", show_size(block.length),

@@ -109,20 +109,25 @@ class Channels:
             raise MemoryError
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
-        self._sibling: Channels | None = None
+        self._siblings: list[Channels] = []
 
     def sibling(self, name: str) -> Channels:
         """As many channels with totals of their own, cancelled together with these."""
-        self._sibling = Channels(self.count, name)
+        sibling = Channels(self.count, name)
+        self.join(sibling)
+        return sibling
+
+    def join(self, other: Channels) -> None:
+        """Cancel ``other`` whenever these are cancelled."""
+        self._siblings.append(other)
         if self.cancelled:
-            self._sibling.cancel()
-        return self._sibling
+            other.cancel()
 
     def cancel(self) -> None:
         """Stop as soon as the core looks, at least every 4 MiB."""
         _core.lib.qm_job_cancel(self.core)
-        if self._sibling is not None:
-            self._sibling.cancel()
+        for sibling in self._siblings:
+            sibling.cancel()
 
     @property
     def cancelled(self) -> bool:

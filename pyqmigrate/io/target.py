@@ -47,6 +47,7 @@ __all__ = [
     "seal_path",
     "Target",
     "core_file",
+    "find_direct",
     "followed",
     "stream_offset",
     "sync_directory",
@@ -208,12 +209,14 @@ def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
     return "the file system reports no alignment for direct I/O"
 
 
-def _find_direct(
+def find_direct(
     fd: int, given: int | None, setting: DirectIO, name: str, *, write_at: int | None
 ) -> tuple[Direct | None, str]:
-    """Open (or take) the direct descriptor and try it. ``write_at``: where a unit may be written.
+    """Open (or take) the direct descriptor of the file ``fd`` and try it. ``write_at``: where a
+    unit may be written, None for a file that is only read.
 
-    Returns it, or None and why not; raises DirectIORefused where it is demanded.
+    Returns it, whose ``fd`` the caller closes, or None and why not; raises DirectIORefused where it
+    is demanded.
     """
     if setting is DirectIO.OFF:
         return None, "switched off"
@@ -405,7 +408,7 @@ class OutputTarget:
             return
         # Where pages will be: what is written there now is overwritten or cut off again.
         write_at = -(-(self.offset + 1) // PAGES_ALIGNMENT) * PAGES_ALIGNMENT
-        self.direct, self.direct_io_reason = _find_direct(
+        self.direct, self.direct_io_reason = find_direct(
             self.fd, self._given_direct, setting, self.name, write_at=write_at
         )
 
@@ -592,7 +595,7 @@ class InputTarget:
                     "opened with O_DIRECT"
                 )
             return None, "no direct descriptor was given"
-        return _find_direct(self.fd, self._given_direct, setting, self.name, write_at=None)
+        return find_direct(self.fd, self._given_direct, setting, self.name, write_at=None)
 
     def close_direct(self, direct: Direct | None) -> None:
         """Close what open_direct opened; a borrowed descriptor stays open."""
