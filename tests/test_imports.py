@@ -46,10 +46,16 @@ def test_a_verb_loads_its_own_module_and_no_other():
 
 def test_a_restore_loads_nothing_that_saves_or_seals():
     saving = {f"pyqmigrate.{name}" for name in ("saving", "sealing", "writer", "sequential")}
-    assert not saving & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.restore")
+    assert not saving & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.restoring")
 
 
-def test_no_module_hides_a_public_name():
-    """``import pyqmigrate.NAME`` makes the module the attribute, whatever that was before."""
-    root = Path(pyqmigrate.__file__).parent
-    assert not {path.stem for path in root.glob("*.py")} & set(pyqmigrate.__all__)
+def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
+    code = "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.begin"
+    assert not {"asyncio", "ssl", "qemu.qmp", "pyqmigrate.vm.connection"} & loaded(code)
+
+
+@pytest.mark.parametrize("package", [pyqmigrate, pyqmigrate.vm], ids=lambda p: p.__name__)
+def test_no_module_hides_a_public_name(package):
+    """``import PACKAGE.NAME`` makes the module the attribute, whatever that was before."""
+    root = Path(package.__file__).parent
+    assert not {path.stem for path in root.glob("*.py")} & set(package.__all__)

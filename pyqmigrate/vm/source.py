@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, TargetError
 from pyqmigrate.format.libvirt import is_libvirt, read_header
@@ -17,8 +13,6 @@ from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.pagecache import cached_bytes
 from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target, seal_path
 from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.companion import Companion
-from pyqmigrate.vm.unbroken import unbroken
 
 __all__ = ["Reading", "Source"]
 
@@ -37,7 +31,7 @@ class Reading:
 
 
 class Source:
-    """An open, verified snapshot. Use it as an asynchronous context manager.
+    """An open, verified snapshot. Close it.
 
     ``was_running``: libvirt pauses a guest before it saves it, and notes here that it ran.
     ``fd`` carries a shared lock (flock) that whoever inherits the descriptor keeps: the file must
@@ -46,7 +40,6 @@ class Source:
 
     def __init__(self, target: Target, offset: int | None) -> None:
         self._input = InputTarget(target)
-        self._companions: dict[tuple[str, ...], asyncio.Task[Companion]] = {}
         self.name = self._input.name
         self._has_path = not isinstance(target, Descriptors)
         self.was_running = False
@@ -59,24 +52,12 @@ class Source:
             self._input.close()
             raise
 
-    @classmethod
-    async def open(cls, target: Target, offset: int | None) -> Self:
-        """Raises SnapshotError, NotSupported or TargetError for a file that cannot be restored."""
-        return await asyncio.to_thread(cls, target, offset)
-
     @property
     def fd(self) -> int:
         return self._input.fd
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for task in self._companions.values():
-            task.cancel()
-        for result in await asyncio.gather(*self._companions.values(), return_exceptions=True):
-            if isinstance(result, Companion):
-                result.close()
+    def close(self) -> None:
+        """May be repeated."""
         self.snapshot.close()
         self._input.close()
 
@@ -104,30 +85,7 @@ class Source:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
                 raise
 
-    async def companion(self, blocks: Sequence[str]) -> Companion:
-        """The stream for a QEMU that maps ``blocks``; made once, and closed with this."""
-        key = tuple(sorted(blocks))
-        if key not in self._companions:
-            self._companions[key] = asyncio.create_task(self._build(key))
-        return await asyncio.shield(self._companions[key])
-
-    async def _build(self, blocks: Sequence[str]) -> Companion:
-        sealed = await asyncio.to_thread(self._sealed)
-        companion = Companion(self.snapshot, self.fd, blocks, sealed=sealed)
-        building = asyncio.ensure_future(asyncio.to_thread(companion.build))
-        try:
-            await asyncio.shield(building)
-        except BaseException:
-            companion.cancel()
-            try:
-                with contextlib.suppress(Exception):  # what it ends with now is of no interest
-                    await unbroken(building)
-            finally:
-                companion.close()
-            raise
-        return companion
-
-    def _sealed(self) -> bool:
+    def clear_pages_are_zero(self) -> bool:
         """Whether a seal of the file as it is now says that its clear pages are zeros."""
         if not self._has_path or not seal_path(self.name).exists():
             return False

@@ -16,7 +16,7 @@ from typing import Any
 
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.ramblock import parse_ramblock
-from pyqmigrate.vm.restore import RestoredVm
+from pyqmigrate.vm.restoring import RestoredVm
 from tests.qemu.bare import BareQemu
 from tests.qemu.guest import PAGE, build, check_pattern
 from tests.qemu.machine import BINARY

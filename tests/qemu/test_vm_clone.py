@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.clone import Clone, clone
+from pyqmigrate.vm.cloning import Clone, clone
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.restore import restore
+from pyqmigrate.vm.restoring import restore
 from tests.qemu.compare import assert_same_blocks
 from tests.qemu.saved import RAM, Saved, goes_on, memory_of, save_guest
 

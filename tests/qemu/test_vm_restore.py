@@ -17,7 +17,7 @@ from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.launch import launch
-from pyqmigrate.vm.restore import Mode, RestoredVm, restore
+from pyqmigrate.vm.restoring import Mode, RestoredVm, restore
 from tests.qemu.compare import assert_same_blocks
 from tests.qemu.saved import (
     RAM,

@@ -10,7 +10,7 @@ import pytest
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.restore import RestoreReport, restore
+from pyqmigrate.vm.restoring import RestoreReport, restore
 from tests.qemu.bare import BareQemu
 from tests.qemu.compare import assert_same_blocks
 from tests.qemu.guest import build

@@ -18,7 +18,7 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.vm.restore import Mode, RestoredVm, restore
+from pyqmigrate.vm.restoring import Mode, RestoredVm, restore
 from tests.qemu.saved import RAM, Saved, goes_on, save_guest
 
 pytestmark = pytest.mark.qemu

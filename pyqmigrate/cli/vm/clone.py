@@ -29,7 +29,7 @@ from pyqmigrate.cli.vm.restore import add_command, add_run_state, ended, pass_si
 from pyqmigrate.errors import QemuError
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.clone import Clone
+    from pyqmigrate.vm.cloning import Clone
 
 __all__ = ["add_parser"]
 
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
-    from pyqmigrate.vm.clone import clone
+    from pyqmigrate.vm.cloning import clone
 
     clones = await clone(
         args.snapshot, args.command, args.count, directory=args.dir, mode=args.mode,

@@ -19,9 +19,10 @@ from pathlib import Path
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.command_line import CommandLine, Option
+from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.inherited import check_descriptors, descriptors_in_use
-from pyqmigrate.vm.restore import Mode, Request, RestoredVm, restore_from
-from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.request import Mode, Request
+from pyqmigrate.vm.restoring import RestoredVm, restore_from
 from pyqmigrate.vm.unbroken import unbroken
 from pyqmigrate.vm.written_files import written_files
 
@@ -70,18 +71,18 @@ async def clone(
     turn = asyncio.Semaphore(at_once or os.cpu_count() or 1)
     started: list[RestoredVm] = []
 
-    async def one(source: Source, number: int) -> Clone:
+    async def one(companions: Companions, number: int) -> Clone:
         qmp = Path(directory) / f"{number}.qmp"
         async with turn:
             try:
-                vm = await restore_from(source, commands[number], replace(request, qmp=qmp))
+                vm = await restore_from(companions, commands[number], replace(request, qmp=qmp))
             except PyqmigrateError as error:
                 return Clone(number, qmp, error=error)
         started.append(vm)
         return Clone(number, qmp, vm)
 
-    async with await Source.open(snapshot, offset) as source:
-        tasks = [asyncio.create_task(one(source, number)) for number in commands]
+    async with await Companions.open(snapshot, offset) as companions:
+        tasks = [asyncio.create_task(one(companions, number)) for number in commands]
         try:
             await asyncio.wait(tasks)
             return [task.result() for task in tasks]

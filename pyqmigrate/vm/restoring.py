@@ -18,7 +18,6 @@ that is done here, before it loads.
 from __future__ import annotations
 
 import asyncio
-import enum
 import os
 import subprocess
 import time
@@ -29,32 +28,28 @@ from typing import Any, Self
 from pyqmigrate.errors import BlockMismatch, NotSupported, QemuError, UsageError
 from pyqmigrate.io.target import DirectIO, Target
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.vm.begin import Begun, Early, begin_mapped
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.companion import Companion
+from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.incoming import make_incoming
 from pyqmigrate.vm.inherited import check_descriptors
-from pyqmigrate.vm.launch import Launched, Stream, launch
+from pyqmigrate.vm.launch import Launched, answered
 from pyqmigrate.vm.loading import Incoming, take_in
-from pyqmigrate.vm.memory_backends import Mapped, map_blocks
+from pyqmigrate.vm.memory_backends import map_blocks
 from pyqmigrate.vm.ram_files import RamFiles, loadable
 from pyqmigrate.vm.ramblock import parse_ramblock
+from pyqmigrate.vm.request import Mode, Request
 from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.starting import Started, Stream, start
 from pyqmigrate.vm.unbroken import owned
 
-__all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_from"]
+__all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_begun",
+           "restore_from"]
 
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state that the stream brought
-
-
-class Mode(enum.StrEnum):
-    """How guest memory gets into the new QEMU. ``auto``: instantly where that is possible."""
-
-    AUTO = "auto"
-    INSTANT = "instant"
-    LOAD = "load"
-    POSTCOPY = "postcopy"
 
 
 @dataclass(frozen=True)
@@ -135,21 +130,6 @@ class RestoredVm:
         await self.close()
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a restore; see :func:`restore`."""
-
-    mode: Mode = Mode.AUTO
-    paused: bool | None = None
-    qmp: str | os.PathLike[str] | None = None
-    channels: int | None = None
-    direct_io: DirectIO = DirectIO.AUTO
-    stdin: Stream = None
-    stdout: Stream = None
-    stderr: Stream = None
-    pass_fds: tuple[int, ...] = ()
-
-
 async def restore(
     snapshot: Target, command: Sequence[str], *,
     mode: Mode | str = Mode.AUTO,
@@ -186,29 +166,38 @@ async def restore(
         Mode(mode), paused, qmp, channels, DirectIO(direct_io), stdin, stdout, stderr,
         check_descriptors(pass_fds),
     )
-    async with await Source.open(snapshot, offset) as source:
-        return await restore_from(source, CommandLine.parse(command), request)
+    parsed = CommandLine.parse(command)
+    async with await Companions.open(snapshot, offset) as companions:
+        return await restore_from(companions, parsed, request)
 
 
-async def restore_from(source: Source, command: CommandLine, request: Request) -> RestoredVm:
+async def restore_begun(early: Early) -> RestoredVm:
+    """The rest of a restore that :func:`pyqmigrate.vm.begin.begin` has begun; it is ended, whatever
+    goes wrong."""
+    begun = early.begun
+    async with Companions(begun.source) as companions:
+        attempt = _Attempt(companions, early.request, begun.started.at, early.notes)
+        return await attempt.instant_or_load(begun, early.command)
+
+
+async def restore_from(
+    companions: Companions, command: CommandLine, request: Request
+) -> RestoredVm:
     """As :func:`restore`, from a snapshot that is open."""
     started = time.monotonic()
     command, notes = make_incoming(command, paused=request.paused, qmp=request.qmp)
-    attempt = _Attempt(source, request, started, tuple(notes))
+    attempt = _Attempt(companions, request, started, tuple(notes))
     if request.mode not in (Mode.AUTO, Mode.INSTANT):
         return await attempt.load(command, "asked for")
+    source = companions.source
     try:
         mapped = map_blocks(command, source.snapshot, source.fd)
     except NotSupported as error:
         if request.mode is Mode.INSTANT:
             raise NotSupported(f"no instant restore: {error}") from error
         return await attempt.load(command, f"no instant restore: {error}")
-    try:
-        return await attempt.instant(mapped)
-    except _NotStarted as error:
-        if request.mode is Mode.INSTANT:
-            raise
-        return await attempt.load(command, f"no instant restore: with mapped memory, {error}")
+    begun = await owned(asyncio.to_thread(begin_mapped, source, mapped, request), Begun.end)
+    return await attempt.instant_or_load(begun, command)
 
 
 class _NotStarted(QemuError):
@@ -223,35 +212,49 @@ def _about(companion: Companion) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Attempt:
-    source: Source
+    companions: Companions
     request: Request
     started: float
     notes: tuple[str, ...] = field(default=())
 
-    async def instant(self, mapped: Mapped) -> RestoredVm:
-        building = asyncio.ensure_future(self.source.companion(mapped.blocks))
+    @property
+    def source(self) -> Source:
+        return self.companions.source
+
+    async def instant_or_load(self, begun: Begun, command: CommandLine) -> RestoredVm:
+        """``command`` is that of a load, should the QEMU that was begun not start."""
+        try:
+            return await self._instant(begun)
+        except _NotStarted as error:
+            if self.request.mode is Mode.INSTANT:
+                raise
+            return await self.load(command, f"no instant restore: with mapped memory, {error}")
+
+    async def _instant(self, begun: Begun) -> RestoredVm:
+        mapped, files = begun.mapped, begun.files
+        building = asyncio.ensure_future(self.companions.get(mapped.blocks))
         # Where QEMU does not start either, nobody asks what became of it.
         building.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            with await self._files(mapped.command, mapped.blocks) as files:
-                async with await self._launch(mapped.command, [self.source.fd]) as qemu:
-                    companion = await building
-                    await asyncio.to_thread(files.clear)
-                    fd = companion.open_for_reading()
-                    try:
-                        incoming = Incoming({"companion": fd}, self.source.snapshot.offset)
-                        seconds = await take_in(qemu, incoming)
-                    finally:
-                        os.close(fd)
-                    return await self._hand_over(
-                        qemu, seconds, incoming, mode=Mode.INSTANT,
-                        why="the memory is mapped from the snapshot",
-                        mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
-                        stale_seconds=companion.stale_seconds,
-                        notes=(*self.notes, *mapped.notes, *files.notes, *_about(companion)),
-                    )
+            async with await self._answered(begun.started) as qemu:
+                companion = await building
+                await asyncio.to_thread(files.clear)
+                fd = companion.open_for_reading()
+                try:
+                    incoming = Incoming({"companion": fd}, self.source.snapshot.offset)
+                    seconds = await take_in(qemu, incoming)
+                finally:
+                    os.close(fd)
+                return await self._hand_over(
+                    qemu, seconds, incoming, mode=Mode.INSTANT,
+                    why="the memory is mapped from the snapshot",
+                    mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
+                    stale_seconds=companion.stale_seconds,
+                    notes=(*self.notes, *mapped.notes, *files.notes, *_about(companion)),
+                )
         finally:
             building.cancel()
+            files.close()
 
     async def load(self, command: CommandLine, why: str) -> RestoredVm:
         request = self.request
@@ -275,7 +278,13 @@ class _Attempt:
     ) -> RestoredVm:
         command, changes = loadable(command, self.source.snapshot)
         with await self._files(command) as files:
-            async with await self._launch(command, []) as qemu:
+            request = self.request
+            starting = asyncio.to_thread(
+                start, command, request.pass_fds,
+                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
+            )
+            started = await owned(starting, Started.end)
+            async with await self._answered(started) as qemu:
                 await asyncio.to_thread(files.clear)
                 fd = self.source.open_again()
                 try:
@@ -291,19 +300,15 @@ class _Attempt:
                     notes=(*self.notes, *changes, *files.notes, *notes),
                 )
 
-    async def _files(self, command: CommandLine, mapped: Sequence[str] = ()) -> RamFiles:
+    async def _files(self, command: CommandLine) -> RamFiles:
         """The memory files of a QEMU to come; refused before it starts."""
         return await owned(
-            asyncio.to_thread(RamFiles, command, self.source.snapshot, mapped), RamFiles.close
+            asyncio.to_thread(RamFiles, command, self.source.snapshot), RamFiles.close
         )
 
-    async def _launch(self, command: CommandLine, fds: list[int]) -> Launched:
-        request = self.request
+    async def _answered(self, started: Started) -> Launched:
         try:
-            qemu = await launch(
-                command, [*fds, *request.pass_fds],
-                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
-            )
+            qemu = await answered(started)
         except QemuError as error:
             raise _NotStarted(str(error)) from error
         async with qemu:
