@@ -163,7 +163,7 @@ def _command(size: int, bios: Path | None = None) -> list[str]:
     ]  # fmt: skip
 
 
-_PYQMIGRATE = (sys.executable, "-m", "pyqmigrate")
+_PYQMIGRATE = (str(Path(sys.executable).with_name("pyqmigrate")),)
 
 
 def _restore(path: Path, size: int, mode: str) -> Sample:
