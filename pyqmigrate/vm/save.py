@@ -255,7 +255,8 @@ class _Save:
         at_instant: AtInstant | None = custody.take_disks if self.disks else None
         if self.choice.way is None:
             return await save_by_qemu(
-                custody, target, plan.changes, running=self.guest.running, live=request.live,
+                custody, target, plan.changes, run_state=self.guest.run_state,
+                running=self.guest.running, live=request.live,
                 resume=self._resumes, at_instant=at_instant, progress=request.progress,
             )
         return await save_by_us(
