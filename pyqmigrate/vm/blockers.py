@@ -84,6 +84,8 @@ def why_no_migration(guest: Guest) -> str | None:
     """Why this guest cannot be saved at all now, whoever writes the pages; None if it can."""
     if guest.blocked_reasons:
         return "QEMU refuses to migrate this guest: " + "; ".join(guest.blocked_reasons)
+    if not guest.blocks:
+        return "the guest has no memory (a machine without RAM)"
     if guest.run_state == "inmigrate":
         return "the guest is not there yet: this QEMU waits for an incoming migration"
     return why_no_migration_now(guest.migration_status)

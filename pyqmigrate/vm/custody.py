@@ -73,6 +73,8 @@ class Custody:
         self._news: socket.socket | None = None
         self._finding: dict[str, Any] = {
             "monitor": os.fspath(Path(monitor.path).absolute()),
+            "pid": guest.pid,
+            "snapshot": os.path.abspath(snapshot),  # noqa: PTH100
             "token": self._token,
             "resume": guest.running,
             "did": [],

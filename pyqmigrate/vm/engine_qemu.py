@@ -31,13 +31,15 @@ async def save_by_qemu(
     target: OutputTarget,
     changes: Changes,
     *,
+    run_state: str,
     running: bool,
     live: bool,
     resume: bool,
     at_instant: AtInstant | None = None,
     progress: ProgressCallback | None = None,
 ) -> Written:
-    """Let QEMU write into ``target`` and, with ``resume``, let the guest go on.
+    """Let QEMU write into ``target`` and, with ``resume``, let the guest go on. It was found in
+    ``run_state``.
 
     Raises QemuError when the migration fails (QemuGone when QEMU dies, NoSpace), Cancelled,
     TargetError. ``custody`` makes the ``changes``, and puts back what is changed here, also then.
@@ -71,6 +73,6 @@ async def save_by_qemu(
     if running and resume:
         now = time.monotonic()
         downtime = now - seen + info["downtime"] / 1000 if stopped is None else now - stopped
-    if stopped is not None and not await asyncio.to_thread(set_run_state, target, "running"):
-        notes.append("the snapshot says that the guest was paused, though it ran")
+    if stopped is not None and not await asyncio.to_thread(set_run_state, target, run_state):
+        notes.append(f"the snapshot says that the guest was paused, though it was {run_state}")
     return Written(info["ram"]["transferred"], downtime, tuple(notes))

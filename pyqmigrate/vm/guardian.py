@@ -12,6 +12,8 @@ A finding has these keys:
 
 =============  ====================================================================
 monitor        path of the monitor's socket, absolute
+pid            number of QEMU's process, or null where that is not known
+snapshot       path that the snapshot was to have, absolute
 token          in the names of the descriptors that were handed to QEMU, and in that of the
                unfinished file, where it has to have one
 resume         whether the guest is to run
@@ -28,7 +30,8 @@ record         path of the file with the names of the disks, or ""
 
 The overlays stay when the snapshot got its name before the process ended: they are its disks then.
 Otherwise what they hold goes back into the files below, and what cannot go back is never thrown
-away: the guest keeps its overlay, and ``RECORD.left`` says so.
+away: the guest keeps its overlay, and ``RECORD.left`` says so. Without disks ``SNAPSHOT.left`` has
+what could not be put back.
 """
 
 from __future__ import annotations
@@ -275,6 +278,7 @@ class _Monitor:
         self._ids = itertools.count()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         directory, name = os.path.split(path)
+        self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
         try:
             self._socket.connect(f"/proc/self/fd/{fd}/{name}")  # a path of any length
@@ -313,28 +317,57 @@ class _Monitor:
             received += data
 
 
-def _rescue(finding: dict[str, Any], file: int) -> None:
+def _rescue(finding: dict[str, Any], file: int, qemu: _Qemu) -> None:
     """``file`` is a descriptor of the unfinished file, -1 where that was not opened."""
     deadline = time.monotonic() + _PATIENCE
     published = _is_published(finding, file)
-    trouble: list[str] = []
-    while finding["did"] and time.monotonic() < deadline:
+    trouble: list[str] | None = None
+    while finding["did"] and trouble is None and time.monotonic() < deadline:
         try:
             trouble = _put_back(finding, deadline, published)
-            break
         except (FileNotFoundError, ConnectionRefusedError):
-            break  # QEMU is gone
+            if not qemu.lives(otherwise=False):
+                break
+            time.sleep(0.2)  # its socket's name is gone, and it is not
         except (OSError, EOFError, ValueError, LookupError, Refused):
             time.sleep(0.2)
     with contextlib.suppress(OSError):
         if (partial := _partial(finding)) is not None:
             os.unlink(partial)  # noqa: PTH108
+    if finding["did"] and trouble is None and qemu.lives(otherwise=time.monotonic() >= deadline):
+        trouble = _not_put_back(finding)
     if not published:
-        with contextlib.suppress(OSError):
-            _leave_word(finding, trouble)
+        _remove_record(finding)
+    overlays = [] if published else _overlays_left(finding)
+    with contextlib.suppress(OSError):
+        place = finding["record"] if overlays else finding["snapshot"]
+        _leave_word(f"{place}.left", [*(trouble or []), *overlays])
 
 
-def _put_back(finding: dict[str, Any], deadline: float, published: bool) -> list[str]:
+class _Qemu:
+    """A process, which is no other when its number is used again."""
+
+    def __init__(self, pid: int | None) -> None:
+        self._gone = False
+        self._fd: int | None = None
+        try:
+            self._fd = None if pid is None else os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._gone = True
+        except OSError:
+            pass  # a kernel without pidfds
+
+    def lives(self, *, otherwise: bool) -> bool:
+        """Whether it does; ``otherwise`` where that cannot be told."""
+        if self._gone or self._fd is None:
+            return otherwise and not self._gone
+        return not select.select([self._fd], [], [], 0)[0]
+
+
+def _put_back(
+    finding: dict[str, Any], deadline: float, published: bool
+) -> list[str] | None:
+    """What could not be done; None when the time was over before."""
     monitor = _Monitor(finding["monitor"], deadline)
     steps = put_back(finding, published=published)
     try:
@@ -346,7 +379,7 @@ def _put_back(finding: dict[str, Any], deadline: float, published: bool) -> list
         return trouble
     finally:
         monitor.close()
-    return []
+    return None
 
 
 def _answer(monitor: _Monitor, steps: Generator[Step, Any, list[str]], step: Step) -> Step:
@@ -360,17 +393,45 @@ def _answer(monitor: _Monitor, steps: Generator[Step, Any, list[str]], step: Ste
     return steps.send(result)
 
 
-def _leave_word(finding: dict[str, Any], trouble: list[str]) -> None:
-    """Nobody is there to be told that a guest goes on in an overlay: it is written down."""
-    _remove_record(finding)
+def _not_put_back(finding: dict[str, Any]) -> list[str]:
+    """What stays as the save made it, in sentences: nobody is there to be told."""
+    did = finding["did"]
+    words = [
+        f"a save of this guest was killed, and the monitor {finding['monitor']} of process "
+        f"{finding['pid'] or 'unknown'} was not to be had for {_PATIENCE:g} s afterwards: what "
+        "follows is for whoever reaches it"
+    ]
+    if Did.MIGRATING in did:
+        words.append("a migration of the save may be under way: query-migrate, migrate_cancel")
+    if _stopped_by(set(did)):
+        state = "run" if finding["resume"] else "stand still"
+        words.append(f"the guest may stand still because of the save; it is to {state} (cont)")
+    if Did.SETTINGS in did:
+        entries = [{"capability": n, "state": s} for n, s in finding["capabilities"].items()]
+        for command, arguments in (
+            ("migrate-set-capabilities", {"capabilities": entries} if entries else {}),
+            ("migrate-set-parameters", finding["parameters"]),
+        ):
+            if arguments:
+                words.append(json.dumps({"execute": command, "arguments": arguments}))
+    if Did.LENT in did:
+        words.append(f"fdsets may have descriptors named {finding['token']}: remove-fd")
+    return words
+
+
+def _overlays_left(finding: dict[str, Any]) -> list[str]:
     left = [
         disk for disk in finding["disks"]
         if os.path.lexists(disk["here"]) or os.path.lexists(disk["file"])
     ]
-    if not left:
+    return [f"disk {goes_on_in(disk)}: if QEMU is gone, start it so" for disk in left]
+
+
+def _leave_word(path: str, lines: list[str]) -> None:
+    """Nobody is there to be told: it is written down."""
+    if not lines:
         return
-    lines = [*trouble, *(f"disk {goes_on_in(disk)}: if QEMU is gone, start it so" for disk in left)]
-    with open(f"{finding['record']}.left", "w", encoding="utf-8") as file:  # noqa: PTH123
+    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
         file.write("".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
@@ -393,9 +454,9 @@ def _partial(finding: dict[str, Any]) -> str | None:
     return None
 
 
-def _what_was_left(pid: int) -> tuple[dict[str, Any] | None, int]:
-    """Wait for the end of the process; the finding, None if it said that all is well, and the
-    descriptor of the unfinished file, or -1."""
+def _what_was_left(pid: int) -> tuple[dict[str, Any], int, _Qemu] | None:
+    """Wait for the end of the process; None if it said that all is well, or nothing. Otherwise the
+    finding, the descriptor of the unfinished file or -1, and QEMU."""
     received = b""
     poll = select.poll()
     poll.register(0, select.POLLIN)
@@ -408,8 +469,8 @@ def _what_was_left(pid: int) -> tuple[dict[str, Any] | None, int]:
         gone = True
     except OSError:
         pass  # a kernel without pidfds: the socket alone has to tell
-    finding: dict[str, Any] | None = None
-    file = -1
+    finding: dict[str, Any] = {}
+    file, qemu = -1, _Qemu(None)
     news = socket.socket(fileno=0)
     while True:
         ready = {fd for fd, _ in poll.poll(0 if gone else None)}
@@ -422,19 +483,21 @@ def _what_was_left(pid: int) -> tuple[dict[str, Any] | None, int]:
             *lines, received = (received + data).split(b"\n")
             for line in lines:
                 if line == b"done":
-                    return None, file
-                finding = {**(finding or {}), **json.loads(line)}
+                    return None
+                if not finding:
+                    qemu = _Qemu(json.loads(line)["pid"])
+                finding |= json.loads(line)
             if data:
                 continue
         elif not gone and process not in ready:
             continue
-        return finding, file
+        return (finding, file, qemu) if finding else None
 
 
 def _main() -> None:
-    finding, file = _what_was_left(int(sys.argv[1]))
-    if finding is not None:
-        _rescue(finding, file)
+    left = _what_was_left(int(sys.argv[1]))
+    if left is not None:
+        _rescue(*left)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ class Guest:
     ``version`` is (major, minor, micro). ``pid`` is its process as we number it, ``binary`` what
     that runs; None and empty where it cannot be told. ``machine`` is the full name, as a stream
     carries it (``pc-i440fx-10.0``), ``target`` the architecture (``x86_64``), ``target_page_bits``
-    None where only a stream tells. ``run_state`` is ``query-status``'s, ``migration_status``
+    None where only a stream tells. ``run_state`` is ``query-status``'s; ``running`` is true in
+    ``suspended``, too: such a guest sleeps, and its devices go on. ``migration_status`` is
     ``query-migrate``'s, "none" before the first. ``blocks`` are those that a stream has, in QEMU's
     order, and no others. ``devices`` are pairs of QOM path and type, ``dirty_bitmaps`` of node and
     bitmap, ``commands`` the QMP commands there are.
@@ -106,7 +107,7 @@ async def look(monitor: Monitor) -> Guest:
         "target": target,
         "target_page_bits": _PAGE_BITS.get(target),
         "run_state": str(status["status"]),
-        "running": bool(status["running"]),
+        "running": bool(status["running"]) or status["status"] == "suspended",
         "uuid": str((await monitor.execute("query-uuid"))["UUID"]),
         "capabilities": {entry["capability"]: entry["state"] for entry in capabilities},
         "parameters": await monitor.execute("query-migrate-parameters"),

@@ -44,6 +44,7 @@ from pyqmigrate.vm.engine_qemu import save_by_qemu
 from pyqmigrate.vm.guest import Guest, look
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.plan import Plan, make_plan
+from pyqmigrate.vm.process import Ending
 from pyqmigrate.vm.settings import UsedSetting
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 from pyqmigrate.writer import Sparse
@@ -117,7 +118,7 @@ async def save(
     engine: ``qemu``, ``direct``, or ``auto``: direct where nothing would be missed.
     live: the guest runs while most of it is saved; only engine qemu can.
     then: what becomes of the guest; None leaves it as it was found. ``quit`` ends QEMU, once the
-        snapshot has its name.
+        snapshot has its name, and its end is waited for, half a minute at most.
     channels: threads, or multifd channels, that move pages: 1 to 255.
     sparse: ``exact`` allocates no zero page, ``dense`` all of them.
     with_disks: take snapshots of the writable disks at the same instant (:mod:`pyqmigrate.vm
@@ -200,7 +201,7 @@ class _Save:
         modified = os.fstat(target.fd).st_mtime_ns
         seconds = time.monotonic() - self.started
         await custody.end(resume=self._resumes)
-        after = await self._end()
+        after, late = await self._end()
         await self._seal(written, modified)
         resumed = self._resumes and self.guest.running
         return VmSaveReport(
@@ -226,7 +227,7 @@ class _Save:
             ),
             disks_record=str(self.disks.record) if self.disks and self.disks.recorded else None,
             seal=self.request.seal,
-            notes=(*plan.notes, *written.notes, *self._notes(after), *custody.trouble),
+            notes=(*plan.notes, *written.notes, *late, *custody.trouble),
         )
 
     @property
@@ -256,7 +257,8 @@ class _Save:
         at_instant: AtInstant | None = custody.take_disks if self.disks else None
         if self.choice.way is None:
             return await save_by_qemu(
-                custody, target, plan.changes, running=self.guest.running, live=request.live,
+                custody, target, plan.changes, run_state=self.guest.run_state,
+                running=self.guest.running, live=request.live,
                 resume=self._resumes, at_instant=at_instant, progress=request.progress,
             )
         return await save_by_us(
@@ -307,15 +309,27 @@ class _Save:
                 publishing.done() and not publishing.cancelled() and not publishing.exception()
             )
 
-    async def _end(self) -> str | None:
-        """Quit if that was asked for; what the guest is doing now."""
-        if self.request.then is not Then.QUIT:
-            return str((await self.monitor.execute("query-status"))["status"])
-        with contextlib.suppress(QemuGone):  # it may hang up before it answers
-            await self.monitor.execute("quit")
-        return None
+    async def _end(self) -> tuple[str | None, list[str]]:
+        """Quit if that was asked for; what the guest is doing now, and what there is to note.
 
-    def _notes(self, after: str | None) -> list[str]:
+        Whoever restores at once would meet QEMU's locks on images if it had not ended.
+        """
+        if self.request.then is not Then.QUIT:
+            after = str((await self.monitor.execute("query-status"))["status"])
+            return after, self._notes(after)
+        with contextlib.closing(Ending(self.guest.pid)) as ending:
+            with contextlib.suppress(QemuGone):  # it may hang up before it answers
+                await self.monitor.execute("quit")
+            if await ending.wait(_QUIT_TIMEOUT):
+                return None, []
+            if not ending.known:
+                return None, ["QEMU was told to quit; whether it has cannot be seen from here"]
+            return None, [
+                f"QEMU was told to quit; process {self.guest.pid} has not ended within "
+                f"{_QUIT_TIMEOUT:g} s, and may still have its disks locked"
+            ]
+
+    def _notes(self, after: str) -> list[str]:
         notes = []
         before = self.guest.run_state
         if after == "postmigrate" and before != after:

@@ -46,9 +46,12 @@ class Source:
     def save(self, path: Path, **arguments: Any) -> VmSaveReport:
         return asyncio.run(save(self.socket, path, **arguments))
 
-    def start_save(self, path: Path, *arguments: str) -> subprocess.Popen[bytes]:
-        """The command, in a process of its own."""
-        command = [sys.executable, "-m", "pyqmigrate", "vm", "save", "--qmp", str(self.socket),
+    def start_save(
+        self, path: Path, *arguments: str, program: str | None = None
+    ) -> subprocess.Popen[bytes]:
+        """The command, in a process of its own, or a ``program`` that is it in some way."""
+        python = ["-m", "pyqmigrate"] if program is None else ["-c", program]
+        command = [sys.executable, *python, "vm", "save", "--qmp", str(self.socket),
                    *arguments, str(path)]  # fmt: skip
         return subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

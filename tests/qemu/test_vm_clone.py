@@ -12,9 +12,9 @@ import pytest
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.cloning import Clone, clone
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.restoring import restore
+from pyqmigrate.vm.restoring import RestoredVm, restore
 from tests.qemu.compare import assert_same_blocks
-from tests.qemu.saved import RAM, Saved, goes_on, memory_of, save_guest
+from tests.qemu.saved import RAM, Saved, goes_on, memory_of, save_guest, serial_says
 
 pytestmark = pytest.mark.qemu
 
@@ -35,8 +35,17 @@ async def end_all(clones: list[Clone]) -> None:
 
 def proportional_bytes(pid: int) -> int:
     """The process's share of all memory that it uses, divided among who uses it too."""
+    return memory_use(pid, "Pss")
+
+
+def changed_bytes(pid: int) -> int:
+    """What it has changed and nobody else has: of the guest's memory, and QEMU's own."""
+    return memory_use(pid, "Private_Dirty")
+
+
+def memory_use(pid: int, kind: str) -> int:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    found = re.search(r"^Pss: +(\d+) kB", text, re.MULTILINE)
+    found = re.search(rf"^{kind}: +(\d+) kB", text, re.MULTILINE)
     assert found, text
     return int(found[1]) * 1024
 
@@ -157,6 +166,45 @@ def share_of_memory(directory: Path, ram: int) -> None:
         assert base > ram // 2, "its memory is not resident: the test proves nothing"
         # What every QEMU has of its own: code that it shares is small, its heap is not.
         assert together < base + 10 * (40 * MIB), f"{together >> 20} MiB, one: {base >> 20} MiB"
+
+    asyncio.run(run())
+
+
+def test_ten_clones_that_write_share_what_they_have_not_changed(disk: Path) -> None:
+    """Each writes over the first 32 MiB, again and again; the rest of its memory it only has."""
+    ram, written = 256 * MIB, 28 * MIB
+    saved = save_guest(disk, ["-M", "pc", "-m", "256"], ram=32 * MIB, paused=True)
+    command = saved.command(serial=disk / "serial-{n}")
+
+    async def looked_at(one: RestoredVm) -> int:
+        await memory_of(one.monitor, one.process.pid)
+        return one.process.pid
+
+    async def run() -> None:
+        alone = await restore(saved.path, command, paused=True)
+        pid = await looked_at(alone)
+        base, own = proportional_bytes(pid), changed_bytes(pid)
+        await alone.end()
+        clones = await clone(saved.path, command, 10, directory=disk)
+        try:
+            for one in clones:
+                assert one.vm is not None, one.error
+                await one.vm.monitor.execute("cont")  # it was saved paused
+            for one in clones:
+                assert one.vm is not None
+                # Two reports: all that it writes was written since it goes on.
+                await asyncio.to_thread(serial_says, disk / f"serial-{one.number}", 2)
+                await one.vm.monitor.execute("stop")
+            pids = [await looked_at(one.vm) for one in clones if one.vm is not None]
+            together = sum(map(proportional_bytes, pids))
+            changes = [changed_bytes(pid) for pid in pids]
+        finally:
+            await end_all(clones)
+        assert base > ram // 2, "its memory is not resident: the test proves nothing"
+        assert all(changed > written for changed in changes), "the guests do not write"
+        assert together <= base + sum(changes), f"{together >> 20} MiB, one: {base >> 20} MiB"
+        # And what each changed is what it wrote, besides QEMU's own.
+        assert all(changed < own + written + 24 * MIB for changed in changes), (own, changes)
 
     asyncio.run(run())
 

@@ -298,20 +298,33 @@ def assert_old_or_whole(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "run", "kills"),
+    ("memory", "run", "kills", "named"),
     [
-        pytest.param("file", True, 5),
-        pytest.param("private", True, 50, marks=pytest.mark.long),
-        pytest.param("file", True, 50, marks=pytest.mark.long),
-        pytest.param("private", False, 50, marks=pytest.mark.long),
+        pytest.param("file", True, 5, False),
+        pytest.param("private", True, 50, False, marks=pytest.mark.long),
+        pytest.param("file", True, 50, False, marks=pytest.mark.long),
+        pytest.param("private", False, 50, False, marks=pytest.mark.long),
+        pytest.param("file", True, 50, True, marks=pytest.mark.long),
     ],
 )
 def test_guest_survives_that_the_command_is_killed(
-    memory: str, run: bool, kills: int, disk: Path
+    memory: str, run: bool, kills: int, named: bool, disk: Path
+) -> None:
+    # What engine qemu makes of a paused guest cannot be undone once it is complete.
+    killed_at_random(disk, memory, run, kills, ENGINES if run else ["direct"], named=named)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("named", [False, True], ids=["unnamed file", "named file"])
+def test_paused_guest_survives_that_qemus_save_is_killed(named: bool, disk: Path) -> None:
+    """It keeps still, in postmigrate where the save was complete; it goes on when it is told to."""
+    killed_at_random(disk, "file", False, 50, ["qemu"], named=named)
+
+
+def killed_at_random(
+    disk: Path, memory: str, run: bool, kills: int, engines: list[str], *, named: bool
 ) -> None:
     choose = random.Random(kills)
-    # What engine qemu makes of a paused guest cannot be undone once it is complete.
-    engines = ENGINES if run else ["direct"]
     with source(disk, memory=memory, length=64 << 20, run=run) as guest:
         (disk / "snapshot").write_bytes(OLD)
         guest.files.add("snapshot")
@@ -319,7 +332,8 @@ def test_guest_survives_that_the_command_is_killed(
         for number in range(3 * kills):
             started = time.monotonic()
             process = guest.start_save(
-                disk / "snapshot", "--engine", engines[number % len(engines)]
+                disk / "snapshot", "--engine", engines[number % len(engines)],
+                program=NAMED if named else None,
             )
             try:
                 process.wait(choose.uniform(whole / 4, whole))
@@ -328,11 +342,23 @@ def test_guest_survives_that_the_command_is_killed(
                 process.kill()
                 killed += 1
             process.communicate(timeout=60)
+            if not run and engines == ["qemu"]:
+                as_found_or_postmigrate(guest)
             guest.assert_as_before(within=30)
             assert_old_or_whole(disk / "snapshot")
             if killed == kills:
                 return
     raise AssertionError(f"{killed} kills came in time: the test proves little")
+
+
+def as_found_or_postmigrate(guest: Source) -> None:
+    """What became of a paused guest; from postmigrate it is made to run, and paused again."""
+    wait_until(lambda: not guest._guardians(), "the guardian does not end", 30)
+    if guest.status() == "postmigrate":
+        count = guest.count()
+        guest.vm.execute("cont")
+        guest.wait_for_count(count + 1)
+        guest.vm.execute("stop")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -18,7 +18,7 @@ from pyqmigrate.vm import guardian
 
 TOKEN = "pyqmigrate-token"
 FINDING: dict[str, Any] = {
-    "monitor": "", "token": TOKEN, "resume": True,
+    "monitor": "", "pid": None, "snapshot": "/nowhere/snapshot", "token": TOKEN, "resume": True,
     "did": ["lent", "settings", "stopped", "migrating"], "capabilities": {"mapped-ram": False},
     "parameters": {"max-bandwidth": 7}, "directory": "/", "file": False,
     "disks": [], "record": "",
@@ -313,8 +313,11 @@ def monitor(tmp_path: Path) -> Iterator[tuple[Path, Machine]]:
                     request, end = decoder.raw_decode(received)
                     received = received[end:]
                     stale = {"return": {}, "id": "of the client before"}
-                    result = machine.do(request["execute"], request.get("arguments"))
-                    reply = {"return": result, "id": request["id"]}
+                    reply: dict[str, Any] = {"id": request["id"]}
+                    try:
+                        reply["return"] = machine.do(request["execute"], request.get("arguments"))
+                    except guardian.Refused as error:
+                        reply["error"] = {"class": "GenericError", "desc": str(error)}
                     for message in (event, stale, reply):
                         stream.write(json.dumps(message) + "\r\n")
                     stream.flush()
@@ -442,3 +445,66 @@ def test_overlay_that_qemu_left_when_it_ended_is_written_down(tmp_path: Path) ->
     assert listed(tmp_path) == ["overlay", "snapshot.disks.json.left"]
     word = (tmp_path / "snapshot.disks.json.left").read_text()
     assert f"disk disk goes on in {tmp_path}/overlay over image" in word
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process, in the place of QEMU's."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+def out_of_reach(directory: Path, qemu: subprocess.Popen[bytes], *did: str) -> dict[str, Any]:
+    return {**having_done(*did), "monitor": str(directory / "gone"), "pid": qemu.pid,
+            "snapshot": str(directory / "snapshot")}  # fmt: skip
+
+
+def test_qemu_that_lives_without_the_name_of_its_socket_is_waited_for(
+    monitor: tuple[Path, Machine], tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    path, machine = monitor
+    hidden = path.rename(tmp_path / "hidden")
+    started = Started({**FINDING, "monitor": str(path), "pid": sleeper.pid})
+    started.socket.close()
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.process.wait(0.5)
+    hidden.rename(path)
+    started.ends_well()
+    assert machine.state == "running"
+
+
+def test_qemu_that_ended_is_not_waited_for(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    started = Started(out_of_reach(tmp_path, sleeper, "stopped"))
+    started.socket.close()
+    sleeper.kill()
+    started.ends_well()
+    assert listed(tmp_path) == []
+
+
+def test_guest_that_was_not_reached_is_written_down(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guardian, "_PATIENCE", 0.3)
+    finding = out_of_reach(tmp_path, sleeper, "settings", "stopped")
+    guardian._rescue(finding, -1, guardian._Qemu(sleeper.pid))
+    first, state, *commands = (tmp_path / "snapshot.left").read_text().splitlines()
+    assert f"process {sleeper.pid}" in first and "gone" in first
+    assert "it is to run (cont)" in state
+    assert [json.loads(command)["execute"] for command in commands] == [
+        "migrate-set-capabilities", "migrate-set-parameters"
+    ]  # fmt: skip
+    assert json.loads(commands[1])["arguments"] == FINDING["parameters"]
+
+
+def test_what_qemu_refused_to_put_back_is_written_down(
+    monitor: tuple[Path, Machine], tmp_path: Path
+) -> None:
+    path, machine = monitor
+    machine.refuses = ("cont",)
+    Started(
+        {**FINDING, "monitor": str(path), "snapshot": str(tmp_path / "snapshot")}
+    ).ends_well()
+    assert (tmp_path / "snapshot.left").read_text() == "cont: no\n"

@@ -5,16 +5,17 @@ interrupted or killed, the guest is put back as it was, running or paused, with 
 
 Engine qemu lets QEMU write the file, with the settings that are fast for this guest; engine direct
 lets QEMU write its device state only, and writes the pages from here. Without --then the guest is
-afterwards what it was before; with --then quit QEMU ends once the snapshot has its name. --seal
-writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the file is read for it.
+afterwards what it was before; with --then quit QEMU is ended once the snapshot has its name, and
+its end is waited for. --seal writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the
+file is read for it.
 
 JSON: ``snapshot``; ``engine`` and ``why``; ``settings``, an object of QEMU's settings that were
 changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_io_reason``;
 ``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
 ``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
-``run_state_before``, ``run_state_after`` (null: QEMU has ended); ``disks`` (what a restore needs of
-the writable disks, sentences); ``disks_record`` (the file with their names, or null); ``seal``
-(the algorithm, or null); ``notes`` (sentences).
+``run_state_before``, ``run_state_after`` (null: QEMU was told to quit); ``disks`` (what a restore
+needs of the writable disks, sentences); ``disks_record`` (the file with their names, or null);
+``seal`` (the algorithm, or null); ``notes`` (sentences).
 """
 
 from __future__ import annotations
