@@ -25,8 +25,9 @@ from typing import Any, TypeAlias
 from pyqmigrate.damage import Damage, parts_of
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
+from pyqmigrate.io.bitmap_order import other_order
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.digests import Digests, open_direct
 from pyqmigrate.io.manifest import (
@@ -64,6 +65,7 @@ class SealReport:
     ``size`` of the file and ``bytes_read`` of it, in bytes; ``cleared_pages`` had old bytes under
     clear bits and are holes now; ``clear_pages_zero`` is False for a stream without bitmaps.
     ``direct_io`` says whether the file was read past the page cache, ``direct_io_reason`` why.
+    ``bitmap_order`` is how the bitmaps were read; None for a stream without them.
     """
 
     snapshot: str
@@ -77,6 +79,7 @@ class SealReport:
     direct_io: bool
     direct_io_reason: str
     channels: int
+    bitmap_order: ByteOrder | None
 
 
 @dataclass(frozen=True)
@@ -120,19 +123,21 @@ class SealCheck:
 
 def seal(
     snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
+    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 8,
+    direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealReport:
     """Make a finished snapshot durable and verifiable, and wait; see :func:`start_seal`."""
     return start_seal(
-        snapshot, algorithm=algorithm, offset=offset, page_size=page_size, channels=channels,
-        direct_io=direct_io,
+        snapshot, algorithm=algorithm, offset=offset, page_size=page_size,
+        bitmap_order=bitmap_order, channels=channels, direct_io=direct_io,
     ).wait(progress)
 
 
 def start_seal(
     snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
+    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 8,
+    direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealReport]:
     """Begin to seal a snapshot of any kind; returns at once.
 
@@ -140,8 +145,10 @@ def start_seal(
     it is made durable; the seal gets its name beside it when it is whole and durable. One that is
     there is replaced; another file of that name is a UsageError, before anything is changed.
 
-    snapshot: a path or a ``file:`` URI. offset, page_size: as for
-        :func:`~pyqmigrate.opening.open_snapshot`.
+    snapshot: a path or a ``file:`` URI. offset, page_size, bitmap_order: as for
+        :func:`~pyqmigrate.opening.open_snapshot`. In the wrong bitmap_order pages would be cleared
+        that have data. Where it is not given, and fewer pages would have to be cleared in the other
+        one, that is a UsageError, and nothing is changed.
     channels: threads that read, 1 to 255. direct_io: whether past the page cache; ``auto``: unless
         the file is in it.
 
@@ -161,7 +168,8 @@ def start_seal(
             source.offset = offset
         check_place(seal_path(source.name))
         work = _Sealing(
-            source, page_size, Digests(chosen), Channels(count, "pyqmigrate-seal"), setting
+            source, page_size, bitmap_order, Digests(chosen), Channels(count, "pyqmigrate-seal"),
+            setting,
         )
         return Job(work.channels, source.size, work.run)
     except BaseException:
@@ -177,6 +185,7 @@ def _setting(direct_io: DirectIO | str) -> DirectIO:
 class _Sealing:
     source: InputTarget
     page_size: int | None
+    bitmap_order: ByteOrder | None
     digests: Digests
     channels: Channels
     direct_io: DirectIO
@@ -193,7 +202,7 @@ class _Sealing:
         if source.size > SEALED_MAX:
             raise NotSupported(f"a file of {source.size} bytes cannot be sealed")
         self._lock(fcntl.LOCK_SH, "somebody writes it in place")
-        cleared, start, blocks = self._prepare(path)
+        cleared, start, blocks, order = self._prepare(path)
         os.fsync(source.fd)
         before = os.fstat(source.fd)
         digests.resize(before.st_size)
@@ -204,27 +213,60 @@ class _Sealing:
             source.close_direct(direct)
         self._check_unchanged(before)
         manifest = digests.seal(
-            before.st_mtime_ns, start, blocks or (), clear_pages_zero=blocks is not None
+            before.st_mtime_ns, start, blocks or (), clear_pages_zero=blocks is not None,
+            bitmap_order=order or "little",
         )
         write_manifest(path, manifest)
         return SealReport(
             source.name, str(path), digests.algorithm, before.st_size, digests.bytes_read,
             blocks is not None, cleared, time.monotonic() - started, direct is not None, reason,
-            self.channels.count,
+            self.channels.count, order,
         )
 
-    def _prepare(self, path: Path) -> tuple[int, int, tuple[BlockLayout, ...] | None]:
-        """Verify the structure and clear pages; how many, the stream's start, and the blocks."""
+    def _prepare(
+        self, path: Path
+    ) -> tuple[int, int, tuple[BlockLayout, ...] | None, ByteOrder | None]:
+        """Verify the structure and clear pages; how many, where the stream starts, the blocks, and
+        the byte order of their bitmaps."""
         target = Descriptors(self.source.fd, offset=self.source.offset)
-        with open_snapshot(target, page_size=self.page_size) as snapshot:
+        with open_snapshot(
+            target, page_size=self.page_size, bitmap_order=self.bitmap_order
+        ) as snapshot:
             snapshot.verify()
             if not isinstance(snapshot, Snapshot):
-                return 0, snapshot.offset, None
+                return 0, snapshot.offset, None, None
             channels = self.channels.sibling("pyqmigrate-stale")
             stale = find_stale(snapshot, channels)
             if stale:
+                if self.bitmap_order is None:
+                    self._check_order(snapshot, sum(stale.values()))
                 self._clear(snapshot, stale, path, channels)
-            return sum(stale.values()), snapshot.offset, snapshot.stream.blocks
+            return (
+                sum(stale.values()), snapshot.offset, snapshot.stream.blocks,
+                snapshot.bitmap_order,
+            )
+
+    def _check_order(self, snapshot: Snapshot, stale: int) -> None:
+        """Nobody said in which order the bitmaps are: in the wrong one clear pages are live ones.
+
+        In the right one each page that a bit is set for has data, which the bit covers; no other
+        order of equally many bits in each 64 pages covers more.
+        """
+        order = other_order(snapshot.bitmap_order)
+        target = Descriptors(self.source.fd, offset=snapshot.offset)
+        with Snapshot(target, bitmap_order=order) as other:
+            try:
+                other.verify()
+            except SnapshotError:
+                return
+            fewer = sum(find_stale(other, self.channels.sibling("pyqmigrate-stale")).values())
+        if fewer < stale:
+            raise UsageError(
+                f"the host that wrote this file may have been {order}-endian: {stale} pages have "
+                f"bytes under clear bits, and {fewer} if bitmaps are read so. To clear them could "
+                f"destroy the guest's memory: say bitmap_order, --bitmap-order {order} or "
+                f"{snapshot.bitmap_order}"
+            )
 
     def _clear(
         self, snapshot: Snapshot, stale: dict[str, int], path: Path, channels: Channels

@@ -6,6 +6,8 @@ always, the structure is checked: every length and offset against each other and
 every bitmap or page record, and that the end of the stream is there. Without a seal flipped bits in
 pages cannot be seen.
 
+Whether the bitmaps would fit the file better in the other byte order is noted (see --bitmap-order).
+
 ``--deep`` decodes the device state too, and counts pages whose bit is clear and that do not read as
 zeros in the file. These are no damage: for the guest they are zeros.
 
@@ -14,7 +16,8 @@ JSON: ``snapshot``; ``valid``; ``seal``, null where there is none, otherwise an 
 ``seconds``, ``direct_io``, ``direct_io_reason``. Each of ``damages`` has ``mib``, ``offset``,
 ``length`` (bytes), ``why``, and ``parts``: what was sealed there, ``what`` (pages, bitmap, or
 words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. Where it is intact
-or null: ``blocks``, ``data_pages``, ``zero_pages`` (numbers); with --deep ``devices`` (a number,
+or null: ``bitmap_order`` (null for a classic stream), ``notes`` (sentences), ``blocks``,
+``data_pages``, ``zero_pages`` (numbers); with --deep ``devices`` (a number,
 null where they cannot be told apart) and ``stale_pages`` (by block). Damage exits with 1; a
 snapshot or a seal that cannot be parsed is an error, with exit code 1.
 """
@@ -32,6 +35,7 @@ from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.device_listing import devices
 from pyqmigrate.errors import NotSupported
+from pyqmigrate.io.bitmap_order import better_order, says_better
 from pyqmigrate.opening import AnySnapshot
 from pyqmigrate.sealing import SealCheck, stale_pages, verify_seal
 from pyqmigrate.snapshot import Snapshot
@@ -66,6 +70,13 @@ def _run(args: argparse.Namespace) -> Outcome:
         pages = sum(block.data_pages for block in blocks)
         zero = sum(block.zero_pages for block in blocks)
         count = len(snapshot.blocks)
+        data |= {"bitmap_order": None, "notes": []}
+        if isinstance(snapshot, Snapshot):
+            order = snapshot.bitmap_order
+            better = better_order(snapshot.source, snapshot.stream.blocks, order)
+            notes = [] if better is None else [says_better(better)]
+            data |= {"bitmap_order": order, "notes": notes}
+            lines += [f"note      {note}" for note in notes]
         data |= {"blocks": count, "data_pages": pages, "zero_pages": zero}
         lines.append(
             f"{printable(args.snapshot)}: well-formed and whole: {counted(count, 'block')}, "
