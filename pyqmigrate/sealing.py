@@ -18,12 +18,20 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.damage import Damage, parts_of
-from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError, TargetError, UsageError
+from pyqmigrate.errors import (
+    Cancelled,
+    NotSupported,
+    PyqmigrateError,
+    SnapshotError,
+    TargetError,
+    UsageError,
+)
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
 from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
@@ -43,6 +51,7 @@ from pyqmigrate.opening import open_snapshot
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
 from pyqmigrate.stale import clear_stale, find_stale
+from pyqmigrate.stream_damage import parts_of_stream
 
 __all__ = [
     "SealCheck",
@@ -339,21 +348,24 @@ def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
 
 
 def verify_seal(
-    snapshot: Named, *, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
+    snapshot: Named, *, page_size: int | None = None, channels: int = 8,
+    direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealCheck | None:
     """Hold a file against its seal, and wait; None where it has none. See :func:`start_verify`."""
-    job = start_verify(snapshot, channels=channels, direct_io=direct_io)
+    job = start_verify(snapshot, page_size=page_size, channels=channels, direct_io=direct_io)
     return None if job is None else job.wait(progress)
 
 
 def start_verify(
-    snapshot: Named, *, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO
+    snapshot: Named, *, page_size: int | None = None, channels: int = 8,
+    direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealCheck] | None:
     """Begin to compare every byte of a file with its seal; None where it has none.
 
     The structure of the file is not looked at, so a file that cannot be parsed any more is told
-    what is damaged in it all the same. Arguments as for :func:`start_seal`. Raises SnapshotError
+    what is damaged in it all the same; but the pages of a damaged classic stream are found by its
+    records, as far as these still parse. Arguments as for :func:`start_seal`. Raises SnapshotError
     (its ``field`` is ``seal``) for a seal that is damaged itself, NotSupported where the library
     for its digests is missing, UsageError, TargetError; the job's result TargetError, SnapshotError
     when the file becomes shorter meanwhile, Cancelled.
@@ -369,7 +381,9 @@ def start_verify(
         if manifest is None:
             source.close()
             return None
-        work = _Checking(source, path, manifest, Channels(count, "pyqmigrate-verify"), setting)
+        work = _Checking(
+            source, path, manifest, page_size, Channels(count, "pyqmigrate-verify"), setting
+        )
         return Job(work.channels, min(source.size, manifest.size), work.run)
     except BaseException:
         source.close()
@@ -381,6 +395,7 @@ class _Checking:
     source: InputTarget
     path: Path
     manifest: Manifest
+    page_size: int | None
     channels: Channels
     direct_io: DirectIO
 
@@ -402,6 +417,10 @@ class _Checking:
             source.close_direct(direct)
         damages = tuple(self._damages(digests, info.st_size))
         notes = []
+        head = manifest.head
+        if damages and not head.blocks and not head.clear_pages_zero:
+            damages, note = self._in_stream(damages)
+            notes.append(note)
         if damages and info.st_mtime_ns != manifest.head.mtime_ns:
             notes.append(
                 "the file was modified after it was sealed; if it was meant to be, or another "
@@ -413,6 +432,36 @@ class _Checking:
             str(self.path), manifest.algorithm, manifest.size, damages, tuple(notes),
             manifest.clear_pages_zero, digests.bytes_read, time.monotonic() - started,
             direct is not None, reason,
+        )
+
+    def _in_stream(self, damages: tuple[Damage, ...]) -> tuple[tuple[Damage, ...], str]:
+        """The same with the pages of a classic stream, if its records tell them; and a note."""
+        target = Descriptors(self.source.fd, offset=self.manifest.head.offset)
+
+        def poll(_: Progress) -> None:
+            if self.channels.cancelled:
+                raise Cancelled("cancelled")
+
+        try:
+            with ClassicSnapshot(target, page_size=self.page_size) as snapshot:
+                snapshot.read_through(poll)
+                found = tuple(
+                    replace(
+                        damage,
+                        parts=tuple(
+                            parts_of_stream(snapshot, damage.offset, damage.offset + damage.length)
+                        ),
+                    )
+                    for damage in damages
+                )
+        except (SnapshotError, NotSupported) as error:
+            return damages, (
+                "which pages of the guest are affected cannot be told: the stream does not parse "
+                f"any more ({error})"
+            )
+        return found, (
+            "which pages are affected is told by the records of the stream as they are now; where "
+            "a record itself was hit, other pages may be affected too"
         )
 
     def _damages(self, digests: Digests, size: int) -> Iterator[Damage]:

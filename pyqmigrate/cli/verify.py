@@ -1,7 +1,8 @@
 """Verify that a snapshot is whole and well-formed, and what was sealed.
 
 With a seal beside it (SNAPSHOT.seal, see the verb seal) every byte of the file is held against it:
-a damage is told with its MiB and file offset, the block, and the pages of the guest. Then, as
+a damage is told with its MiB and file offset, the block, and the pages of the guest (in a classic
+stream by its records, if they still parse). Then, as
 always, the structure is checked: every length and offset against each other and the file's size,
 every bitmap or page record, and that the end of the stream is there. Without a seal flipped bits in
 pages cannot be seen.
@@ -56,7 +57,8 @@ def add_parser(verbs: Verbs) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     with shown("verify") as show:
         check = verify_seal(
-            args.snapshot, channels=args.channels, direct_io=args.direct_io, progress=show
+            args.snapshot, page_size=args.page_size, channels=args.channels,
+            direct_io=args.direct_io, progress=show,
         )
     data: dict[str, Any] = {
         "snapshot": args.snapshot, "valid": True, "seal": None if check is None else check.data(),
