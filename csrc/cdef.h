@@ -220,6 +220,7 @@ int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint6
                          uint64_t end);
 uint64_t qm_index_count(const qm_index *index);
 uint64_t qm_index_run(const qm_index *index, uint64_t first, uint64_t end, int *data);
+uint64_t qm_index_from(const qm_index *index, uint64_t page, uint64_t start, uint64_t end);
 
 struct qm_indexed {
     const qm_index *index;

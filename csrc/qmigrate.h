@@ -455,6 +455,9 @@ int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint6
 uint64_t qm_index_count(const qm_index *index);
 /* Where the pages from `first` on cease to be alike in that; at most `end`. */
 uint64_t qm_index_run(const qm_index *index, uint64_t first, uint64_t end, int *data);
+/* The first page from `page` on whose content, or part of it, is made of bytes at file positions
+ * [start, end); the number of all pages where none is. */
+uint64_t qm_index_from(const qm_index *index, uint64_t page, uint64_t start, uint64_t end);
 
 /* A block of a classic stream: the argument of qm_indexed_fill and qm_indexed_next, a qm_fill_fn
  * (whole pages only) and a qm_next_fn. -ENODATA: the file ends; -EBADMSG: a change does not fit. */

@@ -7,6 +7,7 @@ pages, bitmaps, tail, fsync, magic. A seal comes after all of that.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -242,7 +243,8 @@ class Writer(StreamWriter):
         """The seal of what was written, for a file that was then modified for the last time."""
         assert self.digests is not None
         return self.digests.seal(
-            mtime_ns, self.head.pieces[0].offset, self.head.blocks, clear_pages_zero=True
+            mtime_ns, self.head.pieces[0].offset, self.head.blocks, clear_pages_zero=True,
+            bitmap_order=sys.byteorder,
         )
 
     def _before_publication(self) -> None:

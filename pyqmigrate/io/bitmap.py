@@ -91,6 +91,16 @@ class Bitmap:
         """How many of the first ``npages`` bits (default: all) are set."""
         return self._count(self.npages if npages is None else npages)[0]
 
+    def count_between(self, first: int, end: int) -> int:
+        """How many of the bits ``[first, end)`` are set."""
+        if first >= end:
+            return 0
+        word = first // 64
+        words, last = self.core + word, _core.ffi.new("int64_t *")
+        return int(_core.lib.qm_count(words, end - word * 64, last)) - int(
+            _core.lib.qm_count(words, first - word * 64, last)
+        )
+
     def last(self) -> int:
         """The highest page whose bit is set, or -1."""
         return self._count(self.npages)[1]
@@ -181,7 +191,8 @@ class Bitmap:
         word = self.nbytes // 8 - 1
         if self.core[word] >> (self.npages - word * 64):
             raise SnapshotError(
-                f"bits are set past page {self.npages}, the end of the block",
+                f"bits are set past page {self.npages}, the end of the block: damage, or the file"
+                " of a host of the other byte order (bitmap_order, --bitmap-order)",
                 offset=layout.bitmap_offset + word * 8, block=layout.name, field="bitmap",
             )
         last = self.last()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -276,7 +277,8 @@ class _Save:
             manifest = written.manifest(mtime_ns)
             await asyncio.to_thread(write_manifest, seal_path(path), manifest)
             return
-        job = start_seal(path, algorithm=self.request.seal)
+        # QEMU wrote it on this host.
+        job = start_seal(path, algorithm=self.request.seal, bitmap_order=sys.byteorder)
         try:
             await asyncio.to_thread(job.result)
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sys
 from dataclasses import dataclass
 
 from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, TargetError
@@ -47,8 +48,18 @@ class Source:
             self._lock()
             at = self._start() if offset is None else offset
             self.snapshot = Snapshot(Descriptors(self.fd, offset=at))
-            self.snapshot.verify()
         except BaseException:
+            self._input.close()
+            raise
+        try:
+            self.snapshot.verify()
+            if self.snapshot.bitmap_order != sys.byteorder:
+                raise NotSupported(
+                    f"a {self.snapshot.bitmap_order}-endian host wrote this file, and QEMU reads "
+                    "its bitmaps in this host's order: convert it to mapped-ram here first"
+                )
+        except BaseException:
+            self.snapshot.close()
             self._input.close()
             raise
 
@@ -93,7 +104,10 @@ class Source:
         from pyqmigrate.sealing import current_seal
 
         seal = current_seal(self.name, self.fd)
-        return seal is not None and seal.clear_pages_zero
+        return (
+            seal is not None and seal.clear_pages_zero
+            and seal.head.bitmap_order == self.snapshot.bitmap_order
+        )
 
     def reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
         """The fastest way for QEMU to read this file as it is now. Blocks for a moment.

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 import pyqmigrate
-from pyqmigrate import sealing, verify_seal
+from pyqmigrate import RamBlock, save, sealing, verify_seal
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.io.channels import Channels
 from tests.cli.command import PAGE, Command, make_snapshot, pages
 from tests.format.builders import classic_stream, page_records
 from tests.sealed import MIB, Sealed
+from tests.snapshots import ram, turn_bitmaps
 
 
 @pytest.fixture
@@ -53,6 +54,28 @@ def test_clear_pages_with_old_bytes_are_told(sealed: Sealed, command: Command) -
     assert "2 clear pages" in command("seal", sealed.path).out
     deep = command("verify", sealed.path, "--deep", "--json")
     assert (deep.code, deep.json["stale_pages"]) == (0, {})
+
+
+def test_file_of_a_big_endian_host_is_noted_and_sealed_when_it_is_said(
+    disk: Path, command: Command
+) -> None:
+    path = disk / "s"
+    save(path, [RamBlock("ram", ram(1024))], sparse="exact")
+    turn_bitmaps(path)
+    ran = command("verify", path, "--json")
+    assert (ran.code, ran.json["bitmap_order"]) == (0, "little")
+    assert "--bitmap-order big" in ran.json["notes"][0]
+    assert "note      the bitmaps fit" in command("verify", path).out
+    info = command("info", path, "--json").json
+    assert info["bitmap_order"] == "little"
+    assert any("--bitmap-order big" in remark for remark in info["remarks"])
+    ran = command("seal", path, "--json")
+    assert ran.code == 2
+    assert "--bitmap-order big" in ran.json["error"]["message"]
+    ran = command("seal", path, "--bitmap-order", "big", "--json")
+    assert (ran.code, ran.json["bitmap_order"], ran.json["cleared_pages"]) == (0, "big", 0)
+    ran = command("verify", path, "--bitmap-order", "big", "--json")
+    assert (ran.code, ran.json["bitmap_order"], ran.json["notes"]) == (0, "big", [])
 
 
 def test_verify_of_an_intact_file_exits_0(sealed: Sealed, command: Command) -> None:

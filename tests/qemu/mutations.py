@@ -1,9 +1,9 @@
 """Damages a snapshot in seeded ways and sees what the package makes of it.
 
-Each mutation is opened, verified, looked into, loaded and converted in a child of its own, with a
-time limit and a bounded address space; a child that is killed, hangs, takes more than a second of
-the processor or more than 256 MiB, or meets an exception that is not one of the package's is a
-finding. To look into one by hand::
+Each mutation is opened, verified, looked into, loaded, converted and sealed in a child of its own,
+with a time limit and a bounded address space; a child that is killed, hangs, takes more than a
+second of the processor or more than 256 MiB, or meets an exception that is not one of the package's
+is a finding. To look into one by hand::
 
     python -m tests.qemu.mutations FILE --first SEED --count 1 --show
 
@@ -14,6 +14,7 @@ line of JSON a mutation.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -30,7 +31,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyqmigrate import Descriptors, NotSupported, Snapshot, SnapshotError, UsageError
+from pyqmigrate import (
+    Descriptors,
+    NotSupported,
+    Snapshot,
+    SnapshotError,
+    UsageError,
+    seal,
+    verify_seal,
+)
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.device_listing import devices
 from pyqmigrate.export.convert import convert
@@ -46,6 +55,7 @@ TIME_LIMIT = 20.0  # seconds for one mutation; one takes milliseconds
 ADDRESS_SPACE = 2 << 30
 CPU_LIMIT = 1.0  # seconds of the processor
 MEMORY_LIMIT = 256 << 10  # KiB over what the child had from the start
+FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a seal is synced to the disk
 LOADABLE = 256 << 20  # blocks longer than this are read at their ends only
 CONVERTIBLE = 64 << 20
 ALLOWED = (SnapshotError, NotSupported, UsageError)
@@ -241,7 +251,69 @@ def examine(file: Path, offset: int) -> tuple[int, str]:
                 # Physical memory cannot be had of every snapshot that is sound.
                 if flaw is None and (form == "other" or isinstance(error, SnapshotError)):
                     return BROKEN, f"verify found nothing, but convert to {form}: {error}"
+    with tempfile.TemporaryDirectory(dir=FAST) as scratch:
+        copy = Path(scratch) / file.name
+        shutil.copyfile(file, copy)
+        broken = _seal(copy, offset, flaw)
+    if broken is not None:
+        return BROKEN, broken
     return (REFUSED, flaw) if flaw else (ACCEPTED, "")
+
+
+def _seal(file: Path, offset: int, flaw: str | None) -> str | None:
+    """Seals the file, which it may change, and holds it against the seal; what is wrong with that.
+
+    What is no whole snapshot is neither sealed nor changed; of what is one, no page may differ.
+    """
+    before, was = file.read_bytes(), _digest(file, offset)
+    try:
+        try:
+            report = seal(file, offset=offset, channels=2)
+        except UsageError as error:
+            # Damaged bits may look more like those of a big-endian host.
+            if "--bitmap-order" not in str(error) or file.read_bytes() != before:
+                raise
+            report = seal(file, offset=offset, channels=2, bitmap_order="little")
+    except ALLOWED as error:
+        if flaw is None and not isinstance(error, NotSupported):
+            return f"verify found nothing, but seal: {error}"
+        if file.read_bytes() != before or file.with_name(f"{file.name}.seal").exists():
+            return f"seal refused, and left something: {error}"
+        return None
+    if flaw is not None:
+        return f"sealed, in spite of {flaw}"
+    if not report.cleared_pages and file.read_bytes() != before:
+        return "seal changed a file in which it had nothing to clear"
+    if _digest(file, offset) != was:
+        return "sealing changed the guest's memory"
+    check = verify_seal(file, channels=2)
+    if check is None or not check.intact:
+        return f"not intact once sealed: {check}"
+    with file.open("r+b") as damaged:
+        damaged.seek(len(before) // 2)
+        byte = damaged.read(1)
+        damaged.seek(len(before) // 2)
+        damaged.write(bytes([byte[0] ^ 1]))
+    check = verify_seal(file, channels=2)
+    if check is None or len(check.damages) != 1:
+        return f"a flipped bit was not found: {check}"
+    return None
+
+
+def _digest(file: Path, offset: int) -> str | None:
+    """Of the memory of the guest; None where it is too much, or cannot be had."""
+    try:
+        with open_snapshot(file, offset=offset) as snapshot:
+            blocks = snapshot.blocks.values()
+            if sum(block.length for block in blocks) > LOADABLE:
+                return None
+            state = hashlib.sha256()
+            for block in blocks:
+                for at in range(0, 0 if block.external else block.length, 1 << 20):
+                    state.update(block.read(at, min(1 << 20, block.length - at)))
+            return state.hexdigest()
+    except ALLOWED:
+        return None
 
 
 def _load(snapshot: AnySnapshot) -> None:

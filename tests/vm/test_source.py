@@ -1,49 +1,19 @@
-"""The snapshot that guests are restored from, while it is opened and left."""
+"""The snapshot that a restore is from, before there is a QEMU."""
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-import pyqmigrate
-from pyqmigrate.errors import Cancelled
-from pyqmigrate.vm.companion import Companion
+from pyqmigrate import NotSupported, RamBlock, save
 from pyqmigrate.vm.source import Source
-
-MIB = 1 << 20
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "guest.mapped"
-    pyqmigrate.save(path, [pyqmigrate.RamBlock("pc.ram", np.zeros(2 * MIB, dtype=np.uint8))])
-    return path
+from tests.snapshots import ram, turn_bitmaps
 
 
 @pytest.mark.usefixtures("same_descriptors")
-def test_companion_that_nobody_waits_for_ends_in_silence(
-    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    cancelled = threading.Event()
-
-    def build(_: Companion) -> None:
-        assert cancelled.wait(10)
-        raise Cancelled("cancelled")
-
-    monkeypatch.setattr(Companion, "build", build)
-    monkeypatch.setattr(Companion, "cancel", lambda _: cancelled.set())
-
-    async def run() -> None:
-        async with await Source.open(path, None) as source:
-            waiting = asyncio.create_task(source.companion(["pc.ram"]))
-            await asyncio.sleep(0.05)
-            waiting.cancel()
-
-    asyncio.run(run())
-    gc.collect()
-    assert not [r for r in caplog.records if r.name == "asyncio"]
+def test_file_whose_bitmaps_qemu_would_misread_here_is_not_restored(disk: Path) -> None:
+    save(disk / "s", [RamBlock("ram", ram(1024))], machine="s390-ccw-virtio-10.0", sparse="exact")
+    turn_bitmaps(disk / "s")
+    with pytest.raises(NotSupported, match="convert it to mapped-ram"):
+        Source(disk / "s", None)

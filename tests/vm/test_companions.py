@@ -1,0 +1,49 @@
+"""Companion streams that several guests share, and that nobody may wait for any more."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyqmigrate
+from pyqmigrate.errors import Cancelled
+from pyqmigrate.vm.companion import Companion
+from pyqmigrate.vm.companions import Companions
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "guest.mapped"
+    pyqmigrate.save(path, [pyqmigrate.RamBlock("pc.ram", np.zeros(2 * MIB, dtype=np.uint8))])
+    return path
+
+
+@pytest.mark.usefixtures("same_descriptors")
+def test_companion_that_nobody_waits_for_ends_in_silence(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cancelled = threading.Event()
+
+    def build(_: Companion) -> None:
+        assert cancelled.wait(10)
+        raise Cancelled("cancelled")
+
+    monkeypatch.setattr(Companion, "build", build)
+    monkeypatch.setattr(Companion, "cancel", lambda _: cancelled.set())
+
+    async def run() -> None:
+        async with await Companions.open(path, None) as companions:
+            waiting = asyncio.create_task(companions.get(["pc.ram"]))
+            await asyncio.sleep(0.05)
+            waiting.cancel()
+
+    asyncio.run(run())
+    gc.collect()
+    assert not [r for r in caplog.records if r.name == "asyncio"]
