@@ -20,7 +20,9 @@ from typing import Self
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.uri import parse_size
 
-__all__ = ["CommandLine", "Option", "escape", "is_on", "join_properties", "read_ram_size"]
+__all__ = [
+    "CommandLine", "Option", "escape", "flatten", "is_on", "join_properties", "read_ram_size",
+]  # fmt: skip
 
 # Options that take no value. Every other one takes the next word, whatever it looks like.
 _SWITCHES = frozenset({
@@ -72,7 +74,7 @@ class Option:
             data = json.loads(text)
         except ValueError as error:
             raise UsageError(f"-{self.name} {text!r} is not JSON: {error}") from error
-        return dict(_flatten("", data)) if isinstance(data, dict) else {}
+        return dict(flatten("", data)) if isinstance(data, dict) else {}
 
     def listed(self, key: str) -> list[str]:
         """All values of a key that may have several: repeated in a list of properties, a JSON list.
@@ -207,14 +209,14 @@ def _split(text: str) -> list[str]:
     return [piece.replace(",,", ",") for piece in pieces]
 
 
-def _flatten(front: str, value: object) -> Iterable[tuple[str, str]]:
-    """``{"a": {"b": 1}}`` as ``a.b=1``, the way of option lists."""
+def flatten(front: str, value: object) -> Iterable[tuple[str, str]]:
+    """``{"a": {"b": 1}}`` as ``a.b=1``, the way of option lists; ``front`` is put before."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flatten(f"{front}.{key}" if front else str(key), inner)
+            yield from flatten(f"{front}.{key}" if front else str(key), inner)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from _flatten(f"{front}.{number}", inner)
+            yield from flatten(f"{front}.{number}", inner)
     elif isinstance(value, bool):
         yield front, "on" if value else "off"
     else:
