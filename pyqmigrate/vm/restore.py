@@ -257,8 +257,9 @@ class _Attempt:
         request = self.request
         if request.mode is Mode.POSTCOPY:
             return await self._load(command, why, Mode.POSTCOPY, {}, 0)
-        reading = await asyncio.to_thread(
-            self.source.reading, request.channels, request.direct_io
+        reading = await closed_if_cancelled(
+            asyncio.to_thread(self.source.reading, request.channels, request.direct_io),
+            self.source.close_reading,
         )
         try:
             direct = {"direct": reading.direct.fd} if reading.direct else {}

@@ -19,7 +19,7 @@ from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Tar
 from pyqmigrate.sealing import current_seal
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.vm.companion import Companion
-from pyqmigrate.vm.unbroken import unbroken
+from pyqmigrate.vm.unbroken import closed_if_cancelled, unbroken
 
 __all__ = ["Reading", "Source"]
 
@@ -63,7 +63,7 @@ class Source:
     @classmethod
     async def open(cls, target: Target, offset: int | None) -> Self:
         """Raises SnapshotError, NotSupported or TargetError for a file that cannot be restored."""
-        return await asyncio.to_thread(cls, target, offset)
+        return await closed_if_cancelled(asyncio.to_thread(cls, target, offset), cls._close)
 
     @property
     def fd(self) -> int:
@@ -78,6 +78,9 @@ class Source:
         for result in await asyncio.gather(*self._companions.values(), return_exceptions=True):
             if isinstance(result, Companion):
                 result.close()
+        self._close()
+
+    def _close(self) -> None:
         self.snapshot.close()
         self._input.close()
 
@@ -94,6 +97,8 @@ class Source:
         return header.stream_offset
 
     def _lock(self) -> None:
+        if self._input.is_duplicate:
+            return  # it would take the place of the lock that the caller may have
         try:
             fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
