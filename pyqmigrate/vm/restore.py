@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import os
+import re
 import subprocess
 import time
 from collections.abc import Collection, Sequence
@@ -45,11 +46,19 @@ from pyqmigrate.vm.unbroken import closed_if_cancelled
 __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_from"]
 
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
+# In what a QEMU says that does not start because its memory cannot be mapped from the snapshot.
+_ABOUT_MEMORY = re.compile(
+    r"backing store|memory[- ]backend|guest RAM|guest memory|mem-path|mmap|memdev", re.IGNORECASE
+)
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state that the stream brought
 
 
 class Mode(enum.StrEnum):
-    """How guest memory gets into the new QEMU. ``auto``: instantly where that is possible."""
+    """How guest memory gets into the new QEMU.
+
+    ``auto``: instantly where that is possible. A QEMU that does not start for another reason than
+    its memory is not started a second time.
+    """
 
     AUTO = "auto"
     INSTANT = "instant"
@@ -206,9 +215,13 @@ async def restore_from(source: Source, command: CommandLine, request: Request) -
     try:
         return await attempt.instant(mapped)
     except _NotStarted as error:
-        if request.mode is Mode.INSTANT:
+        if request.mode is Mode.INSTANT or not _ABOUT_MEMORY.search(str(error)):
             raise
-        return await attempt.load(command, f"no instant restore: with mapped memory, {error}")
+        first = f"no instant restore: with mapped memory, {error}"
+        try:
+            return await attempt.load(command, first)
+        except QemuError as second:
+            raise QemuError(f"{second}\n{first}") from second
 
 
 class _NotStarted(QemuError):
