@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
+from pyqmigrate.spelling import choice
 from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.inherited import check_descriptors, descriptors_in_use
 from pyqmigrate.vm.memory_backends import map_blocks
@@ -66,7 +67,8 @@ async def clone(
     wanted = CommandLine.parse(command)
     commands = {number: wanted.filled_in(number) for number in range(1, count + 1)}
     request = Request(
-        Mode(mode), paused, stdin=subprocess.DEVNULL, pass_fds=check_descriptors(pass_fds)
+        choice(Mode, mode, "mode"), paused, stdin=subprocess.DEVNULL,
+        pass_fds=check_descriptors(pass_fds),
     )
     turn = asyncio.Semaphore(at_once or os.cpu_count() or 1)
     started: list[RestoredVm] = []

@@ -24,12 +24,13 @@ import re
 import subprocess
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from pyqmigrate.errors import BlockMismatch, NotSupported, QemuError, UsageError
 from pyqmigrate.io.target import DirectIO, Target
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.spelling import choice
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.companion import Companion
 from pyqmigrate.vm.connection import Monitor
@@ -48,7 +49,8 @@ __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
 # In what a QEMU says that does not start because its memory cannot be mapped from the snapshot.
 _ABOUT_MEMORY = re.compile(
-    r"backing store|memory[- ]backend|guest RAM|guest memory|mem-path|mmap|memdev", re.IGNORECASE
+    r"backing (?:store|file)|backend file|memory[- ]backend|guest (?:RAM|memory)|mem-path|mmap|memdev",
+    re.IGNORECASE,
 )
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state that the stream brought
 
@@ -176,7 +178,8 @@ async def restore(
         needs is added; what cannot go with it is left out and named in the report's notes, or
         refused.
     mode: see :class:`Mode`.
-    paused: True leaves the guest paused, False lets it run, None does as the snapshot says.
+    paused: True leaves the guest paused, False lets it run, None does as ``-S`` or else the
+        snapshot says.
     qmp: the path of a monitor socket to add.
     offset: where in the file the stream starts, bytes; None is at its start, or behind the header
         of an image that libvirt saved.
@@ -192,7 +195,8 @@ async def restore(
     load. Whatever fails, the QEMU that was started is ended.
     """
     request = Request(
-        Mode(mode), paused, qmp, channels, DirectIO(direct_io), stdin, stdout, stderr,
+        choice(Mode, mode, "mode"), paused, qmp, channels,
+        choice(DirectIO, direct_io, "direct_io"), stdin, stdout, stderr,
         check_descriptors(pass_fds),
     )
     async with await Source.open(snapshot, offset) as source:
@@ -202,6 +206,8 @@ async def restore(
 async def restore_from(source: Source, command: CommandLine, request: Request) -> RestoredVm:
     """As :func:`restore`, from a snapshot that is open."""
     started = time.monotonic()
+    if request.paused is None and command.has("S"):
+        request = replace(request, paused=True)
     command, notes = make_incoming(command, paused=request.paused, qmp=request.qmp)
     attempt = _Attempt(source, request, started, tuple(notes))
     if request.mode not in (Mode.AUTO, Mode.INSTANT):

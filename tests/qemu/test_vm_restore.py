@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.vm.clone import clone
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.launch import launch
@@ -171,9 +172,13 @@ def test_stream_behind_a_header_is_restored(disk: Path, serial: Path, mode: str)
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("mode", "ran"), [("instant", True), ("load", True), ("load", False)])
-def test_image_of_libvirt_goes_on_as_its_header_says(
-    disk: Path, serial: Path, mode: str, ran: bool
+@pytest.mark.parametrize(
+    ("mode", "ran", "stop"),
+    [("instant", True, False), ("load", True, False), ("load", False, False),
+     ("instant", True, True)],
+)  # fmt: skip
+def test_image_of_libvirt_goes_on_as_its_header_says_unless_it_is_to_stop(
+    disk: Path, serial: Path, mode: str, ran: bool, stop: bool
 ) -> None:
     """libvirt pauses the guest itself, before it saves."""
     header = LibvirtHeader(
@@ -185,10 +190,11 @@ def test_image_of_libvirt_goes_on_as_its_header_says(
         file.write(encode_header(header))
 
     async def run() -> None:
-        vm = await restore(saved.path, saved.command(serial=serial), mode=mode)
+        command = [*saved.command(serial=serial), *["-S"] * stop]
+        vm = await restore(saved.path, command, mode=mode)
         try:
-            assert vm.report.run_state == ("running" if ran else "paused")
-            if ran:
+            assert vm.report.run_state == ("running" if ran and not stop else "paused")
+            if ran and not stop:
                 await goes_on(saved, vm, serial)
         finally:
             await vm.end()
@@ -214,6 +220,32 @@ def test_all_of_the_file_is_read_by_any_settings(
             await vm.end()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("mode", "preset"),
+    [("load", "postcopy-ram"), ("auto", "postcopy-ram"), ("instant", "multifd"),
+     ("instant", "xbzrle"), ("load", "xbzrle")],
+)  # fmt: skip
+def test_capabilities_of_the_command_line_do_not_stand_in_the_way(
+    saved_pc: Saved, serial: Path, preset: str, mode: str
+) -> None:
+    command = [*saved_pc.command(serial=serial), "-global", f"migration.x-{preset}=on"]
+    asyncio.run(prove(saved_pc, serial, command, mode))
+
+
+def test_program_before_qemu_starts_it(saved_pc: Saved, serial: Path) -> None:
+    command = ["env", "A=b", "nice", *saved_pc.command(serial=serial)]
+    asyncio.run(prove(saved_pc, serial, command, "instant"))
+
+
+@pytest.mark.parametrize("option", ["mode", "direct_io"])
+def test_value_that_is_none_is_wrong_usage(saved_pc: Saved, option: str) -> None:
+    with pytest.raises(UsageError, match=f"{option} is 'x'"):
+        asyncio.run(restore(saved_pc.path, ["qemu"], **{option: "x"}))  # type: ignore[arg-type]
+    if option == "mode":
+        with pytest.raises(UsageError, match="mode is 'x'"):
+            asyncio.run(clone(saved_pc.path, ["qemu"], 1, mode="x"))
 
 
 def test_postcopy_is_used_where_qemu_has_it(saved_pc: Saved, serial: Path) -> None:
