@@ -49,7 +49,7 @@ __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
 # In what a QEMU says that does not start because its memory cannot be mapped from the snapshot.
 _ABOUT_MEMORY = re.compile(
-    r"backing (?:store|file)|backend file|memory[- ]backend|guest (?:RAM|memory)|mem-path|mmap|memdev",
+    r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev",
     re.IGNORECASE,
 )
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state that the stream brought
