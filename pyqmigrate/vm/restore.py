@@ -369,7 +369,7 @@ async def check(monitor: Monitor, snapshot: Snapshot) -> None:
     """Hold the machine and the RAM blocks of a QEMU against the snapshot.
 
     Raises UsageError for another machine type, BlockMismatch for a block that is missing on
-    either side or has another length.
+    either side or has another length, and cannot take that of the snapshot.
     """
     kind = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     machine = str(kind).removesuffix("-machine")
@@ -378,7 +378,7 @@ async def check(monitor: Monitor, snapshot: Snapshot) -> None:
             f"the snapshot is of machine type {snapshot.machine}, and the command line makes "
             f"{machine}: give -machine {snapshot.machine}"
         )
-    here = {line.name: line.length for line in parse_ramblock(await monitor.hmp("info ramblock"))}
+    here = {line.name: line for line in parse_ramblock(await monitor.hmp("info ramblock"))}
     wanted = {name: block.length for name, block in snapshot.blocks.items()}
     faults = [
         *(
@@ -390,8 +390,8 @@ async def check(monitor: Monitor, snapshot: Snapshot) -> None:
             if _NOT_MIGRATED not in name
         ),
         *(
-            f"{name!r} has {here[name]} bytes here and {length} in the snapshot"
-            for name, length in wanted.items() if name in here and here[name] != length
+            f"{name!r} has {here[name].length} bytes here and {length} in the snapshot"
+            for name, length in wanted.items() if name in here and not here[name].takes(length)
         ),
     ]
     if faults:

@@ -114,6 +114,31 @@ def test_memory_is_mapped_however_the_command_line_asks_for_it(
     assert vm.report.mode is Mode.INSTANT
 
 
+@pytest.mark.parametrize("mode", ["instant", "load"])
+@pytest.mark.parametrize("grows", [True, False])
+def test_tables_of_the_firmware_may_have_another_length(
+    disk: Path, serial: Path, mode: str, grows: bool
+) -> None:
+    """As another QEMU makes them: it takes the length of the snapshot."""
+    (disk / "table").write_bytes(bytes(range(250)) * 240)
+    more = [word for n in range(3) for word in ("-acpitable", f"sig=TST{n},data={disk}/table")]
+    pc = MACHINES["pc"][0]
+    saved = save_guest(disk, [*pc, *more] if grows else pc)
+    command = saved.command(*pc, *([] if grows else more), serial=serial)
+
+    async def run() -> None:
+        vm = await restore(saved.path, command, mode=mode)
+        try:
+            memory = await memory_of(vm.monitor, vm.process.pid)
+            name = "/rom@etc/acpi/tables"
+            assert len(memory[name]) == len(saved.memory[name])
+            await goes_on(saved, vm, serial)
+        finally:
+            await vm.end()
+
+    asyncio.run(run())
+
+
 def test_old_bytes_under_clear_bits_do_not_reach_the_guest(disk: Path, serial: Path) -> None:
     saved = save_guest(disk, *MACHINES["pc"])
     with Snapshot(saved.path) as snapshot, saved.path.open("r+b") as file:
