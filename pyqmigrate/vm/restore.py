@@ -186,7 +186,8 @@ async def restore(
     channels, direct_io: how QEMU reads the file in mode ``load``; the default is chosen by
         whether the file is in the page cache.
     stdin, stdout, stderr: QEMU's, as for subprocess.Popen; None is this process's own. Standard
-        error is passed on from the moment the guest is there, by a thread of this process.
+        error is passed on from the moment the guest is there, by a thread of this process; what
+        QEMU writes after this process has ended is lost.
     pass_fds: descriptors that the command line names by their numbers, and QEMU is to have.
 
     Raises UsageError for a command line that contradicts a restore or another machine type,
