@@ -543,6 +543,7 @@ class InputTarget:
         self.fd = -1
         self._given_direct: int | None = None
         self._borrowed = isinstance(target, Descriptors)
+        self.is_duplicate = False  # of the caller's description, with its position and its locks
         if isinstance(target, Descriptors):
             _check_borrowed(target, writing=False)
             self._given_direct = target.direct
@@ -553,6 +554,7 @@ class InputTarget:
                 )
             except OSError:
                 self.fd = fcntl.fcntl(target.buffered, fcntl.F_DUPFD_CLOEXEC, 3)
+                self.is_duplicate = True
         else:
             try:
                 # O_NONBLOCK: to open a FIFO must not wait for a writer.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.io.target import Target
@@ -20,7 +20,7 @@ from pyqmigrate.vm.request import Request
 from pyqmigrate.vm.source import Source
 from pyqmigrate.vm.starting import Started, start
 
-__all__ = ["Begun", "Early", "begin", "begin_mapped"]
+__all__ = ["Begun", "Early", "begin", "begin_mapped", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,17 @@ class Begun:
         """End the process and let go of its files. May be repeated."""
         self.started.end()
         self.files.close()
+
+
+def prepare(
+    command: CommandLine, request: Request
+) -> tuple[CommandLine, Request, tuple[str, ...]]:
+    """The command line of a QEMU that waits for a snapshot, the request with what that says, and
+    what was changed. Raises UsageError for options that contradict a restore."""
+    if request.paused is None and command.has("S"):
+        request = replace(request, paused=True)
+    command, notes = make_incoming(command, paused=request.paused, qmp=request.qmp)
+    return command, request, tuple(notes)
 
 
 def begin_mapped(source: Source, mapped: Mapped, request: Request) -> Begun:
@@ -109,9 +120,9 @@ def _begin(
     parsed = CommandLine.parse(words)
     source = Source(snapshot, offset)
     try:
-        command, notes = make_incoming(parsed, paused=request.paused, qmp=request.qmp)
+        command, request, notes = prepare(parsed, request)
         mapped = map_blocks(command, source.snapshot, source.fd)
-        return Early(begin_mapped(source, mapped, request), command, request, tuple(notes))
+        return Early(begin_mapped(source, mapped, request), command, request, notes)
     except BaseException:
         source.close()
         raise

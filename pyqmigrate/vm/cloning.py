@@ -10,19 +10,23 @@ the pages that it changes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyqmigrate.errors import PyqmigrateError, UsageError
+from pyqmigrate.errors import NotSupported, PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
+from pyqmigrate.spelling import choice
 from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.inherited import check_descriptors, descriptors_in_use
+from pyqmigrate.vm.memory_backends import map_blocks
 from pyqmigrate.vm.request import Mode, Request
 from pyqmigrate.vm.restoring import RestoredVm, restore_from
+from pyqmigrate.vm.source import Source
 from pyqmigrate.vm.unbroken import unbroken
 from pyqmigrate.vm.written_files import written_files
 
@@ -64,9 +68,9 @@ async def clone(
         raise UsageError(f"{count} guests cannot be made")
     wanted = CommandLine.parse(command)
     commands = {number: wanted.filled_in(number) for number in range(1, count + 1)}
-    _refuse_shared(commands)
     request = Request(
-        Mode(mode), paused, stdin=subprocess.DEVNULL, pass_fds=check_descriptors(pass_fds)
+        choice(Mode, mode, "mode"), paused, stdin=subprocess.DEVNULL,
+        pass_fds=check_descriptors(pass_fds),
     )
     turn = asyncio.Semaphore(at_once or os.cpu_count() or 1)
     started: list[RestoredVm] = []
@@ -82,6 +86,8 @@ async def clone(
         return Clone(number, qmp, vm)
 
     async with await Companions.open(snapshot, offset) as companions:
+        mode = _refuse_shared(commands, companions.source, request.mode)
+        request = replace(request, mode=mode)
         tasks = [asyncio.create_task(one(companions, number)) for number in commands]
         try:
             await asyncio.wait(tasks)
@@ -98,8 +104,19 @@ async def _ended(tasks: Sequence[asyncio.Task[Clone]], started: Sequence[Restore
     await asyncio.gather(*(vm.end() for vm in started), return_exceptions=True)
 
 
-def _refuse_shared(commands: dict[int, CommandLine]) -> None:
-    for one, other, file, option in _in_common(commands, written_files):
+def _refuse_shared(commands: dict[int, CommandLine], source: Source, mode: Mode) -> Mode:
+    """UsageError for what guests cannot share; the mode in which that holds.
+
+    Memory that is mapped from the snapshot is no longer in the file that the command line names.
+    """
+    made = commands
+    if mode in (Mode.AUTO, Mode.INSTANT):
+        with contextlib.suppress(NotSupported):
+            made = {
+                number: map_blocks(command, source.snapshot, source.fd).command
+                for number, command in commands.items()
+            }
+    for one, other, file, option in _in_common(made, written_files):
         raise UsageError(
             f"guests {one} and {other} would both write to {file!r} ({option}): put {{n}} into "
             "its name and give each a copy or an overlay of its own, or make it read-only"
@@ -109,6 +126,9 @@ def _refuse_shared(commands: dict[int, CommandLine]) -> None:
             f"guests {one} and {other} would both have {descriptor} ({option}), which serves one: "
             "put {n} into its number"
         )
+    if any(_in_common(commands, written_files)):
+        return Mode.INSTANT  # loaded, they would write to the same memory file
+    return mode
 
 
 def _in_common(

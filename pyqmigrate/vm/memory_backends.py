@@ -86,6 +86,12 @@ def map_blocks(command: CommandLine, snapshot: Snapshot, fd: int) -> Mapped:
             mapped.notes.append(note)
     if any("virtio-balloon" in (option.value or "") for option in command.options):
         mapped.notes.append("the balloon cannot give mapped memory back to the host")
+    if is_on(command.merged("overcommit").get("mem-lock")):
+        mapped.notes.append("mem-lock=on reads all memory at once, and keeps it")
+    drivers = {option.properties("driver").get("driver", "") for option in command.all("device")}
+    backends = {option.properties("type").get("type") for option in command.all("netdev")}
+    if any(d.startswith(("vfio", "vhost-vdpa")) for d in drivers) or "vhost-vdpa" in backends:
+        mapped.notes.append("a device that is passed through pins all memory: it is read at once")
     return mapped
 
 

@@ -14,7 +14,7 @@ __all__ = ["RamLine", "parse_ramblock"]
 
 _LINE = re.compile(
     r" *(?P<name>.*?) +(?P<page>\d+ [KMGT]?i?B) +0x[0-9a-f]+ +0x(?P<used>[0-9a-f]+)"
-    r" +0x[0-9a-f]+(?: +0x(?P<host>[0-9a-f]+))?(?: +\S+)* *",
+    r" +0x(?P<total>[0-9a-f]+)(?: +0x(?P<host>[0-9a-f]+))?(?: +\S+)* *",
     re.IGNORECASE,
 )
 _HEAD = re.compile(r"\s*Block Name\s+PSize\s")
@@ -23,12 +23,24 @@ _UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 
 @dataclass(frozen=True)
 class RamLine:
-    """A line of ``info ramblock``; ``length`` is what is used now. Address 0: it tells none."""
+    """A line of ``info ramblock``; ``length`` is what is used now. Address 0: it tells none.
+
+    ``largest`` is what an incoming stream may make of the length; 0 where that is not known.
+    """
 
     name: str
     page_size: int
     length: int
     host_address: int
+    largest: int = 0
+
+    def takes(self, length: int) -> bool:
+        """Whether an incoming block of this length fits. QEMU resizes what it gave room to grow,
+        which is the firmware's tables; it would take other RAM too, and damage it."""
+        if self.length == length:
+            return True
+        can_change = self.name.startswith("/rom@") or self.length < self.largest
+        return can_change and length <= self.largest
 
 
 def parse_ramblock(text: str) -> list[RamLine]:
@@ -49,5 +61,5 @@ def _parse_line(line: str) -> RamLine:
     number, unit = found["page"].split()
     return RamLine(
         found["name"], int(number) << _UNITS[unit], int(found["used"], 16),
-        int(found["host"] or "0", 16),
+        int(found["host"] or "0", 16), int(found["total"], 16),
     )

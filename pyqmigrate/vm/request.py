@@ -13,7 +13,11 @@ __all__ = ["Mode", "Request"]
 
 
 class Mode(enum.StrEnum):
-    """How guest memory gets into the new QEMU. ``auto``: instantly where that is possible."""
+    """How guest memory gets into the new QEMU.
+
+    ``auto``: instantly where that is possible. A QEMU that does not start for another reason than
+    its memory is not started a second time.
+    """
 
     AUTO = "auto"
     INSTANT = "instant"

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import time
 from collections.abc import Collection, Sequence
@@ -28,12 +29,12 @@ from typing import Any, Self
 from pyqmigrate.errors import BlockMismatch, NotSupported, QemuError, UsageError
 from pyqmigrate.io.target import DirectIO, Target
 from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.begin import Begun, Early, begin_mapped
+from pyqmigrate.spelling import choice
+from pyqmigrate.vm.begin import Begun, Early, begin_mapped, prepare
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.companion import Companion
 from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.incoming import make_incoming
 from pyqmigrate.vm.inherited import check_descriptors
 from pyqmigrate.vm.launch import Launched, answered
 from pyqmigrate.vm.loading import Incoming, take_in
@@ -49,6 +50,11 @@ __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore
            "restore_from"]
 
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
+# In what a QEMU says that does not start because its memory cannot be mapped from the snapshot.
+_ABOUT_MEMORY = re.compile(
+    r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev",
+    re.IGNORECASE,
+)
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state that the stream brought
 
 
@@ -147,14 +153,16 @@ async def restore(
         needs is added; what cannot go with it is left out and named in the report's notes, or
         refused.
     mode: see :class:`Mode`.
-    paused: True leaves the guest paused, False lets it run, None does as the snapshot says.
+    paused: True leaves the guest paused, False lets it run, None does as ``-S`` or else the
+        snapshot says.
     qmp: the path of a monitor socket to add.
     offset: where in the file the stream starts, bytes; None is at its start, or behind the header
         of an image that libvirt saved.
     channels, direct_io: how QEMU reads the file in mode ``load``; the default is chosen by
         whether the file is in the page cache.
     stdin, stdout, stderr: QEMU's, as for subprocess.Popen; None is this process's own. Standard
-        error is passed on from the moment the guest is there, by a thread of this process.
+        error is passed on from the moment the guest is there, by a thread of this process; what
+        QEMU writes after this process has ended is lost.
     pass_fds: descriptors that the command line names by their numbers, and QEMU is to have.
 
     Raises UsageError for a command line that contradicts a restore or another machine type,
@@ -163,7 +171,8 @@ async def restore(
     load. Whatever fails, the QEMU that was started is ended.
     """
     request = Request(
-        Mode(mode), paused, qmp, channels, DirectIO(direct_io), stdin, stdout, stderr,
+        choice(Mode, mode, "mode"), paused, qmp, channels,
+        choice(DirectIO, direct_io, "direct_io"), stdin, stdout, stderr,
         check_descriptors(pass_fds),
     )
     parsed = CommandLine.parse(command)
@@ -185,8 +194,8 @@ async def restore_from(
 ) -> RestoredVm:
     """As :func:`restore`, from a snapshot that is open."""
     started = time.monotonic()
-    command, notes = make_incoming(command, paused=request.paused, qmp=request.qmp)
-    attempt = _Attempt(companions, request, started, tuple(notes))
+    command, request, notes = prepare(command, request)
+    attempt = _Attempt(companions, request, started, notes)
     if request.mode not in (Mode.AUTO, Mode.INSTANT):
         return await attempt.load(command, "asked for")
     source = companions.source
@@ -226,9 +235,13 @@ class _Attempt:
         try:
             return await self._instant(begun)
         except _NotStarted as error:
-            if self.request.mode is Mode.INSTANT:
+            if self.request.mode is Mode.INSTANT or not _ABOUT_MEMORY.search(str(error)):
                 raise
-            return await self.load(command, f"no instant restore: with mapped memory, {error}")
+            first = f"no instant restore: with mapped memory, {error}"
+            try:
+                return await self.load(command, first)
+            except QemuError as second:
+                raise QemuError(f"{second}\n{first}") from second
 
     async def _instant(self, begun: Begun) -> RestoredVm:
         mapped, files = begun.mapped, begun.files
@@ -260,8 +273,9 @@ class _Attempt:
         request = self.request
         if request.mode is Mode.POSTCOPY:
             return await self._load(command, why, Mode.POSTCOPY, {}, 0)
-        reading = await asyncio.to_thread(
-            self.source.reading, request.channels, request.direct_io
+        reading = await owned(
+            asyncio.to_thread(self.source.reading, request.channels, request.direct_io),
+            self.source.close_reading,
         )
         try:
             direct = {"direct": reading.direct.fd} if reading.direct else {}
@@ -354,7 +368,7 @@ async def check(monitor: Monitor, snapshot: Snapshot) -> None:
     """Hold the machine and the RAM blocks of a QEMU against the snapshot.
 
     Raises UsageError for another machine type, BlockMismatch for a block that is missing on
-    either side or has another length.
+    either side or has another length, and cannot take that of the snapshot.
     """
     kind = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     machine = str(kind).removesuffix("-machine")
@@ -363,7 +377,7 @@ async def check(monitor: Monitor, snapshot: Snapshot) -> None:
             f"the snapshot is of machine type {snapshot.machine}, and the command line makes "
             f"{machine}: give -machine {snapshot.machine}"
         )
-    here = {line.name: line.length for line in parse_ramblock(await monitor.hmp("info ramblock"))}
+    here = {line.name: line for line in parse_ramblock(await monitor.hmp("info ramblock"))}
     wanted = {name: block.length for name, block in snapshot.blocks.items()}
     faults = [
         *(
@@ -375,8 +389,8 @@ async def check(monitor: Monitor, snapshot: Snapshot) -> None:
             if _NOT_MIGRATED not in name
         ),
         *(
-            f"{name!r} has {here[name]} bytes here and {length} in the snapshot"
-            for name, length in wanted.items() if name in here and here[name] != length
+            f"{name!r} has {here[name].length} bytes here and {length} in the snapshot"
+            for name, length in wanted.items() if name in here and not here[name].takes(length)
         ),
     ]
     if faults:

@@ -85,6 +85,8 @@ class Source:
         return header.stream_offset
 
     def _lock(self) -> None:
+        if self._input.is_duplicate:
+            return  # it would take the place of the lock that the caller may have
         try:
             fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:

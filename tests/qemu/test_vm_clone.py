@@ -222,3 +222,35 @@ def test_descriptor_that_all_would_use_is_refused(saved: Saved, tmp_path: Path) 
     command = [*saved.command(serial=tmp_path / "{n}"), "-chardev", "socket,id=c,fd=9"]
     with pytest.raises(UsageError, match="guests 1 and 2 would both have descriptor 9 "):
         asyncio.run(clone(saved.path, command, 2, directory=tmp_path))
+
+
+def on_file(path: Path) -> list[str]:
+    return [
+        "-M", "pc,memory-backend=pc.ram", "-m", str(RAM >> 20),
+        "-object", f"memory-backend-file,id=pc.ram,size={RAM},share=on,mem-path={path}",
+    ]  # fmt: skip
+
+
+def test_memory_file_that_is_mapped_instead_is_no_hindrance(
+    saved: Saved, shm: Path, tmp_path: Path
+) -> None:
+    """The command line that a save by engine direct is made for."""
+    command = saved.command(*on_file(shm / "ram"), serial=tmp_path / "serial-{n}")
+
+    async def run() -> None:
+        clones = await clone(saved.path, command, 2, directory=tmp_path)
+        try:
+            assert [one.vm and one.vm.report.mode for one in clones] == ["instant"] * 2
+        finally:
+            await end_all(clones)
+
+    asyncio.run(run())
+    assert not (shm / "ram").exists()
+
+
+def test_memory_file_that_all_would_be_loaded_into_is_refused(
+    saved: Saved, shm: Path, tmp_path: Path
+) -> None:
+    command = saved.command(*on_file(shm / "ram"), serial=tmp_path / "serial-{n}")
+    with pytest.raises(UsageError, match=r"would both write to .*/ram"):
+        asyncio.run(clone(saved.path, command, 2, directory=tmp_path, mode="load"))

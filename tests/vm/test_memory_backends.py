@@ -139,6 +139,18 @@ def test_what_cannot_hold_for_mapped_memory_is_overridden_and_noted(
     assert all(w in notes for w in ("share=on", "prealloc=on", "-mem-prealloc", "balloon"))
 
 
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("-overcommit mem-lock=on", "mem-lock=on"), ("-device vfio-pci,host=1:0.0", "pins"),
+     ("-netdev vhost-vdpa,id=n,vhostdev=/dev/v", "pins")],
+)  # fmt: skip
+def test_what_makes_all_memory_be_read_is_noted(
+    snapshot: pyqmigrate.Snapshot, text: str, word: str
+) -> None:
+    assert word in " ".join(mapped(snapshot, f"-m 4 {text}").notes)
+    assert not mapped(snapshot, "-m 4").notes
+
+
 def test_mem_path_is_left_out(snapshot: pyqmigrate.Snapshot) -> None:
     found = mapped(snapshot, "-m 4 -mem-path /dev/hugepages")
     assert not found.command.has("mem-path")

@@ -71,7 +71,7 @@ def add_run_state(parser: argparse.ArgumentParser) -> None:
     state = parser.add_mutually_exclusive_group()
     state.add_argument(
         "--paused", dest="paused", action="store_true", default=None,
-        help="leave the guest paused (default: as it was when it was saved)",
+        help="leave the guest paused (default: with -S, or as it was saved)",
     )
     state.add_argument(
         "--running", dest="paused", action="store_false", default=None,
