@@ -234,3 +234,22 @@ def test_processor_is_that_of_the_machine_or_of_its_cpus() -> None:
     assert processor_of("xenfv", ["ram"], [device(fields(X86))]).elf == 62
     with pytest.raises(NotSupported, match="LiME"):
         processor_of("raspi3b", ["ram"])
+
+
+@pytest.mark.parametrize(
+    ("modes", "narrow"),
+    [((0x13,), True), ((0x10,), False), ((0x10, 0x1F), True), ((0x13, 5), False)],
+)
+def test_arm_of_32_bits_is_told_by_its_modes(modes: tuple[int, ...], narrow: bool) -> None:
+    """Programs of 32 bits may have a kernel of 64 below them."""
+    cpus = [device(fields(ARM | {"cpsr": mode}), instance=n) for n, mode in enumerate(modes)]
+    if narrow:
+        with pytest.raises(NotSupported, match="32 bits"):
+            processor_of("virt-9.2", ["mach-virt.ram"], cpus)
+    else:
+        assert processor_of("virt-9.2", ["mach-virt.ram"], cpus).elf == 183
+
+
+def test_snapshot_without_memory_is_told_from_an_unknown_machine() -> None:
+    with pytest.raises(NotSupported, match="no RAM blocks"):
+        physical_map("x-remote", {})

@@ -14,6 +14,7 @@ line of JSON a mutation.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -33,8 +34,8 @@ from pathlib import Path
 
 from pyqmigrate import (
     Descriptors,
+    FileMemory,
     NotSupported,
-    Snapshot,
     SnapshotError,
     UsageError,
     seal,
@@ -56,8 +57,10 @@ ADDRESS_SPACE = 2 << 30
 CPU_LIMIT = 1.0  # seconds of the processor
 MEMORY_LIMIT = 256 << 10  # KiB over what the child had from the start
 FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a seal is synced to the disk
-LOADABLE = 256 << 20  # blocks longer than this are read at their ends only
-CONVERTIBLE = 64 << 20
+IN_MEMORY = 64 << 20  # bytes; blocks longer than this are loaded into files
+LOADABLE = CONVERTIBLE = 4 << 40  # of what can be sparse
+STREAMABLE = 512 << 20  # a classic stream has a record for each page, be it zero
+DIGESTED = 256 << 20
 ALLOWED = (SnapshotError, NotSupported, UsageError)
 ACCEPTED, REFUSED, BROKEN = 0, 1, 2
 VERDICTS = {ACCEPTED: "accepted", REFUSED: "refused", BROKEN: "broken"}
@@ -92,14 +95,29 @@ class Anatomy:
     numbers: list[int]  # values that mean something in this file
 
 
+# Magic, version, length of the XML, whether it ran, format, length of the cookie.
+LIBVIRT_FIELDS = [(0, 16), *((at, 4) for at in (16, 20, 24, 28, 32))]
+
+
 def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
     with open_snapshot(file, offset=offset or None) as opened:
         if isinstance(opened, ClassicSnapshot):
             return _dissect_classic(data, opened)
-    with Snapshot(file, offset=offset) as snapshot:
-        blocks = sorted((b.pages_offset, b.length, name) for name, b in snapshot.blocks.items())
+        offset, stream = opened.offset, opened.stream
+        libvirt = opened.libvirt is not None
+        sections = [section for section in stream.sections if section.name != "ram"]
+        blocks = sorted(
+            (b.pages_offset, b.length, name) for name, b in opened.blocks.items() if not b.external
+        )
     fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
     metadata, numbers, end = [], [len(data)], offset
+    if libvirt:
+        fields += LIBVIRT_FIELDS
+        metadata.append((0, offset))
+    for section in sections:
+        fields += [(section.offset, 1), (section.offset + 1, 4)]
+        if section.kind is not SectionKind.FULL:  # its body has numbers of its own
+            fields += [(section.body_offset + n, 1) for n in range(min(section.body_length, 8))]
     for pages_offset, length, name in blocks:
         metadata.append((end, pages_offset))
         text = bytes([len(name)]) + name.encode()
@@ -120,6 +138,7 @@ def _dissect_classic(data: bytes, snapshot: ClassicSnapshot) -> Anatomy:
     """Besides the head and the tail, some of the records stand for all of them."""
     offset, stream = snapshot.offset, snapshot.stream
     fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
+    fields += LIBVIRT_FIELDS if snapshot.libvirt else []
     numbers = [len(data), stream.total_ram]
     for block in stream.blocks:
         name = 1 + len(block.name.encode())
@@ -215,7 +234,7 @@ def examine(file: Path, offset: int) -> tuple[int, str]:
     except ALLOWED as error:
         looked = f"devices: {error}"
     try:
-        snapshot = open_snapshot(file, offset=offset)
+        snapshot = open_snapshot(file, offset=offset or None)
     except ALLOWED as error:
         return REFUSED, f"open: {error}"
     with snapshot:
@@ -305,7 +324,7 @@ def _digest(file: Path, offset: int) -> str | None:
     try:
         with open_snapshot(file, offset=offset) as snapshot:
             blocks = snapshot.blocks.values()
-            if sum(block.length for block in blocks) > LOADABLE:
+            if sum(block.length for block in blocks) > DIGESTED:
                 return None
             state = hashlib.sha256()
             for block in blocks:
@@ -317,18 +336,31 @@ def _digest(file: Path, offset: int) -> str | None:
 
 
 def _load(snapshot: AnySnapshot) -> None:
-    blocks = snapshot.blocks.values()
-    if sum(block.length for block in blocks) <= LOADABLE:
-        buffers = {block.name: bytearray(block.length) for block in blocks}
-        snapshot.load(buffers, channels=2)
+    blocks = [block for block in snapshot.blocks.values() if not block.external]
+    if length_of(snapshot) > LOADABLE:
+        for block in blocks:
+            block.read(0, 1)
+            block.read(block.length - block.page_size, block.page_size)
         return
-    for block in blocks:
-        block.read(0, 1)
-        block.read(block.length - block.page_size, block.page_size)
+    with contextlib.ExitStack() as stack:
+        memories: dict[str, bytearray | FileMemory] = {}
+        for block in blocks:
+            if block.length <= IN_MEMORY:
+                memories[block.name] = bytearray(block.length)
+                continue
+            fd = os.memfd_create("loaded")
+            stack.callback(os.close, fd)
+            os.ftruncate(fd, block.length)
+            memories[block.name] = FileMemory(fd)
+        snapshot.load(memories, channels=2)
+
+
+def length_of(snapshot: AnySnapshot) -> int:
+    return sum(block.length for block in snapshot.blocks.values())
 
 
 def _unpack(snapshot: AnySnapshot, directory: Path) -> None:
-    if sum(block.length for block in snapshot.blocks.values()) > CONVERTIBLE:
+    if length_of(snapshot) > CONVERTIBLE:
         return
     try:
         unpack(snapshot, directory)
@@ -337,10 +369,10 @@ def _unpack(snapshot: AnySnapshot, directory: Path) -> None:
 
 
 def _convert(snapshot: AnySnapshot, form: str) -> None:
-    if sum(block.length for block in snapshot.blocks.values()) > CONVERTIBLE:
-        return
     if form == "other":
         form = "stream" if snapshot.kind is Kind.MAPPED_RAM else "mapped-ram"
+    if length_of(snapshot) > (STREAMABLE if form == "stream" else CONVERTIBLE):
+        return
     target = os.memfd_create("converted")
     try:
         convert(snapshot, Descriptors(target), to=form)
@@ -397,7 +429,8 @@ def _examine_in_child(file: Path, offset: int) -> tuple[str, str]:
 def outcomes(file: Path, offset: int, first: int, count: int) -> Iterator[Outcome]:
     base = file.read_bytes()
     anatomy = dissect(base, file, offset)
-    with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:
+    # Not on the disk: hundreds of conversions would be waited for.
+    with tempfile.TemporaryDirectory(prefix="mutations-", dir="/dev/shm") as scratch:
         damaged = Path(scratch) / "damaged.mapped"
         for seed in range(first, first + count):
             data = bytearray(base)
