@@ -119,6 +119,21 @@ def test_result_is_that_of_the_twin(form: str, data: st.DataObject) -> None:
         assert counted == full
 
 
+@some
+@given(listed=record_lists([150, 7], PAGE))
+def test_pages_are_counted_as_an_index_counts_them(listed: list[Record]) -> None:
+    with directory_on_disk() as disk:
+        (disk / "from").write_bytes(stream([listed], {"ram": PART, "rom": 7 * PAGE}))
+        counts = []
+        for pages in (False, True):
+            with ClassicSnapshot(disk / "from") as snapshot:
+                snapshot.read_through(pages=pages)
+                counts.append([block.data_pages for block in snapshot.blocks.values()])
+        last = {(record.block, record.number): record.fill != 0 for record in listed}
+        assert counts == [[sum(data for (n, _), data in last.items() if n == block)
+                           for block in range(2)]] * 2  # fmt: skip
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_page_may_change_more_often_than_an_index_can_tell(disk: Path, form: str) -> None:
     deltas = [Record(0, 3, delta=((k % PAGE, b"\x99"),)) for k in range(3000)]

@@ -87,7 +87,8 @@ def convert(
 ) -> SaveReport | RawReport | ImageReport:
     """Write the snapshot in another form, and wait until that is durable.
 
-    source: an opened snapshot, which stays open, or what ``open_snapshot`` takes.
+    source: an opened snapshot, which stays open, or what ``open_snapshot`` takes; for a mapped-ram
+        file and for raw files also the path of a pipe, through which a classic stream comes.
     target: as for a save; for raw files a directory.
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
         A classic stream leaves out those that are not given. For the stream forms only.
@@ -104,17 +105,16 @@ def convert(
         raise UsageError("memories are for a mapped-ram file and a classic stream")
     if placements and form not in _IMAGES:
         raise UsageError("placements are for an ELF core and a LiME file")
+    one_pass = form in (Form.MAPPED_RAM, Form.RAW)  # of a classic stream
     with contextlib.ExitStack() as stack:
         opened: AnySnapshot
         if isinstance(source, Snapshot | ClassicSnapshot):
             opened = source
         else:
-            opened = open_snapshot(source)
+            opened = open_snapshot(source, piped=one_pass)
             stack.callback(opened.close)
-        if isinstance(opened, ClassicSnapshot) and (
-            opened.index is not None or form not in (Form.MAPPED_RAM, Form.RAW)
-        ):
-            opened.read_through(progress)
+        if isinstance(opened, ClassicSnapshot) and not (one_pass and opened.index is None):
+            opened.read_through(progress, pages=True)
         if form is Form.RAW:
             if isinstance(target, Descriptors):
                 raise UsageError("raw files go to a directory, not to descriptors")

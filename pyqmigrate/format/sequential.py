@@ -118,9 +118,9 @@ class SequentialWalk(Walk):
 
     def __init__(
         self, source: ByteSource, offset: int, read_records: Callable[[int], int], *,
-        page_size: int | None = None,
+        page_size: int | None = None, run_out: Callable[[], int] | None = None,
     ) -> None:
-        super().__init__(source, offset)
+        super().__init__(source, offset, run_out)
         self._read_records = read_records
         self._given_page_size = page_size
         self.page_size = 0
@@ -140,6 +140,13 @@ class SequentialWalk(Walk):
         """Walk on to the end of the stream; call it once, after ``read_head``."""
         ram_end, walked = self.read_rest()
         described, settings = self._described, self._configuration
+        stated = described.value.get("page_size") if described else None
+        if type(stated) is int and stated != self.page_size:
+            # The description of a stream that passes by comes last.
+            raise SnapshotError(
+                f"the description states pages of {stated} bytes, and {self.page_size} were read",
+                offset=described.offset if described else None, field="page_size",
+            )
         end = self._cursor.size if self._opaque else walked
         return SequentialStream(
             machine=settings.machine,
