@@ -53,6 +53,7 @@ class ClassicBlock(OpenedBlock):
         self._snapshot = snapshot
         self.entry = entry
         self.name, self.length, self.page_size = entry.name, entry.length, page_size
+        self.address = entry.gpa
 
     def __repr__(self) -> str:
         return f"<ClassicBlock {self.name!r}, {self.length} bytes>"

@@ -105,11 +105,15 @@ def _open_pipe(target: Target) -> InputTarget | None:
 
 
 class OpenedBlock(abc.ABC):
-    """One RAM block of an opened snapshot. Lengths in bytes."""
+    """One RAM block of an opened snapshot. Lengths in bytes.
+
+    ``address`` is that in the guest, where the file tells it (``x-ignore-shared``); else None.
+    """
 
     name: str
     length: int
     page_size: int
+    address: int | None
 
     @property
     def num_pages(self) -> int:

@@ -36,8 +36,8 @@ def stream(
 ) -> bytes:
     """A classic stream with these blocks, and a PART for each round; the last one is the END."""
     entries = b"".join(
-        str8(name) + words(length) + (words(0) if shared else b"")
-        for name, length in lengths.items()
+        str8(name) + words(length) + (words((n + 1) << 32) if shared else b"")
+        for n, (name, length) in enumerate(lengths.items())
     )
     capability = (
         b"\5" + str8("configuration/capabilities") + struct.pack(">II", 1, 1)
@@ -209,3 +209,13 @@ def test_content_elsewhere_has_no_raw_file(disk: Path) -> None:
         with pytest.raises(UsageError, match="shared"):
             unpack(snapshot, disk / "two", blocks=["shared"])
     assert not (disk / "two").exists()
+
+
+def test_guest_addresses_come_along(disk: Path) -> None:
+    lengths = {"ram": 4 * PAGE, "shared": 3 * PAGE}
+    (disk / "from").write_bytes(stream([[page(1, 7)]], lengths, shared=True))
+    convert(disk / "from", disk / "to", to="stream")
+    with open_snapshot(disk / "to") as snapshot:
+        assert snapshot.stream.capabilities == ("x-ignore-shared",)
+        assert [b.address for b in snapshot.blocks.values()] == [1 << 32, 2 << 32]
+        assert [b.external for b in snapshot.blocks.values()] == [False, True]

@@ -186,7 +186,7 @@ def _start_one_pass(
     writer = Writer(
         target,
         [RamBlock(name, memories[name] if name in memories else _nothing(block, source.identity),
-                  block.page_size)
+                  block.page_size, block.address or 0)
          for name, block in source.blocks.items()],
         direct_io=direct_io, sparse=sparse, channels=channels, machine=source.machine,
         target_page_bits=source.configuration.target_page_bits,
@@ -324,7 +324,7 @@ def _blocks(
             memory = _nothing(block)
         elif memory is None:
             memory = block.memory()
-        blocks.append(RamBlock(name, memory, block.page_size))
+        blocks.append(RamBlock(name, memory, block.page_size, block.address or 0))
     if not blocks:
         raise NotSupported("the snapshot has no RAM blocks")
     return blocks, left_out

@@ -97,10 +97,10 @@ def encode_head(
     """
     capabilities = (IGNORE_SHARED,) if ignore_shared else ()
     settings = Configuration(machine, capabilities, target_page_bits, uuid)
-    address = _U64.pack(0) if ignore_shared else b""
     parts = [encode_front(settings, specs, before)]
     for spec in specs:
         name = spec.name.encode("utf-8", "surrogateescape")
+        address = _U64.pack(spec.address) if ignore_shared else b""
         parts.append(bytes([len(name)]) + name + _U64.pack(spec.length) + address)
     return b"".join(parts) + RAM_EOS
 
@@ -141,8 +141,9 @@ class SequentialWalk(Walk):
         ram_end, walked = self.read_rest()
         described, settings = self._described, self._configuration
         stated = described.value.get("page_size") if described else None
-        if type(stated) is int and stated != self.page_size:
-            # The description of a stream that passes by comes last.
+        # Of a stream that passes by the description, which would have been asked first, comes last.
+        late = self._run_out is not None and settings.target_page_bits is None
+        if late and type(stated) is int and stated != self.page_size:
             raise SnapshotError(
                 f"the description states pages of {stated} bytes, and {self.page_size} were read",
                 offset=described.offset if described else None, field="page_size",
