@@ -143,6 +143,7 @@ struct qm_record_block {
     uint64_t *seen;
     struct qm_index *index;
     int staged;
+    uint64_t *content;
 };
 
 struct qm_stage {

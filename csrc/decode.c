@@ -308,9 +308,17 @@ static int take_delta(qm_decoder *d, const unsigned char *delta, struct qm_fault
 
 /* ---- places of pages ------------------------------------------------------------------------ */
 
-/* Every record pays for what it adds to an index, and a stream for the first of them. */
+/* Every record pays for what it adds to an index or a bitmap, and a stream for the first of them. */
 #define INDEX_FLOOR ((uint64_t)64 << 20)
 #define INDEX_SHARE 4u
+
+static int grow(qm_decoder *d, uint64_t bytes)
+{
+    d->index_bytes += bytes;
+    if (d->index_bytes > INDEX_FLOOR && d->index_bytes - INDEX_FLOOR > d->position * INDEX_SHARE)
+        return bad(d, QM_RECORD_SCATTERED);
+    return 0;
+}
 
 static int note_place(qm_decoder *d, const unsigned char *bytes)
 {
@@ -330,15 +338,50 @@ static int note_place(qm_decoder *d, const unsigned char *bytes)
     }
     if (rc < 0)
         return rc == -EMLINK ? bad(d, QM_RECORD_CHANGES) : rc;
-    d->index_bytes += qm_index_bytes(index) - before;
-    if (d->index_bytes > INDEX_FLOOR && d->index_bytes - INDEX_FLOOR > d->position * INDEX_SHARE)
-        return bad(d, QM_RECORD_SCATTERED);
+    if (grow(d, qm_index_bytes(index) - before))
+        return -EBADMSG;
     if (zero)
         d->zero_pages++;
     else
         d->data_pages++;
     if (rc)
         d->new_bytes += d->page_size;
+    return 0;
+}
+
+/* ---- whether pages hold anything -------------------------------------------------------------- */
+
+#define MEMORY_WORDS ((size_t)512) /* of a bitmap: memory that the first bit in it costs */
+
+/* Counts the record, and what its bit costs: a bitmap takes memory where bits are set. */
+static int note_bit(qm_decoder *d, int zero)
+{
+    const uint64_t *bits = d->current->seen;
+    size_t k = (size_t)(offset_of(d) / d->page_size), i = k / 64 / MEMORY_WORDS * MEMORY_WORDS;
+    size_t words = (size_t)((d->current->len / d->page_size + 63) / 64);
+    size_t end = words - i < MEMORY_WORDS ? words : i + MEMORY_WORDS;
+    if (bits[k / 64] == 0) {
+        while (i < end && bits[i] == 0)
+            i++;
+        if (i == end && grow(d, 2 * MEMORY_WORDS * sizeof(*bits)))
+            return -EBADMSG;
+    }
+    note(d, offset_of(d), zero);
+    return 0;
+}
+
+static int note_content(qm_decoder *d, const unsigned char *bytes)
+{
+    size_t k = (size_t)(offset_of(d) / d->page_size);
+    int zero = d->step == AT_FILL && bytes[0] == 0;
+    if (d->step == AT_DELTA && qm_apply_delta(bytes, d->need, d->page, d->page_size))
+        return bad(d, QM_RECORD_DELTA);
+    if (note_bit(d, zero))
+        return -EBADMSG;
+    if (!zero)
+        bit_set(d->current->content, k);
+    else if (bit_get(d->current->content, k))
+        bit_clear(d->current->content, k);
     return 0;
 }
 
@@ -378,7 +421,8 @@ static int stage_page(qm_decoder *d, const unsigned char *bytes, struct qm_fault
     size_t k = (size_t)((offset_of(d) - s->off) / d->page_size);
     unsigned char *page = s->base + k * d->page_size;
     fault->block = d->current - d->blocks;
-    note(d, offset_of(d), d->step == AT_FILL && bytes[0] == 0);
+    if (note_bit(d, d->step == AT_FILL && bytes[0] == 0))
+        return -EBADMSG;
     if (d->step == AT_FILL && bytes[0] == 0) {
         bit_set(s->zeroed, k);
         bit_clear(s->filled, k);
@@ -478,6 +522,20 @@ static int take_delta_head(qm_decoder *d, const unsigned char *head)
     return 0;
 }
 
+static int take_data(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
+{
+    const struct qm_record_block *block = d->current;
+    if (block->staged)
+        return stage_page(d, bytes, fault);
+    if (block->index)
+        return note_place(d, bytes);
+    if (block->content)
+        return note_content(d, bytes);
+    if (d->step == AT_FILL)
+        return take_fill(d, bytes[0], fault);
+    return d->step == AT_PAGE ? take_page(d, bytes, lasting, fault) : take_delta(d, bytes, fault);
+}
+
 /* The bytes of one step, all of them; 1 at the end of the section, 2 as in start_data. */
 static int take(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
 {
@@ -493,16 +551,9 @@ static int take(qm_decoder *d, const unsigned char *bytes, int lasting, struct q
     case AT_DELTA_HEAD:
         return take_delta_head(d, bytes);
     case AT_FILL:
-        rc = d->current->staged ? stage_page(d, bytes, fault)
-             : d->current->index ? note_place(d, bytes) : take_fill(d, bytes[0], fault);
-        break;
     case AT_PAGE:
-        rc = d->current->staged ? stage_page(d, bytes, fault)
-             : d->current->index ? note_place(d, bytes) : take_page(d, bytes, lasting, fault);
-        break;
     case AT_DELTA:
-        rc = d->current->staged ? stage_page(d, bytes, fault)
-             : d->current->index ? note_place(d, bytes) : take_delta(d, bytes, fault);
+        rc = take_data(d, bytes, lasting, fault);
         break;
     }
     if (rc == 0)

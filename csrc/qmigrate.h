@@ -306,7 +306,8 @@ int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
 
 /* A block as a decoder knows it. `seen` gets the bit of every page that a record mentions. Of a
  * block with an `index`, the places of pages are noted there, and nothing else is done. One that is
- * `staged` has its pages put on a stage, a part of the block at a time. Records of a block with none
+ * `staged` has its pages put on a stage, a part of the block at a time. Of one with `content`, all
+ * that is noted is which pages hold something: their bits there are set. Records of a block with none
  * of these are checked and dropped; it needs no `seen`. */
 struct qm_record_block {
     struct qm_name name;
@@ -315,6 +316,7 @@ struct qm_record_block {
     uint64_t *seen;
     struct qm_index *index;
     int staged;
+    uint64_t *content;
 };
 
 /* A part of a block, held in memory until it is written to its place in a file: the bytes
@@ -344,7 +346,7 @@ enum qm_record_fault {
     QM_RECORD_OUTSIDE,    /* the page lies outside its block */
     QM_RECORD_DELTA,      /* an XBZRLE body that does not fit its page or itself */
     QM_RECORD_MULTIFD,    /* the mark of multifd, whose pages are in other streams */
-    QM_RECORD_SCATTERED,  /* an index would outgrow the stream: no guest is like that */
+    QM_RECORD_SCATTERED,  /* an index, or bitmaps, would outgrow the stream: no guest is like that */
     QM_RECORD_CHANGES,    /* more than QM_CHANGES_MAX changes to a page */
 };
 

@@ -3,11 +3,11 @@
     with ClassicSnapshot("/snap/guest.classic", index="/snap/guest.index") as snapshot:
         first_page = snapshot.blocks["pc.ram"].read(0, 4096)
 
-Opening reads the head only. What asks for more (:attr:`ClassicSnapshot.stream`, reads, page counts,
-:meth:`~ClassicSnapshot.verify`) makes one pass over the whole file, once: it finds the sections and
-the place of every page (:mod:`pyqmigrate.page_index`), keeps no page, and costs 8 bytes of memory a
-page. A load makes a pass of its own and needs no index, as do conversions into a mapped-ram file
-and raw files.
+Opening reads the head only. What asks for more (:attr:`ClassicSnapshot.stream`, page counts,
+:meth:`~ClassicSnapshot.verify`) makes one pass over the whole file, once: it finds the sections,
+keeps no page, and costs two bits of memory a page. What reads pages makes one that finds the place
+of every page too (:mod:`pyqmigrate.page_index`), and costs 8 bytes a page. A load makes a pass of
+its own and needs no index, as do conversions into a mapped-ram file or raw files.
 """
 
 from __future__ import annotations
@@ -16,21 +16,30 @@ import contextlib
 import errno
 import functools
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from pyqmigrate import _core
-from pyqmigrate.errors import BlockMismatch, DirectIORefused, SnapshotError
+from pyqmigrate.errors import (
+    BlockMismatch,
+    DirectIORefused,
+    NotSupported,
+    SnapshotError,
+    UsageError,
+)
 from pyqmigrate.format.configuration import IGNORE_SHARED
 from pyqmigrate.format.sequential import SequentialBlock, SequentialStream, SequentialWalk
+from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.memory import Memory, StoredMemory
-from pyqmigrate.io.target import DirectIO, Target
+from pyqmigrate.io.passing import PassingInput
+from pyqmigrate.io.target import DirectIO, InputTarget, Target
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.opened import Kind, Located, OpenedBlock, OpenedSnapshot, locate, refused_read
 from pyqmigrate.page_index import PageIndex, check_place, keep, recall
-from pyqmigrate.sequential import PolledSource, start_sequential_load
+from pyqmigrate.sequential import PolledSource, Records, start_sequential_load
 from pyqmigrate.spelling import choice
 
 __all__ = ["ClassicBlock", "ClassicSnapshot"]
@@ -43,6 +52,7 @@ class ClassicBlock(OpenedBlock):
         self._snapshot = snapshot
         self.entry = entry
         self.name, self.length, self.page_size = entry.name, entry.length, page_size
+        self.address = entry.gpa
 
     def __repr__(self) -> str:
         return f"<ClassicBlock {self.name!r}, {self.length} bytes>"
@@ -51,21 +61,22 @@ class ClassicBlock(OpenedBlock):
     def external(self) -> bool:
         """Whether the content is kept in another file: with ``x-ignore-shared`` on, whether no
         record mentions the block."""
-        if not self._snapshot.stream.ignore_shared:
-            return False
-        core = self._snapshot._index().cores[self.name]
-        return bool(_core.lib.qm_index_next(core, 0) == self.num_pages)
+        return self._snapshot.stream.ignore_shared and not self._counted.mentioned
 
     @property
     def data_pages(self) -> int:
         """Pages that the stream has with some content."""
-        return int(_core.lib.qm_index_count(self._snapshot._index().cores[self.name]))
+        return self._counted.data_pages
+
+    @property
+    def _counted(self) -> _Counted:
+        return self._snapshot._counts()[self.name]
 
     def memory(self) -> StoredMemory:
         if self.external:
             raise self._elsewhere()
         indexed = _core.ffi.new("struct qm_indexed *")
-        indexed.index = self._snapshot._index().cores[self.name]
+        indexed.index = self._snapshot.page_index().cores[self.name]
         indexed.fd = self._snapshot.source.fd
         return StoredMemory(
             self.length, self.data_pages * self.page_size, self._snapshot.identity,
@@ -74,7 +85,7 @@ class ClassicBlock(OpenedBlock):
         )
 
     def runs(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bool]]:
-        core = self._snapshot._index().cores[self.name]
+        core = self._snapshot.page_index().cores[self.name]
         end = self.num_pages if end is None else end
         data = _core.ffi.new("int *")
         while first < end:
@@ -96,7 +107,8 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
 
     Raises SnapshotError for a damaged head, NotSupported for a stream of another kind, TargetError,
     UsageError. The pass raises these too, at whatever needed it: NotSupported for a multifd stream,
-    whose pages are elsewhere, for compressed pages, and for a page with more than 1024 changes.
+    whose pages are elsewhere, and for compressed pages; where pages are read at random, also for a
+    page with more than 1024 changes, and for a stream that is not in a file as it is.
     """
 
     kind = Kind.STREAM
@@ -111,11 +123,18 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
     ) -> None:
         super().__init__(locate(target, offset))
         self.index = None if index is None else Path(index)
-        self._pass: tuple[SequentialStream, PageIndex] | None = None
+        self._walked: tuple[SequentialStream, Mapping[str, _Counted]] | None = None
+        self._pages: PageIndex | None = None
         try:
             if self.index is not None:
                 check_place(self.index)
-            walk = SequentialWalk(self.source, self.offset, _no_records, page_size=page_size)
+            source = self.source
+            walk = SequentialWalk(
+                source, self.offset, _no_records, page_size=page_size,
+                run_out=source.run_out if isinstance(source, PassingInput) else None,
+            )
+            if self.index is not None and source.passing:
+                raise UsageError(f"{source.name!r} is not read at random: no index can be kept")
             walk.read_head()
         except BaseException:
             self.close()
@@ -135,41 +154,77 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
     @property
     def stream(self) -> SequentialStream:
         """What the stream says, and its sections; takes the pass."""
-        return self.read_through()[0]
+        return self.read_through()
 
     def read_through(
-        self, progress: Callable[[Progress], object] | None = None
-    ) -> tuple[SequentialStream, PageIndex]:
-        """Make the pass if it was not made, and wait; ``progress`` as for a load."""
+        self, progress: Callable[[Progress], object] | None = None, *, pages: bool = False
+    ) -> SequentialStream:
+        """Make the pass if it was not made, and wait; ``progress`` as for a load.
+
+        ``pages``: also note where every page is, so that they can be read at random.
+        """
         _ = self.source  # closed?
+        pages = pages or self.index is not None
         with self._lock:
-            if self._pass is None:
+            if self._walked is None or (pages and self._pages is None):
                 channels = Channels(1, "pyqmigrate-index")
                 total = sum(block.length for block in self.blocks.values())
-                job = self._follow(Job(channels, total, lambda: self._read(channels)))
-                self._pass = job.wait(progress)
-            return self._pass
+                read = self._find_pages if pages else self._count_pages
+                self._follow(Job(channels, total, lambda: read(channels))).wait(progress)
+            assert self._walked is not None
+            return self._walked[0]
 
-    def _index(self) -> PageIndex:
-        return self.read_through()[1]
+    def _counts(self) -> Mapping[str, _Counted]:
+        self.read_through()
+        assert self._walked is not None
+        return self._walked[1]
 
-    def _read(self, channels: Channels) -> tuple[SequentialStream, PageIndex]:
+    def page_index(self) -> PageIndex:
+        """Where every page is; takes the pass that finds out."""
+        if self._pages is None:
+            self.read_through(pages=True)
+        assert self._pages is not None
+        return self._pages
+
+    def _count_pages(self, channels: Channels) -> None:
+        with contextlib.closing(_PageCount(self._entries, self.page_size)) as count:
+            stream = self._walk(channels, functools.partial(count.read, self.source, channels))
+            self._walked = stream, count.found()
+
+    def _find_pages(self, channels: Channels) -> None:
         source, path = self.source, self.index
+        if source.passing:
+            raise NotSupported(
+                f"pages of {source.name!r} cannot be read at random: it is read front to back; "
+                "convert it into a mapped-ram file"
+            )
         if path is not None:
             kept = recall(source, path, self._entries, self.page_size)
             if kept is not None:
                 # What does not fit may be the index's fault, or the file's: the pass will tell.
                 with contextlib.suppress(SnapshotError):
-                    return self._walk(channels, functools.partial(_end, kept)), kept
+                    self._take(self._walk(channels, functools.partial(_end, kept)), kept)
+                    return
         index = PageIndex(self._entries, self.page_size)
         stream = self._walk(channels, functools.partial(index.read_records, source, channels))
         if path is not None:
             keep(index, source, path)
-        return stream, index
+        self._take(stream, index)
+
+    def _take(self, stream: SequentialStream, index: PageIndex) -> None:
+        self._pages = index
+        self._walked = stream, {
+            name: _Counted(
+                bool(_core.lib.qm_index_next(core, 0) < self.blocks[name].num_pages),
+                int(_core.lib.qm_index_count(core)),
+            )
+            for name, core in index.cores.items()
+        }
 
     def _walk(self, channels: Channels, read_records: Callable[[int], int]) -> SequentialStream:
+        polled = PolledSource(self.source, channels)
         walk = SequentialWalk(
-            PolledSource(self.source, channels), self.offset, read_records, page_size=self.page_size
+            polled, self.offset, read_records, page_size=self.page_size, run_out=polled.run_out
         )
         walk.read_head()
         return walk.stream()
@@ -210,7 +265,41 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         return self._follow(job)  # type: ignore[arg-type]
 
     def _drop(self) -> None:
-        self._pass = None
+        self._walked = self._pages = None
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Whether any record is about a block, and how many of its pages hold something."""
+
+    mentioned: bool
+    data_pages: int
+
+
+class _PageCount:
+    """Records that are checked and counted, at two bits a page."""
+
+    def __init__(self, blocks: Sequence[SequentialBlock], page_size: int) -> None:
+        with contextlib.ExitStack() as stack:
+            self._records = Records(blocks, page_size)
+            self._bitmaps = {}
+            for block, record in zip(blocks, self._records.core, strict=True):
+                seen, content = pair = [Bitmap(block.length // page_size) for _ in range(2)]
+                self._bitmaps[block.name] = pair
+                for bitmap in pair:
+                    stack.callback(bitmap.close)
+                record.seen, record.content = seen.core, content.core
+            self._records.start()
+            self.close = stack.pop_all().close
+
+    def read(self, source: InputTarget, channels: Channels, offset: int) -> int:
+        return self._records.read(source, channels, offset)
+
+    def found(self) -> dict[str, _Counted]:
+        return {
+            name: _Counted(seen.last() >= 0, content.count())
+            for name, (seen, content) in self._bitmaps.items()
+        }
 
 
 def _no_records(offset: int) -> int:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from pyqmigrate import _core
 from pyqmigrate.errors import (
     BlockMismatch,
-    NotSupported,
     SnapshotError,
     TargetError,
     UsageError,
@@ -54,19 +53,27 @@ class Located:
     libvirt: LibvirtHeader | None = None
 
 
-def locate(target: Target | Located, offset: int | None = None) -> Located:
+def locate(
+    target: Target | Located, offset: int | None = None, *, piped: bool = False
+) -> Located:
     """Open a file and find out where its stream starts; whoever calls closes the source.
 
     target: a path, a ``file:`` URI or Descriptors (borrowed, open for reading).
     offset: where the stream starts, bytes, for a path. Where none is given in any way, a header
         of libvirt's at the start of the file tells.
+    piped: whether the path of a pipe or socket will do.
 
-    Raises SnapshotError for a save image that libvirt did not finish, NotSupported for a
-    compressed one, UsageError, TargetError.
+    The stream of a compressed image of libvirt's is decompressed as it is read, and is a source
+    that passes by, as that of a pipe is (:mod:`pyqmigrate.io.passing`).
+
+    Raises SnapshotError for a save image that libvirt did not finish, NotSupported for one that is
+    compressed in a way that cannot be read here, UsageError, TargetError.
     """
     if isinstance(target, Located):
         return target
-    source = InputTarget(target)
+    source = _open_pipe(target) if piped else None
+    if source is None:
+        source = InputTarget(target)
     try:
         if offset is not None:
             if isinstance(target, Descriptors) or source.offset:
@@ -79,11 +86,10 @@ def locate(target: Target | Located, offset: int | None = None) -> Located:
             if not header.complete:
                 raise SnapshotError("libvirt did not finish this save image", offset=0)
             if header.format.compressed:
-                name = header.format.name.lower()
-                raise NotSupported(
-                    f"the stream in this save image is compressed ({name}), from file offset "
-                    f"{header.stream_offset} on: decompress it into a file of its own first"
-                )
+                # Seldom needed, and a restore has no time for it.
+                from pyqmigrate.io.decompression import decompressed
+
+                return Located(decompressed(source, header), header)
             source.offset = header.stream_offset
             return Located(source, header)
     except BaseException:
@@ -92,12 +98,28 @@ def locate(target: Target | Located, offset: int | None = None) -> Located:
     return Located(source)
 
 
+def _open_pipe(target: Target) -> InputTarget | None:
+    if isinstance(target, Descriptors):
+        return None
+    from pyqmigrate.io.passing import PassingInput, PipeReader
+
+    path = os.fsdecode(target)
+    if not PipeReader.is_pipe(path):
+        return None
+    pipe = PipeReader(path)
+    return PassingInput(path, lambda: pipe, pipe.close)
+
+
 class OpenedBlock(abc.ABC):
-    """One RAM block of an opened snapshot. Lengths in bytes."""
+    """One RAM block of an opened snapshot. Lengths in bytes.
+
+    ``address`` is that in the guest, where the file tells it (``x-ignore-shared``); else None.
+    """
 
     name: str
     length: int
     page_size: int
+    address: int | None
 
     @property
     def num_pages(self) -> int:
@@ -266,8 +288,8 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
 
     @property
     def size(self) -> int:
-        """Apparent size of the file, bytes."""
-        return self.source.size
+        """Apparent size of the file, bytes; of a pipe, what has come of it."""
+        return self.source.file_size
 
     @property
     def allocated(self) -> int:

@@ -33,18 +33,30 @@ def open_snapshot(
     bitmap_order: ByteOrder | None = None,
     page_size: int | None = None,
     index: str | os.PathLike[str] | None = None,
+    piped: bool = False,
 ) -> AnySnapshot:
     """Open a mapped-ram file or a classic stream, behind libvirt's header or at an offset.
 
     bitmap_order: for a mapped-ram file, see :class:`~pyqmigrate.snapshot.Snapshot`.
     page_size, index: for a classic stream, see :class:`~pyqmigrate.classic.ClassicSnapshot`.
+    piped: whether a pipe will do, which is a classic stream that passes by once: it can be
+        converted, unpacked or loaded. Until it has passed it does not tell its description, so
+        that ``page_size`` is needed where the configuration does not tell it and it is not 4096.
+
+    The stream of a compressed image of libvirt's is decompressed each time that it is read; its
+    pages cannot be read at random either.
 
     Raises SnapshotError for what is no whole snapshot, NotSupported for what is one of a kind that
-    cannot be read (compressed as a whole, a multifd channel), TargetError, UsageError.
+    cannot be read (compressed with lzop, a multifd channel), TargetError, UsageError.
     """
-    located = locate(target, offset)
+    located = locate(target, offset, piped=piped)
     try:
         kind = _kind(located.source)
+        if kind is Kind.MAPPED_RAM and located.source.passing:
+            raise NotSupported(
+                f"a mapped-ram file has its pages at fixed places: {located.source.name!r} has to"
+                " be a file"
+            )
     except BaseException:
         located.source.close()
         raise
@@ -59,7 +71,7 @@ def _kind(source: InputTarget) -> Kind:
     if head.startswith(_MULTIFD_MAGIC):
         raise NotSupported("a multifd channel: only some pages of a guest, and no device state")
     if len(head) < PREAMBLE.size or PREAMBLE.unpack(head) != (MAGIC, VERSION, TYPE_CONFIGURATION):
-        return Kind.MAPPED_RAM
+        return Kind.STREAM if source.passing else Kind.MAPPED_RAM
     settings = configuration.read(Cursor(source, source.offset + PREAMBLE.size))
     mapped = configuration.MAPPED_RAM in settings.capabilities
     return Kind.MAPPED_RAM if mapped else Kind.STREAM

@@ -36,12 +36,12 @@ from typing import Any, BinaryIO
 import xxhash
 
 from pyqmigrate import _core
-from pyqmigrate.errors import PyqmigrateError, SnapshotError, TargetError, UsageError
+from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.sequential import SequentialBlock
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.sequential import core_name, record_error, refused
+from pyqmigrate.sequential import Records
 
 __all__ = ["PageIndex", "check_place", "keep", "recall"]
 
@@ -72,40 +72,18 @@ class PageIndex:
             if core == _core.ffi.NULL:
                 raise MemoryError
             self.cores[block.name] = _core.ffi.gc(core, _core.lib.qm_index_destroy)
-        self._names = [core_name(block.name) for block in blocks]
-        self._records = _core.ffi.new("struct qm_record_block[]", len(blocks))
-        for record, block, name in zip(self._records, blocks, self._names, strict=True):
-            record.name, record.len = name[0][0], block.length
+        self._records = Records(blocks, page_size)
+        for record, block in zip(self._records.core, blocks, strict=True):
             record.index = self.cores[block.name]
-        decoder = _core.lib.qm_decoder_create(self._records, len(blocks), page_size, True)
-        if decoder == _core.ffi.NULL:
-            raise MemoryError
-        self._decoder = _core.ffi.gc(decoder, _core.lib.qm_decoder_destroy)
+        self._records.start()
 
     def read_records(self, source: InputTarget, channels: Channels, offset: int) -> int:
         """Take in the body of records at ``offset``; returns where it ends.
 
         Raises SnapshotError, NotSupported for what no index can hold, TargetError, Cancelled.
         """
-        at = _core.ffi.new("int64_t *", offset)
-        fault = _core.ffi.new("struct qm_fault *")
-        rc = _core.lib.qm_decode_file(
-            channels.core, self._decoder, source.fd, at, source.size, fault
-        )
-        if rc < 0:
-            raise self._failure(rc, fault, source, int(at[0]))
-        self.bodies[offset] = int(at[0])
-        return int(at[0])
-
-    def _failure(self, rc: int, fault: Any, source: InputTarget, at: int) -> PyqmigrateError:
-        if rc == -errno.EBADMSG:
-            return record_error(self._decoder, self.blocks, self.page_size)
-        if rc == -errno.ENODATA:
-            return SnapshotError(
-                "the file ends within RAM's pages: it was cut short, or the save did not finish",
-                offset=at,
-            )
-        return refused(rc, fault, "cannot read the stream", source.name)
+        end = self.bodies[offset] = self._records.read(source, channels, offset)
+        return end
 
 
 def check_place(path: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ from pyqmigrate.format.sequential import (
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
 from pyqmigrate.io.memory import Attached, Memory, RamBlock
+from pyqmigrate.io.passing import PassingInput
 from pyqmigrate.io.target import DirectIO, InputTarget, Target, stream_offset
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.log import logger
@@ -54,10 +55,12 @@ from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
 __all__ = [
     "DEVICE_STATE_MAX",
     "PolledSource",
+    "Records",
     "SequentialLoadReport",
     "SequentialReader",
     "SequentialWriter",
     "core_name",
+    "read_body",
     "record_error",
     "refused",
     "start_sequential_load",
@@ -320,17 +323,99 @@ def start_sequential_load(
 
 
 class PolledSource:
-    """The stream's framing; reading it ends when the job is cancelled."""
+    """The stream's framing, for a new pass; reading it ends when the job is cancelled.
+
+    ``run_out`` is for the walk over a source that passes by; None for another one.
+    """
 
     def __init__(self, source: InputTarget, channels: Channels) -> None:
         self._source = source
         self._channels = channels
-        self.size = source.size
+        self.run_out: Callable[[], int] | None = None
+        source.rewind()
+        if isinstance(source, PassingInput):
+            source.stop = lambda: channels.cancelled
+            self.run_out = source.run_out
+
+    @property
+    def size(self) -> int:
+        return self._source.size
 
     def read_at(self, offset: int, length: int) -> bytes:
         if self._channels.cancelled:
             raise Cancelled("cancelled")
         return self._source.read_at(offset, length)
+
+
+class Records:
+    """A core's decoder of the records of these blocks, and their ``struct qm_record_block[]``.
+
+    ``core`` gets what each block is to have before :meth:`start`.
+    """
+
+    def __init__(self, blocks: Sequence[SequentialBlock], page_size: int) -> None:
+        self.blocks = blocks
+        self.page_size = page_size
+        self._names = [core_name(block.name) for block in blocks]
+        self.core = _core.ffi.new("struct qm_record_block[]", len(blocks))
+        for record, block, name in zip(self.core, blocks, self._names, strict=True):
+            record.name, record.len = name[0][0], block.length
+        self.decoder: Any = None
+
+    def start(self, *, fresh: bool = True) -> None:
+        """``fresh`` as in the core's ``qm_decoder_create``."""
+        decoder = _core.lib.qm_decoder_create(self.core, len(self.blocks), self.page_size, fresh)
+        if decoder == _core.ffi.NULL:
+            raise MemoryError
+        self.decoder = _core.ffi.gc(decoder, _core.lib.qm_decoder_destroy)
+
+    def read(self, source: InputTarget, channels: Channels, offset: int) -> int:
+        """Take in the body of records at ``offset``; returns where it ends.
+
+        Raises SnapshotError, NotSupported, TargetError, Cancelled.
+        """
+        at, fault = _core.ffi.new("int64_t *", offset), _new_fault()
+        rc = read_body(channels, self.decoder, source, at, fault)
+        if rc < 0:
+            raise self.failure(rc, fault, source, int(at[0]))
+        return int(at[0])
+
+    def failure(self, rc: int, fault: Any, source: InputTarget, at: int) -> PyqmigrateError:
+        """The exception for a negative return that has to do with the stream's file."""
+        if rc == -errno.EBADMSG:
+            return record_error(self.decoder, self.blocks, self.page_size)
+        if rc == -errno.ENODATA:
+            return SnapshotTruncated(
+                "the file ends within RAM's pages: it was cut short, or the save did not finish",
+                offset=at,
+            )
+        return refused(rc, fault, "cannot read the stream", source.name)
+
+
+def read_body(
+    channels: Channels, decoder: Any, source: InputTarget, at: Any, fault: Any
+) -> int:
+    """The core's ``qm_decode_file``, also of a source that passes by."""
+    if not isinstance(source, PassingInput):
+        return int(_core.lib.qm_decode_file(
+            channels.core, decoder, source.fd, at, source.size, fault
+        ))
+    used = _core.ffi.new("size_t *")
+    while True:
+        data = source.here(int(at[0]))
+        if not data:
+            fault.in_memory = 0
+            return -errno.ENODATA
+        _core.lib.qm_decoder_seek(decoder, at[0])
+        rc = int(_core.lib.qm_decode(
+            channels.core, decoder, _core.ffi.from_buffer(data), len(data), used, fault
+        ))
+        at[0] += used[0]
+        _core.lib.qm_job_add_moved(channels.core, used[0])
+        if rc == 1:
+            source.leave(int(at[0]))
+        if rc:
+            return rc
 
 
 class SequentialReader:
@@ -355,9 +440,9 @@ class SequentialReader:
         self.clear = clear
         self.channels = Channels(1, "pyqmigrate-load")
         self.channels.set_rate(max_bandwidth)
+        polled = PolledSource(source, self.channels)
         self._walk = SequentialWalk(
-            PolledSource(source, self.channels), source.offset, self._read_records,
-            page_size=page_size,
+            polled, source.offset, self._read_records, page_size=page_size, run_out=polled.run_out
         )
         self._walk.read_head()
         self.configuration = self._walk.configuration
@@ -373,7 +458,7 @@ class SequentialReader:
                     bitmap = Bitmap(block.length // self.page_size)
                     stack.callback(bitmap.close)
                     self._loads.append((block, memory, bitmap))
-            self._decoder = self._new_decoder()
+            self._records = self._new_records()
             self._cleanup = stack.pop_all()
 
     @property
@@ -401,45 +486,24 @@ class SequentialReader:
             )
         return attached
 
-    def _new_decoder(self) -> Any:
+    def _new_records(self) -> Records:
         loads = {block.name: (memory, bitmap) for block, memory, bitmap in self._loads}
-        self._names = [core_name(block.name) for block in self.blocks]
-        self._core_blocks = _core.ffi.new("struct qm_record_block[]", len(self.blocks))
-        for core, block, (name, _) in zip(
-            self._core_blocks, self.blocks, self._names, strict=True
-        ):
-            core.name = name[0]
-            core.len = block.length
+        records = Records(self.blocks, self.page_size)
+        for core, block in zip(records.core, self.blocks, strict=True):
             if block.name in loads:
                 memory, bitmap = loads[block.name]
                 core.memory, core.seen = memory.core, bitmap.core
-        decoder = _core.lib.qm_decoder_create(
-            self._core_blocks, len(self.blocks), self.page_size, self.clear is Clear.ZERO
-        )
-        if decoder == _core.ffi.NULL:
-            raise MemoryError
-        return _core.ffi.gc(decoder, _core.lib.qm_decoder_destroy)
+        records.start(fresh=self.clear is Clear.ZERO)
+        return records
 
     def _read_records(self, offset: int) -> int:
         at, fault = _core.ffi.new("int64_t *", offset), _new_fault()
-        rc = _core.lib.qm_decode_file(
-            self.channels.core, self._decoder, self.source.fd, at, self.source.size, fault
-        )
+        rc = read_body(self.channels, self._records.decoder, self.source, at, fault)
+        if rc < 0 and fault.in_memory and rc != -errno.EBADMSG:
+            raise failure(rc, fault, self.source.name, self.blocks[fault.block].name)
         if rc < 0:
-            raise self._failure(rc, fault, at[0])
+            raise self._records.failure(rc, fault, self.source, int(at[0]))
         return int(at[0])
-
-    def _failure(self, rc: int, fault: Any, at: int) -> PyqmigrateError:
-        if rc == -errno.EBADMSG:
-            return record_error(self._decoder, self.blocks, self.page_size)
-        if rc == -errno.ENODATA and not fault.in_memory:
-            return SnapshotTruncated(
-                "the file ends within RAM's pages: it was cut short, or the save did not finish",
-                offset=at,
-            )
-        if fault.in_memory:
-            return failure(rc, fault, self.source.name, self.blocks[fault.block].name)
-        return refused(rc, fault, "cannot read the stream", self.source.name)
 
     def _clear_rest(self, stream: SequentialStream) -> set[str]:
         """Zero what no record mentioned; returns the blocks whose content is elsewhere."""

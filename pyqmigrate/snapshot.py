@@ -34,6 +34,7 @@ class SnapshotBlock(OpenedBlock):
         self._snapshot = snapshot
         self.layout = layout
         self.name, self.length, self.page_size = layout.name, layout.length, layout.page_size
+        self.address = layout.gpa
         self._bitmap: Bitmap | None = None
 
     def __repr__(self) -> str:

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.errors import PyqmigrateError, SnapshotTruncated
+from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.format.sequential import SequentialBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, failure
 from pyqmigrate.io.target import Direct, InputTarget, core_file
-from pyqmigrate.sequential import PolledSource, core_name, record_error, refused
+from pyqmigrate.sequential import PolledSource, Records, read_body
 
 __all__ = ["Place", "StagedPass"]
 
@@ -67,9 +67,9 @@ class StagedPass:
         self._sparse = sparse
         self.reading = Channels(1, "pyqmigrate-pass")
         self.reading.join(channels)
+        polled = PolledSource(source, self.reading)
         self._walk = SequentialWalk(
-            PolledSource(source, self.reading), source.offset, self._read_records,
-            page_size=page_size,
+            polled, source.offset, self._read_records, page_size=page_size, run_out=polled.run_out
         )
         self._walk.read_head()
         self.blocks = self._walk.blocks
@@ -91,7 +91,7 @@ class StagedPass:
                 if block.name in places:
                     seen[block.name] = Bitmap(block.length // self.page_size)
                     stack.callback(seen[block.name].close)
-            self._decoder = self._new_decoder(seen)
+            self._records = self._new_records(seen)
             threads = min(self.channels.count, _MOST_THREADS)
             self._current: _Stage | None = None
             self._stages = deque(_Stage(stack, self.page_size) for _ in range(threads + 1))
@@ -120,26 +120,18 @@ class StagedPass:
             direct = None
         return _Placed(place, core_file(place.fd, direct), core_file(place.fd, None), core)
 
-    def _new_decoder(self, seen: Mapping[str, Bitmap]) -> Any:
-        self._names = [core_name(block.name) for block in self.blocks]
-        self._records = _core.ffi.new("struct qm_record_block[]", len(self.blocks))
-        for record, block, name in zip(self._records, self.blocks, self._names, strict=True):
-            record.name, record.len = name[0][0], block.length
+    def _new_records(self, seen: Mapping[str, Bitmap]) -> Records:
+        records = Records(self.blocks, self.page_size)
+        for record, block in zip(records.core, self.blocks, strict=True):
             if block.name in seen:
                 record.staged, record.seen = True, seen[block.name].core
-        decoder = _core.lib.qm_decoder_create(
-            self._records, len(self.blocks), self.page_size, True
-        )
-        if decoder == _core.ffi.NULL:
-            raise MemoryError
-        return _core.ffi.gc(decoder, _core.lib.qm_decoder_destroy)
+        records.start()
+        return records
 
     def _read_records(self, offset: int) -> int:
         at, fault = _core.ffi.new("int64_t *", offset), _core.ffi.new("struct qm_fault *")
         while True:
-            rc = _core.lib.qm_decode_file(
-                self.reading.core, self._decoder, self.source.fd, at, self.source.size, fault
-            )
+            rc = read_body(self.reading, self._records.decoder, self.source, at, fault)
             if rc == _ELSEWHERE:
                 self._turn()
             elif rc < 0:
@@ -148,24 +140,17 @@ class StagedPass:
                 return int(at[0])
 
     def _failure(self, rc: int, fault: Any, at: int) -> PyqmigrateError:
-        if rc == -errno.EBADMSG:
-            return record_error(self._decoder, self.blocks, self.page_size)
-        if fault.in_memory:  # which is our own file
+        if fault.in_memory and rc != -errno.EBADMSG:  # which is our own file
             fault.in_memory = 0
             return failure(rc, fault, self.target, self.blocks[fault.block].name)
-        if rc == -errno.ENODATA:
-            return SnapshotTruncated(
-                "the file ends within RAM's pages: it was cut short, or the save did not finish",
-                offset=at,
-            )
-        return refused(rc, fault, "cannot read the stream", self.source.name)
+        return self._records.failure(rc, fault, self.source, at)
 
     # ---- stages ----
 
     def _turn(self) -> None:
         """Put that part on a stage which the next record is about."""
         off = _core.ffi.new("uint64_t *")
-        number = _core.lib.qm_decoder_wants(self._decoder, off)
+        number = _core.lib.qm_decoder_wants(self._records.decoder, off)
         self._write_current()
         self._put(number, int(off[0]) // _PART * _PART)
 
@@ -183,7 +168,7 @@ class StagedPass:
         core.data = place.bitmap.core + off // self.page_size // 64
         stage.part = (number, off)
         self._visited.add(stage.part)
-        _core.lib.qm_decoder_set_stage(self._decoder, number, core)
+        _core.lib.qm_decoder_set_stage(self._records.decoder, number, core)
         self._current = stage
 
     def _write_current(self) -> None:
@@ -241,7 +226,7 @@ class StagedPass:
                 raise failure(rc, fault, self.target, block.name)
 
 
-_ELSEWHERE = 2  # what qm_decode_file returns when another part has to be on the stage
+_ELSEWHERE = 2  # what read_body returns when another part has to be on the stage
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _PARTS_MAX = 64  # of one block in one stretch; the last takes in all that is le
 
 def parts_of_stream(snapshot: ClassicSnapshot, start: int, end: int) -> Iterator[Part]:
     """What is at file positions ``[start, end)``; raises what the pass over the stream does."""
-    index = snapshot.read_through()[1]
+    index = snapshot.page_index()
     first, last = min(index.bodies, default=0), max(index.bodies.values(), default=0)
     found = False
     if start < snapshot.offset:

@@ -107,7 +107,7 @@ class StreamWriter(abc.ABC):
                 self._cleanup.callback(memory.close)
                 self.memories.append(memory)
             self.specs = [
-                BlockSpec(b.name, m.length, b.page_size)
+                BlockSpec(b.name, m.length, b.page_size, b.address)
                 for b, m in zip(blocks, self.memories, strict=True)
             ]
 

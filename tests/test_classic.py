@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from pyqmigrate.opening import open_snapshot
 from pyqmigrate.sequential import start_sequential_save
 from tests.conftest import directory_on_disk
 from tests.examples import some
-from tests.format.builders import classic_stream, page_records
+from tests.format.builders import classic_stream, page_records, words
 from tests.snapshots import Bytes, known_memory, ram, save_known
 
 
@@ -273,10 +274,61 @@ def test_unfinished_libvirt_image_is_refused(disk: Path) -> None:
         open_snapshot(disk / "snap")
 
 
-def test_compressed_libvirt_image_is_not_supported(disk: Path) -> None:
-    (disk / "snap").write_bytes(header(ImageFormat.ZSTD) + bytes(100))
-    with pytest.raises(NotSupported, match=r"zstd.*4321"):
+def test_image_compressed_with_lzop_tells_what_to_do(disk: Path) -> None:
+    (disk / "snap").write_bytes(header(ImageFormat.LZOP) + bytes(100))
+    with pytest.raises(NotSupported, match=r"lzop.*tail -c \+4322 .*lzop -dc.*convert /dev/stdin"):
         open_snapshot(disk / "snap")
+
+
+def changed_often(disk: Path) -> Path:
+    """A stream whose page 1 changes more often than an index can tell."""
+    delta = b"\1" + struct.pack(">H", 3) + b"\0\1\x99"
+    changes = (words(4096 | 0x40 | 0x20) + delta) * 1100
+    (disk / "snap").write_bytes(classic_stream(page_records() + changes))
+    return disk / "snap"
+
+
+def test_page_that_changed_too_often_is_refused_to_random_reads_alone(disk: Path) -> None:
+    with open_snapshot(changed_often(disk)) as snapshot:
+        snapshot.verify()
+        block = snapshot.blocks["pc.ram"]
+        assert (block.data_pages, block.zero_pages, block.external) == (2, 14, False)
+        buffer = bytearray(block.length)
+        snapshot.load({"pc.ram": buffer})
+        assert buffer[4096] == 0x99
+        with pytest.raises(NotSupported, match="1024"):
+            block.read(4096, 1)
+
+
+def test_structure_is_checked_without_an_index(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = save_classic(disk / "snap")
+    monkeypatch.delattr("pyqmigrate.classic.PageIndex")
+    with open_snapshot(disk / "snap") as snapshot:
+        snapshot.verify()
+        assert pyqmigrate.provenance(snapshot).loadable
+        full = memory.reshape(-1, 4096).any(axis=1).sum()
+        assert snapshot.blocks["ram"].data_pages == full
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_counts_are_the_same_with_an_index_and_without(disk: Path, index: bool) -> None:
+    away = words(0x02 | 0x20) + b"\0" + words(8192 | 0x02 | 0x20) + b"\7"
+    (disk / "snap").write_bytes(classic_stream(page_records() + away))
+    with ClassicSnapshot(disk / "snap") as snapshot:
+        snapshot.read_through(pages=index)
+        block = snapshot.blocks["pc.ram"]
+        assert (block.data_pages, block.zero_pages) == (1, 15)
+
+
+def test_few_records_at_far_places_cost_no_bitmaps(disk: Path) -> None:
+    far = b"".join(
+        words(k << 27 | 0x02 | 0x20) + b"\0" for k in range(1, 20000)
+    )
+    (disk / "snap").write_bytes(classic_stream(page_records() + far, length=1 << 43))
+    with ClassicSnapshot(disk / "snap") as snapshot, pytest.raises(SnapshotError, match="far"):
+        snapshot.verify()
 
 
 def test_cut_stream_is_a_snapshot_error_wherever_it_is_cut(disk: Path) -> None:

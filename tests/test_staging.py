@@ -36,8 +36,8 @@ def stream(
 ) -> bytes:
     """A classic stream with these blocks, and a PART for each round; the last one is the END."""
     entries = b"".join(
-        str8(name) + words(length) + (words(0) if shared else b"")
-        for name, length in lengths.items()
+        str8(name) + words(length) + (words((n + 1) << 32) if shared else b"")
+        for n, (name, length) in enumerate(lengths.items())
     )
     capability = (
         b"\5" + str8("configuration/capabilities") + struct.pack(">II", 1, 1)
@@ -119,6 +119,21 @@ def test_result_is_that_of_the_twin(form: str, data: st.DataObject) -> None:
         assert counted == full
 
 
+@some
+@given(listed=record_lists([150, 7], PAGE))
+def test_pages_are_counted_as_an_index_counts_them(listed: list[Record]) -> None:
+    with directory_on_disk() as disk:
+        (disk / "from").write_bytes(stream([listed], {"ram": PART, "rom": 7 * PAGE}))
+        counts = []
+        for pages in (False, True):
+            with ClassicSnapshot(disk / "from") as snapshot:
+                snapshot.read_through(pages=pages)
+                counts.append([block.data_pages for block in snapshot.blocks.values()])
+        last = {(record.block, record.number): record.fill != 0 for record in listed}
+        assert counts == [[sum(data for (n, _), data in last.items() if n == block)
+                           for block in range(2)]] * 2  # fmt: skip
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_page_may_change_more_often_than_an_index_can_tell(disk: Path, form: str) -> None:
     deltas = [Record(0, 3, delta=((k % PAGE, b"\x99"),)) for k in range(3000)]
@@ -194,3 +209,13 @@ def test_content_elsewhere_has_no_raw_file(disk: Path) -> None:
         with pytest.raises(UsageError, match="shared"):
             unpack(snapshot, disk / "two", blocks=["shared"])
     assert not (disk / "two").exists()
+
+
+def test_guest_addresses_come_along(disk: Path) -> None:
+    lengths = {"ram": 4 * PAGE, "shared": 3 * PAGE}
+    (disk / "from").write_bytes(stream([[page(1, 7)]], lengths, shared=True))
+    convert(disk / "from", disk / "to", to="stream")
+    with open_snapshot(disk / "to") as snapshot:
+        assert snapshot.stream.capabilities == ("x-ignore-shared",)
+        assert [b.address for b in snapshot.blocks.values()] == [1 << 32, 2 << 32]
+        assert [b.external for b in snapshot.blocks.values()] == [False, True]

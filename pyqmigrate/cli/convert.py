@@ -8,6 +8,10 @@ SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
 ``elf``         an ELF core of the guest's physical memory: for gdb, drgn, crash, volatility3
 ``lime``        a LiME file of it: for volatility3
 
+A classic stream is read once, front to back, into a mapped-ram file and raw files. For these SRC
+may be a pipe (``zstd -dc OLD | pyqmigrate convert /dev/stdin DST --to mapped-ram``), and an image
+that libvirt compressed with gzip, bzip2, xz or, with ``pip install pyqmigrate[zstd]``, zstd.
+
 Device state is carried over byte for byte. DST appears only when it is whole and durable;
 it cannot be SRC, under whatever name.
 ``--memory NAME=FILE`` gives the content of a block that SRC only lists (x-ignore-shared).
@@ -89,7 +93,7 @@ def _read_placement(text: str) -> GivenPlacement:
 
 def _run(args: argparse.Namespace) -> Outcome:
     with (
-        opened(args, args.snapshot, read_through=False) as snapshot, shown("convert") as show,
+        opened(args, args.snapshot, one_pass=True) as snapshot, shown("convert") as show,
         contextlib.ExitStack() as stack,
     ):
         memories = {}

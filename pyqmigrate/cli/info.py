@@ -18,7 +18,10 @@ in a classic stream), ``external`` (true: the content is in another file, and pa
 the same machine), ``obstacles`` to that and ``remarks``, texts; ``sections``, a list
 of ``kind`` (start, part, end, full, command), ``section_id``, ``name``, ``instance_id``,
 ``version_id``, ``offset``, ``length``, ``body_offset``, ``body_length``. Offsets are absolute in
-the file; offsets and lengths are in bytes.
+the file, or in the stream where libvirt compressed that; offsets and lengths are in bytes.
+
+Of an image of libvirt's whose stream cannot be read here (lzop) the header is shown, with exit code
+5; JSON: ``snapshot``, ``offset``, ``libvirt``, and ``unreadable``, which says why and what to do.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ from dataclasses import asdict
 from typing import Any
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
+from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_size
-from pyqmigrate.errors import UsageError
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.elements import Section
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.io.target import InputTarget
@@ -58,10 +62,43 @@ def add_parser(verbs: Verbs) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     if args.xml:
         return _xml(args)
+    try:
+        return _whole(args)
+    except NotSupported as error:
+        header = _header(args)
+        if header is None:
+            raise
+        return _header_alone(args, header, str(error))
+
+
+def _whole(args: argparse.Namespace) -> Outcome:
     with opened(args, args.snapshot) as snapshot:
         origin = provenance(snapshot)
         data = {"snapshot": args.snapshot, **_data(snapshot, origin)}
         return Outcome(data, list(_lines(snapshot, data, origin)))
+
+
+def _header(args: argparse.Namespace) -> LibvirtHeader | None:
+    """libvirt's header at the start of the file, if there is one."""
+    with contextlib.closing(InputTarget(args.snapshot)) as source:
+        if args.offset is not None or source.offset or not is_libvirt(source.read_at(0, 16)):
+            return None
+        return read_header(source)
+
+
+def _header_alone(args: argparse.Namespace, header: LibvirtHeader, why: str) -> Outcome:
+    was = "running" if header.was_running else "paused"
+    cookie = "with" if header.cookie else "without"
+    return Outcome(
+        {"snapshot": args.snapshot, "offset": header.stream_offset, "libvirt": _libvirt(header),
+         "unreadable": why},
+        [
+            f"libvirt   {header.format.name.lower()} image, the guest was {was}; {cookie} a cookie",
+            f"stream    from {header.stream_offset:#x}: {printable(why)}",
+            "XML       info --xml prints it",
+        ],
+        ExitCode.NOT_SUPPORTED,
+    )
 
 
 def _xml(args: argparse.Namespace) -> Outcome:

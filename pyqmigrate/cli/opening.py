@@ -26,20 +26,21 @@ def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
     add_bitmap_order(parser)
     parser.add_argument(
         "--index", metavar="FILE", default=None,
-        help="where the index of a classic stream is kept, to save the pass that makes it",
+        help="keep an index of a classic stream there: where its pages are, for random reads",
     )
 
 
 @contextlib.contextmanager
 def opened(
-    args: argparse.Namespace, path: str, *, read_through: bool = True
+    args: argparse.Namespace, path: str, *, one_pass: bool = False
 ) -> Iterator[AnySnapshot]:
-    """The snapshot; a classic stream is read through, unless the verb makes a pass of its own."""
+    """The snapshot. A classic stream is read through, unless the verb needs just ``one_pass``, and
+    makes that itself: then it may come through a pipe."""
     with open_snapshot(
         path, offset=args.offset, bitmap_order=args.bitmap_order, page_size=args.page_size,
-        index=args.index,
+        index=args.index, piped=one_pass,
     ) as snapshot:
-        if read_through and isinstance(snapshot, ClassicSnapshot):
+        if not one_pass and isinstance(snapshot, ClassicSnapshot):
             with shown("read through") as show:
                 snapshot.read_through(show)
         yield snapshot

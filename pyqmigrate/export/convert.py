@@ -89,7 +89,8 @@ def convert(
 ) -> SaveReport | RawReport | ImageReport:
     """Write the snapshot in another form, and wait until that is durable.
 
-    source: an opened snapshot, which stays open, or what ``open_snapshot`` takes.
+    source: an opened snapshot, which stays open, or what ``open_snapshot`` takes; for a mapped-ram
+        file and for raw files also the path of a pipe, through which a classic stream comes.
     target: as for a save; for raw files a directory. It must not be the source, under whatever
         name.
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
@@ -110,18 +111,17 @@ def convert(
         raise UsageError("placements are for an ELF core and a LiME file")
     if byte_order and form is not Form.ELF:
         raise UsageError("a byte order is for an ELF core")
+    one_pass = form in (Form.MAPPED_RAM, Form.RAW)  # of a classic stream
     with contextlib.ExitStack() as stack:
         opened: AnySnapshot
         if isinstance(source, Snapshot | ClassicSnapshot):
             opened = source
         else:
-            opened = open_snapshot(source)
+            opened = open_snapshot(source, piped=one_pass)
             stack.callback(opened.close)
         opened.refuse_as_target(target)
-        if isinstance(opened, ClassicSnapshot) and (
-            opened.index is not None or form not in (Form.MAPPED_RAM, Form.RAW)
-        ):
-            opened.read_through(progress)
+        if isinstance(opened, ClassicSnapshot) and not (one_pass and opened.index is None):
+            opened.read_through(progress, pages=True)
         if form is Form.RAW:
             if isinstance(target, Descriptors):
                 raise UsageError("raw files go to a directory, not to descriptors")
@@ -199,7 +199,7 @@ def _start_one_pass(
     writer = Writer(
         target,
         [RamBlock(name, memories[name] if name in memories else _nothing(block, source.identity),
-                  block.page_size)
+                  block.page_size, block.address or 0)
          for name, block in source.blocks.items()],
         direct_io=direct_io, sparse=sparse, channels=channels, machine=source.machine,
         target_page_bits=source.configuration.target_page_bits,
@@ -337,7 +337,7 @@ def _blocks(
             memory = _nothing(block)
         elif memory is None:
             memory = block.memory()
-        blocks.append(RamBlock(name, memory, block.page_size))
+        blocks.append(RamBlock(name, memory, block.page_size, block.address or 0))
     if not blocks:
         raise NotSupported("the snapshot has no RAM blocks")
     return blocks, left_out

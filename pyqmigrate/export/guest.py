@@ -47,7 +47,7 @@ class Guest:
         there is in another file.
         """
         if isinstance(snapshot, ClassicSnapshot):
-            snapshot.read_through(progress)
+            snapshot.read_through(progress, pages=True)
         try:
             devices = tuple(
                 decode_devices(snapshot.source, snapshot.stream, longest=_DEVICE_MAX)

@@ -112,7 +112,7 @@ def unpack(
     started = time.monotonic()
     wanted = _choose(snapshot, blocks)
     path = os.fspath(directory)
-    for name in ("", INDEX, *(raw_name(block.name) for block in wanted if not block.external)):
+    for name in ("", INDEX, *(raw_name(block.name) for block in wanted)):
         snapshot.refuse_as_target(os.path.join(path, name) if name else path)  # noqa: PTH118
     setting, channels = choice(DirectIO, direct_io, "direct_io"), check_channels(channels)
     with contextlib.ExitStack() as stack:

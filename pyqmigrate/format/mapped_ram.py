@@ -51,14 +51,18 @@ _U64 = struct.Struct(">Q")
 class BlockSpec:
     """A RAM block to be written: its name, and length and page size in bytes.
 
+    ``address`` is where the guest has it, which only a stream with ``x-ignore-shared`` tells: QEMU
+    refuses a block whose content is elsewhere unless it is that of its own.
+
     Raises :class:`UsageError` unless the name has 1 to 255 bytes (UTF-8, undecodable bytes as
-    surrogate escapes), the page size is a power of two from 1024 to 65536, and the length is a
-    positive multiple of it.
+    surrogate escapes), the page size is a power of two from 1024 to 65536, the length is a
+    positive multiple of it, and the address is a number of 64 bits.
     """
 
     name: str
     length: int
     page_size: int = 4096
+    address: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -70,6 +74,8 @@ class BlockSpec:
         fault = _size_fault(self.length, self.page_size)
         if fault is not None:
             raise UsageError(f"block {self.name!r}: {fault}")
+        if not 0 <= self.address < 1 << 64:
+            raise UsageError(f"block {self.name!r}: {self.address} is no guest address")
 
 
 ByteOrder: TypeAlias = Literal["little", "big"]
@@ -150,11 +156,11 @@ def encode_entry(
 ) -> tuple[bytes, BlockLayout]:
     """The entry of a block that starts at ``entry_offset``, up to its header's end, and its place.
 
-    The stream goes on at the layout's ``pages_end``. With ``ignore_shared`` the entry has a guest
-    address, which is 0.
+    The stream goes on at the layout's ``pages_end``. With ``ignore_shared`` the entry has the
+    block's address in the guest.
     """
     name = spec.name.encode("utf-8", "surrogateescape")
-    address = _U64.pack(0) if ignore_shared else b""
+    address = _U64.pack(spec.address) if ignore_shared else b""
     front = bytes([len(name)]) + name + _U64.pack(spec.length) + address
     layout = place(spec, entry_offset + len(front) + _HEADER.size)
     header = _HEADER.pack(

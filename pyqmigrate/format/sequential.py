@@ -97,10 +97,10 @@ def encode_head(
     """
     capabilities = (IGNORE_SHARED,) if ignore_shared else ()
     settings = Configuration(machine, capabilities, target_page_bits, uuid)
-    address = _U64.pack(0) if ignore_shared else b""
     parts = [encode_front(settings, specs, before)]
     for spec in specs:
         name = spec.name.encode("utf-8", "surrogateescape")
+        address = _U64.pack(spec.address) if ignore_shared else b""
         parts.append(bytes([len(name)]) + name + _U64.pack(spec.length) + address)
     return b"".join(parts) + RAM_EOS
 
@@ -118,9 +118,9 @@ class SequentialWalk(Walk):
 
     def __init__(
         self, source: ByteSource, offset: int, read_records: Callable[[int], int], *,
-        page_size: int | None = None,
+        page_size: int | None = None, run_out: Callable[[], int] | None = None,
     ) -> None:
-        super().__init__(source, offset)
+        super().__init__(source, offset, run_out)
         self._read_records = read_records
         self._given_page_size = page_size
         self.page_size = 0
@@ -140,6 +140,14 @@ class SequentialWalk(Walk):
         """Walk on to the end of the stream; call it once, after ``read_head``."""
         ram_end, walked = self.read_rest()
         described, settings = self._described, self._configuration
+        stated = described.value.get("page_size") if described else None
+        # Of a stream that passes by the description, which would have been asked first, comes last.
+        late = self._run_out is not None and settings.target_page_bits is None
+        if late and type(stated) is int and stated != self.page_size:
+            raise SnapshotError(
+                f"the description states pages of {stated} bytes, and {self.page_size} were read",
+                offset=described.offset if described else None, field="page_size",
+            )
         end = self._cursor.size if self._opaque else walked
         return SequentialStream(
             machine=settings.machine,

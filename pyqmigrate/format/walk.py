@@ -8,7 +8,7 @@ RAM's sections differs between the kinds of streams: :class:`Walk` leaves it to 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format import configuration, description, live_sections, mapped_ram
@@ -54,12 +54,19 @@ _UNFINISHED = "no RAM END section: the save did not finish"
 
 
 class Walk(abc.ABC):
-    """The state of one walk: :meth:`read_head` up to RAM's block list, then :meth:`read_rest`."""
+    """The state of one walk: :meth:`read_head` up to RAM's block list, then :meth:`read_rest`.
+
+    A source whose end is not known at first has ``run_out``, which fetches all that is left and
+    returns its size; the description, at its end, is looked for after RAM's END then.
+    """
 
     unfinished = _UNFINISHED  # what is wrong with a stream without RAM END
 
-    def __init__(self, source: ByteSource, offset: int) -> None:
+    def __init__(
+        self, source: ByteSource, offset: int, run_out: Callable[[], int] | None = None
+    ) -> None:
         self._source = source
+        self._run_out = run_out
         self._offset = offset
         self._cursor = Cursor(source, offset)
         self._sections: list[Section] = []
@@ -77,12 +84,15 @@ class Walk(abc.ABC):
         self._read_preamble()
         self._configuration = configuration.read(self._cursor)
         self._check_kind()
-        self._described = description.locate(self._source)
-        self._lengths = description.body_lengths(self._described.value) if self._described else {}
-        self._device_names = {name for name, _ in self._lengths}
+        self._find_description(None if self._run_out else description.locate(self._source))
         while self._ram_start is None:
             if next(self._elements, None) is None:
                 raise SnapshotError(self.unfinished, offset=self._cursor.position)
+
+    def _find_description(self, found: description.Description | None) -> None:
+        self._described = found
+        self._lengths = description.body_lengths(found.value) if found else {}
+        self._device_names = {name for name, _ in self._lengths}
 
     def read_rest(self) -> tuple[int, int]:
         """Read the elements that are left, and the description.
@@ -247,6 +257,9 @@ class Walk(abc.ABC):
             del self._live[section.section_id]
             if section.name == RAM_NAME:
                 self._ram_end = section.offset
+                if self._run_out is not None:
+                    self._cursor.size = self._run_out()
+                    self._find_description(description.locate(self._source))
 
     def _read_ram(self, kind: SectionKind, instance: int, version: int, at: int) -> None:
         if (instance, version) != (RAM_INSTANCE, RAM_VERSION):

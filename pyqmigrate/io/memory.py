@@ -96,12 +96,14 @@ class RamBlock:
     """A named block of guest memory, its length a whole number of pages.
 
     ``page_size`` is the guest's target page size in bytes (4096 on x86; a power of two from 1 KiB
-    to 64 KiB).
+    to 64 KiB). ``address`` is the block's in the guest: it is written where the content of shared
+    blocks is left out (``x-ignore-shared``), and has to be that of the loading QEMU's then.
     """
 
     name: str
     memory: Memory
     page_size: int = 4096
+    address: int = 0
 
 
 class Attached:
@@ -265,7 +267,7 @@ def attach(block: RamBlock, *, writable: bool) -> Attached:
     """Hold the memory of a block ready. UsageError when it is not whole pages, or unusable."""
     attached = Attached(block.name, block.memory, writable=writable)
     try:
-        BlockSpec(block.name, attached.length, block.page_size)
+        BlockSpec(block.name, attached.length, block.page_size, block.address)
     except BaseException:
         attached.close()
         raise

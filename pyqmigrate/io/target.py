@@ -535,8 +535,12 @@ class OutputTarget:
 class InputTarget:
     """A file being read: ``fd`` is an open file description of our own.
 
-    Raises TargetError when it cannot be opened, UsageError for descriptors that do not fit.
+    ``passing`` says that it is none, and can be read front to back only
+    (:mod:`pyqmigrate.io.passing`). Raises TargetError when it cannot be opened, UsageError for
+    descriptors that do not fit.
     """
+
+    passing = False
 
     def __init__(self, target: Target) -> None:
         self.name, self.offset = _split(target)
@@ -587,6 +591,14 @@ class InputTarget:
             parts.append(part)
             have += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @property
+    def file_size(self) -> int:
+        """Length of the file, whether or not the stream is what it holds, bytes."""
+        return self.size
+
+    def rewind(self) -> None:
+        """Make ready for another pass; UsageError where that cannot be."""
 
     def open_direct(self, setting: DirectIO) -> tuple[Direct | None, str]:
         """A direct descriptor for a load, or None and why not. Give it to close_direct."""

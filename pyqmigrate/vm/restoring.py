@@ -35,6 +35,7 @@ from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.companion import Companion
 from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.ending import Ending
 from pyqmigrate.vm.inherited import check_descriptors
 from pyqmigrate.vm.launch import Launched, answered
 from pyqmigrate.vm.loading import Incoming, take_in
@@ -110,15 +111,12 @@ class RestoredVm:
 
     async def wait(self) -> int:
         """Until QEMU ends; its exit status, negative for the signal that killed it."""
-        pidfd = os.pidfd_open(self.process.pid) if self.process.poll() is None else -1
-        if pidfd >= 0:
-            loop, ended = asyncio.get_running_loop(), asyncio.Event()
-            loop.add_reader(pidfd, ended.set)
+        if self.process.poll() is None:
+            ending = Ending(self.process.pid)
             try:
-                await ended.wait()
+                await ending.wait()
             finally:
-                loop.remove_reader(pidfd)
-                os.close(pidfd)
+                ending.close()
         return self.process.wait()
 
     async def end(self) -> None:

@@ -40,12 +40,12 @@ from pyqmigrate.vm import disks
 from pyqmigrate.vm.choice import Choice, Engine, choose_engine
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.custody import Custody
+from pyqmigrate.vm.ending import Ending
 from pyqmigrate.vm.engine_direct import save_by_us
 from pyqmigrate.vm.engine_qemu import save_by_qemu
 from pyqmigrate.vm.guest import Guest, look
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.plan import Plan, make_plan
-from pyqmigrate.vm.process import Ending
 from pyqmigrate.vm.settings import UsedSetting
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 from pyqmigrate.writer import Sparse

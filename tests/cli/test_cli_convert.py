@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -101,7 +102,7 @@ def test_xml_of_libvirt_is_printed(tmp_path: Path, command: Command) -> None:
     assert "libvirt" in command("info", tmp_path / "save").out
 
 
-@pytest.mark.parametrize("form", [ImageFormat.ZSTD, ImageFormat.RAW])
+@pytest.mark.parametrize("form", [ImageFormat.LZOP, ImageFormat.RAW])
 def test_xml_is_printed_where_the_stream_cannot_be_read(
     tmp_path: Path, command: Command, form: ImageFormat
 ) -> None:
@@ -111,6 +112,42 @@ def test_xml_is_printed_where_the_stream_cannot_be_read(
     assert command("info", tmp_path / "save", "--xml").out == "<domain/>\n"
     assert command("info", tmp_path / "save").code == (5 if complete else 1)
     assert command("info", tmp_path / "save", "--xml", "--offset", "200").code == 2
+
+
+def test_header_of_an_image_that_cannot_be_read_is_shown(
+    tmp_path: Path, command: Command
+) -> None:
+    front = LibvirtHeader(True, 2, ImageFormat.LZOP, True, "<domain/>", "<c/>", 200, "little")
+    (tmp_path / "save").write_bytes(encode_header(front) + b"noise")
+    ran = command("info", tmp_path / "save", "--json")
+    assert ran.code == 5
+    assert ran.json["offset"] == 200
+    assert "lzop -dc" in ran.json["unreadable"]
+    assert ran.json["libvirt"] == {
+        "version": 2, "format": "lzop", "was_running": True, "xml": "<domain/>", "cookie": "<c/>",
+    }
+    text = command("info", tmp_path / "save").out
+    assert "the guest was running" in text
+    assert "tail -c +201" in text
+
+
+def test_compressed_image_is_shown_verified_and_converted(
+    tmp_path: Path, command: Command
+) -> None:
+    save_classic(tmp_path / "classic", pages(9, 1))
+    front = LibvirtHeader(True, 2, ImageFormat.GZIP, False, "<domain/>", "", 200, "little")
+    packed = gzip.compress((tmp_path / "classic").read_bytes())
+    (tmp_path / "save").write_bytes(encode_header(front) + packed)
+    info = command("info", tmp_path / "save", "--json").json
+    assert (info["libvirt"]["format"], info["machine"], info["size"]) == (
+        "gzip", "pc-q35-9.2", 200 + len(packed),
+    )
+    assert "gzip image" in command("info", tmp_path / "save").out
+    assert command("verify", tmp_path / "save", "--json").json["data_pages"] == 6
+    assert command("convert", tmp_path / "save", tmp_path / "to", "--to", "mapped-ram").code == 0
+    assert command("convert", tmp_path / "save", tmp_path / "elf", "--to", "elf").code == 5
+    with open_snapshot(tmp_path / "to") as snapshot:
+        assert snapshot.blocks["pc.ram"].read(0, 9 * PAGE) == pages(9, 1)
 
 
 def test_xml_of_no_libvirt_image_is_wrong_usage(classic: Path, command: Command) -> None:

@@ -142,17 +142,17 @@ def test_verify_deep_looks_at_the_snapshot_as_it_was_opened(
     path.write_bytes(classic_stream(page_records(1024), description=None))
     assert command("verify", path, "--deep").code == 1, "its page size can be guessed"
     passes, channels = [], []
-    read, find = ClassicSnapshot._read, sealing.find_stale
+    walk, find = ClassicSnapshot._walk, sealing.find_stale
 
-    def noted_read(self: ClassicSnapshot, *arguments: Any) -> Any:
+    def noted_walk(self: ClassicSnapshot, *arguments: Any) -> Any:
         passes.append(self)
-        return read(self, *arguments)
+        return walk(self, *arguments)
 
     def noted_find(snapshot: Any, workers: Channels) -> dict[str, int]:
         channels.append(workers.count)
         return find(snapshot, workers)
 
-    monkeypatch.setattr(ClassicSnapshot, "_read", noted_read)
+    monkeypatch.setattr(ClassicSnapshot, "_walk", noted_walk)
     monkeypatch.setattr(sealing, "find_stale", noted_find)
     deep = ["verify", "--deep", "--json"]
     index = tmp_path / "index"

@@ -1,5 +1,7 @@
 """Block entries and their places."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,15 +85,20 @@ names = st.binary(min_size=1, max_size=255).map(
     pages=st.integers(1, 1 << 20),
     page_size=st.sampled_from(PAGE_SIZES),
     offset=st.integers(0, 1 << 40),
+    address=st.none() | st.integers(0, (1 << 64) - 1),
 )
-def test_entry_reads_back_as_written(name: str, pages: int, page_size: int, offset: int) -> None:
-    spec = BlockSpec(name, pages * page_size, page_size)
-    data, layout = encode_entry(spec, offset)
+def test_entry_reads_back_as_written(
+    name: str, pages: int, page_size: int, offset: int, address: int | None
+) -> None:
+    spec = BlockSpec(name, pages * page_size, page_size, address or 0)
+    shared = address is not None
+    data, layout = encode_entry(spec, offset, ignore_shared=shared)
+    layout = replace(layout, gpa=address)
     assert layout.header_end == offset + len(data)
     assert layout.bitmap_offset + layout.bitmap_size <= layout.pages_offset
     assert layout.pages_offset % MIB == 0
     cursor = Cursor(Sparse([(offset, data)], layout.pages_end), offset)
-    assert read_entries(cursor, spec.length, ignore_shared=False, page_size=None) == (layout,)
+    assert read_entries(cursor, spec.length, ignore_shared=shared, page_size=None) == (layout,)
     assert cursor.position == layout.pages_end
 
 

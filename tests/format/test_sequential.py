@@ -156,6 +156,15 @@ def test_guest_address_stands_in_entries_with_ignore_shared() -> None:
     assert got.ignore_shared
 
 
+def test_guest_addresses_are_written_with_ignore_shared() -> None:
+    specs = [BlockSpec("a", 4096, address=0x1000), BlockSpec("b", 4096, address=(1 << 64) - 1)]
+    got = stream(encode_head("pc", specs, ignore_shared=True) + ENDED)
+    assert [block.gpa for block in got.blocks] == [0x1000, (1 << 64) - 1]
+    for wrong in (-1, 1 << 64):
+        with pytest.raises(UsageError, match="address"):
+            BlockSpec("a", 4096, address=wrong)
+
+
 def test_stream_with_an_offset_is_read_there() -> None:
     got = stream(b"x" * 77 + configured() + ONE + ENDED, offset=77)
     assert got.blocks[0].entry_offset == 77 + len(configured()) + 5 + 4 + 8 + 8

@@ -185,3 +185,43 @@ def test_offset_is_kept_apart(disk: Path) -> None:
         assert_same_blocks(vm.read_blocks(), saved.blocks)
     with ClassicSnapshot(saved.path) as snapshot, open_snapshot(disk / "there", offset=0x1234) as o:
         assert snapshot.machine == o.machine
+
+
+class SharingQemu(ClassicQemu):
+    """It leaves memory out that is a shared file."""
+
+    def _configure(self, mode: Mode, bandwidth: int = 0) -> None:
+        super()._configure(mode, bandwidth)
+        self.set_capabilities({"x-ignore-shared": True})
+
+
+def shared_dimms(directory: Path, ram: GuestRam) -> list[str]:
+    """A q35 whose memory, two modules that were plugged in included, is shared files."""
+    words = ["-machine", "q35,memory-backend=m0", "-m", f"{RAM >> 20}M,slots=4,maxmem=1G"]
+    files = {"m0": f"/proc/self/fd/{ram.fd}"}
+    for name in ("d0", "d1"):
+        files[name] = str(directory / name)
+        with (directory / name).open("ab") as file:
+            file.truncate(128 << 20)
+        words += ["-device", f"pc-dimm,memdev={name}"]
+    backends = [
+        f"memory-backend-file,id={name},share=on,mem-path={path},"
+        f"size={RAM if name == 'm0' else 128 << 20}"
+        for name, path in files.items()
+    ]  # fmt: skip
+    return [*(word for one in backends for word in ("-object", one)), *words]
+
+
+def test_blocks_whose_content_is_elsewhere_keep_their_addresses(disk: Path) -> None:
+    with GuestRam(RAM) as ram:
+        words = shared_dimms(disk, ram)
+        with SharingQemu(ram, machine="q35", memory=words) as vm:
+            fill(memoryview(ram.memory), Contents.SPECKLED, seed=8)
+            vm.save(disk / "from")
+        convert(disk / "from", disk / "to", to="stream")
+        with open_snapshot(disk / "from") as one, open_snapshot(disk / "to") as other:
+            addresses = {name: block.address for name, block in one.blocks.items()}
+            assert addresses == {name: block.address for name, block in other.blocks.items()}
+            assert addresses["d0"] != addresses["d1"]
+        with SharingQemu(ram, machine="q35", memory=words, incoming=True) as vm:
+            vm.load(disk / "to")

@@ -1,0 +1,207 @@
+"""A stream that passes by once: a pipe, or what comes out of a decompressor.
+
+It is read as a file is, front to back. What is asked for with :meth:`PassingInput.read_at` is kept,
+in a file without a name, at the offset that it has in the stream; pages, which
+:meth:`PassingInput.here` hands out, are not. So the framing and the device state can be read again,
+and pages cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pyqmigrate.errors import Cancelled, NotSupported, TargetError, UsageError
+from pyqmigrate.format.mapped_ram import OFFSET_MAX
+from pyqmigrate.io.target import Direct, DirectIO, InputTarget
+
+__all__ = ["KEPT_MAX", "PassingInput", "PipeReader"]
+
+KEPT_MAX = 256 << 20  # bytes of framing and device state
+_PIECE = 1 << 20
+_MOMENT = 100  # milliseconds between two looks at whether the work was cancelled
+
+Read = Callable[[int, Callable[[], bool]], bytes]
+
+
+class PassingInput(InputTarget):
+    """A source that passes by. ``name`` is for messages.
+
+    ``start`` begins to read from the front: it returns a function that gets up to so many bytes,
+    none at the end, and polls whether it is to give up. ``again`` says that this can be done more
+    than once. ``close`` lets go of what is below. ``beneath`` is the file that is decompressed.
+    """
+
+    passing = True
+
+    def __init__(
+        self, name: str, start: Callable[[], Read], close: Callable[[], None], *,
+        again: bool = False, beneath: InputTarget | None = None,
+    ) -> None:
+        self.name, self.offset = name, 0
+        self.stop: Callable[[], bool] = lambda: False
+        self._start, self._close, self._again, self._beneath = start, close, again, beneath
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self.fd = self._file.fileno()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._read = self._start()
+        self._file.truncate(0)
+        self._position = 0  # bytes that were got from below
+        self._kept = 0
+        self._chunk, self._chunk_at = b"", 0  # what `here` handed out last
+        self._passed = self._ended = False
+
+    @property
+    def size(self) -> int:
+        """Length of the stream, bytes; before it has ended, more than it can have."""
+        return self._position if self._ended else OFFSET_MAX
+
+    def rewind(self) -> None:
+        if not self._passed:
+            return
+        if not self._again:
+            raise UsageError(f"{self.name!r} has passed by; put it into a file to read it again")
+        self._begin()
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """As of a file; what comes up to there is kept."""
+        self._keep(self._chunk_at)
+        while self._position < offset + length and self._fetch():
+            self._keep(self._chunk_at)
+        parts = []
+        length = max(0, min(length, self._position - offset))
+        while length > 0:
+            part = os.pread(self.fd, length, offset)
+            if not part:  # pages that have passed by, at the end
+                part = bytes(length)
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return b"".join(parts)
+
+    def here(self, offset: int) -> bytes:
+        """What comes at ``offset``, as much as is at hand; empty at the end of the stream."""
+        self._passed = True
+        begin = offset - self._chunk_at
+        if 0 <= begin < len(self._chunk):
+            return self._chunk[begin:]
+        if offset < self._position:
+            return os.pread(self.fd, min(_PIECE, self._position - offset), offset)
+        self._fetch()
+        return self._chunk
+
+    def leave(self, offset: int) -> None:
+        """Up to here it was taken; what is at hand after that is kept."""
+        if offset > self._chunk_at and self._chunk:
+            self._keep(offset)
+
+    def run_out(self) -> int:
+        """Keep all that comes; the length of the stream then."""
+        self._keep(self._chunk_at)
+        while self._fetch():
+            self._keep(self._chunk_at)
+        os.ftruncate(self.fd, self._position)
+        return self._position
+
+    def _fetch(self) -> bool:
+        """Get the next chunk, if there is one."""
+        if self.stop():
+            raise Cancelled("cancelled")
+        self._chunk, self._chunk_at = self._read(_PIECE, self.stop), self._position
+        self._position += len(self._chunk)
+        self._ended = not self._chunk
+        return not self._ended
+
+    def _keep(self, offset: int) -> None:
+        data, self._chunk = self._chunk[offset - self._chunk_at :], b""
+        self._kept += len(data)
+        if self._kept > KEPT_MAX:
+            raise NotSupported(
+                f"more than {KEPT_MAX >> 20} MiB beside pages in a stream that passes by: "
+                "put it into a file first"
+            )
+        while data:
+            try:
+                done = os.pwrite(self.fd, data, offset)
+            except OSError as error:
+                raise TargetError(
+                    error.errno or errno.EIO, "cannot keep device state", tempfile.gettempdir()
+                ) from error
+            data, offset = data[done:], offset + done
+
+    def open_direct(self, setting: DirectIO) -> tuple[Direct | None, str]:
+        return None, "the stream passes by"
+
+    def allocated_bytes(self) -> int:
+        return 0 if self._beneath is None else self._beneath.allocated_bytes()
+
+    @property
+    def file_size(self) -> int:
+        return self.size if self._beneath is None else self._beneath.size
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self._file.close()
+            self.fd = -1
+            self._close()
+
+
+class PipeReader:
+    """A pipe or socket, opened by its path; the :data:`Read` of it is the object itself."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO or not Path(path).samefile("/dev/stdin"):
+                raise TargetError(
+                    error.errno or errno.EIO, "cannot open the snapshot", path
+                ) from error
+            self._fd = os.dup(0)  # a socket cannot be opened
+
+    @staticmethod
+    def is_pipe(path: str) -> bool:
+        try:
+            mode = Path(path).stat().st_mode
+        except (OSError, ValueError):
+            return False
+        return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+    def __call__(self, length: int, stop: Callable[[], bool]) -> bytes:
+        """Up to ``length`` bytes, none at the end; waits until there are some."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        parts, have = [], 0
+        with self._refusing():
+            while have < length:
+                # A pipe hands out 64 KiB at most: go on while there is more at once.
+                while not poll.poll(0 if have else _MOMENT) and not have:
+                    if stop():
+                        raise Cancelled("cancelled")
+                try:
+                    part = os.read(self._fd, length - have)
+                except BlockingIOError:
+                    break
+                if not part:
+                    break
+                parts.append(part)
+                have += len(part)
+        return b"".join(parts)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TargetError(error.errno or errno.EIO, "cannot read", self.path) from error
+
+    def close(self) -> None:
+        os.close(self._fd)
