@@ -25,7 +25,6 @@ from pyqmigrate.io.holes import next_data
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on
 from pyqmigrate.vm.memory_backends import block_of, memories_of, memory_backends
-from pyqmigrate.vm.process import read_mappings
 
 __all__ = ["RamFiles", "loadable"]
 
@@ -225,6 +224,9 @@ def _is_lone(fd: int) -> bool | None:
 
 def _user_of(fd: int, *, mapped_only: bool) -> str | None:
     """Another process that has the file mapped or open, as far as this one may see."""
+    # A restore has no time for what it seldom needs: this imports asyncio.
+    from pyqmigrate.vm.process import read_mappings
+
     info = os.fstat(fd)
     identity = (info.st_dev, info.st_ino)
     for entry in Path("/proc").iterdir():
