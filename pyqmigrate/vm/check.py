@@ -21,19 +21,21 @@ from pyqmigrate.writer import Sparse
 
 __all__ = ["CheckReport", "check"]
 
-# What QEMU refuses together with mapped-ram, or what breaks a save to a file. Seen on 10.0.2.
+# What QEMU refuses together with mapped-ram, or what breaks a save to a file. Seen on 10.0.2 and
+# 11.1.3.
 _CAPABILITIES = {
     "return-path": "makes a save to a file fail",
     "postcopy-ram": "excludes mapped-ram, and makes a save to a file fail",
     "xbzrle": "excludes mapped-ram and multifd",
     "x-colo": "makes of a migration something else than a save",
-    "x-ignore-shared": "makes mapped-ram fail with 'Bad address' at the very end",
     "background-snapshot": "excludes multifd",
     "zero-copy-send": "is for sockets only",
     "postcopy-preempt": "excludes mapped-ram",
     "dirty-limit": "slows the guest down during a migration",
     "auto-converge": "slows the guest down during a live save",
 }
+# x-ignore-shared goes together with mapped-ram from then on.
+_IGNORES_SHARED = (11, 0, 0)
 _PARAMETERS = {
     "tls-creds": ("", "QEMU refuses mapped-ram with TLS"),
     "multifd-compression": ("none", "QEMU refuses mapped-ram with compression"),
@@ -178,6 +180,12 @@ def _warnings(guest: Guest, choice: Choice | None, disk: DiskRate | None) -> Ite
     for name, what in _CAPABILITIES.items():
         if guest.capabilities.get(name):
             yield f"capability {name} is on: it {what}"
+    if guest.capabilities.get("x-ignore-shared"):
+        what = (
+            "leaves shared memory out of the file" if guest.version >= _IGNORES_SHARED
+            else "makes mapped-ram fail with 'Bad address' at the very end"
+        )
+        yield f"capability x-ignore-shared is on: it {what}"
     for name, (harmless, what) in _PARAMETERS.items():
         value = guest.parameters.get(name, harmless)
         if value != harmless:

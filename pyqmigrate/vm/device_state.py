@@ -89,7 +89,7 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
 
     source: a path, or Descriptors (borrowed, open for reading).
     elsewhere: blocks that are external though the stream may have their pages, which are passed
-        over: of a memfd, QEMU up to 10.0 at least writes every page all the same.
+        over: of a memfd, QEMU up to 11.1 at least writes every page all the same.
 
     The other blocks that the stream has pages of are read into memory. Raises SnapshotError for a
     stream that is damaged or cut, NotSupported for one of another kind and where a device has

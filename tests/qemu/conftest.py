@@ -6,9 +6,7 @@ import contextlib
 import functools
 import mmap
 import os
-import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.qemu.machine import BINARY
+from tests.qemu.version import qemu_version
 
 NEEDED = (9, 1)
 
@@ -26,10 +25,9 @@ def _why_not() -> str | None:
     needed = f"{BINARY} >= {NEEDED[0]}.{NEEDED[1]}"
     if shutil.which(BINARY) is None:
         return f"{needed} is not on the PATH"
-    output = subprocess.run([BINARY, "--version"], capture_output=True, text=True).stdout
-    version = re.search(r"version (\d+)\.(\d+)", output)
-    if version is None or (int(version[1]), int(version[2])) < NEEDED:
-        return f"{needed} is needed, found: {output.splitlines()[0] if output else 'no version'}"
+    version = qemu_version()
+    if version < NEEDED:
+        return f"{needed} is needed, found: {'.'.join(map(str, version))}"
     return None
 
 

@@ -69,7 +69,8 @@ class QmpClient:
         )
         text = json.dumps(request).encode() + b"\n"
         sent = self._socket.sendmsg([text], rights)
-        self._socket.sendall(text[sent:])
+        if sent < len(text):  # a QEMU that was told to quit may have hung up by now
+            self._socket.sendall(text[sent:])
         while True:
             message = self._next_message()
             if "event" in message:

@@ -28,12 +28,14 @@ from tests.qemu.classic import ClassicQemu
 from tests.qemu.compare import assert_same_blocks, assert_same_memory
 from tests.qemu.guest import build, check_pattern
 from tests.qemu.machine import RAM_BLOCK, GuestRam, MigrationFailed, Mode
+from tests.qemu.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 
 RAM = 48 << 20
 LIVE_RAM = 24 << 20
 PAGE = 4096
+KNOWS_SWITCHOVER = qemu_version() >= (10, 0)  # the command switchover-start
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def test_qemu_loads_a_save_with_rewritten_pages(memory: bytearray, disk: Path) -
             pages[k] = rng.integers(0, 3) * 0x11
             dirty.core[k // 64] |= 1 << k % 64
         writer.write_pages([dirty])
-    writer.finish(switchover_start=True)
+    writer.finish(switchover_start=KNOWS_SWITCHOVER)
     writer.close()
     del pages
     assert_qemu_loads(path, memory)
@@ -173,7 +175,8 @@ def test_blocks_and_devices_of_qemu_go_through_us_back_to_qemu(disk: Path) -> No
     )
     writer.begin()
     writer.write_pages()
-    writer.finish(sections, data[stream.description_offset + 5 : stream.end], switchover_start=True)
+    description = data[stream.description_offset + 5 : stream.end]
+    writer.finish(sections, description, switchover_start=KNOWS_SWITCHOVER)
     writer.close()
     with GuestRam(RAM) as ram, ClassicQemu(ram, incoming=True) as vm:
         vm.load(second)

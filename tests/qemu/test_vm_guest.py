@@ -172,7 +172,7 @@ def test_numa_nodes_are_blocks_of_their_own() -> None:
 
 
 def test_block_named_by_its_object_path_has_its_backend() -> None:
-    arguments = one("file", "share=on", "mem-path=/dev/shm", machine="pc-i440fx-3.1")
+    arguments = one("file", "share=on", "mem-path=/dev/shm")
     arguments[-1] += ",x-use-canonical-path-for-ramblock-id=on"
     with looked(*arguments) as (_, guest):
         assert block_of(guest, "/objects/ram0").file_backed

@@ -47,7 +47,7 @@ def started(child_environment: dict[str, str]) -> Iterator[Any]:
     yield start
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # what it started holds its pipes too
         process.communicate()
 
 

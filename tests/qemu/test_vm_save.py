@@ -306,7 +306,8 @@ def test_disks_are_what_they_were_when_the_save_is_killed(
                 pytest.skip("the save was done before it could be killed")
             wait_until(lambda: not guest._guardians(), "the guardian does not end")
             (medium,) = (d["inserted"] for d in guest.vm.execute("query-block") if "inserted" in d)
-            assert medium["file"] == str(disk / "image")
+            left = disk / "snapshot.disks.json.left"
+            assert medium["file"] == str(disk / "image"), left.exists() and left.read_text()
             assert guest.vm.execute("query-jobs") == []
             assert guest._files() == guest.files
             if run or engine == "direct":
