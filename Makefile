@@ -34,7 +34,7 @@ test: test-system $(VENV)/.with-cli,analysis,test
 
 # pytest's status 5 is "nothing was selected": right only as long as no test is marked long.
 test-long: test-system $(VENV)/.with-cli,analysis,test
-	$(BIN)/python -m pytest -m long $(PYTEST_ARGS) || \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long $(PYTEST_ARGS) || \
 	    { [ $$? = 5 ] && ! grep -rqs 'mark\.long' tests; }
 
 lint: $(VENV)/.with-dev

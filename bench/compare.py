@@ -32,6 +32,7 @@ import pyqmigrate
 from bench.contenders import Contender, SharedRam, load_contenders, save_contenders
 from bench.contents import Contents, data_pages, fill
 from bench.disk import Disk, NotADisk
+from bench.libvirt import libvirt_savers
 from bench.picture import draw
 from bench.processor import measure_scan, save_with_core_clock
 from bench.results import OURS, Results, Sample, table
@@ -46,11 +47,11 @@ from bench.targets import (
     TEBIBYTE_WORK,
     verdicts,
 )
-from bench.vm import restores, vm_savers
+from bench.vm import MEMFD_WORK, memfd_savers, restores, vm_savers
 from tests.qemu.machine import BINARY
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "restores")
+PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "memfd", "restores")
 # Who took longer than both, the first time, is not repeated as often.
 _SLOW = 4.0  # times the fastest
 _SLOW_SECONDS = 10.0
@@ -96,6 +97,9 @@ class Bench:
                 self.size, self.path, self.disk, self.channels, max(self.repeat, _SEAL_ROUNDS),
                 self.take_turns, self.add,
             )
+        if "memfd" in parts:
+            self.take_turns(MEMFD_WORK, memfd_savers(self.path, self.channels), self.make_room)
+            self.make_room()
         if "restores" in parts:
             restores(self.size, self.path, self.disk, self.repeat, self.add)
 
@@ -105,7 +109,8 @@ class Bench:
         data = pages * 4096 if contents is Contents.DENSE else 0
         contenders = save_contenders(ram, self.path, self.disk, self.channels, data)
         contenders += vm_savers(ram, self.path, self.channels)
-        self.take_turns(f"save {contents}", contenders, self.make_room)
+        with libvirt_savers(ram, self.path, self.channels) as theirs:
+            self.take_turns(f"save {contents}", contenders + theirs, self.make_room)
         self.make_room()
 
     def python(self, ram: SharedRam, contents: Contents) -> None:

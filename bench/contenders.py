@@ -27,7 +27,8 @@ from bench.results import FIO, OURS, QEMU, Sample
 from tests.qemu.machine import BINARY, GuestRam, MigrationFailed, Mode, Qemu
 
 __all__ = [
-    "Contender", "SharedRam", "fio_read_contenders", "load_contenders", "save_contenders",
+    "ANONYMOUS", "SHARED", "Contender", "SharedRam", "fio_read_contenders", "load_contenders",
+    "save_contenders", "sync_file", "touch",
 ]  # fmt: skip
 
 SHARED, ANONYMOUS = "shared file", "anonymous"
@@ -37,7 +38,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Contender:
-    """``run()`` does the work once. ``side`` is who it is: OURS, QEMU or FIO."""
+    """``run()`` does the work once. ``side`` is who it is: OURS, QEMU, FIO or LIBVIRT."""
 
     side: str
     name: str
@@ -113,11 +114,11 @@ def _save_ours(path: Path, memory: Any, channels: int, disk: Disk) -> Sample:
 def _save_qemu(ram: SharedRam, path: Path, mode: Mode) -> Sample:
     with Qemu(ram, extra=["-mem-prealloc"]) as vm:
         if not mode.direct_io:  # the page cache takes new memory
-            _touch(ram.length, SHARED)
+            touch(ram.length, SHARED)
         cpu, start = _cpu_of(vm.process.pid), time.perf_counter()
         vm.start_save(path, mode)
         result = vm.wait(_LIMIT)
-        _fsync(path)
+        sync_file(path)
         seconds, cpu = time.perf_counter() - start, _cpu_of(vm.process.pid) - cpu
         if result["status"] != "completed":
             raise MigrationFailed(result, vm.stderr())
@@ -191,7 +192,7 @@ def fio_read_contenders(path: Path) -> list[Contender]:
 def _load_ours(
     path: Path, expected: SharedRam | None, length: int, kind: str, channels: int, clear: str
 ) -> Sample:
-    _touch(length, kind)
+    touch(length, kind)
     with _fresh_memory(length, kind) as ram:
         memory = pyqmigrate.FileMemory(ram.fd) if kind == SHARED else ram.memory
         cpu, start = time.process_time(), time.perf_counter()
@@ -204,7 +205,7 @@ def _load_ours(
                                  "direct_io": report.direct_io})  # fmt: skip
 
 
-def _touch(length: int, kind: str) -> None:
+def touch(length: int, kind: str) -> None:
     """Uses as much memory of the kind once, and gives it back.
 
     A virtual machine that reports its free pages to its host loses them, and has to get them
@@ -236,7 +237,7 @@ def _load_qemu(path: Path, length: int, kind: str, mode: Mode) -> Sample:
         SharedRam(length, present=False) as ram,
         Qemu(ram, incoming=True, private=kind == ANONYMOUS) as vm,
     ):
-        _touch(length, kind)
+        touch(length, kind)
         cpu, start = _cpu_of(vm.process.pid), time.perf_counter()
         vm.load(path, mode, limit=_LIMIT)
         seconds, cpu = time.perf_counter() - start, _cpu_of(vm.process.pid) - cpu
@@ -279,7 +280,8 @@ def _cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
-def _fsync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """For whoever did not do it: what was written is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -12,11 +12,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from bench.results import FIO, OURS, QEMU, Results
+from bench.results import FIO, LIBVIRT, OURS, QEMU, Results
 
 __all__ = ["draw"]
 
-_COLOURS = {OURS: "#1f6f8b", QEMU: "#c8693c", FIO: "#8a8a8a"}
+_COLOURS = {OURS: "#1f6f8b", QEMU: "#c8693c", FIO: "#8a8a8a", LIBVIRT: "#6b5b95"}
 _NEAR = 5.0  # how many times the fastest still fits on the axis
 
 

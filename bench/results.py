@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["OURS", "QEMU", "FIO", "Results", "Sample", "Verdict", "table"]
+__all__ = ["OURS", "QEMU", "FIO", "LIBVIRT", "Results", "Sample", "Verdict", "table"]
 
-OURS, QEMU, FIO = "pyqmigrate", "qemu", "fio"
+OURS, QEMU, FIO, LIBVIRT = "pyqmigrate", "qemu", "fio", "libvirt"
 
 
 @dataclass(frozen=True)

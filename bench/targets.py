@@ -6,9 +6,18 @@ import statistics
 from collections.abc import Iterator
 
 from bench.contents import Contents
-from bench.results import FIO, OURS, QEMU, Results, Verdict
+from bench.results import FIO, LIBVIRT, OURS, QEMU, Results, Verdict
 from bench.seal import CACHED, COLD, PLAIN, SEALED, seal_work
-from bench.vm import INSTANT_WORK, RESTORE_WORK, VM_DIRECT, VM_QEMU
+from bench.vm import (
+    INSTANT_WORK,
+    MEMFD_FULL,
+    MEMFD_WIDE,
+    MEMFD_WORK,
+    RESTORE_WORK,
+    SERIAL_WORK,
+    VM_DIRECT,
+    VM_QEMU,
+)
 
 __all__ = ["GIB", "MIB", "PYTHON_WORK", "SPARSE_ALONE", "SPARSE_WIDE", "TEBIBYTE_WORK", "verdicts"]
 
@@ -77,6 +86,10 @@ def _vm_saves(
     if name == VM_DIRECT and best and contents is not Contents.DENSE:
         limit = 0.8 if contents is Contents.RUNS else 0.9
         yield _ratio(f"{label} / QEMU's best", ours, results.median(work, QEMU, best), limit, best)
+    best = results.best(work, LIBVIRT)
+    if name == VM_DIRECT and best and contents is Contents.RUNS:
+        theirs = results.median(work, LIBVIRT, best)
+        yield _ratio(f"{label} / libvirt", ours, theirs, 0.15, best)
 
 
 def _seals(results: Results) -> Iterator[Verdict]:
@@ -112,6 +125,17 @@ def _restores(results: Results) -> Iterator[Verdict]:
     for name in results.names(INSTANT_WORK, OURS):
         median = results.median(INSTANT_WORK, OURS, name)
         yield Verdict(f"{INSTANT_WORK}, {name}", median * 1000, 30, "ms")
+    for name in results.names(SERIAL_WORK, OURS):
+        if fresh := results.best(SERIAL_WORK, QEMU):
+            ours = results.median(SERIAL_WORK, OURS, name)
+            theirs = results.median(SERIAL_WORK, QEMU, fresh)
+            yield Verdict(
+                f"{SERIAL_WORK} ({name}), more than fresh", (ours - theirs) * 1000, 150, "ms",
+                detail=f"{ours * 1000:.0f} ms against {theirs * 1000:.0f} ms",
+            )  # fmt: skip
+    if results.names(MEMFD_WORK, OURS):
+        wide, full = (results.median(MEMFD_WORK, OURS, n) for n in (MEMFD_WIDE, MEMFD_FULL))
+        yield _ratio(f"{MEMFD_WORK}: {MEMFD_WIDE} / {MEMFD_FULL}", wide, full, 1.3)
     for name in results.names(RESTORE_WORK, OURS):
         if best := results.best(RESTORE_WORK, QEMU):
             ours = results.median(RESTORE_WORK, OURS, name)

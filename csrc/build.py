@@ -7,7 +7,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 SOURCES = [
     "job.c", "queue.c", "scan.c", "chunk.c", "write.c", "store.c", "read.c", "clean.c", "encode.c",
-    "decode.c", "index.c", "direct.c", "process.c",
+    "decode.c", "stage.c", "index.c", "watch.c", "direct.c", "process.c",
 ]
 
 ffibuilder = FFI()

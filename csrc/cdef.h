@@ -5,6 +5,7 @@
 #define QM_MIN_PAGE ...
 #define QM_MAX_PAGE ...
 #define QM_CHANGES_MAX ...
+#define QM_STAGE_MAX ...
 
 typedef struct qm_job qm_job;
 typedef struct qm_channel qm_channel;
@@ -141,6 +142,18 @@ struct qm_record_block {
     const struct qm_memory *memory;
     uint64_t *seen;
     struct qm_index *index;
+    int staged;
+};
+
+struct qm_stage {
+    unsigned char *base;
+    uint64_t *filled;
+    uint64_t *zeroed;
+    const uint64_t *data;
+    uint64_t off;
+    uint64_t len;
+    int fd;
+    int64_t at;
 };
 
 enum qm_record_fault {
@@ -175,6 +188,12 @@ int qm_decode(qm_job *job, qm_decoder *decoder, const unsigned char *bytes, size
 int qm_decode_file(qm_job *job, qm_decoder *decoder, int fd, int64_t *at, int64_t end,
                    struct qm_fault *fault);
 void qm_decoder_error(const qm_decoder *decoder, struct qm_record_error *out);
+void qm_decoder_seek(qm_decoder *decoder, uint64_t position);
+size_t qm_decoder_wants(const qm_decoder *decoder, uint64_t *off);
+void qm_decoder_set_stage(qm_decoder *decoder, size_t block, struct qm_stage *stage);
+int64_t qm_write_stage(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                       const struct qm_block *block, const struct qm_stage *stage,
+                       const struct qm_sparse *sparse, uint64_t *data, struct qm_fault *fault);
 int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, size_t page_size);
 
 struct qm_change {
@@ -201,6 +220,7 @@ int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint6
                          uint64_t end);
 uint64_t qm_index_count(const qm_index *index);
 uint64_t qm_index_run(const qm_index *index, uint64_t first, uint64_t end, int *data);
+uint64_t qm_index_from(const qm_index *index, uint64_t page, uint64_t start, uint64_t end);
 
 struct qm_indexed {
     const qm_index *index;
@@ -230,6 +250,20 @@ struct qm_part {
 
 ssize_t qm_part_fill(void *part, void *buf, uint64_t off, size_t len);
 int64_t qm_part_next(void *part, uint64_t off, uint64_t end);
+
+struct qm_watch {
+    qm_fill_fn fill;
+    qm_next_fn next;
+    void *arg;
+    const unsigned char *head;
+    const unsigned char *mask;
+    size_t len;
+    uint64_t step;
+    uint64_t found;
+};
+
+ssize_t qm_watch_fill(void *watch, void *buf, uint64_t off, size_t len);
+int64_t qm_watch_next(void *watch, uint64_t off, uint64_t end);
 uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 
 int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);

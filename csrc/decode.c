@@ -1,4 +1,4 @@
-/* The page records of a classic stream -> guest memory. */
+/* The page records of a classic stream -> guest memory, an index, or a stage. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "chunk.h"
@@ -8,10 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 /* Read at a time; small enough to stay in the processor's cache until it is taken apart. */
 #define WINDOW ((size_t)1 << 20)
-#define STAGE_LEN QM_MAX_PAGE
 #define XBZRLE_HEAD 3u /* encoding, u16 length */
 #define XBZRLE_ENCODING 1
 
@@ -37,18 +37,20 @@ struct qm_decoder {
 
     enum step step;
     size_t need; /* bytes of this step */
-    size_t have; /* of them, those in `stage` */
+    size_t have; /* of them, those in `partial` */
     const struct qm_record_block *current;
     uint64_t word;
     uint64_t position; /* stream bytes taken */
     struct qm_record_error error;
     struct pending pending;
+    struct qm_stage *stage;
+    const struct qm_record_block *staged; /* the block that `stage` is a part of */
     uint64_t index_bytes; /* of all indexes together */
     uint64_t new_bytes, data_pages, zero_pages; /* not yet counted in the job */
 
     off_t window_at;
     size_t window_len;
-    unsigned char stage[STAGE_LEN];
+    unsigned char partial[QM_MAX_PAGE];
     unsigned char page[QM_MAX_PAGE];
     unsigned char window[WINDOW];
 };
@@ -117,6 +119,8 @@ qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nbloc
     d->position = 0;
     memset(&d->error, 0, sizeof(d->error));
     d->pending.block = NULL;
+    d->stage = NULL;
+    d->staged = NULL;
     d->index_bytes = 0;
     d->new_bytes = d->data_pages = d->zero_pages = 0;
     d->window_at = 0;
@@ -338,9 +342,87 @@ static int note_place(qm_decoder *d, const unsigned char *bytes)
     return 0;
 }
 
+/* ---- pages on a stage ------------------------------------------------------------------------- */
+
+static int is_on_stage(const qm_decoder *d)
+{
+    const struct qm_stage *s = d->stage;
+    return d->staged == d->current && offset_of(d) >= s->off && offset_of(d) - s->off < s->len;
+}
+
+/* Makes the page what it was before this record, where the stage does not have it. */
+static int recall(qm_decoder *d, size_t k, unsigned char *page, struct qm_fault *fault)
+{
+    const struct qm_stage *s = d->stage;
+    if (bit_get(s->filled, k))
+        return 0;
+    memset(page, 0, d->page_size);
+    if (bit_get(s->zeroed, k) || !bit_get(s->data, k))
+        return 0;
+    size_t have = 0;
+    while (have < d->page_size) {
+        off_t at = s->at + (off_t)(k * d->page_size + have);
+        ssize_t got = pread(s->fd, page + have, d->page_size - have, at);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return memory_fault(fault, s->off + k * d->page_size, got ? -errno : -EIO);
+        have += (size_t)got;
+    }
+    return 0;
+}
+
+static int stage_page(qm_decoder *d, const unsigned char *bytes, struct qm_fault *fault)
+{
+    struct qm_stage *s = d->stage;
+    size_t k = (size_t)((offset_of(d) - s->off) / d->page_size);
+    unsigned char *page = s->base + k * d->page_size;
+    fault->block = d->current - d->blocks;
+    note(d, offset_of(d), d->step == AT_FILL && bytes[0] == 0);
+    if (d->step == AT_FILL && bytes[0] == 0) {
+        bit_set(s->zeroed, k);
+        bit_clear(s->filled, k);
+        return 0;
+    }
+    if (d->step == AT_FILL) {
+        memset(page, bytes[0], d->page_size);
+    } else if (d->step == AT_PAGE) {
+        memcpy(page, bytes, d->page_size);
+    } else {
+        int rc = recall(d, k, page, fault);
+        if (rc)
+            return rc;
+        if (qm_apply_delta(bytes, d->need, page, d->page_size))
+            return bad(d, QM_RECORD_DELTA);
+    }
+    bit_set(s->filled, k);
+    bit_clear(s->zeroed, k);
+    return 0;
+}
+
+void qm_decoder_set_stage(qm_decoder *d, size_t block, struct qm_stage *stage)
+{
+    size_t words = (size_t)((stage->len / d->page_size + 63) / 64);
+    memset(stage->filled, 0, words * sizeof(uint64_t));
+    memset(stage->zeroed, 0, words * sizeof(uint64_t));
+    d->stage = stage;
+    d->staged = &d->blocks[block];
+}
+
+size_t qm_decoder_wants(const qm_decoder *d, uint64_t *off)
+{
+    *off = offset_of(d);
+    return (size_t)(d->current - d->blocks);
+}
+
+void qm_decoder_seek(qm_decoder *d, uint64_t position)
+{
+    d->position = position;
+}
+
 /* ---- bytes -> records ----------------------------------------------------------------------- */
 
-/* The block of the record is known: what follows? */
+/* The block of the record is known: what follows? 2: another part of it has to be on the stage. */
 static int start_data(qm_decoder *d)
 {
     if (offset_of(d) >= d->current->len)
@@ -351,7 +433,7 @@ static int start_data(qm_decoder *d)
         await(d, AT_PAGE, d->page_size);
     else
         await(d, AT_DELTA_HEAD, XBZRLE_HEAD);
-    return 0;
+    return d->current->staged && !is_on_stage(d) ? 2 : 0;
 }
 
 /* 1 at the end of the section. */
@@ -396,7 +478,7 @@ static int take_delta_head(qm_decoder *d, const unsigned char *head)
     return 0;
 }
 
-/* The bytes of one step, all of them; 1 at the end of the section. */
+/* The bytes of one step, all of them; 1 at the end of the section, 2 as in start_data. */
 static int take(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
 {
     int rc = 0;
@@ -411,13 +493,16 @@ static int take(qm_decoder *d, const unsigned char *bytes, int lasting, struct q
     case AT_DELTA_HEAD:
         return take_delta_head(d, bytes);
     case AT_FILL:
-        rc = d->current->index ? note_place(d, bytes) : take_fill(d, bytes[0], fault);
+        rc = d->current->staged ? stage_page(d, bytes, fault)
+             : d->current->index ? note_place(d, bytes) : take_fill(d, bytes[0], fault);
         break;
     case AT_PAGE:
-        rc = d->current->index ? note_place(d, bytes) : take_page(d, bytes, lasting, fault);
+        rc = d->current->staged ? stage_page(d, bytes, fault)
+             : d->current->index ? note_place(d, bytes) : take_page(d, bytes, lasting, fault);
         break;
     case AT_DELTA:
-        rc = d->current->index ? note_place(d, bytes) : take_delta(d, bytes, fault);
+        rc = d->current->staged ? stage_page(d, bytes, fault)
+             : d->current->index ? note_place(d, bytes) : take_delta(d, bytes, fault);
         break;
     }
     if (rc == 0)
@@ -437,14 +522,14 @@ static int decode(qm_decoder *d, const unsigned char *bytes, size_t len, size_t 
             *used += d->need;
         } else {
             size_t step = d->need - d->have < left ? d->need - d->have : left;
-            memcpy(d->stage + d->have, whole, step);
+            memcpy(d->partial + d->have, whole, step);
             d->have += step;
             *used += step;
             if (d->have < d->need) {
                 d->position += left;
                 return 0;
             }
-            whole = d->stage;
+            whole = d->partial;
         }
         d->position += left - (len - *used);
         d->have = 0;

@@ -311,6 +311,29 @@ uint64_t qm_index_run(const qm_index *index, uint64_t first, uint64_t end, int *
     return end;
 }
 
+static int is_from(const qm_index *index, uint64_t word, uint64_t start, uint64_t end)
+{
+    for (;;) {
+        uint64_t value = word & VALUE_MASK;
+        if (kind_of(word) == QM_PLACE_PAGE)
+            return value < end && start < value + index->page_size;
+        if (kind_of(word) != QM_PLACE_CHANGED)
+            return 0;
+        const struct qm_change *change = &index->changes[value];
+        if (change->at < end && start < change->at + change->len)
+            return 1;
+        word = change->before;
+    }
+}
+
+uint64_t qm_index_from(const qm_index *index, uint64_t page, uint64_t start, uint64_t end)
+{
+    page = qm_index_next(index, page);
+    while (page < index->npages && !is_from(index, word_at(index, page), start, end))
+        page = qm_index_next(index, page + 1);
+    return page;
+}
+
 /* ---- reading pages -------------------------------------------------------------------------- */
 
 static int read_all(int fd, void *buf, size_t len, uint64_t at)

@@ -305,14 +305,34 @@ int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
                     uint64_t npages, struct qm_fault *fault);
 
 /* A block as a decoder knows it. `seen` gets the bit of every page that a record mentions. Of a
- * block with an `index`, the places of pages are noted there, and nothing else is done. Records of
- * a block with neither are checked and dropped; it needs no `seen`. */
+ * block with an `index`, the places of pages are noted there, and nothing else is done. One that is
+ * `staged` has its pages put on a stage, a part of the block at a time. Records of a block with none
+ * of these are checked and dropped; it needs no `seen`. */
 struct qm_record_block {
     struct qm_name name;
     uint64_t len;
     const struct qm_memory *memory;
     uint64_t *seen;
     struct qm_index *index;
+    int staged;
+};
+
+/* A part of a block, held in memory until it is written to its place in a file: the bytes
+ * [off, off + len) of the block, `off` a multiple of QM_CHUNK, `len` at most QM_STAGE_MAX. Of its
+ * pages, bits of `filled` mark those that records gave content since it is on the stage, which
+ * stands at `base`; `zeroed` those that they made zero, whatever stands at `base`; no page is in
+ * both. What a page was before, the file has, at position `at` of `fd` on, if its bit in `data` is
+ * set; else it was zero. */
+#define QM_STAGE_MAX ((size_t)16 << 20)
+struct qm_stage {
+    unsigned char *base;
+    uint64_t *filled;
+    uint64_t *zeroed;
+    const uint64_t *data;
+    uint64_t off;
+    uint64_t len;
+    int fd;
+    off_t at;
 };
 
 /* What is wrong with a record. */
@@ -350,7 +370,7 @@ qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nbloc
                               uint32_t page_size, int fresh);
 void qm_decoder_destroy(qm_decoder *decoder);
 /* Decodes `len` bytes into memory. Returns 1 at the end of a section, 0 when it goes on after
- * them; *used is how many were taken, less than `len` only at an end or a failure. -EBADMSG:
+ * them, 2 when the next page belongs to a part of a staged block that is not on the stage; *used is how many were taken, less than `len` only at an end, a 2 or a failure. -EBADMSG:
  * qm_decoder_error tells what is wrong. Memory that is a file is written with pwrite and punched,
  * never touched through a mapping. After a failure the decoder is of no more use. Counts records
  * as pages, and bytes_done once for each page. */
@@ -358,10 +378,25 @@ int qm_decode(qm_job *job, qm_decoder *decoder, const unsigned char *bytes, size
               size_t *used, struct qm_fault *fault);
 /* Decodes the file from *at to the end of the section, where *at is afterwards; returns 1. Reads a
  * window of 1 MiB at a time, kept from call to call. -ENODATA: the file ends, or `end` comes,
- * before the section does. */
+ * before the section does. 2 as in qm_decode. */
 int qm_decode_file(qm_job *job, qm_decoder *decoder, int fd, off_t *at, off_t end,
                    struct qm_fault *fault);
 void qm_decoder_error(const qm_decoder *decoder, struct qm_record_error *out);
+/* Where in the stream the next bytes given to qm_decode stand. */
+void qm_decoder_seek(qm_decoder *decoder, uint64_t position);
+/* After a 2: the number of the block, and the offset in it, of the page that is to be put. */
+size_t qm_decoder_wants(const qm_decoder *decoder, uint64_t *off);
+/* Puts a part of a block on the stage, in the place of another one; `filled` and `zeroed` become
+ * empty. It stays the caller's, and there until the next one is put or the decoder destroyed. */
+void qm_decoder_set_stage(qm_decoder *decoder, size_t block, struct qm_stage *stage);
+
+/* Writes what is on a stage to its place in the file of the block, whose bitmap is `data`: pages as
+ * qm_write does. The first time that a part gets any data, all of it is written as `sparse` says;
+ * later exactly the pages that are filled. Returns how many pages have ceased to be data, whose old
+ * bytes are still in the file; -errno. What is at `base` of other pages may change. */
+int64_t qm_write_stage(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                       const struct qm_block *block, const struct qm_stage *stage,
+                       const struct qm_sparse *sparse, uint64_t *data, struct qm_fault *fault);
 
 /* Applies the body of an XBZRLE record to a page; -EBADMSG when it is malformed, the page then
  * being changed in part. */
@@ -420,6 +455,9 @@ int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint6
 uint64_t qm_index_count(const qm_index *index);
 /* Where the pages from `first` on cease to be alike in that; at most `end`. */
 uint64_t qm_index_run(const qm_index *index, uint64_t first, uint64_t end, int *data);
+/* The first page from `page` on whose content, or part of it, is made of bytes at file positions
+ * [start, end); the number of all pages where none is. */
+uint64_t qm_index_from(const qm_index *index, uint64_t page, uint64_t start, uint64_t end);
 
 /* A block of a classic stream: the argument of qm_indexed_fill and qm_indexed_next, a qm_fill_fn
  * (whole pages only) and a qm_next_fn. -ENODATA: the file ends; -EBADMSG: a change does not fit. */
@@ -454,6 +492,24 @@ struct qm_part {
 
 ssize_t qm_part_fill(void *part, void *buf, uint64_t off, size_t len);
 int64_t qm_part_next(void *part, uint64_t off, uint64_t end);
+
+/* Memory that is another one, and in which something is looked for in passing: at multiples of
+ * `step` bytes, the `len` bytes that are `head` where `mask` has bits. `found` is the lowest place so
+ * far; UINT64_MAX at first. Several channels may read it at once. What is not read is not seen, nor
+ * what does not stand within one read: `len` is at most a page, `step` not less than one. */
+struct qm_watch {
+    qm_fill_fn fill;
+    qm_next_fn next;
+    void *arg;
+    const unsigned char *head;
+    const unsigned char *mask;
+    size_t len;
+    uint64_t step;
+    uint64_t found;
+};
+
+ssize_t qm_watch_fill(void *watch, void *buf, uint64_t off, size_t len);
+int64_t qm_watch_next(void *watch, uint64_t off, uint64_t end);
 
 /* Where the bits from `first` on cease to be alike; at most `end`. */
 uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);

@@ -33,7 +33,6 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.save import SaveReport, Sparse, save, start_save
 
 if TYPE_CHECKING:
     from pyqmigrate.classic import ClassicSnapshot
@@ -55,8 +54,10 @@ if TYPE_CHECKING:
     from pyqmigrate.opening import open_snapshot
     from pyqmigrate.options import Capabilities, Parameters, Policy
     from pyqmigrate.origin import Provenance, provenance
+    from pyqmigrate.saving import SaveReport, save, start_save
     from pyqmigrate.sealing import SealCheck, SealReport, seal, verify_seal
     from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
+    from pyqmigrate.writer import Sparse
 
 __all__ = [
     "save",
@@ -119,8 +120,8 @@ __all__ = [
     "FdsetError",
 ]
 
-# Imported when they are first used: a command that restores a guest has no time for the rest.
-# The module `save` is not among them, as its name is that of the function.
+# Imported when they are first used: a command that restores a guest has no time for the rest. No
+# module has one of these names, or importing it would hide what is meant.
 _HOME = {
     "ClassicSnapshot": "classic",
     "Devices": "device_listing",
@@ -154,6 +155,9 @@ _HOME = {
     "Policy": "options",
     "Provenance": "origin",
     "provenance": "origin",
+    "SaveReport": "saving",
+    "save": "saving",
+    "start_save": "saving",
     "SealCheck": "sealing",
     "SealReport": "sealing",
     "seal": "sealing",
@@ -161,6 +165,7 @@ _HOME = {
     "Snapshot": "snapshot",
     "SnapshotBlock": "snapshot",
     "start_load": "snapshot",
+    "Sparse": "writer",
 }
 
 

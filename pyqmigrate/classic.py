@@ -6,7 +6,8 @@
 Opening reads the head only. What asks for more (:attr:`ClassicSnapshot.stream`, reads, page counts,
 :meth:`~ClassicSnapshot.verify`) makes one pass over the whole file, once: it finds the sections and
 the place of every page (:mod:`pyqmigrate.page_index`), keeps no page, and costs 8 bytes of memory a
-page. A load makes a pass of its own and needs no index.
+page. A load makes a pass of its own and needs no index, as do conversions into a mapped-ram file
+and raw files.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pyqmigrate import _core
-from pyqmigrate.errors import BlockMismatch, Cancelled, DirectIORefused, SnapshotError
+from pyqmigrate.errors import BlockMismatch, DirectIORefused, SnapshotError
 from pyqmigrate.format.configuration import IGNORE_SHARED
 from pyqmigrate.format.sequential import SequentialBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.memory import Memory, StoredMemory
-from pyqmigrate.io.target import DirectIO, InputTarget, Target
+from pyqmigrate.io.target import DirectIO, Target
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.opened import Kind, Located, OpenedBlock, OpenedSnapshot, locate, refused_read
 from pyqmigrate.page_index import PageIndex, check_place, keep, recall
-from pyqmigrate.sequential import start_sequential_load
+from pyqmigrate.sequential import PolledSource, start_sequential_load
 from pyqmigrate.spelling import choice
 
 __all__ = ["ClassicBlock", "ClassicSnapshot"]
@@ -67,7 +68,7 @@ class ClassicBlock(OpenedBlock):
         indexed.index = self._snapshot._index().cores[self.name]
         indexed.fd = self._snapshot.source.fd
         return StoredMemory(
-            self.length, self.data_pages * self.page_size, self._snapshot._identity(),
+            self.length, self.data_pages * self.page_size, self._snapshot.identity,
             _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
             _core.ffi.addressof(_core.lib, "qm_indexed_next"), indexed,
         )
@@ -85,27 +86,13 @@ class ClassicBlock(OpenedBlock):
         return refused_read(number, self._snapshot.source, self.name)
 
 
-class _Polled:
-    """The stream's framing; reading it ends when the pass is cancelled."""
-
-    def __init__(self, source: InputTarget, channels: Channels) -> None:
-        self._source = source
-        self._channels = channels
-        self.size = source.size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        if self._channels.cancelled:
-            raise Cancelled("cancelled")
-        return self._source.read_at(offset, length)
-
-
 class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
     """A classic stream: ``migrate`` to ``file:`` or ``exec:`` without mapped-ram.
 
     target, offset: as for :class:`~pyqmigrate.snapshot.Snapshot`.
     page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
-    index: where the result of the pass is kept; it is used if it is that of this file, and written
-        otherwise. A file there that is no index is a UsageError.
+    index: where the result of the pass is kept; it is used if it is whole and of this file, and
+        written otherwise. A file there that is no index is a UsageError.
 
     Raises SnapshotError for a damaged head, NotSupported for a stream of another kind, TargetError,
     UsageError. The pass raises these too, at whatever needed it: NotSupported for a multifd stream,
@@ -123,11 +110,11 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         index: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(locate(target, offset))
-        self._kept = None if index is None else Path(index)
+        self.index = None if index is None else Path(index)
         self._pass: tuple[SequentialStream, PageIndex] | None = None
         try:
-            if self._kept is not None:
-                check_place(self._kept)
+            if self.index is not None:
+                check_place(self.index)
             walk = SequentialWalk(self.source, self.offset, _no_records, page_size=page_size)
             walk.read_head()
         except BaseException:
@@ -135,6 +122,7 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
             raise
         self.configuration = walk.configuration
         self.page_size = walk.page_size
+        self.head = walk.head
         self._entries = walk.blocks
         self.blocks = MappingProxyType(
             {entry.name: ClassicBlock(self, entry, walk.page_size) for entry in walk.blocks}
@@ -166,7 +154,7 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         return self.read_through()[1]
 
     def _read(self, channels: Channels) -> tuple[SequentialStream, PageIndex]:
-        source, path = self.source, self._kept
+        source, path = self.source, self.index
         if path is not None:
             kept = recall(source, path, self._entries, self.page_size)
             if kept is not None:
@@ -181,7 +169,7 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
 
     def _walk(self, channels: Channels, read_records: Callable[[int], int]) -> SequentialStream:
         walk = SequentialWalk(
-            _Polled(self.source, channels), self.offset, read_records, page_size=self.page_size
+            PolledSource(self.source, channels), self.offset, read_records, page_size=self.page_size
         )
         walk.read_head()
         return walk.stream()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.seal import PIECE, SealHead
 
 __all__ = ["Damage", "Part", "parts_of"]
@@ -94,7 +94,7 @@ def parts_of(
             yield Part("head of the stream" if first else f"header of block {block.name!r}")
         if not block.external:
             yield from _bitmap(block, start, end)
-            yield from _pages(block, start, end, intact, fd)
+            yield from _pages(block, start, end, intact, fd, head.bitmap_order)
         at = block.pages_end
     if end > at:
         yield Part("what follows the blocks: the device state")
@@ -112,16 +112,20 @@ def _bitmap(block: BlockLayout, start: int, end: int) -> Iterator[Part]:
 
 
 def _pages(
-    block: BlockLayout, start: int, end: int, intact: Callable[[int, int], bool], fd: int
+    block: BlockLayout, start: int, end: int, intact: Callable[[int, int], bool], fd: int,
+    order: ByteOrder,
 ) -> Iterator[Part]:
     at, page = block.pages_offset, block.page_size
     first, stop = max(start - at, 0) // page, min(-(-(end - at) // page), block.num_pages)
     if first >= stop:
         return
-    bits = (block.bitmap_offset + first // 8, block.bitmap_offset + -(-stop // 8))
+    words = first // 64, -(-stop // 64)
+    bits = block.bitmap_offset + words[0] * 8, block.bitmap_offset + words[1] * 8
     held = None
     if intact(*bits):
-        words = os.pread(fd, bits[1] - bits[0], bits[0])
+        data = os.pread(fd, bits[1] - bits[0], bits[0])
+        if order == "big":
+            data = b"".join(data[at : at + 8][::-1] for at in range(0, len(data), 8))
         mask = (1 << stop - first) - 1
-        held = (int.from_bytes(words, "little") >> first % 8 & mask).bit_count()
+        held = (int.from_bytes(data, "little") >> first % 64 & mask).bit_count()
     yield Part("pages", block.name, first, stop, held)

@@ -75,8 +75,8 @@ def devices(
     progress: called while a classic stream is read through, as for a load.
 
     Blocks until done. Raises UsageError where no device is selected, SnapshotError for a damaged
-    file, NotSupported for a stream that cannot be walked or has more than 256 MiB of device state,
-    TargetError.
+    file, NotSupported for a stream that cannot be walked, or more than 96 MiB or 262144 values in
+    what is selected, TargetError.
     """
     if isinstance(target, Snapshot | ClassicSnapshot):
         if (offset, page_size, index) != (None, None, None):

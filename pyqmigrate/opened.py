@@ -8,6 +8,7 @@ There are two: :class:`~pyqmigrate.snapshot.Snapshot`, a mapped-ram file, and
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import errno
 import os
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from pyqmigrate import _core
 from pyqmigrate.errors import (
@@ -27,11 +28,13 @@ from pyqmigrate.errors import (
 )
 from pyqmigrate.format.elements import Stream
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
-from pyqmigrate.format.sequential import SequentialStream
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.memory import Memory, StoredMemory
-from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
+from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target, target_path
 from pyqmigrate.load import Clear, LoadReport
+
+if TYPE_CHECKING:
+    from pyqmigrate.format.sequential import SequentialStream
 
 __all__ = ["Kind", "Located", "OpenedBlock", "OpenedSnapshot", "locate"]
 
@@ -271,7 +274,30 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
         """Bytes of disk that the file holds."""
         return self.source.allocated_bytes()
 
-    def _identity(self) -> tuple[int, int]:
+    def refuse_as_target(self, target: Target) -> None:
+        """UsageError when ``target`` leads to this very file: writing there would destroy it.
+
+        Links are followed, and a hard link is the file. What leads nowhere is no matter here.
+        """
+        places: tuple[str | int, ...]
+        if isinstance(target, Descriptors):
+            fds = (target.buffered, target.direct)
+            places = tuple(fd for fd in fds if fd is not None)
+        else:
+            places = (target_path(target),)
+        for place in places:
+            with contextlib.suppress(OSError):
+                info = os.stat(place)  # noqa: PTH116
+                if (info.st_dev, info.st_ino) == self.identity:
+                    name = repr(place) if isinstance(place, str) else f"descriptor {place}"
+                    raise UsageError(
+                        f"{name} is the snapshot that is read ({self.source.name!r}), and would be"
+                        " overwritten: write to another file"
+                    )
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the file."""
         info = os.fstat(self.source.fd)
         return info.st_dev, info.st_ino
 

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.format import configuration
 from pyqmigrate.format.cursor import Cursor
 from pyqmigrate.format.elements import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERSION
+from pyqmigrate.format.mapped_ram import ByteOrder
 from pyqmigrate.io.target import InputTarget, Target
 from pyqmigrate.opened import Kind, Located, locate
 from pyqmigrate.snapshot import Snapshot
@@ -29,7 +30,7 @@ def open_snapshot(
     target: Target | Located,
     *,
     offset: int | None = None,
-    bitmap_order: Literal["little", "big"] = "little",
+    bitmap_order: ByteOrder | None = None,
     page_size: int | None = None,
     index: str | os.PathLike[str] | None = None,
 ) -> AnySnapshot:

@@ -13,7 +13,9 @@ from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
 from pyqmigrate.format.devices import DeviceSection, run_state_of
 from pyqmigrate.format.elements import SectionKind
+from pyqmigrate.io.bitmap_order import better_order, says_better
 from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.snapshot import Snapshot
 
 __all__ = ["Provenance", "provenance"]
 
@@ -94,6 +96,12 @@ def _remarks(snapshot: AnySnapshot) -> tuple[str, ...]:
         found.append("QEMU needs the capability mapped-ram on, from 9.0")
         if IGNORE_SHARED in stream.capabilities:
             found.append("QEMU before 11.0 cannot load mapped-ram together with x-ignore-shared")
+    if isinstance(snapshot, Snapshot):
+        better = better_order(snapshot.source, snapshot.stream.blocks, snapshot.bitmap_order)
+        if better is not None:
+            found.append(says_better(better))
+        if snapshot.bitmap_order == "big":
+            found.append("QEMU on a little-endian host would misread its bitmaps")
     if IGNORE_SHARED in stream.capabilities:
         found.append("QEMU needs the capability x-ignore-shared on, and the blocks kept elsewhere")
     if not stream.machine:

@@ -4,10 +4,12 @@ A classic stream has no places of its own, so that random reads need one pass ov
 pass keeps 8 bytes a page (and 24 a change that XBZRLE made), whatever the stream's size, and can be
 kept in a file beside it, from which it is made again without the pass.
 
-A kept index is a cache that nobody vouches for: it is used only if it names the file's size, time
-of change and first and last bytes, and every number in it is possible. Its form, little-endian::
+A kept index is a cache that nobody vouches for: it is used only if it is as it was written by its
+digest, names the file's size, time of change and first and last bytes, and every number in it is
+possible. Otherwise the pass is made again. Its form, little-endian::
 
-    "qmindex1", u32 length, JSON of that length, padded with zeros to a multiple of 8
+    "qmindex2", the digest: xxh3-128 of all that follows, 16 bytes
+    u32 length, JSON of that length, padded with zeros to a multiple of 8 of the file
     for each block in turn, as many as the JSON tells:
         changes   u64 before, u64 at, u64 length
         runs      u64 first page, u64 pages, a u64 word a page (csrc/qmigrate.h, qm_place)
@@ -31,8 +33,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
 from pyqmigrate import _core
 from pyqmigrate.errors import PyqmigrateError, SnapshotError, TargetError, UsageError
+from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.sequential import SequentialBlock
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.target import InputTarget
@@ -40,7 +45,9 @@ from pyqmigrate.sequential import core_name, record_error, refused
 
 __all__ = ["PageIndex", "check_place", "keep", "recall"]
 
-_MAGIC = b"qmindex1"
+_MAGIC = b"qmindex2"
+_OLDER = b"qmindex1"  # had no digest
+_BODY = len(_MAGIC) + DIGEST_SIZE  # where what is digested starts
 _HEAD_MAX = 64 << 20
 _RUN_MAX = 1 << 16  # pages in one run of a kept index
 _DIGESTED = 64 << 10  # bytes at either end of the stream's file
@@ -113,16 +120,21 @@ def check_place(path: Path) -> None:
         raise TargetError(
             error.errno or errno.EIO, "cannot keep an index there", os.fspath(path)
         ) from error
-    if found not in (b"", _MAGIC):
+    if found not in (b"", _MAGIC, _OLDER):
         raise UsageError(f"{os.fspath(path)!r} is no index, and would be replaced by one")
 
 
 def keep(index: PageIndex, source: InputTarget, path: Path) -> None:
-    """Write the index of ``source`` to ``path``; it appears there whole. Raises TargetError."""
+    """Write the index of ``source`` to ``path``; it appears there whole, and durable.
+
+    Raises TargetError.
+    """
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
     try:
         with open(temporary, "xb", opener=_private) as file:
             _write(index, source, file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -137,6 +149,17 @@ def _private(path: str, flags: int) -> int:
 
 
 def _write(index: PageIndex, source: InputTarget, file: BinaryIO) -> None:
+    file.write(_MAGIC + bytes(DIGEST_SIZE))
+    state = xxhash.xxh3_128()
+    for piece in _pieces(index, source):
+        state.update(piece)
+        file.write(piece)
+    file.seek(len(_MAGIC))
+    file.write(state.digest())
+
+
+def _pieces(index: PageIndex, source: InputTarget) -> Iterator[bytes]:
+    """What follows the digest."""
     lists = {block.name: list(_runs(index, block)) for block in index.blocks}
     changes = {name: _changes(core) for name, core in index.cores.items()}
     head = json.dumps({
@@ -146,14 +169,18 @@ def _write(index: PageIndex, source: InputTarget, file: BinaryIO) -> None:
             [b.name, b.length, len(changes[b.name]), len(lists[b.name])] for b in index.blocks
         ],
     }).encode()
-    file.write(_MAGIC + struct.pack("<I", len(head)) + head + bytes(-(12 + len(head)) % 8))
+    yield struct.pack("<I", len(head)) + head + _padding(head)
     for block in index.blocks:
         for change in changes[block.name]:
-            file.write(_CHANGE.pack(change.before, change.at, change.len))
+            yield _CHANGE.pack(change.before, change.at, change.len)
         for first, npages in lists[block.name]:
             words = _core.ffi.new("uint64_t[]", npages)
             _core.lib.qm_index_get(index.cores[block.name], first, npages, words)
-            file.write(_RUN.pack(first, npages) + _turned(bytes(_core.ffi.buffer(words))))
+            yield _RUN.pack(first, npages) + _turned(bytes(_core.ffi.buffer(words)))
+
+
+def _padding(head: bytes) -> bytes:
+    return bytes(-(_BODY + 4 + len(head)) % 8)
 
 
 def _turned(words: bytes) -> bytes:
@@ -204,22 +231,42 @@ def recall(
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            return _read(source, file, size, blocks, page_size)
+            if file.read(len(_MAGIC)) != _MAGIC:
+                return None
+            digest, body = file.read(DIGEST_SIZE), _Digested(file)
+            index = _read(source, body, size, blocks, page_size)
+            whole = not file.read(1) and body.state.digest() == digest
+            return index if whole else None
     except (OSError, ValueError, TypeError, KeyError, struct.error, RecursionError):
         return None
 
 
+class _Digested:
+    """A file whose bytes are digested as they are read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.state = xxhash.xxh3_128()
+
+    def read(self, length: int) -> bytes:
+        """Exactly so many bytes; ValueError where they are not there."""
+        data = self._file.read(length)
+        if len(data) != length:
+            raise ValueError("cut off")
+        self.state.update(data)
+        return data
+
+
 def _read(
-    source: InputTarget, file: BinaryIO, size: int, blocks: Sequence[SequentialBlock],
+    source: InputTarget, file: _Digested, size: int, blocks: Sequence[SequentialBlock],
     page_size: int,
 ) -> PageIndex:
-    if _exactly(file, 8) != _MAGIC:
-        raise ValueError("no index")
-    length = int.from_bytes(_exactly(file, 4), "little")
+    length = int.from_bytes(file.read(4), "little")
     if length > min(_HEAD_MAX, size):
         raise ValueError("too long")
-    head = json.loads(_exactly(file, length))
-    _exactly(file, -(12 + length) % 8)
+    text = file.read(length)
+    head = json.loads(text)
+    file.read(len(_padding(text)))
     if any(head[key] != value for key, value in _identity(source).items()):
         raise ValueError("another file")
     listed = [(name, length) for name, length, _, _ in head["blocks"]]
@@ -236,13 +283,13 @@ def _read(
             raise ValueError("too many")
         for _ in range(changes):
             change = _core.ffi.new("struct qm_change *")
-            change.before, change.at, change.len = _CHANGE.unpack(_exactly(file, _CHANGE.size))
+            change.before, change.at, change.len = _CHANGE.unpack(file.read(_CHANGE.size))
             _accept(_core.lib.qm_index_put_changes(core, change, 1, source.size))
         for _ in range(runs):
-            first, npages = _RUN.unpack(_exactly(file, _RUN.size))
+            first, npages = _RUN.unpack(file.read(_RUN.size))
             if npages * 8 > size:
                 raise ValueError("too many")
-            words = _core.ffi.from_buffer("uint64_t[]", _turned(_exactly(file, npages * 8)))
+            words = _core.ffi.from_buffer("uint64_t[]", _turned(file.read(npages * 8)))
             _accept(_core.lib.qm_index_put(core, first, npages, words, source.size))
     return index
 
@@ -250,10 +297,3 @@ def _read(
 def _accept(rc: int) -> None:
     if rc < 0:
         raise ValueError(os.strerror(-rc))
-
-
-def _exactly(file: BinaryIO, length: int) -> bytes:
-    data = file.read(length)
-    if len(data) != length:
-        raise ValueError("cut off")
-    return data

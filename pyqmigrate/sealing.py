@@ -18,23 +18,40 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.damage import Damage, parts_of
-from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError, TargetError, UsageError
-from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.errors import (
+    Cancelled,
+    NotSupported,
+    PyqmigrateError,
+    SnapshotError,
+    TargetError,
+    UsageError,
+)
+from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
+from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
+from pyqmigrate.io.bitmap_order import other_order
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.digests import Digests, open_direct
-from pyqmigrate.io.manifest import Manifest, read_manifest, seal_path, write_manifest
+from pyqmigrate.io.manifest import (
+    Manifest,
+    check_place,
+    read_manifest,
+    remove_manifest,
+    seal_path,
+    write_manifest,
+)
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
 from pyqmigrate.opening import open_snapshot
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
 from pyqmigrate.stale import clear_stale, find_stale
+from pyqmigrate.stream_damage import parts_of_stream
 
 __all__ = [
     "SealCheck",
@@ -57,6 +74,7 @@ class SealReport:
     ``size`` of the file and ``bytes_read`` of it, in bytes; ``cleared_pages`` had old bytes under
     clear bits and are holes now; ``clear_pages_zero`` is False for a stream without bitmaps.
     ``direct_io`` says whether the file was read past the page cache, ``direct_io_reason`` why.
+    ``bitmap_order`` is how the bitmaps were read; None for a stream without them.
     """
 
     snapshot: str
@@ -70,6 +88,7 @@ class SealReport:
     direct_io: bool
     direct_io_reason: str
     channels: int
+    bitmap_order: ByteOrder | None
 
 
 @dataclass(frozen=True)
@@ -113,28 +132,32 @@ class SealCheck:
 
 def seal(
     snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
+    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 8,
+    direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealReport:
     """Make a finished snapshot durable and verifiable, and wait; see :func:`start_seal`."""
     return start_seal(
-        snapshot, algorithm=algorithm, offset=offset, page_size=page_size, channels=channels,
-        direct_io=direct_io,
+        snapshot, algorithm=algorithm, offset=offset, page_size=page_size,
+        bitmap_order=bitmap_order, channels=channels, direct_io=direct_io,
     ).wait(progress)
 
 
 def start_seal(
     snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
+    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 8,
+    direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealReport]:
     """Begin to seal a snapshot of any kind; returns at once.
 
     Its structure is verified; pages whose bit is clear and that do not read as zeros become holes;
     it is made durable; the seal gets its name beside it when it is whole and durable. One that is
-    there is replaced.
+    there is replaced; another file of that name is a UsageError, before anything is changed.
 
-    snapshot: a path or a ``file:`` URI. offset, page_size: as for
-        :func:`~pyqmigrate.opening.open_snapshot`.
+    snapshot: a path or a ``file:`` URI. offset, page_size, bitmap_order: as for
+        :func:`~pyqmigrate.opening.open_snapshot`. In the wrong bitmap_order pages would be cleared
+        that have data. Where it is not given, and fewer pages would have to be cleared in the other
+        one, that is a UsageError, and nothing is changed.
     channels: threads that read, 1 to 255. direct_io: whether past the page cache; ``auto``: unless
         the file is in it.
 
@@ -152,8 +175,10 @@ def start_seal(
             if source.offset:
                 raise UsageError("the offset is given twice")
             source.offset = offset
+        check_place(seal_path(source.name))
         work = _Sealing(
-            source, page_size, Digests(chosen), Channels(count, "pyqmigrate-seal"), setting
+            source, page_size, bitmap_order, Digests(chosen), Channels(count, "pyqmigrate-seal"),
+            setting,
         )
         return Job(work.channels, source.size, work.run)
     except BaseException:
@@ -169,6 +194,7 @@ def _setting(direct_io: DirectIO | str) -> DirectIO:
 class _Sealing:
     source: InputTarget
     page_size: int | None
+    bitmap_order: ByteOrder | None
     digests: Digests
     channels: Channels
     direct_io: DirectIO
@@ -185,7 +211,7 @@ class _Sealing:
         if source.size > SEALED_MAX:
             raise NotSupported(f"a file of {source.size} bytes cannot be sealed")
         self._lock(fcntl.LOCK_SH, "somebody writes it in place")
-        cleared, start, blocks = self._prepare(path)
+        cleared, start, blocks, order = self._prepare(path)
         os.fsync(source.fd)
         before = os.fstat(source.fd)
         digests.resize(before.st_size)
@@ -196,34 +222,67 @@ class _Sealing:
             source.close_direct(direct)
         self._check_unchanged(before)
         manifest = digests.seal(
-            before.st_mtime_ns, start, blocks or (), clear_pages_zero=blocks is not None
+            before.st_mtime_ns, start, blocks or (), clear_pages_zero=blocks is not None,
+            bitmap_order=order or "little",
         )
         write_manifest(path, manifest)
         return SealReport(
             source.name, str(path), digests.algorithm, before.st_size, digests.bytes_read,
             blocks is not None, cleared, time.monotonic() - started, direct is not None, reason,
-            self.channels.count,
+            self.channels.count, order,
         )
 
-    def _prepare(self, path: Path) -> tuple[int, int, tuple[BlockLayout, ...] | None]:
-        """Verify the structure and clear pages; how many, the stream's start, and the blocks."""
+    def _prepare(
+        self, path: Path
+    ) -> tuple[int, int, tuple[BlockLayout, ...] | None, ByteOrder | None]:
+        """Verify the structure and clear pages; how many, where the stream starts, the blocks, and
+        the byte order of their bitmaps."""
         target = Descriptors(self.source.fd, offset=self.source.offset)
-        with open_snapshot(target, page_size=self.page_size) as snapshot:
+        with open_snapshot(
+            target, page_size=self.page_size, bitmap_order=self.bitmap_order
+        ) as snapshot:
             snapshot.verify()
             if not isinstance(snapshot, Snapshot):
-                return 0, snapshot.offset, None
+                return 0, snapshot.offset, None, None
             channels = self.channels.sibling("pyqmigrate-stale")
             stale = find_stale(snapshot, channels)
             if stale:
+                if self.bitmap_order is None:
+                    self._check_order(snapshot, sum(stale.values()))
                 self._clear(snapshot, stale, path, channels)
-            return sum(stale.values()), snapshot.offset, snapshot.stream.blocks
+            return (
+                sum(stale.values()), snapshot.offset, snapshot.stream.blocks,
+                snapshot.bitmap_order,
+            )
+
+    def _check_order(self, snapshot: Snapshot, stale: int) -> None:
+        """Nobody said in which order the bitmaps are: in the wrong one clear pages are live ones.
+
+        In the right one each page that a bit is set for has data, which the bit covers; no other
+        order of equally many bits in each 64 pages covers more.
+        """
+        order = other_order(snapshot.bitmap_order)
+        target = Descriptors(self.source.fd, offset=snapshot.offset)
+        with Snapshot(target, bitmap_order=order) as other:
+            try:
+                other.verify()
+            except SnapshotError:
+                return
+            fewer = sum(find_stale(other, self.channels.sibling("pyqmigrate-stale")).values())
+        if fewer < stale:
+            raise UsageError(
+                f"the host that wrote this file may have been {order}-endian: {stale} pages have "
+                f"bytes under clear bits, and {fewer} if bitmaps are read so. To clear them could "
+                f"destroy the guest's memory: say bitmap_order, --bitmap-order {order} or "
+                f"{snapshot.bitmap_order}"
+            )
 
     def _clear(
         self, snapshot: Snapshot, stale: dict[str, int], path: Path, channels: Channels
     ) -> None:
         self._lock(fcntl.LOCK_EX, "a guest runs from it, and pages have to be cleared in it")
         # An earlier seal would call damaged what is done now.
-        path.unlink(missing_ok=True)
+        remove_manifest(path)
         fd = os.open(f"/proc/self/fd/{self.source.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             clear_stale(snapshot, fd, stale, channels)
@@ -279,33 +338,34 @@ def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
     that it was sealed with. Nothing of the file is read. None otherwise, whatever the reason.
     """
     try:
-        manifest = read_manifest(seal_path(path))
         info = os.stat(path) if fd is None else os.fstat(fd)  # noqa: PTH116
+        return read_manifest(
+            seal_path(path),
+            wanted=lambda head: (head.size, head.mtime_ns) == (info.st_size, info.st_mtime_ns),
+        )
     except (PyqmigrateError, OSError, ValueError):
         return None
-    if manifest is None or (info.st_size, info.st_mtime_ns) != (
-        manifest.size, manifest.head.mtime_ns
-    ):  # fmt: skip
-        return None
-    return manifest
 
 
 def verify_seal(
-    snapshot: Named, *, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO,
+    snapshot: Named, *, page_size: int | None = None, channels: int = 8,
+    direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealCheck | None:
     """Hold a file against its seal, and wait; None where it has none. See :func:`start_verify`."""
-    job = start_verify(snapshot, channels=channels, direct_io=direct_io)
+    job = start_verify(snapshot, page_size=page_size, channels=channels, direct_io=direct_io)
     return None if job is None else job.wait(progress)
 
 
 def start_verify(
-    snapshot: Named, *, channels: int = 8, direct_io: DirectIO | str = DirectIO.AUTO
+    snapshot: Named, *, page_size: int | None = None, channels: int = 8,
+    direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealCheck] | None:
     """Begin to compare every byte of a file with its seal; None where it has none.
 
     The structure of the file is not looked at, so a file that cannot be parsed any more is told
-    what is damaged in it all the same. Arguments as for :func:`start_seal`. Raises SnapshotError
+    what is damaged in it all the same; but the pages of a damaged classic stream are found by its
+    records, as far as these still parse. Arguments as for :func:`start_seal`. Raises SnapshotError
     (its ``field`` is ``seal``) for a seal that is damaged itself, NotSupported where the library
     for its digests is missing, UsageError, TargetError; the job's result TargetError, SnapshotError
     when the file becomes shorter meanwhile, Cancelled.
@@ -316,11 +376,14 @@ def start_verify(
     source = InputTarget(snapshot)
     try:
         path = seal_path(source.name)
-        manifest = read_manifest(path)
+        # Digests of pieces that the file does not have are not needed to call them missing.
+        manifest = read_manifest(path, count_pieces(source.size) * DIGEST_SIZE)
         if manifest is None:
             source.close()
             return None
-        work = _Checking(source, path, manifest, Channels(count, "pyqmigrate-verify"), setting)
+        work = _Checking(
+            source, path, manifest, page_size, Channels(count, "pyqmigrate-verify"), setting
+        )
         return Job(work.channels, min(source.size, manifest.size), work.run)
     except BaseException:
         source.close()
@@ -332,6 +395,7 @@ class _Checking:
     source: InputTarget
     path: Path
     manifest: Manifest
+    page_size: int | None
     channels: Channels
     direct_io: DirectIO
 
@@ -353,6 +417,10 @@ class _Checking:
             source.close_direct(direct)
         damages = tuple(self._damages(digests, info.st_size))
         notes = []
+        head = manifest.head
+        if damages and not head.blocks and not head.clear_pages_zero:
+            damages, note = self._in_stream(damages)
+            notes.append(note)
         if damages and info.st_mtime_ns != manifest.head.mtime_ns:
             notes.append(
                 "the file was modified after it was sealed; if it was meant to be, or another "
@@ -364,6 +432,36 @@ class _Checking:
             str(self.path), manifest.algorithm, manifest.size, damages, tuple(notes),
             manifest.clear_pages_zero, digests.bytes_read, time.monotonic() - started,
             direct is not None, reason,
+        )
+
+    def _in_stream(self, damages: tuple[Damage, ...]) -> tuple[tuple[Damage, ...], str]:
+        """The same with the pages of a classic stream, if its records tell them; and a note."""
+        target = Descriptors(self.source.fd, offset=self.manifest.head.offset)
+
+        def poll(_: Progress) -> None:
+            if self.channels.cancelled:
+                raise Cancelled("cancelled")
+
+        try:
+            with ClassicSnapshot(target, page_size=self.page_size) as snapshot:
+                snapshot.read_through(poll)
+                found = tuple(
+                    replace(
+                        damage,
+                        parts=tuple(
+                            parts_of_stream(snapshot, damage.offset, damage.offset + damage.length)
+                        ),
+                    )
+                    for damage in damages
+                )
+        except (SnapshotError, NotSupported) as error:
+            return damages, (
+                "which pages of the guest are affected cannot be told: the stream does not parse "
+                f"any more ({error})"
+            )
+        return found, (
+            "which pages are affected is told by the records of the stream as they are now; where "
+            "a record itself was hit, other pages may be affected too"
         )
 
     def _damages(self, digests: Digests, size: int) -> Iterator[Damage]:

@@ -53,9 +53,11 @@ from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
 
 __all__ = [
     "DEVICE_STATE_MAX",
+    "PolledSource",
     "SequentialLoadReport",
     "SequentialReader",
     "SequentialWriter",
+    "core_name",
     "record_error",
     "refused",
     "start_sequential_load",
@@ -78,7 +80,7 @@ def start_sequential_save(
 ) -> Job[SaveReport]:
     """Begin to save guest memory as a classic stream; returns at once.
 
-    Arguments and errors as in :func:`pyqmigrate.save.start_save`. QEMU loads the file only on the
+    Arguments and errors as in :func:`pyqmigrate.saving.start_save`. QEMU loads the file only on the
     machine of the name given: an empty one is accepted by any.
     """
     writer = SequentialWriter(
@@ -317,7 +319,7 @@ def start_sequential_load(
         raise
 
 
-class _PolledSource:
+class PolledSource:
     """The stream's framing; reading it ends when the job is cancelled."""
 
     def __init__(self, source: InputTarget, channels: Channels) -> None:
@@ -354,7 +356,7 @@ class SequentialReader:
         self.channels = Channels(1, "pyqmigrate-load")
         self.channels.set_rate(max_bandwidth)
         self._walk = SequentialWalk(
-            _PolledSource(source, self.channels), source.offset, self._read_records,
+            PolledSource(source, self.channels), source.offset, self._read_records,
             page_size=page_size,
         )
         self._walk.read_head()

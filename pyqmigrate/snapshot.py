@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
-from typing import Literal
 
 from pyqmigrate import _core
 from pyqmigrate.errors import SnapshotError, UsageError
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, StoredMemory
 from pyqmigrate.io.target import DirectIO, Target
@@ -61,7 +61,7 @@ class SnapshotBlock(OpenedBlock):
         with self._snapshot._lock:
             if self._bitmap is None:
                 self._bitmap = Bitmap.read_from(
-                    self._snapshot.source, self.layout, self._snapshot._bitmap_order
+                    self._snapshot.source, self.layout, self._snapshot.bitmap_order
                 )
             return self._bitmap
 
@@ -78,7 +78,7 @@ class SnapshotBlock(OpenedBlock):
         mapped.pages_offset, mapped.page_size = self.pages_offset, self.page_size
         mapped.fd = self._snapshot.source.fd
         return StoredMemory(
-            self.length, self.data_pages * self.page_size, self._snapshot._identity(),
+            self.length, self.data_pages * self.page_size, self._snapshot.identity,
             _core.ffi.addressof(_core.lib, "qm_mapped_fill"),
             _core.ffi.addressof(_core.lib, "qm_mapped_next"), mapped,
         )
@@ -105,7 +105,9 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
     ``target`` is a path, a ``file:`` URI or Descriptors (borrowed, open for reading); ``offset``
     is where the stream starts, for a path. Without one, what libvirt puts before the stream is
     stepped over; it is ``libvirt``, otherwise None. ``bitmap_order`` is the byte order of the host
-    that wrote the file: only big-endian hosts (s390x) need it, and nothing in the file tells.
+    that wrote the file, which nothing in it records. Where it is not given, it is ``little``,
+    unless a big-endian host is to be expected (an s390 guest) and the file shows that it was one
+    (:mod:`pyqmigrate.io.bitmap_order`).
 
     Opening parses and checks everything but the bitmaps and the pages. Raises SnapshotError for
     a file that is not a whole snapshot, NotSupported for a well-formed stream of another kind,
@@ -120,9 +122,9 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
         target: Target | Located,
         *,
         offset: int | None = None,
-        bitmap_order: Literal["little", "big"] = "little",
+        bitmap_order: ByteOrder | None = None,
     ) -> None:
-        if bitmap_order not in ("little", "big"):
+        if bitmap_order not in (None, "little", "big"):
             raise UsageError(f"bitmap_order is {bitmap_order!r}; it is 'little' or 'big'")
         super().__init__(locate(target, offset))
         self._bitmap_order = bitmap_order
@@ -138,6 +140,17 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
     @property
     def stream(self) -> Stream:
         return self._stream
+
+    @property
+    def bitmap_order(self) -> ByteOrder:
+        """The byte order in which bitmaps are read; found out on first use where it was not given.
+
+        Raises TargetError.
+        """
+        with self._lock:
+            if self._bitmap_order is None:
+                self._bitmap_order = find_order(self.source, self.stream.blocks, self.machine)
+            return self._bitmap_order
 
     @property
     def machine(self) -> str:

@@ -37,6 +37,11 @@ class Sparse(enum.StrEnum):
     EXACT = "exact"
     DENSE = "dense"
 
+    @property
+    def gap_share(self) -> int:
+        """What the gaps that are written along add to the data at most, in percent of it."""
+        return _GAPS[self][1]
+
     def core(self) -> Any:
         """The policy as the core's ``struct qm_sparse *``."""
         gap, share = _GAPS[self]

@@ -31,8 +31,8 @@ class Sealed:
     def make(cls, path: Path, *, density: float = 0.6, **options: object) -> Sealed:
         big, small = ram(1100, density=density), ram(20, seed=1)
         blocks = [pyqmigrate.RamBlock("big", big), pyqmigrate.RamBlock("small", small)]
-        settings = {"seal": "xxh3-128"} | options
-        pyqmigrate.save(path, blocks, machine="pc-q35-10.0", **settings)  # type: ignore[arg-type]
+        settings = {"seal": "xxh3-128", "machine": "pc-q35-10.0"} | options
+        pyqmigrate.save(path, blocks, **settings)  # type: ignore[arg-type]
         return cls(path, big, small)
 
     @property

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pyqmigrate
 from tests.core.kernel import guest
 
-__all__ = ["KNOWN", "SLOW", "Bytes", "data_bytes", "known_memory", "load", "ram", "save_known"]
+__all__ = ["KNOWN", "SLOW", "Bytes", "data_bytes", "known_memory", "load", "ram", "save_known",
+           "turn_bitmaps"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -49,6 +50,16 @@ def load(path: Path | str | pyqmigrate.Descriptors, **options: object) -> dict[s
         }
         snapshot.load(memories, **options)  # type: ignore[arg-type]
     return memories
+
+
+def turn_bitmaps(path: Path) -> None:
+    """Write the bitmaps as a host of the other byte order would."""
+    with pyqmigrate.Snapshot(path) as snapshot, path.open("r+b") as file:
+        for block in snapshot.blocks.values():
+            file.seek(block.bitmap_offset)
+            words = np.frombuffer(file.read(block.layout.bitmap_size), dtype="<u8")
+            file.seek(block.bitmap_offset)
+            file.write(words.astype(">u8").tobytes())
 
 
 def data_bytes(path: Path, start: int, end: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +28,6 @@ from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.opened import Kind
 from pyqmigrate.opening import open_snapshot
 from pyqmigrate.sequential import start_sequential_save
-from pyqmigrate.snapshot import Snapshot
 from tests.conftest import directory_on_disk
 from tests.examples import some
 from tests.format.builders import classic_stream, page_records
@@ -144,16 +144,73 @@ def test_index_of_another_file_is_made_anew(disk: Path) -> None:
 
 @some
 @given(st.integers(8, 1 << 20), st.integers(1, 255), st.booleans())
-def test_damaged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, cut: bool) -> None:
+def test_damaged_index_is_made_anew(at: int, flip: int, cut: bool) -> None:
+    with directory_on_disk() as disk:
+        path, index = disk / "snap", disk / "index"
+        memory = save_classic(path).tobytes()
+        with ClassicSnapshot(path, index=index) as snapshot:
+            snapshot.verify()
+        whole = index.read_bytes()
+        data = bytearray(whole)
+        at = 8 + at % (len(data) - 8)  # behind the magic
+        data[at] ^= flip
+        index.write_bytes(data[:at] if cut else data)
+        with ClassicSnapshot(path, index=index) as snapshot:
+            assert snapshot.blocks["ram"].read(0, len(memory)) == memory
+        assert index.read_bytes() == whole
+
+
+def test_index_with_more_than_was_written_is_made_anew(disk: Path) -> None:
+    save_classic(disk / "snap")
+    with ClassicSnapshot(disk / "snap", index=disk / "index") as snapshot:
+        snapshot.verify()
+    whole = (disk / "index").read_bytes()
+    (disk / "index").write_bytes(whole + b"?")
+    with ClassicSnapshot(disk / "snap", index=disk / "index") as snapshot:
+        snapshot.verify()
+    assert (disk / "index").read_bytes() == whole
+
+
+def test_index_without_a_digest_as_it_once_was_is_made_anew(disk: Path) -> None:
+    memory = save_classic(disk / "snap").tobytes()
+    (disk / "index").write_bytes(b"qmindex1" + bytes(100))
+    with ClassicSnapshot(disk / "snap", index=disk / "index") as snapshot:
+        assert snapshot.blocks["ram"].read(0, len(memory)) == memory
+    assert (disk / "index").read_bytes().startswith(b"qmindex2")
+
+
+def test_index_is_durable_before_it_has_its_name(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_classic(disk / "snap")
+    named: list[bool] = []
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        named.append((disk / "index").exists())
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with ClassicSnapshot(disk / "snap", index=disk / "index") as snapshot:
+        snapshot.verify()
+    assert named == [False]
+    assert (disk / "index").exists()
+
+
+@some
+@given(st.integers(8, 1 << 20), st.integers(1, 255), st.booleans())
+def test_forged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, cut: bool) -> None:
     with directory_on_disk() as disk:
         path, index = disk / "snap", disk / "index"
         memory = save_classic(path).tobytes()
         with ClassicSnapshot(path, index=index) as snapshot:
             snapshot.verify()
         data = bytearray(index.read_bytes())
-        at = 8 + at % (len(data) - 8)  # behind the magic
+        at = 24 + at % (len(data) - 24)  # behind the digest
         data[at] ^= flip
-        index.write_bytes(data[:at] if cut else data)
+        del data[at if cut else len(data) :]
+        data[8:24] = xxhash.xxh3_128_digest(data[24:])
+        index.write_bytes(data)
         with ClassicSnapshot(path, index=index) as snapshot:
             block = snapshot.blocks["ram"]
             assert len(block.read(0, block.length)) == len(memory)
@@ -264,13 +321,6 @@ def test_converted_snapshot_has_the_memory(disk: Path, kind: Kind, to: str) -> N
     with open_snapshot(disk / "to") as snapshot:
         assert str(snapshot.kind) == to
         snapshot.verify()
-        assert snapshot.blocks["ram"].read(0, len(memory)) == memory.tobytes()
-
-
-def test_snapshot_can_be_replaced_by_its_own_conversion(disk: Path) -> None:
-    memory = save_classic(disk / "snap")
-    convert(disk / "snap", disk / "snap", to="mapped-ram")
-    with Snapshot(disk / "snap") as snapshot:
         assert snapshot.blocks["ram"].read(0, len(memory)) == memory.tobytes()
 
 

@@ -14,19 +14,27 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import RamBlock, convert, open_snapshot, save
+from tests.physical import Physical
 from tests.snapshots import known_memory
 
 ROOT = Path(__file__).parent.parent
-FORMS = ["mapped-ram", "stream", "raw"]
+FORMS = ["mapped-ram", "stream", "raw", "elf", "lime"]
+FILES = [form for form in FORMS if form != "raw"]
+IMAGES = {"elf": Physical.of_elf, "lime": Physical.of_lime}
+MACHINE = "pc-q35-10.0"
+PLACES = ["a@0", "b@0x1000000"]
 # The child converts two snapshots in turn, each time to a new name, or over the last result.
 SCRIPT = """
 import itertools, sys
 from pathlib import Path
 from pyqmigrate import convert
+from pyqmigrate.format.physical_map import parse_placement
 directory, to, over = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "over"
+places = [parse_placement(text) for text in sys.argv[4:]]
 print("ready", flush=True)
 for n in itertools.count():
-    convert(directory / f"from{n % 2}", directory / "to" / ("s" if over else str(n)), to=to)
+    target = directory / "to" / ("s" if over else str(n))
+    convert(directory / f"from{n % 2}", target, to=to, placements=places)
 """
 
 
@@ -40,18 +48,18 @@ def sources(disk: Path, to: str) -> list[str]:
         path = disk / f"from{seed}"
         blocks = [RamBlock(name, known_memory(seed + place)) for place, name in enumerate("ab")]
         if to == "mapped-ram":
-            save(disk / "first", blocks)
+            save(disk / "first", blocks, machine=MACHINE)
             convert(disk / "first", path, to="stream")
             (disk / "first").unlink()
         else:
-            save(path, blocks)
+            save(path, blocks, machine=MACHINE)
     return [digest(disk / f"from{seed}") for seed in (0, 1)]
 
 
 def killed(disk: Path, to: str, mode: str, environment: dict[str, str]) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, disk, to, mode], env=environment, cwd=ROOT,
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", SCRIPT, disk, to, mode, *(PLACES if to in IMAGES else [])],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stdout is not None
     with child.stdout:
@@ -62,10 +70,13 @@ def killed(disk: Path, to: str, mode: str, environment: dict[str, str]) -> None:
     assert child.returncode == -signal.SIGKILL
 
 
-def assert_whole(path: Path) -> None:
-    with open_snapshot(path) as snapshot:
-        snapshot.verify()
-        found = [block.read(0, block.length) for block in snapshot.blocks.values()]
+def assert_whole(path: Path, to: str) -> None:
+    if to in IMAGES:
+        found = [*IMAGES[to](path).all().values()]
+    else:
+        with open_snapshot(path) as snapshot:
+            snapshot.verify()
+            found = [block.read(0, block.length) for block in snapshot.blocks.values()]
     assert found in [[known_memory(seed + place).tobytes() for place in (0, 1)] for seed in (0, 1)]
 
 
@@ -97,7 +108,7 @@ def kill_rounds(disk: Path, to: str, mode: str, rounds: int, environment: dict[s
             if to == "raw":
                 assert_whole_files(path)
             else:
-                assert_whole(path)
+                assert_whole(path, to)
             remove(path)
         (disk / "to").rmdir()
         assert [digest(disk / f"from{seed}") for seed in (0, 1)] == before
@@ -119,7 +130,7 @@ def test_a_killed_conversion_leaves_whole_files(
     kill_rounds(disk, to, "new", 3, child_environment)
 
 
-@pytest.mark.parametrize("to", ["mapped-ram", "stream"])
+@pytest.mark.parametrize("to", FILES)
 def test_a_killed_conversion_over_a_file_leaves_the_old_or_the_new(
     disk: Path, to: str, child_environment: dict[str, str]
 ) -> None:
@@ -128,7 +139,7 @@ def test_a_killed_conversion_over_a_file_leaves_the_old_or_the_new(
 
 @pytest.mark.long
 @pytest.mark.parametrize(("to", "mode"), [
-    *((form, "new") for form in FORMS), ("mapped-ram", "over"), ("stream", "over"),
+    *((form, "new") for form in FORMS), *((form, "over") for form in FILES),
 ])
 def test_sixty_killed_conversions_leave_whole_files(
     disk: Path, to: str, mode: str, child_environment: dict[str, str]

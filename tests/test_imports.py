@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +42,20 @@ def test_a_verb_loads_its_own_module_and_no_other():
     verbs = {name for name in loaded(code) if name.startswith("pyqmigrate.cli.")}
     assert "pyqmigrate.cli.info" in verbs
     assert not {"pyqmigrate.cli.pack", "pyqmigrate.cli.vm.save"} & verbs
+
+
+def test_a_restore_loads_nothing_that_saves_or_seals():
+    saving = {f"pyqmigrate.{name}" for name in ("saving", "sealing", "writer", "sequential")}
+    assert not saving & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.restoring")
+
+
+def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
+    code = "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.begin"
+    assert not {"asyncio", "ssl", "qemu.qmp", "pyqmigrate.vm.connection"} & loaded(code)
+
+
+@pytest.mark.parametrize("package", [pyqmigrate, pyqmigrate.vm], ids=lambda p: p.__name__)
+def test_no_module_hides_a_public_name(package):
+    """``import PACKAGE.NAME`` makes the module the attribute, whatever that was before."""
+    root = Path(package.__file__).parent
+    assert not {path.stem for path in root.glob("*.py")} & set(package.__all__)

@@ -18,7 +18,7 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.digests import Digests
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.save import Sparse, Writer
+from pyqmigrate.saving import Sparse, Writer
 from pyqmigrate.sealing import current_seal, stale_pages, verify_seal
 from tests.core.kernel import PAGE_SIZES
 from tests.examples import few, some
@@ -197,19 +197,28 @@ def test_a_file_that_is_no_seal_is_left_alone(disk: Path) -> None:
     assert (disk / "snap.seal").read_text() == "wax"
 
 
-def test_a_seal_that_cannot_be_written_leaves_the_snapshot(disk: Path) -> None:
-    (disk / "snap.seal").mkdir()
-    with pytest.raises(TargetError) as caught:
-        save_known(disk / "snap", seal="xxh3-128")
-    assert caught.value.errno == errno.EISDIR
-    assert load(disk / "snap")
+@pytest.mark.parametrize("how", ["replace", "reuse", "offset"])
+def test_a_file_where_the_seal_would_be_is_refused_before_anything_is_touched(
+    disk: Path, how: str
+) -> None:
+    path = disk / "snap"
+    before = save_known(path)
+    (disk / "snap.seal").write_text("wax")
+    with pytest.raises(UsageError, match="move it away"):
+        if how == "offset":
+            blocks = [RamBlock("ram", ram(50))]
+            pyqmigrate.save(f"file:{path},offset=4096", blocks, seal="xxh3-128")
+        else:
+            save_known(path, seed=2, seal="xxh3-128", reuse=how == "reuse")
+    assert (disk / "snap.seal").read_text() == "wax"
+    assert (load(path)["ram"] == before).all()
 
 
 def test_a_name_that_leaves_no_room_for_the_seals_is_saved_without_one(disk: Path) -> None:
-    save_known(disk / ("n" * 253))
     with pytest.raises(TargetError) as caught:
         save_known(disk / ("n" * 253), seal="xxh3-128")
     assert caught.value.errno == errno.ENAMETOOLONG
+    assert load(disk / ("n" * 253))
 
 
 def test_descriptors_are_refused_before_anything_is_touched(disk: Path) -> None:

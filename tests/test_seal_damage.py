@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 import pyqmigrate
+from pyqmigrate import RamBlock
 from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.sequential import start_sequential_save
+from tests.format.builders import classic_stream
 from tests.sealed import MIB, PAGE, Sealed, damage, flip, replaced
 
 
@@ -171,6 +174,90 @@ def test_the_first_damage_is_raised_with_its_place(sealed: Sealed) -> None:
     with pytest.raises(pyqmigrate.SnapshotError, match="and 1 more") as caught:
         sealed.check().raise_if_damaged()
     assert (caught.value.offset, caught.value.block) == (pages, "big")
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Sealed:
+    """A sealed classic stream, no two of whose pages are alike; every fifth is zero."""
+    noise = np.random.default_rng(0)
+    memories = [noise.integers(1, 256, n * PAGE, np.uint8) for n in (1100, 20)]
+    for memory in memories:
+        memory.reshape(-1, PAGE)[::5] = 0
+    blocks = [RamBlock(n, m) for n, m in zip(("big", "small"), memories, strict=True)]
+    start_sequential_save(tmp_path / "stream", blocks, machine="pc-q35-10.0").wait()
+    pyqmigrate.seal(tmp_path / "stream")
+    return Sealed(tmp_path / "stream", *memories)
+
+
+def pages_in(made: Sealed, block: str, start: int, end: int) -> set[int]:
+    """The pages of a block whose bytes are at those places of a stream, by looking for them."""
+    data, found = made.path.read_bytes(), set()
+    memory = {"big": made.big, "small": made.small}[block].reshape(-1, PAGE)
+    for page in np.flatnonzero(memory.any(axis=1)):
+        at = data.index(memory[page].tobytes())
+        if at < end and start < at + PAGE:
+            found.add(int(page))
+    return found
+
+
+def test_pages_that_are_hit_in_a_classic_stream_are_named(stream: Sealed) -> None:
+    hit = pages_in(stream, "big", MIB, 2 * MIB)
+    assert len(hit) > 200
+    page = sorted(hit)[40]
+    at = stream.read(0, 2 * MIB).index(stream.big.reshape(-1, PAGE)[page].tobytes())
+    stream.write(at + 7, b"????")
+    check = stream.check()
+    [found] = check.damages
+    assert (found.offset, found.length, found.block) == (MIB, MIB, "big")
+    [part] = found.parts
+    assert (part.what, part.first_page, part.end_page) == ("pages", min(hit), max(hit) + 1)
+    assert part.data_pages == len(hit)
+    assert "records of the stream as they are now" in check.notes[0]
+    assert f"block 'big', pages {min(hit)} to {max(hit)}" in str(found)
+
+
+def test_head_and_device_state_of_a_classic_stream_are_named(stream: Sealed) -> None:
+    at = stream.path.read_bytes().rindex(b'": ') + 2
+    stream.write(at, b"\t")  # still the same JSON
+    [found] = stream.check().damages
+    assert found.parts[-1].what == "what follows RAM: the device state"
+    assert any(part.block == "small" for part in found.parts)
+    stream.write(at, b" ")
+    at = stream.read(0, MIB).index(b"pc-q35-10.0")
+    stream.write(at + 9, b"1")
+    [found] = stream.check().damages
+    assert found.parts[0].what == "head of the stream"
+
+
+@pytest.mark.parametrize("how", ["cut", "framing"])
+def test_classic_stream_that_does_not_parse_is_told_as_such(stream: Sealed, how: str) -> None:
+    if how == "cut":
+        os.truncate(stream.path, 2 * MIB + 5)
+    else:
+        stream.write(9, b"\xff" * 100)
+    check = stream.check()
+    assert check.damages
+    assert {part.what for damage in check.damages for part in damage.parts} == {"the stream"}
+    assert "cannot be told" in check.notes[0]
+
+
+def test_pages_that_came_again_are_not_affected_by_what_they_were(tmp_path: Path) -> None:
+    old, new = b"\1" * PAGE, b"\2" * PAGE
+    words = [page * PAGE | 0x28 for page in range(300)]
+    first = (8).to_bytes(8, "big") + b"\6pc.ram" + old
+    first += b"".join(word.to_bytes(8, "big") + old for word in words[1:])
+    again = b"".join(word.to_bytes(8, "big") + new for word in words)
+    path = tmp_path / "stream"
+    path.write_bytes(classic_stream(first + again, length=300 * PAGE))
+    pyqmigrate.seal(path)
+    with path.open("r+b") as file:
+        file.seek(500_000)
+        file.write(b"?")
+    check = pyqmigrate.verify_seal(path)
+    assert check is not None
+    [damage] = check.damages
+    told = [part for part in damage.parts if part.what == "pages"]
+    assert not told, "the first MiB holds only pages that come again"
 
 
 def mutate(sealed: Sealed, count: int, seed: int) -> None:

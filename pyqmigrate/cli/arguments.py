@@ -18,6 +18,7 @@ __all__ = [
     "BadArguments",
     "Parser",
     "Verbs",
+    "add_bitmap_order",
     "add_channels",
     "add_direct_io",
     "add_offset",
@@ -91,6 +92,14 @@ def add_offset(parser: Parser) -> None:
     parser.add_argument(
         "--offset", type=read_size, metavar="SIZE", default=None,
         help="where in the file the snapshot starts (default: 0)",
+    )
+
+
+def add_bitmap_order(parser: Parser) -> None:
+    parser.add_argument(
+        "--bitmap-order", choices=["little", "big"], default=None,
+        help="byte order of the host that wrote a mapped-ram file (default: little; big for an "
+        "s390 guest whose file shows it)",
     )
 
 

@@ -34,7 +34,7 @@ from pyqmigrate.errors import TargetError
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.pagecache import drop_cached
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.save import save
+from pyqmigrate.saving import save
 from pyqmigrate.snapshot import Snapshot
 
 __all__ = ["add_parser"]

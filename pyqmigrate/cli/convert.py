@@ -8,13 +8,15 @@ SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
 ``elf``         an ELF core of the guest's physical memory: for gdb, drgn, crash, volatility3
 ``lime``        a LiME file of it: for volatility3
 
-Device state is carried over byte for byte. DST appears only when it is whole and durable.
+Device state is carried over byte for byte. DST appears only when it is whole and durable;
+it cannot be SRC, under whatever name.
 ``--memory NAME=FILE`` gives the content of a block that SRC only lists (x-ignore-shared).
 
 For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
 the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places one
 by hand (a memory module that was plugged in), instead of what would be found for it. Numbers are
-bytes, decimal or 0x.
+bytes, decimal or 0x. ``--byte-order`` says what a Power guest's is in an elf file where there is no
+device state to tell.
 
 JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
 elf and lime, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,
@@ -41,7 +43,7 @@ from pyqmigrate.export.raw import RawReport
 from pyqmigrate.format.physical_map import parse_placement
 from pyqmigrate.format.placement import GivenPlacement
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.save import Sparse
+from pyqmigrate.saving import Sparse
 
 __all__ = ["add_parser"]
 
@@ -58,6 +60,10 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--map", metavar="NAME@ADDRESS[+OFFSET[,SIZE]]", action="append", default=[],
         type=_read_placement, help="where a block is in an elf or lime file; may be repeated",
+    )
+    parser.add_argument(
+        "--byte-order", choices=["little", "big"], default=None,
+        help="of the guest, in an elf file (default: as the device state has it)",
     )
     add_channels(parser)
     add_direct_io(parser)
@@ -83,7 +89,7 @@ def _read_placement(text: str) -> GivenPlacement:
 
 def _run(args: argparse.Namespace) -> Outcome:
     with (
-        opened(args, args.snapshot) as snapshot, shown("convert") as show,
+        opened(args, args.snapshot, read_through=False) as snapshot, shown("convert") as show,
         contextlib.ExitStack() as stack,
     ):
         memories = {}
@@ -93,7 +99,8 @@ def _run(args: argparse.Namespace) -> Outcome:
             memories[name] = FileMemory(fd)
         report = convert(
             snapshot, args.target, to=args.to, channels=args.channels, direct_io=args.direct_io,
-            sparse=args.sparse, memories=memories, placements=args.map, progress=show,
+            sparse=args.sparse, memories=memories, placements=args.map,
+            byte_order=args.byte_order, progress=show,
         )
     data = {
         "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),

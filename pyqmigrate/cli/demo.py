@@ -34,7 +34,7 @@ from pyqmigrate.errors import SnapshotError
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.pagecache import cached_bytes, drop_cached
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.save import SaveReport, save
+from pyqmigrate.saving import SaveReport, save
 from pyqmigrate.snapshot import Snapshot
 
 __all__ = ["add_parser"]

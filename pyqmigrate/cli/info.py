@@ -8,7 +8,8 @@ JSON: ``snapshot``; ``kind`` (mapped-ram or stream); ``machine`` (perhaps empty)
 them); ``offset`` where the stream starts and ``end`` where it ends; ``size`` and ``allocated`` of
 the file in bytes; ``total_ram`` in bytes;
 ``complete`` (false: device state may be cut off); ``opaque_tail`` (true: the device sections
-could not be told apart and are not listed); ``blocks``, a list of ``name``, ``length``,
+could not be told apart and are not listed); ``bitmap_order`` (little or big, as the bitmaps were
+read; null in a classic stream); ``blocks``, a list of ``name``, ``length``,
 ``page_size``, ``pages``, ``data_pages``, ``zero_pages``, ``bitmap_offset``, ``pages_offset`` (null
 in a classic stream), ``external`` (true: the content is in another file, and page counts are null);
 ``libvirt`` (null, or ``version``, ``format``, ``was_running``, ``xml``, ``cookie``);
@@ -41,7 +42,7 @@ from pyqmigrate.io.target import InputTarget
 from pyqmigrate.opened import OpenedBlock
 from pyqmigrate.opening import AnySnapshot
 from pyqmigrate.origin import Provenance, provenance
-from pyqmigrate.snapshot import SnapshotBlock
+from pyqmigrate.snapshot import Snapshot, SnapshotBlock
 
 __all__ = ["add_parser"]
 
@@ -92,6 +93,7 @@ def _data(snapshot: AnySnapshot, origin: Provenance) -> dict[str, Any]:
         "total_ram": stream.total_ram,
         "complete": stream.complete,
         "opaque_tail": stream.opaque_tail,
+        "bitmap_order": snapshot.bitmap_order if isinstance(snapshot, Snapshot) else None,
         "libvirt": _libvirt(snapshot.libvirt),
         "written_by": {
             "qemu": origin.qemu, "reasons": list(origin.reasons), "libvirt": origin.libvirt,

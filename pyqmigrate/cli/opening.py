@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.cli.arguments import Parser, add_offset
+from pyqmigrate.cli.arguments import Parser, add_bitmap_order, add_offset
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.opening import AnySnapshot, open_snapshot
@@ -23,10 +23,7 @@ def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
         "--page-size", type=read_size, metavar="SIZE", default=None,
         help="of a classic stream that does not tell it (default: 4096)",
     )
-    parser.add_argument(
-        "--bitmap-order", choices=["little", "big"], default="little",
-        help="byte order of the host that wrote a mapped-ram file (default: little)",
-    )
+    add_bitmap_order(parser)
     parser.add_argument(
         "--index", metavar="FILE", default=None,
         help="where the index of a classic stream is kept, to save the pass that makes it",
@@ -34,13 +31,15 @@ def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace, path: str) -> Iterator[AnySnapshot]:
-    """The snapshot; a classic stream is read through."""
+def opened(
+    args: argparse.Namespace, path: str, *, read_through: bool = True
+) -> Iterator[AnySnapshot]:
+    """The snapshot; a classic stream is read through, unless the verb makes a pass of its own."""
     with open_snapshot(
         path, offset=args.offset, bitmap_order=args.bitmap_order, page_size=args.page_size,
         index=args.index,
     ) as snapshot:
-        if isinstance(snapshot, ClassicSnapshot):
+        if read_through and isinstance(snapshot, ClassicSnapshot):
             with shown("read through") as show:
                 snapshot.read_through(show)
         yield snapshot

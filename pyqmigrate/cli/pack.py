@@ -33,7 +33,7 @@ from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.memory import FileMemory, RamBlock
-from pyqmigrate.save import SaveReport, Sparse, save
+from pyqmigrate.saving import SaveReport, Sparse, save
 
 __all__ = ["add_parser"]
 

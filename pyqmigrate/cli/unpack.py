@@ -2,6 +2,7 @@
 
 Every RAM block becomes ``NAME.raw`` in DIR, which is made if it is not there; bytes of its name
 outside ``[A-Za-z0-9._-]``, and a leading dot, are written as ``%XX``. ``blocks.json`` lists them.
+None of these names may be SNAPSHOT.
 
 JSON: ``snapshot``; ``directory``; ``blocks``, a list of ``name``, ``file`` (null where the content
 is not in the snapshot), ``length``, ``page_size``, ``data_pages``, ``zero_pages``;
@@ -34,7 +35,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    with opened(args, args.snapshot) as snapshot, shown("unpack") as show:
+    with opened(args, args.snapshot, read_through=False) as snapshot, shown("unpack") as show:
         report = unpack(snapshot, args.directory, blocks=args.block, progress=show)
     rows = [
         (block.name, block.file or "(not in this file)", show_size(block.length),

@@ -1,10 +1,13 @@
 """Verify that a snapshot is whole and well-formed, and what was sealed.
 
 With a seal beside it (SNAPSHOT.seal, see the verb seal) every byte of the file is held against it:
-a damage is told with its MiB and file offset, the block, and the pages of the guest. Then, as
+a damage is told with its MiB and file offset, the block, and the pages of the guest (in a classic
+stream by its records, if they still parse). Then, as
 always, the structure is checked: every length and offset against each other and the file's size,
 every bitmap or page record, and that the end of the stream is there. Without a seal flipped bits in
 pages cannot be seen.
+
+Whether the bitmaps would fit the file better in the other byte order is noted (see --bitmap-order).
 
 ``--deep`` decodes the device state too, and counts pages whose bit is clear and that do not read as
 zeros in the file. These are no damage: for the guest they are zeros.
@@ -14,7 +17,8 @@ JSON: ``snapshot``; ``valid``; ``seal``, null where there is none, otherwise an 
 ``seconds``, ``direct_io``, ``direct_io_reason``. Each of ``damages`` has ``mib``, ``offset``,
 ``length`` (bytes), ``why``, and ``parts``: what was sealed there, ``what`` (pages, bitmap, or
 words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. Where it is intact
-or null: ``blocks``, ``data_pages``, ``zero_pages`` (numbers); with --deep ``devices`` (a number,
+or null: ``bitmap_order`` (null for a classic stream), ``notes`` (sentences), ``blocks``,
+``data_pages``, ``zero_pages`` (numbers); with --deep ``devices`` (a number,
 null where they cannot be told apart) and ``stale_pages`` (by block). Damage exits with 1; a
 snapshot or a seal that cannot be parsed is an error, with exit code 1.
 """
@@ -32,6 +36,7 @@ from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.device_listing import devices
 from pyqmigrate.errors import NotSupported
+from pyqmigrate.io.bitmap_order import better_order, says_better
 from pyqmigrate.opening import AnySnapshot
 from pyqmigrate.sealing import SealCheck, stale_pages, verify_seal
 from pyqmigrate.snapshot import Snapshot
@@ -52,7 +57,8 @@ def add_parser(verbs: Verbs) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     with shown("verify") as show:
         check = verify_seal(
-            args.snapshot, channels=args.channels, direct_io=args.direct_io, progress=show
+            args.snapshot, page_size=args.page_size, channels=args.channels,
+            direct_io=args.direct_io, progress=show,
         )
     data: dict[str, Any] = {
         "snapshot": args.snapshot, "valid": True, "seal": None if check is None else check.data(),
@@ -66,6 +72,13 @@ def _run(args: argparse.Namespace) -> Outcome:
         pages = sum(block.data_pages for block in blocks)
         zero = sum(block.zero_pages for block in blocks)
         count = len(snapshot.blocks)
+        data |= {"bitmap_order": None, "notes": []}
+        if isinstance(snapshot, Snapshot):
+            order = snapshot.bitmap_order
+            better = better_order(snapshot.source, snapshot.stream.blocks, order)
+            notes = [] if better is None else [says_better(better)]
+            data |= {"bitmap_order": order, "notes": notes}
+            lines += [f"note      {note}" for note in notes]
         data |= {"blocks": count, "data_pages": pages, "zero_pages": zero}
         lines.append(
             f"{printable(args.snapshot)}: well-formed and whole: {counted(count, 'block')}, "
@@ -91,14 +104,16 @@ def _about(check: SealCheck) -> list[str]:
 def _look_deeper(
     args: argparse.Namespace, snapshot: AnySnapshot, data: dict[str, Any], lines: list[str]
 ) -> None:
-    stale = stale_pages(snapshot) if isinstance(snapshot, Snapshot) else {}
+    stale = (
+        stale_pages(snapshot, channels=args.channels) if isinstance(snapshot, Snapshot) else {}
+    )
     data["stale_pages"] = stale
     lines += [
         f"{counted(number, 'clear page')} of block {printable(name)!r} with old bytes in the file"
         for name, number in stale.items()
     ]
     try:
-        found = devices(args.snapshot, offset=args.offset)
+        found = devices(snapshot)
     except NotSupported as error:
         data["devices"] = None
         lines.append(f"device state: {printable(str(error))}")

@@ -4,9 +4,11 @@
 
 The pages of the two stream forms go through the same writers as a save's, straight from the source:
 a mapped-ram file is written by all channels with direct I/O, and zero pages become holes. A classic
-source takes its one pass for the index first (:mod:`pyqmigrate.classic`). Everything that is not
-RAM (device sections, what stands between RAM's parts, the description) is carried over byte for
-byte, and so are machine type, page bits and uuid; QEMU loads the result as it would the source.
+stream is read once, front to back, into a mapped-ram file or raw files (:mod:`pyqmigrate.staging`);
+what wants its pages in another order takes a pass for an index first (:mod:`pyqmigrate.classic`).
+Everything that is not RAM (device sections, what stands between RAM's parts, the description) is
+carried over byte for byte, and so are machine type, page bits and uuid; QEMU loads the result as it
+would the source.
 
 The other forms have a module each: :mod:`~pyqmigrate.export.raw`, :mod:`~pyqmigrate.export.elf`,
 :mod:`~pyqmigrate.export.lime`.
@@ -17,8 +19,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from pyqmigrate import _core
 from pyqmigrate.classic import ClassicSnapshot
@@ -33,8 +37,9 @@ from pyqmigrate.export.elf import write_elf
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.export.lime import write_lime
 from pyqmigrate.export.raw import RawReport, unpack
-from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind
+from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.placement import GivenPlacement
+from pyqmigrate.format.sequential import SequentialStream
 from pyqmigrate.format.stream import RAM_EOS, encode_part_header, encode_ram_end
 from pyqmigrate.format.walk import PARTS_LISTED
 from pyqmigrate.io.channels import Job, Progress, check_channels
@@ -42,10 +47,11 @@ from pyqmigrate.io.memory import Attached, Memory, RamBlock, StoredMemory
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
 from pyqmigrate.opened import OpenedBlock, refused_read
 from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.save import SaveReport, Sparse, Writer
+from pyqmigrate.saving import SaveReport, Sparse, Writer
 from pyqmigrate.sequential import SequentialWriter
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
+from pyqmigrate.staging import Place, StagedPass
 from pyqmigrate.writer import StreamWriter
 
 __all__ = ["Form", "convert", "start_stream_conversion"]
@@ -65,7 +71,7 @@ class Form(enum.StrEnum):
     LIME = "lime"
 
 
-_IMAGES = {Form.ELF: write_elf, Form.LIME: write_lime}
+_IMAGES = (Form.ELF, Form.LIME)
 
 
 def convert(
@@ -78,16 +84,19 @@ def convert(
     sparse: Sparse | str = Sparse.AUTO,
     memories: Mapping[str, Memory] | None = None,
     placements: Sequence[GivenPlacement] | None = None,
+    byte_order: Literal["little", "big"] | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> SaveReport | RawReport | ImageReport:
     """Write the snapshot in another form, and wait until that is durable.
 
     source: an opened snapshot, which stays open, or what ``open_snapshot`` takes.
-    target: as for a save; for raw files a directory.
+    target: as for a save; for raw files a directory. It must not be the source, under whatever
+        name.
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
         A classic stream leaves out those that are not given. For the stream forms only.
     placements: for an ELF core or a LiME file, as in :func:`~pyqmigrate.export.elf.write_elf`.
-    channels, direct_io, sparse, progress: as in :func:`pyqmigrate.save.save`; a classic stream is
+    byte_order: the guest's, for an ELF core: as in :func:`~pyqmigrate.export.elf.write_elf`.
+    channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`; a classic stream is
         written by one channel through the page cache.
 
     Raises SnapshotError for a source that is damaged or whose end is missing, NotSupported where
@@ -99,6 +108,8 @@ def convert(
         raise UsageError("memories are for a mapped-ram file and a classic stream")
     if placements and form not in _IMAGES:
         raise UsageError("placements are for an ELF core and a LiME file")
+    if byte_order and form is not Form.ELF:
+        raise UsageError("a byte order is for an ELF core")
     with contextlib.ExitStack() as stack:
         opened: AnySnapshot
         if isinstance(source, Snapshot | ClassicSnapshot):
@@ -106,7 +117,10 @@ def convert(
         else:
             opened = open_snapshot(source)
             stack.callback(opened.close)
-        if isinstance(opened, ClassicSnapshot):
+        opened.refuse_as_target(target)
+        if isinstance(opened, ClassicSnapshot) and (
+            opened.index is not None or form not in (Form.MAPPED_RAM, Form.RAW)
+        ):
             opened.read_through(progress)
         if form is Form.RAW:
             if isinstance(target, Descriptors):
@@ -114,8 +128,13 @@ def convert(
             return unpack(
                 opened, target, channels=channels, direct_io=direct_io, progress=progress
             )
-        if form in _IMAGES:
-            return _IMAGES[form](
+        if form is Form.ELF:
+            return write_elf(
+                opened, target, placements=placements, channels=channels, direct_io=direct_io,
+                sparse=sparse, byte_order=byte_order, progress=progress,
+            )
+        if form is Form.LIME:
+            return write_lime(
                 opened, target, placements=placements, channels=channels, direct_io=direct_io,
                 sparse=sparse, progress=progress,
             )
@@ -139,7 +158,13 @@ def start_stream_conversion(
 
     Arguments and errors as in :func:`convert`. ``source`` stays open until the job has ended.
     """
-    carried = _carried(source)
+    source.refuse_as_target(target)
+    if isinstance(source, ClassicSnapshot) and to is Form.MAPPED_RAM:
+        return _start_one_pass(
+            source, target, choice(DirectIO, direct_io, "direct_io"),
+            choice(Sparse, sparse, "sparse"), check_channels(channels), memories or {},
+        )
+    carried = _carried(source.source, source.stream)
     blocks, left_out = _blocks(source, memories or {})
     writer: StreamWriter
     stream = source.stream
@@ -150,10 +175,7 @@ def start_stream_conversion(
             uuid=stream.uuid, left_out=left_out or None, before=carried.before,
         )
     elif left_out:
-        raise NotSupported(
-            f"the content of block {left_out[0]!r} is not in this snapshot, and a mapped-ram file"
-            " has to have it: give its memory"
-        )
+        raise _left_out(left_out[0])
     else:
         writer = Writer(
             target, blocks, direct_io=choice(DirectIO, direct_io, "direct_io"),
@@ -166,6 +188,61 @@ def start_stream_conversion(
     except BaseException:
         writer.close()
         raise
+
+
+def _start_one_pass(
+    source: ClassicSnapshot, target: Target, direct_io: DirectIO, sparse: Sparse, channels: int,
+    memories: Mapping[str, Memory],
+) -> Job[SaveReport]:
+    """A classic stream into a mapped-ram file, its pages straight to their places."""
+    _check_memories(source, memories)
+    writer = Writer(
+        target,
+        [RamBlock(name, memories[name] if name in memories else _nothing(block, source.identity),
+                  block.page_size)
+         for name, block in source.blocks.items()],
+        direct_io=direct_io, sparse=sparse, channels=channels, machine=source.machine,
+        target_page_bits=source.configuration.target_page_bits,
+        uuid=source.configuration.uuid, before=_before(source.source, source.head),
+    )
+    try:
+        work = StagedPass(
+            source.source, writer.channels, writer.policy, writer.target.name,
+            page_size=source.page_size,
+        )
+        return Job(work.reading, writer.total, lambda: _place(writer, work, source, memories))
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _place(
+    writer: Writer, work: StagedPass, source: ClassicSnapshot, memories: Mapping[str, Memory]
+) -> SaveReport:
+    with contextlib.closing(writer), writer.target.opened_for_reading() as fd:
+        writer.begin()
+        if memories:
+            writer.write_pages()
+        stream = work.run({
+            layout.name: Place(fd, writer.target.direct, layout.pages_offset, bitmap)
+            for layout, bitmap in zip(writer.head.blocks, writer.bitmaps, strict=True)
+            if layout.name not in memories
+        })
+        for name in source.blocks:
+            if stream.ignore_shared and name not in memories and name not in work.mentioned:
+                raise _left_out(name)
+        data = sum(bitmap.count() for bitmap in writer.bitmaps)
+        carried = _carried(source.source, stream)
+        report = writer.finish_with(carried.tail(source.source, Form.MAPPED_RAM))
+        pages = sum(bitmap.npages for bitmap in writer.bitmaps)
+        return replace(report, data_pages=data, zero_pages=pages - data)
+
+
+def _left_out(name: str) -> NotSupported:
+    return NotSupported(
+        f"the content of block {name!r} is not in this snapshot, and a mapped-ram file"
+        " has to have it: give its memory"
+    )
 
 
 def _write(
@@ -211,8 +288,7 @@ def _read(source: InputTarget, start: int, end: int) -> Iterator[bytes]:
         start += len(data)
 
 
-def _carried(source: AnySnapshot) -> _Carried:
-    stream = source.stream
+def _carried(source: InputTarget, stream: Stream | SequentialStream) -> _Carried:
     if not stream.complete:
         raise SnapshotError(
             "the end of the stream is missing: device state is cut off", offset=stream.end
@@ -224,19 +300,22 @@ def _carried(source: AnySnapshot) -> _Carried:
     start, end = ours[0], ours[-1]
     if start.section_id != _RAM_ID and any(s.section_id == _RAM_ID for s in others):
         raise NotSupported(f"another section than RAM's has the id {_RAM_ID}")
-    before = [s for s in others if s.offset < start.offset]
-    if sum(s.length for s in before) > _PIECE:
-        raise NotSupported("more than 1 MiB of sections stand before RAM")
     return _Carried(
-        before=b"".join(
-            b"".join(_read(source.source, s.offset, s.offset + s.length)) for s in before
-        ),
+        before=_before(source, stream.sections),
         middle=tuple(
             (s.offset, s.offset + s.length) for s in others
             if start.offset < s.offset < end.offset
         ),
         after=(end.offset + end.length, stream.end),
     )
+
+
+def _before(source: InputTarget, sections: Sequence[Section]) -> bytes:
+    """What stands before RAM's first section."""
+    before = list(itertools.takewhile(lambda section: not _is_ram(section), sections))
+    if sum(s.length for s in before) > _PIECE:
+        raise NotSupported("more than 1 MiB of sections stand before RAM")
+    return b"".join(b"".join(_read(source, s.offset, s.offset + s.length)) for s in before)
 
 
 def _is_ram(section: Section) -> bool:
@@ -248,24 +327,15 @@ def _blocks(
     source: AnySnapshot, memories: Mapping[str, Memory]
 ) -> tuple[list[RamBlock], list[str]]:
     """The blocks with their memories, and the names of those that have none."""
+    _check_memories(source, memories)
     opened: Mapping[str, OpenedBlock] = source.blocks
-    for name in memories:
-        if name not in opened:
-            raise BlockMismatch(f"the snapshot has no block {name!r}; it has {[*opened]}")
     blocks, left_out = [], []
     for name, block in opened.items():
         memory = memories.get(name)
-        if memory is not None:
-            with contextlib.closing(Attached(name, memory, writable=False)) as attached:
-                if attached.length != block.length:
-                    raise BlockMismatch(
-                        f"memory of block {name!r} has {attached.length} bytes, "
-                        f"the snapshot {block.length}"
-                    )
-        elif block.external:
+        if memory is None and block.external:
             left_out.append(name)
             memory = _nothing(block)
-        else:
+        elif memory is None:
             memory = block.memory()
         blocks.append(RamBlock(name, memory, block.page_size))
     if not blocks:
@@ -273,14 +343,27 @@ def _blocks(
     return blocks, left_out
 
 
-def _nothing(block: OpenedBlock) -> StoredMemory:
-    """Memory that is listed and never read."""
+def _check_memories(source: AnySnapshot, memories: Mapping[str, Memory]) -> None:
+    opened: Mapping[str, OpenedBlock] = source.blocks
+    for name, memory in memories.items():
+        if name not in opened:
+            raise BlockMismatch(f"the snapshot has no block {name!r}; it has {[*opened]}")
+        with contextlib.closing(Attached(name, memory, writable=False)) as attached:
+            if attached.length != opened[name].length:
+                raise BlockMismatch(
+                    f"memory of block {name!r} has {attached.length} bytes, "
+                    f"the snapshot {opened[name].length}"
+                )
+
+
+def _nothing(block: OpenedBlock, identity: tuple[int, int] = (0, 0)) -> StoredMemory:
+    """Memory that is listed and never read; ``identity`` of the file that is."""
     index = _core.ffi.gc(
         _core.lib.qm_index_create(block.num_pages, block.page_size), _core.lib.qm_index_destroy
     )
     indexed = _core.ffi.new("struct qm_indexed *")
     indexed.index, indexed.fd = index, -1
     return StoredMemory(
-        block.length, 0, (0, 0), _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
+        block.length, 0, identity, _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
         _core.ffi.addressof(_core.lib, "qm_indexed_next"), indexed, index,
     )

@@ -13,7 +13,9 @@ parts of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
+from pyqmigrate.errors import UsageError
 from pyqmigrate.export.guest import Guest
 from pyqmigrate.export.image import Area, Image, ImageReport, write_image
 from pyqmigrate.export.vmcoreinfo import VmcoreinfoSearch
@@ -41,17 +43,22 @@ def write_elf(
     channels: int = 2,
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
+    byte_order: Literal["little", "big"] | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> ImageReport:
     """Write the guest's memory and registers as an ELF core file, and wait until that is durable.
 
     placements: where blocks are in the guest's address space, for those of which that is not
         found out; see :func:`~pyqmigrate.format.physical_map.parse_placement`.
-    target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.save.save`.
+    byte_order: the guest's, where that is not what is found out. It is, unless a Power guest's
+        snapshot has no device state: then big is taken for it.
+    target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`.
 
     Raises NotSupported where a machine's address space is not known and nothing is given,
     UsageError, SnapshotError, TargetError, Cancelled. The target then is what it was.
     """
+    if byte_order not in (None, "little", "big"):
+        raise UsageError(f"byte_order is {byte_order!r}; it is 'little' or 'big'")
     guest = Guest.of(snapshot, placements or (), progress)
     processor = processor_of(snapshot.machine, snapshot.blocks, guest.devices)
     cpus = [cpu for cpu in cpu_registers(guest.devices) if cpu.architecture in processor.described]
@@ -62,17 +69,18 @@ def write_elf(
         at = -(-at // _ALIGNMENT) * _ALIGNMENT
         areas[name] = Area(snapshot.blocks[name], start, end - start, at)
         at += end - start
-    search = VmcoreinfoSearch(snapshot, big_endian=processor.big_endian)
+    big_endian = processor.big_endian if byte_order is None else byte_order == "big"
+    search = VmcoreinfoSearch(snapshot, big_endian=big_endian)
     segments = [_segment(one, areas[one.block]) for one in guest.ranges]
 
     def head() -> bytes:
         return encode_head(
-            processor.elf, segments, notes + search.note, big_endian=processor.big_endian
+            processor.elf, segments, notes + search.note(), big_endian=big_endian
         )
 
     return write_image(
         snapshot, target, guest,
-        Image([*areas.values()], at, lambda: [(0, head())], look=search.look), cpus=len(cpus),
+        Image([*areas.values()], at, lambda: [(0, head())], watch=search.watched), cpus=len(cpus),
         channels=channels, direct_io=direct_io, sparse=sparse, progress=progress,
     )
 

@@ -23,10 +23,14 @@ _ACPI_TABLES = "/rom@etc/acpi/tables"
 _ACPI_TABLES_MAX = 8 << 20  # QEMU's are 2 MiB at most
 
 
+_DEVICE_MAX = 1 << 20  # bytes; what tells of memory and CPUs is shorter, a card's pixels are not
+
+
 @dataclass(frozen=True)
 class Guest:
-    """``devices`` are empty where they cannot be told apart; ``ranges`` are those of the guest's
-    address space that show blocks, in order, and ``unplaced`` the blocks that none shows."""
+    """``devices`` are those of at most a MiB, none where they cannot be told apart; ``ranges`` are
+    those of the guest's address space that show blocks, in order, and ``unplaced`` the blocks that
+    none shows."""
 
     devices: tuple[Device, ...]
     ranges: tuple[Placement, ...]
@@ -45,8 +49,10 @@ class Guest:
         if isinstance(snapshot, ClassicSnapshot):
             snapshot.read_through(progress)
         try:
-            devices = tuple(decode_devices(snapshot.source, snapshot.stream))
-        except NotSupported as error:  # hundreds of MiB of it
+            devices = tuple(
+                decode_devices(snapshot.source, snapshot.stream, longest=_DEVICE_MAX)
+            )
+        except NotSupported as error:  # too much of it
             logger.warning("the device state is not looked into: %s", error)
             devices = ()
         blocks: dict[str, OpenedBlock] = {**snapshot.blocks}

@@ -31,7 +31,7 @@ from pyqmigrate.io.channels import (
     cut,
     failure,
 )
-from pyqmigrate.io.memory import Attached
+from pyqmigrate.io.memory import Attached, StoredMemory
 from pyqmigrate.io.target import DirectIO, OutputTarget, Target, core_file
 from pyqmigrate.log import logger
 from pyqmigrate.opened import OpenedBlock, refused_read
@@ -58,22 +58,21 @@ class Area:
 class Image:
     """All of a file: its memory and its length; ``pieces`` gives, when memory is written, the rest
     by position, the first at 0 and longer than a magic. ``direct_io_reason`` is why direct I/O
-    cannot write it, where that is so. ``look`` is called, from the channels, with a block and the
-    first and last byte of what was just read of it.
+    cannot write it, where that is so. ``watch`` makes of a block's memory what is read instead.
     """
 
     areas: Sequence[Area]
     length: int
     pieces: Callable[[], Sequence[tuple[int, bytes]]]
     direct_io_reason: str = ""
-    look: Callable[[OpenedBlock, int, int], object] | None = None
+    watch: Callable[[OpenedBlock, StoredMemory], StoredMemory] | None = None
 
 
 @dataclass(frozen=True)
 class ImageReport:
     """What an export did: the ``ranges`` of the guest's address space that the file has, the
     blocks that are ``unplaced`` in it, how many ``cpus`` have notes. The rest is as in
-    :class:`~pyqmigrate.save.SaveReport`.
+    :class:`~pyqmigrate.saving.SaveReport`.
     """
 
     ranges: tuple[Placement, ...]
@@ -103,8 +102,9 @@ def write_image(
     sparse: Sparse | str,
     progress: Callable[[Progress], object] | None,
 ) -> ImageReport:
-    """Write and publish it, and wait. Arguments and errors as in :func:`pyqmigrate.save.save`;
+    """Write and publish it, and wait. Arguments and errors as in :func:`pyqmigrate.saving.save`;
     also SnapshotError when pages cannot be read."""
+    snapshot.refuse_as_target(target)
     writer = _Writer(
         snapshot, target, image, check_channels(channels),
         choice(DirectIO, direct_io, "direct_io"), choice(Sparse, sparse, "sparse"),
@@ -137,12 +137,14 @@ class _Writer:
             self.memories: list[Attached] = []
             self.bitmaps: list[Bitmap] = []
             for area in image.areas:
-                memory = Attached(
-                    area.block.name, area.block.memory().part(area.offset, area.length),
-                    writable=False,
+                memory = area.block.memory()
+                if image.watch is not None:
+                    memory = image.watch(area.block, memory)
+                attached = Attached(
+                    area.block.name, memory.part(area.offset, area.length), writable=False
                 )
-                stack.callback(memory.close)
-                self.memories.append(memory)
+                stack.callback(attached.close)
+                self.memories.append(attached)
                 bitmap = Bitmap(area.length // area.block.page_size)
                 stack.callback(bitmap.close)
                 self.bitmaps.append(bitmap)
@@ -206,17 +208,10 @@ class _Writer:
             for layout, memory, bitmap in zip(layouts, self.memories, self.bitmaps, strict=True)
         ]
 
-        look = self.image.look if file.fd >= 0 else None
-
         def move(channel: Any, item: Range, fault: Any) -> int:
-            rc = _core.lib.qm_write(
+            return int(_core.lib.qm_write(
                 channels.core, channel, *common[item.block], item.first, item.npages, fault
-            )
-            if rc == 0 and look is not None:
-                area = self.image.areas[item.block]
-                start = area.offset + item.first * area.block.page_size
-                look(area.block, start, start + item.npages * area.block.page_size)
-            return rc
+            ))
 
         try:
             channels.run(

@@ -24,14 +24,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import BlockMismatch, GuestMemoryError, NoSpace, TargetError, UsageError
-from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.io.target import DirectIO
+from pyqmigrate.io.target import Direct, DirectIO, find_direct
 from pyqmigrate.load import Clear
 from pyqmigrate.log import logger
 from pyqmigrate.opened import OpenedBlock
 from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.spelling import choice
+from pyqmigrate.staging import Place, StagedPass
+from pyqmigrate.writer import Sparse
 
 __all__ = ["INDEX", "RawBlock", "RawReport", "raw_name", "unpack"]
 
@@ -100,28 +106,30 @@ def unpack(
     killed leaves whole files at most (on file systems without unnamed ones also hidden parts).
 
     Raises BlockMismatch for a name that the snapshot has not, UsageError for one that it has
-    without content, NoSpace, TargetError, SnapshotError and Cancelled as a load does.
+    without content and where the snapshot itself would be replaced, NoSpace, TargetError,
+    SnapshotError and Cancelled as a load does.
     """
     started = time.monotonic()
     wanted = _choose(snapshot, blocks)
     path = os.fspath(directory)
+    for name in ("", INDEX, *(raw_name(block.name) for block in wanted if not block.external)):
+        snapshot.refuse_as_target(os.path.join(path, name) if name else path)  # noqa: PTH118
+    setting, channels = choice(DirectIO, direct_io, "direct_io"), check_channels(channels)
     with contextlib.ExitStack() as stack:
         dir_fd = _open_directory(path, stack)
-        files: dict[str, _NewFile] = {}
-        _check_space(dir_fd, path, wanted)
-        for block in wanted:
-            if not block.external:
-                file = stack.enter_context(_NewFile(dir_fd, path, raw_name(block.name)))
-                file.resize(block.length)
-                files[block.name] = file
-        _load(snapshot, files, path, channels, direct_io, progress)
-        written = tuple(_describe(block) for block in wanted)
-        index = stack.enter_context(_NewFile(dir_fd, path, INDEX))
+        room = _Room(dir_fd, path, stack)
+        if isinstance(snapshot, ClassicSnapshot):
+            files, written = _place(
+                snapshot, wanted, room, channels, setting, progress, named=blocks is not None
+            )
+        else:
+            files, written = _load(snapshot, wanted, room, channels, setting, progress)
+        index = room.new(INDEX)
         index.write(_index(snapshot.machine, written))
-        for file in (*files.values(), index):
+        for file in (*files, index):
             file.make_durable()
-        allocated = sum(os.fstat(file.fd).st_blocks * 512 for file in files.values())
-        for file in (*files.values(), index):
+        allocated = sum(os.fstat(file.fd).st_blocks * 512 for file in files)
+        for file in (*files, index):
             file.publish()
         with _refusing("cannot make durable", path):
             os.fsync(dir_fd)
@@ -138,9 +146,28 @@ def _choose(snapshot: AnySnapshot, names: Sequence[str] | None) -> list[OpenedBl
             raise BlockMismatch(
                 f"the snapshot has no block {name!r}; it has {list(snapshot.blocks)}"
             )
-        if snapshot.blocks[name].external:
-            raise UsageError(f"the content of block {name!r} is not in this snapshot")
+        # Of a classic stream that is known when it has been read.
+        if isinstance(snapshot, Snapshot) and snapshot.blocks[name].external:
+            raise _elsewhere(name)
     return [block for name, block in snapshot.blocks.items() if name in names]
+
+
+def _elsewhere(name: str) -> UsageError:
+    return UsageError(f"the content of block {name!r} is not in this snapshot")
+
+
+@dataclass(frozen=True)
+class _Room:
+    """A directory, open, in which files are made; ``stack`` drops those that get no name."""
+
+    dir_fd: int
+    path: str
+    stack: contextlib.ExitStack
+
+    def new(self, name: str, length: int = 0) -> _NewFile:
+        file = self.stack.enter_context(_NewFile(self.dir_fd, self.path, name))
+        file.resize(length)
+        return file
 
 
 def _open_directory(path: str, stack: contextlib.ExitStack) -> int:
@@ -162,12 +189,12 @@ def _remove_empty(path: str) -> None:
         os.rmdir(path)  # noqa: PTH106
 
 
-def _check_space(dir_fd: int, path: str, wanted: list[OpenedBlock]) -> None:
+def _check_space(room: _Room, wanted: Sequence[OpenedBlock]) -> None:
     need = sum(block.data_pages * block.page_size for block in wanted)
-    free = _free_bytes(dir_fd)
+    free = _free_bytes(room.dir_fd)
     if need > free:
         raise NoSpace(
-            f"the pages to unpack need {need >> 20} MiB and {free >> 20} MiB are free", path
+            f"the pages to unpack need {need >> 20} MiB and {free >> 20} MiB are free", room.path
         )
 
 
@@ -179,33 +206,70 @@ def _free_bytes(fd: int) -> int:
 
 
 def _load(
-    snapshot: AnySnapshot, files: dict[str, _NewFile], path: str, channels: int,
-    direct_io: DirectIO | str, progress: Callable[[Progress], object] | None,
-) -> None:
-    if not files:
-        return
-    try:
-        snapshot.load(
-            {name: FileMemory(file.fd) for name, file in files.items()}, blocks=[*files],
-            channels=channels, direct_io=direct_io, clear=Clear.LEAVE, progress=progress,
-        )
-    except GuestMemoryError as error:
-        # This memory is a file of ours.
-        number = error.errno or errno.EIO
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace("cannot write raw files", path) from error
-        raise TargetError(number, "cannot write raw files", path) from error
+    snapshot: Snapshot, wanted: Sequence[OpenedBlock], room: _Room, channels: int,
+    direct_io: DirectIO, progress: Callable[[Progress], object] | None,
+) -> tuple[list[_NewFile], tuple[RawBlock, ...]]:
+    _check_space(room, wanted)
+    files = {
+        block.name: room.new(raw_name(block.name), block.length)
+        for block in wanted if not block.external
+    }
+    if files:
+        try:
+            snapshot.load(
+                {name: FileMemory(file.fd) for name, file in files.items()}, blocks=[*files],
+                channels=channels, direct_io=direct_io, clear=Clear.LEAVE, progress=progress,
+            )
+        except GuestMemoryError as error:
+            # This memory is a file of ours.
+            number = error.errno or errno.EIO
+            if number in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace("cannot write raw files", room.path) from error
+            raise TargetError(number, "cannot write raw files", room.path) from error
+    return [*files.values()], tuple(
+        _describe(block, None if block.external else block.data_pages) for block in wanted
+    )
 
 
-def _describe(block: OpenedBlock) -> RawBlock:
-    here = not block.external
+def _place(
+    snapshot: ClassicSnapshot, wanted: Sequence[OpenedBlock], room: _Room, channels: int,
+    direct_io: DirectIO, progress: Callable[[Progress], object] | None, *, named: bool,
+) -> tuple[list[_NewFile], tuple[RawBlock, ...]]:
+    """A classic stream, in one pass; ``named``: every block was asked for by its name."""
+    files, places = {}, {}
+    for block in wanted:
+        file = files[block.name] = room.new(raw_name(block.name), block.length)
+        bitmap = Bitmap(block.num_pages)
+        room.stack.callback(bitmap.close)
+        direct = file.open_direct(direct_io, block.length, room.stack)
+        places[block.name] = Place(file.fd, direct, 0, bitmap)
+    work = StagedPass(
+        snapshot.source, Channels(channels, "pyqmigrate-unpack"), Sparse.EXACT.core(), room.path,
+        page_size=snapshot.page_size,
+    )
+    total = sum(block.length for block in wanted)
+    stream = Job(work.reading, total, lambda: work.run(places)).wait(progress)
+    here = {
+        name: file for name, file in files.items()
+        if name in work.mentioned or not stream.ignore_shared
+    }
+    if named and len(here) < len(files):
+        raise _elsewhere(next(name for name in files if name not in here))
+    return [*here.values()], tuple(
+        _describe(block, places[block.name].bitmap.count() if block.name in here else None)
+        for block in wanted
+    )
+
+
+def _describe(block: OpenedBlock, data_pages: int | None) -> RawBlock:
+    """``data_pages`` is None where the content is elsewhere."""
     return RawBlock(
         name=block.name,
-        file=raw_name(block.name) if here else None,
+        file=None if data_pages is None else raw_name(block.name),
         length=block.length,
         page_size=block.page_size,
-        data_pages=block.data_pages if here else 0,
-        zero_pages=block.zero_pages if here else 0,
+        data_pages=data_pages or 0,
+        zero_pages=0 if data_pages is None else block.num_pages - data_pages,
     )
 
 
@@ -254,6 +318,17 @@ class _NewFile:
     def resize(self, length: int) -> None:
         with _refusing(f"cannot be made {length} bytes long", self._path):
             os.ftruncate(self.fd, length)
+
+    def open_direct(
+        self, setting: DirectIO, length: int, stack: contextlib.ExitStack
+    ) -> Direct | None:
+        """A descriptor past the page cache, if it is to be had, which ``stack`` closes; the file
+        is all of a hole, ``length`` bytes long, and stays so."""
+        direct, _ = find_direct(self.fd, None, setting, self._path, write_at=length)
+        if direct is not None:
+            stack.callback(os.close, direct.fd)
+        self.resize(length)
+        return direct
 
     def write(self, data: bytes) -> None:
         with _refusing("cannot write", self._path), open(self.fd, "wb", closefd=False) as file:

@@ -16,7 +16,13 @@ from types import MappingProxyType
 
 from pyqmigrate.format.device_tree import Device, State, Value
 
-__all__ = ["Architecture", "CpuRegisters", "Segment", "cpu_registers"]
+__all__ = [
+    "Architecture",
+    "CpuRegisters",
+    "Segment",
+    "cpu_registers",
+    "power_is_little_endian",
+]
 
 
 class Architecture(enum.StrEnum):
@@ -71,6 +77,9 @@ _X86_CONTROL = {
     "sysenter_eip": "env.sysenter_eip", "mxcsr": "env.mxcsr",
 }  # fmt: skip
 
+_POWER_LPCR, _POWER_ILE = 318, 1 << 25  # a special purpose register, and a bit of it
+_POWER_LE = 1  # a bit of MSR
+
 _ARM_MODE_32 = 0x10  # the bit of CPSR and PSTATE that tells AArch32 from AArch64
 _ARM_SYSTEM_64 = 0x6030_0000_0013_0000  # a 64-bit system register, as KVM numbers them
 _ARM_CONTROL = {  # op0, op1, CRn, CRm, op2
@@ -96,6 +105,21 @@ def cpu_registers(devices: Iterable[Device]) -> tuple[CpuRegisters, ...]:
         _read(device.state, device.instance_id) for device in devices if device.name == "cpu"
     )
     return tuple(sorted((cpu for cpu in found if cpu is not None), key=lambda cpu: cpu.index))
+
+
+def power_is_little_endian(devices: Iterable[Device]) -> bool:
+    """Whether the kernel of a 64-bit Power guest runs in little-endian mode.
+
+    It has told the processor to take interrupts so (LPCR[ILE]); a CPU in that mode (MSR[LE]) says
+    it as well. False where ``devices`` do not tell: firmware is big-endian.
+    """
+    for device in devices:
+        if device.name == "cpu" and "env.msr" in device.state:
+            registers = _numbers(device.state.get("env.spr"))
+            lpcr = registers[_POWER_LPCR] if len(registers) > _POWER_LPCR else 0
+            if lpcr & _POWER_ILE or (_number(device.state.get("env.msr")) or 0) & _POWER_LE:
+                return True
+    return False
 
 
 def _read(state: State, index: int) -> CpuRegisters | None:

@@ -46,9 +46,12 @@ class Cursor:
     def take(self, length: int, what: str) -> bytes:
         """The next ``length`` bytes; the caller has bounded ``length``."""
         at = self.position
-        data = self._peek(at, length)
+        begin = at - self._start
+        data = self._window[begin : begin + length] if begin >= 0 else b""
         if len(data) < length:
-            raise _cut(what, at)
+            data = self._peek(at, length)
+            if len(data) < length:
+                raise _cut(what, at)
         self.position = at + length
         return data
 

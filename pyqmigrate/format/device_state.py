@@ -11,8 +11,9 @@ A body is the fields of the description one after another, without gaps; then it
 
 An array whose elements are all described alike is described by its first element. Where the
 elements differ in size that is wrong, and so is the length of all around it: what such a
-description does not explain stays bytes. The description is as untrusted as the rest: depth and
-number of values are bounded, and no size reaches out of what contains it.
+description does not explain stays bytes. The description is as untrusted as the rest: depth is
+bounded, so is the number of values, in a section and in a whole call, and no size reaches out of
+what contains it.
 """
 
 from __future__ import annotations
@@ -27,14 +28,25 @@ from pyqmigrate.format.device_tree import Device, Field, State, Value
 from pyqmigrate.format.elements import Section, SectionKind
 from pyqmigrate.format.vmstate_types import GTREE, LISTS, VECTORS, decode_array, decode_one, width
 
-__all__ = ["DEVICE_STATE_MAX", "DescribedStream", "decode_device", "decode_devices"]
+__all__ = [
+    "DEVICE_STATE_MAX",
+    "VALUES_MAX",
+    "Budget",
+    "DescribedStream",
+    "decode_device",
+    "decode_devices",
+]
 
-DEVICE_STATE_MAX = 256 << 20  # bytes of bodies in one call
+DEVICE_STATE_MAX = 96 << 20  # bytes of bodies in one call, which can be in memory twice
 DEPTH_MAX = 32  # structs and subsections in one another; QEMU's own come to 8
-VALUES_MAX = 1 << 18  # fields in one section, repeated ones counted as often
+# Fields in one call, repeated ones counted as often. A q35 with 64 CPUs and 224 virtio devices has
+# 24 thousand of them.
+VALUES_MAX = 1 << 18
+_SECTION_COST = 8  # what a section counts beside its fields
 _VALUES_FREE = 1024  # what any section may have; beyond that it needs a byte for every two
 _ELEMENTS_A_VALUE = 8  # elements of an array of numbers that count as much as a field
 
+_COMPOUND = LISTS | VECTORS.keys()
 _SUBSECTION = 0x05
 _VERSION = struct.Struct(">I")
 _COUNT = struct.Struct(">I")
@@ -57,26 +69,31 @@ def decode_devices(
     *,
     name: str | None = None,
     section_id: int | None = None,
+    longest: int | None = None,
 ) -> Iterator[Device]:
     """Decode the device sections of ``stream``, in its order, one after another.
 
-    ``name`` and ``section_id`` select; of ``source`` only the bodies of those sections are read.
+    ``name`` and ``section_id`` select, and ``longest`` leaves out bodies of more bytes than that;
+    of ``source`` only the bodies of the sections that are selected are read.
     What the description does not explain is bytes, never an error. Raises :class:`SnapshotError`
     when the file has become shorter, :class:`NotSupported` when the sections that are selected
-    have more than DEVICE_STATE_MAX bytes.
+    have more than DEVICE_STATE_MAX bytes, or more than VALUES_MAX values.
     """
     sections = [
         section for section in stream.sections
         if section.kind is SectionKind.FULL
         and (name is None or section.name == name)
         and (section_id is None or section.section_id == section_id)
+        and (longest is None or section.body_length <= longest)
     ]
     total = sum(section.body_length for section in sections)
     if total > DEVICE_STATE_MAX:
         raise NotSupported(
-            f"device state of {total >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are decoded"
+            f"device state of {total >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are decoded at "
+            "once: choose among the devices, by name or section id"
         )
     described = _described_devices(stream.description)
+    budget = Budget()
     for section in sections:
         body = source.read_at(section.body_offset, section.body_length)
         if len(body) != section.body_length:
@@ -84,18 +101,39 @@ def decode_devices(
                 f"the file ends within section {section.name!r}: truncated",
                 offset=section.body_offset + len(body),
             )
-        yield decode_device(section, body, described.get((section.name, section.instance_id)))
+        budget.spend(_SECTION_COST)
+        entry = described.get((section.name, section.instance_id))
+        yield decode_device(section, body, entry, budget)
+
+
+class Budget:
+    """How many values are left for the sections that are decoded with it."""
+
+    def __init__(self, values: int = VALUES_MAX) -> None:
+        self._left = values
+
+    def spend(self, values: int) -> None:
+        """NotSupported when there are not so many left."""
+        self._left -= values
+        if self._left < 0:
+            raise NotSupported(
+                f"device state of more than {VALUES_MAX} values; choose among the devices, by name "
+                "or section id"
+            )
 
 
 def decode_device(
-    section: Section, body: bytes, described: Mapping[str, Any] | None
+    section: Section, body: bytes, described: Mapping[str, Any] | None, budget: Budget | None = None
 ) -> Device:
-    """Decode one section; ``described`` is its entry among the description's ``devices``."""
-    decoder = _Decoder(body)
+    """Decode one section; ``described`` is its entry among the description's ``devices``.
+
+    NotSupported when ``budget`` (a whole one, if none is given) does not suffice.
+    """
+    decoder = _Decoder(body, budget or Budget())
     if described is None:
         state = State(section.name, None, 0, len(body), (decoder.rest(0, len(body)),))
     else:
-        state = decoder.bounded(described, 0, len(body), 0)
+        state = decoder.device(described)
     return Device(
         name=section.name,
         instance_id=section.instance_id,
@@ -129,10 +167,17 @@ class _Unexplained(Exception):
 class _Decoder:
     """The decoding of one body. ``explained`` is True as long as every byte fits."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, budget: Budget) -> None:
         self._body = body
-        self._values_left = min(VALUES_MAX, _VALUES_FREE + 2 * len(body))
+        self._budget = budget
+        self._values_left = _VALUES_FREE + 2 * len(body)
         self.explained = True
+
+    def device(self, described: Mapping[str, Any]) -> State:
+        """The state of all the body."""
+        if self._afford(_listed(described)):
+            return self.bounded(described, 0, len(self._body), 0)
+        return _state(described, 0, len(self._body), [self.rest(0, len(self._body))], ())
 
     def bounded(self, described: Mapping[str, Any], at: int, end: int, depth: int) -> State:
         """The state that fills ``[at, end)``; with a field of bytes where it does not."""
@@ -191,31 +236,34 @@ class _Decoder:
         if size is None or count is None or size * count > end - at:
             raise _Unexplained
         name, kind = _text(item.get("name")), _text(item.get("type"))
-        stop = at + size * count
-        value, known = self._value(
-            item, kind, at, stop, count if "array_len" in item else None, depth
-        )
-        index = _number(item.get("index"))
-        return Field(name, kind, at, stop - at, value, index, opaque=not known)
+        length = size * count
+        if "array_len" in item or "struct" in item or "fields" in item or kind in _COMPOUND:
+            value, known = self._value(
+                item, kind, at, at + length, count if "array_len" in item else None, depth
+            )
+        else:
+            value, known = decode_one(kind, self._body[at : at + length])
+        return Field(name, kind, at, length, value, _number(item.get("index")), not known)
 
     def _value(
         self, item: Mapping[str, Any], kind: str, at: int, end: int, count: int | None, depth: int
     ) -> tuple[Value, bool]:
         """The value, and whether it is known; where not, it is bytes."""
-        data = self._body[at:end]
         nested = item.get("struct", item)
         if kind in LISTS and count is None and depth < DEPTH_MAX:
-            return self._list(item, kind, at, end, depth + 1, data)
+            states = self._list(item, kind, at, end, depth + 1)
+            return (self._body[at:end], False) if states is None else (states, True)
         if isinstance(nested, dict) and "fields" in nested and kind not in LISTS:
             if depth >= DEPTH_MAX or not self._afford((count or 1) * _listed(nested)):
-                return data, False
+                return self._body[at:end], False
             if count is None:
                 return self.bounded(nested, at, end, depth + 1), True
-            size = len(data) // (count or 1)
+            size = (end - at) // (count or 1)
             return tuple(
                 self.bounded(nested, at + n * size, at + (n + 1) * size, depth + 1)
                 for n in range(count)
             ), True
+        data = self._body[at:end]
         if not self._afford((count or 0) // _ELEMENTS_A_VALUE):
             return data, False
         if kind in VECTORS and count is None:
@@ -223,19 +271,18 @@ class _Decoder:
         return decode_one(kind, data) if count is None else decode_array(kind, data, count)
 
     def _list(
-        self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int, data: bytes
-    ) -> tuple[Value, bool]:
-        """A list's elements. Only the last one's description is left: all have to be like it."""
+        self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int
+    ) -> tuple[State, ...] | None:
+        """A list's elements, if all are as described: of their descriptions only the last is
+        left."""
         explained, self.explained = self.explained, True
         try:
             states = self._elements(item, kind, at, end, depth)
-            if self.explained:
-                return states, True
+            return states if self.explained else None
         except _Unexplained:
-            pass
+            return None
         finally:
             self.explained = explained
-        return data, False
 
     def _elements(
         self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int
@@ -248,8 +295,10 @@ class _Decoder:
             at += _COUNT.size
             key = _key_length(item, count, end - len(_END) - at) if count else 0
         states: list[State] = []
-        while self._body[at:end] != _END:
-            if self._body[at : at + 1] != _MORE or not self._afford(_listed(item)):
+        while at + 1 != end or self._body[at:end] != _END:
+            if at >= end:
+                raise _Unexplained
+            if self._body[at : at + 1] != _MORE or not self._afford(1 + _listed(item)):
                 raise _Unexplained
             states.append(self._element(item, at + 1, end, key, depth))
             at += 1 + states[-1].length
@@ -274,6 +323,7 @@ class _Decoder:
             self._values_left = 0
             return False
         self._values_left -= values
+        self._budget.spend(values)
         return True
 
 

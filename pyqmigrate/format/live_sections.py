@@ -18,18 +18,38 @@ from collections.abc import Callable
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.cursor import Cursor
 
-__all__ = ["CHUNKS_MAX", "walker"]
+__all__ = ["CHUNKS_MAX", "Chunks", "walker"]
 
-CHUNKS_MAX = 1 << 22  # chunks in one body: bounds the time a body can take
+CHUNKS_MAX = 1 << 20  # chunks with next to nothing in them, in one stream
+_CONTENT = 16  # bytes; a chunk with so many is bounded by the file's size
 
-Walker = Callable[[Cursor, bool], None]
+
+class Chunks:
+    """How many chunks are left for the bodies of one stream: bounds the time that they take."""
+
+    def __init__(self) -> None:
+        self._left = CHUNKS_MAX
+
+    def count(self, content: int, what: str, cursor: Cursor) -> None:
+        """A chunk with ``content`` bytes beside its head. SnapshotError for one too many."""
+        if content < _CONTENT:
+            self._left -= 1
+            if self._left < 0:
+                raise SnapshotError(
+                    f"{what} and those before it have more than {CHUNKS_MAX} empty parts",
+                    offset=cursor.position,
+                )
+
+
+Walker = Callable[[Cursor, bool, Chunks], None]
 
 
 def walker(name: str, version: int) -> Walker | None:
     """How to step over a live section's body, or None where that is not known.
 
-    The result takes a cursor at the body's start and whether the element is a START; it leaves
-    the cursor at the body's end, and raises :class:`SnapshotError` for what it cannot follow.
+    The result takes a cursor at the body's start, whether the element is a START, and what is left
+    of the stream's chunks; it leaves the cursor at the body's end, and raises
+    :class:`SnapshotError` for what it cannot follow.
     """
     return _WALKERS.get((name, version))
 
@@ -39,9 +59,10 @@ _START, _COMPLETE, _BITS = 0x10, 0x20, 0x40
 _MORE_FLAGS = 0x80
 
 
-def _dirty_bitmap(cursor: Cursor, start: bool) -> None:
+def _dirty_bitmap(cursor: Cursor, start: bool, chunks: Chunks) -> None:
     what = "a dirty-bitmap section"
-    for _ in range(CHUNKS_MAX):
+    while True:
+        content = 0
         flags = _dirty_bitmap_flags(cursor, what)
         if flags & _NODE_NAME:
             cursor.skip(cursor.u8(what), what)
@@ -52,10 +73,11 @@ def _dirty_bitmap(cursor: Cursor, start: bool) -> None:
         elif flags & _BITS:
             cursor.skip(8 + 4, what)  # first sector, number of sectors
             if not flags & _ZEROES:
-                cursor.skip(cursor.u64(what), what)
+                content = cursor.u64(what)
+                cursor.skip(content, what)
         if flags & _EOS:
             return
-    raise _endless(what, cursor)
+        chunks.count(content, what, cursor)
 
 
 def _dirty_bitmap_flags(cursor: Cursor, what: str) -> int:
@@ -72,7 +94,7 @@ _HTAB_RUN = struct.Struct(">IHH")  # index, valid entries, invalid entries
 _HTAB_NONE = 0xFFFFFFFF
 
 
-def _spapr_htab(cursor: Cursor, start: bool) -> None:
+def _spapr_htab(cursor: Cursor, start: bool, chunks: Chunks) -> None:
     what = "a spapr/htab section"
     at = cursor.position
     word = cursor.u32(what)
@@ -80,34 +102,31 @@ def _spapr_htab(cursor: Cursor, start: bool) -> None:
         return
     if word:
         raise SnapshotError(f"{what} sets a table size where runs must follow", offset=at)
-    for _ in range(CHUNKS_MAX):
+    while True:
         index, valid, invalid = _HTAB_RUN.unpack(cursor.take(_HTAB_RUN.size, what))
         if index == valid == invalid == 0:
             return
         cursor.skip(valid * _HTAB_ENTRY, what)
-    raise _endless(what, cursor)
+        chunks.count(valid * _HTAB_ENTRY, what, cursor)
 
 
 _STORAGE_EOS, _STORAGE_MORE, _STORAGE_DONE = 1, 2, 8
 _STORAGE_FLAGS = 0xFFF
 
 
-def _storage_attributes(cursor: Cursor, start: bool) -> None:
+def _storage_attributes(cursor: Cursor, start: bool, chunks: Chunks) -> None:
     what = "a storage attribute section"
-    for _ in range(CHUNKS_MAX):
-        at = cursor.position
+    while True:
+        at, content = cursor.position, 0
         flags = cursor.u64(what) & _STORAGE_FLAGS
         if flags == _STORAGE_EOS:
             return
         if flags == _STORAGE_MORE:
-            cursor.skip(cursor.u64(what), what)
+            content = cursor.u64(what)
+            cursor.skip(content, what)
         elif flags != _STORAGE_DONE:
             raise SnapshotError(f"{what} has a word with flags {flags:#x}", offset=at)
-    raise _endless(what, cursor)
-
-
-def _endless(what: str, cursor: Cursor) -> SnapshotError:
-    return SnapshotError(f"{what} has more than {CHUNKS_MAX} parts", offset=cursor.position)
+        chunks.count(content, what, cursor)
 
 
 _WALKERS: dict[tuple[str, int], Walker] = {

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.cursor import Cursor
@@ -29,6 +30,7 @@ __all__ = [
     "PAGE_SIZES",
     "BlockLayout",
     "BlockSpec",
+    "ByteOrder",
     "encode_entry",
     "place",
     "read_entries",
@@ -68,6 +70,10 @@ class BlockSpec:
         fault = _size_fault(self.length, self.page_size)
         if fault is not None:
             raise UsageError(f"block {self.name!r}: {fault}")
+
+
+ByteOrder: TypeAlias = Literal["little", "big"]
+"""The byte order of the host that wrote a file: that of the words of its bitmaps."""
 
 
 @dataclass(frozen=True)

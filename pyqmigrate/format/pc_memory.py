@@ -1,4 +1,4 @@
-"""The address space of the PC family: i440fx, q35, microvm.
+"""The address space of the PC family: i440fx, q35, microvm, isapc.
 
 ::
 
@@ -69,8 +69,8 @@ class PcMachine:
 
     ``ram`` is what its RAM is called where the user chose no name. RAM of at least ``splits_at``
     bytes has ``below`` of them under 4 GiB. ``pam`` is the first of seven registers in the PCI
-    configuration of the host bridge ``bridge`` that say what is at 0xc0000; None where that is RAM
-    and, at its end, firmware.
+    configuration of the host bridge ``bridge`` that say what is at 0xc0000; None where ROMs and
+    firmware are always seen.
     """
 
     name: re.Pattern[str]
@@ -109,6 +109,7 @@ PC_FAMILY = (
     PcMachine(re.compile(r"pc-q35-|q35\Z"), "pc.ram", 0xB0000000, 0x80000000, "mch", 0x90),
     PcMachine(re.compile(r"pc(-i440fx-|\Z)"), "pc.ram", 0xE0000000, 0xC0000000, "I440FX", 0x59),
     PcMachine(re.compile(r"microvm"), "microvm.ram", 0xC0000000, 0xC0000000),
+    PcMachine(re.compile(r"isapc\Z"), "pc.ram", 0xE0000000, 0xE0000000),
 )
 
 _BAR = 0x10  # where in PCI configuration the first one stands
@@ -129,7 +130,7 @@ def layers(
     if any(_VGA_MEMORY.match(name) for name in blocks):
         found.append([_VGA])
     if machine.pam is None:
-        found.append([*_low_firmware(blocks)])
+        found.append([*_option_roms(blocks), *_low_firmware(blocks)])
     else:
         roms = [*_option_roms(blocks), *_low_firmware(blocks)]
         registers = _registers(machine.bridge, machine.pam, devices)

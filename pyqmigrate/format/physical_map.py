@@ -13,10 +13,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.cpu_state import Architecture, cpu_registers
+from pyqmigrate.format.cpu_state import (
+    Architecture,
+    CpuRegisters,
+    cpu_registers,
+    power_is_little_endian,
+)
 from pyqmigrate.format.device_tree import Device
 from pyqmigrate.format.pc_memory import PC_FAMILY, TOLD_LESS, PcMachine, Ram, layers
 from pyqmigrate.format.placement import GivenPlacement, Placement, overlay
@@ -38,14 +43,15 @@ _GIVEN = re.compile(
     re.DOTALL,
 )
 _ADDRESS_MAX = 1 << 64
+_ARM_PRIVILEGED = 0xF  # the bits of CPSR that are clear in user mode
 # Blocks that stand beside backends with names of the user's choosing and are none.
 _NEVER_RAM = re.compile(r".*/|pc\.bios|pc\.rom|isa-bios|(system|virt)\.flash\d|vga\.")
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What a machine type runs; ``elf`` is its number in ELF files, ``described`` what registers
-    of it look like, where that is known."""
+    """What a machine runs; ``elf`` is its number in ELF files, ``described`` what registers of it
+    look like, where that is known, ``big_endian`` the byte order of its guest."""
 
     elf: int
     described: tuple[Architecture, ...] = ()
@@ -54,6 +60,8 @@ class Processor:
 
 _X86 = Processor(62, (Architecture.X86_64, Architecture.I386))
 _AARCH64 = Processor(183, (Architecture.AARCH64,))
+_POWER = Processor(21, big_endian=True)
+_RISCV = Processor(243)
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,12 @@ class _Flat:
 # Several processors have a machine "virt"; this list has the one of Arm first.
 _FLAT = (
     _Flat(re.compile(r"virt(-|\Z)"), "mach-virt.ram", 1 << 30, _AARCH64),
-    _Flat(re.compile(r"virt\Z"), "riscv_virt_board.ram", 2 << 30, Processor(243)),
-    _Flat(re.compile(r"pseries"), "ppc_spapr.ram", 0, Processor(21, big_endian=True)),
+    _Flat(re.compile(r"virt\Z"), "riscv_virt_board.ram", 2 << 30, _RISCV),
+    _Flat(re.compile(r"pseries"), "ppc_spapr.ram", 0, _POWER),
+    _Flat(re.compile(r"powernv"), "pnv.ram", 0, _POWER),
+    _Flat(re.compile(r"sbsa-ref"), "sbsa-ref.ram", 1 << 40, _AARCH64),
+    _Flat(re.compile(r"sifive_u"), "riscv.sifive.u.ram", 2 << 30, _RISCV),
+    _Flat(re.compile(r"spike"), "riscv.spike.ram", 2 << 30, _RISCV),
     _Flat(re.compile(r"s390-ccw-virtio"), "s390.ram", 0, Processor(22, big_endian=True)),
 )
 
@@ -115,6 +127,8 @@ def physical_map(
     Blocks that nothing is known about are left out. Raises NotSupported where not even RAM can be
     placed and none is given, UsageError for parts outside of their blocks or upon one another.
     """
+    if not blocks:
+        raise NotSupported("the snapshot has no RAM blocks, so there is no memory to place")
     by_hand = _checked(given, blocks)
     moved = {placement.block for placement in by_hand}
     try:
@@ -130,19 +144,35 @@ def physical_map(
 def processor_of(
     machine: str, blocks: Iterable[str], devices: Iterable[Device] = ()
 ) -> Processor:
-    """What a machine runs; NotSupported where that is not known."""
+    """What a machine runs; NotSupported where that is not known, and for Arm of 32 bits.
+
+    A Power guest is of either byte order: big where ``devices`` do not tell.
+    """
     if _pc(machine) is not None:
         return _X86
     devices = tuple(devices)
+    cpus = cpu_registers(devices)
+    wide = any(cpu.architecture is Architecture.AARCH64 for cpu in cpus)
+    if not wide and any(map(_runs_arm_kernel, cpus)):
+        raise NotSupported(
+            "an Arm guest of 32 bits: ELF cores are of 64; a LiME file (--to lime) has its memory"
+        )
     flat = _flat(machine, blocks, devices)
     if flat is not None:
+        if flat.processor is _POWER:
+            return replace(_POWER, big_endian=not power_is_little_endian(devices))
         return flat.processor
-    for cpu in cpu_registers(devices):
+    for cpu in cpus:
         return _X86 if cpu.architecture in _X86.described else _AARCH64
     raise NotSupported(
         f"which processor machine {machine!r} has is not known, and an ELF file has to say it; "
         "a LiME file does not"
     )
+
+
+def _runs_arm_kernel(cpu: CpuRegisters) -> bool:
+    """Whether it is in a privileged mode of 32 bits; programs of 32 bits have others below them."""
+    return cpu.architecture is Architecture.ARM and bool(cpu.general["cpsr"] & _ARM_PRIVILEGED)
 
 
 def _found(

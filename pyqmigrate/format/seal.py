@@ -14,6 +14,8 @@ of these keys, in this order; readers step over others between the first and the
     clear_pages_zero    true: every page whose bit is clear reads as zeros in the file; false for a
                         stream that has no bitmaps
     offset              where the stream starts, bytes
+    bitmap_order        "little" or "big": the byte order in which the bitmaps were read; older
+                        seals are without it, which is "little"
     blocks              where each RAM block stands, to name what is damaged even in a file that
                         cannot be parsed any more: a list of objects of name, length, page_size,
                         header, bitmap and pages, the last three file offsets; empty for a stream
@@ -36,7 +38,7 @@ from typing import Any
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data, digest_of_all
-from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout
+from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
 
 __all__ = ["HEAD_MAX", "PIECE", "SEALED_MAX", "SUFFIX", "SealHead", "SealLine",
            "count_pieces", "is_seal"]
@@ -71,6 +73,7 @@ class SealHead:
     clear_pages_zero: bool
     offset: int = 0
     blocks: tuple[BlockLayout, ...] = ()
+    bitmap_order: ByteOrder = "little"
 
     @property
     def digests_size(self) -> int:
@@ -83,6 +86,7 @@ class SealHead:
             "format": _FORMAT, "version": _VERSION, "algorithm": str(self.algorithm),
             "piece": PIECE, "size": self.size, "mtime_ns": self.mtime_ns,
             "clear_pages_zero": self.clear_pages_zero, "offset": self.offset,
+            "bitmap_order": self.bitmap_order,
             "blocks": [
                 {
                     "name": block.name, "length": block.length, "page_size": block.page_size,
@@ -133,6 +137,9 @@ class SealLine:
         clear = head.get("clear_pages_zero")
         if not isinstance(clear, bool):
             raise _fault("clear_pages_zero of the seal is neither true nor false")
+        order = head.get("bitmap_order", "little")
+        if order not in ("little", "big"):
+            raise _fault("bitmap_order of the seal is neither little nor big")
         blocks = head.get("blocks")
         if not isinstance(blocks, list):
             raise _fault("the seal has no list of blocks")
@@ -141,7 +148,7 @@ class SealLine:
         return cls(
             SealHead(
                 algorithm, size, _number(head, "mtime_ns", negative=True), clear,
-                _number(head, "offset"), tuple(map(_block, blocks)),
+                _number(head, "offset"), tuple(map(_block, blocks)), order,
             ),
             digest, line[: -len(_end(digest))],
         )

@@ -131,6 +131,11 @@ class SequentialWalk(Walk):
         """What the writer says of itself."""
         return self._configuration
 
+    @property
+    def head(self) -> tuple[Section, ...]:
+        """The sections up to RAM's list of blocks, after ``read_head``."""
+        return tuple(self._sections)
+
     def stream(self) -> SequentialStream:
         """Walk on to the end of the stream; call it once, after ``read_head``."""
         ram_end, walked = self.read_rest()

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["HEAD_LENGTH", "NAME", "NOTE_MAX", "first_word", "note_length"]
+__all__ = ["HEAD_LENGTH", "NAME", "NOTE_MAX", "head_pattern", "note_length"]
 
 NAME = "VMCOREINFO"
 _PADDED = b"VMCOREINFO\0\0"
 _NAME_LENGTH = len(NAME) + 1
 _FIRST = b"OSRELEASE="
 HEAD_LENGTH = 12 + len(_PADDED) + len(_FIRST)
-_LENGTH_MAX = 64 << 10  # a page of Linux, of those that it may have
-NOTE_MAX = 12 + len(_PADDED) + _LENGTH_MAX
+_LENGTH_MAX = (64 << 10) - 1  # it is less than a page of Linux, of those that it may have
+NOTE_MAX = 12 + len(_PADDED) + _LENGTH_MAX + 1
 
 
-def first_word(*, big_endian: bool = False) -> bytes:
-    """The first four bytes of the note."""
-    return struct.pack(">I" if big_endian else "<I", _NAME_LENGTH)
+def head_pattern(*, big_endian: bool = False) -> tuple[bytes, bytes]:
+    """What the first HEAD_LENGTH bytes of the note are, and the bits of them that are so always:
+    all but those of its length, which is less than 64 KiB."""
+    order = ">III" if big_endian else "<III"
+    head = struct.pack(order, _NAME_LENGTH, 0, 0) + _PADDED + _FIRST
+    mask = struct.pack(order, 0xFFFFFFFF, 0xFFFF0000, 0xFFFFFFFF)
+    return head, mask.ljust(HEAD_LENGTH, b"\xff")
 
 
 def note_length(head: bytes, *, big_endian: bool = False) -> int | None:

@@ -62,7 +62,7 @@ def decode_one(kind: str, data: bytes) -> tuple[Scalar, bool]:
     if kind in _BYTES:
         return data, True
     if kind in _BOOLS and len(data) == 1:
-        return _boolean(data[0]), True
+        return _BOOLEANS[data[0]], True
     if kind == "bitmap" and len(data) % 8 == 0:
         return _bitmap(data), True
     if kind in _NULL_TYPES and data == _NULL_BYTE:
@@ -82,12 +82,13 @@ def decode_array(kind: str, data: bytes, count: int) -> tuple[bytes | tuple[Scal
     number = _NUMBERS.get(kind)
     if number and number.width == size:
         return struct.unpack(f">{count}{number.code}", data), True
+    if kind in _BOOLS and size == 1:
+        return tuple(_BOOLEANS[byte] for byte in data), True
     values = [decode_one(kind, data[at : at + size]) for at in range(0, len(data), size or 1)]
     return tuple(value for value, _ in values), all(known for _, known in values)
 
 
-def _boolean(byte: int) -> int | bool:
-    return bool(byte) if byte <= 1 else byte
+_BOOLEANS: tuple[int | bool, ...] = (False, True, *range(2, 256))
 
 
 def _bitmap(data: bytes) -> bytes:

@@ -41,13 +41,14 @@ __all__ = ["ELEMENTS_MAX", "LISTED_MAX", "PARTS_LISTED", "Walk"]
 # PARTs a second: many have to be walked, but not all be kept.
 ELEMENTS_MAX = 1 << 22  # elements in one stream
 PARTS_LISTED = 1 << 16  # from here on, Stream.sections leaves PARTs out
-LISTED_MAX = 1 << 17  # elements in Stream.sections
+LISTED_MAX = PARTS_LISTED + (1 << 15)  # elements in Stream.sections
 
 _SEARCH_MAX = 256 << 20  # bytes that all searches for lost footers may read together
 _CANDIDATE_COST = 1024  # what a footer that turned out wrong takes from that, in bytes
 _CHUNK = 1 << 20
 _FLAGS = min(mapped_ram.PAGE_SIZES) - 1  # the flag bits of a RAM word, whatever the page size
 _KINDS = {kind.value: kind for kind in SectionKind}
+_WHAT = {kind: f"a {kind.name} section" for kind in SectionKind}
 
 _UNFINISHED = "no RAM END section: the save did not finish"
 
@@ -69,6 +70,7 @@ class Walk(abc.ABC):
         self._ram_start: Section | None = None
         self._ram_end: int | None = None
         self._search_left = _SEARCH_MAX
+        self._chunks = live_sections.Chunks()
 
     def read_head(self) -> None:
         """Read the configuration, the description, and elements up to the list of RAM blocks."""
@@ -149,24 +151,25 @@ class Walk(abc.ABC):
                 raise SnapshotError(
                     self.unfinished if self._ram_end is None else what, offset=at
                 )
-            kind = cursor.u8("an element")
-            if kind == TYPE_EOF:
+            number = cursor.u8("an element")
+            if number == TYPE_EOF:
                 return
-            if kind not in _KINDS:
-                raise SnapshotError(f"there is no element of type {kind:#04x}", offset=at)
+            kind = _KINDS.get(number)
+            if kind is None:
+                raise SnapshotError(f"there is no element of type {number:#04x}", offset=at)
             section = (
                 self._read_command(at)
-                if _KINDS[kind] is SectionKind.COMMAND
-                else self._read_section(_KINDS[kind], at)
+                if kind is SectionKind.COMMAND
+                else self._read_section(kind, at)
             )
             if section is None:
                 cursor.position = at
                 self._opaque = True
                 return
-            if len(self._sections) < PARTS_LISTED or section.kind is not SectionKind.PART:
+            if kind is not SectionKind.PART or self._lists_parts():
                 self._sections.append(section)
-            if len(self._sections) > LISTED_MAX:
-                raise SnapshotError(f"more than {LISTED_MAX} sections", offset=at)
+                if len(self._sections) > LISTED_MAX:
+                    raise SnapshotError(f"more than {LISTED_MAX} sections", offset=at)
             yield section
         raise SnapshotError(f"more than {ELEMENTS_MAX} elements", offset=cursor.position)
 
@@ -183,9 +186,12 @@ class Walk(abc.ABC):
         )
 
     def _read_section(self, kind: SectionKind, at: int) -> Section | None:
-        """Read a section after its type byte; None when it cannot be stepped over."""
+        """Read a section after its type byte; None when it cannot be stepped over.
+
+        For a PART that is not listed, its START stands: millions of them take their time.
+        """
         cursor = self._cursor
-        what = f"a {kind.name} section"
+        what = _WHAT[kind]
         section_id = cursor.u32(what)
         if kind in (SectionKind.START, SectionKind.FULL):
             name = cursor.text(what)
@@ -206,7 +212,7 @@ class Walk(abc.ABC):
         if kind is not SectionKind.FULL and name == RAM_NAME:
             self._read_ram(kind, instance, version, at)
         elif kind is not SectionKind.FULL and walk is not None:
-            walk(cursor, kind is SectionKind.START)
+            walk(cursor, kind is SectionKind.START, self._chunks)
         elif not self._step_over(kind, section_id, name, instance):
             if self._ram_end is not None:
                 return None
@@ -218,11 +224,17 @@ class Walk(abc.ABC):
         end = cursor.position
         if cursor.take(SECTION_ID.size, "a footer") != SECTION_ID.pack(FOOTER_TYPE, section_id):
             raise SnapshotError(f"section {name!r} has no footer", offset=end, field="footer")
+        if kind is SectionKind.PART and not self._lists_parts():
+            return self._live[section_id]
         section = Section(
             kind, section_id, name, instance, version, at, cursor.position - at, body, end - body
         )
-        self._note(section)
+        if kind is not SectionKind.PART:
+            self._note(section)
         return section
+
+    def _lists_parts(self) -> bool:
+        return len(self._sections) < PARTS_LISTED
 
     def _note(self, section: Section) -> None:
         if section.section_id is None or section.kind is SectionKind.FULL:

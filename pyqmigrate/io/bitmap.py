@@ -45,6 +45,7 @@ class Bitmap:
     def __init__(self, npages: int) -> None:
         self.npages = npages
         self.nbytes = (npages + 63) // 64 * 8
+        self._reach = npages  # of what was read from a file, no bit from here on is set
         # Private: looking at shared anonymous memory already allocates it.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         try:
@@ -90,12 +91,23 @@ class Bitmap:
         """How many of the first ``npages`` bits (default: all) are set."""
         return self._count(self.npages if npages is None else npages)[0]
 
+    def count_between(self, first: int, end: int) -> int:
+        """How many of the bits ``[first, end)`` are set."""
+        if first >= end:
+            return 0
+        word = first // 64
+        words, last = self.core + word, _core.ffi.new("int64_t *")
+        return int(_core.lib.qm_count(words, end - word * 64, last)) - int(
+            _core.lib.qm_count(words, first - word * 64, last)
+        )
+
     def last(self) -> int:
         """The highest page whose bit is set, or -1."""
         return self._count(self.npages)[1]
 
     def _count(self, npages: int) -> tuple[int, int]:
         last = _core.ffi.new("int64_t *")
+        npages = min(npages, self._reach)
         return int(_core.lib.qm_count(self.core, npages, last)), int(last[0])
 
     def runs(self, first: int = 0, end: int | None = None) -> list[tuple[int, int, bool]]:
@@ -153,14 +165,16 @@ class Bitmap:
         needed = layout.bitmap_offset + (self.npages + 7) // 8  # writers of 32-bit words end there
         end = layout.bitmap_offset + self.nbytes
         at = layout.bitmap_offset
+        self._reach = 0
         while at < end:
             at = next_data(source.fd, at, end)  # zeros are there already
             data = source.read_at(at, min(_PIECE, end - at))
             start = at - layout.bitmap_offset
             self._memory[start : start + len(data)] = data
-            at += len(data)
             if not data:
                 break
+            self._reach = min((start + len(data) + 7) // 8 * 64, self.npages)
+            at += len(data)
         if source.size < needed:
             raise SnapshotError(
                 "the file ends within the bitmap",
@@ -177,7 +191,8 @@ class Bitmap:
         word = self.nbytes // 8 - 1
         if self.core[word] >> (self.npages - word * 64):
             raise SnapshotError(
-                f"bits are set past page {self.npages}, the end of the block",
+                f"bits are set past page {self.npages}, the end of the block: damage, or the file"
+                " of a host of the other byte order (bitmap_order, --bitmap-order)",
                 offset=layout.bitmap_offset + word * 8, block=layout.name, field="bitmap",
             )
         last = self.last()

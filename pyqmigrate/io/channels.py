@@ -109,20 +109,25 @@ class Channels:
             raise MemoryError
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
-        self._sibling: Channels | None = None
+        self._siblings: list[Channels] = []
 
     def sibling(self, name: str) -> Channels:
         """As many channels with totals of their own, cancelled together with these."""
-        self._sibling = Channels(self.count, name)
+        sibling = Channels(self.count, name)
+        self.join(sibling)
+        return sibling
+
+    def join(self, other: Channels) -> None:
+        """Cancel ``other`` whenever these are cancelled."""
+        self._siblings.append(other)
         if self.cancelled:
-            self._sibling.cancel()
-        return self._sibling
+            other.cancel()
 
     def cancel(self) -> None:
         """Stop as soon as the core looks, at least every 4 MiB."""
         _core.lib.qm_job_cancel(self.core)
-        if self._sibling is not None:
-            self._sibling.cancel()
+        for sibling in self._siblings:
+            sibling.cancel()
 
     @property
     def cancelled(self) -> bool:
@@ -299,9 +304,10 @@ class Job(Generic[R]):
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise JobTimeout(f"the job has not ended after {timeout} s; it goes on")
-            if progress is None:
-                self._done.wait(left)
-            elif not self._done.wait(_REPORT_EVERY if left is None else min(_REPORT_EVERY, left)):
+            # Never without a limit: a signal that comes while a thread is about to sleep would be
+            # heard only when it wakes.
+            moment = _REPORT_EVERY if left is None else min(_REPORT_EVERY, left)
+            if not self._done.wait(moment) and progress is not None:
                 self._report(progress)
         self._thread.join()
         if self._error is not None:

@@ -28,7 +28,7 @@ from pyqmigrate.format.digest import (
     digester,
     zero_digest,
 )
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.seal import PIECE, SealHead, count_pieces
 from pyqmigrate.io.channels import Channels, Range
 from pyqmigrate.io.holes import next_data
@@ -91,15 +91,17 @@ class Digests:
 
     def seal(
         self, mtime_ns: int, offset: int, blocks: tuple[BlockLayout, ...], *,
-        clear_pages_zero: bool,
+        clear_pages_zero: bool, bitmap_order: ByteOrder = "little",
     ) -> Manifest:
         """All digests, which must be known, as a manifest; arguments as its head has them."""
         if 0 in self._known:
             raise ValueError(f"the digest of piece {self._known.index(0)} is not known")
-        head = SealHead(self.algorithm, self.size, mtime_ns, clear_pages_zero, offset, blocks)
+        head = SealHead(
+            self.algorithm, self.size, mtime_ns, clear_pages_zero, offset, blocks, bitmap_order
+        )
         return Manifest(head, bytes(self._table))
 
-    def differing(self, digests: bytes) -> Iterator[int]:
+    def differing(self, digests: bytes | bytearray) -> Iterator[int]:
         """Numbers of the pieces, known here and there, whose digests differ."""
         for start in range(0, min(len(self._table), len(digests)), PIECE):
             end = start + PIECE

@@ -5,16 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.seal import HEAD_MAX, SUFFIX, SealHead, SealLine
-from pyqmigrate.io.target import DirectIO, OutputTarget, followed
+from pyqmigrate.format.seal import HEAD_MAX, SealHead, SealLine
+from pyqmigrate.io import old_seal
+from pyqmigrate.io.holes import next_hole
+from pyqmigrate.io.target import DirectIO, OutputTarget, seal_path, sync_directory
 
-__all__ = ["Manifest", "read_manifest", "seal_path", "write_manifest"]
+__all__ = [
+    "Manifest",
+    "check_place",
+    "read_manifest",
+    "remove_manifest",
+    "seal_path",
+    "write_manifest",
+]
 
 _WINDOW = 1 << 20  # bytes read at a time
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -25,7 +34,7 @@ class Manifest:
     """A seal: its head, and the digests of the file's pieces one after another."""
 
     head: SealHead
-    digests: bytes
+    digests: bytes | bytearray
 
     @property
     def algorithm(self) -> Algorithm:
@@ -42,16 +51,15 @@ class Manifest:
         return self.head.clear_pages_zero
 
 
-def seal_path(snapshot: str | os.PathLike[str]) -> Path:
-    """Where the seal of a file is: beside it, or beside what a symbolic link leads to."""
-    path = followed(os.fsdecode(snapshot))
-    return path.with_name(path.name + SUFFIX)
-
-
-def read_manifest(path: Path, limit: int | None = None) -> Manifest | None:
+def read_manifest(
+    path: Path, limit: int | None = None, *, wanted: Callable[[SealHead], bool] | None = None
+) -> Manifest | None:
     """The manifest at ``path``; None where there is no file.
 
-    limit: bytes of digests that are kept, no more than so many take memory; all are checked.
+    limit: bytes of digests that are kept, no more than so many take memory; all are checked. A
+        head may claim a file of any size: who has the file gives what that can need.
+    wanted: asked about the head before a digest is read, when nothing vouches for it yet; where
+        it says no, that is None too.
 
     Raises SnapshotError (its ``field`` is ``seal``) unless it is whole, NotSupported where its
     algorithm is not installed, TargetError.
@@ -64,14 +72,16 @@ def read_manifest(path: Path, limit: int | None = None) -> Manifest | None:
             return None
         raise TargetError(error.errno or errno.EIO, "cannot open the seal", path) from error
     try:
-        return _read(fd, limit)
+        return _read(fd, limit, wanted)
     except OSError as error:
         raise TargetError(error.errno or errno.EIO, "cannot read the seal", path) from error
     finally:
         os.close(fd)
 
 
-def _read(fd: int, limit: int | None) -> Manifest:
+def _read(
+    fd: int, limit: int | None, wanted: Callable[[SealHead], bool] | None
+) -> Manifest | None:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         raise SnapshotError("the seal is no regular file", field="seal")
@@ -83,22 +93,50 @@ def _read(fd: int, limit: int | None) -> Manifest:
             f"the seal has {info.st_size} bytes, and {start + head.digests_size} by its head",
             field="seal",
         )
-    kept = bytearray()
+    if wanted is not None and not wanted(head):
+        return None
+    # A file of a few bytes can claim any size by a hole. No digest is zeros, so none is in a hole.
+    if next_hole(fd, 0, info.st_size) < info.st_size:
+        raise SnapshotError("the seal has a hole in its digests", field="seal")
+    kept = bytearray(head.digests_size if limit is None else min(limit, head.digests_size))
 
     def digests() -> Iterator[bytes]:
         at = start
         while piece := os.pread(fd, _WINDOW, at):
+            room = kept[at - start : at - start + len(piece)]
+            kept[at - start : at - start + len(room)] = piece[: len(room)]
             at += len(piece)
-            room = len(piece) if limit is None else max(0, limit - len(kept))
-            kept.extend(piece[:room])
             yield piece
 
     line.check(digests())
-    return Manifest(head, bytes(kept))
+    return Manifest(head, kept)
+
+
+def check_place(path: Path) -> None:
+    """UsageError where something stands that is no seal of ours and would be replaced by one.
+
+    Raises TargetError.
+    """
+    try:
+        old_seal.check_replaceable(path)
+    except OSError as error:
+        raise TargetError(
+            error.errno or errno.EIO, "cannot look at the seal that is there", path
+        ) from error
+
+
+def remove_manifest(path: Path) -> None:
+    """Remove the seal at ``path``, if one of ours is there, and make that durable. OSError."""
+    if old_seal.remove(os.fspath(path)):
+        sync_directory(path)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write it beside its file; it has its name when it is whole and durable. TargetError."""
+    """Write it beside its file; it has its name when it is whole and durable.
+
+    Raises UsageError where something else has that name, TargetError.
+    """
+    check_place(path)
     line = manifest.head.encode(manifest.digests)
     target = OutputTarget.open(path, DirectIO.OFF)
     try:

@@ -34,8 +34,9 @@ from typing import Any, TypeAlias
 from pyqmigrate import _core
 from pyqmigrate.errors import DirectIORefused, NoSpace, TargetError, UsageError
 from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGES_ALIGNMENT
-from pyqmigrate.format.seal import SUFFIX, is_seal
+from pyqmigrate.format.seal import SUFFIX
 from pyqmigrate.format.uri import parse_file_uri
+from pyqmigrate.io import old_seal
 
 __all__ = [
     "Descriptors",
@@ -43,17 +44,19 @@ __all__ = [
     "DirectIO",
     "InputTarget",
     "OutputTarget",
+    "seal_path",
     "Target",
     "core_file",
+    "find_direct",
     "followed",
     "stream_offset",
+    "sync_directory",
+    "target_path",
 ]
 
 _MODE = 0o600
 _FALLBACK_ALIGN = 4096
 _LARGEST_ALIGN = 65536
-# Why there is no file of ours: none, a name too long, a symbolic link, a socket.
-_NO_FILE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
 
 class DirectIO(enum.StrEnum):
@@ -174,6 +177,21 @@ def followed(name: str) -> Path:
     raise TargetError(errno.ELOOP, "cannot open for writing", name)
 
 
+def seal_path(snapshot: str | os.PathLike[str]) -> Path:
+    """Where the seal of a file is: beside it, or beside what a symbolic link leads to."""
+    path = followed(os.fsdecode(snapshot))
+    return path.with_name(path.name + SUFFIX)
+
+
+def sync_directory(path: Path) -> None:
+    """Make names in the directory of ``path``, and their removal, durable. Raises OSError."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
     """What direct I/O on this file demands, or why it is not to be had."""
     mem, off = _core.ffi.new("uint32_t *"), _core.ffi.new("uint32_t *")
@@ -191,12 +209,14 @@ def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
     return "the file system reports no alignment for direct I/O"
 
 
-def _find_direct(
+def find_direct(
     fd: int, given: int | None, setting: DirectIO, name: str, *, write_at: int | None
 ) -> tuple[Direct | None, str]:
-    """Open (or take) the direct descriptor and try it. ``write_at``: where a unit may be written.
+    """Open (or take) the direct descriptor of the file ``fd`` and try it. ``write_at``: where a
+    unit may be written, None for a file that is only read.
 
-    Returns it, or None and why not; raises DirectIORefused where it is demanded.
+    Returns it, whose ``fd`` the caller closes, or None and why not; raises DirectIORefused where it
+    is demanded.
     """
     if setting is DirectIO.OFF:
         return None, "switched off"
@@ -238,6 +258,11 @@ def core_file(fd: int, direct: Direct | None) -> Any:
     return file
 
 
+def target_path(target: str | os.PathLike[str]) -> str:
+    """The path in a target, without ``file:`` and offset."""
+    return _split(target)[0]
+
+
 def stream_offset(target: Target) -> int:
     """Where in its file the stream of a target starts, bytes."""
     return _split(target)[1]
@@ -264,6 +289,7 @@ class OutputTarget:
         self._target = target
         self._sources: Collection[tuple[int, int]] = ()
         self._may_be_new = False
+        self._mark = secrets.token_hex(8)
 
     @property
     def in_place(self) -> bool:
@@ -273,17 +299,20 @@ class OutputTarget:
     @classmethod
     def open(
         cls, target: Target, direct_io: DirectIO, *, reuse: bool = False,
-        sources: Collection[tuple[int, int]] = (),
+        sources: Collection[tuple[int, int]] = (), mark: str | None = None,
     ) -> OutputTarget:
         """Open the target and find out about direct I/O.
 
         From here on an existing file that is written in place is no snapshot any more; it must
-        not be one of ``sources`` (device and inode), which are still to be read. Raises
+        not be one of ``sources`` (device and inode), which are still to be read. A name that an
+        unfinished file has to have ends in ``.MARK.partial``; without ``mark`` in a random one.
+        Raises
         UsageError for that and for descriptors that do not fit, TargetError when the system
         refuses.
         """
         self = cls(target, reuse=reuse)
         self._sources = sources
+        self._mark = mark or self._mark
         if self._borrowed and self._given_direct is None and direct_io is DirectIO.ON:
             raise UsageError(
                 'direct_io="on" with Descriptors needs a second descriptor, opened with O_DIRECT'
@@ -357,7 +386,7 @@ class OutputTarget:
     def _new_name(self) -> str:
         # Names are at most 255 bytes on Linux file systems.
         front = os.fsdecode(os.fsencode(self._final)[:200])
-        return f".{front}.{secrets.token_hex(8)}.partial"
+        return f".{front}.{self._mark}.partial"
 
     def _invalidate(self) -> None:
         """Take the magic away before anything else changes."""
@@ -379,7 +408,7 @@ class OutputTarget:
             return
         # Where pages will be: what is written there now is overwritten or cut off again.
         write_at = -(-(self.offset + 1) // PAGES_ALIGNMENT) * PAGES_ALIGNMENT
-        self.direct, self.direct_io_reason = _find_direct(
+        self.direct, self.direct_io_reason = find_direct(
             self.fd, self._given_direct, setting, self.name, write_at=write_at
         )
 
@@ -417,7 +446,7 @@ class OutputTarget:
         """Bytes of disk that the file holds."""
         return os.fstat(self.fd).st_blocks * 512
 
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+    def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data`` at ``offset`` through the buffered descriptor."""
         with memoryview(data).cast("B") as view:
             done = 0
@@ -450,29 +479,14 @@ class OutputTarget:
                 os.fsync(self._dir_fd)
 
     def _remove_seal(self, name: str, dir_fd: int | None) -> None:
-        """The seal of the file that is replaced would call the new one damaged."""
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+        """The seal of the file that is replaced would call the new one damaged. In place it is
+        gone for good before the file changes."""
         with self._refusing("cannot remove the seal of what is replaced"):
-            try:
-                fd = os.open(name + SUFFIX, flags, dir_fd=dir_fd)
-            except OSError as error:
-                if error.errno in _NO_FILE:
-                    return
-                raise
-            try:
-                ours = stat.S_ISREG(os.fstat(fd).st_mode) and is_seal(os.pread(fd, 64, 0))
-            finally:
-                os.close(fd)
-            if ours:
-                os.unlink(name + SUFFIX, dir_fd=dir_fd)
+            if old_seal.remove(name + SUFFIX, dir_fd) and dir_fd is None:
+                self._sync_directory()
 
     def _sync_directory(self) -> None:
-        parent = followed(self.name).parent
-        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_directory(followed(self.name))
 
     def _link(self) -> None:
         if self._temporary is None:
@@ -529,6 +543,7 @@ class InputTarget:
         self.fd = -1
         self._given_direct: int | None = None
         self._borrowed = isinstance(target, Descriptors)
+        self.is_duplicate = False  # of the caller's description, with its position and its locks
         if isinstance(target, Descriptors):
             _check_borrowed(target, writing=False)
             self._given_direct = target.direct
@@ -539,6 +554,7 @@ class InputTarget:
                 )
             except OSError:
                 self.fd = fcntl.fcntl(target.buffered, fcntl.F_DUPFD_CLOEXEC, 3)
+                self.is_duplicate = True
         else:
             try:
                 # O_NONBLOCK: to open a FIFO must not wait for a writer.
@@ -581,7 +597,7 @@ class InputTarget:
                     "opened with O_DIRECT"
                 )
             return None, "no direct descriptor was given"
-        return _find_direct(self.fd, self._given_direct, setting, self.name, write_at=None)
+        return find_direct(self.fd, self._given_direct, setting, self.name, write_at=None)
 
     def close_direct(self, direct: Direct | None) -> None:
         """Close what open_direct opened; a borrowed descriptor stays open."""

@@ -15,6 +15,7 @@ from pyqmigrate.format.devices import DeviceSection
 from pyqmigrate.format.elements import Section, SectionKind
 from pyqmigrate.format.stream import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.target import DirectIO, InputTarget
@@ -116,9 +117,10 @@ class Source:
             raise BlockMismatch(f"the stream has no block {missing[0]!r}")
         with contextlib.ExitStack() as stack:
             chosen = []
+            order = find_order(self._input, stream.blocks, stream.machine)
             for layout in stream.blocks:
                 if layout.name in memories and not layout.external:
-                    bitmap = Bitmap.read_from(self._input, layout, "little")
+                    bitmap = Bitmap.read_from(self._input, layout, order)
                     stack.callback(bitmap.close)
                     chosen.append((layout, bitmap))
             several = self._capabilities.multifd

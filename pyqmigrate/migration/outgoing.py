@@ -17,7 +17,7 @@ from pyqmigrate.io.target import DirectIO
 from pyqmigrate.migration.opening import TakeFd, target_of
 from pyqmigrate.options import Capabilities, Parameters, Policy, ZeroPageDetection
 from pyqmigrate.options.rules import effective_direct_io
-from pyqmigrate.save import Sparse, Writer
+from pyqmigrate.saving import Sparse, Writer
 from pyqmigrate.sequential import SequentialWriter
 from pyqmigrate.writer import StreamWriter
 

@@ -18,14 +18,14 @@ library ``qemu.qmp`` (``pip install 'pyqmigrate[vm]'``).
 import importlib
 from typing import TYPE_CHECKING
 
-from pyqmigrate.vm.clone import Clone, clone
-from pyqmigrate.vm.restore import Mode, RestoredVm, RestoreReport, restore
-
 if TYPE_CHECKING:
     from pyqmigrate.vm.check import CheckReport
     from pyqmigrate.vm.choice import Engine
+    from pyqmigrate.vm.cloning import Clone, clone
     from pyqmigrate.vm.connection import Monitor
     from pyqmigrate.vm.handle import Vm, connect
+    from pyqmigrate.vm.request import Mode
+    from pyqmigrate.vm.restoring import RestoredVm, RestoreReport, restore
     from pyqmigrate.vm.save import Then, VmSaveReport
 
 __all__ = [
@@ -44,14 +44,19 @@ __all__ = [
     "Monitor",
 ]
 
-# Imported when they are first used, as in the package above. The modules `clone` and `restore` are
-# not among them, as their names are those of functions.
+# Imported when they are first used, as in the package above.
 _HOME = {
     "CheckReport": "check",
     "Engine": "choice",
+    "Clone": "cloning",
+    "clone": "cloning",
     "Monitor": "connection",
     "Vm": "handle",
     "connect": "handle",
+    "Mode": "request",
+    "RestoredVm": "restoring",
+    "RestoreReport": "restoring",
+    "restore": "restoring",
     "Then": "save",
     "VmSaveReport": "save",
 }

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from pyqmigrate.vm.guest import Guest
 
-__all__ = ["Way", "missed_devices", "why_no_migration"]
+__all__ = ["Way", "missed_devices", "why_no_migration", "why_no_migration_now"]
 
 
 class Way(StrEnum):
@@ -84,10 +84,17 @@ def why_no_migration(guest: Guest) -> str | None:
     """Why this guest cannot be saved at all now, whoever writes the pages; None if it can."""
     if guest.blocked_reasons:
         return "QEMU refuses to migrate this guest: " + "; ".join(guest.blocked_reasons)
+    if not guest.blocks:
+        return "the guest has no memory (a machine without RAM)"
     if guest.run_state == "inmigrate":
         return "the guest is not there yet: this QEMU waits for an incoming migration"
-    if guest.migration_status in _UNDER_WAY:
-        return f"a migration of this guest is under way (status {guest.migration_status})"
+    return why_no_migration_now(guest.migration_status)
+
+
+def why_no_migration_now(status: str) -> str | None:
+    """Why a QEMU whose ``query-migrate`` has this status takes no other migration, or None."""
+    if status in _UNDER_WAY:
+        return f"a migration of this guest is under way (status {status})"
     return None
 
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyqmigrate.errors import NotSupported, QemuError
+from pyqmigrate.errors import GuestMemoryError, NotSupported, QemuError, UsageError
+from pyqmigrate.spelling import choice as spelled
 from pyqmigrate.vm.choice import Choice, Engine, choose_engine
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.disks import Disk, restore_needs
-from pyqmigrate.vm.estimate import DiskRate, Estimate, estimate, measure_rate
+from pyqmigrate.vm.disks import Disk, prepare, restore_needs
+from pyqmigrate.vm.estimate import Basis, DiskRate, Estimate, estimate, measure_rate
 from pyqmigrate.vm.guest import Guest, GuestBlock, look
+from pyqmigrate.vm.plan import Plan, make_plan
+from pyqmigrate.vm.settings import UsedSetting
+from pyqmigrate.writer import Sparse
 
 __all__ = ["CheckReport", "check"]
-
-_SPARE = 16 << 20  # headers, bitmaps of a guest of some size, device state
-_BITS_A_BITMAP_BYTE = 8
 
 # What QEMU refuses together with mapped-ram, or what breaks a save to a file. Seen on 10.0.2 and
 # 11.1.3.
@@ -46,11 +47,15 @@ _PARAMETERS = {
 class CheckReport:
     """What a save would do. Sizes in bytes.
 
-    ``choice`` is None when the guest cannot be saved, and ``blockers`` then say why.
-    ``estimate`` is of the memory's data, ``need`` of the disk that the file takes. ``disk`` is
-    None when no ``directory`` was given. ``warnings`` are settings that QEMU has now and that
+    ``choice`` and ``plan`` are None when the guest cannot be saved, and ``blockers`` then say why.
+    ``estimate`` is of the memory's data, ``need`` of the disk that the file takes at most.
+    ``settings`` are those of QEMU's that the save would change for its time, ``notes`` what its
+    report would say besides. ``disk`` is None when no ``directory`` was given; the settings are
+    then those of a disk with direct I/O. ``warnings`` are settings that QEMU has now and that
     would hurt a save which did not change them. ``disk_needs`` are sentences on what a restore
-    needs of the writable ``disks`` when the guest goes on after the save.
+    needs of the writable ``disks`` when the guest goes on after the save; ``disks_along`` is
+    whether snapshots of them can be taken at the same instant (``with_disks``), None where there
+    are no writable disks, and ``why_no_disks`` says why not.
     """
 
     version: tuple[int, int, int]
@@ -60,6 +65,9 @@ class CheckReport:
     total_ram: int
     blocks: tuple[GuestBlock, ...]
     choice: Choice | None
+    plan: Plan | None
+    settings: Mapping[str, UsedSetting]
+    notes: tuple[str, ...]
     blockers: tuple[str, ...]
     warnings: tuple[str, ...]
     estimate: Estimate
@@ -68,18 +76,20 @@ class CheckReport:
     disk: DiskRate | None
     disks: tuple[Disk, ...]
     disk_needs: tuple[str, ...]
+    disks_along: bool | None
+    why_no_disks: str
 
     @property
     def fits(self) -> bool | None:
         """Whether the file fits in the directory; None where that is not known."""
-        if self.disk is None or self.disk.free is None:
-            return None
-        return self.need <= self.disk.free
+        return None if self.plan is None else self.plan.fits
 
     @property
     def seconds(self) -> float | None:
         """How long the writing takes at the rate of the probe; None where there is no rate."""
-        return self.need / self.disk.rate if self.disk is not None and self.disk.rate else None
+        if self.plan is None or self.disk is None or not self.disk.rate:
+            return None
+        return self.plan.seconds(self.estimate.data, self.disk.rate)
 
     @property
     def possible(self) -> bool:
@@ -89,25 +99,33 @@ class CheckReport:
 
 async def check(
     monitor: Monitor, directory: str | os.PathLike[str] | None = None, *,
-    engine: str = "auto", live: bool = False,
+    engine: str = "auto", live: bool = False, sparse: Sparse | str = Sparse.AUTO,
 ) -> CheckReport:
-    """Say what a save into ``directory`` would do, with ``engine`` and ``live`` as for a save.
+    """Say what a save into ``directory`` would do; the other arguments are those of a save.
 
     QEMU gets queries only; the directory gets 64 MiB in a file without a name, which is gone
     afterwards. Raises QemuError when QEMU does not answer, TargetError when the directory cannot
     be written to, UsageError for an engine that there is not.
     """
+    policy = spelled(Sparse, sparse, "sparse")
     with await look(monitor) as guest:
         choice: Choice | None = None
+        plan: Plan | None = None
         blockers: list[str] = []
-        try:
-            choice = choose_engine(guest, engine=engine, live=live)
-        except (NotSupported, QemuError) as error:
-            blockers.append(str(error))
-        guessed = await asyncio.to_thread(estimate, guest)
         where = None if directory is None else Path(directory)
         disk = None if where is None else await asyncio.to_thread(measure_rate, where)
-        need = guessed.data + _bitmaps(guest) + _SPARE
+        guessed: Estimate | None = None
+        try:
+            choice = choose_engine(guest, engine=engine, live=live)
+            plan = await asyncio.to_thread(_plan, guest, choice, policy, live, disk)
+            guessed = _counted(guest, plan)
+        except (NotSupported, QemuError, GuestMemoryError) as error:
+            choice = None
+            blockers.append(str(error))
+        if guessed is None:
+            guessed = await asyncio.to_thread(estimate, guest)
+        why_no_disks = _why_no_disks(guest, where)
+        writable = any(one.writable for one in guest.disks)
         return CheckReport(
             version=guest.version,
             pid=guest.pid,
@@ -116,20 +134,46 @@ async def check(
             total_ram=guest.total_ram,
             blocks=guest.blocks,
             choice=choice,
+            plan=plan,
+            settings={} if plan is None else plan.changes.used(),
+            notes=() if plan is None else plan.notes,
             blockers=tuple(blockers),
             warnings=tuple(_warnings(guest, choice, disk)),
             estimate=guessed,
-            need=need,
+            need=guessed.data if plan is None else plan.need_of(guessed.data),
             directory=where,
             disk=disk,
             disks=guest.disks,
             disk_needs=tuple(restore_needs(guest.disks, resumed=guest.running)),
+            disks_along=not why_no_disks if writable else None,
+            why_no_disks=why_no_disks if writable else "",
         )
 
 
-def _bitmaps(guest: Guest) -> int:
-    page = 1 << (guest.target_page_bits or 12)
-    return guest.total_ram // page // _BITS_A_BITMAP_BYTE
+def _plan(
+    guest: Guest, choice: Choice, sparse: Sparse, live: bool, disk: DiskRate | None
+) -> Plan:
+    return make_plan(
+        guest, choice, channels=2, direct=disk is None or disk.direct_io, sparse=sparse, live=live,
+        with_disks=False, free=None if disk is None else disk.free,
+    )
+
+
+def _counted(guest: Guest, plan: Plan) -> Estimate | None:
+    """What the decision rested on, if pages were counted for it."""
+    if plan.data is None:
+        return None
+    unseen = any(block.memory is None for block in guest.blocks)
+    return Estimate(plan.data, Basis.BOUND if unseen else Basis.COUNTED)
+
+
+def _why_no_disks(guest: Guest, directory: Path | None) -> str:
+    """Why snapshots of the disks cannot be taken along, or nothing."""
+    try:
+        prepare(guest, (directory or Path()) / "snapshot")
+    except (NotSupported, UsageError) as error:
+        return str(error)
+    return ""
 
 
 def _warnings(guest: Guest, choice: Choice | None, disk: DiskRate | None) -> Iterator[str]:

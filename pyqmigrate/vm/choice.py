@@ -82,6 +82,8 @@ def _against(guest: Guest, way: Way) -> list[str]:
     rest = guest.total_ram - sum(block.length for block in skipped)
     if guest.run_state == "postmigrate":
         missed.append(_POSTMIGRATE)
+    if guest.run_state == "suspended":
+        missed.append(_SUSPENDED)
     if not skipped:
         missed.append("x-ignore-shared leaves nothing out: no RAM is a shared memory-backend-file")
     elif rest > _LARGEST_REST:
@@ -122,6 +124,8 @@ def _by_qemu(guest: Guest, refused: tuple[str, ...]) -> Choice:
         raise NotSupported(f"this QEMU ({version}) has no mapped-ram: 9.0 or newer has")
     if guest.run_state == "postmigrate":
         raise NotSupported("; ".join((_POSTMIGRATE, *refused)))
+    if guest.run_state == "suspended":
+        raise NotSupported("; ".join(dict.fromkeys((_SUSPENDED, *refused))))
     why = "engine direct is not possible" if refused else "it was asked for"
     if not guest.running:
         why += _ending(guest)
@@ -129,6 +133,11 @@ def _by_qemu(guest: Guest, refused: tuple[str, ...]) -> Choice:
 
 
 _POSTMIGRATE = "QEMU migrates a guest in postmigrate no second time: let it run first (cont)"
+# QEMU 10.0.2: "invalid runstate transition: 'postmigrate' -> 'suspended'", and it aborts.
+_SUSPENDED = (
+    "QEMU dies when a guest that was migrated in its sleep is to go on: wake it first "
+    "(system_wakeup)"
+)
 
 
 def _ending(guest: Guest) -> str:

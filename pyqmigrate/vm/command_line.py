@@ -14,13 +14,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.uri import parse_size
 
-__all__ = ["CommandLine", "Option", "escape", "is_on", "join_properties", "read_ram_size"]
+__all__ = [
+    "CommandLine", "Option", "escape", "flatten", "is_on", "join_properties", "read_ram_size",
+]  # fmt: skip
 
 # Options that take no value. Every other one takes the next word, whatever it looks like.
 _SWITCHES = frozenset({
@@ -32,6 +34,7 @@ _SWITCHES = frozenset({
     "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach",
     "xen-domid-restrict",
 })  # fmt: skip
+_QEMU = re.compile(r"(^|/)qemu-(system-[^/\s]+|kvm)$")
 _SAME = {"M": "machine", "nodefconfig": "no-user-config"}
 
 
@@ -44,6 +47,7 @@ class Option:
 
     name: str
     value: str | None = None
+    word: str | None = field(default=None, compare=False)  # how the name was written
 
     def properties(self, implied: str | None = None) -> dict[str, str]:
         """The value as keys and texts; ``implied`` is the key that the first may leave out.
@@ -72,13 +76,33 @@ class Option:
             data = json.loads(text)
         except ValueError as error:
             raise UsageError(f"-{self.name} {text!r} is not JSON: {error}") from error
-        return dict(_flatten("", data)) if isinstance(data, dict) else {}
+        return dict(flatten("", data)) if isinstance(data, dict) else {}
+
+    def listed(self, key: str) -> list[str]:
+        """All values of a key that may have several: repeated in a list of properties, a JSON list.
+
+        :meth:`properties` has the last of the one, and ``key.0``, ``key.1`` of the other.
+        """
+        text = self.value or ""
+        if text.lstrip().startswith("{"):
+            found = dict(self._from_json(text))
+            return [value for name, value in found.items()
+                    if name == key or re.fullmatch(rf"{re.escape(key)}\.\d+", name)]
+        items = (item.partition("=") for item in _split(text))
+        return [value for name, equals, value in items if equals and name == key]
+
+    def with_property(self, key: str, on: bool) -> Self:
+        """With a switch set, whatever it was, and all else as it is written."""
+        text = self.value or ""
+        if text.lstrip().startswith("{"):
+            return replace(self, value=json.dumps(json.loads(text) | {key: on}))
+        return replace(self, value=f"{text},{key}={'on' if on else 'off'}")  # the last one wins
 
     def words(self) -> list[str]:
         """As words of a command line."""
         if not self.name:
             return [self.value or ""]
-        return [f"-{self.name}", *([] if self.value is None else [self.value])]
+        return [self.word or f"-{self.name}", *([] if self.value is None else [self.value])]
 
     def __str__(self) -> str:
         return " ".join(self.words())
@@ -86,10 +110,14 @@ class Option:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A program and its options, in order: later ones win."""
+    """A program and its options, in order: later ones win.
+
+    ``before`` are the words of a program that starts it: ``numactl --membind=0 qemu-system-...``.
+    """
 
     program: str
     options: tuple[Option, ...]
+    before: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Self:
@@ -99,7 +127,9 @@ class CommandLine:
                 "the command line of the VM starts with the program: qemu-system-x86_64 ..."
             )
         options = []
-        rest = iter(words[1:])
+        # A program of another name, which starts QEMU by itself, comes first.
+        at = next((n for n, word in enumerate(words) if _QEMU.search(word)), 0)
+        rest = iter(words[at + 1 :])
         for word in rest:
             if not word.startswith("-") or word == "-":
                 options.append(Option("", word))
@@ -107,16 +137,17 @@ class CommandLine:
             name = word[2:] if word.startswith("--") else word[1:]
             name = _SAME.get(name, name)
             if name in _SWITCHES:
-                options.append(Option(name))
+                options.append(Option(name, word=word))
                 continue
             value = next(rest, None)
             if value is None:
                 raise UsageError(f"the command line of the VM ends with {word}, without its value")
-            options.append(Option(name, value))
-        return cls(words[0], tuple(options))
+            options.append(Option(name, value, word))
+        return cls(words[at], tuple(options), tuple(words[:at]))
 
     def argv(self) -> list[str]:
-        return [self.program, *(word for option in self.options for word in option.words())]
+        words = (word for option in self.options for word in option.words())
+        return [*self.before, self.program, *words]
 
     def has(self, name: str) -> bool:
         return any(option.name == name for option in self.options)
@@ -136,23 +167,24 @@ class CommandLine:
 
     def without(self, *names: str) -> Self:
         kept = tuple(option for option in self.options if option.name not in names)
-        return type(self)(self.program, kept)
+        return replace(self, options=kept)
 
     def replaced(self, changes: Mapping[Option, Option]) -> Self:
         """Each option that is a key, by its value, in the same place."""
         options = tuple(changes.get(option, option) for option in self.options)
-        return type(self)(self.program, options)
+        return replace(self, options=options)
 
     def with_options(self, *options: Option) -> Self:
-        return type(self)(self.program, (*self.options, *options))
+        return replace(self, options=(*self.options, *options))
 
     def filled_in(self, number: int) -> Self:
         """With every ``{n}`` replaced by ``number``."""
         options = (
-            Option(option.name, option.value and option.value.replace("{n}", str(number)))
+            replace(option, value=option.value and option.value.replace("{n}", str(number)))
             for option in self.options
         )
-        return type(self)(self.program, tuple(options))
+        before = tuple(word.replace("{n}", str(number)) for word in self.before)
+        return replace(self, options=tuple(options), before=before)
 
 
 def escape(value: str) -> str:
@@ -187,14 +219,14 @@ def _split(text: str) -> list[str]:
     return [piece.replace(",,", ",") for piece in pieces]
 
 
-def _flatten(front: str, value: object) -> Iterable[tuple[str, str]]:
-    """``{"a": {"b": 1}}`` as ``a.b=1``, the way of option lists."""
+def flatten(front: str, value: object) -> Iterable[tuple[str, str]]:
+    """``{"a": {"b": 1}}`` as ``a.b=1``, the way of option lists; ``front`` is put before."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flatten(f"{front}.{key}" if front else str(key), inner)
+            yield from flatten(f"{front}.{key}" if front else str(key), inner)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from _flatten(f"{front}.{number}", inner)
+            yield from flatten(f"{front}.{number}", inner)
     elif isinstance(value, bool):
         yield front, "on" if value else "off"
     else:

@@ -32,6 +32,7 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
 __all__ = ["GREETING_TIMEOUT", "Monitor"]
 
 GREETING_TIMEOUT = 5.0  # seconds; a QEMU whose monitor is free greets at once
+_QUEUE_FULL = 0.02  # seconds before another attempt to connect
 _ANSWER_TIMEOUT = 60.0  # seconds; QEMU answers while it migrates, but may wait for a disk
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
@@ -62,22 +63,22 @@ class Monitor:
         client at a time.
         """
         where = Path(path)
-        async with asyncio.timeout(timeout):
-            connection = await _open(where)
+        deadline = asyncio.get_running_loop().time() + timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                connection = await _open(where)
+        except TimeoutError as error:
+            raise _no_greeting(where, timeout) from error
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         pid = _PEER.unpack(credentials)[0] or None
         client = QMPClient(str(where))
         client.logger = _SILENT
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(deadline):
                 await client.connect(connection)
         except TimeoutError as error:
             connection.close()
-            raise QemuError(
-                f"no greeting from the monitor {where} within {timeout:g} s: another client holds "
-                "it (a monitor serves one at a time), or QEMU hangs; end that client, or give QEMU "
-                "a second -qmp socket"
-            ) from error
+            raise _no_greeting(where, timeout) from error
         except (QMPError, OSError, EOFError) as error:
             connection.close()
             raise QemuGone(f"the monitor {where} is not QMP, or hung up: {error}") from error
@@ -157,15 +158,27 @@ class Monitor:
         await self.execute("remove-fd", {"fdset-id": fdset_id})
 
 
+def _no_greeting(path: Path, seconds: float) -> QemuError:
+    return QemuError(
+        f"no greeting from the monitor {path} within {seconds:g} s: another client holds it (a "
+        "monitor serves one at a time), or QEMU hangs; end that client, or give QEMU a second "
+        "-qmp socket"
+    )
+
+
 async def _open(path: Path) -> socket.socket:
     """A connected, non-blocking socket; a path of any length."""
-    loop = asyncio.get_running_loop()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.setblocking(False)
     directory = -1
     try:
         directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        await loop.sock_connect(connection, f"/proc/self/fd/{directory}/{path.name}")
+        while True:
+            try:
+                connection.connect(f"/proc/self/fd/{directory}/{path.name}")
+                break
+            except BlockingIOError:  # others wait before us, as many as may; asyncio connects not
+                await asyncio.sleep(_QUEUE_FULL)
     except OSError as error:
         connection.close()
         raise QemuError(f"cannot connect to the monitor {path}: {error.strerror}") from error

@@ -67,8 +67,10 @@ def sample(guest: Guest) -> Contents | None:
 
 
 def _sample_block(name: str, memory: Memory, length: int, count: int) -> Contents:
-    size = min(_SAMPLE, length // count // _PAGE * _PAGE)
-    step = length // count // _PAGE * _PAGE
+    chunk = _core.lib.QM_CHUNK  # where the core can begin
+    step = max(length // count // chunk, 1) * chunk
+    count = min(count, length // step)
+    size = min(_SAMPLE, step)
     attached = attach(RamBlock(name, memory), writable=False)
     bitmap = Bitmap(length // _PAGE)
     try:

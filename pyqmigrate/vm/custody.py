@@ -1,14 +1,20 @@
 """A guest in our hands: found in some state, and put back into it whatever happens.
 
-    async with Custody(monitor, guest, changes, target) as custody:
-        await custody.apply()
-        ...
-        await custody.end(resume=True)
+    async with Custody(monitor, guest, "/snap/guest.mapped") as custody:
+        async with custody.opened(DirectIO.AUTO) as target:
+            await custody.apply(changes)
+            await custody.migrate(path)
+            ...
+            await custody.resume()
+            await custody.end(resume=True)
 
-Leaving it without having called :meth:`Custody.end` puts everything back: a migration under way
-is cancelled, settings are what they were, the descriptors that QEMU was given are removed, the
-guest runs if it ran, and its disks are the files that they were. The same is done by a guardian
-process if this one is killed (:mod:`pyqmigrate.vm.guardian`).
+Leaving it without having called :meth:`Custody.end` puts everything back: a migration that was
+begun here is cancelled, settings are what they were, the descriptors that QEMU was given are
+removed, the guest runs if it ran, and its disks are the files that they were. The same is done by a
+guardian process if this one is killed (:mod:`pyqmigrate.vm.guardian`).
+
+Others may have monitors, too. What they do to the guest meanwhile is not undone: what is done here
+is written down just before (:class:`pyqmigrate.vm.guardian.Did`).
 """
 
 from __future__ import annotations
@@ -18,58 +24,64 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncIterator, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
-from pyqmigrate.io.target import OutputTarget
-from pyqmigrate.vm import guardian
+from pyqmigrate.io.target import DirectIO, OutputTarget, followed
+from pyqmigrate.vm import disks, guardian
+from pyqmigrate.vm.blockers import why_no_migration_now
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import DiskPlan
+from pyqmigrate.vm.guardian import Did
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.settings import Changes
-from pyqmigrate.vm.unbroken import unbroken
+from pyqmigrate.vm.unbroken import owned, unbroken
 
 __all__ = ["Custody", "drive"]
 
 T = TypeVar("T")
 
 _PATIENCE = 120.0  # seconds for QEMU to end what it was told to cancel
+_OTHERS = 100  # moments for a migration of somebody else's
 
 
 class Custody:
-    """``changes`` are made by :meth:`apply`; ``target`` is the file that is being written, and
-    ``plan`` has the snapshots of disks that are taken along.
+    """``snapshot`` is the path of the file that is to be written, and ``plan`` has the snapshots
+    of disks that are taken along.
 
     ``trouble`` is what could not be put back, in QEMU's words. Once the snapshot has its name, set
     ``published``: its disks are not touched any more.
     """
 
     def __init__(
-        self, monitor: Monitor, guest: Guest, changes: Changes, target: OutputTarget,
-        plan: DiskPlan | None = None,
+        self, monitor: Monitor, guest: Guest, snapshot: str, plan: DiskPlan | None = None
     ) -> None:
         self.monitor = monitor
-        self.changes = changes
+        self.guest = guest
         self.trouble: list[str] = []
         self.published = False
         self._token = f"pyqmigrate-{secrets.token_hex(8)}"
-        self._target = target
+        self._snapshot = snapshot
+        self._plan = plan
         self._guardian: subprocess.Popen[bytes] | None = None
+        self._news: socket.socket | None = None
         self._finding: dict[str, Any] = {
             "monitor": os.fspath(Path(monitor.path).absolute()),
+            "pid": guest.pid,
+            "snapshot": os.path.abspath(snapshot),  # noqa: PTH100
             "token": self._token,
             "resume": guest.running,
-            "capabilities": {n: change.before for n, change in changes.capabilities.items()},
-            "parameters": {
-                **changes.touched, **{n: c.before for n, c in changes.parameters.items()}
-            },
-            "directory": os.path.realpath(Path(target.name).parent),
-            "file": target.fd,
+            "did": [],
+            "capabilities": {},
+            "parameters": {},
+            "directory": os.path.realpath(followed(snapshot).parent),
+            "file": False,
             "disks": [] if plan is None else [overlay.finding() for overlay in plan.overlays],
             "record": "" if plan is None else os.path.abspath(plan.record),  # noqa: PTH100
         }
@@ -94,19 +106,82 @@ class Custody:
                 for sentence in self.trouble:
                     error.add_note(f"({sentence}) ")
 
-    async def apply(self) -> None:
-        """Change the settings. QemuRefused when QEMU does not take one: then none of its kind."""
+    @contextlib.asynccontextmanager
+    async def opened(self, direct_io: DirectIO) -> AsyncIterator[OutputTarget]:
+        """The file to write, unfinished; gone afterwards unless it was published."""
+        opening = asyncio.to_thread(
+            OutputTarget.open, self._snapshot, direct_io, mark=self._token
+        )
+        target = await owned(opening, OutputTarget.abort)
+        try:
+            self._tell(file=True, fds=(target.fd,))
+            yield target
+        finally:
+            target.abort()
+
+    async def apply(self, changes: Changes) -> None:
+        """Change settings. QemuRefused when QEMU does not take one: then none of its kind."""
         if self._guardian is None or self._guardian.poll() is not None:
             raise QemuError("the guardian process ended by itself")
-        if self.changes.parameters:
-            wanted = {name: change.after for name, change in self.changes.parameters.items()}
+        # Another monitor's client may have begun one since the guest was looked at.
+        status = (await self.monitor.execute("query-migrate")).get("status", "none")
+        if (why_not := why_no_migration_now(str(status))) is not None:
+            raise QemuError(why_not)
+        self._tell(
+            capabilities={name: change.before for name, change in changes.capabilities.items()},
+            parameters={
+                **changes.touched, **{n: change.before for n, change in changes.parameters.items()}
+            },
+        )  # fmt: skip
+        if changes.parameters or changes.capabilities:
+            self._note(Did.SETTINGS)
+        if changes.parameters:
+            wanted = {name: change.after for name, change in changes.parameters.items()}
             await self.monitor.execute("migrate-set-parameters", wanted)
-        if self.changes.capabilities:
+        if changes.capabilities:
             entries = [
                 {"capability": name, "state": change.after}
-                for name, change in self.changes.capabilities.items()
+                for name, change in changes.capabilities.items()
             ]
             await self.monitor.execute("migrate-set-capabilities", {"capabilities": entries})
+
+    async def take_disks(self) -> None:
+        """Take the snapshots of disks that were planned, all or none."""
+        if self._plan is not None:
+            self._note(Did.DISKS)
+            await disks.take(self.monitor, self._plan)
+
+    async def stop(self) -> None:
+        """Let the guest stand still."""
+        self._note(Did.STOPPED)
+        await self.monitor.execute("stop")
+
+    async def migrate(self, path: str) -> None:
+        """Begin to migrate to the file ``path``. QemuRefused when QEMU does not, as it does when
+        somebody else was faster."""
+        self._note(Did.SETTINGS, Did.MIGRATING)
+        try:
+            await self.monitor.execute("migrate", {"uri": f"file:{path}"})
+        except QemuRefused:
+            self._note(without=(Did.MIGRATING,))
+            raise
+
+    def migrated(self) -> None:
+        """The migration that was begun here has ended, well or not."""
+        self._note(Did.MIGRATED, without=(Did.MIGRATING,))
+
+    async def resume(self) -> None:
+        """Let the guest go on. QemuError when it is not here that it was made to stand."""
+        state = (await self.monitor.execute("query-status"))["status"]
+        did = set(self._finding["did"])
+        if state == "postmigrate" and not did & {Did.MIGRATING, Did.MIGRATED} and (
+            self.guest.run_state != state
+        ):
+            raise QemuError(
+                "somebody else has migrated the guest meanwhile: it may run elsewhere by now"
+            )
+        await self.monitor.execute("cont")
+        self._note(without=(Did.STOPPED, Did.MIGRATED))
 
     @contextlib.asynccontextmanager
     async def lent(self, fds: Mapping[str, int]) -> AsyncIterator[str]:
@@ -116,6 +191,7 @@ class Custody:
         looks for a descriptor in vain is the end of QEMU 10.0.2.
         """
         number: int | None = None
+        self._note(Did.LENT)
         for name, fd in fds.items():
             number = await self.monitor.add_fd(
                 fd, fdset_id=number, opaque=f"{self._token} {name}"
@@ -126,6 +202,9 @@ class Custody:
     async def end(self, *, resume: bool | None = None) -> None:
         """Put everything back and dismiss the guardian; ``resume``: whether the guest is to run,
         None for whether it ran. Cannot be interrupted halfway, and may be repeated.
+
+        The guardian stays while a migration of somebody else's is under way, to put settings back
+        when that has ended; ``trouble`` says so.
 
         Raises QemuGone when QEMU is no more, QemuError when it does not do what it is told.
         """
@@ -140,27 +219,55 @@ class Custody:
             self._let_go()
 
     async def _put_back(self, resume: bool | None) -> None:
-        steps = guardian.put_back(self._finding, resume=resume, published=self.published)
-        self.trouble += await drive(self.monitor, steps)
-        await self._dismiss()
+        if resume is not None:
+            self._tell(resume=resume)
+        steps = guardian.put_back(
+            self._finding, resume=resume, published=self.published, patience=_OTHERS
+        )
+        try:
+            self.trouble += await drive(self.monitor, steps)
+        except guardian.Busy:
+            self.trouble.append(
+                "somebody else's migration of this guest is under way: a guardian process waits "
+                "for its end to put the settings back"
+            )
+            self._tell(did=[Did.SETTINGS], disks=[])
+        else:
+            await self._dismiss()
 
     def _start_guardian(self) -> None:
-        """It holds the unfinished file open, and gets neither our signals nor our terminal."""
-        command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid())]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
-            pass_fds=[self._target.fd],
-        )  # fmt: skip
-        self._guardian = process
+        """It gets neither our signals nor our terminal."""
+        command = [
+            sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), self._snapshot
+        ]  # fmt: skip
+        ours, its = socket.socketpair()
+        with its:
+            self._guardian = subprocess.Popen(
+                command, stdin=its.fileno(), stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+            )  # fmt: skip
+        self._news = ours
         self._say(json.dumps(self._finding))
 
-    def _say(self, line: str) -> None:
-        assert self._guardian is not None and self._guardian.stdin is not None
+    def _note(self, *done: str, without: Collection[str] = ()) -> None:
+        """What is done to QEMU; said before it is done, and taken back when it is undone."""
+        did = [word for word in self._finding["did"] if word not in without]
+        self._tell(did=[*did, *(word for word in done if word not in did)])
+
+    def _tell(self, *, fds: Sequence[int] = (), **news: Any) -> None:
+        self._finding |= news
+        if self._guardian is not None:
+            # Should it have died, the guest is best served by going on.
+            with contextlib.suppress(QemuError):
+                self._say(json.dumps(news), fds)
+
+    def _say(self, line: str, fds: Sequence[int] = ()) -> None:
+        assert self._news is not None
+        text = line.encode() + b"\n"
         try:
-            self._guardian.stdin.write(line.encode() + b"\n")
-            self._guardian.stdin.flush()
-        except BrokenPipeError as error:
+            sent = socket.send_fds(self._news, [text], fds) if fds else 0
+            self._news.sendall(text[sent:])
+        except (BrokenPipeError, ConnectionResetError) as error:
             raise QemuError("the guardian process ended by itself") from error
 
     async def _dismiss(self) -> None:
@@ -174,10 +281,9 @@ class Custody:
 
     def _let_go(self) -> None:
         """Without a word before, the guardian goes to work when the monitor is free."""
-        process, self._guardian = self._guardian, None
-        if process is not None and process.stdin is not None:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
+        self._guardian = None
+        if self._news is not None:
+            self._news.close()
 
 
 async def drive(monitor: Monitor, steps: Generator[guardian.Step, Any, T]) -> T:

@@ -19,12 +19,13 @@ from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
-from pyqmigrate.save import SaveReport, Sparse, Writer
+from pyqmigrate.saving import SaveReport, Sparse, Writer
 from pyqmigrate.vm.blockers import Way
 from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.device_state import DeviceState, read_devices, read_migrated
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
+from pyqmigrate.vm.settings import Changes
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 
 __all__ = ["save_by_us"]
@@ -39,6 +40,7 @@ async def save_by_us(
     guest: Guest,
     way: Way,
     target: OutputTarget,
+    changes: Changes,
     *,
     channels: int,
     sparse: Sparse,
@@ -51,10 +53,9 @@ async def save_by_us(
 
     The file is durable when this returns. Raises QemuError, NotSupported when QEMU turns out to
     write something that the snapshot could not have, GuestMemoryError, TargetError, Cancelled.
-    ``custody`` puts back what is changed here, also then.
+    ``custody`` makes the ``changes``, and puts back what is changed here, also then.
     """
-    monitor = custody.monitor
-    await custody.apply()
+    await custody.apply(changes)
     stopped = time.monotonic()
     if way is Way.IGNORE_SHARED:
         state = await _migrated(custody, guest, at_instant)
@@ -68,7 +69,7 @@ async def save_by_us(
         if job.done():
             job.result()  # raises what went wrong
         if resume:
-            await monitor.execute("cont")
+            await custody.resume()
             if guest.running:
                 downtime = time.monotonic() - stopped
         report = await asyncio.to_thread(job.result)
@@ -87,7 +88,7 @@ async def _migrated(custody: Custody, guest: Guest, at_instant: AtInstant | None
     elsewhere = [block.name for block in guest.blocks if block.file_backed]
     with _memory_file() as (written, read):
         async with custody.lent({"device-state": written}) as path:
-            await migrate(custody.monitor, path, at_instant=at_instant, pause=guest.running)
+            await migrate(custody, path, at_instant=at_instant, pause=guest.running)
         return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=elsewhere)
 
 
@@ -96,7 +97,7 @@ async def _devices_only(
 ) -> DeviceState:
     monitor = custody.monitor
     if guest.running:
-        await monitor.execute("stop")
+        await custody.stop()
     if at_instant is not None:
         await at_instant()
     with _memory_file() as (written, read):

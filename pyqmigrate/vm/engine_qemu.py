@@ -17,6 +17,7 @@ from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.lend import opened_for_qemu
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
 from pyqmigrate.vm.run_state import set_run_state
+from pyqmigrate.vm.settings import Changes
 
 __all__ = ["save_by_qemu"]
 
@@ -28,17 +29,20 @@ _LONGEST_DOWNTIME = 2_000_000  # ms; the largest that QEMU takes
 async def save_by_qemu(
     custody: Custody,
     target: OutputTarget,
+    changes: Changes,
     *,
+    run_state: str,
     running: bool,
     live: bool,
     resume: bool,
     at_instant: AtInstant | None = None,
     progress: ProgressCallback | None = None,
 ) -> Written:
-    """Let QEMU write into ``target`` and, with ``resume``, let the guest go on.
+    """Let QEMU write into ``target`` and, with ``resume``, let the guest go on. It was found in
+    ``run_state``.
 
     Raises QemuError when the migration fails (QemuGone when QEMU dies, NoSpace), Cancelled,
-    TargetError. ``custody`` puts back what is changed here, also then.
+    TargetError. ``custody`` makes the ``changes``, and puts back what is changed here, also then.
     """
     monitor = custody.monitor
     notes: list[str] = []
@@ -53,22 +57,22 @@ async def save_by_qemu(
 
     with opened_for_qemu(target) as fds:
         async with custody.lent(fds) as path:
-            await custody.apply()
+            await custody.apply(changes)
             stopped = None
             if running and not live:
                 stopped = time.monotonic()
-                await monitor.execute("stop")
+                await custody.stop()
             info = await migrate(
-                monitor, path, at_instant=at_instant, pause=running and live, progress=progress,
+                custody, path, at_instant=at_instant, pause=running and live, progress=progress,
                 watch=shorten if live else None,
             )
             seen = time.monotonic()
             if resume:
-                await monitor.execute("cont")
+                await custody.resume()
     downtime = None
     if running and resume:
         now = time.monotonic()
         downtime = now - seen + info["downtime"] / 1000 if stopped is None else now - stopped
-    if stopped is not None and not await asyncio.to_thread(set_run_state, target, "running"):
-        notes.append("the snapshot says that the guest was paused, though it ran")
+    if stopped is not None and not await asyncio.to_thread(set_run_state, target, run_state):
+        notes.append(f"the snapshot says that the guest was paused, though it was {run_state}")
     return Written(info["ram"]["transferred"], downtime, tuple(notes))

@@ -1,22 +1,27 @@
 """Puts a guest back as it was found, when the process that was saving it is no more.
 
 This is a program of its own, started by :mod:`pyqmigrate.vm.custody` as ``python -I -S
-guardian.py PID``. On standard input it gets one line of JSON, the *finding*: how the guest was
-found, and what is going to be changed. Then it waits. A second line means that all is well; if
-process PID ends, or closes the pipe, without having said so, the guardian connects to the monitor
-and does what :func:`put_back` says.
+guardian.py PID SNAPSHOT`` (the latter for people who look at a list of processes). Through the
+socket that is its standard input it gets lines of JSON objects, which add up to the *finding*: how
+the guest was found, and what is being done to it, said before it is done. The line ``done`` means
+that all is well; if process PID ends, or closes the socket, without having said so, the guardian
+connects to the monitor and does what :func:`put_back` says.
 
 It imports nothing but the standard library: it must start fast, and work when nothing else does.
 A finding has these keys:
 
 =============  ====================================================================
 monitor        path of the monitor's socket, absolute
-token          in the names of the descriptors that were handed to QEMU
-resume         whether the guest ran
+pid            number of QEMU's process, or null where that is not known
+snapshot       path that the snapshot was to have, absolute
+token          in the names of the descriptors that were handed to QEMU, and in that of the
+               unfinished file, where it has to have one
+resume         whether the guest is to run
+did            a list of what the save has done: see :class:`Did`
 capabilities   QEMU's capabilities that will have been changed: name to former state
 parameters     the same for parameters
 directory      where the snapshot was to be, absolute
-file           number of an inherited descriptor of the unfinished file, or -1
+file           true when the unfinished file is there: its descriptor came with this line
 disks          a list, empty where disks are not snapshotted: objects of ``name``, ``node``
                (the overlay's), ``base`` (the node below), ``base_file``, ``file`` (the overlay
                as QEMU names it) and ``here`` (as we do)
@@ -25,7 +30,8 @@ record         path of the file with the names of the disks, or ""
 
 The overlays stay when the snapshot got its name before the process ended: they are its disks then.
 Otherwise what they hold goes back into the files below, and what cannot go back is never thrown
-away: the guest keeps its overlay, and ``RECORD.left`` says so.
+away: the guest keeps its overlay, and ``RECORD.left`` says so. Without disks ``SNAPSHOT.left`` has
+what could not be put back.
 """
 
 from __future__ import annotations
@@ -41,51 +47,102 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any, TypeAlias
 
-__all__ = ["A_MOMENT", "PARTIAL", "Refused", "Step", "goes_on_in", "put_back", "undo_disks"]
+__all__ = [
+    "A_MOMENT", "PARTIAL", "Busy", "Did", "Refused", "Step", "goes_on_in", "put_back",
+    "undo_disks",
+]  # fmt: skip
 
 PARTIAL = ".partial"  # what the names of unfinished files end in
 _PATIENCE = 600.0  # seconds, for the monitor to become free and the migration to end
 _UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "failing", "wait-unplug"}
+_POSTCOPY = {
+    "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup",
+    "postcopy-device", "colo",
+}  # fmt: skip
 _MAY_BE_CANCELLED = {"active", "pre-switchover", "wait-unplug"}
 _BETWEEN = {"finish-migrate", "save-vm"}
 # Moments: QEMU's time slot for bandwidth; no news for so long; and after so many it must do.
 _ONE_SLOT, _QUIET, _LONGEST_WAIT = 12, 3, 60
 A_MOMENT = 0.01  # seconds
 _CRAWL = {"max-bandwidth": 10_000, "downtime-limit": 0}
-_STOPPED_BY_US = {"postmigrate", "paused"}
 _LONGEST_COMMIT = 6000  # moments; what an overlay has got during one save is not much
 
 Step: TypeAlias = "tuple[str, dict[str, Any] | None] | None"
+
+
+class Did:
+    """What a save has done to a guest and its QEMU, and has not undone yet.
+
+    Another monitor's client may do the same at any time: what is not known to be the save's own is
+    left alone.
+    """
+
+    LENT = "lent"
+    """QEMU was given descriptors."""
+    SETTINGS = "settings"
+    """Settings may be other than they were."""
+    DISKS = "disks"
+    """Snapshots of disks may have been taken."""
+    STOPPED = "stopped"
+    """The guest was told to stop."""
+    MIGRATING = "migrating"
+    """A migration was begun, and may be under way."""
+    MIGRATED = "migrated"
+    """It has ended; if it was successful it left the guest in ``postmigrate``."""
 
 
 class Refused(Exception):
     """QEMU answered a command with an error."""
 
 
+class Busy(Exception):
+    """A migration of somebody else's is under way, and everything but the settings is put back."""
+
+
 def put_back(
-    finding: dict[str, Any], *, resume: bool | None = None, published: bool = False
+    finding: dict[str, Any], *, resume: bool | None = None, published: bool = False,
+    patience: int | None = None,
 ) -> Generator[Step, Any, list[str]]:
     """The commands that leave a guest as it was found: generator of (command, arguments).
 
     None in place of a command means to wait A_MOMENT. The result of each is to be sent in, an
     error thrown in as :class:`Refused`. Returns what could not be done. ``resume`` overrides
     whether the guest is to run; with ``published`` its disks stay as the snapshot needs them.
+    Settings are not changed under a migration of somebody else's; after ``patience`` moments of
+    waiting for its end, Busy is raised.
     """
     trouble: list[str] = []
-    yield from _end_migration(trouble)
+    did = set(finding["did"])
+    if Did.MIGRATING in did:
+        yield from _end_migration(trouble)
+    elif Did.MIGRATED in did:
+        yield from _settled()
     if finding["resume"] if resume is None else resume:
-        yield from _attempt("cont", None, trouble)
-    if finding["capabilities"]:
-        entries = [{"capability": n, "state": s} for n, s in finding["capabilities"].items()]
-        yield from _attempt("migrate-set-capabilities", {"capabilities": entries}, trouble)
-    if finding["parameters"]:
-        yield from _attempt("migrate-set-parameters", finding["parameters"], trouble)
+        yield from _attempt("cont", None, trouble, only_in=_stopped_by(did))
     for entry in (yield "query-fdsets", None):
         if any(finding["token"] in member.get("opaque", "") for member in entry["fds"]):
             yield from _attempt("remove-fd", {"fdset-id": entry["fdset-id"]}, trouble)
     if not published:
         yield from undo_disks(finding, trouble)
+    if Did.SETTINGS not in did:
+        return trouble
+    while (yield "query-migrate", None).get("status") in _UNDER_WAY | _POSTCOPY:
+        if patience is not None and (patience := patience - 1) < 0:
+            raise Busy
+        yield None
+    if finding["capabilities"]:
+        entries = [{"capability": n, "state": s} for n, s in finding["capabilities"].items()]
+        yield from _attempt("migrate-set-capabilities", {"capabilities": entries}, trouble)
+    if finding["parameters"]:
+        yield from _attempt("migrate-set-parameters", finding["parameters"], trouble)
     return trouble
+
+
+def _stopped_by(did: set[str]) -> set[str]:
+    """The run states in which a guest stands because of the save."""
+    if did & {Did.MIGRATING, Did.MIGRATED}:
+        return {"postmigrate", "paused"}
+    return {"paused"} if Did.STOPPED in did else set()
 
 
 def undo_disks(finding: dict[str, Any], trouble: list[str]) -> Generator[Step, Any, None]:
@@ -177,6 +234,10 @@ def _end_migration(trouble: list[str]) -> Generator[Step, Any, None]:
             cancelled = True
             yield from _attempt("migrate_cancel", None, trouble)
         yield None
+    yield from _settled()
+
+
+def _settled() -> Generator[Step, Any, None]:
     while (yield "query-status", None)["status"] in _BETWEEN:
         yield None
 
@@ -197,10 +258,12 @@ def _until_quiet() -> Generator[Step, Any, None]:
 
 
 def _attempt(
-    command: str, arguments: dict[str, Any] | None, trouble: list[str]
+    command: str, arguments: dict[str, Any] | None, trouble: list[str],
+    *, only_in: set[str] | None = None,
 ) -> Generator[Step, Any, None]:
+    """``only_in`` are the run states in which it makes sense."""
     try:
-        if command == "cont" and (yield "query-status", None)["status"] not in _STOPPED_BY_US:
+        if only_in is not None and (yield "query-status", None)["status"] not in only_in:
             return
         yield command, arguments
     except Refused as error:
@@ -215,6 +278,7 @@ class _Monitor:
         self._ids = itertools.count()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         directory, name = os.path.split(path)
+        self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
         try:
             self._socket.connect(f"/proc/self/fd/{fd}/{name}")  # a path of any length
@@ -253,27 +317,57 @@ class _Monitor:
             received += data
 
 
-def _rescue(finding: dict[str, Any]) -> None:
+def _rescue(finding: dict[str, Any], file: int, qemu: _Qemu) -> None:
+    """``file`` is a descriptor of the unfinished file, -1 where that was not opened."""
     deadline = time.monotonic() + _PATIENCE
-    published = _is_published(finding)
-    trouble: list[str] = []
-    while time.monotonic() < deadline:
+    published = _is_published(finding, file)
+    trouble: list[str] | None = None
+    while finding["did"] and trouble is None and time.monotonic() < deadline:
         try:
             trouble = _put_back(finding, deadline, published)
-            break
         except (FileNotFoundError, ConnectionRefusedError):
-            break  # QEMU is gone
+            if not qemu.lives(otherwise=False):
+                break
+            time.sleep(0.2)  # its socket's name is gone, and it is not
         except (OSError, EOFError, ValueError, LookupError, Refused):
             time.sleep(0.2)
     with contextlib.suppress(OSError):
         if (partial := _partial(finding)) is not None:
             os.unlink(partial)  # noqa: PTH108
+    if finding["did"] and trouble is None and qemu.lives(otherwise=time.monotonic() >= deadline):
+        trouble = _not_put_back(finding)
     if not published:
-        with contextlib.suppress(OSError):
-            _leave_word(finding, trouble)
+        _remove_record(finding)
+    overlays = [] if published else _overlays_left(finding)
+    with contextlib.suppress(OSError):
+        place = finding["record"] if overlays else finding["snapshot"]
+        _leave_word(f"{place}.left", [*(trouble or []), *overlays])
 
 
-def _put_back(finding: dict[str, Any], deadline: float, published: bool) -> list[str]:
+class _Qemu:
+    """A process, which is no other when its number is used again."""
+
+    def __init__(self, pid: int | None) -> None:
+        self._gone = False
+        self._fd: int | None = None
+        try:
+            self._fd = None if pid is None else os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._gone = True
+        except OSError:
+            pass  # a kernel without pidfds
+
+    def lives(self, *, otherwise: bool) -> bool:
+        """Whether it does; ``otherwise`` where that cannot be told."""
+        if self._gone or self._fd is None:
+            return otherwise and not self._gone
+        return not select.select([self._fd], [], [], 0)[0]
+
+
+def _put_back(
+    finding: dict[str, Any], deadline: float, published: bool
+) -> list[str] | None:
+    """What could not be done; None when the time was over before."""
     monitor = _Monitor(finding["monitor"], deadline)
     steps = put_back(finding, published=published)
     try:
@@ -285,7 +379,7 @@ def _put_back(finding: dict[str, Any], deadline: float, published: bool) -> list
         return trouble
     finally:
         monitor.close()
-    return []
+    return None
 
 
 def _answer(monitor: _Monitor, steps: Generator[Step, Any, list[str]], step: Step) -> Step:
@@ -299,76 +393,111 @@ def _answer(monitor: _Monitor, steps: Generator[Step, Any, list[str]], step: Ste
     return steps.send(result)
 
 
-def _leave_word(finding: dict[str, Any], trouble: list[str]) -> None:
-    """Nobody is there to be told that a guest goes on in an overlay: it is written down."""
-    _remove_record(finding)
+def _not_put_back(finding: dict[str, Any]) -> list[str]:
+    """What stays as the save made it, in sentences: nobody is there to be told."""
+    did = finding["did"]
+    words = [
+        f"a save of this guest was killed, and the monitor {finding['monitor']} of process "
+        f"{finding['pid'] or 'unknown'} was not to be had for {_PATIENCE:g} s afterwards: what "
+        "follows is for whoever reaches it"
+    ]
+    if Did.MIGRATING in did:
+        words.append("a migration of the save may be under way: query-migrate, migrate_cancel")
+    if _stopped_by(set(did)):
+        state = "run" if finding["resume"] else "stand still"
+        words.append(f"the guest may stand still because of the save; it is to {state} (cont)")
+    if Did.SETTINGS in did:
+        entries = [{"capability": n, "state": s} for n, s in finding["capabilities"].items()]
+        for command, arguments in (
+            ("migrate-set-capabilities", {"capabilities": entries} if entries else {}),
+            ("migrate-set-parameters", finding["parameters"]),
+        ):
+            if arguments:
+                words.append(json.dumps({"execute": command, "arguments": arguments}))
+    if Did.LENT in did:
+        words.append(f"fdsets may have descriptors named {finding['token']}: remove-fd")
+    return words
+
+
+def _overlays_left(finding: dict[str, Any]) -> list[str]:
     left = [
         disk for disk in finding["disks"]
         if os.path.lexists(disk["here"]) or os.path.lexists(disk["file"])
     ]
-    if not left:
+    return [f"disk {goes_on_in(disk)}: if QEMU is gone, start it so" for disk in left]
+
+
+def _leave_word(path: str, lines: list[str]) -> None:
+    """Nobody is there to be told: it is written down."""
+    if not lines:
         return
-    lines = [*trouble, *(f"disk {goes_on_in(disk)}: if QEMU is gone, start it so" for disk in left)]
-    with open(f"{finding['record']}.left", "w", encoding="utf-8") as file:  # noqa: PTH123
+    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
         file.write("".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _is_published(finding: dict[str, Any]) -> bool:
+def _is_published(finding: dict[str, Any], file: int) -> bool:
     """Whether the snapshot has the name that it was to have."""
     try:
-        named = finding["file"] >= 0 and os.fstat(finding["file"]).st_nlink > 0
-        return named and _partial(finding) is None
+        return file >= 0 and os.fstat(file).st_nlink > 0 and _partial(finding) is None
     except OSError:
         return False
 
 
 def _partial(finding: dict[str, Any]) -> str | None:
-    """The path of a file that has a name already, but not its own."""
-    if finding["file"] < 0 or not (info := os.fstat(finding["file"])).st_nlink:
-        return None
+    """The path of the unfinished file, where it has a name already, but not its own."""
     with os.scandir(finding["directory"]) as entries:
         for entry in entries:
-            if entry.name.endswith(PARTIAL) and entry.inode() == info.st_ino:
+            if entry.name.endswith(f".{finding['token']}{PARTIAL}"):
                 return str(entry.path)
     return None
 
 
-def _all_is_well(pid: int) -> tuple[dict[str, Any] | None, bool]:
-    """Wait; the finding, if one came, and whether its process ended well."""
+def _what_was_left(pid: int) -> tuple[dict[str, Any], int, _Qemu] | None:
+    """Wait for the end of the process; None if it said that all is well, or nothing. Otherwise the
+    finding, the descriptor of the unfinished file or -1, and QEMU."""
     received = b""
     poll = select.poll()
     poll.register(0, select.POLLIN)
     process, gone = -1, False
     try:
-        # A child that the process forked may hold the pipe open for ever.
+        # A child that the process forked may hold the socket open for ever.
         process = os.pidfd_open(pid)
         poll.register(process, select.POLLIN)
     except ProcessLookupError:
         gone = True
     except OSError:
-        pass  # a kernel without pidfds: the pipe alone has to tell
+        pass  # a kernel without pidfds: the socket alone has to tell
+    finding: dict[str, Any] = {}
+    file, qemu = -1, _Qemu(None)
+    news = socket.socket(fileno=0)
     while True:
         ready = {fd for fd, _ in poll.poll(0 if gone else None)}
         if 0 in ready:
-            data = os.read(0, 65536)
-            received += data
-            lines = received.split(b"\n")
-            if len(lines) > 2:
-                return None, True
+            try:
+                data, fds, _, _ = socket.recv_fds(news, 65536, 1)
+            except ConnectionError:  # it was killed
+                data, fds = b"", []
+            file = fds[0] if fds else file
+            *lines, received = (received + data).split(b"\n")
+            for line in lines:
+                if line == b"done":
+                    return None
+                if not finding:
+                    qemu = _Qemu(json.loads(line)["pid"])
+                finding |= json.loads(line)
             if data:
                 continue
         elif not gone and process not in ready:
             continue
-        lines = received.split(b"\n")
-        return (json.loads(lines[0]), False) if len(lines) == 2 else (None, False)
+        return (finding, file, qemu) if finding else None
 
 
 def _main() -> None:
-    finding, well = _all_is_well(int(sys.argv[1]))
-    if finding is not None and not well:
-        _rescue(finding)
+    left = _what_was_left(int(sys.argv[1]))
+    if left is not None:
+        _rescue(*left)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from pyqmigrate.errors import QemuRefused
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import Disk, read_disks
-from pyqmigrate.vm.memory_map import Backend, GuestBlock, RamLine, find_memory, parse_ramblock
+from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory
 from pyqmigrate.vm.process import find_process
+from pyqmigrate.vm.ramblock import RamLine, parse_ramblock
+from pyqmigrate.vm.unbroken import owned
 
 __all__ = ["Guest", "GuestBlock", "look"]
 
@@ -42,7 +44,8 @@ class Guest:
     ``version`` is (major, minor, micro). ``pid`` is its process as we number it, ``binary`` what
     that runs; None and empty where it cannot be told. ``machine`` is the full name, as a stream
     carries it (``pc-i440fx-10.0``), ``target`` the architecture (``x86_64``), ``target_page_bits``
-    None where only a stream tells. ``run_state`` is ``query-status``'s, ``migration_status``
+    None where only a stream tells. ``run_state`` is ``query-status``'s; ``running`` is true in
+    ``suspended``, too: such a guest sleeps, and its devices go on. ``migration_status`` is
     ``query-migrate``'s, "none" before the first. ``blocks`` are those that a stream has, in QEMU's
     order, and no others. ``devices`` are pairs of QOM path and type, ``dirty_bitmaps`` of node and
     bitmap, ``commands`` the QMP commands there are.
@@ -104,7 +107,7 @@ async def look(monitor: Monitor) -> Guest:
         "target": target,
         "target_page_bits": _PAGE_BITS.get(target),
         "run_state": str(status["status"]),
-        "running": bool(status["running"]),
+        "running": bool(status["running"]) or status["status"] == "suspended",
         "uuid": str((await monitor.execute("query-uuid"))["UUID"]),
         "capabilities": {entry["capability"]: entry["state"] for entry in capabilities},
         "parameters": await monitor.execute("query-migrate-parameters"),
@@ -124,7 +127,8 @@ async def look(monitor: Monitor) -> Guest:
     backends = await _backends(monitor)
     processors = await monitor.execute("query-cpus-fast")
     threads = {int(processor["thread-id"]) for processor in processors}
-    return await asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer_pid, threads)
+    found = asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer_pid, threads)
+    return await owned(found, Guest.close)
 
 
 def _with_memory(

@@ -57,8 +57,10 @@ class Vm:
 
     async def check(
         self, directory: str | os.PathLike[str] | None = None, *, engine: str = "auto",
-        live: bool = False,
+        live: bool = False, sparse: Sparse | str = Sparse.AUTO,
     ) -> CheckReport:
         """Say what a save into ``directory`` would do; see :func:`pyqmigrate.vm.check.check`."""
         async with await Monitor.connect(self.qmp) as monitor:
-            return await check(monitor, directory, engine=engine, live=live)
+            return await check(
+                monitor, directory, engine=engine, live=live, sparse=sparse
+            )

@@ -15,6 +15,12 @@ from pyqmigrate.vm.launch import Launched
 __all__ = ["NEEDED", "Incoming", "take_in"]
 
 NEEDED = (9, 1, 0)  # descriptors in fdsets, exit-on-error
+# Capabilities that change what an incoming stream is, or how it is taken in.
+_CONTRARY = frozenset({
+    "background-snapshot", "block", "compress", "multifd", "postcopy-blocktime",
+    "postcopy-preempt", "postcopy-ram", "rdma-pin-all", "x-colo", "x-ignore-shared", "xbzrle",
+    "zero-blocks", "zero-copy-send",
+})  # fmt: skip
 _FIRST_POLL = 0.001  # seconds; doubled up to the last
 _LAST_POLL = 0.05
 
@@ -78,12 +84,19 @@ async def take_in(qemu: Launched, incoming: Incoming) -> float:
 async def _configure(qemu: Launched, incoming: Incoming) -> None:
     names = incoming.switched_on()
     states = [{"capability": name, "state": True} for name in names]
+    # Those that the command line switched on (-global migration.x-...), against ours.
+    preset = [
+        one["capability"] for one in await qemu.monitor.execute("query-migrate-capabilities")
+        if one["state"] and one["capability"] in _CONTRARY and one["capability"] not in names
+    ]
+    states += [{"capability": name, "state": False} for name in preset]
     try:
         await qemu.monitor.execute("migrate-set-capabilities", {"capabilities": states})
     except QemuRefused as error:
         version = ".".join(map(str, qemu.monitor.version))
         raise NotSupported(
             f"QEMU {version} does not accept {' with '.join(names)}: {error.desc}"
+            + (f" (the command line switches on {', '.join(preset)})" if preset else "")
         ) from error
     if incoming.channels:
         await qemu.monitor.execute(

@@ -9,23 +9,27 @@ of a machine that was started with ``-m`` alone gets the name that the file has.
 
 from __future__ import annotations
 
+import json
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on, join_properties, read_ram_size
 
-__all__ = ["Mapped", "map_blocks"]
+__all__ = ["Mapped", "block_of", "map_blocks", "memories_of", "memory_backends"]
 
 _BACKEND = "memory-backend-"
 # Devices whose memory is not what it seems: kept in a file of its own, or plugged piece by piece.
 _OWN_MEMORY = ("nvdimm", "virtio-pmem", "virtio-mem", "ivshmem")
 # What a backend may go on to say about its memory when that becomes a mapping of the snapshot.
-_KEPT = ("merge", "dump", "reserve", "host-nodes", "policy")
+_KEPT_SWITCHES = ("merge", "dump", "reserve")
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # QEMU's rule for names that a user gives
+_MOST_NODES = 1 << 10  # of any Linux
 _DROPPED = {
     "mem-path": "-mem-path is left out: memory is mapped from the snapshot",
     "mem-prealloc": "-mem-prealloc is left out: memory comes when it is touched",
@@ -52,18 +56,15 @@ def map_blocks(command: CommandLine, snapshot: Snapshot, fd: int) -> Mapped:
     """
     _check(command, snapshot)
     mapped = Mapped(command)
-    spared = {
-        option.properties("driver").get("memdev")
-        for option in command.all("device")
-        if option.properties("driver").get("driver", "").startswith(_OWN_MEMORY)
-    }
+    spared = memories_of(command)
     changes: dict[Option, Option] = {}
-    for option, properties in _backends(command):
+    for option, properties in memory_backends(command):
         name = properties.get("id", "")
-        block = _block_of(name, snapshot)
+        block = block_of(name, snapshot)
         if block is None or name in spared or is_on(properties.get("readonly")):
             continue
-        changes[option] = _backend(name, block, fd, properties)
+        nodes = _numbers(option.listed("host-nodes"))
+        changes[option] = _backend(name, block, fd, properties, nodes)
         mapped.blocks.append(block.name)
         if is_on(properties.get("prealloc")):
             mapped.notes.append(f"prealloc=on of {name!r} is off: memory comes when it is touched")
@@ -85,6 +86,12 @@ def map_blocks(command: CommandLine, snapshot: Snapshot, fd: int) -> Mapped:
             mapped.notes.append(note)
     if any("virtio-balloon" in (option.value or "") for option in command.options):
         mapped.notes.append("the balloon cannot give mapped memory back to the host")
+    if is_on(command.merged("overcommit").get("mem-lock")):
+        mapped.notes.append("mem-lock=on reads all memory at once, and keeps it")
+    drivers = {option.properties("driver").get("driver", "") for option in command.all("device")}
+    backends = {option.properties("type").get("type") for option in command.all("netdev")}
+    if any(d.startswith(("vfio", "vhost-vdpa")) for d in drivers) or "vhost-vdpa" in backends:
+        mapped.notes.append("a device that is passed through pins all memory: it is read at once")
     return mapped
 
 
@@ -98,8 +105,11 @@ def _check(command: CommandLine, snapshot: Snapshot) -> None:
         if "vhost-user" in (option.value or ""):
             raise NotSupported(f"vhost-user works on shared memory only ({option})")
     for option in command.all("readconfig"):
+        file = Path(option.value or "")
         try:
-            text = Path(option.value or "").read_text(errors="replace")
+            if file.exists() and not file.is_file():  # to read a pipe is to take it from QEMU
+                raise NotSupported(f"{option} is no file, and what it says is QEMU's alone")
+            text = file.read_text(errors="replace")
         except OSError as error:
             raise NotSupported(f"{option} cannot be looked into: {error.strerror}") from error
         if "memory-backend" in text or "[memory]" in text:
@@ -109,14 +119,25 @@ def _check(command: CommandLine, snapshot: Snapshot) -> None:
             raise NotSupported(f"the content of block {block.name!r} is in another file")
 
 
-def _backends(command: CommandLine) -> Iterator[tuple[Option, dict[str, str]]]:
+def memories_of(command: CommandLine, drivers: tuple[str, ...] = _OWN_MEMORY) -> set[str]:
+    """The ids of the backends that belong to a device whose driver starts so."""
+    devices = (option.properties("driver") for option in command.all("device"))
+    return {
+        device["memdev"] for device in devices
+        if "memdev" in device and device.get("driver", "").startswith(drivers)
+    }
+
+
+def memory_backends(command: CommandLine) -> Iterator[tuple[Option, dict[str, str]]]:
+    """The options that make memory backends, with their properties."""
     for option in command.all("object"):
         properties = option.properties("qom-type")
         if properties.get("qom-type", "").startswith(_BACKEND):
             yield option, properties
 
 
-def _block_of(backend: str, snapshot: Snapshot) -> SnapshotBlock | None:
+def block_of(backend: str, snapshot: Snapshot) -> SnapshotBlock | None:
+    """The block whose memory the backend of that id makes."""
     # Machine types up to 4.0 name blocks of some backends by their whole path.
     return snapshot.blocks.get(backend) or snapshot.blocks.get(f"/objects/{backend}")
 
@@ -142,24 +163,50 @@ def _default_block(command: CommandLine, snapshot: Snapshot) -> SnapshotBlock:
             f"{'no' if not found else 'more than one'} RAM block{asked} is the machine's own: "
             f"the file has {[block.name for block in snapshot.blocks.values()]}"
         )
+    if not _ID.fullmatch(found[0].name):
+        raise NotSupported(f"a memory backend cannot have the name of block {found[0].name!r}")
     return found[0]
 
 
-def _backend(name: str, block: SnapshotBlock, fd: int, given: dict[str, str]) -> Option:
+def _backend(
+    name: str, block: SnapshotBlock, fd: int, given: dict[str, str], nodes: Sequence[int] = (),
+) -> Option:
     if block.pages_offset % mmap.PAGESIZE:
         raise NotSupported(
             f"the pages of block {block.name!r} start at {block.pages_offset:#x}, "
             "where nothing can be mapped"
         )
-    properties = {key: given[key] for key in given if key.split(".")[0] in _KEPT} | {
+    properties: dict[str, Any] = {
+        "qom-type": "memory-backend-file",
         "id": name,
-        "size": str(block.length),
+        "size": block.length,
         "mem-path": f"/proc/self/fd/{fd}",
-        "offset": str(block.pages_offset),
-        "share": "off",
-        "readonly": "on",
+        "offset": block.pages_offset,
+        "share": False,
+        "readonly": True,
         "rom": "off",
-        "prealloc": "off",
-        "x-use-canonical-path-for-ramblock-id": "on" if block.name != name else "off",
+        "prealloc": False,
+        "x-use-canonical-path-for-ramblock-id": block.name != name,
     }
-    return Option("object", join_properties("memory-backend-file", properties))
+    properties |= {key: is_on(given[key]) for key in _KEPT_SWITCHES if key in given}
+    if "policy" in given:
+        properties["policy"] = given["policy"]
+    if nodes:
+        properties["host-nodes"] = list(nodes)
+    # As JSON, since a list is not written as key=value by everything that reads that form.
+    return Option("object", json.dumps(properties))
+
+
+def _numbers(texts: Iterable[str]) -> list[int]:
+    """``0``, ``2-4`` and the like, as QEMU has it in lists of numbers."""
+    numbers: list[int] = []
+    for text in texts:
+        first, _, last = text.partition("-")
+        try:
+            chosen = range(int(first), int(last or first) + 1)
+        except ValueError as error:
+            raise UsageError(f"host-nodes={text!r} is no number of a node") from error
+        if not 0 <= chosen.start < chosen.stop <= _MOST_NODES:
+            raise UsageError(f"host-nodes={text!r} are no nodes of a host")
+        numbers += chosen
+    return numbers

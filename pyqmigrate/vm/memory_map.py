@@ -1,7 +1,6 @@
-"""The RAM blocks of a running QEMU, and where their bytes can be read.
+"""Where the bytes of a running QEMU's RAM blocks can be read.
 
-``info ramblock`` names the blocks, with their lengths and addresses. A block without a name is not
-migrated, so it is in no stream. Shared memory is read through the file behind the mapping, private
+Shared memory is read through the file behind the mapping, private
 memory through ``process_vm_readv``, where that is permitted.
 """
 
@@ -9,36 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as Table
 from dataclasses import dataclass
 
-from pyqmigrate.errors import QemuError
 from pyqmigrate.io.memory import FileMemory, Memory
 from pyqmigrate.io.process import ProcessMemory
 from pyqmigrate.vm.process import Mapping, covering, open_mapped, read_mappings
+from pyqmigrate.vm.ramblock import RamLine
 
-__all__ = ["Backend", "GuestBlock", "RamLine", "find_memory", "parse_ramblock"]
-
-_LINE = re.compile(
-    r" *(?P<name>.*?) +(?P<page>\d+ [KMGT]?i?B) +0x[0-9a-f]+ +0x(?P<used>[0-9a-f]+)"
-    r" +0x[0-9a-f]+(?: +0x(?P<host>[0-9a-f]+))?(?: +\S+)* *",
-    re.IGNORECASE,
-)
-_HEAD = re.compile(r"\s*Block Name\s+PSize\s")
-_UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
-
-
-@dataclass(frozen=True)
-class RamLine:
-    """A line of ``info ramblock``; ``length`` is what is used now. Address 0: it tells none."""
-
-    name: str
-    page_size: int
-    length: int
-    host_address: int
+__all__ = ["Backend", "GuestBlock", "find_memory"]
 
 
 @dataclass(frozen=True)
@@ -70,28 +50,6 @@ class GuestBlock:
     file_backed: bool
     backend: str = ""
     why_not: str = ""
-
-
-def parse_ramblock(text: str) -> list[RamLine]:
-    """The named lines of ``info ramblock``, in its order: the blocks that a stream has.
-
-    Raises QemuError for a table of another form: a block overlooked would be a block lost.
-    """
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines or not _HEAD.match(lines[0]):
-        raise QemuError(f"info ramblock has a form that is not known here: {text[:200]!r}")
-    return [parsed for line in lines[1:] if (parsed := _parse_line(line)).name]
-
-
-def _parse_line(line: str) -> RamLine:
-    found = _LINE.fullmatch(line)
-    if found is None:
-        raise QemuError(f"a line of info ramblock is not understood: {line!r}")
-    number, unit = found["page"].split()
-    return RamLine(
-        found["name"], int(number) << _UNITS[unit], int(found["used"], 16),
-        int(found["host"] or "0", 16),
-    )
 
 
 def find_memory(

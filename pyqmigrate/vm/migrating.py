@@ -15,6 +15,7 @@ from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.manifest import Manifest
 from pyqmigrate.status import Status
 from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.unbroken import heed_cancellation
 
 __all__ = ["AtInstant", "ProgressCallback", "Written", "migrate"]
@@ -44,7 +45,7 @@ class Written:
 
 
 async def migrate(
-    monitor: Monitor,
+    custody: Custody,
     path: str,
     *,
     at_instant: AtInstant | None = None,
@@ -60,15 +61,18 @@ async def migrate(
     says, each time it is asked. Raises QemuError when the migration fails, NoSpace when for want
     of space, Cancelled when somebody cancelled it, QemuGone when QEMU ended.
     """
+    monitor = custody.monitor
     if at_instant is not None and not pause:
         await at_instant()
-    await monitor.execute("migrate", {"uri": f"file:{path}"})
+    await custody.migrate(path)
     started = time.monotonic()
     if at_instant is not None and pause:
-        await _wait(monitor, started, progress, watch, until=Status.PRE_SWITCHOVER)
-        await at_instant()
-        await monitor.execute("migrate-continue", {"state": Status.PRE_SWITCHOVER.value})
+        info = await _wait(monitor, started, progress, watch, until=Status.PRE_SWITCHOVER)
+        if info["status"] == Status.PRE_SWITCHOVER:
+            await at_instant()
+            await monitor.execute("migrate-continue", {"state": Status.PRE_SWITCHOVER.value})
     info = await _wait(monitor, started, progress, watch)
+    custody.migrated()
     if info["status"] == Status.CANCELLED:
         raise Cancelled("the migration was cancelled through another monitor")
     if info["status"] == Status.FAILED:

@@ -8,13 +8,15 @@ pid namespace (``NSpid`` in ``/proc/PID/status`` tells them).
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-__all__ = ["Mapping", "covering", "find_process", "open_mapped", "read_mappings"]
+__all__ = ["Ending", "Mapping", "covering", "find_process", "open_mapped", "read_mappings"]
 
 _PROC = Path("/proc")
 
@@ -152,3 +154,44 @@ def _is_file_of(name: Path, mapping: Mapping) -> bool:
         return info.st_ino == mapping.inode and os.fspath(name.readlink()) == mapping.path
     except OSError:
         return False
+
+
+class Ending:
+    """The end of a process that is there now; close it.
+
+    ``known`` is false where it cannot be waited for: a kernel without pidfds, or no number.
+    """
+
+    def __init__(self, pid: int | None) -> None:
+        self._fd = -1
+        self._ended = False
+        try:
+            self._fd = -1 if pid is None else os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._ended = True
+        except OSError:
+            pass
+
+    @property
+    def known(self) -> bool:
+        return self._ended or self._fd >= 0
+
+    async def wait(self, timeout: float) -> bool:
+        """Whether it came within ``timeout`` seconds. A zombie has ended."""
+        if self._fd < 0:
+            return self._ended
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(self._fd, ended.set)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await ended.wait()
+        finally:
+            loop.remove_reader(self._fd)
+        return ended.is_set()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

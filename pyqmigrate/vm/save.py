@@ -1,9 +1,9 @@
 """Save a running QEMU's guest, and leave it as it was found.
 
-What happens, in this order: look, choose the engine, open the file and try direct I/O, check the
-space, start the guardian; only then QEMU is touched. The engine has the file written and lets the
-guest go on. The file is made durable, its structure is read back and compared with the guest, and
-it gets its name.
+What happens, in this order: look, choose the engine, start the guardian, open the file and try
+direct I/O, choose the settings, check the space; only then QEMU is touched. The engine has the file
+written and lets the guest go on. The file is made durable, its structure is read back and compared
+with the guest, and it gets its name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -30,22 +31,22 @@ from pyqmigrate.errors import (
 from pyqmigrate.format.digest import Algorithm, digester
 from pyqmigrate.format.stream import MAGIC
 from pyqmigrate.io.channels import check_channels
-from pyqmigrate.io.manifest import seal_path, write_manifest
+from pyqmigrate.io.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset
 from pyqmigrate.sealing import start_seal
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
 from pyqmigrate.vm import disks
-from pyqmigrate.vm.blockers import Way
 from pyqmigrate.vm.choice import Choice, Engine, choose_engine
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.contents import count_data, extent_bytes, sample
 from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.engine_direct import save_by_us
 from pyqmigrate.vm.engine_qemu import save_by_qemu
 from pyqmigrate.vm.guest import Guest, look
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
-from pyqmigrate.vm.settings import Changes, Value, for_device_state, for_pages, no_changes
+from pyqmigrate.vm.plan import Plan, make_plan
+from pyqmigrate.vm.process import Ending
+from pyqmigrate.vm.settings import UsedSetting
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 from pyqmigrate.writer import Sparse
 
@@ -60,14 +61,6 @@ class Then(StrEnum):
     RESUME = "resume"
     PAUSE = "pause"
     QUIT = "quit"
-
-
-@dataclass(frozen=True)
-class UsedSetting:
-    """A setting of QEMU's that the save changed for its time: the value, and why."""
-
-    value: Value
-    why: str
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,7 @@ async def save(
     engine: ``qemu``, ``direct``, or ``auto``: direct where nothing would be missed.
     live: the guest runs while most of it is saved; only engine qemu can.
     then: what becomes of the guest; None leaves it as it was found. ``quit`` ends QEMU, once the
-        snapshot has its name.
+        snapshot has its name, and its end is waited for, half a minute at most.
     channels: threads, or multifd channels, that move pages: 1 to 255.
     sparse: ``exact`` allocates no zero page, ``dense`` all of them.
     with_disks: take snapshots of the writable disks at the same instant (:mod:`pyqmigrate.vm
@@ -149,6 +142,7 @@ async def save(
     )
     if request.seal is not None:
         digester(request.seal)
+        await asyncio.to_thread(check_place, seal_path(_path(request.snapshot)))
     if stream_offset(request.snapshot):
         raise UsageError("a guest is saved into a file of its own: without an offset")
     async with await Monitor.connect(qmp) as monitor:
@@ -179,46 +173,43 @@ class _Save:
         self.guest = guest
         self.request = request
         self.choice: Choice = choose_engine(guest, engine=request.engine, live=request.live)
-        self.plan = (
+        self.disks = (
             disks.prepare(guest, _path(request.snapshot)) if request.with_disks else None
         )
 
     async def run(self) -> VmSaveReport:
-        request = self.request
-        target = await asyncio.to_thread(OutputTarget.open, request.snapshot, request.direct_io)
+        custody = Custody(
+            self.monitor, self.guest, os.fspath(_path(self.request.snapshot)), self.disks
+        )
         try:
-            await asyncio.to_thread(self._check_space, target)
-            changes = await asyncio.to_thread(self._changes, target)
-            custody = Custody(self.monitor, self.guest, changes, target, self.plan)
-            async with custody:
-                return await self._run(target, changes, custody)
+            async with custody, custody.opened(self.request.direct_io) as target:
+                plan = await unbroken(asyncio.to_thread(self._plan, target))
+                return await self._run(target, plan, custody)
         except QemuGone as error:
             error.add_note(f"({self._what_became_of_qemu()}) ")
-            if self.plan is not None and self.plan.taken and not custody.published:
-                for left in disks.stranded(self.plan):
+            if self.disks is not None and self.disks.taken and not custody.published:
+                for left in disks.stranded(self.disks):
                     error.add_note(f"({left}) ")
             raise
-        finally:
-            target.abort()
 
     async def _run(
-        self, target: OutputTarget, changes: Changes, custody: Custody
+        self, target: OutputTarget, plan: Plan, custody: Custody
     ) -> VmSaveReport:
-        written = await self._engine(custody, target)
+        written = await self._engine(custody, target, plan)
         file_size, allocated = os.fstat(target.fd).st_size, target.allocated_bytes()
         direct, reason = target.direct is not None, target.direct_io_reason
         await self._publish(target, custody)
         modified = os.fstat(target.fd).st_mtime_ns
         seconds = time.monotonic() - self.started
         await custody.end(resume=self._resumes)
-        after = await self._end()
+        after, late = await self._end()
         await self._seal(written, modified)
         resumed = self._resumes and self.guest.running
         return VmSaveReport(
             snapshot=self.request.snapshot,
             engine=self.choice.engine,
             why=self.choice.why,
-            settings=_used(changes),
+            settings=plan.changes.used(),
             direct_io=direct,
             direct_io_reason=reason,
             channels=self.request.channels,
@@ -235,9 +226,9 @@ class _Save:
                     self.guest.disks, resumed=resumed, with_disks=self.request.with_disks
                 )
             ),
-            disks_record=str(self.plan.record) if self.plan and self.plan.recorded else None,
+            disks_record=str(self.disks.record) if self.disks and self.disks.recorded else None,
             seal=self.request.seal,
-            notes=(*written.notes, *self._notes(after), *custody.trouble),
+            notes=(*plan.notes, *written.notes, *late, *custody.trouble),
         )
 
     @property
@@ -247,47 +238,33 @@ class _Save:
             return self.guest.running
         return self.request.then is Then.RESUME
 
-    def _check_space(self, target: OutputTarget) -> None:
-        """Fail before QEMU is touched where the data cannot fit; count it only if in doubt."""
-        free = target.free_bytes()
-        if free is None:
-            return
-        if self.request.sparse is Sparse.DENSE:
-            need = self.guest.total_ram
-        else:
-            need = extent_bytes(self.guest)
-            if need > free:
-                need = count_data(self.guest, self.request.channels)
-        if need > free:
+    def _plan(self, target: OutputTarget) -> Plan:
+        """Fail before QEMU is touched where the file cannot fit."""
+        plan = make_plan(
+            self.guest, self.choice, channels=self.request.channels,
+            direct=target.direct is not None, sparse=self.request.sparse, live=self.request.live,
+            with_disks=self.disks is not None, free=target.free_bytes(),
+        )
+        if plan.fits is False and plan.free is not None:
             raise NoSpace(
-                f"the guest's memory needs {need >> 20} MiB and {free >> 20} MiB are free",
+                f"the snapshot needs {plan.need >> 20} MiB and {plan.free >> 20} MiB are free",
                 target.name,
             )
+        return plan
 
-    def _changes(self, target: OutputTarget) -> Changes:
-        pause = self.plan is not None and self.guest.running
-        if self.choice.way is Way.DEVICES_ONLY:
-            return no_changes()
-        if self.choice.way is Way.IGNORE_SHARED:
-            return for_device_state(self.guest, pause=pause)
-        return for_pages(
-            self.guest, channels=self.request.channels, direct=target.direct,
-            sparse=self.request.sparse, pause=pause and self.request.live,
-            contents=sample(self.guest),
-        )
-
-    async def _engine(self, custody: Custody, target: OutputTarget) -> Written:
+    async def _engine(self, custody: Custody, target: OutputTarget, plan: Plan) -> Written:
         request = self.request
         # Before the snapshot has its name nothing may happen that cannot be undone.
-        at_instant: AtInstant | None = self._take_disks if self.plan else None
+        at_instant: AtInstant | None = custody.take_disks if self.disks else None
         if self.choice.way is None:
             return await save_by_qemu(
-                custody, target, running=self.guest.running, live=request.live,
+                custody, target, plan.changes, run_state=self.guest.run_state,
+                running=self.guest.running, live=request.live,
                 resume=self._resumes, at_instant=at_instant, progress=request.progress,
             )
         return await save_by_us(
-            custody, self.guest, self.choice.way, target, channels=request.channels,
-            sparse=request.sparse, seal=request.seal, resume=self._resumes, at_instant=at_instant,
+            custody, self.guest, self.choice.way, target, plan.changes, channels=request.channels,
+            sparse=plan.sparse, seal=request.seal, resume=self._resumes, at_instant=at_instant,
             progress=request.progress,
         )
 
@@ -300,7 +277,8 @@ class _Save:
             manifest = written.manifest(mtime_ns)
             await asyncio.to_thread(write_manifest, seal_path(path), manifest)
             return
-        job = start_seal(path, algorithm=self.request.seal)
+        # QEMU wrote it on this host.
+        job = start_seal(path, algorithm=self.request.seal, bitmap_order=sys.byteorder)
         try:
             await asyncio.to_thread(job.result)
         except BaseException:
@@ -315,8 +293,8 @@ class _Save:
 
         def check() -> None:
             _verify(target, self.guest)
-            if self.plan is not None:
-                disks.record(self.plan)
+            if self.disks is not None:
+                disks.record(self.disks)
             if cancelled.is_set():
                 raise Cancelled("cancelled")
 
@@ -333,19 +311,27 @@ class _Save:
                 publishing.done() and not publishing.cancelled() and not publishing.exception()
             )
 
-    async def _end(self) -> str | None:
-        """Quit if that was asked for; what the guest is doing now."""
+    async def _end(self) -> tuple[str | None, list[str]]:
+        """Quit if that was asked for; what the guest is doing now, and what there is to note.
+
+        Whoever restores at once would meet QEMU's locks on images if it had not ended.
+        """
         if self.request.then is not Then.QUIT:
-            return str((await self.monitor.execute("query-status"))["status"])
-        with contextlib.suppress(QemuGone):  # it may hang up before it answers
-            await self.monitor.execute("quit")
-        return None
+            after = str((await self.monitor.execute("query-status"))["status"])
+            return after, self._notes(after)
+        with contextlib.closing(Ending(self.guest.pid)) as ending:
+            with contextlib.suppress(QemuGone):  # it may hang up before it answers
+                await self.monitor.execute("quit")
+            if await ending.wait(_QUIT_TIMEOUT):
+                return None, []
+            if not ending.known:
+                return None, ["QEMU was told to quit; whether it has cannot be seen from here"]
+            return None, [
+                f"QEMU was told to quit; process {self.guest.pid} has not ended within "
+                f"{_QUIT_TIMEOUT:g} s, and may still have its disks locked"
+            ]
 
-    async def _take_disks(self) -> None:
-        assert self.plan is not None
-        await disks.take(self.monitor, self.plan)
-
-    def _notes(self, after: str | None) -> list[str]:
+    def _notes(self, after: str) -> list[str]:
         notes = []
         before = self.guest.run_state
         if after == "postmigrate" and before != after:
@@ -368,11 +354,6 @@ class _Save:
 
 def _path(snapshot: str) -> Path:
     return Path(snapshot.removeprefix("file:"))
-
-
-def _used(changes: Changes) -> dict[str, UsedSetting]:
-    both = {**changes.capabilities, **changes.parameters}
-    return {name: UsedSetting(change.after, change.why) for name, change in both.items()}
 
 
 def _verify(target: OutputTarget, guest: Guest) -> None:

@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.io.target import Direct
 from pyqmigrate.vm.contents import Contents
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.writer import Sparse
 
-__all__ = ["Change", "Changes", "Value", "for_device_state", "for_pages", "no_changes"]
+__all__ = [
+    "WRITE_SECONDS", "Change", "Changes", "UsedSetting", "Value", "for_device_state", "for_pages",
+    "no_changes", "writes_all",
+]  # fmt: skip
 
 Value: TypeAlias = bool | int | str
 
 # What one more write costs besides its bytes, direct or (with the fsync) buffered; and what a
 # disk takes. Measured on a virtio disk.
-_WRITE_SECONDS = 40e-6
+WRITE_SECONDS = 40e-6
 _DISK_RATE = 1.5e9  # bytes/s
 
 # Capabilities that do not go with a save to a file, or would hurt the guest.
@@ -68,6 +70,14 @@ class Change:
 
 
 @dataclass(frozen=True)
+class UsedSetting:
+    """A setting of QEMU's that a save changes for its time: the value, and why."""
+
+    value: Value
+    why: str
+
+
+@dataclass(frozen=True)
 class Changes:
     """Capabilities and parameters to change, by QEMU's names.
 
@@ -78,19 +88,24 @@ class Changes:
     parameters: Mapping[str, Change]
     touched: Mapping[str, Value]
 
+    def used(self) -> dict[str, UsedSetting]:
+        """What the settings are meanwhile, by their names."""
+        both = {**self.capabilities, **self.parameters}
+        return {name: UsedSetting(change.after, change.why) for name, change in both.items()}
+
 
 def for_pages(
     guest: Guest,
     *,
     channels: int,
-    direct: Direct | None,
+    direct: bool,
     sparse: Sparse,
     pause: bool,
     contents: Contents | None,
 ) -> Changes:
     """For engine ``qemu``: QEMU writes a mapped-ram file.
 
-    ``direct`` is what direct I/O demands where it is possible, ``contents`` an estimate of what
+    ``direct``: direct I/O is possible; ``contents`` is an estimate of what
     the guest's memory holds; ``pause``: something is to be done while the guest stands. Raises
     NotSupported for a QEMU that cannot write such a file.
     """
@@ -106,7 +121,7 @@ def for_pages(
     parameters: dict[str, tuple[Value, str]] = {
         "multifd-channels": (channels, "as asked for"),
         "direct-io": (
-            direct is not None,
+            direct,
             "pages go past the page cache" if direct else "direct I/O is not to be had",
         ),
         "zero-page-detection": _zero_pages(sparse, contents),
@@ -131,17 +146,25 @@ def no_changes() -> Changes:
     return Changes({}, {}, {})
 
 
+def writes_all(sparse: Sparse, contents: Contents | None) -> bool:
+    """Whether QEMU is to write every page, zero or not: because that is asked for, or faster."""
+    if sparse is not Sparse.AUTO or contents is None:
+        return sparse is Sparse.DENSE
+    in_pieces = contents.data / _DISK_RATE + contents.pieces * WRITE_SECONDS
+    return contents.length / _DISK_RATE < in_pieces
+
+
 def _zero_pages(sparse: Sparse, contents: Contents | None) -> tuple[Value, str]:
-    if sparse is Sparse.DENSE:
+    if not writes_all(sparse, contents):
+        return "legacy", (
+            "one thread looks for zero pages, so that the others leave in order, joined"
+        )
+    if sparse is Sparse.DENSE or contents is None:
         return "none", "every page is to be written"
-    if sparse is not Sparse.EXACT and contents is not None:
-        in_pieces = contents.data / _DISK_RATE + contents.pieces * _WRITE_SECONDS
-        if contents.length / _DISK_RATE < in_pieces:
-            return "none", (
-                f"about {contents.pieces} stretches of data between zero pages: to write all "
-                f"{contents.length >> 20} MiB is faster than so many writes"
-            )
-    return "legacy", "one thread looks for zero pages, so that the others leave in order, joined"
+    return "none", (
+        f"about {contents.pieces} stretches of data between zero pages: to write all "
+        f"{contents.length >> 20} MiB is faster than so many writes"
+    )
 
 
 def _pause(pause: bool) -> dict[str, tuple[bool, str]]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
-from typing import Self
 
 from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, TargetError
 from pyqmigrate.format.libvirt import is_libvirt, read_header
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.pagecache import cached_bytes
-from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target
-from pyqmigrate.sealing import current_seal
+from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target, seal_path
 from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.companion import Companion
 
 __all__ = ["Reading", "Source"]
 
@@ -36,7 +32,7 @@ class Reading:
 
 
 class Source:
-    """An open, verified snapshot. Use it as an asynchronous context manager.
+    """An open, verified snapshot. Close it.
 
     ``was_running``: libvirt pauses a guest before it saves it, and notes here that it ran.
     ``fd`` carries a shared lock (flock) that whoever inherits the descriptor keeps: the file must
@@ -45,7 +41,6 @@ class Source:
 
     def __init__(self, target: Target, offset: int | None) -> None:
         self._input = InputTarget(target)
-        self._companions: dict[tuple[str, ...], asyncio.Task[Companion]] = {}
         self.name = self._input.name
         self._has_path = not isinstance(target, Descriptors)
         self.was_running = False
@@ -53,29 +48,27 @@ class Source:
             self._lock()
             at = self._start() if offset is None else offset
             self.snapshot = Snapshot(Descriptors(self.fd, offset=at))
-            self.snapshot.verify()
         except BaseException:
             self._input.close()
             raise
-
-    @classmethod
-    async def open(cls, target: Target, offset: int | None) -> Self:
-        """Raises SnapshotError, NotSupported or TargetError for a file that cannot be restored."""
-        return await asyncio.to_thread(cls, target, offset)
+        try:
+            self.snapshot.verify()
+            if self.snapshot.bitmap_order != sys.byteorder:
+                raise NotSupported(
+                    f"a {self.snapshot.bitmap_order}-endian host wrote this file, and QEMU reads "
+                    "its bitmaps in this host's order: convert it to mapped-ram here first"
+                )
+        except BaseException:
+            self.snapshot.close()
+            self._input.close()
+            raise
 
     @property
     def fd(self) -> int:
         return self._input.fd
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for task in self._companions.values():
-            task.cancel()
-        for result in await asyncio.gather(*self._companions.values(), return_exceptions=True):
-            if isinstance(result, Companion):
-                result.close()
+    def close(self) -> None:
+        """May be repeated."""
         self.snapshot.close()
         self._input.close()
 
@@ -92,6 +85,8 @@ class Source:
         return header.stream_offset
 
     def _lock(self) -> None:
+        if self._input.is_duplicate:
+            return  # it would take the place of the lock that the caller may have
         try:
             fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -103,32 +98,18 @@ class Source:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
                 raise
 
-    async def companion(self, blocks: Sequence[str]) -> Companion:
-        """The stream for a QEMU that maps ``blocks``; made once, and closed with this."""
-        key = tuple(sorted(blocks))
-        if key not in self._companions:
-            self._companions[key] = asyncio.create_task(self._build(key))
-        return await asyncio.shield(self._companions[key])
-
-    async def _build(self, blocks: Sequence[str]) -> Companion:
-        sealed = await asyncio.to_thread(self._sealed)
-        companion = Companion(self.snapshot, self.fd, blocks, sealed=sealed)
-        building = asyncio.ensure_future(asyncio.to_thread(companion.build))
-        try:
-            await asyncio.shield(building)
-        except BaseException:
-            companion.cancel()
-            await asyncio.wait([building])
-            companion.close()
-            raise
-        return companion
-
-    def _sealed(self) -> bool:
+    def clear_pages_are_zero(self) -> bool:
         """Whether a seal of the file as it is now says that its clear pages are zeros."""
-        if not self._has_path:
+        if not self._has_path or not seal_path(self.name).exists():
             return False
+        # Most snapshots have none, and a restore has no time for what it does not need.
+        from pyqmigrate.sealing import current_seal
+
         seal = current_seal(self.name, self.fd)
-        return seal is not None and seal.clear_pages_zero
+        return (
+            seal is not None and seal.clear_pages_zero
+            and seal.head.bitmap_order == self.snapshot.bitmap_order
+        )
 
     def reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
         """The fastest way for QEMU to read this file as it is now. Blocks for a moment.

@@ -25,7 +25,7 @@ from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.check import CheckReport
-from pyqmigrate.vm.restore import RestoreReport
+from pyqmigrate.vm.restoring import RestoreReport
 from pyqmigrate.vm.save import VmSaveReport
 
 __all__ = ["connect", "Vm", "restore", "RestoredVm", "clone", "Clone"]
@@ -68,7 +68,7 @@ class RestoredVm:
 
 
 def restore(snapshot: Target, command: Sequence[str], **options: Any) -> RestoredVm:
-    """As :func:`pyqmigrate.vm.restore.restore`."""
+    """As :func:`pyqmigrate.vm.restoring.restore`."""
 
     async def restored() -> RestoredVm:
         async with await vm.restore(snapshot, command, **options) as guest:
@@ -88,7 +88,7 @@ class Clone:
 
 
 def clone(snapshot: Target, command: Sequence[str], count: int, **options: Any) -> list[Clone]:
-    """As :func:`pyqmigrate.vm.clone.clone`."""
+    """As :func:`pyqmigrate.vm.clone`."""
 
     async def cloned() -> list[Clone]:
         guests = []

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-__all__ = ["heed_cancellation", "unbroken"]
+__all__ = ["heed_cancellation", "owned", "unbroken"]
 
 T = TypeVar("T")
 
@@ -28,6 +28,18 @@ async def unbroken(work: Awaitable[T]) -> T:
         task.exception()  # looked at, so that nobody complains about it
         raise cancelled
     return task.result()
+
+
+async def owned(work: Awaitable[T], close: Callable[[T], object]) -> T:
+    """The result of ``work``, which the caller owns. If the caller is cancelled it does not get it;
+    then it is closed here, by ``close``."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await unbroken(task)
+    except asyncio.CancelledError:
+        if not task.cancelled() and task.exception() is None:
+            close(task.result())
+        raise
 
 
 def heed_cancellation() -> None:

@@ -1,30 +1,44 @@
-"""Which files a QEMU of a given command line writes to, and which sockets it makes.
+"""Which files and servers a QEMU of a given command line writes to, and which sockets it makes.
 
 What two guests at a time must not share. Only the command line is looked at, no image is opened.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from pyqmigrate.vm.command_line import CommandLine, Option, is_on
+from pyqmigrate.vm.command_line import CommandLine, Option, flatten, is_on
 
 __all__ = ["written_files"]
 
 _IMAGES = ("", "hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
-_SOCKETS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "vnc")
-_UNIX = re.compile(r"(?:^|:)unix:((?:[^,]|,,)+)")
+_STREAMS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb", "vnc")
+_STREAM = re.compile(r"(?:^|:)(?:unix:((?:[^,]|,,)+)|(?:file|pipe):(.+))")
 _READ_ONLY = ("readonly", "read-only")
+_WHOLE = ("pidfile", "D")  # options that are a name and nothing else
+# Options with a property that names a file to write, and the key that is left out in front.
+_NAMING = {"chardev": ("logfile", "backend"), "trace": ("file", "enable"),
+           "audiodev": ("path", "driver"), "machine": ("dumpdtb", "type")}  # fmt: skip
+_CHARDEVS = ("file", "pipe", "serial", "tty", "parallel", "parport")
+# Block drivers for what is not on this machine's file systems, and what says where it is.
+_REMOTE = ("nbd", "ssh", "rbd", "iscsi", "gluster", "nfs", "sheepdog", "nvme")
+_PLACE = ("server", "host", "port", "path", "socket", "export", "name", "volume", "pool", "image",
+          "namespace", "portal", "target", "lun", "device")  # fmt: skip
 
 
 def written_files(command: CommandLine) -> dict[str, Option]:
     """Real paths (or what stands for one), and the option that names each."""
     found: dict[str, Option] = {}
     for name, option in (*_disks(command), *_nodes(command), *_others(command)):
-        is_path = "://" not in name and not name.startswith("json:")
-        found[os.path.realpath(name) if is_path else name] = option
+        is_path = "://" not in name and not name.startswith(_REMOTE) and "json:" not in name
+        real = os.path.realpath(name) if is_path else name
+        if real != os.devnull:
+            found[real] = option
     return found
 
 
@@ -33,49 +47,129 @@ def _disks(command: CommandLine) -> Iterator[tuple[str, Option]]:
         return
     for option in command.options:
         if option.name in _IMAGES:
-            yield option.value or "", option
+            for name in _image(option.value or ""):
+                yield name, option
         if option.name != "drive":
             continue
         properties = option.properties()
-        file = properties.get("file") or properties.get("file.filename")
-        if file is None or properties.get("media") == "cdrom":
+        if properties.get("media") == "cdrom" or is_on(properties.get("snapshot")):
             continue
-        if not _read_only(properties) and not is_on(properties.get("snapshot")):
-            yield file.removeprefix("file:"), option
+        if properties.get("file", "").startswith("json:"):
+            properties["file"] = _whole_json(option.value or "")
+        if not _read_only(properties):
+            for name in _places(_nested(properties), file_is_name=True):
+                yield name, option
 
 
 def _nodes(command: CommandLine) -> Iterator[tuple[str, Option]]:
-    """Files of ``-blockdev`` nodes, unless whatever is above them only reads."""
+    """What ``-blockdev`` nodes are made on, unless whatever is above them only reads."""
     nodes = [(option, option.properties("driver")) for option in command.all("blockdev")]
 
-    def is_written(properties: dict[str, str]) -> bool:
+    def is_written(number: int) -> bool:
+        properties = nodes[number][1]
         name = properties.get("node-name")
         # A node can only be used by one that comes later.
-        later = nodes[[p for _, p in nodes].index(properties) + 1 :]
-        above = [other for _, other in later if name in other.values()]
-        writers = (is_written(o) and o.get("backing") != name for o in above)
+        above = [
+            (later, key) for later in range(number + 1, len(nodes))
+            for key, value in nodes[later][1].items() if value == name and key != "node-name"
+        ]
+        writers = (is_written(one) for one, key in above if "backing" not in key.split("."))
         return not _read_only(properties) and (not above or any(writers))
 
-    for option, properties in nodes:
-        file = properties.get("filename") or properties.get("file.filename")
-        if file and is_written(properties):
-            yield file, option
+    for number, (option, properties) in enumerate(nodes):
+        if is_written(number):
+            for name in _places(_nested(properties)):
+                yield name, option
+
+
+def _places(node: Mapping[str, Any], *, file_is_name: bool = False) -> Iterator[str]:
+    """Where a node's data is: names of files, or descriptions of servers.
+
+    ``file_is_name``: in ``-drive`` a file is named where other nodes name a node.
+    """
+    if _read_only(node):
+        return
+    filename = node.get("filename", node.get("file") if file_is_name else None)
+    if isinstance(filename, str):
+        yield from _image(filename)
+    driver = node.get("driver", "")
+    place = {key: node[key] for key in _PLACE if key in node}
+    if driver in _REMOTE and place:
+        yield f"{driver} {json.dumps(place, sort_keys=True)}"
+        return
+    for key, child in node.items():
+        if isinstance(child, dict) and key != "backing":
+            yield from _places(child)
+
+
+def _image(name: str) -> Iterator[str]:
+    """A name as images have it: a path, an address, or a node written down."""
+    if not name.startswith("json:"):
+        yield name.removeprefix("file:")
+        return
+    try:
+        node = json.loads(name.removeprefix("json:"))
+        properties = dict(flatten("", node)) if isinstance(node, dict) else {}
+    except (ValueError, RecursionError):  # QEMU will say what it thinks of that
+        yield name
+        return
+    yield from _places(_nested(properties), file_is_name=True)
+
+
+def _whole_json(text: str) -> str:
+    """A ``json:`` name in a list of properties, where commas should be doubled and may not be."""
+    _, _, rest = text.partition("file=json:")
+    for candidate in (rest, rest.replace(",,", ",")):
+        try:
+            _, end = json.JSONDecoder().raw_decode(candidate)
+        except (ValueError, RecursionError):
+            continue
+        return f"json:{candidate[:end]}"
+    return f"json:{rest}"
+
+
+def _nested(properties: Mapping[str, str]) -> dict[str, Any]:
+    """``{"file.filename": "/d"}`` as ``{"file": {"filename": "/d"}}``."""
+    tree: dict[str, Any] = {}
+    for key, value in properties.items():
+        *front, last = key.split(".")
+        node = tree
+        for part in front:
+            inner = node.get(part)
+            if not isinstance(inner, dict):
+                inner = node[part] = {}
+            node = inner
+        node.setdefault(last, value)
+    return tree
 
 
 def _others(command: CommandLine) -> Iterator[tuple[str, Option]]:
     for option in command.options:
-        if option.name in _SOCKETS and (unix := _UNIX.search(option.value or "")):
-            yield unix[1].replace(",,", ","), option
+        value = option.value or ""
+        if option.name in _STREAMS and (named := _STREAM.search(value)):
+            yield named[1].replace(",,", ",") if named[1] else named[2], option
+        if option.name in _WHOLE:
+            yield value, option
+        if option.name in _NAMING:
+            key, implied = _NAMING[option.name]
+            properties = option.properties(implied)
+            if key in properties:
+                yield properties[key], option
         if option.name == "chardev":
             properties = option.properties("backend")
-            if is_on(properties.get("server")) and "path" in properties:
+            ours = properties.get("backend") in _CHARDEVS or is_on(properties.get("server"))
+            if ours and "path" in properties:
                 yield properties["path"], option
         if option.name == "object":
             properties = option.properties("qom-type")
+            if properties.get("qom-type") == "filter-dump" and "file" in properties:
+                yield properties["file"], option
+            path = properties.get("mem-path")
             shared = is_on(properties.get("share")) and not is_on(properties.get("readonly"))
-            if shared and "mem-path" in properties:
-                yield properties["mem-path"], option
+            # In a directory QEMU makes a file of its own.
+            if shared and path is not None and not Path(path).is_dir():
+                yield path, option
 
 
-def _read_only(properties: dict[str, str]) -> bool:
+def _read_only(properties: Mapping[str, Any]) -> bool:
     return any(is_on(properties.get(key)) for key in _READ_ONLY)

@@ -22,7 +22,7 @@ def test_info_json_has_every_documented_key(snapshot: Path, command: Command) ->
     assert set(info) == {
         "snapshot", "kind", "machine", "capabilities", "target_page_bits", "uuid", "offset", "end",
         "size", "allocated", "total_ram", "complete", "opaque_tail", "blocks", "sections",
-        "libvirt", "written_by", "run_state", "loadable", "obstacles", "remarks",
+        "libvirt", "written_by", "run_state", "loadable", "obstacles", "remarks", "bitmap_order",
     }
     assert info["capabilities"] == ["mapped-ram"]
     assert info["total_ram"] == 15 * PAGE
@@ -80,7 +80,7 @@ def test_verify_accepts_a_whole_snapshot(snapshot: Path, command: Command) -> No
     assert ran.code == 0
     assert ran.json == {
         "snapshot": str(snapshot), "valid": True, "seal": None, "blocks": 2, "data_pages": 10,
-        "zero_pages": 5,
+        "zero_pages": 5, "bitmap_order": "little", "notes": [],
     }
 
 

@@ -6,13 +6,18 @@ import fcntl
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import pyqmigrate
-from pyqmigrate import verify_seal
+from pyqmigrate import RamBlock, save, sealing, verify_seal
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.io.channels import Channels
 from tests.cli.command import PAGE, Command, make_snapshot, pages
+from tests.format.builders import classic_stream, page_records
 from tests.sealed import MIB, Sealed
+from tests.snapshots import ram, turn_bitmaps
 
 
 @pytest.fixture
@@ -49,6 +54,28 @@ def test_clear_pages_with_old_bytes_are_told(sealed: Sealed, command: Command) -
     assert "2 clear pages" in command("seal", sealed.path).out
     deep = command("verify", sealed.path, "--deep", "--json")
     assert (deep.code, deep.json["stale_pages"]) == (0, {})
+
+
+def test_file_of_a_big_endian_host_is_noted_and_sealed_when_it_is_said(
+    disk: Path, command: Command
+) -> None:
+    path = disk / "s"
+    save(path, [RamBlock("ram", ram(1024))], sparse="exact")
+    turn_bitmaps(path)
+    ran = command("verify", path, "--json")
+    assert (ran.code, ran.json["bitmap_order"]) == (0, "little")
+    assert "--bitmap-order big" in ran.json["notes"][0]
+    assert "note      the bitmaps fit" in command("verify", path).out
+    info = command("info", path, "--json").json
+    assert info["bitmap_order"] == "little"
+    assert any("--bitmap-order big" in remark for remark in info["remarks"])
+    ran = command("seal", path, "--json")
+    assert ran.code == 2
+    assert "--bitmap-order big" in ran.json["error"]["message"]
+    ran = command("seal", path, "--bitmap-order", "big", "--json")
+    assert (ran.code, ran.json["bitmap_order"], ran.json["cleared_pages"]) == (0, "big", 0)
+    ran = command("verify", path, "--bitmap-order", "big", "--json")
+    assert (ran.code, ran.json["bitmap_order"], ran.json["notes"]) == (0, "big", [])
 
 
 def test_verify_of_an_intact_file_exits_0(sealed: Sealed, command: Command) -> None:
@@ -106,6 +133,36 @@ def test_verify_deep_decodes_device_state(snapshot: Path, command: Command) -> N
     ran = command("verify", snapshot, "--deep", "--json")
     assert (ran.code, ran.json["devices"]) == (0, 0)
     assert "device state" in command("verify", snapshot, "--deep").out
+
+
+def test_verify_deep_looks_at_the_snapshot_as_it_was_opened(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "odd"
+    path.write_bytes(classic_stream(page_records(1024), description=None))
+    assert command("verify", path, "--deep").code == 1, "its page size can be guessed"
+    passes, channels = [], []
+    read, find = ClassicSnapshot._read, sealing.find_stale
+
+    def noted_read(self: ClassicSnapshot, *arguments: Any) -> Any:
+        passes.append(self)
+        return read(self, *arguments)
+
+    def noted_find(snapshot: Any, workers: Channels) -> dict[str, int]:
+        channels.append(workers.count)
+        return find(snapshot, workers)
+
+    monkeypatch.setattr(ClassicSnapshot, "_read", noted_read)
+    monkeypatch.setattr(sealing, "find_stale", noted_find)
+    deep = ["verify", "--deep", "--json"]
+    index = tmp_path / "index"
+    ran = command(*deep, path, "--page-size", "1KiB", "--index", index)
+    assert (ran.code, ran.json["devices"]) == (0, 0)
+    assert index.exists()
+    assert len(passes) == 1
+    make_snapshot(tmp_path / "mapped", {"ram": pages(8)})
+    assert command(*deep, tmp_path / "mapped", "--channels", "3").code == 0
+    assert channels == [3]
 
 
 @pytest.mark.parametrize(

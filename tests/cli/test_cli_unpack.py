@@ -168,7 +168,9 @@ def test_directory_in_the_way_of_a_raw_file_is_refused(
 def test_file_instead_of_a_directory_is_refused(
     tmp_path: Path, snapshot: Path, command: Command
 ) -> None:
-    assert command("unpack", snapshot, snapshot).code == 3
+    (tmp_path / "file").touch()
+    assert command("unpack", snapshot, tmp_path / "file").code == 3
+    assert command("unpack", snapshot, snapshot).code == 2
 
 
 def test_unpack_leaves_no_descriptor_open(tmp_path: Path, snapshot: Path) -> None:

@@ -283,3 +283,27 @@ def test_mapped_pages_are_zero_where_their_bit_is_clear(kinds: list[int], skip: 
     assert lib.qm_part_next(part, 0, length) == (nxt - first) * page
     assert lib.qm_part_fill(part, out, 0, length + page) == -errno.EINVAL
     os.close(fd)
+
+
+@some
+@given(st.sets(st.integers(0, 2000)), st.integers(0, 1 << 23), st.integers(1, 1 << 16))
+def test_pages_that_are_made_of_some_bytes_are_those_of_a_list(
+    pages: set[int], start: int, length: int
+) -> None:
+    index, end = new_index(2001), start + length
+    expected = []
+    for page in sorted(pages):
+        lib.qm_index_page_at(index, page, page * 4104)
+        changed = page % 3 == 0
+        if changed:  # twice: the first change counts too
+            lib.qm_index_changed(index, page, (1 << 22) + page * 10, 5)
+            lib.qm_index_changed(index, page, 0, 0)
+        if (page * 4104 < end and start < page * 4104 + 4096) or (
+            changed and (1 << 22) + page * 10 < end and start < (1 << 22) + page * 10 + 5
+        ):
+            expected.append(page)
+    found, page = [], 0
+    while (page := lib.qm_index_from(index, page, start, end)) < 2001:
+        found.append(page)
+        page += 1
+    assert found == expected

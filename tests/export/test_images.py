@@ -195,6 +195,21 @@ def test_note_is_found_among_pages_smaller_than_linuxs(disk: Path) -> None:
         assert [n.content for n in image.notes] == found
 
 
+def bytes_read_here() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_memory_is_read_once(disk: Path) -> None:
+    length = 64 << 20
+    memory = bytearray(os.urandom(length))
+    memory[length // 2 : length // 2 + 64] = note_of("6.1").ljust(64, b"\0")
+    with open_snapshot(make(disk / "s", "mapped-ram", **{"pc.ram": bytes(memory)})) as snapshot:
+        before = bytes_read_here()
+        convert(snapshot, disk / "to", to="elf")
+        assert bytes_read_here() - before < length + (4 << 20)
+    assert [n.content for n in Physical.of_elf(disk / "to").notes] == [b"OSRELEASE=6.1\n"]
+
+
 def test_note_that_leaves_its_block_is_none(disk: Path) -> None:
     memory = bytearray(ram(8).tobytes())
     note = struct.pack("<III", 11, 8192, 0) + b"VMCOREINFO\0\0OSRELEASE="
@@ -264,6 +279,21 @@ def test_placements_are_refused_for_other_forms(form: str, disk: Path) -> None:
     with pytest.raises(UsageError, match="placements"):
         convert(make(disk / "s", "mapped-ram"), disk / "to", to=form,
                 placements=[parse_placement("pc.ram@0")])  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_byte_order_can_be_given(order: Any, disk: Path) -> None:
+    source = make(disk / "s", "mapped-ram", "pseries-10.0", **{"ppc_spapr.ram": bytes(4 << 20)})
+    image, _ = export(source, disk / "to", "elf", byte_order=order)
+    assert (disk / "to").read_bytes()[5] == (1 if order == "little" else 2)
+    assert image.machine == "EM_PPC64"
+
+
+def test_byte_order_is_refused_where_it_has_no_meaning(disk: Path) -> None:
+    source = make(disk / "s", "mapped-ram")
+    for form, order in (("lime", "big"), ("raw", "little"), ("elf", "middle")):
+        with pytest.raises(UsageError, match=r"byte.order"):
+            convert(source, disk / "to", to=form, byte_order=order)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["raw", *FORMS])

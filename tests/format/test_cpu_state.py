@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pyqmigrate.format.cpu_state import Architecture, Segment, cpu_registers
+import pytest
+
+from pyqmigrate.format.cpu_state import (
+    Architecture,
+    Segment,
+    cpu_registers,
+    power_is_little_endian,
+)
 from pyqmigrate.format.device_tree import Device, Field, State, Value
 
 
@@ -111,3 +118,25 @@ def test_what_is_no_known_cpu_is_left_out() -> None:
         device(fields(ARM | {"cpsr": b"abcd"})),
     ]
     assert cpu_registers(unknown) == ()
+
+
+def power(lpcr: int, msr: int) -> Device:
+    registers = [0] * 1024
+    registers[318] = lpcr
+    return device(fields({"env.spr": tuple(registers), "env.msr": msr}))
+
+
+@pytest.mark.parametrize(
+    ("lpcr", "msr", "little"),
+    [(0x20008, 1 << 63, False), (0x2020008, 1 << 63, True), (0, 0x8000000000000001, True)],
+)
+def test_power_guest_is_little_endian_when_interrupts_or_code_are(
+    lpcr: int, msr: int, little: bool
+) -> None:
+    assert power_is_little_endian([power(lpcr, msr)]) is little
+
+
+def test_power_guest_without_registers_is_not_taken_for_little_endian() -> None:
+    assert not power_is_little_endian([])
+    assert not power_is_little_endian([device(fields({"env.msr": b"", "env.spr": ()}))])
+    assert not power_is_little_endian([device(fields(X86))])

@@ -13,6 +13,7 @@ from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.device_state import (
     DEPTH_MAX,
     DEVICE_STATE_MAX,
+    VALUES_MAX,
     decode_device,
     decode_devices,
 )
@@ -236,6 +237,26 @@ def test_arrays_that_would_multiply_are_opaque(size: int) -> None:
     assert len(fields_of(device)) < 20000
 
 
+def test_fields_beyond_what_a_section_can_have_are_opaque() -> None:
+    device = decode(b"abc", *(field(f"f{n}", "uint8", 0) for n in range(5000)))
+    assert [(f.value, f.opaque) for f in fields_of(device)] == [(b"abc", True)]
+    assert not device.explained
+
+
+def test_values_of_all_sections_together_are_bounded() -> None:
+    class Stream:
+        sections = (section(0),) * (VALUES_MAX // 1000 + 1)
+        description: Description | None = None
+
+    stream = Stream()
+    entry = vmsd(*[field("x", "uint8", 0)] * 1000) | {"name": "dev", "instance_id": 0}
+    stream.description = {"devices": [entry]}
+    decoded = decode_devices(Sparse([(100, b"")]), stream)
+    assert len(next(decoded).state.fields) == 1000
+    with pytest.raises(NotSupported, match=f"more than {VALUES_MAX} values; choose"):
+        list(decoded)
+
+
 def test_only_the_bodies_that_are_asked_for_are_read() -> None:
     class Stream:
         sections = (section(1000), section(50, name="other", at=5000, number=8))
@@ -247,6 +268,16 @@ def test_only_the_bodies_that_are_asked_for_are_read() -> None:
     assert source.bytes_read == 50
     [device] = decode_devices(source, Stream(), section_id=7)
     assert device.name == "dev"
+
+
+def test_long_bodies_can_be_left_out() -> None:
+    class Stream:
+        sections = (section(1000), section(50, name="other", at=5000, number=8))
+        description = None
+
+    source = Sparse([(100, b"x" * 1000), (5000, b"y" * 50)])
+    assert [d.name for d in decode_devices(source, Stream(), longest=999)] == ["other"]
+    assert source.bytes_read == 50
 
 
 def test_file_that_became_shorter_is_an_error() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.cursor import Cursor
-from pyqmigrate.format.live_sections import CHUNKS_MAX, walker
+from pyqmigrate.format.live_sections import CHUNKS_MAX, Chunks, walker
 from tests.format.builders import Sparse, str8, words
 
 
@@ -18,7 +18,7 @@ def stepped(name: str, version: int, body: bytes, *, start: bool = False) -> int
     walk = walker(name, version)
     assert walk is not None
     cursor = Cursor(Sparse([(0, body + b"\x7eafter")]), 0)
-    walk(cursor, start)
+    walk(cursor, start, Chunks())
     return cursor.position
 
 
@@ -105,8 +105,31 @@ def test_section_without_end_is_given_up(name: str) -> None:
 
     walk = walker(name, 0 if name.startswith("s390") else 1)
     assert walk is not None
-    with pytest.raises(SnapshotError, match=f"more than {CHUNKS_MAX}"):
-        walk(Cursor(Endless(), 0), False)
+    with pytest.raises(SnapshotError, match=f"more than {CHUNKS_MAX} empty"):
+        walk(Cursor(Endless(), 0), False, Chunks())
+
+
+def test_empty_chunks_of_all_bodies_together_are_bounded() -> None:
+    walk, chunks = walker("dirty-bitmap", 1), Chunks()
+    assert walk is not None
+    body = Sparse([(0, bytes(CHUNKS_MAX // 2) + b"\1")])
+    for _ in range(2):
+        walk(Cursor(body, 0), False, chunks)
+    with pytest.raises(SnapshotError, match="more than"):
+        walk(Cursor(body, 0), False, chunks)
+
+
+def test_chunks_with_content_are_as_many_as_the_file_has() -> None:
+    class Counting(Chunks):
+        def __init__(self) -> None:
+            self._left = 1
+
+    run = struct.pack(">IHH", 0, 1, 5) + bytes(16)
+    walk, body = walker("spapr/htab", 1), bytes(4) + run * 9 + bytes(8)
+    assert walk is not None
+    cursor = Cursor(Sparse([(0, body)]), 0)
+    walk(cursor, False, Counting())
+    assert cursor.position == len(body)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +143,7 @@ def test_noise_is_refused_or_stays_in_the_file(
     assert walk is not None
     cursor = Cursor(Sparse([(0, body)], len(body)), 0)
     try:
-        walk(cursor, start)
+        walk(cursor, start, Chunks())
     except SnapshotError:
         return
     assert cursor.position <= len(body)

@@ -228,7 +228,28 @@ def test_processor_is_that_of_the_machine_or_of_its_cpus() -> None:
     assert processor_of("q35", []).elf == 62
     assert processor_of("virt-9.2", ["mach-virt.ram"]).elf == 183
     assert processor_of("pseries-9.2", ["ppc_spapr.ram"]).big_endian
+    power = device(fields({"env.msr": 1, "env.spr": ()}))
+    assert not processor_of("pseries-9.2", ["ppc_spapr.ram"], [power]).big_endian
     assert processor_of("raspi3b", ["ram"], [device(fields(ARM))]).elf == 183
     assert processor_of("xenfv", ["ram"], [device(fields(X86))]).elf == 62
     with pytest.raises(NotSupported, match="LiME"):
         processor_of("raspi3b", ["ram"])
+
+
+@pytest.mark.parametrize(
+    ("modes", "narrow"),
+    [((0x13,), True), ((0x10,), False), ((0x10, 0x1F), True), ((0x13, 5), False)],
+)
+def test_arm_of_32_bits_is_told_by_its_modes(modes: tuple[int, ...], narrow: bool) -> None:
+    """Programs of 32 bits may have a kernel of 64 below them."""
+    cpus = [device(fields(ARM | {"cpsr": mode}), instance=n) for n, mode in enumerate(modes)]
+    if narrow:
+        with pytest.raises(NotSupported, match="32 bits"):
+            processor_of("virt-9.2", ["mach-virt.ram"], cpus)
+    else:
+        assert processor_of("virt-9.2", ["mach-virt.ram"], cpus).elf == 183
+
+
+def test_snapshot_without_memory_is_told_from_an_unknown_machine() -> None:
+    with pytest.raises(NotSupported, match="no RAM blocks"):
+        physical_map("x-remote", {})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, digest_of_all
-from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout
+from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
 from pyqmigrate.format.seal import (
     HEAD_MAX,
     PIECE,
@@ -33,7 +33,7 @@ blocks = st.builds(
 heads = st.builds(
     SealHead, st.sampled_from(Algorithm), st.integers(0, 5 * PIECE),
     st.integers(-OFFSET_MAX, OFFSET_MAX), st.booleans(), offsets,
-    st.lists(blocks, max_size=4).map(tuple),
+    st.lists(blocks, max_size=4).map(tuple), st.sampled_from(["little", "big"]),
 )  # fmt: skip
 
 DIGESTS = random.Random(1).randbytes(3 * DIGEST_SIZE)
@@ -153,3 +153,22 @@ def test_blocks_that_do_not_fit_are_left_out() -> None:
     line = many.encode(DIGESTS)
     assert len(line) <= HEAD_MAX
     assert SealLine.decode(line).head == replace(HEAD, blocks=())
+
+
+def test_a_seal_without_a_bitmap_order_is_of_little_endian_bitmaps() -> None:
+    digests = bytes(16)
+    head = SealHead(Algorithm.SHA256, 5, 0, True)
+    front = head.encode(digests).rpartition(b', "digest"')[0]
+    front = front.replace(b', "bitmap_order": "little"', b"")
+    digest = digest_of_all(Algorithm.SHA256, [digests, front])
+    line = SealLine.decode(front + b', "digest": "' + digest.hex().encode() + b'"}\n')
+    line.check([digests])
+    assert line.head == head
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_the_order_of_bitmaps_is_kept(order: ByteOrder) -> None:
+    head = SealHead(Algorithm.SHA256, 5, 0, True, bitmap_order=order)
+    assert SealLine.decode(head.encode(bytes(16))).head == head
+    with pytest.raises(SnapshotError, match="bitmap_order"):
+        SealLine.decode(head.encode(bytes(16)).replace(order.encode(), b"middle"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,49 @@ def test_a_seal_that_claims_much_is_refused_before_it_is_read(tmp_path: Path) ->
     path.write_bytes(head.encode(b""))
     with pytest.raises(SnapshotError, match="by its head"):
         read_manifest(path)
+
+
+def claims_much(path: Path, size: int, algorithm: Algorithm = Algorithm.SHA256) -> SealHead:
+    """A seal of a file of that size, whose digests are a hole, with the digest of so many zeros."""
+    head = SealHead(algorithm, size, 0, True)
+    line = head.encode(bytes(head.digests_size))
+    path.write_bytes(line)
+    os.truncate(path, len(line) + head.digests_size)
+    return head
+
+
+def test_a_seal_whose_digests_are_a_hole_is_refused_without_reading_them(disk: Path) -> None:
+    claims_much(disk / "a.seal", 1 << 40)
+    with pytest.raises(SnapshotError, match="hole"):
+        read_manifest(disk / "a.seal")
+
+
+def test_a_seal_takes_no_more_memory_than_its_file_can_need(tmp_path: Path) -> None:
+    path, head = tmp_path / "a.seal", SealHead(Algorithm.XXH3_128, 1 << 42, 0, True)
+    digests = b"\1" * head.digests_size
+    path.write_bytes(head.encode(digests) + digests)
+    tracemalloc.start()
+    try:
+        kept = read_manifest(path, 32)
+        assert kept is not None
+        assert (kept.head, kept.digests) == (head, digests[:32])
+        assert read_manifest(path, wanted=lambda head: head.size == 5) is None
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        assert len(digests) == 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_digests_are_not_held_twice(tmp_path: Path) -> None:
+    path, head = tmp_path / "a.seal", SealHead(Algorithm.XXH3_128, 1 << 41, 0, True)
+    digests = b"\1" * head.digests_size
+    path.write_bytes(head.encode(digests) + digests)
+    tracemalloc.start()
+    try:
+        read_manifest(path)
+        assert tracemalloc.get_traced_memory()[1] < len(digests) + (8 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_huge_file_that_is_no_seal_is_refused(tmp_path: Path) -> None:

@@ -117,11 +117,11 @@ class Libvirt:
         assert done.returncode == 0, f"virsh {words}: {done.stderr}{self._said()}"
         return done.stdout
 
-    def create(self, name: str, xml: str) -> Domain:
-        """Starts a guest that is forgotten when it ends."""
+    def create(self, name: str, xml: str, *options: str) -> Domain:
+        """Starts a guest that is forgotten when it ends; ``options`` are virsh's."""
         path = self.directory / f"{name}.xml"
         path.write_text(xml)
-        self.virsh("create", path)
+        self.virsh("create", path, *options)
         pid = int((self.directory / f"run/libvirt/qemu/run/{name}.pid").read_text())
         command = Path(f"/proc/{pid}/cmdline").read_text().removesuffix("\0").split("\0")
         return Domain(name, pid, tuple(command))

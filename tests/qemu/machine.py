@@ -28,7 +28,7 @@ from tests.qemu.qmp import QmpClient
 __all__ = ["GuestRam", "MigrationFailed", "Mode", "Qemu", "QemuDied", "RAM_BLOCK"]
 
 BINARY = "qemu-system-x86_64"
-RAM_BLOCK = {"pc": "pc.ram", "q35": "pc.ram", "microvm": "microvm.ram"}
+RAM_BLOCK = {"pc": "pc.ram", "q35": "pc.ram", "microvm": "microvm.ram", "isapc": "pc.ram"}
 _FDSET = 1
 _TERMINAL = {"completed", "failed", "cancelled"}
 _RAMBLOCK_LINE = re.compile(

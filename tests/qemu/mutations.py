@@ -1,9 +1,9 @@
 """Damages a snapshot in seeded ways and sees what the package makes of it.
 
-Each mutation is opened, verified, looked into, loaded and converted in a child of its own, with a
-time limit and a bounded address space; a child that is killed, hangs, takes more than a second of
-the processor or more than 256 MiB, or meets an exception that is not one of the package's is a
-finding. To look into one by hand::
+Each mutation is opened, verified, looked into, loaded, converted and sealed in a child of its own,
+with a time limit and a bounded address space; a child that is killed, hangs, takes more than a
+second of the processor or more than 256 MiB, or meets an exception that is not one of the package's
+is a finding. To look into one by hand::
 
     python -m tests.qemu.mutations FILE --first SEED --count 1 --show
 
@@ -14,6 +14,8 @@ line of JSON a mutation.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import random
@@ -30,7 +32,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyqmigrate import Descriptors, NotSupported, Snapshot, SnapshotError, UsageError
+from pyqmigrate import (
+    Descriptors,
+    FileMemory,
+    NotSupported,
+    SnapshotError,
+    UsageError,
+    seal,
+    verify_seal,
+)
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.device_listing import devices
 from pyqmigrate.export.convert import convert
@@ -46,8 +56,11 @@ TIME_LIMIT = 20.0  # seconds for one mutation; one takes milliseconds
 ADDRESS_SPACE = 2 << 30
 CPU_LIMIT = 1.0  # seconds of the processor
 MEMORY_LIMIT = 256 << 10  # KiB over what the child had from the start
-LOADABLE = 256 << 20  # blocks longer than this are read at their ends only
-CONVERTIBLE = 64 << 20
+FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a seal is synced to the disk
+IN_MEMORY = 64 << 20  # bytes; blocks longer than this are loaded into files
+LOADABLE = CONVERTIBLE = 4 << 40  # of what can be sparse
+STREAMABLE = 512 << 20  # a classic stream has a record for each page, be it zero
+DIGESTED = 256 << 20
 ALLOWED = (SnapshotError, NotSupported, UsageError)
 ACCEPTED, REFUSED, BROKEN = 0, 1, 2
 VERDICTS = {ACCEPTED: "accepted", REFUSED: "refused", BROKEN: "broken"}
@@ -82,14 +95,29 @@ class Anatomy:
     numbers: list[int]  # values that mean something in this file
 
 
+# Magic, version, length of the XML, whether it ran, format, length of the cookie.
+LIBVIRT_FIELDS = [(0, 16), *((at, 4) for at in (16, 20, 24, 28, 32))]
+
+
 def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
     with open_snapshot(file, offset=offset or None) as opened:
         if isinstance(opened, ClassicSnapshot):
             return _dissect_classic(data, opened)
-    with Snapshot(file, offset=offset) as snapshot:
-        blocks = sorted((b.pages_offset, b.length, name) for name, b in snapshot.blocks.items())
+        offset, stream = opened.offset, opened.stream
+        libvirt = opened.libvirt is not None
+        sections = [section for section in stream.sections if section.name != "ram"]
+        blocks = sorted(
+            (b.pages_offset, b.length, name) for name, b in opened.blocks.items() if not b.external
+        )
     fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
     metadata, numbers, end = [], [len(data)], offset
+    if libvirt:
+        fields += LIBVIRT_FIELDS
+        metadata.append((0, offset))
+    for section in sections:
+        fields += [(section.offset, 1), (section.offset + 1, 4)]
+        if section.kind is not SectionKind.FULL:  # its body has numbers of its own
+            fields += [(section.body_offset + n, 1) for n in range(min(section.body_length, 8))]
     for pages_offset, length, name in blocks:
         metadata.append((end, pages_offset))
         text = bytes([len(name)]) + name.encode()
@@ -110,6 +138,7 @@ def _dissect_classic(data: bytes, snapshot: ClassicSnapshot) -> Anatomy:
     """Besides the head and the tail, some of the records stand for all of them."""
     offset, stream = snapshot.offset, snapshot.stream
     fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
+    fields += LIBVIRT_FIELDS if snapshot.libvirt else []
     numbers = [len(data), stream.total_ram]
     for block in stream.blocks:
         name = 1 + len(block.name.encode())
@@ -205,7 +234,7 @@ def examine(file: Path, offset: int) -> tuple[int, str]:
     except ALLOWED as error:
         looked = f"devices: {error}"
     try:
-        snapshot = open_snapshot(file, offset=offset)
+        snapshot = open_snapshot(file, offset=offset or None)
     except ALLOWED as error:
         return REFUSED, f"open: {error}"
     with snapshot:
@@ -241,22 +270,97 @@ def examine(file: Path, offset: int) -> tuple[int, str]:
                 # Physical memory cannot be had of every snapshot that is sound.
                 if flaw is None and (form == "other" or isinstance(error, SnapshotError)):
                     return BROKEN, f"verify found nothing, but convert to {form}: {error}"
+    with tempfile.TemporaryDirectory(dir=FAST) as scratch:
+        copy = Path(scratch) / file.name
+        shutil.copyfile(file, copy)
+        broken = _seal(copy, offset, flaw)
+    if broken is not None:
+        return BROKEN, broken
     return (REFUSED, flaw) if flaw else (ACCEPTED, "")
 
 
+def _seal(file: Path, offset: int, flaw: str | None) -> str | None:
+    """Seals the file, which it may change, and holds it against the seal; what is wrong with that.
+
+    What is no whole snapshot is neither sealed nor changed; of what is one, no page may differ.
+    """
+    before, was = file.read_bytes(), _digest(file, offset)
+    try:
+        try:
+            report = seal(file, offset=offset, channels=2)
+        except UsageError as error:
+            # Damaged bits may look more like those of a big-endian host.
+            if "--bitmap-order" not in str(error) or file.read_bytes() != before:
+                raise
+            report = seal(file, offset=offset, channels=2, bitmap_order="little")
+    except ALLOWED as error:
+        if flaw is None and not isinstance(error, NotSupported):
+            return f"verify found nothing, but seal: {error}"
+        if file.read_bytes() != before or file.with_name(f"{file.name}.seal").exists():
+            return f"seal refused, and left something: {error}"
+        return None
+    if flaw is not None:
+        return f"sealed, in spite of {flaw}"
+    if not report.cleared_pages and file.read_bytes() != before:
+        return "seal changed a file in which it had nothing to clear"
+    if _digest(file, offset) != was:
+        return "sealing changed the guest's memory"
+    check = verify_seal(file, channels=2)
+    if check is None or not check.intact:
+        return f"not intact once sealed: {check}"
+    with file.open("r+b") as damaged:
+        damaged.seek(len(before) // 2)
+        byte = damaged.read(1)
+        damaged.seek(len(before) // 2)
+        damaged.write(bytes([byte[0] ^ 1]))
+    check = verify_seal(file, channels=2)
+    if check is None or len(check.damages) != 1:
+        return f"a flipped bit was not found: {check}"
+    return None
+
+
+def _digest(file: Path, offset: int) -> str | None:
+    """Of the memory of the guest; None where it is too much, or cannot be had."""
+    try:
+        with open_snapshot(file, offset=offset) as snapshot:
+            blocks = snapshot.blocks.values()
+            if sum(block.length for block in blocks) > DIGESTED:
+                return None
+            state = hashlib.sha256()
+            for block in blocks:
+                for at in range(0, 0 if block.external else block.length, 1 << 20):
+                    state.update(block.read(at, min(1 << 20, block.length - at)))
+            return state.hexdigest()
+    except ALLOWED:
+        return None
+
+
 def _load(snapshot: AnySnapshot) -> None:
-    blocks = snapshot.blocks.values()
-    if sum(block.length for block in blocks) <= LOADABLE:
-        buffers = {block.name: bytearray(block.length) for block in blocks}
-        snapshot.load(buffers, channels=2)
+    blocks = [block for block in snapshot.blocks.values() if not block.external]
+    if length_of(snapshot) > LOADABLE:
+        for block in blocks:
+            block.read(0, 1)
+            block.read(block.length - block.page_size, block.page_size)
         return
-    for block in blocks:
-        block.read(0, 1)
-        block.read(block.length - block.page_size, block.page_size)
+    with contextlib.ExitStack() as stack:
+        memories: dict[str, bytearray | FileMemory] = {}
+        for block in blocks:
+            if block.length <= IN_MEMORY:
+                memories[block.name] = bytearray(block.length)
+                continue
+            fd = os.memfd_create("loaded")
+            stack.callback(os.close, fd)
+            os.ftruncate(fd, block.length)
+            memories[block.name] = FileMemory(fd)
+        snapshot.load(memories, channels=2)
+
+
+def length_of(snapshot: AnySnapshot) -> int:
+    return sum(block.length for block in snapshot.blocks.values())
 
 
 def _unpack(snapshot: AnySnapshot, directory: Path) -> None:
-    if sum(block.length for block in snapshot.blocks.values()) > CONVERTIBLE:
+    if length_of(snapshot) > CONVERTIBLE:
         return
     try:
         unpack(snapshot, directory)
@@ -265,10 +369,10 @@ def _unpack(snapshot: AnySnapshot, directory: Path) -> None:
 
 
 def _convert(snapshot: AnySnapshot, form: str) -> None:
-    if sum(block.length for block in snapshot.blocks.values()) > CONVERTIBLE:
-        return
     if form == "other":
         form = "stream" if snapshot.kind is Kind.MAPPED_RAM else "mapped-ram"
+    if length_of(snapshot) > (STREAMABLE if form == "stream" else CONVERTIBLE):
+        return
     target = os.memfd_create("converted")
     try:
         convert(snapshot, Descriptors(target), to=form)
@@ -325,7 +429,8 @@ def _examine_in_child(file: Path, offset: int) -> tuple[str, str]:
 def outcomes(file: Path, offset: int, first: int, count: int) -> Iterator[Outcome]:
     base = file.read_bytes()
     anatomy = dissect(base, file, offset)
-    with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:
+    # Not on the disk: hundreds of conversions would be waited for.
+    with tempfile.TemporaryDirectory(prefix="mutations-", dir="/dev/shm") as scratch:
         damaged = Path(scratch) / "damaged.mapped"
         for seed in range(first, first + count):
             data = bytearray(base)

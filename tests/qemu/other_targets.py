@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pyqmigrate.vm.memory_map import parse_ramblock
+from pyqmigrate.vm.ramblock import parse_ramblock
 from tests.qemu.machine import GuestRam
 from tests.qemu.qmp import QmpClient
-from tests.qemu.unpacked import unpacked
+from tests.qemu.unpacked import emulator
 
 __all__ = ["TARGETS", "OtherQemu", "OtherTarget", "memory_of"]
 
@@ -36,11 +36,10 @@ class OtherTarget:
 
     def command(self, backend: str) -> list[str]:
         """The command line, without a monitor; ``backend`` ends the RAM's ``-object``."""
-        program = unpacked("targets") / "usr/bin" / f"qemu-system-{self.program}"
         kind, _, options = backend.partition(",")
         memory = f"memory-backend-{kind},id={self.block},size={self.length},{options}"
         return [
-            str(program), "-accel", "tcg", "-nodefaults", "-display", "none",
+            emulator(self.program), "-accel", "tcg", "-nodefaults", "-display", "none",
             "-machine", f"{self.machine},memory-backend={self.block}",
             "-m", f"{self.length >> 20}M", "-object", memory.removesuffix(","), *self.arguments,
         ]  # fmt: skip

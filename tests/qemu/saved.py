@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.memory_map import parse_ramblock
-from pyqmigrate.vm.restore import RestoredVm
+from pyqmigrate.vm.ramblock import parse_ramblock
+from pyqmigrate.vm.restoring import RestoredVm
 from tests.qemu.bare import BareQemu
 from tests.qemu.guest import PAGE, build, check_pattern
 from tests.qemu.machine import BINARY

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -47,9 +46,12 @@ class Source:
     def save(self, path: Path, **arguments: Any) -> VmSaveReport:
         return asyncio.run(save(self.socket, path, **arguments))
 
-    def start_save(self, path: Path, *arguments: str) -> subprocess.Popen[bytes]:
-        """The command, in a process of its own."""
-        command = [sys.executable, "-m", "pyqmigrate", "vm", "save", "--qmp", str(self.socket),
+    def start_save(
+        self, path: Path, *arguments: str, program: str | None = None
+    ) -> subprocess.Popen[bytes]:
+        """The command, in a process of its own, or a ``program`` that is it in some way."""
+        python = ["-m", "pyqmigrate"] if program is None else ["-c", program]
+        command = [sys.executable, *python, "vm", "save", "--qmp", str(self.socket),
                    *arguments, str(path)]  # fmt: skip
         return subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -98,15 +100,13 @@ class Source:
         return {path.name for path in self.directory.iterdir()}
 
     def _guardians(self) -> list[int]:
-        """Processes that guard this guest: their unfinished file is in this directory."""
+        """Processes that guard this guest: they are told a snapshot in this directory."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if any(word.endswith(b"vm/guardian.py") for word in words) and any(
-                    os.fspath(fd.readlink()).startswith(f"{self.directory}/")
-                    for fd in (entry / "fd").iterdir()
-                ):
+                ours = any(word.startswith(bytes(self.directory)) for word in words)
+                if ours and any(word.endswith(b"vm/guardian.py") for word in words):
                     found.append(int(entry.name))
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from tests.qemu.qmp import QmpClient
 from tests.qemu.test_devices import registers_said
 from tests.qemu.test_vm_libvirt import RAM
 from tests.qemu.test_vm_libvirt import save as save_by_libvirt
-from tests.qemu.unpacked import lack
+from tests.qemu.unpacked import lack, unpacked
 from tests.qemu.verbs import save
 
 pytestmark = pytest.mark.qemu
@@ -142,6 +143,17 @@ def test_readelf_has_nothing_to_object_to(linux: Linux) -> None:
     assert ran.stderr == ""
     assert "NT_PRSTATUS" in ran.stdout
     assert "VMCOREINFO" in ran.stdout
+
+
+def test_crash_knows_the_kernel(linux: Linux) -> None:
+    """Without the kernel's debug information, hundreds of MiB, it opens the file and no more."""
+    root = unpacked("crash")
+    libraries = ":".join(map(str, root.glob("usr/lib/*-linux-gnu*")))
+    ran = subprocess.run(
+        [root / "usr/bin/crash", "--osrelease", linux.files["elf"]], capture_output=True, text=True,
+        timeout=60, check=True, env=os.environ | {"LD_LIBRARY_PATH": libraries},
+    )  # fmt: skip
+    assert ran.stdout.strip() == linux.release
 
 
 def test_drgn_reads_the_kernel_by_its_own_addresses(linux: Linux) -> None:

@@ -16,7 +16,7 @@ from pyqmigrate.device_listing import devices
 from pyqmigrate.export.convert import Form, convert
 from pyqmigrate.opened import Kind
 from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.save import SaveReport
+from pyqmigrate.saving import SaveReport
 from pyqmigrate.snapshot import Snapshot
 from tests.qemu.classic import ClassicQemu
 from tests.qemu.compare import assert_same_blocks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tests.qemu import machine as machines
 from tests.qemu.classic import ClassicQemu
 from tests.qemu.guest import build
 from tests.qemu.machine import GuestRam, Qemu
+from tests.qemu.unpacked import emulator
 
 pytestmark = pytest.mark.qemu
 
@@ -321,18 +321,16 @@ def test_stream_without_description_lists_its_sections(disk: Path) -> None:
     assert {"timer", "cpu", "i8254", "globalstate"} <= {device.name for device in found.devices}
 
 
-def other(monkeypatch: pytest.MonkeyPatch, binary: str, machine: str, block: str) -> None:
-    """Make Qemu start another target; skips where it is not installed."""
-    if shutil.which(binary) is None:
-        pytest.skip(f"{binary} is not on the PATH")
-    monkeypatch.setattr(machines, "BINARY", binary)
+def other(monkeypatch: pytest.MonkeyPatch, target: str, machine: str, block: str) -> None:
+    """Make Qemu start another target."""
+    monkeypatch.setattr(machines, "BINARY", emulator(target))
     monkeypatch.setitem(machines.RAM_BLOCK, machine, block)
 
 
 def test_registers_of_aarch64_are_those_of_qemu(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other(monkeypatch, "qemu-system-aarch64", "virt", "mach-virt.ram")
+    other(monkeypatch, "aarch64", "virt", "mach-virt.ram")
     base = 0x4000_0000
     code = [0xD2800000 | (0x1000 + n) << 5 | n for n in range(31)]  # movz xN, 0x1000 + N
     code += [0x9100003F, 0xD5182021, 0x14000000]  # mov sp, x1; msr ttbr1_el1, x1; b .
@@ -359,7 +357,7 @@ def test_registers_of_aarch64_are_those_of_qemu(
 def test_big_endian_target_is_decoded_likewise(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other(monkeypatch, "qemu-system-ppc64", "pseries", "ppc_spapr.ram")
+    other(monkeypatch, "ppc64", "pseries", "ppc_spapr.ram")
     path = disk / "s"
     with GuestRam(256 << 20) as ram, Qemu(ram, machine="pseries") as vm:
         vm.save(path)

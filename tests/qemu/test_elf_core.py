@@ -142,7 +142,11 @@ def test_aarch64_has_memory_and_notes_of_qemus_dump(disk: Path) -> None:
 
 
 def wait_for_end_of_code(qmp: Any) -> None:
-    end = f"PC={CODE_AT + 4 * (len(CODE) - 1):016x}"
+    wait_for_said(qmp, f"PC={CODE_AT + 4 * (len(CODE) - 1):016x}")
+
+
+def wait_for_said(qmp: Any, end: str) -> None:
+    """Waits until the first CPU has come to the end of its code."""
     deadline = time.monotonic() + 30
     while end not in qmp.execute("human-monitor-command", {"command-line": "info registers"}):
         assert time.monotonic() < deadline, "the guest does not run"
@@ -174,3 +178,33 @@ def test_classic_stream_gives_the_same_files(disk: Path) -> None:
         vm.save(disk / "s")
     assert export(disk / "s", disk / "elf", "elf")[0].all() == theirs.all()
     assert export(disk / "s", disk / "lime", "lime")[0].all() == theirs.all()
+
+
+# li r3, H_SET_MODE; li r4, 1 (little); li r5, 4 (byte order); li r6, 0; li r7, 0; sc 1; b .
+MODE = [0x3860031C, 0x38800001, 0x38A00004, 0x38C00000, 0x38E00000, 0x44000022, 0x48000000]
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_power_guest_has_its_own_byte_order(order: str, disk: Path) -> None:
+    """Firmware is big-endian; what it starts asks the hypervisor for the other order."""
+    target, code = TARGETS["ppc64"], MODE if order == "little" else MODE[-1:]
+    (disk / "code").write_bytes(bytes(0x100) + struct.pack(f">{len(code)}I", *code))
+    note = struct.pack("<III" if order == "little" else ">III", 11, 20, 0)
+    note += b"VMCOREINFO\0\0OSRELEASE=6.1-power\n\0"[:32]
+    extra = ["-bios", str(disk / "code"), "-smp", "2"]
+    with GuestRam(target.length) as ram, OtherQemu(target, ram, extra) as vm:
+        with vm.connect() as qmp:
+            qmp.execute("cont")
+            end = f"NIP {0x100 + 4 * (len(code) - 1):016x}"
+            wait_for_said(qmp, end)
+            qmp.execute("stop")
+        ram.memory[0x200000 : 0x200000 + len(note)] = note
+        vm.save(disk / "s")
+        with vm.connect() as qmp:
+            qmp.execute("dump-guest-memory",
+                        {"paging": False, "protocol": f"file:{disk}/dump"})  # fmt: skip
+    elf, _ = export(disk / "s", disk / "elf", "elf")
+    assert elf.machine == "EM_PPC64"
+    heads = [(disk / name).read_bytes()[:20] for name in ("elf", "dump")]
+    assert heads[0] == heads[1]
+    assert named(elf.notes, "VMCOREINFO") == [b"OSRELEASE=6.1-power\n"]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from bench.contents import Contents, fill
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from tests.qemu import mutations
 from tests.qemu.classic import ClassicQemu
 from tests.qemu.guest import build
 from tests.qemu.machine import GuestRam, Mode, Qemu
+from tests.qemu.other_targets import TARGETS, OtherQemu
 
 pytestmark = pytest.mark.qemu
 
 RAM = 8 << 20
+XML = "<domain type='qemu'><name>guest</name></domain>"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,57 @@ def classic_with_changes(path: Path) -> Base:
     return Base(path)
 
 
-BASES = [paused, at_an_offset, running, classic, classic_with_changes]
+def behind_libvirts_header(path: Path) -> Base:
+    header = LibvirtHeader(True, 2, ImageFormat.SPARSE, False, XML, "<c/>", 70001, "little")
+    path.write_bytes(encode_header(header))
+    with GuestRam(RAM) as ram, Qemu(ram) as vm:
+        fill(memoryview(ram.memory), Contents.SPECKLED)
+        vm.save(path, Mode(channels=2, multifd=True), offset=70001)
+    return Base(path)
+
+
+def classic_behind_libvirts_header(path: Path) -> Base:
+    stream = classic(path).path.read_bytes()
+    header = LibvirtHeader(True, 2, ImageFormat.RAW, True, XML, "", 4096, "little")
+    path.write_bytes(encode_header(header) + stream)
+    return Base(path)
+
+
+def without_shared_memory(path: Path) -> Base:
+    """Classic: QEMU itself fails to write a mapped-ram file so."""
+    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+        vm.set_capabilities({"events": True, "mapped-ram": False, "x-ignore-shared": True})
+        vm.execute("migrate", {"uri": f"file:{path}"})
+        assert vm.wait()["status"] == "completed"
+    return Base(path)
+
+
+def with_dirty_bitmaps(path: Path) -> Base:
+    disk = ["-blockdev", "driver=null-co,node-name=disk,size=67108864"]
+    with GuestRam(RAM) as ram, Qemu(ram, extra=disk) as vm:
+        for name in ("first", "second"):
+            vm.execute("block-dirty-bitmap-add", {"node": "disk", "name": name})
+        vm.set_capabilities({"dirty-bitmaps": True})
+        vm.save(path)
+    return Base(path)
+
+
+def of_aarch64(path: Path) -> Base:
+    """Classic: its flash is 128 MiB, which a mapped-ram file has in full."""
+    target = replace(TARGETS["aarch64"], length=RAM)
+    with GuestRam(RAM) as ram, OtherQemu(target, ram) as vm, vm.connect() as qmp:
+        fill(memoryview(ram.memory), Contents.SPECKLED)
+        qmp.execute("migrate", {"uri": f"file:{path}"})
+        while (state := qmp.execute("query-migrate"))["status"] != "completed":
+            assert state["status"] in ("setup", "active", "device"), state
+            time.sleep(0.01)
+    return Base(path)
+
+
+BASES = [
+    paused, at_an_offset, running, classic, classic_with_changes, behind_libvirts_header,
+    classic_behind_libvirts_header, without_shared_memory, with_dirty_bitmaps, of_aarch64,
+]
 
 
 @pytest.fixture(scope="module", params=BASES, ids=lambda f: f.__name__)
@@ -88,15 +141,15 @@ def assert_nothing_worse_than_a_refusal(base: Base, first: int, count: int) -> N
     if findings:
         pytest.fail(f"{len(findings)} of {count}, the first:\n{worst}", pytrace=False)
     assert len(outcomes) == count
-    assert verdicts["refused"] > count // 3, "the damage is too mild to prove anything"
+    assert verdicts["refused"] > count // 4, "the damage is too mild to prove anything"
     assert verdicts["accepted"] > 0, "the damage is too coarse to reach beyond the header"
 
 
 def test_damaged_file_of_qemu_is_refused_or_loads(base: Base) -> None:
-    assert_nothing_worse_than_a_refusal(base, first=0, count=100)
+    assert_nothing_worse_than_a_refusal(base, first=0, count=30)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_thousands_of_damaged_files_of_qemu_are_refused_or_load(base: Base) -> None:
-    assert_nothing_worse_than_a_refusal(base, first=1000, count=3400)
+    assert_nothing_worse_than_a_refusal(base, first=1000, count=1700)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from pyqmigrate.errors import NotSupported
+from pyqmigrate.export.convert import convert
 from pyqmigrate.export.guest import Guest
 from pyqmigrate.format.physical_map import parse_placement
 from pyqmigrate.format.placement import Placement
 from pyqmigrate.opening import open_snapshot
 from tests.qemu.flat_view import memory_seen
 from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.other_targets import TARGETS, OtherQemu
+from tests.qemu.other_targets import TARGETS, OtherQemu, OtherTarget
 
 pytestmark = pytest.mark.qemu
 
@@ -46,6 +48,7 @@ MEMORIES: dict[str, tuple[str, int | list[str]]] = {
     "pc": ("pc", 64),
     "q35": ("q35", 64),
     "microvm": ("microvm", 64),
+    "isapc": ("isapc", 64),
     "pc-5G": ("pc", ram_of("pc", "")),
     "q35-5G": ("q35", ram_of("q35", "")),
     "microvm-5G": ("microvm", ram_of("microvm", "", name="microvm.ram")),
@@ -148,12 +151,22 @@ def test_module_that_was_plugged_in_is_placed_by_hand(disk: Path) -> None:
     assert named(by_hand.ranges) == expected
 
 
+MACHINES = TARGETS | {
+    "powernv": OtherTarget("ppc64", "powernv", "pnv.ram", length=1 << 30),
+    "sbsa-ref": OtherTarget("aarch64", "sbsa-ref", "sbsa-ref.ram"),
+    "sifive_u": OtherTarget(
+        "riscv64", "sifive_u", "riscv.sifive.u.ram", ("-bios", "none"), 128 << 20
+    ),
+    "spike": OtherTarget("riscv64", "spike", "riscv.spike.ram", ("-bios", "none")),
+}
+
+
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[] if name in ("aarch64", "ppc64") else [pytest.mark.long])
-    for name in TARGETS
+    for name in MACHINES
 ])  # fmt: skip
 def test_ram_of_other_targets_is_where_qemu_has_it(name: str, disk: Path) -> None:
-    target = TARGETS[name]
+    target = MACHINES[name]
     with GuestRam(target.length) as ram, OtherQemu(target, ram) as vm:
         with vm.connect() as qmp:
             text = qmp.execute("human-monitor-command", {"command-line": "info mtree -f"})
@@ -161,3 +174,12 @@ def test_ram_of_other_targets_is_where_qemu_has_it(name: str, disk: Path) -> Non
     ram_is = [one for one in memory_seen(text) if one.block == target.block]
     assert named(look(disk / "s").ranges) == ram_is
     assert sum(one.length for one in ram_is) == target.length
+
+
+def test_arm_guest_of_32_bits_has_a_lime_file_and_no_elf_core(disk: Path) -> None:
+    target = replace(TARGETS["aarch64"], arguments=("-cpu", "cortex-a15"))
+    with GuestRam(target.length) as ram, OtherQemu(target, ram) as vm:
+        vm.save(disk / "s")
+    with pytest.raises(NotSupported, match=r"32 bits.*LiME"):
+        convert(disk / "s", disk / "elf", to="elf")
+    convert(disk / "s", disk / "lime", to="lime")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.clone import Clone, clone
+from pyqmigrate.vm.cloning import Clone, clone
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.restore import restore
+from pyqmigrate.vm.restoring import RestoredVm, restore
 from tests.qemu.compare import assert_same_blocks
-from tests.qemu.saved import RAM, Saved, goes_on, memory_of, save_guest
+from tests.qemu.saved import RAM, Saved, goes_on, memory_of, save_guest, serial_says
 
 pytestmark = pytest.mark.qemu
 
@@ -35,8 +35,17 @@ async def end_all(clones: list[Clone]) -> None:
 
 def proportional_bytes(pid: int) -> int:
     """The process's share of all memory that it uses, divided among who uses it too."""
+    return memory_use(pid, "Pss")
+
+
+def changed_bytes(pid: int) -> int:
+    """What it has changed and nobody else has: of the guest's memory, and QEMU's own."""
+    return memory_use(pid, "Private_Dirty")
+
+
+def memory_use(pid: int, kind: str) -> int:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    found = re.search(r"^Pss: +(\d+) kB", text, re.MULTILINE)
+    found = re.search(rf"^{kind}: +(\d+) kB", text, re.MULTILINE)
     assert found, text
     return int(found[1]) * 1024
 
@@ -161,6 +170,45 @@ def share_of_memory(directory: Path, ram: int) -> None:
     asyncio.run(run())
 
 
+def test_ten_clones_that_write_share_what_they_have_not_changed(disk: Path) -> None:
+    """Each writes over the first 32 MiB, again and again; the rest of its memory it only has."""
+    ram, written = 256 * MIB, 28 * MIB
+    saved = save_guest(disk, ["-M", "pc", "-m", "256"], ram=32 * MIB, paused=True)
+    command = saved.command(serial=disk / "serial-{n}")
+
+    async def looked_at(one: RestoredVm) -> int:
+        await memory_of(one.monitor, one.process.pid)
+        return one.process.pid
+
+    async def run() -> None:
+        alone = await restore(saved.path, command, paused=True)
+        pid = await looked_at(alone)
+        base, own = proportional_bytes(pid), changed_bytes(pid)
+        await alone.end()
+        clones = await clone(saved.path, command, 10, directory=disk)
+        try:
+            for one in clones:
+                assert one.vm is not None, one.error
+                await one.vm.monitor.execute("cont")  # it was saved paused
+            for one in clones:
+                assert one.vm is not None
+                # Two reports: all that it writes was written since it goes on.
+                await asyncio.to_thread(serial_says, disk / f"serial-{one.number}", 2)
+                await one.vm.monitor.execute("stop")
+            pids = [await looked_at(one.vm) for one in clones if one.vm is not None]
+            together = sum(map(proportional_bytes, pids))
+            changes = [changed_bytes(pid) for pid in pids]
+        finally:
+            await end_all(clones)
+        assert base > ram // 2, "its memory is not resident: the test proves nothing"
+        assert all(changed > written for changed in changes), "the guests do not write"
+        assert together <= base + sum(changes), f"{together >> 20} MiB, one: {base >> 20} MiB"
+        # And what each changed is what it wrote, besides QEMU's own.
+        assert all(changed < own + written + 24 * MIB for changed in changes), (own, changes)
+
+    asyncio.run(run())
+
+
 def test_ten_clones_share_their_memory(disk: Path) -> None:
     share_of_memory(disk, 256 * MIB)
 
@@ -168,3 +216,41 @@ def test_ten_clones_share_their_memory(disk: Path) -> None:
 @pytest.mark.long
 def test_ten_clones_of_2_gib_share_their_memory(disk: Path) -> None:
     share_of_memory(disk, 2048 * MIB)
+
+
+def test_descriptor_that_all_would_use_is_refused(saved: Saved, tmp_path: Path) -> None:
+    command = [*saved.command(serial=tmp_path / "{n}"), "-chardev", "socket,id=c,fd=9"]
+    with pytest.raises(UsageError, match="guests 1 and 2 would both have descriptor 9 "):
+        asyncio.run(clone(saved.path, command, 2, directory=tmp_path))
+
+
+def on_file(path: Path) -> list[str]:
+    return [
+        "-M", "pc,memory-backend=pc.ram", "-m", str(RAM >> 20),
+        "-object", f"memory-backend-file,id=pc.ram,size={RAM},share=on,mem-path={path}",
+    ]  # fmt: skip
+
+
+def test_memory_file_that_is_mapped_instead_is_no_hindrance(
+    saved: Saved, shm: Path, tmp_path: Path
+) -> None:
+    """The command line that a save by engine direct is made for."""
+    command = saved.command(*on_file(shm / "ram"), serial=tmp_path / "serial-{n}")
+
+    async def run() -> None:
+        clones = await clone(saved.path, command, 2, directory=tmp_path)
+        try:
+            assert [one.vm and one.vm.report.mode for one in clones] == ["instant"] * 2
+        finally:
+            await end_all(clones)
+
+    asyncio.run(run())
+    assert not (shm / "ram").exists()
+
+
+def test_memory_file_that_all_would_be_loaded_into_is_refused(
+    saved: Saved, shm: Path, tmp_path: Path
+) -> None:
+    command = saved.command(*on_file(shm / "ram"), serial=tmp_path / "serial-{n}")
+    with pytest.raises(UsageError, match=r"would both write to .*/ram"):
+        asyncio.run(clone(saved.path, command, 2, directory=tmp_path, mode="load"))

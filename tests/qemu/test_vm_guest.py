@@ -311,6 +311,51 @@ def test_monitor_held_by_another_client_is_an_error_within_five_seconds() -> Non
         assert time.monotonic() - start < 6
 
 
+@contextlib.contextmanager
+def full_queue(path: Path) -> Iterator[list[socket.socket]]:
+    """Clients that wait for a monitor, as many as may."""
+    clients: list[socket.socket] = []
+    try:
+        while True:
+            clients.append(socket.socket(socket.AF_UNIX))
+            clients[-1].setblocking(False)
+            try:
+                clients[-1].connect(str(path))
+            except BlockingIOError:
+                break
+        yield clients
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_monitor_for_which_too_many_clients_wait_is_held_by_another() -> None:
+    with BareQemu("-M", "pc", "-m", "48M") as qemu:
+
+        async def one_too_many(first: Monitor) -> None:
+            with full_queue(qemu.socket):
+                start = time.monotonic()
+                with pytest.raises(QemuError, match="another client holds it"):
+                    await Monitor.connect(qemu.socket, timeout=1)
+                assert 0.9 < time.monotonic() - start < 2
+
+        qemu.run(one_too_many)
+
+
+def test_monitor_is_reached_when_the_others_have_left() -> None:
+    with BareQemu("-M", "pc", "-m", "48M") as qemu:
+
+        async def patient(first: Monitor) -> None:
+            with full_queue(qemu.socket):
+                waiting = asyncio.ensure_future(Monitor.connect(qemu.socket))
+                await asyncio.sleep(0.3)
+                await first.close()
+            async with await waiting as monitor:
+                assert (await monitor.execute("query-status"))["status"] == "prelaunch"
+
+        qemu.run(patient)
+
+
 # The choice of the engine, as a real QEMU makes it.
 
 FILE = one("file", "share=on", "mem-path=/dev/shm")

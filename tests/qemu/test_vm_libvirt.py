@@ -18,7 +18,7 @@ from pyqmigrate import Snapshot
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
 from pyqmigrate.io.target import InputTarget
 from pyqmigrate.sequential import start_sequential_load
-from pyqmigrate.vm.restore import restore
+from pyqmigrate.vm.restoring import restore
 from tests.qemu.guest import build, check_pattern
 from tests.qemu.libvirt import Domain, Libvirt
 from tests.qemu.machine import BINARY

@@ -19,24 +19,37 @@ pytestmark = pytest.mark.qemu
 
 SIZE = f"size={RAM}"
 MEMORY = {
-    "private": ["-m", str(RAM >> 20)],
-    "file": ["-m", str(RAM >> 20), "-object",
-             f"memory-backend-file,id=pc.ram,{SIZE},mem-path=/dev/shm,share=on"],
-    "memfd": ["-m", str(RAM >> 20), "-object", f"memory-backend-memfd,id=pc.ram,{SIZE},share=on"],
+    "private": [],
+    "file": ["-object", f"memory-backend-file,id=BLOCK,{SIZE},mem-path=/dev/shm,share=on"],
+    "memfd": ["-object", f"memory-backend-memfd,id=BLOCK,{SIZE},share=on"],
     "two nodes": [
-        "-m", str(RAM >> 20),
         "-object", f"memory-backend-memfd,id=m0,size={RAM // 2},share=on",
         "-object", f"memory-backend-memfd,id=m1,size={RAM // 2},share=on",
         "-numa", "node,memdev=m0", "-numa", "node,memdev=m1",
     ],
 }  # fmt: skip
+DEVICES = (
+    "-device", "virtio-rng-pci", "-device", "virtio-balloon-pci", "-device", "virtio-serial-pci",
+    "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
+    "-drive", "driver=null-co,size=1M,if=none,id=disk,read-zeroes=on",
+    "-device", "virtio-blk-pci,drive=disk", "-device", "VGA",
+)  # fmt: skip
+# Machine, what else it has, and the name of its RAM block.
+MACHINES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "pc": ("pc", (), "pc.ram"),
+    "q35": ("q35", (), "pc.ram"),
+    "q35 with devices": ("q35", DEVICES, "pc.ram"),
+    "microvm": ("microvm", (), "microvm.ram"),
+}
 
 
-def save_ours(directory: Path, machine: str, memory: str, engine: str) -> Saved:
+def save_ours(directory: Path, kind: str, memory: str, engine: str) -> Saved:
     """Let a guest run, save it with ``engine``; its memory is read while it stands still."""
+    machine, devices, block = MACHINES[kind]
     image, serial, path = build(directory, RAM), directory / "serial", directory / "guest.mapped"
-    backend = [",memory-backend=pc.ram"] if memory in ("file", "memfd") else []
-    arguments = ("-M", "".join([machine, *backend]), *MEMORY[memory])
+    backend = f",memory-backend={block}" if memory in ("file", "memfd") else ""
+    words = [word.replace("BLOCK", block) for word in MEMORY[memory]]
+    arguments = ("-M", f"{machine}{backend}", "-m", str(RAM >> 20), *words, *devices)
     with BareQemu(*arguments, "-bios", str(image), "-serial", f"file:{serial}", run=True) as qemu:
         serial_says(serial, 2)
 
@@ -49,14 +62,17 @@ def save_ours(directory: Path, machine: str, memory: str, engine: str) -> Saved:
                 return await memory_of(monitor, qemu.process.pid)
 
         found = asyncio.run(look())
-    blocks = ("m0", "m1") if memory == "two nodes" else ("pc.ram",)
+    blocks = ("m0", "m1") if memory == "two nodes" else (block,)
     return Saved(path, image, arguments, blocks, found, serial.read_bytes())
 
 
-GUESTS = [("pc", memory) for memory in MEMORY] + [
-    ("q35", memory) if memory == "memfd" else pytest.param("q35", memory, marks=pytest.mark.long)
-    for memory in MEMORY
-]
+SHORT = {*(("pc", memory) for memory in MEMORY), ("q35", "memfd"),
+         ("q35 with devices", "file"), ("microvm", "private")}  # fmt: skip
+GUESTS = [
+    pytest.param(machine, memory, marks=() if (machine, memory) in SHORT else pytest.mark.long)
+    for machine in MACHINES for memory in MEMORY
+    if (machine, memory) != ("microvm", "two nodes")  # it has no nodes
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("engine", ["direct", "qemu"])

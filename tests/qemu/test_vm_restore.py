@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.vm.cloning import clone
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.launch import launch
-from pyqmigrate.vm.restore import Mode, RestoredVm, restore
+from pyqmigrate.vm.restoring import Mode, RestoredVm, restore
 from tests.qemu.compare import assert_same_blocks
 from tests.qemu.saved import (
     RAM,
@@ -30,6 +30,7 @@ from tests.qemu.saved import (
     save_guest,
     serial_says,
 )
+from tests.qemu.unpacked import emulator
 
 pytestmark = pytest.mark.qemu
 
@@ -53,6 +54,13 @@ SPELLINGS = {
               "-object", f"memory-backend-memfd,id=pc.ram,size={M}M,share=on,prealloc=on"],
     "json": ["-M", "pc", "-machine", "memory-backend=pc.ram", "-m", M,
              "-object", f'{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{RAM}}}'],
+    "json of libvirt": [
+        "-M", "pc", "-machine", "memory-backend=pc.ram", "-m", M, "-object",
+        f'{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{RAM},"host-nodes":[0],'
+        '"policy":"bind","prealloc":true,"merge":false}'],
+    "nodes of the host": [
+        "-M", "pc,memory-backend=pc.ram", "-m", M, "-object",
+        f"memory-backend-ram,id=pc.ram,size={RAM},host-nodes=0,host-nodes=0,policy=bind,dump=off"],
     "mem-path": ["-M", "pc", "-m", f"size={RAM >> 10}k", "-mem-path", "/dev/shm", "-mem-prealloc"],
 }  # fmt: skip
 
@@ -104,6 +112,31 @@ def test_memory_is_mapped_however_the_command_line_asks_for_it(
     command = saved_pc.command(*SPELLINGS[spelling], serial=serial)
     vm = asyncio.run(prove(saved_pc, serial, command, "auto"))
     assert vm.report.mode is Mode.INSTANT
+
+
+@pytest.mark.parametrize("mode", ["instant", "load"])
+@pytest.mark.parametrize("grows", [True, False])
+def test_tables_of_the_firmware_may_have_another_length(
+    disk: Path, serial: Path, mode: str, grows: bool
+) -> None:
+    """As another QEMU makes them: it takes the length of the snapshot."""
+    (disk / "table").write_bytes(bytes(range(250)) * 240)
+    more = [word for n in range(3) for word in ("-acpitable", f"sig=TST{n},data={disk}/table")]
+    pc = MACHINES["pc"][0]
+    saved = save_guest(disk, [*pc, *more] if grows else pc)
+    command = saved.command(*pc, *([] if grows else more), serial=serial)
+
+    async def run() -> None:
+        vm = await restore(saved.path, command, mode=mode)
+        try:
+            memory = await memory_of(vm.monitor, vm.process.pid)
+            name = "/rom@etc/acpi/tables"
+            assert len(memory[name]) == len(saved.memory[name])
+            await goes_on(saved, vm, serial)
+        finally:
+            await vm.end()
+
+    asyncio.run(run())
 
 
 def test_old_bytes_under_clear_bits_do_not_reach_the_guest(disk: Path, serial: Path) -> None:
@@ -164,9 +197,13 @@ def test_stream_behind_a_header_is_restored(disk: Path, serial: Path, mode: str)
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("mode", "ran"), [("instant", True), ("load", True), ("load", False)])
-def test_image_of_libvirt_goes_on_as_its_header_says(
-    disk: Path, serial: Path, mode: str, ran: bool
+@pytest.mark.parametrize(
+    ("mode", "ran", "stop"),
+    [("instant", True, False), ("load", True, False), ("load", False, False),
+     ("instant", True, True)],
+)  # fmt: skip
+def test_image_of_libvirt_goes_on_as_its_header_says_unless_it_is_to_stop(
+    disk: Path, serial: Path, mode: str, ran: bool, stop: bool
 ) -> None:
     """libvirt pauses the guest itself, before it saves."""
     header = LibvirtHeader(
@@ -178,10 +215,11 @@ def test_image_of_libvirt_goes_on_as_its_header_says(
         file.write(encode_header(header))
 
     async def run() -> None:
-        vm = await restore(saved.path, saved.command(serial=serial), mode=mode)
+        command = [*saved.command(serial=serial), *["-S"] * stop]
+        vm = await restore(saved.path, command, mode=mode)
         try:
-            assert vm.report.run_state == ("running" if ran else "paused")
-            if ran:
+            assert vm.report.run_state == ("running" if ran and not stop else "paused")
+            if ran and not stop:
                 await goes_on(saved, vm, serial)
         finally:
             await vm.end()
@@ -207,6 +245,32 @@ def test_all_of_the_file_is_read_by_any_settings(
             await vm.end()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("mode", "preset"),
+    [("load", "postcopy-ram"), ("auto", "postcopy-ram"), ("instant", "multifd"),
+     ("instant", "xbzrle"), ("load", "xbzrle")],
+)  # fmt: skip
+def test_capabilities_of_the_command_line_do_not_stand_in_the_way(
+    saved_pc: Saved, serial: Path, preset: str, mode: str
+) -> None:
+    command = [*saved_pc.command(serial=serial), "-global", f"migration.x-{preset}=on"]
+    asyncio.run(prove(saved_pc, serial, command, mode))
+
+
+def test_program_before_qemu_starts_it(saved_pc: Saved, serial: Path) -> None:
+    command = ["env", "A=b", "nice", *saved_pc.command(serial=serial)]
+    asyncio.run(prove(saved_pc, serial, command, "instant"))
+
+
+@pytest.mark.parametrize("option", ["mode", "direct_io"])
+def test_value_that_is_none_is_wrong_usage(saved_pc: Saved, option: str) -> None:
+    with pytest.raises(UsageError, match=f"{option} is 'x'"):
+        asyncio.run(restore(saved_pc.path, ["qemu"], **{option: "x"}))  # type: ignore[arg-type]
+    if option == "mode":
+        with pytest.raises(UsageError, match="mode is 'x'"):
+            asyncio.run(clone(saved_pc.path, ["qemu"], 1, mode="x"))
 
 
 def test_postcopy_is_used_where_qemu_has_it(saved_pc: Saved, serial: Path) -> None:
@@ -361,12 +425,11 @@ def test_guest_does_not_change_the_snapshot(disk: Path, serial: Path) -> None:
     assert saved.path.read_bytes() == before
 
 
-@pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="no qemu-system-aarch64")
 @pytest.mark.parametrize("mode", ["instant", "load"])
 def test_guest_of_another_architecture_is_restored(disk: Path, mode: str) -> None:
     """It never ran: what it has in its memory was put there."""
     command = [
-        "qemu-system-aarch64", "-accel", "tcg", "-M", "virt", "-cpu", "cortex-a57", "-m", M,
+        emulator("aarch64"), "-accel", "tcg", "-M", "virt", "-cpu", "cortex-a57", "-m", M,
         "-nodefaults", "-display", "none", "-S",
     ]  # fmt: skip
     path = disk / "guest.mapped"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -266,3 +268,48 @@ def test_clone_that_fails_is_named_and_the_exit_code_tells(
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 4
+
+
+@pytest.mark.parametrize("mode", ["instant", "load"])
+def test_descriptors_of_the_shell_are_qemus(
+    saved: Saved, child_environment: dict[str, str], tmp_path: Path, mode: str
+) -> None:
+    serial = tmp_path / "serial"
+    command = saved.command(*PC, "-add-fd", "fd=5,set=3", "-chardev", "socket,id=c,fd=6",
+                            serial=serial)  # fmt: skip
+    script = f"exec 5</dev/null; exec \"$@\" --mode {mode} -- {shlex.join(command)}"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec 6<&{theirs.fileno()}; {script}", "bash", *COMMAND, "vm",
+             "restore", str(saved.path)],
+            env=child_environment, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+        )  # fmt: skip
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline().startswith(f"restored  {mode}: ")
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def test_configuration_through_a_pipe_is_read_by_qemu_alone(
+    saved: Saved, child_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """It could describe memory: that is not looked into, so memory is loaded."""
+    command = shlex.join(saved.command(serial=tmp_path / "serial"))
+    text = '[chardev "null"]\\n backend = "null"\\n'
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec "$@" -- {command} -readconfig <(printf \'{text}\')', "bash",
+         *COMMAND, "vm", "restore", str(saved.path)],
+        env=child_environment, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        assert said.startswith("restored  load: ")
+        assert "is no file" in said
+    finally:
+        process.terminate()
+        process.communicate()

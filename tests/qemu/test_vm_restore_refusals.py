@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.vm.restore import Mode, RestoredVm, restore
+from pyqmigrate.vm.restoring import Mode, RestoredVm, restore
 from tests.qemu.saved import RAM, Saved, goes_on, save_guest
 
 pytestmark = pytest.mark.qemu
@@ -33,8 +36,11 @@ def saved(module_disk: Path) -> Saved:
 
 def children() -> set[str]:
     """The processes that we started and that are not gone."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    return {child for task in tasks for child in task.read_text().split()}
+    found = set()
+    for task in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            found |= set(task.read_text().split())
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +48,14 @@ def nothing_left() -> Iterator[None]:
     before = children()
     yield
     assert children() == before
+
+
+@pytest.fixture(autouse=True)
+def nobody_complains(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """asyncio logs what a task ended with that nobody asked for; the command would print it."""
+    yield
+    gc.collect()
+    assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
 
 
 def attempt(path: Path, command: list[str], **options: object) -> PyqmigrateError:
@@ -111,6 +125,13 @@ def test_program_that_is_not_there_is_an_error(saved: Saved) -> None:
     error = attempt(saved.path, ["/no/such/qemu", *PC])
     assert isinstance(error, QemuError)
     assert "does not start" in str(error)
+
+
+def test_word_that_no_program_can_be_given_is_an_error(saved: Saved, tmp_path: Path) -> None:
+    for word in ("a\0b", "\ud800"):
+        error = attempt(saved.path, saved.command(*PC, "-name", word, serial=tmp_path / "serial"))
+        assert isinstance(error, UsageError)
+        assert "a word of the command line" in str(error)
 
 
 def test_program_that_is_no_qemu_is_an_error(saved: Saved) -> None:
@@ -184,12 +205,13 @@ def test_auto_loads_and_says_why_where_memory_cannot_be_mapped(
 
 
 def test_auto_loads_where_qemu_does_not_start_with_mapped_memory(
-    saved: Saved, tmp_path: Path
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program around QEMU that closes the descriptors it does not know."""
+    monkeypatch.setenv("FAULT", "can't open backing store /proc/self/fd/7 for guest RAM")
     serial, wrapper = tmp_path / "serial", tmp_path / "wrapper"
     wrapper.write_text(
-        '#!/bin/sh\ncase "$*" in *memory-backend-file*) echo not here >&2; exit 1;; esac\n'
+        '#!/bin/sh\ncase "$*" in *memory-backend-file*) echo "$FAULT" >&2; exit 1;; esac\n'
         'exec qemu-system-x86_64 "$@"\n'
     )
     wrapper.chmod(0o755)
@@ -199,12 +221,39 @@ def test_auto_loads_where_qemu_does_not_start_with_mapped_memory(
         vm = await restore(saved.path, command)
         try:
             assert vm.report.mode is Mode.LOAD
-            assert "not here" in vm.report.why
+            assert "open backing store" in vm.report.why
             await goes_on(saved, vm, serial)
         finally:
             await vm.end()
 
     asyncio.run(run())
+
+
+def test_reason_why_memory_could_not_be_mapped_is_not_lost(saved: Saved, tmp_path: Path) -> None:
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(
+        '#!/bin/sh\ncase "$*" in *memory-backend-file*) echo "no backing store";; '
+        '*) echo "port is in use";; esac >&2\nexit 1\n'
+    )
+    wrapper.chmod(0o755)
+    error = attempt(saved.path, [str(wrapper), *saved.command(serial=tmp_path / "serial")[1:]])
+    assert isinstance(error, QemuError)
+    assert str(error).index("port is in use") < str(error).index("no backing store")
+
+
+def test_qemu_that_fails_for_another_reason_is_started_once(saved: Saved, tmp_path: Path) -> None:
+    wrapper, starts = tmp_path / "wrapper", tmp_path / "starts"
+    wrapper.write_text(f'#!/bin/sh\necho once >> {starts}\nexec qemu-system-x86_64 "$@"\n')
+    wrapper.chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = saved.command(
+            *PC, "-chardev", f"socket,id=c,host=127.0.0.1,port={port},server=on,wait=off",
+            serial=tmp_path / "serial",
+        )  # fmt: skip
+        error = attempt(saved.path, [str(wrapper), *command[1:]])
+    assert "Address already in use" in str(error)
+    assert starts.read_text() == "once\n"
 
 
 def test_cancelled_restore_ends_its_qemu(saved: Saved, tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pyqmigrate import Snapshot
 from pyqmigrate.errors import NotSupported, QemuError, UsageError
 from pyqmigrate.io.channels import Progress
-from pyqmigrate.vm.save import save
+from pyqmigrate.vm.save import _Save, save
 from tests.qemu.guest import check_pattern
 from tests.qemu.machine import RAM_BLOCK
 from tests.qemu.saving import KINDS, loaded, source, wait_until
@@ -90,7 +94,10 @@ def test_live_save_is_qemus_and_says_why(disk: Path) -> None:
             check_pattern(block.read(0, block.length))
 
 
-def test_guest_that_never_stands_still_is_stopped_after_some_passes(disk: Path) -> None:
+def test_guest_that_never_stands_still_is_stopped_after_some_passes(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyqmigrate.vm.engine_qemu._PASSES", 3)  # on a busy machine it is slower
     with source(disk, length=128 << 20) as guest:
         guest.vm.execute("migrate-set-parameters", {"downtime-limit": 1})
         guest.before = guest.settings()
@@ -123,12 +130,41 @@ def test_then_pause_leaves_the_guest_standing(engine: str, disk: Path) -> None:
 def test_then_quit_ends_qemu_after_the_snapshot_has_its_name(engine: str, disk: Path) -> None:
     with source(disk) as guest:
         report = guest.save(disk / "snapshot", engine=engine, then="quit")
-        assert report.run_state_after is None
-        assert guest.vm.process.wait(20) == 0
+        assert report.run_state_after is None and report.notes == ()
+        assert guest.vm.process.poll() == 0
         with Snapshot(disk / "snapshot") as snapshot:
             snapshot.verify()
             ram = snapshot.blocks["pc.ram"]
             check_pattern(ram.read(0, ram.length))
+
+
+def test_qemu_that_does_not_quit_is_told(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyqmigrate.vm.save._QUIT_TIMEOUT", 0.5)
+    monkeypatch.setattr("pyqmigrate.vm.save._Save._end", held_up(_Save._end))
+    with source(disk) as guest:
+        report = guest.save(disk / "snapshot", then="quit")
+        guest.vm.process.send_signal(signal.SIGCONT)
+        assert any("has not ended" in note for note in report.notes)
+
+
+def held_up(end: Callable[..., Any]) -> Callable[..., Any]:
+    """QEMU stands still and cannot quit."""
+
+    async def later(save: _Save) -> Any:
+        assert save.guest.pid is not None
+        execute = save.monitor.execute
+
+        async def unheard(command: str) -> None:
+            assert save.guest.pid is not None
+            os.kill(save.guest.pid, signal.SIGSTOP)
+
+        save.monitor.execute = unheard  # type: ignore[method-assign,assignment]
+        try:
+            return await end(save)
+        finally:
+            save.monitor.execute = execute  # type: ignore[method-assign]
+
+    return later
 
 
 @pytest.mark.parametrize("engine", ENGINES)

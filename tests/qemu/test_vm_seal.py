@@ -12,7 +12,7 @@ from pyqmigrate import Snapshot, seal, verify_seal
 from pyqmigrate.errors import TargetError
 from pyqmigrate.io.digests import Digests
 from pyqmigrate.sealing import current_seal, stale_pages
-from pyqmigrate.vm.restore import restore
+from pyqmigrate.vm.restoring import restore
 from tests.qemu.compare import assert_same_blocks
 from tests.qemu.guest import check_pattern
 from tests.qemu.saved import Saved, memory_of, save_guest

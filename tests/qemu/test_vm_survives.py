@@ -8,17 +8,21 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from pyqmigrate import Snapshot
 from pyqmigrate.errors import QemuError, QemuGone, TargetError
+from pyqmigrate.io.target import OutputTarget
 from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.custody import Custody
+from pyqmigrate.vm.memory_map import GuestBlock, find_memory
 from pyqmigrate.vm.save import save
-from tests.qemu.saving import ROOT, Source, source
+from tests.qemu.saving import ROOT, Source, source, wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -33,6 +37,27 @@ from pyqmigrate.cli import main
 from pyqmigrate.io.target import OutputTarget
 OutputTarget.free_bytes = lambda self: None
 sys.exit(main(sys.argv[1:]))
+"""
+
+
+# The command, on a file system without files that have no name (O_TMPFILE).
+NAMED = """
+import errno, os, sys
+from pyqmigrate.cli import main
+real = os.open
+def open(path, flags, *rest, **more):
+    if flags & os.O_TMPFILE == os.O_TMPFILE:
+        raise OSError(errno.EOPNOTSUPP, "no unnamed files here")
+    return real(path, flags, *rest, **more)
+os.open = open
+sys.exit(main(sys.argv[1:]))
+"""
+
+SLOW_TO_OPEN = """
+import time
+from pyqmigrate.io.target import OutputTarget
+open_direct = OutputTarget._open_direct
+OutputTarget._open_direct = lambda *arguments: (time.sleep(1), open_direct(*arguments))[1]
 """
 
 
@@ -66,6 +91,20 @@ def test_no_space_is_seen_before_qemu_is_touched(run: bool, disk: Path) -> None:
         assert (code, left) == (3, []), errors
         assert "MiB are free" in errors
         guest.assert_as_before()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_memory_whose_fast_save_does_not_fit_is_saved_without_its_zero_pages(
+    engine: str, disk: Path
+) -> None:
+    """It is speckled: what is fast writes half as much again, or all of it."""
+    with source(disk, run=False, length=LARGE) as guest:
+        guest.ram.memory[:] = (b"x" * 4096 + bytes(4096)) * (LARGE // 8192)
+        code, errors, left = save_on(
+            guest, f"tmpfs -o size={(LARGE >> 21) + 12}m", "--engine", engine
+        )
+        assert (code, left[-1]) == (0, "snapshot"), errors
+        assert any("sparse exact" in line for line in left)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -136,6 +175,83 @@ def test_cancelled_save_leaves_the_guest_as_it_was(engine: str, disk: Path) -> N
         assert any(outcomes)
 
 
+def test_save_cancelled_while_its_file_is_opened_leaves_none(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+    real = OutputTarget._open_direct
+
+    def slow(target: OutputTarget, *arguments: Any) -> None:
+        opened.set()
+        time.sleep(0.3)
+        real(target, *arguments)
+
+    def named(self: OutputTarget) -> None:
+        self._temporary = self._new_name()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self.fd = os.open(self._temporary, flags, dir_fd=self._dir_fd)
+
+    monkeypatch.setattr(OutputTarget, "_open_direct", slow)
+    monkeypatch.setattr(OutputTarget, "_open_temporary", named)
+
+    async def cancelled(guest: Source) -> None:
+        task = asyncio.ensure_future(save(guest.socket, disk / "snapshot"))
+        await asyncio.to_thread(opened.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with source(disk) as guest:
+        descriptors = open_descriptors()
+        asyncio.run(cancelled(guest))
+        assert open_descriptors() == descriptors
+        guest.assert_as_before()
+
+
+def test_save_cancelled_while_it_looks_keeps_no_memory_open(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = threading.Event()
+
+    def slow(*arguments: Any) -> list[GuestBlock]:
+        looking.set()
+        time.sleep(0.3)
+        return find_memory(*arguments)
+
+    monkeypatch.setattr("pyqmigrate.vm.guest.find_memory", slow)
+
+    async def cancelled(guest: Source) -> None:
+        task = asyncio.ensure_future(save(guest.socket, disk / "snapshot"))
+        await asyncio.to_thread(looking.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with source(disk) as guest:
+        descriptors = open_descriptors()
+        asyncio.run(cancelled(guest))
+        assert open_descriptors() == descriptors
+        guest.assert_as_before()
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_killed_save_leaves_no_file_that_had_to_have_a_name(disk: Path) -> None:
+    """It is killed before the guardian hears of the file."""
+    with source(disk, length=64 << 20) as guest:
+        for _ in range(3):
+            command = [sys.executable, "-c", SLOW_TO_OPEN + NAMED, "vm", "save"]
+            process = subprocess.Popen(
+                [*command, "--qmp", str(guest.socket), str(disk / "snapshot")], cwd=ROOT
+            )
+            wait_until(lambda: any(disk.glob(".snapshot.*.partial")), "no unfinished file")
+            process.kill()
+            process.wait()
+            guest.assert_as_before(within=30)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_progress_that_raises_ends_the_save(engine: str, disk: Path) -> None:
     class Enough(Exception):
@@ -182,20 +298,33 @@ def assert_old_or_whole(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "run", "kills"),
+    ("memory", "run", "kills", "named"),
     [
-        pytest.param("file", True, 5),
-        pytest.param("private", True, 50, marks=pytest.mark.long),
-        pytest.param("file", True, 50, marks=pytest.mark.long),
-        pytest.param("private", False, 50, marks=pytest.mark.long),
+        pytest.param("file", True, 5, False),
+        pytest.param("private", True, 50, False, marks=pytest.mark.long),
+        pytest.param("file", True, 50, False, marks=pytest.mark.long),
+        pytest.param("private", False, 50, False, marks=pytest.mark.long),
+        pytest.param("file", True, 50, True, marks=pytest.mark.long),
     ],
 )
 def test_guest_survives_that_the_command_is_killed(
-    memory: str, run: bool, kills: int, disk: Path
+    memory: str, run: bool, kills: int, named: bool, disk: Path
+) -> None:
+    # What engine qemu makes of a paused guest cannot be undone once it is complete.
+    killed_at_random(disk, memory, run, kills, ENGINES if run else ["direct"], named=named)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("named", [False, True], ids=["unnamed file", "named file"])
+def test_paused_guest_survives_that_qemus_save_is_killed(named: bool, disk: Path) -> None:
+    """It keeps still, in postmigrate where the save was complete; it goes on when it is told to."""
+    killed_at_random(disk, "file", False, 50, ["qemu"], named=named)
+
+
+def killed_at_random(
+    disk: Path, memory: str, run: bool, kills: int, engines: list[str], *, named: bool
 ) -> None:
     choose = random.Random(kills)
-    # What engine qemu makes of a paused guest cannot be undone once it is complete.
-    engines = ENGINES if run else ["direct"]
     with source(disk, memory=memory, length=64 << 20, run=run) as guest:
         (disk / "snapshot").write_bytes(OLD)
         guest.files.add("snapshot")
@@ -203,7 +332,8 @@ def test_guest_survives_that_the_command_is_killed(
         for number in range(3 * kills):
             started = time.monotonic()
             process = guest.start_save(
-                disk / "snapshot", "--engine", engines[number % len(engines)]
+                disk / "snapshot", "--engine", engines[number % len(engines)],
+                program=NAMED if named else None,
             )
             try:
                 process.wait(choose.uniform(whole / 4, whole))
@@ -212,11 +342,23 @@ def test_guest_survives_that_the_command_is_killed(
                 process.kill()
                 killed += 1
             process.communicate(timeout=60)
+            if not run and engines == ["qemu"]:
+                as_found_or_postmigrate(guest)
             guest.assert_as_before(within=30)
             assert_old_or_whole(disk / "snapshot")
             if killed == kills:
                 return
     raise AssertionError(f"{killed} kills came in time: the test proves little")
+
+
+def as_found_or_postmigrate(guest: Source) -> None:
+    """What became of a paused guest; from postmigrate it is made to run, and paused again."""
+    wait_until(lambda: not guest._guardians(), "the guardian does not end", 30)
+    if guest.status() == "postmigrate":
+        count = guest.count()
+        guest.vm.execute("cont")
+        guest.wait_for_count(count + 1)
+        guest.vm.execute("stop")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -268,3 +410,70 @@ def test_migration_of_somebody_else_is_left_alone(disk: Path) -> None:
         assert not (disk / "snapshot").exists()
 
 
+class Interloper:
+    """Another client, at the second monitor, begins a migration just before a step of a save."""
+
+    def __init__(self, guest: Source, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+        self.vm = guest.vm
+        self.file = guest.directory / "other"
+        method = getattr(Custody, step)
+
+        async def later(*arguments: Any) -> None:
+            self.begin()
+            await method(*arguments)
+
+        monkeypatch.setattr(Custody, step, later)
+
+    def begin(self) -> None:
+        self.vm.set_capabilities({"x-ignore-shared": False, "pause-before-switchover": False})
+        self.vm.execute(
+            "migrate-set-parameters", {"max-bandwidth": 4096, "avail-switchover-bandwidth": 0}
+        )
+        self.vm.execute("migrate", {"uri": f"file:{self.file}"})
+        wait_until(lambda: self.vm.execute("query-migrate")["status"] != "setup", "no migration")
+
+    def assert_undisturbed(self) -> None:
+        for _ in range(3):
+            time.sleep(0.2)
+            assert self.vm.execute("query-migrate")["status"] == "active"
+            assert self.vm.execute("query-migrate-parameters")["max-bandwidth"] == 4096
+
+    def end(self) -> None:
+        self.vm.execute("migrate-set-parameters", {"max-bandwidth": 134217728})
+        self.vm.execute("migrate_cancel")
+        wait_until(
+            lambda: self.vm.execute("query-migrate")["status"] == "cancelled", "it does not end"
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_migration_begun_by_another_client_meanwhile_is_left_alone(
+    engine: str, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with source(disk, length=LARGE) as guest:
+        guest.files.add("other")
+        other = Interloper(guest, monkeypatch, "apply")
+        with pytest.raises(QemuError, match="under way"):
+            guest.save(disk / "snapshot", engine=engine)
+        assert guest.vm.execute("query-fdsets") == []
+        other.assert_undisturbed()
+        other.end()
+        guest.assert_as_before(within=30)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_migration_of_another_client_that_was_faster_is_left_alone(
+    engine: str, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has settings of the save, which are put back when it has ended."""
+    with source(disk, length=LARGE) as guest:
+        guest.files.add("other")
+        other = Interloper(guest, monkeypatch, "migrate")
+        with pytest.raises(QemuError, match=r"migrat.* in progress") as raised:
+            guest.save(disk / "snapshot", engine=engine)
+        assert any("a guardian process waits" in note for note in raised.value.__notes__)
+        assert guest.status() == "running"
+        assert guest.vm.execute("query-fdsets") == []
+        other.assert_undisturbed()
+        other.end()
+        guest.assert_as_before(within=30)

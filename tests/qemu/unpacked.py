@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-__all__ = ["lack", "unpacked"]
+__all__ = ["emulator", "lack", "unpacked"]
 
 _ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyqmigrate-tests"
 
 
 def unpacked(name: str) -> Path:
-    """The root of the packages unpacked as ``name``: targets, linux or libvirt."""
+    """The root of the packages unpacked as ``name``: targets, linux, libvirt or crash."""
     root = _ROOT / name
     if not (root / ".complete").exists():
         lack(f"{root} is not there: run .ci/ensure-system qemu")
     return root
+
+
+def emulator(target: str) -> str:
+    """A QEMU for another target: the one that is installed, or the one unpacked."""
+    program = f"qemu-system-{target}"
+    return shutil.which(program) or str(unpacked("targets") / "usr/bin" / program)
 
 
 def lack(reason: str) -> NoReturn:

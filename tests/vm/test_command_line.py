@@ -51,6 +51,22 @@ def test_words_go_through_unchanged(options: list[tuple[str, str]]) -> None:
     assert CommandLine.parse(given.argv()) == given
 
 
+@pytest.mark.parametrize(
+    "before", [["numactl", "--membind=0"], ["env", "A=b"], ["nice", "-n", "5", "taskset", "1"]]
+)
+def test_program_that_starts_qemu_stays_before_it(before: list[str]) -> None:
+    words = [*before, "/usr/bin/qemu-system-x86_64", "-m", "64", "d.img"]
+    command = CommandLine.parse(words)
+    assert command.program == "/usr/bin/qemu-system-x86_64"
+    assert command.options == (Option("m", "64"), Option("", "d.img"))
+    assert command.with_options(Option("S")).argv() == [*words, "-S"]
+
+
+def test_words_that_are_not_changed_stay_as_they_are_written() -> None:
+    words = ["qemu-kvm", "-M", "pc", "--m", "64", "--snapshot", "-nodefconfig"]
+    assert CommandLine.parse(words).filled_in(1).without("x").argv() == words
+
+
 @pytest.mark.parametrize("words", [[], ["-m", "64"]])
 def test_command_line_without_a_program_is_refused(words: list[str]) -> None:
     with pytest.raises(UsageError, match="starts with the program"):

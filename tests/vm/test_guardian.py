@@ -18,8 +18,9 @@ from pyqmigrate.vm import guardian
 
 TOKEN = "pyqmigrate-token"
 FINDING: dict[str, Any] = {
-    "monitor": "", "token": TOKEN, "resume": True, "capabilities": {"mapped-ram": False},
-    "parameters": {"max-bandwidth": 7}, "directory": "/", "file": -1,
+    "monitor": "", "pid": None, "snapshot": "/nowhere/snapshot", "token": TOKEN, "resume": True,
+    "did": ["lent", "settings", "stopped", "migrating"], "capabilities": {"mapped-ram": False},
+    "parameters": {"max-bandwidth": 7}, "directory": "/", "file": False,
     "disks": [], "record": "",
 }  # fmt: skip
 
@@ -123,7 +124,7 @@ def test_complete_migration_is_followed_by_cont_and_settings() -> None:
     machine = Machine()
     assert drive(machine) == []
     assert machine.told == [
-        "cont", "migrate-set-capabilities", "migrate-set-parameters", "remove-fd"
+        "cont", "remove-fd", "migrate-set-capabilities", "migrate-set-parameters"
     ]  # fmt: skip
 
 
@@ -186,6 +187,43 @@ def test_refusal_does_not_keep_it_from_the_rest() -> None:
     assert "migrate-set-parameters" in machine.told
 
 
+def having_done(*did: str) -> dict[str, Any]:
+    return {**FINDING, "did": list(did)}
+
+
+@pytest.mark.parametrize("status", ["setup", "active", "pre-switchover"])
+def test_migration_of_somebody_else_is_let_come_to_its_end(status: str) -> None:
+    machine = Machine(status, "running")
+    machine.wait = lambda: setattr(machine, "migration", "completed")  # type: ignore[method-assign]
+    assert drive(machine, having_done("lent", "settings")) == []
+    assert machine.told == ["remove-fd", "migrate-set-capabilities", "migrate-set-parameters"]
+
+
+def test_settings_are_not_changed_under_a_migration_of_somebody_else() -> None:
+    machine = Machine("active", "running")
+    with pytest.raises(guardian.Busy):
+        drive(machine, having_done("lent", "settings"), patience=3)
+    assert machine.told == ["remove-fd"]
+
+
+def test_guest_that_somebody_else_migrated_away_does_not_run_again() -> None:
+    machine = Machine("completed", "postmigrate")
+    drive(machine, having_done("settings", "stopped"))
+    assert machine.state == "postmigrate"
+
+
+def test_guest_that_somebody_else_paused_stays_paused() -> None:
+    machine = Machine("none", "paused")
+    drive(machine, having_done("settings"))
+    assert machine.state == "paused"
+
+
+def test_guest_that_was_only_stopped_goes_on() -> None:
+    machine = Machine("none", "paused")
+    drive(machine, having_done("stopped"))
+    assert machine.told == ["cont", "remove-fd"]
+
+
 def with_disk(directory: Path) -> dict[str, Any]:
     """A finding of a guest that has an overlay, recorded beside its snapshot."""
     overlay, record = directory / "overlay", directory / "snapshot.disks.json"
@@ -204,7 +242,7 @@ def test_overlay_goes_back_into_its_base_when_there_is_no_snapshot(tmp_path: Pat
     machine = Machine()
     machine.nodes.add("overlay")
     assert drive(machine, with_disk(tmp_path)) == []
-    assert machine.told[-3:] == ["block-commit", "job-complete", "job-dismiss"]
+    assert machine.told[2:5] == ["block-commit", "job-complete", "job-dismiss"]
     assert listed(tmp_path) == []
 
 
@@ -275,8 +313,11 @@ def monitor(tmp_path: Path) -> Iterator[tuple[Path, Machine]]:
                     request, end = decoder.raw_decode(received)
                     received = received[end:]
                     stale = {"return": {}, "id": "of the client before"}
-                    result = machine.do(request["execute"], request.get("arguments"))
-                    reply = {"return": result, "id": request["id"]}
+                    reply: dict[str, Any] = {"id": request["id"]}
+                    try:
+                        reply["return"] = machine.do(request["execute"], request.get("arguments"))
+                    except guardian.Refused as error:
+                        reply["error"] = {"class": "GenericError", "desc": str(error)}
                     for message in (event, stale, reply):
                         stream.write(json.dumps(message) + "\r\n")
                     stream.flush()
@@ -289,68 +330,85 @@ def monitor(tmp_path: Path) -> Iterator[tuple[Path, Machine]]:
     thread.join()
 
 
-def start(finding: dict[str, Any], pid: int, fds: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", guardian.__file__, str(pid)], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=fds,
-    )  # fmt: skip
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(finding).encode() + b"\n")
-    process.stdin.flush()
-    return process
+class Started:
+    """The program, watching process ``pid``, and the socket through which it is told things."""
 
+    def __init__(
+        self, *lines: dict[str, Any] | str, pid: int | None = None, fds: tuple[int, ...] = ()
+    ) -> None:
+        self.socket, its = socket.socketpair()
+        with its:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", guardian.__file__, str(pid or os.getpid()), "x"],
+                stdin=its.fileno(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        for line in lines:
+            text = line if isinstance(line, str) else json.dumps(line)
+            self.socket.sendall(text.encode() + b"\n")
+        if fds:
+            socket.send_fds(self.socket, [b'{"file": true}\n'], fds)
 
-def ended(process: subprocess.Popen[bytes]) -> None:
-    """It ended well, and said nothing."""
-    output, _ = process.communicate(timeout=20)
-    assert (process.returncode, output) == (0, b"")
+    def ends_well(self) -> None:
+        """It is left alone; it ends, and says nothing."""
+        self.socket.close()
+        output, _ = self.process.communicate(timeout=20)
+        assert (self.process.returncode, output) == (0, b"")
 
 
 def test_goodbye_keeps_it_from_doing_anything(monitor: tuple[Path, Machine]) -> None:
     path, machine = monitor
-    process = start({**FINDING, "monitor": str(path)}, os.getpid())
-    output, _ = process.communicate(b"done\n", timeout=20)
-    assert (process.returncode, output, machine.told) == (0, b"", [])
+    Started({**FINDING, "monitor": str(path)}, "done").ends_well()
+    assert machine.told == []
 
 
-def test_closed_pipe_without_goodbye_puts_it_to_work(monitor: tuple[Path, Machine]) -> None:
+def test_closed_socket_without_goodbye_puts_it_to_work(monitor: tuple[Path, Machine]) -> None:
     path, machine = monitor
-    ended(start({**FINDING, "monitor": str(path)}, os.getpid()))
+    Started({**FINDING, "monitor": str(path)}).ends_well()
     assert machine.state == "running"
     assert "migrate-set-parameters" in machine.told
 
 
-def test_end_of_the_process_is_enough_when_the_pipe_stays_open(
+def test_end_of_the_process_is_enough_when_the_socket_stays_open(
     monitor: tuple[Path, Machine]
 ) -> None:
-    """As when a child that it forked has the pipe, too."""
+    """As when a child that it forked has the socket, too."""
     path, machine = monitor
     watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    process = start({**FINDING, "monitor": str(path)}, watched.pid)
+    started = Started({**FINDING, "monitor": str(path)}, pid=watched.pid)
     watched.communicate(b"\n")
-    assert process.wait(20) == 0
+    assert started.process.wait(20) == 0
     assert machine.state == "running"
-    process.communicate()
+    started.ends_well()
+
+
+def test_news_are_added_to_what_was_told_before(monitor: tuple[Path, Machine]) -> None:
+    path, machine = monitor
+    news = {"did": ["stopped"], "resume": False}
+    Started({**FINDING, "monitor": str(path)}, news).ends_well()
+    assert machine.told == ["qmp_capabilities", "remove-fd"]
+
+
+def test_qemu_that_was_not_touched_is_left_alone(monitor: tuple[Path, Machine]) -> None:
+    path, machine = monitor
+    Started({**having_done(), "monitor": str(path)}).ends_well()
+    assert machine.told == []
 
 
 def test_process_that_ends_before_it_said_anything_needs_nothing() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid())],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    ended(process)
+    Started().ends_well()
 
 
 def test_qemu_that_is_gone_ends_it_silently(tmp_path: Path) -> None:
-    ended(start({**FINDING, "monitor": str(tmp_path / "gone")}, os.getpid()))
+    Started({**FINDING, "monitor": str(tmp_path / "gone")}).ends_well()
 
 
-def test_unfinished_file_loses_its_provisional_name(tmp_path: Path) -> None:
-    unfinished, other = tmp_path / ".a.1.partial", tmp_path / ".b.2.partial"
+@pytest.mark.parametrize("told", [True, False], ids=["told", "just opened"])
+def test_unfinished_file_loses_its_provisional_name(tmp_path: Path, told: bool) -> None:
+    unfinished, other = tmp_path / f".a.{TOKEN}.partial", tmp_path / ".b.2.partial"
     other.touch()
     with unfinished.open("wb") as file:
-        finding = {**FINDING, "directory": str(tmp_path), "file": file.fileno()}
-        ended(start(finding, os.getpid(), (file.fileno(),)))
+        fds = (file.fileno(),) if told else ()
+        Started({**having_done(), "directory": str(tmp_path)}, fds=fds).ends_well()
     assert not unfinished.exists()
     assert other.exists()
 
@@ -358,8 +416,8 @@ def test_unfinished_file_loses_its_provisional_name(tmp_path: Path) -> None:
 def test_finished_file_keeps_its_name(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
     with path.open("wb") as file:
-        finding = {**FINDING, "directory": str(tmp_path), "file": file.fileno()}
-        ended(start(finding, os.getpid(), (file.fileno(),)))
+        finding = {**having_done(), "directory": str(tmp_path)}
+        Started(finding, fds=(file.fileno(),)).ends_well()
     assert path.exists()
 
 
@@ -375,15 +433,78 @@ def test_killed_save_leaves_the_disks_that_its_snapshot_needs(
     with snapshot.open("wb") as file:
         if not named:
             snapshot.unlink()
-        finding = {**with_disk(directory), "monitor": str(path), "file": file.fileno()}
-        ended(start(finding, os.getpid(), (file.fileno(),)))
+        finding = {**with_disk(directory), "monitor": str(path)}
+        Started(finding, fds=(file.fileno(),)).ends_well()
     assert ("block-commit" in machine.told) is not named
     kept = ["overlay", "snapshot", "snapshot.disks.json"]
     assert listed(directory) == (kept if named else [])
 
 
 def test_overlay_that_qemu_left_when_it_ended_is_written_down(tmp_path: Path) -> None:
-    ended(start({**with_disk(tmp_path), "monitor": str(tmp_path / "gone")}, os.getpid()))
+    Started({**with_disk(tmp_path), "monitor": str(tmp_path / "gone")}).ends_well()
     assert listed(tmp_path) == ["overlay", "snapshot.disks.json.left"]
     word = (tmp_path / "snapshot.disks.json.left").read_text()
     assert f"disk disk goes on in {tmp_path}/overlay over image" in word
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process, in the place of QEMU's."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+def out_of_reach(directory: Path, qemu: subprocess.Popen[bytes], *did: str) -> dict[str, Any]:
+    return {**having_done(*did), "monitor": str(directory / "gone"), "pid": qemu.pid,
+            "snapshot": str(directory / "snapshot")}  # fmt: skip
+
+
+def test_qemu_that_lives_without_the_name_of_its_socket_is_waited_for(
+    monitor: tuple[Path, Machine], tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    path, machine = monitor
+    hidden = path.rename(tmp_path / "hidden")
+    started = Started({**FINDING, "monitor": str(path), "pid": sleeper.pid})
+    started.socket.close()
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.process.wait(0.5)
+    hidden.rename(path)
+    started.ends_well()
+    assert machine.state == "running"
+
+
+def test_qemu_that_ended_is_not_waited_for(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    started = Started(out_of_reach(tmp_path, sleeper, "stopped"))
+    started.socket.close()
+    sleeper.kill()
+    started.ends_well()
+    assert listed(tmp_path) == []
+
+
+def test_guest_that_was_not_reached_is_written_down(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guardian, "_PATIENCE", 0.3)
+    finding = out_of_reach(tmp_path, sleeper, "settings", "stopped")
+    guardian._rescue(finding, -1, guardian._Qemu(sleeper.pid))
+    first, state, *commands = (tmp_path / "snapshot.left").read_text().splitlines()
+    assert f"process {sleeper.pid}" in first and "gone" in first
+    assert "it is to run (cont)" in state
+    assert [json.loads(command)["execute"] for command in commands] == [
+        "migrate-set-capabilities", "migrate-set-parameters"
+    ]  # fmt: skip
+    assert json.loads(commands[1])["arguments"] == FINDING["parameters"]
+
+
+def test_what_qemu_refused_to_put_back_is_written_down(
+    monitor: tuple[Path, Machine], tmp_path: Path
+) -> None:
+    path, machine = monitor
+    machine.refuses = ("cont",)
+    Started(
+        {**FINDING, "monitor": str(path), "snapshot": str(tmp_path / "snapshot")}
+    ).ends_well()
+    assert (tmp_path / "snapshot.left").read_text() == "cont: no\n"

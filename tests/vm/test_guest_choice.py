@@ -122,9 +122,20 @@ def test_guest_in_postmigrate_is_not_saved_by_qemu_again() -> None:
         choose_engine(one)
 
 
+def test_sleeping_guest_is_not_migrated() -> None:
+    """QEMU would die of it when the guest is to go on."""
+    assert chosen(guest(run_state="suspended")) == (*DEVICES, True)
+    for asked in ({"engine": "qemu"}, {"live": True}):
+        with pytest.raises(NotSupported, match="wake it"):
+            choose_engine(guest(run_state="suspended"), **asked)
+    with pytest.raises(NotSupported, match="wake it"):
+        choose_engine(guest(run_state="suspended", commands=NO_XEN))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"blocks": ()}, "no memory"),
         ({"blocked_reasons": ("a device", "another")}, "a device; another"),
         ({"run_state": "inmigrate"}, "incoming"),
         ({"migration_status": "active"}, "under way"),
@@ -135,7 +146,7 @@ def test_guest_in_postmigrate_is_not_saved_by_qemu_again() -> None:
 @pytest.mark.parametrize("engine", ["auto", "direct", "qemu"])
 def test_guest_that_cannot_be_saved_now(changes: dict[str, Any], words: str, engine: str) -> None:
     with pytest.raises(QemuError, match=words):
-        choose_engine(guest(**changes), engine=engine)
+        choose_engine(replace(guest(), **changes), engine=engine)
 
 
 @pytest.mark.parametrize("status", ["none", "completed", "failed", "cancelled"])

@@ -16,8 +16,9 @@ import pytest
 from pyqmigrate.errors import QemuError
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.process import ProcessMemory
-from pyqmigrate.vm.memory_map import Backend, GuestBlock, RamLine, find_memory, parse_ramblock
+from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory
 from pyqmigrate.vm.process import Mapping, covering, find_process, open_mapped, read_mappings
+from pyqmigrate.vm.ramblock import RamLine, parse_ramblock
 
 MIB = 1 << 20
 HEAD_10 = (
@@ -52,7 +53,7 @@ def row(
 )
 def test_tables_of_several_versions_are_read(head: str, host: int | None, tail: str) -> None:
     (line,) = parse_ramblock(head + row("pc.ram", host=host, tail=tail))
-    assert line == RamLine("pc.ram", 4096, MIB, host or 0)
+    assert line == RamLine("pc.ram", 4096, MIB, host or 0, 2 * MIB)
 
 
 @pytest.mark.parametrize(
@@ -266,3 +267,15 @@ def test_process_without_threads_to_compare_needs_its_addresses() -> None:
     memory = mmap.mmap(-1, MIB)
     assert find_process(os.getpid(), [], [address_of(memory)]) == os.getpid()
     assert find_process(os.getpid(), [], [8]) is None
+
+
+def test_only_blocks_with_room_to_grow_take_another_length() -> None:
+    tables = RamLine("/rom@etc/acpi/tables", 4096, 0x20000, 0, 0x200000)
+    assert tables.takes(0x20000)
+    assert tables.takes(0x1000)
+    assert tables.takes(0x200000)
+    assert not tables.takes(0x201000)
+    ram = RamLine("pc.ram", 4096, 0x20000, 0, 0x20000)
+    assert ram.takes(0x20000)
+    assert not ram.takes(0x10000)
+    assert not ram.takes(0x40000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 import pyqmigrate
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.memory_backends import Mapped, map_blocks
 
@@ -52,6 +54,21 @@ def test_machine_of_m_alone_gets_a_backend_of_its_blocks_name(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["pc\0.ram", "pc ram.ram", "0.ram", "\udc80.ram", "p,c.ram"])
+def test_block_whose_name_no_backend_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "hostile.mapped"
+    pyqmigrate.save(path, [pyqmigrate.RamBlock("x" * len(name.encode("utf-8", "surrogateescape")),
+                                               np.zeros(MIB, dtype=np.uint8))])
+    data = path.read_bytes()
+    raw = name.encode("utf-8", "surrogateescape")
+    path.write_bytes(data.replace(b"x" * len(raw), raw, 1))
+    with (
+        pyqmigrate.Snapshot(path) as snapshot,
+        pytest.raises(NotSupported, match="cannot have the name"),
+    ):
+        mapped(snapshot, "-M pc")
+
+
 def test_own_block_is_found_without_m(snapshot: pyqmigrate.Snapshot) -> None:
     assert mapped(snapshot, "-M pc").blocks == ["pc.ram"]
 
@@ -74,6 +91,32 @@ def test_backend_in_json_is_replaced(snapshot: pyqmigrate.Snapshot) -> None:
     assert backends(found)["m0"]["policy"] == "bind"
 
 
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [('{"qom-type":"memory-backend-ram","id":"m0","size":2097152,"host-nodes":[0,2]}', [0, 2]),
+     ("memory-backend-ram,id=m0,size=2M,host-nodes=0,host-nodes=2", [0, 2]),
+     ("memory-backend-ram,id=m0,size=2M,host-nodes=1-3", [1, 2, 3])],
+)  # fmt: skip
+def test_nodes_of_the_host_stay_a_list(
+    snapshot: pyqmigrate.Snapshot, text: str, nodes: list[int]
+) -> None:
+    found = mapped(snapshot, f"-M pc,memory-backend=m0 -object {text}")
+    (option,) = found.command.all("object")
+    assert json.loads(option.value or "")["host-nodes"] == nodes
+
+
+def test_node_of_the_host_that_is_no_number_is_refused(snapshot: pyqmigrate.Snapshot) -> None:
+    with pytest.raises(UsageError, match="host-nodes='x'"):
+        mapped(snapshot, "-M pc,memory-backend=m0 -object "
+               "memory-backend-ram,id=m0,size=2M,host-nodes=x")
+
+
+def test_range_of_nodes_is_no_longer_than_a_host_has(snapshot: pyqmigrate.Snapshot) -> None:
+    with pytest.raises(UsageError, match="host-nodes="):
+        mapped(snapshot, "-M pc,memory-backend=m0 -object "
+               "memory-backend-ram,id=m0,size=2M,host-nodes=0-99999999999")
+
+
 def test_block_with_a_whole_path_keeps_it(snapshot: pyqmigrate.Snapshot) -> None:
     found = mapped(
         snapshot, "-M pc,memory-backend=old -object memory-backend-file,id=old,size=1M,mem-path=/x"
@@ -94,6 +137,18 @@ def test_what_cannot_hold_for_mapped_memory_is_overridden_and_noted(
     assert not found.command.has("mem-prealloc")
     notes = " ".join(found.notes)
     assert all(w in notes for w in ("share=on", "prealloc=on", "-mem-prealloc", "balloon"))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("-overcommit mem-lock=on", "mem-lock=on"), ("-device vfio-pci,host=1:0.0", "pins"),
+     ("-netdev vhost-vdpa,id=n,vhostdev=/dev/v", "pins")],
+)  # fmt: skip
+def test_what_makes_all_memory_be_read_is_noted(
+    snapshot: pyqmigrate.Snapshot, text: str, word: str
+) -> None:
+    assert word in " ".join(mapped(snapshot, f"-m 4 {text}").notes)
+    assert not mapped(snapshot, "-m 4").notes
 
 
 def test_mem_path_is_left_out(snapshot: pyqmigrate.Snapshot) -> None:
@@ -142,3 +197,17 @@ def test_configuration_file_without_memory_is_no_hindrance(
 ) -> None:
     (tmp_path / "vm.cfg").write_text('[device]\n driver = "virtio-rng-pci"\n')
     assert mapped(snapshot, f"-m 4 -readconfig {tmp_path}/vm.cfg").blocks == ["pc.ram"]
+
+
+def test_configuration_that_comes_through_a_pipe_is_left_to_qemu(
+    snapshot: pyqmigrate.Snapshot
+) -> None:
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"[device]\n")
+        with pytest.raises(NotSupported, match="is no file"):
+            mapped(snapshot, f"-m 4 -readconfig /proc/self/fd/{reader}")
+        assert os.read(reader, 100) == b"[device]\n"
+    finally:
+        os.close(reader)
+        os.close(writer)

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.io.target import Direct
-from pyqmigrate.save import Sparse
+from pyqmigrate.saving import Sparse
 from pyqmigrate.vm.contents import Contents
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.settings import Changes, for_device_state, for_pages
@@ -24,7 +23,6 @@ PARAMETERS = {
     "max-bandwidth": 134217728, "multifd-compression": "none", "tls-creds": "", "mode": "normal",
     "avail-switchover-bandwidth": 0, "downtime-limit": 300,
 }  # fmt: skip
-DIRECT = Direct(fd=-1, mem_align=512, off_align=4096, reason="works here")
 
 
 def guest(
@@ -44,7 +42,7 @@ def guest(
 
 
 def pages(
-    found: Guest, *, direct: Direct | None = DIRECT, sparse: Sparse = Sparse.AUTO,
+    found: Guest, *, direct: bool = True, sparse: Sparse = Sparse.AUTO,
     pause: bool = False, contents: Contents | None = None,
 ) -> Changes:
     return for_pages(
@@ -98,7 +96,7 @@ def test_dense_writes_every_page() -> None:
 
 
 def test_direct_io_that_is_not_to_be_had_is_switched_off() -> None:
-    changes = pages(guest(parameters={"direct-io": True}), direct=None)
+    changes = pages(guest(parameters={"direct-io": True}), direct=False)
     assert changes.parameters["direct-io"].after is False
 
 

@@ -1,18 +1,22 @@
 """Say what a save of a running guest would do, without doing it.
 
 Asks QEMU, looks at its memory, and with --dir writes 64 MiB to try the disk, into a file without
-a name. Ends with exit code 1 when the guest cannot be saved, or the file would not fit.
+a name. Ends with exit code 1 when the guest cannot be saved, or the file would not fit. What is
+said is of a save with the same --engine, --live and --sparse, and otherwise without options.
 
 JSON: ``possible``; ``qemu`` (``version``, ``pid`` or null); ``machine``; ``run_state``;
 ``total_ram``; ``engine`` and ``way`` (null where there is none), ``why`` and ``refused`` (reasons
-against engine direct); ``blockers`` and ``warnings`` (sentences); ``data`` (pages that are not
-zero), ``basis`` (counted, sampled, or bound: not all memory can be read, it may be less) and
-``need`` (the file, on disk); ``directory``,
-``free``, ``fits``, ``direct_io``, ``direct_io_reason``, ``rate`` (bytes a second) and ``seconds``
-(null without --dir, ``free`` and ``fits`` also where there is no limit); ``blocks``, a list of
-``name``, ``length``, ``kind`` (file, process, or null: cannot be read), ``shared``,
-``file_backed``, ``why_not``; ``disks``, a list of ``device``, ``qdev``, ``node``, ``file``,
-``format``, ``writable``, ``size``; ``disk_needs`` (sentences). Sizes are in bytes.
+against engine direct); ``settings`` (of QEMU's, which the save would change for its time: each
+with ``value`` and ``why``); ``blockers``, ``warnings`` and ``notes`` (sentences); ``data`` (pages
+that are not zero), ``basis`` (counted, sampled, or bound: not all memory can be read, it may be
+less) and ``need`` (what the file takes on disk at most, with the zero pages that are written along;
+a live save takes more where the guest fills pages meanwhile); ``directory``, ``free``, ``fits``,
+``direct_io``, ``direct_io_reason``, ``rate`` (bytes a second) and ``seconds`` (null without --dir,
+``free`` and ``fits`` also where there is no limit); ``blocks``, a list of ``name``, ``length``,
+``kind`` (file, process, or null: cannot be read), ``shared``, ``file_backed``, ``why_not``;
+``disks``, a list of ``device``, ``qdev``, ``node``, ``file``, ``format``, ``writable``, ``size``;
+``disk_needs`` (sentences); ``with_disks`` (whether --with-disks is possible, null where no disk is
+writable) and ``why_no_disks``. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.cli.vm.settings import setting_lines
 from pyqmigrate.io.memory import FileMemory
+from pyqmigrate.writer import Sparse
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.check import CheckReport
@@ -49,6 +55,10 @@ def add_parser(verbs: Verbs) -> None:
         help="who writes the pages (default: auto)",
     )
     parser.add_argument("--live", action="store_true", help="the guest runs during the save")
+    parser.add_argument(
+        "--sparse", choices=[str(policy) for policy in Sparse], default="auto",
+        help="what becomes of zero pages (default: auto, what is fast)",
+    )
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -64,7 +74,9 @@ async def _check(args: argparse.Namespace) -> CheckReport:
     from pyqmigrate.vm.connection import Monitor
 
     async with await Monitor.connect(args.qmp) as monitor:
-        return await check(monitor, args.dir, engine=args.engine, live=args.live)
+        return await check(
+            monitor, args.dir, engine=args.engine, live=args.live, sparse=args.sparse
+        )
 
 
 def _data(report: CheckReport) -> dict[str, Any]:
@@ -81,6 +93,8 @@ def _data(report: CheckReport) -> dict[str, Any]:
         "refused": [] if choice is None else list(choice.refused),
         "blockers": list(report.blockers),
         "warnings": list(report.warnings),
+        "notes": list(report.notes),
+        "settings": {name: asdict(used) for name, used in report.settings.items()},
         "data": report.estimate.data,
         "basis": str(report.estimate.basis),
         "need": report.need,
@@ -94,6 +108,8 @@ def _data(report: CheckReport) -> dict[str, Any]:
         "blocks": [_block(block) for block in report.blocks],
         "disks": [asdict(disk) for disk in report.disks],
         "disk_needs": list(report.disk_needs),
+        "with_disks": report.disks_along,
+        "why_no_disks": report.why_no_disks,
     }
 
 
@@ -124,9 +140,14 @@ def _lines(report: CheckReport, data: dict[str, Any]) -> Iterator[str]:
         "not zero"
     )
     yield from _disk_lines(report)
+    yield from setting_lines(report.settings)
+    yield from (f"note      {sentence}" for sentence in report.notes)
     yield from (f"blocker   {sentence}" for sentence in report.blockers)
     yield from (f"warning   {sentence}" for sentence in report.warnings)
     yield from (f"restore   {sentence}" for sentence in report.disk_needs)
+    if report.disks_along is not None:
+        possible = "possible" if report.disks_along else f"impossible: {report.why_no_disks}"
+        yield f"disks     --with-disks is {possible}"
     yield ""
     yield from table(
         ("block", "length", "read from"),
@@ -135,8 +156,7 @@ def _lines(report: CheckReport, data: dict[str, Any]) -> Iterator[str]:
 
 
 def _disk_lines(report: CheckReport) -> Iterator[str]:
-    about = _ABOUT[report.estimate.basis]
-    yield f"file      {about or 'about '}{show_size(report.need)} of disk"
+    yield f"file      at most {show_size(report.need)} of disk"
     disk = report.disk
     if disk is None:
         return

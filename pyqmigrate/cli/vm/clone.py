@@ -3,6 +3,9 @@
 After ``--`` comes the command line that the VM was started with, in which ``{n}`` is the number of
 the guest, from 1 on. Each guest gets a monitor DIR/N.qmp of its own, and no standard input. Disks
 that more than one guest would write to are refused. A guest that fails does not stop the others.
+Every guest has the descriptors that were open when this command was started; one that two guests
+name (-netdev tap,fd=5) is refused, other than a file that is open for reading only: fd=1{n} gives
+each its own.
 
 The command waits until all have ended, and passes SIGINT, SIGTERM and SIGHUP on to them. The exit
 code is 4 when a guest could not be made, or its QEMU ended badly.
@@ -26,7 +29,7 @@ from pyqmigrate.cli.vm.restore import add_command, add_run_state, ended, pass_si
 from pyqmigrate.errors import QemuError
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.clone import Clone
+    from pyqmigrate.vm.cloning import Clone
 
 __all__ = ["add_parser"]
 
@@ -48,15 +51,17 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    return asyncio.run(_clone(args))
+    from pyqmigrate.vm.inherited import inherited_descriptors
+
+    return asyncio.run(_clone(args, inherited_descriptors()))
 
 
-async def _clone(args: argparse.Namespace) -> Outcome:
-    from pyqmigrate.vm.clone import clone
+async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
+    from pyqmigrate.vm.cloning import clone
 
     clones = await clone(
         args.snapshot, args.command, args.count, directory=args.dir, mode=args.mode,
-        paused=args.paused, offset=args.offset,
+        paused=args.paused, offset=args.offset, pass_fds=fds,
     )
     vms = [one.vm for one in clones if one.vm is not None]
     pass_signals_on(vms)

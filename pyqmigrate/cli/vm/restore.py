@@ -6,7 +6,8 @@ milliseconds whatever its size; the file must not change in place while the gues
 replaced or removed. In mode load QEMU reads all of it first; postcopy is QEMU's own lazy load,
 where it has one. The default, auto, is instant where that is possible.
 
-QEMU has this command's standard streams. The command waits until it ends, and passes SIGINT,
+QEMU has this command's standard streams and every other descriptor that was open when it was
+started (-add-fd fd=5, -netdev tap,fd=5). The command waits until it ends, and passes SIGINT,
 SIGTERM and SIGHUP on to it; before the guest is there, they end the restore. What was done is
 told on standard error when the guest is there.
 
@@ -22,7 +23,6 @@ them; ``notes``. That QEMU ended badly later is told by standard error and the e
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import signal
 import sys
@@ -37,9 +37,12 @@ from pyqmigrate.cli.arguments import (
 )
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, counted, printable
+from pyqmigrate.io.target import DirectIO
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.restore import RestoredVm, RestoreReport
+    from pyqmigrate.vm.begin import Early
+    from pyqmigrate.vm.request import Request
+    from pyqmigrate.vm.restoring import RestoredVm, RestoreReport
 
 __all__ = ["add_command", "add_parser", "add_run_state", "ended", "pass_signals_on", "report_lines"]
 
@@ -68,7 +71,7 @@ def add_run_state(parser: argparse.ArgumentParser) -> None:
     state = parser.add_mutually_exclusive_group()
     state.add_argument(
         "--paused", dest="paused", action="store_true", default=None,
-        help="leave the guest paused (default: as it was when it was saved)",
+        help="leave the guest paused (default: with -S, or as it was saved)",
     )
     state.add_argument(
         "--running", dest="paused", action="store_false", default=None,
@@ -84,16 +87,34 @@ def add_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    return asyncio.run(_restore(args))
+    from pyqmigrate.vm.begin import begin
+    from pyqmigrate.vm.inherited import inherited_descriptors
+    from pyqmigrate.vm.request import Mode, Request
 
-
-async def _restore(args: argparse.Namespace) -> Outcome:
-    from pyqmigrate.vm.restore import restore
-
-    vm = await restore(
-        args.snapshot, args.command, mode=args.mode, paused=args.paused, qmp=args.qmp,
-        offset=args.offset, channels=args.channels, direct_io=args.direct_io,
+    request = Request(
+        Mode(args.mode), args.paused, args.qmp, args.channels, DirectIO(args.direct_io),
+        pass_fds=inherited_descriptors(),
     )
+    early = None
+    if request.mode in (Mode.AUTO, Mode.INSTANT):
+        early = begin(args.snapshot, args.command, request, offset=args.offset)
+    # What takes long to import comes when QEMU is starting.
+    import asyncio
+
+    return asyncio.run(_restore(args, request, early))
+
+
+async def _restore(args: argparse.Namespace, request: Request, early: Early | None) -> Outcome:
+    from pyqmigrate.vm.restoring import restore, restore_begun
+
+    if early is not None:
+        vm = await restore_begun(early)
+    else:
+        vm = await restore(
+            args.snapshot, args.command, mode=request.mode, paused=request.paused,
+            qmp=request.qmp, offset=args.offset, channels=request.channels,
+            direct_io=request.direct_io, pass_fds=request.pass_fds,
+        )
     async with vm:
         pass_signals_on([vm])
         if args.json:
@@ -115,6 +136,8 @@ def ended(trouble: str = "") -> Outcome:
 
 def pass_signals_on(vms: list[RestoredVm]) -> None:
     """From now on the signals that end this command go to QEMU instead."""
+    import asyncio
+
     loop = asyncio.get_running_loop()
 
     def send(number: int) -> None:

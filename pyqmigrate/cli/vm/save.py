@@ -5,16 +5,17 @@ interrupted or killed, the guest is put back as it was, running or paused, with 
 
 Engine qemu lets QEMU write the file, with the settings that are fast for this guest; engine direct
 lets QEMU write its device state only, and writes the pages from here. Without --then the guest is
-afterwards what it was before; with --then quit QEMU ends once the snapshot has its name. --seal
-writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the file is read for it.
+afterwards what it was before; with --then quit QEMU is ended once the snapshot has its name, and
+its end is waited for. --seal writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the
+file is read for it.
 
 JSON: ``snapshot``; ``engine`` and ``why``; ``settings``, an object of QEMU's settings that were
 changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_io_reason``;
 ``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
 ``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
-``run_state_before``, ``run_state_after`` (null: QEMU has ended); ``disks`` (what a restore needs of
-the writable disks, sentences); ``disks_record`` (the file with their names, or null); ``seal``
-(the algorithm, or null); ``notes`` (sentences).
+``run_state_before``, ``run_state_after`` (null: QEMU was told to quit); ``disks`` (what a restore
+needs of the writable disks, sentences); ``disks_record`` (the file with their names, or null);
+``seal`` (the algorithm, or null); ``notes`` (sentences).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_sea
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.cli.vm.settings import setting_lines
 from pyqmigrate.writer import Sparse
 
 if TYPE_CHECKING:
@@ -110,8 +112,7 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
     )
     downtime = "" if report.downtime is None else f", it stood still for {report.downtime:.3f} s"
     yield f"guest     {report.run_state_before} before, {_after(report)} now{downtime}"
-    for name, used in report.settings.items():
-        yield f"setting   {name}={_spelled(used.value)} meanwhile: {used.why}"
+    yield from setting_lines(report.settings)
     yield from (f"restore   {sentence}" for sentence in report.disks)
     if report.disks_record is not None:
         yield f"disks     recorded in {report.disks_record}"
@@ -122,7 +123,3 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
 
 def _after(report: VmSaveReport) -> str:
     return "ended" if report.run_state_after is None else report.run_state_after
-
-
-def _spelled(value: object) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

@@ -18,40 +18,44 @@ that is done here, before it loads.
 from __future__ import annotations
 
 import asyncio
-import enum
 import os
+import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from pyqmigrate.errors import BlockMismatch, NotSupported, QemuError, UsageError
 from pyqmigrate.io.target import DirectIO, Target
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.spelling import choice
+from pyqmigrate.vm.begin import Begun, Early, begin_mapped, prepare
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.companion import Companion
+from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.incoming import make_incoming
-from pyqmigrate.vm.launch import Launched, Stream, launch
+from pyqmigrate.vm.inherited import check_descriptors
+from pyqmigrate.vm.launch import Launched, answered
 from pyqmigrate.vm.loading import Incoming, take_in
-from pyqmigrate.vm.memory_backends import Mapped, map_blocks
-from pyqmigrate.vm.memory_map import parse_ramblock
+from pyqmigrate.vm.memory_backends import map_blocks
+from pyqmigrate.vm.ram_files import RamFiles, loadable
+from pyqmigrate.vm.ramblock import parse_ramblock
+from pyqmigrate.vm.request import Mode, Request
 from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.starting import Started, Stream, start
+from pyqmigrate.vm.unbroken import owned
 
-__all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_from"]
+__all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_begun",
+           "restore_from"]
 
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
+# In what a QEMU says that does not start because its memory cannot be mapped from the snapshot.
+_ABOUT_MEMORY = re.compile(
+    r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev",
+    re.IGNORECASE,
+)
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state that the stream brought
-
-
-class Mode(enum.StrEnum):
-    """How guest memory gets into the new QEMU. ``auto``: instantly where that is possible."""
-
-    AUTO = "auto"
-    INSTANT = "instant"
-    LOAD = "load"
-    POSTCOPY = "postcopy"
 
 
 @dataclass(frozen=True)
@@ -132,20 +136,6 @@ class RestoredVm:
         await self.close()
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a restore; see :func:`restore`."""
-
-    mode: Mode = Mode.AUTO
-    paused: bool | None = None
-    qmp: str | os.PathLike[str] | None = None
-    channels: int | None = None
-    direct_io: DirectIO = DirectIO.AUTO
-    stdin: Stream = None
-    stdout: Stream = None
-    stderr: Stream = None
-
-
 async def restore(
     snapshot: Target, command: Sequence[str], *,
     mode: Mode | str = Mode.AUTO,
@@ -155,6 +145,7 @@ async def restore(
     channels: int | None = None,
     direct_io: DirectIO | str = DirectIO.AUTO,
     stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+    pass_fds: Collection[int] = (),
 ) -> RestoredVm:
     """Start a QEMU and have it go on where ``snapshot`` was taken.
 
@@ -162,14 +153,17 @@ async def restore(
         needs is added; what cannot go with it is left out and named in the report's notes, or
         refused.
     mode: see :class:`Mode`.
-    paused: True leaves the guest paused, False lets it run, None does as the snapshot says.
+    paused: True leaves the guest paused, False lets it run, None does as ``-S`` or else the
+        snapshot says.
     qmp: the path of a monitor socket to add.
     offset: where in the file the stream starts, bytes; None is at its start, or behind the header
         of an image that libvirt saved.
     channels, direct_io: how QEMU reads the file in mode ``load``; the default is chosen by
         whether the file is in the page cache.
     stdin, stdout, stderr: QEMU's, as for subprocess.Popen; None is this process's own. Standard
-        error is passed on from the moment the guest is there, by a thread of this process.
+        error is passed on from the moment the guest is there, by a thread of this process; what
+        QEMU writes after this process has ended is lost.
+    pass_fds: descriptors that the command line names by their numbers, and QEMU is to have.
 
     Raises UsageError for a command line that contradicts a restore or another machine type,
     BlockMismatch for other RAM blocks, SnapshotError for a bad file, NotSupported where this QEMU
@@ -177,31 +171,42 @@ async def restore(
     load. Whatever fails, the QEMU that was started is ended.
     """
     request = Request(
-        Mode(mode), paused, qmp, channels, DirectIO(direct_io), stdin, stdout, stderr
+        choice(Mode, mode, "mode"), paused, qmp, channels,
+        choice(DirectIO, direct_io, "direct_io"), stdin, stdout, stderr,
+        check_descriptors(pass_fds),
     )
-    async with await Source.open(snapshot, offset) as source:
-        return await restore_from(source, CommandLine.parse(command), request)
+    parsed = CommandLine.parse(command)
+    async with await Companions.open(snapshot, offset) as companions:
+        return await restore_from(companions, parsed, request)
 
 
-async def restore_from(source: Source, command: CommandLine, request: Request) -> RestoredVm:
+async def restore_begun(early: Early) -> RestoredVm:
+    """The rest of a restore that :func:`pyqmigrate.vm.begin.begin` has begun; it is ended, whatever
+    goes wrong."""
+    begun = early.begun
+    async with Companions(begun.source) as companions:
+        attempt = _Attempt(companions, early.request, begun.started.at, early.notes)
+        return await attempt.instant_or_load(begun, early.command)
+
+
+async def restore_from(
+    companions: Companions, command: CommandLine, request: Request
+) -> RestoredVm:
     """As :func:`restore`, from a snapshot that is open."""
     started = time.monotonic()
-    command, notes = make_incoming(command, paused=request.paused, qmp=request.qmp)
-    attempt = _Attempt(source, request, started, tuple(notes))
+    command, request, notes = prepare(command, request)
+    attempt = _Attempt(companions, request, started, notes)
     if request.mode not in (Mode.AUTO, Mode.INSTANT):
         return await attempt.load(command, "asked for")
+    source = companions.source
     try:
         mapped = map_blocks(command, source.snapshot, source.fd)
     except NotSupported as error:
         if request.mode is Mode.INSTANT:
             raise NotSupported(f"no instant restore: {error}") from error
         return await attempt.load(command, f"no instant restore: {error}")
-    try:
-        return await attempt.instant(mapped)
-    except _NotStarted as error:
-        if request.mode is Mode.INSTANT:
-            raise
-        return await attempt.load(command, f"no instant restore: with mapped memory, {error}")
+    begun = await owned(asyncio.to_thread(begin_mapped, source, mapped, request), Begun.end)
+    return await attempt.instant_or_load(begun, command)
 
 
 class _NotStarted(QemuError):
@@ -216,18 +221,37 @@ def _about(companion: Companion) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Attempt:
-    source: Source
+    companions: Companions
     request: Request
     started: float
     notes: tuple[str, ...] = field(default=())
 
-    async def instant(self, mapped: Mapped) -> RestoredVm:
-        building = asyncio.ensure_future(self.source.companion(mapped.blocks))
+    @property
+    def source(self) -> Source:
+        return self.companions.source
+
+    async def instant_or_load(self, begun: Begun, command: CommandLine) -> RestoredVm:
+        """``command`` is that of a load, should the QEMU that was begun not start."""
+        try:
+            return await self._instant(begun)
+        except _NotStarted as error:
+            if self.request.mode is Mode.INSTANT or not _ABOUT_MEMORY.search(str(error)):
+                raise
+            first = f"no instant restore: with mapped memory, {error}"
+            try:
+                return await self.load(command, first)
+            except QemuError as second:
+                raise QemuError(f"{second}\n{first}") from second
+
+    async def _instant(self, begun: Begun) -> RestoredVm:
+        mapped, files = begun.mapped, begun.files
+        building = asyncio.ensure_future(self.companions.get(mapped.blocks))
         # Where QEMU does not start either, nobody asks what became of it.
         building.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            async with await self._launch(mapped.command, [self.source.fd]) as qemu:
+            async with await self._answered(begun.started) as qemu:
                 companion = await building
+                await asyncio.to_thread(files.clear)
                 fd = companion.open_for_reading()
                 try:
                     incoming = Incoming({"companion": fd}, self.source.snapshot.offset)
@@ -239,17 +263,19 @@ class _Attempt:
                     why="the memory is mapped from the snapshot",
                     mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
                     stale_seconds=companion.stale_seconds,
-                    notes=(*self.notes, *mapped.notes, *_about(companion)),
+                    notes=(*self.notes, *mapped.notes, *files.notes, *_about(companion)),
                 )
         finally:
             building.cancel()
+            files.close()
 
     async def load(self, command: CommandLine, why: str) -> RestoredVm:
         request = self.request
         if request.mode is Mode.POSTCOPY:
             return await self._load(command, why, Mode.POSTCOPY, {}, 0)
-        reading = await asyncio.to_thread(
-            self.source.reading, request.channels, request.direct_io
+        reading = await owned(
+            asyncio.to_thread(self.source.reading, request.channels, request.direct_io),
+            self.source.close_reading,
         )
         try:
             direct = {"direct": reading.direct.fd} if reading.direct else {}
@@ -264,26 +290,39 @@ class _Attempt:
         self, command: CommandLine, why: str, mode: Mode, direct: dict[str, int], channels: int,
         *notes: str,
     ) -> RestoredVm:
-        async with await self._launch(command, []) as qemu:
-            fd = self.source.open_again()
-            try:
-                incoming = Incoming(
-                    {"buffered": fd, **direct}, self.source.snapshot.offset,
-                    self.source.capabilities, channels, bool(direct), mode is Mode.POSTCOPY,
+        command, changes = loadable(command, self.source.snapshot)
+        with await self._files(command) as files:
+            request = self.request
+            starting = asyncio.to_thread(
+                start, command, request.pass_fds,
+                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
+            )
+            started = await owned(starting, Started.end)
+            async with await self._answered(started) as qemu:
+                await asyncio.to_thread(files.clear)
+                fd = self.source.open_again()
+                try:
+                    incoming = Incoming(
+                        {"buffered": fd, **direct}, self.source.snapshot.offset,
+                        self.source.capabilities, channels, bool(direct), mode is Mode.POSTCOPY,
+                    )
+                    seconds = await take_in(qemu, incoming)
+                finally:
+                    os.close(fd)
+                return await self._hand_over(
+                    qemu, seconds, incoming, mode=mode, why=why,
+                    notes=(*self.notes, *changes, *files.notes, *notes),
                 )
-                seconds = await take_in(qemu, incoming)
-            finally:
-                os.close(fd)
-            return await self._hand_over(
-                qemu, seconds, incoming, mode=mode, why=why, notes=(*self.notes, *notes)
-            )
 
-    async def _launch(self, command: CommandLine, fds: list[int]) -> Launched:
-        request = self.request
+    async def _files(self, command: CommandLine) -> RamFiles:
+        """The memory files of a QEMU to come; refused before it starts."""
+        return await owned(
+            asyncio.to_thread(RamFiles, command, self.source.snapshot), RamFiles.close
+        )
+
+    async def _answered(self, started: Started) -> Launched:
         try:
-            qemu = await launch(
-                command, fds, stdin=request.stdin, stdout=request.stdout, stderr=request.stderr
-            )
+            qemu = await answered(started)
         except QemuError as error:
             raise _NotStarted(str(error)) from error
         async with qemu:
@@ -329,7 +368,7 @@ async def check(monitor: Monitor, snapshot: Snapshot) -> None:
     """Hold the machine and the RAM blocks of a QEMU against the snapshot.
 
     Raises UsageError for another machine type, BlockMismatch for a block that is missing on
-    either side or has another length.
+    either side or has another length, and cannot take that of the snapshot.
     """
     kind = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     machine = str(kind).removesuffix("-machine")
@@ -338,7 +377,7 @@ async def check(monitor: Monitor, snapshot: Snapshot) -> None:
             f"the snapshot is of machine type {snapshot.machine}, and the command line makes "
             f"{machine}: give -machine {snapshot.machine}"
         )
-    here = {line.name: line.length for line in parse_ramblock(await monitor.hmp("info ramblock"))}
+    here = {line.name: line for line in parse_ramblock(await monitor.hmp("info ramblock"))}
     wanted = {name: block.length for name, block in snapshot.blocks.items()}
     faults = [
         *(
@@ -350,8 +389,8 @@ async def check(monitor: Monitor, snapshot: Snapshot) -> None:
             if _NOT_MIGRATED not in name
         ),
         *(
-            f"{name!r} has {here[name]} bytes here and {length} in the snapshot"
-            for name, length in wanted.items() if name in here and here[name] != length
+            f"{name!r} has {here[name].length} bytes here and {length} in the snapshot"
+            for name, length in wanted.items() if name in here and not here[name].takes(length)
         ),
     ]
     if faults:

@@ -7,6 +7,7 @@ pages, bitmaps, tail, fsync, magic. A seal comes after all of that.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -26,9 +27,16 @@ from pyqmigrate.io.channels import (
     failure,
 )
 from pyqmigrate.io.digests import Digests
-from pyqmigrate.io.manifest import Manifest, seal_path, write_manifest
+from pyqmigrate.io.manifest import Manifest, check_place, seal_path, write_manifest
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.io.target import Descriptors, DirectIO, Target, core_file, stream_offset
+from pyqmigrate.io.target import (
+    Descriptors,
+    DirectIO,
+    Target,
+    core_file,
+    stream_offset,
+    target_path,
+)
 from pyqmigrate.spelling import choice
 from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
 
@@ -88,7 +96,7 @@ def start_save(
     max_bandwidth: bytes a second over all channels; 0 is no limit.
     seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the path when
         the snapshot has its name, of the bytes as they were written. Should that fail, the snapshot
-        stays. Not for Descriptors, which have no path.
+        stays. Not for Descriptors, which have no path. A UsageError where another file is there.
 
     Raises UsageError for bad arguments, NotSupported for a digest whose library is missing,
     TargetError (NoSpace, DirectIORefused) when the system
@@ -96,6 +104,8 @@ def start_save(
     """
     if seal is not None and isinstance(target, Descriptors):
         raise UsageError("a seal stands beside a path; seal what descriptors lead to by its path")
+    if seal is not None and not isinstance(target, Descriptors):
+        check_place(seal_path(target_path(target)))
     writer = Writer(
         target, blocks,
         direct_io=choice(DirectIO, direct_io, "direct_io"),
@@ -233,7 +243,8 @@ class Writer(StreamWriter):
         """The seal of what was written, for a file that was then modified for the last time."""
         assert self.digests is not None
         return self.digests.seal(
-            mtime_ns, self.head.pieces[0].offset, self.head.blocks, clear_pages_zero=True
+            mtime_ns, self.head.pieces[0].offset, self.head.blocks, clear_pages_zero=True,
+            bitmap_order=sys.byteorder,
         )
 
     def _before_publication(self) -> None:

@@ -1,0 +1,35 @@
+/* Memory in which something is looked for while it is read for another purpose. */
+#include "qmigrate.h"
+
+static int fits(const struct qm_watch *w, const unsigned char *bytes)
+{
+    for (size_t i = 0; i < w->len; i++)
+        if ((bytes[i] & w->mask[i]) != w->head[i])
+            return 0;
+    return 1;
+}
+
+ssize_t qm_watch_fill(void *arg, void *buf, uint64_t off, size_t len)
+{
+    struct qm_watch *w = arg;
+    ssize_t got = w->fill(w->arg, buf, off, len);
+    uint64_t end = got < (ssize_t)w->len ? off : off + (uint64_t)got - w->len + 1;
+    uint64_t best = __atomic_load_n(&w->found, __ATOMIC_RELAXED);
+    if (end > best)
+        end = best; /* what comes later is of no interest any more */
+    for (uint64_t at = (off + w->step - 1) / w->step * w->step; at < end; at += w->step) {
+        if (!fits(w, (const unsigned char *)buf + (at - off)))
+            continue;
+        while (at < best && !__atomic_compare_exchange_n(&w->found, &best, at, 0, __ATOMIC_RELAXED,
+                                                         __ATOMIC_RELAXED))
+            ;
+        break;
+    }
+    return got;
+}
+
+int64_t qm_watch_next(void *arg, uint64_t off, uint64_t end)
+{
+    const struct qm_watch *w = arg;
+    return w->next(w->arg, off, end);
+}

@@ -1,0 +1,54 @@
+"""What stands at some place of a damaged classic stream: which pages of the guest.
+
+Pages have no fixed places there, and a seal does not keep where they are. The records tell it, as
+long as they parse: where page data was hit they do. They are taken as they are now; a record whose
+own word was hit may tell another page than it once did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pyqmigrate import _core
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.damage import Part
+
+__all__ = ["parts_of_stream"]
+
+_PARTS_MAX = 64  # of one block in one stretch; the last takes in all that is left
+
+
+def parts_of_stream(snapshot: ClassicSnapshot, start: int, end: int) -> Iterator[Part]:
+    """What is at file positions ``[start, end)``; raises what the pass over the stream does."""
+    index = snapshot.read_through()[1]
+    first, last = min(index.bodies, default=0), max(index.bodies.values(), default=0)
+    found = False
+    if start < snapshot.offset:
+        yield Part("what is before the stream")
+    if start < first and end > snapshot.offset:
+        yield Part("head of the stream")
+    for name, core in index.cores.items():
+        for part in _pages(name, core, snapshot.blocks[name].num_pages, start, end):
+            found = True
+            yield part
+    if not found and start < last and first < end:
+        yield Part("records of the stream, of pages that are zero or come again later")
+    if end > last:
+        yield Part("what follows RAM: the device state")
+
+
+def _pages(name: str, core: Any, npages: int, start: int, end: int) -> Iterator[Part]:
+    """The runs of pages that are made of these bytes; pages without data do not end one."""
+    data, told = _core.ffi.new("int *"), 0
+    page = _core.lib.qm_index_from(core, 0, start, end)
+    while page < npages:
+        told += 1
+        first, held, stop = page, 0, page
+        while page < npages and (
+            told == _PARTS_MAX or page == stop
+            or (_core.lib.qm_index_run(core, stop, page, data) == page and not data[0])
+        ):
+            held, stop = held + 1, page + 1
+            page = _core.lib.qm_index_from(core, stop, start, end)
+        yield Part("pages", name, first, stop, held)

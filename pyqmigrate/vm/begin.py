@@ -1,0 +1,128 @@
+"""An instant restore up to the moment at which the new QEMU's process is there.
+
+None of it needs an event loop or a monitor. A command begins here, and imports both while QEMU
+starts: that takes Python as long as QEMU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.io.target import Target
+from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.incoming import make_incoming
+from pyqmigrate.vm.memory_backends import Mapped, map_blocks
+from pyqmigrate.vm.ram_files import RamFiles
+from pyqmigrate.vm.request import Request
+from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.starting import Started, start
+
+__all__ = ["Begun", "Early", "begin", "begin_mapped", "prepare"]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A QEMU that has been started, to map ``mapped`` from ``source``, which stays open.
+
+    ``files`` are the memory files that it has besides. End it, or give it to
+    :func:`pyqmigrate.vm.restoring.restore_begun`.
+    """
+
+    source: Source
+    mapped: Mapped
+    files: RamFiles
+    started: Started
+
+    def end(self) -> None:
+        """End the process and let go of its files. May be repeated."""
+        self.started.end()
+        self.files.close()
+
+
+def prepare(
+    command: CommandLine, request: Request
+) -> tuple[CommandLine, Request, tuple[str, ...]]:
+    """The command line of a QEMU that waits for a snapshot, the request with what that says, and
+    what was changed. Raises UsageError for options that contradict a restore."""
+    if request.paused is None and command.has("S"):
+        request = replace(request, paused=True)
+    command, notes = make_incoming(command, paused=request.paused, qmp=request.qmp)
+    return command, request, tuple(notes)
+
+
+def begin_mapped(source: Source, mapped: Mapped, request: Request) -> Begun:
+    """Start the QEMU of ``mapped``. Not in the main thread.
+
+    Raises QemuError, UsageError, and what RamFiles refuses.
+    """
+    files = RamFiles(mapped.command, source.snapshot, mapped.blocks)
+    try:
+        started = start(
+            mapped.command, [source.fd, *request.pass_fds],
+            stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
+        )
+    except BaseException:
+        files.close()
+        raise
+    return Begun(source, mapped, files, started)
+
+
+@dataclass(frozen=True)
+class Early:
+    """What was begun before there was an event loop, and what it was made from."""
+
+    begun: Begun
+    command: CommandLine
+    request: Request
+    notes: tuple[str, ...]
+
+    def end(self) -> None:
+        """May be repeated."""
+        self.begun.end()
+        self.begun.source.close()
+
+
+def begin(
+    snapshot: Target, command: Sequence[str], request: Request, *, offset: int | None = None
+) -> Early | None:
+    """Begin an instant restore; arguments as for :func:`pyqmigrate.vm.restore`.
+
+    None where nothing could be begun, for whatever reason: a restore finds it again, and says it
+    or goes another way. Whatever interrupts the wait ends what was begun.
+    """
+    found: list[Early] = []
+
+    def work() -> None:
+        try:
+            found.append(_begin(snapshot, command, request, offset))
+        except PyqmigrateError:
+            return
+
+    # In a thread, where no signal can raise between the fork and our knowing of it.
+    thread = threading.Thread(target=work, name="pyqmigrate-begin")
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        thread.join()
+        for early in found:
+            early.end()
+        raise
+    return found[0] if found else None
+
+
+def _begin(
+    snapshot: Target, words: Sequence[str], request: Request, offset: int | None
+) -> Early:
+    parsed = CommandLine.parse(words)
+    source = Source(snapshot, offset)
+    try:
+        command, request, notes = prepare(parsed, request)
+        mapped = map_blocks(command, source.snapshot, source.fd)
+        return Early(begin_mapped(source, mapped, request), command, request, notes)
+    except BaseException:
+        source.close()
+        raise

@@ -1,0 +1,143 @@
+"""Many guests from one snapshot.
+
+    for one in await clone("/snap/guest.mapped", command, 10, directory="/run/guests"):
+        print(one.number, one.qmp, one.error or one.vm.report.load_seconds)
+
+Each is a QEMU of its own that maps the same file: they share its page cache, and each pays for
+the pages that it changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pyqmigrate.errors import NotSupported, PyqmigrateError, UsageError
+from pyqmigrate.io.target import Target
+from pyqmigrate.spelling import choice
+from pyqmigrate.vm.command_line import CommandLine, Option
+from pyqmigrate.vm.companions import Companions
+from pyqmigrate.vm.inherited import check_descriptors, descriptors_in_use
+from pyqmigrate.vm.memory_backends import map_blocks
+from pyqmigrate.vm.request import Mode, Request
+from pyqmigrate.vm.restoring import RestoredVm, restore_from
+from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.unbroken import unbroken
+from pyqmigrate.vm.written_files import written_files
+
+__all__ = ["Clone", "clone"]
+
+
+@dataclass(frozen=True)
+class Clone:
+    """Guest ``number`` (from 1 on), its monitor socket, and either ``vm`` or ``error``."""
+
+    number: int
+    qmp: Path
+    vm: RestoredVm | None = None
+    error: PyqmigrateError | None = None
+
+
+async def clone(
+    snapshot: Target, command: Sequence[str], count: int, *,
+    directory: str | os.PathLike[str] = ".",
+    mode: Mode | str = Mode.AUTO,
+    paused: bool | None = None,
+    offset: int | None = None,
+    at_once: int | None = None,
+    pass_fds: Collection[int] = (),
+) -> list[Clone]:
+    """Restore ``count`` guests from one snapshot.
+
+    ``{n}`` in a word of ``command`` is the number of the guest, from 1 on. Each gets a monitor
+    ``directory/N.qmp`` of its own, and no standard input. ``at_once`` start at the same time (as
+    many as there are processors). mode, paused, offset: as for :func:`pyqmigrate.vm.restore`.
+    Every guest gets all of ``pass_fds``; ``fd=1{n}`` gives guest 2 the use of descriptor 12.
+
+    A guest that fails has its error in the list; the others go on. When the call is cancelled,
+    all are ended. Raises UsageError when guests would write to the same disk or file, or use the
+    same descriptor (other than a file that is open for reading only), and what is wrong with the
+    snapshot itself.
+    """
+    if count < 1:
+        raise UsageError(f"{count} guests cannot be made")
+    wanted = CommandLine.parse(command)
+    commands = {number: wanted.filled_in(number) for number in range(1, count + 1)}
+    request = Request(
+        choice(Mode, mode, "mode"), paused, stdin=subprocess.DEVNULL,
+        pass_fds=check_descriptors(pass_fds),
+    )
+    turn = asyncio.Semaphore(at_once or os.cpu_count() or 1)
+    started: list[RestoredVm] = []
+
+    async def one(companions: Companions, number: int) -> Clone:
+        qmp = Path(directory) / f"{number}.qmp"
+        async with turn:
+            try:
+                vm = await restore_from(companions, commands[number], replace(request, qmp=qmp))
+            except PyqmigrateError as error:
+                return Clone(number, qmp, error=error)
+        started.append(vm)
+        return Clone(number, qmp, vm)
+
+    async with await Companions.open(snapshot, offset) as companions:
+        mode = _refuse_shared(commands, companions.source, request.mode)
+        request = replace(request, mode=mode)
+        tasks = [asyncio.create_task(one(companions, number)) for number in commands]
+        try:
+            await asyncio.wait(tasks)
+            return [task.result() for task in tasks]
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await unbroken(_ended(tasks, started))
+            raise
+
+
+async def _ended(tasks: Sequence[asyncio.Task[Clone]], started: Sequence[RestoredVm]) -> None:
+    await asyncio.wait(tasks)
+    await asyncio.gather(*(vm.end() for vm in started), return_exceptions=True)
+
+
+def _refuse_shared(commands: dict[int, CommandLine], source: Source, mode: Mode) -> Mode:
+    """UsageError for what guests cannot share; the mode in which that holds.
+
+    Memory that is mapped from the snapshot is no longer in the file that the command line names.
+    """
+    made = commands
+    if mode in (Mode.AUTO, Mode.INSTANT):
+        with contextlib.suppress(NotSupported):
+            made = {
+                number: map_blocks(command, source.snapshot, source.fd).command
+                for number, command in commands.items()
+            }
+    for one, other, file, option in _in_common(made, written_files):
+        raise UsageError(
+            f"guests {one} and {other} would both write to {file!r} ({option}): put {{n}} into "
+            "its name and give each a copy or an overlay of its own, or make it read-only"
+        )
+    for one, other, descriptor, option in _in_common(commands, descriptors_in_use):
+        raise UsageError(
+            f"guests {one} and {other} would both have {descriptor} ({option}), which serves one: "
+            "put {n} into its number"
+        )
+    if any(_in_common(commands, written_files)):
+        return Mode.INSTANT  # loaded, they would write to the same memory file
+    return mode
+
+
+def _in_common(
+    commands: dict[int, CommandLine], find: Callable[[CommandLine], dict[str, Option]]
+) -> Iterator[tuple[int, int, str, Option]]:
+    """Two guests that share something, what that is, and the option of the second."""
+    owners: dict[str, int] = {}
+    for number, command in commands.items():
+        for name, option in find(command).items():
+            owner = owners.setdefault(name, number)
+            if owner != number:
+                yield owner, number, name, option

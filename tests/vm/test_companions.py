@@ -1,0 +1,82 @@
+"""Companion streams that several guests share, and that nobody may wait for any more."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import gc
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyqmigrate
+from pyqmigrate.errors import Cancelled
+from pyqmigrate.vm.companion import Companion
+from pyqmigrate.vm.companions import Companions
+from pyqmigrate.vm.source import Source
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "guest.mapped"
+    pyqmigrate.save(path, [pyqmigrate.RamBlock("pc.ram", np.zeros(2 * MIB, dtype=np.uint8))])
+    return path
+
+
+@pytest.mark.usefixtures("same_descriptors")
+def test_companion_that_nobody_waits_for_ends_in_silence(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cancelled = threading.Event()
+
+    def build(_: Companion) -> None:
+        assert cancelled.wait(10)
+        raise Cancelled("cancelled")
+
+    monkeypatch.setattr(Companion, "build", build)
+    monkeypatch.setattr(Companion, "cancel", lambda _: cancelled.set())
+
+    async def run() -> None:
+        async with await Companions.open(path, None) as companions:
+            waiting = asyncio.create_task(companions.get(["pc.ram"]))
+            await asyncio.sleep(0.05)
+            waiting.cancel()
+
+    asyncio.run(run())
+    gc.collect()
+    assert not [r for r in caplog.records if r.name == "asyncio"]
+
+
+@pytest.mark.usefixtures("same_descriptors")
+def test_snapshot_that_is_being_opened_is_closed_when_that_is_cancelled(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock would stay for as long as this process does."""
+    cancelled = threading.Event()
+    really_lock = Source._lock
+
+    def lock(source: Source) -> None:
+        assert cancelled.wait(10)
+        really_lock(source)
+
+    monkeypatch.setattr(Source, "_lock", lock)
+
+    async def run() -> None:
+        opening = asyncio.create_task(Companions.open(path, None))
+        await asyncio.sleep(0.05)
+        opening.cancel()
+        asyncio.get_running_loop().call_later(0.05, cancelled.set)
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    gc.disable()  # what is lost must not be found by chance
+    try:
+        asyncio.run(run())
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        gc.enable()
