@@ -134,7 +134,11 @@ def test_qemu_does_not_outlive_a_restore_that_is_killed(
 def test_qemu_that_was_started_a_moment_ago_ends_with_a_restore_that_is_killed(
     saved: Saved, started: Any, tmp_path: Path
 ) -> None:
-    """Before it has read what monitor it is to have."""
+    """Before it has read what monitor it is to have.
+
+    It is on the leash a moment after it is there. Until then it is the description of the monitor
+    that ends a QEMU, as that is cut short; the wrapper reads none.
+    """
     wrapper, begun = tmp_path / "wrapper", tmp_path / "begun"
     wrapper.write_text(f'#!/bin/sh\n: > {begun}\nread _ < {tmp_path}/never\nexec false\n')
     wrapper.chmod(0o755)
@@ -143,6 +147,7 @@ def test_qemu_that_was_started_a_moment_ago_ends_with_a_restore_that_is_killed(
     while not begun.exists():
         assert process.poll() is None
         time.sleep(0.001)
+    time.sleep(0.5)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 5
