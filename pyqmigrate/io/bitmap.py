@@ -182,8 +182,9 @@ class Bitmap:
             )
 
     def _swap(self) -> None:
-        for at in range(0, self.nbytes, _PIECE):
-            words = array("Q", self._memory[at : min(at + _PIECE, self.nbytes)])
+        end = (self._reach + 63) // 64 * 8  # nothing is set from there on
+        for at in range(0, end, _PIECE):
+            words = array("Q", self._memory[at : min(at + _PIECE, end)])
             words.byteswap()
             self._memory[at : at + len(words) * 8] = words.tobytes()
 

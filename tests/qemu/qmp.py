@@ -36,7 +36,10 @@ class QmpClient:
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(str(path))
-            self.greeting: dict[str, Any] = self._next_message()["QMP"]
+            # What happens at that moment may be told first.
+            while "event" in (message := self._next_message()):
+                self.events.append(message)
+            self.greeting: dict[str, Any] = message["QMP"]
             self.execute("qmp_capabilities")
         except BaseException:
             self._socket.close()
