@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import pyqmigrate
 from bench.contenders import ANONYMOUS, Contender, SharedRam, touch
 from bench.contents import Contents, fill
 from bench.disk import Disk
@@ -120,6 +122,8 @@ def restores(
         disk.clear(path)
     with tempfile.TemporaryDirectory(prefix="chatter-") as name:
         bios = _chatterer(Path(name))
+        # As pip leaves it; in a tree of one's own it may not be.
+        compileall.compile_dir(Path(pyqmigrate.__file__).parent, quiet=1)
         with _saved(size, path, size, bios=bios):
             for _ in range(_SERIAL_ROUNDS):
                 add(SERIAL_WORK, QEMU, "fresh", _until_it_speaks(_command(size, bios)))

@@ -28,9 +28,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pyqmigrate import (
     Descriptors,
@@ -52,9 +53,11 @@ from pyqmigrate.origin import provenance
 
 __all__ = ["Outcome", "run"]
 
+T = TypeVar("T")
+
 TIME_LIMIT = 20.0  # seconds for one mutation; one takes milliseconds
 ADDRESS_SPACE = 2 << 30
-CPU_LIMIT = 1.0  # seconds of the processor
+CPU_LIMIT = 1.0  # seconds of the processor for one call
 MEMORY_LIMIT = 256 << 10  # KiB over what the child had from the start
 FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a seal is synced to the disk
 IN_MEMORY = 64 << 20  # bytes; blocks longer than this are loaded into files
@@ -62,8 +65,8 @@ LOADABLE = CONVERTIBLE = 4 << 40  # of what can be sparse
 STREAMABLE = 512 << 20  # a classic stream has a record for each page, be it zero
 DIGESTED = 256 << 20
 ALLOWED = (SnapshotError, NotSupported, UsageError)
-ACCEPTED, REFUSED, BROKEN = 0, 1, 2
-VERDICTS = {ACCEPTED: "accepted", REFUSED: "refused", BROKEN: "broken"}
+ACCEPTED, REFUSED, BROKEN, SLOW = range(4)
+VERDICTS = {ACCEPTED: "accepted", REFUSED: "refused", BROKEN: "broken", SLOW: "slow"}
 
 
 @dataclass(frozen=True)
@@ -226,44 +229,59 @@ def _position(data: bytearray, anatomy: Anatomy, rng: random.Random) -> int:
     return max(0, min(at, len(data)))
 
 
+class Slow(Exception):
+    """A call took longer than it may."""
+
+
+def timed(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """What ``call`` returns; Slow, whatever else it raises, when it took too long."""
+    started = time.process_time()
+    try:
+        return call(*arguments, **options)
+    finally:
+        seconds = time.process_time() - started
+        if seconds > CPU_LIMIT:
+            raise Slow(f"{call.__name__}: {seconds:.2f} s of the processor")
+
+
 def examine(file: Path, offset: int) -> tuple[int, str]:
     """Opens, verifies, looks into, loads and converts a file; says what came of it."""
     try:
-        devices(file, offset=offset or None)
+        timed(devices, file, offset=offset or None)
         looked = None
     except ALLOWED as error:
         looked = f"devices: {error}"
     try:
-        snapshot = open_snapshot(file, offset=offset or None)
+        snapshot = timed(open_snapshot, file, offset=offset or None)
     except ALLOWED as error:
         return REFUSED, f"open: {error}"
     with snapshot:
         try:
-            snapshot.verify()
+            timed(snapshot.verify)
             flaw = None
         except ALLOWED as error:
             flaw = f"verify: {error}"
         if flaw is None and looked is not None:
             return BROKEN, f"verify found nothing, but {looked}"
         try:
-            loadable = provenance(snapshot).loadable
+            loadable = timed(provenance, snapshot).loadable
         except ALLOWED:  # of a classic stream that cannot be read through
             loadable = False
         if loadable != (flaw is None):
             return BROKEN, f"verify found {flaw}, but info says loadable: {loadable}"
         try:
-            _load(snapshot)
+            timed(_load, snapshot)
         except ALLOWED as error:
             if flaw is None:
                 return BROKEN, f"verify found nothing, but load: {error}"
         try:
-            _unpack(snapshot, file.parent / "raw")
+            timed(_unpack, snapshot, file.parent / "raw")
         except ALLOWED as error:
             if flaw is None:
                 return BROKEN, f"verify found nothing, but unpack: {error}"
         for form in ("other", "elf", "lime"):
             try:
-                _convert(snapshot, form)
+                timed(_convert, snapshot, form)
             except NotSupported:
                 pass
             except ALLOWED as error:
@@ -287,12 +305,12 @@ def _seal(file: Path, offset: int, flaw: str | None) -> str | None:
     before, was = file.read_bytes(), _digest(file, offset)
     try:
         try:
-            report = seal(file, offset=offset, channels=2)
+            report = timed(seal, file, offset=offset, channels=2)
         except UsageError as error:
             # Damaged bits may look more like those of a big-endian host.
             if "--bitmap-order" not in str(error) or file.read_bytes() != before:
                 raise
-            report = seal(file, offset=offset, channels=2, bitmap_order="little")
+            report = timed(seal, file, offset=offset, channels=2, bitmap_order="little")
     except ALLOWED as error:
         if flaw is None and not isinstance(error, NotSupported):
             return f"verify found nothing, but seal: {error}"
@@ -305,7 +323,7 @@ def _seal(file: Path, offset: int, flaw: str | None) -> str | None:
         return "seal changed a file in which it had nothing to clear"
     if _digest(file, offset) != was:
         return "sealing changed the guest's memory"
-    check = verify_seal(file, channels=2)
+    check = timed(verify_seal, file, channels=2)
     if check is None or not check.intact:
         return f"not intact once sealed: {check}"
     with file.open("r+b") as damaged:
@@ -313,7 +331,7 @@ def _seal(file: Path, offset: int, flaw: str | None) -> str | None:
         byte = damaged.read(1)
         damaged.seek(len(before) // 2)
         damaged.write(bytes([byte[0] ^ 1]))
-    check = verify_seal(file, channels=2)
+    check = timed(verify_seal, file, channels=2)
     if check is None or len(check.damages) != 1:
         return f"a flipped bit was not found: {check}"
     return None
@@ -392,6 +410,8 @@ def _examine_in_child(file: Path, offset: int) -> tuple[str, str]:
             resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             verdict, text = examine(file, offset)
+        except Slow as error:
+            verdict, text = SLOW, str(error)
         except BaseException:
             text = traceback.format_exc(limit=-6)
         try:
@@ -418,9 +438,6 @@ def _examine_in_child(file: Path, offset: int) -> tuple[str, str]:
         return "hung", text
     if code < 0:
         return "killed", f"{signal.Signals(-code).name} {text}"
-    seconds = used.ru_utime + used.ru_stime
-    if seconds > CPU_LIMIT:
-        return "slow", f"{seconds:.2f} s of the processor {text}"
     if used.ru_maxrss > resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MEMORY_LIMIT:
         return "large", f"{used.ru_maxrss >> 10} MiB {text}"
     return VERDICTS.get(code, "broken"), text
