@@ -20,7 +20,7 @@ __all__ = ["CACHED", "COLD", "PLAIN", "SEALED", "seal_work", "seals"]
 
 COLD, CACHED = "verify cold", "verify cached"
 PLAIN, SEALED = "without a seal", "with a seal"
-_CHANNELS = 8  # what verify_seal takes by default
+_CHANNELS = 4  # what verify_seal takes by default
 _CACHED_ROUNDS = 5
 
 TakeTurns = Callable[..., None]

@@ -132,7 +132,7 @@ class SealCheck:
 
 def seal(
     snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 8,
+    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealReport:
@@ -145,7 +145,7 @@ def seal(
 
 def start_seal(
     snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 8,
+    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealReport]:
     """Begin to seal a snapshot of any kind; returns at once.
@@ -348,7 +348,7 @@ def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
 
 
 def verify_seal(
-    snapshot: Named, *, page_size: int | None = None, channels: int = 8,
+    snapshot: Named, *, page_size: int | None = None, channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealCheck | None:
@@ -358,7 +358,7 @@ def verify_seal(
 
 
 def start_verify(
-    snapshot: Named, *, page_size: int | None = None, channels: int = 8,
+    snapshot: Named, *, page_size: int | None = None, channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealCheck] | None:
     """Begin to compare every byte of a file with its seal; None where it has none.

@@ -50,7 +50,7 @@ def add_parser(verbs: Verbs) -> None:
     )
     add_bitmap_order(parser)
     add_offset(parser)
-    add_channels(parser, default=8)
+    add_channels(parser, default=4)
     add_direct_io(parser)
 
 

@@ -50,7 +50,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--deep", action="store_true", help="look at device state and clear pages too"
     )
-    add_channels(parser, default=8)
+    add_channels(parser, default=4)
     add_direct_io(parser)
 
 

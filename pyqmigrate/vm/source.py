@@ -18,7 +18,7 @@ from pyqmigrate.snapshot import Snapshot
 __all__ = ["Reading", "Source"]
 
 _WARM = 0.5  # share of the file in the page cache from which direct I/O only costs
-_COLD_CHANNELS = 8  # direct reads under way at a time
+_COLD_CHANNELS = 32  # direct reads under way at a time; QEMU makes them one page run at a time
 _WARM_CHANNELS = 4
 
 
