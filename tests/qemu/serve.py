@@ -239,6 +239,12 @@ class Witness:
         ):
             assert time.monotonic() < deadline, self.end.execute("query-migrate")
             time.sleep(0.005)
+        # QEMU lets go of its copies of removed descriptors a moment after it has failed.
+        soon = time.monotonic() + 1
+        while time.monotonic() < soon and not all(
+            fdset["fds"] for fdset in self.end.execute("query-fdsets")
+        ):
+            time.sleep(0.005)
 
     def events(self) -> list[str]:
         """Notes the statuses since the last time, and STOP and RESUME among them.
