@@ -10,7 +10,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.incoming import make_incoming
@@ -98,7 +97,7 @@ def begin(
     def work() -> None:
         try:
             found.append(_begin(snapshot, command, request, offset))
-        except PyqmigrateError:
+        except Exception:  # the restore that follows meets it again, where it can be told
             return
 
     # In a thread, where no signal can raise between the fork and our knowing of it.

@@ -22,7 +22,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -37,14 +37,14 @@ from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.ending import Ending
 from pyqmigrate.vm.inherited import check_descriptors
-from pyqmigrate.vm.launch import Launched, answered
+from pyqmigrate.vm.launch import Launched, answered, launch
 from pyqmigrate.vm.loading import Incoming, take_in
 from pyqmigrate.vm.memory_backends import map_blocks
 from pyqmigrate.vm.ram_files import RamFiles, loadable
 from pyqmigrate.vm.ramblock import parse_ramblock
 from pyqmigrate.vm.request import Mode, Request
 from pyqmigrate.vm.source import Source
-from pyqmigrate.vm.starting import Started, Stream, start
+from pyqmigrate.vm.starting import Stream
 from pyqmigrate.vm.unbroken import owned
 
 __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_begun",
@@ -247,7 +247,7 @@ class _Attempt:
         # Where QEMU does not start either, nobody asks what became of it.
         building.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            async with await self._answered(begun.started) as qemu:
+            async with await self._checked(answered(begun.started)) as qemu:
                 companion = await building
                 await asyncio.to_thread(files.clear)
                 fd = companion.open_for_reading()
@@ -291,12 +291,11 @@ class _Attempt:
         command, changes = loadable(command, self.source.snapshot)
         with await self._files(command) as files:
             request = self.request
-            starting = asyncio.to_thread(
-                start, command, request.pass_fds,
+            launching = launch(
+                command, request.pass_fds,
                 stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
             )
-            started = await owned(starting, Started.end)
-            async with await self._answered(started) as qemu:
+            async with await self._checked(launching) as qemu:
                 await asyncio.to_thread(files.clear)
                 fd = self.source.open_again()
                 try:
@@ -318,9 +317,10 @@ class _Attempt:
             asyncio.to_thread(RamFiles, command, self.source.snapshot), RamFiles.close
         )
 
-    async def _answered(self, started: Started) -> Launched:
+    async def _checked(self, answering: Awaitable[Launched]) -> Launched:
+        """A QEMU that is the snapshot's machine, once it answers."""
         try:
-            qemu = await answered(started)
+            qemu = await answering
         except QemuError as error:
             raise _NotStarted(str(error)) from error
         async with qemu:
