@@ -129,8 +129,9 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         try:
             source = self.source
             if index is not None:
-                refuse_in_use(index, self.in_use())
-                self.index = check_place(index)
+                place = check_place(index)
+                refuse_in_use(place, self.in_use())
+                self.index = place
             walk = SequentialWalk(
                 source, self.offset, _no_records, page_size=page_size,
                 run_out=source.run_out if isinstance(source, PassingInput) else None,

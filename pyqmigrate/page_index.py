@@ -21,7 +21,6 @@ end of each body of records) and ``blocks`` (name, length, changes, runs).
 from __future__ import annotations
 
 import array
-import contextlib
 import hashlib
 import json
 import os
@@ -34,7 +33,6 @@ from typing import Any, BinaryIO
 import xxhash
 
 from pyqmigrate import _core
-from pyqmigrate.errors import NotDurable
 from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.sequential import SequentialBlock
 from pyqmigrate.io.channels import Channels
@@ -46,7 +44,7 @@ __all__ = ["PageIndex", "check_place", "keep", "recall"]
 
 _MAGIC = b"qmindex2"
 _OLDER = b"qmindex1"  # had no digest
-_INDEX = FileKind("an index", lambda head: head.startswith((_MAGIC, _OLDER)))
+_INDEX = FileKind("index", lambda head: head.startswith((_MAGIC, _OLDER)))
 _BODY = len(_MAGIC) + DIGEST_SIZE  # where what is digested starts
 _HEAD_MAX = 64 << 20
 _RUN_MAX = 1 << 16  # pages in one run of a kept index
@@ -93,12 +91,12 @@ def check_place(path: str | os.PathLike[str]) -> Path:
 
 
 def keep(index: PageIndex, source: InputTarget, path: Path) -> None:
-    """Write the index of ``source`` to ``path``, where it appears whole.
+    """Write the index of ``source`` to ``path``, where it appears whole. Its name need not be
+    durable: an index that is lost is made again.
 
     Raises UsageError where something else is there now, TargetError.
     """
-    with contextlib.suppress(NotDurable):  # what is lost is made again
-        write_whole(path, _INDEX, lambda file: _write(index, source, file))
+    write_whole(path, _INDEX, lambda file: _write(index, source, file), sync_name=False)
 
 
 def _write(index: PageIndex, source: InputTarget, file: BinaryIO) -> None:

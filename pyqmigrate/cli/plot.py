@@ -13,7 +13,7 @@ from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
 
 __all__ = ["check_available", "check_place", "draw"]
 
-_PICTURE = FileKind("a picture", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"))
+_PICTURE = FileKind("picture", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"))
 
 
 def check_available() -> None:
@@ -61,4 +61,5 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
     axes[0].set_ylim(0, fastest * 1.05)  # shared with the other
     axes[0].set_ylabel("MiB/s of data")
     axes[0].legend()
-    write_whole(path, _PICTURE, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_whole(path, _PICTURE, lambda file: figure.savefig(file, format="png", dpi=120),
+                sync_name=False)

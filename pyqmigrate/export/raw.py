@@ -55,7 +55,7 @@ __all__ = ["INDEX", "RawBlock", "RawReport", "raw_name", "unpack"]
 INDEX = "blocks.json"
 
 _LIST = FileKind(
-    "a list of blocks", lambda head: re.match(rb'\s*\{\s*"machine"\s*:', head) is not None
+    "list of blocks", lambda head: re.match(rb'\s*\{\s*"machine"\s*:', head) is not None
 )
 _NAME_MAX = 255  # bytes of a file name on Linux file systems
 _KEPT = 180  # characters of a name that is too long
@@ -214,7 +214,7 @@ def _check_what_is_there(dir_fd: int, path: str, names: Sequence[str]) -> None:
                 continue
         if stat.S_ISLNK(info.st_mode):
             continue
-        check_is_file(place, info, "a raw file" if name != INDEX else _LIST.noun)
+        check_is_file(place, info, "raw file" if name != INDEX else _LIST.noun)
         if name == INDEX:
             check_replaceable(place, _LIST)
 

@@ -39,11 +39,12 @@ _SPECIAL = {
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of file: ``noun`` names it in messages, with its article (``a seal``); ``is_ours``
-    recognises it by its first 64 bytes, of which there is at least one."""
+    """A kind of file: ``noun`` names it in messages (``seal``); ``is_ours`` recognises it by its
+    first 64 bytes, of which there is at least one; ``may_be_empty``: an empty file is replaced."""
 
     noun: str
     is_ours: Callable[[bytes], bool]
+    may_be_empty: bool = True
 
 
 def check_replaceable(name: str | os.PathLike[str], kind: FileKind) -> Path:
@@ -58,28 +59,28 @@ def check_replaceable(name: str | os.PathLike[str], kind: FileKind) -> Path:
     try:
         info = place.lstat()
         check_is_file(place, info, kind.noun)
-        ours = info.st_size == 0 or _is_ours(place, kind)
+        ours = kind.may_be_empty if info.st_size == 0 else _is_ours(place, kind)
     except OSError as error:
         if error.errno == errno.ENOENT:
             return place
         raise TargetError(
-            error.errno or errno.EIO, f"cannot look at what would be replaced by {kind.noun}", place
+            error.errno or errno.EIO, f"cannot look at what the {kind.noun} would replace", place
         ) from error
     if not ours:
         raise UsageError(
-            f"{os.fspath(place)!r} is not {kind.noun} of pyqmigrate, which would replace it: "
-            "move it away, or choose another name"
+            f"{os.fspath(place)!r} contains no {kind.noun} of pyqmigrate and would be replaced by "
+            "one: move it away, or choose another name"
         )
     return place
 
 
 def check_is_file(path: str | os.PathLike[str], info: os.stat_result, noun: str) -> None:
-    """UsageError for what is not a regular file, and would be replaced by one that is ``noun``."""
+    """UsageError for what is not a regular file, and would be replaced by ``noun``."""
     if not stat.S_ISREG(info.st_mode):
         special = _SPECIAL.get(stat.S_IFMT(info.st_mode), "not a regular file")
         raise UsageError(
-            f"{os.fspath(path)!r} is {special}, which is not replaced by {noun}: choose another "
-            "name"
+            f"{os.fspath(path)!r} is {special}, which no {noun} replaces: move it away, or choose "
+            "another name"
         )
 
 
@@ -120,15 +121,18 @@ def open_directory(place: Path) -> int:
     return os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def write_whole(place: Path, kind: FileKind, write: Callable[[BinaryIO], object]) -> None:
+def write_whole(
+    place: Path, kind: FileKind, write: Callable[[BinaryIO], object], *, sync_name: bool = True
+) -> None:
     """Have ``write`` write a file of our own; it has its name when it is whole and durable.
+    ``sync_name``: the name is made durable too.
 
     ``place`` is what :func:`check_replaceable` returned, which is looked at once more. Raises
     UsageError as that does, NoSpace, TargetError, and NotDurable where the file is there, but its
     name may not be durable.
     """
     place = check_replaceable(place, kind)
-    what = f"cannot write {kind.noun}"
+    what = f"cannot write the {kind.noun}"
     try:
         with contextlib.ExitStack() as stack:
             dir_fd = open_directory(place)
@@ -140,7 +144,8 @@ def write_whole(place: Path, kind: FileKind, write: Callable[[BinaryIO], object]
             os.fsync(file.fd)
             file.give_name()
             what = ""
-            os.fsync(dir_fd)
+            if sync_name:
+                os.fsync(dir_fd)
     except OSError as error:
         if isinstance(error, TargetError):
             raise

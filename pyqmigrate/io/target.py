@@ -56,7 +56,7 @@ __all__ = [
     "target_path",
 ]
 
-SEAL = FileKind("a seal", is_seal)
+SEAL = FileKind("seal", is_seal, may_be_empty=False)
 _MODE = 0o600
 _FALLBACK_ALIGN = 4096
 _LARGEST_ALIGN = 65536

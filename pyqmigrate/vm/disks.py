@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 RECORD = FileKind(
-    "a record of disks", lambda head: re.match(rb'\s*\{\s*"snapshot"\s*:', head) is not None
+    "record of disks", lambda head: re.match(rb'\s*\{\s*"snapshot"\s*:', head) is not None
 )
 _FORMATS = ("qcow2", "raw")
 
