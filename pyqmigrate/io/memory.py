@@ -253,6 +253,14 @@ class Attached:
             int(_core.ffi.cast("uintptr_t", self.core.base)), self.length, what
         )
 
+    def refuse_as_source(self, fd: int) -> None:
+        """UsageError where a load from the file ``fd`` would overwrite that very file."""
+        if self._fd >= 0 and FileId.of(os.fstat(fd)) == FileId.of(os.fstat(self._fd)):
+            raise UsageError(
+                f"the memory of block {self.name!r} is the file that is to be loaded, which would "
+                "be overwritten: load into another file"
+            )
+
     def unaligned(self, mem_align: int) -> bool:
         """Whether the memory has an address that a descriptor demanding ``mem_align`` refuses."""
         base = int(_core.ffi.cast("uintptr_t", self.core.base))

@@ -23,6 +23,7 @@ from typing import Any
 from pyqmigrate.errors import (
     Cancelled,
     NoSpace,
+    NotDurable,
     PyqmigrateError,
     QemuGone,
     SnapshotError,
@@ -32,6 +33,7 @@ from pyqmigrate.format.digest import Algorithm, digester
 from pyqmigrate.format.stream import MAGIC
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.manifest import check_place, seal_path, write_manifest
+from pyqmigrate.io.place import absolute
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset
 from pyqmigrate.sealing import start_seal
 from pyqmigrate.snapshot import Snapshot
@@ -130,19 +132,22 @@ async def save(
     progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
 
     Whatever fails, and when this is cancelled or its process killed, the guest is put back as it
-    was found and nothing is left. Raises UsageError, NotSupported, QemuError (QemuGone when QEMU
-    ended), TargetError (NoSpace, DirectIORefused), GuestMemoryError, SnapshotError when what was
-    written is not what the guest has.
+    was found and nothing is left. Only where the snapshot has its name, and that cannot be made
+    durable (NotDurable), it stays, with the snapshots of disks that belong to it; it is not sealed,
+    and QEMU is not ended. Raises UsageError, NotSupported, QemuError (QemuGone when QEMU ended),
+    TargetError (NoSpace, NotDurable, DirectIORefused), GuestMemoryError, SnapshotError when what
+    was written is not what the guest has.
     """
     request = _Request(
         os.fspath(snapshot), engine, live, None if then is None else choice(Then, then, "then"),
         check_channels(channels), choice(DirectIO, direct_io, "direct_io"),
         choice(Sparse, sparse, "sparse"), with_disks, progress,
         None if seal is None else choice(Algorithm, seal, "seal"),
+        absolute(os.fsdecode(snapshot).removeprefix("file:")),
     )
     if request.seal is not None:
         digester(request.seal)
-        await asyncio.to_thread(check_place, seal_path(_path(request.snapshot)))
+        await asyncio.to_thread(check_place, seal_path(request.path))
     if stream_offset(request.snapshot):
         raise UsageError("a guest is saved into a file of its own: without an offset")
     async with await Monitor.connect(qmp) as monitor:
@@ -162,6 +167,7 @@ class _Request:
     with_disks: bool
     progress: ProgressCallback | None
     seal: Algorithm | None
+    path: Path  # absolute: the current directory may change
 
 
 class _Save:
@@ -174,12 +180,12 @@ class _Save:
         self.request = request
         self.choice: Choice = choose_engine(guest, engine=request.engine, live=request.live)
         self.disks = (
-            disks.prepare(guest, _path(request.snapshot)) if request.with_disks else None
+            disks.prepare(guest, request.path) if request.with_disks else None
         )
 
     async def run(self) -> VmSaveReport:
         custody = Custody(
-            self.monitor, self.guest, os.fspath(_path(self.request.snapshot)), self.disks
+            self.monitor, self.guest, os.fspath(self.request.path), self.disks
         )
         try:
             async with custody, custody.opened(self.request.direct_io) as target:
@@ -272,7 +278,7 @@ class _Save:
         """Beside the snapshot, which is there and stays."""
         if self.request.seal is None:
             return
-        path = _path(self.request.snapshot)
+        path = self.request.path
         if written.manifest is not None:
             manifest = written.manifest(mtime_ns)
             await asyncio.to_thread(write_manifest, seal_path(path), manifest)
@@ -301,15 +307,17 @@ class _Save:
         publishing = asyncio.ensure_future(asyncio.to_thread(target.publish, MAGIC, check))
         try:
             await asyncio.shield(publishing)
+        except NotDurable as error:
+            if self.disks is not None and self.disks.recorded:
+                error.add_note(f"(the disks go on in the overlays that {self.disks.record} names) ")
+            raise
         except asyncio.CancelledError:
             cancelled.set()
             with contextlib.suppress(PyqmigrateError):
                 await unbroken(publishing)
             raise
         finally:
-            custody.published = (
-                publishing.done() and not publishing.cancelled() and not publishing.exception()
-            )
+            custody.published = target.published
 
     async def _end(self) -> tuple[str | None, list[str]]:
         """Quit if that was asked for; what the guest is doing now, and what there is to note.
@@ -350,10 +358,6 @@ class _Save:
         except OSError:
             return f"process {pid} is no more"
         return f"process {pid} is a zombie" if state == "Z" else f"process {pid} is still there"
-
-
-def _path(snapshot: str) -> Path:
-    return Path(snapshot.removeprefix("file:"))
 
 
 def _verify(target: OutputTarget, guest: Guest) -> None:
