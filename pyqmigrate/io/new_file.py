@@ -73,18 +73,17 @@ class NewFile:
         """Keep what has the name now, under a hidden one, so that :meth:`take_back` can restore it.
         Raises OSError."""
         old = self._hide("old-")
-        try:
-            os.link(
-                self.name, old, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd,
-                follow_symlinks=False,
-            )
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            os.rename(self.name, old, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
-        self._old = old
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                os.link(
+                    self.name, old, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd,
+                    follow_symlinks=False,
+                )
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                os.rename(self.name, old, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+            self._old = old
 
     def take_back(self) -> None:
         """Undo :meth:`give_name`: what had the name before has it again. Raises OSError."""
