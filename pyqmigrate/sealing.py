@@ -252,6 +252,7 @@ class _Sealing:
             channels = self.channels.sibling("pyqmigrate-stale")
             stale = find_stale(snapshot, channels)
             if stale:
+                self._check_unchanged(before)
                 if self.bitmap_order is None:
                     self._check_order(snapshot, sum(stale.values()))
                 self._clear(snapshot, stale, before, channels)
