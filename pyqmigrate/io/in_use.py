@@ -22,7 +22,8 @@ from typing import NamedTuple, TypeAlias
 
 from pyqmigrate.errors import UsageError
 
-__all__ = ["Area", "FileId", "InUse", "Named", "files_in_use", "files_mapped", "refuse_in_use"]
+__all__ = ["Area", "FileId", "InUse", "Named", "files_in_areas", "files_in_use", "files_mapped",
+           "refuse_in_use"]
 
 Named: TypeAlias = str | os.PathLike[str] | int
 """A file by its path, or by a descriptor."""
@@ -69,9 +70,16 @@ class Area(NamedTuple):
     what: str
 
 
-def files_mapped(pid: int, areas: Collection[Area]) -> dict[FileId, str]:
-    """The files that a process has mapped in some areas, each with what it is. What cannot be found
-    out is left out."""
+def files_mapped(
+    address: int, length: int, what: str, *, pid: int | None = None
+) -> dict[FileId, str]:
+    """The files that this process, or another, has mapped in ``length`` bytes from an address on,
+    each with ``what`` it is. What cannot be found out is left out."""
+    return files_in_areas(os.getpid() if pid is None else pid, [Area(address, length, what)])
+
+
+def files_in_areas(pid: int, areas: Collection[Area]) -> dict[FileId, str]:
+    """As :func:`files_mapped`, for several areas in one look at the mappings of a process."""
     found: dict[FileId, str] = {}
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines():

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from pyqmigrate import _core
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.io.in_use import Area, FileId, files_in_use, files_mapped
+from pyqmigrate.io.in_use import Area, FileId, files_in_areas, files_in_use
 from pyqmigrate.io.process import ProcessMemory, ProcessSource
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def files_of(memories: Iterable[Attached]) -> dict[FileId, str]:
             area = Area(process.address, memory.length, what)
             mapped.setdefault(process.pid, []).append(area)
     for pid, areas in mapped.items():
-        found |= files_mapped(pid, areas)
+        found |= files_in_areas(pid, areas)
     return found
 
 

@@ -14,7 +14,14 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import FileMemory, ProcessMemory, RamBlock, UsageError
-from pyqmigrate.io.in_use import Area, FileId, files_in_use, files_mapped, refuse_in_use
+from pyqmigrate.io.in_use import (
+    Area,
+    FileId,
+    files_in_areas,
+    files_in_use,
+    files_mapped,
+    refuse_in_use,
+)
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
 from pyqmigrate.sequential import start_sequential_save
 
@@ -174,9 +181,10 @@ def test_the_files_of_a_mapping_are_found_by_its_address(precious: Path) -> None
     address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
     identity = FileId.of(precious.stat())
     areas = [Area(address - 8192, 4096, "before"), Area(address + 4096, 1, "it")]
-    assert files_mapped(os.getpid(), areas)[identity] == "it"
-    assert identity not in files_mapped(os.getpid(), areas[:1])
-    assert files_mapped(2**22 + 1, areas) == {}
+    assert files_in_areas(os.getpid(), areas)[identity] == "it"
+    assert identity not in files_in_areas(os.getpid(), areas[:1])
+    assert files_in_areas(2**22 + 1, areas) == {}
+    assert files_mapped(address, MIB, "it")[identity] == "it"
 
 
 def test_memory_of_another_process_is_not_saved_over_the_file_that_it_is(precious: Path) -> None:
