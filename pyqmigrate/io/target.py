@@ -332,6 +332,7 @@ class OutputTarget:
             self._refuse_special(os.fstat(self.fd).st_mode)
             refuse_in_use(self.fd, self._in_use)
             self._check_name()
+            self._check_links()
             self._lock()
             self._remove_seal()
             self._invalidate()
@@ -347,13 +348,12 @@ class OutputTarget:
         """Whether there is a file under the name; refuse one that must not be changed."""
         assert self.place is not None
         in_place = self.offset or self.reuse
+        refuse_in_use([self._path, self.seal], self._in_use)
         with self._refusing("cannot open for writing" if in_place else "cannot replace"):
             try:
                 info = self._path.stat()
             except FileNotFoundError:
                 return False
-            finally:
-                refuse_in_use([self._path, self.seal], self._in_use)
             self._refuse_special(info.st_mode)
             if not in_place and not _is_same(self.place, info):
                 raise TargetError(
@@ -467,8 +467,7 @@ class OutputTarget:
             self._check_name()
             self.write_at(self.offset, magic)
         else:
-            assert self.place is not None
-            refuse_in_use(self.place, self._in_use)
+            self._check_replaced(self._new)
             self._remove_seal()
             with self._refusing("cannot give the finished file its name"):
                 self._new.give_name()
@@ -496,6 +495,25 @@ class OutputTarget:
             errno.ESTALE, "was renamed, replaced or removed while it was written in place: what "
             "was written is not under this name", self.name,
         )
+
+    def _check_links(self) -> None:
+        """Whether the kernel followed the links that were looked at, and no other ones."""
+        assert self.place is not None
+        with self._refusing("cannot look at the links of"):
+            # Where they lead to a file without a name (/proc/self/fd), nothing is at the place.
+            if os.path.lexists(self.place) and not _is_same(self.place, os.fstat(self.fd)):
+                raise TargetError(
+                    errno.ESTALE, "was replaced while it was opened", self.name
+                )
+
+    def _check_replaced(self, new: NewFile) -> None:
+        """What has the name now may have come during the save."""
+        assert self.place is not None
+        refuse_in_use(self.place, self._in_use)
+        with self._refusing("cannot replace"), contextlib.suppress(FileNotFoundError):
+            mode = os.stat(new.name, dir_fd=self._dir_fd, follow_symlinks=False).st_mode
+            if not stat.S_ISLNK(mode):
+                self._refuse_special(mode)
 
     def _remove_seal(self) -> None:
         """The seal of the file that is replaced would call the new one damaged. In place it is

@@ -34,7 +34,7 @@ from pyqmigrate.format.stream import MAGIC
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.io.place import absolute
-from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset
+from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset, target_path
 from pyqmigrate.sealing import start_seal
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
@@ -143,7 +143,7 @@ async def save(
         check_channels(channels), choice(DirectIO, direct_io, "direct_io"),
         choice(Sparse, sparse, "sparse"), with_disks, progress,
         None if seal is None else choice(Algorithm, seal, "seal"),
-        absolute(os.fsdecode(snapshot).removeprefix("file:")),
+        absolute(target_path(snapshot)),
     )
     if request.seal is not None:
         digester(request.seal)

@@ -15,6 +15,7 @@ from pyqmigrate import (
     NotDurable,
     RamBlock,
     TargetError,
+    UsageError,
     open_snapshot,
     seal,
     sealing,
@@ -317,3 +318,36 @@ def test_an_in_place_save_through_a_descriptors_path_works(disk: Path) -> None:
     assert (load(f"/proc/self/fd/{fd}")["ram"] == memory).all()
     os.close(fd)
     assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory"])
+def test_what_takes_the_name_during_a_save_and_is_not_a_file_stays(disk: Path, kind: str) -> None:
+    target = OutputTarget.open(disk / "snap", DirectIO.OFF)
+    if kind == "fifo":
+        os.mkfifo(disk / "snap")
+    else:
+        (disk / "snap").mkdir()
+    with pytest.raises((UsageError, TargetError)):
+        target.publish(b"QEVM", lambda: None)
+    target.abort()
+    assert (disk / "snap").is_fifo() or (disk / "snap").is_dir()
+    assert [path.name for path in disk.iterdir()] == ["snap"]
+
+
+def test_a_link_that_turns_while_it_is_opened_in_place_is_noticed(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_known(disk / "snap")
+    (disk / "precious").write_bytes(b"precious")
+    real = os.open
+
+    def opened(path: Any, flags: int, *args: Any, **more: Any) -> int:
+        if flags & os.O_CREAT and path == disk / "snap":
+            (disk / "snap").unlink()
+            (disk / "snap").symlink_to("precious")
+        return real(path, flags, *args, **more)
+
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(TargetError, match="was replaced while it was opened"):
+        save_known(disk / "snap", reuse=True)
+    assert (disk / "precious").read_bytes() == b"precious"
