@@ -73,6 +73,8 @@ async def save_by_us(
             if guest.running:
                 downtime = time.monotonic() - stopped
         report = await asyncio.to_thread(job.result)
+        if guest.process is not None:
+            await asyncio.to_thread(guest.process.check)
     except BaseException:
         job.cancel()
         await unbroken(asyncio.to_thread(job.join))

@@ -33,7 +33,7 @@ def guest(
         return {name: value for name, value in settings.items() if name not in without}
 
     return Guest(
-        version=(10, 0, 2), pid=None, binary="", machine="pc-i440fx-10.0", target="x86_64",
+        version=(10, 0, 2), process=None, binary="", machine="pc-i440fx-10.0", target="x86_64",
         target_page_bits=12, run_state="running" if running else "paused", running=running, uuid="",
         blocks=(), capabilities=kept({**CAPABILITIES, **(capabilities or {})}),
         parameters=kept({**PARAMETERS, **(parameters or {})}), migration_status="none",
