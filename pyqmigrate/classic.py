@@ -33,6 +33,7 @@ from pyqmigrate.format.configuration import IGNORE_SHARED
 from pyqmigrate.format.sequential import SequentialBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.in_use import FileId, files_in_use
 from pyqmigrate.io.memory import Memory, StoredMemory
 from pyqmigrate.io.passing import PassingInput
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
@@ -146,6 +147,10 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         self.blocks = MappingProxyType(
             {entry.name: ClassicBlock(self, entry, walk.page_size) for entry in walk.blocks}
         )
+
+    def in_use(self) -> dict[FileId, str]:
+        index = [] if self.index is None else [(self.index, "the index of the snapshot")]
+        return super().in_use() | files_in_use(index)
 
     @property
     def machine(self) -> str:

@@ -8,7 +8,6 @@ There are two: :class:`~pyqmigrate.snapshot.Snapshot`, a mapped-ram file, and
 from __future__ import annotations
 
 import abc
-import contextlib
 import enum
 import errno
 import os
@@ -28,8 +27,16 @@ from pyqmigrate.errors import (
 from pyqmigrate.format.elements import Stream
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.io.channels import Job, Progress
+from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
 from pyqmigrate.io.memory import Memory, StoredMemory
-from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target, target_path
+from pyqmigrate.io.target import (
+    Descriptors,
+    DirectIO,
+    InputTarget,
+    Target,
+    seal_path,
+    target_path,
+)
 from pyqmigrate.load import Clear, LoadReport
 
 if TYPE_CHECKING:
@@ -301,27 +308,29 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
 
         Links are followed, and a hard link is the file. What leads nowhere is no matter here.
         """
-        places: tuple[str | int, ...]
+        places: list[Named]
         if isinstance(target, Descriptors):
-            fds = (target.buffered, target.direct)
-            places = tuple(fd for fd in fds if fd is not None)
+            places = [fd for fd in (target.buffered, target.direct) if fd is not None]
         else:
-            places = (target_path(target),)
-        for place in places:
-            with contextlib.suppress(OSError):
-                info = os.stat(place)  # noqa: PTH116
-                if (info.st_dev, info.st_ino) == self.identity:
-                    name = repr(place) if isinstance(place, str) else f"descriptor {place}"
-                    raise UsageError(
-                        f"{name} is the snapshot that is read ({self.source.name!r}), and would be"
-                        " overwritten: write to another file"
-                    )
+            path = target_path(target)
+            places = [path, seal_path(path)]
+        refuse_in_use(places, self.in_use())
+
+    def in_use(self) -> dict[FileId, str]:
+        """The file, and what is kept beside it, which nothing may write over."""
+        name = self.source.name
+        files: list[tuple[Named, str]] = [
+            (self.source.file_fd, f"the snapshot that is read ({name!r})")
+        ]
+        if self.source.place is not None:
+            seal = seal_path(self.source.place)
+            files.append((seal, f"the seal of the snapshot that is read ({name!r})"))
+        return files_in_use(files)
 
     @property
-    def identity(self) -> tuple[int, int]:
+    def identity(self) -> FileId:
         """Device and inode of the file."""
-        info = os.fstat(self.source.fd)
-        return info.st_dev, info.st_ino
+        return FileId.of(os.fstat(self.source.file_fd))
 
     def _known(self, names: Collection[str] | None) -> list[B]:
         """The blocks of these names (None: all), in the order of the stream."""

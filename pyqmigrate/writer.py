@@ -121,8 +121,8 @@ class StreamWriter(abc.ABC):
 
     def _open(self, target: Target, direct_io: DirectIO) -> None:
         """The last thing a constructor does: from here on an existing file may be changed."""
-        sources = {m.identity for m in self.memories if m.identity is not None}
-        self.target = OutputTarget.open(target, direct_io, reuse=self.reuse, sources=sources)
+        in_use = {id_: what for m in self.memories for id_, what in m.in_use().items()}
+        self.target = OutputTarget.open(target, direct_io, reuse=self.reuse, in_use=in_use)
         self._cleanup.callback(self.target.abort)
 
     @property

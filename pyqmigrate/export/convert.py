@@ -43,6 +43,7 @@ from pyqmigrate.format.sequential import SequentialStream
 from pyqmigrate.format.stream import RAM_EOS, encode_part_header, encode_ram_end
 from pyqmigrate.format.walk import PARTS_LISTED
 from pyqmigrate.io.channels import Job, Progress, check_channels
+from pyqmigrate.io.in_use import FileId
 from pyqmigrate.io.memory import Attached, Memory, RamBlock, StoredMemory
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
 from pyqmigrate.opened import OpenedBlock, refused_read
@@ -56,6 +57,7 @@ from pyqmigrate.writer import StreamWriter
 
 __all__ = ["Form", "convert", "start_stream_conversion"]
 
+_NO_FILE = FileId(0, 0)
 _PIECE = 1 << 20
 _RAM_ID = 1  # in what the writers write
 
@@ -356,7 +358,7 @@ def _check_memories(source: AnySnapshot, memories: Mapping[str, Memory]) -> None
                 )
 
 
-def _nothing(block: OpenedBlock, identity: tuple[int, int] = (0, 0)) -> StoredMemory:
+def _nothing(block: OpenedBlock, identity: FileId = _NO_FILE) -> StoredMemory:
     """Memory that is listed and never read; ``identity`` of the file that is."""
     index = _core.ffi.gc(
         _core.lib.qm_index_create(block.num_pages, block.page_size), _core.lib.qm_index_destroy

@@ -148,10 +148,7 @@ class _Writer:
                 bitmap = Bitmap(area.length // area.block.page_size)
                 stack.callback(bitmap.close)
                 self.bitmaps.append(bitmap)
-            info = os.fstat(snapshot.source.fd)
-            self.target = OutputTarget.open(
-                target, direct_io, sources={(info.st_dev, info.st_ino)}
-            )
+            self.target = OutputTarget.open(target, direct_io, in_use=snapshot.in_use())
             stack.callback(self.target.abort)
             if self.target.offset:
                 raise UsageError("such a file starts at the start; an offset is for snapshots")

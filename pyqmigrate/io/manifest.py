@@ -14,7 +14,8 @@ from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.seal import HEAD_MAX, SealHead, SealLine
 from pyqmigrate.io import old_seal
 from pyqmigrate.io.holes import next_hole
-from pyqmigrate.io.target import DirectIO, OutputTarget, seal_path, sync_directory
+from pyqmigrate.io.place import sync_directory
+from pyqmigrate.io.target import DirectIO, OutputTarget, seal_path
 
 __all__ = [
     "Manifest",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from pyqmigrate import _core
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.io.in_use import FileId, files_in_use, files_mapped
 from pyqmigrate.io.process import ProcessMemory, ProcessSource
 
 if TYPE_CHECKING:
@@ -60,14 +61,14 @@ class StoredMemory:
 
     ``fill`` and ``next`` are the core's functions that read it (``qm_fill_fn``, whole pages only,
     and ``qm_next_fn``), ``argument`` is what they get, ``kept`` what that points into; ``identity``
-    is the file's device and inode.
+    is the file's.
     ``length`` and ``extent_bytes``, an upper bound of what holds data, are bytes. It is good as
     long as the snapshot is open.
     """
 
     length: int
     extent_bytes: int
-    identity: tuple[int, int]
+    identity: FileId
     fill: Any
     next: Any
     argument: Any
@@ -120,7 +121,6 @@ class Attached:
         self._process: ProcessSource | None = None
         self._stored: StoredMemory | None = None
         self._fd = -1
-        self.identity: tuple[int, int] | None = None
         self.core = _core.ffi.new("struct qm_memory *")
         self.core.fd = -1
         try:
@@ -166,7 +166,6 @@ class Attached:
             )
         self.length = length
         self.extent_bytes = min(length, info.st_blocks * 512)
-        self.identity = (info.st_dev, info.st_ino)
         self.core.fd = self._fd
         self.core.fd_offset = memory.offset
         seals = self._seals()
@@ -192,7 +191,6 @@ class Attached:
             raise UsageError(f"memory of block {self.name!r} is a snapshot's, and can only be read")
         self._stored = memory  # the core has nothing but pointers into it
         self.length, self.extent_bytes = memory.length, memory.extent_bytes
-        self.identity = memory.identity
         self.core.fill, self.core.next = memory.fill, memory.next
         self.core.fill_arg = memory.argument
 
@@ -240,6 +238,20 @@ class Attached:
             return  # the descriptor alone does as well, with a copy more
         self._buffer = _core.ffi.from_buffer("unsigned char[]", self._mapping, writable)
         self.core.base = self._buffer + (offset - start)
+
+    def in_use(self) -> dict[FileId, str]:
+        """The files that the memory is in, as far as that is known: nothing may write over them."""
+        what = f"the memory of block {self.name!r}"
+        if self._stored is not None:
+            return {self._stored.identity: "the snapshot that is read"}
+        if self._fd >= 0:
+            return files_in_use([(self._fd, what)])
+        if self._process is not None:
+            process = self._process.core
+            return files_mapped(process.address, self.length, what, pid=process.pid)
+        return files_mapped(
+            int(_core.ffi.cast("uintptr_t", self.core.base)), self.length, what
+        )
 
     def unaligned(self, mem_align: int) -> bool:
         """Whether the memory has an address that a descriptor demanding ``mem_align`` refuses."""

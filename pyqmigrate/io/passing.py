@@ -45,6 +45,7 @@ class PassingInput(InputTarget):
         again: bool = False, beneath: InputTarget | None = None,
     ) -> None:
         self.name, self.offset = name, 0
+        self.place = None if beneath is None else beneath.place
         self.stop: Callable[[], bool] = lambda: False
         self._start, self._close, self._again, self._beneath = start, close, again, beneath
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
@@ -141,6 +142,10 @@ class PassingInput(InputTarget):
 
     def allocated_bytes(self) -> int:
         return 0 if self._beneath is None else self._beneath.allocated_bytes()
+
+    @property
+    def file_fd(self) -> int:
+        return self.fd if self._beneath is None else self._beneath.fd
 
     @property
     def file_size(self) -> int:

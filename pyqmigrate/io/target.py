@@ -37,6 +37,8 @@ from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGES_ALIGNMENT
 from pyqmigrate.format.seal import SUFFIX
 from pyqmigrate.format.uri import parse_file_uri
 from pyqmigrate.io import old_seal
+from pyqmigrate.io.in_use import InUse, Named, refuse_in_use
+from pyqmigrate.io.place import absolute, followed, partial_name, sync_directory
 
 __all__ = [
     "Descriptors",
@@ -48,9 +50,7 @@ __all__ = [
     "Target",
     "core_file",
     "find_direct",
-    "followed",
     "stream_offset",
-    "sync_directory",
     "target_path",
 ]
 
@@ -164,32 +164,11 @@ def _check_borrowed(given: Descriptors, *, writing: bool) -> None:
         )
 
 
-def followed(name: str) -> Path:
-    """The file that a path leads to. Only links of its last part are read: ``/proc/PID/root``
-    further up is a link that does not lead where its text says."""
-    path = Path(name)
-    for _ in range(40):
-        try:
-            link = path.readlink()
-        except OSError:
-            return path
-        path = path.parent / link
-    raise TargetError(errno.ELOOP, "cannot open for writing", name)
-
-
 def seal_path(snapshot: str | os.PathLike[str]) -> Path:
-    """Where the seal of a file is: beside it, or beside what a symbolic link leads to."""
-    path = followed(os.fsdecode(snapshot))
+    """Where the seal of a file is, an absolute path: beside it, or beside what a symbolic link
+    leads to."""
+    path = followed(snapshot)
     return path.with_name(path.name + SUFFIX)
-
-
-def sync_directory(path: Path) -> None:
-    """Make names in the directory of ``path``, and their removal, durable. Raises OSError."""
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
@@ -272,7 +251,8 @@ class OutputTarget:
     """A file being written. Use :meth:`open`, then exactly one of publish and abort.
 
     ``fd`` is buffered; ``direct`` is None without direct I/O, and ``direct_io_reason`` says why
-    or what it demands. ``offset`` is where the stream starts.
+    or what it demands. ``offset`` is where the stream starts. ``place`` is the absolute path of the
+    file, links of its last part followed; None with descriptors.
     """
 
     def __init__(self, target: Target, *, reuse: bool) -> None:
@@ -284,40 +264,44 @@ class OutputTarget:
         self._borrowed = isinstance(target, Descriptors)
         self._given_direct = target.direct if isinstance(target, Descriptors) else None
         self._dir_fd = -1
-        self._final = ""
+        self.place: Path | None = None
+        self._path = Path()  # absolute, with its links
+        self._in_place = True
         self._temporary: str | None = None
         self._target = target
-        self._sources: Collection[tuple[int, int]] = ()
+        self._in_use: InUse = {}
         self._may_be_new = False
         self._mark = secrets.token_hex(8)
 
     @property
     def in_place(self) -> bool:
         """Whether the bytes go where readers may already look: the magic is written last."""
-        return not self._final
+        return self._in_place
 
     @classmethod
     def open(
         cls, target: Target, direct_io: DirectIO, *, reuse: bool = False,
-        sources: Collection[tuple[int, int]] = (), mark: str | None = None,
+        in_use: InUse | None = None, beside: Collection[Named] = (), mark: str | None = None,
     ) -> OutputTarget:
         """Open the target and find out about direct I/O.
 
-        From here on an existing file that is written in place is no snapshot any more; it must
-        not be one of ``sources`` (device and inode), which are still to be read. A name that an
-        unfinished file has to have ends in ``.MARK.partial``; without ``mark`` in a random one.
-        Raises
-        UsageError for that and for descriptors that do not fit, TargetError when the system
-        refuses.
+        From here on an existing file that is written in place is not a snapshot any more. Before
+        that, and before a seal is removed, the target is compared with ``in_use``
+        (:mod:`pyqmigrate.io.in_use`), whether it is to be written in place or to be replaced; so
+        are the seal of a path and ``beside``, other files that the caller is going to write. A
+        name that an unfinished file has to have ends in ``.MARK.partial``; without ``mark`` in a
+        random one. Raises UsageError for a file that is in use and for descriptors that do not
+        fit, TargetError when the system refuses.
         """
         self = cls(target, reuse=reuse)
-        self._sources = sources
+        self._in_use = in_use or {}
         self._mark = mark or self._mark
         if self._borrowed and self._given_direct is None and direct_io is DirectIO.ON:
             raise UsageError(
                 'direct_io="on" with Descriptors needs a second descriptor, opened with O_DIRECT'
             )
         try:
+            refuse_in_use(beside, self._in_use)
             self._open()
             self._open_direct(direct_io)
         except BaseException:
@@ -328,25 +312,55 @@ class OutputTarget:
     def _open(self) -> None:
         if isinstance(self._target, Descriptors):
             _check_borrowed(self._target, writing=True)
+            fds = (self._target.buffered, self._target.direct)
+            refuse_in_use([fd for fd in fds if fd is not None], self._in_use)
             self.fd = self._target.buffered
             self._invalidate()
             return
+        self._path = absolute(self.name)
+        self.place = place = followed(self.name)
+        exists = self._check_what_is_there()
         if self.offset or self.reuse:
-            self._may_be_new = not Path(self.name).exists()
+            self._may_be_new = not exists
             with self._refusing("cannot open for writing"):
-                self.fd = os.open(self.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
+                self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
+            # What was looked at and what was opened can be two files.
             self._refuse_special(os.fstat(self.fd).st_mode)
+            refuse_in_use(self.fd, self._in_use)
+            self._check_name()
             self._lock()
-            self._remove_seal(str(followed(self.name)), None)
+            self._remove_seal()
             self._invalidate()
             return
-        final = followed(self.name)
+        self._in_place = False
         with self._refusing("cannot replace"):
-            with contextlib.suppress(FileNotFoundError):
-                self._refuse_special(final.stat().st_mode)
-            self._dir_fd = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._final = final.name
+            self._dir_fd = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._open_temporary()
+
+    def _check_what_is_there(self) -> bool:
+        """Whether there is a file under the name; refuse one that must not be changed."""
+        assert self.place is not None
+        in_place = self.offset or self.reuse
+        with self._refusing("cannot open for writing" if in_place else "cannot replace"):
+            try:
+                info = self._path.stat()
+            except FileNotFoundError:
+                return False
+            finally:
+                refuse_in_use([self._path, self._seal], self._in_use)
+            self._refuse_special(info.st_mode)
+            if not in_place and not _is_same(self.place, info):
+                raise TargetError(
+                    errno.ESTALE, "cannot be replaced: its links lead to another file than they "
+                    "name; name the file itself", self.name,
+                )
+        return True
+
+    @property
+    def _seal(self) -> Path:
+        """The seal that a file under this name may have."""
+        assert self.place is not None
+        return self.place.with_name(self.place.name + SUFFIX)
 
     def _lock(self) -> None:
         """A guest that was restored from the file instantly holds a shared lock on it."""
@@ -384,15 +398,12 @@ class OutputTarget:
             self._temporary = name
 
     def _new_name(self) -> str:
-        # Names are at most 255 bytes on Linux file systems.
-        front = os.fsdecode(os.fsencode(self._final)[:200])
-        return f".{front}.{self._mark}.partial"
+        assert self.place is not None
+        return partial_name(self.place.name, self._mark, self._dir_fd)
 
     def _invalidate(self) -> None:
         """Take the magic away before anything else changes."""
         info = os.fstat(self.fd)
-        if (info.st_dev, info.st_ino) in self._sources:
-            raise UsageError(f"{self.name!r} holds the memory that is to be saved")
         with self._refusing("cannot truncate"):
             if not self.reuse:
                 os.ftruncate(self.fd, self.offset)
@@ -467,40 +478,54 @@ class OutputTarget:
             os.fsync(self.fd)
         check()
         if self.in_place:
+            self._check_name()
             with self._refusing("cannot make durable"):
                 self.write_at(self.offset, magic)
                 os.fdatasync(self.fd)
                 if self._may_be_new:
-                    self._sync_directory()
+                    assert self.place is not None
+                    sync_directory(self.place)
+            self._check_name()
         else:
-            self._remove_seal(self._final, self._dir_fd)
+            assert self.place is not None
+            refuse_in_use(self.place, self._in_use)
+            self._remove_seal()
             with self._refusing("cannot give the finished file its name"):
                 self._link()
                 os.fsync(self._dir_fd)
 
-    def _remove_seal(self, name: str, dir_fd: int | None) -> None:
+    def _check_name(self) -> None:
+        """Whether the name of a file that is written in place still leads to it."""
+        if self._borrowed or _is_same(self._path, os.fstat(self.fd), follow=True):
+            return
+        raise TargetError(
+            errno.ESTALE, "was renamed, replaced or removed while it was written in place: what "
+            "was written is not under this name", self.name,
+        )
+
+    def _remove_seal(self) -> None:
         """The seal of the file that is replaced would call the new one damaged. In place it is
         gone for good before the file changes."""
         with self._refusing("cannot remove the seal of what is replaced"):
-            if old_seal.remove(name + SUFFIX, dir_fd) and dir_fd is None:
-                self._sync_directory()
-
-    def _sync_directory(self) -> None:
-        sync_directory(followed(self.name))
+            if self._in_place:
+                if old_seal.remove(os.fspath(self._seal)):
+                    sync_directory(self._seal)
+            else:
+                old_seal.remove(self._seal.name, self._dir_fd)
 
     def _link(self) -> None:
+        assert self.place is not None
+        final = self.place.name
         if self._temporary is None:
             source = f"/proc/self/fd/{self.fd}"
             try:
-                os.link(source, self._final, dst_dir_fd=self._dir_fd, follow_symlinks=True)
+                os.link(source, final, dst_dir_fd=self._dir_fd, follow_symlinks=True)
                 return
             except FileExistsError:
                 name = self._new_name()
                 os.link(source, name, dst_dir_fd=self._dir_fd, follow_symlinks=True)
                 self._temporary = name
-        os.replace(
-            self._temporary, self._final, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd
-        )
+        os.replace(self._temporary, final, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
         self._temporary = None
 
     def abort(self) -> None:
@@ -532,21 +557,32 @@ class OutputTarget:
             raise _refused(error, what, self.name) from error
 
 
+def _is_same(path: Path, info: os.stat_result, *, follow: bool = False) -> bool:
+    """Whether the file with ``info`` is under this path. Raises OSError."""
+    try:
+        return os.path.samestat(path.stat(follow_symlinks=follow), info)
+    except FileNotFoundError:
+        return False
+
+
 class InputTarget:
     """A file being read: ``fd`` is an open file description of our own.
 
     ``passing`` says that it is none, and can be read front to back only
-    (:mod:`pyqmigrate.io.passing`). Raises TargetError when it cannot be opened, UsageError for
-    descriptors that do not fit.
+    (:mod:`pyqmigrate.io.passing`). ``place`` is the absolute path under which the file was opened,
+    None with descriptors. Raises TargetError when it cannot be opened, UsageError for descriptors
+    that do not fit.
     """
 
     passing = False
+    place: Path | None
 
     def __init__(self, target: Target) -> None:
         self.name, self.offset = _split(target)
         self.fd = -1
         self._given_direct: int | None = None
         self._borrowed = isinstance(target, Descriptors)
+        self.place = None if self._borrowed else absolute(self.name)
         self.is_duplicate = False  # of the caller's description, with its position and its locks
         if isinstance(target, Descriptors):
             _check_borrowed(target, writing=False)
@@ -562,7 +598,8 @@ class InputTarget:
         else:
             try:
                 # O_NONBLOCK: to open a FIFO must not wait for a writer.
-                self.fd = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+                self.fd = os.open(self.name if self.place is None else self.place, flags)
             except OSError as error:
                 raise _refused(error, "cannot open the snapshot", self.name) from error
         info = os.fstat(self.fd)
@@ -591,6 +628,11 @@ class InputTarget:
             parts.append(part)
             have += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @property
+    def file_fd(self) -> int:
+        """A descriptor of the file, whether or not the stream is what it holds."""
+        return self.fd
 
     @property
     def file_size(self) -> int:

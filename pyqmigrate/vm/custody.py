@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
-from pyqmigrate.io.target import DirectIO, OutputTarget, followed
+from pyqmigrate.io.place import followed
+from pyqmigrate.io.target import DirectIO, OutputTarget
 from pyqmigrate.vm import disks, guardian
 from pyqmigrate.vm.blockers import why_no_migration_now
 from pyqmigrate.vm.connection import Monitor
