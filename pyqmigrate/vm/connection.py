@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -23,7 +23,14 @@ from pyqmigrate.errors import NotSupported, QemuError, QemuGone, QemuRefused
 from pyqmigrate.vm.peer import Peer
 
 try:
-    from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+    from qemu.qmp import (
+        EventListener,
+        ExecInterruptedError,
+        ExecuteError,
+        QMPClient,
+        QMPError,
+        StateError,
+    )
 except ImportError as error:  # pragma: no cover - depends on what is installed
     raise NotSupported(
         "working with a running QEMU needs the library qemu.qmp: pip install 'pyqmigrate[vm]'"
@@ -118,6 +125,10 @@ class Monitor:
             if isinstance(error, TimeoutError):
                 raise QemuError(f"QEMU has not answered {command} within {timeout:g} s") from error
             raise QemuGone(f"QEMU hung up on {command}: it ended, or was killed") from error
+
+    def listener(self, names: Collection[str]) -> contextlib.AbstractContextManager[EventListener]:
+        """A queue of the events of these names, from now until the end of the context."""
+        return self._client.listener(names)
 
     async def hmp(self, line: str) -> str:
         """What the human monitor prints on ``line``."""

@@ -71,7 +71,9 @@ async def save_by_us(
         if resume:
             await custody.resume()
             if guest.running:
-                downtime = time.monotonic() - stopped
+                longest = time.monotonic() - stopped
+                reported = custody.events.downtime(longest)
+                downtime = longest if reported is None else reported
         report = await asyncio.to_thread(job.result)
         if guest.process is not None:
             await asyncio.to_thread(guest.process.check)
