@@ -57,8 +57,8 @@ class Custody:
     """``snapshot`` is the path of the file that is to be written, and ``plan`` has the snapshots
     of disks that are taken along.
 
-    ``events`` is what QEMU has reported since the context was entered. ``trouble`` is what could not
-    be put back, in QEMU's words. Once the snapshot has its name, set
+    ``events`` is what QEMU has reported since the context was entered. ``trouble`` is what could
+    not be put back, in QEMU's words. Once the snapshot has its name, set
     ``published``: its disks are not touched any more.
     """
 

@@ -69,7 +69,8 @@ async def migrate(
         info = await _wait(custody, started, progress, watch, until=Status.PRE_SWITCHOVER)
         if info["status"] == Status.PRE_SWITCHOVER:
             await at_instant()
-            await custody.monitor.execute("migrate-continue", {"state": Status.PRE_SWITCHOVER.value})
+            state = Status.PRE_SWITCHOVER.value
+            await custody.monitor.execute("migrate-continue", {"state": state})
     info = await _wait(custody, started, progress, watch)
     custody.migrated()
     if info["status"] == Status.CANCELLED:
