@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
+from pyqmigrate.io.in_use import InUse
 from pyqmigrate.io.place import followed
 from pyqmigrate.io.target import DirectIO, OutputTarget
 from pyqmigrate.vm import disks, guardian
@@ -113,10 +114,17 @@ class Custody:
                     error.add_note(f"({sentence}) ")
 
     @contextlib.asynccontextmanager
-    async def opened(self, direct_io: DirectIO) -> AsyncIterator[OutputTarget]:
-        """The file to write, unfinished; gone afterwards unless it was published."""
+    async def opened(
+        self, direct_io: DirectIO, *, in_use: InUse, beside: Collection[Path] = ()
+    ) -> AsyncIterator[OutputTarget]:
+        """The file to write, unfinished; gone afterwards unless it was published.
+
+        Before anything is touched it is compared with the files ``in_use``, and so are the files
+        ``beside`` it that will be written too.
+        """
         opening = asyncio.to_thread(
-            OutputTarget.open, self._snapshot, direct_io, mark=self._token
+            OutputTarget.open, self._snapshot, direct_io, in_use=in_use, beside=beside,
+            mark=self._token,
         )
         target = await owned(opening, OutputTarget.abort)
         try:

@@ -43,7 +43,7 @@ class EventLog:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while True:
-                    event = await self._listener.get()
+                    event: Mapping[str, Any] = await self._listener.get()
                     self._note(event)
                     if event["event"] == _MIGRATION:
                         return str(event["data"]["status"])

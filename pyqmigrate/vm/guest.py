@@ -20,6 +20,7 @@ from pyqmigrate.errors import QemuRefused
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import Disk, read_disks
+from pyqmigrate.vm.guest_files import name_images
 from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory, fits
 from pyqmigrate.vm.peer import Peer
 from pyqmigrate.vm.process import Process, find_process
@@ -49,7 +50,8 @@ class Guest:
     ``suspended``, too: such a guest sleeps, and its devices go on. ``migration_status`` is
     ``query-migrate``'s, "none" before the first. ``blocks`` are those that a stream has, in QEMU's
     order, and no others. ``devices`` are pairs of QOM path and type, ``dirty_bitmaps`` of node and
-    bitmap, ``commands`` the QMP commands there are.
+    bitmap, ``images`` of a file as QEMU names it and what it is (pflash and backing files are
+    among them), ``commands`` the QMP commands there are.
 
     Its descriptors are its own: close it, or use it as a context manager.
     """
@@ -72,6 +74,7 @@ class Guest:
     devices: tuple[tuple[str, str], ...]
     dirty_bitmaps: tuple[tuple[str, str], ...]
     commands: frozenset[str]
+    images: tuple[tuple[str, str], ...] = ()
 
     @property
     def pid(self) -> int | None:
@@ -109,6 +112,8 @@ async def look(monitor: Monitor) -> Guest:
     migration = await monitor.execute("query-migrate")
     capabilities = await monitor.execute("query-migrate-capabilities")
     nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    devices = await monitor.execute("query-block")
+    disks = read_disks(devices)
     facts: dict[str, Any] = {
         "version": monitor.version,
         "machine": await _machine(monitor),
@@ -121,7 +126,8 @@ async def look(monitor: Monitor) -> Guest:
         "parameters": await monitor.execute("query-migrate-parameters"),
         "migration_status": str(migration.get("status", "none")),
         "blocked_reasons": tuple(migration.get("blocked-reasons", ())),
-        "disks": read_disks(await monitor.execute("query-block")),
+        "disks": disks,
+        "images": name_images(disks, devices, nodes),
         "devices": tuple(await _devices(monitor)),
         "dirty_bitmaps": tuple(
             (str(node.get("node-name", "")), str(bitmap.get("name", "")))

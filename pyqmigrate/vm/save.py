@@ -45,6 +45,7 @@ from pyqmigrate.vm.ending import Ending
 from pyqmigrate.vm.engine_direct import DeviceStateRefused, save_by_us
 from pyqmigrate.vm.engine_qemu import save_by_qemu
 from pyqmigrate.vm.guest import Guest, look
+from pyqmigrate.vm.guest_files import files_of
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.plan import Plan, make_plan
 from pyqmigrate.vm.run_state import what_stopped
@@ -201,7 +202,9 @@ class _Save:
             self.monitor, self.guest, os.fspath(_path(self.request.snapshot)), self.disks
         )
         try:
-            async with custody, custody.opened(self.request.direct_io) as target:
+            in_use = await asyncio.to_thread(files_of, self.guest)
+            opened = custody.opened(self.request.direct_io, in_use=in_use, beside=self._beside())
+            async with custody, opened as target:
                 plan = await unbroken(asyncio.to_thread(self._plan, target))
                 return await self._run(target, plan, custody)
         except QemuGone as error:
@@ -249,6 +252,12 @@ class _Save:
             seal=self.request.seal,
             notes=(*plan.notes, *written.notes, *late, *custody.trouble),
         )
+
+    def _beside(self) -> list[Path]:
+        """Files that may be written beside the snapshot, or replaced; its seal is the target's."""
+        path = _path(self.request.snapshot)
+        record = disks.record_path(path)
+        return [record, *(path.with_name(f"{p.name}.left") for p in (path, record))]
 
     @property
     def _resumes(self) -> bool:
