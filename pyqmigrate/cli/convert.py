@@ -19,8 +19,9 @@ it cannot be SRC, under whatever name.
 For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
 the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places one
 by hand (a memory module that was plugged in), instead of what would be found for it. Numbers are
-bytes, decimal or 0x. ``--byte-order`` says what a Power guest's is in an elf file where there is no
-device state to tell.
+bytes, decimal or 0x. ``--max-ram-below-4g`` is for a PC whose device state does not say how RAM is
+split at 4 GiB; without it such a snapshot is refused. ``--byte-order`` says what a Power guest's
+is in an elf file where there is no device state to tell.
 
 JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
 elf and lime, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,
@@ -39,7 +40,7 @@ from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_ver
 from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
-from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.cli.sizes import read_size, show_rate, show_size
 from pyqmigrate.errors import UsageError
 from pyqmigrate.export.convert import Form, convert
 from pyqmigrate.export.image import ImageReport
@@ -64,6 +65,10 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--map", metavar="NAME@ADDRESS[+OFFSET[,SIZE]]", action="append", default=[],
         type=_read_placement, help="where a block is in an elf or lime file; may be repeated",
+    )
+    parser.add_argument(
+        "--max-ram-below-4g", metavar="SIZE", type=read_size, default=None,
+        help="what -machine max-ram-below-4g was, where the device state does not say it",
     )
     parser.add_argument(
         "--byte-order", choices=["little", "big"], default=None,
@@ -104,7 +109,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         report = convert(
             snapshot, args.target, to=args.to, channels=args.channels, direct_io=args.direct_io,
             sparse=args.sparse, memories=memories, placements=args.map,
-            byte_order=args.byte_order, progress=show,
+            max_ram_below_4g=args.max_ram_below_4g, byte_order=args.byte_order, progress=show,
         )
     data = {
         "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),

@@ -86,6 +86,7 @@ def convert(
     sparse: Sparse | str = Sparse.AUTO,
     memories: Mapping[str, Memory] | None = None,
     placements: Sequence[GivenPlacement] | None = None,
+    max_ram_below_4g: int | None = None,
     byte_order: Literal["little", "big"] | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> SaveReport | RawReport | ImageReport:
@@ -97,7 +98,8 @@ def convert(
         name.
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
         A classic stream leaves out those that are not given. For the stream forms only.
-    placements: for an ELF core or a LiME file, as in :func:`~pyqmigrate.export.elf.write_elf`.
+    placements, max_ram_below_4g: for an ELF core or a LiME file, as in
+        :func:`~pyqmigrate.export.elf.write_elf`.
     byte_order: the guest's, for an ELF core: as in :func:`~pyqmigrate.export.elf.write_elf`.
     channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`; a classic stream is
         written by one channel through the page cache.
@@ -109,8 +111,8 @@ def convert(
     form = choice(Form, to, "to")
     if memories and form not in (Form.MAPPED_RAM, Form.STREAM):
         raise UsageError("memories are for a mapped-ram file and a classic stream")
-    if placements and form not in _IMAGES:
-        raise UsageError("placements are for an ELF core and a LiME file")
+    if (placements or max_ram_below_4g is not None) and form not in _IMAGES:
+        raise UsageError("placements and max_ram_below_4g are for an ELF core and a LiME file")
     if byte_order and form is not Form.ELF:
         raise UsageError("a byte order is for an ELF core")
     one_pass = form in (Form.MAPPED_RAM, Form.RAW)  # of a classic stream
@@ -134,11 +136,12 @@ def convert(
             return write_elf(
                 opened, target, placements=placements, channels=channels, direct_io=direct_io,
                 sparse=sparse, byte_order=byte_order, progress=progress,
+                max_ram_below_4g=max_ram_below_4g,
             )
         if form is Form.LIME:
             return write_lime(
                 opened, target, placements=placements, channels=channels, direct_io=direct_io,
-                sparse=sparse, progress=progress,
+                sparse=sparse, progress=progress, max_ram_below_4g=max_ram_below_4g,
             )
         return start_stream_conversion(
             opened, target, to=form, channels=channels, direct_io=direct_io, sparse=sparse,

@@ -40,6 +40,7 @@ def write_elf(
     target: Target,
     *,
     placements: Sequence[GivenPlacement] | None = None,
+    max_ram_below_4g: int | None = None,
     channels: int = 2,
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
@@ -50,16 +51,19 @@ def write_elf(
 
     placements: where blocks are in the guest's address space, for those of which that is not
         found out; see :func:`~pyqmigrate.format.physical_map.parse_placement`.
+    max_ram_below_4g: what that property of a PC was, in bytes, where its device state does not say
+        how RAM is split at 4 GiB.
     byte_order: the guest's, where that is not what is found out. It is, unless a Power guest's
         snapshot has no device state: then big is taken for it.
     target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`.
 
-    Raises NotSupported where a machine's address space is not known and nothing is given,
+    Raises NotSupported where a machine's address space is not known and nothing is given, also
+    where only the split of RAM at 4 GiB is not;
     UsageError, SnapshotError, TargetError, Cancelled. The target then is what it was.
     """
     if byte_order not in (None, "little", "big"):
         raise UsageError(f"byte_order is {byte_order!r}; it is 'little' or 'big'")
-    guest = Guest.of(snapshot, placements or (), progress)
+    guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g)
     processor = processor_of(snapshot.machine, snapshot.blocks, guest.devices)
     cpus = [cpu for cpu in cpu_registers(guest.devices) if cpu.architecture in processor.described]
     notes = b"".join(cpu_notes(cpus, guest.devices))

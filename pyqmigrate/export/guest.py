@@ -12,6 +12,7 @@ from pyqmigrate.format.device_state import decode_devices
 from pyqmigrate.format.device_tree import Device
 from pyqmigrate.format.physical_map import physical_map
 from pyqmigrate.format.placement import GivenPlacement, Placement
+from pyqmigrate.format.stream import SectionKind
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.log import logger
 from pyqmigrate.opened import OpenedBlock
@@ -39,7 +40,7 @@ class Guest:
     @classmethod
     def of(
         cls, snapshot: AnySnapshot, given: Sequence[GivenPlacement],
-        progress: Callable[[Progress], object] | None,
+        progress: Callable[[Progress], object] | None, max_ram_below_4g: int | None = None,
     ) -> Guest:
         """Look; a classic stream takes its one pass for that.
 
@@ -57,13 +58,20 @@ class Guest:
             devices = ()
         blocks: dict[str, OpenedBlock] = {**snapshot.blocks}
         ranges = physical_map(
-            snapshot.machine, {name: block.length for name, block in blocks.items()}, devices,
+            snapshot.machine, {name: block.length for name, block in blocks.items()},
+            # A file without device state was written by a program of another kind than QEMU.
+            devices if _has_devices(snapshot) else None,
             given=given, acpi_tables=_acpi_tables(blocks.get(_ACPI_TABLES)),
+            max_ram_below_4g=max_ram_below_4g,
         )
         for one in ranges:
             _check(one, blocks[one.block])
         placed = {one.block for one in ranges}
         return cls(devices, ranges, tuple(name for name in blocks if name not in placed))
+
+
+def _has_devices(snapshot: AnySnapshot) -> bool:
+    return any(section.kind is SectionKind.FULL for section in snapshot.stream.sections)
 
 
 def _acpi_tables(block: OpenedBlock | None) -> bytes:

@@ -33,6 +33,7 @@ def write_lime(
     target: Target,
     *,
     placements: Sequence[GivenPlacement] | None = None,
+    max_ram_below_4g: int | None = None,
     channels: int = 2,
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
@@ -45,7 +46,7 @@ def write_lime(
     """
     if choice(DirectIO, direct_io, "direct_io") is DirectIO.ON:
         raise UsageError(f"direct I/O cannot write a LiME file: {_UNALIGNED}")
-    guest = Guest.of(snapshot, placements or (), progress)
+    guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g)
     headers, areas, at = [], [], 0
     for one in guest.ranges:
         headers.append((at, encode_header(one.address, one.length)))

@@ -10,9 +10,12 @@
     4 GiB - n    firmware of n bytes; its last 128 KiB are those at 0xe0000 too
     4 GiB        the rest of RAM
 
-The split is lower than 4 GiB, to leave room for devices. How much RAM is on either side stands in
-the clock's CMOS memory, where firmware looks for it; without that, the default of the machine type
-holds. All of it is as ``info mtree -f`` of QEMU 10.0 shows it.
+The split is lower than 4 GiB, to leave room for devices, and ``-machine max-ram-below-4g`` moves
+it. How much RAM is on either side is recorded in the clock's CMOS memory, where firmware looks for
+it. All of it is as ``info mtree -f`` of QEMU 10.0 shows it.
+
+A direct save may have device state that nothing describes. The fields used here come first in their
+sections, so they are found there too.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.device_tree import Device
 from pyqmigrate.format.placement import Hole, Placement
 
@@ -40,6 +43,9 @@ _ROMS = 0xC0000
 _LOW_FIRMWARE = 0xE0000
 _LOW_FIRMWARE_MAX = 0x20000
 _ALL_SHADOWED = b"\x33" * 7
+_PCI_CONFIG = 256  # bytes of a conventional device
+_PCI_DEVICE_VERSION = bytes((0, 0, 0, 2))  # comes before its configuration
+_WHOLE = "data"  # what the one field of a section is called that is described as a buffer
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class PcMachine:
     ``ram`` is what its RAM is called where the user chose no name. RAM of at least ``splits_at``
     bytes has ``below`` of them under 4 GiB. ``pam`` is the first of seven registers in the PCI
     configuration of the host bridge ``bridge`` that say what is at 0xc0000; None where ROMs and
-    firmware are always seen.
+    firmware are always seen. ``max_below`` is what max-ram-below-4g is where it is not given; None
+    where there is no such property.
     """
 
     name: re.Pattern[str]
@@ -79,19 +86,41 @@ class PcMachine:
     below: int
     bridge: str = ""
     pam: int | None = None
+    max_below: int | None = None
 
     def told_size(self, devices: Iterable[Device]) -> int | None:
         """How much RAM firmware is told of, rounded down to 64 KiB on either side of 4 GiB."""
         told = _told(devices)
         return None if told is None else sum(told)
 
-    def split(self, length: int, devices: Iterable[Device]) -> int:
-        """How many of ``length`` bytes of RAM are below 4 GiB; NotSupported where that is told
-        and not exact."""
-        default = self.below if length >= self.splits_at else length
-        told = _told(devices)
+    def split(
+        self, length: int, devices: Iterable[Device] | None, max_below: int | None = None
+    ) -> int:
+        """How many of ``length`` bytes of RAM are below 4 GiB.
+
+        ``devices`` None: there is no device state to ask, and the default of the machine type
+        holds. ``max_below`` is what ``max-ram-below-4g`` was. Raises NotSupported where the device
+        state does not say it, or not exactly, UsageError where it says something else than
+        ``max_below``.
+        """
+        default = self._default(length, max_below)
+        told = None if devices is None else _told(devices)
         if told is None or length - sum(told) not in TOLD_LESS:
-            return default
+            if devices is None or max_below is not None or self.max_below is None:
+                return default
+            raise NotSupported(
+                "how much RAM is below 4 GiB is not in the device state"
+                + ("" if told is None else f" (the clock's memory says {told[0]:#x} bytes, and "
+                   f"{told[1]:#x} above, of {length:#x})")
+                + "; say what -machine max-ram-below-4g was (--max-ram-below-4g SIZE; where it was "
+                f"not given, {self.max_below >> 20}M), or place RAM by hand "
+                "(--map NAME@ADDRESS+OFFSET,SIZE)"
+            )
+        if max_below is not None and default - told[0] not in range(_ROUNDING):
+            raise UsageError(
+                f"with max-ram-below-4g={max_below:#x} there would be {default:#x} bytes of RAM "
+                f"below 4 GiB, and the device state says that there are {told[0]:#x}"
+            )
         below, above = told
         if not above:
             return length
@@ -104,12 +133,26 @@ class PcMachine:
             )
         return below
 
+    def _default(self, length: int, max_below: int | None) -> int:
+        """What QEMU does with ``length`` bytes, as pc_init1() and pc_q35_init() do."""
+        most = max_below or self.max_below
+        if most is None:
+            lowest = self.below if length >= self.splits_at else length
+        elif self.splits_at == self.max_below:  # RAM that has to be split is split at a whole GiB
+            lowest = min(most, self.below) if length >= most else most
+        else:
+            lowest = min(self.below if length >= self.splits_at else self.splits_at, most)
+        return min(lowest, length)
+
 
 PC_FAMILY = (
-    PcMachine(re.compile(r"pc-q35-|q35\Z"), "pc.ram", 0xB0000000, 0x80000000, "mch", 0x90),
-    PcMachine(re.compile(r"pc(-i440fx-|\Z)"), "pc.ram", 0xE0000000, 0xC0000000, "I440FX", 0x59),
+    PcMachine(re.compile(r"pc-q35-|q35\Z"), "pc.ram", 0xB0000000, 0x80000000, "mch", 0x90,
+              _FOUR_GIB),
+    PcMachine(re.compile(r"pc(-i440fx-|\Z)"), "pc.ram", 0xE0000000, 0xC0000000, "I440FX", 0x59,
+              0xE0000000),
     PcMachine(re.compile(r"microvm"), "microvm.ram", 0xC0000000, 0xC0000000),
-    PcMachine(re.compile(r"isapc\Z"), "pc.ram", 0xE0000000, 0xE0000000),
+    PcMachine(re.compile(r"isapc\Z"), "pc.ram", 0xE0000000, 0xE0000000,
+              max_below=0xE0000000),
 )
 
 _BAR = 0x10  # where in PCI configuration the first one stands
@@ -117,10 +160,13 @@ _BAR_KIND = 0xF  # its low bits; 0 or 8 is memory with an address of 32 bits
 
 
 def layers(
-    machine: PcMachine, ram: Ram, blocks: Mapping[str, int], devices: Sequence[Device]
+    machine: PcMachine, ram: Ram, blocks: Mapping[str, int], devices: Sequence[Device] | None,
+    max_below: int | None = None,
 ) -> list[list[Placement]]:
-    """What lies upon what, RAM at the bottom. NotSupported where RAM may be in two places."""
-    below = machine.split(ram.length, devices)
+    """What lies upon what, RAM at the bottom. NotSupported where RAM may be in two places, and
+    further as of :meth:`PcMachine.split`."""
+    below = machine.split(ram.length, devices, max_below)
+    devices = devices or ()
     if _FOUR_GIB + ram.length - below > _MOVED_FROM:
         raise NotSupported(
             "so much RAM may be at 4 GiB or at 1 TiB, which the snapshot does not tell; "
@@ -197,7 +243,9 @@ def _bars(blocks: Mapping[str, int], devices: Iterable[Device]) -> Iterator[Plac
 def _told(devices: Iterable[Device]) -> tuple[int, int] | None:
     """How much RAM below and above 4 GiB firmware finds in CMOS; None where there is no clock."""
     for device in devices:
-        cmos = device.state.get("cmos_data") if device.name == "mc146818rtc" else None
+        if device.name != "mc146818rtc":
+            continue
+        cmos = device.state.get("cmos_data") or _undescribed(device)
         if isinstance(cmos, bytes) and len(cmos) >= 0x5E:
             beyond_16_mib, beyond_1_mib = _little(cmos, 0x34, 2), _little(cmos, 0x30, 2)
             if beyond_16_mib:
@@ -212,8 +260,20 @@ def _pci_config(device: Device) -> bytes | None:
     for state in device.states():
         for field in state.fields:
             if field.type == "pci config" and isinstance(field.value, bytes):
-                return field.value if len(field.value) >= 256 else None
-    return None
+                return field.value if len(field.value) >= _PCI_CONFIG else None
+    data = _undescribed(device)
+    if len(data) < 4 + _PCI_CONFIG or data[:4] != _PCI_DEVICE_VERSION:
+        return None
+    return data[4 : 4 + _PCI_CONFIG]
+
+
+def _undescribed(device: Device) -> bytes:
+    """The body of a section that nothing describes: without a description, or with one that makes
+    it a single buffer, as that of a direct save does (pyqmigrate.format.device_state)."""
+    fields = device.state.fields
+    if len(fields) != 1 or device.state.subsections or fields[0].name not in ("", _WHOLE):
+        return b""
+    return fields[0].value if isinstance(fields[0].value, bytes) else b""
 
 
 def _little(data: bytes, at: int, length: int) -> int:

@@ -110,29 +110,34 @@ def parse_placement(text: str) -> GivenPlacement:
 def physical_map(
     machine: str,
     blocks: Mapping[str, int],
-    devices: Iterable[Device] = (),
+    devices: Iterable[Device] | None = None,
     *,
     given: Sequence[GivenPlacement] = (),
     acpi_tables: bytes = b"",
+    max_ram_below_4g: int | None = None,
 ) -> tuple[Placement, ...]:
     """The ranges of the guest's address space that show RAM blocks, by address, none overlapping.
 
     blocks: the length of each, in the order of the stream.
-    devices: the device state, as far as there is some: it tells what firmware has set up. Without
-        it, firmware is taken to have run, and RAM to be split as it is by default.
+    devices: the device state, which says what firmware has set up, and for a PC how much RAM is
+        below 4 GiB. None: firmware is taken to have run, and RAM to be split as it is by default.
     given: placed by hand, instead of what would be found for these blocks, and on top of it where
         addresses collide. Where not even RAM can be found, they are all there is.
     acpi_tables: content of ``/rom@etc/acpi/tables``, which has the order of NUMA nodes.
+    max_ram_below_4g: what that property of the machine was, in bytes, for a PC whose device state
+        does not say it.
 
     Blocks that nothing is known about are left out. Raises NotSupported where not even RAM can be
-    placed and none is given, UsageError for parts outside of their blocks or upon one another.
+    placed and none is given, UsageError for parts outside of their blocks or upon one another, and
+    for a ``max_ram_below_4g`` that contradicts the device state.
     """
     if not blocks:
         raise NotSupported("the snapshot has no RAM blocks, so there is no memory to place")
     by_hand = _checked(given, blocks)
     moved = {placement.block for placement in by_hand}
     try:
-        found = _found(machine, blocks, tuple(devices), acpi_tables)
+        known = None if devices is None else tuple(devices)
+        found = _found(machine, blocks, known, acpi_tables, max_ram_below_4g)
     except NotSupported:
         if not by_hand:
             raise
@@ -176,13 +181,14 @@ def _runs_arm_kernel(cpu: CpuRegisters) -> bool:
 
 
 def _found(
-    machine: str, blocks: Mapping[str, int], devices: Sequence[Device], acpi_tables: bytes
+    machine: str, blocks: Mapping[str, int], devices: Sequence[Device] | None, acpi_tables: bytes,
+    max_below: int | None,
 ) -> Sequence[Sequence[Placement]]:
     pc = _pc(machine)
     if pc is not None:
-        ram = _main_ram(pc.ram, blocks, pc.told_size(devices), acpi_tables)
-        return layers(pc, ram, blocks, devices)
-    flat = _flat(machine, blocks, devices)
+        ram = _main_ram(pc.ram, blocks, pc.told_size(devices or ()), acpi_tables)
+        return layers(pc, ram, blocks, devices, max_below)
+    flat = _flat(machine, blocks, devices or ())
     if flat is None:
         raise NotSupported(
             f"where machine {machine!r} has its RAM is not known; place it by hand "

@@ -13,7 +13,9 @@ from enum import StrEnum
 
 from pyqmigrate.vm.guest import Guest
 
-__all__ = ["Way", "missed_devices", "why_no_migration", "why_no_migration_now"]
+__all__ = [
+    "Way", "devices_with_backends", "missed_devices", "why_no_migration", "why_no_migration_now",
+]  # fmt: skip
 
 
 class Way(StrEnum):
@@ -34,6 +36,7 @@ _DEVICES = (
         "its plugged-in memory (virtio-mem) is told in a section before RAM",
     ),
 )  # fmt: skip
+_BACKENDS = re.compile(r"vhost-|tpm-")
 # Machines with a live section of their own.
 _MACHINES = (
     (re.compile(r"pseries"), "the hash page table of this machine is a live section (spapr/htab)"),
@@ -78,6 +81,14 @@ def _from_devices(guest: Guest) -> Iterator[str]:
         for path, kind in guest.devices:
             if pattern.match(kind):
                 yield f"{path.rpartition('/')[2]} ({kind}): {why}"
+
+
+def devices_with_backends(guest: Guest) -> list[str]:
+    """Devices whose state is with another process, which may not give it."""
+    return [
+        f"{path.rpartition('/')[2]} ({kind})" for path, kind in guest.devices
+        if _BACKENDS.match(kind)
+    ]
 
 
 def why_no_migration(guest: Guest) -> str | None:

@@ -16,6 +16,7 @@ from pyqmigrate.vm.disks import Disk, prepare, restore_needs
 from pyqmigrate.vm.estimate import Basis, DiskRate, Estimate, estimate, measure_rate
 from pyqmigrate.vm.guest import Guest, GuestBlock, look
 from pyqmigrate.vm.plan import Plan, make_plan
+from pyqmigrate.vm.run_state import what_stopped
 from pyqmigrate.vm.settings import UsedSetting
 from pyqmigrate.writer import Sparse
 
@@ -52,10 +53,11 @@ class CheckReport:
     ``settings`` are those of QEMU's that the save would change for its time, ``notes`` what its
     report would say besides. ``disk`` is None when no ``directory`` was given; the settings are
     then those of a disk with direct I/O. ``warnings`` are settings that QEMU has now and that
-    would hurt a save which did not change them. ``disk_needs`` are sentences on what a restore
-    needs of the writable ``disks`` when the guest goes on after the save; ``disks_along`` is
-    whether snapshots of them can be taken at the same instant (``with_disks``), None where there
-    are no writable disks, and ``why_no_disks`` says why not.
+    would hurt a save which did not change them, and what is unusual about the guest's state.
+    ``disk_needs`` are sentences on what a restore needs of the writable ``disks`` when the guest
+    goes on after the save; ``disks_along`` is whether snapshots of them can be taken at the
+    same instant (``with_disks``), None where there are no writable disks, and
+    ``why_no_disks`` says why not.
     """
 
     version: tuple[int, int, int]
@@ -177,6 +179,8 @@ def _why_no_disks(guest: Guest, directory: Path | None) -> str:
 
 
 def _warnings(guest: Guest, choice: Choice | None, disk: DiskRate | None) -> Iterator[str]:
+    if (stopped := what_stopped(guest.run_state)) is not None:
+        yield stopped
     for name, what in _CAPABILITIES.items():
         if guest.capabilities.get(name):
             yield f"capability {name} is on: it {what}"

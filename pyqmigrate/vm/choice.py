@@ -9,7 +9,7 @@ from pyqmigrate.errors import NotSupported, QemuError, UsageError
 from pyqmigrate.vm.blockers import Way, missed_devices, why_no_migration
 from pyqmigrate.vm.guest import Guest, GuestBlock
 
-__all__ = ["Choice", "Engine", "choose_engine"]
+__all__ = ["Choice", "Engine", "choose_engine", "fall_back"]
 
 # What may go through QEMU's own stream beside the file-backed blocks: ROMs, video memory.
 _LARGEST_REST = 256 << 20
@@ -58,6 +58,17 @@ def choose_engine(guest: Guest, *, engine: str = "auto", live: bool = False) -> 
         if engine == Engine.DIRECT:
             raise NotSupported(f"engine direct cannot save this guest: {'; '.join(refused)}")
     return _by_qemu(guest, refused)
+
+
+def fall_back(guest: Guest, failed: QemuError) -> Choice:
+    """Engine ``qemu``, after engine ``direct`` has ``failed`` without a change to the guest.
+
+    Raises ``failed`` where QEMU cannot save the guest itself.
+    """
+    try:
+        return _by_qemu(guest, (str(failed),))
+    except NotSupported:
+        raise failed from None
 
 
 def _way(guest: Guest) -> tuple[Way | None, tuple[str, ...]]:

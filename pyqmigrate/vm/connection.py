@@ -15,15 +15,22 @@ import contextlib
 import logging
 import os
 import socket
-import struct
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
 from pyqmigrate.errors import NotSupported, QemuError, QemuGone, QemuRefused
+from pyqmigrate.vm.peer import Peer
 
 try:
-    from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+    from qemu.qmp import (
+        EventListener,
+        ExecInterruptedError,
+        ExecuteError,
+        QMPClient,
+        QMPError,
+        StateError,
+    )
 except ImportError as error:  # pragma: no cover - depends on what is installed
     raise NotSupported(
         "working with a running QEMU needs the library qemu.qmp: pip install 'pyqmigrate[vm]'"
@@ -34,21 +41,19 @@ __all__ = ["GREETING_TIMEOUT", "Monitor"]
 GREETING_TIMEOUT = 5.0  # seconds; a QEMU whose monitor is free greets at once
 _QUEUE_FULL = 0.02  # seconds before another attempt to connect
 _ANSWER_TIMEOUT = 60.0  # seconds; QEMU answers while it migrates, but may wait for a disk
-_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class Monitor:
     """One session. ``version`` is QEMU's, as (major, minor, micro).
 
-    ``peer_pid`` is the process that listens on the socket, or None where the kernel cannot tell
-    (another pid namespace). One command is under way at a time, whoever asks.
+    ``peer`` is the other end of the connection. One command is under way at a time, whoever asks.
     """
 
-    def __init__(self, client: QMPClient, path: Path, peer_pid: int | None) -> None:
+    def __init__(self, client: QMPClient, path: Path, peer: Peer) -> None:
         self._client = client
         self._turn = asyncio.Lock()
         self.path = path
-        self.peer_pid = peer_pid
+        self.peer = peer
         assert client.greeting is not None
         version = cast("Mapping[str, int]", client.greeting.QMP.version["qemu"])
         self.version = (version["major"], version["minor"], version["micro"])
@@ -69,20 +74,19 @@ class Monitor:
                 connection = await _open(where)
         except TimeoutError as error:
             raise _no_greeting(where, timeout) from error
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        pid = _PEER.unpack(credentials)[0] or None
         client = QMPClient(str(where))
         client.logger = _SILENT
         try:
             async with asyncio.timeout_at(deadline):
                 await client.connect(connection)
+            peer = Peer.of(connection)
         except TimeoutError as error:
             connection.close()
             raise _no_greeting(where, timeout) from error
         except (QMPError, OSError, EOFError) as error:
             connection.close()
             raise QemuGone(f"the monitor {where} is not QMP, or hung up: {error}") from error
-        return cls(client, where, pid)
+        return cls(client, where, peer)
 
     async def __aenter__(self) -> Self:
         return self
@@ -121,6 +125,10 @@ class Monitor:
             if isinstance(error, TimeoutError):
                 raise QemuError(f"QEMU has not answered {command} within {timeout:g} s") from error
             raise QemuGone(f"QEMU hung up on {command}: it ended, or was killed") from error
+
+    def listener(self, names: Collection[str]) -> contextlib.AbstractContextManager[EventListener]:
+        """A queue of the events of these names, from now until the end of the context."""
+        return self._client.listener(names)
 
     async def hmp(self, line: str) -> str:
         """What the human monitor prints on ``line``."""

@@ -33,12 +33,14 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
+from pyqmigrate.io.in_use import InUse
 from pyqmigrate.io.place import followed
 from pyqmigrate.io.target import DirectIO, OutputTarget
 from pyqmigrate.vm import disks, guardian
 from pyqmigrate.vm.blockers import why_no_migration_now
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import DiskPlan
+from pyqmigrate.vm.event_log import EventLog
 from pyqmigrate.vm.guardian import Did
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.settings import Changes
@@ -56,7 +58,8 @@ class Custody:
     """``snapshot`` is the path of the file that is to be written, and ``plan`` has the snapshots
     of disks that are taken along.
 
-    ``trouble`` is what could not be put back, in QEMU's words. Once the snapshot has its name, set
+    ``events`` is what QEMU has reported since the context was entered. ``trouble`` is what could
+    not be put back, in QEMU's words. Once the snapshot has its name, set
     ``published``: its disks are not touched any more.
     """
 
@@ -67,6 +70,7 @@ class Custody:
         self.guest = guest
         self.trouble: list[str] = []
         self.published = False
+        self.events: EventLog
         self._token = f"pyqmigrate-{secrets.token_hex(8)}"
         self._snapshot = snapshot
         self._plan = plan
@@ -89,9 +93,11 @@ class Custody:
 
     async def __aenter__(self) -> Self:
         self._start_guardian()
+        self.events = EventLog(self.monitor)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        self.events.close()
         if self._guardian is None:
             return
         try:
@@ -108,10 +114,17 @@ class Custody:
                     error.add_note(f"({sentence}) ")
 
     @contextlib.asynccontextmanager
-    async def opened(self, direct_io: DirectIO) -> AsyncIterator[OutputTarget]:
-        """The file to write, unfinished; gone afterwards unless it was published."""
+    async def opened(
+        self, direct_io: DirectIO, *, in_use: InUse, beside: Collection[Path] = ()
+    ) -> AsyncIterator[OutputTarget]:
+        """The file to write, unfinished; gone afterwards unless it was published.
+
+        Before anything is touched it is compared with the files ``in_use``, and so are the files
+        ``beside`` it that will be written too.
+        """
         opening = asyncio.to_thread(
-            OutputTarget.open, self._snapshot, direct_io, mark=self._token
+            OutputTarget.open, self._snapshot, direct_io, in_use=in_use, beside=beside,
+            mark=self._token,
         )
         target = await owned(opening, OutputTarget.abort)
         try:

@@ -44,6 +44,7 @@ __all__ = [
     "record",
     "record_path",
     "restore_needs",
+    "seen_here",
     "stranded",
     "take",
 ]
@@ -175,7 +176,7 @@ def _overlay(guest: Guest, disk: Disk, snapshot: Path, node: str) -> Overlay:
         raise NotSupported(
             f"disk {disk.name} is {disk.format}; snapshots are taken of {' and '.join(_FORMATS)}"
         )
-    base = _seen_here(guest.pid, disk.file)
+    base = seen_here(guest.pid, disk.file)
     try:
         regular = stat.S_ISREG(base.stat().st_mode)
     except OSError:
@@ -192,7 +193,7 @@ def _overlay(guest: Guest, disk: Disk, snapshot: Path, node: str) -> Overlay:
     return Overlay(disk, file, node, here)
 
 
-def _seen_here(pid: int | None, file: str) -> Path:
+def seen_here(pid: int | None, file: str) -> Path:
     """The path by which this process reaches a file that QEMU names so."""
     if pid is None:
         return Path(file)

@@ -14,25 +14,30 @@ import time
 from collections.abc import Iterator
 from uuid import UUID
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, QemuRefused
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
 from pyqmigrate.saving import SaveReport, Sparse, Writer
-from pyqmigrate.vm.blockers import Way
+from pyqmigrate.vm.blockers import Way, devices_with_backends
 from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.device_state import DeviceState, read_devices, read_migrated
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
+from pyqmigrate.vm.run_state import LOADABLE
 from pyqmigrate.vm.settings import Changes
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 
-__all__ = ["save_by_us"]
+__all__ = ["DeviceStateRefused", "save_by_us"]
 
+_SAVE_DEVICES = "xen-save-devices-state"
 _REPORT_EVERY = 0.1  # seconds
-# What a guest can be on load; any other state (io-error, shutdown, ...) comes back as paused.
-_LOADABLE = {"running", "suspended", "prelaunch"}
+
+
+class DeviceStateRefused(QemuRefused):
+    """A device's state cannot be saved. QEMU names the device on its standard error alone; when
+    it migrates it gives a reason."""
 
 
 async def save_by_us(
@@ -71,8 +76,12 @@ async def save_by_us(
         if resume:
             await custody.resume()
             if guest.running:
-                downtime = time.monotonic() - stopped
+                longest = time.monotonic() - stopped
+                reported = custody.events.downtime(longest)
+                downtime = longest if reported is None else reported
         report = await asyncio.to_thread(job.result)
+        if guest.process is not None:
+            await asyncio.to_thread(guest.process.check)
     except BaseException:
         job.cancel()
         await unbroken(asyncio.to_thread(job.join))
@@ -102,14 +111,26 @@ async def _devices_only(
         await at_instant()
     with _memory_file() as (written, read):
         async with custody.lent({"device-state": written}) as path:
-            await monitor.execute("xen-save-devices-state", {"filename": path, "live": False})
+            try:
+                await monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
+            except QemuRefused as error:
+                raise DeviceStateRefused(_SAVE_DEVICES, _why(error, guest)) from error
         return await asyncio.to_thread(
             read_devices, Descriptors(read), machine=guest.machine,
             blocks={block.name: block.length for block in guest.blocks},
             page_size=1 << (guest.target_page_bits or 12),
             uuid=UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None,
-            run_state=guest.run_state if guest.run_state in _LOADABLE else "paused",
+            run_state=guest.run_state if guest.run_state in LOADABLE else "paused",
         )
+
+
+def _why(error: QemuRefused, guest: Guest) -> str:
+    suspects = devices_with_backends(guest)
+    about = f" (perhaps of {', '.join(suspects)})" if suspects else ""
+    return (
+        f"{error.desc}; QEMU's standard error, and a save by engine qemu, name the device whose "
+        f"state cannot be saved{about}"
+    )
 
 
 @contextlib.contextmanager

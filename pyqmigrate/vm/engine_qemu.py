@@ -58,9 +58,8 @@ async def save_by_qemu(
     with opened_for_qemu(target) as fds:
         async with custody.lent(fds) as path:
             await custody.apply(changes)
-            stopped = None
+            began = time.monotonic()
             if running and not live:
-                stopped = time.monotonic()
                 await custody.stop()
             info = await migrate(
                 custody, path, at_instant=at_instant, pause=running and live, progress=progress,
@@ -69,10 +68,12 @@ async def save_by_qemu(
             seen = time.monotonic()
             if resume:
                 await custody.resume()
+                now = time.monotonic()
     downtime = None
     if running and resume:
-        now = time.monotonic()
-        downtime = now - seen + info["downtime"] / 1000 if stopped is None else now - stopped
-    if stopped is not None and not await asyncio.to_thread(set_run_state, target, run_state):
+        downtime = custody.events.downtime(now - began)
+        if downtime is None:
+            downtime = now - seen + info["downtime"] / 1000 if live else now - began
+    if running and not live and not await asyncio.to_thread(set_run_state, target, run_state):
         notes.append(f"the snapshot says that the guest was paused, though it was {run_state}")
     return Written(info["ram"]["transferred"], downtime, tuple(notes))

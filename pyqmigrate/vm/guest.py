@@ -20,8 +20,10 @@ from pyqmigrate.errors import QemuRefused
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import Disk, read_disks
-from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory
-from pyqmigrate.vm.process import find_process
+from pyqmigrate.vm.guest_files import name_images
+from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory, fits
+from pyqmigrate.vm.peer import Peer
+from pyqmigrate.vm.process import Process, find_process
 from pyqmigrate.vm.ramblock import RamLine, parse_ramblock
 from pyqmigrate.vm.unbroken import owned
 
@@ -41,20 +43,21 @@ _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unat
 class Guest:
     """A QEMU at the moment that it was looked at.
 
-    ``version`` is (major, minor, micro). ``pid`` is its process as we number it, ``binary`` what
-    that runs; None and empty where it cannot be told. ``machine`` is the full name, as a stream
+    ``version`` is (major, minor, micro). ``process`` is its process, ``binary`` what that runs;
+    None and empty where that is not known. ``machine`` is the full name, as a stream
     carries it (``pc-i440fx-10.0``), ``target`` the architecture (``x86_64``), ``target_page_bits``
     None where only a stream tells. ``run_state`` is ``query-status``'s; ``running`` is true in
     ``suspended``, too: such a guest sleeps, and its devices go on. ``migration_status`` is
     ``query-migrate``'s, "none" before the first. ``blocks`` are those that a stream has, in QEMU's
     order, and no others. ``devices`` are pairs of QOM path and type, ``dirty_bitmaps`` of node and
-    bitmap, ``commands`` the QMP commands there are.
+    bitmap, ``images`` of a file as QEMU names it and what it is (pflash and backing files are
+    among them), ``commands`` the QMP commands there are.
 
-    The descriptors in ``blocks`` are its own: close it, or use it as a context manager.
+    Its descriptors are its own: close it, or use it as a context manager.
     """
 
     version: tuple[int, int, int]
-    pid: int | None
+    process: Process | None
     binary: str
     machine: str
     target: str
@@ -71,6 +74,12 @@ class Guest:
     devices: tuple[tuple[str, str], ...]
     dirty_bitmaps: tuple[tuple[str, str], ...]
     commands: frozenset[str]
+    images: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def pid(self) -> int | None:
+        """The number of its process, as we count; None where that is not known."""
+        return None if self.process is None else self.process.pid
 
     @property
     def total_ram(self) -> int:
@@ -78,7 +87,9 @@ class Guest:
         return sum(block.length for block in self.blocks)
 
     def close(self) -> None:
-        """Close the descriptors of the blocks' memory. Once only."""
+        """Close the descriptors of the process and of the blocks' memory. Once only."""
+        if self.process is not None:
+            self.process.close()
         for block in self.blocks:
             if isinstance(block.memory, FileMemory):
                 os.close(block.memory.fd)
@@ -101,6 +112,8 @@ async def look(monitor: Monitor) -> Guest:
     migration = await monitor.execute("query-migrate")
     capabilities = await monitor.execute("query-migrate-capabilities")
     nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    devices = await monitor.execute("query-block")
+    disks = read_disks(devices)
     facts: dict[str, Any] = {
         "version": monitor.version,
         "machine": await _machine(monitor),
@@ -113,7 +126,8 @@ async def look(monitor: Monitor) -> Guest:
         "parameters": await monitor.execute("query-migrate-parameters"),
         "migration_status": str(migration.get("status", "none")),
         "blocked_reasons": tuple(migration.get("blocked-reasons", ())),
-        "disks": read_disks(await monitor.execute("query-block")),
+        "disks": disks,
+        "images": name_images(disks, devices, nodes),
         "devices": tuple(await _devices(monitor)),
         "dirty_bitmaps": tuple(
             (str(node.get("node-name", "")), str(bitmap.get("name", "")))
@@ -127,25 +141,19 @@ async def look(monitor: Monitor) -> Guest:
     backends = await _backends(monitor)
     processors = await monitor.execute("query-cpus-fast")
     threads = {int(processor["thread-id"]) for processor in processors}
-    found = asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer_pid, threads)
+    found = asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer, threads)
     return await owned(found, Guest.close)
 
 
 def _with_memory(
     facts: dict[str, Any], lines: list[RamLine], backends: Mapping[str, Backend],
-    peer: int | None, threads: set[int],
+    peer: Peer, threads: set[int],
 ) -> Guest:
-    pid = find_process(peer, threads, [line.host_address for line in lines if line.host_address])
-    binary, why_no_pid = "", ""
-    if pid is None:
-        why_no_pid = (
-            "the process of this QEMU is not to be found: it may be out of sight (another machine, "
-            "a pid namespace not below ours), or look like nothing to a user who is not root"
-        )
-    else:
-        binary = _binary(pid)
-    blocks = find_memory(lines, backends, pid, why_no_pid)
-    return Guest(**facts, pid=pid, binary=binary, blocks=tuple(blocks))
+    process, why_not = find_process(peer, threads, lambda space: fits(lines, backends, space))
+    binary = "" if process is None else _binary(process.pid)
+    pid = None if process is None or why_not else process.pid
+    blocks = find_memory(lines, backends, pid, why_not)
+    return Guest(**facts, process=process, binary=binary, blocks=tuple(blocks))
 
 
 def _binary(pid: int) -> str:

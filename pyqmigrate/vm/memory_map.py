@@ -18,7 +18,7 @@ from pyqmigrate.io.process import ProcessMemory
 from pyqmigrate.vm.process import Mapping, covering, open_mapped, read_mappings
 from pyqmigrate.vm.ramblock import RamLine
 
-__all__ = ["Backend", "GuestBlock", "find_memory"]
+__all__ = ["Backend", "GuestBlock", "find_memory", "fits"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,24 @@ class GuestBlock:
     file_backed: bool
     backend: str = ""
     why_not: str = ""
+
+
+def fits(
+    lines: Iterable[RamLine], backends: Table[str, Backend], mappings: Sequence[Mapping]
+) -> bool:
+    """Whether the address space has room for every block where QEMU says that it is.
+
+    Memory of a backend is shared there as the backend says. Blocks without an address are left
+    out.
+    """
+    for line in lines:
+        place = covering(mappings, line.host_address, line.length)
+        backend = _backend_of(line, backends)
+        if line.host_address == 0:
+            continue
+        if not place or (backend is not None and any(m.shared != backend.share for m in place)):
+            return False
+    return True
 
 
 def find_memory(

@@ -14,7 +14,6 @@ from pyqmigrate.errors import Cancelled, NoSpace, PyqmigrateError, QemuError
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.manifest import Manifest
 from pyqmigrate.status import Status
-from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.unbroken import heed_cancellation
 
@@ -25,7 +24,8 @@ AtInstant: TypeAlias = Callable[[], Awaitable[object]]
 """Called while the guest stands still and its disks are still QEMU's."""
 _Watch: TypeAlias = Callable[[dict[str, Any]], Awaitable[object]]
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02  # seconds between two questions
+_FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02  # seconds between two questions, without an event
+_A_MOMENT = 0.001  # seconds
 _REPORT_EVERY = 0.1  # seconds
 _ENDED = {Status.COMPLETED, Status.FAILED, Status.CANCELLED}
 _STOPPING = {"finish-migrate", "save-vm"}
@@ -61,38 +61,38 @@ async def migrate(
     says, each time it is asked. Raises QemuError when the migration fails, NoSpace when for want
     of space, Cancelled when somebody cancelled it, QemuGone when QEMU ended.
     """
-    monitor = custody.monitor
     if at_instant is not None and not pause:
         await at_instant()
     await custody.migrate(path)
     started = time.monotonic()
     if at_instant is not None and pause:
-        info = await _wait(monitor, started, progress, watch, until=Status.PRE_SWITCHOVER)
+        info = await _wait(custody, started, progress, watch, until=Status.PRE_SWITCHOVER)
         if info["status"] == Status.PRE_SWITCHOVER:
             await at_instant()
-            await monitor.execute("migrate-continue", {"state": Status.PRE_SWITCHOVER.value})
-    info = await _wait(monitor, started, progress, watch)
+            state = Status.PRE_SWITCHOVER.value
+            await custody.monitor.execute("migrate-continue", {"state": state})
+    info = await _wait(custody, started, progress, watch)
     custody.migrated()
     if info["status"] == Status.CANCELLED:
         raise Cancelled("the migration was cancelled through another monitor")
     if info["status"] == Status.FAILED:
         raise _failed(str(info.get("error-desc", "it does not say why")))
     # "completed" comes a moment before the run state is what it will be.
-    while (await monitor.execute("query-status"))["status"] in _STOPPING:
-        await asyncio.sleep(_FIRST_WAIT)
+    while (await custody.monitor.execute("query-status"))["status"] in _STOPPING:
+        await asyncio.sleep(_A_MOMENT)
     if progress is not None:
         progress(_progress(info, time.monotonic() - started))
     return info
 
 
 async def _wait(
-    monitor: Monitor, started: float, progress: ProgressCallback | None, watch: _Watch | None,
+    custody: Custody, started: float, progress: ProgressCallback | None, watch: _Watch | None,
     *, until: Status | None = None,
 ) -> dict[str, Any]:
     reported = started
     pause = _FIRST_WAIT
     while True:
-        info: dict[str, Any] = await monitor.execute("query-migrate")
+        info: dict[str, Any] = await custody.monitor.execute("query-migrate")
         heed_cancellation()
         if info.get("status") in (until, *_ENDED):
             return info
@@ -102,7 +102,7 @@ async def _wait(
             reported = now
         if watch is not None:
             await watch(info)
-        await asyncio.sleep(pause)
+        await custody.events.migration(pause)
         pause = min(pause * 1.5, _LONGEST_WAIT)
 
 

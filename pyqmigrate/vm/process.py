@@ -1,22 +1,32 @@
 """Which process a QEMU is, and what its address space looks like.
 
-A monitor's socket names the process that called listen(), and that may be a manager which handed
-the socket on. The threads that run the guest's processors are QEMU's own, and so are the addresses
-of its RAM blocks: a process is believed when it has both. Thread numbers are those of QEMU's own
-pid namespace (``NSpid`` in ``/proc/PID/status`` tells them).
+QEMU's own word is not enough (:mod:`pyqmigrate.vm.peer`): a process is believed when it is at the
+other end of the monitor's connection, has the threads that run the guest's processors, and has
+memory mapped wherever QEMU says that a RAM block is. Thread numbers are those of QEMU's own pid
+namespace (``NSpid`` in ``/proc/PID/status``).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import select
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-__all__ = ["Mapping", "covering", "find_process", "open_mapped", "read_mappings"]
+from pyqmigrate.errors import GuestMemoryError
+from pyqmigrate.vm.peer import Peer, read_status
+
+__all__ = ["Mapping", "Process", "covering", "find_process", "open_mapped", "read_mappings"]
 
 _PROC = Path("/proc")
+_UNKNOWN = (
+    "the process of this QEMU is not found: it may be out of sight (another machine, a pid "
+    "namespace that is not below ours)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,39 +43,115 @@ class Mapping:
     path: str
 
 
-def find_process(
-    peer: int | None, threads: Iterable[int], addresses: Iterable[int] = ()
-) -> int | None:
-    """The process that has these threads, and something mapped at each of these addresses.
+class Process:
+    """A QEMU's process that has been found to be the other end of ``peer``; close it.
 
-    ``peer`` is tried first, and its addresses are not asked about where it does not let us look.
-    ``threads`` are numbered as in the process's own pid namespace. The result is a number of ours,
-    or None.
+    ``pid`` is its number as we count.
     """
-    wanted, mapped = frozenset(threads), tuple(addresses)
+
+    def __init__(self, pid: int, peer: Peer) -> None:
+        """Raises ProcessLookupError when it has ended."""
+        self.pid = pid
+        self._peer = peer
+        self._fd = -1
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise
+        except OSError:
+            pass  # a kernel without pidfds: the number alone has to do
+
+    def why_not(self) -> str | None:
+        """Why it is not the other end of the connection now, or None if it is."""
+        why_not = self._peer.why_not(self.pid)
+        # Asked last: while the process lives its number is no other's.
+        if self._fd >= 0 and select.select([self._fd], [], [], 0)[0]:
+            return f"process {self.pid} has ended"
+        return why_not
+
+    def check(self) -> None:
+        """Raise GuestMemoryError unless it is still what it was found to be.
+
+        To be called after its memory was read: it may have started another program meanwhile.
+        """
+        if (why_not := self.why_not()) is not None:
+            raise GuestMemoryError(
+                errno.EPERM, f"the memory that was read may not be the guest's: {why_not}"
+            )
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def find_process(
+    peer: Peer, threads: Iterable[int], fits: Callable[[Sequence[Mapping]], bool]
+) -> tuple[Process | None, str]:
+    """The process at the other end of ``peer`` that has these threads, and whose address space
+    ``fits``; or the reason why it is not found.
+
+    The listener comes with a reason too, where it has these threads and we are not permitted to
+    look closer. ``threads`` are numbered as in the process's own pid namespace.
+    """
+    wanted = frozenset(threads)
+    reasons: list[str] = []
     seen: set[int] = set()
-    for pid in _candidates(peer, wanted):
+    for pid in _candidates(peer.pid, wanted):
         if pid in seen or not wanted <= _own_numbers(pid):
             continue
         seen.add(pid)
-        try:
-            if _has_mapped(pid, mapped):
-                return pid
-        except OSError:
-            if pid == peer and wanted:
-                return pid
-    return None
+        with contextlib.suppress(ProcessLookupError):
+            process = Process(pid, peer)
+            why_not = _why_not(process, fits)
+            if why_not is None:
+                return process, ""
+            reasons.append(why_not)
+            process.close()
+    why_not = reasons[0] if reasons else _why_unknown(peer)
+    if peer.pid in seen and wanted and not os.access(_PROC / str(peer.pid) / "fd", os.R_OK):
+        with contextlib.suppress(ProcessLookupError):
+            return Process(peer.pid, peer), why_not
+    return None, why_not
+
+
+def _why_not(process: Process, fits: Callable[[Sequence[Mapping]], bool]) -> str | None:
+    if (why_not := process.why_not()) is not None:
+        return why_not
+    try:
+        if fits(read_mappings(process.pid)):
+            return None
+    except OSError as error:
+        return (
+            f"/proc/{process.pid}/maps cannot be read ({error.strerror}): be the user that QEMU "
+            "runs as, or root (CAP_SYS_PTRACE)"
+        )
+    return f"process {process.pid} has no memory where QEMU says that its RAM is"
+
+
+def _why_unknown(peer: Peer) -> str:
+    if peer.pid is None:
+        return _UNKNOWN
+    try:
+        name = (_PROC / str(peer.pid) / "comm").read_text(errors="replace").strip()
+    except OSError:
+        return _UNKNOWN
+    return (
+        f"process {peer.pid} ({name}), which listens on the monitor's socket, does not have the "
+        "threads that QEMU names, and no process that has them is at the other end of the "
+        "connection (a program in between, such as socat?)"
+    )
 
 
 def _candidates(peer: int | None, threads: frozenset[int]) -> Iterator[int]:
     if peer is not None:
         yield peer
     for thread in sorted(threads):
-        leader = _status(_PROC / str(thread)).get("Tgid")
+        leader = read_status(_PROC / str(thread)).get("Tgid")
         if leader:
             yield int(leader[0])
     for entry in _PROC.iterdir():
-        if entry.name.isdecimal() and len(_status(entry).get("NSpid", ())) > 1:
+        if entry.name.isdecimal() and len(read_status(entry).get("NSpid", ())) > 1:
             yield int(entry.name)
 
 
@@ -75,20 +161,7 @@ def _own_numbers(pid: int) -> set[int]:
         tasks = list((_PROC / str(pid) / "task").iterdir())
     except OSError:
         return set()
-    return {int(numbers[-1]) for task in tasks if (numbers := _status(task).get("NSpid"))}
-
-
-def _status(process: Path) -> dict[str, list[str]]:
-    try:
-        lines = (process / "status").read_text(errors="replace").splitlines()
-    except OSError:
-        return {}
-    return {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
-
-
-def _has_mapped(pid: int, addresses: Iterable[int]) -> bool:
-    space = read_mappings(pid)
-    return bool(space) and all(any(m.start <= at < m.end for m in space) for at in addresses)
+    return {int(numbers[-1]) for task in tasks if (numbers := read_status(task).get("NSpid"))}
 
 
 def read_mappings(pid: int) -> list[Mapping]:
@@ -120,17 +193,31 @@ def covering(mappings: Sequence[Mapping], address: int, length: int) -> list[Map
 def open_mapped(pid: int, mapping: Mapping) -> int:
     """A new read-only descriptor of the file behind a mapping, under whichever name it has one.
 
-    Names are tried in the order of the privilege that they need: QEMU's own descriptors, the path
-    (as we and as QEMU see it), ``/proc/PID/map_files``. Raises the last OSError when none opens.
+    ``/proc/PID/map_files`` is the file itself, but for root alone. Otherwise QEMU's own descriptors
+    and the path (as we and as QEMU see it) are tried; what they lead to is compared with the
+    mapping before it is opened. Raises the last OSError when none opens.
     """
     process = _PROC / str(pid)
     failure = FileNotFoundError(2, "no name leads to it", mapping.path)
-    for name in _names(process, mapping):
+    exact = process / "map_files" / f"{mapping.start:x}-{mapping.end:x}"
+    for name in (exact, *_names(process, mapping)):
         try:
-            return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            return _open_if(name, None if name is exact else mapping)
         except OSError as error:
             failure = error  # type: ignore[assignment]
     raise failure
+
+
+def _open_if(name: Path, mapping: Mapping | None) -> int:
+    """Open what the name leads to, if that is the file of ``mapping``."""
+    found = os.open(name, os.O_PATH | os.O_CLOEXEC)
+    try:
+        path = Path(f"/proc/self/fd/{found}")
+        if mapping is not None and not _is_file_of(os.fstat(found), path, mapping):
+            raise FileNotFoundError(2, "another file has this name", os.fspath(name))
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(found)
 
 
 def _names(process: Path, mapping: Mapping) -> Iterator[Path]:
@@ -138,17 +225,24 @@ def _names(process: Path, mapping: Mapping) -> Iterator[Path]:
         own = sorted((process / "fd").iterdir(), key=lambda entry: int(entry.name))
     except OSError:
         own = []
-    paths = (Path(mapping.path), Path(f"{process}/root{mapping.path}"))
-    yield from (name for name in (*own, *paths) if _is_file_of(name, mapping))
-    yield process / "map_files" / f"{mapping.start:x}-{mapping.end:x}"
+    for entry in own:
+        # A descriptor that was opened for its path alone proves no right to read the file.
+        if not _flags(process / "fdinfo" / entry.name) & os.O_PATH:
+            yield entry
+    yield from (Path(mapping.path), Path(f"{process}/root{mapping.path}"))
 
 
-def _is_file_of(name: Path, mapping: Mapping) -> bool:
-    try:
-        info = name.stat()
-        if (info.st_dev, info.st_ino) == (mapping.device, mapping.inode):
-            return True
-        # File systems of several volumes show one device number here and another there.
-        return info.st_ino == mapping.inode and os.fspath(name.readlink()) == mapping.path
-    except OSError:
-        return False
+def _flags(information: Path) -> int:
+    """How a descriptor was opened, from its /proc/PID/fdinfo."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in information.read_text().splitlines():
+            if line.startswith("flags:"):
+                return int(line.split()[1], 8)
+    return os.O_PATH
+
+
+def _is_file_of(info: os.stat_result, path: Path, mapping: Mapping) -> bool:
+    if (info.st_dev, info.st_ino) == (mapping.device, mapping.inode):
+        return True
+    # File systems of several volumes show one device number here and another there.
+    return info.st_ino == mapping.inode and os.fspath(path.readlink()) == mapping.path

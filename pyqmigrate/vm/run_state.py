@@ -6,7 +6,42 @@ from pyqmigrate.format.devices import global_state
 from pyqmigrate.io.target import Descriptors, OutputTarget
 from pyqmigrate.snapshot import Snapshot
 
-__all__ = ["set_run_state"]
+__all__ = ["LOADABLE", "set_run_state", "what_stopped"]
+
+LOADABLE = frozenset({
+    "running", "suspended", "prelaunch", "paused", "internal-error", "io-error", "shutdown",
+    "watchdog", "guest-panicked",
+})  # fmt: skip
+"""States that a QEMU can be in when it has loaded a snapshot; it aborts at some others."""
+
+_BY_ITSELF = {
+    "internal-error": (
+        "an error of QEMU or KVM stopped it", "it runs again only after system_reset",
+    ),
+    "io-error": (
+        "an I/O error of a disk stopped it", "cont repeats the request that failed",
+    ),
+    "shutdown": (
+        "it has shut down, and QEMU stayed (-no-shutdown)",
+        "it runs again only after system_reset",
+    ),
+    "watchdog": ("a watchdog stopped it", "cont lets it go on"),
+    "guest-panicked": (
+        "its kernel panicked", "cont lets it go on in the panic",
+    ),
+}  # fmt: skip
+
+
+def what_stopped(run_state: str) -> str | None:
+    """What stopped a guest that nobody paused, and what a restore gives, in a sentence; None for
+    every other state."""
+    if run_state not in _BY_ITSELF:
+        return None
+    why, how_to_go_on = _BY_ITSELF[run_state]
+    return (
+        f"the guest is in state {run_state}: {why}; a restore gives a guest in the same state, "
+        f"which does not run by itself: {how_to_go_on}"
+    )
 
 
 def set_run_state(target: OutputTarget, run_state: str) -> bool:

@@ -25,6 +25,7 @@ from pyqmigrate.errors import (
     NoSpace,
     NotDurable,
     PyqmigrateError,
+    QemuError,
     QemuGone,
     SnapshotError,
     UsageError,
@@ -39,15 +40,17 @@ from pyqmigrate.sealing import start_seal
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
 from pyqmigrate.vm import disks
-from pyqmigrate.vm.choice import Choice, Engine, choose_engine
+from pyqmigrate.vm.choice import Choice, Engine, choose_engine, fall_back
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.ending import Ending
-from pyqmigrate.vm.engine_direct import save_by_us
+from pyqmigrate.vm.engine_direct import DeviceStateRefused, save_by_us
 from pyqmigrate.vm.engine_qemu import save_by_qemu
 from pyqmigrate.vm.guest import Guest, look
+from pyqmigrate.vm.guest_files import files_of
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.plan import Plan, make_plan
+from pyqmigrate.vm.run_state import what_stopped
 from pyqmigrate.vm.settings import UsedSetting
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 from pyqmigrate.writer import Sparse
@@ -69,13 +72,14 @@ class Then(StrEnum):
 class VmSaveReport:
     """What a save did.
 
-    ``downtime`` is how many seconds the guest stood still, None where it did not run before or
-    does not again; ``seconds`` is wall time up to the moment at which the snapshot had its name.
-    ``bytes_written`` went to the file, ``bytes_allocated`` is what it holds on disk, ``rate`` is
-    ``bytes_written`` a second. ``run_state_after`` is None after ``quit``. ``disks`` are sentences
-    on what a restore needs of the writable disks, ``disks_record`` is the file with their names
-    where snapshots of them were taken. ``seal`` is the algorithm of the seal, if any.
-    ``notes`` are things that somebody should know.
+    ``downtime`` is how many seconds the guest stood still, from QEMU's event STOP to RESUME; None
+    where it did not run before or does not again; ``seconds`` is wall time up to the
+    moment at which the snapshot had its name. ``bytes_written`` went to the file,
+    ``bytes_allocated`` is what it holds on disk, ``rate`` is ``bytes_written`` a second.
+    ``run_state_after`` is None after ``quit``. ``disks`` are sentences on what a restore needs of
+    the writable disks, ``disks_record`` is the file with their names where snapshots of them
+    were taken. ``seal`` is the algorithm of the seal, if any. ``notes`` are things that
+    somebody should know.
     """
 
     snapshot: str
@@ -184,11 +188,29 @@ class _Save:
         )
 
     async def run(self) -> VmSaveReport:
+        try:
+            return await self._attempt()
+        except DeviceStateRefused as error:
+            if self.request.engine != "auto":
+                raise
+            # A migration may succeed; where it does not, it says which device is in the way.
+            self.choice = fall_back(self.guest, error)
+            if self.disks is not None:  # those of the first attempt are undone
+                self.disks = disks.prepare(self.guest, _path(self.request.snapshot))
+            try:
+                return await self._attempt()
+            except QemuError as second:
+                second.add_note(f"(engine direct: {error}) ")
+                raise
+
+    async def _attempt(self) -> VmSaveReport:
         custody = Custody(
             self.monitor, self.guest, os.fspath(self.request.path), self.disks
         )
         try:
-            async with custody, custody.opened(self.request.direct_io) as target:
+            in_use = await asyncio.to_thread(files_of, self.guest)
+            opened = custody.opened(self.request.direct_io, in_use=in_use, beside=self._beside())
+            async with custody, opened as target:
                 plan = await unbroken(asyncio.to_thread(self._plan, target))
                 return await self._run(target, plan, custody)
         except QemuGone as error:
@@ -236,6 +258,12 @@ class _Save:
             seal=self.request.seal,
             notes=(*plan.notes, *written.notes, *late, *custody.trouble),
         )
+
+    def _beside(self) -> list[Path]:
+        """Files that may be written beside the snapshot, or replaced; its seal is the target's."""
+        path = _path(self.request.snapshot)
+        record = disks.record_path(path)
+        return [record, *(path.with_name(f"{p.name}.left") for p in (path, record))]
 
     @property
     def _resumes(self) -> bool:
@@ -331,7 +359,7 @@ class _Save:
             with contextlib.suppress(QemuGone):  # it may hang up before it answers
                 await self.monitor.execute("quit")
             if await ending.wait(_QUIT_TIMEOUT):
-                return None, []
+                return None, self._notes(None)
             if not ending.known:
                 return None, ["QEMU was told to quit; whether it has cannot be seen from here"]
             return None, [
@@ -339,9 +367,11 @@ class _Save:
                 f"{_QUIT_TIMEOUT:g} s, and may still have its disks locked"
             ]
 
-    def _notes(self, after: str) -> list[str]:
+    def _notes(self, after: str | None) -> list[str]:
         notes = []
         before = self.guest.run_state
+        if (stopped := what_stopped(before)) is not None:
+            notes.append(stopped)
         if after == "postmigrate" and before != after:
             notes.append(
                 f"the guest was {before} and is postmigrate now: it keeps still, but QEMU migrates "

@@ -43,6 +43,9 @@ _OFF = {
     "compress": "compressed pages have no place in the file",
     "block": "disks are not saved this way",
 }
+_EVENTS: Mapping[str, tuple[bool, str]] = {
+    "events": (True, "QEMU reports the end of the migration at once"),
+}
 _PLAIN_FAST: Mapping[str, tuple[Value, str]] = {
     "max-bandwidth": (0, "no limit"),
     "multifd-compression": ("none", "compressed pages have no place in the file"),
@@ -115,6 +118,7 @@ def for_pages(
     capabilities = {
         "mapped-ram": (True, "the format of the file"),
         "multifd": (True, "several channels, and direct I/O needs it"),
+        **_EVENTS,
         **_off("x-ignore-shared", "the snapshot is to have all of the memory"),
         **_pause(pause),
     }
@@ -134,6 +138,7 @@ def for_device_state(guest: Guest, *, pause: bool) -> Changes:
     """For engine ``direct`` by ``migrate``: a classic stream without the shared memory."""
     capabilities = {
         "x-ignore-shared": (True, "shared memory is written here, not by QEMU"),
+        **_EVENTS,
         **_off("mapped-ram", "the device state comes as a classic stream"),
         **_off("multifd", "the device state comes as a classic stream"),
     }

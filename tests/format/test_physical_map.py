@@ -22,6 +22,7 @@ MIB, GIB = 1 << 20, 1 << 30
 def clock(below: int, above: int) -> Device:
     """The clock of a PC whose firmware is told of so many bytes of RAM."""
     cmos = bytearray(128)
+    cmos[0x30:0x32] = min((below - MIB) >> 10, 0xFFFF).to_bytes(2, "little")
     cmos[0x34:0x36] = ((below - 16 * MIB) >> 16).to_bytes(2, "little")
     cmos[0x5B:0x5E] = (above >> 16).to_bytes(3, "little")
     return device(fields({"cmos_data": bytes(cmos)}), name="mc146818rtc")
@@ -66,9 +67,61 @@ def test_split_that_was_told_roughly_is_not_guessed() -> None:
     )
 
 
-def test_clock_of_another_size_is_not_believed() -> None:
-    found = physical_map("pc", {"pc.ram": 4 * GIB}, [clock(GIB, GIB)])
+@pytest.mark.parametrize("devices", [[], [clock(GIB, GIB)]], ids=["no-clock", "another-size"])
+@pytest.mark.parametrize("machine", ["pc", "q35", "isapc"])
+def test_split_that_is_not_told_is_not_guessed(machine: str, devices: list[Device]) -> None:
+    with pytest.raises(NotSupported, match="--max-ram-below-4g"):
+        physical_map(machine, {"pc.ram": 4 * GIB}, devices)
+    found = physical_map(machine, {"pc.ram": 4 * GIB}, devices, max_ram_below_4g=GIB)
+    assert [(one.address, one.length) for one in found] == [(0, GIB), (4 * GIB, 3 * GIB)]
+
+
+def test_split_of_a_microvm_cannot_be_moved() -> None:
+    found = physical_map("microvm", {"microvm.ram": 4 * GIB}, [])
     assert [(one.address, one.length) for one in found] == [(0, 3 * GIB), (4 * GIB, GIB)]
+
+
+def test_split_that_contradicts_the_clock_is_refused() -> None:
+    with pytest.raises(UsageError, match="says that there are"):
+        physical_map("pc", {"pc.ram": 4 * GIB}, [clock(GIB, 3 * GIB)], max_ram_below_4g=2 * GIB)
+    found = physical_map("pc", {"pc.ram": 4 * GIB}, [clock(GIB, 3 * GIB)], max_ram_below_4g=GIB)
+    assert found[0].length == GIB
+
+
+# Length of RAM and max-ram-below-4g in MiB, and what QEMU 10.0 has below 4 GiB (info mtree).
+SPLITS = {
+    "pc": [
+        (3583, 3584, 3583), (3584, 3584, 3072), (3400, 3328, 3072), (3200, 3328, 3200),
+        (3800, 4096, 3800), (5120, 2048, 2048), (5120, 4096, 3072), (96, 64, 64),
+    ],
+    "q35": [
+        (2815, 4096, 2815), (2816, 4096, 2048), (5120, 3072, 2048), (5120, 1024, 1024),
+        (2700, 2688, 2688), (96, 64, 64),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "length", "most", "below"),
+    [(machine, *row) for machine, rows in SPLITS.items() for row in rows],
+)
+def test_split_is_made_as_qemu_makes_it(machine: str, length: int, most: int, below: int) -> None:
+    found = physical_map(
+        machine, {"pc.ram": length * MIB}, [], max_ram_below_4g=most * MIB
+    )
+    low = sum(one.length for one in found if one.address < 4 * GIB)
+    assert low == below * MIB
+
+
+def test_clock_that_nothing_describes_is_read() -> None:
+    described = clock(GIB, 2 * GIB)
+    cmos = described.state["cmos_data"]
+    assert isinstance(cmos, bytes)
+    for name in ("", "data"):
+        field = Field(name, "buffer", 0, 200, cmos + bytes(72), opaque=True)
+        raw = device(State("", None, 0, 200, (field,)), name="mc146818rtc")
+        found = physical_map("pc", {"pc.ram": 3 * GIB}, [raw])
+        assert [one.length for one in found] == [GIB, 2 * GIB]
 
 
 def test_so_much_ram_that_it_may_be_at_1_tib_is_not_guessed() -> None:
@@ -85,7 +138,7 @@ def test_registers_of_the_bridge_say_what_is_rom() -> None:
     """Reads of 0xe8000 to 0xebfff go to RAM, the rest of firmware is seen."""
     registers = bytes([0, 0, 0, 0, 0, 0, 1])
     blocks = {"pc.ram": 16 * MIB, "pc.bios": 0x20000, "pc.rom": 0x20000}
-    found = physical_map("pc", blocks, [bridge("I440FX", 0x59, registers)])
+    found = physical_map("pc", blocks, [clock(16 * MIB, 0), bridge("I440FX", 0x59, registers)])
     assert found[:6] == (
         Placement("pc.ram", 0, 0, 0xC0000),
         Placement("pc.rom", 0xC0000, 0, 0x20000),

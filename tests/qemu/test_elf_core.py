@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 import subprocess
 import time
@@ -13,6 +14,7 @@ import pytest
 from bench.contents import Contents, fill
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
+from pyqmigrate.vm.save import save
 from tests.physical import Note, Physical
 from tests.qemu.classic import ClassicQemu
 from tests.qemu.guest import build
@@ -77,6 +79,34 @@ def test_memory_and_control_registers_are_those_of_qemus_dump(machine: str, disk
     assert elf.machine == "EM_X86_64"
     assert report.cpus == len(named(elf.notes, "CORE")) == 2
     assert named(elf.notes, "QEMU") == named(theirs.notes, "QEMU")
+    lime, _ = export(disk / "s", disk / "lime", "lime")
+    assert lime.all() == theirs.all()
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+def test_direct_save_of_ram_that_is_split_elsewhere_is_as_qemus_dump(
+    machine: str, disk: Path
+) -> None:
+    """Its device state has no description of its own."""
+    serial, length = disk / "serial", 24 << 20
+    memory = [
+        "-machine", f"{machine},memory-backend=pc.ram,max-ram-below-4g=16M", "-m", "24M",
+        "-object", "memory-backend-ram,id=pc.ram,size=24M",
+    ]  # fmt: skip
+    monitor = ["-qmp", f"unix:{disk}/save.qmp,server=on,wait=off"]
+    with (
+        GuestRam(length) as ram,
+        Qemu(ram, machine=machine, run=True, bios=build(disk, 16 << 20), memory=memory,
+             serial=serial, extra=monitor) as vm,
+    ):  # fmt: skip
+        wait_for_byte(serial, 2)
+        vm.execute("stop")
+        theirs = dump(vm, disk / "dump")
+        report = asyncio.run(save(disk / "save.qmp", disk / "s", engine="direct"))
+        assert report.run_state_after == "paused"
+    elf, report_of_elf = export(disk / "s", disk / "elf", "elf")
+    assert elf.all() == theirs.all()
+    assert any(one.address == 4 << 30 for one in report_of_elf.ranges)
     lime, _ = export(disk / "s", disk / "lime", "lime")
     assert lime.all() == theirs.all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pyqmigrate.export.guest import Guest
 from pyqmigrate.format.physical_map import parse_placement
 from pyqmigrate.format.placement import Placement
 from pyqmigrate.opening import open_snapshot
+from pyqmigrate.vm.save import save as save_vm
 from tests.qemu.flat_view import memory_seen
 from tests.qemu.machine import GuestRam, Qemu
 from tests.qemu.other_targets import TARGETS, OtherQemu, OtherTarget
@@ -108,6 +110,19 @@ def test_memory_is_where_qemu_has_it(name: str, disk: Path) -> None:
     with guest(name) as vm:
         expected = seen_by(vm)
         save(vm, disk / "s")
+    assert named(look(disk / "s").ranges) == expected
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name == "pc-2G-below" else [pytest.mark.long])
+    for name, (machine, _) in MEMORIES.items() if machine != "isapc"
+])  # fmt: skip
+def test_memory_of_a_direct_save_is_where_qemu_has_it(name: str, disk: Path) -> None:
+    with guest(name) as vm:
+        expected = seen_by(vm)
+        vm.qmp.close()
+        report = asyncio.run(save_vm(vm.socket, disk / "s", engine="direct"))
+        assert report.run_state_after == "prelaunch"
     assert named(look(disk / "s").ranges) == expected
 
 

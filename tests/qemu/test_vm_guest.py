@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -441,3 +443,81 @@ def test_looking_changes_nothing() -> None:
         before = qemu.run(state)
         qemu.run(look).close()
         assert qemu.run(state) == before
+
+
+class LyingProxy:
+    """Everything is the QEMU's behind it but its threads and addresses: those are a victim's.
+
+    It stands for a QEMU that its guest has taken over.
+    """
+
+    def __init__(self, path: Path, real: Path, pid: int, address: int) -> None:
+        self._real, self._pid, self._address = real, pid, address
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> LyingProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(10)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        client, _ = self._listener.accept()
+        with client, socket.socket(socket.AF_UNIX) as real:
+            real.connect(str(self._real))
+            up = threading.Thread(target=self._pass_up, args=(client, real))
+            up.start()
+            with real.makefile("rb") as lines:
+                for line in lines:
+                    with contextlib.suppress(OSError):
+                        client.sendall(self._lie(line))
+            up.join()
+
+    @staticmethod
+    def _pass_up(client: socket.socket, real: socket.socket) -> None:
+        while data := client.recv(65536):
+            real.sendall(data)
+        real.shutdown(socket.SHUT_RDWR)
+
+    def _lie(self, line: bytes) -> bytes:
+        line = re.sub(rb'"thread-id": \d+', b'"thread-id": %d' % self._pid, line)
+        numbers = rb"(0x[0-9a-f]{16} 0x[0-9a-f]{16} 0x[0-9a-f]{16} )0x[0-9a-f]{16}"
+        return re.sub(numbers, lambda m: m[1] + b"0x%016x" % self._address, line)
+
+
+def test_qemu_that_points_at_another_process_has_that_not_read(tmp_path: Path) -> None:
+    """A process of the same user, which a look by root could read in any case."""
+    victim = (
+        "import ctypes, mmap, sys\n"
+        "memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    path = tmp_path / "proxy"
+
+    async def looked() -> tuple[Guest, str]:
+        async with await Monitor.connect(path) as monitor:
+            guest = await look(monitor)
+        with guest:
+            return guest, "; ".join(choose_engine(guest).refused)
+
+    with (
+        BareQemu("-M", "pc", "-m", "48M") as qemu,
+        subprocess.Popen(
+            [sys.executable, "-c", victim], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process,
+    ):
+        qemu.run(_nothing)
+        assert process.stdin is not None and process.stdout is not None
+        address = int(process.stdout.readline())
+        with LyingProxy(path, qemu.socket, process.pid, address):
+            guest, why = asyncio.run(looked())
+        process.stdin.close()
+    assert guest.pid is None
+    assert all(block.memory is None for block in guest.blocks)
+    assert f"process {process.pid} is not at the other end of the monitor's socket" in why

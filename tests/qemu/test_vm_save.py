@@ -107,6 +107,48 @@ def test_guest_that_never_stands_still_is_stopped_after_some_passes(
         guest.assert_as_before()
 
 
+@pytest.mark.parametrize(
+    ("memory", "how"),
+    [
+        ("file", {"engine": "qemu"}),
+        ("file", {"engine": "qemu", "live": True}),
+        ("file", {"engine": "direct"}),
+        ("private", {"engine": "direct"}),
+    ],
+    ids=["qemu", "live", "ignore-shared", "devices-only"],
+)
+def test_downtime_is_what_another_client_sees(
+    memory: str, how: dict[str, Any], disk: Path
+) -> None:
+    with source(disk, memory=memory) as guest:
+        report = guest.save(disk / "snapshot", **how)
+        guest.status()  # all events up to now have been read
+        times = {
+            event["event"]: event["timestamp"]["seconds"] * 10**6
+            + event["timestamp"]["microseconds"]
+            for event in guest.vm.qmp.events
+        }
+    assert report.downtime is not None
+    seen = times["RESUME"] - times["STOP"]
+    assert 0 < seen <= round(report.downtime * 10**6) <= seen + 10**6
+
+
+def test_end_of_a_migration_is_reported_without_being_asked_for(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions alone would take a minute each here."""
+    monkeypatch.setattr("pyqmigrate.vm.migrating._FIRST_WAIT", 60.0)
+    monkeypatch.setattr("pyqmigrate.vm.migrating._LONGEST_WAIT", 60.0)
+    with source(disk) as guest:
+        events = [{"capability": "events", "state": False}]
+        guest.vm.execute("migrate-set-capabilities", {"capabilities": events})
+        guest.before = guest.settings()
+        report = guest.save(disk / "snapshot", engine="qemu")
+        assert report.seconds < 60
+        guest.files.add("snapshot")
+        guest.assert_as_before()
+
+
 def test_engine_direct_refuses_a_live_save(disk: Path) -> None:
     with source(disk) as guest:
         with pytest.raises(NotSupported, match="live"):

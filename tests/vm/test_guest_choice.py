@@ -37,7 +37,7 @@ def out_of_reach(block: GuestBlock) -> GuestBlock:
 
 def guest(*blocks: GuestBlock, running: bool = True, **changes: Any) -> Guest:
     facts: dict[str, Any] = {
-        "version": (10, 0, 2), "pid": 1, "binary": "/usr/bin/qemu-system-x86_64",
+        "version": (10, 0, 2), "process": None, "binary": "/usr/bin/qemu-system-x86_64",
         "machine": "pc-q35-10.0", "target": "x86_64", "target_page_bits": 12,
         "run_state": "running" if running else "paused", "running": running, "uuid": "",
         "blocks": blocks or (file_block(), private_block()),

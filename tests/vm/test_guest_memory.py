@@ -7,7 +7,6 @@ import mmap
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import pytest
 from pyqmigrate.errors import QemuError
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.process import ProcessMemory
-from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory
-from pyqmigrate.vm.process import Mapping, covering, find_process, open_mapped, read_mappings
+from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory, fits
+from pyqmigrate.vm.process import Mapping, covering, open_mapped, read_mappings
 from pyqmigrate.vm.ramblock import RamLine, parse_ramblock
 
 MIB = 1 << 20
@@ -104,6 +103,24 @@ def test_range_in_several_mappings_is_covered() -> None:
     space = [mapping(0, 4), mapping(4, 8), mapping(8, 12), mapping(20, 24)]
     assert covering(space, 5, 5) == space[1:3]
     assert covering(space, 4, 4) == space[1:2]
+
+
+@pytest.mark.parametrize(
+    ("block", "backends", "possible"),
+    [
+        (RamLine("ram", 4096, 8, 4), {}, True),
+        (RamLine("ram", 4096, 16, 4), {}, False),
+        (RamLine("ram", 4096, 8, 40), {}, False),
+        (RamLine("ram", 4096, 8, 0), {}, True),
+        (RamLine("ram", 4096, 8, 4), {"ram": Backend("memory-backend-ram", 8, False)}, True),
+        (RamLine("ram", 4096, 8, 4), {"ram": Backend("memory-backend-memfd", 8, True)}, False),
+    ],
+    ids=["fits", "too-short", "elsewhere", "no-address", "private", "is-to-be-shared"],
+)
+def test_address_space_fits_blocks(
+    block: RamLine, backends: dict[str, Backend], possible: bool
+) -> None:
+    assert fits([block], backends, [mapping(4, 8), mapping(8, 12)]) is possible
 
 
 @pytest.mark.parametrize(("start", "length"), [(10, 12), (12, 4), (22, 4), (100, 1), (18, 4)])
@@ -237,36 +254,6 @@ def test_mapped_file_is_found_under_its_path_when_no_descriptor_is_open(tmp_path
         assert os.read(fd, 6) == b"needle"
         os.close(fd)
         child.stdin.close()
-
-
-def threads_of_ours() -> list[int]:
-    return [thread.native_id for thread in threading.enumerate() if thread.native_id is not None]
-
-
-def test_peer_with_the_threads_and_addresses_is_believed() -> None:
-    memory = mmap.mmap(-1, MIB)
-    assert find_process(os.getpid(), threads_of_ours(), [address_of(memory)]) == os.getpid()
-
-
-def test_peer_with_other_threads_is_not_believed() -> None:
-    memory = mmap.mmap(-1, MIB)
-    assert find_process(1, threads_of_ours(), [address_of(memory)]) == os.getpid()
-
-
-def test_process_without_the_addresses_is_not_believed() -> None:
-    assert find_process(os.getpid(), threads_of_ours(), [8]) is None
-
-
-def test_process_that_ended_is_not_found() -> None:
-    child = subprocess.Popen(["true"])
-    child.wait()
-    assert find_process(child.pid, [child.pid], []) is None
-
-
-def test_process_without_threads_to_compare_needs_its_addresses() -> None:
-    memory = mmap.mmap(-1, MIB)
-    assert find_process(os.getpid(), [], [address_of(memory)]) == os.getpid()
-    assert find_process(os.getpid(), [], [8]) is None
 
 
 def test_only_blocks_with_room_to_grow_take_another_length() -> None:

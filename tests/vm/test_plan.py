@@ -45,8 +45,8 @@ def planned(
     block: GuestBlock, engine: str, free: int | None, sparse: Sparse = Sparse.AUTO
 ) -> Plan:
     guest = Guest(
-        version=(10, 0, 2), pid=1, binary="", machine="pc", target="x86_64", target_page_bits=12,
-        run_state="running", running=True, uuid="", blocks=(block,),
+        version=(10, 0, 2), process=None, binary="", machine="pc", target="x86_64",
+        target_page_bits=12, run_state="running", running=True, uuid="", blocks=(block,),
         capabilities={"mapped-ram": False, "multifd": False, "x-ignore-shared": False},
         parameters={"zero-page-detection": "multifd"}, migration_status="none",
         blocked_reasons=(), disks=(), devices=(), dirty_bitmaps=(),

@@ -33,7 +33,7 @@ def guest(
         return {name: value for name, value in settings.items() if name not in without}
 
     return Guest(
-        version=(10, 0, 2), pid=None, binary="", machine="pc-i440fx-10.0", target="x86_64",
+        version=(10, 0, 2), process=None, binary="", machine="pc-i440fx-10.0", target="x86_64",
         target_page_bits=12, run_state="running" if running else "paused", running=running, uuid="",
         blocks=(), capabilities=kept({**CAPABILITIES, **(capabilities or {})}),
         parameters=kept({**PARAMETERS, **(parameters or {})}), migration_status="none",
@@ -58,7 +58,7 @@ def zero_pages(contents: Contents | None, sparse: Sparse = Sparse.AUTO) -> objec
 
 def test_only_what_differs_is_changed() -> None:
     changes = pages(guest(running=False))
-    assert set(changes.capabilities) == {"mapped-ram", "multifd"}
+    assert set(changes.capabilities) == {"mapped-ram", "multifd", "events"}
     assert set(changes.parameters) == {
         "multifd-channels", "direct-io", "zero-page-detection", "max-bandwidth"
     }  # fmt: skip
@@ -131,7 +131,9 @@ def test_pause_is_switched_on_only_where_something_is_done_meanwhile() -> None:
 def test_device_state_comes_as_a_classic_stream_without_shared_memory() -> None:
     changes = for_device_state(guest({"mapped-ram": True, "multifd": True}), pause=False)
     states = {name: change.after for name, change in changes.capabilities.items()}
-    assert states == {"mapped-ram": False, "multifd": False, "x-ignore-shared": True}
+    assert states == {
+        "mapped-ram": False, "multifd": False, "x-ignore-shared": True, "events": True
+    }
 
 
 def test_setting_that_this_qemu_does_not_have_is_left_alone() -> None:

@@ -1,0 +1,72 @@
+"""What QEMU reports by itself while a guest is saved: stops, resumes, and a migration's progress.
+
+Asking (``query-migrate``) finds out late that something has happened, by as long as the pause
+between two questions and by as long as QEMU takes to answer, which is longest when a migration
+ends. Events come at once and carry the time at which they happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from pyqmigrate.vm.connection import Monitor
+
+__all__ = ["EventLog"]
+
+_STOP, _RESUME, _MIGRATION = "STOP", "RESUME", "MIGRATION"
+_MICROSECONDS = 1_000_000
+
+
+class EventLog:
+    """Events from now on; close it.
+
+    QEMU reports MIGRATION only while its capability ``events`` is on.
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._stack = contextlib.ExitStack()
+        self._listener = self._stack.enter_context(
+            monitor.listener((_STOP, _RESUME, _MIGRATION))
+        )
+        self._stopped_at: int | None = None
+        self._stood: int | None = None
+
+    def close(self) -> None:
+        self._stack.close()
+
+    async def migration(self, timeout: float) -> str | None:
+        """Wait for a migration's status to change, at most ``timeout`` seconds; the new status, or
+        None."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while True:
+                    event: Mapping[str, Any] = await self._listener.get()
+                    self._note(event)
+                    if event["event"] == _MIGRATION:
+                        return str(event["data"]["status"])
+        return None
+
+    def downtime(self, at_most: float) -> float | None:
+        """How long the guest stood still before it went on last, in seconds.
+
+        None where no stop, or no resume after it, was reported, or the host's clock was changed
+        meanwhile: it took longer than ``at_most`` seconds by that, or less than none.
+        """
+        while not self._listener.empty():
+            for event in self._listener.clear():
+                self._note(event)
+        if self._stood is None:
+            return None
+        seconds = self._stood / _MICROSECONDS
+        return seconds if 0 <= seconds <= at_most else None
+
+    def _note(self, event: Mapping[str, Any]) -> None:
+        time = event["timestamp"]
+        happened_at = time["seconds"] * _MICROSECONDS + time["microseconds"]
+        if event["event"] == _STOP:
+            self._stopped_at, self._stood = happened_at, None
+        elif event["event"] == _RESUME and self._stopped_at is not None:
+            self._stood = happened_at - self._stopped_at

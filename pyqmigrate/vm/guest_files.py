@@ -1,0 +1,133 @@
+"""The files that a running guest needs, so that a save of it does not replace one.
+
+They are compared by device and inode (:mod:`pyqmigrate.io.in_use`), since QEMU may know them by
+other names than we do: it may have another root or current directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format.libvirt import is_libvirt
+from pyqmigrate.format.stream import MAGIC
+from pyqmigrate.io.in_use import FileId, Named, files_in_use, files_mapped
+from pyqmigrate.io.memory import FileMemory
+from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.disks import Disk, seen_here
+from pyqmigrate.vm.process import covering, open_mapped, read_mappings
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.guest import Guest
+
+__all__ = ["files_of", "name_images"]
+
+_HEAD = 16  # bytes, enough to tell a snapshot
+
+
+def name_images(
+    disks: Sequence[Disk], devices: Sequence[Mapping[str, Any]], nodes: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[str, str], ...]:
+    """Pairs of the file that an image is, as QEMU names it, and what it is to the guest.
+
+    ``devices`` is what ``query-block`` returns, ``nodes`` what ``query-named-block-nodes`` does:
+    those are open, backing files among them, and some belong to no disk, such as pflash.
+    """
+    found: dict[str, str] = {disk.file: f"disk {disk.name} of the guest" for disk in disks}
+    media = [device["inserted"] for device in devices if "inserted" in device]
+    for disk, medium in zip(disks, media, strict=True):
+        image = medium.get("image", {})
+        while image := image.get("backing-image"):
+            found.setdefault(str(image.get("filename", "")), f"a backing file of disk {disk.name}")
+    for node in nodes:
+        name = f"an image of the guest (block node {node.get('node-name', '')})"
+        for key in ("file", "backing_file"):
+            found.setdefault(str(node.get(key, "")), name)
+    return tuple((file, what) for file, what in found.items() if file)
+
+
+def files_of(guest: Guest) -> dict[FileId, str]:
+    """The files of the guest's memory, its images with all backing files, what its command line
+    names, and what QEMU has open; each with what it is.
+
+    A snapshot whose pages are mapped privately is not among them: under its name a new file may
+    appear, and the guest keeps the old one. What cannot be looked at is left out.
+    """
+    found: dict[FileId, str] = {}
+    for files in (_memory(guest), files_in_use(_images(guest)), files_in_use(_arguments(guest)),
+                  files_in_use(_open_files(guest))):
+        found = files | found
+    for identity in _mapped_snapshots(guest):
+        found.pop(identity, None)
+    return found
+
+
+def _memory(guest: Guest) -> dict[FileId, str]:
+    found: dict[FileId, str] = {}
+    for block in guest.blocks:
+        what = f"the memory of block {block.name!r} of the guest"
+        if isinstance(block.memory, FileMemory):
+            found |= files_in_use([(block.memory.fd, what)])
+        if guest.pid is not None:
+            found |= files_mapped(block.host_address, block.length, what, pid=guest.pid)
+    return found
+
+
+def _images(guest: Guest) -> Iterator[tuple[Named, str]]:
+    for name, what in guest.images:
+        yield seen_here(guest.pid, name), what
+        yield Path(name), what
+
+
+def _arguments(guest: Guest) -> Iterator[tuple[Named, str]]:
+    """Firmware, kernel, initrd and whatever else the command line of QEMU names, except what it
+    loaded its state from."""
+    if guest.pid is None:
+        return
+    try:
+        words = Path(f"/proc/{guest.pid}/cmdline").read_bytes().split(b"\0")[:-1]
+        command = CommandLine.parse([os.fsdecode(word) for word in words])
+    except (OSError, UsageError):
+        return
+    for option in command.options:
+        if option.value is None or option.name == "incoming":
+            continue
+        values = {option.value, *option.value.split(",")}
+        with contextlib.suppress(UsageError):
+            values |= {*option.properties("").values()}
+        for value in values:
+            if value:
+                what = f"a file that QEMU's command line names (-{option.name})"
+                yield seen_here(guest.pid, value), what
+
+
+def _open_files(guest: Guest) -> Iterator[tuple[Named, str]]:
+    if guest.pid is None:
+        return
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{guest.pid}/fd").iterdir():
+            yield entry, f"a file that the guest's QEMU (process {guest.pid}) has open"
+
+
+def _mapped_snapshots(guest: Guest) -> Iterator[FileId]:
+    if guest.pid is None:
+        return
+    with contextlib.suppress(OSError):
+        space = read_mappings(guest.pid)
+        for block in guest.blocks:
+            for mapping in covering(space, block.host_address, block.length):
+                if not mapping.inode or mapping.shared:
+                    continue
+                with contextlib.suppress(OSError):
+                    fd = open_mapped(guest.pid, mapping)
+                    try:
+                        head = os.pread(fd, _HEAD, 0)
+                        if head.startswith(MAGIC) or is_libvirt(head):
+                            yield FileId.of(os.fstat(fd))
+                            yield FileId(mapping.device, mapping.inode)
+                    finally:
+                        os.close(fd)
