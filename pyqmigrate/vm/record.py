@@ -20,6 +20,7 @@ import errno
 import json
 import os
 import stat
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,15 +29,18 @@ from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.io.target import followed, target_path
 
 __all__ = [
-    "FORMAT", "VERSION", "Backend", "Block", "Cpus", "Device", "DiskRecord", "Image", "ImageState",
-    "MachineRecord", "QemuProcess", "SaveFacts", "VmRecord", "decode_record", "encode_record",
-    "is_record", "read_record", "record_path",
+    "FORMAT", "HEAD_SIZE", "VERSION", "Backend", "Block", "Cpus", "Device", "DiskRecord", "Image",
+    "ImageState", "MachineRecord", "QemuProcess", "SaveFacts", "VmRecord", "decode_record",
+    "encode_record", "is_record", "read_record", "record_path",
 ]  # fmt: skip
 
 FORMAT = "pyqmigrate vm record"
 VERSION = 1
 SUFFIX = ".vm.json"
 _HEAD = f'{{\n  "format": "{FORMAT}",'.encode()
+HEAD_SIZE = len(_HEAD)  # bytes by which a record is known
+
+_NAME_MAX = 255  # bytes of a name, on Linux file systems
 
 # Bounds on an untrusted file: well above what any guest has.
 _FILE_MAX = 8 << 20  # bytes
@@ -183,7 +187,7 @@ class VmRecord(NamedTuple):
     """The record of one save.
 
     ``snapshot`` is the file's name, ``identity`` a digest of its device state, by which a record
-    is known to be that of the file beside it (:func:`pyqmigrate.vm.record_files.identify`).
+    is known to be that of the file beside it (:func:`pyqmigrate.vm.snapshot_identity.identify`).
     """
 
     snapshot: str
@@ -204,8 +208,16 @@ class VmRecord(NamedTuple):
 
 
 def record_path(snapshot: str | os.PathLike[str]) -> Path:
-    """Where the record of a snapshot is: beside it, or beside what a symbolic link leads to."""
+    """Where the record of a snapshot is: beside it, or beside what a symbolic link leads to.
+
+    Of a name that leaves no room for the suffix, the first part and a checksum are used.
+    """
     path = followed(target_path(os.fsdecode(snapshot)))
+    name = os.fsencode(path.name)
+    if len(name) + len(SUFFIX) > _NAME_MAX:
+        checksum = f".{zlib.crc32(name):08x}"
+        front = name[: _NAME_MAX - len(SUFFIX) - len(checksum)].decode("utf-8", "ignore")
+        return path.with_name(front + checksum + SUFFIX)
     return path.with_name(path.name + SUFFIX)
 
 

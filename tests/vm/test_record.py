@@ -119,8 +119,12 @@ def test_record_beside_a_snapshot_is_read(tmp_path: Path) -> None:
     assert isinstance(found, VmRecord) and found == record()
 
 
-def test_name_that_leaves_no_room_for_a_record_has_none(tmp_path: Path) -> None:
-    assert read_record(tmp_path / ("a" * 255)) is None
+@pytest.mark.parametrize("name", ["a" * 255, "\u00e4" * 127, "a" * 248])
+def test_long_name_has_a_record_of_its_own(tmp_path: Path, name: str) -> None:
+    path = record_path(tmp_path / name)
+    path.write_bytes(encode_record(record()))
+    assert path != record_path(tmp_path / f"{name[:-1]}b")
+    assert read_record(tmp_path / name) == record()
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "large"])
