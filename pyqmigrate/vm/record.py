@@ -20,13 +20,11 @@ import errno
 import json
 import os
 import stat
-import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyqmigrate.errors import SnapshotError, TargetError
-from pyqmigrate.io.target import followed, target_path
+from pyqmigrate.vm.record_place import record_path
 
 __all__ = [
     "FORMAT", "HEAD_SIZE", "VERSION", "Backend", "Block", "Cpus", "Device", "DiskRecord", "Image",
@@ -36,11 +34,8 @@ __all__ = [
 
 FORMAT = "pyqmigrate vm record"
 VERSION = 1
-SUFFIX = ".vm.json"
 _HEAD = f'{{\n  "format": "{FORMAT}",'.encode()
 HEAD_SIZE = len(_HEAD)  # bytes by which a record is known
-
-_NAME_MAX = 255  # bytes of a name, on Linux file systems
 
 # Bounds on an untrusted file: well above what any guest has.
 _FILE_MAX = 8 << 20  # bytes
@@ -205,20 +200,6 @@ class VmRecord(NamedTuple):
     def command(self) -> tuple[str, ...] | None:
         """The words of QEMU's command line, the program first; None where it is not known."""
         return self.qemu.command
-
-
-def record_path(snapshot: str | os.PathLike[str]) -> Path:
-    """Where the record of a snapshot is: beside it, or beside what a symbolic link leads to.
-
-    Of a name that leaves no room for the suffix, the first part and a checksum are used.
-    """
-    path = followed(target_path(os.fsdecode(snapshot)))
-    name = os.fsencode(path.name)
-    if len(name) + len(SUFFIX) > _NAME_MAX:
-        checksum = f".{zlib.crc32(name):08x}"
-        front = name[: _NAME_MAX - len(SUFFIX) - len(checksum)].decode("utf-8", "ignore")
-        return path.with_name(front + checksum + SUFFIX)
-    return path.with_name(path.name + SUFFIX)
 
 
 def is_record(head: bytes) -> bool:
