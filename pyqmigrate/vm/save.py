@@ -50,6 +50,7 @@ from pyqmigrate.vm.guest import Guest, look
 from pyqmigrate.vm.guest_files import files_of
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.plan import Plan, make_plan
+from pyqmigrate.vm.recording import Recording
 from pyqmigrate.vm.run_state import what_stopped
 from pyqmigrate.vm.settings import UsedSetting
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
@@ -77,9 +78,9 @@ class VmSaveReport:
     moment at which the snapshot had its name. ``bytes_written`` went to the file,
     ``bytes_allocated`` is what it holds on disk, ``rate`` is ``bytes_written`` a second.
     ``run_state_after`` is None after ``quit``. ``disks`` are sentences on what a restore needs of
-    the writable disks, ``disks_record`` is the file with their names where snapshots of them
-    were taken. ``seal`` is the algorithm of the seal, if any. ``notes`` are things that
-    somebody should know.
+    the writable disks, ``record`` is the file that describes the VM
+    (:mod:`pyqmigrate.vm.record`), None where it could not be given its name. ``seal`` is the
+    algorithm of the seal, if any. ``notes`` are things that somebody should know.
     """
 
     snapshot: str
@@ -98,7 +99,7 @@ class VmSaveReport:
     run_state_before: str
     run_state_after: str | None
     disks: tuple[str, ...]
-    disks_record: str | None
+    record: str | None
     seal: Algorithm | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -186,6 +187,7 @@ class _Save:
         self.disks = (
             disks.prepare(guest, request.path) if request.with_disks else None
         )
+        self.recording: Recording
 
     async def run(self) -> VmSaveReport:
         try:
@@ -196,7 +198,7 @@ class _Save:
             # A migration may succeed; where it does not, it says which device is in the way.
             self.choice = fall_back(self.guest, error)
             if self.disks is not None:  # those of the first attempt are undone
-                self.disks = disks.prepare(self.guest, _path(self.request.snapshot))
+                self.disks = disks.prepare(self.guest, self.request.path)
             try:
                 return await self._attempt()
             except QemuError as second:
@@ -204,8 +206,12 @@ class _Save:
                 raise
 
     async def _attempt(self) -> VmSaveReport:
+        self.recording = recording = await Recording.begin(
+            self.monitor, self.guest, self.request.path, plan=self.disks,
+            engine=self.choice.engine, way=self.choice.way, seal=self.request.seal,
+        )
         custody = Custody(
-            self.monitor, self.guest, os.fspath(self.request.path), self.disks
+            self.monitor, self.guest, os.fspath(self.request.path), self.disks, recording
         )
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
@@ -219,6 +225,9 @@ class _Save:
                 for left in disks.stranded(self.disks):
                     error.add_note(f"({left}) ")
             raise
+        finally:
+            if not custody.published:
+                recording.discard()
 
     async def _run(
         self, target: OutputTarget, plan: Plan, custody: Custody
@@ -254,16 +263,15 @@ class _Save:
                     self.guest.disks, resumed=resumed, with_disks=self.request.with_disks
                 )
             ),
-            disks_record=str(self.disks.record) if self.disks and self.disks.recorded else None,
+            record=os.fspath(self.recording.path) if self.recording.published else None,
             seal=self.request.seal,
-            notes=(*plan.notes, *written.notes, *late, *custody.trouble),
+            notes=(*plan.notes, *written.notes, *self.recording.notes, *late, *custody.trouble),
         )
 
     def _beside(self) -> list[Path]:
         """Files that may be written beside the snapshot, or replaced; its seal is the target's."""
-        path = _path(self.request.snapshot)
-        record = disks.record_path(path)
-        return [record, *(path.with_name(f"{p.name}.left") for p in (path, record))]
+        path = self.request.path
+        return [self.recording.path, path.with_name(f"{path.name}.left")]
 
     @property
     def _resumes(self) -> bool:
@@ -327,17 +335,23 @@ class _Save:
 
         def check() -> None:
             _verify(target, self.guest)
-            if self.disks is not None:
-                disks.record(self.disks)
+            self.recording.prepare(target, resumed=self._resumes)
             if cancelled.is_set():
                 raise Cancelled("cancelled")
 
-        publishing = asyncio.ensure_future(asyncio.to_thread(target.publish, MAGIC, check))
+        def publish() -> None:
+            try:
+                target.publish(MAGIC, check)
+            finally:
+                if target.published:
+                    self.recording.publish()
+
+        publishing = asyncio.ensure_future(asyncio.to_thread(publish))
         try:
             await asyncio.shield(publishing)
         except NotDurable as error:
-            if self.disks is not None and self.disks.recorded:
-                error.add_note(f"(the disks go on in the overlays that {self.disks.record} names) ")
+            if self.disks is not None and self.recording.published:
+                error.add_note(f"(the disks go on in overlays: see {self.recording.path}) ")
             raise
         except asyncio.CancelledError:
             cancelled.set()
@@ -359,6 +373,7 @@ class _Save:
             with contextlib.suppress(QemuGone):  # it may hang up before it answers
                 await self.monitor.execute("quit")
             if await ending.wait(_QUIT_TIMEOUT):
+                await asyncio.to_thread(self.recording.see_end)
                 return None, self._notes(None)
             if not ending.known:
                 return None, ["QEMU was told to quit; whether it has cannot be seen from here"]

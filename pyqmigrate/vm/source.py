@@ -34,14 +34,15 @@ class Reading:
 class Source:
     """An open, verified snapshot. Close it.
 
-    ``was_running``: libvirt pauses a guest before it saves it, and notes here that it ran.
+    ``place``: its absolute path, None where it was given as a descriptor. ``was_running``: libvirt
+    pauses a guest before it saves it, and notes here that it ran.
     ``fd`` carries a shared lock (flock) that whoever inherits the descriptor keeps: the file must
     not change in place while a guest's memory is mapped from it.
     """
 
     def __init__(self, target: Target, offset: int | None) -> None:
         self._input = InputTarget(target)
-        self.name = self._input.name
+        self.name, self.place = self._input.name, self._input.place
         self.was_running = False
         try:
             self._lock()
@@ -99,13 +100,12 @@ class Source:
 
     def clear_pages_are_zero(self) -> bool:
         """Whether a seal of the file as it is now says that its clear pages are zeros."""
-        place = self._input.place
-        if place is None or not seal_path(place).exists():
+        if self.place is None or not seal_path(self.place).exists():
             return False
         # Most snapshots have none, and a restore has no time for what it does not need.
         from pyqmigrate.sealing import current_seal
 
-        seal = current_seal(place, self.fd)
+        seal = current_seal(self.place, self.fd)
         return (
             seal is not None and seal.clear_pages_zero
             and seal.head.bitmap_order == self.snapshot.bitmap_order
