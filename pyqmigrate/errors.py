@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from typing import Any
 
 __all__ = [
     "BlockMismatch",
@@ -46,7 +47,25 @@ __all__ = [
 
 
 class PyqmigrateError(Exception):
-    """Root of everything that this package raises on purpose."""
+    """Root of everything that this package raises on purpose.
+
+    Each can be pickled and copied: text, attributes and notes stay what they were.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by calling the class: its parameters are not what ``args`` holds.
+        args: tuple[object, ...] = self.args
+        if isinstance(self, OSError) and self.filename is not None:
+            args = (self.errno, self.strerror, self.filename)
+        return _rebuilt, (type(self), args), self.__dict__ or None
+
+
+def _rebuilt(kind: type[PyqmigrateError], args: tuple[object, ...]) -> PyqmigrateError:
+    """An error of ``kind`` as its constructor leaves it, but for its attributes."""
+    error = kind.__new__(kind, *args)
+    if isinstance(error, OSError):
+        OSError.__init__(error, *args)
+    return error
 
 
 class SnapshotError(PyqmigrateError, ValueError):
