@@ -26,6 +26,7 @@ from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.format.sequential import SequentialBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, failure
+from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.target import Direct, InputTarget, core_file
 from pyqmigrate.sequential import PolledSource, Records, read_body
 
@@ -244,7 +245,7 @@ class _Stage:
 
     def __init__(self, stack: contextlib.ExitStack, page_size: int) -> None:
         memory = mmap.mmap(-1, _PART, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        stack.callback(memory.close)
+        stack.callback(unmap, memory)
         memory.madvise(mmap.MADV_DONTFORK)
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)

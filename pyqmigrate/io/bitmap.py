@@ -15,6 +15,7 @@ from pyqmigrate import _core
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.io.holes import next_data
+from pyqmigrate.io.mapping import unmap
 
 __all__ = ["Bitmap"]
 
@@ -207,6 +208,5 @@ class Bitmap:
     def close(self) -> None:
         """Give the memory back. May be repeated."""
         self._core = None
-        if not self._memory.closed:
-            _core.ffi.release(self._buffer)
-            self._memory.close()
+        _core.ffi.release(self._buffer)
+        unmap(self._memory)

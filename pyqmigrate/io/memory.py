@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from pyqmigrate import _core
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.process import ProcessMemory, ProcessSource
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ class Attached:
             _core.ffi.release(self._buffer)
             self._buffer = None
         if self._mapping is not None:
-            self._mapping.close()
+            unmap(self._mapping)
             self._mapping = None
         if self._process is not None:
             self._process.close()
