@@ -28,6 +28,7 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, failure
 from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.target import Direct, InputTarget, core_file
+from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.sequential import PolledSource, Records, read_body
 
 __all__ = ["Place", "StagedPass"]
@@ -175,7 +176,8 @@ class StagedPass:
     def _write_current(self) -> None:
         stage, self._current = self._current, None
         if stage is not None:
-            stage.written = self._threads.submit(self._write, stage)
+            with starting_threads():
+                stage.written = self._threads.submit(self._write, stage)
             self._stages.append(stage)
 
     def _await(self, stage: _Stage) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pyqmigrate.errors import PyqmigrateError, TargetError
 from pyqmigrate.io.target import DirectIO, OutputTarget
+from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.vm.contents import count_data, extent_bytes, sample
 from pyqmigrate.vm.guest import Guest
 
@@ -84,7 +85,8 @@ def measure_rate(directory: Path, *, channels: int = 2) -> DiskRate:
     try:
         free = target.free_bytes()
         units = _UNITS if free is None else min(_UNITS, free // 8 // _UNIT)
-        seconds = _write(target, units, channels) if units else 0.0
+        with starting_threads():
+            seconds = _write(target, units, channels) if units else 0.0
         rate = units * _UNIT / seconds if seconds else 0.0
         return DiskRate(rate, free, target.direct is not None, target.direct_io_reason)
     except TargetError:
