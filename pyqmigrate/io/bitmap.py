@@ -7,8 +7,10 @@ is the writing *host's* (format document, 2.3); nothing in the file records it.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from array import array
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from pyqmigrate import _core
@@ -107,9 +109,40 @@ class Bitmap:
         return self._count(self.npages)[1]
 
     def _count(self, npages: int) -> tuple[int, int]:
-        last = _core.ffi.new("int64_t *")
+        last, found, highest = _core.ffi.new("int64_t *"), 0, -1
         npages = min(npages, self._reach)
-        return int(_core.lib.qm_count(self.core, npages, last)), int(last[0])
+        for start, end in self._touched((npages + 63) // 64 * 8):
+            pages = min(npages - start * 8, (end - start) * 8)
+            count = int(_core.lib.qm_count(self.core + start // 8, pages, last))
+            if count:
+                found, highest = found + count, start * 8 + int(last[0])
+        return found, highest
+
+    def _touched(self, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Pieces, ``[start, end)``, of the first ``nbytes`` that are all that can hold a set bit.
+
+        What a bitmap costs is what was set in it, however long its block claims to be.
+        """
+        if nbytes <= _PIECE:
+            yield 0, nbytes
+            return
+        core = self.core
+        try:
+            pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            pagemap = -1  # then every piece may
+        try:
+            can_scan = _core.lib.qm_process_can_scan(pagemap)
+            at = 0
+            while at < nbytes:
+                at = int(_core.lib.qm_next_touched(pagemap, can_scan, core, at, nbytes)) // 8 * 8
+                end = min(at + _PIECE, nbytes)
+                if at < end:
+                    yield at, end
+                at = end
+        finally:
+            if pagemap >= 0:
+                os.close(pagemap)
 
     def runs(self, first: int = 0, end: int | None = None) -> list[tuple[int, int, bool]]:
         """``(from, to, set)`` for the stretches of equal bits in ``[first, end)``."""
@@ -130,10 +163,11 @@ class Bitmap:
                 for at in range(0, self.nbytes, _PIECE):
                     target.write_at(offset + at, view[at : min(at + _PIECE, self.nbytes)])
                 return
-            for at in range(0, self.nbytes, _HOLE):
-                piece = view[at : min(at + _HOLE, self.nbytes)]
-                if not _core.lib.qm_is_zero(_core.ffi.from_buffer(piece), len(piece)):
-                    target.write_at(offset + at, piece)
+            for start, end in self._touched(self.nbytes):
+                for at in range(start, end, _HOLE):
+                    piece = view[at : min(at + _HOLE, end)]
+                    if not _core.lib.qm_is_zero(_core.ffi.from_buffer(piece), len(piece)):
+                        target.write_at(offset + at, piece)
 
     @classmethod
     def read_from(cls, source: _Readable, layout: BlockLayout, byteorder: str) -> Bitmap:
@@ -183,11 +217,10 @@ class Bitmap:
             )
 
     def _swap(self) -> None:
-        end = (self._reach + 63) // 64 * 8  # nothing is set from there on
-        for at in range(0, end, _PIECE):
-            words = array("Q", self._memory[at : min(at + _PIECE, end)])
+        for at, end in self._touched((self._reach + 63) // 64 * 8):  # nothing is set after that
+            words = array("Q", self._memory[at:end])
             words.byteswap()
-            self._memory[at : at + len(words) * 8] = words.tobytes()
+            self._memory[at:end] = words.tobytes()
 
     def _check(self, layout: BlockLayout, size: int) -> None:
         word = self.nbytes // 8 - 1
