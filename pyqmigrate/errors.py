@@ -139,6 +139,18 @@ class NoSpace(TargetError):
         super().__init__(errno, what, filename, position=position)
 
 
+def target_error(
+    error: OSError, what: str, filename: str | os.PathLike[str] | None = None, *,
+    position: int | None = None,
+) -> TargetError:
+    """Return the TargetError, or NoSpace where the disk or a quota is full, for what the system
+    raised; ``what`` could not be done with ``filename``."""
+    number = error.errno or _errno.EIO
+    if number in (_errno.ENOSPC, _errno.EDQUOT):
+        return NoSpace(what, filename, errno=number, position=position)
+    return TargetError(number, what, filename, position=position)
+
+
 class DirectIORefused(TargetError):
     """Direct I/O was demanded (``direct_io="on"``) and cannot be had for this file."""
 

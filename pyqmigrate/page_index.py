@@ -36,7 +36,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from pyqmigrate import _core
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.errors import TargetError, UsageError, target_error
 from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.sequential import SequentialBlock
 from pyqmigrate.io.channels import Channels
@@ -118,9 +118,7 @@ def keep(index: PageIndex, source: InputTarget, path: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise TargetError(
-            error.errno or errno.EIO, "cannot keep the index", os.fspath(path)
-        ) from error
+        raise target_error(error, "cannot keep the index", path) from error
 
 
 def _private(path: str, flags: int) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from typing import Any
 
-from pyqmigrate.errors import NotSupported, TargetError
+from pyqmigrate.errors import NotSupported, target_error
 
 __all__ = ["check_available", "draw"]
 
@@ -49,4 +48,4 @@ def draw(path: str, results: Sequence[dict[str, Any]], title: str) -> None:
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
-        raise TargetError(error.errno or errno.EIO, "cannot write the picture", path) from error
+        raise target_error(error, "cannot write the picture", path) from error

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import errno
 import os
 import signal
 from pathlib import Path
@@ -27,7 +26,7 @@ from pyqmigrate.cli.contents import PAGE
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome
 from pyqmigrate.cli.sizes import read_size
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.errors import UsageError, target_error
 from pyqmigrate.format.address import parse_uri
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.migration import Migration
@@ -145,7 +144,7 @@ def _open_block(name: str, path: str, length: int | None, stack: contextlib.Exit
                 Path(path).unlink()
             raise
     except OSError as error:
-        raise TargetError(error.errno or errno.EIO, "cannot open the memory", path) from error
+        raise target_error(error, "cannot open the memory", path) from error
     return RamBlock(name, FileMemory(fd, length=length))
 
 

@@ -25,7 +25,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.errors import BlockMismatch, GuestMemoryError, NoSpace, TargetError, UsageError
+from pyqmigrate.errors import (
+    BlockMismatch,
+    GuestMemoryError,
+    NoSpace,
+    UsageError,
+    target_error,
+)
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.memory import FileMemory
@@ -222,10 +228,7 @@ def _load(
             )
         except GuestMemoryError as error:
             # This memory is a file of ours.
-            number = error.errno or errno.EIO
-            if number in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace("cannot write raw files", room.path) from error
-            raise TargetError(number, "cannot write raw files", room.path) from error
+            raise target_error(error, "cannot write raw files", room.path) from error
     return [*files.values()], tuple(
         _describe(block, None if block.external else block.data_pages) for block in wanted
     )
@@ -361,7 +364,4 @@ def _refusing(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        number = error.errno or errno.EIO
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(what, path, errno=number) from error
-        raise TargetError(number, what, path) from error
+        raise target_error(error, what, path) from error

@@ -207,14 +207,18 @@ class Bitmap:
             start = at - layout.bitmap_offset
             self._memory[start : start + len(data)] = data
             if not data:
+                if at < needed:
+                    raise self._cut_off(at, layout)
                 break
             self._reach = min((start + len(data) + 7) // 8 * 64, self.npages)
             at += len(data)
         if source.size < needed:
-            raise SnapshotError(
-                "the file ends within the bitmap",
-                offset=source.size, block=layout.name, field="bitmap",
-            )
+            raise self._cut_off(source.size, layout)
+
+    def _cut_off(self, at: int, layout: BlockLayout) -> SnapshotError:
+        return SnapshotError(
+            "the file ends within the bitmap", offset=at, block=layout.name, field="bitmap"
+        )
 
     def _swap(self) -> None:
         for at, end in self._touched((self._reach + 63) // 64 * 8):  # nothing is set after that

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyqmigrate.errors import SnapshotError, TargetError
+from pyqmigrate.errors import SnapshotError, TargetError, target_error
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.seal import HEAD_MAX, SealHead, SealLine
 from pyqmigrate.io import old_seal
@@ -120,9 +120,7 @@ def check_place(path: Path) -> None:
     try:
         old_seal.check_replaceable(path)
     except OSError as error:
-        raise TargetError(
-            error.errno or errno.EIO, "cannot look at the seal that is there", path
-        ) from error
+        raise target_error(error, "cannot look at the seal that is there", path) from error
 
 
 def remove_manifest(path: Path) -> None:

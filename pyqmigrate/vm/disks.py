@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyqmigrate.errors import NotSupported, QemuRefused, TargetError, UsageError
+from pyqmigrate.errors import NotSupported, QemuRefused, UsageError, target_error
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.connection import Monitor
@@ -242,7 +242,7 @@ def record(plan: DiskPlan) -> Path | None:
     try:
         _replace(plan.record, text)
     except OSError as error:
-        raise TargetError(error.errno or 0, "cannot record the disks", plan.record) from error
+        raise target_error(error, "cannot record the disks", plan.record) from error
     plan.recorded = True
     return plan.record
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from pyqmigrate.errors import PyqmigrateError, TargetError
+from pyqmigrate.errors import PyqmigrateError, TargetError, target_error
 from pyqmigrate.io.target import DirectIO, OutputTarget
 from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.vm.contents import count_data, extent_bytes, sample
@@ -92,8 +92,7 @@ def measure_rate(directory: Path, *, channels: int = 2) -> DiskRate:
     except TargetError:
         raise
     except OSError as error:
-        kind = error.errno or errno.EIO
-        raise TargetError(kind, "a short write to try the disk failed", directory) from error
+        raise target_error(error, "a short write to try the disk failed", directory) from error
     finally:
         target.abort()
 
