@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from pyqmigrate import NoSpace
+from pyqmigrate.errors import target_error
 from tests.conftest import directory_on_disk
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +63,16 @@ def check(
 def test_a_failing_call_leaves_what_was_there_or_the_whole_result(
     shim: Path, places: list[Path], child_environment: dict[str, str]
 ) -> None:
-    check(0, 108, shim, places, child_environment)
+    check(0, 112, shim, places, child_environment)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_the_errno_of_a_refusal_is_kept_by_what_it_ends(number: int) -> None:
+    """A full quota was told as a full disk by unpack, and a full disk by seal as any failure."""
+    error = target_error(OSError(number, os.strerror(number)), "cannot write", "/snap", position=8)
+    assert (error.errno, error.filename, error.position) == (number, "/snap", 8)
+    assert isinstance(error, NoSpace) == (number != errno.EIO)
+    assert str(error).count(os.strerror(number)) == 1
 
 
 @pytest.mark.long

@@ -45,7 +45,7 @@ from tests.cli.test_cli_devices import BODY, RTC
 from tests.qemu.mutations import Anatomy, dissect, mutate
 from tests.snapshots import ram
 
-__all__ = ["FILES", "outcomes"]
+__all__ = ["outcomes"]
 
 SECONDS = 2.0  # of the processor, for one verb
 MEMORY = 300 << 10  # KiB, over what the child had from the start
