@@ -12,6 +12,9 @@ Exit codes:
 130   interrupted (Ctrl-C, SIGTERM); nothing half done is left
 ====  ================================================================
 
+Standard descriptors that are closed are no error: ``/dev/null`` takes their places, and the exit
+code says what became of the work.
+
 With ``--json`` standard output gets one JSON object and nothing else. That of a failure has the
 one key ``error``: an object of ``type``, ``message`` and ``exit_code``; ``block``, ``field`` and
 ``offset`` where a snapshot is bad; ``errno`` and ``filename`` where the system refused. The

@@ -18,8 +18,9 @@ of these keys, in this order; readers step over others between the first and the
                         seals are without it, which is "little"
     blocks              where each RAM block stands, to name what is damaged even in a file that
                         cannot be parsed any more: a list of objects of name, length, page_size,
-                        header, bitmap and pages, the last three file offsets; empty for a stream
-                        that has no bitmaps, and where it would not fit
+                        header, bitmap and pages, the last three file offsets, in the order of
+                        the file and without overlaps; empty for a stream that has no bitmaps, and
+                        where it would not fit
     digest              32 hexadecimal digits, lower case: the digest of all the digests, one after
                         another, followed by the head's own bytes up to the comma before this key
 
