@@ -53,6 +53,8 @@ struct qm_process {
 ssize_t qm_process_fill(void *process, void *buf, uint64_t off, size_t len);
 int64_t qm_process_next(void *process, uint64_t off, uint64_t end);
 int qm_process_can_scan(int pagemap);
+uint64_t qm_next_touched(int pagemap, int has_scan, const void *memory, uint64_t from,
+                         uint64_t end);
 
 struct qm_block {
     uint64_t len;

@@ -33,7 +33,11 @@ static int fail(struct cleaner *c, off_t at, int rc)
 static int make_zero(struct cleaner *c, off_t from, off_t to)
 {
     static const unsigned char zeros[QM_MAX_PAGE];
-    if (fallocate(c->file->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, from, to - from) == 0)
+    int punched;
+    do
+        punched = fallocate(c->file->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, from, to - from);
+    while (punched < 0 && errno == EINTR);
+    if (punched == 0)
         return 0;
     if (errno != EOPNOTSUPP && errno != ENOSYS)
         return fail(c, from, -errno);

@@ -104,14 +104,34 @@ static int64_t next_by_words(const struct qm_process *p, uint64_t from, uint64_t
     return (int64_t)end;
 }
 
-int64_t qm_process_next(void *arg, uint64_t off, uint64_t end)
+/* The address of the first page at or after p->address + off that was touched; -errno. */
+static int64_t next_touched(const struct qm_process *p, uint64_t off, uint64_t end)
 {
-    const struct qm_process *p = arg;
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     uint64_t from = (p->address + off) / page * page;
     uint64_t stop = p->address + end;
-    int64_t at = p->has_scan ? next_by_scan(p, from, (stop + page - 1) / page * page)
-                             : next_by_words(p, from, stop, page);
+    return p->has_scan ? next_by_scan(p, from, (stop + page - 1) / page * page)
+                       : next_by_words(p, from, stop, page);
+}
+
+uint64_t qm_next_touched(int pagemap, int has_scan, const void *memory, uint64_t from,
+                         uint64_t end)
+{
+    struct qm_process self = {
+        .pagemap = pagemap, .has_scan = has_scan, .address = (uintptr_t)memory,
+    };
+    int64_t at = next_touched(&self, from, end);
+    if (at < 0)
+        return from;
+    uint64_t found = (uint64_t)at - self.address;
+    return found < from ? from : found < end ? found : end;
+}
+
+int64_t qm_process_next(void *arg, uint64_t off, uint64_t end)
+{
+    const struct qm_process *p = arg;
+    uint64_t stop = p->address + end;
+    int64_t at = next_touched(p, off, end);
     /* While a process ends, its pages go before the process does: nothing there means nothing
      * unless there still is something to read afterwards. */
     unsigned char byte;

@@ -127,6 +127,13 @@ int64_t qm_process_next(void *process, uint64_t off, uint64_t end);
 /* 1 when the pagemap can be asked for ranges, 0 when it has to be read. */
 int qm_process_can_scan(int pagemap);
 
+/* For private, anonymous memory of this process: the first byte at or after `from`, below `end`,
+ * both offsets in `memory`, of a page that was touched, or `end`; `from` where that cannot be found
+ * out. Costs nothing for what was not touched, and touches nothing. `pagemap` is
+ * /proc/self/pagemap, opened since the last fork; `has_scan` as in struct qm_process. */
+uint64_t qm_next_touched(int pagemap, int has_scan, const void *memory, uint64_t from,
+                         uint64_t end);
+
 struct qm_block {
     uint64_t len;
     off_t pages_offset;

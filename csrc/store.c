@@ -78,7 +78,11 @@ int qm_store_zeros(const struct qm_memory *m, uint32_t page_size, uint64_t off, 
     if (off >= end)
         return 0;
     off_t at = m->fd_offset + (off_t)off;
-    if (fallocate(m->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, (off_t)(end - off)) == 0)
+    int rc;
+    do
+        rc = fallocate(m->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, (off_t)(end - off));
+    while (rc < 0 && errno == EINTR);
+    if (rc == 0)
         return 0;
     if (errno == EOPNOTSUPP || errno == ENOSYS || errno == EINVAL)
         return write_zeros(m, off, end, fault);

@@ -5,6 +5,7 @@ The seal tells it, so that the damage in a file is named that cannot be parsed a
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,24 +81,41 @@ def parts_of(
     """What was sealed at file positions ``[start, end)``.
 
     ``intact(from, to)`` says whether what is there now is what was sealed: then bitmaps are read
-    from ``fd`` to tell how many pages hold data. Raises OSError.
+    from ``fd`` to tell how many pages hold data. Costs what is named, not what the seal lists.
+    Raises OSError.
     """
-    if not head.blocks:
+    blocks = head.blocks
+    if not blocks:
         yield Part("the stream" if end > head.offset else "what is before the stream")
         return
     if start < head.offset:
         yield Part("what is before the stream")
-    at = head.offset
-    for block in head.blocks:
+    for number in _hit(head, start, end):
+        block = blocks[number]
+        at = blocks[number - 1].pages_end if number else head.offset
         if _meet(start, end, at, block.header_end):
-            first = block is head.blocks[0]
-            yield Part("head of the stream" if first else f"header of block {block.name!r}")
+            yield Part(f"header of block {block.name!r}" if number else "head of the stream")
         if not block.external:
             yield from _bitmap(block, start, end)
             yield from _pages(block, start, end, intact, fd, head.bitmap_order)
-        at = block.pages_end
-    if end > at:
+    if end > blocks[-1].pages_end:
         yield Part("what follows the blocks: the device state")
+
+
+def _hit(head: SealHead, start: int, end: int) -> list[int]:
+    """Numbers of the blocks that have something in ``[start, end)``, be it their header."""
+    blocks, bitmaps, found = head.blocks, head.bitmaps, set()
+    first = bisect.bisect_right(blocks, start, key=lambda block: block.pages_end)
+    for number in range(first, len(blocks)):
+        if number and blocks[number - 1].pages_end >= end:
+            break
+        found.add(number)
+    first = bisect.bisect_right(bitmaps, start, key=lambda bitmap: bitmap[1])
+    for begin, _, number in bitmaps[first:]:
+        if begin >= end:
+            break
+        found.add(number)
+    return sorted(found)
 
 
 def _meet(start: int, end: int, first: int, last: int) -> bool:

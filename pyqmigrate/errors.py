@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from typing import Any
 
 __all__ = [
     "BlockMismatch",
@@ -48,7 +49,25 @@ __all__ = [
 
 
 class PyqmigrateError(Exception):
-    """Root of everything that this package raises on purpose."""
+    """Root of everything that this package raises on purpose.
+
+    Each can be pickled and copied: text, attributes and notes stay what they were.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by calling the class: its parameters are not what ``args`` holds.
+        args: tuple[object, ...] = self.args
+        if isinstance(self, OSError) and self.filename is not None:
+            args = (self.errno, self.strerror, self.filename)
+        return _rebuilt, (type(self), args), self.__dict__ or None
+
+
+def _rebuilt(kind: type[PyqmigrateError], args: tuple[object, ...]) -> PyqmigrateError:
+    """An error of ``kind`` as its constructor leaves it, but for its attributes."""
+    error = kind.__new__(kind, *args)
+    if isinstance(error, OSError):
+        OSError.__init__(error, *args)
+    return error
 
 
 class SnapshotError(PyqmigrateError, ValueError):
@@ -132,6 +151,18 @@ class NotDurable(TargetError):
             errno, "the file is there and whole, but a crash of the host may take it away: it "
             "cannot be made durable under its name; sync the file system", filename,
         )
+
+
+def target_error(
+    error: OSError, what: str, filename: str | os.PathLike[str] | None = None, *,
+    position: int | None = None,
+) -> TargetError:
+    """Return the TargetError, or NoSpace where the disk or a quota is full, for what the system
+    raised; ``what`` could not be done with ``filename``."""
+    number = error.errno or _errno.EIO
+    if number in (_errno.ENOSPC, _errno.EDQUOT):
+        return NoSpace(what, filename, errno=number, position=position)
+    return TargetError(number, what, filename, position=position)
 
 
 class DirectIORefused(TargetError):

@@ -47,6 +47,7 @@ _OLDER = b"qmindex1"  # had no digest
 _INDEX = FileKind("index", lambda head: head.startswith((_MAGIC, _OLDER)))
 _BODY = len(_MAGIC) + DIGEST_SIZE  # where what is digested starts
 _HEAD_MAX = 64 << 20
+_PIECE = 1 << 20  # bytes read at a time
 _RUN_MAX = 1 << 16  # pages in one run of a kept index
 _DIGESTED = 64 << 10  # bytes at either end of the stream's file
 _CHANGE = struct.Struct("<QQQ")
@@ -181,43 +182,46 @@ def recall(
     damaged in any way. The blocks and page size are those of the stream's head."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if file.read(len(_MAGIC)) != _MAGIC:
+            if not _is_whole(file):
                 return None
-            digest, body = file.read(DIGEST_SIZE), _Digested(file)
-            index = _read(source, body, size, blocks, page_size)
-            whole = not file.read(1) and body.state.digest() == digest
-            return index if whole else None
-    except (OSError, ValueError, TypeError, KeyError, struct.error, RecursionError):
+            index = _read(source, file, os.fstat(file.fileno()).st_size, blocks, page_size)
+            return None if file.read(1) else index
+    # The digest keeps damage out, but whoever wrote the file can have made one for anything.
+    except (
+        OSError, ValueError, TypeError, KeyError, OverflowError, struct.error, RecursionError,
+    ):
         return None
 
 
-class _Digested:
-    """A file whose bytes are digested as they are read."""
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether the file is an index and has its digest; afterwards its body is next."""
+    if file.read(len(_MAGIC)) != _MAGIC:
+        return False
+    digest, state = file.read(DIGEST_SIZE), xxhash.xxh3_128()
+    while piece := file.read(_PIECE):
+        state.update(piece)
+    file.seek(_BODY)
+    return state.digest() == digest
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.state = xxhash.xxh3_128()
 
-    def read(self, length: int) -> bytes:
-        """Exactly so many bytes; ValueError where they are not there."""
-        data = self._file.read(length)
-        if len(data) != length:
-            raise ValueError("cut off")
-        self.state.update(data)
-        return data
+def _take(file: BinaryIO, length: int) -> bytes:
+    """Exactly so many bytes; ValueError where they are not there."""
+    data = file.read(length)
+    if len(data) != length:
+        raise ValueError("cut off")
+    return data
 
 
 def _read(
-    source: InputTarget, file: _Digested, size: int, blocks: Sequence[SequentialBlock],
+    source: InputTarget, file: BinaryIO, size: int, blocks: Sequence[SequentialBlock],
     page_size: int,
 ) -> PageIndex:
-    length = int.from_bytes(file.read(4), "little")
+    length = int.from_bytes(_take(file, 4), "little")
     if length > min(_HEAD_MAX, size):
         raise ValueError("too long")
-    text = file.read(length)
+    text = _take(file, length)
     head = json.loads(text)
-    file.read(len(_padding(text)))
+    _take(file, len(_padding(text)))
     if any(head[key] != value for key, value in _identity(source).items()):
         raise ValueError("another file")
     listed = [(name, length) for name, length, _, _ in head["blocks"]]
@@ -229,18 +233,19 @@ def _read(
             raise ValueError("a body outside of the file")
         index.bodies[start] = end
     for block, (_, _, changes, runs) in zip(blocks, head["blocks"], strict=True):
-        core = index.cores[block.name]
+        core, block_pages = index.cores[block.name], block.length // page_size
         if not 0 <= changes * _CHANGE.size + runs * _RUN.size <= size:
             raise ValueError("too many")
         for _ in range(changes):
             change = _core.ffi.new("struct qm_change *")
-            change.before, change.at, change.len = _CHANGE.unpack(file.read(_CHANGE.size))
+            change.before, change.at, change.len = _CHANGE.unpack(_take(file, _CHANGE.size))
             _accept(_core.lib.qm_index_put_changes(core, change, 1, source.size))
         for _ in range(runs):
-            first, npages = _RUN.unpack(file.read(_RUN.size))
-            if npages * 8 > size:
-                raise ValueError("too many")
-            words = _core.ffi.from_buffer("uint64_t[]", _turned(file.read(npages * 8)))
+            first, npages = _RUN.unpack(_take(file, _RUN.size))
+            # In pieces as they are written: a page alone costs the core as much as 512 of them.
+            if npages * 8 > size or first % 512 or (npages % 512 and first + npages != block_pages):
+                raise ValueError("no such run")
+            words = _core.ffi.from_buffer("uint64_t[]", _turned(_take(file, npages * 8)))
             _accept(_core.lib.qm_index_put(core, first, npages, words, source.size))
     return index
 

@@ -31,6 +31,7 @@ from pyqmigrate.errors import (
     SnapshotError,
     TargetError,
     UsageError,
+    target_error,
 )
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
 from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
@@ -335,9 +336,7 @@ class _Sealing:
         except PyqmigrateError:
             raise
         except OSError as error:
-            raise TargetError(
-                error.errno or errno.EIO, "cannot be sealed", self.source.name
-            ) from error
+            raise target_error(error, "cannot be sealed", self.source.name) from error
 
 
 def stale_pages(snapshot: Snapshot, *, channels: int = 2) -> dict[str, int]:

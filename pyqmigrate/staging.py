@@ -26,7 +26,9 @@ from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.format.sequential import SequentialBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, failure
+from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.target import Direct, InputTarget, core_file
+from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.sequential import PolledSource, Records, read_body
 
 __all__ = ["Place", "StagedPass"]
@@ -174,7 +176,8 @@ class StagedPass:
     def _write_current(self) -> None:
         stage, self._current = self._current, None
         if stage is not None:
-            stage.written = self._threads.submit(self._write, stage)
+            with starting_threads():
+                stage.written = self._threads.submit(self._write, stage)
             self._stages.append(stage)
 
     def _await(self, stage: _Stage) -> None:
@@ -244,7 +247,7 @@ class _Stage:
 
     def __init__(self, stack: contextlib.ExitStack, page_size: int) -> None:
         memory = mmap.mmap(-1, _PART, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        stack.callback(memory.close)
+        stack.callback(unmap, memory)
         memory.madvise(mmap.MADV_DONTFORK)
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -12,6 +12,9 @@ Exit codes:
 130   interrupted (Ctrl-C, SIGTERM); nothing half done is left
 ====  ================================================================
 
+Standard descriptors that are closed are no error: ``/dev/null`` takes their places, and the exit
+code says what became of the work.
+
 With ``--json`` standard output gets one JSON object and nothing else. That of a failure has the
 one key ``error``: an object of ``type``, ``message`` and ``exit_code``; ``block``, ``field`` and
 ``offset`` where a snapshot is bad; ``errno`` and ``filename`` where the system refused. The
@@ -36,7 +39,9 @@ from typing import Any, NoReturn, TextIO
 from pyqmigrate.cli.arguments import BadArguments, Parser
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.outcome import Outcome, describe_error, error_data, printable
+from pyqmigrate.cli.standard_streams import fill_missing_streams
 from pyqmigrate.errors import NotSupported, SnapshotError
+from pyqmigrate.io.threads import starting_threads
 
 __all__ = ["main"]
 
@@ -52,6 +57,7 @@ Sizes are written as 4096, 0x1000, 512M or 1GiB."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's arguments); return its exit code."""
+    fill_missing_streams()
     arguments = sys.argv[1:] if argv is None else list(argv)
     # Looked for by hand, so that a command line that does not parse is answered in the right form.
     as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
@@ -84,7 +90,8 @@ def _run(arguments: Sequence[str]) -> Outcome | None:
         _write(sys.stdout, "")
         return None
     try:
-        outcome: Outcome = parsed.run(parsed)
+        with starting_threads():
+            outcome: Outcome = parsed.run(parsed)
     except (SnapshotError, NotSupported) as error:
         if "snapshot" in parsed:
             error.add_note(f"{parsed.snapshot}: ")

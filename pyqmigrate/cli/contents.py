@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator
 
 from pyqmigrate.cli.sizes import MIB
+from pyqmigrate.io.mapping import unmap
 
 __all__ = ["PAGE", "SMALLEST", "fill", "first_difference", "guest_memory"]
 
@@ -33,9 +34,7 @@ def guest_memory(size: int) -> Iterator[mmap.mmap]:
     try:
         yield memory
     finally:
-        # After a failure a traceback may still hold a view; then the memory goes with it.
-        with contextlib.suppress(BufferError):
-            memory.close()
+        unmap(memory)
 
 
 def fill(memory: mmap.mmap, seed: int = 0) -> None:

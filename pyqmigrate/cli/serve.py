@@ -16,18 +16,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import errno
 import os
 import signal
 from pathlib import Path
 from uuid import UUID
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
+from pyqmigrate.cli.contents import PAGE
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.cli.sizes import read_size
+from pyqmigrate.errors import UsageError, target_error
 from pyqmigrate.format.address import parse_uri
-from pyqmigrate.format.uri import parse_size
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.migration import Migration
 from pyqmigrate.monitor import QmpServer
@@ -41,7 +41,8 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--qmp", required=True, metavar="unix:PATH", help="where clients connect")
     parser.add_argument(
         "--ram", required=True, action="append", metavar="NAME=FILE[,size=SIZE]",
-        help="a RAM block and the file it lives in; made, or made longer, when a size is given",
+        help="a RAM block and the file it lives in; made, or made longer, when a size is given, "
+        "which is whole pages of 4 KiB",
     )
     parser.add_argument(
         "--machine", default="", metavar="TYPE", help="machine type written into snapshots"
@@ -61,9 +62,10 @@ def add_parser(verbs: Verbs) -> None:
 
 def _run(args: argparse.Namespace) -> Outcome:
     path = _socket_path(args.qmp)
+    blocks = [_read_block(text) for text in args.ram]
     with contextlib.ExitStack() as stack:
         migration = Migration(
-            [_block(text, stack) for text in args.ram],
+            [_open_block(*given, stack) for given in blocks],
             machine=args.machine,
             uuid=args.uuid,
             policy=Policy.COMPAT if args.compat else Policy.STRICT,
@@ -110,19 +112,49 @@ def _socket_path(text: str) -> str:
     return path
 
 
-def _block(text: str, stack: contextlib.ExitStack) -> RamBlock:
+def _read_block(text: str) -> tuple[str, str, int | None]:
+    """Name, file and length of a RAM block; None for the length that the file has."""
     name, equals, rest = text.partition("=")
     path, comma, size = rest.rpartition(",size=")
     if not comma:
         path, size = rest, ""
-    if not equals or not name or not path:
+    if not equals or not name or not path or (comma and not size):
         raise UsageError(f"--ram is {text!r}; it is NAME=FILE[,size=SIZE]")
-    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if size else 0)
+    if not size:
+        return name, path, None
     try:
-        fd = os.open(path, flags, 0o600)
+        length = read_size(size)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--ram {text!r}: {error}") from None
+    if not length or length % PAGE:
+        raise UsageError(f"--ram {text!r}: the size of a RAM block is whole pages of {PAGE} bytes")
+    return name, path, length
+
+
+def _open_block(name: str, path: str, length: int | None, stack: contextlib.ExitStack) -> RamBlock:
+    """A block in its file, which is made or made longer where a length is given. A file that cannot
+    be made so long is left as it was."""
+    try:
+        fd, made = _open_memory(path, make=length is not None)
         stack.callback(os.close, fd)
-        if size:
-            os.ftruncate(fd, max(parse_size(size), Path(path).stat().st_size))
+        try:
+            if length is not None:
+                os.ftruncate(fd, max(length, os.fstat(fd).st_size))
+        except OSError:
+            if made:
+                Path(path).unlink()
+            raise
     except OSError as error:
-        raise TargetError(error.errno or errno.EIO, "cannot open the memory", path) from error
-    return RamBlock(name, FileMemory(fd, length=parse_size(size) if size else None))
+        raise target_error(error, "cannot open the memory", path) from error
+    return RamBlock(name, FileMemory(fd, length=length))
+
+
+def _open_memory(path: str, *, make: bool) -> tuple[int, bool]:
+    """The file at ``path``, and whether it was made now."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(path, flags), False
+    except FileNotFoundError:
+        if not make:
+            raise
+    return os.open(path, flags | os.O_CREAT, 0o600), True

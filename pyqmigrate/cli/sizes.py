@@ -6,6 +6,7 @@ import argparse
 import re
 
 from pyqmigrate.errors import UsageError
+from pyqmigrate.format.mapped_ram import OFFSET_MAX
 from pyqmigrate.format.uri import parse_size
 
 __all__ = ["MIB", "read_size", "show_rate", "show_size"]
@@ -17,14 +18,20 @@ _BINARY = re.compile(r"([0-9.]+) ?([kmgtpe])i(?:b)?", re.IGNORECASE | re.ASCII)
 
 
 def read_size(text: str) -> int:
-    """Bytes, for argparse: what QEMU takes (``512M``, ``0x1000``), and KiB, MiB, GiB."""
+    """Bytes, for argparse: what QEMU takes (``512M``, ``0x1000``), and KiB, MiB, GiB.
+
+    No file, and so nothing here, can have more than 8 EiB.
+    """
     found = _BINARY.fullmatch(text.strip())
     try:
-        return parse_size(found[1] + found[2] if found else text)
+        size = parse_size(found[1] + found[2] if found else text)
     except UsageError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a size; write it as 512MiB, 1GiB, 4096 or 0x1000"
         ) from None
+    if size > OFFSET_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large: no file has so many bytes")
+    return size
 
 
 def show_size(size: int) -> str:

@@ -30,8 +30,8 @@ from pyqmigrate.errors import (
     GuestMemoryError,
     NoSpace,
     NotDurable,
-    TargetError,
     UsageError,
+    target_error,
 )
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
@@ -257,10 +257,7 @@ def _load(
             )
         except GuestMemoryError as error:
             # This memory is a file of ours.
-            number = error.errno or errno.EIO
-            if number in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace("cannot write raw files", room.path) from error
-            raise TargetError(number, "cannot write raw files", room.path) from error
+            raise target_error(error, "cannot write raw files", room.path) from error
     return [*files.values()], tuple(
         _describe(block, None if block.external else block.data_pages) for block in wanted
     )
@@ -357,11 +354,7 @@ def _refusing(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        number = error.errno or errno.EIO
-        full = number in (errno.ENOSPC, errno.EDQUOT)
-        refused = (
-            NoSpace(what, path, errno=number) if full else TargetError(number, what, path)
-        )
+        refused = target_error(error, what, path)
         for note in getattr(error, "__notes__", ()):
             refused.add_note(note)
         raise refused from error

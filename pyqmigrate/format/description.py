@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 DESCRIPTION_MAX = 64 << 20  # bytes; real ones have 0.1 to some MiB
+_WIDE_MAX = 8 << 20  # bytes of one that is not plain ASCII: Python takes four a character then
 _VALUES_MAX = 1 << 20  # JSON values in one description: bounds the memory of the parsed form
 _LENGTH_MAX = (1 << 63) - 1
 
@@ -99,17 +100,18 @@ def locate(source: ByteSource) -> Description | None:
     while (zero := tail.rfind(b"\0")) < 0:
         if base == 0 or end - base > DESCRIPTION_MAX:
             return None
-        step = min(base, end - base)  # doubling, so that the work stays linear
+        step = min(base, _CHUNK)
         base -= step
-        tail = source.read_at(base, step) + tail
+        tail = source.read_at(base, step)  # not kept: there may be much of it
     # JSON has no zero byte, and the end-of-stream byte before the frame is one: so the last
     # zero is that byte, or one of the four of the length.
     first = base + zero + 1
+    text = memoryview(source.read_at(first, end - first))
     for start in range(first, min(first + 1 + _FRAME.size, end)):
         offset = start - _FRAME.size
         frame = b"\0" + _FRAME.pack(TYPE_DESCRIPTION, end - start)
         if offset > 0 and source.read_at(offset - 1, len(frame)) == frame:
-            return Description(offset, end, _parse(tail[start - base :], offset))
+            return Description(offset, end, _parse(text[start - first :], offset))
     return None
 
 
@@ -159,11 +161,19 @@ def _is_length(value: object) -> bool:
     return type(value) is int and 0 <= value <= _LENGTH_MAX
 
 
-def _parse(text: bytes, offset: int) -> dict[str, Any]:
-    if text.count(b",") + text.count(b"[") + text.count(b"{") > _VALUES_MAX:
+def _parse(data: bytes | memoryview, offset: int) -> dict[str, Any]:
+    text = str(data, "latin-1")
+    if not text.isascii() or "\\" in text:
+        if len(data) > _WIDE_MAX:
+            raise SnapshotError(
+                f"the description has {len(data)} bytes and is not plain ASCII; such ones are read"
+                f" up to {_WIDE_MAX} bytes", offset=offset,
+            )
+        text = str(data, "utf-8", "surrogateescape")
+    if text.count(",") + text.count("[") + text.count("{") > _VALUES_MAX:
         raise SnapshotError(f"the description has over {_VALUES_MAX} values", offset=offset)
     try:
-        value = json.loads(text.decode("utf-8", "surrogateescape"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SnapshotError(f"the description is not JSON: {error}", offset=offset) from error
     if not isinstance(value, dict):

@@ -18,8 +18,9 @@ of these keys, in this order; readers step over others between the first and the
                         seals are without it, which is "little"
     blocks              where each RAM block stands, to name what is damaged even in a file that
                         cannot be parsed any more: a list of objects of name, length, page_size,
-                        header, bitmap and pages, the last three file offsets; empty for a stream
-                        that has no bitmaps, and where it would not fit
+                        header, bitmap and pages, the last three file offsets, in the order of
+                        the file and without overlaps; empty for a stream that has no bitmaps, and
+                        where it would not fit
     digest              32 hexadecimal digits, lower case: the digest of all the digests, one after
                         another, followed by the head's own bytes up to the comma before this key
 
@@ -30,10 +31,11 @@ verified.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 from pyqmigrate.errors import SnapshotError
@@ -41,7 +43,7 @@ from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data, digest_of_all
 from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
 
 __all__ = ["HEAD_MAX", "PIECE", "SEALED_MAX", "SUFFIX", "SealHead", "SealLine",
-           "count_pieces", "is_seal"]
+           "bitmap_places",           "count_pieces", "is_seal"]
 
 SUFFIX = ".seal"
 PIECE = 1 << 20  # bytes of the file that have one digest
@@ -74,6 +76,11 @@ class SealHead:
     offset: int = 0
     blocks: tuple[BlockLayout, ...] = ()
     bitmap_order: ByteOrder = "little"
+
+    @functools.cached_property
+    def bitmaps(self) -> list[tuple[int, int, int]]:
+        """What :func:`bitmap_places` returns of the blocks."""
+        return bitmap_places(self.blocks)
 
     @property
     def digests_size(self) -> int:
@@ -145,10 +152,12 @@ class SealLine:
             raise _fault("the seal has no list of blocks")
         if not line.endswith(_end(digest)):
             raise _fault("the seal does not end with its digest")
+        offset, layouts = _number(head, "offset"), tuple(map(_block, blocks))
+        _check_places(layouts, offset)
         return cls(
             SealHead(
-                algorithm, size, _number(head, "mtime_ns", negative=True), clear,
-                _number(head, "offset"), tuple(map(_block, blocks)), order,
+                algorithm, size, _number(head, "mtime_ns", negative=True), clear, offset, layouts,
+                order,
             ),
             digest, line[: -len(_end(digest))],
         )
@@ -174,6 +183,28 @@ def _block(value: Any) -> BlockLayout:
     if block.page_size not in PAGE_SIZES:
         raise _fault(f"the seal lists a block with pages of {block.page_size} bytes")
     return block
+
+
+def _check_places(blocks: tuple[BlockLayout, ...], offset: int) -> None:
+    """Blocks follow one another in a file, and bitmaps share no byte: so each place belongs to few
+    of them, however many are listed."""
+    for block in blocks:
+        if block.header_offset < offset or (
+            not block.external and block.pages_offset < block.header_end
+        ):
+            raise _fault(f"the seal lists block {block.name!r} at a place where it cannot be")
+        offset = block.pages_end
+    for (_, end, _), (start, _, _) in pairwise(bitmap_places(blocks)):
+        if start < end:
+            raise _fault("the seal lists blocks whose bitmaps overlap")
+
+
+def bitmap_places(blocks: Sequence[BlockLayout]) -> list[tuple[int, int, int]]:
+    """Where the bitmaps are, ``[start, end)``, and the number of the block; in order."""
+    return sorted(
+        (block.bitmap_offset, block.bitmap_offset + (block.num_pages + 7) // 8, number)
+        for number, block in enumerate(blocks) if not block.external
+    )
 
 
 def _number(head: dict[str, Any], key: str, *, negative: bool = False) -> int:

@@ -318,6 +318,8 @@ class Walk(abc.ABC):
         limit = self._described.offset if self._described else self._cursor.size
         while start < limit and self._search_left > 0:
             chunk = self._source.read_at(start, min(_CHUNK + len(mark) - 1, limit - start))
+            if not chunk:  # the end of a source whose size is not known before
+                return
             self._search_left -= len(chunk)
             hit = chunk.find(mark)
             while hit >= 0 and self._search_left > 0:

@@ -7,14 +7,17 @@ is the writing *host's* (format document, 2.3); nothing in the file records it.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from array import array
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from pyqmigrate import _core
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.io.holes import next_data
+from pyqmigrate.io.mapping import unmap
 
 __all__ = ["Bitmap"]
 
@@ -106,9 +109,40 @@ class Bitmap:
         return self._count(self.npages)[1]
 
     def _count(self, npages: int) -> tuple[int, int]:
-        last = _core.ffi.new("int64_t *")
+        last, found, highest = _core.ffi.new("int64_t *"), 0, -1
         npages = min(npages, self._reach)
-        return int(_core.lib.qm_count(self.core, npages, last)), int(last[0])
+        for start, end in self._touched((npages + 63) // 64 * 8):
+            pages = min(npages - start * 8, (end - start) * 8)
+            count = int(_core.lib.qm_count(self.core + start // 8, pages, last))
+            if count:
+                found, highest = found + count, start * 8 + int(last[0])
+        return found, highest
+
+    def _touched(self, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Pieces, ``[start, end)``, of the first ``nbytes`` that are all that can hold a set bit.
+
+        What a bitmap costs is what was set in it, however long its block claims to be.
+        """
+        if nbytes <= _PIECE:
+            yield 0, nbytes
+            return
+        core = self.core
+        try:
+            pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            pagemap = -1  # then every piece may
+        try:
+            can_scan = _core.lib.qm_process_can_scan(pagemap)
+            at = 0
+            while at < nbytes:
+                at = int(_core.lib.qm_next_touched(pagemap, can_scan, core, at, nbytes)) // 8 * 8
+                end = min(at + _PIECE, nbytes)
+                if at < end:
+                    yield at, end
+                at = end
+        finally:
+            if pagemap >= 0:
+                os.close(pagemap)
 
     def runs(self, first: int = 0, end: int | None = None) -> list[tuple[int, int, bool]]:
         """``(from, to, set)`` for the stretches of equal bits in ``[first, end)``."""
@@ -129,10 +163,11 @@ class Bitmap:
                 for at in range(0, self.nbytes, _PIECE):
                     target.write_at(offset + at, view[at : min(at + _PIECE, self.nbytes)])
                 return
-            for at in range(0, self.nbytes, _HOLE):
-                piece = view[at : min(at + _HOLE, self.nbytes)]
-                if not _core.lib.qm_is_zero(_core.ffi.from_buffer(piece), len(piece)):
-                    target.write_at(offset + at, piece)
+            for start, end in self._touched(self.nbytes):
+                for at in range(start, end, _HOLE):
+                    piece = view[at : min(at + _HOLE, end)]
+                    if not _core.lib.qm_is_zero(_core.ffi.from_buffer(piece), len(piece)):
+                        target.write_at(offset + at, piece)
 
     @classmethod
     def read_from(cls, source: _Readable, layout: BlockLayout, byteorder: str) -> Bitmap:
@@ -172,21 +207,24 @@ class Bitmap:
             start = at - layout.bitmap_offset
             self._memory[start : start + len(data)] = data
             if not data:
+                if at < needed:
+                    raise self._cut_off(at, layout)
                 break
             self._reach = min((start + len(data) + 7) // 8 * 64, self.npages)
             at += len(data)
         if source.size < needed:
-            raise SnapshotError(
-                "the file ends within the bitmap",
-                offset=source.size, block=layout.name, field="bitmap",
-            )
+            raise self._cut_off(source.size, layout)
+
+    def _cut_off(self, at: int, layout: BlockLayout) -> SnapshotError:
+        return SnapshotError(
+            "the file ends within the bitmap", offset=at, block=layout.name, field="bitmap"
+        )
 
     def _swap(self) -> None:
-        end = (self._reach + 63) // 64 * 8  # nothing is set from there on
-        for at in range(0, end, _PIECE):
-            words = array("Q", self._memory[at : min(at + _PIECE, end)])
+        for at, end in self._touched((self._reach + 63) // 64 * 8):  # nothing is set after that
+            words = array("Q", self._memory[at:end])
             words.byteswap()
-            self._memory[at : at + len(words) * 8] = words.tobytes()
+            self._memory[at:end] = words.tobytes()
 
     def _check(self, layout: BlockLayout, size: int) -> None:
         word = self.nbytes // 8 - 1
@@ -207,6 +245,5 @@ class Bitmap:
     def close(self) -> None:
         """Give the memory back. May be repeated."""
         self._core = None
-        if not self._memory.closed:
-            _core.ffi.release(self._buffer)
-            self._memory.close()
+        _core.ffi.release(self._buffer)
+        unmap(self._memory)

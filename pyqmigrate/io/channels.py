@@ -25,6 +25,7 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.io.threads import start_thread
 
 __all__ = [
     "MAX_CHANNELS",
@@ -180,7 +181,7 @@ class Channels:
         started = []
         try:
             for thread in threads:
-                thread.start()
+                start_thread(thread)
                 started.append(thread)
         except BaseException as error:
             self._stop(error)
@@ -217,7 +218,8 @@ def failure(rc: int, fault: Any, target: str, block: str) -> PyqmigrateError:
 class Job(Generic[R]):
     """A save or a load under way. All methods are thread-safe.
 
-    ``work`` does the whole job in a thread of the job's own and returns its report.
+    ``work`` does the whole job in a thread of the job's own and returns its report. Raises
+    TargetError where no thread can be started; then ``work`` does not run.
     """
 
     def __init__(self, channels: Channels, total: int, work: Callable[[], R]) -> None:
@@ -245,7 +247,7 @@ class Job(Generic[R]):
                     callback()
 
         self._thread = threading.Thread(target=run, name=channels.name)
-        self._thread.start()
+        start_thread(self._thread)
 
     def cancel(self) -> None:
         """Ask the job to stop; does not wait. The channels stop within 100 ms; an fsync under way

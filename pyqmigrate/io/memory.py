@@ -23,6 +23,7 @@ from pyqmigrate import _core
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.io.in_use import Area, FileId, files_in_areas, files_in_use
+from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.process import ProcessMemory, ProcessSource
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ class Attached:
             _core.ffi.release(self._buffer)
             self._buffer = None
         if self._mapping is not None:
-            self._mapping.close()
+            unmap(self._mapping)
             self._mapping = None
         if self._process is not None:
             self._process.close()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pyqmigrate.errors import NoSpace, NotDurable, TargetError, UsageError
+from pyqmigrate.errors import NotDurable, TargetError, UsageError, target_error
 from pyqmigrate.io.new_file import NewFile
 from pyqmigrate.io.place import check_name_fits, followed
 
@@ -149,9 +149,6 @@ def write_whole(
     except OSError as error:
         if isinstance(error, TargetError):
             raise
-        number = error.errno or errno.EIO
         if not what:
-            raise NotDurable(number, place) from error
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(what, place, errno=number) from error
-        raise TargetError(number, what, place) from error
+            raise NotDurable(error.errno or errno.EIO, place) from error
+        raise target_error(error, what, place) from error

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pyqmigrate.errors import Cancelled, NotSupported, TargetError, UsageError
+from pyqmigrate.errors import Cancelled, NotSupported, TargetError, UsageError, target_error
 from pyqmigrate.format.mapped_ram import OFFSET_MAX
 from pyqmigrate.io.target import Direct, DirectIO, InputTarget
 
@@ -132,8 +132,8 @@ class PassingInput(InputTarget):
             try:
                 done = os.pwrite(self.fd, data, offset)
             except OSError as error:
-                raise TargetError(
-                    error.errno or errno.EIO, "cannot keep device state", tempfile.gettempdir()
+                raise target_error(
+                    error, "cannot keep device state", tempfile.gettempdir()
                 ) from error
             data, offset = data[done:], offset + done
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pyqmigrate import _core
-from pyqmigrate.errors import DirectIORefused, NoSpace, NotDurable, TargetError, UsageError
+from pyqmigrate.errors import DirectIORefused, NotDurable, TargetError, UsageError, target_error
 from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGES_ALIGNMENT
 from pyqmigrate.format.seal import SUFFIX, is_seal
 from pyqmigrate.format.uri import parse_file_uri
@@ -128,10 +128,7 @@ def _split(target: Target) -> tuple[str, int]:
 
 
 def _refused(error: OSError, what: str, name: str, position: int | None = None) -> TargetError:
-    number = error.errno or errno.EIO
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(what, name, errno=number, position=position)
-    return TargetError(number, what, name, position=position)
+    return target_error(error, what, name, position=position)
 
 
 def _check_borrowed(given: Descriptors, *, writing: bool) -> None:

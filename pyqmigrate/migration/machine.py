@@ -24,6 +24,7 @@ from pyqmigrate.fdset_rules import Direction, check_fdset
 from pyqmigrate.format.address import Address, Transport, parse_uri
 from pyqmigrate.format.devices import encode_devices, global_state, run_state_of
 from pyqmigrate.io.memory import RamBlock, attach
+from pyqmigrate.io.threads import start_thread
 from pyqmigrate.log import logger
 from pyqmigrate.migration.guest import Guest
 from pyqmigrate.migration.incoming import Source
@@ -256,11 +257,11 @@ class Migration:
                 resources.close()
                 named = _open_error("create", address, error)
                 if self._policy is Policy.COMPAT and opens_late(error):
-                    with self._lock:
+                    with self._lock, contextlib.suppress(TargetError):
                         self._start(
                             lambda: self._end_outgoing(Status.FAILED, named), "pyqmigrate-migrate"
                         )
-                    return
+                        return
                 self._end_outgoing(Status.FAILED, named)
                 raise named from error
             with self._lock:
@@ -268,7 +269,12 @@ class Migration:
                 writer.channels.set_rate(self._parameters.max_bandwidth)
                 if self._cancelling():  # it came while the target was opened
                     writer.channels.cancel()
-                self._start(lambda: self._run_outgoing(resources), "pyqmigrate-migrate")
+                try:
+                    self._start(lambda: self._run_outgoing(resources), "pyqmigrate-migrate")
+                except TargetError as error:
+                    resources.close()
+                    self._end_outgoing(Status.FAILED, error)
+                    raise
 
     def _open(
         self, address: Address, take_fd: TakeFd, resources: contextlib.ExitStack
@@ -520,9 +526,15 @@ class Migration:
                 raise _open_error("open", address, error) from error
             with self._lock:
                 self._incoming_started = True
-                self._start(
-                    lambda: self._run_incoming(source, exit_on_error), "pyqmigrate-incoming"
-                )
+                try:
+                    self._start(
+                        lambda: self._run_incoming(source, exit_on_error), "pyqmigrate-incoming"
+                    )
+                except TargetError:
+                    source.close()
+                    self._incoming_started = False
+                    self._incoming_status = Status.NONE
+                    raise
 
     def _run_incoming(self, source: Source, exit_on_error: bool) -> None:
         try:
@@ -603,8 +615,10 @@ class Migration:
     # ---- shared -----------------------------------------------------------------------------
 
     def _start(self, work: Callable[[], None], name: str) -> None:
-        self._thread = threading.Thread(target=work, name=name)
-        self._thread.start()
+        """Raises TargetError where no thread can be started; nothing has changed then."""
+        thread = threading.Thread(target=work, name=name)
+        start_thread(thread)
+        self._thread = thread
 
     def _set_run_state(self, run_state: RunState, event: str | None = None) -> None:
         with self._lock:

@@ -68,7 +68,10 @@ class Connection:
 
     async def send_large(self, message: object) -> None:
         """Like ``send``, for what may take seconds to encode: a long identity, say."""
-        line = await asyncio.to_thread(encode_line, message)
+        try:
+            line = await asyncio.to_thread(encode_line, message)
+        except RuntimeError:  # no thread can be started: then the others have to wait for it
+            line = encode_line(message)
         if self._broken is None:
             self._send_line(line)
 

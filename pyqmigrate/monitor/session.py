@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.events import Event
 from pyqmigrate.format import qapi
+from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.monitor.commands import COMMANDS, Context
 from pyqmigrate.monitor.json_stream import JsonError, JsonValue
 
@@ -114,7 +115,8 @@ class Session:
             raise _Refused(f"The command {call.command} does not support OOB")
         arguments = command.arguments.read(call.arguments)
         if command.blocks:
-            return await asyncio.to_thread(command.run, self._context, arguments)
+            with starting_threads():
+                return await asyncio.to_thread(command.run, self._context, arguments)
         return command.run(self._context, arguments)
 
     def _negotiate(self, arguments: object) -> dict[str, object]:

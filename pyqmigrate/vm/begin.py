@@ -11,7 +11,9 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pyqmigrate.errors import TargetError
 from pyqmigrate.io.target import Target
+from pyqmigrate.io.threads import start_thread
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.incoming import make_incoming
 from pyqmigrate.vm.memory_backends import Mapped, map_blocks
@@ -107,7 +109,10 @@ def begin(
 
     # In a thread, where no signal can raise between the fork and our knowing of it.
     thread = threading.Thread(target=work, name="pyqmigrate-begin")
-    thread.start()
+    try:
+        start_thread(thread)
+    except TargetError:  # the restore meets this again too
+        return None
     try:
         thread.join()
     except BaseException:

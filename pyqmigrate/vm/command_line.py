@@ -73,11 +73,17 @@ class Option:
         return found
 
     def _from_json(self, text: str) -> dict[str, str]:
+        data = self._json(text)
         try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"-{self.name} {text!r} is not JSON: {error}") from error
-        return dict(flatten("", data)) if isinstance(data, dict) else {}
+            return dict(flatten("", data)) if isinstance(data, dict) else {}
+        except RecursionError as error:
+            raise UsageError(f"-{self.name} {text[:200]!r} is nested too deeply") from error
+
+    def _json(self, text: str) -> object:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"-{self.name} {text[:200]!r} is not JSON: {error}") from error
 
     def listed(self, key: str) -> list[str]:
         """All values of a key that may have several: repeated in a list of properties, a JSON list.
@@ -96,7 +102,9 @@ class Option:
         """With a switch set, whatever it was, and all else as it is written."""
         text = self.value or ""
         if text.lstrip().startswith("{"):
-            return replace(self, value=json.dumps(json.loads(text) | {key: on}))
+            data = self._json(text)
+            assert isinstance(data, dict)  # a text that starts with a brace has an object or fails
+            return replace(self, value=json.dumps(data | {key: on}))
         return replace(self, value=f"{text},{key}={'on' if on else 'off'}")  # the last one wins
 
     def words(self) -> list[str]:

@@ -12,14 +12,13 @@ bits.
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Collection
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.errors import SnapshotError, TargetError
+from pyqmigrate.errors import SnapshotError, target_error
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, cut
 from pyqmigrate.io.holes import next_data
@@ -64,9 +63,7 @@ class Companion:
                     self._copy(block.bitmap_offset, block.layout.bitmap_size)
                     self._copy(block.pages_offset, block.length)
         except OSError as error:
-            raise TargetError(
-                error.errno or errno.EIO, "cannot make the companion of the snapshot"
-            ) from error
+            raise target_error(error, "cannot make the companion of the snapshot") from error
         started = time.monotonic()
         for block in self._snapshot.blocks.values():
             if block.name in self._mapped and not self.sealed:

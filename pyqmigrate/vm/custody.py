@@ -32,7 +32,7 @@ from collections.abc import AsyncIterator, Collection, Generator, Mapping, Seque
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
+from pyqmigrate.errors import QemuError, QemuGone, QemuRefused, target_error
 from pyqmigrate.io.in_use import InUse
 from pyqmigrate.io.place import followed
 from pyqmigrate.io.target import DirectIO, OutputTarget
@@ -261,11 +261,15 @@ class Custody:
             sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), self._snapshot
         ]  # fmt: skip
         ours, its = socket.socketpair()
-        with its:
-            self._guardian = subprocess.Popen(
-                command, stdin=its.fileno(), stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
-            )  # fmt: skip
+        try:
+            with its:
+                self._guardian = subprocess.Popen(
+                    command, stdin=its.fileno(), stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+                )  # fmt: skip
+        except OSError as error:
+            ours.close()
+            raise target_error(error, "cannot start the guardian process") from error
         self._news = ours
         self._say(json.dumps(self._finding))
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from pyqmigrate.errors import PyqmigrateError, TargetError
+from pyqmigrate.errors import PyqmigrateError, TargetError, target_error
 from pyqmigrate.io.target import DirectIO, OutputTarget
+from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.vm.contents import count_data, extent_bytes, sample
 from pyqmigrate.vm.guest import Guest
 
@@ -84,14 +85,14 @@ def measure_rate(directory: Path, *, channels: int = 2) -> DiskRate:
     try:
         free = target.free_bytes()
         units = _UNITS if free is None else min(_UNITS, free // 8 // _UNIT)
-        seconds = _write(target, units, channels) if units else 0.0
+        with starting_threads():
+            seconds = _write(target, units, channels) if units else 0.0
         rate = units * _UNIT / seconds if seconds else 0.0
         return DiskRate(rate, free, target.direct is not None, target.direct_io_reason)
     except TargetError:
         raise
     except OSError as error:
-        kind = error.errno or errno.EIO
-        raise TargetError(kind, "a short write to try the disk failed", directory) from error
+        raise target_error(error, "a short write to try the disk failed", directory) from error
     finally:
         target.abort()
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from pyqmigrate.errors import QemuError, UsageError
+from pyqmigrate.io.threads import start_thread
 from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.leash import Leash
 
@@ -145,7 +146,12 @@ class _ErrorOutput:
         self._lock = threading.Lock()
         self._reader, self.writer = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._pump, name="pyqmigrate-stderr", daemon=True)
-        self._thread.start()
+        try:
+            start_thread(self._thread)
+        except BaseException:
+            for fd in (self._reader, self._target, self.writer):
+                os.close(fd)
+            raise
 
     def close_writer(self) -> None:
         """Our copy of what the process got."""

@@ -154,3 +154,34 @@ def test_pagemap_of_a_process_that_ended_skips_nothing(finder: ProcessSource) ->
     os.kill(finder.core.pid, 9)
     os.waitid(os.P_PID, finder.core.pid, os.WEXITED | os.WNOWAIT)
     assert lib.qm_process_next(finder.core, start, 2000 * PAGE) == start
+
+
+@pytest.mark.parametrize("way", ["ranges", "words", "no pagemap"])
+def test_memory_of_our_own_that_was_touched_is_found(way: str) -> None:
+    pages = [3, 4, 600, 4000]
+    memory = mmap.mmap(-1, PAGES * PAGE, flags=PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(memory, "madvise"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    for page in pages:
+        memory[page * PAGE] = 1
+    base = ffi.from_buffer("unsigned char[]", memory)
+    pagemap = -1 if way == "no pagemap" else os.open("/proc/self/pagemap", os.O_RDONLY)
+
+    def next_touched(start: int, end: int = PAGES * PAGE) -> int:
+        return int(lib.qm_next_touched(pagemap, way == "ranges", base, start, end))
+
+    try:
+        for start in (0, 1, 3 * PAGE, 3 * PAGE + 5, 4 * PAGE, 5 * PAGE, 601 * PAGE, 4001 * PAGE):
+            expected = min(
+                (max(page * PAGE, start) for page in pages if (page + 1) * PAGE > start),
+                default=PAGES * PAGE,
+            )
+            assert next_touched(start) == (start if way == "no pagemap" else expected)
+        if way != "no pagemap":
+            assert next_touched(5 * PAGE, 600 * PAGE) == 600 * PAGE
+            assert next_touched(5 * PAGE, 100 * PAGE + 7) == 100 * PAGE + 7
+    finally:
+        if pagemap >= 0:
+            os.close(pagemap)
+        ffi.release(base)
+        memory.close()

@@ -201,3 +201,20 @@ def test_looking_at_an_empty_bitmap_costs_no_memory() -> None:
 def test_more_pages_than_memory_has_bits_for_are_not_supported(npages: int) -> None:
     with pytest.raises(NotSupported, match="too large"):
         Bitmap(npages)
+
+
+def test_a_read_that_ends_before_the_file_does_is_no_clear_bitmap() -> None:
+    """It was taken for zeros, and the pages were loaded as zeros."""
+
+    class Short(File):
+        def read_at(self, offset: int, length: int) -> bytes:
+            return super().read_at(offset, max(0, min(length, 200 - offset)))
+
+    with Short() as file:
+        place = layout(4096)
+        bitmap = bitmap_of(np.ones(4096, dtype=bool))
+        bitmap.write_to(file, place.bitmap_offset, everything=True)
+        os.truncate(file.fd, place.pages_end)
+        with pytest.raises(SnapshotError, match="ends within the bitmap") as caught:
+            Bitmap.read_from(file, place, "little")
+        assert (caught.value.block, caught.value.offset) == ("ram", 200)
