@@ -135,6 +135,11 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
             )
             if self.index is not None and source.passing:
                 raise UsageError(f"{source.name!r} is not read at random: no index can be kept")
+            if self.index is not None and source.is_device:
+                raise UsageError(
+                    f"{source.name!r} is a block device, which records no time of change: no index "
+                    "can be kept"
+                )
             walk.read_head()
         except BaseException:
             self.close()

@@ -32,6 +32,7 @@ from pyqmigrate.format.elements import (
     SectionKind,
 )
 from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.passing import PassingInput
 from pyqmigrate.io.target import InputTarget, Target
 from pyqmigrate.opened import locate
 from pyqmigrate.opening import AnySnapshot, open_snapshot
@@ -67,8 +68,8 @@ def devices(
 ) -> Devices:
     """Decode the device state of a file, of whichever kind it is.
 
-    target: an opened snapshot, which stays open; or a path, a ``file:`` URI or Descriptors: what
-        ``open_snapshot`` takes, or what ``xen-save-devices-state`` wrote.
+    target: an opened snapshot, which stays open; or a path (of a pipe too), a ``file:`` URI or
+        Descriptors: what ``open_snapshot`` takes, or what ``xen-save-devices-state`` wrote.
     offset, page_size, index: as for ``open_snapshot``, which must have had them where the snapshot
         is open already.
     name, section_id: only devices of this name, and of this section id.
@@ -82,10 +83,12 @@ def devices(
         if (offset, page_size, index) != (None, None, None):
             raise UsageError("offset, page_size and index belong to the opening of the snapshot")
         return _decode_snapshot(target, name, section_id, progress)
-    located = locate(target, offset)
+    located = locate(target, offset, piped=True)
     with contextlib.ExitStack() as stack:
         stack.callback(located.source.close)
         if _is_state_alone(located.source):
+            if isinstance(located.source, PassingInput):
+                located.source.run_out()
             stream = _StateAlone(walk_devices(located.source))
             return _decode(located.source, stream, None, False, name, section_id)
         stack.pop_all()

@@ -147,8 +147,11 @@ class Writer(StreamWriter):
         reuse: bool = False,
         max_bandwidth: int = 0,
         seal: Algorithm | None = None,
+        prefix: bytes = b"",
     ) -> None:
-        super().__init__(blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth)
+        super().__init__(
+            blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix
+        )
         self.digests: Digests | None = None
         # Whether pages whose bit is clear can have old bytes in the file.
         self._stale = reuse
@@ -158,7 +161,7 @@ class Writer(StreamWriter):
         self.policy.mark_zero = mark_zero
         with self._closed_on_error():
             self.head: Head = encode_head(
-                machine, self.specs, offset=stream_offset(target),
+                machine, self.specs, offset=stream_offset(target) + len(prefix),
                 target_page_bits=target_page_bits, uuid=uuid, ignore_shared=ignore_shared,
                 before=before,
             )

@@ -113,7 +113,7 @@ class SealCheck:
     def data(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "path": self.seal, "algorithm": str(self.algorithm), "size": self.size,
+            "path": self.seal, "algorithm": str(self.algorithm), "sealed_size": self.size,
             "intact": self.intact, "damages": [damage.data() for damage in self.damages],
             "notes": [*self.notes], "bytes_read": self.bytes_read, "seconds": self.seconds,
             "direct_io": self.direct_io, "direct_io_reason": self.direct_io_reason,
@@ -175,6 +175,10 @@ def start_seal(
             if source.offset:
                 raise UsageError("the offset is given twice")
             source.offset = offset
+        if source.is_device:
+            raise UsageError(
+                f"{source.name!r} is a block device, which records no time of change: seal a file"
+            )
         check_place(seal_path(source.name))
         work = _Sealing(
             source, page_size, bitmap_order, Digests(chosen), Channels(count, "pyqmigrate-seal"),

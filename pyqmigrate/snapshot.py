@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 from pyqmigrate import _core
-from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
@@ -130,6 +130,11 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
         super().__init__(locate(target, offset))
         self._bitmap_order = bitmap_order
         try:
+            if self.source.passing:
+                raise NotSupported(
+                    "the stream is compressed, and a mapped-ram file has its pages at fixed places: "
+                    "convert it first (pyqmigrate convert FILE OUT --to mapped-ram)"
+                )
             self._stream = parse(self.source, self.offset)
         except BaseException:
             self.close()

@@ -9,11 +9,13 @@ SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
 ``lime``        a LiME file of it: for volatility3
 
 A classic stream is read once, front to back, into a mapped-ram file and raw files. For these SRC
-may be a pipe (``zstd -dc OLD | pyqmigrate convert /dev/stdin DST --to mapped-ram``), and an image
-that libvirt compressed with gzip, bzip2, xz or, with ``pip install pyqmigrate[zstd]``, zstd.
+may be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), and a stream that is
+compressed with gzip, bzip2, xz or, before Python 3.14 with ``pip install zstandard``, zstd.
 
 Device state is carried over byte for byte. DST appears only when it is whole and durable;
-it cannot be SRC, under whatever name.
+it cannot be SRC, under whatever name. With ``-`` as DST a classic stream goes to a pipe, and every
+form but raw into the file that standard output is redirected to; what is printed otherwise goes to
+standard error, and the reader of a pipe has to look at the exit code.
 ``--memory NAME=FILE`` gives the content of a block that SRC only lists (x-ignore-shared).
 
 For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
@@ -40,6 +42,7 @@ from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.cli.standard_streams import write_to
 from pyqmigrate.errors import UsageError
 from pyqmigrate.export.convert import Form, convert
 from pyqmigrate.export.image import ImageReport
@@ -54,7 +57,10 @@ __all__ = ["add_parser"]
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "convert", _run, __doc__)
     add_snapshot(parser)
-    parser.add_argument("target", metavar="DST")
+    parser.add_argument(
+        "target", metavar="DST", help="what to write; - is standard output (see above)"
+    )
+    parser.set_defaults(writes="target")
     forms = [str(form) for form in Form]
     parser.add_argument("--to", choices=forms, required=True, help="the form of DST")
     parser.add_argument(
@@ -102,7 +108,7 @@ def _run(args: argparse.Namespace) -> Outcome:
             stack.callback(os.close, fd)
             memories[name] = FileMemory(fd)
         report = convert(
-            snapshot, args.target, to=args.to, channels=args.channels, direct_io=args.direct_io,
+            snapshot, write_to(args.target, forward=_why_a_file(args.to)), to=args.to, channels=args.channels, direct_io=args.direct_io,
             sparse=args.sparse, memories=memories, placements=args.map,
             byte_order=args.byte_order, progress=show,
         )
@@ -121,6 +127,13 @@ def _run(args: argparse.Namespace) -> Outcome:
         registers = [f"registers of {counted(report.cpus, 'CPU')}"] if args.to == Form.ELF else []
         lines = [*_ranges(report), *lines, *registers, *_left_out(report)]
     return Outcome(data, lines)
+
+
+def _why_a_file(form: str) -> str | None:
+    """Why this form cannot go through a pipe; None if it can."""
+    if form == Form.RAW:
+        return "raw files go into a directory"
+    return None if form == Form.STREAM else f"{form} has its pages at fixed places"
 
 
 def _ranges(report: ImageReport) -> list[str]:

@@ -6,15 +6,31 @@ escape (:func:`printable`).
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.errors import SnapshotError
 
-__all__ = ["Outcome", "counted", "describe_error", "error_data", "printable", "table"]
+__all__ = [
+    "SCHEMA",
+    "Outcome",
+    "announce",
+    "counted",
+    "describe_error",
+    "error_data",
+    "json_text",
+    "printable",
+    "seal_data",
+    "table",
+]
+
+SCHEMA = 1  # of all JSON objects; docs/json.md
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,25 @@ class Outcome:
     data: dict[str, Any] | None
     lines: Sequence[str]
     code: ExitCode = ExitCode.DONE
+
+
+def json_text(data: Mapping[str, Any]) -> str:
+    """What ``--json`` prints of ``data``, with its newline."""
+    return json.dumps({"schema": SCHEMA, **data}, indent=2) + "\n"
+
+
+def seal_data(path: object, algorithm: object, **more: object) -> dict[str, Any]:
+    """The value of ``seal``, in whichever object it is."""
+    return {"path": str(path), "algorithm": str(algorithm), **more}
+
+
+def announce(args: argparse.Namespace, data: Mapping[str, Any], lines: Sequence[str]) -> None:
+    """Print what a verb has to say before it ends: JSON on standard output, or ``lines`` on standard
+    error."""
+    if args.json:
+        print(json_text(data), end="", flush=True)
+    elif not args.quiet:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

@@ -64,6 +64,10 @@ class PassingInput(InputTarget):
         """Length of the stream, bytes; before it has ended, more than it can have."""
         return self._position if self._ended else OFFSET_MAX
 
+    @property
+    def repeatable(self) -> bool:
+        return self._again
+
     def rewind(self) -> None:
         if not self._passed:
             return

@@ -47,6 +47,7 @@ __all__ = [
     "seal_path",
     "Target",
     "core_file",
+    "file_size",
     "find_direct",
     "followed",
     "stream_offset",
@@ -144,7 +145,8 @@ def _check_borrowed(given: Descriptors, *, writing: bool) -> None:
             info = os.fstat(fd)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"descriptor {fd} cannot be used: {error}") from None
-        if not stat.S_ISREG(info.st_mode):
+        device = stat.S_ISBLK(info.st_mode) and not writing
+        if not (stat.S_ISREG(info.st_mode) or device):
             raise UsageError(f"descriptor {fd} is not a regular file; snapshots need one")
         if flags & os.O_ACCMODE == useless:
             raise UsageError(f"descriptor {fd} cannot {verb}; open it with {wanted}")
@@ -263,6 +265,18 @@ def target_path(target: str | os.PathLike[str]) -> str:
     return _split(target)[0]
 
 
+def file_size(fd: int) -> int:
+    """Length of a file or block device, bytes. The position of ``fd`` is afterwards as before."""
+    info = os.fstat(fd)
+    if not stat.S_ISBLK(info.st_mode):
+        return info.st_size
+    position = os.lseek(fd, 0, os.SEEK_CUR)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.lseek(fd, position, os.SEEK_SET)
+
+
 def stream_offset(target: Target) -> int:
     """Where in its file the stream of a target starts, bytes."""
     return _split(target)[1]
@@ -272,11 +286,19 @@ class OutputTarget:
     """A file being written. Use :meth:`open`, then exactly one of publish and abort.
 
     ``fd`` is buffered; ``direct`` is None without direct I/O, and ``direct_io_reason`` says why
-    or what it demands. ``offset`` is where the stream starts.
+    or what it demands. ``offset`` is where the stream starts. ``forward`` says that bytes can only be
+    written one after another (:mod:`pyqmigrate.io.forward_output`).
     """
 
-    def __init__(self, target: Target, *, reuse: bool) -> None:
+    forward = False
+
+    def __init__(self, target: Target, *, reuse: bool, prefix: bytes = b"") -> None:
         self.name, self.offset = _split(target)
+        if prefix and (self.offset or reuse or isinstance(target, Descriptors)):
+            raise UsageError("what precedes a stream goes into a new file: the target is a path")
+        self._prefix = prefix
+        if prefix:
+            self.offset = len(prefix)
         self.reuse = reuse
         self.fd = -1
         self.direct: Direct | None = None
@@ -299,9 +321,10 @@ class OutputTarget:
     @classmethod
     def open(
         cls, target: Target, direct_io: DirectIO, *, reuse: bool = False,
-        sources: Collection[tuple[int, int]] = (), mark: str | None = None,
+        sources: Collection[tuple[int, int]] = (), mark: str | None = None, prefix: bytes = b"",
     ) -> OutputTarget:
-        """Open the target and find out about direct I/O.
+        """Open the target and find out about direct I/O. ``prefix`` is what a new file has before
+        its stream.
 
         From here on an existing file that is written in place is no snapshot any more; it must
         not be one of ``sources`` (device and inode), which are still to be read. A name that an
@@ -310,7 +333,7 @@ class OutputTarget:
         UsageError for that and for descriptors that do not fit, TargetError when the system
         refuses.
         """
-        self = cls(target, reuse=reuse)
+        self = cls(target, reuse=reuse, prefix=prefix)
         self._sources = sources
         self._mark = mark or self._mark
         if self._borrowed and self._given_direct is None and direct_io is DirectIO.ON:
@@ -331,7 +354,7 @@ class OutputTarget:
             self.fd = self._target.buffered
             self._invalidate()
             return
-        if self.offset or self.reuse:
+        if (self.offset and not self._prefix) or self.reuse:
             self._may_be_new = not Path(self.name).exists()
             with self._refusing("cannot open for writing"):
                 self.fd = os.open(self.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
@@ -463,6 +486,7 @@ class OutputTarget:
         """
         with self._refusing("cannot make durable"):
             if not self.in_place:
+                self.write_at(0, self._prefix)
                 self.write_at(self.offset, magic)
             os.fsync(self.fd)
         check()
@@ -533,14 +557,15 @@ class OutputTarget:
 
 
 class InputTarget:
-    """A file being read: ``fd`` is an open file description of our own.
+    """A file or block device being read: ``fd`` is an open file description of our own.
 
-    ``passing`` says that it is none, and can be read front to back only
+    ``is_device`` says that it is a block device, which records no time of change. ``passing`` says that it is none, and can be read front to back only
     (:mod:`pyqmigrate.io.passing`). Raises TargetError when it cannot be opened, UsageError for
     descriptors that do not fit.
     """
 
     passing = False
+    is_device = False
 
     def __init__(self, target: Target) -> None:
         self.name, self.offset = _split(target)
@@ -569,14 +594,15 @@ class InputTarget:
         if stat.S_ISDIR(info.st_mode):
             self.close()
             raise TargetError(errno.EISDIR, "cannot open the snapshot", self.name)
-        if not stat.S_ISREG(info.st_mode):
+        self.is_device = stat.S_ISBLK(info.st_mode)
+        if not (stat.S_ISREG(info.st_mode) or self.is_device):
             self.close()
-            raise UsageError(f"{self.name!r} is not a regular file; snapshots are")
+            raise UsageError(f"{self.name!r} is neither a regular file nor a block device")
 
     @property
     def size(self) -> int:
-        """Length of the file now, bytes."""
-        return os.fstat(self.fd).st_size
+        """Length of the file or block device now, bytes."""
+        return file_size(self.fd)
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``; fewer only at the end of the file."""
@@ -596,6 +622,11 @@ class InputTarget:
     def file_size(self) -> int:
         """Length of the file, whether or not the stream is what it holds, bytes."""
         return self.size
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be read more than once."""
+        return True
 
     def rewind(self) -> None:
         """Make ready for another pass; UsageError where that cannot be."""
@@ -617,8 +648,8 @@ class InputTarget:
             os.close(direct.fd)
 
     def allocated_bytes(self) -> int:
-        """Bytes of disk that the file holds."""
-        return os.fstat(self.fd).st_blocks * 512
+        """Bytes of disk that the file holds; of a block device, all of it."""
+        return self.size if self.is_device else os.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:
         """May be repeated."""
