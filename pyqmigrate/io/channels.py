@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
@@ -217,6 +217,10 @@ def failure(rc: int, fault: Any, target: str, block: str) -> PyqmigrateError:
 class Job(Generic[R]):
     """A save or a load under way. All methods are thread-safe.
 
+    On an event loop it can be awaited, which gives what :meth:`result` gives. To cancel the task that
+    awaits it cancels the job, and the task ends when everything is cleaned up. A job that was about
+    to publish may have done so by then.
+
     ``work`` does the whole job in a thread of the job's own and returns its report.
     """
 
@@ -315,6 +319,12 @@ class Job(Generic[R]):
         if progress is not None:
             progress(self.progress)
         return self._result  # type: ignore[return-value]
+
+    def __await__(self) -> Generator[Any, None, R]:
+        # asyncio takes long to import, and most programs do without.
+        from pyqmigrate.io.awaiting import end_of
+
+        return end_of(self).__await__()
 
     def _report(self, progress: Callable[[Progress], object]) -> None:
         try:
