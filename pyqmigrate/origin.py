@@ -17,7 +17,7 @@ from pyqmigrate.io.bitmap_order import better_order, says_better
 from pyqmigrate.opening import AnySnapshot
 from pyqmigrate.snapshot import Snapshot
 
-__all__ = ["Provenance", "provenance"]
+__all__ = ["Provenance", "provenance", "run_state"]
 
 _VERSIONED = re.compile(r"-(\d+)\.(\d+)$")
 _RUN_STATE_MAX = 4096  # bytes of the section that has the run state; it has 104
@@ -55,7 +55,7 @@ def provenance(snapshot: AnySnapshot) -> Provenance:
         loadable=not obstacles,
         obstacles=obstacles,
         remarks=_remarks(snapshot),
-        run_state=_run_state(snapshot) if stream.complete else None,
+        run_state=run_state(snapshot),
     )
 
 
@@ -117,7 +117,10 @@ def _remarks(snapshot: AnySnapshot) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _run_state(snapshot: AnySnapshot) -> str | None:
+def run_state(snapshot: AnySnapshot) -> str | None:
+    """QEMU's word for the state that the guest has after a load; None where the file has none."""
+    if not snapshot.stream.complete:
+        return None
     for s in snapshot.stream.sections:
         if s.kind is SectionKind.FULL and s.name == "globalstate":
             data = snapshot.source.read_at(s.body_offset, min(s.body_length, _RUN_STATE_MAX))

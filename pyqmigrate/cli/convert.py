@@ -7,6 +7,7 @@ SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
 ``raw``         a directory of raw files, one a RAM block (as unpack)
 ``elf``         an ELF core of the guest's physical memory: for gdb, drgn, crash, volatility3
 ``lime``        a LiME file of it: for volatility3
+``libvirt``     a save image that virsh restore takes, with the header of an older one (``--like``)
 
 A classic stream is read once, front to back, into a mapped-ram file and raw files. For these SRC
 may be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), and a stream that is
@@ -17,6 +18,10 @@ it cannot be SRC, under whatever name. With ``-`` as DST a classic stream goes t
 form but raw into the file that standard output is redirected to; what is printed otherwise goes to
 standard error, and the reader of a pipe has to look at the exit code.
 ``--memory NAME=FILE`` gives the content of a block that SRC only lists (x-ignore-shared).
+
+An image of libvirt's gets its XML from the image that ``--like`` names, which has to be of the same
+domain (virsh save); ``virsh save-image-edit DST`` changes it afterwards. ``virsh restore`` needs
+libvirt 11.2 or later for ``--image-format sparse``.
 
 For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
 the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places one
@@ -75,6 +80,13 @@ def add_parser(verbs: Verbs) -> None:
         "--byte-order", choices=["little", "big"], default=None,
         help="of the guest, in an elf file (default: as the device state has it)",
     )
+    parser.add_argument(
+        "--like", metavar="IMAGE", help="an image of the same domain, for an image of libvirt's"
+    )
+    parser.add_argument(
+        "--image-format", choices=["raw", "sparse"], default=None,
+        help="of an image of libvirt's (default: as IMAGE, raw where that is compressed)",
+    )
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
@@ -110,7 +122,8 @@ def _run(args: argparse.Namespace) -> Outcome:
         report = convert(
             snapshot, write_to(args.target, forward=_why_a_file(args.to)), to=args.to, channels=args.channels, direct_io=args.direct_io,
             sparse=args.sparse, memories=memories, placements=args.map,
-            byte_order=args.byte_order, progress=show,
+            byte_order=args.byte_order, like=args.like, image_format=args.image_format,
+            progress=show,
         )
     data = {
         "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),
@@ -133,6 +146,8 @@ def _why_a_file(form: str) -> str | None:
     """Why this form cannot go through a pipe; None if it can."""
     if form == Form.RAW:
         return "raw files go into a directory"
+    if form == Form.LIBVIRT:
+        return "an image of libvirt's gets its name when it is whole"
     return None if form == Form.STREAM else f"{form} has its pages at fixed places"
 
 
