@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check, check_mapping, check_names
 from pyqmigrate.errors import (
     BlockMismatch,
     DirectIORefused,
@@ -121,6 +122,8 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         page_size: int | None = None,
         index: str | os.PathLike[str] | None = None,
     ) -> None:
+        check("page_size", page_size, int, type(None))
+        check("index", index, str, os.PathLike, type(None))
         super().__init__(locate(target, offset))
         self.index = None if index is None else Path(index)
         self._walked: tuple[SequentialStream, Mapping[str, _Counted]] | None = None
@@ -255,6 +258,8 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         blocks: Collection[str] | None = None,
     ) -> Job[LoadReport]:
         check_channels(channels)
+        check_mapping("memories", memories)
+        check_names("blocks", blocks)
         if choice(DirectIO, direct_io, "direct_io") is DirectIO.ON:
             raise DirectIORefused(
                 errno.EINVAL, "a classic stream goes through the page cache", self.source.name

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.cpu_state import cpu_registers
@@ -79,6 +80,11 @@ def devices(
     file, NotSupported for a stream that cannot be walked, or more than 96 MiB or 262144 values in
     what is selected, TargetError.
     """
+    check("name", name, str, type(None))
+    check("section_id", section_id, int, type(None))
+    check("page_size", page_size, int, type(None))
+    check("index", index, str, os.PathLike, type(None))
+    check_callback("progress", progress)
     if isinstance(target, Snapshot | ClassicSnapshot):
         if (offset, page_size, index) != (None, None, None):
             raise UsageError("offset, page_size and index belong to the opening of the snapshot")

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.errors import (
     BlockMismatch,
     NotSupported,
@@ -69,19 +70,21 @@ def locate(
     A compressed stream, and that in a compressed image of libvirt's, is decompressed as it is read:
     a forward-only source, as that of a pipe is (:mod:`pyqmigrate.io.passing`).
 
-    Raises SnapshotError for a save image that libvirt did not finish, NotSupported for a stream that
-    is compressed in a way that cannot be read here and for a file of another known kind (a disk
-    image, a core), which the message names; UsageError, TargetError.
+    Raises SnapshotError for a save image that libvirt did not finish, NotSupported for a stream
+    that is compressed in a way that cannot be read here and for a file of another known kind (a
+    disk image, a core), which the message names; UsageError, TargetError.
     """
     if isinstance(target, Located):
         return target
+    check("offset", offset, int, type(None))
+    check("piped", piped, bool)
     source = open_source(target, piped=piped)
     try:
         if offset is not None:
             if isinstance(target, Descriptors) or source.offset:
                 raise UsageError("the offset is given twice")
-            if not isinstance(offset, int) or not 0 <= offset < 1 << 63:
-                raise UsageError(f"offset {offset!r} is not a file position")
+            if not 0 <= offset < 1 << 63:
+                raise UsageError(f"offset {offset} is not a file position")
             source.offset = offset
         source = _decompressed(source)
         header = None
@@ -286,6 +289,7 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
         SnapshotError for a damaged file, GuestMemoryError, TargetError, Cancelled. What was
         loaded before a failure stays in the memories.
         """
+        check_callback("progress", progress)
         return self.start_load(
             memories, channels=channels, direct_io=direct_io, clear=clear, blocks=blocks
         ).wait(progress)

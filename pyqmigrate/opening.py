@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import TypeAlias
 
+from pyqmigrate.argument_types import check
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.format import configuration
@@ -17,7 +18,7 @@ from pyqmigrate.format.elements import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERS
 from pyqmigrate.format.mapped_ram import ByteOrder
 from pyqmigrate.io.target import InputTarget, Target
 from pyqmigrate.opened import Kind, Located, locate
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot import Snapshot, check_bitmap_order
 
 __all__ = ["AnySnapshot", "open_snapshot"]
 
@@ -51,6 +52,9 @@ def open_snapshot(
     cannot be read (compressed with lzop, a multifd channel) and for a file of another kind that is
     known (a disk image, an ELF core), TargetError, UsageError.
     """
+    check_bitmap_order(bitmap_order)
+    check("page_size", page_size, int, type(None))
+    check("index", index, str, os.PathLike, type(None))
     located = locate(target, offset, piped=piped)
     try:
         kind = _kind(located.source)

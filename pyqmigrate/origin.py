@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from pyqmigrate.argument_types import check
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
 from pyqmigrate.format.devices import DeviceSection, run_state_of
 from pyqmigrate.format.elements import SectionKind
 from pyqmigrate.io.bitmap_order import better_order, says_better
+from pyqmigrate.opened import OpenedSnapshot
 from pyqmigrate.opening import AnySnapshot
 from pyqmigrate.snapshot import Snapshot
 
@@ -45,7 +47,7 @@ class Provenance:
 def provenance(snapshot: AnySnapshot) -> Provenance:
     """Judge an opened snapshot; for a classic stream that takes its pass over the file, which
     raises what it raises there."""
-    stream = snapshot.stream
+    check("the snapshot", snapshot, OpenedSnapshot)
     found = _signs(snapshot)
     obstacles = _obstacles(snapshot)
     return Provenance(

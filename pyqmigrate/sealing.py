@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.damage import Damage, parts_of
 from pyqmigrate.errors import (
@@ -48,7 +49,7 @@ from pyqmigrate.io.manifest import (
 )
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
 from pyqmigrate.opening import open_snapshot
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot import Snapshot, check_bitmap_order
 from pyqmigrate.spelling import choice
 from pyqmigrate.stale import clear_stale, find_stale
 from pyqmigrate.stream_damage import parts_of_stream
@@ -137,6 +138,7 @@ def seal(
     progress: Callable[[Progress], object] | None = None,
 ) -> SealReport:
     """Make a finished snapshot durable and verifiable, and wait; see :func:`start_seal`."""
+    check_callback("progress", progress)
     return start_seal(
         snapshot, algorithm=algorithm, offset=offset, page_size=page_size,
         bitmap_order=bitmap_order, channels=channels, direct_io=direct_io,
@@ -169,6 +171,9 @@ def start_seal(
         raise UsageError("a seal stands beside a path; descriptors have none")
     chosen, setting = choice(Algorithm, algorithm, "algorithm"), _setting(direct_io)
     count = check_channels(channels)
+    check("offset", offset, int, type(None))
+    check("page_size", page_size, int, type(None))
+    check_bitmap_order(bitmap_order)
     source = InputTarget(snapshot)
     try:
         if offset is not None:
@@ -357,6 +362,7 @@ def verify_seal(
     progress: Callable[[Progress], object] | None = None,
 ) -> SealCheck | None:
     """Hold a file against its seal, and wait; None where it has none. See :func:`start_verify`."""
+    check_callback("progress", progress)
     job = start_verify(snapshot, page_size=page_size, channels=channels, direct_io=direct_io)
     return None if job is None else job.wait(progress)
 
@@ -377,6 +383,7 @@ def start_verify(
     if isinstance(snapshot, Descriptors):
         raise UsageError("a seal stands beside a path; descriptors have none")
     count, setting = check_channels(channels), _setting(direct_io)
+    check("page_size", page_size, int, type(None))
     source = InputTarget(snapshot)
     try:
         path = seal_path(source.name)

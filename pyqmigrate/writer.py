@@ -18,7 +18,7 @@ from pyqmigrate.format.elements import MAGIC
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.memory import Attached, RamBlock, attach
+from pyqmigrate.io.memory import Attached, RamBlock, attach, check_blocks
 from pyqmigrate.io.target import DirectIO, OutputTarget, Target
 from pyqmigrate.log import logger
 
@@ -94,6 +94,7 @@ class StreamWriter(abc.ABC):
         self, blocks: Sequence[RamBlock], *, channels: int, reuse: bool, max_bandwidth: int,
         prefix: bytes = b"",
     ) -> None:
+        check_blocks(blocks)
         if not blocks:
             raise UsageError("no RAM blocks are given; a snapshot has at least one")
         self.started = time.monotonic()

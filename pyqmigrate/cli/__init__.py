@@ -13,11 +13,11 @@ Exit codes:
 ====  ================================================================
 
 With ``--json`` standard output gets one JSON object and nothing else. Its keys are those of
-``docs/json.md``, ``schema`` the version of that. The object of a failure has ``error``: an object of
-``type``, ``message`` and ``exit_code``; ``block``, ``field`` and ``offset`` where a snapshot is bad;
-``errno`` and ``filename`` where the system refused. The message goes to standard error as well. In
-names, bytes that are not UTF-8 are lone surrogates (Python's ``surrogateescape``). Keys may be added
-in later versions; ``schema`` changes when one changes its meaning or goes.
+``docs/json.md``, ``schema`` the version of that. The object of a failure has ``error``: an object
+of ``type``, ``message`` and ``exit_code``; ``block``, ``field`` and ``offset`` where a snapshot is
+bad; ``errno`` and ``filename`` where the system refused. The message goes to standard error as
+well. In names, bytes that are not UTF-8 are lone surrogates (Python's ``surrogateescape``). Keys
+may be added in later versions; ``schema`` changes when one changes its meaning or goes.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class _Version(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=settings.get("help"))
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        parser.exit(message=f"pyqmigrate {__version__}\n")
+        print(f"pyqmigrate {__version__}")
+        parser.exit()
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -6,8 +6,8 @@ the end.
 
 JSON: ``directory``; ``total_ram`` and ``data_bytes`` of it that are saved;
 ``direct_io_reason``; ``results``, a list of ``channels``, ``direct_io``, ``save_runs`` and
-``load_runs`` (the seconds of each), ``save_rate`` and ``load_rate`` (bytes of data a second, from the
-medians); ``best``, an object of ``save`` and ``load``, each the ``channels`` and ``direct_io``
+``load_runs`` (the seconds of each), ``save_rate`` and ``load_rate`` (bytes of data a second, from
+the medians); ``best``, an object of ``save`` and ``load``, each the ``channels`` and ``direct_io``
 of the fastest; ``plot``, the picture's path or null.
 """
 

@@ -10,8 +10,8 @@ SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
 ``libvirt``     a save image that virsh restore takes, with the header of an older one (``--like``)
 
 A classic stream is read once, front to back, into a mapped-ram file and raw files. For these SRC
-may be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), and a stream that is
-compressed with gzip, bzip2, xz or, before Python 3.14 with ``pip install zstandard``, zstd.
+may be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), or a stream
+compressed with gzip, bzip2, xz or zstd (which needs Python 3.14, or ``pip install zstandard``).
 
 Device state is carried over byte for byte. DST appears only when it is whole and durable;
 it cannot be SRC, under whatever name. With ``-`` as DST a classic stream goes to a pipe, and every
@@ -120,10 +120,10 @@ def _run(args: argparse.Namespace) -> Outcome:
             stack.callback(os.close, fd)
             memories[name] = FileMemory(fd)
         report = convert(
-            snapshot, write_to(args.target, forward=_why_a_file(args.to)), to=args.to, channels=args.channels, direct_io=args.direct_io,
-            sparse=args.sparse, memories=memories, placements=args.map,
-            byte_order=args.byte_order, like=args.like, image_format=args.image_format,
-            progress=show,
+            snapshot, write_to(args.target, forward=_why_a_file(args.to)), to=args.to,
+            channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
+            memories=memories, placements=args.map, byte_order=args.byte_order, like=args.like,
+            image_format=args.image_format, progress=show,
         )
     data = {
         "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),

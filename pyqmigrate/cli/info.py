@@ -14,8 +14,8 @@ read; null in a classic stream); ``blocks``, a list of ``name``, ``length``,
 in a classic stream), ``external`` (true: the content is in another file, and page counts are null);
 ``libvirt`` (null, or ``version``, ``format``, ``was_running``, ``xml``, ``cookie``);
 ``written_by``, an object of ``qemu`` (the oldest version that can have, as text, or null),
-``reasons``, ``by_libvirt``; ``run_state`` after a load (null: not told); ``loadable`` (by a QEMU with
-the same machine), ``obstacles`` to that and ``remarks``, texts; ``sections``, a list
+``reasons``, ``by_libvirt``; ``run_state`` after a load (null: not recorded); ``loadable`` (by a
+QEMU with the same machine), ``obstacles`` to that and ``remarks``, texts; ``sections``, a list
 of ``kind`` (start, part, end, full, command), ``section_id``, ``name``, ``instance_id``,
 ``version_id``, ``offset``, ``length``, ``body_offset``, ``body_length``. Offsets are absolute in
 the file, or in the stream where libvirt compressed that; offsets and lengths are in bytes.

@@ -35,8 +35,8 @@ def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
 def opened(
     args: argparse.Namespace, path: str, *, one_pass: bool = False
 ) -> Iterator[AnySnapshot]:
-    """The snapshot, also from standard input or a pipe. A classic stream is read through, unless the
-    verb makes just ``one_pass`` itself."""
+    """The snapshot, also from standard input or a pipe. A classic stream is read through, unless
+    the verb makes just ``one_pass`` itself."""
     source, offset = read_from(path, args.offset)
     with open_snapshot(
         source, offset=offset, bitmap_order=args.bitmap_order, page_size=args.page_size,

@@ -56,7 +56,7 @@ def seal_data(path: object, algorithm: object, **more: object) -> dict[str, Any]
 
 
 def announce(args: argparse.Namespace, data: Mapping[str, Any], lines: Sequence[str]) -> None:
-    """Print what a verb has to say before it ends: JSON on standard output, or ``lines`` on standard
+    """Print the report of a verb that goes on: JSON on standard output, or ``lines`` on standard
     error."""
     if args.json:
         print(json_text(data), end="", flush=True)

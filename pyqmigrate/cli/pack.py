@@ -108,7 +108,8 @@ def _open_memory(path: str) -> int:
 
 
 def _target(args: argparse.Namespace) -> Target:
-    path, offset = args.snapshot, args.offset
+    path: str = args.snapshot
+    offset: int | None = args.offset
     if is_standard(path):
         if offset is not None:
             raise UsageError("--offset does not go with '-'")

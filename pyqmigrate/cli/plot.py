@@ -18,7 +18,7 @@ def check_available() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise NotSupported(
-            "a picture needs matplotlib, which is not installed: pip install 'pyqmigrate[bench]'"
+            "a picture needs matplotlib, which is not installed: pip install matplotlib"
         ) from error
 
 

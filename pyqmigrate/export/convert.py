@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check, check_callback, check_mapping
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import (
     BlockMismatch,
@@ -115,6 +116,17 @@ def convert(
     Cancelled. The target then is what it was, unless it was to be written in place.
     """
     form = choice(Form, to, "to")
+    check_channels(channels)
+    choice(DirectIO, direct_io, "direct_io")
+    choice(Sparse, sparse, "sparse")
+    check_callback("progress", progress)
+    if memories is not None:
+        check_mapping("memories", memories)
+    check_placements(placements)
+    if byte_order not in (None, "little", "big"):
+        raise UsageError(f"byte_order is {byte_order!r}; it is 'little' or 'big'")
+    check("like", like, str, os.PathLike, type(None))
+    check("image_format", image_format, str, type(None))
     if memories and form not in (Form.MAPPED_RAM, Form.STREAM, Form.LIBVIRT):
         raise UsageError("memories are for a mapped-ram file and a classic stream")
     if placements and form not in _IMAGES:
@@ -160,6 +172,16 @@ def convert(
             opened, target, to=form, channels=channels, direct_io=direct_io, sparse=sparse,
             memories=memories, prefix=prefix,
         ).wait(progress)
+
+
+def check_placements(placements: object) -> None:
+    """UsageError unless they are what parse_placement returns, or None."""
+    if placements is None:
+        return
+    if not isinstance(placements, Sequence) or isinstance(placements, str | bytes):
+        raise UsageError(f"placements must be a list, not {placements!r}")
+    for placement in placements:
+        check("a placement", placement, GivenPlacement)
 
 
 def start_stream_conversion(

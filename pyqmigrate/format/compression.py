@@ -1,7 +1,7 @@
 """Compression of a whole stream, recognized by the first bytes.
 
-QEMU's documentation saves with ``migrate "exec:gzip -c > FILE"``; libvirt compresses the stream in a
-save image. Both leave an ordinary file of the compressor.
+QEMU's documentation saves with ``migrate "exec:gzip -c > FILE"``; libvirt compresses the stream in
+a save image. Both leave an ordinary file of the compressor.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pyqmigrate.format.seal import is_seal
 __all__ = ["Foreign", "recognize"]
 
 _HEAD = 4096  # bytes that all magics are in
+_ET_CORE = 4
 _SNAPSHOTS_MAX = 64  # entries of a qcow2 snapshot table that are looked at
 _ENTRY_MAX = 1 << 16  # bytes of one: strings of 64 KiB at most, and a few are enough
 
@@ -130,9 +131,8 @@ def _disk_by_content(head: bytes) -> Foreign | None:
 
 
 def _elf(head: bytes) -> Foreign:
-    order = "big" if head[5:6] == b"\x02" else "little"
-    core = int.from_bytes(head[16:18], order) == 4
-    if core:
+    big = head[5:6] == b"\x02"
+    if int.from_bytes(head[16:18], "big" if big else "little") == _ET_CORE:
         return Foreign("an ELF core (dump-guest-memory, or convert --to elf)", _ANALYZE)
     return Foreign("an ELF program", "Give the file that the save wrote")
 

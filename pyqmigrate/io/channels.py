@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check
 from pyqmigrate.errors import (
     Cancelled,
     GuestMemoryError,
@@ -135,7 +136,8 @@ class Channels:
 
     def set_rate(self, bytes_per_second: int) -> None:
         """Limit what all channels move together; 0 is no limit. UsageError out of 64 bits."""
-        if not isinstance(bytes_per_second, int) or not 0 <= bytes_per_second < 1 << 64:
+        check("a bandwidth", bytes_per_second, int)
+        if not 0 <= bytes_per_second < 1 << 64:
             raise UsageError(f"a bandwidth of {bytes_per_second} bytes a second is impossible")
         _core.lib.qm_job_set_rate(self.core, bytes_per_second)
 
@@ -217,9 +219,9 @@ def failure(rc: int, fault: Any, target: str, block: str) -> PyqmigrateError:
 class Job(Generic[R]):
     """A save or a load under way. All methods are thread-safe.
 
-    On an event loop it can be awaited, which gives what :meth:`result` gives. To cancel the task that
-    awaits it cancels the job, and the task ends when everything is cleaned up. A job that was about
-    to publish may have done so by then.
+    On an event loop it can be awaited, which gives what :meth:`result` gives. To cancel the task
+    that awaits it cancels the job, and the task ends when everything is cleaned up. A job that was
+    about to publish may have done so by then.
 
     ``work`` does the whole job in a thread of the job's own and returns its report.
     """

@@ -32,7 +32,7 @@ class _Reader(Protocol):
 
 
 def decompressed(source: InputTarget, compression: Compression, offset: int) -> PassingInput:
-    """The stream that is compressed from ``offset`` on, as a source of its own that owns ``source``.
+    """Return the stream that is compressed from ``offset`` on, as a source that owns ``source``.
 
     Raises NotSupported where nothing here decompresses it.
     """

@@ -46,7 +46,7 @@ class ForwardOutput(OutputTarget):
         if fcntl.fcntl(given, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise UsageError(f"descriptor {given} cannot write; open it with O_WRONLY")
         if os.isatty(given):
-            raise UsageError(f"descriptor {given} is a terminal: write the stream to a file or pipe")
+            raise UsageError(f"descriptor {given} is a terminal: give a file or a pipe")
         self.direct_io_reason = "a pipe has no direct I/O"
         try:
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY

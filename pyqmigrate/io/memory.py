@@ -15,10 +15,12 @@ import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.io.process import ProcessMemory, ProcessSource
@@ -34,6 +36,7 @@ __all__ = [
     "RamBlock",
     "StoredMemory",
     "attach",
+    "check_blocks",
 ]
 
 # Where a file system hands out pieces larger than this (hugetlbfs), reading a hole through a
@@ -261,6 +264,19 @@ class Attached:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = self.core.fd = -1
+
+
+def check_blocks(blocks: object) -> None:
+    """UsageError unless they are RamBlocks whose fields have the types that are documented."""
+    if isinstance(blocks, str | bytes | Mapping) or not isinstance(blocks, Sequence):
+        raise UsageError(f"blocks must be a list of RamBlock, not {blocks!r}")
+    for block in blocks:
+        check("a block", block, RamBlock)
+        check("the name of a block", block.name, str)
+        check(f"page_size of block {block.name!r}", block.page_size, int)
+        check(f"address of block {block.name!r}", block.address, int)
+        if block.address < 0:
+            raise UsageError(f"address of block {block.name!r} is {block.address}")
 
 
 def attach(block: RamBlock, *, writable: bool) -> Attached:

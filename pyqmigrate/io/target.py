@@ -286,8 +286,8 @@ class OutputTarget:
     """A file being written. Use :meth:`open`, then exactly one of publish and abort.
 
     ``fd`` is buffered; ``direct`` is None without direct I/O, and ``direct_io_reason`` says why
-    or what it demands. ``offset`` is where the stream starts. ``forward`` says that bytes can only be
-    written one after another (:mod:`pyqmigrate.io.forward_output`).
+    or what it demands. ``offset`` is where the stream starts. ``forward`` says that bytes can only
+    be written one after another (:mod:`pyqmigrate.io.forward_output`).
     """
 
     forward = False
@@ -559,9 +559,9 @@ class OutputTarget:
 class InputTarget:
     """A file or block device being read: ``fd`` is an open file description of our own.
 
-    ``is_device`` says that it is a block device, which records no time of change. ``passing`` says that it is none, and can be read front to back only
-    (:mod:`pyqmigrate.io.passing`). Raises TargetError when it cannot be opened, UsageError for
-    descriptors that do not fit.
+    ``is_device`` says that it is a block device, which records no time of change. ``passing``
+    says that it is neither, and can be read front to back only (:mod:`pyqmigrate.io.passing`).
+    Raises TargetError when it cannot be opened, UsageError for descriptors that do not fit.
     """
 
     passing = False

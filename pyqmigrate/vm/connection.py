@@ -26,7 +26,7 @@ try:
     from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
 except ImportError as error:  # pragma: no cover - depends on what is installed
     raise NotSupported(
-        "working with a running QEMU needs the library qemu.qmp: pip install 'pyqmigrate[vm]'"
+        "working with a running QEMU needs the library qemu.qmp: pip install qemu.qmp"
     ) from error
 
 __all__ = ["GREETING_TIMEOUT", "Monitor"]

@@ -93,8 +93,8 @@ def test_every_verb_names_the_kind(
 ) -> None:
     path, what, _ = foreign
     to = tmp_path / "to"
-    for words in (["info"], ["verify"], ["devices"], ["seal"], ["unpack", to],
-                  ["convert", to, "--to", "mapped-ram"], ["convert", to, "--to", "stream"]):  # fmt: skip
+    conversions = [["convert", to, "--to", form] for form in ("mapped-ram", "stream", "elf")]
+    for words in (["info"], ["verify"], ["devices"], ["seal"], ["unpack", to], *conversions):
         ran = command(words[0], path, *words[1:])
         assert ran.code == 5, (words, ran)
         assert what in ran.err, words

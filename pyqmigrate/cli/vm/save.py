@@ -14,8 +14,8 @@ changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_i
 ``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
 ``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
 ``run_state_before``, ``run_state_after`` (null: QEMU was told to quit); ``disk_needs`` (what a
-restore needs of the writable disks, sentences); ``disks_record`` (the file with their names, or null);
-``seal`` (null, or an object of ``path`` and ``algorithm``); ``notes`` (sentences).
+restore needs of the writable disks, sentences); ``disks_record`` (the file with their names, or
+null); ``seal`` (null, or an object of ``path`` and ``algorithm``); ``notes`` (sentences).
 """
 
 from __future__ import annotations
