@@ -7,11 +7,13 @@ escape (:func:`printable`).
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pyqmigrate.cli.exit_codes import ExitCode
@@ -97,10 +99,34 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory"
     if isinstance(error, OSError) and error.strerror:
+        missing = _missing(error)
+        if missing is not None:
+            return missing
         name = "" if error.filename is None else f": {os.fsdecode(error.filename)!r}"
         return f"{error.strerror}{name}"
     # A note is the file that the error itself does not name.
     return "".join([*getattr(error, "__notes__", ()), str(error)])
+
+
+def _missing(error: OSError) -> str | None:
+    """The sentence for a path that leads nowhere: what part of it is missing. None for any other
+    error, and where the path is there by now."""
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR) or error.filename is None:
+        return None
+    name = os.fsdecode(error.filename)
+    what, colon, _ = error.strerror.rpartition(": ")  # a TargetError begins with what was done
+    front = what + colon
+    parents = [parent for parent in reversed(Path(name).parents) if not parent.is_dir()]
+    if parents:
+        missing = str(parents[0])
+        if os.path.lexists(missing):
+            return f"{front}{missing!r} is not a directory"
+        return f"{front}no directory {str(Path(name).parent)!r}"
+    if error.errno == errno.ENOTDIR and os.path.lexists(name):
+        return f"{front}{name!r} is not a directory"
+    if os.path.islink(name):  # noqa: PTH114
+        return f"{front}{name!r} is a link to a file that is missing"
+    return None if os.path.lexists(name) else f"{front}no file {name!r}"
 
 
 def error_data(error: BaseException, code: ExitCode) -> dict[str, Any]:

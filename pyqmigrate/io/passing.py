@@ -167,7 +167,7 @@ class PipeReader:
         except OSError as error:
             if error.errno != errno.ENXIO or not Path(path).samefile("/dev/stdin"):
                 raise TargetError(
-                    error.errno or errno.EIO, "cannot open the snapshot", path
+                    error.errno or errno.EIO, "cannot open", path
                 ) from error
             self._fd = os.dup(0)  # a socket cannot be opened
 

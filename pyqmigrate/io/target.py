@@ -364,7 +364,7 @@ class OutputTarget:
             self._invalidate()
             return
         final = followed(self.name)
-        with self._refusing("cannot replace"):
+        with self._refusing("cannot write the file"):
             with contextlib.suppress(FileNotFoundError):
                 self._refuse_special(final.stat().st_mode)
             self._dir_fd = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -589,11 +589,11 @@ class InputTarget:
                 # O_NONBLOCK: to open a FIFO must not wait for a writer.
                 self.fd = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as error:
-                raise _refused(error, "cannot open the snapshot", self.name) from error
+                raise _refused(error, "cannot open", self.name) from error
         info = os.fstat(self.fd)
         if stat.S_ISDIR(info.st_mode):
             self.close()
-            raise TargetError(errno.EISDIR, "cannot open the snapshot", self.name)
+            raise TargetError(errno.EISDIR, "cannot open", self.name)
         self.is_device = stat.S_ISBLK(info.st_mode)
         if not (stat.S_ISREG(info.st_mode) or self.is_device):
             self.close()

@@ -22,7 +22,8 @@ def test_info_json_has_every_documented_key(snapshot: Path, command: Command) ->
     assert set(info) == {
         "schema", "snapshot", "kind", "machine", "capabilities", "target_page_bits", "uuid",
         "offset", "end", "file_size", "bytes_allocated", "total_ram", "complete", "opaque_tail",
-        "blocks", "sections", "libvirt", "written_by", "run_state", "loadable", "obstacles", "remarks", "bitmap_order",
+        "blocks", "sections", "libvirt", "written_by", "run_state", "loadable", "obstacles",
+        "remarks", "bitmap_order",
     }
     assert info["capabilities"] == ["mapped-ram"]
     assert info["total_ram"] == 15 * PAGE
