@@ -12,14 +12,14 @@ Whether the bitmaps would fit the file better in the other byte order is noted (
 ``--deep`` decodes the device state too, and counts pages whose bit is clear and that do not read as
 zeros in the file. These are no damage: for the guest they are zeros.
 
-JSON: ``snapshot``; ``valid``; ``seal``, null where there is none, otherwise an object
-of ``path``, ``algorithm``, ``sealed_size``, ``intact``, ``damages``, ``notes`` (sentences),
-``bytes_read``, ``seconds``, ``direct_io``, ``direct_io_reason``. Each of ``damages`` has
-``mib``, ``offset``, ``length`` (bytes), ``why``, and ``parts``: what was sealed there, ``what``
-(pages, bitmap, or words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. Where it is intact
+JSON: ``snapshot``; ``valid``; ``seal``, null where there is none, otherwise an object of ``path``,
+``algorithm``, ``sealed_size``, ``intact``, ``damages``, ``notes`` (sentences), ``bytes_read``,
+``seconds``, ``direct_io``, ``direct_io_reason``. Each of ``damages`` has ``mib``, ``offset``,
+``length`` (bytes), ``why``, and ``parts``: what was sealed there, ``what`` (pages, bitmap, or
+words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. Where it is intact
 or null: ``bitmap_order`` (null for a classic stream), ``notes`` (sentences), ``block_count``,
 ``data_pages``, ``zero_pages`` (numbers); with --deep ``device_count`` (null where they cannot be
-told apart) and ``stale_pages`` and ``stale_blocks`` (their number by block). Damage exits with 1; a
+told apart), ``stale_pages`` and ``stale_blocks`` (their number by block). Damage exits with 1; a
 snapshot or a seal that cannot be parsed is an error, with exit code 1.
 """
 

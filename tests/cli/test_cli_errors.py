@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def test_missing_part_of_a_path_is_named(
     monkeypatch.chdir(tmp_path)
     snapshot.rename("snap")
     Path("memory").write_bytes(pages(3))
-    os.symlink("nowhere", "dangling")
+    Path("dangling").symlink_to("nowhere")
     before = {path.name for path in tmp_path.iterdir()}
     ran = command(*words.split(), "--json")
     assert ran.code == 3
