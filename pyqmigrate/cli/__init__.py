@@ -44,7 +44,7 @@ from pyqmigrate.cli.outcome import (
     printable,
 )
 from pyqmigrate.cli.standard_streams import is_standard
-from pyqmigrate.cli.verbosity import as_told
+from pyqmigrate.cli.verbosity import configured
 from pyqmigrate.errors import NotSupported, SnapshotError
 
 __all__ = ["main"]
@@ -108,7 +108,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
 def _run(parsed: argparse.Namespace) -> Outcome:
     """What the verb hands back."""
     try:
-        with as_told(parsed):
+        with configured(parsed):
             outcome: Outcome = parsed.run(parsed)
     except (SnapshotError, NotSupported) as error:
         if "snapshot" in parsed:

@@ -96,7 +96,7 @@ def _with_seal_joined(given: list[str]) -> list[str]:
 def add_general(parser: argparse.ArgumentParser) -> None:
     """What every verb takes, before or after its name."""
     general = parser.add_argument_group("general options", "before or after the verb")
-    # Without a default: that of the verb would hide what stands before it.
+    # Without a default: the verb's would replace what was given before it.
     general.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS,
         help="print one JSON object and nothing else",

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pyqmigrate.cli.progress import hidden
 from pyqmigrate.log import logger
 
-__all__ = ["as_told"]
+__all__ = ["configured"]
 
 
 @contextlib.contextmanager
-def as_told(args: argparse.Namespace) -> Iterator[None]:
+def configured(args: argparse.Namespace) -> Iterator[None]:
     """Log to standard error and show progress meanwhile as the general options say."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(hidden(args.quiet or args.no_progress))

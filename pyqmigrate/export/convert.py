@@ -140,7 +140,8 @@ def convert(
         if isinstance(source, Snapshot | ClassicSnapshot):
             opened = source
         else:
-            opened = open_snapshot(source, piped=True)
+            once = form in (Form.MAPPED_RAM, Form.RAW, Form.LIBVIRT)
+            opened = open_snapshot(source, piped=once)
             stack.callback(opened.close)
         opened.refuse_as_target(target)
         prefix = b""

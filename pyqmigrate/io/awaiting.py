@@ -32,7 +32,7 @@ async def end_of(job: Job[R]) -> R:
     job.at_end(tell)
     try:
         await ended.wait()
-    except GeneratorExit:  # nobody waits any more, and there is no loop to wait on
+    except GeneratorExit:  # the waiter was dropped, and there is no loop to wait on
         job.cancel()
         raise
     except asyncio.CancelledError:

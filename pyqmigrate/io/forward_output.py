@@ -25,7 +25,7 @@ def goes_forward(target: Target) -> TypeGuard[Descriptors]:
     try:
         mode = os.fstat(target.buffered).st_mode
     except (OSError, TypeError, ValueError):
-        return False  # whoever opens it says so
+        return False  # opening it raises the error
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)
 
 
