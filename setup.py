@@ -1,8 +1,47 @@
 """The compiled core; everything else about the package is in pyproject.toml."""
 
+import shlex
+import shutil
+import sysconfig
+from pathlib import Path
+
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, ExecError, LinkError
+
+
+class BuildCore(build_ext):
+    """Compiles it; where that fails, says what is missing and how to install it."""
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except (CompileError, ExecError, LinkError) as error:
+            raise CompileError(f"{error}\n\n{self._advice()}") from None
+
+    def _advice(self) -> str:
+        compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")
+        command = getattr(self.compiler, "compiler", None) or compiler
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        missing = []
+        if shutil.which(command[0]) is None:
+            missing.append(f"the C compiler ({command[0]})")
+        if not header.exists():
+            missing.append(f"Python's headers ({header})")
+        found = f"Missing: {' and '.join(missing)}. " if missing else ""
+        return (
+            f"The core of pyqmigrate could not be compiled. {found}"
+            "It needs a C compiler and the headers of Python, of the C library and of Linux:\n"
+            "    apt install gcc libc6-dev linux-libc-dev python3-dev       (Debian, Ubuntu)\n"
+            "    dnf install gcc glibc-devel kernel-headers python3-devel   (Fedora, RHEL)"
+        )
+
+
+# There is no stable ABI without the GIL; csrc/build.py leaves it out there too.
+abi3 = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp311"}
 
 setup(
     cffi_modules=["csrc/build.py:ffibuilder"],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    cmdclass={"build_ext": BuildCore},
+    options={"bdist_wheel": abi3},
 )

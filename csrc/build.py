@@ -1,5 +1,6 @@
 """How the core is built: ``pyqmigrate._core`` from the C files beside this one."""
 
+import sysconfig
 from pathlib import Path
 
 from cffi import FFI
@@ -23,4 +24,6 @@ ffibuilder.set_source(
     include_dirs=["csrc"],
     extra_compile_args=["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Werror=implicit"],
     libraries=["pthread"],
+    # One binary for every later Python, but not without the GIL: there is no such ABI there.
+    py_limited_api=not sysconfig.get_config_var("Py_GIL_DISABLED"),
 )

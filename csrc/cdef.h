@@ -128,6 +128,7 @@ size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pa
                  size_t *next);
 qm_encoder *qm_encoder_create(int fd, int64_t at);
 void qm_encoder_destroy(qm_encoder *encoder);
+void qm_encoder_go_forward(qm_encoder *encoder);
 int64_t qm_encoder_position(const qm_encoder *encoder);
 void qm_encoder_forget_block(qm_encoder *encoder);
 int qm_encoder_put(qm_job *job, qm_encoder *encoder, const unsigned char *bytes, size_t len,

@@ -15,6 +15,7 @@
 
 struct qm_encoder {
     int fd; /* -1: bytes are only counted */
+    int forward; /* fd has no positions */
     off_t at; /* where the buffer's first byte goes */
     size_t have;
     const struct qm_name *current; /* the block that the last record named */
@@ -65,6 +66,7 @@ qm_encoder *qm_encoder_create(int fd, off_t at)
     if (!e)
         return NULL;
     e->fd = fd;
+    e->forward = 0;
     e->at = at;
     e->have = 0;
     e->current = NULL;
@@ -74,6 +76,11 @@ qm_encoder *qm_encoder_create(int fd, off_t at)
 void qm_encoder_destroy(qm_encoder *encoder)
 {
     free(encoder);
+}
+
+void qm_encoder_go_forward(qm_encoder *encoder)
+{
+    encoder->forward = 1;
 }
 
 off_t qm_encoder_position(const qm_encoder *encoder)
@@ -93,9 +100,16 @@ int qm_encoder_flush(qm_job *job, qm_encoder *e, struct qm_fault *fault)
         size_t len = qm_job_piece(job, 4096);
         if (len > e->have - done)
             len = e->have - done;
-        struct iovec iov = {.iov_base = e->buffer + done, .iov_len = len};
-        off_t bad;
-        int rc = qm_pwritev(job, e->fd, &iov, 1, e->at + (off_t)done, 1, &bad);
+        off_t at = e->at + (off_t)done, bad;
+        int rc;
+        if (e->forward) {
+            size_t put;
+            rc = qm_write_forward(job, e->fd, e->buffer + done, len, &put);
+            bad = at + (off_t)put;
+        } else {
+            struct iovec iov = {.iov_base = e->buffer + done, .iov_len = len};
+            rc = qm_pwritev(job, e->fd, &iov, 1, at, 1, &bad);
+        }
         if (rc)
             return file_fault(fault, bad, rc);
         done += len;

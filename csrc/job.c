@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -234,6 +235,24 @@ int qm_pwritev(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t u
         n -= used;
     }
     return 0;
+}
+
+int qm_write_forward(qm_job *job, int fd, const unsigned char *bytes, size_t len, size_t *done)
+{
+    *done = 0;
+    int rc = qm_job_admit(job, len);
+    while (rc == 0 && *done < len) {
+        ssize_t put = send(fd, bytes + *done, len - *done, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (put < 0 && errno == ENOTSOCK)
+            put = write(fd, bytes + *done, len - *done);
+        if (put < 0) {
+            rc = retry(job, errno);
+        } else {
+            qm_job_moved(job, (uint64_t)put);
+            *done += (size_t)put;
+        }
+    }
+    return rc;
 }
 
 ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit, off_t *bad)

@@ -292,6 +292,8 @@ typedef struct qm_encoder qm_encoder;
  * only counted. NULL when there is no memory. */
 qm_encoder *qm_encoder_create(int fd, off_t at);
 void qm_encoder_destroy(qm_encoder *encoder);
+/* From now on `fd` is a pipe or socket: bytes are written in turn, and positions only count them. */
+void qm_encoder_go_forward(qm_encoder *encoder);
 /* Where the next byte goes: after all that was put, written out or not. */
 off_t qm_encoder_position(const qm_encoder *encoder);
 /* The next record names its block, whichever it is. */
@@ -543,6 +545,9 @@ size_t qm_job_piece(const qm_job *job, size_t unit);
 int qm_pwritev(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit, off_t *bad);
 ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit,
                   off_t *bad);
+/* Whole transfer to a pipe or socket, which has no positions; *done bytes went out, also after a
+ * failure. A descriptor with O_NONBLOCK, and any socket, is left as soon as the job is cancelled. */
+int qm_write_forward(qm_job *job, int fd, const unsigned char *bytes, size_t len, size_t *done);
 /* Next byte of the block at or after `off` that may hold data, at most `end`; -errno. */
 int64_t qm_next_data(const struct qm_memory *memory, uint64_t off, uint64_t end);
 /* Bytes -> the block's memory at `off`; by pwrite where it is a file. */

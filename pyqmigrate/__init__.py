@@ -16,6 +16,8 @@ The main job: guest memory into a file that QEMU loads (its ``mapped-ram`` forma
 import importlib
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"  # the one place: the build reads it
+
 from pyqmigrate.errors import (
     BlockMismatch,
     Cancelled,

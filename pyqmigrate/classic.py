@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check, check_mapping, check_names
 from pyqmigrate.errors import (
     BlockMismatch,
     DirectIORefused,
@@ -122,6 +123,8 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         page_size: int | None = None,
         index: str | os.PathLike[str] | None = None,
     ) -> None:
+        check("page_size", page_size, int, type(None))
+        check("index", index, str, os.PathLike, type(None))
         super().__init__(locate(target, offset))
         self.index: Path | None = None
         self._walked: tuple[SequentialStream, Mapping[str, _Counted]] | None = None
@@ -138,6 +141,11 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
             )
             if self.index is not None and source.passing:
                 raise UsageError(f"{source.name!r} is not read at random: no index can be kept")
+            if self.index is not None and source.is_device:
+                raise UsageError(
+                    f"{source.name!r} is a block device, which records no time of change: no index "
+                    "can be kept"
+                )
             walk.read_head()
         except BaseException:
             self.close()
@@ -257,6 +265,8 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         blocks: Collection[str] | None = None,
     ) -> Job[LoadReport]:
         check_channels(channels)
+        check_mapping("memories", memories)
+        check_names("blocks", blocks)
         if choice(DirectIO, direct_io, "direct_io") is DirectIO.ON:
             raise DirectIORefused(
                 errno.EINVAL, "a classic stream goes through the page cache", self.source.name

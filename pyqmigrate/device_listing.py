@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.cpu_state import cpu_registers
@@ -32,6 +33,7 @@ from pyqmigrate.format.elements import (
     SectionKind,
 )
 from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.passing import PassingInput
 from pyqmigrate.io.target import InputTarget, Target
 from pyqmigrate.opened import locate
 from pyqmigrate.opening import AnySnapshot, open_snapshot
@@ -67,8 +69,8 @@ def devices(
 ) -> Devices:
     """Decode the device state of a file, of whichever kind it is.
 
-    target: an opened snapshot, which stays open; or a path, a ``file:`` URI or Descriptors: what
-        ``open_snapshot`` takes, or what ``xen-save-devices-state`` wrote.
+    target: an opened snapshot, which stays open; or a path (of a pipe too), a ``file:`` URI or
+        Descriptors: what ``open_snapshot`` takes, or what ``xen-save-devices-state`` wrote.
     offset, page_size, index: as for ``open_snapshot``, which must have had them where the snapshot
         is open already.
     name, section_id: only devices of this name, and of this section id.
@@ -78,14 +80,21 @@ def devices(
     file, NotSupported for a stream that cannot be walked, or more than 96 MiB or 262144 values in
     what is selected, TargetError.
     """
+    check("name", name, str, type(None))
+    check("section_id", section_id, int, type(None))
+    check("page_size", page_size, int, type(None))
+    check("index", index, str, os.PathLike, type(None))
+    check_callback("progress", progress)
     if isinstance(target, Snapshot | ClassicSnapshot):
         if (offset, page_size, index) != (None, None, None):
             raise UsageError("offset, page_size and index belong to the opening of the snapshot")
         return _decode_snapshot(target, name, section_id, progress)
-    located = locate(target, offset)
+    located = locate(target, offset, piped=True)
     with contextlib.ExitStack() as stack:
         stack.callback(located.source.close)
         if _is_state_alone(located.source):
+            if isinstance(located.source, PassingInput):
+                located.source.run_out()
             stream = _StateAlone(walk_devices(located.source))
             return _decode(located.source, stream, None, False, name, section_id)
         stack.pop_all()

@@ -18,13 +18,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.errors import (
     BlockMismatch,
+    NotSupported,
     SnapshotError,
     TargetError,
     UsageError,
 )
+from pyqmigrate.format.compression import MAGIC_MAX, Compression
 from pyqmigrate.format.elements import Stream
+from pyqmigrate.format.foreign import recognize
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
@@ -42,7 +46,7 @@ from pyqmigrate.load import Clear, LoadReport
 if TYPE_CHECKING:
     from pyqmigrate.format.sequential import SequentialStream
 
-__all__ = ["Kind", "Located", "OpenedBlock", "OpenedSnapshot", "locate"]
+__all__ = ["Kind", "Located", "OpenedBlock", "OpenedSnapshot", "locate", "open_source"]
 
 
 class Kind(enum.StrEnum):
@@ -70,17 +74,18 @@ def locate(
         of libvirt's at the start of the file tells.
     piped: whether the path of a pipe or socket will do.
 
-    The stream of a compressed image of libvirt's is decompressed as it is read, and is a source
-    that passes by, as that of a pipe is (:mod:`pyqmigrate.io.passing`).
+    A compressed stream, and that in a compressed image of libvirt's, is decompressed as it is read:
+    a forward-only source, as that of a pipe is (:mod:`pyqmigrate.io.passing`).
 
-    Raises SnapshotError for a save image that libvirt did not finish, NotSupported for one that is
-    compressed in a way that cannot be read here, UsageError, TargetError.
+    Raises SnapshotError for a save image that libvirt did not finish, NotSupported for a stream
+    that is compressed in a way that cannot be read here and for a file of another known kind (a
+    disk image, a core), which the message names; UsageError, TargetError.
     """
     if isinstance(target, Located):
         return target
-    source = _open_pipe(target) if piped else None
-    if source is None:
-        source = InputTarget(target)
+    check("offset", offset, int, type(None))
+    check("piped", piped, bool)
+    source = open_source(target, piped=piped)
     try:
         if offset is not None:
             if isinstance(target, Descriptors) or source.offset:
@@ -88,33 +93,47 @@ def locate(
             if not 0 <= offset < 1 << 63:
                 raise UsageError(f"offset {offset} is not a file position")
             source.offset = offset
-        elif not source.offset and is_libvirt(source.read_at(0, 16)):
+        source = _decompressed(source)
+        header = None
+        if offset is None and not source.offset and is_libvirt(source.read_at(0, 16)):
             header = read_header(source)
             if not header.complete:
                 raise SnapshotError("libvirt did not finish this save image", offset=0)
-            if header.format.compressed:
-                # Seldom needed, and a restore has no time for it.
-                from pyqmigrate.io.decompression import decompressed
-
-                return Located(decompressed(source, header), header)
             source.offset = header.stream_offset
-            return Located(source, header)
+            if header.format.compressed:
+                source = _decompress(source, Compression(header.format.name.lower()))
+        foreign = recognize(source, source.offset)
+        if foreign is not None:
+            raise NotSupported(str(foreign))
     except BaseException:
         source.close()
         raise
-    return Located(source)
+    return Located(source, header)
 
 
-def _open_pipe(target: Target) -> InputTarget | None:
-    if isinstance(target, Descriptors):
-        return None
-    from pyqmigrate.io.passing import PassingInput, PipeReader
+def _decompressed(source: InputTarget) -> InputTarget:
+    """The same source, or what comes out of it where all of it is compressed."""
+    compression = Compression.of(source.read_at(source.offset, MAGIC_MAX))
+    return source if compression is None else _decompress(source, compression)
 
-    path = os.fsdecode(target)
-    if not PipeReader.is_pipe(path):
-        return None
-    pipe = PipeReader(path)
-    return PassingInput(path, lambda: pipe, pipe.close)
+
+def _decompress(source: InputTarget, compression: Compression) -> InputTarget:
+    # Seldom needed, and a restore has no time for it.
+    from pyqmigrate.io.decompression import decompressed
+
+    return decompressed(source, compression, source.offset)
+
+
+def open_source(target: Target, *, piped: bool) -> InputTarget:
+    """Open a file or block device, or with ``piped`` the path of a pipe or socket."""
+    if piped and isinstance(target, str | os.PathLike):
+        from pyqmigrate.io.passing import PassingInput, PipeReader
+
+        path = os.fsdecode(target)
+        if PipeReader.is_pipe(path):
+            pipe = PipeReader(path)
+            return PassingInput(path, lambda: pipe, pipe.close)
+    return InputTarget(target)
 
 
 class OpenedBlock(abc.ABC):
@@ -277,6 +296,7 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
         SnapshotError for a damaged file, GuestMemoryError, TargetError, Cancelled. What was
         loaded before a failure stays in the memories.
         """
+        check_callback("progress", progress)
         return self.start_load(
             memories, channels=channels, direct_io=direct_io, clear=clear, blocks=blocks
         ).wait(progress)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import TypeAlias
 
+from pyqmigrate.argument_types import check
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.format import configuration
@@ -17,7 +18,7 @@ from pyqmigrate.format.elements import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERS
 from pyqmigrate.format.mapped_ram import ByteOrder
 from pyqmigrate.io.target import InputTarget, Target
 from pyqmigrate.opened import Kind, Located, locate
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot import Snapshot, check_bitmap_order
 
 __all__ = ["AnySnapshot", "open_snapshot"]
 
@@ -35,7 +36,8 @@ def open_snapshot(
     index: str | os.PathLike[str] | None = None,
     piped: bool = False,
 ) -> AnySnapshot:
-    """Open a mapped-ram file or a classic stream, behind libvirt's header or at an offset.
+    """Open a mapped-ram file or a classic stream: in a file or on a block device, behind libvirt's
+    header or at an offset, compressed or not.
 
     bitmap_order: for a mapped-ram file, see :class:`~pyqmigrate.snapshot.Snapshot`.
     page_size, index: for a classic stream, see :class:`~pyqmigrate.classic.ClassicSnapshot`.
@@ -43,19 +45,23 @@ def open_snapshot(
         converted, unpacked or loaded. Until it has passed it does not tell its description, so
         that ``page_size`` is needed where the configuration does not tell it and it is not 4096.
 
-    The stream of a compressed image of libvirt's is decompressed each time that it is read; its
-    pages cannot be read at random either.
+    A stream that is compressed (gzip, bzip2, xz, zstd), as a file or in an image of libvirt's, is
+    decompressed each time that it is read; its pages cannot be read at random either.
 
-    Raises SnapshotError for what is no whole snapshot, NotSupported for what is one of a kind that
-    cannot be read (compressed with lzop, a multifd channel), TargetError, UsageError.
+    Raises SnapshotError for what is not a whole snapshot, NotSupported for one of a kind that
+    cannot be read (compressed with lzop, a multifd channel) and for a file of another kind that is
+    known (a disk image, an ELF core), TargetError, UsageError.
     """
+    check_bitmap_order(bitmap_order)
+    check("page_size", page_size, int, type(None))
+    check("index", index, str, os.PathLike, type(None))
     located = locate(target, offset, piped=piped)
     try:
         kind = _kind(located.source)
         if kind is Kind.MAPPED_RAM and located.source.passing:
             raise NotSupported(
-                f"a mapped-ram file has its pages at fixed places: {located.source.name!r} has to"
-                " be a file"
+                f"a mapped-ram file has its pages at fixed places, and {located.source.name!r} is "
+                "read front to back: put it into a file, decompressed"
             )
     except BaseException:
         located.source.close()

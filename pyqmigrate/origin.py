@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from pyqmigrate.argument_types import check
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
 from pyqmigrate.format.devices import DeviceSection, run_state_of
 from pyqmigrate.format.elements import SectionKind
 from pyqmigrate.io.bitmap_order import better_order, says_better
+from pyqmigrate.opened import OpenedSnapshot
 from pyqmigrate.opening import AnySnapshot
 from pyqmigrate.snapshot import Snapshot
 
-__all__ = ["Provenance", "provenance"]
+__all__ = ["Provenance", "provenance", "run_state"]
 
 _VERSIONED = re.compile(r"-(\d+)\.(\d+)$")
 _RUN_STATE_MAX = 4096  # bytes of the section that has the run state; it has 104
@@ -45,7 +47,7 @@ class Provenance:
 def provenance(snapshot: AnySnapshot) -> Provenance:
     """Judge an opened snapshot; for a classic stream that takes its pass over the file, which
     raises what it raises there."""
-    stream = snapshot.stream
+    check("the snapshot", snapshot, OpenedSnapshot)
     found = _signs(snapshot)
     obstacles = _obstacles(snapshot)
     return Provenance(
@@ -55,7 +57,7 @@ def provenance(snapshot: AnySnapshot) -> Provenance:
         loadable=not obstacles,
         obstacles=obstacles,
         remarks=_remarks(snapshot),
-        run_state=_run_state(snapshot) if stream.complete else None,
+        run_state=run_state(snapshot),
     )
 
 
@@ -117,7 +119,10 @@ def _remarks(snapshot: AnySnapshot) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _run_state(snapshot: AnySnapshot) -> str | None:
+def run_state(snapshot: AnySnapshot) -> str | None:
+    """QEMU's word for the state that the guest has after a load; None where the file has none."""
+    if not snapshot.stream.complete:
+        return None
     for s in snapshot.stream.sections:
         if s.kind is SectionKind.FULL and s.name == "globalstate":
             data = snapshot.source.read_at(s.body_offset, min(s.body_length, _RUN_STATE_MAX))

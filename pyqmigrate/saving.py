@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.stream import MAGIC, Head, encode_head, encode_tail
@@ -62,6 +63,7 @@ def save(
     Like :func:`start_save`, with ``progress`` called on this thread at most ten times a second.
     When the wait is interrupted, or ``progress`` raises, the save is cancelled and leaves nothing.
     """
+    check_callback("progress", progress)
     return start_save(
         target, blocks, channels=channels, direct_io=direct_io, sparse=sparse, machine=machine,
         target_page_bits=target_page_bits, reuse=reuse, max_bandwidth=max_bandwidth, seal=seal,
@@ -102,6 +104,9 @@ def start_save(
     TargetError (NoSpace, DirectIORefused) when the system
     refuses; the job's result raises these too, GuestMemoryError when memory went away, Cancelled.
     """
+    check("machine", machine, str)
+    check("target_page_bits", target_page_bits, int, type(None))
+    check("reuse", reuse, bool)
     if seal is not None and isinstance(target, Descriptors):
         raise UsageError("a seal stands beside a path; seal what descriptors lead to by its path")
     if seal is not None and not isinstance(target, Descriptors):
@@ -147,8 +152,11 @@ class Writer(StreamWriter):
         reuse: bool = False,
         max_bandwidth: int = 0,
         seal: Algorithm | None = None,
+        prefix: bytes = b"",
     ) -> None:
-        super().__init__(blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth)
+        super().__init__(
+            blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix
+        )
         self.digests: Digests | None = None
         # Whether pages whose bit is clear can have old bytes in the file.
         self._stale = reuse
@@ -158,7 +166,7 @@ class Writer(StreamWriter):
         self.policy.mark_zero = mark_zero
         with self._closed_on_error():
             self.head: Head = encode_head(
-                machine, self.specs, offset=stream_offset(target),
+                machine, self.specs, offset=stream_offset(target) + len(prefix),
                 target_page_bits=target_page_bits, uuid=uuid, ignore_shared=ignore_shared,
                 before=before,
             )

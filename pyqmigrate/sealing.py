@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.damage import Damage, parts_of
 from pyqmigrate.errors import (
@@ -50,7 +51,7 @@ from pyqmigrate.io.manifest import (
 )
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
 from pyqmigrate.opening import open_snapshot
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot import Snapshot, check_bitmap_order
 from pyqmigrate.spelling import choice
 from pyqmigrate.stale import clear_stale, find_stale
 from pyqmigrate.stream_damage import parts_of_stream
@@ -115,7 +116,7 @@ class SealCheck:
     def data(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "path": self.seal, "algorithm": str(self.algorithm), "size": self.size,
+            "path": self.seal, "algorithm": str(self.algorithm), "sealed_size": self.size,
             "intact": self.intact, "damages": [damage.data() for damage in self.damages],
             "notes": [*self.notes], "bytes_read": self.bytes_read, "seconds": self.seconds,
             "direct_io": self.direct_io, "direct_io_reason": self.direct_io_reason,
@@ -139,6 +140,7 @@ def seal(
     progress: Callable[[Progress], object] | None = None,
 ) -> SealReport:
     """Make a finished snapshot durable and verifiable, and wait; see :func:`start_seal`."""
+    check_callback("progress", progress)
     return start_seal(
         snapshot, algorithm=algorithm, offset=offset, page_size=page_size,
         bitmap_order=bitmap_order, channels=channels, direct_io=direct_io,
@@ -171,12 +173,19 @@ def start_seal(
         raise UsageError("a seal stands beside a path; descriptors have none")
     chosen, setting = choice(Algorithm, algorithm, "algorithm"), _setting(direct_io)
     count = check_channels(channels)
+    check("offset", offset, int, type(None))
+    check("page_size", page_size, int, type(None))
+    check_bitmap_order(bitmap_order)
     source = InputTarget(snapshot)
     try:
         if offset is not None:
             if source.offset:
                 raise UsageError("the offset is given twice")
             source.offset = offset
+        if source.is_device:
+            raise UsageError(
+                f"{source.name!r} is a block device, which records no time of change: seal a file"
+            )
         place = check_place(seal_path(source.name))
         refuse_in_use(place, files_in_use([(source.fd, "the snapshot that is to be sealed")]))
         work = _Sealing(
@@ -370,6 +379,7 @@ def verify_seal(
     progress: Callable[[Progress], object] | None = None,
 ) -> SealCheck | None:
     """Hold a file against its seal, and wait; None where it has none. See :func:`start_verify`."""
+    check_callback("progress", progress)
     job = start_verify(snapshot, page_size=page_size, channels=channels, direct_io=direct_io)
     return None if job is None else job.wait(progress)
 
@@ -390,6 +400,7 @@ def start_verify(
     if isinstance(snapshot, Descriptors):
         raise UsageError("a seal stands beside a path; descriptors have none")
     count, setting = check_channels(channels), _setting(direct_io)
+    check("page_size", page_size, int, type(None))
     source = InputTarget(snapshot)
     try:
         path = seal_path(source.name)

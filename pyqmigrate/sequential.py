@@ -44,9 +44,10 @@ from pyqmigrate.format.sequential import (
 )
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
+from pyqmigrate.io.forward_output import ForwardOutput, goes_forward
 from pyqmigrate.io.memory import Attached, Memory, RamBlock
 from pyqmigrate.io.passing import PassingInput
-from pyqmigrate.io.target import DirectIO, InputTarget, Target, stream_offset
+from pyqmigrate.io.target import DirectIO, InputTarget, Target
 from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.log import logger
 from pyqmigrate.spelling import choice
@@ -133,8 +134,11 @@ class SequentialWriter(StreamWriter):
         before: bytes = b"",
         reuse: bool = False,
         max_bandwidth: int = 0,
+        prefix: bytes = b"",
     ) -> None:
-        super().__init__(blocks, channels=1, reuse=reuse, max_bandwidth=max_bandwidth)
+        super().__init__(
+            blocks, channels=1, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix
+        )
         self._left_out = left_out or ()
         with self._closed_on_error():
             self._head = encode_head(
@@ -144,7 +148,19 @@ class SequentialWriter(StreamWriter):
             self._names = [core_name(spec.name) for spec in self.specs]
             self._blocks = [_core_block(spec.length, spec.page_size) for spec in self.specs]
             self._open(target, DirectIO.OFF)
-            self._encoder = _new_encoder(self.target.fd, stream_offset(target))
+            self._encoder = _new_encoder(self.target.fd, self.target.offset)
+            if self.target.forward:
+                _core.lib.qm_encoder_go_forward(self._encoder)
+
+    def _open(self, target: Target, direct_io: DirectIO) -> None:
+        if goes_forward(target):
+            self.target = ForwardOutput(target)
+            self._cleanup.callback(self.target.abort)
+        else:
+            super()._open(target, direct_io)
+
+    def _file_size(self) -> int:
+        return int(_core.lib.qm_encoder_position(self._encoder))
 
     @property
     def total(self) -> int:
@@ -155,7 +171,9 @@ class SequentialWriter(StreamWriter):
 
     def begin(self) -> None:
         self._check_space()
-        self._put(self._encoder, bytes(len(MAGIC)) + self._head[len(MAGIC):])
+        # A pipe takes nothing that comes later and belongs before.
+        magic = MAGIC if self.target.forward else bytes(len(MAGIC))
+        self._put(self._encoder, magic + self._head[len(MAGIC):])
 
     def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
         """As in the base; a pass that selects nothing writes nothing."""

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 from pyqmigrate import _core
-from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.argument_types import check_mapping, check_names
+from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
@@ -24,7 +25,7 @@ from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.load import start_load as start_load_blocks
 from pyqmigrate.opened import Kind, Located, OpenedBlock, OpenedSnapshot, locate, refused_read
 
-__all__ = ["Snapshot", "SnapshotBlock", "start_load"]
+__all__ = ["Snapshot", "SnapshotBlock", "check_bitmap_order", "start_load"]
 
 
 class SnapshotBlock(OpenedBlock):
@@ -125,11 +126,15 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
         offset: int | None = None,
         bitmap_order: ByteOrder | None = None,
     ) -> None:
-        if bitmap_order not in (None, "little", "big"):
-            raise UsageError(f"bitmap_order is {bitmap_order!r}; it is 'little' or 'big'")
+        check_bitmap_order(bitmap_order)
         super().__init__(locate(target, offset))
         self._bitmap_order = bitmap_order
         try:
+            if self.source.passing:
+                raise NotSupported(
+                    "the stream is compressed, and a mapped-ram file has its pages at fixed "
+                    "places: convert it first (pyqmigrate convert FILE OUT --to mapped-ram)"
+                )
             self._stream = parse(self.source, self.offset)
         except BaseException:
             self.close()
@@ -182,6 +187,8 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
         clear: Clear | str = Clear.ZERO,
         blocks: Collection[str] | None = None,
     ) -> Job[LoadReport]:
+        check_mapping("memories", memories)
+        check_names("blocks", blocks)
         chosen = [block for block in self._known(blocks) if not block.external]
         given = {
             name: memory for name, memory in memories.items()
@@ -195,6 +202,12 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
     def _drop(self) -> None:
         for block in getattr(self, "blocks", {}).values():
             block._close()
+
+
+def check_bitmap_order(order: object) -> None:
+    """UsageError unless it is ``little``, ``big`` or None."""
+    if order not in (None, "little", "big"):
+        raise UsageError(f"bitmap_order is {order!r}; it is 'little' or 'big'")
 
 
 def start_load(

@@ -18,7 +18,7 @@ from pyqmigrate.format.elements import MAGIC
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.memory import Attached, RamBlock, attach, files_of
+from pyqmigrate.io.memory import Attached, RamBlock, attach, check_blocks, files_of
 from pyqmigrate.io.target import DirectIO, OutputTarget, Target
 from pyqmigrate.log import logger
 
@@ -84,19 +84,22 @@ class StreamWriter(abc.ABC):
     """A stream being written: ``begin``, passes over memory, ``finish``; all of it by ``run``.
 
     It owns what it opens from its construction on; :meth:`close` lets go of everything, and drops
-    a file that was not finished.
+    a file that was not finished. ``prefix`` is what a new file has before its stream.
     """
 
     sparse = Sparse.AUTO
     target: OutputTarget
 
     def __init__(
-        self, blocks: Sequence[RamBlock], *, channels: int, reuse: bool, max_bandwidth: int
+        self, blocks: Sequence[RamBlock], *, channels: int, reuse: bool, max_bandwidth: int,
+        prefix: bytes = b"",
     ) -> None:
+        check_blocks(blocks)
         if not blocks:
             raise UsageError("no RAM blocks are given; a snapshot has at least one")
         self.started = time.monotonic()
         self.reuse = reuse
+        self.prefix = prefix
         self.channels = Channels(channels, "pyqmigrate-save")
         self.channels.set_rate(max_bandwidth)
         self.memories: list[Attached] = []
@@ -122,7 +125,7 @@ class StreamWriter(abc.ABC):
     def _open(self, target: Target, direct_io: DirectIO) -> None:
         """The last thing a constructor does: from here on an existing file may be changed."""
         self.target = OutputTarget.open(
-            target, direct_io, reuse=self.reuse, in_use=files_of(self.memories)
+            target, direct_io, reuse=self.reuse, in_use=files_of(self.memories), prefix=self.prefix
         )
         self._cleanup.callback(self.target.abort)
 
@@ -200,7 +203,8 @@ class StreamWriter(abc.ABC):
     def _publish(self) -> None:
         self._check_cancelled()
         self.target.publish(MAGIC, self._before_publication)
-        _core.lib.qm_job_add_moved(self.channels.core, len(MAGIC))
+        if not self.target.forward:
+            _core.lib.qm_job_add_moved(self.channels.core, len(MAGIC))
 
     def _before_publication(self) -> None:
         """All is durable, and nobody has seen it; what is raised here undoes it."""
@@ -214,7 +218,7 @@ class StreamWriter(abc.ABC):
             zero_pages=totals.zero_pages,
             bytes_written=totals.bytes_moved,
             bytes_allocated=self.target.allocated_bytes(),
-            file_size=os.fstat(self.target.fd).st_size,
+            file_size=self._file_size(),
             seconds=time.monotonic() - self.started,
             direct_io=direct is not None,
             direct_io_reason=self._direct_io_reason(),
@@ -227,6 +231,9 @@ class StreamWriter(abc.ABC):
         )
         logger.info("saved %s: %s", self.target.name, report)
         return report
+
+    def _file_size(self) -> int:
+        return os.fstat(self.target.fd).st_size
 
     def _seal_algorithm(self) -> Algorithm | None:
         return None

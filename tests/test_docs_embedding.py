@@ -7,6 +7,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs"
 PROGRAM = DOCS / "examples" / "vmm.py"
+AWAITED = DOCS / "examples" / "await_save.py"
 
 
 def test_the_program_saves_a_running_guest_and_loads_it_back(tmp_path, child_environment):
@@ -19,9 +20,18 @@ def test_the_program_saves_a_running_guest_and_loads_it_back(tmp_path, child_env
     assert done.stderr == ""
 
 
-def test_the_page_shows_exactly_the_program():
+def test_the_second_program_awaits_a_save_and_cancels_one(tmp_path, child_environment):
+    done = subprocess.run(
+        [sys.executable, AWAITED, tmp_path], env=child_environment, capture_output=True,
+        text=True, timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "saved: 5 pages\ncancelled: True ['snapshot']\n"
+
+
+def test_the_page_shows_exactly_the_programs():
     shown = re.findall(r"```python\n(.*?)```", (DOCS / "embedding.md").read_text(), re.DOTALL)
-    assert shown == [PROGRAM.read_text()]
+    assert shown == [PROGRAM.read_text(), AWAITED.read_text()]
 
 
 def test_the_program_has_under_sixty_lines():

@@ -257,17 +257,16 @@ def test_commands_take_standard_input(
     assert (disk / "to/ram.raw").read_bytes() == memory.tobytes()
 
 
-@pytest.mark.parametrize("verb", ["info", "verify", "devices", "seal"])
-def test_other_verbs_say_that_a_pipe_is_no_file(
-    disk: Path, child_environment: dict[str, str], verb: str
+def test_seal_says_that_a_pipe_is_not_a_file(
+    disk: Path, child_environment: dict[str, str]
 ) -> None:
     save_stream(disk / "from")
     ran = subprocess.run(
-        [*COMMAND, verb, "/dev/stdin"], input=(disk / "from").read_bytes(), check=False,
+        [*COMMAND, "seal", "/dev/stdin"], input=(disk / "from").read_bytes(), check=False,
         env=child_environment, capture_output=True,
     )  # fmt: skip
     assert ran.returncode == 2
-    assert b"not a regular file" in ran.stderr
+    assert b"neither a regular file nor a block device" in ran.stderr
 
 
 @pytest.mark.usefixtures("same_descriptors")
@@ -328,7 +327,7 @@ def test_damaged_image_is_a_snapshot_error(kind: ImageFormat, data: st.DataObjec
         (disk / "image").write_bytes(front(kind) + packed)
         try:
             convert(disk / "image", disk / "to", to="mapped-ram")
-        except SnapshotError:
+        except (SnapshotError, NotSupported):  # also a record that says "compressed page"
             assert not (disk / "to").exists()
 
 

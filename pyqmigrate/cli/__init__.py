@@ -15,31 +15,40 @@ Exit codes:
 Standard descriptors that are closed are no error: ``/dev/null`` takes their places, and the exit
 code says what became of the work.
 
-With ``--json`` standard output gets one JSON object and nothing else. That of a failure has the
-one key ``error``: an object of ``type``, ``message`` and ``exit_code``; ``block``, ``field`` and
-``offset`` where a snapshot is bad; ``errno`` and ``filename`` where the system refused. The
-message goes to standard error as well. In names, bytes that are not UTF-8 are lone surrogates
-(Python's ``surrogateescape``). Keys may be added in later versions; none changes its meaning.
+With ``--json`` standard output gets one JSON object and nothing else. Its keys are those of
+``docs/json.md``, ``schema`` the version of that. The object of a failure has ``error``: an object
+of ``type``, ``message`` and ``exit_code``; ``block``, ``field`` and ``offset`` where a snapshot is
+bad; ``errno`` and ``filename`` where the system refused. The message goes to standard error as
+well. In names, bytes that are not UTF-8 are lone surrogates (Python's ``surrogateescape``). Keys
+may be added in later versions; ``schema`` changes when one changes its meaning or goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from pyqmigrate.cli.arguments import BadArguments, Parser
+from pyqmigrate import __version__
+from pyqmigrate.cli.arguments import BadArguments, Parser, add_general
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
-from pyqmigrate.cli.outcome import Outcome, describe_error, error_data, printable
-from pyqmigrate.cli.standard_streams import fill_missing_streams
+from pyqmigrate.cli.missing_streams import fill_missing_streams
+from pyqmigrate.cli.outcome import (
+    Outcome,
+    describe_error,
+    error_data,
+    json_text,
+    printable,
+)
+from pyqmigrate.cli.standard_streams import is_standard
+from pyqmigrate.cli.verbosity import configured
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.io.threads import starting_threads
 
@@ -61,14 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     # Looked for by hand, so that a command line that does not parse is answered in the right form.
     as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
+    parsed = None
     try:
         with _termination_interrupts():
-            outcome = _run(arguments)
-        if outcome is None:
-            return ExitCode.DONE
+            parsed = _parse(arguments)
+            if parsed is None:
+                return ExitCode.DONE
+            outcome = _run(parsed)
         if outcome.data is not None:
             lines = "".join(f"{line}\n" for line in outcome.lines)
-            _write(sys.stdout, _json(outcome.data) if as_json else lines)
+            stream = sys.stderr if _fills_stdout(parsed) else sys.stdout
+            _write(stream, json_text(outcome.data) if as_json else lines)
         return outcome.code
     except BaseException as error:
         code = exit_code(error)
@@ -78,25 +90,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # there is nowhere left to complain to
             _write(sys.stderr, f"{usage}pyqmigrate: {printable(describe_error(error))}\n")
             if as_json:
-                _write(sys.stdout, _json({"error": error_data(error, code)}))
+                stream = sys.stderr if _fills_stdout(parsed) else sys.stdout
+                _write(stream, json_text({"error": error_data(error, code)}))
         return code
 
 
-def _run(arguments: Sequence[str]) -> Outcome | None:
-    """What the verb hands back; None when argparse has printed what was asked for."""
+def _fills_stdout(parsed: argparse.Namespace | None) -> bool:
+    """Whether standard output has what the verb wrote, so that no text may come between."""
+    written = getattr(parsed, "writes", None)  # the argument that names it
+    return written is not None and is_standard(getattr(parsed, written))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
+    """The arguments; None when argparse has printed what was asked for."""
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed: argparse.Namespace = _parser().parse_args(arguments)
     except SystemExit:  # --help, --version: everything else raises BadArguments
         _write(sys.stdout, "")
         return None
+    return parsed
+
+
+def _run(parsed: argparse.Namespace) -> Outcome:
+    """What the verb hands back."""
     try:
-        with starting_threads():
+        with configured(parsed), starting_threads():
             outcome: Outcome = parsed.run(parsed)
     except (SnapshotError, NotSupported) as error:
         if "snapshot" in parsed:
             error.add_note(f"{parsed.snapshot}: ")
         raise
-    return outcome
+    return replace(outcome, lines=()) if parsed.quiet else outcome
 
 
 def _parser() -> Parser:
@@ -106,27 +130,21 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, help="show the version and exit")
+    add_general(parser)
+    parser.set_defaults(json=False, verbose=False, quiet=False, no_progress=False)
     parser.offer(__name__, _VERBS)
     return parser
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for: that takes longer than some verbs."""
+    """Prints it and ends the command."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=settings.get("help"))
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        metadata = importlib.import_module("importlib.metadata")
-        try:
-            version = metadata.version("pyqmigrate")
-        except metadata.PackageNotFoundError:
-            version = "(not installed)"
-        parser.exit(message=f"pyqmigrate {version}\n")
-
-
-def _json(data: object) -> str:
-    return json.dumps(data, indent=2) + "\n"
+        print(f"pyqmigrate {__version__}")
+        parser.exit()
 
 
 def _write(stream: TextIO, text: str) -> None:

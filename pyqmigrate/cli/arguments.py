@@ -21,6 +21,7 @@ __all__ = [
     "add_bitmap_order",
     "add_channels",
     "add_direct_io",
+    "add_general",
     "add_offset",
     "add_seal",
     "add_verb",
@@ -43,7 +44,7 @@ class BadArguments(UsageError):
 class Parser(argparse.ArgumentParser):
     """Raises BadArguments where argparse would print and exit.
 
-    Verbs that are offered are modules; only that of the verb which is asked for is imported.
+    Verbs that are offered are modules; only the module of the verb that is asked for is imported.
     """
 
     takes_command_line = False  # of a VM, behind --: it becomes the attribute ``command``
@@ -61,15 +62,15 @@ class Parser(argparse.ArgumentParser):
         if self._offered:
             (package, names), self._offered = self._offered, None
             verbs = self.add_subparsers(title="verbs", metavar="VERB", required=True)
-            for name in [name for name in names if name in given[:1]] or names:
+            # The options before a verb have no values.
+            verb = next((text for text in given if not text.startswith("-")), None)
+            for name in [verb] if verb in names else names:
                 importlib.import_module(f"{package}.{name}").add_parser(verbs)
-        end = given.index("--") if "--" in given else len(given)
         if _SEAL in self._option_string_actions:
-            given[:end] = [
-                f"{_SEAL}={Algorithm.XXH3_128}" if text == _SEAL else text for text in given[:end]
-            ]
+            given = _with_seal_joined(given)
         if not self.takes_command_line:
             return super().parse_known_args(given, namespace)
+        end = given.index("--") if "--" in given else len(given)
         parsed, unknown = super().parse_known_args(given[:end], namespace)
         if words := parsed.command + unknown:
             self.error(f"-- must come before {words[0]}: SNAPSHOT -- {words[0]} ...")
@@ -80,6 +81,48 @@ class Parser(argparse.ArgumentParser):
         raise BadArguments(message, self.format_usage())
 
 
+def _with_seal_joined(given: list[str]) -> list[str]:
+    """The arguments with ``--seal [ALGORITHM]`` as one word: only the name of an algorithm belongs
+    to the option, any other word after it is an argument of its own."""
+    algorithms = [str(algorithm) for algorithm in Algorithm]
+    joined: list[str] = []
+    words = iter(enumerate(given))
+    for n, word in words:
+        if word == "--":
+            return joined + given[n:]
+        if word == _SEAL:
+            named = given[n + 1 : n + 2]
+            if named and named[0] in algorithms:
+                next(words)
+                word = f"{_SEAL}={named[0]}"
+            else:
+                word = f"{_SEAL}={Algorithm.XXH3_128}"
+        joined.append(word)
+    return joined
+
+
+def add_general(parser: argparse.ArgumentParser) -> None:
+    """What every verb takes, before or after its name."""
+    general = parser.add_argument_group("general options", "before or after the verb")
+    # Without a default: the verb's would replace what was given before it.
+    general.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS,
+        help="print one JSON object and nothing else",
+    )
+    general.add_argument(
+        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
+        help="log what is done, on standard error",
+    )
+    general.add_argument(
+        "-q", "--quiet", action="store_true", default=argparse.SUPPRESS,
+        help="print errors only (and JSON where it is asked for)",
+    )
+    general.add_argument(
+        "--no-progress", action="store_true", default=argparse.SUPPRESS,
+        help="show no progress on a terminal",
+    )
+
+
 def add_verb(verbs: Verbs, name: str, run: Any, document: str | None) -> Parser:
     """A parser for one verb. Its module's docstring is the help; ``run`` gets the arguments."""
     text = (document or "").strip().replace("``", "")
@@ -88,9 +131,7 @@ def add_verb(verbs: Verbs, name: str, run: Any, document: str | None) -> Parser:
         name, help=summary[:1].lower() + summary[1:].rstrip("."), description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
+    add_general(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -119,11 +160,12 @@ def add_channels(parser: Parser, default: int = 2) -> None:
 
 
 def add_seal(parser: Parser) -> None:
-    """``--seal[=ALGORITHM]``; what follows ``--seal`` without the sign is another argument."""
+    """``--seal [ALGORITHM]``, wherever it stands; see :class:`Parser`."""
     parser.add_argument(
         _SEAL, metavar="ALGORITHM", choices=[str(name) for name in Algorithm], default=None,
-        help=f"write a seal beside the snapshot; --seal alone is --seal={Algorithm.XXH3_128} "
-        f"(others: {Algorithm.BLAKE3}, {Algorithm.SHA256})",
+        nargs="?",
+        help=f"write a seal beside the snapshot: {Algorithm.XXH3_128} (the default), "
+        f"{Algorithm.BLAKE3} or {Algorithm.SHA256}",
     )
 
 

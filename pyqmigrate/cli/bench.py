@@ -4,9 +4,9 @@ A synthetic guest memory is saved to a fresh file and loaded from a cold cache w
 three times over in turns; medians count. Saves are timed to the fsync. Everything is removed at
 the end.
 
-JSON: ``directory``; ``size`` of the guest and ``data_bytes`` of it that are saved, in bytes;
-``direct_io_reason``; ``results``, a list of ``channels``, ``direct_io``, ``save_seconds`` and
-``load_seconds`` (a list each), ``save_mib_per_second`` and ``load_mib_per_second`` (of data, from
+JSON: ``directory``; ``total_ram`` and ``data_bytes`` of it that are saved;
+``direct_io_reason``; ``results``, a list of ``channels``, ``direct_io``, ``save_runs`` and
+``load_runs`` (the seconds of each), ``save_rate`` and ``load_rate`` (bytes of data a second, from
 the medians); ``best``, an object of ``save`` and ``load``, each the ``channels`` and ``direct_io``
 of the fastest; ``plot``, the picture's path or null.
 """
@@ -122,22 +122,22 @@ def _data(
     args: argparse.Namespace, size: int, data_bytes: int, settings: list[_Setting], reason: str
 ) -> dict[str, Any]:
     def rate(seconds: list[float]) -> float:
-        return data_bytes / MIB / statistics.median(seconds)
+        return data_bytes / statistics.median(seconds)
 
     results: list[dict[str, Any]] = [
         {
             "channels": setting.channels,
             "direct_io": setting.direct_io,
-            "save_seconds": setting.save_seconds,
-            "load_seconds": setting.load_seconds,
-            "save_mib_per_second": rate(setting.save_seconds),
-            "load_mib_per_second": rate(setting.load_seconds),
+            "save_runs": setting.save_seconds,
+            "load_runs": setting.load_seconds,
+            "save_rate": rate(setting.save_seconds),
+            "load_rate": rate(setting.load_seconds),
         }
         for setting in settings
     ]
     return {
         "directory": args.dir,
-        "size": size,
+        "total_ram": size,
         "data_bytes": data_bytes,
         "direct_io_reason": reason,
         "results": results,
@@ -147,7 +147,7 @@ def _data(
 
 
 def _fastest(results: list[dict[str, Any]], work: str) -> dict[str, Any]:
-    fastest = max(results, key=lambda result: float(result[f"{work}_mib_per_second"]))
+    fastest = max(results, key=lambda result: float(result[f"{work}_rate"]))
     return {key: fastest[key] for key in ("channels", "direct_io")}
 
 
@@ -155,14 +155,14 @@ def _lines(data: dict[str, Any]) -> list[str]:
     best = data["best"]
     rows = [
         (r["channels"], _way(r), *(
-            f"{r[f'{work}_mib_per_second']:.0f}"
+            f"{r[f'{work}_rate'] / MIB:.0f}"
             + (" *" if best[work] == {key: r[key] for key in best[work]} else "  ")
             for work in ("save", "load")
         ))
         for r in data["results"]
     ]  # fmt: skip
     return [
-        f"guest of {show_size(data['size'])}, {show_size(data['data_bytes'])} of it data, "
+        f"guest of {show_size(data['total_ram'])}, {show_size(data['data_bytes'])} of it data, "
         f"in {printable(data['directory'])}; medians of {_REPEAT}",
         f"direct I/O: {data['direct_io_reason']}",
         "",

@@ -7,14 +7,21 @@ SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
 ``raw``         a directory of raw files, one a RAM block (as unpack)
 ``elf``         an ELF core of the guest's physical memory: for gdb, drgn, crash, volatility3
 ``lime``        a LiME file of it: for volatility3
+``libvirt``     a save image that virsh restore takes, with the header of an older one (``--like``)
 
 A classic stream is read once, front to back, into a mapped-ram file and raw files. For these SRC
-may be a pipe (``zstd -dc OLD | pyqmigrate convert /dev/stdin DST --to mapped-ram``), and an image
-that libvirt compressed with gzip, bzip2, xz or, with ``pip install pyqmigrate[zstd]``, zstd.
+may be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), or a stream
+compressed with gzip, bzip2, xz or zstd (which needs Python 3.14, or ``pip install zstandard``).
 
 Device state is carried over byte for byte. DST appears only when it is whole and durable;
-it cannot be SRC, under whatever name.
+it cannot be SRC, under whatever name. With ``-`` as DST a classic stream goes to a pipe, and every
+form but raw into the file that standard output is redirected to; what is printed otherwise goes to
+standard error, and the reader of a pipe has to look at the exit code.
 ``--memory NAME=FILE`` gives the content of a block that SRC only lists (x-ignore-shared).
+
+An image of libvirt's gets its XML from the image that ``--like`` names, which has to be of the same
+domain (virsh save); ``virsh save-image-edit DST`` changes it afterwards. ``virsh restore`` needs
+libvirt 11.2 or later for ``--image-format sparse``.
 
 For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
 the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places one
@@ -41,6 +48,7 @@ from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size, show_rate, show_size
+from pyqmigrate.cli.standard_streams import write_to
 from pyqmigrate.errors import UsageError
 from pyqmigrate.export.convert import Form, convert
 from pyqmigrate.export.image import ImageReport
@@ -55,7 +63,10 @@ __all__ = ["add_parser"]
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "convert", _run, __doc__)
     add_snapshot(parser)
-    parser.add_argument("target", metavar="DST")
+    parser.add_argument(
+        "target", metavar="DST", help="what to write; - is standard output (see above)"
+    )
+    parser.set_defaults(writes="target")
     forms = [str(form) for form in Form]
     parser.add_argument("--to", choices=forms, required=True, help="the form of DST")
     parser.add_argument(
@@ -73,6 +84,13 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--byte-order", choices=["little", "big"], default=None,
         help="of the guest, in an elf file (default: as the device state has it)",
+    )
+    parser.add_argument(
+        "--like", metavar="IMAGE", help="an image of the same domain, for an image of libvirt's"
+    )
+    parser.add_argument(
+        "--image-format", choices=["raw", "sparse"], default=None,
+        help="of an image of libvirt's (default: as IMAGE, raw where that is compressed)",
     )
     add_channels(parser)
     add_direct_io(parser)
@@ -107,9 +125,11 @@ def _run(args: argparse.Namespace) -> Outcome:
             stack.callback(os.close, fd)
             memories[name] = FileMemory(fd)
         report = convert(
-            snapshot, args.target, to=args.to, channels=args.channels, direct_io=args.direct_io,
-            sparse=args.sparse, memories=memories, placements=args.map,
-            max_ram_below_4g=args.max_ram_below_4g, byte_order=args.byte_order, progress=show,
+            snapshot, write_to(args.target, forward=_why_a_file(args.to)), to=args.to,
+            channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
+            memories=memories, placements=args.map, max_ram_below_4g=args.max_ram_below_4g,
+            byte_order=args.byte_order, like=args.like, image_format=args.image_format,
+            progress=show,
         )
     data = {
         "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),
@@ -126,6 +146,15 @@ def _run(args: argparse.Namespace) -> Outcome:
         registers = [f"registers of {counted(report.cpus, 'CPU')}"] if args.to == Form.ELF else []
         lines = [*_ranges(report), *lines, *registers, *_left_out(report)]
     return Outcome(data, lines)
+
+
+def _why_a_file(form: str) -> str | None:
+    """Why this form cannot go through a pipe; None if it can."""
+    if form == Form.RAW:
+        return "raw files go into a directory"
+    if form == Form.LIBVIRT:
+        return "an image of libvirt's gets its name when it is whole"
+    return None if form == Form.STREAM else f"{form} has its pages at fixed places"
 
 
 def _ranges(report: ImageReport) -> list[str]:

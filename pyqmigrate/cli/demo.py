@@ -5,11 +5,11 @@ loaded back from a cold cache and compared. Where a QEMU >= 9.0 is on the PATH, 
 too. Without ``--size`` the guest has 1 GiB, or less where the machine has no room for that.
 Everything is removed at the end. The exit code is 1 when a memory came out different.
 
-JSON: ``directory``; ``size`` of the guest in bytes; ``data_pages``, ``zero_pages``; ``equal``
+JSON: ``directory``; ``total_ram``; ``data_pages``, ``zero_pages``; ``equal``
 (true: every load gave the memory that was saved); ``direct_io_reason``; ``steps``, a list of
-``step`` (save, load, qemu-load), ``direct_io``, ``seconds``, ``mib_per_second`` (of data),
-``apparent``, ``allocated`` and ``cached`` (bytes of the file: its size, on disk, left in the page
-cache), ``difference`` (null, or the byte offset of the first page that differs); ``qemu``, the
+``step`` (save, load, qemu-load), ``direct_io``, ``seconds``, ``rate`` (bytes of data a
+second), ``file_size``, ``bytes_allocated`` and ``bytes_cached`` (left in the page cache),
+``difference`` (null, or the byte offset of the first page that differs); ``qemu``, the
 version or null, and ``qemu_reason``, why there is none, or null.
 """
 
@@ -64,9 +64,9 @@ class _Step:
     direct_io: bool
     seconds: float
     data_bytes: int
-    apparent: int
-    allocated: int
-    cached: int
+    file_size: int
+    bytes_allocated: int
+    bytes_cached: int
     difference: int | None = None
 
 
@@ -162,7 +162,7 @@ def _outcome(
     found = isinstance(qemu, demo_qemu.Qemu)
     data = {
         "directory": args.dir,
-        "size": size,
+        "total_ram": size,
         "data_pages": report.data_pages,
         "zero_pages": report.zero_pages,
         "equal": equal,
@@ -175,7 +175,7 @@ def _outcome(
     rows = [
         (names[step.step], "direct" if step.direct_io else "buffered", f"{step.seconds:.2f}",
          show_rate(step.data_bytes, step.seconds), report.data_pages, report.zero_pages,
-         show_size(step.apparent), show_size(step.allocated), show_size(step.cached))
+         show_size(step.file_size), show_size(step.bytes_allocated), show_size(step.bytes_cached))
         for step in steps
     ]
     head = ("", "I/O", "seconds", "MiB/s", "data pages", "zero pages", "apparent", "allocated",
@@ -195,7 +195,7 @@ def _outcome(
 
 def _step_data(step: _Step) -> dict[str, object]:
     data = asdict(step)
-    data["mib_per_second"] = data.pop("data_bytes") / MIB / step.seconds
+    data["rate"] = data.pop("data_bytes") / step.seconds
     return data
 
 

@@ -27,6 +27,7 @@ from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.opening import add_snapshot
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
+from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.device_listing import Devices, devices
 from pyqmigrate.format.device_tree import Device, Field, Scalar, State, Value
 
@@ -54,9 +55,10 @@ def _section(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    source, offset = read_from(args.snapshot, args.offset)
     with shown("read through") as show:
         found = devices(
-            args.snapshot, offset=args.offset, name=args.name, section_id=args.section,
+            source, offset=offset, name=args.name, section_id=args.section,
             page_size=args.page_size, index=args.index, progress=show,
         )
     data = {

@@ -5,17 +5,17 @@ a compressed or unfinished image.
 
 JSON: ``snapshot``; ``kind`` (mapped-ram or stream); ``machine`` (perhaps empty);
 ``capabilities`` (names); ``target_page_bits`` and ``uuid`` (null where the file does not state
-them); ``offset`` where the stream starts and ``end`` where it ends; ``size`` and ``allocated`` of
-the file in bytes; ``total_ram`` in bytes;
+them); ``offset`` where the stream starts and ``end`` where it ends; ``file_size`` and
+``bytes_allocated``; ``total_ram`` in bytes;
 ``complete`` (false: device state may be cut off); ``opaque_tail`` (true: the device sections
 could not be told apart and are not listed); ``bitmap_order`` (little or big, as the bitmaps were
 read; null in a classic stream); ``blocks``, a list of ``name``, ``length``,
 ``page_size``, ``pages``, ``data_pages``, ``zero_pages``, ``bitmap_offset``, ``pages_offset`` (null
 in a classic stream), ``external`` (true: the content is in another file, and page counts are null);
 ``libvirt`` (null, or ``version``, ``format``, ``was_running``, ``xml``, ``cookie``);
-``written_by``, an object of ``qemu`` (``[major, minor]`` of the oldest that can have, or null),
-``reasons``, ``libvirt``; ``run_state`` after a load (null: not told); ``loadable`` (by a QEMU with
-the same machine), ``obstacles`` to that and ``remarks``, texts; ``sections``, a list
+``written_by``, an object of ``qemu`` (the oldest version that can have, as text, or null),
+``reasons``, ``by_libvirt``; ``run_state`` after a load (null: not recorded); ``loadable`` (by a
+QEMU with the same machine), ``obstacles`` to that and ``remarks``, texts; ``sections``, a list
 of ``kind`` (start, part, end, full, command), ``section_id``, ``name``, ``instance_id``,
 ``version_id``, ``offset``, ``length``, ``body_offset``, ``body_length``. Offsets are absolute in
 the file, or in the stream where libvirt compressed that; offsets and lengths are in bytes.
@@ -39,11 +39,13 @@ from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_size
+from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.elements import Section
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
+from pyqmigrate.io.passing import PipeReader
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.opened import OpenedBlock
+from pyqmigrate.opened import OpenedBlock, open_source
 from pyqmigrate.opening import AnySnapshot
 from pyqmigrate.origin import Provenance, provenance
 from pyqmigrate.snapshot import Snapshot, SnapshotBlock
@@ -80,8 +82,11 @@ def _whole(args: argparse.Namespace) -> Outcome:
 
 def _header(args: argparse.Namespace) -> LibvirtHeader | None:
     """libvirt's header at the start of the file, if there is one."""
-    with contextlib.closing(InputTarget(args.snapshot)) as source:
-        if args.offset is not None or source.offset or not is_libvirt(source.read_at(0, 16)):
+    path, offset = read_from(args.snapshot, args.offset)
+    if PipeReader.is_pipe(path):
+        return None  # it has passed by
+    with contextlib.closing(InputTarget(path)) as source:
+        if offset is not None or source.offset or not is_libvirt(source.read_at(0, 16)):
             return None
         return read_header(source)
 
@@ -103,9 +108,9 @@ def _header_alone(args: argparse.Namespace, header: LibvirtHeader, why: str) -> 
 
 def _xml(args: argparse.Namespace) -> Outcome:
     # What follows the header does not matter here: it may be compressed, or unfinished.
-    source = InputTarget(args.snapshot)
-    with contextlib.closing(source):
-        if args.offset is not None or source.offset:
+    path, offset = read_from(args.snapshot, args.offset)
+    with contextlib.closing(open_source(path, piped=True)) as source:
+        if offset is not None or source.offset:
             raise UsageError("the XML is that of a header at the start of the file: no offset")
         if not is_libvirt(source.read_at(0, 16)):
             raise UsageError(f"{args.snapshot!r} has no header of libvirt's, and no XML")
@@ -125,15 +130,16 @@ def _data(snapshot: AnySnapshot, origin: Provenance) -> dict[str, Any]:
         "uuid": _uuid(stream.uuid),
         "offset": snapshot.offset,
         "end": stream.end,
-        "size": snapshot.size,
-        "allocated": snapshot.allocated,
+        "file_size": snapshot.size,
+        "bytes_allocated": snapshot.allocated,
         "total_ram": stream.total_ram,
         "complete": stream.complete,
         "opaque_tail": stream.opaque_tail,
         "bitmap_order": snapshot.bitmap_order if isinstance(snapshot, Snapshot) else None,
         "libvirt": _libvirt(snapshot.libvirt),
         "written_by": {
-            "qemu": origin.qemu, "reasons": list(origin.reasons), "libvirt": origin.libvirt,
+            "qemu": None if origin.qemu is None else ".".join(map(str, origin.qemu)),
+            "reasons": list(origin.reasons), "by_libvirt": origin.libvirt,
         },
         "run_state": origin.run_state,
         "loadable": origin.loadable,

@@ -10,6 +10,7 @@ from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.cli.arguments import Parser, add_bitmap_order, add_offset
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size
+from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.opening import AnySnapshot, open_snapshot
 
 __all__ = ["add_snapshot", "opened"]
@@ -17,7 +18,7 @@ __all__ = ["add_snapshot", "opened"]
 
 def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
     """SNAPSHOT, and what may be said about it."""
-    parser.add_argument(name, metavar=name.upper())
+    parser.add_argument(name, metavar=name.upper(), help="a file, or - for standard input")
     add_offset(parser)
     parser.add_argument(
         "--page-size", type=read_size, metavar="SIZE", default=None,
@@ -34,11 +35,12 @@ def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
 def opened(
     args: argparse.Namespace, path: str, *, one_pass: bool = False
 ) -> Iterator[AnySnapshot]:
-    """The snapshot. A classic stream is read through, unless the verb needs just ``one_pass``, and
-    makes that itself: then it may come through a pipe."""
+    """The snapshot, also from standard input or a pipe. A classic stream is read through, unless
+    the verb makes just ``one_pass`` itself."""
+    source, offset = read_from(path, args.offset)
     with open_snapshot(
-        path, offset=args.offset, bitmap_order=args.bitmap_order, page_size=args.page_size,
-        index=args.index, piped=one_pass,
+        source, offset=offset, bitmap_order=args.bitmap_order, page_size=args.page_size,
+        index=args.index, piped=True,
     ) as snapshot:
         if not one_pass and isinstance(snapshot, ClassicSnapshot):
             with shown("read through") as show:

@@ -6,15 +6,33 @@ escape (:func:`printable`).
 
 from __future__ import annotations
 
+import argparse
+import errno
+import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.errors import SnapshotError
 
-__all__ = ["Outcome", "counted", "describe_error", "error_data", "printable", "table"]
+__all__ = [
+    "SCHEMA",
+    "Outcome",
+    "announce",
+    "counted",
+    "describe_error",
+    "error_data",
+    "json_text",
+    "printable",
+    "seal_data",
+    "table",
+]
+
+SCHEMA = 1  # of all JSON objects; docs/json.md
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,25 @@ class Outcome:
     data: dict[str, Any] | None
     lines: Sequence[str]
     code: ExitCode = ExitCode.DONE
+
+
+def json_text(data: Mapping[str, Any]) -> str:
+    """What ``--json`` prints of ``data``, with its newline."""
+    return json.dumps({"schema": SCHEMA, **data}, indent=2) + "\n"
+
+
+def seal_data(path: object, algorithm: object, **more: object) -> dict[str, Any]:
+    """The value of ``seal``, in whichever object it is."""
+    return {"path": str(path), "algorithm": str(algorithm), **more}
+
+
+def announce(args: argparse.Namespace, data: Mapping[str, Any], lines: Sequence[str]) -> None:
+    """Print the report of a verb that goes on: JSON on standard output, or ``lines`` on standard
+    error."""
+    if args.json:
+        print(json_text(data), end="", flush=True)
+    elif not args.quiet:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -62,10 +99,35 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory"
     if isinstance(error, OSError) and error.strerror:
+        missing = _missing(error)
+        if missing is not None:
+            return missing
         name = "" if error.filename is None else f": {os.fsdecode(error.filename)!r}"
         return f"{error.strerror}{name}"
     # A note is the file that the error itself does not name.
     return "".join([*getattr(error, "__notes__", ()), str(error)])
+
+
+def _missing(error: OSError) -> str | None:
+    """The sentence for a path that leads nowhere: what part of it is missing. None for any other
+    error, and where the path is there by now."""
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR) or error.filename is None:
+        return None
+    name = os.fsdecode(error.filename)
+    # A TargetError begins with what was done.
+    what, colon, _ = (error.strerror or "").rpartition(": ")
+    front = what + colon
+    parents = [parent for parent in reversed(Path(name).parents) if not parent.is_dir()]
+    if parents:
+        missing = str(parents[0])
+        if os.path.lexists(missing):
+            return f"{front}{missing!r} is not a directory"
+        return f"{front}no directory {str(Path(name).parent)!r}"
+    if error.errno == errno.ENOTDIR and os.path.lexists(name):
+        return f"{front}{name!r} is not a directory"
+    if os.path.islink(name):  # noqa: PTH114
+        return f"{front}{name!r} is a link to a file that is missing"
+    return None if os.path.lexists(name) else f"{front}no file {name!r}"
 
 
 def error_data(error: BaseException, code: ExitCode) -> dict[str, Any]:

@@ -8,7 +8,8 @@ reading it again; see the verb seal.
 
 JSON: ``snapshot``; ``data_pages``, ``zero_pages``; ``bytes_written``, ``bytes_allocated``,
 ``file_size``; ``seconds`` with the fsync; ``direct_io`` (true or false), ``direct_io_reason``;
-``channels``; ``sparse``; ``unaligned_blocks`` (names); ``seal`` (the algorithm, or null).
+``channels``; ``sparse``; ``unaligned_blocks`` (names); ``seal`` (null, or an object of ``path`` and
+``algorithm``).
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from pyqmigrate.cli.arguments import (
     add_seal,
     add_verb,
 )
-from pyqmigrate.cli.outcome import Outcome, counted, printable
+from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.cli.standard_streams import is_standard, write_to
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.memory import FileMemory, RamBlock
+from pyqmigrate.io.target import Target, seal_path, target_path
 from pyqmigrate.saving import SaveReport, Sparse, save
 
 __all__ = ["add_parser"]
@@ -45,7 +48,11 @@ class _Source(NamedTuple):
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "pack", _run, __doc__)
-    parser.add_argument("snapshot", metavar="SNAPSHOT", help="the snapshot to write")
+    parser.add_argument(
+        "snapshot", metavar="SNAPSHOT",
+        help="the snapshot to write; - is standard output, where that is a file",
+    )
+    parser.set_defaults(writes="snapshot")
     parser.add_argument(
         "blocks", metavar="NAME=FILE", nargs="+", type=_read_source, help="a RAM block"
     )
@@ -79,11 +86,13 @@ def _run(args: argparse.Namespace) -> Outcome:
             blocks.append(RamBlock(name, FileMemory(fd)))
         show = stack.enter_context(shown("pack"))
         report = save(
-            _target(args.snapshot, args.offset), blocks, channels=args.channels,
+            _target(args), blocks, channels=args.channels,
             direct_io=args.direct_io, sparse=args.sparse, machine=args.machine, seal=args.seal,
             progress=show,
         )
     data = {"snapshot": args.snapshot, **asdict(report)}
+    if report.seal is not None:
+        data["seal"] = seal_data(seal_path(target_path(args.snapshot)), report.seal)
     return Outcome(data, _lines(args.snapshot, report))
 
 
@@ -97,7 +106,13 @@ def _open_memory(path: str) -> int:
     raise UsageError(f"{path!r} is neither a file nor a block device")
 
 
-def _target(path: str, offset: int | None) -> str:
+def _target(args: argparse.Namespace) -> Target:
+    path: str = args.snapshot
+    offset: int | None = args.offset
+    if is_standard(path):
+        if offset is not None:
+            raise UsageError("--offset does not go with '-'")
+        return write_to(path, forward="a mapped-ram file has its pages at fixed places")
     if offset is None:
         return path
     if path.startswith("file:") or ",offset=" in path:

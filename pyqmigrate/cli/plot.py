@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyqmigrate.cli.sizes import MIB
 from pyqmigrate.errors import NotSupported, TargetError
 from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
 
@@ -22,7 +23,7 @@ def check_available() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise NotSupported(
-            "a picture needs matplotlib, which is not installed: pip install 'pyqmigrate[bench]'"
+            "a picture needs matplotlib, which is not installed: pip install matplotlib"
         ) from error
 
 
@@ -47,7 +48,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
     for axis, work in zip(axes, ("save", "load"), strict=True):
         for direct_io, name in ((True, "direct"), (False, "buffered")):
             points = {
-                r["channels"]: r[f"{work}_mib_per_second"]
+                r["channels"]: r[f"{work}_rate"] / MIB
                 for r in results if r["direct_io"] is direct_io
             }  # fmt: skip
             if points:
@@ -57,7 +58,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
         axis.set_xticks(channels, [str(n) for n in channels])
         axis.set_xlabel("channels")
         axis.grid(alpha=0.3)
-    fastest = max(max(r["save_mib_per_second"], r["load_mib_per_second"]) for r in results)
+    fastest = max(max(r["save_rate"], r["load_rate"]) for r in results) / MIB
     axes[0].set_ylim(0, fastest * 1.05)  # shared with the other
     axes[0].set_ylabel("MiB/s of data")
     axes[0].legend()

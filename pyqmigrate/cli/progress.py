@@ -1,6 +1,6 @@
 """How far a job is, shown on a terminal: a bar with rich, lines without it.
 
-It is shown on standard error, and only where that is a terminal.
+It is shown on standard error, and only where that is a terminal, unless :func:`hidden`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,32 @@ from typing import TextIO, TypeAlias
 from pyqmigrate.cli.sizes import MIB, show_size
 from pyqmigrate.io.channels import Progress
 
-__all__ = ["Show", "shown"]
+__all__ = ["Show", "hidden", "shown"]
 
 Show: TypeAlias = Callable[[Progress], object]
 
 _LINE_EVERY = 1.0  # seconds
 
 
+_hidden = False
+
+
+@contextlib.contextmanager
+def hidden(hide: bool) -> Iterator[None]:
+    """Show no progress meanwhile, if ``hide``."""
+    global _hidden
+    before, _hidden = _hidden, hide or _hidden
+    try:
+        yield
+    finally:
+        _hidden = before
+
+
 @contextlib.contextmanager
 def shown(title: str) -> Iterator[Show | None]:
     """A progress callback for one job, or None where nobody watches."""
     stream = sys.stderr
-    if not stream.isatty():
+    if _hidden or not stream.isatty():
         yield None
         return
     try:

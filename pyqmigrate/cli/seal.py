@@ -9,8 +9,9 @@ cleared if they were read in the other one, nothing is cleared, and the order ha
 
 A snapshot that a guest runs from (vm restore) can be sealed unless pages have to be cleared in it.
 
-JSON: ``snapshot``; ``seal`` (its path); ``algorithm``; ``size``; ``bytes_read`` (what was not in
-holes); ``clear_pages_zero`` (false for a classic stream, which has no clear pages);
+JSON: ``snapshot``; ``seal``, an object of ``path`` and ``algorithm``; ``file_size``;
+``bytes_read`` (what was not in holes); ``clear_pages_zero`` (false for a classic stream, which has
+no clear pages);
 ``cleared_pages``; ``seconds``; ``direct_io``, ``direct_io_reason`` (of the reading); ``channels``;
 ``bitmap_order`` (little or big; null for a classic stream).
 """
@@ -28,9 +29,10 @@ from pyqmigrate.cli.arguments import (
     add_offset,
     add_verb,
 )
-from pyqmigrate.cli.outcome import Outcome, counted, printable
+from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size, show_rate, show_size
+from pyqmigrate.cli.standard_streams import refuse_standard
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.sealing import seal
 
@@ -55,6 +57,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    refuse_standard(args.snapshot, "a seal is written beside a file")
     with shown("seal") as show:
         report = seal(
             args.snapshot, algorithm=args.algorithm, offset=args.offset, page_size=args.page_size,
@@ -70,4 +73,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     ]
     if report.cleared_pages:
         lines.append(f"{counted(report.cleared_pages, 'clear page')} with old bytes made a hole")
-    return Outcome(asdict(report), lines)
+    data = asdict(report)
+    data["seal"] = seal_data(report.seal, data.pop("algorithm"))
+    data["file_size"] = data.pop("size")
+    return Outcome(data, lines)

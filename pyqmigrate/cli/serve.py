@@ -1,13 +1,19 @@
 """Be a QMP server in front of memory that is kept in files.
 
 A manager drives QEMU's file migration here without QEMU: this memory is saved to snapshots that
-QEMU loads, and what QEMU saved is loaded into it. Ctrl-C, SIGTERM and the command quit end the
+QEMU loads, and what QEMU saved is loaded into it. Example:
+
+    pyqmigrate serve --qmp unix:vm.qmp --ram pc.ram=/dev/shm/guest-ram,size=1G
+
+Ctrl-C, SIGTERM and the command quit end the
 server, with exit code 0; a save that runs then is cancelled. It leaves nothing behind at a path; a
 file that was handed in, or has an offset, keeps a part that is recognisable by its zero magic.
 
 The socket is made with mode 0600, and only this user and root may connect.
 
-JSON, when the server has ended: ``qmp``, the socket; ``memory_bytes``; ``incoming``, the status of
+When clients can connect, a line says so on standard error: ``pyqmigrate: listening on unix:PATH``.
+
+JSON, when the server has ended: ``qmp``, the socket; ``total_ram``; ``incoming``, the status of
 the incoming migration, null without --incoming. The exit code is 4 when that failed.
 """
 
@@ -18,13 +24,14 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from pathlib import Path
 from uuid import UUID
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.contents import PAGE
 from pyqmigrate.cli.exit_codes import ExitCode
-from pyqmigrate.cli.outcome import Outcome
+from pyqmigrate.cli.outcome import Outcome, printable
 from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.errors import UsageError, target_error
 from pyqmigrate.format.address import parse_uri
@@ -74,14 +81,16 @@ def _run(args: argparse.Namespace) -> Outcome:
             parameters=Parameters(),
         )
         stack.callback(migration.close)
-        failed = asyncio.run(_serve(migration, path, args.incoming))
+        failed = asyncio.run(_serve(migration, path, args.incoming, quiet=args.quiet))
         incoming = None if args.incoming is None else str(migration.query().status)
-        data = {"qmp": path, "memory_bytes": migration.memory_size(), "incoming": incoming}
+        data = {"qmp": path, "total_ram": migration.memory_size(), "incoming": incoming}
     lines = ["the incoming migration failed: " + migration.query().error] if failed else []
     return Outcome(data, lines, ExitCode.GUEST if failed else ExitCode.DONE)
 
 
-async def _serve(migration: Migration, path: str, incoming: str | None) -> bool:
+async def _serve(
+    migration: Migration, path: str, incoming: str | None, *, quiet: bool
+) -> bool:
     """Serve until somebody asks for the end; whether that was a failed incoming migration."""
     loop = asyncio.get_running_loop()
     failed = asyncio.Event()
@@ -94,6 +103,8 @@ async def _serve(migration: Migration, path: str, incoming: str | None) -> bool:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.quit_requested.set)
         await server.listen(path)
+        if not quiet and sys.stderr is not None:
+            print(f"pyqmigrate: listening on unix:{printable(path)}", file=sys.stderr, flush=True)
         if incoming is not None and incoming != "defer":
             address = parse_uri(incoming)
             await asyncio.to_thread(migration.migrate_incoming, address)

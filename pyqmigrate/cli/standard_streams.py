@@ -1,29 +1,60 @@
-"""Standard descriptors that whoever started the command has closed (``>&-``, ``2>&-``).
-
-The next file to be opened would take the place of a missing one, and get what is printed written
-into it. So ``/dev/null`` takes it first, and Python gets a stream there.
-"""
+"""``-``: standard input where a snapshot is read, standard output where one is written."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import sys
-from pathlib import Path
 
-__all__ = ["fill_missing_streams"]
+from pyqmigrate.errors import UsageError
+from pyqmigrate.io.target import Descriptors, Target
+
+__all__ = ["STANDARD", "is_standard", "read_from", "refuse_standard", "write_to"]
+
+STANDARD = "-"
+_INPUT = "/dev/stdin"
 
 
-def fill_missing_streams() -> None:
-    """Open ``/dev/null`` in the place of each of descriptors 0, 1 and 2 that is closed, and of each
-    of ``sys.stdin``, ``sys.stdout`` and ``sys.stderr`` that is None. Raises OSError."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            # The lowest number that is free: this one.
-            null = os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(null, True)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            # Not by the number, which a program that calls main() may use for something else.
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+def is_standard(path: str) -> bool:
+    """Whether the argument means a standard stream; a file of that name is ``./-``."""
+    return path == STANDARD
+
+
+def read_from(path: str, offset: int | None) -> tuple[str, int | None]:
+    """The path and the offset that an argument means; a file is read from its present position."""
+    if not is_standard(path):
+        return path, offset
+    if offset is None:
+        with contextlib.suppress(OSError):
+            offset = os.lseek(0, 0, os.SEEK_CUR) or None
+    return _INPUT, offset
+
+
+def write_to(path: str, *, forward: str | None) -> Target:
+    """The target that an argument means. ``forward`` says why what is written needs a file with
+    positions; None: a pipe will do.
+
+    Raises UsageError for a standard output that will not do.
+    """
+    if not is_standard(path):
+        return path
+    try:
+        mode = os.fstat(1).st_mode
+    except OSError:
+        raise UsageError("standard output is closed") from None
+    if stat.S_ISREG(mode):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return Descriptors(1, offset=os.lseek(1, 0, os.SEEK_CUR))
+    if forward is not None:
+        raise UsageError(f"'-' is not a file here, and {forward}: name a file, or redirect to one")
+    if os.isatty(1):
+        raise UsageError("standard output is a terminal: redirect it to a file or a pipe")
+    return Descriptors(1)
+
+
+def refuse_standard(path: str, why: str) -> None:
+    """UsageError where the argument is ``-``."""
+    if is_standard(path):
+        raise UsageError(f"'-' is not possible here: {why} (a file of that name is ./-)")

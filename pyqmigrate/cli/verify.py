@@ -13,13 +13,13 @@ Whether the bitmaps would fit the file better in the other byte order is noted (
 zeros in the file. These are no damage: for the guest they are zeros.
 
 JSON: ``snapshot``; ``valid``; ``seal``, null where there is none, otherwise an object of ``path``,
-``algorithm``, ``size``, ``intact``, ``damages``, ``notes`` (sentences), ``bytes_read``,
+``algorithm``, ``sealed_size``, ``intact``, ``damages``, ``notes`` (sentences), ``bytes_read``,
 ``seconds``, ``direct_io``, ``direct_io_reason``. Each of ``damages`` has ``mib``, ``offset``,
 ``length`` (bytes), ``why``, and ``parts``: what was sealed there, ``what`` (pages, bitmap, or
 words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. Where it is intact
-or null: ``bitmap_order`` (null for a classic stream), ``notes`` (sentences), ``blocks``,
-``data_pages``, ``zero_pages`` (numbers); with --deep ``devices`` (a number,
-null where they cannot be told apart) and ``stale_pages`` (by block). Damage exits with 1; a
+or null: ``bitmap_order`` (null for a classic stream), ``notes`` (sentences), ``block_count``,
+``data_pages``, ``zero_pages`` (numbers); with --deep ``device_count`` (null where they cannot be
+told apart), ``stale_pages`` and ``stale_blocks`` (their number by block). Damage exits with 1; a
 snapshot or a seal that cannot be parsed is an error, with exit code 1.
 """
 
@@ -34,9 +34,11 @@ from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.device_listing import devices
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.bitmap_order import better_order, says_better
+from pyqmigrate.io.passing import PipeReader
 from pyqmigrate.opening import AnySnapshot
 from pyqmigrate.sealing import SealCheck, stale_pages, verify_seal
 from pyqmigrate.snapshot import Snapshot
@@ -55,11 +57,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    with shown("verify") as show:
-        check = verify_seal(
-            args.snapshot, page_size=args.page_size, channels=args.channels,
-            direct_io=args.direct_io, progress=show,
-        )
+    check = None if _is_pipe(args.snapshot) else _check_seal(args)
     data: dict[str, Any] = {
         "snapshot": args.snapshot, "valid": True, "seal": None if check is None else check.data(),
     }  # fmt: skip
@@ -79,7 +77,7 @@ def _run(args: argparse.Namespace) -> Outcome:
             notes = [] if better is None else [says_better(better)]
             data |= {"bitmap_order": order, "notes": notes}
             lines += [f"note      {note}" for note in notes]
-        data |= {"blocks": count, "data_pages": pages, "zero_pages": zero}
+        data |= {"block_count": count, "data_pages": pages, "zero_pages": zero}
         lines.append(
             f"{printable(args.snapshot)}: well-formed and whole: {counted(count, 'block')}, "
             f"{counted(pages, 'data page')}, {counted(zero, 'zero page')}"
@@ -87,6 +85,20 @@ def _run(args: argparse.Namespace) -> Outcome:
         if args.deep:
             _look_deeper(args, snapshot, data, lines)
     return Outcome(data, lines)
+
+
+def _is_pipe(path: str) -> bool:
+    """Whether there is no file that a seal could be beside."""
+    return PipeReader.is_pipe(read_from(path, None)[0])
+
+
+def _check_seal(args: argparse.Namespace) -> SealCheck | None:
+    path, _ = read_from(args.snapshot, None)
+    with shown("verify") as show:
+        return verify_seal(
+            path, page_size=args.page_size, channels=args.channels, direct_io=args.direct_io,
+            progress=show,
+        )
 
 
 def _about(check: SealCheck) -> list[str]:
@@ -107,7 +119,7 @@ def _look_deeper(
     stale = (
         stale_pages(snapshot, channels=args.channels) if isinstance(snapshot, Snapshot) else {}
     )
-    data["stale_pages"] = stale
+    data |= {"stale_pages": sum(stale.values()), "stale_blocks": stale}
     lines += [
         f"{counted(number, 'clear page')} of block {printable(name)!r} with old bytes in the file"
         for name, number in stale.items()
@@ -115,11 +127,11 @@ def _look_deeper(
     try:
         found = devices(snapshot)
     except NotSupported as error:
-        data["devices"] = None
+        data["device_count"] = None
         lines.append(f"device state: {printable(str(error))}")
         return
     number = len(found.devices)
-    data["devices"] = None if found.opaque_tail else number
+    data["device_count"] = None if found.opaque_tail else number
     lines.append(
         "device state cannot be told apart: there is no description, or it does not fit"
         if found.opaque_tail

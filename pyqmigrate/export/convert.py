@@ -1,4 +1,5 @@
-"""A snapshot in another form: classic stream, mapped-ram file, raw files, ELF core, LiME file.
+"""A snapshot in another form: classic stream, mapped-ram file, raw files, ELF core, LiME file,
+save image of libvirt's.
 
     convert("/old/guest.classic", "/snap/guest.mapped", to="mapped-ram")
 
@@ -20,11 +21,13 @@ import contextlib
 import enum
 import errno
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check, check_callback, check_mapping
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import (
     BlockMismatch,
@@ -35,6 +38,7 @@ from pyqmigrate.errors import (
 )
 from pyqmigrate.export.elf import write_elf
 from pyqmigrate.export.image import ImageReport
+from pyqmigrate.export.libvirt import image_header
 from pyqmigrate.export.lime import write_lime
 from pyqmigrate.export.raw import RawReport, unpack
 from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind, Stream
@@ -63,14 +67,15 @@ _RAM_ID = 1  # in what the writers write
 
 
 class Form(enum.StrEnum):
-    """What a snapshot becomes: a mapped-ram file, a classic stream, a directory of raw files, or
-    the guest's physical memory as an ELF core or as a LiME file."""
+    """What a snapshot becomes: a mapped-ram file, a classic stream, a directory of raw files, the
+    guest's physical memory as an ELF core or as a LiME file, or a save image of libvirt's."""
 
     MAPPED_RAM = "mapped-ram"
     STREAM = "stream"
     RAW = "raw"
     ELF = "elf"
     LIME = "lime"
+    LIBVIRT = "libvirt"
 
 
 _IMAGES = (Form.ELF, Form.LIME)
@@ -88,19 +93,25 @@ def convert(
     placements: Sequence[GivenPlacement] | None = None,
     max_ram_below_4g: int | None = None,
     byte_order: Literal["little", "big"] | None = None,
+    like: str | os.PathLike[str] | None = None,
+    image_format: str | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> SaveReport | RawReport | ImageReport:
     """Write the snapshot in another form, and wait until that is durable.
 
     source: an opened snapshot, which stays open, or what ``open_snapshot`` takes; for a mapped-ram
         file and for raw files also the path of a pipe, through which a classic stream comes.
-    target: as for a save; for raw files a directory. It must not be the source, under whatever
-        name.
+    target: as for a save; for raw files a directory; for an image of libvirt's a path. A classic
+        stream also goes to Descriptors of a pipe or socket. It must not be the source, under
+        whatever name.
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
-        A classic stream leaves out those that are not given. For the stream forms only.
+        A classic stream leaves out those that are not given. For the stream forms only, an image
+        of libvirt's included.
     placements, max_ram_below_4g: for an ELF core or a LiME file, as in
         :func:`~pyqmigrate.export.elf.write_elf`.
     byte_order: the guest's, for an ELF core: as in :func:`~pyqmigrate.export.elf.write_elf`.
+    like, image_format: for an image of libvirt's, as in
+        :func:`~pyqmigrate.export.libvirt.image_header`.
     channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`; a classic stream is
         written by one channel through the page cache.
 
@@ -109,21 +120,41 @@ def convert(
     Cancelled. The target then is what it was, unless it was to be written in place.
     """
     form = choice(Form, to, "to")
-    if memories and form not in (Form.MAPPED_RAM, Form.STREAM):
+    check_channels(channels)
+    choice(DirectIO, direct_io, "direct_io")
+    choice(Sparse, sparse, "sparse")
+    check_callback("progress", progress)
+    if memories is not None:
+        check_mapping("memories", memories)
+    check_placements(placements)
+    if byte_order not in (None, "little", "big"):
+        raise UsageError(f"byte_order is {byte_order!r}; it is 'little' or 'big'")
+    check("like", like, str, os.PathLike, type(None))
+    check("image_format", image_format, str, type(None))
+    if memories and form not in (Form.MAPPED_RAM, Form.STREAM, Form.LIBVIRT):
         raise UsageError("memories are for a mapped-ram file and a classic stream")
     if (placements or max_ram_below_4g is not None) and form not in _IMAGES:
         raise UsageError("placements and max_ram_below_4g are for an ELF core and a LiME file")
     if byte_order and form is not Form.ELF:
         raise UsageError("a byte order is for an ELF core")
-    one_pass = form in (Form.MAPPED_RAM, Form.RAW)  # of a classic stream
+    if (like, image_format) != (None, None) and form is not Form.LIBVIRT:
+        raise UsageError("like and image_format are for an image of libvirt's")
     with contextlib.ExitStack() as stack:
         opened: AnySnapshot
         if isinstance(source, Snapshot | ClassicSnapshot):
             opened = source
         else:
-            opened = open_snapshot(source, piped=one_pass)
+            once = form in (Form.MAPPED_RAM, Form.RAW, Form.LIBVIRT)
+            opened = open_snapshot(source, piped=once)
             stack.callback(opened.close)
         opened.refuse_as_target(target)
+        prefix = b""
+        if form is Form.LIBVIRT:
+            if like is None:
+                raise UsageError("an image of libvirt's needs like, an image of the same domain")
+            header = image_header(opened, like, image_format)
+            form, prefix = Form.MAPPED_RAM if header.sparse else Form.STREAM, header.data
+        one_pass = form in (Form.MAPPED_RAM, Form.RAW)  # of a classic stream
         if isinstance(opened, ClassicSnapshot) and not (one_pass and opened.index is None):
             opened.read_through(progress, pages=True)
         if form is Form.RAW:
@@ -145,8 +176,18 @@ def convert(
             )
         return start_stream_conversion(
             opened, target, to=form, channels=channels, direct_io=direct_io, sparse=sparse,
-            memories=memories,
+            memories=memories, prefix=prefix,
         ).wait(progress)
+
+
+def check_placements(placements: object) -> None:
+    """UsageError unless they are what parse_placement returns, or None."""
+    if placements is None:
+        return
+    if not isinstance(placements, Sequence) or isinstance(placements, str | bytes):
+        raise UsageError(f"placements must be a list, not {placements!r}")
+    for placement in placements:
+        check("a placement", placement, GivenPlacement)
 
 
 def start_stream_conversion(
@@ -158,16 +199,18 @@ def start_stream_conversion(
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
     memories: Mapping[str, Memory] | None = None,
+    prefix: bytes = b"",
 ) -> Job[SaveReport]:
     """Begin to write a mapped-ram file or a classic stream; returns at once.
 
-    Arguments and errors as in :func:`convert`. ``source`` stays open until the job has ended.
+    Arguments and errors as in :func:`convert`; ``prefix`` is what the file has before its stream.
+    ``source`` stays open until the job has ended.
     """
     source.refuse_as_target(target)
     if isinstance(source, ClassicSnapshot) and to is Form.MAPPED_RAM:
         return _start_one_pass(
             source, target, choice(DirectIO, direct_io, "direct_io"),
-            choice(Sparse, sparse, "sparse"), check_channels(channels), memories or {},
+            choice(Sparse, sparse, "sparse"), check_channels(channels), memories or {}, prefix,
         )
     carried = _carried(source.source, source.stream)
     blocks, left_out = _blocks(source, memories or {})
@@ -177,7 +220,7 @@ def start_stream_conversion(
         check_channels(channels)
         writer = SequentialWriter(
             target, blocks, machine=stream.machine, target_page_bits=stream.target_page_bits,
-            uuid=stream.uuid, left_out=left_out or None, before=carried.before,
+            uuid=stream.uuid, left_out=left_out or None, before=carried.before, prefix=prefix,
         )
     elif left_out:
         raise _left_out(left_out[0])
@@ -186,7 +229,7 @@ def start_stream_conversion(
             target, blocks, direct_io=choice(DirectIO, direct_io, "direct_io"),
             sparse=choice(Sparse, sparse, "sparse"), channels=check_channels(channels),
             machine=stream.machine, target_page_bits=stream.target_page_bits, uuid=stream.uuid,
-            before=carried.before,
+            before=carried.before, prefix=prefix,
         )
     try:
         return Job(writer.channels, writer.total, lambda: _write(writer, source, carried, to))
@@ -197,7 +240,7 @@ def start_stream_conversion(
 
 def _start_one_pass(
     source: ClassicSnapshot, target: Target, direct_io: DirectIO, sparse: Sparse, channels: int,
-    memories: Mapping[str, Memory],
+    memories: Mapping[str, Memory], prefix: bytes,
 ) -> Job[SaveReport]:
     """A classic stream into a mapped-ram file, its pages straight to their places."""
     _check_memories(source, memories)
@@ -209,6 +252,7 @@ def _start_one_pass(
         direct_io=direct_io, sparse=sparse, channels=channels, machine=source.machine,
         target_page_bits=source.configuration.target_page_bits,
         uuid=source.configuration.uuid, before=_before(source.source, source.head),
+        prefix=prefix,
     )
     try:
         work = StagedPass(

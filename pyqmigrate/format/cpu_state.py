@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from pyqmigrate.argument_types import check
+from pyqmigrate.errors import UsageError
 from pyqmigrate.format.device_tree import Device, State, Value
 
 __all__ = [
@@ -101,10 +103,20 @@ def cpu_registers(devices: Iterable[Device]) -> tuple[CpuRegisters, ...]:
 
     CPUs of another kind than x86 and Arm, or without a description, are left out.
     """
+    devices = _checked(devices)
     found = (
         _read(device.state, device.instance_id) for device in devices if device.name == "cpu"
     )
     return tuple(sorted((cpu for cpu in found if cpu is not None), key=lambda cpu: cpu.index))
+
+
+def _checked(devices: Iterable[Device]) -> Sequence[Device]:
+    if not isinstance(devices, Iterable):
+        raise UsageError(f"devices must be a list of Device, not {devices!r}")
+    members = tuple(devices)
+    for member in members:
+        check("a device", member, Device)
+    return members
 
 
 def power_is_little_endian(devices: Iterable[Device]) -> bool:

@@ -77,6 +77,6 @@ def _blake3() -> Any:
         from blake3 import blake3
     except ImportError:
         raise NotSupported(
-            "blake3 is not installed: pip install pyqmigrate[blake3], or choose xxh3-128 or sha256"
+            "blake3 is not installed: pip install blake3, or choose xxh3-128 or sha256"
         ) from None
     return blake3

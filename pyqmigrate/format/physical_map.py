@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pyqmigrate.argument_types import check
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.cpu_state import (
     Architecture,
@@ -93,6 +94,7 @@ def parse_placement(text: str) -> GivenPlacement:
     Numbers are bytes, decimal or hexadecimal (``0x``). Without OFFSET the part starts with the
     block, without SIZE it ends with it. UsageError for any other text.
     """
+    check("a placement", text, str)
     found = _GIVEN.fullmatch(text)
     try:
         if found is None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check
 from pyqmigrate.errors import (
     Cancelled,
     GuestMemoryError,
@@ -136,7 +137,8 @@ class Channels:
 
     def set_rate(self, bytes_per_second: int) -> None:
         """Limit what all channels move together; 0 is no limit. UsageError out of 64 bits."""
-        if not isinstance(bytes_per_second, int) or not 0 <= bytes_per_second < 1 << 64:
+        check("a bandwidth", bytes_per_second, int)
+        if not 0 <= bytes_per_second < 1 << 64:
             raise UsageError(f"a bandwidth of {bytes_per_second} bytes a second is impossible")
         _core.lib.qm_job_set_rate(self.core, bytes_per_second)
 
@@ -217,6 +219,10 @@ def failure(rc: int, fault: Any, target: str, block: str) -> PyqmigrateError:
 
 class Job(Generic[R]):
     """A save or a load under way. All methods are thread-safe.
+
+    On an event loop it can be awaited, which gives what :meth:`result` gives. To cancel the task
+    that awaits it cancels the job, and the task ends when everything is cleaned up. A job that was
+    about to publish may have done so by then.
 
     ``work`` does the whole job in a thread of the job's own and returns its report. Raises
     TargetError where no thread can be started; then ``work`` does not run.
@@ -317,6 +323,12 @@ class Job(Generic[R]):
         if progress is not None:
             progress(self.progress)
         return self._result  # type: ignore[return-value]
+
+    def __await__(self) -> Generator[Any, None, R]:
+        # asyncio takes long to import, and most programs do without.
+        from pyqmigrate.io.awaiting import end_of
+
+        return end_of(self).__await__()
 
     def _report(self, progress: Callable[[Progress], object]) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The stream in a compressed image of libvirt's, decompressed as it is read.
+"""A compressed stream, decompressed as it is read: a whole file, or the rest of libvirt's image.
 
 gzip, bzip2 and xz are read with Python's own library, zstd with that of Python 3.14 and later or
 with ``zstandard``. What comes out is made a MiB at a time, however much it may be in all, and a
@@ -11,12 +11,13 @@ import bz2
 import gzip
 import importlib
 import lzma
+import shlex
 import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError
-from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader
+from pyqmigrate.format.compression import Compression
 from pyqmigrate.io.passing import PassingInput, Read
 from pyqmigrate.io.target import InputTarget
 
@@ -30,46 +31,50 @@ class _Reader(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def decompressed(image: InputTarget, header: LibvirtHeader) -> PassingInput:
-    """The stream of a compressed image, as a source of its own that owns ``image``.
+def decompressed(source: InputTarget, compression: Compression, offset: int) -> PassingInput:
+    """Return the stream that is compressed from ``offset`` on, as a source that owns ``source``.
 
     Raises NotSupported where nothing here decompresses it.
     """
-    make, errors = _library(header)
+    make, errors = _library(compression, source.name, offset)
 
     def start() -> Read:
-        image.rewind()
-        return _Output(_Compressed(image, header.stream_offset), make, errors)
+        source.rewind()
+        return _Output(_Compressed(source, offset), make, errors)
 
-    return PassingInput(image.name, start, image.close, again=not image.passing, beneath=image)
+    return PassingInput(
+        source.name, start, source.close, again=source.repeatable, beneath=source
+    )
 
 
 _Make = Callable[["_Compressed"], _Reader]
 
 
-def _library(header: LibvirtHeader) -> tuple[_Make, tuple[type[Exception], ...]]:
+def _library(
+    compression: Compression, name: str, offset: int
+) -> tuple[_Make, tuple[type[Exception], ...]]:
     """What makes a reader of compressed bytes, and what that raises of damaged ones."""
-    if header.format is ImageFormat.GZIP:
+    if compression is Compression.GZIP:
         return lambda below: gzip.GzipFile(fileobj=below, mode="rb"), ()
-    if header.format is ImageFormat.BZIP2:
+    if compression is Compression.BZIP2:
         return lambda below: _Members(below, bz2.BZ2Decompressor), ()
-    if header.format is ImageFormat.XZ:
+    if compression is Compression.XZ:
         def xz() -> lzma.LZMADecompressor:
             return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_WINDOW_MAX)
 
         return lambda below: _Members(below, xz), ()
-    name = header.format.name.lower()
     needed = ""
-    if header.format is ImageFormat.ZSTD:
+    if compression is Compression.ZSTD:
         found = _zstd()
         if found is not None:
             return found
-        needed = ": pip install pyqmigrate[zstd]"
+        needed = ": pip install zstandard"
+    skipped = f"tail -c +{offset + 1} {shlex.quote(name)} | " if offset else ""
+    given = "" if offset else f" {shlex.quote(name)}"
     raise NotSupported(
-        f"the stream in this image, from file offset {header.stream_offset} on, is compressed"
-        f" ({name}), which cannot be read here{needed};"
-        f" by hand: tail -c +{header.stream_offset + 1} IMAGE | {name} -dc |"
-        " pyqmigrate convert /dev/stdin OUT --to mapped-ram"
+        f"the stream from file offset {offset} on is compressed ({compression}), which cannot be"
+        f" read here{needed}; by hand: {skipped}{compression} -dc{given} |"
+        " pyqmigrate convert - OUT --to mapped-ram"
     )
 
 

@@ -15,11 +15,12 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from pyqmigrate import _core
+from pyqmigrate.argument_types import check
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.io.in_use import Area, FileId, files_in_areas, files_in_use
@@ -37,6 +38,7 @@ __all__ = [
     "RamBlock",
     "StoredMemory",
     "attach",
+    "check_blocks",
     "files_of",
 ]
 
@@ -292,6 +294,19 @@ def files_of(memories: Iterable[Attached]) -> dict[FileId, str]:
     for pid, areas in mapped.items():
         found |= files_in_areas(pid, areas)
     return found
+
+
+def check_blocks(blocks: object) -> None:
+    """UsageError unless they are RamBlocks whose fields have the types that are documented."""
+    if isinstance(blocks, str | bytes | Mapping) or not isinstance(blocks, Sequence):
+        raise UsageError(f"blocks must be a list of RamBlock, not {blocks!r}")
+    for block in blocks:
+        check("a block", block, RamBlock)
+        check("the name of a block", block.name, str)
+        check(f"page_size of block {block.name!r}", block.page_size, int)
+        check(f"address of block {block.name!r}", block.address, int)
+        if block.address < 0:
+            raise UsageError(f"address of block {block.name!r} is {block.address}")
 
 
 def attach(block: RamBlock, *, writable: bool) -> Attached:

@@ -9,6 +9,7 @@ import os
 
 from pyqmigrate import _core
 from pyqmigrate.errors import TargetError
+from pyqmigrate.io.target import file_size
 
 __all__ = ["cached_bytes", "drop_cached"]
 
@@ -23,7 +24,7 @@ def cached_bytes(fd: int) -> int:
     """
     mincore = ctypes.CDLL(None, use_errno=True).mincore
     mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-    size = os.fstat(fd).st_size
+    size = file_size(fd)
     pages = 0
     for at in range(0, size, _WINDOW):
         length = min(_WINDOW, size - at)

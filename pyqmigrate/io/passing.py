@@ -65,6 +65,10 @@ class PassingInput(InputTarget):
         """Length of the stream, bytes; before it has ended, more than it can have."""
         return self._position if self._ended else OFFSET_MAX
 
+    @property
+    def repeatable(self) -> bool:
+        return self._again
+
     def rewind(self) -> None:
         if not self._passed:
             return
@@ -168,7 +172,7 @@ class PipeReader:
         except OSError as error:
             if error.errno != errno.ENXIO or not Path(path).samefile("/dev/stdin"):
                 raise TargetError(
-                    error.errno or errno.EIO, "cannot open the snapshot", path
+                    error.errno or errno.EIO, "cannot open", path
                 ) from error
             self._fd = os.dup(0)  # a socket cannot be opened
 

@@ -51,6 +51,7 @@ __all__ = [
     "seal_path",
     "Target",
     "core_file",
+    "file_size",
     "find_direct",
     "stream_offset",
     "target_path",
@@ -144,7 +145,8 @@ def _check_borrowed(given: Descriptors, *, writing: bool) -> None:
             info = os.fstat(fd)
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"descriptor {fd} cannot be used: {error}") from None
-        if not stat.S_ISREG(info.st_mode):
+        device = stat.S_ISBLK(info.st_mode) and not writing
+        if not (stat.S_ISREG(info.st_mode) or device):
             raise UsageError(f"descriptor {fd} is not a regular file; snapshots need one")
         if flags & os.O_ACCMODE == useless:
             raise UsageError(f"descriptor {fd} cannot {verb}; open it with {wanted}")
@@ -242,6 +244,18 @@ def target_path(target: str | os.PathLike[str]) -> str:
     return _split(target)[0]
 
 
+def file_size(fd: int) -> int:
+    """Length of a file or block device, bytes. The position of ``fd`` is afterwards as before."""
+    info = os.fstat(fd)
+    if not stat.S_ISBLK(info.st_mode):
+        return info.st_size
+    position = os.lseek(fd, 0, os.SEEK_CUR)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.lseek(fd, position, os.SEEK_SET)
+
+
 def stream_offset(target: Target) -> int:
     """Where in its file the stream of a target starts, bytes."""
     return _split(target)[1]
@@ -251,13 +265,22 @@ class OutputTarget:
     """A file being written. Use :meth:`open`, then exactly one of publish and abort.
 
     ``fd`` is buffered; ``direct`` is None without direct I/O, and ``direct_io_reason`` says why
-    or what it demands. ``offset`` is where the stream starts. ``place`` is the absolute path of the
-    file, links of its last part followed; None with descriptors. ``published`` says whether it has
-    become a snapshot, also where :meth:`publish` failed after that.
+    or what it demands. ``offset`` is where the stream starts. ``forward`` says that bytes can only
+    be written one after another (:mod:`pyqmigrate.io.forward_output`). ``place`` is the absolute
+    path of the file, links of its last part followed; None with descriptors. ``published`` says
+    whether it has become a snapshot, also where :meth:`publish` failed after that.
     """
 
-    def __init__(self, target: Target, *, reuse: bool) -> None:
+    forward = False
+
+    def __init__(self, target: Target, *, reuse: bool, prefix: bytes = b"") -> None:
         self.name, self.offset = _split(target)
+        if prefix and (self.offset or reuse or isinstance(target, Descriptors)):
+            raise UsageError("what precedes a stream goes into a new file: the target is a path")
+        self._changes_in_place = bool(self.offset or reuse)
+        self._prefix = prefix
+        if prefix:
+            self.offset = len(prefix)
         self.reuse = reuse
         self.fd = -1
         self.direct: Direct | None = None
@@ -283,8 +306,10 @@ class OutputTarget:
     def open(
         cls, target: Target, direct_io: DirectIO, *, reuse: bool = False,
         in_use: InUse | None = None, beside: Collection[Named] = (), mark: str | None = None,
+        prefix: bytes = b"",
     ) -> OutputTarget:
-        """Open the target and find out about direct I/O.
+        """Open the target and find out about direct I/O. ``prefix`` is what a new file has before
+        its stream.
 
         From here on an existing file that is written in place is not a snapshot any more. Before
         that, and before a seal is removed, the target is compared with ``in_use``
@@ -294,7 +319,7 @@ class OutputTarget:
         random one. Raises UsageError for a file that is in use and for descriptors that do not
         fit, TargetError when the system refuses.
         """
-        self = cls(target, reuse=reuse)
+        self = cls(target, reuse=reuse, prefix=prefix)
         self._in_use = in_use or {}
         self._mark = mark or self._mark
         if self._borrowed and self._given_direct is None and direct_io is DirectIO.ON:
@@ -321,7 +346,7 @@ class OutputTarget:
         self._path = absolute(self.name)
         self.place = place = followed(self.name)
         exists = self._check_what_is_there()
-        if self.offset or self.reuse:
+        if self._changes_in_place:
             self._may_be_new = not exists
             with self._refusing("cannot open for writing"):
                 self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
@@ -335,7 +360,7 @@ class OutputTarget:
             self._invalidate()
             return
         check_name_fits(place)
-        with self._refusing("cannot replace"):
+        with self._refusing("cannot write the file"):
             self._dir_fd = open_directory(place)
         with self._refusing("cannot create a file in the directory of"):
             self._new = NewFile(self._dir_fd, place.name, self._mark)
@@ -344,15 +369,14 @@ class OutputTarget:
     def _check_what_is_there(self) -> bool:
         """Whether there is a file under the name; refuse one that must not be changed."""
         assert self.place is not None
-        in_place = self.offset or self.reuse
         refuse_in_use([self._path, self.seal], self._in_use)
-        with self._refusing("cannot open for writing" if in_place else "cannot replace"):
+        with self._refusing("cannot write the file"):
             try:
                 info = self._path.stat()
             except FileNotFoundError:
                 return False
             self._refuse_special(info.st_mode)
-            if not in_place and not _is_same(self.place, info):
+            if not self._changes_in_place and not _is_same(self.place, info):
                 raise TargetError(
                     errno.ESTALE, "cannot be replaced: its links lead to another file than they "
                     "name; name the file itself", self.name,
@@ -457,6 +481,7 @@ class OutputTarget:
         """
         with self._refusing("cannot make durable"):
             if not self.in_place:
+                self.write_at(0, self._prefix)  # empty where the stream starts at 0
                 self.write_at(self.offset, magic)
             os.fsync(self.fd)
         check()
@@ -557,15 +582,16 @@ def _is_same(path: Path, info: os.stat_result, *, follow: bool = False) -> bool:
 
 
 class InputTarget:
-    """A file being read: ``fd`` is an open file description of our own.
+    """A file or block device being read: ``fd`` is an open file description of our own.
 
-    ``passing`` says that it is none, and can be read front to back only
-    (:mod:`pyqmigrate.io.passing`). ``place`` is the absolute path under which the file was opened,
-    None with descriptors. Raises TargetError when it cannot be opened, UsageError for descriptors
-    that do not fit.
+    ``is_device`` says that it is a block device, which records no time of change. ``passing`` says
+    that it is neither, and can be read front to back only (:mod:`pyqmigrate.io.passing`).
+    ``place`` is the absolute path under which the file was opened, None with descriptors. Raises
+    TargetError when it cannot be opened, UsageError for descriptors that do not fit.
     """
 
     passing = False
+    is_device = False
     place: Path | None
 
     def __init__(self, target: Target) -> None:
@@ -592,19 +618,20 @@ class InputTarget:
                 flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
                 self.fd = os.open(self.name if self.place is None else self.place, flags)
             except OSError as error:
-                raise _refused(error, "cannot open the snapshot", self.name) from error
+                raise _refused(error, "cannot open", self.name) from error
         info = os.fstat(self.fd)
         if stat.S_ISDIR(info.st_mode):
             self.close()
-            raise TargetError(errno.EISDIR, "cannot open the snapshot", self.name)
-        if not stat.S_ISREG(info.st_mode):
+            raise TargetError(errno.EISDIR, "cannot open", self.name)
+        self.is_device = stat.S_ISBLK(info.st_mode)
+        if not (stat.S_ISREG(info.st_mode) or self.is_device):
             self.close()
-            raise UsageError(f"{self.name!r} is not a regular file; snapshots are")
+            raise UsageError(f"{self.name!r} is neither a regular file nor a block device")
 
     @property
     def size(self) -> int:
-        """Length of the file now, bytes."""
-        return os.fstat(self.fd).st_size
+        """Length of the file or block device now, bytes."""
+        return file_size(self.fd)
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``; fewer only at the end of the file."""
@@ -630,6 +657,11 @@ class InputTarget:
         """Length of the file, whether or not the stream is what it holds, bytes."""
         return self.size
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be read more than once."""
+        return True
+
     def rewind(self) -> None:
         """Make ready for another pass; UsageError where that cannot be."""
 
@@ -650,8 +682,8 @@ class InputTarget:
             os.close(direct.fd)
 
     def allocated_bytes(self) -> int:
-        """Bytes of disk that the file holds."""
-        return os.fstat(self.fd).st_blocks * 512
+        """Bytes of disk that the file holds; of a block device, all of it."""
+        return self.size if self.is_device else os.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:
         """May be repeated."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID
 
+from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.errors import (
     Cancelled,
     JobTimeout,
@@ -23,7 +24,7 @@ from pyqmigrate.fdset import FdSets, is_fdset_name
 from pyqmigrate.fdset_rules import Direction, check_fdset
 from pyqmigrate.format.address import Address, Transport, parse_uri
 from pyqmigrate.format.devices import encode_devices, global_state, run_state_of
-from pyqmigrate.io.memory import RamBlock, attach
+from pyqmigrate.io.memory import RamBlock, attach, check_blocks
 from pyqmigrate.io.threads import start_thread
 from pyqmigrate.log import logger
 from pyqmigrate.migration.guest import Guest
@@ -101,6 +102,19 @@ class Migration:
         parameters: Parameters | None = None,
         on_exit: Callable[[], None] | None = None,
     ) -> None:
+        check_blocks(blocks)
+        check("guest", guest, Guest, type(None))
+        check("fdsets", fdsets, FdSets, type(None))
+        check("machine", machine, str)
+        check("target_page_bits", target_page_bits, int, type(None))
+        check("uuid", uuid, UUID, type(None))
+        check("incoming", incoming, bool)
+        check("autostart", autostart, bool)
+        check("capabilities", capabilities, Capabilities, type(None))
+        check("parameters", parameters, Parameters, type(None))
+        check_callback("on_exit", on_exit)
+        check("policy", policy, Policy)
+        check("run_state", run_state, RunState)
         self._blocks = tuple(blocks)
         self._pages = [_pages(block) for block in self._blocks]
         self._guest = guest or Guest()

@@ -12,7 +12,7 @@
     asyncio.run(main())
 
 :mod:`pyqmigrate.vm.sync` has the same names for programs without asyncio. All of it needs the
-library ``qemu.qmp`` (``pip install 'pyqmigrate[vm]'``).
+library ``qemu.qmp`` (``pip install qemu.qmp``).
 """
 
 import importlib

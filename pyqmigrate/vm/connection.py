@@ -33,7 +33,7 @@ try:
     )
 except ImportError as error:  # pragma: no cover - depends on what is installed
     raise NotSupported(
-        "working with a running QEMU needs the library qemu.qmp: pip install 'pyqmigrate[vm]'"
+        "working with a running QEMU needs the library qemu.qmp: pip install qemu.qmp"
     ) from error
 
 __all__ = ["GREETING_TIMEOUT", "Monitor"]

@@ -90,7 +90,8 @@ class RestoreReport:
 
     def as_data(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"mode": str(self.mode)}
+        settings = {name: {"value": value} for name, value in self.settings.items()}
+        return asdict(self) | {"mode": str(self.mode), "settings": settings}
 
 
 class RestoredVm:

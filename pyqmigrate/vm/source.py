@@ -80,7 +80,10 @@ class Source:
         if not header.complete:
             raise SnapshotError("libvirt did not finish this image", offset=0)
         if header.format.compressed:
-            raise NotSupported(f"libvirt compressed this image ({header.format.name.lower()})")
+            raise NotSupported(
+                f"libvirt compressed this image ({header.format.name.lower()}): convert it first "
+                "(pyqmigrate convert IMAGE OUT --to mapped-ram)"
+            )
         self.was_running = header.was_running
         return header.stream_offset
 

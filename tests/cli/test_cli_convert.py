@@ -63,7 +63,7 @@ def test_damaged_source_is_bad_and_makes_no_target(
 def test_info_tells_of_a_classic_stream(classic: Path, command: Command) -> None:
     info = command("info", classic, "--json").json
     assert info["kind"] == "stream"
-    assert info["written_by"]["qemu"] == [9, 2]
+    assert info["written_by"]["qemu"] == "9.2"
     assert info["loadable"] is True
     assert info["blocks"] == [{
         "name": "pc.ram", "length": 9 * PAGE, "page_size": PAGE, "pages": 9, "data_pages": 6,
@@ -139,7 +139,7 @@ def test_compressed_image_is_shown_verified_and_converted(
     packed = gzip.compress((tmp_path / "classic").read_bytes())
     (tmp_path / "save").write_bytes(encode_header(front) + packed)
     info = command("info", tmp_path / "save", "--json").json
-    assert (info["libvirt"]["format"], info["machine"], info["size"]) == (
+    assert (info["libvirt"]["format"], info["machine"], info["file_size"]) == (
         "gzip", "pc-q35-9.2", 200 + len(packed),
     )
     assert "gzip image" in command("info", tmp_path / "save").out

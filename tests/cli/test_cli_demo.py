@@ -53,15 +53,15 @@ def test_demo_without_qemu_says_so_and_is_done(
 
 def test_demo_json_tells_of_every_step(no_qemu: Path, disk: Path, command: Command) -> None:
     ran = command("demo", "--size", "16MiB", "--dir", disk, "--channels", "1", "--json").json
-    assert ran["size"] == (ran["data_pages"] + ran["zero_pages"]) * PAGE == 16 * MIB
+    assert ran["total_ram"] == (ran["data_pages"] + ran["zero_pages"]) * PAGE == 16 * MIB
     assert ran["equal"] is True
     assert ran["qemu"] is None
     steps = [(step["step"], step["direct_io"]) for step in ran["steps"]]
     assert steps == [("save", True), ("load", True), ("save", False), ("load", False)]
     data = ran["data_pages"] * PAGE
     direct, _, buffered, _ = ran["steps"]
-    assert direct["cached"] < data // 10 < data <= buffered["cached"]
-    assert all(data <= step["allocated"] <= step["apparent"] for step in ran["steps"])
+    assert direct["bytes_cached"] < data // 10 < data <= buffered["bytes_cached"]
+    assert all(data <= step["bytes_allocated"] <= step["file_size"] for step in ran["steps"])
 
 
 def test_demo_in_memory_has_no_direct_io(no_qemu: Path, shm: Path, command: Command) -> None:

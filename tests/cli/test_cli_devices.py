@@ -80,7 +80,7 @@ def test_tree_shows_names_types_and_values(devices: Path, command: Command) -> N
 
 def test_json_has_every_documented_key(devices: Path, command: Command) -> None:
     found = command("devices", devices, "--json").json
-    assert set(found) == {"snapshot", "machine", "described", "opaque_tail", "devices"}
+    assert set(found) == {"schema", "snapshot", "machine", "described", "opaque_tail", "devices"}
     assert (found["machine"], found["described"], found["opaque_tail"]) == ("pc", True, False)
     rtc, *others = found["devices"]
     assert set(rtc) == {

@@ -20,14 +20,15 @@ def test_info_shows_machine_blocks_and_sections(snapshot: Path, command: Command
 def test_info_json_has_every_documented_key(snapshot: Path, command: Command) -> None:
     info = command("info", snapshot, "--json").json
     assert set(info) == {
-        "snapshot", "kind", "machine", "capabilities", "target_page_bits", "uuid", "offset", "end",
-        "size", "allocated", "total_ram", "complete", "opaque_tail", "blocks", "sections",
-        "libvirt", "written_by", "run_state", "loadable", "obstacles", "remarks", "bitmap_order",
+        "schema", "snapshot", "kind", "machine", "capabilities", "target_page_bits", "uuid",
+        "offset", "end", "file_size", "bytes_allocated", "total_ram", "complete", "opaque_tail",
+        "blocks", "sections", "libvirt", "written_by", "run_state", "loadable", "obstacles",
+        "remarks", "bitmap_order",
     }
     assert info["capabilities"] == ["mapped-ram"]
     assert info["total_ram"] == 15 * PAGE
-    assert info["size"] == info["end"] == snapshot.stat().st_size
-    assert info["allocated"] == snapshot.stat().st_blocks * 512
+    assert info["file_size"] == info["end"] == snapshot.stat().st_size
+    assert info["bytes_allocated"] == snapshot.stat().st_blocks * 512
     assert info["complete"] is True
     with Snapshot(snapshot) as opened:
         layout = opened.blocks["vga.vram"].layout
@@ -79,8 +80,8 @@ def test_verify_accepts_a_whole_snapshot(snapshot: Path, command: Command) -> No
     ran = command("verify", snapshot, "--json")
     assert ran.code == 0
     assert ran.json == {
-        "snapshot": str(snapshot), "valid": True, "seal": None, "blocks": 2, "data_pages": 10,
-        "zero_pages": 5, "bitmap_order": "little", "notes": [],
+        "schema": 1, "snapshot": str(snapshot), "valid": True, "seal": None, "block_count": 2,
+        "data_pages": 10, "zero_pages": 5, "bitmap_order": "little", "notes": [],
     }
 
 

@@ -1,90 +1,218 @@
-"""Standard descriptors that are closed: the exit code says what happened to the work."""
+"""``-`` is standard input and output in every verb where it can be."""
 
 from __future__ import annotations
 
-import itertools
+import gzip
+import json
 import os
+import socket
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import pytest
 
-from pyqmigrate import Snapshot
-from tests.cli.command import COMMAND, make_snapshot, pages
+from pyqmigrate import convert
+from tests.cli.command import COMMAND, Command, pages
 
-CLOSED = [
-    numbers for length in (1, 2, 3) for numbers in itertools.combinations((0, 1, 2), length)
-]
-BIG = {"pc.ram": pages(90, 1)}
-
-VERBS: dict[str, Callable[[Path], list[str]]] = {
-    "pack": lambda d: ["pack", f"{d}/new", f"pc.ram={d}/ram", "--seal=sha256"],
-    "unpack": lambda d: ["unpack", f"{d}/snap", f"{d}/raw"],
-    "info": lambda d: ["info", f"{d}/snap", "--json"],
-    "devices": lambda d: ["devices", f"{d}/snap"],
-    "seal": lambda d: ["seal", f"{d}/snap"],
-    "verify": lambda d: ["verify", f"{d}/snap"],
-    "convert": lambda d: ["convert", f"{d}/snap", f"{d}/new", "--to", "stream"],
-    "bench": lambda d: ["bench", "--size", "8MiB", "--dir", f"{d}", "--channels", "1"],
-    "help": lambda d: ["--help"],
-}
-WRONG: dict[str, tuple[list[str], int]] = {
-    "usage": (["pack", "--nonsense"], 2),
-    "missing file": (["info", "/nonexistent/snap"], 3),
-    "no snapshot": (["verify", os.devnull], 2),
-}
-
-
-def run_closed(arguments: list[str], closed: tuple[int, ...], environment: dict[str, str]) -> int:
-    def close() -> None:
-        for number in closed:
-            os.close(number)
-
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=close, env=environment,
-    )
-    process.communicate(timeout=120)
-    return process.returncode
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in directory.rglob("*") if path.is_file()
-    }
+READERS = ("info", "verify", "devices", "unpack", "convert")
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
-    make_snapshot(tmp_path / "snap", BIG)
-    (tmp_path / "ram").write_bytes(BIG["pc.ram"])
-    return tmp_path
+def stream(tmp_path: Path, snapshot: Path) -> Path:
+    convert(snapshot, tmp_path / "stream", to="stream")
+    return tmp_path / "stream"
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_is_done_without_standard_streams(
-    verb: str, work: Path, child_environment: dict[str, str]
+def piped(*words: str | Path, data: bytes) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*COMMAND, *map(str, words)], input=data, capture_output=True, timeout=60)
+
+
+def more(verb: str, to: Path) -> list[str | Path]:
+    return {"unpack": [to], "convert": [to, "--to", "mapped-ram"]}.get(verb, [])
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("verb", READERS)
+def test_verb_reads_a_pipe(verb: str, pack: object, stream: Path, tmp_path: Path) -> None:
+    ran = piped(verb, "-", *more(verb, tmp_path / "to"), "--json", data=pack(stream.read_bytes()))
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    data = json.loads(ran.stdout)
+    assert data["snapshot"] == "-"
+    named = subprocess.run(
+        [*COMMAND, verb, str(stream), *map(str, more(verb, tmp_path / "other")), "--json"],
+        capture_output=True, check=True,
+    )
+    expected = json.loads(named.stdout)
+    for key in ("blocks", "data_pages", "zero_pages", "devices", "total_ram"):
+        if verb != "convert" or key != "blocks":
+            assert data.get(key) == expected.get(key)
+
+
+@pytest.mark.parametrize("verb", READERS)
+def test_verb_reads_a_file_that_is_redirected(verb: str, snapshot: Path, tmp_path: Path) -> None:
+    with snapshot.open("rb") as file:
+        ran = subprocess.run(
+            [*COMMAND, verb, "-", *map(str, more(verb, tmp_path / "to"))], stdin=file,
+            capture_output=True, timeout=60,
+        )
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_redirected_file_is_read_from_its_present_position(
+    stream: Path, tmp_path: Path
 ) -> None:
-    for closed in CLOSED if verb == "pack" else [(0, 1, 2)]:
-        before = content(work)
-        assert run_closed(VERBS[verb](work), closed, child_environment) == 0, closed
-        after = content(work)
-        assert {name: after[name] for name in before} == before
-        if verb in ("pack", "convert"):
-            with Snapshot(work / "new") if verb == "pack" else Snapshot(work / "snap") as snapshot:
-                assert snapshot.blocks["pc.ram"].read(0, 90 * 4096) == BIG["pc.ram"]
-        for name in set(after) - set(before):
-            assert b"MiB/s" not in after[name] and b"Traceback" not in after[name]
-            (work / name).unlink()
+    (tmp_path / "shifted").write_bytes(b"x" * 777 + stream.read_bytes())
+    with (tmp_path / "shifted").open("rb") as file:
+        os.lseek(file.fileno(), 777, os.SEEK_SET)
+        ran = subprocess.run([*COMMAND, "verify", "-"], stdin=file, capture_output=True)
+    assert ran.returncode == 0
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_failure_has_its_code_without_standard_streams(
-    what: str, child_environment: dict[str, str]
+@pytest.mark.parametrize(
+    "words",
+    [("seal", "-"), ("vm", "save", "--qmp", "nowhere", "-"), ("pack", "-", "ram=memory"),
+     ("convert", "snapshot", "-", "--to", "raw"), ("convert", "snapshot", "-", "--to", "elf"),
+     ("convert", "snapshot", "-", "--to", "mapped-ram")],
+    ids=" ".join,
+)  # fmt: skip
+def test_verb_that_cannot_use_a_pipe_says_why(
+    words: tuple[str, ...], tmp_path: Path, snapshot: Path
 ) -> None:
-    arguments, code = WRONG[what]
-    for closed in ((1,), (2,), (0, 1, 2)):
-        assert run_closed(arguments, closed, child_environment) == code
-        assert run_closed([*arguments, "--json"], closed, child_environment) == code
+    (tmp_path / "memory").write_bytes(pages(3))
+    snapshot.rename(tmp_path / "snapshot")
+    ran = subprocess.run([*COMMAND, *words], capture_output=True, cwd=tmp_path, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "'-'" in ran.stderr
+    assert not (tmp_path / "-").exists()
+
+
+@pytest.mark.parametrize("json_option", [(), ("--json",)], ids=["text", "json"])
+def test_stream_goes_to_a_pipe_and_nothing_else_does(
+    snapshot: Path, stream: Path, json_option: tuple[str, ...]
+) -> None:
+    ran = piped("convert", snapshot, "-", "--to", "stream", *json_option, data=b"")
+    assert ran.returncode == 0
+    assert ran.stdout == stream.read_bytes()
+    if json_option:
+        report = json.loads(ran.stderr)
+        size = len(ran.stdout)
+        assert (report["file_size"], report["bytes_written"]) == (size, size)
+        assert (report["target"], report["bytes_allocated"]) == ("-", 0)
+    else:
+        assert b"6.0 KiB" not in ran.stdout
+        assert b"data pages" in ran.stderr
+
+
+def test_stream_goes_to_a_socket(snapshot: Path, stream: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = subprocess.Popen(
+            [*COMMAND, "convert", str(snapshot), "-", "--to", "stream"], stdout=theirs,
+            stderr=subprocess.DEVNULL,
+        )
+        theirs.close()
+        with ours.makefile("rb") as file:
+            assert file.read() == stream.read_bytes()
+    assert process.wait(60) == 0
+
+
+def test_failure_while_a_pipe_is_filled_is_an_error_on_stderr(snapshot: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "convert", str(snapshot), "-", "--to", "stream", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(60) == 3
+    assert '"errno": 32' in error
+
+
+def test_interrupt_ends_a_stream_that_nobody_reads(tmp_path: Path) -> None:
+    """A pipe holds 64 KiB: the writer waits, and still hears the signal."""
+    memory = tmp_path / "memory"
+    memory.write_bytes(pages(2000, 4))
+    subprocess.run([*COMMAND, "pack", str(tmp_path / "s"), f"ram={memory}"], check=True,
+                   stdout=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [*COMMAND, "convert", str(tmp_path / "s"), "-", "--to", "stream"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(4) == b"QEVM"
+    process.terminate()
+    assert process.wait(60) == 130
+    process.stdout.close()
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("form", ["mapped-ram", "stream", "lime"])
+def test_form_goes_into_the_file_that_stdout_is_redirected_to(
+    snapshot: Path, tmp_path: Path, command: Command, form: str
+) -> None:
+    words = ["convert", str(snapshot), "--to", form, "--map", "pc.ram@0"]
+    words = words if form == "lime" else words[:4]
+    assert command(*words[:2], tmp_path / "named", *words[2:]).code == 0
+    with (tmp_path / "redirected").open("wb") as file:
+        ran = subprocess.run([*COMMAND, *words[:2], "-", *words[2:]], stdout=file,
+                             stderr=subprocess.PIPE)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "redirected").read_bytes() == (tmp_path / "named").read_bytes()
+
+
+def test_pack_writes_into_the_file_that_stdout_is_redirected_to(
+    tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "memory").write_bytes(pages(3))
+    with (tmp_path / "s").open("wb") as file:
+        subprocess.run([*COMMAND, "pack", "-", f"ram={tmp_path}/memory"], stdout=file, check=True,
+                       stderr=subprocess.DEVNULL)  # fmt: skip
+    assert command("verify", tmp_path / "s").code == 0
+
+
+def test_terminal_gets_no_stream(snapshot: Path) -> None:
+    ours, theirs = os.openpty()
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "pyqmigrate", "convert", str(snapshot), "-", "--to", "stream"],
+            stdout=theirs, stderr=subprocess.PIPE,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert ran.returncode == 2
+    assert b"terminal" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "algorithm"),
+    [
+        (["pack", "--seal", "SNAP", "MEM"], "xxh3-128"),
+        (["pack", "SNAP", "--seal", "MEM"], "xxh3-128"),
+        (["pack", "SNAP", "MEM", "--seal"], "xxh3-128"),
+        (["pack", "--seal", "sha256", "SNAP", "MEM"], "sha256"),
+        (["pack", "SNAP", "--seal", "sha256", "MEM"], "sha256"),
+        (["pack", "SNAP", "MEM", "--seal", "sha256"], "sha256"),
+        (["pack", "--seal=sha256", "SNAP", "MEM"], "sha256"),
+        (["pack", "--seal", "--channels", "1", "SNAP", "MEM"], "xxh3-128"),
+        (["pack", "--seal", "--", "SNAP", "MEM"], "xxh3-128"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_seal_takes_its_algorithm_in_every_order(
+    words: list[str], algorithm: str, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "memory").write_bytes(pages(3))
+    places = {"SNAP": str(tmp_path / "s"), "MEM": f"ram={tmp_path}/memory"}
+    ran = command("--json", *(places.get(word, word) for word in words))
+    assert ran.code == 0, ran.err
+    assert ran.json["seal"] == {"path": f"{tmp_path}/s.seal", "algorithm": algorithm}
+
+
+def test_usage_shows_that_the_algorithm_can_be_left_out(command: Command) -> None:
+    for verb in (["pack"], ["vm", "save"]):
+        assert "[--seal [ALGORITHM]]" in command(*verb, "--help").out

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import mmap
 import os
+import socket
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -213,3 +216,52 @@ def test_block_is_named_again_when_it_was_forgotten(file: File) -> None:
     lib.qm_encoder_flush(job, encoder, fault)
     one = [records.encode(memory, 1024, NAME, np.ones(1, dtype=bool), n) for n in (False, True)]
     assert file.read(0, 10000).tobytes() == (one[0] + one[1]) * 2
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_bytes_go_forward_through_what_has_no_positions(kind: str) -> None:
+    """More than a pipe holds, to a descriptor that does not wait."""
+    if kind == "pipe":
+        reader, writer = os.pipe2(os.O_NONBLOCK)
+    else:
+        ours, theirs = socket.socketpair()
+        reader, writer = ours.detach(), theirs.detach()
+    os.set_blocking(reader, True)
+    data, parts = os.urandom(3 << 20), []
+
+    def take() -> None:
+        while part := os.read(reader, 1 << 16):
+            parts.append(part)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    job, fault = new_job(), ffi.new("struct qm_fault *")
+    encoder = ffi.gc(lib.qm_encoder_create(writer, 0), lib.qm_encoder_destroy)
+    lib.qm_encoder_go_forward(encoder)
+    assert lib.qm_encoder_put(job, encoder, data, len(data), fault) == 0
+    assert lib.qm_encoder_flush(job, encoder, fault) == 0
+    assert lib.qm_encoder_position(encoder) == totals(job).bytes_moved == len(data)
+    os.close(writer)
+    thread.join()
+    os.close(reader)
+    assert b"".join(parts) == data
+
+
+def test_reader_that_is_gone_and_a_cancelled_job_end_what_goes_forward() -> None:
+    for cancelled, number in ((True, errno.ECANCELED), (False, errno.EPIPE)):
+        reader, writer = os.pipe2(os.O_NONBLOCK)
+        job, fault = new_job(), ffi.new("struct qm_fault *")
+        if cancelled:
+            lib.qm_job_cancel(job)
+        else:
+            os.close(reader)
+        encoder = ffi.gc(lib.qm_encoder_create(writer, 0), lib.qm_encoder_destroy)
+        lib.qm_encoder_go_forward(encoder)
+        data = bytes(1 << 20)
+        rc = lib.qm_encoder_put(job, encoder, data, len(data), fault) or lib.qm_encoder_flush(
+            job, encoder, fault
+        )
+        assert rc == -number
+        os.close(writer)
+        if cancelled:
+            os.close(reader)

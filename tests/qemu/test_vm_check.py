@@ -277,7 +277,7 @@ def test_verb_tells_people_and_programs_the_same(tmp_path: Path) -> None:
         pid = qemu.process.pid
     data, lines = json.loads(json.dumps(outcome.data)), fields(outcome)
     assert outcome.code is ExitCode.DONE and data["possible"]
-    assert data["qemu"]["pid"] == pid and f"process {pid}" in lines["QEMU"][0]
+    assert data["pid"] == pid and f"process {pid}" in lines["QEMU"][0]
     assert (data["engine"], data["way"]) == ("direct", "devices-only")
     assert lines["engine"][0].startswith("direct: ")
     assert lines["machine"] == [f"{data['machine']}, prelaunch"]

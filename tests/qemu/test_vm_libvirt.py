@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pyqmigrate import Snapshot
+from pyqmigrate import Snapshot, convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
 from pyqmigrate.io.target import InputTarget
 from pyqmigrate.sequential import start_sequential_load
@@ -147,3 +147,31 @@ def test_classic_stream_in_a_raw_image_is_one_instant_of_the_guest(raw: Image) -
     with contextlib.closing(InputTarget(uri)) as source:
         start_sequential_load(source, {"pc.ram": memory}, skip_unknown_blocks=True).wait()
     assert check_pattern(bytes(memory)).generation - len(raw.reports) in (0, 1)
+
+
+@pytest.mark.parametrize("source", ["sparse", "raw"])
+@pytest.mark.parametrize("form", ["raw", "sparse"])
+def test_virsh_restores_what_was_converted(
+    source: str, form: str, libvirt: Libvirt, disk: Path
+) -> None:
+    """There and back: the guest of libvirt as a snapshot of ours, and as an image of its own."""
+    image = save(libvirt, disk, "pc", "--image-format", source)
+    convert(image.path, disk / "ours", to="mapped-ram" if form == "raw" else "stream")
+    new = disk / "new.save"
+    convert(disk / "ours", new, to="libvirt", like=image.path, image_format=form)
+    with contextlib.closing(InputTarget(new)) as opened:
+        header = read_header(opened)
+    assert header.format is ImageFormat[form.upper()]
+    assert (header.complete, header.xml, header.cookie) == (
+        True, image.header.xml, image.header.cookie,
+    )
+    serial = disk / "serial"
+    serial.unlink()
+    libvirt.virsh("restore", new, "--running")
+    try:
+        first = len(image.reports) + 1
+        said = serial_says(serial, 2)
+        assert said == bytes(g & 0x7F for g in range(first, first + len(said)))
+        assert libvirt.virsh("domstate", disk.name).strip() == "running"
+    finally:
+        libvirt.virsh("destroy", disk.name)

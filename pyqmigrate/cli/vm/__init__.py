@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyqmigrate.cli.arguments import Verbs
+from pyqmigrate.cli.arguments import Verbs, add_general
 
 __all__ = ["add_parser"]
 
@@ -15,4 +15,5 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "vm", help=text[:1].lower() + text[1:].rstrip("."), description=text, allow_abbrev=False
     )
+    add_general(parser)
     parser.offer(__name__, _VERBS)

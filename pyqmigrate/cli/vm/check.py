@@ -4,7 +4,7 @@ Asks QEMU, looks at its memory, and with --dir writes 64 MiB to try the disk, in
 a name. Ends with exit code 1 when the guest cannot be saved, or the file would not fit. What is
 said is of a save with the same --engine, --live and --sparse, and otherwise without options.
 
-JSON: ``possible``; ``qemu`` (``version``, ``pid`` or null); ``machine``; ``run_state``;
+JSON: ``possible``; ``qemu`` (its version); ``pid`` (or null); ``machine``; ``run_state``;
 ``total_ram``; ``engine`` and ``way`` (null where there is none), ``why`` and ``refused`` (reasons
 against engine direct); ``settings`` (of QEMU's, which the save would change for its time: each
 with ``value`` and ``why``); ``blockers``, ``warnings`` and ``notes`` (sentences); ``data`` (pages
@@ -83,7 +83,8 @@ def _data(report: CheckReport) -> dict[str, Any]:
     choice, disk = report.choice, report.disk
     return {
         "possible": report.possible,
-        "qemu": {"version": ".".join(map(str, report.version)), "pid": report.pid},
+        "qemu": ".".join(map(str, report.version)),
+        "pid": report.pid,
         "machine": report.machine,
         "run_state": report.run_state,
         "total_ram": report.total_ram,
@@ -127,7 +128,7 @@ def _block(block: GuestBlock) -> dict[str, Any]:
 
 def _lines(report: CheckReport, data: dict[str, Any]) -> Iterator[str]:
     process = "" if report.pid is None else f", process {report.pid}"
-    yield f"QEMU      {data['qemu']['version']}{process}"
+    yield f"QEMU      {data['qemu']}{process}"
     yield f"machine   {report.machine}, {report.run_state}"
     if report.choice is None:
         yield "engine    none: this guest cannot be saved now"

@@ -19,12 +19,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
-from pyqmigrate.cli.outcome import Outcome, describe_error, printable, table
+from pyqmigrate.cli.exit_codes import ExitCode, exit_code
+from pyqmigrate.cli.outcome import (
+    Outcome,
+    announce,
+    describe_error,
+    error_data,
+    printable,
+    table,
+)
 from pyqmigrate.cli.vm.restore import add_command, add_disks, add_run_state, ended, pass_signals_on
 from pyqmigrate.errors import QemuError
 
@@ -68,10 +74,7 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
     )
     vms = [one.vm for one in clones if one.vm is not None]
     pass_signals_on(vms)
-    if args.json:
-        print(json.dumps({"guests": [_data(one) for one in clones]}, indent=2), flush=True)
-    else:
-        print(*_lines(clones), sep="\n", file=sys.stderr, flush=True)
+    announce(args, {"guests": [_data(one) for one in clones]}, _lines(clones))
     codes = await asyncio.gather(*(vm.wait() for vm in vms))
     await asyncio.gather(*(vm.close() for vm in vms))
     failed = len(clones) - len(vms)
@@ -85,7 +88,8 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
 def _data(one: Clone) -> dict[str, Any]:
     data: dict[str, Any] = {"number": one.number, "qmp": str(one.qmp)}
     if one.vm is None:
-        return data | {"error": describe_error(one.error or QemuError())}
+        error = one.error or QemuError()
+        return data | {"error": error_data(error, exit_code(error) or ExitCode.GUEST)}
     return data | one.vm.report.as_data()
 
 

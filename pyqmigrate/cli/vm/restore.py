@@ -15,15 +15,15 @@ The exit code is 0 when QEMU ended with 0, and 4 otherwise.
 
 JSON, printed as soon as the guest is there: ``mode``; ``why``; ``machine``; ``qemu``, its version;
 ``pid``; ``run_state``; ``load_seconds``, from migrate-incoming to completed; ``start_seconds``
-until QEMU answered; ``total_seconds``; ``settings`` of QEMU that are not its defaults;
-``mapped_blocks``; ``stale_pages`` that the file had old bytes for, and ``stale_seconds`` to find
-them; ``notes``. That QEMU ended badly later is told by standard error and the exit code.
+until QEMU answered; ``total_seconds``; ``settings`` of QEMU that are not its defaults, each an
+object of ``value``; ``mapped_blocks``; ``stale_pages`` that the file had old bytes for, and
+``stale_seconds`` to find them; ``notes``. That QEMU ended badly later is told by standard error
+and the exit code.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ from pyqmigrate.cli.arguments import (
     read_channels,
 )
 from pyqmigrate.cli.exit_codes import ExitCode
-from pyqmigrate.cli.outcome import Outcome, counted, printable
+from pyqmigrate.cli.outcome import Outcome, announce, counted, printable
 from pyqmigrate.io.target import DirectIO
 
 if TYPE_CHECKING:
@@ -146,10 +146,7 @@ async def _restore(args: argparse.Namespace, request: Request, early: Early | No
         )
     async with vm:
         pass_signals_on([vm])
-        if args.json:
-            print(json.dumps(vm.report.as_data(), indent=2), flush=True)
-        else:
-            print(*report_lines(vm.report), sep="\n", file=sys.stderr, flush=True)
+        announce(args, vm.report.as_data(), report_lines(vm.report))
         code = await vm.wait()
     if not code:
         return ended()

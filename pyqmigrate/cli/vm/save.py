@@ -14,9 +14,9 @@ JSON: ``snapshot``; ``engine`` and ``why``; ``settings``, an object of QEMU's se
 changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_io_reason``;
 ``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
 ``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
-``run_state_before``, ``run_state_after`` (null: QEMU was told to quit); ``disks`` (what a restore
-needs of the writable disks, sentences); ``record`` (the file that describes the VM);
-``seal`` (the algorithm, or null); ``notes`` (sentences).
+``run_state_before``, ``run_state_after`` (null: QEMU was told to quit); ``disk_needs`` (what a
+restore needs of the writable disks, sentences); ``record`` (the file that describes the VM, or
+null); ``seal`` (null, or an object of ``path`` and ``algorithm``); ``notes`` (sentences).
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_seal, add_verb
-from pyqmigrate.cli.outcome import Outcome, counted, printable
+from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.cli.standard_streams import refuse_standard
 from pyqmigrate.cli.vm.settings import setting_lines
+from pyqmigrate.io.target import seal_path
 from pyqmigrate.writer import Sparse
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     # The library for QMP is an extra: what does not need it works without.
     from pyqmigrate.vm.save import save
 
+    refuse_standard(args.snapshot, "the snapshot of a guest is written to a file")
     with shown("vm save") as show:
         report = _interruptible(
             save(
@@ -82,7 +85,11 @@ def _run(args: argparse.Namespace) -> Outcome:
                 with_disks=args.with_disks, seal=args.seal, progress=show,
             )
         )
-    return Outcome(asdict(report), [printable(line) for line in _lines(report)])
+    data = asdict(report)
+    data["disk_needs"] = data.pop("disks")
+    if report.seal is not None:
+        data["seal"] = seal_data(seal_path(report.snapshot), report.seal)
+    return Outcome(data, [printable(line) for line in _lines(report)])
 
 
 def _interruptible(work: Coroutine[Any, Any, T]) -> T:

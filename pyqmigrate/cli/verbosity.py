@@ -1,0 +1,38 @@
+"""How much a verb prints: log messages with ``--verbose``, no progress with ``--no-progress``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+
+from pyqmigrate.cli.progress import hidden
+from pyqmigrate.log import logger
+
+__all__ = ["configured"]
+
+
+@contextlib.contextmanager
+def configured(args: argparse.Namespace) -> Iterator[None]:
+    """Log to standard error and show progress meanwhile as the general options say."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hidden(args.quiet or args.no_progress))
+        if args.verbose and sys.stderr is not None:
+            stack.enter_context(_logging())
+        yield
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

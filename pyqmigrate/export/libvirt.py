@@ -1,0 +1,84 @@
+"""A save image that ``virsh restore`` takes: libvirt's header before a stream of ours.
+
+    convert("guest.mapped", "new.save", to="libvirt", like="old.save")
+
+The header is that of an older image of the same domain: its XML and libvirt's own notes are copied,
+format and run state are set. libvirt starts the domain by that XML, so it must describe the machine
+that the snapshot is of; only the machine type is compared here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import replace
+
+from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format.libvirt import (
+    ImageFormat,
+    LibvirtHeader,
+    encode_header,
+    is_libvirt,
+    read_header,
+)
+from pyqmigrate.io.target import InputTarget
+from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.origin import run_state
+
+__all__ = ["ImageHeader", "image_header"]
+
+_FORMATS = {"raw": ImageFormat.RAW, "sparse": ImageFormat.SPARSE}
+_MACHINE = re.compile(r"<type\b[^>]*\bmachine=(['\"])(.*?)\1")
+
+
+class ImageHeader:
+    """The bytes before the stream, and whether that is ``sparse`` (mapped-ram) or classic."""
+
+    def __init__(self, header: LibvirtHeader) -> None:
+        self.sparse = header.format is ImageFormat.SPARSE
+        self.data = encode_header(header)
+
+
+def image_header(
+    snapshot: AnySnapshot, like: str | os.PathLike[str], image_format: str | None
+) -> ImageHeader:
+    """The header for an image of ``snapshot``, from that of the image ``like``.
+
+    image_format: ``raw`` or ``sparse`` (libvirt 11.2 and later); None is that of ``like``, and raw
+        where that is compressed.
+
+    Raises UsageError where ``like`` is not an image of libvirt's or of a domain of another machine
+    type, SnapshotError for a damaged header, TargetError.
+    """
+    if image_format is not None and image_format not in _FORMATS:
+        raise UsageError(f"image_format is {image_format!r}; it is 'raw' or 'sparse'")
+    with contextlib.closing(InputTarget(like)) as source:
+        if not is_libvirt(source.read_at(0, 16)):
+            raise UsageError(f"{source.name!r} is not a save image of libvirt's (virsh save)")
+        old = read_header(source)
+    machine = _MACHINE.search(old.xml)
+    if machine is not None and snapshot.machine and machine[2] != snapshot.machine:
+        raise UsageError(
+            f"the snapshot is of a machine {snapshot.machine!r}, and the domain of "
+            f"{source.name!r} has {machine[2]!r}: give an image of the same domain"
+        )
+    chosen = ImageFormat.RAW if old.format.compressed else old.format
+    if image_format is not None:
+        chosen = _FORMATS[image_format]
+    running = _was_running(snapshot)
+    return ImageHeader(replace(
+        old, complete=True, format=chosen,
+        was_running=old.was_running if running is None else running,
+    ))
+
+
+def _was_running(snapshot: AnySnapshot) -> bool | None:
+    """Whether libvirt is to let the guest run; None where that cannot be known before the end."""
+    if snapshot.libvirt is not None:
+        return snapshot.libvirt.was_running
+    if isinstance(snapshot, ClassicSnapshot) and snapshot.source.passing:
+        return None
+    state = run_state(snapshot)
+    return None if state is None else state == "running"
