@@ -6,7 +6,7 @@ import contextlib
 import enum
 import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from pyqmigrate import _core
 from pyqmigrate.errors import BlockMismatch, SnapshotError, TargetError
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, check_channels, core_block, cut
+from pyqmigrate.io.channels import Channels, Job, Range, check_channels, core_block, cut
 from pyqmigrate.io.memory import Attached, Memory
 from pyqmigrate.io.target import DirectIO, InputTarget, core_file
 from pyqmigrate.log import logger
@@ -147,8 +147,7 @@ class _Load:
 
         try:
             self.channels.run(
-                (item for n, (layout, _) in enumerate(self.blocks)
-                 for item in cut(n, layout.num_pages, layout.page_size)),
+                (item for n in range(len(self.blocks)) for item in self._ranges(n)),
                 move, self.source.name, [layout.name for layout, _ in self.blocks],
             )
         except TargetError as error:
@@ -158,6 +157,16 @@ class _Load:
                     offset=error.position,
                 ) from error
             raise
+
+    def _ranges(self, number: int) -> Iterator[Range]:
+        """Ranges of a block; without those that the file has nothing of, where these are left."""
+        layout, bitmap = self.blocks[number]
+        for item in cut(number, layout.num_pages, layout.page_size):
+            if self.clear is Clear.ZERO or bitmap.may_hold(item.first, item.npages):
+                yield item
+            else:
+                length = item.npages * layout.page_size
+                _core.lib.qm_job_did(self.channels.core, length, 0, item.npages)
 
     def _report(self) -> LoadReport:
         totals = self.channels.totals()

@@ -16,7 +16,7 @@ from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.format.seal import PIECE, SealHead, SealLine
 from pyqmigrate.io.bitmap import Bitmap
-from tests.format.builders import EOF, RAM_EOS, end, part, start, str8, words
+from tests.format.builders import EOF, RAM_EOS, Raw, end, part, start, str8, words
 
 SECONDS = 2.0  # of the processor
 MEMORY = 300 << 10  # KiB, the interpreter's own included
@@ -95,6 +95,37 @@ def test_what_a_file_claims_costs_nothing(
     assert took["seconds"] < SECONDS
     assert took["memory"] < MEMORY
     assert took["tables"] < TABLES
+
+
+def test_a_hole_of_a_snapshot_is_unpacked_at_once(
+    shm: Path, child_environment: dict[str, str]
+) -> None:
+    """A block of 32 TiB, of which the last page is there; its bitmap is a hole but for a bit."""
+    length, pages = 32 << 40, 2 << 30
+    made = Raw(length=length, total=length, pages_offset=pages).file()
+    bitmap = made.pieces[0][1]  # the bitmap follows the head
+    with (shm / "file").open("wb") as file:
+        file.truncate(made.size)
+        for offset, data in made.pieces:
+            file.seek(offset)
+            file.write(data)
+        file.seek(len(bitmap) + length // 4096 // 8 - 1)
+        file.write(b"\x80")
+        file.seek(pages + length - 4096)
+        file.write(b"\7" * 4096)
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, "unpack", str(shm / "file"), str(shm / "raw")],
+        env=child_environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120,
+        check=True,
+    )
+    took = json.loads(ran.stderr.splitlines()[-1])
+    assert took["code"] == 0, ran.stderr
+    assert took["seconds"] < SECONDS
+    assert took["tables"] < TABLES
+    [raw] = (shm / "raw").glob("*.raw")
+    with raw.open("rb") as file:
+        file.seek(length - 4096)
+        assert file.read() == b"\7" * 4096
 
 
 def test_a_long_bitmap_is_counted_where_it_was_touched() -> None:

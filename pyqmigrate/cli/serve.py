@@ -48,8 +48,8 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--qmp", required=True, metavar="unix:PATH", help="where clients connect")
     parser.add_argument(
         "--ram", required=True, action="append", metavar="NAME=FILE[,size=SIZE]",
-        help="a RAM block and the file it lives in; made, or made longer, when a size is given, "
-        "which is whole pages of 4 KiB",
+        help="a RAM block and the file it lives in; made, or made longer, when a size (whole pages "
+        "of 4 KiB) is given",
     )
     parser.add_argument(
         "--machine", default="", metavar="TYPE", help="machine type written into snapshots"

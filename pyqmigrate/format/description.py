@@ -166,8 +166,8 @@ def _parse(data: bytes | memoryview, offset: int) -> dict[str, Any]:
     if not text.isascii() or "\\" in text:
         if len(data) > _WIDE_MAX:
             raise SnapshotError(
-                f"the description has {len(data)} bytes and is not plain ASCII; such ones are read"
-                f" up to {_WIDE_MAX} bytes", offset=offset,
+                f"the description has {len(data)} bytes and is not plain ASCII, of which at most"
+                f" {_WIDE_MAX} are read", offset=offset,
             )
         text = str(data, "utf-8", "surrogateescape")
     if text.count(",") + text.count("[") + text.count("{") > _VALUES_MAX:

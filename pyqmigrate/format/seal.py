@@ -43,7 +43,7 @@ from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data, digest_of_all
 from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
 
 __all__ = ["HEAD_MAX", "PIECE", "SEALED_MAX", "SUFFIX", "SealHead", "SealLine",
-           "bitmap_places",           "count_pieces", "is_seal"]
+           "bitmap_places", "count_pieces", "is_seal"]
 
 SUFFIX = ".seal"
 PIECE = 1 << 20  # bytes of the file that have one digest
@@ -192,7 +192,7 @@ def _check_places(blocks: tuple[BlockLayout, ...], offset: int) -> None:
         if block.header_offset < offset or (
             not block.external and block.pages_offset < block.header_end
         ):
-            raise _fault(f"the seal lists block {block.name!r} at a place where it cannot be")
+            raise _fault(f"the seal lists block {block.name!r} out of the file's order")
         offset = block.pages_end
     for (_, end, _), (start, _, _) in pairwise(bitmap_places(blocks)):
         if start < end:

@@ -6,6 +6,7 @@ is the writing *host's* (format document, 2.3); nothing in the file records it.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import sys
@@ -126,23 +127,28 @@ class Bitmap:
         if nbytes <= _PIECE:
             yield 0, nbytes
             return
-        core = self.core
-        try:
-            pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            pagemap = -1  # then every piece may
-        try:
-            can_scan = _core.lib.qm_process_can_scan(pagemap)
-            at = 0
+        at = 0
+        with _own_pagemap() as pagemap:
             while at < nbytes:
-                at = int(_core.lib.qm_next_touched(pagemap, can_scan, core, at, nbytes)) // 8 * 8
+                at = self._next_touched(pagemap, at, nbytes)
                 end = min(at + _PIECE, nbytes)
                 if at < end:
                     yield at, end
                 at = end
-        finally:
-            if pagemap >= 0:
-                os.close(pagemap)
+
+    def may_hold(self, first: int, npages: int) -> bool:
+        """Whether any of these bits may be set, ``first`` being a multiple of 64: False only where
+        it is known without looking at them, in a long bitmap."""
+        start, end = first // 8, (first + npages + 63) // 64 * 8
+        if self.nbytes <= _PIECE:
+            return True
+        with _own_pagemap() as pagemap:
+            return self._next_touched(pagemap, start, end) < end
+
+    def _next_touched(self, pagemap: int, start: int, end: int) -> int:
+        can_scan = _core.lib.qm_process_can_scan(pagemap)
+        found = _core.lib.qm_next_touched(pagemap, can_scan, self.core, start, end)
+        return int(found) // 8 * 8
 
     def runs(self, first: int = 0, end: int | None = None) -> list[tuple[int, int, bool]]:
         """``(from, to, set)`` for the stretches of equal bits in ``[first, end)``."""
@@ -247,3 +253,17 @@ class Bitmap:
         self._core = None
         _core.ffi.release(self._buffer)
         unmap(self._memory)
+
+
+@contextlib.contextmanager
+def _own_pagemap() -> Iterator[int]:
+    """/proc/self/pagemap; -1 where there is none, and then any memory may have been touched."""
+    try:
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield -1
+        return
+    try:
+        yield pagemap
+    finally:
+        os.close(pagemap)

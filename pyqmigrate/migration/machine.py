@@ -247,7 +247,8 @@ class Migration:
         """Begin an outgoing migration to an address or URI; returns when its target is open.
 
         Raises UsageError or FdsetError from a check, and then nothing has changed; FdsetError,
-        TargetError or UsageError from the open, and then the status is ``failed``. With COMPAT
+        TargetError or UsageError from the open, TargetError where no thread can be started, and
+        then the status is ``failed``. With COMPAT
         it becomes ``failed`` without an error raised where only a descriptor with O_DIRECT is
         missing or refused: QEMU opens that after its answer (and 10.0 dies of it).
         """
