@@ -19,7 +19,7 @@ from pyqmigrate.vm.disk_identity import Qcow2, look_at_image, look_at_qcow2
 from pyqmigrate.vm.disk_options import DiskOption, disk_options
 from pyqmigrate.vm.record import DiskRecord, Image, ImageState, VmRecord
 
-__all__ = ["DiskFindings", "Pair", "check_disks", "pair_disks"]
+__all__ = ["DiskFindings", "Pair", "check_disks", "is_path", "pair_disks"]
 
 _DEPTH = 200  # images one over another, at most: QEMU's own limit
 
@@ -89,7 +89,7 @@ def check_disks(
     for pair in pair_disks(command, record):
         if pair.option is None:
             _missing(command, pair.disk, findings)
-        elif pair.option.file is None or not _is_path(pair.disk.file):
+        elif pair.option.file is None or not is_path(pair.disk.file):
             _out_of_sight(pair, findings)
         else:
             _compare(command, pair, snapshot, overlays, findings)
@@ -104,10 +104,10 @@ def _compare(
     given = _resolved(command, option.file)
     changes = _changes(disk)
     base, line = disk.file, _overlay_line(disk, snapshot)
+    if overlays and not changes and not _same(given, base):
+        findings.needs_overlay.append(pair)
+        return
     if disk.continued_in is not None and _same(given, disk.continued_in):
-        if overlays and not changes:
-            findings.needs_overlay.append(pair)
-            return
         what = (
             f"disk {disk.name}: {given!r} is where the guest went on after the snapshot, which "
             f"belongs to {base!r}"
@@ -286,5 +286,6 @@ def _same(one: str, other: str) -> bool:
         return False
 
 
-def _is_path(file: str) -> bool:
+def is_path(file: str) -> bool:
+    """Whether the file of an image is a path, and not a description."""
     return not file.startswith("json:") and ":" not in file.partition("/")[0]

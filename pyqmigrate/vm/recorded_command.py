@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on, is_qemu
-from pyqmigrate.vm.disk_check import pair_disks
+from pyqmigrate.vm.disk_check import is_path, pair_disks
 from pyqmigrate.vm.disk_options import with_image
 from pyqmigrate.vm.record import VmRecord
 from pyqmigrate.vm.redaction import REDACTED
@@ -163,9 +163,9 @@ def _names_descriptor(option: Option) -> Iterator[bool]:
 def _with_present_disks(command: CommandLine, record: VmRecord) -> CommandLine:
     """A disk may have got another file since QEMU was started: an overlay of a save before."""
     for disk, option in pair_disks(command, record):
-        if option is None or option.file is None or disk.format != "qcow2":
+        if option is None or option.file is None or not is_path(disk.file):
             continue
         file = os.path.join(command.directory or "", option.file)  # noqa: PTH118
-        if file != disk.file and any(image.file == file for image in disk.images[1:]):
-            command = with_image(command, option, disk.file)
+        if os.path.normpath(file) != disk.file:
+            command = with_image(command, option, disk.file, disk.format)
     return command
