@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on, join_properties
@@ -24,8 +23,7 @@ _KEPT = ("discard", "detect-zeroes", "cache.direct", "cache.no-flush")
 _KEPT_OF_FILE = ("aio", "locking")
 
 
-@dataclass(frozen=True)
-class DiskOption:
+class DiskOption(NamedTuple):
     """A disk in a command line.
 
     ``option`` names the image, ``names`` are the ids of the drive, its nodes and its device,

@@ -19,7 +19,6 @@ from pyqmigrate.vm.command_line import CommandLine, Option, is_on, is_qemu
 from pyqmigrate.vm.disk_check import is_path, pair_disks
 from pyqmigrate.vm.disk_options import with_image
 from pyqmigrate.vm.record import VmRecord
-from pyqmigrate.vm.redaction import REDACTED
 
 __all__ = ["recorded_command"]
 
@@ -48,10 +47,9 @@ def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[st
         raise UsageError(f"the record {os.fspath(path)!r} has no command line: {_GIVE}")
     _check_owner(path)
     for number in record.qemu.redacted:
-        word = words[number] if number < len(words) else REDACTED
-        before = f"{words[number - 1]} " if 0 < number <= len(words) else ""
+        option = " ".join(words[max(number - 1, 0) : number + 1])
         raise UsageError(
-            f"a secret of the recorded command line was left out ({before}{word}): {_GIVE}"
+            f"a secret of the recorded command line was left out ({option}): {_GIVE}"
         )
     command = _with_program(CommandLine.parse(words), record)
     command = replace(command, directory=_directory(command, record))
