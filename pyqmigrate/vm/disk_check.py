@@ -278,7 +278,7 @@ def _same(one: str, other: str) -> bool:
         return True
     try:
         return os.path.samefile(one, other)  # noqa: PTH121
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

@@ -47,10 +47,8 @@ def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[st
         raise UsageError(f"the record {os.fspath(path)!r} has no command line: {_GIVE}")
     _check_owner(path)
     for number in record.qemu.redacted:
-        option = " ".join(words[max(number - 1, 0) : number + 1])
-        raise UsageError(
-            f"a secret of the recorded command line was left out ({option}): {_GIVE}"
-        )
+        said = " ".join(words[max(number - 1, 0) : number + 1])
+        raise UsageError(f"a secret of the recorded command line was left out ({said}): {_GIVE}")
     command = _with_program(CommandLine.parse(words), record)
     command = replace(command, directory=_directory(command, record))
     notes = []
@@ -93,7 +91,7 @@ def _with_program(command: CommandLine, record: VmRecord) -> CommandLine:
 def _directory(command: CommandLine, record: VmRecord) -> str | None:
     """Where relative names start: it is needed only where there are some."""
     directory = record.qemu.directory
-    if directory is not None and not Path(directory).is_dir():
+    if directory is not None and not os.path.isdir(directory):  # noqa: PTH112 - a name too long
         raise UsageError(
             f"the recorded command line was used in {directory!r}, which is not there: {_GIVE}"
         )
