@@ -50,7 +50,7 @@ def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[st
         said = " ".join(words[max(number - 1, 0) : number + 1])
         raise UsageError(f"a secret of the recorded command line was left out ({said}): {_GIVE}")
     command = _with_program(CommandLine.parse(words), record)
-    command = replace(command, directory=_directory(command, record))
+    command = replace(command, directory=_directory(record))
     notes = []
     if command.options and _is_own_monitor(command.options[-1]):
         command = replace(command, options=command.options[:-1])
@@ -88,8 +88,8 @@ def _with_program(command: CommandLine, record: VmRecord) -> CommandLine:
     return replace(command, program=binary)
 
 
-def _directory(command: CommandLine, record: VmRecord) -> str | None:
-    """Where relative names start: it is needed only where there are some."""
+def _directory(record: VmRecord) -> str | None:
+    """Where relative names of the command line start."""
     directory = record.qemu.directory
     if directory is not None and not os.path.isdir(directory):  # noqa: PTH112 - a name too long
         raise UsageError(
