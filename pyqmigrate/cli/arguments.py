@@ -46,6 +46,7 @@ class Parser(argparse.ArgumentParser):
     Verbs that are offered are modules; only that of the verb which is asked for is imported.
     """
 
+    takes_command_line = False  # of a VM, behind --: it becomes the attribute ``command``
     _offered: tuple[str, Sequence[str]] | None = None
 
     def offer(self, package: str, names: Sequence[str]) -> None:
@@ -67,7 +68,14 @@ class Parser(argparse.ArgumentParser):
             given[:end] = [
                 f"{_SEAL}={Algorithm.XXH3_128}" if text == _SEAL else text for text in given[:end]
             ]
-        return super().parse_known_args(given, namespace)
+        if not self.takes_command_line:
+            return super().parse_known_args(given, namespace)
+        end = given.index("--") if "--" in given else len(given)
+        parsed, unknown = super().parse_known_args(given[:end], namespace)
+        if words := parsed.command + unknown:
+            self.error(f"-- must come before {words[0]}: SNAPSHOT -- {words[0]} ...")
+        parsed.command = given[end + 1 :]
+        return parsed, []
 
     def error(self, message: str) -> NoReturn:
         raise BadArguments(message, self.format_usage())

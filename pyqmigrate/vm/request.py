@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyqmigrate.io.target import DirectIO
 from pyqmigrate.vm.starting import Stream
@@ -31,7 +31,7 @@ class Request:
 
     mode: Mode = Mode.AUTO
     paused: bool | None = None
-    qmp: str | os.PathLike[str] | None = None
+    qmp: Path | None = None
     channels: int | None = None
     direct_io: DirectIO = DirectIO.AUTO
     stdin: Stream = None
