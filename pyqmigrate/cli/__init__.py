@@ -9,7 +9,7 @@ Exit codes:
 3     the system refused: space, permission, I/O
 4     the guest or QEMU failed
 5     not supported here
-130   interrupted (Ctrl-C, SIGTERM); nothing half done is left
+130   interrupted (Ctrl-C, SIGTERM, SIGHUP); nothing half done is left
 ====  ================================================================
 
 With ``--json`` standard output gets one JSON object and nothing else. That of a failure has the
@@ -35,7 +35,7 @@ from typing import Any, NoReturn, TextIO
 
 from pyqmigrate.cli.arguments import BadArguments, Parser
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
-from pyqmigrate.cli.outcome import Outcome, describe_error, error_data, printable
+from pyqmigrate.cli.outcome import Outcome, error_data, shown_error
 from pyqmigrate.errors import NotSupported, SnapshotError
 
 __all__ = ["main"]
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         usage = error.usage if isinstance(error, BadArguments) else ""
         with contextlib.suppress(OSError):  # there is nowhere left to complain to
-            _write(sys.stderr, f"{usage}pyqmigrate: {printable(describe_error(error))}\n")
+            _write(sys.stderr, f"{usage}pyqmigrate: {shown_error(error)}\n")
             if as_json:
                 _write(sys.stdout, _json({"error": error_data(error, code)}))
         return code
@@ -139,19 +139,23 @@ def _write(stream: TextIO, text: str) -> None:
 
 @contextlib.contextmanager
 def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does, unless the program around us has its own plans for it."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    ):
+    """SIGTERM and SIGHUP do what Ctrl-C does, unless the program around us, or nohup, has its own
+    plans for them."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    taken = [
+        number for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) == signal.SIG_DFL
+    ]
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)

@@ -70,6 +70,7 @@ class Parser(argparse.ArgumentParser):
             ]
         if not self.takes_command_line:
             return super().parse_known_args(given, namespace)
+        end = given.index("--") if "--" in given else len(given)
         parsed, unknown = super().parse_known_args(given[:end], namespace)
         if words := parsed.command + unknown:
             self.error(f"-- must come before {words[0]}: SNAPSHOT -- {words[0]} ...")

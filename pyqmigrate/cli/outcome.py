@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.cli.exit_codes import ExitCode
-from pyqmigrate.errors import SnapshotError
+from pyqmigrate.errors import QemuError, SnapshotError
 
-__all__ = ["Outcome", "counted", "describe_error", "error_data", "printable", "table"]
+__all__ = [
+    "Outcome", "counted", "describe_error", "error_data", "printable", "shown_error", "table",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
+
+
+def shown_error(error: BaseException) -> str:
+    """:func:`describe_error`, safe to print. What QEMU wrote stays in its lines."""
+    text = describe_error(error)
+    if not isinstance(error, QemuError):
+        return printable(text)
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def counted(number: int, noun: str) -> str:

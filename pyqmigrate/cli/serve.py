@@ -1,9 +1,10 @@
 """Be a QMP server in front of memory that is kept in files.
 
 A manager drives QEMU's file migration here without QEMU: this memory is saved to snapshots that
-QEMU loads, and what QEMU saved is loaded into it. Ctrl-C, SIGTERM and the command quit end the
-server, with exit code 0; a save that runs then is cancelled. It leaves nothing behind at a path; a
-file that was handed in, or has an offset, keeps a part that is recognisable by its zero magic.
+QEMU loads, and what QEMU saved is loaded into it. Ctrl-C, SIGTERM, SIGHUP and the command quit end
+the server, with exit code 0; a save that runs then is cancelled. It leaves nothing behind at a
+path; a file that was handed in, or has an offset, keeps a part that is recognisable by its zero
+magic.
 
 The socket is made with mode 0600, and only this user and root may connect.
 
@@ -18,15 +19,16 @@ import asyncio
 import contextlib
 import errno
 import os
-import signal
 from pathlib import Path
 from uuid import UUID
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode
+from pyqmigrate.cli.interruption import ending_signals, run_interruptible
 from pyqmigrate.cli.outcome import Outcome
 from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.format.address import parse_uri
+from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.format.uri import parse_size
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.migration import Migration
@@ -38,7 +40,9 @@ __all__ = ["add_parser"]
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "serve", _run, __doc__)
-    parser.add_argument("--qmp", required=True, metavar="unix:PATH", help="where clients connect")
+    parser.add_argument(
+        "--qmp", required=True, metavar="SOCKET", help="where clients connect: PATH or unix:PATH"
+    )
     parser.add_argument(
         "--ram", required=True, action="append", metavar="NAME=FILE[,size=SIZE]",
         help="a RAM block and the file it lives in; made, or made longer, when a size is given",
@@ -60,7 +64,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    path = _socket_path(args.qmp)
+    path = str(monitor_path(args.qmp))
     with contextlib.ExitStack() as stack:
         migration = Migration(
             [_block(text, stack) for text in args.ram],
@@ -72,7 +76,7 @@ def _run(args: argparse.Namespace) -> Outcome:
             parameters=Parameters(),
         )
         stack.callback(migration.close)
-        failed = asyncio.run(_serve(migration, path, args.incoming))
+        failed = run_interruptible(_serve(migration, path, args.incoming))
         incoming = None if args.incoming is None else str(migration.query().status)
         data = {"qmp": path, "memory_bytes": migration.memory_size(), "incoming": incoming}
     lines = ["the incoming migration failed: " + migration.query().error] if failed else []
@@ -89,7 +93,7 @@ async def _serve(migration: Migration, path: str, incoming: str | None) -> bool:
 
     migration.on_exit = end
     async with QmpServer(migration, migration.fdsets, policy=migration.policy) as server:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ending_signals():
             loop.add_signal_handler(number, server.quit_requested.set)
         await server.listen(path)
         if incoming is not None and incoming != "defer":
@@ -101,13 +105,6 @@ async def _serve(migration: Migration, path: str, incoming: str | None) -> bool:
             waiting.cancel()
         await asyncio.to_thread(migration.close)
     return failed.is_set()
-
-
-def _socket_path(text: str) -> str:
-    scheme, colon, path = text.partition(":")
-    if scheme != "unix" or not colon or not path:
-        raise UsageError(f"--qmp is {text!r}; it is unix:PATH")
-    return path
 
 
 def _block(text: str, stack: contextlib.ExitStack) -> RamBlock:

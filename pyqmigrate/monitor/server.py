@@ -29,9 +29,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pyqmigrate.errors import TargetError
+from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.events import Event
 from pyqmigrate.fdset import FdSets
+from pyqmigrate.format.monitor_address import monitor_path
+from pyqmigrate.io.socket_path import SocketPath
 from pyqmigrate.monitor.backend import MigrationBackend
 from pyqmigrate.monitor.commands import Context, Version
 from pyqmigrate.monitor.connection import Connection
@@ -77,7 +79,7 @@ class QmpServer:
         self._places = asyncio.Semaphore(1 if compat else _CLIENTS)
         self._connections: dict[Connection, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._listeners: list[tuple[socket.socket, Path]] = []
+        self._listeners: list[tuple[socket.socket, Path, os.stat_result]] = []
         self._unsubscribe: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._quitting = False
@@ -87,12 +89,13 @@ class QmpServer:
     async def listen(self, path: str | os.PathLike[str]) -> None:
         """Listen on a new UNIX socket at ``path``, mode 0600; return when clients can connect.
 
-        A socket that nobody listens on any more is replaced. Raises TargetError when ``path``
-        is taken or cannot be made.
+        ``path`` may be written ``unix:PATH``. A socket that nobody listens on any more is replaced.
+        Raises TargetError when ``path`` is taken or cannot be made, UsageError for another kind of
+        address and a file name that no socket can have.
         """
-        place = Path(path)
-        listener = _listener(place)
-        self._listeners.append((listener, place))
+        place = monitor_path(path)
+        listener, made = _listener(place)
+        self._listeners.append((listener, place, made))
         if self._unsubscribe is None:
             self._loop = asyncio.get_running_loop()
             self._unsubscribe = self._migration.subscribe(
@@ -119,8 +122,8 @@ class QmpServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for listener, place in self._listeners:
-            _remove_socket(listener, place)
+        for listener, place, made in self._listeners:
+            _remove_socket(place, made)
             listener.close()
         self._listeners.clear()
         self._names.close_all()
@@ -207,20 +210,26 @@ class QmpServer:
                 self._loop.call_soon_threadsafe(call, *arguments)
 
 
-def _listener(place: Path) -> socket.socket:
+def _listener(place: Path) -> tuple[socket.socket, os.stat_result]:
+    """A listening socket, and the file that is its name."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(place)
-        listener.bind(os.fspath(place))
+        with SocketPath(place) as name:
+            listener.bind(name.path)
         place.chmod(0o600)  # nobody can connect before listen()
+        made = place.lstat()
         listener.listen()
+    except UsageError:
+        listener.close()
+        raise
     except OSError as refused:
         listener.close()
         raise TargetError(
             refused.errno or errno.EINVAL, "cannot listen on the QMP socket", place
         ) from None
     listener.setblocking(False)
-    return listener
+    return listener, made
 
 
 def _remove_stale(place: Path) -> None:
@@ -230,17 +239,20 @@ def _remove_stale(place: Path) -> None:
         return
     if not is_socket:
         return  # bind() will say that the address is in use
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
+        SocketPath(place) as name,
+    ):
         try:
-            probe.connect(os.fspath(place))
+            probe.connect(name.path)
         except ConnectionRefusedError:
             place.unlink()
 
 
-def _remove_socket(listener: socket.socket, place: Path) -> None:
-    """Remove the socket's name, unless it has become somebody else's."""
+def _remove_socket(place: Path, made: os.stat_result) -> None:
+    """Remove the socket's name, unless another process has put a file of its own there."""
     with contextlib.suppress(OSError):
-        if listener.getsockname() == os.fspath(place) and stat.S_ISSOCK(place.lstat().st_mode):
+        if os.path.samestat(place.lstat(), made):
             place.unlink()
 
 

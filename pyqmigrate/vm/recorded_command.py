@@ -19,6 +19,7 @@ from pyqmigrate.vm.command_line import CommandLine, Option, is_on, is_qemu
 from pyqmigrate.vm.disk_check import is_path, pair_disks
 from pyqmigrate.vm.disk_options import with_image
 from pyqmigrate.vm.record import VmRecord
+from pyqmigrate.vm.starting import QMP_CHARDEV
 
 __all__ = ["recorded_command"]
 
@@ -32,7 +33,6 @@ _DESCRIPTOR_KEYS = {"fd", "fds", "vhostfd", "vhostfds"}
 _NEVER_WORDS = ("append", "name", "smbios", "fw_cfg", "uuid")  # their texts are anybody's
 # What only backends with a file have.
 _OF_FILES = ("mem-path", "offset", "readonly", "rom", "align", "discard-data", "pmem")
-# The monitor that a restore of ours gave its QEMU: always the last option.
 _OWN = re.compile(r"/proc/self/fd/\d+")
 
 
@@ -52,8 +52,7 @@ def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[st
     command = _with_program(CommandLine.parse(words), record)
     command = replace(command, directory=_directory(record))
     notes = []
-    if command.options and _is_own_monitor(command.options[-1]):
-        command = replace(command, options=command.options[:-1])
+    command = _without_own_monitors(command)
     for option in command.options:
         if option.name in ("pidfile", "daemonize"):
             notes.append(f"{option} is left out")
@@ -98,8 +97,15 @@ def _directory(record: VmRecord) -> str | None:
     return directory
 
 
-def _is_own_monitor(option: Option) -> bool:
-    return option.name == "readconfig" and bool(_OWN.fullmatch(option.value or ""))
+def _without_own_monitors(command: CommandLine) -> CommandLine:
+    """Without what a restore of ours added at the end for the monitors of its QEMU."""
+    options = command.options
+    if options and f"id={QMP_CHARDEV}," in (options[-1].value or ""):
+        options = options[:-1]
+    last = options[-1] if options else None
+    if last is None or last.name != "readconfig" or not _OWN.fullmatch(last.value or ""):
+        return command
+    return replace(command, options=options[:-1])
 
 
 def _with_new_memory(command: CommandLine) -> tuple[CommandLine, list[str]]:

@@ -13,6 +13,7 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.record import Image, QemuProcess, VmRecord
 from pyqmigrate.vm.recorded_command import recorded_command
+from pyqmigrate.vm.starting import QMP_CHARDEV
 from tests.vm.records import disk, record
 
 MIB = 1 << 20
@@ -46,6 +47,8 @@ def test_words_of_another_start_are_left_out(path: Path) -> None:
 def test_own_monitor_of_a_restore_is_left_out(path: Path) -> None:
     own = ["-readconfig", "/proc/self/fd/7"]
     assert options(path, "-m", "64", *own) == ["-m", "64"]
+    asked_for = ["-chardev", f"socket,id={QMP_CHARDEV},path=/run/1.qmp,server=on,wait=off"]
+    assert options(path, "-m", "64", *own, *asked_for) == ["-m", "64"]
     with pytest.raises(UsageError, match="readconfig"):
         options(path, *own, "-m", "64")
 
