@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from pyqmigrate.vm.command_line import CommandLine
@@ -99,7 +98,7 @@ def _compare(
     given = _resolved(command, option.file)
     changes = _changes(disk)
     base, line = disk.file, _overlay_line(disk, snapshot)
-    if overlays and not changes and not _same(given, base):
+    if overlays and not changes and not _same(given, base) and not _is_unseen(disk):
         findings.needs_overlay.append(pair)
         return
     if disk.continued_in is not None and _same(given, disk.continued_in):
@@ -112,8 +111,8 @@ def _compare(
     if _same(given, base):
         _compare_base(pair, given, changes, line, overlays, findings)
         return
-    above = list(_images_down_to(given, base))
-    if above:  # an overlay over the disk
+    above, bottom = _images_over(given, disk)
+    if bottom is not None:  # an overlay over the disk, or a copy of it
         written = next((name for name, image in above if not image.is_empty), None)
         if written is not None:
             what = (
@@ -121,12 +120,11 @@ def _compare(
                 f"{base!r}: another guest ran on it"
             )
             findings.faults.append(_with_cure(what, changes, line))
-        elif changes:
+        elif changes and _same(bottom, base):
             findings.faults.append(
                 f"disk {disk.name}: {given!r} is made over a file that has gone ahead: {changes}"
             )
-        return
-    if not _is_copy(given, disk.images[0]):
+    elif not _is_copy(given, disk.images[0]):
         findings.faults.append(_with_cure(
             f"disk {disk.name}: the snapshot belongs to {base!r}, and whether {given!r} holds the "
             "same cannot be told (a copy that keeps the times is known as one: cp -p)",
@@ -142,7 +140,7 @@ def _compare_base(
     if changes:
         findings.faults.append(f"disk {disk.name} has gone ahead of the snapshot: {changes}")
         return
-    if disk.images[0].state is None and disk.goes_on:
+    if _is_unseen(disk):
         findings.faults.append(
             f"disk {disk.name}: the guest went on writing to {given!r} after the save, and how far "
             "it has come cannot be seen"
@@ -229,18 +227,25 @@ def _is_copy(file: str, image: Image) -> bool:
     return now.mtime_ns == image.state.mtime_ns and now.qcow2 == image.state.qcow2
 
 
-def _images_down_to(file: str, base: str) -> Iterator[tuple[str, Qcow2]]:
-    """The images from ``file`` down to the one over ``base``; none where it is not below."""
-    found = []
+def _is_unseen(disk: DiskRecord) -> bool:
+    """Whether the guest went on writing to it, and how far cannot be seen."""
+    return disk.images[0].state is None and disk.goes_on
+
+
+def _images_over(file: str, disk: DiskRecord) -> tuple[list[tuple[str, Qcow2]], str | None]:
+    """The images from ``file`` down to the file of ``disk`` or a copy of it, and what that is; None
+    where it is not below."""
+    found: list[tuple[str, Qcow2]] = []
     for _ in range(_DEPTH):
         image = look_at_qcow2(file)
         if image is None or image.backing is None:
-            return
+            break
         found.append((file, image))
-        file = os.path.join(os.path.dirname(file), image.backing.removeprefix("file:"))  # noqa: PTH118, PTH120
-        if _same(file, base):
-            yield from found
-            return
+        directory = os.path.dirname(file)  # noqa: PTH120
+        file = os.path.join(directory, image.backing.removeprefix("file:"))  # noqa: PTH118
+        if _same(file, disk.file) or _is_copy(file, disk.images[0]):
+            return found, file
+    return [], None
 
 
 def _overlay_line(disk: DiskRecord, snapshot: str) -> str:
@@ -266,7 +271,7 @@ def _shares_a_file(command: CommandLine, disk: DiskRecord, option: DiskOption) -
     names = [image.file for image in disk.images]
     if disk.continued_in is not None:
         names.append(disk.continued_in)
-    return any(_same(given, name) for name in names) or any(_images_down_to(given, disk.file))
+    return any(_same(given, name) for name in names) or _images_over(given, disk)[1] is not None
 
 
 def _resolved(command: CommandLine, file: str) -> str:

@@ -163,11 +163,12 @@ def _names_descriptor(option: Option) -> Iterator[bool]:
 
 
 def _with_present_disks(command: CommandLine, record: VmRecord) -> CommandLine:
-    """A disk may have got another file since QEMU was started: an overlay of a save before."""
+    """A disk may have got another file since QEMU was started: an overlay of a save before. One
+    that is gone (-snapshot) is left to the comparison of the disks."""
     for disk, option in pair_disks(command, record):
         if option is None or option.file is None or not is_path(disk.file):
             continue
         file = os.path.join(command.directory or "", option.file)  # noqa: PTH118
-        if os.path.normpath(file) != disk.file:
+        if os.path.normpath(file) != disk.file and os.path.lexists(disk.file):
             command = with_image(command, option, disk.file, disk.format)
     return command

@@ -223,6 +223,29 @@ def test_copy_is_the_disk_when_its_times_are_kept(
     restored(tmp_path / "snap", words)
 
 
+def test_disk_that_moved_is_known_below_a_new_overlay(
+    tmp_path: Path, disk: Path, place: Path
+) -> None:
+    """As on another host, with the times kept."""
+    with BareQemu(*VM, *drive(disk), socket=place / "qmp") as qemu:
+        saved(qemu, tmp_path / "snap", then="quit")
+    moved = disk.rename(tmp_path / "moved")
+    new = make_overlay(tmp_path / "new.qcow2", moved)
+    restored(tmp_path / "snap", [BINARY, *VM, "-nodefaults", "-display", "none",
+                                 *drive(new, "qcow2")])  # fmt: skip
+
+
+def test_disk_whose_writes_were_to_be_thrown_away_cannot_be_restored(
+    tmp_path: Path, disk: Path, place: Path
+) -> None:
+    with BareQemu(*VM, *drive(disk), "-snapshot", run=True, socket=place / "qmp") as qemu:
+        qemu.run(written)
+        saved(qemu, tmp_path / "snap", then="quit")
+    with pytest.raises(UsageError, match="the snapshot belongs to"):
+        restored(tmp_path / "snap")
+    restored(tmp_path / "snap", disks_as_they_are=True)
+
+
 def test_guest_that_goes_on_with_its_disk_is_restored_until_it_writes(
     tmp_path: Path, disk: Path, place: Path
 ) -> None:
