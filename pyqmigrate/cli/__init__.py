@@ -9,7 +9,7 @@ Exit codes:
 3     the system refused: space, permission, I/O
 4     the guest or QEMU failed
 5     not supported here
-130   interrupted (Ctrl-C, SIGTERM); nothing half done is left
+130   interrupted (Ctrl-C, SIGTERM, SIGHUP); nothing half done is left
 ====  ================================================================
 
 Standard descriptors that are closed are no error: ``/dev/null`` takes their places, and the exit
@@ -40,13 +40,7 @@ from pyqmigrate import __version__
 from pyqmigrate.cli.arguments import BadArguments, Parser, add_general
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.missing_streams import fill_missing_streams
-from pyqmigrate.cli.outcome import (
-    Outcome,
-    describe_error,
-    error_data,
-    json_text,
-    printable,
-)
+from pyqmigrate.cli.outcome import Outcome, error_data, json_text, shown_error
 from pyqmigrate.cli.standard_streams import is_standard
 from pyqmigrate.cli.verbosity import configured
 from pyqmigrate.errors import NotSupported, SnapshotError
@@ -88,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         usage = error.usage if isinstance(error, BadArguments) else ""
         with contextlib.suppress(OSError):  # there is nowhere left to complain to
-            _write(sys.stderr, f"{usage}pyqmigrate: {printable(describe_error(error))}\n")
+            _write(sys.stderr, f"{usage}pyqmigrate: {shown_error(error)}\n")
             if as_json:
                 stream = sys.stderr if _fills_stdout(parsed) else sys.stdout
                 _write(stream, json_text({"error": error_data(error, code)}))
@@ -164,19 +158,23 @@ def _write(stream: TextIO, text: str) -> None:
 
 @contextlib.contextmanager
 def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does, unless the program around us has its own plans for it."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    ):
+    """SIGTERM and SIGHUP do what Ctrl-C does, unless the program around us, or nohup, has its own
+    plans for them."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    taken = [
+        number for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) == signal.SIG_DFL
+    ]
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)

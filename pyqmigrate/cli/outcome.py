@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate.cli.exit_codes import ExitCode
-from pyqmigrate.errors import SnapshotError
+from pyqmigrate.errors import QemuError, SnapshotError
 
 __all__ = [
     "SCHEMA",
@@ -29,6 +29,7 @@ __all__ = [
     "json_text",
     "printable",
     "seal_data",
+    "shown_error",
     "table",
 ]
 
@@ -72,6 +73,14 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
+
+
+def shown_error(error: BaseException) -> str:
+    """:func:`describe_error`, safe to print. What QEMU wrote stays in its lines."""
+    text = describe_error(error)
+    if not isinstance(error, QemuError):
+        return printable(text)
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def counted(number: int, noun: str) -> str:

@@ -3,11 +3,11 @@
 A manager drives QEMU's file migration here without QEMU: this memory is saved to snapshots that
 QEMU loads, and what QEMU saved is loaded into it. Example:
 
-    pyqmigrate serve --qmp unix:vm.qmp --ram pc.ram=/dev/shm/guest-ram,size=1G
+    pyqmigrate serve --qmp vm.qmp --ram pc.ram=/dev/shm/guest-ram,size=1G
 
-Ctrl-C, SIGTERM and the command quit end the
-server, with exit code 0; a save that runs then is cancelled. It leaves nothing behind at a path; a
-file that was handed in, or has an offset, keeps a part that is recognisable by its zero magic.
+Ctrl-C, SIGTERM, SIGHUP and the command quit end the server, with exit code 0; a save that runs then
+is cancelled. It leaves nothing behind at a path; a file that was handed in, or has an offset, keeps
+a part that is recognisable by its zero magic.
 
 The socket is made with mode 0600, and only this user and root may connect.
 
@@ -23,7 +23,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from pathlib import Path
 from uuid import UUID
@@ -31,10 +30,12 @@ from uuid import UUID
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.contents import PAGE
 from pyqmigrate.cli.exit_codes import ExitCode
+from pyqmigrate.cli.interruption import ending_signals, run_interruptible
 from pyqmigrate.cli.outcome import Outcome, printable
 from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.errors import UsageError, target_error
 from pyqmigrate.format.address import parse_uri
+from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.migration import Migration
 from pyqmigrate.monitor import QmpServer
@@ -45,7 +46,9 @@ __all__ = ["add_parser"]
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "serve", _run, __doc__)
-    parser.add_argument("--qmp", required=True, metavar="unix:PATH", help="where clients connect")
+    parser.add_argument(
+        "--qmp", required=True, metavar="SOCKET", help="where clients connect: PATH or unix:PATH"
+    )
     parser.add_argument(
         "--ram", required=True, action="append", metavar="NAME=FILE[,size=SIZE]",
         help="a RAM block and the file it lives in; made, or made longer, when a size (whole pages "
@@ -68,7 +71,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    path = _socket_path(args.qmp)
+    path = str(monitor_path(args.qmp))
     blocks = [_read_block(text) for text in args.ram]
     with contextlib.ExitStack() as stack:
         migration = Migration(
@@ -81,7 +84,7 @@ def _run(args: argparse.Namespace) -> Outcome:
             parameters=Parameters(),
         )
         stack.callback(migration.close)
-        failed = asyncio.run(_serve(migration, path, args.incoming, quiet=args.quiet))
+        failed = run_interruptible(_serve(migration, path, args.incoming, quiet=args.quiet))
         incoming = None if args.incoming is None else str(migration.query().status)
         data = {"qmp": path, "total_ram": migration.memory_size(), "incoming": incoming}
     lines = ["the incoming migration failed: " + migration.query().error] if failed else []
@@ -100,7 +103,7 @@ async def _serve(
 
     migration.on_exit = end
     async with QmpServer(migration, migration.fdsets, policy=migration.policy) as server:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ending_signals():
             loop.add_signal_handler(number, server.quit_requested.set)
         await server.listen(path)
         if not quiet and sys.stderr is not None:
@@ -114,13 +117,6 @@ async def _serve(
             waiting.cancel()
         await asyncio.to_thread(migration.close)
     return failed.is_set()
-
-
-def _socket_path(text: str) -> str:
-    scheme, colon, path = text.partition(":")
-    if scheme != "unix" or not colon or not path:
-        raise UsageError(f"--qmp is {text!r}; it is unix:PATH")
-    return path
 
 
 def _read_block(text: str) -> tuple[str, str, int | None]:

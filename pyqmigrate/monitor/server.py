@@ -29,10 +29,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pyqmigrate.errors import TargetError
+from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.events import Event
 from pyqmigrate.fdset import FdSets
+from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.place import absolute
+from pyqmigrate.io.socket_path import SocketPath
 from pyqmigrate.monitor.backend import MigrationBackend
 from pyqmigrate.monitor.commands import Context, Version
 from pyqmigrate.monitor.connection import Connection
@@ -89,12 +91,13 @@ class QmpServer:
     async def listen(self, path: str | os.PathLike[str]) -> None:
         """Listen on a new UNIX socket at ``path``, mode 0600; return when clients can connect.
 
-        A socket that nobody listens on any more is replaced. Raises TargetError when ``path``
-        is taken or cannot be made.
+        ``path`` may be written ``unix:PATH``. A socket that nobody listens on any more is replaced.
+        Raises TargetError when ``path`` is taken or cannot be made, UsageError for another kind of
+        address and a file name that no socket can have.
         """
-        place = Path(path)
-        listener = _listener(place)
-        self._listeners.append((listener, absolute(place), place.lstat()))
+        place = absolute(monitor_path(path))
+        listener, made = _listener(place)
+        self._listeners.append((listener, place, made))
         if self._unsubscribe is None:
             self._loop = asyncio.get_running_loop()
             self._unsubscribe = self._migration.subscribe(
@@ -121,8 +124,8 @@ class QmpServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for listener, place, info in self._listeners:
-            _remove_socket(place, info)
+        for listener, place, made in self._listeners:
+            _remove_socket(place, made)
             listener.close()
         self._listeners.clear()
         self._names.close_all()
@@ -209,20 +212,26 @@ class QmpServer:
                 self._loop.call_soon_threadsafe(call, *arguments)
 
 
-def _listener(place: Path) -> socket.socket:
+def _listener(place: Path) -> tuple[socket.socket, os.stat_result]:
+    """A listening socket, and the file that is its name."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(place)
-        listener.bind(os.fspath(place))
+        with SocketPath(place) as name:
+            listener.bind(name.path)
         place.chmod(0o600)  # nobody can connect before listen()
+        made = place.lstat()
         listener.listen()
+    except UsageError:
+        listener.close()
+        raise
     except OSError as refused:
         listener.close()
         raise TargetError(
             refused.errno or errno.EINVAL, "cannot listen on the QMP socket", place
         ) from None
     listener.setblocking(False)
-    return listener
+    return listener, made
 
 
 def _remove_stale(place: Path) -> None:
@@ -232,20 +241,23 @@ def _remove_stale(place: Path) -> None:
         return
     if not is_socket:
         return  # bind() will say that the address is in use
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
+        SocketPath(place) as name,
+    ):
         probe.setblocking(False)  # a server may have more clients in line than it takes
         try:
-            probe.connect(os.fspath(place))
+            probe.connect(name.path)
         except ConnectionRefusedError:
             place.unlink()
         except OSError:
             pass  # not a stream socket, say: bind() will refuse it
 
 
-def _remove_socket(place: Path, info: os.stat_result) -> None:
-    """Remove the socket's name, unless another file has it now."""
+def _remove_socket(place: Path, made: os.stat_result) -> None:
+    """Remove the socket's name, unless another process has put a file of its own there."""
     with contextlib.suppress(OSError):
-        if os.path.samestat(place.lstat(), info):
+        if os.path.samestat(place.lstat(), made):
             place.unlink()
 
 

@@ -14,12 +14,17 @@ from dataclasses import dataclass, replace
 from pyqmigrate.errors import TargetError
 from pyqmigrate.io.target import Target
 from pyqmigrate.io.threads import start_thread
+from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.compatibility import compare_command
+from pyqmigrate.vm.images_in_use import refuse_in_use
 from pyqmigrate.vm.incoming import make_incoming
+from pyqmigrate.vm.listeners import refuse_taken
 from pyqmigrate.vm.memory_backends import Mapped, map_blocks
 from pyqmigrate.vm.ram_files import RamFiles
 from pyqmigrate.vm.request import Request
 from pyqmigrate.vm.restore_command import ChosenCommand, choose_command
+from pyqmigrate.vm.saved_machine import read_saved_machine
 from pyqmigrate.vm.source import Source
 from pyqmigrate.vm.starting import Started, start
 
@@ -46,13 +51,17 @@ class Begun:
 
 
 def prepare(
-    command: CommandLine, request: Request
+    command: CommandLine, request: Request, snapshot: Snapshot
 ) -> tuple[CommandLine, Request, tuple[str, ...]]:
     """The command line of a QEMU that waits for a snapshot, the request with what that says, and
-    what was changed. Raises UsageError for options that contradict a restore."""
+    what was changed. Raises UsageError for options that contradict a restore or the snapshot, and
+    for sockets and disks that another process uses."""
     if request.paused is None and command.has("S"):
         request = replace(request, paused=True)
-    command, notes = make_incoming(command, paused=request.paused, qmp=request.qmp)
+    command, notes = make_incoming(command, paused=request.paused)
+    refuse_taken(command, request.qmp)
+    refuse_in_use(command)
+    notes += compare_command(command, read_saved_machine(snapshot))
     return command, request, tuple(notes)
 
 
@@ -64,7 +73,7 @@ def begin_mapped(source: Source, mapped: Mapped, request: Request) -> Begun:
     files = RamFiles(mapped.command, source.snapshot, mapped.blocks)
     try:
         started = start(
-            mapped.command, [source.fd, *request.pass_fds],
+            mapped.command, [source.fd, *request.pass_fds], qmp=request.qmp,
             stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
         )
     except BaseException:
@@ -131,7 +140,7 @@ def _begin(
         undo.callback(source.close)
         chosen = choose_command(source, words, request.disks)
         undo.callback(chosen.discard)
-        command, request, notes = prepare(chosen.command, request)
+        command, request, notes = prepare(chosen.command, request, source.snapshot)
         mapped = map_blocks(command, source.snapshot, source.fd)
         begun = begin_mapped(source, mapped, request)
         undo.pop_all()

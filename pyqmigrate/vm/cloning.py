@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyqmigrate.errors import NotSupported, PyqmigrateError, UsageError
+from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.spelling import choice
 from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.companions import Companions
+from pyqmigrate.vm.identity import shared_identity
 from pyqmigrate.vm.inherited import check_descriptors, descriptors_in_use
+from pyqmigrate.vm.listeners import listeners
 from pyqmigrate.vm.memory_backends import map_blocks
 from pyqmigrate.vm.request import Disks, Mode, Request
 from pyqmigrate.vm.restore_command import ChosenCommand, CommandChoice
@@ -59,30 +62,35 @@ async def clone(
     """Restore ``count`` guests from one snapshot.
 
     ``{n}`` in a word of ``command`` is the number of the guest, from 1 on. Each gets a monitor
-    ``directory/N.qmp`` of its own, and no standard input. ``at_once`` start at the same time (as
-    many as there are processors). command, mode, paused, offset, with_disks, disks_as_they_are: as
-    for :func:`pyqmigrate.vm.restore`; overlays are made in ``disks_dir`` (None: ``directory``),
-    their names begin with the number of the guest.
-    Every guest gets all of ``pass_fds``; ``fd=1{n}`` gives guest 2 the use of descriptor 12.
+    ``directory/N.qmp`` of its own, and no standard input; the directory is made. ``at_once`` start
+    at the same time (as many as there are processors). command, mode, paused, offset, with_disks,
+    disks_as_they_are: as for :func:`pyqmigrate.vm.restore`; overlays are made in ``disks_dir``
+    (None: ``directory``), their names begin with the number of the guest.
+    Every guest gets all of ``pass_fds``; ``fd=1{n}`` gives guest 2 the use of descriptor 12. Each
+    has a number of ``vmgenid`` of its own; a fixed one with ``{n}`` in it stays.
 
     A guest that fails has its error in the list; the others go on. When the call is cancelled,
     all are ended. Raises UsageError when guests would write to the same disk or file, or use the
-    same descriptor (other than a file that is open for reading only), and what is wrong with the
-    snapshot itself.
+    same descriptor (other than a file that is open for reading only), or listen at the same
+    address, TargetError when the directory cannot be made, and what is wrong with the snapshot
+    itself.
     """
     if count < 1:
         raise UsageError(f"{count} guests cannot be made")
-    place = Path(directory if disks_dir is None else disks_dir)
-    disks = Disks(with_disks, place, disks_as_they_are)
+    place = Path(directory)
+    disks = Disks(
+        with_disks, place if disks_dir is None else Path(disks_dir), disks_as_they_are
+    )
     request = Request(
         choice(Mode, mode, "mode"), paused, stdin=subprocess.DEVNULL,
         pass_fds=check_descriptors(pass_fds),
     )
+    place = Path(directory)
     turn = asyncio.Semaphore(at_once or os.cpu_count() or 1)
     started: list[RestoredVm] = []
 
     async def one(companions: Companions, number: int) -> Clone:
-        qmp = Path(directory) / f"{number}.qmp"
+        qmp = place / f"{number}.qmp"
         async with turn:
             try:
                 vm = await restore_from(companions, chosen[number], replace(request, qmp=qmp))
@@ -91,27 +99,27 @@ async def clone(
         started.append(vm)
         return Clone(number, qmp, vm)
 
-    async with await Companions.open(snapshot, offset) as companions:
-        chosen = await owned(
-            asyncio.to_thread(_choose, companions.source, command, count, disks), _discard
-        )
-        try:
+    chosen: dict[int, ChosenCommand] = {}
+    try:
+        async with await Companions.open(snapshot, offset) as companions:
+            await asyncio.to_thread(_make_directory, place)
+            choosing = asyncio.to_thread(_choose, companions.source, command, count, disks)
+            chosen = await owned(choosing, _discard)
             commands = {number: each.command for number, each in chosen.items()}
             mode = _refuse_shared(commands, companions.source, request.mode)
-        except BaseException:
-            _discard(chosen)
-            raise
-        request = replace(request, mode=mode)
-        tasks = [asyncio.create_task(one(companions, number)) for number in chosen]
-        try:
-            await asyncio.wait(tasks)
-            return [task.result() for task in tasks]
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await unbroken(_ended(tasks, started))
-            _discard(chosen)
-            raise
+            request = replace(request, mode=mode)
+            tasks = [asyncio.create_task(one(companions, number)) for number in chosen]
+            try:
+                await asyncio.wait(tasks)
+            finally:  # they use what is closed after this
+                for task in tasks:
+                    task.cancel()
+                await unbroken(_all_ended(tasks))
+        return [task.result() for task in tasks]
+    except BaseException:
+        await unbroken(_end_all(started))
+        _discard(chosen)
+        raise
 
 
 def _choose(
@@ -119,6 +127,7 @@ def _choose(
 ) -> dict[int, ChosenCommand]:
     """The command line of each guest, with overlays of its own; all or none."""
     choice = CommandChoice(source, words, disks)
+    choice.notes.append(shared_identity(choice.command))
     chosen: dict[int, ChosenCommand] = {}
     try:
         for number in range(1, count + 1):
@@ -135,8 +144,11 @@ def _discard(chosen: dict[int, ChosenCommand]) -> None:
         each.discard()
 
 
-async def _ended(tasks: Sequence[asyncio.Task[Clone]], started: Sequence[RestoredVm]) -> None:
-    await asyncio.wait(tasks)
+async def _all_ended(tasks: Sequence[asyncio.Task[Clone]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _end_all(started: Sequence[RestoredVm]) -> None:
     await asyncio.gather(*(vm.end() for vm in started), return_exceptions=True)
 
 
@@ -152,6 +164,10 @@ def _refuse_shared(commands: dict[int, CommandLine], source: Source, mode: Mode)
                 number: map_blocks(command, source.snapshot, source.fd).command
                 for number, command in commands.items()
             }
+    for one, other, address, option in _in_common(commands, _addresses):
+        raise UsageError(
+            f"guests {one} and {other} would both listen at {address} ({option}): put {{n}} into it"
+        )
     for one, other, file, option in _in_common(made, written_files):
         raise UsageError(
             f"guests {one} and {other} would both write to {file!r} ({option}): put {{n}} into "
@@ -165,6 +181,19 @@ def _refuse_shared(commands: dict[int, CommandLine], source: Source, mode: Mode)
     if any(_in_common(commands, written_files)):
         return Mode.INSTANT  # loaded, they would write to the same memory file
     return mode
+
+
+def _make_directory(place: Path) -> None:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(
+            error.errno or errno.EIO, "cannot make the directory of the monitors", place
+        ) from error
+
+
+def _addresses(command: CommandLine) -> dict[str, Option]:
+    return {listener.address: listener.option for listener in listeners(command)}
 
 
 def _in_common(

@@ -11,6 +11,7 @@ of ``key=value`` in which a comma is doubled, the key of the first is often left
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,8 @@ _SWITCHES = frozenset({
     "xen-domid-restrict",
 })  # fmt: skip
 _QEMU = re.compile(r"(^|/)qemu-(system-[^/\s]+|kvm)$")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+_SHOWN = 80  # characters of a value in an error
 _SAME = {"M": "machine", "nodefconfig": "no-user-config"}
 
 
@@ -54,7 +57,7 @@ class Option:
         """The value as keys and texts; ``implied`` is the key that the first may leave out.
 
         Values of a JSON object that are no texts are as JSON writes them, except that booleans
-        are ``on`` and ``off``. Raises UsageError for JSON that is none.
+        are ``on`` and ``off``. Raises UsageError for JSON that is invalid or nested too deeply.
         """
         text = self.value or ""
         if text.lstrip().startswith("{"):
@@ -77,13 +80,15 @@ class Option:
         try:
             return dict(flatten("", data)) if isinstance(data, dict) else {}
         except RecursionError as error:
-            raise UsageError(f"-{self.name} {text[:200]!r} is nested too deeply") from error
+            raise UsageError(f"-{self.name} {_start(text)} is nested too deeply") from error
 
     def _json(self, text: str) -> object:
         try:
             return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"-{self.name} {text[:200]!r} is not JSON: {error}") from error
+        except ValueError as error:
+            raise UsageError(f"-{self.name} {_start(text)} is not JSON: {error}") from error
+        except RecursionError as error:
+            raise UsageError(f"-{self.name} {_start(text)} is nested too deeply") from error
 
     def listed(self, key: str) -> list[str]:
         """All values of a key that may have several: repeated in a list of properties, a JSON list.
@@ -98,14 +103,16 @@ class Option:
         items = (item.partition("=") for item in _split(text))
         return [value for name, equals, value in items if equals and name == key]
 
-    def with_property(self, key: str, on: bool) -> Self:
-        """With a switch set, whatever it was, and all else as it is written."""
+    def with_property(self, key: str, value: bool | str) -> Self:
+        """With a property set, whatever it was, and all else as it is written."""
         text = self.value or ""
         if text.lstrip().startswith("{"):
             data = self._json(text)
             assert isinstance(data, dict)  # a text that starts with a brace has an object or fails
-            return replace(self, value=json.dumps(data | {key: on}))
-        return replace(self, value=f"{text},{key}={'on' if on else 'off'}")  # the last one wins
+            return replace(self, value=json.dumps(data | {key: value}))
+        if isinstance(value, bool):
+            value = "on" if value else "off"
+        return replace(self, value=f"{text},{key}={escape(value)}")  # the last one wins
 
     def words(self) -> list[str]:
         """As words of a command line."""
@@ -122,7 +129,9 @@ class CommandLine:
     """A program and its options, in order: later ones win.
 
     ``before`` are the words of a program that starts it: ``numactl --membind=0 qemu-system-...``.
-    ``directory`` is where it starts, and its relative names; None is this process's own.
+    Variables in front (``LC_ALL=C qemu-system-...``, as libvirt's log shows a command line) become
+    words of ``env``. ``directory`` is where it starts, and its relative names; None is this
+    process's own.
     """
 
     program: str
@@ -133,13 +142,17 @@ class CommandLine:
     @classmethod
     def parse(cls, words: Sequence[str]) -> Self:
         """Raises UsageError when there is no program, or the last option lacks its value."""
-        if not words or words[0].startswith("-"):
+        variables = list(itertools.takewhile(_VARIABLE.match, words))
+        if len(words) == len(variables) or words[len(variables)].startswith("-"):
             raise UsageError(
                 "the command line of the VM starts with the program: qemu-system-x86_64 ..."
             )
+        if variables:
+            words = ["env", *words]
         options = []
         # A program of another name, which starts QEMU by itself, comes first.
-        at = next((n for n, word in enumerate(words) if is_qemu(word)), 0)
+        first = 1 + len(variables) if variables else 0
+        at = next((n for n, word in enumerate(words) if n >= first and is_qemu(word)), first)
         rest = iter(words[at + 1 :])
         for word in rest:
             if not word.startswith("-") or word == "-":
@@ -227,6 +240,10 @@ def read_ram_size(command: CommandLine) -> int | None:
         return parse_size(f"{text}M" if text.isdecimal() else text)
     except UsageError as error:
         raise UsageError(f"-m {text!r} is not a size") from error
+
+
+def _start(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def _split(text: str) -> list[str]:

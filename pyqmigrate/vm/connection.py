@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from pyqmigrate.errors import NotSupported, QemuError, QemuGone, QemuRefused
+from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.vm.peer import Peer
 
 try:
@@ -64,16 +65,31 @@ class Monitor:
     ) -> Self:
         """Connect to the UNIX socket at ``path`` and negotiate, in at most ``timeout`` seconds.
 
-        Raises QemuError when nobody listens, and when no greeting comes: a monitor serves one
-        client at a time.
+        ``path`` may be written ``unix:PATH``. Raises UsageError for another kind of address,
+        QemuError when nobody listens, and when no greeting comes: a monitor serves one client at a
+        time.
         """
-        where = Path(path)
+        where = monitor_path(path)
         deadline = asyncio.get_running_loop().time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
                 connection = await _open(where)
         except TimeoutError as error:
             raise _no_greeting(where, timeout) from error
+        left = deadline - asyncio.get_running_loop().time()
+        return await cls.over(connection, where, timeout=left)
+
+    @classmethod
+    async def over(
+        cls, connection: socket.socket, name: str | os.PathLike[str], *, timeout: float
+    ) -> Self:
+        """Negotiate over a connected socket, which is the session's from now on.
+
+        ``name`` is what errors call it. Raises QemuError when no greeting comes.
+        """
+        where = Path(name)
+        deadline = asyncio.get_running_loop().time() + timeout
+        connection.setblocking(False)
         client = QMPClient(str(where))
         client.logger = _SILENT
         try:
@@ -178,12 +194,12 @@ async def _open(path: Path) -> socket.socket:
     """A connected, non-blocking socket; a path of any length."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.setblocking(False)
-    directory = -1
+    place = -1
     try:
-        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         while True:
             try:
-                connection.connect(f"/proc/self/fd/{directory}/{path.name}")
+                connection.connect(f"/proc/self/fd/{place}")
                 break
             except BlockingIOError:  # others wait before us, as many as may; asyncio connects not
                 await asyncio.sleep(_QUEUE_FULL)
@@ -194,8 +210,8 @@ async def _open(path: Path) -> socket.socket:
         connection.close()
         raise
     finally:
-        if directory >= 0:
-            os.close(directory)
+        if place >= 0:
+            os.close(place)
     return connection
 
 

@@ -8,10 +8,7 @@ state at the snapshot's instant; here they are looked at again. Images are opene
 from __future__ import annotations
 
 import os
-import shlex
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pyqmigrate.vm.command_line import CommandLine
@@ -19,7 +16,7 @@ from pyqmigrate.vm.disk_identity import Qcow2, look_at_image, look_at_qcow2
 from pyqmigrate.vm.disk_options import DiskOption, disk_options
 from pyqmigrate.vm.record import DiskRecord, Image, ImageState, VmRecord
 
-__all__ = ["DiskFindings", "Pair", "check_disks", "pair_disks"]
+__all__ = ["DiskFindings", "Pair", "check_disks", "is_path", "pair_disks"]
 
 _DEPTH = 200  # images one over another, at most: QEMU's own limit
 
@@ -31,19 +28,16 @@ class Pair(NamedTuple):
     option: DiskOption | None
 
 
-@dataclass
-class DiskFindings:
+class DiskFindings(NamedTuple):
     """What was found out about the disks.
 
-    ``faults`` are sentences that speak against a restore, ``notes`` what to mind. ``intact`` are
-    the disks whose images are as they were at the snapshot's instant, and ``needs_overlay`` those
-    of them that the command line must not use as it does.
+    ``faults`` are sentences that speak against a restore, ``notes`` what to mind.
+    ``needs_overlay`` are the disks that get new overlays, over images that are as they were.
     """
 
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    intact: list[Pair] = field(default_factory=list)
-    needs_overlay: list[Pair] = field(default_factory=list)
+    faults: list[str]
+    notes: list[str]
+    needs_overlay: list[Pair]
 
 
 def pair_disks(command: CommandLine, record: VmRecord) -> list[Pair]:
@@ -85,11 +79,11 @@ def check_disks(
     ``overlays``: each disk that can have one gets a new overlay, so that only the state of the
     images matters. Blocks for as long as it takes to look at the images' headers.
     """
-    findings = DiskFindings()
+    findings = DiskFindings([], [], [])
     for pair in pair_disks(command, record):
         if pair.option is None:
             _missing(command, pair.disk, findings)
-        elif pair.option.file is None or not _is_path(pair.disk.file):
+        elif pair.option.file is None or not is_path(pair.disk.file):
             _out_of_sight(pair, findings)
         else:
             _compare(command, pair, snapshot, overlays, findings)
@@ -104,10 +98,10 @@ def _compare(
     given = _resolved(command, option.file)
     changes = _changes(disk)
     base, line = disk.file, _overlay_line(disk, snapshot)
+    if overlays and not changes and not _same(given, base) and not _is_unseen(disk):
+        findings.needs_overlay.append(pair)
+        return
     if disk.continued_in is not None and _same(given, disk.continued_in):
-        if overlays and not changes:
-            findings.needs_overlay.append(pair)
-            return
         what = (
             f"disk {disk.name}: {given!r} is where the guest went on after the snapshot, which "
             f"belongs to {base!r}"
@@ -117,8 +111,8 @@ def _compare(
     if _same(given, base):
         _compare_base(pair, given, changes, line, overlays, findings)
         return
-    above = list(_images_down_to(given, base))
-    if above:  # an overlay over the disk
+    above, bottom = _images_over(given, disk)
+    if bottom is not None:  # an overlay over the disk, or a copy of it
         written = next((name for name, image in above if not image.is_empty), None)
         if written is not None:
             what = (
@@ -126,12 +120,11 @@ def _compare(
                 f"{base!r}: another guest ran on it"
             )
             findings.faults.append(_with_cure(what, changes, line))
-        elif changes:
+        elif changes and _same(bottom, base):
             findings.faults.append(
                 f"disk {disk.name}: {given!r} is made over a file that has gone ahead: {changes}"
             )
-        return
-    if not _is_copy(given, disk.images[0]):
+    elif not _is_copy(given, disk.images[0]):
         findings.faults.append(_with_cure(
             f"disk {disk.name}: the snapshot belongs to {base!r}, and whether {given!r} holds the "
             "same cannot be told (a copy that keeps the times is known as one: cp -p)",
@@ -147,13 +140,12 @@ def _compare_base(
     if changes:
         findings.faults.append(f"disk {disk.name} has gone ahead of the snapshot: {changes}")
         return
-    if disk.images[0].state is None and disk.goes_on:
+    if _is_unseen(disk):
         findings.faults.append(
             f"disk {disk.name}: the guest went on writing to {given!r} after the save, and how far "
             "it has come cannot be seen"
         )
         return
-    findings.intact.append(pair)
     writes = option.writable and not option.volatile
     if writes and disk.continued_in is not None and os.path.lexists(disk.continued_in):
         if overlays:
@@ -235,21 +227,30 @@ def _is_copy(file: str, image: Image) -> bool:
     return now.mtime_ns == image.state.mtime_ns and now.qcow2 == image.state.qcow2
 
 
-def _images_down_to(file: str, base: str) -> Iterator[tuple[str, Qcow2]]:
-    """The images from ``file`` down to the one over ``base``; none where it is not below."""
-    found = []
+def _is_unseen(disk: DiskRecord) -> bool:
+    """Whether the guest went on writing to it, and how far cannot be seen."""
+    return disk.images[0].state is None and disk.goes_on
+
+
+def _images_over(file: str, disk: DiskRecord) -> tuple[list[tuple[str, Qcow2]], str | None]:
+    """The images from ``file`` down to the file of ``disk`` or a copy of it, and what that is; None
+    where it is not below."""
+    found: list[tuple[str, Qcow2]] = []
     for _ in range(_DEPTH):
         image = look_at_qcow2(file)
         if image is None or image.backing is None:
-            return
+            break
         found.append((file, image))
-        file = os.path.join(os.path.dirname(file), image.backing.removeprefix("file:"))  # noqa: PTH118, PTH120
-        if _same(file, base):
-            yield from found
-            return
+        directory = os.path.dirname(file)  # noqa: PTH120
+        file = os.path.join(directory, image.backing.removeprefix("file:"))  # noqa: PTH118
+        if _same(file, disk.file) or _is_copy(file, disk.images[0]):
+            return found, file
+    return [], None
 
 
 def _overlay_line(disk: DiskRecord, snapshot: str) -> str:
+    import shlex  # for a refusal only
+
     front = f"{os.fspath(snapshot)}.{disk.name.rpartition('/')[2]}"
     words = ["qemu-img", "create", "-f", "qcow2", "-b", disk.file, "-F", disk.format,
              f"{front}.qcow2"]  # fmt: skip
@@ -270,7 +271,7 @@ def _shares_a_file(command: CommandLine, disk: DiskRecord, option: DiskOption) -
     names = [image.file for image in disk.images]
     if disk.continued_in is not None:
         names.append(disk.continued_in)
-    return any(_same(given, name) for name in names) or any(_images_down_to(given, disk.file))
+    return any(_same(given, name) for name in names) or _images_over(given, disk)[1] is not None
 
 
 def _resolved(command: CommandLine, file: str) -> str:
@@ -282,9 +283,10 @@ def _same(one: str, other: str) -> bool:
         return True
     try:
         return os.path.samefile(one, other)  # noqa: PTH121
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
-def _is_path(file: str) -> bool:
+def is_path(file: str) -> bool:
+    """Whether the file of an image is a path, and not a description."""
     return not file.startswith("json:") and ":" not in file.partition("/")[0]

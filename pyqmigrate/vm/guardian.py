@@ -288,11 +288,10 @@ class _Monitor:
         self._deadline = deadline
         self._ids = itertools.count()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        directory, name = os.path.split(path)
         self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+        fd = os.open(path, os.O_PATH)
         try:
-            self._socket.connect(f"/proc/self/fd/{fd}/{name}")  # a path of any length
+            self._socket.connect(f"/proc/self/fd/{fd}")  # a path of any length
         finally:
             os.close(fd)
         self._messages = self._read()

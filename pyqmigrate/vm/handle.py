@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.target import DirectIO
 from pyqmigrate.vm.check import CheckReport, check
 from pyqmigrate.vm.connection import Monitor
@@ -20,7 +20,10 @@ __all__ = ["Vm", "connect"]
 
 
 def connect(qmp: str | os.PathLike[str]) -> Vm:
-    """A handle on the QEMU whose monitor listens on the UNIX socket ``qmp``."""
+    """A handle on the QEMU whose monitor listens on the UNIX socket ``qmp``: PATH or unix:PATH.
+
+    Raises UsageError for another kind of address.
+    """
     return Vm(qmp)
 
 
@@ -29,7 +32,7 @@ class Vm:
     client at a time, and others want it too."""
 
     def __init__(self, qmp: str | os.PathLike[str]) -> None:
-        self.qmp = Path(qmp)
+        self.qmp = monitor_path(qmp)
 
     def __repr__(self) -> str:
         return f"Vm({str(self.qmp)!r})"

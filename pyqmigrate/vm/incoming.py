@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
-
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine, Option, escape
+from pyqmigrate.vm.command_line import CommandLine, Option
 
 __all__ = ["make_incoming"]
 
@@ -19,12 +15,12 @@ _PAUSED = Option("S")
 
 
 def make_incoming(
-    command: CommandLine, *, paused: bool | None, qmp: str | os.PathLike[str] | None
+    command: CommandLine, *, paused: bool | None
 ) -> tuple[CommandLine, list[str]]:
     """``command`` for a QEMU that waits for a snapshot, and what was changed in it besides.
 
-    ``paused``: whether the guest stays paused; None leaves ``-S`` as it is. ``qmp`` is the path
-    of one more monitor. Raises UsageError for options that contradict a restore.
+    ``paused``: whether the guest stays paused; None leaves ``-S`` as it is. Raises UsageError for
+    options that contradict a restore.
     """
     notes = []
     for option in command.options:
@@ -39,24 +35,4 @@ def make_incoming(
     stays = command.has("S") if paused is None else paused
     command = command.without("incoming", "daemonize", "S")
     added = [Option("incoming", "defer")] + [_PAUSED] * stays
-    if qmp is not None:
-        path = Path(qmp)
-        _check_socket(path)
-        added.append(Option("qmp", f"unix:{escape(str(path))},server=on,wait=off"))
     return command.with_options(*added), notes
-
-
-def _check_socket(path: Path) -> None:
-    """QEMU would take the name away from another one that listens there."""
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no directory for the monitor {path}")
-    if os.path.lexists(path) and not path.is_socket():
-        raise UsageError(f"{path} is not a socket, and QEMU would replace it: choose another name")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError as error:
-            if "too long" in str(error):
-                raise UsageError(f"{path} is too long for the name of a socket") from error
-            return
-    raise UsageError(f"another monitor listens at {path}")

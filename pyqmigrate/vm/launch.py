@@ -7,6 +7,7 @@ import contextlib
 import subprocess
 import time
 from collections.abc import Collection
+from pathlib import Path
 from typing import Self
 
 from pyqmigrate.errors import QemuError
@@ -18,15 +19,19 @@ from pyqmigrate.vm.unbroken import owned, unbroken
 __all__ = ["Launched", "answered", "launch"]
 
 _START_TIMEOUT = 60.0  # seconds until QEMU answers; it may have large files to open
+_PATIENCE = 0.2  # seconds for a QEMU whose guest has not run, and which may be reading a file
 
 
 class Launched:
     """A QEMU of our own: ``process`` and a negotiated ``monitor``, which answered after
-    ``seconds``. As a context manager, it is ended when something is raised."""
+    ``seconds``. As a context manager, it is ended when something is raised.
+
+    ``has_run``: whether its guest may have run. One that has not loses nothing by SIGKILL."""
 
     def __init__(self, started: Started, monitor: Monitor) -> None:
         self.monitor = monitor
         self.seconds = time.monotonic() - started.at
+        self.has_run = False
         self._started = started
 
     @property
@@ -39,18 +44,22 @@ class Launched:
 
     def hand_over(self) -> None:
         """From here on QEMU lives without us, and standard error goes where the caller wanted."""
+        self.has_run = True
         self._started.hand_over()
 
     async def end(self) -> None:
-        """Ask the process to end, and end it if it does not. Cannot be interrupted halfway."""
+        """End the process, and with it the guest at once. Cannot be interrupted halfway."""
         await unbroken(self._stop())
 
     async def _stop(self) -> None:
+        self._started.terminate()
+        patience = END_TIMEOUT if self.has_run else _PATIENCE
+        # A program around QEMU may keep the signal for itself.
         with contextlib.suppress(QemuError):
-            await self.monitor.execute("quit", timeout=END_TIMEOUT)
+            await self.monitor.execute("quit", timeout=patience)
         await self.monitor.close()
-        await asyncio.to_thread(self._started.wait, END_TIMEOUT)
-        await asyncio.to_thread(self._started.end)
+        await asyncio.to_thread(self._started.wait, patience)
+        await asyncio.to_thread(self._started.end, patience)
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,15 +71,16 @@ class Launched:
 
 async def launch(
     command: CommandLine, pass_fds: Collection[int], *,
+    qmp: Path | None = None,
     stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
 ) -> Launched:
-    """Start ``command`` and wait until its monitor answers.
+    """Start ``command`` and wait until its monitor answers; another one listens at ``qmp``.
 
     Streams are as subprocess.Popen takes them; None is this process's own. Raises QemuError with
     what QEMU said when it does not start, UsageError for words that no program can be given.
     """
     starting = asyncio.to_thread(
-        start, command, pass_fds, stdin=stdin, stdout=stdout, stderr=stderr
+        start, command, pass_fds, qmp=qmp, stdin=stdin, stdout=stdout, stderr=stderr
     )
     return await answered(await owned(starting, Started.end))
 
@@ -78,8 +88,7 @@ async def launch(
 async def answered(started: Started) -> Launched:
     """Wait until the monitor of a process answers; the process is ended when it does not."""
     try:
-        monitor = await Monitor.connect(started.monitor_path, timeout=_START_TIMEOUT)
-        started.forget_socket()
+        monitor = await Monitor.over(started.monitor, "of a new QEMU", timeout=_START_TIMEOUT)
     except QemuError as error:
         what = await asyncio.to_thread(started.describe, "QEMU does not start")
         await unbroken(asyncio.to_thread(started.end))

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on, is_qemu
-from pyqmigrate.vm.disk_check import pair_disks
+from pyqmigrate.vm.disk_check import is_path, pair_disks
 from pyqmigrate.vm.disk_options import with_image
 from pyqmigrate.vm.record import VmRecord
-from pyqmigrate.vm.redaction import REDACTED
+from pyqmigrate.vm.starting import QMP_CHARDEV
 
 __all__ = ["recorded_command"]
 
@@ -33,7 +33,6 @@ _DESCRIPTOR_KEYS = {"fd", "fds", "vhostfd", "vhostfds"}
 _NEVER_WORDS = ("append", "name", "smbios", "fw_cfg", "uuid")  # their texts are anybody's
 # What only backends with a file have.
 _OF_FILES = ("mem-path", "offset", "readonly", "rom", "align", "discard-data", "pmem")
-# The monitor that a restore of ours gave its QEMU: always the last option.
 _OWN = re.compile(r"/proc/self/fd/\d+")
 
 
@@ -48,16 +47,12 @@ def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[st
         raise UsageError(f"the record {os.fspath(path)!r} has no command line: {_GIVE}")
     _check_owner(path)
     for number in record.qemu.redacted:
-        word = words[number] if number < len(words) else REDACTED
-        before = f"{words[number - 1]} " if 0 < number <= len(words) else ""
-        raise UsageError(
-            f"a secret of the recorded command line was left out ({before}{word}): {_GIVE}"
-        )
+        said = " ".join(words[max(number - 1, 0) : number + 1])
+        raise UsageError(f"a secret of the recorded command line was left out ({said}): {_GIVE}")
     command = _with_program(CommandLine.parse(words), record)
-    command = replace(command, directory=_directory(command, record))
+    command = replace(command, directory=_directory(record))
     notes = []
-    if command.options and _is_own_monitor(command.options[-1]):
-        command = replace(command, options=command.options[:-1])
+    command = _without_own_monitors(command)
     for option in command.options:
         if option.name in ("pidfile", "daemonize"):
             notes.append(f"{option} is left out")
@@ -92,18 +87,25 @@ def _with_program(command: CommandLine, record: VmRecord) -> CommandLine:
     return replace(command, program=binary)
 
 
-def _directory(command: CommandLine, record: VmRecord) -> str | None:
-    """Where relative names start: it is needed only where there are some."""
+def _directory(record: VmRecord) -> str | None:
+    """Where relative names of the command line start."""
     directory = record.qemu.directory
-    if directory is not None and not Path(directory).is_dir():
+    if directory is not None and not os.path.isdir(directory):  # noqa: PTH112 - a name too long
         raise UsageError(
             f"the recorded command line was used in {directory!r}, which is not there: {_GIVE}"
         )
     return directory
 
 
-def _is_own_monitor(option: Option) -> bool:
-    return option.name == "readconfig" and bool(_OWN.fullmatch(option.value or ""))
+def _without_own_monitors(command: CommandLine) -> CommandLine:
+    """Without what a restore of ours added at the end for the monitors of its QEMU."""
+    options = command.options
+    if options and f"id={QMP_CHARDEV}," in (options[-1].value or ""):
+        options = options[:-1]
+    last = options[-1] if options else None
+    if last is None or last.name != "readconfig" or not _OWN.fullmatch(last.value or ""):
+        return command
+    return replace(command, options=options[:-1])
 
 
 def _with_new_memory(command: CommandLine) -> tuple[CommandLine, list[str]]:
@@ -161,11 +163,12 @@ def _names_descriptor(option: Option) -> Iterator[bool]:
 
 
 def _with_present_disks(command: CommandLine, record: VmRecord) -> CommandLine:
-    """A disk may have got another file since QEMU was started: an overlay of a save before."""
+    """A disk may have got another file since QEMU was started: an overlay of a save before. One
+    that is gone (-snapshot) is left to the comparison of the disks."""
     for disk, option in pair_disks(command, record):
-        if option is None or option.file is None or disk.format != "qcow2":
+        if option is None or option.file is None or not is_path(disk.file):
             continue
         file = os.path.join(command.directory or "", option.file)  # noqa: PTH118
-        if file != disk.file and any(image.file == file for image in disk.images[1:]):
-            command = with_image(command, option, disk.file)
+        if os.path.normpath(file) != disk.file and os.path.lexists(disk.file):
+            command = with_image(command, option, disk.file, disk.format)
     return command

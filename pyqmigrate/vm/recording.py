@@ -20,7 +20,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyqmigrate.errors import TargetError, UsageError
@@ -103,7 +103,8 @@ class Recording:
         comes later is not the snapshot's instant."""
         if self._instant:
             return
-        self._look()
+        pid = self._guest.pid
+        self._states = self._look(lambda file: seen_here(pid, file))
         self._instant = time.time_ns()
 
     def prepare(self, target: OutputTarget, *, resumed: bool) -> None:
@@ -151,8 +152,12 @@ class Recording:
     def see_end(self) -> None:
         """Look at the disks once more, now that QEMU has ended and closed them: that may write to
         them, and they are at the snapshot's instant still. What fails is in ``notes``."""
-        before = dict(self._states)
-        self._look()
+        # No process leads to them any more: what has the name now must be the same file.
+        now = self._look(lambda file: Path(self._absolute(file)))
+        before = self._states
+        self._states = before | {
+            file: state for file, state in now.items() if _is_same_file(state, before[file])
+        }
         if not self.published or self._states == before:
             return
         try:
@@ -162,11 +167,12 @@ class Recording:
         else:
             self.publish()
 
-    def _look(self) -> None:
-        self._states = {
-            file: look_at_image(seen_here(self._guest.pid, file), qcow2=format == "qcow2")
+    def _look(self, place: Callable[[str], Path]) -> dict[str, ImageState | None]:
+        """The states of the images of writable disks; ``place`` is where a file of QEMU's is."""
+        return {
+            file: look_at_image(place(_plain(file)), qcow2=form == "qcow2")
             for disk in self._guest.disks if disk.writable
-            for file, format, _ in _files(disk)
+            for file, form, _ in _files(disk)
         }
 
     def _write(self) -> None:
@@ -186,8 +192,8 @@ class Recording:
 
     def _disk(self, disk: Disk) -> DiskRecord:
         images = tuple(
-            Image(self._absolute(file), format, size, self._states.get(file))
-            for file, format, size in _files(disk)
+            Image(self._absolute(file), form, size, self._states.get(file))
+            for file, form, size in _files(disk)
         )
         overlay = self._overlays.get(disk.node) if disk.writable else None
         return DiskRecord(
@@ -241,6 +247,12 @@ def _plain(file: str) -> str:
 
 def _is_description(file: str) -> bool:
     return file.startswith("json:") or ":" in file.partition("/")[0]
+
+
+def _is_same_file(one: ImageState | None, other: ImageState | None) -> bool:
+    if one is None or other is None:
+        return False
+    return (one.device, one.inode) == (other.device, other.inode)
 
 
 def _failed(error: OSError, path: Path) -> TargetError:

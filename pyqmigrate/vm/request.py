@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class Request:
 
     mode: Mode = Mode.AUTO
     paused: bool | None = None
-    qmp: str | os.PathLike[str] | None = None
+    qmp: Path | None = None
     channels: int | None = None
     direct_io: DirectIO = DirectIO.AUTO
     stdin: Stream = None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.identity import runs_already, shared_identity, with_new_generation
 from pyqmigrate.vm.record_place import record_path
 from pyqmigrate.vm.request import Disks
 from pyqmigrate.vm.source import Source
@@ -47,13 +48,16 @@ def choose_command(
 ) -> ChosenCommand:
     """The command line of the one guest that is restored from ``source``; see CommandChoice."""
     choice = CommandChoice(source, words, disks)
+    if runs_already(source.fd):
+        choice.notes.append(shared_identity(choice.command))
     return choice.settle(choice.command)
 
 
 class CommandChoice:
     """What there is to choose from: the ``words`` that were given, or the record of ``source``.
 
-    ``command`` is what was chosen, as it was written. Raises UsageError where there is neither, or
+    ``command`` is what was chosen, as it was written but for a number of ``vmgenid``, and ``notes``
+    are those of every guest that it makes. Raises UsageError where there is neither, or
     the recorded one cannot be used, SnapshotError for a record that is damaged, TargetError.
     """
 
@@ -61,7 +65,7 @@ class CommandChoice:
         self._disks = disks
         self._snapshot = source.name
         self._path = Path()
-        self._notes: list[str] = []
+        self.notes: list[str] = []
         self._lack = "the snapshot is not a file with a name"
         self._record = None if source.place is None else self._find_record(source, source.place)
         self._given = words is not None
@@ -75,7 +79,9 @@ class CommandChoice:
             from pyqmigrate.vm.recorded_command import recorded_command
 
             self.command, changes = recorded_command(self._record, self._path)
-            self._notes += [f"the command line is that of {os.fspath(self._path)!r}", *changes]
+            self.notes += [f"the command line is that of {os.fspath(self._path)!r}", *changes]
+        self.command, renewed = with_new_generation(self.command)
+        self.notes += renewed
         if disks.new_overlays and self._record is None:
             raise UsageError(f"no overlays can be made for the disks: {self._lack}")
 
@@ -86,7 +92,7 @@ class CommandChoice:
         snapshot's VM, or its disks; TargetError where an overlay cannot be made.
         """
         if self._record is None:
-            return ChosenCommand(command, tuple(self._notes))
+            return ChosenCommand(command, tuple(self.notes))
         return self._settle(command, self._record, label)
 
     def _find_record(self, source: Source, place: Path) -> VmRecord | None:
@@ -105,14 +111,14 @@ class CommandChoice:
             ) from error
         if record is not None and record.identity != identify(source.snapshot):
             self._lack = f"{os.fspath(path)!r} is the record of another snapshot"
-            self._notes.append(f"{self._lack}, and is not used")
+            self.notes.append(f"{self._lack}, and is not used")
             return None
         return record
 
     def _settle(self, command: CommandLine, record: VmRecord, label: str) -> ChosenCommand:
         from pyqmigrate.vm.disk_check import check_disks
 
-        notes = list(self._notes)
+        notes = list(self.notes)
         if self._given:
             from pyqmigrate.vm.record_compare import compare_command_line
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import subprocess
@@ -28,14 +29,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from pyqmigrate.errors import BlockMismatch, NotSupported, QemuError, UsageError
+from pyqmigrate.errors import NotSupported, QemuError, QemuRefused
+from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.target import DirectIO, Target
-from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
 from pyqmigrate.vm.begin import Begun, Early, begin_mapped, prepare
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.companion import Companion
 from pyqmigrate.vm.companions import Companions
+from pyqmigrate.vm.compatibility import compare_blocks, compare_devices, compare_type
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.ending import Ending
 from pyqmigrate.vm.inherited import check_descriptors
@@ -43,9 +45,10 @@ from pyqmigrate.vm.launch import Launched, answered, launch
 from pyqmigrate.vm.loading import Incoming, take_in
 from pyqmigrate.vm.memory_backends import map_blocks
 from pyqmigrate.vm.ram_files import RamFiles, loadable
-from pyqmigrate.vm.ramblock import parse_ramblock
 from pyqmigrate.vm.request import Disks, Mode, Request
 from pyqmigrate.vm.restore_command import ChosenCommand, choose_command
+from pyqmigrate.vm.restored_state import RUNS, describe_state
+from pyqmigrate.vm.saved_machine import SavedMachine, read_saved_machine
 from pyqmigrate.vm.source import Source
 from pyqmigrate.vm.starting import Stream
 from pyqmigrate.vm.unbroken import owned
@@ -53,13 +56,13 @@ from pyqmigrate.vm.unbroken import owned
 __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_begun",
            "restore_from"]
 
-_NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
 # In what a QEMU says that does not start because its memory cannot be mapped from the snapshot.
 _ABOUT_MEMORY = re.compile(
     r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev",
     re.IGNORECASE,
 )
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state that the stream brought
+_CAN_GO_ON = ("paused", "prelaunch", "io-error", "watchdog")
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,12 @@ async def restore(
     command: the command line that the VM was started with, the program first. What a restore
         needs is added; what cannot go with it is left out and named in the report's notes, or
         refused. None is the one that ``vm save`` recorded (:mod:`pyqmigrate.vm.record`); a given
-        one is compared with that record, where there is one.
+        one is compared with that record, where there is one. A fixed number of ``vmgenid`` becomes
+        a new one.
     mode: see :class:`Mode`.
     paused: True leaves the guest paused, False lets it run, None does as ``-S`` or else the
         snapshot says.
-    qmp: the path of a monitor socket to add.
+    qmp: the path of a monitor socket to add, or unix:PATH.
     offset: where in the file the stream starts, bytes; None is at its start, or behind the header
         of an image that libvirt saved.
     channels, direct_io: how QEMU reads the file in mode ``load``; the default is chosen by
@@ -176,41 +180,52 @@ async def restore(
     disks_as_they_are: restore also where the disks have gone ahead of the snapshot, or are others
         than the record has. The guest's file systems are then at its own risk.
 
-    Raises UsageError for a command line that contradicts a restore or another machine type,
+    Raises UsageError for a command line that contradicts a restore, for another machine type, fewer
+    processors or missing devices, and for sockets and disks that another process uses,
     BlockMismatch for other RAM blocks, SnapshotError for a bad file, NotSupported where this QEMU
     or this file cannot do ``mode``, QemuError with QEMU's own output when it does not start or
     load. Whatever fails, the QEMU that was started is ended.
     """
     request = Request(
-        choice(Mode, mode, "mode"), paused, qmp, channels,
+        choice(Mode, mode, "mode"), paused, None if qmp is None else monitor_path(qmp), channels,
         choice(DirectIO, direct_io, "direct_io"), stdin, stdout, stderr,
         check_descriptors(pass_fds),
         Disks(with_disks, None if disks_dir is None else Path(disks_dir), disks_as_they_are),
     )
-    async with await Companions.open(snapshot, offset) as companions:
-        choosing = asyncio.to_thread(
-            choose_command, companions.source, command, request.disks
-        )
-        chosen = await owned(choosing, ChosenCommand.discard)
-        return await restore_from(companions, chosen, request)
+    companions = await Companions.open(snapshot, offset)
+    return await _closing(companions, _restore(companions, command, request))
+
+
+async def _restore(
+    companions: Companions, words: Sequence[str] | None, request: Request
+) -> RestoredVm:
+    choosing = asyncio.to_thread(choose_command, companions.source, words, request.disks)
+    chosen = await owned(choosing, ChosenCommand.discard)
+    return await restore_from(companions, chosen, request)
 
 
 async def restore_begun(early: Early) -> RestoredVm:
     """The rest of a restore that :func:`pyqmigrate.vm.begin.begin` has begun; it is ended, whatever
     goes wrong."""
     begun = early.begun
-    async with Companions(begun.source) as companions:
-        attempt = _Attempt(companions, early.request, begun.started.at, early.notes)
-        with _discarding(early.chosen):
-            return await attempt.instant_or_load(begun, early.command)
+    companions = Companions(begun.source)
+    attempt = _Attempt(companions, early.request, begun.started.at, early.notes)
+    with _discarding(early.chosen):
+        return await _closing(companions, attempt.instant_or_load(begun, early.command))
 
 
-async def restore_from(
-    companions: Companions, chosen: ChosenCommand, request: Request
-) -> RestoredVm:
-    """As :func:`restore`, from a snapshot that is open."""
-    with _discarding(chosen):
-        return await _restore_from(companions, chosen, request)
+async def _closing(companions: Companions, work: Awaitable[RestoredVm]) -> RestoredVm:
+    """The result of ``work``, and the companions closed. A cancellation meanwhile ends its QEMU,
+    which the caller would not know of."""
+    vm: RestoredVm | None = None
+    try:
+        async with companions:
+            vm = await work
+    except BaseException:
+        if vm is not None:
+            await vm.end()
+        raise
+    return vm
 
 
 @contextlib.contextmanager
@@ -223,11 +238,19 @@ def _discarding(chosen: ChosenCommand) -> Iterator[None]:
         raise
 
 
+async def restore_from(
+    companions: Companions, chosen: ChosenCommand, request: Request
+) -> RestoredVm:
+    """As :func:`restore`, from a snapshot that is open."""
+    with _discarding(chosen):
+        return await _restore_from(companions, chosen, request)
+
+
 async def _restore_from(
     companions: Companions, chosen: ChosenCommand, request: Request
 ) -> RestoredVm:
     started = time.monotonic()
-    command, request, notes = prepare(chosen.command, request)
+    command, request, notes = prepare(chosen.command, request, companions.source.snapshot)
     attempt = _Attempt(companions, request, started, (*chosen.notes, *notes))
     if request.mode not in (Mode.AUTO, Mode.INSTANT):
         return await attempt.load(command, "asked for")
@@ -282,7 +305,8 @@ class _Attempt:
         # Where QEMU does not start either, nobody asks what became of it.
         building.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            async with await self._checked(answered(begun.started)) as qemu:
+            async with await self._answering(answered(begun.started)) as qemu:
+                compared = await self._compare(qemu, mapped.command)
                 companion = await building
                 await asyncio.to_thread(files.clear)
                 fd = companion.open_for_reading()
@@ -296,7 +320,7 @@ class _Attempt:
                     why="the memory is mapped from the snapshot",
                     mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
                     stale_seconds=companion.stale_seconds,
-                    notes=(*self.notes, *mapped.notes, *files.notes, *_about(companion)),
+                    notes=(*self.notes, *compared, *mapped.notes, *files.notes, *_about(companion)),
                 )
         finally:
             building.cancel()
@@ -327,10 +351,11 @@ class _Attempt:
         with await self._files(command) as files:
             request = self.request
             launching = launch(
-                command, request.pass_fds,
+                command, request.pass_fds, qmp=request.qmp,
                 stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
             )
-            async with await self._checked(launching) as qemu:
+            async with await self._answering(launching) as qemu:
+                compared = await self._compare(qemu, command)
                 await asyncio.to_thread(files.clear)
                 fd = self.source.open_again()
                 try:
@@ -343,7 +368,7 @@ class _Attempt:
                     os.close(fd)
                 return await self._hand_over(
                     qemu, seconds, incoming, mode=mode, why=why,
-                    notes=(*self.notes, *changes, *files.notes, *notes),
+                    notes=(*self.notes, *compared, *changes, *files.notes, *notes),
                 )
 
     async def _files(self, command: CommandLine) -> RamFiles:
@@ -352,26 +377,45 @@ class _Attempt:
             asyncio.to_thread(RamFiles, command, self.source.snapshot), RamFiles.close
         )
 
-    async def _checked(self, answering: Awaitable[Launched]) -> Launched:
-        """A QEMU that is the snapshot's machine, once it answers."""
+    async def _answering(self, answering: Awaitable[Launched]) -> Launched:
+        """A QEMU, once it answers."""
         try:
-            qemu = await answering
+            return await answering
         except QemuError as error:
             raise _NotStarted(str(error)) from error
-        async with qemu:
-            await check(qemu.monitor, self.source.snapshot)
-        return qemu
+
+    async def _compare(self, qemu: Launched, command: CommandLine) -> list[str]:
+        """Hold a QEMU against the snapshot, and have its guest wait when that is loaded: whatever
+        happens until then, the guest has not run. Returns notes."""
+        await compare_type(qemu.monitor, self.source.snapshot)
+        notes = await compare_devices(qemu.monitor, command, self.saved)
+        await compare_blocks(qemu.monitor, self.source.snapshot)
+        if self._starts_here:
+            await qemu.monitor.execute("stop")
+        else:
+            qemu.has_run = True
+        return notes
+
+    @property
+    def _starts_here(self) -> bool:
+        """Whether the guest is let run by us, and not by QEMU as soon as it has loaded."""
+        if self.request.mode is Mode.POSTCOPY:
+            return False
+        return self.request.paused is not None or self.saved.run_state is not None
+
+    @functools.cached_property
+    def saved(self) -> SavedMachine:
+        return read_saved_machine(self.source.snapshot)
 
     async def _hand_over(
         self, qemu: Launched, seconds: float, incoming: Incoming, *, notes: tuple[str, ...],
         **what: Any,
     ) -> RestoredVm:
-        paused = self.request.paused
-        if paused is None and self.source.was_running:
-            paused = False
-        state = await _settle(qemu.monitor, paused)
-        if state != "running" and not paused:
-            notes = (*notes, f"the guest is {state}, as it was when it was saved; cont lets it run")
+        state = await self._settle(qemu)
+        asked_to_run = self.request.paused is False
+        explained = describe_state(state, self.saved.run_state, asked_to_run=asked_to_run)
+        if explained is not None and not self.request.paused:
+            notes = (*notes, explained)
         report = RestoreReport(
             machine=self.source.snapshot.machine,
             qemu=".".join(map(str, qemu.monitor.version)), pid=qemu.process.pid, run_state=state,
@@ -382,51 +426,35 @@ class _Attempt:
         qemu.hand_over()
         return RestoredVm(qemu, report)
 
+    async def _settle(self, qemu: Launched) -> str:
+        """The run state once it has come, after ``cont`` where the guest is to run.
 
-async def _settle(monitor: Monitor, paused: bool | None) -> str:
-    """The run state once it has come, after ``cont`` where a paused guest is to run."""
-    deadline = time.monotonic() + _STATE_TIMEOUT
-    while True:
-        state = str((await monitor.execute("query-status"))["status"])
-        if state != "inmigrate" or time.monotonic() > deadline:
-            break
-        await asyncio.sleep(0.001)
-    if paused is False and state in ("paused", "prelaunch"):
-        await monitor.execute("cont")
-        state = str((await monitor.execute("query-status"))["status"])
-    return state
+        Raises QemuError when QEMU cannot let it go on: it hangs in ``inmigrate`` then, or refuses.
+        """
+        deadline = time.monotonic() + _STATE_TIMEOUT
+        while (state := await _run_state(qemu.monitor)) == "inmigrate":
+            if time.monotonic() > deadline:
+                raise QemuError(await qemu.described(
+                    "QEMU loaded the snapshot and the guest cannot go on: it stays in 'inmigrate'"
+                ))
+            await asyncio.sleep(0.001)
+        if not self._is_to_run(state):
+            return state
+        qemu.has_run = True
+        try:
+            await qemu.monitor.execute("cont")
+        except QemuRefused as error:
+            raise QemuError(await qemu.described(
+                f"QEMU loaded the snapshot and the guest cannot go on: {error.desc}"
+            )) from error
+        return await _run_state(qemu.monitor)
+
+    def _is_to_run(self, state: str) -> bool:
+        if self.request.paused is not None:
+            return not self.request.paused and state in _CAN_GO_ON
+        was_running = self.source.was_running or self.saved.run_state in RUNS
+        return was_running and state in ("paused", "prelaunch")
 
 
-async def check(monitor: Monitor, snapshot: Snapshot) -> None:
-    """Hold the machine and the RAM blocks of a QEMU against the snapshot.
-
-    Raises UsageError for another machine type, BlockMismatch for a block that is missing on
-    either side or has another length, and cannot take that of the snapshot.
-    """
-    kind = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
-    machine = str(kind).removesuffix("-machine")
-    if snapshot.machine and machine != snapshot.machine:
-        raise UsageError(
-            f"the snapshot is of machine type {snapshot.machine}, and the command line makes "
-            f"{machine}: give -machine {snapshot.machine}"
-        )
-    here = {line.name: line for line in parse_ramblock(await monitor.hmp("info ramblock"))}
-    wanted = {name: block.length for name, block in snapshot.blocks.items()}
-    faults = [
-        *(
-            f"{name!r} is missing in the command line's machine"
-            for name in wanted.keys() - here.keys()
-        ),
-        *(
-            f"{name!r} is not in the snapshot" for name in here.keys() - wanted.keys()
-            if _NOT_MIGRATED not in name
-        ),
-        *(
-            f"{name!r} has {here[name].length} bytes here and {length} in the snapshot"
-            for name, length in wanted.items() if name in here and not here[name].takes(length)
-        ),
-    ]
-    if faults:
-        raise BlockMismatch(
-            "the command line makes other RAM than the snapshot has: " + "; ".join(sorted(faults))
-        )
+async def _run_state(monitor: Monitor) -> str:
+    return str((await monitor.execute("query-status"))["status"])

@@ -1,10 +1,11 @@
 """A QEMU process that is started here, and what it says before it is somebody else's.
 
-The monitor is a socket that QEMU inherits, described in a ``-readconfig`` of its own: QEMU counts
-``-mon`` and ``-qmp`` on the command line as a wish for no other monitor, and the command line
-stays as its owner wrote it. That description is a pipe whose end comes when QEMU is on a leash:
-until it is handed over, it does not outlive this process. What QEMU writes to standard error is
-kept until then, so that it can be part of an error, and passed on afterwards.
+The monitor is one end of a pair of sockets, which QEMU inherits: it needs no name in a file system.
+It is described in a ``-readconfig`` of its own: QEMU counts ``-mon`` and ``-qmp`` on the command
+line as a wish for no other monitor, and the command line stays as its owner wrote it. That
+description is a pipe whose end comes when QEMU is on a leash: until it is handed over, it does not
+outlive this process. What QEMU writes to standard error is kept until then, so that it can be part
+of an error, and passed on afterwards.
 
 There is no event loop here: a command that restores a guest imports one while QEMU starts.
 """
@@ -12,11 +13,13 @@ There is no event loop here: a command that restores a guest imports one while Q
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
+import struct
 import subprocess
-import tempfile
+import termios
 import threading
 import time
 from collections.abc import Collection
@@ -24,45 +27,49 @@ from pathlib import Path
 from typing import IO
 
 from pyqmigrate.errors import QemuError, UsageError
+from pyqmigrate.io.socket_path import SocketPath
 from pyqmigrate.io.threads import start_thread
-from pyqmigrate.vm.command_line import CommandLine, Option
+from pyqmigrate.vm.command_line import CommandLine, Option, escape, is_qemu
 from pyqmigrate.vm.leash import Leash
+from pyqmigrate.vm.qemu_binary import has_type
 
-__all__ = ["END_TIMEOUT", "Started", "Stream", "start"]
+__all__ = ["END_TIMEOUT", "QMP_CHARDEV", "Started", "Stream", "start"]
 
 Stream = int | IO[bytes] | None
-END_TIMEOUT = 5.0  # seconds from a request to end to SIGTERM, and from that to SIGKILL
+END_TIMEOUT = 5.0  # seconds from SIGTERM to SIGKILL
 _KEPT = 1 << 16  # bytes of standard error that a message may have to draw on
 _LAST_WORDS = 0.2  # seconds that QEMU's last lines may need to arrive
 _NAME = "pyqmigrate"
+QMP_CHARDEV = "pyqmigrate-qmp"  # the monitor that the caller asked for
+_WRAPPER_TIMEOUT = 0.5  # seconds until a program that starts QEMU has become QEMU
+_WRAPPER_POLL = 0.001
 # QEMU takes the head alone for a mistake, and ends.
 _HEAD = '[chardev "'
-_CONFIGURATION = """{name}"]
+_CHARDEV = """{name}"]
   backend = "socket"
   fd = "{fd}"
-  server = "on"
-  wait = "off"
-[mon "{name}"]
+"""
+# QEMU 11.1 deprecates the first; 10 does not have the second.
+_MON = """[mon "{name}"]
   chardev = "{name}"
   mode = "control"
+"""
+_MONITOR_QMP = """[object "{name}"]
+  qom-type = "monitor-qmp"
+  chardev = "{name}"
 """
 
 
 class Started:
-    """A process on a leash. ``monitor_path`` is the socket on which its monitor will answer, until
-    :meth:`forget_socket`; ``at`` is when it was started (``time.monotonic``)."""
+    """A process on a leash. ``monitor`` is the socket on which its monitor will answer; whoever
+    takes it owns it. ``at`` is when it was started (``time.monotonic``)."""
 
-    def __init__(self, at: float, resources: contextlib.ExitStack, leash: Leash) -> None:
+    def __init__(self, at: float, monitor: socket.socket, leash: Leash) -> None:
         self.at = at
-        self.monitor_path = Path()
-        self._resources = resources
+        self.monitor = monitor
         self._leash = leash
         self.process: subprocess.Popen[bytes]
         self._errors: _ErrorOutput
-
-    def forget_socket(self) -> None:
-        """Remove the name of the monitor's socket: who is to be connected is."""
-        self._resources.close()
 
     def describe(self, what: str) -> str:
         """``what``, how the process ended if it did, and what it wrote to standard error."""
@@ -78,51 +85,60 @@ class Started:
         self._leash.close()
         self._errors.hand_over()
 
-    def end(self) -> None:
-        """By SIGTERM, and at last by SIGKILL. May be repeated."""
-        _end(self.process)
+    def end(self, timeout: float = END_TIMEOUT) -> None:
+        """By SIGTERM, and by SIGKILL after so many seconds. May be repeated."""
+        _end(self.process, timeout)
         self._leash.close()
-        self._resources.close()
+        self.monitor.close()
         self._errors.join()
+
+    def terminate(self) -> None:
+        """Send SIGTERM, on which QEMU stops the guest and ends; returns at once."""
+        self.process.terminate()
 
 
 def start(
     command: CommandLine, pass_fds: Collection[int], *,
+    qmp: Path | None = None,
     stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
 ) -> Started:
-    """Start ``command``, with a monitor of ours besides.
+    """Start ``command``, with a monitor of ours besides, and one more that listens at ``qmp``.
 
     Streams are as subprocess.Popen takes them; None is this process's own. Not for the main thread:
     a signal that raised between the fork and our knowing of it would leave the process alone.
 
     Raises QemuError when there is no such program, UsageError for words that no program can be
-    given.
+    given, and for a ``qmp`` that no socket can have.
     """
     at = time.monotonic()
     with contextlib.ExitStack() as failed, contextlib.ExitStack() as ours:
-        kept = failed.enter_context(contextlib.ExitStack())
         leash = Leash()
         failed.callback(leash.close)
-        started = Started(at, kept, leash)
-        directory = kept.enter_context(tempfile.TemporaryDirectory(prefix="pyqmigrate-"))
-        started.monitor_path = Path(directory) / "qmp"
+        monitor, theirs = socket.socketpair()
+        failed.enter_context(monitor)
         # Nobody but QEMU may hold these: that it is gone is seen by their being closed.
-        listener = ours.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        listener.bind(str(started.monitor_path))
-        listener.listen(1)
+        ours.enter_context(theirs)
+        started = Started(at, monitor, leash)
         configuration, writer = os.pipe2(os.O_CLOEXEC)
         ours.callback(os.close, configuration)
         description = ours.enter_context(os.fdopen(writer, "w"))
         description.write(_HEAD)
         description.flush()
-        own = Option("readconfig", f"/proc/self/fd/{configuration}")
+        added = [Option("readconfig", f"/proc/self/fd/{configuration}")]
+        inherited = [theirs.fileno(), configuration, leash.fd, *pass_fds]
+        if qmp is not None:
+            place = ours.enter_context(SocketPath(qmp))
+            inherited += place.fds
+            added.append(Option(
+                "chardev",
+                f"socket,id={QMP_CHARDEV},path={escape(place.path)},server=on,wait=off",
+            ))
         started._errors = errors = _ErrorOutput(stderr)
         ours.callback(errors.close_writer)
         try:
             started.process = subprocess.Popen(
-                command.with_options(own).argv(), stdin=stdin, stdout=stdout, stderr=errors.writer,
-                pass_fds=(listener.fileno(), configuration, leash.fd, *pass_fds),
-                cwd=command.directory,
+                command.with_options(*added).argv(), stdin=stdin, stdout=stdout,
+                stderr=errors.writer, pass_fds=inherited, cwd=command.directory,
             )
         except OSError as error:
             raise QemuError(f"{command.program} does not start: {error.strerror}") from error
@@ -130,11 +146,34 @@ def start(
             raise UsageError(f"a word of the command line cannot be one: {error}") from error
         failed.callback(_end, started.process)
         leash.hold(started.process.pid)
+        monitors = [_NAME] if qmp is None else [_NAME, QMP_CHARDEV]
+        form = _MONITOR_QMP if _has_monitor_qmp(started.process.pid, configuration) else _MON
         with contextlib.suppress(BrokenPipeError):  # it has ended, and will be asked why
-            description.write(_CONFIGURATION.format(name=_NAME, fd=listener.fileno()))
+            description.write(_CHARDEV.format(name=_NAME, fd=theirs.fileno()))
+            description.writelines(form.format(name=name) for name in monitors)
             description.close()
         failed.pop_all()
         return started
+
+
+def _has_monitor_qmp(pid: int, configuration: int) -> bool:
+    """Whether QEMU makes monitors as objects. It waits for its configuration meanwhile."""
+    executable = Path(f"/proc/{pid}/exe")
+    deadline = time.monotonic() + _WRAPPER_TIMEOUT
+    try:
+        # A program of another name may become QEMU, which then begins to read.
+        while not is_qemu(str(executable.readlink())) and _unread(configuration):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_WRAPPER_POLL)
+    except OSError:  # it has ended, or belongs to another user
+        return False
+    return has_type(executable, "monitor-qmp")
+
+
+def _unread(pipe: int) -> int:
+    """How many bytes a pipe has that nobody has read."""
+    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
 class _ErrorOutput:
@@ -215,12 +254,12 @@ def _describe(what: str, process: subprocess.Popen[bytes], errors: _ErrorOutput)
     return f"{what}; QEMU wrote:\n{text}" if text else f"{what}; QEMU wrote nothing"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], timeout: float = END_TIMEOUT) -> None:
     if process.poll() is not None:
         return
     process.terminate()
     try:
-        process.wait(END_TIMEOUT)
+        process.wait(timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -6,7 +6,7 @@
     guest = vm.restore("/snap/guest.mapped", ["qemu-system-x86_64", "-m", "4G"])
     guest.process.wait()
 
-Every call runs an event loop of its own to its end, so none may be made where one runs already.
+Every call runs an event loop of its own to its end. Where one runs already, it raises UsageError.
 Arguments, results and errors are those of the names in :mod:`pyqmigrate.vm`. Ctrl-C cancels what
 is under way, and the guest is put back as it was found.
 """
@@ -16,19 +16,21 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyqmigrate import vm
-from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.check import CheckReport
 from pyqmigrate.vm.restoring import RestoreReport
 from pyqmigrate.vm.save import VmSaveReport
 
 __all__ = ["connect", "Vm", "restore", "RestoredVm", "clone", "Clone"]
+
+T = TypeVar("T")
 
 
 def connect(qmp: str | os.PathLike[str]) -> Vm:
@@ -47,13 +49,13 @@ class Vm:
 
     def save(self, snapshot: str | os.PathLike[str], **options: Any) -> VmSaveReport:
         """As :meth:`pyqmigrate.vm.Vm.save`."""
-        return asyncio.run(self._vm.save(snapshot, **options))
+        return _run("Vm.save", self._vm.save(snapshot, **options))
 
     def check(
         self, directory: str | os.PathLike[str] | None = None, **options: Any
     ) -> CheckReport:
         """As :meth:`pyqmigrate.vm.Vm.check`."""
-        return asyncio.run(self._vm.check(directory, **options))
+        return _run("Vm.check", self._vm.check(directory, **options))
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,11 @@ def restore(
     """As :func:`pyqmigrate.vm.restoring.restore`."""
 
     async def restored() -> RestoredVm:
-        async with await vm.restore(snapshot, command, **options) as guest:
-            return RestoredVm(guest.process, guest.report)
+        guest = await vm.restore(snapshot, command, **options)
+        await _hang_up([guest])
+        return RestoredVm(guest.process, guest.report)
 
-    return asyncio.run(restored())
+    return _run("restore", restored())
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,37 @@ def clone(
     """As :func:`pyqmigrate.vm.clone`."""
 
     async def cloned() -> list[Clone]:
-        guests = []
-        for one in await vm.clone(snapshot, command, count, **options):
-            held = None
-            if one.vm is not None:
-                await one.vm.close()
-                held = RestoredVm(one.vm.process, one.vm.report)
-            guests.append(Clone(one.number, one.qmp, held, one.error))
-        return guests
+        clones = await vm.clone(snapshot, command, count, **options)
+        await _hang_up([one.vm for one in clones if one.vm is not None])
+        return [
+            Clone(
+                one.number, one.qmp,
+                None if one.vm is None else RestoredVm(one.vm.process, one.vm.report), one.error,
+            )
+            for one in clones
+        ]
 
-    return asyncio.run(cloned())
+    return _run("clone", cloned())
+
+
+async def _hang_up(guests: Sequence[vm.RestoredVm]) -> None:
+    """Close the sessions; a guest that the caller will not hear of is ended."""
+    try:
+        for guest in guests:
+            await guest.close()
+    except BaseException:
+        for guest in guests:
+            await guest.end()
+        raise
+
+
+def _run(name: str, work: Coroutine[Any, Any, T]) -> T:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    work.close()
+    raise UsageError(
+        f"vm.sync.{name} blocks, and an event loop runs in this thread: use await "
+        f"pyqmigrate.vm.{name}(...) here, or asyncio.to_thread(vm.sync.{name}, ...)"
+    )

@@ -1,6 +1,7 @@
 """Which files and servers a QEMU of a given command line writes to, and which sockets it makes.
 
-What two guests at a time must not share. Only the command line is looked at, no image is opened.
+What two guests at a time must not share. Only the command line and the files of its ``-readconfig``
+are looked at, no image is opened.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pyqmigrate.vm.command_line import CommandLine, Option, flatten, is_on
+from pyqmigrate.vm.readconfig import with_configurations
 
-__all__ = ["written_files"]
+__all__ = ["written_files", "written_images"]
 
 _IMAGES = ("", "hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
 _STREAMS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb", "vnc")
@@ -33,8 +35,21 @@ _PLACE = ("server", "host", "port", "path", "socket", "export", "name", "volume"
 
 def written_files(command: CommandLine) -> dict[str, Option]:
     """Real paths (or what stands for one), and the option that names each."""
+    command = with_configurations(command)
+    return _by_real_path(command, (*_disks(command), *_nodes(command), *_others(command)))
+
+
+def written_images(command: CommandLine) -> dict[str, Option]:
+    """As :func:`written_files`, of the disks only."""
+    command = with_configurations(command)
+    return _by_real_path(command, (*_disks(command), *_nodes(command)))
+
+
+def _by_real_path(
+    command: CommandLine, names: Iterable[tuple[str, Option]]
+) -> dict[str, Option]:
     found: dict[str, Option] = {}
-    for name, option in (*_disks(command), *_nodes(command), *_others(command)):
+    for name, option in names:
         is_path = "://" not in name and not name.startswith(_REMOTE) and "json:" not in name
         # QEMU may be started elsewhere.
         real = os.path.realpath(Path(command.directory or "", name)) if is_path else name

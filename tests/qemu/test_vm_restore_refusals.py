@@ -245,10 +245,11 @@ def test_qemu_that_fails_for_another_reason_is_started_once(saved: Saved, tmp_pa
     wrapper, starts = tmp_path / "wrapper", tmp_path / "starts"
     wrapper.write_text(f'#!/bin/sh\necho once >> {starts}\nexec qemu-system-x86_64 "$@"\n')
     wrapper.chmod(0o755)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        local = f"localaddr=127.0.0.1,localport={taken.getsockname()[1]}"
         command = saved.command(
-            *PC, "-chardev", f"socket,id=c,host=127.0.0.1,port={port},server=on,wait=off",
+            *PC, "-chardev", f"udp,id=c,host=127.0.0.1,port=9,{local}",
             serial=tmp_path / "serial",
         )  # fmt: skip
         error = attempt(saved.path, [str(wrapper), *command[1:]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +69,20 @@ def test_words_that_are_not_changed_stay_as_they_are_written() -> None:
     assert CommandLine.parse(words).filled_in(1).without("x").argv() == words
 
 
-@pytest.mark.parametrize("words", [[], ["-m", "64"]])
+def test_variables_in_front_are_for_env() -> None:
+    """As libvirt's log shows a command line."""
+    words = ["LC_ALL=C", "PATH=/bin", "/usr/bin/qemu-system-x86_64", "-m", "64"]
+    command = CommandLine.parse(words)
+    assert command.program == "/usr/bin/qemu-system-x86_64"
+    assert command.argv() == ["env", *words]
+    with_wrapper = CommandLine.parse(["A=b", "numactl", "--membind=0", "qemu-kvm", "-S"])
+    assert with_wrapper.argv() == ["env", "A=b", "numactl", "--membind=0", "qemu-kvm", "-S"]
+    assert with_wrapper.options == (Option("S"),)
+    other = CommandLine.parse(["A=b", "./start-qemu", "-S"])
+    assert (other.program, other.options) == ("./start-qemu", (Option("S"),))
+
+
+@pytest.mark.parametrize("words", [[], ["-m", "64"], ["A=b"], ["A=b", "-m", "64"]])
 def test_command_line_without_a_program_is_refused(words: list[str]) -> None:
     with pytest.raises(UsageError, match="starts with the program"):
         CommandLine.parse(words)
@@ -105,6 +120,22 @@ def test_json_is_read_like_a_list() -> None:
 def test_bad_json_is_refused() -> None:
     with pytest.raises(UsageError, match="not JSON"):
         Option("object", '{"qom-type":').properties("qom-type")
+
+
+@pytest.mark.parametrize("depth", [500, 2000, 100_000])
+def test_json_that_is_nested_deeply_is_refused_or_read(depth: int) -> None:
+    option = Option("object", '{"a":' * depth + "1" + "}" * depth)
+    with contextlib.suppress(UsageError):
+        assert len(option.properties("qom-type")) == 1
+    if depth > 1000:
+        with pytest.raises(UsageError, match="nested too deeply"):
+            option.properties("qom-type")
+
+
+def test_property_is_set_over_what_was_there() -> None:
+    assert Option("d", "x,a=1").with_property("a", "2,3").properties("t") == {"t": "x", "a": "2,3"}
+    assert Option("d", "x,a=on").with_property("a", False).value == "x,a=on,a=off"
+    assert Option("d", '{"a":1}').with_property("a", "2").value == '{"a": "2"}'
 
 
 def test_options_of_one_name_merge_and_the_last_wins() -> None:

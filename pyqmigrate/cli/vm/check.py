@@ -14,7 +14,8 @@ a live save takes more where the guest fills pages meanwhile); ``directory``, ``
 ``direct_io``, ``direct_io_reason``, ``rate`` (bytes a second) and ``seconds`` (null without --dir,
 ``free`` and ``fits`` also where there is no limit); ``blocks``, a list of ``name``, ``length``,
 ``kind`` (file, process, or null: cannot be read), ``shared``, ``file_backed``, ``why_not``;
-``disks``, a list of ``device``, ``qdev``, ``node``, ``file``, ``format``, ``writable``, ``size``;
+``disks``, a list of ``device``, ``qdev``, ``node``, ``file``, ``format``, ``writable``, ``size``
+and ``chain``, the backing files (``file``, ``format``, ``size``);
 ``disk_needs`` (sentences); ``with_disks`` (whether --with-disks is possible, null where no disk is
 writable) and ``why_no_disks``. Sizes are in bytes.
 """
@@ -22,13 +23,13 @@ writable) and ``why_no_disks``. Sizes are in bytes.
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode
+from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.vm.settings import setting_lines
@@ -46,7 +47,9 @@ _ABOUT = {"counted": "", "sampled": "about ", "bound": "at most "}
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "check", _run, __doc__)
-    parser.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket")
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket: PATH or unix:PATH"
+    )
     parser.add_argument(
         "--dir", metavar="DIR", help="where the snapshot would go; its disk is tried"
     )
@@ -62,7 +65,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    report = asyncio.run(_check(args))
+    report = run_interruptible(_check(args))
     data = _data(report)
     code = ExitCode.DONE if report.possible else ExitCode.BAD
     return Outcome(data, [printable(line) for line in _lines(report, data)], code)

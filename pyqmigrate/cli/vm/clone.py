@@ -1,8 +1,11 @@
 """Start several guests from one snapshot; they share its page cache.
 
 After ``--`` comes the command line that the VM was started with, in which ``{n}`` is the number of
-the guest, from 1 on. Each guest gets a monitor DIR/N.qmp of its own, and no standard input. Disks
-that more than one guest would write to are refused. A guest that fails does not stop the others.
+the guest, from 1 on; without it, the one that vm save recorded is used. --with-disks gives each
+guest new overlays, N.SNAPSHOT.DISK.qcow2, over the disks as they were at the snapshot's instant.
+Each guest gets a monitor DIR/N.qmp of its own (DIR is made), and no standard input. Disks that more
+than one guest would write to are refused, and so are sockets at which more than one would listen. A
+guest that fails does not stop the others.
 Every guest has the descriptors that were open when this command was started; one that two guests
 name (-netdev tap,fd=5) is refused, other than a file that is open for reading only: fd=1{n} gives
 each its own.
@@ -23,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
+from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import (
     Outcome,
     announce,
-    describe_error,
     error_data,
     printable,
+    shown_error,
     table,
 )
 from pyqmigrate.cli.vm.restore import add_command, add_disks, add_run_state, ended, pass_signals_on
@@ -60,7 +64,7 @@ def add_parser(verbs: Verbs) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.inherited import inherited_descriptors
 
-    return asyncio.run(_clone(args, inherited_descriptors()))
+    return run_interruptible(_clone(args, inherited_descriptors()))
 
 
 async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
@@ -100,7 +104,13 @@ def _lines(clones: list[Clone]) -> list[str]:
         for one in clones if one.vm is not None
     ]  # fmt: skip
     errors = [
-        f"guest {one.number}: {printable(describe_error(one.error))}"
+        f"guest {one.number}: {shown_error(one.error)}"
         for one in clones if one.error is not None
     ]
-    return table(("guest", "pid", "state", "mode", "load", "monitor"), rows, left=1) + errors
+    notes = dict.fromkeys(
+        note for one in clones if one.vm is not None for note in one.vm.report.notes
+    )
+    return [
+        *table(("guest", "pid", "state", "mode", "load", "monitor"), rows, left=1),
+        *(f"note   {printable(note)}" for note in notes), *errors,
+    ]

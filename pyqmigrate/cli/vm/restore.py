@@ -1,15 +1,21 @@
 """Start a QEMU that goes on where a snapshot was taken.
 
-After ``--`` comes the command line that the VM was started with; what a restore needs is added to
-it. In mode instant the guest's memory is mapped from the snapshot, and the guest is there in
+After ``--`` comes the command line that the VM was started with; without it, the one that vm save
+recorded in SNAPSHOT.vm.json is used. What a restore needs is added. Its processors, devices and
+memory are compared with the record and the snapshot; what cannot work is refused before anything is
+loaded, and so are sockets and writable disks that another process uses, such as the guest that was
+saved, and disks that have gone ahead of the snapshot. --with-disks runs the guest on new overlays,
+SNAPSHOT.DISK.qcow2, over the disks as they were.
+
+In mode instant the guest's memory is mapped from the snapshot, and the guest is there in
 milliseconds whatever its size; the file must not change in place while the guest runs, and may be
 replaced or removed. In mode load QEMU reads all of it first; postcopy is QEMU's own lazy load,
 where it has one. The default, auto, is instant where that is possible.
 
 QEMU has this command's standard streams and every other descriptor that was open when it was
 started (-add-fd fd=5, -netdev tap,fd=5). The command waits until it ends, and passes SIGINT,
-SIGTERM and SIGHUP on to it; before the guest is there, they end the restore. What was done is
-told on standard error when the guest is there.
+SIGTERM and SIGHUP on to it; before the guest is there, they end the restore, and the guest has not
+run. What was done is printed on standard error when the guest is there.
 
 The exit code is 0 when QEMU ended with 0, and 4 otherwise.
 
@@ -24,7 +30,6 @@ and the exit code.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +44,7 @@ from pyqmigrate.cli.arguments import (
 )
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, announce, counted, printable
+from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.target import DirectIO
 
 if TYPE_CHECKING:
@@ -49,8 +55,6 @@ if TYPE_CHECKING:
 __all__ = ["add_command", "add_disks", "add_parser", "add_run_state", "ended", "pass_signals_on",
            "report_lines"]  # fmt: skip
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "restore", _run, __doc__)
@@ -60,7 +64,9 @@ def add_parser(verbs: Verbs) -> None:
         help="how the memory gets there (default: auto)",
     )
     add_run_state(parser)
-    parser.add_argument("--qmp", metavar="SOCKET", help="give QEMU one more monitor, here")
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", help="give QEMU one more monitor, here: PATH or unix:PATH"
+    )
     add_offset(parser)
     parser.add_argument(
         "--channels", type=read_channels, metavar="N", default=None,
@@ -118,17 +124,18 @@ def _run(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.inherited import inherited_descriptors
     from pyqmigrate.vm.request import Mode, Request
 
+    qmp = None if args.qmp is None else monitor_path(args.qmp)
     request = Request(
-        Mode(args.mode), args.paused, args.qmp, args.channels, DirectIO(args.direct_io),
+        Mode(args.mode), args.paused, qmp, args.channels, DirectIO(args.direct_io),
         pass_fds=inherited_descriptors(), disks=read_disks(args),
     )
     early = None
     if request.mode in (Mode.AUTO, Mode.INSTANT):
         early = begin(args.snapshot, args.command or None, request, offset=args.offset)
     # What takes long to import comes when QEMU is starting.
-    import asyncio
+    from pyqmigrate.cli.interruption import run_interruptible
 
-    return asyncio.run(_restore(args, request, early))
+    return run_interruptible(_restore(args, request, early))
 
 
 async def _restore(args: argparse.Namespace, request: Request, early: Early | None) -> Outcome:
@@ -144,8 +151,8 @@ async def _restore(args: argparse.Namespace, request: Request, early: Early | No
             with_disks=args.with_disks, disks_dir=args.disks_dir,
             disks_as_they_are=args.disks_as_they_are,
         )
+    pass_signals_on([vm])  # from here on no signal ends this command but through QEMU
     async with vm:
-        pass_signals_on([vm])
         announce(args, vm.report.as_data(), report_lines(vm.report))
         code = await vm.wait()
     if not code:
@@ -164,6 +171,8 @@ def pass_signals_on(vms: list[RestoredVm]) -> None:
     """From now on the signals that end this command go to QEMU instead."""
     import asyncio
 
+    from pyqmigrate.cli.interruption import ending_signals
+
     loop = asyncio.get_running_loop()
 
     def send(number: int) -> None:
@@ -171,14 +180,14 @@ def pass_signals_on(vms: list[RestoredVm]) -> None:
             if vm.process.poll() is None:
                 vm.process.send_signal(number)
 
-    for number in _SIGNALS:
+    for number in ending_signals():
         loop.add_signal_handler(number, send, number)
 
 
 def report_lines(report: RestoreReport) -> list[str]:
     """For people."""
     lines = [
-        f"restored  {report.mode}: {printable(report.why)}",
+        f"restored  {report.mode}: {_aligned(report.why)}",
         f"guest     {report.run_state}, pid {report.pid}, {printable(report.machine)}, "
         f"QEMU {report.qemu}",
         f"time      {report.load_seconds * 1000:.1f} ms to load, "
@@ -190,3 +199,8 @@ def report_lines(report: RestoreReport) -> list[str]:
             f"{report.stale_seconds * 1000:.0f} ms"
         )
     return lines + [f"note      {printable(note)}" for note in report.notes]
+
+
+def _aligned(text: str) -> str:
+    """Safe to print; what QEMU wrote stays in its lines, below each other."""
+    return "\n          ".join(printable(line) for line in text.split("\n"))

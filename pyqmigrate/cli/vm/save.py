@@ -22,14 +22,12 @@ null); ``seal`` (null, or an object of ``path`` and ``algorithm``); ``notes`` (s
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
-import signal
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_seal, add_verb
+from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
@@ -43,12 +41,12 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
-T = TypeVar("T")
-
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "save", _run, __doc__)
-    parser.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket")
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket: PATH or unix:PATH"
+    )
     parser.add_argument("snapshot", metavar="SNAPSHOT", help="the snapshot to write")
     parser.add_argument(
         "--engine", choices=["auto", "qemu", "direct"], default="auto",
@@ -78,7 +76,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     refuse_standard(args.snapshot, "the snapshot of a guest is written to a file")
     with shown("vm save") as show:
-        report = _interruptible(
+        report = run_interruptible(
             save(
                 args.qmp, args.snapshot, engine=args.engine, live=args.live, then=args.then,
                 channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
@@ -90,22 +88,6 @@ def _run(args: argparse.Namespace) -> Outcome:
     if report.seal is not None:
         data["seal"] = seal_data(seal_path(report.snapshot), report.seal)
     return Outcome(data, [printable(line) for line in _lines(report)])
-
-
-def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Run it; SIGTERM ends it as Ctrl-C does, with the time to put the guest back."""
-
-    async def cancelled_by_signal() -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        with contextlib.suppress(RuntimeError, ValueError):  # only the main thread hears signals
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await work
-
-    try:
-        return asyncio.run(cancelled_by_signal())
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
 
 
 def _lines(report: VmSaveReport) -> Iterator[str]:

@@ -1,0 +1,57 @@
+"""A name for a UNIX socket that is short enough, whatever its path is.
+
+The kernel takes 107 bytes. Of a longer path the directory is opened, and the socket is named
+through ``/proc/self/fd``. That holds in a process that inherits the descriptor, too: QEMU makes the
+socket so, and removes it by the same name when it ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pyqmigrate.errors import UsageError
+
+__all__ = ["SocketPath"]
+
+_MOST = 107  # bytes in sun_path, without its final NUL
+
+
+class SocketPath:
+    """``path`` as a socket can be named; a context manager.
+
+    ``fds`` are the descriptors that the name needs, for as long as it is used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UsageError for a directory that is not there, and a file name that is too long."""
+        self.path = str(path)
+        self.fds: Sequence[int] = ()
+        if len(os.fsencode(path)) <= _MOST:
+            return
+        try:
+            directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UsageError(f"cannot make the socket {path}: {error.strerror}") from error
+        self.fds = (directory,)
+        self.path = f"/proc/self/fd/{directory}/{path.name}"
+        if len(os.fsencode(self.path)) > _MOST:
+            self.close()
+            raise UsageError(
+                f"the file name of the socket {path} has {len(os.fsencode(path.name))} bytes; "
+                "a socket's can have some 80"
+            )
+
+    def close(self) -> None:
+        """May be repeated."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,151 @@
+"""Disk images of a command line that another process writes to.
+
+A guest that goes on from a snapshot writes to its disks. Where the guest that was saved still runs,
+QEMU notices that only after the load, and the new guest hangs. QEMU marks an image that it has open
+by locks on single bytes (its ``file-posix`` driver): byte 100 + N is locked for permission N that
+it uses, byte 200 + N for permission N that it allows to nobody else; permission 1 is to write.
+Other programs are found by the descriptors that they have open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.vm.command_line import CommandLine, Option, is_on
+from pyqmigrate.vm.written_files import written_images
+
+__all__ = ["refuse_in_use"]
+
+_WRITES, _WRITES_ALONE = 101, 201  # bytes of QEMU's locks
+_GET_LOCK = getattr(fcntl, "F_OFD_GETLK", 36)  # not named by Python 3.11
+_LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
+_QCOW2 = struct.Struct(">4sIQI")  # magic, version, place and length of the backing file's name
+_QCOW2_MAGIC = b"QFI\xfb"
+_NAME_MAX = 1023  # bytes in a backing file's name
+_CHAIN_MAX = 64  # images over each other that are looked at
+
+
+def refuse_in_use(command: CommandLine) -> None:
+    """Raise UsageError for a writable image that another process writes to, and for one whose
+    backing files it writes to. What cannot be looked into is left to QEMU.
+
+    A device with ``share-rw=on`` lets others write its disk.
+    """
+    share = any(is_on(o.properties("driver").get("share-rw")) for o in command.all("device"))
+    for name, option in written_images(command).items():
+        for path in _chain(name):
+            if path != name:
+                used = _is_used(path, (_WRITES,))
+            elif share:
+                used = _is_used(path, (_WRITES_ALONE,))
+            else:
+                used = _is_used(path, (_WRITES, _WRITES_ALONE), without_locks=True)
+            if used:
+                raise UsageError(_refusal(path, name, option))
+
+
+def _refusal(path: str, name: str, option: Option) -> str:
+    user = _writer_of(path)
+    what = repr(path) if path == name else f"{path!r}, which {name!r} is based on,"
+    return (
+        f"{what} is open for writing in {user or 'another process'} ({option}), perhaps the guest "
+        "that was saved: end that process, or give this guest a disk of its own"
+    )
+
+
+def _chain(path: str) -> Iterator[str]:
+    """The image, and its backing files as far as they are files seen from here."""
+    for _ in range(_CHAIN_MAX):
+        yield path
+        backing = _backing_file(path)
+        if not backing or backing.startswith("json:") or "://" in backing:
+            return
+        path = os.path.realpath(Path(path).parent / backing.removeprefix("file:"))
+
+
+def _backing_file(path: str) -> str:
+    """What a qcow2 image is based on, as it names it; empty for none and for other images."""
+    with contextlib.suppress(OSError):
+        fd = _open(path)
+        try:
+            head = os.pread(fd, _QCOW2.size, 0)
+            if len(head) == _QCOW2.size and head.startswith(_QCOW2_MAGIC):
+                _, _, start, length = _QCOW2.unpack(head)
+                if start and length <= _NAME_MAX:
+                    return os.fsdecode(os.pread(fd, length, start))
+        finally:
+            os.close(fd)
+    return ""
+
+
+def _is_used(path: str, locks: Sequence[int], *, without_locks: bool = False) -> bool:
+    """Whether another process has one of these bytes locked, or writes without a lock."""
+    with contextlib.suppress(OSError):
+        fd = _open(path)
+        try:
+            if any(_is_locked(fd, byte) for byte in locks):
+                return True
+            return without_locks and _has_writer(fd) and _writer_of(path) is not None
+        finally:
+            os.close(fd)
+    return False
+
+
+def _open(path: str) -> int:
+    """A disk or a file to look at; OSError for all else. To open a pipe might wake somebody."""
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK), path)
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def _is_locked(fd: int, byte: int) -> bool:
+    asked = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    kind = _LOCK.unpack(fcntl.fcntl(fd, _GET_LOCK, asked))[0]
+    return bool(kind != fcntl.F_UNLCK)
+
+
+def _has_writer(fd: int) -> bool:
+    """Whether a file is open for writing; False where the kernel does not say.
+
+    A read lease is given only for a file that nobody writes to.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # ignored, should somebody open it now
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
+def _writer_of(path: str) -> str | None:
+    """Another process that has a file open for writing, as far as this one may see."""
+    wanted = Path(path).stat()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            for descriptor in (entry / "fd").iterdir():
+                if _writes_to(entry, descriptor, wanted):
+                    name = (entry / "comm").read_text(errors="replace").strip()
+                    return f"process {entry.name} ({name})"
+    return None
+
+
+def _writes_to(process: Path, descriptor: Path, wanted: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        if os.path.samestat(descriptor.stat(), wanted):
+            text = (process / "fdinfo" / descriptor.name).read_text()
+            flags = next(line for line in text.splitlines() if line.startswith("flags:"))
+            return int(flags.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
+    return False

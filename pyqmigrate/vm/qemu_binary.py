@@ -1,0 +1,50 @@
+"""What a QEMU executable has, found out by reading the file: to ask it would be another start."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+__all__ = ["has_type"]
+
+_ELF64 = b"\x7fELF\x02"
+_HEADER = struct.Struct("16sHHIQQQIHHHHHH")  # Elf64_Ehdr
+_SECTION = struct.Struct("IIQQQQIIQQ")  # Elf64_Shdr
+_PROGBITS, _WRITE, _EXECUTE = 1, 1, 4
+_SECTIONS_MAX = 1 << 10
+_CONSTANTS_MAX = 16 << 20  # bytes; QEMU 10 and 11 have 2 MiB
+
+
+def has_type(executable: str | os.PathLike[str], name: str) -> bool:
+    """Whether a QEMU knows the object type ``name``, judged by the constants of its executable.
+
+    False for a file that is not a 64-bit ELF of this host's byte order, or cannot be read.
+    """
+    try:
+        fd = os.open(executable, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return any(b"\0%s\0" % name.encode() in text for text in _constants(fd))
+    except (OSError, struct.error):
+        return False
+    finally:
+        os.close(fd)
+
+
+def _constants(fd: int) -> list[bytes]:
+    """The sections that are neither written to nor executed, such as ``.rodata``."""
+    head = os.pread(fd, _HEADER.size, 0)
+    if not head.startswith(_ELF64):
+        return []
+    header = _HEADER.unpack(head)
+    offset, size, count = header[6], header[11], header[12]
+    if size != _SECTION.size or count > _SECTIONS_MAX:
+        return []
+    table = os.pread(fd, size * count, offset)
+    found, left = [], _CONSTANTS_MAX
+    for _, kind, flags, _, start, length, *_ in _SECTION.iter_unpack(table):
+        if kind == _PROGBITS and not flags & (_WRITE | _EXECUTE) and length <= left:
+            found.append(os.pread(fd, length, start))
+            left -= length
+    return found

@@ -1,0 +1,83 @@
+"""What the device sections of a snapshot say of the machine that was saved.
+
+Names and instances are enough for most of it, and those are there without a description, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from pyqmigrate.format.devices import DeviceSection, run_state_of
+from pyqmigrate.format.elements import Section, SectionKind
+from pyqmigrate.snapshot import Snapshot
+
+__all__ = ["SavedMachine", "read_saved_machine"]
+
+_BODY_MAX = 1 << 16  # bytes of a section that are looked into
+_X86_CPU = "cpu"
+_GLOBAL_STATE = "globalstate"
+_KVM_CLOCK = "kvmclock"
+_KVM_CPU = b"\x05\x0bcpu/tsc_khz"  # the head of a subsection that KVM's processors have
+_X86_MACHINE = re.compile(r"(pc|isapc|microvm|xenfv)(-|$)")
+# On the first root bus: the slots from bridge to bridge, then what the device calls its state.
+_PCI = re.compile(r"0000:00:(?P<slots>[0-9a-f]{2}\.[0-7](?::[0-9a-f]{2}\.[0-7])*)/(?P<state>.+)")
+
+
+class SavedMachine(NamedTuple):
+    """``run_state`` is that of the guest when it was saved, ``processors`` their number; None where
+    the file does not show it. ``kvm``: whether KVM ran the guest; None where that is not known.
+    ``kvm_clock``: whether there is a clock of KVM's, which nothing else loads. ``pci``: the names
+    of the states of the devices on the first root bus, by their slots (``03.0``, ``02.0:00.0``).
+    ``counts``: how many states there are of each name that has no place. Both are None where not
+    all sections could be told apart.
+    """
+
+    run_state: str | None
+    processors: int | None
+    kvm: bool | None
+    kvm_clock: bool
+    pci: Mapping[str, frozenset[str]] | None
+    counts: Mapping[str, int] | None
+
+
+def read_saved_machine(snapshot: Snapshot) -> SavedMachine:
+    """Look at the device sections; raises TargetError when the file cannot be read."""
+    stream = snapshot.stream
+    sections = [s for s in stream.sections if s.kind in (SectionKind.FULL, SectionKind.START)]
+    names = {section.name for section in sections}
+    processors = [section for section in sections if section.name == _X86_CPU]
+    kvm: bool | None = True if _KVM_CLOCK in names else None
+    if kvm is None and processors and _X86_MACHINE.match(snapshot.machine):
+        kvm = _KVM_CPU in _body(snapshot, processors[0])
+    common = {s.instance_id for s in sections if s.name == "cpu_common"}
+    counted = common or {s.instance_id for s in processors}
+    return SavedMachine(
+        run_state=_run_state(snapshot, sections),
+        processors=len(counted) if counted and not stream.opaque_tail else None,
+        kvm=kvm,
+        kvm_clock=_KVM_CLOCK in names,
+        pci=None if stream.opaque_tail else _pci(names),
+        counts=None if stream.opaque_tail else Counter(s.name for s in sections),
+    )
+
+
+def _run_state(snapshot: Snapshot, sections: list[Section]) -> str | None:
+    for section in sections:
+        if section.name == _GLOBAL_STATE:
+            return run_state_of([DeviceSection(section.name, _body(snapshot, section))])
+    return None
+
+
+def _body(snapshot: Snapshot, section: Section) -> bytes:
+    return snapshot.source.read_at(section.body_offset, min(section.body_length, _BODY_MAX))
+
+
+def _pci(names: set[str]) -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for name in names:
+        if device := _PCI.fullmatch(name):
+            found.setdefault(device["slots"], set()).add(device["state"])
+    return {slots: frozenset(states) for slots, states in found.items()}

@@ -1,0 +1,124 @@
+"""What clones have of their own: their number of ``vmgenid``, and the MAC after a reset."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate import vm
+from pyqmigrate.vm.cloning import clone
+from pyqmigrate.vm.restoring import RestoredVm, restore
+from tests.qemu.bare import BareQemu
+from tests.qemu.machine import BINARY
+from tests.qemu.saved import memory_of
+
+pytestmark = pytest.mark.qemu
+
+NUMBER = uuid.UUID("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87")
+MACHINE = ["-M", "pc", "-m", "16", "-device", f"vmgenid,guid={NUMBER}"]
+NET = ["-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,romfile=,mac=52:54:00:00:00:0"]
+
+
+@dataclass(frozen=True)
+class Booted:
+    """A guest whose firmware has placed the number at ``address`` of its RAM."""
+
+    path: Path
+    address: int
+
+    def command(self, mac: str) -> list[str]:
+        before = [BINARY, "-accel", "tcg", "-nodefaults", "-display", "none"]
+        return [*before, *MACHINE, *NET[:-1], NET[-1] + mac]
+
+    async def seen(self, guest: RestoredVm) -> uuid.UUID:
+        """The number as the guest reads it."""
+        memory = await memory_of(guest.monitor, guest.process.pid)
+        return uuid.UUID(bytes_le=memory["pc.ram"][self.address : self.address + 16])
+
+
+@pytest.fixture(scope="module")
+def booted(module_disk: Path) -> Iterator[Booted]:
+    with BareQemu(*MACHINE, *NET[:-1], NET[-1] + "1", run=True) as qemu:
+
+        async def place(monitor: vm.Monitor) -> int:
+            deadline = time.monotonic() + 60
+            while True:
+                memory = (await memory_of(monitor, qemu.process.pid))["pc.ram"]
+                if (address := memory.find(NUMBER.bytes_le)) >= 0:
+                    return address
+                assert time.monotonic() < deadline, "the firmware does not place the number"
+                await asyncio.sleep(0.1)
+
+        address = qemu.run(place)
+        path = module_disk / "guest.mapped"
+        asyncio.run(vm.connect(qemu.socket).save(path, then="quit"))
+        yield Booted(path, address)
+
+
+def test_each_clone_is_told_another_number(booted: Booted, tmp_path: Path) -> None:
+    directory = tmp_path / "not" / "there"
+
+    async def run() -> set[uuid.UUID]:
+        clones = await clone(booted.path, booted.command("1"), 2, directory=directory, paused=True)
+        guests = [one.vm for one in clones if one.vm is not None]
+        try:
+            assert len(guests) == 2, clones
+            assert {path.name for path in directory.iterdir()} == {"1.qmp", "2.qmp"}
+            for guest in guests:
+                asked = await guest.monitor.execute("query-vm-generation-id")
+                assert await booted.seen(guest) == uuid.UUID(asked["guid"])
+                assert any("guid=auto" in note for note in guest.report.notes)
+                assert any("the same UUID, MAC addresses" in note for note in guest.report.notes)
+            return {await booted.seen(guest) for guest in guests}
+        finally:
+            for guest in guests:
+                await guest.end()
+
+    numbers = asyncio.run(run())
+    assert len(numbers) == 2
+    assert NUMBER not in numbers
+
+
+def test_restore_tells_a_new_number_and_is_silent_about_what_is_not_shared(
+    booted: Booted,
+) -> None:
+    async def run() -> None:
+        first = await restore(booted.path, booted.command("1"), paused=True)
+        try:
+            assert await booted.seen(first) != NUMBER
+            assert not any("the same UUID" in note for note in first.report.notes)
+        finally:
+            await first.end()
+
+    asyncio.run(run())
+
+
+def test_mac_of_the_command_line_is_the_devices_after_a_reset(
+    booted: Booted, tmp_path: Path
+) -> None:
+    """What docs/vm.md says: the loaded state has the old one."""
+
+    async def mac(guest: RestoredVm) -> str:
+        return str((await guest.monitor.execute("query-rx-filter"))[0]["main-mac"])
+
+    async def run() -> None:
+        command = booted.command("{n}")
+        clones = await clone(booted.path, command, 2, directory=tmp_path, paused=True)
+        guests = [one.vm for one in clones if one.vm is not None]
+        try:
+            assert [await mac(guest) for guest in guests] == ["52:54:00:00:00:01"] * 2
+            await guests[1].monitor.execute("system_reset")
+            await guests[1].monitor.execute("cont")
+            while await mac(guests[1]) != "52:54:00:00:00:02":
+                await asyncio.sleep(0.01)
+        finally:
+            for guest in guests:
+                await guest.end()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
