@@ -35,6 +35,7 @@ __all__ = [
     "DescribedStream",
     "decode_device",
     "decode_devices",
+    "described_devices",
 ]
 
 DEVICE_STATE_MAX = 96 << 20  # bytes of bodies in one call, which can be in memory twice
@@ -92,7 +93,7 @@ def decode_devices(
             f"device state of {total >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are decoded at "
             "once: choose among the devices, by name or section id"
         )
-    described = _described_devices(stream.description)
+    described = described_devices(stream.description)
     budget = Budget()
     for section in sections:
         body = source.read_at(section.body_offset, section.body_length)
@@ -149,9 +150,10 @@ def decode_device(
     )
 
 
-def _described_devices(
+def described_devices(
     description: Mapping[str, Any] | None,
 ) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """Return the entries of a description's ``devices``, by name and instance id."""
     found: dict[tuple[str, int], Mapping[str, Any]] = {}
     for device in _objects((description or {}).get("devices")):
         name, instance = device.get("name"), device.get("instance_id")

@@ -23,8 +23,10 @@ The guest must stand still from the moment its device state was written until th
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -45,7 +47,7 @@ from pyqmigrate.spelling import choice
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["DeviceState", "read_devices", "read_migrated", "start_snapshot"]
+__all__ = ["DeviceState", "memory_file", "read_devices", "read_migrated", "start_snapshot"]
 
 _SWITCHOVER = "switchover-start"
 _GLOBAL_STATE = "globalstate"
@@ -82,6 +84,17 @@ class DeviceState:
     def external(self) -> tuple[str, ...]:
         """The blocks whose pages have to come from somewhere else."""
         return tuple(name for name in self.blocks if name not in self.carried)
+
+
+@contextlib.contextmanager
+def memory_file() -> Iterator[tuple[int, int]]:
+    """Two opens of an empty file in memory: for writing only, as QEMU wants it, and for reading."""
+    with contextlib.ExitStack() as stack:
+        read = os.memfd_create("device-state", os.MFD_CLOEXEC)
+        stack.callback(os.close, read)
+        written = os.open(f"/proc/self/fd/{read}", os.O_WRONLY | os.O_CLOEXEC)
+        stack.callback(os.close, written)
+        yield written, read
 
 
 def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceState:

@@ -1,0 +1,169 @@
+"""A twin of a QEMU, which describes the device state of its original.
+
+    original = Original.of_process(pid)
+    description = await describe(original, state, sizes)
+
+``xen-save-devices-state`` writes device sections without the JSON that describes them, which QEMU
+writes in ``migrate`` only. So a second QEMU of the same machine (:mod:`pyqmigrate.vm.twin_command`)
+loads the sections, with guest memory that is never touched, and migrates them into a file in
+memory, this time with their description. Its guest does not execute an instruction.
+
+The description is used only when it is true of the original's own bytes
+(:mod:`pyqmigrate.format.described`).
+
+The twin never has more rights than its original: it runs as the same user
+(:mod:`pyqmigrate.vm.original`), with options that are known here, and in a network namespace of its
+own where that is possible. It ends when this process does, whatever ends that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+from dataclasses import dataclass, replace
+
+from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError
+from pyqmigrate.format.configuration import IGNORE_SHARED
+from pyqmigrate.format.described import check_described
+from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.format.stream import encode_head, encode_tail
+from pyqmigrate.io.target import Descriptors
+from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.device_state import DeviceState, memory_file, read_migrated
+from pyqmigrate.vm.launch import Launched, launch
+from pyqmigrate.vm.loading import Incoming, take_in
+from pyqmigrate.vm.original import Original
+from pyqmigrate.vm.twin_command import Sizes, make_twin
+from pyqmigrate.vm.unbroken import unbroken
+
+__all__ = ["TIMEOUT", "describe"]
+
+TIMEOUT = 10.0  # seconds from the twin's start to its description
+_POLL = 0.002  # seconds
+
+
+async def describe(
+    original: Original, state: DeviceState, sizes: Sizes, *, timeout: float = TIMEOUT
+) -> bytes:
+    """Return the description of ``state``'s sections: JSON text as QEMU writes it.
+
+    sizes: the size in bytes of the image with an id, a node name or a path; None if not known.
+
+    Starts a QEMU and ends it, in at most ``timeout`` seconds. Raises NotSupported with the reason
+    when no twin is possible, or what it says is not true of ``state``.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            theirs = await _migrated_by_twin(original, state, sizes)
+    except TimeoutError as error:
+        raise NotSupported(f"the twin took longer than {timeout:g} s") from error
+    except NotSupported:
+        raise
+    except (PyqmigrateError, OSError) as error:
+        raise NotSupported(str(error)) from error
+    if theirs.description is None:
+        raise NotSupported("the twin wrote no description")
+    try:
+        await asyncio.to_thread(
+            check_described, state.sections, theirs.sections, json.loads(theirs.description)
+        )
+    except (PyqmigrateError, ValueError) as error:
+        raise NotSupported(f"the twin is another machine: {error}") from error
+    return theirs.description
+
+
+async def _migrated_by_twin(
+    original: Original, state: DeviceState, sizes: Sizes
+) -> DeviceState:
+    with contextlib.ExitStack() as stack:
+        start = await asyncio.to_thread(_prepare, original, state, sizes, stack)
+        qemu = await launch(
+            start.command, start.fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            await take_in(qemu, Incoming({"device-state": start.stream}, 0))
+            return await _migrate(qemu, state)
+        finally:
+            qemu.process.kill()  # there is nothing in it that could be lost
+            await unbroken(qemu.end())
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What starts a twin: its command, the descriptors it inherits, and the stream it loads."""
+
+    command: CommandLine
+    fds: tuple[int, ...]
+    stream: int
+
+
+def _prepare(
+    original: Original, state: DeviceState, sizes: Sizes, stack: contextlib.ExitStack
+) -> _Start:
+    """Make the files of a twin; ``stack`` closes them."""
+    fds: list[int] = []
+
+    def memory(length: int) -> str:
+        fd = os.memfd_create("twin-memory", os.MFD_CLOEXEC)
+        stack.callback(os.close, fd)
+        os.ftruncate(fd, length)
+        fds.append(fd)
+        return f"/proc/self/fd/{fd}"
+
+    twin = make_twin(original.command, state.blocks, sizes, memory)
+    before = original.words_before()
+    if twin.taps and "unshare" not in before:
+        raise NotSupported("a tap device has no stand-in without a network namespace of its own")
+    command = twin.command
+    if original.program >= 0:
+        fds.append(original.program)
+        program = f"/proc/self/fd/{original.program}"
+        if command.before:  # a loader that runs QEMU's program
+            command = replace(command, before=(program, *command.before[1:]))
+        else:
+            command = replace(command, program=program)
+    command = replace(command, before=(*before, *command.before))
+    return _Start(command, tuple(fds), _stream(state, stack))
+
+
+def _stream(state: DeviceState, stack: contextlib.ExitStack) -> int:
+    """A mapped-ram file in memory of all blocks without a page; QEMU leaves them as they are."""
+    fd = os.memfd_create("twin-stream", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    head = encode_head(
+        state.machine,
+        [BlockSpec(name, length, state.page_size) for name, length in state.blocks.items()],
+        target_page_bits=state.target_page_bits, uuid=state.uuid,
+    )
+    for piece in head.pieces:
+        os.pwrite(fd, piece.data, piece.offset)
+    os.pwrite(fd, encode_tail(
+        sections=state.sections, description=state.description, page_size=state.page_size,
+    ), head.tail_offset)
+    reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, reader)
+    return reader
+
+
+async def _migrate(qemu: Launched, state: DeviceState) -> DeviceState:
+    """What the twin has, as ``migrate`` writes it: described, without guest memory."""
+    monitor = qemu.monitor
+    await monitor.execute("migrate-set-capabilities", {"capabilities": [
+        {"capability": "mapped-ram", "state": False},
+        {"capability": IGNORE_SHARED, "state": True},
+    ]})
+    await monitor.execute("migrate-set-parameters", {"max-bandwidth": 0})
+    with memory_file() as (written, read):
+        async with monitor.fdset({"device-state": written}) as fdset:
+            await monitor.execute("migrate", {"uri": f"file:/dev/fdset/{fdset}"})
+            while (answer := await monitor.execute("query-migrate"))["status"] != "completed":
+                if answer["status"] in ("failed", "cancelled"):
+                    raise QemuError(f"the twin's migration failed: {answer.get('error-desc', '')}")
+                await asyncio.sleep(_POLL)
+            return await asyncio.to_thread(
+                read_migrated, Descriptors(read), elsewhere=[*state.blocks]
+            )
