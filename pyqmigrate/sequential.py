@@ -39,6 +39,7 @@ from pyqmigrate.format.sequential import (
     SequentialStream,
     SequentialWalk,
     encode_end,
+    settings_of,
     encode_head,
     encode_part_header,
 )
@@ -141,6 +142,10 @@ class SequentialWriter(StreamWriter):
                 machine, self.specs, target_page_bits=target_page_bits, uuid=uuid,
                 ignore_shared=left_out is not None, before=before,
             )
+            self.settings = settings_of(
+                machine, target_page_bits=target_page_bits, uuid=uuid,
+                ignore_shared=left_out is not None,
+            )
             self._names = [core_name(spec.name) for spec in self.specs]
             self._blocks = [_core_block(spec.length, spec.page_size) for spec in self.specs]
             self._open(target, DirectIO.OFF)
@@ -172,7 +177,7 @@ class SequentialWriter(StreamWriter):
         switchover_start: bool = False,
     ) -> SaveReport:
         return self.finish_with([encode_end(
-            sections=sections, description=description, switchover_start=switchover_start,
+            settings=self.settings, sections=sections, description=description, switchover_start=switchover_start,
             page_size=self.specs[0].page_size,
         )])
 

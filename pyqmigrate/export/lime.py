@@ -36,6 +36,7 @@ def write_lime(
     channels: int = 2,
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
+    description: bytes | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> ImageReport:
     """Write the guest's memory as a LiME file, and wait until that is durable.
@@ -45,7 +46,7 @@ def write_lime(
     """
     if choice(DirectIO, direct_io, "direct_io") is DirectIO.ON:
         raise UsageError(f"direct I/O cannot write a LiME file: {_UNALIGNED}")
-    guest = Guest.of(snapshot, placements or (), progress)
+    guest = Guest.of(snapshot, placements or (), progress, description)
     headers, areas, at = [], [], 0
     for one in guest.ranges:
         headers.append((at, encode_header(one.address, one.length)))

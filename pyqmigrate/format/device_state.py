@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.cursor import ByteSource
+from pyqmigrate.format.description import parse
 from pyqmigrate.format.device_tree import Device, Field, State, Value
 from pyqmigrate.format.elements import Section, SectionKind
 from pyqmigrate.format.vmstate_types import GTREE, LISTS, VECTORS, decode_array, decode_one, width
@@ -35,6 +37,7 @@ __all__ = [
     "DescribedStream",
     "decode_device",
     "decode_devices",
+    "described_by",
     "described_devices",
 ]
 
@@ -105,6 +108,20 @@ def decode_devices(
         budget.spend(_SECTION_COST)
         entry = described.get((section.name, section.instance_id))
         yield decode_device(section, body, entry, budget)
+
+
+@dataclass(frozen=True)
+class _Redescribed:
+    sections: Sequence[Section]
+    description: Mapping[str, Any] | None
+
+
+def described_by(stream: DescribedStream, text: bytes | None) -> DescribedStream:
+    """Return ``stream`` with the description in JSON ``text`` instead of its own; None leaves it.
+
+    Raises :class:`SnapshotError` for text that is not a description.
+    """
+    return stream if text is None else _Redescribed(stream.sections, parse(text))
 
 
 class Budget:

@@ -34,7 +34,7 @@ from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, UsageE
 from pyqmigrate.format.description import HEADER_LENGTH as DESCRIPTION_HEADER
 from pyqmigrate.format.device_walk import HEADER_LENGTH, walk_devices
 from pyqmigrate.format.devices import DeviceSection, encode_devices, global_state, run_state_of
-from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind
+from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.format.sequential import SequentialStream
 from pyqmigrate.io.channels import Job, check_channels
@@ -47,7 +47,8 @@ from pyqmigrate.spelling import choice
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["DeviceState", "memory_file", "read_devices", "read_migrated", "start_snapshot"]
+__all__ = ["DeviceState", "memory_file", "read_devices", "read_migrated", "sections_of",
+           "start_snapshot"]
 
 _SWITCHOVER = "switchover-start"
 _GLOBAL_STATE = "globalstate"
@@ -125,7 +126,7 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
             uuid=stream.uuid,
             blocks={block.name: block.length for block in stream.blocks},
             carried={n: memory for n, memory in memories.items() if n not in report.skipped},
-            sections=_sections_of(opened, stream),
+            sections=sections_of(opened, stream),
             devices=_names(stream.sections),
             description=_description_of(opened, stream),
             run_state=run_state_of(report.devices),
@@ -135,8 +136,11 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
         opened.close()
 
 
-def _sections_of(source: InputTarget, stream: SequentialStream) -> bytes:
-    """Everything between RAM's END and the end-of-stream byte, if only devices are there."""
+def sections_of(source: InputTarget, stream: Stream | SequentialStream) -> bytes:
+    """Return everything between RAM's END and the end-of-stream byte, if only devices are there.
+
+    Raises SnapshotError where the end of the stream is missing, NotSupported for other sections.
+    """
     if not stream.complete:
         raise SnapshotError(
             "the end of the stream is missing: device state is cut off", offset=stream.end

@@ -162,7 +162,7 @@ def _start(
             writer.begin()
             writer.write_pages()
             tell()
-            return writer.finish_with(_tail(state, describing, target))
+            return writer.finish_with(_tail(state, describing, writer))
         finally:
             writer.close()
 
@@ -175,16 +175,16 @@ def _start(
 
 
 def _tail(
-    state: DeviceState, describing: Describing | None, target: OutputTarget
+    state: DeviceState, describing: Describing | None, writer: Writer
 ) -> Iterator[bytes]:
     """What follows the pages. The file goes to disk while the description is waited for."""
     described = None
     if describing is not None:
         if not describing.ready:
-            target.flush()
+            writer.target.flush()
         described = describing.wait()
     yield encode_tail(
-        sections=state.sections, description=described or state.description,
+        settings=writer.settings, sections=state.sections, description=described or state.description,
         switchover_start=state.switchover_start, page_size=state.page_size,
     )
 

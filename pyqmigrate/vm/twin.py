@@ -23,23 +23,28 @@ import contextlib
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError
 from pyqmigrate.format.configuration import IGNORE_SHARED
 from pyqmigrate.format.described import check_described
+from pyqmigrate.format.elements import SectionKind
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.format.stream import encode_head, encode_tail
 from pyqmigrate.io.target import Descriptors
+from pyqmigrate.opened import OpenedBlock
+from pyqmigrate.opening import AnySnapshot
 from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.device_state import DeviceState, memory_file, read_migrated
+from pyqmigrate.vm.device_state import DeviceState, memory_file, read_migrated, sections_of
+from pyqmigrate.vm.image_size import image_size
 from pyqmigrate.vm.launch import Launched, launch
 from pyqmigrate.vm.loading import Incoming, take_in
 from pyqmigrate.vm.original import Original
 from pyqmigrate.vm.twin_command import Sizes, make_twin
 from pyqmigrate.vm.unbroken import unbroken
 
-__all__ = ["TIMEOUT", "describe"]
+__all__ = ["TIMEOUT", "describe", "describe_snapshot"]
 
 TIMEOUT = 10.0  # seconds from the twin's start to its description
 _POLL = 0.002  # seconds
@@ -73,6 +78,39 @@ async def describe(
     except (PyqmigrateError, ValueError) as error:
         raise NotSupported(f"the twin is another machine: {error}") from error
     return theirs.description
+
+
+async def describe_snapshot(snapshot: AnySnapshot, command: Sequence[str]) -> bytes:
+    """Return the description of an open snapshot's device state: JSON text as QEMU writes it.
+
+    command: the command line that the VM was started with, the program first. Images that it names
+        are looked at for their sizes only, and the twin does not open them.
+
+    Raises NotSupported with the reason when no twin is possible, UsageError for a command line that
+    cannot be one, SnapshotError, TargetError.
+    """
+    original = Original.of_command(CommandLine.parse(command))
+    state = await asyncio.to_thread(_state_of, snapshot)
+    return await describe(original, state, image_size)
+
+
+def _state_of(snapshot: AnySnapshot) -> DeviceState:
+    stream = snapshot.stream
+    devices = [s for s in stream.sections if s.kind is SectionKind.FULL]
+    blocks: dict[str, OpenedBlock] = {**snapshot.blocks}
+    return DeviceState(
+        machine=stream.machine,
+        page_size=next(block.page_size for block in blocks.values()),
+        target_page_bits=stream.target_page_bits,
+        uuid=stream.uuid,
+        blocks={name: block.length for name, block in blocks.items()},
+        carried={},
+        sections=sections_of(snapshot.source, stream),
+        devices=tuple((section.name, section.instance_id) for section in devices),
+        description=None,
+        run_state=None,
+        switchover_start=False,
+    )
 
 
 async def _migrated_by_twin(
@@ -142,7 +180,8 @@ def _stream(state: DeviceState, stack: contextlib.ExitStack) -> int:
     for piece in head.pieces:
         os.pwrite(fd, piece.data, piece.offset)
     os.pwrite(fd, encode_tail(
-        sections=state.sections, description=state.description, page_size=state.page_size,
+        settings=head.configuration, sections=state.sections, description=state.description,
+        page_size=state.page_size,
     ), head.tail_offset)
     reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     stack.callback(os.close, reader)
