@@ -47,10 +47,15 @@ class Parser(argparse.ArgumentParser):
     """
 
     _offered: tuple[str, Sequence[str]] | None = None
+    _takes_command = False
 
     def offer(self, package: str, names: Sequence[str]) -> None:
         """Take one of the verbs ``names``, modules of ``package`` with an ``add_parser``."""
         self._offered = package, names
+
+    def take_command(self) -> None:
+        """Keep what comes after ``--`` apart, as ``command``: a list of words, perhaps empty."""
+        self._takes_command = True
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -63,11 +68,17 @@ class Parser(argparse.ArgumentParser):
             for name in [name for name in names if name in given[:1]] or names:
                 importlib.import_module(f"{package}.{name}").add_parser(verbs)
         end = given.index("--") if "--" in given else len(given)
+        command = given[end + 1 :]
+        if self._takes_command:
+            given = given[:end]
         if _SEAL in self._option_string_actions:
             given[:end] = [
                 f"{_SEAL}={Algorithm.XXH3_128}" if text == _SEAL else text for text in given[:end]
             ]
-        return super().parse_known_args(given, namespace)
+        parsed, unknown = super().parse_known_args(given, namespace)
+        if self._takes_command:
+            parsed.command = command
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         raise BadArguments(message, self.format_usage())

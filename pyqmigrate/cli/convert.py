@@ -19,7 +19,12 @@ it cannot be SRC, under whatever name.
 For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
 the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places one
 by hand (a memory module that was plugged in), instead of what would be found for it. Numbers are
-bytes, decimal or 0x. ``--byte-order`` says what a Power guest's is in an elf file where there is no
+bytes, decimal or 0x.
+
+--describe, with the VM's command line after --, has device state described that SRC does not
+describe (see vm save --describe): a mapped-ram file or a stream then carries the description, and
+an elf file has registers. A QEMU of that machine, which never runs, makes it; it opens neither
+disks nor sockets of the VM. ``--byte-order`` says what a Power guest's is in an elf file where there is no
 device state to tell.
 
 JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
@@ -36,6 +41,7 @@ import os
 from dataclasses import asdict
 
 from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_verb
+from pyqmigrate.cli.describe import HINT, add_describe, description_for
 from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
@@ -69,6 +75,7 @@ def add_parser(verbs: Verbs) -> None:
         "--byte-order", choices=["little", "big"], default=None,
         help="of the guest, in an elf file (default: as the device state has it)",
     )
+    add_describe(parser)
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
@@ -93,7 +100,7 @@ def _read_placement(text: str) -> GivenPlacement:
 
 def _run(args: argparse.Namespace) -> Outcome:
     with (
-        opened(args, args.snapshot, one_pass=True) as snapshot, shown("convert") as show,
+        opened(args, args.snapshot, one_pass=not args.describe) as snapshot, shown("convert") as show,
         contextlib.ExitStack() as stack,
     ):
         memories = {}
@@ -101,10 +108,11 @@ def _run(args: argparse.Namespace) -> Outcome:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             stack.callback(os.close, fd)
             memories[name] = FileMemory(fd)
+        description = description_for(args, snapshot)
         report = convert(
             snapshot, args.target, to=args.to, channels=args.channels, direct_io=args.direct_io,
             sparse=args.sparse, memories=memories, placements=args.map,
-            byte_order=args.byte_order, progress=show,
+            byte_order=args.byte_order, description=description, progress=show,
         )
     data = {
         "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),
@@ -118,7 +126,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         f"{show_size(report.bytes_written)} written in {report.seconds:.2f} s, {rate} MiB/s",
     ]
     if isinstance(report, ImageReport):
-        registers = [f"registers of {counted(report.cpus, 'CPU')}"] if args.to == Form.ELF else []
+        registers = _registers(report) if args.to == Form.ELF else []
         lines = [*_ranges(report), *lines, *registers, *_left_out(report)]
     return Outcome(data, lines)
 
@@ -129,6 +137,12 @@ def _ranges(report: ImageReport) -> list[str]:
         for one in report.ranges
     ]
     return table(("block", "address", "from byte", "length"), rows)
+
+
+def _registers(report: ImageReport) -> list[str]:
+    if report.cpus:
+        return [f"registers of {counted(report.cpus, 'CPU')}"]
+    return [f"no registers: the file does not describe its devices ({HINT} does)"]
 
 
 def _left_out(report: ImageReport) -> list[str]:
