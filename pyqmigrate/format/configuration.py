@@ -72,15 +72,16 @@ def encode(configuration: Configuration) -> bytes:
 def described(configuration: Configuration) -> dict[str, Any]:
     """Return the description of what :func:`encode` writes, as QEMU's JSON has it.
 
-    Each entry of an array of names is listed singly, since they differ in size.
+    The entries of an array of names are listed singly, since they differ in size.
     """
     subsections = []
     if configuration.target_page_bits is not None:
         subsections.append(_described(_PAGE_BITS, [_field("target_page_bits", "uint32", 4)]))
     if configuration.capabilities:
+        several = len(configuration.capabilities) > 1
         names = [
-            _field("capabilities", "capability", len(_str8(name)), index=number)
-            for number, name in enumerate(configuration.capabilities)
+            _field("capabilities", "capability", len(_str8(name)), **{"index": n} if several else {})
+            for n, name in enumerate(configuration.capabilities)
         ]
         subsections.append(_described(_CAPABILITIES, [_field("caps_count", "uint32", 4), *names]))
     if configuration.uuid is not None:
