@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pyqmigrate.format.configuration import Configuration, described, encode
 from pyqmigrate.format.description import describes_devices, with_configuration
+from tests.format.described_reader import DescribedReader
 
 UUID = bytes(range(16))
 CONFIGURATIONS = [
@@ -21,44 +22,11 @@ CONFIGURATIONS = [
 ]
 
 
-class Reader:
-    """Reads bytes as a description says, the way QEMU's analyze-migration.py does."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.at = 0
-
-    def take(self, size: int) -> bytes:
-        piece = self.data[self.at : self.at + size]
-        assert len(piece) == size
-        self.at += size
-        return piece
-
-    def text(self) -> str:
-        return self.take(self.take(1)[0]).decode()
-
-    def state(self, state: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for field in state["fields"]:
-            for _ in range(field.get("array_len", 1)):
-                value: Any = self.take(field["size"])
-                if field["type"] == "capability":
-                    assert value[0] == len(value) - 1
-                    value = value[1:].decode()
-                found.setdefault(field["name"], []).append(value)
-        for subsection in state.get("subsections", ()):
-            assert self.take(1) == b"\x05"
-            assert self.text() == subsection["vmsd_name"]
-            assert self.take(4) == b"\0\0\0\1"
-            found[subsection["vmsd_name"]] = self.state(subsection)
-        return found
-
-
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_reader_that_knows_the_description_only_reads_the_configuration(
     configuration: Configuration
 ) -> None:
-    reader = Reader(encode(configuration))
+    reader = DescribedReader(encode(configuration))
     found = reader.state(described(configuration))
     assert reader.at == len(reader.data)
     assert found["name"] == [configuration.machine.encode()]
