@@ -46,8 +46,8 @@ class Devices:
     """The device sections of a file, as far as they were asked for, in the order of the stream.
 
     ``machine`` is None in a file of device state alone. ``described`` is False where the file does
-    not describe them: each then is opaque, or one buffer. ``opaque_tail`` says that the sections could not
-    be told apart up to the end: the last ones are missing.
+    not describe them: each then is opaque, or one buffer. ``opaque_tail`` says that the sections
+    could not be told apart up to the end: the last ones are missing.
     """
 
     machine: str | None
@@ -107,7 +107,8 @@ def _decode_snapshot(
         snapshot.read_through(progress)
     stream = snapshot.stream
     return _decode(
-        snapshot.source, described_by(stream, description), stream.machine, stream.opaque_tail, name, section_id
+        snapshot.source, described_by(stream, description), stream.machine, stream.opaque_tail,
+        name, section_id,
     )
 
 

@@ -221,8 +221,8 @@ class Writer(StreamWriter):
     ) -> SaveReport:
         """Write bitmaps and tail (device ``sections`` verbatim), then publish."""
         return self.finish_with([encode_tail(
-            settings=self.settings, sections=sections, description=description, switchover_start=switchover_start,
-            page_size=self.head.blocks[0].page_size,
+            settings=self.settings, sections=sections, description=description,
+            switchover_start=switchover_start, page_size=self.head.blocks[0].page_size,
         )])
 
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:

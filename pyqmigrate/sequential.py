@@ -39,9 +39,9 @@ from pyqmigrate.format.sequential import (
     SequentialStream,
     SequentialWalk,
     encode_end,
-    settings_of,
     encode_head,
     encode_part_header,
+    settings_of,
 )
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
@@ -177,8 +177,8 @@ class SequentialWriter(StreamWriter):
         switchover_start: bool = False,
     ) -> SaveReport:
         return self.finish_with([encode_end(
-            settings=self.settings, sections=sections, description=description, switchover_start=switchover_start,
-            page_size=self.specs[0].page_size,
+            settings=self.settings, sections=sections, description=description,
+            switchover_start=switchover_start, page_size=self.specs[0].page_size,
         )])
 
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:

@@ -24,8 +24,8 @@ bytes, decimal or 0x.
 --describe, with the VM's command line after --, has device state described that SRC does not
 describe (see vm save --describe): a mapped-ram file or a stream then carries the description, and
 an elf file has registers. A QEMU of that machine, which never runs, makes it; it opens neither
-disks nor sockets of the VM. ``--byte-order`` says what a Power guest's is in an elf file where there is no
-device state to tell.
+disks nor sockets of the VM. ``--byte-order`` says what a Power guest's is in an elf file where
+there is no device state to tell.
 
 JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
 elf and lime, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,
@@ -100,8 +100,8 @@ def _read_placement(text: str) -> GivenPlacement:
 
 def _run(args: argparse.Namespace) -> Outcome:
     with (
-        opened(args, args.snapshot, one_pass=not args.describe) as snapshot, shown("convert") as show,
-        contextlib.ExitStack() as stack,
+        opened(args, args.snapshot, one_pass=not args.describe) as snapshot,
+        shown("convert") as show, contextlib.ExitStack() as stack,
     ):
         memories = {}
         for name, path in args.memory:

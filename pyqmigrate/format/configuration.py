@@ -80,7 +80,7 @@ def described(configuration: Configuration) -> dict[str, Any]:
     if configuration.capabilities:
         several = len(configuration.capabilities) > 1
         names = [
-            _field("capabilities", "capability", len(_str8(name)), **{"index": n} if several else {})
+            _field("capabilities", "capability", len(_str8(name)), index=n if several else None)
             for n, name in enumerate(configuration.capabilities)
         ]
         subsections.append(_described(_CAPABILITIES, [_field("caps_count", "uint32", 4), *names]))
@@ -97,8 +97,12 @@ def _described(name: str, fields: list[dict[str, Any]]) -> dict[str, Any]:
     return {"vmsd_name": name, "version": _VERSION, "fields": fields}
 
 
-def _field(name: str, kind: str, size: int, **more: int) -> dict[str, Any]:
-    return {"name": name, **more, "type": kind, "size": size}
+def _field(
+    name: str, kind: str, size: int, *, index: int | None = None, array_len: int | None = None
+) -> dict[str, Any]:
+    place = {"index": index, "array_len": array_len}
+    given = {key: value for key, value in place.items() if value is not None}
+    return {"name": name, **given, "type": kind, "size": size}
 
 
 def read(cursor: Cursor) -> Configuration:

@@ -152,8 +152,8 @@ def encode_tail(
     """
     part = encode_part_header() + RAM_EOS
     return RAM_EOS + part + encode_end(
-        settings=settings, sections=sections, description=description, switchover_start=switchover_start,
-        page_size=page_size,
+        settings=settings, sections=sections, description=description,
+        switchover_start=switchover_start, page_size=page_size,
     )
 
 

@@ -19,10 +19,11 @@ from pyqmigrate.vm.device_state import DeviceState
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.original import Original
 from pyqmigrate.vm.twin import TIMEOUT, describe
+from pyqmigrate.vm.twin_command import make_twin
 
-__all__ = ["CURE", "Describing"]
+__all__ = ["Describing", "why_not_described"]
 
-CURE = "pyqmigrate convert SNAPSHOT NEW --to mapped-ram --describe -- QEMU'S COMMAND LINE"
+_CURE = "pyqmigrate convert SNAPSHOT NEW --to mapped-ram --describe -- QEMU'S COMMAND LINE"
 _END = 5.0  # seconds that the end of a twin may take
 
 
@@ -34,10 +35,7 @@ class Describing:
 
     def __init__(self, guest: Guest) -> None:
         self.note = ""
-        self._sizes = {
-            name: disk.size
-            for disk in guest.disks for name in (disk.device, disk.node, disk.file) if disk.size
-        }
+        self._sizes = _sizes(guest)
         self._result: Future[bytes | None] = Future()
         self._task: asyncio.Task[None] | None = None
         self._original: Original | None = None
@@ -96,6 +94,29 @@ class Describing:
     def _refuse(self, error: NotSupported) -> None:
         self.note = (
             f"device state is saved without its description ({error}): devices and the registers "
-            f"of an ELF core need it; this adds it: {CURE}"
+            f"of an ELF core need it; this adds it: {_CURE}"
         )
         self.cancel()
+
+
+def why_not_described(guest: Guest) -> str:
+    """Return why a save that leaves the description to a twin would have none, as far as can be
+    seen before; empty where nothing is against it."""
+    try:
+        original = Original.of_process(guest.pid)
+        try:
+            blocks = {block.name: block.length for block in guest.blocks}
+            make_twin(original.command, blocks, _sizes(guest).get, lambda length: "")
+        finally:
+            original.close()
+    except NotSupported as error:
+        return str(error)
+    return ""
+
+
+def _sizes(guest: Guest) -> dict[str, int]:
+    """The sizes of images by every name that an option can have for them."""
+    return {
+        name: disk.size
+        for disk in guest.disks for name in (disk.device, disk.node, disk.file) if disk.size
+    }

@@ -184,8 +184,9 @@ def _tail(
             writer.target.flush()
         described = describing.wait()
     yield encode_tail(
-        settings=writer.settings, sections=state.sections, description=described or state.description,
-        switchover_start=state.switchover_start, page_size=state.page_size,
+        settings=writer.settings, sections=state.sections,
+        description=described or state.description, switchover_start=state.switchover_start,
+        page_size=state.page_size,
     )
 
 

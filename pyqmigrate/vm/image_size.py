@@ -1,4 +1,4 @@
-"""How large a disk image is for a guest, by its file. Only the header is read, and no lock taken."""
+"""How large a disk image is for a guest. Only its header is read, and no lock is taken."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ class Original:
             raise NotSupported("its process is not known")
         process = Path(f"/proc/{pid}")
         try:
-            words = [os.fsdecode(word) for word in _read(process / "cmdline").split(b"\0")[:-1]]
+            text = (process / "cmdline").read_bytes()
+            words = [os.fsdecode(word) for word in text.split(b"\0")[:-1]]
             before = (*_user_words(process), *_directory_words(process))
             _check_place(process)
             command = CommandLine.parse(words)
@@ -82,10 +83,6 @@ class Original:
             os.close(self.program)
 
 
-def _read(path: Path) -> bytes:
-    return path.read_bytes()
-
-
 def _check_place(process: Path) -> None:
     """Outside of its container a program could reach what it cannot reach in there."""
     for name in _NAMESPACES:
@@ -97,7 +94,10 @@ def _check_place(process: Path) -> None:
 
 
 def _check_program(fd: int) -> None:
+    """A process that is confined may not run what others put in the place of its program."""
     info = os.fstat(fd)
+    if info.st_uid == os.geteuid() != 0:
+        return
     if info.st_uid not in (0, os.geteuid()) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NotSupported(
             "its program belongs to another user than root and this one, or others may write it"

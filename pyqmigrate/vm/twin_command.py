@@ -40,9 +40,9 @@ Sizes = Callable[[str], int | None]
 # Options that shape the machine and are passed on as they are. Files that they name are read only.
 _KEPT = frozenset({
     "L", "accel", "acpitable", "action", "append", "bios", "boot", "cpu", "dtb", "enable-kvm",
-    "fw_cfg", "g", "global", "icount", "initrd", "kernel", "m", "no-acpi", "no-fd-bootchk", "no-hpet", "no-user-config", "nodefaults", "nographic", "numa",
-    "old-param", "option-rom", "prom-env", "rtc", "sandbox", "shim", "smbios", "smp", "usb",
-    "uuid", "vga",
+    "fw_cfg", "g", "global", "icount", "initrd", "kernel", "m", "no-acpi", "no-fd-bootchk",
+    "no-hpet", "no-user-config", "nodefaults", "nographic", "numa", "old-param", "option-rom",
+    "prom-env", "rtc", "sandbox", "shim", "smbios", "smp", "usb", "uuid", "vga",
 })  # fmt: skip
 # Options for the host, for people, or for what a guest does when it runs.
 _DROPPED = frozenset({
@@ -178,7 +178,9 @@ class _Rewriter:
     def _drive(self, option: Option) -> Iterator[Option]:
         given = option.properties()
         kept = {key: given[key] for key in _DRIVE_KEYS if key in given}
-        kept |= {"readonly": given[key] for key in _READ_ONLY if key in given}
+        read_only = next((given[key] for key in _READ_ONLY if key in given), None)
+        if read_only is not None:
+            kept["readonly"] = read_only
         image = given.get("file") or given.get("file.filename", "")
         text = ",".join(f"{key}={escape(value)}" for key, value in kept.items())
         if not image and "driver" not in given and "file.driver" not in given:

@@ -1,7 +1,7 @@
 """QEMU's own reader of migration files, analyze-migration.py, as a client.
 
-There are two: of the QEMU that is installed, and of the newest whose source can be had. A reader from
-before QEMU 11 does not know mapped-ram files, not even QEMU's own.
+There are two: of the QEMU that is installed, and of the newest whose source is available. A reader
+from before QEMU 11 does not know mapped-ram files, not even QEMU's own.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from pyqmigrate.errors import NotSupported
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.vm import twin
+from pyqmigrate.vm.check import check
 from pyqmigrate.vm.launch import Launched
 from pyqmigrate.vm.loading import Incoming
 from pyqmigrate.vm.save import save
@@ -47,7 +48,8 @@ def machines(disk: Path) -> dict[str, tuple[str, ...]]:
             "-drive", f"file={disk}/d.img,format=raw,if=floppy",
             "-device", "virtio-scsi-pci", "-drive", f"file={disk}/sd.img,format=raw,if=none,id=s",
             "-device", "scsi-hd,drive=s",
-            "-netdev", "user,id=n0,hostfwd=tcp:127.0.0.1:0-:22", "-device", "virtio-net-pci,netdev=n0", "-chardev",
+            "-netdev", "user,id=n0,hostfwd=tcp:127.0.0.1:0-:22",
+            "-device", "virtio-net-pci,netdev=n0", "-chardev",
             f"socket,id=c0,path={disk}/c0,server=on,wait=off", "-device", "virtio-serial-pci",
             "-device", "virtserialport,chardev=c0", "-smp", "2", "-vga", "std",
             "-parallel", f"file:{disk}/parallel",
@@ -216,7 +218,8 @@ def test_save_that_could_not_be_described_is_described_later(disk: Path) -> None
     told = json.loads(pyqmigrate("devices", s, "cpu", "--json", "--describe", "--", *command))
     assert told["described"] is True
     for form in ("mapped-ram", "stream", "elf"):
-        said = pyqmigrate("convert", s, str(disk / form), "--to", form, "--describe", "--", *command)
+        target = str(disk / form)
+        said = pyqmigrate("convert", s, target, "--to", form, "--describe", "--", *command)
         assert "registers of 1 CPU" in said or form != "elf"
         if form != "elf":
             assert described_as(disk / form) == described_as(disk / "known")
@@ -232,6 +235,47 @@ def test_snapshot_is_not_described_by_another_machine(disk: Path) -> None:
             with pytest.raises(NotSupported):
                 asyncio.run(describe_snapshot(snapshot, [*words, *other]))
         assert asyncio.run(describe_snapshot(snapshot, words))
+
+
+def test_check_says_what_stands_against_a_twin(disk: Path) -> None:
+    forwarded = ("-netdev", f"user,id=n0,{FORWARD}", "-device", "virtio-net-pci,netdev=n0")
+    for extra, expected in ((forwarded, [True]), ((), [])):
+        with BareQemu("-m", "32", *extra) as qemu:
+            report = qemu.run(check)
+        assert ["without its description" in note for note in report.notes] == expected
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root saves the guests of others")
+def test_twin_is_of_the_user_that_its_original_is(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = []
+    real = twin.take_in
+
+    async def looked(qemu: Launched, incoming: Incoming) -> float:
+        status = Path(f"/proc/{qemu.process.pid}/status").read_text()
+        users.extend(line.split()[1:] for line in status.splitlines() if line[:3] in ("Uid", "Gid"))
+        return await real(qemu, incoming)
+
+    monkeypatch.setattr(twin, "take_in", looked)
+    nobody = ["setpriv", "--reuid=65534", "--regid=65533", "--clear-groups", "--"]
+    disk.chmod(0o777)
+    with BareQemu("-m", "32", before=nobody, socket=disk / "qmp", cwd=Path("/")) as qemu:
+        wait_until(qemu.socket.exists, qemu.stderr)
+        report = asyncio.run(save(qemu.socket, disk / "s"))
+    assert report.notes == ()
+    assert users == [["65534"] * 4, ["65533"] * 4]
+
+
+def test_original_in_a_container_has_no_twin(disk: Path) -> None:
+    apart = ["unshare", "--map-root-user", "--mount", "--"]
+    if subprocess.run([*apart, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces can be made here")
+    with BareQemu("-m", "32", before=apart) as qemu:
+        wait_until(qemu.socket.exists, qemu.stderr)
+        report = asyncio.run(save(qemu.socket, disk / "s", engine="auto"))
+    if report.engine == "direct":
+        assert any("container" in note for note in report.notes)
 
 
 def test_device_that_was_plugged_in_is_told(disk: Path) -> None:

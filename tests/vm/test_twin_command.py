@@ -89,7 +89,7 @@ def made(text: str) -> list[str]:
         ("-net nic,model=rtl8139", "-net nic,model=rtl8139"),
         ("-object rng-random,id=r,filename=/dev/hwrng", "-object rng-builtin,id=r"),
         ("-object iothread,id=t", "-object iothread,id=t"),
-        ("-device virtio-blk-pci,drive=d0,iothread=t", "-device virtio-blk-pci,drive=d0,iothread=t"),
+        ("-device virtio-blk-pci,drive=d0", "-device virtio-blk-pci,drive=d0"),
         ("-usbdevice tablet", "-usbdevice tablet"),
         ("-cpu host -smp 4 -vga qxl", "-cpu host|-smp 4|-vga qxl"),
         ("-M q35,dumpdtb=/x,nvdimm=on", "-machine q35,nvdimm=on"),
