@@ -46,16 +46,12 @@ class Parser(argparse.ArgumentParser):
     Verbs that are offered are modules; only that of the verb which is asked for is imported.
     """
 
+    takes_command_line = False  # of a VM, behind --: it becomes the attribute ``command``
     _offered: tuple[str, Sequence[str]] | None = None
-    _takes_command = False
 
     def offer(self, package: str, names: Sequence[str]) -> None:
         """Take one of the verbs ``names``, modules of ``package`` with an ``add_parser``."""
         self._offered = package, names
-
-    def take_command(self) -> None:
-        """Keep what comes after ``--`` apart, as ``command``: a list of words, perhaps empty."""
-        self._takes_command = True
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -68,16 +64,16 @@ class Parser(argparse.ArgumentParser):
             for name in [name for name in names if name in given[:1]] or names:
                 importlib.import_module(f"{package}.{name}").add_parser(verbs)
         end = given.index("--") if "--" in given else len(given)
-        command = given[end + 1 :]
-        if self._takes_command:
-            given = given[:end]
         if _SEAL in self._option_string_actions:
             given[:end] = [
                 f"{_SEAL}={Algorithm.XXH3_128}" if text == _SEAL else text for text in given[:end]
             ]
-        parsed, unknown = super().parse_known_args(given, namespace)
-        if self._takes_command:
-            parsed.command = command
+        if not self.takes_command_line:
+            return super().parse_known_args(given, namespace)
+        parsed, unknown = super().parse_known_args(given[:end], namespace)
+        if words := getattr(parsed, "command", []) and parsed.command + unknown:
+            self.error(f"-- must come before {words[0]}: SNAPSHOT -- {words[0]} ...")
+        parsed.command = given[end + 1 :]
         return parsed, unknown
 
     def error(self, message: str) -> NoReturn:

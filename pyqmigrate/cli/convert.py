@@ -21,10 +21,10 @@ the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,S
 by hand (a memory module that was plugged in), instead of what would be found for it. Numbers are
 bytes, decimal or 0x.
 
---describe, with the VM's command line after --, has device state described that SRC does not
-describe (see vm save --describe): a mapped-ram file or a stream then carries the description, and
-an elf file has registers. A QEMU of that machine, which never runs, makes it; it opens neither
-disks nor sockets of the VM. ``--byte-order`` says what a Power guest's is in an elf file where
+--describe has device state described that SRC does not describe (see vm save --describe): a
+mapped-ram file or a stream then carries the description, and an elf file has registers. A QEMU of
+the VM's machine, which never runs, makes it; the VM's command line is that of the record beside SRC
+(SRC.vm.json), or comes after --. Neither disks nor sockets of the VM are opened. ``--byte-order`` says what a Power guest's is in an elf file where
 there is no device state to tell.
 
 JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for

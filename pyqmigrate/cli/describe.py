@@ -14,34 +14,30 @@ if TYPE_CHECKING:
 
 __all__ = ["add_describe", "description_for"]
 
-HINT = "--describe -- QEMU'S COMMAND LINE"
+HINT = "--describe"
 
 
 def add_describe(parser: Parser) -> None:
     """Add ``--describe``, and the command line that may come after ``--``."""
     parser.add_argument(
         "--describe", action="store_true",
-        help="describe device state that the file does not describe, by a QEMU that never runs: "
-        "its command line comes last, after --",
+        help="describe device state that the file does not describe, by a QEMU that never runs; "
+        "the VM's command line is that of the record beside the file, or comes last, after --",
     )
-    parser.take_command()
+    parser.takes_command_line = True
 
 
 def description_for(args: argparse.Namespace, snapshot: AnySnapshot) -> bytes | None:
     """Return the description that was asked for, None where none was.
 
-    Raises UsageError without a command line, NotSupported where the device state cannot be
+    Raises UsageError where no command line is known, NotSupported where the device state cannot be
     described.
     """
     if not args.describe:
         if args.command:
             raise UsageError("a command line after -- is for --describe")
         return None
-    if not args.command:
-        raise UsageError(
-            f"which machine the snapshot is of is not known: give the VM's command line, {HINT}"
-        )
     # The library for QMP is an extra: what does not need it works without.
     from pyqmigrate.vm.twin import describe_snapshot
 
-    return asyncio.run(describe_snapshot(snapshot, args.command))
+    return asyncio.run(describe_snapshot(snapshot, args.command or None))

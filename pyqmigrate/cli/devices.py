@@ -5,8 +5,9 @@ Of any snapshot that info opens, or of what xen-save-devices-state wrote. NAME a
 shown as they are.
 
 Device state that the file does not describe (see vm save --describe) can be described with
---describe and the VM's command line after --: a QEMU of that machine, which never runs, loads the
-device state and writes its description. It opens neither disks nor sockets of the VM.
+--describe: a QEMU of the VM's machine, which never runs, loads the device state and writes its
+description. The VM's command line is that of the record beside the file (SNAPSHOT.vm.json), or
+comes after --. Neither disks nor sockets of the VM are opened.
 
 JSON: ``snapshot``; ``machine`` (null where the file does not tell); ``described`` (false: the file
 has no description of its devices, and they are bytes); ``opaque_tail`` (true: the last devices are

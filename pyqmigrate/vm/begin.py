@@ -6,6 +6,7 @@ starts: that takes Python as long as QEMU.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pyqmigrate.vm.incoming import make_incoming
 from pyqmigrate.vm.memory_backends import Mapped, map_blocks
 from pyqmigrate.vm.ram_files import RamFiles
 from pyqmigrate.vm.request import Request
+from pyqmigrate.vm.restore_command import ChosenCommand, choose_command
 from pyqmigrate.vm.source import Source
 from pyqmigrate.vm.starting import Started, start
 
@@ -77,15 +79,18 @@ class Early:
     command: CommandLine
     request: Request
     notes: tuple[str, ...]
+    chosen: ChosenCommand
 
     def end(self) -> None:
         """May be repeated."""
         self.begun.end()
         self.begun.source.close()
+        self.chosen.discard()
 
 
 def begin(
-    snapshot: Target, command: Sequence[str], request: Request, *, offset: int | None = None
+    snapshot: Target, command: Sequence[str] | None, request: Request, *,
+    offset: int | None = None,
 ) -> Early | None:
     """Begin an instant restore; arguments as for :func:`pyqmigrate.vm.restore`.
 
@@ -114,14 +119,15 @@ def begin(
 
 
 def _begin(
-    snapshot: Target, words: Sequence[str], request: Request, offset: int | None
+    snapshot: Target, words: Sequence[str] | None, request: Request, offset: int | None
 ) -> Early:
-    parsed = CommandLine.parse(words)
     source = Source(snapshot, offset)
-    try:
-        command, request, notes = prepare(parsed, request)
+    with contextlib.ExitStack() as undo:
+        undo.callback(source.close)
+        chosen = choose_command(source, words, request.disks)
+        undo.callback(chosen.discard)
+        command, request, notes = prepare(chosen.command, request)
         mapped = map_blocks(command, source.snapshot, source.fd)
-        return Early(begin_mapped(source, mapped, request), command, request, notes)
-    except BaseException:
-        source.close()
-        raise
+        begun = begin_mapped(source, mapped, request)
+        undo.pop_all()
+        return Early(begun, command, request, (*chosen.notes, *notes), chosen)

@@ -24,10 +24,11 @@ from pyqmigrate.vm.command_line import CommandLine, Option
 from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.inherited import check_descriptors, descriptors_in_use
 from pyqmigrate.vm.memory_backends import map_blocks
-from pyqmigrate.vm.request import Mode, Request
+from pyqmigrate.vm.request import Disks, Mode, Request
+from pyqmigrate.vm.restore_command import ChosenCommand, CommandChoice
 from pyqmigrate.vm.restoring import RestoredVm, restore_from
 from pyqmigrate.vm.source import Source
-from pyqmigrate.vm.unbroken import unbroken
+from pyqmigrate.vm.unbroken import owned, unbroken
 from pyqmigrate.vm.written_files import written_files
 
 __all__ = ["Clone", "clone"]
@@ -44,19 +45,24 @@ class Clone:
 
 
 async def clone(
-    snapshot: Target, command: Sequence[str], count: int, *,
+    snapshot: Target, command: Sequence[str] | None = None, count: int = 1, *,
     directory: str | os.PathLike[str] = ".",
     mode: Mode | str = Mode.AUTO,
     paused: bool | None = None,
     offset: int | None = None,
     at_once: int | None = None,
     pass_fds: Collection[int] = (),
+    with_disks: bool = False,
+    disks_dir: str | os.PathLike[str] | None = None,
+    disks_as_they_are: bool = False,
 ) -> list[Clone]:
     """Restore ``count`` guests from one snapshot.
 
     ``{n}`` in a word of ``command`` is the number of the guest, from 1 on. Each gets a monitor
     ``directory/N.qmp`` of its own, and no standard input. ``at_once`` start at the same time (as
-    many as there are processors). mode, paused, offset: as for :func:`pyqmigrate.vm.restore`.
+    many as there are processors). command, mode, paused, offset, with_disks, disks_as_they_are: as
+    for :func:`pyqmigrate.vm.restore`; overlays are made in ``disks_dir`` (None: ``directory``),
+    their names begin with the number of the guest.
     Every guest gets all of ``pass_fds``; ``fd=1{n}`` gives guest 2 the use of descriptor 12.
 
     A guest that fails has its error in the list; the others go on. When the call is cancelled,
@@ -66,8 +72,8 @@ async def clone(
     """
     if count < 1:
         raise UsageError(f"{count} guests cannot be made")
-    wanted = CommandLine.parse(command)
-    commands = {number: wanted.filled_in(number) for number in range(1, count + 1)}
+    place = Path(directory if disks_dir is None else disks_dir)
+    disks = Disks(with_disks, place, disks_as_they_are)
     request = Request(
         choice(Mode, mode, "mode"), paused, stdin=subprocess.DEVNULL,
         pass_fds=check_descriptors(pass_fds),
@@ -79,16 +85,24 @@ async def clone(
         qmp = Path(directory) / f"{number}.qmp"
         async with turn:
             try:
-                vm = await restore_from(companions, commands[number], replace(request, qmp=qmp))
+                vm = await restore_from(companions, chosen[number], replace(request, qmp=qmp))
             except PyqmigrateError as error:
                 return Clone(number, qmp, error=error)
         started.append(vm)
         return Clone(number, qmp, vm)
 
     async with await Companions.open(snapshot, offset) as companions:
-        mode = _refuse_shared(commands, companions.source, request.mode)
+        chosen = await owned(
+            asyncio.to_thread(_choose, companions.source, command, count, disks), _discard
+        )
+        try:
+            commands = {number: each.command for number, each in chosen.items()}
+            mode = _refuse_shared(commands, companions.source, request.mode)
+        except BaseException:
+            _discard(chosen)
+            raise
         request = replace(request, mode=mode)
-        tasks = [asyncio.create_task(one(companions, number)) for number in commands]
+        tasks = [asyncio.create_task(one(companions, number)) for number in chosen]
         try:
             await asyncio.wait(tasks)
             return [task.result() for task in tasks]
@@ -96,7 +110,29 @@ async def clone(
             for task in tasks:
                 task.cancel()
             await unbroken(_ended(tasks, started))
+            _discard(chosen)
             raise
+
+
+def _choose(
+    source: Source, words: Sequence[str] | None, count: int, disks: Disks
+) -> dict[int, ChosenCommand]:
+    """The command line of each guest, with overlays of its own; all or none."""
+    choice = CommandChoice(source, words, disks)
+    chosen: dict[int, ChosenCommand] = {}
+    try:
+        for number in range(1, count + 1):
+            command = choice.command.filled_in(number) if words is not None else choice.command
+            chosen[number] = choice.settle(command, str(number))
+    except BaseException:
+        _discard(chosen)
+        raise
+    return chosen
+
+
+def _discard(chosen: dict[int, ChosenCommand]) -> None:
+    for each in chosen.values():
+        each.discard()
 
 
 async def _ended(tasks: Sequence[asyncio.Task[Clone]], started: Sequence[RestoredVm]) -> None:

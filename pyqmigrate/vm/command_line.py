@@ -21,7 +21,8 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.format.uri import parse_size
 
 __all__ = [
-    "CommandLine", "Option", "escape", "flatten", "is_on", "join_properties", "read_ram_size",
+    "CommandLine", "Option", "escape", "flatten", "is_on", "is_qemu", "join_properties",
+    "read_ram_size",
 ]  # fmt: skip
 
 # Options that take no value. Every other one takes the next word, whatever it looks like.
@@ -113,11 +114,13 @@ class CommandLine:
     """A program and its options, in order: later ones win.
 
     ``before`` are the words of a program that starts it: ``numactl --membind=0 qemu-system-...``.
+    ``directory`` is where it starts, and its relative names; None is this process's own.
     """
 
     program: str
     options: tuple[Option, ...]
     before: tuple[str, ...] = ()
+    directory: str | None = None
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Self:
@@ -128,7 +131,7 @@ class CommandLine:
             )
         options = []
         # A program of another name, which starts QEMU by itself, comes first.
-        at = next((n for n, word in enumerate(words) if _QEMU.search(word)), 0)
+        at = next((n for n, word in enumerate(words) if is_qemu(word)), 0)
         rest = iter(words[at + 1 :])
         for word in rest:
             if not word.startswith("-") or word == "-":
@@ -185,6 +188,11 @@ class CommandLine:
         )
         before = tuple(word.replace("{n}", str(number)) for word in self.before)
         return replace(self, options=tuple(options), before=before)
+
+
+def is_qemu(word: str) -> bool:
+    """Whether a word of a command line is the program QEMU, with or without its directory."""
+    return _QEMU.search(word) is not None
 
 
 def escape(value: str) -> str:

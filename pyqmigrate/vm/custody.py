@@ -40,6 +40,7 @@ from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.disks import DiskPlan
 from pyqmigrate.vm.guardian import Did
 from pyqmigrate.vm.guest import Guest
+from pyqmigrate.vm.recording import Recording
 from pyqmigrate.vm.settings import Changes
 from pyqmigrate.vm.unbroken import owned, unbroken
 
@@ -53,14 +54,15 @@ _OTHERS = 100  # moments for a migration of somebody else's
 
 class Custody:
     """``snapshot`` is the path of the file that is to be written, and ``plan`` has the snapshots
-    of disks that are taken along.
+    of disks that are taken along. ``recording`` sees the disks before the guest goes on.
 
     ``trouble`` is what could not be put back, in QEMU's words. Once the snapshot has its name, set
     ``published``: its disks are not touched any more.
     """
 
     def __init__(
-        self, monitor: Monitor, guest: Guest, snapshot: str, plan: DiskPlan | None = None
+        self, monitor: Monitor, guest: Guest, snapshot: str, plan: DiskPlan | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self.monitor = monitor
         self.guest = guest
@@ -69,6 +71,7 @@ class Custody:
         self._token = f"pyqmigrate-{secrets.token_hex(8)}"
         self._snapshot = snapshot
         self._plan = plan
+        self._recording = recording
         self._guardian: subprocess.Popen[bytes] | None = None
         self._news: socket.socket | None = None
         self._finding: dict[str, Any] = {
@@ -83,7 +86,8 @@ class Custody:
             "directory": os.path.realpath(followed(snapshot).parent),
             "file": False,
             "disks": [] if plan is None else [overlay.finding() for overlay in plan.overlays],
-            "record": "" if plan is None else os.path.abspath(plan.record),  # noqa: PTH100
+            "record": "" if recording is None else os.fspath(recording.path),
+            "provisional": "" if recording is None else os.fspath(recording.provisional),
         }
 
     async def __aenter__(self) -> Self:
@@ -180,6 +184,8 @@ class Custody:
             raise QemuError(
                 "somebody else has migrated the guest meanwhile: it may run elsewhere by now"
             )
+        if self._recording is not None:
+            await asyncio.to_thread(self._recording.see_disks)
         await self.monitor.execute("cont")
         self._note(without=(Did.STOPPED, Did.MIGRATED))
 

@@ -23,7 +23,7 @@ from pyqmigrate.vm.twin_command import make_twin
 
 __all__ = ["Describing", "why_not_described"]
 
-_CURE = "pyqmigrate convert SNAPSHOT NEW --to mapped-ram --describe -- QEMU'S COMMAND LINE"
+_CURE = "pyqmigrate convert SNAPSHOT NEW --to mapped-ram --describe [-- QEMU'S COMMAND LINE]"
 _END = 5.0  # seconds that the end of a twin may take
 
 

@@ -9,39 +9,38 @@ an external snapshot the guest goes on in a new file, an *overlay*, and the file
     ...                                          # the guest is stopped
     await take(monitor, plan)                    # one transaction: all disks or none
     ...                                          # the memory is saved, the guest goes on
-    record(plan)                                 # guest.snap.disks.json
 
-When the save fails, :mod:`pyqmigrate.vm.guardian` has the commands that undo it.
+The record of the save (:mod:`pyqmigrate.vm.recording`) has the names of both files. When the save
+fails, :mod:`pyqmigrate.vm.guardian` has the commands that undo it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import stat
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from pyqmigrate.errors import NotSupported, QemuRefused, TargetError, UsageError
+from pyqmigrate.errors import NotSupported, QemuRefused
+from pyqmigrate.vm.overlay_names import overlay_name
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.connection import Monitor
     from pyqmigrate.vm.guest import Guest
 
 __all__ = [
+    "ChainImage",
     "Disk",
     "DiskPlan",
     "Overlay",
     "prepare",
     "read_disks",
-    "record",
-    "record_path",
     "restore_needs",
+    "seen_here",
     "stranded",
     "take",
 ]
@@ -50,12 +49,23 @@ _FORMATS = ("qcow2", "raw")
 
 
 @dataclass(frozen=True)
+class ChainImage:
+    """An image below another one: its file and format as QEMU names them, and its size in bytes as
+    a guest would see it."""
+
+    file: str
+    format: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Disk:
     """A disk with a medium. ``device`` is the name of ``-drive``, empty with ``-blockdev``.
 
     ``qdev`` is the QOM path or id of the device that has it, ``node`` its top node, ``file`` that
     node's file as QEMU names it (``json:...`` where a name cannot), ``format`` the driver
-    (``qcow2``, ``raw``), ``size`` what the guest sees, in bytes.
+    (``qcow2``, ``raw``), ``size`` what the guest sees, in bytes. ``chain`` are its backing files,
+    from the top down.
     """
 
     device: str
@@ -65,6 +75,7 @@ class Disk:
     format: str
     writable: bool
     size: int = 0
+    chain: tuple[ChainImage, ...] = ()
 
     @property
     def name(self) -> str:
@@ -95,13 +106,11 @@ class Overlay:
 
 @dataclass
 class DiskPlan:
-    """External snapshots to take, or taken, of all writable disks. ``record`` is the JSON file."""
+    """External snapshots to take, or taken, of all writable disks."""
 
     snapshot: Path
     overlays: tuple[Overlay, ...]
-    record: Path
     taken: bool = False
-    recorded: bool = field(default=False, repr=False)
 
 
 def read_disks(devices: Sequence[dict[str, Any]]) -> tuple[Disk, ...]:
@@ -118,7 +127,16 @@ def _disk(device: dict[str, Any], medium: dict[str, Any]) -> Disk:
         format=medium.get("drv", ""),
         writable=not medium.get("ro", False),
         size=medium.get("image", {}).get("virtual-size", 0),
+        chain=tuple(_chain(medium.get("image", {}))),
     )
+
+
+def _chain(image: dict[str, Any]) -> Iterator[ChainImage]:
+    while "backing-image" in image:
+        image = image["backing-image"]
+        yield ChainImage(
+            image.get("filename", ""), image.get("format", ""), image.get("virtual-size", 0)
+        )
 
 
 def restore_needs(disks: Sequence[Disk], *, resumed: bool, with_disks: bool = False) -> list[str]:
@@ -142,33 +160,33 @@ def _need(disk: Disk, resumed: bool, with_disks: bool) -> str:
     return f"{what}: must be as it is now when the snapshot is restored"
 
 
-def record_path(snapshot: Path) -> Path:
-    """Where the names of the disks of a snapshot are recorded."""
-    return snapshot.with_name(f"{snapshot.name}.disks.json")
-
-
 def prepare(guest: Guest, snapshot: Path) -> DiskPlan:
-    """Choose an overlay for each writable disk: beside it, named after it and the snapshot.
+    """Choose an overlay for each writable disk: beside it, named after it and the snapshot
+    (:func:`pyqmigrate.vm.overlay_names.overlay_name`).
 
     Touches nothing. Raises NotSupported when a writable disk is not a qcow2 or raw image in a
-    file that is seen from here, UsageError when a file that an overlay would be is there already.
+    file that is seen from here.
     """
     token = secrets.token_hex(4)
-    overlays = tuple(
-        _overlay(guest, disk, snapshot, f"snapshot-{token}-{number}")
-        for number, disk in enumerate(disk for disk in guest.disks if disk.writable)
-    )
+    taken: set[Path] = set()
+    overlays = []
+    for number, disk in enumerate(disk for disk in guest.disks if disk.writable):
+        overlay = _overlay(guest, disk, snapshot, f"snapshot-{token}-{number}", taken)
+        taken.add(overlay.here)
+        overlays.append(overlay)
     if overlays and "transaction" not in guest.commands:
         raise NotSupported("this QEMU has no transactions, so no snapshots of disks at one instant")
-    return DiskPlan(snapshot, overlays, record_path(snapshot))
+    return DiskPlan(snapshot, tuple(overlays))
 
 
-def _overlay(guest: Guest, disk: Disk, snapshot: Path, node: str) -> Overlay:
+def _overlay(
+    guest: Guest, disk: Disk, snapshot: Path, node: str, taken: Collection[Path]
+) -> Overlay:
     if disk.format not in _FORMATS:
         raise NotSupported(
             f"disk {disk.name} is {disk.format}; snapshots are taken of {' and '.join(_FORMATS)}"
         )
-    base = _seen_here(guest.pid, disk.file)
+    base = seen_here(guest.pid, disk.file)
     try:
         regular = stat.S_ISREG(base.stat().st_mode)
     except OSError:
@@ -178,14 +196,16 @@ def _overlay(guest: Guest, disk: Disk, snapshot: Path, node: str) -> Overlay:
             f"disk {disk.name} is {disk.file!r}, which is not a file that is seen from here: there "
             "is no place beside it for an overlay"
         )
-    file = f"{disk.file}.{snapshot.name}.qcow2"
-    here = base.with_name(f"{base.name}.{snapshot.name}.qcow2")
-    if os.path.lexists(here):
-        raise UsageError(f"{file!r} is there already; it would be the overlay of disk {disk.name}")
-    return Overlay(disk, file, node, here)
+    chain = [PurePath(file).name for file in (disk.file, *(image.file for image in disk.chain))]
+    name = overlay_name(
+        chain, snapshot.name,
+        lambda name: base.with_name(name) in taken or os.path.lexists(base.with_name(name)),
+    )
+    file = os.path.join(os.path.dirname(disk.file), name)  # noqa: PTH118, PTH120 - QEMU's own
+    return Overlay(disk, file, node, base.with_name(name))
 
 
-def _seen_here(pid: int | None, file: str) -> Path:
+def seen_here(pid: int | None, file: str) -> Path:
     """The path by which this process reaches a file that QEMU names so."""
     if pid is None:
         return Path(file)
@@ -222,48 +242,6 @@ async def take(monitor: Monitor, plan: DiskPlan) -> None:
         plan.taken = False
         _remove_overlays(plan)  # QEMU leaves those that it had made when another failed
         raise
-
-
-def record(plan: DiskPlan) -> Path | None:
-    """Write the names down beside the memory, durable and at once; None without disks.
-
-    The JSON object has ``snapshot`` (its file name) and ``disks``, a list of ``device``, ``qdev``,
-    ``node``, ``file`` (which stays as it was at the snapshot's instant), ``format``, ``size`` (in
-    bytes) and ``continued_in`` (the file in which the guest goes on). Raises TargetError.
-    """
-    if not plan.overlays:
-        return None
-    disks = [
-        {key: value for key, value in asdict(overlay.disk).items() if key != "writable"}
-        | {"continued_in": overlay.file}
-        for overlay in plan.overlays
-    ]
-    text = json.dumps({"snapshot": plan.snapshot.name, "disks": disks}, indent=2) + "\n"
-    try:
-        _replace(plan.record, text)
-    except OSError as error:
-        raise TargetError(error.errno or 0, "cannot record the disks", plan.record) from error
-    plan.recorded = True
-    return plan.record
-
-
-def _replace(path: Path, text: str) -> None:
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:200]}.", dir=path.parent)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(fd)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def stranded(plan: DiskPlan) -> list[str]:

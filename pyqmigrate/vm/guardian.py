@@ -25,13 +25,14 @@ file           true when the unfinished file is there: its descriptor came with 
 disks          a list, empty where disks are not snapshotted: objects of ``name``, ``node``
                (the overlay's), ``base`` (the node below), ``base_file``, ``file`` (the overlay
                as QEMU names it) and ``here`` (as we do)
-record         path of the file with the names of the disks, or ""
+record         path that the record of the VM is to have, or ""
+provisional    path that it has before the snapshot has its name, or ""
 =============  ====================================================================
 
-The overlays stay when the snapshot got its name before the process ended: they are its disks then.
-Otherwise what they hold goes back into the files below, and what cannot go back is never thrown
-away: the guest keeps its overlay, and ``RECORD.left`` says so. Without disks ``SNAPSHOT.left`` has
-what could not be put back.
+The overlays stay when the snapshot got its name before the process ended: they are its disks then,
+and the record gets its name, too. Otherwise what they hold goes back into the files below, and what
+cannot go back is never thrown away: the guest keeps its overlay. ``SNAPSHOT.left`` has what could
+not be put back.
 """
 
 from __future__ import annotations
@@ -208,12 +209,20 @@ def _job(name: str) -> Generator[Step, Any, dict[str, Any] | None]:
 
 
 def _remove_record(finding: dict[str, Any]) -> None:
-    """The names of disks beside a snapshot that there is not; somebody else's are left alone."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        with open(finding["record"], encoding="utf-8") as file:  # noqa: PTH123
-            recorded = {disk["continued_in"] for disk in json.load(file)["disks"]}
-        if recorded & {disk["file"] for disk in finding["disks"]}:
-            os.unlink(finding["record"])  # noqa: PTH108
+    """The record of a snapshot that there is not; its own name is another save's still."""
+    with contextlib.suppress(OSError):
+        os.unlink(finding["provisional"])  # noqa: PTH108
+
+
+def _name_record(finding: dict[str, Any]) -> None:
+    """The record of a snapshot that has its name, which was prepared before."""
+    with contextlib.suppress(OSError):
+        os.replace(finding["provisional"], finding["record"])  # noqa: PTH105
+        directory = os.open(os.path.dirname(finding["record"]), os.O_RDONLY)  # noqa: PTH120
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _end_migration(trouble: list[str]) -> Generator[Step, Any, None]:
@@ -336,12 +345,13 @@ def _rescue(finding: dict[str, Any], file: int, qemu: _Qemu) -> None:
             os.unlink(partial)  # noqa: PTH108
     if finding["did"] and trouble is None and qemu.lives(otherwise=time.monotonic() >= deadline):
         trouble = _not_put_back(finding)
-    if not published:
+    if published:
+        _name_record(finding)
+    else:
         _remove_record(finding)
     overlays = [] if published else _overlays_left(finding)
     with contextlib.suppress(OSError):
-        place = finding["record"] if overlays else finding["snapshot"]
-        _leave_word(f"{place}.left", [*(trouble or []), *overlays])
+        _leave_word(f"{finding['snapshot']}.left", [*(trouble or []), *overlays])
 
 
 class _Qemu:

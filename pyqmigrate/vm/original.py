@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.process_command import read_command
 
 __all__ = ["Original"]
 
@@ -42,11 +43,10 @@ class Original:
             raise NotSupported("its process is not known")
         process = Path(f"/proc/{pid}")
         try:
-            text = (process / "cmdline").read_bytes()
-            words = [os.fsdecode(word) for word in text.split(b"\0")[:-1]]
-            before = (*_user_words(process), *_directory_words(process))
+            before = _user_words(process)
             _check_place(process)
-            command = CommandLine.parse(words)
+            shown = read_command(pid)
+            command = CommandLine.parse(shown.words or ())
             program = os.open(process / "exe", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise NotSupported(f"{process} cannot be read: {error.strerror}") from error
@@ -57,11 +57,11 @@ class Original:
         except BaseException:
             os.close(program)
             raise
-        return cls(command, program, before)
+        return cls(replace(command, directory=shown.directory), program, before)
 
     @classmethod
     def of_command(cls, command: CommandLine) -> Original:
-        """What a person gives: it runs with this process's own rights."""
+        """What a person gives, or recorded: it runs with this process's own rights."""
         return cls(command, -1, ())
 
     def words_before(self) -> tuple[str, ...]:
@@ -120,14 +120,6 @@ def _user_words(process: Path) -> tuple[str, ...]:
         "setpriv", f"--reuid={user}", f"--regid={group}",
         f"--groups={groups}" if groups else "--clear-groups", "--inh-caps=-all", "--",
     )  # fmt: skip
-
-
-def _directory_words(process: Path) -> tuple[str, ...]:
-    """The words that start a program in the process's directory, where relative names lead."""
-    directory = (process / "cwd").readlink()
-    if directory == Path.cwd():
-        return ()
-    return ("env", f"--chdir={directory}")
 
 
 def _effective(numbers: str) -> int:

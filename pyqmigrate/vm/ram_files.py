@@ -175,7 +175,7 @@ def _files(
         if path is None or block is None or block.name in mapped or block.external:
             continue
         if name not in between_guests:
-            yield path, block, properties
+            yield os.fspath(Path(command.directory or "", path)), block, properties
     for option in command.all("readconfig"):
         with contextlib.suppress(OSError):
             file = Path(option.value or "")

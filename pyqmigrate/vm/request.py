@@ -5,11 +5,12 @@ from __future__ import annotations
 import enum
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyqmigrate.io.target import DirectIO
 from pyqmigrate.vm.starting import Stream
 
-__all__ = ["Mode", "Request"]
+__all__ = ["Disks", "Mode", "Request"]
 
 
 class Mode(enum.StrEnum):
@@ -26,6 +27,20 @@ class Mode(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Disks:
+    """What becomes of the disks of a snapshot.
+
+    ``new_overlays``: each writable one gets a new overlay over what it was, in ``directory`` (None:
+    beside the snapshot). ``as_they_are``: disks that have gone ahead of the snapshot, or are
+    others, are used for all that; without, they are refused.
+    """
+
+    new_overlays: bool = False
+    directory: Path | None = None
+    as_they_are: bool = False
+
+
+@dataclass(frozen=True)
 class Request:
     """What is asked of a restore; see :func:`pyqmigrate.vm.restore`."""
 
@@ -38,3 +53,4 @@ class Request:
     stdout: Stream = None
     stderr: Stream = None
     pass_fds: tuple[int, ...] = ()
+    disks: Disks = Disks()

@@ -18,12 +18,14 @@ that is done here, before it loads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import subprocess
 import time
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from pyqmigrate.errors import BlockMismatch, NotSupported, QemuError, UsageError
@@ -42,7 +44,8 @@ from pyqmigrate.vm.loading import Incoming, take_in
 from pyqmigrate.vm.memory_backends import map_blocks
 from pyqmigrate.vm.ram_files import RamFiles, loadable
 from pyqmigrate.vm.ramblock import parse_ramblock
-from pyqmigrate.vm.request import Mode, Request
+from pyqmigrate.vm.request import Disks, Mode, Request
+from pyqmigrate.vm.restore_command import ChosenCommand, choose_command
 from pyqmigrate.vm.source import Source
 from pyqmigrate.vm.starting import Stream
 from pyqmigrate.vm.unbroken import owned
@@ -135,7 +138,7 @@ class RestoredVm:
 
 
 async def restore(
-    snapshot: Target, command: Sequence[str], *,
+    snapshot: Target, command: Sequence[str] | None = None, *,
     mode: Mode | str = Mode.AUTO,
     paused: bool | None = None,
     qmp: str | os.PathLike[str] | None = None,
@@ -144,12 +147,16 @@ async def restore(
     direct_io: DirectIO | str = DirectIO.AUTO,
     stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
     pass_fds: Collection[int] = (),
+    with_disks: bool = False,
+    disks_dir: str | os.PathLike[str] | None = None,
+    disks_as_they_are: bool = False,
 ) -> RestoredVm:
     """Start a QEMU and have it go on where ``snapshot`` was taken.
 
     command: the command line that the VM was started with, the program first. What a restore
         needs is added; what cannot go with it is left out and named in the report's notes, or
-        refused.
+        refused. None is the one that ``vm save`` recorded (:mod:`pyqmigrate.vm.record`); a given
+        one is compared with that record, where there is one.
     mode: see :class:`Mode`.
     paused: True leaves the guest paused, False lets it run, None does as ``-S`` or else the
         snapshot says.
@@ -162,6 +169,11 @@ async def restore(
         error is passed on from the moment the guest is there, by a thread of this process; what
         QEMU writes after this process has ended is lost.
     pass_fds: descriptors that the command line names by their numbers, and QEMU is to have.
+    with_disks: give the guest new overlays over the disks as they were at the snapshot's instant,
+        in the directory ``disks_dir`` (None: beside the snapshot). They are removed where the
+        restore fails, and stay with the guest otherwise: the report's notes name them.
+    disks_as_they_are: restore also where the disks have gone ahead of the snapshot, or are others
+        than the record has. The guest's file systems are then at its own risk.
 
     Raises UsageError for a command line that contradicts a restore or another machine type,
     BlockMismatch for other RAM blocks, SnapshotError for a bad file, NotSupported where this QEMU
@@ -172,10 +184,14 @@ async def restore(
         choice(Mode, mode, "mode"), paused, qmp, channels,
         choice(DirectIO, direct_io, "direct_io"), stdin, stdout, stderr,
         check_descriptors(pass_fds),
+        Disks(with_disks, None if disks_dir is None else Path(disks_dir), disks_as_they_are),
     )
-    parsed = CommandLine.parse(command)
     async with await Companions.open(snapshot, offset) as companions:
-        return await restore_from(companions, parsed, request)
+        choosing = asyncio.to_thread(
+            choose_command, companions.source, command, request.disks
+        )
+        chosen = await owned(choosing, ChosenCommand.discard)
+        return await restore_from(companions, chosen, request)
 
 
 async def restore_begun(early: Early) -> RestoredVm:
@@ -184,16 +200,34 @@ async def restore_begun(early: Early) -> RestoredVm:
     begun = early.begun
     async with Companions(begun.source) as companions:
         attempt = _Attempt(companions, early.request, begun.started.at, early.notes)
-        return await attempt.instant_or_load(begun, early.command)
+        with _discarding(early.chosen):
+            return await attempt.instant_or_load(begun, early.command)
 
 
 async def restore_from(
-    companions: Companions, command: CommandLine, request: Request
+    companions: Companions, chosen: ChosenCommand, request: Request
 ) -> RestoredVm:
     """As :func:`restore`, from a snapshot that is open."""
+    with _discarding(chosen):
+        return await _restore_from(companions, chosen, request)
+
+
+@contextlib.contextmanager
+def _discarding(chosen: ChosenCommand) -> Iterator[None]:
+    """Without the overlays that were made for it, when no guest has come of it."""
+    try:
+        yield
+    except BaseException:
+        chosen.discard()
+        raise
+
+
+async def _restore_from(
+    companions: Companions, chosen: ChosenCommand, request: Request
+) -> RestoredVm:
     started = time.monotonic()
-    command, request, notes = prepare(command, request)
-    attempt = _Attempt(companions, request, started, notes)
+    command, request, notes = prepare(chosen.command, request)
+    attempt = _Attempt(companions, request, started, (*chosen.notes, *notes))
     if request.mode not in (Mode.AUTO, Mode.INSTANT):
         return await attempt.load(command, "asked for")
     source = companions.source

@@ -46,6 +46,7 @@ from pyqmigrate.vm.engine_qemu import save_by_qemu
 from pyqmigrate.vm.guest import Guest, look
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.plan import Plan, make_plan
+from pyqmigrate.vm.recording import Recording
 from pyqmigrate.vm.settings import UsedSetting
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 from pyqmigrate.writer import Sparse
@@ -71,9 +72,9 @@ class VmSaveReport:
     does not again; ``seconds`` is wall time up to the moment at which the snapshot had its name.
     ``bytes_written`` went to the file, ``bytes_allocated`` is what it holds on disk, ``rate`` is
     ``bytes_written`` a second. ``run_state_after`` is None after ``quit``. ``disks`` are sentences
-    on what a restore needs of the writable disks, ``disks_record`` is the file with their names
-    where snapshots of them were taken. ``seal`` is the algorithm of the seal, if any.
-    ``notes`` are things that somebody should know.
+    on what a restore needs of the writable disks, ``record`` is the file that describes the VM
+    (:mod:`pyqmigrate.vm.record`), None where it could not be given its name. ``seal`` is the
+    algorithm of the seal, if any. ``notes`` are things that somebody should know.
     """
 
     snapshot: str
@@ -92,7 +93,7 @@ class VmSaveReport:
     run_state_before: str
     run_state_after: str | None
     disks: tuple[str, ...]
-    disks_record: str | None
+    record: str | None
     seal: Algorithm | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -181,10 +182,16 @@ class _Save:
         self.disks = (
             disks.prepare(guest, _path(request.snapshot)) if request.with_disks else None
         )
+        self.recording: Recording
 
     async def run(self) -> VmSaveReport:
+        self.recording = recording = await Recording.begin(
+            self.monitor, self.guest, _path(self.request.snapshot), plan=self.disks,
+            engine=self.choice.engine, way=self.choice.way, seal=self.request.seal,
+        )
         custody = Custody(
-            self.monitor, self.guest, os.fspath(_path(self.request.snapshot)), self.disks
+            self.monitor, self.guest, os.fspath(_path(self.request.snapshot)), self.disks,
+            recording,
         )
         try:
             async with custody, custody.opened(self.request.direct_io) as target:
@@ -196,6 +203,9 @@ class _Save:
                 for left in disks.stranded(self.disks):
                     error.add_note(f"({left}) ")
             raise
+        finally:
+            if not custody.published:
+                recording.discard()
 
     async def _run(
         self, target: OutputTarget, plan: Plan, custody: Custody
@@ -231,9 +241,9 @@ class _Save:
                     self.guest.disks, resumed=resumed, with_disks=self.request.with_disks
                 )
             ),
-            disks_record=str(self.disks.record) if self.disks and self.disks.recorded else None,
+            record=os.fspath(self.recording.path) if self.recording.published else None,
             seal=self.request.seal,
-            notes=(*plan.notes, *written.notes, *late, *custody.trouble),
+            notes=(*plan.notes, *written.notes, *self.recording.notes, *late, *custody.trouble),
         )
 
     @property
@@ -298,12 +308,15 @@ class _Save:
 
         def check() -> None:
             _verify(target, self.guest)
-            if self.disks is not None:
-                disks.record(self.disks)
+            self.recording.prepare(target, resumed=self._resumes)
             if cancelled.is_set():
                 raise Cancelled("cancelled")
 
-        publishing = asyncio.ensure_future(asyncio.to_thread(target.publish, MAGIC, check))
+        def publish() -> None:
+            target.publish(MAGIC, check)
+            self.recording.publish()
+
+        publishing = asyncio.ensure_future(asyncio.to_thread(publish))
         try:
             await asyncio.shield(publishing)
         except asyncio.CancelledError:
@@ -328,6 +341,7 @@ class _Save:
             with contextlib.suppress(QemuGone):  # it may hang up before it answers
                 await self.monitor.execute("quit")
             if await ending.wait(_QUIT_TIMEOUT):
+                await asyncio.to_thread(self.recording.see_end)
                 return None, []
             if not ending.known:
                 return None, ["QEMU was told to quit; whether it has cannot be seen from here"]

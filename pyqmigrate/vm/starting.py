@@ -122,6 +122,7 @@ def start(
             started.process = subprocess.Popen(
                 command.with_options(own).argv(), stdin=stdin, stdout=stdout, stderr=errors.writer,
                 pass_fds=(listener.fileno(), configuration, leash.fd, *pass_fds),
+                cwd=command.directory,
             )
         except OSError as error:
             raise QemuError(f"{command.program} does not start: {error.strerror}") from error

@@ -67,7 +67,9 @@ class RestoredVm:
     report: RestoreReport
 
 
-def restore(snapshot: Target, command: Sequence[str], **options: Any) -> RestoredVm:
+def restore(
+    snapshot: Target, command: Sequence[str] | None = None, **options: Any
+) -> RestoredVm:
     """As :func:`pyqmigrate.vm.restoring.restore`."""
 
     async def restored() -> RestoredVm:
@@ -87,7 +89,9 @@ class Clone:
     error: PyqmigrateError | None = None
 
 
-def clone(snapshot: Target, command: Sequence[str], count: int, **options: Any) -> list[Clone]:
+def clone(
+    snapshot: Target, command: Sequence[str] | None = None, count: int = 1, **options: Any
+) -> list[Clone]:
     """As :func:`pyqmigrate.vm.clone`."""
 
     async def cloned() -> list[Clone]:

@@ -26,7 +26,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError
+from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.configuration import IGNORE_SHARED
 from pyqmigrate.format.described import check_described
 from pyqmigrate.format.elements import SectionKind
@@ -41,6 +41,9 @@ from pyqmigrate.vm.image_size import image_size
 from pyqmigrate.vm.launch import Launched, launch
 from pyqmigrate.vm.loading import Incoming, take_in
 from pyqmigrate.vm.original import Original
+from pyqmigrate.vm.record import read_record
+from pyqmigrate.vm.record_place import record_path
+from pyqmigrate.vm.recorded_command import original_command
 from pyqmigrate.vm.twin_command import Sizes, make_twin
 from pyqmigrate.vm.unbroken import unbroken
 
@@ -80,18 +83,41 @@ async def describe(
     return theirs.description
 
 
-async def describe_snapshot(snapshot: AnySnapshot, command: Sequence[str]) -> bytes:
+async def describe_snapshot(
+    snapshot: AnySnapshot, command: Sequence[str] | None = None
+) -> bytes:
     """Return the description of an open snapshot's device state: JSON text as QEMU writes it.
 
-    command: the command line that the VM was started with, the program first. Images that it names
-        are looked at for their sizes only, and the twin does not open them.
+    command: the command line that the VM was started with, the program first; None is that of the
+        record beside the snapshot. Images that it names are looked at for their sizes only, and the
+        twin does not open them.
 
     Raises NotSupported with the reason when no twin is possible, UsageError for a command line that
-    cannot be one, SnapshotError, TargetError.
+    cannot be one, and where there is none, SnapshotError, TargetError.
     """
-    original = Original.of_command(CommandLine.parse(command))
+    sizes: dict[str, int] = {}
+    if command is None:
+        line = _recorded(snapshot.source.name, sizes)
+    else:
+        line = CommandLine.parse(command)
     state = await asyncio.to_thread(_state_of, snapshot)
-    return await describe(original, state, image_size)
+    return await describe(
+        Original.of_command(line), state, lambda name: sizes.get(name) or image_size(name)
+    )
+
+
+def _recorded(snapshot: str, sizes: dict[str, int]) -> CommandLine:
+    """The command line of the record beside a snapshot, whose images add their ``sizes``."""
+    path = record_path(snapshot)
+    record = read_record(snapshot)
+    if record is None:
+        raise UsageError(
+            f"which machine the snapshot is of is not known, there being no {path.name}: give the "
+            "VM's command line after --"
+        )
+    for disk in record.disks:
+        sizes |= {name: disk.images[0].size for name in (disk.device, disk.node, disk.file)}
+    return original_command(record, path)
 
 
 def _state_of(snapshot: AnySnapshot) -> DeviceState:

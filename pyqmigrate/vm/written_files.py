@@ -36,7 +36,8 @@ def written_files(command: CommandLine) -> dict[str, Option]:
     found: dict[str, Option] = {}
     for name, option in (*_disks(command), *_nodes(command), *_others(command)):
         is_path = "://" not in name and not name.startswith(_REMOTE) and "json:" not in name
-        real = os.path.realpath(name) if is_path else name
+        # QEMU may be started elsewhere.
+        real = os.path.realpath(Path(command.directory or "", name)) if is_path else name
         if real != os.devnull:
             found[real] = option
     return found

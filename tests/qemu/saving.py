@@ -97,7 +97,9 @@ class Source:
         return ""
 
     def _files(self) -> set[str]:
-        return {path.name for path in self.directory.iterdir()}
+        """Those in the directory; the record of a snapshot that is expected is expected, too."""
+        names = {path.name for path in self.directory.iterdir()}
+        return names - {f"{name}.vm.json" for name in getattr(self, "files", ())}
 
     def _guardians(self) -> list[int]:
         """Processes that guard this guest: they are told a snapshot in this directory."""

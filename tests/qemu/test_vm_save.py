@@ -15,6 +15,7 @@ import pytest
 from pyqmigrate import Snapshot
 from pyqmigrate.errors import NotSupported, QemuError, UsageError
 from pyqmigrate.io.channels import Progress
+from pyqmigrate.vm.record import read_record
 from pyqmigrate.vm.save import _Save, save
 from tests.qemu.guest import check_pattern
 from tests.qemu.machine import RAM_BLOCK
@@ -262,12 +263,13 @@ def with_disk(directory: Path) -> tuple[str, ...]:
 def test_disks_are_taken_along(engine: str, memory: str, run: bool, disk: Path) -> None:
     with source(disk, memory=memory, run=run, extra=with_disk(disk)) as guest:
         report = guest.save(disk / "snapshot", engine=engine, with_disks=True)
-        record = disk / "snapshot.disks.json"
-        assert report.disks_record == str(record)
-        told = json.loads(record.read_text())["disks"][0]
-        assert told["file"] == str(disk / "image")
+        assert report.record == str(disk / "snapshot.vm.json")
+        record = read_record(disk / "snapshot")
+        assert record is not None
+        (told,) = (each for each in record.disks if each.writable)
+        assert (told.file, told.goes_on) == (str(disk / "image"), False)
         (medium,) = (d["inserted"] for d in guest.vm.execute("query-block") if "inserted" in d)
-        assert medium["file"] == told["continued_in"]
+        assert medium["file"] == told.continued_in
         assert guest.settings() == guest.before
         if run:
             assert guest.status() == "running"
@@ -306,7 +308,7 @@ def test_disks_are_what_they_were_when_the_save_is_killed(
                 pytest.skip("the save was done before it could be killed")
             wait_until(lambda: not guest._guardians(), "the guardian does not end")
             (medium,) = (d["inserted"] for d in guest.vm.execute("query-block") if "inserted" in d)
-            left = disk / "snapshot.disks.json.left"
+            left = disk / "snapshot.left"
             assert medium["file"] == str(disk / "image"), left.exists() and left.read_text()
             assert guest.vm.execute("query-jobs") == []
             assert guest._files() == guest.files

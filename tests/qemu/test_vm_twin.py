@@ -217,6 +217,9 @@ def test_save_that_could_not_be_described_is_described_later(disk: Path) -> None
     assert "guestfwd" in pyqmigrate("devices", s, "--describe", "--", *words, code=5)
     told = json.loads(pyqmigrate("devices", s, "cpu", "--json", "--describe", "--", *command))
     assert told["described"] is True
+    assert "guestfwd" in pyqmigrate("devices", s, "--describe", code=5), "of the record"
+    (disk / "s.vm.json").unlink()
+    assert "command line after --" in pyqmigrate("devices", s, "--describe", code=2)
     for form in ("mapped-ram", "stream", "elf"):
         target = str(disk / form)
         said = pyqmigrate("convert", s, target, "--to", form, "--describe", "--", *command)
@@ -224,6 +227,26 @@ def test_save_that_could_not_be_described_is_described_later(disk: Path) -> None
         if form != "elf":
             assert described_as(disk / form) == described_as(disk / "known")
             assert cpu_registers(devices(disk / form).devices)
+
+
+def test_snapshot_is_described_from_its_record(machine: str, disk: Path) -> None:
+    extra = machines(disk)[machine][2 if machine == "q35" else 0 :]
+    with source(disk, machine=machine, memory="private", extra=extra) as guest:
+        guest.save(disk / "s", describe=False)
+        guest.save(disk / "known")
+    for image in disk.glob("*.img"):
+        image.unlink()  # their sizes are in the record
+    s = str(disk / "s")
+    assert "--describe" in pyqmigrate("devices", s)
+    pyqmigrate("convert", s, str(disk / "new"), "--to", "mapped-ram", "--describe")
+    assert described_as(disk / "new") == described_as(disk / "known")
+
+
+def test_record_that_others_may_write_is_not_run(disk: Path) -> None:
+    with source(disk, memory="private") as guest:
+        guest.save(disk / "s", describe=False)
+    (disk / "s.vm.json").chmod(0o666)
+    assert "another user" in pyqmigrate("devices", str(disk / "s"), "--describe", code=2)
 
 
 def test_snapshot_is_not_described_by_another_machine(disk: Path) -> None:

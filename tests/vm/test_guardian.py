@@ -21,7 +21,7 @@ FINDING: dict[str, Any] = {
     "monitor": "", "pid": None, "snapshot": "/nowhere/snapshot", "token": TOKEN, "resume": True,
     "did": ["lent", "settings", "stopped", "migrating"], "capabilities": {"mapped-ram": False},
     "parameters": {"max-bandwidth": 7}, "directory": "/", "file": False,
-    "disks": [], "record": "",
+    "disks": [], "record": "", "provisional": "",
 }  # fmt: skip
 
 
@@ -225,13 +225,15 @@ def test_guest_that_was_only_stopped_goes_on() -> None:
 
 
 def with_disk(directory: Path) -> dict[str, Any]:
-    """A finding of a guest that has an overlay, recorded beside its snapshot."""
-    overlay, record = directory / "overlay", directory / "snapshot.disks.json"
+    """A finding of a guest that has an overlay, and a record that has not its own name yet."""
+    overlay, record = directory / "overlay", directory / "snapshot.vm.json"
     overlay.touch()
-    record.write_text(json.dumps({"disks": [{"continued_in": str(overlay)}]}))
+    provisional = directory / ".snapshot.vm.json.1"
+    provisional.write_text("new")
     disk = {"name": "disk", "node": "overlay", "base": "base", "base_file": "image",
             "file": str(overlay), "here": str(overlay)}  # fmt: skip
-    return {**FINDING, "disks": [disk], "record": str(record), "directory": str(directory)}
+    return {**FINDING, "disks": [disk], "record": str(record), "provisional": str(provisional),
+            "directory": str(directory), "snapshot": str(directory / "snapshot")}  # fmt: skip
 
 
 def listed(directory: Path) -> list[str]:
@@ -276,14 +278,15 @@ def test_disks_of_a_published_snapshot_are_left_alone(tmp_path: Path) -> None:
     machine.nodes.add("overlay")
     drive(machine, with_disk(tmp_path), published=True)
     assert "block-commit" not in machine.told
-    assert listed(tmp_path) == ["overlay", "snapshot.disks.json"]
+    assert "overlay" in listed(tmp_path)
 
 
-def test_record_of_another_save_is_left_alone(tmp_path: Path) -> None:
+def test_record_of_the_save_before_is_left_alone(tmp_path: Path) -> None:
     finding = with_disk(tmp_path)
-    finding["disks"][0]["file"] = str(tmp_path / "other")
+    (tmp_path / "snapshot.vm.json").write_text("old")
     drive(Machine(), finding)
-    assert listed(tmp_path) == ["snapshot.disks.json"]
+    assert listed(tmp_path) == ["snapshot.vm.json"]
+    assert (tmp_path / "snapshot.vm.json").read_text() == "old"
 
 
 @pytest.fixture
@@ -436,14 +439,16 @@ def test_killed_save_leaves_the_disks_that_its_snapshot_needs(
         finding = {**with_disk(directory), "monitor": str(path)}
         Started(finding, fds=(file.fileno(),)).ends_well()
     assert ("block-commit" in machine.told) is not named
-    kept = ["overlay", "snapshot", "snapshot.disks.json"]
+    kept = ["overlay", "snapshot", "snapshot.vm.json"]
     assert listed(directory) == (kept if named else [])
+    if named:
+        assert (directory / "snapshot.vm.json").read_text() == "new"
 
 
 def test_overlay_that_qemu_left_when_it_ended_is_written_down(tmp_path: Path) -> None:
     Started({**with_disk(tmp_path), "monitor": str(tmp_path / "gone")}).ends_well()
-    assert listed(tmp_path) == ["overlay", "snapshot.disks.json.left"]
-    word = (tmp_path / "snapshot.disks.json.left").read_text()
+    assert listed(tmp_path) == ["overlay", "snapshot.left"]
+    word = (tmp_path / "snapshot.left").read_text()
     assert f"disk disk goes on in {tmp_path}/overlay over image" in word
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
 from pyqmigrate.cli.outcome import Outcome, describe_error, printable, table
-from pyqmigrate.cli.vm.restore import add_command, add_run_state, ended, pass_signals_on
+from pyqmigrate.cli.vm.restore import add_command, add_disks, add_run_state, ended, pass_signals_on
 from pyqmigrate.errors import QemuError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def add_parser(verbs: Verbs) -> None:
     )
     add_run_state(parser)
     add_offset(parser)
+    add_disks(parser, "the directory of the monitors")
     add_command(parser)
 
 
@@ -60,8 +61,10 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
     from pyqmigrate.vm.cloning import clone
 
     clones = await clone(
-        args.snapshot, args.command, args.count, directory=args.dir, mode=args.mode,
+        args.snapshot, args.command or None, args.count, directory=args.dir, mode=args.mode,
         paused=args.paused, offset=args.offset, pass_fds=fds,
+        with_disks=args.with_disks, disks_dir=args.disks_dir,
+        disks_as_they_are=args.disks_as_they_are,
     )
     vms = [one.vm for one in clones if one.vm is not None]
     pass_signals_on(vms)

@@ -26,9 +26,11 @@ import argparse
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqmigrate.cli.arguments import (
+    Parser,
     Verbs,
     add_direct_io,
     add_offset,
@@ -41,10 +43,11 @@ from pyqmigrate.io.target import DirectIO
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.begin import Early
-    from pyqmigrate.vm.request import Request
+    from pyqmigrate.vm.request import Disks, Request
     from pyqmigrate.vm.restoring import RestoredVm, RestoreReport
 
-__all__ = ["add_command", "add_parser", "add_run_state", "ended", "pass_signals_on", "report_lines"]
+__all__ = ["add_command", "add_disks", "add_parser", "add_run_state", "ended", "pass_signals_on",
+           "report_lines"]  # fmt: skip
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -64,6 +67,7 @@ def add_parser(verbs: Verbs) -> None:
         help="how many channels QEMU reads with in mode load (default: as the file needs)",
     )
     add_direct_io(parser)
+    add_disks(parser, "beside the snapshot")
     add_command(parser)
 
 
@@ -79,11 +83,34 @@ def add_run_state(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
+def add_disks(parser: argparse.ArgumentParser, where: str) -> None:
     parser.add_argument(
-        "command", nargs="+", metavar="-- qemu-system-... ARGS",
-        help="the command line that the VM was started with",
+        "--with-disks", action="store_true",
+        help="run on new overlays over the disks as they were at the snapshot's instant",
     )
+    parser.add_argument(
+        "--disks-dir", metavar="DIR", help=f"where the overlays are made (default: {where})"
+    )
+    parser.add_argument(
+        "--disks-as-they-are", action="store_true",
+        help="restore also where disks have gone ahead of the snapshot, or are others",
+    )
+
+
+def read_disks(args: argparse.Namespace) -> Disks:
+    from pyqmigrate.vm.request import Disks
+
+    directory = None if args.disks_dir is None else Path(args.disks_dir)
+    return Disks(args.with_disks, directory, args.disks_as_they_are)
+
+
+def add_command(parser: Parser) -> None:
+    parser.add_argument(
+        "command", nargs="*", metavar="-- qemu-system-... ARGS",
+        help="the command line that the VM was started with (default: the one that vm save "
+        "recorded)",
+    )
+    parser.takes_command_line = True
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -93,11 +120,11 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     request = Request(
         Mode(args.mode), args.paused, args.qmp, args.channels, DirectIO(args.direct_io),
-        pass_fds=inherited_descriptors(),
+        pass_fds=inherited_descriptors(), disks=read_disks(args),
     )
     early = None
     if request.mode in (Mode.AUTO, Mode.INSTANT):
-        early = begin(args.snapshot, args.command, request, offset=args.offset)
+        early = begin(args.snapshot, args.command or None, request, offset=args.offset)
     # What takes long to import comes when QEMU is starting.
     import asyncio
 
@@ -111,9 +138,11 @@ async def _restore(args: argparse.Namespace, request: Request, early: Early | No
         vm = await restore_begun(early)
     else:
         vm = await restore(
-            args.snapshot, args.command, mode=request.mode, paused=request.paused,
+            args.snapshot, args.command or None, mode=request.mode, paused=request.paused,
             qmp=request.qmp, offset=args.offset, channels=request.channels,
             direct_io=request.direct_io, pass_fds=request.pass_fds,
+            with_disks=args.with_disks, disks_dir=args.disks_dir,
+            disks_as_they_are=args.disks_as_they_are,
         )
     async with vm:
         pass_signals_on([vm])

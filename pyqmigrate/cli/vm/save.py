@@ -1,6 +1,7 @@
 """Save the guest of a running QEMU, and leave it as it was found.
 
-SNAPSHOT appears when it is whole, durable and verified. Whatever fails, and when this command is
+SNAPSHOT appears when it is whole, durable and verified, and beside it SNAPSHOT.vm.json, which
+describes the VM: vm restore reads it. Whatever fails, and when this command is
 interrupted or killed, the guest is put back as it was, running or paused, with its settings.
 
 Engine qemu lets QEMU write the file, with the settings that are fast for this guest; engine direct
@@ -18,7 +19,7 @@ changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_i
 ``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
 ``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
 ``run_state_before``, ``run_state_after`` (null: QEMU was told to quit); ``disks`` (what a restore
-needs of the writable disks, sentences); ``disks_record`` (the file with their names, or null);
+needs of the writable disks, sentences); ``record`` (the file that describes the VM);
 ``seal`` (the algorithm, or null); ``notes`` (sentences).
 """
 
@@ -123,8 +124,8 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
     yield f"guest     {report.run_state_before} before, {_after(report)} now{downtime}"
     yield from setting_lines(report.settings)
     yield from (f"restore   {sentence}" for sentence in report.disks)
-    if report.disks_record is not None:
-        yield f"disks     recorded in {report.disks_record}"
+    if report.record is not None:
+        yield f"record    {report.record}"
     if report.seal is not None:
         yield f"sealed    {report.seal}"
     yield from (f"note      {sentence}" for sentence in report.notes)

@@ -1,0 +1,290 @@
+"""Whether the disks of a command line are those that a snapshot's memory belongs to.
+
+The memory of one moment must not run on disks of another: what the guest has cached of them would
+be written over what they hold now. A record says which files a guest had, and what showed their
+state at the snapshot's instant; here they are looked at again. Images are opened for reading only.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.disk_identity import Qcow2, look_at_image, look_at_qcow2
+from pyqmigrate.vm.disk_options import DiskOption, disk_options
+from pyqmigrate.vm.record import DiskRecord, Image, ImageState, VmRecord
+
+__all__ = ["DiskFindings", "Pair", "check_disks", "pair_disks"]
+
+_DEPTH = 200  # images one over another, at most: QEMU's own limit
+
+
+class Pair(NamedTuple):
+    """A disk of the snapshot, and the one of the command line that is the same disk, if any."""
+
+    disk: DiskRecord
+    option: DiskOption | None
+
+
+@dataclass
+class DiskFindings:
+    """What was found out about the disks.
+
+    ``faults`` are sentences that speak against a restore, ``notes`` what to mind. ``intact`` are
+    the disks whose images are as they were at the snapshot's instant, and ``needs_overlay`` those
+    of them that the command line must not use as it does.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    intact: list[Pair] = field(default_factory=list)
+    needs_overlay: list[Pair] = field(default_factory=list)
+
+
+def pair_disks(command: CommandLine, record: VmRecord) -> list[Pair]:
+    """Each writable disk of the snapshot that a device had, with that of ``command``: by names,
+    then by files, then by the order of those that are left."""
+    options = disk_options(command)
+    disks = [disk for disk in record.disks if disk.writable and disk.qdev]
+    pairs: dict[int, DiskOption] = {}
+
+    def pair(number: int, option: DiskOption) -> None:
+        pairs[number] = option
+        options.remove(option)
+
+    for number, disk in enumerate(disks):
+        names = {name for name in (disk.device, disk.node, _device_id(disk)) if name}
+        for option in options:
+            if option.names & names:
+                pair(number, option)
+                break
+    for number, disk in enumerate(disks):
+        if number not in pairs:
+            for option in options:
+                if _shares_a_file(command, disk, option):
+                    pair(number, option)
+                    break
+    left = [number for number in range(len(disks)) if number not in pairs]
+    writable = [option for option in options if option.writable]
+    if len(left) == len(writable):
+        for number, option in zip(left, writable, strict=True):
+            pair(number, option)
+    return [Pair(disk, pairs.get(number)) for number, disk in enumerate(disks)]
+
+
+def check_disks(
+    command: CommandLine, record: VmRecord, snapshot: str, *, overlays: bool = False
+) -> DiskFindings:
+    """Hold the disks of ``command`` against ``record``; ``snapshot`` is its file, for messages.
+
+    ``overlays``: each disk that can have one gets a new overlay, so that only the state of the
+    images matters. Blocks for as long as it takes to look at the images' headers.
+    """
+    findings = DiskFindings()
+    for pair in pair_disks(command, record):
+        if pair.option is None:
+            _missing(command, pair.disk, findings)
+        elif pair.option.file is None or not _is_path(pair.disk.file):
+            _out_of_sight(pair, findings)
+        else:
+            _compare(command, pair, snapshot, overlays, findings)
+    return findings
+
+
+def _compare(
+    command: CommandLine, pair: Pair, snapshot: str, overlays: bool, findings: DiskFindings
+) -> None:
+    disk, option = pair
+    assert option is not None and option.file is not None
+    given = _resolved(command, option.file)
+    changes = _changes(disk)
+    base, line = disk.file, _overlay_line(disk, snapshot)
+    if disk.continued_in is not None and _same(given, disk.continued_in):
+        if overlays and not changes:
+            findings.needs_overlay.append(pair)
+            return
+        what = (
+            f"disk {disk.name}: {given!r} is where the guest went on after the snapshot, which "
+            f"belongs to {base!r}"
+        )
+        findings.faults.append(_with_cure(what, changes, line))
+        return
+    if _same(given, base):
+        _compare_base(pair, given, changes, line, overlays, findings)
+        return
+    above = list(_images_down_to(given, base))
+    if above:  # an overlay over the disk
+        written = next((name for name, image in above if not image.is_empty), None)
+        if written is not None:
+            what = (
+                f"disk {disk.name}: {written!r} has been written to since it was made over "
+                f"{base!r}: another guest ran on it"
+            )
+            findings.faults.append(_with_cure(what, changes, line))
+        elif changes:
+            findings.faults.append(
+                f"disk {disk.name}: {given!r} is made over a file that has gone ahead: {changes}"
+            )
+        return
+    if not _is_copy(given, disk.images[0]):
+        findings.faults.append(_with_cure(
+            f"disk {disk.name}: the snapshot belongs to {base!r}, and whether {given!r} holds the "
+            "same cannot be told (a copy that keeps the times is known as one: cp -p)",
+            changes, line,
+        ))
+
+
+def _compare_base(
+    pair: Pair, given: str, changes: str, line: str, overlays: bool, findings: DiskFindings
+) -> None:
+    disk, option = pair
+    assert option is not None
+    if changes:
+        findings.faults.append(f"disk {disk.name} has gone ahead of the snapshot: {changes}")
+        return
+    if disk.images[0].state is None and disk.goes_on:
+        findings.faults.append(
+            f"disk {disk.name}: the guest went on writing to {given!r} after the save, and how far "
+            "it has come cannot be seen"
+        )
+        return
+    findings.intact.append(pair)
+    writes = option.writable and not option.volatile
+    if writes and disk.continued_in is not None and os.path.lexists(disk.continued_in):
+        if overlays:
+            findings.needs_overlay.append(pair)
+            return
+        findings.faults.append(
+            f"disk {disk.name}: {given!r} is below {disk.continued_in!r}, in which the guest goes "
+            f"on, and would be damaged for that: {line}, and give that file; or --with-disks"
+        )
+    elif overlays and writes:
+        findings.needs_overlay.append(pair)
+
+
+def _missing(command: CommandLine, disk: DiskRecord, findings: DiskFindings) -> None:
+    what = f"the snapshot's VM has a disk {disk.name} ({disk.format}, {disk.file})"
+    if command.has("readconfig"):
+        findings.notes.append(f"{what}, which is not looked at: -readconfig may describe it")
+    else:
+        findings.faults.append(f"{what}, and the command line has none: give it")
+
+
+def _out_of_sight(pair: Pair, findings: DiskFindings) -> None:
+    """A disk that is not a file here. Nothing is known of it but whether the guest went on."""
+    disk, option = pair
+    assert option is not None
+    if disk.goes_on and option.file is None:
+        findings.faults.append(
+            f"disk {disk.name}: the guest went on writing to {disk.file!r} after the save, and "
+            "what is in it now cannot be seen from here"
+        )
+    else:
+        findings.notes.append(
+            f"disk {disk.name} must hold what {disk.file!r} held when the snapshot was taken: that "
+            "cannot be seen from here"
+        )
+
+
+def _with_cure(what: str, changes: str, line: str) -> str:
+    if changes:
+        return f"{what}; that has gone ahead, too: {changes}"
+    return f"{what}: {line}, and give that file; or --with-disks"
+
+
+def _changes(disk: DiskRecord) -> str:
+    """What shows that an image of the disk is not as it was; empty when nothing does."""
+    for image in disk.images:
+        if image.state is None:
+            continue
+        now = look_at_image(image.file, qcow2=image.format == "qcow2")
+        if now is None:
+            return f"{image.file!r} is not there any more, or cannot be read"
+        if change := _change(image.state, now):
+            return f"{image.file!r} {change}"
+    return ""
+
+
+def _change(then: ImageState, now: ImageState) -> str:
+    if now.size != then.size:
+        return f"has {now.size} bytes, and had {then.size} at the save"
+    if now.mtime_ns != then.mtime_ns:
+        return f"was written to at {_time(now.mtime_ns)}, and last at {_time(then.mtime_ns)} before"
+    if then.qcow2 is not None and now.qcow2 != then.qcow2:
+        return "has other contents than at the save, as its tables show"
+    return ""
+
+
+def _time(ns: int) -> str:
+    seconds, rest = divmod(ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{rest // 1_000_000:03}"
+
+
+def _is_copy(file: str, image: Image) -> bool:
+    """Whether a file is a copy of ``image`` as it was, by all that can be seen."""
+    if image.state is None:
+        return False
+    now = look_at_image(file, qcow2=image.format == "qcow2")
+    if now is None or now.size != image.state.size:
+        return False
+    return now.mtime_ns == image.state.mtime_ns and now.qcow2 == image.state.qcow2
+
+
+def _images_down_to(file: str, base: str) -> Iterator[tuple[str, Qcow2]]:
+    """The images from ``file`` down to the one over ``base``; none where it is not below."""
+    found = []
+    for _ in range(_DEPTH):
+        image = look_at_qcow2(file)
+        if image is None or image.backing is None:
+            return
+        found.append((file, image))
+        file = os.path.join(os.path.dirname(file), image.backing.removeprefix("file:"))  # noqa: PTH118, PTH120
+        if _same(file, base):
+            yield from found
+            return
+
+
+def _overlay_line(disk: DiskRecord, snapshot: str) -> str:
+    front = f"{os.fspath(snapshot)}.{disk.name.rpartition('/')[2]}"
+    words = ["qemu-img", "create", "-f", "qcow2", "-b", disk.file, "-F", disk.format,
+             f"{front}.qcow2"]  # fmt: skip
+    return f"make a new overlay over it ({shlex.join(words)})"
+
+
+def _device_id(disk: DiskRecord) -> str:
+    front = "/machine/peripheral/"
+    if not disk.qdev.startswith(front):
+        return "" if "/" in disk.qdev else disk.qdev
+    return disk.qdev.removeprefix(front).partition("/")[0]
+
+
+def _shares_a_file(command: CommandLine, disk: DiskRecord, option: DiskOption) -> bool:
+    if option.file is None:
+        return False
+    given = _resolved(command, option.file)
+    names = [image.file for image in disk.images]
+    if disk.continued_in is not None:
+        names.append(disk.continued_in)
+    return any(_same(given, name) for name in names) or any(_images_down_to(given, disk.file))
+
+
+def _resolved(command: CommandLine, file: str) -> str:
+    return os.path.join(command.directory or "", file)  # noqa: PTH118
+
+
+def _same(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    try:
+        return os.path.samefile(one, other)  # noqa: PTH121
+    except OSError:
+        return False
+
+
+def _is_path(file: str) -> bool:
+    return not file.startswith("json:") and ":" not in file.partition("/")[0]

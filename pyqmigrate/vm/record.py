@@ -1,0 +1,333 @@
+"""The record of a save: ``SNAPSHOT.vm.json``, what a restore has to know about the VM.
+
+A mapped-ram file has the guest's memory and device state, but neither the command line that makes
+the same devices nor anything about disks. ``vm save`` writes both down beside the snapshot::
+
+    record = read_record("/snap/guest.mapped")       # None where there is no record
+    record.command                                   # ("qemu-system-x86_64", "-m", "4G", ...)
+    record.disks[0].file                             # what the guest had at the snapshot's instant
+
+``docs/vm-record.md`` describes the file. It is untrusted: :func:`decode_record` checks every value
+and its size. Sizes are in bytes, times in nanoseconds since 1970.
+
+The values are named tuples: a restore reads a record before it starts QEMU, and as many dataclasses
+take Python several milliseconds to make.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pyqmigrate.errors import SnapshotError, TargetError
+from pyqmigrate.vm.record_place import record_path
+
+__all__ = [
+    "FORMAT", "HEAD_SIZE", "VERSION", "Backend", "Block", "Cpus", "Device", "DiskRecord", "Image",
+    "ImageState", "MachineRecord", "QemuProcess", "SaveFacts", "VmRecord", "decode_record",
+    "encode_record", "is_record", "read_record", "record_path",
+]  # fmt: skip
+
+FORMAT = "pyqmigrate vm record"
+VERSION = 1
+_HEAD = f'{{\n  "format": "{FORMAT}",'.encode()
+HEAD_SIZE = len(_HEAD)  # bytes by which a record is known
+
+# Bounds on an untrusted file: well above what any guest has.
+_FILE_MAX = 8 << 20  # bytes
+_TEXT_MAX = 1 << 20  # characters of one text
+_ITEMS_MAX = 1 << 16  # of one list
+_NUMBER_MAX = (1 << 64) - 1
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+class QemuProcess(NamedTuple):
+    """The QEMU that was saved.
+
+    ``version`` is QEMU's own ("10.0.2"), ``binary`` the path of the program, empty where it is not
+    known. ``command`` are the words of its command line, the program first, None where they could
+    not be read; those whose numbers are in ``redacted`` had a secret, which is left out.
+    ``directory`` is where relative names of the command line start, None where it is not known.
+    """
+
+    version: str
+    binary: str
+    command: tuple[str, ...] | None
+    redacted: tuple[int, ...]
+    directory: str | None
+
+
+class MachineRecord(NamedTuple):
+    """``type`` is the full name (``pc-i440fx-10.0``), ``target`` the architecture (``x86_64``),
+    ``accelerator`` ``kvm``, ``tcg`` or None where QEMU does not say, ``memory`` what ``-m`` gave
+    the machine and ``plugged`` what was added later, bytes (None: not known)."""
+
+    type: str
+    target: str
+    accelerator: str | None
+    uuid: str
+    memory: int | None
+    plugged: int | None
+
+
+class Cpus(NamedTuple):
+    """``number`` CPUs of QOM type ``type`` were there, of ``maximum`` possible ones (0: not known).
+
+    ``topology`` has how many different numbers each level has among the possible CPUs
+    (``{"socket": 1, "core": 2, "thread": 1}``).
+    """
+
+    number: int
+    maximum: int
+    type: str
+    topology: Mapping[str, int]
+
+
+class Device(NamedTuple):
+    """A device by its QOM path (``/machine/peripheral/ID`` for those that have an id) and type."""
+
+    path: str
+    type: str
+
+
+class Backend(NamedTuple):
+    """A memory backend: id, QOM type, bytes, and whether its memory is shared."""
+
+    id: str
+    type: str
+    size: int
+    share: bool
+
+
+class Block(NamedTuple):
+    """A RAM block of the stream: name and bytes."""
+
+    name: str
+    length: int
+
+
+class ImageState(NamedTuple):
+    """What shows whether an image file has changed: bytes, modification time (ns), device and
+    inode. ``qcow2`` is a digest of a qcow2's header and tables (:mod:`pyqmigrate.vm
+    .disk_identity`), None for other formats."""
+
+    size: int
+    mtime_ns: int
+    device: int
+    inode: int
+    qcow2: str | None
+
+
+class Image(NamedTuple):
+    """One file of a disk. ``file`` is absolute where it is a path, otherwise QEMU's description
+    (``json:...``, ``nbd://...``); ``size`` is what a guest sees in it, bytes; ``state`` None where
+    it is not a regular file that could be looked at."""
+
+    file: str
+    format: str
+    size: int
+    state: ImageState | None
+
+
+class DiskRecord(NamedTuple):
+    """A disk of the guest at the snapshot's instant.
+
+    ``device``, ``qdev`` and ``node`` are QEMU's names for it. ``images`` are the file that the
+    guest had and its backing files, in that order. ``continued_in`` is the overlay in which the
+    guest went on (``--with-disks``), None where it kept its file; ``goes_on`` says whether it went
+    on writing into ``images[0]``.
+    """
+
+    device: str
+    qdev: str
+    node: str
+    writable: bool
+    images: tuple[Image, ...]
+    continued_in: str | None
+    goes_on: bool
+
+    @property
+    def file(self) -> str:
+        return self.images[0].file
+
+    @property
+    def format(self) -> str:
+        return self.images[0].format
+
+    @property
+    def name(self) -> str:
+        """What a person knows it by."""
+        return self.device or self.qdev.removesuffix("/virtio-backend") or self.node
+
+
+class SaveFacts(NamedTuple):
+    """How the snapshot was made: ``engine`` and its ``way`` (None with engine qemu), the
+    algorithm of the ``seal`` that was asked for, the migration ``capabilities`` that were on, the
+    ``run_state`` that was saved, whether the guest ``resumed``, and when the guest stood still."""
+
+    engine: str
+    way: str | None
+    seal: str | None
+    capabilities: tuple[str, ...]
+    run_state: str
+    resumed: bool
+    instant_ns: int
+
+
+class VmRecord(NamedTuple):
+    """The record of one save.
+
+    ``snapshot`` is the file's name, ``identity`` a digest of its device state, by which a record
+    is known to be that of the file beside it (:func:`pyqmigrate.vm.snapshot_identity.identify`).
+    """
+
+    snapshot: str
+    identity: str
+    qemu: QemuProcess
+    machine: MachineRecord
+    cpus: Cpus
+    devices: tuple[Device, ...]
+    backends: tuple[Backend, ...]
+    blocks: tuple[Block, ...]
+    disks: tuple[DiskRecord, ...]
+    save: SaveFacts
+
+    @property
+    def command(self) -> tuple[str, ...] | None:
+        """The words of QEMU's command line, the program first; None where it is not known."""
+        return self.qemu.command
+
+
+def is_record(head: bytes) -> bool:
+    """Whether a file that begins so is a record, of this version or another."""
+    return head.startswith(_HEAD)
+
+
+def encode_record(record: VmRecord) -> bytes:
+    """The bytes of the file: JSON in ASCII, since a command line may have any bytes."""
+    data = {"format": FORMAT, "version": VERSION, **_as_data(record)}
+    return json.dumps(data, indent=2).encode() + b"\n"
+
+
+def decode_record(text: bytes) -> VmRecord:
+    """The record in the bytes of a file. SnapshotError, its ``field`` being ``record`` or the
+    place in the record, for anything that is not one."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SnapshotError(f"the record is not JSON ({error})", field="record") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise SnapshotError("this is not a record of vm save", field="record")
+    if data.get("version") != VERSION:
+        raise SnapshotError(
+            f"the record has version {data.get('version')!r}, and {VERSION} is known here",
+            field="record",
+        )
+    record: VmRecord = _read(data, "VmRecord", "record")
+    if any(not disk.images for disk in record.disks):
+        raise SnapshotError("a disk has no image", field="record.disks")
+    return record
+
+
+def read_record(snapshot: str | os.PathLike[str]) -> VmRecord | None:
+    """The record beside a snapshot; None where there is none.
+
+    Whether it belongs to the snapshot is not looked at. Raises SnapshotError for a file that is
+    not a record, TargetError when it cannot be read.
+    """
+    path = record_path(snapshot)
+    try:
+        # O_NONBLOCK: to open a FIFO must not wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise TargetError(error.errno or errno.EIO, "cannot open the record", path) from error
+    try:
+        return decode_record(_content(fd))
+    except OSError as error:
+        raise TargetError(error.errno or errno.EIO, "cannot read the record", path) from error
+    except SnapshotError as error:
+        raise SnapshotError(f"{os.fspath(path)!r}: {error}") from error
+    finally:
+        os.close(fd)
+
+
+def _content(fd: int) -> bytes:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        raise SnapshotError("this is not a regular file", field="record")
+    if info.st_size > _FILE_MAX:
+        raise SnapshotError(f"{info.st_size} bytes are too many for a record", field="record")
+    pieces = []
+    while piece := os.read(fd, _FILE_MAX):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+_CLASSES: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (VmRecord, QemuProcess, MachineRecord, Cpus, Device, Backend, Block, DiskRecord,
+                 Image, ImageState, SaveFacts)
+}  # fmt: skip
+
+
+def _read(value: Any, kind: str, place: str) -> Any:
+    """``value`` from JSON as what the annotation ``kind`` of a field says; ``place`` is where it
+    is."""
+    if kind.endswith(" | None"):
+        return None if value is None else _read(value, kind.removesuffix(" | None"), place)
+    if kind.startswith("tuple["):
+        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+        return tuple(
+            _read(item, inner, f"{place}[{number}]")
+            for number, item in enumerate(_sized(value, list, place))
+        )
+    if kind == "Mapping[str, int]":
+        items = _sized(value, dict, place).items()
+        return {key: _read(number, "int", f"{place}.{key}") for key, number in items}
+    if kind in _CLASSES:
+        given = _sized(value, dict, place)
+        found = {}
+        for name, annotation in _annotations(kind).items():
+            if name not in given:
+                raise SnapshotError("the record lacks this", field=f"{place}.{name}")
+            found[name] = _read(given[name], annotation, f"{place}.{name}")
+        return _CLASSES[kind](**found)
+    return _plain(value, kind, place)
+
+
+def _annotations(kind: str) -> dict[str, str]:
+    """The fields of a class and their types as they are written above."""
+    annotations = _CLASSES[kind].__annotations__
+    return {name: getattr(a, "__forward_arg__", a) for name, a in annotations.items()}
+
+
+def _as_data(value: Any) -> Any:
+    """For JSON: a named tuple is an object, another one a list."""
+    if hasattr(value, "_fields"):
+        return {name: _as_data(getattr(value, name)) for name in value._fields}
+    if isinstance(value, tuple):
+        return [_as_data(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _sized(value: Any, kind: type[list[Any]] | type[dict[str, Any]], place: str) -> Any:
+    if type(value) is not kind or len(value) > _ITEMS_MAX:
+        raise SnapshotError(f"this is not a {kind.__name__} of reasonable size", field=place)
+    return value
+
+
+def _plain(value: Any, kind: str, place: str) -> str | int | bool:
+    if kind == "str" and isinstance(value, str) and len(value) <= _TEXT_MAX:
+        return value
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if kind == "int" and is_int and 0 <= value <= _NUMBER_MAX:
+        return int(value)
+    raise SnapshotError(f"{str(value)[:40]!r} is not a valid {kind}", field=place)

@@ -1,0 +1,181 @@
+"""A command line from a record, made fit for a new QEMU.
+
+The QEMU that was saved had descriptors, a place among the processes and a way to start that the new
+one does not have, and perhaps disks that it got later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from pyqmigrate.errors import UsageError
+from pyqmigrate.vm.command_line import CommandLine, Option, is_on, is_qemu
+from pyqmigrate.vm.disk_check import pair_disks
+from pyqmigrate.vm.disk_options import with_image
+from pyqmigrate.vm.record import VmRecord
+from pyqmigrate.vm.redaction import REDACTED
+
+__all__ = ["original_command", "recorded_command"]
+
+_GIVE = "give the whole command line after --"
+# What only had to do with how the old one was started, or with what it loaded.
+_LEFT_OUT = ("S", "incoming", "loadvm", "daemonize", "pidfile")
+_DESCRIPTOR = re.compile(
+    r"(?:^|[,.=])(?:fd|fds|vhostfd|vhostfds)=\w|/dev/fd/\d|/proc/(?:self|\d+)/fd/|/dev/fdset/"
+)
+_DESCRIPTOR_KEYS = {"fd", "fds", "vhostfd", "vhostfds"}
+_NEVER_WORDS = ("append", "name", "smbios", "fw_cfg", "uuid")  # their texts are anybody's
+# What only backends with a file have.
+_OF_FILES = ("mem-path", "offset", "readonly", "rom", "align", "discard-data", "pmem")
+# The monitor that a restore of ours gave its QEMU: always the last option.
+_OWN = re.compile(r"/proc/self/fd/\d+")
+
+
+def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[str]]:
+    """The command line of ``record``, which was read from ``path``, and what was changed in it.
+
+    Raises UsageError where there is none, where it cannot be used again, and where the file may be
+    another user's: a command line is run with the rights of whoever restores.
+    """
+    command = original_command(record, path)
+    words = record.command or ()
+    for number in record.qemu.redacted:
+        word = words[number] if number < len(words) else REDACTED
+        before = f"{words[number - 1]} " if 0 < number <= len(words) else ""
+        raise UsageError(
+            f"a secret of the recorded command line was left out ({before}{word}): {_GIVE}"
+        )
+    notes = []
+    if command.options and _is_own_monitor(command.options[-1]):
+        command = replace(command, options=command.options[:-1])
+    for option in command.options:
+        if option.name in ("pidfile", "daemonize"):
+            notes.append(f"{option} is left out")
+    command = command.without(*_LEFT_OUT)
+    command, changed = _with_new_memory(command)
+    _refuse_descriptors(command)
+    command = _with_present_disks(command, record)
+    return command, [*notes, *changed]
+
+
+def original_command(record: VmRecord, path: Path) -> CommandLine:
+    """Return the command line of ``record`` as it was, with the path of its program.
+
+    It names files and descriptors that may be in use, or gone. Raises UsageError where there is
+    none, and where the file may be another user's.
+    """
+    words = record.command
+    if words is None:
+        raise UsageError(f"the record {os.fspath(path)!r} has no command line: {_GIVE}")
+    _check_owner(path)
+    command = _with_program(CommandLine.parse(words), record)
+    return replace(command, directory=_directory(command, record))
+
+
+def _check_owner(path: Path) -> None:
+    info = path.stat()
+    if info.st_uid not in (0, os.geteuid()) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UsageError(
+            f"the record {os.fspath(path)!r} may have been written by another user, so its command "
+            f"line is not run: {_GIVE}, or make the file yours (chown, chmod go-w) when you know it"
+        )
+
+
+def _with_program(command: CommandLine, record: VmRecord) -> CommandLine:
+    """By its path: the directories that are searched for programs may be others here."""
+    binary = record.qemu.binary.removesuffix(" (deleted)")
+    if not is_qemu(command.program):
+        raise UsageError(
+            f"the recorded command line starts {command.program!r}, which does not look like a "
+            f"QEMU: {_GIVE}"
+        )
+    if command.before or not is_qemu(binary):  # a loader, a wrapper: as it was
+        return command
+    if not os.access(binary, os.X_OK):
+        raise UsageError(f"the recorded program {binary!r} cannot be run here: {_GIVE}")
+    return replace(command, program=binary)
+
+
+def _directory(command: CommandLine, record: VmRecord) -> str | None:
+    """Where relative names start: it is needed only where there are some."""
+    directory = record.qemu.directory
+    if directory is not None and not Path(directory).is_dir():
+        raise UsageError(
+            f"the recorded command line was used in {directory!r}, which is not there: {_GIVE}"
+        )
+    return directory
+
+
+def _is_own_monitor(option: Option) -> bool:
+    return option.name == "readconfig" and bool(_OWN.fullmatch(option.value or ""))
+
+
+def _with_new_memory(command: CommandLine) -> tuple[CommandLine, list[str]]:
+    """Memory that was in a file which only a descriptor named becomes memory without a file, of
+    the same kind."""
+    changes, notes = {}, []
+    for option in command.all("object"):
+        properties = option.properties("qom-type")
+        if properties.get("qom-type") != "memory-backend-file" or not _OWN.match(
+            properties.get("mem-path", "")
+        ):
+            continue
+        kind = "memory-backend-memfd" if is_on(properties.get("share")) else "memory-backend-ram"
+        changes[option] = Option("object", _of_other_type(option.value or "", kind), option.word)
+        notes.append(
+            f"memory {properties.get('id')!r} was in a file that only QEMU had open, and is made "
+            "anew"
+        )
+    return command.replaced(changes), notes
+
+
+def _of_other_type(value: str, kind: str) -> str:
+    """The value of ``-object`` for a backend that has no file."""
+    if value.lstrip().startswith("{"):
+        kept = {k: v for k, v in json.loads(value).items() if k not in _OF_FILES}
+        return json.dumps(kept | {"qom-type": kind})
+    items = re.findall(r"(?:[^,]|,,)+", value)
+    kept_items = [
+        item for item in items[1:] if item.partition("=")[0] not in (*_OF_FILES, "qom-type")
+    ]
+    return ",".join([kind, *kept_items])
+
+
+def _refuse_descriptors(command: CommandLine) -> None:
+    """Descriptors are gone with the process that had them."""
+    for option in command.options:
+        if option.name in _NEVER_WORDS or option.value is None:
+            continue
+        if option.name == "add-fd" or _DESCRIPTOR.search(option.value) or any(
+            _names_descriptor(option)
+        ):
+            raise UsageError(
+                f"the recorded command line uses a descriptor that QEMU was handed ({option}): "
+                f"{_GIVE}"
+            )
+
+
+def _names_descriptor(option: Option) -> Iterator[bool]:
+    if (option.value or "").lstrip().startswith("{"):
+        properties = option.properties()
+        for key in properties:
+            front, _, last = key.rpartition(".")
+            yield last in _DESCRIPTOR_KEYS
+            yield last == "str" and properties.get(f"{front}.type") == "fd"
+
+
+def _with_present_disks(command: CommandLine, record: VmRecord) -> CommandLine:
+    """A disk may have got another file since QEMU was started: an overlay of a save before."""
+    for disk, option in pair_disks(command, record):
+        if option is None or option.file is None or disk.format != "qcow2":
+            continue
+        file = os.path.join(command.directory or "", option.file)  # noqa: PTH118
+        if file != disk.file and any(image.file == file for image in disk.images[1:]):
+            command = with_image(command, option, disk.file)
+    return command

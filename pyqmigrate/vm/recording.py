@@ -1,0 +1,267 @@
+"""Writing the record of a save (:mod:`pyqmigrate.vm.record`).
+
+    recording = await Recording.begin(monitor, guest, path, plan=plan, engine="qemu", way=None)
+    ...                                 # the guest stands still
+    recording.see_disks()               # as they are at the snapshot's instant
+    ...                                 # the snapshot is whole and has no name yet
+    recording.prepare(target, ...)      # durable, under a provisional name
+    ...                                 # the snapshot has its name
+    recording.publish()
+
+Between the two names the process may be killed: the guardian (:mod:`pyqmigrate.vm.guardian`) then
+does what is left to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.io.target import Descriptors, OutputTarget, sync_directory
+from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.vm import record_facts
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.disk_identity import look_at_image
+from pyqmigrate.vm.disks import Disk, DiskPlan, seen_here
+from pyqmigrate.vm.guest import Guest
+from pyqmigrate.vm.process_command import read_command
+from pyqmigrate.vm.record import (
+    HEAD_SIZE,
+    DiskRecord,
+    Image,
+    ImageState,
+    SaveFacts,
+    VmRecord,
+    encode_record,
+    is_record,
+    record_path,
+)
+from pyqmigrate.vm.snapshot_identity import identify
+
+__all__ = ["Recording", "check_place"]
+
+
+class Recording:
+    """The record of one save under way.
+
+    ``path`` is where it is going to be, ``provisional`` its name until the snapshot has its own.
+    ``notes`` say what could not be recorded. ``published`` is whether the record has its name.
+    """
+
+    def __init__(self, path: Path, guest: Guest, draft: VmRecord) -> None:
+        front = os.fsencode(path.name)[:200].decode("utf-8", "ignore")
+        self.path = path
+        self.provisional = path.with_name(f".{front}.{secrets.token_hex(8)}")
+        self.notes = list(_notes(draft))
+        self.published = False
+        self._guest = guest
+        self._draft = draft
+        self._states: dict[str, ImageState | None] = {}
+        self._instant = 0
+        self._overlays: dict[str, str] = {}
+
+    @classmethod
+    async def begin(
+        cls, monitor: Monitor, guest: Guest, snapshot: Path, *,
+        plan: DiskPlan | None = None, engine: str, way: str | None = None,
+        seal: str | None = None,
+    ) -> Recording:
+        """Ask QEMU and its process what there is to record. Queries only.
+
+        Raises UsageError where the record would replace something else, TargetError, QemuError.
+        """
+        path = Path(os.path.abspath(record_path(snapshot)))  # noqa: PTH100
+        check_place(path)
+        command = read_command(guest.pid)
+        draft = VmRecord(
+            snapshot.name, "", record_facts.qemu_process(guest, command),
+            await record_facts.machine(monitor, guest), await record_facts.cpus(monitor),
+            record_facts.devices(guest), await record_facts.backends(monitor),
+            record_facts.blocks(guest), (),
+            SaveFacts(
+                engine, way, seal,
+                tuple(name for name, on in guest.capabilities.items() if on),
+                guest.run_state, False, 0,
+            ),
+        )
+        self = cls(path, guest, draft)
+        if plan is not None:
+            self._overlays = {overlay.disk.node: overlay.file for overlay in plan.overlays}
+        return self
+
+    def see_disks(self) -> None:
+        """Look at the images of the writable disks, while the guest stands still. Once only: what
+        comes later is not the snapshot's instant."""
+        if self._instant:
+            return
+        self._look()
+        self._instant = time.time_ns()
+
+    def prepare(self, target: OutputTarget, *, resumed: bool) -> None:
+        """Write the record of the snapshot in ``target``, durable, under its provisional name.
+
+        ``resumed``: the guest goes on, or went on. Raises SnapshotError, TargetError.
+        """
+        self.see_disks()
+        draft = self._draft
+        with target.opened_for_reading() as fd, Snapshot(Descriptors(fd)) as snapshot:
+            identity = identify(snapshot)
+        self._draft = draft._replace(
+            identity=identity,
+            save=draft.save._replace(resumed=resumed, instant_ns=self._instant),
+        )
+        self._write()
+
+    def publish(self) -> None:
+        """Give it its name, now that the snapshot has its own: that stays, whatever happens here,
+        and ``notes`` say what failed."""
+        try:
+            self.provisional.replace(self.path)
+            self.published = True
+            sync_directory(self.path)
+        except OSError as error:
+            what = (
+                "may not outlast a power cut" if self.published
+                else f"could not be given its name, and is {self.provisional.name!r}"
+            )
+            self.notes.append(
+                f"the snapshot is whole, but its record {os.fspath(self.path)!r} {what}: "
+                f"{error.strerror}"
+            )
+
+    def discard(self) -> None:
+        """Remove a record that was prepared for a snapshot that there is not."""
+        with contextlib.suppress(OSError):
+            self.provisional.unlink()
+
+    def see_end(self) -> None:
+        """Look at the disks once more, now that QEMU has ended and closed them: that may write to
+        them, and they are at the snapshot's instant still. What fails is in ``notes``."""
+        before = dict(self._states)
+        self._look()
+        if not self.published or self._states == before:
+            return
+        try:
+            self._write()
+        except TargetError as error:
+            self.notes.append(f"QEMU wrote to its disks when it ended, and {error}")
+        else:
+            self.publish()
+
+    def _look(self) -> None:
+        self._states = {
+            file: look_at_image(seen_here(self._guest.pid, file), qcow2=format == "qcow2")
+            for disk in self._guest.disks if disk.writable
+            for file, format, _ in _files(disk)
+        }
+
+    def _write(self) -> None:
+        disks = tuple(self._disk(disk) for disk in self._guest.disks)
+        data = encode_record(self._draft._replace(disks=disks))
+        try:
+            self.provisional.unlink(missing_ok=True)
+            # A command line may say what is nobody else's business.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(self.provisional, flags, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+        except OSError as error:
+            raise _failed(error, self.path) from error
+
+    def _disk(self, disk: Disk) -> DiskRecord:
+        images = tuple(
+            Image(self._absolute(file), format, size, self._states.get(file))
+            for file, format, size in _files(disk)
+        )
+        overlay = self._overlays.get(disk.node) if disk.writable else None
+        return DiskRecord(
+            disk.device, disk.qdev, disk.node, disk.writable, images,
+            None if overlay is None else self._absolute(overlay),
+            disk.writable and overlay is None and self._draft.save.resumed,
+        )
+
+    def _absolute(self, file: str) -> str:
+        """As a QEMU that starts elsewhere would find it."""
+        file = _plain(file)
+        directory = self._draft.qemu.directory
+        if directory is None or not file or file.startswith("/") or _is_description(file):
+            return file
+        return os.path.normpath(os.path.join(directory, file))  # noqa: PTH118 - not of this system
+
+
+def check_place(path: Path) -> None:
+    """UsageError where ``path`` has something that is not a record of ours. TargetError."""
+    try:
+        # O_NONBLOCK: to open a FIFO must not wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise TargetError(
+                error.errno or errno.EIO, "cannot look at the record that is there", path
+            ) from error
+    else:
+        try:
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            head = os.pread(fd, HEAD_SIZE, 0) if regular else b"a device"
+        finally:
+            os.close(fd)
+        if not head or is_record(head):
+            return
+    raise UsageError(
+        f"{os.fspath(path)!r} is not a record of pyqmigrate's and is left alone: move it away, or "
+        "give the snapshot another name"
+    )
+
+
+def _notes(draft: VmRecord) -> Iterator[str]:
+    if draft.command is None:
+        yield (
+            "the command line of QEMU could not be read, and is not recorded: a restore needs it "
+            "after --"
+        )
+    elif draft.qemu.redacted:
+        words = ", ".join(str(number) for number in draft.qemu.redacted)
+        yield (
+            f"the command line of QEMU has secrets (word {words}), which are not recorded: a "
+            "restore needs the whole command line after --"
+        )
+
+
+def _files(disk: Disk) -> Iterator[tuple[str, str, int]]:
+    yield disk.file, disk.format, disk.size
+    yield from ((image.file, image.format, image.size) for image in disk.chain)
+
+
+def _plain(file: str) -> str:
+    """The path in a description of an image where that is all that it says."""
+    if not file.startswith("json:"):
+        return file.removeprefix("file:")
+    try:
+        node = json.loads(file.removeprefix("json:"))
+    except (ValueError, RecursionError):
+        return file
+    while isinstance(node, dict) and isinstance(node.get("file"), dict):
+        node = node["file"]
+    if isinstance(node, dict) and node.get("driver") == "file":
+        return str(node.get("filename", file))
+    return file
+
+
+def _is_description(file: str) -> bool:
+    return file.startswith("json:") or ":" in file.partition("/")[0]
+
+
+def _failed(error: OSError, path: Path) -> TargetError:
+    return TargetError(error.errno or errno.EIO, "cannot write the record of the VM", path)

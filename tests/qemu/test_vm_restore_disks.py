@@ -1,0 +1,251 @@
+"""Disks of a restore: those of the snapshot's instant, or none."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pyqmigrate.errors import PyqmigrateError, UsageError
+from pyqmigrate.format.qcow2 import encode_overlay
+from pyqmigrate.vm.cloning import clone
+from pyqmigrate.vm.record import read_record
+from tests.qemu.bare import BareQemu
+from tests.qemu.machine import BINARY
+from tests.qemu.recorded import (
+    SIZE,
+    VM,
+    drive,
+    going_on,
+    image,
+    overlays,
+    restored,
+    saved,
+    written,
+)
+
+pytestmark = pytest.mark.qemu
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return image(tmp_path / "disk")
+
+
+@pytest.fixture
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where monitors are: it stays when QEMU has ended, so that another one can be there."""
+    return tmp_path_factory.mktemp("monitor")
+
+
+@pytest.fixture(params=["drive", "blockdev", "hda"])
+def quit_vm(
+    request: pytest.FixtureRequest, tmp_path: Path, disk: Path, place: Path
+) -> Path:
+    """The snapshot of a VM with a disk, that has ended."""
+    ways = {
+        "drive": drive(disk),
+        "blockdev": [
+            "-blockdev", f"driver=file,filename={disk},node-name=f0",
+            "-blockdev", '{"driver":"raw","file":"f0","node-name":"d0"}',
+            "-device", "virtio-blk-pci,drive=d0,id=v0",
+        ],
+        "hda": ["-hda", str(disk)],
+    }  # fmt: skip
+    words = [*VM, *ways[request.param], "-pidfile", str(tmp_path / "pid")]
+    with BareQemu(*words, run=True, socket=place / "qmp") as qemu:
+        saved(qemu, tmp_path / "snap", then="quit")
+    return tmp_path / "snap"
+
+
+def test_untouched_disk_is_restored_without_a_command_line(quit_vm: Path) -> None:
+    notes = restored(quit_vm)
+    assert any("the command line is that of" in note for note in notes)
+    assert any(note.startswith("-pidfile") and "left out" in note for note in notes)
+    assert not any(note.startswith("disk") for note in notes)
+
+
+def test_disk_that_was_written_to_is_refused_unless_it_is_wanted(
+    quit_vm: Path, disk: Path
+) -> None:
+    with disk.open("r+b") as file:
+        file.write(b"other")
+    with pytest.raises(UsageError, match=r"gone ahead.*disk' was written to at .*as-they-are"):
+        restored(quit_vm)
+    notes = restored(quit_vm, disks_as_they_are=True)
+    assert any("gone ahead" in note for note in notes)
+
+
+def test_disk_of_another_size_or_gone_is_refused(quit_vm: Path, disk: Path) -> None:
+    info = disk.stat()
+    with disk.open("r+b") as file:
+        file.truncate(SIZE - 512)
+    os.utime(disk, ns=(info.st_atime_ns, info.st_mtime_ns))
+    with pytest.raises(UsageError, match=f"has {SIZE - 512} bytes, and had {SIZE}"):
+        restored(quit_vm)
+    disk.unlink()
+    with pytest.raises(UsageError, match="is not there any more"):
+        restored(quit_vm, disks_as_they_are=False)
+
+
+def test_new_overlay_is_made_for_the_guest_and_the_disk_stays(quit_vm: Path, disk: Path) -> None:
+    before = disk.read_bytes()
+
+    async def session(number: int) -> None:
+        async with going_on(quit_vm, with_disks=True) as guest:
+            assert len(overlays(quit_vm.parent)) == number
+            file = await written(guest.monitor)
+            assert Path(file).parent == quit_vm.parent
+            assert any(file in note for note in guest.report.notes)
+        assert b"\x22" * 512 in Path(file).read_bytes()
+
+    asyncio.run(session(1))
+    asyncio.run(session(2))
+    assert disk.read_bytes() == before
+
+
+def test_overlay_is_removed_where_no_guest_comes_of_it(quit_vm: Path) -> None:
+    with pytest.raises(PyqmigrateError):
+        restored(quit_vm, with_disks=True, mode="postcopy")
+    assert overlays(quit_vm.parent) == []
+
+
+def test_disk_is_not_written_to_by_two_restores(quit_vm: Path) -> None:
+    """After the first one it has gone ahead."""
+
+    async def session() -> None:
+        async with going_on(quit_vm) as guest:
+            await written(guest.monitor)
+
+    asyncio.run(session())
+    with pytest.raises(UsageError, match="gone ahead"):
+        restored(quit_vm)
+
+
+@pytest.fixture
+def gone_on(tmp_path: Path, disk: Path, place: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The snapshot of a guest that goes on in an overlay, and its command line."""
+    with BareQemu(*VM, *drive(disk), run=True, socket=place / "original") as qemu:
+        saved(qemu, tmp_path / "snap", with_disks=True)
+        yield tmp_path / "snap", [BINARY, *VM, "-nodefaults", "-display", "none"]
+
+
+def make_overlay(path: Path, base: Path, form: str = "raw") -> Path:
+    with path.open("wb") as file:
+        for offset, data in encode_overlay(SIZE, bytes(base), form):
+            file.seek(offset)
+            file.write(data)
+    return path
+
+
+def test_base_of_a_guest_that_goes_on_is_not_written_to(
+    gone_on: tuple[Path, list[str]], disk: Path
+) -> None:
+    snapshot, command = gone_on
+    line = f"qemu-img create -f qcow2 -b {disk} -F raw {snapshot}.d0.qcow2"
+    with pytest.raises(UsageError, match="would be damaged") as caught:
+        restored(snapshot, [*command, *drive(disk)])
+    assert line in str(caught.value)
+
+
+def test_disk_of_a_guest_that_goes_on_is_not_that_of_the_snapshot(
+    gone_on: tuple[Path, list[str]], disk: Path
+) -> None:
+    snapshot, command = gone_on
+    ahead = disk.with_name("disk.snap.qcow2")
+    with pytest.raises(UsageError, match="where the guest went on") as caught:
+        restored(snapshot, [*command, *drive(ahead, "qcow2")])
+    assert "qemu-img create" in str(caught.value)
+
+
+def test_new_overlay_is_taken_and_one_that_was_used_is_not(
+    gone_on: tuple[Path, list[str]], disk: Path, tmp_path: Path
+) -> None:
+    snapshot, command = gone_on
+    new = make_overlay(tmp_path / "new.qcow2", disk)
+    words = [*command, *drive(new, "qcow2")]
+
+    async def session() -> None:
+        async with going_on(snapshot, words) as guest:
+            assert not any(note.startswith("disk") for note in guest.report.notes)
+            await written(guest.monitor)
+
+    asyncio.run(session())
+    with pytest.raises(UsageError, match="has been written to since"):
+        restored(snapshot, words)
+
+
+def test_throw_away_disk_may_be_the_base(gone_on: tuple[Path, list[str]], disk: Path) -> None:
+    snapshot, command = gone_on
+    restored(snapshot, [*command, *drive(disk), "-snapshot"])
+
+
+def test_clones_have_overlays_of_their_own_beside_the_guest_that_goes_on(
+    gone_on: tuple[Path, list[str]], disk: Path, tmp_path: Path
+) -> None:
+    snapshot, command = gone_on
+    words = [*command, *drive(disk)]
+    where = tmp_path / "overlays"
+    where.mkdir()
+
+    async def session() -> None:
+        for one in await clone(snapshot, words, 2, directory=where, with_disks=True):
+            assert one.vm is not None, one.error
+            assert Path(await written(one.vm.monitor)).name == f"{one.number}.snap.d0.qcow2"
+            await one.vm.end()
+
+    asyncio.run(session())
+    assert overlays(where) == ["1.snap.d0.qcow2", "2.snap.d0.qcow2"]
+    assert disk.read_bytes() == b"\x11" * SIZE
+
+
+def test_copy_is_the_disk_when_its_times_are_kept(
+    tmp_path: Path, disk: Path, place: Path
+) -> None:
+    with BareQemu(*VM, *drive(disk), socket=place / "qmp") as qemu:
+        saved(qemu, tmp_path / "snap", then="quit")
+    copy = tmp_path / "copy"
+    shutil.copyfile(disk, copy)
+    words = [BINARY, *VM, "-nodefaults", "-display", "none", *drive(copy)]
+    with pytest.raises(UsageError, match="cannot be told"):
+        restored(tmp_path / "snap", words)
+    shutil.copystat(disk, copy)
+    restored(tmp_path / "snap", words)
+
+
+def test_guest_that_goes_on_with_its_disk_is_restored_until_it_writes(
+    tmp_path: Path, disk: Path, place: Path
+) -> None:
+    with BareQemu(*VM, *drive(disk), run=True, socket=place / "qmp") as qemu:
+        saved(qemu, tmp_path / "snap")
+        qemu.run(written)
+    with pytest.raises(UsageError, match="has gone ahead of the snapshot"):
+        restored(tmp_path / "snap")
+
+
+def test_disk_that_is_only_read_does_not_matter(tmp_path: Path, disk: Path, place: Path) -> None:
+    cdrom = ["-drive", f"file={disk},format=raw,if=ide,media=cdrom,readonly=on"]
+    with BareQemu(*VM, *cdrom, socket=place / "qmp") as qemu:
+        saved(qemu, tmp_path / "snap", then="quit")
+    with disk.open("r+b") as file:
+        file.write(b"other")
+    restored(tmp_path / "snap")
+
+
+def test_twenty_saves_with_disks_and_the_chain_can_be_restored(
+    tmp_path: Path, disk: Path, place: Path
+) -> None:
+    with BareQemu(*VM, *drive(disk), run=True, socket=place / "qmp") as qemu:
+        for number in range(20):
+            saved(qemu, tmp_path / f"a-snapshot-with-a-name-{number}", with_disks=True)
+        record = read_record(tmp_path / "a-snapshot-with-a-name-19")
+        assert record is not None and len(record.disks[0].images) == 20
+        assert max(len(name) for name in overlays(tmp_path)) < 50
+    restored(tmp_path / "a-snapshot-with-a-name-19", with_disks=True)
+    restored(tmp_path / "a-snapshot-with-a-name-7", with_disks=True)
+    with pytest.raises(UsageError, match="would be damaged"):
+        restored(tmp_path / "a-snapshot-with-a-name-7")
