@@ -24,8 +24,8 @@ bytes, decimal or 0x.
 --describe has device state described that SRC does not describe (see vm save --describe): a
 mapped-ram file or a stream then carries the description, and an elf file has registers. A QEMU of
 the VM's machine, which never runs, makes it; the VM's command line is that of the record beside SRC
-(SRC.vm.json), or comes after --. Neither disks nor sockets of the VM are opened. ``--byte-order`` says what a Power guest's is in an elf file where
-there is no device state to tell.
+(SRC.vm.json), or comes after --. Neither disks nor sockets of the VM are opened. ``--byte-order``
+says what a Power guest's is in an elf file where there is no device state to tell.
 
 JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
 elf and lime, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,

@@ -40,4 +40,4 @@ def description_for(args: argparse.Namespace, snapshot: AnySnapshot) -> bytes | 
     # The library for QMP is an extra: what does not need it works without.
     from pyqmigrate.vm.twin import describe_snapshot
 
-    return asyncio.run(describe_snapshot(snapshot, args.command or None))
+    return asyncio.run(describe_snapshot(snapshot, args.command))

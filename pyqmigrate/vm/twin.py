@@ -96,10 +96,7 @@ async def describe_snapshot(
     cannot be one, and where there is none, SnapshotError, TargetError.
     """
     sizes: dict[str, int] = {}
-    if command is None:
-        line = _recorded(snapshot.source.name, sizes)
-    else:
-        line = CommandLine.parse(command)
+    line = CommandLine.parse(command) if command else _recorded(snapshot.source.name, sizes)
     state = await asyncio.to_thread(_state_of, snapshot)
     return await describe(
         Original.of_command(line), state, lambda name: sizes.get(name) or image_size(name)
@@ -116,7 +113,7 @@ def _recorded(snapshot: str, sizes: dict[str, int]) -> CommandLine:
             "VM's command line after --"
         )
     for disk in record.disks:
-        sizes |= {name: disk.images[0].size for name in (disk.device, disk.node, disk.file)}
+        sizes |= dict.fromkeys((disk.device, disk.node, disk.file), disk.images[0].size)
     return original_command(record, path)
 
 
