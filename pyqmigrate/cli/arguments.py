@@ -47,6 +47,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     takes_command_line = False  # of a VM, behind --: it becomes the attribute ``command``
+    command_line_option: str | None = None  # without which -- means what it does elsewhere
     _offered: tuple[str, Sequence[str]] | None = None
 
     def offer(self, package: str, names: Sequence[str]) -> None:
@@ -68,7 +69,8 @@ class Parser(argparse.ArgumentParser):
             given[:end] = [
                 f"{_SEAL}={Algorithm.XXH3_128}" if text == _SEAL else text for text in given[:end]
             ]
-        if not self.takes_command_line:
+        option = self.command_line_option
+        if not self.takes_command_line or (option and option not in given[:end]):
             return super().parse_known_args(given, namespace)
         parsed, unknown = super().parse_known_args(given[:end], namespace)
         if words := getattr(parsed, "command", []) and parsed.command + unknown:

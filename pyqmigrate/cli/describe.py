@@ -7,7 +7,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from pyqmigrate.cli.arguments import Parser
-from pyqmigrate.errors import UsageError
 
 if TYPE_CHECKING:
     from pyqmigrate.opening import AnySnapshot
@@ -25,6 +24,8 @@ def add_describe(parser: Parser) -> None:
         "the VM's command line is that of the record beside the file, or comes last, after --",
     )
     parser.takes_command_line = True
+    parser.command_line_option = "--describe"
+    parser.set_defaults(command=[])
 
 
 def description_for(args: argparse.Namespace, snapshot: AnySnapshot) -> bytes | None:
@@ -34,8 +35,6 @@ def description_for(args: argparse.Namespace, snapshot: AnySnapshot) -> bytes | 
     described.
     """
     if not args.describe:
-        if args.command:
-            raise UsageError("a command line after -- is for --describe")
         return None
     # The library for QMP is an extra: what does not need it works without.
     from pyqmigrate.vm.twin import describe_snapshot

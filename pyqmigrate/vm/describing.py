@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Self
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, PyqmigrateError
+from pyqmigrate.log import logger
 from pyqmigrate.vm.device_state import DeviceState
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.original import Original
@@ -41,7 +42,7 @@ class Describing:
         self._original: Original | None = None
         try:
             self._original = Original.of_process(guest.pid)
-        except NotSupported as error:
+        except Exception as error:
             self._refuse(error)
 
     def start(self, state: DeviceState) -> None:
@@ -83,7 +84,7 @@ class Describing:
     async def _describe(self, original: Original, state: DeviceState) -> None:
         try:
             description = await describe(original, state, self._sizes.get)
-        except NotSupported as error:
+        except Exception as error:
             self._refuse(error)
         else:
             if not self._result.done():
@@ -91,7 +92,10 @@ class Describing:
         finally:
             self.cancel()
 
-    def _refuse(self, error: NotSupported) -> None:
+    def _refuse(self, error: Exception) -> None:
+        """Go on without a description: whatever keeps a twin from it, the save does without."""
+        if not isinstance(error, NotSupported):
+            logger.error("the twin failed", exc_info=error)
         self.note = (
             f"device state is saved without its description ({error}): devices and the registers "
             f"of an ELF core need it; this adds it: {_CURE}"
@@ -109,7 +113,7 @@ def why_not_described(guest: Guest) -> str:
             make_twin(original.command, blocks, _sizes(guest).get, lambda length: "")
         finally:
             original.close()
-    except NotSupported as error:
+    except (PyqmigrateError, RecursionError) as error:
         return str(error)
     return ""
 

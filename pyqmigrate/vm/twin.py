@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from dataclasses import dataclass, replace
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.configuration import IGNORE_SHARED
 from pyqmigrate.format.described import check_described
+from pyqmigrate.format.description import parse
 from pyqmigrate.format.elements import SectionKind
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.format.stream import encode_head, encode_tail
@@ -76,9 +76,9 @@ async def describe(
         raise NotSupported("the twin wrote no description")
     try:
         await asyncio.to_thread(
-            check_described, state.sections, theirs.sections, json.loads(theirs.description)
+            check_described, state.sections, theirs.sections, parse(theirs.description)
         )
-    except (PyqmigrateError, ValueError) as error:
+    except PyqmigrateError as error:
         raise NotSupported(f"the twin is another machine: {error}") from error
     return theirs.description
 

@@ -40,7 +40,7 @@ Sizes = Callable[[str], int | None]
 # Options that shape the machine and are passed on as they are. Files that they name are read only.
 _KEPT = frozenset({
     "L", "accel", "acpitable", "action", "append", "bios", "boot", "cpu", "dtb", "enable-kvm",
-    "fw_cfg", "g", "global", "icount", "initrd", "kernel", "m", "no-acpi", "no-fd-bootchk",
+    "fw_cfg", "g", "global", "initrd", "kernel", "m", "no-acpi", "no-fd-bootchk",
     "no-hpet", "no-user-config", "nodefaults", "nographic", "numa", "old-param", "option-rom",
     "prom-env", "rtc", "sandbox", "shim", "smbios", "smp", "usb", "uuid", "vga",
 })  # fmt: skip
@@ -170,6 +170,11 @@ class _Rewriter:
             )
         yield option
 
+    def _icount(self, option: Option) -> Iterator[Option]:
+        if "rr" in option.properties("shift"):
+            raise NotSupported(f"{option} records or replays the VM in a file")
+        yield option
+
     def _usbdevice(self, option: Option) -> Iterator[Option]:
         if option.value not in _USB_DEVICES:
             raise NotSupported(f"{option} has no stand-in")
@@ -278,7 +283,7 @@ class _Rewriter:
 
     _REWRITTEN: ClassVar[Mapping[str, Callable[[_Rewriter, Option], Iterator[Option]]]] = {
         "audio": _audio, "audiodev": _audiodev, "blockdev": _blockdev, "chardev": _chardev,
-        "debugcon": _serial, "device": _device, "drive": _drive, "fsdev": _fsdev,
+        "debugcon": _serial, "device": _device, "drive": _drive, "fsdev": _fsdev, "icount": _icount,
         "machine": _machine, "net": _net, "netdev": _netdev, "nic": _nic, "object": _object,
         "parallel": _serial, "readconfig": _readconfig, "serial": _serial, "usbdevice": _usbdevice,
         "virtfs": _virtfs, "virtioconsole": _serial,

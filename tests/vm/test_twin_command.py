@@ -91,6 +91,7 @@ def made(text: str) -> list[str]:
         ("-object iothread,id=t", "-object iothread,id=t"),
         ("-device virtio-blk-pci,drive=d0", "-device virtio-blk-pci,drive=d0"),
         ("-usbdevice tablet", "-usbdevice tablet"),
+        ("-icount shift=3,sleep=off", "-icount shift=3,sleep=off"),
         ("-cpu host -smp 4 -vga qxl", "-cpu host|-smp 4|-vga qxl"),
         ("-M q35,dumpdtb=/x,nvdimm=on", "-machine q35,nvdimm=on"),
         ("-global driver=PIIX4_PM,property=disable_s3,value=1",
@@ -120,6 +121,7 @@ def test_each_option_has_its_stand_in(given: str, expected: str) -> None:
         "-object memory-backend-epc,id=e,size=64M", "-object sev-guest,id=s",
         "-object dbus-vmstate,id=d,addr=unix:path=/x", "-object unheard-of,id=u",
         "-machine pc,confidential-guest-support=s", "-usbdevice host:1.2",
+        "-icount shift=auto,rr=record,rrfile=/x",
         "-an-option-of-tomorrow x", "-object memory-backend-ram,id=x,size=huge",
     ],
 )  # fmt: skip
