@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from pyqmigrate import open_snapshot
+from pyqmigrate.cli import main
 from pyqmigrate.device_listing import cpu_registers, devices
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.export.convert import convert
@@ -195,12 +197,11 @@ def test_running_guest_goes_on_before_it_is_described(
 
 
 def pyqmigrate(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pyqmigrate", *arguments], capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+    """What the command says, on both streams."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        assert main(arguments) == code, said.getvalue()
+    return said.getvalue()
 
 
 def test_save_that_could_not_be_described_is_described_later(disk: Path) -> None:
