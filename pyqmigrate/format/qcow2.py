@@ -8,8 +8,10 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-__all__ = ["EXTENSIONS_MAX", "HEADER_SIZE", "Header", "backing_format", "decode_header",
-           "encode_overlay"]  # fmt: skip
+__all__ = [
+    "BACKING_MAX", "EXTENSIONS_MAX", "HEADER_SIZE", "SIZE_MAX", "Header", "backing_format",
+    "decode_header", "encode_overlay",
+]  # fmt: skip
 
 MAGIC = b"QFI\xfb"
 # magic, version, backing_file_offset, backing_file_size, cluster_bits, size, crypt_method,
@@ -22,6 +24,7 @@ _EXTENSION = struct.Struct(">II")
 _END, _BACKING_FORMAT = 0, 0xE2792ACA
 HEADER_SIZE = _HEADER.size + _VERSION_3.size
 EXTENSIONS_MAX = 1 << 16  # bytes that are looked through
+SIZE_MAX = 1 << 51  # bytes of an image that is made here: QEMU's limit of the L1 table, 32 MiB
 BACKING_MAX = 1023  # bytes of a name, the format's limit
 
 _CLUSTER_BITS = 16
@@ -85,13 +88,13 @@ def encode_overlay(size: int, backing: bytes, backing_format: str) -> list[tuple
     """A new image of ``size`` bytes in which nothing has been written, over ``backing``.
 
     Pairs of file offset and bytes; what is between them are zeros, and the last one ends the file.
-    The caller sees to it that the name of the backing file has at most ``BACKING_MAX`` bytes.
+    The caller sees to it that the image has at most ``SIZE_MAX`` bytes, and the name of the backing
+    file ``BACKING_MAX``.
     """
     entries = max(1, -(-size // (_CLUSTER * (_CLUSTER // 8))))
     l1_clusters = -(-entries * 8 // _CLUSTER)
     # Clusters: header, refcount table, refcount block, L1 table.
     used = 3 + l1_clusters
-    assert used <= _CLUSTER // 2, "one refcount block is not enough"
     kind = backing_format.encode("ascii")
     padded = kind.ljust(-(-len(kind) // 8) * 8, b"\0")
     extensions = (

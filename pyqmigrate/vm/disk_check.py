@@ -8,10 +8,8 @@ state at the snapshot's instant; here they are looked at again. Images are opene
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pyqmigrate.vm.command_line import CommandLine
@@ -19,7 +17,7 @@ from pyqmigrate.vm.disk_identity import Qcow2, look_at_image, look_at_qcow2
 from pyqmigrate.vm.disk_options import DiskOption, disk_options
 from pyqmigrate.vm.record import DiskRecord, Image, ImageState, VmRecord
 
-__all__ = ["DiskFindings", "Pair", "check_disks", "pair_disks"]
+__all__ = ["DiskFindings", "Pair", "check_disks", "is_path", "pair_disks"]
 
 _DEPTH = 200  # images one over another, at most: QEMU's own limit
 
@@ -31,19 +29,16 @@ class Pair(NamedTuple):
     option: DiskOption | None
 
 
-@dataclass
-class DiskFindings:
+class DiskFindings(NamedTuple):
     """What was found out about the disks.
 
-    ``faults`` are sentences that speak against a restore, ``notes`` what to mind. ``intact`` are
-    the disks whose images are as they were at the snapshot's instant, and ``needs_overlay`` those
-    of them that the command line must not use as it does.
+    ``faults`` are sentences that speak against a restore, ``notes`` what to mind.
+    ``needs_overlay`` are the disks that get new overlays, over images that are as they were.
     """
 
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    intact: list[Pair] = field(default_factory=list)
-    needs_overlay: list[Pair] = field(default_factory=list)
+    faults: list[str]
+    notes: list[str]
+    needs_overlay: list[Pair]
 
 
 def pair_disks(command: CommandLine, record: VmRecord) -> list[Pair]:
@@ -85,11 +80,11 @@ def check_disks(
     ``overlays``: each disk that can have one gets a new overlay, so that only the state of the
     images matters. Blocks for as long as it takes to look at the images' headers.
     """
-    findings = DiskFindings()
+    findings = DiskFindings([], [], [])
     for pair in pair_disks(command, record):
         if pair.option is None:
             _missing(command, pair.disk, findings)
-        elif pair.option.file is None or not _is_path(pair.disk.file):
+        elif pair.option.file is None or not is_path(pair.disk.file):
             _out_of_sight(pair, findings)
         else:
             _compare(command, pair, snapshot, overlays, findings)
@@ -104,10 +99,10 @@ def _compare(
     given = _resolved(command, option.file)
     changes = _changes(disk)
     base, line = disk.file, _overlay_line(disk, snapshot)
+    if overlays and not changes and not _same(given, base):
+        findings.needs_overlay.append(pair)
+        return
     if disk.continued_in is not None and _same(given, disk.continued_in):
-        if overlays and not changes:
-            findings.needs_overlay.append(pair)
-            return
         what = (
             f"disk {disk.name}: {given!r} is where the guest went on after the snapshot, which "
             f"belongs to {base!r}"
@@ -153,7 +148,6 @@ def _compare_base(
             "it has come cannot be seen"
         )
         return
-    findings.intact.append(pair)
     writes = option.writable and not option.volatile
     if writes and disk.continued_in is not None and os.path.lexists(disk.continued_in):
         if overlays:
@@ -250,6 +244,8 @@ def _images_down_to(file: str, base: str) -> Iterator[tuple[str, Qcow2]]:
 
 
 def _overlay_line(disk: DiskRecord, snapshot: str) -> str:
+    import shlex  # for a refusal only
+
     front = f"{os.fspath(snapshot)}.{disk.name.rpartition('/')[2]}"
     words = ["qemu-img", "create", "-f", "qcow2", "-b", disk.file, "-F", disk.format,
              f"{front}.qcow2"]  # fmt: skip
@@ -282,9 +278,10 @@ def _same(one: str, other: str) -> bool:
         return True
     try:
         return os.path.samefile(one, other)  # noqa: PTH121
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
-def _is_path(file: str) -> bool:
+def is_path(file: str) -> bool:
+    """Whether the file of an image is a path, and not a description."""
     return not file.startswith("json:") and ":" not in file.partition("/")[0]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on, join_properties
@@ -24,8 +23,7 @@ _KEPT = ("discard", "detect-zeroes", "cache.direct", "cache.no-flush")
 _KEPT_OF_FILE = ("aio", "locking")
 
 
-@dataclass(frozen=True)
-class DiskOption:
+class DiskOption(NamedTuple):
     """A disk in a command line.
 
     ``option`` names the image, ``names`` are the ids of the drive, its nodes and its device,
@@ -136,8 +134,11 @@ def _is_read_only(properties: dict[str, str]) -> bool:
     return any(is_on(properties.get(key)) for key in ("readonly", "read-only"))
 
 
-def with_image(command: CommandLine, disk: DiskOption, file: str) -> CommandLine:
-    """``command`` whose ``disk`` is the qcow2 ``file``, and everything below it what that says.
+def with_image(
+    command: CommandLine, disk: DiskOption, file: str, form: str = "qcow2"
+) -> CommandLine:
+    """``command`` whose ``disk`` is ``file``, of format ``form``, and what is below it what that
+    says.
 
     Raises UsageError where what the option says of the image would be lost.
     """
@@ -151,29 +152,28 @@ def with_image(command: CommandLine, disk: DiskOption, file: str) -> CommandLine
                 f"{option} cannot be replaced by an overlay, because of {key}: make the overlay by "
                 "hand, and give the whole command line after --"
             )
-    made = _replaced_drive(properties, file) if option.name == "drive" else _replaced_node(
-        properties, file
-    )
+    replaced = _replaced_drive if option.name == "drive" else _replaced_node
+    made = replaced(properties, file, form)
     return command.replaced({option: Option(option.name, made, option.word)})
 
 
-def _replaced_drive(properties: dict[str, str], file: str) -> str:
+def _replaced_drive(properties: dict[str, str], file: str, form: str) -> str:
     kept = {
         key: value for key, value in properties.items()
         if key not in ("file", "file.filename", "file.driver", "format", "driver")
         and not key.startswith("backing")
     }
-    made = join_properties("", {"file": file, "format": "qcow2", **kept})
+    made = join_properties("", {"file": file, "format": form, **kept})
     return made.removeprefix(",")
 
 
-def _replaced_node(properties: dict[str, str], file: str) -> str:
+def _replaced_node(properties: dict[str, str], file: str, form: str) -> str:
     inner: dict[str, Any] = {"driver": "file", "filename": file}
     for key in _KEPT_OF_FILE:
         if f"file.{key}" in properties:
             inner[key] = properties[f"file.{key}"]
     node: dict[str, Any] = {
-        "driver": "qcow2", "node-name": properties["node-name"], "file": inner,
+        "driver": form, "node-name": properties["node-name"], "file": inner,
     }  # fmt: skip
     for key in _KEPT:
         if key in properties:

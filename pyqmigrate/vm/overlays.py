@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyqmigrate.errors import TargetError, UsageError
-from pyqmigrate.format.qcow2 import BACKING_MAX, encode_overlay
+from pyqmigrate.format.qcow2 import BACKING_MAX, SIZE_MAX, encode_overlay
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.disk_check import Pair
 from pyqmigrate.vm.disk_options import with_image
@@ -49,6 +49,8 @@ def _make(disk: DiskRecord, directory: Path, front: str) -> Path:
     base = os.fsencode(disk.file)
     if len(base) > BACKING_MAX:
         raise UsageError(f"the name of {disk.file!r} is too long for an image over it")
+    if not 0 < disk.images[0].size <= SIZE_MAX:
+        raise UsageError(f"no image over {disk.file!r} can have {disk.images[0].size} bytes")
     name = overlay_name(
         [front], disk.name.rpartition("/")[2], lambda name: os.path.lexists(directory / name)
     )

@@ -322,8 +322,16 @@ def _sized(value: Any, kind: type[list[Any]] | type[dict[str, Any]], place: str)
     return value
 
 
+def _is_system_text(text: str) -> bool:
+    """Whether it can be a word of a command line, or a path."""
+    try:
+        return len(text) <= _TEXT_MAX and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def _plain(value: Any, kind: str, place: str) -> str | int | bool:
-    if kind == "str" and isinstance(value, str) and len(value) <= _TEXT_MAX:
+    if kind == "str" and isinstance(value, str) and _is_system_text(value):
         return value
     if kind == "bool" and isinstance(value, bool):
         return value

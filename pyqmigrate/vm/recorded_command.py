@@ -16,10 +16,9 @@ from pathlib import Path
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on, is_qemu
-from pyqmigrate.vm.disk_check import pair_disks
+from pyqmigrate.vm.disk_check import is_path, pair_disks
 from pyqmigrate.vm.disk_options import with_image
 from pyqmigrate.vm.record import VmRecord
-from pyqmigrate.vm.redaction import REDACTED
 
 __all__ = ["original_command", "recorded_command"]
 
@@ -46,11 +45,8 @@ def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[st
     command = original_command(record, path)
     words = record.command or ()
     for number in record.qemu.redacted:
-        word = words[number] if number < len(words) else REDACTED
-        before = f"{words[number - 1]} " if 0 < number <= len(words) else ""
-        raise UsageError(
-            f"a secret of the recorded command line was left out ({before}{word}): {_GIVE}"
-        )
+        said = " ".join(words[max(number - 1, 0) : number + 1])
+        raise UsageError(f"a secret of the recorded command line was left out ({said}): {_GIVE}")
     notes = []
     if command.options and _is_own_monitor(command.options[-1]):
         command = replace(command, options=command.options[:-1])
@@ -75,7 +71,7 @@ def original_command(record: VmRecord, path: Path) -> CommandLine:
         raise UsageError(f"the record {os.fspath(path)!r} has no command line: {_GIVE}")
     _check_owner(path)
     command = _with_program(CommandLine.parse(words), record)
-    return replace(command, directory=_directory(command, record))
+    return replace(command, directory=_directory(record))
 
 
 def _check_owner(path: Path) -> None:
@@ -102,10 +98,10 @@ def _with_program(command: CommandLine, record: VmRecord) -> CommandLine:
     return replace(command, program=binary)
 
 
-def _directory(command: CommandLine, record: VmRecord) -> str | None:
-    """Where relative names start: it is needed only where there are some."""
+def _directory(record: VmRecord) -> str | None:
+    """Where relative names of the command line start."""
     directory = record.qemu.directory
-    if directory is not None and not Path(directory).is_dir():
+    if directory is not None and not os.path.isdir(directory):  # noqa: PTH112 - a name too long
         raise UsageError(
             f"the recorded command line was used in {directory!r}, which is not there: {_GIVE}"
         )
@@ -173,9 +169,9 @@ def _names_descriptor(option: Option) -> Iterator[bool]:
 def _with_present_disks(command: CommandLine, record: VmRecord) -> CommandLine:
     """A disk may have got another file since QEMU was started: an overlay of a save before."""
     for disk, option in pair_disks(command, record):
-        if option is None or option.file is None or disk.format != "qcow2":
+        if option is None or option.file is None or not is_path(disk.file):
             continue
         file = os.path.join(command.directory or "", option.file)  # noqa: PTH118
-        if file != disk.file and any(image.file == file for image in disk.images[1:]):
-            command = with_image(command, option, disk.file)
+        if os.path.normpath(file) != disk.file:
+            command = with_image(command, option, disk.file, disk.format)
     return command

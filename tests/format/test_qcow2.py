@@ -5,7 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate.format.qcow2 import HEADER_SIZE, backing_format, decode_header, encode_overlay
+from pyqmigrate.format.qcow2 import (
+    HEADER_SIZE,
+    SIZE_MAX,
+    backing_format,
+    decode_header,
+    encode_overlay,
+)
 
 
 def overlay(size: int = 1 << 30, name: bytes = b"/images/base", kind: str = "raw") -> bytes:
@@ -16,7 +22,8 @@ def overlay(size: int = 1 << 30, name: bytes = b"/images/base", kind: str = "raw
 
 
 @given(
-    st.integers(1, 1 << 45), st.binary(min_size=1, max_size=1023), st.sampled_from(["raw", "qcow2"])
+    st.integers(1, SIZE_MAX >> 5), st.binary(min_size=1, max_size=1023),
+    st.sampled_from(["raw", "qcow2"]),
 )
 def test_overlay_says_what_it_is_over(size: int, name: bytes, kind: str) -> None:
     image = overlay(size, name, kind)
@@ -35,6 +42,11 @@ def test_any_bytes_are_a_header_or_not(data: bytes) -> None:
     decode_header(data)
     decode_header(b"QFI\xfb\0\0\0\3" + data)
     backing_format(data)
+
+
+def test_largest_overlay_has_the_largest_table() -> None:
+    header = decode_header(overlay(SIZE_MAX)[:HEADER_SIZE])
+    assert header is not None and header.l1_entries * 8 == 32 << 20
 
 
 def test_what_is_not_a_qcow2_has_no_header() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,8 @@ import pytest
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.format.qcow2 import encode_overlay
 from pyqmigrate.vm.cloning import clone
+from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.disk_identity import look_at_qcow2
 from pyqmigrate.vm.record import read_record
 from tests.qemu.bare import BareQemu
 from tests.qemu.machine import BINARY
@@ -27,6 +32,7 @@ from tests.qemu.recorded import (
     saved,
     written,
 )
+from tests.qemu.unpacked import qemu_img
 
 pytestmark = pytest.mark.qemu
 
@@ -236,16 +242,137 @@ def test_disk_that_is_only_read_does_not_matter(tmp_path: Path, disk: Path, plac
     restored(tmp_path / "snap")
 
 
-def test_twenty_saves_with_disks_and_the_chain_can_be_restored(
+@pytest.mark.parametrize("engine", ["qemu", "direct"])
+def test_qcow2_that_qemu_closed_after_the_save_is_untouched(
+    tmp_path: Path, disk: Path, place: Path, engine: str
+) -> None:
+    """With what the guest wrote, which QEMU may hold back until it ends."""
+    new = make_overlay(tmp_path / "new.qcow2", disk)
+    with BareQemu(*VM, *drive(new, "qcow2"), run=True, socket=place / "qmp") as qemu:
+        qemu.run(written)
+        saved(qemu, tmp_path / "snap", then="quit", engine=engine)
+    restored(tmp_path / "snap")
+    with new.open("r+b") as file:
+        times = new.stat()
+        file.seek(3 << 16)
+        file.write(b"\x81")  # in its L1 table
+    os.utime(new, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UsageError, match="as its tables show"):
+        restored(tmp_path / "snap")
+
+
+def test_twenty_saves_with_disks_and_every_one_can_be_restored(
     tmp_path: Path, disk: Path, place: Path
 ) -> None:
+    """Also when the guest has its disk in one file again: the first recipe in docs/vm-record.md."""
+    names = [f"a-snapshot-with-a-name-{number}" for number in range(21)]
     with BareQemu(*VM, *drive(disk), run=True, socket=place / "qmp") as qemu:
-        for number in range(20):
-            saved(qemu, tmp_path / f"a-snapshot-with-a-name-{number}", with_disks=True)
-        record = read_record(tmp_path / "a-snapshot-with-a-name-19")
+        for name in names[:20]:
+            saved(qemu, tmp_path / name, with_disks=True)
+        record = read_record(tmp_path / names[19])
         assert record is not None and len(record.disks[0].images) == 20
         assert max(len(name) for name in overlays(tmp_path)) < 50
-    restored(tmp_path / "a-snapshot-with-a-name-19", with_disks=True)
-    restored(tmp_path / "a-snapshot-with-a-name-7", with_disks=True)
+
+        async def stream(monitor: Monitor) -> None:
+            top = await top_node(monitor)
+            await monitor.execute("block-stream", {"job-id": "flatten", "device": top})
+            await ended(monitor)
+
+        qemu.run(stream)
+        record = saved(qemu, tmp_path / names[20], with_disks=True)
+        assert len(record.disks[0].images) == 1
+    for number in (7, 19, 20):
+        restored(tmp_path / names[number], with_disks=True)
     with pytest.raises(UsageError, match="would be damaged"):
-        restored(tmp_path / "a-snapshot-with-a-name-7")
+        restored(tmp_path / names[7])
+
+
+async def top_node(monitor: Monitor) -> str:
+    disks = [disk for disk in await monitor.execute("query-block") if "inserted" in disk]
+    return str(disks[0]["inserted"]["node-name"])
+
+
+async def ended(monitor: Monitor) -> None:
+    """Wait for the block jobs, and complete those that wait for that."""
+    while jobs := await monitor.execute("query-block-jobs"):
+        for job in jobs:
+            if job["ready"] and job["status"] == "ready":
+                await monitor.execute("block-job-complete", {"device": job["device"]})
+        await asyncio.sleep(0.01)
+
+
+def test_chain_that_was_committed_is_the_disk_again(
+    tmp_path: Path, disk: Path, place: Path
+) -> None:
+    """The second recipe: the overlays are gone, and so are the disks of the snapshots."""
+    with BareQemu(*VM, *drive(disk), run=True, socket=place / "qmp") as qemu:
+        for name in ("one", "two"):
+            saved(qemu, tmp_path / name, with_disks=True)
+        qemu.run(written)
+
+        async def commit(monitor: Monitor) -> None:
+            top = await top_node(monitor)
+            await monitor.execute("block-commit", {"job-id": "flatten", "device": top})
+            await ended(monitor)
+
+        qemu.run(commit)
+        for name in overlays(tmp_path):
+            (tmp_path / name).unlink()
+        record = saved(qemu, tmp_path / "three", then="quit")
+    assert [each.file for each in record.disks[0].images] == [str(disk)]
+    assert disk.read_bytes()[:512] == b"\x22" * 512
+    restored(tmp_path / "three")
+    for name in ("one", "two"):
+        with pytest.raises(UsageError, match=r"gone ahead|not there any more"):
+            restored(tmp_path / name, with_disks=True)
+
+
+@pytest.mark.parametrize("way", ["rebase", "commit"])
+def test_chain_of_a_guest_that_ended_is_flattened(
+    tmp_path: Path, disk: Path, place: Path, way: str
+) -> None:
+    """The recipes for qemu-img."""
+    program, environment = qemu_img()
+    with BareQemu(*VM, *drive(disk), run=True, socket=place / "qmp") as qemu:
+        for name in ("one", "two"):
+            saved(qemu, tmp_path / name, with_disks=True)
+        qemu.run(written)
+    top = str(tmp_path / "disk.two.qcow2")
+    words = ["rebase", "-b", "", top] if way == "rebase" else ["commit", "-b", str(disk), top]
+    subprocess.run([program, *words], env=environment, check=True, capture_output=True)
+    if way == "rebase":
+        assert look_at_qcow2(top).backing is None  # type: ignore[union-attr]
+        restored(tmp_path / "one", with_disks=True)
+        restored(tmp_path / "two", with_disks=True)
+    else:
+        assert disk.read_bytes()[:512] == b"\x22" * 512
+        with pytest.raises(UsageError, match="gone ahead"):
+            restored(tmp_path / "one", with_disks=True)
+
+
+def test_line_that_a_refusal_shows_makes_what_it_says(
+    gone_on: tuple[Path, list[str]], disk: Path
+) -> None:
+    program, environment = qemu_img()
+    snapshot, command = gone_on
+    with pytest.raises(UsageError) as caught:
+        restored(snapshot, [*command, *drive(disk)])
+    line = shlex.split(str(caught.value).partition("(")[2].partition(")")[0])
+    assert line[0] == "qemu-img"
+    subprocess.run([program, *line[1:]], env=environment, check=True, capture_output=True)
+    restored(snapshot, [*command, *drive(Path(line[-1]), "qcow2")])
+
+
+def test_overlay_of_ours_is_a_whole_image(tmp_path: Path, disk: Path) -> None:
+    program, environment = qemu_img()
+    new = make_overlay(tmp_path / "new.qcow2", disk)
+    checked = subprocess.run(
+        [program, "check", str(new)], env=environment, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked
+    info = subprocess.check_output(
+        [program, "info", "--output=json", str(new)], env=environment
+    )
+    told = json.loads(info)
+    assert (told["virtual-size"], told["full-backing-filename"], told["backing-filename-format"]
+            ) == (SIZE, str(disk), "raw")  # fmt: skip

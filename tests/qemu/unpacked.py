@@ -9,13 +9,14 @@ from typing import NoReturn
 
 import pytest
 
-__all__ = ["emulator", "lack", "unpacked"]
+__all__ = ["emulator", "lack", "qemu_img", "unpacked"]
 
 _ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyqmigrate-tests"
 
 
 def unpacked(name: str) -> Path:
-    """The root of the packages unpacked as ``name``: targets, linux, libvirt or crash."""
+    """The root of the packages unpacked as ``name``: targets, linux, libvirt, crash or
+    qemu-img."""
     root = _ROOT / name
     if not (root / ".complete").exists():
         lack(f"{root} is not there: run .ci/ensure-system qemu")
@@ -26,6 +27,16 @@ def emulator(target: str) -> str:
     """A QEMU for another target: the one that is installed, or the one unpacked."""
     program = f"qemu-system-{target}"
     return shutil.which(program) or str(unpacked("targets") / "usr/bin" / program)
+
+
+def qemu_img() -> tuple[str, dict[str, str]]:
+    """qemu-img, the one that is installed or the one unpacked, and the environment for it."""
+    installed = shutil.which("qemu-img")
+    if installed is not None:
+        return installed, {**os.environ}
+    root = unpacked("qemu-img")
+    libraries = ":".join(str(path) for path in sorted(root.glob("usr/lib/*-linux-gnu")))
+    return str(root / "usr/bin/qemu-img"), {**os.environ, "LD_LIBRARY_PATH": libraries}
 
 
 def lack(reason: str) -> NoReturn:

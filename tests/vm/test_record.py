@@ -65,6 +65,8 @@ def test_unknown_keys_are_no_fault() -> None:
         (lambda data: data["qemu"].update(command="qemu"), "record.qemu.command"),
         (lambda data: data["qemu"]["command"].append(7), r"record.qemu.command\[\d+\]"),
         (lambda data: data["machine"].update(type=None), "record.machine.type"),
+        (lambda data: data["machine"].update(type="pc\0"), "record.machine.type"),
+        (lambda data: data["qemu"].update(directory="\ud800"), "record.qemu.directory"),
         (lambda data: data["disks"][0].update(images=[]), "record.disks"),
         (lambda data: data["disks"][0]["images"][0].pop("state"), r"images\[0\].state"),
         (lambda data: data.update(devices={}), "record.devices"),

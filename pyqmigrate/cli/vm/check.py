@@ -14,7 +14,8 @@ a live save takes more where the guest fills pages meanwhile); ``directory``, ``
 ``direct_io``, ``direct_io_reason``, ``rate`` (bytes a second) and ``seconds`` (null without --dir,
 ``free`` and ``fits`` also where there is no limit); ``blocks``, a list of ``name``, ``length``,
 ``kind`` (file, process, or null: cannot be read), ``shared``, ``file_backed``, ``why_not``;
-``disks``, a list of ``device``, ``qdev``, ``node``, ``file``, ``format``, ``writable``, ``size``;
+``disks``, a list of ``device``, ``qdev``, ``node``, ``file``, ``format``, ``writable``, ``size``
+and ``chain``, the backing files (``file``, ``format``, ``size``);
 ``disk_needs`` (sentences); ``with_disks`` (whether --with-disks is possible, null where no disk is
 writable) and ``why_no_disks``. Sizes are in bytes.
 """

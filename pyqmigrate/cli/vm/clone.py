@@ -1,8 +1,10 @@
 """Start several guests from one snapshot; they share its page cache.
 
 After ``--`` comes the command line that the VM was started with, in which ``{n}`` is the number of
-the guest, from 1 on. Each guest gets a monitor DIR/N.qmp of its own, and no standard input. Disks
-that more than one guest would write to are refused. A guest that fails does not stop the others.
+the guest, from 1 on; without it, the one that vm save recorded is used. --with-disks gives each
+guest new overlays, N.SNAPSHOT.DISK.qcow2, over the disks as they were at the snapshot's instant.
+Each guest gets a monitor DIR/N.qmp of its own, and no standard input. Disks that more than one
+guest would write to are refused. A guest that fails does not stop the others.
 Every guest has the descriptors that were open when this command was started; one that two guests
 name (-netdev tap,fd=5) is refused, other than a file that is open for reading only: fd=1{n} gives
 each its own.

@@ -1,10 +1,15 @@
 """Start a QEMU that goes on where a snapshot was taken.
 
-After ``--`` comes the command line that the VM was started with; what a restore needs is added to
-it. In mode instant the guest's memory is mapped from the snapshot, and the guest is there in
-milliseconds whatever its size; the file must not change in place while the guest runs, and may be
-replaced or removed. In mode load QEMU reads all of it first; postcopy is QEMU's own lazy load,
-where it has one. The default, auto, is instant where that is possible.
+After ``--`` comes the command line that the VM was started with; without it, the one that vm save
+recorded in SNAPSHOT.vm.json is used. What a restore needs is added. In mode instant the guest's
+memory is mapped from the snapshot, and the guest is there in milliseconds whatever its size; the
+file must not change in place while the guest runs, and may be replaced or removed. In mode load
+QEMU reads all of it first; postcopy is QEMU's own lazy load, where it has one. The default, auto,
+is instant where that is possible.
+
+Where there is a record, a given command line is compared with it, and disks that have gone ahead of
+the snapshot are refused. --with-disks runs the guest on new overlays, SNAPSHOT.DISK.qcow2, over the
+disks as they were.
 
 QEMU has this command's standard streams and every other descriptor that was open when it was
 started (-add-fd fd=5, -netdev tap,fd=5). The command waits until it ends, and passes SIGINT,
