@@ -24,9 +24,10 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.vm import twin
 from pyqmigrate.vm.check import check
+from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.launch import Launched
 from pyqmigrate.vm.loading import Incoming
-from pyqmigrate.vm.save import save
+from pyqmigrate.vm.save import VmSaveReport, save
 from pyqmigrate.vm.twin import describe_snapshot
 from tests.qemu.bare import BareQemu
 from tests.qemu.saving import Source, source, wait_until
@@ -151,10 +152,19 @@ def assert_nothing_of_the_guest(files: list[str], words: list[str], disk: Path) 
     assert named == []
 
 
+def save_bare(qemu: BareQemu, path: Path) -> VmSaveReport:
+    """A save, once the monitor answers."""
+
+    async def answers(monitor: Monitor) -> None:
+        await monitor.execute("query-status")
+
+    qemu.run(answers)
+    return asyncio.run(save(qemu.socket, path))
+
+
 def test_flash_is_stood_in_for(disk: Path) -> None:
     with BareQemu("-M", "q35", "-m", "32", *machines(disk)["q35"]) as qemu:
-        wait_until(qemu.socket.exists, qemu.stderr)
-        report = asyncio.run(save(qemu.socket, disk / "s"))
+        report = save_bare(qemu, disk / "s")
     assert not any("describ" in note for note in report.notes)
     assert devices(disk / "s").described
 
@@ -162,10 +172,12 @@ def test_flash_is_stood_in_for(disk: Path) -> None:
 def test_twin_has_the_network_headers_of_a_tap(disk: Path) -> None:
     tap = ("-netdev", "tap,id=n,script=no,downscript=no", "-device", "virtio-net-pci,netdev=n")
     with BareQemu("-m", "32", *tap) as qemu:
-        wait_until(lambda: qemu.socket.exists() or qemu.process.poll() is not None, qemu.stderr)
-        if qemu.process.poll() is not None:
+        try:
+            report = save_bare(qemu, disk / "s")
+        except AssertionError:
+            if qemu.process.poll() is None:
+                raise
             pytest.skip(f"no tap device can be made here: {qemu.stderr()}")
-        report = asyncio.run(save(qemu.socket, disk / "s"))
     assert not any("describ" in note for note in report.notes)
     assert devices(disk / "s").described
 
@@ -286,8 +298,7 @@ def test_twin_is_of_the_user_that_its_original_is(
     nobody = ["setpriv", "--reuid=65534", "--regid=65533", "--clear-groups", "--"]
     disk.chmod(0o777)
     with BareQemu("-m", "32", before=nobody, socket=disk / "qmp", cwd=Path("/")) as qemu:
-        wait_until(qemu.socket.exists, qemu.stderr)
-        report = asyncio.run(save(qemu.socket, disk / "s"))
+        report = save_bare(qemu, disk / "s")
     assert report.notes == ()
     assert users == [["65534"] * 4, ["65533"] * 4]
 
@@ -297,8 +308,7 @@ def test_original_in_a_container_has_no_twin(disk: Path) -> None:
     if subprocess.run([*apart, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no namespaces can be made here")
     with BareQemu("-m", "32", before=apart) as qemu:
-        wait_until(qemu.socket.exists, qemu.stderr)
-        report = asyncio.run(save(qemu.socket, disk / "s", engine="auto"))
+        report = save_bare(qemu, disk / "s")
     if report.engine == "direct":
         assert any("container" in note for note in report.notes)
 
