@@ -286,7 +286,7 @@ def test_check_says_what_stands_against_a_twin(disk: Path) -> None:
 def test_twin_is_of_the_user_that_its_original_is(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    users = []
+    users: list[list[str]] = []
     real = twin.take_in
 
     async def looked(qemu: Launched, incoming: Incoming) -> float:
