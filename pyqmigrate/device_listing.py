@@ -21,7 +21,8 @@ from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.cpu_state import cpu_registers
-from pyqmigrate.format.device_state import DescribedStream, decode_devices
+from pyqmigrate.format.description import describes_devices
+from pyqmigrate.format.device_state import DescribedStream, decode_devices, described_by
 from pyqmigrate.format.device_tree import Device
 from pyqmigrate.format.device_walk import walk_devices
 from pyqmigrate.format.elements import (
@@ -46,9 +47,9 @@ __all__ = ["Devices", "cpu_registers", "devices"]
 class Devices:
     """The device sections of a file, as far as they were asked for, in the order of the stream.
 
-    ``machine`` is None in a file of device state alone. ``described`` is False where the file has
-    no description: the devices then are opaque. ``opaque_tail`` says that the sections could not
-    be told apart up to the end: the last ones are missing.
+    ``machine`` is None in a file of device state alone. ``described`` is False where the file does
+    not describe them: each then is opaque, or one buffer. ``opaque_tail`` says that the sections
+    could not be told apart up to the end: the last ones are missing.
     """
 
     machine: str | None
@@ -65,6 +66,7 @@ def devices(
     section_id: int | None = None,
     page_size: int | None = None,
     index: str | os.PathLike[str] | None = None,
+    description: bytes | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Devices:
     """Decode the device state of a file, of whichever kind it is.
@@ -74,6 +76,8 @@ def devices(
     offset, page_size, index: as for ``open_snapshot``, which must have had them where the snapshot
         is open already.
     name, section_id: only devices of this name, and of this section id.
+    description: JSON text that describes the sections, instead of what the file has
+        (:func:`pyqmigrate.vm.twin.describe_snapshot`).
     progress: called while a classic stream is read through, as for a load.
 
     Blocks until done. Raises UsageError where no device is selected, SnapshotError for a damaged
@@ -88,7 +92,7 @@ def devices(
     if isinstance(target, Snapshot | ClassicSnapshot):
         if (offset, page_size, index) != (None, None, None):
             raise UsageError("offset, page_size and index belong to the opening of the snapshot")
-        return _decode_snapshot(target, name, section_id, progress)
+        return _decode_snapshot(target, name, section_id, description, progress)
     located = locate(target, offset, piped=True)
     with contextlib.ExitStack() as stack:
         stack.callback(located.source.close)
@@ -96,21 +100,24 @@ def devices(
             if isinstance(located.source, PassingInput):
                 located.source.run_out()
             stream = _StateAlone(walk_devices(located.source))
-            return _decode(located.source, stream, None, False, name, section_id)
+            return _decode(
+                located.source, described_by(stream, description), None, False, name, section_id
+            )
         stack.pop_all()
     with open_snapshot(located, page_size=page_size, index=index) as snapshot:
-        return _decode_snapshot(snapshot, name, section_id, progress)
+        return _decode_snapshot(snapshot, name, section_id, description, progress)
 
 
 def _decode_snapshot(
-    snapshot: AnySnapshot, name: str | None, section_id: int | None,
+    snapshot: AnySnapshot, name: str | None, section_id: int | None, description: bytes | None,
     progress: Callable[[Progress], object] | None,
 ) -> Devices:
     if isinstance(snapshot, ClassicSnapshot):
         snapshot.read_through(progress)
     stream = snapshot.stream
     return _decode(
-        snapshot.source, stream, stream.machine, stream.opaque_tail, name, section_id
+        snapshot.source, described_by(stream, description), stream.machine, stream.opaque_tail,
+        name, section_id,
     )
 
 
@@ -121,7 +128,7 @@ def _decode(
     found = tuple(decode_devices(source, stream, name=name, section_id=section_id))
     if not found and (name is not None or section_id is not None):
         raise _unknown(stream, name, section_id)
-    return Devices(machine, stream.description is not None, opaque_tail, found)
+    return Devices(machine, describes_devices(stream.description), opaque_tail, found)
 
 
 def _unknown(stream: DescribedStream, name: str | None, section_id: int | None) -> UsageError:

@@ -170,6 +170,7 @@ class Writer(StreamWriter):
                 target_page_bits=target_page_bits, uuid=uuid, ignore_shared=ignore_shared,
                 before=before,
             )
+            self.settings = self.head.configuration
             self.bitmaps = [Bitmap(layout.num_pages) for layout in self.head.blocks]
             for bitmap in self.bitmaps:
                 self._cleanup.callback(bitmap.close)
@@ -228,8 +229,8 @@ class Writer(StreamWriter):
     ) -> SaveReport:
         """Write bitmaps and tail (device ``sections`` verbatim), then publish."""
         return self.finish_with([encode_tail(
-            sections=sections, description=description, switchover_start=switchover_start,
-            page_size=self.head.blocks[0].page_size,
+            settings=self.settings, sections=sections, description=description,
+            switchover_start=switchover_start, page_size=self.head.blocks[0].page_size,
         )])
 
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:

@@ -41,6 +41,7 @@ from pyqmigrate.format.sequential import (
     encode_end,
     encode_head,
     encode_part_header,
+    settings_of,
 )
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
@@ -145,6 +146,10 @@ class SequentialWriter(StreamWriter):
                 machine, self.specs, target_page_bits=target_page_bits, uuid=uuid,
                 ignore_shared=left_out is not None, before=before,
             )
+            self.settings = settings_of(
+                machine, target_page_bits=target_page_bits, uuid=uuid,
+                ignore_shared=left_out is not None,
+            )
             self._names = [core_name(spec.name) for spec in self.specs]
             self._blocks = [_core_block(spec.length, spec.page_size) for spec in self.specs]
             self._open(target, DirectIO.OFF)
@@ -190,8 +195,8 @@ class SequentialWriter(StreamWriter):
         switchover_start: bool = False,
     ) -> SaveReport:
         return self.finish_with([encode_end(
-            sections=sections, description=description, switchover_start=switchover_start,
-            page_size=self.specs[0].page_size,
+            settings=self.settings, sections=sections, description=description,
+            switchover_start=switchover_start, page_size=self.specs[0].page_size,
         )])
 
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.errors import Cancelled, NoSpace, UsageError
+from pyqmigrate.format.configuration import Configuration
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.elements import MAGIC
 from pyqmigrate.format.mapped_ram import BlockSpec
@@ -89,6 +90,7 @@ class StreamWriter(abc.ABC):
 
     sparse = Sparse.AUTO
     target: OutputTarget
+    settings: Configuration  # that of the stream
 
     def __init__(
         self, blocks: Sequence[RamBlock], *, channels: int, reuse: bool, max_bandwidth: int,

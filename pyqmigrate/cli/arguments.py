@@ -48,6 +48,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     takes_command_line = False  # of a VM, behind --: it becomes the attribute ``command``
+    command_line_option: str | None = None  # without which -- means what it does elsewhere
     _offered: tuple[str, Sequence[str]] | None = None
 
     def offer(self, package: str, names: Sequence[str]) -> None:
@@ -68,14 +69,15 @@ class Parser(argparse.ArgumentParser):
                 importlib.import_module(f"{package}.{name}").add_parser(verbs)
         if _SEAL in self._option_string_actions:
             given = _with_seal_joined(given)
-        if not self.takes_command_line:
-            return super().parse_known_args(given, namespace)
         end = given.index("--") if "--" in given else len(given)
+        option = self.command_line_option
+        if not self.takes_command_line or (option and option not in given[:end]):
+            return super().parse_known_args(given, namespace)
         parsed, unknown = super().parse_known_args(given[:end], namespace)
-        if words := parsed.command + unknown:
+        if words := getattr(parsed, "command", []) and parsed.command + unknown:
             self.error(f"-- must come before {words[0]}: SNAPSHOT -- {words[0]} ...")
         parsed.command = given[end + 1 :]
-        return parsed, []
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         raise BadArguments(message, self.format_usage())

@@ -27,8 +27,13 @@ For elf and lime the guest-physical addresses of RAM blocks are found from the m
 the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places one
 by hand (a memory module that was plugged in), instead of what would be found for it. Numbers are
 bytes, decimal or 0x. ``--max-ram-below-4g`` is for a PC whose device state does not say how RAM is
-split at 4 GiB; without it such a snapshot is refused. ``--byte-order`` says what a Power guest's
-is in an elf file where there is no device state to tell.
+split at 4 GiB; without it such a snapshot is refused.
+
+--describe has device state described that SRC does not describe (see vm save --describe): a
+mapped-ram file or a stream then carries the description, and an elf file has registers. A QEMU of
+the VM's machine, which never runs, makes it; the VM's command line is that of the record beside SRC
+(SRC.vm.json), or comes after --. Neither disks nor sockets of the VM are opened. ``--byte-order``
+says what a Power guest's is in an elf file where there is no device state to tell.
 
 JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
 elf and lime, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,
@@ -44,6 +49,7 @@ import os
 from dataclasses import asdict
 
 from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_verb
+from pyqmigrate.cli.describe import HINT, add_describe, description_for
 from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
@@ -92,6 +98,7 @@ def add_parser(verbs: Verbs) -> None:
         "--image-format", choices=["raw", "sparse"], default=None,
         help="of an image of libvirt's (default: as IMAGE, raw where that is compressed)",
     )
+    add_describe(parser)
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
@@ -116,20 +123,21 @@ def _read_placement(text: str) -> GivenPlacement:
 
 def _run(args: argparse.Namespace) -> Outcome:
     with (
-        opened(args, args.snapshot, one_pass=True) as snapshot, shown("convert") as show,
-        contextlib.ExitStack() as stack,
+        opened(args, args.snapshot, one_pass=not args.describe) as snapshot,
+        shown("convert") as show, contextlib.ExitStack() as stack,
     ):
         memories = {}
         for name, path in args.memory:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             stack.callback(os.close, fd)
             memories[name] = FileMemory(fd)
+        description = description_for(args, snapshot)
         report = convert(
             snapshot, write_to(args.target, forward=_why_a_file(args.to)), to=args.to,
             channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
             memories=memories, placements=args.map, max_ram_below_4g=args.max_ram_below_4g,
             byte_order=args.byte_order, like=args.like, image_format=args.image_format,
-            progress=show,
+            description=description, progress=show,
         )
     data = {
         "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),
@@ -143,7 +151,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         f"{show_size(report.bytes_written)} written in {report.seconds:.2f} s, {rate} MiB/s",
     ]
     if isinstance(report, ImageReport):
-        registers = [f"registers of {counted(report.cpus, 'CPU')}"] if args.to == Form.ELF else []
+        registers = _registers(report) if args.to == Form.ELF else []
         lines = [*_ranges(report), *lines, *registers, *_left_out(report)]
     return Outcome(data, lines)
 
@@ -163,6 +171,12 @@ def _ranges(report: ImageReport) -> list[str]:
         for one in report.ranges
     ]
     return table(("block", "address", "from byte", "length"), rows)
+
+
+def _registers(report: ImageReport) -> list[str]:
+    if report.cpus:
+        return [f"registers of {counted(report.cpus, 'CPU')}"]
+    return [f"no registers: the file does not describe its devices ({HINT} does)"]
 
 
 def _left_out(report: ImageReport) -> list[str]:

@@ -4,6 +4,11 @@ Of any snapshot that info opens, or of what xen-save-devices-state wrote. NAME a
 --section choose among the devices; ``cpu`` are the processors. Bytes that nothing explains are
 shown as they are.
 
+Device state that the file does not describe (see vm save --describe) can be described with
+--describe: a QEMU of the VM's machine, which never runs, loads the device state and writes its
+description. The VM's command line is that of the record beside the file (SNAPSHOT.vm.json), or
+comes after --. Neither disks nor sockets of the VM are opened.
+
 JSON: ``snapshot``; ``machine`` (null where the file does not tell); ``described`` (false: the file
 has no description of its devices, and they are bytes); ``opaque_tail`` (true: the last devices are
 missing, they could not be told apart); ``devices``, a list of ``name``, ``instance_id``,
@@ -24,7 +29,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
-from pyqmigrate.cli.opening import add_snapshot
+from pyqmigrate.cli.describe import HINT, add_describe, description_for
+from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.standard_streams import read_from
@@ -45,6 +51,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--section", type=_section, metavar="N", default=None, help="only the section of this id"
     )
+    add_describe(parser)
 
 
 def _section(text: str) -> int:
@@ -55,11 +62,15 @@ def _section(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    description = None
+    if args.describe:
+        with opened(args, args.snapshot) as snapshot:
+            description = description_for(args, snapshot)
     source, offset = read_from(args.snapshot, args.offset)
     with shown("read through") as show:
         found = devices(
             source, offset=offset, name=args.name, section_id=args.section,
-            page_size=args.page_size, index=args.index, progress=show,
+            page_size=args.page_size, index=args.index, description=description, progress=show,
         )
     data = {
         "snapshot": args.snapshot,
@@ -130,6 +141,9 @@ def _lines(found: Devices) -> Iterator[str]:
         elif not device.explained:
             yield "  its description does not fit all of it"
         yield from _state_lines(device.state, "  ")
+    if found.devices and not found.described:
+        yield ""
+        yield f"The file does not describe its devices: {HINT} does"
     if found.opaque_tail:
         yield ""
         yield "The devices after these could not be told apart: the file does not describe them."

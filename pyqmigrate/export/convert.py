@@ -7,9 +7,9 @@ The pages of the two stream forms go through the same writers as a save's, strai
 a mapped-ram file is written by all channels with direct I/O, and zero pages become holes. A classic
 stream is read once, front to back, into a mapped-ram file or raw files (:mod:`pyqmigrate.staging`);
 what wants its pages in another order takes a pass for an index first (:mod:`pyqmigrate.classic`).
-Everything that is not RAM (device sections, what stands between RAM's parts, the description) is
-carried over byte for byte, and so are machine type, page bits and uuid; QEMU loads the result as it
-would the source.
+Everything that is not RAM (device sections, what stands between RAM's parts) is carried over byte
+for byte, and so are machine type, page bits and uuid; QEMU loads the result as it would the source.
+The description is, too, but for the configuration that it describes: that is the new file's.
 
 The other forms have a module each: :mod:`~pyqmigrate.export.raw`, :mod:`~pyqmigrate.export.elf`,
 :mod:`~pyqmigrate.export.lime`.
@@ -41,6 +41,10 @@ from pyqmigrate.export.image import ImageReport
 from pyqmigrate.export.libvirt import image_header
 from pyqmigrate.export.lime import write_lime
 from pyqmigrate.export.raw import RawReport, unpack
+from pyqmigrate.format.configuration import Configuration
+from pyqmigrate.format.description import HEADER_LENGTH as DESCRIPTION_HEADER
+from pyqmigrate.format.description import encode as encode_description
+from pyqmigrate.format.description import with_configuration
 from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.placement import GivenPlacement
 from pyqmigrate.format.sequential import SequentialStream
@@ -95,6 +99,7 @@ def convert(
     byte_order: Literal["little", "big"] | None = None,
     like: str | os.PathLike[str] | None = None,
     image_format: str | None = None,
+    description: bytes | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> SaveReport | RawReport | ImageReport:
     """Write the snapshot in another form, and wait until that is durable.
@@ -112,6 +117,8 @@ def convert(
     byte_order: the guest's, for an ELF core: as in :func:`~pyqmigrate.export.elf.write_elf`.
     like, image_format: for an image of libvirt's, as in
         :func:`~pyqmigrate.export.libvirt.image_header`.
+    description: JSON text that describes the device sections, instead of what the snapshot has
+        (:func:`pyqmigrate.vm.twin.describe_snapshot`). Raw files have none.
     channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`; a classic stream is
         written by one channel through the page cache.
 
@@ -166,17 +173,18 @@ def convert(
         if form is Form.ELF:
             return write_elf(
                 opened, target, placements=placements, channels=channels, direct_io=direct_io,
-                sparse=sparse, byte_order=byte_order, progress=progress,
-                max_ram_below_4g=max_ram_below_4g,
+                sparse=sparse, byte_order=byte_order, description=description,
+                progress=progress, max_ram_below_4g=max_ram_below_4g,
             )
         if form is Form.LIME:
             return write_lime(
                 opened, target, placements=placements, channels=channels, direct_io=direct_io,
-                sparse=sparse, progress=progress, max_ram_below_4g=max_ram_below_4g,
+                sparse=sparse, description=description, progress=progress,
+                max_ram_below_4g=max_ram_below_4g,
             )
         return start_stream_conversion(
             opened, target, to=form, channels=channels, direct_io=direct_io, sparse=sparse,
-            memories=memories, prefix=prefix,
+            memories=memories, prefix=prefix, description=description,
         ).wait(progress)
 
 
@@ -200,6 +208,7 @@ def start_stream_conversion(
     sparse: Sparse | str = Sparse.AUTO,
     memories: Mapping[str, Memory] | None = None,
     prefix: bytes = b"",
+    description: bytes | None = None,
 ) -> Job[SaveReport]:
     """Begin to write a mapped-ram file or a classic stream; returns at once.
 
@@ -211,8 +220,9 @@ def start_stream_conversion(
         return _start_one_pass(
             source, target, choice(DirectIO, direct_io, "direct_io"),
             choice(Sparse, sparse, "sparse"), check_channels(channels), memories or {}, prefix,
+            description,
         )
-    carried = _carried(source.source, source.stream)
+    carried = _carried(source.source, source.stream, description)
     blocks, left_out = _blocks(source, memories or {})
     writer: StreamWriter
     stream = source.stream
@@ -240,7 +250,7 @@ def start_stream_conversion(
 
 def _start_one_pass(
     source: ClassicSnapshot, target: Target, direct_io: DirectIO, sparse: Sparse, channels: int,
-    memories: Mapping[str, Memory], prefix: bytes,
+    memories: Mapping[str, Memory], prefix: bytes, description: bytes | None,
 ) -> Job[SaveReport]:
     """A classic stream into a mapped-ram file, its pages straight to their places."""
     _check_memories(source, memories)
@@ -259,14 +269,17 @@ def _start_one_pass(
             source.source, writer.channels, writer.policy, writer.target.name,
             page_size=source.page_size,
         )
-        return Job(work.reading, writer.total, lambda: _place(writer, work, source, memories))
+        return Job(work.reading, writer.total, lambda: _place(
+            writer, work, source, memories, description
+        ))
     except BaseException:
         writer.close()
         raise
 
 
 def _place(
-    writer: Writer, work: StagedPass, source: ClassicSnapshot, memories: Mapping[str, Memory]
+    writer: Writer, work: StagedPass, source: ClassicSnapshot, memories: Mapping[str, Memory],
+    description: bytes | None,
 ) -> SaveReport:
     with contextlib.closing(writer), writer.target.opened_for_reading() as fd:
         writer.begin()
@@ -281,8 +294,10 @@ def _place(
             if stream.ignore_shared and name not in memories and name not in work.mentioned:
                 raise _left_out(name)
         data = sum(bitmap.count() for bitmap in writer.bitmaps)
-        carried = _carried(source.source, stream)
-        report = writer.finish_with(carried.tail(source.source, Form.MAPPED_RAM))
+        carried = _carried(source.source, stream, description)
+        report = writer.finish_with(
+            carried.tail(source.source, Form.MAPPED_RAM, writer.settings)
+        )
         pages = sum(bitmap.npages for bitmap in writer.bitmaps)
         return replace(report, data_pages=data, zero_pages=pages - data)
 
@@ -306,19 +321,20 @@ def _write(
             raise refused_read(
                 error.errno or errno.EIO, source.source, error.block or ""
             ) from error
-        return writer.finish_with(carried.tail(source.source, to))
+        return writer.finish_with(carried.tail(source.source, to, writer.settings))
 
 
 @dataclass(frozen=True)
 class _Carried:
     """What a stream has beside RAM: ``before`` it, ``middle`` before its END, ``after`` that, as
-    ranges of the file up to the end of the stream."""
+    ranges of the file up to the end-of-stream byte; and the text of its description, or None."""
 
     before: bytes
     middle: tuple[tuple[int, int], ...]
     after: tuple[int, int]
+    description: bytes | None
 
-    def tail(self, source: InputTarget, to: Form) -> Iterator[bytes]:
+    def tail(self, source: InputTarget, to: Form, settings: Configuration) -> Iterator[bytes]:
         """What follows the pages, in pieces. A mapped-ram file has RAM's list and PART to end."""
         if to is Form.MAPPED_RAM:
             yield RAM_EOS + encode_part_header() + RAM_EOS
@@ -326,6 +342,8 @@ class _Carried:
             yield from _read(source, start, end)
         yield encode_ram_end()
         yield from _read(source, *self.after)
+        if self.description is not None:
+            yield encode_description(with_configuration(self.description, settings))
 
 
 def _read(source: InputTarget, start: int, end: int) -> Iterator[bytes]:
@@ -337,7 +355,10 @@ def _read(source: InputTarget, start: int, end: int) -> Iterator[bytes]:
         start += len(data)
 
 
-def _carried(source: InputTarget, stream: Stream | SequentialStream) -> _Carried:
+def _carried(
+    source: InputTarget, stream: Stream | SequentialStream, description: bytes | None
+) -> _Carried:
+    """``description`` is taken instead of the stream's own."""
     if not stream.complete:
         raise SnapshotError(
             "the end of the stream is missing: device state is cut off", offset=stream.end
@@ -349,13 +370,17 @@ def _carried(source: InputTarget, stream: Stream | SequentialStream) -> _Carried
     start, end = ours[0], ours[-1]
     if start.section_id != _RAM_ID and any(s.section_id == _RAM_ID for s in others):
         raise NotSupported(f"another section than RAM's has the id {_RAM_ID}")
+    own = stream.description_offset
+    if description is None and own is not None:
+        description = b"".join(_read(source, own + DESCRIPTION_HEADER, stream.end))
     return _Carried(
         before=_before(source, stream.sections),
         middle=tuple(
             (s.offset, s.offset + s.length) for s in others
             if start.offset < s.offset < end.offset
         ),
-        after=(end.offset + end.length, stream.end),
+        after=(end.offset + end.length, stream.end if own is None else own),
+        description=description,
     )
 
 

@@ -45,6 +45,7 @@ def write_elf(
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
     byte_order: Literal["little", "big"] | None = None,
+    description: bytes | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> ImageReport:
     """Write the guest's memory and registers as an ELF core file, and wait until that is durable.
@@ -55,6 +56,7 @@ def write_elf(
         how RAM is split at 4 GiB.
     byte_order: the guest's, where that is not what is found out. It is, unless a Power guest's
         snapshot has no device state: then big is taken for it.
+    description: JSON text that describes the device sections, instead of the snapshot's own.
     target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`.
 
     Raises NotSupported where a machine's address space is not known and nothing is given, also
@@ -63,7 +65,7 @@ def write_elf(
     """
     if byte_order not in (None, "little", "big"):
         raise UsageError(f"byte_order is {byte_order!r}; it is 'little' or 'big'")
-    guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g)
+    guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g, description)
     processor = processor_of(snapshot.machine, snapshot.blocks, guest.devices)
     cpus = [cpu for cpu in cpu_registers(guest.devices) if cpu.architecture in processor.described]
     notes = b"".join(cpu_notes(cpus, guest.devices))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.device_state import decode_devices
+from pyqmigrate.format.device_state import decode_devices, described_by
 from pyqmigrate.format.device_tree import Device
 from pyqmigrate.format.physical_map import physical_map
 from pyqmigrate.format.placement import GivenPlacement, Placement
@@ -41,8 +41,10 @@ class Guest:
     def of(
         cls, snapshot: AnySnapshot, given: Sequence[GivenPlacement],
         progress: Callable[[Progress], object] | None, max_ram_below_4g: int | None = None,
+        description: bytes | None = None,
     ) -> Guest:
-        """Look; a classic stream takes its one pass for that.
+        """Look; a classic stream takes its one pass for that. ``description`` is taken instead of
+        the snapshot's own.
 
         Errors as of physical_map; also SnapshotError, and UsageError where a block that has to be
         there is in another file.
@@ -51,7 +53,10 @@ class Guest:
             snapshot.read_through(progress, pages=True)
         try:
             devices = tuple(
-                decode_devices(snapshot.source, snapshot.stream, longest=_DEVICE_MAX)
+                decode_devices(
+                    snapshot.source, described_by(snapshot.stream, description),
+                    longest=_DEVICE_MAX,
+                )
             )
         except NotSupported as error:  # too much of it
             logger.warning("the device state is not looked into: %s", error)

@@ -37,6 +37,7 @@ def write_lime(
     channels: int = 2,
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
+    description: bytes | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> ImageReport:
     """Write the guest's memory as a LiME file, and wait until that is durable.
@@ -46,7 +47,7 @@ def write_lime(
     """
     if choice(DirectIO, direct_io, "direct_io") is DirectIO.ON:
         raise UsageError(f"direct I/O cannot write a LiME file: {_UNALIGNED}")
-    guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g)
+    guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g, description)
     headers, areas, at = [], [], 0
     for one in guest.ranges:
         headers.append((at, encode_header(one.address, one.length)))

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.cursor import Cursor
 
-__all__ = ["IGNORE_SHARED", "MAPPED_RAM", "Configuration", "encode", "read"]
+__all__ = ["IGNORE_SHARED", "MAPPED_RAM", "Configuration", "described", "encode", "read"]
 
 MAPPED_RAM = "mapped-ram"
 IGNORE_SHARED = "x-ignore-shared"
@@ -66,6 +67,42 @@ def encode(configuration: Configuration) -> bytes:
             raise UsageError(f"a uuid has 16 bytes, not {len(configuration.uuid)}")
         parts += [_subsection(_UUID), configuration.uuid]
     return b"".join(parts)
+
+
+def described(configuration: Configuration) -> dict[str, Any]:
+    """Return the description of what :func:`encode` writes, as QEMU's JSON has it.
+
+    The entries of an array of names are listed singly, since they differ in size.
+    """
+    subsections = []
+    if configuration.target_page_bits is not None:
+        subsections.append(_described(_PAGE_BITS, [_field("target_page_bits", "uint32", 4)]))
+    if configuration.capabilities:
+        several = len(configuration.capabilities) > 1
+        names = [
+            _field("capabilities", "capability", len(_str8(name)), index=n if several else None)
+            for n, name in enumerate(configuration.capabilities)
+        ]
+        subsections.append(_described(_CAPABILITIES, [_field("caps_count", "uint32", 4), *names]))
+    if configuration.uuid is not None:
+        subsections.append(_described(_UUID, [_field("uuid.data", "uint8", 1, array_len=16)]))
+    machine = _field("name", "buffer", len(_utf8(configuration.machine)))
+    fields = [_field("len", "uint32", 4), machine]
+    return _described("configuration", fields) | (
+        {"subsections": subsections} if subsections else {}
+    )
+
+
+def _described(name: str, fields: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"vmsd_name": name, "version": _VERSION, "fields": fields}
+
+
+def _field(
+    name: str, kind: str, size: int, *, index: int | None = None, array_len: int | None = None
+) -> dict[str, Any]:
+    place = {"index": index, "array_len": array_len}
+    given = {key: value for key, value in place.items() if value is not None}
+    return {"name": name, **given, "type": kind, "size": size}
 
 
 def read(cursor: Cursor) -> Configuration:

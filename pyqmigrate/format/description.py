@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.format.configuration import Configuration, described
 from pyqmigrate.format.cursor import ByteSource, Cursor
 
 __all__ = [
@@ -26,10 +27,13 @@ __all__ = [
     "HEADER_LENGTH",
     "Description",
     "body_lengths",
+    "describes_devices",
     "encode",
     "locate",
     "no_devices",
+    "parse",
     "read",
+    "with_configuration",
 ]
 
 DESCRIPTION_MAX = 64 << 20  # bytes; real ones have 0.1 to some MiB
@@ -41,6 +45,7 @@ TYPE_DESCRIPTION = 0x06
 _FRAME = struct.Struct(">BI")  # type, length of the JSON
 HEADER_LENGTH = _FRAME.size  # bytes of the element before the JSON
 _CHUNK = 1 << 20
+_CONFIGURATION = "configuration"
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,46 @@ def encode(text: bytes) -> bytes:
 def no_devices(page_size: int) -> bytes:
     """JSON for a stream without device sections, whose pages have ``page_size`` bytes."""
     return json.dumps({"page_size": page_size, "devices": []}).encode()
+
+
+def with_configuration(text: bytes, settings: Configuration) -> bytes:
+    """Return ``text`` with the description of this configuration instead of its own.
+
+    Every reader of the stream finds the configuration by it (QEMU's analyze-migration.py), and a
+    description that was written for another stream may describe other capabilities. All else stays
+    as it is, byte for byte. Text that is not a JSON object is returned as it is.
+    """
+    ours = json.dumps(described(settings)).encode()
+    source = text.decode("latin-1")  # a character a byte
+    start = source.find("{")
+    if start < 0 or source[:start].strip():
+        return text
+    try:
+        for key, first, end in _members(source, start + 1):
+            if key == _CONFIGURATION:
+                return text[:first] + ours + text[end:]
+    except (ValueError, IndexError, RecursionError):
+        return text
+    rest = text[start + 1 :]
+    comma = b"" if rest.lstrip().startswith(b"}") else b", "
+    return text[: start + 1] + b'"configuration": ' + ours + comma + rest
+
+
+def _members(source: str, at: int) -> Iterator[tuple[str, int, int]]:
+    """Each member of the JSON object whose ``{`` is before ``at``: its key, and where its value
+    starts and ends."""
+    decode = json.JSONDecoder().raw_decode
+    while source[at := _after_space(source, at)] != "}":
+        key, at = decode(source, _after_space(source, at + (source[at] == ",")))
+        first = _after_space(source, _after_space(source, at) + 1)
+        _, at = decode(source, first)
+        yield key, first, at
+
+
+def _after_space(source: str, at: int) -> int:
+    while source[at] in " \t\n\r":
+        at += 1
+    return at
 
 
 def read(cursor: Cursor) -> Description | None:
@@ -132,6 +177,18 @@ def body_lengths(value: Mapping[str, Any]) -> dict[tuple[str, int], int]:
     return lengths
 
 
+def describes_devices(value: Mapping[str, Any] | None) -> bool:
+    """Return whether a description says more of any device than how long its body is.
+
+    QEMU names the structure of every device that has one (``vmsd_name``); a description that was
+    made from lengths alone does not. True where there are no devices to describe.
+    """
+    devices = (value or {}).get("devices")
+    if value is None or not isinstance(devices, list):
+        return False
+    return not devices or any(isinstance(d, dict) and "vmsd_name" in d for d in devices)
+
+
 def _body_length(device: dict[str, Any]) -> int | None:
     """Sum of the top-level fields, and of the subsections with their frames (4.2)."""
     total = 0
@@ -159,6 +216,12 @@ def _body_length(device: dict[str, Any]) -> int | None:
 
 def _is_length(value: object) -> bool:
     return type(value) is int and 0 <= value <= _LENGTH_MAX
+
+
+def parse(text: bytes) -> dict[str, Any]:
+    """Return the value of a description's text. Raises :class:`SnapshotError` when it is not one.
+    """
+    return _parse(text, 0)
 
 
 def _parse(data: bytes | memoryview, offset: int) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.cursor import ByteSource
+from pyqmigrate.format.description import parse
 from pyqmigrate.format.device_tree import Device, Field, State, Value
 from pyqmigrate.format.elements import Section, SectionKind
 from pyqmigrate.format.vmstate_types import GTREE, LISTS, VECTORS, decode_array, decode_one, width
@@ -35,6 +37,8 @@ __all__ = [
     "DescribedStream",
     "decode_device",
     "decode_devices",
+    "described_by",
+    "described_devices",
 ]
 
 DEVICE_STATE_MAX = 96 << 20  # bytes of bodies in one call, which can be in memory twice
@@ -92,7 +96,7 @@ def decode_devices(
             f"device state of {total >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are decoded at "
             "once: choose among the devices, by name or section id"
         )
-    described = _described_devices(stream.description)
+    described = described_devices(stream.description)
     budget = Budget()
     for section in sections:
         body = source.read_at(section.body_offset, section.body_length)
@@ -104,6 +108,20 @@ def decode_devices(
         budget.spend(_SECTION_COST)
         entry = described.get((section.name, section.instance_id))
         yield decode_device(section, body, entry, budget)
+
+
+@dataclass(frozen=True)
+class _Redescribed:
+    sections: Sequence[Section]
+    description: Mapping[str, Any] | None
+
+
+def described_by(stream: DescribedStream, text: bytes | None) -> DescribedStream:
+    """Return ``stream`` with the description in JSON ``text`` instead of its own; None leaves it.
+
+    Raises :class:`SnapshotError` for text that is not a description.
+    """
+    return stream if text is None else _Redescribed(stream.sections, parse(text))
 
 
 class Budget:
@@ -149,9 +167,10 @@ def decode_device(
     )
 
 
-def _described_devices(
+def described_devices(
     description: Mapping[str, Any] | None,
 ) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """Return the entries of a description's ``devices``, by name and instance id."""
     found: dict[tuple[str, int], Mapping[str, Any]] = {}
     for device in _objects((description or {}).get("devices")):
         name, instance = device.get("name"), device.get("instance_id")

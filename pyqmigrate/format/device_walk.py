@@ -14,6 +14,7 @@ follows it, and in the end by the walk's arriving at the end of the file.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.configuration import Configuration
@@ -21,29 +22,34 @@ from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.elements import MAGIC, VERSION, Section, SectionKind
 from pyqmigrate.format.walk import Walk
 
-__all__ = ["HEADER_LENGTH", "walk_devices"]
+__all__ = ["HEADER", "HEADER_LENGTH", "walk_devices"]
 
 _HEADER = struct.Struct(">4sI")  # magic, version
-HEADER_LENGTH = _HEADER.size
+HEADER = _HEADER.pack(MAGIC, VERSION)
+HEADER_LENGTH = len(HEADER)
 
 
-def walk_devices(source: ByteSource) -> tuple[Section, ...]:
+def walk_devices(
+    source: ByteSource, lengths: Mapping[tuple[str, int], int] | None = None
+) -> tuple[Section, ...]:
     """The sections of the file, all of them FULL, in their order.
 
     They stand from HEADER_LENGTH on without gaps; the end-of-stream byte is the file's last.
+    ``lengths`` are those of bodies, by name and instance, where a description tells them; each is
+    tried before its footer is searched.
     Raises :class:`SnapshotError` when that is not so: it is another file, or was cut.
     """
-    return _DeviceWalk(source).devices()
+    return _DeviceWalk(source, lengths or {}).devices()
 
 
 class _DeviceWalk(Walk):
     """A walk over a file without configuration, RAM and description."""
 
-    def __init__(self, source: ByteSource) -> None:
+    def __init__(self, source: ByteSource, lengths: Mapping[tuple[str, int], int]) -> None:
         super().__init__(source, 0)
         self._configuration = Configuration("")
         self._described = None
-        self._lengths = {}
+        self._lengths = dict(lengths)
         self._device_names = set()
         self._ram_end = 0  # there is none to wait for
 
@@ -54,7 +60,7 @@ class _DeviceWalk(Walk):
             raise SnapshotError(
                 f"not device state: it starts with {magic!r}, version {version}", offset=0
             )
-        again = next(self._find(_HEADER.pack(MAGIC, VERSION), HEADER_LENGTH), None)
+        again = next(self._find(HEADER, HEADER_LENGTH), None)
         if again is not None:
             raise SnapshotError("device state was written there a second time", offset=again)
         for section in self._elements:

@@ -39,6 +39,7 @@ __all__ = [
     "encode_end",
     "encode_head",
     "encode_part_header",
+    "settings_of",
 ]
 
 _U64 = struct.Struct(">Q")
@@ -87,6 +88,15 @@ class SequentialStream:
         return IGNORE_SHARED in self.capabilities
 
 
+def settings_of(
+    machine: str, *, target_page_bits: int | None = None, uuid: bytes | None = None,
+    ignore_shared: bool = False,
+) -> Configuration:
+    """Return the configuration of a stream; arguments as for :func:`encode_head`."""
+    capabilities = (IGNORE_SHARED,) if ignore_shared else ()
+    return Configuration(machine, capabilities, target_page_bits, uuid)
+
+
 def encode_head(
     machine: str, specs: Sequence[BlockSpec], *, target_page_bits: int | None = None,
     uuid: bytes | None = None, ignore_shared: bool = False, before: bytes = b"",
@@ -95,8 +105,9 @@ def encode_head(
 
     Arguments and errors as in :func:`pyqmigrate.format.stream.encode_head`.
     """
-    capabilities = (IGNORE_SHARED,) if ignore_shared else ()
-    settings = Configuration(machine, capabilities, target_page_bits, uuid)
+    settings = settings_of(
+        machine, target_page_bits=target_page_bits, uuid=uuid, ignore_shared=ignore_shared
+    )
     parts = [encode_front(settings, specs, before)]
     for spec in specs:
         name = spec.name.encode("utf-8", "surrogateescape")

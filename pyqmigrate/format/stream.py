@@ -8,7 +8,7 @@ A writer puts ``encode_head(...).pieces`` into the file, then pages and bitmaps 
 
     head = encode_head("pc-q35-10.0", [BlockSpec("pc.ram", 1 << 30)])
     ...
-    tail = encode_tail()
+    tail = encode_tail(settings=head.configuration)
 
 A reader calls :func:`parse`, which trusts nothing.
 """
@@ -22,7 +22,7 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.format import configuration
 from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.description import encode as encode_description
-from pyqmigrate.format.description import no_devices
+from pyqmigrate.format.description import no_devices, with_configuration
 from pyqmigrate.format.elements import (
     COMMAND,
     COMMAND_SWITCHOVER_START,
@@ -81,12 +81,14 @@ class Head:
     """The start of a stream, up to the last block's pages.
 
     ``pieces`` are in ascending order; the first starts at the stream's offset with the magic.
-    ``tail_offset`` is where :func:`encode_tail`'s bytes go.
+    ``tail_offset`` is where :func:`encode_tail`'s bytes go, and ``configuration`` what they have to
+    describe.
     """
 
     blocks: tuple[BlockLayout, ...]
     pieces: tuple[Piece, ...]
     tail_offset: int
+    configuration: configuration.Configuration
 
 
 def encode_head(
@@ -127,11 +129,12 @@ def encode_head(
         at, data = layout.pages_end, b""
     if data:
         pieces.append(Piece(at, data))
-    return Head(tuple(blocks), tuple(pieces), at + len(data))
+    return Head(tuple(blocks), tuple(pieces), at + len(data), settings)
 
 
 def encode_tail(
     *,
+    settings: configuration.Configuration | None = None,
     sections: bytes = b"",
     description: bytes | None = None,
     switchover_start: bool = False,
@@ -139,6 +142,7 @@ def encode_tail(
 ) -> bytes:
     """The bytes that follow the last block's pages, to the end of the stream.
 
+    ``settings`` are those of the stream's head, which the description then describes as well.
     ``sections`` are device sections, verbatim and with their footers; ``description`` is the
     JSON that tells their lengths. Without sections, a description of no devices is the default,
     so that the file shows its completeness as QEMU's files do; ``page_size`` (bytes) goes into
@@ -148,8 +152,8 @@ def encode_tail(
     """
     part = encode_part_header() + RAM_EOS
     return RAM_EOS + part + encode_end(
-        sections=sections, description=description, switchover_start=switchover_start,
-        page_size=page_size,
+        settings=settings, sections=sections, description=description,
+        switchover_start=switchover_start, page_size=page_size,
     )
 
 
@@ -208,7 +212,8 @@ def encode_ram_end() -> bytes:
 
 
 def encode_end(
-    *, sections: bytes, description: bytes | None, switchover_start: bool, page_size: int
+    *, settings: configuration.Configuration | None = None, sections: bytes,
+    description: bytes | None, switchover_start: bool, page_size: int,
 ) -> bytes:
     """What follows the last PART of RAM; arguments as in :func:`encode_tail`."""
     if description is None and not sections:
@@ -222,5 +227,7 @@ def encode_end(
         bytes([TYPE_EOF]),
     ]
     if description is not None:
+        if settings is not None:
+            description = with_configuration(description, settings)
         parts.append(encode_description(description))
     return b"".join(parts)

@@ -473,6 +473,11 @@ class OutputTarget:
                 except OSError as error:
                     raise _refused(error, "cannot write", self.name, offset + done) from error
 
+    def flush(self) -> None:
+        """Write what the page cache has of the file to disk; it stays unfinished."""
+        with self._refusing("cannot make durable"):
+            os.fdatasync(self.fd)
+
     def publish(self, magic: bytes, check: Callable[[], None]) -> None:
         """Make the file durable and a snapshot: ``magic`` is what its first four bytes will be.
 

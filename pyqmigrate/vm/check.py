@@ -10,8 +10,10 @@ from pathlib import Path
 
 from pyqmigrate.errors import GuestMemoryError, NotSupported, QemuError, UsageError
 from pyqmigrate.spelling import choice as spelled
+from pyqmigrate.vm.blockers import Way
 from pyqmigrate.vm.choice import Choice, Engine, choose_engine
 from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.describing import why_not_described
 from pyqmigrate.vm.disks import Disk, prepare, restore_needs
 from pyqmigrate.vm.estimate import Basis, DiskRate, Estimate, estimate, measure_rate
 from pyqmigrate.vm.guest import Guest, GuestBlock, look
@@ -138,7 +140,7 @@ async def check(
             choice=choice,
             plan=plan,
             settings={} if plan is None else plan.changes.used(),
-            notes=() if plan is None else plan.notes,
+            notes=() if plan is None else (*plan.notes, *_undescribed(guest, choice)),
             blockers=tuple(blockers),
             warnings=tuple(_warnings(guest, choice, disk)),
             estimate=guessed,
@@ -176,6 +178,11 @@ def _why_no_disks(guest: Guest, directory: Path | None) -> str:
     except (NotSupported, UsageError) as error:
         return str(error)
     return ""
+
+
+def _undescribed(guest: Guest, choice: Choice | None) -> Iterator[str]:
+    if choice is not None and choice.way is Way.DEVICES_ONLY and (why := why_not_described(guest)):
+        yield f"device state would be saved without its description: {why}"
 
 
 def _warnings(guest: Guest, choice: Choice | None, disk: DiskRate | None) -> Iterator[str]:

@@ -23,8 +23,10 @@ The guest must stand still from the moment its device state was written until th
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,7 @@ from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, UsageE
 from pyqmigrate.format.description import HEADER_LENGTH as DESCRIPTION_HEADER
 from pyqmigrate.format.device_walk import HEADER_LENGTH, walk_devices
 from pyqmigrate.format.devices import DeviceSection, encode_devices, global_state, run_state_of
-from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind
+from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.format.sequential import SequentialStream
 from pyqmigrate.io.channels import Job, check_channels
@@ -45,7 +47,8 @@ from pyqmigrate.spelling import choice
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["DeviceState", "read_devices", "read_migrated", "start_snapshot"]
+__all__ = ["DeviceState", "memory_file", "read_devices", "read_migrated", "sections_of",
+           "start_snapshot"]
 
 _SWITCHOVER = "switchover-start"
 _GLOBAL_STATE = "globalstate"
@@ -84,6 +87,17 @@ class DeviceState:
         return tuple(name for name in self.blocks if name not in self.carried)
 
 
+@contextlib.contextmanager
+def memory_file() -> Iterator[tuple[int, int]]:
+    """Two opens of an empty file in memory: for writing only, as QEMU wants it, and for reading."""
+    with contextlib.ExitStack() as stack:
+        read = os.memfd_create("device-state", os.MFD_CLOEXEC)
+        stack.callback(os.close, read)
+        written = os.open(f"/proc/self/fd/{read}", os.O_WRONLY | os.O_CLOEXEC)
+        stack.callback(os.close, written)
+        yield written, read
+
+
 def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceState:
     """Read what ``migrate`` wrote: a classic stream, whole.
 
@@ -112,7 +126,7 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
             uuid=stream.uuid,
             blocks={block.name: block.length for block in stream.blocks},
             carried={n: memory for n, memory in memories.items() if n not in report.skipped},
-            sections=_sections_of(opened, stream),
+            sections=sections_of(opened, stream),
             devices=_names(stream.sections),
             description=_description_of(opened, stream),
             run_state=run_state_of(report.devices),
@@ -122,8 +136,11 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
         opened.close()
 
 
-def _sections_of(source: InputTarget, stream: SequentialStream) -> bytes:
-    """Everything between RAM's END and the end-of-stream byte, if only devices are there."""
+def sections_of(source: InputTarget, stream: Stream | SequentialStream) -> bytes:
+    """Return everything between RAM's END and the end-of-stream byte, if only devices are there.
+
+    Raises SnapshotError where the end of the stream is missing, NotSupported for other sections.
+    """
     if not stream.complete:
         raise SnapshotError(
             "the end of the stream is missing: device state is cut off", offset=stream.end

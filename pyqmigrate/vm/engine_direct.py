@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from uuid import UUID
 
 from pyqmigrate.errors import NotSupported, QemuRefused
 from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.format.stream import encode_tail
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
 from pyqmigrate.saving import SaveReport, Sparse, Writer
 from pyqmigrate.vm.blockers import Way, devices_with_backends
 from pyqmigrate.vm.custody import Custody
-from pyqmigrate.vm.device_state import DeviceState, read_devices, read_migrated
+from pyqmigrate.vm.describing import Describing
+from pyqmigrate.vm.device_state import DeviceState, memory_file, read_devices, read_migrated
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
 from pyqmigrate.vm.run_state import LOADABLE
@@ -51,6 +52,7 @@ async def save_by_us(
     sparse: Sparse,
     seal: Algorithm | None = None,
     resume: bool,
+    describe: bool = True,
     at_instant: AtInstant | None = None,
     progress: ProgressCallback | None = None,
 ) -> Written:
@@ -58,8 +60,25 @@ async def save_by_us(
 
     The file is durable when this returns. Raises QemuError, NotSupported when QEMU turns out to
     write something that the snapshot could not have, GuestMemoryError, TargetError, Cancelled.
-    ``custody`` makes the ``changes``, and puts back what is changed here, also then.
+    ``custody`` makes the ``changes``, and puts back what is changed here, also then. ``describe``:
+    where QEMU writes no description of its device state, have a twin make it.
     """
+    async with contextlib.AsyncExitStack() as stack:
+        describing = None
+        if describe and way is Way.DEVICES_ONLY:
+            describing = await stack.enter_async_context(Describing(guest))
+        return await _save(
+            custody, guest, way, target, changes, channels=channels, sparse=sparse, seal=seal,
+            resume=resume, describing=describing, at_instant=at_instant, progress=progress,
+        )
+
+
+async def _save(
+    custody: Custody, guest: Guest, way: Way, target: OutputTarget, changes: Changes, *,
+    channels: int, sparse: Sparse, seal: Algorithm | None, resume: bool,
+    describing: Describing | None, at_instant: AtInstant | None,
+    progress: ProgressCallback | None,
+) -> Written:
     await custody.apply(changes)
     stopped = time.monotonic()
     if way is Way.IGNORE_SHARED:
@@ -67,9 +86,11 @@ async def save_by_us(
     else:
         state = await _devices_only(custody, guest, at_instant)
     heed_cancellation()
-    writer, job, pages_written = _start(target, guest, state, channels, sparse, seal)
+    writer, job, pages_written = _start(target, guest, state, channels, sparse, seal, describing)
     downtime = None
     try:
+        if describing is not None and not (resume and guest.running):
+            describing.start(state)  # nobody waits for the guest
         await _until(pages_written, job, progress)
         if job.done():
             job.result()  # raises what went wrong
@@ -79,23 +100,28 @@ async def save_by_us(
                 longest = time.monotonic() - stopped
                 reported = custody.events.downtime(longest)
                 downtime = longest if reported is None else reported
+        if describing is not None:
+            describing.start(state)
         report = await asyncio.to_thread(job.result)
         if guest.process is not None:
             await asyncio.to_thread(guest.process.check)
     except BaseException:
         job.cancel()
+        if describing is not None:
+            describing.cancel()
         await unbroken(asyncio.to_thread(job.join))
         raise
     if progress is not None:
         progress(job.progress)
     return Written(
-        report.bytes_written, downtime, _notes(report), None if seal is None else writer.manifest
+        report.bytes_written, downtime, _notes(report, describing),
+        None if seal is None else writer.manifest,
     )
 
 
 async def _migrated(custody: Custody, guest: Guest, at_instant: AtInstant | None) -> DeviceState:
     elsewhere = [block.name for block in guest.blocks if block.file_backed]
-    with _memory_file() as (written, read):
+    with memory_file() as (written, read):
         async with custody.lent({"device-state": written}) as path:
             await migrate(custody, path, at_instant=at_instant, pause=guest.running)
         return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=elsewhere)
@@ -109,7 +135,7 @@ async def _devices_only(
         await custody.stop()
     if at_instant is not None:
         await at_instant()
-    with _memory_file() as (written, read):
+    with memory_file() as (written, read):
         async with custody.lent({"device-state": written}) as path:
             try:
                 await monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
@@ -133,20 +159,9 @@ def _why(error: QemuRefused, guest: Guest) -> str:
     )
 
 
-@contextlib.contextmanager
-def _memory_file() -> Iterator[tuple[int, int]]:
-    """Two opens of an empty file in memory: for writing only, as QEMU wants it, and for reading."""
-    with contextlib.ExitStack() as stack:
-        read = os.memfd_create("device-state", os.MFD_CLOEXEC)
-        stack.callback(os.close, read)
-        written = os.open(f"/proc/self/fd/{read}", os.O_WRONLY | os.O_CLOEXEC)
-        stack.callback(os.close, written)
-        yield written, read
-
-
 def _start(
     target: OutputTarget, guest: Guest, state: DeviceState, channels: int, sparse: Sparse,
-    seal: Algorithm | None,
+    seal: Algorithm | None, describing: Describing | None,
 ) -> tuple[Writer, Job[SaveReport], asyncio.Event]:
     """Begin to write; the event is set when the pages are written, or will not be."""
     loop = asyncio.get_running_loop()
@@ -168,9 +183,7 @@ def _start(
             writer.begin()
             writer.write_pages()
             tell()
-            return writer.finish(
-                state.sections, state.description, switchover_start=state.switchover_start
-            )
+            return writer.finish_with(_tail(state, describing, writer))
         finally:
             writer.close()
 
@@ -180,6 +193,22 @@ def _start(
     except BaseException:
         writer.close()
         raise
+
+
+def _tail(
+    state: DeviceState, describing: Describing | None, writer: Writer
+) -> Iterator[bytes]:
+    """What follows the pages. The file goes to disk while the description is waited for."""
+    described = None
+    if describing is not None:
+        if not describing.ready:
+            writer.target.flush()
+        described = describing.wait()
+    yield encode_tail(
+        settings=writer.settings, sections=state.sections,
+        description=described or state.description, switchover_start=state.switchover_start,
+        page_size=state.page_size,
+    )
 
 
 def _ram_blocks(guest: Guest, state: DeviceState) -> list[RamBlock]:
@@ -209,8 +238,10 @@ async def _until(
             progress(job.progress)
 
 
-def _notes(report: SaveReport) -> tuple[str, ...]:
-    return tuple(
+def _notes(report: SaveReport, describing: Describing | None) -> tuple[str, ...]:
+    copied = [
         f"memory of block {name!r} is not aligned for direct I/O: it was copied"
         for name in report.unaligned_blocks
-    )
+    ]
+    undescribed = [describing.note] if describing is not None and describing.note else []
+    return (*copied, *undescribed)

@@ -49,13 +49,14 @@ class Vm:
         sparse: Sparse | str = Sparse.AUTO,
         with_disks: bool = False,
         seal: Algorithm | str | None = None,
+        describe: bool = True,
         progress: ProgressCallback | None = None,
     ) -> VmSaveReport:
         """Save the guest; see :func:`pyqmigrate.vm.save.save`."""
         return await save(
             self.qmp, snapshot, engine=engine, live=live, then=then, channels=channels,
             direct_io=direct_io, sparse=sparse, with_disks=with_disks, seal=seal,
-            progress=progress,
+            describe=describe, progress=progress,
         )
 
     async def check(

@@ -21,7 +21,7 @@ from pyqmigrate.vm.disk_options import with_image
 from pyqmigrate.vm.record import VmRecord
 from pyqmigrate.vm.starting import QMP_CHARDEV
 
-__all__ = ["recorded_command"]
+__all__ = ["original_command", "recorded_command"]
 
 _GIVE = "give the whole command line after --"
 # What only had to do with how the old one was started, or with what it loaded.
@@ -42,15 +42,11 @@ def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[st
     Raises UsageError where there is none, where it cannot be used again, and where the file may be
     another user's: a command line is run with the rights of whoever restores.
     """
-    words = record.command
-    if words is None:
-        raise UsageError(f"the record {os.fspath(path)!r} has no command line: {_GIVE}")
-    _check_owner(path)
+    command = original_command(record, path)
+    words = record.command or ()
     for number in record.qemu.redacted:
         said = " ".join(words[max(number - 1, 0) : number + 1])
         raise UsageError(f"a secret of the recorded command line was left out ({said}): {_GIVE}")
-    command = _with_program(CommandLine.parse(words), record)
-    command = replace(command, directory=_directory(record))
     notes = []
     command = _without_own_monitors(command)
     for option in command.options:
@@ -61,6 +57,20 @@ def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[st
     _refuse_descriptors(command)
     command = _with_present_disks(command, record)
     return command, [*notes, *changed]
+
+
+def original_command(record: VmRecord, path: Path) -> CommandLine:
+    """Return the command line of ``record`` as it was, with the path of its program.
+
+    It names files and descriptors that may be in use, or gone. Raises UsageError where there is
+    none, and where the file may be another user's.
+    """
+    words = record.command
+    if words is None:
+        raise UsageError(f"the record {os.fspath(path)!r} has no command line: {_GIVE}")
+    _check_owner(path)
+    command = _with_program(CommandLine.parse(words), record)
+    return replace(command, directory=_directory(record))
 
 
 def _check_owner(path: Path) -> None:

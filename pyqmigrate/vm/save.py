@@ -116,6 +116,7 @@ async def save(
     sparse: Sparse | str = Sparse.AUTO,
     with_disks: bool = False,
     seal: Algorithm | str | None = None,
+    describe: bool = True,
     progress: ProgressCallback | None = None,
 ) -> VmSaveReport:
     """Save the guest of the QEMU whose monitor listens at ``qmp`` into the file ``snapshot``.
@@ -134,6 +135,9 @@ async def save(
     seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the snapshot
         when it has its name and the guest is as it shall be. With engine qemu the file is read for
         it. Should that fail, the snapshot stays.
+    describe: where QEMU writes no description of its device state (``xen-save-devices-state``),
+        have a second, stopped QEMU of the same machine make it (:mod:`pyqmigrate.vm.twin`) once
+        the guest goes on; the notes say where that is not possible.
     progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
 
     Whatever fails, and when this is cancelled or its process killed, the guest is put back as it
@@ -147,7 +151,7 @@ async def save(
         os.fspath(snapshot), engine, live, None if then is None else choice(Then, then, "then"),
         check_channels(channels), choice(DirectIO, direct_io, "direct_io"),
         choice(Sparse, sparse, "sparse"), with_disks, progress,
-        None if seal is None else choice(Algorithm, seal, "seal"),
+        None if seal is None else choice(Algorithm, seal, "seal"), describe,
         absolute(target_path(snapshot)),
     )
     if request.seal is not None:
@@ -172,6 +176,7 @@ class _Request:
     with_disks: bool
     progress: ProgressCallback | None
     seal: Algorithm | None
+    describe: bool
     path: Path  # absolute: the current directory may change
 
 
@@ -306,8 +311,8 @@ class _Save:
             )
         return await save_by_us(
             custody, self.guest, self.choice.way, target, plan.changes, channels=request.channels,
-            sparse=plan.sparse, seal=request.seal, resume=self._resumes, at_instant=at_instant,
-            progress=request.progress,
+            sparse=plan.sparse, seal=request.seal, resume=self._resumes, describe=request.describe,
+            at_instant=at_instant, progress=request.progress,
         )
 
     async def _seal(self, written: Written, mtime_ns: int) -> None:

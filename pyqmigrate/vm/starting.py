@@ -121,6 +121,7 @@ def start(
         started = Started(at, monitor, leash)
         configuration, writer = os.pipe2(os.O_CLOEXEC)
         ours.callback(os.close, configuration)
+        os.fchmod(configuration, 0o444)  # QEMU opens it by name, and may be another user
         description = ours.enter_context(os.fdopen(writer, "w"))
         description.write(_HEAD)
         description.flush()

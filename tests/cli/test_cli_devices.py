@@ -140,6 +140,30 @@ def test_sections_without_description_are_listed(tmp_path: Path, command: Comman
     assert [d["state"]["fields"][0]["value"] for d in found["devices"]] == ["616263", "6465"]
 
 
+def test_description_is_asked_for_where_there_is_none(tmp_path: Path, command: Command) -> None:
+    sections, text = encode_devices([DeviceSection("rtc", b"abc")], 4096)  # lengths alone
+    made = file_of(encode_head("pc", [BlockSpec("pc.ram", 65536)]),
+                   encode_tail(sections=sections, description=text))  # fmt: skip
+    (tmp_path / "s").write_bytes(made.read_at(0, made.size))
+    ran = command("devices", tmp_path / "s")
+    assert "--describe" in ran.out
+    assert command("devices", tmp_path / "s", "--json").json["described"] is False
+    ran = command("devices", tmp_path / "s", "--describe")
+    assert (ran.code, "s.vm.json" in ran.err) == (2, True)
+    ran = command("convert", tmp_path / "s", tmp_path / "t", "--to", "stream", "--describe")
+    assert (ran.code, "s.vm.json" in ran.err) == (2, True)
+    ran = command("devices", tmp_path / "s", "--describe", "--", "/no/qemu-system-x86_64")
+    assert ran.code == 5
+    assert not (tmp_path / "t").exists()
+
+
+def test_two_dashes_end_the_options_where_nothing_is_described(
+    devices: Path, command: Command
+) -> None:
+    ran = command("devices", "--json", "--", devices)
+    assert ran.json["described"] is True
+
+
 def test_device_state_alone_is_opened_by_looking(tmp_path: Path, command: Command) -> None:
     (tmp_path / "s").write_bytes(b"QEVM\0\0\0\3" + full(3, "rtc", b"abc") + EOF)
     found = command("devices", tmp_path / "s", "--json").json

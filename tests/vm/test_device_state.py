@@ -24,6 +24,8 @@ from pyqmigrate import (
     TargetError,
     UsageError,
 )
+from pyqmigrate.format.configuration import Configuration
+from pyqmigrate.format.description import with_configuration
 from pyqmigrate.format.devices import global_state
 from pyqmigrate.vm.device_state import DeviceState, read_devices, read_migrated, start_snapshot
 from tests.core.kernel import memfd
@@ -310,8 +312,9 @@ def test_snapshot_of_migrated_state_has_pages_from_both(disk: Path) -> None:
     assert loaded["pc.ram"].tobytes() == ram
     assert loaded["pc.rom"].tobytes() == bytes(4096) + ROM_PAGE
     assert not loaded["empty"].any()
+    described = with_configuration(DESCRIPTION, Configuration("pc-q35-10.0", ("mapped-ram",)))
     tail = (disk / "snap").read_bytes()
-    assert tail.endswith(end(1, MARK) + SECTIONS + EOF + described_as(DESCRIPTION))
+    assert tail.endswith(end(1, MARK) + SECTIONS + EOF + described_as(described))
 
 
 def test_snapshot_of_device_state_is_whole(disk: Path) -> None:

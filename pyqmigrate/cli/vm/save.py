@@ -10,6 +10,10 @@ afterwards what it was before; with --then quit QEMU is ended once the snapshot 
 its end is waited for. --seal writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the
 file is read for it.
 
+A guest whose memory is not a shared file is saved by QEMU's xen-save-devices-state, which does not
+describe device state. With --describe auto, the default, a second QEMU of the same machine, which
+never runs, describes it while the guest goes on; a note says where that is not possible.
+
 JSON: ``snapshot``; ``engine`` and ``why``; ``settings``, an object of QEMU's settings that were
 changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_io_reason``;
 ``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
@@ -68,6 +72,10 @@ def add_parser(verbs: Verbs) -> None:
         help="take snapshots of the writable disks at the same instant",
     )
     add_seal(parser)
+    parser.add_argument(
+        "--describe", choices=["auto", "no"], default="auto",
+        help="have device state described that QEMU does not describe (default: auto)",
+    )
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -80,7 +88,8 @@ def _run(args: argparse.Namespace) -> Outcome:
             save(
                 args.qmp, args.snapshot, engine=args.engine, live=args.live, then=args.then,
                 channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
-                with_disks=args.with_disks, seal=args.seal, progress=show,
+                with_disks=args.with_disks, seal=args.seal,
+                describe=args.describe == "auto", progress=show,
             )
         )
     data = asdict(report)

@@ -1,0 +1,80 @@
+"""Whether a description that was written for other bytes is true of these.
+
+Two QEMUs of one machine write the same device sections. The description that one of them wrote
+holds for the bytes of the other when they have the same sections in the same order, each as long
+and of the same version, and when it explains both bodies of each section or neither (it cannot
+explain some: :mod:`~pyqmigrate.format.device_state`). A subsection that only one of them has shows
+in the length, and in its name, which is part of the body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import Any
+
+from pyqmigrate.errors import NotSupported
+from pyqmigrate.format.description import body_lengths
+from pyqmigrate.format.device_state import Budget, decode_device, described_devices
+from pyqmigrate.format.device_walk import HEADER, walk_devices
+from pyqmigrate.format.elements import Section
+
+__all__ = ["check_described"]
+
+
+def check_described(ours: bytes, theirs: bytes, description: Mapping[str, Any]) -> None:
+    """Return when the ``description`` of sections ``theirs`` is true of ``ours``.
+
+    ours, theirs: FULL sections, one after another, with their footers.
+
+    Raises NotSupported that names the section where it is not, SnapshotError for bytes that are
+    not sections.
+    """
+    lengths = body_lengths(description)
+    devices = described_devices(description)
+    first, second = _Sections(ours), _Sections(theirs)
+    for mine, other in zip_longest(
+        walk_devices(first, lengths), walk_devices(second, lengths)
+    ):
+        if mine is None or other is None or _identity(mine) != _identity(other):
+            raise NotSupported(f"it has {_shown(other)} where the snapshot has {_shown(mine)}")
+        described = devices.get((mine.name, mine.instance_id))
+        if described is None:
+            raise NotSupported(f"it does not describe {_shown(mine)}")
+        if _explained(mine, first, described) != _explained(other, second, described):
+            raise NotSupported(f"its description does not fit {_shown(mine)}")
+
+
+class _Sections:
+    """Sections in memory, as a file of devices alone."""
+
+    def __init__(self, sections: bytes) -> None:
+        self._data = HEADER + sections + b"\0"
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return self._data[offset : offset + length]
+
+
+def _identity(section: Section) -> tuple[object, ...]:
+    return (
+        section.section_id, section.name, section.instance_id, section.version_id,
+        section.body_length,
+    )
+
+
+def _explained(section: Section, source: _Sections, described: Mapping[str, Any]) -> bool:
+    body = source.read_at(section.body_offset, section.body_length)
+    return decode_device(section, body, described, Budget()).explained
+
+
+def _shown(section: Section | None) -> str:
+    if section is None:
+        return "no further section"
+    return (
+        f"section {section.section_id} {section.name!r} (instance {section.instance_id}, version "
+        f"{section.version_id}) of {section.body_length} bytes"
+    )

@@ -1,0 +1,126 @@
+"""The description of a save's device state, made by a twin while the save goes on.
+
+    async with Describing(guest) as describing:   # before the guest is stopped
+        ...
+        describing.start(state)                   # when it runs again
+        describing.wait()                         # in the thread that writes the file
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Self
+
+from pyqmigrate.errors import NotSupported, PyqmigrateError
+from pyqmigrate.log import logger
+from pyqmigrate.vm.device_state import DeviceState
+from pyqmigrate.vm.guest import Guest
+from pyqmigrate.vm.original import Original
+from pyqmigrate.vm.twin import TIMEOUT, describe
+from pyqmigrate.vm.twin_command import make_twin
+
+__all__ = ["Describing", "why_not_described"]
+
+_CURE = "pyqmigrate convert SNAPSHOT NEW --to mapped-ram --describe [-- QEMU'S COMMAND LINE]"
+_END = 5.0  # seconds that the end of a twin may take
+
+
+class Describing:
+    """A description to come; an asynchronous context manager, which ends the twin.
+
+    ``note`` says why there is none, empty where there is one or nobody asked.
+    """
+
+    def __init__(self, guest: Guest) -> None:
+        self.note = ""
+        self._sizes = _sizes(guest)
+        self._result: Future[bytes | None] = Future()
+        self._task: asyncio.Task[None] | None = None
+        self._original: Original | None = None
+        try:
+            self._original = Original.of_process(guest.pid)
+        except Exception as error:
+            self._refuse(error)
+
+    def start(self, state: DeviceState) -> None:
+        """Start the twin, if that was not done already; returns at once."""
+        if self._task is None and self._original is not None:
+            self._task = asyncio.create_task(self._describe(self._original, state))
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`wait` returns at once."""
+        return self._result.done()
+
+    def wait(self) -> bytes | None:
+        """Return the description, or None. For another thread than the event loop's."""
+        try:
+            return self._result.result(TIMEOUT + _END)
+        except FutureTimeout:
+            return None
+
+    def cancel(self) -> None:
+        """Let :meth:`wait` return None, unless it has something already."""
+        if not self._result.done():
+            self._result.set_result(None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+        try:
+            if self._task is not None:
+                self._task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.shield(self._task)
+        finally:
+            if self._original is not None:
+                self._original.close()
+
+    async def _describe(self, original: Original, state: DeviceState) -> None:
+        try:
+            description = await describe(original, state, self._sizes.get)
+        except Exception as error:
+            self._refuse(error)
+        else:
+            if not self._result.done():
+                self._result.set_result(description)
+        finally:
+            self.cancel()
+
+    def _refuse(self, error: Exception) -> None:
+        """Go on without a description: whatever keeps a twin from it, the save does without."""
+        if not isinstance(error, NotSupported):
+            logger.error("the twin failed", exc_info=error)
+        self.note = (
+            f"device state is saved without its description ({error}): devices and the registers "
+            f"of an ELF core need it; this adds it: {_CURE}"
+        )
+        self.cancel()
+
+
+def why_not_described(guest: Guest) -> str:
+    """Return why a save that leaves the description to a twin would have none, as far as can be
+    seen before; empty where nothing is against it."""
+    try:
+        original = Original.of_process(guest.pid)
+        try:
+            blocks = {block.name: block.length for block in guest.blocks}
+            make_twin(original.command, blocks, _sizes(guest).get, lambda length: "")
+        finally:
+            original.close()
+    except (PyqmigrateError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
+def _sizes(guest: Guest) -> dict[str, int]:
+    """The sizes of images by every name that an option can have for them."""
+    return {
+        name: disk.size
+        for disk in guest.disks for name in (disk.device, disk.node, disk.file) if disk.size
+    }

@@ -1,0 +1,231 @@
+"""A twin of a QEMU, which describes the device state of its original.
+
+    original = Original.of_process(pid)
+    description = await describe(original, state, sizes)
+
+``xen-save-devices-state`` writes device sections without the JSON that describes them, which QEMU
+writes in ``migrate`` only. So a second QEMU of the same machine (:mod:`pyqmigrate.vm.twin_command`)
+loads the sections, with guest memory that is never touched, and migrates them into a file in
+memory, this time with their description. Its guest does not execute an instruction.
+
+The description is used only when it is true of the original's own bytes
+(:mod:`pyqmigrate.format.described`).
+
+The twin never has more rights than its original: it runs as the same user
+(:mod:`pyqmigrate.vm.original`), with options that are known here, and in a network namespace of its
+own where that is possible. It ends when this process does, whatever ends that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
+from pyqmigrate.format.configuration import IGNORE_SHARED
+from pyqmigrate.format.described import check_described
+from pyqmigrate.format.description import parse
+from pyqmigrate.format.elements import SectionKind
+from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.format.stream import encode_head, encode_tail
+from pyqmigrate.io.target import Descriptors
+from pyqmigrate.opened import OpenedBlock
+from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.vm.command_line import CommandLine
+from pyqmigrate.vm.device_state import DeviceState, memory_file, read_migrated, sections_of
+from pyqmigrate.vm.image_size import image_size
+from pyqmigrate.vm.launch import Launched, launch
+from pyqmigrate.vm.loading import Incoming, take_in
+from pyqmigrate.vm.original import Original
+from pyqmigrate.vm.record import read_record
+from pyqmigrate.vm.record_place import record_path
+from pyqmigrate.vm.recorded_command import original_command
+from pyqmigrate.vm.twin_command import Sizes, make_twin
+from pyqmigrate.vm.unbroken import unbroken
+
+__all__ = ["TIMEOUT", "describe", "describe_snapshot"]
+
+TIMEOUT = 10.0  # seconds from the twin's start to its description
+_POLL = 0.002  # seconds
+
+
+async def describe(
+    original: Original, state: DeviceState, sizes: Sizes, *, timeout: float = TIMEOUT
+) -> bytes:
+    """Return the description of ``state``'s sections: JSON text as QEMU writes it.
+
+    sizes: the size in bytes of the image with an id, a node name or a path; None if not known.
+
+    Starts a QEMU and ends it, in at most ``timeout`` seconds. Raises NotSupported with the reason
+    when no twin is possible, or what it says is not true of ``state``.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            theirs = await _migrated_by_twin(original, state, sizes)
+    except TimeoutError as error:
+        raise NotSupported(f"the twin took longer than {timeout:g} s") from error
+    except NotSupported:
+        raise
+    except (PyqmigrateError, OSError) as error:
+        raise NotSupported(str(error)) from error
+    if theirs.description is None:
+        raise NotSupported("the twin wrote no description")
+    try:
+        await asyncio.to_thread(
+            check_described, state.sections, theirs.sections, parse(theirs.description)
+        )
+    except PyqmigrateError as error:
+        raise NotSupported(f"the twin is another machine: {error}") from error
+    return theirs.description
+
+
+async def describe_snapshot(
+    snapshot: AnySnapshot, command: Sequence[str] | None = None
+) -> bytes:
+    """Return the description of an open snapshot's device state: JSON text as QEMU writes it.
+
+    command: the command line that the VM was started with, the program first; None is that of the
+        record beside the snapshot. Images that it names are looked at for their sizes only, and the
+        twin does not open them.
+
+    Raises NotSupported with the reason when no twin is possible, UsageError for a command line that
+    cannot be one, and where there is none, SnapshotError, TargetError.
+    """
+    sizes: dict[str, int] = {}
+    line = CommandLine.parse(command) if command else _recorded(snapshot.source.name, sizes)
+    state = await asyncio.to_thread(_state_of, snapshot)
+    return await describe(
+        Original.of_command(line), state, lambda name: sizes.get(name) or image_size(name)
+    )
+
+
+def _recorded(snapshot: str, sizes: dict[str, int]) -> CommandLine:
+    """The command line of the record beside a snapshot, whose images add their ``sizes``."""
+    path = record_path(snapshot)
+    record = read_record(snapshot)
+    if record is None:
+        raise UsageError(
+            f"which machine the snapshot is of is not known, there being no {path.name}: give the "
+            "VM's command line after --"
+        )
+    for disk in record.disks:
+        sizes |= dict.fromkeys((disk.device, disk.node, disk.file), disk.images[0].size)
+    return original_command(record, path)
+
+
+def _state_of(snapshot: AnySnapshot) -> DeviceState:
+    stream = snapshot.stream
+    devices = [s for s in stream.sections if s.kind is SectionKind.FULL]
+    blocks: dict[str, OpenedBlock] = {**snapshot.blocks}
+    return DeviceState(
+        machine=stream.machine,
+        page_size=next(block.page_size for block in blocks.values()),
+        target_page_bits=stream.target_page_bits,
+        uuid=stream.uuid,
+        blocks={name: block.length for name, block in blocks.items()},
+        carried={},
+        sections=sections_of(snapshot.source, stream),
+        devices=tuple((section.name, section.instance_id) for section in devices),
+        description=None,
+        run_state=None,
+        switchover_start=False,
+    )
+
+
+async def _migrated_by_twin(
+    original: Original, state: DeviceState, sizes: Sizes
+) -> DeviceState:
+    with contextlib.ExitStack() as stack:
+        start = await asyncio.to_thread(_prepare, original, state, sizes, stack)
+        qemu = await launch(
+            start.command, start.fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            await take_in(qemu, Incoming({"device-state": start.stream}, 0))
+            return await _migrate(qemu, state)
+        finally:
+            qemu.process.kill()  # there is nothing in it that could be lost
+            await unbroken(qemu.end())
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What starts a twin: its command, the descriptors it inherits, and the stream it loads."""
+
+    command: CommandLine
+    fds: tuple[int, ...]
+    stream: int
+
+
+def _prepare(
+    original: Original, state: DeviceState, sizes: Sizes, stack: contextlib.ExitStack
+) -> _Start:
+    """Make the files of a twin; ``stack`` closes them."""
+    fds: list[int] = []
+
+    def memory(length: int) -> str:
+        fd = os.memfd_create("twin-memory", os.MFD_CLOEXEC)
+        stack.callback(os.close, fd)
+        os.ftruncate(fd, length)
+        fds.append(fd)
+        return f"/proc/self/fd/{fd}"
+
+    twin = make_twin(original.command, state.blocks, sizes, memory)
+    before = original.words_before()
+    if twin.taps and "unshare" not in before:
+        raise NotSupported("a tap device has no stand-in without a network namespace of its own")
+    command = twin.command
+    if original.program >= 0:
+        fds.append(original.program)
+        program = f"/proc/self/fd/{original.program}"
+        if command.before:  # a loader that runs QEMU's program
+            command = replace(command, before=(program, *command.before[1:]))
+        else:
+            command = replace(command, program=program)
+    command = replace(command, before=(*before, *command.before))
+    return _Start(command, tuple(fds), _stream(state, stack))
+
+
+def _stream(state: DeviceState, stack: contextlib.ExitStack) -> int:
+    """A mapped-ram file in memory of all blocks without a page; QEMU leaves them as they are."""
+    fd = os.memfd_create("twin-stream", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    head = encode_head(
+        state.machine,
+        [BlockSpec(name, length, state.page_size) for name, length in state.blocks.items()],
+        target_page_bits=state.target_page_bits, uuid=state.uuid,
+    )
+    for piece in head.pieces:
+        os.pwrite(fd, piece.data, piece.offset)
+    os.pwrite(fd, encode_tail(
+        settings=head.configuration, sections=state.sections, description=state.description,
+        page_size=state.page_size,
+    ), head.tail_offset)
+    reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, reader)
+    return reader
+
+
+async def _migrate(qemu: Launched, state: DeviceState) -> DeviceState:
+    """What the twin has, as ``migrate`` writes it: described, without guest memory."""
+    monitor = qemu.monitor
+    await monitor.execute("migrate-set-capabilities", {"capabilities": [
+        {"capability": "mapped-ram", "state": False},
+        {"capability": IGNORE_SHARED, "state": True},
+    ]})
+    await monitor.execute("migrate-set-parameters", {"max-bandwidth": 0})
+    with memory_file() as (written, read):
+        async with monitor.fdset({"device-state": written}) as fdset:
+            await monitor.execute("migrate", {"uri": f"file:/dev/fdset/{fdset}"})
+            while (answer := await monitor.execute("query-migrate"))["status"] != "completed":
+                if answer["status"] in ("failed", "cancelled"):
+                    raise QemuError(f"the twin's migration failed: {answer.get('error-desc', '')}")
+                await asyncio.sleep(_POLL)
+            return await asyncio.to_thread(
+                read_migrated, Descriptors(read), elsewhere=[*state.blocks]
+            )
