@@ -72,8 +72,8 @@ class Migration:
     fdsets: where ``/dev/fdset/N`` is looked up; a program that has none may leave it out.
     machine, target_page_bits: for the stream, as in :func:`pyqmigrate.save`.
     uuid: the guest's, told and compared while the capability ``validate-uuid`` is on.
-    policy: STRICT refuses before the start what QEMU fails or dies on later; COMPAT does what
-        QEMU does, and fails where QEMU would crash.
+    policy: STRICT refuses before the start what QEMU fails or dies on later; the others do what
+        a QEMU of that version does, and fail where it would crash.
     run_state: what the guest does now. With ``incoming`` it waits in ``inmigrate`` for
         :meth:`migrate_incoming`, and then runs if the stream says so and ``autostart`` is true.
     capabilities, parameters: those to begin with. Bandwidth is unlimited unless they say
@@ -150,6 +150,10 @@ class Migration:
         return self._run_state
 
     @property
+    def uuid(self) -> UUID | None:
+        return self._uuid
+
+    @property
     def fdsets(self) -> FdSets:
         return self._fdsets
 
@@ -208,7 +212,8 @@ class Migration:
             if self._status.running:
                 raise UsageError("There's a migration process in progress")
             self._capabilities = self._capabilities.merge(
-                changes, compressed_or_tls=self._parameters.compressed_or_tls
+                changes, compressed_or_tls=self._parameters.compressed_or_tls,
+                policy=self._policy,
             )
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
@@ -255,7 +260,7 @@ class Migration:
             except (PyqmigrateError, OSError) as error:
                 resources.close()
                 named = _open_error("create", address, error)
-                if self._policy is Policy.COMPAT and opens_late(error):
+                if self._policy.compat and opens_late(error):
                     with self._lock:
                         self._start(
                             lambda: self._end_outgoing(Status.FAILED, named), "pyqmigrate-migrate"
@@ -331,7 +336,7 @@ class Migration:
             logger.info("outgoing migration failed: %s", error)
             self._let_go_on(before)
             ended = Status.CANCELLED if self._cancelling() else Status.FAILED
-            if self._policy is Policy.COMPAT and isinstance(error, TargetError) and error.errno:
+            if self._policy.compat and isinstance(error, TargetError) and error.errno:
                 error = OpenError(
                     error.errno, f"Unable to write to file: {os.strerror(error.errno)}"
                 )
@@ -536,7 +541,7 @@ class Migration:
             logger.info("incoming migration failed: %s", error)
             with self._changed:
                 reason = str(error)
-                if self._policy is Policy.COMPAT:  # QEMU has the reason on its standard error
+                if self._policy.compat:  # QEMU has the reason on its standard error
                     reason = os.strerror(self._loading_errno(error))
                 self._error = f"load of migration failed: {reason}"
                 self._thread = None

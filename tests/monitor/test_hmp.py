@@ -16,7 +16,7 @@ def guest():
 @pytest.fixture
 def say(guest):
     def say(line):
-        return hmp.run(line, guest, lambda _name: -1, lambda: None)
+        return hmp.run(line, hmp.Human(guest, lambda _name: -1, lambda: None))
 
     return say
 
@@ -210,7 +210,7 @@ def test_a_failed_migration_is_an_error_in_the_text(say):
 def test_stop_and_cont_and_quit_do_what_they_say(guest):
     asked = []
     for line, state in (("stop", RunState.PAUSED), ("c", RunState.RUNNING)):
-        assert hmp.run(line, guest, lambda _name: -1, lambda: None) == ""
+        assert hmp.run(line, hmp.Human(guest, lambda _name: -1, lambda: None)) == ""
         assert guest.run_state is state
-    assert hmp.run("quit", guest, lambda _name: -1, lambda: asked.append(1)) == ""
+    assert hmp.run("quit", hmp.Human(guest, lambda _name: -1, lambda: asked.append(1))) == ""
     assert asked == [1]
