@@ -15,7 +15,7 @@ from uuid import UUID
 
 from pyqmigrate.fdset import FdSets
 from pyqmigrate.format import qapi
-from pyqmigrate.format.address import CHANNELS, parse_address
+from pyqmigrate.format.address import channels_shape, parse_address
 from pyqmigrate.monitor import hmp
 from pyqmigrate.monitor.backend import MigrationBackend
 from pyqmigrate.monitor.descriptors import NamedFds, PendingFds
@@ -220,7 +220,6 @@ def _shape(**members: qapi.Shape) -> qapi.Struct:
 
 _NOTHING = _shape()
 _URI = qapi.optional(qapi.STR)
-_CHANNELS = qapi.optional(CHANNELS)
 _BOOL = qapi.optional(qapi.BOOL)
 
 
@@ -228,6 +227,7 @@ _BOOL = qapi.optional(qapi.BOOL)
 def commands_of(qemu: QemuVersion) -> dict[str, Command]:
     """Return every command by its name; what it does with its arguments, and whether it may block."""
     statuses = tuple(status for status in Status if qemu.has(status))
+    channels = qapi.optional(channels_shape(qemu.lacks))
     detach = {"detach": _BOOL} if qemu.detach else {}
     return {
         "add-fd": Command(
@@ -242,13 +242,13 @@ def commands_of(qemu: QemuVersion) -> dict[str, Command]:
             blocks=True,
         ),
         "migrate": Command(
-            _shape(uri=_URI, channels=_CHANNELS, **detach, resume=_BOOL), _migrate, blocks=True
+            _shape(uri=_URI, channels=channels, **detach, resume=_BOOL), _migrate, blocks=True
         ),
         "migrate-continue": Command(
             _shape(state=qapi.Words(statuses)), _migrate_continue, blocks=True
         ),
         "migrate-incoming": Command(
-            _shape(uri=_URI, channels=_CHANNELS, exit_on_error=_BOOL), _migrate_incoming, blocks=True
+            _shape(uri=_URI, channels=channels, exit_on_error=_BOOL), _migrate_incoming, blocks=True
         ),
         "migrate-set-capabilities": Command(
             _shape(capabilities=qapi.ListOf(capability_status(qemu))), _set_capabilities

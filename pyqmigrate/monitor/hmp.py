@@ -146,6 +146,8 @@ def _set_capability(human: Human, name: str, state: bool) -> str:
     if name not in CAPABILITY_NAMES or not human.qemu.has(name):
         raise UsageError(f"invalid parameter value: {name}")
     human.migration.set_capabilities({name: state})
+    if human.migration.capabilities.zero_blocks:
+        return _lines("warning: zero-blocks capability is deprecated")
     return ""
 
 
@@ -185,9 +187,10 @@ def _quit(human: Human) -> str:
 
 def _info_migrate(human: Human, everything: bool) -> str:
     info = human.migration.query()
-    if human.qemu.sectioned_info:
-        return _sections(info) + (_lines("Globals:", *(f"  {line}" for line in _GLOBALS)) * everything)
-    return render_migration(info)
+    if not human.qemu.sectioned_info:
+        return render_migration(info)
+    all_of_it = _lines("Globals:", *(f"  {line}" for line in _GLOBALS)) if everything else ""
+    return _sections(info) + all_of_it
 
 
 def _help(human: Human, line: str) -> str:
@@ -379,7 +382,6 @@ def _bandwidth(text: str) -> int:
 
 
 _GLOBALS = (
-    "globals:",
     "store-global-state: on",
     "only-migratable: off",
     "send-configuration: on",
@@ -391,7 +393,7 @@ _GLOBALS = (
 
 def render_migration(info: MigrationInfo) -> str:
     """Return what ``info migrate`` shows, in the layout without sections."""
-    lines = [*_GLOBALS]
+    lines = ["globals:", *_GLOBALS]
     if info.status is Status.NONE:
         return _lines(*lines)
     error = f" ({info.error})" if info.error else ""

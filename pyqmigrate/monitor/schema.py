@@ -175,13 +175,25 @@ def _returned(qemu: QemuVersion) -> dict[str, qapi.Shape]:
         ),
         "query-migrate": _migration(qemu),
         "query-migrate-capabilities": qapi.ListOf(capability_status(qemu)),
-        "query-migrate-parameters": parameters_shape(qemu),
+        "query-migrate-parameters": _parameters(qemu),
         "query-name": qapi.Struct({"name": optional(qapi.STR)}),
         "query-qmp-schema": qapi.ListOf(_INFO),
         "query-status": state,
         "query-uuid": qapi.Struct({"UUID": qapi.STR}),
         "query-version": qapi.Struct({"qemu": numbers, "package": qapi.STR}),
     }
+
+
+def _parameters(qemu: QemuVersion) -> qapi.Struct:
+    shape = parameters_shape(qemu)
+    if qemu.returns_str_or_null:
+        return shape
+    texts = {
+        name: optional(qapi.STR)
+        for name, member in shape.members.items()
+        if qapi.required(member) is qapi.STR_OR_NULL
+    }
+    return qapi.Struct({**shape.members, **texts})
 
 
 def _migration(qemu: QemuVersion) -> qapi.Struct:

@@ -17,8 +17,10 @@ class QemuVersion:
 
     Names:
         numbers: major, minor and micro version, as in the greeting.
-        lacks: the capabilities, parameters, words of parameters, and statuses that another version
-            has and this one does not.
+        lacks: the capabilities, parameters, words of parameters, statuses, and members of
+            addresses that another version has and this one does not.
+        returns_str_or_null: in the schema, the type of the texts that query-migrate-parameters
+            returns; otherwise they are strings.
 
     Texts:
         out_of_range: for a parameter out of range; ``{name}`` is its name as shown, ``{range}`` is
@@ -42,6 +44,7 @@ class QemuVersion:
 
     numbers: tuple[int, int, int]
     lacks: frozenset[str]
+    returns_str_or_null: bool
     out_of_range: str
     underscores: bool
     shown_otherwise: str
@@ -70,8 +73,12 @@ class QemuVersion:
 QEMU_10_0 = QemuVersion(
     numbers=(10, 0, 2),
     lacks=frozenset(
-        {"cpr-exec", "cpr-exec-command", "x-rdma-chunk-size", "failing", "postcopy-device"}
-    ),
+        {
+            "cpr-exec", "cpr-exec-command", "x-rdma-chunk-size", "failing", "postcopy-device",
+            "keep-alive-count", "keep-alive-idle", "keep-alive-interval",
+        }
+    ),  # fmt: skip
+    returns_str_or_null=False,
     out_of_range="Parameter '{name}' expects {range}",
     underscores=True,
     shown_otherwise="x-vcpu-dirty-limit-period",
@@ -91,6 +98,7 @@ QEMU_10_0 = QemuVersion(
 QEMU_11_1 = QemuVersion(
     numbers=(11, 1, 3),
     lacks=frozenset({"zero-blocks"}),
+    returns_str_or_null=True,
     out_of_range="Option {name} expects {range}",
     underscores=False,
     shown_otherwise="x-rdma-chunk-size",

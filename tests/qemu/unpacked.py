@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 
-__all__ = ["emulator", "lack", "unpacked"]
+__all__ = ["emulator", "lack", "newer_qemu", "unpacked"]
 
 _ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyqmigrate-tests"
 
@@ -26,6 +26,11 @@ def emulator(target: str) -> str:
     """A QEMU for another target: the one that is installed, or the one unpacked."""
     program = f"qemu-system-{target}"
     return shutil.which(program) or str(unpacked("targets") / "usr/bin" / program)
+
+
+def newer_qemu() -> Path:
+    """Where the QEMU of the development suite is, if .ci/ensure-system newer-qemu unpacked it."""
+    return _ROOT / "newer-qemu" / "run" / "qemu-system-x86_64"
 
 
 def lack(reason: str) -> NoReturn:
