@@ -39,6 +39,7 @@ class QemuVersion:
         files_by_fd: ``fd:`` accepts the descriptor of a file.
         first_pass_event: MIGRATION_PASS is sent for the first pass too, and for the last after the
             status ``device``; otherwise before it.
+        interrupted_switchover: the error of a migration that was cancelled in ``pre-switchover``.
         external_blocks: a mapped-ram file can list RAM that x-ignore-shared leaves out.
     """
 
@@ -58,6 +59,7 @@ class QemuVersion:
     detach: bool
     files_by_fd: bool
     first_pass_event: bool
+    interrupted_switchover: str
     external_blocks: bool
 
     def has(self, name: str) -> bool:
@@ -92,6 +94,7 @@ QEMU_10_0 = QemuVersion(
     detach=True,
     files_by_fd=True,
     first_pass_event=True,
+    interrupted_switchover="Channel error: Input/output error",
     external_blocks=False,
 )
 
@@ -112,5 +115,6 @@ QEMU_11_1 = QemuVersion(
     detach=False,
     files_by_fd=False,
     first_pass_event=False,
+    interrupted_switchover="Switchover is interrupted",
     external_blocks=True,
 )

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import time
 
@@ -45,6 +46,11 @@ def serve(serve, policy):
     return start
 
 
+def listens(path):
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @pytest.fixture
 def start_qemu(qemu_program, tmp_path):
     started = []
@@ -58,7 +64,7 @@ def start_qemu(qemu_program, tmp_path):
         )  # fmt: skip
         started.append(process)
         deadline = time.monotonic() + 20
-        while not path.exists():
+        while not listens(path):
             assert process.poll() is None, "QEMU ended at once"
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -219,6 +225,8 @@ MIGRATE = [
     request("migrate", uri="file:OUT"), request("stop"), request("query-status"),
     request("cont"), request("migrate", uri="file:OUT"), "settle",
     hmp("info status"), hmp("migrate file:OUT"), request("cont"), request("query-status"),
+    params(mode="cpr-exec"), request("migrate", uri="file:/nonexistent/x"),
+    params(mode="normal"), params(mode="cpr-transfer"), request("migrate", uri="file:/nonexistent/x"),
 ]  # fmt: skip
 
 HMP = [
