@@ -213,8 +213,8 @@ class SequentialWriter(StreamWriter):
         self._put(encoder, encode_part_header())
         _core.lib.qm_encoder_forget_block(encoder)
         channels.run(
-            (item for n in self.stored
-             for item in cut(n, self.specs[n].length // self.specs[n].page_size, self.specs[n].page_size)),
+            (item for n in self.stored for spec in [self.specs[n]]
+             for item in cut(n, spec.length // spec.page_size, spec.page_size)),
             move, self.target.name, [spec.name for spec in self.specs],
         )
         self._put(encoder, RAM_EOS)

@@ -85,7 +85,7 @@ class StreamWriter(abc.ABC):
 
     It owns what it opens from its construction on; :meth:`close` lets go of everything, and drops
     a file that was not finished. ``left_out`` are the names of blocks that are listed, and whose
-    content the loading side finds elsewhere (``x-ignore-shared``); None where the capability is off.
+    content the loading side finds elsewhere (``x-ignore-shared``); None with that capability off.
     """
 
     sparse = Sparse.AUTO

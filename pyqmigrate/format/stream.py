@@ -104,9 +104,9 @@ def encode_head(
     ``machine`` is the machine type; an empty one is accepted by any machine. Give
     ``target_page_bits`` for the targets that expect it: ARM machines with 4 KiB pages want 12,
     x86 refuses it (format document, 1.2 and 7). ``uuid``, 16 bytes, is that of the guest, for a
-    loading QEMU that validates it. ``left_out`` are the names of blocks that are external; None says
-    that the writer had x-ignore-shared off, and the reader must have the same setting. ``before`` are
-    elements, as they are, that stand before RAM's.
+    loading QEMU that validates it. ``left_out`` are the names of blocks that are external; None
+    says that the writer had x-ignore-shared off, and the reader must have the same setting.
+    ``before`` are elements, as they are, that stand before RAM's.
 
     Raises :class:`UsageError` when names repeat, page sizes differ or do not match
     ``target_page_bits``, or something does not fit its field.

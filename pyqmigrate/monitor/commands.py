@@ -225,7 +225,7 @@ _BOOL = qapi.optional(qapi.BOOL)
 
 @functools.cache
 def commands_of(qemu: QemuVersion) -> dict[str, Command]:
-    """Return every command by its name; what it does with its arguments, and whether it may block."""
+    """Return every command by its name: its arguments, what it does, and whether it may block."""
     statuses = tuple(status for status in Status if qemu.has(status))
     channels = qapi.optional(channels_shape(qemu.lacks))
     detach = {"detach": _BOOL} if qemu.detach else {}

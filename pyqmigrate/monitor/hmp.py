@@ -36,8 +36,8 @@ class _Misread(Exception):
 
 
 class Human(NamedTuple):
-    """What a command may act on. ``take_fd`` gives up descriptors named with getfd; ``quit`` asks the
-    server to end; ``qemu`` is the version whose layout is used."""
+    """What a command may act on. ``take_fd`` gives up descriptors named with getfd; ``quit`` asks
+    the server to end; ``qemu`` is the version whose layout is used."""
 
     migration: MigrationBackend
     take_fd: TakeFd
@@ -139,6 +139,9 @@ class _Arguments:
             raise _Misread(f"{self.command}: extraneous characters at the end of line")
 
 
+_QUOTE_LEFT_OPEN = re.compile(
+    r"""(?:[^\\"']|\\.|"(?:[^\\"]|\\.)*"|'[^']*')*(?:(")(?:[^\\"]|\\.)*|(')[^']*)""", re.DOTALL
+)
 _QUOTED = re.compile(r'"((?:[^"\\]|\\[nr\\\'"])*)"', re.DOTALL)
 
 
@@ -344,19 +347,15 @@ def _value(name: str, text: str) -> object:
 
 def _command_words(text: str) -> list[str]:
     """Split as a shell would, without expanding anything."""
-    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
-    lexer.whitespace_split = True
     try:
-        return list(lexer)
+        return shlex.split(text, comments=True)
     except ValueError:
-        if lexer.state == "\\":
-            raise UsageError(
-                f"Text ended just after a “\\” character. (The text was “{text}”)"
-            ) from None
-        raise UsageError(
-            f"Text ended before matching quote was found for {lexer.state}. "
-            f"(The text was “{text}”)"
-        ) from None
+        open_quote = _QUOTE_LEFT_OPEN.fullmatch(text)
+        complaint = (
+            f"before matching quote was found for {open_quote[1] or open_quote[2]}." if open_quote
+            else "just after a “\\” character."
+        )
+        raise UsageError(f"Text ended {complaint} (The text was “{text}”)") from None
 
 
 def _number(name: str, text: str) -> int:

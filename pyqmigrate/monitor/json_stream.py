@@ -10,9 +10,9 @@ size and gives each value, or what was wrong, as soon as its last byte is there:
             ...
 
 What is read, where reading goes on after an error, and the texts of errors are QEMU's (checked
-against 10.0.2 and, with positions, 11.1.3 on random input), except that ``0e1``, which JSON allows and QEMU takes
-for two tokens, is a number. Work is linear in the bytes fed; what is kept is bounded by
-``message_limit`` bytes of tokens, ``token_limit`` of them, and ``depth_limit`` open brackets.
+against 10.0.2 and, with positions, 11.1.3 on random input), except that ``0e1``, which JSON allows
+and QEMU takes for two tokens, is a number. Work is linear in the bytes fed; what is kept is bounded
+by ``message_limit`` bytes of tokens, ``token_limit`` of them, and ``depth_limit`` open brackets.
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ class JsonStream:
         The iterator must be run to its end before the next slice is fed.
         """
         for token in self._lexer.feed(data):
-            item = self._skip(token) if self._skipping else self._take(token)
-            if item is not None:
+            if self._skipping:
+                self._skip(token)
+            elif (item := self._take(token)) is not None:
                 yield item
 
     def _reset(self) -> None:

@@ -1,6 +1,6 @@
 """What ``query-qmp-schema`` returns: the shapes of commands and events, in QEMU's own terms.
 
-A type that has a name of its own in QEMU's sources is known by a number in the schema; so it is here.
+As in QEMU's schema, a type that is not built in has a number for a name.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class _Schema:
         self.entries.append({"name": name, "meta-type": "command", **types})
 
     def add_event(self, name: str, data: qapi.Struct) -> None:
-        entry = {"name": name, "meta-type": "event", "arg-type": self._type(data)}
-        self.entries.append(entry)
+        data_type = self._type(data)
+        self.entries.append({"name": name, "meta-type": "event", "arg-type": data_type})
 
     def _type(self, shape: qapi.Shape) -> str:
         """Return the name of a shape's type, described the first time."""

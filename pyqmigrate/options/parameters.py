@@ -249,7 +249,11 @@ _SHAPES = {
 def parameters_shape(qemu: QemuVersion) -> qapi.Struct:
     """Return the shape of the arguments of migrate-set-parameters."""
     return qapi.Struct(
-        {name: qapi.optional(_known(shape, qemu)) for name, shape in _SHAPES.items() if qemu.has(name)}
+        {
+            name: qapi.optional(_known(shape, qemu))
+            for name, shape in _SHAPES.items()
+            if qemu.has(name)
+        }
     )
 
 

@@ -17,7 +17,7 @@ class Policy(Enum):
     STRICT = "strict"
     COMPAT_10_0 = "compat-10.0"
     COMPAT_11_1 = "compat-11.1"
-    COMPAT = "compat-10.0"
+    COMPAT = COMPAT_10_0
 
     @property
     def compat(self) -> bool:

@@ -29,7 +29,7 @@ class QemuVersion:
             for which the opposite holds.
         json_positions: errors of JSON begin with line and column, and name what was expected.
         sectioned_info: HMP ``info migrate`` has sections, and the globals with ``-a`` only.
-        hmp_takes_rest_of_line: HMP ``migrate_set_parameter`` takes the rest of the line as the value.
+        hmp_takes_rest_of_line: HMP ``migrate_set_parameter`` takes all of the line as the value.
         total_remaining: query-migrate has what remains of everything, not of RAM only.
         load_reasons: the error of a failed load ends with the reason.
 
@@ -79,7 +79,7 @@ QEMU_10_0 = QemuVersion(
             "cpr-exec", "cpr-exec-command", "x-rdma-chunk-size", "failing", "postcopy-device",
             "keep-alive-count", "keep-alive-idle", "keep-alive-interval",
         }
-    ),  # fmt: skip
+    ),
     returns_str_or_null=False,
     out_of_range="Parameter '{name}' expects {range}",
     underscores=True,

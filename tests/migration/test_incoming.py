@@ -204,7 +204,8 @@ def test_a_mapped_ram_file_leaves_shared_memory_where_it_is(
 def test_as_in_qemu_10_a_mapped_ram_file_cannot_leave_shared_memory_out(disk: Path) -> None:
     with (disk / "ram").open("w+b") as shared:
         shared.truncate(LENGTH)
-        for policy, ends in ((Policy.COMPAT_10_0, Status.FAILED), (Policy.STRICT, Status.COMPLETED)):
+        wanted = {Policy.COMPAT_10_0: Status.FAILED, Policy.STRICT: Status.COMPLETED}
+        for policy, ends in wanted.items():
             source = Migration([RamBlock("pc.ram", FileMemory(shared.fileno()))], policy=policy)
             source.set_capabilities({"x-ignore-shared": True, "mapped-ram": True})
             source.migrate(parse_uri(f"file:{disk}/snap"))

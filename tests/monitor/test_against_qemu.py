@@ -1,4 +1,4 @@
-"""The same requests to a real QEMU and to our server that imitates its version: the answers are equal.
+"""The same requests to a real QEMU and to our server that imitates it: the answers are equal.
 
 Equal in class, text and JSON types. Not compared, because they are not ours to choose: numbers
 of descriptors, statistics, time stamps, and the package part of the version.
@@ -25,7 +25,9 @@ from tests.qemu.version import program_of
 pytestmark = pytest.mark.qemu
 
 
-@pytest.fixture(scope="session", params=[Policy.COMPAT_10_0, Policy.COMPAT_11_1], ids=lambda p: p.value)
+@pytest.fixture(
+    scope="session", params=[Policy.COMPAT_10_0, Policy.COMPAT_11_1], ids=lambda p: p.value
+)
 def policy(request):
     return request.param
 
@@ -226,7 +228,8 @@ MIGRATE = [
     request("cont"), request("migrate", uri="file:OUT"), "settle",
     hmp("info status"), hmp("migrate file:OUT"), request("cont"), request("query-status"),
     params(mode="cpr-exec"), request("migrate", uri="file:/nonexistent/x"),
-    params(mode="normal"), params(mode="cpr-transfer"), request("migrate", uri="file:/nonexistent/x"),
+    params(mode="normal"), params(mode="cpr-transfer"),
+    request("migrate", uri="file:/nonexistent/x"),
 ]  # fmt: skip
 
 HMP = [
@@ -398,7 +401,8 @@ def resolved(schema):
                 for member in entry["members"]
             }
             variants = {v["case"]: of(v["type"], above) for v in entry.get("variants", [])}
-            return {"members": members, "variants": {c: v for c, v in variants.items() if v["members"]}}
+            variants = {case: type for case, type in variants.items() if type["members"]}
+            return {"members": members, "variants": variants}
         return kind, name
 
     return {n: of(n) for n, entry in entries.items() if entry["meta-type"] in ("command", "event")}

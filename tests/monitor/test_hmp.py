@@ -2,7 +2,8 @@ import pytest
 
 from pyqmigrate.fdset import FdSets
 from pyqmigrate.monitor import hmp
-from pyqmigrate.options import Capabilities, Parameters
+from pyqmigrate.options import Capabilities, Parameters, Policy
+from pyqmigrate.options.qemu_version import QEMU_11_1
 from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
 from tests.monitor.idle_guest import IdleGuest
 
@@ -214,3 +215,53 @@ def test_stop_and_cont_and_quit_do_what_they_say(guest):
         assert guest.run_state is state
     assert hmp.run("quit", hmp.Human(guest, lambda _name: -1, lambda: asked.append(1))) == ""
     assert asked == [1]
+
+
+@pytest.fixture
+def say_as_11(guest):
+    guest.policy = Policy.COMPAT_11_1
+
+    def say(line):
+        return hmp.run(line, hmp.Human(guest, lambda _name: -1, lambda: None, QEMU_11_1))
+
+    return say
+
+
+def test_the_newer_layout_has_sections(guest, say_as_11):
+    assert say_as_11("info migrate") == ""
+    assert say_as_11("info migrate -a").startswith("Globals:\r\n  store-global-state: on\r\n")
+    guest.query = lambda: MigrationInfo(
+        Status.ACTIVE, ram=RAM, total_time=3, setup_time=1, expected_downtime=300
+    )
+    assert say_as_11("info migrate") == lines(
+        "Status: \t\tactive", "Time (ms): \t\ttotal=3, setup=1, exp_down=300",
+        "Remaining: \t\t4 KiB", "RAM info:", "  Throughput (Mbps): \t0.98",
+        "  Sizes: \t\tpagesize=4 KiB, total=64.5 MiB",
+        "  Transfers: \t\ttransferred=448 KiB, remain=4 KiB",
+        "    Channels: \t\tprecopy=40 B, multifd=448 KiB, postcopy=0 B",
+        "    Page Types: \tnormal=112, zero=16400", "  Page Rates (pps): \ttransfer=320",
+        "  Others: \t\tdirty_syncs=1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (1023, "0.999 KiB"), (4096, "4 KiB"),
+     (999 << 10, "999 KiB"), (1000 << 10, "0.977 MiB"), (67641344, "64.5 MiB"), (1 << 62, "4 EiB")],
+)  # fmt: skip
+def test_a_size_has_three_digits(size, shown):
+    assert hmp._size(size) == shown
+
+
+def test_a_text_with_a_quote_left_open_is_named(say_as_11):
+    set_command = "migrate_set_parameter cpr-exec-command "
+    for text, complaint in (
+        ("a \"b", 'before matching quote was found for ".'),
+        ("'\"\" a' b'c", "before matching quote was found for '."),
+        ("a b\\", "just after a “\\” character."),
+    ):
+        assert say_as_11(set_command + text) == lines(
+            f"Error: Text ended {complaint} (The text was “{text}”)"
+        )
+    assert say_as_11(set_command + "a 'b c' d\\ e") == ""
+    assert "cpr-exec-command: a b c d e\r\n" in say_as_11("info migrate_parameters")

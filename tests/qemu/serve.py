@@ -72,7 +72,7 @@ IMITATED = ((10, 0), (11, 1))
 
 
 def imitated() -> tuple[int, int]:
-    """The version that a compat server imitates: the last that the QEMU at hand is not older than."""
+    """The version that a compat server imitates: the newest that is not newer than the QEMU."""
     return max(version for version in IMITATED if version <= max(qemu_version(), IMITATED[0]))
 
 
@@ -289,14 +289,14 @@ class Witness:
 
 
 def _not_compared() -> list[str]:
-    """Statuses between others that the QEMU at hand has and the imitated one has not, or reversed."""
+    """Statuses between others that only one has, the QEMU at hand or the imitated version."""
     version = qemu_version()
     between = (11, 0) <= version < (11, 1)
     return ["device"] * (version < (10, 0)) + ["failing"] * between
 
 
 def _as_imitated(answer: dict[str, Any]) -> None:
-    """Makes of a reply of the QEMU at hand what 10.0 says; 10.2 and 11.0 say some things otherwise."""
+    """Makes of a reply of 10.2 or 11.0 what 10.0 says."""
     version, result = qemu_version(), answer.get("return")
     if not IMITATED[0] < version < IMITATED[1]:
         return

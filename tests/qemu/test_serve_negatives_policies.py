@@ -291,7 +291,7 @@ def save_without_shared(end: Witness, path: Path) -> dict[str, object]:
 def test_shared_memory_is_left_out_of_a_mapped_ram_file_as_in_qemu(
     driver: Driver, disk: Path
 ) -> None:
-    """10.0.2 fails at the end of such a save. QEMU from 11.0 on and the strict server complete it."""
+    """10.0.2 fails at the end of such a save. QEMU 11 and the strict server complete it."""
     path = disk / "state"
     with GuestRam(SMALL) as theirs, GuestRam(SMALL) as ours:
         for ram in (theirs, ours):

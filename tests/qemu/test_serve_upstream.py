@@ -117,7 +117,8 @@ def test_every_verb_says_that_the_content_is_elsewhere(disk: Path) -> None:
         assert run("convert", path, disk / form, "--to", form).returncode == 0
         told = json.loads(run("info", "--json", disk / form).stdout)
         assert [b["external"] for b in told["blocks"] if b["name"] == "pc.ram"] == [True]
-    whole = run("convert", path, disk / "whole", "--to", "mapped-ram", "--memory", f"pc.ram={memory}")
+    given = ("--memory", f"pc.ram={memory}")
+    whole = run("convert", path, disk / "whole", "--to", "mapped-ram", *given)
     assert whole.returncode == 0, whole.stderr
     with Snapshot(disk / "whole") as snapshot:
         target = bytearray(RAM)
@@ -133,17 +134,19 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_reboot_looks_to_a_manager_as_in_qemu(driver: Driver, disk: Path) -> None:
     row = ROWS[2]
     accounts = []
-    with GuestRam(RAM) as theirs, GuestRam(RAM) as ours:
-        with Qemu(theirs, run=True) as vm, Serve(driver, ours, compat=True) as server:
-            for end in (vm, server):
-                witness = Witness(end)
-                end.set_capabilities({"events": True, "x-ignore-shared": True})
-                witness.ask("migrate-set-parameters", dict(row.parameters))
-                witness.ask("migrate", {"uri": f"file:{disk / 'state'}"})
-                witness.settle()
-                witness.events()
-                witness.state()
-                accounts.append(witness.account)
+    with (
+        GuestRam(RAM) as theirs, GuestRam(RAM) as ours,
+        Qemu(theirs, run=True) as vm, Serve(driver, ours, compat=True) as server,
+    ):
+        for end in (vm, server):
+            witness = Witness(end)
+            end.set_capabilities({"events": True, "x-ignore-shared": True})
+            witness.ask("migrate-set-parameters", dict(row.parameters))
+            witness.ask("migrate", {"uri": f"file:{disk / 'state'}"})
+            witness.settle()
+            witness.events()
+            witness.state()
+            accounts.append(witness.account)
     assert accounts[1] == accounts[0]
 
 
@@ -151,20 +154,22 @@ def test_becoming_another_program_is_refused_as_in_qemu(driver: Driver, disk: Pa
     """Up to the command: QEMU 11 would become it, and a server says that it cannot."""
     accounts = []
     uri = {"uri": f"file:{disk / 'state'}"}
-    with GuestRam(RAM) as theirs, GuestRam(RAM) as ours:
-        with Qemu(theirs) as vm, Serve(driver, ours, compat=True) as server:
-            for end in (vm, server):
-                witness = Witness(end)
-                witness.ask("migrate-set-parameters", {"mode": "cpr-exec"})
-                if imitated() >= (11, 1):
-                    witness.ask("migrate", uri)
-                witness.ask("query-migrate")
-                accounts.append(witness.account)
-            assert accounts[1] == accounts[0]
+    with (
+        GuestRam(RAM) as theirs, GuestRam(RAM) as ours,
+        Qemu(theirs) as vm, Serve(driver, ours, compat=True) as server,
+    ):
+        for end in (vm, server):
+            witness = Witness(end)
+            witness.ask("migrate-set-parameters", {"mode": "cpr-exec"})
             if imitated() >= (11, 1):
-                server.execute("migrate-set-parameters", {"cpr-exec-command": ["/bin/true"]})
-                answer = Witness(server).hear("migrate", uri)
-                assert "not possible here" in answer["error"]["desc"]
+                witness.ask("migrate", uri)
+            witness.ask("query-migrate")
+            accounts.append(witness.account)
+        assert accounts[1] == accounts[0]
+        if imitated() >= (11, 1):
+            server.execute("migrate-set-parameters", {"cpr-exec-command": ["/bin/true"]})
+            answer = Witness(server).hear("migrate", uri)
+            assert "not possible here" in answer["error"]["desc"]
     assert not (disk / "state").exists()
 
 
