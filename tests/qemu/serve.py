@@ -28,7 +28,7 @@ from tests.qemu.machine import GuestRam, MigrationFailed, Qemu
 from tests.qemu.qmp import QmpError
 from tests.qemu.version import qemu_version
 
-__all__ = ["Driver", "Serve", "Witness"]
+__all__ = ["Driver", "Serve", "Witness", "failure", "imitated"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = ROOT / "tests" / "monitor" / "step_driver.py"
@@ -74,6 +74,11 @@ IMITATED = ((10, 0), (11, 1))
 def imitated() -> tuple[int, int]:
     """The version that a compat server imitates: the newest that is not newer than the QEMU."""
     return max(version for version in IMITATED if version <= max(qemu_version(), IMITATED[0]))
+
+
+def failure() -> list[str]:
+    """The last statuses of a save that fails, in the imitated version."""
+    return ["failing", "failed"] if imitated() >= (11, 1) else ["failed"]
 
 
 class Serve:
