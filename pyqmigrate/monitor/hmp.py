@@ -6,7 +6,6 @@ command that shows nothing is the empty text.
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections.abc import Callable
@@ -16,19 +15,18 @@ from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.format.address import parse_uri
 from pyqmigrate.format.uri import parse_size
 from pyqmigrate.monitor.backend import MigrationBackend, TakeFd
-from pyqmigrate.options import CAPABILITY_NAMES, Capabilities, Parameters
+from pyqmigrate.monitor.hmp_layouts import (
+    lines,
+    render_capabilities,
+    render_migration,
+    render_parameters,
+    render_status,
+)
+from pyqmigrate.options import CAPABILITY_NAMES
 from pyqmigrate.options.parameters import parameters_shape
 from pyqmigrate.options.qemu_version import QEMU_10_0, QemuVersion
-from pyqmigrate.status import MigrationInfo, RunState, Status
 
-__all__ = [
-    "Human",
-    "render_capabilities",
-    "render_migration",
-    "render_parameters",
-    "render_status",
-    "run",
-]
+__all__ = ["Human", "run"]
 
 
 class _Misread(Exception):
@@ -63,27 +61,23 @@ def run(line: str, human: Human) -> str:
     said = text[: len(text) - len(rest)]
     command = table.get(_ALIASES.get(name, name) if table is _COMMANDS else name)
     if command is None:
-        return _lines(f"unknown command: '{said}'")
+        return lines(f"unknown command: '{said}'")
     try:
         arguments = _Arguments(command.shown, rest)
         values = [read(arguments, human.qemu) for read in command.reads]
         arguments.end()
         return command.run(human, *values)
     except _Misread as misread:
-        return _lines(str(misread), f'Try "help {said}" for more information')
+        return lines(str(misread), f'Try "help {said}" for more information')
     except OSError as error:
-        return _lines(f"Error: {error.strerror or error}")
+        return lines(f"Error: {error.strerror or error}")
     except PyqmigrateError as error:
-        return _lines(f"Error: {error}")
+        return lines(f"Error: {error}")
 
 
 def _word(text: str) -> tuple[str, str]:
     word = text.split(maxsplit=1)[0]
     return word, text[len(word) :]
-
-
-def _lines(*lines: str) -> str:
-    return "".join(line.replace("\n", "\r\n") + "\r\n" for line in lines)
 
 
 class _Arguments:
@@ -150,7 +144,7 @@ def _set_capability(human: Human, name: str, state: bool) -> str:
         raise UsageError(f"invalid parameter value: {name}")
     human.migration.set_capabilities({name: state})
     if human.migration.capabilities.zero_blocks:
-        return _lines("warning: zero-blocks capability is deprecated")
+        return lines("warning: zero-blocks capability is deprecated")
     return ""
 
 
@@ -165,7 +159,7 @@ def _migrate(human: Human, detach: bool, resume: bool, uri: str) -> str:
     human.migration.migrate(parse_uri(uri), resume=resume, take_fd=human.take_fd)
     if detach:
         return ""
-    return _lines("terminal does not allow synchronous migration, continuing detached")
+    return lines("terminal does not allow synchronous migration, continuing detached")
 
 
 def _cancel(human: Human) -> str:
@@ -189,11 +183,7 @@ def _quit(human: Human) -> str:
 
 
 def _info_migrate(human: Human, everything: bool) -> str:
-    info = human.migration.query()
-    if not human.qemu.sectioned_info:
-        return render_migration(info)
-    all_of_it = _lines("Globals:", *(f"  {line}" for line in _GLOBALS)) if everything else ""
-    return _sections(info) + all_of_it
+    return render_migration(human.migration.query(), human.qemu, everything=everything)
 
 
 def _help(human: Human, line: str) -> str:
@@ -210,12 +200,12 @@ def _help(human: Human, line: str) -> str:
         name, table, prefix = words[1], _INFO, "info "
     entry = table.get(_ALIASES.get(name, name) if table is _COMMANDS else name)
     if entry is None:
-        return _lines(f"unknown command: '{prefix}{name}'")
-    return _lines(prefix + entry.help_for(human.qemu))
+        return lines(f"unknown command: '{prefix}{name}'")
+    return lines(prefix + entry.help_for(human.qemu))
 
 
 def _help_of_all(table: dict[str, _Entry], prefix: str, qemu: QemuVersion) -> str:
-    return _lines(*(prefix + entry.help_for(qemu) for entry in table.values()))
+    return lines(*(prefix + entry.help_for(qemu) for entry in table.values()))
 
 
 class _Entry(NamedTuple):
@@ -378,155 +368,3 @@ def _bandwidth(text: str) -> int:
         return parse_size(text + "M")
     except UsageError:
         raise UsageError(f"Invalid size {text}") from None
-
-
-_GLOBALS = (
-    "store-global-state: on",
-    "only-migratable: off",
-    "send-configuration: on",
-    "send-section-footer: on",
-    "send-switchover-start: on",
-    "clear-bitmap-shift: 18",
-)
-
-
-def render_migration(info: MigrationInfo) -> str:
-    """Return what ``info migrate`` shows, in the layout without sections."""
-    lines = ["globals:", *_GLOBALS]
-    if info.status is Status.NONE:
-        return _lines(*lines)
-    error = f" ({info.error})" if info.error else ""
-    lines.append(f"Migration status: {info.status}{error}")
-    ram = info.ram if info.status.moving or info.status is Status.COMPLETED else None
-    lines.append(f"total time: {info.total_time if ram else 0} ms")
-    if ram is None:
-        return _lines(*lines)
-    if info.status is Status.COMPLETED:
-        lines.append(f"downtime: {info.downtime} ms")
-    else:
-        lines.append(f"expected downtime: {info.expected_downtime} ms")
-    lines += [
-        f"setup: {info.setup_time} ms",
-        f"transferred ram: {ram.transferred >> 10} kbytes",
-        f"throughput: {ram.mbps:.2f} mbps",
-        f"remaining ram: {ram.remaining >> 10} kbytes",
-        f"total ram: {ram.total >> 10} kbytes",
-        f"duplicate: {ram.duplicate} pages",
-        f"normal: {ram.normal} pages",
-        f"normal bytes: {ram.normal_bytes >> 10} kbytes",
-        f"dirty sync count: {ram.dirty_sync_count}",
-        f"page size: {ram.page_size >> 10} kbytes",
-        f"multifd bytes: {ram.multifd_bytes >> 10} kbytes",
-        f"pages-per-second: {ram.pages_per_second}",
-    ]
-    if ram.precopy_bytes:
-        lines.append(f"precopy ram: {ram.precopy_bytes >> 10} kbytes")
-    if ram.downtime_bytes:
-        lines.append(f"downtime ram: {ram.downtime_bytes >> 10} kbytes")
-    return _lines(*lines)
-
-
-def _sections(info: MigrationInfo) -> str:
-    """What ``info migrate`` shows in the layout with sections."""
-    if info.status is Status.NONE:
-        return ""
-    error = f" ({info.error})" if info.error and info.status is Status.FAILED else ""
-    lines = [f"Status: \t\t{info.status}{error}"]
-    ram = info.ram if info.status.moving or info.status is Status.COMPLETED else None
-    if ram is None:
-        return _lines(*lines)
-    times = f"total={info.total_time}, setup={info.setup_time}"
-    if info.status is Status.COMPLETED:
-        lines.append(f"Time (ms): \t\t{times}, down={info.downtime}")
-    else:
-        lines.append(f"Time (ms): \t\t{times}, exp_down={info.expected_downtime}")
-        lines.append(f"Remaining: \t\t{_size(ram.remaining)}")
-    others = f"dirty_syncs={ram.dirty_sync_count}"
-    if ram.downtime_bytes:
-        others += f", downtime_bytes={ram.downtime_bytes}"
-    dirty = f", dirty={ram.dirty_pages_rate}" if ram.dirty_pages_rate else ""
-    lines += [
-        "RAM info:",
-        f"  Throughput (Mbps): \t{ram.mbps:.2f}",
-        f"  Sizes: \t\tpagesize={_size(ram.page_size)}, total={_size(ram.total)}",
-        f"  Transfers: \t\ttransferred={_size(ram.transferred)}, remain={_size(ram.remaining)}",
-        f"    Channels: \t\tprecopy={_size(ram.precopy_bytes)}, "
-        f"multifd={_size(ram.multifd_bytes)}, postcopy=0 B",
-        f"    Page Types: \tnormal={ram.normal}, zero={ram.duplicate}",
-        f"  Page Rates (pps): \ttransfer={ram.pages_per_second}{dirty}",
-        f"  Others: \t\t{others}",
-    ]
-    return _lines(*lines)
-
-
-def _size(size: int) -> str:
-    """Three digits and the unit in which they are below 1000."""
-    exponent = max(math.frexp(size * 1.024)[1] - 1, 0) // 10
-    unit = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"][exponent]
-    return f"{size / (1 << 10 * exponent):.3g} {unit}B"
-
-
-def render_capabilities(capabilities: Capabilities, qemu: QemuVersion = QEMU_10_0) -> str:
-    """Return what ``info migrate_capabilities`` shows."""
-    shown = ((name, state) for name, state in capabilities if qemu.has(name))
-    return _lines(*(f"{name}: {'on' if state else 'off'}" for name, state in shown))
-
-
-_SHOWN_PARAMETERS = {
-    "announce-initial": "{} ms",
-    "announce-max": "{} ms",
-    "announce-rounds": "{}",
-    "announce-step": "{} ms",
-    "throttle-trigger-threshold": "{}",
-    "cpu-throttle-initial": "{}",
-    "cpu-throttle-increment": "{}",
-    "cpu-throttle-tailslow": "{}",
-    "max-cpu-throttle": "{}",
-    "tls-creds": "'{}'",
-    "tls-hostname": "'{}'",
-    "max-bandwidth": "{} bytes/second",
-    "avail-switchover-bandwidth": "{} bytes/second",
-    "downtime-limit": "{} ms",
-    "x-checkpoint-delay": "{} ms",
-    "multifd-channels": "{}",
-    "multifd-compression": "{}",
-    "zero-page-detection": "{}",
-    "xbzrle-cache-size": "{} bytes",
-    "max-postcopy-bandwidth": "{}",
-    "tls-authz": "'{}'",
-    "x-vcpu-dirty-limit-period": "{} ms",
-    "vcpu-dirty-limit": "{} MB/s",
-    "mode": "{}",
-    "direct-io": "{}",
-    "x-rdma-chunk-size": "{} bytes",
-    "cpr-exec-command": "",
-}
-_MOVED = {"tls-authz": "tls-hostname", "max-postcopy-bandwidth": "avail-switchover-bandwidth"}
-"""Parameters that the newer layout shows after another one."""
-
-
-def render_parameters(parameters: Parameters, qemu: QemuVersion = QEMU_10_0) -> str:
-    """Return what ``info migrate_parameters`` shows."""
-    values = dict(parameters)
-    names = [name for name in _SHOWN_PARAMETERS if qemu.has(name)]
-    layouts = dict(_SHOWN_PARAMETERS)
-    if qemu.sectioned_info:
-        layouts["max-postcopy-bandwidth"] = "{} bytes/second"
-        for name, before in _MOVED.items():
-            names.remove(name)
-            names.insert(names.index(before) + 1, name)
-    lines = []
-    for name in names:
-        value = values[name]
-        if isinstance(value, bool):
-            value = "on" if value else "off"
-        words = value if isinstance(value, tuple) else [layouts[name].format(value)]
-        lines.append(f"{name}:" + "".join(f" {word}" for word in words))
-    return _lines(*lines)
-
-
-def render_status(state: RunState) -> str:
-    """Return what ``info status`` shows."""
-    if state is RunState.RUNNING:
-        return _lines("VM status: running")
-    return _lines("VM status: paused" + ("" if state is RunState.PAUSED else f" ({state})"))
