@@ -305,7 +305,8 @@ class Migration:
         One that is being made durable already is completed instead.
         """
         with self._changed:
-            if not self._status.running or self._committing:
+            ending = self._committing or self._status is Status.FAILING
+            if ending or not self._status.running:
                 return
             if self._status is not Status.CANCELLING:
                 self._set_status(Status.CANCELLING)
