@@ -23,8 +23,8 @@ endif
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long lint types cc sanitize tsan bench wheel clean distclean \
-        test-system bench-system
+.PHONY: demo test test-long test-newer-qemu lint types cc sanitize tsan bench wheel clean distclean \
+        test-system newer-qemu-system bench-system
 
 demo: $(VENV)/.with-cli
 	$(BIN)/pyqmigrate demo $(DEMO_ARGS)
@@ -33,9 +33,18 @@ test: test-system $(VENV)/.with-cli,analysis,test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long" $(PYTEST_ARGS)
 
 # pytest's status 5 is "nothing was selected": right only as long as no test is marked long.
-test-long: test-system $(VENV)/.with-cli,analysis,test
+test-long: test-system newer-qemu-system $(VENV)/.with-cli,analysis,test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long $(PYTEST_ARGS) || \
 	    { [ $$? = 5 ] && ! grep -rqs 'mark\.long' tests; }
+	$(MAKE) test-newer-qemu
+
+# The tests against a real QEMU once more, on the newest one. Where it cannot be had this says so.
+NEWER_QEMU = $${XDG_CACHE_HOME:-$$HOME/.cache}/pyqmigrate-tests/newer-qemu/run/qemu-system-x86_64
+test-newer-qemu: newer-qemu-system $(VENV)/.with-cli,analysis,test
+	@if [ -x "$(NEWER_QEMU)" ]; then \
+	    PYQMIGRATE_TEST_QEMU="$(NEWER_QEMU)" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+	        -m "qemu and not long" $(PYTEST_ARGS); \
+	else echo "test-newer-qemu: skipped, there is no newer QEMU: see above"; fi
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
@@ -101,6 +110,9 @@ distclean: clean
 # First of all, so that who may not install is told one command for everything.
 test-system:
 	@.ci/ensure-system python compiler qemu
+
+newer-qemu-system:
+	@.ci/ensure-system newer-qemu
 
 bench-system:
 	@.ci/ensure-system python compiler qemu bench

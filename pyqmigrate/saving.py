@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.format.stream import MAGIC, Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import (
@@ -147,7 +148,7 @@ class Writer(StreamWriter):
         machine: str = "",
         target_page_bits: int | None = None,
         uuid: bytes | None = None,
-        ignore_shared: bool = False,
+        left_out: Collection[str] | None = None,
         before: bytes = b"",
         reuse: bool = False,
         max_bandwidth: int = 0,
@@ -155,7 +156,8 @@ class Writer(StreamWriter):
         prefix: bytes = b"",
     ) -> None:
         super().__init__(
-            blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix
+            blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix,
+            left_out=left_out,
         )
         self.digests: Digests | None = None
         # Whether pages whose bit is clear can have old bytes in the file.
@@ -167,7 +169,7 @@ class Writer(StreamWriter):
         with self._closed_on_error():
             self.head: Head = encode_head(
                 machine, self.specs, offset=stream_offset(target) + len(prefix),
-                target_page_bits=target_page_bits, uuid=uuid, ignore_shared=ignore_shared,
+                target_page_bits=target_page_bits, uuid=uuid, left_out=left_out,
                 before=before,
             )
             self.settings = self.head.configuration
@@ -208,7 +210,7 @@ class Writer(StreamWriter):
         channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
         with self.target.opened_for_reading() as fd:
             file = core_file(fd, None)
-            for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
+            for bitmap, layout in self._stored_parts():
                 for item in cut(0, layout.num_pages, layout.page_size):
                     count = _core.lib.qm_clean(
                         self.channels.core, channel, file, core_block(layout), bitmap.core,
@@ -236,7 +238,7 @@ class Writer(StreamWriter):
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
         if self.digests is not None and self._stale:
             self.clean()
-        for bitmap, layout in zip(self.bitmaps, self.head.blocks, strict=True):
+        for bitmap, layout in self._stored_parts():
             bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
         at = self.head.tail_offset
         for piece in tail:
@@ -278,7 +280,12 @@ class Writer(StreamWriter):
 
     def _needed(self) -> int:
         dense = self.sparse is Sparse.DENSE
-        return sum(m.length if dense else m.extent_bytes for m in self.memories)
+        stored = (self.memories[n] for n in self.stored)
+        return sum(memory.length if dense else memory.extent_bytes for memory in stored)
+
+    def _stored_parts(self) -> list[tuple[Bitmap, BlockLayout]]:
+        """Bitmap and place of each block whose content is written."""
+        return [(self.bitmaps[n], self.head.blocks[n]) for n in self.stored]
 
     def _count(self) -> int:
         if self.sparse is Sparse.DENSE:
@@ -315,14 +322,14 @@ class Writer(StreamWriter):
             )
 
         channels.run(
-            (item for n, layout in enumerate(layouts)
-             for item in cut(n, layout.num_pages, layout.page_size)),
+            (item for n in self.stored
+             for item in cut(n, layouts[n].num_pages, layouts[n].page_size)),
             move, self.target.name, names,
         )
         # Every direct write has returned: now what shares a file block with none of them.
         fault = _core.ffi.new("struct qm_fault *")
         channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
-        for name, arguments in zip(names, common, strict=True):
-            rc = _core.lib.qm_write_tail(channels.core, channel, *arguments, fault)
+        for n in self.stored:
+            rc = _core.lib.qm_write_tail(channels.core, channel, *common[n], fault)
             if rc:
-                raise failure(rc, fault, self.target.name, name)
+                raise failure(rc, fault, self.target.name, names[n])

@@ -116,9 +116,7 @@ class SequentialWriter(StreamWriter):
     out, for a page that is not mentioned keeps what the loading side has there, and that need not
     be zero: ROMs have content from the start. Holes are neither read nor made resident.
 
-    ``left_out`` are the names of blocks that are listed, and whose content the loading side finds
-    elsewhere (``x-ignore-shared``); None where the capability is off. ``before`` are elements, as
-    they are, that stand before RAM's.
+    ``before`` are elements, as they are, that stand before RAM's.
     """
 
     sparse = Sparse.EXACT
@@ -138,9 +136,9 @@ class SequentialWriter(StreamWriter):
         prefix: bytes = b"",
     ) -> None:
         super().__init__(
-            blocks, channels=1, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix
+            blocks, channels=1, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix,
+            left_out=left_out,
         )
-        self._left_out = left_out or ()
         with self._closed_on_error():
             self._head = encode_head(
                 machine, self.specs, target_page_bits=target_page_bits, uuid=uuid,
@@ -166,13 +164,6 @@ class SequentialWriter(StreamWriter):
 
     def _file_size(self) -> int:
         return int(_core.lib.qm_encoder_position(self._encoder))
-
-    @property
-    def total(self) -> int:
-        """Bytes of guest memory that is written."""
-        return sum(
-            spec.length for spec in self.specs if spec.name not in self._left_out
-        )
 
     def begin(self) -> None:
         self._check_space()
@@ -216,7 +207,7 @@ class SequentialWriter(StreamWriter):
         return sum(memory.extent_bytes for memory in self.memories) + records
 
     def _least(self) -> int:
-        stored = (spec for spec in self.specs if spec.name not in self._left_out)
+        stored = (self.specs[n] for n in self.stored)
         return sum(spec.length // spec.page_size for spec in stored) * _RECORD
 
     def _count(self) -> int:
@@ -244,7 +235,7 @@ class SequentialWriter(StreamWriter):
         self._put(encoder, encode_part_header())
         _core.lib.qm_encoder_forget_block(encoder)
         channels.run(
-            (item for n, spec in enumerate(self.specs) if spec.name not in self._left_out
+            (item for n in self.stored for spec in [self.specs[n]]
              for item in cut(n, spec.length // spec.page_size, spec.page_size)),
             move, self.target.name, [spec.name for spec in self.specs],
         )

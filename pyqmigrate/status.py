@@ -3,7 +3,7 @@
 Outgoing::
 
     none -> setup -> active -> [pre-switchover ->] device -> completed
-    any of setup, active, pre-switchover, device -> failed
+    any of setup, active, pre-switchover, device -> [failing ->] failed
     any of setup, active, pre-switchover, device -> cancelling -> cancelled
 
 A new one may begin in none, completed (once the guest has left postmigrate), failed and
@@ -21,18 +21,21 @@ __all__ = ["MigrationInfo", "RamStatistics", "RunState", "Status"]
 
 
 class Status(StrEnum):
-    """Every status that QEMU 10.0 knows; a file migration goes through the first few only."""
+    """Every status that QEMU 10.0 and 11.1 know; a file migration goes through some of them only.
+    ``failing`` and ``postcopy-device`` are 11.1's."""
 
     NONE = "none"
     SETUP = "setup"
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
     ACTIVE = "active"
+    POSTCOPY_DEVICE = "postcopy-device"
     POSTCOPY_ACTIVE = "postcopy-active"
     POSTCOPY_PAUSED = "postcopy-paused"
     POSTCOPY_RECOVER_SETUP = "postcopy-recover-setup"
     POSTCOPY_RECOVER = "postcopy-recover"
     COMPLETED = "completed"
+    FAILING = "failing"
     FAILED = "failed"
     COLO = "colo"
     PRE_SWITCHOVER = "pre-switchover"
@@ -126,9 +129,10 @@ class MigrationInfo:
     downtime: int = 0
     expected_downtime: int = 0
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self, *, total_remaining: bool = False) -> dict[str, object]:
         """Return what query-migrate returns: nothing before the first migration, numbers while
-        one runs and when it has completed, the status alone otherwise."""
+        one runs and when it has completed, the status alone otherwise. ``total_remaining`` adds
+        what remains of everything, as QEMU 11.1 does."""
         if self.status is Status.NONE:
             return {}
         shown: dict[str, object] = {"status": self.status}
@@ -142,5 +146,7 @@ class MigrationInfo:
             shown["downtime"] = self.downtime
         else:
             shown["expected-downtime"] = self.expected_downtime
+            if total_remaining:
+                shown["remaining"] = self.ram.remaining
         shown["ram"] = self.ram.to_json()
         return shown

@@ -7,7 +7,7 @@ import contextlib
 import enum
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,9 @@ class StreamWriter(abc.ABC):
     """A stream being written: ``begin``, passes over memory, ``finish``; all of it by ``run``.
 
     It owns what it opens from its construction on; :meth:`close` lets go of everything, and drops
-    a file that was not finished. ``prefix`` is what a new file has before its stream.
+    a file that was not finished. ``prefix`` is what a new file has before its stream. ``left_out``
+    are the names of blocks that are listed, and whose content the loading side finds elsewhere
+    (``x-ignore-shared``); None with that capability off.
     """
 
     sparse = Sparse.AUTO
@@ -94,7 +96,7 @@ class StreamWriter(abc.ABC):
 
     def __init__(
         self, blocks: Sequence[RamBlock], *, channels: int, reuse: bool, max_bandwidth: int,
-        prefix: bytes = b"",
+        prefix: bytes = b"", left_out: Collection[str] | None = None,
     ) -> None:
         check_blocks(blocks)
         if not blocks:
@@ -102,6 +104,7 @@ class StreamWriter(abc.ABC):
         self.started = time.monotonic()
         self.reuse = reuse
         self.prefix = prefix
+        self.left_out = left_out or ()
         self.channels = Channels(channels, "pyqmigrate-save")
         self.channels.set_rate(max_bandwidth)
         self.memories: list[Attached] = []
@@ -133,8 +136,13 @@ class StreamWriter(abc.ABC):
 
     @property
     def total(self) -> int:
-        """Bytes of guest memory."""
-        return sum(spec.length for spec in self.specs)
+        """Bytes of guest memory that is written."""
+        return sum(self.specs[n].length for n in self.stored)
+
+    @property
+    def stored(self) -> list[int]:
+        """The numbers of the blocks whose content is written."""
+        return [n for n, spec in enumerate(self.specs) if spec.name not in self.left_out]
 
     def close(self) -> None:
         """May be repeated."""

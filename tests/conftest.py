@@ -14,6 +14,18 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure() -> None:
+    """PYQMIGRATE_TEST_QEMU is the qemu-system-x86_64 that tests and their programs start."""
+    chosen = os.environ.get("PYQMIGRATE_TEST_QEMU")
+    if not chosen:
+        return
+    if not os.access(chosen, os.X_OK):
+        raise pytest.UsageError(
+            f"PYQMIGRATE_TEST_QEMU: no program {chosen}: run .ci/ensure-system newer-qemu"
+        )
+    os.environ["PATH"] = os.pathsep.join([str(Path(chosen).parent), os.environ["PATH"]])
+
+
 def takes_direct_io(directory: Path) -> bool:
     """Whether an aligned direct write works there; opening alone proves little."""
     probe = directory / "probe"

@@ -43,6 +43,8 @@ from pyqmigrate.options import Parameters, Policy
 
 __all__ = ["add_parser"]
 
+_COMPAT = {"10.0": Policy.COMPAT_10_0, "11.1": Policy.COMPAT_11_1}
+
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "serve", _run, __doc__)
@@ -64,9 +66,9 @@ def add_parser(verbs: Verbs) -> None:
         "--incoming", metavar="defer|URI", help="wait for a migration, or load this one at once"
     )
     parser.add_argument(
-        "--compat", action="store_true",
-        help="imitate QEMU 10.0.2, texts and quirks; without it, what QEMU fails on later is "
-        "refused at once",
+        "--compat", nargs="?", const="10.0", choices=sorted(_COMPAT), metavar="10.0|11.1",
+        help="imitate QEMU 10.0.2 or 11.1.3, texts and quirks (10.0 when no version is given); "
+        "without it, what QEMU fails on later is refused at once",
     )
 
 
@@ -78,7 +80,7 @@ def _run(args: argparse.Namespace) -> Outcome:
             [_open_block(*given, stack) for given in blocks],
             machine=args.machine,
             uuid=args.uuid,
-            policy=Policy.COMPAT if args.compat else Policy.STRICT,
+            policy=Policy.STRICT if args.compat is None else _COMPAT[args.compat],
             incoming=args.incoming is not None,
             # What a manager finds when it connects to QEMU; a library's own default is no limit.
             parameters=Parameters(),

@@ -232,14 +232,12 @@ def start_stream_conversion(
             target, blocks, machine=stream.machine, target_page_bits=stream.target_page_bits,
             uuid=stream.uuid, left_out=left_out or None, before=carried.before, prefix=prefix,
         )
-    elif left_out:
-        raise _left_out(left_out[0])
     else:
         writer = Writer(
             target, blocks, direct_io=choice(DirectIO, direct_io, "direct_io"),
             sparse=choice(Sparse, sparse, "sparse"), channels=check_channels(channels),
             machine=stream.machine, target_page_bits=stream.target_page_bits, uuid=stream.uuid,
-            before=carried.before, prefix=prefix,
+            left_out=left_out or None, before=carried.before, prefix=prefix,
         )
     try:
         return Job(writer.channels, writer.total, lambda: _write(writer, source, carried, to))
@@ -304,8 +302,8 @@ def _place(
 
 def _left_out(name: str) -> NotSupported:
     return NotSupported(
-        f"the content of block {name!r} is not in this snapshot, and a mapped-ram file"
-        " has to have it: give its memory"
+        f"the content of block {name!r} is not in this stream, which is known only at its end:"
+        " give its memory"
     )
 
 

@@ -7,6 +7,7 @@ what is wrong with it; only files and named descriptors carry more than their tr
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -14,7 +15,7 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.format import qapi
 from pyqmigrate.format.uri import parse_file_uri
 
-__all__ = ["CHANNELS", "Address", "Transport", "parse_address", "parse_uri"]
+__all__ = ["Address", "Transport", "channels_shape", "parse_address", "parse_uri"]
 
 
 class Transport(StrEnum):
@@ -44,34 +45,40 @@ _INET: dict[str, qapi.Shape] = {
     "ipv4": qapi.optional(qapi.BOOL),
     "ipv6": qapi.optional(qapi.BOOL),
     "keep-alive": qapi.optional(qapi.BOOL),
+    "keep-alive-count": qapi.optional(qapi.UINT32),
+    "keep-alive-idle": qapi.optional(qapi.UINT32),
+    "keep-alive-interval": qapi.optional(qapi.UINT32),
     "mptcp": qapi.optional(qapi.BOOL),
 }
-_SOCKETS = {
-    "inet": qapi.Struct(_INET),
-    "unix": qapi.Struct(
-        {
-            "path": qapi.STR,
-            "abstract": qapi.optional(qapi.BOOL),
-            "tight": qapi.optional(qapi.BOOL),
-        }
-    ),
-    "vsock": qapi.Struct({"cid": qapi.STR, "port": qapi.STR}),
-    "fd": qapi.Struct({"str": qapi.STR}),
+_UNIX: dict[str, qapi.Shape] = {
+    "path": qapi.STR,
+    "abstract": qapi.optional(qapi.BOOL),
+    "tight": qapi.optional(qapi.BOOL),
 }
-_TRANSPORTS = {
-    "socket": qapi.Struct({"type": qapi.Words(tuple(_SOCKETS))}, "type", _SOCKETS),
-    "exec": qapi.Struct({"args": qapi.ListOf(qapi.STR)}),
-    "rdma": qapi.Struct(_INET),
-    "file": qapi.Struct({"filename": qapi.STR, "offset": qapi.UINT64}),
-}
-_ADDRESS = qapi.Struct(
-    {"transport": qapi.Words(tuple(_TRANSPORTS))}, "transport", _TRANSPORTS
-)
 
-CHANNELS = qapi.ListOf(
-    qapi.Struct({"channel-type": qapi.Words(("main", "cpr")), "addr": _ADDRESS})
-)
-"""The shape of the ``channels`` argument."""
+
+def channels_shape(lacks: AbstractSet[str] = frozenset()) -> qapi.ListOf:
+    """Return the shape of the ``channels`` argument; ``lacks`` are members that are not known."""
+    inet = qapi.Struct({name: shape for name, shape in _INET.items() if name not in lacks})
+    sockets = {
+        "inet": inet,
+        "unix": qapi.Struct(_UNIX),
+        "vsock": qapi.Struct({"cid": qapi.STR, "port": qapi.STR}),
+        "fd": qapi.Struct({"str": qapi.STR}),
+    }
+    transports = {
+        "socket": qapi.Struct({"type": qapi.Words(tuple(sockets))}, "type", sockets),
+        "exec": qapi.Struct({"args": qapi.ListOf(qapi.STR)}),
+        "rdma": inet,
+        "file": qapi.Struct({"filename": qapi.STR, "offset": qapi.UINT64}),
+    }
+    address = qapi.Struct({"transport": qapi.Words(tuple(transports))}, "transport", transports)
+    return qapi.ListOf(
+        qapi.Struct({"channel-type": qapi.Words(("main", "cpr")), "addr": address})
+    )
+
+
+_CHANNELS = channels_shape()
 
 _SCHEMES = {
     "exec:": Transport.EXEC,
@@ -88,7 +95,7 @@ def parse_address(uri: str | None, channels: object = None, *, incoming: bool = 
     ``channels`` is the JSON list of migrate; an empty one counts as none. Raises UsageError
     with QEMU's text; a list without a main entry, which kills QEMU 10.0.2, is refused too.
     """
-    entries = [] if channels is None else qapi.Struct({"channels": CHANNELS}).read(
+    entries = [] if channels is None else qapi.Struct({"channels": _CHANNELS}).read(
         {"channels": channels}
     )["channels"]
     assert isinstance(entries, list)

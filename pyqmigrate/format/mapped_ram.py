@@ -152,17 +152,23 @@ def place(spec: BlockSpec, header_end: int) -> BlockLayout:
 
 
 def encode_entry(
-    spec: BlockSpec, entry_offset: int, *, ignore_shared: bool = False
+    spec: BlockSpec, entry_offset: int, *, ignore_shared: bool = False, external: bool = False
 ) -> tuple[bytes, BlockLayout]:
     """The entry of a block that starts at ``entry_offset``, up to its header's end, and its place.
 
     The stream goes on at the layout's ``pages_end``. With ``ignore_shared`` the entry has the
-    block's address in the guest.
+    block's address in the guest; then the block can be ``external``.
     """
     name = spec.name.encode("utf-8", "surrogateescape")
     address = _U64.pack(spec.address) if ignore_shared else b""
     front = bytes([len(name)]) + name + _U64.pack(spec.length) + address
-    layout = place(spec, entry_offset + len(front) + _HEADER.size)
+    header_end = entry_offset + len(front) + _HEADER.size
+    if external:
+        layout = BlockLayout(
+            spec.name, spec.length, spec.page_size, header_end - _HEADER.size, 0, 0, spec.address
+        )
+    else:
+        layout = place(spec, header_end)
     header = _HEADER.pack(
         _HEADER_VERSION, layout.page_size, layout.bitmap_offset, layout.pages_offset
     )

@@ -16,8 +16,11 @@ from typing import Protocol
 from pyqmigrate.errors import UsageError
 
 __all__ = [
+    "ANY",
     "BOOL",
     "INT",
+    "NULL",
+    "NUMBER",
     "STR",
     "STR_OR_NULL",
     "UINT8",
@@ -28,7 +31,9 @@ __all__ = [
     "Shape",
     "Struct",
     "Words",
+    "built_in",
     "optional",
+    "required",
 ]
 
 
@@ -114,7 +119,18 @@ class _StrOrNull:
         return value
 
 
+@dataclass(frozen=True, slots=True)
+class _Any:
+    """Whatever JSON can hold."""
+
+    def read(self, value: object, place: Place = _TOP) -> object:
+        return value
+
+
+ANY: Shape = _Any()
 BOOL: Shape = _Plain(bool, "boolean")
+NULL: Shape = _Plain(type(None), "null")
+NUMBER: Shape = _Plain(float, "number")
 STR: Shape = _Plain(str, "string")
 INT: Shape = _Int()
 UINT8: Shape = _Unsigned(8)
@@ -122,6 +138,22 @@ UINT16: Shape = _Unsigned(16)
 UINT32: Shape = _Unsigned(32)
 UINT64: Shape = _Unsigned(64)
 STR_OR_NULL: Shape = _StrOrNull()
+
+
+_BUILT_IN = {
+    ANY: ("any", "value"),
+    BOOL: ("bool", "boolean"),
+    NULL: ("null", "null"),
+    NUMBER: ("number", "number"),
+    STR: ("str", "string"),
+    **dict.fromkeys((INT, UINT8, UINT16, UINT32, UINT64), ("int", "int")),
+}
+
+
+def built_in(shape: Shape) -> tuple[str, str] | None:
+    """Return the name and the JSON type of a built-in type; None for a shape that is not one."""
+    plain = isinstance(shape, _Any | _Plain | _Int | _Unsigned)
+    return _BUILT_IN[shape] if plain else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +193,11 @@ class _Optional:
 def optional(shape: Shape) -> Shape:
     """Mark a member of a Struct that may be absent."""
     return _Optional(shape)
+
+
+def required(shape: Shape) -> Shape:
+    """Return what a member that may be absent is when it is there; any other shape as it is."""
+    return shape.shape if isinstance(shape, _Optional) else shape
 
 
 @dataclass(frozen=True, slots=True)

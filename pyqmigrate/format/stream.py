@@ -15,7 +15,7 @@ A reader calls :func:`parse`, which trusts nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pyqmigrate.errors import UsageError
@@ -98,7 +98,7 @@ def encode_head(
     offset: int = 0,
     target_page_bits: int | None = None,
     uuid: bytes | None = None,
-    ignore_shared: bool = False,
+    left_out: Collection[str] | None = None,
     before: bytes = b"",
 ) -> Head:
     """Lay out ``specs`` in this order, in a stream that starts at absolute ``offset`` bytes.
@@ -106,16 +106,16 @@ def encode_head(
     ``machine`` is the machine type; an empty one is accepted by any machine. Give
     ``target_page_bits`` for the targets that expect it: ARM machines with 4 KiB pages want 12,
     x86 refuses it (format document, 1.2 and 7). ``uuid``, 16 bytes, is that of the guest, for a
-    loading QEMU that validates it. ``ignore_shared`` says that the writer had x-ignore-shared on;
-    a reader must have it on as well, then. ``before`` are elements, as they are, that stand before
-    RAM's.
+    loading QEMU that validates it. ``left_out`` are the names of blocks that are external; None
+    says that the writer had x-ignore-shared off, and the reader must have the same setting.
+    ``before`` are elements, as they are, that stand before RAM's.
 
     Raises :class:`UsageError` when names repeat, page sizes differ or do not match
     ``target_page_bits``, or something does not fit its field.
     """
     if offset < 0:
         raise UsageError(f"a stream at {offset} cannot be in a file")
-    capabilities = (configuration.IGNORE_SHARED,) if ignore_shared else ()
+    capabilities = () if left_out is None else (configuration.IGNORE_SHARED,)
     settings = configuration.Configuration(
         machine, (*capabilities, configuration.MAPPED_RAM), target_page_bits, uuid
     )
@@ -123,7 +123,10 @@ def encode_head(
     pieces, blocks = [], []
     at = offset
     for spec in specs:
-        entry, layout = encode_entry(spec, at + len(data), ignore_shared=ignore_shared)
+        entry, layout = encode_entry(
+            spec, at + len(data), ignore_shared=left_out is not None,
+            external=spec.name in (left_out or ()),
+        )
         pieces.append(Piece(at, data + entry))
         blocks.append(layout)
         at, data = layout.pages_end, b""

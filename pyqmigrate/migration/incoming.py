@@ -48,6 +48,7 @@ class Source:
         take_fd: TakeFd,
         uuid: UUID | None,
     ) -> None:
+        self._policy = policy
         self._capabilities = capabilities
         self._uuid = uuid
         self._parameters = parameters
@@ -112,6 +113,13 @@ class Source:
     def _load_mapped(
         self, stream: Stream, memories: Mapping[str, Memory]
     ) -> tuple[list[DeviceSection], LoadReport]:
+        if (
+            self._policy.compat and not self._policy.qemu.external_blocks
+            and IGNORE_SHARED in stream.capabilities
+        ):
+            raise SnapshotError(
+                "QEMU before 11.0 cannot load mapped-ram together with x-ignore-shared"
+            )
         missing = [name for name in memories if name not in {b.name for b in stream.blocks}]
         if missing:
             raise BlockMismatch(f"the stream has no block {missing[0]!r}")

@@ -36,7 +36,7 @@ from pyqmigrate.migration.outgoing import (
     open_writer,
     selections,
 )
-from pyqmigrate.options import Capabilities, Parameters, Policy, rules
+from pyqmigrate.options import Capabilities, MigrationMode, Parameters, Policy, rules
 from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
 from pyqmigrate.writer import StreamWriter
 
@@ -66,6 +66,10 @@ def _open_error(verb: str, address: Address, error: Exception) -> Exception:
     )
 
 
+class _SwitchoverInterrupted(Cancelled):
+    """Cancelled while the guest waited in ``pre-switchover``."""
+
+
 class Migration:
     """A guest's migrations to and from files.
 
@@ -74,8 +78,8 @@ class Migration:
     fdsets: where ``/dev/fdset/N`` is looked up; a program that has none may leave it out.
     machine, target_page_bits: for the stream, as in :func:`pyqmigrate.save`.
     uuid: the guest's, told and compared while the capability ``validate-uuid`` is on.
-    policy: STRICT refuses before the start what QEMU fails or dies on later; COMPAT does what
-        QEMU does, and fails where QEMU would crash.
+    policy: STRICT refuses before the start what QEMU fails or dies on later; the others do what
+        a QEMU of that version does, and fail where it would crash.
     run_state: what the guest does now. With ``incoming`` it waits in ``inmigrate`` for
         :meth:`migrate_incoming`, and then runs if the stream says so and ``autostart`` is true.
     capabilities, parameters: those to begin with. Bandwidth is unlimited unless they say
@@ -165,6 +169,10 @@ class Migration:
         return self._run_state
 
     @property
+    def uuid(self) -> UUID | None:
+        return self._uuid
+
+    @property
     def fdsets(self) -> FdSets:
         return self._fdsets
 
@@ -223,7 +231,8 @@ class Migration:
             if self._status.running:
                 raise UsageError("There's a migration process in progress")
             self._capabilities = self._capabilities.merge(
-                changes, compressed_or_tls=self._parameters.compressed_or_tls
+                changes, compressed_or_tls=self._parameters.compressed_or_tls,
+                policy=self._policy,
             )
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
@@ -271,13 +280,11 @@ class Migration:
             except (PyqmigrateError, OSError) as error:
                 resources.close()
                 named = _open_error("create", address, error)
-                if self._policy is Policy.COMPAT and opens_late(error):
+                if self._policy.compat and opens_late(error):
                     with self._lock, contextlib.suppress(TargetError):
-                        self._start(
-                            lambda: self._end_outgoing(Status.FAILED, named), "pyqmigrate-migrate"
-                        )
+                        self._start(lambda: self._end_failed(named), "pyqmigrate-migrate")
                         return
-                self._end_outgoing(Status.FAILED, named)
+                self._end_failed(named)
                 raise named from error
             with self._lock:
                 self._writer = writer
@@ -305,10 +312,7 @@ class Migration:
     def _check_strictly(self, address: Address, direction: Direction) -> None:
         if self._policy is not Policy.STRICT:
             return
-        rules.check_strictly(
-            self._capabilities,
-            shared_ram=direction is Direction.SAVE and any(map(in_file, self._blocks)),
-        )
+        rules.check_strictly(self._capabilities)
         if address.transport is Transport.FILE and is_fdset_name(address.path):
             check_fdset(
                 self._fdsets, address.path, direction,
@@ -322,7 +326,8 @@ class Migration:
         One that is being made durable already is completed instead.
         """
         with self._changed:
-            if not self._status.running or self._committing:
+            ending = self._committing or self._status is Status.FAILING
+            if ending or not self._status.running:
                 return
             if self._status is not Status.CANCELLING:
                 self._set_status(Status.CANCELLING)
@@ -347,12 +352,17 @@ class Migration:
                 self._save(writer, before)
         except Cancelled as error:
             self._let_go_on(before)
-            self._end_outgoing(Status.CANCELLED, None if self._cancelling() else error)
+            told = not self._cancelling() or (
+                self._policy.compat and isinstance(error, _SwitchoverInterrupted)
+            )
+            self._end_outgoing(Status.CANCELLED, error if told else None)
         except BaseException as error:
             logger.info("outgoing migration failed: %s", error)
-            self._let_go_on(before)
             ended = Status.CANCELLED if self._cancelling() else Status.FAILED
-            if self._policy is Policy.COMPAT and isinstance(error, TargetError) and error.errno:
+            if ended is Status.FAILED:
+                self._begin_failing()
+            self._let_go_on(before)
+            if self._policy.compat and isinstance(error, TargetError) and error.errno:
                 error = OpenError(
                     error.errno, f"Unable to write to file: {os.strerror(error.errno)}"
                 )
@@ -362,28 +372,35 @@ class Migration:
 
     def _save(self, writer: StreamWriter, before: RunState) -> None:
         self._clock.set_up()
-        self._begin_pass()
+        if self._parameters.mode is MigrationMode.CPR_REBOOT and before in _EXECUTING:
+            self._stop_for_switchover()
+        self._begin_pass(told=self._policy.qemu.first_pass_event)
         self._go_to(Status.ACTIVE)
         writer.begin()
-        tracked = before in _EXECUTING and self._guest.dirty() is not None
-        if before in _EXECUTING and not tracked:
+        tracked = self._run_state in _EXECUTING and self._guest.dirty() is not None
+        if self._run_state in _EXECUTING and not tracked:
             self._stop_for_switchover()
         writer.write_pages()
         if tracked:
             self._repeat(writer)
+        if not self._policy.qemu.first_pass_event:
+            self._begin_pass()
+        if tracked:
             self._stop_for_switchover()
         if self._capabilities.pause_before_switchover:
             self._pause(writer)
         else:
             self._go_to(Status.DEVICE)
-        self._begin_pass()
+        if self._policy.qemu.first_pass_event:
+            self._begin_pass()
         if tracked:
             dirty = self._guest.dirty()
             if dirty is not None:
                 self._write_dirty(writer, dirty, last=True)
             writer.clean()
         ignoring = self._capabilities.x_ignore_shared and self._capabilities.mapped_ram
-        if ignoring and any(map(in_file, self._blocks)):  # let through by COMPAT only
+        fails = self._policy.compat and not self._policy.qemu.external_blocks
+        if fails and ignoring and any(map(in_file, self._blocks)):
             raise OpenError(errno.EFAULT, "Unable to write to file: Bad address")
         sections, description = encode_devices(
             [global_state(before), *self._guest.save_devices()], self._blocks[0].page_size
@@ -422,12 +439,13 @@ class Migration:
             for bitmap in chosen:
                 bitmap.close()
 
-    def _begin_pass(self) -> None:
+    def _begin_pass(self, *, told: bool = True) -> None:
         with self._lock:
             self._passes += 1
             if self._writer is not None:
                 self._pass_base = self._writer.channels.totals().bytes_done
-            self._emit("MIGRATION_PASS", {"pass": self._passes})
+            if told:
+                self._emit("MIGRATION_PASS", {"pass": self._passes})
 
     def _stop_for_switchover(self) -> None:
         with self._guest_lock:
@@ -443,7 +461,7 @@ class Migration:
             self._go_to(Status.PRE_SWITCHOVER)
             self._changed.wait_for(lambda: self._status is not Status.PRE_SWITCHOVER)
         if self._cancelling():
-            raise Cancelled("cancelled")
+            raise _SwitchoverInterrupted(self._policy.qemu.interrupted_switchover)
 
     def _let_go_on(self, before: RunState) -> None:
         """After a failure or a cancel: the guest is what it was."""
@@ -465,6 +483,12 @@ class Migration:
                 raise Cancelled("cancelled")
             self._set_status(status)
 
+    def _begin_failing(self) -> None:
+        """What comes between an error and ``failed``, where the QEMU that is imitated has it."""
+        if self._policy.qemu.has(Status.FAILING):
+            with self._lock:
+                self._set_status(Status.FAILING)
+
     def _end_outgoing(self, status: Status, error: BaseException | None) -> None:
         with self._changed:
             self._clock.ended()
@@ -480,6 +504,10 @@ class Migration:
             self._thread = None
             self._set_status(status)
             self._changed.notify_all()
+
+    def _end_failed(self, error: BaseException) -> None:
+        self._begin_failing()
+        self._end_outgoing(Status.FAILED, error)
 
     def _statistics(self) -> RamStatistics:
         writer = self._writer
@@ -563,8 +591,9 @@ class Migration:
             logger.info("incoming migration failed: %s", error)
             with self._changed:
                 reason = str(error)
-                if self._policy is Policy.COMPAT:  # QEMU has the reason on its standard error
-                    reason = os.strerror(self._loading_errno(error))
+                if self._policy.compat:  # QEMU 10.0 has the reason on its standard error
+                    number = os.strerror(self._loading_errno(error))
+                    reason = f"{number}: {reason}" if self._policy.qemu.load_reasons else number
                 self._error = f"load of migration failed: {reason}"
                 self._thread = None
                 self._set_incoming(Status.FAILED)

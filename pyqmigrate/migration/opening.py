@@ -36,6 +36,8 @@ def target_of(
     if address.transport is Transport.FD:
         fd = take_fd(address.path)
         resources.callback(os.close, fd)
+        if not policy.qemu.files_by_fd:
+            raise UsageError("fd: migration to a file is not supported. Use file: instead.")
         return Descriptors(fd, offset=_position(fd))
     if address.transport is not Transport.FILE:
         raise NotSupported(f"migration over {address.transport} is not possible here, only files")
@@ -49,11 +51,11 @@ def target_of(
     main = borrow(direction.value | create)
     pages = borrow(direction.value | os.O_DIRECT) if direct_io else None
     offset = address.offset
-    if offset == 0 and policy is Policy.COMPAT:
+    if offset == 0 and policy.compat:
         offset = _position(main)  # QEMU seeks only to an offset that is not 0
         if offset and direction is Direction.SAVE:
             os.ftruncate(main, 0)  # and cuts at the one asked for
-    return Descriptors(main, pages, offset, scattered=policy is Policy.COMPAT)
+    return Descriptors(main, pages, offset, scattered=policy.compat)
 
 
 def opens_late(error: Exception) -> bool:

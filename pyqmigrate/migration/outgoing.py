@@ -48,12 +48,12 @@ def open_writer(
         resources=resources,
     )
     told = uuid.bytes if uuid is not None and capabilities.validate_uuid else None
+    shared = [block.name for block in blocks if in_file(block)]
+    left_out = shared if capabilities.x_ignore_shared else None
     if not capabilities.mapped_ram:
-        shared = [block.name for block in blocks if in_file(block)]
         return SequentialWriter(
             target, blocks, machine=machine, target_page_bits=target_page_bits, uuid=told,
-            left_out=shared if capabilities.x_ignore_shared else None,
-            max_bandwidth=parameters.max_bandwidth,
+            left_out=left_out, max_bandwidth=parameters.max_bandwidth,
         )
     all_pages = parameters.zero_page_detection is ZeroPageDetection.NONE
     return Writer(
@@ -63,7 +63,7 @@ def open_writer(
         mark_zero=all_pages,
         channels=parameters.multifd_channels if capabilities.multifd else 1,
         machine=machine, target_page_bits=target_page_bits, uuid=told,
-        ignore_shared=capabilities.x_ignore_shared, max_bandwidth=parameters.max_bandwidth,
+        left_out=left_out, max_bandwidth=parameters.max_bandwidth,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
+from uuid import UUID
 
 from pyqmigrate.events import Event
 from pyqmigrate.format.address import Address
@@ -50,6 +51,11 @@ class MigrationBackend(Protocol):
         ``inmigrate``; after it, what the stream says, or ``paused`` where the stream says
         running and the embedder asked not to start.
         """
+        ...
+
+    @property
+    def uuid(self) -> UUID | None:
+        """The guest's identity, if it has one."""
         ...
 
     def memory_size(self) -> int:

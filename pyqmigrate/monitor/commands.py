@@ -1,26 +1,32 @@
 """The commands of the monitor: their arguments' shapes, and what each does.
 
-A table, so that ``query-commands`` and the dispatcher cannot disagree.
+A table, so that ``query-commands`` and the dispatcher cannot disagree; one for each QEMU that is
+imitated.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from pyqmigrate.fdset import FdSets
 from pyqmigrate.format import qapi
-from pyqmigrate.format.address import CHANNELS, parse_address
+from pyqmigrate.format.address import channels_shape, parse_address
 from pyqmigrate.monitor import hmp
 from pyqmigrate.monitor.backend import MigrationBackend
 from pyqmigrate.monitor.descriptors import NamedFds, PendingFds
-from pyqmigrate.options.capabilities import CAPABILITY_STATUS
-from pyqmigrate.options.parameters import PARAMETERS
+from pyqmigrate.monitor.schema import schema_of
+from pyqmigrate.options import Policy
+from pyqmigrate.options.capabilities import capability_status
+from pyqmigrate.options.parameters import parameters_shape
+from pyqmigrate.options.qemu_version import QemuVersion
 from pyqmigrate.status import RunState, Status
 
-__all__ = ["COMMANDS", "Command", "Context", "Version"]
+__all__ = ["Command", "Context", "Version", "commands_of"]
 
 
 class Version(NamedTuple):
@@ -50,6 +56,12 @@ class Context:
     pending: PendingFds
     version: Version
     quit: Callable[[], None]
+    policy: Policy = Policy.STRICT
+
+    @property
+    def commands(self) -> dict[str, Command]:
+        """Every command by its name."""
+        return commands_of(self.policy.qemu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +77,8 @@ def _query_version(context: Context, _: dict[str, Any]) -> object:
     return context.version.to_json()
 
 
-def _query_commands(_context: Context, _: dict[str, Any]) -> object:
-    return [{"name": name} for name in COMMANDS]
+def _query_commands(context: Context, _: dict[str, Any]) -> object:
+    return [{"name": name} for name in context.commands]
 
 
 def _query_status(context: Context, _: dict[str, Any]) -> object:
@@ -157,11 +169,12 @@ def _migrate_continue(context: Context, arguments: dict[str, Any]) -> object:
 
 
 def _query_migrate(context: Context, _: dict[str, Any]) -> object:
-    return context.migration.query().to_json()
+    info = context.migration.query()
+    return info.to_json(total_remaining=context.policy.qemu.total_remaining)
 
 
 def _query_capabilities(context: Context, _: dict[str, Any]) -> object:
-    return context.migration.capabilities.to_json()
+    return context.migration.capabilities.to_json(context.policy)
 
 
 def _set_capabilities(context: Context, arguments: dict[str, Any]) -> object:
@@ -172,7 +185,7 @@ def _set_capabilities(context: Context, arguments: dict[str, Any]) -> object:
 
 
 def _query_parameters(context: Context, _: dict[str, Any]) -> object:
-    return context.migration.parameters.to_json()
+    return context.migration.parameters.to_json(context.policy)
 
 
 def _set_parameters(context: Context, arguments: dict[str, Any]) -> object:
@@ -184,9 +197,21 @@ def _query_memory(context: Context, _: dict[str, Any]) -> object:
     return {"base-memory": context.migration.memory_size(), "plugged-memory": 0}
 
 
+def _query_uuid(context: Context, _: dict[str, Any]) -> object:
+    return {"UUID": str(context.migration.uuid or UUID(int=0))}
+
+
+def _query_schema(context: Context, _: dict[str, Any]) -> object:
+    arguments = {name: command.arguments for name, command in context.commands.items()}
+    return schema_of(context.policy.qemu, arguments)
+
+
 def _human_monitor_command(context: Context, arguments: dict[str, Any]) -> object:
     line = arguments["command-line"]
-    return hmp.run(line, context.migration, context.names.take, context.quit)
+    human = hmp.Human(
+        context.migration, context.names.take, context.quit, context.policy.qemu
+    )
+    return hmp.run(line, human)
 
 
 def _shape(**members: qapi.Shape) -> qapi.Struct:
@@ -195,49 +220,57 @@ def _shape(**members: qapi.Shape) -> qapi.Struct:
 
 _NOTHING = _shape()
 _URI = qapi.optional(qapi.STR)
-_CHANNELS = qapi.optional(CHANNELS)
 _BOOL = qapi.optional(qapi.BOOL)
 
-COMMANDS: dict[str, Command] = {
-    "add-fd": Command(
-        _shape(fdset_id=qapi.optional(qapi.INT), opaque=qapi.optional(qapi.STR)), _add_fd
-    ),
-    "closefd": Command(_shape(fdname=qapi.STR), _closefd),
-    "cont": Command(_NOTHING, _cont, blocks=True),
-    "getfd": Command(_shape(fdname=qapi.STR), _getfd),
-    "human-monitor-command": Command(
-        _shape(command_line=qapi.STR, cpu_index=qapi.optional(qapi.INT)),
-        _human_monitor_command,
-        blocks=True,
-    ),
-    "migrate": Command(
-        _shape(uri=_URI, channels=_CHANNELS, detach=_BOOL, resume=_BOOL), _migrate, blocks=True
-    ),
-    "migrate-continue": Command(
-        _shape(state=qapi.Words(tuple(Status))), _migrate_continue, blocks=True
-    ),
-    "migrate-incoming": Command(
-        _shape(uri=_URI, channels=_CHANNELS, exit_on_error=_BOOL), _migrate_incoming, blocks=True
-    ),
-    "migrate-set-capabilities": Command(
-        _shape(capabilities=qapi.ListOf(CAPABILITY_STATUS)), _set_capabilities
-    ),
-    "migrate-set-parameters": Command(PARAMETERS, _set_parameters),
-    "migrate_cancel": Command(_NOTHING, _migrate_cancel),
-    # The session itself negotiates, and answers this one however late it comes.
-    "qmp_capabilities": Command(_NOTHING, lambda _context, _: {}),
-    "query-commands": Command(_NOTHING, _query_commands),
-    "query-fdsets": Command(_NOTHING, _query_fdsets),
-    "query-memory-size-summary": Command(_NOTHING, _query_memory),
-    "query-migrate": Command(_NOTHING, _query_migrate),
-    "query-migrate-capabilities": Command(_NOTHING, _query_capabilities),
-    "query-migrate-parameters": Command(_NOTHING, _query_parameters),
-    "query-status": Command(_NOTHING, _query_status),
-    "query-version": Command(_NOTHING, _query_version),
-    "quit": Command(_NOTHING, _quit),
-    "remove-fd": Command(
-        _shape(fdset_id=qapi.INT, fd=qapi.optional(qapi.INT)), _remove_fd, blocks=True
-    ),
-    "stop": Command(_NOTHING, _stop, blocks=True),
-}
-"""Every command by its name; what it does with its arguments, and whether it may block."""
+
+@functools.cache
+def commands_of(qemu: QemuVersion) -> dict[str, Command]:
+    """Return every command by its name: its arguments, what it does, and whether it may block."""
+    statuses = tuple(status for status in Status if qemu.has(status))
+    channels = qapi.optional(channels_shape(qemu.lacks))
+    detach = {"detach": _BOOL} if qemu.detach else {}
+    return {
+        "add-fd": Command(
+            _shape(fdset_id=qapi.optional(qapi.INT), opaque=qapi.optional(qapi.STR)), _add_fd
+        ),
+        "closefd": Command(_shape(fdname=qapi.STR), _closefd),
+        "cont": Command(_NOTHING, _cont, blocks=True),
+        "getfd": Command(_shape(fdname=qapi.STR), _getfd),
+        "human-monitor-command": Command(
+            _shape(command_line=qapi.STR, cpu_index=qapi.optional(qapi.INT)),
+            _human_monitor_command,
+            blocks=True,
+        ),
+        "migrate": Command(
+            _shape(uri=_URI, channels=channels, **detach, resume=_BOOL), _migrate, blocks=True
+        ),
+        "migrate-continue": Command(
+            _shape(state=qapi.Words(statuses)), _migrate_continue, blocks=True
+        ),
+        "migrate-incoming": Command(
+            _shape(uri=_URI, channels=channels, exit_on_error=_BOOL), _migrate_incoming, blocks=True
+        ),
+        "migrate-set-capabilities": Command(
+            _shape(capabilities=qapi.ListOf(capability_status(qemu))), _set_capabilities
+        ),
+        "migrate-set-parameters": Command(parameters_shape(qemu), _set_parameters),
+        "migrate_cancel": Command(_NOTHING, _migrate_cancel),
+        # The session itself negotiates, and answers this one however late it comes.
+        "qmp_capabilities": Command(_NOTHING, lambda _context, _: {}),
+        "query-commands": Command(_NOTHING, _query_commands),
+        "query-fdsets": Command(_NOTHING, _query_fdsets),
+        "query-memory-size-summary": Command(_NOTHING, _query_memory),
+        "query-migrate": Command(_NOTHING, _query_migrate),
+        "query-migrate-capabilities": Command(_NOTHING, _query_capabilities),
+        "query-migrate-parameters": Command(_NOTHING, _query_parameters),
+        "query-name": Command(_NOTHING, lambda _context, _: {}),
+        "query-qmp-schema": Command(_NOTHING, _query_schema),
+        "query-status": Command(_NOTHING, _query_status),
+        "query-uuid": Command(_NOTHING, _query_uuid),
+        "query-version": Command(_NOTHING, _query_version),
+        "quit": Command(_NOTHING, _quit),
+        "remove-fd": Command(
+            _shape(fdset_id=qapi.INT, fd=qapi.optional(qapi.INT)), _remove_fd, blocks=True
+        ),
+        "stop": Command(_NOTHING, _stop, blocks=True),
+    }

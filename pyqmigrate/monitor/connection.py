@@ -26,10 +26,13 @@ _PATIENCE = 10.0  # seconds without a byte taken by a client that is owed more t
 class Connection:
     """Owns a connected non-blocking socket, and puts arriving descriptors into ``pending``.
 
-    For the event loop's thread only.
+    ``positions`` is passed to JsonStream. For the event loop's thread only.
     """
 
-    def __init__(self, sock: socket.socket, pending: PendingFds) -> None:
+    def __init__(
+        self, sock: socket.socket, pending: PendingFds, *, positions: bool = False
+    ) -> None:
+        self._stream = JsonStream(positions=positions)
         self._sock = sock
         self._receiver = Receiver(sock)
         self._pending = pending
@@ -40,7 +43,6 @@ class Connection:
 
     async def __aiter__(self) -> AsyncIterator[JsonValue | JsonError]:
         """Yield what the client sends until it closes. Raises OSError when the socket breaks."""
-        stream = JsonStream()
         while True:
             try:
                 data, fds = self._receiver.receive(_CHUNK)
@@ -50,7 +52,7 @@ class Connection:
             self._pending.put(fds)
             if not data:
                 return
-            for item in stream.feed(data):
+            for item in self._stream.feed(data):
                 yield item
                 if self._broken is not None:
                     raise self._broken

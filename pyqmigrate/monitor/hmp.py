@@ -7,6 +7,7 @@ command that shows nothing is the empty text.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,28 +15,38 @@ from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.format.address import parse_uri
 from pyqmigrate.format.uri import parse_size
 from pyqmigrate.monitor.backend import MigrationBackend, TakeFd
-from pyqmigrate.options import CAPABILITY_NAMES, Capabilities, Parameters
-from pyqmigrate.options.parameters import PARAMETERS
-from pyqmigrate.status import MigrationInfo, RunState, Status
+from pyqmigrate.monitor.hmp_layouts import (
+    lines,
+    render_capabilities,
+    render_migration,
+    render_parameters,
+    render_status,
+)
+from pyqmigrate.options import CAPABILITY_NAMES
+from pyqmigrate.options.parameters import parameters_shape
+from pyqmigrate.options.qemu_version import QEMU_10_0, QemuVersion
 
-__all__ = ["render_capabilities", "render_migration", "render_parameters", "render_status", "run"]
+__all__ = ["Human", "run"]
 
 
 class _Misread(Exception):
     """A line that does not fit its command; the text is complete but for the hint after it."""
 
 
-class _Human(NamedTuple):
+class Human(NamedTuple):
+    """What a command may act on. ``take_fd`` gives up descriptors named with getfd; ``quit`` asks
+    the server to end; ``qemu`` is the version whose layout is used."""
+
     migration: MigrationBackend
     take_fd: TakeFd
     quit: Callable[[], None]
+    qemu: QemuVersion = QEMU_10_0
 
 
-def run(line: str, migration: MigrationBackend, take_fd: TakeFd, quit: Callable[[], None]) -> str:
+def run(line: str, human: Human) -> str:
     """Carry out one line and return what it shows.
 
     An error of the migration is part of the text, as ``Error: ...``; nothing is raised for it.
-    ``take_fd`` gives up descriptors named with getfd; ``quit`` asks the server to end.
     """
     text = line.lstrip()
     if not text:
@@ -44,33 +55,29 @@ def run(line: str, migration: MigrationBackend, take_fd: TakeFd, quit: Callable[
     table, name = _COMMANDS, word
     if word == "info":
         if not rest.strip():
-            return _lines(*(f"info {each}  -- {entry.help}" for each, entry in _INFO.items()))
+            return _help_of_all(_INFO, "info ", human.qemu)
         table = _INFO
         name, rest = _word(rest.lstrip())
     said = text[: len(text) - len(rest)]
     command = table.get(_ALIASES.get(name, name) if table is _COMMANDS else name)
     if command is None:
-        return _lines(f"unknown command: '{said}'")
+        return lines(f"unknown command: '{said}'")
     try:
         arguments = _Arguments(command.shown, rest)
-        values = [read(arguments) for read in command.reads]
+        values = [read(arguments, human.qemu) for read in command.reads]
         arguments.end()
-        return command.run(_Human(migration, take_fd, quit), *values)
+        return command.run(human, *values)
     except _Misread as misread:
-        return _lines(str(misread), f'Try "help {said}" for more information')
+        return lines(str(misread), f'Try "help {said}" for more information')
     except OSError as error:
-        return _lines(f"Error: {error.strerror or error}")
+        return lines(f"Error: {error.strerror or error}")
     except PyqmigrateError as error:
-        return _lines(f"Error: {error}")
+        return lines(f"Error: {error}")
 
 
 def _word(text: str) -> tuple[str, str]:
     word = text.split(maxsplit=1)[0]
     return word, text[len(word) :]
-
-
-def _lines(*lines: str) -> str:
-    return "".join(line.replace("\n", "\r\n") + "\r\n" for line in lines)
 
 
 class _Arguments:
@@ -110,98 +117,170 @@ class _Arguments:
         self._text = self._text.lstrip()[len(word) :]
         return word == "on"
 
+    def rest_or_nothing(self) -> str:
+        text, self._text = self._text, ""
+        return text
+
+    def rest(self) -> str:
+        """The rest of the line as it is, blanks and quotes at its end included."""
+        text, self._text = self._text.lstrip(), ""
+        if not text:
+            raise _Misread(f"{self.command}: string expected")
+        return text
+
     def end(self) -> None:
         if self._text.strip():
             raise _Misread(f"{self.command}: extraneous characters at the end of line")
 
 
+_QUOTE_LEFT_OPEN = re.compile(
+    r"""(?:[^\\"']|\\.|"(?:[^\\"]|\\.)*"|'[^']*')*(?:(")(?:[^\\"]|\\.)*|(')[^']*)""", re.DOTALL
+)
 _QUOTED = re.compile(r'"((?:[^"\\]|\\[nr\\\'"])*)"', re.DOTALL)
 
 
-def _set_capability(human: _Human, name: str, state: bool) -> str:
-    if name not in CAPABILITY_NAMES:
+def _set_capability(human: Human, name: str, state: bool) -> str:
+    if name not in CAPABILITY_NAMES or not human.qemu.has(name):
         raise UsageError(f"invalid parameter value: {name}")
     human.migration.set_capabilities({name: state})
+    if human.migration.capabilities.zero_blocks:
+        return lines("warning: zero-blocks capability is deprecated")
     return ""
 
 
-def _set_parameter(human: _Human, name: str, text: str) -> str:
-    if name not in PARAMETERS.members:
+def _set_parameter(human: Human, name: str, text: str) -> str:
+    if name not in parameters_shape(human.qemu).members:
         raise UsageError(f"invalid parameter value: {name}")
     human.migration.set_parameters({name: _value(name, text)})
     return ""
 
 
-def _migrate(human: _Human, detach: bool, resume: bool, uri: str) -> str:
+def _migrate(human: Human, detach: bool, resume: bool, uri: str) -> str:
     human.migration.migrate(parse_uri(uri), resume=resume, take_fd=human.take_fd)
     if detach:
         return ""
-    return _lines("terminal does not allow synchronous migration, continuing detached")
+    return lines("terminal does not allow synchronous migration, continuing detached")
 
 
-def _cancel(human: _Human) -> str:
+def _cancel(human: Human) -> str:
     human.migration.cancel()
     return ""
 
 
-def _stop(human: _Human) -> str:
+def _stop(human: Human) -> str:
     human.migration.stop()
     return ""
 
 
-def _cont(human: _Human) -> str:
+def _cont(human: Human) -> str:
     human.migration.cont()
     return ""
 
 
-def _quit(human: _Human) -> str:
+def _quit(human: Human) -> str:
     human.quit()
     return ""
 
 
+def _info_migrate(human: Human, everything: bool) -> str:
+    return render_migration(human.migration.query(), human.qemu, everything=everything)
+
+
+def _help(human: Human, line: str) -> str:
+    try:
+        words = shlex.split(line)
+    except ValueError:  # QEMU says it on its standard error
+        return ""
+    if not words:
+        return _help_of_all(_COMMANDS, "", human.qemu)
+    name, table, prefix = words[0], _COMMANDS, ""
+    if name == "info":
+        if len(words) == 1:
+            return _help_of_all(_INFO, "info ", human.qemu)
+        name, table, prefix = words[1], _INFO, "info "
+    entry = table.get(_ALIASES.get(name, name) if table is _COMMANDS else name)
+    if entry is None:
+        return lines(f"unknown command: '{prefix}{name}'")
+    return lines(prefix + entry.help_for(human.qemu))
+
+
+def _help_of_all(table: dict[str, _Entry], prefix: str, qemu: QemuVersion) -> str:
+    return lines(*(prefix + entry.help_for(qemu) for entry in table.values()))
+
+
 class _Entry(NamedTuple):
-    shown: str  # the name in complaints
+    shown: str  # the name in complaints and help
     run: Callable[..., str]
-    reads: tuple[Callable[[_Arguments], object], ...] = ()
+    reads: tuple[Callable[[_Arguments, QemuVersion], object], ...] = ()
     help: str = ""
+    newer_help: str = ""  # where info has sections
+
+    def help_for(self, qemu: QemuVersion) -> str:
+        text = self.newer_help if self.newer_help and qemu.sectioned_info else self.help
+        return f"{self.shown} {text}"
+
+
+def _string(arguments: _Arguments, _: QemuVersion) -> str:
+    return arguments.string()
+
+
+def _value_text(arguments: _Arguments, qemu: QemuVersion) -> str:
+    return arguments.rest() if qemu.hmp_takes_rest_of_line else arguments.string()
+
+
+def _all_flag(arguments: _Arguments, qemu: QemuVersion) -> bool:
+    return qemu.sectioned_info and arguments.flag("a", "a")
 
 
 _COMMANDS = {
-    "cont": _Entry("cont|c", _cont),
+    "cont": _Entry("cont|c", _cont, help=" -- resume emulation"),
+    "help": _Entry(
+        "help|?", _help, (lambda a, _: a.rest_or_nothing(),), "[cmd] -- show the help"
+    ),
+    "info": _Entry(
+        "info", lambda human: "",  # run() looks in _INFO instead
+        help="[subcommand] -- show various information about the system state",
+    ),
     "migrate": _Entry(
         "migrate",
         _migrate,
-        (lambda a: a.flag("d", "dr"), lambda a: a.flag("r", "dr"), _Arguments.string),
+        (lambda a, _: a.flag("d", "dr"), lambda a, _: a.flag("r", "dr"), _string),
+        "[-d] [-r] uri -- migrate to URI (using -d to not wait for completion)\n"
+        "\t\t\t -r to resume a paused postcopy migration",
     ),
-    "migrate_cancel": _Entry("migrate_cancel", _cancel),
+    "migrate_cancel": _Entry(
+        "migrate_cancel", _cancel, help=" -- cancel the current VM migration"
+    ),
     "migrate_set_capability": _Entry(
-        "migrate_set_capability", _set_capability, (_Arguments.string, _Arguments.on_or_off)
+        "migrate_set_capability", _set_capability, (_string, lambda a, _: a.on_or_off()),
+        "capability state -- Enable/Disable the usage of a capability for migration",
     ),
     "migrate_set_parameter": _Entry(
-        "migrate_set_parameter", _set_parameter, (_Arguments.string, _Arguments.string)
+        "migrate_set_parameter", _set_parameter, (_string, _value_text),
+        "parameter value -- Set the parameter for migration",
     ),
-    "quit": _Entry("quit|q", _quit),
-    "stop": _Entry("stop|s", _stop),
-}
-_ALIASES = {"c": "cont", "q": "quit", "s": "stop"}
+    "quit": _Entry("quit|q", _quit, help=" -- quit the emulator"),
+    "stop": _Entry("stop|s", _stop, help=" -- stop emulation"),
+}  # fmt: skip
+_ALIASES = {"?": "help", "c": "cont", "q": "quit", "s": "stop"}
 _INFO = {
     "migrate": _Entry(
-        "migrate", lambda human: render_migration(human.migration.query()), (),
-        "show migration status",
+        "migrate", _info_migrate, (_all_flag,),
+        " -- show migration status", "[-a] -- show migration status (-a: all, dump all status)",
     ),
     "migrate_capabilities": _Entry(
         "migrate_capabilities",
-        lambda human: render_capabilities(human.migration.capabilities), (),
-        "show current migration capabilities",
+        lambda human: render_capabilities(human.migration.capabilities, human.qemu), (),
+        " -- show current migration capabilities",
     ),
     "migrate_parameters": _Entry(
         "migrate_parameters",
-        lambda human: render_parameters(human.migration.parameters), (),
-        "show current migration parameters",
+        lambda human: render_parameters(human.migration.parameters, human.qemu), (),
+        " -- show current migration parameters",
     ),
     "status": _Entry(
         "status", lambda human: render_status(human.migration.run_state), (),
-        "show the current VM status (running|paused)",
+        " -- show the current VM status (running|paused)",
     ),
 }  # fmt: skip
 
@@ -240,6 +319,8 @@ def _value(name: str, text: str) -> object:
         raise UsageError(f"Parameter '{name}' expects 'on' or 'off'")
     if name in _NUMBERS:
         return _number(name, text)
+    if name == "cpr-exec-command":
+        return _command_words(text)
     if name == "block-bitmap-mapping":
         raise UsageError("The block-bitmap-mapping parameter can only be set through QMP")
     if name in _MEBIBYTES:
@@ -252,6 +333,19 @@ def _value(name: str, text: str) -> object:
         raise UsageError(
             f"Parameter '{name}' expects a non-negative number below 2^64\n{_SIZE_HINT}"
         ) from None
+
+
+def _command_words(text: str) -> list[str]:
+    """Split as a shell would, without expanding anything."""
+    try:
+        return shlex.split(text, comments=True)
+    except ValueError:
+        open_quote = _QUOTE_LEFT_OPEN.fullmatch(text)
+        complaint = (
+            f"before matching quote was found for {open_quote[1] or open_quote[2]}." if open_quote
+            else "just after a “\\” character."
+        )
+        raise UsageError(f"Text ended {complaint} (The text was “{text}”)") from None
 
 
 def _number(name: str, text: str) -> int:
@@ -274,103 +368,3 @@ def _bandwidth(text: str) -> int:
         return parse_size(text + "M")
     except UsageError:
         raise UsageError(f"Invalid size {text}") from None
-
-
-_GLOBALS = (
-    "globals:",
-    "store-global-state: on",
-    "only-migratable: off",
-    "send-configuration: on",
-    "send-section-footer: on",
-    "send-switchover-start: on",
-    "clear-bitmap-shift: 18",
-)
-
-
-def render_migration(info: MigrationInfo) -> str:
-    """Return what ``info migrate`` shows."""
-    lines = [*_GLOBALS]
-    if info.status is Status.NONE:
-        return _lines(*lines)
-    error = f" ({info.error})" if info.error else ""
-    lines.append(f"Migration status: {info.status}{error}")
-    ram = info.ram if info.status.moving or info.status is Status.COMPLETED else None
-    lines.append(f"total time: {info.total_time if ram else 0} ms")
-    if ram is None:
-        return _lines(*lines)
-    if info.status is Status.COMPLETED:
-        lines.append(f"downtime: {info.downtime} ms")
-    else:
-        lines.append(f"expected downtime: {info.expected_downtime} ms")
-    lines += [
-        f"setup: {info.setup_time} ms",
-        f"transferred ram: {ram.transferred >> 10} kbytes",
-        f"throughput: {ram.mbps:.2f} mbps",
-        f"remaining ram: {ram.remaining >> 10} kbytes",
-        f"total ram: {ram.total >> 10} kbytes",
-        f"duplicate: {ram.duplicate} pages",
-        f"normal: {ram.normal} pages",
-        f"normal bytes: {ram.normal_bytes >> 10} kbytes",
-        f"dirty sync count: {ram.dirty_sync_count}",
-        f"page size: {ram.page_size >> 10} kbytes",
-        f"multifd bytes: {ram.multifd_bytes >> 10} kbytes",
-        f"pages-per-second: {ram.pages_per_second}",
-    ]
-    if ram.precopy_bytes:
-        lines.append(f"precopy ram: {ram.precopy_bytes >> 10} kbytes")
-    if ram.downtime_bytes:
-        lines.append(f"downtime ram: {ram.downtime_bytes >> 10} kbytes")
-    return _lines(*lines)
-
-
-def render_capabilities(capabilities: Capabilities) -> str:
-    """Return what ``info migrate_capabilities`` shows."""
-    return _lines(*(f"{name}: {'on' if state else 'off'}" for name, state in capabilities))
-
-
-_SHOWN_PARAMETERS = {
-    "announce-initial": "{} ms",
-    "announce-max": "{} ms",
-    "announce-rounds": "{}",
-    "announce-step": "{} ms",
-    "throttle-trigger-threshold": "{}",
-    "cpu-throttle-initial": "{}",
-    "cpu-throttle-increment": "{}",
-    "cpu-throttle-tailslow": "{}",
-    "max-cpu-throttle": "{}",
-    "tls-creds": "'{}'",
-    "tls-hostname": "'{}'",
-    "max-bandwidth": "{} bytes/second",
-    "avail-switchover-bandwidth": "{} bytes/second",
-    "downtime-limit": "{} ms",
-    "x-checkpoint-delay": "{} ms",
-    "multifd-channels": "{}",
-    "multifd-compression": "{}",
-    "zero-page-detection": "{}",
-    "xbzrle-cache-size": "{} bytes",
-    "max-postcopy-bandwidth": "{}",
-    "tls-authz": "'{}'",
-    "x-vcpu-dirty-limit-period": "{} ms",
-    "vcpu-dirty-limit": "{} MB/s",
-    "mode": "{}",
-    "direct-io": "{}",
-}
-
-
-def render_parameters(parameters: Parameters) -> str:
-    """Return what ``info migrate_parameters`` shows."""
-    values = dict(parameters)
-    lines = []
-    for name, layout in _SHOWN_PARAMETERS.items():
-        value = values[name]
-        if isinstance(value, bool):
-            value = "on" if value else "off"
-        lines.append(f"{name}: {layout.format(value)}")
-    return _lines(*lines)
-
-
-def render_status(state: RunState) -> str:
-    """Return what ``info status`` shows."""
-    if state is RunState.RUNNING:
-        return _lines("VM status: running")
-    return _lines("VM status: paused" + ("" if state is RunState.PAUSED else f" ({state})"))

@@ -33,12 +33,14 @@ class Token(NamedTuple):
     """One token: its bytes as sent (quotes and escapes included), and where it is known.
 
     ``end`` counts the bytes of the stream up to and including the one that completed the token:
-    its last, or, for a number or a keyword, the one after it.
+    its last, or, for a number or a keyword, the one after it. ``start`` counts those before it, but
+    never fewer than were needed to complete what came before.
     """
 
     kind: Kind
     text: bytes
     end: int
+    start: int
 
 
 _BLANK = re.compile(rb"[ \t\r\n]*")
@@ -82,6 +84,11 @@ class JsonLexer:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._position = 0  # of the slice being read, in the stream
+        self._data = b""  # the slice being read
+        self._lines = 0  # that ended in earlier slices
+        self._line_start = 0  # position after the last of them
+        self._begun = 0  # where the token being read begins
+        self._known = 0  # the end of what came before it
         self._partial = bytearray()
         self._state = "start"  # or "skip", "string", "escape", "keyword", or a key of _NUMBER
 
@@ -90,6 +97,7 @@ class JsonLexer:
 
         The iterator must be run to its end before the next slice is fed.
         """
+        self._data = data
         at = 0
         while at < len(data):
             token = None
@@ -97,14 +105,31 @@ class JsonLexer:
                 at, token = self._whole(data, at) or self._begin(data, at)
             elif self._state == "skip":
                 at = _span(_SKIP, data, at)
-                self._state = "start" if at < len(data) else "skip"
+                if at < len(data):
+                    self._state = "start"
+                    self._known = self._position + at + 1  # this byte ended the skipping
             else:
                 at, token = self._go_on(data, at)
                 if token is None and len(self._partial) > self._limit:
                     token = self._finish(Kind.OVERSIZED, at)
             if token is not None:
                 yield token
+        newline = data.rfind(b"\n")
+        if newline >= 0:
+            self._lines += data.count(b"\n")
+            self._line_start = self._position + newline + 1
         self._position += len(data)
+        self._data = b""
+
+    def line_and_column(self, token: Token) -> tuple[int, int]:
+        """Return where a token starts, both counted from 1. For the token last yielded only."""
+        inside = max(token.start - self._position, 0)
+        newline = self._data.rfind(b"\n", 0, inside)
+        line_start = self._line_start if newline < 0 else self._position + newline + 1
+        return (
+            self._lines + self._data.count(b"\n", 0, inside) + 1,
+            token.start - line_start + 1,
+        )
 
     def _whole(self, data: bytes, at: int) -> tuple[int, Token] | None:
         """Take a token that the slice holds from end to end: the usual case, made fast."""
@@ -116,7 +141,9 @@ class JsonLexer:
         if len(text) > self._limit:
             return None
         at = found.end()
-        return at, Token(_KINDS[index], text, self._position + at + (index > _LAST_WITHOUT_AHEAD))
+        start = max(self._position + found.start(index), self._known)
+        self._known = self._position + at + (index > _LAST_WITHOUT_AHEAD)
+        return at, Token(_KINDS[index], text, self._known, start)
 
     def _begin(self, data: bytes, at: int) -> tuple[int, Token | None]:
         """Begin a token that the slice may not complete, or report a stray byte."""
@@ -125,6 +152,7 @@ class JsonLexer:
         if not first:
             return at, None
         self._partial += first
+        self._begun = max(self._position + at, self._known)
         if first in _INSIDE:
             self._state = "string"
         elif first == b"-":
@@ -183,7 +211,8 @@ class JsonLexer:
         return at + 1, self._finish(Kind.STRAY, at + 1)
 
     def _finish(self, kind: Kind, end: int) -> Token:
-        token = Token(kind, bytes(self._partial), self._position + end)
+        self._known = self._position + end
+        token = Token(kind, bytes(self._partial), self._known, self._begun)
         self._partial.clear()
         self._state = "skip" if kind is Kind.STRAY else "start"
         return token

@@ -10,9 +10,9 @@ size and gives each value, or what was wrong, as soon as its last byte is there:
             ...
 
 What is read, where reading goes on after an error, and the texts of errors are QEMU's (checked
-against 10.0.2 on random input), except that ``0e1``, which JSON allows and QEMU takes
-for two tokens, is a number. Work is linear in the bytes fed; what is kept is bounded by
-``message_limit`` bytes of tokens, ``token_limit`` of them, and ``depth_limit`` open brackets.
+against 10.0.2 and, with positions, 11.1.3 on random input), except that ``0e1``, which JSON allows
+and QEMU takes for two tokens, is a number. Work is linear in the bytes fed; what is kept is bounded
+by ``message_limit`` bytes of tokens, ``token_limit`` of them, and ``depth_limit`` open brackets.
 """
 
 from __future__ import annotations
@@ -66,12 +66,34 @@ class _Malformed(Exception):
     """The value being read is not JSON; its text says why."""
 
 
+class _Wording(NamedTuple):
+    """How a value that is not JSON is described; an empty text means that the token itself is."""
+
+    colon: str
+    member_end: str
+    item_end: str
+    key: str
+
+
+_PLAIN_WORDING = _Wording(
+    "missing : in object pair", "expected separator in dict", "expected separator in list", ""
+)
+_POSITIONS_WORDING = _Wording(
+    "expecting ':'", "expected ',' or '}'", "expected ',' or ']'", "expecting key"
+)
+
+
 class JsonStream:
-    """An incremental reader of JSON values; the limits are QEMU's unless given."""
+    """An incremental reader of JSON values; the limits are QEMU's unless given.
+
+    With ``positions`` errors are those of QEMU 11.1: they begin with line and column, the first one
+    in a value counts, and after a limit the rest of the value is skipped. Without, those of 10.0.
+    """
 
     def __init__(
         self,
         *,
+        positions: bool = False,
         message_limit: int = MESSAGE_LIMIT,
         token_limit: int = TOKEN_LIMIT,
         depth_limit: int = DEPTH_LIMIT,
@@ -80,6 +102,8 @@ class JsonStream:
         self._token_limit = token_limit
         self._depth_limit = depth_limit
         self._lexer = JsonLexer(message_limit)
+        self._positions = positions
+        self._wording = _POSITIONS_WORDING if positions else _PLAIN_WORDING
         self._reset()
 
     def feed(self, data: bytes) -> Iterator[JsonValue | JsonError]:
@@ -88,42 +112,81 @@ class JsonStream:
         The iterator must be run to its end before the next slice is fed.
         """
         for token in self._lexer.feed(data):
-            item = self._take(token)
-            if item is not None:
-                self._reset()
+            if self._skipping:
+                self._skip(token)
+            elif (item := self._take(token)) is not None:
                 yield item
 
     def _reset(self) -> None:
-        self._builder = _Builder()
+        self._builder = _Builder(self._wording)
         self._error = ""
+        self._skipping = False  # the rest of a value that exceeded a limit
         self._size = 0
         self._tokens = 0
         self._braces = 0
         self._brackets = 0
 
     def _take(self, token: Token) -> JsonValue | JsonError | None:
-        kind, text, end = token
+        kind, text, end, _ = token
         if kind is Kind.STRAY:
-            return JsonError(f"JSON parse error, stray '{_shown(text)}'", end)
-        if kind is Kind.PUNCTUATION:
-            self._braces += (text == b"{") - (text == b"}")
-            self._brackets += (text == b"[") - (text == b"]")
+            return self._end_with(
+                self._first() or self._located(f"stray '{_shown(text)}'", token), end
+            )
+        self._count(token)
         over = self._over_a_limit(token)
         if over:
-            return JsonError(f"JSON {over} limit exceeded", end)
+            error = JsonError(self._first() or f"JSON {over} limit exceeded", end)
+            if self._positions and self._open:
+                self._builder = _Builder(self._wording)
+                self._skipping = True
+            else:
+                self._reset()
+            return error
         self._size += len(text) + 1
         self._tokens += 1
         if not self._error:
             try:
                 self._builder.take(token)
             except _Malformed as malformed:
-                self._error = str(malformed)[:_TEXT_LIMIT]
-                self._builder = _Builder()  # let go of what was built
-        if (self._braces > 0 or self._brackets > 0) and min(self._braces, self._brackets) >= 0:
-            return None  # brackets are open: even a malformed message ends where they close
+                self._error = self._located(str(malformed)[:_TEXT_LIMIT], token)
+                self._builder = _Builder(self._wording)  # let go of what was built
+        if self._open:
+            return None  # even a malformed message ends where they close
         if self._error:
-            return JsonError(f"JSON parse error, {self._error}", end)
-        return JsonValue(self._builder.root, end)
+            return self._end_with(self._error, end)
+        value = JsonValue(self._builder.root, end)
+        self._reset()
+        return value
+
+    def _skip(self, token: Token) -> None:
+        self._count(token)
+        if token.kind is Kind.STRAY or not self._open:
+            self._reset()
+
+    def _count(self, token: Token) -> None:
+        if token.kind is Kind.PUNCTUATION:
+            self._braces += (token.text == b"{") - (token.text == b"}")
+            self._brackets += (token.text == b"[") - (token.text == b"]")
+
+    @property
+    def _open(self) -> bool:
+        """Whether brackets are open, and none closed that was not."""
+        return (self._braces > 0 or self._brackets > 0) and min(self._braces, self._brackets) >= 0
+
+    def _first(self) -> str:
+        """The error that was found before, where that one counts."""
+        return self._error if self._positions else ""
+
+    def _located(self, complaint: str, token: Token) -> str:
+        text = f"JSON parse error, {complaint}"
+        if not self._positions:
+            return text
+        line, column = self._lexer.line_and_column(token)
+        return f"{line}:{column}: {text}"
+
+    def _end_with(self, text: str, end: int) -> JsonError:
+        self._reset()
+        return JsonError(text, end)
 
     def _over_a_limit(self, token: Token) -> str:
         if token.kind is Kind.OVERSIZED or self._size + len(token.text) + 1 > self._message_limit:
@@ -138,7 +201,8 @@ class JsonStream:
 class _Builder:
     """Puts one value together, token by token, with a stack of its own for the nesting."""
 
-    def __init__(self) -> None:
+    def __init__(self, wording: _Wording) -> None:
+        self._wording = wording
         self.root: object = None
         self._expect = _Expect.VALUE
         self._open: list[tuple[dict[str, object] | list[object], bool]] = []
@@ -149,16 +213,18 @@ class _Builder:
         expect = self._expect
         if expect is _Expect.COLON:
             if text != b":":
-                raise _Malformed("missing : in object pair")
+                raise _Malformed(self._wording.colon)
             self._expect = _Expect.VALUE
         elif expect is _Expect.MEMBER_END:
-            self._separate(text, b"}", _Expect.KEY, "expected separator in dict")
+            self._separate(text, b"}", _Expect.KEY, self._wording.member_end)
         elif expect is _Expect.ITEM_END:
-            self._separate(text, b"]", _Expect.VALUE, "expected separator in list")
+            self._separate(text, b"]", _Expect.VALUE, self._wording.item_end)
         elif (expect is _Expect.FIRST_KEY and text == b"}") or (
             expect is _Expect.FIRST_ITEM and text == b"]"
         ):
             self._close()
+        elif self._is_key() and token.kind is not Kind.STRING and self._wording.key:
+            raise _Malformed(self._wording.key)
         elif text == b"{":
             self._enter({}, _Expect.FIRST_KEY)
         elif text == b"[":

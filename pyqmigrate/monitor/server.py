@@ -47,13 +47,12 @@ __all__ = ["QmpServer"]
 _log = logging.getLogger(__name__)
 _CLIENTS = 16
 _LARGE = 64 << 10  # bytes of a message whose answer, which may repeat it, is a thread's work
-_QEMU = Version(10, 0, 2)
 
 
 class QmpServer:
     """Serves QMP for one migration and its fdsets, both of which stay the caller's.
 
-    ``policy`` COMPAT imitates QEMU 10.0.2 to the outside as well: its version, its offer of
+    A ``policy`` that imitates a QEMU does it to the outside as well: its version, its offer of
     out-of-band execution (no command here supports it), and one client at a time, the next
     waiting in line. STRICT serves up to 16 at once. ``version`` overrides what is announced,
     ``any_user`` lets peers of every user in.
@@ -70,11 +69,12 @@ class QmpServer:
         version: Version | None = None,
         any_user: bool = False,
     ) -> None:
-        compat = policy is Policy.COMPAT
+        compat = policy.compat
+        self._policy = policy
         self._migration = migration
         self._fdsets = fdsets
         self._names = NamedFds()
-        self._version = version or (_QEMU if compat else _own_version())
+        self._version = version or (Version(*policy.qemu.numbers) if compat else _own_version())
         self._offered = ("oob",) if compat else ()
         self._any_user = any_user
         self._places = asyncio.Semaphore(1 if compat else _CLIENTS)
@@ -170,10 +170,11 @@ class QmpServer:
     async def _serve(self, client: socket.socket) -> None:
         pending = PendingFds()
         context = Context(
-            self._migration, self._fdsets, self._names, pending, self._version, self._quit
+            self._migration, self._fdsets, self._names, pending, self._version, self._quit,
+            self._policy,
         )
         session = Session(context, offered=self._offered)
-        connection = Connection(client, pending)
+        connection = Connection(client, pending, positions=self._policy.qemu.json_positions)
         self._connections[connection] = session
         try:
             connection.send(session.greeting())

@@ -15,7 +15,7 @@ from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.events import Event
 from pyqmigrate.format import qapi
 from pyqmigrate.io.threads import starting_threads
-from pyqmigrate.monitor.commands import COMMANDS, Context
+from pyqmigrate.monitor.commands import Context
 from pyqmigrate.monitor.json_stream import JsonError, JsonValue
 
 __all__ = ["Session", "event_message"]
@@ -108,7 +108,7 @@ class Session:
             return self._negotiate(call.arguments)
         if call.command == _NEGOTIATION:
             return self._negotiate_again(call)
-        command = COMMANDS.get(call.command)
+        command = self._context.commands.get(call.command)
         if command is None:
             raise _Refused(f"The command {call.command} has not been found", _NOT_FOUND)
         if call.out_of_band:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format import qapi
+from pyqmigrate.options.policy import Policy
+from pyqmigrate.options.qemu_version import QemuVersion
 
-__all__ = ["CAPABILITY_NAMES", "CAPABILITY_STATUS", "Capabilities"]
+__all__ = ["CAPABILITY_NAMES", "Capabilities", "capability_status"]
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """The 22 capabilities of QEMU 10.0, all off unless said otherwise.
+    """The 22 capabilities of QEMU 10.0, all off unless said otherwise. 11.1 has no zero-blocks.
 
     Those that a file migration has no use for can be set too, and are kept. A field is called
     what QEMU calls it, with underscores for dashes.
@@ -49,12 +52,17 @@ class Capabilities:
             yield field.name.replace("_", "-"), getattr(self, field.name)
 
     def merge(
-        self, changes: Mapping[str, bool], *, compressed_or_tls: bool = False
+        self,
+        changes: Mapping[str, bool],
+        *,
+        compressed_or_tls: bool = False,
+        policy: Policy = Policy.STRICT,
     ) -> Capabilities:
         """Return these capabilities with ``changes`` (name to state) made, if they go together.
 
         Names are QEMU's, or the fields'. ``compressed_or_tls`` says whether the parameters in
-        force have compression or TLS, which zero-copy-send does not go with.
+        force have compression or TLS, which zero-copy-send does not go with; ``policy`` says which
+        QEMU's names and rules hold.
 
         Raises UsageError with QEMU's text, and then nothing has changed: an unknown name, a
         state that is no bool, or a combination that QEMU refuses.
@@ -63,32 +71,38 @@ class Capabilities:
             {"capability": name.replace("_", "-"), "state": state}
             for name, state in changes.items()
         ]
-        return self.merge_json(status, compressed_or_tls=compressed_or_tls)
+        return self.merge_json(status, compressed_or_tls=compressed_or_tls, policy=policy)
 
-    def merge_json(self, status: object, *, compressed_or_tls: bool = False) -> Capabilities:
+    def merge_json(
+        self, status: object, *, compressed_or_tls: bool = False, policy: Policy = Policy.STRICT
+    ) -> Capabilities:
         """Do what ``merge`` does for the JSON list that migrate-set-capabilities takes.
 
         Of entries with one name the last wins. The texts of errors are those of the command.
         """
-        shape = qapi.Struct({"capabilities": qapi.ListOf(CAPABILITY_STATUS)})
+        shape = qapi.Struct({"capabilities": qapi.ListOf(capability_status(policy.qemu))})
         entries = shape.read({"capabilities": status})["capabilities"]
         assert isinstance(entries, list)
         changed = dataclasses.replace(
             self,
             **{entry["capability"].replace("-", "_"): entry["state"] for entry in entries},
         )
-        changed._check(compressed_or_tls)
+        changed._check(compressed_or_tls, policy.qemu)
         return changed
 
-    def to_json(self) -> list[dict[str, object]]:
+    def to_json(self, policy: Policy = Policy.STRICT) -> list[dict[str, object]]:
         """Return what query-migrate-capabilities returns."""
-        return [{"state": state, "capability": name} for name, state in self]
+        return [
+            {"state": state, "capability": name} for name, state in self if policy.qemu.has(name)
+        ]
 
-    def _check(self, compressed_or_tls: bool) -> None:
-        """Refuse what does not go together, in the order in which QEMU 10.0.2 looks."""
+    def _check(self, compressed_or_tls: bool, qemu: QemuVersion) -> None:
+        """Refuse what does not go together, in the order in which QEMU looks."""
+        if self.x_colo and not self.return_path and qemu.colo_needs_return_path:
+            raise UsageError("Capability 'x-colo' requires capability 'return-path'")
         if self.postcopy_ram and self.x_ignore_shared:
             raise UsageError("Postcopy is not compatible with ignore-shared")
-        if self.postcopy_ram and self.multifd:
+        if self.postcopy_ram and self.multifd and not qemu.postcopy_with_multifd:
             raise UsageError("Postcopy is not yet compatible with multifd")
         if self.background_snapshot:
             states = dict(self)
@@ -122,10 +136,13 @@ class Capabilities:
 CAPABILITY_NAMES = tuple(name for name, _ in Capabilities())
 """QEMU's names, in its order."""
 
-CAPABILITY_STATUS = qapi.Struct(
-    {"capability": qapi.Words(CAPABILITY_NAMES), "state": qapi.BOOL}
-)
-"""The shape of one entry of migrate-set-capabilities."""
+
+@functools.cache
+def capability_status(qemu: QemuVersion) -> qapi.Struct:
+    """Return the shape of one entry of migrate-set-capabilities."""
+    names = tuple(name for name in CAPABILITY_NAMES if qemu.has(name))
+    return qapi.Struct({"capability": qapi.Words(names), "state": qapi.BOOL})
+
 
 _AGAINST_BACKGROUND_SNAPSHOT = (
     "postcopy-ram",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,13 +13,14 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.format import qapi
 from pyqmigrate.options.capabilities import Capabilities
 from pyqmigrate.options.policy import Policy
+from pyqmigrate.options.qemu_version import QemuVersion
 
 __all__ = [
-    "PARAMETERS",
     "MigrationMode",
     "MultifdCompression",
     "Parameters",
     "ZeroPageDetection",
+    "parameters_shape",
 ]
 
 
@@ -44,11 +46,12 @@ class MigrationMode(StrEnum):
     NORMAL = "normal"
     CPR_REBOOT = "cpr-reboot"
     CPR_TRANSFER = "cpr-transfer"
+    CPR_EXEC = "cpr-exec"
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """The parameters of QEMU 10.0 with its defaults.
+    """The parameters of QEMU 10.0 and 11.1 with their defaults; the last two are 11.1's.
 
     Those that a file migration has no use for can be set too, and are kept. A field is called
     what QEMU calls it, with underscores for dashes. Bandwidths are in bytes a second (0:
@@ -84,6 +87,8 @@ class Parameters:
     mode: MigrationMode = MigrationMode.NORMAL
     zero_page_detection: ZeroPageDetection = ZeroPageDetection.MULTIFD
     direct_io: bool = False
+    x_rdma_chunk_size: int = 1 << 20
+    cpr_exec_command: tuple[str, ...] = ()
 
     @property
     def compressed_or_tls(self) -> bool:
@@ -113,7 +118,7 @@ class Parameters:
         out of range, compression or TLS together with mapped-ram. A STRICT policy also refuses
         to change, while a migration runs, what takes QEMU down or has no effect then; COMPAT
         lets it pass, and holds the *current* values, not the new ones, against mapped-ram, as
-        QEMU 10.0.2 does.
+        QEMU does.
         """
         named = {name.replace("_", "-"): value for name, value in changes.items()}
         return self.merge_json(named, capabilities=capabilities, policy=policy, running=running)
@@ -129,27 +134,29 @@ class Parameters:
         """Do what ``merge`` does for the JSON arguments of migrate-set-parameters."""
         read: dict[str, Any] = {
             name.replace("-", "_"): _typed(name, value)
-            for name, value in PARAMETERS.read(arguments).items()
+            for name, value in parameters_shape(policy.qemu).read(arguments).items()
         }
         new = dataclasses.replace(self, **read)
         capabilities = Capabilities() if capabilities is None else capabilities
-        new._check_ranges(capabilities, self if policy is Policy.COMPAT else new)
+        new._check_ranges(capabilities, self if policy.compat else new, policy.qemu)
         if policy is Policy.STRICT and running:
             new._check_unchanged_since(self)
         return new
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self, policy: Policy = Policy.STRICT) -> dict[str, object]:
         """Return what query-migrate-parameters returns."""
-        values = dict(self)
+        values = {name: value for name, value in self if policy.qemu.has(name)}
         mapping = values.pop("block-bitmap-mapping")
         if mapping is not None:
             values["block-bitmap-mapping"] = list(self.block_bitmap_mapping or ())
         return values
 
-    def _check_ranges(self, capabilities: Capabilities, compared: Parameters) -> None:
+    def _check_ranges(
+        self, capabilities: Capabilities, compared: Parameters, qemu: QemuVersion
+    ) -> None:
         values = dict(self)
         for limit in _LIMITS_BEFORE:
-            limit.check(values)
+            limit.check(values, qemu)
         if capabilities.mapped_ram and compared.compressed_or_tls:
             advice = "" if compared is not self else (
                 ": leave multifd-compression none and tls-creds empty, or switch mapped-ram off"
@@ -162,7 +169,7 @@ class Parameters:
                 "Zero copy only available for non-compressed non-TLS multifd migration"
             )
         for limit in _LIMITS_AFTER:
-            limit.check(values)
+            limit.check(values, qemu)
 
     def _check_unchanged_since(self, before: Parameters) -> None:
         old = dict(before)
@@ -203,43 +210,57 @@ _NODE_ALIAS = qapi.Struct(
 )
 _U8, _U64, _TEXT = qapi.UINT8, qapi.UINT64, qapi.STR_OR_NULL
 
-PARAMETERS = qapi.Struct(
-    {
-        name: qapi.optional(shape)
-        for name, shape in {
-            "announce-initial": _U64,
-            "announce-max": _U64,
-            "announce-rounds": _U64,
-            "announce-step": _U64,
-            "throttle-trigger-threshold": _U8,
-            "cpu-throttle-initial": _U8,
-            "cpu-throttle-increment": _U8,
-            "cpu-throttle-tailslow": qapi.BOOL,
-            "tls-creds": _TEXT,
-            "tls-hostname": _TEXT,
-            "tls-authz": _TEXT,
-            "max-bandwidth": _U64,
-            "avail-switchover-bandwidth": _U64,
-            "downtime-limit": _U64,
-            "x-checkpoint-delay": qapi.UINT32,
-            "multifd-channels": _U8,
-            "xbzrle-cache-size": _U64,
-            "max-postcopy-bandwidth": _U64,
-            "max-cpu-throttle": _U8,
-            "multifd-compression": qapi.Words(tuple(MultifdCompression)),
-            "multifd-zlib-level": _U8,
-            "multifd-qatzip-level": _U8,
-            "multifd-zstd-level": _U8,
-            "block-bitmap-mapping": qapi.ListOf(_NODE_ALIAS),
-            "x-vcpu-dirty-limit-period": _U64,
-            "vcpu-dirty-limit": _U64,
-            "mode": qapi.Words(tuple(MigrationMode)),
-            "zero-page-detection": qapi.Words(tuple(ZeroPageDetection)),
-            "direct-io": qapi.BOOL,
-        }.items()
-    }
-)
-"""The shape of the arguments of migrate-set-parameters."""
+_SHAPES = {
+    "announce-initial": _U64,
+    "announce-max": _U64,
+    "announce-rounds": _U64,
+    "announce-step": _U64,
+    "throttle-trigger-threshold": _U8,
+    "cpu-throttle-initial": _U8,
+    "cpu-throttle-increment": _U8,
+    "cpu-throttle-tailslow": qapi.BOOL,
+    "tls-creds": _TEXT,
+    "tls-hostname": _TEXT,
+    "tls-authz": _TEXT,
+    "max-bandwidth": _U64,
+    "avail-switchover-bandwidth": _U64,
+    "downtime-limit": _U64,
+    "x-checkpoint-delay": qapi.UINT32,
+    "multifd-channels": _U8,
+    "xbzrle-cache-size": _U64,
+    "max-postcopy-bandwidth": _U64,
+    "max-cpu-throttle": _U8,
+    "multifd-compression": qapi.Words(tuple(MultifdCompression)),
+    "multifd-zlib-level": _U8,
+    "multifd-qatzip-level": _U8,
+    "multifd-zstd-level": _U8,
+    "block-bitmap-mapping": qapi.ListOf(_NODE_ALIAS),
+    "x-vcpu-dirty-limit-period": _U64,
+    "vcpu-dirty-limit": _U64,
+    "mode": qapi.Words(tuple(MigrationMode)),
+    "zero-page-detection": qapi.Words(tuple(ZeroPageDetection)),
+    "direct-io": qapi.BOOL,
+    "x-rdma-chunk-size": _U64,
+    "cpr-exec-command": qapi.ListOf(qapi.STR),
+}
+
+
+@functools.cache
+def parameters_shape(qemu: QemuVersion) -> qapi.Struct:
+    """Return the shape of the arguments of migrate-set-parameters."""
+    return qapi.Struct(
+        {
+            name: qapi.optional(_known(shape, qemu))
+            for name, shape in _SHAPES.items()
+            if qemu.has(name)
+        }
+    )
+
+
+def _known(shape: qapi.Shape, qemu: QemuVersion) -> qapi.Shape:
+    if isinstance(shape, qapi.Words):
+        return qapi.Words(tuple(word for word in shape.words if qemu.has(word)))
+    return shape
 
 
 def _typed(name: str, value: object) -> object:
@@ -249,29 +270,38 @@ def _typed(name: str, value: object) -> object:
 
 
 class _Limit(NamedTuple):
-    """What a number must satisfy, and QEMU's text for one that does not."""
+    """What a number must satisfy, and what QEMU says that it expects."""
 
     name: str
     holds: Callable[[int, Mapping[str, object]], bool]
-    text: str
+    range: str
+    text: str = ""  # of its own, for this limit
 
-    def check(self, values: Mapping[str, object]) -> None:
+    def check(self, values: Mapping[str, object], qemu: QemuVersion) -> None:
         value = values[self.name]
         assert isinstance(value, int)
         if not self.holds(value, values):
-            raise UsageError(f"Parameter {self.text}")
+            raise UsageError(
+                (self.text or qemu.out_of_range).format(
+                    name=qemu.shown(self.name),
+                    range=self.range.format(initial=qemu.shown("cpu-throttle-initial")),
+                )
+            )
 
 
 def _between(name: str, low: int, high: int, words: str = "") -> _Limit:
-    text = words or f"a value between {low} and {high}"
-    shown = name.replace("-", "_")
-    return _Limit(name, lambda value, _: low <= value <= high, f"'{shown}' expects {text}")
+    expected = words or f"a value between {low} and {high}"
+    return _Limit(name, lambda value, _: low <= value <= high, expected)
+
+
+def _power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
 
 
 _PERCENT = "an integer in the range of 1 to 99"
 _PAGE = 4096
 
-# In the order in which QEMU 10.0.2 looks; the conflicts with capabilities stand in between.
+# In the order in which QEMU looks; it compares capabilities in between.
 _LIMITS_BEFORE = (
     _between("throttle-trigger-threshold", 1, 100, "an integer in the range of 1 to 100"),
     _between("cpu-throttle-initial", 1, 99, _PERCENT),
@@ -283,13 +313,13 @@ _LIMITS_BEFORE = (
     _between("multifd-zstd-level", 0, 20),
     _Limit(
         "xbzrle-cache-size",
-        lambda value, _: value >= _PAGE and value & (value - 1) == 0,
-        "'xbzrle_cache_size' expects a power of two no less than the target page size",
+        lambda value, _: value >= _PAGE and _power_of_two(value),
+        "a power of two no less than the target page size",
     ),
     _Limit(
         "max-cpu-throttle",
         lambda value, values: int(str(values["cpu-throttle-initial"])) <= value <= 99,
-        "'max_cpu_throttle' expects an integer in the range of cpu_throttle_initial to 99",
+        "an integer in the range of {initial} to 99",
     ),
     _between("announce-initial", 0, 100000),
     _between("announce-max", 0, 100000),
@@ -297,14 +327,14 @@ _LIMITS_BEFORE = (
     _between("announce-step", 1, 10000, "a value between 0 and 10000"),
 )
 _LIMITS_AFTER = (
+    _between("x-vcpu-dirty-limit-period", 1, 1000),
     _Limit(
-        "x-vcpu-dirty-limit-period",
-        lambda value, _: 1 <= value <= 1000,
-        "'x-vcpu-dirty-limit-period' expects a value between 1 and 1000",
+        "vcpu-dirty-limit", lambda value, _: value >= 1, "",
+        "Parameter '{name}' must be greater than 1 MB/s",
     ),
     _Limit(
-        "vcpu-dirty-limit",
-        lambda value, _: value >= 1,
-        "'vcpu_dirty_limit' must be greater than 1 MB/s",
+        "x-rdma-chunk-size",
+        lambda value, _: 1 << 20 <= value <= 1 << 30 and _power_of_two(value),
+        "a power of 2 in the range 1MiB to 1024MiB",
     ),
 )

@@ -1,13 +1,30 @@
-"""How much is refused before the start."""
+"""How much is refused before the start, and which QEMU is imitated."""
+
+from __future__ import annotations
 
 from enum import Enum
+
+from pyqmigrate.options.qemu_version import QEMU_10_0, QEMU_11_1, QemuVersion
 
 __all__ = ["Policy"]
 
 
 class Policy(Enum):
     """STRICT refuses at once what QEMU accepts and later fails or dies on, and says what to pass
-    instead. COMPAT checks what QEMU 10.0.2 checks, in its order and with its texts."""
+    instead. COMPAT_10_0 and COMPAT_11_1 check what QEMU 10.0.2 and 11.1.3 check, in their order
+    and with their texts. COMPAT is COMPAT_10_0."""
 
     STRICT = "strict"
-    COMPAT = "compat"
+    COMPAT_10_0 = "compat-10.0"
+    COMPAT_11_1 = "compat-11.1"
+    COMPAT = COMPAT_10_0
+
+    @property
+    def compat(self) -> bool:
+        """Whether a QEMU is imitated."""
+        return self is not Policy.STRICT
+
+    @property
+    def qemu(self) -> QemuVersion:
+        """The QEMU whose names and texts are used; STRICT uses those of 10.0."""
+        return QEMU_11_1 if self is Policy.COMPAT_11_1 else QEMU_10_0

@@ -61,11 +61,10 @@ def check_with_mapped_ram(capabilities: Capabilities, parameters: Parameters) ->
         raise UsageError("Cannot use compression with mapped-ram")
 
 
-def check_strictly(capabilities: Capabilities, *, shared_ram: bool = False) -> None:
+def check_strictly(capabilities: Capabilities) -> None:
     """Refuse what QEMU lets start to a file, and then fails on.
 
-    ``shared_ram`` says whether there are blocks that x-ignore-shared leaves out. Raises
-    UsageError, which says what to switch off.
+    Raises UsageError, which says what to switch off.
     """
     if capabilities.return_path:
         raise UsageError(
@@ -74,11 +73,6 @@ def check_strictly(capabilities: Capabilities, *, shared_ram: bool = False) -> N
         )
     if capabilities.postcopy_ram:
         raise UsageError("a file cannot serve pages on demand: switch postcopy-ram off")
-    if capabilities.x_ignore_shared and capabilities.mapped_ram and shared_ram:
-        raise UsageError(
-            "x-ignore-shared leaves shared RAM out, and a mapped-ram file has no place for a "
-            "block that is left out: switch one of the two off"
-        )
 
 
 def check_outgoing(
@@ -105,6 +99,12 @@ def check_outgoing(
     if run_state is RunState.POSTMIGRATE:
         raise UsageError("Can't migrate the vm that was paused due to previous migration")
     check_with_mapped_ram(capabilities, parameters)
+    if parameters.mode is MigrationMode.CPR_EXEC:
+        if not parameters.cpr_exec_command:
+            raise UsageError("cpr-exec mode requires setting cpr-exec-command")
+        raise UsageError(  # QEMU would become that program
+            "mode cpr-exec is not possible here, there is no QEMU to replace: set mode to normal"
+        )
 
 
 def check_incoming(*, deferred: bool, started: bool) -> None:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from pyqmigrate import FileMemory, RamBlock, UsageError
+from pyqmigrate import FileMemory, RamBlock, Snapshot, UsageError
 from pyqmigrate.format.address import parse_uri
 from pyqmigrate.format.devices import DeviceSection
 from pyqmigrate.migration import Guest, Migration
@@ -172,22 +172,54 @@ def test_a_classic_stream_leaves_shared_memory_where_it_is(disk: Path) -> None:
         assert (disk / "ram").read_bytes() == b"kept" * (LENGTH // 4)
 
 
-@pytest.mark.parametrize("policy", list(Policy))
-def test_shared_memory_cannot_be_left_out_of_a_mapped_ram_file(
-    disk: Path, policy: Policy
+@pytest.mark.parametrize("policy", [Policy.STRICT, Policy.COMPAT_11_1])
+@pytest.mark.parametrize("kind", KINDS[:2], ids=["single", "multifd"])
+def test_a_mapped_ram_file_leaves_shared_memory_where_it_is(
+    disk: Path, policy: Policy, kind: dict[str, bool]
 ) -> None:
     with (disk / "ram").open("w+b") as shared:
-        shared.truncate(LENGTH)
-        source = Migration([RamBlock("pc.ram", FileMemory(shared.fileno()))], policy=policy)
-        source.set_capabilities({"x-ignore-shared": True, "mapped-ram": True})
-        if policy is Policy.STRICT:
-            with pytest.raises(UsageError, match="switch one of the two off"):
-                source.migrate(parse_uri(f"file:{disk}/snap"))
-            return
+        shared.write(b"kept" * (LENGTH // 4))
+        shared.flush()
+        blocks = [RamBlock("pc.ram", FileMemory(shared.fileno())), RamBlock("rom", memory())]
+        source = Migration(blocks, policy=policy)
+        source.set_capabilities({**kind, "x-ignore-shared": True})
         source.migrate(parse_uri(f"file:{disk}/snap"))
         info = source.wait(60)
-        assert info.status is Status.FAILED
-        assert info.error == "Unable to write to file: Bad address"
+        assert info.status is Status.COMPLETED
+        assert info.ram is not None and info.ram.total == LENGTH  # rom's
+        with Snapshot(disk / "snap") as snapshot:
+            snapshot.verify()
+            assert [block.external for block in snapshot.blocks.values()] == [True, False]
+            with pytest.raises(UsageError):
+                snapshot.blocks["pc.ram"].read(0, 4096)
+        rom = bytearray(LENGTH)
+        incoming = Migration([blocks[0], RamBlock("rom", rom)], incoming=True, policy=policy)
+        incoming.set_capabilities({**kind, "x-ignore-shared": True})
+        incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"))
+        assert incoming.wait(60).status is Status.COMPLETED
+        assert bytes(rom) == memory()[:]
+        assert (disk / "ram").read_bytes() == b"kept" * (LENGTH // 4)
+
+
+def test_as_in_qemu_10_a_mapped_ram_file_cannot_leave_shared_memory_out(disk: Path) -> None:
+    with (disk / "ram").open("w+b") as shared:
+        shared.truncate(LENGTH)
+        wanted = {Policy.COMPAT_10_0: Status.FAILED, Policy.STRICT: Status.COMPLETED}
+        for policy, ends in wanted.items():
+            source = Migration([RamBlock("pc.ram", FileMemory(shared.fileno()))], policy=policy)
+            source.set_capabilities({"x-ignore-shared": True, "mapped-ram": True})
+            source.migrate(parse_uri(f"file:{disk}/snap"))
+            info = source.wait(60)
+            assert info.status is ends
+            if ends is Status.FAILED:
+                assert info.error == "Unable to write to file: Bad address"
+        incoming = Migration(
+            [RamBlock("pc.ram", FileMemory(shared.fileno()))], incoming=True,
+            policy=Policy.COMPAT_10_0,
+        )
+        incoming.set_capabilities({"x-ignore-shared": True, "mapped-ram": True})
+        incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"), exit_on_error=False)
+        assert incoming.wait(60).error == "load of migration failed: Invalid argument"
 
 
 def test_a_damaged_stream_ends_the_program_only_where_that_was_asked(disk: Path) -> None:
@@ -214,7 +246,7 @@ def test_a_failed_open_may_be_tried_again_and_in_compat_may_not(disk: Path) -> N
         incoming.set_capabilities({"mapped-ram": True})
         with pytest.raises(OSError, match="Could not open '/nonexistent': No such file"):
             incoming.migrate_incoming(parse_uri("file:/nonexistent"))
-        if policy is Policy.COMPAT:
+        if policy.compat:
             with pytest.raises(UsageError, match="Illegal migration incoming state: setup"):
                 incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"))
         else:

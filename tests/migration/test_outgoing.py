@@ -122,6 +122,45 @@ def test_events_of_a_running_guest_come_in_qemu_s_order(disk: Path) -> None:
     assert recorder.seen == ["setup", "PASS 1", "active", "STOP", "device", "PASS 2", "completed"]
 
 
+def test_events_come_in_the_order_of_qemu_11_where_that_is_imitated(disk: Path) -> None:
+    migration = Migration([RamBlock("pc.ram", memory())], policy=Policy.COMPAT_11_1)
+    recorder = Recorder(migration)
+    migration.migrate(parse_uri(f"file:{disk}/snap"))
+    assert migration.wait(60).status is Status.COMPLETED
+    assert [word for word in recorder.seen if word != "STOP"] == [
+        "setup", "active", "PASS 2", "device", "completed",
+    ]  # fmt: skip
+    recorder.seen.clear()
+    migration.cont()
+    with pytest.raises(OSError, match="No such file"):
+        migration.migrate(parse_uri("file:/nonexistent/snap"))
+    assert recorder.seen == ["RESUME", "setup", "failing", "failed"]
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_a_save_for_a_reboot_stops_the_guest_first(disk: Path, policy: Policy) -> None:
+    guest = Changing(memory(), rounds=2)
+    migration = Migration([RamBlock("pc.ram", guest.ram)], guest=guest, policy=policy)
+    recorder = Recorder(migration)
+    migration.set_parameters({"mode": "cpr-reboot"})
+    migration.migrate(parse_uri(f"file:{disk}/snap"))
+    assert migration.wait(60).status is Status.COMPLETED
+    assert recorder.seen[:2] == ["setup", "STOP"]
+    assert guest.log == ["stop"]  # and nothing changes afterwards
+
+
+def test_to_become_another_program_is_refused(disk: Path) -> None:
+    migration = Migration([RamBlock("pc.ram", memory())], policy=Policy.COMPAT_11_1)
+    migration.set_parameters({"mode": "cpr-exec"})
+    with pytest.raises(UsageError, match="cpr-exec mode requires setting cpr-exec-command"):
+        migration.migrate(parse_uri(f"file:{disk}/snap"))
+    migration.set_parameters({"cpr-exec-command": ["/bin/true"]})
+    with pytest.raises(UsageError, match="set mode to normal"):
+        migration.migrate(parse_uri(f"file:{disk}/snap"))
+    assert migration.query().status is Status.NONE
+    assert list(disk.iterdir()) == []
+
+
 def test_a_stopped_guest_is_not_stopped_again(disk: Path) -> None:
     migration = Migration([RamBlock("pc.ram", memory())], run_state=RunState.PAUSED)
     recorder = Recorder(migration)
@@ -200,9 +239,10 @@ def test_it_pauses_before_switchover_until_it_is_told_to_go_on(disk: Path) -> No
     ]
 
 
-def test_a_cancel_before_switchover_lets_the_guest_go_on(disk: Path) -> None:
+@pytest.mark.parametrize("policy", list(Policy))
+def test_a_cancel_before_switchover_lets_the_guest_go_on(disk: Path, policy: Policy) -> None:
     guest = Changing(memory(), rounds=0)
-    migration = Migration([RamBlock("pc.ram", guest.ram)], guest=guest)
+    migration = Migration([RamBlock("pc.ram", guest.ram)], guest=guest, policy=policy)
     recorder = Recorder(migration)
     migration.set_capabilities({"mapped-ram": True, "pause-before-switchover": True})
     paused = threading.Event()
@@ -212,7 +252,9 @@ def test_a_cancel_before_switchover_lets_the_guest_go_on(disk: Path) -> None:
     migration.migrate(parse_uri(f"file:{disk}/snap"))
     assert paused.wait(60)
     migration.cancel()
-    assert migration.wait(60).status is Status.CANCELLED
+    info = migration.wait(60)
+    assert info.status is Status.CANCELLED
+    assert info.error == (policy.qemu.interrupted_switchover if policy.compat else "")
     assert recorder.seen[-3:] == ["cancelling", "RESUME", "cancelled"]
     assert migration.run_state is RunState.RUNNING
     assert guest.log[-1] == "cont"

@@ -28,6 +28,7 @@ class IdleGuest:
         self.incoming = incoming
         self.hold = hold  # stay in `active` until cancelled
         self.memory = memory
+        self.uuid = None
         self.capabilities = Capabilities()
         self.parameters = Parameters()
         self.run_state = RunState.INMIGRATE if incoming else RunState.RUNNING
@@ -44,7 +45,7 @@ class IdleGuest:
         if self._info.status.running and not self.incoming:
             raise UsageError("There's a migration process in progress")
         self.capabilities = self.capabilities.merge(
-            changes, compressed_or_tls=self.parameters.compressed_or_tls
+            changes, compressed_or_tls=self.parameters.compressed_or_tls, policy=self.policy
         )
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:

@@ -2,7 +2,15 @@ import pytest
 
 from pyqmigrate.fdset import FdSets
 from pyqmigrate.monitor import hmp
-from pyqmigrate.options import Capabilities, Parameters
+from pyqmigrate.monitor.hmp_layouts import (
+    _size,
+    render_capabilities,
+    render_migration,
+    render_parameters,
+    render_status,
+)
+from pyqmigrate.options import Capabilities, Parameters, Policy
+from pyqmigrate.options.qemu_version import QEMU_11_1
 from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
 from tests.monitor.idle_guest import IdleGuest
 
@@ -16,7 +24,7 @@ def guest():
 @pytest.fixture
 def say(guest):
     def say(line):
-        return hmp.run(line, guest, lambda _name: -1, lambda: None)
+        return hmp.run(line, hmp.Human(guest, lambda _name: -1, lambda: None))
 
     return say
 
@@ -32,19 +40,19 @@ def lines(*texts):
 
 
 def test_a_migration_that_never_was_shows_the_globals_only():
-    assert hmp.render_migration(MigrationInfo()) == lines(*GLOBALS)
+    assert render_migration(MigrationInfo()) == lines(*GLOBALS)
 
 
 @pytest.mark.parametrize("status", [Status.SETUP, Status.CANCELLED, Status.FAILED])
 def test_a_migration_without_numbers_shows_its_status(status):
     info = MigrationInfo(status, ram=RamStatistics(total=5), total_time=9)
-    assert hmp.render_migration(info) == lines(
+    assert render_migration(info) == lines(
         *GLOBALS, f"Migration status: {status}", "total time: 0 ms"
     )
 
 
 def test_an_error_stands_behind_the_status():
-    shown = hmp.render_migration(MigrationInfo(Status.FAILED, "no room"))
+    shown = render_migration(MigrationInfo(Status.FAILED, "no room"))
     assert "Migration status: failed (no room)\r\n" in shown
 
 
@@ -66,7 +74,7 @@ def test_a_running_migration_shows_its_numbers_as_qemu_does():
     info = MigrationInfo(
         Status.ACTIVE, ram=RAM, total_time=502, setup_time=1, expected_downtime=300
     )
-    assert hmp.render_migration(info) == lines(
+    assert render_migration(info) == lines(
         *GLOBALS, "Migration status: active", "total time: 502 ms", "expected downtime: 300 ms",
         *NUMBERS,
     )  # fmt: skip
@@ -74,21 +82,21 @@ def test_a_running_migration_shows_its_numbers_as_qemu_does():
 
 def test_a_completed_migration_shows_its_downtime():
     ram = RamStatistics(downtime_bytes=2088)
-    shown = hmp.render_migration(MigrationInfo(Status.COMPLETED, ram=ram, downtime=2))
+    shown = render_migration(MigrationInfo(Status.COMPLETED, ram=ram, downtime=2))
     assert "\r\ndowntime: 2 ms\r\n" in shown
     assert "expected downtime" not in shown
     assert shown.endswith("downtime ram: 2 kbytes\r\n")
 
 
 def test_capabilities_are_shown_one_a_line():
-    shown = hmp.render_capabilities(Capabilities(multifd=True)).split("\r\n")
+    shown = render_capabilities(Capabilities(multifd=True)).split("\r\n")
     assert shown[0] == "xbzrle: off"
     assert "multifd: on" in shown
     assert shown[-2:] == ["mapped-ram: off", ""]
 
 
 def test_parameters_are_shown_with_their_units():
-    shown = hmp.render_parameters(Parameters(direct_io=True, tls_creds="a b"))
+    shown = render_parameters(Parameters(direct_io=True, tls_creds="a b"))
     assert shown.startswith("announce-initial: 50 ms\r\n")
     assert "max-bandwidth: 134217728 bytes/second\r\n" in shown
     assert "tls-creds: 'a b'\r\n" in shown
@@ -105,7 +113,7 @@ def test_parameters_are_shown_with_their_units():
     ],
 )
 def test_status_is_running_or_paused_with_the_reason(state, shown):
-    assert hmp.render_status(state) == f"VM status: {shown}\r\n"
+    assert render_status(state) == f"VM status: {shown}\r\n"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +218,57 @@ def test_a_failed_migration_is_an_error_in_the_text(say):
 def test_stop_and_cont_and_quit_do_what_they_say(guest):
     asked = []
     for line, state in (("stop", RunState.PAUSED), ("c", RunState.RUNNING)):
-        assert hmp.run(line, guest, lambda _name: -1, lambda: None) == ""
+        assert hmp.run(line, hmp.Human(guest, lambda _name: -1, lambda: None)) == ""
         assert guest.run_state is state
-    assert hmp.run("quit", guest, lambda _name: -1, lambda: asked.append(1)) == ""
+    assert hmp.run("quit", hmp.Human(guest, lambda _name: -1, lambda: asked.append(1))) == ""
     assert asked == [1]
+
+
+@pytest.fixture
+def say_as_11(guest):
+    guest.policy = Policy.COMPAT_11_1
+
+    def say(line):
+        return hmp.run(line, hmp.Human(guest, lambda _name: -1, lambda: None, QEMU_11_1))
+
+    return say
+
+
+def test_the_newer_layout_has_sections(guest, say_as_11):
+    assert say_as_11("info migrate") == ""
+    assert say_as_11("info migrate -a").startswith("Globals:\r\n  store-global-state: on\r\n")
+    guest.query = lambda: MigrationInfo(
+        Status.ACTIVE, ram=RAM, total_time=3, setup_time=1, expected_downtime=300
+    )
+    assert say_as_11("info migrate") == lines(
+        "Status: \t\tactive", "Time (ms): \t\ttotal=3, setup=1, exp_down=300",
+        "Remaining: \t\t4 KiB", "RAM info:", "  Throughput (Mbps): \t0.98",
+        "  Sizes: \t\tpagesize=4 KiB, total=64.5 MiB",
+        "  Transfers: \t\ttransferred=448 KiB, remain=4 KiB",
+        "    Channels: \t\tprecopy=40 B, multifd=448 KiB, postcopy=0 B",
+        "    Page Types: \tnormal=112, zero=16400", "  Page Rates (pps): \ttransfer=320",
+        "  Others: \t\tdirty_syncs=1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (1023, "0.999 KiB"), (4096, "4 KiB"),
+     (999 << 10, "999 KiB"), (1000 << 10, "0.977 MiB"), (67641344, "64.5 MiB"), (1 << 62, "4 EiB")],
+)  # fmt: skip
+def test_a_size_has_three_digits(size, shown):
+    assert _size(size) == shown
+
+
+def test_a_text_with_a_quote_left_open_is_named(say_as_11):
+    set_command = "migrate_set_parameter cpr-exec-command "
+    for text, complaint in (
+        ("a \"b", 'before matching quote was found for ".'),
+        ("'\"\" a' b'c", "before matching quote was found for '."),
+        ("a b\\", "just after a “\\” character."),
+    ):
+        assert say_as_11(set_command + text) == lines(
+            f"Error: Text ended {complaint} (The text was “{text}”)"
+        )
+    assert say_as_11(set_command + "a 'b c' d\\ e") == ""
+    assert "cpr-exec-command: a b c d e\r\n" in say_as_11("info migrate_parameters")

@@ -308,3 +308,41 @@ def test_what_was_nested_as_deep_as_allowed_is_written_back():
     [item] = read(deep)
     line = encode_line(item.value)
     assert line == deep.replace(b"\xc3\xa9", b"\\u00E9") + b"\r\n"
+
+
+# What QEMU 11.1.3 answers to these.
+POSITIONS = [
+    (b"@", ["1:1: stray '@'"]),
+    (b"{} [1,\n2,\n nope\n]", [..., "3:2: invalid keyword 'nope'"]),
+    (b'{"a":1,\n"b" 2\n}', ["2:5: expecting ':'"]),
+    (b'{nope}{"a":1,}{1:2}{,}', [
+        "1:2: expecting key", "1:14: expecting key", "1:16: expecting key", "1:21: expecting key",
+    ]),
+    (b"[1 2][1,]", ["1:4: expected ',' or ']'", "1:9: expecting value"]),
+    (b'{"a":1 "b"}', ["1:8: expected ',' or '}'"]),
+    (b'{"a":1,"a":[1,2]}', ["1:17: duplicate key"]),
+    # A byte that ended what came before it counts for the column.
+    (b"5nope ", [..., "1:3: invalid keyword 'nope'"]),
+    (b"[1,@,2]", ["1:4: stray '@'", "1:6: expecting value", ..., "1:8: expecting value"]),
+    # The first error of a value stays the only one.
+    (b"[1 2 @", ["1:4: expected ',' or ']'"]),
+    (b"[nope, nope, 1 2]", ["1:2: invalid keyword 'nope'"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "said"), POSITIONS)
+@settings(max_examples=20)
+@given(cuts=st.lists(st.integers(0, 99), max_size=4))
+def test_errors_with_positions_are_those_of_qemu_11(data, said, cuts):
+    got = [
+        item.text.replace("JSON parse error, ", "") if isinstance(item, JsonError) else ...
+        for item in read_in_slices(data, cuts, positions=True)
+    ]
+    assert got == said
+
+
+def test_with_positions_the_rest_of_a_value_over_a_limit_is_skipped():
+    stream = JsonStream(depth_limit=3, positions=True)
+    assert [item.text for item in stream.feed(b"[[[[")] == ["JSON nesting depth limit exceeded"]
+    assert list(stream.feed(b"[nope]]]]")) == []
+    assert [item.value for item in stream.feed(b"] 7 ")] == [7]

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import pytest
+
 from tests.qemu.unpacked import lack, unpacked
 
 __all__ = ["Domain", "Libvirt"]
@@ -113,7 +115,7 @@ class Libvirt:
             env=self._environment,
         )  # fmt: skip
         if "Parameter 'detach' is unexpected" in done.stderr:  # an argument of migrate
-            lack("this libvirt is too old for a QEMU of 11.0 or later")
+            pytest.skip("this libvirt is too old for a QEMU of 11.0 or later")
         assert done.returncode == 0, f"virsh {words}: {done.stderr}{self._said()}"
         return done.stdout
 

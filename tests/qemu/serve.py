@@ -28,7 +28,7 @@ from tests.qemu.machine import GuestRam, MigrationFailed, Qemu
 from tests.qemu.qmp import QmpError
 from tests.qemu.version import qemu_version
 
-__all__ = ["Driver", "Serve", "Witness"]
+__all__ = ["Driver", "Serve", "Witness", "failure", "imitated"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = ROOT / "tests" / "monitor" / "step_driver.py"
@@ -68,8 +68,24 @@ class Driver:
         return answer
 
 
+IMITATED = ((10, 0), (11, 1))
+
+
+def imitated() -> tuple[int, int]:
+    """The version that a compat server imitates: the newest that is not newer than the QEMU."""
+    return max(version for version in IMITATED if version <= max(qemu_version(), IMITATED[0]))
+
+
+def failure() -> list[str]:
+    """The last statuses of a save that fails, in the imitated version."""
+    return ["failing", "failed"] if imitated() >= (11, 1) else ["failed"]
+
+
 class Serve:
-    """One ``pyqmigrate serve`` in front of ``ram``, and a client connected to it."""
+    """One ``pyqmigrate serve`` in front of ``ram``, and a client connected to it.
+
+    With ``compat`` it imitates the QEMU at hand.
+    """
 
     def __init__(
         self, driver: Driver, ram: GuestRam, *, machine: str = "pc-i440fx-10.0",
@@ -86,7 +102,7 @@ class Serve:
             sys.executable, "-m", "pyqmigrate", "serve", "--qmp", f"unix:{self.socket}",
             "--ram", f"{block}=/proc/self/fd/{ram.fd}", "--machine", machine,
             *(["--incoming", "defer"] if incoming else []),
-            *(["--compat"] if compat else []),
+            *([f"--compat={imitated()[0]}.{imitated()[1]}"] if compat else []),
             *(["--uuid", uuid] if uuid else []),
         ]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -184,8 +200,9 @@ class Witness:
     """Drives an end, and keeps every answer in a form that is the same for equal ends.
 
     Left out, because they are nobody's promise: the numbers of descriptors, the values of
-    statistics (their names and types stay), and how many passes there were. A compat server is
-    like QEMU 10.0: what is known to differ in the QEMU at hand, and no more, is made equal.
+    statistics (their names and types stay), how many passes there were, and the reason of a failed
+    load. What is known to differ between the QEMU at hand and the version that a compat server
+    imitates, and no more, is made equal.
     """
 
     def __init__(self, end: Qemu | Serve) -> None:
@@ -200,7 +217,11 @@ class Witness:
         answer = self.hear(command, arguments, fd=fd)
         request = f"{command} {json.dumps(arguments)}"
         if isinstance(self.end, Qemu):
-            _as_10_0(answer)
+            _as_imitated(answer)
+        result = answer.get("return")
+        if isinstance(result, dict) and "error-desc" in result:
+            said = result["error-desc"]
+            result["error-desc"] = re.sub(r"(load of migration failed: [^:]+): .*", r"\1", said)
         self.account.append((request, _comparable(answer, numbers=command != "query-migrate")))
         return answer
 
@@ -273,25 +294,20 @@ class Witness:
 
 
 def _not_compared() -> list[str]:
-    """Statuses between others that QEMU 10.0 has and the one at hand has not, or the other way."""
+    """Statuses between others that only one has, the QEMU at hand or the imitated version."""
     version = qemu_version()
-    return ["device"] * (version < (10, 0)) + ["failing"] * (version >= (11, 0))
+    between = (11, 0) <= version < (11, 1)
+    return ["device"] * (version < (10, 0)) + ["failing"] * between
 
 
-def _as_10_0(answer: dict[str, Any]) -> None:
-    """Makes of a reply of the QEMU at hand what 10.0 says; newer ones say some things otherwise."""
+def _as_imitated(answer: dict[str, Any]) -> None:
+    """Makes of a reply of 10.2 or 11.0 what 10.0 says."""
     version, result = qemu_version(), answer.get("return")
+    if not IMITATED[0] < version < IMITATED[1]:
+        return
     if isinstance(result, dict):
-        if version >= (10, 2):
-            result.pop("cpr-exec-command", None)
-            # The reason follows, which 10.0 writes to standard error only.
-            if "error-desc" in result:
-                said = result["error-desc"]
-                result["error-desc"] = re.sub(r"(load of migration failed: [^:]+): .*", r"\1", said)
-        if version >= (11, 1):
-            result.pop("x-rdma-chunk-size", None)
-            result.pop("remaining", None)  # of the whole; that of RAM stays
-    if "error" in answer and version >= (11, 0):
+        result.pop("cpr-exec-command", None)
+    if "error" in answer:
         words = re.match("Option ([a-z-]+)( expects .*)", answer["error"]["desc"])
         if words:
             name = words[1].replace("-", "_")

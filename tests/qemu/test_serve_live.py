@@ -289,7 +289,8 @@ def test_a_busy_guest_is_never_stopped_by_a_save_that_is_cancelled(
     live.until("active")
     live.client.execute("migrate_cancel")
     assert live.until("cancelled", "failed", "completed") == {"status": "cancelled"}
-    assert live.events() == ["setup", "1", "active", "cancelling", "cancelled"]
+    first = ["1"] if live.migration.policy.qemu.first_pass_event else []
+    assert live.events() == ["setup", *first, "active", "cancelling", "cancelled"]
     assert live.client.execute("query-status") == {"status": "running", "running": True}
     assert not (disk / "state").exists()
     assert live.guest.instant == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -31,6 +32,7 @@ from tests.qemu.saved import (
     serial_says,
 )
 from tests.qemu.unpacked import emulator
+from tests.qemu.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 
@@ -274,11 +276,15 @@ def test_value_that_is_none_is_wrong_usage(saved_pc: Saved, option: str) -> None
 
 
 def test_postcopy_is_used_where_qemu_has_it(saved_pc: Saved, serial: Path) -> None:
+    """QEMU takes postcopy-ram together with mapped-ram after 11.1; until then it is refused."""
+
     async def run() -> None:
-        try:
+        refused = contextlib.nullcontext() if qemu_version() > (11, 1) else pytest.raises(
+            NotSupported, match="does not accept mapped-ram with postcopy-ram"
+        )
+        with refused:
             vm = await restore(saved_pc.path, saved_pc.command(serial=serial), mode="postcopy")
-        except NotSupported as error:
-            assert "does not accept mapped-ram with postcopy-ram" in str(error)
+        if qemu_version() <= (11, 1):
             return
         try:
             await goes_on(saved_pc, vm, serial)

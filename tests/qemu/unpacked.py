@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 
-__all__ = ["emulator", "lack", "qemu_img", "unpacked"]
+__all__ = ["emulator", "lack", "newer_qemu", "qemu_img", "unpacked"]
 
 _ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyqmigrate-tests"
 
@@ -37,6 +37,11 @@ def qemu_img() -> tuple[str, dict[str, str]]:
     root = unpacked("qemu-img")
     libraries = ":".join(str(path) for path in sorted(root.glob("usr/lib/*-linux-gnu")))
     return str(root / "usr/bin/qemu-img"), {**os.environ, "LD_LIBRARY_PATH": libraries}
+
+
+def newer_qemu() -> Path:
+    """Where the QEMU of the development suite is, if .ci/ensure-system newer-qemu unpacked it."""
+    return _ROOT / "newer-qemu" / "run" / "qemu-system-x86_64"
 
 
 def lack(reason: str) -> NoReturn:
