@@ -32,6 +32,7 @@ def run_interruptible(work: Coroutine[Any, Any, T]) -> T:
     from some moment on.
     """
     handlers = {number: signal.getsignal(number) for number in ending_signals()}
+    early: list[int] = []
 
     async def cancelled_by_signal() -> T:
         task = asyncio.current_task()
@@ -40,14 +41,19 @@ def run_interruptible(work: Coroutine[Any, Any, T]) -> T:
         with contextlib.suppress(RuntimeError, ValueError):  # only the main thread hears signals
             for number in handlers:
                 loop.add_signal_handler(number, task.cancel)
+        if early:
+            task.cancel()
         return await work
 
     try:
+        with contextlib.suppress(ValueError):
+            # One that raised while the loop is made would leave it neither whole nor closed.
+            for number in handlers:
+                signal.signal(number, lambda number, _: early.append(number))
         return asyncio.run(cancelled_by_signal())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
-        work.close()  # where a signal came before it began
         with contextlib.suppress(ValueError):
             for number, handler in handlers.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -8,13 +8,15 @@ socket so, and removes it by the same name when it ends.
 from __future__ import annotations
 
 import os
+import socket
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from pyqmigrate.errors import UsageError
 
-__all__ = ["SocketPath"]
+__all__ = ["SocketPath", "remove_stale_socket"]
 
 _MOST = 107  # bytes in sun_path, without its final NUL
 
@@ -55,3 +57,18 @@ class SocketPath:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def remove_stale_socket(path: Path) -> None:
+    """Remove a socket on which no process listens; all else stays. OSError where that fails."""
+    try:
+        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, SocketPath(path) as name:
+        try:
+            probe.connect(name.path)
+        except ConnectionRefusedError:
+            path.unlink()

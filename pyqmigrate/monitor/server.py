@@ -20,7 +20,6 @@ import errno
 import logging
 import os
 import socket
-import stat
 import struct
 import time
 from collections.abc import Callable, Coroutine
@@ -34,7 +33,7 @@ from pyqmigrate.events import Event
 from pyqmigrate.fdset import FdSets
 from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.place import absolute
-from pyqmigrate.io.socket_path import SocketPath
+from pyqmigrate.io.socket_path import SocketPath, remove_stale_socket
 from pyqmigrate.monitor.backend import MigrationBackend
 from pyqmigrate.monitor.commands import Context, Version
 from pyqmigrate.monitor.connection import Connection
@@ -217,7 +216,7 @@ def _listener(place: Path) -> tuple[socket.socket, os.stat_result]:
     """A listening socket, and the file that is its name."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _remove_stale(place)
+        remove_stale_socket(place)
         with SocketPath(place) as name:
             listener.bind(name.path)
         place.chmod(0o600)  # nobody can connect before listen()
@@ -233,26 +232,6 @@ def _listener(place: Path) -> tuple[socket.socket, os.stat_result]:
         ) from None
     listener.setblocking(False)
     return listener, made
-
-
-def _remove_stale(place: Path) -> None:
-    try:
-        is_socket = stat.S_ISSOCK(place.lstat().st_mode)
-    except FileNotFoundError:
-        return
-    if not is_socket:
-        return  # bind() will say that the address is in use
-    with (
-        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
-        SocketPath(place) as name,
-    ):
-        probe.setblocking(False)  # a server may have more clients in line than it takes
-        try:
-            probe.connect(name.path)
-        except ConnectionRefusedError:
-            place.unlink()
-        except OSError:
-            pass  # not a stream socket, say: bind() will refuse it
 
 
 def _remove_socket(place: Path, made: os.stat_result) -> None:

@@ -19,7 +19,7 @@ from pyqmigrate.vm.unbroken import owned, unbroken
 __all__ = ["Launched", "answered", "launch"]
 
 _START_TIMEOUT = 60.0  # seconds until QEMU answers; it may have large files to open
-_PATIENCE = 0.2  # seconds for a QEMU whose guest has not run, and which may be reading a file
+_PATIENCE = 0.15  # seconds for a QEMU whose guest has not run, and which may be reading a file
 
 
 class Launched:

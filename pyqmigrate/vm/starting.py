@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from pyqmigrate.errors import QemuError, UsageError
-from pyqmigrate.io.socket_path import SocketPath
+from pyqmigrate.io.socket_path import SocketPath, remove_stale_socket
 from pyqmigrate.io.threads import start_thread
 from pyqmigrate.vm.command_line import CommandLine, Option, escape, is_qemu
 from pyqmigrate.vm.leash import Leash
@@ -64,10 +64,13 @@ class Started:
     """A process on a leash. ``monitor`` is the socket on which its monitor will answer; whoever
     takes it owns it. ``at`` is when it was started (``time.monotonic``)."""
 
-    def __init__(self, at: float, monitor: socket.socket, leash: Leash) -> None:
+    def __init__(
+        self, at: float, monitor: socket.socket, leash: Leash, qmp: Path | None
+    ) -> None:
         self.at = at
         self.monitor = monitor
         self._leash = leash
+        self._qmp = qmp
         self.process: subprocess.Popen[bytes]
         self._errors: _ErrorOutput
 
@@ -91,6 +94,9 @@ class Started:
         self._leash.close()
         self.monitor.close()
         self._errors.join()
+        if self._qmp is not None:  # QEMU removes it unless it was killed
+            with contextlib.suppress(OSError, UsageError):
+                remove_stale_socket(self._qmp)
 
     def terminate(self) -> None:
         """Send SIGTERM, on which QEMU stops the guest and ends; returns at once."""
@@ -118,7 +124,7 @@ def start(
         failed.enter_context(monitor)
         # Nobody but QEMU may hold these: that it is gone is seen by their being closed.
         ours.enter_context(theirs)
-        started = Started(at, monitor, leash)
+        started = Started(at, monitor, leash, qmp)
         configuration, writer = os.pipe2(os.O_CLOEXEC)
         ours.callback(os.close, configuration)
         os.fchmod(configuration, 0o444)  # QEMU opens it by name, and may be another user

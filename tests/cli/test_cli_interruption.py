@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
 import signal
 import subprocess
@@ -66,3 +68,28 @@ def test_every_verb_runs_its_loop_so() -> None:
         if re.search(r"asyncio\.(run|Runner)\(|run_until_complete", path.read_text())
     }
     assert found == {"interruption.py"}
+
+
+def test_signal_before_the_loop_is_there_cancels_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pyqmigrate.cli.interruption import run_interruptible
+
+    done = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            done.append(True)
+
+    make = asyncio.new_event_loop
+
+    def interrupted() -> asyncio.AbstractEventLoop:
+        os.kill(os.getpid(), signal.SIGINT)
+        return make()
+
+    monkeypatch.setattr(asyncio.events, "new_event_loop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_interruptible(work())
+    assert done

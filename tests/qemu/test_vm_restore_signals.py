@@ -114,6 +114,7 @@ def test_signal_from_outside_at_any_moment_leaves_no_guest(
         time.sleep(0.01 * step)
         process.send_signal(number)
         code, ran = finished(process, serial)
+        assert not monitor.exists(), "its socket is left"
         if code not in INTERRUPTED:
             assert code == 0  # the guest was there: QEMU had the signal, and ended
             break

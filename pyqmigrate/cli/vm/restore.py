@@ -132,10 +132,15 @@ def _run(args: argparse.Namespace) -> Outcome:
     early = None
     if request.mode in (Mode.AUTO, Mode.INSTANT):
         early = begin(args.snapshot, args.command or None, request, offset=args.offset)
-    # What takes long to import comes when QEMU is starting.
-    from pyqmigrate.cli.interruption import run_interruptible
+    try:
+        # What takes long to import comes when QEMU is starting.
+        from pyqmigrate.cli.interruption import run_interruptible
 
-    return run_interruptible(_restore(args, request, early))
+        return run_interruptible(_restore(args, request, early))
+    except KeyboardInterrupt:
+        if early is not None:  # where it came before the loop had it
+            early.end()
+        raise
 
 
 async def _restore(args: argparse.Namespace, request: Request, early: Early | None) -> Outcome:
