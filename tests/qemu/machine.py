@@ -115,6 +115,7 @@ class Qemu:
         bios: Path | None = None,
         serial: Path | None = None,
         extra: Sequence[str] = (),
+        accelerator: str = "tcg",
     ) -> None:
         self.machine = machine
         self.ram_block = RAM_BLOCK[machine]
@@ -134,7 +135,7 @@ class Qemu:
                 "-m", f"{ram.length >> 20}M", "-object", backend,
             ]  # fmt: skip
         command = [
-            BINARY, "-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot", *memory,
+            BINARY, "-accel", accelerator, "-nodefaults", "-display", "none", "-no-reboot", *memory,
             "-qmp", f"unix:{self.socket},server=on,wait=off",
             *([] if run else ["-S"]),
             *(["-incoming", "defer"] if incoming else []),
