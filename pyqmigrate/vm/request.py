@@ -38,3 +38,5 @@ class Request:
     stdout: Stream = None
     stderr: Stream = None
     pass_fds: tuple[int, ...] = ()
+    set_time: bool = False
+    guest_agent: str | os.PathLike[str] | None = None

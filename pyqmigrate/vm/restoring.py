@@ -36,6 +36,7 @@ from pyqmigrate.vm.companion import Companion
 from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.ending import Ending
+from pyqmigrate.vm.guest_clock import correct_clock, note_on_clock
 from pyqmigrate.vm.inherited import check_descriptors
 from pyqmigrate.vm.launch import Launched, answered, launch
 from pyqmigrate.vm.loading import Incoming, take_in
@@ -144,6 +145,8 @@ async def restore(
     direct_io: DirectIO | str = DirectIO.AUTO,
     stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
     pass_fds: Collection[int] = (),
+    set_time: bool = False,
+    guest_agent: str | os.PathLike[str] | None = None,
 ) -> RestoredVm:
     """Start a QEMU and have it go on where ``snapshot`` was taken.
 
@@ -162,6 +165,9 @@ async def restore(
         error is passed on from the moment the guest is there, by a thread of this process; what
         QEMU writes after this process has ended is lost.
     pass_fds: descriptors that the command line names by their numbers, and QEMU is to have.
+    set_time: set the guest's clock by its agent, once it runs. Where that fails, or takes more than
+        five seconds, a note says so.
+    guest_agent: the path of the agent's socket; None finds it in the command line.
 
     Raises UsageError for a command line that contradicts a restore or another machine type,
     BlockMismatch for other RAM blocks, SnapshotError for a bad file, NotSupported where this QEMU
@@ -171,7 +177,7 @@ async def restore(
     request = Request(
         choice(Mode, mode, "mode"), paused, qmp, channels,
         choice(DirectIO, direct_io, "direct_io"), stdin, stdout, stderr,
-        check_descriptors(pass_fds),
+        check_descriptors(pass_fds), set_time, guest_agent,
     )
     parsed = CommandLine.parse(command)
     async with await Companions.open(snapshot, offset) as companions:
@@ -337,6 +343,7 @@ class _Attempt:
         state = await _settle(qemu.monitor, paused)
         if state != "running" and not paused:
             notes = (*notes, f"the guest is {state}, as it was when it was saved; cont lets it run")
+        notes = (*notes, *await self._clock(qemu.process.pid, state))
         report = RestoreReport(
             machine=self.source.snapshot.machine,
             qemu=".".join(map(str, qemu.monitor.version)), pid=qemu.process.pid, run_state=state,
@@ -346,6 +353,13 @@ class _Attempt:
         )
         qemu.hand_over()
         return RestoredVm(qemu, report)
+
+    async def _clock(self, pid: int, state: str) -> list[str]:
+        if state != "running":
+            return []
+        if self.request.set_time:
+            return await correct_clock(pid, self.request.guest_agent)
+        return note_on_clock(self.source.age)
 
 
 async def _settle(monitor: Monitor, paused: bool | None) -> str:

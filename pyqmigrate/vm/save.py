@@ -45,6 +45,7 @@ from pyqmigrate.vm.ending import Ending
 from pyqmigrate.vm.engine_direct import DeviceStateRefused, save_by_us
 from pyqmigrate.vm.engine_qemu import save_by_qemu
 from pyqmigrate.vm.guest import Guest, look
+from pyqmigrate.vm.guest_clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest_files import files_of
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.plan import Plan, make_plan
@@ -113,6 +114,8 @@ async def save(
     sparse: Sparse | str = Sparse.AUTO,
     with_disks: bool = False,
     seal: Algorithm | str | None = None,
+    set_time: bool = False,
+    guest_agent: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> VmSaveReport:
     """Save the guest of the QEMU whose monitor listens at ``qmp`` into the file ``snapshot``.
@@ -131,6 +134,9 @@ async def save(
     seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the snapshot
         when it has its name and the guest is as it shall be. With engine qemu the file is read for
         it. Should that fail, the snapshot stays.
+    set_time: set the clock of a guest that goes on, by its agent. Where that fails, or takes more
+        than five seconds, a note says so.
+    guest_agent: the path of the agent's socket; None finds it in QEMU's command line.
     progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
 
     Whatever fails, and when this is cancelled or its process killed, the guest is put back as it
@@ -142,7 +148,7 @@ async def save(
         os.fspath(snapshot), engine, live, None if then is None else choice(Then, then, "then"),
         check_channels(channels), choice(DirectIO, direct_io, "direct_io"),
         choice(Sparse, sparse, "sparse"), with_disks, progress,
-        None if seal is None else choice(Algorithm, seal, "seal"),
+        None if seal is None else choice(Algorithm, seal, "seal"), set_time, guest_agent,
     )
     if request.seal is not None:
         digester(request.seal)
@@ -166,6 +172,8 @@ class _Request:
     with_disks: bool
     progress: ProgressCallback | None
     seal: Algorithm | None
+    set_time: bool
+    guest_agent: str | os.PathLike[str] | None
 
 
 class _Save:
@@ -224,6 +232,7 @@ class _Save:
         modified = os.fstat(target.fd).st_mtime_ns
         seconds = time.monotonic() - self.started
         await custody.end(resume=self._resumes)
+        clock = await self._clock(written.downtime)
         after, late = await self._end()
         await self._seal(written, modified)
         resumed = self._resumes and self.guest.running
@@ -250,7 +259,7 @@ class _Save:
             ),
             disks_record=str(self.disks.record) if self.disks and self.disks.recorded else None,
             seal=self.request.seal,
-            notes=(*plan.notes, *written.notes, *late, *custody.trouble),
+            notes=(*plan.notes, *written.notes, *clock, *late, *custody.trouble),
         )
 
     def _beside(self) -> list[Path]:
@@ -295,6 +304,13 @@ class _Save:
             sparse=plan.sparse, seal=request.seal, resume=self._resumes, at_instant=at_instant,
             progress=request.progress,
         )
+
+    async def _clock(self, downtime: float | None) -> list[str]:
+        if not self._resumes:
+            return []
+        if self.request.set_time:
+            return await correct_clock(self.guest.pid, self.request.guest_agent)
+        return note_on_clock(downtime or 0.0)
 
     async def _seal(self, written: Written, mtime_ns: int) -> None:
         """Beside the snapshot, which is there and stays."""

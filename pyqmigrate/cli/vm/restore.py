@@ -11,6 +11,9 @@ started (-add-fd fd=5, -netdev tap,fd=5). The command waits until it ends, and p
 SIGTERM and SIGHUP on to it; before the guest is there, they end the restore. What was done is
 told on standard error when the guest is there.
 
+While a guest is a file its clocks stand still, so its wall clock falls behind. ``--set-time`` sets
+it by the guest agent, whose socket is found in the command line; otherwise a note says how.
+
 The exit code is 0 when QEMU ended with 0, and 4 otherwise.
 
 JSON, printed as soon as the guest is there: ``mode``; ``why``; ``machine``; ``qemu``, its version;
@@ -30,6 +33,7 @@ from typing import TYPE_CHECKING
 
 from pyqmigrate.cli.arguments import (
     Verbs,
+    add_clock,
     add_direct_io,
     add_offset,
     add_verb,
@@ -58,6 +62,7 @@ def add_parser(verbs: Verbs) -> None:
     )
     add_run_state(parser)
     parser.add_argument("--qmp", metavar="SOCKET", help="give QEMU one more monitor, here")
+    add_clock(parser)
     add_offset(parser)
     parser.add_argument(
         "--channels", type=read_channels, metavar="N", default=None,
@@ -93,7 +98,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     request = Request(
         Mode(args.mode), args.paused, args.qmp, args.channels, DirectIO(args.direct_io),
-        pass_fds=inherited_descriptors(),
+        pass_fds=inherited_descriptors(), set_time=args.set_time, guest_agent=args.guest_agent,
     )
     early = None
     if request.mode in (Mode.AUTO, Mode.INSTANT):
@@ -113,7 +118,8 @@ async def _restore(args: argparse.Namespace, request: Request, early: Early | No
         vm = await restore(
             args.snapshot, args.command, mode=request.mode, paused=request.paused,
             qmp=request.qmp, offset=args.offset, channels=request.channels,
-            direct_io=request.direct_io, pass_fds=request.pass_fds,
+            direct_io=request.direct_io, pass_fds=request.pass_fds, set_time=request.set_time,
+            guest_agent=request.guest_agent,
         )
     async with vm:
         pass_signals_on([vm])

@@ -6,7 +6,8 @@ interrupted or killed, the guest is put back as it was, running or paused, with 
 Engine qemu lets QEMU write the file, with the settings that are fast for this guest; engine direct
 lets QEMU write its device state only, and writes the pages from here. Without --then the guest is
 afterwards what it was before; with --then quit QEMU is ended once the snapshot has its name, and
-its end is waited for. --seal writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the
+its end is waited for. --set-time sets the clock of a guest that goes on, by its agent: the pause
+has put it behind. --seal writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the
 file is read for it.
 
 JSON: ``snapshot``; ``engine`` and ``why``; ``settings``, an object of QEMU's settings that were
@@ -28,7 +29,14 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_seal, add_verb
+from pyqmigrate.cli.arguments import (
+    Verbs,
+    add_channels,
+    add_clock,
+    add_direct_io,
+    add_seal,
+    add_verb,
+)
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
@@ -56,6 +64,7 @@ def add_parser(verbs: Verbs) -> None:
         "--then", choices=["pause", "resume", "quit"], default=None,
         help="what becomes of the guest (default: what it was)",
     )
+    add_clock(parser)
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
@@ -78,7 +87,8 @@ def _run(args: argparse.Namespace) -> Outcome:
             save(
                 args.qmp, args.snapshot, engine=args.engine, live=args.live, then=args.then,
                 channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
-                with_disks=args.with_disks, seal=args.seal, progress=show,
+                with_disks=args.with_disks, seal=args.seal, set_time=args.set_time,
+                guest_agent=args.guest_agent, progress=show,
             )
         )
     return Outcome(asdict(report), [printable(line) for line in _lines(report)])
