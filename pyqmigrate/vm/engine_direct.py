@@ -66,6 +66,7 @@ async def save_by_us(
         state = await _migrated(custody, guest, at_instant)
     else:
         state = await _devices_only(custody, guest, at_instant)
+    custody.events.stands()
     heed_cancellation()
     writer, job, pages_written = _start(target, guest, state, channels, sparse, seal)
     downtime = None
@@ -73,6 +74,7 @@ async def save_by_us(
         await _until(pages_written, job, progress)
         if job.done():
             job.result()  # raises what went wrong
+        await custody.check_that_it_stood()
         if resume:
             await custody.resume()
             if guest.running:

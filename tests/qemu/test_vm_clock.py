@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from pyqmigrate.vm.restoring import RestoreReport, restore
 from pyqmigrate.vm.save import VmSaveReport, save
 from tests.harness.agent import Agent
 from tests.qemu.bare import BareQemu
+from tests.qemu.linux_guest import LinuxGuest
 from tests.qemu.machine import BINARY
+from tests.qemu.unpacked import unpacked
 
 pytestmark = pytest.mark.qemu
 
@@ -74,6 +77,47 @@ def test_restore_sets_the_clock_or_says_how_far_it_is_behind(tmp_path: Path) -> 
     with Agent(tmp_path / "agent") as agent:
         report = restored(tmp_path / "s", set_time=True, guest_agent=tmp_path / "agent")
     assert len(agent.times) == 1 and "was set" in about_clock(report.notes)[0]
+
+
+def agent_files() -> dict[str, bytes]:
+    """qemu-ga with all libraries that it needs, as files of a guest's root directory."""
+    root = unpacked("agent")
+    program = root / "usr/sbin/qemu-ga"
+    libraries = root / "usr/lib/x86_64-linux-gnu"
+    printed = subprocess.run(
+        ["ldd", program], capture_output=True, text=True, check=True,
+        env={"LD_LIBRARY_PATH": str(libraries)},
+    ).stdout
+    paths = [word for word in printed.split() if word.startswith("/")]
+    return {
+        "bin/qemu-ga": program.read_bytes(),
+        **{f"bin/{Path(path).name}": Path(path).read_bytes() for path in paths},
+    }
+
+
+@pytest.mark.long
+def test_real_agent_sets_the_clock_of_a_linux(disk: Path) -> None:
+    guest = LinuxGuest(disk, files=agent_files())
+    channel = [
+        "-chardev", f"socket,id=ga,path={disk}/ga,server=on,wait=off",
+        "-device", "isa-serial,chardev=ga,index=1",
+    ]  # fmt: skip
+    with guest.boot(*channel) as console:
+        console.run("mkdir -p /sbin /run && ln -s /bin/busybox /sbin/hwclock")
+        console.run("stty -F /dev/ttyS1 raw -echo")
+        console.run(
+            "/bin/ld-linux-x86-64.so.2 --library-path /bin /bin/qemu-ga -m isa-serial "
+            "-p /dev/ttyS1 -t /run -f /run/qga.pid -d"
+        )
+        console.run("date -u -s @1000000000 >/dev/null")
+        assert int(console.run("date +%s")) < 1_000_000_600
+        report = asyncio.run(
+            save(guest.qmp, disk / "s", set_time=True, guest_agent=disk / "ga")
+        )
+        assert about_clock(report.notes) == [
+            "the guest's clock was set to this host's, by its agent"
+        ]
+        assert abs(int(console.run("date +%s")) - time.time()) < 60
 
 
 def test_agent_of_a_real_qemu_is_found(tmp_path: Path) -> None:
