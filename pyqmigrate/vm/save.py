@@ -72,13 +72,12 @@ class VmSaveReport:
     """What a save did.
 
     ``downtime`` is how many seconds the guest stood still, from QEMU's event STOP to RESUME; None
-    where it did not run before or does not again; ``seconds`` is wall time up to the
-    moment at which the snapshot had its name. ``bytes_written`` went to the file,
-    ``bytes_allocated`` is what it holds on disk, ``rate`` is ``bytes_written`` a second.
-    ``run_state_after`` is None after ``quit``. ``disks`` are sentences on what a restore needs of
-    the writable disks, ``disks_record`` is the file with their names where snapshots of them
-    were taken. ``seal`` is the algorithm of the seal, if any. ``notes`` are things that
-    somebody should know.
+    where it did not run before or does not again; ``seconds`` is wall time up to the moment at
+    which the snapshot had its name. ``bytes_written`` went to the file, ``bytes_allocated`` is what
+    it holds on disk, ``rate`` is ``bytes_written`` a second. ``run_state_after`` is None after
+    ``quit``. ``disks`` are sentences on what a restore needs of the writable disks,
+    ``disks_record`` is the file with their names where snapshots of them were taken. ``seal`` is
+    the algorithm of the seal, if any. ``notes`` are things that somebody should know.
     """
 
     snapshot: str
