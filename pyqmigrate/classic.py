@@ -33,7 +33,7 @@ from pyqmigrate.format.configuration import IGNORE_SHARED
 from pyqmigrate.format.sequential import SequentialBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
-from pyqmigrate.io.in_use import FileId, files_in_use
+from pyqmigrate.io.in_use import FileId, files_in_use, refuse_in_use
 from pyqmigrate.io.memory import Memory, StoredMemory
 from pyqmigrate.io.passing import PassingInput
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
@@ -123,13 +123,15 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         index: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(locate(target, offset))
-        self.index = None if index is None else Path(index)
+        self.index: Path | None = None
         self._walked: tuple[SequentialStream, Mapping[str, _Counted]] | None = None
         self._pages: PageIndex | None = None
         try:
-            if self.index is not None:
-                check_place(self.index)
             source = self.source
+            if index is not None:
+                place = check_place(index)
+                refuse_in_use(place, self.in_use())
+                self.index = place
             walk = SequentialWalk(
                 source, self.offset, _no_records, page_size=page_size,
                 run_out=source.run_out if isinstance(source, PassingInput) else None,

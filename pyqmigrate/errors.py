@@ -11,6 +11,7 @@ keep working::
     |   `-- BlockMismatch                the blocks given are not the blocks of the snapshot
     |-- TargetError      (OSError)       the system refused: errno, file name and position
     |   |-- NoSpace                      the file system is full, or would be
+    |   |-- NotDurable                   the file is there and whole, but may not outlast a crash
     |   `-- DirectIORefused              direct I/O was demanded and cannot be had here
     |-- GuestMemoryError (OSError)       guest memory went away or cannot be reached
     |-- QemuError        (RuntimeError)  a QEMU did not do what it was asked
@@ -33,6 +34,7 @@ __all__ = [
     "GuestMemoryError",
     "JobTimeout",
     "NoSpace",
+    "NotDurable",
     "NotSupported",
     "PyqmigrateError",
     "QemuError",
@@ -118,6 +120,18 @@ class NoSpace(TargetError):
         errno: int = _errno.ENOSPC, position: int | None = None,
     ) -> None:
         super().__init__(errno, what, filename, position=position)
+
+
+class NotDurable(TargetError):
+    """The file was published: it has its name and is whole. But making the name durable failed, so
+    that a crash of the host may take it away. What was to follow (a seal, the end of the guest) was
+    not done."""
+
+    def __init__(self, errno: int, filename: str | os.PathLike[str]) -> None:
+        super().__init__(
+            errno, "the file is there and whole, but a crash of the host may take it away: it "
+            "cannot be made durable under its name; sync the file system", filename,
+        )
 
 
 class DirectIORefused(TargetError):

@@ -114,6 +114,7 @@ class _Load:
             for layout, _ in blocks:
                 memory = Attached(layout.name, memories[layout.name], writable=True)
                 stack.callback(memory.close)
+                memory.refuse_as_source(source.file_fd)
                 if memory.length != layout.length:
                     raise BlockMismatch(
                         f"memory of block {layout.name!r} has {memory.length} bytes, "

@@ -21,12 +21,9 @@ end of each body of records) and ``blocks`` (name, length, changes, runs).
 from __future__ import annotations
 
 import array
-import contextlib
-import errno
 import hashlib
 import json
 import os
-import secrets
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,10 +33,10 @@ from typing import Any, BinaryIO
 import xxhash
 
 from pyqmigrate import _core
-from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.sequential import SequentialBlock
 from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
 from pyqmigrate.io.target import InputTarget
 from pyqmigrate.sequential import Records
 
@@ -47,6 +44,7 @@ __all__ = ["PageIndex", "check_place", "keep", "recall"]
 
 _MAGIC = b"qmindex2"
 _OLDER = b"qmindex1"  # had no digest
+_INDEX = FileKind("index", lambda head: head.startswith((_MAGIC, _OLDER)))
 _BODY = len(_MAGIC) + DIGEST_SIZE  # where what is digested starts
 _HEAD_MAX = 64 << 20
 _RUN_MAX = 1 << 16  # pages in one run of a kept index
@@ -86,44 +84,19 @@ class PageIndex:
         return end
 
 
-def check_place(path: Path) -> None:
-    """Refuse, with UsageError, a place that has something else than an index: the snapshot itself,
-    say. Nothing at all, or an empty file, may be there."""
-    try:
-        with path.open("rb") as file:
-            found = file.read(len(_MAGIC))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise TargetError(
-            error.errno or errno.EIO, "cannot keep an index there", os.fspath(path)
-        ) from error
-    if found not in (b"", _MAGIC, _OLDER):
-        raise UsageError(f"{os.fspath(path)!r} is no index, and would be replaced by one")
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """Where an index is to be kept: an absolute path. UsageError where something else is there, the
+    snapshot itself, say; an empty file may be. TargetError."""
+    return check_replaceable(path, _INDEX)
 
 
 def keep(index: PageIndex, source: InputTarget, path: Path) -> None:
-    """Write the index of ``source`` to ``path``; it appears there whole, and durable.
+    """Write the index of ``source`` to ``path``, where it appears whole. Its name need not be
+    durable: an index that is lost is made again.
 
-    Raises TargetError.
+    Raises UsageError where something else is there now, TargetError.
     """
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
-    try:
-        with open(temporary, "xb", opener=_private) as file:
-            _write(index, source, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise TargetError(
-            error.errno or errno.EIO, "cannot keep the index", os.fspath(path)
-        ) from error
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    write_whole(path, _INDEX, lambda file: _write(index, source, file), sync_name=False)
 
 
 def _write(index: PageIndex, source: InputTarget, file: BinaryIO) -> None:

@@ -236,7 +236,7 @@ class Writer(StreamWriter):
         self._publish()
         if self.digests is not None and self._named:
             modified = os.fstat(self.target.fd).st_mtime_ns
-            write_manifest(seal_path(self.target.name), self.manifest(modified))
+            write_manifest(self.target.seal, self.manifest(modified))
         return self._report()
 
     def manifest(self, mtime_ns: int) -> Manifest:

@@ -38,6 +38,7 @@ from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
 from pyqmigrate.io.bitmap_order import other_order
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.digests import Digests, open_direct
+from pyqmigrate.io.in_use import files_in_use, refuse_in_use
 from pyqmigrate.io.manifest import (
     Manifest,
     check_place,
@@ -175,10 +176,11 @@ def start_seal(
             if source.offset:
                 raise UsageError("the offset is given twice")
             source.offset = offset
-        check_place(seal_path(source.name))
+        place = check_place(seal_path(source.name))
+        refuse_in_use(place, files_in_use([(source.fd, "the snapshot that is to be sealed")]))
         work = _Sealing(
-            source, page_size, bitmap_order, Digests(chosen), Channels(count, "pyqmigrate-seal"),
-            setting,
+            source, place, page_size, bitmap_order, Digests(chosen),
+            Channels(count, "pyqmigrate-seal"), setting,
         )
         return Job(work.channels, source.size, work.run)
     except BaseException:
@@ -193,6 +195,7 @@ def _setting(direct_io: DirectIO | str) -> DirectIO:
 @dataclass(frozen=True)
 class _Sealing:
     source: InputTarget
+    place: Path
     page_size: int | None
     bitmap_order: ByteOrder | None
     digests: Digests
@@ -207,13 +210,15 @@ class _Sealing:
             self.source.close()
 
     def _run(self, started: float) -> SealReport:
-        source, path, digests = self.source, seal_path(self.source.name), self.digests
+        source, digests = self.source, self.digests
         if source.size > SEALED_MAX:
             raise NotSupported(f"a file of {source.size} bytes cannot be sealed")
         self._lock(fcntl.LOCK_SH, "somebody writes it in place")
-        cleared, start, blocks, order = self._prepare(path)
-        os.fsync(source.fd)
         before = os.fstat(source.fd)
+        cleared, start, blocks, order = self._prepare(before)
+        os.fsync(source.fd)
+        if cleared:
+            before = os.fstat(source.fd)
         digests.resize(before.st_size)
         direct, reason = open_direct(source, self.direct_io)
         try:
@@ -225,15 +230,15 @@ class _Sealing:
             before.st_mtime_ns, start, blocks or (), clear_pages_zero=blocks is not None,
             bitmap_order=order or "little",
         )
-        write_manifest(path, manifest)
+        write_manifest(self.place, manifest)
         return SealReport(
-            source.name, str(path), digests.algorithm, before.st_size, digests.bytes_read,
+            source.name, str(self.place), digests.algorithm, before.st_size, digests.bytes_read,
             blocks is not None, cleared, time.monotonic() - started, direct is not None, reason,
             self.channels.count, order,
         )
 
     def _prepare(
-        self, path: Path
+        self, before: os.stat_result
     ) -> tuple[int, int, tuple[BlockLayout, ...] | None, ByteOrder | None]:
         """Verify the structure and clear pages; how many, where the stream starts, the blocks, and
         the byte order of their bitmaps."""
@@ -247,9 +252,10 @@ class _Sealing:
             channels = self.channels.sibling("pyqmigrate-stale")
             stale = find_stale(snapshot, channels)
             if stale:
+                self._check_unchanged(before)
                 if self.bitmap_order is None:
                     self._check_order(snapshot, sum(stale.values()))
-                self._clear(snapshot, stale, path, channels)
+                self._clear(snapshot, stale, before, channels)
             return (
                 sum(stale.values()), snapshot.offset, snapshot.stream.blocks,
                 snapshot.bitmap_order,
@@ -278,16 +284,27 @@ class _Sealing:
             )
 
     def _clear(
-        self, snapshot: Snapshot, stale: dict[str, int], path: Path, channels: Channels
+        self, snapshot: Snapshot, stale: dict[str, int], before: os.stat_result,
+        channels: Channels,
     ) -> None:
+        """Make the pages holes. The file has to be what it was ``before`` its bitmaps were read: a
+        writer that takes no lock, such as QEMU, may have come since, and pages of a new snapshot
+        would be cleared by the bitmaps of the old one."""
         self._lock(fcntl.LOCK_EX, "a guest runs from it, and pages have to be cleared in it")
+        self._check_unchanged(before)
         # An earlier seal would call damaged what is done now.
-        remove_manifest(path)
+        remove_manifest(self.place)
         fd = os.open(f"/proc/self/fd/{self.source.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
+            self._check_unchanged(before)  # the directory's fsync took its time
             clear_stale(snapshot, fd, stale, channels)
         finally:
             os.close(fd)
+        if os.fstat(self.source.fd).st_size != before.st_size:
+            raise TargetError(
+                errno.EBUSY, "was written to while pages were cleared in it, and may be damaged",
+                self.source.name,
+            )
 
     def _lock(self, kind: int, why: str) -> None:
         try:
@@ -303,7 +320,8 @@ class _Sealing:
 
     def _check_unchanged(self, before: os.stat_result) -> None:
         """Whether the name still leads to the file, and the file is what was read."""
-        now, named = os.fstat(self.source.fd), Path(self.source.name).stat()
+        assert self.source.place is not None
+        now, named = os.fstat(self.source.fd), self.source.place.stat()
         same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         if not same or not os.path.samestat(now, named):
             raise TargetError(

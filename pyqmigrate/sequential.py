@@ -478,12 +478,16 @@ class SequentialReader:
 
     def _attach(self, block: SequentialBlock, memory: Memory) -> Attached:
         attached = Attached(block.name, memory, writable=True)
-        if attached.length != block.length:
+        try:
+            attached.refuse_as_source(self.source.file_fd)
+            if attached.length != block.length:
+                raise BlockMismatch(
+                    f"memory of block {block.name!r} has {attached.length} bytes, "
+                    f"the snapshot {block.length}"
+                )
+        except BaseException:
             attached.close()
-            raise BlockMismatch(
-                f"memory of block {block.name!r} has {attached.length} bytes, "
-                f"the snapshot {block.length}"
-            )
+            raise
         return attached
 
     def _new_records(self) -> Records:

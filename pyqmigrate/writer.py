@@ -18,7 +18,7 @@ from pyqmigrate.format.elements import MAGIC
 from pyqmigrate.format.mapped_ram import BlockSpec
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.memory import Attached, RamBlock, attach
+from pyqmigrate.io.memory import Attached, RamBlock, attach, files_of
 from pyqmigrate.io.target import DirectIO, OutputTarget, Target
 from pyqmigrate.log import logger
 
@@ -121,8 +121,9 @@ class StreamWriter(abc.ABC):
 
     def _open(self, target: Target, direct_io: DirectIO) -> None:
         """The last thing a constructor does: from here on an existing file may be changed."""
-        in_use = {id_: what for m in self.memories for id_, what in m.in_use().items()}
-        self.target = OutputTarget.open(target, direct_io, reuse=self.reuse, in_use=in_use)
+        self.target = OutputTarget.open(
+            target, direct_io, reuse=self.reuse, in_use=files_of(self.memories)
+        )
         self._cleanup.callback(self.target.abort)
 
     @property

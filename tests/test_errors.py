@@ -19,6 +19,7 @@ from pyqmigrate import (
     GuestMemoryError,
     JobTimeout,
     NoSpace,
+    NotDurable,
     NotSupported,
     PyqmigrateError,
     QemuError,
@@ -42,6 +43,7 @@ from tests.snapshots import known_memory, save_known
         (BlockMismatch, UsageError),
         (TargetError, OSError),
         (NoSpace, TargetError),
+        (NotDurable, TargetError),
         (DirectIORefused, TargetError),
         (GuestMemoryError, OSError),
         (QemuError, RuntimeError),
@@ -77,6 +79,12 @@ def test_a_target_error_keeps_number_name_and_position() -> None:
 def test_no_space_is_enospc_unless_told_otherwise() -> None:
     assert NoSpace("full", "/snap").errno == errno.ENOSPC
     assert NoSpace("full", "/snap", errno=errno.EDQUOT).errno == errno.EDQUOT
+
+
+def test_what_is_not_durable_is_said_to_be_there() -> None:
+    error = NotDurable(errno.EIO, "/snap")
+    assert (error.errno, error.filename, error.position) == (errno.EIO, "/snap", None)
+    assert "is there and whole" in str(error)
 
 
 def test_a_guest_memory_error_names_its_block() -> None:

@@ -491,3 +491,49 @@ def test_what_libvirt_saved_is_sealed_with_its_header(tmp_path: Path) -> None:
     assert made.check().intact
     made.write(start - 5, b"?")
     assert made.check().damages[0].parts[0].what == "what is before the stream"
+
+
+@pytest.mark.parametrize("moment", ["before the lock", "after the lock"])
+def test_pages_of_a_snapshot_that_is_written_meanwhile_are_not_cleared(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """QEMU takes no lock. It writes another snapshot into the file when the bitmaps of the one that
+    was there have been read."""
+    made = Sealed.make(disk / "guest")
+    made.stale("big", 5)
+    dense = Sealed.make(disk / "new", seal=None)
+    new = dense.path.read_bytes()[::-1]
+    where, name = (sealing, "find_stale") if moment == "before the lock" else (
+        sealing, "remove_manifest"
+    )
+    real = getattr(where, name)
+
+    def written(*arguments: Any) -> Any:
+        found = real(*arguments)
+        made.path.write_bytes(new)
+        return found
+
+    monkeypatch.setattr(where, name, written)
+    with pytest.raises(TargetError, match="changed or replaced") as caught:
+        seal(made.path)
+    assert caught.value.errno == errno.EBUSY
+    assert made.path.read_bytes() == new
+    if moment == "after the lock":
+        assert not made.seal.exists()
+
+
+def test_a_file_that_gets_another_size_while_pages_are_cleared_is_not_sealed(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Sealed.make(disk / "guest")
+    made.stale("big", 5)
+    clear = sealing.clear_stale
+
+    def shrunk(*arguments: Any) -> None:
+        clear(*arguments)
+        os.truncate(made.path, 4096)
+
+    monkeypatch.setattr(sealing, "clear_stale", shrunk)
+    with pytest.raises(TargetError, match="was written to while pages were cleared"):
+        seal(made.path)
+    assert not made.seal.exists()

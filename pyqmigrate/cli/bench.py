@@ -14,10 +14,8 @@ of the fastest; ``plot``, the picture's path or null.
 from __future__ import annotations
 
 import argparse
-import errno
 import itertools
 import mmap
-import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +28,6 @@ from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
 from pyqmigrate.cli.sizes import MIB, read_size, show_size
-from pyqmigrate.errors import TargetError
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.pagecache import drop_cached
 from pyqmigrate.io.target import DirectIO
@@ -80,7 +77,7 @@ class _Setting:
 def _run(args: argparse.Namespace) -> Outcome:
     if args.plot is not None:
         plot.check_available()
-        _check_writable(args.plot)
+        picture = plot.check_place(args.plot)
     with scratch(args.dir) as directory:
         size = fitting_size(args.size, _DEFAULT_SIZE, directory, memories=2)
         path = directory / "guest.mapped"
@@ -97,15 +94,8 @@ def _run(args: argparse.Namespace) -> Outcome:
     data_bytes = first.data_pages * PAGE
     data = _data(args, size, data_bytes, settings, first.direct_io_reason)
     if args.plot is not None:
-        plot.draw(args.plot, data["results"], f"{show_size(size)} guest in {args.dir}")
+        plot.draw(picture, data["results"], f"{show_size(size)} guest in {args.dir}")
     return Outcome(data, _lines(data))
-
-
-def _check_writable(path: str) -> None:
-    parent = Path(path).parent
-    if not os.access(parent, os.W_OK):
-        number = errno.EACCES if parent.exists() else errno.ENOENT
-        raise TargetError(number, "cannot write the picture", path)
 
 
 def _measure(setting: _Setting, path: Path, memory: mmap.mmap, copy: mmap.mmap) -> None:

@@ -76,7 +76,6 @@ def _run(args: argparse.Namespace) -> Outcome:
         for name, path in args.blocks:
             fd = _open_memory(path)
             stack.callback(os.close, fd)
-            _refuse_overwriting(args, fd, path)
             blocks.append(RamBlock(name, FileMemory(fd)))
         show = stack.enter_context(shown("pack"))
         report = save(
@@ -104,15 +103,6 @@ def _target(path: str, offset: int | None) -> str:
     if path.startswith("file:") or ",offset=" in path:
         raise UsageError(f"--offset does not go with the name {path!r}; write it into a file: URI")
     return f"file:{path},offset={offset}"
-
-
-def _refuse_overwriting(args: argparse.Namespace, fd: int, path: str) -> None:
-    """What is written in place must not be what is being read."""
-    if args.offset is None:
-        return
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(fd), os.stat(args.snapshot)):  # noqa: PTH116
-            raise UsageError(f"{path!r} is to be read, and the snapshot written into it")
 
 
 def _lines(path: str, report: SaveReport) -> list[str]:

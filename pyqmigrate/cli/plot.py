@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, TargetError
+from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
 
-__all__ = ["check_available", "draw"]
+__all__ = ["check_available", "check_place", "draw"]
+
+_PICTURE = FileKind("picture", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"))
 
 
 def check_available() -> None:
@@ -21,7 +26,17 @@ def check_available() -> None:
         ) from error
 
 
-def draw(path: str, results: Sequence[dict[str, Any]], title: str) -> None:
+def check_place(path: str) -> Path:
+    """Where the picture is to be: an absolute path. UsageError where something else is there, and
+    TargetError where no file can be made."""
+    place = check_replaceable(path, _PICTURE)
+    if not os.access(place.parent, os.W_OK):
+        number = errno.EACCES if place.parent.exists() else errno.ENOENT
+        raise TargetError(number, "cannot write the picture", path)
+    return place
+
+
+def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
     """Write a PNG of the ``results`` of a bench to ``path``. Needs no display."""
     from matplotlib.figure import Figure
 
@@ -46,7 +61,5 @@ def draw(path: str, results: Sequence[dict[str, Any]], title: str) -> None:
     axes[0].set_ylim(0, fastest * 1.05)  # shared with the other
     axes[0].set_ylabel("MiB/s of data")
     axes[0].legend()
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise TargetError(error.errno or errno.EIO, "cannot write the picture", path) from error
+    write_whole(path, _PICTURE, lambda file: figure.savefig(file, format="png", dpi=120),
+                sync_name=False)

@@ -18,17 +18,28 @@ import json
 import os
 import re
 import secrets
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.errors import BlockMismatch, GuestMemoryError, NoSpace, TargetError, UsageError
+from pyqmigrate.errors import (
+    BlockMismatch,
+    GuestMemoryError,
+    NoSpace,
+    NotDurable,
+    TargetError,
+    UsageError,
+)
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.in_use import refuse_in_use
 from pyqmigrate.io.memory import FileMemory
+from pyqmigrate.io.new_file import NewFile, give_names
+from pyqmigrate.io.own_files import FileKind, check_is_file, check_replaceable
+from pyqmigrate.io.place import absolute
 from pyqmigrate.io.target import Direct, DirectIO, find_direct
 from pyqmigrate.load import Clear
 from pyqmigrate.log import logger
@@ -43,6 +54,9 @@ __all__ = ["INDEX", "RawBlock", "RawReport", "raw_name", "unpack"]
 
 INDEX = "blocks.json"
 
+_LIST = FileKind(
+    "list of blocks", lambda head: re.match(rb'\s*\{\s*"machine"\s*:', head) is not None
+)
 _NAME_MAX = 255  # bytes of a file name on Linux file systems
 _KEPT = 180  # characters of a name that is too long
 _UNSAFE = re.compile(rb"^\.|[^A-Za-z0-9._-]")
@@ -100,23 +114,27 @@ def unpack(
     """Write blocks (all, or those named) as sparse raw files into ``directory``, and wait.
 
     The directory is made if it is not there; its parent must be. Files get their names only when
-    all of them are whole and durable, ``blocks.json`` last; what had these names is replaced,
-    a symbolic link by the file, never what it points to. Files are created 0600. A failure, an
-    interrupt and an exception from ``progress`` leave no file behind that was not there; being
-    killed leaves whole files at most (on file systems without unnamed ones also hidden parts).
+    all of them are whole and durable, ``blocks.json`` last, and all of them do or none: when one
+    name cannot be given, what had the others before has them again. Regular files are replaced (of
+    ``blocks.json`` only one of ours), and a symbolic link by the file, never what it points to.
+    Files are created 0600. A failure, an interrupt and an exception from ``progress`` leave no file
+    behind that was not there; being killed leaves whole files at most, and hidden ones that end in
+    ``.partial``.
 
     Raises BlockMismatch for a name that the snapshot has not, UsageError for one that it has
-    without content and where the snapshot itself would be replaced, NoSpace, TargetError,
-    SnapshotError and Cancelled as a load does.
+    without content, where the snapshot itself would be replaced, and where something else than a
+    file has one of the names; NoSpace, TargetError (NotDurable), SnapshotError and Cancelled as a
+    load does.
     """
     started = time.monotonic()
     wanted = _choose(snapshot, blocks)
-    path = os.fspath(directory)
-    for name in ("", INDEX, *(raw_name(block.name) for block in wanted)):
-        snapshot.refuse_as_target(os.path.join(path, name) if name else path)  # noqa: PTH118
+    path = os.fspath(absolute(directory))
+    names = [*(raw_name(block.name) for block in wanted), INDEX]
+    refuse_in_use([path, *(f"{path}/{name}" for name in names)], snapshot.in_use())
     setting, channels = choice(DirectIO, direct_io, "direct_io"), check_channels(channels)
     with contextlib.ExitStack() as stack:
         dir_fd = _open_directory(path, stack)
+        _check_what_is_there(dir_fd, path, names)
         room = _Room(dir_fd, path, stack)
         if isinstance(snapshot, ClassicSnapshot):
             files, written = _place(
@@ -129,10 +147,12 @@ def unpack(
         for file in (*files, index):
             file.make_durable()
         allocated = sum(os.fstat(file.fd).st_blocks * 512 for file in files)
-        for file in (*files, index):
-            file.publish()
-        with _refusing("cannot make durable", path):
+        with _refusing("cannot give the finished files their names", path):
+            give_names([file.new for file in (*files, index)])
+        try:
             os.fsync(dir_fd)
+        except OSError as error:
+            raise NotDurable(error.errno or errno.EIO, path) from error
     report = RawReport(written, allocated, time.monotonic() - started)
     logger.info("unpacked %s: %s", path, report)
     return report
@@ -182,6 +202,21 @@ def _open_directory(path: str, stack: contextlib.ExitStack) -> int:
         stack.push(lambda kind, *_: _remove_empty(path) if kind else None)
     stack.callback(os.close, dir_fd)
     return dir_fd
+
+
+def _check_what_is_there(dir_fd: int, path: str, names: Sequence[str]) -> None:
+    for name in names:
+        place = f"{path}/{name}"
+        with _refusing("cannot look at", place):
+            try:
+                info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+        if stat.S_ISLNK(info.st_mode):
+            continue
+        check_is_file(place, info, "raw file" if name != INDEX else _LIST.noun)
+        if name == INDEX:
+            check_replaceable(place, _LIST)
 
 
 def _remove_empty(path: str) -> None:
@@ -279,41 +314,19 @@ def _index(machine: str, blocks: tuple[RawBlock, ...]) -> bytes:
 
 
 class _NewFile:
-    """A file without a name until :meth:`publish`; where the file system has no such files, under
-    one that nobody looks for, and removed when that is not reached. ``fd`` is open for reading
-    and writing."""
+    """A file that gets its name later; ``fd`` is open for reading and writing."""
 
     def __init__(self, dir_fd: int, path: str, name: str) -> None:
-        self._dir_fd = dir_fd
-        self._name = name
-        self._path = os.path.join(path, name)  # noqa: PTH118
-        # Final names never start with a dot.
-        self._temporary: str | None = None
-        self._spare = f".{secrets.token_hex(16)}.partial"
+        self._path = f"{path}/{name}"
         with _refusing("cannot create", self._path):
-            self.fd = self._open()
-
-    def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CLOEXEC
-        if Path("/proc/self/fd").exists():
-            try:
-                return os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self._dir_fd)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
-                    raise
-        flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        fd = os.open(self._spare, flags, 0o600, dir_fd=self._dir_fd)
-        self._temporary = self._spare
-        return fd
+            self.new = NewFile(dir_fd, name, secrets.token_hex(8))
+        self.fd = self.new.fd
 
     def __enter__(self) -> _NewFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary, dir_fd=self._dir_fd)
-        os.close(self.fd)
+        self.new.close()
 
     def resize(self, length: int) -> None:
         with _refusing(f"cannot be made {length} bytes long", self._path):
@@ -338,23 +351,6 @@ class _NewFile:
         with _refusing("cannot make durable", self._path):
             os.fsync(self.fd)
 
-    def publish(self) -> None:
-        with _refusing("cannot give the finished file its name", self._path):
-            if self._temporary is None:
-                try:
-                    self._link(self._name)
-                    return
-                except FileExistsError:  # Linux cannot link over a name
-                    self._link(self._spare)
-                    self._temporary = self._spare
-            os.replace(
-                self._temporary, self._name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd
-            )
-        self._temporary = None
-
-    def _link(self, name: str) -> None:
-        os.link(f"/proc/self/fd/{self.fd}", name, dst_dir_fd=self._dir_fd, follow_symlinks=True)
-
 
 @contextlib.contextmanager
 def _refusing(what: str, path: str) -> Iterator[None]:
@@ -362,6 +358,10 @@ def _refusing(what: str, path: str) -> Iterator[None]:
         yield
     except OSError as error:
         number = error.errno or errno.EIO
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(what, path, errno=number) from error
-        raise TargetError(number, what, path) from error
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        refused = (
+            NoSpace(what, path, errno=number) if full else TargetError(number, what, path)
+        )
+        for note in getattr(error, "__notes__", ()):
+            refused.add_note(note)
+        raise refused from error

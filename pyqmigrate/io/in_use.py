@@ -16,13 +16,14 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from pyqmigrate.errors import UsageError
 
-__all__ = ["FileId", "InUse", "Named", "files_in_use", "files_mapped", "refuse_in_use"]
+__all__ = ["Area", "FileId", "InUse", "Named", "files_in_areas", "files_in_use", "files_mapped",
+           "refuse_in_use"]
 
 Named: TypeAlias = str | os.PathLike[str] | int
 """A file by its path, or by a descriptor."""
@@ -61,26 +62,46 @@ def files_in_use(files: Iterable[tuple[Named, str]]) -> dict[FileId, str]:
     return found
 
 
+class Area(NamedTuple):
+    """``length`` bytes from an address on, and what they are."""
+
+    address: int
+    length: int
+    what: str
+
+
 def files_mapped(
     address: int, length: int, what: str, *, pid: int | None = None
 ) -> dict[FileId, str]:
     """The files that this process, or another, has mapped in ``length`` bytes from an address on,
     each with ``what`` it is. What cannot be found out is left out."""
-    process = Path("/proc") / ("self" if pid is None else str(pid))
+    return files_in_areas(os.getpid() if pid is None else pid, [Area(address, length, what)])
+
+
+def files_in_areas(pid: int, areas: Collection[Area]) -> dict[FileId, str]:
+    """As :func:`files_mapped`, for several areas in one look at the mappings of a process."""
     found: dict[FileId, str] = {}
     with contextlib.suppress(OSError):
-        for line in (process / "maps").read_text(errors="surrogateescape").splitlines():
-            area, _, _, device, inode, *path = line.split(maxsplit=5)
-            start, end = (int(number, 16) for number in area.split("-"))
-            if start >= address + length or end <= address or inode == "0":
-                continue
-            major, minor = (int(number, 16) for number in device.split(":"))
-            found[FileId(os.makedev(major, minor), int(inode))] = what
-            if path:  # some file systems (btrfs, overlayfs) show another device there than stat()
-                for identity in _identities(f"{process}/root{path[0]}"):
-                    if identity.inode == int(inode):
-                        found[identity] = what
+        for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines():
+            bounds, _, rest = line.partition(" ")
+            start, end = (int(number, 16) for number in bounds.split("-"))
+            for area in areas:
+                if start < area.address + area.length and area.address < end:
+                    found |= dict.fromkeys(_mapped_file(pid, rest), area.what)
     return found
+
+
+def _mapped_file(pid: int, mapping: str) -> Iterator[FileId]:
+    """The file of a line of ``maps``, behind its addresses."""
+    _, _, device, inode, *path = mapping.split(maxsplit=4)
+    if inode == "0":
+        return
+    major, minor = (int(number, 16) for number in device.split(":"))
+    yield FileId(os.makedev(major, minor), int(inode))
+    if path:  # some file systems (btrfs, overlayfs) show another device there than stat() does
+        for identity in _identities(f"/proc/{pid}/root{path[0]}"):
+            if identity.inode == int(inode):
+                yield identity
 
 
 def refuse_in_use(outputs: Iterable[Named] | Named, in_use: InUse) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.seal import HEAD_MAX, SealHead, SealLine
-from pyqmigrate.io import old_seal
 from pyqmigrate.io.holes import next_hole
+from pyqmigrate.io.own_files import check_replaceable, remove, write_whole
 from pyqmigrate.io.place import sync_directory
-from pyqmigrate.io.target import DirectIO, OutputTarget, seal_path
+from pyqmigrate.io.target import SEAL, seal_path
 
 __all__ = [
     "Manifest",
@@ -113,37 +113,22 @@ def _read(
     return Manifest(head, kept)
 
 
-def check_place(path: Path) -> None:
-    """UsageError where something stands that is no seal of ours and would be replaced by one.
-
-    Raises TargetError.
-    """
-    try:
-        old_seal.check_replaceable(path)
-    except OSError as error:
-        raise TargetError(
-            error.errno or errno.EIO, "cannot look at the seal that is there", path
-        ) from error
+def check_place(path: Path) -> Path:
+    """Where a seal is to be written; UsageError where something else is there, or its name would be
+    too long. Raises TargetError."""
+    return check_replaceable(path, SEAL)
 
 
 def remove_manifest(path: Path) -> None:
     """Remove the seal at ``path``, if one of ours is there, and make that durable. OSError."""
-    if old_seal.remove(os.fspath(path)):
+    if remove(os.fspath(path), SEAL):
         sync_directory(path)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write it beside its file; it has its name when it is whole and durable.
 
-    Raises UsageError where something else has that name, TargetError.
+    Raises UsageError where something else has that name, TargetError (NotDurable).
     """
-    check_place(path)
     line = manifest.head.encode(manifest.digests)
-    target = OutputTarget.open(path, DirectIO.OFF)
-    try:
-        target.set_size(len(line) + len(manifest.digests))
-        target.write_at(0, line)
-        target.write_at(len(line), manifest.digests)
-        target.publish(line[:4], lambda: None)
-    finally:
-        target.abort()
+    write_whole(path, SEAL, lambda file: file.writelines((line, manifest.digests)))

@@ -15,13 +15,14 @@ import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from pyqmigrate import _core
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.io.in_use import FileId, files_in_use, files_mapped
+from pyqmigrate.io.in_use import Area, FileId, files_in_areas, files_in_use
 from pyqmigrate.io.process import ProcessMemory, ProcessSource
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "RamBlock",
     "StoredMemory",
     "attach",
+    "files_of",
 ]
 
 # Where a file system hands out pieces larger than this (hugetlbfs), reading a hole through a
@@ -239,19 +241,13 @@ class Attached:
         self._buffer = _core.ffi.from_buffer("unsigned char[]", self._mapping, writable)
         self.core.base = self._buffer + (offset - start)
 
-    def in_use(self) -> dict[FileId, str]:
-        """The files that the memory is in, as far as that is known: nothing may write over them."""
-        what = f"the memory of block {self.name!r}"
-        if self._stored is not None:
-            return {self._stored.identity: "the snapshot that is read"}
-        if self._fd >= 0:
-            return files_in_use([(self._fd, what)])
-        if self._process is not None:
-            process = self._process.core
-            return files_mapped(process.address, self.length, what, pid=process.pid)
-        return files_mapped(
-            int(_core.ffi.cast("uintptr_t", self.core.base)), self.length, what
-        )
+    def refuse_as_source(self, fd: int) -> None:
+        """UsageError where a load from the file ``fd`` would overwrite that very file."""
+        if self._fd >= 0 and FileId.of(os.fstat(fd)) == FileId.of(os.fstat(self._fd)):
+            raise UsageError(
+                f"the memory of block {self.name!r} is the file that is to be loaded, which would "
+                "be overwritten: load into another file"
+            )
 
     def unaligned(self, mem_align: int) -> bool:
         """Whether the memory has an address that a descriptor demanding ``mem_align`` refuses."""
@@ -273,6 +269,28 @@ class Attached:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = self.core.fd = -1
+
+
+def files_of(memories: Iterable[Attached]) -> dict[FileId, str]:
+    """The files that memories are in, as far as that is known: nothing may write over them."""
+    found: dict[FileId, str] = {}
+    mapped: dict[int, list[Area]] = {}
+    for memory in memories:
+        what = f"the memory of block {memory.name!r}"
+        if memory._stored is not None:
+            found[memory._stored.identity] = "the snapshot that is read"
+        elif memory._fd >= 0:
+            found |= files_in_use([(memory._fd, what)])
+        elif memory._process is None:
+            address = int(_core.ffi.cast("uintptr_t", memory.core.base))
+            mapped.setdefault(os.getpid(), []).append(Area(address, memory.length, what))
+        elif not memory._process.skips:  # else it is known to be in no file
+            process = memory._process.core
+            area = Area(process.address, memory.length, what)
+            mapped.setdefault(process.pid, []).append(area)
+    for pid, areas in mapped.items():
+        found |= files_in_areas(pid, areas)
+    return found
 
 
 def attach(block: RamBlock, *, writable: bool) -> Attached:

@@ -32,13 +32,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pyqmigrate import _core
-from pyqmigrate.errors import DirectIORefused, NoSpace, TargetError, UsageError
+from pyqmigrate.errors import DirectIORefused, NoSpace, NotDurable, TargetError, UsageError
 from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGES_ALIGNMENT
-from pyqmigrate.format.seal import SUFFIX
+from pyqmigrate.format.seal import SUFFIX, is_seal
 from pyqmigrate.format.uri import parse_file_uri
-from pyqmigrate.io import old_seal
 from pyqmigrate.io.in_use import InUse, Named, refuse_in_use
-from pyqmigrate.io.place import absolute, followed, partial_name, sync_directory
+from pyqmigrate.io.new_file import NewFile
+from pyqmigrate.io.own_files import FileKind, open_directory, remove
+from pyqmigrate.io.place import absolute, check_name_fits, followed, sync_directory
 
 __all__ = [
     "Descriptors",
@@ -46,6 +47,7 @@ __all__ = [
     "DirectIO",
     "InputTarget",
     "OutputTarget",
+    "SEAL",
     "seal_path",
     "Target",
     "core_file",
@@ -54,6 +56,7 @@ __all__ = [
     "target_path",
 ]
 
+SEAL = FileKind("seal", is_seal, may_be_empty=False)
 _MODE = 0o600
 _FALLBACK_ALIGN = 4096
 _LARGEST_ALIGN = 65536
@@ -252,7 +255,8 @@ class OutputTarget:
 
     ``fd`` is buffered; ``direct`` is None without direct I/O, and ``direct_io_reason`` says why
     or what it demands. ``offset`` is where the stream starts. ``place`` is the absolute path of the
-    file, links of its last part followed; None with descriptors.
+    file, links of its last part followed; None with descriptors. ``published`` says whether it has
+    become a snapshot, also where :meth:`publish` failed after that.
     """
 
     def __init__(self, target: Target, *, reuse: bool) -> None:
@@ -266,8 +270,8 @@ class OutputTarget:
         self._dir_fd = -1
         self.place: Path | None = None
         self._path = Path()  # absolute, with its links
-        self._in_place = True
-        self._temporary: str | None = None
+        self.published = False
+        self._new: NewFile | None = None
         self._target = target
         self._in_use: InUse = {}
         self._may_be_new = False
@@ -276,7 +280,7 @@ class OutputTarget:
     @property
     def in_place(self) -> bool:
         """Whether the bytes go where readers may already look: the magic is written last."""
-        return self._in_place
+        return self._new is None
 
     @classmethod
     def open(
@@ -328,26 +332,28 @@ class OutputTarget:
             self._refuse_special(os.fstat(self.fd).st_mode)
             refuse_in_use(self.fd, self._in_use)
             self._check_name()
+            self._check_links()
             self._lock()
             self._remove_seal()
             self._invalidate()
             return
-        self._in_place = False
+        check_name_fits(place)
         with self._refusing("cannot replace"):
-            self._dir_fd = os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._open_temporary()
+            self._dir_fd = open_directory(place)
+        with self._refusing("cannot create a file in the directory of"):
+            self._new = NewFile(self._dir_fd, place.name, self._mark)
+            self.fd = self._new.fd
 
     def _check_what_is_there(self) -> bool:
         """Whether there is a file under the name; refuse one that must not be changed."""
         assert self.place is not None
         in_place = self.offset or self.reuse
+        refuse_in_use([self._path, self.seal], self._in_use)
         with self._refusing("cannot open for writing" if in_place else "cannot replace"):
             try:
                 info = self._path.stat()
             except FileNotFoundError:
                 return False
-            finally:
-                refuse_in_use([self._path, self._seal], self._in_use)
             self._refuse_special(info.st_mode)
             if not in_place and not _is_same(self.place, info):
                 raise TargetError(
@@ -357,7 +363,7 @@ class OutputTarget:
         return True
 
     @property
-    def _seal(self) -> Path:
+    def seal(self) -> Path:
         """The seal that a file under this name may have."""
         assert self.place is not None
         return self.place.with_name(self.place.name + SUFFIX)
@@ -379,27 +385,6 @@ class OutputTarget:
             raise TargetError(errno.EISDIR, "cannot write a snapshot", self.name)
         if not stat.S_ISREG(mode):
             raise UsageError(f"{self.name!r} is not a regular file; snapshots need one")
-
-    def _open_temporary(self) -> None:
-        with self._refusing("cannot create a file in the directory of"):
-            if Path("/proc/self/fd").exists():
-                try:
-                    self.fd = os.open(
-                        ".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE, dir_fd=self._dir_fd
-                    )
-                    return
-                except OSError as error:
-                    if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT,
-                                           errno.EINVAL):
-                        raise
-            name = self._new_name()
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self.fd = os.open(name, flags, _MODE, dir_fd=self._dir_fd)
-            self._temporary = name
-
-    def _new_name(self) -> str:
-        assert self.place is not None
-        return partial_name(self.place.name, self._mark, self._dir_fd)
 
     def _invalidate(self) -> None:
         """Take the magic away before anything else changes."""
@@ -470,70 +455,77 @@ class OutputTarget:
     def publish(self, magic: bytes, check: Callable[[], None]) -> None:
         """Make the file durable and a snapshot: ``magic`` is what its first four bytes will be.
 
-        ``check`` is called when all is durable and nobody has seen it yet; it may raise.
+        ``check`` is called when all is durable and nobody has seen it yet; it may raise. NotDurable
+        where it has become a snapshot, and making its name or magic durable failed.
         """
         with self._refusing("cannot make durable"):
             if not self.in_place:
                 self.write_at(self.offset, magic)
             os.fsync(self.fd)
         check()
-        if self.in_place:
+        if self._new is None:
             self._check_name()
-            with self._refusing("cannot make durable"):
-                self.write_at(self.offset, magic)
-                os.fdatasync(self.fd)
-                if self._may_be_new:
-                    assert self.place is not None
-                    sync_directory(self.place)
-            self._check_name()
+            self.write_at(self.offset, magic)
         else:
-            assert self.place is not None
-            refuse_in_use(self.place, self._in_use)
+            self._check_replaced(self._new)
             self._remove_seal()
             with self._refusing("cannot give the finished file its name"):
-                self._link()
+                self._new.give_name()
+        self.published = True
+        try:
+            if self._new is not None:
                 os.fsync(self._dir_fd)
+            else:
+                os.fdatasync(self.fd)
+                if self._may_be_new and self.place is not None:
+                    sync_directory(self.place)
+        except OSError as error:
+            raise NotDurable(error.errno or errno.EIO, self.name) from error
+        if self._new is None:
+            self._check_name()
 
     def _check_name(self) -> None:
         """Whether the name of a file that is written in place still leads to it."""
-        if self._borrowed or _is_same(self._path, os.fstat(self.fd), follow=True):
+        if self._borrowed:
             return
+        with self._refusing("cannot look at the name of"):
+            if _is_same(self._path, os.fstat(self.fd), follow=True):
+                return
         raise TargetError(
             errno.ESTALE, "was renamed, replaced or removed while it was written in place: what "
             "was written is not under this name", self.name,
         )
 
+    def _check_links(self) -> None:
+        """Whether the kernel followed the links that were looked at, and no other ones."""
+        assert self.place is not None
+        with self._refusing("cannot look at the links of"):
+            # Where they lead to a file without a name (/proc/self/fd), nothing is at the place.
+            if os.path.lexists(self.place) and not _is_same(self.place, os.fstat(self.fd)):
+                raise TargetError(
+                    errno.ESTALE, "was replaced while it was opened", self.name
+                )
+
+    def _check_replaced(self, new: NewFile) -> None:
+        """What has the name now may have come during the save."""
+        assert self.place is not None
+        refuse_in_use(self.place, self._in_use)
+        with self._refusing("cannot replace"), contextlib.suppress(FileNotFoundError):
+            mode = os.stat(new.name, dir_fd=self._dir_fd, follow_symlinks=False).st_mode
+            if not stat.S_ISLNK(mode):
+                self._refuse_special(mode)
+
     def _remove_seal(self) -> None:
         """The seal of the file that is replaced would call the new one damaged. In place it is
         gone for good before the file changes."""
         with self._refusing("cannot remove the seal of what is replaced"):
-            if self._in_place:
-                if old_seal.remove(os.fspath(self._seal)):
-                    sync_directory(self._seal)
-            else:
-                old_seal.remove(self._seal.name, self._dir_fd)
-
-    def _link(self) -> None:
-        assert self.place is not None
-        final = self.place.name
-        if self._temporary is None:
-            source = f"/proc/self/fd/{self.fd}"
-            try:
-                os.link(source, final, dst_dir_fd=self._dir_fd, follow_symlinks=True)
-                return
-            except FileExistsError:
-                name = self._new_name()
-                os.link(source, name, dst_dir_fd=self._dir_fd, follow_symlinks=True)
-                self._temporary = name
-        os.replace(self._temporary, final, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
-        self._temporary = None
+            if self._new is not None:
+                remove(self.seal.name, SEAL, self._dir_fd)
+            elif remove(os.fspath(self.seal), SEAL):
+                sync_directory(self.seal)
 
     def abort(self) -> None:
-        """Drop an unpublished file; close what is ours. May be repeated, also after publish."""
-        if self._temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary, dir_fd=self._dir_fd)
-            self._temporary = None
+        """Drop an unpublished file; close what is ours. Can be called again, also after publish."""
         self.close()
 
     def close(self) -> None:
@@ -541,7 +533,9 @@ class OutputTarget:
         if self.direct is not None and self._given_direct is None:
             os.close(self.direct.fd)
         self.direct = None
-        if self.fd >= 0 and not self._borrowed:
+        if self._new is not None:
+            self._new.close()
+        elif self.fd >= 0 and not self._borrowed:
             os.close(self.fd)
         if self._dir_fd >= 0:
             os.close(self._dir_fd)

@@ -32,6 +32,7 @@ from typing import Self
 from pyqmigrate.errors import TargetError
 from pyqmigrate.events import Event
 from pyqmigrate.fdset import FdSets
+from pyqmigrate.io.place import absolute
 from pyqmigrate.monitor.backend import MigrationBackend
 from pyqmigrate.monitor.commands import Context, Version
 from pyqmigrate.monitor.connection import Connection
@@ -77,7 +78,8 @@ class QmpServer:
         self._places = asyncio.Semaphore(1 if compat else _CLIENTS)
         self._connections: dict[Connection, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._listeners: list[tuple[socket.socket, Path]] = []
+        # Each with its path, which the current directory does not change, and what has it.
+        self._listeners: list[tuple[socket.socket, Path, os.stat_result]] = []
         self._unsubscribe: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._quitting = False
@@ -92,7 +94,7 @@ class QmpServer:
         """
         place = Path(path)
         listener = _listener(place)
-        self._listeners.append((listener, place))
+        self._listeners.append((listener, absolute(place), place.lstat()))
         if self._unsubscribe is None:
             self._loop = asyncio.get_running_loop()
             self._unsubscribe = self._migration.subscribe(
@@ -119,8 +121,8 @@ class QmpServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for listener, place in self._listeners:
-            _remove_socket(listener, place)
+        for listener, place, info in self._listeners:
+            _remove_socket(place, info)
             listener.close()
         self._listeners.clear()
         self._names.close_all()
@@ -231,16 +233,19 @@ def _remove_stale(place: Path) -> None:
     if not is_socket:
         return  # bind() will say that the address is in use
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a server may have more clients in line than it takes
         try:
             probe.connect(os.fspath(place))
         except ConnectionRefusedError:
             place.unlink()
+        except OSError:
+            pass  # not a stream socket, say: bind() will refuse it
 
 
-def _remove_socket(listener: socket.socket, place: Path) -> None:
-    """Remove the socket's name, unless it has become somebody else's."""
+def _remove_socket(place: Path, info: os.stat_result) -> None:
+    """Remove the socket's name, unless another file has it now."""
     with contextlib.suppress(OSError):
-        if listener.getsockname() == os.fspath(place) and stat.S_ISSOCK(place.lstat().st_mode):
+        if os.path.samestat(place.lstat(), info):
             place.unlink()
 
 

@@ -17,17 +17,19 @@ When the save fails, :mod:`pyqmigrate.vm.guardian` has the commands that undo it
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import secrets
 import stat
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyqmigrate.errors import NotSupported, QemuRefused, TargetError, UsageError
+from pyqmigrate.errors import NotDurable, NotSupported, QemuRefused, TargetError, UsageError
+from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.connection import Monitor
@@ -47,6 +49,9 @@ __all__ = [
     "take",
 ]
 
+RECORD = FileKind(
+    "record of disks", lambda head: re.match(rb'\s*\{\s*"snapshot"\s*:', head) is not None
+)
 _FORMATS = ("qcow2", "raw")
 
 
@@ -152,7 +157,8 @@ def prepare(guest: Guest, snapshot: Path) -> DiskPlan:
     """Choose an overlay for each writable disk: beside it, named after it and the snapshot.
 
     Touches nothing. Raises NotSupported when a writable disk is not a qcow2 or raw image in a
-    file that is seen from here, UsageError when a file that an overlay would be is there already.
+    file that is seen from here, UsageError when a file that an overlay would be is there already,
+    or something else where the record is to be.
     """
     token = secrets.token_hex(4)
     overlays = tuple(
@@ -161,7 +167,8 @@ def prepare(guest: Guest, snapshot: Path) -> DiskPlan:
     )
     if overlays and "transaction" not in guest.commands:
         raise NotSupported("this QEMU has no transactions, so no snapshots of disks at one instant")
-    return DiskPlan(snapshot, overlays, record_path(snapshot))
+    record = check_replaceable(record_path(snapshot), RECORD)
+    return DiskPlan(snapshot, overlays, record)
 
 
 def _overlay(guest: Guest, disk: Disk, snapshot: Path, node: str) -> Overlay:
@@ -240,31 +247,15 @@ def record(plan: DiskPlan) -> Path | None:
         for overlay in plan.overlays
     ]
     text = json.dumps({"snapshot": plan.snapshot.name, "disks": disks}, indent=2) + "\n"
+    data = text.encode("utf-8", "surrogateescape")
     try:
-        _replace(plan.record, text)
-    except OSError as error:
-        raise TargetError(error.errno or 0, "cannot record the disks", plan.record) from error
+        write_whole(plan.record, RECORD, lambda file: file.write(data))
+    except NotDurable as error:  # too early to go on: the snapshot has no name yet
+        raise TargetError(
+            error.errno or errno.EIO, "cannot make the record of the disks durable", plan.record
+        ) from error
     plan.recorded = True
     return plan.record
-
-
-def _replace(path: Path, text: str) -> None:
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:200]}.", dir=path.parent)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(fd)
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def stranded(plan: DiskPlan) -> list[str]:

@@ -31,7 +31,7 @@ record         path of the file with the names of the disks, or ""
 The overlays stay when the snapshot got its name before the process ended: they are its disks then.
 Otherwise what they hold goes back into the files below, and what cannot go back is never thrown
 away: the guest keeps its overlay, and ``RECORD.left`` says so. Without disks ``SNAPSHOT.left`` has
-what could not be put back.
+what could not be put back. Where that is there already, ``.left.1`` and so on is written.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ __all__ = [
 ]  # fmt: skip
 
 PARTIAL = ".partial"  # what the names of unfinished files end in
+_NAME_LEFT = 240  # bytes of a name before ".left" and a number: 255 are the limit
+_LEFT_MAX = 1000
 _PATIENCE = 600.0  # seconds, for the monitor to become free and the migration to end
 _UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "failing", "wait-unplug"}
 _POSTCOPY = {
@@ -341,7 +343,7 @@ def _rescue(finding: dict[str, Any], file: int, qemu: _Qemu) -> None:
     overlays = [] if published else _overlays_left(finding)
     with contextlib.suppress(OSError):
         place = finding["record"] if overlays else finding["snapshot"]
-        _leave_word(f"{place}.left", [*(trouble or []), *overlays])
+        _leave_word(place, [*(trouble or []), *overlays])
 
 
 class _Qemu:
@@ -427,11 +429,21 @@ def _overlays_left(finding: dict[str, Any]) -> list[str]:
     return [f"disk {goes_on_in(disk)}: if QEMU is gone, start it so" for disk in left]
 
 
-def _leave_word(path: str, lines: list[str]) -> None:
-    """Nobody is there to be told: it is written down."""
+def _leave_word(beside: str, lines: list[str]) -> None:
+    """Nobody is there to be told: it is written down, in a new file. One that is there already may
+    be anybody's, or what an earlier guardian has to say."""
     if not lines:
         return
-    with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+    directory, name = os.path.split(beside)
+    name = os.fsdecode(os.fsencode(name)[:_NAME_LEFT])
+    for number in range(_LEFT_MAX):
+        path = f"{directory}/{name}.left" + (f".{number}" if number else "")
+        with contextlib.suppress(FileExistsError):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            break
+    else:
+        return
+    with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write("".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())

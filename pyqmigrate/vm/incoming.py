@@ -50,6 +50,8 @@ def _check_socket(path: Path) -> None:
     """QEMU would take the name away from another one that listens there."""
     if not path.parent.is_dir():
         raise UsageError(f"there is no directory for the monitor {path}")
+    if os.path.lexists(path) and not path.is_socket():
+        raise UsageError(f"{path} is not a socket, and QEMU would replace it: choose another name")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))

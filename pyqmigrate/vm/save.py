@@ -23,6 +23,7 @@ from typing import Any
 from pyqmigrate.errors import (
     Cancelled,
     NoSpace,
+    NotDurable,
     PyqmigrateError,
     QemuError,
     QemuGone,
@@ -33,7 +34,8 @@ from pyqmigrate.format.digest import Algorithm, digester
 from pyqmigrate.format.stream import MAGIC
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.manifest import check_place, seal_path, write_manifest
-from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset
+from pyqmigrate.io.place import absolute
+from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset, target_path
 from pyqmigrate.sealing import start_seal
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
@@ -139,19 +141,22 @@ async def save(
     progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
 
     Whatever fails, and when this is cancelled or its process killed, the guest is put back as it
-    was found and nothing is left. Raises UsageError, NotSupported, QemuError (QemuGone when QEMU
-    ended), TargetError (NoSpace, DirectIORefused), GuestMemoryError, SnapshotError when what was
-    written is not what the guest has.
+    was found and nothing is left. Only where the snapshot has its name, and that cannot be made
+    durable (NotDurable), it stays, with the snapshots of disks that belong to it; it is not sealed,
+    and QEMU is not ended. Raises UsageError, NotSupported, QemuError (QemuGone when QEMU ended),
+    TargetError (NoSpace, NotDurable, DirectIORefused), GuestMemoryError, SnapshotError when what
+    was written is not what the guest has.
     """
     request = _Request(
         os.fspath(snapshot), engine, live, None if then is None else choice(Then, then, "then"),
         check_channels(channels), choice(DirectIO, direct_io, "direct_io"),
         choice(Sparse, sparse, "sparse"), with_disks, progress,
-        None if seal is None else choice(Algorithm, seal, "seal"), set_time, guest_agent,
+        None if seal is None else choice(Algorithm, seal, "seal"),
+        absolute(target_path(snapshot)), set_time, guest_agent,
     )
     if request.seal is not None:
         digester(request.seal)
-        await asyncio.to_thread(check_place, seal_path(_path(request.snapshot)))
+        await asyncio.to_thread(check_place, seal_path(request.path))
     if stream_offset(request.snapshot):
         raise UsageError("a guest is saved into a file of its own: without an offset")
     async with await Monitor.connect(qmp) as monitor:
@@ -171,6 +176,7 @@ class _Request:
     with_disks: bool
     progress: ProgressCallback | None
     seal: Algorithm | None
+    path: Path  # absolute: the current directory may change
     set_time: bool
     guest_agent: str | os.PathLike[str] | None
 
@@ -185,7 +191,7 @@ class _Save:
         self.request = request
         self.choice: Choice = choose_engine(guest, engine=request.engine, live=request.live)
         self.disks = (
-            disks.prepare(guest, _path(request.snapshot)) if request.with_disks else None
+            disks.prepare(guest, request.path) if request.with_disks else None
         )
 
     async def run(self) -> VmSaveReport:
@@ -197,7 +203,7 @@ class _Save:
             # A migration may succeed; where it does not, it says which device is in the way.
             self.choice = fall_back(self.guest, error)
             if self.disks is not None:  # those of the first attempt are undone
-                self.disks = disks.prepare(self.guest, _path(self.request.snapshot))
+                self.disks = disks.prepare(self.guest, self.request.path)
             try:
                 return await self._attempt()
             except QemuError as second:
@@ -206,11 +212,14 @@ class _Save:
 
     async def _attempt(self) -> VmSaveReport:
         custody = Custody(
-            self.monitor, self.guest, os.fspath(_path(self.request.snapshot)), self.disks
+            self.monitor, self.guest, os.fspath(self.request.path), self.disks
         )
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
-            opened = custody.opened(self.request.direct_io, in_use=in_use, beside=self._beside())
+            opened = custody.opened(
+                self.request.direct_io, in_use=in_use,
+                beside=[disks.record_path(self.request.path)],
+            )
             async with custody, opened as target:
                 plan = await unbroken(asyncio.to_thread(self._plan, target))
                 return await self._run(target, plan, custody)
@@ -261,12 +270,6 @@ class _Save:
             notes=(*plan.notes, *written.notes, *clock, *late, *custody.trouble),
         )
 
-    def _beside(self) -> list[Path]:
-        """Files that may be written beside the snapshot, or replaced; its seal is the target's."""
-        path = _path(self.request.snapshot)
-        record = disks.record_path(path)
-        return [record, *(path.with_name(f"{p.name}.left") for p in (path, record))]
-
     @property
     def _resumes(self) -> bool:
         """Whether the guest is to run when the save is done."""
@@ -315,7 +318,7 @@ class _Save:
         """Beside the snapshot, which is there and stays."""
         if self.request.seal is None:
             return
-        path = _path(self.request.snapshot)
+        path = self.request.path
         if written.manifest is not None:
             manifest = written.manifest(mtime_ns)
             await asyncio.to_thread(write_manifest, seal_path(path), manifest)
@@ -344,15 +347,17 @@ class _Save:
         publishing = asyncio.ensure_future(asyncio.to_thread(target.publish, MAGIC, check))
         try:
             await asyncio.shield(publishing)
+        except NotDurable as error:
+            if self.disks is not None and self.disks.recorded:
+                error.add_note(f"(the disks go on in the overlays that {self.disks.record} names) ")
+            raise
         except asyncio.CancelledError:
             cancelled.set()
             with contextlib.suppress(PyqmigrateError):
                 await unbroken(publishing)
             raise
         finally:
-            custody.published = (
-                publishing.done() and not publishing.cancelled() and not publishing.exception()
-            )
+            custody.published = target.published
 
     async def _end(self) -> tuple[str | None, list[str]]:
         """Quit if that was asked for; what the guest is doing now, and what there is to note.
@@ -395,10 +400,6 @@ class _Save:
         except OSError:
             return f"process {pid} is no more"
         return f"process {pid} is a zombie" if state == "Z" else f"process {pid} is still there"
-
-
-def _path(snapshot: str) -> Path:
-    return Path(snapshot.removeprefix("file:"))
 
 
 def _verify(target: OutputTarget, guest: Guest) -> None:

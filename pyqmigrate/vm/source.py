@@ -43,7 +43,6 @@ class Source:
     def __init__(self, target: Target, offset: int | None) -> None:
         self._input = InputTarget(target)
         self.name = self._input.name
-        self._has_path = not isinstance(target, Descriptors)
         self.was_running = False
         try:
             self._lock()
@@ -106,12 +105,13 @@ class Source:
 
     def clear_pages_are_zero(self) -> bool:
         """Whether a seal of the file as it is now says that its clear pages are zeros."""
-        if not self._has_path or not seal_path(self.name).exists():
+        place = self._input.place
+        if place is None or not seal_path(place).exists():
             return False
         # Most snapshots have none, and a restore has no time for what it does not need.
         from pyqmigrate.sealing import current_seal
 
-        seal = current_seal(self.name, self.fd)
+        seal = current_seal(place, self.fd)
         return (
             seal is not None and seal.clear_pages_zero
             and seal.head.bitmap_order == self.snapshot.bitmap_order

@@ -161,7 +161,7 @@ def test_directory_in_the_way_of_a_raw_file_is_refused(
     tmp_path: Path, snapshot: Path, command: Command
 ) -> None:
     (tmp_path / "out/pc.ram.raw").mkdir(parents=True)
-    assert command("unpack", snapshot, tmp_path / "out").code == 3
+    assert command("unpack", snapshot, tmp_path / "out").code == 2
     assert names(tmp_path / "out") == ["pc.ram.raw"]
 
 

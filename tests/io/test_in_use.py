@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,15 @@ from typing import Any
 import pytest
 
 import pyqmigrate
-from pyqmigrate import FileMemory, RamBlock, UsageError
-from pyqmigrate.io.in_use import FileId, files_in_use, files_mapped, refuse_in_use
+from pyqmigrate import FileMemory, ProcessMemory, RamBlock, UsageError
+from pyqmigrate.io.in_use import (
+    Area,
+    FileId,
+    files_in_areas,
+    files_in_use,
+    files_mapped,
+    refuse_in_use,
+)
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
 from pyqmigrate.sequential import start_sequential_save
 
@@ -171,7 +180,29 @@ def test_the_files_of_a_mapping_are_found_by_its_address(precious: Path) -> None
     np = pytest.importorskip("numpy")
     address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
     identity = FileId.of(precious.stat())
+    areas = [Area(address - 8192, 4096, "before"), Area(address + 4096, 1, "it")]
+    assert files_in_areas(os.getpid(), areas)[identity] == "it"
+    assert identity not in files_in_areas(os.getpid(), areas[:1])
+    assert files_in_areas(2**22 + 1, areas) == {}
     assert files_mapped(address, MIB, "it")[identity] == "it"
-    assert files_mapped(address, MIB, "it", pid=os.getpid())[identity] == "it"
-    assert identity not in files_mapped(address - 8192, 4096, "it")
-    assert files_mapped(address, MIB, "it", pid=2**22 + 1) == {}
+
+
+def test_memory_of_another_process_is_not_saved_over_the_file_that_it_is(precious: Path) -> None:
+    """A process that maps the file: its memory is read from it, and is in the file."""
+    script = (
+        "import ctypes, mmap, os, sys\n"
+        f"m = mmap.mmap(os.open({str(precious)!r}, os.O_RDWR), 0)\n"
+        "print(ctypes.addressof(ctypes.c_char.from_buffer(m)), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        memory = ProcessMemory(process.pid, int(process.stdout.readline()), MIB)
+        if memory.refusal() is not None:
+            pytest.skip("this user may not read the memory of other processes")
+        with pytest.raises(UsageError, match=r"the memory of block 'pc.ram'"):
+            pyqmigrate.save(precious, [RamBlock("pc.ram", memory)])
+        process.communicate()
+    assert precious.read_bytes() == PRECIOUS

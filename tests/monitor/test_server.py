@@ -89,6 +89,55 @@ def test_a_socket_that_nobody_serves_any_more_is_replaced(tmp_path, serve):
     assert serve.connect(serve()).execute("query-fdsets") == {"return": []}
 
 
+def test_a_server_whose_line_of_clients_is_full_is_not_taken_for_gone(tmp_path):
+    path = tmp_path / "qmp"
+    with socket.socket(socket.AF_UNIX) as busy, contextlib.ExitStack() as clients:
+        busy.bind(str(path))
+        busy.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(10):
+                client = clients.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(str(path))
+        inode = path.stat().st_ino
+        with pytest.raises(TargetError, match="Address already in use"):
+            ServerThread(path)
+    assert path.stat().st_ino == inode
+
+
+@pytest.mark.parametrize("kind", ["link", "datagram"])
+def test_what_is_not_a_stream_socket_is_refused_and_kept(tmp_path, kind):
+    path = tmp_path / "qmp"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(tmp_path / "other"))
+        if kind == "link":
+            path.symlink_to("other")
+        else:
+            path = tmp_path / "other"
+        with pytest.raises(TargetError, match="Address already in use"):
+            ServerThread(path)
+    assert path.is_symlink() == (kind == "link")
+    assert (tmp_path / "other").is_socket()
+
+
+def test_socket_of_a_relative_path_goes_away_whatever_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    running = ServerThread("qmp")
+    assert (tmp_path / "qmp").is_socket()
+    monkeypatch.chdir("/")
+    running.close()
+    assert not (tmp_path / "qmp").exists()
+
+
+def test_a_socket_that_took_the_name_stays(tmp_path):
+    running = ServerThread(tmp_path / "qmp")
+    (tmp_path / "qmp").rename(tmp_path / "old")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "qmp"))
+        running.close()
+        assert (tmp_path / "qmp").is_socket()
+
+
 def test_a_peer_of_another_user_is_turned_away(serve, monkeypatch):
     monkeypatch.setattr(server, "_is_trusted", lambda _client: False)
     client = serve.connect(serve(), negotiate=False)

@@ -508,3 +508,28 @@ def test_what_qemu_refused_to_put_back_is_written_down(
         {**FINDING, "monitor": str(path), "snapshot": str(tmp_path / "snapshot")}
     ).ends_well()
     assert (tmp_path / "snapshot.left").read_text() == "cont: no\n"
+
+
+@pytest.mark.parametrize("there", ["file", "link", "fifo"])
+def test_words_are_written_over_no_other_file(tmp_path: Path, there: str) -> None:
+    place, letter = tmp_path / "snapshot.left", tmp_path / "letter"
+    letter.write_text("dear reader")
+    if there == "file":
+        place.write_text("what an earlier one left")
+    elif there == "link":
+        place.symlink_to("letter")
+    else:
+        os.mkfifo(place)
+    for word in ("first", "second"):
+        guardian._leave_word(str(tmp_path / "snapshot"), [word])
+    assert (tmp_path / "snapshot.left.1").read_text() == "first\n"
+    assert (tmp_path / "snapshot.left.2").read_text() == "second\n"
+    assert letter.read_text() == "dear reader"
+    assert there != "file" or place.read_text() == "what an earlier one left"
+
+
+def test_words_are_written_beside_a_file_with_the_longest_name(tmp_path: Path) -> None:
+    guardian._leave_word(str(tmp_path / ("ü" * 127)), ["word"])
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith(".left")
+    assert path.read_text() == "word\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -78,3 +79,20 @@ def test_monitor_in_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> 
 def test_monitor_with_too_long_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="too long"):
         made("-m 64", qmp=tmp_path / ("x" * 120))
+
+
+@pytest.mark.parametrize("there", ["file", "directory", "fifo", "link"])
+def test_a_file_in_the_way_of_the_monitor_is_refused_and_kept(tmp_path: Path, there: str) -> None:
+    """QEMU removes whatever has the name."""
+    path = tmp_path / "qmp"
+    if there == "file":
+        path.write_text("dear reader")
+    elif there == "directory":
+        path.mkdir()
+    elif there == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(UsageError, match="is not a socket"):
+        made("-m 64", qmp=path)
+    assert os.path.lexists(path)

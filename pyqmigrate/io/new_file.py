@@ -1,0 +1,132 @@
+"""A file that gets its name when it is whole: nobody ever opens half of it.
+
+It has no name at first, so that a process that is killed leaves nothing; where a file system has no
+such files (NFS, FUSE), it has a hidden one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+from pyqmigrate.io.place import partial_name
+
+__all__ = ["NewFile", "give_names"]
+
+_MODE = 0o600
+_NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+
+
+class NewFile:
+    """A file of mode 0600 in the directory ``dir_fd``, which stays the caller's; ``fd`` is open for
+    reading and writing.
+
+    Hidden names are made of ``name`` and ``mark``, which no other file there has. Raises OSError.
+    """
+
+    def __init__(self, dir_fd: int, name: str, mark: str) -> None:
+        self.name = name
+        self._dir_fd = dir_fd
+        self._mark = mark
+        self._hidden: str | None = None
+        self._old: str | None = None
+        self._named = False
+        self.fd = -1
+        if Path("/proc/self/fd").exists():
+            try:
+                self.fd = os.open(
+                    ".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, _MODE, dir_fd=dir_fd
+                )
+                return
+            except OSError as error:
+                if error.errno not in _NO_UNNAMED_FILES:
+                    raise
+        hidden = self._hide("")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        self.fd = os.open(hidden, flags, _MODE, dir_fd=dir_fd)
+        self._hidden = hidden
+
+    def _hide(self, what: str) -> str:
+        return partial_name(self.name, f"{what}{self._mark}", self._dir_fd)
+
+    def give_name(self) -> None:
+        """Give it its name; a file that has it is replaced. Raises OSError, and then nothing has
+        changed."""
+        if self._hidden is None:
+            source = f"/proc/self/fd/{self.fd}"
+            try:
+                os.link(source, self.name, dst_dir_fd=self._dir_fd, follow_symlinks=True)
+                self._named = True
+                return
+            except FileExistsError:  # Linux cannot link over a name
+                hidden = self._hide("")
+                os.link(source, hidden, dst_dir_fd=self._dir_fd, follow_symlinks=True)
+                self._hidden = hidden
+        os.replace(self._hidden, self.name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+        self._hidden = None
+        self._named = True
+
+    def keep_old(self) -> None:
+        """Keep what has the name now, under a hidden one, so that :meth:`take_back` can restore it.
+        Raises OSError."""
+        old = self._hide("old-")
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                os.link(
+                    self.name, old, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd,
+                    follow_symlinks=False,
+                )
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                os.rename(self.name, old, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+            self._old = old
+
+    def take_back(self) -> None:
+        """Undo :meth:`give_name`: what had the name before has it again. Raises OSError."""
+        if self._old is not None:
+            os.replace(self._old, self.name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+            self.drop_old()  # still there where both names were the old file's
+        elif self._named:
+            os.unlink(self.name, dir_fd=self._dir_fd)
+        self._named = False
+
+    def drop_old(self) -> None:
+        """Remove what :meth:`keep_old` kept."""
+        if self._old is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._old, dir_fd=self._dir_fd)
+            self._old = None
+
+    def close(self) -> None:
+        """Close it; without a name it is gone. Can be called again."""
+        if self._hidden is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._hidden, dir_fd=self._dir_fd)
+            self._hidden = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def give_names(files: list[NewFile]) -> None:
+    """Give all of them their names, or none: when one cannot have its, what was replaced is
+    restored. Raises OSError, whose note says what could not be restored."""
+    touched: list[NewFile] = []
+    try:
+        for file in files:
+            touched.append(file)
+            file.keep_old()
+            file.give_name()
+    except BaseException as error:
+        for file in reversed(touched):
+            try:
+                file.take_back()
+            except OSError as failed:
+                error.add_note(f"({file.name!r} could not be restored: {failed.strerror}) ")
+        raise
+    for file in files:
+        file.drop_old()

@@ -1,0 +1,157 @@
+"""Files of our own beside others: seals, indexes, records, pictures.
+
+``SNAPSHOT.seal`` may be a file of the user's, and ``--index`` may name a disk. So each kind has a
+way to recognise it, and only a regular file that is recognised, or empty, is replaced. That is
+found out before work begins::
+
+    place = check_replaceable("/snap/guest.index", INDEX)      # UsageError, and nothing was touched
+    ...
+    write_whole(place, INDEX, write)                           # there at once, whole and durable
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pyqmigrate.errors import NoSpace, NotDurable, TargetError, UsageError
+from pyqmigrate.io.new_file import NewFile
+from pyqmigrate.io.place import check_name_fits, followed
+
+__all__ = ["FileKind", "check_is_file", "check_replaceable", "open_directory", "remove",
+           "write_whole"]
+
+_LOOKED_AT = 64  # bytes
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+_NOT_OURS = (*_ABSENT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)  # a link, a socket
+_SPECIAL = {
+    stat.S_IFDIR: "a directory", stat.S_IFCHR: "a device", stat.S_IFBLK: "a block device",
+    stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a symbolic link",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file: ``noun`` names it in messages (``seal``); ``is_ours`` recognises it by its
+    first 64 bytes, of which there is at least one; ``may_be_empty``: an empty file is replaced."""
+
+    noun: str
+    is_ours: Callable[[bytes], bool]
+    may_be_empty: bool = True
+
+
+def check_replaceable(name: str | os.PathLike[str], kind: FileKind) -> Path:
+    """Where a file of this kind is to be written: an absolute path, links of its last part
+    followed.
+
+    Raises UsageError where something else is there, and where the name is too long; TargetError
+    where it cannot be looked at.
+    """
+    place = followed(name)
+    check_name_fits(place)
+    try:
+        info = place.lstat()
+        check_is_file(place, info, kind.noun)
+        ours = kind.may_be_empty if info.st_size == 0 else _is_ours(place, kind)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return place
+        raise TargetError(
+            error.errno or errno.EIO, f"cannot look at what the {kind.noun} would replace", place
+        ) from error
+    if not ours:
+        raise UsageError(
+            f"{os.fspath(place)!r} contains no {kind.noun} of pyqmigrate and would be replaced by "
+            "one: move it away, or choose another name"
+        )
+    return place
+
+
+def check_is_file(path: str | os.PathLike[str], info: os.stat_result, noun: str) -> None:
+    """UsageError for what is not a regular file, and would be replaced by ``noun``."""
+    if not stat.S_ISREG(info.st_mode):
+        special = _SPECIAL.get(stat.S_IFMT(info.st_mode), "not a regular file")
+        raise UsageError(
+            f"{os.fspath(path)!r} is {special}, which no {noun} replaces: move it away, or choose "
+            "another name"
+        )
+
+
+def remove(name: str, kind: FileKind, dir_fd: int | None = None) -> bool:
+    """Unlink what ``name`` has if it is of this kind; whether it was. Raises OSError.
+
+    A symbolic link is not followed, and an empty file is left alone. Durable once the directory has
+    been synced.
+    """
+    try:
+        ours = _is_ours(name, kind, dir_fd)
+    except OSError as error:
+        if error.errno in _NOT_OURS:
+            return False
+        raise
+    if ours:
+        os.unlink(name, dir_fd=dir_fd)
+    return ours
+
+
+def _is_ours(
+    path: str | os.PathLike[str], kind: FileKind, dir_fd: int | None = None
+) -> bool:
+    # O_NONBLOCK: to open a FIFO must not wait for a writer.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    fd = os.open(path, flags, dir_fd=dir_fd)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return False
+        head = os.pread(fd, _LOOKED_AT, 0)
+        return bool(head) and kind.is_ours(head)
+    finally:
+        os.close(fd)
+
+
+def open_directory(place: Path) -> int:
+    """A descriptor of the directory that a file is in. Raises OSError."""
+    return os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def write_whole(
+    place: Path, kind: FileKind, write: Callable[[BinaryIO], object], *, sync_name: bool = True
+) -> None:
+    """Have ``write`` write a file of our own; it has its name when it is whole and durable.
+    ``sync_name``: the name is made durable too.
+
+    ``place`` is what :func:`check_replaceable` returned, which is looked at once more. Raises
+    UsageError as that does, NoSpace, TargetError, and NotDurable where the file is there, but its
+    name may not be durable.
+    """
+    place = check_replaceable(place, kind)
+    what = f"cannot write the {kind.noun}"
+    try:
+        with contextlib.ExitStack() as stack:
+            dir_fd = open_directory(place)
+            stack.callback(os.close, dir_fd)
+            file = NewFile(dir_fd, place.name, secrets.token_hex(8))
+            stack.callback(file.close)
+            with open(file.fd, "wb", closefd=False) as out:
+                write(out)
+            os.fsync(file.fd)
+            file.give_name()
+            what = ""
+            if sync_name:
+                os.fsync(dir_fd)
+    except OSError as error:
+        if isinstance(error, TargetError):
+            raise
+        number = error.errno or errno.EIO
+        if not what:
+            raise NotDurable(number, place) from error
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(what, place, errno=number) from error
+        raise TargetError(number, what, place) from error
