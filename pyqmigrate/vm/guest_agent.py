@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate.errors import QemuError, UsageError
-from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.disks import seen_here
+from pyqmigrate.vm.process import command_of
 
 __all__ = ["find_agent", "set_time"]
 
@@ -29,11 +29,10 @@ _LONGEST_ANSWER = 1 << 16  # bytes
 
 def find_agent(pid: int | None) -> Path | None:
     """The socket of the agent's channel of QEMU ``pid``, by its command line; None without one."""
-    if pid is None:
+    command = None if pid is None else command_of(pid)
+    if command is None:
         return None
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
-        command = CommandLine.parse([os.fsdecode(word) for word in words])
         chardevs = {
             properties.get("id"): properties
             for properties in (option.properties("backend") for option in command.all("chardev"))
@@ -44,7 +43,7 @@ def find_agent(pid: int | None) -> Path | None:
                 chardev = chardevs.get(device.get("chardev", ""), {})
                 if chardev.get("backend") == "socket" and "path" in chardev:
                     return seen_here(pid, chardev["path"])
-    except (OSError, UsageError):
+    except UsageError:  # an option in JSON that cannot be read
         pass
     return None
 
