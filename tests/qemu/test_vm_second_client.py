@@ -30,9 +30,15 @@ def meddle(monkeypatch: pytest.MonkeyPatch, guest: Source, *commands: str) -> No
     monkeypatch.setattr(engine_direct, "_start", meddled)
 
 
-@WAYS
-@pytest.mark.parametrize("then", [None, "pause"])
-@pytest.mark.parametrize("commands", [["cont"], ["cont", "stop"]], ids=["cont", "cont-and-stop"])
+@pytest.mark.parametrize(
+    ("memory", "then", "commands"),
+    [
+        ("file", None, ["cont", "stop"]),
+        ("file", "pause", ["cont"]),
+        ("private", None, ["cont"]),
+        ("private", "pause", ["cont", "stop"]),
+    ],
+)
 def test_guest_that_was_let_run_while_its_memory_is_copied_is_not_saved(
     memory: str, then: str | None, commands: list[str], disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
