@@ -20,6 +20,7 @@ __all__ = [
     "Verbs",
     "add_bitmap_order",
     "add_channels",
+    "add_clock",
     "add_direct_io",
     "add_general",
     "add_offset",
@@ -168,6 +169,17 @@ def add_seal(parser: Parser) -> None:
         nargs="?",
         help=f"write a seal beside the snapshot: {Algorithm.XXH3_128} (the default), "
         f"{Algorithm.BLAKE3} or {Algorithm.SHA256}",
+    )
+
+
+def add_clock(parser: Parser) -> None:
+    """``--set-time`` and ``--guest-agent``."""
+    parser.add_argument(
+        "--set-time", action="store_true", help="set the guest's clock by its agent when it goes on"
+    )
+    parser.add_argument(
+        "--guest-agent", metavar="SOCKET",
+        help="the agent's socket (default: found in QEMU's command line)",
     )
 
 

@@ -59,9 +59,9 @@ def write_elf(
     description: JSON text that describes the device sections, instead of the snapshot's own.
     target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`.
 
-    Raises NotSupported where a machine's address space is not known and nothing is given, also
-    where only the split of RAM at 4 GiB is not;
-    UsageError, SnapshotError, TargetError, Cancelled. The target then is what it was.
+    Raises NotSupported where a machine's address space, or the split of RAM at 4 GiB, is not known
+    and nothing is given, UsageError, SnapshotError, TargetError, Cancelled. The target then is what
+    it was.
     """
     if byte_order not in (None, "little", "big"):
         raise UsageError(f"byte_order is {byte_order!r}; it is 'little' or 'big'")

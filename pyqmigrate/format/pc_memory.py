@@ -103,6 +103,8 @@ class PcMachine:
         state does not say it, or not exactly, UsageError where it says something else than
         ``max_below``.
         """
+        if max_below is not None and self.max_below is None:
+            raise UsageError("this machine has no max-ram-below-4g")
         default = self._default(length, max_below)
         told = None if devices is None else _told(devices)
         if told is None or length - sum(told) not in TOLD_LESS:

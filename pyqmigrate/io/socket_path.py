@@ -68,7 +68,10 @@ def remove_stale_socket(path: Path) -> None:
     if not is_socket:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, SocketPath(path) as name:
+        probe.setblocking(False)  # a listener may have more clients in line than it takes
         try:
             probe.connect(name.path)
         except ConnectionRefusedError:
             path.unlink()
+        except OSError:
+            pass  # it is in use, or not a stream socket

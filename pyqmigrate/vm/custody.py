@@ -188,6 +188,15 @@ class Custody:
         """The migration that was begun here has ended, well or not."""
         self._note(Did.MIGRATED, without=(Did.MIGRATING,))
 
+    async def check_that_it_stood(self) -> None:
+        """Raise QemuError when another client has let the guest run since ``events.stands()``."""
+        await self.monitor.execute("query-status")  # its answer comes after all events before it
+        if self.events.resumed():
+            raise QemuError(
+                "another client let the guest run while its memory was copied: the snapshot would "
+                "not be of one instant"
+            )
+
     async def resume(self) -> None:
         """Let the guest go on. QemuError when it is not here that it was made to stand."""
         state = (await self.monitor.execute("query-status"))["status"]

@@ -85,6 +85,7 @@ async def _save(
         state = await _migrated(custody, guest, at_instant)
     else:
         state = await _devices_only(custody, guest, at_instant)
+    custody.events.stands()
     heed_cancellation()
     writer, job, pages_written = _start(target, guest, state, channels, sparse, seal, describing)
     downtime = None
@@ -94,6 +95,7 @@ async def _save(
         await _until(pages_written, job, progress)
         if job.done():
             job.result()  # raises what went wrong
+        await custody.check_that_it_stood()
         if resume:
             await custody.resume()
             if guest.running:

@@ -33,6 +33,7 @@ class EventLog:
         )
         self._stopped_at: int | None = None
         self._stood: int | None = None
+        self._resumed = False
 
     def close(self) -> None:
         self._stack.close()
@@ -55,18 +56,33 @@ class EventLog:
         None where no stop, or no resume after it, was reported, or the host's clock was changed
         meanwhile: it took longer than ``at_most`` seconds by that, or less than none.
         """
-        while not self._listener.empty():
-            for event in self._listener.clear():
-                self._note(event)
+        self._catch_up()
         if self._stood is None:
             return None
         seconds = self._stood / _MICROSECONDS
         return seconds if 0 <= seconds <= at_most else None
+
+    def stands(self) -> None:
+        """Say that the guest stands still, and is to stand until :meth:`resumed` is asked."""
+        self._catch_up()
+        self._resumed = self._stopped_at is not None and self._stood is not None
+
+    def resumed(self) -> bool:
+        """Whether somebody has let the guest run since :meth:`stands`, by the events up to now."""
+        self._catch_up()
+        return self._resumed
+
+    def _catch_up(self) -> None:
+        while not self._listener.empty():
+            for event in self._listener.clear():
+                self._note(event)
 
     def _note(self, event: Mapping[str, Any]) -> None:
         time = event["timestamp"]
         happened_at = time["seconds"] * _MICROSECONDS + time["microseconds"]
         if event["event"] == _STOP:
             self._stopped_at, self._stood = happened_at, None
-        elif event["event"] == _RESUME and self._stopped_at is not None:
-            self._stood = happened_at - self._stopped_at
+        elif event["event"] == _RESUME:
+            self._resumed = True
+            if self._stopped_at is not None:
+                self._stood = happened_at - self._stopped_at

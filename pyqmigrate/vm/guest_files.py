@@ -17,9 +17,8 @@ from pyqmigrate.format.libvirt import is_libvirt
 from pyqmigrate.format.stream import MAGIC
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, files_mapped
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.disks import Disk, seen_here
-from pyqmigrate.vm.process import covering, open_mapped, read_mappings
+from pyqmigrate.vm.process import command_of, covering, open_mapped, read_mappings
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.guest import Guest
@@ -86,14 +85,8 @@ def _images(guest: Guest) -> Iterator[tuple[Named, str]]:
 def _arguments(guest: Guest) -> Iterator[tuple[Named, str]]:
     """Firmware, kernel, initrd and whatever else the command line of QEMU names, except what it
     loaded its state from."""
-    if guest.pid is None:
-        return
-    try:
-        words = Path(f"/proc/{guest.pid}/cmdline").read_bytes().split(b"\0")[:-1]
-        command = CommandLine.parse([os.fsdecode(word) for word in words])
-    except (OSError, UsageError):
-        return
-    for option in command.options:
+    command = None if guest.pid is None else command_of(guest.pid)
+    for option in () if command is None else command.options:
         if option.value is None or option.name == "incoming":
             continue
         values = {option.value, *option.value.split(",")}

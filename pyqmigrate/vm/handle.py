@@ -50,13 +50,15 @@ class Vm:
         with_disks: bool = False,
         seal: Algorithm | str | None = None,
         describe: bool = True,
+        set_time: bool = False,
+        guest_agent: str | os.PathLike[str] | None = None,
         progress: ProgressCallback | None = None,
     ) -> VmSaveReport:
         """Save the guest; see :func:`pyqmigrate.vm.save.save`."""
         return await save(
             self.qmp, snapshot, engine=engine, live=live, then=then, channels=channels,
             direct_io=direct_io, sparse=sparse, with_disks=with_disks, seal=seal,
-            describe=describe, progress=progress,
+            describe=describe, set_time=set_time, guest_agent=guest_agent, progress=progress,
         )
 
     async def check(

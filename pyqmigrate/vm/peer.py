@@ -87,14 +87,14 @@ class Peer:
                 "monitor's socket"
             )
         try:
-            holds = any(_inode_of(link) in self.sockets for link in (process / "fd").iterdir())
+            held = {_inode_of(link) for link in (process / "fd").iterdir()} - {None}
         except OSError as error:
             return (
                 f"/proc/{pid}/fd cannot be read ({error.strerror}), so whether process {pid} is at "
                 "the other end of the monitor's socket is not known: be the user that QEMU runs "
                 "as, or root (CAP_SYS_PTRACE)"
             )
-        if holds:
+        if held & self.sockets:
             return None
         return f"process {pid} is not at the other end of the monitor's socket"
 
@@ -108,12 +108,12 @@ def read_status(process: Path) -> dict[str, list[str]]:
     return {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def _inode_of(link: Path) -> int:
-    """The inode of the socket that a descriptor in /proc refers to; 0 for another thing."""
+def _inode_of(link: Path) -> int | None:
+    """The inode of the socket that a descriptor in /proc refers to; None for another thing."""
     name = ""
     with contextlib.suppress(OSError):
         name = os.fspath(link.readlink())
-    return int(name[len("socket:[") : -1]) if name.startswith("socket:[") else 0
+    return int(name[len("socket:[") : -1]) if name.startswith("socket:[") else None
 
 
 def _other_end(connection: socket.socket) -> int:
@@ -135,7 +135,9 @@ def _other_end(connection: socket.socket) -> int:
     while at + _ATTRIBUTE.size <= length:
         size, attribute = _ATTRIBUTE.unpack_from(answer, at)
         if attribute == _UNIX_DIAG_PEER:
-            return int(_INODE.unpack_from(answer, at + _ATTRIBUTE.size)[0])
+            inode = int(_INODE.unpack_from(answer, at + _ATTRIBUTE.size)[0])
+            if inode:  # 0: not accepted yet
+                return inode
         at += max(size + 3 & ~3, _ATTRIBUTE.size)
     raise OSError("the socket has no other end")
 

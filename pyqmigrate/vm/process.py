@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pyqmigrate.errors import GuestMemoryError
+from pyqmigrate.errors import GuestMemoryError, UsageError
+from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.peer import Peer, read_status
 
-__all__ = ["Mapping", "Process", "covering", "find_process", "open_mapped", "read_mappings"]
+__all__ = [
+    "Mapping", "Process", "command_of", "covering", "find_process", "open_mapped", "read_mappings",
+]  # fmt: skip
 
 _PROC = Path("/proc")
 _UNKNOWN = (
@@ -162,6 +165,15 @@ def _own_numbers(pid: int) -> set[int]:
     except OSError:
         return set()
     return {int(numbers[-1]) for task in tasks if (numbers := read_status(task).get("NSpid"))}
+
+
+def command_of(pid: int) -> CommandLine | None:
+    """The command line that a QEMU was started with; None where it cannot be read."""
+    try:
+        words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")[:-1]
+        return CommandLine.parse([os.fsdecode(word) for word in words])
+    except (OSError, UsageError):
+        return None
 
 
 def read_mappings(pid: int) -> list[Mapping]:

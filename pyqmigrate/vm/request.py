@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,3 +54,5 @@ class Request:
     stderr: Stream = None
     pass_fds: tuple[int, ...] = ()
     disks: Disks = Disks()
+    set_time: bool = False
+    guest_agent: str | os.PathLike[str] | None = None

@@ -40,6 +40,7 @@ from pyqmigrate.vm.companions import Companions
 from pyqmigrate.vm.compatibility import compare_blocks, compare_devices, compare_type
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.ending import Ending
+from pyqmigrate.vm.guest_clock import correct_clock, note_on_clock
 from pyqmigrate.vm.inherited import check_descriptors
 from pyqmigrate.vm.launch import Launched, answered, launch
 from pyqmigrate.vm.loading import Incoming, take_in
@@ -154,6 +155,8 @@ async def restore(
     with_disks: bool = False,
     disks_dir: str | os.PathLike[str] | None = None,
     disks_as_they_are: bool = False,
+    set_time: bool = False,
+    guest_agent: str | os.PathLike[str] | None = None,
 ) -> RestoredVm:
     """Start a QEMU and have it go on where ``snapshot`` was taken.
 
@@ -179,6 +182,9 @@ async def restore(
         restore fails, and stay with the guest otherwise: the report's notes name them.
     disks_as_they_are: restore also where the disks have gone ahead of the snapshot, or are others
         than the record has. The guest's file systems are then at its own risk.
+    set_time: set the guest's clock by its agent, once it runs. Where that fails, or takes more than
+        five seconds, a note says so.
+    guest_agent: the path of the agent's socket; None finds it in the command line.
 
     Raises UsageError for a command line that contradicts a restore, for another machine type, fewer
     processors or missing devices, and for sockets and disks that another process uses,
@@ -191,6 +197,7 @@ async def restore(
         choice(DirectIO, direct_io, "direct_io"), stdin, stdout, stderr,
         check_descriptors(pass_fds),
         Disks(with_disks, None if disks_dir is None else Path(disks_dir), disks_as_they_are),
+        set_time, guest_agent,
     )
     companions = await Companions.open(snapshot, offset)
     return await _closing(companions, _restore(companions, command, request))
@@ -416,6 +423,7 @@ class _Attempt:
         explained = describe_state(state, self.saved.run_state, asked_to_run=asked_to_run)
         if explained is not None and not self.request.paused:
             notes = (*notes, explained)
+        notes = (*notes, *await self._clock(qemu.process.pid, state))
         report = RestoreReport(
             machine=self.source.snapshot.machine,
             qemu=".".join(map(str, qemu.monitor.version)), pid=qemu.process.pid, run_state=state,
@@ -425,6 +433,13 @@ class _Attempt:
         )
         qemu.hand_over()
         return RestoredVm(qemu, report)
+
+    async def _clock(self, pid: int, state: str) -> list[str]:
+        if state != "running":
+            return []
+        if self.request.set_time:
+            return await correct_clock(pid, self.request.guest_agent)
+        return note_on_clock(self.source.age)
 
     async def _settle(self, qemu: Launched) -> str:
         """The run state once it has come, after ``cont`` where the guest is to run.

@@ -47,6 +47,7 @@ from pyqmigrate.vm.ending import Ending
 from pyqmigrate.vm.engine_direct import DeviceStateRefused, save_by_us
 from pyqmigrate.vm.engine_qemu import save_by_qemu
 from pyqmigrate.vm.guest import Guest, look
+from pyqmigrate.vm.guest_clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest_files import files_of
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.plan import Plan, make_plan
@@ -117,6 +118,8 @@ async def save(
     with_disks: bool = False,
     seal: Algorithm | str | None = None,
     describe: bool = True,
+    set_time: bool = False,
+    guest_agent: str | os.PathLike[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> VmSaveReport:
     """Save the guest of the QEMU whose monitor listens at ``qmp`` into the file ``snapshot``.
@@ -138,6 +141,9 @@ async def save(
     describe: where QEMU writes no description of its device state (``xen-save-devices-state``),
         have a second, stopped QEMU of the same machine make it (:mod:`pyqmigrate.vm.twin`) once
         the guest goes on; the notes say where that is not possible.
+    set_time: set the clock of a guest that goes on, by its agent. Where that fails, or takes more
+        than five seconds, a note says so.
+    guest_agent: the path of the agent's socket; None finds it in QEMU's command line.
     progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
 
     Whatever fails, and when this is cancelled or its process killed, the guest is put back as it
@@ -152,7 +158,7 @@ async def save(
         check_channels(channels), choice(DirectIO, direct_io, "direct_io"),
         choice(Sparse, sparse, "sparse"), with_disks, progress,
         None if seal is None else choice(Algorithm, seal, "seal"), describe,
-        absolute(target_path(snapshot)),
+        absolute(target_path(snapshot)), set_time, guest_agent,
     )
     if request.seal is not None:
         digester(request.seal)
@@ -178,6 +184,8 @@ class _Request:
     seal: Algorithm | None
     describe: bool
     path: Path  # absolute: the current directory may change
+    set_time: bool
+    guest_agent: str | os.PathLike[str] | None
 
 
 class _Save:
@@ -220,7 +228,10 @@ class _Save:
         )
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
-            opened = custody.opened(self.request.direct_io, in_use=in_use, beside=self._beside())
+            opened = custody.opened(
+                self.request.direct_io, in_use=in_use,
+                beside=[recording.path],
+            )
             async with custody, opened as target:
                 plan = await unbroken(asyncio.to_thread(self._plan, target))
                 return await self._run(target, plan, custody)
@@ -244,6 +255,7 @@ class _Save:
         modified = os.fstat(target.fd).st_mtime_ns
         seconds = time.monotonic() - self.started
         await custody.end(resume=self._resumes)
+        clock = await self._clock(written.downtime)
         after, late = await self._end()
         await self._seal(written, modified)
         resumed = self._resumes and self.guest.running
@@ -270,13 +282,11 @@ class _Save:
             ),
             record=os.fspath(self.recording.path) if self.recording.published else None,
             seal=self.request.seal,
-            notes=(*plan.notes, *written.notes, *self.recording.notes, *late, *custody.trouble),
+            notes=(
+                *plan.notes, *written.notes, *self.recording.notes, *clock, *late,
+                *custody.trouble,
+            ),
         )
-
-    def _beside(self) -> list[Path]:
-        """Files that may be written beside the snapshot, or replaced; its seal is the target's."""
-        path = self.request.path
-        return [self.recording.path, path.with_name(f"{path.name}.left")]
 
     @property
     def _resumes(self) -> bool:
@@ -314,6 +324,13 @@ class _Save:
             sparse=plan.sparse, seal=request.seal, resume=self._resumes, describe=request.describe,
             at_instant=at_instant, progress=request.progress,
         )
+
+    async def _clock(self, downtime: float | None) -> list[str]:
+        if not self._resumes:
+            return []
+        if self.request.set_time:
+            return await correct_clock(self.guest.pid, self.request.guest_agent)
+        return note_on_clock(downtime or 0.0)
 
     async def _seal(self, written: Written, mtime_ns: int) -> None:
         """Beside the snapshot, which is there and stays."""

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import sys
+import time
 from dataclasses import dataclass
 
 from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, TargetError
@@ -66,6 +67,11 @@ class Source:
     @property
     def fd(self) -> int:
         return self._input.fd
+
+    @property
+    def age(self) -> float:
+        """Seconds since the file was written."""
+        return max(time.time() - os.fstat(self.fd).st_mtime, 0.0)
 
     def close(self) -> None:
         """May be repeated."""

@@ -79,6 +79,8 @@ def test_split_that_is_not_told_is_not_guessed(machine: str, devices: list[Devic
 def test_split_of_a_microvm_cannot_be_moved() -> None:
     found = physical_map("microvm", {"microvm.ram": 4 * GIB}, [])
     assert [(one.address, one.length) for one in found] == [(0, 3 * GIB), (4 * GIB, GIB)]
+    with pytest.raises(UsageError, match="no max-ram-below-4g"):
+        physical_map("microvm", {"microvm.ram": 4 * GIB}, [], max_ram_below_4g=GIB)
 
 
 def test_split_that_contradicts_the_clock_is_refused() -> None:

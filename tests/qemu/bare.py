@@ -54,6 +54,9 @@ class BareQemu:
         self.kill()
         self._directory.cleanup()
 
+    def run_state(self) -> str:
+        return str(self.run(lambda monitor: monitor.execute("query-status"))["status"])
+
     def kill(self) -> None:
         """End it and what was started before it (its own session)."""
         if self.process.poll() is None:

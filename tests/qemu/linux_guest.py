@@ -13,7 +13,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -114,6 +114,7 @@ class LinuxGuest:
     """A machine that boots Linux to a shell; what it needs lies in ``directory``.
 
     ``memory`` is what follows ``memory-backend-`` in the RAM's backend, without its id and size.
+    ``files`` are further files of its root directory: the path, and the content of a program.
     """
 
     def __init__(
@@ -123,12 +124,13 @@ class LinuxGuest:
         machine: str = "q35",
         megabytes: int = 128,
         memory: str = "memfd,share=on",
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         self.directory = directory
         self.qmp = directory / "qmp"
         root = unpacked("linux")
         initramfs = directory / "initramfs"
-        initramfs.write_bytes(_initramfs((root / "bin/busybox").read_bytes()))
+        initramfs.write_bytes(_initramfs((root / "bin/busybox").read_bytes(), files or {}))
         kind, _, options = memory.partition(",")
         backend = f"memory-backend-{kind},id=ram,size={megabytes}M,{options}".removesuffix(",")
         self._command = [
@@ -144,11 +146,12 @@ class LinuxGuest:
         return [*self._command, "-serial", f"unix:{console},server=on,wait=off"]
 
     @contextlib.contextmanager
-    def boot(self) -> Iterator[Console]:
-        """Starts it, with its monitor at ``qmp``, until its shell answers; killed on exit."""
+    def boot(self, *more: str) -> Iterator[Console]:
+        """Starts it, with its monitor at ``qmp`` and ``more`` on its command line, until its shell
+        answers; killed on exit."""
         path = self.directory / "console"
         process = subprocess.Popen(
-            [*self.command(path), "-qmp", f"unix:{self.qmp},server=on,wait=off"],
+            [*self.command(path), "-qmp", f"unix:{self.qmp},server=on,wait=off", *more],
             stdin=subprocess.DEVNULL,
         )
         try:
@@ -160,9 +163,10 @@ class LinuxGuest:
             process.wait()
 
 
-def _initramfs(busybox: bytes) -> bytes:
+def _initramfs(busybox: bytes, files: Mapping[str, bytes]) -> bytes:
     entries = [
         *(_entry(name, 0o040755) for name in _DIRECTORIES),
+        *(_entry(path, 0o100755, content) for path, content in files.items()),
         _entry("dev/console", 0o020600, device=(5, 1)),
         _entry("bin/busybox", 0o100755, busybox),
         _entry("init", 0o100755, _INIT),

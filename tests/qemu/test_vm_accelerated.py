@@ -31,7 +31,7 @@ KINDS = ["file", "memfd", "private"]
 MACHINES = ["pc", "q35", "microvm"]
 SHORT = {
     ("microvm", "file", "direct"), ("microvm", "private", "direct"), ("microvm", "memfd", "qemu"),
-}
+}  # fmt: skip
 MATRIX = [
     pytest.param(*row, marks=() if row in SHORT else pytest.mark.long)
     for row in ((m, k, e) for m in MACHINES for k in KINDS for e in ENGINES)

@@ -56,10 +56,6 @@ def firmware(directory: Path, start: str) -> Path:
     return image
 
 
-def run_state(qemu: BareQemu) -> str:
-    return str(qemu.run(lambda monitor: monitor.execute("query-status"))["status"])
-
-
 def loaded_state(path: Path, image: Path | None = None) -> str:
     """What a QEMU is that has loaded the snapshot, without -S."""
     firmware = [] if image is None else ["-bios", str(image), *_KEEP]
@@ -75,7 +71,7 @@ def loaded_state(path: Path, image: Path | None = None) -> str:
 
     with BareQemu(*_MACHINE, "-incoming", "defer", *firmware, run=True) as qemu:
         qemu.run(load)
-        return run_state(qemu)
+        return qemu.run_state()
 
 
 @pytest.mark.parametrize("engine", ["qemu", "direct"])
@@ -85,7 +81,7 @@ def test_state_of_a_guest_that_stopped_by_itself_is_kept_and_named(
 ) -> None:
     image = firmware(tmp_path, _STATES[state])
     with BareQemu(*_MACHINE, "-bios", str(image), *_KEEP, run=True) as qemu:
-        wait_until(lambda: run_state(qemu) == state, "it does not stop")
+        wait_until(lambda: qemu.run_state() == state, "it does not stop")
         warnings = qemu.run(check).warnings
         report = asyncio.run(save(qemu.socket, tmp_path / "snapshot", engine=engine))
     sentence = what_stopped(state)
@@ -98,7 +94,7 @@ def test_state_of_a_guest_that_stopped_by_itself_is_kept_and_named(
 def test_qemu_can_load_every_state_that_is_called_loadable(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
     with BareQemu(*_MACHINE) as qemu:
-        assert run_state(qemu) == "prelaunch"
+        assert qemu.run_state() == "prelaunch"
         asyncio.run(save(qemu.socket, path, engine="direct"))
     with Snapshot(path) as snapshot:
         found = next(s for s in snapshot.stream.sections if s.name == global_state("paused").name)
@@ -157,13 +153,13 @@ def test_device_that_cannot_be_saved_is_named_whoever_writes(tmp_path: Path) -> 
         BareQemu("-object", shared, "-M", "q35,memory-backend=mem", "-m", "32", *device, run=True)
         as qemu,
     ):
-        wait_until(lambda: run_state(qemu) == "running", "it does not run")
+        wait_until(lambda: qemu.run_state() == "running", "it does not run")
         said = {}
         for engine in ("auto", "direct", "qemu"):
             with pytest.raises(QemuError) as caught:
                 asyncio.run(save(qemu.socket, tmp_path / "snapshot", engine=engine))
             said[engine] = " ".join([*getattr(caught.value, "__notes__", ()), str(caught.value)])
-            assert run_state(qemu) == "running"
+            assert qemu.run_state() == "running"
         capabilities = qemu.run(lambda m: m.execute("query-migrate-capabilities"))
         assert not any(c["state"] for c in capabilities if c["capability"] == "multifd")
         qemu.kill()

@@ -68,6 +68,35 @@ def test_downtime_that_was_not_reported_is_not_known(events: list[tuple[str, int
     assert downtime(*events) is None
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "resumed"),
+    [
+        (["STOP"], [], False),
+        (["STOP"], ["RESUME"], True),
+        (["STOP"], ["RESUME", "STOP"], True),
+        (["STOP", "RESUME", "STOP"], [], False),
+        (["STOP", "RESUME"], [], True),
+        ([], [], False),
+        ([], ["RESUME"], True),
+        (["RESUME"], [], False),
+    ],
+)
+def test_guest_that_somebody_lets_run_is_noticed(
+    before: list[str], after: list[str], resumed: bool
+) -> None:
+    async def run() -> bool:
+        reporter = Reporter()
+        log = EventLog(cast("Monitor", reporter))
+        for number, name in enumerate(before):
+            await reporter.report(name, number)
+        log.stands()
+        for number, name in enumerate(after, len(before)):
+            await reporter.report(name, number)
+        return log.resumed()
+
+    assert asyncio.run(run()) is resumed
+
+
 def test_migration_is_waited_for_and_stops_on_the_way_are_kept() -> None:
     async def run() -> None:
         reporter = Reporter()

@@ -17,6 +17,9 @@ started (-add-fd fd=5, -netdev tap,fd=5). The command waits until it ends, and p
 SIGTERM and SIGHUP on to it; before the guest is there, they end the restore, and the guest has not
 run. What was done is printed on standard error when the guest is there.
 
+While a guest is a file its clocks stand still, so its wall clock falls behind. ``--set-time`` sets
+it by the guest agent, whose socket is found in the command line; otherwise a note says how.
+
 The exit code is 0 when QEMU ended with 0, and 4 otherwise.
 
 JSON, printed as soon as the guest is there: ``mode``; ``why``; ``machine``; ``qemu``, its version;
@@ -37,6 +40,7 @@ from typing import TYPE_CHECKING
 from pyqmigrate.cli.arguments import (
     Parser,
     Verbs,
+    add_clock,
     add_direct_io,
     add_offset,
     add_verb,
@@ -67,6 +71,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--qmp", metavar="SOCKET", help="give QEMU one more monitor, here: PATH or unix:PATH"
     )
+    add_clock(parser)
     add_offset(parser)
     parser.add_argument(
         "--channels", type=read_channels, metavar="N", default=None,
@@ -127,7 +132,8 @@ def _run(args: argparse.Namespace) -> Outcome:
     qmp = None if args.qmp is None else monitor_path(args.qmp)
     request = Request(
         Mode(args.mode), args.paused, qmp, args.channels, DirectIO(args.direct_io),
-        pass_fds=inherited_descriptors(), disks=read_disks(args),
+        pass_fds=inherited_descriptors(), disks=read_disks(args), set_time=args.set_time,
+        guest_agent=args.guest_agent,
     )
     early = None
     if request.mode in (Mode.AUTO, Mode.INSTANT):
@@ -154,7 +160,8 @@ async def _restore(args: argparse.Namespace, request: Request, early: Early | No
             qmp=request.qmp, offset=args.offset, channels=request.channels,
             direct_io=request.direct_io, pass_fds=request.pass_fds,
             with_disks=args.with_disks, disks_dir=args.disks_dir,
-            disks_as_they_are=args.disks_as_they_are,
+            disks_as_they_are=args.disks_as_they_are, set_time=request.set_time,
+            guest_agent=request.guest_agent,
         )
     pass_signals_on([vm])  # from here on no signal ends this command but through QEMU
     async with vm:

@@ -7,7 +7,8 @@ interrupted or killed, the guest is put back as it was, running or paused, with 
 Engine qemu lets QEMU write the file, with the settings that are fast for this guest; engine direct
 lets QEMU write its device state only, and writes the pages from here. Without --then the guest is
 afterwards what it was before; with --then quit QEMU is ended once the snapshot has its name, and
-its end is waited for. --seal writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the
+its end is waited for. --set-time sets the clock of a guest that goes on, by its agent: the pause
+has put it behind. --seal writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the
 file is read for it.
 
 A guest whose memory is not a shared file is saved by QEMU's xen-save-devices-state, which does not
@@ -30,7 +31,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_seal, add_verb
+from pyqmigrate.cli.arguments import (
+    Verbs,
+    add_channels,
+    add_clock,
+    add_direct_io,
+    add_seal,
+    add_verb,
+)
 from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data
 from pyqmigrate.cli.progress import shown
@@ -61,6 +69,7 @@ def add_parser(verbs: Verbs) -> None:
         "--then", choices=["pause", "resume", "quit"], default=None,
         help="what becomes of the guest (default: what it was)",
     )
+    add_clock(parser)
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
@@ -89,7 +98,8 @@ def _run(args: argparse.Namespace) -> Outcome:
                 args.qmp, args.snapshot, engine=args.engine, live=args.live, then=args.then,
                 channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
                 with_disks=args.with_disks, seal=args.seal,
-                describe=args.describe == "auto", progress=show,
+                describe=args.describe == "auto", set_time=args.set_time,
+                guest_agent=args.guest_agent, progress=show,
             )
         )
     data = asdict(report)
