@@ -92,7 +92,7 @@ def test_file_of_the_guest_is_not_replaced(
     assert identities(images) == before
 
 
-@pytest.mark.parametrize("beside", ["new.seal", "new.disks.json"])
+@pytest.mark.parametrize("beside", ["new.seal", "new.vm.json"])
 def test_file_beside_the_snapshot_is_not_replaced_either(
     qemu: BareQemu, images: Path, beside: str
 ) -> None:
