@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyqmigrate.vm.begin
 import pyqmigrate.vm.restoring
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
+from pyqmigrate.format.qcow2 import encode_overlay
 from pyqmigrate.vm.cloning import clone
 from pyqmigrate.vm.restoring import restore
 from tests.qemu.bare import BareQemu
@@ -109,8 +109,11 @@ def test_overlay_over_its_disk_is_refused_and_one_over_a_copy_restores(
     original: Original, tmp_path: Path
 ) -> None:
     overlay, copy = tmp_path / "overlay.qcow2", tmp_path / "copy.img"
-    name = str(original.disk).encode()
-    overlay.write_bytes(struct.pack(">4sIQI", b"QFI\xfb", 3, 512, len(name)).ljust(512) + name)
+    with overlay.open("wb") as file:
+        size = original.disk.stat().st_size
+        for offset, data in encode_overlay(size, bytes(original.disk), "raw"):
+            file.seek(offset)
+            file.write(data)
     command = original.command("-drive", f"file={overlay},if=none,id=d", disk=tmp_path / "none")
     error = attempt(original, command)
     assert f"'{original.disk}', which '{overlay}' is based on, is open for writing" in str(error)

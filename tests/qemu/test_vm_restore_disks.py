@@ -217,10 +217,18 @@ def test_copy_is_the_disk_when_its_times_are_kept(
     copy = tmp_path / "copy"
     shutil.copyfile(disk, copy)
     words = [BINARY, *VM, "-nodefaults", "-display", "none", *drive(copy)]
+    assert any("has to be a copy" in note for note in restored(tmp_path / "snap", words))
+    with copy.open("r+b") as file:
+        file.write(b"other")
     with pytest.raises(UsageError, match="cannot be told"):
         restored(tmp_path / "snap", words)
+    shutil.copyfile(disk, copy)
     shutil.copystat(disk, copy)
-    restored(tmp_path / "snap", words)
+    assert not any("copy" in note for note in restored(tmp_path / "snap", words))
+    shutil.copyfile(disk, copy)
+    disk.touch()  # it has gone ahead, and whether the copy was made before cannot be told
+    with pytest.raises(UsageError, match="cannot be told"):
+        restored(tmp_path / "snap", words)
 
 
 def test_disk_that_moved_is_known_below_a_new_overlay(

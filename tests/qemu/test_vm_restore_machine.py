@@ -19,6 +19,7 @@ from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.format.devices import global_state
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.vm.record_place import record_path
 from pyqmigrate.vm.restoring import RestoredVm, RestoreReport, restore
 from pyqmigrate.vm.saved_machine import read_saved_machine
 from tests.qemu.machine import BINARY
@@ -45,6 +46,7 @@ def save(path: Path, *arguments: str, engine: str = "qemu", accel: str = "tcg") 
             asyncio.run(vm.connect(qmp).save(path, engine=engine, then="quit"))
         finally:
             process.kill()
+    record_path(path).unlink()  # what the stream itself says is compared here
     return path
 
 
