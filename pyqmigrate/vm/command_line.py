@@ -76,7 +76,10 @@ class Option:
         try:
             return dict(flatten("", data)) if isinstance(data, dict) else {}
         except RecursionError as error:
-            raise UsageError(f"-{self.name} {text[:200]!r} is nested too deeply") from error
+            raise self._too_deep() from error
+
+    def _too_deep(self) -> UsageError:
+        return UsageError(f"-{self.name} {(self.value or '')[:200]!r} is nested too deeply")
 
     def _json(self, text: str) -> object:
         try:
@@ -103,7 +106,10 @@ class Option:
         if text.lstrip().startswith("{"):
             data = self._json(text)
             assert isinstance(data, dict)  # a text that starts with a brace has an object or fails
-            return replace(self, value=json.dumps(data | {key: on}))
+            try:
+                return replace(self, value=json.dumps(data | {key: on}))
+            except RecursionError as error:
+                raise self._too_deep() from error
         return replace(self, value=f"{text},{key}={'on' if on else 'off'}")  # the last one wins
 
     def words(self) -> list[str]:
