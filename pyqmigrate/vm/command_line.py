@@ -80,7 +80,10 @@ class Option:
         try:
             return dict(flatten("", data)) if isinstance(data, dict) else {}
         except RecursionError as error:
-            raise UsageError(f"-{self.name} {_start(text)} is nested too deeply") from error
+            raise self._too_deep() from error
+
+    def _too_deep(self) -> UsageError:
+        return UsageError(f"-{self.name} {_start(self.value or '')} is nested too deeply")
 
     def _json(self, text: str) -> object:
         try:
@@ -88,7 +91,7 @@ class Option:
         except ValueError as error:
             raise UsageError(f"-{self.name} {_start(text)} is not JSON: {error}") from error
         except RecursionError as error:
-            raise UsageError(f"-{self.name} {_start(text)} is nested too deeply") from error
+            raise self._too_deep() from error
 
     def listed(self, key: str) -> list[str]:
         """All values of a key that may have several: repeated in a list of properties, a JSON list.
@@ -109,7 +112,10 @@ class Option:
         if text.lstrip().startswith("{"):
             data = self._json(text)
             assert isinstance(data, dict)  # a text that starts with a brace has an object or fails
-            return replace(self, value=json.dumps(data | {key: value}))
+            try:
+                return replace(self, value=json.dumps(data | {key: value}))
+            except RecursionError as error:
+                raise self._too_deep() from error
         if isinstance(value, bool):
             value = "on" if value else "off"
         return replace(self, value=f"{text},{key}={escape(value)}")  # the last one wins

@@ -172,3 +172,20 @@ def test_number_is_filled_in_everywhere() -> None:
                                            (None, False), ("", False)])  # fmt: skip
 def test_switch_is_on_in_every_spelling(value: str | None, on: bool) -> None:
     assert is_on(value) is on
+
+
+@pytest.mark.parametrize("depth", [5000, 200_000])
+def test_json_that_is_nested_too_deeply_is_wrong_usage(depth: int) -> None:
+    option = Option("object", '{"a":' * depth + "1" + "}" * depth)
+    for use in (option.properties, lambda: option.with_property("b", True)):
+        with pytest.raises(UsageError, match="-object"):
+            use()
+
+
+def test_json_that_is_nested_deeply_is_read_or_wrong_usage() -> None:
+    """Near the limit of one of the recursions in between."""
+    for depth in range(50, 1200, 50):
+        option = Option("object", '{"a":' * depth + "1" + "}" * depth)
+        for use in (option.properties, lambda o=option: o.with_property("b", True)):
+            with contextlib.suppress(UsageError):
+                use()
