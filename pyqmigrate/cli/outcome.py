@@ -114,8 +114,8 @@ def _missing(error: OSError) -> str | None:
     if error.errno not in (errno.ENOENT, errno.ENOTDIR) or error.filename is None:
         return None
     name = os.fsdecode(error.filename)
-    what, colon, _ = (error.strerror or "").rpartition(": ")  # a TargetError begins with what was done
-    front = what + colon
+    # A TargetError begins with what was done.
+    front = "".join((error.strerror or "").rpartition(": ")[:2])
     parents = [parent for parent in reversed(Path(name).parents) if not parent.is_dir()]
     if parents:
         missing = str(parents[0])
