@@ -132,8 +132,9 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
         try:
             if self.source.passing:
                 raise NotSupported(
-                    "the stream is compressed, and a mapped-ram file has its pages at fixed "
-                    "places: convert it first (pyqmigrate convert FILE OUT --to mapped-ram)"
+                    "the stream is compressed, so its pages are not at fixed places: decompress it "
+                    "into a file, or convert it if it is a classic stream "
+                    "(pyqmigrate convert FILE OUT --to mapped-ram)"
                 )
             self._stream = parse(self.source, self.offset)
         except BaseException:

@@ -124,8 +124,7 @@ def _missing(error: OSError) -> str | None:
         return None
     name = os.fsdecode(error.filename)
     # A TargetError begins with what was done.
-    what, colon, _ = (error.strerror or "").rpartition(": ")
-    front = what + colon
+    front = "".join((error.strerror or "").rpartition(": ")[:2])
     parents = [parent for parent in reversed(Path(name).parents) if not parent.is_dir()]
     if parents:
         missing = str(parents[0])

@@ -22,9 +22,16 @@ def is_standard(path: str) -> bool:
 
 
 def read_from(path: str, offset: int | None) -> tuple[str, int | None]:
-    """The path and the offset that an argument means; a file is read from its present position."""
+    """The path and the offset that an argument means; a file is read from its present position.
+
+    Raises UsageError where standard input is closed.
+    """
     if not is_standard(path):
         return path, offset
+    try:
+        os.fstat(0)
+    except OSError:
+        raise UsageError("standard input is closed") from None
     if offset is None:
         with contextlib.suppress(OSError):
             offset = os.lseek(0, 0, os.SEEK_CUR) or None

@@ -15,6 +15,7 @@ from pyqmigrate.cli.room import fitting_size
 from pyqmigrate.cli.sizes import MIB
 from pyqmigrate.errors import NoSpace, TargetError
 from tests.cli.command import Command
+from tests.json_page import assert_as_documented
 
 qemu = demo_qemu.find_qemu()
 needs_qemu = [
@@ -54,6 +55,7 @@ def test_demo_without_qemu_says_so_and_is_done(
 def test_demo_json_tells_of_every_step(no_qemu: Path, disk: Path, command: Command) -> None:
     ran = command("demo", "--size", "16MiB", "--dir", disk, "--channels", "1", "--json").json
     assert ran["total_ram"] == (ran["data_pages"] + ran["zero_pages"]) * PAGE == 16 * MIB
+    assert_as_documented("demo", ran)
     assert ran["equal"] is True
     assert ran["qemu"] is None
     steps = [(step["step"], step["direct_io"]) for step in ran["steps"]]

@@ -149,8 +149,12 @@ def test_classic_stream_in_a_raw_image_is_one_instant_of_the_guest(raw: Image) -
     assert check_pattern(bytes(memory)).generation - len(raw.reports) in (0, 1)
 
 
-@pytest.mark.parametrize("source", ["sparse", "raw"])
-@pytest.mark.parametrize("form", ["raw", "sparse"])
+@pytest.mark.parametrize(
+    ("source", "form"),
+    [("sparse", "raw"), ("raw", "sparse"),
+     pytest.param("raw", "raw", marks=pytest.mark.long),
+     pytest.param("sparse", "sparse", marks=pytest.mark.long)],
+)  # fmt: skip
 def test_virsh_restores_what_was_converted(
     source: str, form: str, libvirt: Libvirt, disk: Path
 ) -> None:
