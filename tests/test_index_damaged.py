@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from pyqmigrate import SnapshotError
 from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.opening import open_snapshot
 from tests.format.builders import classic_stream, page_records, words
@@ -61,10 +63,11 @@ def test_every_cut_of_an_index_is_made_good(stream: Path, whole: bytes) -> None:
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.long)])
-def test_an_index_with_a_digest_of_its_own_raises_nothing(
+def test_a_forged_index_is_a_snapshot_error_at_worst(
     stream: Path, whole: bytes, count: int
 ) -> None:
-    """Written by somebody who means harm: every number is checked, its digest proves nothing."""
+    """Its digest is right, and proves nothing: every number is checked, and changes to a page that
+    are elsewhere in the file may not fit it."""
     index, rng = stream.with_name("index"), random.Random(count)
     for _ in range(count):
         body = bytearray(whole[24:])
@@ -83,5 +86,6 @@ def test_an_index_with_a_digest_of_its_own_raises_nothing(
         index.write_bytes(b"qmindex2" + xxhash.xxh3_128(bytes(body)).digest() + body)
         with open_snapshot(stream, index=index) as snapshot:
             assert isinstance(snapshot, ClassicSnapshot)
-            content(snapshot)  # of the file, though perhaps at other places: no exception
+            with contextlib.suppress(SnapshotError):
+                content(snapshot)
     index.unlink()
