@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -171,8 +172,16 @@ def saved_classic(directory: Path, _: random.Random) -> None:
 
 
 def saved_from_a_file(directory: Path, _: random.Random) -> None:
-    with (directory / "ram").open("rb") as file:
+    with opened_by_the_caller(directory / "ram", "rb") as file:
         save(directory / "new", [RamBlock("pc.ram", FileMemory(file.fileno()))])
+
+
+def opened_by_the_caller(path: Path, mode: str) -> IO[bytes]:
+    """A file of memory; what cannot be opened is no fault of the package."""
+    try:
+        return path.open(mode)
+    except OSError as error:
+        raise target_error(error, "cannot open the memory") from error
 
 
 def loaded(directory: Path, rng: random.Random) -> None:
@@ -188,10 +197,8 @@ def loaded_into_files(directory: Path, _: random.Random) -> None:
     with contextlib.ExitStack() as stack:
         memories = {}
         for block in BLOCKS:
-            try:
-                file = stack.enter_context((directory / f"{block.name}.ram").open("r+b"))
-            except OSError as error:  # it is the caller who opens it
-                raise target_error(error, "cannot open the memory") from error
+            path = directory / f"{block.name}.ram"
+            file = stack.enter_context(opened_by_the_caller(path, "r+b"))
             memories[block.name] = FileMemory(file.fileno())
         with open_snapshot(directory / "from") as snapshot:
             snapshot.load(memories)
