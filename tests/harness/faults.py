@@ -36,6 +36,7 @@ from pyqmigrate import (
     FileMemory,
     GuestMemoryError,
     NoSpace,
+    NotDurable,
     NotSupported,
     PyqmigrateError,
     RamBlock,
@@ -458,7 +459,8 @@ def judge(error: BaseException | None, kind: str, number: int, lasting: bool) ->
         return f"an exception of another kind: {error!r}"
     if error.errno != number:
         return f"errno is {error.errno}, not {number}: {error!r}"
-    if isinstance(error, TargetError) and isinstance(error, NoSpace) != (number in FULL):
+    full = isinstance(error, NoSpace | NotDurable) if number in FULL else isinstance(error, NoSpace)
+    if isinstance(error, TargetError) and full != (number in FULL):
         return f"a full disk, or not: {error!r}"
     if words not in str(error) or str(error).count(words) > 1:
         return f"the reason should be told once: {error}"
