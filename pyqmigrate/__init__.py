@@ -38,6 +38,7 @@ from pyqmigrate.errors import (
 )
 
 if TYPE_CHECKING:
+    from pyqmigrate.api import save, start_save
     from pyqmigrate.classic import ClassicSnapshot
     from pyqmigrate.device_listing import Devices, devices
     from pyqmigrate.export.convert import Form, convert
@@ -57,10 +58,9 @@ if TYPE_CHECKING:
     from pyqmigrate.opening import open_snapshot
     from pyqmigrate.options import Capabilities, Parameters, Policy
     from pyqmigrate.origin import Provenance, provenance
-    from pyqmigrate.saving import SaveReport, save, start_save
     from pyqmigrate.sealing import SealCheck, SealReport, seal, verify_seal
     from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
-    from pyqmigrate.writer import Sparse
+    from pyqmigrate.writer import SaveReport, Sparse
 
 __all__ = [
     "save",
@@ -159,9 +159,9 @@ _HOME = {
     "Policy": "options",
     "Provenance": "origin",
     "provenance": "origin",
-    "SaveReport": "saving",
-    "save": "saving",
-    "start_save": "saving",
+    "SaveReport": "writer",
+    "save": "api",
+    "start_save": "api",
     "SealCheck": "sealing",
     "SealReport": "sealing",
     "seal": "sealing",

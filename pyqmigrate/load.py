@@ -40,7 +40,7 @@ class Clear(enum.StrEnum):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did; fields as in :class:`~pyqmigrate.saving.SaveReport`. ``bytes_read`` includes
+    """What a load did; fields as in :class:`~pyqmigrate.writer.SaveReport`. ``bytes_read`` includes
     the gaps that were read over."""
 
     data_pages: int

@@ -1,130 +1,36 @@
-"""One pass out: guest memory -> a mapped-ram snapshot.
+"""Write guest memory to a mapped-ram snapshot.
 
 The order of writes is what makes a partial file recognisable: head with its magic still zero,
-pages, bitmaps, tail, fsync, magic. A seal comes after all of that.
+pages, bitmaps, tail, fsync, magic.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.argument_types import check, check_callback
-from pyqmigrate.errors import UsageError
-from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.format.stream import MAGIC, Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import (
     Channels,
-    Job,
-    Progress,
     Range,
-    check_channels,
     core_block,
     cut,
     failure,
 )
-from pyqmigrate.io.digests import Digests
-from pyqmigrate.io.manifest import Manifest, check_place, seal_path, write_manifest
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.target import (
-    Descriptors,
     DirectIO,
     Target,
     core_file,
     stream_offset,
-    target_path,
 )
-from pyqmigrate.spelling import choice
-from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
+from pyqmigrate.writer import SaveReport, Sparse, StreamWriter, WriteObserver
 
-__all__ = ["SaveReport", "Sparse", "save", "start_save"]
-
-
-def save(
-    target: Target,
-    blocks: Sequence[RamBlock],
-    *,
-    channels: int = 2,
-    direct_io: DirectIO | str = DirectIO.AUTO,
-    sparse: Sparse | str = Sparse.AUTO,
-    machine: str = "",
-    target_page_bits: int | None = None,
-    reuse: bool = False,
-    max_bandwidth: int = 0,
-    seal: Algorithm | str | None = None,
-    progress: Callable[[Progress], object] | None = None,
-) -> SaveReport:
-    """Save guest memory to a snapshot and wait until it is durable.
-
-    Like :func:`start_save`, with ``progress`` called on this thread at most ten times a second.
-    When the wait is interrupted, or ``progress`` raises, the save is cancelled and leaves nothing.
-    """
-    check_callback("progress", progress)
-    return start_save(
-        target, blocks, channels=channels, direct_io=direct_io, sparse=sparse, machine=machine,
-        target_page_bits=target_page_bits, reuse=reuse, max_bandwidth=max_bandwidth, seal=seal,
-    ).wait(progress)
-
-
-def start_save(
-    target: Target,
-    blocks: Sequence[RamBlock],
-    *,
-    channels: int = 2,
-    direct_io: DirectIO | str = DirectIO.AUTO,
-    sparse: Sparse | str = Sparse.AUTO,
-    machine: str = "",
-    target_page_bits: int | None = None,
-    reuse: bool = False,
-    max_bandwidth: int = 0,
-    seal: Algorithm | str | None = None,
-) -> Job[SaveReport]:
-    """Begin to save guest memory; returns at once.
-
-    target: a path, a ``file:PATH[,offset=SIZE]`` URI, or Descriptors. A path without an offset
-        gets its name only when the snapshot is whole and durable.
-    blocks: the RAM blocks, in the order in which the file lists them. The memory must not change
-        until the job has ended.
-    channels: threads that move pages, 1 to 255.
-    machine: the machine type; an empty one loads on any machine.
-    target_page_bits: for targets that expect it (ARM with 4 KiB pages: 12).
-    reuse: overwrite the target in place, so that its allocated blocks are written again, which
-        is about twice as fast; what it held is lost from the start. Zero pages then may hold old
-        bytes under their clear bits.
-    max_bandwidth: bytes a second over all channels; 0 is no limit.
-    seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the path when
-        the snapshot has its name, of the bytes as they were written. Should that fail, the snapshot
-        stays. Not for Descriptors, which have no path. A UsageError where another file is there.
-
-    Raises UsageError for bad arguments, NotSupported for a digest whose library is missing,
-    TargetError (NoSpace, DirectIORefused) when the system
-    refuses; the job's result raises these too, GuestMemoryError when memory went away, Cancelled.
-    """
-    check("machine", machine, str)
-    check("target_page_bits", target_page_bits, int, type(None))
-    check("reuse", reuse, bool)
-    if seal is not None and isinstance(target, Descriptors):
-        raise UsageError("a seal stands beside a path; seal what descriptors lead to by its path")
-    if seal is not None and not isinstance(target, Descriptors):
-        check_place(seal_path(target_path(target)))
-    writer = Writer(
-        target, blocks,
-        direct_io=choice(DirectIO, direct_io, "direct_io"),
-        sparse=choice(Sparse, sparse, "sparse"),
-        channels=check_channels(channels), machine=machine, target_page_bits=target_page_bits,
-        reuse=reuse, max_bandwidth=max_bandwidth,
-        seal=None if seal is None else choice(Algorithm, seal, "seal"),
-    )
-    try:
-        return Job(writer.channels, writer.total, writer.run)
-    except BaseException:
-        writer.close()
-        raise
+__all__ = ["Writer"]
 
 
 class Writer(StreamWriter):
@@ -132,8 +38,7 @@ class Writer(StreamWriter):
     they are written and their bits are set. ``before`` are elements, as they are, that stand before
     RAM's.
 
-    With ``seal`` there are ``digests``, all known when ``finish`` returns. Where the target is
-    a path the seal has then been written too; where it is Descriptors that is left to the caller.
+    An ``observer`` hears what is written, and the last word before publication is its.
     """
 
     def __init__(
@@ -152,14 +57,14 @@ class Writer(StreamWriter):
         before: bytes = b"",
         reuse: bool = False,
         max_bandwidth: int = 0,
-        seal: Algorithm | None = None,
+        observer: WriteObserver | None = None,
         prefix: bytes = b"",
     ) -> None:
         super().__init__(
             blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix,
             left_out=left_out,
         )
-        self.digests: Digests | None = None
+        self.observer = observer
         # Whether pages whose bit is clear can have old bytes in the file.
         self._stale = reuse
         self._passes = 0
@@ -176,17 +81,14 @@ class Writer(StreamWriter):
             self.bitmaps = [Bitmap(layout.num_pages) for layout in self.head.blocks]
             for bitmap in self.bitmaps:
                 self._cleanup.callback(bitmap.close)
-            if seal is not None:
-                self.digests = Digests(seal, overlay=(stream_offset(target), MAGIC))
             self._open(target, direct_io)
-            self._named = not isinstance(target, Descriptors)
 
     def begin(self) -> None:
         """Check the space, give the file its size and write the head, without its magic."""
         self._check_space()
         self.target.set_size(self.head.tail_offset)
-        if self.digests is not None:
-            self.digests.resize(self.head.tail_offset)
+        if self.observer is not None:
+            self.observer.resize(self.head.tail_offset)
         for piece in self.head.pieces:
             data = piece.data
             if piece.offset == self.target.offset:
@@ -196,8 +98,8 @@ class Writer(StreamWriter):
     def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
         """One pass over all blocks, or over the pages that ``selections`` has of each."""
         file = core_file(self.target.fd, self.target.direct)
-        if self.digests is not None and not self.reuse:
-            self.digests.watch(file)
+        if self.observer is not None and not self.reuse:
+            self.observer.watch(file)
         self._passes += 1
         self._stale |= self._passes > 1
         self._pass(self.channels, file, self.bitmaps, selections)
@@ -218,9 +120,9 @@ class Writer(StreamWriter):
                     )
                     if count < 0:
                         raise failure(count, fault, self.target.name, layout.name)
-                    if count and self.digests is not None:
+                    if count and self.observer is not None:
                         at = layout.pages_offset + item.first * layout.page_size
-                        self.digests.forget(at, item.npages * layout.page_size)
+                        self.observer.forget(at, item.npages * layout.page_size)
                     found += count
         self._stale = False
         return found
@@ -236,8 +138,8 @@ class Writer(StreamWriter):
         )])
 
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
-        if self.digests is not None and self._stale:
-            self.clean()
+        if self.observer is not None and self._stale:
+            self.clean()  # what it reports is of a file without old bytes
         for bitmap, layout in self._stored_parts():
             bitmap.write_to(self, layout.bitmap_offset, everything=self.reuse)
         at = self.head.tail_offset
@@ -245,37 +147,24 @@ class Writer(StreamWriter):
             self.write_at(at, piece)
             at += len(piece)
         self._publish()
-        if self.digests is not None and self._named:
-            modified = os.fstat(self.target.fd).st_mtime_ns
-            write_manifest(self.target.seal, self.manifest(modified))
+        if self.observer is not None:
+            self.observer.published(self.head, os.fstat(self.target.fd).st_mtime_ns)
         return self._report()
-
-    def manifest(self, mtime_ns: int) -> Manifest:
-        """The seal of what was written, for a file that was then modified for the last time."""
-        assert self.digests is not None
-        return self.digests.seal(
-            mtime_ns, self.head.pieces[0].offset, self.head.blocks, clear_pages_zero=True,
-            bitmap_order=sys.byteorder,
-        )
 
     def _before_publication(self) -> None:
         super()._before_publication()
-        if self.digests is None:
+        if self.observer is None:
             return
         with self.target.opened_for_reading() as fd:
-            self.digests.resize(os.fstat(fd).st_size)
-            self.digests.read_rest(
-                fd, self.target.name, self.channels.sibling("pyqmigrate-digest")
+            self.observer.finish(
+                fd, self.target.name, self.channels.sibling("pyqmigrate-observer")
             )
-
-    def _seal_algorithm(self) -> Algorithm | None:
-        return None if self.digests is None else self.digests.algorithm
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write through the buffered descriptor, and count it."""
         self.target.write_at(offset, data)
-        if self.digests is not None:
-            self.digests.forget(offset, len(data))
+        if self.observer is not None:
+            self.observer.forget(offset, len(data))
         _core.lib.qm_job_add_moved(self.channels.core, len(data))
 
     def _needed(self) -> int:

@@ -85,7 +85,7 @@ def start_sequential_save(
 ) -> Job[SaveReport]:
     """Begin to save guest memory as a classic stream; returns at once.
 
-    Arguments and errors as in :func:`pyqmigrate.saving.start_save`. QEMU loads the file only on the
+    Arguments and errors as in :func:`pyqmigrate.api.start_save`. QEMU loads the file only on the
     machine of the name given: an empty one is accepted by any.
     """
     writer = SequentialWriter(

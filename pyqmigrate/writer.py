@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pyqmigrate import _core
 from pyqmigrate.errors import Cancelled, NoSpace, UsageError
@@ -17,13 +17,14 @@ from pyqmigrate.format.configuration import Configuration
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.elements import MAGIC
 from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.format.stream import Head
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.memory import Attached, RamBlock, attach, check_blocks, files_of
 from pyqmigrate.io.target import DirectIO, OutputTarget, Target
 from pyqmigrate.log import logger
 
-__all__ = ["SaveReport", "Sparse", "StreamWriter"]
+__all__ = ["SaveReport", "Sparse", "StreamWriter", "WriteObserver"]
 
 
 class Sparse(enum.StrEnum):
@@ -79,6 +80,32 @@ class SaveReport:
     sparse: Sparse
     unaligned_blocks: tuple[str, ...]
     seal: Algorithm | None = None
+
+
+class WriteObserver(Protocol):
+    """Hears what a writer of a mapped-ram file writes: digests, an increment, a log.
+
+    Its methods are called by one thread at a time, but for what the core calls while it writes.
+    """
+
+    def watch(self, file: Any) -> object:
+        """Set ``writing`` and ``writing_arg`` of a ``struct qm_file *``, which the core then calls
+        for what channels write where nothing but holes was before."""
+
+    def resize(self, size: int) -> None:
+        """The file has ``size`` bytes."""
+
+    def forget(self, at: int, length: int) -> None:
+        """The bytes ``[at, at + length)`` were written otherwise, or again."""
+
+    def finish(self, fd: int, name: str, channels: Channels) -> None:
+        """All is written and durable, and nobody has seen it. What is raised here undoes the save.
+
+        ``fd`` is a description of the file's own, ``channels`` may be used to read it.
+        """
+
+    def published(self, head: Head, mtime_ns: int) -> None:
+        """The file has become a snapshot."""
 
 
 class StreamWriter(abc.ABC):
@@ -237,16 +264,12 @@ class StreamWriter(abc.ABC):
             unaligned_blocks=tuple(
                 m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
             ),
-            seal=self._seal_algorithm(),
         )
         logger.info("saved %s: %s", self.target.name, report)
         return report
 
     def _file_size(self) -> int:
         return os.fstat(self.target.fd).st_size
-
-    def _seal_algorithm(self) -> Algorithm | None:
-        return None
 
     def _direct_io_reason(self) -> str:
         return self.target.direct_io_reason

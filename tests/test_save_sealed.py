@@ -16,9 +16,11 @@ from pyqmigrate import Algorithm, Descriptors, FileMemory, RamBlock, UsageError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.digests import Digests
-from pyqmigrate.io.target import DirectIO
-from pyqmigrate.saving import Sparse, Writer
+from pyqmigrate.io.save_seal import SaveSeal
+from pyqmigrate.io.target import DirectIO, seal_path
+from pyqmigrate.saving import Writer
 from pyqmigrate.sealing import current_seal, stale_pages, verify_seal
+from pyqmigrate.writer import Sparse
 from tests.core.kernel import PAGE_SIZES
 from tests.examples import few, some
 from tests.snapshots import Bytes, load, ram, save_known
@@ -123,7 +125,7 @@ def passes(path: Path, memory: Bytes, changes: list[list[int]], seal: str | None
     """A save whose memory changes between its passes, all by pages of 4 KiB."""
     writer = Writer(
         path, [RamBlock("ram", memory)], direct_io=DirectIO.AUTO, sparse=Sparse.AUTO, channels=2,
-        seal=None if seal is None else Algorithm(seal),
+        observer=None if seal is None else SaveSeal(Algorithm(seal), 0, seal_path(path)),
     )  # fmt: skip
     try:
         writer.begin()

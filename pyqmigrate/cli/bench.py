@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyqmigrate.api import save
 from pyqmigrate.cli import plot
 from pyqmigrate.cli.arguments import Verbs, add_verb, read_channels
 from pyqmigrate.cli.contents import PAGE, fill, guest_memory
@@ -31,7 +32,6 @@ from pyqmigrate.cli.sizes import MIB, read_size, show_size
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.pagecache import drop_cached
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.saving import save
 from pyqmigrate.snapshot import Snapshot
 
 __all__ = ["add_parser"]

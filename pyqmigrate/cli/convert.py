@@ -62,7 +62,7 @@ from pyqmigrate.export.raw import RawReport
 from pyqmigrate.format.physical_map import parse_placement
 from pyqmigrate.format.placement import GivenPlacement
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.saving import Sparse
+from pyqmigrate.writer import Sparse
 
 __all__ = ["add_parser"]
 

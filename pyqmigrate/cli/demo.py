@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pyqmigrate.api import save
 from pyqmigrate.cli import demo_qemu
 from pyqmigrate.cli.arguments import Verbs, add_channels, add_verb
 from pyqmigrate.cli.contents import PAGE, fill, first_difference, guest_memory
@@ -34,8 +35,8 @@ from pyqmigrate.errors import SnapshotError
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.pagecache import cached_bytes, drop_cached
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.saving import SaveReport, save
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.writer import SaveReport
 
 __all__ = ["add_parser"]
 

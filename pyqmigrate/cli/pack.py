@@ -21,6 +21,7 @@ import stat
 from dataclasses import asdict
 from typing import NamedTuple
 
+from pyqmigrate.api import save
 from pyqmigrate.cli.arguments import (
     Verbs,
     add_channels,
@@ -36,7 +37,7 @@ from pyqmigrate.cli.standard_streams import is_standard, write_to
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.io.target import Target, seal_path, target_path
-from pyqmigrate.saving import SaveReport, Sparse, save
+from pyqmigrate.writer import SaveReport, Sparse
 
 __all__ = ["add_parser"]
 

@@ -56,12 +56,12 @@ from pyqmigrate.io.memory import Attached, Memory, RamBlock, StoredMemory
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
 from pyqmigrate.opened import OpenedBlock, refused_read
 from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.saving import SaveReport, Sparse, Writer
+from pyqmigrate.saving import Writer
 from pyqmigrate.sequential import SequentialWriter
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.spelling import choice
 from pyqmigrate.staging import Place, StagedPass
-from pyqmigrate.writer import StreamWriter
+from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
 
 __all__ = ["Form", "convert", "start_stream_conversion"]
 
@@ -119,7 +119,7 @@ def convert(
         :func:`~pyqmigrate.export.libvirt.image_header`.
     description: JSON text that describes the device sections, instead of what the snapshot has
         (:func:`pyqmigrate.vm.twin.describe_snapshot`). Raw files have none.
-    channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`; a classic stream is
+    channels, direct_io, sparse, progress: as in :func:`pyqmigrate.api.save`; a classic stream is
         written by one channel through the page cache.
 
     Raises SnapshotError for a source that is damaged or whose end is missing, NotSupported where

@@ -57,7 +57,7 @@ def write_elf(
     byte_order: the guest's, where that is not what is found out. It is, unless a Power guest's
         snapshot has no device state: then big is taken for it.
     description: JSON text that describes the device sections, instead of the snapshot's own.
-    target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.saving.save`.
+    target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.api.save`.
 
     Raises NotSupported where a machine's address space, or the split of RAM at 4 GiB, is not known
     and nothing is given, UsageError, SnapshotError, TargetError, Cancelled. The target then is what

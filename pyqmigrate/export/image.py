@@ -72,7 +72,7 @@ class Image:
 class ImageReport:
     """What an export did: the ``ranges`` of the guest's address space that the file has, the
     blocks that are ``unplaced`` in it, how many ``cpus`` have notes. The rest is as in
-    :class:`~pyqmigrate.saving.SaveReport`.
+    :class:`~pyqmigrate.writer.SaveReport`.
     """
 
     ranges: tuple[Placement, ...]
@@ -102,7 +102,7 @@ def write_image(
     sparse: Sparse | str,
     progress: Callable[[Progress], object] | None,
 ) -> ImageReport:
-    """Write and publish it, and wait. Arguments and errors as in :func:`pyqmigrate.saving.save`;
+    """Write and publish it, and wait. Arguments and errors as in :func:`pyqmigrate.api.save`;
     also SnapshotError when pages cannot be read."""
     snapshot.refuse_as_target(target)
     writer = _Writer(

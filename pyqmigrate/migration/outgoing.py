@@ -17,9 +17,9 @@ from pyqmigrate.io.target import DirectIO
 from pyqmigrate.migration.opening import TakeFd, target_of
 from pyqmigrate.options import Capabilities, Parameters, Policy, ZeroPageDetection
 from pyqmigrate.options.rules import effective_direct_io
-from pyqmigrate.saving import Sparse, Writer
+from pyqmigrate.saving import Writer
 from pyqmigrate.sequential import SequentialWriter
-from pyqmigrate.writer import StreamWriter
+from pyqmigrate.writer import Sparse, StreamWriter
 
 __all__ = ["Clock", "in_file", "open_writer", "selections"]
 

@@ -40,9 +40,10 @@ from pyqmigrate.format.sequential import SequentialStream
 from pyqmigrate.io.channels import Job, check_channels
 from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, StoredMemory
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
-from pyqmigrate.saving import SaveReport, Sparse, Writer
+from pyqmigrate.saving import Writer
 from pyqmigrate.sequential import DEVICE_STATE_MAX, SequentialReader
 from pyqmigrate.spelling import choice
+from pyqmigrate.writer import SaveReport, Sparse
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -262,7 +263,7 @@ def start_snapshot(
     memories: where the pages of each external block are; a FileMemory without a length has the
         block's. One given for a carried block is used instead of what the stream had.
 
-    The other arguments are those of :func:`pyqmigrate.saving.start_save`, and so are the errors;
+    The other arguments are those of :func:`pyqmigrate.api.start_save`, and so are the errors;
     BlockMismatch for memories that are missing, unknown or of another length than their blocks.
     """
     writer = Writer(

@@ -18,8 +18,9 @@ from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.stream import encode_tail
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
+from pyqmigrate.io.save_seal import SaveSeal
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
-from pyqmigrate.saving import SaveReport, Sparse, Writer
+from pyqmigrate.saving import Writer
 from pyqmigrate.vm.blockers import Way, devices_with_backends
 from pyqmigrate.vm.custody import Custody
 from pyqmigrate.vm.describing import Describing
@@ -29,6 +30,7 @@ from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrat
 from pyqmigrate.vm.run_state import LOADABLE
 from pyqmigrate.vm.settings import Changes
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
+from pyqmigrate.writer import SaveReport, Sparse
 
 __all__ = ["DeviceStateRefused", "save_by_us"]
 
@@ -87,7 +89,8 @@ async def _save(
         state = await _devices_only(custody, guest, at_instant)
     custody.events.stands()
     heed_cancellation()
-    writer, job, pages_written = _start(target, guest, state, channels, sparse, seal, describing)
+    observer = None if seal is None else SaveSeal(seal, target.offset)
+    job, pages_written = _start(target, guest, state, channels, sparse, observer, describing)
     downtime = None
     try:
         if describing is not None and not (resume and guest.running):
@@ -117,7 +120,7 @@ async def _save(
         progress(job.progress)
     return Written(
         report.bytes_written, downtime, _notes(report, describing),
-        None if seal is None else writer.manifest,
+        None if observer is None else observer.manifest,
     )
 
 
@@ -163,8 +166,8 @@ def _why(error: QemuRefused, guest: Guest) -> str:
 
 def _start(
     target: OutputTarget, guest: Guest, state: DeviceState, channels: int, sparse: Sparse,
-    seal: Algorithm | None, describing: Describing | None,
-) -> tuple[Writer, Job[SaveReport], asyncio.Event]:
+    observer: SaveSeal | None, describing: Describing | None,
+) -> tuple[Job[SaveReport], asyncio.Event]:
     """Begin to write; the event is set when the pages are written, or will not be."""
     loop = asyncio.get_running_loop()
     pages_written = asyncio.Event()
@@ -173,7 +176,7 @@ def _start(
         _ram_blocks(guest, state),
         direct_io=DirectIO.ON if target.direct else DirectIO.OFF,
         sparse=sparse, channels=channels, machine=state.machine,
-        target_page_bits=state.target_page_bits, uuid=state.uuid, seal=seal,
+        target_page_bits=state.target_page_bits, uuid=state.uuid, observer=observer,
     )
 
     def tell() -> None:
@@ -191,7 +194,7 @@ def _start(
 
     try:
         job = Job(writer.channels, writer.total, write).at_end(tell)
-        return writer, job, pages_written
+        return job, pages_written
     except BaseException:
         writer.close()
         raise

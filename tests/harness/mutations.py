@@ -37,10 +37,11 @@ from pyqmigrate.cli import main as command
 from pyqmigrate.format.devices import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.saving import Sparse, Writer
+from pyqmigrate.saving import Writer
 from pyqmigrate.sequential import SequentialWriter
 from pyqmigrate.vm.companion import Companion
 from pyqmigrate.vm.source import Source
+from pyqmigrate.writer import Sparse
 from tests.cli.test_cli_devices import BODY, RTC
 from tests.qemu.mutations import Anatomy, dissect, mutate
 from tests.snapshots import ram

@@ -16,8 +16,8 @@ from pyqmigrate.device_listing import devices
 from pyqmigrate.export.convert import Form, convert
 from pyqmigrate.opened import Kind
 from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.saving import SaveReport
 from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.writer import SaveReport
 from tests.qemu.classic import ClassicQemu
 from tests.qemu.compare import assert_same_blocks
 from tests.qemu.guest import build, check_pattern

@@ -1,0 +1,116 @@
+"""The main job: guest memory to a snapshot, with or without a seal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from pyqmigrate.argument_types import check, check_callback
+from pyqmigrate.errors import UsageError
+from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.io.channels import Job, Progress, check_channels
+from pyqmigrate.io.manifest import check_place
+from pyqmigrate.io.memory import RamBlock
+from pyqmigrate.io.save_seal import SaveSeal
+from pyqmigrate.io.target import (
+    Descriptors,
+    DirectIO,
+    Target,
+    seal_path,
+    stream_offset,
+    target_path,
+)
+from pyqmigrate.saving import Writer
+from pyqmigrate.spelling import choice
+from pyqmigrate.writer import SaveReport, Sparse
+
+__all__ = ["save", "start_save"]
+
+
+def save(
+    target: Target,
+    blocks: Sequence[RamBlock],
+    *,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    sparse: Sparse | str = Sparse.AUTO,
+    machine: str = "",
+    target_page_bits: int | None = None,
+    reuse: bool = False,
+    max_bandwidth: int = 0,
+    seal: Algorithm | str | None = None,
+    progress: Callable[[Progress], object] | None = None,
+) -> SaveReport:
+    """Save guest memory to a snapshot and wait until it is durable.
+
+    Like :func:`start_save`, with ``progress`` called on this thread at most ten times a second.
+    When the wait is interrupted, or ``progress`` raises, the save is cancelled and leaves nothing.
+    """
+    check_callback("progress", progress)
+    return start_save(
+        target, blocks, channels=channels, direct_io=direct_io, sparse=sparse, machine=machine,
+        target_page_bits=target_page_bits, reuse=reuse, max_bandwidth=max_bandwidth, seal=seal,
+    ).wait(progress)
+
+
+def start_save(
+    target: Target,
+    blocks: Sequence[RamBlock],
+    *,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    sparse: Sparse | str = Sparse.AUTO,
+    machine: str = "",
+    target_page_bits: int | None = None,
+    reuse: bool = False,
+    max_bandwidth: int = 0,
+    seal: Algorithm | str | None = None,
+) -> Job[SaveReport]:
+    """Begin to save guest memory; returns at once.
+
+    target: a path, a ``file:PATH[,offset=SIZE]`` URI, or Descriptors. A path without an offset
+        gets its name only when the snapshot is whole and durable.
+    blocks: the RAM blocks, in the order in which the file lists them. The memory must not change
+        until the job has ended.
+    channels: threads that move pages, 1 to 255.
+    machine: the machine type; an empty one loads on any machine.
+    target_page_bits: for targets that expect it (ARM with 4 KiB pages: 12).
+    reuse: overwrite the target in place, so that its allocated blocks are written again, which
+        is about twice as fast; what it held is lost from the start. Zero pages then may hold old
+        bytes under their clear bits.
+    max_bandwidth: bytes a second over all channels; 0 is no limit.
+    seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the path when
+        the snapshot has its name, of the bytes as they were written. Should that fail, the snapshot
+        stays. Not for Descriptors, which have no path. A UsageError where another file is there.
+
+    Raises UsageError for bad arguments, NotSupported for a digest whose library is missing,
+    TargetError (NoSpace, DirectIORefused) when the system
+    refuses; the job's result raises these too, GuestMemoryError when memory went away, Cancelled.
+    """
+    check("machine", machine, str)
+    check("target_page_bits", target_page_bits, int, type(None))
+    check("reuse", reuse, bool)
+    algorithm = None if seal is None else choice(Algorithm, seal, "seal")
+    observer = None if algorithm is None else _seal_beside(target, algorithm)
+    writer = Writer(
+        target, blocks,
+        direct_io=choice(DirectIO, direct_io, "direct_io"),
+        sparse=choice(Sparse, sparse, "sparse"),
+        channels=check_channels(channels), machine=machine, target_page_bits=target_page_bits,
+        reuse=reuse, max_bandwidth=max_bandwidth,
+        observer=observer,
+    )
+    try:
+        return Job(writer.channels, writer.total, lambda: replace(writer.run(), seal=algorithm))
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _seal_beside(target: Target, algorithm: Algorithm) -> SaveSeal:
+    if isinstance(target, Descriptors):
+        raise UsageError(
+            "a seal is written beside a path: seal the file behind descriptors by its path"
+        )
+    place = check_place(seal_path(target_path(target)))
+    return SaveSeal(algorithm, stream_offset(target), place)
