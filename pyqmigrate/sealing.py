@@ -170,7 +170,7 @@ def start_seal(
     where pages would have to be cleared while a guest runs from it; NotSupported; Cancelled.
     """
     if isinstance(snapshot, Descriptors):
-        raise UsageError("a seal stands beside a path; descriptors have none")
+        raise UsageError("a seal is written beside a path; descriptors have none")
     chosen, setting = choice(Algorithm, algorithm, "algorithm"), _setting(direct_io)
     count = check_channels(channels)
     check("offset", offset, int, type(None))
@@ -398,7 +398,7 @@ def start_verify(
     when the file becomes shorter meanwhile, Cancelled.
     """
     if isinstance(snapshot, Descriptors):
-        raise UsageError("a seal stands beside a path; descriptors have none")
+        raise UsageError("a seal is written beside a path; descriptors have none")
     count, setting = check_channels(channels), _setting(direct_io)
     check("page_size", page_size, int, type(None))
     source = InputTarget(snapshot)
