@@ -49,7 +49,7 @@ class Devices:
 
     ``machine`` is None in a file of device state alone. ``described`` is False where the file does
     not describe them: each then is opaque, or one buffer. ``opaque_tail`` says that the sections
-    could not be told apart up to the end: the last ones are missing.
+    could not be separated up to the end: the last ones are missing.
     """
 
     machine: str | None
@@ -88,6 +88,7 @@ def devices(
     check("section_id", section_id, int, type(None))
     check("page_size", page_size, int, type(None))
     check("index", index, str, os.PathLike, type(None))
+    check("description", description, bytes, type(None))
     check_callback("progress", progress)
     if isinstance(target, Snapshot | ClassicSnapshot):
         if (offset, page_size, index) != (None, None, None):
