@@ -109,7 +109,7 @@ def start_save(
     check("target_page_bits", target_page_bits, int, type(None))
     check("reuse", reuse, bool)
     if seal is not None and isinstance(target, Descriptors):
-        raise UsageError("a seal is written beside a path; seal what descriptors lead to by its path")
+        raise UsageError("a seal is written beside a path; descriptors have none")
     if seal is not None and not isinstance(target, Descriptors):
         check_place(seal_path(target_path(target)))
     writer = Writer(

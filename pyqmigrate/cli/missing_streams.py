@@ -1,4 +1,4 @@
-"""Standard descriptors that whoever started the command has closed (``>&-``, ``2>&-``).
+"""Standard descriptors that the caller of the command has closed (``>&-``, ``2>&-``).
 
 The next file to be opened would take the place of a missing one, and get what is printed written
 into it. So ``/dev/null`` takes it first, and Python gets a stream there. What
