@@ -109,8 +109,6 @@ def start_save(
 
 def _seal_beside(target: Target, algorithm: Algorithm) -> SaveSeal:
     if isinstance(target, Descriptors):
-        raise UsageError(
-            "a seal is written beside a path: seal the file behind descriptors by its path"
-        )
+        raise UsageError("a seal is written beside a path; descriptors have none")
     place = check_place(seal_path(target_path(target)))
     return SaveSeal(algorithm, stream_offset(target), place)

@@ -49,7 +49,7 @@ class Devices:
 
     ``machine`` is None in a file of device state alone. ``described`` is False where the file does
     not describe them: each then is opaque, or one buffer. ``opaque_tail`` says that the sections
-    could not be told apart up to the end: the last ones are missing.
+    could not be separated up to the end: the last ones are missing.
     """
 
     machine: str | None

@@ -186,7 +186,7 @@ def recall(
                 return None
             index = _read(source, file, os.fstat(file.fileno()).st_size, blocks, page_size)
             return None if file.read(1) else index
-    # The digest keeps damage out, but whoever wrote the file can have made one for anything.
+    # The digest keeps damage out, but the writer of the file can have made one for anything.
     except (
         OSError, ValueError, TypeError, KeyError, OverflowError, struct.error, RecursionError,
     ):

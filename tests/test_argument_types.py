@@ -40,6 +40,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "index": (5, 1.5, [], ANYTHING), "piped": (None, "yes", 1, [], ANYTHING),
     "to": CHOICE, "memories": (5, "ram", [5], {"ram": 5}, {5: bytearray(4096)}, ANYTHING),
     "placements": (5, "ram@0", [5], ["ram@0"], ANYTHING), "byte_order": ORDER,
+    "max_ram_below_4g": (*OPTIONAL_NUMBER, 0, -1, 1 << 63), "description": (5, "{}", [], ANYTHING),
     "like": (5, 1.5, [], ANYTHING), "image_format": (5, b"raw", [], ANYTHING, "gzip"),
     "algorithm": CHOICE, "clear": CHOICE, "name": (5, b"x", [], ANYTHING),
     "section_id": OPTIONAL_NUMBER, "text": (None, 5, b"x", [], ANYTHING),
@@ -112,7 +113,7 @@ def test_wrong_type_is_a_usage_error(
     monkeypatch.chdir(place)
     [(call, arguments)] = [(call, dict(a)) for n, call, a in calls() if n == name]
     arguments[parameter] = WRONG[parameter][number]
-    if parameter in ("placements", "byte_order"):
+    if parameter in ("placements", "byte_order", "max_ram_below_4g"):
         arguments["to"] = Form.ELF
     if parameter in ("like", "image_format"):
         arguments["to"] = Form.LIBVIRT

@@ -1,4 +1,4 @@
-"""A save on an event loop, which goes on meanwhile; one that takes too long is cancelled."""
+"""A save on an event loop, which keeps running; one that takes too long is cancelled."""
 import asyncio
 import mmap
 import sys

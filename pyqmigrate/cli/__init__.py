@@ -153,7 +153,7 @@ def _write(stream: TextIO, text: str) -> None:
         os.dup2(null, stream.fileno())
         os.close(null)
         if not isinstance(error, BrokenPipeError):
-            raise
+            raise OSError(error.errno, error.strerror, stream.name) from error
 
 
 @contextlib.contextmanager

@@ -163,7 +163,7 @@ def add_channels(parser: Parser, default: int = 2) -> None:
 
 
 def add_seal(parser: Parser) -> None:
-    """``--seal [ALGORITHM]``, wherever it stands; see :class:`Parser`."""
+    """``--seal [ALGORITHM]``, in any position; see :class:`Parser`."""
     parser.add_argument(
         _SEAL, metavar="ALGORITHM", choices=[str(name) for name in Algorithm], default=None,
         nargs="?",

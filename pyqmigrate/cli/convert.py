@@ -1,6 +1,6 @@
 """Convert a snapshot into another form.
 
-SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
+SNAPSHOT is a snapshot of any kind; DST becomes, as ``--to`` says:
 
 ``mapped-ram``  a mapped-ram file: fast to restore, in parallel or at once
 ``stream``      a classic stream, as every QEMU loads it
@@ -9,31 +9,32 @@ SRC is a snapshot of any kind; DST becomes, as ``--to`` says:
 ``lime``        a LiME file of it: for volatility3
 ``libvirt``     a save image that virsh restore takes, with the header of an older one (``--like``)
 
-A classic stream is read once, front to back, into a mapped-ram file and raw files. For these SRC
-may be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), or a stream
-compressed with gzip, bzip2, xz or zstd (which needs Python 3.14, or ``pip install zstandard``).
+A classic stream is read once, front to back, into a mapped-ram file and raw files. For these
+SNAPSHOT may be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), or a
+stream compressed with gzip, bzip2, xz or zstd (which needs Python 3.14, or
+``pip install zstandard``).
 
 Device state is carried over byte for byte. DST appears only when it is whole and durable;
-it cannot be SRC, under whatever name. With ``-`` as DST a classic stream goes to a pipe, and every
-form but raw into the file that standard output is redirected to; what is printed otherwise goes to
-standard error, and the reader of a pipe has to look at the exit code.
-``--memory NAME=FILE`` gives the content of a block that SRC only lists (x-ignore-shared).
+it cannot be SNAPSHOT, under whatever name. With ``-`` as DST a classic stream goes to a pipe, and
+mapped-ram, elf and lime go into the file that standard output is redirected to; what is printed
+otherwise goes to standard error, and the reader of a pipe has to look at the exit code.
+``--memory NAME=FILE`` gives the content of a block that SNAPSHOT only lists (x-ignore-shared).
 
 An image of libvirt's gets its XML from the image that ``--like`` names, which has to be of the same
 domain (virsh save); ``virsh save-image-edit DST`` changes it afterwards. ``virsh restore`` needs
 libvirt 11.2 or later for ``--image-format sparse``.
 
 For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
-the device state; ``info SRC`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places one
-by hand (a memory module that was plugged in), instead of what would be found for it. Numbers are
-bytes, decimal or 0x. ``--max-ram-below-4g`` is for a PC whose device state does not say how RAM is
-split at 4 GiB; without it such a snapshot is refused.
+the device state; ``info SNAPSHOT`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places
+one by hand (a memory module that was plugged in), instead of what would be found for it. Numbers
+are bytes, decimal or 0x. ``--max-ram-below-4g`` is for a PC whose device state does not record how
+RAM is split at 4 GiB; without it such a snapshot is refused.
 
---describe has device state described that SRC does not describe (see vm save --describe): a
+--describe has device state described that SNAPSHOT does not describe (see vm save --describe): a
 mapped-ram file or a stream then carries the description, and an elf file has registers. A QEMU of
-the VM's machine, which never runs, makes it; the VM's command line is that of the record beside SRC
-(SRC.vm.json), or comes after --. Neither disks nor sockets of the VM are opened. ``--byte-order``
-says what a Power guest's is in an elf file where there is no device state to tell.
+the VM's machine, which never runs, makes it; the VM's command line is that of the record beside
+SNAPSHOT (SNAPSHOT.vm.json), or comes after --. Neither disks nor sockets of the VM are opened.
+``--byte-order`` specifies a Power guest's in an elf file where there is no device state to tell.
 
 JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
 elf and lime, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,

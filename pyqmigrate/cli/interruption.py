@@ -1,8 +1,8 @@
 """The signals that end a command, heard by an event loop.
 
 A signal that raises KeyboardInterrupt inside the loop breaks it, and with it the sessions that are
-needed to clean up: QEMU runs on, and is never told. So the loop hears it, cancels the work, and
-waits until that has put everything back.
+needed to clean up: QEMU keeps running and never hears of it. So the loop hears it, cancels the
+work, and waits until that has restored everything.
 """
 
 from __future__ import annotations

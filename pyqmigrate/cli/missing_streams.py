@@ -1,7 +1,8 @@
-"""Standard descriptors that whoever started the command has closed (``>&-``, ``2>&-``).
+"""Standard descriptors that the caller of the command has closed (``>&-``, ``2>&-``).
 
 The next file to be opened would take the place of a missing one, and get what is printed written
-into it. So ``/dev/null`` takes it first, and Python gets a stream there.
+into it. So ``/dev/null`` takes it first, and Python gets a stream there. What
+names such a stream by ``-`` asks :func:`was_missing`: data are not thrown away without a word.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["fill_missing_streams"]
+__all__ = ["fill_missing_streams", "was_missing"]
+
+_filled: set[int] = set()
 
 
 def fill_missing_streams() -> None:
@@ -23,7 +26,13 @@ def fill_missing_streams() -> None:
             # The lowest number that is free: this one.
             null = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(null, True)
+            _filled.add(null)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             # Not by the number, which a program that calls main() may use for something else.
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+
+
+def was_missing(number: int) -> bool:
+    """Whether standard descriptor ``number`` was closed when the command began."""
+    return number in _filled

@@ -16,9 +16,9 @@ from pyqmigrate.opening import AnySnapshot, open_snapshot
 __all__ = ["add_snapshot", "opened"]
 
 
-def add_snapshot(parser: Parser, name: str = "snapshot") -> None:
+def add_snapshot(parser: Parser) -> None:
     """SNAPSHOT, and what may be said about it."""
-    parser.add_argument(name, metavar=name.upper(), help="a file, or - for standard input")
+    parser.add_argument("snapshot", metavar="SNAPSHOT", help="a file, or - for standard input")
     add_offset(parser)
     parser.add_argument(
         "--page-size", type=read_size, metavar="SIZE", default=None,

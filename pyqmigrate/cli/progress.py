@@ -26,7 +26,7 @@ _hidden = False
 
 @contextlib.contextmanager
 def hidden(hide: bool) -> Iterator[None]:
-    """Show no progress meanwhile, if ``hide``."""
+    """Show no progress within the block, if ``hide``."""
     global _hidden
     before, _hidden = _hidden, hide or _hidden
     try:

@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 
+from pyqmigrate.cli.missing_streams import was_missing
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.target import Descriptors, Target
 
@@ -28,10 +29,8 @@ def read_from(path: str, offset: int | None) -> tuple[str, int | None]:
     """
     if not is_standard(path):
         return path, offset
-    try:
-        os.fstat(0)
-    except OSError:
-        raise UsageError("standard input is closed") from None
+    if was_missing(0):
+        raise UsageError("'-' is standard input, which is closed: redirect it, or name a file")
     if offset is None:
         with contextlib.suppress(OSError):
             offset = os.lseek(0, 0, os.SEEK_CUR) or None
@@ -46,11 +45,9 @@ def write_to(path: str, *, forward: str | None) -> Target:
     """
     if not is_standard(path):
         return path
-    try:
-        mode = os.fstat(1).st_mode
-    except OSError:
-        raise UsageError("standard output is closed") from None
-    if stat.S_ISREG(mode):
+    if was_missing(1):
+        raise UsageError("'-' is standard output, which is closed: redirect it, or name a file")
+    if stat.S_ISREG(os.fstat(1).st_mode):
         if sys.stdout is not None:
             sys.stdout.flush()
         return Descriptors(1, offset=os.lseek(1, 0, os.SEEK_CUR))

@@ -2,7 +2,7 @@
 
 Every RAM block becomes ``NAME.raw`` in DIR, which is made if it is not there; bytes of its name
 outside ``[A-Za-z0-9._-]``, and a leading dot, are written as ``%XX``. ``blocks.json`` lists them.
-None of these names may be SNAPSHOT.
+None of these names may be that of SNAPSHOT.
 A classic stream is read once, front to back, and may come through a pipe (``-``).
 
 JSON: ``snapshot``; ``directory``; ``blocks``, a list of ``name``, ``file`` (null where the content
@@ -20,6 +20,7 @@ from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_size
+from pyqmigrate.cli.standard_streams import refuse_standard
 from pyqmigrate.export.raw import unpack
 
 __all__ = ["add_parser"]
@@ -36,6 +37,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    refuse_standard(args.directory, "raw files go into a directory")
     with opened(args, args.snapshot, one_pass=True) as snapshot, shown("unpack") as show:
         report = unpack(snapshot, args.directory, blocks=args.block, progress=show)
     rows = [

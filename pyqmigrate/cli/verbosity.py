@@ -16,7 +16,7 @@ __all__ = ["configured"]
 
 @contextlib.contextmanager
 def configured(args: argparse.Namespace) -> Iterator[None]:
-    """Log to standard error and show progress meanwhile as the general options say."""
+    """Log to standard error and show progress within the block as the general options say."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(hidden(args.quiet or args.no_progress))
         if args.verbose and sys.stderr is not None:

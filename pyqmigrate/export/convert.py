@@ -7,7 +7,7 @@ The pages of the two stream forms go through the same writers as a save's, strai
 a mapped-ram file is written by all channels with direct I/O, and zero pages become holes. A classic
 stream is read once, front to back, into a mapped-ram file or raw files (:mod:`pyqmigrate.staging`);
 what wants its pages in another order takes a pass for an index first (:mod:`pyqmigrate.classic`).
-Everything that is not RAM (device sections, what stands between RAM's parts) is carried over byte
+Everything that is not RAM (device sections, what is between RAM's parts) is carried over byte
 for byte, and so are machine type, page bits and uuid; QEMU loads the result as it would the source.
 The description is, too, but for the configuration that it describes: that is the new file's.
 
@@ -140,6 +140,10 @@ def convert(
     check("description", description, bytes, type(None))
     check("like", like, str, os.PathLike, type(None))
     check("image_format", image_format, str, type(None))
+    check("max_ram_below_4g", max_ram_below_4g, int, type(None))
+    if max_ram_below_4g is not None and not 0 < max_ram_below_4g <= 1 << 32:
+        raise UsageError(f"max_ram_below_4g must be 1 byte to 4 GiB, not {max_ram_below_4g}")
+    check("description", description, bytes, type(None))
     if memories and form not in (Form.MAPPED_RAM, Form.STREAM, Form.LIBVIRT):
         raise UsageError("memories are for a mapped-ram file and a classic stream")
     if (placements or max_ram_below_4g is not None) and form not in _IMAGES:

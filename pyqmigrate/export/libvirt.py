@@ -1,4 +1,4 @@
-"""A save image that ``virsh restore`` takes: libvirt's header before a stream of ours.
+"""A save image that ``virsh restore`` takes: libvirt's header before a classic stream.
 
     convert("guest.mapped", "new.save", to="libvirt", like="old.save")
 

@@ -116,10 +116,10 @@ def unpack(
     The directory is made if it is not there; its parent must be. Files get their names only when
     all of them are whole and durable, ``blocks.json`` last, and all of them do or none: when one
     name cannot be given, what had the others before has them again. Regular files are replaced (of
-    ``blocks.json`` only one of ours), and a symbolic link by the file, never what it points to.
-    Files are created 0600. A failure, an interrupt and an exception from ``progress`` leave no file
-    behind that was not there; being killed leaves whole files at most, and hidden ones that end in
-    ``.partial``.
+    ``blocks.json`` only one that pyqmigrate wrote), and a symbolic link by the file, never what it
+    points to. Files are created 0600. A failure, an interrupt and an exception from ``progress``
+    leave no file behind that was not there; being killed leaves whole files at most, and hidden
+    ones that end in ``.partial``.
 
     Raises BlockMismatch for a name that the snapshot has not, UsageError for one that it has
     without content, where the snapshot itself would be replaced, and where something else than a

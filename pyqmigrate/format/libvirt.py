@@ -90,7 +90,7 @@ def read_header(source: ByteSource) -> LibvirtHeader:
     """
     head = source.read_at(0, _LENGTH)
     if not is_libvirt(head):
-        raise SnapshotError("this is no libvirt image: its magic is missing", offset=0)
+        raise SnapshotError("this is not a libvirt image: its magic is missing", offset=0)
     if len(head) < _LENGTH:
         raise SnapshotError("the file ends inside libvirt's header", offset=len(head))
     order, numbers = _numbers(head)

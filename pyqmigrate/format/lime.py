@@ -34,5 +34,5 @@ def decode_header(data: bytes) -> tuple[int, int]:
         raise SnapshotError("the file ends within the header of a range")
     magic, version, first, last = _HEADER.unpack_from(data)
     if magic != _MAGIC or version != _VERSION or last < first:
-        raise SnapshotError("this is no header of LiME version 1")
+        raise SnapshotError("this is not a header of LiME version 1")
     return first, last - first + 1

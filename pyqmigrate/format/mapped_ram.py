@@ -75,7 +75,7 @@ class BlockSpec:
         if fault is not None:
             raise UsageError(f"block {self.name!r}: {fault}")
         if not 0 <= self.address < 1 << 64:
-            raise UsageError(f"block {self.name!r}: {self.address} is no guest address")
+            raise UsageError(f"block {self.name!r}: {self.address} is not a guest address")
 
 
 ByteOrder: TypeAlias = Literal["little", "big"]

@@ -106,31 +106,31 @@ class PcMachine:
         if max_below is not None and self.max_below is None:
             raise UsageError("this machine has no max-ram-below-4g")
         default = self._default(length, max_below)
-        told = None if devices is None else _told(devices)
-        if told is None or length - sum(told) not in TOLD_LESS:
+        recorded = None if devices is None else _told(devices)
+        if recorded is None or length - sum(recorded) not in TOLD_LESS:
             if devices is None or max_below is not None or self.max_below is None:
                 return default
             raise NotSupported(
                 "how much RAM is below 4 GiB is not in the device state"
-                + ("" if told is None else f" (the clock's memory says {told[0]:#x} bytes, and "
-                   f"{told[1]:#x} above, of {length:#x})")
+                + ("" if recorded is None else f" (the clock's memory says {recorded[0]:#x} bytes, "
+                   f"and {recorded[1]:#x} above, of {length:#x})")
                 + "; say what -machine max-ram-below-4g was (--max-ram-below-4g SIZE; where it was "
                 f"not given, {self.max_below >> 20}M), or place RAM by hand "
                 "(--map NAME@ADDRESS+OFFSET,SIZE)"
             )
-        if max_below is not None and default - told[0] not in range(_ROUNDING):
+        if max_below is not None and default - recorded[0] not in range(_ROUNDING):
             raise UsageError(
                 f"with max-ram-below-4g={max_below:#x} there would be {default:#x} bytes of RAM "
-                f"below 4 GiB, and the device state says that there are {told[0]:#x}"
+                f"below 4 GiB, and the device state records {recorded[0]:#x}"
             )
-        below, above = told
+        below, above = recorded
         if not above:
             return length
         if default - below in range(_ROUNDING):
             return default
         if below + above != length:
             raise NotSupported(
-                "where RAM goes on above 4 GiB is told to 64 KiB only; place it by hand "
+                "how much RAM is above 4 GiB is recorded to 64 KiB only; place it by hand "
                 "(--map NAME@ADDRESS+OFFSET,SIZE)"
             )
         return below

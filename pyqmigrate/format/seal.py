@@ -127,9 +127,9 @@ class SealLine:
         try:
             head = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _fault("the head of the seal is no JSON") from error
+            raise _fault("the head of the seal is not JSON") from error
         if not isinstance(head, dict) or head.get("format") != _FORMAT:
-            raise _fault("this is no seal")
+            raise _fault("this is not a seal")
         for key, only in (("version", _VERSION), ("piece", PIECE)):
             if _number(head, key) != only:
                 raise _fault(f"{key} {head[key]} of the seal is not known here, only {only}")
@@ -210,7 +210,7 @@ def bitmap_places(blocks: Sequence[BlockLayout]) -> list[tuple[int, int, int]]:
 def _number(head: dict[str, Any], key: str, *, negative: bool = False) -> int:
     value = head.get(key)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _fault(f"{key} of the seal is no whole number")
+        raise _fault(f"{key} of the seal is not a whole number")
     if not (-OFFSET_MAX if negative else 0) <= value <= OFFSET_MAX:
         raise _fault(f"{key} of the seal is out of its range")
     return value

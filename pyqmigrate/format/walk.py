@@ -291,7 +291,7 @@ class Walk(abc.ABC):
         self._total = word - FLAG_MEM_SIZE
         if word & _FLAGS != FLAG_MEM_SIZE or self._total > OFFSET_MAX:
             raise SnapshotError(
-                f"RAM starts with the word {word:#x}, which is no size", offset=at, field="total"
+                f"RAM starts with the word {word:#x}, which is not a size", offset=at, field="total"
             )
         bits = self._configuration.target_page_bits
         # Only small shifts make a page size; others are refused with the first block.

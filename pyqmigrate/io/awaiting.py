@@ -20,7 +20,7 @@ R = TypeVar("R")
 async def end_of(job: Job[R]) -> R:
     """Wait for the job without blocking the loop; its report, or what went wrong.
 
-    A task that is cancelled meanwhile cancels the job, and ends when the job has.
+    A task that is cancelled while it waits cancels the job, and ends when the job has.
     """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()

@@ -1,7 +1,7 @@
 """Files that are still needed, and that nothing may be written over.
 
-Whoever starts work that writes files collects what must survive it, and each output is compared
-with that by device and inode before anything is touched::
+Work that writes files collects what must survive it, and each output is compared with that by
+device and inode before anything is touched::
 
     in_use = files_in_use([
         (memory_fd, "the memory of block 'pc.ram'"),

@@ -85,7 +85,7 @@ def _read(
 ) -> Manifest | None:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
-        raise SnapshotError("the seal is no regular file", field="seal")
+        raise SnapshotError("the seal is not a regular file", field="seal")
     text, newline, _ = os.pread(fd, HEAD_MAX, 0).partition(b"\n")
     line = SealLine.decode(text + newline)
     head, start = line.head, len(text) + len(newline)

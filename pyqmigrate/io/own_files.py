@@ -68,8 +68,8 @@ def check_replaceable(name: str | os.PathLike[str], kind: FileKind) -> Path:
         ) from error
     if not ours:
         raise UsageError(
-            f"{os.fspath(place)!r} contains no {kind.noun} of pyqmigrate and would be replaced by "
-            "one: move it away, or choose another name"
+            f"the {kind.noun} would replace {os.fspath(place)!r}, which has other content: move "
+            "that away, or choose another name"
         )
     return place
 
@@ -79,8 +79,8 @@ def check_is_file(path: str | os.PathLike[str], info: os.stat_result, noun: str)
     if not stat.S_ISREG(info.st_mode):
         special = _SPECIAL.get(stat.S_IFMT(info.st_mode), "not a regular file")
         raise UsageError(
-            f"{os.fspath(path)!r} is {special}, which no {noun} replaces: move it away, or choose "
-            "another name"
+            f"the {noun} would replace {os.fspath(path)!r}, which is {special}: move that away, or "
+            "choose another name"
         )
 
 

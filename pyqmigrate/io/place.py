@@ -1,7 +1,7 @@
 """Where a file is to be: the absolute path that a name leads to, and which names fit there.
 
-A name is resolved once, when work begins: whoever changes the current directory meanwhile, or
-replaces a link, does not send files elsewhere.
+A name is resolved once, when work begins: a change of the current directory or of a link during the
+work does not send files elsewhere.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _read_link(path: Path, name: str) -> str | None:
     try:
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return None  # whoever opens it for its bytes is told why that is impossible
+        return None  # opening it for its bytes raises the reason
     try:
         link = os.fstat(fd)
         if not stat.S_ISLNK(link.st_mode):

@@ -47,7 +47,7 @@ class SocketPath:
             )
 
     def close(self) -> None:
-        """May be repeated."""
+        """Close it. Idempotent."""
         for fd in self.fds:
             os.close(fd)
         self.fds = ()

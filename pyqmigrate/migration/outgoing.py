@@ -78,7 +78,7 @@ def selections(
     """The dirty bitmaps of a guest as selections of a pass, one for each block."""
     unknown = [name for name in dirty if name not in {block.name for block in blocks}]
     if unknown:
-        raise UsageError(f"a dirty bitmap was given for {unknown[0]!r}, which is no block")
+        raise UsageError(f"a dirty bitmap was given for {unknown[0]!r}, which is not a block")
     chosen: list[Bitmap] = []
     for block, npages in zip(blocks, pages, strict=True):
         bitmap = Bitmap(npages)

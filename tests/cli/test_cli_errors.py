@@ -41,7 +41,7 @@ NOT_A_DIRECTORY = "memory' is not a directory"
         ("serve --qmp unix:q --ram ram=/nonexist/x,size=1M", NO_DIRECTORY),
         ("info memory/x", NOT_A_DIRECTORY),
         ("pack memory/x ram=memory", NOT_A_DIRECTORY),
-        ("unpack snap memory", NOT_A_DIRECTORY),
+        ("unpack snap memory", "memory' is not a directory"),
         ("info dangling", "'dangling' is a link to a file that is missing"),
     ],
 )

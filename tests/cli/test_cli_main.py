@@ -143,7 +143,7 @@ def test_output_that_cannot_be_written_is_refused_by_the_system(
             env=child_environment, timeout=60,
         )
     assert ran.returncode == 3
-    assert ran.stderr == "pyqmigrate: No space left on device\n"
+    assert ran.stderr == "pyqmigrate: No space left on device: '<stdout>'\n"
 
 
 def test_names_outside_the_encoding_of_stdout_are_escaped(

@@ -146,7 +146,7 @@ def test_a_file_in_use_is_not_touched(
     before = setting.listing()
     ran = command(*arguments)
     assert ran.code == 2, ran
-    assert "in use" in ran.err or "would be" in ran.err
+    assert "in use" in ran.err or "would replace" in ran.err
     assert setting.listing() == before
 
 

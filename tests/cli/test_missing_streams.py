@@ -88,3 +88,28 @@ def test_a_failure_has_its_code_without_standard_streams(
     for closed in ((1,), (2,), (0, 1, 2)):
         assert run_closed(arguments, closed, child_environment) == code
         assert run_closed([*arguments, "--json"], closed, child_environment) == code
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, ["info", "-"]), (0, ["verify", "-"]), (0, ["devices", "-"]),
+        (0, ["unpack", "-", "raw"]),
+        (0, ["convert", "-", "new", "--to", "stream"]),
+        (1, ["convert", "snap", "-", "--to", "stream"]),
+        (1, ["convert", "snap", "-", "--to", "mapped-ram"]), (1, ["pack", "-", "pc.ram=ram"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)  # fmt: skip
+def test_a_closed_stream_that_is_named_is_an_error(
+    number: int, words: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into /dev/null, which takes its place, a stream went with exit code 0."""
+    monkeypatch.chdir(work)
+    process = subprocess.Popen(
+        [*COMMAND, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, preexec_fn=lambda: os.close(number), text=True,
+    )
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert f"'-' is standard {('input', 'output')[number]}, which is closed" in error

@@ -71,7 +71,8 @@ def test_redirected_file_is_read_from_its_present_position(
 
 @pytest.mark.parametrize(
     "words",
-    [("seal", "-"), ("vm", "save", "--qmp", "nowhere", "-"), ("pack", "-", "ram=memory"),
+    [("seal", "-"), ("unpack", "snapshot", "-"), ("vm", "save", "--qmp", "nowhere", "-"),
+     ("pack", "-", "ram=memory"),
      ("convert", "snapshot", "-", "--to", "raw"), ("convert", "snapshot", "-", "--to", "elf"),
      ("convert", "snapshot", "-", "--to", "mapped-ram")],
     ids=" ".join,

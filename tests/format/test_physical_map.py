@@ -84,7 +84,7 @@ def test_split_of_a_microvm_cannot_be_moved() -> None:
 
 
 def test_split_that_contradicts_the_clock_is_refused() -> None:
-    with pytest.raises(UsageError, match="says that there are"):
+    with pytest.raises(UsageError, match="the device state records"):
         physical_map("pc", {"pc.ram": 4 * GIB}, [clock(GIB, 3 * GIB)], max_ram_below_4g=2 * GIB)
     found = physical_map("pc", {"pc.ram": 4 * GIB}, [clock(GIB, 3 * GIB)], max_ram_below_4g=GIB)
     assert found[0].length == GIB

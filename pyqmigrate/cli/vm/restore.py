@@ -26,7 +26,7 @@ JSON, printed as soon as the guest is there: ``mode``; ``why``; ``machine``; ``q
 ``pid``; ``run_state``; ``load_seconds``, from migrate-incoming to completed; ``start_seconds``
 until QEMU answered; ``total_seconds``; ``settings`` of QEMU that are not its defaults, each an
 object of ``value``; ``mapped_blocks``; ``stale_pages`` that the file had old bytes for, and
-``stale_seconds`` to find them; ``notes``. That QEMU ended badly later is told by standard error
+``stale_seconds`` to find them; ``notes``. That QEMU ended badly later is reported on standard error
 and the exit code.
 """
 

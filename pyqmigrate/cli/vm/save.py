@@ -19,7 +19,7 @@ JSON: ``snapshot``; ``engine`` and ``why``; ``settings``, an object of QEMU's se
 changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_io_reason``;
 ``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
 ``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
-``run_state_before``, ``run_state_after`` (null: QEMU was told to quit); ``disk_needs`` (what a
+``run_state_before``, ``run_state_after`` (null: QEMU was asked to quit); ``disk_needs`` (what a
 restore needs of the writable disks, sentences); ``record`` (the file that describes the VM, or
 null); ``seal`` (null, or an object of ``path`` and ``algorithm``); ``notes`` (sentences).
 """
