@@ -49,7 +49,6 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "run_state": CHOICE, "incoming": (None, "yes", 1, [], ANYTHING),
     "autostart": (None, "yes", 1, [], ANYTHING), "capabilities": (5, "x", {"x": 1}, ANYTHING),
     "parameters": (5, "x", {"x": 1}, ANYTHING), "on_exit": CALLABLE,
-    "max_ram_below_4g": OPTIONAL_NUMBER, "description": (5, "x", [], ANYTHING),
 }  # fmt: skip
 
 
