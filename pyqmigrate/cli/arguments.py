@@ -98,8 +98,8 @@ class Parser(argparse.ArgumentParser):
         program = next((text for text in words if _QEMU.search(text)), None)
         if program is None and word.startswith("-"):
             self.error(
-                f"{word} looks like an option of QEMU: the command line of the VM comes after --, with its "
-                f"program: SNAPSHOT -- qemu-system-x86_64 {word} ..."
+                f"{word} looks like an option of QEMU: the command line of the VM comes after --, "
+                f"with its program: SNAPSHOT -- qemu-system-x86_64 {word} ..."
             )
         first = program or word
         self.error(f"-- must come before {first}: SNAPSHOT -- {first} ...")
