@@ -146,7 +146,10 @@ def _compare_base(
     disk, option = pair
     assert option is not None
     if changes:
-        findings.faults.append(f"disk {disk.name} has gone ahead of the snapshot: {changes}")
+        findings.faults.append(
+            f"disk {disk.name} has gone ahead of the snapshot: {changes}; give a copy of the disk "
+            "as it was then (vm save --with-disks keeps it)"
+        )
         return
     if _is_unseen(disk):
         findings.faults.append(
