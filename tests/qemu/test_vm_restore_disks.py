@@ -80,7 +80,7 @@ def test_disk_that_was_written_to_is_refused_unless_it_is_wanted(
 ) -> None:
     with disk.open("r+b") as file:
         file.write(b"other")
-    with pytest.raises(UsageError, match=r"gone ahead.*disk' was written to at .*copy.*as-they-are"):
+    with pytest.raises(UsageError, match=r"gone ahead.*disk' was written to .*copy.*as-they-are"):
         restored(quit_vm)
     notes = restored(quit_vm, disks_as_they_are=True)
     assert any("gone ahead" in note for note in notes)
