@@ -99,6 +99,12 @@ def _compare(
     given = _resolved(command, option.file)
     changes = _changes(disk)
     base, line = disk.file, _overlay_line(disk, snapshot)
+    if disk.images[0].state is None and not os.path.lexists(base):
+        findings.faults.append(
+            f"disk {disk.name}: {base!r}, which the snapshot belongs to, is not there (-snapshot "
+            f"and snapshot=on make a temporary file): what the guest wrote there is not in {given!r}"
+        )
+        return
     if overlays and not changes and not _same(given, base) and not _is_unseen(disk):
         findings.needs_overlay.append(pair)
         return

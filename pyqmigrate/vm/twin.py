@@ -79,7 +79,8 @@ async def describe(
     except NotSupported:
         raise
     except (PyqmigrateError, OSError) as error:
-        raise NotSupported(str(error)) from error
+        # What QEMU wrote has lines, and is part of a sentence here.
+        raise NotSupported("; ".join(str(error).splitlines())) from error
     if theirs.description is None:
         raise NotSupported("the twin wrote no description")
     try:
