@@ -14,7 +14,6 @@ from pyqmigrate import Form, RamBlock, UsageError
 from tests.snapshots import known_memory
 
 
-
 class _Anything:
     def __repr__(self) -> str:  # in the names of tests, which all workers must give alike
         return "an object"
