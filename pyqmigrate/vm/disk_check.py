@@ -102,7 +102,7 @@ def _compare(
     if disk.images[0].state is None and not os.path.lexists(base):
         findings.faults.append(
             f"disk {disk.name}: {base!r}, which the snapshot belongs to, is not there (-snapshot "
-            f"and snapshot=on make a temporary file): what the guest wrote there is not in {given!r}"
+            f"and snapshot=on make a temporary file): what was written there is not in {given!r}"
         )
         return
     if overlays and not changes and not _same(given, base) and not _is_unseen(disk):
