@@ -49,6 +49,11 @@ def test_a_restore_loads_nothing_that_saves_or_seals():
     assert not saving & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.restoring")
 
 
+def test_a_restore_loads_no_guest_agent_until_it_sets_a_clock():
+    other = {f"pyqmigrate.vm.{name}" for name in ("guest_agent", "disks", "process")}
+    assert not other & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.restoring")
+
+
 def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
     code = "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.begin"
     assert not {"asyncio", "ssl", "qemu.qmp", "pyqmigrate.vm.connection"} & loaded(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 _SEAL = "--seal"
+_ONE_DASH = re.compile(r"-[A-Za-z]")
+_QEMU = re.compile(r"(^|/)qemu-[^/]*$")
 
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -74,11 +77,32 @@ class Parser(argparse.ArgumentParser):
         option = self.command_line_option
         if not self.takes_command_line or (option and option not in given[:end]):
             return super().parse_known_args(given, namespace)
+        if word := next((word for word in given[:end] if self._looks_like_ours(word)), None):
+            self._refuse_without_dashes(given[:end], word)
         parsed, unknown = super().parse_known_args(given[:end], namespace)
-        if words := getattr(parsed, "command", []) and parsed.command + unknown:
-            self.error(f"-- must come before {words[0]}: SNAPSHOT -- {words[0]} ...")
+        words = [*getattr(parsed, "command", []), *unknown]
+        if words and not words[0].startswith("--"):
+            self._refuse_without_dashes(words, words[0])
         parsed.command = given[end + 1 :]
         return parsed, unknown
+
+    def _looks_like_ours(self, word: str) -> bool:
+        """Whether it is an option of QEMU with one dash that begins as one of ours: ``-vnc``, and
+        not ``-vq``."""
+        if not _ONE_DASH.match(word):
+            return False
+        ours = {name[1] for name in self._option_string_actions if len(name) == 2}
+        return word[1] in ours and not ours.issuperset(word[1:])
+
+    def _refuse_without_dashes(self, words: Sequence[str], word: str) -> NoReturn:
+        program = next((text for text in words if _QEMU.search(text)), None)
+        if program is None and word.startswith("-"):
+            self.error(
+                f"{word} looks like an option of QEMU: the command line of the VM comes after --, "
+                f"with its program: SNAPSHOT -- qemu-system-x86_64 {word} ..."
+            )
+        first = program or word
+        self.error(f"-- must come before {first}: SNAPSHOT -- {first} ...")
 
     def error(self, message: str) -> NoReturn:
         raise BadArguments(message, self.format_usage())

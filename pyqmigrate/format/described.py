@@ -16,7 +16,7 @@ from typing import Any
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.format.description import body_lengths
 from pyqmigrate.format.device_state import Budget, decode_device, described_devices
-from pyqmigrate.format.device_walk import HEADER, walk_devices
+from pyqmigrate.format.device_walk import InMemory, walk_devices
 from pyqmigrate.format.elements import Section
 
 __all__ = ["check_described"]
@@ -32,7 +32,7 @@ def check_described(ours: bytes, theirs: bytes, description: Mapping[str, Any]) 
     """
     lengths = body_lengths(description)
     devices = described_devices(description)
-    first, second = _Sections(ours), _Sections(theirs)
+    first, second = InMemory(ours), InMemory(theirs)
     for mine, other in zip_longest(
         walk_devices(first, lengths), walk_devices(second, lengths)
     ):
@@ -45,20 +45,6 @@ def check_described(ours: bytes, theirs: bytes, description: Mapping[str, Any]) 
             raise NotSupported(f"its description does not fit {_shown(mine)}")
 
 
-class _Sections:
-    """Sections in memory, as a file of devices alone."""
-
-    def __init__(self, sections: bytes) -> None:
-        self._data = HEADER + sections + b"\0"
-
-    @property
-    def size(self) -> int:
-        return len(self._data)
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        return self._data[offset : offset + length]
-
-
 def _identity(section: Section) -> tuple[object, ...]:
     return (
         section.section_id, section.name, section.instance_id, section.version_id,
@@ -66,7 +52,7 @@ def _identity(section: Section) -> tuple[object, ...]:
     )
 
 
-def _explained(section: Section, source: _Sections, described: Mapping[str, Any]) -> bool:
+def _explained(section: Section, source: InMemory, described: Mapping[str, Any]) -> bool:
     body = source.read_at(section.body_offset, section.body_length)
     return decode_device(section, body, described, Budget()).explained
 

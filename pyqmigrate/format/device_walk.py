@@ -22,7 +22,7 @@ from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.elements import MAGIC, VERSION, Section, SectionKind
 from pyqmigrate.format.walk import Walk
 
-__all__ = ["HEADER", "HEADER_LENGTH", "walk_devices"]
+__all__ = ["HEADER", "HEADER_LENGTH", "InMemory", "walk_devices"]
 
 _HEADER = struct.Struct(">4sI")  # magic, version
 HEADER = _HEADER.pack(MAGIC, VERSION)
@@ -40,6 +40,26 @@ def walk_devices(
     Raises :class:`SnapshotError` when that is not so: it is another file, or was cut.
     """
     return _DeviceWalk(source, lengths or {}).devices()
+
+
+class InMemory:
+    """FULL sections in memory, one after another, as a file of devices alone."""
+
+    def __init__(self, sections: bytes) -> None:
+        self._data = HEADER + sections + b"\0"
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return self._data[offset : offset + length]
+
+    @staticmethod
+    def place(section: Section) -> slice:
+        """Where the body of a section is in the bytes that were given."""
+        start = section.body_offset - HEADER_LENGTH
+        return slice(start, start + section.body_length)
 
 
 class _DeviceWalk(Walk):

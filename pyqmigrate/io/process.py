@@ -83,6 +83,14 @@ class ProcessSource:
         """May be repeated."""
         self._fds.close()
 
+    def read(self, offset: int, length: int) -> bytes:
+        """So many bytes from byte ``offset`` on, all inside. Raises GuestMemoryError."""
+        buffer = _core.ffi.new("char[]", length)
+        got = _core.lib.qm_process_fill(self.core, buffer, offset, length)
+        if got != length:
+            raise self._refused(-got if got < 0 else errno.EFAULT)
+        return bytes(_core.ffi.buffer(buffer))
+
     def _open(self, opener: Any, *arguments: Any) -> int:
         try:
             fd: int = opener(*arguments)
@@ -92,9 +100,7 @@ class ProcessSource:
         return fd
 
     def _probe(self, at: int) -> None:
-        got = _core.lib.qm_process_fill(self.core, _core.ffi.new("char[1]"), at, 1)
-        if got != 1:
-            raise self._refused(-got if got < 0 else errno.EFAULT)
+        self.read(at, 1)
 
     def _refused(self, number: int) -> GuestMemoryError:
         what = f"{_WHAT} {self._pid}"

@@ -106,7 +106,7 @@ async def clone(
             choosing = asyncio.to_thread(_choose, companions.source, command, count, disks)
             chosen = await owned(choosing, _discard)
             commands = {number: each.command for number, each in chosen.items()}
-            mode = _refuse_shared(commands, companions.source, request.mode)
+            mode = _refuse_shared(commands, companions.source, request.mode, command is None)
             request = replace(request, mode=mode)
             tasks = [asyncio.create_task(one(companions, number)) for number in chosen]
             try:
@@ -127,6 +127,8 @@ def _choose(
 ) -> dict[int, ChosenCommand]:
     """The command line of each guest, with overlays of its own; all or none."""
     choice = CommandChoice(source, words, disks)
+    if words is None:
+        choice.leave_monitors_out()
     choice.notes.append(shared_identity(choice.command))
     chosen: dict[int, ChosenCommand] = {}
     try:
@@ -152,11 +154,15 @@ async def _end_all(started: Sequence[RestoredVm]) -> None:
     await asyncio.gather(*(vm.end() for vm in started), return_exceptions=True)
 
 
-def _refuse_shared(commands: dict[int, CommandLine], source: Source, mode: Mode) -> Mode:
+def _refuse_shared(
+    commands: dict[int, CommandLine], source: Source, mode: Mode, recorded: bool
+) -> Mode:
     """UsageError for what guests cannot share; the mode in which that holds.
 
     Memory that is mapped from the snapshot is no longer in the file that the command line names.
+    ``recorded``: the command line is that of the record, in which nothing has a number.
     """
+    whole = " (give the whole command line after --)" if recorded else ""
     made = commands
     if mode in (Mode.AUTO, Mode.INSTANT):
         with contextlib.suppress(NotSupported):
@@ -167,16 +173,17 @@ def _refuse_shared(commands: dict[int, CommandLine], source: Source, mode: Mode)
     for one, other, address, option in _in_common(commands, _addresses):
         raise UsageError(
             f"guests {one} and {other} would both listen at {address} ({option}): put {{n}} into it"
+            f"{whole}"
         )
     for one, other, file, option in _in_common(made, written_files):
         raise UsageError(
             f"guests {one} and {other} would both write to {file!r} ({option}): put {{n}} into "
-            "its name and give each a copy or an overlay of its own, or make it read-only"
+            f"its name and give each a copy or an overlay of its own, or make it read-only{whole}"
         )
     for one, other, descriptor, option in _in_common(commands, descriptors_in_use):
         raise UsageError(
             f"guests {one} and {other} would both have {descriptor} ({option}), which serves one: "
-            "put {n} into its number"
+            f"put {{n}} into its number{whole}"
         )
     if any(_in_common(commands, written_files)):
         return Mode.INSTANT  # loaded, they would write to the same memory file

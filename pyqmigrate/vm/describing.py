@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Self
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError
+from pyqmigrate.io.memory import FileMemory, ProcessMemory
+from pyqmigrate.io.process import ProcessSource
 from pyqmigrate.log import logger
 from pyqmigrate.vm.device_state import DeviceState
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.original import Original
-from pyqmigrate.vm.twin import TIMEOUT, describe
+from pyqmigrate.vm.twin import TIMEOUT, Pages, describe
 from pyqmigrate.vm.twin_command import make_twin
 
 __all__ = ["Describing", "why_not_described"]
@@ -37,6 +40,7 @@ class Describing:
     def __init__(self, guest: Guest) -> None:
         self.note = ""
         self._sizes = _sizes(guest)
+        self._pages = _pages(guest)
         self._result: Future[bytes | None] = Future()
         self._task: asyncio.Task[None] | None = None
         self._original: Original | None = None
@@ -83,7 +87,7 @@ class Describing:
 
     async def _describe(self, original: Original, state: DeviceState) -> None:
         try:
-            description = await describe(original, state, self._sizes.get)
+            description = await describe(original, state, self._sizes.get, self._pages)
         except Exception as error:
             self._refuse(error)
         else:
@@ -124,3 +128,18 @@ def _sizes(guest: Guest) -> dict[str, int]:
         name: disk.size
         for disk in guest.disks for name in (disk.device, disk.node, disk.file) if disk.size
     }
+
+
+def _pages(guest: Guest) -> Pages:
+    memories = {block.name: block.memory for block in guest.blocks}
+
+    def pages(name: str, offset: int, length: int) -> bytes:
+        memory = memories.get(name)
+        if isinstance(memory, FileMemory):
+            return os.pread(memory.fd, length, memory.offset + offset)
+        if isinstance(memory, ProcessMemory):
+            with contextlib.closing(ProcessSource(memory, name)) as source:
+                return source.read(offset, length)
+        return b""  # what cannot be read is empty for the twin, too
+
+    return pages

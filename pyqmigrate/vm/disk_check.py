@@ -99,6 +99,12 @@ def _compare(
     given = _resolved(command, option.file)
     changes = _changes(disk)
     base, line = disk.file, _overlay_line(disk, snapshot)
+    if disk.images[0].state is None and not os.path.lexists(base):
+        findings.faults.append(
+            f"disk {disk.name}: {base!r}, which the snapshot belongs to, is not there (-snapshot "
+            f"and snapshot=on make a temporary file): what was written there is not in {given!r}"
+        )
+        return
     if overlays and not changes and not _same(given, base) and not _is_unseen(disk):
         findings.needs_overlay.append(pair)
         return
@@ -146,7 +152,10 @@ def _compare_base(
     disk, option = pair
     assert option is not None
     if changes:
-        findings.faults.append(f"disk {disk.name} has gone ahead of the snapshot: {changes}")
+        findings.faults.append(
+            f"disk {disk.name} has gone ahead of the snapshot: {changes}; give a copy of the disk "
+            "as it was then (vm save --with-disks keeps it)"
+        )
         return
     if _is_unseen(disk):
         findings.faults.append(

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 from pyqmigrate.errors import QemuError
-from pyqmigrate.vm.guest_agent import find_agent, set_time
 
 __all__ = ["correct_clock", "note_on_clock"]
 
@@ -36,6 +35,8 @@ async def correct_clock(pid: int | None, agent: str | os.PathLike[str] | None) -
     ``agent`` is the agent's socket; None finds it in QEMU's command line. Takes a few seconds at
     most; an agent that does not answer is not an error.
     """
+    from pyqmigrate.vm.guest_agent import find_agent, set_time  # no restore without it waits for it
+
     path = Path(agent) if agent is not None else find_agent(pid)
     if path is None:
         return [

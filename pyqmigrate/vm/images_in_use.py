@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pyqmigrate.errors import UsageError
+from pyqmigrate.format.qcow2 import BACKING_MAX, HEADER_SIZE, decode_header
 from pyqmigrate.vm.command_line import CommandLine, Option, is_on
 from pyqmigrate.vm.written_files import written_images
 
@@ -28,9 +29,6 @@ __all__ = ["refuse_in_use"]
 _WRITES, _WRITES_ALONE = 101, 201  # bytes of QEMU's locks
 _GET_LOCK = getattr(fcntl, "F_OFD_GETLK", 36)  # not named by Python 3.11
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
-_QCOW2 = struct.Struct(">4sIQI")  # magic, version, place and length of the backing file's name
-_QCOW2_MAGIC = b"QFI\xfb"
-_NAME_MAX = 1023  # bytes in a backing file's name
 _CHAIN_MAX = 64  # images over each other that are looked at
 
 
@@ -77,11 +75,9 @@ def _backing_file(path: str) -> str:
     with contextlib.suppress(OSError):
         fd = _open(path)
         try:
-            head = os.pread(fd, _QCOW2.size, 0)
-            if len(head) == _QCOW2.size and head.startswith(_QCOW2_MAGIC):
-                _, _, start, length = _QCOW2.unpack(head)
-                if start and length <= _NAME_MAX:
-                    return os.fsdecode(os.pread(fd, length, start))
+            header = decode_header(os.pread(fd, HEADER_SIZE, 0))
+            if header and header.backing_offset and header.backing_size <= BACKING_MAX:
+                return os.fsdecode(os.pread(fd, header.backing_size, header.backing_offset))
         finally:
             os.close(fd)
     return ""

@@ -21,7 +21,7 @@ from pyqmigrate.vm.disk_options import with_image
 from pyqmigrate.vm.record import VmRecord
 from pyqmigrate.vm.starting import QMP_CHARDEV
 
-__all__ = ["original_command", "recorded_command"]
+__all__ = ["original_command", "recorded_command", "without_monitors"]
 
 _GIVE = "give the whole command line after --"
 # What only had to do with how the old one was started, or with what it loaded.
@@ -116,6 +116,41 @@ def _without_own_monitors(command: CommandLine) -> CommandLine:
     if last is None or last.name != "readconfig" or not _OWN.fullmatch(last.value or ""):
         return command
     return replace(command, options=options[:-1])
+
+
+def without_monitors(command: CommandLine) -> tuple[CommandLine, list[str]]:
+    """Without its monitors, at which only one guest could listen, and what was left out."""
+    monitors = [
+        option for option in command.options
+        if option.name in ("qmp", "qmp-pretty", "mon") or (
+            option.name == "monitor" and option.value != "none"
+        ) or (
+            option.name == "object"
+            and option.properties("qom-type").get("qom-type", "").startswith("monitor-")
+        )
+    ]
+    if not monitors:
+        return command, []
+    rest = [option for option in command.options if option not in monitors]
+    used = {option.properties("chardev").get("chardev") for option in monitors}
+    left_out = [*monitors, *(
+        option for option in rest
+        if option.name == "chardev"
+        and (name := option.properties("backend").get("id")) in used
+        and not any(_uses(other, name or "") for other in rest if other is not option)
+    )]
+    options = [option for option in command.options if option not in left_out]
+    # Where none is named, QEMU would make one at its standard input.
+    if not any(option.name == "monitor" for option in options):
+        options.append(Option("monitor", "none"))
+    return replace(command, options=tuple(options)), [
+        f"{option} is left out: each guest has a monitor of its own" for option in left_out
+    ]
+
+
+def _uses(option: Option, chardev: str) -> bool:
+    named = rf'chardev"?\s*[=:]\s*"?{re.escape(chardev)}(?:[,"]|$)'
+    return re.search(named, option.value or "") is not None
 
 
 def _with_new_memory(command: CommandLine) -> tuple[CommandLine, list[str]]:

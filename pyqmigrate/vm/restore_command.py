@@ -85,6 +85,13 @@ class CommandChoice:
         if disks.new_overlays and self._record is None:
             raise UsageError(f"no overlays can be made for the disks: {self._lack}")
 
+    def leave_monitors_out(self) -> None:
+        """For guests that get monitors of their own, and could not share the recorded ones."""
+        from pyqmigrate.vm.recorded_command import without_monitors
+
+        self.command, changes = without_monitors(self.command)
+        self.notes += changes
+
     def settle(self, command: CommandLine, label: str = "") -> ChosenCommand:
         """``command``, which is :attr:`command` for one guest of several, held against the record.
 

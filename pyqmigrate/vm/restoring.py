@@ -282,6 +282,17 @@ def _about(companion: Companion) -> tuple[str, ...]:
     return ("the snapshot is sealed: its clear pages are zeros in the file and were not searched",)
 
 
+async def _taken_in(qemu: Launched, incoming: Incoming, differences: Sequence[str]) -> float:
+    """As take_in; an error has the ``differences``, which QEMU may not have got over, with it."""
+    try:
+        return await take_in(qemu, incoming)
+    except QemuError as error:
+        if not differences or isinstance(error, QemuRefused):
+            raise
+        told = "\n".join(f"perhaps because {note}" for note in differences)
+        raise type(error)(f"{error}\n{told}") from error
+
+
 @dataclass(frozen=True)
 class _Attempt:
     companions: Companions
@@ -319,7 +330,7 @@ class _Attempt:
                 fd = companion.open_for_reading()
                 try:
                     incoming = Incoming({"companion": fd}, self.source.snapshot.offset)
-                    seconds = await take_in(qemu, incoming)
+                    seconds = await _taken_in(qemu, incoming, compared)
                 finally:
                     os.close(fd)
                 return await self._hand_over(
@@ -370,7 +381,7 @@ class _Attempt:
                         {"buffered": fd, **direct}, self.source.snapshot.offset,
                         self.source.capabilities, channels, bool(direct), mode is Mode.POSTCOPY,
                     )
-                    seconds = await take_in(qemu, incoming)
+                    seconds = await _taken_in(qemu, incoming, compared)
                 finally:
                     os.close(fd)
                 return await self._hand_over(

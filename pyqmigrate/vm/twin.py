@@ -1,12 +1,12 @@
 """A twin of a QEMU, which describes the device state of its original.
 
     original = Original.of_process(pid)
-    description = await describe(original, state, sizes)
+    description = await describe(original, state, sizes, pages)
 
 ``xen-save-devices-state`` writes device sections without the JSON that describes them, which QEMU
 writes in ``migrate`` only. So a second QEMU of the same machine (:mod:`pyqmigrate.vm.twin_command`)
-loads the sections, with guest memory that is never touched, and migrates them into a file in
-memory, this time with their description. Its guest does not execute an instruction.
+loads the sections, with guest memory that is empty but for the firmware's ROMs, and migrates them
+into a file in memory, this time with their description. Its guest does not execute an instruction.
 
 The description is used only when it is true of the original's own bytes
 (:mod:`pyqmigrate.format.described`).
@@ -22,15 +22,16 @@ import asyncio
 import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
+from pyqmigrate.format.broken_virtio import without_broken
 from pyqmigrate.format.configuration import IGNORE_SHARED
 from pyqmigrate.format.described import check_described
 from pyqmigrate.format.description import parse
 from pyqmigrate.format.elements import SectionKind
-from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.format.mapped_ram import BlockLayout, BlockSpec
 from pyqmigrate.format.stream import encode_head, encode_tail
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.opened import OpenedBlock
@@ -51,36 +52,50 @@ __all__ = ["TIMEOUT", "describe", "describe_snapshot"]
 
 TIMEOUT = 10.0  # seconds from the twin's start to its description
 _POLL = 0.002  # seconds
+# Where firmware puts the ROMs of a PC. The device kvm-tpr-opt looks for its own there when it is
+# loaded, and refuses a guest without it.
+_ROMS = range(0xC0000, 0x100000)
+Pages = Callable[[str, int, int], bytes]
+"""Return guest memory: of the RAM block with this name, from this byte on, so many bytes."""
 
 
 async def describe(
-    original: Original, state: DeviceState, sizes: Sizes, *, timeout: float = TIMEOUT
+    original: Original, state: DeviceState, sizes: Sizes, pages: Pages, *,
+    timeout: float = TIMEOUT,
 ) -> bytes:
     """Return the description of ``state``'s sections: JSON text as QEMU writes it.
 
     sizes: the size in bytes of the image with an id, a node name or a path; None if not known.
+    pages: the guest's memory, which may go on changing: what is read are the firmware's ROMs.
 
     Starts a QEMU and ends it, in at most ``timeout`` seconds. Raises NotSupported with the reason
     when no twin is possible, or what it says is not true of ``state``.
     """
     try:
         async with asyncio.timeout(timeout):
-            theirs = await _migrated_by_twin(original, state, sizes)
+            theirs = await _migrated_by_twin(original, state, sizes, pages)
     except TimeoutError as error:
         raise NotSupported(f"the twin took longer than {timeout:g} s") from error
     except NotSupported:
         raise
     except (PyqmigrateError, OSError) as error:
-        raise NotSupported(str(error)) from error
+        # What QEMU wrote has lines, and is part of a sentence here.
+        raise NotSupported("; ".join(str(error).splitlines())) from error
     if theirs.description is None:
         raise NotSupported("the twin wrote no description")
     try:
-        await asyncio.to_thread(
-            check_described, state.sections, theirs.sections, parse(theirs.description)
+        return await asyncio.to_thread(
+            _checked, state.sections, theirs.sections, theirs.description
         )
     except PyqmigrateError as error:
         raise NotSupported(f"the twin is another machine: {error}") from error
-    return theirs.description
+
+
+def _checked(ours: bytes, theirs: bytes, description: bytes) -> bytes:
+    """The description of sections ``theirs`` as one of ``ours``; NotSupported where it is none."""
+    alike, fitting = without_broken(ours, theirs, description)
+    check_described(ours, alike, parse(fitting))
+    return fitting
 
 
 async def describe_snapshot(
@@ -99,7 +114,8 @@ async def describe_snapshot(
     line = CommandLine.parse(command) if command else _recorded(snapshot.source.name, sizes)
     state = await asyncio.to_thread(_state_of, snapshot)
     return await describe(
-        Original.of_command(line), state, lambda name: sizes.get(name) or image_size(name)
+        Original.of_command(line), state, lambda name: sizes.get(name) or image_size(name),
+        lambda name, offset, length: snapshot.blocks[name].read(offset, length),
     )
 
 
@@ -137,10 +153,10 @@ def _state_of(snapshot: AnySnapshot) -> DeviceState:
 
 
 async def _migrated_by_twin(
-    original: Original, state: DeviceState, sizes: Sizes
+    original: Original, state: DeviceState, sizes: Sizes, pages: Pages
 ) -> DeviceState:
     with contextlib.ExitStack() as stack:
-        start = await asyncio.to_thread(_prepare, original, state, sizes, stack)
+        start = await asyncio.to_thread(_prepare, original, state, sizes, pages, stack)
         qemu = await launch(
             start.command, start.fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -163,7 +179,8 @@ class _Start:
 
 
 def _prepare(
-    original: Original, state: DeviceState, sizes: Sizes, stack: contextlib.ExitStack
+    original: Original, state: DeviceState, sizes: Sizes, pages: Pages,
+    stack: contextlib.ExitStack,
 ) -> _Start:
     """Make the files of a twin; ``stack`` closes them."""
     fds: list[int] = []
@@ -188,11 +205,12 @@ def _prepare(
         else:
             command = replace(command, program=program)
     command = replace(command, before=(*before, *command.before))
-    return _Start(command, tuple(fds), _stream(state, stack))
+    return _Start(command, tuple(fds), _stream(state, pages, stack))
 
 
-def _stream(state: DeviceState, stack: contextlib.ExitStack) -> int:
-    """A mapped-ram file in memory of all blocks without a page; QEMU leaves them as they are."""
+def _stream(state: DeviceState, pages: Pages, stack: contextlib.ExitStack) -> int:
+    """A mapped-ram file in memory of all blocks, without a page but those of the firmware's ROMs;
+    QEMU leaves the others as they are."""
     fd = os.memfd_create("twin-stream", os.MFD_CLOEXEC)
     stack.callback(os.close, fd)
     head = encode_head(
@@ -202,6 +220,9 @@ def _stream(state: DeviceState, stack: contextlib.ExitStack) -> int:
     )
     for piece in head.pieces:
         os.pwrite(fd, piece.data, piece.offset)
+    for block in head.blocks:
+        if block.length >= _ROMS.stop:
+            _put_roms(fd, block, pages(block.name, _ROMS.start, len(_ROMS)))
     os.pwrite(fd, encode_tail(
         settings=head.configuration, sections=state.sections, description=state.description,
         page_size=state.page_size,
@@ -209,6 +230,13 @@ def _stream(state: DeviceState, stack: contextlib.ExitStack) -> int:
     reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     stack.callback(os.close, reader)
     return reader
+
+
+def _put_roms(fd: int, block: BlockLayout, data: bytes) -> None:
+    first, end = _ROMS.start // block.page_size, _ROMS.stop // block.page_size
+    bits = (1 << end) - (1 << first)
+    os.pwrite(fd, bits.to_bytes(-(-end // 8), "little"), block.bitmap_offset)
+    os.pwrite(fd, data, block.pages_offset + _ROMS.start)
 
 
 async def _migrate(qemu: Launched, state: DeviceState) -> DeviceState:

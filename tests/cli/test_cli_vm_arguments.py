@@ -25,6 +25,29 @@ def test_forgotten_dashes_before_the_command_line_are_named(
     assert f"-- must come before {first}: SNAPSHOT -- {first} ..." in ran.err
 
 
+@pytest.mark.parametrize("verb", [["restore"], ["clone", "--count", "2"]])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-vnc", ":1"], "-vnc looks like an option of QEMU"),
+        (["-vga", "std"], "-vga looks like an option of QEMU"),
+        (["-qmp", "stdio"], "-qmp looks like an option of QEMU"),
+        (["-m", "64"], "-m looks like an option of QEMU"),
+        (["-S"], "-S looks like an option of QEMU"),
+        (["qemu-kvm", "-vnc", ":1"], "-- must come before qemu-kvm"),
+        (["--", "qemu-kvm", "-vnc", ":1"], "no file '/none'"),
+        (["-vq"], "no file '/none'"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_options_of_qemu_that_begin_as_ours_do_not_hide_the_forgotten_dashes(
+    command: Command, verb: list[str], words: list[str], said: str
+) -> None:
+    ran = command("vm", *verb, "/none", *words)
+    assert ran.code == (3 if said == "no file '/none'" else 2)
+    assert said in ran.err
+
+
 @pytest.mark.parametrize("verb", ["restore", "clone"])
 def test_usage_has_the_command_line_once(command: Command, verb: str) -> None:
     usage = command("vm", verb, "--help").out.split("\n\n")[0]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import vm
-from pyqmigrate.errors import PyqmigrateError, UsageError
+from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.devices import global_state
 from pyqmigrate.snapshot import Snapshot
 from pyqmigrate.vm.record_place import record_path
@@ -91,6 +91,16 @@ def refusal(path: Path, *arguments: str, mode: str = "instant") -> str:
 def test_more_processors_are_a_note(one: Path, mode: str) -> None:
     (note,) = (n for n in report(one, "-smp", "2", mode=mode).notes if "CPU" in n)
     assert note.startswith("the command line makes 2 CPUs and the snapshot has 1")
+
+
+@pytest.mark.parametrize("mode", ["instant", "load"])
+def test_load_that_fails_says_what_is_different(tmp_path: Path, mode: str) -> None:
+    """A disk has as many queues as there are processors, and QEMU tells of its PCI registers only.
+    """
+    disk = ["-blockdev", "null-co,node-name=n,size=1048576", "-device", "virtio-blk-pci,drive=n"]
+    path = save(tmp_path / "s", *disk)
+    with pytest.raises(QemuError, match="perhaps because the command line makes 2 CPUs and the"):
+        report(path, "-smp", "2", *disk, mode=mode)
 
 
 def test_fewer_processors_are_refused(two: Path) -> None:

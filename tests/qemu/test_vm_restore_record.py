@@ -137,8 +137,27 @@ def test_relative_names_are_those_of_the_directory_of_the_vm(
     assert (tmp_path / "serial").exists() and not (place / "serial").exists()
     command, _ = recorded_command(record, record_path(tmp_path / "snap"))
     assert {str(tmp_path / "disk"), str(tmp_path / "serial")} <= written_files(command).keys()
-    with pytest.raises(UsageError, match="guests 1 and 2 would both"):
+    with pytest.raises(UsageError, match=r"guests 1 and 2 would both .* whole command line after"):
         asyncio.run(clone(tmp_path / "snap", None, 2, directory=place))
+
+
+def test_clones_of_a_recorded_guest_have_their_own_monitors_only(
+    tmp_path: Path, place: Path
+) -> None:
+    other = ["-monitor", f"unix:{place}/hmp,server=on,wait=off"]
+    with BareQemu(*VM, *other, socket=place / "qmp") as qemu:
+        saved(qemu, tmp_path / "snap", then="quit")
+
+    async def session() -> None:
+        for one in await clone(tmp_path / "snap", None, 2, directory=place):
+            assert one.vm is not None, one.error
+            assert sum("is left out" in note for note in one.vm.report.notes) == 2
+            async with one.vm as guest:
+                await guest.monitor.execute("query-status")
+                await guest.end()
+
+    asyncio.run(session())
+    assert not (place / "qmp").exists() and not (place / "hmp").exists()
 
 
 def test_daemon_is_restored_as_a_process_of_ours(tmp_path: Path, place: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.command_line import CommandLine
 from pyqmigrate.vm.record import Image, QemuProcess, VmRecord
-from pyqmigrate.vm.recorded_command import recorded_command
+from pyqmigrate.vm.recorded_command import recorded_command, without_monitors
 from pyqmigrate.vm.starting import QMP_CHARDEV
 from tests.vm.records import disk, record
 
@@ -51,6 +51,23 @@ def test_own_monitor_of_a_restore_is_left_out(path: Path) -> None:
     assert options(path, "-m", "64", *own, *asked_for) == ["-m", "64"]
     with pytest.raises(UsageError, match="readconfig"):
         options(path, *own, "-m", "64")
+
+
+def test_monitors_of_one_guest_are_left_out_for_several() -> None:
+    """With the character devices that only they use."""
+    kept = ["-chardev", "socket,id=b,path=/run/b,server=on", "-serial", "chardev:b",
+            "-chardev", "socket,id=aa,path=/run/aa", "-device", "virtserialport,chardev=aa",
+            "-object", "iothread,id=a"]  # fmt: skip
+    left_out = ["-qmp", "unix:/run/q,server=on", "-qmp-pretty", "stdio", "-monitor", "stdio",
+                "-chardev", "socket,id=a,path=/run/a,server=on", "-mon", "chardev=a,mode=control",
+                "-mon", "b", "-chardev", '{"backend":"null","id":"c"}',
+                "-object", '{"qom-type":"monitor-qmp","id":"m","chardev":"c"}']  # fmt: skip
+    command, notes = without_monitors(CommandLine.parse([QEMU, *left_out, *kept]))
+    assert command.argv()[1:] == [*kept, "-monitor", "none"]
+    assert len(notes) == len(left_out) // 2
+    for words in (kept, ["-monitor", "none"]):
+        command, notes = without_monitors(CommandLine.parse([QEMU, *words]))
+        assert (command.argv()[1:], notes) == (words, [])
 
 
 def test_program_is_named_by_its_path(path: Path, tmp_path: Path) -> None:
