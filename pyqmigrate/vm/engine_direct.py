@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from pyqmigrate.errors import NotSupported, QemuRefused
@@ -22,13 +23,15 @@ from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
 from pyqmigrate.saving import SaveReport, Sparse, Writer
 from pyqmigrate.vm.blockers import Way, devices_with_backends
 from pyqmigrate.vm.custody import Custody
-from pyqmigrate.vm.describing import Describing
 from pyqmigrate.vm.device_state import DeviceState, memory_file, read_devices, read_migrated
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
 from pyqmigrate.vm.run_state import LOADABLE
 from pyqmigrate.vm.settings import Changes
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.describing import Describing
 
 __all__ = ["DeviceStateRefused", "save_by_us"]
 
@@ -66,6 +69,9 @@ async def save_by_us(
     async with contextlib.AsyncExitStack() as stack:
         describing = None
         if describe and way is Way.DEVICES_ONLY:
+            # Most saves need no twin, and start without what makes one.
+            from pyqmigrate.vm.describing import Describing
+
             describing = await stack.enter_async_context(Describing(guest))
         return await _save(
             custody, guest, way, target, changes, channels=channels, sparse=sparse, seal=seal,
