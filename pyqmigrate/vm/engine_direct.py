@@ -91,7 +91,6 @@ async def _save(
         state = await _migrated(custody, guest, at_instant)
     else:
         state = await _devices_only(custody, guest, at_instant)
-    custody.events.stands()
     heed_cancellation()
     writer, job, pages_written = _start(target, guest, state, channels, sparse, seal, describing)
     downtime = None
@@ -132,6 +131,7 @@ async def _migrated(custody: Custody, guest: Guest, at_instant: AtInstant | None
     with memory_file() as (written, read):
         async with custody.lent({"device-state": written}) as path:
             await migrate(custody, path, at_instant=at_instant, pause=guest.running)
+            custody.events.stands()
         return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=elsewhere)
 
 
@@ -141,6 +141,7 @@ async def _devices_only(
     monitor = custody.monitor
     if guest.running:
         await custody.stop()
+    custody.events.stands()
     if at_instant is not None:
         await at_instant()
     with memory_file() as (written, read):
