@@ -88,6 +88,7 @@ def devices(
     check("section_id", section_id, int, type(None))
     check("page_size", page_size, int, type(None))
     check("index", index, str, os.PathLike, type(None))
+    check("description", description, bytes, type(None))
     check_callback("progress", progress)
     if isinstance(target, Snapshot | ClassicSnapshot):
         if (offset, page_size, index) != (None, None, None):

@@ -30,7 +30,9 @@ code = main(sys.argv[1:])
 used = resource.getrusage(resource.RUSAGE_SELF)
 status = Path("/proc/self/status").read_text()
 print(json.dumps({
-    "code": code, "seconds": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss,
+    "code": code, "seconds": used.ru_utime + used.ru_stime,
+    # Unlike ru_maxrss, without the program that this process was before exec().
+    "memory": int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]),
     "tables": int(re.search(r"VmPTE:\\s+(\\d+)", status)[1]),
 }), file=sys.stderr)
 """

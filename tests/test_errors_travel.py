@@ -18,6 +18,7 @@ import pyqmigrate
 from pyqmigrate import (
     GuestMemoryError,
     NoSpace,
+    NotDurable,
     PyqmigrateError,
     QemuRefused,
     RamBlock,
@@ -40,6 +41,7 @@ ARGUMENTS: list[tuple[type[PyqmigrateError], list[Callable[[type], PyqmigrateErr
         lambda kind: kind("cannot write", "/snap", errno=errno.EDQUOT, position=0x2000),
         lambda kind: kind("cannot write"),
     ]),
+    (NotDurable, [lambda kind: kind(errno.EIO, "/snap")]),
     (TargetError, [
         lambda kind: kind(errno.EIO, "cannot write", "/snap", position=0x2000),
         lambda kind: kind(errno.EIO, "cannot write", Path("/snap")),

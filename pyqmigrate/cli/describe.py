@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from typing import TYPE_CHECKING
 
 from pyqmigrate.cli.arguments import Parser
@@ -37,6 +36,7 @@ def description_for(args: argparse.Namespace, snapshot: AnySnapshot) -> bytes | 
     if not args.describe:
         return None
     # The library for QMP is an extra: what does not need it works without.
+    from pyqmigrate.cli.interruption import run_interruptible
     from pyqmigrate.vm.twin import describe_snapshot
 
-    return asyncio.run(describe_snapshot(snapshot, args.command))
+    return run_interruptible(describe_snapshot(snapshot, args.command))

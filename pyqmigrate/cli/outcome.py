@@ -18,6 +18,8 @@ from typing import Any
 
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.errors import QemuError, SnapshotError
+from pyqmigrate.format.seal import SUFFIX
+from pyqmigrate.io.place import absolute
 
 __all__ = [
     "SCHEMA",
@@ -30,6 +32,7 @@ __all__ = [
     "printable",
     "seal_data",
     "shown_error",
+    "shown_seal",
     "table",
 ]
 
@@ -51,6 +54,12 @@ class Outcome:
 def json_text(data: Mapping[str, Any]) -> str:
     """What ``--json`` prints of ``data``, with its newline."""
     return json.dumps({"schema": SCHEMA, **data}, indent=2) + "\n"
+
+
+def shown_seal(snapshot: str, seal: str) -> str:
+    """The path of a seal in the words of the user, who named the snapshot."""
+    named = f"{snapshot}{SUFFIX}"
+    return named if os.fspath(absolute(named)) == seal else seal
 
 
 def seal_data(path: object, algorithm: object, **more: object) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from pyqmigrate.cli.arguments import (
     add_offset,
     add_verb,
 )
-from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data
+from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data, shown_seal
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size, show_rate, show_size
 from pyqmigrate.cli.standard_streams import refuse_standard
@@ -65,8 +65,9 @@ def _run(args: argparse.Namespace) -> Outcome:
             progress=show,
         )
     rate = show_rate(report.bytes_read, report.seconds)
+    place = printable(shown_seal(args.snapshot, report.seal))
     lines = [
-        f"{printable(report.seal)}: {report.algorithm} of {show_size(report.size)}",
+        f"{place}: {report.algorithm} of {show_size(report.size)}",
         f"{show_size(report.bytes_read)} read in {report.seconds:.2f} s, {rate} MiB/s, "
         f"{counted(report.channels, 'channel')}, direct I/O {'on' if report.direct_io else 'off'} "
         f"({report.direct_io_reason})",

@@ -31,7 +31,7 @@ from typing import Any
 from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.opening import add_snapshot, opened
-from pyqmigrate.cli.outcome import Outcome, counted, printable
+from pyqmigrate.cli.outcome import Outcome, counted, printable, shown_seal
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import read_from
@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     data: dict[str, Any] = {
         "snapshot": args.snapshot, "valid": True, "seal": None if check is None else check.data(),
     }  # fmt: skip
-    lines = [] if check is None else _about(check)
+    lines = [] if check is None else _about(args.snapshot, check)
     if check is not None and not check.intact:
         return Outcome(data | {"valid": False}, lines, ExitCode.BAD)
     with opened(args, args.snapshot) as snapshot:
@@ -101,15 +101,16 @@ def _check_seal(args: argparse.Namespace) -> SealCheck | None:
         )
 
 
-def _about(check: SealCheck) -> list[str]:
+def _about(snapshot: str, check: SealCheck) -> list[str]:
     lines = [printable(f"damaged   {damage}") for damage in check.damages]
     lines += [f"note      {printable(note)}" for note in check.notes]
     rate = show_rate(check.bytes_read, check.seconds)
     verdict = "nothing has changed" if check.intact else "NOT what was sealed"
     return [
         *lines,
-        f"{printable(check.seal)}: {verdict}: {check.algorithm} of {show_size(check.size)}, "
-        f"{show_size(check.bytes_read)} read in {check.seconds:.2f} s, {rate} MiB/s",
+        f"{printable(shown_seal(snapshot, check.seal))}: {verdict}: {check.algorithm} of "
+        f"{show_size(check.size)}, {show_size(check.bytes_read)} read in {check.seconds:.2f} s, "
+        f"{rate} MiB/s",
     ]
 
 

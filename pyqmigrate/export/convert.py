@@ -136,6 +136,8 @@ def convert(
     check_placements(placements)
     if byte_order not in (None, "little", "big"):
         raise UsageError(f"byte_order is {byte_order!r}; it is 'little' or 'big'")
+    check("max_ram_below_4g", max_ram_below_4g, int, type(None))
+    check("description", description, bytes, type(None))
     check("like", like, str, os.PathLike, type(None))
     check("image_format", image_format, str, type(None))
     if memories and form not in (Form.MAPPED_RAM, Form.STREAM, Form.LIBVIRT):

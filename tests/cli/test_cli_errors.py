@@ -10,7 +10,7 @@ from tests.cli.command import Command, pages
 
 NO_FILE = "no file 'missing'"
 NO_DIRECTORY = "no directory '/nonexist'"
-NOT_A_DIRECTORY = "'memory' is not a directory"
+NOT_A_DIRECTORY = "memory' is not a directory"
 
 
 @pytest.mark.parametrize(

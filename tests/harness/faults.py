@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from pyqmigrate import (
     FileMemory,
     GuestMemoryError,
     NoSpace,
+    NotDurable,
     NotSupported,
     PyqmigrateError,
     RamBlock,
@@ -171,8 +173,16 @@ def saved_classic(directory: Path, _: random.Random) -> None:
 
 
 def saved_from_a_file(directory: Path, _: random.Random) -> None:
-    with (directory / "ram").open("rb") as file:
+    with opened_by_the_caller(directory / "ram", "rb") as file:
         save(directory / "new", [RamBlock("pc.ram", FileMemory(file.fileno()))])
+
+
+def opened_by_the_caller(path: Path, mode: str) -> IO[bytes]:
+    """A file of memory; what cannot be opened is no fault of the package."""
+    try:
+        return path.open(mode)
+    except OSError as error:
+        raise target_error(error, "cannot open the memory") from error
 
 
 def loaded(directory: Path, rng: random.Random) -> None:
@@ -188,10 +198,8 @@ def loaded_into_files(directory: Path, _: random.Random) -> None:
     with contextlib.ExitStack() as stack:
         memories = {}
         for block in BLOCKS:
-            try:
-                file = stack.enter_context((directory / f"{block.name}.ram").open("r+b"))
-            except OSError as error:  # it is the caller who opens it
-                raise target_error(error, "cannot open the memory") from error
+            path = directory / f"{block.name}.ram"
+            file = stack.enter_context(opened_by_the_caller(path, "r+b"))
             memories[block.name] = FileMemory(file.fileno())
         with open_snapshot(directory / "from") as snapshot:
             snapshot.load(memories)
@@ -451,7 +459,8 @@ def judge(error: BaseException | None, kind: str, number: int, lasting: bool) ->
         return f"an exception of another kind: {error!r}"
     if error.errno != number:
         return f"errno is {error.errno}, not {number}: {error!r}"
-    if isinstance(error, TargetError) and isinstance(error, NoSpace) != (number in FULL):
+    full = isinstance(error, NoSpace | NotDurable) if number in FULL else isinstance(error, NoSpace)
+    if isinstance(error, TargetError) and full != (number in FULL):
         return f"a full disk, or not: {error!r}"
     if words not in str(error) or str(error).count(words) > 1:
         return f"the reason should be told once: {error}"

@@ -114,7 +114,9 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_no_hang(
         started.append(thread)
         real(thread)
 
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="new thread"):
+    with monkeypatch.context() as patched, pytest.raises(
+        pyqmigrate.TargetError, match="cannot start a thread"
+    ):
         patched.setattr(threading.Thread, "start", start)
         run(Channels(4, "test"), 10, lambda c, i, f: time.sleep(0.01) or 0)
     assert not any(thread.is_alive() for thread in started)

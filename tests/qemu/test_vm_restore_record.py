@@ -54,7 +54,7 @@ def test_command_needs_no_command_line(plain: Path) -> None:
         try:
             assert process.stdout is not None
             text = ""
-            while not text.endswith("}\n"):
+            while not text.endswith("\n}\n"):
                 line = process.stdout.readline()
                 assert line, text
                 text += line

@@ -189,13 +189,9 @@ def test_save_cancelled_while_its_file_is_opened_leaves_none(
         time.sleep(0.3)
         real(target, *arguments)
 
-    def named(self: OutputTarget) -> None:
-        self._temporary = self._new_name()
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self.fd = os.open(self._temporary, flags, dir_fd=self._dir_fd)
-
     monkeypatch.setattr(OutputTarget, "_open_direct", slow)
-    monkeypatch.setattr(OutputTarget, "_open_temporary", named)
+    # A file system without unnamed files.
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
 
     async def cancelled(guest: Source) -> None:
         task = asyncio.ensure_future(save(guest.socket, disk / "snapshot"))
