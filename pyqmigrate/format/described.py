@@ -9,17 +9,17 @@ in the length, and in its name, which is part of the body.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import zip_longest
 from typing import Any
 
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.format.description import body_lengths
 from pyqmigrate.format.device_state import Budget, decode_device, described_devices
-from pyqmigrate.format.device_walk import HEADER, walk_devices
+from pyqmigrate.format.device_walk import HEADER, HEADER_LENGTH, walk_devices
 from pyqmigrate.format.elements import Section
 
-__all__ = ["check_described"]
+__all__ = ["check_described", "with_zeros"]
 
 
 def check_described(ours: bytes, theirs: bytes, description: Mapping[str, Any]) -> None:
@@ -43,6 +43,17 @@ def check_described(ours: bytes, theirs: bytes, description: Mapping[str, Any]) 
             raise NotSupported(f"it does not describe {_shown(mine)}")
         if _explained(mine, first, described) != _explained(other, second, described):
             raise NotSupported(f"its description does not fit {_shown(mine)}")
+
+
+def with_zeros(sections: bytes, names: Collection[str]) -> bytes:
+    """FULL ``sections``, one after another, those of these ``names`` with nothing but zeros in
+    their bodies. Raises SnapshotError for bytes that are not sections."""
+    data = bytearray(sections)
+    for section in walk_devices(_Sections(sections)):
+        if section.name in names:
+            first = section.body_offset - HEADER_LENGTH
+            data[first : first + section.body_length] = bytes(section.body_length)
+    return bytes(data)
 
 
 class _Sections:

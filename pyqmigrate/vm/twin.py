@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.configuration import IGNORE_SHARED
-from pyqmigrate.format.described import check_described
+from pyqmigrate.format.described import check_described, with_zeros
 from pyqmigrate.format.description import parse
 from pyqmigrate.format.elements import SectionKind
 from pyqmigrate.format.mapped_ram import BlockSpec
@@ -51,6 +51,9 @@ __all__ = ["TIMEOUT", "describe", "describe_snapshot"]
 
 TIMEOUT = 10.0  # seconds from the twin's start to its description
 _POLL = 0.002  # seconds
+# Devices that look, when they are loaded, for what the guest has in its memory, of which a twin has
+# none. All zeros they are as the machine starts, and as long; a description has no values.
+_LOOK_INTO_MEMORY = ("kvm-tpr-opt",)
 
 
 async def describe(
@@ -203,8 +206,8 @@ def _stream(state: DeviceState, stack: contextlib.ExitStack) -> int:
     for piece in head.pieces:
         os.pwrite(fd, piece.data, piece.offset)
     os.pwrite(fd, encode_tail(
-        settings=head.configuration, sections=state.sections, description=state.description,
-        page_size=state.page_size,
+        settings=head.configuration, sections=with_zeros(state.sections, _LOOK_INTO_MEMORY),
+        description=state.description, page_size=state.page_size,
     ), head.tail_offset)
     reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     stack.callback(os.close, reader)
