@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.configuration import IGNORE_SHARED
-from pyqmigrate.format.described import check_described, with_zeros
+from pyqmigrate.format.described import check_described, fitted, with_zeros
 from pyqmigrate.format.description import parse
 from pyqmigrate.format.elements import SectionKind
 from pyqmigrate.format.mapped_ram import BlockSpec
@@ -78,12 +78,13 @@ async def describe(
     if theirs.description is None:
         raise NotSupported("the twin wrote no description")
     try:
+        description = await asyncio.to_thread(fitted, state.sections, theirs.description)
         await asyncio.to_thread(
-            check_described, state.sections, theirs.sections, parse(theirs.description)
+            check_described, state.sections, theirs.sections, parse(description)
         )
     except PyqmigrateError as error:
         raise NotSupported(f"the twin is another machine: {error}") from error
-    return theirs.description
+    return description
 
 
 async def describe_snapshot(

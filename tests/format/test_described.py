@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.format.described import check_described
+from pyqmigrate.format.described import check_described, fitted, with_zeros
 from pyqmigrate.format.devices import DeviceSection, encode_devices
 
 FIELDS = [{"name": "a", "type": "uint32", "size": 4}, {"name": "b", "type": "uint8", "size": 1}]
@@ -80,3 +80,35 @@ def test_footer_within_a_body_is_not_taken_for_its_end() -> None:
 def test_text_as_encode_devices_makes_it_fits_its_own_sections() -> None:
     made, text = encode_devices([section(b"1"), section(b"22", "rtc")], 4096)
     check_described(made, made, json.loads(text))
+
+
+VIRTIO = {"name": "virtio", "type": "virtio", "size": 30}
+DISK = {"name": "disk", "instance_id": 0, "vmsd_name": "virtio-blk", "version": 2,
+        "fields": [VIRTIO]}  # fmt: skip
+BROKEN = b"\x05\x0dvirtio/broken\0\0\0\1\1"
+
+
+def test_virtio_field_is_as_long_as_the_bytes_that_are_described() -> None:
+    ours = sections(section(bytes(10), "disk"), section(b"12345"))
+    theirs = sections(section(bytes(10) + BROKEN, "disk"), section(b"abcde"))
+    text = json.dumps(description(DISK, TIMER)).encode()
+    with pytest.raises(NotSupported, match="where the snapshot has"):
+        check_described(ours, theirs, {**json.loads(text), "devices": [
+            {**DISK, "fields": FIELDS}, TIMER]})  # fmt: skip
+    fit = fitted(ours, text)
+    assert fit == text.replace(b'"size": 30', b'"size": 10')
+    check_described(ours, theirs, json.loads(fit))
+    assert fitted(ours, fit) is fit
+
+
+def test_virtio_field_beside_others_is_not_fitted() -> None:
+    two = {**DISK, "fields": [VIRTIO, *FIELDS]}
+    text = json.dumps(description(two)).encode()
+    assert fitted(sections(section(bytes(10), "disk")), text) is text
+
+
+def test_sections_of_these_names_get_zeros_and_the_others_stay() -> None:
+    before = sections(section(b"ab", "one"), section(b"cd", "two"), section(b"ef", "one"))
+    after = sections(section(bytes(2), "one"), section(b"cd", "two"), section(bytes(2), "one"))
+    assert with_zeros(before, ["one"]) == after
+    assert with_zeros(before, ["three"]) == before
