@@ -266,8 +266,11 @@ def test_guest_that_a_bios_has_started_is_described(disk: Path) -> None:
             return bool(stats["stats"]["rd_operations"])
 
         wait_until(has_read, "the BIOS does not read the disk")
+        qemu.run(lambda monitor: monitor.execute("stop"))
         report = asyncio.run(save(qemu.socket, disk / "s", engine="direct"))
+        asyncio.run(save(qemu.socket, disk / "theirs", engine="qemu"))
     assert not [note for note in report.notes if "without its description" in note]
+    assert described_as(disk / "s") == described_as(disk / "theirs")
     listed = pyqmigrate("devices", str(disk / "s"))
     assert "real_tpr_addr" in listed
     assert "/virtio-blk" in listed
