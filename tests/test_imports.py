@@ -59,6 +59,10 @@ def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
     assert not {"asyncio", "ssl", "qemu.qmp", "pyqmigrate.vm.connection"} & loaded(code)
 
 
+def test_a_save_loads_what_makes_a_twin_only_where_it_makes_one():
+    assert not {"pyqmigrate.vm.twin", "pyqmigrate.vm.launch"} & loaded("import pyqmigrate.vm.save")
+
+
 @pytest.mark.parametrize("package", [pyqmigrate, pyqmigrate.vm], ids=lambda p: p.__name__)
 def test_no_module_hides_a_public_name(package):
     """``import PACKAGE.NAME`` makes the module the attribute, whatever that was before."""

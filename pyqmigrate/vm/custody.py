@@ -167,6 +167,7 @@ class Custody:
         """Take the snapshots of disks that were planned, all or none."""
         if self._plan is not None:
             self._note(Did.DISKS)
+            self.events.stands()
             await disks.take(self.monitor, self._plan)
 
     async def stop(self) -> None:
@@ -193,8 +194,8 @@ class Custody:
         await self.monitor.execute("query-status")  # its answer comes after all events before it
         if self.events.resumed():
             raise QemuError(
-                "another client let the guest run while its memory was copied: the snapshot would "
-                "not be of one instant"
+                "another client let the guest run while it was saved: the snapshot would not be of "
+                "one instant"
             )
 
     async def resume(self) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from pyqmigrate.errors import NotSupported, QemuRefused
@@ -23,7 +24,6 @@ from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
 from pyqmigrate.saving import Writer
 from pyqmigrate.vm.blockers import Way, devices_with_backends
 from pyqmigrate.vm.custody import Custody
-from pyqmigrate.vm.describing import Describing
 from pyqmigrate.vm.device_state import DeviceState, memory_file, read_devices, read_migrated
 from pyqmigrate.vm.guest import Guest
 from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
@@ -31,6 +31,9 @@ from pyqmigrate.vm.run_state import LOADABLE
 from pyqmigrate.vm.settings import Changes
 from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
 from pyqmigrate.writer import SaveReport, Sparse
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.describing import Describing
 
 __all__ = ["DeviceStateRefused", "save_by_us"]
 
@@ -68,6 +71,9 @@ async def save_by_us(
     async with contextlib.AsyncExitStack() as stack:
         describing = None
         if describe and way is Way.DEVICES_ONLY:
+            # Most saves need no twin, and start without what makes one.
+            from pyqmigrate.vm.describing import Describing
+
             describing = await stack.enter_async_context(Describing(guest))
         return await _save(
             custody, guest, way, target, changes, channels=channels, sparse=sparse, seal=seal,
@@ -87,7 +93,6 @@ async def _save(
         state = await _migrated(custody, guest, at_instant)
     else:
         state = await _devices_only(custody, guest, at_instant)
-    custody.events.stands()
     heed_cancellation()
     observer = None if seal is None else SaveSeal(seal, target.offset)
     job, pages_written = _start(target, guest, state, channels, sparse, observer, describing)
@@ -129,6 +134,7 @@ async def _migrated(custody: Custody, guest: Guest, at_instant: AtInstant | None
     with memory_file() as (written, read):
         async with custody.lent({"device-state": written}) as path:
             await migrate(custody, path, at_instant=at_instant, pause=guest.running)
+            custody.events.stands()
         return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=elsewhere)
 
 
@@ -138,6 +144,7 @@ async def _devices_only(
     monitor = custody.monitor
     if guest.running:
         await custody.stop()
+    custody.events.stands()
     if at_instant is not None:
         await at_instant()
     with memory_file() as (written, read):

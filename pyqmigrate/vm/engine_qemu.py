@@ -65,6 +65,8 @@ async def save_by_qemu(
                 custody, path, at_instant=at_instant, pause=running and live, progress=progress,
                 watch=shorten if live else None,
             )
+            if at_instant is not None:
+                await custody.check_that_it_stood()
             seen = time.monotonic()
             if resume:
                 await custody.resume()

@@ -33,6 +33,7 @@ class EventLog:
         )
         self._stopped_at: int | None = None
         self._stood: int | None = None
+        self._stands = False
         self._resumed = False
 
     def close(self) -> None:
@@ -63,9 +64,12 @@ class EventLog:
         return seconds if 0 <= seconds <= at_most else None
 
     def stands(self) -> None:
-        """Say that the guest stands still, and is to stand until :meth:`resumed` is asked."""
+        """Say that the guest stands still, and is to stand until :meth:`resumed` is asked. The
+        first time counts."""
         self._catch_up()
-        self._resumed = self._stopped_at is not None and self._stood is not None
+        if not self._stands:
+            self._stands = True
+            self._resumed = self._stopped_at is not None and self._stood is not None
 
     def resumed(self) -> bool:
         """Whether somebody has let the guest run since :meth:`stands`, by the events up to now."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.identity import runs_already, shared_identity, with_new_generation
+from pyqmigrate.vm.identity import with_new_generation
 from pyqmigrate.vm.record_place import record_path
 from pyqmigrate.vm.request import Disks
 from pyqmigrate.vm.source import Source
@@ -48,8 +48,6 @@ def choose_command(
 ) -> ChosenCommand:
     """The command line of the one guest that is restored from ``source``; see CommandChoice."""
     choice = CommandChoice(source, words, disks)
-    if runs_already(source.fd):
-        choice.notes.append(shared_identity(choice.command))
     return choice.settle(choice.command)
 
 

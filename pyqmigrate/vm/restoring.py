@@ -41,6 +41,7 @@ from pyqmigrate.vm.compatibility import compare_blocks, compare_devices, compare
 from pyqmigrate.vm.connection import Monitor
 from pyqmigrate.vm.ending import Ending
 from pyqmigrate.vm.guest_clock import correct_clock, note_on_clock
+from pyqmigrate.vm.identity import runs_already, shared_identity
 from pyqmigrate.vm.inherited import check_descriptors
 from pyqmigrate.vm.launch import Launched, answered, launch
 from pyqmigrate.vm.loading import Incoming, take_in
@@ -334,7 +335,7 @@ class _Attempt:
                 finally:
                     os.close(fd)
                 return await self._hand_over(
-                    qemu, seconds, incoming, mode=Mode.INSTANT,
+                    qemu, mapped.command, seconds, incoming, mode=Mode.INSTANT,
                     why="the memory is mapped from the snapshot",
                     mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
                     stale_seconds=companion.stale_seconds,
@@ -385,7 +386,7 @@ class _Attempt:
                 finally:
                     os.close(fd)
                 return await self._hand_over(
-                    qemu, seconds, incoming, mode=mode, why=why,
+                    qemu, command, seconds, incoming, mode=mode, why=why,
                     notes=(*self.notes, *compared, *changes, *files.notes, *notes),
                 )
 
@@ -426,14 +427,15 @@ class _Attempt:
         return read_saved_machine(self.source.snapshot)
 
     async def _hand_over(
-        self, qemu: Launched, seconds: float, incoming: Incoming, *, notes: tuple[str, ...],
-        **what: Any,
+        self, qemu: Launched, command: CommandLine, seconds: float, incoming: Incoming, *,
+        notes: tuple[str, ...], **what: Any,
     ) -> RestoredVm:
         state = await self._settle(qemu)
         asked_to_run = self.request.paused is False
         explained = describe_state(state, self.saved.run_state, asked_to_run=asked_to_run)
         if explained is not None and not self.request.paused:
             notes = (*notes, explained)
+        notes = (*notes, *await self._others(command, notes))
         notes = (*notes, *await self._clock(qemu.process.pid, state))
         report = RestoreReport(
             machine=self.source.snapshot.machine,
@@ -444,6 +446,15 @@ class _Attempt:
         )
         qemu.hand_over()
         return RestoredVm(qemu, report)
+
+    async def _others(self, command: CommandLine, notes: Collection[str]) -> list[str]:
+        """What there is to note where another guest goes on from this snapshot.
+
+        The kernel takes its time for an answer, so it is asked when the guest has started.
+        """
+        if not await asyncio.to_thread(runs_already, self.source.fd):
+            return []
+        return [note for note in (shared_identity(command),) if note not in notes]
 
     async def _clock(self, pid: int, state: str) -> list[str]:
         if state != "running":

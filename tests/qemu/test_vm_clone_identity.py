@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from pyqmigrate.vm.restoring import RestoredVm, restore
 from tests.qemu.bare import BareQemu
 from tests.qemu.machine import BINARY
 from tests.qemu.saved import memory_of
+from tests.vm.test_identity import HOLD
 
 pytestmark = pytest.mark.qemu
 
@@ -97,6 +100,23 @@ def test_restore_tells_a_new_number_and_is_silent_about_what_is_not_shared(
             await first.end()
 
     asyncio.run(run())
+
+
+def test_restore_beside_another_process_that_maps_the_snapshot_says_what_both_share(
+    booted: Booted,
+) -> None:
+    async def run() -> tuple[str, ...]:
+        guest = await restore(booted.path, booted.command("1"), paused=True)
+        await guest.end()
+        return guest.report.notes
+
+    holding = [sys.executable, "-c", HOLD, str(booted.path)]
+    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        notes = asyncio.run(run())
+        process.communicate()
+    assert sum("the same UUID" in note for note in notes) == 1
 
 
 def test_mac_of_the_command_line_is_the_devices_after_a_reset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from pyqmigrate import Snapshot
 from pyqmigrate.errors import QemuError, QemuGone
 from pyqmigrate.vm import engine_direct
+from pyqmigrate.vm.custody import Custody
 from tests.qemu.guest import check_pattern
+from tests.qemu.qmp import QmpError
 from tests.qemu.saving import Source, source
 
 pytestmark = pytest.mark.qemu
@@ -47,6 +50,55 @@ def test_guest_that_was_let_run_while_its_memory_is_copied_is_not_saved(
         with pytest.raises(QemuError, match="another client let the guest run"):
             guest.save(disk / "snapshot", engine="direct", then=then)
         guest.assert_as_before()
+
+
+@WAYS
+def test_guest_that_was_let_run_between_its_devices_and_its_memory_is_not_saved(
+    memory: str, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with source(disk, memory=memory) as guest:
+        for name in ("read_devices", "read_migrated"):
+            original = getattr(engine_direct, name)
+
+            def meddled(*arguments: Any, original: Any = original, **options: Any) -> Any:
+                guest.vm.execute("cont")
+                guest.vm.execute("stop")
+                return original(*arguments, **options)
+
+            monkeypatch.setattr(engine_direct, name, meddled)
+        with pytest.raises(QemuError, match="another client let the guest run"):
+            guest.save(disk / "snapshot", engine="direct")
+        guest.assert_as_before()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_guest_that_was_let_run_between_its_disks_and_its_memory_is_not_saved(
+    live: bool, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Custody.take_disks
+    image = disk / "image.raw"
+    image.write_bytes(bytes(1 << 20))
+    refused = False
+
+    async def meddled(custody: Custody) -> None:
+        nonlocal refused
+        await original(custody)
+        try:
+            guest.vm.execute("cont")
+        except QmpError:  # QEMU does not allow it at the switchover
+            refused = True
+
+    monkeypatch.setattr(Custody, "take_disks", meddled)
+    drive = ("-drive", f"file={image},format=raw,if=virtio")
+    with source(disk, memory="private", extra=drive) as guest:
+        outcome = contextlib.nullcontext() if live else pytest.raises(
+            QemuError, match="another client let the guest run"
+        )
+        with outcome:
+            guest.save(disk / "snapshot", engine="qemu", with_disks=True, live=live)
+        assert refused == live
+        if not live:
+            guest.assert_as_before()
 
 
 def test_paused_guest_that_was_let_run_is_not_saved(

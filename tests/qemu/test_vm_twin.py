@@ -276,6 +276,26 @@ def test_snapshot_is_described_from_its_record(disk: Path) -> None:
     assert described_as(disk / "new") == described_as(disk / "known")
 
 
+def test_guest_that_a_bios_has_started_is_described(disk: Path) -> None:
+    """What the BIOS and its drivers have in memory, a twin has not: queues, routines."""
+    machines(disk)  # makes images
+    drive = f"file={disk}/a.img,format=raw,if=virtio"
+    with BareQemu("-m", "64", "-drive", drive, run=True) as qemu:
+        def has_read() -> bool:
+            (stats, *_) = qemu.run(lambda monitor: monitor.execute("query-blockstats"))
+            return bool(stats["stats"]["rd_operations"])
+
+        wait_until(has_read, "the BIOS does not read the disk")
+        qemu.run(lambda monitor: monitor.execute("stop"))
+        report = asyncio.run(save(qemu.socket, disk / "s", engine="direct"))
+        asyncio.run(save(qemu.socket, disk / "theirs", engine="qemu"))
+    assert not [note for note in report.notes if "without its description" in note]
+    assert described_as(disk / "s") == described_as(disk / "theirs")
+    listed = pyqmigrate("devices", str(disk / "s"))
+    assert "real_tpr_addr" in listed
+    assert "/virtio-blk" in listed
+
+
 def test_record_that_others_may_write_is_not_run(disk: Path) -> None:
     with source(disk, memory="private") as guest:
         guest.save(disk / "s", describe=False)
