@@ -52,6 +52,8 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Limit]:
     before = set(threading.enumerate())
     yield limit
     limit.left = None
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)  # it may be on its way out
     assert set(threading.enumerate()) <= before
 
 
