@@ -64,7 +64,7 @@ cc:
 # The core's tests against a core with checks compiled in, in a copy of the tree: the one in use
 # stays as it is. The runtime library must come before Python's own allocations, hence LD_PRELOAD;
 # Python leaks by design. Output is not captured by descriptor, or a report would die with pytest.
-SANITIZED_TESTS ?= tests/core
+SANITIZED_TESTS ?= tests/unit/core
 define sanitized
 	rm -rf build/$(1)
 	mkdir -p build/$(1)

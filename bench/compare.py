@@ -48,7 +48,7 @@ from bench.targets import (
     verdicts,
 )
 from bench.vm import MEMFD_WORK, memfd_savers, restores, vm_savers
-from tests.qemu.machine import BINARY
+from tests.harness.machine import BINARY
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "memfd", "restores")

@@ -24,7 +24,7 @@ import numpy as np
 import pyqmigrate
 from bench.disk import Disk
 from bench.results import FIO, OURS, QEMU, Sample
-from tests.qemu.machine import BINARY, GuestRam, MigrationFailed, Mode, Qemu
+from tests.harness.machine import BINARY, GuestRam, MigrationFailed, Mode, Qemu
 
 __all__ = [
     "ANONYMOUS", "SHARED", "Contender", "SharedRam", "fio_read_contenders", "load_contenders",

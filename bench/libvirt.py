@@ -17,8 +17,8 @@ import pytest
 from bench.contenders import Contender, SharedRam, sync_file
 from bench.results import LIBVIRT, Sample
 from bench.vm import memfd_of
-from tests.qemu.libvirt import Libvirt
-from tests.qemu.machine import BINARY
+from tests.harness.libvirt import Libvirt
+from tests.harness.machine import BINARY
 
 __all__ = ["SPARSE_PARALLEL_DIRECT", "libvirt_savers"]
 

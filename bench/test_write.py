@@ -13,7 +13,7 @@ from bench.contents import Contents
 from bench.disk import Disk
 from pyqmigrate import _core
 from pyqmigrate.io.channels import cut
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.save.writer import Sparse
 
 ffi, lib = _core.ffi, _core.lib
 PAGE = 4096

@@ -22,7 +22,7 @@ from bench.contents import Contents, fill
 from bench.disk import Disk
 from bench.results import OURS, QEMU, Sample
 from pyqmigrate.vm import sync
-from tests.qemu.machine import BINARY, Mode, Qemu
+from tests.harness.machine import BINARY, Mode, Qemu
 
 __all__ = [
     "INSTANT_WORK", "MEMFD_FULL", "MEMFD_WIDE", "MEMFD_WORK", "RESTORE_WORK", "SERIAL_WORK",

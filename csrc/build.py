@@ -7,8 +7,8 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [
-    "job.c", "queue.c", "scan.c", "chunk.c", "write.c", "store.c", "read.c", "clean.c", "encode.c",
-    "decode.c", "stage.c", "index.c", "watch.c", "direct.c", "process.c",
+    "job.c", "queue.c", "scan.c", "chunk.c", "write.c", "store.c", "read.c", "stale.c", "encode.c",
+    "decode.c", "staging.c", "index.c", "search.c", "direct.c", "process.c",
 ]
 
 ffibuilder = FFI()

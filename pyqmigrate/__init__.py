@@ -39,28 +39,28 @@ from pyqmigrate.errors import (
 
 if TYPE_CHECKING:
     from pyqmigrate.api import save, start_save
-    from pyqmigrate.classic import ClassicSnapshot
-    from pyqmigrate.device_listing import Devices, devices
     from pyqmigrate.export.convert import Form, convert
     from pyqmigrate.export.image import ImageReport
-    from pyqmigrate.fdset import FdsetError, FdSets
-    from pyqmigrate.format.cpu_state import CpuRegisters, cpu_registers
-    from pyqmigrate.format.device_tree import Device
-    from pyqmigrate.format.devices import DeviceSection
+    from pyqmigrate.format.address_space.physical_map import parse_placement
+    from pyqmigrate.format.address_space.placement import Placement
+    from pyqmigrate.format.device.cpu import CpuRegisters, cpu_registers
+    from pyqmigrate.format.device.sections import DeviceSection
+    from pyqmigrate.format.device.values import Device
     from pyqmigrate.format.digest import Algorithm
-    from pyqmigrate.format.physical_map import parse_placement
-    from pyqmigrate.format.placement import Placement
+    from pyqmigrate.integrity.seal import SealCheck, SealReport, seal, verify_seal
     from pyqmigrate.io.channels import Job, Progress
     from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
     from pyqmigrate.io.target import Descriptors, DirectIO
-    from pyqmigrate.load import Clear, LoadReport
     from pyqmigrate.migration import Guest, Migration
-    from pyqmigrate.opening import open_snapshot
-    from pyqmigrate.options import Capabilities, Parameters, Policy
-    from pyqmigrate.origin import Provenance, provenance
-    from pyqmigrate.sealing import SealCheck, SealReport, seal, verify_seal
-    from pyqmigrate.snapshot import Snapshot, SnapshotBlock, start_load
-    from pyqmigrate.writer import SaveReport, Sparse
+    from pyqmigrate.migration.fdset import FdsetError, FdSets
+    from pyqmigrate.qapi import Capabilities, Parameters, Policy
+    from pyqmigrate.snapshot.detect import open_snapshot
+    from pyqmigrate.snapshot.devices import Devices, devices
+    from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
+    from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock, start_load
+    from pyqmigrate.snapshot.provenance import Provenance, provenance
+    from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
+    from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = [
     "save",
@@ -127,20 +127,20 @@ __all__ = [
 # Imported when they are first used: a command that restores a guest has no time for the rest. No
 # module has one of these names, or importing it would hide what is meant.
 _HOME = {
-    "ClassicSnapshot": "classic",
-    "Devices": "device_listing",
-    "devices": "device_listing",
+    "ClassicSnapshot": "snapshot.sequential",
+    "Devices": "snapshot.devices",
+    "devices": "snapshot.devices",
     "Form": "export.convert",
     "convert": "export.convert",
     "ImageReport": "export.image",
-    "FdsetError": "fdset",
-    "FdSets": "fdset",
-    "CpuRegisters": "format.cpu_state",
-    "cpu_registers": "format.cpu_state",
-    "Device": "format.device_tree",
-    "DeviceSection": "format.devices",
-    "parse_placement": "format.physical_map",
-    "Placement": "format.placement",
+    "FdsetError": "migration.fdset",
+    "FdSets": "migration.fdset",
+    "CpuRegisters": "format.device.cpu",
+    "cpu_registers": "format.device.cpu",
+    "Device": "format.device.values",
+    "DeviceSection": "format.device.sections",
+    "parse_placement": "format.address_space.physical_map",
+    "Placement": "format.address_space.placement",
     "Algorithm": "format.digest",
     "Job": "io.channels",
     "Progress": "io.channels",
@@ -149,27 +149,27 @@ _HOME = {
     "RamBlock": "io.memory",
     "Descriptors": "io.target",
     "DirectIO": "io.target",
-    "Clear": "load",
-    "LoadReport": "load",
+    "Clear": "snapshot.load.mapped_ram",
+    "LoadReport": "snapshot.load.mapped_ram",
     "Guest": "migration",
     "Migration": "migration",
-    "open_snapshot": "opening",
-    "Capabilities": "options",
-    "Parameters": "options",
-    "Policy": "options",
-    "Provenance": "origin",
-    "provenance": "origin",
-    "SaveReport": "writer",
+    "open_snapshot": "snapshot.detect",
+    "Capabilities": "qapi",
+    "Parameters": "qapi",
+    "Policy": "qapi",
+    "Provenance": "snapshot.provenance",
+    "provenance": "snapshot.provenance",
+    "SaveReport": "snapshot.save.writer",
     "save": "api",
     "start_save": "api",
-    "SealCheck": "sealing",
-    "SealReport": "sealing",
-    "seal": "sealing",
-    "verify_seal": "sealing",
-    "Snapshot": "snapshot",
-    "SnapshotBlock": "snapshot",
-    "start_load": "snapshot",
-    "Sparse": "writer",
+    "SealCheck": "integrity.seal",
+    "SealReport": "integrity.seal",
+    "seal": "integrity.seal",
+    "verify_seal": "integrity.seal",
+    "Snapshot": "snapshot.mapped_ram",
+    "SnapshotBlock": "snapshot.mapped_ram",
+    "start_load": "snapshot.mapped_ram",
+    "Sparse": "snapshot.save.writer",
 }
 
 

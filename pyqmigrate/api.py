@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pyqmigrate.argument_types import check, check_callback
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.integrity.manifest import check_place
+from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.channels import Job, Progress, check_channels
-from pyqmigrate.io.manifest import check_place
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.io.save_seal import SaveSeal
 from pyqmigrate.io.target import (
     Descriptors,
     DirectIO,
@@ -20,9 +21,8 @@ from pyqmigrate.io.target import (
     stream_offset,
     target_path,
 )
-from pyqmigrate.saving import Writer
-from pyqmigrate.spelling import choice
-from pyqmigrate.writer import SaveReport, Sparse
+from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
 
 __all__ = ["save", "start_save"]
 

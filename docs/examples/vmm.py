@@ -7,7 +7,7 @@ import threading
 import time
 
 from pyqmigrate import DeviceSection, Guest, Migration, RamBlock
-from pyqmigrate.monitor import QmpServer
+from pyqmigrate.qmp import QmpServer
 
 PAGE, PAGES, WANTED = 4096, 4096, {"mapped-ram": True, "multifd": True}
 

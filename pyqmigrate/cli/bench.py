@@ -30,9 +30,9 @@ from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
 from pyqmigrate.cli.sizes import MIB, read_size, show_size
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.io.pagecache import drop_cached
+from pyqmigrate.io.page_cache import drop_cached
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot.mapped_ram import Snapshot
 
 __all__ = ["add_parser"]
 

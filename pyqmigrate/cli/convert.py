@@ -60,10 +60,10 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.export.convert import Form, convert
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.export.raw import RawReport
-from pyqmigrate.format.physical_map import parse_placement
-from pyqmigrate.format.placement import GivenPlacement
+from pyqmigrate.format.address_space.physical_map import parse_placement
+from pyqmigrate.format.address_space.placement import GivenPlacement
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["add_parser"]
 

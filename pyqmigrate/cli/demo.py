@@ -33,10 +33,10 @@ from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
 from pyqmigrate.cli.sizes import MIB, read_size, show_rate, show_size
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.io.pagecache import cached_bytes, drop_cached
+from pyqmigrate.io.page_cache import cached_bytes, drop_cached
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.writer import SaveReport
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.save.writer import SaveReport
 
 __all__ = ["add_parser"]
 

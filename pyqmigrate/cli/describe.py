@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pyqmigrate.cli.arguments import Parser
 
 if TYPE_CHECKING:
-    from pyqmigrate.opening import AnySnapshot
+    from pyqmigrate.snapshot.detect import AnySnapshot
 
 __all__ = ["add_describe", "description_for"]
 
@@ -37,6 +37,6 @@ def description_for(args: argparse.Namespace, snapshot: AnySnapshot) -> bytes | 
         return None
     # The library for QMP is an extra: what does not need it works without.
     from pyqmigrate.cli.interruption import run_interruptible
-    from pyqmigrate.vm.twin import describe_snapshot
+    from pyqmigrate.vm.twin.twin import describe_snapshot
 
     return run_interruptible(describe_snapshot(snapshot, args.command))

@@ -34,8 +34,8 @@ from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.standard_streams import read_from
-from pyqmigrate.device_listing import Devices, devices
-from pyqmigrate.format.device_tree import Device, Field, Scalar, State, Value
+from pyqmigrate.format.device.values import Device, Field, Scalar, State, Value
+from pyqmigrate.snapshot.devices import Devices, devices
 
 __all__ = ["add_parser"]
 

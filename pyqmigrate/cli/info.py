@@ -41,14 +41,14 @@ from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_size
 from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.elements import Section
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
-from pyqmigrate.io.passing import PipeReader
+from pyqmigrate.format.stream.wire import Section
+from pyqmigrate.io.pipe import PipeReader
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.opened import OpenedBlock, open_source
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.origin import Provenance, provenance
-from pyqmigrate.snapshot import Snapshot, SnapshotBlock
+from pyqmigrate.snapshot.base import OpenedBlock, open_source
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
+from pyqmigrate.snapshot.provenance import Provenance, provenance
 
 __all__ = ["add_parser"]
 

@@ -6,12 +6,12 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 
-from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.cli.arguments import Parser, add_bitmap_order, add_offset
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.cli.standard_streams import read_from
-from pyqmigrate.opening import AnySnapshot, open_snapshot
+from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = ["add_snapshot", "opened"]
 

@@ -37,7 +37,7 @@ from pyqmigrate.cli.standard_streams import is_standard, write_to
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.io.target import Target, seal_path, target_path
-from pyqmigrate.writer import SaveReport, Sparse
+from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
 
 __all__ = ["add_parser"]
 

@@ -34,7 +34,7 @@ from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size, show_rate, show_size
 from pyqmigrate.cli.standard_streams import refuse_standard
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.sealing import seal
+from pyqmigrate.integrity.seal import seal
 
 __all__ = ["add_parser"]
 

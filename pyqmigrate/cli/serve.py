@@ -34,12 +34,12 @@ from pyqmigrate.cli.interruption import ending_signals, run_interruptible
 from pyqmigrate.cli.outcome import Outcome, printable
 from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.errors import UsageError, target_error
-from pyqmigrate.format.address import parse_uri
-from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.migration import Migration
-from pyqmigrate.monitor import QmpServer
-from pyqmigrate.options import Parameters, Policy
+from pyqmigrate.qapi import Parameters, Policy
+from pyqmigrate.qapi.address import parse_uri
+from pyqmigrate.qapi.monitor_address import monitor_path
+from pyqmigrate.qmp import QmpServer
 
 __all__ = ["add_parser"]
 

@@ -6,7 +6,7 @@ import argparse
 import re
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.mapped_ram import OFFSET_MAX
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
 from pyqmigrate.format.uri import parse_size
 
 __all__ = ["MIB", "read_size", "show_rate", "show_size"]

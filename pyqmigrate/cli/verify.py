@@ -35,13 +35,13 @@ from pyqmigrate.cli.outcome import Outcome, counted, printable, shown_seal
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import read_from
-from pyqmigrate.device_listing import devices
 from pyqmigrate.errors import NotSupported
+from pyqmigrate.integrity.seal import SealCheck, stale_pages, verify_seal
 from pyqmigrate.io.bitmap_order import better_order, says_better
-from pyqmigrate.io.passing import PipeReader
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.sealing import SealCheck, stale_pages, verify_seal
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.io.pipe import PipeReader
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.devices import devices
+from pyqmigrate.snapshot.mapped_ram import Snapshot
 
 __all__ = ["add_parser"]
 

@@ -5,11 +5,12 @@ save image of libvirt's.
 
 The pages of the two stream forms go through the same writers as a save's, straight from the source:
 a mapped-ram file is written by all channels with direct I/O, and zero pages become holes. A classic
-stream is read once, front to back, into a mapped-ram file or raw files (:mod:`pyqmigrate.staging`);
-what wants its pages in another order takes a pass for an index first (:mod:`pyqmigrate.classic`).
-Everything that is not RAM (device sections, what is between RAM's parts) is carried over byte
-for byte, and so are machine type, page bits and uuid; QEMU loads the result as it would the source.
-The description is, too, but for the configuration that it describes: that is the new file's.
+stream is read once, front to back, into a mapped-ram file or raw files
+(:mod:`pyqmigrate.snapshot.load.staging`); what wants its pages in another order takes a pass for an
+index first (:mod:`pyqmigrate.snapshot.sequential`). Everything that is not RAM (device sections,
+what is between RAM's parts) is carried over byte for byte, and so are machine type, page bits and
+uuid; QEMU loads the result as it would the source. The description is, too, but for the
+configuration that it describes: that is the new file's.
 
 The other forms have a module each: :mod:`~pyqmigrate.export.raw`, :mod:`~pyqmigrate.export.elf`,
 :mod:`~pyqmigrate.export.lime`.
@@ -28,7 +29,7 @@ from typing import Literal
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_callback, check_mapping
-from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import (
     BlockMismatch,
     GuestMemoryError,
@@ -41,27 +42,27 @@ from pyqmigrate.export.image import ImageReport
 from pyqmigrate.export.libvirt import image_header
 from pyqmigrate.export.lime import write_lime
 from pyqmigrate.export.raw import RawReport, unpack
-from pyqmigrate.format.configuration import Configuration
-from pyqmigrate.format.description import HEADER_LENGTH as DESCRIPTION_HEADER
-from pyqmigrate.format.description import encode as encode_description
-from pyqmigrate.format.description import with_configuration
-from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind, Stream
-from pyqmigrate.format.placement import GivenPlacement
-from pyqmigrate.format.sequential import SequentialStream
-from pyqmigrate.format.stream import RAM_EOS, encode_part_header, encode_ram_end
-from pyqmigrate.format.walk import PARTS_LISTED
+from pyqmigrate.format.address_space.placement import GivenPlacement
+from pyqmigrate.format.stream.configuration import Configuration
+from pyqmigrate.format.stream.description import HEADER_LENGTH as DESCRIPTION_HEADER
+from pyqmigrate.format.stream.description import encode as encode_description
+from pyqmigrate.format.stream.description import with_configuration
+from pyqmigrate.format.stream.reader import PARTS_LISTED
+from pyqmigrate.format.stream.sequential import SequentialStream
+from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
+from pyqmigrate.format.stream.writer import RAM_EOS, encode_part_header, encode_ram_end
 from pyqmigrate.io.channels import Job, Progress, check_channels
 from pyqmigrate.io.in_use import FileId
 from pyqmigrate.io.memory import Attached, Memory, RamBlock, StoredMemory
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
-from pyqmigrate.opened import OpenedBlock, refused_read
-from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.saving import Writer
-from pyqmigrate.sequential import SequentialWriter
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.spelling import choice
-from pyqmigrate.staging import Place, StagedPass
-from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
+from pyqmigrate.snapshot.base import OpenedBlock, refused_read
+from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
+from pyqmigrate.snapshot.load.sequential import SequentialWriter
+from pyqmigrate.snapshot.load.staging import Place, StagedPass
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = ["Form", "convert", "start_stream_conversion"]
 
@@ -118,7 +119,7 @@ def convert(
     like, image_format: for an image of libvirt's, as in
         :func:`~pyqmigrate.export.libvirt.image_header`.
     description: JSON text that describes the device sections, instead of what the snapshot has
-        (:func:`pyqmigrate.vm.twin.describe_snapshot`). Raw files have none.
+        (:func:`pyqmigrate.vm.twin.twin.describe_snapshot`). Raw files have none.
     channels, direct_io, sparse, progress: as in :func:`pyqmigrate.api.save`; a classic stream is
         written by one channel through the page cache.
 

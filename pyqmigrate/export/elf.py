@@ -5,7 +5,7 @@
 
 ``readelf``, gdb, drgn, crash and volatility3 read it. There is a PT_LOAD for each range of the
 guest's address space that shows RAM, notes with the registers of each CPU, and the VMCOREINFO of a
-Linux guest (:mod:`pyqmigrate.format.elf`, :mod:`~pyqmigrate.format.cpu_notes`,
+Linux guest (:mod:`pyqmigrate.format.dump.elf`, :mod:`~pyqmigrate.format.dump.elf_notes`,
 :mod:`~pyqmigrate.export.vmcoreinfo`). A block stands in the file once, however many ranges show
 parts of it.
 """
@@ -19,16 +19,16 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.export.guest import Guest
 from pyqmigrate.export.image import Area, Image, ImageReport, write_image
 from pyqmigrate.export.vmcoreinfo import VmcoreinfoSearch
-from pyqmigrate.format.cpu_notes import cpu_notes
-from pyqmigrate.format.cpu_state import cpu_registers
-from pyqmigrate.format.elf import Segment, encode_head, head_length
-from pyqmigrate.format.physical_map import processor_of
-from pyqmigrate.format.placement import GivenPlacement, Placement
-from pyqmigrate.format.vmcoreinfo import NOTE_MAX
+from pyqmigrate.format.address_space.physical_map import processor_of
+from pyqmigrate.format.address_space.placement import GivenPlacement, Placement
+from pyqmigrate.format.device.cpu import cpu_registers
+from pyqmigrate.format.dump.elf import Segment, encode_head, head_length
+from pyqmigrate.format.dump.elf_notes import cpu_notes
+from pyqmigrate.format.dump.vmcoreinfo import NOTE_MAX
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.target import DirectIO, Target
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["write_elf"]
 
@@ -51,7 +51,7 @@ def write_elf(
     """Write the guest's memory and registers as an ELF core file, and wait until that is durable.
 
     placements: where blocks are in the guest's address space, for those of which that is not
-        found out; see :func:`~pyqmigrate.format.physical_map.parse_placement`.
+        found out; see :func:`~pyqmigrate.format.address_space.physical_map.parse_placement`.
     max_ram_below_4g: what that property of a PC was, in bytes, where its device state does not say
         how RAM is split at 4 GiB.
     byte_order: the guest's, where that is not what is found out. It is, unless a Power guest's

@@ -6,17 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.device_state import decode_devices, described_by
-from pyqmigrate.format.device_tree import Device
-from pyqmigrate.format.physical_map import physical_map
-from pyqmigrate.format.placement import GivenPlacement, Placement
-from pyqmigrate.format.stream import SectionKind
+from pyqmigrate.format.address_space.physical_map import physical_map
+from pyqmigrate.format.address_space.placement import GivenPlacement, Placement
+from pyqmigrate.format.device.decode import decode_devices, described_by
+from pyqmigrate.format.device.values import Device
+from pyqmigrate.format.stream.writer import SectionKind
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.log import logger
-from pyqmigrate.opened import OpenedBlock
-from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.snapshot.base import OpenedBlock
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = ["Guest"]
 

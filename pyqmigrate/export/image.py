@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyqmigrate import _core
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import Cancelled, GuestMemoryError, NoSpace, UsageError
 from pyqmigrate.export.guest import Guest
-from pyqmigrate.format.mapped_ram import BlockLayout
-from pyqmigrate.format.placement import Placement
+from pyqmigrate.format.address_space.placement import Placement
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import (
     Channels,
@@ -34,10 +35,9 @@ from pyqmigrate.io.channels import (
 from pyqmigrate.io.memory import Attached, StoredMemory
 from pyqmigrate.io.target import DirectIO, OutputTarget, Target, core_file
 from pyqmigrate.log import logger
-from pyqmigrate.opened import OpenedBlock, refused_read
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.spelling import choice
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.base import OpenedBlock, refused_read
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["Area", "Image", "ImageReport", "write_image"]
 
@@ -72,7 +72,7 @@ class Image:
 class ImageReport:
     """What an export did: the ``ranges`` of the guest's address space that the file has, the
     blocks that are ``unplaced`` in it, how many ``cpus`` have notes. The rest is as in
-    :class:`~pyqmigrate.writer.SaveReport`.
+    :class:`~pyqmigrate.snapshot.save.writer.SaveReport`.
     """
 
     ranges: tuple[Placement, ...]

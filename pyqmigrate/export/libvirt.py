@@ -14,7 +14,6 @@ import os
 import re
 from dataclasses import replace
 
-from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.libvirt import (
     ImageFormat,
@@ -24,8 +23,9 @@ from pyqmigrate.format.libvirt import (
     read_header,
 )
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.origin import run_state
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.provenance import run_state
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = ["ImageHeader", "image_header"]
 

@@ -4,24 +4,24 @@
         report = write_lime(snapshot, "/analysis/guest.lime")
 
 Each range of the guest's address space that shows RAM, in order of address
-(:mod:`pyqmigrate.format.lime`). The format leaves no room for alignment, so it is written through
-the page cache.
+(:mod:`pyqmigrate.format.dump.lime`). The format leaves no room for alignment, so it is written
+through the page cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import UsageError
 from pyqmigrate.export.guest import Guest
 from pyqmigrate.export.image import Area, Image, ImageReport, write_image
-from pyqmigrate.format.lime import HEADER_LENGTH, encode_header
-from pyqmigrate.format.placement import GivenPlacement
+from pyqmigrate.format.address_space.placement import GivenPlacement
+from pyqmigrate.format.dump.lime import HEADER_LENGTH, encode_header
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.target import DirectIO, Target
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.spelling import choice
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["write_lime"]
 

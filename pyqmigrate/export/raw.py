@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import (
     BlockMismatch,
     GuestMemoryError,
@@ -41,14 +41,14 @@ from pyqmigrate.io.new_file import NewFile, give_names
 from pyqmigrate.io.own_files import FileKind, check_is_file, check_replaceable
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.target import Direct, DirectIO, find_direct
-from pyqmigrate.load import Clear
 from pyqmigrate.log import logger
-from pyqmigrate.opened import OpenedBlock
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.spelling import choice
-from pyqmigrate.staging import Place, StagedPass
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.base import OpenedBlock
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.load.mapped_ram import Clear
+from pyqmigrate.snapshot.load.staging import Place, StagedPass
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = ["INDEX", "RawBlock", "RawReport", "raw_name", "unpack"]
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.format.vmcoreinfo import HEAD_LENGTH, head_pattern, note_length
+from pyqmigrate.format.dump.vmcoreinfo import HEAD_LENGTH, head_pattern, note_length
 from pyqmigrate.io.memory import StoredMemory
-from pyqmigrate.opened import OpenedBlock
-from pyqmigrate.opening import AnySnapshot
+from pyqmigrate.snapshot.base import OpenedBlock
+from pyqmigrate.snapshot.detect import AnySnapshot
 
 __all__ = ["VmcoreinfoSearch"]
 

@@ -11,8 +11,8 @@ import struct
 from dataclasses import dataclass
 
 from pyqmigrate.format.cursor import ByteSource
-from pyqmigrate.format.elements import MAGIC
 from pyqmigrate.format.seal import is_seal
+from pyqmigrate.format.stream.wire import MAGIC
 
 __all__ = ["Foreign", "recognize"]
 

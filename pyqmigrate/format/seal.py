@@ -40,7 +40,7 @@ from typing import Any
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data, digest_of_all
-from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
 
 __all__ = ["HEAD_MAX", "PIECE", "SEALED_MAX", "SUFFIX", "SealHead", "SealLine",
            "bitmap_places", "count_pieces", "is_seal"]

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.seal import PIECE, SealHead
+from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 
 __all__ = ["Damage", "Part", "parts_of"]
 

@@ -28,12 +28,12 @@ from pyqmigrate.format.digest import (
     digester,
     zero_digest,
 )
-from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.seal import PIECE, SealHead, count_pieces
+from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
+from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.channels import Channels, Range
 from pyqmigrate.io.holes import next_data
-from pyqmigrate.io.manifest import Manifest
-from pyqmigrate.io.pagecache import cached_bytes
+from pyqmigrate.io.page_cache import cached_bytes
 from pyqmigrate.io.target import Direct, DirectIO, InputTarget
 
 __all__ = ["Digests", "open_direct"]

@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.stream import MAGIC, Head
+from pyqmigrate.format.stream.writer import MAGIC, Head
+from pyqmigrate.integrity.digests import Digests
+from pyqmigrate.integrity.manifest import Manifest, write_manifest
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.digests import Digests
-from pyqmigrate.io.manifest import Manifest, write_manifest
 
 __all__ = ["SaveSeal"]
 
 
 class SaveSeal(Digests):
-    """An observer of a writer (:class:`pyqmigrate.writer.WriteObserver`).
+    """An observer of a writer (:class:`pyqmigrate.snapshot.save.writer.WriteObserver`).
 
     ``offset`` is where the stream starts in the file. With ``place`` the seal is written there when
     the snapshot has its name; without, :meth:`manifest` makes it later.

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pyqmigrate.argument_types import check, check_callback
-from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.damage import Damage, parts_of
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import (
     Cancelled,
     NotSupported,
@@ -35,13 +34,11 @@ from pyqmigrate.errors import (
     target_error,
 )
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
-from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
-from pyqmigrate.io.bitmap_order import other_order
-from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
-from pyqmigrate.io.digests import Digests, open_direct
-from pyqmigrate.io.in_use import files_in_use, refuse_in_use
-from pyqmigrate.io.manifest import (
+from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
+from pyqmigrate.integrity.damage import Damage, parts_of
+from pyqmigrate.integrity.digests import Digests, open_direct
+from pyqmigrate.integrity.manifest import (
     Manifest,
     check_place,
     read_manifest,
@@ -49,12 +46,15 @@ from pyqmigrate.io.manifest import (
     seal_path,
     write_manifest,
 )
+from pyqmigrate.integrity.stream_damage import parts_of_stream
+from pyqmigrate.io.bitmap_order import other_order
+from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.in_use import files_in_use, refuse_in_use
 from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
-from pyqmigrate.opening import open_snapshot
-from pyqmigrate.snapshot import Snapshot, check_bitmap_order
-from pyqmigrate.spelling import choice
-from pyqmigrate.stale import clear_stale, find_stale
-from pyqmigrate.stream_damage import parts_of_stream
+from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.snapshot.mapped_ram import Snapshot, check_bitmap_order
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.stale import clear_stale, find_stale
 
 __all__ = [
     "SealCheck",
@@ -159,9 +159,9 @@ def start_seal(
     there is replaced; another file of that name is a UsageError, before anything is changed.
 
     snapshot: a path or a ``file:`` URI. offset, page_size, bitmap_order: as for
-        :func:`~pyqmigrate.opening.open_snapshot`. In the wrong bitmap_order pages would be cleared
-        that have data. Where it is not given, and fewer pages would have to be cleared in the other
-        one, that is a UsageError, and nothing is changed.
+        :func:`~pyqmigrate.snapshot.detect.open_snapshot`. In the wrong bitmap_order pages would be
+        cleared that have data. Where it is not given, and fewer pages would have to be cleared in
+        the other one, that is a UsageError, and nothing is changed.
     channels: threads that read, 1 to 255. direct_io: whether past the page cache; ``auto``: unless
         the file is in it.
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.damage import Part
+from pyqmigrate.integrity.damage import Part
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = ["parts_of_stream"]
 

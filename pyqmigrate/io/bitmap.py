@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from pyqmigrate import _core
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.holes import next_data
 from pyqmigrate.io.mapping import unmap
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pyqmigrate.errors import SnapshotError
-from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
+from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.holes import next_data, next_hole
 from pyqmigrate.io.target import InputTarget

@@ -25,7 +25,7 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.threads import start_thread
 
 __all__ = [

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError
 from pyqmigrate.format.compression import Compression
-from pyqmigrate.io.passing import PassingInput, Read
+from pyqmigrate.io.pipe import PassingInput, Read
 from pyqmigrate.io.target import InputTarget
 
 __all__ = ["decompressed"]
@@ -147,7 +147,7 @@ class _Members:
 
 
 class _Output:
-    """What comes out: the :data:`~pyqmigrate.io.passing.Read` of the stream."""
+    """What comes out: the :data:`~pyqmigrate.io.pipe.Read` of the stream."""
 
     def __init__(
         self, below: _Compressed, make: _Make, errors: tuple[type[Exception], ...]

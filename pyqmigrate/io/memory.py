@@ -3,7 +3,7 @@
 A *buffer* is anything that exports a C-contiguous buffer (``mmap``, ``bytearray``, a numpy array,
 shared memory; writable for a load). A *file* is given as :class:`FileMemory`; its holes are found
 with SEEK_DATA, are not scanned and stay holes. Memory of another *process*, for saves only, is a
-:class:`~pyqmigrate.io.process.ProcessMemory`.
+:class:`~pyqmigrate.io.process_memory.ProcessMemory`.
 
 :func:`attach` turns any of them into what the core works on; :meth:`Attached.close` lets go of it.
 """
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.io.in_use import Area, FileId, files_in_areas, files_in_use
 from pyqmigrate.io.mapping import unmap
-from pyqmigrate.io.process import ProcessMemory, ProcessSource
+from pyqmigrate.io.process_memory import ProcessMemory, ProcessSource
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyqmigrate.errors import Cancelled, NotSupported, TargetError, UsageError, target_error
-from pyqmigrate.format.mapped_ram import OFFSET_MAX
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
 from pyqmigrate.io.target import Direct, DirectIO, InputTarget
 
 __all__ = ["KEPT_MAX", "PassingInput", "PipeReader"]

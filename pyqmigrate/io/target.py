@@ -33,8 +33,8 @@ from typing import Any, TypeAlias
 
 from pyqmigrate import _core
 from pyqmigrate.errors import DirectIORefused, NotDurable, TargetError, UsageError, target_error
-from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGES_ALIGNMENT
 from pyqmigrate.format.seal import SUFFIX, is_seal
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, PAGES_ALIGNMENT
 from pyqmigrate.format.uri import parse_file_uri
 from pyqmigrate.io.in_use import InUse, Named, refuse_in_use
 from pyqmigrate.io.new_file import NewFile
@@ -590,7 +590,7 @@ class InputTarget:
     """A file or block device being read: ``fd`` is an open file description of our own.
 
     ``is_device`` says that it is a block device, which records no time of change. ``passing`` says
-    that it is neither, and can be read front to back only (:mod:`pyqmigrate.io.passing`).
+    that it is neither, and can be read front to back only (:mod:`pyqmigrate.io.pipe`).
     ``place`` is the absolute path under which the file was opened, None with descriptors. Raises
     TargetError when it cannot be opened, UsageError for descriptors that do not fit.
     """

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from pyqmigrate.fdset import FdsetError, FdSets
+from pyqmigrate.migration.fdset import FdsetError, FdSets
 
 __all__ = ["Direction", "Member", "check_fdset", "describe_fdset", "same_description"]
 

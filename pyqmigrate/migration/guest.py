@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pyqmigrate.format.devices import DeviceSection
+from pyqmigrate.format.device.sections import DeviceSection
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

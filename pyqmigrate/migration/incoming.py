@@ -7,23 +7,23 @@ from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError
-from pyqmigrate.fdset import FdSets
-from pyqmigrate.fdset_rules import Direction
-from pyqmigrate.format.address import Address
-from pyqmigrate.format.configuration import IGNORE_SHARED, Configuration
-from pyqmigrate.format.devices import DeviceSection
-from pyqmigrate.format.elements import Section, SectionKind
-from pyqmigrate.format.stream import Stream, parse
+from pyqmigrate.format.device.sections import DeviceSection
+from pyqmigrate.format.stream.configuration import IGNORE_SHARED, Configuration
+from pyqmigrate.format.stream.wire import Section, SectionKind
+from pyqmigrate.format.stream.writer import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.target import DirectIO, InputTarget
-from pyqmigrate.load import LoadReport, start_load
-from pyqmigrate.migration.opening import TakeFd, target_of
-from pyqmigrate.options import Capabilities, Parameters, Policy
-from pyqmigrate.options.rules import effective_direct_io
-from pyqmigrate.sequential import SequentialReader
+from pyqmigrate.migration.fdset import FdSets
+from pyqmigrate.migration.fdset_checks import Direction
+from pyqmigrate.migration.rules import effective_direct_io
+from pyqmigrate.migration.target import TakeFd, target_of
+from pyqmigrate.qapi import Capabilities, Parameters, Policy
+from pyqmigrate.qapi.address import Address
+from pyqmigrate.snapshot.load.mapped_ram import LoadReport, start_load
+from pyqmigrate.snapshot.load.sequential import SequentialReader
 
 __all__ = ["Source"]
 

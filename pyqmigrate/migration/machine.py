@@ -19,26 +19,27 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.events import Event
-from pyqmigrate.fdset import FdSets, is_fdset_name
-from pyqmigrate.fdset_rules import Direction, check_fdset
-from pyqmigrate.format.address import Address, Transport, parse_uri
-from pyqmigrate.format.devices import encode_devices, global_state, run_state_of
+from pyqmigrate.format.device.sections import encode_devices, global_state, run_state_of
 from pyqmigrate.io.memory import RamBlock, attach, check_blocks
 from pyqmigrate.io.threads import start_thread
 from pyqmigrate.log import logger
+from pyqmigrate.migration import rules
+from pyqmigrate.migration.fdset import FdSets, is_fdset_name
+from pyqmigrate.migration.fdset_checks import Direction, check_fdset
 from pyqmigrate.migration.guest import Guest
 from pyqmigrate.migration.incoming import Source
-from pyqmigrate.migration.opening import TakeFd, opens_late
 from pyqmigrate.migration.outgoing import (
     Clock,
     in_file,
     open_writer,
     selections,
 )
-from pyqmigrate.options import Capabilities, MigrationMode, Parameters, Policy, rules
-from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
-from pyqmigrate.writer import StreamWriter
+from pyqmigrate.migration.target import TakeFd, opens_late
+from pyqmigrate.qapi import Capabilities, MigrationMode, Parameters, Policy
+from pyqmigrate.qapi.address import Address, Transport, parse_uri
+from pyqmigrate.qapi.event import Event
+from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Status
+from pyqmigrate.snapshot.save.writer import StreamWriter
 
 __all__ = ["Migration"]
 

@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.fdset import FdSets
-from pyqmigrate.fdset_rules import Direction
-from pyqmigrate.format.address import Address
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.migration.opening import TakeFd, target_of
-from pyqmigrate.options import Capabilities, Parameters, Policy, ZeroPageDetection
-from pyqmigrate.options.rules import effective_direct_io
-from pyqmigrate.saving import Writer
-from pyqmigrate.sequential import SequentialWriter
-from pyqmigrate.writer import Sparse, StreamWriter
+from pyqmigrate.migration.fdset import FdSets
+from pyqmigrate.migration.fdset_checks import Direction
+from pyqmigrate.migration.rules import effective_direct_io
+from pyqmigrate.migration.target import TakeFd, target_of
+from pyqmigrate.qapi import Capabilities, Parameters, Policy, ZeroPageDetection
+from pyqmigrate.qapi.address import Address
+from pyqmigrate.snapshot.load.sequential import SequentialWriter
+from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.writer import Sparse, StreamWriter
 
 __all__ = ["Clock", "in_file", "open_writer", "selections"]
 

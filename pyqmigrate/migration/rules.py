@@ -7,10 +7,10 @@ its texts. The strict ones are those that QEMU does not make, and fails or dies 
 from __future__ import annotations
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.address import Transport
-from pyqmigrate.options.capabilities import Capabilities
-from pyqmigrate.options.parameters import MigrationMode, Parameters
-from pyqmigrate.status import RunState, Status
+from pyqmigrate.qapi.address import Transport
+from pyqmigrate.qapi.capabilities import Capabilities
+from pyqmigrate.qapi.parameters import MigrationMode, Parameters
+from pyqmigrate.qapi.status import RunState, Status
 
 __all__ = [
     "check_incoming",

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 
 from pyqmigrate.errors import DirectIORefused, NotSupported, UsageError
-from pyqmigrate.fdset import FdsetError, FdSets, is_fdset_name
-from pyqmigrate.fdset_rules import Direction
-from pyqmigrate.format.address import Address, Transport
 from pyqmigrate.io.target import Descriptors
-from pyqmigrate.options import Policy
+from pyqmigrate.migration.fdset import FdsetError, FdSets, is_fdset_name
+from pyqmigrate.migration.fdset_checks import Direction
+from pyqmigrate.qapi import Policy
+from pyqmigrate.qapi.address import Address, Transport
 
 __all__ = ["TakeFd", "opens_late", "target_of"]
 

@@ -9,14 +9,14 @@ leaves everything as it was::
 How much is refused beyond what QEMU refuses is a :class:`Policy`.
 """
 
-from pyqmigrate.options.capabilities import CAPABILITY_NAMES, Capabilities
-from pyqmigrate.options.parameters import (
+from pyqmigrate.qapi.capabilities import CAPABILITY_NAMES, Capabilities
+from pyqmigrate.qapi.parameters import (
     MigrationMode,
     MultifdCompression,
     Parameters,
     ZeroPageDetection,
 )
-from pyqmigrate.options.policy import Policy
+from pyqmigrate.qapi.policy import Policy
 
 __all__ = [
     "CAPABILITY_NAMES",

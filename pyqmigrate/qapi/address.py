@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format import qapi
 from pyqmigrate.format.uri import parse_file_uri
+from pyqmigrate.qapi import types as qapi
 
 __all__ = ["Address", "Transport", "channels_shape", "parse_address", "parse_uri"]
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format import qapi
-from pyqmigrate.options.policy import Policy
-from pyqmigrate.options.qemu_version import QemuVersion
+from pyqmigrate.qapi import types as qapi
+from pyqmigrate.qapi.policy import Policy
+from pyqmigrate.qapi.qemu_version import QemuVersion
 
 __all__ = ["CAPABILITY_NAMES", "Capabilities", "capability_status"]
 

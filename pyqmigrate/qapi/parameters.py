@@ -10,10 +10,10 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format import qapi
-from pyqmigrate.options.capabilities import Capabilities
-from pyqmigrate.options.policy import Policy
-from pyqmigrate.options.qemu_version import QemuVersion
+from pyqmigrate.qapi import types as qapi
+from pyqmigrate.qapi.capabilities import Capabilities
+from pyqmigrate.qapi.policy import Policy
+from pyqmigrate.qapi.qemu_version import QemuVersion
 
 __all__ = [
     "MigrationMode",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from pyqmigrate.options.qemu_version import QEMU_10_0, QEMU_11_1, QemuVersion
+from pyqmigrate.qapi.qemu_version import QEMU_10_0, QEMU_11_1, QemuVersion
 
 __all__ = ["Policy"]
 

@@ -4,9 +4,9 @@ Embed :class:`QmpServer` in an asyncio program. What it needs of the migration i
 :class:`MigrationBackend`.
 """
 
-from pyqmigrate.events import Event
-from pyqmigrate.monitor.backend import MigrationBackend
-from pyqmigrate.monitor.commands import Version
-from pyqmigrate.monitor.server import QmpServer
+from pyqmigrate.qapi.event import Event
+from pyqmigrate.qmp.backend import MigrationBackend
+from pyqmigrate.qmp.commands import Version
+from pyqmigrate.qmp.server import QmpServer
 
 __all__ = ["Event", "MigrationBackend", "QmpServer", "Version"]

@@ -1,7 +1,7 @@
 """What the monitor needs of a migration: the interface between QMP and the one that moves pages.
 
 Nothing here knows about JSON text or sockets, so that a program can drive the same object
-directly. Texts of errors are QEMU's where QEMU has one; :mod:`pyqmigrate.options.rules` has the
+directly. Texts of errors are QEMU's where QEMU has one; :mod:`pyqmigrate.migration.rules` has the
 checks and their order.
 """
 
@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 from uuid import UUID
 
-from pyqmigrate.events import Event
-from pyqmigrate.format.address import Address
-from pyqmigrate.options import Capabilities, Parameters
-from pyqmigrate.status import MigrationInfo, RunState
+from pyqmigrate.qapi import Capabilities, Parameters
+from pyqmigrate.qapi.address import Address
+from pyqmigrate.qapi.event import Event
+from pyqmigrate.qapi.status import MigrationInfo, RunState
 
 __all__ = ["MigrationBackend", "TakeFd"]
 

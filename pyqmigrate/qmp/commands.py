@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from pyqmigrate.fdset import FdSets
-from pyqmigrate.format import qapi
-from pyqmigrate.format.address import channels_shape, parse_address
-from pyqmigrate.monitor import hmp
-from pyqmigrate.monitor.backend import MigrationBackend
-from pyqmigrate.monitor.descriptors import NamedFds, PendingFds
-from pyqmigrate.monitor.schema import schema_of
-from pyqmigrate.options import Policy
-from pyqmigrate.options.capabilities import capability_status
-from pyqmigrate.options.parameters import parameters_shape
-from pyqmigrate.options.qemu_version import QemuVersion
-from pyqmigrate.status import RunState, Status
+from pyqmigrate.migration.fdset import FdSets
+from pyqmigrate.qapi import Policy
+from pyqmigrate.qapi import types as qapi
+from pyqmigrate.qapi.address import channels_shape, parse_address
+from pyqmigrate.qapi.capabilities import capability_status
+from pyqmigrate.qapi.parameters import parameters_shape
+from pyqmigrate.qapi.qemu_version import QemuVersion
+from pyqmigrate.qapi.status import RunState, Status
+from pyqmigrate.qmp import hmp
+from pyqmigrate.qmp.backend import MigrationBackend
+from pyqmigrate.qmp.descriptors import NamedFds, PendingFds
+from pyqmigrate.qmp.schema import schema_of
 
 __all__ = ["Command", "Context", "Version", "commands_of"]
 

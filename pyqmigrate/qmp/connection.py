@@ -11,8 +11,8 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 
-from pyqmigrate.monitor.descriptors import PendingFds, Receiver
-from pyqmigrate.monitor.json_stream import JsonError, JsonStream, JsonValue, encode_line
+from pyqmigrate.qmp.descriptors import PendingFds, Receiver
+from pyqmigrate.qmp.json_stream import JsonError, JsonStream, JsonValue, encode_line
 
 __all__ = ["Connection"]
 

@@ -13,7 +13,7 @@ import errno
 import os
 import socket
 
-from pyqmigrate.fdset import FdsetError
+from pyqmigrate.migration.fdset import FdsetError
 
 __all__ = ["NamedFds", "PendingFds", "Received", "Receiver"]
 

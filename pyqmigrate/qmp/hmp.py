@@ -12,19 +12,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pyqmigrate.errors import PyqmigrateError, UsageError
-from pyqmigrate.format.address import parse_uri
 from pyqmigrate.format.uri import parse_size
-from pyqmigrate.monitor.backend import MigrationBackend, TakeFd
-from pyqmigrate.monitor.hmp_layouts import (
+from pyqmigrate.qapi import CAPABILITY_NAMES
+from pyqmigrate.qapi.address import parse_uri
+from pyqmigrate.qapi.parameters import parameters_shape
+from pyqmigrate.qapi.qemu_version import QEMU_10_0, QemuVersion
+from pyqmigrate.qmp.backend import MigrationBackend, TakeFd
+from pyqmigrate.qmp.hmp_layouts import (
     lines,
     render_capabilities,
     render_migration,
     render_parameters,
     render_status,
 )
-from pyqmigrate.options import CAPABILITY_NAMES
-from pyqmigrate.options.parameters import parameters_shape
-from pyqmigrate.options.qemu_version import QEMU_10_0, QemuVersion
 
 __all__ = ["Human", "run"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from pyqmigrate.options import Capabilities, Parameters
-from pyqmigrate.options.qemu_version import QEMU_10_0, QemuVersion
-from pyqmigrate.status import MigrationInfo, RunState, Status
+from pyqmigrate.qapi import Capabilities, Parameters
+from pyqmigrate.qapi.qemu_version import QEMU_10_0, QemuVersion
+from pyqmigrate.qapi.status import MigrationInfo, RunState, Status
 
 __all__ = ["lines", "render_capabilities", "render_migration", "render_parameters", "render_status"]
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from pyqmigrate.monitor.json_lexer import JsonLexer, Kind, Token
+from pyqmigrate.qmp.json_lexer import JsonLexer, Kind, Token
 
 __all__ = ["JsonError", "JsonStream", "JsonValue", "encode_line"]
 

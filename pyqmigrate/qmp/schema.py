@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-from pyqmigrate.format import qapi
-from pyqmigrate.format.qapi import optional
-from pyqmigrate.options.capabilities import capability_status
-from pyqmigrate.options.parameters import parameters_shape
-from pyqmigrate.options.qemu_version import QemuVersion
-from pyqmigrate.status import RunState, Status
+from pyqmigrate.qapi import types as qapi
+from pyqmigrate.qapi.capabilities import capability_status
+from pyqmigrate.qapi.parameters import parameters_shape
+from pyqmigrate.qapi.qemu_version import QemuVersion
+from pyqmigrate.qapi.status import RunState, Status
+from pyqmigrate.qapi.types import optional
 
 __all__ = ["schema_of"]
 

@@ -29,17 +29,17 @@ from types import TracebackType
 from typing import Self
 
 from pyqmigrate.errors import TargetError, UsageError
-from pyqmigrate.events import Event
-from pyqmigrate.fdset import FdSets
-from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.socket_path import SocketPath, remove_stale_socket
-from pyqmigrate.monitor.backend import MigrationBackend
-from pyqmigrate.monitor.commands import Context, Version
-from pyqmigrate.monitor.connection import Connection
-from pyqmigrate.monitor.descriptors import NamedFds, PendingFds
-from pyqmigrate.monitor.session import Session, event_message
-from pyqmigrate.options import Policy
+from pyqmigrate.migration.fdset import FdSets
+from pyqmigrate.qapi import Policy
+from pyqmigrate.qapi.event import Event
+from pyqmigrate.qapi.monitor_address import monitor_path
+from pyqmigrate.qmp.backend import MigrationBackend
+from pyqmigrate.qmp.commands import Context, Version
+from pyqmigrate.qmp.connection import Connection
+from pyqmigrate.qmp.descriptors import NamedFds, PendingFds
+from pyqmigrate.qmp.session import Session, event_message
 
 __all__ = ["QmpServer"]
 

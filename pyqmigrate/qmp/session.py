@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from pyqmigrate.errors import PyqmigrateError
-from pyqmigrate.events import Event
-from pyqmigrate.format import qapi
 from pyqmigrate.io.threads import starting_threads
-from pyqmigrate.monitor.commands import Context
-from pyqmigrate.monitor.json_stream import JsonError, JsonValue
+from pyqmigrate.qapi import types as qapi
+from pyqmigrate.qapi.event import Event
+from pyqmigrate.qmp.commands import Context
+from pyqmigrate.qmp.json_stream import JsonError, JsonValue
 
 __all__ = ["Session", "event_message"]
 

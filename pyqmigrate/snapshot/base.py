@@ -1,8 +1,8 @@
 """What every opened snapshot has, whichever form its file has.
 
-There are two: :class:`~pyqmigrate.snapshot.Snapshot`, a mapped-ram file, and
-:class:`~pyqmigrate.classic.ClassicSnapshot`, a classic stream.
-:func:`~pyqmigrate.opening.open_snapshot` looks which one a file is.
+There are two: :class:`~pyqmigrate.snapshot.mapped_ram.Snapshot`, a mapped-ram file, and
+:class:`~pyqmigrate.snapshot.sequential.ClassicSnapshot`, a classic stream.
+:func:`~pyqmigrate.snapshot.detect.open_snapshot` looks which one a file is.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.format.compression import MAGIC_MAX, Compression
-from pyqmigrate.format.elements import Stream
 from pyqmigrate.format.foreign import recognize
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
+from pyqmigrate.format.stream.wire import Stream
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
 from pyqmigrate.io.memory import Memory, StoredMemory
@@ -41,10 +41,10 @@ from pyqmigrate.io.target import (
     seal_path,
     target_path,
 )
-from pyqmigrate.load import Clear, LoadReport
+from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 
 if TYPE_CHECKING:
-    from pyqmigrate.format.sequential import SequentialStream
+    from pyqmigrate.format.stream.sequential import SequentialStream
 
 __all__ = ["Kind", "Located", "OpenedBlock", "OpenedSnapshot", "locate", "open_source"]
 
@@ -75,7 +75,7 @@ def locate(
     piped: whether the path of a pipe or socket will do.
 
     A compressed stream, and that in a compressed image of libvirt's, is decompressed as it is read:
-    a forward-only source, as that of a pipe is (:mod:`pyqmigrate.io.passing`).
+    a forward-only source, as that of a pipe is (:mod:`pyqmigrate.io.pipe`).
 
     Raises SnapshotError for a save image that libvirt did not finish, NotSupported for a stream
     that is compressed in a way that cannot be read here and for a file of another known kind (a
@@ -127,7 +127,7 @@ def _decompress(source: InputTarget, compression: Compression) -> InputTarget:
 def open_source(target: Target, *, piped: bool) -> InputTarget:
     """Open a file or block device, or with ``piped`` the path of a pipe or socket."""
     if piped and isinstance(target, str | os.PathLike):
-        from pyqmigrate.io.passing import PassingInput, PipeReader
+        from pyqmigrate.io.pipe import PassingInput, PipeReader
 
         path = os.fsdecode(target)
         if PipeReader.is_pipe(path):

@@ -10,15 +10,15 @@ import os
 from typing import TypeAlias
 
 from pyqmigrate.argument_types import check
-from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.format import configuration
 from pyqmigrate.format.cursor import Cursor
-from pyqmigrate.format.elements import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERSION
-from pyqmigrate.format.mapped_ram import ByteOrder
+from pyqmigrate.format.stream import configuration
+from pyqmigrate.format.stream.mapped_ram import ByteOrder
+from pyqmigrate.format.stream.wire import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERSION
 from pyqmigrate.io.target import InputTarget, Target
-from pyqmigrate.opened import Kind, Located, locate
-from pyqmigrate.snapshot import Snapshot, check_bitmap_order
+from pyqmigrate.snapshot.base import Kind, Located, locate
+from pyqmigrate.snapshot.mapped_ram import Snapshot, check_bitmap_order
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = ["AnySnapshot", "open_snapshot"]
 
@@ -39,8 +39,9 @@ def open_snapshot(
     """Open a mapped-ram file or a classic stream: in a file or on a block device, behind libvirt's
     header or at an offset, compressed or not.
 
-    bitmap_order: for a mapped-ram file, see :class:`~pyqmigrate.snapshot.Snapshot`.
-    page_size, index: for a classic stream, see :class:`~pyqmigrate.classic.ClassicSnapshot`.
+    bitmap_order: for a mapped-ram file, see :class:`~pyqmigrate.snapshot.mapped_ram.Snapshot`.
+    page_size, index: for a classic stream, see
+        :class:`~pyqmigrate.snapshot.sequential.ClassicSnapshot`.
     piped: whether a pipe will do, which is a classic stream that passes by once: it can be
         converted, unpacked or loaded. Until it has passed it does not tell its description, so
         that ``page_size`` is needed where the configuration does not tell it and it is not 4096.

@@ -6,7 +6,7 @@
     for cpu in cpu_registers(found.devices):
         print(cpu.index, cpu.general)
 
-What the values are is told in :mod:`pyqmigrate.format.device_tree`.
+What the values are is told in :mod:`pyqmigrate.format.device.values`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.argument_types import check, check_callback
-from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.cpu_state import cpu_registers
-from pyqmigrate.format.description import describes_devices
-from pyqmigrate.format.device_state import DescribedStream, decode_devices, described_by
-from pyqmigrate.format.device_tree import Device
-from pyqmigrate.format.device_walk import walk_devices
-from pyqmigrate.format.elements import (
+from pyqmigrate.format.device.cpu import cpu_registers
+from pyqmigrate.format.device.decode import DescribedStream, decode_devices, described_by
+from pyqmigrate.format.device.values import Device
+from pyqmigrate.format.stream.description import describes_devices
+from pyqmigrate.format.stream.device_only import walk_devices
+from pyqmigrate.format.stream.wire import (
     MAGIC,
     PREAMBLE,
     TYPE_CONFIGURATION,
@@ -34,11 +33,12 @@ from pyqmigrate.format.elements import (
     SectionKind,
 )
 from pyqmigrate.io.channels import Progress
-from pyqmigrate.io.passing import PassingInput
+from pyqmigrate.io.pipe import PassingInput
 from pyqmigrate.io.target import InputTarget, Target
-from pyqmigrate.opened import locate
-from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot.base import locate
+from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = ["Devices", "cpu_registers", "devices"]
 
@@ -77,7 +77,7 @@ def devices(
         is open already.
     name, section_id: only devices of this name, and of this section id.
     description: JSON text that describes the sections, instead of what the file has
-        (:func:`pyqmigrate.vm.twin.describe_snapshot`).
+        (:func:`pyqmigrate.vm.twin.twin.describe_snapshot`).
     progress: called while a classic stream is read through, as for a load.
 
     Blocks until done. Raises UsageError where no device is selected, SnapshotError for a damaged

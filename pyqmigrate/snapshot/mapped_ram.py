@@ -14,16 +14,23 @@ from types import MappingProxyType
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check_mapping, check_names
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
-from pyqmigrate.format.mapped_ram import BlockLayout, ByteOrder
-from pyqmigrate.format.stream import Stream, parse
+from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
+from pyqmigrate.format.stream.writer import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, StoredMemory
 from pyqmigrate.io.target import DirectIO, Target
-from pyqmigrate.load import Clear, LoadReport
-from pyqmigrate.load import start_load as start_load_blocks
-from pyqmigrate.opened import Kind, Located, OpenedBlock, OpenedSnapshot, locate, refused_read
+from pyqmigrate.snapshot.base import (
+    Kind,
+    Located,
+    OpenedBlock,
+    OpenedSnapshot,
+    locate,
+    refused_read,
+)
+from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
+from pyqmigrate.snapshot.load.mapped_ram import start_load as start_load_blocks
 
 __all__ = ["Snapshot", "SnapshotBlock", "check_bitmap_order", "start_load"]
 

@@ -34,11 +34,11 @@ import xxhash
 
 from pyqmigrate import _core
 from pyqmigrate.format.digest import DIGEST_SIZE
-from pyqmigrate.format.sequential import SequentialBlock
+from pyqmigrate.format.stream.sequential import SequentialBlock
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.sequential import Records
+from pyqmigrate.snapshot.load.sequential import Records
 
 __all__ = ["PageIndex", "check_place", "keep", "recall"]
 

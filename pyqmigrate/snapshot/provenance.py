@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from pyqmigrate.argument_types import check
 from pyqmigrate.errors import SnapshotError
-from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
-from pyqmigrate.format.devices import DeviceSection, run_state_of
-from pyqmigrate.format.elements import SectionKind
+from pyqmigrate.format.device.sections import DeviceSection, run_state_of
+from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM
+from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.io.bitmap_order import better_order, says_better
-from pyqmigrate.opened import OpenedSnapshot
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot.base import OpenedSnapshot
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.mapped_ram import Snapshot
 
 __all__ = ["Provenance", "provenance", "run_state"]
 

@@ -6,8 +6,8 @@
 Opening reads the head only. What asks for more (:attr:`ClassicSnapshot.stream`, page counts,
 :meth:`~ClassicSnapshot.verify`) makes one pass over the whole file, once: it finds the sections,
 keeps no page, and costs two bits of memory a page. What reads pages makes one that finds the place
-of every page too (:mod:`pyqmigrate.page_index`), and costs 8 bytes a page. A load makes a pass of
-its own and needs no index, as do conversions into a mapped-ram file or raw files.
+of every page too (:mod:`pyqmigrate.snapshot.page_index`), and costs 8 bytes a page. A load makes a
+pass of its own and needs no index, as do conversions into a mapped-ram file or raw files.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from types import MappingProxyType
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_mapping, check_names
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import (
     BlockMismatch,
     DirectIORefused,
@@ -30,19 +31,25 @@ from pyqmigrate.errors import (
     SnapshotError,
     UsageError,
 )
-from pyqmigrate.format.configuration import IGNORE_SHARED
-from pyqmigrate.format.sequential import SequentialBlock, SequentialStream, SequentialWalk
+from pyqmigrate.format.stream.configuration import IGNORE_SHARED
+from pyqmigrate.format.stream.sequential import SequentialBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.in_use import FileId, files_in_use, refuse_in_use
 from pyqmigrate.io.memory import Memory, StoredMemory
-from pyqmigrate.io.passing import PassingInput
+from pyqmigrate.io.pipe import PassingInput
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
-from pyqmigrate.load import Clear, LoadReport
-from pyqmigrate.opened import Kind, Located, OpenedBlock, OpenedSnapshot, locate, refused_read
-from pyqmigrate.page_index import PageIndex, check_place, keep, recall
-from pyqmigrate.sequential import PolledSource, Records, start_sequential_load
-from pyqmigrate.spelling import choice
+from pyqmigrate.snapshot.base import (
+    Kind,
+    Located,
+    OpenedBlock,
+    OpenedSnapshot,
+    locate,
+    refused_read,
+)
+from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
+from pyqmigrate.snapshot.load.sequential import PolledSource, Records, start_sequential_load
+from pyqmigrate.snapshot.page_index import PageIndex, check_place, keep, recall
 
 __all__ = ["ClassicBlock", "ClassicSnapshot"]
 
@@ -102,7 +109,7 @@ class ClassicBlock(OpenedBlock):
 class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
     """A classic stream: ``migrate`` to ``file:`` or ``exec:`` without mapped-ram.
 
-    target, offset: as for :class:`~pyqmigrate.snapshot.Snapshot`.
+    target, offset: as for :class:`~pyqmigrate.snapshot.mapped_ram.Snapshot`.
     page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
     index: where the result of the pass is kept; it is used if it is whole and of this file, and
         written otherwise. A file there that is no index is a UsageError.

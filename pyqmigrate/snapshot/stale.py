@@ -13,7 +13,7 @@ from pyqmigrate import _core
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, cut
 from pyqmigrate.io.target import core_file
-from pyqmigrate.snapshot import Snapshot, SnapshotBlock
+from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
 
 __all__ = ["clear_stale", "find_stale"]
 

@@ -19,14 +19,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.check import CheckReport
-    from pyqmigrate.vm.choice import Engine
-    from pyqmigrate.vm.cloning import Clone, clone
-    from pyqmigrate.vm.connection import Monitor
-    from pyqmigrate.vm.handle import Vm, connect
-    from pyqmigrate.vm.request import Mode
-    from pyqmigrate.vm.restoring import RestoredVm, RestoreReport, restore
-    from pyqmigrate.vm.save import Then, VmSaveReport
+    from pyqmigrate.vm.client import Vm, connect
+    from pyqmigrate.vm.incoming.clone import Clone, clone
+    from pyqmigrate.vm.incoming.request import Mode
+    from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport, restore
+    from pyqmigrate.vm.outgoing.save import Then, VmSaveReport
+    from pyqmigrate.vm.plan.check import CheckReport
+    from pyqmigrate.vm.plan.engine import Engine
+    from pyqmigrate.vm.qemu.monitor import Monitor
 
 __all__ = [
     "connect",
@@ -46,19 +46,19 @@ __all__ = [
 
 # Imported when they are first used, as in the package above.
 _HOME = {
-    "CheckReport": "check",
-    "Engine": "choice",
-    "Clone": "cloning",
-    "clone": "cloning",
-    "Monitor": "connection",
-    "Vm": "handle",
-    "connect": "handle",
-    "Mode": "request",
-    "RestoredVm": "restoring",
-    "RestoreReport": "restoring",
-    "restore": "restoring",
-    "Then": "save",
-    "VmSaveReport": "save",
+    "CheckReport": "plan.check",
+    "Engine": "plan.engine",
+    "Clone": "incoming.clone",
+    "clone": "incoming.clone",
+    "Monitor": "qemu.monitor",
+    "Vm": "client",
+    "connect": "client",
+    "Mode": "incoming.request",
+    "RestoredVm": "incoming.restore",
+    "RestoreReport": "incoming.restore",
+    "restore": "incoming.restore",
+    "Then": "outgoing.save",
+    "VmSaveReport": "outgoing.save",
 }
 
 

@@ -6,15 +6,15 @@ import os
 from typing import TYPE_CHECKING
 
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.vm.check import CheckReport, check
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.save import Then, VmSaveReport, save
-from pyqmigrate.writer import Sparse
+from pyqmigrate.qapi.monitor_address import monitor_path
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.vm.outgoing.save import Then, VmSaveReport, save
+from pyqmigrate.vm.plan.check import CheckReport, check
+from pyqmigrate.vm.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.migrating import ProgressCallback
+    from pyqmigrate.vm.outgoing.migrate import ProgressCallback
 
 __all__ = ["Vm", "connect"]
 
@@ -54,7 +54,7 @@ class Vm:
         guest_agent: str | os.PathLike[str] | None = None,
         progress: ProgressCallback | None = None,
     ) -> VmSaveReport:
-        """Save the guest; see :func:`pyqmigrate.vm.save.save`."""
+        """Save the guest; see :func:`pyqmigrate.vm.outgoing.save.save`."""
         return await save(
             self.qmp, snapshot, engine=engine, live=live, then=then, channels=channels,
             direct_io=direct_io, sparse=sparse, with_disks=with_disks, seal=seal,
@@ -65,7 +65,8 @@ class Vm:
         self, directory: str | os.PathLike[str] | None = None, *, engine: str = "auto",
         live: bool = False, sparse: Sparse | str = Sparse.AUTO,
     ) -> CheckReport:
-        """Say what a save into ``directory`` would do; see :func:`pyqmigrate.vm.check.check`."""
+        """Say what a save into ``directory`` would do; see
+        :func:`pyqmigrate.vm.plan.check.check`."""
         async with await Monitor.connect(self.qmp) as monitor:
             return await check(
                 monitor, directory, engine=engine, live=live, sparse=sparse

@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
-from pyqmigrate.vm.check import CheckReport
-from pyqmigrate.vm.restoring import RestoreReport
-from pyqmigrate.vm.save import VmSaveReport
+from pyqmigrate.vm.incoming.restore import RestoreReport
+from pyqmigrate.vm.outgoing.save import VmSaveReport
+from pyqmigrate.vm.plan.check import CheckReport
 
 __all__ = ["connect", "Vm", "restore", "RestoredVm", "clone", "Clone"]
 
@@ -72,7 +72,7 @@ class RestoredVm:
 def restore(
     snapshot: Target, command: Sequence[str] | None = None, **options: Any
 ) -> RestoredVm:
-    """As :func:`pyqmigrate.vm.restoring.restore`."""
+    """As :func:`pyqmigrate.vm.incoming.restore.restore`."""
 
     async def restored() -> RestoredVm:
         guest = await vm.restore(snapshot, command, **options)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.qemu.unpacked import unpacked
+from tests.harness.unpacked import unpacked
 
 __all__ = ["analyze", "analyzers"]
 

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
-from pyqmigrate.vm.connection import Monitor
-from tests.qemu.machine import BINARY
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.machine import BINARY
 
 __all__ = ["BareQemu"]
 

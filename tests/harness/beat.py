@@ -12,8 +12,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.qemu.guest import FIRST_PAGE, MUL_GENERATION, MUL_PAGE, MUL_WORD, PAGE, ZERO_EVERY
-from tests.qemu.machine import BINARY
+from tests.harness.machine import BINARY
+from tests.harness.pattern_guest import (
+    FIRST_PAGE,
+    MUL_GENERATION,
+    MUL_PAGE,
+    MUL_WORD,
+    PAGE,
+    ZERO_EVERY,
+)
 
 __all__ = ["accelerator", "assert_beats_on", "build", "cpu_options"]
 

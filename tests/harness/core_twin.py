@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from tests.core.kernel import CHUNK, Bits, Bytes
+from tests.harness.kernel import CHUNK, Bits, Bytes
 
 
 def scan(memory: Bytes, page_size: int) -> Bits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from pyqmigrate.format.device_tree import Device, Field, Scalar, State
+from pyqmigrate.format.device.values import Device, Field, Scalar, State
 
 __all__ = ["encode", "fields_of"]
 

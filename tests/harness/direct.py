@@ -9,8 +9,13 @@ from pathlib import Path
 
 from pyqmigrate import Descriptors, ProcessMemory
 from pyqmigrate.io.memory import Memory
-from pyqmigrate.vm.device_state import DeviceState, read_devices, read_migrated, start_snapshot
-from tests.qemu.machine import MigrationFailed, Mode, Qemu
+from pyqmigrate.vm.guest.device_state import (
+    DeviceState,
+    read_devices,
+    read_migrated,
+    start_snapshot,
+)
+from tests.harness.machine import MigrationFailed, Mode, Qemu
 
 __all__ = ["FOREIGN", "DirectQemu", "poke"]
 

@@ -49,13 +49,13 @@ from pyqmigrate import (
 )
 from pyqmigrate.cli import main as command
 from pyqmigrate.errors import target_error
-from pyqmigrate.events import Event
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.migration import Migration
-from pyqmigrate.sequential import start_sequential_save
-from pyqmigrate.status import Status
-from tests.snapshots import Bytes, ram
+from pyqmigrate.qapi.event import Event
+from pyqmigrate.qapi.status import Status
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from tests.harness.snapshots import Bytes, ram
 
 __all__ = ["WORK", "run"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyqmigrate
-from tests.snapshots import Bytes, ram
+from tests.harness.snapshots import Bytes, ram
 
 
 def outcome(work: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pyqmigrate.format.placement import Placement
+from pyqmigrate.format.address_space.placement import Placement
 
 __all__ = ["memory_seen"]
 

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Mapping
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.fdset import FdsetError, FdSets, is_fdset_name
-from pyqmigrate.format.address import Address, Transport
-from pyqmigrate.monitor import Event
-from pyqmigrate.options import Capabilities, Parameters, Policy, rules
-from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
+from pyqmigrate.migration import rules
+from pyqmigrate.migration.fdset import FdsetError, FdSets, is_fdset_name
+from pyqmigrate.qapi import Capabilities, Parameters, Policy
+from pyqmigrate.qapi.address import Address, Transport
+from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Status
+from pyqmigrate.qmp import Event
 
 
 class IdleGuest:

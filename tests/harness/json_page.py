@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["PAGE", "Key", "assert_as_documented", "documented"]
 
-PAGE = Path(__file__).parent.parent / "docs" / "json.md"
+PAGE = Path(__file__).parents[2] / "docs" / "json.md"
 _ROW = re.compile(r"\| `(\[)?([\w.*\[\]]+?)(\])?` \| ([^|]+) \| ([^|]+) \|")
 _KINDS = {
     "text": (str,), "number": (int, float), "bytes": (int,), "seconds": (int, float),

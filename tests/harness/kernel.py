@@ -24,7 +24,7 @@ DIRECT_UNIT = 4096
 Bits = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
 
-# As pyqmigrate.saving has them: bytes of gap, share in percent, everything.
+# As pyqmigrate.snapshot.save.mapped_ram has them: bytes of gap, share in percent, everything.
 AUTO = (128 << 10, 50, 0)
 EXACT = (0, 0, 0)
 DENSE = (0, 0, 1)

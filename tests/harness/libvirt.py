@@ -23,7 +23,7 @@ from typing import Self
 
 import pytest
 
-from tests.qemu.unpacked import lack, unpacked
+from tests.harness.unpacked import lack, unpacked
 
 __all__ = ["Domain", "Libvirt"]
 

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
-from tests.qemu.machine import BINARY
-from tests.qemu.unpacked import unpacked
+from tests.harness.machine import BINARY
+from tests.harness.unpacked import unpacked
 
 __all__ = ["Console", "LinuxGuest"]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.qemu.qmp import QmpClient
+from tests.harness.qmp import QmpClient
 
 __all__ = ["GuestRam", "MigrationFailed", "Mode", "Qemu", "QemuDied", "RAM_BLOCK"]
 

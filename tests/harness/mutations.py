@@ -34,17 +34,17 @@ import zstandard
 
 from pyqmigrate import FileMemory, PyqmigrateError, RamBlock, Snapshot, open_snapshot
 from pyqmigrate.cli import main as command
-from pyqmigrate.format.devices import DeviceSection, encode_devices
+from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.saving import Writer
-from pyqmigrate.sequential import SequentialWriter
-from pyqmigrate.vm.companion import Companion
-from pyqmigrate.vm.source import Source
-from pyqmigrate.writer import Sparse
-from tests.cli.test_cli_devices import BODY, RTC
-from tests.qemu.mutations import Anatomy, dissect, mutate
-from tests.snapshots import ram
+from pyqmigrate.snapshot.load.sequential import SequentialWriter
+from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.vm.incoming.companion import Companion
+from pyqmigrate.vm.incoming.source import Source
+from tests.harness.snapshots import ram
+from tests.harness.stream_mutations import Anatomy, dissect, mutate
+from tests.unit.cli.test_cli_devices import BODY, RTC
 
 __all__ = ["outcomes"]
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pyqmigrate.vm.ramblock import parse_ramblock
-from tests.qemu.machine import GuestRam
-from tests.qemu.qmp import QmpClient
-from tests.qemu.unpacked import emulator
+from pyqmigrate.vm.guest.ramblock import parse_ramblock
+from tests.harness.machine import GuestRam
+from tests.harness.qmp import QmpClient
+from tests.harness.unpacked import emulator
 
 __all__ = ["TARGETS", "OtherQemu", "OtherTarget", "memory_of"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pyqmigrate._core import ffi, lib
-from tests.core.kernel import Bits, Bytes, Memory, new_job, to_bits, to_words
+from tests.harness.kernel import Bits, Bytes, Memory, new_job, to_bits, to_words
 
 ZERO, PAGE, EOS, CONTINUE, XBZRLE, FLUSH = 0x02, 0x08, 0x10, 0x20, 0x40, 0x200
 END_MARK = struct.pack(">Q", EOS)

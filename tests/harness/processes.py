@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from pyqmigrate import ProcessMemory
-from tests.core.kernel import Bits, Bytes
+from tests.harness.kernel import Bits, Bytes
 
 __all__ = ["PAGE", "Holder", "as_nobody"]
 

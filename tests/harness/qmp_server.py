@@ -9,10 +9,10 @@ import socket
 import threading
 from pathlib import Path
 
-from pyqmigrate.fdset import FdSets
-from pyqmigrate.monitor import QmpServer
-from pyqmigrate.options import Policy
-from tests.monitor.idle_guest import IdleGuest
+from pyqmigrate.migration.fdset import FdSets
+from pyqmigrate.qapi import Policy
+from pyqmigrate.qmp import QmpServer
+from tests.harness.idle_guest import IdleGuest
 
 
 class RawClient:

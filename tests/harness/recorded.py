@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.record import VmRecord, read_record
-from pyqmigrate.vm.restoring import RestoredVm, restore
-from pyqmigrate.vm.save import save
-from tests.qemu.bare import BareQemu
+from pyqmigrate.vm.incoming.restore import RestoredVm, restore
+from pyqmigrate.vm.outgoing.save import save
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.record.contents import VmRecord, read_record
+from tests.harness.bare import BareQemu
 
 __all__ = ["MIB", "SIZE", "VM", "drive", "going_on", "image", "overlays", "restored", "saved",
            "written"]  # fmt: skip

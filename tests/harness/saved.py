@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.ramblock import parse_ramblock
-from pyqmigrate.vm.restoring import RestoredVm
-from tests.qemu.bare import BareQemu
-from tests.qemu.guest import PAGE, build, check_pattern
-from tests.qemu.machine import BINARY
+from pyqmigrate.vm.guest.ramblock import parse_ramblock
+from pyqmigrate.vm.incoming.restore import RestoredVm
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.bare import BareQemu
+from tests.harness.machine import BINARY
+from tests.harness.pattern_guest import PAGE, build, check_pattern
 
 __all__ = [
     "RAM",

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate import Snapshot
-from pyqmigrate.vm.save import VmSaveReport, save
-from tests.qemu.guest import build
-from tests.qemu.machine import RAM_BLOCK, GuestRam, Qemu
+from pyqmigrate.vm.outgoing.save import VmSaveReport, save
+from tests.harness.machine import RAM_BLOCK, GuestRam, Qemu
+from tests.harness.pattern_guest import build
 
 __all__ = ["KINDS", "Source", "loaded", "source"]
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RAM = 32 << 20
 KINDS = ["file", "memfd", "private"]
 """How the guest has its memory: a shared file, a shared memfd, its own."""

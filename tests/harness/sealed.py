@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import pyqmigrate
-from pyqmigrate.sealing import SealCheck
-from tests.snapshots import Bytes, ram
+from pyqmigrate.integrity.seal import SealCheck
+from tests.harness.snapshots import Bytes, ram
 
 __all__ = ["PAGE", "Sealed", "damage", "flip", "replaced"]
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.qemu.machine import Mode, Qemu
+from tests.harness.machine import Mode, Qemu
 
 __all__ = ["ClassicQemu"]
 

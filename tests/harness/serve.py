@@ -4,7 +4,7 @@
         server.execute("migrate", {"uri": f"file:{path}"})
         server.wait()
 
-It has the methods of :class:`tests.qemu.machine.Qemu` that a scenario needs.
+It has the methods of :class:`tests.harness.machine.Qemu` that a scenario needs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from tests.monitor.harness import RawClient
-from tests.qemu.machine import GuestRam, MigrationFailed, Qemu
-from tests.qemu.qmp import QmpError
-from tests.qemu.version import qemu_version
+from tests.harness.machine import GuestRam, MigrationFailed, Qemu
+from tests.harness.qmp import QmpError
+from tests.harness.qmp_server import RawClient
+from tests.harness.version import qemu_version
 
 __all__ = ["Driver", "Serve", "Witness", "failure", "imitated"]
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = ROOT / "tests" / "monitor" / "step_driver.py"
 TERMINAL = ["completed", "failed", "cancelled"]
 

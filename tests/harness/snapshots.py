@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import pyqmigrate
-from tests.core.kernel import guest
+from tests.harness.kernel import guest
 
 __all__ = ["KNOWN", "SLOW", "Bytes", "data_bytes", "known_memory", "load", "ram", "save_known",
            "turn_bitmaps"]

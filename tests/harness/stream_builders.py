@@ -7,8 +7,8 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.format.stream import Head, encode_head, encode_tail
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.writer import Head, encode_head, encode_tail
 
 DESCRIPTION = {
     "configuration": {"vmsd_name": "configuration", "version": 1, "fields": []},

@@ -5,7 +5,7 @@ with a time limit and a bounded address space; a child that is killed, hangs, ta
 second of the processor or more than 256 MiB, or meets an exception that is not one of the package's
 is a finding. To look into one by hand::
 
-    python -m tests.qemu.mutations FILE --first SEED --count 1 --show
+    python -m tests.harness.stream_mutations FILE --first SEED --count 1 --show
 
 Run as a program, it is one process without threads, so that forking is safe; a result is one
 line of JSON a mutation.
@@ -42,14 +42,14 @@ from pyqmigrate import (
     seal,
     verify_seal,
 )
-from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.device_listing import devices
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
-from pyqmigrate.format.elements import SectionKind
-from pyqmigrate.opened import Kind
-from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.origin import provenance
+from pyqmigrate.format.stream.wire import SectionKind
+from pyqmigrate.snapshot.base import Kind
+from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
+from pyqmigrate.snapshot.devices import devices
+from pyqmigrate.snapshot.provenance import provenance
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 
 __all__ = ["Outcome", "run"]
 
@@ -82,8 +82,10 @@ class Outcome:
 
 def run(file: Path, first: int, count: int, offset: int = 0) -> list[Outcome]:
     """Tries ``count`` mutations of ``file`` in a clean process of its own."""
-    command = [sys.executable, "-m", "tests.qemu.mutations", str(file), f"--first={first}",
-               f"--count={count}", f"--offset={offset}"]  # fmt: skip
+    command = [
+        sys.executable, "-m", "tests.harness.stream_mutations", str(file), f"--first={first}",
+        f"--count={count}", f"--offset={offset}",
+    ]
     root = Path(__file__).parents[2]
     output = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True, text=True).stdout
     return [Outcome(**json.loads(line)) for line in output.splitlines()]

@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = ["restored", "save"]
 
-_ROOT = Path(__file__).parent.parent.parent
+_ROOT = Path(__file__).parents[2]
 _VM = [sys.executable, "-m", "pyqmigrate", "vm"]
 
 

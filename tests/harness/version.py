@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from tests.qemu.machine import BINARY
-from tests.qemu.unpacked import lack, newer_qemu
+from tests.harness.machine import BINARY
+from tests.harness.unpacked import lack, newer_qemu
 
 __all__ = ["program_of", "qemu_version"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pyqmigrate.vm.record import (
+from pyqmigrate.vm.record.contents import (
     Backend,
     Block,
     Cpus,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.qemu.machine import BINARY
-from tests.qemu.version import qemu_version
+from tests.harness.machine import BINARY
+from tests.harness.version import qemu_version
 
 NEEDED = (9, 1)
 

@@ -16,18 +16,18 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.export.convert import convert
-from pyqmigrate.format.cpu_state import cpu_registers
-from pyqmigrate.format.device_state import decode_devices
-from pyqmigrate.opening import open_snapshot
-from tests.physical import Physical
-from tests.qemu.libvirt import Libvirt
-from tests.qemu.linux_guest import LinuxGuest
-from tests.qemu.qmp import QmpClient
+from pyqmigrate.format.device.cpu import cpu_registers
+from pyqmigrate.format.device.decode import decode_devices
+from pyqmigrate.snapshot.detect import open_snapshot
+from tests.harness.libvirt import Libvirt
+from tests.harness.linux_guest import LinuxGuest
+from tests.harness.physical import Physical
+from tests.harness.qmp import QmpClient
+from tests.harness.unpacked import lack, unpacked
+from tests.harness.verbs import save
 from tests.qemu.test_devices import registers_said
 from tests.qemu.test_vm_libvirt import RAM
 from tests.qemu.test_vm_libvirt import save as save_by_libvirt
-from tests.qemu.unpacked import lack, unpacked
-from tests.qemu.verbs import save
 
 pytestmark = pytest.mark.qemu
 

@@ -13,13 +13,13 @@ from pyqmigrate import RamBlock, open_snapshot
 from pyqmigrate import save as save_blocks
 from pyqmigrate.export.convert import convert
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.sequential import start_sequential_save
-from tests.format.described_reader import DescribedReader
-from tests.qemu.analyzer import analyze, analyzers
-from tests.qemu.classic import ClassicQemu
-from tests.qemu.machine import GuestRam
-from tests.qemu.other_targets import TARGETS, OtherQemu
-from tests.qemu.saving import source
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from tests.harness.analyzer import analyze, analyzers
+from tests.harness.described_reader import DescribedReader
+from tests.harness.machine import GuestRam
+from tests.harness.other_targets import TARGETS, OtherQemu
+from tests.harness.saving import source
+from tests.harness.sequential_saves import ClassicQemu
 
 pytestmark = pytest.mark.qemu
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.device_listing import devices
 from pyqmigrate.export.convert import Form, convert
-from pyqmigrate.opened import Kind
-from pyqmigrate.opening import AnySnapshot, open_snapshot
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.writer import SaveReport
-from tests.qemu.classic import ClassicQemu
-from tests.qemu.compare import assert_same_blocks
-from tests.qemu.guest import build, check_pattern
-from tests.qemu.machine import RAM_BLOCK, GuestRam, Mode, Qemu
+from pyqmigrate.snapshot.base import Kind
+from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
+from pyqmigrate.snapshot.devices import devices
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.save.writer import SaveReport
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
+from tests.harness.pattern_guest import build, check_pattern
+from tests.harness.sequential_saves import ClassicQemu
 
 pytestmark = pytest.mark.qemu
 

@@ -17,7 +17,7 @@ import pytest
 
 from pyqmigrate import convert, cpu_registers, devices, open_snapshot
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from tests.qemu.saved import RAM, Saved, save_guest, serial_says
+from tests.harness.saved import RAM, Saved, save_guest, serial_says
 
 pytestmark = pytest.mark.qemu
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from pyqmigrate.device_listing import Devices, devices
-from pyqmigrate.format.cpu_state import Architecture, CpuRegisters, cpu_registers
-from pyqmigrate.format.device_tree import Device, State
-from tests.format.device_twin import encode, fields_of
-from tests.qemu import machine as machines
-from tests.qemu.classic import ClassicQemu
-from tests.qemu.guest import build
-from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.unpacked import emulator
+from pyqmigrate.format.device.cpu import Architecture, CpuRegisters, cpu_registers
+from pyqmigrate.format.device.values import Device, State
+from pyqmigrate.snapshot.devices import Devices, devices
+from tests.harness import machine as machines
+from tests.harness.device_twin import encode, fields_of
+from tests.harness.machine import GuestRam, Qemu
+from tests.harness.pattern_guest import build
+from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.unpacked import emulator
 
 pytestmark = pytest.mark.qemu
 
@@ -131,7 +131,8 @@ def test_registers_of_a_busy_guest_are_those_of_qemu(machine: str, disk: Path) -
 
 def test_registers_of_64_bits_are_those_of_qemu(disk: Path) -> None:
     serial, path = disk / "serial", disk / "s"
-    source, made, image = Path(__file__).with_name("registers.s"), disk / "r.o", disk / "r.bin"
+    source = Path(__file__).parents[1] / "harness/registers.s"
+    made, image = disk / "r.o", disk / "r.bin"
     subprocess.run(["as", "--64", "-o", made, source], check=True)
     subprocess.run(
         ["ld", "-m", "elf_x86_64", "--oformat", "binary", "-Ttext=0xffff0000", "-e", "start",

@@ -16,11 +16,11 @@ from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, Snapshot
 from pyqmigrate.errors import BlockMismatch
 from pyqmigrate.io.memory import Memory
-from pyqmigrate.vm.device_state import DeviceState
-from tests.qemu.compare import assert_same_blocks, assert_same_memory
-from tests.qemu.direct import FOREIGN, DirectQemu, poke
-from tests.qemu.guest import build, check_pattern
-from tests.qemu.machine import RAM_BLOCK, GuestRam, Mode
+from pyqmigrate.vm.guest.device_state import DeviceState
+from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.direct import FOREIGN, DirectQemu, poke
+from tests.harness.machine import RAM_BLOCK, GuestRam, Mode
+from tests.harness.pattern_guest import build, check_pattern
 
 pytestmark = pytest.mark.qemu
 

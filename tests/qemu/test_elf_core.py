@@ -14,12 +14,12 @@ import pytest
 from bench.contents import Contents, fill
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
-from pyqmigrate.vm.save import save
-from tests.physical import Note, Physical
-from tests.qemu.classic import ClassicQemu
-from tests.qemu.guest import build
-from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.other_targets import TARGETS, OtherQemu
+from pyqmigrate.vm.outgoing.save import save
+from tests.harness.machine import GuestRam, Qemu
+from tests.harness.other_targets import TARGETS, OtherQemu
+from tests.harness.pattern_guest import build
+from tests.harness.physical import Note, Physical
+from tests.harness.sequential_saves import ClassicQemu
 from tests.qemu.test_devices import registers_said
 
 pytestmark = pytest.mark.qemu
@@ -112,7 +112,7 @@ def test_direct_save_of_ram_that_is_split_elsewhere_is_as_qemus_dump(
 
 
 def test_registers_of_64_bits_are_byte_for_byte_those_of_qemus_dump(disk: Path) -> None:
-    serial, source = disk / "serial", Path(__file__).with_name("registers.s")
+    serial, source = disk / "serial", Path(__file__).parents[1] / "harness/registers.s"
     made, image = disk / "r.o", disk / "r.bin"
     subprocess.run(["as", "--64", "-o", made, source], check=True)
     subprocess.run(

@@ -22,10 +22,10 @@ from pyqmigrate import (
     seal,
     verify_seal,
 )
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.restoring import restore
-from tests.qemu.bare import BareQemu
-from tests.qemu.saved import Saved, goes_on, save_guest
+from pyqmigrate.vm.incoming.restore import restore
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.bare import BareQemu
+from tests.harness.saved import Saved, goes_on, save_guest
 
 pytestmark = pytest.mark.qemu
 

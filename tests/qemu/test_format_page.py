@@ -14,8 +14,8 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import Snapshot
-from tests.qemu.classic import ClassicQemu
-from tests.qemu.machine import GuestRam, MigrationFailed, Mode, Qemu, QemuDied
+from tests.harness.machine import GuestRam, MigrationFailed, Mode, Qemu, QemuDied
+from tests.harness.sequential_saves import ClassicQemu
 
 pytestmark = pytest.mark.qemu
 

@@ -13,15 +13,15 @@ import pytest
 from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, NotSupported, UsageError, convert, open_snapshot
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.opened import Kind
-from pyqmigrate.origin import provenance
-from tests.qemu.classic import ClassicQemu
-from tests.qemu.compare import assert_same_blocks, assert_same_memory
-from tests.qemu.guest import check_pattern
-from tests.qemu.libvirt import Libvirt
-from tests.qemu.machine import RAM_BLOCK, GuestRam, Mode, Qemu
-from tests.qemu.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
-from tests.qemu.qmp import QmpClient
+from pyqmigrate.snapshot.base import Kind
+from pyqmigrate.snapshot.provenance import provenance
+from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.libvirt import Libvirt
+from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
+from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
+from tests.harness.pattern_guest import check_pattern
+from tests.harness.qmp import QmpClient
+from tests.harness.sequential_saves import ClassicQemu
 from tests.qemu.test_vm_libvirt import save as save_by_libvirt
 
 pytestmark = pytest.mark.qemu

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.qemu.guest import (
+from tests.harness.pattern_guest import (
     FIRST_PAGE,
     PAGE,
     WORDS,

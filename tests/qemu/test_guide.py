@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import Snapshot, convert, open_snapshot
-from tests.qemu.compare import assert_same_blocks
-from tests.qemu.saved import RAM, Saved, save_guest
+from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.saved import RAM, Saved, save_guest
 
 pytestmark = pytest.mark.qemu
 

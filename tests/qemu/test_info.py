@@ -11,9 +11,9 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import open_snapshot
-from tests.cli.command import Command
-from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.other_targets import TARGETS, OtherQemu
+from tests.harness.command import Command
+from tests.harness.machine import GuestRam, Qemu
+from tests.harness.other_targets import TARGETS, OtherQemu
 from tests.qemu.test_formats_in import migrate
 
 pytestmark = pytest.mark.qemu

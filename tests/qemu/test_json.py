@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.json_page import assert_as_documented
-from tests.qemu import verbs
-from tests.qemu.bare import BareQemu
+from tests.harness import verbs
+from tests.harness.bare import BareQemu
+from tests.harness.json_page import assert_as_documented
 
 pytestmark = pytest.mark.qemu
 

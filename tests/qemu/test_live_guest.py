@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import Snapshot
-from tests.qemu.compare import assert_same_memory
-from tests.qemu.guest import build, check_pattern
-from tests.qemu.machine import RAM_BLOCK, GuestRam, Mode, Qemu
+from tests.harness.compare_memory import assert_same_memory
+from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
+from tests.harness.pattern_guest import build, check_pattern
 
 pytestmark = pytest.mark.qemu
 

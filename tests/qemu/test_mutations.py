@@ -12,11 +12,11 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from tests.qemu import mutations
-from tests.qemu.classic import ClassicQemu
-from tests.qemu.guest import build
-from tests.qemu.machine import GuestRam, Mode, Qemu
-from tests.qemu.other_targets import TARGETS, OtherQemu
+from tests.harness import stream_mutations as mutations
+from tests.harness.machine import GuestRam, Mode, Qemu
+from tests.harness.other_targets import TARGETS, OtherQemu
+from tests.harness.pattern_guest import build
+from tests.harness.sequential_saves import ClassicQemu
 
 pytestmark = pytest.mark.qemu
 

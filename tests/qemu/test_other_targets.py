@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from pyqmigrate import Snapshot
-from tests.qemu.compare import assert_same_memory
-from tests.qemu.machine import GuestRam
-from tests.qemu.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
-from tests.qemu.qmp import QmpClient
-from tests.qemu.verbs import restored, save
+from tests.harness.compare_memory import assert_same_memory
+from tests.harness.machine import GuestRam
+from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
+from tests.harness.qmp import QmpClient
+from tests.harness.verbs import restored, save
 
 pytestmark = pytest.mark.qemu
 

@@ -14,13 +14,13 @@ import pytest
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.guest import Guest
-from pyqmigrate.format.physical_map import parse_placement
-from pyqmigrate.format.placement import Placement
-from pyqmigrate.opening import open_snapshot
-from pyqmigrate.vm.save import save as save_vm
-from tests.qemu.flat_view import memory_seen
-from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.other_targets import TARGETS, OtherQemu, OtherTarget
+from pyqmigrate.format.address_space.physical_map import parse_placement
+from pyqmigrate.format.address_space.placement import Placement
+from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.vm.outgoing.save import save as save_vm
+from tests.harness.flat_view import memory_seen
+from tests.harness.machine import GuestRam, Qemu
+from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget
 
 pytestmark = pytest.mark.qemu
 

@@ -12,8 +12,8 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import Descriptors, FileMemory, RamBlock, Snapshot, save
-from tests.qemu.compare import assert_same_blocks, assert_same_memory
-from tests.qemu.machine import GuestRam, MigrationFailed, Mode, Qemu
+from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.machine import GuestRam, MigrationFailed, Mode, Qemu
 
 pytestmark = pytest.mark.qemu
 

@@ -13,9 +13,9 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import NotSupported, Snapshot, SnapshotError
-from tests.qemu.compare import assert_same_blocks, assert_same_memory
-from tests.qemu.machine import GuestRam, Mode, Qemu
-from tests.qemu.qmp import QmpError
+from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.machine import GuestRam, Mode, Qemu
+from tests.harness.qmp import QmpError
 
 pytestmark = pytest.mark.qemu
 

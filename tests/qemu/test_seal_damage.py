@@ -11,9 +11,9 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import seal, verify_seal
-from tests.qemu.classic import ClassicQemu
-from tests.qemu.machine import GuestRam, Mode, Qemu
-from tests.sealed import damage, replaced
+from tests.harness.machine import GuestRam, Mode, Qemu
+from tests.harness.sealed import damage, replaced
+from tests.harness.sequential_saves import ClassicQemu
 
 pytestmark = pytest.mark.qemu
 

@@ -16,19 +16,19 @@ from pyqmigrate import RamBlock
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.sequential import (
+from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
     SequentialReader,
     SequentialWriter,
     start_sequential_load,
     start_sequential_save,
 )
-from pyqmigrate.snapshot import Snapshot
-from tests.qemu.classic import ClassicQemu
-from tests.qemu.compare import assert_same_blocks, assert_same_memory
-from tests.qemu.guest import build, check_pattern
-from tests.qemu.machine import RAM_BLOCK, GuestRam, MigrationFailed, Mode
-from tests.qemu.version import qemu_version
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.machine import RAM_BLOCK, GuestRam, MigrationFailed, Mode
+from tests.harness.pattern_guest import build, check_pattern
+from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 

@@ -22,11 +22,11 @@ import pytest
 from bench.contents import Contents, fill
 from pyqmigrate import RamBlock, Snapshot
 from pyqmigrate.migration import Guest, Migration
-from pyqmigrate.monitor import QmpServer
-from pyqmigrate.options import Parameters, Policy
-from tests.qemu.compare import assert_same_memory
-from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.qmp import QmpClient
+from pyqmigrate.qapi import Parameters, Policy
+from pyqmigrate.qmp import QmpServer
+from tests.harness.compare_memory import assert_same_memory
+from tests.harness.machine import GuestRam, Qemu
+from tests.harness.qmp import QmpClient
 
 pytestmark = pytest.mark.qemu
 

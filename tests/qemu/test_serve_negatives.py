@@ -19,10 +19,10 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import Snapshot
-from tests.qemu.compare import assert_same_memory
-from tests.qemu.machine import GuestRam, Qemu, QemuDied
-from tests.qemu.serve import Driver, Serve, Witness, failure
-from tests.qemu.version import qemu_version
+from tests.harness.compare_memory import assert_same_memory
+from tests.harness.machine import GuestRam, Qemu, QemuDied
+from tests.harness.serve import Driver, Serve, Witness, failure
+from tests.harness.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 

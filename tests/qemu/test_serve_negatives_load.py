@@ -19,10 +19,10 @@ import pytest
 from bench.contents import Contents, fill
 from pyqmigrate import RamBlock
 from pyqmigrate.migration import Migration
-from pyqmigrate.status import RunState, Status
-from tests.qemu.compare import assert_same_memory
-from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.serve import Driver, Serve, Witness
+from pyqmigrate.qapi.status import RunState, Status
+from tests.harness.compare_memory import assert_same_memory
+from tests.harness.machine import GuestRam, Qemu
+from tests.harness.serve import Driver, Serve, Witness
 from tests.qemu.test_serve_negatives import (
     DSYNC,
     MULTIFD,

@@ -14,9 +14,9 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import Snapshot
-from tests.qemu.compare import assert_same_memory
-from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.serve import Driver, Serve, Witness
+from tests.harness.compare_memory import assert_same_memory
+from tests.harness.machine import GuestRam, Qemu
+from tests.harness.serve import Driver, Serve, Witness
 from tests.qemu.test_serve_scenarios import (
     RAM,
     ROWS,

@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 
 from bench.contents import Contents, fill
-from tests.io.test_file_systems import why_not
-from tests.qemu.compare import assert_same_memory
-from tests.qemu.machine import GuestRam, Qemu, QemuDied
-from tests.qemu.qmp import QmpClient
-from tests.qemu.serve import Serve, Witness
+from tests.harness.compare_memory import assert_same_memory
+from tests.harness.machine import GuestRam, Qemu, QemuDied
+from tests.harness.qmp import QmpClient
+from tests.harness.serve import Serve, Witness
 from tests.qemu.test_serve_negatives import (
     MULTIFD,
     PLAIN,
@@ -38,6 +37,7 @@ from tests.qemu.test_serve_negatives import (
     saved_ram,
     take_back,
 )
+from tests.unit.io.test_file_systems import why_not
 
 __all__ = ["ends"]
 

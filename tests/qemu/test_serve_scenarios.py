@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.qmp import QmpError
-from tests.qemu.serve import Driver, Serve
-from tests.qemu.version import qemu_version
+from tests.harness.machine import GuestRam, Qemu
+from tests.harness.qmp import QmpError
+from tests.harness.serve import Driver, Serve
+from tests.harness.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 

@@ -17,10 +17,10 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import Snapshot
-from tests.qemu.machine import GuestRam, Qemu
-from tests.qemu.serve import Driver, Serve, Witness, imitated
+from tests.harness.machine import GuestRam, Qemu
+from tests.harness.serve import Driver, Serve, Witness, imitated
+from tests.harness.version import qemu_version
 from tests.qemu.test_serve_scenarios import MAPPED, RAM, Row, load, save
-from tests.qemu.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.cloning import clone
-from pyqmigrate.vm.restoring import restore
-from pyqmigrate.vm.save import VmSaveReport, save
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.vm.incoming.clone import clone
+from pyqmigrate.vm.incoming.restore import restore
+from pyqmigrate.vm.outgoing.save import VmSaveReport, save
 from tests.harness.beat import accelerator, assert_beats_on, build, cpu_options
-from tests.qemu.guest import check_pattern
-from tests.qemu.machine import BINARY, RAM_BLOCK, GuestRam, Qemu
-from tests.qemu.saving import wait_until
+from tests.harness.machine import BINARY, RAM_BLOCK, GuestRam, Qemu
+from tests.harness.pattern_guest import check_pattern
+from tests.harness.saving import wait_until
 
 pytestmark = pytest.mark.qemu
 

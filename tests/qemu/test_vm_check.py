@@ -18,12 +18,12 @@ from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome
 from pyqmigrate.cli.vm import check as verb
 from pyqmigrate.errors import QemuError, TargetError
-from pyqmigrate.vm.check import CheckReport, check
-from pyqmigrate.vm.choice import Engine
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.estimate import Basis
-from tests.qemu.bare import BareQemu
-from tests.qemu.version import qemu_version
+from pyqmigrate.vm.plan.check import CheckReport, check
+from pyqmigrate.vm.plan.engine import Engine
+from pyqmigrate.vm.plan.estimate import Basis
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.bare import BareQemu
+from tests.harness.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 
@@ -76,7 +76,7 @@ def test_data_of_shared_memory_is_counted(tmp_path: Path) -> None:
 
 
 def test_more_than_is_counted_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyqmigrate.vm.estimate._COUNTED", MIB)
+    monkeypatch.setattr("pyqmigrate.vm.plan.estimate._COUNTED", MIB)
     ram = tmp_path / "ram"
     ram.write_bytes((b"x" * PAGE + bytes(PAGE)) * (256 * MIB // PAGE // 2))
     with BareQemu(*shared(ram, 256)) as qemu:

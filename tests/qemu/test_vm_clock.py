@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.vm.guest_agent import find_agent
-from pyqmigrate.vm.restoring import RestoreReport, restore
-from pyqmigrate.vm.save import VmSaveReport, save
+from pyqmigrate.vm.guest.agent import find_agent
+from pyqmigrate.vm.incoming.restore import RestoreReport, restore
+from pyqmigrate.vm.outgoing.save import VmSaveReport, save
 from tests.harness.agent import Agent
-from tests.qemu.bare import BareQemu
-from tests.qemu.linux_guest import LinuxGuest
-from tests.qemu.machine import BINARY
-from tests.qemu.unpacked import unpacked
+from tests.harness.bare import BareQemu
+from tests.harness.linux_guest import LinuxGuest
+from tests.harness.machine import BINARY
+from tests.harness.unpacked import unpacked
 
 pytestmark = pytest.mark.qemu
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.cloning import Clone, clone
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.restoring import RestoredVm, restore
-from tests.qemu.compare import assert_same_blocks
-from tests.qemu.saved import RAM, Saved, goes_on, memory_of, save_guest, serial_says
+from pyqmigrate.vm.incoming.clone import Clone, clone
+from pyqmigrate.vm.incoming.restore import RestoredVm, restore
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.saved import RAM, Saved, goes_on, memory_of, save_guest, serial_says
 
 pytestmark = pytest.mark.qemu
 

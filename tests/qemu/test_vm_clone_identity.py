@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import vm
-from pyqmigrate.vm.cloning import clone
-from pyqmigrate.vm.restoring import RestoredVm, restore
-from tests.qemu.bare import BareQemu
-from tests.qemu.machine import BINARY
-from tests.qemu.saved import memory_of
-from tests.vm.test_identity import HOLD
+from pyqmigrate.vm.incoming.clone import clone
+from pyqmigrate.vm.incoming.restore import RestoredVm, restore
+from tests.harness.bare import BareQemu
+from tests.harness.machine import BINARY
+from tests.harness.saved import memory_of
+from tests.unit.vm.incoming.test_identity import HOLD
 
 pytestmark = pytest.mark.qemu
 

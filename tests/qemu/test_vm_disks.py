@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import NotSupported, QemuRefused
-from pyqmigrate.vm import guardian
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.custody import drive
-from pyqmigrate.vm.disks import DiskPlan, prepare, stranded, take
-from pyqmigrate.vm.guest import look
-from tests.qemu.bare import BareQemu
-from tests.qemu.version import qemu_version
+from pyqmigrate.vm.guest.disks import DiskPlan, prepare, stranded, take
+from pyqmigrate.vm.guest.inspect import look
+from pyqmigrate.vm.outgoing import guardian
+from pyqmigrate.vm.outgoing.transaction import drive
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.bare import BareQemu
+from tests.harness.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 

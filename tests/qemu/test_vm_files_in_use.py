@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.guest import Guest, look
-from pyqmigrate.vm.guest_files import files_of
-from pyqmigrate.vm.restoring import restore
-from pyqmigrate.vm.save import save
-from tests.qemu.bare import BareQemu
+from pyqmigrate.vm.guest.files import files_of
+from pyqmigrate.vm.guest.inspect import Guest, look
+from pyqmigrate.vm.incoming.restore import restore
+from pyqmigrate.vm.outgoing.save import save
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.bare import BareQemu
 
 pytestmark = pytest.mark.qemu
 

@@ -18,13 +18,13 @@ import pytest
 
 from pyqmigrate.errors import NotSupported, QemuError
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.io.process import ProcessMemory
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.blockers import Way
-from pyqmigrate.vm.choice import Engine, choose_engine
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.guest import Guest, GuestBlock, look
-from tests.qemu.bare import BareQemu
+from pyqmigrate.io.process_memory import ProcessMemory
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.vm.guest.inspect import Guest, GuestBlock, look
+from pyqmigrate.vm.plan.blockers import Way
+from pyqmigrate.vm.plan.engine import Engine, choose_engine
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.bare import BareQemu
 
 pytestmark = pytest.mark.qemu
 
@@ -277,9 +277,9 @@ def test_memory_out_of_reach_says_what_is_missing() -> None:
         pytest.skip("needs two users")
     program = (
         "import asyncio, concurrent.futures.thread, os, sys\n"
-        "from pyqmigrate.vm.connection import Monitor\n"
-        "from pyqmigrate.vm.guest import look\n"
-        "from pyqmigrate.vm.choice import choose_engine\n"
+        "from pyqmigrate.vm.qemu.monitor import Monitor\n"
+        "from pyqmigrate.vm.guest.inspect import look\n"
+        "from pyqmigrate.vm.plan.engine import choose_engine\n"
         "os.setgid(65534); os.setuid(65534)  # after all imports: those may be root's alone\n"
         "async def main():\n"
         "    async with await Monitor.connect(sys.argv[1]) as monitor:\n"

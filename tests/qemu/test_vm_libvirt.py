@@ -17,12 +17,12 @@ import pytest
 from pyqmigrate import Snapshot, convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.sequential import start_sequential_load
-from pyqmigrate.vm.restoring import restore
-from tests.qemu.guest import build, check_pattern
-from tests.qemu.libvirt import Domain, Libvirt
-from tests.qemu.machine import BINARY
-from tests.qemu.saved import Saved, goes_on, serial_says
+from pyqmigrate.snapshot.load.sequential import start_sequential_load
+from pyqmigrate.vm.incoming.restore import restore
+from tests.harness.libvirt import Domain, Libvirt
+from tests.harness.machine import BINARY
+from tests.harness.pattern_guest import build, check_pattern
+from tests.harness.saved import Saved, goes_on, serial_says
 
 pytestmark = pytest.mark.qemu
 

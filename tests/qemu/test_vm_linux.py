@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.qemu.linux_guest import Console, LinuxGuest
-from tests.qemu.verbs import restored, save
+from tests.harness.linux_guest import Console, LinuxGuest
+from tests.harness.verbs import restored, save
 
 pytestmark = pytest.mark.qemu
 

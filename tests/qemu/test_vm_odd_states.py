@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import QemuError
-from pyqmigrate.format.devices import global_state
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.check import check
-from pyqmigrate.vm.run_state import LOADABLE, what_stopped
-from pyqmigrate.vm.save import save
-from tests.qemu.bare import BareQemu
-from tests.qemu.saving import wait_until
+from pyqmigrate.format.device.sections import global_state
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.vm.guest.run_state import LOADABLE, what_stopped
+from pyqmigrate.vm.outgoing.save import save
+from pyqmigrate.vm.plan.check import check
+from tests.harness.bare import BareQemu
+from tests.harness.saving import wait_until
 
 pytestmark = pytest.mark.qemu
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import vm
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.connection import Monitor
-from tests.qemu.bare import BareQemu
-from tests.qemu.compare import assert_same_blocks
-from tests.qemu.guest import build
-from tests.qemu.saved import RAM, Saved, goes_on, memory_of, serial_says
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.bare import BareQemu
+from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.pattern_guest import build
+from tests.harness.saved import RAM, Saved, goes_on, memory_of, serial_says
 
 pytestmark = pytest.mark.qemu
 

@@ -11,8 +11,8 @@ import pytest
 
 from pyqmigrate import NotDurable, Snapshot, verify_seal
 from pyqmigrate.io.channels import Progress
-from pyqmigrate.vm.record import read_record, record_path
-from tests.qemu.saving import source
+from pyqmigrate.vm.record.contents import read_record, record_path
+from tests.harness.saving import source
 
 pytestmark = pytest.mark.qemu
 

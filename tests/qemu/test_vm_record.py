@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import PyqmigrateError, UsageError
-from pyqmigrate.vm.record import record_path
-from tests.qemu.bare import BareQemu
-from tests.qemu.recorded import MIB, SIZE, VM, drive, image, restored, saved
+from pyqmigrate.vm.record.contents import record_path
+from tests.harness.bare import BareQemu
+from tests.harness.recorded import MIB, SIZE, VM, drive, image, restored, saved
 
 pytestmark = pytest.mark.qemu
 

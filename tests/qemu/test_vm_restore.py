@@ -14,14 +14,14 @@ import pytest
 
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.cloning import clone
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.launch import launch
-from pyqmigrate.vm.restoring import Mode, RestoredVm, restore
-from tests.qemu.compare import assert_same_blocks
-from tests.qemu.saved import (
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.vm.incoming.clone import clone
+from pyqmigrate.vm.incoming.restore import Mode, RestoredVm, restore
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.launch import launch
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.saved import (
     RAM,
     Saved,
     fill,
@@ -31,8 +31,8 @@ from tests.qemu.saved import (
     save_guest,
     serial_says,
 )
-from tests.qemu.unpacked import emulator
-from tests.qemu.version import qemu_version
+from tests.harness.unpacked import emulator
+from tests.harness.version import qemu_version
 
 pytestmark = pytest.mark.qemu
 

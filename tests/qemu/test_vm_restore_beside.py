@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-import pyqmigrate.vm.begin
-import pyqmigrate.vm.restoring
+import pyqmigrate.vm.incoming.early_start
+import pyqmigrate.vm.incoming.restore
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.qcow2 import encode_overlay
-from pyqmigrate.vm.cloning import clone
-from pyqmigrate.vm.restoring import restore
-from tests.qemu.bare import BareQemu
-from tests.qemu.machine import BINARY
+from pyqmigrate.vm.incoming.clone import clone
+from pyqmigrate.vm.incoming.restore import restore
+from tests.harness.bare import BareQemu
+from tests.harness.machine import BINARY
 
 pytestmark = pytest.mark.qemu
 
@@ -134,7 +134,7 @@ def test_overlay_over_its_disk_is_refused_and_one_over_a_copy_restores(
 def test_disk_that_only_qemu_finds_in_use_is_its_own_error(
     original: Original, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pyqmigrate.vm.begin, "refuse_in_use", lambda _: None)
+    monkeypatch.setattr(pyqmigrate.vm.incoming.early_start, "refuse_in_use", lambda _: None)
     error = attempt(original, original.command(), mode=mode)
     assert type(error) is QemuError
     assert "the guest cannot go on" in str(error)
@@ -148,13 +148,13 @@ def test_guest_that_hangs_in_inmigrate_is_an_error_with_qemus_lines(
 ) -> None:
     """As QEMU has it where it lets the guest run by itself: of a snapshot that does not show its
     run state."""
-    monkeypatch.setattr(pyqmigrate.vm.begin, "refuse_in_use", lambda _: None)
-    read = pyqmigrate.vm.restoring.read_saved_machine
+    monkeypatch.setattr(pyqmigrate.vm.incoming.early_start, "refuse_in_use", lambda _: None)
+    read = pyqmigrate.vm.incoming.restore.read_saved_machine
     monkeypatch.setattr(
-        pyqmigrate.vm.restoring, "read_saved_machine",
+        pyqmigrate.vm.incoming.restore, "read_saved_machine",
         lambda snapshot: read(snapshot)._replace(run_state=None),
     )  # fmt: skip
-    monkeypatch.setattr(pyqmigrate.vm.restoring, "_STATE_TIMEOUT", 0.5)
+    monkeypatch.setattr(pyqmigrate.vm.incoming.restore, "_STATE_TIMEOUT", 0.5)
     error = attempt(original, original.command())
     assert type(error) is QemuError
     assert "'inmigrate'" in str(error)

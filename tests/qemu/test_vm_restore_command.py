@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests.cli.command import COMMAND
-from tests.qemu.qmp import QmpClient
-from tests.qemu.saved import RAM, Saved, save_guest, serial_says
+from tests.harness.command import COMMAND
+from tests.harness.qmp import QmpClient
+from tests.harness.saved import RAM, Saved, save_guest, serial_says
 
 pytestmark = pytest.mark.qemu
 

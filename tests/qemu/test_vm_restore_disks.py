@@ -15,13 +15,13 @@ import pytest
 
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.format.qcow2 import encode_overlay
-from pyqmigrate.vm.cloning import clone
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.disk_identity import look_at_qcow2
-from pyqmigrate.vm.record import read_record
-from tests.qemu.bare import BareQemu
-from tests.qemu.machine import BINARY
-from tests.qemu.recorded import (
+from pyqmigrate.vm.incoming.clone import clone
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.record.contents import read_record
+from pyqmigrate.vm.record.disk_identity import look_at_qcow2
+from tests.harness.bare import BareQemu
+from tests.harness.machine import BINARY
+from tests.harness.recorded import (
     SIZE,
     VM,
     drive,
@@ -32,7 +32,7 @@ from tests.qemu.recorded import (
     saved,
     written,
 )
-from tests.qemu.unpacked import qemu_img
+from tests.harness.unpacked import qemu_img
 
 pytestmark = pytest.mark.qemu
 

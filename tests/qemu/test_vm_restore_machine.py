@@ -17,13 +17,13 @@ import pytest
 
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
-from pyqmigrate.format.devices import global_state
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.record_place import record_path
-from pyqmigrate.vm.restoring import RestoredVm, RestoreReport, restore
-from pyqmigrate.vm.saved_machine import read_saved_machine
-from tests.qemu.machine import BINARY
-from tests.qemu.unpacked import unpacked
+from pyqmigrate.format.device.sections import global_state
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport, restore
+from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
+from pyqmigrate.vm.record.place import record_path
+from tests.harness.machine import BINARY
+from tests.harness.unpacked import unpacked
 
 pytestmark = pytest.mark.qemu
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.restoring import RestoreReport, restore
-from tests.qemu.bare import BareQemu
-from tests.qemu.compare import assert_same_blocks
-from tests.qemu.guest import build
-from tests.qemu.saved import RAM, Saved, memory_of, migrate, save_guest, serial_says
+from pyqmigrate.vm.incoming.restore import RestoreReport, restore
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.bare import BareQemu
+from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.pattern_guest import build
+from tests.harness.saved import RAM, Saved, memory_of, migrate, save_guest, serial_says
 
 pytestmark = pytest.mark.qemu
 

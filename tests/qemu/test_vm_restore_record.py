@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import SnapshotError, UsageError
-from pyqmigrate.vm.cloning import clone
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.record import read_record, record_path
-from pyqmigrate.vm.recorded_command import recorded_command
-from pyqmigrate.vm.save import save
-from pyqmigrate.vm.written_files import written_files
-from tests.qemu.bare import BareQemu
-from tests.qemu.machine import BINARY, GuestRam
-from tests.qemu.recorded import VM, drive, going_on, image, overlays, restored, saved
+from pyqmigrate.vm.guest.written_files import written_files
+from pyqmigrate.vm.incoming.clone import clone
+from pyqmigrate.vm.outgoing.save import save
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.record.command import recorded_command
+from pyqmigrate.vm.record.contents import read_record, record_path
+from tests.harness.bare import BareQemu
+from tests.harness.machine import BINARY, GuestRam
+from tests.harness.recorded import VM, drive, going_on, image, overlays, restored, saved
 
 pytestmark = pytest.mark.qemu
 
@@ -249,16 +249,17 @@ async def files(monitor: Monitor) -> list[str]:
 def test_record_costs_a_restore_little(plain: Path) -> None:
     """What is imported for it before QEMU starts is small, and has no event loop."""
     code = (
-        "import sys, pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.begin\n"
-        "from pyqmigrate.vm.request import Disks\n"
-        "from pyqmigrate.vm.restore_command import choose_command\n"
-        "from pyqmigrate.vm.source import Source\n"
+        "import sys, pyqmigrate.cli, pyqmigrate.cli.vm.restore\n"
+        "import pyqmigrate.vm.incoming.early_start\n"
+        "from pyqmigrate.vm.incoming.request import Disks\n"
+        "from pyqmigrate.vm.incoming.restore_command import choose_command\n"
+        "from pyqmigrate.vm.incoming.source import Source\n"
         "before = {*sys.modules}\n"
         f"source = Source({str(plain)!r}, None)\n"
         "choose_command(source, None, Disks())\n"
         "print(*({*sys.modules} - before))"
     )
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
-    assert "pyqmigrate.vm.record" in loaded
+    assert "pyqmigrate.vm.record.contents" in loaded
     assert not {"asyncio", "ssl", "hashlib", "qemu.qmp", "datetime"} & loaded
     assert len(loaded) < 25, loaded

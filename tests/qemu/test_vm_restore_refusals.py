@@ -20,8 +20,8 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.vm.restoring import Mode, RestoredVm, restore
-from tests.qemu.saved import RAM, Saved, goes_on, save_guest
+from pyqmigrate.vm.incoming.restore import Mode, RestoredVm, restore
+from tests.harness.saved import RAM, Saved, goes_on, save_guest
 
 pytestmark = pytest.mark.qemu
 

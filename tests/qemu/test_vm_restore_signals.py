@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import COMMAND
-from tests.qemu.saved import RAM, Saved, save_guest
+from tests.harness.command import COMMAND
+from tests.harness.saved import RAM, Saved, save_guest
 
 pytestmark = pytest.mark.qemu
 
@@ -72,10 +72,10 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("verb", "module", "function"),
     [
-        ("restore", "pyqmigrate.vm.restoring", "compare_blocks"),  # QEMU answers
-        ("restore", "pyqmigrate.vm.loading", "_wait"),  # it loads
-        ("restore", "pyqmigrate.vm.restoring", "_run_state"),  # it has loaded
-        ("clone", "pyqmigrate.vm.loading", "_wait"),
+        ("restore", "pyqmigrate.vm.incoming.restore", "compare_blocks"),  # QEMU answers
+        ("restore", "pyqmigrate.vm.incoming.load", "_wait"),  # it loads
+        ("restore", "pyqmigrate.vm.incoming.restore", "_run_state"),  # it has loaded
+        ("clone", "pyqmigrate.vm.incoming.load", "_wait"),
     ],
 )
 def test_signal_while_qemu_loads_ends_it_before_the_guest_runs(

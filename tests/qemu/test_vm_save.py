@@ -15,11 +15,11 @@ import pytest
 from pyqmigrate import Snapshot
 from pyqmigrate.errors import NotSupported, QemuError, UsageError
 from pyqmigrate.io.channels import Progress
-from pyqmigrate.vm.record import read_record
-from pyqmigrate.vm.save import _Save, save
-from tests.qemu.guest import check_pattern
-from tests.qemu.machine import RAM_BLOCK
-from tests.qemu.saving import KINDS, loaded, source, wait_until
+from pyqmigrate.vm.outgoing.save import _Save, save
+from pyqmigrate.vm.record.contents import read_record
+from tests.harness.machine import RAM_BLOCK
+from tests.harness.pattern_guest import check_pattern
+from tests.harness.saving import KINDS, loaded, source, wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -98,7 +98,7 @@ def test_live_save_is_qemus_and_says_why(disk: Path) -> None:
 def test_guest_that_never_stands_still_is_stopped_after_some_passes(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyqmigrate.vm.engine_qemu._PASSES", 3)  # on a busy machine it is slower
+    monkeypatch.setattr("pyqmigrate.vm.outgoing.qemu._PASSES", 3)  # on a busy machine it is slower
     with source(disk, length=128 << 20) as guest:
         guest.vm.execute("migrate-set-parameters", {"downtime-limit": 1})
         guest.before = guest.settings()
@@ -138,8 +138,8 @@ def test_end_of_a_migration_is_reported_without_being_asked_for(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Questions alone would take a minute each here."""
-    monkeypatch.setattr("pyqmigrate.vm.migrating._FIRST_WAIT", 60.0)
-    monkeypatch.setattr("pyqmigrate.vm.migrating._LONGEST_WAIT", 60.0)
+    monkeypatch.setattr("pyqmigrate.vm.outgoing.migrate._FIRST_WAIT", 60.0)
+    monkeypatch.setattr("pyqmigrate.vm.outgoing.migrate._LONGEST_WAIT", 60.0)
     with source(disk) as guest:
         events = [{"capability": "events", "state": False}]
         guest.vm.execute("migrate-set-capabilities", {"capabilities": events})
@@ -182,8 +182,8 @@ def test_then_quit_ends_qemu_after_the_snapshot_has_its_name(engine: str, disk: 
 
 
 def test_qemu_that_does_not_quit_is_told(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyqmigrate.vm.save._QUIT_TIMEOUT", 0.5)
-    monkeypatch.setattr("pyqmigrate.vm.save._Save._end", held_up(_Save._end))
+    monkeypatch.setattr("pyqmigrate.vm.outgoing.save._QUIT_TIMEOUT", 0.5)
+    monkeypatch.setattr("pyqmigrate.vm.outgoing.save._Save._end", held_up(_Save._end))
     with source(disk) as guest:
         report = guest.save(disk / "snapshot", then="quit")
         guest.vm.process.send_signal(signal.SIGCONT)

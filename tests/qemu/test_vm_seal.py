@@ -10,13 +10,13 @@ import pytest
 
 from pyqmigrate import Snapshot, seal, verify_seal
 from pyqmigrate.errors import TargetError
-from pyqmigrate.io.digests import Digests
-from pyqmigrate.sealing import current_seal, stale_pages
-from pyqmigrate.vm.restoring import restore
-from tests.qemu.compare import assert_same_blocks
-from tests.qemu.guest import check_pattern
-from tests.qemu.saved import Saved, memory_of, save_guest
-from tests.qemu.saving import loaded, source
+from pyqmigrate.integrity.digests import Digests
+from pyqmigrate.integrity.seal import current_seal, stale_pages
+from pyqmigrate.vm.incoming.restore import restore
+from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.pattern_guest import check_pattern
+from tests.harness.saved import Saved, memory_of, save_guest
+from tests.harness.saving import loaded, source
 
 pytestmark = pytest.mark.qemu
 

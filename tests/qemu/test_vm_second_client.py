@@ -10,11 +10,11 @@ import pytest
 
 from pyqmigrate import Snapshot
 from pyqmigrate.errors import QemuError, QemuGone
-from pyqmigrate.vm import engine_direct
-from pyqmigrate.vm.custody import Custody
-from tests.qemu.guest import check_pattern
-from tests.qemu.qmp import QmpError
-from tests.qemu.saving import Source, source
+from pyqmigrate.vm.outgoing import direct as engine_direct
+from pyqmigrate.vm.outgoing.transaction import Custody
+from tests.harness.pattern_guest import check_pattern
+from tests.harness.qmp import QmpError
+from tests.harness.saving import Source, source
 
 pytestmark = pytest.mark.qemu
 

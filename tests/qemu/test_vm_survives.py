@@ -18,11 +18,11 @@ import pytest
 from pyqmigrate import Snapshot
 from pyqmigrate.errors import QemuError, QemuGone, TargetError
 from pyqmigrate.io.target import OutputTarget
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.custody import Custody
-from pyqmigrate.vm.memory_map import GuestBlock, find_memory
-from pyqmigrate.vm.save import save
-from tests.qemu.saving import ROOT, Source, source, wait_until
+from pyqmigrate.vm.guest.memory import GuestBlock, find_memory
+from pyqmigrate.vm.outgoing.save import save
+from pyqmigrate.vm.outgoing.transaction import Custody
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.saving import ROOT, Source, source, wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -217,7 +217,7 @@ def test_save_cancelled_while_it_looks_keeps_no_memory_open(
         time.sleep(0.3)
         return find_memory(*arguments)
 
-    monkeypatch.setattr("pyqmigrate.vm.guest.find_memory", slow)
+    monkeypatch.setattr("pyqmigrate.vm.guest.inspect.find_memory", slow)
 
     async def cancelled(guest: Source) -> None:
         task = asyncio.ensure_future(save(guest.socket, disk / "snapshot"))

@@ -18,19 +18,19 @@ import pytest
 
 from pyqmigrate import open_snapshot
 from pyqmigrate.cli import main
-from pyqmigrate.device_listing import cpu_registers, devices
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
-from pyqmigrate.vm import twin
-from pyqmigrate.vm.check import check
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.launch import Launched
-from pyqmigrate.vm.loading import Incoming
-from pyqmigrate.vm.save import VmSaveReport, save
-from pyqmigrate.vm.twin import describe_snapshot
-from tests.qemu.bare import BareQemu
-from tests.qemu.saving import Source, source, wait_until
+from pyqmigrate.snapshot.devices import cpu_registers, devices
+from pyqmigrate.vm.incoming.load import Incoming
+from pyqmigrate.vm.outgoing.save import VmSaveReport, save
+from pyqmigrate.vm.plan.check import check
+from pyqmigrate.vm.qemu.launch import Launched
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.twin import twin
+from pyqmigrate.vm.twin.twin import describe_snapshot
+from tests.harness.bare import BareQemu
+from tests.harness.saving import Source, source, wait_until
 
 pytestmark = pytest.mark.qemu
 

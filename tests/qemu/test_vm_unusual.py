@@ -12,13 +12,13 @@ import pytest
 
 from pyqmigrate import vm
 from pyqmigrate.errors import NotSupported, QemuError
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.guest import look
-from tests.qemu.bare import BareQemu
-from tests.qemu.compare import assert_same_blocks
-from tests.qemu.guest import build
-from tests.qemu.machine import BINARY
-from tests.qemu.saved import RAM, memory_of, serial_says
+from pyqmigrate.vm.guest.inspect import look
+from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.bare import BareQemu
+from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.machine import BINARY
+from tests.harness.pattern_guest import build
+from tests.harness.saved import RAM, memory_of, serial_says
 
 pytestmark = pytest.mark.qemu
 

@@ -11,7 +11,7 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import Form, RamBlock, UsageError
-from tests.snapshots import known_memory
+from tests.harness.snapshots import known_memory
 
 
 class _Anything:

@@ -31,7 +31,7 @@ from pyqmigrate import (
     TargetError,
     UsageError,
 )
-from tests.snapshots import known_memory, save_known
+from tests.harness.snapshots import known_memory, save_known
 
 
 @pytest.mark.parametrize(

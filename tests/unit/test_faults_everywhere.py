@@ -17,7 +17,7 @@ from pyqmigrate import NoSpace
 from pyqmigrate.errors import target_error
 from tests.conftest import directory_on_disk
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "harness" / "faults.c"
 
 

@@ -16,12 +16,12 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.io.threads import start_thread, starting_threads
 from pyqmigrate.migration import Migration
-from pyqmigrate.opening import open_snapshot
-from pyqmigrate.options import Policy
-from pyqmigrate.sequential import start_sequential_save
-from pyqmigrate.status import Status
-from pyqmigrate.vm.estimate import measure_rate
-from tests.snapshots import known_memory, save_known
+from pyqmigrate.qapi import Policy
+from pyqmigrate.qapi.status import Status
+from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.vm.plan.estimate import measure_rate
+from tests.harness.snapshots import known_memory, save_known
 
 Work = Callable[[Path], object]
 

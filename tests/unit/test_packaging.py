@@ -16,7 +16,7 @@ import pytest
 
 import pyqmigrate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def build(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -34,11 +34,11 @@ from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.vm.settings import setting_lines
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.save.writer import Sparse
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.check import CheckReport
-    from pyqmigrate.vm.guest import GuestBlock
+    from pyqmigrate.vm.guest.inspect import GuestBlock
+    from pyqmigrate.vm.plan.check import CheckReport
 
 __all__ = ["add_parser"]
 
@@ -73,8 +73,8 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 async def _check(args: argparse.Namespace) -> CheckReport:
     # The library for QMP is an extra: what does not need it works without.
-    from pyqmigrate.vm.check import check
-    from pyqmigrate.vm.connection import Monitor
+    from pyqmigrate.vm.plan.check import check
+    from pyqmigrate.vm.qemu.monitor import Monitor
 
     async with await Monitor.connect(args.qmp) as monitor:
         return await check(

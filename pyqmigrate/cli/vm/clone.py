@@ -39,7 +39,7 @@ from pyqmigrate.cli.vm.restore import add_command, add_disks, add_run_state, end
 from pyqmigrate.errors import QemuError
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.cloning import Clone
+    from pyqmigrate.vm.incoming.clone import Clone
 
 __all__ = ["add_parser"]
 
@@ -62,13 +62,13 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    from pyqmigrate.vm.inherited import inherited_descriptors
+    from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
 
     return run_interruptible(_clone(args, inherited_descriptors()))
 
 
 async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
-    from pyqmigrate.vm.cloning import clone
+    from pyqmigrate.vm.incoming.clone import clone
 
     clones = await clone(
         args.snapshot, args.command or None, args.count, directory=args.dir, mode=args.mode,

@@ -48,13 +48,13 @@ from pyqmigrate.cli.arguments import (
 )
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, announce, counted, printable
-from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.target import DirectIO
+from pyqmigrate.qapi.monitor_address import monitor_path
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.begin import Early
-    from pyqmigrate.vm.request import Disks, Request
-    from pyqmigrate.vm.restoring import RestoredVm, RestoreReport
+    from pyqmigrate.vm.incoming.early_start import Early
+    from pyqmigrate.vm.incoming.request import Disks, Request
+    from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport
 
 __all__ = ["add_command", "add_disks", "add_parser", "add_run_state", "ended", "pass_signals_on",
            "report_lines"]  # fmt: skip
@@ -109,7 +109,7 @@ def add_disks(parser: argparse.ArgumentParser, where: str) -> None:
 
 
 def read_disks(args: argparse.Namespace) -> Disks:
-    from pyqmigrate.vm.request import Disks
+    from pyqmigrate.vm.incoming.request import Disks
 
     directory = None if args.disks_dir is None else Path(args.disks_dir)
     return Disks(args.with_disks, directory, args.disks_as_they_are)
@@ -125,9 +125,9 @@ def add_command(parser: Parser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    from pyqmigrate.vm.begin import begin
-    from pyqmigrate.vm.inherited import inherited_descriptors
-    from pyqmigrate.vm.request import Mode, Request
+    from pyqmigrate.vm.incoming.early_start import begin
+    from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
+    from pyqmigrate.vm.incoming.request import Mode, Request
 
     qmp = None if args.qmp is None else monitor_path(args.qmp)
     request = Request(
@@ -150,7 +150,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 async def _restore(args: argparse.Namespace, request: Request, early: Early | None) -> Outcome:
-    from pyqmigrate.vm.restoring import restore, restore_begun
+    from pyqmigrate.vm.incoming.restore import restore, restore_begun
 
     if early is not None:
         vm = await restore_begun(early)

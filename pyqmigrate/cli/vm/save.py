@@ -46,10 +46,10 @@ from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import refuse_standard
 from pyqmigrate.cli.vm.settings import setting_lines
 from pyqmigrate.io.target import seal_path
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.save.writer import Sparse
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.save import VmSaveReport
+    from pyqmigrate.vm.outgoing.save import VmSaveReport
 
 __all__ = ["add_parser"]
 
@@ -89,7 +89,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def _run(args: argparse.Namespace) -> Outcome:
     # The library for QMP is an extra: what does not need it works without.
-    from pyqmigrate.vm.save import save
+    from pyqmigrate.vm.outgoing.save import save
 
     refuse_standard(args.snapshot, "the snapshot of a guest is written to a file")
     with shown("vm save") as show:

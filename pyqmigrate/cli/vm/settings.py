@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.settings import UsedSetting
+    from pyqmigrate.vm.plan.settings import UsedSetting
 
 __all__ = ["setting_lines"]
 

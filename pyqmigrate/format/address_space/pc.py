@@ -25,8 +25,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.device_tree import Device
-from pyqmigrate.format.placement import Hole, Placement
+from pyqmigrate.format.address_space.placement import Hole, Placement
+from pyqmigrate.format.device.values import Device
 
 __all__ = ["PC_FAMILY", "TOLD_LESS", "PcMachine", "Ram", "layers"]
 
@@ -271,7 +271,7 @@ def _pci_config(device: Device) -> bytes | None:
 
 def _undescribed(device: Device) -> bytes:
     """The body of a section that nothing describes: without a description, or with one that makes
-    it a single buffer, as that of a direct save does (pyqmigrate.format.device_state)."""
+    it a single buffer, as that of a direct save does (pyqmigrate.format.device.decode)."""
     fields = device.state.fields
     if len(fields) != 1 or device.state.subsections or fields[0].name not in ("", _WHOLE):
         return b""

@@ -5,7 +5,8 @@
 
 A snapshot names blocks and does not say at which guest-physical addresses they can be seen. That
 follows from the machine type, and in part from the device state: see
-:mod:`~pyqmigrate.format.pc_memory` for the PC family. Other machines have their RAM in one piece.
+:mod:`~pyqmigrate.format.address_space.pc` for the PC family. Other machines have their RAM in one
+piece.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from dataclasses import dataclass, replace
 
 from pyqmigrate.argument_types import check
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.cpu_state import (
+from pyqmigrate.format.address_space.pc import PC_FAMILY, TOLD_LESS, PcMachine, Ram, layers
+from pyqmigrate.format.address_space.placement import GivenPlacement, Placement, overlay
+from pyqmigrate.format.address_space.srat import nodes_in_order
+from pyqmigrate.format.device.cpu import (
     Architecture,
     CpuRegisters,
     cpu_registers,
     power_is_little_endian,
 )
-from pyqmigrate.format.device_tree import Device
-from pyqmigrate.format.pc_memory import PC_FAMILY, TOLD_LESS, PcMachine, Ram, layers
-from pyqmigrate.format.placement import GivenPlacement, Placement, overlay
-from pyqmigrate.format.srat import nodes_in_order
+from pyqmigrate.format.device.values import Device
 
 __all__ = [
     "GivenPlacement",

@@ -11,8 +11,8 @@ import json
 from itertools import zip_longest
 from typing import Any
 
-from pyqmigrate.format.description import body_lengths, parse
-from pyqmigrate.format.device_walk import InMemory, walk_devices
+from pyqmigrate.format.stream.description import body_lengths, parse
+from pyqmigrate.format.stream.device_only import InMemory, walk_devices
 
 __all__ = ["without_broken"]
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from pyqmigrate.argument_types import check
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.device_tree import Device, State, Value
+from pyqmigrate.format.device.values import Device, State, Value
 
 __all__ = [
     "Architecture",

@@ -25,10 +25,17 @@ from typing import Any, Protocol
 
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.cursor import ByteSource
-from pyqmigrate.format.description import parse
-from pyqmigrate.format.device_tree import Device, Field, State, Value
-from pyqmigrate.format.elements import Section, SectionKind
-from pyqmigrate.format.vmstate_types import GTREE, LISTS, VECTORS, decode_array, decode_one, width
+from pyqmigrate.format.device.values import Device, Field, State, Value
+from pyqmigrate.format.device.vmstate_types import (
+    GTREE,
+    LISTS,
+    VECTORS,
+    decode_array,
+    decode_one,
+    width,
+)
+from pyqmigrate.format.stream.description import parse
+from pyqmigrate.format.stream.wire import Section, SectionKind
 
 __all__ = [
     "DEVICE_STATE_MAX",

@@ -3,7 +3,7 @@
 Two QEMUs of one machine write the same device sections. The description that one of them wrote
 holds for the bytes of the other when they have the same sections in the same order, each as long
 and of the same version, and when it explains both bodies of each section or neither (it cannot
-explain some: :mod:`~pyqmigrate.format.device_state`). A subsection that only one of them has shows
+explain some: :mod:`~pyqmigrate.format.device.decode`). A subsection that only one of them has shows
 in the length, and in its name, which is part of the body.
 """
 
@@ -14,10 +14,10 @@ from itertools import zip_longest
 from typing import Any
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.format.description import body_lengths
-from pyqmigrate.format.device_state import Budget, decode_device, described_devices
-from pyqmigrate.format.device_walk import InMemory, walk_devices
-from pyqmigrate.format.elements import Section
+from pyqmigrate.format.device.decode import Budget, decode_device, described_devices
+from pyqmigrate.format.stream.description import body_lengths
+from pyqmigrate.format.stream.device_only import InMemory, walk_devices
+from pyqmigrate.format.stream.wire import Section
 
 __all__ = ["check_described"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.elements import FOOTER_TYPE, INSTANCE, SECTION_ID, SectionKind
+from pyqmigrate.format.stream.wire import FOOTER_TYPE, INSTANCE, SECTION_ID, SectionKind
 
 __all__ = ["DeviceSection", "encode_devices", "global_state", "run_state_of"]
 

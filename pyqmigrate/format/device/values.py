@@ -1,4 +1,4 @@
-"""Device state as values: what :mod:`~pyqmigrate.format.device_state` makes of a section.
+"""Device state as values: what :mod:`~pyqmigrate.format.device.decode` makes of a section.
 
 A :class:`Device` is one section of the stream; its ``state`` is a tree of :class:`State` and
 :class:`Field` with the names and types of the stream's own description::

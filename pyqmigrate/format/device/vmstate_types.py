@@ -11,7 +11,7 @@ import array
 import struct
 from dataclasses import dataclass
 
-from pyqmigrate.format.device_tree import Scalar
+from pyqmigrate.format.device.values import Scalar
 
 __all__ = ["GTREE", "LISTS", "VECTORS", "decode_array", "decode_one", "width"]
 

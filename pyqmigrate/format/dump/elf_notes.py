@@ -11,9 +11,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 
-from pyqmigrate.format.cpu_state import Architecture, CpuRegisters, Segment
-from pyqmigrate.format.device_tree import Device
-from pyqmigrate.format.elf import encode_note
+from pyqmigrate.format.device.cpu import Architecture, CpuRegisters, Segment
+from pyqmigrate.format.device.values import Device
+from pyqmigrate.format.dump.elf import encode_note
 
 __all__ = ["cpu_notes"]
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.errors import SnapshotError, UsageError
-from pyqmigrate.format.configuration import Configuration, described
 from pyqmigrate.format.cursor import ByteSource, Cursor
+from pyqmigrate.format.stream.configuration import Configuration, described
 
 __all__ = [
     "DESCRIPTION_MAX",

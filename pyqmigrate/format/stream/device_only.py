@@ -6,7 +6,7 @@
     FULL sections
     0x00
 
-The elements are those of any stream (:mod:`~pyqmigrate.format.elements`), but there is neither a
+The elements are those of any stream (:mod:`~pyqmigrate.format.stream.wire`), but there is neither a
 configuration nor RAM, and no description: where a section ends is found by its footer, by what
 follows it, and in the end by the walk's arriving at the end of the file.
 """
@@ -17,10 +17,10 @@ import struct
 from collections.abc import Mapping
 
 from pyqmigrate.errors import SnapshotError
-from pyqmigrate.format.configuration import Configuration
 from pyqmigrate.format.cursor import ByteSource
-from pyqmigrate.format.elements import MAGIC, VERSION, Section, SectionKind
-from pyqmigrate.format.walk import Walk
+from pyqmigrate.format.stream.configuration import Configuration
+from pyqmigrate.format.stream.reader import Walk
+from pyqmigrate.format.stream.wire import MAGIC, VERSION, Section, SectionKind
 
 __all__ = ["HEADER", "HEADER_LENGTH", "InMemory", "walk_devices"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pyqmigrate.errors import NotSupported, SnapshotError
-from pyqmigrate.format import mapped_ram
-from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM
 from pyqmigrate.format.cursor import ByteSource
-from pyqmigrate.format.elements import Stream
-from pyqmigrate.format.mapped_ram import BlockLayout
-from pyqmigrate.format.walk import Walk
+from pyqmigrate.format.stream import mapped_ram
+from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
+from pyqmigrate.format.stream.reader import Walk
+from pyqmigrate.format.stream.wire import Stream
 
 __all__ = ["parse"]
 

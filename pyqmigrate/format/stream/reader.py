@@ -11,9 +11,10 @@ import abc
 from collections.abc import Callable, Iterator
 
 from pyqmigrate.errors import NotSupported, SnapshotError
-from pyqmigrate.format import configuration, description, live_sections, mapped_ram
 from pyqmigrate.format.cursor import ByteSource, Cursor
-from pyqmigrate.format.elements import (
+from pyqmigrate.format.stream import configuration, description, live_sections, mapped_ram
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
+from pyqmigrate.format.stream.wire import (
     COMMAND,
     COMMAND_NAMES,
     COMMAND_PACKAGED,
@@ -33,7 +34,6 @@ from pyqmigrate.format.elements import (
     Section,
     SectionKind,
 )
-from pyqmigrate.format.mapped_ram import OFFSET_MAX
 
 __all__ = ["ELEMENTS_MAX", "LISTED_MAX", "PARTS_LISTED", "Walk"]
 

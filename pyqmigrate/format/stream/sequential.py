@@ -1,6 +1,7 @@
 """The classic stream: RAM as records of pages, one after another, without fixed places.
 
-The elements are those of any stream (:mod:`~pyqmigrate.format.elements`); the capabilities do not
+The elements are those of any stream (:mod:`~pyqmigrate.format.stream.wire`); the capabilities do
+not
 list ``mapped-ram``. RAM's sections, big-endian throughout (format document, 2.1 and 3)::
 
     START    u64 total | 4, the blocks, u64 0x10
@@ -24,12 +25,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, SnapshotError
-from pyqmigrate.format.configuration import IGNORE_SHARED, MAPPED_RAM, Configuration
 from pyqmigrate.format.cursor import ByteSource
-from pyqmigrate.format.elements import Section
-from pyqmigrate.format.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGE_SIZES, BlockSpec
-from pyqmigrate.format.stream import RAM_EOS, encode_end, encode_front, encode_part_header
-from pyqmigrate.format.walk import Walk
+from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM, Configuration
+from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGE_SIZES, BlockSpec
+from pyqmigrate.format.stream.reader import Walk
+from pyqmigrate.format.stream.wire import Section
+from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_front, encode_part_header
 
 __all__ = [
     "RAM_EOS",
@@ -64,7 +65,7 @@ class SequentialBlock:
 class SequentialStream:
     """A classic stream that was walked to its end. Offsets are absolute in the file.
 
-    Fields as in :class:`~pyqmigrate.format.elements.Stream`. ``ignore_shared`` says that blocks
+    Fields as in :class:`~pyqmigrate.format.stream.wire.Stream`. ``ignore_shared`` says that blocks
     without any record may have their content in a file of their own.
     """
 
@@ -103,7 +104,7 @@ def encode_head(
 ) -> bytes:
     """The start of a stream with these blocks, up to the end of RAM's START.
 
-    Arguments and errors as in :func:`pyqmigrate.format.stream.encode_head`.
+    Arguments and errors as in :func:`pyqmigrate.format.stream.writer.encode_head`.
     """
     settings = settings_of(
         machine, target_page_bits=target_page_bits, uuid=uuid, ignore_shared=ignore_shared
@@ -122,7 +123,7 @@ class SequentialWalk(Walk):
     ``page_size`` (bytes) is used where the stream tells none. ``read_records`` is called at the
     start of each body of records with its file offset, and returns the offset just after it.
     After ``read_head``, ``blocks`` and ``page_size`` hold. Raises as
-    :func:`pyqmigrate.format.stream.parse` does, and what ``read_records`` raises.
+    :func:`pyqmigrate.format.stream.writer.parse` does, and what ``read_records`` raises.
     """
 
     unfinished = "no RAM END section: the save did not finish, or it was a background snapshot"

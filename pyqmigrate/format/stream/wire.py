@@ -20,7 +20,7 @@ The grammar, big-endian throughout (format document, 1); ``S`` is where the stre
     RAM body of END      u64 0x10; the bitmaps are in place when it is
 
 A body has no length: RAM's is understood, a device's comes from the description. The stream
-jumps over each block's bitmap and pages (:mod:`~pyqmigrate.format.mapped_ram`).
+jumps over each block's bitmap and pages (:mod:`~pyqmigrate.format.stream.mapped_ram`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 
 __all__ = ["MAGIC", "Section", "SectionKind", "Stream"]
 

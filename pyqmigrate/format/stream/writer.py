@@ -1,7 +1,7 @@
 """The migration stream, written and read.
 
-A stream is a sequence of elements (:mod:`~pyqmigrate.format.elements` has the grammar); RAM's
-jumps over each block's bitmap and pages (:mod:`~pyqmigrate.format.mapped_ram`).
+A stream is a sequence of elements (:mod:`~pyqmigrate.format.stream.wire` has the grammar); RAM's
+jumps over each block's bitmap and pages (:mod:`~pyqmigrate.format.stream.mapped_ram`).
 
 A writer puts ``encode_head(...).pieces`` into the file, then pages and bitmaps at the offsets of
 ``Head.blocks``, then ``encode_tail(...)`` at ``Head.tail_offset``::
@@ -19,11 +19,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format import configuration
 from pyqmigrate.format.cursor import ByteSource
-from pyqmigrate.format.description import encode as encode_description
-from pyqmigrate.format.description import no_devices, with_configuration
-from pyqmigrate.format.elements import (
+from pyqmigrate.format.stream import configuration
+from pyqmigrate.format.stream.description import encode as encode_description
+from pyqmigrate.format.stream.description import no_devices, with_configuration
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, BlockLayout, BlockSpec, encode_entry
+from pyqmigrate.format.stream.mapped_ram_reader import parse
+from pyqmigrate.format.stream.wire import (
     COMMAND,
     COMMAND_SWITCHOVER_START,
     FLAG_EOS,
@@ -44,8 +46,6 @@ from pyqmigrate.format.elements import (
     SectionKind,
     Stream,
 )
-from pyqmigrate.format.mapped_ram import OFFSET_MAX, BlockLayout, BlockSpec, encode_entry
-from pyqmigrate.format.mapped_walk import parse
 
 __all__ = [
     "MAGIC",

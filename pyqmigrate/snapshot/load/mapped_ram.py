@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate import _core
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import BlockMismatch, SnapshotError, TargetError
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, check_channels, core_block, cut
 from pyqmigrate.io.memory import Attached, Memory
 from pyqmigrate.io.target import DirectIO, InputTarget, core_file
 from pyqmigrate.log import logger
-from pyqmigrate.spelling import choice
 
 __all__ = ["Clear", "LoadReport", "start_load"]
 
@@ -40,8 +40,8 @@ class Clear(enum.StrEnum):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did; fields as in :class:`~pyqmigrate.writer.SaveReport`. ``bytes_read`` includes
-    the gaps that were read over."""
+    """What a load did; fields as in :class:`~pyqmigrate.snapshot.save.writer.SaveReport`.
+    ``bytes_read`` includes the gaps that were read over."""
 
     data_pages: int
     zero_pages: int

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate import _core
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import (
     BlockMismatch,
     Cancelled,
@@ -31,9 +32,8 @@ from pyqmigrate.errors import (
     SnapshotTruncated,
     TargetError,
 )
-from pyqmigrate.format.devices import DeviceSection
-from pyqmigrate.format.elements import MAGIC, SectionKind
-from pyqmigrate.format.sequential import (
+from pyqmigrate.format.device.sections import DeviceSection
+from pyqmigrate.format.stream.sequential import (
     RAM_EOS,
     SequentialBlock,
     SequentialStream,
@@ -43,16 +43,16 @@ from pyqmigrate.format.sequential import (
     encode_part_header,
     settings_of,
 )
+from pyqmigrate.format.stream.wire import MAGIC, SectionKind
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
 from pyqmigrate.io.forward_output import ForwardOutput, goes_forward
 from pyqmigrate.io.memory import Attached, Memory, RamBlock
-from pyqmigrate.io.passing import PassingInput
+from pyqmigrate.io.pipe import PassingInput
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
-from pyqmigrate.load import Clear, LoadReport
 from pyqmigrate.log import logger
-from pyqmigrate.spelling import choice
-from pyqmigrate.writer import SaveReport, Sparse, StreamWriter
+from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
+from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
 
 __all__ = [
     "DEVICE_STATE_MAX",

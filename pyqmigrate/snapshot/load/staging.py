@@ -23,13 +23,13 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.errors import PyqmigrateError
-from pyqmigrate.format.sequential import SequentialBlock, SequentialStream, SequentialWalk
+from pyqmigrate.format.stream.sequential import SequentialBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, failure
 from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.target import Direct, InputTarget, core_file
 from pyqmigrate.io.threads import starting_threads
-from pyqmigrate.sequential import PolledSource, Records, read_body
+from pyqmigrate.snapshot.load.sequential import PolledSource, Records, read_body
 
 __all__ = ["Place", "StagedPass"]
 

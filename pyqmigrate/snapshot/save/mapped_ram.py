@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.format.mapped_ram import BlockLayout
-from pyqmigrate.format.stream import MAGIC, Head, encode_head, encode_tail
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
+from pyqmigrate.format.stream.writer import MAGIC, Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import (
     Channels,
@@ -28,7 +28,7 @@ from pyqmigrate.io.target import (
     core_file,
     stream_offset,
 )
-from pyqmigrate.writer import SaveReport, Sparse, StreamWriter, WriteObserver
+from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter, WriteObserver
 
 __all__ = ["Writer"]
 

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from pyqmigrate import _core
 from pyqmigrate.errors import Cancelled, NoSpace, UsageError
-from pyqmigrate.format.configuration import Configuration
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.elements import MAGIC
-from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.format.stream import Head
+from pyqmigrate.format.stream.configuration import Configuration
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.wire import MAGIC
+from pyqmigrate.format.stream.writer import Head
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.memory import Attached, RamBlock, attach, check_blocks, files_of

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate.errors import QemuError, UsageError
-from pyqmigrate.vm.disks import seen_here
-from pyqmigrate.vm.process import command_of
+from pyqmigrate.vm.guest.disks import seen_here
+from pyqmigrate.vm.guest.process import command_of
 
 __all__ = ["find_agent", "set_time"]
 

@@ -35,7 +35,7 @@ async def correct_clock(pid: int | None, agent: str | os.PathLike[str] | None) -
     ``agent`` is the agent's socket; None finds it in QEMU's command line. Takes a few seconds at
     most; an agent that does not answer is not an error.
     """
-    from pyqmigrate.vm.guest_agent import find_agent, set_time  # no restore without it waits for it
+    from pyqmigrate.vm.guest.agent import find_agent, set_time  # no restore without it waits for it
 
     path = Path(agent) if agent is not None else find_agent(pid)
     if path is None:

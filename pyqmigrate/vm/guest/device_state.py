@@ -30,20 +30,25 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, UsageError
-from pyqmigrate.format.description import HEADER_LENGTH as DESCRIPTION_HEADER
-from pyqmigrate.format.device_walk import HEADER_LENGTH, walk_devices
-from pyqmigrate.format.devices import DeviceSection, encode_devices, global_state, run_state_of
-from pyqmigrate.format.elements import RAM_NAME, Section, SectionKind, Stream
-from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.format.sequential import SequentialStream
+from pyqmigrate.format.device.sections import (
+    DeviceSection,
+    encode_devices,
+    global_state,
+    run_state_of,
+)
+from pyqmigrate.format.stream.description import HEADER_LENGTH as DESCRIPTION_HEADER
+from pyqmigrate.format.stream.device_only import HEADER_LENGTH, walk_devices
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.sequential import SequentialStream
+from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.io.channels import Job, check_channels
 from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, StoredMemory
 from pyqmigrate.io.target import DirectIO, InputTarget, Target
-from pyqmigrate.saving import Writer
-from pyqmigrate.sequential import DEVICE_STATE_MAX, SequentialReader
-from pyqmigrate.spelling import choice
-from pyqmigrate.writer import SaveReport, Sparse
+from pyqmigrate.snapshot.load.sequential import DEVICE_STATE_MAX, SequentialReader
+from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -180,7 +185,7 @@ def read_devices(
     source: a path, or Descriptors (borrowed, open for reading).
     machine: the machine type's full name (``pc-q35-10.0``); an empty one loads on any.
     blocks: the length in bytes of every RAM block, as ``info ramblock`` lists them (Used).
-    page_size, target_page_bits, uuid: as in :func:`pyqmigrate.format.stream.encode_head`.
+    page_size, target_page_bits, uuid: as in :func:`pyqmigrate.format.stream.writer.encode_head`.
     run_state: what the guest is to be on load; None leaves what QEMU wrote, which is ``running``
         even for a paused guest.
 

@@ -10,8 +10,8 @@ an external snapshot the guest goes on in a new file, an *overlay*, and the file
     await take(monitor, plan)                    # one transaction: all disks or none
     ...                                          # the memory is saved, the guest goes on
 
-The record of the save (:mod:`pyqmigrate.vm.recording`) has the names of both files. When the save
-fails, :mod:`pyqmigrate.vm.guardian` has the commands that undo it.
+The record of the save (:mod:`pyqmigrate.vm.record.recording`) has the names of both files. When the
+save fails, :mod:`pyqmigrate.vm.outgoing.guardian` has the commands that undo it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.errors import NotSupported, QemuRefused
-from pyqmigrate.vm.overlay_names import overlay_name
+from pyqmigrate.vm.guest.overlay_names import overlay_name
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.connection import Monitor
-    from pyqmigrate.vm.guest import Guest
+    from pyqmigrate.vm.guest.inspect import Guest
+    from pyqmigrate.vm.qemu.monitor import Monitor
 
 __all__ = [
     "ChainImage",
@@ -96,7 +96,7 @@ class Overlay:
     here: Path
 
     def finding(self) -> dict[str, str]:
-        """What a guardian has to know (:mod:`pyqmigrate.vm.guardian`)."""
+        """What a guardian has to know (:mod:`pyqmigrate.vm.outgoing.guardian`)."""
         return {
             "name": self.disk.name, "node": self.node, "base": self.disk.node,
             "base_file": self.disk.file, "file": self.file,
@@ -162,7 +162,7 @@ def _need(disk: Disk, resumed: bool, with_disks: bool) -> str:
 
 def prepare(guest: Guest, snapshot: Path) -> DiskPlan:
     """Choose an overlay for each writable disk: beside it, named after it and the snapshot
-    (:func:`pyqmigrate.vm.overlay_names.overlay_name`).
+    (:func:`pyqmigrate.vm.guest.overlay_names.overlay_name`).
 
     Touches nothing. Raises NotSupported when a writable disk is not a qcow2 or raw image in a
     file that is seen from here, UsageError when a file that an overlay would be is there already.

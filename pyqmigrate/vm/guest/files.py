@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.libvirt import is_libvirt
-from pyqmigrate.format.stream import MAGIC
+from pyqmigrate.format.stream.writer import MAGIC
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, files_mapped
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.vm.disks import Disk, seen_here
-from pyqmigrate.vm.process import command_of, covering, open_mapped, read_mappings
+from pyqmigrate.vm.guest.disks import Disk, seen_here
+from pyqmigrate.vm.guest.process import command_of, covering, open_mapped, read_mappings
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.guest import Guest
+    from pyqmigrate.vm.guest.inspect import Guest
 
 __all__ = ["files_of", "name_images"]
 

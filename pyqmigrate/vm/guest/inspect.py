@@ -18,14 +18,14 @@ from typing import Any, Self
 
 from pyqmigrate.errors import QemuRefused
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.disks import Disk, read_disks
-from pyqmigrate.vm.guest_files import name_images
-from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory, fits
-from pyqmigrate.vm.peer import Peer
-from pyqmigrate.vm.process import Process, find_process
-from pyqmigrate.vm.ramblock import RamLine, parse_ramblock
-from pyqmigrate.vm.unbroken import owned
+from pyqmigrate.vm.cancellation import owned
+from pyqmigrate.vm.guest.disks import Disk, read_disks
+from pyqmigrate.vm.guest.files import name_images
+from pyqmigrate.vm.guest.memory import Backend, GuestBlock, find_memory, fits
+from pyqmigrate.vm.guest.process import Process, find_process
+from pyqmigrate.vm.guest.ramblock import RamLine, parse_ramblock
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.qemu.peer import Peer
 
 __all__ = ["Guest", "GuestBlock", "look"]
 

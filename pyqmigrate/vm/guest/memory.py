@@ -14,9 +14,9 @@ from collections.abc import Mapping as Table
 from dataclasses import dataclass
 
 from pyqmigrate.io.memory import FileMemory, Memory
-from pyqmigrate.io.process import ProcessMemory
-from pyqmigrate.vm.process import Mapping, covering, open_mapped, read_mappings
-from pyqmigrate.vm.ramblock import RamLine
+from pyqmigrate.io.process_memory import ProcessMemory
+from pyqmigrate.vm.guest.process import Mapping, covering, open_mapped, read_mappings
+from pyqmigrate.vm.guest.ramblock import RamLine
 
 __all__ = ["Backend", "GuestBlock", "find_memory", "fits"]
 
@@ -36,9 +36,9 @@ class GuestBlock:
 
     ``length`` in bytes; ``page_size`` is the host's pages of the backend, also in bytes, and not
     the guest's. ``memory`` is where to read it, or None, and then ``why_not`` says what is
-    missing; a descriptor in it is the guest's (:class:`pyqmigrate.vm.guest.Guest`). ``backend`` is
-    the QOM type, empty for memory of QEMU's own. ``file_backed``: ``x-ignore-shared`` leaves it
-    out of the stream.
+    missing; a descriptor in it is the guest's (:class:`pyqmigrate.vm.guest.inspect.Guest`).
+    ``backend`` is the QOM type, empty for memory of QEMU's own. ``file_backed``:
+    ``x-ignore-shared`` leaves it out of the stream.
     """
 
     name: str

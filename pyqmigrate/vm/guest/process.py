@@ -1,7 +1,7 @@
 """Which process a QEMU is, and what its address space looks like.
 
-QEMU's own word is not enough (:mod:`pyqmigrate.vm.peer`): a process is believed when it is at the
-other end of the monitor's connection, has the threads that run the guest's processors, and has
+QEMU's own word is not enough (:mod:`pyqmigrate.vm.qemu.peer`): a process is believed when it is at
+the other end of the monitor's connection, has the threads that run the guest's processors, and has
 memory mapped wherever QEMU says that a RAM block is. Thread numbers are those of QEMU's own pid
 namespace (``NSpid`` in ``/proc/PID/status``).
 """
@@ -18,8 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from pyqmigrate.errors import GuestMemoryError, UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.peer import Peer, read_status
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.peer import Peer, read_status
 
 __all__ = [
     "Mapping", "Process", "command_of", "covering", "find_process", "open_mapped", "read_mappings",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pyqmigrate.format.devices import global_state
+from pyqmigrate.format.device.sections import global_state
 from pyqmigrate.io.target import Descriptors, OutputTarget
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot.mapped_ram import Snapshot
 
 __all__ = ["LOADABLE", "set_run_state", "what_stopped"]
 

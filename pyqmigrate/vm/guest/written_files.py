@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate.vm.command_line import CommandLine, Option, flatten, is_on
-from pyqmigrate.vm.readconfig import with_configurations
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option, flatten, is_on
+from pyqmigrate.vm.qemu.readconfig import with_configurations
 
 __all__ = ["written_files", "written_images"]
 

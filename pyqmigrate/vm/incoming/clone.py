@@ -18,21 +18,21 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
 from pyqmigrate.io.target import Target
-from pyqmigrate.spelling import choice
-from pyqmigrate.vm.command_line import CommandLine, Option
-from pyqmigrate.vm.companions import Companions
-from pyqmigrate.vm.identity import shared_identity
-from pyqmigrate.vm.inherited import check_descriptors, descriptors_in_use
-from pyqmigrate.vm.listeners import listeners
-from pyqmigrate.vm.memory_backends import map_blocks
-from pyqmigrate.vm.request import Disks, Mode, Request
-from pyqmigrate.vm.restore_command import ChosenCommand, CommandChoice
-from pyqmigrate.vm.restoring import RestoredVm, restore_from
-from pyqmigrate.vm.source import Source
-from pyqmigrate.vm.unbroken import owned, unbroken
-from pyqmigrate.vm.written_files import written_files
+from pyqmigrate.vm.cancellation import owned, unbroken
+from pyqmigrate.vm.guest.written_files import written_files
+from pyqmigrate.vm.incoming.companions import Companions
+from pyqmigrate.vm.incoming.identity import shared_identity
+from pyqmigrate.vm.incoming.inherited_fds import check_descriptors, descriptors_in_use
+from pyqmigrate.vm.incoming.listeners import listeners
+from pyqmigrate.vm.incoming.ram_mapping import map_blocks
+from pyqmigrate.vm.incoming.request import Disks, Mode, Request
+from pyqmigrate.vm.incoming.restore import RestoredVm, restore_from
+from pyqmigrate.vm.incoming.restore_command import ChosenCommand, CommandChoice
+from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 
 __all__ = ["Clone", "clone"]
 

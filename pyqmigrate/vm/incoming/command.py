@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine, Option
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 
 __all__ = ["make_incoming"]
 

@@ -23,7 +23,7 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, cut
 from pyqmigrate.io.holes import next_data
 from pyqmigrate.io.target import core_file
-from pyqmigrate.snapshot import Snapshot, SnapshotBlock
+from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
 
 __all__ = ["Companion"]
 

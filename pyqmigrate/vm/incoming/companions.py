@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Self
 
 from pyqmigrate.io.target import Target
-from pyqmigrate.vm.companion import Companion
-from pyqmigrate.vm.source import Source
-from pyqmigrate.vm.unbroken import owned, unbroken
+from pyqmigrate.vm.cancellation import owned, unbroken
+from pyqmigrate.vm.incoming.companion import Companion
+from pyqmigrate.vm.incoming.source import Source
 
 __all__ = ["Companions"]
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import BlockMismatch, UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.ramblock import parse_ramblock
-from pyqmigrate.vm.saved_machine import SavedMachine
+from pyqmigrate.vm.guest.ramblock import parse_ramblock
+from pyqmigrate.vm.incoming.saved_machine import SavedMachine
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 if TYPE_CHECKING:
-    from pyqmigrate.snapshot import Snapshot
-    from pyqmigrate.vm.connection import Monitor
+    from pyqmigrate.snapshot.mapped_ram import Snapshot
+    from pyqmigrate.vm.qemu.monitor import Monitor
 
 __all__ = ["compare_blocks", "compare_command", "compare_devices", "compare_type"]
 

@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 from pyqmigrate.errors import TargetError
 from pyqmigrate.io.target import Target
 from pyqmigrate.io.threads import start_thread
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.compatibility import compare_command
-from pyqmigrate.vm.images_in_use import refuse_in_use
-from pyqmigrate.vm.incoming import make_incoming
-from pyqmigrate.vm.listeners import refuse_taken
-from pyqmigrate.vm.memory_backends import Mapped, map_blocks
-from pyqmigrate.vm.ram_files import RamFiles
-from pyqmigrate.vm.request import Request
-from pyqmigrate.vm.restore_command import ChosenCommand, choose_command
-from pyqmigrate.vm.saved_machine import read_saved_machine
-from pyqmigrate.vm.source import Source
-from pyqmigrate.vm.starting import Started, start
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.vm.incoming.command import make_incoming
+from pyqmigrate.vm.incoming.compatibility import compare_command
+from pyqmigrate.vm.incoming.images_in_use import refuse_in_use
+from pyqmigrate.vm.incoming.listeners import refuse_taken
+from pyqmigrate.vm.incoming.ram_files import RamFiles
+from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
+from pyqmigrate.vm.incoming.request import Request
+from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
+from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
+from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.spawn import Started, start
 
 __all__ = ["Begun", "Early", "begin", "begin_mapped", "prepare"]
 
@@ -36,7 +36,7 @@ class Begun:
     """A QEMU that has been started, to map ``mapped`` from ``source``, which stays open.
 
     ``files`` are the memory files that it has besides. End it, or give it to
-    :func:`pyqmigrate.vm.restoring.restore_begun`.
+    :func:`pyqmigrate.vm.incoming.restore.restore_begun`.
     """
 
     source: Source

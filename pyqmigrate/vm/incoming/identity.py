@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pyqmigrate.vm.command_line import CommandLine, Option
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 
 __all__ = ["runs_already", "shared_identity", "with_new_generation"]
 

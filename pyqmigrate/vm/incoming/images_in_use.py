@@ -21,8 +21,8 @@ from pathlib import Path
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.qcow2 import BACKING_MAX, HEADER_SIZE, decode_header
-from pyqmigrate.vm.command_line import CommandLine, Option, is_on
-from pyqmigrate.vm.written_files import written_images
+from pyqmigrate.vm.guest.written_files import written_images
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on
 
 __all__ = ["refuse_in_use"]
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine, Option
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 
 __all__ = ["check_descriptors", "descriptors_in_use", "inherited_descriptors"]
 

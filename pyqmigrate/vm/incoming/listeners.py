@@ -19,8 +19,8 @@ from pathlib import Path
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.socket_path import SocketPath
-from pyqmigrate.vm.command_line import CommandLine, Option, is_on
-from pyqmigrate.vm.readconfig import with_configurations
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on
+from pyqmigrate.vm.qemu.readconfig import with_configurations
 
 __all__ = ["Listener", "listeners", "refuse_taken"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, QemuError, QemuGone, QemuRefused
-from pyqmigrate.format.configuration import IGNORE_SHARED
-from pyqmigrate.vm.launch import Launched
+from pyqmigrate.format.stream.configuration import IGNORE_SHARED
+from pyqmigrate.vm.qemu.launch import Launched
 
 __all__ = ["NEEDED", "Incoming", "take_in"]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.format.qcow2 import BACKING_MAX, SIZE_MAX, encode_overlay
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.disk_check import Pair
-from pyqmigrate.vm.disk_options import with_image
-from pyqmigrate.vm.overlay_names import overlay_name
-from pyqmigrate.vm.record import DiskRecord
+from pyqmigrate.vm.guest.overlay_names import overlay_name
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.disk_options import with_image
+from pyqmigrate.vm.record.contents import DiskRecord
+from pyqmigrate.vm.record.disk_check import Pair
 
 __all__ = ["with_overlays"]
 

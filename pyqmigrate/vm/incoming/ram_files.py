@@ -22,9 +22,9 @@ from typing import Self
 from pyqmigrate.errors import NotSupported, TargetError, UsageError
 from pyqmigrate.format.uri import parse_size
 from pyqmigrate.io.holes import next_data
-from pyqmigrate.snapshot import Snapshot, SnapshotBlock
-from pyqmigrate.vm.command_line import CommandLine, Option, is_on
-from pyqmigrate.vm.memory_backends import block_of, memories_of, memory_backends
+from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
+from pyqmigrate.vm.incoming.ram_mapping import block_of, memories_of, memory_backends
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on
 
 __all__ = ["RamFiles", "loadable"]
 
@@ -225,7 +225,7 @@ def _is_lone(fd: int) -> bool | None:
 def _user_of(fd: int, *, mapped_only: bool) -> str | None:
     """Another process that has the file mapped or open, as far as this one may see."""
     # A restore has no time for what it seldom needs: this imports asyncio.
-    from pyqmigrate.vm.process import read_mappings
+    from pyqmigrate.vm.guest.process import read_mappings
 
     info = os.fstat(fd)
     identity = (info.st_dev, info.st_ino)

@@ -18,8 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.snapshot import Snapshot, SnapshotBlock
-from pyqmigrate.vm.command_line import CommandLine, Option, is_on, join_properties, read_ram_size
+from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
+from pyqmigrate.vm.qemu.command_line import (
+    CommandLine,
+    Option,
+    is_on,
+    join_properties,
+    read_ram_size,
+)
 
 __all__ = ["Mapped", "block_of", "map_blocks", "memories_of", "memory_backends"]
 

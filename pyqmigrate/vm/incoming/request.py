@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.vm.starting import Stream
+from pyqmigrate.vm.qemu.spawn import Stream
 
 __all__ = ["Disks", "Mode", "Request"]
 

@@ -29,31 +29,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import NotSupported, QemuError, QemuRefused
-from pyqmigrate.format.monitor_address import monitor_path
 from pyqmigrate.io.target import DirectIO, Target
-from pyqmigrate.spelling import choice
-from pyqmigrate.vm.begin import Begun, Early, begin_mapped, prepare
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.companion import Companion
-from pyqmigrate.vm.companions import Companions
-from pyqmigrate.vm.compatibility import compare_blocks, compare_devices, compare_type
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.ending import Ending
-from pyqmigrate.vm.guest_clock import correct_clock, note_on_clock
-from pyqmigrate.vm.identity import runs_already, shared_identity
-from pyqmigrate.vm.inherited import check_descriptors
-from pyqmigrate.vm.launch import Launched, answered, launch
-from pyqmigrate.vm.loading import Incoming, take_in
-from pyqmigrate.vm.memory_backends import map_blocks
-from pyqmigrate.vm.ram_files import RamFiles, loadable
-from pyqmigrate.vm.request import Disks, Mode, Request
-from pyqmigrate.vm.restore_command import ChosenCommand, choose_command
-from pyqmigrate.vm.restored_state import RUNS, describe_state
-from pyqmigrate.vm.saved_machine import SavedMachine, read_saved_machine
-from pyqmigrate.vm.source import Source
-from pyqmigrate.vm.starting import Stream
-from pyqmigrate.vm.unbroken import owned
+from pyqmigrate.qapi.monitor_address import monitor_path
+from pyqmigrate.vm.cancellation import owned
+from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
+from pyqmigrate.vm.incoming.companion import Companion
+from pyqmigrate.vm.incoming.companions import Companions
+from pyqmigrate.vm.incoming.compatibility import compare_blocks, compare_devices, compare_type
+from pyqmigrate.vm.incoming.early_start import Begun, Early, begin_mapped, prepare
+from pyqmigrate.vm.incoming.identity import runs_already, shared_identity
+from pyqmigrate.vm.incoming.inherited_fds import check_descriptors
+from pyqmigrate.vm.incoming.load import Incoming, take_in
+from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
+from pyqmigrate.vm.incoming.ram_mapping import map_blocks
+from pyqmigrate.vm.incoming.request import Disks, Mode, Request
+from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
+from pyqmigrate.vm.incoming.run_state import RUNS, describe_state
+from pyqmigrate.vm.incoming.saved_machine import SavedMachine, read_saved_machine
+from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.exit import Ending
+from pyqmigrate.vm.qemu.launch import Launched, answered, launch
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.qemu.spawn import Stream
 
 __all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_begun",
            "restore_from"]
@@ -163,9 +163,9 @@ async def restore(
 
     command: the command line that the VM was started with, the program first. What a restore
         needs is added; what cannot go with it is left out and named in the report's notes, or
-        refused. None is the one that ``vm save`` recorded (:mod:`pyqmigrate.vm.record`); a given
-        one is compared with that record, where there is one. A fixed number of ``vmgenid`` becomes
-        a new one.
+        refused. None is the one that ``vm save`` recorded (:mod:`pyqmigrate.vm.record.contents`); a
+        given one is compared with that record, where there is one. A fixed number of ``vmgenid``
+        becomes a new one.
     mode: see :class:`Mode`.
     paused: True leaves the guest paused, False lets it run, None does as ``-S`` or else the
         snapshot says.
@@ -213,8 +213,8 @@ async def _restore(
 
 
 async def restore_begun(early: Early) -> RestoredVm:
-    """The rest of a restore that :func:`pyqmigrate.vm.begin.begin` has begun; it is ended, whatever
-    goes wrong."""
+    """The rest of a restore that :func:`pyqmigrate.vm.incoming.early_start.begin` has begun; it is
+    ended, whatever goes wrong."""
     begun = early.begun
     companions = Companions(begun.source)
     attempt = _Attempt(companions, early.request, begun.started.at, early.notes)

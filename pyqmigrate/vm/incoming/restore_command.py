@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import SnapshotError, UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.identity import with_new_generation
-from pyqmigrate.vm.record_place import record_path
-from pyqmigrate.vm.request import Disks
-from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.incoming.identity import with_new_generation
+from pyqmigrate.vm.incoming.request import Disks
+from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.record.place import record_path
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.record import VmRecord
+    from pyqmigrate.vm.record.contents import VmRecord
 
 __all__ = ["ChosenCommand", "CommandChoice", "choose_command"]
 
@@ -74,7 +74,7 @@ class CommandChoice:
                 f"{self._lack}: give the command line that the VM was started with after --"
             )
         else:
-            from pyqmigrate.vm.recorded_command import recorded_command
+            from pyqmigrate.vm.record.command import recorded_command
 
             self.command, changes = recorded_command(self._record, self._path)
             self.notes += [f"the command line is that of {os.fspath(self._path)!r}", *changes]
@@ -85,7 +85,7 @@ class CommandChoice:
 
     def leave_monitors_out(self) -> None:
         """For guests that get monitors of their own, and could not share the recorded ones."""
-        from pyqmigrate.vm.recorded_command import without_monitors
+        from pyqmigrate.vm.record.command import without_monitors
 
         self.command, changes = without_monitors(self.command)
         self.notes += changes
@@ -105,8 +105,8 @@ class CommandChoice:
         self._lack = f"the snapshot has no record ({os.fspath(path)!r})"
         if not os.path.lexists(path):
             return None
-        from pyqmigrate.vm.record import read_record
-        from pyqmigrate.vm.snapshot_identity import identify
+        from pyqmigrate.vm.record.contents import read_record
+        from pyqmigrate.vm.record.snapshot_identity import identify
 
         try:
             record = read_record(place)
@@ -121,11 +121,11 @@ class CommandChoice:
         return record
 
     def _settle(self, command: CommandLine, record: VmRecord, label: str) -> ChosenCommand:
-        from pyqmigrate.vm.disk_check import check_disks
+        from pyqmigrate.vm.record.disk_check import check_disks
 
         notes = list(self.notes)
         if self._given:
-            from pyqmigrate.vm.record_compare import compare_command_line
+            from pyqmigrate.vm.record.compare import compare_command_line
 
             faults, doubts = compare_command_line(command, record)
             if faults:
@@ -144,7 +144,7 @@ class CommandChoice:
         chosen = ChosenCommand(command, tuple(notes))
         if not found.needs_overlay:
             return chosen
-        from pyqmigrate.vm.overlays import with_overlays
+        from pyqmigrate.vm.incoming.overlays import with_overlays
 
         directory = self._disks.directory or self._path.parent
         made, overlays = with_overlays(

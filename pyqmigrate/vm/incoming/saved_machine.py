@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pyqmigrate.format.devices import DeviceSection, run_state_of
-from pyqmigrate.format.elements import Section, SectionKind
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.format.device.sections import DeviceSection, run_state_of
+from pyqmigrate.format.stream.wire import Section, SectionKind
+from pyqmigrate.snapshot.mapped_ram import Snapshot
 
 __all__ = ["SavedMachine", "read_saved_machine"]
 

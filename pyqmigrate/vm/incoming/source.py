@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, TargetError
 from pyqmigrate.format.libvirt import is_libvirt, read_header
 from pyqmigrate.io.channels import check_channels
-from pyqmigrate.io.pagecache import cached_bytes
+from pyqmigrate.io.page_cache import cached_bytes
 from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target, seal_path
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot.mapped_ram import Snapshot
 
 __all__ = ["Reading", "Source"]
 
@@ -113,7 +113,7 @@ class Source:
         if self.place is None or not os.path.exists(seal_path(self.place)):  # noqa: PTH110
             return False
         # Most snapshots have none, and a restore has no time for what it does not need.
-        from pyqmigrate.sealing import current_seal
+        from pyqmigrate.integrity.seal import current_seal
 
         seal = current_seal(self.place, self.fd)
         return (

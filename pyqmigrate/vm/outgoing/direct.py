@@ -1,8 +1,8 @@
 """Engine ``direct``: QEMU writes its device state, and we write the pages.
 
-The device state goes into a memfd, in one of the two ways of :class:`pyqmigrate.vm.blockers.Way`.
-From the first command until the last page is written the guest stands still; bitmaps, tail and
-fsync come when it runs again.
+The device state goes into a memfd, in one of the two ways of
+:class:`pyqmigrate.vm.plan.blockers.Way`. From the first command until the last page is written the
+guest stands still; bitmaps, tail and fsync come when it runs again.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from uuid import UUID
 
 from pyqmigrate.errors import NotSupported, QemuRefused
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.stream import encode_tail
+from pyqmigrate.format.stream.writer import encode_tail
+from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
-from pyqmigrate.io.save_seal import SaveSeal
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
-from pyqmigrate.saving import Writer
-from pyqmigrate.vm.blockers import Way, devices_with_backends
-from pyqmigrate.vm.custody import Custody
-from pyqmigrate.vm.device_state import DeviceState, memory_file, read_devices, read_migrated
-from pyqmigrate.vm.guest import Guest
-from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
-from pyqmigrate.vm.run_state import LOADABLE
-from pyqmigrate.vm.settings import Changes
-from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
-from pyqmigrate.writer import SaveReport, Sparse
+from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
+from pyqmigrate.vm.cancellation import heed_cancellation, unbroken
+from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_devices, read_migrated
+from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.run_state import LOADABLE
+from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written, migrate
+from pyqmigrate.vm.outgoing.transaction import Custody
+from pyqmigrate.vm.plan.blockers import Way, devices_with_backends
+from pyqmigrate.vm.plan.settings import Changes
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.describing import Describing
+    from pyqmigrate.vm.twin.describing import Describing
 
 __all__ = ["DeviceStateRefused", "save_by_us"]
 
@@ -72,7 +72,7 @@ async def save_by_us(
         describing = None
         if describe and way is Way.DEVICES_ONLY:
             # Most saves need no twin, and start without what makes one.
-            from pyqmigrate.vm.describing import Describing
+            from pyqmigrate.vm.twin.describing import Describing
 
             describing = await stack.enter_async_context(Describing(guest))
         return await _save(

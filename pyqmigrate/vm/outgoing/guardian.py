@@ -1,6 +1,6 @@
 """Puts a guest back as it was found, when the process that was saving it is no more.
 
-This is a program of its own, started by :mod:`pyqmigrate.vm.custody` as ``python -I -S
+This is a program of its own, started by :mod:`pyqmigrate.vm.outgoing.transaction` as ``python -I -S
 guardian.py PID SNAPSHOT`` (the latter for people who look at a list of processes). Through the
 socket that is its standard input it gets lines of JSON objects, which add up to the *finding*: how
 the guest was found, and what is being done to it, said before it is done. The line ``done`` means

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from pyqmigrate.errors import Cancelled, NoSpace, PyqmigrateError, QemuError
+from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.channels import Progress
-from pyqmigrate.io.manifest import Manifest
-from pyqmigrate.status import Status
-from pyqmigrate.vm.custody import Custody
-from pyqmigrate.vm.unbroken import heed_cancellation
+from pyqmigrate.qapi.status import Status
+from pyqmigrate.vm.cancellation import heed_cancellation
+from pyqmigrate.vm.outgoing.transaction import Custody
 
 __all__ = ["AtInstant", "ProgressCallback", "Written", "migrate"]
 

@@ -13,11 +13,11 @@ import time
 from typing import Any
 
 from pyqmigrate.io.target import OutputTarget
-from pyqmigrate.vm.custody import Custody
-from pyqmigrate.vm.lend import opened_for_qemu
-from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written, migrate
-from pyqmigrate.vm.run_state import set_run_state
-from pyqmigrate.vm.settings import Changes
+from pyqmigrate.vm.guest.run_state import set_run_state
+from pyqmigrate.vm.outgoing.fdset import opened_for_qemu
+from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written, migrate
+from pyqmigrate.vm.outgoing.transaction import Custody
+from pyqmigrate.vm.plan.settings import Changes
 
 __all__ = ["save_by_qemu"]
 

@@ -20,6 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pyqmigrate.enums import choice
 from pyqmigrate.errors import (
     Cancelled,
     NoSpace,
@@ -31,31 +32,30 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.format.digest import Algorithm, digester
-from pyqmigrate.format.stream import MAGIC
+from pyqmigrate.format.stream.writer import MAGIC
+from pyqmigrate.integrity.manifest import check_place, seal_path, write_manifest
+from pyqmigrate.integrity.seal import start_seal
 from pyqmigrate.io.channels import check_channels
-from pyqmigrate.io.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset, target_path
-from pyqmigrate.sealing import start_seal
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.spelling import choice
-from pyqmigrate.vm import disks
-from pyqmigrate.vm.choice import Choice, Engine, choose_engine, fall_back
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.custody import Custody
-from pyqmigrate.vm.ending import Ending
-from pyqmigrate.vm.engine_direct import DeviceStateRefused, save_by_us
-from pyqmigrate.vm.engine_qemu import save_by_qemu
-from pyqmigrate.vm.guest import Guest, look
-from pyqmigrate.vm.guest_clock import correct_clock, note_on_clock
-from pyqmigrate.vm.guest_files import files_of
-from pyqmigrate.vm.migrating import AtInstant, ProgressCallback, Written
-from pyqmigrate.vm.plan import Plan, make_plan
-from pyqmigrate.vm.recording import Recording
-from pyqmigrate.vm.run_state import what_stopped
-from pyqmigrate.vm.settings import UsedSetting
-from pyqmigrate.vm.unbroken import heed_cancellation, unbroken
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.vm.cancellation import heed_cancellation, unbroken
+from pyqmigrate.vm.guest import disks
+from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
+from pyqmigrate.vm.guest.files import files_of
+from pyqmigrate.vm.guest.inspect import Guest, look
+from pyqmigrate.vm.guest.run_state import what_stopped
+from pyqmigrate.vm.outgoing.direct import DeviceStateRefused, save_by_us
+from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written
+from pyqmigrate.vm.outgoing.qemu import save_by_qemu
+from pyqmigrate.vm.outgoing.transaction import Custody
+from pyqmigrate.vm.plan.engine import Choice, Engine, choose_engine, fall_back
+from pyqmigrate.vm.plan.plan import Plan, make_plan
+from pyqmigrate.vm.plan.settings import UsedSetting
+from pyqmigrate.vm.qemu.exit import Ending
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.record.recording import Recording
 
 __all__ = ["Then", "UsedSetting", "VmSaveReport", "save"]
 
@@ -80,8 +80,8 @@ class VmSaveReport:
     ``bytes_allocated`` is what it holds on disk, ``rate`` is ``bytes_written`` a second.
     ``run_state_after`` is None after ``quit``. ``disks`` are sentences on what a restore needs of
     the writable disks, ``record`` is the file that describes the VM
-    (:mod:`pyqmigrate.vm.record`), None where it could not be given its name. ``seal`` is the
-    algorithm of the seal, if any. ``notes`` are things that somebody should know.
+    (:mod:`pyqmigrate.vm.record.contents`), None where it could not be given its name. ``seal`` is
+    the algorithm of the seal, if any. ``notes`` are things that somebody should know.
     """
 
     snapshot: str
@@ -139,8 +139,8 @@ async def save(
         when it has its name and the guest is as it shall be. With engine qemu the file is read for
         it. Should that fail, the snapshot stays.
     describe: where QEMU writes no description of its device state (``xen-save-devices-state``),
-        have a second, stopped QEMU of the same machine make it (:mod:`pyqmigrate.vm.twin`) once
-        the guest goes on; the notes say where that is not possible.
+        have a second, stopped QEMU of the same machine make it (:mod:`pyqmigrate.vm.twin.twin`)
+        once the guest goes on; the notes say where that is not possible.
     set_time: set the clock of a guest that goes on, by its agent. Where that fails, or takes more
         than five seconds, a note says so.
     guest_agent: the path of the agent's socket; None finds it in QEMU's command line.

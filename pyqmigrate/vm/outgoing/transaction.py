@@ -11,10 +11,10 @@
 Leaving it without having called :meth:`Custody.end` puts everything back: a migration that was
 begun here is cancelled, settings are what they were, the descriptors that QEMU was given are
 removed, the guest runs if it ran, and its disks are the files that they were. The same is done by a
-guardian process if this one is killed (:mod:`pyqmigrate.vm.guardian`).
+guardian process if this one is killed (:mod:`pyqmigrate.vm.outgoing.guardian`).
 
 Others may have monitors, too. What they do to the guest meanwhile is not undone: what is done here
-is written down just before (:class:`pyqmigrate.vm.guardian.Did`).
+is written down just before (:class:`pyqmigrate.vm.outgoing.guardian.Did`).
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from pyqmigrate.errors import QemuError, QemuGone, QemuRefused, target_error
 from pyqmigrate.io.in_use import InUse
 from pyqmigrate.io.place import followed
 from pyqmigrate.io.target import DirectIO, OutputTarget
-from pyqmigrate.vm import disks, guardian
-from pyqmigrate.vm.blockers import why_no_migration_now
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.disks import DiskPlan
-from pyqmigrate.vm.event_log import EventLog
-from pyqmigrate.vm.guardian import Did
-from pyqmigrate.vm.guest import Guest
-from pyqmigrate.vm.recording import Recording
-from pyqmigrate.vm.settings import Changes
-from pyqmigrate.vm.unbroken import owned, unbroken
+from pyqmigrate.vm.cancellation import owned, unbroken
+from pyqmigrate.vm.guest import disks
+from pyqmigrate.vm.guest.disks import DiskPlan
+from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.outgoing import guardian
+from pyqmigrate.vm.outgoing.guardian import Did
+from pyqmigrate.vm.plan.blockers import why_no_migration_now
+from pyqmigrate.vm.plan.settings import Changes
+from pyqmigrate.vm.qemu.event_log import EventLog
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.record.recording import Recording
 
 __all__ = ["Custody", "drive"]
 

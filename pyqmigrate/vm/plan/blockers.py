@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from enum import StrEnum
 
-from pyqmigrate.vm.guest import Guest
+from pyqmigrate.vm.guest.inspect import Guest
 
 __all__ = [
     "Way", "devices_with_backends", "missed_devices", "why_no_migration", "why_no_migration_now",

@@ -8,19 +8,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyqmigrate.enums import choice as spelled
 from pyqmigrate.errors import GuestMemoryError, NotSupported, QemuError, UsageError
-from pyqmigrate.spelling import choice as spelled
-from pyqmigrate.vm.blockers import Way
-from pyqmigrate.vm.choice import Choice, Engine, choose_engine
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.describing import why_not_described
-from pyqmigrate.vm.disks import Disk, prepare, restore_needs
-from pyqmigrate.vm.estimate import Basis, DiskRate, Estimate, estimate, measure_rate
-from pyqmigrate.vm.guest import Guest, GuestBlock, look
-from pyqmigrate.vm.plan import Plan, make_plan
-from pyqmigrate.vm.run_state import what_stopped
-from pyqmigrate.vm.settings import UsedSetting
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.vm.guest.disks import Disk, prepare, restore_needs
+from pyqmigrate.vm.guest.inspect import Guest, GuestBlock, look
+from pyqmigrate.vm.guest.run_state import what_stopped
+from pyqmigrate.vm.plan.blockers import Way
+from pyqmigrate.vm.plan.engine import Choice, Engine, choose_engine
+from pyqmigrate.vm.plan.estimate import Basis, DiskRate, Estimate, estimate, measure_rate
+from pyqmigrate.vm.plan.plan import Plan, make_plan
+from pyqmigrate.vm.plan.settings import UsedSetting
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.twin.describing import why_not_described
 
 __all__ = ["CheckReport", "check"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pyqmigrate.errors import NotSupported, QemuError, UsageError
-from pyqmigrate.vm.blockers import Way, missed_devices, why_no_migration
-from pyqmigrate.vm.guest import Guest, GuestBlock
+from pyqmigrate.vm.guest.inspect import Guest, GuestBlock
+from pyqmigrate.vm.plan.blockers import Way, missed_devices, why_no_migration
 
 __all__ = ["Choice", "Engine", "choose_engine", "fall_back"]
 

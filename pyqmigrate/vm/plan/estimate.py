@@ -14,8 +14,8 @@ from pathlib import Path
 from pyqmigrate.errors import PyqmigrateError, TargetError, target_error
 from pyqmigrate.io.target import DirectIO, OutputTarget
 from pyqmigrate.io.threads import starting_threads
-from pyqmigrate.vm.contents import count_data, extent_bytes, sample
-from pyqmigrate.vm.guest import Guest
+from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.plan.sampling import count_data, extent_bytes, sample
 
 __all__ = ["Basis", "DiskRate", "Estimate", "estimate", "measure_rate"]
 

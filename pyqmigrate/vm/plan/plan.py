@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyqmigrate.vm.blockers import Way
-from pyqmigrate.vm.choice import Choice, Engine
-from pyqmigrate.vm.contents import Contents, count_data, extent_bytes, sample
-from pyqmigrate.vm.guest import Guest
-from pyqmigrate.vm.settings import (
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.plan.blockers import Way
+from pyqmigrate.vm.plan.engine import Choice, Engine
+from pyqmigrate.vm.plan.sampling import Contents, count_data, extent_bytes, sample
+from pyqmigrate.vm.plan.settings import (
     WRITE_SECONDS,
     Changes,
     for_device_state,
@@ -21,7 +22,6 @@ from pyqmigrate.vm.settings import (
     no_changes,
     writes_all,
 )
-from pyqmigrate.writer import Sparse
 
 __all__ = ["Plan", "make_plan"]
 

@@ -17,8 +17,8 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, cut
 from pyqmigrate.io.memory import Attached, Memory, RamBlock, attach
 from pyqmigrate.io.target import core_file
-from pyqmigrate.vm.guest import Guest
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.vm.guest.inspect import Guest
 
 __all__ = ["Contents", "count_data", "extent_bytes", "sample"]
 

@@ -1,8 +1,8 @@
 """Which of QEMU's migration settings a save needs, and why.
 
 A save changes capabilities and parameters of a QEMU that is somebody else's: only what has to
-change, and every change has a reason that a person can read. :mod:`pyqmigrate.vm.custody` puts
-all of them back.
+change, and every change has a reason that a person can read.
+:mod:`pyqmigrate.vm.outgoing.transaction` puts all of them back.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.vm.contents import Contents
-from pyqmigrate.vm.guest import Guest
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.plan.sampling import Contents
 
 __all__ = [
     "WRITE_SECONDS", "Change", "Changes", "UsedSetting", "Value", "for_device_state", "for_pages",

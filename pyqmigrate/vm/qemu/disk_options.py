@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine, Option, is_on, join_properties
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on, join_properties
 
 __all__ = ["DiskOption", "disk_options", "with_image"]
 

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from pyqmigrate.vm.connection import Monitor
+from pyqmigrate.vm.qemu.monitor import Monitor
 
 __all__ = ["EventLog"]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Self
 
 from pyqmigrate.errors import QemuError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.starting import END_TIMEOUT, Started, Stream, start
-from pyqmigrate.vm.unbroken import owned, unbroken
+from pyqmigrate.vm.cancellation import owned, unbroken
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.qemu.spawn import END_TIMEOUT, Started, Stream, start
 
 __all__ = ["Launched", "answered", "launch"]
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from pyqmigrate.errors import NotSupported, QemuError, QemuGone, QemuRefused
-from pyqmigrate.format.monitor_address import monitor_path
-from pyqmigrate.vm.peer import Peer
+from pyqmigrate.qapi.monitor_address import monitor_path
+from pyqmigrate.vm.qemu.peer import Peer
 
 try:
     from qemu.qmp import (

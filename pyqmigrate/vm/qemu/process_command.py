@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from pyqmigrate.vm.redaction import redact
+from pyqmigrate.vm.qemu.redaction import redact
 
 __all__ = ["ProcessCommand", "read_command"]
 

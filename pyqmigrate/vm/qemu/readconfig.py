@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyqmigrate.vm.command_line import CommandLine, Option, escape
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option, escape
 
 __all__ = ["with_configurations"]
 

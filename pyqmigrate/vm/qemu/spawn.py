@@ -29,9 +29,9 @@ from typing import IO
 from pyqmigrate.errors import QemuError, UsageError
 from pyqmigrate.io.socket_path import SocketPath, remove_stale_socket
 from pyqmigrate.io.threads import start_thread
-from pyqmigrate.vm.command_line import CommandLine, Option, escape, is_qemu
-from pyqmigrate.vm.leash import Leash
-from pyqmigrate.vm.qemu_binary import has_type
+from pyqmigrate.vm.qemu.binary import has_type
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option, escape, is_qemu
+from pyqmigrate.vm.qemu.lifeline import Leash
 
 __all__ = ["END_TIMEOUT", "QMP_CHARDEV", "Started", "Stream", "start"]
 

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine, Option, is_on, is_qemu
-from pyqmigrate.vm.disk_check import is_path, pair_disks
-from pyqmigrate.vm.disk_options import with_image
-from pyqmigrate.vm.record import VmRecord
-from pyqmigrate.vm.starting import QMP_CHARDEV
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on, is_qemu
+from pyqmigrate.vm.qemu.disk_options import with_image
+from pyqmigrate.vm.qemu.spawn import QMP_CHARDEV
+from pyqmigrate.vm.record.contents import VmRecord
+from pyqmigrate.vm.record.disk_check import is_path, pair_disks
 
 __all__ = ["original_command", "recorded_command", "without_monitors"]
 

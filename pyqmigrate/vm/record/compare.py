@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine, read_ram_size
-from pyqmigrate.vm.record import VmRecord
+from pyqmigrate.vm.qemu.command_line import CommandLine, read_ram_size
+from pyqmigrate.vm.record.contents import VmRecord
 
 __all__ = ["compare_command_line"]
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pyqmigrate.errors import SnapshotError, TargetError
-from pyqmigrate.vm.record_place import record_path
+from pyqmigrate.vm.record.place import record_path
 
 __all__ = [
     "FORMAT", "VERSION", "Backend", "Block", "Cpus", "Device", "DiskRecord", "Image",
@@ -181,7 +181,8 @@ class VmRecord(NamedTuple):
     """The record of one save.
 
     ``snapshot`` is the file's name, ``identity`` a digest of its device state, by which a record
-    is known to be that of the file beside it (:func:`pyqmigrate.vm.snapshot_identity.identify`).
+    is known to be that of the file beside it
+    (:func:`pyqmigrate.vm.record.snapshot_identity.identify`).
     """
 
     snapshot: str

@@ -11,10 +11,10 @@ import os
 import time
 from typing import NamedTuple
 
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.disk_identity import Qcow2, look_at_image, look_at_qcow2
-from pyqmigrate.vm.disk_options import DiskOption, disk_options
-from pyqmigrate.vm.record import DiskRecord, Image, ImageState, VmRecord
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.disk_options import DiskOption, disk_options
+from pyqmigrate.vm.record.contents import DiskRecord, Image, ImageState, VmRecord
+from pyqmigrate.vm.record.disk_identity import Qcow2, look_at_image, look_at_qcow2
 
 __all__ = ["DiskFindings", "Pair", "check_disks", "is_path", "pair_disks"]
 

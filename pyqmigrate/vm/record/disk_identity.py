@@ -21,7 +21,7 @@ from pyqmigrate.format.qcow2 import (
     backing_format,
     decode_header,
 )
-from pyqmigrate.vm.record import ImageState
+from pyqmigrate.vm.record.contents import ImageState
 
 __all__ = ["Qcow2", "look_at_image", "look_at_qcow2"]
 

@@ -6,10 +6,10 @@ from collections import defaultdict
 from typing import Any
 
 from pyqmigrate.errors import QemuRefused
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.guest import Guest
-from pyqmigrate.vm.process_command import ProcessCommand
-from pyqmigrate.vm.record import Backend, Block, Cpus, Device, MachineRecord, QemuProcess
+from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.qemu.process_command import ProcessCommand
+from pyqmigrate.vm.record.contents import Backend, Block, Cpus, Device, MachineRecord, QemuProcess
 
 __all__ = ["backends", "blocks", "cpus", "devices", "machine", "qemu_process"]
 

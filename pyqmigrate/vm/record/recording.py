@@ -1,4 +1,4 @@
-"""Writing the record of a save (:mod:`pyqmigrate.vm.record`).
+"""Writing the record of a save (:mod:`pyqmigrate.vm.record.contents`).
 
     recording = await Recording.begin(monitor, guest, path, plan=plan, engine="qemu", way=None)
     ...                                 # the guest stands still
@@ -8,8 +8,8 @@
     ...                                 # the snapshot has its name
     recording.publish()
 
-Between the two names the process may be killed: the guardian (:mod:`pyqmigrate.vm.guardian`) then
-does what is left to do.
+Between the two names the process may be killed: the guardian
+    (:mod:`pyqmigrate.vm.outgoing.guardian`) then does what is left to do.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.io.own_files import FileKind, check_replaceable
 from pyqmigrate.io.place import partial_name, sync_directory
 from pyqmigrate.io.target import Descriptors, OutputTarget
-from pyqmigrate.snapshot import Snapshot
-from pyqmigrate.vm import record_facts
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.disk_identity import look_at_image
-from pyqmigrate.vm.disks import Disk, DiskPlan, seen_here
-from pyqmigrate.vm.guest import Guest
-from pyqmigrate.vm.process_command import read_command
-from pyqmigrate.vm.record import (
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.vm.guest.disks import Disk, DiskPlan, seen_here
+from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.qemu.process_command import read_command
+from pyqmigrate.vm.record import facts as record_facts
+from pyqmigrate.vm.record.contents import (
     DiskRecord,
     Image,
     ImageState,
@@ -44,7 +43,8 @@ from pyqmigrate.vm.record import (
     is_record,
     record_path,
 )
-from pyqmigrate.vm.snapshot_identity import identify
+from pyqmigrate.vm.record.disk_identity import look_at_image
+from pyqmigrate.vm.record.snapshot_identity import identify
 
 __all__ = ["RECORD", "Recording"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.snapshot.mapped_ram import Snapshot
 
 __all__ = ["identify"]
 

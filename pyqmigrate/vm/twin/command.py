@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.uri import parse_size
-from pyqmigrate.vm.command_line import (
+from pyqmigrate.vm.qemu.command_line import (
     CommandLine,
     Option,
     escape,

@@ -17,13 +17,13 @@ from typing import Self
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError
 from pyqmigrate.io.memory import FileMemory, ProcessMemory
-from pyqmigrate.io.process import ProcessSource
+from pyqmigrate.io.process_memory import ProcessSource
 from pyqmigrate.log import logger
-from pyqmigrate.vm.device_state import DeviceState
-from pyqmigrate.vm.guest import Guest
-from pyqmigrate.vm.original import Original
-from pyqmigrate.vm.twin import TIMEOUT, Pages, describe
-from pyqmigrate.vm.twin_command import make_twin
+from pyqmigrate.vm.guest.device_state import DeviceState
+from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.twin.command import make_twin
+from pyqmigrate.vm.twin.original import Original
+from pyqmigrate.vm.twin.twin import TIMEOUT, Pages, describe
 
 __all__ = ["Describing", "why_not_described"]
 

@@ -2,7 +2,7 @@
 
 It is read while the process lives; what is held afterwards does not need it any more. Nothing here
 is believed because the process says it: a process can change its command line, so that is only ever
-given to :mod:`pyqmigrate.vm.twin_command`, which passes what it knows, and it never runs with more
+given to :mod:`pyqmigrate.vm.twin.command`, which passes what it knows, and it never runs with more
 rights than the process had.
 """
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.process_command import read_command
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.process_command import read_command
 
 __all__ = ["Original"]
 

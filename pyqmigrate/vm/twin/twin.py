@@ -4,16 +4,16 @@
     description = await describe(original, state, sizes, pages)
 
 ``xen-save-devices-state`` writes device sections without the JSON that describes them, which QEMU
-writes in ``migrate`` only. So a second QEMU of the same machine (:mod:`pyqmigrate.vm.twin_command`)
+writes in ``migrate`` only. So a second QEMU of the same machine (:mod:`pyqmigrate.vm.twin.command`)
 loads the sections, with guest memory that is empty but for the firmware's ROMs, and migrates them
 into a file in memory, this time with their description. Its guest does not execute an instruction.
 
 The description is used only when it is true of the original's own bytes
-(:mod:`pyqmigrate.format.described`).
+(:mod:`pyqmigrate.format.device.described`).
 
 The twin never has more rights than its original: it runs as the same user
-(:mod:`pyqmigrate.vm.original`), with options that are known here, and in a network namespace of its
-own where that is possible. It ends when this process does, whatever ends that.
+(:mod:`pyqmigrate.vm.twin.original`), with options that are known here, and in a network namespace
+of its own where that is possible. It ends when this process does, whatever ends that.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
-from pyqmigrate.format.broken_virtio import without_broken
-from pyqmigrate.format.configuration import IGNORE_SHARED
-from pyqmigrate.format.described import check_described
-from pyqmigrate.format.description import parse
-from pyqmigrate.format.elements import SectionKind
-from pyqmigrate.format.mapped_ram import BlockLayout, BlockSpec
-from pyqmigrate.format.stream import encode_head, encode_tail
+from pyqmigrate.format.device.broken_virtio import without_broken
+from pyqmigrate.format.device.described import check_described
+from pyqmigrate.format.stream.configuration import IGNORE_SHARED
+from pyqmigrate.format.stream.description import parse
+from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
+from pyqmigrate.format.stream.wire import SectionKind
+from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from pyqmigrate.io.target import Descriptors
-from pyqmigrate.opened import OpenedBlock
-from pyqmigrate.opening import AnySnapshot
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.device_state import DeviceState, memory_file, read_migrated, sections_of
-from pyqmigrate.vm.image_size import image_size
-from pyqmigrate.vm.launch import Launched, launch
-from pyqmigrate.vm.loading import Incoming, take_in
-from pyqmigrate.vm.original import Original
-from pyqmigrate.vm.record import read_record
-from pyqmigrate.vm.record_place import record_path
-from pyqmigrate.vm.recorded_command import original_command
-from pyqmigrate.vm.twin_command import Sizes, make_twin
-from pyqmigrate.vm.unbroken import unbroken
+from pyqmigrate.snapshot.base import OpenedBlock
+from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.vm.cancellation import unbroken
+from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_migrated, sections_of
+from pyqmigrate.vm.incoming.load import Incoming, take_in
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.image_size import image_size
+from pyqmigrate.vm.qemu.launch import Launched, launch
+from pyqmigrate.vm.record.command import original_command
+from pyqmigrate.vm.record.contents import read_record
+from pyqmigrate.vm.record.place import record_path
+from pyqmigrate.vm.twin.command import Sizes, make_twin
+from pyqmigrate.vm.twin.original import Original
 
 __all__ = ["TIMEOUT", "describe", "describe_snapshot"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Command, make_snapshot, pages
+from tests.harness.command import Command, make_snapshot, pages
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Command
+from tests.harness.command import Command
 
 
 def test_bench_measures_every_setting_three_times(disk: Path, command: Command) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from pyqmigrate import RamBlock, SnapshotError, open_snapshot
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.sequential import start_sequential_save
-from tests.cli.command import COMMAND, PAGE, Command, make_snapshot, pages
-from tests.physical import Physical
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from tests.harness.command import COMMAND, PAGE, Command, make_snapshot, pages
+from tests.harness.physical import Physical
 
 
 def save_classic(target: Path | str, memory: bytes, machine: str = "pc-q35-9.2") -> None:
@@ -250,7 +250,7 @@ def test_interrupted_pass_says_so(classic: Path, monkeypatch: pytest.MonkeyPatch
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyqmigrate.classic.ClassicSnapshot.read_through", interrupt)
+    monkeypatch.setattr("pyqmigrate.snapshot.sequential.ClassicSnapshot.read_through", interrupt)
     assert command("verify", classic).code == 130
 
 

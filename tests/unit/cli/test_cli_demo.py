@@ -14,8 +14,8 @@ from pyqmigrate.cli.contents import PAGE, SMALLEST, fill, first_difference, gues
 from pyqmigrate.cli.room import fitting_size
 from pyqmigrate.cli.sizes import MIB
 from pyqmigrate.errors import NoSpace, TargetError
-from tests.cli.command import Command
-from tests.json_page import assert_as_documented
+from tests.harness.command import Command
+from tests.harness.json_page import assert_as_documented
 
 qemu = demo_qemu.find_qemu()
 needs_qemu = [

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from pyqmigrate import UsageError, open_snapshot
-from pyqmigrate.device_listing import devices as look_into
-from pyqmigrate.format.devices import DeviceSection, encode_devices
+from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.format.stream import encode_head, encode_tail
-from tests.cli.command import Command
-from tests.format.builders import (
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.writer import encode_head, encode_tail
+from pyqmigrate.snapshot.devices import devices as look_into
+from tests.harness.command import Command
+from tests.harness.stream_builders import (
     EOF,
     classic_stream,
     file_of,

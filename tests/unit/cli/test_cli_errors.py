@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Command, pages
+from tests.harness.command import Command, pages
 
 NO_FILE = "no file 'missing'"
 NO_DIRECTORY = "no directory '/nonexist'"

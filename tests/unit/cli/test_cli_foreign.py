@@ -19,8 +19,8 @@ from pyqmigrate import (
     seal,
 )
 from pyqmigrate.format.foreign import recognize
-from tests.cli.command import Command
-from tests.format.builders import Sparse
+from tests.harness.command import Command
+from tests.harness.stream_builders import Sparse
 
 
 def qcow2(*states: tuple[str, int]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pyqmigrate import Snapshot
-from tests.cli.command import PAGE, Command, make_snapshot, pages
+from tests.harness.command import PAGE, Command, make_snapshot, pages
 
 
 def test_info_shows_machine_blocks_and_sections(snapshot: Path, command: Command) -> None:

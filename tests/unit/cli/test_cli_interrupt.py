@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import Snapshot
-from tests.cli.command import COMMAND, make_snapshot, pages
+from tests.harness.command import COMMAND, make_snapshot, pages
 
 SIZE = 4 << 30  # seconds of writing, of which a few milliseconds happen
 SIGNALS = [signal.SIGINT, signal.SIGTERM]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import COMMAND, Command, pages
-from tests.json_page import assert_as_documented, documented
+from tests.harness.command import COMMAND, Command, pages
+from tests.harness.json_page import assert_as_documented, documented
 
 VERBS = ("pack", "unpack", "info", "devices", "seal", "verify", "convert", "demo", "bench", "serve",
          "vm save", "vm check", "vm restore", "vm clone")  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import pyqmigrate
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.errors import QemuError
-from tests.cli.command import COMMAND, Command, child
+from tests.harness.command import COMMAND, Command, child
 
 VERBS = ("demo", "pack", "unpack", "info", "seal", "verify", "bench")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import Snapshot
-from tests.cli.command import PAGE, Command, child, pages
+from tests.harness.command import PAGE, Command, child, pages
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from pyqmigrate.cli import progress
 from pyqmigrate.io.channels import Progress
-from tests.cli.command import COMMAND, child
+from tests.harness.command import COMMAND, child
 
 SIZE = 64 << 20
 NO_RICH = "import sys; sys.modules['rich'] = None; import pyqmigrate.cli as c; sys.exit(c.main())"

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 import pyqmigrate
-from pyqmigrate import RamBlock, save, sealing, verify_seal
-from pyqmigrate.classic import ClassicSnapshot
+from pyqmigrate import RamBlock, save, verify_seal
+from pyqmigrate.integrity import seal as sealing
 from pyqmigrate.io.channels import Channels
-from tests.cli.command import PAGE, Command, make_snapshot, pages
-from tests.format.builders import classic_stream, page_records
-from tests.sealed import MIB, Sealed
-from tests.snapshots import ram, turn_bitmaps
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from tests.harness.command import PAGE, Command, make_snapshot, pages
+from tests.harness.sealed import MIB, Sealed
+from tests.harness.snapshots import ram, turn_bitmaps
+from tests.harness.stream_builders import classic_stream, page_records
 
 
 @pytest.fixture

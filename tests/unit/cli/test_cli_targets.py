@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import FileMemory, RamBlock, UsageError, open_snapshot, seal
-from pyqmigrate.format.address import parse_uri
 from pyqmigrate.migration import Migration
-from pyqmigrate.options import Policy
-from pyqmigrate.sequential import start_sequential_save
-from tests.cli.command import Command, make_snapshot, pages
+from pyqmigrate.qapi import Policy
+from pyqmigrate.qapi.address import parse_uri
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from tests.harness.command import Command, make_snapshot, pages
 
 NAME = "pc.ram"
 MACHINE = "pc-q35-10.0"

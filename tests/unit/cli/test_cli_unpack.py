@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pyqmigrate import NoSpace, Snapshot
 from pyqmigrate.export import raw
-from tests.cli.command import PAGE, Command, make_snapshot, pages
+from tests.harness.command import PAGE, Command, make_snapshot, pages
 
 
 def names(directory: Path) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from pyqmigrate.cli.outcome import shown_error
 from pyqmigrate.errors import QemuError, UsageError
-from tests.cli.command import Command
+from tests.harness.command import Command
 
 
 @pytest.mark.parametrize("verb", [["restore"], ["clone", "--count", "2"]])

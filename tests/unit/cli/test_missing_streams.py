@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import Snapshot
-from tests.cli.command import COMMAND, make_snapshot, pages
+from tests.harness.command import COMMAND, make_snapshot, pages
 
 CLOSED = [
     numbers for length in (1, 2, 3) for numbers in itertools.combinations((0, 1, 2), length)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import TargetError
-from pyqmigrate.io.pagecache import cached_bytes, drop_cached
+from pyqmigrate.io.page_cache import cached_bytes, drop_cached
 
 SIZE = 4 << 20
 

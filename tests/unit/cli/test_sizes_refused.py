@@ -12,7 +12,7 @@ import pytest
 from pyqmigrate.cli import _parser
 from pyqmigrate.cli.arguments import BadArguments
 from pyqmigrate.cli.sizes import read_size
-from tests.cli.command import Command
+from tests.harness.command import Command
 
 IMPOSSIBLE = ["0xffffffffffffffff", "8E", "9223372036854775808", "16EiB", "-1", "1e3", "", "1.5"]
 

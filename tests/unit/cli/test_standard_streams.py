@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import convert
-from tests.cli.command import COMMAND, Command, pages
+from tests.harness.command import COMMAND, Command, pages
 
 READERS = ("info", "verify", "devices", "unpack", "convert")
 

@@ -17,10 +17,20 @@ from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
 from tests.conftest import directory_on_disk
-from tests.core import records
-from tests.core.kernel import PAGE_SIZES, Bytes, File, Memory, memfd, new_job, totals
-from tests.core.records import CONTINUE, END_MARK, EOS, PAGE, ZERO, Decoder, Record, str8, word
-from tests.examples import some
+from tests.harness import page_records as records
+from tests.harness.examples import some
+from tests.harness.kernel import PAGE_SIZES, Bytes, File, Memory, memfd, new_job, totals
+from tests.harness.page_records import (
+    CONTINUE,
+    END_MARK,
+    EOS,
+    PAGE,
+    ZERO,
+    Decoder,
+    Record,
+    str8,
+    word,
+)
 
 NAMES = [b"pc.ram", b"a", b"b" * 255]
 STALE = 0x77

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
 from tests.conftest import directory_on_disk
-from tests.core import records
-from tests.core.kernel import (
+from tests.harness import page_records as records
+from tests.harness.examples import some
+from tests.harness.kernel import (
     CHUNK,
     PAGE_SIZES,
     Bits,
@@ -35,8 +36,7 @@ from tests.core.kernel import (
     to_words,
     totals,
 )
-from tests.core.records import Name
-from tests.examples import some
+from tests.harness.page_records import Name
 
 NAME = b"pc.ram"
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from tests.core import records
-from tests.core.kernel import Bytes, new_job
-from tests.core.records import Name, Record
-from tests.core.test_decode import NAMES, record_lists
-from tests.examples import some
+from tests.harness import page_records as records
+from tests.harness.examples import some
+from tests.harness.kernel import Bytes, new_job
+from tests.harness.page_records import Name, Record
+from tests.unit.core.test_decode import NAMES, record_lists
 
 FILL, PLACED, CHANGED = 1, 2, 3
 END = 1 << 62

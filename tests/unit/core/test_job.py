@@ -13,7 +13,7 @@ import pytest
 
 from pyqmigrate._core import ffi, lib
 from tests.conftest import directory_on_disk
-from tests.core.kernel import (
+from tests.harness.kernel import (
     AUTO,
     CHUNK,
     DENSE,

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from pyqmigrate.io.process import ProcessSource
-from tests.examples import some
-from tests.processes import PAGE, Holder
+from pyqmigrate.io.process_memory import ProcessSource
+from tests.harness.examples import some
+from tests.harness.processes import PAGE, Holder
 
 PAGES = 4096  # 16 MiB: several words of pagemap at once, several chunks
 PRIVATE = mmap.MAP_PRIVATE

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi
 from tests.conftest import directory_on_disk
-from tests.core import twin
-from tests.core.kernel import (
+from tests.harness import core_twin as twin
+from tests.harness.examples import some
+from tests.harness.kernel import (
     CHUNK,
     PAGE_SIZES,
     POISON,
@@ -31,7 +32,6 @@ from tests.core.kernel import (
     to_words,
     totals,
 )
-from tests.examples import some
 
 STALE = 0x77  # what memory holds before a load
 

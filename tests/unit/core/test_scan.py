@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from tests.core import twin
-from tests.core.kernel import PAGE_SIZES, guest, page_bits, to_bits, to_words
-from tests.examples import some
+from tests.harness import core_twin as twin
+from tests.harness.examples import some
+from tests.harness.kernel import PAGE_SIZES, guest, page_bits, to_bits, to_words
 
 GUARD = 0xA5A5A5A5A5A5A5A5
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from tests.examples import some
+from tests.harness.examples import some
 
 NOWHERE = (1 << 64) - 1
 STEP = 4096

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
 from tests.conftest import directory_on_disk
-from tests.core import records
-from tests.core.kernel import (
+from tests.harness import page_records as records
+from tests.harness.examples import some
+from tests.harness.kernel import (
     AUTO,
     CHUNK,
     EXACT,
@@ -31,9 +32,8 @@ from tests.core.kernel import (
     to_bits,
     to_words,
 )
-from tests.core.records import Record, stream_of
-from tests.core.test_decode import record_lists
-from tests.examples import some
+from tests.harness.page_records import Record, stream_of
+from tests.unit.core.test_decode import record_lists
 
 NAMES = [b"pc.ram", b"a"]
 PAGES_AT = 1 << 20

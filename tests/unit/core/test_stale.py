@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
 from tests.conftest import directory_on_disk
-from tests.core import twin
-from tests.core.kernel import (
+from tests.harness import core_twin as twin
+from tests.harness.examples import some
+from tests.harness.kernel import (
     CHUNK,
     PAGE_SIZES,
     POISON,
@@ -25,7 +26,6 @@ from tests.core.kernel import (
     page_bits,
     to_words,
 )
-from tests.examples import some
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi
 from tests.conftest import directory_on_disk
-from tests.core.kernel import (
+from tests.harness.examples import some
+from tests.harness.kernel import (
     AUTO,
     CHUNK,
     DENSE,
@@ -36,7 +37,6 @@ from tests.core.kernel import (
     to_words,
     write,
 )
-from tests.examples import some
 
 PAGES_OFFSET = 1 << 20
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW

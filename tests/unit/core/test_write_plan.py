@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
 from tests.conftest import directory_on_disk
-from tests.core import twin
-from tests.core.kernel import (
+from tests.harness import core_twin as twin
+from tests.harness.examples import some
+from tests.harness.kernel import (
     AUTO,
     CHUNK,
     DENSE,
@@ -39,7 +40,6 @@ from tests.core.kernel import (
     totals,
     write,
 )
-from tests.examples import some
 
 PAGES_OFFSET = 1 << 20
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
 from tests.conftest import directory_on_disk
-from tests.core import twin
-from tests.core.kernel import (
+from tests.harness import core_twin as twin
+from tests.harness.examples import some
+from tests.harness.kernel import (
     CHUNK,
     PAGE_SIZES,
     POLICIES,
@@ -32,8 +33,7 @@ from tests.core.kernel import (
     to_words,
     write,
 )
-from tests.core.test_write_memory import fill_from, mapped, store
-from tests.examples import some
+from tests.unit.core.test_write_memory import fill_from, mapped, store
 
 PIECE = lib.QM_PIECE
 PAGES_OFFSET = 3 * PIECE

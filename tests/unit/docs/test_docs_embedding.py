@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 PROGRAM = DOCS / "examples" / "vmm.py"
 AWAITED = DOCS / "examples" / "await_save.py"
 

@@ -10,7 +10,7 @@ import pytest
 
 import pyqmigrate
 
-PAGE = Path(__file__).parent.parent / "docs" / "seal.md"
+PAGE = Path(__file__).parents[3] / "docs" / "seal.md"
 [USE, CHECK] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 

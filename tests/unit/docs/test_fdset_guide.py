@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.fdset import FdsetError, FdSets
-from pyqmigrate.fdset_rules import Direction, check_fdset
+from pyqmigrate.migration.fdset import FdsetError, FdSets
+from pyqmigrate.migration.fdset_checks import Direction, check_fdset
 
-PAGE = Path(__file__).parent.parent / "docs" / "fdsets.md"
+PAGE = Path(__file__).parents[3] / "docs" / "fdsets.md"
 
 
 def test_the_example_runs_and_describes_both_members(tmp_path, monkeypatch, capsys):

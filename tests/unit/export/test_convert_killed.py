@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import RamBlock, convert, open_snapshot, save
-from tests.physical import Physical
-from tests.snapshots import known_memory
+from tests.harness.physical import Physical
+from tests.harness.snapshots import known_memory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 FORMS = ["mapped-ram", "stream", "raw", "elf", "lime"]
 FILES = [form for form in FORMS if form != "raw"]
 IMAGES = {"elf": Physical.of_elf, "lime": Physical.of_lime}
@@ -28,7 +28,7 @@ SCRIPT = """
 import itertools, sys
 from pathlib import Path
 from pyqmigrate import convert
-from pyqmigrate.format.physical_map import parse_placement
+from pyqmigrate.format.address_space.physical_map import parse_placement
 directory, to, over = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "over"
 places = [parse_placement(text) for text in sys.argv[4:]]
 print("ready", flush=True)

@@ -26,15 +26,15 @@ from pyqmigrate import (
     save,
 )
 from pyqmigrate.export.image import ImageReport
+from pyqmigrate.format.address_space.physical_map import parse_placement
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.format.physical_map import parse_placement
 from pyqmigrate.io.target import OutputTarget
-from pyqmigrate.sequential import start_sequential_save
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.conftest import directory_on_disk
-from tests.examples import few, some
-from tests.format.builders import Raw
-from tests.physical import Physical
-from tests.snapshots import data_bytes, ram
+from tests.harness.examples import few, some
+from tests.harness.physical import Physical
+from tests.harness.snapshots import data_bytes, ram
+from tests.harness.stream_builders import Raw
 
 FORMS = ["elf", "lime"]
 MACHINE = "pc-q35-10.0"

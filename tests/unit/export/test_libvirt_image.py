@@ -19,9 +19,9 @@ from pyqmigrate import (
 )
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.opened import Kind
-from tests.cli.command import Command
-from tests.snapshots import known_memory
+from pyqmigrate.snapshot.base import Kind
+from tests.harness.command import Command
+from tests.harness.snapshots import known_memory
 
 MACHINE = "pc-q35-10.0"
 XML = f"<domain type='kvm'><os><type arch='x86_64' machine='{MACHINE}'>hvm</type></os></domain>"

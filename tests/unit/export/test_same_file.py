@@ -13,10 +13,10 @@ from pyqmigrate.export.convert import Form
 from pyqmigrate.export.elf import write_elf
 from pyqmigrate.export.lime import write_lime
 from pyqmigrate.export.raw import unpack
-from pyqmigrate.format.physical_map import parse_placement
-from pyqmigrate.sequential import start_sequential_save
-from tests.cli.command import Command
-from tests.snapshots import known_memory, save_known
+from pyqmigrate.format.address_space.physical_map import parse_placement
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from tests.harness.command import Command
+from tests.harness.snapshots import known_memory, save_known
 
 MACHINE = "pc-q35-10.0"
 PLACED = [parse_placement("ram@0")]

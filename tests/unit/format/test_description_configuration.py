@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate.format.configuration import Configuration, described, encode
-from pyqmigrate.format.description import describes_devices, with_configuration
-from tests.format.described_reader import DescribedReader
+from pyqmigrate.format.stream.configuration import Configuration, described, encode
+from pyqmigrate.format.stream.description import describes_devices, with_configuration
+from tests.harness.described_reader import DescribedReader
 
 UUID = bytes(range(16))
 CONFIGURATIONS = [

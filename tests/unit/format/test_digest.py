@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.format.digest import Algorithm, digest_of_all, digester, zero_digest
-from tests.examples import some
+from tests.harness.examples import some
 
 PLAIN = {
     Algorithm.XXH3_128: lambda data: xxhash.xxh3_128(data).digest(),

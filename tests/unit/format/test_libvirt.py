@@ -16,7 +16,7 @@ from pyqmigrate.format.libvirt import (
     is_libvirt,
     read_header,
 )
-from tests.format.builders import Sparse
+from tests.harness.stream_builders import Sparse
 
 XML, COOKIE = "<domain type='qemu'/>\n", "<cookie/>\n"
 HEADER = LibvirtHeader(

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, digest_of_all
-from pyqmigrate.format.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
 from pyqmigrate.format.seal import (
     HEAD_MAX,
     PIECE,
@@ -23,7 +22,8 @@ from pyqmigrate.format.seal import (
     count_pieces,
     is_seal,
 )
-from tests.examples import some
+from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
+from tests.harness.examples import some
 
 gaps = st.integers(0, 1 << 40)
 names = st.binary(min_size=1, max_size=255).map(lambda raw: raw.decode("utf-8", "surrogateescape"))

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from pyqmigrate.errors import Cancelled, SnapshotError, TargetError
 from pyqmigrate.format.digest import Algorithm, digester
 from pyqmigrate.format.seal import PIECE
+from pyqmigrate.integrity.digests import Digests, open_direct
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.digests import Digests, open_direct
-from pyqmigrate.io.pagecache import drop_cached
+from pyqmigrate.io.page_cache import drop_cached
 from pyqmigrate.io.target import DirectIO, InputTarget
 from tests.conftest import directory_on_disk
-from tests.examples import some
+from tests.harness.examples import some
 
 few_channels = st.integers(1, 4)
 

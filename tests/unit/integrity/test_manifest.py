@@ -14,7 +14,7 @@ import pytest
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.seal import HEAD_MAX, PIECE, SealHead
-from pyqmigrate.io.manifest import Manifest, read_manifest, seal_path, write_manifest
+from pyqmigrate.integrity.manifest import Manifest, read_manifest, seal_path, write_manifest
 
 
 def manifest(pieces: int = 100, algorithm: Algorithm = Algorithm.XXH3_128) -> Manifest:

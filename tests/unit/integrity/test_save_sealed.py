@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate import Algorithm, Descriptors, FileMemory, RamBlock, UsageError
+from pyqmigrate.integrity.digests import Digests
+from pyqmigrate.integrity.save_seal import SaveSeal
+from pyqmigrate.integrity.seal import current_seal, stale_pages, verify_seal
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.digests import Digests
-from pyqmigrate.io.save_seal import SaveSeal
 from pyqmigrate.io.target import DirectIO, seal_path
-from pyqmigrate.saving import Writer
-from pyqmigrate.sealing import current_seal, stale_pages, verify_seal
-from pyqmigrate.writer import Sparse
-from tests.core.kernel import PAGE_SIZES
-from tests.examples import few, some
-from tests.snapshots import Bytes, load, ram, save_known
+from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.writer import Sparse
+from tests.harness.examples import few, some
+from tests.harness.kernel import PAGE_SIZES
+from tests.harness.snapshots import Bytes, load, ram, save_known
 
 MIB = 1 << 20
 

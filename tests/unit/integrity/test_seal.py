@@ -15,15 +15,22 @@ from typing import Any
 import pytest
 
 import pyqmigrate
-from pyqmigrate import Algorithm, RamBlock, SnapshotError, TargetError, UsageError, seal, sealing
+from pyqmigrate import Algorithm, RamBlock, SnapshotError, TargetError, UsageError, seal
 from pyqmigrate.errors import Cancelled
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.io.digests import Digests
-from pyqmigrate.io.manifest import read_manifest
-from pyqmigrate.sealing import current_seal, stale_pages, start_seal, start_verify, verify_seal
-from pyqmigrate.snapshot import Snapshot
-from tests.sealed import PAGE, Sealed
-from tests.snapshots import data_bytes, load, ram, save_known, turn_bitmaps
+from pyqmigrate.integrity import seal as sealing
+from pyqmigrate.integrity.digests import Digests
+from pyqmigrate.integrity.manifest import read_manifest
+from pyqmigrate.integrity.seal import (
+    current_seal,
+    stale_pages,
+    start_seal,
+    start_verify,
+    verify_seal,
+)
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from tests.harness.sealed import PAGE, Sealed
+from tests.harness.snapshots import data_bytes, load, ram, save_known, turn_bitmaps
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)

@@ -12,9 +12,9 @@ import pytest
 import pyqmigrate
 from pyqmigrate import RamBlock
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.sequential import start_sequential_save
-from tests.format.builders import classic_stream
-from tests.sealed import MIB, PAGE, Sealed, damage, flip, replaced
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from tests.harness.sealed import MIB, PAGE, Sealed, damage, flip, replaced
+from tests.harness.stream_builders import classic_stream
 
 
 @pytest.fixture

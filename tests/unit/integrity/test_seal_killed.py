@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.io.manifest import read_manifest
-from pyqmigrate.sealing import verify_seal
-from tests.sealed import Sealed
-from tests.snapshots import Bytes, load
+from pyqmigrate.integrity.manifest import read_manifest
+from pyqmigrate.integrity.seal import verify_seal
+from tests.harness.sealed import Sealed
+from tests.harness.snapshots import Bytes, load
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import dataclasses, itertools, sys
 from pathlib import Path
 from pyqmigrate import seal
-from tests.sealed import Sealed
+from tests.harness.sealed import Sealed
 path = Path(sys.argv[1])
 made = dataclasses.replace(Sealed.make(path.with_name("model"), seal=None), path=path)
 print("ready", flush=True)

@@ -14,7 +14,7 @@ import pytest
 from pyqmigrate import Cancelled, RamBlock, TargetError, start_load, start_save
 from pyqmigrate.io.awaiting import end_of
 from pyqmigrate.io.channels import Channels, Job
-from tests.snapshots import known_memory
+from tests.harness.snapshots import known_memory
 
 SLOW = {"max_bandwidth": 1, "sparse": "dense"}
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
-from pyqmigrate.format.mapped_ram import BlockLayout
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
-from tests.core.kernel import Bits, page_bits
-from tests.core.twin import stretches
-from tests.examples import some
+from tests.harness.core_twin import stretches
+from tests.harness.examples import some
+from tests.harness.kernel import Bits, page_bits
 
 
 class File:

@@ -10,7 +10,7 @@ import pytest
 from pyqmigrate import RamBlock, Snapshot, provenance, save
 from pyqmigrate.io import bitmap_order
 from pyqmigrate.io.bitmap_order import better_order
-from tests.snapshots import Bytes, load, ram, turn_bitmaps
+from tests.harness.snapshots import Bytes, load, ram, turn_bitmaps
 
 S390 = "s390-ccw-virtio-10.0"
 

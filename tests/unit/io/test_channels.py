@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import pyqmigrate
 from pyqmigrate._core import ffi, lib
 from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
-from tests.core.kernel import PAGE_SIZES
-from tests.examples import some
+from tests.harness.examples import some
+from tests.harness.kernel import PAGE_SIZES
 
 
 @some

@@ -18,8 +18,8 @@ from pyqmigrate import NotSupported, SnapshotError, UsageError, devices, open_sn
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.format.libvirt import ImageFormat
-from tests.format.builders import classic_stream, described, device, full, page_records
-from tests.test_passing import COMPRESS, front, pipe_of
+from tests.harness.stream_builders import classic_stream, described, device, full, page_records
+from tests.unit.io.test_pipe import COMPRESS, front, pipe_of
 
 ALLOWED = (SnapshotError, NotSupported, UsageError)
 SECONDS = 2.0  # of the processor, for all that is done with one file

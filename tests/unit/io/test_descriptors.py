@@ -12,7 +12,7 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import Descriptors, RamBlock, UsageError
-from tests.snapshots import SLOW, known_memory, load, save_known
+from tests.harness.snapshots import SLOW, known_memory, load, save_known
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-SOURCE = Path(__file__).with_name("faults.c")
+SOURCE = Path(__file__).parents[2] / "harness/odd_transfers.c"
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def run(
     page_size: int = 4096,
 ) -> Any:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.io.faulty", disk, direct_io, str(page_size)],
+        [sys.executable, "-m", "tests.harness.faulty", disk, direct_io, str(page_size)],
         env={**environment, "LD_PRELOAD": str(shim), "FAULT": fault},
         capture_output=True, text=True, timeout=60,
-        cwd=Path(__file__).parent.parent.parent,
+        cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 
 import pyqmigrate
-from tests.snapshots import ram
+from tests.harness.snapshots import ram
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 PRELUDE = """
 import json, sys, os
 from pathlib import Path
 import numpy as np
 import pyqmigrate
 from pyqmigrate import RamBlock
-from tests.io.faulty import outcome
-from tests.snapshots import load, ram
+from tests.harness.faulty import outcome
+from tests.harness.snapshots import load, ram
 
 directory = Path(sys.argv[1])
 def save(memory, name="snap", **options):
@@ -171,7 +171,7 @@ def test_a_limit_on_the_size_of_files_is_a_target_error(disk: Path) -> None:
 
 
 SEALING = """
-from pyqmigrate.sealing import seal, verify_seal
+from pyqmigrate.integrity.seal import seal, verify_seal
 path = directory / "snap"
 def sealed():
     return outcome(lambda: seal(path)) | {"names": sorted(p.name for p in directory.iterdir())}

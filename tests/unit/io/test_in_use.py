@@ -23,7 +23,7 @@ from pyqmigrate.io.in_use import (
     refuse_in_use,
 )
 from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
-from pyqmigrate.sequential import start_sequential_save
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
 
 MIB = 1 << 20
 PRECIOUS = b"precious" * (MIB // 8)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.snapshots import known_memory, load, save_known
+from tests.harness.snapshots import known_memory, load, save_known
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import itertools, sys
 import pyqmigrate
-from tests.snapshots import known_memory
+from tests.harness.snapshots import known_memory
 blocks = [[pyqmigrate.RamBlock("ram", known_memory(seed))] for seed in (1, 2)]
 print("ready", flush=True)
 for n in itertools.count():

@@ -17,7 +17,7 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import FileMemory, RamBlock, UsageError
-from tests.snapshots import SLOW, known_memory, load, ram, save_known
+from tests.harness.snapshots import SLOW, known_memory, load, ram, save_known
 
 LENGTH = len(known_memory())
 SHRINK = fcntl.F_SEAL_SHRINK

@@ -34,12 +34,13 @@ from pyqmigrate import (
 )
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.io.passing import KEPT_MAX, PassingInput
-from pyqmigrate.opened import Located
-from pyqmigrate.sequential import start_sequential_save
+from pyqmigrate.io.pipe import KEPT_MAX, PassingInput
+from pyqmigrate.snapshot.base import Located
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.conftest import directory_on_disk
-from tests.examples import some
-from tests.format.builders import (
+from tests.harness.examples import some
+from tests.harness.snapshots import Bytes, known_memory
+from tests.harness.stream_builders import (
     EOF,
     classic_stream,
     described,
@@ -47,8 +48,7 @@ from tests.format.builders import (
     full,
     page_records,
 )
-from tests.snapshots import Bytes, known_memory
-from tests.test_staging import FORMS, content
+from tests.unit.snapshot.load.test_staging import FORMS, content
 
 COMPRESS: dict[ImageFormat, Callable[[bytes], bytes]] = {
     ImageFormat.GZIP: gzip.compress,

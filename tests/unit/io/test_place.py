@@ -12,8 +12,8 @@ import pytest
 from pyqmigrate import RamBlock, TargetError, UsageError, convert, open_snapshot, seal
 from pyqmigrate.io.place import absolute, check_name_fits, followed, partial_name
 from pyqmigrate.io.target import DirectIO, OutputTarget, seal_path
-from pyqmigrate.sequential import start_sequential_save
-from tests.snapshots import known_memory, load, save_known
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from tests.harness.snapshots import known_memory, load, save_known
 
 OTHERS = 12345  # neither we nor the owner of the directory
 OURS = os.geteuid()

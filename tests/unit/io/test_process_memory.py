@@ -12,12 +12,12 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import GuestMemoryError, ProcessMemory, RamBlock, UsageError
-from pyqmigrate.io.process import ProcessSource
+from pyqmigrate.io.process_memory import ProcessSource
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.sequential import start_sequential_load, start_sequential_save
-from tests.core.kernel import memfd
-from tests.processes import PAGE, Holder, as_nobody
-from tests.snapshots import SLOW, known_memory, load, save_known
+from pyqmigrate.snapshot.load.sequential import start_sequential_load, start_sequential_save
+from tests.harness.kernel import memfd
+from tests.harness.processes import PAGE, Holder, as_nobody
+from tests.harness.snapshots import SLOW, known_memory, load, save_known
 
 pytestmark = pytest.mark.usefixtures("same_descriptors")
 

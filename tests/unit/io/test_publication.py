@@ -18,14 +18,14 @@ from pyqmigrate import (
     UsageError,
     open_snapshot,
     seal,
-    sealing,
     verify_seal,
 )
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
+from pyqmigrate.integrity import seal as sealing
 from pyqmigrate.io.target import DirectIO, OutputTarget
-from pyqmigrate.sequential import start_sequential_save
-from tests.snapshots import SLOW, known_memory, load, save_known
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from tests.harness.snapshots import SLOW, known_memory, load, save_known
 
 Breaks = Callable[[Path], None]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.snapshots import ram
+from tests.harness.snapshots import ram
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import fcntl, json, os, sys, time
 import numpy as np
 import pyqmigrate
-from tests.snapshots import ram
+from tests.harness.snapshots import ram
 
 size, data = 1 << 40, int(sys.argv[2]) << 20
 piece = ram(256, density=1.0).tobytes()

@@ -18,7 +18,7 @@ import pytest
 import pyqmigrate
 from pyqmigrate import RamBlock, TargetError
 from pyqmigrate.io.target import DirectIO, OutputTarget
-from tests.snapshots import SLOW, data_bytes, known_memory, load, ram, save_known
+from tests.harness.snapshots import SLOW, data_bytes, known_memory, load, ram, save_known
 
 OLD = b"what stood there before"
 MIB = 1 << 20

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from pyqmigrate.errors import PyqmigrateError
-from pyqmigrate.fdset import FdInfo, FdsetError, FdSets, fdset_number, is_fdset_name
+from pyqmigrate.migration.fdset import FdInfo, FdsetError, FdSets, fdset_number, is_fdset_name
 
 ANY_FILE = "/dev/null"
 

@@ -5,9 +5,14 @@ import re
 
 import pytest
 
-from pyqmigrate import fdset_rules
-from pyqmigrate.fdset import FdsetError, FdSets
-from pyqmigrate.fdset_rules import Direction, check_fdset, describe_fdset, same_description
+from pyqmigrate.migration import fdset_checks as fdset_rules
+from pyqmigrate.migration.fdset import FdsetError, FdSets
+from pyqmigrate.migration.fdset_checks import (
+    Direction,
+    check_fdset,
+    describe_fdset,
+    same_description,
+)
 
 W, R, RW, D = os.O_WRONLY, os.O_RDONLY, os.O_RDWR, os.O_DIRECT
 NAME = "/dev/fdset/1"

@@ -10,12 +10,12 @@ from uuid import UUID
 import pytest
 
 from pyqmigrate import FileMemory, RamBlock, Snapshot, UsageError
-from pyqmigrate.format.address import parse_uri
-from pyqmigrate.format.devices import DeviceSection
+from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.migration import Guest, Migration
-from pyqmigrate.options import Policy
-from pyqmigrate.status import RunState, Status
-from tests.migration.test_outgoing import LENGTH, Recorder, memory
+from pyqmigrate.qapi import Policy
+from pyqmigrate.qapi.address import parse_uri
+from pyqmigrate.qapi.status import RunState, Status
+from tests.unit.migration.test_outgoing import LENGTH, Recorder, memory
 
 KINDS = [{"mapped-ram": True}, {"mapped-ram": True, "multifd": True}, {}]
 

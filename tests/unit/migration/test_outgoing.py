@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import RamBlock, Snapshot, UsageError
-from pyqmigrate.events import Event
-from pyqmigrate.fdset import FdsetError, FdSets
-from pyqmigrate.format.address import parse_uri
-from pyqmigrate.format.devices import DeviceSection
+from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.migration import Guest, Migration
-from pyqmigrate.options import Parameters, Policy
-from pyqmigrate.status import RunState, Status
+from pyqmigrate.migration.fdset import FdsetError, FdSets
+from pyqmigrate.qapi import Parameters, Policy
+from pyqmigrate.qapi.address import parse_uri
+from pyqmigrate.qapi.event import Event
+from pyqmigrate.qapi.status import RunState, Status
 
 LENGTH = 8 << 20
 PAGE = 4096

@@ -1,9 +1,7 @@
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.address import Transport
-from pyqmigrate.options import Capabilities, MigrationMode, MultifdCompression, Parameters
-from pyqmigrate.options.rules import (
+from pyqmigrate.migration.rules import (
     check_incoming,
     check_incoming_transport,
     check_outgoing,
@@ -12,7 +10,9 @@ from pyqmigrate.options.rules import (
     check_with_mapped_ram,
     effective_direct_io,
 )
-from pyqmigrate.status import RunState, Status
+from pyqmigrate.qapi import Capabilities, MigrationMode, MultifdCompression, Parameters
+from pyqmigrate.qapi.address import Transport
+from pyqmigrate.qapi.status import RunState, Status
 
 NOT_FILES = [transport for transport in Transport if transport is not Transport.FILE]
 

@@ -1,7 +1,7 @@
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.address import Address, Transport, parse_address, parse_uri
+from pyqmigrate.qapi.address import Address, Transport, parse_address, parse_uri
 
 FILE = {"transport": "file", "filename": "/x", "offset": 7}
 MAIN = {"channel-type": "main", "addr": FILE}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.monitor_address import monitor_path
+from pyqmigrate.qapi.monitor_address import monitor_path
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import Clear, DirectIO, Sparse, UsageError
-from pyqmigrate.spelling import choice
+from pyqmigrate.enums import choice
 
 
 @pytest.mark.parametrize("kind", [DirectIO, Sparse, Clear])

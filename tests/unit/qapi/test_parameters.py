@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.options import (
+from pyqmigrate.qapi import (
     Capabilities,
     MultifdCompression,
     Parameters,

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
+from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Status
 
 RAM = RamStatistics(total=1 << 30, normal=5, mbps=1.5)
 AT_REST = {Status.NONE, Status.COMPLETED, Status.FAILED, Status.CANCELLED}

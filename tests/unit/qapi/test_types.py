@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format import qapi
+from pyqmigrate.qapi import types as qapi
 
 SHAPE = qapi.Struct(
     {

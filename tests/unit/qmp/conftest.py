@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.monitor.harness import RawClient, ServerThread
+from tests.harness.qmp_server import RawClient, ServerThread
 
 
 @pytest.fixture

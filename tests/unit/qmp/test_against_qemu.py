@@ -17,10 +17,10 @@ import time
 
 import pytest
 
-from pyqmigrate.monitor.json_stream import JsonError, JsonStream, encode_line
-from pyqmigrate.options import CAPABILITY_NAMES, Parameters, Policy
-from tests.monitor.harness import RawClient
-from tests.qemu.version import program_of
+from pyqmigrate.qapi import CAPABILITY_NAMES, Parameters, Policy
+from pyqmigrate.qmp.json_stream import JsonError, JsonStream, encode_line
+from tests.harness.qmp_server import RawClient
+from tests.harness.version import program_of
 
 pytestmark = pytest.mark.qemu
 

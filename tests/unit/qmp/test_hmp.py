@@ -1,18 +1,18 @@
 import pytest
 
-from pyqmigrate.fdset import FdSets
-from pyqmigrate.monitor import hmp
-from pyqmigrate.monitor.hmp_layouts import (
+from pyqmigrate.migration.fdset import FdSets
+from pyqmigrate.qapi import Capabilities, Parameters, Policy
+from pyqmigrate.qapi.qemu_version import QEMU_11_1
+from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Status
+from pyqmigrate.qmp import hmp
+from pyqmigrate.qmp.hmp_layouts import (
     _size,
     render_capabilities,
     render_migration,
     render_parameters,
     render_status,
 )
-from pyqmigrate.options import Capabilities, Parameters, Policy
-from pyqmigrate.options.qemu_version import QEMU_11_1
-from pyqmigrate.status import MigrationInfo, RamStatistics, RunState, Status
-from tests.monitor.idle_guest import IdleGuest
+from tests.harness.idle_guest import IdleGuest
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pyqmigrate.monitor.json_stream import JsonError, JsonStream, JsonValue, encode_line
+from pyqmigrate.qmp.json_stream import JsonError, JsonStream, JsonValue, encode_line
 
 
 def read(data, **limits):

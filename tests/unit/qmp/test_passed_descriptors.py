@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyqmigrate.fdset import FdsetError
-from pyqmigrate.monitor.descriptors import NamedFds, PendingFds, Receiver
+from pyqmigrate.migration.fdset import FdsetError
+from pyqmigrate.qmp.descriptors import NamedFds, PendingFds, Receiver
 
 
 def open_fds():

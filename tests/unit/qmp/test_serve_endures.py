@@ -19,12 +19,12 @@ import pytest
 from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, RamBlock, Snapshot, SnapshotError
 from pyqmigrate.migration import Migration
-from pyqmigrate.monitor import QmpServer, connection
+from pyqmigrate.qmp import QmpServer, connection
 from tests.conftest import descriptors
-from tests.monitor.harness import RawClient
-from tests.qemu.machine import GuestRam
-from tests.qemu.serve import Driver, Serve
-from tests.snapshots import load
+from tests.harness.machine import GuestRam
+from tests.harness.qmp_server import RawClient
+from tests.harness.serve import Driver, Serve
+from tests.harness.snapshots import load
 
 MIB = 1 << 20
 AT_REST = {"completed", "failed", "cancelled"}

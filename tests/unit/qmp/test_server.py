@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import TargetError
-from pyqmigrate.fdset import FdSets
-from pyqmigrate.monitor import QmpServer, Version, server
-from pyqmigrate.monitor.connection import Connection
-from pyqmigrate.options import Policy
-from tests.monitor.harness import ServerThread
-from tests.monitor.idle_guest import IdleGuest
+from pyqmigrate.migration.fdset import FdSets
+from pyqmigrate.qapi import Policy
+from pyqmigrate.qmp import QmpServer, Version, server
+from pyqmigrate.qmp.connection import Connection
+from tests.harness.idle_guest import IdleGuest
+from tests.harness.qmp_server import ServerThread
 
 ADD = b'{"execute":"add-fd"}'
 
@@ -489,7 +489,7 @@ def test_a_message_over_the_limit_is_answered_with_an_error(serve):
 
 @pytest.mark.parametrize("policy", Policy)
 def test_the_real_client_library_drives_it(serve, tmp_path, policy):
-    program = Path(__file__).with_name("real_client.py")
+    program = Path(__file__).parents[2] / "harness/real_client.py"
     command = [sys.executable, program, serve(policy=policy).path, tmp_path / "guest"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

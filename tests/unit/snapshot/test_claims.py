@@ -13,10 +13,10 @@ import pytest
 
 from pyqmigrate import SnapshotError, verify_seal
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.mapped_ram import BlockLayout
 from pyqmigrate.format.seal import PIECE, SealHead, SealLine
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
-from tests.format.builders import EOF, RAM_EOS, Raw, end, part, start, str8, words
+from tests.harness.stream_builders import EOF, RAM_EOS, Raw, end, part, start, str8, words
 
 SECONDS = 2.0  # of the processor
 MEMORY = 300 << 10  # KiB, the interpreter's own included

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.format.builders import Raw, described, device, end, full, part, start, words
+from tests.harness.stream_builders import Raw, described, device, end, full, part, start, words
 
 SECONDS = 1.0  # of the processor
 MEMORY = 256 << 10  # KiB

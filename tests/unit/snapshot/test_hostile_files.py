@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import NotSupported, SnapshotError, UsageError, devices, open_snapshot, provenance
-from pyqmigrate.format.devices import DeviceSection, encode_devices
+from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from tests.cli.test_cli_devices import BODY, RTC
-from tests.format.builders import EOF, classic_stream, full, page_records, snapshot
+from tests.harness.stream_builders import EOF, classic_stream, full, page_records, snapshot
+from tests.unit.cli.test_cli_devices import BODY, RTC
 
 ALLOWED = (SnapshotError, NotSupported, UsageError)
 SECTIONS, TEXT = encode_devices([DeviceSection("rtc", BODY, 0, 3, RTC)], 4096)

@@ -11,9 +11,9 @@ import pytest
 import xxhash
 
 from pyqmigrate import SnapshotError
-from pyqmigrate.classic import ClassicSnapshot
-from pyqmigrate.opening import open_snapshot
-from tests.format.builders import classic_stream, page_records, words
+from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from tests.harness.stream_builders import classic_stream, page_records, words
 
 PAGE = 4096
 

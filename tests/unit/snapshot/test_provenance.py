@@ -6,9 +6,17 @@ import struct
 from pathlib import Path
 
 from pyqmigrate import open_snapshot
-from pyqmigrate.origin import Provenance, provenance
-from tests.format.builders import EOF, RAM_EOS, Raw, classic_stream, command, end, page_records
-from tests.format.builders import start as section_start
+from pyqmigrate.snapshot.provenance import Provenance, provenance
+from tests.harness.stream_builders import (
+    EOF,
+    RAM_EOS,
+    Raw,
+    classic_stream,
+    command,
+    end,
+    page_records,
+)
+from tests.harness.stream_builders import start as section_start
 
 
 def judged(path: Path, data: bytes) -> Provenance:

@@ -23,16 +23,16 @@ from pyqmigrate import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.opened import Kind
-from pyqmigrate.opening import open_snapshot
-from pyqmigrate.sequential import start_sequential_save
+from pyqmigrate.snapshot.base import Kind
+from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 from tests.conftest import directory_on_disk
-from tests.examples import some
-from tests.format.builders import classic_stream, page_records, words
-from tests.snapshots import Bytes, known_memory, ram, save_known
+from tests.harness.examples import some
+from tests.harness.snapshots import Bytes, known_memory, ram, save_known
+from tests.harness.stream_builders import classic_stream, page_records, words
 
 
 def save_classic(path: Path | str, seed: int = 0, page_size: int = 4096) -> Bytes:
@@ -304,7 +304,7 @@ def test_structure_is_checked_without_an_index(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = save_classic(disk / "snap")
-    monkeypatch.delattr("pyqmigrate.classic.PageIndex")
+    monkeypatch.delattr("pyqmigrate.snapshot.sequential.PageIndex")
     with open_snapshot(disk / "snap") as snapshot:
         snapshot.verify()
         assert pyqmigrate.provenance(snapshot).loadable

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import pyqmigrate
 from pyqmigrate import RamBlock, Snapshot, SnapshotError, UsageError
 from tests.conftest import directory_on_disk
-from tests.examples import some
-from tests.snapshots import Bytes, known_memory, ram, save_known
+from tests.harness.examples import some
+from tests.harness.snapshots import Bytes, known_memory, ram, save_known
 
 
 def test_a_block_tells_where_it_stands_and_what_it_holds(disk: Path) -> None:

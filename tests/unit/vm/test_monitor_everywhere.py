@@ -16,9 +16,9 @@ from pyqmigrate.cli import main
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.migration import Migration
-from pyqmigrate.monitor import QmpServer
+from pyqmigrate.qmp import QmpServer
 from pyqmigrate.vm import sync
-from pyqmigrate.vm.save import save
+from pyqmigrate.vm.outgoing.save import save
 
 VERBS = {
     "vm save": ["vm", "save", "--qmp", "{qmp}", "{directory}/s"],

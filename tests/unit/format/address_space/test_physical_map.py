@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.device_tree import Device, Field, State, Value
-from pyqmigrate.format.physical_map import parse_placement, physical_map, processor_of
-from pyqmigrate.format.placement import GivenPlacement, Placement
-from pyqmigrate.format.srat import nodes_in_order
-from tests.examples import some
-from tests.format.test_cpu_state import ARM, X86, device, fields
+from pyqmigrate.format.address_space.physical_map import parse_placement, physical_map, processor_of
+from pyqmigrate.format.address_space.placement import GivenPlacement, Placement
+from pyqmigrate.format.address_space.srat import nodes_in_order
+from pyqmigrate.format.device.values import Device, Field, State, Value
+from tests.harness.examples import some
+from tests.unit.format.device.test_cpu import ARM, X86, device, fields
 
 MIB, GIB = 1 << 20, 1 << 30
 

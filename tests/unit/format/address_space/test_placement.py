@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate.format.placement import Hole, Placement, overlay
-from tests.examples import some
+from pyqmigrate.format.address_space.placement import Hole, Placement, overlay
+from tests.harness.examples import some
 
 SPACE = 64
 

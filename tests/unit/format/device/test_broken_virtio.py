@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.format.broken_virtio import without_broken
-from pyqmigrate.format.described import check_described
-from pyqmigrate.format.devices import DeviceSection, encode_devices
+from pyqmigrate.format.device.broken_virtio import without_broken
+from pyqmigrate.format.device.described import check_described
+from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 
 MARK = b"\x05\x0dvirtio/broken\0\0\0\1\1"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from pyqmigrate.format.cpu_state import (
+from pyqmigrate.format.device.cpu import (
     Architecture,
     Segment,
     cpu_registers,
     power_is_little_endian,
 )
-from pyqmigrate.format.device_tree import Device, Field, State, Value
+from pyqmigrate.format.device.values import Device, Field, State, Value
 
 
 def state(**values: Value) -> State:

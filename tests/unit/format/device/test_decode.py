@@ -10,17 +10,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported, SnapshotError
-from pyqmigrate.format.device_state import (
+from pyqmigrate.format.device.decode import (
     DEPTH_MAX,
     DEVICE_STATE_MAX,
     VALUES_MAX,
     decode_device,
     decode_devices,
 )
-from pyqmigrate.format.device_tree import Device, State
-from pyqmigrate.format.elements import Section, SectionKind
-from tests.format.builders import Sparse
-from tests.format.device_twin import encode, fields_of
+from pyqmigrate.format.device.values import Device, State
+from pyqmigrate.format.stream.wire import Section, SectionKind
+from tests.harness.device_twin import encode, fields_of
+from tests.harness.stream_builders import Sparse
 
 Description = dict[str, Any]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.format.described import check_described
-from pyqmigrate.format.devices import DeviceSection, encode_devices
+from pyqmigrate.format.device.described import check_described
+from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 
 FIELDS = [{"name": "a", "type": "uint32", "size": 4}, {"name": "b", "type": "uint8", "size": 1}]
 SUBSECTION = {

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported, SnapshotError
-from pyqmigrate.format import lime
-from pyqmigrate.format.elf import SEGMENTS_MAX, Segment, encode_head, encode_note, head_length
-from tests.examples import some
+from pyqmigrate.format.dump import lime
+from pyqmigrate.format.dump.elf import SEGMENTS_MAX, Segment, encode_head, encode_note, head_length
+from tests.harness.examples import some
 
 words = st.integers(0, (1 << 64) - 1)
 segments = st.lists(st.builds(Segment, words, words, words), max_size=20)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 
-from pyqmigrate.format.cpu_notes import cpu_notes
-from pyqmigrate.format.cpu_state import cpu_registers
-from pyqmigrate.format.vmcoreinfo import HEAD_LENGTH, note_length
-from tests.format.test_cpu_state import ARM, X86, device, fields
+from pyqmigrate.format.device.cpu import cpu_registers
+from pyqmigrate.format.dump.elf_notes import cpu_notes
+from pyqmigrate.format.dump.vmcoreinfo import HEAD_LENGTH, note_length
+from tests.unit.format.device.test_cpu import ARM, X86, device, fields
 
 HEAD = 12 + 8  # lengths and kind; "CORE" or "QEMU", padded
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.cursor import Cursor
-from pyqmigrate.format.description import (
+from pyqmigrate.format.stream.description import (
     DESCRIPTION_MAX,
     body_lengths,
     encode,
@@ -17,7 +17,7 @@ from pyqmigrate.format.description import (
     no_devices,
     read,
 )
-from tests.format.builders import Sparse
+from tests.harness.stream_builders import Sparse
 
 
 def ending(text: bytes, before: bytes = b"stream") -> Sparse:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.cursor import Cursor
-from pyqmigrate.format.live_sections import CHUNKS_MAX, Chunks, walker
-from tests.format.builders import Sparse, str8, words
+from pyqmigrate.format.stream.live_sections import CHUNKS_MAX, Chunks, walker
+from tests.harness.stream_builders import Sparse, str8, words
 
 
 def stepped(name: str, version: int, body: bytes, *, start: bool = False) -> int:

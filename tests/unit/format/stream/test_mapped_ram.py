@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.cursor import Cursor
-from pyqmigrate.format.mapped_ram import (
+from pyqmigrate.format.stream.mapped_ram import (
     BLOCKS_MAX,
     PAGE_SIZES,
     BlockLayout,
@@ -17,7 +17,7 @@ from pyqmigrate.format.mapped_ram import (
     place,
     read_entries,
 )
-from tests.format.builders import Sparse
+from tests.harness.stream_builders import Sparse
 
 MIB = 1 << 20
 

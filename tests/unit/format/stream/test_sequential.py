@@ -8,9 +8,8 @@ import struct
 import pytest
 
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
-from pyqmigrate.format.elements import SectionKind
-from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.format.sequential import (
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.sequential import (
     RAM_EOS,
     SequentialStream,
     SequentialWalk,
@@ -18,7 +17,8 @@ from pyqmigrate.format.sequential import (
     encode_head,
     encode_part_header,
 )
-from tests.format.builders import (
+from pyqmigrate.format.stream.wire import SectionKind
+from tests.harness.stream_builders import (
     EOF,
     Sparse,
     command,

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate.format.mapped_ram import PAGE_SIZES, BlockSpec
-from pyqmigrate.format.stream import SectionKind, encode_head, encode_tail, parse
-from tests.format.builders import (
+from pyqmigrate.format.stream.mapped_ram import PAGE_SIZES, BlockSpec
+from pyqmigrate.format.stream.writer import SectionKind, encode_head, encode_tail, parse
+from tests.harness.stream_builders import (
     RAM_EOS,
     Raw,
     command,

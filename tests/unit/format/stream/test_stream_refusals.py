@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported, SnapshotError
-from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.format.stream import encode_head, encode_tail, parse
-from pyqmigrate.format.walk import LISTED_MAX
-from tests.format.builders import (
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.reader import LISTED_MAX
+from pyqmigrate.format.stream.writer import encode_head, encode_tail, parse
+from tests.harness.stream_builders import (
     RAM_EOS,
     Raw,
     Sparse,

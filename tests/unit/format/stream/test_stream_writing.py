@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.format.stream import MAGIC, encode_head, encode_tail
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.writer import MAGIC, encode_head, encode_tail
 
 EXAMPLE = [
     BlockSpec("pc.ram", 0x4000000),

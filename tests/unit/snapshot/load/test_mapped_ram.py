@@ -13,8 +13,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import BlockMismatch, FileMemory, RamBlock, SnapshotError
-from tests.core.kernel import memfd
-from tests.snapshots import SLOW, ram, save_known
+from tests.harness.kernel import memfd
+from tests.harness.snapshots import SLOW, ram, save_known
 
 MIB = 1 << 20
 

@@ -21,21 +21,21 @@ from pyqmigrate import (
     SnapshotError,
     save,
 )
-from pyqmigrate.format.mapped_ram import BlockSpec
-from pyqmigrate.format.sequential import RAM_EOS, encode_end, encode_head, encode_part_header
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.stream.sequential import RAM_EOS, encode_end, encode_head, encode_part_header
 from pyqmigrate.io.target import InputTarget
-from pyqmigrate.sequential import (
+from pyqmigrate.snapshot.load.sequential import (
     DeviceSection,
     SequentialLoadReport,
     start_sequential_load,
     start_sequential_save,
 )
-from tests.core.kernel import memfd
-from tests.core.records import CONTINUE, PAGE, XBZRLE, ZERO, str8, word
-from tests.examples import some
-from tests.format.builders import described, device, full
-from tests.format.test_sequential import blocks, capabilities, configured, entry
-from tests.snapshots import KNOWN, SLOW, Bytes, known_memory, ram
+from tests.harness.examples import some
+from tests.harness.kernel import memfd
+from tests.harness.page_records import CONTINUE, PAGE, XBZRLE, ZERO, str8, word
+from tests.harness.snapshots import KNOWN, SLOW, Bytes, known_memory, ram
+from tests.harness.stream_builders import described, device, full
+from tests.unit.format.stream.test_sequential import blocks, capabilities, configured, entry
 
 pytestmark = pytest.mark.usefixtures("same_descriptors")
 

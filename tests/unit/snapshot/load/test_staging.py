@@ -12,19 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate import NotSupported, RamBlock, SnapshotError, UsageError, open_snapshot
-from pyqmigrate.classic import ClassicSnapshot
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import RawReport, unpack
-from pyqmigrate.sealing import stale_pages
-from pyqmigrate.sequential import start_sequential_save
-from pyqmigrate.snapshot import Snapshot
+from pyqmigrate.integrity.seal import stale_pages
+from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.sequential import ClassicSnapshot
 from tests.conftest import directory_on_disk
-from tests.core import records
-from tests.core.records import Record, stream_of
-from tests.core.test_decode import record_lists
-from tests.examples import some
-from tests.format.builders import EOF, RAM_EOS, described, end, part, start, str8, words
-from tests.snapshots import Bytes, ram
+from tests.harness import page_records as records
+from tests.harness.examples import some
+from tests.harness.page_records import Record, stream_of
+from tests.harness.snapshots import Bytes, ram
+from tests.harness.stream_builders import EOF, RAM_EOS, described, end, part, start, str8, words
+from tests.unit.core.test_decode import record_lists
 
 PART = 16 << 20
 PAGE = 4096
@@ -87,7 +87,7 @@ def test_source_is_read_once(disk: Path, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_no_index_is_made(disk: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (disk / "from").write_bytes(stream([[page(3, 1)]], {"ram": 10 * PAGE}))
-    monkeypatch.delattr("pyqmigrate.classic.PageIndex")
+    monkeypatch.delattr("pyqmigrate.snapshot.sequential.PageIndex")
     convert(disk / "from", disk / "to", to=form)
     assert content(disk / "to", form)[3 * PAGE] == 1
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 import pyqmigrate
 from pyqmigrate import FileMemory, JobTimeout, Progress, RamBlock
 from pyqmigrate.io.target import OutputTarget
-from tests.core.kernel import PAGE_SIZES, guest, memfd, page_bits
-from tests.examples import some
-from tests.snapshots import SLOW, data_bytes, known_memory, load, ram
+from tests.harness.examples import some
+from tests.harness.kernel import PAGE_SIZES, guest, memfd, page_bits
+from tests.harness.snapshots import SLOW, data_bytes, known_memory, load, ram
 
 MIB = 1 << 20
 

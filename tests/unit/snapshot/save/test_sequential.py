@@ -24,19 +24,19 @@ from pyqmigrate import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.format.elements import SectionKind
+from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.target import InputTarget, Target
-from pyqmigrate.sequential import (
+from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
     SequentialReader,
     SequentialWriter,
     start_sequential_load,
     start_sequential_save,
 )
-from tests.core.kernel import guest, memfd, page_bits
-from tests.examples import some
-from tests.snapshots import KNOWN, SLOW, Bytes, known_memory, ram
+from tests.harness.examples import some
+from tests.harness.kernel import guest, memfd, page_bits
+from tests.harness.snapshots import KNOWN, SLOW, Bytes, known_memory, ram
 
 pytestmark = pytest.mark.usefixtures("same_descriptors")
 

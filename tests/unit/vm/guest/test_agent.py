@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import QemuError
-from pyqmigrate.vm.guest_agent import find_agent, set_time
-from pyqmigrate.vm.guest_clock import correct_clock, note_on_clock
+from pyqmigrate.vm.guest.agent import find_agent, set_time
+from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
 from tests.harness.agent import Agent
 
 

@@ -24,14 +24,20 @@ from pyqmigrate import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.format.configuration import Configuration
-from pyqmigrate.format.description import with_configuration
-from pyqmigrate.format.devices import global_state
-from pyqmigrate.vm.device_state import DeviceState, read_devices, read_migrated, start_snapshot
-from tests.core.kernel import memfd
-from tests.core.records import CONTINUE, PAGE, ZERO, word
-from tests.examples import some
-from tests.format.builders import (
+from pyqmigrate.format.device.sections import global_state
+from pyqmigrate.format.stream.configuration import Configuration
+from pyqmigrate.format.stream.description import with_configuration
+from pyqmigrate.vm.guest.device_state import (
+    DeviceState,
+    read_devices,
+    read_migrated,
+    start_snapshot,
+)
+from tests.harness.examples import some
+from tests.harness.kernel import memfd
+from tests.harness.page_records import CONTINUE, PAGE, ZERO, word
+from tests.harness.snapshots import load
+from tests.harness.stream_builders import (
     EOF,
     command,
     described,
@@ -43,8 +49,7 @@ from tests.format.builders import (
     str8,
     words,
 )
-from tests.format.test_sequential import blocks, capabilities, configured, described_as
-from tests.snapshots import load
+from tests.unit.format.stream.test_sequential import blocks, capabilities, configured, described_as
 
 pytestmark = pytest.mark.usefixtures("same_descriptors")
 

@@ -14,10 +14,10 @@ import pytest
 
 from pyqmigrate.errors import QemuError
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.io.process import ProcessMemory
-from pyqmigrate.vm.memory_map import Backend, GuestBlock, find_memory, fits
-from pyqmigrate.vm.process import Mapping, covering, open_mapped, read_mappings
-from pyqmigrate.vm.ramblock import RamLine, parse_ramblock
+from pyqmigrate.io.process_memory import ProcessMemory
+from pyqmigrate.vm.guest.memory import Backend, GuestBlock, find_memory, fits
+from pyqmigrate.vm.guest.process import Mapping, covering, open_mapped, read_mappings
+from pyqmigrate.vm.guest.ramblock import RamLine, parse_ramblock
 
 MIB = 1 << 20
 HEAD_10 = (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate.vm.overlay_names import overlay_name
+from pyqmigrate.vm.guest.overlay_names import overlay_name
 
 
 def free(_: str) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.incoming import make_incoming
+from pyqmigrate.vm.incoming.command import make_incoming
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 
 def made(text: str, *, paused: bool | None = None) -> tuple[list[str], list[str]]:

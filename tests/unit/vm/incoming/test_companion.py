@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate.errors import Cancelled
-from pyqmigrate.vm.companion import Companion
+from pyqmigrate.vm.incoming.companion import Companion
 from tests.conftest import directory_on_disk
-from tests.examples import some
-from tests.snapshots import Bytes, data_bytes, ram
+from tests.harness.examples import some
+from tests.harness.snapshots import Bytes, data_bytes, ram
 
 PAGE = 4096
 PAGES = 1100  # of the big block: more than one chunk, and no whole number of them

@@ -13,9 +13,9 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate.errors import Cancelled
-from pyqmigrate.vm.companion import Companion
-from pyqmigrate.vm.companions import Companions
-from pyqmigrate.vm.source import Source
+from pyqmigrate.vm.incoming.companion import Companion
+from pyqmigrate.vm.incoming.companions import Companions
+from pyqmigrate.vm.incoming.source import Source
 
 MIB = 1 << 20
 

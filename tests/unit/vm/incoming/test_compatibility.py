@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.compatibility import compare_command, compare_devices
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.saved_machine import SavedMachine
+from pyqmigrate.vm.incoming.compatibility import compare_command, compare_devices
+from pyqmigrate.vm.incoming.saved_machine import SavedMachine
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.monitor import Monitor
 
 SAVED = SavedMachine("running", 2, kvm=False, kvm_clock=False, pci=None, counts=None)
 KVM = SAVED._replace(kvm=True, kvm_clock=True)

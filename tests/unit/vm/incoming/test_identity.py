@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.identity import runs_already, shared_identity, with_new_generation
+from pyqmigrate.vm.incoming.identity import runs_already, shared_identity, with_new_generation
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 GUID = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"
 HOLD = """

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.images_in_use import refuse_in_use
+from pyqmigrate.vm.incoming.images_in_use import refuse_in_use
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 HOLD = "import sys; file = open(sys.argv[1], sys.argv[2]); print(flush=True); sys.stdin.read()"
 

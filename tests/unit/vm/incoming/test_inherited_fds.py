@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.inherited import check_descriptors, descriptors_in_use, inherited_descriptors
+from pyqmigrate.vm.incoming.inherited_fds import (
+    check_descriptors,
+    descriptors_in_use,
+    inherited_descriptors,
+)
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 
 def in_use(*words: str) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.listeners import listeners, refuse_taken
+from pyqmigrate.vm.incoming.listeners import listeners, refuse_taken
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 
 def command(text: str) -> CommandLine:

@@ -11,8 +11,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.ram_files import RamFiles, loadable
+from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 MIB = 1 << 20
 

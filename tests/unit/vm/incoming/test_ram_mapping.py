@@ -12,8 +12,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.memory_backends import Mapped, map_blocks
+from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 MIB = 1 << 20
 FD = 77

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyqmigrate.vm.restored_state import describe_state
+from pyqmigrate.vm.incoming.run_state import describe_state
 
 
 @pytest.mark.parametrize("state", ["running", "suspended"])

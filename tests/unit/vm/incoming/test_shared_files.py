@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.written_files import written_files
+from pyqmigrate.vm.guest.written_files import written_files
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 
 def written(*words: str) -> list[str]:

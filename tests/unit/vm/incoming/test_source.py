@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import Descriptors, NotSupported, RamBlock, TargetError, save
-from pyqmigrate.vm.source import Source
-from tests.snapshots import ram, turn_bitmaps
+from pyqmigrate.vm.incoming.source import Source
+from tests.harness.snapshots import ram, turn_bitmaps
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pyqmigrate.vm import guardian
+from pyqmigrate.vm.outgoing import guardian
 
 TOKEN = "pyqmigrate-token"
 FINDING: dict[str, Any] = {

@@ -9,11 +9,11 @@ import pytest
 
 from pyqmigrate.errors import NotSupported, QemuError, UsageError
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.io.process import ProcessMemory
-from pyqmigrate.vm.blockers import Way, missed_devices, why_no_migration
-from pyqmigrate.vm.choice import Engine, choose_engine
-from pyqmigrate.vm.disks import Disk, restore_needs
-from pyqmigrate.vm.guest import Guest, GuestBlock
+from pyqmigrate.io.process_memory import ProcessMemory
+from pyqmigrate.vm.guest.disks import Disk, restore_needs
+from pyqmigrate.vm.guest.inspect import Guest, GuestBlock
+from pyqmigrate.vm.plan.blockers import Way, missed_devices, why_no_migration
+from pyqmigrate.vm.plan.engine import Engine, choose_engine
 
 MIB = 1 << 20
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.vm.choice import choose_engine
-from pyqmigrate.vm.guest import Guest, GuestBlock
-from pyqmigrate.vm.plan import Plan, make_plan
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.vm.guest.inspect import Guest, GuestBlock
+from pyqmigrate.vm.plan.engine import choose_engine
+from pyqmigrate.vm.plan.plan import Plan, make_plan
 
 MIB = 1 << 20
 PAGE = 4096

@@ -8,8 +8,8 @@ import os
 import pytest
 
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.vm.contents import sample
-from tests.vm.test_guest_choice import file_block, guest
+from pyqmigrate.vm.plan.sampling import sample
+from tests.unit.vm.plan.test_engine import file_block, guest
 
 MIB = 1 << 20
 PAGE = 4096

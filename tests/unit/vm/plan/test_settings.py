@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.vm.contents import Contents
-from pyqmigrate.vm.guest import Guest
-from pyqmigrate.vm.settings import Changes, for_device_state, for_pages
-from pyqmigrate.writer import Sparse
+from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.plan.sampling import Contents
+from pyqmigrate.vm.plan.settings import Changes, for_device_state, for_pages
 
 GIB = 1 << 30
 CAPABILITIES = dict.fromkeys(

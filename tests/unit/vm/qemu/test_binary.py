@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.vm.qemu_binary import has_type
+from pyqmigrate.vm.qemu.binary import has_type
 
 
 def elf(path: Path, constants: bytes, *, flags: int = 2, kind: int = 1) -> Path:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import (
+from pyqmigrate.vm.qemu.command_line import (
     CommandLine,
     Option,
     escape,

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.disk_options import disk_options, with_image
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.disk_options import disk_options, with_image
 
 
 def parse(*words: str) -> CommandLine:

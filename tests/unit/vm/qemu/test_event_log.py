@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 from qemu.qmp import EventListener, Message
 
-from pyqmigrate.vm.connection import Monitor
-from pyqmigrate.vm.event_log import EventLog
+from pyqmigrate.vm.qemu.event_log import EventLog
+from pyqmigrate.vm.qemu.monitor import Monitor
 
 
 class Reporter:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.vm.image_size import image_size
+from pyqmigrate.vm.qemu.image_size import image_size
 
 
 def test_raw_image_is_as_long_as_its_file(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import GuestMemoryError
-from pyqmigrate.vm import peer as peer_module
-from pyqmigrate.vm.peer import Peer
-from pyqmigrate.vm.process import Mapping, Process, find_process, open_mapped, read_mappings
+from pyqmigrate.vm.guest.process import Mapping, Process, find_process, open_mapped, read_mappings
+from pyqmigrate.vm.qemu import peer as peer_module
+from pyqmigrate.vm.qemu.peer import Peer
 
 NOBODY = 65534
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyqmigrate.vm.redaction import REDACTED, redact
+from pyqmigrate.vm.qemu.redaction import REDACTED, redact
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.record import Image, QemuProcess, VmRecord
-from pyqmigrate.vm.recorded_command import recorded_command, without_monitors
-from pyqmigrate.vm.starting import QMP_CHARDEV
-from tests.vm.records import disk, record
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.spawn import QMP_CHARDEV
+from pyqmigrate.vm.record.command import recorded_command, without_monitors
+from pyqmigrate.vm.record.contents import Image, QemuProcess, VmRecord
+from tests.harness.vm_records import disk, record
 
 MIB = 1 << 20
 QEMU = "qemu-system-x86_64"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.record import Cpus, Device, VmRecord
-from pyqmigrate.vm.record_compare import compare_command_line
-from tests.vm.records import record
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.record.compare import compare_command_line
+from pyqmigrate.vm.record.contents import Cpus, Device, VmRecord
+from tests.harness.vm_records import record
 
 QEMU = "qemu-system-x86_64"
 SAVED = f"{QEMU} -M pc -m 64M -smp 2 -device virtio-net-pci,id=net0 -device isa-debug-exit"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import SnapshotError
-from pyqmigrate.vm.record import (
+from pyqmigrate.vm.record.contents import (
     VmRecord,
     decode_record,
     encode_record,
@@ -19,7 +19,7 @@ from pyqmigrate.vm.record import (
     read_record,
     record_path,
 )
-from tests.vm.records import record
+from tests.harness.vm_records import record
 
 
 def changed(change: Callable[[dict[str, Any]], object]) -> bytes:

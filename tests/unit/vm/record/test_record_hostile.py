@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import PyqmigrateError
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.disk_check import check_disks
-from pyqmigrate.vm.overlays import with_overlays
-from pyqmigrate.vm.record import decode_record, encode_record
-from pyqmigrate.vm.record_compare import compare_command_line
-from pyqmigrate.vm.recorded_command import recorded_command
-from tests.vm.records import record
+from pyqmigrate.vm.incoming.overlays import with_overlays
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.record.command import recorded_command
+from pyqmigrate.vm.record.compare import compare_command_line
+from pyqmigrate.vm.record.contents import decode_record, encode_record
+from pyqmigrate.vm.record.disk_check import check_disks
+from tests.harness.vm_records import record
 
 WORDS = [
     "qemu-system-x86_64", "-m", "64M", "-smp", "2", "-drive", "file=/images/disk,id=d,if=none",

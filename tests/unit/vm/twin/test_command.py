@@ -8,8 +8,8 @@ import shlex
 import pytest
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.vm.command_line import CommandLine, Option
-from pyqmigrate.vm.twin_command import Twin, make_twin
+from pyqmigrate.vm.qemu.command_line import CommandLine, Option
+from pyqmigrate.vm.twin.command import Twin, make_twin
 
 BLOCKS = {"pc.ram": 64 << 20, "vga.vram": 16 << 20, "/rom@etc/acpi/tables": 1 << 17}
 NULL = "driver=null-co,size=1073741824,read-zeroes=on"

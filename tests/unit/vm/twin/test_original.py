@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.vm.command_line import CommandLine
-from pyqmigrate.vm.original import Original
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.twin.original import Original
 
 CAT = shutil.which("cat") or "/bin/cat"
 
