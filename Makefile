@@ -23,7 +23,7 @@ endif
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long lint types cc sanitize tsan bench wheel clean distclean \
+.PHONY: demo test test-long lint types cc docs sanitize tsan bench wheel clean distclean \
         test-system bench-system
 
 demo: $(VENV)/.with-cli
@@ -42,6 +42,11 @@ lint: $(VENV)/.with-dev
 
 types: $(VENV)/.with-dev
 	$(BIN)/mypy --strict
+
+# The pages in build/docs, with a reference made from the docstrings.
+docs: $(VENV)/.with-docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
 
 # The optimiser is on because some warnings come from it.
 cc:
