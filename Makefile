@@ -23,8 +23,8 @@ endif
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long test-newer-qemu lint types cc sanitize tsan bench wheel clean distclean \
-        test-system newer-qemu-system bench-system
+.PHONY: demo test test-long test-newer-qemu lint types cc docs sanitize tsan bench wheel clean \
+        distclean test-system newer-qemu-system bench-system
 
 demo: $(VENV)/.with-cli
 	$(BIN)/pyqmigrate demo $(DEMO_ARGS)
@@ -51,6 +51,11 @@ lint: $(VENV)/.with-dev
 
 types: $(VENV)/.with-dev
 	$(BIN)/mypy --strict
+
+# The pages in build/docs, with a reference made from the docstrings.
+docs: $(VENV)/.with-docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
 
 # The optimiser is on because some warnings come from it.
 cc:

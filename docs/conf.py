@@ -1,0 +1,109 @@
+"""How Sphinx builds these pages: ``make docs``. Warnings are errors."""
+
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+project = "pyqmigrate"
+author = "the pyqmigrate authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build", "examples"]
+myst_heading_anchors = 3
+myst_links_external_new_tab = False
+html_theme = "furo"
+html_title = "pyqmigrate"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_class_signature = "mixed"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+nitpicky = False
+
+# The packages whose `__all__` is the public interface. A comment in that list starts a group.
+PUBLIC = {
+    "pyqmigrate": "Files and memories",
+    "pyqmigrate.vm": "A running QEMU",
+    "pyqmigrate.vm.sync": "A running QEMU, without asyncio",
+}
+
+
+def groups(package: str) -> list[tuple[str, list[str]]]:
+    """The names in a package's ``__all__``, under the comments that stand above them."""
+    module = importlib.import_module(package)
+    text = re.search(r"^__all__ = \[(.*?)\]", inspect.getsource(module), re.MULTILINE | re.DOTALL)
+    found: list[tuple[str, list[str]]] = [("", [])]
+    for comment, name in re.findall(r'#\s*(.+)|"(\w+)"', text[1] if text else ""):
+        if comment:
+            found.append((comment.rstrip("."), []))
+        else:
+            found[-1][1].append(name)
+    if sorted(name for _, names in found for name in names) != sorted(module.__all__):
+        raise ValueError(f"{package}.__all__ is not a plain list of names")
+    return found
+
+
+def directive(kind: str, name: str) -> str:
+    members = "\n   :no-members:" if kind == "automodule" else ""
+    return f"```{{eval-rst}}\n.. {kind}:: {name}{members}\n```\n"
+
+
+def documenter(value: object) -> str:
+    if isinstance(value, type):
+        return "autoexception" if issubclass(value, BaseException) else "autoclass"
+    return "autofunction" if callable(value) else "autodata"
+
+
+def mark_parameters(
+    app: object, what: str, name: str, value: object, options: object, lines: list[str]
+) -> None:
+    """``channels: how many ...`` in a docstring is the field of a parameter of that name."""
+    try:
+        parameters = set(inspect.signature(value).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return
+    parameters |= set(getattr(value, "__annotations__", ()))
+    marked: list[str] = []
+    for line in lines:
+        field = re.match(r"(\w+(?:, \w+)*): (.*)", line)
+        if field and set(field[1].split(", ")) <= parameters:
+            if marked and marked[-1] and not marked[-1].startswith((":param", " ")):
+                marked.append("")
+            marked += [f":param {parameter}: {field[2]}" for parameter in field[1].split(", ")]
+        else:
+            if marked and marked[-1].startswith((":param", " ")) and line and line[0] != " ":
+                marked.append("")
+            marked.append(line)
+    lines[:] = marked
+
+
+def setup(app: object) -> None:
+    app.connect("autodoc-process-docstring", mark_parameters)  # type: ignore[attr-defined]
+
+
+def write_reference() -> None:
+    """A page for each public package, from its docstrings."""
+    folder = HERE / "reference"
+    folder.mkdir(exist_ok=True)
+    for package, title in PUBLIC.items():
+        module = importlib.import_module(package)
+        parts = [f"# {title}: `{package}`\n", directive("automodule", package)]
+        for heading, names in groups(package):
+            if heading:
+                parts.append(f"## {heading}\n")
+            parts += [
+                directive(documenter(getattr(module, name)), f"{package}.{name}") for name in names
+            ]
+        page = folder / f"{package}.md"
+        text = "\n".join(parts)
+        if not page.exists() or page.read_text() != text:
+            page.write_text(text)
+
+
+write_reference()
