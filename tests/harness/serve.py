@@ -31,7 +31,7 @@ from tests.harness.version import qemu_version
 __all__ = ["Driver", "Serve", "Witness", "failure", "imitated"]
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ROOT / "tests" / "monitor" / "step_driver.py"
+STEPS = ROOT / "tests" / "harness" / "step_driver.py"
 TERMINAL = ["completed", "failed", "cancelled"]
 
 
