@@ -13,7 +13,7 @@ SOURCES = [
     "xbzrle.c", "index.c", "staging.c", "search.c",
 ]
 HEADERS = ["qmigrate.h", "core_internal.h", "bits.h", "channel.h", "chunk.h", "records.h"]
-# What the core calls (a qm_writing_fn): pyqmigrate/integrity/digests.py has it.
+# What the core calls (a qm_write_hook): pyqmigrate/integrity/digests.py has it.
 CALLBACKS = """
 extern "Python" int qm_note_writing(void *arg, int64_t at, const void *bytes, size_t len);
 """

@@ -6,18 +6,17 @@
 
 struct iovec;
 
-void qm_job_moved(qm_job *job, uint64_t len);
 /* Waits until `len` more bytes may move; -ECANCELED. */
-int qm_job_admit(qm_job *job, uint64_t len);
+int qm_job_throttle(qm_job *job, uint64_t len);
 /* How many bytes one call should move at most, so that a low rate stays smooth. */
 size_t qm_job_piece(const qm_job *job, size_t unit);
 /* Whole transfer of an iovec array, `unit` the granularity at which a short one is taken up. The
  * array is used up. qm_preadv returns how many bytes there were before the end of the file. */
 int qm_pwritev(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit, off_t *bad);
-ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit,
-                  off_t *bad);
+ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit, off_t *bad);
 /* Whole transfer to a pipe or socket, which has no positions; *done bytes went out, also after a
- * failure. A descriptor with O_NONBLOCK, and any socket, is left as soon as the job is cancelled. */
+ * failure. A descriptor with O_NONBLOCK, and any socket, is left as soon as the job is
+ * cancelled. */
 int qm_write_forward(qm_job *job, int fd, const unsigned char *bytes, size_t len, size_t *done);
 /* Next byte of the block at or after `off` that may hold data, at most `end`; -errno. */
 int64_t qm_next_data(const struct qm_memory *memory, uint64_t off, uint64_t end);

@@ -1,4 +1,5 @@
-/* Where a classic stream has the pages of a block: made while records pass by, then read at random. */
+/* Where a classic stream has the pages of a block: made while records pass by, then read at
+ * random. */
 #define _GNU_SOURCE
 #include "core_internal.h"
 
@@ -189,7 +190,10 @@ int qm_index_changed(qm_index *index, uint64_t page, uint64_t at, uint16_t len)
         return -EINVAL;
     uint64_t before = word_at(index, page);
     struct qm_change change = {
-        .before = before, .at = at, .len = len, .depth = depth_of(index, before) + 1,
+        .before = before,
+        .at = at,
+        .len = len,
+        .depth = depth_of(index, before) + 1,
     };
     if (change.depth > QM_CHANGES_MAX)
         return -EMLINK;
@@ -262,13 +266,12 @@ uint64_t qm_index_changes(const qm_index *index, const struct qm_change **change
     return index->nchanges;
 }
 
-int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint64_t n,
-                         uint64_t end)
+int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint64_t n, uint64_t end)
 {
     for (uint64_t i = 0; i < n; i++) {
         /* Only what stands before it: so that no chain has an end in itself. */
-        if (!is_possible(index, changes[i].before, index->nchanges, end) ||
-            changes[i].at > end || end - changes[i].at < changes[i].len)
+        if (!is_possible(index, changes[i].before, index->nchanges, end) || changes[i].at > end ||
+            end - changes[i].at < changes[i].len)
             return -EBADMSG;
         struct qm_change change = changes[i];
         change.depth = depth_of(index, change.before) + 1;
@@ -393,8 +396,7 @@ ssize_t qm_indexed_fill(void *arg, void *buf, uint64_t off, size_t len)
     const struct qm_indexed *s = arg;
     uint64_t size = s->index->page_size;
     uint64_t first = off / size, npages = len / size;
-    if (off % size || len % size || first > s->index->npages ||
-        npages > s->index->npages - first)
+    if (off % size || len % size || first > s->index->npages || npages > s->index->npages - first)
         return -EINVAL;
     unsigned char *out = buf;
     for (uint64_t k = 0; k < npages;) {
@@ -425,4 +427,3 @@ int64_t qm_indexed_next(void *arg, uint64_t off, uint64_t end)
     uint64_t at = stop * size;
     return (int64_t)(at < off ? off : at < end ? at : end);
 }
-

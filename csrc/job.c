@@ -9,8 +9,8 @@
 
 struct qm_job {
     atomic_int cancelled;
-    _Atomic uint64_t rate;     /* bytes a second; 0: no limit */
-    _Atomic uint64_t rate_set; /* counts the changes of rate */
+    _Atomic uint64_t rate;      /* bytes a second; 0: no limit */
+    _Atomic uint64_t rate_set;  /* counts the changes of rate */
     _Atomic uint64_t next_free; /* when the next transfer may start, in ns of CLOCK_MONOTONIC */
     _Atomic uint64_t bytes_done;
     _Atomic uint64_t data_pages;
@@ -72,25 +72,21 @@ void qm_job_totals(const qm_job *job, struct qm_totals *out)
     out->calls = atomic_load(&job->calls);
 }
 
-void qm_job_add_moved(qm_job *job, uint64_t len)
+void qm_job_count_io(qm_job *job, uint64_t len, uint64_t calls)
 {
     atomic_fetch_add(&job->bytes_moved, len);
+    if (calls)
+        atomic_fetch_add(&job->calls, calls);
 }
 
-void qm_job_moved(qm_job *job, uint64_t len)
-{
-    atomic_fetch_add(&job->bytes_moved, len);
-    atomic_fetch_add(&job->calls, 1);
-}
-
-void qm_job_did(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64_t zero_pages)
+void qm_job_count_pages(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64_t zero_pages)
 {
     atomic_fetch_add(&job->bytes_done, bytes);
     atomic_fetch_add(&job->data_pages, data_pages);
     atomic_fetch_add(&job->zero_pages, zero_pages);
 }
 
-int qm_job_admit(qm_job *job, uint64_t len)
+int qm_job_throttle(qm_job *job, uint64_t len)
 {
     if (qm_job_cancelled(job))
         return -ECANCELED;

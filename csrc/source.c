@@ -54,15 +54,15 @@ int64_t qm_mapped_next(void *arg, uint64_t off, uint64_t end)
     return (int64_t)(at < end ? at : end);
 }
 
-ssize_t qm_part_fill(void *arg, void *buf, uint64_t off, size_t len)
+ssize_t qm_slice_fill(void *arg, void *buf, uint64_t off, size_t len)
 {
-    const struct qm_part *p = arg;
+    const struct qm_slice *p = arg;
     return p->fill(p->arg, buf, p->offset + off, len);
 }
 
-int64_t qm_part_next(void *arg, uint64_t off, uint64_t end)
+int64_t qm_slice_next(void *arg, uint64_t off, uint64_t end)
 {
-    const struct qm_part *p = arg;
+    const struct qm_slice *p = arg;
     int64_t at = p->next(p->arg, p->offset + off, p->offset + end);
     return at < 0 ? at : at - (int64_t)p->offset;
 }

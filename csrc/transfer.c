@@ -45,7 +45,7 @@ static int retry(qm_job *job, int error)
 int qm_pwritev(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit, off_t *bad)
 {
     *bad = at;
-    int rc = qm_job_admit(job, total_len(iov, n));
+    int rc = qm_job_throttle(job, total_len(iov, n));
     if (rc)
         return rc;
     while (n > 0) {
@@ -56,7 +56,7 @@ int qm_pwritev(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t u
                 return rc;
             continue;
         }
-        qm_job_moved(job, (uint64_t)put);
+        qm_job_count_io(job, (uint64_t)put, 1);
         size_t whole = (size_t)put == total_len(iov, n) ? (size_t)put : (size_t)put / unit * unit;
         if (whole == 0) {
             *bad = at + put;
@@ -73,7 +73,7 @@ int qm_pwritev(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t u
 int qm_write_forward(qm_job *job, int fd, const unsigned char *bytes, size_t len, size_t *done)
 {
     *done = 0;
-    int rc = qm_job_admit(job, len);
+    int rc = qm_job_throttle(job, len);
     while (rc == 0 && *done < len) {
         ssize_t put = send(fd, bytes + *done, len - *done, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (put < 0 && errno == ENOTSOCK)
@@ -81,7 +81,7 @@ int qm_write_forward(qm_job *job, int fd, const unsigned char *bytes, size_t len
         if (put < 0) {
             rc = retry(job, errno);
         } else {
-            qm_job_moved(job, (uint64_t)put);
+            qm_job_count_io(job, (uint64_t)put, 1);
             *done += (size_t)put;
         }
     }
@@ -91,7 +91,7 @@ int qm_write_forward(qm_job *job, int fd, const unsigned char *bytes, size_t len
 ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit, off_t *bad)
 {
     *bad = at;
-    int rc = qm_job_admit(job, total_len(iov, n));
+    int rc = qm_job_throttle(job, total_len(iov, n));
     if (rc)
         return rc;
     ssize_t have = 0;
@@ -105,7 +105,7 @@ ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_
         }
         if (got == 0)
             break;
-        qm_job_moved(job, (uint64_t)got);
+        qm_job_count_io(job, (uint64_t)got, 1);
         size_t whole = (size_t)got == total_len(iov, n) ? (size_t)got : (size_t)got / unit * unit;
         if (whole == 0) /* less than a unit: the file ends within it */
             return have + got;
@@ -146,9 +146,8 @@ int qm_block_check(const struct qm_block *block, const struct qm_file *file, uin
         return -EINVAL;
     if (first > pages || npages > pages - first || first % (QM_CHUNK / block->page_size))
         return -EINVAL;
-    if (file->fd_direct >= 0 &&
-        (!power_of_two(file->mem_align) || !power_of_two(file->off_align) ||
-         file->mem_align > QM_MAX_PAGE || file->off_align > QM_MAX_PAGE))
+    if (file->fd_direct >= 0 && (!power_of_two(file->mem_align) || !power_of_two(file->off_align) ||
+                                 file->mem_align > QM_MAX_PAGE || file->off_align > QM_MAX_PAGE))
         return -EINVAL;
     return 0;
 }

@@ -4,7 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
-static int take_length(const unsigned char **at, const unsigned char *end, size_t *length)
+static int read_length(const unsigned char **at, const unsigned char *end, size_t *length)
 {
     if (*at == end)
         return -1;
@@ -23,10 +23,10 @@ int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, 
     size_t done = 0;
     while (at < end) {
         size_t same, changed;
-        if (take_length(&at, end, &same) || (same == 0 && done > 0) || same > page_size - done)
+        if (read_length(&at, end, &same) || (same == 0 && done > 0) || same > page_size - done)
             return -EBADMSG;
         done += same;
-        if (take_length(&at, end, &changed) || changed == 0 || changed > page_size - done ||
+        if (read_length(&at, end, &changed) || changed == 0 || changed > page_size - done ||
             changed > (size_t)(end - at))
             return -EBADMSG;
         memcpy(page + done, at, changed);
