@@ -1,5 +1,6 @@
 """How the core is built: ``pyqmigrate._core`` from the C files beside this one."""
 
+import re
 import sysconfig
 from pathlib import Path
 
@@ -7,20 +8,34 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [
-    "job.c", "queue.c", "scan.c", "chunk.c", "write.c", "store.c", "read.c", "stale.c", "encode.c",
-    "decode.c", "staging.c", "index.c", "search.c", "direct.c", "process.c",
+    "job.c", "channel.c", "transfer.c", "queue.c", "bits.c", "scan.c", "chunk.c", "source.c",
+    "process.c", "direct.c", "write.c", "read.c", "store.c", "stale.c", "encode.c", "decode.c",
+    "xbzrle.c", "index.c", "staging.c", "search.c",
 ]
+HEADERS = ["qmigrate.h", "core_internal.h", "bits.h", "channel.h", "chunk.h", "records.h"]
+# What the core calls (a qm_write_hook): pyqmigrate/integrity/digests.py has it.
+CALLBACKS = """
+extern "Python" int qm_note_writing(void *arg, int64_t at, const void *bytes, size_t len);
+"""
+
+
+def declarations(header: str) -> str:
+    """All that ``qmigrate.h`` declares, as cffi reads it: without comments and directives, numbers
+    of macros left to the compiler."""
+    text = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    text = re.sub(r"^#define (\w+)[ \t]+\S.*$", r"#define \1 ...", text, flags=re.MULTILINE)
+    text = re.sub(r"^#(?!define \w+ \.\.\.).*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\boff_t\b", "int64_t", text)
+
 
 ffibuilder = FFI()
-ffibuilder.cdef((HERE / "cdef.h").read_text())
+ffibuilder.cdef(declarations((HERE / "qmigrate.h").read_text()) + CALLBACKS)
 ffibuilder.set_source(
     "pyqmigrate._core",
     '#include "qmigrate.h"',
     # Relative to setup.py, as sdists and editable installs need it.
     sources=[f"csrc/{name}" for name in SOURCES],
-    depends=[
-        f"csrc/{name}.h" for name in ("qmigrate", "bits", "channel", "chunk", "records")
-    ],
+    depends=[f"csrc/{name}" for name in HEADERS],
     include_dirs=["csrc"],
     extra_compile_args=["-std=gnu11", "-O3", "-Wall", "-Wextra", "-Werror=implicit"],
     libraries=["pthread"],

@@ -2,7 +2,7 @@
 #ifndef QM_CHANNEL_H
 #define QM_CHANNEL_H
 
-#include "qmigrate.h"
+#include "core_internal.h"
 
 #include <linux/aio_abi.h>
 #include <sys/uio.h>

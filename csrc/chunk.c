@@ -31,7 +31,8 @@ ssize_t qm_memory_fill(const struct qm_memory *m, void *buf, uint64_t off, size_
     return (ssize_t)have;
 }
 
-/* Whether the file behind the memory still has the chunk: past its end all would look like a hole. */
+/* Whether the file behind the memory still has the chunk: past its end all would look like a
+ * hole. */
 static int still_there(struct qm_source *s, const struct chunk *c)
 {
     if (s->memory->fill)
@@ -46,7 +47,8 @@ static int still_there(struct qm_source *s, const struct chunk *c)
     return 0;
 }
 
-/* Byte of the chunk where the hole at `at` ends, in steps that keep pages and units whole; -errno. */
+/* Byte of the chunk where the hole at `at` ends, in steps that keep pages and units whole;
+ * -errno. */
 static int64_t skip_hole(struct qm_source *s, const struct chunk *c, size_t at)
 {
     int rc = still_there(s, c);
@@ -62,7 +64,8 @@ static int64_t skip_hole(struct qm_source *s, const struct chunk *c, size_t at)
     return (int64_t)(next > at ? next : at);
 }
 
-/* Memory without an address: copied into the bounce buffer; where zeros are met, holes are sought. */
+/* Memory without an address: copied into the bounce buffer; where zeros are met, holes are
+ * sought. */
 static int fill_chunk(struct qm_source *s, struct chunk *c)
 {
     int number = qm_channel_next(s->channel, s->job);

@@ -2,7 +2,7 @@
 #ifndef QM_CHUNK_H
 #define QM_CHUNK_H
 
-#include "qmigrate.h"
+#include "core_internal.h"
 
 #define MAX_PAGES (QM_CHUNK / QM_MIN_PAGE)
 #define WORDS (MAX_PAGES / 64)

@@ -43,9 +43,9 @@ struct qm_decoder {
     uint64_t position; /* stream bytes taken */
     struct qm_record_error error;
     struct pending pending;
-    struct qm_stage *stage;
-    const struct qm_record_block *staged; /* the block that `stage` is a part of */
-    uint64_t index_bytes; /* of all indexes together */
+    struct qm_staging *stage;
+    const struct qm_record_block *staged;       /* the block that `stage` is a part of */
+    uint64_t index_bytes;                       /* of all indexes together */
     uint64_t new_bytes, data_pages, zero_pages; /* not yet counted in the job */
 
     off_t window_at;
@@ -87,7 +87,7 @@ static const struct qm_record_block *find_block(const qm_decoder *d, const unsig
     return NULL;
 }
 
-static void await(qm_decoder *d, enum step step, size_t need)
+static void expect(qm_decoder *d, enum step step, size_t need)
 {
     d->step = step;
     d->need = need;
@@ -125,7 +125,7 @@ qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nbloc
     d->new_bytes = d->data_pages = d->zero_pages = 0;
     d->window_at = 0;
     d->window_len = 0;
-    await(d, AT_WORD, WORD_LEN);
+    expect(d, AT_WORD, WORD_LEN);
     return d;
 }
 
@@ -142,7 +142,7 @@ void qm_decoder_error(const qm_decoder *decoder, struct qm_record_error *out)
     *out = decoder->error;
 }
 
-static int bad(qm_decoder *d, enum qm_record_fault what)
+static int fail(qm_decoder *d, enum qm_record_fault what)
 {
     d->error.what = what;
     d->error.word = d->word;
@@ -171,8 +171,8 @@ static int flush(qm_decoder *d, struct qm_fault *fault)
 }
 
 /* Makes room for one more page of `block` at `off` in what is pending. */
-static int join(qm_decoder *d, const struct qm_record_block *block, uint64_t off, int zeros,
-                struct qm_fault *fault)
+static int coalesce(qm_decoder *d, const struct qm_record_block *block, uint64_t off, int zeros,
+                    struct qm_fault *fault)
 {
     struct pending *p = &d->pending;
     if (p->block != block || p->zeros != zeros || p->end != off || p->n == QM_MAX_IOV) {
@@ -189,7 +189,7 @@ static int join(qm_decoder *d, const struct qm_record_block *block, uint64_t off
 }
 
 /* Counts a record; 1 when its page was not mentioned before. */
-static int note(qm_decoder *d, uint64_t off, int zero)
+static int record_page(qm_decoder *d, uint64_t off, int zero)
 {
     const struct qm_record_block *block = d->current;
     if (zero)
@@ -203,33 +203,32 @@ static int note(qm_decoder *d, uint64_t off, int zero)
     return 1;
 }
 
-static int take_zero(qm_decoder *d, struct qm_fault *fault)
+static int read_zero(qm_decoder *d, struct qm_fault *fault)
 {
     const struct qm_record_block *block = d->current;
     uint64_t off = offset_of(d);
     if (!block->memory)
         return 0;
-    note(d, off, 1);
+    record_page(d, off, 1);
     if (block->memory->fd >= 0)
-        return join(d, block, off, 1, fault);
+        return coalesce(d, block, off, 1, fault);
     fault->block = block - d->blocks;
     return qm_store_zeros(block->memory, d->page_size, off, off + d->page_size, fault);
 }
 
 /* `lasting`: the bytes stay where they are until the next flush. */
-static int take_page(qm_decoder *d, const unsigned char *bytes, int lasting,
-                     struct qm_fault *fault)
+static int read_page(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
 {
     const struct qm_record_block *block = d->current;
     uint64_t off = offset_of(d);
     if (!block->memory)
         return 0;
-    note(d, off, 0);
+    record_page(d, off, 0);
     if (block->memory->fd < 0) {
         memcpy(block->memory->base + off, bytes, d->page_size);
         return 0;
     }
-    int rc = join(d, block, off, 0, fault);
+    int rc = coalesce(d, block, off, 0, fault);
     if (rc)
         return rc;
     struct iovec *iov = &d->pending.iov[d->pending.n++];
@@ -238,49 +237,17 @@ static int take_page(qm_decoder *d, const unsigned char *bytes, int lasting,
     return lasting ? 0 : flush(d, fault);
 }
 
-static int take_fill(qm_decoder *d, unsigned char fill, struct qm_fault *fault)
+static int read_fill(qm_decoder *d, unsigned char fill, struct qm_fault *fault)
 {
     if (fill == 0)
-        return take_zero(d, fault);
+        return read_zero(d, fault);
     memset(d->page, fill, d->page_size);
-    return take_page(d, d->page, 0, fault);
+    return read_page(d, d->page, 0, fault);
 }
 
 /* ---- deltas --------------------------------------------------------------------------------- */
 
-static int take_length(const unsigned char **at, const unsigned char *end, size_t *length)
-{
-    if (*at == end)
-        return -1;
-    *length = *(*at)++;
-    if (*length < 0x80)
-        return 0;
-    if (*at == end || **at >= 0x80)
-        return -1;
-    *length = (*length & 0x7F) | (size_t)*(*at)++ << 7;
-    return 0;
-}
-
-int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, size_t page_size)
-{
-    const unsigned char *at = delta, *end = delta + len;
-    size_t done = 0;
-    while (at < end) {
-        size_t same, changed;
-        if (take_length(&at, end, &same) || (same == 0 && done > 0) || same > page_size - done)
-            return -EBADMSG;
-        done += same;
-        if (take_length(&at, end, &changed) || changed == 0 || changed > page_size - done ||
-            changed > (size_t)(end - at))
-            return -EBADMSG;
-        memcpy(page + done, at, changed);
-        at += changed;
-        done += changed;
-    }
-    return 0;
-}
-
-static int take_delta(qm_decoder *d, const unsigned char *delta, struct qm_fault *fault)
+static int read_delta(qm_decoder *d, const unsigned char *delta, struct qm_fault *fault)
 {
     const struct qm_record_block *block = d->current;
     uint64_t off = offset_of(d);
@@ -302,25 +269,26 @@ static int take_delta(qm_decoder *d, const unsigned char *delta, struct qm_fault
             return memory_fault(fault, off + (size_t)got, -EFAULT);
     }
     if (qm_apply_delta(delta, d->need, d->page, d->page_size))
-        return bad(d, QM_RECORD_DELTA);
-    return take_page(d, d->page, 0, fault);
+        return fail(d, QM_RECORD_DELTA);
+    return read_page(d, d->page, 0, fault);
 }
 
 /* ---- places of pages ------------------------------------------------------------------------ */
 
-/* Every record pays for what it adds to an index or a bitmap, and a stream for the first of them. */
+/* Every record pays for what it adds to an index or a bitmap, and a stream for the first of
+ * them. */
 #define INDEX_FLOOR ((uint64_t)64 << 20)
 #define INDEX_SHARE 4u
 
-static int grow(qm_decoder *d, uint64_t bytes)
+static int charge_memory(qm_decoder *d, uint64_t bytes)
 {
     d->index_bytes += bytes;
     if (d->index_bytes > INDEX_FLOOR && d->index_bytes - INDEX_FLOOR > d->position * INDEX_SHARE)
-        return bad(d, QM_RECORD_SCATTERED);
+        return fail(d, QM_RECORD_SCATTERED);
     return 0;
 }
 
-static int note_place(qm_decoder *d, const unsigned char *bytes)
+static int record_place(qm_decoder *d, const unsigned char *bytes)
 {
     qm_index *index = d->current->index;
     uint64_t page = offset_of(d) / d->page_size, before = qm_index_bytes(index);
@@ -333,12 +301,12 @@ static int note_place(qm_decoder *d, const unsigned char *bytes)
         rc = qm_index_page_at(index, page, at);
     } else {
         if (qm_apply_delta(bytes, d->need, d->page, d->page_size))
-            return bad(d, QM_RECORD_DELTA);
+            return fail(d, QM_RECORD_DELTA);
         rc = qm_index_changed(index, page, at, (uint16_t)d->need);
     }
     if (rc < 0)
-        return rc == -EMLINK ? bad(d, QM_RECORD_CHANGES) : rc;
-    if (grow(d, qm_index_bytes(index) - before))
+        return rc == -EMLINK ? fail(d, QM_RECORD_CHANGES) : rc;
+    if (charge_memory(d, qm_index_bytes(index) - before))
         return -EBADMSG;
     if (zero)
         d->zero_pages++;
@@ -349,12 +317,12 @@ static int note_place(qm_decoder *d, const unsigned char *bytes)
     return 0;
 }
 
-/* ---- whether pages hold anything -------------------------------------------------------------- */
+/* ---- whether pages hold anything ---------------------------------------------------------- */
 
 #define MEMORY_WORDS ((size_t)512) /* of a bitmap: memory that the first bit in it costs */
 
 /* Counts the record, and what its bit costs: a bitmap takes memory where bits are set. */
-static int note_bit(qm_decoder *d, int zero)
+static int record_bit(qm_decoder *d, int zero)
 {
     const uint64_t *bits = d->current->seen;
     size_t k = (size_t)(offset_of(d) / d->page_size), i = k / 64 / MEMORY_WORDS * MEMORY_WORDS;
@@ -363,20 +331,20 @@ static int note_bit(qm_decoder *d, int zero)
     if (bits[k / 64] == 0) {
         while (i < end && bits[i] == 0)
             i++;
-        if (i == end && grow(d, 2 * MEMORY_WORDS * sizeof(*bits)))
+        if (i == end && charge_memory(d, 2 * MEMORY_WORDS * sizeof(*bits)))
             return -EBADMSG;
     }
-    note(d, offset_of(d), zero);
+    record_page(d, offset_of(d), zero);
     return 0;
 }
 
-static int note_content(qm_decoder *d, const unsigned char *bytes)
+static int record_content(qm_decoder *d, const unsigned char *bytes)
 {
     size_t k = (size_t)(offset_of(d) / d->page_size);
     int zero = d->step == AT_FILL && bytes[0] == 0;
     if (d->step == AT_DELTA && qm_apply_delta(bytes, d->need, d->page, d->page_size))
-        return bad(d, QM_RECORD_DELTA);
-    if (note_bit(d, zero))
+        return fail(d, QM_RECORD_DELTA);
+    if (record_bit(d, zero))
         return -EBADMSG;
     if (!zero)
         bit_set(d->current->content, k);
@@ -385,18 +353,18 @@ static int note_content(qm_decoder *d, const unsigned char *bytes)
     return 0;
 }
 
-/* ---- pages on a stage ------------------------------------------------------------------------- */
+/* ---- pages on a stage --------------------------------------------------------------------- */
 
 static int is_on_stage(const qm_decoder *d)
 {
-    const struct qm_stage *s = d->stage;
+    const struct qm_staging *s = d->stage;
     return d->staged == d->current && offset_of(d) >= s->off && offset_of(d) - s->off < s->len;
 }
 
 /* Makes the page what it was before this record, where the stage does not have it. */
-static int recall(qm_decoder *d, size_t k, unsigned char *page, struct qm_fault *fault)
+static int load_previous(qm_decoder *d, size_t k, unsigned char *page, struct qm_fault *fault)
 {
-    const struct qm_stage *s = d->stage;
+    const struct qm_staging *s = d->stage;
     if (bit_get(s->filled, k))
         return 0;
     memset(page, 0, d->page_size);
@@ -417,11 +385,11 @@ static int recall(qm_decoder *d, size_t k, unsigned char *page, struct qm_fault 
 
 static int stage_page(qm_decoder *d, const unsigned char *bytes, struct qm_fault *fault)
 {
-    struct qm_stage *s = d->stage;
+    struct qm_staging *s = d->stage;
     size_t k = (size_t)((offset_of(d) - s->off) / d->page_size);
     unsigned char *page = s->base + k * d->page_size;
     fault->block = d->current - d->blocks;
-    if (note_bit(d, d->step == AT_FILL && bytes[0] == 0))
+    if (record_bit(d, d->step == AT_FILL && bytes[0] == 0))
         return -EBADMSG;
     if (d->step == AT_FILL && bytes[0] == 0) {
         bit_set(s->zeroed, k);
@@ -433,18 +401,18 @@ static int stage_page(qm_decoder *d, const unsigned char *bytes, struct qm_fault
     } else if (d->step == AT_PAGE) {
         memcpy(page, bytes, d->page_size);
     } else {
-        int rc = recall(d, k, page, fault);
+        int rc = load_previous(d, k, page, fault);
         if (rc)
             return rc;
         if (qm_apply_delta(bytes, d->need, page, d->page_size))
-            return bad(d, QM_RECORD_DELTA);
+            return fail(d, QM_RECORD_DELTA);
     }
     bit_set(s->filled, k);
     bit_clear(s->zeroed, k);
     return 0;
 }
 
-void qm_decoder_set_stage(qm_decoder *d, size_t block, struct qm_stage *stage)
+void qm_decoder_set_staging(qm_decoder *d, size_t block, struct qm_staging *stage)
 {
     size_t words = (size_t)((stage->len / d->page_size + 63) / 64);
     memset(stage->filled, 0, words * sizeof(uint64_t));
@@ -470,18 +438,18 @@ void qm_decoder_seek(qm_decoder *d, uint64_t position)
 static int start_data(qm_decoder *d)
 {
     if (offset_of(d) >= d->current->len)
-        return bad(d, QM_RECORD_OUTSIDE);
+        return fail(d, QM_RECORD_OUTSIDE);
     if (d->word & RECORD_ZERO)
-        await(d, AT_FILL, 1);
+        expect(d, AT_FILL, 1);
     else if (d->word & RECORD_PAGE)
-        await(d, AT_PAGE, d->page_size);
+        expect(d, AT_PAGE, d->page_size);
     else
-        await(d, AT_DELTA_HEAD, XBZRLE_HEAD);
+        expect(d, AT_DELTA_HEAD, XBZRLE_HEAD);
     return d->current->staged && !is_on_stage(d) ? 2 : 0;
 }
 
 /* 1 at the end of the section. */
-static int take_word(qm_decoder *d, const unsigned char *bytes)
+static int read_word(qm_decoder *d, const unsigned char *bytes)
 {
     memcpy(&d->word, bytes, WORD_LEN);
     d->word = __builtin_bswap64(d->word);
@@ -491,73 +459,73 @@ static int take_word(qm_decoder *d, const unsigned char *bytes)
     if (d->word == RECORD_EOS)
         return 1;
     if (d->word == RECORD_MULTIFD_FLUSH)
-        return bad(d, QM_RECORD_MULTIFD);
+        return fail(d, QM_RECORD_MULTIFD);
     if (kind == RECORD_COMPRESS)
-        return bad(d, QM_RECORD_COMPRESSED);
+        return fail(d, QM_RECORD_COMPRESSED);
     if (kind != RECORD_ZERO && kind != RECORD_PAGE && kind != RECORD_XBZRLE)
-        return bad(d, QM_RECORD_FLAGS);
+        return fail(d, QM_RECORD_FLAGS);
     if (!(flags & RECORD_CONTINUE)) {
-        await(d, AT_NAME_LEN, 1);
+        expect(d, AT_NAME_LEN, 1);
         return 0;
     }
-    return d->current ? start_data(d) : bad(d, QM_RECORD_NO_BLOCK);
+    return d->current ? start_data(d) : fail(d, QM_RECORD_NO_BLOCK);
 }
 
-static int take_name(qm_decoder *d, const unsigned char *name)
+static int read_name(qm_decoder *d, const unsigned char *name)
 {
     d->current = find_block(d, name, d->need);
     if (d->current)
         return start_data(d);
     memcpy(d->error.name, name, d->need);
     d->error.name_len = (uint32_t)d->need;
-    return bad(d, QM_RECORD_UNKNOWN);
+    return fail(d, QM_RECORD_UNKNOWN);
 }
 
-static int take_delta_head(qm_decoder *d, const unsigned char *head)
+static int read_delta_head(qm_decoder *d, const unsigned char *head)
 {
     size_t len = (size_t)head[1] << 8 | head[2];
     if (head[0] != XBZRLE_ENCODING || len > d->page_size)
-        return bad(d, QM_RECORD_DELTA);
-    await(d, AT_DELTA, len);
+        return fail(d, QM_RECORD_DELTA);
+    expect(d, AT_DELTA, len);
     return 0;
 }
 
-static int take_data(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
+static int read_data(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
 {
     const struct qm_record_block *block = d->current;
     if (block->staged)
         return stage_page(d, bytes, fault);
     if (block->index)
-        return note_place(d, bytes);
+        return record_place(d, bytes);
     if (block->content)
-        return note_content(d, bytes);
+        return record_content(d, bytes);
     if (d->step == AT_FILL)
-        return take_fill(d, bytes[0], fault);
-    return d->step == AT_PAGE ? take_page(d, bytes, lasting, fault) : take_delta(d, bytes, fault);
+        return read_fill(d, bytes[0], fault);
+    return d->step == AT_PAGE ? read_page(d, bytes, lasting, fault) : read_delta(d, bytes, fault);
 }
 
 /* The bytes of one step, all of them; 1 at the end of the section, 2 as in start_data. */
-static int take(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
+static int read_step(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
 {
     int rc = 0;
     switch (d->step) {
     case AT_WORD:
-        return take_word(d, bytes);
+        return read_word(d, bytes);
     case AT_NAME_LEN:
-        await(d, AT_NAME, bytes[0]);
+        expect(d, AT_NAME, bytes[0]);
         return 0;
     case AT_NAME:
-        return take_name(d, bytes);
+        return read_name(d, bytes);
     case AT_DELTA_HEAD:
-        return take_delta_head(d, bytes);
+        return read_delta_head(d, bytes);
     case AT_FILL:
     case AT_PAGE:
     case AT_DELTA:
-        rc = take_data(d, bytes, lasting, fault);
+        rc = read_data(d, bytes, lasting, fault);
         break;
     }
     if (rc == 0)
-        await(d, AT_WORD, WORD_LEN);
+        expect(d, AT_WORD, WORD_LEN);
     return rc;
 }
 
@@ -584,7 +552,7 @@ static int decode(qm_decoder *d, const unsigned char *bytes, size_t len, size_t 
         }
         d->position += left - (len - *used);
         d->have = 0;
-        rc = take(d, whole, lasting, fault);
+        rc = read_step(d, whole, lasting, fault);
     }
     return rc;
 }
@@ -596,13 +564,12 @@ int qm_decode(qm_job *job, qm_decoder *d, const unsigned char *bytes, size_t len
     fault->block = -1;
     int rc = decode(d, bytes, len, used, fault);
     int rest = flush(d, fault); /* the bytes are the caller's again */
-    qm_job_did(job, d->new_bytes, d->data_pages, d->zero_pages);
+    qm_job_count_pages(job, d->new_bytes, d->data_pages, d->zero_pages);
     d->new_bytes = d->data_pages = d->zero_pages = 0;
     return rc >= 0 && rest ? rest : rc;
 }
 
-int qm_decode_file(qm_job *job, qm_decoder *d, int fd, off_t *at, off_t end,
-                   struct qm_fault *fault)
+int qm_decode_file(qm_job *job, qm_decoder *d, int fd, off_t *at, off_t end, struct qm_fault *fault)
 {
     for (;;) {
         if (qm_job_cancelled(job))

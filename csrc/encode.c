@@ -14,9 +14,9 @@
 #define RECORD_MAX (WORD_LEN + 1 + UINT8_MAX + QM_MAX_PAGE)
 
 struct qm_encoder {
-    int fd; /* -1: bytes are only counted */
+    int fd;      /* -1: bytes are only counted */
     int forward; /* fd has no positions */
-    off_t at; /* where the buffer's first byte goes */
+    off_t at;    /* where the buffer's first byte goes */
     size_t have;
     const struct qm_name *current; /* the block that the last record named */
     unsigned char buffer[OUT_LEN];
@@ -29,10 +29,9 @@ static unsigned char *put_word(unsigned char *out, uint64_t word)
     return out + WORD_LEN;
 }
 
-size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pages,
-                 uint64_t first, size_t from, size_t npages, uint32_t page_size,
-                 const uint64_t *want, const uint64_t *data, unsigned char *out, size_t len,
-                 size_t *next)
+size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pages, uint64_t first,
+                 size_t from, size_t npages, uint32_t page_size, const uint64_t *want,
+                 const uint64_t *data, unsigned char *out, size_t len, size_t *next)
 {
     unsigned char *at = out;
     size_t k = next_set(want, from, npages);
@@ -139,9 +138,8 @@ int qm_encoder_put(qm_job *job, qm_encoder *e, const unsigned char *bytes, size_
     return 0;
 }
 
-static int put_chunk(qm_job *job, qm_encoder *e, const struct qm_name *name,
-                     const struct chunk *c, uint32_t page_size, const uint64_t *want,
-                     struct qm_fault *fault)
+static int put_chunk(qm_job *job, qm_encoder *e, const struct qm_name *name, const struct chunk *c,
+                     uint32_t page_size, const uint64_t *want, struct qm_fault *fault)
 {
     int named = e->current == name;
     for (size_t from = 0; from < c->npages;) {
@@ -168,7 +166,11 @@ int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
     if (rc)
         return rc;
     struct qm_source source = {
-        .job = job, .channel = channel, .block = block, .memory = memory, .fault = fault,
+        .job = job,
+        .channel = channel,
+        .block = block,
+        .memory = memory,
+        .fault = fault,
         .look_for_holes = 1,
     };
     uint64_t end = first + npages, most = QM_CHUNK / block->page_size;
@@ -195,7 +197,7 @@ int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
         for (size_t i = 0; i * 64 < n; i++)
             filled += (uint64_t)__builtin_popcountll(want[i] & c.data[i]);
         source.look_for_holes = filled == 0;
-        qm_job_did(job, selected * block->page_size, filled, selected - filled);
+        qm_job_count_pages(job, selected * block->page_size, filled, selected - filled);
     }
     return 0;
 }

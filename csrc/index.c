@@ -1,6 +1,7 @@
-/* Where a classic stream has the pages of a block: made while records pass by, then read at random. */
+/* Where a classic stream has the pages of a block: made while records pass by, then read at
+ * random. */
 #define _GNU_SOURCE
-#include "qmigrate.h"
+#include "core_internal.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -189,7 +190,10 @@ int qm_index_changed(qm_index *index, uint64_t page, uint64_t at, uint16_t len)
         return -EINVAL;
     uint64_t before = word_at(index, page);
     struct qm_change change = {
-        .before = before, .at = at, .len = len, .depth = depth_of(index, before) + 1,
+        .before = before,
+        .at = at,
+        .len = len,
+        .depth = depth_of(index, before) + 1,
     };
     if (change.depth > QM_CHANGES_MAX)
         return -EMLINK;
@@ -262,13 +266,12 @@ uint64_t qm_index_changes(const qm_index *index, const struct qm_change **change
     return index->nchanges;
 }
 
-int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint64_t n,
-                         uint64_t end)
+int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint64_t n, uint64_t end)
 {
     for (uint64_t i = 0; i < n; i++) {
         /* Only what stands before it: so that no chain has an end in itself. */
-        if (!is_possible(index, changes[i].before, index->nchanges, end) ||
-            changes[i].at > end || end - changes[i].at < changes[i].len)
+        if (!is_possible(index, changes[i].before, index->nchanges, end) || changes[i].at > end ||
+            end - changes[i].at < changes[i].len)
             return -EBADMSG;
         struct qm_change change = changes[i];
         change.depth = depth_of(index, change.before) + 1;
@@ -336,25 +339,11 @@ uint64_t qm_index_from(const qm_index *index, uint64_t page, uint64_t start, uin
 
 /* ---- reading pages -------------------------------------------------------------------------- */
 
-static int read_all(int fd, void *buf, size_t len, uint64_t at)
-{
-    size_t have = 0;
-    while (have < len) {
-        ssize_t got = pread(fd, (unsigned char *)buf + have, len - have, (off_t)(at + have));
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got <= 0)
-            return got < 0 ? -errno : -ENODATA;
-        have += (size_t)got;
-    }
-    return 0;
-}
-
 static int read_unchanged(const struct qm_indexed *s, uint64_t word, unsigned char *page)
 {
     uint64_t value = word & VALUE_MASK;
     if (kind_of(word) == QM_PLACE_PAGE)
-        return read_all(s->fd, page, s->index->page_size, value);
+        return qm_read_all(s->fd, page, s->index->page_size, value);
     memset(page, (int)value, s->index->page_size);
     return 0;
 }
@@ -368,7 +357,7 @@ static int read_changed(const struct qm_indexed *s, uint64_t word, unsigned char
         chain[n] = &s->index->changes[word & VALUE_MASK];
     int rc = read_unchanged(s, word, page);
     while (rc == 0 && n-- > 0) {
-        rc = read_all(s->fd, delta, chain[n]->len, chain[n]->at);
+        rc = qm_read_all(s->fd, delta, chain[n]->len, chain[n]->at);
         if (rc == 0)
             rc = qm_apply_delta(delta, chain[n]->len, page, s->index->page_size);
     }
@@ -398,7 +387,7 @@ static int64_t read_together(const struct qm_indexed *s, uint64_t page, uint64_t
     if (preadv(s->fd, iov, n, (off_t)at) == (ssize_t)len)
         return (int64_t)k;
     /* Page by page is what finds out where it fails. */
-    int rc = read_all(s->fd, out, (size_t)size, at);
+    int rc = qm_read_all(s->fd, out, (size_t)size, at);
     return rc ? rc : 1;
 }
 
@@ -407,8 +396,7 @@ ssize_t qm_indexed_fill(void *arg, void *buf, uint64_t off, size_t len)
     const struct qm_indexed *s = arg;
     uint64_t size = s->index->page_size;
     uint64_t first = off / size, npages = len / size;
-    if (off % size || len % size || first > s->index->npages ||
-        npages > s->index->npages - first)
+    if (off % size || len % size || first > s->index->npages || npages > s->index->npages - first)
         return -EINVAL;
     unsigned char *out = buf;
     for (uint64_t k = 0; k < npages;) {
@@ -438,65 +426,4 @@ int64_t qm_indexed_next(void *arg, uint64_t off, uint64_t end)
         return (int64_t)off;
     uint64_t at = stop * size;
     return (int64_t)(at < off ? off : at < end ? at : end);
-}
-
-/* ---- the same of a mapped-ram file ---------------------------------------------------------- */
-
-uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end)
-{
-    uint64_t flip = first < end && bits[first / 64] >> first % 64 & 1 ? ~(uint64_t)0 : 0;
-    for (uint64_t k = first; k < end; k = (k / 64 + 1) * 64) {
-        uint64_t differ = (bits[k / 64] ^ flip) >> k % 64;
-        if (differ) {
-            uint64_t at = k + (uint64_t)__builtin_ctzll(differ);
-            return at < end ? at : end;
-        }
-    }
-    return end;
-}
-
-ssize_t qm_mapped_fill(void *arg, void *buf, uint64_t off, size_t len)
-{
-    const struct qm_mapped *s = arg;
-    uint64_t size = s->page_size, first = off / size, end = first + len / size;
-    if (off % size || len % size || end > s->npages)
-        return -EINVAL;
-    for (uint64_t k = first; k < end;) {
-        uint64_t stop = qm_run(s->data, k, end);
-        unsigned char *out = (unsigned char *)buf + (k - first) * size;
-        size_t bytes = (size_t)((stop - k) * size);
-        if (s->data[k / 64] >> k % 64 & 1) {
-            int rc = read_all(s->fd, out, bytes, (uint64_t)s->pages_offset + k * size);
-            if (rc)
-                return rc;
-        } else {
-            memset(out, 0, bytes);
-        }
-        k = stop;
-    }
-    return (ssize_t)len;
-}
-
-int64_t qm_mapped_next(void *arg, uint64_t off, uint64_t end)
-{
-    const struct qm_mapped *s = arg;
-    uint64_t size = s->page_size, k = off / size;
-    uint64_t last = end / size + (end % size != 0);
-    if (k >= last || s->data[k / 64] >> k % 64 & 1)
-        return (int64_t)off;
-    uint64_t at = qm_run(s->data, k, last) * size;
-    return (int64_t)(at < end ? at : end);
-}
-
-ssize_t qm_part_fill(void *arg, void *buf, uint64_t off, size_t len)
-{
-    const struct qm_part *p = arg;
-    return p->fill(p->arg, buf, p->offset + off, len);
-}
-
-int64_t qm_part_next(void *arg, uint64_t off, uint64_t end)
-{
-    const struct qm_part *p = arg;
-    int64_t at = p->next(p->arg, p->offset + off, p->offset + end);
-    return at < 0 ? at : at - (int64_t)p->offset;
 }

@@ -48,7 +48,8 @@ ssize_t qm_process_fill(void *arg, void *buf, uint64_t off, size_t len)
     while (have < len) {
         struct iovec to = {.iov_base = (unsigned char *)buf + have, .iov_len = len - have};
         struct iovec from = {
-            .iov_base = (void *)(uintptr_t)(p->address + off + have), .iov_len = len - have,
+            .iov_base = (void *)(uintptr_t)(p->address + off + have),
+            .iov_len = len - have,
         };
         ssize_t got = process_vm_readv(p->pid, &to, 1, &from, 1, 0);
         if (got < 0 && errno == EINTR)
@@ -69,9 +70,16 @@ static int64_t next_by_scan(const struct qm_process *p, uint64_t from, uint64_t 
 {
     struct scanned found;
     struct scan scan = {
-        .size = sizeof(scan), .start = from, .end = end, .vec = (uintptr_t)&found, .vec_len = 1,
-        .max_pages = 1, .inverted = SCAN_ZERO_PAGE, .all_of = SCAN_ZERO_PAGE,
-        .any_of = SCAN_PRESENT | SCAN_SWAPPED, .returned = SCAN_PRESENT,
+        .size = sizeof(scan),
+        .start = from,
+        .end = end,
+        .vec = (uintptr_t)&found,
+        .vec_len = 1,
+        .max_pages = 1,
+        .inverted = SCAN_ZERO_PAGE,
+        .all_of = SCAN_ZERO_PAGE,
+        .any_of = SCAN_PRESENT | SCAN_SWAPPED,
+        .returned = SCAN_PRESENT,
     };
     int n = ioctl(p->pagemap, SCAN, &scan);
     if (n < 0)
@@ -85,8 +93,7 @@ int qm_process_can_scan(int pagemap)
     return ioctl(pagemap, SCAN, &nothing) == 0;
 }
 
-static int64_t next_by_words(const struct qm_process *p, uint64_t from, uint64_t end,
-                             uint64_t page)
+static int64_t next_by_words(const struct qm_process *p, uint64_t from, uint64_t end, uint64_t page)
 {
     uint64_t words[WORDS_AT_ONCE];
     while (from < end) {
@@ -114,11 +121,12 @@ static int64_t next_touched(const struct qm_process *p, uint64_t off, uint64_t e
                        : next_by_words(p, from, stop, page);
 }
 
-uint64_t qm_next_touched(int pagemap, int has_scan, const void *memory, uint64_t from,
-                         uint64_t end)
+uint64_t qm_next_touched(int pagemap, int has_scan, const void *memory, uint64_t from, uint64_t end)
 {
     struct qm_process self = {
-        .pagemap = pagemap, .has_scan = has_scan, .address = (uintptr_t)memory,
+        .pagemap = pagemap,
+        .has_scan = has_scan,
+        .address = (uintptr_t)memory,
     };
     int64_t at = next_touched(&self, from, end);
     if (at < 0)

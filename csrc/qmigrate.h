@@ -59,13 +59,15 @@ void qm_job_destroy(qm_job *job);
 void qm_job_cancel(qm_job *job);
 int qm_job_cancelled(const qm_job *job);
 /* Limit bytes moved a second over all channels; 0 is no limit. May change while the job runs:
- * who waits for the old rate goes on at the new one. */
+ * waiters are re-evaluated at the new rate. */
 void qm_job_set_rate(qm_job *job, uint64_t bytes_per_second);
 void qm_job_totals(const qm_job *job, struct qm_totals *out);
-/* Count bytes that were written elsewhere (head, bitmaps) into bytes_moved. */
-void qm_job_add_moved(qm_job *job, uint64_t len);
+/* Count bytes that system calls moved, and these calls; 0 calls for what is written elsewhere
+ * (head,
+ * bitmaps). */
+void qm_job_count_io(qm_job *job, uint64_t len, uint64_t calls);
 /* Count guest bytes, and pages of both kinds, that were dealt with elsewhere. */
-void qm_job_did(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64_t zero_pages);
+void qm_job_count_pages(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64_t zero_pages);
 
 /* ---- channel -------------------------------------------------------------------------------- */
 
@@ -140,26 +142,30 @@ struct qm_block {
     uint32_t page_size;
 };
 
-/* Is told by qm_write what it is about to write: the `len` bytes that start at file position `at` are
- * a piece (the last of a block may be shorter) that has pages to be written. Where nothing but holes
- * stood there before, they will be those at `bytes`, which stay until it returns; NULL where that
- * cannot be said, because only selected pages are written. Called from the channel's thread. Returns
- * 0, or -errno to end the work. */
-typedef int (*qm_writing_fn)(void *arg, int64_t at, const void *bytes, size_t len);
+/* Called by qm_write before each write: the `len` bytes from file position `at` on are a piece (the
+ * last of a block may be shorter) that has pages to be written. Where there were only holes before,
+ * they will be those at `bytes`, which stay until the hook returns; NULL if that is not known,
+ * because
+ * only selected pages are written. Called from the channel's thread. Returns 0, or -errno to end
+ * the
+ * work. */
+typedef int (*qm_write_hook)(void *arg, int64_t at, const void *bytes, size_t len);
 
 /* The file. `fd` is buffered; `fd_direct` has O_DIRECT and is -1 where direct I/O is off.
  * mem_align and off_align are what the direct descriptor demands of memory addresses, and of file
  * positions and lengths: powers of two, at most QM_MAX_PAGE.
- * `writing`, where there is one, gets writing_arg. A write without a selection then copies every page
- * first, zero pages as zeros, so that what is told is what the kernel gets, whatever becomes of guest
- * memory meanwhile. Nothing is told of what qm_write_tail writes. */
+ * `hook`, where there is one, gets hook_arg. A write without a selection then copies every page
+ * first,
+ * zero pages as zeros, so that the hook sees what the kernel gets, whatever becomes of guest
+ * memory. It
+ * is not called for what qm_write_tail writes. */
 struct qm_file {
     int fd;
     int fd_direct;
     uint32_t mem_align;
     uint32_t off_align;
-    qm_writing_fn writing;
-    void *writing_arg;
+    qm_write_hook hook;
+    void *hook_arg;
 };
 
 /* Where a call failed: `at` is the file position (target) or the byte of the block (memory).
@@ -236,9 +242,9 @@ int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
 /* Makes the clear pages among [first, first + npages) read as zeros in the file, by punching holes
  * where the file system can. Only what the file holds there is read. file->fd must be readable,
  * and a description of our own. Returns how many pages were not zero, or -errno. */
-int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
-                 const struct qm_block *block, const uint64_t *data, uint64_t first,
-                 uint64_t npages, struct qm_fault *fault);
+int64_t qm_stale_punch(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                       const struct qm_block *block, const uint64_t *data, uint64_t first,
+                       uint64_t npages, struct qm_fault *fault);
 
 /* The same search, changing nothing: the bits of the pages found are set in `stale`, a bitmap of
  * the whole block. `first` as in qm_write. */
@@ -259,7 +265,8 @@ int qm_zero_clear(qm_job *job, const struct qm_block *block, const struct qm_mem
 /*
  * A section of the classic stream is a sequence of records, one a page, ended by a word:
  *
- *   u64 offset | flags     big-endian; the offset of the page in its block, a multiple of page_size,
+ *   u64 offset | flags     big-endian; the offset of the page in its block, a multiple of
+ * page_size,
  *                          flags below it
  *   u8 length, name        of the block; left out with CONTINUE: that of the record before
  *   ZERO                   u8: the page is full of this byte
@@ -279,10 +286,9 @@ struct qm_name {
  * stands for page `first + k` of the block. The block is named in the first record unless *named,
  * which is 1 afterwards. Stops before a record that does not fit into the `len` bytes at `out`;
  * *next is the page to go on from, npages at the end. Returns how many bytes it wrote. */
-size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pages,
-                 uint64_t first, size_t from, size_t npages, uint32_t page_size,
-                 const uint64_t *want, const uint64_t *data, unsigned char *out, size_t len,
-                 size_t *next);
+size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pages, uint64_t first,
+                 size_t from, size_t npages, uint32_t page_size, const uint64_t *want,
+                 const uint64_t *data, unsigned char *out, size_t len, size_t *next);
 
 /* A stream being written front to back: a buffer that is written out when it is full, in pieces
  * of at least 1 MiB where no rate limit asks for smaller ones. */
@@ -292,7 +298,8 @@ typedef struct qm_encoder qm_encoder;
  * only counted. NULL when there is no memory. */
 qm_encoder *qm_encoder_create(int fd, off_t at);
 void qm_encoder_destroy(qm_encoder *encoder);
-/* From now on `fd` is a pipe or socket: bytes are written in turn, and positions only count them. */
+/* From now on `fd` is a pipe or socket: bytes are written in turn, and positions only count
+ * them. */
 void qm_encoder_go_forward(qm_encoder *encoder);
 /* Where the next byte goes: after all that was put, written out or not. */
 off_t qm_encoder_position(const qm_encoder *encoder);
@@ -316,7 +323,8 @@ int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
 /* A block as a decoder knows it. `seen` gets the bit of every page that a record mentions. Of a
  * block with an `index`, the places of pages are noted there, and nothing else is done. One that is
  * `staged` has its pages put on a stage, a part of the block at a time. Of one with `content`, all
- * that is noted is which pages hold something: their bits there are set. Records of a block with none
+ * that is noted is which pages hold something: their bits there are set. Records of a block with
+ * none
  * of these are checked and dropped; it needs no `seen`. */
 struct qm_record_block {
     struct qm_name name;
@@ -329,13 +337,13 @@ struct qm_record_block {
 };
 
 /* A part of a block, held in memory until it is written to its place in a file: the bytes
- * [off, off + len) of the block, `off` a multiple of QM_CHUNK, `len` at most QM_STAGE_MAX. Of its
+ * [off, off + len) of the block, `off` a multiple of QM_CHUNK, `len` at most QM_STAGING_MAX. Of its
  * pages, bits of `filled` mark those that records gave content since it is on the stage, which
  * stands at `base`; `zeroed` those that they made zero, whatever stands at `base`; no page is in
  * both. What a page was before, the file has, at position `at` of `fd` on, if its bit in `data` is
  * set; else it was zero. */
-#define QM_STAGE_MAX ((size_t)16 << 20)
-struct qm_stage {
+#define QM_STAGING_MAX ((size_t)16 << 20)
+struct qm_staging {
     unsigned char *base;
     uint64_t *filled;
     uint64_t *zeroed;
@@ -355,8 +363,8 @@ enum qm_record_fault {
     QM_RECORD_OUTSIDE,    /* the page lies outside its block */
     QM_RECORD_DELTA,      /* an XBZRLE body that does not fit its page or itself */
     QM_RECORD_MULTIFD,    /* the mark of multifd, whose pages are in other streams */
-    QM_RECORD_SCATTERED,  /* an index, or bitmaps, would outgrow the stream: no guest is like that */
-    QM_RECORD_CHANGES,    /* more than QM_CHANGES_MAX changes to a page */
+    QM_RECORD_SCATTERED, /* an index, or bitmaps, would outgrow the stream: no guest is like that */
+    QM_RECORD_CHANGES,   /* more than QM_CHANGES_MAX changes to a page */
 };
 
 /* The last record that was refused: `at` is the position of its word (in the file, or among all
@@ -381,7 +389,8 @@ qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nbloc
                               uint32_t page_size, int fresh);
 void qm_decoder_destroy(qm_decoder *decoder);
 /* Decodes `len` bytes into memory. Returns 1 at the end of a section, 0 when it goes on after
- * them, 2 when the next page belongs to a part of a staged block that is not on the stage; *used is how many were taken, less than `len` only at an end, a 2 or a failure. -EBADMSG:
+ * them, 2 when the next page belongs to a part of a staged block that is not on the stage; *used
+ * is how many were taken, less than `len` only at an end, a 2 or a failure. -EBADMSG:
  * qm_decoder_error tells what is wrong. Memory that is a file is written with pwrite and punched,
  * never touched through a mapping. After a failure the decoder is of no more use. Counts records
  * as pages, and bytes_done once for each page. */
@@ -399,15 +408,15 @@ void qm_decoder_seek(qm_decoder *decoder, uint64_t position);
 size_t qm_decoder_wants(const qm_decoder *decoder, uint64_t *off);
 /* Puts a part of a block on the stage, in the place of another one; `filled` and `zeroed` become
  * empty. It stays the caller's, and there until the next one is put or the decoder destroyed. */
-void qm_decoder_set_stage(qm_decoder *decoder, size_t block, struct qm_stage *stage);
+void qm_decoder_set_staging(qm_decoder *decoder, size_t block, struct qm_staging *stage);
 
 /* Writes what is on a stage to its place in the file of the block, whose bitmap is `data`: pages as
  * qm_write does. The first time that a part gets any data, all of it is written as `sparse` says;
  * later exactly the pages that are filled. Returns how many pages have ceased to be data, whose old
  * bytes are still in the file; -errno. What is at `base` of other pages may change. */
-int64_t qm_write_stage(qm_job *job, qm_channel *channel, const struct qm_file *file,
-                       const struct qm_block *block, const struct qm_stage *stage,
-                       const struct qm_sparse *sparse, uint64_t *data, struct qm_fault *fault);
+int64_t qm_write_staging(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                         const struct qm_block *block, const struct qm_staging *stage,
+                         const struct qm_sparse *sparse, uint64_t *data, struct qm_fault *fault);
 
 /* Applies the body of an XBZRLE record to a page; -EBADMSG when it is malformed, the page then
  * being changed in part. */
@@ -494,21 +503,22 @@ ssize_t qm_mapped_fill(void *mapped, void *buf, uint64_t off, size_t len);
 int64_t qm_mapped_next(void *mapped, uint64_t off, uint64_t end);
 
 /* Memory that is a part of another one: its byte 0 is byte `offset` there, whole pages. */
-struct qm_part {
+struct qm_slice {
     qm_fill_fn fill;
     qm_next_fn next;
     void *arg;
     uint64_t offset;
 };
 
-ssize_t qm_part_fill(void *part, void *buf, uint64_t off, size_t len);
-int64_t qm_part_next(void *part, uint64_t off, uint64_t end);
+ssize_t qm_slice_fill(void *part, void *buf, uint64_t off, size_t len);
+int64_t qm_slice_next(void *part, uint64_t off, uint64_t end);
 
 /* Memory that is another one, and in which something is looked for in passing: at multiples of
- * `step` bytes, the `len` bytes that are `head` where `mask` has bits. `found` is the lowest place so
+ * `step` bytes, the `len` bytes that are `head` where `mask` has bits. `found` is the lowest place
+ * so
  * far; UINT64_MAX at first. Several channels may read it at once. What is not read is not seen, nor
  * what does not stand within one read: `len` is at most a page, `step` not less than one. */
-struct qm_watch {
+struct qm_search {
     qm_fill_fn fill;
     qm_next_fn next;
     void *arg;
@@ -519,8 +529,8 @@ struct qm_watch {
     uint64_t found;
 };
 
-ssize_t qm_watch_fill(void *watch, void *buf, uint64_t off, size_t len);
-int64_t qm_watch_next(void *watch, uint64_t off, uint64_t end);
+ssize_t qm_search_fill(void *watch, void *buf, uint64_t off, size_t len);
+int64_t qm_search_next(void *watch, uint64_t off, uint64_t end);
 
 /* Where the bits from `first` on cease to be alike; at most `end`. */
 uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
@@ -530,40 +540,5 @@ uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 /* What direct I/O on the file demands of addresses and of positions, as the kernel tells it.
  * -EOPNOTSUPP: this file system does none; -ENOSYS: the kernel cannot tell. */
 int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);
-
-/* ---- between the parts of the core ---------------------------------------------------------- */
-
-struct iovec;
-
-void qm_job_moved(qm_job *job, uint64_t len);
-/* Waits until `len` more bytes may move; -ECANCELED. */
-int qm_job_admit(qm_job *job, uint64_t len);
-/* How many bytes one call should move at most, so that a low rate stays smooth. */
-size_t qm_job_piece(const qm_job *job, size_t unit);
-/* Whole transfer of an iovec array, `unit` the granularity at which a short one is taken up. The
- * array is used up. qm_preadv returns how many bytes there were before the end of the file. */
-int qm_pwritev(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit, off_t *bad);
-ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit,
-                  off_t *bad);
-/* Whole transfer to a pipe or socket, which has no positions; *done bytes went out, also after a
- * failure. A descriptor with O_NONBLOCK, and any socket, is left as soon as the job is cancelled. */
-int qm_write_forward(qm_job *job, int fd, const unsigned char *bytes, size_t len, size_t *done);
-/* Next byte of the block at or after `off` that may hold data, at most `end`; -errno. */
-int64_t qm_next_data(const struct qm_memory *memory, uint64_t off, uint64_t end);
-/* Bytes -> the block's memory at `off`; by pwrite where it is a file. */
-int qm_store(const struct qm_memory *memory, uint64_t off, const unsigned char *bytes, size_t len,
-             struct qm_fault *fault);
-int qm_storev(const struct qm_memory *memory, uint64_t off, const struct iovec *iov, int n,
-              struct qm_fault *fault);
-/* Zeroes [off, end) of the block, whole pages; punched where the memory is a file. */
-int qm_store_zeros(const struct qm_memory *memory, uint32_t page_size, uint64_t off, uint64_t end,
-                   struct qm_fault *fault);
-/* The same for the pages of [first, end) whose bits are clear. */
-int qm_store_clear(const struct qm_memory *memory, uint32_t page_size, const uint64_t *bits,
-                   uint64_t first, uint64_t end, struct qm_fault *fault);
-
-/* -EINVAL when numbers do not fit together. */
-int qm_block_check(const struct qm_block *block, const struct qm_file *file, uint64_t first,
-                   uint64_t npages);
 
 #endif

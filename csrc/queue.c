@@ -79,7 +79,7 @@ static void finish(struct qm_queue *q, qm_job *job, struct qm_slot *s, int64_t r
     if (s->buffer >= 0)
         q->busy[s->buffer]--;
     if (result == (int64_t)s->len) {
-        qm_job_moved(job, s->len);
+        qm_job_count_io(job, s->len, 1);
     } else if (!q->error) {
         /* Short or refused: done again at once, which continues it or tells the error. */
         off_t bad = s->at;
@@ -147,13 +147,19 @@ static int transfer(struct qm_queue *q, qm_job *job, int opcode, int fd, struct 
     size_t len = 0;
     for (int i = 0; i < n; i++)
         len += iov[i].iov_len;
-    struct qm_slot now = {.opcode = opcode, .fd = fd, .n = n, .iov = iov, .at = at, .unit = unit,
-                          .len = len, .buffer = -1};
+    struct qm_slot now = {.opcode = opcode,
+                          .fd = fd,
+                          .n = n,
+                          .iov = iov,
+                          .at = at,
+                          .unit = unit,
+                          .len = len,
+                          .buffer = -1};
     if (!is_open(q))
         return transfer_now(job, &now, bad);
 
     *bad = at;
-    int rc = qm_job_admit(job, len);
+    int rc = qm_job_throttle(job, len);
     if (rc)
         return rc;
     while (q->open && !q->free)

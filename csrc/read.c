@@ -91,9 +91,9 @@ static int read_straight(struct reader *r, const uint64_t *data, uint64_t from, 
         k = stop;
         if (n == QM_MAX_IOV || k == to) {
             off_t bad, at = r->block->pages_offset + (off_t)(from * page);
-            int rc = r->unit > 1
-                         ? qm_queue_read(&r->channel->queue, r->job, r->fd, iov, n, at, r->unit, &bad)
-                         : read_now(r, iov, n, at, (size_t)(k - from) * page, &bad);
+            int rc = r->unit > 1 ? qm_queue_read(&r->channel->queue, r->job, r->fd, iov, n, at,
+                                                 r->unit, &bad)
+                                 : read_now(r, iov, n, at, (size_t)(k - from) * page, &bad);
             if (rc)
                 return read_fault(r, bad, rc);
             from = k;
@@ -152,7 +152,7 @@ static int read_range(struct reader *r, const uint64_t *data, uint64_t max_gap, 
             return rc;
         int64_t last;
         uint64_t set = qm_count(data + from / 64, to - from, &last);
-        qm_job_did(r->job, (to - from) * r->block->page_size, set, to - from - set);
+        qm_job_count_pages(r->job, (to - from) * r->block->page_size, set, to - from - set);
         from = to;
     }
     return 0;
@@ -167,8 +167,14 @@ int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
     if (rc)
         return rc;
     struct reader r = {
-        .job = job, .channel = channel, .block = block, .memory = memory, .fault = fault,
-        .fd = file->fd, .unit = 1, .straight = memory->base != NULL,
+        .job = job,
+        .channel = channel,
+        .block = block,
+        .memory = memory,
+        .fault = fault,
+        .fd = file->fd,
+        .unit = 1,
+        .straight = memory->base != NULL,
     };
     if (file->fd_direct >= 0) {
         r.fd = file->fd_direct;

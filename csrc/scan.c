@@ -84,19 +84,3 @@ uint64_t qm_sum(const void *bytes, size_t len)
         a += w[i];
     return a + b + c + d;
 }
-
-uint64_t qm_count(const uint64_t *bits, uint64_t npages, int64_t *last)
-{
-    uint64_t count = 0;
-    *last = -1;
-    for (uint64_t k = 0; k < npages; k += 64) {
-        uint64_t w = bits[k / 64];
-        if (npages - k < 64)
-            w &= ((uint64_t)1 << (npages - k)) - 1;
-        if (w) {
-            count += (uint64_t)__builtin_popcountll(w);
-            *last = (int64_t)(k + 63 - (uint64_t)__builtin_clzll(w));
-        }
-    }
-    return count;
-}

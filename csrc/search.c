@@ -1,7 +1,7 @@
 /* Memory in which something is looked for while it is read for another purpose. */
 #include "qmigrate.h"
 
-static int fits(const struct qm_watch *w, const unsigned char *bytes)
+static int fits(const struct qm_search *w, const unsigned char *bytes)
 {
     for (size_t i = 0; i < w->len; i++)
         if ((bytes[i] & w->mask[i]) != w->head[i])
@@ -9,9 +9,9 @@ static int fits(const struct qm_watch *w, const unsigned char *bytes)
     return 1;
 }
 
-ssize_t qm_watch_fill(void *arg, void *buf, uint64_t off, size_t len)
+ssize_t qm_search_fill(void *arg, void *buf, uint64_t off, size_t len)
 {
-    struct qm_watch *w = arg;
+    struct qm_search *w = arg;
     ssize_t got = w->fill(w->arg, buf, off, len);
     uint64_t end = got < (ssize_t)w->len ? off : off + (uint64_t)got - w->len + 1;
     uint64_t best = __atomic_load_n(&w->found, __ATOMIC_RELAXED);
@@ -28,8 +28,8 @@ ssize_t qm_watch_fill(void *arg, void *buf, uint64_t off, size_t len)
     return got;
 }
 
-int64_t qm_watch_next(void *arg, uint64_t off, uint64_t end)
+int64_t qm_search_next(void *arg, uint64_t off, uint64_t end)
 {
-    const struct qm_watch *w = arg;
+    const struct qm_search *w = arg;
     return w->next(w->arg, off, end);
 }

@@ -35,7 +35,8 @@ static int make_zero(struct cleaner *c, off_t from, off_t to)
     static const unsigned char zeros[QM_MAX_PAGE];
     int punched;
     do
-        punched = fallocate(c->file->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, from, to - from);
+        punched =
+            fallocate(c->file->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, from, to - from);
     while (punched < 0 && errno == EINTR);
     if (punched == 0)
         return 0;
@@ -59,7 +60,8 @@ static int make_pages_zero(struct cleaner *c, off_t at, size_t from, size_t to)
     return to > from && !c->stale ? make_zero(c, at + (off_t)from, at + (off_t)to) : 0;
 }
 
-/* Looks at the clear ones of `npages` pages from page `first` on; returns how many were not zero. */
+/* Looks at the clear ones of `npages` pages from page `first` on; returns how many were not
+ * zero. */
 static int64_t clean_piece(struct cleaner *c, uint64_t first, size_t npages)
 {
     size_t page = c->block->page_size;
@@ -142,9 +144,9 @@ static int64_t clean(struct cleaner *c, qm_channel *channel, uint64_t first, uin
     return found;
 }
 
-int64_t qm_clean(qm_job *job, qm_channel *channel, const struct qm_file *file,
-                 const struct qm_block *block, const uint64_t *data, uint64_t first,
-                 uint64_t npages, struct qm_fault *fault)
+int64_t qm_stale_punch(qm_job *job, qm_channel *channel, const struct qm_file *file,
+                       const struct qm_block *block, const uint64_t *data, uint64_t first,
+                       uint64_t npages, struct qm_fault *fault)
 {
     struct cleaner c = {.job = job, .file = file, .block = block, .data = data, .fault = fault};
     return clean(&c, channel, first, npages);
@@ -155,7 +157,12 @@ int64_t qm_find_stale(qm_job *job, qm_channel *channel, const struct qm_file *fi
                       uint64_t first, uint64_t npages, struct qm_fault *fault)
 {
     struct cleaner c = {
-        .job = job, .file = file, .block = block, .data = data, .stale = stale, .fault = fault,
+        .job = job,
+        .file = file,
+        .block = block,
+        .data = data,
+        .stale = stale,
+        .fault = fault,
     };
     return clean(&c, channel, first, npages);
 }

@@ -117,7 +117,7 @@ int qm_zero_clear(qm_job *job, const struct qm_block *block, const struct qm_mem
         uint64_t clear = to - from - qm_count(bits + from / 64, to - from, &last);
         rc = qm_store_clear(memory, block->page_size, bits, from, to, fault);
         if (rc == 0)
-            qm_job_did(job, clear * block->page_size, 0, clear);
+            qm_job_count_pages(job, clear * block->page_size, 0, clear);
     }
     return rc;
 }

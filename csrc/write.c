@@ -42,8 +42,8 @@ static int drain(struct writer *w)
 static int put(struct writer *w, struct iovec *iov, int n, uint64_t off, int buffer)
 {
     off_t bad, at = w->source.block->pages_offset + (off_t)off;
-    int rc = w->unit > 1 ? qm_queue_write(&w->source.channel->queue, w->job, w->fd, iov, n, at, w->unit,
-                                          buffer, &bad)
+    int rc = w->unit > 1 ? qm_queue_write(&w->source.channel->queue, w->job, w->fd, iov, n, at,
+                                          w->unit, buffer, &bad)
                          : qm_pwritev(w->job, w->fd, iov, n, at, w->unit, &bad);
     return write_fault(w, bad, rc);
 }
@@ -91,8 +91,8 @@ static int put_around_holes(struct writer *w, const struct chunk *c, size_t from
     for (size_t k = from / page; k < end;) {
         int real = bit_get(c->resident, k);
         size_t stop = real ? next_clear(c->resident, k, end) : k + 1;
-        iov[n].iov_base = real ? (void *)(uintptr_t)(c->bytes + k * page)
-                               : (void *)(uintptr_t)zeros;
+        iov[n].iov_base =
+            real ? (void *)(uintptr_t)(c->bytes + k * page) : (void *)(uintptr_t)zeros;
         iov[n].iov_len = (stop - k) * page;
         pending += iov[n].iov_len;
         n++;
@@ -113,8 +113,8 @@ static int put_range(struct writer *w, const struct chunk *c, size_t from, size_
 {
     size_t page = w->source.block->page_size;
     int aligned = (uintptr_t)(c->bytes + from) % w->mem_align == 0;
-    int holes = c->has_holes && next_clear(c->resident, from / page, (from + len) / page) <
-                                    (from + len) / page;
+    int holes = c->has_holes &&
+                next_clear(c->resident, from / page, (from + len) / page) < (from + len) / page;
     if (holes && aligned && page % w->unit == 0 && page % w->mem_align == 0 &&
         w->mem_align <= ZEROS_ALIGN)
         return put_around_holes(w, c, from, len);
@@ -224,7 +224,8 @@ static void stage(const struct chunk *c, size_t page, size_t from, size_t to, un
     }
 }
 
-/* Writes a chunk from a buffer of ours, where nobody changes it, and tells of it; piece by piece, so
+/* Writes a chunk from a buffer of ours, where nobody changes it, and tells of it; piece by piece,
+ * so
  * that the disk does not wait for the digests of all. */
 static int write_told(struct writer *w, const struct chunk *c, const uint64_t *want)
 {
@@ -242,8 +243,8 @@ static int write_told(struct writer *w, const struct chunk *c, const uint64_t *w
         size_t from = k / pages * pages;
         size_t to = from + pages < c->npages ? from + pages : c->npages;
         stage(c, page, from, to, buffer);
-        int rc = w->file->writing(w->file->writing_arg, at + (off_t)(from * page),
-                                  buffer + from * page, (to - from) * page);
+        int rc = w->file->hook(w->file->hook_arg, at + (off_t)(from * page), buffer + from * page,
+                               (to - from) * page);
         if (rc)
             return file_fault(w->source.fault, at + (off_t)(from * page), rc);
         uint64_t part[WORDS] = {0};
@@ -264,8 +265,8 @@ static int tell_change(struct writer *w, const struct chunk *c, const uint64_t *
     for (size_t k = next_set(want, 0, c->npages); k < c->npages;) {
         size_t from = k / pages * pages;
         size_t to = from + pages < c->npages ? from + pages : c->npages;
-        int rc = w->file->writing(w->file->writing_arg, at + (off_t)(from * page), NULL,
-                                  (to - from) * page);
+        int rc =
+            w->file->hook(w->file->hook_arg, at + (off_t)(from * page), NULL, (to - from) * page);
         if (rc)
             return file_fault(w->source.fault, at + (off_t)(from * page), rc);
         k = next_set(want, to, c->npages);
@@ -293,14 +294,14 @@ static int write_chunk(struct writer *w, const struct chunk *c, const uint64_t *
     }
     w->source.look_for_holes = data_pages == 0;
     if (w->file->fd >= 0) {
-        int rc = w->file->writing && selection ? tell_change(w, c, want) : 0;
+        int rc = w->file->hook && selection ? tell_change(w, c, want) : 0;
         if (rc == 0)
-            rc = w->file->writing && !selection ? write_told(w, c, want) : write_runs(w, c, want);
+            rc = w->file->hook && !selection ? write_told(w, c, want) : write_runs(w, c, want);
         if (rc)
             return rc;
     }
-    qm_job_did(w->job, selected_pages * w->source.block->page_size, data_pages,
-               selected_pages - data_pages);
+    qm_job_count_pages(w->job, selected_pages * w->source.block->page_size, data_pages,
+                       selected_pages - data_pages);
     return 0;
 }
 
@@ -341,12 +342,22 @@ int qm_write(qm_job *job, qm_channel *channel, const struct qm_file *file,
     if (rc)
         return rc;
     struct writer w = {
-        .job = job, .file = file, .sparse = sparse, .fd = file->fd, .unit = 1, .mem_align = 1,
-        .source = {
-            .job = job, .channel = channel, .block = block, .memory = memory, .fault = fault,
-            .longest_gap = sparse->everything ? UINT64_MAX : sparse->max_gap,
-            .look_for_holes = 1,
-        },
+        .job = job,
+        .file = file,
+        .sparse = sparse,
+        .fd = file->fd,
+        .unit = 1,
+        .mem_align = 1,
+        .source =
+            {
+                .job = job,
+                .channel = channel,
+                .block = block,
+                .memory = memory,
+                .fault = fault,
+                .longest_gap = sparse->everything ? UINT64_MAX : sparse->max_gap,
+                .look_for_holes = 1,
+            },
     };
     uint64_t end = first + npages;
     if (is_direct(block, file)) {
@@ -372,10 +383,20 @@ int qm_write_tail(qm_job *job, qm_channel *channel, const struct qm_file *file,
     if (rc || !is_direct(block, file))
         return rc;
     struct writer w = {
-        .job = job, .file = file, .sparse = sparse, .fd = file->fd, .unit = 1, .mem_align = 1,
-        .source = {
-            .job = job, .channel = channel, .block = block, .memory = memory, .fault = fault,
-        },
+        .job = job,
+        .file = file,
+        .sparse = sparse,
+        .fd = file->fd,
+        .unit = 1,
+        .mem_align = 1,
+        .source =
+            {
+                .job = job,
+                .channel = channel,
+                .block = block,
+                .memory = memory,
+                .fault = fault,
+            },
     };
     unsigned char page[QM_MAX_PAGE];
     for (uint64_t k = direct_pages(block, file); k < pages; k++) {
@@ -402,7 +423,7 @@ int qm_write_tail(qm_job *job, qm_channel *channel, const struct qm_file *file,
             if (rc)
                 return rc;
         }
-        qm_job_did(job, block->page_size, !zero, (uint64_t)zero);
+        qm_job_count_pages(job, block->page_size, !zero, (uint64_t)zero);
     }
     return 0;
 }

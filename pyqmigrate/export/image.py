@@ -165,7 +165,7 @@ class _Writer:
             pieces = self.image.pieces()
             for position, data in pieces:
                 self.target.write_at(position, data if position else _without_magic(data))
-                _core.lib.qm_job_add_moved(self.channels.core, len(data))
+                _core.lib.qm_job_count_io(self.channels.core, len(data), 0)
             self._check_cancelled()
             self.target.publish(pieces[0][1][:_MAGIC_LENGTH], self._check_cancelled)
             return self._report()

@@ -34,14 +34,14 @@ class VmcoreinfoSearch:
 
     def watched(self, block: OpenedBlock, memory: StoredMemory) -> StoredMemory:
         """The same memory, all of this block; what is read of it is looked through."""
-        watch = _core.ffi.new("struct qm_watch *")
+        watch = _core.ffi.new("struct qm_search *")
         watch.fill, watch.next, watch.arg = memory.fill, memory.next, memory.argument
         watch.head, watch.mask, watch.len = self._head, self._mask, HEAD_LENGTH
         watch.step, watch.found = _PAGE, _NOWHERE
         self._watches[block.name] = watch
         return replace(
-            memory, fill=_core.ffi.addressof(_core.lib, "qm_watch_fill"),
-            next=_core.ffi.addressof(_core.lib, "qm_watch_next"), argument=watch,
+            memory, fill=_core.ffi.addressof(_core.lib, "qm_search_fill"),
+            next=_core.ffi.addressof(_core.lib, "qm_search_next"), argument=watch,
             kept=(memory, self._head, self._mask),
         )
 

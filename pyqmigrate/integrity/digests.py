@@ -86,7 +86,7 @@ class Digests:
     def watch(self, file: Any) -> Any:
         """Have the core tell what it writes to ``file`` (``struct qm_file *``), where nothing but
         holes stood before; returns ``file``."""
-        file.writing, file.writing_arg = _note_writing, self._handle
+        file.hook, file.hook_arg = _note_writing, self._handle
         return file
 
     def seal(
@@ -135,7 +135,7 @@ class Digests:
                 _read(fd, direct, local.buffer, len(view), at, name)
                 self._lay_over(view, at)
                 self._set(number, view)
-                _core.lib.qm_job_did(channels.core, len(view), 0, 0)
+                _core.lib.qm_job_count_pages(channels.core, len(view), 0, 0)
             return 0
 
         channels.run(self._unknown(fd, channels), read, name, [""])
@@ -150,7 +150,7 @@ class Digests:
             data = self._data(fd, at, end)
             if data > at:
                 self._set_zero(at, data)
-                _core.lib.qm_job_did(channels.core, (data - at) * PIECE, 0, 0)
+                _core.lib.qm_job_count_pages(channels.core, (data - at) * PIECE, 0, 0)
             elif data < end:
                 stop = at + 1
                 while stop < min(end, at + _PIECES_A_RANGE) and self._data(fd, stop, end) == stop:

@@ -85,12 +85,12 @@ class StoredMemory:
             raise UsageError(f"bytes {offset} to {offset + length} of {self.length} are not there")
         if length == self.length:
             return self
-        part = _core.ffi.new("struct qm_part *")
+        part = _core.ffi.new("struct qm_slice *")
         part.fill, part.next, part.arg, part.offset = self.fill, self.next, self.argument, offset
         return StoredMemory(
             length, min(length, self.extent_bytes), self.identity,
-            _core.ffi.addressof(_core.lib, "qm_part_fill"),
-            _core.ffi.addressof(_core.lib, "qm_part_next"), part, self,
+            _core.ffi.addressof(_core.lib, "qm_slice_fill"),
+            _core.ffi.addressof(_core.lib, "qm_slice_next"), part, self,
         )
 
 

@@ -44,7 +44,7 @@ def clear_stale(
     """Make them holes in the blocks ``names``; ``fd`` is the file, open for writing, our own."""
     file = core_file(fd, None)
     for name in names:
-        _each(snapshot.blocks[name], channels, _core.lib.qm_clean, file)
+        _each(snapshot.blocks[name], channels, _core.lib.qm_stale_punch, file)
 
 
 def _each(

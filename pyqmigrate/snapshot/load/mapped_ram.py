@@ -166,7 +166,7 @@ class _Load:
                 yield item
             else:
                 length = item.npages * layout.page_size
-                _core.lib.qm_job_did(self.channels.core, length, 0, item.npages)
+                _core.lib.qm_job_count_pages(self.channels.core, length, 0, item.npages)
 
     def _report(self) -> LoadReport:
         totals = self.channels.totals()

@@ -425,7 +425,7 @@ def read_body(
             channels.core, decoder, _core.ffi.from_buffer(data), len(data), used, fault
         ))
         at[0] += used[0]
-        _core.lib.qm_job_add_moved(channels.core, used[0])
+        _core.lib.qm_job_count_io(channels.core, used[0], 0)
         if rc == 1:
             source.leave(int(at[0]))
         if rc:

@@ -33,7 +33,7 @@ from pyqmigrate.snapshot.load.sequential import PolledSource, Records, read_body
 
 __all__ = ["Place", "StagedPass"]
 
-_PART: int = _core.lib.QM_STAGE_MAX  # bytes of a block on one stage
+_PART: int = _core.lib.QM_STAGING_MAX  # bytes of a block on one stage
 _MOST_THREADS = 4
 
 
@@ -170,7 +170,7 @@ class StagedPass:
         core.data = place.bitmap.core + off // self.page_size // 64
         stage.part = (number, off)
         self._visited.add(stage.part)
-        _core.lib.qm_decoder_set_stage(self._records.decoder, number, core)
+        _core.lib.qm_decoder_set_staging(self._records.decoder, number, core)
         self._current = stage
 
     def _write_current(self) -> None:
@@ -191,7 +191,7 @@ class StagedPass:
         number, _ = stage.part
         placed = self._parts[number]
         assert placed is not None
-        rc: int = _core.lib.qm_write_stage(
+        rc: int = _core.lib.qm_write_staging(
             self.channels.core, stage.channel, placed.file, placed.block, stage.core, self._sparse,
             placed.place.bitmap.core, stage.fault,
         )
@@ -221,7 +221,7 @@ class StagedPass:
             assert placed is not None
             first = off // self.page_size
             npages = min(_PART, block.length - off) // self.page_size
-            rc = _core.lib.qm_clean(
+            rc = _core.lib.qm_stale_punch(
                 self.channels.core, channel, placed.buffered, placed.block,
                 placed.place.bitmap.core, first, npages, fault,
             )
@@ -255,7 +255,7 @@ class _Stage:
         stack.callback(_core.ffi.release, base)
         words = -(-_PART // page_size // 64)
         self._kept = _core.ffi.new("uint64_t[]", words), _core.ffi.new("uint64_t[]", words)
-        self.core = _core.ffi.new("struct qm_stage *")
+        self.core = _core.ffi.new("struct qm_staging *")
         self.core.base = base
         self.core.filled, self.core.zeroed = self._kept
         self.channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)

@@ -114,7 +114,7 @@ class Writer(StreamWriter):
             file = core_file(fd, None)
             for bitmap, layout in self._stored_parts():
                 for item in cut(0, layout.num_pages, layout.page_size):
-                    count = _core.lib.qm_clean(
+                    count = _core.lib.qm_stale_punch(
                         self.channels.core, channel, file, core_block(layout), bitmap.core,
                         item.first, item.npages, fault,
                     )
@@ -165,7 +165,7 @@ class Writer(StreamWriter):
         self.target.write_at(offset, data)
         if self.observer is not None:
             self.observer.forget(offset, len(data))
-        _core.lib.qm_job_add_moved(self.channels.core, len(data))
+        _core.lib.qm_job_count_io(self.channels.core, len(data), 0)
 
     def _needed(self) -> int:
         dense = self.sparse is Sparse.DENSE

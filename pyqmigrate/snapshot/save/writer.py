@@ -89,7 +89,7 @@ class WriteObserver(Protocol):
     """
 
     def watch(self, file: Any) -> object:
-        """Set ``writing`` and ``writing_arg`` of a ``struct qm_file *``, which the core then calls
+        """Set ``hook`` and ``hook_arg`` of a ``struct qm_file *``, which the core then calls
         for what channels write where nothing but holes was before."""
 
     def resize(self, size: int) -> None:
@@ -241,7 +241,7 @@ class StreamWriter(abc.ABC):
         self._check_cancelled()
         self.target.publish(MAGIC, self._before_publication)
         if not self.target.forward:
-            _core.lib.qm_job_add_moved(self.channels.core, len(MAGIC))
+            _core.lib.qm_job_count_io(self.channels.core, len(MAGIC), 0)
 
     def _before_publication(self) -> None:
         """All is durable, and nobody has seen it; what is raised here undoes it."""

@@ -275,13 +275,13 @@ def test_mapped_pages_are_zero_where_their_bit_is_clear(kinds: list[int], skip: 
     assert bytes(ffi.buffer(out, length)) == expected[first * page :]
     nxt = next((k for k in range(first, len(kinds)) if kinds[k] == 2), len(kinds))
     assert lib.qm_mapped_next(source, first * page, len(expected)) == nxt * page
-    part = ffi.new("struct qm_part *")
+    part = ffi.new("struct qm_slice *")
     part.fill, part.next = lib.qm_mapped_fill, lib.qm_mapped_next
     part.arg, part.offset = source, first * page
-    assert lib.qm_part_fill(part, out, 0, length) == length
+    assert lib.qm_slice_fill(part, out, 0, length) == length
     assert bytes(ffi.buffer(out, length)) == expected[first * page :]
-    assert lib.qm_part_next(part, 0, length) == (nxt - first) * page
-    assert lib.qm_part_fill(part, out, 0, length + page) == -errno.EINVAL
+    assert lib.qm_slice_next(part, 0, length) == (nxt - first) * page
+    assert lib.qm_slice_fill(part, out, 0, length + page) == -errno.EINVAL
     os.close(fd)
 
 

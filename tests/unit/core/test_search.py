@@ -26,7 +26,7 @@ class Watched:
         self.mapped.data, self.mapped.npages = self.bits, len(memory) // page
         self.mapped.page_size, self.mapped.fd = page, self.fd
         self.head, self.mask = ffi.new("unsigned char[]", head), ffi.new("unsigned char[]", mask)
-        self.watch = ffi.new("struct qm_watch *")
+        self.watch = ffi.new("struct qm_search *")
         self.watch.fill = ffi.addressof(lib, "qm_mapped_fill")
         self.watch.next = ffi.addressof(lib, "qm_mapped_next")
         self.watch.arg, self.watch.head, self.watch.mask = self.mapped, self.head, self.mask
@@ -40,7 +40,7 @@ class Watched:
 
     def read(self, at: int, length: int) -> Any:
         out = ffi.new("unsigned char[]", length)
-        rc = lib.qm_watch_fill(self.watch, out, at, length)
+        rc = lib.qm_search_fill(self.watch, out, at, length)
         return rc if rc < 0 else bytes(ffi.buffer(out, rc))
 
 
@@ -82,7 +82,7 @@ def test_lowest_place_is_that_of_the_twin(data: st.DataObject) -> None:
         for at, length in reads:
             assert watched.read(at, length) == content[at : at + length]
         assert watched.watch.found == plain_search(content, head, mask, reads)
-        assert lib.qm_watch_next(watched.watch, 1024, 9 * 1024) == 1024
+        assert lib.qm_search_next(watched.watch, 1024, 9 * 1024) == 1024
 
 
 def test_memory_that_cannot_be_read_is_not_looked_at() -> None:

@@ -73,7 +73,7 @@ class Staged:
         shift = -self._memory.ctypes.data % 4096
         self._kept = [ffi.new("uint64_t[]", words), ffi.new("uint64_t[]", words),
                       ffi.from_buffer("unsigned char[]", self._memory[shift:])]
-        self.stage = ffi.new("struct qm_stage *")
+        self.stage = ffi.new("struct qm_staging *")
         self.stage.filled, self.stage.zeroed, self.stage.base = self._kept
         self.on = -1
 
@@ -96,11 +96,11 @@ class Staged:
         stage.len = min(CHUNK, block.len - stage.off)
         stage.fd, stage.at = self.file.fd, block.pages_offset + stage.off
         stage.data = self.data[self.on] + stage.off // self.page_size // 64
-        lib.qm_decoder_set_stage(self.decoder, self.on, stage)
+        lib.qm_decoder_set_staging(self.decoder, self.on, stage)
 
     def write(self) -> None:
         if self.on >= 0:
-            rc = lib.qm_write_stage(
+            rc = lib.qm_write_staging(
                 self.job, self.channel, self.core_file, self.blocks[self.on], self.stage,
                 self.policy, self.data[self.on], self.fault,
             )
@@ -223,9 +223,9 @@ def test_zeros_alone_write_nothing(staged: Any) -> None:
 
 def test_stage_outside_of_its_block_is_refused(staged: Any) -> None:
     made = staged([70, 1])
-    for off, length in ((CHUNK, 4096), (4096, 4096), (0, 71 * 4096), (0, lib.QM_STAGE_MAX + 4096)):
+    for off, length in ((CHUNK, 4096), (4096, 4096), (0, 71 * 4096), (0, lib.QM_STAGING_MAX + 4096)):
         made.stage.off, made.stage.len = off, length
-        rc = lib.qm_write_stage(
+        rc = lib.qm_write_staging(
             made.job, made.channel, made.core_file, made.blocks[0], made.stage, made.policy,
             made.data[0], made.fault,
         )

@@ -67,7 +67,7 @@ class Listener:
         self.callback = writing
 
     def watch(self, core: Any) -> Any:
-        core.writing, core.writing_arg = self.callback, self.argument
+        core.hook, core.hook_arg = self.callback, self.argument
         return core
 
 

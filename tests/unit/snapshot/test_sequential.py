@@ -229,7 +229,7 @@ def test_block_that_fits_no_disk_is_refused_at_once(disk: Path, to: str) -> None
 def test_index_takes_the_place_of_no_other_file(disk: Path) -> None:
     save_classic(disk / "snap")
     before = (disk / "snap").read_bytes()
-    with pytest.raises(UsageError, match="no index"):
+    with pytest.raises(UsageError, match="the index would replace"):
         open_snapshot(disk / "snap", index=disk / "snap")
     assert (disk / "snap").read_bytes() == before
 
