@@ -223,7 +223,8 @@ def test_zeros_alone_write_nothing(staged: Any) -> None:
 
 def test_stage_outside_of_its_block_is_refused(staged: Any) -> None:
     made = staged([70, 1])
-    for off, length in ((CHUNK, 4096), (4096, 4096), (0, 71 * 4096), (0, lib.QM_STAGING_MAX + 4096)):
+    too_long = (0, lib.QM_STAGING_MAX + 4096)
+    for off, length in ((CHUNK, 4096), (4096, 4096), (0, 71 * 4096), too_long):
         made.stage.off, made.stage.len = off, length
         rc = lib.qm_write_staging(
             made.job, made.channel, made.core_file, made.blocks[0], made.stage, made.policy,
