@@ -108,7 +108,7 @@ class Source:
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 ours = any(word.startswith(bytes(self.directory)) for word in words)
-                if ours and any(word.endswith(b"vm/guardian.py") for word in words):
+                if ours and any(word.endswith(b"/guardian.py") for word in words):
                     found.append(int(entry.name))
         return found
 
