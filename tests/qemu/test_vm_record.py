@@ -89,7 +89,7 @@ def test_file_that_is_not_a_record_is_left_alone(tmp_path: Path, kind: str) -> N
     else:
         path.mkdir()
     before = sorted(each.name for each in tmp_path.iterdir())
-    with BareQemu(*VM) as qemu, pytest.raises(UsageError, match="no record"):
+    with BareQemu(*VM) as qemu, pytest.raises(UsageError, match="the record would replace"):
         saved(qemu, tmp_path / "snap")
     assert sorted(each.name for each in tmp_path.iterdir()) == before
 

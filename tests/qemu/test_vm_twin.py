@@ -368,7 +368,7 @@ def test_device_that_was_plugged_in_is_told(disk: Path) -> None:
 
 HANGING = """
 import asyncio, sys
-from pyqmigrate.vm import twin
+from pyqmigrate.vm.twin import twin
 async def hang(qemu, incoming):
     print(qemu.process.pid, flush=True)
     await asyncio.sleep(600)

@@ -323,6 +323,7 @@ class _Attempt:
         building = asyncio.ensure_future(self.companions.get(mapped.blocks))
         # Where QEMU does not start either, nobody asks what became of it.
         building.add_done_callback(lambda task: task.cancelled() or task.exception())
+        others = self._ask_for_others()
         try:
             async with await self._answering(answered(begun.started)) as qemu:
                 compared = await self._compare(qemu, mapped.command)
@@ -335,7 +336,7 @@ class _Attempt:
                 finally:
                     os.close(fd)
                 return await self._hand_over(
-                    qemu, mapped.command, seconds, incoming, mode=Mode.INSTANT,
+                    qemu, mapped.command, others, seconds, incoming, mode=Mode.INSTANT,
                     why="the memory is mapped from the snapshot",
                     mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
                     stale_seconds=companion.stale_seconds,
@@ -369,6 +370,7 @@ class _Attempt:
         command, changes = loadable(command, self.source.snapshot)
         with await self._files(command) as files:
             request = self.request
+            others = self._ask_for_others()
             launching = launch(
                 command, request.pass_fds, qmp=request.qmp,
                 stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
@@ -386,7 +388,7 @@ class _Attempt:
                 finally:
                     os.close(fd)
                 return await self._hand_over(
-                    qemu, command, seconds, incoming, mode=mode, why=why,
+                    qemu, command, others, seconds, incoming, mode=mode, why=why,
                     notes=(*self.notes, *compared, *changes, *files.notes, *notes),
                 )
 
@@ -427,15 +429,18 @@ class _Attempt:
         return read_saved_machine(self.source.snapshot)
 
     async def _hand_over(
-        self, qemu: Launched, command: CommandLine, seconds: float, incoming: Incoming, *,
-        notes: tuple[str, ...], **what: Any,
+        self, qemu: Launched, command: CommandLine, others: asyncio.Future[bool], seconds: float,
+        incoming: Incoming, *, notes: tuple[str, ...], **what: Any,
     ) -> RestoredVm:
+        shared = shared_identity(command) if await others else None
+        if shared is not None and shared not in notes:
+            notes = (*notes, shared)
+        # From here on the guest may run: what can be done before is done.
         state = await self._settle(qemu)
         asked_to_run = self.request.paused is False
         explained = describe_state(state, self.saved.run_state, asked_to_run=asked_to_run)
         if explained is not None and not self.request.paused:
             notes = (*notes, explained)
-        notes = (*notes, *await self._others(command, notes))
         notes = (*notes, *await self._clock(qemu.process.pid, state))
         report = RestoreReport(
             machine=self.source.snapshot.machine,
@@ -447,14 +452,12 @@ class _Attempt:
         qemu.hand_over()
         return RestoredVm(qemu, report)
 
-    async def _others(self, command: CommandLine, notes: Collection[str]) -> list[str]:
-        """What there is to note where another guest goes on from this snapshot.
-
-        The kernel takes its time for an answer, so it is asked when the guest has started.
-        """
-        if not await asyncio.to_thread(runs_already, self.source.fd):
-            return []
-        return [note for note in (shared_identity(command),) if note not in notes]
+    def _ask_for_others(self) -> asyncio.Future[bool]:
+        """Begin to ask whether another guest goes on from this snapshot: the kernel's answer takes
+        longer than a restore should, and QEMU starts in that time."""
+        asking = asyncio.ensure_future(asyncio.to_thread(runs_already, self.source.fd))
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return asking
 
     async def _clock(self, pid: int, state: str) -> list[str]:
         if state != "running":
