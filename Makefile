@@ -5,7 +5,7 @@
 # tests one after the other, PYTEST_ARGS and BENCH_ARGS go to pytest and to the comparison.
 
 PYTHON ?= python3
-JOBS ?= 2
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 CC ?= cc

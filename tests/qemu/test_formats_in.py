@@ -145,7 +145,7 @@ def test_sparse_image_of_libvirt_is_read_and_converted(disk: Path) -> None:
         assert_same_blocks(vm.read_blocks(), blocks)
 
 
-@pytest.mark.parametrize("form", ["raw", "sparse"])
+@pytest.mark.parametrize("form", [pytest.param("raw", marks=pytest.mark.long), "sparse"])
 def test_image_that_libvirt_itself_wrote_is_read_and_converted(form: str, disk: Path) -> None:
     # Socket paths are short, so this is not pytest's directory.
     with tempfile.TemporaryDirectory(prefix="lv-") as name, Libvirt(Path(name)) as libvirt:

@@ -195,6 +195,7 @@ def test_killed_conversion_leaves_the_source_and_no_half_of_a_target(
             assert snapshot.blocks["pc.ram"].read(0, len(memory)) == memory
 
 
+@pytest.mark.long  # the library's own are in tests/unit/export/test_convert_killed.py
 @pytest.mark.parametrize("form", ["elf", "lime"])
 def test_killed_export_leaves_no_half_of_a_file(
     disk: Path, child_environment: dict[str, str], form: str

@@ -20,7 +20,7 @@ from pyqmigrate.snapshot.mapped_ram import Snapshot
 from pyqmigrate.snapshot.sequential import ClassicSnapshot
 from tests.conftest import directory_on_disk
 from tests.harness import page_records as records
-from tests.harness.examples import some
+from tests.harness.examples import few
 from tests.harness.page_records import Record, stream_of
 from tests.harness.snapshots import Bytes, ram
 from tests.harness.stream_builders import EOF, RAM_EOS, described, end, part, start, str8, words
@@ -93,7 +93,7 @@ def test_no_index_is_made(disk: Path, form: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("form", FORMS)
-@some
+@few
 @given(data=st.data())
 def test_result_is_that_of_the_twin(form: str, data: st.DataObject) -> None:
     lengths = {"ram": 2 * PART + 5 * PAGE, "rom": 7 * PAGE}
@@ -119,7 +119,7 @@ def test_result_is_that_of_the_twin(form: str, data: st.DataObject) -> None:
         assert counted == full
 
 
-@some
+@few
 @given(listed=record_lists([150, 7], PAGE))
 def test_pages_are_counted_as_an_index_counts_them(listed: list[Record]) -> None:
     with directory_on_disk() as disk:
