@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     from pyqmigrate.io.target import Descriptors, DirectIO
     from pyqmigrate.migration import Guest, Migration
     from pyqmigrate.migration.fdset import FdsetError, FdSets
-    from pyqmigrate.qapi import Capabilities, Parameters, Policy
+    from pyqmigrate.qapi.capabilities import Capabilities
+    from pyqmigrate.qapi.parameters import Parameters
+    from pyqmigrate.qapi.policy import Policy
     from pyqmigrate.snapshot.detect import open_snapshot
     from pyqmigrate.snapshot.devices import Devices, devices
     from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
@@ -154,9 +156,9 @@ _HOME = {
     "Guest": "migration",
     "Migration": "migration",
     "open_snapshot": "snapshot.detect",
-    "Capabilities": "qapi",
-    "Parameters": "qapi",
-    "Policy": "qapi",
+    "Capabilities": "qapi.capabilities",
+    "Parameters": "qapi.parameters",
+    "Policy": "qapi.policy",
     "Provenance": "snapshot.provenance",
     "provenance": "snapshot.provenance",
     "SaveReport": "snapshot.save.writer",

@@ -36,9 +36,10 @@ from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.errors import UsageError, target_error
 from pyqmigrate.io.memory import FileMemory, RamBlock
 from pyqmigrate.migration import Migration
-from pyqmigrate.qapi import Parameters, Policy
 from pyqmigrate.qapi.address import parse_uri
 from pyqmigrate.qapi.monitor_address import monitor_path
+from pyqmigrate.qapi.parameters import Parameters
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qmp import QmpServer
 
 __all__ = ["add_parser"]

@@ -20,8 +20,10 @@ from pyqmigrate.migration.fdset import FdSets
 from pyqmigrate.migration.fdset_checks import Direction
 from pyqmigrate.migration.rules import effective_direct_io
 from pyqmigrate.migration.target import TakeFd, target_of
-from pyqmigrate.qapi import Capabilities, Parameters, Policy
 from pyqmigrate.qapi.address import Address
+from pyqmigrate.qapi.capabilities import Capabilities
+from pyqmigrate.qapi.parameters import Parameters
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.snapshot.load.mapped_ram import LoadReport, start_load
 from pyqmigrate.snapshot.load.sequential import SequentialReader
 

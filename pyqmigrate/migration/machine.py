@@ -35,9 +35,11 @@ from pyqmigrate.migration.outgoing import (
     selections,
 )
 from pyqmigrate.migration.target import TakeFd, opens_late
-from pyqmigrate.qapi import Capabilities, MigrationMode, Parameters, Policy
 from pyqmigrate.qapi.address import Address, Transport, parse_uri
+from pyqmigrate.qapi.capabilities import Capabilities
 from pyqmigrate.qapi.event import Event
+from pyqmigrate.qapi.parameters import MigrationMode, Parameters
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Status
 from pyqmigrate.snapshot.save.writer import StreamWriter
 

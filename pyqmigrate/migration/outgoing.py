@@ -15,8 +15,10 @@ from pyqmigrate.migration.fdset import FdSets
 from pyqmigrate.migration.fdset_checks import Direction
 from pyqmigrate.migration.rules import effective_direct_io
 from pyqmigrate.migration.target import TakeFd, target_of
-from pyqmigrate.qapi import Capabilities, Parameters, Policy, ZeroPageDetection
 from pyqmigrate.qapi.address import Address
+from pyqmigrate.qapi.capabilities import Capabilities
+from pyqmigrate.qapi.parameters import Parameters, ZeroPageDetection
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import Sparse, StreamWriter

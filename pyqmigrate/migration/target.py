@@ -10,8 +10,8 @@ from pyqmigrate.errors import DirectIORefused, NotSupported, UsageError
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.migration.fdset import FdsetError, FdSets, is_fdset_name
 from pyqmigrate.migration.fdset_checks import Direction
-from pyqmigrate.qapi import Policy
 from pyqmigrate.qapi.address import Address, Transport
+from pyqmigrate.qapi.policy import Policy
 
 __all__ = ["TakeFd", "opens_late", "target_of"]
 

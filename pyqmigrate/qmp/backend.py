@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 from uuid import UUID
 
-from pyqmigrate.qapi import Capabilities, Parameters
 from pyqmigrate.qapi.address import Address
+from pyqmigrate.qapi.capabilities import Capabilities
 from pyqmigrate.qapi.event import Event
+from pyqmigrate.qapi.parameters import Parameters
 from pyqmigrate.qapi.status import MigrationInfo, RunState
 
 __all__ = ["MigrationBackend", "TakeFd"]

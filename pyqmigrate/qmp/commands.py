@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from pyqmigrate.migration.fdset import FdSets
-from pyqmigrate.qapi import Policy
 from pyqmigrate.qapi import types as qapi
 from pyqmigrate.qapi.address import channels_shape, parse_address
 from pyqmigrate.qapi.capabilities import capability_status
 from pyqmigrate.qapi.parameters import parameters_shape
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.qemu_version import QemuVersion
 from pyqmigrate.qapi.status import RunState, Status
 from pyqmigrate.qmp import hmp

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.format.uri import parse_size
-from pyqmigrate.qapi import CAPABILITY_NAMES
 from pyqmigrate.qapi.address import parse_uri
+from pyqmigrate.qapi.capabilities import CAPABILITY_NAMES
 from pyqmigrate.qapi.parameters import parameters_shape
 from pyqmigrate.qapi.qemu_version import QEMU_10_0, QemuVersion
 from pyqmigrate.qmp.backend import MigrationBackend, TakeFd

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from pyqmigrate.qapi import Capabilities, Parameters
+from pyqmigrate.qapi.capabilities import Capabilities
+from pyqmigrate.qapi.parameters import Parameters
 from pyqmigrate.qapi.qemu_version import QEMU_10_0, QemuVersion
 from pyqmigrate.qapi.status import MigrationInfo, RunState, Status
 

@@ -32,9 +32,9 @@ from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.socket_path import SocketPath, remove_stale_socket
 from pyqmigrate.migration.fdset import FdSets
-from pyqmigrate.qapi import Policy
 from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.monitor_address import monitor_path
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qmp.backend import MigrationBackend
 from pyqmigrate.qmp.commands import Context, Version
 from pyqmigrate.qmp.connection import Connection

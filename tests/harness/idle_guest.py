@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 from pyqmigrate.errors import UsageError
 from pyqmigrate.migration import rules
 from pyqmigrate.migration.fdset import FdsetError, FdSets, is_fdset_name
-from pyqmigrate.qapi import Capabilities, Parameters, Policy
 from pyqmigrate.qapi.address import Address, Transport
+from pyqmigrate.qapi.capabilities import Capabilities
+from pyqmigrate.qapi.parameters import Parameters
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Status
 from pyqmigrate.qmp import Event
 

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from pyqmigrate.migration.fdset import FdSets
-from pyqmigrate.qapi import Policy
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qmp import QmpServer
 from tests.harness.idle_guest import IdleGuest
 

@@ -22,7 +22,8 @@ import pytest
 from bench.contents import Contents, fill
 from pyqmigrate import RamBlock, Snapshot
 from pyqmigrate.migration import Guest, Migration
-from pyqmigrate.qapi import Parameters, Policy
+from pyqmigrate.qapi.parameters import Parameters
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qmp import QmpServer
 from tests.harness.compare_memory import assert_same_memory
 from tests.harness.machine import GuestRam, Qemu

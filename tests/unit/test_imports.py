@@ -67,7 +67,7 @@ def test_a_restore_loads_no_guest_agent_until_it_sets_a_clock():
 
 def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
     code = "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.early_start"
-    late = {"asyncio", "ssl", "qemu.qmp"} | named("vm.qemu.monitor")
+    late = {"asyncio", "ssl", "qemu.qmp"} | named("vm.qemu.monitor", "qapi.parameters")
     assert not late & loaded(code)
 
 

@@ -16,7 +16,7 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.io.threads import start_thread, starting_threads
 from pyqmigrate.migration import Migration
-from pyqmigrate.qapi import Policy
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.status import Status
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.load.sequential import start_sequential_save

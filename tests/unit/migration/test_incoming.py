@@ -12,8 +12,8 @@ import pytest
 from pyqmigrate import FileMemory, RamBlock, Snapshot, UsageError
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.migration import Guest, Migration
-from pyqmigrate.qapi import Policy
 from pyqmigrate.qapi.address import parse_uri
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.status import RunState, Status
 from tests.unit.migration.test_outgoing import LENGTH, Recorder, memory
 

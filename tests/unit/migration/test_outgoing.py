@@ -14,9 +14,10 @@ from pyqmigrate import RamBlock, Snapshot, UsageError
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.migration.fdset import FdsetError, FdSets
-from pyqmigrate.qapi import Parameters, Policy
 from pyqmigrate.qapi.address import parse_uri
 from pyqmigrate.qapi.event import Event
+from pyqmigrate.qapi.parameters import Parameters
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.status import RunState, Status
 
 LENGTH = 8 << 20

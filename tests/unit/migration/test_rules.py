@@ -10,8 +10,9 @@ from pyqmigrate.migration.rules import (
     check_with_mapped_ram,
     effective_direct_io,
 )
-from pyqmigrate.qapi import Capabilities, MigrationMode, MultifdCompression, Parameters
 from pyqmigrate.qapi.address import Transport
+from pyqmigrate.qapi.capabilities import Capabilities
+from pyqmigrate.qapi.parameters import MigrationMode, MultifdCompression, Parameters
 from pyqmigrate.qapi.status import RunState, Status
 
 NOT_FILES = [transport for transport in Transport if transport is not Transport.FILE]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.qapi import CAPABILITY_NAMES, Capabilities
+from pyqmigrate.qapi.capabilities import CAPABILITY_NAMES, Capabilities
 
 
 def refusal(capabilities, changes, **options):

@@ -3,13 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.qapi import (
-    Capabilities,
-    MultifdCompression,
-    Parameters,
-    Policy,
-    ZeroPageDetection,
-)
+from pyqmigrate.qapi.capabilities import Capabilities
+from pyqmigrate.qapi.parameters import MultifdCompression, Parameters, ZeroPageDetection
+from pyqmigrate.qapi.policy import Policy
 
 MAPPED = Capabilities(mapped_ram=True)
 CONFLICT = "Mapped-ram only available for non-compressed non-TLS multifd migration"

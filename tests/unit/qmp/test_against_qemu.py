@@ -17,7 +17,9 @@ import time
 
 import pytest
 
-from pyqmigrate.qapi import CAPABILITY_NAMES, Parameters, Policy
+from pyqmigrate.qapi.capabilities import CAPABILITY_NAMES
+from pyqmigrate.qapi.parameters import Parameters
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qmp.json_stream import JsonError, JsonStream, encode_line
 from tests.harness.qmp_server import RawClient
 from tests.harness.version import program_of

@@ -1,7 +1,9 @@
 import pytest
 
 from pyqmigrate.migration.fdset import FdSets
-from pyqmigrate.qapi import Capabilities, Parameters, Policy
+from pyqmigrate.qapi.capabilities import Capabilities
+from pyqmigrate.qapi.parameters import Parameters
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.qemu_version import QEMU_11_1
 from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Status
 from pyqmigrate.qmp import hmp

@@ -15,7 +15,7 @@ import pytest
 
 from pyqmigrate.errors import TargetError
 from pyqmigrate.migration.fdset import FdSets
-from pyqmigrate.qapi import Policy
+from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qmp import QmpServer, Version, server
 from pyqmigrate.qmp.connection import Connection
 from tests.harness.idle_guest import IdleGuest
