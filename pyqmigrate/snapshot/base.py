@@ -27,9 +27,8 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.format.compression import MAGIC_MAX, Compression
-from pyqmigrate.format.foreign import recognize
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
-from pyqmigrate.format.stream.wire import Stream
+from pyqmigrate.format.stream.wire import MAGIC, Stream
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
 from pyqmigrate.io.memory import Memory, StoredMemory
@@ -102,9 +101,13 @@ def locate(
             source.offset = header.stream_offset
             if header.format.compressed:
                 source = _decompress(source, Compression(header.format.name.lower()))
-        foreign = recognize(source, source.offset)
-        if foreign is not None:
-            raise NotSupported(str(foreign))
+        if source.read_at(source.offset, len(MAGIC)) != MAGIC:
+            # A restore has no time for what only other files need.
+            from pyqmigrate.format.foreign import recognize
+
+            foreign = recognize(source, source.offset)
+            if foreign is not None:
+                raise NotSupported(str(foreign))
     except BaseException:
         source.close()
         raise
