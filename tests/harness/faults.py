@@ -326,7 +326,7 @@ def new_or(*before: str, memory: dict[str, Bytes] = NEW_BLOCKS) -> Callable[[Pat
 
 
 def in_place(offset: int | None) -> Callable[[Path, bool], None]:
-    """Whole, or recognisably no snapshot."""
+    """Whole, or recognisably not a snapshot; or what was there, where nothing was changed yet."""
 
     def check(directory: Path, done: bool) -> None:
         assert names(directory) <= {"new"}
@@ -338,6 +338,7 @@ def in_place(offset: int | None) -> Callable[[Path, bool], None]:
             holds(path, NEW_BLOCKS, at) for at in ((None,) if offset is None else (4096, 513))
         )
         assert whole or not done
+        whole = whole or holds(path, {"old": OLD})
         for at in (0, 4096, 513):
             if whole:
                 return
