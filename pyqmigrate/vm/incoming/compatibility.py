@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["compare_blocks", "compare_command", "compare_devices", "compare_type"]
 
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
-_TOPOLOGY = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 _TREE_LINE = re.compile(r"(?P<indent> *)(?:dev: (?P<type>[^,]+), id \"(?P<id>[^\"]*)\"|"
                         r"addr = (?P<slot>[0-9a-f]{2}\.[0-7]))$")  # fmt: skip
 _OTHER_ROOT = "pxb"  # expander bridges have buses that are numbered by themselves
@@ -162,18 +161,7 @@ def _processors(command: CommandLine) -> int | None:
     if any("-cpu" in option.properties("driver").get("driver", "")
            for option in command.all("device")):  # fmt: skip
         return None
-    asked = command.merged("smp", "cpus")
-    try:
-        if "cpus" in asked:
-            return int(asked["cpus"])
-        if "maxcpus" in asked:
-            return int(asked["maxcpus"])
-        number = 1
-        for level in _TOPOLOGY:
-            number *= int(asked.get(level, "1"))
-        return number if asked else None
-    except ValueError:  # QEMU will say so
-        return None
+    return command.processors()
 
 
 def _too_few(processors: int, saved: int) -> UsageError:

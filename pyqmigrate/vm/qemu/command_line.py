@@ -41,6 +41,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _SHOWN = 80  # characters of a value in an error
 _SAME = {"M": "machine", "nodefconfig": "no-user-config"}
 
+_TOPOLOGY = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
+
 
 @dataclass(frozen=True)
 class Option:
@@ -194,6 +196,20 @@ class CommandLine:
         for option in self.all(name):
             found |= option.properties(implied)
         return found
+
+    def processors(self) -> int | None:
+        """How many processors ``-smp`` asks for; None without it, or if it is malformed."""
+        asked = self.merged("smp", "cpus")
+        try:
+            for name in ("cpus", "maxcpus"):
+                if name in asked:
+                    return int(asked[name])
+            number = 1
+            for level in _TOPOLOGY:
+                number *= int(asked.get(level, "1"))
+        except ValueError:
+            return None
+        return number if asked else None
 
     def without(self, *names: str) -> Self:
         kept = tuple(option for option in self.options if option.name not in names)

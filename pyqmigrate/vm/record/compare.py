@@ -21,7 +21,6 @@ __all__ = ["compare_command_line"]
 _ALIASES = {"pc": "pc-i440fx-", "q35": "pc-q35-"}
 _VERSION = re.compile(r"-\d+\.\d+$")
 _X86 = ("i386", "x86_64")
-_TOPOLOGY = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 _MODEL_VERSION = re.compile(r"-v\d+$")
 _RAM_UNIT = 8192  # bytes that QEMU rounds RAM up to
 _DEFAULT_RAM = 128 << 20  # of x86 machines
@@ -114,19 +113,10 @@ def _processors(command: CommandLine, record: VmRecord) -> Iterator[str]:
 
 
 def _number_of_cpus(command: CommandLine) -> int | None:
-    """How many ``-smp`` asks for; None where that cannot be told."""
-    asked = command.merged("smp", "cpus")
-    try:
-        if "cpus" in asked:
-            return int(asked["cpus"])
-        if "maxcpus" in asked:
-            return int(asked["maxcpus"])
-        number = 1
-        for level in _TOPOLOGY:
-            number *= int(asked.get(level, "1"))
-    except ValueError:
-        return None
-    return None if command.has("readconfig") and not asked else number
+    """How many ``-smp`` asks for, one without it; None where that is unknown."""
+    if command.merged("smp", "cpus"):
+        return command.processors()
+    return None if command.has("readconfig") else 1
 
 
 def _devices(command: CommandLine, record: VmRecord) -> Iterator[tuple[str, str]]:
