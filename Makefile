@@ -48,6 +48,7 @@ test-newer-qemu: newer-qemu-system $(VENV)/.with-cli,analysis,test
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h
 
 types: $(VENV)/.with-dev

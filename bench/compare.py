@@ -38,15 +38,7 @@ from bench.processor import measure_scan, save_with_core_clock
 from bench.results import OURS, Results, Sample, table
 from bench.seal import seals
 from bench.sparse import save_memfd, sparse_memfd, watch_child
-from bench.targets import (
-    GIB,
-    MIB,
-    PYTHON_WORK,
-    SPARSE_ALONE,
-    SPARSE_WIDE,
-    TEBIBYTE_WORK,
-    verdicts,
-)
+from bench.targets import GIB, MIB, PYTHON_WORK, SPARSE_ALONE, SPARSE_WIDE, TEBIBYTE_WORK, verdicts
 from bench.vm import MEMFD_WORK, memfd_savers, restores, vm_savers
 from tests.harness.machine import BINARY
 
@@ -94,8 +86,13 @@ class Bench:
             self.tebibyte()
         if "seals" in parts:
             seals(
-                self.size, self.path, self.disk, self.channels, max(self.repeat, _SEAL_ROUNDS),
-                self.take_turns, self.add,
+                self.size,
+                self.path,
+                self.disk,
+                self.channels,
+                max(self.repeat, _SEAL_ROUNDS),
+                self.take_turns,
+                self.add,
             )
         if "memfd" in parts:
             self.take_turns(MEMFD_WORK, memfd_savers(self.path, self.channels), self.make_room)
@@ -183,11 +180,16 @@ def machine_facts(disk: Disk) -> dict[str, Any]:
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "cores": os.cpu_count(), "processor": model[1] if model else platform.machine(),
-        "memory_gib": round(memory / GIB, 1), "kernel": platform.release(),
-        "filesystem": disk.filesystem, "load_average": os.getloadavg(),
-        "python": platform.python_version(), "qemu": _version(BINARY), "fio": _version("fio"),
-    }  # fmt: skip
+        "cores": os.cpu_count(),
+        "processor": model[1] if model else platform.machine(),
+        "memory_gib": round(memory / GIB, 1),
+        "kernel": platform.release(),
+        "filesystem": disk.filesystem,
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        "qemu": _version(BINARY),
+        "fio": _version("fio"),
+    }
 
 
 def _version(program: str) -> str | None:
@@ -221,18 +223,31 @@ def positive(text: str) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dir", type=Path, default=ROOT / "build" / "bench",
-                        help="directory on a disk to measure in (default: build/bench)")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=ROOT / "build" / "bench",
+        help="directory on a disk to measure in (default: build/bench)",
+    )
     parser.add_argument("--size", type=byte_size, default=4 * GIB, help="guest memory (4GiB)")
     parser.add_argument("--repeat", type=positive, default=3, help="runs of each contender (3)")
-    parser.add_argument("--slow-repeat", type=positive, default=1,
-                        help="runs of who takes over 10 s and four times the fastest (1)")
+    parser.add_argument(
+        "--slow-repeat",
+        type=positive,
+        default=1,
+        help="runs of who takes over 10 s and four times the fastest (1)",
+    )
     parser.add_argument("--channels", type=positive, default=2, help="channels and jobs (2)")
-    parser.add_argument("--only", type=part_list, default=list(PARTS), metavar="PARTS",
-                        help=f"a list with commas out of {','.join(PARTS)}")
+    parser.add_argument(
+        "--only",
+        type=part_list,
+        default=list(PARTS),
+        metavar="PARTS",
+        help=f"a list with commas out of {','.join(PARTS)}",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times there")
-    return parser.parse_args()  # fmt: skip
+    return parser.parse_args()
 
 
 def check_room(directory: Path, size: int) -> str | None:
@@ -252,24 +267,38 @@ def report(bench: Bench, facts: dict[str, Any], options: argparse.Namespace) -> 
     print(table(head, results.lines()), end="\n\n")
     found = verdicts(results)
     rows = [
-        [v.work, f"{v.measured:.3g}{v.unit and ' ' + v.unit}",
-         f"{'>=' if v.at_least else '<='} {v.limit:g}{v.unit and ' ' + v.unit}",
-         "reached" if v.reached else "MISSED", v.detail]
+        [
+            v.work,
+            f"{v.measured:.3g}{v.unit and ' ' + v.unit}",
+            f"{'>=' if v.at_least else '<='} {v.limit:g}{v.unit and ' ' + v.unit}",
+            "reached" if v.reached else "MISSED",
+            v.detail,
+        ]
         for v in found
-    ]  # fmt: skip
+    ]
     print(table(["target", "measured", "wanted", "", "from"], rows))
     if bench.disk.restless:
         print(f"\nthe disk did not become quiet before {bench.disk.restless} of the runs")
     if options.json:
-        options.json.write_text(json.dumps({
-            "machine": facts, "size": bench.size, "channels": bench.channels,
-            "repeat": bench.repeat, "restless": bench.disk.restless,
-            "results": results.as_json(),
-            "targets": [{**vars(v), "reached": v.reached} for v in found],
-        }, indent=1))  # fmt: skip
+        options.json.write_text(
+            json.dumps(
+                {
+                    "machine": facts,
+                    "size": bench.size,
+                    "channels": bench.channels,
+                    "repeat": bench.repeat,
+                    "restless": bench.disk.restless,
+                    "results": results.as_json(),
+                    "targets": [{**vars(v), "reached": v.reached} for v in found],
+                },
+                indent=1,
+            )
+        )
     if options.plot:
-        title = f"{bench.size / GIB:g} GiB of guest memory, {facts['cores']} cores, " \
-                f"{facts['filesystem']}, {facts['qemu'] or 'no QEMU'}"  # fmt: skip
+        title = (
+            f"{bench.size / GIB:g} GiB of guest memory, {facts['cores']} cores, "
+            f"{facts['filesystem']}, {facts['qemu'] or 'no QEMU'}"
+        )
         if not draw(results, title, options.plot):
             say("no saves or loads were measured, so there is nothing to draw")
 

@@ -93,10 +93,16 @@ def pytest_terminal_summary(
     rows = []
     for run in measured:
         size = run["extra_info"]["bytes"] / MIB
-        rows.append([
-            run["fullname"].rpartition("/")[2], f"{size:.0f}", f"{run['median'] * 1000:.1f}",
-            f"{size / run['median']:.0f}", f"{size / run['min']:.0f}", str(run["rounds"]),
-        ])  # fmt: skip
+        rows.append(
+            [
+                run["fullname"].rpartition("/")[2],
+                f"{size:.0f}",
+                f"{run['median'] * 1000:.1f}",
+                f"{size / run['median']:.0f}",
+                f"{size / run['min']:.0f}",
+                str(run["rounds"]),
+            ]
+        )
     terminalreporter.section("throughput, guest memory dealt with in a second")
     head = ["benchmark", "MiB", "median ms", "MiB/s", "best MiB/s", "rounds"]
     terminalreporter.write_line(table(head, rows))

@@ -27,9 +27,16 @@ from bench.results import FIO, OURS, QEMU, Sample
 from tests.harness.machine import BINARY, GuestRam, MigrationFailed, Mode, Qemu
 
 __all__ = [
-    "ANONYMOUS", "SHARED", "Contender", "SharedRam", "fio_read_contenders", "load_contenders",
-    "save_contenders", "sync_file", "touch",
-]  # fmt: skip
+    "ANONYMOUS",
+    "SHARED",
+    "Contender",
+    "SharedRam",
+    "fio_read_contenders",
+    "load_contenders",
+    "save_contenders",
+    "sync_file",
+    "touch",
+]
 
 SHARED, ANONYMOUS = "shared file", "anonymous"
 _LIMIT = 900.0  # seconds for one QEMU migration
@@ -75,16 +82,18 @@ def save_contenders(
     """``path`` does not exist when one of them starts. ``data`` is how many bytes fio writes; 0
     leaves it out."""
     contenders = [
-        Contender(OURS, "file memory", partial(
-            _save_ours, path, pyqmigrate.FileMemory(ram.fd), channels, disk)),
+        Contender(
+            OURS,
+            "file memory",
+            partial(_save_ours, path, pyqmigrate.FileMemory(ram.fd), channels, disk),
+        ),
         Contender(OURS, "buffer", partial(_save_ours, path, ram.memory, channels, disk)),
-    ]  # fmt: skip
+    ]
     if data and shutil.which("fio"):
         contenders += [
-            Contender(FIO, name, partial(
-                _fio_write, path, data, channels, one_file))
+            Contender(FIO, name, partial(_fio_write, path, data, channels, one_file))
             for name, one_file in (("a file a job", False), ("one file", True))
-        ]  # fmt: skip
+        ]
     if shutil.which(BINARY):
         direct = Mode(channels=channels, multifd=True, direct_io=True)
         modes = {
@@ -104,11 +113,18 @@ def _save_ours(path: Path, memory: Any, channels: int, disk: Disk) -> Sample:
     cpu, start = time.process_time(), time.perf_counter()
     report = pyqmigrate.save(path, [pyqmigrate.RamBlock("pc.ram", memory)], channels=channels)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return Sample(seconds, cpu, {
-        "cached_bytes": disk.cached_bytes(path), "data_pages": report.data_pages,
-        "bytes_written": report.bytes_written, "bytes_allocated": report.bytes_allocated,
-        "direct_io": report.direct_io, "reason": report.direct_io_reason,
-    })  # fmt: skip
+    return Sample(
+        seconds,
+        cpu,
+        {
+            "cached_bytes": disk.cached_bytes(path),
+            "data_pages": report.data_pages,
+            "bytes_written": report.bytes_written,
+            "bytes_allocated": report.bytes_allocated,
+            "direct_io": report.direct_io,
+            "reason": report.direct_io_reason,
+        },
+    )
 
 
 def _save_qemu(ram: SharedRam, path: Path, mode: Mode) -> Sample:
@@ -155,8 +171,9 @@ def load_contenders(
         name = f"{kind}, {count} channels" + ("" if clear == "zero" else f", clear={clear}")
 
         def run() -> Sample:
-            sample = _load_ours(path, source if name not in checked else None,
-                                source.length, kind, count, clear)  # fmt: skip
+            sample = _load_ours(
+                path, source if name not in checked else None, source.length, kind, count, clear
+            )
             checked.add(name)
             return sample
 
@@ -167,15 +184,17 @@ def load_contenders(
     if fio:
         contenders += fio_read_contenders(path)
     if shutil.which(BINARY):
-        both = [Mode(channels=n, multifd=True, direct_io=direct)
-                for n in (2, 8) for direct in (True, False)]  # fmt: skip
+        both = [
+            Mode(channels=n, multifd=True, direct_io=direct)
+            for n in (2, 8)
+            for direct in (True, False)
+        ]
         modes = [(SHARED, mode) for mode in [*both, Mode()]]
         modes += [(ANONYMOUS, mode) for mode in both]
         contenders += [
-            Contender(QEMU, f"{kind}, {mode}", partial(
-                _load_qemu, path, source.length, kind, mode))
+            Contender(QEMU, f"{kind}, {mode}", partial(_load_qemu, path, source.length, kind, mode))
             for kind, mode in modes
-        ]  # fmt: skip
+        ]
     return contenders
 
 
@@ -201,8 +220,11 @@ def _load_ours(
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         if expected is not None and not _equal(expected.memory, ram.memory):
             raise AssertionError(f"the memory that was loaded ({kind}) differs")
-    return Sample(seconds, cpu, {"data_bytes": report.data_pages * mmap.PAGESIZE,
-                                 "direct_io": report.direct_io})  # fmt: skip
+    return Sample(
+        seconds,
+        cpu,
+        {"data_bytes": report.data_pages * mmap.PAGESIZE, "direct_io": report.direct_io},
+    )
 
 
 def touch(length: int, kind: str) -> None:
@@ -258,9 +280,16 @@ def _fio_read(path: Path, size: int, jobs: int) -> Sample:
 def _fio(arguments: list[str], share: int, jobs: int) -> Sample:
     """fio's own clock, of the slowest job: its start-up is not counted, its fsync is."""
     command = [
-        "fio", "--name=job", "--bs=1M", "--ioengine=psync", "--direct=1", f"--numjobs={jobs}",
-        f"--size={share}", "--output-format=json", *arguments,
-    ]  # fmt: skip
+        "fio",
+        "--name=job",
+        "--bs=1M",
+        "--ioengine=psync",
+        "--direct=1",
+        f"--numjobs={jobs}",
+        f"--size={share}",
+        "--output-format=json",
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
@@ -296,4 +325,4 @@ def _equal(one: mmap.mmap, other: mmap.mmap, step: int = 64 << 20) -> bool:
             np.frombuffer(other, np.uint64, min(step, len(other) - at) // 8, at),
         )
         for at in range(0, len(one), step)
-    )  # fmt: skip
+    )

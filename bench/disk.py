@@ -94,9 +94,10 @@ class Disk:
             return 0
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-        with path.open("rb") as file, contextlib.closing(
-            mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        ) as mapping:  # fmt: skip
+        with (
+            path.open("rb") as file,
+            contextlib.closing(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)) as mapping,
+        ):
             resident = bytearray(-(-size // mmap.PAGESIZE))
             first = ctypes.c_char.from_buffer(mapping)
             states = (ctypes.c_char * len(resident)).from_buffer(resident)

@@ -65,7 +65,13 @@ def _save(libvirt: Libvirt, ram: SharedRam, path: Path, channels: int) -> Sample
         os.close(fd)
     start = time.perf_counter()
     libvirt.virsh(
-        "save", name, path, "--image-format", "sparse", "--parallel-channels", str(channels),
+        "save",
+        name,
+        path,
+        "--image-format",
+        "sparse",
+        "--parallel-channels",
+        str(channels),
         "--bypass-cache",
     )
     sync_file(path)

@@ -27,23 +27,32 @@ def draw(results: Results, title: str, path: Path) -> bool:
     no room are cut, and all say their number.
     """
     works = [
-        work for verb in ("save", "load") for work in results.samples
+        work
+        for verb in ("save", "load")
+        for work in results.samples
         if work.startswith(verb) and work != "save sparse"
-    ]  # fmt: skip
+    ]
     if not works:
         return False
     heights = [len(results.samples[work]) + 1.5 for work in works]
     figure, panels = plt.subplots(
-        len(works), 1, squeeze=False, figsize=(9, 0.3 * sum(heights) + 0.8),
-        height_ratios=heights, layout="constrained",
-    )  # fmt: skip
+        len(works),
+        1,
+        squeeze=False,
+        figsize=(9, 0.3 * sum(heights) + 0.8),
+        height_ratios=heights,
+        layout="constrained",
+    )
     for work, panel in zip(works, panels[:, 0], strict=True):
         _panel(results, work, panel)
     figure.suptitle(title, fontsize=10)
     figure.legend(
         handles=[Patch(color=colour, label=side) for side, colour in _COLOURS.items()],
-        loc="outside lower center", ncols=len(_COLOURS), frameon=False, fontsize=9,
-    )  # fmt: skip
+        loc="outside lower center",
+        ncols=len(_COLOURS),
+        frameon=False,
+        fontsize=9,
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True

@@ -78,14 +78,16 @@ class Results:
     def as_json(self) -> list[dict[str, Any]]:
         return [
             {
-                "work": work, "side": side, "name": name,
+                "work": work,
+                "side": side,
+                "name": name,
                 "median_seconds": self.median(work, side, name),
                 "median_cpu_seconds": self.cpu(work, side, name),
                 "samples": [vars(sample) for sample in samples],
             }
             for work, runs in self.samples.items()
             for (side, name), samples in runs.items()
-        ]  # fmt: skip
+        ]
 
     def lines(self) -> list[list[str]]:
         """Every contender of every work: median, spread, processor time."""
@@ -94,11 +96,17 @@ class Results:
             for (side, name), samples in runs.items():
                 seconds = [s.seconds for s in samples]
                 cpu = self.cpu(work, side, name)
-                rows.append([
-                    work, side, name, f"{statistics.median(seconds):.3f}",
-                    f"{min(seconds):.3f}-{max(seconds):.3f}", str(len(seconds)),
-                    "" if cpu is None else f"{cpu:.3f}",
-                ])  # fmt: skip
+                rows.append(
+                    [
+                        work,
+                        side,
+                        name,
+                        f"{statistics.median(seconds):.3f}",
+                        f"{min(seconds):.3f}-{max(seconds):.3f}",
+                        str(len(seconds)),
+                        "" if cpu is None else f"{cpu:.3f}",
+                    ]
+                )
         return rows
 
 

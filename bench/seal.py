@@ -33,7 +33,12 @@ def seal_work(contents: Contents) -> str:
 
 
 def seals(
-    size: int, path: Path, disk: Disk, channels: int, repeat: int, take_turns: TakeTurns,
+    size: int,
+    path: Path,
+    disk: Disk,
+    channels: int,
+    repeat: int,
+    take_turns: TakeTurns,
     add: Callable[[str, str, str, Sample], None],
 ) -> None:
     """Saves of the same memory with and without a seal, then the dense one held against it."""
@@ -53,7 +58,12 @@ def seals(
 
 
 def _saves(
-    work: str, memory: mmap.mmap, path: Path, disk: Disk, channels: int, repeat: int,
+    work: str,
+    memory: mmap.mmap,
+    path: Path,
+    disk: Disk,
+    channels: int,
+    repeat: int,
     add: Callable[[str, str, str, Sample], None],
 ) -> None:
     """In pairs, each in another order: a disk drifts more in a minute than a seal costs."""

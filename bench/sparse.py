@@ -62,10 +62,16 @@ def save_memfd(path: Path, fd: int, channels: int) -> Sample:
         path, [pyqmigrate.RamBlock("pc.ram", pyqmigrate.FileMemory(fd))], channels=channels
     )
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return Sample(seconds, cpu, {
-        "resident_before": before, "resident_after": resident(fd),
-        "data_pages": report.data_pages, "bytes_allocated": report.bytes_allocated,
-    })  # fmt: skip
+    return Sample(
+        seconds,
+        cpu,
+        {
+            "resident_before": before,
+            "resident_after": resident(fd),
+            "data_pages": report.data_pages,
+            "bytes_allocated": report.bytes_allocated,
+        },
+    )
 
 
 class Footprint:
@@ -99,7 +105,7 @@ def watch_child(directory: Path, size: int, data: int) -> dict[str, dict[str, An
     results: dict[str, dict[str, Any]] = {}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as child:  # fmt: skip
+    ) as child:
         assert child.stdin is not None and child.stdout is not None
         while step := child.stdout.readline().strip():
             start, peak = Footprint(child.pid), Footprint(child.pid)

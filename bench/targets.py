@@ -37,10 +37,17 @@ _AGAINST_QEMU = {
 def verdicts(results: Results) -> list[Verdict]:
     """One for every target whose work was measured, with the peers that were there."""
     return [
-        *_scan(results), *_saves(results), *_processor(results), *_loads(results),
-        *_sparse(results), *_tebibyte(results), *_python(results), *_page_cache(results),
-        *_seals(results), *_restores(results),
-    ]  # fmt: skip
+        *_scan(results),
+        *_saves(results),
+        *_processor(results),
+        *_loads(results),
+        *_sparse(results),
+        *_tebibyte(results),
+        *_python(results),
+        *_page_cache(results),
+        *_seals(results),
+        *_restores(results),
+    ]
 
 
 def _scan(results: Results) -> Iterator[Verdict]:
@@ -48,9 +55,12 @@ def _scan(results: Results) -> Iterator[Verdict]:
         scan, plain = (results.median("scan", OURS, name) for name in ("scan", "sum"))
         size = results.of("scan", OURS, "scan")[0].facts["bytes"]
         yield Verdict(
-            "zero scan / read bandwidth", plain / scan, 0.9, at_least=True,
+            "zero scan / read bandwidth",
+            plain / scan,
+            0.9,
+            at_least=True,
             detail=f"{size / scan / 1e9:.1f} GB/s, sum loop {size / plain / 1e9:.1f} GB/s",
-        )  # fmt: skip
+        )
 
 
 def _saves(results: Results) -> Iterator[Verdict]:
@@ -72,9 +82,7 @@ def _saves(results: Results) -> Iterator[Verdict]:
                 yield _ratio(f"{label} / QEMU's best", ours, theirs, of_best, best)
 
 
-def _vm_saves(
-    results: Results, contents: Contents, name: str, ours: float
-) -> Iterator[Verdict]:
+def _vm_saves(results: Results, contents: Contents, name: str, ours: float) -> Iterator[Verdict]:
     """Against the same runs of QEMU's as the package's other saves."""
     work = f"save {contents}"
     label = f"{work} ({name})"
@@ -102,9 +110,12 @@ def _seals(results: Results) -> Iterator[Verdict]:
         if fio := results.best(COLD, FIO):
             ours, theirs = _rate(results, COLD, OURS, name), _rate(results, COLD, FIO, fio)
             yield Verdict(
-                f"{COLD} ({name}), rate / fio's", ours / theirs, 0.9, at_least=True,
+                f"{COLD} ({name}), rate / fio's",
+                ours / theirs,
+                0.9,
+                at_least=True,
                 detail=f"{ours / MIB:.0f} MiB/s against {theirs / MIB:.0f} MiB/s ({fio})",
-            )  # fmt: skip
+            )
     for name in results.names(CACHED, OURS):
         wall = _rate(results, CACHED, OURS, name) / 1e9
         spent = statistics.median(
@@ -130,9 +141,12 @@ def _restores(results: Results) -> Iterator[Verdict]:
             ours = results.median(SERIAL_WORK, OURS, name)
             theirs = results.median(SERIAL_WORK, QEMU, fresh)
             yield Verdict(
-                f"{SERIAL_WORK} ({name}), more than fresh", (ours - theirs) * 1000, 150, "ms",
+                f"{SERIAL_WORK} ({name}), more than fresh",
+                (ours - theirs) * 1000,
+                150,
+                "ms",
                 detail=f"{ours * 1000:.0f} ms against {theirs * 1000:.0f} ms",
-            )  # fmt: skip
+            )
     if results.names(MEMFD_WORK, OURS):
         wide, full = (results.median(MEMFD_WORK, OURS, n) for n in (MEMFD_WIDE, MEMFD_FULL))
         yield _ratio(f"{MEMFD_WORK}: {MEMFD_WIDE} / {MEMFD_FULL}", wide, full, 1.3)
@@ -161,10 +175,12 @@ def _processor(results: Results) -> Iterator[Verdict]:
                 continue
             least = min(times, key=lambda name: times[name])
             yield Verdict(
-                f"processor time, {work} ({memory}) / QEMU's best", ours / times[best], 1.0,
+                f"processor time, {work} ({memory}) / QEMU's best",
+                ours / times[best],
+                1.0,
                 detail=f"{ours:.2f} s against {times[best]:.2f} s ({best}); "
                 f"QEMU's least {times[least]:.2f} s ({least})",
-            )  # fmt: skip
+            )
 
 
 def _loads(results: Results) -> Iterator[Verdict]:
@@ -189,9 +205,12 @@ def _loads(results: Results) -> Iterator[Verdict]:
                     peer = results.of(work, FIO, fio)[0].facts["data_bytes"]
                     peer /= results.median(work, FIO, fio)
                     yield Verdict(
-                        f"{work} ({name}), rate / fio's", rate / peer, 0.9, at_least=True,
+                        f"{work} ({name}), rate / fio's",
+                        rate / peer,
+                        0.9,
+                        at_least=True,
                         detail=f"{rate / MIB:.0f} MiB/s against {peer / MIB:.0f} MiB/s ({fio})",
-                    )  # fmt: skip
+                    )
 
 
 def _sparse(results: Results) -> Iterator[Verdict]:
@@ -215,10 +234,13 @@ def _tebibyte(results: Results) -> Iterator[Verdict]:
         extra = max(sample.facts["extra_bytes"] for sample in samples)
         guest = max(sample.facts["guest_bytes"] for sample in samples)
         yield Verdict(
-            f"{TEBIBYTE_WORK}, {step}: extra memory", extra / MIB, 96, "MiB",
+            f"{TEBIBYTE_WORK}, {step}: extra memory",
+            extra / MIB,
+            96,
+            "MiB",
             detail=f"{samples[0].seconds:.2f} s; guest pages it has mapped "
             f"({guest / MIB:.0f} MiB) not counted",
-        )  # fmt: skip
+        )
 
 
 def _python(results: Results) -> Iterator[Verdict]:
@@ -227,9 +249,12 @@ def _python(results: Results) -> Iterator[Verdict]:
         share = statistics.median(s.facts["python_seconds"] / s.seconds for s in samples)
         spent = statistics.median(s.facts["python_seconds"] for s in samples)
         yield Verdict(
-            f"{PYTHON_WORK} of a save ({name})", share * 100, 1.0, "%",
+            f"{PYTHON_WORK} of a save ({name})",
+            share * 100,
+            1.0,
+            "%",
             detail=f"{spent * 1000:.1f} ms, system calls outside the core included",
-        )  # fmt: skip
+        )
 
 
 def _page_cache(results: Results) -> Iterator[Verdict]:
@@ -240,5 +265,10 @@ def _page_cache(results: Results) -> Iterator[Verdict]:
         shares = [s.facts["cached_bytes"] / (s.facts["data_pages"] * 4096) for s in samples]
         if shares:
             direct = "direct" if all(s.facts["direct_io"] for s in samples) else "NOT direct"
-            yield Verdict(f"{work}: left in the page cache", max(shares) * 100, 1.0, "%",
-                          detail=f"{direct}; the most of {len(shares)} saves")  # fmt: skip
+            yield Verdict(
+                f"{work}: left in the page cache",
+                max(shares) * 100,
+                1.0,
+                "%",
+                detail=f"{direct}; the most of {len(shares)} saves",
+            )

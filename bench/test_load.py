@@ -19,17 +19,19 @@ def load(path: Path, memory: mmap.mmap, **options: Any) -> None:
         snapshot.load({"pc.ram": memory}, **options)
 
 
-def measure(
-    benchmark: Any, expected: mmap.mmap, disk: Disk, target: Path, **options: Any
-) -> None:
+def measure(benchmark: Any, expected: mmap.mmap, disk: Disk, target: Path, **options: Any) -> None:
     save(target, [RamBlock("pc.ram", expected)])
     benchmark.group = "load"
     benchmark.extra_info["bytes"] = SIZE
     with mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         benchmark.pedantic(
-            load, args=(target, memory), kwargs=options,
-            setup=lambda: disk.make_cold(target), rounds=5, warmup_rounds=1,
-        )  # fmt: skip
+            load,
+            args=(target, memory),
+            kwargs=options,
+            setup=lambda: disk.make_cold(target),
+            rounds=5,
+            warmup_rounds=1,
+        )
         assert memory[:] == expected[:]
 
 

@@ -24,18 +24,28 @@ def read_pages(fd: int, block: SnapshotBlock, memory: mmap.mmap) -> None:
     job = ffi.gc(lib.qm_job_create(), lib.qm_job_destroy)
     channel = ffi.gc(lib.qm_channel_create(), lib.qm_channel_destroy)
     fault = ffi.new("struct qm_fault *")
-    file = ffi.new("struct qm_file *", {
-        "fd": fd, "fd_direct": fd, "mem_align": ALIGNMENT, "off_align": ALIGNMENT,
-    })  # fmt: skip
+    file = ffi.new(
+        "struct qm_file *",
+        {"fd": fd, "fd_direct": fd, "mem_align": ALIGNMENT, "off_align": ALIGNMENT},
+    )
     place = core_block(block.layout)
     with ffi.from_buffer(memory, require_writable=True) as data:
         base = ffi.cast("unsigned char *", data)
         target = ffi.new("struct qm_memory *", {"base": base, "fd": -1})
         for part in cut(0, block.num_pages, block.page_size):
             failed = lib.qm_read(
-                job, channel, file, place, target, block.bitmap.core, GAP, 0,
-                part.first, part.npages, fault,
-            )  # fmt: skip
+                job,
+                channel,
+                file,
+                place,
+                target,
+                block.bitmap.core,
+                GAP,
+                0,
+                part.first,
+                part.npages,
+                fault,
+            )
             if failed:
                 raise OSError(-failed, os.strerror(-failed))
 
@@ -54,9 +64,12 @@ def test_read_with_one_thread(
             mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory,
         ):
             benchmark.pedantic(
-                read_pages, args=(fd, snapshot.blocks["pc.ram"], memory),
-                setup=lambda: disk.make_cold(target), rounds=5, warmup_rounds=1,
-            )  # fmt: skip
+                read_pages,
+                args=(fd, snapshot.blocks["pc.ram"], memory),
+                setup=lambda: disk.make_cold(target),
+                rounds=5,
+                warmup_rounds=1,
+            )
             assert memory[:] == memories(contents)[:]
     finally:
         os.close(fd)

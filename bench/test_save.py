@@ -19,9 +19,12 @@ def measure(
     benchmark.group = "save"
     benchmark.extra_info["bytes"] = SIZE
     report = benchmark.pedantic(
-        save, args=(target, [RamBlock("pc.ram", memory)]), kwargs=options,
-        setup=before or (lambda: disk.clear(target)), rounds=3,
-    )  # fmt: skip
+        save,
+        args=(target, [RamBlock("pc.ram", memory)]),
+        kwargs=options,
+        setup=before or (lambda: disk.clear(target)),
+        rounds=3,
+    )
     assert report.data_pages + report.zero_pages == SIZE // 4096
     benchmark.extra_info["bytes_allocated"] = report.bytes_allocated
     benchmark.extra_info["direct_io"] = report.direct_io_reason

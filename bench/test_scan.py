@@ -29,9 +29,8 @@ def test_scan_of_zero_memory(benchmark: Any, zeros: bytearray, page_size: int) -
     benchmark.extra_info["bytes"] = SIZE
     with ffi.from_buffer(zeros) as data:
         found = benchmark.pedantic(
-            lib.qm_scan, args=(data, SIZE // page_size, page_size, bits),
-            rounds=9, warmup_rounds=1,
-        )  # fmt: skip
+            lib.qm_scan, args=(data, SIZE // page_size, page_size, bits), rounds=9, warmup_rounds=1
+        )
     assert found == 0
 
 

@@ -104,10 +104,20 @@ class Server:
         self.socket = directory / "qmp"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, ROOT])}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pyqmigrate", "serve", "--qmp", f"unix:{self.socket}",
-             "--ram", f"pc.ram=/proc/self/fd/{memory}"],
-            pass_fds=[memory], env=environment, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "pyqmigrate",
+                "serve",
+                "--qmp",
+                f"unix:{self.socket}",
+                "--ram",
+                f"pc.ram=/proc/self/fd/{memory}",
+            ],
+            pass_fds=[memory],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
         deadline = time.monotonic() + 30
         while True:
             try:
@@ -169,10 +179,15 @@ def report(
     """Prints what was measured against its target, and keeps it with the benchmark."""
     benchmark.extra_info.update(facts, load=os.getloadavg()[0])
     rows = [
-        [v.work, f"{v.measured:.3f}{v.unit}", f"{v.limit:g}", "yes" if v.reached else "NO",
-         v.detail]
+        [
+            v.work,
+            f"{v.measured:.3f}{v.unit}",
+            f"{v.limit:g}",
+            "yes" if v.reached else "NO",
+            v.detail,
+        ]
         for v in verdicts
-    ]  # fmt: skip
+    ]
     with capsys.disabled():
         print("\n" + table(["work", "measured", "target", "reached", "detail"], rows))
 
@@ -182,9 +197,13 @@ def spread(seconds: list[float]) -> str:
 
 
 def test_save_through_the_server(
-    benchmark: Any, server: Server, memory: int, disk: Disk, target: Path,
+    benchmark: Any,
+    server: Server,
+    memory: int,
+    disk: Disk,
+    target: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """The library's save of the same memory, with the same settings, takes turns with it."""
     block = RamBlock("pc.ram", FileMemory(memory))
     library: list[float] = []
@@ -215,9 +234,11 @@ def test_save_through_the_server(
     benchmark.pedantic(by_the_server, setup=lambda: void(by_the_library()), rounds=ROUNDS)
     ratio = statistics.median(served) / statistics.median(library)
     verdict = Verdict(
-        "save through the server / pyqmigrate.save", ratio, 1.02,
+        "save through the server / pyqmigrate.save",
+        ratio,
+        1.02,
         detail=f"{spread(served)} / {spread(library)}",
-    )  # fmt: skip
+    )
     report(capsys, benchmark, [verdict], ratio=ratio, library_seconds=library)
 
 
@@ -253,11 +274,21 @@ def test_questions_during_a_save(
     benchmark.pedantic(with_questions, setup=lambda: void(quietly()), rounds=3)
     rate, ratio = statistics.median(rates), statistics.median(asked) / statistics.median(alone)
     verdicts = [
-        Verdict("query-migrate a second", rate, 2000, "/s", at_least=True,
-                detail=f"{min(rates):.0f}-{max(rates):.0f}"),
-        Verdict("save with questions / without", ratio, 1.05,
-                detail=f"{spread(asked)} / {spread(alone)}"),
-    ]  # fmt: skip
+        Verdict(
+            "query-migrate a second",
+            rate,
+            2000,
+            "/s",
+            at_least=True,
+            detail=f"{min(rates):.0f}-{max(rates):.0f}",
+        ),
+        Verdict(
+            "save with questions / without",
+            ratio,
+            1.05,
+            detail=f"{spread(asked)} / {spread(alone)}",
+        ),
+    ]
     report(capsys, benchmark, verdicts, rate=rate, ratio=ratio, alone_seconds=alone)
 
 

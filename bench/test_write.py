@@ -28,9 +28,10 @@ def write_pages(path: Path, memory: Any, policy: Any) -> int:
     channel = ffi.gc(lib.qm_channel_create(), lib.qm_channel_destroy)
     bits = ffi.new("uint64_t[]", SIZE // PAGE // 64)
     fault = ffi.new("struct qm_fault *")
-    file = ffi.new("struct qm_file *", {
-        "fd": fd, "fd_direct": fd_direct, "mem_align": ALIGNMENT, "off_align": ALIGNMENT,
-    })  # fmt: skip
+    file = ffi.new(
+        "struct qm_file *",
+        {"fd": fd, "fd_direct": fd_direct, "mem_align": ALIGNMENT, "off_align": ALIGNMENT},
+    )
     block = ffi.new("struct qm_block *", {"len": SIZE, "pages_offset": 0, "page_size": PAGE})
     try:
         os.ftruncate(fd, SIZE)
@@ -39,9 +40,18 @@ def write_pages(path: Path, memory: Any, policy: Any) -> int:
             source = ffi.new("struct qm_memory *", {"base": base, "fd": -1})
             for part in cut(0, SIZE // PAGE, PAGE):
                 failed = lib.qm_write(
-                    job, channel, file, block, source, policy, ffi.NULL, bits,
-                    part.first, part.npages, fault,
-                )  # fmt: skip
+                    job,
+                    channel,
+                    file,
+                    block,
+                    source,
+                    policy,
+                    ffi.NULL,
+                    bits,
+                    part.first,
+                    part.npages,
+                    fault,
+                )
                 if failed:
                     raise OSError(-failed, os.strerror(-failed), str(path))
         os.fsync(fd)

@@ -25,9 +25,19 @@ from pyqmigrate.vm import sync
 from tests.harness.machine import BINARY, Mode, Qemu
 
 __all__ = [
-    "INSTANT_WORK", "MEMFD_FULL", "MEMFD_WIDE", "MEMFD_WORK", "RESTORE_WORK", "SERIAL_WORK",
-    "VM_DIRECT", "VM_QEMU", "memfd_of", "memfd_savers", "restores", "vm_savers",
-]  # fmt: skip
+    "INSTANT_WORK",
+    "MEMFD_FULL",
+    "MEMFD_WIDE",
+    "MEMFD_WORK",
+    "RESTORE_WORK",
+    "SERIAL_WORK",
+    "VM_DIRECT",
+    "VM_QEMU",
+    "memfd_of",
+    "memfd_savers",
+    "restores",
+    "vm_savers",
+]
 
 VM_DIRECT, VM_QEMU = "vm save, engine direct", "vm save, engine qemu"
 INSTANT_WORK, RESTORE_WORK = "instant restore", "restore of a cold file"
@@ -82,9 +92,13 @@ def memfd_savers(path: Path, channels: int) -> list[Contender]:
 
 def _save_memfd(path: Path, size: int, channels: int) -> Sample:
     memory = [
-        "-machine", "pc,memory-backend=pc.ram", "-m", f"{size >> 20}M",
-        "-object", f"memory-backend-memfd,id=pc.ram,size={size},share=on",
-    ]  # fmt: skip
+        "-machine",
+        "pc,memory-backend=pc.ram",
+        "-m",
+        f"{size >> 20}M",
+        "-object",
+        f"memory-backend-memfd,id=pc.ram,size={size},share=on",
+    ]
     with SharedRam(_MIB, present=False) as unused, Qemu(unused, memory=memory) as vm:
         # What is there already are a few pages of firmware; all the rest is ours to choose.
         fd = os.open(memfd_of(vm.process.pid, size), os.O_RDWR | os.O_CLOEXEC)
@@ -132,7 +146,7 @@ def restores(
         disk.clear(path)
     with _saved(size, path, size):
         runs: list[tuple[str, str, Callable[[], Sample]]] = [
-            (OURS, "vm restore, load", partial(_restore, path, size, "load")),
+            (OURS, "vm restore, load", partial(_restore, path, size, "load"))
         ]
         for count in _LOAD_CHANNELS:
             mode = Mode(channels=count, multifd=True, direct_io=True)
@@ -161,10 +175,18 @@ def _saved(size: int, path: Path, data: int, bios: Path | None = None) -> Iterat
 def _command(size: int, bios: Path | None = None) -> list[str]:
     """Memory is QEMU's own, as with any command line that does not speak of it."""
     return [
-        BINARY, "-accel", "tcg", "-nodefaults", "-display", "none", "-machine", "pc",
-        "-m", f"{size >> 20}M",
+        BINARY,
+        "-accel",
+        "tcg",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-machine",
+        "pc",
+        "-m",
+        f"{size >> 20}M",
         *(["-bios", str(bios), "-serial", "stdio"] if bios else []),
-    ]  # fmt: skip
+    ]
 
 
 _PYQMIGRATE = (str(Path(sys.executable).with_name("pyqmigrate")),)
@@ -179,17 +201,19 @@ def _restore(path: Path, size: int, mode: str) -> Sample:
     with contextlib.suppress(subprocess.TimeoutExpired):
         guest.process.wait(30)
     report = guest.report
-    return Sample(report.load_seconds, facts={
-        "start_seconds": report.start_seconds, "total_seconds": report.total_seconds,
-        "settings": str(report.settings),
-    })  # fmt: skip
+    return Sample(
+        report.load_seconds,
+        facts={
+            "start_seconds": report.start_seconds,
+            "total_seconds": report.total_seconds,
+            "settings": str(report.settings),
+        },
+    )
 
 
 def _load(path: Path, size: int, mode: Mode) -> Sample:
     memory = ["-machine", "pc", "-m", f"{size >> 20}M"]
-    with SharedRam(_MIB, present=False) as unused, Qemu(
-        unused, incoming=True, memory=memory
-    ) as vm:
+    with SharedRam(_MIB, present=False) as unused, Qemu(unused, incoming=True, memory=memory) as vm:
         start = time.perf_counter()
         vm.load(path, mode, limit=900)
         return Sample(time.perf_counter() - start)

@@ -8,9 +8,26 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [
-    "job.c", "channel.c", "transfer.c", "queue.c", "bits.c", "scan.c", "chunk.c", "source.c",
-    "process.c", "direct.c", "write.c", "read.c", "store.c", "stale.c", "encode.c", "decode.c",
-    "xbzrle.c", "index.c", "staging.c", "search.c",
+    "job.c",
+    "channel.c",
+    "transfer.c",
+    "queue.c",
+    "bits.c",
+    "scan.c",
+    "chunk.c",
+    "source.c",
+    "process.c",
+    "direct.c",
+    "write.c",
+    "read.c",
+    "store.c",
+    "stale.c",
+    "encode.c",
+    "decode.c",
+    "xbzrle.c",
+    "index.c",
+    "staging.c",
+    "search.c",
 ]
 HEADERS = ["qmigrate.h", "core_internal.h", "bits.h", "channel.h", "chunk.h", "records.h"]
 # What the core calls (a qm_write_hook): pyqmigrate/integrity/digests.py has it.

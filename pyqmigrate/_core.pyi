@@ -39,42 +39,103 @@ class _Lib:
     def qm_sum(self, data: Any, length: int) -> int: ...
     def qm_count(self, bits: Any, npages: int, last: Any) -> int: ...
     def qm_write(
-        self, job: Any, channel: Any, file: Any, block: Any, memory: Any, sparse: Any,
-        selection: Any, data: Any, first: int, npages: int, fault: Any,
+        self,
+        job: Any,
+        channel: Any,
+        file: Any,
+        block: Any,
+        memory: Any,
+        sparse: Any,
+        selection: Any,
+        data: Any,
+        first: int,
+        npages: int,
+        fault: Any,
     ) -> int: ...
     def qm_write_tail(
-        self, job: Any, channel: Any, file: Any, block: Any, memory: Any, sparse: Any,
-        selection: Any, data: Any, fault: Any,
+        self,
+        job: Any,
+        channel: Any,
+        file: Any,
+        block: Any,
+        memory: Any,
+        sparse: Any,
+        selection: Any,
+        data: Any,
+        fault: Any,
     ) -> int: ...
     def qm_read(
-        self, job: Any, channel: Any, file: Any, block: Any, memory: Any, data: Any,
-        max_gap: int, zero_clear: int, first: int, npages: int, fault: Any,
+        self,
+        job: Any,
+        channel: Any,
+        file: Any,
+        block: Any,
+        memory: Any,
+        data: Any,
+        max_gap: int,
+        zero_clear: int,
+        first: int,
+        npages: int,
+        fault: Any,
     ) -> int: ...
     def qm_stale_punch(
-        self, job: Any, channel: Any, file: Any, block: Any, data: Any, first: int, npages: int,
+        self,
+        job: Any,
+        channel: Any,
+        file: Any,
+        block: Any,
+        data: Any,
+        first: int,
+        npages: int,
         fault: Any,
     ) -> int: ...
     def qm_find_stale(
-        self, job: Any, channel: Any, file: Any, block: Any, data: Any, stale: Any, first: int,
-        npages: int, fault: Any,
+        self,
+        job: Any,
+        channel: Any,
+        file: Any,
+        block: Any,
+        data: Any,
+        stale: Any,
+        first: int,
+        npages: int,
+        fault: Any,
     ) -> int: ...
     def qm_zero_clear(self, job: Any, block: Any, memory: Any, bits: Any, fault: Any) -> int: ...
     def qm_encode(
-        self, name: Any, named: Any, pages: Any, first: int, start: int, npages: int,
-        page_size: int, want: Any, data: Any, out: Any, length: int, next: Any,
+        self,
+        name: Any,
+        named: Any,
+        pages: Any,
+        first: int,
+        start: int,
+        npages: int,
+        page_size: int,
+        want: Any,
+        data: Any,
+        out: Any,
+        length: int,
+        next: Any,
     ) -> int: ...
     def qm_encoder_create(self, fd: int, at: int) -> Any: ...
     def qm_encoder_destroy(self, encoder: Any) -> None: ...
     def qm_encoder_go_forward(self, encoder: Any) -> None: ...
     def qm_encoder_position(self, encoder: Any) -> int: ...
     def qm_encoder_forget_block(self, encoder: Any) -> None: ...
-    def qm_encoder_put(
-        self, job: Any, encoder: Any, data: Any, length: int, fault: Any
-    ) -> int: ...
+    def qm_encoder_put(self, job: Any, encoder: Any, data: Any, length: int, fault: Any) -> int: ...
     def qm_encoder_flush(self, job: Any, encoder: Any, fault: Any) -> int: ...
     def qm_encode_pages(
-        self, job: Any, channel: Any, encoder: Any, name: Any, block: Any, memory: Any,
-        selection: Any, first: int, npages: int, fault: Any,
+        self,
+        job: Any,
+        channel: Any,
+        encoder: Any,
+        name: Any,
+        block: Any,
+        memory: Any,
+        selection: Any,
+        first: int,
+        npages: int,
+        fault: Any,
     ) -> int: ...
     def qm_decoder_create(self, blocks: Any, nblocks: int, page_size: int, fresh: int) -> Any: ...
     def qm_decoder_destroy(self, decoder: Any) -> None: ...
@@ -89,7 +150,14 @@ class _Lib:
     def qm_decoder_wants(self, decoder: Any, off: Any) -> int: ...
     def qm_decoder_set_staging(self, decoder: Any, block: int, stage: Any) -> None: ...
     def qm_write_staging(
-        self, job: Any, channel: Any, file: Any, block: Any, stage: Any, sparse: Any, data: Any,
+        self,
+        job: Any,
+        channel: Any,
+        file: Any,
+        block: Any,
+        stage: Any,
+        sparse: Any,
+        data: Any,
         fault: Any,
     ) -> int: ...
     def qm_apply_delta(self, delta: Any, length: int, page: Any, page_size: int) -> int: ...
@@ -107,9 +175,7 @@ class _Lib:
     def qm_index_changed(self, index: Any, page: int, at: int, length: int) -> int: ...
     def qm_index_next(self, index: Any, page: int) -> int: ...
     def qm_index_get(self, index: Any, first: int, npages: int, words: Any) -> int: ...
-    def qm_index_put(
-        self, index: Any, first: int, npages: int, words: Any, end: int
-    ) -> int: ...
+    def qm_index_put(self, index: Any, first: int, npages: int, words: Any, end: int) -> int: ...
     def qm_index_changes(self, index: Any, changes: Any) -> int: ...
     def qm_index_put_changes(self, index: Any, changes: Any, n: int, end: int) -> int: ...
     def qm_index_count(self, index: Any) -> int: ...

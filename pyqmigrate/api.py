@@ -48,8 +48,16 @@ def save(
     """
     check_callback("progress", progress)
     return start_save(
-        target, blocks, channels=channels, direct_io=direct_io, sparse=sparse, machine=machine,
-        target_page_bits=target_page_bits, reuse=reuse, max_bandwidth=max_bandwidth, seal=seal,
+        target,
+        blocks,
+        channels=channels,
+        direct_io=direct_io,
+        sparse=sparse,
+        machine=machine,
+        target_page_bits=target_page_bits,
+        reuse=reuse,
+        max_bandwidth=max_bandwidth,
+        seal=seal,
     ).wait(progress)
 
 
@@ -93,11 +101,15 @@ def start_save(
     algorithm = None if seal is None else choice(Algorithm, seal, "seal")
     observer = None if algorithm is None else _seal_beside(target, algorithm)
     writer = Writer(
-        target, blocks,
+        target,
+        blocks,
         direct_io=choice(DirectIO, direct_io, "direct_io"),
         sparse=choice(Sparse, sparse, "sparse"),
-        channels=check_channels(channels), machine=machine, target_page_bits=target_page_bits,
-        reuse=reuse, max_bandwidth=max_bandwidth,
+        channels=check_channels(channels),
+        machine=machine,
+        target_page_bits=target_page_bits,
+        reuse=reuse,
+        max_bandwidth=max_bandwidth,
         observer=observer,
     )
     try:

@@ -17,7 +17,11 @@ from pyqmigrate.errors import UsageError
 __all__ = ["check", "check_callback", "check_mapping", "check_names"]
 
 _CALLED = {
-    type(None): "None", int: "a number", str: "text", bool: "True or False", float: "a number",
+    type(None): "None",
+    int: "a number",
+    str: "text",
+    bool: "True or False",
+    float: "a number",
 }
 
 

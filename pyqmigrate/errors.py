@@ -135,8 +135,12 @@ class NoSpace(TargetError):
     """The file system is full, or would be before the snapshot is complete."""
 
     def __init__(
-        self, what: str, filename: str | os.PathLike[str] | None = None, *,
-        errno: int = _errno.ENOSPC, position: int | None = None,
+        self,
+        what: str,
+        filename: str | os.PathLike[str] | None = None,
+        *,
+        errno: int = _errno.ENOSPC,
+        position: int | None = None,
     ) -> None:
         super().__init__(errno, what, filename, position=position)
 
@@ -148,13 +152,18 @@ class NotDurable(TargetError):
 
     def __init__(self, errno: int, filename: str | os.PathLike[str]) -> None:
         super().__init__(
-            errno, "the file is there and whole, but a crash of the host may take it away: it "
-            "cannot be made durable under its name; sync the file system", filename,
+            errno,
+            "the file is there and whole, but a crash of the host may take it away: it "
+            "cannot be made durable under its name; sync the file system",
+            filename,
         )
 
 
 def target_error(
-    error: OSError, what: str, filename: str | os.PathLike[str] | None = None, *,
+    error: OSError,
+    what: str,
+    filename: str | os.PathLike[str] | None = None,
+    *,
     position: int | None = None,
 ) -> TargetError:
     """Return the TargetError, or NoSpace where the disk or a quota is full, for what the system

@@ -1,4 +1,5 @@
 """A save on an event loop, which keeps running; one that takes too long is cancelled."""
+
 import asyncio
 import mmap
 import sys
@@ -19,4 +20,6 @@ async def main(directory):
             await slow
     except TimeoutError:  # the job has ended by now, and left nothing
         print("cancelled:", slow.done(), [path.name for path in directory.iterdir()])
+
+
 asyncio.run(main(Path(sys.argv[1])))

@@ -49,7 +49,16 @@ from pyqmigrate.io.threads import starting_threads
 __all__ = ["main"]
 
 _VERBS = (
-    "demo", "vm", "pack", "unpack", "info", "devices", "seal", "verify", "convert", "bench",
+    "demo",
+    "vm",
+    "pack",
+    "unpack",
+    "info",
+    "devices",
+    "seal",
+    "verify",
+    "convert",
+    "bench",
     "serve",
 )
 _EPILOG = """Exit codes: 0 done, 1 the snapshot is bad or something differs, 2 wrong usage,
@@ -119,7 +128,9 @@ def _run(parsed: argparse.Namespace) -> Outcome:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="pyqmigrate", allow_abbrev=False, epilog=_EPILOG,
+        prog="pyqmigrate",
+        allow_abbrev=False,
+        epilog=_EPILOG,
         description="Save, restore and look into the memory of QEMU virtual machines.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -168,7 +179,8 @@ def _termination_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
     taken = [
-        number for number in (signal.SIGTERM, signal.SIGHUP)
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) == signal.SIG_DFL
     ]
     for number in taken:

@@ -133,19 +133,29 @@ def add_general(parser: argparse.ArgumentParser) -> None:
     general = parser.add_argument_group("general options", "before or after the verb")
     # Without a default: the verb's would replace what was given before it.
     general.add_argument(
-        "--json", action="store_true", default=argparse.SUPPRESS,
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
         help="print one JSON object and nothing else",
     )
     general.add_argument(
-        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=argparse.SUPPRESS,
         help="log what is done, on standard error",
     )
     general.add_argument(
-        "-q", "--quiet", action="store_true", default=argparse.SUPPRESS,
+        "-q",
+        "--quiet",
+        action="store_true",
+        default=argparse.SUPPRESS,
         help="print errors only (and JSON where it is asked for)",
     )
     general.add_argument(
-        "--no-progress", action="store_true", default=argparse.SUPPRESS,
+        "--no-progress",
+        action="store_true",
+        default=argparse.SUPPRESS,
         help="show no progress on a terminal",
     )
 
@@ -155,8 +165,11 @@ def add_verb(verbs: Verbs, name: str, run: Any, document: str | None) -> Parser:
     text = (document or "").strip().replace("``", "")
     summary = text.split("\n\n")[0].replace("\n", " ")
     parser = verbs.add_parser(
-        name, help=summary[:1].lower() + summary[1:].rstrip("."), description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        name,
+        help=summary[:1].lower() + summary[1:].rstrip("."),
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_general(parser)
     parser.set_defaults(run=run)
@@ -165,14 +178,19 @@ def add_verb(verbs: Verbs, name: str, run: Any, document: str | None) -> Parser:
 
 def add_offset(parser: Parser) -> None:
     parser.add_argument(
-        "--offset", type=read_size, metavar="SIZE", default=None,
+        "--offset",
+        type=read_size,
+        metavar="SIZE",
+        default=None,
         help="where in the file the snapshot starts (default: 0)",
     )
 
 
 def add_bitmap_order(parser: Parser) -> None:
     parser.add_argument(
-        "--bitmap-order", choices=["little", "big"], default=None,
+        "--bitmap-order",
+        choices=["little", "big"],
+        default=None,
         help="byte order of the host that wrote a mapped-ram file (default: little; big for an "
         "s390 guest whose file shows it)",
     )
@@ -181,7 +199,10 @@ def add_bitmap_order(parser: Parser) -> None:
 def add_channels(parser: Parser, default: int = 2) -> None:
     what = "move pages" if default == 2 else "read"
     parser.add_argument(
-        "--channels", type=read_channels, metavar="N", default=default,
+        "--channels",
+        type=read_channels,
+        metavar="N",
+        default=default,
         help=f"threads that {what}, 1 to {MAX_CHANNELS} (default: {default})",
     )
 
@@ -189,7 +210,10 @@ def add_channels(parser: Parser, default: int = 2) -> None:
 def add_seal(parser: Parser) -> None:
     """``--seal [ALGORITHM]``, in any position; see :class:`Parser`."""
     parser.add_argument(
-        _SEAL, metavar="ALGORITHM", choices=[str(name) for name in Algorithm], default=None,
+        _SEAL,
+        metavar="ALGORITHM",
+        choices=[str(name) for name in Algorithm],
+        default=None,
         nargs="?",
         help=f"write a seal beside the snapshot: {Algorithm.XXH3_128} (the default), "
         f"{Algorithm.BLAKE3} or {Algorithm.SHA256}",
@@ -202,14 +226,17 @@ def add_clock(parser: Parser) -> None:
         "--set-time", action="store_true", help="set the guest's clock by its agent when it goes on"
     )
     parser.add_argument(
-        "--guest-agent", metavar="SOCKET",
+        "--guest-agent",
+        metavar="SOCKET",
         help="the agent's socket (default: found in QEMU's command line)",
     )
 
 
 def add_direct_io(parser: Parser) -> None:
     parser.add_argument(
-        "--direct-io", choices=[str(setting) for setting in DirectIO], default="auto",
+        "--direct-io",
+        choices=[str(setting) for setting in DirectIO],
+        default="auto",
         help="whether pages go past the page cache (default: auto, where it works)",
     )
 

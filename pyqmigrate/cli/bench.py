@@ -45,14 +45,19 @@ _BLOCK = "pc.ram"
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "bench", _run, __doc__)
     parser.add_argument(
-        "--dir", default=DEFAULT_DIRECTORY, metavar="DIR",
+        "--dir",
+        default=DEFAULT_DIRECTORY,
+        metavar="DIR",
         help="a directory on the disk to measure (default: %(default)s)",
     )
     parser.add_argument(
         "--size", type=read_size, metavar="SIZE", help="size of the guest (default: 1GiB)"
     )
     parser.add_argument(
-        "--channels", type=_read_list, metavar="N,N...", default=_DEFAULT_CHANNELS,
+        "--channels",
+        type=_read_list,
+        metavar="N,N...",
+        default=_DEFAULT_CHANNELS,
         help="channel counts to compare (default: %(default)s)",
     )
     parser.add_argument(
@@ -105,8 +110,11 @@ def _measure(setting: _Setting, path: Path, memory: mmap.mmap, copy: mmap.mmap) 
     path.unlink()
     with shown(f"save, {name}") as show:
         saved = save(
-            path, [RamBlock(_BLOCK, memory)],
-            channels=setting.channels, direct_io=direct_io, progress=show,
+            path,
+            [RamBlock(_BLOCK, memory)],
+            channels=setting.channels,
+            direct_io=direct_io,
+            progress=show,
         )
     with path.open("rb") as file:
         drop_cached(file.fileno())
@@ -154,13 +162,17 @@ def _fastest(results: list[dict[str, Any]], work: str) -> dict[str, Any]:
 def _lines(data: dict[str, Any]) -> list[str]:
     best = data["best"]
     rows = [
-        (r["channels"], _way(r), *(
-            f"{r[f'{work}_rate'] / MIB:.0f}"
-            + (" *" if best[work] == {key: r[key] for key in best[work]} else "  ")
-            for work in ("save", "load")
-        ))
+        (
+            r["channels"],
+            _way(r),
+            *(
+                f"{r[f'{work}_rate'] / MIB:.0f}"
+                + (" *" if best[work] == {key: r[key] for key in best[work]} else "  ")
+                for work in ("save", "load")
+            ),
+        )
         for r in data["results"]
-    ]  # fmt: skip
+    ]
     return [
         f"guest of {show_size(data['total_ram'])}, {show_size(data['data_bytes'])} of it data, "
         f"in {printable(data['directory'])}; medians of {_REPEAT}",

@@ -67,6 +67,7 @@ from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["add_parser"]
 
+
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "convert", _run, __doc__)
     add_snapshot(parser)
@@ -77,33 +78,50 @@ def add_parser(verbs: Verbs) -> None:
     forms = [str(form) for form in Form]
     parser.add_argument("--to", choices=forms, required=True, help="the form of DST")
     parser.add_argument(
-        "--memory", metavar="NAME=FILE", action="append", default=[], type=_read_memory,
+        "--memory",
+        metavar="NAME=FILE",
+        action="append",
+        default=[],
+        type=_read_memory,
         help="the content of a block; may be repeated",
     )
     parser.add_argument(
-        "--map", metavar="NAME@ADDRESS[+OFFSET[,SIZE]]", action="append", default=[],
-        type=_read_placement, help="where a block is in an elf or lime file; may be repeated",
+        "--map",
+        metavar="NAME@ADDRESS[+OFFSET[,SIZE]]",
+        action="append",
+        default=[],
+        type=_read_placement,
+        help="where a block is in an elf or lime file; may be repeated",
     )
     parser.add_argument(
-        "--max-ram-below-4g", metavar="SIZE", type=read_size, default=None,
+        "--max-ram-below-4g",
+        metavar="SIZE",
+        type=read_size,
+        default=None,
         help="what -machine max-ram-below-4g was, where the device state does not say it",
     )
     parser.add_argument(
-        "--byte-order", choices=["little", "big"], default=None,
+        "--byte-order",
+        choices=["little", "big"],
+        default=None,
         help="of the guest, in an elf file (default: as the device state has it)",
     )
     parser.add_argument(
         "--like", metavar="IMAGE", help="an image of the same domain, for an image of libvirt's"
     )
     parser.add_argument(
-        "--image-format", choices=["raw", "sparse"], default=None,
+        "--image-format",
+        choices=["raw", "sparse"],
+        default=None,
         help="of an image of libvirt's (default: as IMAGE, raw where that is compressed)",
     )
     add_describe(parser)
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
-        "--sparse", choices=[str(policy) for policy in Sparse], default="auto",
+        "--sparse",
+        choices=[str(policy) for policy in Sparse],
+        default="auto",
         help="what becomes of zero pages in a mapped-ram, elf or lime file (default: auto)",
     )
 
@@ -125,7 +143,8 @@ def _read_placement(text: str) -> GivenPlacement:
 def _run(args: argparse.Namespace) -> Outcome:
     with (
         opened(args, args.snapshot, one_pass=not args.describe) as snapshot,
-        shown("convert") as show, contextlib.ExitStack() as stack,
+        shown("convert") as show,
+        contextlib.ExitStack() as stack,
     ):
         memories = {}
         for name, path in args.memory:
@@ -134,15 +153,22 @@ def _run(args: argparse.Namespace) -> Outcome:
             memories[name] = FileMemory(fd)
         description = description_for(args, snapshot)
         report = convert(
-            snapshot, write_to(args.target, forward=_why_a_file(args.to)), to=args.to,
-            channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
-            memories=memories, placements=args.map, max_ram_below_4g=args.max_ram_below_4g,
-            byte_order=args.byte_order, like=args.like, image_format=args.image_format,
-            description=description, progress=show,
+            snapshot,
+            write_to(args.target, forward=_why_a_file(args.to)),
+            to=args.to,
+            channels=args.channels,
+            direct_io=args.direct_io,
+            sparse=args.sparse,
+            memories=memories,
+            placements=args.map,
+            max_ram_below_4g=args.max_ram_below_4g,
+            byte_order=args.byte_order,
+            like=args.like,
+            image_format=args.image_format,
+            description=description,
+            progress=show,
         )
-    data = {
-        "snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report),
-    }
+    data = {"snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report)}
     front = f"{printable(args.target)}: {args.to}, {show_size(report.bytes_allocated)} allocated"
     if isinstance(report, RawReport):
         return Outcome(data, [f"{front}, {len(report.blocks)} blocks, {report.seconds:.2f} s"])

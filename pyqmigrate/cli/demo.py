@@ -51,7 +51,9 @@ def add_parser(verbs: Verbs) -> None:
         "--size", type=read_size, metavar="SIZE", help="size of the guest (default: 1GiB)"
     )
     parser.add_argument(
-        "--dir", default=DEFAULT_DIRECTORY, metavar="DIR",
+        "--dir",
+        default=DEFAULT_DIRECTORY,
+        metavar="DIR",
         help="where to save (default: %(default)s)",
     )
     add_channels(parser)
@@ -102,8 +104,11 @@ class _Guest:
         self._path.unlink(missing_ok=True)
         with shown("save") as show:
             self.report = save(
-                self._path, [RamBlock(demo_qemu.BLOCK, self._memory)],
-                channels=self._channels, direct_io=direct_io, progress=show,
+                self._path,
+                [RamBlock(demo_qemu.BLOCK, self._memory)],
+                channels=self._channels,
+                direct_io=direct_io,
+                progress=show,
             )
         yield self._step("save", self.report.direct_io, self.report.seconds)
         with Snapshot(self._path) as snapshot, guest_memory(len(self._memory)) as copy:
@@ -117,8 +122,7 @@ class _Guest:
             self._forget()
             with shown("load") as show:
                 loaded = snapshot.load(
-                    {block.name: copy}, channels=self._channels, direct_io=direct_io,
-                    progress=show,
+                    {block.name: copy}, channels=self._channels, direct_io=direct_io, progress=show
                 )
             difference = first_difference(self._memory, copy)
         yield self._step("load", loaded.direct_io, loaded.seconds, difference)
@@ -150,13 +154,23 @@ class _Guest:
         with self._path.open("rb") as file:
             info = os.fstat(file.fileno())
             return _Step(
-                step, direct_io, seconds, self.report.data_pages * PAGE, info.st_size,
-                info.st_blocks * 512, cached_bytes(file.fileno()), difference,
+                step,
+                direct_io,
+                seconds,
+                self.report.data_pages * PAGE,
+                info.st_size,
+                info.st_blocks * 512,
+                cached_bytes(file.fileno()),
+                difference,
             )
 
 
 def _outcome(
-    args: argparse.Namespace, size: int, report: SaveReport, steps: list[_Step], reason: str,
+    args: argparse.Namespace,
+    size: int,
+    report: SaveReport,
+    steps: list[_Step],
+    reason: str,
     qemu: demo_qemu.Qemu | str,
 ) -> Outcome:
     equal = all(step.difference is None for step in steps)
@@ -174,23 +188,39 @@ def _outcome(
     }
     names = {"save": "save", "load": "load back", "qemu-load": f"{qemu} loads"}
     rows = [
-        (names[step.step], "direct" if step.direct_io else "buffered", f"{step.seconds:.2f}",
-         show_rate(step.data_bytes, step.seconds), report.data_pages, report.zero_pages,
-         show_size(step.file_size), show_size(step.bytes_allocated), show_size(step.bytes_cached))
+        (
+            names[step.step],
+            "direct" if step.direct_io else "buffered",
+            f"{step.seconds:.2f}",
+            show_rate(step.data_bytes, step.seconds),
+            report.data_pages,
+            report.zero_pages,
+            show_size(step.file_size),
+            show_size(step.bytes_allocated),
+            show_size(step.bytes_cached),
+        )
         for step in steps
     ]
-    head = ("", "I/O", "seconds", "MiB/s", "data pages", "zero pages", "apparent", "allocated",
-            "page cache")
+    head = (
+        "",
+        "I/O",
+        "seconds",
+        "MiB/s",
+        "data pages",
+        "zero pages",
+        "apparent",
+        "allocated",
+        "page cache",
+    )
     lines = [
-        f"guest of {show_size(size)} in {printable(args.dir)}, "
-        f"{counted(args.channels, 'channel')}",
+        f"guest of {show_size(size)} in {printable(args.dir)}, {counted(args.channels, 'channel')}",
         f"direct I/O: {reason}",
         "",
         *table(head, rows, left=2),
         "",
         *(f"{names[step.step]}: {_verdict(step)}" for step in steps if step.step != "save"),
         *([] if found else [printable(f"QEMU was not asked: {qemu}")]),
-    ]  # fmt: skip
+    ]
     return Outcome(data, lines, ExitCode.DONE if equal else ExitCode.BAD)
 
 

@@ -53,7 +53,7 @@ def find_qemu() -> Qemu | str:
         return f"there is no {needed} on the PATH"
     try:
         answer = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, errors="replace", timeout=_ANSWER,
+            [path, "--version"], capture_output=True, text=True, errors="replace", timeout=_ANSWER
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{path} does not run: {error}"
@@ -73,10 +73,13 @@ def load(
     """
     newer = qemu.version >= _DIRECT_IO
     with _running(qemu, memory_fd, size, snapshot.parent) as monitor:
-        monitor.execute("migrate-set-capabilities", capabilities=[
-            {"capability": "mapped-ram", "state": True},
-            {"capability": "multifd", "state": True},
-        ])  # fmt: skip
+        monitor.execute(
+            "migrate-set-capabilities",
+            capabilities=[
+                {"capability": "mapped-ram", "state": True},
+                {"capability": "multifd", "state": True},
+            ],
+        )
         parameters: dict[str, Any] = {"multifd-channels": channels}
         if newer:
             parameters["direct-io"] = direct_io
@@ -104,18 +107,37 @@ def _running(qemu: Qemu, memory_fd: int, size: int, directory: Path) -> Iterator
     with ours, tempfile.TemporaryFile() as stderr, contextlib.ExitStack() as started:
         with theirs:
             command = [
-                qemu.path, "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg",
-                "-S", "-machine", f"pc,memory-backend={BLOCK}", "-m", f"{size >> 20}M",
-                "-object", f"memory-backend-file,id={BLOCK},size={size},share=on,"
-                           f"mem-path=/proc/self/fd/{memory_fd}",
-                "-chardev", f"socket,id=qmp,fd={theirs.fileno()}",
-                "-mon", "chardev=qmp,mode=control", "-incoming", "defer",
-            ]  # fmt: skip
+                qemu.path,
+                "-no-user-config",
+                "-nodefaults",
+                "-display",
+                "none",
+                "-accel",
+                "tcg",
+                "-S",
+                "-machine",
+                f"pc,memory-backend={BLOCK}",
+                "-m",
+                f"{size >> 20}M",
+                "-object",
+                f"memory-backend-file,id={BLOCK},size={size},share=on,"
+                f"mem-path=/proc/self/fd/{memory_fd}",
+                "-chardev",
+                f"socket,id=qmp,fd={theirs.fileno()}",
+                "-mon",
+                "chardev=qmp,mode=control",
+                "-incoming",
+                "defer",
+            ]
             try:
                 with _uninterrupted():
                     process = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-                        cwd=directory, pass_fds=(memory_fd, theirs.fileno()),
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=stderr,
+                        stderr=stderr,
+                        cwd=directory,
+                        pass_fds=(memory_fd, theirs.fileno()),
                     )
                     started.callback(_end, process)
             except OSError as error:
@@ -143,7 +165,10 @@ class _Monitor:
     """A QMP session: one command, one answer. Every failure is a QemuError."""
 
     def __init__(
-        self, name: str, connection: socket.socket, process: subprocess.Popen[bytes],
+        self,
+        name: str,
+        connection: socket.socket,
+        process: subprocess.Popen[bytes],
         stderr: IO[bytes],
     ) -> None:
         self._name = name

@@ -18,7 +18,8 @@ HINT = "--describe"
 def add_describe(parser: Parser) -> None:
     """Add ``--describe``, and the command line that may come after ``--``."""
     parser.add_argument(
-        "--describe", action="store_true",
+        "--describe",
+        action="store_true",
         help="describe device state that the file does not describe, by a QEMU that never runs; "
         "the VM's command line is that of the record beside the file, or comes last, after --",
     )

@@ -69,8 +69,14 @@ def _run(args: argparse.Namespace) -> Outcome:
     source, offset = read_from(args.snapshot, args.offset)
     with shown("read through") as show:
         found = devices(
-            source, offset=offset, name=args.name, section_id=args.section,
-            page_size=args.page_size, index=args.index, description=description, progress=show,
+            source,
+            offset=offset,
+            name=args.name,
+            section_id=args.section,
+            page_size=args.page_size,
+            index=args.index,
+            description=description,
+            progress=show,
         )
     data = {
         "snapshot": args.snapshot,

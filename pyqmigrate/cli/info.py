@@ -95,8 +95,12 @@ def _header_alone(args: argparse.Namespace, header: LibvirtHeader, why: str) -> 
     was = "running" if header.was_running else "paused"
     cookie = "with" if header.cookie else "without"
     return Outcome(
-        {"snapshot": args.snapshot, "offset": header.stream_offset, "libvirt": _libvirt(header),
-         "unreadable": why},
+        {
+            "snapshot": args.snapshot,
+            "offset": header.stream_offset,
+            "libvirt": _libvirt(header),
+            "unreadable": why,
+        },
         [
             f"libvirt   {header.format.name.lower()} image, the guest was {was}; {cookie} a cookie",
             f"stream    from {header.stream_offset:#x}: {printable(why)}",
@@ -139,7 +143,8 @@ def _data(snapshot: AnySnapshot, origin: Provenance) -> dict[str, Any]:
         "libvirt": _libvirt(snapshot.libvirt),
         "written_by": {
             "qemu": None if origin.qemu is None else ".".join(map(str, origin.qemu)),
-            "reasons": list(origin.reasons), "by_libvirt": origin.libvirt,
+            "reasons": list(origin.reasons),
+            "by_libvirt": origin.libvirt,
         },
         "run_state": origin.run_state,
         "loadable": origin.loadable,
@@ -160,8 +165,11 @@ def _libvirt(header: LibvirtHeader | None) -> dict[str, Any] | None:
     if header is None:
         return None
     return {
-        "version": header.version, "format": header.format.name.lower(),
-        "was_running": header.was_running, "xml": header.xml, "cookie": header.cookie,
+        "version": header.version,
+        "format": header.format.name.lower(),
+        "was_running": header.was_running,
+        "xml": header.xml,
+        "cookie": header.cookie,
     }
 
 
@@ -181,9 +189,7 @@ def _block(block: OpenedBlock) -> dict[str, Any]:
     }
 
 
-def _lines(
-    snapshot: AnySnapshot, data: dict[str, Any], origin: Provenance
-) -> Iterator[str]:
+def _lines(snapshot: AnySnapshot, data: dict[str, Any], origin: Provenance) -> Iterator[str]:
     stream = snapshot.stream
     yield f"machine   {printable(stream.machine) or '(none: loads on any)'}"
     yield f"file      {show_size(snapshot.size)}, {show_size(snapshot.allocated)} allocated"
@@ -214,16 +220,24 @@ def _lines(
     yield from table(
         ("block", "length", "page size", "data pages", "zero pages", "pages at"),
         [
-            (b["name"], show_size(b["length"]), show_size(b["page_size"]),
-             *(("-", "-", "in another file") if b["external"] else
-               (b["data_pages"], b["zero_pages"], _place(b["pages_offset"]))))
+            (
+                b["name"],
+                show_size(b["length"]),
+                show_size(b["page_size"]),
+                *(
+                    ("-", "-", "in another file")
+                    if b["external"]
+                    else (b["data_pages"], b["zero_pages"], _place(b["pages_offset"]))
+                ),
+            )
             for b in data["blocks"]
         ],
-    )  # fmt: skip
+    )
     yield ""
     yield from table(
         ("section", "kind", "instance", "version", "offset", "length"),
-        list(_section_rows(stream.sections)), left=2,
+        list(_section_rows(stream.sections)),
+        left=2,
     )
 
 
@@ -240,6 +254,10 @@ def _section_rows(sections: Iterable[Section]) -> Iterator[tuple[object, ...]]:
         times = f" x {len(others) + 1}" if others else ""
         length = first.length + sum(section.length for section in others)
         yield (
-            name, kind.name.lower() + times, instance, version, f"{first.offset:#x}",
+            name,
+            kind.name.lower() + times,
+            instance,
+            version,
+            f"{first.offset:#x}",
             show_size(length),
         )

@@ -21,26 +21,33 @@ def add_snapshot(parser: Parser) -> None:
     parser.add_argument("snapshot", metavar="SNAPSHOT", help="a file, or - for standard input")
     add_offset(parser)
     parser.add_argument(
-        "--page-size", type=read_size, metavar="SIZE", default=None,
+        "--page-size",
+        type=read_size,
+        metavar="SIZE",
+        default=None,
         help="of a classic stream that does not tell it (default: 4096)",
     )
     add_bitmap_order(parser)
     parser.add_argument(
-        "--index", metavar="FILE", default=None,
+        "--index",
+        metavar="FILE",
+        default=None,
         help="keep an index of a classic stream there: where its pages are, for random reads",
     )
 
 
 @contextlib.contextmanager
-def opened(
-    args: argparse.Namespace, path: str, *, one_pass: bool = False
-) -> Iterator[AnySnapshot]:
+def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> Iterator[AnySnapshot]:
     """The snapshot, also from standard input or a pipe. A classic stream is read through, unless
     the verb makes just ``one_pass`` itself."""
     source, offset = read_from(path, args.offset)
     with open_snapshot(
-        source, offset=offset, bitmap_order=args.bitmap_order, page_size=args.page_size,
-        index=args.index, piped=True,
+        source,
+        offset=offset,
+        bitmap_order=args.bitmap_order,
+        page_size=args.page_size,
+        index=args.index,
+        piped=True,
     ) as snapshot:
         if not one_pass and isinstance(snapshot, ClassicSnapshot):
             with shown("read through") as show:

@@ -50,7 +50,8 @@ class _Source(NamedTuple):
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "pack", _run, __doc__)
     parser.add_argument(
-        "snapshot", metavar="SNAPSHOT",
+        "snapshot",
+        metavar="SNAPSHOT",
         help="the snapshot to write; - is standard output, where that is a file",
     )
     parser.set_defaults(writes="snapshot")
@@ -58,13 +59,17 @@ def add_parser(verbs: Verbs) -> None:
         "blocks", metavar="NAME=FILE", nargs="+", type=_read_source, help="a RAM block"
     )
     parser.add_argument(
-        "--machine", metavar="TYPE", default="",
+        "--machine",
+        metavar="TYPE",
+        default="",
         help="machine type of the guest (default: none, which loads on any)",
     )
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
-        "--sparse", choices=[str(policy) for policy in Sparse], default="auto",
+        "--sparse",
+        choices=[str(policy) for policy in Sparse],
+        default="auto",
         help="what becomes of zero pages (default: auto, short gaps are written along)",
     )
     add_offset(parser)
@@ -87,8 +92,13 @@ def _run(args: argparse.Namespace) -> Outcome:
             blocks.append(RamBlock(name, FileMemory(fd)))
         show = stack.enter_context(shown("pack"))
         report = save(
-            _target(args), blocks, channels=args.channels,
-            direct_io=args.direct_io, sparse=args.sparse, machine=args.machine, seal=args.seal,
+            _target(args),
+            blocks,
+            channels=args.channels,
+            direct_io=args.direct_io,
+            sparse=args.sparse,
+            machine=args.machine,
+            seal=args.seal,
             progress=show,
         )
     data = {"snapshot": args.snapshot, **asdict(report)}

@@ -49,8 +49,9 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
         for direct_io, name in ((True, "direct"), (False, "buffered")):
             points = {
                 r["channels"]: r[f"{work}_rate"] / MIB
-                for r in results if r["direct_io"] is direct_io
-            }  # fmt: skip
+                for r in results
+                if r["direct_io"] is direct_io
+            }
             if points:
                 axis.plot(list(points), list(points.values()), marker="o", label=name)
         axis.set_title(work if work == "save" else "load, cold cache")
@@ -62,5 +63,6 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
     axes[0].set_ylim(0, fastest * 1.05)  # shared with the other
     axes[0].set_ylabel("MiB/s of data")
     axes[0].legend()
-    write_whole(path, _PICTURE, lambda file: figure.savefig(file, format="png", dpi=120),
-                sync_name=False)
+    write_whole(
+        path, _PICTURE, lambda file: figure.savefig(file, format="png", dpi=120), sync_name=False
+    )

@@ -64,7 +64,8 @@ def _lines(title: str, stream: TextIO) -> Show:
         print(
             f"{title}: {share}% of {show_size(progress.bytes_total)}, "
             f"{progress.rate / MIB:.0f} MiB/s",
-            file=stream, flush=True,
+            file=stream,
+            flush=True,
         )
 
     return show
@@ -73,12 +74,7 @@ def _lines(title: str, stream: TextIO) -> Show:
 @contextlib.contextmanager
 def _bar(title: str, stream: TextIO) -> Iterator[Show]:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (
@@ -93,7 +89,9 @@ def _bar(title: str, stream: TextIO) -> Iterator[Show]:
 
         def show(progress: Progress) -> None:
             bar.update(
-                task, completed=progress.bytes_done, total=progress.bytes_total,
+                task,
+                completed=progress.bytes_done,
+                total=progress.bytes_total,
                 rate=f"{progress.rate / MIB:.0f} MiB/s",
             )
 

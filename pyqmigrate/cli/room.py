@@ -51,7 +51,8 @@ def fitting_size(asked: int | None, default: int, directory: Path, *, memories: 
     if not fits_disk:
         raise NoSpace(
             f"a guest of {show_size(size)} needs {show_size(size + _DISK_SPARE)} of disk, "
-            f"{show_size(disk)} are free", directory,
+            f"{show_size(disk)} are free",
+            directory,
         )
     raise TargetError(
         errno.ENOMEM,

@@ -43,11 +43,16 @@ def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "seal", _run, __doc__)
     parser.add_argument("snapshot", metavar="SNAPSHOT")
     parser.add_argument(
-        "--algorithm", choices=[str(name) for name in Algorithm], default="xxh3-128",
+        "--algorithm",
+        choices=[str(name) for name in Algorithm],
+        default="xxh3-128",
         help="how digests are computed (default: xxh3-128; blake3 and sha256 withstand malice)",
     )
     parser.add_argument(
-        "--page-size", type=read_size, metavar="SIZE", default=None,
+        "--page-size",
+        type=read_size,
+        metavar="SIZE",
+        default=None,
         help="of a classic stream that does not tell it (default: 4096)",
     )
     add_bitmap_order(parser)
@@ -60,8 +65,13 @@ def _run(args: argparse.Namespace) -> Outcome:
     refuse_standard(args.snapshot, "a seal is written beside a file")
     with shown("seal") as show:
         report = seal(
-            args.snapshot, algorithm=args.algorithm, offset=args.offset, page_size=args.page_size,
-            bitmap_order=args.bitmap_order, channels=args.channels, direct_io=args.direct_io,
+            args.snapshot,
+            algorithm=args.algorithm,
+            offset=args.offset,
+            page_size=args.page_size,
+            bitmap_order=args.bitmap_order,
+            channels=args.channels,
+            direct_io=args.direct_io,
             progress=show,
         )
     rate = show_rate(report.bytes_read, report.seconds)

@@ -53,21 +53,26 @@ def add_parser(verbs: Verbs) -> None:
         "--qmp", required=True, metavar="SOCKET", help="where clients connect: PATH or unix:PATH"
     )
     parser.add_argument(
-        "--ram", required=True, action="append", metavar="NAME=FILE[,size=SIZE]",
+        "--ram",
+        required=True,
+        action="append",
+        metavar="NAME=FILE[,size=SIZE]",
         help="a RAM block and the file it lives in; made, or made longer, when a size (whole pages "
         "of 4 KiB) is given",
     )
     parser.add_argument(
         "--machine", default="", metavar="TYPE", help="machine type written into snapshots"
     )
-    parser.add_argument(
-        "--uuid", type=UUID, help="the guest's, for the capability validate-uuid"
-    )
+    parser.add_argument("--uuid", type=UUID, help="the guest's, for the capability validate-uuid")
     parser.add_argument(
         "--incoming", metavar="defer|URI", help="wait for a migration, or load this one at once"
     )
     parser.add_argument(
-        "--compat", nargs="?", const="10.0", choices=sorted(_COMPAT), metavar="10.0|11.1",
+        "--compat",
+        nargs="?",
+        const="10.0",
+        choices=sorted(_COMPAT),
+        metavar="10.0|11.1",
         help="imitate QEMU 10.0.2 or 11.1.3, texts and quirks (10.0 when no version is given); "
         "without it, what QEMU fails on later is refused at once",
     )
@@ -94,9 +99,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     return Outcome(data, lines, ExitCode.GUEST if failed else ExitCode.DONE)
 
 
-async def _serve(
-    migration: Migration, path: str, incoming: str | None, *, quiet: bool
-) -> bool:
+async def _serve(migration: Migration, path: str, incoming: str | None, *, quiet: bool) -> bool:
     """Serve until somebody asks for the end; whether that was a failed incoming migration."""
     loop = asyncio.get_running_loop()
     failed = asyncio.Event()

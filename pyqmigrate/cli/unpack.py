@@ -31,7 +31,9 @@ def add_parser(verbs: Verbs) -> None:
     add_snapshot(parser)
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument(
-        "--block", metavar="NAME", action="append",
+        "--block",
+        metavar="NAME",
+        action="append",
         help="only this block; may be repeated (default: all)",
     )
 
@@ -41,8 +43,13 @@ def _run(args: argparse.Namespace) -> Outcome:
     with opened(args, args.snapshot, one_pass=True) as snapshot, shown("unpack") as show:
         report = unpack(snapshot, args.directory, blocks=args.block, progress=show)
     rows = [
-        (block.name, block.file or "(not in this file)", show_size(block.length),
-         block.data_pages, block.zero_pages)
+        (
+            block.name,
+            block.file or "(not in this file)",
+            show_size(block.length),
+            block.data_pages,
+            block.zero_pages,
+        )
         for block in report.blocks
     ]
     return Outcome(

@@ -59,8 +59,10 @@ def add_parser(verbs: Verbs) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     check = None if _is_pipe(args.snapshot) else _check_seal(args)
     data: dict[str, Any] = {
-        "snapshot": args.snapshot, "valid": True, "seal": None if check is None else check.data(),
-    }  # fmt: skip
+        "snapshot": args.snapshot,
+        "valid": True,
+        "seal": None if check is None else check.data(),
+    }
     lines = [] if check is None else _about(args.snapshot, check)
     if check is not None and not check.intact:
         return Outcome(data | {"valid": False}, lines, ExitCode.BAD)
@@ -96,7 +98,10 @@ def _check_seal(args: argparse.Namespace) -> SealCheck | None:
     path, _ = read_from(args.snapshot, None)
     with shown("verify") as show:
         return verify_seal(
-            path, page_size=args.page_size, channels=args.channels, direct_io=args.direct_io,
+            path,
+            page_size=args.page_size,
+            channels=args.channels,
+            direct_io=args.direct_io,
             progress=show,
         )
 
@@ -117,9 +122,7 @@ def _about(snapshot: str, check: SealCheck) -> list[str]:
 def _look_deeper(
     args: argparse.Namespace, snapshot: AnySnapshot, data: dict[str, Any], lines: list[str]
 ) -> None:
-    stale = (
-        stale_pages(snapshot, channels=args.channels) if isinstance(snapshot, Snapshot) else {}
-    )
+    stale = stale_pages(snapshot, channels=args.channels) if isinstance(snapshot, Snapshot) else {}
     data |= {"stale_pages": sum(stale.values()), "stale_blocks": stale}
     lines += [
         f"{counted(number, 'clear page')} of block {printable(name)!r} with old bytes in the file"

@@ -172,24 +172,42 @@ def convert(
         if form is Form.RAW:
             if isinstance(target, Descriptors):
                 raise UsageError("raw files go to a directory, not to descriptors")
-            return unpack(
-                opened, target, channels=channels, direct_io=direct_io, progress=progress
-            )
+            return unpack(opened, target, channels=channels, direct_io=direct_io, progress=progress)
         if form is Form.ELF:
             return write_elf(
-                opened, target, placements=placements, channels=channels, direct_io=direct_io,
-                sparse=sparse, byte_order=byte_order, description=description,
-                progress=progress, max_ram_below_4g=max_ram_below_4g,
+                opened,
+                target,
+                placements=placements,
+                channels=channels,
+                direct_io=direct_io,
+                sparse=sparse,
+                byte_order=byte_order,
+                description=description,
+                progress=progress,
+                max_ram_below_4g=max_ram_below_4g,
             )
         if form is Form.LIME:
             return write_lime(
-                opened, target, placements=placements, channels=channels, direct_io=direct_io,
-                sparse=sparse, description=description, progress=progress,
+                opened,
+                target,
+                placements=placements,
+                channels=channels,
+                direct_io=direct_io,
+                sparse=sparse,
+                description=description,
+                progress=progress,
                 max_ram_below_4g=max_ram_below_4g,
             )
         return start_stream_conversion(
-            opened, target, to=form, channels=channels, direct_io=direct_io, sparse=sparse,
-            memories=memories, prefix=prefix, description=description,
+            opened,
+            target,
+            to=form,
+            channels=channels,
+            direct_io=direct_io,
+            sparse=sparse,
+            memories=memories,
+            prefix=prefix,
+            description=description,
         ).wait(progress)
 
 
@@ -223,8 +241,13 @@ def start_stream_conversion(
     source.refuse_as_target(target)
     if isinstance(source, ClassicSnapshot) and to is Form.MAPPED_RAM:
         return _start_one_pass(
-            source, target, choice(DirectIO, direct_io, "direct_io"),
-            choice(Sparse, sparse, "sparse"), check_channels(channels), memories or {}, prefix,
+            source,
+            target,
+            choice(DirectIO, direct_io, "direct_io"),
+            choice(Sparse, sparse, "sparse"),
+            check_channels(channels),
+            memories or {},
+            prefix,
             description,
         )
     carried = _carried(source.source, source.stream, description)
@@ -234,15 +257,28 @@ def start_stream_conversion(
     if to is Form.STREAM:
         check_channels(channels)
         writer = SequentialWriter(
-            target, blocks, machine=stream.machine, target_page_bits=stream.target_page_bits,
-            uuid=stream.uuid, left_out=left_out or None, before=carried.before, prefix=prefix,
+            target,
+            blocks,
+            machine=stream.machine,
+            target_page_bits=stream.target_page_bits,
+            uuid=stream.uuid,
+            left_out=left_out or None,
+            before=carried.before,
+            prefix=prefix,
         )
     else:
         writer = Writer(
-            target, blocks, direct_io=choice(DirectIO, direct_io, "direct_io"),
-            sparse=choice(Sparse, sparse, "sparse"), channels=check_channels(channels),
-            machine=stream.machine, target_page_bits=stream.target_page_bits, uuid=stream.uuid,
-            left_out=left_out or None, before=carried.before, prefix=prefix,
+            target,
+            blocks,
+            direct_io=choice(DirectIO, direct_io, "direct_io"),
+            sparse=choice(Sparse, sparse, "sparse"),
+            channels=check_channels(channels),
+            machine=stream.machine,
+            target_page_bits=stream.target_page_bits,
+            uuid=stream.uuid,
+            left_out=left_out or None,
+            before=carried.before,
+            prefix=prefix,
         )
     try:
         return Job(writer.channels, writer.total, lambda: _write(writer, source, carried, to))
@@ -252,55 +288,77 @@ def start_stream_conversion(
 
 
 def _start_one_pass(
-    source: ClassicSnapshot, target: Target, direct_io: DirectIO, sparse: Sparse, channels: int,
-    memories: Mapping[str, Memory], prefix: bytes, description: bytes | None,
+    source: ClassicSnapshot,
+    target: Target,
+    direct_io: DirectIO,
+    sparse: Sparse,
+    channels: int,
+    memories: Mapping[str, Memory],
+    prefix: bytes,
+    description: bytes | None,
 ) -> Job[SaveReport]:
     """A classic stream into a mapped-ram file, its pages straight to their places."""
     _check_memories(source, memories)
     writer = Writer(
         target,
-        [RamBlock(name, memories[name] if name in memories else _nothing(block, source.identity),
-                  block.page_size, block.address or 0)
-         for name, block in source.blocks.items()],
-        direct_io=direct_io, sparse=sparse, channels=channels, machine=source.machine,
+        [
+            RamBlock(
+                name,
+                memories[name] if name in memories else _nothing(block, source.identity),
+                block.page_size,
+                block.address or 0,
+            )
+            for name, block in source.blocks.items()
+        ],
+        direct_io=direct_io,
+        sparse=sparse,
+        channels=channels,
+        machine=source.machine,
         target_page_bits=source.configuration.target_page_bits,
-        uuid=source.configuration.uuid, before=_before(source.source, source.head),
+        uuid=source.configuration.uuid,
+        before=_before(source.source, source.head),
         prefix=prefix,
     )
     try:
         work = StagedPass(
-            source.source, writer.channels, writer.policy, writer.target.name,
+            source.source,
+            writer.channels,
+            writer.policy,
+            writer.target.name,
             page_size=source.page_size,
         )
-        return Job(work.reading, writer.total, lambda: _place(
-            writer, work, source, memories, description
-        ))
+        return Job(
+            work.reading, writer.total, lambda: _place(writer, work, source, memories, description)
+        )
     except BaseException:
         writer.close()
         raise
 
 
 def _place(
-    writer: Writer, work: StagedPass, source: ClassicSnapshot, memories: Mapping[str, Memory],
+    writer: Writer,
+    work: StagedPass,
+    source: ClassicSnapshot,
+    memories: Mapping[str, Memory],
     description: bytes | None,
 ) -> SaveReport:
     with contextlib.closing(writer), writer.target.opened_for_reading() as fd:
         writer.begin()
         if memories:
             writer.write_pages()
-        stream = work.run({
-            layout.name: Place(fd, writer.target.direct, layout.pages_offset, bitmap)
-            for layout, bitmap in zip(writer.head.blocks, writer.bitmaps, strict=True)
-            if layout.name not in memories
-        })
+        stream = work.run(
+            {
+                layout.name: Place(fd, writer.target.direct, layout.pages_offset, bitmap)
+                for layout, bitmap in zip(writer.head.blocks, writer.bitmaps, strict=True)
+                if layout.name not in memories
+            }
+        )
         for name in source.blocks:
             if stream.ignore_shared and name not in memories and name not in work.mentioned:
                 raise _left_out(name)
         data = sum(bitmap.count() for bitmap in writer.bitmaps)
         carried = _carried(source.source, stream, description)
-        report = writer.finish_with(
-            carried.tail(source.source, Form.MAPPED_RAM, writer.settings)
-        )
+        report = writer.finish_with(carried.tail(source.source, Form.MAPPED_RAM, writer.settings))
         pages = sum(bitmap.npages for bitmap in writer.bitmaps)
         return replace(report, data_pages=data, zero_pages=pages - data)
 
@@ -312,9 +370,7 @@ def _left_out(name: str) -> NotSupported:
     )
 
 
-def _write(
-    writer: StreamWriter, source: AnySnapshot, carried: _Carried, to: Form
-) -> SaveReport:
+def _write(writer: StreamWriter, source: AnySnapshot, carried: _Carried, to: Form) -> SaveReport:
     with contextlib.closing(writer):
         writer.begin()
         try:
@@ -379,8 +435,7 @@ def _carried(
     return _Carried(
         before=_before(source, stream.sections),
         middle=tuple(
-            (s.offset, s.offset + s.length) for s in others
-            if start.offset < s.offset < end.offset
+            (s.offset, s.offset + s.length) for s in others if start.offset < s.offset < end.offset
         ),
         after=(end.offset + end.length, stream.end if own is None else own),
         description=description,
@@ -441,6 +496,11 @@ def _nothing(block: OpenedBlock, identity: FileId = _NO_FILE) -> StoredMemory:
     indexed = _core.ffi.new("struct qm_indexed *")
     indexed.index, indexed.fd = index, -1
     return StoredMemory(
-        block.length, 0, identity, _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
-        _core.ffi.addressof(_core.lib, "qm_indexed_next"), indexed, index,
+        block.length,
+        0,
+        identity,
+        _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
+        _core.ffi.addressof(_core.lib, "qm_indexed_next"),
+        indexed,
+        index,
     )

@@ -80,14 +80,18 @@ def write_elf(
     segments = [_segment(one, areas[one.block]) for one in guest.ranges]
 
     def head() -> bytes:
-        return encode_head(
-            processor.elf, segments, notes + search.note(), big_endian=big_endian
-        )
+        return encode_head(processor.elf, segments, notes + search.note(), big_endian=big_endian)
 
     return write_image(
-        snapshot, target, guest,
-        Image([*areas.values()], at, lambda: [(0, head())], watch=search.watched), cpus=len(cpus),
-        channels=channels, direct_io=direct_io, sparse=sparse, progress=progress,
+        snapshot,
+        target,
+        guest,
+        Image([*areas.values()], at, lambda: [(0, head())], watch=search.watched),
+        cpus=len(cpus),
+        channels=channels,
+        direct_io=direct_io,
+        sparse=sparse,
+        progress=progress,
     )
 
 

@@ -1,5 +1,4 @@
-"""What a snapshot says of its guest: device state, and where in its address space its blocks are.
-"""
+"""What a snapshot says of its guest: device state, and where in its address space its blocks are."""
 
 from __future__ import annotations
 
@@ -39,8 +38,11 @@ class Guest:
 
     @classmethod
     def of(
-        cls, snapshot: AnySnapshot, given: Sequence[GivenPlacement],
-        progress: Callable[[Progress], object] | None, max_ram_below_4g: int | None = None,
+        cls,
+        snapshot: AnySnapshot,
+        given: Sequence[GivenPlacement],
+        progress: Callable[[Progress], object] | None,
+        max_ram_below_4g: int | None = None,
         description: bytes | None = None,
     ) -> Guest:
         """Look; a classic stream takes its one pass for that. ``description`` is taken instead of
@@ -54,8 +56,7 @@ class Guest:
         try:
             devices = tuple(
                 decode_devices(
-                    snapshot.source, described_by(snapshot.stream, description),
-                    longest=_DEVICE_MAX,
+                    snapshot.source, described_by(snapshot.stream, description), longest=_DEVICE_MAX
                 )
             )
         except NotSupported as error:  # too much of it
@@ -63,10 +64,12 @@ class Guest:
             devices = ()
         blocks: dict[str, OpenedBlock] = {**snapshot.blocks}
         ranges = physical_map(
-            snapshot.machine, {name: block.length for name, block in blocks.items()},
+            snapshot.machine,
+            {name: block.length for name, block in blocks.items()},
             # A file without device state was written by a program of another kind than QEMU.
             devices if _has_devices(snapshot) else None,
-            given=given, acpi_tables=_acpi_tables(blocks.get(_ACPI_TABLES)),
+            given=given,
+            acpi_tables=_acpi_tables(blocks.get(_ACPI_TABLES)),
             max_ram_below_4g=max_ram_below_4g,
         )
         for one in ranges:

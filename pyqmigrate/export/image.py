@@ -106,17 +106,19 @@ def write_image(
     also SnapshotError when pages cannot be read."""
     snapshot.refuse_as_target(target)
     writer = _Writer(
-        snapshot, target, image, check_channels(channels),
-        choice(DirectIO, direct_io, "direct_io"), choice(Sparse, sparse, "sparse"),
+        snapshot,
+        target,
+        image,
+        check_channels(channels),
+        choice(DirectIO, direct_io, "direct_io"),
+        choice(Sparse, sparse, "sparse"),
     )
     try:
         job = Job(writer.channels, sum(area.length for area in image.areas), writer.run)
     except BaseException:
         writer.close()
         raise
-    report = replace(
-        job.wait(progress), ranges=guest.ranges, unplaced=guest.unplaced, cpus=cpus
-    )
+    report = replace(job.wait(progress), ranges=guest.ranges, unplaced=guest.unplaced, cpus=cpus)
     logger.info("exported %s: %s", snapshot.source.name, report)
     return report
 
@@ -125,8 +127,13 @@ class _Writer:
     """An image being written. It owns what it opens until :meth:`run` ends."""
 
     def __init__(
-        self, snapshot: AnySnapshot, target: Target, image: Image, channels: int,
-        direct_io: DirectIO, sparse: Sparse,
+        self,
+        snapshot: AnySnapshot,
+        target: Target,
+        image: Image,
+        channels: int,
+        direct_io: DirectIO,
+        sparse: Sparse,
     ) -> None:
         self.started = time.monotonic()
         self.snapshot = snapshot
@@ -189,8 +196,7 @@ class _Writer:
             )
         if need > free:
             raise NoSpace(
-                f"the export needs {need >> 20} MiB and {free >> 20} MiB are free",
-                self.target.name,
+                f"the export needs {need >> 20} MiB and {free >> 20} MiB are free", self.target.name
             )
 
     def _pass(self, channels: Channels, file: Any) -> None:
@@ -206,15 +212,22 @@ class _Writer:
         ]
 
         def move(channel: Any, item: Range, fault: Any) -> int:
-            return int(_core.lib.qm_write(
-                channels.core, channel, *common[item.block], item.first, item.npages, fault
-            ))
+            return int(
+                _core.lib.qm_write(
+                    channels.core, channel, *common[item.block], item.first, item.npages, fault
+                )
+            )
 
         try:
             channels.run(
-                (item for n, layout in enumerate(layouts)
-                 for item in cut(n, layout.num_pages, layout.page_size)),
-                move, self.target.name, names,
+                (
+                    item
+                    for n, layout in enumerate(layouts)
+                    for item in cut(n, layout.num_pages, layout.page_size)
+                ),
+                move,
+                self.target.name,
+                names,
             )
             # Every direct write has returned: now what shares a file block with none of them.
             fault = _core.ffi.new("struct qm_fault *")
@@ -232,7 +245,9 @@ class _Writer:
     def _report(self) -> ImageReport:
         totals = self.channels.totals()
         return ImageReport(
-            ranges=(), unplaced=(), cpus=0,
+            ranges=(),
+            unplaced=(),
+            cpus=0,
             data_pages=totals.data_pages,
             zero_pages=totals.zero_pages,
             bytes_written=totals.bytes_moved,

@@ -68,10 +68,14 @@ def image_header(
     if image_format is not None:
         chosen = _FORMATS[image_format]
     running = _was_running(snapshot)
-    return ImageHeader(replace(
-        old, complete=True, format=chosen,
-        was_running=old.was_running if running is None else running,
-    ))
+    return ImageHeader(
+        replace(
+            old,
+            complete=True,
+            format=chosen,
+            was_running=old.was_running if running is None else running,
+        )
+    )
 
 
 def _was_running(snapshot: AnySnapshot) -> bool | None:

@@ -55,6 +55,13 @@ def write_lime(
         areas.append(Area(snapshot.blocks[one.block], one.offset, one.length, at))
         at += one.length
     return write_image(
-        snapshot, target, guest, Image(areas, at, lambda: headers, _UNALIGNED), cpus=0,
-        channels=channels, direct_io=DirectIO.OFF, sparse=sparse, progress=progress,
+        snapshot,
+        target,
+        guest,
+        Image(areas, at, lambda: headers, _UNALIGNED),
+        cpus=0,
+        channels=channels,
+        direct_io=DirectIO.OFF,
+        sparse=sparse,
+        progress=progress,
     )

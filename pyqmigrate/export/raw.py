@@ -241,19 +241,28 @@ def _free_bytes(fd: int) -> int:
 
 
 def _load(
-    snapshot: Snapshot, wanted: Sequence[OpenedBlock], room: _Room, channels: int,
-    direct_io: DirectIO, progress: Callable[[Progress], object] | None,
+    snapshot: Snapshot,
+    wanted: Sequence[OpenedBlock],
+    room: _Room,
+    channels: int,
+    direct_io: DirectIO,
+    progress: Callable[[Progress], object] | None,
 ) -> tuple[list[_NewFile], tuple[RawBlock, ...]]:
     _check_space(room, wanted)
     files = {
         block.name: room.new(raw_name(block.name), block.length)
-        for block in wanted if not block.external
+        for block in wanted
+        if not block.external
     }
     if files:
         try:
             snapshot.load(
-                {name: FileMemory(file.fd) for name, file in files.items()}, blocks=[*files],
-                channels=channels, direct_io=direct_io, clear=Clear.LEAVE, progress=progress,
+                {name: FileMemory(file.fd) for name, file in files.items()},
+                blocks=[*files],
+                channels=channels,
+                direct_io=direct_io,
+                clear=Clear.LEAVE,
+                progress=progress,
             )
         except GuestMemoryError as error:
             # This memory is a file of ours.
@@ -264,8 +273,14 @@ def _load(
 
 
 def _place(
-    snapshot: ClassicSnapshot, wanted: Sequence[OpenedBlock], room: _Room, channels: int,
-    direct_io: DirectIO, progress: Callable[[Progress], object] | None, *, named: bool,
+    snapshot: ClassicSnapshot,
+    wanted: Sequence[OpenedBlock],
+    room: _Room,
+    channels: int,
+    direct_io: DirectIO,
+    progress: Callable[[Progress], object] | None,
+    *,
+    named: bool,
 ) -> tuple[list[_NewFile], tuple[RawBlock, ...]]:
     """A classic stream, in one pass; ``named``: every block was asked for by its name."""
     files, places = {}, {}
@@ -276,13 +291,17 @@ def _place(
         direct = file.open_direct(direct_io, block.length, room.stack)
         places[block.name] = Place(file.fd, direct, 0, bitmap)
     work = StagedPass(
-        snapshot.source, Channels(channels, "pyqmigrate-unpack"), Sparse.EXACT.core(), room.path,
+        snapshot.source,
+        Channels(channels, "pyqmigrate-unpack"),
+        Sparse.EXACT.core(),
+        room.path,
         page_size=snapshot.page_size,
     )
     total = sum(block.length for block in wanted)
     stream = Job(work.reading, total, lambda: work.run(places)).wait(progress)
     here = {
-        name: file for name, file in files.items()
+        name: file
+        for name, file in files.items()
         if name in work.mentioned or not stream.ignore_shared
     }
     if named and len(here) < len(files):

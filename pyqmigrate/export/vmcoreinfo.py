@@ -40,8 +40,10 @@ class VmcoreinfoSearch:
         watch.step, watch.found = _PAGE, _NOWHERE
         self._watches[block.name] = watch
         return replace(
-            memory, fill=_core.ffi.addressof(_core.lib, "qm_search_fill"),
-            next=_core.ffi.addressof(_core.lib, "qm_search_next"), argument=watch,
+            memory,
+            fill=_core.ffi.addressof(_core.lib, "qm_search_fill"),
+            next=_core.ffi.addressof(_core.lib, "qm_search_next"),
+            argument=watch,
             kept=(memory, self._head, self._mask),
         )
 

@@ -70,9 +70,7 @@ _OTHERS = (
     (b"\0\0\xaa\xaa\x84\x19\x10\x07", "a snapshot of Firecracker"),
 )
 _ARCHIVES = ((b"PK\x03\x04", "a zip archive"), (b"7z\xbc\xaf\x27\x1c", "a 7z archive"))
-_OURS = (
-    (b"qmindex", "the index of a snapshot", "Give the snapshot itself; this is for --index"),
-)
+_OURS = ((b"qmindex", "the index of a snapshot", "Give the snapshot itself; this is for --index"),)
 
 
 def recognize(source: ByteSource, offset: int = 0) -> Foreign | None:

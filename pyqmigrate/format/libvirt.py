@@ -136,8 +136,12 @@ def encode_header(header: LibvirtHeader) -> bytes:
         raise ValueError(f"{len(data)} bytes of XML do not fit before {header.stream_offset:#x}")
     numbers = struct.pack(
         _prefix(header.byte_order) + _NUMBERS,
-        header.version, length, header.was_running, header.format, len(xml) + 1 if cookie else 0,
-    )  # fmt: skip
+        header.version,
+        length,
+        header.was_running,
+        header.format,
+        len(xml) + 1 if cookie else 0,
+    )
     head = (_COMPLETE if header.complete else _PARTIAL) + numbers
     return head.ljust(_LENGTH, b"\0") + data.ljust(length, b"\0")
 

@@ -9,9 +9,15 @@ import struct
 from typing import NamedTuple
 
 __all__ = [
-    "BACKING_MAX", "EXTENSIONS_MAX", "HEADER_SIZE", "SIZE_MAX", "Header", "backing_format",
-    "decode_header", "encode_overlay",
-]  # fmt: skip
+    "BACKING_MAX",
+    "EXTENSIONS_MAX",
+    "HEADER_SIZE",
+    "SIZE_MAX",
+    "Header",
+    "backing_format",
+    "decode_header",
+    "encode_overlay",
+]
 
 MAGIC = b"QFI\xfb"
 # magic, version, backing_file_offset, backing_file_size, cluster_bits, size, crypt_method,
@@ -97,13 +103,22 @@ def encode_overlay(size: int, backing: bytes, backing_format: str) -> list[tuple
     used = 3 + l1_clusters
     kind = backing_format.encode("ascii")
     padded = kind.ljust(-(-len(kind) // 8) * 8, b"\0")
-    extensions = (
-        _EXTENSION.pack(_BACKING_FORMAT, len(kind)) + padded + _EXTENSION.pack(_END, 0)
-    )
+    extensions = _EXTENSION.pack(_BACKING_FORMAT, len(kind)) + padded + _EXTENSION.pack(_END, 0)
     place = HEADER_SIZE + len(extensions)
     header = _HEADER.pack(
-        MAGIC, 3, place, len(backing), _CLUSTER_BITS, size, 0, entries, 3 * _CLUSTER,
-        _CLUSTER, 1, 0, 0,
+        MAGIC,
+        3,
+        place,
+        len(backing),
+        _CLUSTER_BITS,
+        size,
+        0,
+        entries,
+        3 * _CLUSTER,
+        _CLUSTER,
+        1,
+        0,
+        0,
     ) + _VERSION_3.pack(0, 0, 0, _REFCOUNT_ORDER, HEADER_SIZE)
     return [
         (0, header + extensions + backing),

@@ -42,8 +42,17 @@ from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data, digest_of_all
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, PAGE_SIZES, BlockLayout, ByteOrder
 
-__all__ = ["HEAD_MAX", "PIECE", "SEALED_MAX", "SUFFIX", "SealHead", "SealLine",
-           "bitmap_places", "count_pieces", "is_seal"]
+__all__ = [
+    "HEAD_MAX",
+    "PIECE",
+    "SEALED_MAX",
+    "SUFFIX",
+    "SealHead",
+    "SealLine",
+    "bitmap_places",
+    "count_pieces",
+    "is_seal",
+]
 
 SUFFIX = ".seal"
 PIECE = 1 << 20  # bytes of the file that have one digest
@@ -90,19 +99,27 @@ class SealHead:
     def encode(self, digests: Data) -> bytes:
         """The line, with its newline, for these digests."""
         head = {
-            "format": _FORMAT, "version": _VERSION, "algorithm": str(self.algorithm),
-            "piece": PIECE, "size": self.size, "mtime_ns": self.mtime_ns,
-            "clear_pages_zero": self.clear_pages_zero, "offset": self.offset,
+            "format": _FORMAT,
+            "version": _VERSION,
+            "algorithm": str(self.algorithm),
+            "piece": PIECE,
+            "size": self.size,
+            "mtime_ns": self.mtime_ns,
+            "clear_pages_zero": self.clear_pages_zero,
+            "offset": self.offset,
             "bitmap_order": self.bitmap_order,
             "blocks": [
                 {
-                    "name": block.name, "length": block.length, "page_size": block.page_size,
-                    "header": block.header_offset, "bitmap": block.bitmap_offset,
+                    "name": block.name,
+                    "length": block.length,
+                    "page_size": block.page_size,
+                    "header": block.header_offset,
+                    "bitmap": block.bitmap_offset,
                     "pages": block.pages_offset,
                 }
                 for block in self.blocks
             ],
-        }  # fmt: skip
+        }
         front = json.dumps(head).encode("ascii")[:-1]
         line = front + _end(digest_of_all(self.algorithm, [digests, front]))
         return line if len(line) <= HEAD_MAX else replace(self, blocks=()).encode(digests)
@@ -156,10 +173,16 @@ class SealLine:
         _check_places(layouts, offset)
         return cls(
             SealHead(
-                algorithm, size, _number(head, "mtime_ns", negative=True), clear, offset, layouts,
+                algorithm,
+                size,
+                _number(head, "mtime_ns", negative=True),
+                clear,
+                offset,
+                layouts,
                 order,
             ),
-            digest, line[: -len(_end(digest))],
+            digest,
+            line[: -len(_end(digest))],
         )
 
     def check(self, digests: Iterable[Data]) -> None:
@@ -177,8 +200,12 @@ def _block(value: Any) -> BlockLayout:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise _fault("the seal lists a block without a name")
     block = BlockLayout(
-        value["name"], _number(value, "length"), _number(value, "page_size"),
-        _number(value, "header"), _number(value, "bitmap"), _number(value, "pages"),
+        value["name"],
+        _number(value, "length"),
+        _number(value, "page_size"),
+        _number(value, "header"),
+        _number(value, "bitmap"),
+        _number(value, "pages"),
     )
     if block.page_size not in PAGE_SIZES:
         raise _fault(f"the seal lists a block with pages of {block.page_size} bytes")
@@ -203,7 +230,8 @@ def bitmap_places(blocks: Sequence[BlockLayout]) -> list[tuple[int, int, int]]:
     """Where the bitmaps are, ``[start, end)``, and the number of the block; in order."""
     return sorted(
         (block.bitmap_offset, block.bitmap_offset + (block.num_pages + 7) // 8, number)
-        for number, block in enumerate(blocks) if not block.external
+        for number, block in enumerate(blocks)
+        if not block.external
     )
 
 

@@ -70,9 +70,12 @@ class Damage:
     def data(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "mib": self.offset // PIECE, "offset": self.offset, "length": self.length,
-            "why": self.why, "parts": [vars(part) for part in self.parts],
-        }  # fmt: skip
+            "mib": self.offset // PIECE,
+            "offset": self.offset,
+            "length": self.length,
+            "why": self.why,
+            "parts": [vars(part) for part in self.parts],
+        }
 
 
 def parts_of(
@@ -130,7 +133,11 @@ def _bitmap(block: BlockLayout, start: int, end: int) -> Iterator[Part]:
 
 
 def _pages(
-    block: BlockLayout, start: int, end: int, intact: Callable[[int, int], bool], fd: int,
+    block: BlockLayout,
+    start: int,
+    end: int,
+    intact: Callable[[int, int], bool],
+    fd: int,
     order: ByteOrder,
 ) -> Iterator[Part]:
     at, page = block.pages_offset, block.page_size

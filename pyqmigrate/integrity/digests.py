@@ -22,12 +22,7 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.errors import SnapshotError, TargetError
-from pyqmigrate.format.digest import (
-    DIGEST_SIZE,
-    Algorithm,
-    digester,
-    zero_digest,
-)
+from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, digester, zero_digest
 from pyqmigrate.format.seal import PIECE, SealHead, count_pieces
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.integrity.manifest import Manifest
@@ -90,8 +85,13 @@ class Digests:
         return file
 
     def seal(
-        self, mtime_ns: int, offset: int, blocks: tuple[BlockLayout, ...], *,
-        clear_pages_zero: bool, bitmap_order: ByteOrder = "little",
+        self,
+        mtime_ns: int,
+        offset: int,
+        blocks: tuple[BlockLayout, ...],
+        *,
+        clear_pages_zero: bool,
+        bitmap_order: ByteOrder = "little",
     ) -> Manifest:
         """All digests, which must be known, as a manifest; arguments as its head has them."""
         if 0 in self._known:
@@ -167,9 +167,9 @@ class Digests:
         return end if at == limit else at // PIECE
 
     def _set_zero(self, first: int, end: int) -> None:
-        self._table[first * DIGEST_SIZE : end * DIGEST_SIZE] = (
-            zero_digest(self.algorithm, PIECE) * (end - first)
-        )
+        self._table[first * DIGEST_SIZE : end * DIGEST_SIZE] = zero_digest(
+            self.algorithm, PIECE
+        ) * (end - first)
         if end * PIECE > self.size:
             self._table[(end - 1) * DIGEST_SIZE :] = zero_digest(
                 self.algorithm, self.size - (end - 1) * PIECE
@@ -245,5 +245,3 @@ def _read(
         if got == 0:
             raise SnapshotError("the file has become shorter", offset=at + have)
         have += got
-
-

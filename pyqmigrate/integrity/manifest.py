@@ -80,9 +80,7 @@ def read_manifest(
         os.close(fd)
 
 
-def _read(
-    fd: int, limit: int | None, wanted: Callable[[SealHead], bool] | None
-) -> Manifest | None:
+def _read(fd: int, limit: int | None, wanted: Callable[[SealHead], bool] | None) -> Manifest | None:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         raise SnapshotError("the seal is not a regular file", field="seal")

@@ -43,6 +43,9 @@ class SaveSeal(Digests):
         if self._head is None:
             raise ValueError("the file has not been published")
         return self.seal(
-            mtime_ns, self._head.pieces[0].offset, self._head.blocks, clear_pages_zero=True,
+            mtime_ns,
+            self._head.pieces[0].offset,
+            self._head.blocks,
+            clear_pages_zero=True,
             bitmap_order=sys.byteorder,
         )

@@ -116,11 +116,17 @@ class SealCheck:
     def data(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "path": self.seal, "algorithm": str(self.algorithm), "sealed_size": self.size,
-            "intact": self.intact, "damages": [damage.data() for damage in self.damages],
-            "notes": [*self.notes], "bytes_read": self.bytes_read, "seconds": self.seconds,
-            "direct_io": self.direct_io, "direct_io_reason": self.direct_io_reason,
-        }  # fmt: skip
+            "path": self.seal,
+            "algorithm": str(self.algorithm),
+            "sealed_size": self.size,
+            "intact": self.intact,
+            "damages": [damage.data() for damage in self.damages],
+            "notes": [*self.notes],
+            "bytes_read": self.bytes_read,
+            "seconds": self.seconds,
+            "direct_io": self.direct_io,
+            "direct_io_reason": self.direct_io_reason,
+        }
 
     def raise_if_damaged(self) -> None:
         """SnapshotError for the first damage, which says how many there are."""
@@ -129,27 +135,43 @@ class SealCheck:
             more = f", and {len(self.damages) - 1} more" if len(self.damages) > 1 else ""
             raise SnapshotError(
                 f"the file is not what was sealed: {first}{more}",
-                offset=first.offset, block=first.block,
+                offset=first.offset,
+                block=first.block,
             )
 
 
 def seal(
-    snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 4,
+    snapshot: Named,
+    *,
+    algorithm: Algorithm | str = Algorithm.XXH3_128,
+    offset: int | None = None,
+    page_size: int | None = None,
+    bitmap_order: ByteOrder | None = None,
+    channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealReport:
     """Make a finished snapshot durable and verifiable, and wait; see :func:`start_seal`."""
     check_callback("progress", progress)
     return start_seal(
-        snapshot, algorithm=algorithm, offset=offset, page_size=page_size,
-        bitmap_order=bitmap_order, channels=channels, direct_io=direct_io,
+        snapshot,
+        algorithm=algorithm,
+        offset=offset,
+        page_size=page_size,
+        bitmap_order=bitmap_order,
+        channels=channels,
+        direct_io=direct_io,
     ).wait(progress)
 
 
 def start_seal(
-    snapshot: Named, *, algorithm: Algorithm | str = Algorithm.XXH3_128, offset: int | None = None,
-    page_size: int | None = None, bitmap_order: ByteOrder | None = None, channels: int = 4,
+    snapshot: Named,
+    *,
+    algorithm: Algorithm | str = Algorithm.XXH3_128,
+    offset: int | None = None,
+    page_size: int | None = None,
+    bitmap_order: ByteOrder | None = None,
+    channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealReport]:
     """Begin to seal a snapshot of any kind; returns at once.
@@ -189,8 +211,13 @@ def start_seal(
         place = check_place(seal_path(source.name))
         refuse_in_use(place, files_in_use([(source.fd, "the snapshot that is to be sealed")]))
         work = _Sealing(
-            source, place, page_size, bitmap_order, Digests(chosen),
-            Channels(count, "pyqmigrate-seal"), setting,
+            source,
+            place,
+            page_size,
+            bitmap_order,
+            Digests(chosen),
+            Channels(count, "pyqmigrate-seal"),
+            setting,
         )
         return Job(work.channels, source.size, work.run)
     except BaseException:
@@ -237,14 +264,26 @@ class _Sealing:
             source.close_direct(direct)
         self._check_unchanged(before)
         manifest = digests.seal(
-            before.st_mtime_ns, start, blocks or (), clear_pages_zero=blocks is not None,
+            before.st_mtime_ns,
+            start,
+            blocks or (),
+            clear_pages_zero=blocks is not None,
             bitmap_order=order or "little",
         )
         write_manifest(self.place, manifest)
         return SealReport(
-            source.name, str(self.place), digests.algorithm, before.st_size, digests.bytes_read,
-            blocks is not None, cleared, time.monotonic() - started, direct is not None, reason,
-            self.channels.count, order,
+            source.name,
+            str(self.place),
+            digests.algorithm,
+            before.st_size,
+            digests.bytes_read,
+            blocks is not None,
+            cleared,
+            time.monotonic() - started,
+            direct is not None,
+            reason,
+            self.channels.count,
+            order,
         )
 
     def _prepare(
@@ -267,7 +306,9 @@ class _Sealing:
                     self._check_order(snapshot, sum(stale.values()))
                 self._clear(snapshot, stale, before, channels)
             return (
-                sum(stale.values()), snapshot.offset, snapshot.stream.blocks,
+                sum(stale.values()),
+                snapshot.offset,
+                snapshot.stream.blocks,
                 snapshot.bitmap_order,
             )
 
@@ -294,8 +335,7 @@ class _Sealing:
             )
 
     def _clear(
-        self, snapshot: Snapshot, stale: dict[str, int], before: os.stat_result,
-        channels: Channels,
+        self, snapshot: Snapshot, stale: dict[str, int], before: os.stat_result, channels: Channels
     ) -> None:
         """Make the pages holes. The file has to be what it was ``before`` its bitmaps were read: a
         writer that takes no lock, such as QEMU, may have come since, and pages of a new snapshot
@@ -312,7 +352,8 @@ class _Sealing:
             os.close(fd)
         if os.fstat(self.source.fd).st_size != before.st_size:
             raise TargetError(
-                errno.EBUSY, "was written to while pages were cleared in it, and may be damaged",
+                errno.EBUSY,
+                "was written to while pages were cleared in it, and may be damaged",
                 self.source.name,
             )
 
@@ -374,7 +415,10 @@ def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
 
 
 def verify_seal(
-    snapshot: Named, *, page_size: int | None = None, channels: int = 4,
+    snapshot: Named,
+    *,
+    page_size: int | None = None,
+    channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealCheck | None:
@@ -385,7 +429,10 @@ def verify_seal(
 
 
 def start_verify(
-    snapshot: Named, *, page_size: int | None = None, channels: int = 4,
+    snapshot: Named,
+    *,
+    page_size: int | None = None,
+    channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealCheck] | None:
     """Begin to compare every byte of a file with its seal; None where it has none.
@@ -457,9 +504,16 @@ class _Checking:
         elif info.st_mtime_ns != manifest.head.mtime_ns:
             notes.append("the file has another time of modification than when it was sealed")
         return SealCheck(
-            str(self.path), manifest.algorithm, manifest.size, damages, tuple(notes),
-            manifest.clear_pages_zero, digests.bytes_read, time.monotonic() - started,
-            direct is not None, reason,
+            str(self.path),
+            manifest.algorithm,
+            manifest.size,
+            damages,
+            tuple(notes),
+            manifest.clear_pages_zero,
+            digests.bytes_read,
+            time.monotonic() - started,
+            direct is not None,
+            reason,
         )
 
     def _in_stream(self, damages: tuple[Damage, ...]) -> tuple[tuple[Damage, ...], str]:
@@ -511,7 +565,9 @@ class _Checking:
             yield Damage(start, end - start, "not what was sealed", parts(start, end))
         if size < sealed:
             yield Damage(
-                size, sealed - size, f"missing: the file had {sealed} bytes and has {size}",
+                size,
+                sealed - size,
+                f"missing: the file had {sealed} bytes and has {size}",
                 parts(size, sealed),
             )
         if size > sealed:

@@ -46,7 +46,8 @@ def _pages(name: str, core: Any, npages: int, start: int, end: int) -> Iterator[
         told += 1
         first, held, stop = page, 0, page
         while page < npages and (
-            told == _PARTS_MAX or page == stop
+            told == _PARTS_MAX
+            or page == stop
             or (_core.lib.qm_index_run(core, stop, page, data) == page and not data[0])
         ):
             held, stop = held + 1, page + 1

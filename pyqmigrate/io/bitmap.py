@@ -82,9 +82,7 @@ class Bitmap:
         UsageError unless there is a byte for every eight pages; bits past the end are dropped.
         """
         if len(data) < (self.npages + 7) // 8:
-            raise UsageError(
-                f"a bitmap of {len(data)} bytes is given for {self.npages} pages"
-            )
+            raise UsageError(f"a bitmap of {len(data)} bytes is given for {self.npages} pages")
         self._memory[: self.nbytes] = bytes(data[: self.nbytes]).ljust(self.nbytes, b"\0")
         if sys.byteorder != "little":
             self._swap()
@@ -190,7 +188,9 @@ class Bitmap:
         except (OSError, OverflowError, ValueError) as error:
             raise SnapshotError(
                 f"a bitmap of {layout.num_pages} pages cannot be held in memory: {error}",
-                offset=layout.bitmap_offset, block=layout.name, field="bitmap",
+                offset=layout.bitmap_offset,
+                block=layout.name,
+                field="bitmap",
             ) from error
         try:
             bitmap._read(source, layout)
@@ -238,14 +238,17 @@ class Bitmap:
             raise SnapshotError(
                 f"bits are set past page {self.npages}, the end of the block: damage, or the file"
                 " of a host of the other byte order (bitmap_order, --bitmap-order)",
-                offset=layout.bitmap_offset + word * 8, block=layout.name, field="bitmap",
+                offset=layout.bitmap_offset + word * 8,
+                block=layout.name,
+                field="bitmap",
             )
         last = self.last()
         if last >= 0 and layout.pages_offset + (last + 1) * layout.page_size > size:
             raise SnapshotError(
                 f"page {last} is marked as present, but the file ends at {size:#x}: truncated",
                 offset=layout.pages_offset + last * layout.page_size,
-                block=layout.name, field="pages",
+                block=layout.name,
+                field="pages",
             )
 
     def close(self) -> None:

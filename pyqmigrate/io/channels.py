@@ -149,7 +149,10 @@ class Channels:
         return totals
 
     def run(
-        self, ranges: Iterable[Range], move: Callable[[Any, Range, Any], int], target: str,
+        self,
+        ranges: Iterable[Range],
+        move: Callable[[Any, Range, Any], int],
+        target: str,
         block_names: list[str],
     ) -> None:
         """Work through ``ranges``; ``move(channel, range, fault)`` is one call into the core.
@@ -297,9 +300,7 @@ class Job(Generic[R]):
         )
 
     def result(
-        self,
-        timeout: float | None = None,
-        progress: Callable[[Progress], object] | None = None,
+        self, timeout: float | None = None, progress: Callable[[Progress], object] | None = None
     ) -> R:
         """Wait for the end and return the report, or raise what went wrong.
 

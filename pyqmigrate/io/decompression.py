@@ -42,9 +42,7 @@ def decompressed(source: InputTarget, compression: Compression, offset: int) -> 
         source.rewind()
         return _Output(_Compressed(source, offset), make, errors)
 
-    return PassingInput(
-        source.name, start, source.close, again=source.repeatable, beneath=source
-    )
+    return PassingInput(source.name, start, source.close, again=source.repeatable, beneath=source)
 
 
 _Make = Callable[["_Compressed"], _Reader]
@@ -59,6 +57,7 @@ def _library(
     if compression is Compression.BZIP2:
         return lambda below: _Members(below, bz2.BZ2Decompressor), ()
     if compression is Compression.XZ:
+
         def xz() -> lzma.LZMADecompressor:
             return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_WINDOW_MAX)
 
@@ -155,7 +154,12 @@ class _Output:
         self._below = below
         self._reader = make(below)
         self._errors: tuple[type[Exception], ...] = (
-            zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, *errors,
+            zlib.error,
+            lzma.LZMAError,
+            OSError,
+            EOFError,
+            ValueError,
+            *errors,
         )
 
     def __call__(self, length: int, stop: Callable[[], bool]) -> bytes:

@@ -22,8 +22,16 @@ from typing import NamedTuple, TypeAlias
 
 from pyqmigrate.errors import UsageError
 
-__all__ = ["Area", "FileId", "InUse", "Named", "files_in_areas", "files_in_use", "files_mapped",
-           "refuse_in_use"]
+__all__ = [
+    "Area",
+    "FileId",
+    "InUse",
+    "Named",
+    "files_in_areas",
+    "files_in_use",
+    "files_mapped",
+    "refuse_in_use",
+]
 
 Named: TypeAlias = str | os.PathLike[str] | int
 """A file by its path, or by a descriptor."""
@@ -114,8 +122,8 @@ def refuse_in_use(outputs: Iterable[Named] | Named, in_use: InUse) -> None:
     for output in (outputs,) if isinstance(outputs, str | os.PathLike | int) else outputs:
         for identity in _identities(output):
             if identity in in_use:
-                name = f"descriptor {output}" if isinstance(output, int) else repr(
-                    os.fspath(output)
+                name = (
+                    f"descriptor {output}" if isinstance(output, int) else repr(os.fspath(output))
                 )
                 raise UsageError(
                     f"{name} is {in_use[identity]}, which is in use and would be overwritten: "

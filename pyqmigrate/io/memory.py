@@ -88,9 +88,13 @@ class StoredMemory:
         part = _core.ffi.new("struct qm_slice *")
         part.fill, part.next, part.arg, part.offset = self.fill, self.next, self.argument, offset
         return StoredMemory(
-            length, min(length, self.extent_bytes), self.identity,
+            length,
+            min(length, self.extent_bytes),
+            self.identity,
             _core.ffi.addressof(_core.lib, "qm_slice_fill"),
-            _core.ffi.addressof(_core.lib, "qm_slice_next"), part, self,
+            _core.ffi.addressof(_core.lib, "qm_slice_next"),
+            part,
+            self,
         )
 
 
@@ -174,9 +178,7 @@ class Attached:
         self.core.fd = self._fd
         self.core.fd_offset = memory.offset
         seals = self._seals()
-        if length and seals is not None and (
-            writable or self._may_be_mapped(seals, memory.offset)
-        ):
+        if length and seals is not None and (writable or self._may_be_mapped(seals, memory.offset)):
             self._map(memory.offset, length, writable)
 
     def _attach_process(self, memory: ProcessMemory, writable: bool) -> None:

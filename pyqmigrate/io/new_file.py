@@ -76,7 +76,10 @@ class NewFile:
         with contextlib.suppress(FileNotFoundError):
             try:
                 os.link(
-                    self.name, old, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd,
+                    self.name,
+                    old,
+                    src_dir_fd=self._dir_fd,
+                    dst_dir_fd=self._dir_fd,
                     follow_symlinks=False,
                 )
             except OSError as error:

@@ -25,16 +25,26 @@ from pyqmigrate.errors import NotDurable, TargetError, UsageError, target_error
 from pyqmigrate.io.new_file import NewFile
 from pyqmigrate.io.place import check_name_fits, followed
 
-__all__ = ["FileKind", "check_is_file", "check_replaceable", "open_directory", "remove",
-           "write_whole"]
+__all__ = [
+    "FileKind",
+    "check_is_file",
+    "check_replaceable",
+    "open_directory",
+    "remove",
+    "write_whole",
+]
 
 _LOOKED_AT = 64  # bytes
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _NOT_OURS = (*_ABSENT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)  # a link, a socket
 _SPECIAL = {
-    stat.S_IFDIR: "a directory", stat.S_IFCHR: "a device", stat.S_IFBLK: "a block device",
-    stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a symbolic link",
-}  # fmt: skip
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+}
 
 
 @dataclass(frozen=True)
@@ -101,9 +111,7 @@ def remove(name: str, kind: FileKind, dir_fd: int | None = None) -> bool:
     return ours
 
 
-def _is_ours(
-    path: str | os.PathLike[str], kind: FileKind, dir_fd: int | None = None
-) -> bool:
+def _is_ours(path: str | os.PathLike[str], kind: FileKind, dir_fd: int | None = None) -> bool:
     # O_NONBLOCK: to open a FIFO must not wait for a writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     fd = os.open(path, flags, dir_fd=dir_fd)

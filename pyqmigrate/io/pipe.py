@@ -41,8 +41,13 @@ class PassingInput(InputTarget):
     passing = True
 
     def __init__(
-        self, name: str, start: Callable[[], Read], close: Callable[[], None], *,
-        again: bool = False, beneath: InputTarget | None = None,
+        self,
+        name: str,
+        start: Callable[[], Read],
+        close: Callable[[], None],
+        *,
+        again: bool = False,
+        beneath: InputTarget | None = None,
     ) -> None:
         self.name, self.offset = name, 0
         self.place = None if beneath is None else beneath.place
@@ -171,9 +176,7 @@ class PipeReader:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             if error.errno != errno.ENXIO or not Path(path).samefile("/dev/stdin"):
-                raise TargetError(
-                    error.errno or errno.EIO, "cannot open", path
-                ) from error
+                raise TargetError(error.errno or errno.EIO, "cannot open", path) from error
             self._fd = os.dup(0)  # a socket cannot be opened
 
     @staticmethod

@@ -62,7 +62,8 @@ def _read_link(path: Path, name: str) -> str | None:
             raise TargetError(
                 errno.EACCES,
                 f"the link {str(path)!r} belongs to another user (uid {link.st_uid}), in a "
-                "directory that all may write to, and is not followed; name the file itself", name,
+                "directory that all may write to, and is not followed; name the file itself",
+                name,
             )
         return os.readlink("", dir_fd=fd)
     except TargetError:

@@ -304,8 +304,14 @@ class OutputTarget:
 
     @classmethod
     def open(
-        cls, target: Target, direct_io: DirectIO, *, reuse: bool = False,
-        in_use: InUse | None = None, beside: Collection[Named] = (), mark: str | None = None,
+        cls,
+        target: Target,
+        direct_io: DirectIO,
+        *,
+        reuse: bool = False,
+        in_use: InUse | None = None,
+        beside: Collection[Named] = (),
+        mark: str | None = None,
         prefix: bytes = b"",
     ) -> OutputTarget:
         """Open the target and find out about direct I/O. ``prefix`` is what a new file has before
@@ -378,8 +384,10 @@ class OutputTarget:
             self._refuse_special(info.st_mode)
             if not self._changes_in_place and not _is_same(self.place, info):
                 raise TargetError(
-                    errno.ESTALE, "cannot be replaced: its links lead to another file than they "
-                    "name; name the file itself", self.name,
+                    errno.ESTALE,
+                    "cannot be replaced: its links lead to another file than they "
+                    "name; name the file itself",
+                    self.name,
                 )
         return True
 
@@ -395,8 +403,10 @@ class OutputTarget:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TargetError(
-                errno.EBUSY, "cannot be changed in place: a guest runs from it, or somebody writes "
-                "it; save to another name, which may replace this one", self.name,
+                errno.EBUSY,
+                "cannot be changed in place: a guest runs from it, or somebody writes "
+                "it; save to another name, which may replace this one",
+                self.name,
             ) from error
         except OSError:
             pass  # a file system without locks
@@ -519,8 +529,10 @@ class OutputTarget:
             if _is_same(self._path, os.fstat(self.fd), follow=True):
                 return
         raise TargetError(
-            errno.ESTALE, "was renamed, replaced or removed while it was written in place: what "
-            "was written is not under this name", self.name,
+            errno.ESTALE,
+            "was renamed, replaced or removed while it was written in place: what "
+            "was written is not under this name",
+            self.name,
         )
 
     def _check_links(self) -> None:
@@ -529,9 +541,7 @@ class OutputTarget:
         with self._refusing("cannot look at the links of"):
             # Where they lead to a file without a name (/proc/self/fd), nothing is at the place.
             if os.path.lexists(self.place) and not _is_same(self.place, os.fstat(self.fd)):
-                raise TargetError(
-                    errno.ESTALE, "was replaced while it was opened", self.name
-                )
+                raise TargetError(errno.ESTALE, "was replaced while it was opened", self.name)
 
     def _check_replaced(self, new: NewFile) -> None:
         """What has the name now may have come during the save."""
@@ -611,9 +621,7 @@ class InputTarget:
             self._given_direct = target.direct
             try:
                 # Looking for holes moves the position, and the caller's is not ours to move.
-                self.fd = os.open(
-                    f"/proc/self/fd/{target.buffered}", os.O_RDONLY | os.O_CLOEXEC
-                )
+                self.fd = os.open(f"/proc/self/fd/{target.buffered}", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
                 self.fd = fcntl.fcntl(target.buffered, fcntl.F_DUPFD_CLOEXEC, 3)
                 self.is_duplicate = True

@@ -117,9 +117,7 @@ class FdSets:
         a descriptor that is not open, EEXIST for one that a set owns already.
         """
         if fdset_id is not None and not 0 <= fdset_id <= _ID_MAX:
-            raise FdsetError(
-                errno.EINVAL, "Parameter 'fdset-id' expects a non-negative value"
-            )
+            raise FdsetError(errno.EINVAL, "Parameter 'fdset-id' expects a non-negative value")
         with self._lock:
             if self._closed:
                 raise FdsetError(errno.EINVAL, "these fdsets are closed")
@@ -189,7 +187,8 @@ class FdSets:
             except OSError as refused:
                 raise FdsetError(
                     refused.errno or errno.EINVAL,
-                    f"Failed to dup() given file descriptor fd={fd}", wanted,
+                    f"Failed to dup() given file descriptor fd={fd}",
+                    wanted,
                 ) from refused
             file = FdsetFile(self, number, duplicate, name)
             entry.loans.add(file)
@@ -323,7 +322,8 @@ def _matching_member(entry: _Set, wanted: int) -> int:
         except OSError as refused:
             raise FdsetError(
                 refused.errno or errno.EBADF,
-                f"Failed to read file status flags for fd={member.fd}", wanted,
+                f"Failed to read file status flags for fd={member.fd}",
+                wanted,
             ) from refused
         if flags & _MATCH == wanted & _MATCH:
             return member.fd

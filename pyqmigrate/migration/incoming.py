@@ -57,8 +57,13 @@ class Source:
         self._direct = effective_direct_io(capabilities, parameters)
         with contextlib.ExitStack() as stack:
             target = target_of(
-                address, Direction.LOAD, direct_io=self._direct, policy=policy, fdsets=fdsets,
-                take_fd=take_fd, resources=stack,
+                address,
+                Direction.LOAD,
+                direct_io=self._direct,
+                policy=policy,
+                fdsets=fdsets,
+                take_fd=take_fd,
+                resources=stack,
             )
             self._input = InputTarget(target)
             stack.callback(self._input.close)
@@ -116,7 +121,8 @@ class Source:
         self, stream: Stream, memories: Mapping[str, Memory]
     ) -> tuple[list[DeviceSection], LoadReport]:
         if (
-            self._policy.compat and not self._policy.qemu.external_blocks
+            self._policy.compat
+            and not self._policy.qemu.external_blocks
             and IGNORE_SHARED in stream.capabilities
         ):
             raise SnapshotError(
@@ -135,7 +141,9 @@ class Source:
                     chosen.append((layout, bitmap))
             several = self._capabilities.multifd
             job: Job[LoadReport] = start_load(
-                self._input, chosen, {layout.name: memories[layout.name] for layout, _ in chosen},
+                self._input,
+                chosen,
+                {layout.name: memories[layout.name] for layout, _ in chosen},
                 channels=self._parameters.multifd_channels if several else 1,
                 direct_io=DirectIO.ON if self._direct else DirectIO.OFF,
             )
@@ -153,12 +161,9 @@ class Source:
                     offset=section.offset,
                 )
             data = self._input.read_at(section.body_offset, section.body_length)
-            found.append(
-                DeviceSection(section.name, data, section.instance_id, section.version_id)
-            )
+            found.append(DeviceSection(section.name, data, section.instance_id, section.version_id))
         return found
 
     def close(self) -> None:
         """May be repeated."""
         self._resources.close()
-

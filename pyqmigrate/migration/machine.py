@@ -28,12 +28,7 @@ from pyqmigrate.migration.fdset import FdSets, is_fdset_name
 from pyqmigrate.migration.fdset_checks import Direction, check_fdset
 from pyqmigrate.migration.guest import Guest
 from pyqmigrate.migration.incoming import Source
-from pyqmigrate.migration.outgoing import (
-    Clock,
-    in_file,
-    open_writer,
-    selections,
-)
+from pyqmigrate.migration.outgoing import Clock, in_file, open_writer, selections
 from pyqmigrate.migration.target import TakeFd, opens_late
 from pyqmigrate.qapi.address import Address, Transport, parse_uri
 from pyqmigrate.qapi.capabilities import Capabilities
@@ -64,9 +59,7 @@ def _open_error(verb: str, address: Address, error: Exception) -> Exception:
     """A system's refusal of a path in QEMU's words; any other error as it is."""
     if not isinstance(error, TargetError) or error.errno is None:
         return error
-    return OpenError(
-        error.errno, f"Could not {verb} '{address.path}': {os.strerror(error.errno)}"
-    )
+    return OpenError(error.errno, f"Could not {verb} '{address.path}': {os.strerror(error.errno)}")
 
 
 class _SwitchoverInterrupted(Cancelled):
@@ -197,7 +190,12 @@ class Migration:
         if not status.running:
             return self._info
         return MigrationInfo(
-            status, self._error, self._statistics(), self._clock.running(), self._clock.setup, 0,
+            status,
+            self._error,
+            self._statistics(),
+            self._clock.running(),
+            self._clock.setup,
+            0,
             self._parameters.downtime_limit,
         )
 
@@ -234,8 +232,7 @@ class Migration:
             if self._status.running:
                 raise UsageError("There's a migration process in progress")
             self._capabilities = self._capabilities.merge(
-                changes, compressed_or_tls=self._parameters.compressed_or_tls,
-                policy=self._policy,
+                changes, compressed_or_tls=self._parameters.compressed_or_tls, policy=self._policy
             )
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
@@ -245,7 +242,9 @@ class Migration:
         """
         with self._lock:
             self._parameters = self._parameters.merge(
-                changes, capabilities=self._capabilities, policy=self._policy,
+                changes,
+                capabilities=self._capabilities,
+                policy=self._policy,
                 running=self._status.running,
             )
             if self._writer is not None:
@@ -268,8 +267,12 @@ class Migration:
         with self._starting:
             with self._lock:
                 rules.check_outgoing(
-                    address.transport, self._capabilities, self._parameters,
-                    status=self._status, run_state=self._run_state, resume=resume,
+                    address.transport,
+                    self._capabilities,
+                    self._parameters,
+                    status=self._status,
+                    run_state=self._run_state,
+                    resume=resume,
                 )
                 self._check_strictly(address, Direction.SAVE)
                 self._error = ""
@@ -305,9 +308,17 @@ class Migration:
         self, address: Address, take_fd: TakeFd, resources: contextlib.ExitStack
     ) -> StreamWriter:
         writer = open_writer(
-            address, self._blocks, self._capabilities, self._parameters, policy=self._policy,
-            fdsets=self._fdsets, take_fd=take_fd, machine=self._machine,
-            target_page_bits=self._target_page_bits, uuid=self._uuid, resources=resources,
+            address,
+            self._blocks,
+            self._capabilities,
+            self._parameters,
+            policy=self._policy,
+            fdsets=self._fdsets,
+            take_fd=take_fd,
+            machine=self._machine,
+            target_page_bits=self._target_page_bits,
+            uuid=self._uuid,
+            resources=resources,
         )
         resources.callback(writer.close)
         return writer
@@ -318,7 +329,9 @@ class Migration:
         rules.check_strictly(self._capabilities)
         if address.transport is Transport.FILE and is_fdset_name(address.path):
             check_fdset(
-                self._fdsets, address.path, direction,
+                self._fdsets,
+                address.path,
+                direction,
                 direct_io=rules.effective_direct_io(self._capabilities, self._parameters),
                 offset=address.offset,
             )
@@ -500,8 +513,13 @@ class Migration:
             if status is Status.COMPLETED:
                 self._run_state = RunState.POSTMIGRATE
             self._info = MigrationInfo(
-                status, self._error, statistics, self._clock.total, self._clock.setup,
-                self._clock.downtime, 0,
+                status,
+                self._error,
+                statistics,
+                self._clock.total,
+                self._clock.setup,
+                self._clock.downtime,
+                0,
             )
             self._writer = None
             self._thread = None
@@ -542,8 +560,7 @@ class Migration:
         rules.check_incoming(deferred=self._deferred, started=self._incoming_started)
 
     def migrate_incoming(
-        self, address: Address | str, *, exit_on_error: bool = True,
-        take_fd: TakeFd = _no_named_fd,
+        self, address: Address | str, *, exit_on_error: bool = True, take_fd: TakeFd = _no_named_fd
     ) -> None:
         """Begin to load from an address or URI; returns when the source is open.
 
@@ -556,15 +573,22 @@ class Migration:
             with self._lock:
                 self.check_incoming_allowed()
                 rules.check_incoming_transport(
-                    address.transport, self._capabilities, self._parameters,
+                    address.transport,
+                    self._capabilities,
+                    self._parameters,
                     status=self._incoming_status,
                 )
                 self._check_strictly(address, Direction.LOAD)
                 self._set_incoming(Status.SETUP)
             try:
                 source = Source(
-                    address, self._capabilities, self._parameters, policy=self._policy,
-                    fdsets=self._fdsets, take_fd=take_fd, uuid=self._uuid,
+                    address,
+                    self._capabilities,
+                    self._parameters,
+                    policy=self._policy,
+                    fdsets=self._fdsets,
+                    take_fd=take_fd,
+                    uuid=self._uuid,
                 )
             except (PyqmigrateError, OSError) as error:
                 if self._policy is Policy.STRICT:

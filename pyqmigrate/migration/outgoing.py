@@ -46,7 +46,12 @@ def open_writer(
     """
     direct = effective_direct_io(capabilities, parameters)
     target = target_of(
-        address, Direction.SAVE, direct_io=direct, policy=policy, fdsets=fdsets, take_fd=take_fd,
+        address,
+        Direction.SAVE,
+        direct_io=direct,
+        policy=policy,
+        fdsets=fdsets,
+        take_fd=take_fd,
         resources=resources,
     )
     told = uuid.bytes if uuid is not None and capabilities.validate_uuid else None
@@ -54,18 +59,27 @@ def open_writer(
     left_out = shared if capabilities.x_ignore_shared else None
     if not capabilities.mapped_ram:
         return SequentialWriter(
-            target, blocks, machine=machine, target_page_bits=target_page_bits, uuid=told,
-            left_out=left_out, max_bandwidth=parameters.max_bandwidth,
+            target,
+            blocks,
+            machine=machine,
+            target_page_bits=target_page_bits,
+            uuid=told,
+            left_out=left_out,
+            max_bandwidth=parameters.max_bandwidth,
         )
     all_pages = parameters.zero_page_detection is ZeroPageDetection.NONE
     return Writer(
-        target, blocks,
+        target,
+        blocks,
         direct_io=DirectIO.ON if direct else DirectIO.OFF,
         sparse=Sparse.DENSE if all_pages else Sparse.AUTO,
         mark_zero=all_pages,
         channels=parameters.multifd_channels if capabilities.multifd else 1,
-        machine=machine, target_page_bits=target_page_bits, uuid=told,
-        left_out=left_out, max_bandwidth=parameters.max_bandwidth,
+        machine=machine,
+        target_page_bits=target_page_bits,
+        uuid=told,
+        left_out=left_out,
+        max_bandwidth=parameters.max_bandwidth,
     )
 
 

@@ -73,9 +73,7 @@ def channels_shape(lacks: AbstractSet[str] = frozenset()) -> qapi.ListOf:
         "file": qapi.Struct({"filename": qapi.STR, "offset": qapi.UINT64}),
     }
     address = qapi.Struct({"transport": qapi.Words(tuple(transports))}, "transport", transports)
-    return qapi.ListOf(
-        qapi.Struct({"channel-type": qapi.Words(("main", "cpr")), "addr": address})
-    )
+    return qapi.ListOf(qapi.Struct({"channel-type": qapi.Words(("main", "cpr")), "addr": address}))
 
 
 _CHANNELS = channels_shape()
@@ -95,9 +93,11 @@ def parse_address(uri: str | None, channels: object = None, *, incoming: bool = 
     ``channels`` is the JSON list of migrate; an empty one counts as none. Raises UsageError
     with QEMU's text; a list without a main entry, which kills QEMU 10.0.2, is refused too.
     """
-    entries = [] if channels is None else qapi.Struct({"channels": _CHANNELS}).read(
-        {"channels": channels}
-    )["channels"]
+    entries = (
+        []
+        if channels is None
+        else qapi.Struct({"channels": _CHANNELS}).read({"channels": channels})["channels"]
+    )
     assert isinstance(entries, list)
     if (uri is None) == (not entries):
         raise UsageError("need either 'uri' or 'channels' argument")

@@ -84,8 +84,7 @@ class Capabilities:
         entries = shape.read({"capabilities": status})["capabilities"]
         assert isinstance(entries, list)
         changed = dataclasses.replace(
-            self,
-            **{entry["capability"].replace("-", "_"): entry["state"] for entry in entries},
+            self, **{entry["capability"].replace("-", "_"): entry["state"] for entry in entries}
         )
         changed._check(compressed_or_tls, policy.qemu)
         return changed

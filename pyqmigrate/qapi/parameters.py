@@ -158,8 +158,12 @@ class Parameters:
         for limit in _LIMITS_BEFORE:
             limit.check(values, qemu)
         if capabilities.mapped_ram and compared.compressed_or_tls:
-            advice = "" if compared is not self else (
-                ": leave multifd-compression none and tls-creds empty, or switch mapped-ram off"
+            advice = (
+                ""
+                if compared is not self
+                else (
+                    ": leave multifd-compression none and tls-creds empty, or switch mapped-ram off"
+                )
             )
             raise UsageError(
                 f"Mapped-ram only available for non-compressed non-TLS multifd migration{advice}"
@@ -329,7 +333,9 @@ _LIMITS_BEFORE = (
 _LIMITS_AFTER = (
     _between("x-vcpu-dirty-limit-period", 1, 1000),
     _Limit(
-        "vcpu-dirty-limit", lambda value, _: value >= 1, "",
+        "vcpu-dirty-limit",
+        lambda value, _: value >= 1,
+        "",
         "Parameter '{name}' must be greater than 1 MB/s",
     ),
     _Limit(

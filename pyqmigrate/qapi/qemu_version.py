@@ -76,8 +76,14 @@ QEMU_10_0 = QemuVersion(
     numbers=(10, 0, 2),
     lacks=frozenset(
         {
-            "cpr-exec", "cpr-exec-command", "x-rdma-chunk-size", "failing", "postcopy-device",
-            "keep-alive-count", "keep-alive-idle", "keep-alive-interval",
+            "cpr-exec",
+            "cpr-exec-command",
+            "x-rdma-chunk-size",
+            "failing",
+            "postcopy-device",
+            "keep-alive-count",
+            "keep-alive-idle",
+            "keep-alive-interval",
         }
     ),
     returns_str_or_null=False,

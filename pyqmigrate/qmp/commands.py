@@ -151,9 +151,7 @@ def _migrate_incoming(context: Context, arguments: dict[str, Any]) -> object:
     context.migration.check_incoming_allowed()
     address = parse_address(arguments.get("uri"), arguments.get("channels"), incoming=True)
     context.migration.migrate_incoming(
-        address,
-        exit_on_error=arguments.get("exit-on-error", True),
-        take_fd=context.names.take,
+        address, exit_on_error=arguments.get("exit-on-error", True), take_fd=context.names.take
     )
     return {}
 
@@ -208,9 +206,7 @@ def _query_schema(context: Context, _: dict[str, Any]) -> object:
 
 def _human_monitor_command(context: Context, arguments: dict[str, Any]) -> object:
     line = arguments["command-line"]
-    human = hmp.Human(
-        context.migration, context.names.take, context.quit, context.policy.qemu
-    )
+    human = hmp.Human(context.migration, context.names.take, context.quit, context.policy.qemu)
     return hmp.run(line, human)
 
 

@@ -234,11 +234,10 @@ def _all_flag(arguments: _Arguments, qemu: QemuVersion) -> bool:
 
 _COMMANDS = {
     "cont": _Entry("cont|c", _cont, help=" -- resume emulation"),
-    "help": _Entry(
-        "help|?", _help, (lambda a, _: a.rest_or_nothing(),), "[cmd] -- show the help"
-    ),
+    "help": _Entry("help|?", _help, (lambda a, _: a.rest_or_nothing(),), "[cmd] -- show the help"),
     "info": _Entry(
-        "info", lambda human: "",  # run() looks in _INFO instead
+        "info",
+        lambda human: "",  # run() looks in _INFO instead
         help="[subcommand] -- show various information about the system state",
     ),
     "migrate": _Entry(
@@ -248,41 +247,50 @@ _COMMANDS = {
         "[-d] [-r] uri -- migrate to URI (using -d to not wait for completion)\n"
         "\t\t\t -r to resume a paused postcopy migration",
     ),
-    "migrate_cancel": _Entry(
-        "migrate_cancel", _cancel, help=" -- cancel the current VM migration"
-    ),
+    "migrate_cancel": _Entry("migrate_cancel", _cancel, help=" -- cancel the current VM migration"),
     "migrate_set_capability": _Entry(
-        "migrate_set_capability", _set_capability, (_string, lambda a, _: a.on_or_off()),
+        "migrate_set_capability",
+        _set_capability,
+        (_string, lambda a, _: a.on_or_off()),
         "capability state -- Enable/Disable the usage of a capability for migration",
     ),
     "migrate_set_parameter": _Entry(
-        "migrate_set_parameter", _set_parameter, (_string, _value_text),
+        "migrate_set_parameter",
+        _set_parameter,
+        (_string, _value_text),
         "parameter value -- Set the parameter for migration",
     ),
     "quit": _Entry("quit|q", _quit, help=" -- quit the emulator"),
     "stop": _Entry("stop|s", _stop, help=" -- stop emulation"),
-}  # fmt: skip
+}
 _ALIASES = {"?": "help", "c": "cont", "q": "quit", "s": "stop"}
 _INFO = {
     "migrate": _Entry(
-        "migrate", _info_migrate, (_all_flag,),
-        " -- show migration status", "[-a] -- show migration status (-a: all, dump all status)",
+        "migrate",
+        _info_migrate,
+        (_all_flag,),
+        " -- show migration status",
+        "[-a] -- show migration status (-a: all, dump all status)",
     ),
     "migrate_capabilities": _Entry(
         "migrate_capabilities",
-        lambda human: render_capabilities(human.migration.capabilities, human.qemu), (),
+        lambda human: render_capabilities(human.migration.capabilities, human.qemu),
+        (),
         " -- show current migration capabilities",
     ),
     "migrate_parameters": _Entry(
         "migrate_parameters",
-        lambda human: render_parameters(human.migration.parameters, human.qemu), (),
+        lambda human: render_parameters(human.migration.parameters, human.qemu),
+        (),
         " -- show current migration parameters",
     ),
     "status": _Entry(
-        "status", lambda human: render_status(human.migration.run_state), (),
+        "status",
+        lambda human: render_status(human.migration.run_state),
+        (),
         " -- show the current VM status (running|paused)",
     ),
-}  # fmt: skip
+}
 
 _MEBIBYTES = {"max-bandwidth", "avail-switchover-bandwidth"}
 _NUMBERS = {
@@ -298,8 +306,13 @@ _NUMBERS = {
 }
 _BOOLS = {"cpu-throttle-tailslow", "direct-io"}
 _TEXTS = {
-    "mode", "multifd-compression", "tls-authz", "tls-creds", "tls-hostname", "zero-page-detection"
-}  # fmt: skip
+    "mode",
+    "multifd-compression",
+    "tls-authz",
+    "tls-creds",
+    "tls-hostname",
+    "zero-page-detection",
+}
 _NUMBER = re.compile(r"\s*([+-]?)(?:0[xX]([0-9a-fA-F]+)|0([0-7]*)|([1-9][0-9]*))", re.ASCII)
 _SIZE_HINT = (
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
@@ -342,7 +355,8 @@ def _command_words(text: str) -> list[str]:
     except ValueError:
         open_quote = _QUOTE_LEFT_OPEN.fullmatch(text)
         complaint = (
-            f"before matching quote was found for {open_quote[1] or open_quote[2]}." if open_quote
+            f"before matching quote was found for {open_quote[1] or open_quote[2]}."
+            if open_quote
             else "just after a “\\” character."
         )
         raise UsageError(f"Text ended {complaint} (The text was “{text}”)") from None

@@ -126,10 +126,7 @@ class JsonLexer:
         inside = max(token.start - self._position, 0)
         newline = self._data.rfind(b"\n", 0, inside)
         line_start = self._line_start if newline < 0 else self._position + newline + 1
-        return (
-            self._lines + self._data.count(b"\n", 0, inside) + 1,
-            token.start - line_start + 1,
-        )
+        return (self._lines + self._data.count(b"\n", 0, inside) + 1, token.start - line_start + 1)
 
     def _whole(self, data: bytes, at: int) -> tuple[int, Token] | None:
         """Take a token that the slice holds from end to end: the usual case, made fast."""

@@ -52,9 +52,7 @@ class _Schema:
             name, json_type = built_in
             if name not in self._built_in:
                 self._built_in.add(name)
-                self.entries.append(
-                    {"name": name, "meta-type": "builtin", "json-type": json_type}
-                )
+                self.entries.append({"name": name, "meta-type": "builtin", "json-type": json_type})
             return name
         if id(shape) not in self._names:
             self._kept.append(shape)
@@ -115,9 +113,7 @@ _INFO = qapi.Struct(
         ),
         "enum": qapi.Struct(
             {
-                "members": qapi.ListOf(
-                    qapi.Struct({"name": qapi.STR, "features": _FEATURES})
-                ),
+                "members": qapi.ListOf(qapi.Struct({"name": qapi.STR, "features": _FEATURES})),
                 "values": qapi.ListOf(qapi.STR),
             }
         ),
@@ -127,7 +123,9 @@ _INFO = qapi.Struct(
                 "members": qapi.ListOf(
                     qapi.Struct(
                         {
-                            "name": qapi.STR, "type": qapi.STR, "default": optional(qapi.ANY),
+                            "name": qapi.STR,
+                            "type": qapi.STR,
+                            "default": optional(qapi.ANY),
                             "features": _FEATURES,
                         }
                     )
@@ -144,17 +142,28 @@ _INFO = qapi.Struct(
         ),
         "event": qapi.Struct({"arg-type": qapi.STR}),
     },
-)  # fmt: skip
+)
 _RAM = qapi.Struct(
     {
-        "transferred": qapi.INT, "remaining": qapi.INT, "total": qapi.INT, "duplicate": qapi.INT,
-        "normal": qapi.INT, "normal-bytes": qapi.INT, "dirty-pages-rate": qapi.INT,
-        "mbps": qapi.NUMBER, "dirty-sync-count": qapi.INT, "postcopy-requests": qapi.INT,
-        "page-size": qapi.INT, "multifd-bytes": qapi.INT, "pages-per-second": qapi.INT,
-        "precopy-bytes": qapi.INT, "downtime-bytes": qapi.INT, "postcopy-bytes": qapi.INT,
+        "transferred": qapi.INT,
+        "remaining": qapi.INT,
+        "total": qapi.INT,
+        "duplicate": qapi.INT,
+        "normal": qapi.INT,
+        "normal-bytes": qapi.INT,
+        "dirty-pages-rate": qapi.INT,
+        "mbps": qapi.NUMBER,
+        "dirty-sync-count": qapi.INT,
+        "postcopy-requests": qapi.INT,
+        "page-size": qapi.INT,
+        "multifd-bytes": qapi.INT,
+        "pages-per-second": qapi.INT,
+        "precopy-bytes": qapi.INT,
+        "downtime-bytes": qapi.INT,
+        "postcopy-bytes": qapi.INT,
         "dirty-sync-missed-zero-copy": qapi.INT,
     }
-)  # fmt: skip
+)
 
 
 def _returned(qemu: QemuVersion) -> dict[str, qapi.Shape]:
@@ -198,9 +207,14 @@ def _parameters(qemu: QemuVersion) -> qapi.Struct:
 
 def _migration(qemu: QemuVersion) -> qapi.Struct:
     members: dict[str, qapi.Shape] = {
-        "status": _statuses(qemu), "ram": _RAM, "total-time": qapi.INT, "setup-time": qapi.INT,
-        "expected-downtime": qapi.INT, "downtime": qapi.INT, "error-desc": qapi.STR,
-    }  # fmt: skip
+        "status": _statuses(qemu),
+        "ram": _RAM,
+        "total-time": qapi.INT,
+        "setup-time": qapi.INT,
+        "expected-downtime": qapi.INT,
+        "downtime": qapi.INT,
+        "error-desc": qapi.STR,
+    }
     if qemu.total_remaining:
         members["remaining"] = qapi.INT
     return qapi.Struct({name: optional(shape) for name, shape in members.items()})
@@ -216,8 +230,6 @@ def _events(qemu: QemuVersion) -> dict[str, qapi.Struct]:
         "MIGRATION": qapi.Struct({"status": _statuses(qemu)}),
         "MIGRATION_PASS": qapi.Struct({"pass": qapi.INT}),
         "RESUME": _NOTHING,
-        "SHUTDOWN": qapi.Struct(
-            {"guest": qapi.BOOL, "reason": qapi.Words(("host-qmp-quit",))}
-        ),
+        "SHUTDOWN": qapi.Struct({"guest": qapi.BOOL, "reason": qapi.Words(("host-qmp-quit",))}),
         "STOP": _NOTHING,
     }

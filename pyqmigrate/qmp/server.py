@@ -169,7 +169,12 @@ class QmpServer:
     async def _serve(self, client: socket.socket) -> None:
         pending = PendingFds()
         context = Context(
-            self._migration, self._fdsets, self._names, pending, self._version, self._quit,
+            self._migration,
+            self._fdsets,
+            self._names,
+            pending,
+            self._version,
+            self._quit,
             self._policy,
         )
         session = Session(context, offered=self._offered)

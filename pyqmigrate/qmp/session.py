@@ -130,9 +130,7 @@ class Session:
         if call.out_of_band:
             raise _Refused(f"The command {call.command} does not support OOB")
         _negotiation(self._offered).read(call.arguments)
-        raise _Refused(
-            "Capabilities negotiation is already complete, command ignored", _NOT_FOUND
-        )
+        raise _Refused("Capabilities negotiation is already complete, command ignored", _NOT_FOUND)
 
 
 def _negotiation(offered: tuple[str, ...]) -> qapi.Struct:

@@ -19,27 +19,14 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_callback
-from pyqmigrate.errors import (
-    BlockMismatch,
-    NotSupported,
-    SnapshotError,
-    TargetError,
-    UsageError,
-)
+from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.compression import MAGIC_MAX, Compression
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.format.stream.wire import MAGIC, Stream
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
 from pyqmigrate.io.memory import Memory, StoredMemory
-from pyqmigrate.io.target import (
-    Descriptors,
-    DirectIO,
-    InputTarget,
-    Target,
-    seal_path,
-    target_path,
-)
+from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target, seal_path, target_path
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 
 if TYPE_CHECKING:
@@ -63,9 +50,7 @@ class Located:
     libvirt: LibvirtHeader | None = None
 
 
-def locate(
-    target: Target | Located, offset: int | None = None, *, piped: bool = False
-) -> Located:
+def locate(target: Target | Located, offset: int | None = None, *, piped: bool = False) -> Located:
     """Open a file and find out where its stream starts; whoever calls closes the source.
 
     target: a path, a ``file:`` URI or Descriptors (borrowed, open for reading).
@@ -217,7 +202,9 @@ def refused_read(number: int, source: InputTarget, block: str) -> Exception:
     if number == errno.ENODATA:
         return SnapshotError(
             "the file ends within a page that is marked as present: truncated",
-            offset=source.size, block=block, field="pages",
+            offset=source.size,
+            block=block,
+            field="pages",
         )
     if number == errno.EBADMSG:
         return SnapshotError("the change to a page does not fit it", block=block, field="xbzrle")

@@ -1,7 +1,7 @@
 """Open a snapshot of whichever kind: it is looked at, its name does not matter.
 
-    with open_snapshot("/var/lib/libvirt/save/guest") as snapshot:
-        print(snapshot.kind, snapshot.machine, snapshot.libvirt is not None)
+with open_snapshot("/var/lib/libvirt/save/guest") as snapshot:
+    print(snapshot.kind, snapshot.machine, snapshot.libvirt is not None)
 """
 
 from __future__ import annotations

@@ -110,21 +110,32 @@ def devices(
 
 
 def _decode_snapshot(
-    snapshot: AnySnapshot, name: str | None, section_id: int | None, description: bytes | None,
+    snapshot: AnySnapshot,
+    name: str | None,
+    section_id: int | None,
+    description: bytes | None,
     progress: Callable[[Progress], object] | None,
 ) -> Devices:
     if isinstance(snapshot, ClassicSnapshot):
         snapshot.read_through(progress)
     stream = snapshot.stream
     return _decode(
-        snapshot.source, described_by(stream, description), stream.machine, stream.opaque_tail,
-        name, section_id,
+        snapshot.source,
+        described_by(stream, description),
+        stream.machine,
+        stream.opaque_tail,
+        name,
+        section_id,
     )
 
 
 def _decode(
-    source: InputTarget, stream: DescribedStream, machine: str | None, opaque_tail: bool,
-    name: str | None, section_id: int | None,
+    source: InputTarget,
+    stream: DescribedStream,
+    machine: str | None,
+    opaque_tail: bool,
+    name: str | None,
+    section_id: int | None,
 ) -> Devices:
     found = tuple(decode_devices(source, stream, name=name, section_id=section_id))
     if not found and (name is not None or section_id is not None):
@@ -137,11 +148,10 @@ def _unknown(stream: DescribedStream, name: str | None, section_id: int | None) 
     wanted += [] if section_id is None else [f"the id {section_id}"]
     there = ", ".join(
         f"{section.section_id} {section.name!r}"
-        for section in stream.sections if section.kind is SectionKind.FULL
+        for section in stream.sections
+        if section.kind is SectionKind.FULL
     )
-    return UsageError(
-        f"no device section has {' and '.join(wanted)}; there are: {there or 'none'}"
-    )
+    return UsageError(f"no device section has {' and '.join(wanted)}; there are: {there or 'none'}")
 
 
 def _is_state_alone(source: InputTarget) -> bool:

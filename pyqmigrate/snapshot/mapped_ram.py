@@ -1,9 +1,9 @@
 """A finished file, opened for reading.
 
-    with Snapshot("/snap/guest.mapped") as snapshot:
-        print(snapshot.machine, snapshot.blocks["pc.ram"].length)
-        first_page = snapshot.blocks["pc.ram"].read(0, 4096)
-        snapshot.load({"pc.ram": buffer})
+with Snapshot("/snap/guest.mapped") as snapshot:
+    print(snapshot.machine, snapshot.blocks["pc.ram"].length)
+    first_page = snapshot.blocks["pc.ram"].read(0, 4096)
+    snapshot.load({"pc.ram": buffer})
 """
 
 from __future__ import annotations
@@ -87,9 +87,12 @@ class SnapshotBlock(OpenedBlock):
         mapped.pages_offset, mapped.page_size = self.pages_offset, self.page_size
         mapped.fd = self._snapshot.source.fd
         return StoredMemory(
-            self.length, self.data_pages * self.page_size, self._snapshot.identity,
+            self.length,
+            self.data_pages * self.page_size,
+            self._snapshot.identity,
             _core.ffi.addressof(_core.lib, "qm_mapped_fill"),
-            _core.ffi.addressof(_core.lib, "qm_mapped_next"), mapped,
+            _core.ffi.addressof(_core.lib, "qm_mapped_next"),
+            mapped,
         )
 
     def runs(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bool]]:
@@ -180,8 +183,7 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
         """
         if not self.stream.complete:
             raise SnapshotError(
-                "the end of the stream is missing: device state is cut off",
-                offset=self.stream.end,
+                "the end of the stream is missing: device state is cut off", offset=self.stream.end
             )
         for block in self.blocks.values():
             _ = block.bitmap
@@ -199,13 +201,20 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
         check_names("blocks", blocks)
         chosen = [block for block in self._known(blocks) if not block.external]
         given = {
-            name: memory for name, memory in memories.items()
+            name: memory
+            for name, memory in memories.items()
             if name not in self.blocks or not self.blocks[name].external
         }
-        return self._follow(start_load_blocks(
-            self.source, [(block.layout, block.bitmap) for block in chosen], given,
-            channels=channels, direct_io=direct_io, clear=clear,
-        ))
+        return self._follow(
+            start_load_blocks(
+                self.source,
+                [(block.layout, block.bitmap) for block in chosen],
+                given,
+                channels=channels,
+                direct_io=direct_io,
+                clear=clear,
+            )
+        )
 
     def _drop(self) -> None:
         for block in getattr(self, "blocks", {}).values():

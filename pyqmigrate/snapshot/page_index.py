@@ -114,13 +114,16 @@ def _pieces(index: PageIndex, source: InputTarget) -> Iterator[bytes]:
     """What follows the digest."""
     lists = {block.name: list(_runs(index, block)) for block in index.blocks}
     changes = {name: _changes(core) for name, core in index.cores.items()}
-    head = json.dumps({
-        **_identity(source), "page_size": index.page_size,
-        "bodies": [*index.bodies.items()],
-        "blocks": [
-            [b.name, b.length, len(changes[b.name]), len(lists[b.name])] for b in index.blocks
-        ],
-    }).encode()
+    head = json.dumps(
+        {
+            **_identity(source),
+            "page_size": index.page_size,
+            "bodies": [*index.bodies.items()],
+            "blocks": [
+                [b.name, b.length, len(changes[b.name]), len(lists[b.name])] for b in index.blocks
+            ],
+        }
+    ).encode()
     yield struct.pack("<I", len(head)) + head + _padding(head)
     for block in index.blocks:
         for change in changes[block.name]:
@@ -170,7 +173,9 @@ def _identity(source: InputTarget) -> dict[str, Any]:
     digest = hashlib.sha256(source.read_at(source.offset, _DIGESTED))
     digest.update(source.read_at(max(0, info.st_size - _DIGESTED), _DIGESTED))
     return {
-        "size": info.st_size, "mtime_ns": info.st_mtime_ns, "offset": source.offset,
+        "size": info.st_size,
+        "mtime_ns": info.st_mtime_ns,
+        "offset": source.offset,
         "digest": digest.hexdigest(),
     }
 
@@ -187,9 +192,7 @@ def recall(
             index = _read(source, file, os.fstat(file.fileno()).st_size, blocks, page_size)
             return None if file.read(1) else index
     # The digest keeps damage out, but the writer of the file can have made one for anything.
-    except (
-        OSError, ValueError, TypeError, KeyError, OverflowError, struct.error, RecursionError,
-    ):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, struct.error, RecursionError):
         return None
 
 
@@ -213,7 +216,10 @@ def _take(file: BinaryIO, length: int) -> bytes:
 
 
 def _read(
-    source: InputTarget, file: BinaryIO, size: int, blocks: Sequence[SequentialBlock],
+    source: InputTarget,
+    file: BinaryIO,
+    size: int,
+    blocks: Sequence[SequentialBlock],
     page_size: int,
 ) -> PageIndex:
     length = int.from_bytes(_take(file, 4), "little")

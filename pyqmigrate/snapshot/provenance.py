@@ -66,9 +66,7 @@ def _signs(snapshot: AnySnapshot) -> list[tuple[tuple[int, int], str]]:
     found = []
     version = _VERSIONED.search(stream.machine)
     if version:
-        found.append(
-            ((int(version[1]), int(version[2])), f"machine type {stream.machine}")
-        )
+        found.append(((int(version[1]), int(version[2])), f"machine type {stream.machine}"))
     if MAPPED_RAM in stream.capabilities:
         found.append(((9, 0), "mapped-ram"))
         if any(block.external for block in snapshot.blocks.values()):

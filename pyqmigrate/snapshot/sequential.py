@@ -88,9 +88,12 @@ class ClassicBlock(OpenedBlock):
         indexed.index = self._snapshot.page_index().cores[self.name]
         indexed.fd = self._snapshot.source.fd
         return StoredMemory(
-            self.length, self.data_pages * self.page_size, self._snapshot.identity,
+            self.length,
+            self.data_pages * self.page_size,
+            self._snapshot.identity,
             _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
-            _core.ffi.addressof(_core.lib, "qm_indexed_next"), indexed,
+            _core.ffi.addressof(_core.lib, "qm_indexed_next"),
+            indexed,
         )
 
     def runs(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bool]]:
@@ -143,7 +146,10 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
                 refuse_in_use(place, self.in_use())
                 self.index = place
             walk = SequentialWalk(
-                source, self.offset, _no_records, page_size=page_size,
+                source,
+                self.offset,
+                _no_records,
+                page_size=page_size,
                 run_out=source.run_out if isinstance(source, PassingInput) else None,
             )
             if self.index is not None and source.passing:
@@ -235,13 +241,16 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
 
     def _take(self, stream: SequentialStream, index: PageIndex) -> None:
         self._pages = index
-        self._walked = stream, {
-            name: _Counted(
-                bool(_core.lib.qm_index_next(core, 0) < self.blocks[name].num_pages),
-                int(_core.lib.qm_index_count(core)),
-            )
-            for name, core in index.cores.items()
-        }
+        self._walked = (
+            stream,
+            {
+                name: _Counted(
+                    bool(_core.lib.qm_index_next(core, 0) < self.blocks[name].num_pages),
+                    int(_core.lib.qm_index_count(core)),
+                )
+                for name, core in index.cores.items()
+            },
+        )
 
     def _walk(self, channels: Channels, read_records: Callable[[int], int]) -> SequentialStream:
         polled = PolledSource(self.source, channels)

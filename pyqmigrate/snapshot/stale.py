@@ -38,18 +38,14 @@ def find_stale(snapshot: Snapshot, channels: Channels) -> dict[str, int]:
     return found
 
 
-def clear_stale(
-    snapshot: Snapshot, fd: int, names: Collection[str], channels: Channels
-) -> None:
+def clear_stale(snapshot: Snapshot, fd: int, names: Collection[str], channels: Channels) -> None:
     """Make them holes in the blocks ``names``; ``fd`` is the file, open for writing, our own."""
     file = core_file(fd, None)
     for name in names:
         _each(snapshot.blocks[name], channels, _core.lib.qm_stale_punch, file)
 
 
-def _each(
-    block: SnapshotBlock, channels: Channels, function: Any, file: Any, *more: Any
-) -> None:
+def _each(block: SnapshotBlock, channels: Channels, function: Any, file: Any, *more: Any) -> None:
     """Call a function of the core for all of a block, range by range."""
     layout, bits = core_block(block.layout), block.bitmap
 

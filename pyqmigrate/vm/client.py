@@ -56,18 +56,31 @@ class Vm:
     ) -> VmSaveReport:
         """Save the guest; see :func:`pyqmigrate.vm.outgoing.save.save`."""
         return await save(
-            self.qmp, snapshot, engine=engine, live=live, then=then, channels=channels,
-            direct_io=direct_io, sparse=sparse, with_disks=with_disks, seal=seal,
-            describe=describe, set_time=set_time, guest_agent=guest_agent, progress=progress,
+            self.qmp,
+            snapshot,
+            engine=engine,
+            live=live,
+            then=then,
+            channels=channels,
+            direct_io=direct_io,
+            sparse=sparse,
+            with_disks=with_disks,
+            seal=seal,
+            describe=describe,
+            set_time=set_time,
+            guest_agent=guest_agent,
+            progress=progress,
         )
 
     async def check(
-        self, directory: str | os.PathLike[str] | None = None, *, engine: str = "auto",
-        live: bool = False, sparse: Sparse | str = Sparse.AUTO,
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        engine: str = "auto",
+        live: bool = False,
+        sparse: Sparse | str = Sparse.AUTO,
     ) -> CheckReport:
         """Say what a save into ``directory`` would do; see
         :func:`pyqmigrate.vm.plan.check.check`."""
         async with await Monitor.connect(self.qmp) as monitor:
-            return await check(
-                monitor, directory, engine=engine, live=live, sparse=sparse
-            )
+            return await check(monitor, directory, engine=engine, live=live, sparse=sparse)

@@ -51,9 +51,7 @@ class Vm:
         """As :meth:`pyqmigrate.vm.Vm.save`."""
         return _run("Vm.save", self._vm.save(snapshot, **options))
 
-    def check(
-        self, directory: str | os.PathLike[str] | None = None, **options: Any
-    ) -> CheckReport:
+    def check(self, directory: str | os.PathLike[str] | None = None, **options: Any) -> CheckReport:
         """As :meth:`pyqmigrate.vm.Vm.check`."""
         return _run("Vm.check", self._vm.check(directory, **options))
 
@@ -69,9 +67,7 @@ class RestoredVm:
     report: RestoreReport
 
 
-def restore(
-    snapshot: Target, command: Sequence[str] | None = None, **options: Any
-) -> RestoredVm:
+def restore(snapshot: Target, command: Sequence[str] | None = None, **options: Any) -> RestoredVm:
     """As :func:`pyqmigrate.vm.incoming.restore.restore`."""
 
     async def restored() -> RestoredVm:
@@ -102,8 +98,10 @@ def clone(
         await _hang_up([one.vm for one in clones if one.vm is not None])
         return [
             Clone(
-                one.number, one.qmp,
-                None if one.vm is None else RestoredVm(one.vm.process, one.vm.report), one.error,
+                one.number,
+                one.qmp,
+                None if one.vm is None else RestoredVm(one.vm.process, one.vm.report),
+                one.error,
             )
             for one in clones
         ]

@@ -21,7 +21,12 @@ class Agent:
     """
 
     def __init__(
-        self, path: Path, *, before: bytes = b"", refuses: bool = False, silent: bool = False,
+        self,
+        path: Path,
+        *,
+        before: bytes = b"",
+        refuses: bool = False,
+        silent: bool = False,
         says: bytes | None = None,
     ) -> None:
         self.times: list[int] = []

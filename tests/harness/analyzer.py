@@ -27,9 +27,12 @@ def analyzers(*, mapped_ram: bool) -> list[Path]:
 def analyze(script: Path, path: Path, *arguments: str) -> dict[str, Any]:
     """What a script makes of a file, AssertionError when it cannot read it."""
     done = subprocess.run(
-        [sys.executable, str(script), "-f", str(path), *arguments], cwd=path.parent,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, str(script), "-f", str(path), *arguments],
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{path.name}: {done.stderr[-2000:]}"
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -28,8 +28,13 @@ class BareQemu:
     """
 
     def __init__(
-        self, *arguments: str, run: bool = False, before: Sequence[str] = (),
-        socket: Path | None = None, monitor: Sequence[str] = (), fds: Sequence[int] = (),
+        self,
+        *arguments: str,
+        run: bool = False,
+        before: Sequence[str] = (),
+        socket: Path | None = None,
+        monitor: Sequence[str] = (),
+        fds: Sequence[int] = (),
         cwd: Path | None = None,
     ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="qemu-")
@@ -37,15 +42,27 @@ class BareQemu:
         self.socket = socket or self.directory / "qmp.sock"
         self._stderr = self.directory / "stderr"
         command = [
-            *before, BINARY, "-accel", "tcg", "-nodefaults", "-display", "none",
+            *before,
+            BINARY,
+            "-accel",
+            "tcg",
+            "-nodefaults",
+            "-display",
+            "none",
             *(monitor or ("-qmp", f"unix:{self.socket},server=on,wait=off")),
-            *([] if run else ["-S"]), *arguments,
-        ]  # fmt: skip
+            *([] if run else ["-S"]),
+            *arguments,
+        ]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=fds,
-                cwd=cwd, start_new_session=True,
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=fds,
+                cwd=cwd,
+                start_new_session=True,
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -27,10 +27,17 @@ __all__ = ["accelerator", "assert_beats_on", "build", "cpu_options"]
 _SOURCES = Path(__file__).parent
 _LOADED_AT = 2 << 20  # below FIRST_PAGE
 _FREESTANDING = [
-    "-O2", "-ffreestanding", "-fno-pic", "-fno-pie", "-fno-stack-protector",
-    "-fno-asynchronous-unwind-tables", "-fcf-protection=none", "-mno-red-zone",
-    "-mgeneral-regs-only", "-mcmodel=small",
-]  # fmt: skip
+    "-O2",
+    "-ffreestanding",
+    "-fno-pic",
+    "-fno-pie",
+    "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables",
+    "-fcf-protection=none",
+    "-mno-red-zone",
+    "-mgeneral-regs-only",
+    "-mcmodel=small",
+]
 _WRONG = 0xFF
 _FAULT = 0xFE
 _PROBE_TIME = 15.0  # seconds
@@ -54,10 +61,22 @@ def build(directory: Path, ram_length: int) -> Path:
         ["gcc", *_FREESTANDING, *defined, "-c", _SOURCES / "beat.c", "-o", parts[1]], check=True
     )
     subprocess.run(
-        ["ld", "-n", "-static", "-z", "noexecstack", f"-Ttext={_LOADED_AT:#x}", "-e", "entry",
-         "-o", kernel, *parts],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            "ld",
+            "-n",
+            "-static",
+            "-z",
+            "noexecstack",
+            f"-Ttext={_LOADED_AT:#x}",
+            "-e",
+            "entry",
+            "-o",
+            kernel,
+            *parts,
+        ],
+        check=True,
+        capture_output=True,
+    )
     return kernel
 
 
@@ -79,10 +98,23 @@ def accelerator() -> str:
         serial.touch()
         kernel = build(directory, 8 << 20)
         command = [
-            BINARY, "-accel", "kvm", *cpu_options(), "-M", "microvm", "-m", "8", "-nodefaults",
-            "-no-user-config", "-display", "none", "-kernel", str(kernel),
-            "-serial", f"file:{serial}",
-        ]  # fmt: skip
+            BINARY,
+            "-accel",
+            "kvm",
+            *cpu_options(),
+            "-M",
+            "microvm",
+            "-m",
+            "8",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-kernel",
+            str(kernel),
+            "-serial",
+            f"file:{serial}",
+        ]
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:

@@ -50,7 +50,12 @@ def bridged(want: Bits, longest: int, share: int) -> Bits:
 
 
 def write(
-    memory: Bytes, page_size: int, policy: tuple[int, int, int], *, selection: Bits, prior: Bits,
+    memory: Bytes,
+    page_size: int,
+    policy: tuple[int, int, int],
+    *,
+    selection: Bits,
+    prior: Bits,
     direct_len: int,
 ) -> tuple[Bits, Bits]:
     """``(data bits afterwards, pages written)``.

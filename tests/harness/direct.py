@@ -21,12 +21,29 @@ __all__ = ["FOREIGN", "DirectQemu", "poke"]
 
 _FDSET = 3
 FOREIGN = [
-    "-device", "VGA",
-    "-device", "virtio-blk-pci,drive=disk0", "-blockdev", "null-co,node-name=disk0",
-    "-device", "virtio-net-pci,netdev=net0", "-netdev", "user,id=net0",
-    "-device", "virtio-rng-pci", "-device", "virtio-balloon-pci", "-device", "virtio-serial-pci",
-    "-device", "qemu-xhci", "-device", "usb-tablet", "-device", "usb-kbd",
-]  # fmt: skip
+    "-device",
+    "VGA",
+    "-device",
+    "virtio-blk-pci,drive=disk0",
+    "-blockdev",
+    "null-co,node-name=disk0",
+    "-device",
+    "virtio-net-pci,netdev=net0",
+    "-netdev",
+    "user,id=net0",
+    "-device",
+    "virtio-rng-pci",
+    "-device",
+    "virtio-balloon-pci",
+    "-device",
+    "virtio-serial-pci",
+    "-device",
+    "qemu-xhci",
+    "-device",
+    "usb-tablet",
+    "-device",
+    "usb-kbd",
+]
 
 
 @contextlib.contextmanager
@@ -66,7 +83,9 @@ class DirectQemu(Qemu):
             arguments = {"filename": f"/dev/fdset/{_FDSET}", "live": False}
             self.execute("xen-save-devices-state", arguments)
             return read_devices(
-                Descriptors(reader), machine=self.machine_name(), run_state=run_state,
+                Descriptors(reader),
+                machine=self.machine_name(),
+                run_state=run_state,
                 blocks={name: length for name, (_, length) in self.where_blocks_are().items()},
             )
 

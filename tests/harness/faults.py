@@ -156,7 +156,8 @@ def raw_memory(directory: Path) -> None:
 def saved(**options: object) -> Callable[[Path, random.Random], None]:
     def do(directory: Path, rng: random.Random) -> None:
         settings = {
-            "direct_io": rng.choice(("auto", "off")), "sparse": rng.choice(("auto", "exact")),
+            "direct_io": rng.choice(("auto", "off")),
+            "sparse": rng.choice(("auto", "exact")),
             "channels": rng.choice((1, 2)),
         } | options
         save(directory / "new", BLOCKS, **settings)  # type: ignore[arg-type]
@@ -403,14 +404,16 @@ WORK: dict[str, Work] = {
     "to mapped-ram": Work(a_classic_one, converted("mapped-ram"), new_or("from")),
     "to elf": Work(
         a_mapped_one,
-        told("convert", "DIR/from", "DIR/new", "--to", "elf", "--map", "pc.ram@0+0,2867200"), core,
+        told("convert", "DIR/from", "DIR/new", "--to", "elf", "--map", "pc.ram@0+0,2867200"),
+        core,
     ),
     "unpack": Work(a_mapped_one, unpacked, raw_files),
     "unpack classic": Work(a_classic_one, unpacked, raw_files),
     "migrate": Work(nothing, migrated, new_or()),
     "migrate in": Work(a_mapped_one, migrated_in, unchanged),
     "the command pack": Work(
-        raw_memory, told("pack", "DIR/new", "pc.ram=DIR/ram", "--seal=sha256"),
+        raw_memory,
+        told("pack", "DIR/new", "pc.ram=DIR/ram", "--seal=sha256"),
         new_or("ram", memory={"pc.ram": NEW}),
     ),
     "the command convert": Work(
@@ -420,7 +423,7 @@ WORK: dict[str, Work] = {
     "the command seal": Work(a_mapped_one, told("seal", "DIR/from"), unchanged),
     "the command verify": Work(a_mapped_one, told("verify", "DIR/from"), unchanged),
     "the command info": Work(a_classic_one, told("info", "DIR/from"), unchanged),
-}  # fmt: skip
+}
 
 
 # ---- a run ----
@@ -515,9 +518,7 @@ def run(name: str, seed: int, shim: Shim, places: list[Path]) -> tuple[str, str 
     return told_fault, None
 
 
-def look(
-    work: Work, directory: Path, done: bool, before: tuple[set[str], int]
-) -> str | None:
+def look(work: Work, directory: Path, done: bool, before: tuple[set[str], int]) -> str | None:
     after = state()
     if after != before:
         return f"left open: {after[0] - before[0]}, threads {after[1] - before[1]}"

@@ -29,11 +29,14 @@ def memory_seen(text: str) -> tuple[Placement, ...]:
         one = Placement(found["region"], first, int(found["offset"] or "0", 16), last + 1 - first)
         before = seen[-1] if seen else None
         if (
-            before is not None and before.block == one.block and before.end == one.address
+            before is not None
+            and before.block == one.block
+            and before.end == one.address
             and before.offset + before.length == one.offset
         ):
-            seen[-1] = Placement(one.block, before.address, before.offset,
-                                 before.length + one.length)
+            seen[-1] = Placement(
+                one.block, before.address, before.offset, before.length + one.length
+            )
         else:
             seen.append(one)
     return tuple(seen)

@@ -13,9 +13,15 @@ __all__ = ["PAGE", "Key", "assert_as_documented", "documented"]
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
 _ROW = re.compile(r"\| `(\[)?([\w.*\[\]]+?)(\])?` \| ([^|]+) \| ([^|]+) \|")
 _KINDS = {
-    "text": (str,), "number": (int, float), "bytes": (int,), "seconds": (int, float),
-    "bytes a second": (int, float), "bool": (bool,), "object": (dict,), "any": (object,),
-}  # fmt: skip
+    "text": (str,),
+    "number": (int, float),
+    "bytes": (int,),
+    "seconds": (int, float),
+    "bytes a second": (int, float),
+    "bool": (bool,),
+    "object": (dict,),
+    "any": (object,),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def assert_as_documented(verb: str, data: dict[str, Any]) -> None:
     wrong = [(path, found[path]) for path in found if not keys[path].takes(found[path])]
     assert not wrong, f"{verb}: of another type than docs/json.md says: {wrong}"
     missing = [
-        key.path for key in keys.values()
+        key.path
+        for key in keys.values()
         if not key.optional and key.path not in found and (not key.parent or _filled(key, found))
     ]
     assert not missing, f"{verb}: in docs/json.md and not there: {missing}"

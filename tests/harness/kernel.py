@@ -73,8 +73,9 @@ def new_sparse(policy: tuple[int, int, int]) -> Any:
 class Memory:
     """A ``struct qm_memory`` and what keeps it alive."""
 
-    def __init__(self, *, base: Bytes | None = None, fd: int = -1, fd_offset: int = 0,
-                 fill: Any = None) -> None:
+    def __init__(
+        self, *, base: Bytes | None = None, fd: int = -1, fd_offset: int = 0, fill: Any = None
+    ) -> None:
         self.core = ffi.new("struct qm_memory *")
         self.core.fd, self.core.fd_offset = fd, fd_offset
         self._keep = (base, fill)
@@ -93,8 +94,9 @@ class File:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.direct = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
 
-    def core(self, *, direct: bool, mem_align: int = DIRECT_UNIT,
-             off_align: int = DIRECT_UNIT) -> Any:
+    def core(
+        self, *, direct: bool, mem_align: int = DIRECT_UNIT, off_align: int = DIRECT_UNIT
+    ) -> Any:
         file = ffi.new("struct qm_file *")
         file.fd = self.fd
         file.fd_direct = self.direct if direct else -1
@@ -180,9 +182,18 @@ def guest(bits: Bits, page_size: int, seed: int = 0, shift: int = 0) -> Bytes:
 
 
 def write(
-    memory: Memory, block: Any, file: Any, policy: tuple[int, int, int], data: Any, *,
-    selection: Any = ffi.NULL, job: Any = None, channel: Any = None, tail: bool = True,
-    fault: Any = None, step: int = 1,
+    memory: Memory,
+    block: Any,
+    file: Any,
+    policy: tuple[int, int, int],
+    data: Any,
+    *,
+    selection: Any = ffi.NULL,
+    job: Any = None,
+    channel: Any = None,
+    tail: bool = True,
+    fault: Any = None,
+    step: int = 1,
 ) -> int:
     """qm_write over a whole block, ``step`` chunks a call, and qm_write_tail; the first -errno."""
     job = job or new_job()
@@ -193,21 +204,38 @@ def write(
     pages = step * CHUNK // block.page_size
     for first in range(0, npages, pages):
         rc: int = lib.qm_write(
-            job, channel, file, block, memory.core, sparse, selection, data, first,
-            min(pages, npages - first), fault,
+            job,
+            channel,
+            file,
+            block,
+            memory.core,
+            sparse,
+            selection,
+            data,
+            first,
+            min(pages, npages - first),
+            fault,
         )
         if rc:
             return rc
     if not tail:
         return 0
-    return int(lib.qm_write_tail(
-        job, channel, file, block, memory.core, sparse, selection, data, fault
-    ))
+    return int(
+        lib.qm_write_tail(job, channel, file, block, memory.core, sparse, selection, data, fault)
+    )
 
 
 def read(
-    memory: Memory, block: Any, file: Any, data: Any, *, max_gap: int = 128 << 10,
-    zero_clear: bool = True, job: Any = None, fault: Any = None, step: int = 1,
+    memory: Memory,
+    block: Any,
+    file: Any,
+    data: Any,
+    *,
+    max_gap: int = 128 << 10,
+    zero_clear: bool = True,
+    job: Any = None,
+    fault: Any = None,
+    step: int = 1,
 ) -> int:
     """qm_read over a whole block; the first -errno."""
     job = job or new_job()
@@ -217,8 +245,17 @@ def read(
     pages = step * CHUNK // block.page_size
     for first in range(0, npages, pages):
         rc: int = lib.qm_read(
-            job, channel, file, block, memory.core, data, max_gap, int(zero_clear), first,
-            min(pages, npages - first), fault,
+            job,
+            channel,
+            file,
+            block,
+            memory.core,
+            data,
+            max_gap,
+            int(zero_clear),
+            first,
+            min(pages, npages - first),
+            fault,
         )
         if rc:
             return rc

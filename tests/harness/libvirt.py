@@ -71,8 +71,13 @@ class Libvirt:
         self._root = unpacked("libvirt")
         if reason := _why_not(self._root):
             lack(reason)
-        names = {"XDG_RUNTIME_DIR": "run", "XDG_CONFIG_HOME": "config", "XDG_CACHE_HOME": "cache",
-                 "XDG_DATA_HOME": "data", "HOME": "home"}  # fmt: skip
+        names = {
+            "XDG_RUNTIME_DIR": "run",
+            "XDG_CONFIG_HOME": "config",
+            "XDG_CACHE_HOME": "cache",
+            "XDG_DATA_HOME": "data",
+            "HOME": "home",
+        }
         self._environment = {**os.environ, "LC_ALL": "C"}
         for variable, name in names.items():
             (directory / name).mkdir(mode=0o700)
@@ -85,9 +90,12 @@ class Libvirt:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            _command(self._root, "libvirtd"), stdin=subprocess.DEVNULL, stdout=self._log,
-            stderr=self._log, env=self._environment,
-        )  # fmt: skip
+            _command(self._root, "libvirtd"),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=self._environment,
+        )
         try:
             self._wait(30)
         except BaseException:
@@ -111,9 +119,12 @@ class Libvirt:
         """Runs one command of virsh's. AssertionError when it fails."""
         done = subprocess.run(
             _command(self._root, "virsh", "-q", "-c", "qemu:///session", *map(str, words)),
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
             env=self._environment,
-        )  # fmt: skip
+        )
         if "Parameter 'detach' is unexpected" in done.stderr:  # an argument of migrate
             pytest.skip("this libvirt is too old for a QEMU of 11.0 or later")
         assert done.returncode == 0, f"virsh {words}: {done.stderr}{self._said()}"

@@ -134,12 +134,27 @@ class LinuxGuest:
         kind, _, options = memory.partition(",")
         backend = f"memory-backend-{kind},id=ram,size={megabytes}M,{options}".removesuffix(",")
         self._command = [
-            BINARY, "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none",
-            "-no-reboot", "-machine", f"{machine},memory-backend=ram", "-m", f"{megabytes}M",
-            "-object", backend,
-            "-kernel", str(next((root / "boot").glob("vmlinuz-*"))),
-            "-initrd", str(initramfs), "-append", _KERNEL_OPTIONS,
-        ]  # fmt: skip
+            BINARY,
+            "-accel",
+            "tcg",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-machine",
+            f"{machine},memory-backend=ram",
+            "-m",
+            f"{megabytes}M",
+            "-object",
+            backend,
+            "-kernel",
+            str(next((root / "boot").glob("vmlinuz-*"))),
+            "-initrd",
+            str(initramfs),
+            "-append",
+            _KERNEL_OPTIONS,
+        ]
 
     def command(self, console: Path) -> list[str]:
         """The command line, without a monitor, of this machine with its console there."""

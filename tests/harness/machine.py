@@ -131,23 +131,34 @@ class Qemu:
         )
         if memory is None:
             memory = [
-                "-machine", f"{machine},memory-backend={self.ram_block}",
-                "-m", f"{ram.length >> 20}M", "-object", backend,
-            ]  # fmt: skip
+                "-machine",
+                f"{machine},memory-backend={self.ram_block}",
+                "-m",
+                f"{ram.length >> 20}M",
+                "-object",
+                backend,
+            ]
         command = [
-            BINARY, "-accel", accelerator, "-nodefaults", "-display", "none", "-no-reboot", *memory,
-            "-qmp", f"unix:{self.socket},server=on,wait=off",
+            BINARY,
+            "-accel",
+            accelerator,
+            "-nodefaults",
+            "-display",
+            "none",
+            "-no-reboot",
+            *memory,
+            "-qmp",
+            f"unix:{self.socket},server=on,wait=off",
             *([] if run else ["-S"]),
             *(["-incoming", "defer"] if incoming else []),
             *(["-bios", str(bios)] if bios else []),
             *(["-serial", f"file:{serial}"] if serial else []),
             *extra,
-        ]  # fmt: skip
+        ]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-                pass_fds=[ram.fd],
-            )  # fmt: skip
+                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=[ram.fd]
+            )
         try:
             self.qmp = self._connect(time.monotonic() + 30)
         except BaseException:

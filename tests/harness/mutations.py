@@ -61,9 +61,11 @@ SECTIONS, DESCRIPTION = encode_devices([DeviceSection("rtc", BODY, 0, 3, RTC)], 
 BLOCKS = [RamBlock("pc.ram", ram(200, seed=4)), RamBlock("vga.vram", ram(40, seed=5))]
 HEADER = LibvirtHeader(True, 2, ImageFormat.RAW, True, "<domain/>", "<c/>", 300, "little")
 COMPRESS: dict[ImageFormat, Callable[[bytes], bytes]] = {
-    ImageFormat.GZIP: gzip.compress, ImageFormat.BZIP2: bz2.compress,
-    ImageFormat.XZ: lzma.compress, ImageFormat.ZSTD: zstandard.compress,
-}  # fmt: skip
+    ImageFormat.GZIP: gzip.compress,
+    ImageFormat.BZIP2: bz2.compress,
+    ImageFormat.XZ: lzma.compress,
+    ImageFormat.ZSTD: zstandard.compress,
+}
 
 
 # ---- what is damaged ----
@@ -83,7 +85,11 @@ class Base:
 def mapped(path: Path, seal: bool = False, offset: int = 0) -> None:
     target = f"file:{path},offset={offset}" if offset else str(path)
     writer = Writer(
-        target, BLOCKS, direct_io=DirectIO.OFF, sparse=Sparse.EXACT, channels=1,
+        target,
+        BLOCKS,
+        direct_io=DirectIO.OFF,
+        sparse=Sparse.EXACT,
+        channels=1,
         machine="pc-q35-10.0",
     )
     writer.run(SECTIONS, DESCRIPTION)
@@ -220,7 +226,7 @@ VERBS: dict[str, Verb] = {
     },
     "load": load,
     "vm restore": restore,
-}  # fmt: skip
+}
 
 
 class TooSlow(Exception):

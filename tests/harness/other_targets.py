@@ -39,10 +39,20 @@ class OtherTarget:
         kind, _, options = backend.partition(",")
         memory = f"memory-backend-{kind},id={self.block},size={self.length},{options}"
         return [
-            emulator(self.program), "-accel", "tcg", "-nodefaults", "-display", "none",
-            "-machine", f"{self.machine},memory-backend={self.block}",
-            "-m", f"{self.length >> 20}M", "-object", memory.removesuffix(","), *self.arguments,
-        ]  # fmt: skip
+            emulator(self.program),
+            "-accel",
+            "tcg",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-machine",
+            f"{self.machine},memory-backend={self.block}",
+            "-m",
+            f"{self.length >> 20}M",
+            "-object",
+            memory.removesuffix(","),
+            *self.arguments,
+        ]
 
 
 TARGETS = {
@@ -67,10 +77,18 @@ class OtherQemu:
         backend = f"file,share=on,mem-path=/proc/self/fd/{ram.fd}"
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [*target.command(backend), "-S", *extra,
-                 "-qmp", f"unix:{self.socket},server=on,wait=off"],
-                stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=[ram.fd],
-            )  # fmt: skip
+                [
+                    *target.command(backend),
+                    "-S",
+                    *extra,
+                    "-qmp",
+                    f"unix:{self.socket},server=on,wait=off",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=[ram.fd],
+            )
 
     def __enter__(self) -> Self:
         try:

@@ -118,8 +118,13 @@ class Decoder:
     """The core's decoder over blocks; a memory that is None is skipped."""
 
     def __init__(
-        self, names: Sequence[bytes], lengths: Sequence[int], memories: Sequence[Memory | None],
-        page_size: int, *, fresh: bool = True,
+        self,
+        names: Sequence[bytes],
+        lengths: Sequence[int],
+        memories: Sequence[Memory | None],
+        page_size: int,
+        *,
+        fresh: bool = True,
     ) -> None:
         self.npages = [size // page_size for size in lengths]
         self.words = [to_words(np.zeros(n, dtype=bool)) for n in self.npages]
@@ -132,8 +137,7 @@ class Decoder:
                 self.blocks[n].memory = memory.core
                 self.blocks[n].seen = self.words[n]
         self.core = ffi.gc(
-            lib.qm_decoder_create(self.blocks, len(names), page_size, fresh),
-            lib.qm_decoder_destroy,
+            lib.qm_decoder_create(self.blocks, len(names), page_size, fresh), lib.qm_decoder_destroy
         )
         assert self.core != ffi.NULL
         self.job = new_job()

@@ -55,14 +55,27 @@ def build(directory: Path, ram_length: int) -> Path:
     }
     symbols = [f"--defsym={name}={value:#x}" for name, value in constants.items()]
     source, object_file, image = (
-        Path(__file__).with_suffix(".s"), directory / "guest.o", directory / "guest.bin",
-    )  # fmt: skip
+        Path(__file__).with_suffix(".s"),
+        directory / "guest.o",
+        directory / "guest.bin",
+    )
     subprocess.run(["as", "--32", *symbols, "-o", object_file, source], check=True)
     subprocess.run(
-        ["ld", "-m", "elf_i386", "--oformat", "binary", f"-Ttext={_IMAGE_BASE:#x}", "-e", "start",
-         "-o", image, object_file],
+        [
+            "ld",
+            "-m",
+            "elf_i386",
+            "--oformat",
+            "binary",
+            f"-Ttext={_IMAGE_BASE:#x}",
+            "-e",
+            "start",
+            "-o",
+            image,
+            object_file,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     assert image.stat().st_size == _IMAGE_LENGTH
     return image
 

@@ -74,7 +74,8 @@ class Physical:
     def read(self, address: int, length: int) -> bytes:
         """Memory that is in one range."""
         [(start, position)] = [
-            (start, position) for start, (position, size) in self.ranges.items()
+            (start, position)
+            for start, (position, size) in self.ranges.items()
             if start <= address and address + length <= start + size
         ]
         with self.path.open("rb") as file:

@@ -52,8 +52,14 @@ class Holder:
     """
 
     def __init__(
-        self, npages: int, touched: Collection[int], *, flags: int, path: Path | None = None,
-        looked_at: Collection[int] = (), unmapped: int = 0,
+        self,
+        npages: int,
+        touched: Collection[int],
+        *,
+        flags: int,
+        path: Path | None = None,
+        looked_at: Collection[int] = (),
+        unmapped: int = 0,
     ) -> None:
         self.length = npages * PAGE
         self.process = subprocess.Popen(
@@ -69,8 +75,12 @@ class Holder:
         for page, value in pages:
             self.content[page * PAGE : (page + 1) * PAGE] = value
         order = {
-            "length": self.length, "pages": pages, "path": path and str(path), "flags": flags,
-            "looked_at": [*looked_at], "unmapped": unmapped,
+            "length": self.length,
+            "pages": pages,
+            "path": path and str(path),
+            "flags": flags,
+            "looked_at": [*looked_at],
+            "unmapped": unmapped,
         }
         self.process.stdin.write(json.dumps(order).encode() + b"\n")
         self.process.stdin.flush()

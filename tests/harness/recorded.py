@@ -14,8 +14,18 @@ from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.record.contents import VmRecord, read_record
 from tests.harness.bare import BareQemu
 
-__all__ = ["MIB", "SIZE", "VM", "drive", "going_on", "image", "overlays", "restored", "saved",
-           "written"]  # fmt: skip
+__all__ = [
+    "MIB",
+    "SIZE",
+    "VM",
+    "drive",
+    "going_on",
+    "image",
+    "overlays",
+    "restored",
+    "saved",
+    "written",
+]
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -28,8 +38,12 @@ def image(path: Path) -> Path:
 
 
 def drive(disk: Path, form: str = "raw") -> list[str]:
-    return ["-drive", f"file={disk},format={form},if=none,id=d0",
-            "-device", "virtio-blk-pci,drive=d0,id=v0"]  # fmt: skip
+    return [
+        "-drive",
+        f"file={disk},format={form},if=none,id=d0",
+        "-device",
+        "virtio-blk-pci,drive=d0,id=v0",
+    ]
 
 
 def saved(qemu: BareQemu, snapshot: Path, **options: Any) -> VmRecord:

@@ -21,16 +21,7 @@ from tests.harness.bare import BareQemu
 from tests.harness.machine import BINARY
 from tests.harness.pattern_guest import PAGE, build, check_pattern
 
-__all__ = [
-    "RAM",
-    "Saved",
-    "fill",
-    "goes_on",
-    "memory_of",
-    "migrate",
-    "save_guest",
-    "serial_says",
-]
+__all__ = ["RAM", "Saved", "fill", "goes_on", "memory_of", "migrate", "save_guest", "serial_says"]
 
 RAM = 24 << 20
 _PATIENCE = 60.0  # seconds
@@ -53,21 +44,34 @@ class Saved:
     def command(self, *arguments: str, serial: Path) -> list[str]:
         """The command line of a guest that is to go on; without arguments, of the same machine."""
         return [
-            BINARY, "-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot",
-            *(arguments or self.arguments), "-bios", str(self.image), "-serial", f"file:{serial}",
-        ]  # fmt: skip
+            BINARY,
+            "-accel",
+            "tcg",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-no-reboot",
+            *(arguments or self.arguments),
+            "-bios",
+            str(self.image),
+            "-serial",
+            f"file:{serial}",
+        ]
 
 
 def save_guest(
-    directory: Path, arguments: Sequence[str], blocks: Sequence[str] = ("pc.ram",), *,
-    ram: int = RAM, offset: int = 0, paused: bool = False,
+    directory: Path,
+    arguments: Sequence[str],
+    blocks: Sequence[str] = ("pc.ram",),
+    *,
+    ram: int = RAM,
+    offset: int = 0,
+    paused: bool = False,
 ) -> Saved:
     """Let a guest run, save it live (or paused) with QEMU's own multifd, and end it."""
     image, serial, path = build(directory, ram), directory / "serial", directory / "guest.mapped"
     serial.unlink(missing_ok=True)
-    with BareQemu(
-        *arguments, "-bios", str(image), "-serial", f"file:{serial}", run=True
-    ) as qemu:
+    with BareQemu(*arguments, "-bios", str(image), "-serial", f"file:{serial}", run=True) as qemu:
         serial_says(serial, 2)
 
         async def save(monitor: Monitor) -> dict[str, bytes]:

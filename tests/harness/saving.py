@@ -1,8 +1,8 @@
 """A guest that writes its pattern and counts, with a monitor for the test and one for a save.
 
-    with source(disk, memory="memfd") as guest:
-        report = guest.save(disk / "snapshot")
-        guest.assert_as_before()
+with source(disk, memory="memfd") as guest:
+    report = guest.save(disk / "snapshot")
+    guest.assert_as_before()
 """
 
 from __future__ import annotations
@@ -51,12 +51,23 @@ class Source:
     ) -> subprocess.Popen[bytes]:
         """The command, in a process of its own, or a ``program`` that is it in some way."""
         python = ["-m", "pyqmigrate"] if program is None else ["-c", program]
-        command = [sys.executable, *python, "vm", "save", "--qmp", str(self.socket),
-                   *arguments, str(path)]  # fmt: skip
+        command = [
+            sys.executable,
+            *python,
+            "vm",
+            "save",
+            "--qmp",
+            str(self.socket),
+            *arguments,
+            str(path),
+        ]
         return subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-        )  # fmt: skip
+        )
 
     def settings(self) -> tuple[Any, Any]:
         return (
@@ -124,8 +135,13 @@ def wait_until(
 
 @contextlib.contextmanager
 def source(
-    directory: Path, *, machine: str = "pc", memory: str = "file", run: bool = True,
-    length: int = RAM, extra: tuple[str, ...] = (),
+    directory: Path,
+    *,
+    machine: str = "pc",
+    memory: str = "file",
+    run: bool = True,
+    length: int = RAM,
+    extra: tuple[str, ...] = (),
 ) -> Iterator[Source]:
     """A guest in full swing, or (not ``run``) stopped in it."""
     image = build(directory, length)
@@ -133,7 +149,11 @@ def source(
     with (
         GuestRam(length) as ram,
         Qemu(
-            ram, machine=machine, run=True, bios=image, serial=directory / "serial",
+            ram,
+            machine=machine,
+            run=True,
+            bios=image,
+            serial=directory / "serial",
             memory=_memory(machine, memory, ram),
             extra=["-qmp", f"unix:{directory}/save.qmp,server=on,wait=off", *extra],
         ) as vm,
@@ -152,8 +172,14 @@ def _memory(machine: str, kind: str, ram: GuestRam) -> list[str]:
         "memfd": f"memory-backend-memfd,{common},share=on",
         "private": f"memory-backend-ram,{common}",
     }[kind]
-    return ["-machine", f"{machine},memory-backend={block}", "-m", f"{ram.length >> 20}M",
-            "-object", backend]  # fmt: skip
+    return [
+        "-machine",
+        f"{machine},memory-backend={block}",
+        "-m",
+        f"{ram.length >> 20}M",
+        "-object",
+        backend,
+    ]
 
 
 @contextlib.contextmanager
@@ -165,9 +191,7 @@ def loaded(guest: Source, path: Path) -> Iterator[Source]:
     serial.touch()
     with (
         GuestRam(guest.ram.length) as ram,
-        Qemu(
-            ram, machine=guest.vm.machine, incoming=True, bios=guest.image, serial=serial
-        ) as vm,
+        Qemu(ram, machine=guest.vm.machine, incoming=True, bios=guest.image, serial=serial) as vm,
         Snapshot(path) as snapshot,
     ):
         vm.load(path)

@@ -88,9 +88,16 @@ class Serve:
     """
 
     def __init__(
-        self, driver: Driver, ram: GuestRam, *, machine: str = "pc-i440fx-10.0",
-        incoming: bool = False, compat: bool = False, block: str = "pc.ram", uuid: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        driver: Driver,
+        ram: GuestRam,
+        *,
+        machine: str = "pc-i440fx-10.0",
+        incoming: bool = False,
+        compat: bool = False,
+        block: str = "pc.ram",
+        uuid: str = "",
+    ) -> None:
         self._driver = driver
         self.machine = machine
         self.events: list[dict[str, Any]] = []
@@ -99,18 +106,30 @@ class Serve:
         self._stderr = Path(self._directory.name) / "stderr"
         self._clients: list[str] = []
         command = [
-            sys.executable, "-m", "pyqmigrate", "serve", "--qmp", f"unix:{self.socket}",
-            "--ram", f"{block}=/proc/self/fd/{ram.fd}", "--machine", machine,
+            sys.executable,
+            "-m",
+            "pyqmigrate",
+            "serve",
+            "--qmp",
+            f"unix:{self.socket}",
+            "--ram",
+            f"{block}=/proc/self/fd/{ram.fd}",
+            "--machine",
+            machine,
             *(["--incoming", "defer"] if incoming else []),
             *([f"--compat={imitated()[0]}.{imitated()[1]}"] if compat else []),
             *(["--uuid", uuid] if uuid else []),
-        ]  # fmt: skip
+        ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
-                pass_fds=[ram.fd], env=environment,
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=[ram.fd],
+                env=environment,
+            )
         try:
             self._client = self._connect(time.monotonic() + 30)
         except BaseException:
@@ -144,9 +163,14 @@ class Serve:
         return RawClient(self.socket)
 
     def execute(
-        self, command: str, arguments: dict[str, Any] | None = None, *, fd: int | None = None,
-        client: str | None = None, wait: list[str] | None = None,
-    ) -> Any:  # fmt: skip
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        fd: int | None = None,
+        client: str | None = None,
+        wait: list[str] | None = None,
+    ) -> Any:
         step = {"client": client or self._client, "execute": command}
         if arguments is not None:
             step["arguments"] = arguments

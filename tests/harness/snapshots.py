@@ -12,8 +12,17 @@ import numpy.typing as npt
 import pyqmigrate
 from tests.harness.kernel import guest
 
-__all__ = ["KNOWN", "SLOW", "Bytes", "data_bytes", "known_memory", "load", "ram", "save_known",
-           "turn_bitmaps"]
+__all__ = [
+    "KNOWN",
+    "SLOW",
+    "Bytes",
+    "data_bytes",
+    "known_memory",
+    "load",
+    "ram",
+    "save_known",
+    "turn_bitmaps",
+]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -21,8 +30,9 @@ KNOWN = 512  # pages of known_memory
 SLOW = 1 << 20  # bytes a second: a job over known_memory then lasts more than a second
 
 
-def ram(npages: int, *, density: float = 0.6, page_size: int = 4096, seed: int = 0,
-        shift: int = 0) -> Bytes:
+def ram(
+    npages: int, *, density: float = 0.6, page_size: int = 4096, seed: int = 0, shift: int = 0
+) -> Bytes:
     """Memory of which about ``density`` pages hold data."""
     bits = np.random.default_rng(seed).random(npages) < density
     return guest(bits, page_size, seed, shift)

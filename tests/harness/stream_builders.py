@@ -120,16 +120,28 @@ def page_records(page_size: int = 4096, name: str = "pc.ram") -> bytes:
 
 
 def classic_stream(
-    records: bytes = b"", *, length: int = 65536, name: str = "pc.ram", subsections: bytes = b"",
-    address: bytes = b"", devices: bytes = b"", description: bytes | None = described(),
+    records: bytes = b"",
+    *,
+    length: int = 65536,
+    name: str = "pc.ram",
+    subsections: bytes = b"",
+    address: bytes = b"",
+    devices: bytes = b"",
+    description: bytes | None = described(),
 ) -> bytes:
     """A classic stream with one block, and all its records in one PART."""
     entry = words(length | 0x04) + str8(name) + words(length) + address
     stream = (
-        b"QEVM" + struct.pack(">IBI", 3, 7, 2) + b"pc" + subsections
-        + start(1, "ram", 4, entry + RAM_EOS) + part(1, records + RAM_EOS) + end(1, RAM_EOS)
-        + devices + EOF
-    )  # fmt: skip
+        b"QEVM"
+        + struct.pack(">IBI", 3, 7, 2)
+        + b"pc"
+        + subsections
+        + start(1, "ram", 4, entry + RAM_EOS)
+        + part(1, records + RAM_EOS)
+        + end(1, RAM_EOS)
+        + devices
+        + EOF
+    )
     if description is not None:
         stream += struct.pack(">BI", 6, len(description)) + description
     return stream

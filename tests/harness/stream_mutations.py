@@ -83,8 +83,13 @@ class Outcome:
 def run(file: Path, first: int, count: int, offset: int = 0) -> list[Outcome]:
     """Tries ``count`` mutations of ``file`` in a clean process of its own."""
     command = [
-        sys.executable, "-m", "tests.harness.stream_mutations", str(file), f"--first={first}",
-        f"--count={count}", f"--offset={offset}",
+        sys.executable,
+        "-m",
+        "tests.harness.stream_mutations",
+        str(file),
+        f"--first={first}",
+        f"--count={count}",
+        f"--offset={offset}",
     ]
     root = Path(__file__).parents[2]
     output = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True, text=True).stdout
@@ -212,12 +217,41 @@ def _mutate_once(data: bytearray, anatomy: Anatomy, rng: random.Random) -> str:
 def _overwrite(data: bytearray, at: int, width: int, anatomy: Anatomy, rng: random.Random) -> str:
     limit = 1 << 8 * width
     old = int.from_bytes(data[at : at + width], "big")
-    number = rng.choice((
-        0, 1, 2, 511, 512, 1024, 4095, 4096, 8192, 65536, 1 << 20, 1 << 30, 1 << 31, 1 << 40,
-        1 << 52, 1 << 62, limit // 2, limit - 1, limit - 4096, rng.randrange(limit), old + 1,
-        old - 1, old + 4096, old - 4096, old * 2, old ^ 1 << rng.randrange(8 * width),
-        rng.choice(anatomy.numbers), rng.choice(anatomy.numbers) - 4096,
-    )) % limit  # fmt: skip
+    number = (
+        rng.choice(
+            (
+                0,
+                1,
+                2,
+                511,
+                512,
+                1024,
+                4095,
+                4096,
+                8192,
+                65536,
+                1 << 20,
+                1 << 30,
+                1 << 31,
+                1 << 40,
+                1 << 52,
+                1 << 62,
+                limit // 2,
+                limit - 1,
+                limit - 4096,
+                rng.randrange(limit),
+                old + 1,
+                old - 1,
+                old + 4096,
+                old - 4096,
+                old * 2,
+                old ^ 1 << rng.randrange(8 * width),
+                rng.choice(anatomy.numbers),
+                rng.choice(anatomy.numbers) - 4096,
+            )
+        )
+        % limit
+    )
     data[at : at + width] = number.to_bytes(width, "big")
     return f"{width}-byte number at {at:#x}: {old:#x} -> {number:#x}"
 

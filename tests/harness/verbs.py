@@ -24,8 +24,12 @@ def save(qmp: Path, snapshot: Path, *options: str, limit: float = 120) -> dict[s
     """``vm save``; returns its JSON. AssertionError when it fails."""
     done = subprocess.run(
         [*_VM, "save", "--json", "--qmp", str(qmp), str(snapshot), *options],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit, cwd=_ROOT,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        cwd=_ROOT,
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return dict(json.loads(done.stdout))
 
@@ -38,9 +42,12 @@ def restored(
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [*_VM, "restore", "--json", str(snapshot), *options, "--", *command],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=errors, cwd=_ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            cwd=_ROOT,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             deadline = time.monotonic() + limit
             while (report := _object(_content(output.fileno()))) is None or "error" in report:

@@ -84,16 +84,22 @@ def volatility(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     need("volatility3")
     return subprocess.run(
         [sys.executable, "-c", VOLATILITY, "-q", "--offline", "-f", str(path), *words],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
 
 
 def gdb(path: Path, *commands: str) -> str:
     words = [word for command in commands for word in ("-ex", command)]
     return subprocess.run(
         [program("gdb"), "-nx", "-batch", *words, "-core", str(path)],
-        capture_output=True, text=True, timeout=60, check=True,
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
 
 
 @pytest.mark.parametrize("form", ["elf", pytest.param("lime", marks=pytest.mark.long)])
@@ -108,9 +114,10 @@ def test_gdb_has_registers_and_memory(linux: Linux) -> None:
     names = ["rip", "rsp", "rax", "rbp", "r8", "r15"]
     address = 0x1000000  # where a kernel of x86 is
     said = gdb(
-        linux.files["elf"], *(f'printf "%lx\\n", ${name}' for name in names),
+        linux.files["elf"],
+        *(f'printf "%lx\\n", ${name}' for name in names),
         f"output/x *(unsigned long *) {address}",
-    ).splitlines()[-len(names) - 1 :]  # fmt: skip
+    ).splitlines()[-len(names) - 1 :]
     assert [int(value, 16) for value in said[:-1]] == [linux.registers[n] for n in names]
     memory = Physical.of_elf(linux.files["elf"]).read(address, 8)
     assert memory != bytes(8)
@@ -129,17 +136,20 @@ def test_gdb_reads_what_libvirt_saved(form: str, disk: Path) -> None:
     address = next(at for at in range(1 << 20, RAM, 8) if memory[at : at + 8] != bytes(8))
     said = gdb(
         disk / "elf", 'printf "%lx\\n", $rip', f"output/x *(unsigned long *) {address}"
-    ).splitlines()[-2:]  # fmt: skip
+    ).splitlines()[-2:]
     assert [int(line, 16) for line in said] == [
-        cpu.general["rip"], int.from_bytes(memory[address : address + 8], "little")
+        cpu.general["rip"],
+        int.from_bytes(memory[address : address + 8], "little"),
     ]
 
 
 def test_readelf_has_nothing_to_object_to(linux: Linux) -> None:
     ran = subprocess.run(
-        [program("readelf"), "-aW", str(linux.files["elf"])], capture_output=True, text=True,
+        [program("readelf"), "-aW", str(linux.files["elf"])],
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
     assert ran.stderr == ""
     assert "NT_PRSTATUS" in ran.stdout
     assert "VMCOREINFO" in ran.stdout
@@ -150,9 +160,13 @@ def test_crash_knows_the_kernel(linux: Linux) -> None:
     root = unpacked("crash")
     libraries = ":".join(map(str, root.glob("usr/lib/*-linux-gnu*")))
     ran = subprocess.run(
-        [root / "usr/bin/crash", "--osrelease", linux.files["elf"]], capture_output=True, text=True,
-        timeout=60, check=True, env=os.environ | {"LD_LIBRARY_PATH": libraries},
-    )  # fmt: skip
+        [root / "usr/bin/crash", "--osrelease", linux.files["elf"]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=os.environ | {"LD_LIBRARY_PATH": libraries},
+    )
     assert ran.stdout.strip() == linux.release
 
 
@@ -168,6 +182,9 @@ def test_drgn_reads_the_kernel_by_its_own_addresses(linux: Linux) -> None:
     )
     ran = subprocess.run(
         [sys.executable, "-c", code, str(linux.files["elf"]), str(linux.banner_at)],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert json.loads(ran.stdout) == [True, linux.release, linux.banner + "\n"]

@@ -50,9 +50,10 @@ def save_paused(directory: Path, machine: str, form: Form) -> Saved:
 
 def save_running(directory: Path, machine: str, form: Form, *, xbzrle: bool = False) -> Saved:
     path, serial, image = directory / f"live.{form}", directory / "serial", build(directory, RAM)
-    with GuestRam(RAM) as ram, QEMU[form](
-        ram, machine=machine, run=True, bios=image, serial=serial
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(RAM) as ram,
+        QEMU[form](ram, machine=machine, run=True, bios=image, serial=serial) as vm,
+    ):
         deadline = time.monotonic() + 60
         while len(serial.read_bytes()) < 2:
             assert time.monotonic() < deadline, "the guest does not run"
@@ -66,10 +67,16 @@ def save_running(directory: Path, machine: str, form: Form, *, xbzrle: bool = Fa
 
 
 def assert_loads(path: Path, saved: Saved, form: Form) -> None:
-    with GuestRam(RAM) as ram, QEMU[form](
-        ram, machine=saved.machine, incoming=True, bios=saved.image,
-        serial=path.with_name("serial-after") if saved.image else None,
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(RAM) as ram,
+        QEMU[form](
+            ram,
+            machine=saved.machine,
+            incoming=True,
+            bios=saved.image,
+            serial=path.with_name("serial-after") if saved.image else None,
+        ) as vm,
+    ):
         vm.load(path)
         assert_same_blocks(vm.read_blocks(), saved.blocks)
 
@@ -87,12 +94,11 @@ def state_of(snapshot: AnySnapshot) -> tuple[object, ...]:
     stream, source = snapshot.stream, snapshot.source
     sections = [
         (s.kind.name, s.section_id, source.read_at(s.offset, s.length))
-        for s in stream.sections if s.name != "ram"
+        for s in stream.sections
+        if s.name != "ram"
     ]
     devices = {k: v for k, v in (stream.description or {}).items() if k != "configuration"}
-    return (
-        stream.machine, stream.target_page_bits, stream.uuid, sections, json.dumps(devices),
-    )
+    return (stream.machine, stream.target_page_bits, stream.uuid, sections, json.dumps(devices))
 
 
 def description_of(path: Path) -> bytes:
@@ -121,9 +127,7 @@ def test_other_form_and_back_are_loaded_with_equal_memory(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("machine", RAM_BLOCK)
-def test_live_save_is_one_instant_in_the_other_form(
-    machine: str, form: Form, disk: Path
-) -> None:
+def test_live_save_is_one_instant_in_the_other_form(machine: str, form: Form, disk: Path) -> None:
     saved = save_running(disk, machine, form)
     [other] = set(FORMS) - {form}
     convert(saved.path, disk / "there", to=other)
@@ -154,7 +158,8 @@ def test_zero_pages_are_holes_of_the_mapped_file(disk: Path) -> None:
     report = convert(saved.path, disk / "there", to="mapped-ram", sparse="exact")
     assert isinstance(report, SaveReport)
     data = sum(
-        any(block[at : at + 4096]) for block in saved.blocks.values()
+        any(block[at : at + 4096])
+        for block in saved.blocks.values()
         for at in range(0, len(block), 4096)
     )
     assert report.data_pages == data
@@ -217,7 +222,7 @@ def shared_dimms(directory: Path, ram: GuestRam) -> list[str]:
         f"memory-backend-file,id={name},share=on,mem-path={path},"
         f"size={RAM if name == 'm0' else 128 << 20}"
         for name, path in files.items()
-    ]  # fmt: skip
+    ]
     return [*(word for one in backends for word in ("-object", one)), *words]
 
 

@@ -44,8 +44,9 @@ class Kitchen:
         text = PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
         blocks = re.findall(r"^```(console|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         assert blocks
-        return [self.console(body) if kind == "console" else self.python(body)
-                for kind, body in blocks]  # fmt: skip
+        return [
+            self.console(body) if kind == "console" else self.python(body) for kind, body in blocks
+        ]
 
     def console(self, body: str) -> str:
         printed = ""
@@ -58,20 +59,28 @@ class Kitchen:
 
     def run(self, command: str) -> str:
         done = subprocess.run(
-            ["bash", "-c", command], cwd=self.directory, env=self.environment, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ["bash", "-c", command],
+            cwd=self.directory,
+            env=self.environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             timeout=PATIENCE,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout}"
         return done.stdout
 
     def leave(self, command: str) -> str:
         """Start it, and go on as soon as it has said its first line."""
         process = subprocess.Popen(
-            ["bash", "-c", f"exec {command.removesuffix('&')}"], cwd=self.directory,
-            env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            ["bash", "-c", f"exec {command.removesuffix('&')}"],
+            cwd=self.directory,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        )
         self.running.append(process)
         assert process.stdout is not None
         return process.stdout.readline().decode()

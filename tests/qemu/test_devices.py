@@ -26,9 +26,20 @@ pytestmark = pytest.mark.qemu
 RAM = 16 << 20
 DISKS = ["-blockdev", "null-co,node-name=a", "-blockdev", "null-co,node-name=b"]
 CARDS = [
-    "-device", "VGA", "-device", "e1000", "-device", "virtio-net-pci",
-    "-device", "virtio-blk-pci,drive=a", "-device", "qemu-xhci", "-device", "usb-tablet", *DISKS,
-]  # fmt: skip
+    "-device",
+    "VGA",
+    "-device",
+    "e1000",
+    "-device",
+    "virtio-net-pci",
+    "-device",
+    "virtio-blk-pci,drive=a",
+    "-device",
+    "qemu-xhci",
+    "-device",
+    "usb-tablet",
+    *DISKS,
+]
 EXTRA = {
     "pc": [*CARDS, "-device", "ide-hd,drive=b"],
     "q35": [*CARDS, "-device", "ide-hd,drive=b", "-device", "pcie-root-port"],
@@ -135,10 +146,21 @@ def test_registers_of_64_bits_are_those_of_qemu(disk: Path) -> None:
     made, image = disk / "r.o", disk / "r.bin"
     subprocess.run(["as", "--64", "-o", made, source], check=True)
     subprocess.run(
-        ["ld", "-m", "elf_x86_64", "--oformat", "binary", "-Ttext=0xffff0000", "-e", "start",
-         "-o", image, made],
+        [
+            "ld",
+            "-m",
+            "elf_x86_64",
+            "--oformat",
+            "binary",
+            "-Ttext=0xffff0000",
+            "-e",
+            "start",
+            "-o",
+            image,
+            made,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     with (
         GuestRam(RAM) as ram,
         Qemu(ram, run=True, bios=image, serial=serial, extra=["-cpu", "max"]) as vm,
@@ -187,10 +209,14 @@ def test_pci_devices_are_those_of_qemu(module_disk: Path) -> None:
             [bus] = [b for b in vm.execute("query-pci") if b["bus"] == 0]
             return list(bus["devices"])
 
-        wait_for(lambda: all(
-            region["address"] != -1
-            for device in pci() for region in device["regions"] if region["bar"] < _ROM_BAR
-        ))
+        wait_for(
+            lambda: all(
+                region["address"] != -1
+                for device in pci()
+                for region in device["regions"]
+                if region["bar"] < _ROM_BAR
+            )
+        )
         time.sleep(0.2)
         vm.execute("stop")
         said = pci()
@@ -355,9 +381,7 @@ def test_registers_of_aarch64_are_those_of_qemu(
     assert cpu.control["ttbr1_el1"] == 0x1001
 
 
-def test_big_endian_target_is_decoded_likewise(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_big_endian_target_is_decoded_likewise(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other(monkeypatch, "ppc64", "pseries", "ppc_spapr.ram")
     path = disk / "s"
     with GuestRam(256 << 20) as ram, Qemu(ram, machine="pseries") as vm:

@@ -58,9 +58,10 @@ def assert_snapshot_has(path: Path, expected: dict[str, bytes], state: DeviceSta
 
 def assert_qemu_loads(path: Path, expected: dict[str, bytes], setting: Setting) -> None:
     for mode in MODES:
-        with GuestRam(RAM) as ram, DirectQemu(
-            ram, machine=setting.machine, incoming=True, extra=setting.devices
-        ) as vm:  # fmt: skip
+        with (
+            GuestRam(RAM) as ram,
+            DirectQemu(ram, machine=setting.machine, incoming=True, extra=setting.devices) as vm,
+        ):
             assert_same_blocks(vm.is_loaded(path, mode), expected)
 
 
@@ -69,9 +70,10 @@ def test_shared_ram_and_migrated_state_make_a_file_that_qemu_loads(
     setting: Setting, disk: Path
 ) -> None:
     path = disk / "guest.mapped"
-    with GuestRam(RAM) as ram, DirectQemu(
-        ram, machine=setting.machine, extra=setting.devices
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(RAM) as ram,
+        DirectQemu(ram, machine=setting.machine, extra=setting.devices) as vm,
+    ):
         fill(memoryview(ram.memory), Contents.SPECKLED, seed=1)
         if setting.devices:
             poke(vm, VRAM, 4096, b"on the screen")
@@ -88,9 +90,10 @@ def test_private_ram_and_device_state_make_a_file_that_qemu_loads(
     setting: Setting, disk: Path
 ) -> None:
     path = disk / "guest.mapped"
-    with GuestRam(RAM) as ram, DirectQemu(
-        ram, machine=setting.machine, extra=setting.devices, private=True
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(RAM) as ram,
+        DirectQemu(ram, machine=setting.machine, extra=setting.devices, private=True) as vm,
+    ):
         content = bytearray(RAM // 2)
         fill(memoryview(content), Contents.SPECKLED, seed=2)
         poke(vm, vm.ram_block, RAM // 4, bytes(content))
@@ -107,9 +110,10 @@ def test_private_ram_and_device_state_make_a_file_that_qemu_loads(
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_both_ways_carry_the_same_devices(setting: Setting, disk: Path) -> None:
-    with GuestRam(RAM) as ram, DirectQemu(
-        ram, machine=setting.machine, extra=setting.devices
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(RAM) as ram,
+        DirectQemu(ram, machine=setting.machine, extra=setting.devices) as vm,
+    ):
         by_devices = vm.device_state(disk)
         by_migrate = vm.migrated_state(disk)
     assert by_devices.devices == by_migrate.devices
@@ -119,16 +123,18 @@ def test_both_ways_carry_the_same_devices(setting: Setting, disk: Path) -> None:
 
 def memfd_backend(length: int) -> list[str]:
     return [
-        "-machine", "q35,memory-backend=pc.ram", "-m", f"{length >> 20}M",
-        "-object", f"memory-backend-memfd,id=pc.ram,size={length},share=on",
-    ]  # fmt: skip
+        "-machine",
+        "q35,memory-backend=pc.ram",
+        "-m",
+        f"{length >> 20}M",
+        "-object",
+        f"memory-backend-memfd,id=pc.ram,size={length},share=on",
+    ]
 
 
 def test_memfd_that_qemu_wrote_all_the_same_is_told_apart(disk: Path) -> None:
     path = disk / "guest.mapped"
-    with GuestRam(RAM) as ram, DirectQemu(
-        ram, machine="q35", memory=memfd_backend(RAM)
-    ) as vm:  # fmt: skip
+    with GuestRam(RAM) as ram, DirectQemu(ram, machine="q35", memory=memfd_backend(RAM)) as vm:
         poke(vm, "pc.ram", 5 << 20, b"in a memfd")
         state = vm.migrated_state(disk)
         if state.external:
@@ -141,9 +147,7 @@ def test_memfd_that_qemu_wrote_all_the_same_is_told_apart(disk: Path) -> None:
 
 def test_memfd_known_to_the_caller_is_not_taken_from_the_stream(disk: Path) -> None:
     path = disk / "guest.mapped"
-    with GuestRam(RAM) as ram, DirectQemu(
-        ram, machine="q35", memory=memfd_backend(RAM)
-    ) as vm:  # fmt: skip
+    with GuestRam(RAM) as ram, DirectQemu(ram, machine="q35", memory=memfd_backend(RAM)) as vm:
         poke(vm, "pc.ram", 5 << 20, b"in a memfd")
         state = vm.migrated_state(disk, elsewhere=("pc.ram",))
         assert state.external == ("pc.ram",)
@@ -156,13 +160,12 @@ def test_memfd_known_to_the_caller_is_not_taken_from_the_stream(disk: Path) -> N
 
 def test_memfd_of_a_paused_guest_is_saved_with_device_state(disk: Path) -> None:
     path = disk / "guest.mapped"
-    with GuestRam(RAM) as ram, DirectQemu(
-        ram, machine="q35", memory=memfd_backend(RAM)
-    ) as vm:  # fmt: skip
+    with GuestRam(RAM) as ram, DirectQemu(ram, machine="q35", memory=memfd_backend(RAM)) as vm:
         poke(vm, "pc.ram", 5 << 20, b"in a memfd")
         state = vm.device_state(disk)
         where = next(
-            link for link in Path(f"/proc/{vm.process.pid}/fd").iterdir()
+            link
+            for link in Path(f"/proc/{vm.process.pid}/fd").iterdir()
             if "memory-backend-memfd" in str(link.readlink())
         )
         with where.open("rb") as memfd:
@@ -181,16 +184,18 @@ def two_nodes(ram: GuestRam) -> list[str]:
             "-object",
             f"memory-backend-file,id={name},size={half},offset={offset},share=on,"
             f"mem-path=/proc/self/fd/{ram.fd}",
-            "-numa", f"node,nodeid={node},memdev={name}",
-        ]  # fmt: skip
+            "-numa",
+            f"node,nodeid={node},memdev={name}",
+        ]
     return command
 
 
 def test_two_nodes_in_one_file_are_two_blocks(disk: Path) -> None:
     path, half = disk / "guest.mapped", RAM // 2
-    with GuestRam(RAM) as ram, DirectQemu(
-        ram, machine="q35", memory=two_nodes(ram), extra=FOREIGN
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(RAM) as ram,
+        DirectQemu(ram, machine="q35", memory=two_nodes(ram), extra=FOREIGN) as vm,
+    ):
         fill(memoryview(ram.memory), Contents.RUNS, seed=3)
         state = vm.migrated_state(disk)
         assert sorted(state.external) == ["pc.ram", "ram1"]
@@ -199,9 +204,12 @@ def test_two_nodes_in_one_file_are_two_blocks(disk: Path) -> None:
         assert_same_memory(blocks["pc.ram"] + blocks["ram1"], ram.memory)
     assert_snapshot_has(path, blocks, state)
     for mode in MODES:
-        with GuestRam(RAM) as ram, DirectQemu(
-            ram, machine="q35", memory=two_nodes(ram), extra=FOREIGN, incoming=True
-        ) as vm:  # fmt: skip
+        with (
+            GuestRam(RAM) as ram,
+            DirectQemu(
+                ram, machine="q35", memory=two_nodes(ram), extra=FOREIGN, incoming=True
+            ) as vm,
+        ):
             assert_same_blocks(vm.is_loaded(path, mode), blocks)
 
 
@@ -212,9 +220,7 @@ def test_run_state_given_for_a_guest_is_that_of_the_loaded_one(stored: str, disk
         state = vm.device_state(disk, run_state=stored)
         assert state.run_state == stored
         vm.save_directly(path, state, vm.process_memories())
-    with GuestRam(RAM) as ram, DirectQemu(
-        ram, machine="q35", run=True, incoming=True
-    ) as vm:  # fmt: skip
+    with GuestRam(RAM) as ram, DirectQemu(ram, machine="q35", run=True, incoming=True) as vm:
         vm.load(path, MODES[1])
         assert vm.execute("query-status")["status"] == stored
 
@@ -236,9 +242,10 @@ def reports(serial: Path, more_than: int) -> None:
 def test_running_guest_is_saved_at_one_instant_and_both_go_on(machine: str, disk: Path) -> None:
     path, serial, again = disk / "guest.mapped", disk / "serial", disk / "again"
     image = build(disk, LIVE_RAM)
-    with GuestRam(LIVE_RAM) as ram, DirectQemu(
-        ram, machine=machine, run=True, bios=image, serial=serial
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(LIVE_RAM) as ram,
+        DirectQemu(ram, machine=machine, run=True, bios=image, serial=serial) as vm,
+    ):
         reports(serial, 1)
         state = vm.migrated_state(disk)
         assert state.run_state == "running"
@@ -249,9 +256,10 @@ def test_running_guest_is_saved_at_one_instant_and_both_go_on(machine: str, disk
         assert vm.execute("query-status")["status"] == "running"
     assert_snapshot_has(path, blocks, state)
     saved = check_pattern(blocks[RAM_BLOCK[machine]])
-    with GuestRam(LIVE_RAM) as ram, DirectQemu(
-        ram, machine=machine, run=True, incoming=True, bios=image, serial=again
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(LIVE_RAM) as ram,
+        DirectQemu(ram, machine=machine, run=True, incoming=True, bios=image, serial=again) as vm,
+    ):
         vm.load(path, MODES[2])
         reports(again, 1)
         vm.execute("stop")
@@ -270,5 +278,3 @@ def test_guest_keeps_its_uuid(disk: Path) -> None:
     with GuestRam(RAM) as ram, DirectQemu(ram, incoming=True, extra=["-uuid", uuid]) as vm:
         vm.set_capabilities({"validate-uuid": True})
         vm.load(path, MODES[1])
-
-

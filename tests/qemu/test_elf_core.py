@@ -67,9 +67,8 @@ def test_memory_and_control_registers_are_those_of_qemus_dump(machine: str, disk
     serial, image = disk / "serial", build(disk, RAM)
     with (
         GuestRam(RAM) as ram,
-        Qemu(ram, machine=machine, run=True, bios=image, serial=serial,
-             extra=["-smp", "2"]) as vm,
-    ):  # fmt: skip
+        Qemu(ram, machine=machine, run=True, bios=image, serial=serial, extra=["-smp", "2"]) as vm,
+    ):
         wait_for_byte(serial, 2)
         vm.execute("stop")
         theirs = dump(vm, disk / "dump")
@@ -90,15 +89,26 @@ def test_direct_save_of_ram_that_is_split_elsewhere_is_as_qemus_dump(
     """Its device state has no description of its own."""
     serial, length = disk / "serial", 24 << 20
     memory = [
-        "-machine", f"{machine},memory-backend=pc.ram,max-ram-below-4g=16M", "-m", "24M",
-        "-object", "memory-backend-ram,id=pc.ram,size=24M",
-    ]  # fmt: skip
+        "-machine",
+        f"{machine},memory-backend=pc.ram,max-ram-below-4g=16M",
+        "-m",
+        "24M",
+        "-object",
+        "memory-backend-ram,id=pc.ram,size=24M",
+    ]
     monitor = ["-qmp", f"unix:{disk}/save.qmp,server=on,wait=off"]
     with (
         GuestRam(length) as ram,
-        Qemu(ram, machine=machine, run=True, bios=build(disk, 16 << 20), memory=memory,
-             serial=serial, extra=monitor) as vm,
-    ):  # fmt: skip
+        Qemu(
+            ram,
+            machine=machine,
+            run=True,
+            bios=build(disk, 16 << 20),
+            memory=memory,
+            serial=serial,
+            extra=monitor,
+        ) as vm,
+    ):
         wait_for_byte(serial, 2)
         vm.execute("stop")
         theirs = dump(vm, disk / "dump")
@@ -116,10 +126,21 @@ def test_registers_of_64_bits_are_byte_for_byte_those_of_qemus_dump(disk: Path) 
     made, image = disk / "r.o", disk / "r.bin"
     subprocess.run(["as", "--64", "-o", made, source], check=True)
     subprocess.run(
-        ["ld", "-m", "elf_x86_64", "--oformat", "binary", "-Ttext=0xffff0000", "-e", "start",
-         "-o", image, made],
+        [
+            "ld",
+            "-m",
+            "elf_x86_64",
+            "--oformat",
+            "binary",
+            "-Ttext=0xffff0000",
+            "-e",
+            "start",
+            "-o",
+            image,
+            made,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     with (
         GuestRam(RAM) as ram,
         Qemu(ram, run=True, bios=image, serial=serial, extra=["-cpu", "max"]) as vm,
@@ -141,9 +162,16 @@ def test_registers_of_64_bits_are_byte_for_byte_those_of_qemus_dump(disk: Path) 
 # movz x0..x28; CPACR_EL1 lets floating point in; fmov d5, x7; FPCR and FPSR; b .
 CODE = [
     *(0xD2800000 | (0x1100 + n) << 5 | n for n in range(29)),
-    0xD2A0061D, 0xD518105D, 0xD5033FDF, 0x9E6700E5, 0xD2A0201E, 0xD51B441E, 0xD280003E, 0xD51B443E,
+    0xD2A0061D,
+    0xD518105D,
+    0xD5033FDF,
+    0x9E6700E5,
+    0xD2A0201E,
+    0xD51B441E,
+    0xD280003E,
+    0xD51B443E,
     0x14000000,
-]  # fmt: skip
+]
 CODE_AT = 0x40200000
 
 
@@ -157,8 +185,7 @@ def test_aarch64_has_memory_and_notes_of_qemus_dump(disk: Path) -> None:
             qmp.execute("cont")
             wait_for_end_of_code(qmp)
             qmp.execute("stop")
-            qmp.execute("dump-guest-memory",
-                        {"paging": False, "protocol": f"file:{disk}/dump"})  # fmt: skip
+            qmp.execute("dump-guest-memory", {"paging": False, "protocol": f"file:{disk}/dump"})
         vm.save(disk / "s")
     theirs = read_dump(disk / "dump")
     elf, report = export(disk / "s", disk / "elf", "elf")
@@ -187,8 +214,14 @@ def test_memory_above_4_gib_is_where_the_guest_sees_it(disk: Path) -> None:
     """Few of its pages are touched, each by QEMU's loader at its guest-physical address."""
     length, below, four = 5 << 30, 2 << 30, 4 << 30
     marks = [0x1000, below - 4096, four, four + length - below - 4096]
-    memory = ["-machine", "q35,memory-backend=pc.ram", "-m", "5G",
-              "-object", "memory-backend-ram,id=pc.ram,size=5G"]  # fmt: skip
+    memory = [
+        "-machine",
+        "q35,memory-backend=pc.ram",
+        "-m",
+        "5G",
+        "-object",
+        "memory-backend-ram,id=pc.ram,size=5G",
+    ]
     for address in marks:
         memory += ["-device", f"loader,addr={address},data={address | 0xABC},data-len=8"]
     with GuestRam(1 << 20) as ram, Qemu(ram, machine="q35", memory=memory) as vm:
@@ -231,8 +264,7 @@ def test_power_guest_has_its_own_byte_order(order: str, disk: Path) -> None:
         ram.memory[0x200000 : 0x200000 + len(note)] = note
         vm.save(disk / "s")
         with vm.connect() as qmp:
-            qmp.execute("dump-guest-memory",
-                        {"paging": False, "protocol": f"file:{disk}/dump"})  # fmt: skip
+            qmp.execute("dump-guest-memory", {"paging": False, "protocol": f"file:{disk}/dump"})
     elf, _ = export(disk / "s", disk / "elf", "elf")
     assert elf.machine == "EM_PPC64"
     heads = [(disk / name).read_bytes()[:20] for name in ("elf", "dump")]

@@ -49,9 +49,11 @@ def test_the_reader_reads_what_qemu_saved(machine: str, mode: Mode, disk: Path) 
         vm.save(disk / "guest", mode)
         block, machine_type, blocks = vm.ram_block, vm.machine_name(), vm.read_blocks()
     printed = subprocess.run(
-        [sys.executable, READER, disk / "guest", block, disk / "out"], check=True, text=True,
+        [sys.executable, READER, disk / "guest", block, disk / "out"],
+        check=True,
+        text=True,
         capture_output=True,
-    ).stdout.splitlines()  # fmt: skip
+    ).stdout.splitlines()
     assert printed[0] == machine_type
     assert {line.rpartition(" (")[0] for line in printed[1:]} == set(blocks)
     assert (disk / "out").read_bytes() == blocks[block]

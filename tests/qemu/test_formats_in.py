@@ -57,9 +57,7 @@ def migrate(qmp: QmpClient, command: str, uri: str, *, mapped: bool) -> None:
         time.sleep(0.01)
 
 
-def assert_loads(
-    target: OtherTarget, path: Path, expected: bytes, *, mapped: bool
-) -> None:
+def assert_loads(target: OtherTarget, path: Path, expected: bytes, *, mapped: bool) -> None:
     with (
         GuestRam(target.length) as ram,
         OtherQemu(target, ram, ["-incoming", "defer"]) as qemu,
@@ -190,7 +188,9 @@ def test_memory_that_was_kept_elsewhere_is_put_in(disk: Path) -> None:
     (disk / "ram").write_bytes(memory)
     with (disk / "ram").open("rb") as file:
         convert(
-            disk / "stream", disk / "mapped", to="mapped-ram",
+            disk / "stream",
+            disk / "mapped",
+            to="mapped-ram",
             memories={"pc.ram": FileMemory(file.fileno())},
         )
     with GuestRam(RAM) as ram, Qemu(ram, incoming=True) as vm:

@@ -83,9 +83,14 @@ def damage_end(memory: Pages) -> None:
 
 
 DAMAGES = [
-    damage_stale, damage_early, damage_lost, damage_not_cleared, damage_misplaced,
-    damage_last_word, damage_end,
-]  # fmt: skip
+    damage_stale,
+    damage_early,
+    damage_lost,
+    damage_not_cleared,
+    damage_misplaced,
+    damage_last_word,
+    damage_end,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)

@@ -32,9 +32,13 @@ def test_programs_run_on_either_kind(
     text = GUIDE.read_text().split(f"\n## {SECTION}\n")[1].split("\n## ")[0]
     programs = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     printed = subprocess.run(
-        [sys.executable, "-c", "".join(programs)], cwd=disk, env=child_environment, text=True,
-        capture_output=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
+        [sys.executable, "-c", "".join(programs)],
+        cwd=disk,
+        env=child_environment,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.splitlines()
     assert printed[0].startswith(f"{form} pc-i440fx-")
     assert f"pc.ram {RAM} 4096" in " ".join(printed)
     assert any(line.startswith("True () ") and line.endswith(" running") for line in printed)

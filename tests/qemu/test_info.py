@@ -34,9 +34,7 @@ class Case:
 
     def start(self, ram: GuestRam, *, incoming: bool = False) -> Qemu:
         words = self.memory.split() if self.memory else None
-        return Qemu(
-            ram, machine=self.machine, memory=words, incoming=incoming, extra=[*self.extra]
-        )
+        return Qemu(ram, machine=self.machine, memory=words, incoming=incoming, extra=[*self.extra])
 
     def uri(self, path: Path) -> str:
         return f"file:{path}" + (f",offset={self.offset}" if self.offset else "")
@@ -115,8 +113,9 @@ def check(info: dict[str, Any], case: Case, lengths: dict[str, int], qemu: tuple
 
 @pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("target", TARGETS)
-def test_devices_of_other_targets_are_explained(target: str, mapped: bool, disk: Path,
-                                                command: Command) -> None:
+def test_devices_of_other_targets_are_explained(
+    target: str, mapped: bool, disk: Path, command: Command
+) -> None:
     other = TARGETS[target]
     with GuestRam(other.length) as ram, OtherQemu(other, ram) as qemu, qemu.connect() as qmp:
         migrate(qmp, "migrate", f"file:{disk}/file", mapped=mapped)

@@ -35,7 +35,9 @@ def test_vm_verbs_have_the_documented_keys(disk: Path) -> None:
         for words in ((), ("--dir", str(disk))):
             ran = subprocess.run(
                 [*COMMAND, "vm", "check", "--json", "--qmp", str(qemu.socket), *words],
-                capture_output=True, text=True, check=True,
+                capture_output=True,
+                text=True,
+                check=True,
             )
             assert_as_documented("vm check", json.loads(ran.stdout))
         saved = verbs.save(qemu.socket, snapshot, "--seal")
@@ -45,7 +47,14 @@ def test_vm_verbs_have_the_documented_keys(disk: Path) -> None:
         assert engine["settings"]
         assert_as_documented("vm save", engine)
     command = [
-        "qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", *MACHINE, *drive,
+        "qemu-system-x86_64",
+        "-accel",
+        "tcg",
+        "-nodefaults",
+        "-display",
+        "none",
+        *MACHINE,
+        *drive,
     ]
     for mode in ("instant", "load"):
         with verbs.restored(snapshot, command, "--mode", mode) as report:
@@ -63,10 +72,24 @@ def test_vm_clone_has_the_documented_keys(disk: Path) -> None:
         verbs.save(qemu.socket, snapshot)
     command = ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", *MACHINE]
     process = subprocess.Popen(
-        [*COMMAND, "vm", "clone", "--json", str(snapshot), "--count", "2", "--dir", str(disk),
-         "--", *command],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
+        [
+            *COMMAND,
+            "vm",
+            "clone",
+            "--json",
+            str(snapshot),
+            "--count",
+            "2",
+            "--dir",
+            str(disk),
+            "--",
+            *command,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
     try:
         text = ""

@@ -36,9 +36,10 @@ class Live:
 def save_live(machine: str, mode: Mode, directory: Path) -> Live:
     path, serial = directory / "guest.mapped", directory / "serial"
     image = build(directory, RAM)
-    with GuestRam(RAM) as ram, Qemu(
-        ram, machine=machine, run=True, bios=image, serial=serial
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(RAM) as ram,
+        Qemu(ram, machine=machine, run=True, bios=image, serial=serial) as vm,
+    ):
         deadline = time.monotonic() + 60
         while len(serial.read_bytes()) < 2:
             assert time.monotonic() < deadline, "the guest does not run"

@@ -120,8 +120,16 @@ def of_aarch64(path: Path) -> Base:
 
 
 BASES = [
-    paused, at_an_offset, running, classic, classic_with_changes, behind_libvirts_header,
-    classic_behind_libvirts_header, without_shared_memory, with_dirty_bitmaps, of_aarch64,
+    paused,
+    at_an_offset,
+    running,
+    classic,
+    classic_with_changes,
+    behind_libvirts_header,
+    classic_behind_libvirts_header,
+    without_shared_memory,
+    with_dirty_bitmaps,
+    of_aarch64,
 ]
 
 

@@ -22,10 +22,12 @@ MODES = ["instant", "load"]
 WRITES_RAM = "pseries"  # its device tree, at every start
 
 
-@pytest.fixture(params=[
-    pytest.param(name, marks=[] if name in ("aarch64", "ppc64") else [pytest.mark.long])
-    for name in TARGETS
-])  # fmt: skip
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[] if name in ("aarch64", "ppc64") else [pytest.mark.long])
+        for name in TARGETS
+    ]
+)
 def target(request: pytest.FixtureRequest) -> OtherTarget:
     return TARGETS[request.param]
 

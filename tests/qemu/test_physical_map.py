@@ -32,8 +32,12 @@ def backend(name: str, size: str) -> list[str]:
 def ram_of(machine: str, options: str, size: str = "5G", name: str = "pc.ram") -> list[str]:
     """RAM that nobody touches costs nothing, however large."""
     return [
-        "-machine", f"{machine},memory-backend={name}{options}", "-m", size, *backend(name, size)
-    ]  # fmt: skip
+        "-machine",
+        f"{machine},memory-backend={name}{options}",
+        "-m",
+        size,
+        *backend(name, size),
+    ]
 
 
 def nodes(machine: str, size: str, *sizes: str, order: str = "") -> list[str]:
@@ -103,9 +107,10 @@ def save(vm: Qemu, path: Path) -> None:
     assert vm.wait()["status"] == "completed"
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name in SHORT else [pytest.mark.long]) for name in MEMORIES
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.long]) for name in MEMORIES],
+)
 def test_memory_is_where_qemu_has_it(name: str, disk: Path) -> None:
     with guest(name) as vm:
         expected = seen_by(vm)
@@ -113,10 +118,14 @@ def test_memory_is_where_qemu_has_it(name: str, disk: Path) -> None:
     assert named(look(disk / "s").ranges) == expected
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name == "pc-2G-below" else [pytest.mark.long])
-    for name, (machine, _) in MEMORIES.items() if machine != "isapc"
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "pc-2G-below" else [pytest.mark.long])
+        for name, (machine, _) in MEMORIES.items()
+        if machine != "isapc"
+    ],
+)
 def test_memory_of_a_direct_save_is_where_qemu_has_it(name: str, disk: Path) -> None:
     with guest(name) as vm:
         expected = seen_by(vm)
@@ -126,21 +135,16 @@ def test_memory_of_a_direct_save_is_where_qemu_has_it(name: str, disk: Path) -> 
     assert named(look(disk / "s").ranges) == expected
 
 
-@pytest.mark.parametrize("card", [
-    "VGA",
-    pytest.param("none", marks=pytest.mark.long),
-])  # fmt: skip
-@pytest.mark.parametrize("machine", [
-    "q35",
-    pytest.param("pc", marks=pytest.mark.long),
-])  # fmt: skip
+@pytest.mark.parametrize("card", ["VGA", pytest.param("none", marks=pytest.mark.long)])
+@pytest.mark.parametrize("machine", ["q35", pytest.param("pc", marks=pytest.mark.long)])
 def test_memory_is_where_firmware_has_put_it(machine: str, card: str, disk: Path) -> None:
     """It copies itself into RAM, lets that be seen instead of ROM, and places the card's memory."""
     extra = [] if card == "none" else ["-device", card]
     with GuestRam(64 << 20) as ram, Qemu(ram, machine=machine, run=True, extra=extra) as vm:
         deadline = time.monotonic() + 30
-        while not any(one.block == "pc.ram" and one.address <= 0xF0000 < one.end
-                      for one in seen_by(vm)):  # fmt: skip
+        while not any(
+            one.block == "pc.ram" and one.address <= 0xF0000 < one.end for one in seen_by(vm)
+        ):
             assert time.monotonic() < deadline, "firmware does not run"
             time.sleep(0.05)
         time.sleep(0.2)
@@ -153,9 +157,15 @@ def test_memory_is_where_firmware_has_put_it(machine: str, card: str, disk: Path
 
 def test_module_that_was_plugged_in_is_placed_by_hand(disk: Path) -> None:
     memory = [
-        "-machine", "q35,memory-backend=pc.ram", "-m", "64M,slots=2,maxmem=1G",
-        *backend("pc.ram", "64M"), *backend("dimm", "128M"), "-device", "pc-dimm,memdev=dimm",
-    ]  # fmt: skip
+        "-machine",
+        "q35,memory-backend=pc.ram",
+        "-m",
+        "64M,slots=2,maxmem=1G",
+        *backend("pc.ram", "64M"),
+        *backend("dimm", "128M"),
+        "-device",
+        "pc-dimm,memdev=dimm",
+    ]
     with GuestRam(64 << 20) as ram, Qemu(ram, machine="q35", memory=memory) as vm:
         expected = seen_by(vm)
         vm.save(disk / "s")
@@ -176,10 +186,13 @@ MACHINES = TARGETS | {
 }
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name in ("aarch64", "ppc64") else [pytest.mark.long])
-    for name in MACHINES
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("aarch64", "ppc64") else [pytest.mark.long])
+        for name in MACHINES
+    ],
+)
 def test_ram_of_other_targets_is_where_qemu_has_it(name: str, disk: Path) -> None:
     target = MACHINES[name]
     with GuestRam(target.length) as ram, OtherQemu(target, ram) as vm:

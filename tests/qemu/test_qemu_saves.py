@@ -54,13 +54,22 @@ CHOSEN = [
     Case("pc", Mode(2, multifd=True, direct_io=True, zero_pages="legacy"), 0, Contents.RUNS, 2),
 ]
 EVERYTHING = [
-    Case(machine, Mode(mode.channels, mode.multifd, mode.direct_io, False, zero_pages),
-         offset, contents, channels)
-    for machine, mode, zero_pages, offset, contents, channels in itertools.product(
-        ("pc", "q35"), [SINGLE, *MULTIFD, *DIRECT], ("none", "legacy", "multifd"),
-        (0, ODD_OFFSET, BIG_OFFSET), Contents, (1, 8),
+    Case(
+        machine,
+        Mode(mode.channels, mode.multifd, mode.direct_io, False, zero_pages),
+        offset,
+        contents,
+        channels,
     )
-]  # fmt: skip
+    for machine, mode, zero_pages, offset, contents, channels in itertools.product(
+        ("pc", "q35"),
+        [SINGLE, *MULTIFD, *DIRECT],
+        ("none", "legacy", "multifd"),
+        (0, ODD_OFFSET, BIG_OFFSET),
+        Contents,
+        (1, 8),
+    )
+]
 
 
 def load_all(path: Path, offset: int, channels: int) -> dict[str, bytearray]:

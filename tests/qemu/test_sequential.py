@@ -170,7 +170,8 @@ def test_blocks_and_devices_of_qemu_go_through_us_back_to_qemu(disk: Path) -> No
     )
     assert stream.description_offset is not None
     writer = SequentialWriter(
-        second, [RamBlock(b.name, loaded.blocks[b.name]) for b in stream.blocks],
+        second,
+        [RamBlock(b.name, loaded.blocks[b.name]) for b in stream.blocks],
         machine=stream.machine,
     )
     writer.begin()
@@ -195,9 +196,10 @@ class Live:
 def save_live(machine: str, directory: Path, *, xbzrle: bool) -> Live:
     path, serial = directory / "guest.classic", directory / "serial"
     image = build(directory, LIVE_RAM)
-    with GuestRam(LIVE_RAM) as ram, ClassicQemu(
-        ram, machine=machine, run=True, bios=image, serial=serial
-    ) as vm:  # fmt: skip
+    with (
+        GuestRam(LIVE_RAM) as ram,
+        ClassicQemu(ram, machine=machine, run=True, bios=image, serial=serial) as vm,
+    ):
         vm.xbzrle = xbzrle
         deadline = time.monotonic() + 60
         while len(serial.read_bytes()) < 2:
@@ -209,9 +211,7 @@ def save_live(machine: str, directory: Path, *, xbzrle: bool) -> Live:
 
 @pytest.mark.parametrize("xbzrle", [False, True], ids=["pages", "xbzrle"])
 @pytest.mark.parametrize("machine", RAM_BLOCK)
-def test_live_stream_is_one_instant_of_the_guest(
-    machine: str, xbzrle: bool, disk: Path
-) -> None:
+def test_live_stream_is_one_instant_of_the_guest(machine: str, xbzrle: bool, disk: Path) -> None:
     live = save_live(machine, disk, xbzrle=xbzrle)
     loaded = load(live.path)
     memory = loaded.blocks[RAM_BLOCK[machine]]

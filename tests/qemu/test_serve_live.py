@@ -237,8 +237,15 @@ def test_qemu_loads_the_instant_at_which_a_busy_guest_was_stopped(
     passes = info["ram"]["dirty-sync-count"]
     counted = [str(number) for number in range(2, passes)]
     assert live.events() == [
-        "setup", "1", "active", *counted, "STOP", "device", str(passes), "completed",
-    ]  # fmt: skip
+        "setup",
+        "1",
+        "active",
+        *counted,
+        "STOP",
+        "device",
+        str(passes),
+        "completed",
+    ]
     assert passes >= 3, "nothing changed while it was saved: the test proves nothing"
     assert live.guest.written > before
     assert max(live.guest.looks[1:]) > 4

@@ -76,9 +76,10 @@ REFUSED = [
     Refused("word-as-id", (W,), NO_PARSE + "x", NO_PARSE, uri="file:/dev/fdset/x"),
     Refused("trailing-text", (W,), NO_PARSE + "1x", NO_PARSE, uri="file:/dev/fdset/1x"),
     Refused("no-id", (W,), NO_PARSE, NO_PARSE, uri="file:/dev/fdset/"),
-    Refused("id-of-33-bits", (W,), NO_PARSE + "4294967297", NO_PARSE,
-            uri="file:/dev/fdset/4294967297"),
-]  # fmt: skip
+    Refused(
+        "id-of-33-bits", (W,), NO_PARSE + "4294967297", NO_PARSE, uri="file:/dev/fdset/4294967297"
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from tests.qemu.test_serve_negatives import (
     W,
     add,
     take_back,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.qemu
 
@@ -65,9 +65,14 @@ REFUSED = [
     Refused("dsync-direct", (R, R | D | DSYNC), NO_DUP, NO_SYNC, direct=True),
     Refused("missing-set", (), "Failed to find fdset /dev/fdset/1", "Failed to find fdset /dev"),
     Refused("trailing-text", (R,), NO_PARSE + "1x", NO_PARSE, uri="file:/dev/fdset/1x"),
-    Refused("missing-file", (), "Could not open '/nonexistent/x': No such file or directory",
-            "Could not open '/nonexistent/x': No such file", uri="file:/nonexistent/x"),
-]  # fmt: skip
+    Refused(
+        "missing-file",
+        (),
+        "Could not open '/nonexistent/x': No such file or directory",
+        "Could not open '/nonexistent/x': No such file",
+        uri="file:/nonexistent/x",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +104,11 @@ def strict(driver: Driver) -> Iterator[Serve]:
 def waiting(driver: Driver) -> Iterator[tuple[Witness, Witness, GuestRam, GuestRam]]:
     """A QEMU and a compat server that wait, and their memories."""
     with (
-        GuestRam(RAM) as theirs, GuestRam(RAM) as ours,
+        GuestRam(RAM) as theirs,
+        GuestRam(RAM) as ours,
         Qemu(theirs, incoming=True) as vm,
         Serve(driver, ours, incoming=True, compat=True) as server,
-    ):  # fmt: skip
+    ):
         yield Witness(vm), Witness(server), theirs, ours
 
 
@@ -237,9 +243,11 @@ def test_compat_loads_after_errors_that_come_before_the_open_as_qemu_does(
 
 
 BROKEN = {
-    "empty": (PLAIN, b""), "junk": (PLAIN, OLD), "empty-mapped": (MAPPED, b""),
+    "empty": (PLAIN, b""),
+    "junk": (PLAIN, OLD),
+    "empty-mapped": (MAPPED, b""),
     "junk-multifd": (MULTIFD, OLD),
-}  # fmt: skip
+}
 
 
 def fail_to_load(end: Witness, path: Path, capabilities: dict[str, bool]) -> None:

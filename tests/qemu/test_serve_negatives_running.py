@@ -210,11 +210,18 @@ def test_a_descriptor_left_over_by_an_error_goes_to_the_next_command(
 
 # Raising multifd-channels is not among them: QEMU 10.0.2 dies of it.
 HARMLESS: list[dict[str, Any]] = [
-    {"multifd-channels": 1}, {"direct-io": True}, {"zero-page-detection": "none"},
-    {"multifd-zlib-level": 3}, {"downtime-limit": 200}, {"max-bandwidth": SLOW + 1},
-    {"multifd-channels": 0}, {"direct-io": "on"}, {"multifd-channels": 1, "max-bandwidth": -2},
-    {"zero-page-detection": "legacy", "downtime-limit": 2000001}, {"max-bandwidth": SLOW},
-]  # fmt: skip
+    {"multifd-channels": 1},
+    {"direct-io": True},
+    {"zero-page-detection": "none"},
+    {"multifd-zlib-level": 3},
+    {"downtime-limit": 200},
+    {"max-bandwidth": SLOW + 1},
+    {"multifd-channels": 0},
+    {"direct-io": "on"},
+    {"multifd-channels": 1, "max-bandwidth": -2},
+    {"zero-page-detection": "legacy", "downtime-limit": 2000001},
+    {"max-bandwidth": SLOW},
+]
 RESTORED = {"zero-page-detection": "multifd", "multifd-zlib-level": 1, "downtime-limit": 300}
 
 
@@ -254,8 +261,11 @@ def compress_in_flight(end: Witness, path: Path) -> None:
     """The conflict with mapped-ram is judged by what was in force before: accepted once."""
     configure(end, MAPPED)
     begin_slowly(end, f"file:{path}")
-    for change in ({"multifd-compression": "zlib"}, {"multifd-compression": "none"},
-                   {"max-bandwidth": 0}):  # fmt: skip
+    for change in (
+        {"multifd-compression": "zlib"},
+        {"multifd-compression": "none"},
+        {"max-bandwidth": 0},
+    ):
         end.ask("migrate-set-parameters", change)
     end.ask("migrate_cancel")
     end.settle()
@@ -295,12 +305,18 @@ NO_COMPRESSION = "leave multifd-compression none and tls-creds empty, or switch 
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"multifd-channels": 7}, FIXED), ({"multifd-channels": 1}, FIXED),
-     ({"direct-io": True}, FIXED), ({"zero-page-detection": "none"}, FIXED),
-     ({"direct-io": True, "max-bandwidth": 5}, FIXED), ({"mode": "cpr-reboot"}, FIXED),
-     ({"multifd-compression": "zlib"}, NO_COMPRESSION), ({"tls-creds": "t"}, NO_COMPRESSION)],
+    [
+        ({"multifd-channels": 7}, FIXED),
+        ({"multifd-channels": 1}, FIXED),
+        ({"direct-io": True}, FIXED),
+        ({"zero-page-detection": "none"}, FIXED),
+        ({"direct-io": True, "max-bandwidth": 5}, FIXED),
+        ({"mode": "cpr-reboot"}, FIXED),
+        ({"multifd-compression": "zlib"}, NO_COMPRESSION),
+        ({"tls-creds": "t"}, NO_COMPRESSION),
+    ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_strict_refuses_in_flight_what_cannot_have_effect(
     ends: Ends, disk: Path, change: dict[str, Any], text: str
 ) -> None:
@@ -331,8 +347,10 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     script = 'mount -t tmpfs -o size=8m none "$1"; echo mounted; exec cat'
     with subprocess.Popen(
         [*unshare, "sh", "-ec", script, "sh", str(tmp_path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as holder:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "mounted\n"
         yield Path(f"/proc/{holder.pid}/root{tmp_path}")
@@ -341,9 +359,11 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 SPACELESS = {
-    "plain": (PLAIN, False), "mapped-ram": (MAPPED, False), "multifd": (MULTIFD, False),
+    "plain": (PLAIN, False),
+    "mapped-ram": (MAPPED, False),
+    "multifd": (MULTIFD, False),
     "direct": (MULTIFD, True),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -414,10 +434,9 @@ def ask_qemu(full: Path, disk: Path, kind: str, way: Way) -> Iterator[list[tuple
 
 @pytest.mark.parametrize(
     "way",
-    [pytest.param(way, marks=[] if way.name == "fdset" else [pytest.mark.long])
-     for way in WAYS],
+    [pytest.param(way, marks=[] if way.name == "fdset" else [pytest.mark.long]) for way in WAYS],
     ids=[str(way) for way in WAYS],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("kind", SPACELESS)
 def test_compat_fails_on_a_full_disk_as_qemu_does(
     ends: Ends, full_disk: Path, disk: Path, kind: str, way: Way
@@ -429,20 +448,16 @@ def test_compat_fails_on_a_full_disk_as_qemu_does(
             break
     else:
         assert compat.account == account
-    failure = {
-        "status": "failed",
-        "error-desc": "Unable to write to file: No space left on device",
-    }
+    failure = {"status": "failed", "error-desc": "Unable to write to file: No space left on device"}
     assert ("query-migrate null", {"return": failure}) in compat.account
     assert kept == way.kept
 
 
 @pytest.mark.parametrize(
     "way",
-    [pytest.param(way, marks=[] if way.name == "fdset" else [pytest.mark.long])
-     for way in WAYS],
+    [pytest.param(way, marks=[] if way.name == "fdset" else [pytest.mark.long]) for way in WAYS],
     ids=[str(way) for way in WAYS],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("kind", SPACELESS)
 def test_strict_fails_on_a_full_disk_with_the_space_it_needs_and_the_guest_runs_on(
     ends: Ends, full_disk: Path, disk: Path, kind: str, way: Way

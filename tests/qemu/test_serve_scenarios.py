@@ -63,12 +63,16 @@ ROWS = [
     Row("multifd/file/mapped-ram/fdset", True, MULTIFD, tuple(FOUR.items()), FDSET, (0, 0)),
     Row("multifd/file/mapped-ram/fdset/dio", True, MULTIFD, tuple(DIRECT.items()), FDSET, (0, D)),
     *(
-        Row(f"multifd/file/mapped-ram/zero-page/{who}", True, MULTIFD,
-            (*FOUR.items(), ("zero-page-detection", who)))
+        Row(
+            f"multifd/file/mapped-ram/zero-page/{who}",
+            True,
+            MULTIFD,
+            (*FOUR.items(), ("zero-page-detection", who)),
+        )
         for who in ("legacy", "none")
     ),
     Row("fd/file", True, uri="fd:there", lent=(0,)),
-]  # fmt: skip
+]
 
 
 def skip_what_this_qemu_has_not(row: Row) -> None:
@@ -239,9 +243,11 @@ def test_qemu_takes_a_file_as_fd_until_11(driver: Driver, disk: Path, command: s
     if qemu_version() < NO_FILES_AS_FD:
         pytest.skip("this QEMU takes it: the scenarios try that")
     row, incoming = next(r for r in ROWS if r.name == "fd/file"), command == "migrate-incoming"
-    with GuestRam(RAM) as ram, Qemu(ram, incoming=incoming) as vm, Serve(
-        driver, ram, compat=True, incoming=incoming
-    ) as server:
+    with (
+        GuestRam(RAM) as ram,
+        Qemu(ram, incoming=incoming) as vm,
+        Serve(driver, ram, compat=True, incoming=incoming) as server,
+    ):
         replies = []
         for end in (vm, server):
             uri = lend(end, row, disk / "state", W)

@@ -135,8 +135,10 @@ def test_a_reboot_looks_to_a_manager_as_in_qemu(driver: Driver, disk: Path) -> N
     row = ROWS[2]
     accounts = []
     with (
-        GuestRam(RAM) as theirs, GuestRam(RAM) as ours,
-        Qemu(theirs, run=True) as vm, Serve(driver, ours, compat=True) as server,
+        GuestRam(RAM) as theirs,
+        GuestRam(RAM) as ours,
+        Qemu(theirs, run=True) as vm,
+        Serve(driver, ours, compat=True) as server,
     ):
         for end in (vm, server):
             witness = Witness(end)
@@ -155,8 +157,10 @@ def test_becoming_another_program_is_refused_as_in_qemu(driver: Driver, disk: Pa
     accounts = []
     uri = {"uri": f"file:{disk / 'state'}"}
     with (
-        GuestRam(RAM) as theirs, GuestRam(RAM) as ours,
-        Qemu(theirs) as vm, Serve(driver, ours, compat=True) as server,
+        GuestRam(RAM) as theirs,
+        GuestRam(RAM) as ours,
+        Qemu(theirs) as vm,
+        Serve(driver, ours, compat=True) as server,
     ):
         for end in (vm, server):
             witness = Witness(end)

@@ -30,8 +30,10 @@ ENGINES = ["qemu", "direct"]
 KINDS = ["file", "memfd", "private"]
 MACHINES = ["pc", "q35", "microvm"]
 SHORT = {
-    ("microvm", "file", "direct"), ("microvm", "private", "direct"), ("microvm", "memfd", "qemu"),
-}  # fmt: skip
+    ("microvm", "file", "direct"),
+    ("microvm", "private", "direct"),
+    ("microvm", "memfd", "qemu"),
+}
 MATRIX = [
     pytest.param(*row, marks=() if row in SHORT else pytest.mark.long)
     for row in ((m, k, e) for m in MACHINES for k in KINDS for e in ENGINES)
@@ -59,11 +61,24 @@ class Beating:
     def command(self, serial: str) -> list[str]:
         block = RAM_BLOCK[self.machine]
         return [
-            BINARY, "-accel", accelerator(), *cpu_options(), "-nodefaults", "-display", "none",
-            "-machine", f"{self.machine},memory-backend={block}", "-m", f"{RAM >> 20}M",
-            "-object", f"memory-backend-ram,id={block},size={RAM}", "-kernel", str(self.kernel),
-            "-serial", f"file:{serial}",
-        ]  # fmt: skip
+            BINARY,
+            "-accel",
+            accelerator(),
+            *cpu_options(),
+            "-nodefaults",
+            "-display",
+            "none",
+            "-machine",
+            f"{self.machine},memory-backend={block}",
+            "-m",
+            f"{RAM >> 20}M",
+            "-object",
+            f"memory-backend-ram,id={block},size={RAM}",
+            "-kernel",
+            str(self.kernel),
+            "-serial",
+            f"file:{serial}",
+        ]
 
     def beats(self) -> int:
         return self.serial.stat().st_size
@@ -80,16 +95,28 @@ def beating(directory: Path, kernel: Path, machine: str, kind: str) -> Iterator[
             "private": "memory-backend-ram",
         }[kind]
         memory = [
-            "-machine", f"{machine},memory-backend={block}", "-m", f"{RAM >> 20}M",
-            "-object", f"{backend},id={block},size={RAM}",
-        ]  # fmt: skip
+            "-machine",
+            f"{machine},memory-backend={block}",
+            "-m",
+            f"{RAM >> 20}M",
+            "-object",
+            f"{backend},id={block},size={RAM}",
+        ]
         with Qemu(
-            ram, machine=machine, run=True, memory=memory, serial=serial,
-            accelerator=accelerator(), extra=[
-                *cpu_options(), "-kernel", str(kernel),
-                "-qmp", f"unix:{socket},server=on,wait=off",
+            ram,
+            machine=machine,
+            run=True,
+            memory=memory,
+            serial=serial,
+            accelerator=accelerator(),
+            extra=[
+                *cpu_options(),
+                "-kernel",
+                str(kernel),
+                "-qmp",
+                f"unix:{socket},server=on,wait=off",
             ],
-        ) as vm:  # fmt: skip
+        ) as vm:
             guest = Beating(vm, socket, serial, machine, kernel)
             wait_until(lambda: guest.beats() >= 2, "the guest does not run", 60)
             yield guest
@@ -130,9 +157,7 @@ def test_guest_finds_its_memory_as_it_left_it(
             asyncio.run(restored())
 
 
-@pytest.mark.parametrize("engine", [
-    "direct", pytest.param("qemu", marks=pytest.mark.long),
-])  # fmt: skip
+@pytest.mark.parametrize("engine", ["direct", pytest.param("qemu", marks=pytest.mark.long)])
 def test_clones_go_on_each_by_itself(engine: str, disk: Path, kernel: Path) -> None:
     path = disk / "snapshot"
     with beating(disk, kernel, "microvm", "private") as guest:
@@ -146,9 +171,7 @@ def test_clones_go_on_each_by_itself(engine: str, disk: Path, kernel: Path) -> N
         clones = await clone(path, command, 2, directory=disk)
         try:
             for number in (1, 2):
-                await asyncio.to_thread(
-                    assert_beats_on, disk / f"clone{number}", generation, BEATS
-                )
+                await asyncio.to_thread(assert_beats_on, disk / f"clone{number}", generation, BEATS)
         finally:
             for made in clones:
                 assert made.vm is not None, made.error

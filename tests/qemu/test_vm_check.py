@@ -33,9 +33,13 @@ PAGE = 4096
 
 def shared(path: Path | str, size: int = 64) -> list[str]:
     return [
-        "-M", "pc,memory-backend=ram0", "-m", f"{size}M",
-        "-object", f"memory-backend-file,id=ram0,size={size}M,share=on,mem-path={path}",
-    ]  # fmt: skip
+        "-M",
+        "pc,memory-backend=ram0",
+        "-m",
+        f"{size}M",
+        "-object",
+        f"memory-backend-file,id=ram0,size={size}M,share=on,mem-path={path}",
+    ]
 
 
 def checked(qemu: BareQemu, directory: Path | None = None, **options: Any) -> CheckReport:
@@ -123,10 +127,24 @@ def test_too_little_space_is_told(tmp_path: Path) -> None:
             "print(int(outcome.code), outcome.data['fits'], outcome.data['free'])\n"
         )
         done = subprocess.run(
-            ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", program,
-             "--qmp", str(qemu.socket), "--dir", str(small)],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                "unshare",
+                "-m",
+                "sh",
+                "-c",
+                mount,
+                "sh",
+                sys.executable,
+                "-c",
+                program,
+                "--qmp",
+                str(qemu.socket),
+                "--dir",
+                str(small),
+            ],
+            capture_output=True,
+            text=True,
+        )
     assert done.stdout == f"1 False {2 * MIB}\n", done.stderr
 
 
@@ -234,9 +252,11 @@ def test_writable_disks_and_their_needs_are_told(tmp_path: Path, run: bool, word
     (tmp_path / "disk").write_bytes(bytes(MIB))
     disk = f"file={tmp_path}/disk,format=raw"
     drives = [
-        "-drive", f"{disk},if=virtio,id=system",
-        "-drive", f"{disk},if=ide,readonly=on,file.locking=off,media=cdrom",
-    ]  # fmt: skip
+        "-drive",
+        f"{disk},if=virtio,id=system",
+        "-drive",
+        f"{disk},if=ide,readonly=on,file.locking=off,media=cdrom",
+    ]
     with BareQemu(*shared("/dev/shm"), *drives, run=run) as qemu:
         report = checked(qemu)
     assert [disk.writable for disk in report.disks] == [True, False]
@@ -249,9 +269,12 @@ def test_checking_changes_nothing(tmp_path: Path) -> None:
 
         async def state(monitor: Monitor) -> list[object]:
             asked = (
-                "query-status", "query-migrate", "query-fdsets", "query-migrate-capabilities",
+                "query-status",
+                "query-migrate",
+                "query-fdsets",
+                "query-migrate-capabilities",
                 "query-migrate-parameters",
-            )  # fmt: skip
+            )
             return [await monitor.execute(command) for command in asked]
 
         before = qemu.run(state)

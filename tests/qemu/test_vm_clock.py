@@ -85,7 +85,10 @@ def agent_files() -> dict[str, bytes]:
     program = root / "usr/sbin/qemu-ga"
     libraries = root / "usr/lib/x86_64-linux-gnu"
     printed = subprocess.run(
-        ["ldd", program], capture_output=True, text=True, check=True,
+        ["ldd", program],
+        capture_output=True,
+        text=True,
+        check=True,
         env={"LD_LIBRARY_PATH": str(libraries)},
     ).stdout
     paths = [word for word in printed.split() if word.startswith("/")]
@@ -99,9 +102,11 @@ def agent_files() -> dict[str, bytes]:
 def test_real_agent_sets_the_clock_of_a_linux(disk: Path) -> None:
     guest = LinuxGuest(disk, files=agent_files())
     channel = [
-        "-chardev", f"socket,id=ga,path={disk}/ga,server=on,wait=off",
-        "-device", "isa-serial,chardev=ga,index=1",
-    ]  # fmt: skip
+        "-chardev",
+        f"socket,id=ga,path={disk}/ga,server=on,wait=off",
+        "-device",
+        "isa-serial,chardev=ga,index=1",
+    ]
     with guest.boot(*channel) as console:
         console.run("mkdir -p /sbin /run && ln -s /bin/busybox /sbin/hwclock")
         console.run("stty -F /dev/ttyS1 raw -echo")
@@ -111,9 +116,7 @@ def test_real_agent_sets_the_clock_of_a_linux(disk: Path) -> None:
         )
         console.run("date -u -s @1000000000 >/dev/null")
         assert int(console.run("date +%s")) < 1_000_000_600
-        report = asyncio.run(
-            save(guest.qmp, disk / "s", set_time=True, guest_agent=disk / "ga")
-        )
+        report = asyncio.run(save(guest.qmp, disk / "s", set_time=True, guest_agent=disk / "ga"))
         assert about_clock(report.notes) == [
             "the guest's clock was set to this host's, by its agent"
         ]
@@ -122,9 +125,13 @@ def test_real_agent_sets_the_clock_of_a_linux(disk: Path) -> None:
 
 def test_agent_of_a_real_qemu_is_found(tmp_path: Path) -> None:
     agent = [
-        "-device", "virtio-serial", "-chardev", f"socket,id=ga,path={tmp_path}/ga,server=on,"
-        "wait=off", "-device", "virtserialport,chardev=ga,name=org.qemu.guest_agent.0",
-    ]  # fmt: skip
+        "-device",
+        "virtio-serial",
+        "-chardev",
+        f"socket,id=ga,path={tmp_path}/ga,server=on,wait=off",
+        "-device",
+        "virtserialport,chardev=ga,name=org.qemu.guest_agent.0",
+    ]
     with BareQemu(*MACHINE, *agent) as qemu:
         qemu.run_state()
         found = find_agent(qemu.process.pid)

@@ -226,9 +226,13 @@ def test_descriptor_that_all_would_use_is_refused(saved: Saved, tmp_path: Path) 
 
 def on_file(path: Path) -> list[str]:
     return [
-        "-M", "pc,memory-backend=pc.ram", "-m", str(RAM >> 20),
-        "-object", f"memory-backend-file,id=pc.ram,size={RAM},share=on,mem-path={path}",
-    ]  # fmt: skip
+        "-M",
+        "pc,memory-backend=pc.ram",
+        "-m",
+        str(RAM >> 20),
+        "-object",
+        f"memory-backend-file,id=pc.ram,size={RAM},share=on,mem-path={path}",
+    ]
 
 
 def test_memory_file_that_is_mapped_instead_is_no_hindrance(

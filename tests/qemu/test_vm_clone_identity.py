@@ -88,9 +88,7 @@ def test_each_clone_is_told_another_number(booted: Booted, tmp_path: Path) -> No
     assert NUMBER not in numbers
 
 
-def test_restore_tells_a_new_number_and_is_silent_about_what_is_not_shared(
-    booted: Booted,
-) -> None:
+def test_restore_tells_a_new_number_and_is_silent_about_what_is_not_shared(booted: Booted) -> None:
     async def run() -> None:
         first = await restore(booted.path, booted.command("1"), paused=True)
         try:

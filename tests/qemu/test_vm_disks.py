@@ -37,13 +37,21 @@ def images(tmp_path: Path) -> Path:
 def drives(images: Path) -> list[str]:
     """One in each of the two ways to name a disk; and one read-only."""
     return [
-        "-M", "pc", "-m", "32M",
-        "-drive", f"file={images}/left,format=raw,if=virtio,id=first",
-        "-blockdev", f"driver=file,filename={images}/right,node-name=file",
-        "-blockdev", "driver=raw,file=file,node-name=top",
-        "-device", "virtio-blk,drive=top,id=second",
-        "-drive", f"file={images}/right,format=raw,if=ide,media=cdrom,readonly=on,file.locking=off",
-    ]  # fmt: skip
+        "-M",
+        "pc",
+        "-m",
+        "32M",
+        "-drive",
+        f"file={images}/left,format=raw,if=virtio,id=first",
+        "-blockdev",
+        f"driver=file,filename={images}/right,node-name=file",
+        "-blockdev",
+        "driver=raw,file=file,node-name=top",
+        "-device",
+        "virtio-blk,drive=top,id=second",
+        "-drive",
+        f"file={images}/right,format=raw,if=ide,media=cdrom,readonly=on,file.locking=off",
+    ]
 
 
 def listed(directory: Path) -> list[str]:
@@ -58,9 +66,10 @@ async def planned(monitor: Monitor, snapshot: Path) -> DiskPlan:
 async def disk_write(monitor: Monitor, disk: str = "left") -> None:
     """A disk of the guest gets NEW at its start."""
     found = next(
-        device for device in await monitor.execute("query-block")
+        device
+        for device in await monitor.execute("query-block")
         if f"/{disk}" in device["inserted"]["file"] and not device["inserted"]["ro"]
-    )  # fmt: skip
+    )
     answer = await monitor.hmp(f'qemu-io -d {found["qdev"]} "write -P 0x22 0 512"')
     assert answer == "", answer  # it says on standard output what it did
 
@@ -84,8 +93,11 @@ def with_plan(images: Path, task: Task, *, run: bool = False) -> DiskPlan:
 async def forget(monitor: Monitor, plan: DiskPlan) -> list[str]:
     """Undo the snapshots; what could not be undone."""
     trouble: list[str] = []
-    finding = {"disks": [overlay.finding() for overlay in plan.overlays],
-               "record": "", "provisional": ""}  # fmt: skip
+    finding = {
+        "disks": [overlay.finding() for overlay in plan.overlays],
+        "record": "",
+        "provisional": "",
+    }
     await drive(monitor, guardian.undo_disks(finding, trouble))
     return trouble
 
@@ -97,8 +109,9 @@ OVERLAYS = ["left.guest.snap.qcow2", "right.guest.snap.qcow2"]
 def test_preparing_touches_nothing(images: Path) -> None:
     async def task(monitor: Monitor, plan: DiskPlan) -> None:
         assert [overlay.disk.name for overlay in plan.overlays] == [
-            "first", "/machine/peripheral/second",
-        ]  # fmt: skip
+            "first",
+            "/machine/peripheral/second",
+        ]
         assert listed(images) == BASES
         assert await files(monitor) == BASES
 

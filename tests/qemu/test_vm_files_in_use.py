@@ -51,13 +51,27 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qemu(images: Path) -> Iterator[BareQemu]:
     """A guest whose files are named in several ways, as its QEMU sees them."""
     with BareQemu(
-        "-object", "memory-backend-file,id=mem,size=32M,share=on,mem-path=ram",
-        "-M", "pc,memory-backend=mem", "-m", "32",
-        "-drive", "if=pflash,format=raw,file=flash",
-        "-drive", f"if=none,id=d0,format=raw,file={images}/disk",
-        "-device", "virtio-blk-pci,drive=d0",
-        "-drive", "if=none,id=d1,format=raw,file=bottom", "-device", "virtio-blk-pci,drive=d1",
-        "-fw_cfg", "name=opt/words,file=config", "-serial", "file:serial", cwd=images,
+        "-object",
+        "memory-backend-file,id=mem,size=32M,share=on,mem-path=ram",
+        "-M",
+        "pc,memory-backend=mem",
+        "-m",
+        "32",
+        "-drive",
+        "if=pflash,format=raw,file=flash",
+        "-drive",
+        f"if=none,id=d0,format=raw,file={images}/disk",
+        "-device",
+        "virtio-blk-pci,drive=d0",
+        "-drive",
+        "if=none,id=d1,format=raw,file=bottom",
+        "-device",
+        "virtio-blk-pci,drive=d1",
+        "-fw_cfg",
+        "name=opt/words,file=config",
+        "-serial",
+        "file:serial",
+        cwd=images,
     ) as qemu:
         for overlay in ("middle", "top"):
             qemu.run(
@@ -121,9 +135,7 @@ def test_files_are_known_by_the_names_that_qemu_gives_them_too(
 
 
 @pytest.mark.parametrize("mode", ["instant", "load"])
-def test_snapshot_that_a_guest_was_restored_from_may_be_replaced(
-    mode: str, tmp_path: Path
-) -> None:
+def test_snapshot_that_a_guest_was_restored_from_may_be_replaced(mode: str, tmp_path: Path) -> None:
     """Its pages stay mapped from the old file, which has lost its name."""
     path = tmp_path / "snapshot"
     command = ["qemu-system-x86_64", "-M", "pc", "-m", "32", "-nodefaults", "-display", "none"]

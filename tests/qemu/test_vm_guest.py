@@ -160,10 +160,19 @@ def test_descriptors_are_read_only_and_closed() -> None:
 
 
 NUMA = [
-    "-M", "q35", "-m", "48M", *backend("memfd", "share=on", name="left", size=32),
-    *backend("ram", name="right", size=16), "-numa", "node,memdev=left",
-    "-numa", "node,memdev=right", "-smp", "2",
-]  # fmt: skip
+    "-M",
+    "q35",
+    "-m",
+    "48M",
+    *backend("memfd", "share=on", name="left", size=32),
+    *backend("ram", name="right", size=16),
+    "-numa",
+    "node,memdev=left",
+    "-numa",
+    "node,memdev=right",
+    "-smp",
+    "2",
+]
 
 
 def test_numa_nodes_are_blocks_of_their_own() -> None:
@@ -181,18 +190,33 @@ def test_block_named_by_its_object_path_has_its_backend() -> None:
 
 
 VIRTIO = [
-    "-M", "q35", "-m", "48M", "-device", "virtio-vga", "-device", "virtio-net-pci",
-    "-device", "virtio-balloon", "-device", "qemu-xhci",
-]  # fmt: skip
+    "-M",
+    "q35",
+    "-m",
+    "48M",
+    "-device",
+    "virtio-vga",
+    "-device",
+    "virtio-net-pci",
+    "-device",
+    "virtio-balloon",
+    "-device",
+    "qemu-xhci",
+]
 SPARE = backend("ram", name="spare", size=16)
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [VIRTIO, NUMA, ["-M", "pc", "-m", "48M", "-vga", "std"], one("ram", machine="microvm"),
-     ["-M", "pc", "-m", "48M", *SPARE]],
+    [
+        VIRTIO,
+        NUMA,
+        ["-M", "pc", "-m", "48M", "-vga", "std"],
+        one("ram", machine="microvm"),
+        ["-M", "pc", "-m", "48M", *SPARE],
+    ],
     ids=["q35-virtio", "numa", "pc-vga", "microvm", "unused-backend"],
-)  # fmt: skip
+)
 def test_blocks_are_those_of_a_stream(arguments: Sequence[str], tmp_path: Path) -> None:
     path = tmp_path / "stream"
 
@@ -247,11 +271,15 @@ def test_socket_of_a_manager_is_not_taken_for_qemu(tmp_path: Path) -> None:
         listener.listen(1)
         fd = listener.fileno()
         monitor = [
-            "-chardev", f"socket,id=qmp,fd={fd},server=on,wait=off", "-mon", "qmp,mode=control",
-        ]  # fmt: skip
+            "-chardev",
+            f"socket,id=qmp,fd={fd},server=on,wait=off",
+            "-mon",
+            "qmp,mode=control",
+        ]
         with looked("-M", "pc", "-m", "48M", socket=path, monitor=monitor, fds=[fd]) as (
-            qemu, guest,
-        ):  # fmt: skip
+            qemu,
+            guest,
+        ):
             assert guest.pid == qemu.process.pid != os.getpid()
             assert isinstance(block_of(guest, "pc.ram").memory, ProcessMemory)
 
@@ -366,9 +394,7 @@ FILE = one("file", "share=on", "mem-path=/dev/shm")
 def test_running_guest_with_a_shared_file_is_left_out_by_migrate() -> None:
     with looked(*FILE, run=True) as (_, guest):
         choice = choose_engine(guest)
-        assert (choice.engine, choice.way, choice.stays) == (
-            Engine.DIRECT, Way.IGNORE_SHARED, True,
-        )  # fmt: skip
+        assert (choice.engine, choice.way, choice.stays) == (Engine.DIRECT, Way.IGNORE_SHARED, True)
 
 
 @pytest.mark.parametrize("arguments", [FILE, one("memfd"), ["-M", "pc", "-m", "48M"]])
@@ -387,9 +413,14 @@ def test_live_save_is_qemus() -> None:
 
 
 MEMORY_DEVICE = [
-    "-M", "q35", "-m", "48M,slots=1,maxmem=256M", *backend("ram", name="vm", size=64),
-    "-device", "virtio-mem-pci,memdev=vm,id=plugged",
-]  # fmt: skip
+    "-M",
+    "q35",
+    "-m",
+    "48M,slots=1,maxmem=256M",
+    *backend("ram", name="vm", size=64),
+    "-device",
+    "virtio-mem-pci,memdev=vm,id=plugged",
+]
 
 
 def test_virtio_mem_is_left_to_qemu() -> None:
@@ -435,9 +466,13 @@ def test_looking_changes_nothing() -> None:
 
         async def state(monitor: Monitor) -> list[object]:
             asked = (
-                "query-status", "query-migrate", "query-fdsets", "query-migrate-capabilities",
-                "query-migrate-parameters", "query-named-block-nodes",
-            )  # fmt: skip
+                "query-status",
+                "query-migrate",
+                "query-fdsets",
+                "query-migrate-capabilities",
+                "query-migrate-parameters",
+                "query-named-block-nodes",
+            )
             return [await monitor.execute(command) for command in asked]
 
         before = qemu.run(state)

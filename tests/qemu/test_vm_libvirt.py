@@ -151,10 +151,13 @@ def test_classic_stream_in_a_raw_image_is_one_instant_of_the_guest(raw: Image) -
 
 @pytest.mark.parametrize(
     ("source", "form"),
-    [("sparse", "raw"), ("raw", "sparse"),
-     pytest.param("raw", "raw", marks=pytest.mark.long),
-     pytest.param("sparse", "sparse", marks=pytest.mark.long)],
-)  # fmt: skip
+    [
+        ("sparse", "raw"),
+        ("raw", "sparse"),
+        pytest.param("raw", "raw", marks=pytest.mark.long),
+        pytest.param("sparse", "sparse", marks=pytest.mark.long),
+    ],
+)
 def test_virsh_restores_what_was_converted(
     source: str, form: str, libvirt: Libvirt, disk: Path
 ) -> None:
@@ -167,7 +170,9 @@ def test_virsh_restores_what_was_converted(
         header = read_header(opened)
     assert header.format is ImageFormat[form.upper()]
     assert (header.complete, header.xml, header.cookie) == (
-        True, image.header.xml, image.header.cookie,
+        True,
+        image.header.xml,
+        image.header.cookie,
     )
     serial = disk / "serial"
     serial.unlink()

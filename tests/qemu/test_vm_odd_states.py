@@ -145,13 +145,16 @@ def file_system_backend(path: Path) -> Iterator[None]:
 def test_device_that_cannot_be_saved_is_named_whoever_writes(tmp_path: Path) -> None:
     shared = "memory-backend-memfd,id=mem,size=32M,share=on"
     device = [
-        "-chardev", f"socket,id=fs,path={tmp_path}/fs",
-        "-device", "vhost-user-fs-pci,chardev=fs,tag=share,id=shared-files",
-    ]  # fmt: skip
+        "-chardev",
+        f"socket,id=fs,path={tmp_path}/fs",
+        "-device",
+        "vhost-user-fs-pci,chardev=fs,tag=share,id=shared-files",
+    ]
     with (
         file_system_backend(tmp_path / "fs"),
-        BareQemu("-object", shared, "-M", "q35,memory-backend=mem", "-m", "32", *device, run=True)
-        as qemu,
+        BareQemu(
+            "-object", shared, "-M", "q35,memory-backend=mem", "-m", "32", *device, run=True
+        ) as qemu,
     ):
         wait_until(lambda: qemu.run_state() == "running", "it does not run")
         said = {}

@@ -23,17 +23,34 @@ MEMORY = {
     "file": ["-object", f"memory-backend-file,id=BLOCK,{SIZE},mem-path=/dev/shm,share=on"],
     "memfd": ["-object", f"memory-backend-memfd,id=BLOCK,{SIZE},share=on"],
     "two nodes": [
-        "-object", f"memory-backend-memfd,id=m0,size={RAM // 2},share=on",
-        "-object", f"memory-backend-memfd,id=m1,size={RAM // 2},share=on",
-        "-numa", "node,memdev=m0", "-numa", "node,memdev=m1",
+        "-object",
+        f"memory-backend-memfd,id=m0,size={RAM // 2},share=on",
+        "-object",
+        f"memory-backend-memfd,id=m1,size={RAM // 2},share=on",
+        "-numa",
+        "node,memdev=m0",
+        "-numa",
+        "node,memdev=m1",
     ],
-}  # fmt: skip
+}
 DEVICES = (
-    "-device", "virtio-rng-pci", "-device", "virtio-balloon-pci", "-device", "virtio-serial-pci",
-    "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
-    "-drive", "driver=null-co,size=1M,if=none,id=disk,read-zeroes=on",
-    "-device", "virtio-blk-pci,drive=disk", "-device", "VGA",
-)  # fmt: skip
+    "-device",
+    "virtio-rng-pci",
+    "-device",
+    "virtio-balloon-pci",
+    "-device",
+    "virtio-serial-pci",
+    "-netdev",
+    "user,id=net",
+    "-device",
+    "virtio-net-pci,netdev=net,romfile=",
+    "-drive",
+    "driver=null-co,size=1M,if=none,id=disk,read-zeroes=on",
+    "-device",
+    "virtio-blk-pci,drive=disk",
+    "-device",
+    "VGA",
+)
 # Machine, what else it has, and the name of its RAM block.
 MACHINES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "pc": ("pc", (), "pc.ram"),
@@ -66,13 +83,18 @@ def save_ours(directory: Path, kind: str, memory: str, engine: str) -> Saved:
     return Saved(path, image, arguments, blocks, found, serial.read_bytes())
 
 
-SHORT = {*(("pc", memory) for memory in MEMORY), ("q35", "memfd"),
-         ("q35 with devices", "file"), ("microvm", "private")}  # fmt: skip
+SHORT = {
+    *(("pc", memory) for memory in MEMORY),
+    ("q35", "memfd"),
+    ("q35 with devices", "file"),
+    ("microvm", "private"),
+}
 GUESTS = [
     pytest.param(machine, memory, marks=() if (machine, memory) in SHORT else pytest.mark.long)
-    for machine in MACHINES for memory in MEMORY
+    for machine in MACHINES
+    for memory in MEMORY
     if (machine, memory) != ("microvm", "two nodes")  # it has no nodes
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("engine", ["direct", "qemu"])
@@ -87,9 +109,7 @@ def test_guest_goes_on_where_it_was_saved(
         guest = await vm.restore(saved.path, saved.command(serial=serial), mode=mode, paused=True)
         try:
             assert guest.report.mode == mode
-            assert_same_blocks(
-                await memory_of(guest.monitor, guest.process.pid), saved.memory
-            )
+            assert_same_blocks(await memory_of(guest.monitor, guest.process.pid), saved.memory)
             await guest.monitor.execute("cont")
             await goes_on(saved, guest, serial)
         finally:

@@ -101,7 +101,9 @@ def test_a_relative_name_is_that_of_the_start(
             Path("snapshot"), engine=engine, seal="xxh3-128", with_disks=True, progress=leave
         )
     assert sorted(path.name for path in (disk / "here").iterdir()) == [
-        "snapshot", "snapshot.seal", "snapshot.vm.json"
+        "snapshot",
+        "snapshot.seal",
+        "snapshot.vm.json",
     ]
     check = verify_seal(disk / "here/snapshot")
     assert check is not None

@@ -38,11 +38,17 @@ pytestmark = pytest.mark.qemu
 
 M = str(RAM >> 20)
 NODES = [
-    "-m", M,
-    "-object", f"memory-backend-ram,id=m0,size={RAM // 2}",
-    "-object", f"memory-backend-memfd,id=m1,size={RAM // 2},share=on",
-    "-numa", "node,memdev=m0", "-numa", "node,memdev=m1",
-]  # fmt: skip
+    "-m",
+    M,
+    "-object",
+    f"memory-backend-ram,id=m0,size={RAM // 2}",
+    "-object",
+    f"memory-backend-memfd,id=m1,size={RAM // 2},share=on",
+    "-numa",
+    "node,memdev=m0",
+    "-numa",
+    "node,memdev=m1",
+]
 DEVICES = ["-vga", "std", "-device", "virtio-rng-pci", "-device", "virtio-balloon-pci"]
 MACHINES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "pc": (["-M", "pc", "-m", M], ("pc.ram",)),
@@ -52,19 +58,45 @@ MACHINES: dict[str, tuple[list[str], tuple[str, ...]]] = {
 }
 # Other ways to say the same memory as ``-M pc -m``.
 SPELLINGS = {
-    "memfd": ["--machine", "pc,memory-backend=pc.ram", "-m", M,
-              "-object", f"memory-backend-memfd,id=pc.ram,size={M}M,share=on,prealloc=on"],
-    "json": ["-M", "pc", "-machine", "memory-backend=pc.ram", "-m", M,
-             "-object", f'{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{RAM}}}'],
+    "memfd": [
+        "--machine",
+        "pc,memory-backend=pc.ram",
+        "-m",
+        M,
+        "-object",
+        f"memory-backend-memfd,id=pc.ram,size={M}M,share=on,prealloc=on",
+    ],
+    "json": [
+        "-M",
+        "pc",
+        "-machine",
+        "memory-backend=pc.ram",
+        "-m",
+        M,
+        "-object",
+        f'{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{RAM}}}',
+    ],
     "json of libvirt": [
-        "-M", "pc", "-machine", "memory-backend=pc.ram", "-m", M, "-object",
+        "-M",
+        "pc",
+        "-machine",
+        "memory-backend=pc.ram",
+        "-m",
+        M,
+        "-object",
         f'{{"qom-type":"memory-backend-ram","id":"pc.ram","size":{RAM},"host-nodes":[0],'
-        '"policy":"bind","prealloc":true,"merge":false}'],
+        '"policy":"bind","prealloc":true,"merge":false}',
+    ],
     "nodes of the host": [
-        "-M", "pc,memory-backend=pc.ram", "-m", M, "-object",
-        f"memory-backend-ram,id=pc.ram,size={RAM},host-nodes=0,host-nodes=0,policy=bind,dump=off"],
+        "-M",
+        "pc,memory-backend=pc.ram",
+        "-m",
+        M,
+        "-object",
+        f"memory-backend-ram,id=pc.ram,size={RAM},host-nodes=0,host-nodes=0,policy=bind,dump=off",
+    ],
     "mem-path": ["-M", "pc", "-m", f"size={RAM >> 10}k", "-mem-path", "/dev/shm", "-mem-prealloc"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=MACHINES)
@@ -201,17 +233,27 @@ def test_stream_behind_a_header_is_restored(disk: Path, serial: Path, mode: str)
 
 @pytest.mark.parametrize(
     ("mode", "ran", "stop"),
-    [("instant", True, False), ("load", True, False), ("load", False, False),
-     ("instant", True, True)],
-)  # fmt: skip
+    [
+        ("instant", True, False),
+        ("load", True, False),
+        ("load", False, False),
+        ("instant", True, True),
+    ],
+)
 def test_image_of_libvirt_goes_on_as_its_header_says_unless_it_is_to_stop(
     disk: Path, serial: Path, mode: str, ran: bool, stop: bool
 ) -> None:
     """libvirt pauses the guest itself, before it saves."""
     header = LibvirtHeader(
-        complete=True, version=2, format=ImageFormat.SPARSE, was_running=ran, xml="<domain/>",
-        cookie="", stream_offset=92 + 4000, byte_order="little",
-    )  # fmt: skip
+        complete=True,
+        version=2,
+        format=ImageFormat.SPARSE,
+        was_running=ran,
+        xml="<domain/>",
+        cookie="",
+        stream_offset=92 + 4000,
+        byte_order="little",
+    )
     saved = save_guest(disk, *MACHINES["pc"], offset=header.stream_offset, paused=True)
     with saved.path.open("r+b") as file:
         file.write(encode_header(header))
@@ -236,8 +278,12 @@ def test_all_of_the_file_is_read_by_any_settings(
 ) -> None:
     async def run() -> None:
         vm = await restore(
-            saved_pc.path, saved_pc.command(serial=serial), mode="load", paused=True,
-            channels=channels, direct_io=direct_io,
+            saved_pc.path,
+            saved_pc.command(serial=serial),
+            mode="load",
+            paused=True,
+            channels=channels,
+            direct_io=direct_io,
         )
         try:
             assert vm.report.settings["multifd-channels"] == channels
@@ -251,9 +297,14 @@ def test_all_of_the_file_is_read_by_any_settings(
 
 @pytest.mark.parametrize(
     ("mode", "preset"),
-    [("load", "postcopy-ram"), ("auto", "postcopy-ram"), ("instant", "multifd"),
-     ("instant", "xbzrle"), ("load", "xbzrle")],
-)  # fmt: skip
+    [
+        ("load", "postcopy-ram"),
+        ("auto", "postcopy-ram"),
+        ("instant", "multifd"),
+        ("instant", "xbzrle"),
+        ("load", "xbzrle"),
+    ],
+)
 def test_capabilities_of_the_command_line_do_not_stand_in_the_way(
     saved_pc: Saved, serial: Path, preset: str, mode: str
 ) -> None:
@@ -279,8 +330,10 @@ def test_postcopy_is_used_where_qemu_has_it(saved_pc: Saved, serial: Path) -> No
     """QEMU takes postcopy-ram together with mapped-ram after 11.1; until then it is refused."""
 
     async def run() -> None:
-        refused = contextlib.nullcontext() if qemu_version() > (11, 1) else pytest.raises(
-            NotSupported, match="does not accept mapped-ram with postcopy-ram"
+        refused = (
+            contextlib.nullcontext()
+            if qemu_version() > (11, 1)
+            else pytest.raises(NotSupported, match="does not accept mapped-ram with postcopy-ram")
         )
         with refused:
             vm = await restore(saved_pc.path, saved_pc.command(serial=serial), mode="postcopy")
@@ -294,9 +347,7 @@ def test_postcopy_is_used_where_qemu_has_it(saved_pc: Saved, serial: Path) -> No
     asyncio.run(run())
 
 
-def test_own_monitors_are_there_besides_ours(
-    saved_pc: Saved, serial: Path, tmp_path: Path
-) -> None:
+def test_own_monitors_are_there_besides_ours(saved_pc: Saved, serial: Path, tmp_path: Path) -> None:
     own, added = tmp_path / "own.qmp", tmp_path / "added.qmp"
     command = [*saved_pc.command(serial=serial), "-qmp", f"unix:{own},server=on,wait=off"]
 
@@ -384,9 +435,7 @@ def lock_is_free(path: Path) -> bool:
     return True
 
 
-def test_file_is_locked_as_long_as_a_guest_is_mapped_from_it(
-    saved_pc: Saved, serial: Path
-) -> None:
+def test_file_is_locked_as_long_as_a_guest_is_mapped_from_it(saved_pc: Saved, serial: Path) -> None:
     async def run() -> None:
         async with await restore(saved_pc.path, saved_pc.command(serial=serial)) as vm:
             assert not lock_is_free(saved_pc.path)
@@ -435,9 +484,20 @@ def test_guest_does_not_change_the_snapshot(disk: Path, serial: Path) -> None:
 def test_guest_of_another_architecture_is_restored(disk: Path, mode: str) -> None:
     """It never ran: what it has in its memory was put there."""
     command = [
-        emulator("aarch64"), "-accel", "tcg", "-M", "virt", "-cpu", "cortex-a57", "-m", M,
-        "-nodefaults", "-display", "none", "-S",
-    ]  # fmt: skip
+        emulator("aarch64"),
+        "-accel",
+        "tcg",
+        "-M",
+        "virt",
+        "-cpu",
+        "cortex-a57",
+        "-m",
+        M,
+        "-nodefaults",
+        "-display",
+        "none",
+        "-S",
+    ]
     path = disk / "guest.mapped"
 
     async def saved() -> dict[str, bytes]:

@@ -37,10 +37,17 @@ class Original:
     def command(self, *arguments: str, disk: Path | None = None) -> list[str]:
         """Without its sockets."""
         return [
-            BINARY, "-accel", "tcg", "-nodefaults", "-display", "none", *MACHINE,
-            "-drive", f"file={disk or self.disk},if=virtio,format=raw",
+            BINARY,
+            "-accel",
+            "tcg",
+            "-nodefaults",
+            "-display",
+            "none",
+            *MACHINE,
+            "-drive",
+            f"file={disk or self.disk},if=virtio,format=raw",
             *(arguments if "-serial" in arguments else ["-serial", "null", *arguments]),
-        ]  # fmt: skip
+        ]
 
     def is_unharmed(self) -> None:
         async def ask(monitor: vm.Monitor) -> None:
@@ -58,9 +65,13 @@ def original(module_disk: Path) -> Iterator[Original]:
     with disk.open("wb") as file:
         file.truncate(1 << 20)
     with BareQemu(
-        *MACHINE, "-drive", f"file={disk},if=virtio,format=raw", "-serial",
-        f"unix:{serial},server=on,wait=off", run=True,
-    ) as qemu:  # fmt: skip
+        *MACHINE,
+        "-drive",
+        f"file={disk},if=virtio,format=raw",
+        "-serial",
+        f"unix:{serial},server=on,wait=off",
+        run=True,
+    ) as qemu:
 
         async def save(_: vm.Monitor) -> None:
             return
@@ -151,9 +162,10 @@ def test_guest_that_hangs_in_inmigrate_is_an_error_with_qemus_lines(
     monkeypatch.setattr(pyqmigrate.vm.incoming.early_start, "refuse_in_use", lambda _: None)
     read = pyqmigrate.vm.incoming.restore.read_saved_machine
     monkeypatch.setattr(
-        pyqmigrate.vm.incoming.restore, "read_saved_machine",
+        pyqmigrate.vm.incoming.restore,
+        "read_saved_machine",
         lambda snapshot: read(snapshot)._replace(run_state=None),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(pyqmigrate.vm.incoming.restore, "_STATE_TIMEOUT", 0.5)
     error = attempt(original, original.command())
     assert type(error) is QemuError
@@ -165,9 +177,10 @@ def test_socket_that_all_clones_would_have_is_refused_with_the_way_out(
     original: Original, tmp_path: Path
 ) -> None:
     for words in (
-        ["-qmp", f"unix:{tmp_path}/q,server=on,wait=off"], ["-gdb", "tcp::7777"],
+        ["-qmp", f"unix:{tmp_path}/q,server=on,wait=off"],
+        ["-gdb", "tcp::7777"],
         ["-chardev", f"socket,id=c,path={tmp_path}/q,server=on,wait=off", "-serial", "chardev:c"],
-    ):  # fmt: skip
+    ):
         command = original.command(*words, disk=tmp_path / "disk-{n}")
         with pytest.raises(UsageError, match=r"guests 1 and 2 would both listen at .* put \{n\}"):
             asyncio.run(clone(original.snapshot, command, 2, directory=tmp_path))

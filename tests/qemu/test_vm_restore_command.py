@@ -37,10 +37,14 @@ def started(child_environment: dict[str, str]) -> Iterator[Any]:
 
     def start(*arguments: str | Path) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*COMMAND, "vm", *map(str, arguments)], env=child_environment, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [*COMMAND, "vm", *map(str, arguments)],
+            env=child_environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             start_new_session=True,
-        )  # fmt: skip
+        )
         processes.append(process)
         return process
 
@@ -109,9 +113,15 @@ def test_qemu_does_not_outlive_a_restore_that_is_killed(
     for number in range(4):
         serial, socket = tmp_path / f"serial-{number}", tmp_path / f"qmp-{number}"
         process = started(
-            "restore", saved.path, "--mode", mode, "--qmp", socket, "--",
+            "restore",
+            saved.path,
+            "--mode",
+            mode,
+            "--qmp",
+            socket,
+            "--",
             *saved.command(serial=serial),
-        )  # fmt: skip
+        )
         while not socket.exists():
             assert process.poll() is None
             time.sleep(0.001)
@@ -140,7 +150,7 @@ def test_qemu_that_was_started_a_moment_ago_ends_with_a_restore_that_is_killed(
     that ends a QEMU, as that is cut short; the wrapper reads none.
     """
     wrapper, begun = tmp_path / "wrapper", tmp_path / "begun"
-    wrapper.write_text(f'#!/bin/sh\n: > {begun}\nread _ < {tmp_path}/never\nexec false\n')
+    wrapper.write_text(f"#!/bin/sh\n: > {begun}\nread _ < {tmp_path}/never\nexec false\n")
     wrapper.chmod(0o755)
     os.mkfifo(tmp_path / "never")
     process = started("restore", saved.path, "--", wrapper, *saved.command(serial=tmp_path)[1:])
@@ -169,9 +179,7 @@ def test_guest_outlives_a_command_that_is_killed_later(
         qmp.execute("quit")
 
 
-def test_json_is_there_as_soon_as_the_guest_is(
-    saved: Saved, started: Any, tmp_path: Path
-) -> None:
+def test_json_is_there_as_soon_as_the_guest_is(saved: Saved, started: Any, tmp_path: Path) -> None:
     command = saved.command(serial=tmp_path / "serial")
     process = started("restore", saved.path, "--json", "--paused", "--mode", "load", "--", *command)
     lines = []
@@ -241,9 +249,16 @@ def test_wrong_machine_is_wrong_usage(saved: Saved, started: Any, tmp_path: Path
 
 def test_clones_are_listed_and_end_together(saved: Saved, started: Any, tmp_path: Path) -> None:
     process = started(
-        "clone", saved.path, "--count", "3", "--dir", tmp_path, "--json", "--",
+        "clone",
+        saved.path,
+        "--count",
+        "3",
+        "--dir",
+        tmp_path,
+        "--json",
+        "--",
         *saved.command(serial=tmp_path / "serial-{n}"),
-    )  # fmt: skip
+    )
     lines = []
     while not lines or lines[-1] != "}\n":
         lines.append(process.stdout.readline())
@@ -264,9 +279,15 @@ def test_clone_that_fails_is_named_and_the_exit_code_tells(
 ) -> None:
     (tmp_path / "1").mkdir()
     process = started(
-        "clone", saved.path, "--count", "2", "--dir", tmp_path, "--",
+        "clone",
+        saved.path,
+        "--count",
+        "2",
+        "--dir",
+        tmp_path,
+        "--",
         *saved.command(serial=tmp_path / "{n}" / "serial"),
-    )  # fmt: skip
+    )
     serial_says(tmp_path / "1" / "serial", 1)
     while not process.stderr.readline().startswith("guest 2: "):
         assert process.poll() is None
@@ -280,17 +301,29 @@ def test_descriptors_of_the_shell_are_qemus(
     saved: Saved, child_environment: dict[str, str], tmp_path: Path, mode: str
 ) -> None:
     serial = tmp_path / "serial"
-    command = saved.command(*PC, "-add-fd", "fd=5,set=3", "-chardev", "socket,id=c,fd=6",
-                            serial=serial)  # fmt: skip
-    script = f"exec 5</dev/null; exec \"$@\" --mode {mode} -- {shlex.join(command)}"
+    command = saved.command(
+        *PC, "-add-fd", "fd=5,set=3", "-chardev", "socket,id=c,fd=6", serial=serial
+    )
+    script = f'exec 5</dev/null; exec "$@" --mode {mode} -- {shlex.join(command)}'
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = subprocess.Popen(
-            ["bash", "-c", f"exec 6<&{theirs.fileno()}; {script}", "bash", *COMMAND, "vm",
-             "restore", str(saved.path)],
-            env=child_environment, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            [
+                "bash",
+                "-c",
+                f"exec 6<&{theirs.fileno()}; {script}",
+                "bash",
+                *COMMAND,
+                "vm",
+                "restore",
+                str(saved.path),
+            ],
+            env=child_environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
-        )  # fmt: skip
+        )
         try:
             assert process.stderr is not None
             assert process.stderr.readline().startswith(f"restored  {mode}: ")
@@ -306,10 +339,21 @@ def test_configuration_through_a_pipe_is_read_by_qemu_alone(
     command = shlex.join(saved.command(serial=tmp_path / "serial"))
     text = '[chardev "null"]\\n backend = "null"\\n'
     process = subprocess.Popen(
-        ["bash", "-c", f'exec "$@" -- {command} -readconfig <(printf \'{text}\')', "bash",
-         *COMMAND, "vm", "restore", str(saved.path)],
-        env=child_environment, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [
+            "bash",
+            "-c",
+            f"exec \"$@\" -- {command} -readconfig <(printf '{text}')",
+            "bash",
+            *COMMAND,
+            "vm",
+            "restore",
+            str(saved.path),
+        ],
+        env=child_environment,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     try:
         assert process.stderr is not None
         said = process.stderr.readline()

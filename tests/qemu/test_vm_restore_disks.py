@@ -49,19 +49,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["drive", "blockdev", "hda"])
-def quit_vm(
-    request: pytest.FixtureRequest, tmp_path: Path, disk: Path, place: Path
-) -> Path:
+def quit_vm(request: pytest.FixtureRequest, tmp_path: Path, disk: Path, place: Path) -> Path:
     """The snapshot of a VM with a disk, that has ended."""
     ways = {
         "drive": drive(disk),
         "blockdev": [
-            "-blockdev", f"driver=file,filename={disk},node-name=f0",
-            "-blockdev", '{"driver":"raw","file":"f0","node-name":"d0"}',
-            "-device", "virtio-blk-pci,drive=d0,id=v0",
+            "-blockdev",
+            f"driver=file,filename={disk},node-name=f0",
+            "-blockdev",
+            '{"driver":"raw","file":"f0","node-name":"d0"}',
+            "-device",
+            "virtio-blk-pci,drive=d0,id=v0",
         ],
         "hda": ["-hda", str(disk)],
-    }  # fmt: skip
+    }
     words = [*VM, *ways[request.param], "-pidfile", str(tmp_path / "pid")]
     with BareQemu(*words, run=True, socket=place / "qmp") as qemu:
         saved(qemu, tmp_path / "snap", then="quit")
@@ -89,9 +90,7 @@ def test_untouched_disk_is_restored_without_a_command_line(quit_vm: Path) -> Non
     assert not any(note.startswith("disk") for note in notes)
 
 
-def test_disk_that_was_written_to_is_refused_unless_it_is_wanted(
-    quit_vm: Path, disk: Path
-) -> None:
+def test_disk_that_was_written_to_is_refused_unless_it_is_wanted(quit_vm: Path, disk: Path) -> None:
     with disk.open("r+b") as file:
         file.write(b"other")
     with pytest.raises(UsageError, match=r"gone ahead.*disk' was written to .*copy.*as-they-are"):
@@ -223,9 +222,7 @@ def test_clones_have_overlays_of_their_own_beside_the_guest_that_goes_on(
     assert disk.read_bytes() == b"\x11" * SIZE
 
 
-def test_copy_is_the_disk_when_its_times_are_kept(
-    tmp_path: Path, disk: Path, place: Path
-) -> None:
+def test_copy_is_the_disk_when_its_times_are_kept(tmp_path: Path, disk: Path, place: Path) -> None:
     with BareQemu(*VM, *drive(disk), socket=place / "qmp") as qemu:
         saved(qemu, tmp_path / "snap", then="quit")
     copy = tmp_path / "copy"
@@ -253,8 +250,9 @@ def test_disk_that_moved_is_known_below_a_new_overlay(
         saved(qemu, tmp_path / "snap", then="quit")
     moved = disk.rename(tmp_path / "moved")
     new = make_overlay(tmp_path / "new.qcow2", moved)
-    restored(tmp_path / "snap", [BINARY, *VM, "-nodefaults", "-display", "none",
-                                 *drive(new, "qcow2")])  # fmt: skip
+    restored(
+        tmp_path / "snap", [BINARY, *VM, "-nodefaults", "-display", "none", *drive(new, "qcow2")]
+    )
 
 
 def test_guest_that_goes_on_with_its_disk_is_restored_until_it_writes(
@@ -405,9 +403,10 @@ def test_overlay_of_ours_is_a_whole_image(tmp_path: Path, disk: Path) -> None:
         [program, "check", str(new)], env=environment, capture_output=True, text=True
     )
     assert checked.returncode == 0, checked
-    info = subprocess.check_output(
-        [program, "info", "--output=json", str(new)], env=environment
-    )
+    info = subprocess.check_output([program, "info", "--output=json", str(new)], env=environment)
     told = json.loads(info)
-    assert (told["virtual-size"], told["full-backing-filename"], told["backing-filename-format"]
-            ) == (SIZE, str(disk), "raw")  # fmt: skip
+    assert (
+        told["virtual-size"],
+        told["full-backing-filename"],
+        told["backing-filename-format"],
+    ) == (SIZE, str(disk), "raw")

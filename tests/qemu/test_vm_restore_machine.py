@@ -64,9 +64,7 @@ def one(module_disk: Path, request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module")
 def two(module_disk: Path) -> Path:
     """With two processors, a network device and a serial port, by engine direct."""
-    return save(
-        module_disk / "two", "-smp", "2", *NET, "-serial", "null", engine="direct"
-    )  # fmt: skip
+    return save(module_disk / "two", "-smp", "2", *NET, "-serial", "null", engine="direct")
 
 
 async def _restored(path: Path, words: list[str], mode: str, **options: object) -> RestoreReport:
@@ -95,8 +93,7 @@ def test_more_processors_are_a_note(one: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["instant", "load"])
 def test_load_that_fails_says_what_is_different(tmp_path: Path, mode: str) -> None:
-    """A disk has as many queues as there are processors, and QEMU tells of its PCI registers only.
-    """
+    """A disk has as many queues as there are processors, and QEMU tells of its PCI registers only."""
     disk = ["-blockdev", "null-co,node-name=n,size=1048576", "-device", "virtio-blk-pci,drive=n"]
     path = save(tmp_path / "s", *disk)
     with pytest.raises(QemuError, match="perhaps because the command line makes 2 CPUs and the"):
@@ -111,9 +108,10 @@ def test_fewer_processors_are_refused(two: Path) -> None:
 
 def test_same_machine_has_no_note(two: Path) -> None:
     assert not [
-        note for note in report(two, "-smp", "2", *NET, "-serial", "null").notes
+        note
+        for note in report(two, "-smp", "2", *NET, "-serial", "null").notes
         if "snapshot has" in note or "not know" in note
-    ]  # fmt: skip
+    ]
 
 
 def test_missing_device_is_refused_before_the_load(two: Path) -> None:
@@ -127,19 +125,23 @@ def test_missing_device_is_refused_before_the_load(two: Path) -> None:
 
 def test_device_that_was_not_there_is_a_note(one: Path) -> None:
     notes = report(one, "-device", "virtio-rng-pci,addr=4,id=rng", "-serial", "null").notes
-    assert "virtio-rng-pci 'rng' at PCI address 04.0 is not in the snapshot: the guest does not " \
-        "know of it" in notes  # fmt: skip
+    assert (
+        "virtio-rng-pci 'rng' at PCI address 04.0 is not in the snapshot: the guest does not "
+        "know of it" in notes
+    )
     assert "1 isa-serial here, 0 in the snapshot: the guest does not know of it" in notes
 
 
 @pytest.mark.parametrize(
     ("state", "meaning"),
     [
-        ("internal-error", "system_reset"), ("io-error", "cont tries it again"),
-        ("guest-panicked", "its kernel had crashed"), ("shutdown", "it had shut down"),
+        ("internal-error", "system_reset"),
+        ("io-error", "cont tries it again"),
+        ("guest-panicked", "its kernel had crashed"),
+        ("shutdown", "it had shut down"),
         ("paused", "cont lets it run"),
     ],
-)  # fmt: skip
+)
 def test_guest_that_stood_still_is_what_it_was(
     one: Path, tmp_path: Path, state: str, meaning: str
 ) -> None:
@@ -192,9 +194,7 @@ def test_snapshot_of_kvm_is_refused_by_tcg_before_the_load(kvm: Path) -> None:
         asyncio.run(_restored(kvm, words, "load"))
 
 
-def test_snapshot_of_kvm_goes_on_under_kvm_and_one_of_tcg_with_a_note(
-    kvm: Path, one: Path
-) -> None:
+def test_snapshot_of_kvm_goes_on_under_kvm_and_one_of_tcg_with_a_note(kvm: Path, one: Path) -> None:
     words = [BINARY, "-accel", "kvm", *MACHINE]
     assert not [n for n in asyncio.run(_restored(kvm, words, "load")).notes if "TSC" in n]
     notes = asyncio.run(_restored(one, [*words, "-S"], "load")).notes
@@ -238,8 +238,10 @@ def test_newer_qemu_has_its_monitor_as_an_object(one: Path, tmp_path: Path) -> N
     own = ["-object", "monitor-qmp,id=m,chardev=c", "-chardev", "null,id=c"]
     command = [program, *TCG, "-M", "pc-q35-10.0", *MACHINE[2:], *own]
     assert asyncio.run(_monitors(one, command, tmp_path / "q")) == {
-        "m", "pyqmigrate", "pyqmigrate-qmp",
-    }  # fmt: skip
+        "m",
+        "pyqmigrate",
+        "pyqmigrate-qmp",
+    }
 
 
 def test_older_qemu_has_its_monitor_by_an_option(one: Path, tmp_path: Path) -> None:

@@ -21,9 +21,13 @@ pytestmark = pytest.mark.qemu
 
 def on_file(path: Path, more: str = "share=on") -> list[str]:
     return [
-        "-M", "pc,memory-backend=pc.ram", "-m", str(RAM >> 20),
-        "-object", f"memory-backend-file,id=pc.ram,size={RAM},mem-path={path},{more}",
-    ]  # fmt: skip
+        "-M",
+        "pc,memory-backend=pc.ram",
+        "-m",
+        str(RAM >> 20),
+        "-object",
+        f"memory-backend-file,id=pc.ram,size={RAM},mem-path={path},{more}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +71,18 @@ def test_memory_of_a_guest_that_lives_is_never_loaded_into(
             await asyncio.to_thread(serial_says, serial, len(serial.read_bytes()) + 1)
             await monitor.execute("stop")
             before = await memory_of(monitor, source.process.pid)
-            command = ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none",
-                       *words, "-serial", f"file:{tmp_path / 'other'}", *hindrance]  # fmt: skip
+            command = [
+                "qemu-system-x86_64",
+                "-accel",
+                "tcg",
+                "-nodefaults",
+                "-display",
+                "none",
+                *words,
+                "-serial",
+                f"file:{tmp_path / 'other'}",
+                *hindrance,
+            ]
             with pytest.raises(UsageError) as caught:
                 await restore(path, command, mode=mode)
             assert f"process {source.process.pid} (qemu-system" in str(caught.value)
@@ -77,9 +91,7 @@ def test_memory_of_a_guest_that_lives_is_never_loaded_into(
         source.run(run)
 
 
-def test_what_a_file_held_does_not_reach_the_guest(
-    saved: Saved, shm: Path, tmp_path: Path
-) -> None:
+def test_what_a_file_held_does_not_reach_the_guest(saved: Saved, shm: Path, tmp_path: Path) -> None:
     (shm / "ram").write_bytes(b"\xee" * RAM)
     report = restored(saved, tmp_path / "serial", *on_file(shm / "ram"))
     assert any("ram' held is replaced" in note for note in report.notes)

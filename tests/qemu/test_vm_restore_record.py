@@ -108,17 +108,23 @@ def test_damaged_record_is_told_and_can_be_moved_away(plain: Path, tmp_path: Pat
         (VM, "give -device e1000,id=n0"),
     ],
 )
-def test_other_vm_is_refused_before_qemu_starts(
-    plain: Path, words: list[str], cure: str
-) -> None:
+def test_other_vm_is_refused_before_qemu_starts(plain: Path, words: list[str], cure: str) -> None:
     with pytest.raises(UsageError, match=cure):
         restored(plain, ["/nonexistent/qemu-system-x86_64", *words])
 
 
 def test_same_vm_in_other_words_is_restored(plain: Path) -> None:
     machine = read_record(plain).machine.type  # type: ignore[union-attr]
-    words = ["-machine", f"type={machine}", "-m", "size=32768k", "-smp", "cores=2,sockets=1",
-             "-device", '{"driver":"e1000","id":"other"}']  # fmt: skip
+    words = [
+        "-machine",
+        f"type={machine}",
+        "-m",
+        "size=32768k",
+        "-smp",
+        "cores=2,sockets=1",
+        "-device",
+        '{"driver":"e1000","id":"other"}',
+    ]
     assert restored(plain, [*BARE, *words], paused=True) == []
 
 
@@ -162,8 +168,18 @@ def test_clones_of_a_recorded_guest_have_their_own_monitors_only(
 
 def test_daemon_is_restored_as_a_process_of_ours(tmp_path: Path, place: Path) -> None:
     image(tmp_path / "disk")
-    words = [*BARE, *VM, "-drive", "file=disk,format=raw,if=virtio", "-daemonize", "-pidfile",
-             "pid", "-qmp", f"unix:{place}/qmp,server=on,wait=off", "-S"]  # fmt: skip
+    words = [
+        *BARE,
+        *VM,
+        "-drive",
+        "file=disk,format=raw,if=virtio",
+        "-daemonize",
+        "-pidfile",
+        "pid",
+        "-qmp",
+        f"unix:{place}/qmp,server=on,wait=off",
+        "-S",
+    ]
     environment = {**os.environ, "PWD": str(tmp_path)}
     subprocess.run(words, cwd=tmp_path, env=environment, check=True, stdin=subprocess.DEVNULL)
     pid = int((tmp_path / "pid").read_text())
@@ -179,8 +195,14 @@ def test_daemon_is_restored_as_a_process_of_ours(tmp_path: Path, place: Path) ->
 @pytest.mark.parametrize("mode", ["instant", "load"])
 def test_memory_in_an_unnamed_file_is_restored(tmp_path: Path, place: Path, mode: str) -> None:
     with GuestRam(32 * MIB) as ram:
-        memory = ["-object", f"memory-backend-file,id=m,size=32M,share=on,mem-path=/proc/self/fd/"
-                  f"{ram.fd}", "-machine", "pc,memory-backend=m", "-m", "32M"]  # fmt: skip
+        memory = [
+            "-object",
+            f"memory-backend-file,id=m,size=32M,share=on,mem-path=/proc/self/fd/{ram.fd}",
+            "-machine",
+            "pc,memory-backend=m",
+            "-m",
+            "32M",
+        ]
         with BareQemu(*memory, fds=[ram.fd], socket=place / "qmp") as qemu:
             saved(qemu, tmp_path / "snap", then="quit")
     notes = restored(tmp_path / "snap", mode=mode)
@@ -190,8 +212,16 @@ def test_memory_in_an_unnamed_file_is_restored(tmp_path: Path, place: Path, mode
 def test_descriptor_of_the_saved_qemu_is_named(tmp_path: Path, place: Path) -> None:
     read, write = os.pipe()
     try:
-        with BareQemu("-M", "pc", "-m", "32M", "-add-fd", f"fd={write},set=1", fds=[write],
-                      socket=place / "qmp") as qemu:  # fmt: skip
+        with BareQemu(
+            "-M",
+            "pc",
+            "-m",
+            "32M",
+            "-add-fd",
+            f"fd={write},set=1",
+            fds=[write],
+            socket=place / "qmp",
+        ) as qemu:
             saved(qemu, tmp_path / "snap", then="quit")
     finally:
         os.close(read)
@@ -214,9 +244,7 @@ def test_restored_guest_can_be_saved_and_restored_again(tmp_path: Path, place: P
     asyncio.run(again())
     record = read_record(tmp_path / "second")
     assert record is not None
-    assert [Path(each.file).name for each in record.disks[0].images] == [
-        "first.d0.qcow2", "disk"
-    ]  # fmt: skip
+    assert [Path(each.file).name for each in record.disks[0].images] == ["first.d0.qcow2", "disk"]
     restored(tmp_path / "second", with_disks=True)
     assert "second.d0.qcow2" in overlays(tmp_path)
 
@@ -226,11 +254,17 @@ def test_disk_that_got_an_overlay_before_the_save_has_it_again(
     tmp_path: Path, place: Path, blockdev: bool
 ) -> None:
     disk = image(tmp_path / "disk")
-    nodes = ["-blockdev", f"driver=file,filename={disk},node-name=f0",
-             "-blockdev", "driver=raw,file=f0,node-name=d0",
-             "-device", "virtio-blk-pci,drive=d0,id=v0"]  # fmt: skip
-    with BareQemu(*VM, *(nodes if blockdev else drive(disk)), run=True,
-                  socket=place / "qmp") as qemu:  # fmt: skip
+    nodes = [
+        "-blockdev",
+        f"driver=file,filename={disk},node-name=f0",
+        "-blockdev",
+        "driver=raw,file=f0,node-name=d0",
+        "-device",
+        "virtio-blk-pci,drive=d0,id=v0",
+    ]
+    with BareQemu(
+        *VM, *(nodes if blockdev else drive(disk)), run=True, socket=place / "qmp"
+    ) as qemu:
         saved(qemu, tmp_path / "before", with_disks=True)
         saved(qemu, tmp_path / "snap", then="quit")
 

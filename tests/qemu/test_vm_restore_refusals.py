@@ -102,18 +102,21 @@ def test_device_with_memory_that_was_not_there_is_refused(saved: Saved, tmp_path
 
 def test_backend_of_another_name_is_refused(saved: Saved, tmp_path: Path) -> None:
     command = saved.command(
-        "-M", "pc,memory-backend=mem", "-m", M, "-object", f"memory-backend-ram,id=mem,size={RAM}",
+        "-M",
+        "pc,memory-backend=mem",
+        "-m",
+        M,
+        "-object",
+        f"memory-backend-ram,id=mem,size={RAM}",
         serial=tmp_path / "serial",
-    )  # fmt: skip
+    )
     assert isinstance(attempt(saved.path, command, mode="instant"), NotSupported)
     error = attempt(saved.path, command)
     assert isinstance(error, BlockMismatch)
     assert "'pc.ram' is missing" in str(error)
 
 
-def test_qemu_that_does_not_start_is_shown_with_what_it_wrote(
-    saved: Saved, tmp_path: Path
-) -> None:
+def test_qemu_that_does_not_start_is_shown_with_what_it_wrote(saved: Saved, tmp_path: Path) -> None:
     command = saved.command(*PC, "-device", "no-such-device", serial=tmp_path / "serial")
     error = attempt(saved.path, command)
     assert isinstance(error, QemuError)
@@ -177,9 +180,13 @@ def test_file_that_somebody_writes_is_refused(saved: Saved, tmp_path: Path) -> N
 def test_vhost_user_keeps_memory_from_being_mapped(saved: Saved, tmp_path: Path) -> None:
     """No such program serves the socket: QEMU is not started for it in mode instant."""
     command = saved.command(
-        *PC, "-chardev", "null,id=c", "-netdev", "vhost-user,id=n,chardev=c",
+        *PC,
+        "-chardev",
+        "null,id=c",
+        "-netdev",
+        "vhost-user,id=n,chardev=c",
         serial=tmp_path / "serial",
-    )  # fmt: skip
+    )
     error = attempt(saved.path, command, mode="instant")
     assert isinstance(error, NotSupported)
     assert "vhost-user" in str(error)
@@ -249,9 +256,8 @@ def test_qemu_that_fails_for_another_reason_is_started_once(saved: Saved, tmp_pa
         taken.bind(("127.0.0.1", 0))
         local = f"localaddr=127.0.0.1,localport={taken.getsockname()[1]}"
         command = saved.command(
-            *PC, "-chardev", f"udp,id=c,host=127.0.0.1,port=9,{local}",
-            serial=tmp_path / "serial",
-        )  # fmt: skip
+            *PC, "-chardev", f"udp,id=c,host=127.0.0.1,port=9,{local}", serial=tmp_path / "serial"
+        )
         error = attempt(saved.path, [str(wrapper), *command[1:]])
     assert "Address already in use" in str(error)
     assert starts.read_text() == "once\n"

@@ -64,9 +64,12 @@ def finished(process: subprocess.Popen[str], serial: Path) -> tuple[int, bytes]:
 
 def start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,10 +87,24 @@ def test_signal_while_qemu_loads_ends_it_before_the_guest_runs(
     serial = tmp_path / "serial"
     options = ["--count", "1", "--dir", str(tmp_path)] if verb == "clone" else []
     for mode, number in [("load", signal.SIGTERM), ("instant", signal.SIGINT)]:
-        process = start([
-            sys.executable, "-c", AT, module, function, str(int(number)), "vm", verb, *options,
-            "--mode", mode, str(saved.path), "--", *saved.command(serial=serial),
-        ])  # fmt: skip
+        process = start(
+            [
+                sys.executable,
+                "-c",
+                AT,
+                module,
+                function,
+                str(int(number)),
+                "vm",
+                verb,
+                *options,
+                "--mode",
+                mode,
+                str(saved.path),
+                "--",
+                *saved.command(serial=serial),
+            ]
+        )
         code, ran = finished(process, serial)
         assert code in INTERRUPTED
         assert ran == b"", "the guest ran after the signal"
@@ -104,10 +121,20 @@ def test_signal_from_outside_at_any_moment_leaves_no_guest(
     interrupted = 0
     for step in range(4):
         serial, monitor = tmp_path / f"serial-{step}", tmp_path / f"monitor-{step}"
-        process = start([
-            *COMMAND, "vm", "restore", "--mode", mode, "--qmp", str(monitor), str(saved.path),
-            "--", *saved.command(serial=serial),
-        ])  # fmt: skip
+        process = start(
+            [
+                *COMMAND,
+                "vm",
+                "restore",
+                "--mode",
+                mode,
+                "--qmp",
+                str(monitor),
+                str(saved.path),
+                "--",
+                *saved.command(serial=serial),
+            ]
+        )
         while not monitor.exists():
             assert process.poll() is None
             time.sleep(0.001)
@@ -126,9 +153,9 @@ def test_signal_from_outside_at_any_moment_leaves_no_guest(
 def test_hangup_that_is_ignored_ends_nothing(saved: Saved, tmp_path: Path) -> None:
     """As nohup has it."""
     serial = tmp_path / "serial"
-    process = start([
-        "nohup", *COMMAND, "vm", "restore", str(saved.path), "--", *saved.command(serial=serial),
-    ])  # fmt: skip
+    process = start(
+        ["nohup", *COMMAND, "vm", "restore", str(saved.path), "--", *saved.command(serial=serial)]
+    )
     assert process.stderr is not None
     while not process.stderr.readline().startswith("restored"):
         assert process.poll() is None

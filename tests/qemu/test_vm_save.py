@@ -30,8 +30,10 @@ MATRIX = [
     pytest.param(
         engine, machine, memory, marks=() if (machine, memory) in SHORT else pytest.mark.long
     )
-    for engine in ENGINES for machine in RAM_BLOCK for memory in KINDS
-]  # fmt: skip
+    for engine in ENGINES
+    for machine in RAM_BLOCK
+    for memory in KINDS
+]
 
 
 @pytest.mark.parametrize(("engine", "machine", "memory"), MATRIX)
@@ -53,7 +55,8 @@ def test_running_guest_is_saved_and_goes_on(
             other.vm.execute("cont")
             other.wait_for_count(2)
             assert other.serial.read_bytes()[0] in (
-                instant.generation & 0x7F, instant.generation + 1 & 0x7F
+                instant.generation & 0x7F,
+                instant.generation + 1 & 0x7F,
             )
     assert instant.generation - 1 <= len(counted)
 
@@ -118,9 +121,7 @@ def test_guest_that_never_stands_still_is_stopped_after_some_passes(
     ],
     ids=["qemu", "live", "ignore-shared", "devices-only"],
 )
-def test_downtime_is_what_another_client_sees(
-    memory: str, how: dict[str, Any], disk: Path
-) -> None:
+def test_downtime_is_what_another_client_sees(memory: str, how: dict[str, Any], disk: Path) -> None:
     with source(disk, memory=memory) as guest:
         report = guest.save(disk / "snapshot", **how)
         guest.status()  # all events up to now have been read
@@ -320,9 +321,7 @@ def test_disks_are_taken_along(engine: str, memory: str, run: bool, disk: Path) 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("memory", ["file", "private"])
-def test_disks_are_what_they_were_when_the_save_fails(
-    engine: str, memory: str, disk: Path
-) -> None:
+def test_disks_are_what_they_were_when_the_save_fails(engine: str, memory: str, disk: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.bytes_done == progress.bytes_total:
             raise KeyError("enough")

@@ -33,9 +33,13 @@ def check(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "live", "memory"),
-    [("direct", False, "file"), ("direct", False, "private"), ("qemu", False, "memfd"),
-     ("qemu", True, "file")],
-)  # fmt: skip
+    [
+        ("direct", False, "file"),
+        ("direct", False, "private"),
+        ("qemu", False, "memfd"),
+        ("qemu", True, "file"),
+    ],
+)
 def test_save_with_a_seal_is_intact_and_loads(
     engine: str, live: bool, memory: str, disk: Path
 ) -> None:
@@ -97,9 +101,7 @@ def test_restore_believes_the_seal_and_says_so(disk: Path) -> None:
 
     async def run() -> None:
         serial = disk / "other"
-        vm = await restore(
-            saved.path, saved.command(serial=serial), mode="instant", paused=True
-        )
+        vm = await restore(saved.path, saved.command(serial=serial), mode="instant", paused=True)
         try:
             assert vm.report.stale_pages == 0
             assert any("sealed" in note for note in vm.report.notes)
@@ -124,9 +126,7 @@ def test_restore_does_not_believe_the_seal_of_a_file_that_was_touched(disk: Path
 
     async def run() -> None:
         serial = disk / "other"
-        vm = await restore(
-            saved.path, saved.command(serial=serial), mode="instant", paused=True
-        )
+        vm = await restore(saved.path, saved.command(serial=serial), mode="instant", paused=True)
         try:
             assert vm.report.stale_pages == stale
             assert not any("sealed" in note for note in vm.report.notes)

@@ -91,8 +91,10 @@ def test_guest_that_was_let_run_between_its_disks_and_its_memory_is_not_saved(
     monkeypatch.setattr(Custody, "take_disks", meddled)
     drive = ("-drive", f"file={image},format=raw,if=virtio")
     with source(disk, memory="private", extra=drive) as guest:
-        outcome = contextlib.nullcontext() if live else pytest.raises(
-            QemuError, match="another client let the guest run"
+        outcome = (
+            contextlib.nullcontext()
+            if live
+            else pytest.raises(QemuError, match="another client let the guest run")
         )
         with outcome:
             guest.save(disk / "snapshot", engine="qemu", with_disks=True, live=live)

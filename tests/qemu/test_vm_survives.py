@@ -78,10 +78,27 @@ def save_on(
     )
     python = ["-c", BLIND] if blind else ["-m", "pyqmigrate"]
     result = subprocess.run(
-        [*UNSHARE, "sh", "-ec", script, "sh", str(place), sys.executable, *python,
-         "vm", "save", "--qmp", str(guest.socket), *arguments, str(place / "snapshot")],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [
+            *UNSHARE,
+            "sh",
+            "-ec",
+            script,
+            "sh",
+            str(place),
+            sys.executable,
+            *python,
+            "vm",
+            "save",
+            "--qmp",
+            str(guest.socket),
+            *arguments,
+            str(place / "snapshot"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     lines = result.stdout.splitlines()
     code = int(lines.pop(0)) if lines and lines[0].isdecimal() else 0
     return code, result.stderr, lines
@@ -331,7 +348,9 @@ def killed_at_random(
         for number in range(3 * kills):
             started = time.monotonic()
             process = guest.start_save(
-                disk / "snapshot", "--engine", engines[number % len(engines)],
+                disk / "snapshot",
+                "--engine",
+                engines[number % len(engines)],
                 program=NAMED if named else None,
             )
             try:

@@ -1,5 +1,4 @@
-"""A stopped twin describes the device state that xen-save-devices-state writes without description.
-"""
+"""A stopped twin describes the device state that xen-save-devices-state writes without description."""
 
 from __future__ import annotations
 
@@ -46,41 +45,102 @@ def machines(disk: Path) -> dict[str, tuple[str, ...]]:
             file.truncate(size * MIB)
     return {
         "pc": (
-            "-drive", f"file={disk}/a.img,format=raw,if=virtio,cache=none",
-            "-drive", f"file={disk}/b.img,format=raw,if=ide", "-cdrom", f"{disk}/c.img",
-            "-drive", f"file={disk}/d.img,format=raw,if=floppy",
-            "-device", "virtio-scsi-pci", "-drive", f"file={disk}/sd.img,format=raw,if=none,id=s",
-            "-device", "scsi-hd,drive=s",
-            "-netdev", "user,id=n0,hostfwd=tcp:127.0.0.1:0-:22",
-            "-device", "virtio-net-pci,netdev=n0", "-chardev",
-            f"socket,id=c0,path={disk}/c0,server=on,wait=off", "-device", "virtio-serial-pci",
-            "-device", "virtserialport,chardev=c0", "-smp", "2", "-vga", "std",
-            "-parallel", f"file:{disk}/parallel",
+            "-drive",
+            f"file={disk}/a.img,format=raw,if=virtio,cache=none",
+            "-drive",
+            f"file={disk}/b.img,format=raw,if=ide",
+            "-cdrom",
+            f"{disk}/c.img",
+            "-drive",
+            f"file={disk}/d.img,format=raw,if=floppy",
+            "-device",
+            "virtio-scsi-pci",
+            "-drive",
+            f"file={disk}/sd.img,format=raw,if=none,id=s",
+            "-device",
+            "scsi-hd,drive=s",
+            "-netdev",
+            "user,id=n0,hostfwd=tcp:127.0.0.1:0-:22",
+            "-device",
+            "virtio-net-pci,netdev=n0",
+            "-chardev",
+            f"socket,id=c0,path={disk}/c0,server=on,wait=off",
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            "virtserialport,chardev=c0",
+            "-smp",
+            "2",
+            "-vga",
+            "std",
+            "-parallel",
+            f"file:{disk}/parallel",
         ),
         "q35": (
-            "-drive", f"if=pflash,unit=0,format=raw,file={disk}/d.img",
-            "-blockdev", json.dumps({
-                "driver": "raw", "node-name": "top",
-                "file": {"driver": "file", "filename": f"{disk}/a.img"},
-            }),
-            "-device", "virtio-blk-pci,drive=top", "-device", "ich9-ahci,id=ahci",
-            "-blockdev", f"driver=file,node-name=b,filename={disk}/b.img",
-            "-device", "ide-hd,drive=b,bus=ahci.1", "-device", "qemu-xhci",
-            "-drive", f"file={disk}/c.img,format=raw,if=none,id=u",
-            "-device", "usb-storage,drive=u", "-device", "usb-tablet",
-            "-netdev", "socket,id=n0,udp=127.0.0.1:9,localaddr=127.0.0.1:0",
-            "-device", "e1000e,netdev=n0", "-nic", "user,model=rtl8139",
-            "-object", "rng-random,id=r,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=r",
-            "-audiodev", "none,id=a", "-device", "intel-hda", "-device", "hda-duplex,audiodev=a",
-            "-device", "sdhci-pci", "-drive", f"file={disk}/sd.img,format=raw,if=none,id=sd",
-            "-device", "sd-card,drive=sd", "-device", "pvpanic", "-device", "virtio-balloon-pci",
+            "-drive",
+            f"if=pflash,unit=0,format=raw,file={disk}/d.img",
+            "-blockdev",
+            json.dumps(
+                {
+                    "driver": "raw",
+                    "node-name": "top",
+                    "file": {"driver": "file", "filename": f"{disk}/a.img"},
+                }
+            ),
+            "-device",
+            "virtio-blk-pci,drive=top",
+            "-device",
+            "ich9-ahci,id=ahci",
+            "-blockdev",
+            f"driver=file,node-name=b,filename={disk}/b.img",
+            "-device",
+            "ide-hd,drive=b,bus=ahci.1",
+            "-device",
+            "qemu-xhci",
+            "-drive",
+            f"file={disk}/c.img,format=raw,if=none,id=u",
+            "-device",
+            "usb-storage,drive=u",
+            "-device",
+            "usb-tablet",
+            "-netdev",
+            "socket,id=n0,udp=127.0.0.1:9,localaddr=127.0.0.1:0",
+            "-device",
+            "e1000e,netdev=n0",
+            "-nic",
+            "user,model=rtl8139",
+            "-object",
+            "rng-random,id=r,filename=/dev/urandom",
+            "-device",
+            "virtio-rng-pci,rng=r",
+            "-audiodev",
+            "none,id=a",
+            "-device",
+            "intel-hda",
+            "-device",
+            "hda-duplex,audiodev=a",
+            "-device",
+            "sdhci-pci",
+            "-drive",
+            f"file={disk}/sd.img,format=raw,if=none,id=sd",
+            "-device",
+            "sd-card,drive=sd",
+            "-device",
+            "pvpanic",
+            "-device",
+            "virtio-balloon-pci",
         ),
         "microvm": (
-            "-drive", f"file={disk}/a.img,format=raw,if=none,id=a",
-            "-device", "virtio-blk-device,drive=a", "-netdev", "user,id=n0",
-            "-device", "virtio-net-device,netdev=n0",
+            "-drive",
+            f"file={disk}/a.img,format=raw,if=none,id=a",
+            "-device",
+            "virtio-blk-device,drive=a",
+            "-netdev",
+            "user,id=n0",
+            "-device",
+            "virtio-net-device,netdev=n0",
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(params=["pc", "q35", "microvm"])
@@ -176,8 +236,14 @@ def test_guest_whose_firmware_has_run_is_described(memory: str, disk: Path) -> N
     sector = b"\xba\xf8\x03\xb0A\xee\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa"
     (disk / "boot").write_bytes(sector.ljust(MIB, b"\0"))
     (disk / "serial").touch()
-    words = ["-m", "32", "-serial", f"file:{disk}/serial",
-             "-drive", f"file={disk}/boot,format=raw,if=virtio"]  # fmt: skip
+    words = [
+        "-m",
+        "32",
+        "-serial",
+        f"file:{disk}/serial",
+        "-drive",
+        f"file={disk}/boot,format=raw,if=virtio",
+    ]
     if memory == "memfd":
         words += ["-object", "memory-backend-memfd,id=m,size=32M", "-M", "pc,memory-backend=m"]
     with BareQemu(*words, run=True) as qemu:
@@ -281,6 +347,7 @@ def test_guest_that_a_bios_has_started_is_described(disk: Path) -> None:
     machines(disk)  # makes images
     drive = f"file={disk}/a.img,format=raw,if=virtio"
     with BareQemu("-m", "64", "-drive", drive, run=True) as qemu:
+
         def has_read() -> bool:
             (stats, *_) = qemu.run(lambda monitor: monitor.execute("query-blockstats"))
             return bool(stats["stats"]["rd_operations"])
@@ -427,9 +494,7 @@ def test_save_is_whole_whatever_becomes_of_its_twin(
         snapshot.verify()
 
 
-def test_twin_that_takes_too_long_is_ended(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_twin_that_takes_too_long_is_ended(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pids = []
 
     async def hang(qemu: Launched, incoming: Incoming) -> float:

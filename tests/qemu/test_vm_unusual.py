@@ -24,15 +24,25 @@ pytestmark = pytest.mark.qemu
 
 MIB = 1 << 20
 PC = ["-M", "pc", "-m", str(RAM >> 20)]
-FILE = ["-M", "pc,memory-backend=ram0", "-m", str(RAM >> 20), "-object",
-        f"memory-backend-file,id=ram0,size={RAM},share=on,mem-path=/dev/shm"]  # fmt: skip
+FILE = [
+    "-M",
+    "pc,memory-backend=ram0",
+    "-m",
+    str(RAM >> 20),
+    "-object",
+    f"memory-backend-file,id=ram0,size={RAM},share=on,mem-path=/dev/shm",
+]
 HUGE = f"memory-backend-memfd,id=ram0,size={RAM},hugetlb=on,hugetlbsize=2M"
 
 
 async def found(monitor: Monitor) -> list[Any]:
     """What a save leaves as it was."""
-    asked = ("query-status", "query-migrate-capabilities", "query-migrate-parameters",
-             "query-fdsets")  # fmt: skip
+    asked = (
+        "query-status",
+        "query-migrate-capabilities",
+        "query-migrate-parameters",
+        "query-fdsets",
+    )
     return [await monitor.execute(command) for command in asked]
 
 
@@ -80,24 +90,48 @@ GUESTS = {
     "memory plugged in": dimm("memory-backend-ram"),
     "shared memory plugged in": dimm("memory-backend-file,share=on,mem-path=/dev/shm"),
     "a shared and a private node": fixed(
-        "-M", "pc", "-m", "48M",
-        "-object", "memory-backend-file,id=m0,size=24M,share=on,mem-path=/dev/shm",
-        "-object", "memory-backend-ram,id=m1,size=24M",
-        "-numa", "node,memdev=m0", "-numa", "node,memdev=m1",
+        "-M",
+        "pc",
+        "-m",
+        "48M",
+        "-object",
+        "memory-backend-file,id=m0,size=24M,share=on,mem-path=/dev/shm",
+        "-object",
+        "memory-backend-ram,id=m1,size=24M",
+        "-numa",
+        "node,memdev=m0",
+        "-numa",
+        "node,memdev=m1",
     ),
     "nvdimm": fixed(
-        "-M", "pc,nvdimm=on", "-m", "32M,slots=2,maxmem=1G",
-        "-object", "memory-backend-ram,id=nv,size=32M", "-device", "nvdimm,memdev=nv,id=nv0",
+        "-M",
+        "pc,nvdimm=on",
+        "-m",
+        "32M,slots=2,maxmem=1G",
+        "-object",
+        "memory-backend-ram,id=nv,size=32M",
+        "-device",
+        "nvdimm,memdev=nv,id=nv0",
     ),
     "virtio-pmem": fixed(
-        "-M", "pc", "-m", "32M,slots=2,maxmem=1G",
-        "-object", "memory-backend-ram,id=nv,size=32M",
-        "-device", "virtio-pmem-pci,memdev=nv,id=nv0",
+        "-M",
+        "pc",
+        "-m",
+        "32M,slots=2,maxmem=1G",
+        "-object",
+        "memory-backend-ram,id=nv,size=32M",
+        "-device",
+        "virtio-pmem-pci,memdev=nv,id=nv0",
     ),
     "ivshmem, the master": fixed(
-        "-M", "pc", "-m", "32M",
-        "-object", "memory-backend-file,id=iv,size=4M,share=on,mem-path=/dev/shm",
-        "-device", "ivshmem-plain,memdev=iv,master=on",
+        "-M",
+        "pc",
+        "-m",
+        "32M",
+        "-object",
+        "memory-backend-file,id=iv,size=4M,share=on,mem-path=/dev/shm",
+        "-device",
+        "ivshmem-plain,memdev=iv,master=on",
     ),
     "a machine that is none": fixed("-M", "none", "-m", "32M"),
     "huge pages": fixed("-M", "pc,memory-backend=ram0", "-m", str(RAM >> 20), "-object", HUGE),
@@ -105,7 +139,7 @@ GUESTS = {
     "a sandbox": fixed(
         *PC, "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("engine", ["direct", "qemu"])
@@ -132,13 +166,24 @@ def test_guest_of_an_unusual_kind_is_saved(kind: str, engine: str, disk: Path) -
     ("arguments", "words"),
     [
         (["-M", "none"], "no memory"),
-        (["-M", "pc", "-m", "32M", "-device", "ivshmem-plain,memdev=iv", "-object",
-          "memory-backend-file,id=iv,size=4M,share=on,mem-path=/dev/shm"], "peer mode"),
+        (
+            [
+                "-M",
+                "pc",
+                "-m",
+                "32M",
+                "-device",
+                "ivshmem-plain,memdev=iv",
+                "-object",
+                "memory-backend-file,id=iv,size=4M,share=on,mem-path=/dev/shm",
+            ],
+            "peer mode",
+        ),
         ([*PC, "-incoming", "defer"], "incoming"),
         ([*PC, "--preconfig"], "initialization"),
     ],
     ids=["no memory", "ivshmem, a peer", "not loaded yet", "no machine yet"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("engine", ["auto", "direct", "qemu"])
 def test_guest_that_cannot_be_saved_is_refused_untouched(
     arguments: list[str], words: str, engine: str, disk: Path
@@ -180,9 +225,7 @@ def test_qemu_that_sees_another_system_is_saved(
     before, after = started_otherwise(disk)[how]
     image, serial = build(disk, RAM), disk / "serial"
     machine = [*memory, "-bios", str(image)]
-    with BareQemu(
-        *machine, "-serial", f"file:{serial}", *after, run=True, before=before
-    ) as qemu:
+    with BareQemu(*machine, "-serial", f"file:{serial}", *after, run=True, before=before) as qemu:
         serial_says(serial, 2)
         settings = qemu.run(found)
         report = asyncio.run(
@@ -223,9 +266,14 @@ def _power_management(state: int) -> bytes:
     """Asks the PIIX4 of machine pc for a sleeping state: 0 off, 1 to RAM."""
     place = 0x80000000 | 1 << 11 | 3 << 8
     return b"".join(
-        [_out(0xCF8, place | 0x40, 4), _out(0xCFC, 0x601, 4), _out(0xCF8, place | 0x80, 4),
-         _out(0xCFC, 1, 1), _out(0x604, 0x2000 | state << 10, 2)]
-    )  # fmt: skip
+        [
+            _out(0xCF8, place | 0x40, 4),
+            _out(0xCFC, 0x601, 4),
+            _out(0xCF8, place | 0x80, 4),
+            _out(0xCFC, 1, 1),
+            _out(0x604, 0x2000 | state << 10, 2),
+        ]
+    )
 
 
 STATES: dict[str, tuple[bytes, list[str]]] = {
@@ -248,9 +296,7 @@ def in_state(qemu: BareQemu, state: str) -> None:
 
 @pytest.mark.parametrize("memory", [PC, FILE], ids=["private", "file"])
 @pytest.mark.parametrize("state", STATES)
-def test_guest_stays_in_the_state_that_it_is_in(
-    state: str, memory: list[str], disk: Path
-) -> None:
+def test_guest_stays_in_the_state_that_it_is_in(state: str, memory: list[str], disk: Path) -> None:
     code, extra = STATES[state]
     machine = [*memory, "-bios", str(program(disk, code)), *(w for w in extra if w != "-S")]
     with BareQemu(*machine, *(w for w in extra if w == "-S"), run=True) as qemu:

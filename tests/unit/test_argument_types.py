@@ -29,27 +29,63 @@ CALLABLE = (5, "x", [], ANYTHING)
 ORDER = (5, "middle", b"big", [], ANYTHING)
 NAMES = (5, "ram", b"ram", [5], [None], ANYTHING)
 WRONG: dict[str, tuple[Any, ...]] = {
-    "target": TARGET, "snapshot": TARGET, "source": TARGET, "blocks": (None, 5, "ram", [5], ["ram"],
-    [None], {"ram": bytearray(4096)}, [RamBlock("ram", 5)], [RamBlock(5, bytearray(4096))],
-    [RamBlock("ram", bytearray(4096), "4096")], [RamBlock("ram", bytearray(4096), 4096, "0")],
-    [RamBlock("ram", bytearray(4096), 4096, -1)], ANYTHING),
-    "channels": NUMBER, "direct_io": CHOICE, "sparse": CHOICE, "machine": TEXT,
-    "target_page_bits": OPTIONAL_NUMBER, "reuse": (None, "yes", 1, [], ANYTHING),
-    "max_bandwidth": NUMBER, "seal": (5, b"x", [], ANYTHING, "md5"), "progress": CALLABLE,
-    "offset": OPTIONAL_NUMBER, "bitmap_order": ORDER, "page_size": OPTIONAL_NUMBER,
-    "index": (5, 1.5, [], ANYTHING), "piped": (None, "yes", 1, [], ANYTHING),
-    "to": CHOICE, "memories": (5, "ram", [5], {"ram": 5}, {5: bytearray(4096)}, ANYTHING),
-    "placements": (5, "ram@0", [5], ["ram@0"], ANYTHING), "byte_order": ORDER,
-    "max_ram_below_4g": (*OPTIONAL_NUMBER, 0, -1, 1 << 63), "description": (5, "{}", [], ANYTHING),
-    "like": (5, 1.5, [], ANYTHING), "image_format": (5, b"raw", [], ANYTHING, "gzip"),
-    "algorithm": CHOICE, "clear": CHOICE, "name": (5, b"x", [], ANYTHING),
-    "section_id": OPTIONAL_NUMBER, "text": (None, 5, b"x", [], ANYTHING),
-    "devices": (None, 5, "cpu", [5], ["cpu"], ANYTHING), "uuid": (5, "x", b"x", [], ANYTHING),
-    "guest": (5, "x", [], ANYTHING), "fdsets": (5, "x", [1], ANYTHING), "policy": CHOICE,
-    "run_state": CHOICE, "incoming": (None, "yes", 1, [], ANYTHING),
-    "autostart": (None, "yes", 1, [], ANYTHING), "capabilities": (5, "x", {"x": 1}, ANYTHING),
-    "parameters": (5, "x", {"x": 1}, ANYTHING), "on_exit": CALLABLE,
-}  # fmt: skip
+    "target": TARGET,
+    "snapshot": TARGET,
+    "source": TARGET,
+    "blocks": (
+        None,
+        5,
+        "ram",
+        [5],
+        ["ram"],
+        [None],
+        {"ram": bytearray(4096)},
+        [RamBlock("ram", 5)],
+        [RamBlock(5, bytearray(4096))],
+        [RamBlock("ram", bytearray(4096), "4096")],
+        [RamBlock("ram", bytearray(4096), 4096, "0")],
+        [RamBlock("ram", bytearray(4096), 4096, -1)],
+        ANYTHING,
+    ),
+    "channels": NUMBER,
+    "direct_io": CHOICE,
+    "sparse": CHOICE,
+    "machine": TEXT,
+    "target_page_bits": OPTIONAL_NUMBER,
+    "reuse": (None, "yes", 1, [], ANYTHING),
+    "max_bandwidth": NUMBER,
+    "seal": (5, b"x", [], ANYTHING, "md5"),
+    "progress": CALLABLE,
+    "offset": OPTIONAL_NUMBER,
+    "bitmap_order": ORDER,
+    "page_size": OPTIONAL_NUMBER,
+    "index": (5, 1.5, [], ANYTHING),
+    "piped": (None, "yes", 1, [], ANYTHING),
+    "to": CHOICE,
+    "memories": (5, "ram", [5], {"ram": 5}, {5: bytearray(4096)}, ANYTHING),
+    "placements": (5, "ram@0", [5], ["ram@0"], ANYTHING),
+    "byte_order": ORDER,
+    "max_ram_below_4g": (*OPTIONAL_NUMBER, 0, -1, 1 << 63),
+    "description": (5, "{}", [], ANYTHING),
+    "like": (5, 1.5, [], ANYTHING),
+    "image_format": (5, b"raw", [], ANYTHING, "gzip"),
+    "algorithm": CHOICE,
+    "clear": CHOICE,
+    "name": (5, b"x", [], ANYTHING),
+    "section_id": OPTIONAL_NUMBER,
+    "text": (None, 5, b"x", [], ANYTHING),
+    "devices": (None, 5, "cpu", [5], ["cpu"], ANYTHING),
+    "uuid": (5, "x", b"x", [], ANYTHING),
+    "guest": (5, "x", [], ANYTHING),
+    "fdsets": (5, "x", [1], ANYTHING),
+    "policy": CHOICE,
+    "run_state": CHOICE,
+    "incoming": (None, "yes", 1, [], ANYTHING),
+    "autostart": (None, "yes", 1, [], ANYTHING),
+    "capabilities": (5, "x", {"x": 1}, ANYTHING),
+    "parameters": (5, "x", {"x": 1}, ANYTHING),
+    "on_exit": CALLABLE,
+}
 
 
 def calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
@@ -58,9 +94,11 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
     size = len(known_memory())
     yield "save", pyqmigrate.save, {"target": "new", "blocks": blocks}
     yield "start_save", pyqmigrate.start_save, {"target": "new", "blocks": blocks}
-    yield "start_load", pyqmigrate.start_load, {
-        "target": "snapshot", "memories": {"ram": bytearray(size)},
-    }
+    yield (
+        "start_load",
+        pyqmigrate.start_load,
+        {"target": "snapshot", "memories": {"ram": bytearray(size)}},
+    )
     yield "Snapshot", pyqmigrate.Snapshot, {"target": "snapshot"}
     yield "ClassicSnapshot", pyqmigrate.ClassicSnapshot, {"target": "stream"}
     yield "open_snapshot", pyqmigrate.open_snapshot, {"target": "stream"}
@@ -76,11 +114,35 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
 
 # They hold values, and are checked where they are used; or they are made by other functions.
 VALUES = {
-    "RamBlock", "FileMemory", "ProcessMemory", "Descriptors", "Job", "Progress", "SaveReport",
-    "LoadReport", "SealReport", "SealCheck", "SnapshotBlock", "ImageReport", "Placement", "Devices",
-    "Device", "CpuRegisters", "Provenance", "Guest", "DeviceSection", "FdSets", "Capabilities",
-    "Parameters", "Algorithm", "Form", "DirectIO", "Sparse", "Clear", "Policy",
-}  # fmt: skip
+    "RamBlock",
+    "FileMemory",
+    "ProcessMemory",
+    "Descriptors",
+    "Job",
+    "Progress",
+    "SaveReport",
+    "LoadReport",
+    "SealReport",
+    "SealCheck",
+    "SnapshotBlock",
+    "ImageReport",
+    "Placement",
+    "Devices",
+    "Device",
+    "CpuRegisters",
+    "Provenance",
+    "Guest",
+    "DeviceSection",
+    "FdSets",
+    "Capabilities",
+    "Parameters",
+    "Algorithm",
+    "Form",
+    "DirectIO",
+    "Sparse",
+    "Clear",
+    "Policy",
+}
 
 
 def cases() -> Iterator[Any]:
@@ -91,9 +153,12 @@ def cases() -> Iterator[Any]:
 
 
 def test_every_public_name_is_covered() -> None:
-    errors = {name for name in pyqmigrate.__all__
-              if isinstance(getattr(pyqmigrate, name), type)
-              and issubclass(getattr(pyqmigrate, name), Exception)}  # fmt: skip
+    errors = {
+        name
+        for name in pyqmigrate.__all__
+        if isinstance(getattr(pyqmigrate, name), type)
+        and issubclass(getattr(pyqmigrate, name), Exception)
+    }
     assert {name for name, _, _ in calls()} | VALUES | errors == set(pyqmigrate.__all__)
 
 

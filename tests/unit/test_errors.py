@@ -118,9 +118,7 @@ def test_a_missing_snapshot_is_a_target_error(disk: Path) -> None:
     assert caught.value.errno == errno.EISDIR
 
 
-def test_the_logger_is_named_and_silent(
-    disk: Path, child_environment: dict[str, str]
-) -> None:
+def test_the_logger_is_named_and_silent(disk: Path, child_environment: dict[str, str]) -> None:
     logger = logging.getLogger("pyqmigrate")
     assert any(isinstance(handler, logging.NullHandler) for handler in logger.handlers)
     script = (
@@ -131,15 +129,16 @@ def test_the_logger_is_named_and_silent(
         "assert before == [signal.getsignal(n) for n in signal.valid_signals()]\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, disk / "snap"], env=child_environment,
-        capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", script, disk / "snap"],
+        env=child_environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_what_was_saved_and_loaded_is_logged(
-    disk: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_saved_and_loaded_is_logged(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="pyqmigrate"):
         memory = save_known(disk / "snap")
         pyqmigrate.Snapshot(disk / "snap").load({"ram": bytearray(len(memory))})

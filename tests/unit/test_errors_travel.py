@@ -33,27 +33,36 @@ WAYS: dict[str, Callable[[PyqmigrateError], PyqmigrateError]] = {
     },
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
-}  # fmt: skip
+}
 
 # What the constructors of these take, where that is more than one text; subclasses likewise.
 ARGUMENTS: list[tuple[type[PyqmigrateError], list[Callable[[type], PyqmigrateError]]]] = [
-    (NoSpace, [
-        lambda kind: kind("cannot write", "/snap", errno=errno.EDQUOT, position=0x2000),
-        lambda kind: kind("cannot write"),
-    ]),
+    (
+        NoSpace,
+        [
+            lambda kind: kind("cannot write", "/snap", errno=errno.EDQUOT, position=0x2000),
+            lambda kind: kind("cannot write"),
+        ],
+    ),
     (NotDurable, [lambda kind: kind(errno.EIO, "/snap")]),
-    (TargetError, [
-        lambda kind: kind(errno.EIO, "cannot write", "/snap", position=0x2000),
-        lambda kind: kind(errno.EIO, "cannot write", Path("/snap")),
-        lambda kind: kind(errno.EIO, "cannot write"),
-    ]),
+    (
+        TargetError,
+        [
+            lambda kind: kind(errno.EIO, "cannot write", "/snap", position=0x2000),
+            lambda kind: kind(errno.EIO, "cannot write", Path("/snap")),
+            lambda kind: kind(errno.EIO, "cannot write"),
+        ],
+    ),
     (GuestMemoryError, [lambda kind: kind(errno.EFAULT, "gone", block="pc.ram")]),
-    (SnapshotError, [
-        lambda kind: kind("bad", offset=0x1234, block="pc.ram", field="length"),
-        lambda kind: kind("bad"),
-    ]),
+    (
+        SnapshotError,
+        [
+            lambda kind: kind("bad", offset=0x1234, block="pc.ram", field="length"),
+            lambda kind: kind("bad"),
+        ],
+    ),
     (QemuRefused, [lambda kind: kind("migrate", "no", "DeviceNotFound")]),
-]  # fmt: skip
+]
 
 
 def classes() -> list[type[PyqmigrateError]]:

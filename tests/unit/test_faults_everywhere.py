@@ -46,10 +46,21 @@ def check(
     first: int, count: int, shim: Path, places: list[Path], environment: dict[str, str]
 ) -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.harness.faults", *map(str, places), "--first", str(first),
-         "--count", str(count)],
-        cwd=ROOT, env=environment | {"LD_PRELOAD": str(shim)}, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "tests.harness.faults",
+            *map(str, places),
+            "--first",
+            str(first),
+            "--count",
+            str(count),
+        ],
+        cwd=ROOT,
+        env=environment | {"LD_PRELOAD": str(shim)},
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     *found, met = [json.loads(line) for line in ran.stdout.splitlines()]
     assert sum(met.values()) == count

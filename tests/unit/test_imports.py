@@ -54,7 +54,10 @@ def test_a_verb_loads_its_own_module_and_no_other():
 
 def test_a_restore_loads_nothing_that_saves_or_seals():
     saving = named(
-        "api", "integrity.seal", "snapshot.save.mapped_ram", "snapshot.save.writer",
+        "api",
+        "integrity.seal",
+        "snapshot.save.mapped_ram",
+        "snapshot.save.writer",
         "snapshot.load.sequential",
     )
     assert not saving & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.restore")

@@ -54,7 +54,8 @@ def imports(path):
             names = node.module.split(".")[1:]
             yield from (
                 (node.lineno, (*names, alias.name))
-                for alias in node.names if not alias.name.startswith("__")
+                for alias in node.names
+                if not alias.name.startswith("__")
             )
         elif isinstance(node, ast.Import):
             for alias in node.names:
@@ -79,7 +80,8 @@ def test_every_room_has_a_layer():
 def test_no_import_runs_upward():
     upward = [
         f"{path.relative_to(ROOT)}:{line} {parts[0]} -> {'.'.join(names)}"
-        for path, parts in modules() for line, names in imports(path)
+        for path, parts in modules()
+        for line, names in imports(path)
         if is_upward(LAYERS, parts[0], names[0])
     ]
     assert upward == []
@@ -88,7 +90,8 @@ def test_no_import_runs_upward():
 def test_no_import_inside_vm_runs_upward():
     upward = [
         f"{path.relative_to(ROOT)}:{line} {parts[1]} -> {'.'.join(names)}"
-        for path, parts in modules() if parts[0] == "vm" and parts[1] != "__init__"
+        for path, parts in modules()
+        if parts[0] == "vm" and parts[1] != "__init__"
         for line, names in imports(path)
         if names[0] == "vm" and len(names) > 1 and is_upward(VM_LAYERS, parts[1], names[1])
     ]

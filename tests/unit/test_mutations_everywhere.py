@@ -15,10 +15,21 @@ ROOT = Path(__file__).parents[2]
 
 def check(first: int, count: int, directory: Path, environment: dict[str, str]) -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.harness.mutations", directory, "--first", str(first),
-         "--count", str(count)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "tests.harness.mutations",
+            directory,
+            "--first",
+            str(first),
+            "--count",
+            str(count),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     *found, codes = [json.loads(line) for line in ran.stdout.splitlines()]
     if found:
@@ -32,9 +43,7 @@ def check(first: int, count: int, directory: Path, environment: dict[str, str]) 
     assert ended["0"] > count // 4, "the damage is too coarse to reach beyond the head"
 
 
-def test_every_verb_ends_with_a_damaged_file(
-    shm: Path, child_environment: dict[str, str]
-) -> None:
+def test_every_verb_ends_with_a_damaged_file(shm: Path, child_environment: dict[str, str]) -> None:
     check(0, 150, shm, child_environment)
 
 

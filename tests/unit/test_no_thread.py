@@ -93,7 +93,7 @@ WORK: dict[str, Work] = {
     "unpack": lambda d: unpacked(d / "mapped"),
     "unpack sequential": lambda d: unpacked(d / "classic"),
     "try the disk": measure_rate,
-}  # fmt: skip
+}
 
 
 @pytest.fixture

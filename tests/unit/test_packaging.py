@@ -27,7 +27,10 @@ def build(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Com
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "pyqmigrate", tmp_path / "pyqmigrate", ignore=ignore)
     return subprocess.run(
-        [sys.executable, "setup.py", *arguments], cwd=tmp_path, text=True, capture_output=True,
+        [sys.executable, "setup.py", *arguments],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
         env={**os.environ, **environment},
     )
 
@@ -103,7 +106,9 @@ def test_install_lines_of_the_pages_name_this_tree() -> None:
     sources = (ROOT / "pyqmigrate").rglob("*.py")
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *sources]
     wrong = [
-        f"{page.name}: {line.strip()}" for page in pages for line in page.read_text().splitlines()
+        f"{page.name}: {line.strip()}"
+        for page in pages
+        for line in page.read_text().splitlines()
         if re.search(r"pip install[^|]*['\" ]pyqmigrate", line)
     ]
     assert wrong == []

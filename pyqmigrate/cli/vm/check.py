@@ -54,12 +54,16 @@ def add_parser(verbs: Verbs) -> None:
         "--dir", metavar="DIR", help="where the snapshot would go; its disk is tried"
     )
     parser.add_argument(
-        "--engine", choices=["auto", "qemu", "direct"], default="auto",
+        "--engine",
+        choices=["auto", "qemu", "direct"],
+        default="auto",
         help="who writes the pages (default: auto)",
     )
     parser.add_argument("--live", action="store_true", help="the guest runs during the save")
     parser.add_argument(
-        "--sparse", choices=[str(policy) for policy in Sparse], default="auto",
+        "--sparse",
+        choices=[str(policy) for policy in Sparse],
+        default="auto",
         help="what becomes of zero pages (default: auto, what is fast)",
     )
 

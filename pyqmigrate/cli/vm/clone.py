@@ -27,14 +27,7 @@ from typing import TYPE_CHECKING, Any
 from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.interruption import run_interruptible
-from pyqmigrate.cli.outcome import (
-    Outcome,
-    announce,
-    error_data,
-    printable,
-    shown_error,
-    table,
-)
+from pyqmigrate.cli.outcome import Outcome, announce, error_data, printable, shown_error, table
 from pyqmigrate.cli.vm.restore import add_command, add_disks, add_run_state, ended, pass_signals_on
 from pyqmigrate.errors import QemuError
 
@@ -52,7 +45,9 @@ def add_parser(verbs: Verbs) -> None:
         "--dir", default=".", metavar="DIR", help="where the monitors are made (default: here)"
     )
     parser.add_argument(
-        "--mode", choices=["auto", "instant", "load", "postcopy"], default="auto",
+        "--mode",
+        choices=["auto", "instant", "load", "postcopy"],
+        default="auto",
         help="how the memory gets there (default: auto)",
     )
     add_run_state(parser)
@@ -71,9 +66,16 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
     from pyqmigrate.vm.incoming.clone import clone
 
     clones = await clone(
-        args.snapshot, args.command or None, args.count, directory=args.dir, mode=args.mode,
-        paused=args.paused, offset=args.offset, pass_fds=fds,
-        with_disks=args.with_disks, disks_dir=args.disks_dir,
+        args.snapshot,
+        args.command or None,
+        args.count,
+        directory=args.dir,
+        mode=args.mode,
+        paused=args.paused,
+        offset=args.offset,
+        pass_fds=fds,
+        with_disks=args.with_disks,
+        disks_dir=args.disks_dir,
         disks_as_they_are=args.disks_as_they_are,
     )
     vms = [one.vm for one in clones if one.vm is not None]
@@ -99,18 +101,25 @@ def _data(one: Clone) -> dict[str, Any]:
 
 def _lines(clones: list[Clone]) -> list[str]:
     rows = [
-        (one.number, one.vm.report.pid, one.vm.report.run_state, one.vm.report.mode,
-         f"{one.vm.report.load_seconds * 1000:.1f} ms", one.qmp)
-        for one in clones if one.vm is not None
-    ]  # fmt: skip
+        (
+            one.number,
+            one.vm.report.pid,
+            one.vm.report.run_state,
+            one.vm.report.mode,
+            f"{one.vm.report.load_seconds * 1000:.1f} ms",
+            one.qmp,
+        )
+        for one in clones
+        if one.vm is not None
+    ]
     errors = [
-        f"guest {one.number}: {shown_error(one.error)}"
-        for one in clones if one.error is not None
+        f"guest {one.number}: {shown_error(one.error)}" for one in clones if one.error is not None
     ]
     notes = dict.fromkeys(
         note for one in clones if one.vm is not None for note in one.vm.report.notes
     )
     return [
         *table(("guest", "pid", "state", "mode", "load", "monitor"), rows, left=1),
-        *(f"note   {printable(note)}" for note in notes), *errors,
+        *(f"note   {printable(note)}" for note in notes),
+        *errors,
     ]

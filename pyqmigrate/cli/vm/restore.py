@@ -56,15 +56,24 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.request import Disks, Request
     from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport
 
-__all__ = ["add_command", "add_disks", "add_parser", "add_run_state", "ended", "pass_signals_on",
-           "report_lines"]  # fmt: skip
+__all__ = [
+    "add_command",
+    "add_disks",
+    "add_parser",
+    "add_run_state",
+    "ended",
+    "pass_signals_on",
+    "report_lines",
+]
 
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "restore", _run, __doc__)
     parser.add_argument("snapshot", metavar="SNAPSHOT")
     parser.add_argument(
-        "--mode", choices=["auto", "instant", "load", "postcopy"], default="auto",
+        "--mode",
+        choices=["auto", "instant", "load", "postcopy"],
+        default="auto",
         help="how the memory gets there (default: auto)",
     )
     add_run_state(parser)
@@ -74,7 +83,10 @@ def add_parser(verbs: Verbs) -> None:
     add_clock(parser)
     add_offset(parser)
     parser.add_argument(
-        "--channels", type=read_channels, metavar="N", default=None,
+        "--channels",
+        type=read_channels,
+        metavar="N",
+        default=None,
         help="how many channels QEMU reads with in mode load (default: as the file needs)",
     )
     add_direct_io(parser)
@@ -85,25 +97,33 @@ def add_parser(verbs: Verbs) -> None:
 def add_run_state(parser: argparse.ArgumentParser) -> None:
     state = parser.add_mutually_exclusive_group()
     state.add_argument(
-        "--paused", dest="paused", action="store_true", default=None,
+        "--paused",
+        dest="paused",
+        action="store_true",
+        default=None,
         help="leave the guest paused (default: with -S, or as it was saved)",
     )
     state.add_argument(
-        "--running", dest="paused", action="store_false", default=None,
+        "--running",
+        dest="paused",
+        action="store_false",
+        default=None,
         help="let the guest run even if it was saved paused",
     )
 
 
 def add_disks(parser: argparse.ArgumentParser, where: str) -> None:
     parser.add_argument(
-        "--with-disks", action="store_true",
+        "--with-disks",
+        action="store_true",
         help="run on new overlays over the disks as they were at the snapshot's instant",
     )
     parser.add_argument(
         "--disks-dir", metavar="DIR", help=f"where the overlays are made (default: {where})"
     )
     parser.add_argument(
-        "--disks-as-they-are", action="store_true",
+        "--disks-as-they-are",
+        action="store_true",
         help="restore also where disks have gone ahead of the snapshot, or are others",
     )
 
@@ -117,7 +137,9 @@ def read_disks(args: argparse.Namespace) -> Disks:
 
 def add_command(parser: Parser) -> None:
     parser.add_argument(
-        "command", nargs="*", metavar="-- qemu-system-... ARGS",
+        "command",
+        nargs="*",
+        metavar="-- qemu-system-... ARGS",
         help="the command line that the VM was started with (default: the one that vm save "
         "recorded)",
     )
@@ -131,8 +153,14 @@ def _run(args: argparse.Namespace) -> Outcome:
 
     qmp = None if args.qmp is None else monitor_path(args.qmp)
     request = Request(
-        Mode(args.mode), args.paused, qmp, args.channels, DirectIO(args.direct_io),
-        pass_fds=inherited_descriptors(), disks=read_disks(args), set_time=args.set_time,
+        Mode(args.mode),
+        args.paused,
+        qmp,
+        args.channels,
+        DirectIO(args.direct_io),
+        pass_fds=inherited_descriptors(),
+        disks=read_disks(args),
+        set_time=args.set_time,
         guest_agent=args.guest_agent,
     )
     early = None
@@ -156,11 +184,19 @@ async def _restore(args: argparse.Namespace, request: Request, early: Early | No
         vm = await restore_begun(early)
     else:
         vm = await restore(
-            args.snapshot, args.command or None, mode=request.mode, paused=request.paused,
-            qmp=request.qmp, offset=args.offset, channels=request.channels,
-            direct_io=request.direct_io, pass_fds=request.pass_fds,
-            with_disks=args.with_disks, disks_dir=args.disks_dir,
-            disks_as_they_are=args.disks_as_they_are, set_time=request.set_time,
+            args.snapshot,
+            args.command or None,
+            mode=request.mode,
+            paused=request.paused,
+            qmp=request.qmp,
+            offset=args.offset,
+            channels=request.channels,
+            direct_io=request.direct_io,
+            pass_fds=request.pass_fds,
+            with_disks=args.with_disks,
+            disks_dir=args.disks_dir,
+            disks_as_they_are=args.disks_as_they_are,
+            set_time=request.set_time,
             guest_agent=request.guest_agent,
         )
     pass_signals_on([vm])  # from here on no signal ends this command but through QEMU

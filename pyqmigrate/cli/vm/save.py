@@ -61,28 +61,37 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("snapshot", metavar="SNAPSHOT", help="the snapshot to write")
     parser.add_argument(
-        "--engine", choices=["auto", "qemu", "direct"], default="auto",
+        "--engine",
+        choices=["auto", "qemu", "direct"],
+        default="auto",
         help="who writes the pages (default: auto, direct where nothing would be missed)",
     )
     parser.add_argument("--live", action="store_true", help="let the guest run during the save")
     parser.add_argument(
-        "--then", choices=["pause", "resume", "quit"], default=None,
+        "--then",
+        choices=["pause", "resume", "quit"],
+        default=None,
         help="what becomes of the guest (default: what it was)",
     )
     add_clock(parser)
     add_channels(parser)
     add_direct_io(parser)
     parser.add_argument(
-        "--sparse", choices=[str(policy) for policy in Sparse], default="auto",
+        "--sparse",
+        choices=[str(policy) for policy in Sparse],
+        default="auto",
         help="what becomes of zero pages (default: auto, what is fast)",
     )
     parser.add_argument(
-        "--with-disks", action="store_true",
+        "--with-disks",
+        action="store_true",
         help="take snapshots of the writable disks at the same instant",
     )
     add_seal(parser)
     parser.add_argument(
-        "--describe", choices=["auto", "no"], default="auto",
+        "--describe",
+        choices=["auto", "no"],
+        default="auto",
         help="have device state described that QEMU does not describe (default: auto)",
     )
 
@@ -95,11 +104,20 @@ def _run(args: argparse.Namespace) -> Outcome:
     with shown("vm save") as show:
         report = run_interruptible(
             save(
-                args.qmp, args.snapshot, engine=args.engine, live=args.live, then=args.then,
-                channels=args.channels, direct_io=args.direct_io, sparse=args.sparse,
-                with_disks=args.with_disks, seal=args.seal,
-                describe=args.describe == "auto", set_time=args.set_time,
-                guest_agent=args.guest_agent, progress=show,
+                args.qmp,
+                args.snapshot,
+                engine=args.engine,
+                live=args.live,
+                then=args.then,
+                channels=args.channels,
+                direct_io=args.direct_io,
+                sparse=args.sparse,
+                with_disks=args.with_disks,
+                seal=args.seal,
+                describe=args.describe == "auto",
+                set_time=args.set_time,
+                guest_agent=args.guest_agent,
+                progress=show,
             )
         )
     data = asdict(report)

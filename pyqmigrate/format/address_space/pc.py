@@ -112,8 +112,12 @@ class PcMachine:
                 return default
             raise NotSupported(
                 "how much RAM is below 4 GiB is not in the device state"
-                + ("" if recorded is None else f" (the clock's memory says {recorded[0]:#x} bytes, "
-                   f"and {recorded[1]:#x} above, of {length:#x})")
+                + (
+                    ""
+                    if recorded is None
+                    else f" (the clock's memory says {recorded[0]:#x} bytes, "
+                    f"and {recorded[1]:#x} above, of {length:#x})"
+                )
                 + "; say what -machine max-ram-below-4g was (--max-ram-below-4g SIZE; where it was "
                 f"not given, {self.max_below >> 20}M), or place RAM by hand "
                 "(--map NAME@ADDRESS+OFFSET,SIZE)"
@@ -148,13 +152,14 @@ class PcMachine:
 
 
 PC_FAMILY = (
-    PcMachine(re.compile(r"pc-q35-|q35\Z"), "pc.ram", 0xB0000000, 0x80000000, "mch", 0x90,
-              _FOUR_GIB),
-    PcMachine(re.compile(r"pc(-i440fx-|\Z)"), "pc.ram", 0xE0000000, 0xC0000000, "I440FX", 0x59,
-              0xE0000000),
+    PcMachine(
+        re.compile(r"pc-q35-|q35\Z"), "pc.ram", 0xB0000000, 0x80000000, "mch", 0x90, _FOUR_GIB
+    ),
+    PcMachine(
+        re.compile(r"pc(-i440fx-|\Z)"), "pc.ram", 0xE0000000, 0xC0000000, "I440FX", 0x59, 0xE0000000
+    ),
     PcMachine(re.compile(r"microvm"), "microvm.ram", 0xC0000000, 0xC0000000),
-    PcMachine(re.compile(r"isapc\Z"), "pc.ram", 0xE0000000, 0xE0000000,
-              max_below=0xE0000000),
+    PcMachine(re.compile(r"isapc\Z"), "pc.ram", 0xE0000000, 0xE0000000, max_below=0xE0000000),
 )
 
 _BAR = 0x10  # where in PCI configuration the first one stands
@@ -162,7 +167,10 @@ _BAR_KIND = 0xF  # its low bits; 0 or 8 is memory with an address of 32 bits
 
 
 def layers(
-    machine: PcMachine, ram: Ram, blocks: Mapping[str, int], devices: Sequence[Device] | None,
+    machine: PcMachine,
+    ram: Ram,
+    blocks: Mapping[str, int],
+    devices: Sequence[Device] | None,
     max_below: int | None = None,
 ) -> list[list[Placement]]:
     """What lies upon what, RAM at the bottom. NotSupported where RAM may be in two places, and

@@ -101,7 +101,9 @@ def parse_placement(text: str) -> GivenPlacement:
         if found is None:
             raise ValueError
         return GivenPlacement(
-            found["block"], int(found["address"], 0), int(found["offset"] or "0", 0),
+            found["block"],
+            int(found["address"], 0),
+            int(found["offset"] or "0", 0),
             None if found["length"] is None else int(found["length"], 0),
         )
     except ValueError:
@@ -149,9 +151,7 @@ def physical_map(
     return overlay([*rest, by_hand])
 
 
-def processor_of(
-    machine: str, blocks: Iterable[str], devices: Iterable[Device] = ()
-) -> Processor:
+def processor_of(machine: str, blocks: Iterable[str], devices: Iterable[Device] = ()) -> Processor:
     """What a machine runs; NotSupported where that is not known, and for Arm of 32 bits.
 
     A Power guest is of either byte order: big where ``devices`` do not tell.
@@ -184,7 +184,10 @@ def _runs_arm_kernel(cpu: CpuRegisters) -> bool:
 
 
 def _found(
-    machine: str, blocks: Mapping[str, int], devices: Sequence[Device] | None, acpi_tables: bytes,
+    machine: str,
+    blocks: Mapping[str, int],
+    devices: Sequence[Device] | None,
+    acpi_tables: bytes,
     max_below: int | None,
 ) -> Sequence[Sequence[Placement]]:
     pc = _pc(machine)
@@ -205,9 +208,7 @@ def _pc(machine: str) -> PcMachine | None:
     return next((pc for pc in PC_FAMILY if pc.name.match(machine)), None)
 
 
-def _flat(
-    machine: str, blocks: Iterable[str], devices: Sequence[Device]
-) -> _Flat | None:
+def _flat(machine: str, blocks: Iterable[str], devices: Sequence[Device]) -> _Flat | None:
     named = [flat for flat in _FLAT if flat.name.match(machine)]
     exact = next((flat for flat in named if flat.ram in blocks), None)
     if exact is not None or not named or named[0].processor != _AARCH64:
@@ -217,9 +218,7 @@ def _flat(
     return named[0] if any(c.architecture in arm for c in cpu_registers(devices)) else None
 
 
-def _main_ram(
-    name: str, blocks: Mapping[str, int], size: int | None, acpi_tables: bytes
-) -> Ram:
+def _main_ram(name: str, blocks: Mapping[str, int], size: int | None, acpi_tables: bytes) -> Ram:
     """The blocks that make up RAM, in their order; ``size`` is how much there is, if known."""
     if name in blocks:
         return Ram(((name, blocks[name]),))

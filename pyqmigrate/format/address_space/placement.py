@@ -82,6 +82,7 @@ def _uncovered(below: Placement, top: Placement) -> Iterable[Placement]:
 
 def _goes_on(one: Placement, other: Placement) -> bool:
     return (
-        one.block == other.block and one.end == other.address
+        one.block == other.block
+        and one.end == other.address
         and one.offset + one.length == other.offset
     )

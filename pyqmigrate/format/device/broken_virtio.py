@@ -49,9 +49,7 @@ def without_broken(ours: bytes, theirs: bytes, description: bytes) -> tuple[byte
     return bytes(kept + theirs[at:]), json.dumps(described).encode()
 
 
-def _virtio_fields(
-    description: dict[str, Any], name: str, instance: int
-) -> list[dict[str, Any]]:
+def _virtio_fields(description: dict[str, Any], name: str, instance: int) -> list[dict[str, Any]]:
     return [
         field
         for device in description["devices"]

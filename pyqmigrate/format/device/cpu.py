@@ -18,13 +18,7 @@ from pyqmigrate.argument_types import check
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.device.values import Device, State, Value
 
-__all__ = [
-    "Architecture",
-    "CpuRegisters",
-    "Segment",
-    "cpu_registers",
-    "power_is_little_endian",
-]
+__all__ = ["Architecture", "CpuRegisters", "Segment", "cpu_registers", "power_is_little_endian"]
 
 
 class Architecture(enum.StrEnum):
@@ -72,12 +66,22 @@ _X86_EXTENDED = tuple(f"r{n}" for n in range(8, 16))
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 _TABLES = ("ldt", "tr", "gdt", "idt")
 _X86_CONTROL = {
-    "cr0": "env.cr[0]", "cr2": "env.cr[2]", "cr3": "env.cr[3]", "cr4": "env.cr[4]",
-    "efer": "env.efer", "star": "env.star", "lstar": "env.lstar", "cstar": "env.cstar",
-    "fmask": "env.fmask", "kernel_gs_base": "env.kernelgsbase", "tsc": "env.tsc",
-    "sysenter_cs": "env.sysenter_cs", "sysenter_esp": "env.sysenter_esp",
-    "sysenter_eip": "env.sysenter_eip", "mxcsr": "env.mxcsr",
-}  # fmt: skip
+    "cr0": "env.cr[0]",
+    "cr2": "env.cr[2]",
+    "cr3": "env.cr[3]",
+    "cr4": "env.cr[4]",
+    "efer": "env.efer",
+    "star": "env.star",
+    "lstar": "env.lstar",
+    "cstar": "env.cstar",
+    "fmask": "env.fmask",
+    "kernel_gs_base": "env.kernelgsbase",
+    "tsc": "env.tsc",
+    "sysenter_cs": "env.sysenter_cs",
+    "sysenter_esp": "env.sysenter_esp",
+    "sysenter_eip": "env.sysenter_eip",
+    "mxcsr": "env.mxcsr",
+}
 
 _POWER_LPCR, _POWER_ILE = 318, 1 << 25  # a special purpose register, and a bit of it
 _POWER_LE = 1  # a bit of MSR
@@ -104,9 +108,7 @@ def cpu_registers(devices: Iterable[Device]) -> tuple[CpuRegisters, ...]:
     CPUs of another kind than x86 and Arm, or without a description, are left out.
     """
     devices = _checked(devices)
-    found = (
-        _read(device.state, device.instance_id) for device in devices if device.name == "cpu"
-    )
+    found = (_read(device.state, device.instance_id) for device in devices if device.name == "cpu")
     return tuple(sorted((cpu for cpu in found if cpu is not None), key=lambda cpu: cpu.index))
 
 
@@ -192,9 +194,13 @@ def _arm(state: State, index: int) -> CpuRegisters | None:
         general |= _named(state, {"pc": "env.pc"}) | {"pstate": status}
         architecture = Architecture.AARCH64
     return CpuRegisters(
-        architecture, index, MappingProxyType(general), MappingProxyType(_arm_control(state)),
-        MappingProxyType({}), _arm_vectors(state),
-    )  # fmt: skip
+        architecture,
+        index,
+        MappingProxyType(general),
+        MappingProxyType(_arm_control(state)),
+        MappingProxyType({}),
+        _arm_vectors(state),
+    )
 
 
 def _arm_control(state: State) -> dict[str, int]:

@@ -91,7 +91,8 @@ def decode_devices(
     have more than DEVICE_STATE_MAX bytes, or more than VALUES_MAX values.
     """
     sections = [
-        section for section in stream.sections
+        section
+        for section in stream.sections
         if section.kind is SectionKind.FULL
         and (name is None or section.name == name)
         and (section_id is None or section.section_id == section_id)
@@ -233,8 +234,13 @@ class _Decoder:
         return Field("", "", at, end - at, self._body[at:end], opaque=True)
 
     def _fill(
-        self, described: Mapping[str, Any], at: int, end: int, depth: int,
-        fields: list[Field], subsections: list[State],
+        self,
+        described: Mapping[str, Any],
+        at: int,
+        end: int,
+        depth: int,
+        fields: list[Field],
+        subsections: list[State],
     ) -> int:
         """Decode fields and subsections from ``at`` on, into the lists; returns where they end."""
         for item in _objects(described.get("fields")):
@@ -332,9 +338,7 @@ class _Decoder:
             raise _Unexplained
         return tuple(states)
 
-    def _element(
-        self, item: Mapping[str, Any], at: int, end: int, key: int, depth: int
-    ) -> State:
+    def _element(self, item: Mapping[str, Any], at: int, end: int, key: int, depth: int) -> State:
         fields: list[Field] = []
         subsections: list[State] = []
         if key > end - at:
@@ -378,12 +382,19 @@ def _key_length(item: Mapping[str, Any], count: int, length: int) -> int:
 
 
 def _state(
-    described: Mapping[str, Any], at: int, end: int,
-    fields: Iterable[Field], subsections: Iterable[State],
+    described: Mapping[str, Any],
+    at: int,
+    end: int,
+    fields: Iterable[Field],
+    subsections: Iterable[State],
 ) -> State:
     return State(
-        _text(described.get("vmsd_name")), _number(described.get("version")),
-        at, end - at, tuple(fields), tuple(subsections),
+        _text(described.get("vmsd_name")),
+        _number(described.get("version")),
+        at,
+        end - at,
+        tuple(fields),
+        tuple(subsections),
     )
 
 

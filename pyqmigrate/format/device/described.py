@@ -33,9 +33,7 @@ def check_described(ours: bytes, theirs: bytes, description: Mapping[str, Any]) 
     lengths = body_lengths(description)
     devices = described_devices(description)
     first, second = InMemory(ours), InMemory(theirs)
-    for mine, other in zip_longest(
-        walk_devices(first, lengths), walk_devices(second, lengths)
-    ):
+    for mine, other in zip_longest(walk_devices(first, lengths), walk_devices(second, lengths)):
         if mine is None or other is None or _identity(mine) != _identity(other):
             raise NotSupported(f"it has {_shown(other)} where the snapshot has {_shown(mine)}")
         described = devices.get((mine.name, mine.instance_id))
@@ -47,7 +45,10 @@ def check_described(ours: bytes, theirs: bytes, description: Mapping[str, Any]) 
 
 def _identity(section: Section) -> tuple[object, ...]:
     return (
-        section.section_id, section.name, section.instance_id, section.version_id,
+        section.section_id,
+        section.name,
+        section.instance_id,
+        section.version_id,
         section.body_length,
     )
 

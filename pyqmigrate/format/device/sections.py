@@ -47,9 +47,7 @@ class DeviceSection:
                 raise UsageError(f"{what} {value} of device {self.name!r} does not fit 32 bits")
 
 
-def encode_devices(
-    devices: Sequence[DeviceSection], page_size: int
-) -> tuple[bytes, bytes]:
+def encode_devices(devices: Sequence[DeviceSection], page_size: int) -> tuple[bytes, bytes]:
     """The sections, in this order, and the JSON text that describes them."""
     parts: list[bytes] = []
     described: list[dict[str, Any]] = []
@@ -57,18 +55,18 @@ def encode_devices(
         name = device.name.encode("utf-8", "surrogateescape")
         parts += [
             SECTION_ID.pack(SectionKind.FULL.value, number),
-            bytes([len(name)]), name,
+            bytes([len(name)]),
+            name,
             INSTANCE.pack(device.instance_id, device.version_id),
             device.data,
             SECTION_ID.pack(FOOTER_TYPE, number),
         ]
         size = len(device.data)
         body: Mapping[str, Any] = device.description or {
-            "size": size, "fields": [{"name": "data", "size": size, "type": "buffer"}],
+            "size": size,
+            "fields": [{"name": "data", "size": size, "type": "buffer"}],
         }
-        described.append(
-            {"name": device.name, "instance_id": device.instance_id, **body}
-        )
+        described.append({"name": device.name, "instance_id": device.instance_id, **body})
     text = json.dumps({"page_size": page_size, "devices": described})
     return b"".join(parts), text.encode()
 
@@ -77,7 +75,8 @@ def global_state(run_state: str) -> DeviceSection:
     """What QEMU writes of the run state that the guest had before it was stopped."""
     text = run_state.encode()
     return DeviceSection(
-        "globalstate", _GLOBAL_STATE.pack(len(text) + 1, text, 1, 0),
+        "globalstate",
+        _GLOBAL_STATE.pack(len(text) + 1, text, 1, 0),
         description={
             "vmsd_name": "globalstate",
             "version": 1,

@@ -26,17 +26,26 @@ _U8, _U16, _U32, _U64 = (_Number(c, w) for c, w in zip("BHIQ", (1, 2, 4, 8), str
 _S8, _S16, _S32, _S64 = (_Number(c, w) for c, w in zip("bhiq", (1, 2, 4, 8), strict=True))
 
 _NUMBERS = {
-    "uint8": _U8, "uint8 equal": _U8,
-    "uint16": _U16, "uint16 equal": _U16,
-    "uint32": _U32, "uint32 equal": _U32,
-    "uint64": _U64, "uint64 equal": _U64,
-    "int8": _S8, "int16": _S16,
-    "int32": _S32, "int32 equal": _S32, "int32 le": _S32,
-    "int64": _S64, "int64 equal": _S64,
+    "uint8": _U8,
+    "uint8 equal": _U8,
+    "uint16": _U16,
+    "uint16 equal": _U16,
+    "uint32": _U32,
+    "uint32 equal": _U32,
+    "uint64": _U64,
+    "uint64 equal": _U64,
+    "int8": _S8,
+    "int16": _S16,
+    "int32": _S32,
+    "int32 equal": _S32,
+    "int32 le": _S32,
+    "int64": _S64,
+    "int64 equal": _S64,
     "timer": _S64,  # when it is due, ns of its clock; -1 is never
     "CPU_Double_U": _U64,  # the bits of a double
-    "cpsr": _U32, "fpscr": _U32,  # Arm; the first is PSTATE in AArch64
-}  # fmt: skip
+    "cpsr": _U32,
+    "fpscr": _U32,  # Arm; the first is PSTATE in AArch64
+}
 _BOOLS = {"bool", "powered_off"}
 
 # A null pointer in an array of pointers: one byte, under either name (until 9.2 the second).

@@ -73,18 +73,44 @@ def encode_head(
     parts = [
         _IDENT.pack(_MAGIC, _CLASS_64, _BIG if big_endian else _LITTLE, _VERSION, 0),
         struct.pack(
-            order + _HEADER, _CORE, machine, _VERSION, 0, _HEADER_LENGTH, 0, 0, _HEADER_LENGTH,
-            _PROGRAM_HEADER_LENGTH, 1 + len(segments), 0, 0, 0,
+            order + _HEADER,
+            _CORE,
+            machine,
+            _VERSION,
+            0,
+            _HEADER_LENGTH,
+            0,
+            0,
+            _HEADER_LENGTH,
+            _PROGRAM_HEADER_LENGTH,
+            1 + len(segments),
+            0,
+            0,
+            0,
         ),
         struct.pack(
-            order + _PROGRAM_HEADER, _NOTES, 0, notes_at, 0, 0, len(notes), len(notes),
+            order + _PROGRAM_HEADER,
+            _NOTES,
+            0,
+            notes_at,
+            0,
+            0,
+            len(notes),
+            len(notes),
             _NOTE_ALIGNMENT,
         ),
     ]
     parts += [
         struct.pack(
-            order + _PROGRAM_HEADER, _LOAD, _READ_WRITE_EXECUTE, one.position, one.address,
-            one.address, one.length, one.length, _UNALIGNED,
+            order + _PROGRAM_HEADER,
+            _LOAD,
+            _READ_WRITE_EXECUTE,
+            one.position,
+            one.address,
+            one.address,
+            one.length,
+            one.length,
+            _UNALIGNED,
         )
         for one in segments
     ]

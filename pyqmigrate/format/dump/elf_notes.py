@@ -24,10 +24,34 @@ _QEMU = 0
 _STATUS = "<32xI76x"
 _X86_STATUS = struct.Struct(f"{_STATUS}27Q8x")
 _X86_ORDER = (
-    "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx",
-    "rsi", "rdi", "orig_rax", "rip", "cs", "rflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es",
-    "fs", "gs",
-)  # fmt: skip
+    "r15",
+    "r14",
+    "r13",
+    "r12",
+    "rbp",
+    "rbx",
+    "r11",
+    "r10",
+    "r9",
+    "r8",
+    "rax",
+    "rcx",
+    "rdx",
+    "rsi",
+    "rdi",
+    "orig_rax",
+    "rip",
+    "cs",
+    "rflags",
+    "rsp",
+    "ss",
+    "fs_base",
+    "gs_base",
+    "ds",
+    "es",
+    "fs",
+    "gs",
+)
 _ARM_STATUS = struct.Struct(f"{_STATUS}34Qi4x")
 _ARM_ORDER = (*(f"x{n}" for n in range(31)), "sp", "pc", "pstate")
 _ARM_FLOATING = struct.Struct("<64QII8x")
@@ -37,9 +61,25 @@ _QEMU_SEGMENT = struct.Struct("<IIIIQ")
 _QEMU_CONTROL = struct.Struct("<6Q")
 _QEMU_VERSION, _QEMU_LENGTH = 1, 440
 _QEMU_ORDER = (
-    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12",
-    "r13", "r14", "r15", "rip", "rflags",
-)  # fmt: skip
+    "rax",
+    "rbx",
+    "rcx",
+    "rdx",
+    "rsi",
+    "rdi",
+    "rsp",
+    "rbp",
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+    "rip",
+    "rflags",
+)
 _QEMU_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "ldt", "tr", "gdt", "idt")
 
 _FPSR = 0xF800_009F  # the bits of FPSCR that AArch64 has in FPSR; the rest is FPCR
@@ -81,13 +121,15 @@ def _qemu_state(cpu: CpuRegisters) -> bytes:
     values = _wide_names(cpu)
     control = [cpu.control.get(name, 0) for name in ("cr0", "cr1", "cr2", "cr3", "cr4")]
     segments = [_segment(cpu, name) for name in _QEMU_SEGMENTS]
-    return b"".join([
-        _QEMU_STATE.pack(
-            _QEMU_VERSION, _QEMU_LENGTH, *(values.get(name, 0) for name in _QEMU_ORDER)
-        ),
-        *(_QEMU_SEGMENT.pack(s.selector, s.limit, s.flags, 0, s.base) for s in segments),
-        _QEMU_CONTROL.pack(*control, cpu.control.get("kernel_gs_base", 0)),
-    ])
+    return b"".join(
+        [
+            _QEMU_STATE.pack(
+                _QEMU_VERSION, _QEMU_LENGTH, *(values.get(name, 0) for name in _QEMU_ORDER)
+            ),
+            *(_QEMU_SEGMENT.pack(s.selector, s.limit, s.flags, 0, s.base) for s in segments),
+            _QEMU_CONTROL.pack(*control, cpu.control.get("kernel_gs_base", 0)),
+        ]
+    )
 
 
 def _arm_floating(cpu: CpuRegisters, fpsr: int, fpcr: int) -> bytes:

@@ -219,8 +219,7 @@ def _is_length(value: object) -> bool:
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """Return the value of a description's text. Raises :class:`SnapshotError` when it is not one.
-    """
+    """Return the value of a description's text. Raises :class:`SnapshotError` when it is not one."""
     return _parse(text, 0)
 
 
@@ -230,7 +229,8 @@ def _parse(data: bytes | memoryview, offset: int) -> dict[str, Any]:
         if len(data) > _WIDE_MAX:
             raise SnapshotError(
                 f"the description has {len(data)} bytes and is not plain ASCII, of which at most"
-                f" {_WIDE_MAX} are read", offset=offset,
+                f" {_WIDE_MAX} are read",
+                offset=offset,
             )
         text = str(data, "utf-8", "surrogateescape")
     if text.count(",") + text.count("[") + text.count("{") > _VALUES_MAX:

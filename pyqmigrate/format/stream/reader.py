@@ -158,9 +158,7 @@ class Walk(abc.ABC):
             at = cursor.position
             if at >= cursor.size:
                 what = "the end-of-stream byte is missing: the file was cut short"
-                raise SnapshotError(
-                    self.unfinished if self._ram_end is None else what, offset=at
-                )
+                raise SnapshotError(self.unfinished if self._ram_end is None else what, offset=at)
             number = cursor.u8("an element")
             if number == TYPE_EOF:
                 return

@@ -90,7 +90,10 @@ class SequentialStream:
 
 
 def settings_of(
-    machine: str, *, target_page_bits: int | None = None, uuid: bytes | None = None,
+    machine: str,
+    *,
+    target_page_bits: int | None = None,
+    uuid: bytes | None = None,
     ignore_shared: bool = False,
 ) -> Configuration:
     """Return the configuration of a stream; arguments as for :func:`encode_head`."""
@@ -99,8 +102,13 @@ def settings_of(
 
 
 def encode_head(
-    machine: str, specs: Sequence[BlockSpec], *, target_page_bits: int | None = None,
-    uuid: bytes | None = None, ignore_shared: bool = False, before: bytes = b"",
+    machine: str,
+    specs: Sequence[BlockSpec],
+    *,
+    target_page_bits: int | None = None,
+    uuid: bytes | None = None,
+    ignore_shared: bool = False,
+    before: bytes = b"",
 ) -> bytes:
     """The start of a stream with these blocks, up to the end of RAM's START.
 
@@ -129,8 +137,13 @@ class SequentialWalk(Walk):
     unfinished = "no RAM END section: the save did not finish, or it was a background snapshot"
 
     def __init__(
-        self, source: ByteSource, offset: int, read_records: Callable[[int], int], *,
-        page_size: int | None = None, run_out: Callable[[], int] | None = None,
+        self,
+        source: ByteSource,
+        offset: int,
+        read_records: Callable[[int], int],
+        *,
+        page_size: int | None = None,
+        run_out: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(source, offset, run_out)
         self._read_records = read_records
@@ -158,7 +171,8 @@ class SequentialWalk(Walk):
         if late and type(stated) is int and stated != self.page_size:
             raise SnapshotError(
                 f"the description states pages of {stated} bytes, and {self.page_size} were read",
-                offset=described.offset if described else None, field="page_size",
+                offset=described.offset if described else None,
+                field="page_size",
             )
         end = self._cursor.size if self._opaque else walked
         return SequentialStream(
@@ -196,7 +210,8 @@ class SequentialWalk(Walk):
                 raise _fault(block, "the name stands twice in the list", "name")
             if block.length > remaining:
                 raise _fault(
-                    block, f"the blocks are longer together than the total of {self._total} bytes",
+                    block,
+                    f"the blocks are longer together than the total of {self._total} bytes",
                     "length",
                 )
             names.add(block.name)
@@ -217,8 +232,9 @@ class SequentialWalk(Walk):
         block = SequentialBlock(name, length, at, gpa)
         if length == 0 or length % self.page_size or length > OFFSET_MAX:
             raise _fault(
-                block, f"length {length} is not a positive multiple of the page size"
-                f" {self.page_size}", "length",
+                block,
+                f"length {length} is not a positive multiple of the page size {self.page_size}",
+                "length",
             )
         return block
 
@@ -231,13 +247,15 @@ class SequentialWalk(Walk):
         if stated is not None and given is not None and stated != given:
             raise SnapshotError(
                 f"pages of {stated} bytes are stated, where {given} were expected",
-                offset=at, field="page_size",
+                offset=at,
+                field="page_size",
             )
         size = stated if stated is not None else given or _USUAL_PAGE_SIZE
         if size not in PAGE_SIZES:
             raise SnapshotError(
                 f"page size {size} is not a power of two from 1024 to 65536",
-                offset=at, field="page_size",
+                offset=at,
+                field="page_size",
             )
         return size
 

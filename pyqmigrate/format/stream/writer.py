@@ -124,7 +124,9 @@ def encode_head(
     at = offset
     for spec in specs:
         entry, layout = encode_entry(
-            spec, at + len(data), ignore_shared=left_out is not None,
+            spec,
+            at + len(data),
+            ignore_shared=left_out is not None,
             external=spec.name in (left_out or ()),
         )
         pieces.append(Piece(at, data + entry))
@@ -154,9 +156,16 @@ def encode_tail(
     10.0 and later; older ones refuse it, and none needs it.
     """
     part = encode_part_header() + RAM_EOS
-    return RAM_EOS + part + encode_end(
-        settings=settings, sections=sections, description=description,
-        switchover_start=switchover_start, page_size=page_size,
+    return (
+        RAM_EOS
+        + part
+        + encode_end(
+            settings=settings,
+            sections=sections,
+            description=description,
+            switchover_start=switchover_start,
+            page_size=page_size,
+        )
     )
 
 
@@ -215,8 +224,12 @@ def encode_ram_end() -> bytes:
 
 
 def encode_end(
-    *, settings: configuration.Configuration | None = None, sections: bytes,
-    description: bytes | None, switchover_start: bool, page_size: int,
+    *,
+    settings: configuration.Configuration | None = None,
+    sections: bytes,
+    description: bytes | None,
+    switchover_start: bool,
+    page_size: int,
 ) -> bytes:
     """What follows the last PART of RAM; arguments as in :func:`encode_tail`."""
     if description is None and not sections:

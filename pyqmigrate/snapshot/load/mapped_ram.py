@@ -70,8 +70,12 @@ def start_load(
     shorter than it was, GuestMemoryError, TargetError, Cancelled.
     """
     pass_in = _Load(
-        source, blocks, memories, check_channels(channels),
-        choice(DirectIO, direct_io, "direct_io"), choice(Clear, clear, "clear"),
+        source,
+        blocks,
+        memories,
+        check_channels(channels),
+        choice(DirectIO, direct_io, "direct_io"),
+        choice(Clear, clear, "clear"),
     )
     try:
         return Job(pass_in.channels, sum(layout.length for layout, _ in blocks), pass_in.run)
@@ -80,9 +84,7 @@ def start_load(
         raise
 
 
-def _match(
-    blocks: Sequence[tuple[BlockLayout, Bitmap]], memories: Mapping[str, Memory]
-) -> None:
+def _match(blocks: Sequence[tuple[BlockLayout, Bitmap]], memories: Mapping[str, Memory]) -> None:
     names = [layout.name for layout, _ in blocks]
     missing = [name for name in names if name not in memories]
     unknown = [name for name in memories if name not in names]
@@ -98,8 +100,13 @@ class _Load:
     """A load between its arguments and its report. It owns what it opens until run() ends."""
 
     def __init__(
-        self, source: InputTarget, blocks: Sequence[tuple[BlockLayout, Bitmap]],
-        memories: Mapping[str, Memory], channels: int, direct_io: DirectIO, clear: Clear,
+        self,
+        source: InputTarget,
+        blocks: Sequence[tuple[BlockLayout, Bitmap]],
+        memories: Mapping[str, Memory],
+        channels: int,
+        direct_io: DirectIO,
+        clear: Clear,
     ) -> None:
         self.started = time.monotonic()
         _match(blocks, memories)
@@ -141,14 +148,25 @@ class _Load:
         def move(channel: Any, item: Any, fault: Any) -> int:
             n = item.block
             return _core.lib.qm_read(
-                self.channels.core, channel, file, blocks[n], self.memories[n].core,
-                self.blocks[n][1].core, _READ_GAP, zero, item.first, item.npages, fault,
+                self.channels.core,
+                channel,
+                file,
+                blocks[n],
+                self.memories[n].core,
+                self.blocks[n][1].core,
+                _READ_GAP,
+                zero,
+                item.first,
+                item.npages,
+                fault,
             )
 
         try:
             self.channels.run(
                 (item for n in range(len(self.blocks)) for item in self._ranges(n)),
-                move, self.source.name, [layout.name for layout, _ in self.blocks],
+                move,
+                self.source.name,
+                [layout.name for layout, _ in self.blocks],
             )
         except TargetError as error:
             if error.errno == errno.ENODATA:

@@ -89,7 +89,11 @@ def start_sequential_save(
     machine of the name given: an empty one is accepted by any.
     """
     writer = SequentialWriter(
-        target, blocks, machine=machine, target_page_bits=target_page_bits, reuse=reuse,
+        target,
+        blocks,
+        machine=machine,
+        target_page_bits=target_page_bits,
+        reuse=reuse,
         max_bandwidth=max_bandwidth,
     )
     try:
@@ -136,16 +140,26 @@ class SequentialWriter(StreamWriter):
         prefix: bytes = b"",
     ) -> None:
         super().__init__(
-            blocks, channels=1, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix,
+            blocks,
+            channels=1,
+            reuse=reuse,
+            max_bandwidth=max_bandwidth,
+            prefix=prefix,
             left_out=left_out,
         )
         with self._closed_on_error():
             self._head = encode_head(
-                machine, self.specs, target_page_bits=target_page_bits, uuid=uuid,
-                ignore_shared=left_out is not None, before=before,
+                machine,
+                self.specs,
+                target_page_bits=target_page_bits,
+                uuid=uuid,
+                ignore_shared=left_out is not None,
+                before=before,
             )
             self.settings = settings_of(
-                machine, target_page_bits=target_page_bits, uuid=uuid,
+                machine,
+                target_page_bits=target_page_bits,
+                uuid=uuid,
                 ignore_shared=left_out is not None,
             )
             self._names = [core_name(spec.name) for spec in self.specs]
@@ -169,7 +183,7 @@ class SequentialWriter(StreamWriter):
         self._check_space()
         # A pipe takes nothing that comes later and belongs before.
         magic = MAGIC if self.target.forward else bytes(len(MAGIC))
-        self._put(self._encoder, magic + self._head[len(MAGIC):])
+        self._put(self._encoder, magic + self._head[len(MAGIC) :])
 
     def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
         """As in the base; a pass that selects nothing writes nothing."""
@@ -182,21 +196,29 @@ class SequentialWriter(StreamWriter):
         return 0
 
     def finish(
-        self, sections: bytes = b"", description: bytes | None = None, *,
+        self,
+        sections: bytes = b"",
+        description: bytes | None = None,
+        *,
         switchover_start: bool = False,
     ) -> SaveReport:
-        return self.finish_with([encode_end(
-            settings=self.settings, sections=sections, description=description,
-            switchover_start=switchover_start, page_size=self.specs[0].page_size,
-        )])
+        return self.finish_with(
+            [
+                encode_end(
+                    settings=self.settings,
+                    sections=sections,
+                    description=description,
+                    switchover_start=switchover_start,
+                    page_size=self.specs[0].page_size,
+                )
+            ]
+        )
 
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
         for piece in tail:
             self._put(self._encoder, piece)
         fault = _new_fault()
-        self._check(
-            _core.lib.qm_encoder_flush(self.channels.core, self._encoder, fault), fault
-        )
+        self._check(_core.lib.qm_encoder_flush(self.channels.core, self._encoder, fault), fault)
         if self.reuse:
             self.target.set_size(_core.lib.qm_encoder_position(self._encoder))
         self._publish()
@@ -216,12 +238,15 @@ class SequentialWriter(StreamWriter):
         self._pass(self.channels.sibling("pyqmigrate-count"), counter, None)
         return int(_core.lib.qm_encoder_position(counter))
 
-    def _pass(
-        self, channels: Channels, encoder: Any, selections: Sequence[Bitmap] | None
-    ) -> None:
+    def _pass(self, channels: Channels, encoder: Any, selections: Sequence[Bitmap] | None) -> None:
         common = [
-            (encoder, name[0], block, memory.core,
-             selections[n].core if selections else _core.ffi.NULL)
+            (
+                encoder,
+                name[0],
+                block,
+                memory.core,
+                selections[n].core if selections else _core.ffi.NULL,
+            )
             for n, (name, block, memory) in enumerate(
                 zip(self._names, self._blocks, self.memories, strict=True)
             )
@@ -235,9 +260,15 @@ class SequentialWriter(StreamWriter):
         self._put(encoder, encode_part_header())
         _core.lib.qm_encoder_forget_block(encoder)
         channels.run(
-            (item for n in self.stored for spec in [self.specs[n]]
-             for item in cut(n, spec.length // spec.page_size, spec.page_size)),
-            move, self.target.name, [spec.name for spec in self.specs],
+            (
+                item
+                for n in self.stored
+                for spec in [self.specs[n]]
+                for item in cut(n, spec.length // spec.page_size, spec.page_size)
+            ),
+            move,
+            self.target.name,
+            [spec.name for spec in self.specs],
         )
         self._put(encoder, RAM_EOS)
 
@@ -326,8 +357,12 @@ def start_sequential_load(
     stays in the memories.
     """
     reader = SequentialReader(
-        source, memories, skip_unknown_blocks=skip_unknown_blocks,
-        clear=choice(Clear, clear, "clear"), page_size=page_size, max_bandwidth=max_bandwidth,
+        source,
+        memories,
+        skip_unknown_blocks=skip_unknown_blocks,
+        clear=choice(Clear, clear, "clear"),
+        page_size=page_size,
+        max_bandwidth=max_bandwidth,
     )
     try:
         return Job(reader.channels, reader.total, reader.run)
@@ -406,14 +441,12 @@ class Records:
         return refused(rc, fault, "cannot read the stream", source.name)
 
 
-def read_body(
-    channels: Channels, decoder: Any, source: InputTarget, at: Any, fault: Any
-) -> int:
+def read_body(channels: Channels, decoder: Any, source: InputTarget, at: Any, fault: Any) -> int:
     """The core's ``qm_decode_file``, also of a source that passes by."""
     if not isinstance(source, PassingInput):
-        return int(_core.lib.qm_decode_file(
-            channels.core, decoder, source.fd, at, source.size, fault
-        ))
+        return int(
+            _core.lib.qm_decode_file(channels.core, decoder, source.fd, at, source.size, fault)
+        )
     used = _core.ffi.new("size_t *")
     while True:
         data = source.here(int(at[0]))
@@ -421,9 +454,11 @@ def read_body(
             fault.in_memory = 0
             return -errno.ENODATA
         _core.lib.qm_decoder_seek(decoder, at[0])
-        rc = int(_core.lib.qm_decode(
-            channels.core, decoder, _core.ffi.from_buffer(data), len(data), used, fault
-        ))
+        rc = int(
+            _core.lib.qm_decode(
+                channels.core, decoder, _core.ffi.from_buffer(data), len(data), used, fault
+            )
+        )
         at[0] += used[0]
         _core.lib.qm_job_count_io(channels.core, used[0], 0)
         if rc == 1:
@@ -532,8 +567,11 @@ class SequentialReader:
             elif self.clear is Clear.ZERO:
                 fault = _new_fault()
                 rc = _core.lib.qm_zero_clear(
-                    self.channels.core, _core_block(block.length, self.page_size), memory.core,
-                    bitmap.core, fault,
+                    self.channels.core,
+                    _core_block(block.length, self.page_size),
+                    memory.core,
+                    bitmap.core,
+                    fault,
                 )
                 if rc:
                     raise failure(rc, fault, self.source.name, block.name)
@@ -548,8 +586,10 @@ class SequentialReader:
             )
         return tuple(
             DeviceSection(
-                s.name, self.source.read_at(s.body_offset, s.body_length),
-                s.instance_id, s.version_id,
+                s.name,
+                self.source.read_at(s.body_offset, s.body_length),
+                s.instance_id,
+                s.version_id,
             )
             for s in full
         )
@@ -572,8 +612,13 @@ class SequentialReader:
             devices=devices,
             skipped=tuple(block.name for block in self.blocks if block.name not in loaded),
         )
-        logger.info("loaded %s: %d data pages, %d zero pages, %d bytes read", self.source.name,
-                    report.data_pages, report.zero_pages, report.bytes_read)
+        logger.info(
+            "loaded %s: %d data pages, %d zero pages, %d bytes read",
+            self.source.name,
+            report.data_pages,
+            report.zero_pages,
+            report.bytes_read,
+        )
         return report
 
 
@@ -586,11 +631,9 @@ def record_error(
     what, word, at = error.what, int(error.word), int(error.at)
     unable = {
         _core.lib.QM_RECORD_COMPRESSED: "a compressed page, as QEMU wrote until 9.0",
-        _core.lib.QM_RECORD_MULTIFD:
-            "a multifd stream without mapped-ram: its pages went over other channels",
-        _core.lib.QM_RECORD_CHANGES:
-            f"more than {_core.lib.QM_CHANGES_MAX} changes to one page: too many for an index",
-    }  # fmt: skip
+        _core.lib.QM_RECORD_MULTIFD: "a multifd stream without mapped-ram: its pages went over other channels",
+        _core.lib.QM_RECORD_CHANGES: f"more than {_core.lib.QM_CHANGES_MAX} changes to one page: too many for an index",
+    }
     if what in unable:
         return NotSupported(f"{unable[what]} (file offset {at:#x})")
     block = blocks[error.block].name if error.block >= 0 else None
@@ -601,7 +644,8 @@ def record_error(
         _core.lib.QM_RECORD_NO_BLOCK: ("a page record continues no block", "name"),
         _core.lib.QM_RECORD_UNKNOWN: ("a page record of a block that is not listed", "name"),
         _core.lib.QM_RECORD_OUTSIDE: (
-            f"page at {word & -page_size:#x}, outside of its block", "offset"
+            f"page at {word & -page_size:#x}, outside of its block",
+            "offset",
         ),
         _core.lib.QM_RECORD_DELTA: ("the change to a page does not fit it", "xbzrle"),
         _core.lib.QM_RECORD_SCATTERED: ("few pages at far places: no guest is like that", "offset"),

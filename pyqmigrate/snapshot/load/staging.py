@@ -60,7 +60,12 @@ class StagedPass:
     """
 
     def __init__(
-        self, source: InputTarget, channels: Channels, sparse: Any, target: str, *,
+        self,
+        source: InputTarget,
+        channels: Channels,
+        sparse: Any,
+        target: str,
+        *,
         page_size: int | None = None,
     ) -> None:
         self.source = source
@@ -192,8 +197,14 @@ class StagedPass:
         placed = self._parts[number]
         assert placed is not None
         rc: int = _core.lib.qm_write_staging(
-            self.channels.core, stage.channel, placed.file, placed.block, stage.core, self._sparse,
-            placed.place.bitmap.core, stage.fault,
+            self.channels.core,
+            stage.channel,
+            placed.file,
+            placed.block,
+            stage.core,
+            self._sparse,
+            placed.place.bitmap.core,
+            stage.fault,
         )
         if rc < 0:
             raise failure(rc, stage.fault, self.target, self.blocks[number].name)
@@ -222,8 +233,14 @@ class StagedPass:
             first = off // self.page_size
             npages = min(_PART, block.length - off) // self.page_size
             rc = _core.lib.qm_stale_punch(
-                self.channels.core, channel, placed.buffered, placed.block,
-                placed.place.bitmap.core, first, npages, fault,
+                self.channels.core,
+                channel,
+                placed.buffered,
+                placed.block,
+                placed.place.bitmap.core,
+                first,
+                npages,
+                fault,
             )
             if rc < 0:
                 raise failure(rc, fault, self.target, block.name)

@@ -14,20 +14,9 @@ from pyqmigrate import _core
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.format.stream.writer import MAGIC, Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import (
-    Channels,
-    Range,
-    core_block,
-    cut,
-    failure,
-)
+from pyqmigrate.io.channels import Channels, Range, core_block, cut, failure
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.io.target import (
-    DirectIO,
-    Target,
-    core_file,
-    stream_offset,
-)
+from pyqmigrate.io.target import DirectIO, Target, core_file, stream_offset
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter, WriteObserver
 
 __all__ = ["Writer"]
@@ -61,7 +50,11 @@ class Writer(StreamWriter):
         prefix: bytes = b"",
     ) -> None:
         super().__init__(
-            blocks, channels=channels, reuse=reuse, max_bandwidth=max_bandwidth, prefix=prefix,
+            blocks,
+            channels=channels,
+            reuse=reuse,
+            max_bandwidth=max_bandwidth,
+            prefix=prefix,
             left_out=left_out,
         )
         self.observer = observer
@@ -73,8 +66,12 @@ class Writer(StreamWriter):
         self.policy.mark_zero = mark_zero
         with self._closed_on_error():
             self.head: Head = encode_head(
-                machine, self.specs, offset=stream_offset(target) + len(prefix),
-                target_page_bits=target_page_bits, uuid=uuid, left_out=left_out,
+                machine,
+                self.specs,
+                offset=stream_offset(target) + len(prefix),
+                target_page_bits=target_page_bits,
+                uuid=uuid,
+                left_out=left_out,
                 before=before,
             )
             self.settings = self.head.configuration
@@ -92,7 +89,7 @@ class Writer(StreamWriter):
         for piece in self.head.pieces:
             data = piece.data
             if piece.offset == self.target.offset:
-                data = bytes(len(MAGIC)) + data[len(MAGIC):]
+                data = bytes(len(MAGIC)) + data[len(MAGIC) :]
             self.write_at(piece.offset, data)
 
     def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
@@ -115,8 +112,14 @@ class Writer(StreamWriter):
             for bitmap, layout in self._stored_parts():
                 for item in cut(0, layout.num_pages, layout.page_size):
                     count = _core.lib.qm_stale_punch(
-                        self.channels.core, channel, file, core_block(layout), bitmap.core,
-                        item.first, item.npages, fault,
+                        self.channels.core,
+                        channel,
+                        file,
+                        core_block(layout),
+                        bitmap.core,
+                        item.first,
+                        item.npages,
+                        fault,
                     )
                     if count < 0:
                         raise failure(count, fault, self.target.name, layout.name)
@@ -128,14 +131,24 @@ class Writer(StreamWriter):
         return found
 
     def finish(
-        self, sections: bytes = b"", description: bytes | None = None, *,
+        self,
+        sections: bytes = b"",
+        description: bytes | None = None,
+        *,
         switchover_start: bool = False,
     ) -> SaveReport:
         """Write bitmaps and tail (device ``sections`` verbatim), then publish."""
-        return self.finish_with([encode_tail(
-            settings=self.settings, sections=sections, description=description,
-            switchover_start=switchover_start, page_size=self.head.blocks[0].page_size,
-        )])
+        return self.finish_with(
+            [
+                encode_tail(
+                    settings=self.settings,
+                    sections=sections,
+                    description=description,
+                    switchover_start=switchover_start,
+                    page_size=self.head.blocks[0].page_size,
+                )
+            ]
+        )
 
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
         if self.observer is not None and self._stale:
@@ -156,9 +169,7 @@ class Writer(StreamWriter):
         if self.observer is None:
             return
         with self.target.opened_for_reading() as fd:
-            self.observer.finish(
-                fd, self.target.name, self.channels.sibling("pyqmigrate-observer")
-            )
+            self.observer.finish(fd, self.target.name, self.channels.sibling("pyqmigrate-observer"))
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write through the buffered descriptor, and count it."""
@@ -193,15 +204,24 @@ class Writer(StreamWriter):
                 bitmap.close()
 
     def _pass(
-        self, channels: Channels, file: Any, bitmaps: Sequence[Bitmap],
+        self,
+        channels: Channels,
+        file: Any,
+        bitmaps: Sequence[Bitmap],
         selections: Sequence[Bitmap] | None,
     ) -> None:
         layouts = self.head.blocks
         names = [layout.name for layout in layouts]
         # What every call on a block gets, whichever its range.
         common = [
-            (file, core_block(layout), memory.core, self.policy,
-             selections[n].core if selections else _core.ffi.NULL, bitmaps[n].core)
+            (
+                file,
+                core_block(layout),
+                memory.core,
+                self.policy,
+                selections[n].core if selections else _core.ffi.NULL,
+                bitmaps[n].core,
+            )
             for n, (layout, memory) in enumerate(zip(layouts, self.memories, strict=True))
         ]
 
@@ -211,9 +231,14 @@ class Writer(StreamWriter):
             )
 
         channels.run(
-            (item for n in self.stored
-             for item in cut(n, layouts[n].num_pages, layouts[n].page_size)),
-            move, self.target.name, names,
+            (
+                item
+                for n in self.stored
+                for item in cut(n, layouts[n].num_pages, layouts[n].page_size)
+            ),
+            move,
+            self.target.name,
+            names,
         )
         # Every direct write has returned: now what shares a file block with none of them.
         fault = _core.ffi.new("struct qm_fault *")

@@ -122,8 +122,14 @@ class StreamWriter(abc.ABC):
     settings: Configuration  # that of the stream
 
     def __init__(
-        self, blocks: Sequence[RamBlock], *, channels: int, reuse: bool, max_bandwidth: int,
-        prefix: bytes = b"", left_out: Collection[str] | None = None,
+        self,
+        blocks: Sequence[RamBlock],
+        *,
+        channels: int,
+        reuse: bool,
+        max_bandwidth: int,
+        prefix: bytes = b"",
+        left_out: Collection[str] | None = None,
     ) -> None:
         check_blocks(blocks)
         if not blocks:
@@ -176,7 +182,10 @@ class StreamWriter(abc.ABC):
         self._cleanup.close()
 
     def run(
-        self, sections: bytes = b"", description: bytes | None = None, *,
+        self,
+        sections: bytes = b"",
+        description: bytes | None = None,
+        *,
         switchover_start: bool = False,
     ) -> SaveReport:
         """Save in one pass, make the file a snapshot, and close; arguments as in finish."""
@@ -199,7 +208,10 @@ class StreamWriter(abc.ABC):
 
     @abc.abstractmethod
     def finish(
-        self, sections: bytes = b"", description: bytes | None = None, *,
+        self,
+        sections: bytes = b"",
+        description: bytes | None = None,
+        *,
         switchover_start: bool = False,
     ) -> SaveReport:
         """Write what follows the pages (device ``sections`` verbatim), then publish."""

@@ -53,8 +53,14 @@ from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["DeviceState", "memory_file", "read_devices", "read_migrated", "sections_of",
-           "start_snapshot"]
+__all__ = [
+    "DeviceState",
+    "memory_file",
+    "read_devices",
+    "read_migrated",
+    "sections_of",
+    "start_snapshot",
+]
 
 _SWITCHOVER = "switchover-start"
 _GLOBAL_STATE = "globalstate"
@@ -121,7 +127,8 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
         head.close()
         memories = {
             block.name: mmap.mmap(-1, block.length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            for block in head.blocks if block.name not in elsewhere
+            for block in head.blocks
+            if block.name not in elsewhere
         }
         report = SequentialReader(opened, memories, skip_unknown_blocks=True).run()
         stream = report.stream
@@ -272,12 +279,16 @@ def start_snapshot(
     BlockMismatch for memories that are missing, unknown or of another length than their blocks.
     """
     writer = Writer(
-        target, _ram_blocks(state, memories),
+        target,
+        _ram_blocks(state, memories),
         direct_io=choice(DirectIO, direct_io, "direct_io"),
         sparse=choice(Sparse, sparse, "sparse"),
-        channels=check_channels(channels), machine=state.machine,
-        target_page_bits=state.target_page_bits, uuid=state.uuid,
-        reuse=reuse, max_bandwidth=max_bandwidth,
+        channels=check_channels(channels),
+        machine=state.machine,
+        target_page_bits=state.target_page_bits,
+        uuid=state.uuid,
+        reuse=reuse,
+        max_bandwidth=max_bandwidth,
     )
 
     def write() -> SaveReport:
@@ -317,6 +328,4 @@ def _length(name: str, memory: Memory) -> int | None:
         with memoryview(memory) as view:
             return view.nbytes
     except TypeError:
-        raise UsageError(
-            f"memory of block {name!r} is none, but {type(memory).__name__}"
-        ) from None
+        raise UsageError(f"memory of block {name!r} is none, but {type(memory).__name__}") from None

@@ -98,10 +98,13 @@ class Overlay:
     def finding(self) -> dict[str, str]:
         """What a guardian has to know (:mod:`pyqmigrate.vm.outgoing.guardian`)."""
         return {
-            "name": self.disk.name, "node": self.node, "base": self.disk.node,
-            "base_file": self.disk.file, "file": self.file,
+            "name": self.disk.name,
+            "node": self.node,
+            "base": self.disk.node,
+            "base_file": self.disk.file,
+            "file": self.file,
             "here": os.path.abspath(self.here),  # noqa: PTH100 - not where its links lead
-        }  # fmt: skip
+        }
 
 
 @dataclass
@@ -198,7 +201,8 @@ def _overlay(
         )
     chain = [PurePath(file).name for file in (disk.file, *(image.file for image in disk.chain))]
     name = overlay_name(
-        chain, snapshot.name,
+        chain,
+        snapshot.name,
         lambda name: base.with_name(name) in taken or os.path.lexists(base.with_name(name)),
     )
     file = os.path.join(os.path.dirname(disk.file), name)  # noqa: PTH118, PTH120 - QEMU's own

@@ -57,8 +57,12 @@ def files_of(guest: Guest) -> dict[FileId, str]:
     appear, and the guest keeps the old one. What cannot be looked at is left out.
     """
     found: dict[FileId, str] = {}
-    for files in (_memory(guest), files_in_use(_images(guest)), files_in_use(_arguments(guest)),
-                  files_in_use(_open_files(guest))):
+    for files in (
+        _memory(guest),
+        files_in_use(_images(guest)),
+        files_in_use(_arguments(guest)),
+        files_in_use(_open_files(guest)),
+    ):
         found = files | found
     for identity in _mapped_snapshots(guest):
         found.pop(identity, None)

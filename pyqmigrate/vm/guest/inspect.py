@@ -31,10 +31,22 @@ __all__ = ["Guest", "GuestBlock", "look"]
 
 # Bits of the guest's page where the target has one size only; ARM's depends on the machine.
 _PAGE_BITS = {
-    "i386": 12, "x86_64": 12, "ppc": 12, "ppc64": 12, "s390x": 12, "riscv32": 12, "riscv64": 12,
-    "loongarch64": 12, "m68k": 12, "mips": 12, "mips64": 12, "sparc": 12, "sparc64": 13,
-    "hppa": 12, "or1k": 13,
-}  # fmt: skip
+    "i386": 12,
+    "x86_64": 12,
+    "ppc": 12,
+    "ppc64": 12,
+    "s390x": 12,
+    "riscv32": 12,
+    "riscv64": 12,
+    "loongarch64": 12,
+    "m68k": 12,
+    "mips": 12,
+    "mips64": 12,
+    "sparc": 12,
+    "sparc64": 13,
+    "hppa": 12,
+    "or1k": 13,
+}
 _NO_DEVICES = {"irq", "memory-region", "container"}
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
 
@@ -131,12 +143,13 @@ async def look(monitor: Monitor) -> Guest:
         "devices": tuple(await _devices(monitor)),
         "dirty_bitmaps": tuple(
             (str(node.get("node-name", "")), str(bitmap.get("name", "")))
-            for node in nodes for bitmap in node.get("dirty-bitmaps", ())
+            for node in nodes
+            for bitmap in node.get("dirty-bitmaps", ())
         ),
         "commands": frozenset(
             str(entry["name"]) for entry in await monitor.execute("query-commands")
         ),
-    }  # fmt: skip
+    }
     lines = parse_ramblock(await monitor.hmp("info ramblock"))
     backends = await _backends(monitor)
     processors = await monitor.execute("query-cpus-fast")
@@ -146,8 +159,11 @@ async def look(monitor: Monitor) -> Guest:
 
 
 def _with_memory(
-    facts: dict[str, Any], lines: list[RamLine], backends: Mapping[str, Backend],
-    peer: Peer, threads: set[int],
+    facts: dict[str, Any],
+    lines: list[RamLine],
+    backends: Mapping[str, Backend],
+    peer: Peer,
+    threads: set[int],
 ) -> Guest:
     process, why_not = find_process(peer, threads, lambda space: fits(lines, backends, space))
     binary = "" if process is None else _binary(process.pid)
@@ -178,8 +194,9 @@ async def _backends(monitor: Monitor) -> dict[str, Backend]:
         backend["id"]: Backend(
             types.get(backend["id"], ""), int(backend["size"]), bool(backend.get("share", False))
         )
-        for backend in await monitor.execute("query-memdev") if "id" in backend
-    }  # fmt: skip
+        for backend in await monitor.execute("query-memdev")
+        if "id" in backend
+    }
 
 
 async def _devices(monitor: Monitor) -> list[tuple[str, str]]:
@@ -193,7 +210,7 @@ async def _devices(monitor: Monitor) -> list[tuple[str, str]]:
             (f"{container}/{entry['name']}", _child_type(entry["type"]))
             for entry in entries
             if entry["type"].startswith("child<") and _child_type(entry["type"]) not in _NO_DEVICES
-        ]  # fmt: skip
+        ]
     return devices
 
 

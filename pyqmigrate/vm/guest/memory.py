@@ -118,8 +118,15 @@ def _block(
         memory, why_not = _memory(line, place, pid, shared)
     kind = "" if backend is None else backend.type
     return GuestBlock(
-        line.name, line.length, line.page_size, line.host_address, memory, shared,
-        shared and kind == "memory-backend-file", kind, why_not,
+        line.name,
+        line.length,
+        line.page_size,
+        line.host_address,
+        memory,
+        shared,
+        shared and kind == "memory-backend-file",
+        kind,
+        why_not,
     )
 
 

@@ -22,8 +22,14 @@ from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.peer import Peer, read_status
 
 __all__ = [
-    "Mapping", "Process", "command_of", "covering", "find_process", "open_mapped", "read_mappings",
-]  # fmt: skip
+    "Mapping",
+    "Process",
+    "command_of",
+    "covering",
+    "find_process",
+    "open_mapped",
+    "read_mappings",
+]
 
 _PROC = Path("/proc")
 _UNKNOWN = (
@@ -187,10 +193,15 @@ def _mapping(line: str) -> Mapping:
     start, end = (int(address, 16) for address in fields[0].split("-"))
     major, minor = (int(number, 16) for number in fields[3].split(":"))
     return Mapping(
-        start, end, readable=fields[1][0] == "r", shared=fields[1][3] == "s",
-        offset=int(fields[2], 16), device=os.makedev(major, minor), inode=int(fields[4]),
+        start,
+        end,
+        readable=fields[1][0] == "r",
+        shared=fields[1][3] == "s",
+        offset=int(fields[2], 16),
+        device=os.makedev(major, minor),
+        inode=int(fields[4]),
         path=fields[5] if len(fields) == 6 else "",
-    )  # fmt: skip
+    )
 
 
 def covering(mappings: Sequence[Mapping], address: int, length: int) -> list[Mapping]:

@@ -60,6 +60,9 @@ def _parse_line(line: str) -> RamLine:
         raise QemuError(f"a line of info ramblock is not understood: {line!r}")
     number, unit = found["page"].split()
     return RamLine(
-        found["name"], int(number) << _UNITS[unit], int(found["used"], 16),
-        int(found["host"] or "0", 16), int(found["total"], 16),
+        found["name"],
+        int(number) << _UNITS[unit],
+        int(found["used"], 16),
+        int(found["host"] or "0", 16),
+        int(found["total"], 16),
     )

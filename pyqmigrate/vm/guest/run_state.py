@@ -8,28 +8,34 @@ from pyqmigrate.snapshot.mapped_ram import Snapshot
 
 __all__ = ["LOADABLE", "set_run_state", "what_stopped"]
 
-LOADABLE = frozenset({
-    "running", "suspended", "prelaunch", "paused", "internal-error", "io-error", "shutdown",
-    "watchdog", "guest-panicked",
-})  # fmt: skip
+LOADABLE = frozenset(
+    {
+        "running",
+        "suspended",
+        "prelaunch",
+        "paused",
+        "internal-error",
+        "io-error",
+        "shutdown",
+        "watchdog",
+        "guest-panicked",
+    }
+)
 """States that a QEMU can be in when it has loaded a snapshot; it aborts at some others."""
 
 _BY_ITSELF = {
     "internal-error": (
-        "an error of QEMU or KVM stopped it", "it runs again only after system_reset",
+        "an error of QEMU or KVM stopped it",
+        "it runs again only after system_reset",
     ),
-    "io-error": (
-        "an I/O error of a disk stopped it", "cont repeats the request that failed",
-    ),
+    "io-error": ("an I/O error of a disk stopped it", "cont repeats the request that failed"),
     "shutdown": (
         "it has shut down, and QEMU stayed (-no-shutdown)",
         "it runs again only after system_reset",
     ),
     "watchdog": ("a watchdog stopped it", "cont lets it go on"),
-    "guest-panicked": (
-        "its kernel panicked", "cont lets it go on in the panic",
-    ),
-}  # fmt: skip
+    "guest-panicked": ("its kernel panicked", "cont lets it go on in the panic"),
+}
 
 
 def what_stopped(run_state: str) -> str | None:

@@ -24,13 +24,32 @@ _STREAM = re.compile(r"(?:^|:)(?:unix:((?:[^,]|,,)+)|(?:file|pipe):(.+))")
 _READ_ONLY = ("readonly", "read-only")
 _WHOLE = ("pidfile", "D")  # options that are a name and nothing else
 # Options with a property that names a file to write, and the key that is left out in front.
-_NAMING = {"chardev": ("logfile", "backend"), "trace": ("file", "enable"),
-           "audiodev": ("path", "driver"), "machine": ("dumpdtb", "type")}  # fmt: skip
+_NAMING = {
+    "chardev": ("logfile", "backend"),
+    "trace": ("file", "enable"),
+    "audiodev": ("path", "driver"),
+    "machine": ("dumpdtb", "type"),
+}
 _CHARDEVS = ("file", "pipe", "serial", "tty", "parallel", "parport")
 # Block drivers for what is not on this machine's file systems, and what says where it is.
 _REMOTE = ("nbd", "ssh", "rbd", "iscsi", "gluster", "nfs", "sheepdog", "nvme")
-_PLACE = ("server", "host", "port", "path", "socket", "export", "name", "volume", "pool", "image",
-          "namespace", "portal", "target", "lun", "device")  # fmt: skip
+_PLACE = (
+    "server",
+    "host",
+    "port",
+    "path",
+    "socket",
+    "export",
+    "name",
+    "volume",
+    "pool",
+    "image",
+    "namespace",
+    "portal",
+    "target",
+    "lun",
+    "device",
+)
 
 
 def written_files(command: CommandLine) -> dict[str, Option]:
@@ -45,9 +64,7 @@ def written_images(command: CommandLine) -> dict[str, Option]:
     return _by_real_path(command, (*_disks(command), *_nodes(command)))
 
 
-def _by_real_path(
-    command: CommandLine, names: Iterable[tuple[str, Option]]
-) -> dict[str, Option]:
+def _by_real_path(command: CommandLine, names: Iterable[tuple[str, Option]]) -> dict[str, Option]:
     found: dict[str, Option] = {}
     for name, option in names:
         is_path = "://" not in name and not name.startswith(_REMOTE) and "json:" not in name
@@ -86,8 +103,10 @@ def _nodes(command: CommandLine) -> Iterator[tuple[str, Option]]:
         name = properties.get("node-name")
         # A node can only be used by one that comes later.
         above = [
-            (later, key) for later in range(number + 1, len(nodes))
-            for key, value in nodes[later][1].items() if value == name and key != "node-name"
+            (later, key)
+            for later in range(number + 1, len(nodes))
+            for key, value in nodes[later][1].items()
+            if value == name and key != "node-name"
         ]
         writers = (is_written(one) for one, key in above if "backing" not in key.split("."))
         return not _read_only(properties) and (not above or any(writers))

@@ -48,7 +48,10 @@ class Clone:
 
 
 async def clone(
-    snapshot: Target, command: Sequence[str] | None = None, count: int = 1, *,
+    snapshot: Target,
+    command: Sequence[str] | None = None,
+    count: int = 1,
+    *,
     directory: str | os.PathLike[str] = ".",
     mode: Mode | str = Mode.AUTO,
     paused: bool | None = None,
@@ -78,11 +81,11 @@ async def clone(
     if count < 1:
         raise UsageError(f"{count} guests cannot be made")
     place = Path(directory)
-    disks = Disks(
-        with_disks, place if disks_dir is None else Path(disks_dir), disks_as_they_are
-    )
+    disks = Disks(with_disks, place if disks_dir is None else Path(disks_dir), disks_as_they_are)
     request = Request(
-        choice(Mode, mode, "mode"), paused, stdin=subprocess.DEVNULL,
+        choice(Mode, mode, "mode"),
+        paused,
+        stdin=subprocess.DEVNULL,
         pass_fds=check_descriptors(pass_fds),
     )
     place = Path(directory)

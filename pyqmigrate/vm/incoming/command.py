@@ -14,9 +14,7 @@ _REFUSED = {
 _PAUSED = Option("S")
 
 
-def make_incoming(
-    command: CommandLine, *, paused: bool | None
-) -> tuple[CommandLine, list[str]]:
+def make_incoming(command: CommandLine, *, paused: bool | None) -> tuple[CommandLine, list[str]]:
     """``command`` for a QEMU that waits for a snapshot, and what was changed in it besides.
 
     ``paused``: whether the guest stays paused; None leaves ``-S`` as it is. Raises UsageError for

@@ -39,7 +39,12 @@ class Companion:
     """
 
     def __init__(
-        self, snapshot: Snapshot, snapshot_fd: int, mapped: Collection[str], *, channels: int = 2,
+        self,
+        snapshot: Snapshot,
+        snapshot_fd: int,
+        mapped: Collection[str],
+        *,
+        channels: int = 2,
         sealed: bool = False,
     ) -> None:
         self.sealed = sealed
@@ -119,8 +124,15 @@ class Companion:
         def find(channel: Any, piece: Range, fault: Any) -> int:
             found = int(
                 _core.lib.qm_find_stale(
-                    self._channels.core, channel, file, layout, present.core, stale.core,
-                    piece.first, piece.npages, fault,
+                    self._channels.core,
+                    channel,
+                    file,
+                    layout,
+                    present.core,
+                    stale.core,
+                    piece.first,
+                    piece.npages,
+                    fault,
                 )
             )
             return min(found, 0)

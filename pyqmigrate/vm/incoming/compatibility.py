@@ -24,18 +24,25 @@ if TYPE_CHECKING:
 __all__ = ["compare_blocks", "compare_command", "compare_devices", "compare_type"]
 
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
-_TREE_LINE = re.compile(r"(?P<indent> *)(?:dev: (?P<type>[^,]+), id \"(?P<id>[^\"]*)\"|"
-                        r"addr = (?P<slot>[0-9a-f]{2}\.[0-7]))$")  # fmt: skip
+_TREE_LINE = re.compile(
+    r"(?P<indent> *)(?:dev: (?P<type>[^,]+), id \"(?P<id>[^\"]*)\"|"
+    r"addr = (?P<slot>[0-9a-f]{2}\.[0-7]))$"
+)
 _OTHER_ROOT = "pxb"  # expander bridges have buses that are numbered by themselves
 # Devices without a PCI address whose number varies, and what they call their state.
 _PORTS = {"isa-serial": "serial", "isa-parallel": "parallel_isa", "isa-fdc": "fdc"}
 # What devices call their state, where that is not what they are called themselves.
 _STATES = {
-    "virtio-net-pci": "virtio-net", "virtio-blk-pci": "virtio-blk",
-    "virtio-scsi-pci": "virtio-scsi", "virtio-rng-pci": "virtio-rng",
-    "virtio-balloon-pci": "virtio-balloon", "virtio-serial-pci": "virtio-console",
-    "e1000": "e1000", "e1000e": "e1000e", "rtl8139": "rtl8139",
-}  # fmt: skip
+    "virtio-net-pci": "virtio-net",
+    "virtio-blk-pci": "virtio-blk",
+    "virtio-scsi-pci": "virtio-scsi",
+    "virtio-rng-pci": "virtio-rng",
+    "virtio-balloon-pci": "virtio-balloon",
+    "virtio-serial-pci": "virtio-console",
+    "e1000": "e1000",
+    "e1000e": "e1000e",
+    "rtl8139": "rtl8139",
+}
 _NOT_KNOWN = "the guest does not know of it"
 # Devices of other types may have no state, and are not missed in a snapshot.
 _HAVE_STATE = re.compile(
@@ -57,9 +64,7 @@ def compare_command(command: CommandLine, saved: SavedMachine) -> list[str]:
     return notes
 
 
-async def compare_devices(
-    monitor: Monitor, command: CommandLine, saved: SavedMachine
-) -> list[str]:
+async def compare_devices(monitor: Monitor, command: CommandLine, saved: SavedMachine) -> list[str]:
     """Compare the accelerator, the processors and the devices of a QEMU; returns notes."""
     notes: list[str] = []
     if len(_accelerators(command)) != 1 and saved.kvm is not None:
@@ -83,7 +88,8 @@ async def compare_devices(
             faults += [*_missing(devices, saved.pci), *_changed(devices, saved.pci)]
         if faults:
             raise UsageError(
-                "the command line makes other devices than the snapshot has: " + "; ".join(faults)
+                "the command line makes other devices than the snapshot has: "
+                + "; ".join(faults)
                 + ". Give the devices that the guest was saved with, in their order or with addr="
             )
         notes += _unknown(devices, saved.pci)
@@ -116,12 +122,14 @@ async def compare_blocks(monitor: Monitor, snapshot: Snapshot) -> None:
             for name in wanted.keys() - here.keys()
         ),
         *(
-            f"{name!r} is not in the snapshot" for name in here.keys() - wanted.keys()
+            f"{name!r} is not in the snapshot"
+            for name in here.keys() - wanted.keys()
             if _NOT_MIGRATED not in name
         ),
         *(
             f"{name!r} has {here[name].length} bytes here and {length} in the snapshot"
-            for name, length in wanted.items() if name in here and not here[name].takes(length)
+            for name, length in wanted.items()
+            if name in here and not here[name].takes(length)
         ),
     ]
     if faults:
@@ -158,8 +166,9 @@ def _compare_accelerator(kvm: bool, saved: SavedMachine) -> list[str]:
 
 def _processors(command: CommandLine) -> int | None:
     """How many ``-smp`` asks for, where that says it all."""
-    if any("-cpu" in option.properties("driver").get("driver", "")
-           for option in command.all("device")):  # fmt: skip
+    if any(
+        "-cpu" in option.properties("driver").get("driver", "") for option in command.all("device")
+    ):
         return None
     return command.processors()
 

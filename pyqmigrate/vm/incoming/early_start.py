@@ -73,8 +73,12 @@ def begin_mapped(source: Source, mapped: Mapped, request: Request) -> Begun:
     files = RamFiles(mapped.command, source.snapshot, mapped.blocks)
     try:
         started = start(
-            mapped.command, [source.fd, *request.pass_fds], qmp=request.qmp,
-            stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
+            mapped.command,
+            [source.fd, *request.pass_fds],
+            qmp=request.qmp,
+            stdin=request.stdin,
+            stdout=request.stdout,
+            stderr=request.stderr,
         )
     except BaseException:
         files.close()
@@ -100,8 +104,7 @@ class Early:
 
 
 def begin(
-    snapshot: Target, command: Sequence[str] | None, request: Request, *,
-    offset: int | None = None,
+    snapshot: Target, command: Sequence[str] | None, request: Request, *, offset: int | None = None
 ) -> Early | None:
     """Begin an instant restore; arguments as for :func:`pyqmigrate.vm.restore`.
 

@@ -48,8 +48,8 @@ def shared_identity(command: CommandLine) -> str:
         "state of random numbers"
         + (
             ": vmgenid tells them to renew the last; the others are theirs to change"
-            if told else
-            ": a device vmgenid would tell them (-device vmgenid, when the guest is first started)"
+            if told
+            else ": a device vmgenid would tell them (-device vmgenid, when the guest is first started)"
         )
     )
 

@@ -16,11 +16,23 @@ __all__ = ["NEEDED", "Incoming", "take_in"]
 
 NEEDED = (9, 1, 0)  # descriptors in fdsets, exit-on-error
 # Capabilities that change what an incoming stream is, or how it is taken in.
-_CONTRARY = frozenset({
-    "background-snapshot", "block", "compress", "multifd", "postcopy-blocktime",
-    "postcopy-preempt", "postcopy-ram", "rdma-pin-all", "x-colo", "x-ignore-shared", "xbzrle",
-    "zero-blocks", "zero-copy-send",
-})  # fmt: skip
+_CONTRARY = frozenset(
+    {
+        "background-snapshot",
+        "block",
+        "compress",
+        "multifd",
+        "postcopy-blocktime",
+        "postcopy-preempt",
+        "postcopy-ram",
+        "rdma-pin-all",
+        "x-colo",
+        "x-ignore-shared",
+        "xbzrle",
+        "zero-blocks",
+        "zero-copy-send",
+    }
+)
 _FIRST_POLL = 0.001  # seconds; doubled up to the last
 _LAST_POLL = 0.05
 
@@ -86,7 +98,8 @@ async def _configure(qemu: Launched, incoming: Incoming) -> None:
     states = [{"capability": name, "state": True} for name in names]
     # Those that the command line switched on (-global migration.x-...), against ours.
     preset = [
-        one["capability"] for one in await qemu.monitor.execute("query-migrate-capabilities")
+        one["capability"]
+        for one in await qemu.monitor.execute("query-migrate-capabilities")
         if one["state"] and one["capability"] in _CONTRARY and one["capability"] not in names
     ]
     states += [{"capability": name, "state": False} for name in preset]

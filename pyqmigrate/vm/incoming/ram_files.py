@@ -234,8 +234,7 @@ def _user_of(fd: int, *, mapped_only: bool) -> str | None:
             continue
         with contextlib.suppress(OSError):
             used = any(
-                m.shared and (m.device, m.inode) == identity
-                for m in read_mappings(int(entry.name))
+                m.shared and (m.device, m.inode) == identity for m in read_mappings(int(entry.name))
             )
             if used or (not mapped_only and _has_open(entry, info)):
                 name = (entry / "comm").read_text(errors="replace").strip()

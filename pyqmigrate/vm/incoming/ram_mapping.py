@@ -129,7 +129,8 @@ def memories_of(command: CommandLine, drivers: tuple[str, ...] = _OWN_MEMORY) ->
     """The ids of the backends that belong to a device whose driver starts so."""
     devices = (option.properties("driver") for option in command.all("device"))
     return {
-        device["memdev"] for device in devices
+        device["memdev"]
+        for device in devices
         if "memdev" in device and device.get("driver", "").startswith(drivers)
     }
 
@@ -159,8 +160,10 @@ def _default_block(command: CommandLine, snapshot: Snapshot) -> SnapshotBlock:
     """The block that a machine makes by itself for ``-m``: by its size, then by its name."""
     size = read_ram_size(command)
     found = [
-        block for block in snapshot.blocks.values()
-        if "/" not in block.name and size in (None, block.length)
+        block
+        for block in snapshot.blocks.values()
+        if "/" not in block.name
+        and size in (None, block.length)
         and (block.name == "ram" or block.name.endswith(".ram"))
     ]
     if len(found) != 1:
@@ -175,7 +178,7 @@ def _default_block(command: CommandLine, snapshot: Snapshot) -> SnapshotBlock:
 
 
 def _backend(
-    name: str, block: SnapshotBlock, fd: int, given: dict[str, str], nodes: Sequence[int] = (),
+    name: str, block: SnapshotBlock, fd: int, given: dict[str, str], nodes: Sequence[int] = ()
 ) -> Option:
     if block.pages_offset % mmap.PAGESIZE:
         raise NotSupported(

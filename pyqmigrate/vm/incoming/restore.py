@@ -55,8 +55,15 @@ from pyqmigrate.vm.qemu.launch import Launched, answered, launch
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.qemu.spawn import Stream
 
-__all__ = ["Mode", "Request", "RestoreReport", "RestoredVm", "restore", "restore_begun",
-           "restore_from"]
+__all__ = [
+    "Mode",
+    "Request",
+    "RestoreReport",
+    "RestoredVm",
+    "restore",
+    "restore_begun",
+    "restore_from",
+]
 
 # In what a QEMU says that does not start because its memory cannot be mapped from the snapshot.
 _ABOUT_MEMORY = re.compile(
@@ -144,14 +151,18 @@ class RestoredVm:
 
 
 async def restore(
-    snapshot: Target, command: Sequence[str] | None = None, *,
+    snapshot: Target,
+    command: Sequence[str] | None = None,
+    *,
     mode: Mode | str = Mode.AUTO,
     paused: bool | None = None,
     qmp: str | os.PathLike[str] | None = None,
     offset: int | None = None,
     channels: int | None = None,
     direct_io: DirectIO | str = DirectIO.AUTO,
-    stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+    stdin: Stream = None,
+    stdout: Stream = None,
+    stderr: Stream = None,
     pass_fds: Collection[int] = (),
     with_disks: bool = False,
     disks_dir: str | os.PathLike[str] | None = None,
@@ -194,11 +205,18 @@ async def restore(
     load. Whatever fails, the QEMU that was started is ended.
     """
     request = Request(
-        choice(Mode, mode, "mode"), paused, None if qmp is None else monitor_path(qmp), channels,
-        choice(DirectIO, direct_io, "direct_io"), stdin, stdout, stderr,
+        choice(Mode, mode, "mode"),
+        paused,
+        None if qmp is None else monitor_path(qmp),
+        channels,
+        choice(DirectIO, direct_io, "direct_io"),
+        stdin,
+        stdout,
+        stderr,
         check_descriptors(pass_fds),
         Disks(with_disks, None if disks_dir is None else Path(disks_dir), disks_as_they_are),
-        set_time, guest_agent,
+        set_time,
+        guest_agent,
     )
     companions = await Companions.open(snapshot, offset)
     return await _closing(companions, _restore(companions, command, request))
@@ -336,9 +354,15 @@ class _Attempt:
                 finally:
                     os.close(fd)
                 return await self._hand_over(
-                    qemu, mapped.command, others, seconds, incoming, mode=Mode.INSTANT,
+                    qemu,
+                    mapped.command,
+                    others,
+                    seconds,
+                    incoming,
+                    mode=Mode.INSTANT,
                     why="the memory is mapped from the snapshot",
-                    mapped_blocks=tuple(mapped.blocks), stale_pages=companion.stale_pages,
+                    mapped_blocks=tuple(mapped.blocks),
+                    stale_pages=companion.stale_pages,
                     stale_seconds=companion.stale_seconds,
                     notes=(*self.notes, *compared, *mapped.notes, *files.notes, *_about(companion)),
                 )
@@ -357,14 +381,17 @@ class _Attempt:
         try:
             direct = {"direct": reading.direct.fd} if reading.direct else {}
             notes = f"reading: {reading.why}"
-            return await self._load(
-                command, why, Mode.LOAD, direct, reading.channels, notes
-            )
+            return await self._load(command, why, Mode.LOAD, direct, reading.channels, notes)
         finally:
             self.source.close_reading(reading)
 
     async def _load(
-        self, command: CommandLine, why: str, mode: Mode, direct: dict[str, int], channels: int,
+        self,
+        command: CommandLine,
+        why: str,
+        mode: Mode,
+        direct: dict[str, int],
+        channels: int,
         *notes: str,
     ) -> RestoredVm:
         command, changes = loadable(command, self.source.snapshot)
@@ -372,8 +399,12 @@ class _Attempt:
             request = self.request
             others = self._ask_for_others()
             launching = launch(
-                command, request.pass_fds, qmp=request.qmp,
-                stdin=request.stdin, stdout=request.stdout, stderr=request.stderr,
+                command,
+                request.pass_fds,
+                qmp=request.qmp,
+                stdin=request.stdin,
+                stdout=request.stdout,
+                stderr=request.stderr,
             )
             async with await self._answering(launching) as qemu:
                 compared = await self._compare(qemu, command)
@@ -381,14 +412,24 @@ class _Attempt:
                 fd = self.source.open_again()
                 try:
                     incoming = Incoming(
-                        {"buffered": fd, **direct}, self.source.snapshot.offset,
-                        self.source.capabilities, channels, bool(direct), mode is Mode.POSTCOPY,
+                        {"buffered": fd, **direct},
+                        self.source.snapshot.offset,
+                        self.source.capabilities,
+                        channels,
+                        bool(direct),
+                        mode is Mode.POSTCOPY,
                     )
                     seconds = await _taken_in(qemu, incoming, compared)
                 finally:
                     os.close(fd)
                 return await self._hand_over(
-                    qemu, command, others, seconds, incoming, mode=mode, why=why,
+                    qemu,
+                    command,
+                    others,
+                    seconds,
+                    incoming,
+                    mode=mode,
+                    why=why,
                     notes=(*self.notes, *compared, *changes, *files.notes, *notes),
                 )
 
@@ -429,8 +470,15 @@ class _Attempt:
         return read_saved_machine(self.source.snapshot)
 
     async def _hand_over(
-        self, qemu: Launched, command: CommandLine, others: asyncio.Future[bool], seconds: float,
-        incoming: Incoming, *, notes: tuple[str, ...], **what: Any,
+        self,
+        qemu: Launched,
+        command: CommandLine,
+        others: asyncio.Future[bool],
+        seconds: float,
+        incoming: Incoming,
+        *,
+        notes: tuple[str, ...],
+        **what: Any,
     ) -> RestoredVm:
         shared = shared_identity(command) if await others else None
         if shared is not None and shared not in notes:
@@ -444,10 +492,15 @@ class _Attempt:
         notes = (*notes, *await self._clock(qemu.process.pid, state))
         report = RestoreReport(
             machine=self.source.snapshot.machine,
-            qemu=".".join(map(str, qemu.monitor.version)), pid=qemu.process.pid, run_state=state,
-            load_seconds=seconds, start_seconds=qemu.seconds,
-            total_seconds=time.monotonic() - self.started, settings=incoming.settings(),
-            notes=notes, **what,
+            qemu=".".join(map(str, qemu.monitor.version)),
+            pid=qemu.process.pid,
+            run_state=state,
+            load_seconds=seconds,
+            start_seconds=qemu.seconds,
+            total_seconds=time.monotonic() - self.started,
+            settings=incoming.settings(),
+            notes=notes,
+            **what,
         )
         qemu.hand_over()
         return RestoredVm(qemu, report)
@@ -474,9 +527,11 @@ class _Attempt:
         deadline = time.monotonic() + _STATE_TIMEOUT
         while (state := await _run_state(qemu.monitor)) == "inmigrate":
             if time.monotonic() > deadline:
-                raise QemuError(await qemu.described(
-                    "QEMU loaded the snapshot and the guest cannot go on: it stays in 'inmigrate'"
-                ))
+                raise QemuError(
+                    await qemu.described(
+                        "QEMU loaded the snapshot and the guest cannot go on: it stays in 'inmigrate'"
+                    )
+                )
             await asyncio.sleep(0.001)
         if not self._is_to_run(state):
             return state
@@ -484,9 +539,11 @@ class _Attempt:
         try:
             await qemu.monitor.execute("cont")
         except QemuRefused as error:
-            raise QemuError(await qemu.described(
-                f"QEMU loaded the snapshot and the guest cannot go on: {error.desc}"
-            )) from error
+            raise QemuError(
+                await qemu.described(
+                    f"QEMU loaded the snapshot and the guest cannot go on: {error.desc}"
+                )
+            ) from error
         return await _run_state(qemu.monitor)
 
     def _is_to_run(self, state: str) -> bool:

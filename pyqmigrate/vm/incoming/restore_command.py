@@ -43,9 +43,7 @@ class ChosenCommand:
             self.overlays.pop().unlink(missing_ok=True)
 
 
-def choose_command(
-    source: Source, words: Sequence[str] | None, disks: Disks
-) -> ChosenCommand:
+def choose_command(source: Source, words: Sequence[str] | None, disks: Disks) -> ChosenCommand:
     """The command line of the one guest that is restored from ``source``; see CommandChoice."""
     choice = CommandChoice(source, words, disks)
     return choice.settle(choice.command)
@@ -131,9 +129,7 @@ class CommandChoice:
             if faults:
                 raise UsageError("; ".join(faults))
             notes += doubts
-        found = check_disks(
-            command, record, self._snapshot, overlays=self._disks.new_overlays
-        )
+        found = check_disks(command, record, self._snapshot, overlays=self._disks.new_overlays)
         notes += found.notes
         if found.faults:
             if not self._disks.as_they_are:
@@ -150,6 +146,8 @@ class CommandChoice:
         made, overlays = with_overlays(
             command, found.needs_overlay, directory, Path(self._snapshot).name, label
         )
-        notes += [f"disk {disk.name} is {os.fspath(path)!r}, over {disk.file!r}"
-                  for disk, path in overlays]  # fmt: skip
+        notes += [
+            f"disk {disk.name} is {os.fspath(path)!r}, over {disk.file!r}"
+            for disk, path in overlays
+        ]
         return ChosenCommand(made, tuple(notes), [path for _, path in overlays])

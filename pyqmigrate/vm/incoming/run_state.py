@@ -11,13 +11,13 @@ _MEANING = {
     "prelaunch": "it has not run yet; cont starts it",
     "io-error": "a disk request failed; cont tries it again, once the cause is gone",
     "internal-error": "its processors could not go on (KVM internal error); only system_reset "
-                      "followed by cont lets it run, from its firmware on",
+    "followed by cont lets it run, from its firmware on",
     "guest-panicked": "its kernel had crashed; look at its memory (pyqmigrate convert --to elf), "
-                      "or use system_reset followed by cont",
+    "or use system_reset followed by cont",
     "shutdown": "it had shut down; system_reset followed by cont starts it anew",
     "watchdog": "its watchdog had fired; cont lets it run",
     "postmigrate": "cont lets it run",
-}  # fmt: skip
+}
 
 
 def describe_state(state: str, saved: str | None, *, asked_to_run: bool) -> str | None:

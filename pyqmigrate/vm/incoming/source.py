@@ -117,7 +117,8 @@ class Source:
 
         seal = current_seal(self.place, self.fd)
         return (
-            seal is not None and seal.clear_pages_zero
+            seal is not None
+            and seal.clear_pages_zero
             and seal.head.bitmap_order == self.snapshot.bitmap_order
         )
 
@@ -145,8 +146,7 @@ class Source:
     ) -> tuple[Direct | None, str]:
         """QEMU reads single pages: they must suit the disk."""
         if direct is None or all(
-            block.page_size % direct.off_align == 0
-            and block.pages_offset % direct.off_align == 0
+            block.page_size % direct.off_align == 0 and block.pages_offset % direct.off_align == 0
             for block in self.snapshot.blocks.values()
         ):
             return direct, why

@@ -76,15 +76,34 @@ async def save_by_us(
 
             describing = await stack.enter_async_context(Describing(guest))
         return await _save(
-            custody, guest, way, target, changes, channels=channels, sparse=sparse, seal=seal,
-            resume=resume, describing=describing, at_instant=at_instant, progress=progress,
+            custody,
+            guest,
+            way,
+            target,
+            changes,
+            channels=channels,
+            sparse=sparse,
+            seal=seal,
+            resume=resume,
+            describing=describing,
+            at_instant=at_instant,
+            progress=progress,
         )
 
 
 async def _save(
-    custody: Custody, guest: Guest, way: Way, target: OutputTarget, changes: Changes, *,
-    channels: int, sparse: Sparse, seal: Algorithm | None, resume: bool,
-    describing: Describing | None, at_instant: AtInstant | None,
+    custody: Custody,
+    guest: Guest,
+    way: Way,
+    target: OutputTarget,
+    changes: Changes,
+    *,
+    channels: int,
+    sparse: Sparse,
+    seal: Algorithm | None,
+    resume: bool,
+    describing: Describing | None,
+    at_instant: AtInstant | None,
     progress: ProgressCallback | None,
 ) -> Written:
     await custody.apply(changes)
@@ -124,7 +143,9 @@ async def _save(
     if progress is not None:
         progress(job.progress)
     return Written(
-        report.bytes_written, downtime, _notes(report, describing),
+        report.bytes_written,
+        downtime,
+        _notes(report, describing),
         None if observer is None else observer.manifest,
     )
 
@@ -154,7 +175,9 @@ async def _devices_only(
             except QemuRefused as error:
                 raise DeviceStateRefused(_SAVE_DEVICES, _why(error, guest)) from error
         return await asyncio.to_thread(
-            read_devices, Descriptors(read), machine=guest.machine,
+            read_devices,
+            Descriptors(read),
+            machine=guest.machine,
             blocks={block.name: block.length for block in guest.blocks},
             page_size=1 << (guest.target_page_bits or 12),
             uuid=UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None,
@@ -172,8 +195,13 @@ def _why(error: QemuRefused, guest: Guest) -> str:
 
 
 def _start(
-    target: OutputTarget, guest: Guest, state: DeviceState, channels: int, sparse: Sparse,
-    observer: SaveSeal | None, describing: Describing | None,
+    target: OutputTarget,
+    guest: Guest,
+    state: DeviceState,
+    channels: int,
+    sparse: Sparse,
+    observer: SaveSeal | None,
+    describing: Describing | None,
 ) -> tuple[Job[SaveReport], asyncio.Event]:
     """Begin to write; the event is set when the pages are written, or will not be."""
     loop = asyncio.get_running_loop()
@@ -182,8 +210,12 @@ def _start(
         Descriptors(target.fd, target.direct.fd if target.direct else None),
         _ram_blocks(guest, state),
         direct_io=DirectIO.ON if target.direct else DirectIO.OFF,
-        sparse=sparse, channels=channels, machine=state.machine,
-        target_page_bits=state.target_page_bits, uuid=state.uuid, observer=observer,
+        sparse=sparse,
+        channels=channels,
+        machine=state.machine,
+        target_page_bits=state.target_page_bits,
+        uuid=state.uuid,
+        observer=observer,
     )
 
     def tell() -> None:
@@ -207,9 +239,7 @@ def _start(
         raise
 
 
-def _tail(
-    state: DeviceState, describing: Describing | None, writer: Writer
-) -> Iterator[bytes]:
+def _tail(state: DeviceState, describing: Describing | None, writer: Writer) -> Iterator[bytes]:
     """What follows the pages. The file goes to disk while the description is waited for."""
     described = None
     if describing is not None:
@@ -217,8 +247,10 @@ def _tail(
             writer.target.flush()
         described = describing.wait()
     yield encode_tail(
-        settings=writer.settings, sections=state.sections,
-        description=described or state.description, switchover_start=state.switchover_start,
+        settings=writer.settings,
+        sections=state.sections,
+        description=described or state.description,
+        switchover_start=state.switchover_start,
         page_size=state.page_size,
     )
 

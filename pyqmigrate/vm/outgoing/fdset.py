@@ -53,7 +53,8 @@ def _open(target: OutputTarget, flags: int) -> int:
     if not same or fcntl.fcntl(fd, fcntl.F_GETFL) & _MATTERS != flags:
         os.close(fd)
         raise TargetError(
-            errno.EINVAL, "the system opened another file, or with other flags, for QEMU",
+            errno.EINVAL,
+            "the system opened another file, or with other flags, for QEMU",
             target.name,
         )
     return fd

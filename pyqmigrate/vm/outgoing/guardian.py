@@ -49,9 +49,16 @@ from collections.abc import Generator, Iterator
 from typing import Any, TypeAlias
 
 __all__ = [
-    "A_MOMENT", "PARTIAL", "Busy", "Did", "Refused", "Step", "goes_on_in", "put_back",
+    "A_MOMENT",
+    "PARTIAL",
+    "Busy",
+    "Did",
+    "Refused",
+    "Step",
+    "goes_on_in",
+    "put_back",
     "undo_disks",
-]  # fmt: skip
+]
 
 PARTIAL = ".partial"  # what the names of unfinished files end in
 _NAME_LEFT = 240  # bytes of a name before ".left" and a number: 255 are the limit
@@ -59,9 +66,13 @@ _LEFT_MAX = 1000
 _PATIENCE = 600.0  # seconds, for the monitor to become free and the migration to end
 _UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "failing", "wait-unplug"}
 _POSTCOPY = {
-    "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup",
-    "postcopy-device", "colo",
-}  # fmt: skip
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover",
+    "postcopy-recover-setup",
+    "postcopy-device",
+    "colo",
+}
 _MAY_BE_CANCELLED = {"active", "pre-switchover", "wait-unplug"}
 _BETWEEN = {"finish-migrate", "save-vm"}
 # Moments: QEMU's time slot for bandwidth; no news for so long; and after so many it must do.
@@ -103,7 +114,10 @@ class Busy(Exception):
 
 
 def put_back(
-    finding: dict[str, Any], *, resume: bool | None = None, published: bool = False,
+    finding: dict[str, Any],
+    *,
+    resume: bool | None = None,
+    published: bool = False,
     patience: int | None = None,
 ) -> Generator[Step, Any, list[str]]:
     """The commands that leave a guest as it was found: generator of (command, arguments).
@@ -269,8 +283,11 @@ def _until_quiet() -> Generator[Step, Any, None]:
 
 
 def _attempt(
-    command: str, arguments: dict[str, Any] | None, trouble: list[str],
-    *, only_in: set[str] | None = None,
+    command: str,
+    arguments: dict[str, Any] | None,
+    trouble: list[str],
+    *,
+    only_in: set[str] | None = None,
 ) -> Generator[Step, Any, None]:
     """``only_in`` are the run states in which it makes sense."""
     try:
@@ -375,9 +392,7 @@ class _Qemu:
         return not select.select([self._fd], [], [], 0)[0]
 
 
-def _put_back(
-    finding: dict[str, Any], deadline: float, published: bool
-) -> list[str] | None:
+def _put_back(finding: dict[str, Any], deadline: float, published: bool) -> list[str] | None:
     """What could not be done; None when the time was over before."""
     monitor = _Monitor(finding["monitor"], deadline)
     steps = put_back(finding, published=published)
@@ -432,7 +447,8 @@ def _not_put_back(finding: dict[str, Any]) -> list[str]:
 
 def _overlays_left(finding: dict[str, Any]) -> list[str]:
     left = [
-        disk for disk in finding["disks"]
+        disk
+        for disk in finding["disks"]
         if os.path.lexists(disk["here"]) or os.path.lexists(disk["file"])
     ]
     return [f"disk {goes_on_in(disk)}: if QEMU is gone, start it so" for disk in left]

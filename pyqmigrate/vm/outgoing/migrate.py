@@ -31,7 +31,6 @@ _ENDED = {Status.COMPLETED, Status.FAILED, Status.CANCELLED}
 _STOPPING = {"finish-migrate", "save-vm"}
 
 
-
 @dataclass(frozen=True)
 class Written:
     """What an engine did. ``bytes_written`` went to the file; ``downtime`` is in seconds, None
@@ -86,8 +85,12 @@ async def migrate(
 
 
 async def _wait(
-    custody: Custody, started: float, progress: ProgressCallback | None, watch: _Watch | None,
-    *, until: Status | None = None,
+    custody: Custody,
+    started: float,
+    progress: ProgressCallback | None,
+    watch: _Watch | None,
+    *,
+    until: Status | None = None,
 ) -> dict[str, Any]:
     reported = started
     pause = _FIRST_WAIT

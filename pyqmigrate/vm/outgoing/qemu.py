@@ -62,7 +62,11 @@ async def save_by_qemu(
             if running and not live:
                 await custody.stop()
             info = await migrate(
-                custody, path, at_instant=at_instant, pause=running and live, progress=progress,
+                custody,
+                path,
+                at_instant=at_instant,
+                pause=running and live,
+                progress=progress,
                 watch=shorten if live else None,
             )
             if at_instant is not None:

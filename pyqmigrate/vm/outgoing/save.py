@@ -154,11 +154,20 @@ async def save(
     was written is not what the guest has.
     """
     request = _Request(
-        os.fspath(snapshot), engine, live, None if then is None else choice(Then, then, "then"),
-        check_channels(channels), choice(DirectIO, direct_io, "direct_io"),
-        choice(Sparse, sparse, "sparse"), with_disks, progress,
-        None if seal is None else choice(Algorithm, seal, "seal"), describe,
-        absolute(target_path(snapshot)), set_time, guest_agent,
+        os.fspath(snapshot),
+        engine,
+        live,
+        None if then is None else choice(Then, then, "then"),
+        check_channels(channels),
+        choice(DirectIO, direct_io, "direct_io"),
+        choice(Sparse, sparse, "sparse"),
+        with_disks,
+        progress,
+        None if seal is None else choice(Algorithm, seal, "seal"),
+        describe,
+        absolute(target_path(snapshot)),
+        set_time,
+        guest_agent,
     )
     if request.seal is not None:
         digester(request.seal)
@@ -197,9 +206,7 @@ class _Save:
         self.guest = guest
         self.request = request
         self.choice: Choice = choose_engine(guest, engine=request.engine, live=request.live)
-        self.disks = (
-            disks.prepare(guest, request.path) if request.with_disks else None
-        )
+        self.disks = disks.prepare(guest, request.path) if request.with_disks else None
         self.recording: Recording
 
     async def run(self) -> VmSaveReport:
@@ -220,18 +227,20 @@ class _Save:
 
     async def _attempt(self) -> VmSaveReport:
         self.recording = recording = await Recording.begin(
-            self.monitor, self.guest, self.request.path, plan=self.disks,
-            engine=self.choice.engine, way=self.choice.way, seal=self.request.seal,
+            self.monitor,
+            self.guest,
+            self.request.path,
+            plan=self.disks,
+            engine=self.choice.engine,
+            way=self.choice.way,
+            seal=self.request.seal,
         )
         custody = Custody(
             self.monitor, self.guest, os.fspath(self.request.path), self.disks, recording
         )
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
-            opened = custody.opened(
-                self.request.direct_io, in_use=in_use,
-                beside=[recording.path],
-            )
+            opened = custody.opened(self.request.direct_io, in_use=in_use, beside=[recording.path])
             async with custody, opened as target:
                 plan = await unbroken(asyncio.to_thread(self._plan, target))
                 return await self._run(target, plan, custody)
@@ -245,9 +254,7 @@ class _Save:
             if not custody.published:
                 recording.discard()
 
-    async def _run(
-        self, target: OutputTarget, plan: Plan, custody: Custody
-    ) -> VmSaveReport:
+    async def _run(self, target: OutputTarget, plan: Plan, custody: Custody) -> VmSaveReport:
         written = await self._engine(custody, target, plan)
         file_size, allocated = os.fstat(target.fd).st_size, target.allocated_bytes()
         direct, reason = target.direct is not None, target.direct_io_reason
@@ -283,7 +290,11 @@ class _Save:
             record=os.fspath(self.recording.path) if self.recording.published else None,
             seal=self.request.seal,
             notes=(
-                *plan.notes, *written.notes, *self.recording.notes, *clock, *late,
+                *plan.notes,
+                *written.notes,
+                *self.recording.notes,
+                *clock,
+                *late,
                 *custody.trouble,
             ),
         )
@@ -298,9 +309,14 @@ class _Save:
     def _plan(self, target: OutputTarget) -> Plan:
         """Fail before QEMU is touched where the file cannot fit."""
         plan = make_plan(
-            self.guest, self.choice, channels=self.request.channels,
-            direct=target.direct is not None, sparse=self.request.sparse, live=self.request.live,
-            with_disks=self.disks is not None, free=target.free_bytes(),
+            self.guest,
+            self.choice,
+            channels=self.request.channels,
+            direct=target.direct is not None,
+            sparse=self.request.sparse,
+            live=self.request.live,
+            with_disks=self.disks is not None,
+            free=target.free_bytes(),
         )
         if plan.fits is False and plan.free is not None:
             raise NoSpace(
@@ -315,14 +331,29 @@ class _Save:
         at_instant: AtInstant | None = custody.take_disks if self.disks else None
         if self.choice.way is None:
             return await save_by_qemu(
-                custody, target, plan.changes, run_state=self.guest.run_state,
-                running=self.guest.running, live=request.live,
-                resume=self._resumes, at_instant=at_instant, progress=request.progress,
+                custody,
+                target,
+                plan.changes,
+                run_state=self.guest.run_state,
+                running=self.guest.running,
+                live=request.live,
+                resume=self._resumes,
+                at_instant=at_instant,
+                progress=request.progress,
             )
         return await save_by_us(
-            custody, self.guest, self.choice.way, target, plan.changes, channels=request.channels,
-            sparse=plan.sparse, seal=request.seal, resume=self._resumes, describe=request.describe,
-            at_instant=at_instant, progress=request.progress,
+            custody,
+            self.guest,
+            self.choice.way,
+            target,
+            plan.changes,
+            channels=request.channels,
+            sparse=plan.sparse,
+            seal=request.seal,
+            resume=self._resumes,
+            describe=request.describe,
+            at_instant=at_instant,
+            progress=request.progress,
         )
 
     async def _clock(self, downtime: float | None) -> list[str]:

@@ -66,7 +66,11 @@ class Custody:
     """
 
     def __init__(
-        self, monitor: Monitor, guest: Guest, snapshot: str, plan: DiskPlan | None = None,
+        self,
+        monitor: Monitor,
+        guest: Guest,
+        snapshot: str,
+        plan: DiskPlan | None = None,
         recording: Recording | None = None,
     ) -> None:
         self.monitor = monitor
@@ -128,7 +132,11 @@ class Custody:
         ``beside`` it that will be written too.
         """
         opening = asyncio.to_thread(
-            OutputTarget.open, self._snapshot, direct_io, in_use=in_use, beside=beside,
+            OutputTarget.open,
+            self._snapshot,
+            direct_io,
+            in_use=in_use,
+            beside=beside,
             mark=self._token,
         )
         target = await owned(opening, OutputTarget.abort)
@@ -149,9 +157,10 @@ class Custody:
         self._tell(
             capabilities={name: change.before for name, change in changes.capabilities.items()},
             parameters={
-                **changes.touched, **{n: change.before for n, change in changes.parameters.items()}
+                **changes.touched,
+                **{n: change.before for n, change in changes.parameters.items()},
             },
-        )  # fmt: skip
+        )
         if changes.parameters or changes.capabilities:
             self._note(Did.SETTINGS)
         if changes.parameters:
@@ -203,8 +212,10 @@ class Custody:
         """Let the guest go on. QemuError when it is not here that it was made to stand."""
         state = (await self.monitor.execute("query-status"))["status"]
         did = set(self._finding["did"])
-        if state == "postmigrate" and not did & {Did.MIGRATING, Did.MIGRATED} and (
-            self.guest.run_state != state
+        if (
+            state == "postmigrate"
+            and not did & {Did.MIGRATING, Did.MIGRATED}
+            and (self.guest.run_state != state)
         ):
             raise QemuError(
                 "somebody else has migrated the guest meanwhile: it may run elsewhere by now"
@@ -224,9 +235,7 @@ class Custody:
         number: int | None = None
         self._note(Did.LENT)
         for name, fd in fds.items():
-            number = await self.monitor.add_fd(
-                fd, fdset_id=number, opaque=f"{self._token} {name}"
-            )
+            number = await self.monitor.add_fd(fd, fdset_id=number, opaque=f"{self._token} {name}")
         yield f"/dev/fdset/{number}"
         await self.monitor.execute("remove-fd", {"fdset-id": number})
 
@@ -268,16 +277,18 @@ class Custody:
 
     def _start_guardian(self) -> None:
         """It gets neither our signals nor our terminal."""
-        command = [
-            sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), self._snapshot
-        ]  # fmt: skip
+        command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), self._snapshot]
         ours, its = socket.socketpair()
         try:
             with its:
                 self._guardian = subprocess.Popen(
-                    command, stdin=its.fileno(), stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
-                )  # fmt: skip
+                    command,
+                    stdin=its.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    cwd="/",
+                )
         except OSError as error:
             ours.close()
             raise target_error(error, "cannot start the guardian process") from error

@@ -14,8 +14,12 @@ from enum import StrEnum
 from pyqmigrate.vm.guest.inspect import Guest
 
 __all__ = [
-    "Way", "devices_with_backends", "missed_devices", "why_no_migration", "why_no_migration_now",
-]  # fmt: skip
+    "Way",
+    "devices_with_backends",
+    "missed_devices",
+    "why_no_migration",
+    "why_no_migration_now",
+]
 
 
 class Way(StrEnum):
@@ -35,7 +39,7 @@ _DEVICES = (
         re.compile(r"virtio-mem(?!ory)"),
         "its plugged-in memory (virtio-mem) is told in a section before RAM",
     ),
-)  # fmt: skip
+)
 _BACKENDS = re.compile(r"vhost-|tpm-")
 # Machines with a live section of their own.
 _MACHINES = (
@@ -44,7 +48,7 @@ _MACHINES = (
         re.compile(r"s390-ccw"),
         "the storage attributes of this machine are a live section (s390-storage_attributes)",
     ),
-)  # fmt: skip
+)
 # Capabilities that put more into a stream than RAM and device state, or take RAM out.
 _CAPABILITIES = {
     "block": "the capability block puts disks into the stream",
@@ -86,7 +90,8 @@ def _from_devices(guest: Guest) -> Iterator[str]:
 def devices_with_backends(guest: Guest) -> list[str]:
     """Devices whose state is with another process, which may not give it."""
     return [
-        f"{path.rpartition('/')[2]} ({kind})" for path, kind in guest.devices
+        f"{path.rpartition('/')[2]} ({kind})"
+        for path, kind in guest.devices
         if _BACKENDS.match(kind)
     ]
 
@@ -110,7 +115,17 @@ def why_no_migration_now(status: str) -> str | None:
 
 
 _UNDER_WAY = {
-    "setup", "active", "pre-switchover", "device", "cancelling", "failing", "wait-unplug", "colo",
-    "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup",
+    "setup",
+    "active",
+    "pre-switchover",
+    "device",
+    "cancelling",
+    "failing",
+    "wait-unplug",
+    "colo",
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover",
+    "postcopy-recover-setup",
     "postcopy-device",
-}  # fmt: skip
+}

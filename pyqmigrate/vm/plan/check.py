@@ -102,8 +102,12 @@ class CheckReport:
 
 
 async def check(
-    monitor: Monitor, directory: str | os.PathLike[str] | None = None, *,
-    engine: str = "auto", live: bool = False, sparse: Sparse | str = Sparse.AUTO,
+    monitor: Monitor,
+    directory: str | os.PathLike[str] | None = None,
+    *,
+    engine: str = "auto",
+    live: bool = False,
+    sparse: Sparse | str = Sparse.AUTO,
 ) -> CheckReport:
     """Say what a save into ``directory`` would do; the other arguments are those of a save.
 
@@ -154,12 +158,16 @@ async def check(
         )
 
 
-def _plan(
-    guest: Guest, choice: Choice, sparse: Sparse, live: bool, disk: DiskRate | None
-) -> Plan:
+def _plan(guest: Guest, choice: Choice, sparse: Sparse, live: bool, disk: DiskRate | None) -> Plan:
     return make_plan(
-        guest, choice, channels=2, direct=disk is None or disk.direct_io, sparse=sparse, live=live,
-        with_disks=False, free=None if disk is None else disk.free,
+        guest,
+        choice,
+        channels=2,
+        direct=disk is None or disk.direct_io,
+        sparse=sparse,
+        live=live,
+        with_disks=False,
+        free=None if disk is None else disk.free,
     )
 
 
@@ -193,7 +201,8 @@ def _warnings(guest: Guest, choice: Choice | None, disk: DiskRate | None) -> Ite
             yield f"capability {name} is on: it {what}"
     if guest.capabilities.get("x-ignore-shared"):
         what = (
-            "leaves shared memory out of the file" if guest.version >= _IGNORES_SHARED
+            "leaves shared memory out of the file"
+            if guest.version >= _IGNORES_SHARED
             else "makes mapped-ram fail with 'Bad address' at the very end"
         )
         yield f"capability x-ignore-shared is on: it {what}"

@@ -56,8 +56,7 @@ class Plan:
         return None if self.free is None else self.need <= self.free
 
     def need_of(self, data: int) -> int:
-        """The disk that the file takes at most, if ``data`` bytes are in pages that are not zero.
-        """
+        """The disk that the file takes at most, if ``data`` bytes are in pages that are not zero."""
         return _need(self.engine, self.sparse, self.contents, data, self.total)
 
     def seconds(self, data: int, rate: float) -> float:
@@ -88,11 +87,16 @@ def make_plan(
 
     def plan(sparse: Sparse, data: int, *notes: str, counted: bool = True) -> Plan:
         return Plan(
-            choice.engine, guest.total_ram, sparse,
+            choice.engine,
+            guest.total_ram,
+            sparse,
             _changes(guest, choice, channels, direct, sparse, live, with_disks, contents),
             _need(choice.engine, sparse, contents, data, guest.total_ram),
-            data if counted else None, free, contents, notes,
-        )  # fmt: skip
+            data if counted else None,
+            free,
+            contents,
+            notes,
+        )
 
     first = plan(sparse, unseen + extent_bytes(guest), counted=False)
     if first.fits is not False or sparse is Sparse.DENSE:
@@ -103,16 +107,15 @@ def make_plan(
         return first
     assert free is not None
     second = plan(
-        Sparse.EXACT, data,
+        Sparse.EXACT,
+        data,
         f"zero pages are left out one by one (sparse exact): {free >> 20} MiB are free, and what "
         f"is faster may take {first.need >> 20} MiB",
     )
     return second if second.fits else first
 
 
-def _need(
-    engine: Engine, sparse: Sparse, contents: Contents | None, data: int, total: int
-) -> int:
+def _need(engine: Engine, sparse: Sparse, contents: Contents | None, data: int, total: int) -> int:
     if sparse is Sparse.DENSE or (engine is Engine.QEMU and writes_all(sparse, contents)):
         pages = total
     elif engine is Engine.DIRECT:
@@ -123,8 +126,14 @@ def _need(
 
 
 def _changes(
-    guest: Guest, choice: Choice, channels: int, direct: bool, sparse: Sparse, live: bool,
-    with_disks: bool, contents: Contents | None,
+    guest: Guest,
+    choice: Choice,
+    channels: int,
+    direct: bool,
+    sparse: Sparse,
+    live: bool,
+    with_disks: bool,
+    contents: Contents | None,
 ) -> Changes:
     if choice.way is Way.DEVICES_ONLY:
         return no_changes()
@@ -132,6 +141,10 @@ def _changes(
     if choice.way is Way.IGNORE_SHARED:
         return for_device_state(guest, pause=pause)
     return for_pages(
-        guest, channels=channels, direct=direct, sparse=sparse, pause=pause and live,
+        guest,
+        channels=channels,
+        direct=direct,
+        sparse=sparse,
+        pause=pause and live,
         contents=contents,
-    )  # fmt: skip
+    )

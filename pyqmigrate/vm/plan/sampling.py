@@ -135,8 +135,17 @@ def _scan(
     def move(channel: Any, item: Range, fault: Any) -> int:
         memory, bitmap = memories[item.block]
         return _core.lib.qm_write(
-            channels.core, channel, file, blocks[item.block], memory.core, policy,
-            _core.ffi.NULL, bitmap.core, item.first, item.npages, fault,
+            channels.core,
+            channel,
+            file,
+            blocks[item.block],
+            memory.core,
+            policy,
+            _core.ffi.NULL,
+            bitmap.core,
+            item.first,
+            item.npages,
+            fault,
         )
 
     channels.run(ranges, move, "guest memory", [memory.name for memory, _ in memories])

@@ -17,9 +17,16 @@ from pyqmigrate.vm.guest.inspect import Guest
 from pyqmigrate.vm.plan.sampling import Contents
 
 __all__ = [
-    "WRITE_SECONDS", "Change", "Changes", "UsedSetting", "Value", "for_device_state", "for_pages",
-    "no_changes", "writes_all",
-]  # fmt: skip
+    "WRITE_SECONDS",
+    "Change",
+    "Changes",
+    "UsedSetting",
+    "Value",
+    "for_device_state",
+    "for_pages",
+    "no_changes",
+    "writes_all",
+]
 
 Value: TypeAlias = bool | int | str
 
@@ -44,7 +51,7 @@ _OFF = {
     "block": "disks are not saved this way",
 }
 _EVENTS: Mapping[str, tuple[bool, str]] = {
-    "events": (True, "QEMU reports the end of the migration at once"),
+    "events": (True, "QEMU reports the end of the migration at once")
 }
 _PLAIN_FAST: Mapping[str, tuple[Value, str]] = {
     "max-bandwidth": (0, "no limit"),

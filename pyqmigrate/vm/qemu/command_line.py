@@ -22,20 +22,62 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.format.uri import parse_size
 
 __all__ = [
-    "CommandLine", "Option", "escape", "flatten", "is_on", "is_qemu", "join_properties",
+    "CommandLine",
+    "Option",
+    "escape",
+    "flatten",
+    "is_on",
+    "is_qemu",
+    "join_properties",
     "read_ram_size",
-]  # fmt: skip
+]
 
 # Options that take no value. Every other one takes the next word, whatever it looks like.
-_SWITCHES = frozenset({
-    "S", "alt-grab", "async-teardown", "ctrl-grab", "curses", "daemonize", "enable-fips",
-    "enable-kvm", "enable-sync-profile", "full-screen", "h", "help", "jitdump", "mem-prealloc",
-    "no-acpi", "no-fd-bootchk", "no-hpet", "no-quit", "no-reboot", "no-shutdown",
-    "no-user-config", "nodefaults", "nodefconfig", "nographic", "old-param", "one-insn-per-tb",
-    "only-migratable", "perfmap", "portrait", "preconfig", "rtc-td-hack", "s", "sdl",
-    "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach",
-    "xen-domid-restrict",
-})  # fmt: skip
+_SWITCHES = frozenset(
+    {
+        "S",
+        "alt-grab",
+        "async-teardown",
+        "ctrl-grab",
+        "curses",
+        "daemonize",
+        "enable-fips",
+        "enable-kvm",
+        "enable-sync-profile",
+        "full-screen",
+        "h",
+        "help",
+        "jitdump",
+        "mem-prealloc",
+        "no-acpi",
+        "no-fd-bootchk",
+        "no-hpet",
+        "no-quit",
+        "no-reboot",
+        "no-shutdown",
+        "no-user-config",
+        "nodefaults",
+        "nodefconfig",
+        "nographic",
+        "old-param",
+        "one-insn-per-tb",
+        "only-migratable",
+        "perfmap",
+        "portrait",
+        "preconfig",
+        "rtc-td-hack",
+        "s",
+        "sdl",
+        "semihosting",
+        "singlestep",
+        "snapshot",
+        "usb",
+        "version",
+        "win2k-hack",
+        "xen-attach",
+        "xen-domid-restrict",
+    }
+)
 _QEMU = re.compile(r"(^|/)qemu-(system-[^/\s]+|kvm)$")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _SHOWN = 80  # characters of a value in an error
@@ -103,8 +145,11 @@ class Option:
         text = self.value or ""
         if text.lstrip().startswith("{"):
             found = dict(self._from_json(text))
-            return [value for name, value in found.items()
-                    if name == key or re.fullmatch(rf"{re.escape(key)}\.\d+", name)]
+            return [
+                value
+                for name, value in found.items()
+                if name == key or re.fullmatch(rf"{re.escape(key)}\.\d+", name)
+            ]
         items = (item.partition("=") for item in _split(text))
         return [value for name, equals, value in items if equals and name == key]
 

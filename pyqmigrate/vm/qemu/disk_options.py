@@ -72,7 +72,8 @@ def _drive(option: Option, users: dict[str, set[str]], volatile: bool) -> DiskOp
     if properties.get("file.driver", "file") not in _PROTOCOLS:
         file = None
     return DiskOption(
-        option, frozenset(n for n in (*names, properties.get("node-name")) if n),
+        option,
+        frozenset(n for n in (*names, properties.get("node-name")) if n),
         None if file is None else _path(file),
         properties.get("driver", properties.get("format")),
         not _is_read_only(properties) and properties.get("media") != "cdrom",
@@ -103,8 +104,12 @@ def _nodes(
                 break
             name = under
         yield DiskOption(
-            option, frozenset(names), _file_of(properties, nodes), properties.get("driver"),
-            writable, volatile,
+            option,
+            frozenset(names),
+            _file_of(properties, nodes),
+            properties.get("driver"),
+            writable,
+            volatile,
         )
 
 
@@ -159,7 +164,8 @@ def with_image(
 
 def _replaced_drive(properties: dict[str, str], file: str, form: str) -> str:
     kept = {
-        key: value for key, value in properties.items()
+        key: value
+        for key, value in properties.items()
         if key not in ("file", "file.filename", "file.driver", "format", "driver")
         and not key.startswith("backing")
     }
@@ -172,9 +178,7 @@ def _replaced_node(properties: dict[str, str], file: str, form: str) -> str:
     for key in _KEPT_OF_FILE:
         if f"file.{key}" in properties:
             inner[key] = properties[f"file.{key}"]
-    node: dict[str, Any] = {
-        "driver": form, "node-name": properties["node-name"], "file": inner,
-    }  # fmt: skip
+    node: dict[str, Any] = {"driver": form, "node-name": properties["node-name"], "file": inner}
     for key in _KEPT:
         if key in properties:
             front, _, last = key.partition(".")

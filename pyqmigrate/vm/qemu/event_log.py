@@ -28,9 +28,7 @@ class EventLog:
 
     def __init__(self, monitor: Monitor) -> None:
         self._stack = contextlib.ExitStack()
-        self._listener = self._stack.enter_context(
-            monitor.listener((_STOP, _RESUME, _MIGRATION))
-        )
+        self._listener = self._stack.enter_context(monitor.listener((_STOP, _RESUME, _MIGRATION)))
         self._stopped_at: int | None = None
         self._stood: int | None = None
         self._stands = False

@@ -70,9 +70,13 @@ class Launched:
 
 
 async def launch(
-    command: CommandLine, pass_fds: Collection[int], *,
+    command: CommandLine,
+    pass_fds: Collection[int],
+    *,
     qmp: Path | None = None,
-    stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+    stdin: Stream = None,
+    stdout: Stream = None,
+    stderr: Stream = None,
 ) -> Launched:
     """Start ``command`` and wait until its monitor answers; another one listens at ``qmp``.
 

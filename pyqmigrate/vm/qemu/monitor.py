@@ -116,7 +116,10 @@ class Monitor:
             await self._client.disconnect()
 
     async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *,
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
         timeout: float = _ANSWER_TIMEOUT,
     ) -> Any:
         """Run one command and return what it returns.
@@ -132,9 +135,7 @@ class Monitor:
     ) -> Any:
         try:
             async with asyncio.timeout(timeout):
-                return await self._client.execute(
-                    command, dict(arguments) if arguments else None
-                )
+                return await self._client.execute(command, dict(arguments) if arguments else None)
         except ExecuteError as error:
             raise QemuRefused(command, str(error), error.error_class) from error
         except (ExecInterruptedError, StateError, OSError, EOFError) as error:

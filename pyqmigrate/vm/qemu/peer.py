@@ -152,6 +152,5 @@ def _connections(connection: socket.socket) -> frozenset[int]:
         return frozenset()
     rows = (line.split(maxsplit=7) for line in lines[1:])
     return frozenset(
-        int(row[6]) for row in rows
-        if len(row) == 8 and row[5] == _CONNECTED and row[7] == wanted
+        int(row[6]) for row in rows if len(row) == 8 and row[5] == _CONNECTED and row[7] == wanted
     )

@@ -22,10 +22,13 @@ def with_configurations(command: CommandLine) -> CommandLine:
     one is left alone, since to read a pipe is to take it from QEMU; so is one that cannot be read.
     """
     front = command.directory or ""
-    return command.with_options(*(
-        made for option in command.all("readconfig")
-        for made in _options(Path(front, option.value or ""))
-    ))
+    return command.with_options(
+        *(
+            made
+            for option in command.all("readconfig")
+            for made in _options(Path(front, option.value or ""))
+        )
+    )
 
 
 def _options(file: Path) -> Iterator[Option]:

@@ -20,9 +20,7 @@ _KEYS = r"(?:password|passwd|passphrase|cookie|token)"
 _SWITCH = r"(?:on|off|yes|no|true|false|y|n)"  # of -vnc and -spice
 # key=value in a list of properties, where a comma is doubled, or in the words that a kernel is
 # given.
-_PROPERTY = re.compile(
-    rf"(?i)((?:^|[,.:\s?&]){_KEYS}=)(?!{_SWITCH}(?:[,\s]|$))((?:,,|[^,\s&])+)"
-)
+_PROPERTY = re.compile(rf"(?i)((?:^|[,.:\s?&]){_KEYS}=)(?!{_SWITCH}(?:[,\s]|$))((?:,,|[^,\s&])+)")
 _DATA = re.compile(r"((?:^|,)data=)((?:,,|[^,])+)")  # of -object secret
 _RBD_KEY = re.compile(r"(:key=)((?:\\.|[^:,\\])+)")  # of rbd:POOL/IMAGE:key=...
 _ADDRESS = re.compile(r"(\w+://[^/\s:@%]*[:%])([^/\s@]+)(?=@)")  # scheme://user:password@host
@@ -53,10 +51,9 @@ def _without_secrets(word: str) -> str:
 def _object(data: dict[str, Any]) -> dict[str, Any]:
     is_secret = data.get("qom-type") == "secret"
     return {
-        key: REDACTED if isinstance(item, str) and _is_secret_key(key, is_secret)
-        else _value(item)
+        key: REDACTED if isinstance(item, str) and _is_secret_key(key, is_secret) else _value(item)
         for key, item in data.items()
-    }  # fmt: skip
+    }
 
 
 def _value(item: Any) -> Any:

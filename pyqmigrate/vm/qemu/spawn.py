@@ -64,9 +64,7 @@ class Started:
     """A process on a leash. ``monitor`` is the socket on which its monitor will answer; whoever
     takes it owns it. ``at`` is when it was started (``time.monotonic``)."""
 
-    def __init__(
-        self, at: float, monitor: socket.socket, leash: Leash, qmp: Path | None
-    ) -> None:
+    def __init__(self, at: float, monitor: socket.socket, leash: Leash, qmp: Path | None) -> None:
         self.at = at
         self.monitor = monitor
         self._leash = leash
@@ -104,9 +102,13 @@ class Started:
 
 
 def start(
-    command: CommandLine, pass_fds: Collection[int], *,
+    command: CommandLine,
+    pass_fds: Collection[int],
+    *,
     qmp: Path | None = None,
-    stdin: Stream = None, stdout: Stream = None, stderr: Stream = None,
+    stdin: Stream = None,
+    stdout: Stream = None,
+    stderr: Stream = None,
 ) -> Started:
     """Start ``command``, with a monitor of ours besides, and one more that listens at ``qmp``.
 
@@ -136,16 +138,22 @@ def start(
         if qmp is not None:
             place = ours.enter_context(SocketPath(qmp))
             inherited += place.fds
-            added.append(Option(
-                "chardev",
-                f"socket,id={QMP_CHARDEV},path={escape(place.path)},server=on,wait=off",
-            ))
+            added.append(
+                Option(
+                    "chardev",
+                    f"socket,id={QMP_CHARDEV},path={escape(place.path)},server=on,wait=off",
+                )
+            )
         started._errors = errors = _ErrorOutput(stderr)
         ours.callback(errors.close_writer)
         try:
             started.process = subprocess.Popen(
-                command.with_options(*added).argv(), stdin=stdin, stdout=stdout,
-                stderr=errors.writer, pass_fds=inherited, cwd=command.directory,
+                command.with_options(*added).argv(),
+                stdin=stdin,
+                stdout=stdout,
+                stderr=errors.writer,
+                pass_fds=inherited,
+                cwd=command.directory,
             )
         except OSError as error:
             raise QemuError(f"{command.program} does not start: {error.strerror}") from error

@@ -121,10 +121,11 @@ def _without_own_monitors(command: CommandLine) -> CommandLine:
 def without_monitors(command: CommandLine) -> tuple[CommandLine, list[str]]:
     """Without its monitors, at which only one guest could listen, and what was left out."""
     monitors = [
-        option for option in command.options
-        if option.name in ("qmp", "qmp-pretty", "mon") or (
-            option.name == "monitor" and option.value != "none"
-        ) or (
+        option
+        for option in command.options
+        if option.name in ("qmp", "qmp-pretty", "mon")
+        or (option.name == "monitor" and option.value != "none")
+        or (
             option.name == "object"
             and option.properties("qom-type").get("qom-type", "").startswith("monitor-")
         )
@@ -133,12 +134,16 @@ def without_monitors(command: CommandLine) -> tuple[CommandLine, list[str]]:
         return command, []
     rest = [option for option in command.options if option not in monitors]
     used = {option.properties("chardev").get("chardev") for option in monitors}
-    left_out = [*monitors, *(
-        option for option in rest
-        if option.name == "chardev"
-        and (name := option.properties("backend").get("id")) in used
-        and not any(_uses(other, name or "") for other in rest if other is not option)
-    )]
+    left_out = [
+        *monitors,
+        *(
+            option
+            for option in rest
+            if option.name == "chardev"
+            and (name := option.properties("backend").get("id")) in used
+            and not any(_uses(other, name or "") for other in rest if other is not option)
+        ),
+    ]
     options = [option for option in command.options if option not in left_out]
     # Where none is named, QEMU would make one at its standard input.
     if not any(option.name == "monitor" for option in options):
@@ -189,8 +194,10 @@ def _refuse_descriptors(command: CommandLine) -> None:
     for option in command.options:
         if option.name in _NEVER_WORDS or option.value is None:
             continue
-        if option.name == "add-fd" or _DESCRIPTOR.search(option.value) or any(
-            _names_descriptor(option)
+        if (
+            option.name == "add-fd"
+            or _DESCRIPTOR.search(option.value)
+            or any(_names_descriptor(option))
         ):
             raise UsageError(
                 f"the recorded command line uses a descriptor that QEMU was handed ({option}): "

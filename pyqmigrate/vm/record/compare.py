@@ -25,8 +25,10 @@ _MODEL_VERSION = re.compile(r"-v\d+$")
 _RAM_UNIT = 8192  # bytes that QEMU rounds RAM up to
 _DEFAULT_RAM = 128 << 20  # of x86 machines
 # One device has several names; ids of buses and of what QEMU makes by itself do not count.
-_VIRTIO = re.compile(r"^(virtio-[a-z0-9]+)(?:-pci|-ccw|-device|-pci-non-transitional"
-                     r"|-pci-transitional)?$")  # fmt: skip
+_VIRTIO = re.compile(
+    r"^(virtio-[a-z0-9]+)(?:-pci|-ccw|-device|-pci-non-transitional"
+    r"|-pci-transitional)?$"
+)
 # Devices that are known to have a section in the stream, which QEMU does not load without them.
 _HAVE_STATE = re.compile(
     r"virtio-|vhost-|e1000|rtl8139|ne2k|pcnet|vmxnet3|igb|i8255|tulip|nvme|.*ahci|.*-[xeuo]hci|usb-|"
@@ -124,8 +126,9 @@ def _devices(command: CommandLine, record: VmRecord) -> Iterator[tuple[str, str]
     option of ``command``: type and sentence."""
     if command.has("readconfig"):
         return
-    given = Counter(_type(option.properties("driver").get("driver", ""))
-                    for option in command.all("device"))  # fmt: skip
+    given = Counter(
+        _type(option.properties("driver").get("driver", "")) for option in command.all("device")
+    )
     made_otherwise = " ".join(
         option.value or "" for option in command.options if option.name != "device"
     )
@@ -145,10 +148,13 @@ def _devices(command: CommandLine, record: VmRecord) -> Iterator[tuple[str, str]
         later = record.command is None or name not in in_command
         if later and given[_type(device.type)] <= 0:
             given[_type(device.type)] -= 1
-            yield device.type, (
-                f"the snapshot's VM has a device {device.type} of id {name!r}, which was plugged "
-                f"in after it was started: give -device {device.type},id={name} and what else it "
-                "had"
+            yield (
+                device.type,
+                (
+                    f"the snapshot's VM has a device {device.type} of id {name!r}, which was plugged "
+                    f"in after it was started: give -device {device.type},id={name} and what else it "
+                    "had"
+                ),
             )
 
 

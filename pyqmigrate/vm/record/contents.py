@@ -27,10 +27,25 @@ from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.vm.record.place import record_path
 
 __all__ = [
-    "FORMAT", "VERSION", "Backend", "Block", "Cpus", "Device", "DiskRecord", "Image",
-    "ImageState", "MachineRecord", "QemuProcess", "SaveFacts", "VmRecord", "decode_record",
-    "encode_record", "is_record", "read_record", "record_path",
-]  # fmt: skip
+    "FORMAT",
+    "VERSION",
+    "Backend",
+    "Block",
+    "Cpus",
+    "Device",
+    "DiskRecord",
+    "Image",
+    "ImageState",
+    "MachineRecord",
+    "QemuProcess",
+    "SaveFacts",
+    "VmRecord",
+    "decode_record",
+    "encode_record",
+    "is_record",
+    "read_record",
+    "record_path",
+]
 
 FORMAT = "pyqmigrate vm record"
 VERSION = 1
@@ -271,9 +286,20 @@ def _content(fd: int) -> bytes:
 
 _CLASSES: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (VmRecord, QemuProcess, MachineRecord, Cpus, Device, Backend, Block, DiskRecord,
-                 Image, ImageState, SaveFacts)
-}  # fmt: skip
+    for kind in (
+        VmRecord,
+        QemuProcess,
+        MachineRecord,
+        Cpus,
+        Device,
+        Backend,
+        Block,
+        DiskRecord,
+        Image,
+        ImageState,
+        SaveFacts,
+    )
+}
 
 
 def _read(value: Any, kind: str, place: str) -> Any:

@@ -139,11 +139,14 @@ def _compare(
             "that is taken for granted (an overlay would show it)"
         )
     else:
-        findings.faults.append(_with_cure(
-            f"disk {disk.name}: the snapshot belongs to {base!r}, and whether {given!r} holds the "
-            "same cannot be told (a copy that keeps the times is known as one: cp -p)",
-            changes, line,
-        ))
+        findings.faults.append(
+            _with_cure(
+                f"disk {disk.name}: the snapshot belongs to {base!r}, and whether {given!r} holds the "
+                "same cannot be told (a copy that keeps the times is known as one: cp -p)",
+                changes,
+                line,
+            )
+        )
 
 
 def _compare_base(
@@ -289,8 +292,17 @@ def _overlay_line(disk: DiskRecord, snapshot: str) -> str:
     import shlex  # for a refusal only
 
     front = f"{os.fspath(snapshot)}.{disk.name.rpartition('/')[2]}"
-    words = ["qemu-img", "create", "-f", "qcow2", "-b", disk.file, "-F", disk.format,
-             f"{front}.qcow2"]  # fmt: skip
+    words = [
+        "qemu-img",
+        "create",
+        "-f",
+        "qcow2",
+        "-b",
+        disk.file,
+        "-F",
+        disk.format,
+        f"{front}.qcow2",
+    ]
     return f"make a new overlay over it ({shlex.join(words)})"
 
 

@@ -55,7 +55,10 @@ def look_at_image(path: str | os.PathLike[str], *, qcow2: bool) -> ImageState | 
                 return None
             header = _read_qcow2(fd) if qcow2 else None
             return ImageState(
-                info.st_size, max(info.st_mtime_ns, 0), info.st_dev, info.st_ino,
+                info.st_size,
+                max(info.st_mtime_ns, 0),
+                info.st_dev,
+                info.st_ino,
                 None if header is None else header.digest,
             )
         finally:
@@ -90,7 +93,9 @@ def _read_qcow2(fd: int) -> Qcow2 | None:
     if header.backing_offset and header.backing_size <= BACKING_MAX:
         backing = os.fsdecode(os.pread(fd, header.backing_size, header.backing_offset))
     return Qcow2(
-        backing, backing_format(os.pread(fd, EXTENSIONS_MAX, header.extensions_offset)),
-        header.size, not any(l1) and 8 * header.l1_entries <= _L1_MAX,
+        backing,
+        backing_format(os.pread(fd, EXTENSIONS_MAX, header.extensions_offset)),
+        header.size,
+        not any(l1) and 8 * header.l1_entries <= _L1_MAX,
         xxhash.xxh3_128_hexdigest(header.described() + l1),
     )

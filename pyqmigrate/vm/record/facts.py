@@ -17,7 +17,10 @@ __all__ = ["backends", "blocks", "cpus", "devices", "machine", "qemu_process"]
 def qemu_process(guest: Guest, command: ProcessCommand) -> QemuProcess:
     """The process of ``guest``, with the command line that it shows."""
     return QemuProcess(
-        ".".join(map(str, guest.version)), guest.binary, command.words, command.redacted,
+        ".".join(map(str, guest.version)),
+        guest.binary,
+        command.words,
+        command.redacted,
         command.directory,
     )
 
@@ -27,8 +30,12 @@ async def machine(monitor: Monitor, guest: Guest) -> MachineRecord:
     memory = await _asked(monitor, "query-memory-size-summary") or {}
     kvm = await _asked(monitor, "query-kvm")
     return MachineRecord(
-        guest.machine, guest.target, None if kvm is None else "kvm" if kvm["enabled"] else "tcg",
-        guest.uuid, memory.get("base-memory"), memory.get("plugged-memory"),
+        guest.machine,
+        guest.target,
+        None if kvm is None else "kvm" if kvm["enabled"] else "tcg",
+        guest.uuid,
+        memory.get("base-memory"),
+        memory.get("plugged-memory"),
     )
 
 
@@ -38,15 +45,18 @@ async def cpus(monitor: Monitor) -> Cpus:
     possible = await _asked(monitor, "query-hotpluggable-cpus") or []
     kind = ""
     if present:
-        kind = str(await _asked(
-            monitor, "qom-get", {"path": present[0]["qom-path"], "property": "type"}
-        ) or "")  # fmt: skip
+        kind = str(
+            await _asked(monitor, "qom-get", {"path": present[0]["qom-path"], "property": "type"})
+            or ""
+        )
     levels: dict[str, set[int]] = defaultdict(set)
     for slot in possible:
         for name, number in slot["props"].items():
             levels[name.removesuffix("-id")].add(number)
     return Cpus(
-        len(present), sum(slot["vcpus-count"] for slot in possible), kind,
+        len(present),
+        sum(slot["vcpus-count"] for slot in possible),
+        kind,
         {name: len(numbers) for name, numbers in levels.items()},
     )
 
@@ -58,10 +68,12 @@ async def backends(monitor: Monitor) -> tuple[Backend, ...]:
         for entry in await _asked(monitor, "qom-list", {"path": "/objects"}) or []
     }
     return tuple(
-        Backend(each["id"], types.get(each["id"], ""), int(each["size"]),
-                bool(each.get("share", False)))
-        for each in await monitor.execute("query-memdev") if "id" in each
-    )  # fmt: skip
+        Backend(
+            each["id"], types.get(each["id"], ""), int(each["size"]), bool(each.get("share", False))
+        )
+        for each in await monitor.execute("query-memdev")
+        if "id" in each
+    )
 
 
 def devices(guest: Guest) -> tuple[Device, ...]:
@@ -72,9 +84,7 @@ def blocks(guest: Guest) -> tuple[Block, ...]:
     return tuple(Block(block.name, block.length) for block in guest.blocks)
 
 
-async def _asked(
-    monitor: Monitor, command: str, arguments: dict[str, Any] | None = None
-) -> Any:
+async def _asked(monitor: Monitor, command: str, arguments: dict[str, Any] | None = None) -> Any:
     """The answer, None where this QEMU or this machine has none."""
     try:
         return await monitor.execute(command, arguments)

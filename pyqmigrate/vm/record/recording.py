@@ -72,8 +72,14 @@ class Recording:
 
     @classmethod
     async def begin(
-        cls, monitor: Monitor, guest: Guest, snapshot: Path, *,
-        plan: DiskPlan | None = None, engine: str, way: str | None = None,
+        cls,
+        monitor: Monitor,
+        guest: Guest,
+        snapshot: Path,
+        *,
+        plan: DiskPlan | None = None,
+        engine: str,
+        way: str | None = None,
         seal: str | None = None,
     ) -> Recording:
         """Ask QEMU and its process what there is to record. Queries only.
@@ -83,14 +89,23 @@ class Recording:
         path = check_replaceable(record_path(snapshot), RECORD)
         command = read_command(guest.pid)
         draft = VmRecord(
-            snapshot.name, "", record_facts.qemu_process(guest, command),
-            await record_facts.machine(monitor, guest), await record_facts.cpus(monitor),
-            record_facts.devices(guest), await record_facts.backends(monitor),
-            record_facts.blocks(guest), (),
+            snapshot.name,
+            "",
+            record_facts.qemu_process(guest, command),
+            await record_facts.machine(monitor, guest),
+            await record_facts.cpus(monitor),
+            record_facts.devices(guest),
+            await record_facts.backends(monitor),
+            record_facts.blocks(guest),
+            (),
             SaveFacts(
-                engine, way, seal,
+                engine,
+                way,
+                seal,
                 tuple(name for name, on in guest.capabilities.items() if on),
-                guest.run_state, False, 0,
+                guest.run_state,
+                False,
+                0,
             ),
         )
         self = cls(path, guest, draft)
@@ -117,8 +132,7 @@ class Recording:
         with target.opened_for_reading() as fd, Snapshot(Descriptors(fd)) as snapshot:
             identity = identify(snapshot)
         self._draft = draft._replace(
-            identity=identity,
-            save=draft.save._replace(resumed=resumed, instant_ns=self._instant),
+            identity=identity, save=draft.save._replace(resumed=resumed, instant_ns=self._instant)
         )
         self._write()
 
@@ -136,7 +150,8 @@ class Recording:
             )
         except OSError as error:
             what = (
-                "may not outlast a power cut" if self.published
+                "may not outlast a power cut"
+                if self.published
                 else f"could not be given its name, and is {self.provisional.name!r}"
             )
             self.notes.append(
@@ -171,7 +186,8 @@ class Recording:
         """The states of the images of writable disks; ``place`` is where a file of QEMU's is."""
         return {
             file: look_at_image(place(_plain(file)), qcow2=form == "qcow2")
-            for disk in self._guest.disks if disk.writable
+            for disk in self._guest.disks
+            if disk.writable
             for file, form, _ in _files(disk)
         }
 
@@ -197,7 +213,11 @@ class Recording:
         )
         overlay = self._overlays.get(disk.node) if disk.writable else None
         return DiskRecord(
-            disk.device, disk.qdev, disk.node, disk.writable, images,
+            disk.device,
+            disk.qdev,
+            disk.node,
+            disk.writable,
+            images,
             None if overlay is None else self._absolute(overlay),
             disk.writable and overlay is None and self._draft.save.resumed,
         )

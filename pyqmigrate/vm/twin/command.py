@@ -38,23 +38,110 @@ Sizes = Callable[[str], int | None]
 """Return the size in bytes of the image with this id, node name or path; None if not known."""
 
 # Options that shape the machine and are passed on as they are. Files that they name are read only.
-_KEPT = frozenset({
-    "L", "accel", "acpitable", "action", "append", "bios", "boot", "cpu", "dtb", "enable-kvm",
-    "fw_cfg", "g", "global", "initrd", "kernel", "m", "no-acpi", "no-fd-bootchk",
-    "no-hpet", "no-user-config", "nodefaults", "nographic", "numa", "old-param", "option-rom",
-    "prom-env", "rtc", "sandbox", "shim", "smbios", "smp", "usb", "uuid", "vga",
-})  # fmt: skip
+_KEPT = frozenset(
+    {
+        "L",
+        "accel",
+        "acpitable",
+        "action",
+        "append",
+        "bios",
+        "boot",
+        "cpu",
+        "dtb",
+        "enable-kvm",
+        "fw_cfg",
+        "g",
+        "global",
+        "initrd",
+        "kernel",
+        "m",
+        "no-acpi",
+        "no-fd-bootchk",
+        "no-hpet",
+        "no-user-config",
+        "nodefaults",
+        "nographic",
+        "numa",
+        "old-param",
+        "option-rom",
+        "prom-env",
+        "rtc",
+        "sandbox",
+        "shim",
+        "smbios",
+        "smp",
+        "usb",
+        "uuid",
+        "vga",
+    }
+)
 # Options for the host, for people, or for what a guest does when it runs.
-_DROPPED = frozenset({
-    "D", "S", "add-fd", "alt-grab", "async-teardown", "audio-help", "chroot", "compat",
-    "ctrl-grab", "curses", "d", "daemonize", "dfilter", "display", "echr", "enable-fips",
-    "enable-sync-profile", "full-screen", "gdb", "incoming", "iscsi", "jitdump", "k", "loadvm",
-    "mem-path", "mem-prealloc", "mon", "monitor", "msg", "name", "no-quit", "no-reboot",
-    "no-shutdown", "one-insn-per-tb", "only-migratable", "overcommit", "perfmap", "pidfile",
-    "plugin", "portrait", "preconfig", "qmp", "qmp-pretty", "qtest", "qtest-log", "run-with",
-    "runas", "s", "sdl", "seed", "semihosting", "semihosting-config", "singlestep", "snapshot",
-    "spice", "trace", "tb-size", "user", "vnc", "win2k-hack", "writeconfig",
-})  # fmt: skip
+_DROPPED = frozenset(
+    {
+        "D",
+        "S",
+        "add-fd",
+        "alt-grab",
+        "async-teardown",
+        "audio-help",
+        "chroot",
+        "compat",
+        "ctrl-grab",
+        "curses",
+        "d",
+        "daemonize",
+        "dfilter",
+        "display",
+        "echr",
+        "enable-fips",
+        "enable-sync-profile",
+        "full-screen",
+        "gdb",
+        "incoming",
+        "iscsi",
+        "jitdump",
+        "k",
+        "loadvm",
+        "mem-path",
+        "mem-prealloc",
+        "mon",
+        "monitor",
+        "msg",
+        "name",
+        "no-quit",
+        "no-reboot",
+        "no-shutdown",
+        "one-insn-per-tb",
+        "only-migratable",
+        "overcommit",
+        "perfmap",
+        "pidfile",
+        "plugin",
+        "portrait",
+        "preconfig",
+        "qmp",
+        "qmp-pretty",
+        "qtest",
+        "qtest-log",
+        "run-with",
+        "runas",
+        "s",
+        "sdl",
+        "seed",
+        "semihosting",
+        "semihosting-config",
+        "singlestep",
+        "snapshot",
+        "spice",
+        "trace",
+        "tb-size",
+        "user",
+        "vnc",
+        "win2k-hack",
+        "writeconfig",
+    }
+)
 # Drivers of devices whose state is with a host device, another process or another machine.
 _NO_STAND_IN = re.compile(
     r"vfio-|vhost-|vhost_|virtio-input-host|usb-host|scsi-block|scsi-generic|u2f-passthru|tpm-|"
@@ -62,9 +149,9 @@ _NO_STAND_IN = re.compile(
 )
 _USB_DEVICES = frozenset({"braille", "keyboard", "mouse", "tablet", "wacom-tablet"})
 # Objects that devices refer to and that have no host side, or none that is used.
-_KEPT_OBJECTS = frozenset({
-    "can-bus", "cryptodev-backend-builtin", "iothread", "rng-builtin", "throttle-group",
-})  # fmt: skip
+_KEPT_OBJECTS = frozenset(
+    {"can-bus", "cryptodev-backend-builtin", "iothread", "rng-builtin", "throttle-group"}
+)
 _DROPPED_OBJECTS = re.compile(
     r"authz-|filter-|input-|main-loop|monitor-|secret|thread-context|tls-|colo-compare"
 )
@@ -73,22 +160,48 @@ _RANDOM = frozenset({"rng-random", "rng-egd"})
 _DRIVE_KEYS = ("if", "index", "bus", "unit", "media", "id", "werror", "rerror")
 _READ_ONLY = ("readonly", "read-only")
 # Keys of user-mode networking that open nothing on the host.
-_USER_KEYS = frozenset({
-    "dhcpstart", "dns", "host", "hostname", "id", "ipv4", "ipv6", "ipv6-dns", "ipv6-host",
-    "ipv6-net", "ipv6-prefix", "ipv6-prefixlen", "mac", "model", "name", "net", "type", "addr",
-    "vectors",
-})  # fmt: skip
+_USER_KEYS = frozenset(
+    {
+        "dhcpstart",
+        "dns",
+        "host",
+        "hostname",
+        "id",
+        "ipv4",
+        "ipv6",
+        "ipv6-dns",
+        "ipv6-host",
+        "ipv6-net",
+        "ipv6-prefix",
+        "ipv6-prefixlen",
+        "mac",
+        "model",
+        "name",
+        "net",
+        "type",
+        "addr",
+        "vectors",
+    }
+)
 _NIC_KEYS = frozenset({"addr", "id", "mac", "model", "vectors"})
 _TAPS = frozenset({"bridge", "tap"})
 # Backends without virtio headers; whatever is at their other end, a hub is as good.
-_WIRES = frozenset({"af-xdp", "dgram", "hubport", "l2tpv3", "netmap", "passt", "socket", "stream",
-                    "vde"})  # fmt: skip
+_WIRES = frozenset(
+    {"af-xdp", "dgram", "hubport", "l2tpv3", "netmap", "passt", "socket", "stream", "vde"}
+)
 _IMAGES = {
-    "": "index=0,media=disk", "hda": "index=0,media=disk", "hdb": "index=1,media=disk",
-    "hdc": "index=2,media=disk", "hdd": "index=3,media=disk", "cdrom": "index=2,media=cdrom",
-    "fda": "if=floppy,index=0", "fdb": "if=floppy,index=1", "sd": "if=sd", "mtdblock": "if=mtd",
+    "": "index=0,media=disk",
+    "hda": "index=0,media=disk",
+    "hdb": "index=1,media=disk",
+    "hdc": "index=2,media=disk",
+    "hdd": "index=3,media=disk",
+    "cdrom": "index=2,media=cdrom",
+    "fda": "if=floppy,index=0",
+    "fdb": "if=floppy,index=1",
+    "sd": "if=sd",
+    "mtdblock": "if=mtd",
     "pflash": "if=pflash",
-}  # fmt: skip
+}
 # What this package adds to the command line of a QEMU that it starts: a pipe, with a monitor.
 _OWN_CONFIGURATION = re.compile(r"/proc/self/fd/[0-9]+")
 _MONITORS_OFF = (Option("display", "none"), Option("monitor", "none"))
@@ -227,9 +340,10 @@ class _Rewriter:
 
     def _audio(self, option: Option) -> Iterator[Option]:
         given = option.properties("driver")
-        yield Option("audio", join_properties(
-            "none", {key: given[key] for key in ("model", "id") if key in given}
-        ))
+        yield Option(
+            "audio",
+            join_properties("none", {key: given[key] for key in ("model", "id") if key in given}),
+        )
 
     def _fsdev(self, option: Option) -> Iterator[Option]:
         yield Option("fsdev", f"synth,id={escape(option.properties('fsdriver').get('id', ''))}")
@@ -282,12 +396,27 @@ class _Rewriter:
         raise NotSupported(f"network backend {kind} has no stand-in")
 
     _REWRITTEN: ClassVar[Mapping[str, Callable[[_Rewriter, Option], Iterator[Option]]]] = {
-        "audio": _audio, "audiodev": _audiodev, "blockdev": _blockdev, "chardev": _chardev,
-        "debugcon": _serial, "device": _device, "drive": _drive, "fsdev": _fsdev, "icount": _icount,
-        "machine": _machine, "net": _net, "netdev": _netdev, "nic": _nic, "object": _object,
-        "parallel": _serial, "readconfig": _readconfig, "serial": _serial, "usbdevice": _usbdevice,
-        "virtfs": _virtfs, "virtioconsole": _serial,
-    }  # fmt: skip
+        "audio": _audio,
+        "audiodev": _audiodev,
+        "blockdev": _blockdev,
+        "chardev": _chardev,
+        "debugcon": _serial,
+        "device": _device,
+        "drive": _drive,
+        "fsdev": _fsdev,
+        "icount": _icount,
+        "machine": _machine,
+        "net": _net,
+        "netdev": _netdev,
+        "nic": _nic,
+        "object": _object,
+        "parallel": _serial,
+        "readconfig": _readconfig,
+        "serial": _serial,
+        "usbdevice": _usbdevice,
+        "virtfs": _virtfs,
+        "virtioconsole": _serial,
+    }
 
 
 def _queues(given: Mapping[str, str]) -> int:
@@ -310,7 +439,8 @@ def _machine_memory(
     """The backend of the block that the machine makes by itself for ``-m``."""
     size = read_ram_size(command)
     found = [
-        name for name, length in blocks.items()
+        name
+        for name, length in blocks.items()
         if size in (None, length) and (name == "ram" or name.endswith(".ram")) and "/" not in name
     ]
     if len(found) != 1 or not _ID.fullmatch(found[0]):
@@ -324,8 +454,11 @@ def _backend(name: str, length: int, memory: Memory, given: Mapping[str, str]) -
     """A memory backend that x-ignore-shared leaves out of a stream: shared, and a file by name."""
     canonical = "x-use-canonical-path-for-ramblock-id"
     properties = {
-        "qom-type": "memory-backend-file", "id": name, "size": length,
-        "mem-path": memory(length), "share": True,
+        "qom-type": "memory-backend-file",
+        "id": name,
+        "size": length,
+        "mem-path": memory(length),
+        "share": True,
     } | ({canonical: given[canonical] == "on"} if canonical in given else {})
     return Option("object", json.dumps(properties))
 

@@ -1,9 +1,9 @@
 """The description of a save's device state, made by a twin while the save goes on.
 
-    async with Describing(guest) as describing:   # before the guest is stopped
-        ...
-        describing.start(state)                   # when it runs again
-        describing.wait()                         # in the thread that writes the file
+async with Describing(guest) as describing:   # before the guest is stopped
+    ...
+    describing.start(state)                   # when it runs again
+    describing.wait()                         # in the thread that writes the file
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def _sizes(guest: Guest) -> dict[str, int]:
     """The sizes of images by every name that an option can have for them."""
     return {
         name: disk.size
-        for disk in guest.disks for name in (disk.device, disk.node, disk.file) if disk.size
+        for disk in guest.disks
+        for name in (disk.device, disk.node, disk.file)
+        if disk.size
     }
 
 

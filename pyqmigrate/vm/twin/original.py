@@ -69,10 +69,13 @@ class Original:
         alone = ("unshare", "--map-root-user", "--net", "--")
         try:
             probe = subprocess.run(
-                [*self.before, *alone, "true"], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=_PROBE_TIMEOUT,
+                [*self.before, *alone, "true"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=_PROBE_TIMEOUT,
                 check=False,
-            )  # fmt: skip
+            )
         except (OSError, subprocess.TimeoutExpired):
             return self.before
         return self.before if probe.returncode else (*self.before, *alone)
@@ -117,9 +120,13 @@ def _user_words(process: Path) -> tuple[str, ...]:
         raise NotSupported("it runs as another user")
     groups = ",".join(status["Groups"].split())
     return (
-        "setpriv", f"--reuid={user}", f"--regid={group}",
-        f"--groups={groups}" if groups else "--clear-groups", "--inh-caps=-all", "--",
-    )  # fmt: skip
+        "setpriv",
+        f"--reuid={user}",
+        f"--regid={group}",
+        f"--groups={groups}" if groups else "--clear-groups",
+        "--inh-caps=-all",
+        "--",
+    )
 
 
 def _effective(numbers: str) -> int:

@@ -60,8 +60,7 @@ Pages = Callable[[str, int, int], bytes]
 
 
 async def describe(
-    original: Original, state: DeviceState, sizes: Sizes, pages: Pages, *,
-    timeout: float = TIMEOUT,
+    original: Original, state: DeviceState, sizes: Sizes, pages: Pages, *, timeout: float = TIMEOUT
 ) -> bytes:
     """Return the description of ``state``'s sections: JSON text as QEMU writes it.
 
@@ -98,9 +97,7 @@ def _checked(ours: bytes, theirs: bytes, description: bytes) -> bytes:
     return fitting
 
 
-async def describe_snapshot(
-    snapshot: AnySnapshot, command: Sequence[str] | None = None
-) -> bytes:
+async def describe_snapshot(snapshot: AnySnapshot, command: Sequence[str] | None = None) -> bytes:
     """Return the description of an open snapshot's device state: JSON text as QEMU writes it.
 
     command: the command line that the VM was started with, the program first; None is that of the
@@ -114,7 +111,9 @@ async def describe_snapshot(
     line = CommandLine.parse(command) if command else _recorded(snapshot.source.name, sizes)
     state = await asyncio.to_thread(_state_of, snapshot)
     return await describe(
-        Original.of_command(line), state, lambda name: sizes.get(name) or image_size(name),
+        Original.of_command(line),
+        state,
+        lambda name: sizes.get(name) or image_size(name),
         lambda name, offset, length: snapshot.blocks[name].read(offset, length),
     )
 
@@ -158,7 +157,10 @@ async def _migrated_by_twin(
     with contextlib.ExitStack() as stack:
         start = await asyncio.to_thread(_prepare, original, state, sizes, pages, stack)
         qemu = await launch(
-            start.command, start.fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            start.command,
+            start.fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         try:
@@ -179,8 +181,7 @@ class _Start:
 
 
 def _prepare(
-    original: Original, state: DeviceState, sizes: Sizes, pages: Pages,
-    stack: contextlib.ExitStack,
+    original: Original, state: DeviceState, sizes: Sizes, pages: Pages, stack: contextlib.ExitStack
 ) -> _Start:
     """Make the files of a twin; ``stack`` closes them."""
     fds: list[int] = []
@@ -216,17 +217,24 @@ def _stream(state: DeviceState, pages: Pages, stack: contextlib.ExitStack) -> in
     head = encode_head(
         state.machine,
         [BlockSpec(name, length, state.page_size) for name, length in state.blocks.items()],
-        target_page_bits=state.target_page_bits, uuid=state.uuid,
+        target_page_bits=state.target_page_bits,
+        uuid=state.uuid,
     )
     for piece in head.pieces:
         os.pwrite(fd, piece.data, piece.offset)
     for block in head.blocks:
         if block.length >= _ROMS.stop:
             _put_roms(fd, block, pages(block.name, _ROMS.start, len(_ROMS)))
-    os.pwrite(fd, encode_tail(
-        settings=head.configuration, sections=state.sections, description=state.description,
-        page_size=state.page_size,
-    ), head.tail_offset)
+    os.pwrite(
+        fd,
+        encode_tail(
+            settings=head.configuration,
+            sections=state.sections,
+            description=state.description,
+            page_size=state.page_size,
+        ),
+        head.tail_offset,
+    )
     reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     stack.callback(os.close, reader)
     return reader
@@ -242,10 +250,15 @@ def _put_roms(fd: int, block: BlockLayout, data: bytes) -> None:
 async def _migrate(qemu: Launched, state: DeviceState) -> DeviceState:
     """What the twin has, as ``migrate`` writes it: described, without guest memory."""
     monitor = qemu.monitor
-    await monitor.execute("migrate-set-capabilities", {"capabilities": [
-        {"capability": "mapped-ram", "state": False},
-        {"capability": IGNORE_SHARED, "state": True},
-    ]})
+    await monitor.execute(
+        "migrate-set-capabilities",
+        {
+            "capabilities": [
+                {"capability": "mapped-ram", "state": False},
+                {"capability": IGNORE_SHARED, "state": True},
+            ]
+        },
+    )
     await monitor.execute("migrate-set-parameters", {"max-bandwidth": 0})
     with memory_file() as (written, read):
         async with monitor.fdset({"device-state": written}) as fdset:

@@ -65,10 +65,19 @@ def test_info_tells_of_a_classic_stream(classic: Path, command: Command) -> None
     assert info["kind"] == "stream"
     assert info["written_by"]["qemu"] == "9.2"
     assert info["loadable"] is True
-    assert info["blocks"] == [{
-        "name": "pc.ram", "length": 9 * PAGE, "page_size": PAGE, "pages": 9, "data_pages": 6,
-        "zero_pages": 3, "bitmap_offset": None, "pages_offset": None, "external": False,
-    }]  # fmt: skip
+    assert info["blocks"] == [
+        {
+            "name": "pc.ram",
+            "length": 9 * PAGE,
+            "page_size": PAGE,
+            "pages": 9,
+            "data_pages": 6,
+            "zero_pages": 3,
+            "bitmap_offset": None,
+            "pages_offset": None,
+            "external": False,
+        }
+    ]
     assert "would load it" in command("info", classic).out
 
 
@@ -87,9 +96,9 @@ def test_kept_index_is_written_where_it_is_asked_for(
 
 def test_xml_of_libvirt_is_printed(tmp_path: Path, command: Command) -> None:
     xml = "<domain>\n  <name>\x1b[2J</name>\n</domain>"
-    front = encode_header(LibvirtHeader(
-        True, 2, ImageFormat.RAW, False, xml, "<cookie/>", 4096, "little"
-    ))
+    front = encode_header(
+        LibvirtHeader(True, 2, ImageFormat.RAW, False, xml, "<cookie/>", 4096, "little")
+    )
     (tmp_path / "save").write_bytes(front)
     save_classic(f"file:{tmp_path}/save,offset=4096", pages(3))
     assert command("info", tmp_path / "save", "--xml").out == (
@@ -97,7 +106,11 @@ def test_xml_of_libvirt_is_printed(tmp_path: Path, command: Command) -> None:
     )
     libvirt = command("info", tmp_path / "save", "--json").json["libvirt"]
     assert libvirt == {
-        "version": 2, "format": "raw", "was_running": False, "xml": xml, "cookie": "<cookie/>",
+        "version": 2,
+        "format": "raw",
+        "was_running": False,
+        "xml": xml,
+        "cookie": "<cookie/>",
     }
     assert "libvirt" in command("info", tmp_path / "save").out
 
@@ -114,9 +127,7 @@ def test_xml_is_printed_where_the_stream_cannot_be_read(
     assert command("info", tmp_path / "save", "--xml", "--offset", "200").code == 2
 
 
-def test_header_of_an_image_that_cannot_be_read_is_shown(
-    tmp_path: Path, command: Command
-) -> None:
+def test_header_of_an_image_that_cannot_be_read_is_shown(tmp_path: Path, command: Command) -> None:
     front = LibvirtHeader(True, 2, ImageFormat.LZOP, True, "<domain/>", "<c/>", 200, "little")
     (tmp_path / "save").write_bytes(encode_header(front) + b"noise")
     ran = command("info", tmp_path / "save", "--json")
@@ -124,23 +135,27 @@ def test_header_of_an_image_that_cannot_be_read_is_shown(
     assert ran.json["offset"] == 200
     assert "lzop -dc" in ran.json["unreadable"]
     assert ran.json["libvirt"] == {
-        "version": 2, "format": "lzop", "was_running": True, "xml": "<domain/>", "cookie": "<c/>",
+        "version": 2,
+        "format": "lzop",
+        "was_running": True,
+        "xml": "<domain/>",
+        "cookie": "<c/>",
     }
     text = command("info", tmp_path / "save").out
     assert "the guest was running" in text
     assert "tail -c +201" in text
 
 
-def test_compressed_image_is_shown_verified_and_converted(
-    tmp_path: Path, command: Command
-) -> None:
+def test_compressed_image_is_shown_verified_and_converted(tmp_path: Path, command: Command) -> None:
     save_classic(tmp_path / "classic", pages(9, 1))
     front = LibvirtHeader(True, 2, ImageFormat.GZIP, False, "<domain/>", "", 200, "little")
     packed = gzip.compress((tmp_path / "classic").read_bytes())
     (tmp_path / "save").write_bytes(encode_header(front) + packed)
     info = command("info", tmp_path / "save", "--json").json
     assert (info["libvirt"]["format"], info["machine"], info["file_size"]) == (
-        "gzip", "pc-q35-9.2", 200 + len(packed),
+        "gzip",
+        "pc-q35-9.2",
+        200 + len(packed),
     )
     assert "gzip image" in command("info", tmp_path / "save").out
     assert command("verify", tmp_path / "save", "--json").json["data_pages"] == 6
@@ -164,8 +179,9 @@ def kill_conversions(
         (disk / "to").write_bytes(b"old")
         process = subprocess.Popen(
             [*COMMAND, "convert", str(disk / "from"), str(disk / "to"), "--to", form],
-            env=environment, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -226,10 +242,16 @@ def test_export_tells_where_memory_is(tmp_path: Path, command: Command, form: st
     assert "\x1b" not in text
 
 
-@pytest.mark.parametrize("words", [
-    ("--map", "pc.ram"), ("--map", "pc.ram@0x10000000000000000"), ("--map", "nobody@0"),
-    ("--map", "pc.ram@0", "--map", "pc.ram@0"), ("--memory", "pc.ram=/dev/null"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--map", "pc.ram"),
+        ("--map", "pc.ram@0x10000000000000000"),
+        ("--map", "nobody@0"),
+        ("--map", "pc.ram@0", "--map", "pc.ram@0"),
+        ("--memory", "pc.ram=/dev/null"),
+    ],
+)
 def test_wrong_words_about_an_export_are_wrong_usage(
     classic: Path, tmp_path: Path, command: Command, words: tuple[str, ...]
 ) -> None:
@@ -246,8 +268,9 @@ def test_machine_of_which_nothing_is_known_is_not_supported(
     assert "--map" in ran.err
 
 
-def test_interrupted_pass_says_so(classic: Path, monkeypatch: pytest.MonkeyPatch,
-                                  command: Command) -> None:
+def test_interrupted_pass_says_so(
+    classic: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 

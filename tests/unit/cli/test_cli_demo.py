@@ -18,10 +18,7 @@ from tests.harness.command import Command
 from tests.harness.json_page import assert_as_documented
 
 qemu = demo_qemu.find_qemu()
-needs_qemu = [
-    pytest.mark.qemu,
-    pytest.mark.skipif(isinstance(qemu, str), reason=str(qemu)),
-]
+needs_qemu = [pytest.mark.qemu, pytest.mark.skipif(isinstance(qemu, str), reason=str(qemu))]
 
 
 @pytest.fixture
@@ -42,9 +39,7 @@ def fake_qemu(path: Path, script: str) -> None:
     file.chmod(0o755)
 
 
-def test_demo_without_qemu_says_so_and_is_done(
-    no_qemu: Path, disk: Path, command: Command
-) -> None:
+def test_demo_without_qemu_says_so_and_is_done(no_qemu: Path, disk: Path, command: Command) -> None:
     ran = command("demo", "--size", "8MiB", "--dir", disk)
     assert ran.code == 0
     assert ran.out.count("memory is equal") == 2
@@ -106,7 +101,11 @@ def test_difference_is_found_and_exits_1(
     ],
 )
 def test_qemu_that_dies_exits_4_with_its_last_words(
-    script: str, words: str, no_qemu: Path, disk: Path, command: Command,
+    script: str,
+    words: str,
+    no_qemu: Path,
+    disk: Path,
+    command: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PATH", f"{no_qemu}:/usr/bin:/bin")
@@ -155,9 +154,7 @@ def test_first_difference_is_the_page_of_the_changed_byte(memory: mmap.mmap) -> 
         assert first_difference(memory, copy) == 3 * MIB + PAGE
 
 
-def test_default_size_shrinks_to_the_room(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_size_shrinks_to_the_room(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyqmigrate.cli.room._free_disk", lambda directory: 200 * MIB)
     assert fitting_size(None, 1024 * MIB, disk, memories=2) == 128 * MIB
 

@@ -15,37 +15,45 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from pyqmigrate.snapshot.devices import devices as look_into
 from tests.harness.command import Command
-from tests.harness.stream_builders import (
-    EOF,
-    classic_stream,
-    file_of,
-    full,
-    page_records,
-    snapshot,
-)
+from tests.harness.stream_builders import EOF, classic_stream, file_of, full, page_records, snapshot
 
 RTC = {
-    "vmsd_name": "rtc", "version": 1,
+    "vmsd_name": "rtc",
+    "version": 1,
     "fields": [
         {"name": "cmos", "type": "buffer", "size": 128},
         {"name": "due", "type": "timer", "size": 8},
         {"name": "on", "type": "bool", "size": 1},
-        {"name": "irq", "type": "struct", "size": 3, "array_len": 2, "struct": {
-            "vmsd_name": "irq", "version": 1, "fields": [
-                {"name": "level", "type": "uint8", "size": 1},
-                {"name": "count", "type": "uint16", "size": 2},
-            ],
-        }},
+        {
+            "name": "irq",
+            "type": "struct",
+            "size": 3,
+            "array_len": 2,
+            "struct": {
+                "vmsd_name": "irq",
+                "version": 1,
+                "fields": [
+                    {"name": "level", "type": "uint8", "size": 1},
+                    {"name": "count", "type": "uint16", "size": 2},
+                ],
+            },
+        },
     ],
-    "subsections": [{
-        "vmsd_name": "rtc/more", "version": 2,
-        "fields": [{"name": "own", "type": "virtio", "size": 2}],
-    }],
-}  # fmt: skip
+    "subsections": [
+        {
+            "vmsd_name": "rtc/more",
+            "version": 2,
+            "fields": [{"name": "own", "type": "virtio", "size": 2}],
+        }
+    ],
+}
 BODY = (
-    bytes(range(128)) + struct.pack(">qBBHBH", -1, 1, 2, 0x300, 4, 5)
-    + b"\x05\x08rtc/more" + struct.pack(">I", 2) + b"\xab\xcd"
-)  # fmt: skip
+    bytes(range(128))
+    + struct.pack(">qBBHBH", -1, 1, 2, 0x300, 4, 5)
+    + b"\x05\x08rtc/more"
+    + struct.pack(">I", 2)
+    + b"\xab\xcd"
+)
 
 
 def write(path: Path, *devices: DeviceSection) -> Path:
@@ -84,12 +92,22 @@ def test_json_has_every_documented_key(devices: Path, command: Command) -> None:
     assert (found["machine"], found["described"], found["opaque_tail"]) == ("pc", True, False)
     rtc, *others = found["devices"]
     assert set(rtc) == {
-        "name", "instance_id", "version_id", "section_id", "offset", "length", "body_offset",
-        "body_length", "described", "explained", "state",
-    }  # fmt: skip
+        "name",
+        "instance_id",
+        "version_id",
+        "section_id",
+        "offset",
+        "length",
+        "body_offset",
+        "body_length",
+        "described",
+        "explained",
+        "state",
+    }
     assert rtc["body_length"] == len(BODY)
     assert [(d["name"], d["instance_id"], d["section_id"]) for d in others] == [
-        ("old", 0, 3), ("old", 1, 4),
+        ("old", 0, 3),
+        ("old", 1, 4),
     ]
     with devices.open("rb") as file:
         file.seek(rtc["body_offset"])
@@ -101,8 +119,13 @@ def test_json_values_are_whole(devices: Path, command: Command) -> None:
     cmos, due, on, irq = state["fields"]
     assert cmos["value"] == bytes(range(128)).hex()
     assert due == {
-        "name": "due", "type": "timer", "offset": 128, "length": 8, "index": None,
-        "opaque": False, "value": -1,
+        "name": "due",
+        "type": "timer",
+        "offset": 128,
+        "length": 8,
+        "index": None,
+        "opaque": False,
+        "value": -1,
     }
     assert on["value"] is True
     assert [field["value"] for field in irq["value"][1]["fields"]] == [4, 5]
@@ -142,8 +165,10 @@ def test_sections_without_description_are_listed(tmp_path: Path, command: Comman
 
 def test_description_is_asked_for_where_there_is_none(tmp_path: Path, command: Command) -> None:
     sections, text = encode_devices([DeviceSection("rtc", b"abc")], 4096)  # lengths alone
-    made = file_of(encode_head("pc", [BlockSpec("pc.ram", 65536)]),
-                   encode_tail(sections=sections, description=text))  # fmt: skip
+    made = file_of(
+        encode_head("pc", [BlockSpec("pc.ram", 65536)]),
+        encode_tail(sections=sections, description=text),
+    )
     (tmp_path / "s").write_bytes(made.read_at(0, made.size))
     ran = command("devices", tmp_path / "s")
     assert "--describe" in ran.out
@@ -179,8 +204,11 @@ def test_devices_behind_libvirts_header_are_found(
     if classic:
         data = classic_stream(page_records(), devices=body)
     else:
-        made = file_of(encode_head("pc", [BlockSpec("pc.ram", 65536)], offset=front),
-                       encode_tail(sections=body), bytes(front))  # fmt: skip
+        made = file_of(
+            encode_head("pc", [BlockSpec("pc.ram", 65536)], offset=front),
+            encode_tail(sections=body),
+            bytes(front),
+        )
         data = made.read_at(front, made.size - front)
     form = ImageFormat.RAW if classic else ImageFormat.SPARSE
     header = encode_header(LibvirtHeader(True, 2, form, True, "<domain/>", "", front, "little"))
@@ -219,11 +247,18 @@ def test_snapshot_without_devices_says_so(tmp_path: Path, command: Command) -> N
 
 def test_hostile_names_are_shown_escaped(tmp_path: Path, command: Command) -> None:
     bad = "\x1b[2J\u202e"
-    described = {"fields": [
-        {"name": bad, "type": bad, "size": 1},
-        {"name": "s", "type": "struct", "size": 2, "array_len": 1,
-         "struct": {"fields": [{"name": bad, "type": "uint8", "size": 2}]}},
-    ]}  # fmt: skip
+    described = {
+        "fields": [
+            {"name": bad, "type": bad, "size": 1},
+            {
+                "name": "s",
+                "type": "struct",
+                "size": 2,
+                "array_len": 1,
+                "struct": {"fields": [{"name": bad, "type": "uint8", "size": 2}]},
+            },
+        ]
+    }
     path = write(tmp_path / "s", DeviceSection(bad, b"abc", 0, 1, described))
     out = command("devices", path).out
     assert r"\x1b[2J\u202e" in out

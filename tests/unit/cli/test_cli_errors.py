@@ -46,7 +46,11 @@ NOT_A_DIRECTORY = "memory' is not a directory"
     ],
 )
 def test_missing_part_of_a_path_is_named(
-    words: str, said: str, tmp_path: Path, snapshot: Path, command: Command,
+    words: str,
+    said: str,
+    tmp_path: Path,
+    snapshot: Path,
+    command: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)

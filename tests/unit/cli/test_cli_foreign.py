@@ -31,8 +31,9 @@ def qcow2(*states: tuple[str, int]) -> bytes:
         entry = struct.pack(">QIHHIIQIIQQ", 0, 0, len(ident), len(name), 0, 0, 0, 0, 16, size, 0)
         entry += ident + name.encode()
         table += entry.ljust(-(-len(entry) // 8) * 8, b"\0")
-    head = b"QFI\xfb" + struct.pack(">IQIIQIIQQIIQ", 3, 0, 0, 16, 1 << 30, 0, 0, 0, 0, 0,
-                                    len(states), 4096)  # fmt: skip
+    head = b"QFI\xfb" + struct.pack(
+        ">IQIIQIIQQIIQ", 3, 0, 0, 16, 1 << 30, 0, 0, 0, 0, 0, len(states), 4096
+    )
     return head.ljust(4096, b"\0") + table
 
 
@@ -53,8 +54,11 @@ KINDS = {
     "vmsn": (b"\xd1\xba\xd1\xba" + bytes(90), "a saved state of VMware", "vmem"),
     "vmdk": (b"KDMV" + bytes(508), "a VMware disk", "vm save"),
     "vhdx": (b"vhdxfile" + bytes(90), "a VHDX disk", "vm save"),
-    "vdi": (b"<<< QEMU VM Virtual Disk Image >>>\n".ljust(64, b"\0") + b"\x7f\x10\xda\xbe",
-            "a VirtualBox disk", "vm save"),
+    "vdi": (
+        b"<<< QEMU VM Virtual Disk Image >>>\n".ljust(64, b"\0") + b"\x7f\x10\xda\xbe",
+        "a VirtualBox disk",
+        "vm save",
+    ),
     "luks": (b"LUKS\xba\xbe" + bytes(90), "a LUKS encrypted disk", "vm save"),
     "boot sector": (bytes(510) + b"\x55\xaa", "a raw disk image", "vm save"),
     "gpt": (bytes(512) + b"EFI PART", "a raw disk image", "vm save"),
@@ -67,7 +71,7 @@ KINDS = {
     "zip": (b"PK\x03\x04" + bytes(90), "a zip archive", "Unpack"),
     "lz4": (b"\x04\x22\x4d\x18" + bytes(90), "compressed (lz4)", "lz4 -dc"),
     "lzop": (b"\x89LZO\0\r\n\x1a\n" + bytes(90), "compressed (lzop)", "lzop -dc"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=KINDS)

@@ -20,10 +20,29 @@ def test_info_shows_machine_blocks_and_sections(snapshot: Path, command: Command
 def test_info_json_has_every_documented_key(snapshot: Path, command: Command) -> None:
     info = command("info", snapshot, "--json").json
     assert set(info) == {
-        "schema", "snapshot", "kind", "machine", "capabilities", "target_page_bits", "uuid",
-        "offset", "end", "file_size", "bytes_allocated", "total_ram", "complete", "opaque_tail",
-        "blocks", "sections", "libvirt", "written_by", "run_state", "loadable", "obstacles",
-        "remarks", "bitmap_order",
+        "schema",
+        "snapshot",
+        "kind",
+        "machine",
+        "capabilities",
+        "target_page_bits",
+        "uuid",
+        "offset",
+        "end",
+        "file_size",
+        "bytes_allocated",
+        "total_ram",
+        "complete",
+        "opaque_tail",
+        "blocks",
+        "sections",
+        "libvirt",
+        "written_by",
+        "run_state",
+        "loadable",
+        "obstacles",
+        "remarks",
+        "bitmap_order",
     }
     assert info["capabilities"] == ["mapped-ram"]
     assert info["total_ram"] == 15 * PAGE
@@ -33,9 +52,15 @@ def test_info_json_has_every_documented_key(snapshot: Path, command: Command) ->
     with Snapshot(snapshot) as opened:
         layout = opened.blocks["vga.vram"].layout
     assert info["blocks"][1] == {
-        "name": "vga.vram", "length": 6 * PAGE, "page_size": PAGE, "pages": 6,
-        "data_pages": 4, "zero_pages": 2, "bitmap_offset": layout.bitmap_offset,
-        "pages_offset": layout.pages_offset, "external": False,
+        "name": "vga.vram",
+        "length": 6 * PAGE,
+        "page_size": PAGE,
+        "pages": 6,
+        "data_pages": 4,
+        "zero_pages": 2,
+        "bitmap_offset": layout.bitmap_offset,
+        "pages_offset": layout.pages_offset,
+        "external": False,
     }
     assert info["sections"][0]["kind"] == "start"
     assert info["sections"][0]["name"] == "ram"
@@ -80,8 +105,15 @@ def test_verify_accepts_a_whole_snapshot(snapshot: Path, command: Command) -> No
     ran = command("verify", snapshot, "--json")
     assert ran.code == 0
     assert ran.json == {
-        "schema": 1, "snapshot": str(snapshot), "valid": True, "seal": None, "block_count": 2,
-        "data_pages": 10, "zero_pages": 5, "bitmap_order": "little", "notes": [],
+        "schema": 1,
+        "snapshot": str(snapshot),
+        "valid": True,
+        "seal": None,
+        "block_count": 2,
+        "data_pages": 10,
+        "zero_pages": 5,
+        "bitmap_order": "little",
+        "notes": [],
     }
 
 

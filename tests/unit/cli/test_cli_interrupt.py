@@ -20,12 +20,17 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
 def interrupted(
-    arguments: list[str | Path], when: Callable[[int], bool], number: signal.Signals,
+    arguments: list[str | Path],
+    when: Callable[[int], bool],
+    number: signal.Signals,
     environment: dict[str, str],
 ) -> tuple[int, str, str]:
     """Runs the command and sends it a signal as soon as ``when(pid)`` is true."""
     process = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=environment,
     )
     try:
@@ -63,7 +68,9 @@ def test_interrupted_pack_leaves_the_old_file(
     os.truncate(disk / "raw", SIZE)  # zeros, all of which are to be written
     code, out, err = interrupted(
         ["pack", disk / "guest.mapped", f"pc.ram={disk}/raw", "--sparse", "dense"],
-        wrote(8 << 20), number, child_environment,
+        wrote(8 << 20),
+        number,
+        child_environment,
     )
     assert (code, out, err) == (130, "", "pyqmigrate: interrupted\n")
     assert sorted(path.name for path in disk.iterdir()) == ["guest.mapped", "raw"]
@@ -76,11 +83,12 @@ def test_interrupt_is_an_error_in_json(disk: Path, child_environment: dict[str, 
     os.truncate(disk / "raw", SIZE)
     code, out, _ = interrupted(
         ["pack", disk / "s", f"pc.ram={disk}/raw", "--sparse", "dense", "--json"],
-        wrote(8 << 20), signal.SIGINT, child_environment,
+        wrote(8 << 20),
+        signal.SIGINT,
+        child_environment,
     )
     assert code == 130
     assert json.loads(out)["error"]["type"] == "Interrupted"
-
 
 
 def test_interrupted_demo_leaves_no_qemu_and_no_file(
@@ -96,7 +104,8 @@ def test_interrupted_demo_leaves_no_qemu_and_no_file(
     code, _, _ = interrupted(
         ["demo", "--size", "8MiB", "--dir", disk],
         lambda pid: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()),
-        signal.SIGINT, child_environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        signal.SIGINT,
+        child_environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert code == 130
     assert list(disk.iterdir()) == []

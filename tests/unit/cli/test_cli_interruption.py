@@ -39,9 +39,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_leaves_the_loop_whole_until_the_work_has_cleaned_up(number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORK], stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", WORK], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "works\n"
     process.send_signal(number)
@@ -64,15 +62,14 @@ def test_result_and_handlers_are_as_they_were_without_a_signal() -> None:
 def test_every_verb_runs_its_loop_so() -> None:
     sources = Path(pyqmigrate.cli.__file__).parent.rglob("*.py")
     found = {
-        path.name for path in sources
+        path.name
+        for path in sources
         if re.search(r"asyncio\.(run|Runner)\(|run_until_complete", path.read_text())
     }
     assert found == {"interruption.py"}
 
 
-def test_signal_before_the_loop_is_there_cancels_the_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_signal_before_the_loop_is_there_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     from pyqmigrate.cli.interruption import run_interruptible
 
     done = []

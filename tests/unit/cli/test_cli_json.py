@@ -14,8 +14,22 @@ import pytest
 from tests.harness.command import COMMAND, Command, pages
 from tests.harness.json_page import assert_as_documented, documented
 
-VERBS = ("pack", "unpack", "info", "devices", "seal", "verify", "convert", "demo", "bench", "serve",
-         "vm save", "vm check", "vm restore", "vm clone")  # fmt: skip
+VERBS = (
+    "pack",
+    "unpack",
+    "info",
+    "devices",
+    "seal",
+    "verify",
+    "convert",
+    "demo",
+    "bench",
+    "serve",
+    "vm save",
+    "vm check",
+    "vm restore",
+    "vm clone",
+)
 
 
 def test_every_verb_has_its_table() -> None:
@@ -55,9 +69,13 @@ def test_json_has_the_documented_keys(
     verb: str, arguments: tuple[str, ...], tmp_path: Path, snapshot: Path, command: Command
 ) -> None:
     places = {
-        "snapshot": snapshot, "stream": tmp_path / "stream", "sealed": tmp_path / "sealed",
-        "new": tmp_path / "new", "memory": tmp_path / "memory", "directory": tmp_path,
-    }  # fmt: skip
+        "snapshot": snapshot,
+        "stream": tmp_path / "stream",
+        "sealed": tmp_path / "sealed",
+        "new": tmp_path / "new",
+        "memory": tmp_path / "memory",
+        "directory": tmp_path,
+    }
     places["memory"].write_bytes(pages(5, 3))
     if "{stream}" in arguments:
         command("convert", snapshot, places["stream"], "--to", "stream")
@@ -112,10 +130,19 @@ def test_quiet_verb_still_prints_its_error(tmp_path: Path, command: Command) -> 
 def test_serve_says_when_it_listens_and_its_json_has_the_documented_keys(tmp_path: Path) -> None:
     socket = tmp_path / "vm.qmp"
     process = subprocess.Popen(
-        [*COMMAND, "serve", "--json", "--qmp", f"unix:{socket}", "--ram",
-         f"pc.ram={tmp_path}/guest-ram,size=1G"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            *COMMAND,
+            "serve",
+            "--json",
+            "--qmp",
+            f"unix:{socket}",
+            "--ram",
+            f"pc.ram={tmp_path}/guest-ram,size=1G",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stderr is not None
     assert process.stderr.readline() == f"pyqmigrate: listening on unix:{socket}\n"
     assert socket.exists()

@@ -62,13 +62,26 @@ def test_help_lists_the_verbs_and_exit_codes(command: Command) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("frobnicate",), ("info",), ("info", "--nope", "x"), ("verify", "x", "--offset", "1GB"),
-     ("pack", "x", "no-equals-sign"), ("pack", "x", "=file"), ("pack", "x", "name="),
-     ("pack", "x", "a=b", "--seal=md5"), ("seal", "x", "--algorithm", "md5"), ("seal",),
-     ("pack", "x", "a=b", "--channels", "0"), ("pack", "x", "a=b", "--sparse", "maybe"),
-     ("bench", "--channels", "1,,2"), ("demo", "--size", "5000"), ("demo", "--size", "1MiB")],
+    [
+        (),
+        ("frobnicate",),
+        ("info",),
+        ("info", "--nope", "x"),
+        ("verify", "x", "--offset", "1GB"),
+        ("pack", "x", "no-equals-sign"),
+        ("pack", "x", "=file"),
+        ("pack", "x", "name="),
+        ("pack", "x", "a=b", "--seal=md5"),
+        ("seal", "x", "--algorithm", "md5"),
+        ("seal",),
+        ("pack", "x", "a=b", "--channels", "0"),
+        ("pack", "x", "a=b", "--sparse", "maybe"),
+        ("bench", "--channels", "1,,2"),
+        ("demo", "--size", "5000"),
+        ("demo", "--size", "1MiB"),
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_wrong_usage_exits_2_and_prints_nothing_to_stdout(
     arguments: tuple[str, ...], command: Command
 ) -> None:
@@ -110,9 +123,7 @@ def test_bad_snapshot_is_named_with_field_and_offset(snapshot: Path, command: Co
     assert str(snapshot) in ran.err
 
 
-def test_json_comes_alone_on_stdout(
-    snapshot: Path, child_environment: dict[str, str]
-) -> None:
+def test_json_comes_alone_on_stdout(snapshot: Path, child_environment: dict[str, str]) -> None:
     ran = child("info", snapshot, "--json", environment=child_environment)
     assert ran.returncode == 0
     assert json.loads(ran.stdout)["machine"] == "pc-q35-10.0"
@@ -123,7 +134,9 @@ def test_reader_that_goes_away_is_no_error(
     snapshot: Path, child_environment: dict[str, str]
 ) -> None:
     process = subprocess.Popen(
-        [*COMMAND, "info", snapshot], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*COMMAND, "info", snapshot],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=child_environment,
     )
     assert process.stdout is not None
@@ -139,8 +152,12 @@ def test_output_that_cannot_be_written_is_refused_by_the_system(
 ) -> None:
     with Path("/dev/full").open("wb") as full:
         ran = subprocess.run(
-            [*COMMAND, "info", snapshot], stdout=full, stderr=subprocess.PIPE, text=True,
-            env=child_environment, timeout=60,
+            [*COMMAND, "info", snapshot],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=child_environment,
+            timeout=60,
         )
     assert ran.returncode == 3
     assert ran.stderr == "pyqmigrate: No space left on device: '<stdout>'\n"

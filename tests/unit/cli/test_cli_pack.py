@@ -33,8 +33,16 @@ def test_packed_file_holds_the_bytes_of_the_raw_file(
 def test_json_tells_what_was_written(tmp_path: Path, raw: Path, command: Command) -> None:
     target = tmp_path / "guest.mapped"
     ran = command(
-        "pack", target, f"pc.ram={raw}", "--json", "--channels", "3", "--direct-io", "off",
-        "--sparse", "exact",
+        "pack",
+        target,
+        f"pc.ram={raw}",
+        "--json",
+        "--channels",
+        "3",
+        "--direct-io",
+        "off",
+        "--sparse",
+        "exact",
     )
     assert ran.err == ""
     report = ran.json

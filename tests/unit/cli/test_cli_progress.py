@@ -55,9 +55,7 @@ def test_piped_work_shows_no_progress(
     assert ran.stderr == ""
 
 
-def test_terminal_shows_a_bar(
-    tmp_path: Path, raw: Path, child_environment: dict[str, str]
-) -> None:
+def test_terminal_shows_a_bar(tmp_path: Path, raw: Path, child_environment: dict[str, str]) -> None:
     pytest.importorskip("rich")
     environment = child_environment | {"TERM": "xterm", "COLUMNS": "80"}
     seen = on_terminal(

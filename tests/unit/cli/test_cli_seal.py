@@ -38,9 +38,7 @@ def test_seal_writes_one_and_tells_of_it(snapshot: Path, command: Command) -> No
     assert Path(report["seal"]["path"]).is_file()
 
 
-def test_seal_for_people_names_the_file_and_the_algorithm(
-    snapshot: Path, command: Command
-) -> None:
+def test_seal_for_people_names_the_file_and_the_algorithm(snapshot: Path, command: Command) -> None:
     out = command("seal", snapshot, "--algorithm", "blake3").out
     assert out.startswith(f"{snapshot}.seal: blake3 of ")
 

@@ -89,48 +89,83 @@ def directory_with(setting: Setting, name: str, precious: Path) -> Path:
 WRITES: dict[str, Arguments] = {
     "pack": lambda s, named: ["pack", named(s.memory), f"{NAME}={s.memory}"],
     "pack --offset": lambda s, named: [
-        "pack", named(s.memory), f"{NAME}={s.memory}", "--offset", "4k"
+        "pack",
+        named(s.memory),
+        f"{NAME}={s.memory}",
+        "--offset",
+        "4k",
     ],
     "pack, the seal": lambda s, _: [
-        "pack", beside(s.directory / "new", ".seal", s.memory), f"{NAME}={s.memory}"
+        "pack",
+        beside(s.directory / "new", ".seal", s.memory),
+        f"{NAME}={s.memory}",
     ],
     "pack --seal, the seal": lambda s, _: [
-        "pack", beside(s.directory / "new", ".seal", s.memory), f"{NAME}={s.memory}", "--seal"
+        "pack",
+        beside(s.directory / "new", ".seal", s.memory),
+        f"{NAME}={s.memory}",
+        "--seal",
     ],
     **{
         f"convert {kind} --to {form}": lambda s, named, kind=kind, form=form: [  # type: ignore[misc]
-            "convert", getattr(s, kind), named(getattr(s, kind)), "--to", form,
+            "convert",
+            getattr(s, kind),
+            named(getattr(s, kind)),
+            "--to",
+            form,
             *(["--map", f"{NAME}@0"] if form in ("elf", "lime") else []),
         ]
-        for kind in ("snapshot", "stream") for form in ("mapped-ram", "stream", "elf", "lime")
+        for kind in ("snapshot", "stream")
+        for form in ("mapped-ram", "stream", "elf", "lime")
     },
     **{
         f"convert {kind}, its seal, --to {form}": lambda s, named, kind=kind, form=form: [  # type: ignore[misc]
-            "convert", getattr(s, kind), named(s.directory / f"{kind}.seal"), "--to", form,
+            "convert",
+            getattr(s, kind),
+            named(s.directory / f"{kind}.seal"),
+            "--to",
+            form,
             *(["--map", f"{NAME}@0"] if form in ("elf", "lime") else []),
         ]
-        for kind in ("snapshot", "stream") for form in ("mapped-ram", "stream", "elf", "lime")
+        for kind in ("snapshot", "stream")
+        for form in ("mapped-ram", "stream", "elf", "lime")
     },
     "convert, a memory": lambda s, named: [
-        "convert", s.snapshot, named(s.memory), "--to", "stream", "--memory", f"{NAME}={s.memory}"
+        "convert",
+        s.snapshot,
+        named(s.memory),
+        "--to",
+        "stream",
+        "--memory",
+        f"{NAME}={s.memory}",
     ],
     "convert --to raw, a raw file": lambda s, _: [
-        "convert", s.snapshot, directory_with(s, f"{NAME}.raw", s.snapshot), "--to", "raw"
+        "convert",
+        s.snapshot,
+        directory_with(s, f"{NAME}.raw", s.snapshot),
+        "--to",
+        "raw",
     ],
     "unpack, a raw file": lambda s, _: [
-        "unpack", s.snapshot, directory_with(s, f"{NAME}.raw", s.snapshot)
+        "unpack",
+        s.snapshot,
+        directory_with(s, f"{NAME}.raw", s.snapshot),
     ],
     "unpack, a raw file that is the seal": lambda s, _: [
-        "unpack", s.snapshot,
+        "unpack",
+        s.snapshot,
         directory_with(s, f"{NAME}.raw", s.snapshot.with_name("snapshot.seal")),
     ],
     "unpack, the list": lambda s, _: [
-        "unpack", s.stream, directory_with(s, "blocks.json", s.stream)
+        "unpack",
+        s.stream,
+        directory_with(s, "blocks.json", s.stream),
     ],
     "info --index": lambda s, named: ["info", s.stream, "--index", named(s.stream)],
     "verify --index": lambda s, named: ["verify", s.stream, "--index", named(s.stream)],
     "seal": lambda s, _: [
-        "seal", beside(s.directory / "link", ".seal", s.snapshot).with_name("link")
+        "seal",
+        beside(s.directory / "link", ".seal", s.snapshot).with_name("link"),
     ],
 }
 
@@ -247,8 +282,14 @@ OUTPUTS: dict[str, tuple[Owned, list[Callable[[Path], None]]]] = {
     **{
         f"convert --to {form}": (
             lambda s, form=form: (  # type: ignore[misc]
-                ["convert", s.snapshot, s.directory / "new", "--to", form,
-                 *(["--map", f"{NAME}@0"] if form in ("elf", "lime") else [])],
+                [
+                    "convert",
+                    s.snapshot,
+                    s.directory / "new",
+                    "--to",
+                    form,
+                    *(["--map", f"{NAME}@0"] if form in ("elf", "lime") else []),
+                ],
                 s.directory / "new",
             ),
             SPECIAL,
@@ -273,7 +314,8 @@ OUTPUTS: dict[str, tuple[Owned, list[Callable[[Path], None]]]] = {
     **{
         f"{verb} --index": (
             lambda s, verb=verb: (  # type: ignore[misc]
-                [verb, s.stream, "--index", s.directory / "index"], s.directory / "index"
+                [verb, s.stream, "--index", s.directory / "index"],
+                s.directory / "index",
             ),
             FOREIGN,
         )
@@ -311,8 +353,11 @@ def test_a_file_of_another_kind_is_not_replaced(
     before = in_directory.listing()
     ran = command(*arguments)
     # A directory where a snapshot is to be is the system's refusal, as it always was.
-    assert ran.code == (3 if make is directory and output.startswith(("pack", "convert --to"))
-                        and place.name == "new" else 2), ran
+    assert ran.code == (
+        3
+        if make is directory and output.startswith(("pack", "convert --to")) and place.name == "new"
+        else 2
+    ), ran
     assert place.name in ran.err
     assert in_directory.listing() == before
 

@@ -51,8 +51,12 @@ def test_index_lists_what_was_written(tmp_path: Path, snapshot: Path, command: C
     assert index["machine"] == "pc-q35-10.0"
     assert index["blocks"] == ran.json["blocks"]
     assert index["blocks"][0] == {
-        "name": "pc.ram", "file": "pc.ram.raw", "length": 9 * PAGE, "page_size": PAGE,
-        "data_pages": 6, "zero_pages": 3,
+        "name": "pc.ram",
+        "file": "pc.ram.raw",
+        "length": 9 * PAGE,
+        "page_size": PAGE,
+        "data_pages": 6,
+        "zero_pages": 3,
     }
 
 
@@ -70,8 +74,22 @@ def test_unknown_block_is_wrong_usage_and_makes_no_directory(
     assert not (tmp_path / "out").exists()
 
 
-HOSTILE = ["../../etc/passwd", "/dev/mem", "..", ".", ".hidden", "a/b", "\x1b[2Jgone", "a b\n",
-           "%2E", "\udcff\udc80", "-rf", "é" * 127, "blocks.json", "[red]x"]  # fmt: skip
+HOSTILE = [
+    "../../etc/passwd",
+    "/dev/mem",
+    "..",
+    ".",
+    ".hidden",
+    "a/b",
+    "\x1b[2Jgone",
+    "a b\n",
+    "%2E",
+    "\udcff\udc80",
+    "-rf",
+    "é" * 127,
+    "blocks.json",
+    "[red]x",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)

@@ -13,10 +13,12 @@ from tests.harness.command import Command
 @pytest.mark.parametrize(
     ("words", "first"),
     [
-        (["qemu-system-x86_64", "-m", "64"], "qemu-system-x86_64"), (["qemu-kvm"], "qemu-kvm"),
-        (["./start", "-m", "64"], "./start"), (["a", "--", "qemu-kvm"], "a"),
+        (["qemu-system-x86_64", "-m", "64"], "qemu-system-x86_64"),
+        (["qemu-kvm"], "qemu-kvm"),
+        (["./start", "-m", "64"], "./start"),
+        (["a", "--", "qemu-kvm"], "a"),
     ],
-)  # fmt: skip
+)
 def test_forgotten_dashes_before_the_command_line_are_named(
     command: Command, verb: list[str], words: list[str], first: str
 ) -> None:
@@ -65,7 +67,5 @@ def test_options_may_stand_after_the_snapshot_and_dashes_in_the_command_line(
 
 def test_what_qemu_wrote_is_printed_in_its_lines_and_nothing_else_is() -> None:
     wrote = QemuError("QEMU does not start; QEMU wrote:\nqemu: a\x1b[2J\nqemu: b\r")
-    assert shown_error(wrote) == (
-        "QEMU does not start; QEMU wrote:\nqemu: a\\x1b[2J\nqemu: b\\r"
-    )
+    assert shown_error(wrote) == ("QEMU does not start; QEMU wrote:\nqemu: a\\x1b[2J\nqemu: b\\r")
     assert shown_error(UsageError("no file 'a\nb'")) == "no file 'a\\nb'"

@@ -33,10 +33,15 @@ def long_stream() -> bytes:
     record = words(0x28 | 4096) + bytes(4096)
     piece = lzma.compress(record * 4096)  # 16 MiB
     head = (
-        b"QEVM" + struct.pack(">IBI", 3, 7, 2) + b"pc"
+        b"QEVM"
+        + struct.pack(">IBI", 3, 7, 2)
+        + b"pc"
         + start(1, "ram", 4, words(LENGTH | 4) + str8("ram") + words(LENGTH) + RAM_EOS)
-        + struct.pack(">BI", 2, 1) + words(0x08) + str8("ram") + bytes(4096)
-    )  # fmt: skip
+        + struct.pack(">BI", 2, 1)
+        + words(0x08)
+        + str8("ram")
+        + bytes(4096)
+    )
     tail = RAM_EOS + footer(1) + end(1, RAM_EOS) + EOF
     return front(ImageFormat.XZ) + lzma.compress(head) + piece * 6400 + lzma.compress(tail)
 
@@ -51,7 +56,8 @@ def inputs() -> Iterator[Path]:
                 file.write(pages(3))
                 file.truncate(size)
         subprocess.run(
-            [*COMMAND, "pack", directory / "sparse", f"ram={directory}/hole"], check=True,
+            [*COMMAND, "pack", directory / "sparse", f"ram={directory}/hole"],
+            check=True,
             stdout=subprocess.DEVNULL,
         )
         make_snapshot(directory / "small", {"ram": pages(9)})
@@ -70,11 +76,16 @@ VERBS: dict[str, Arguments] = {
     "seal": lambda i, o: ["seal", f"{o}/big", "--algorithm", "sha256", "--channels", "1"],
     "pack": lambda i, o: ["pack", f"{o}/to", f"ram={i}/zeros", "--sparse", "dense"],
     "pack with a seal": lambda i, o: [
-        "pack", f"{o}/to", f"ram={i}/zeros", "--sparse", "dense", "--seal=sha256"
+        "pack",
+        f"{o}/to",
+        f"ram={i}/zeros",
+        "--sparse",
+        "dense",
+        "--seal=sha256",
     ],
     "demo": lambda i, o: ["demo", "--dir", f"{o}", "--size", "64MiB"],
     "bench": lambda i, o: ["bench", "--dir", f"{o}", "--size", "64MiB"],
-}  # fmt: skip
+}
 SHORT = {"seal", "demo", "bench"}  # verbs that may have ended before they could be interrupted
 
 
@@ -89,8 +100,10 @@ def test_ctrl_c_ends_a_verb_at_once(
     late = 0
     for moment in moments:
         process = subprocess.Popen(
-            [*COMMAND, *VERBS[verb](inputs, disk)], stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, env=child_environment,
+            [*COMMAND, *VERBS[verb](inputs, disk)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=child_environment,
         )
         try:
             time.sleep(moment)
@@ -119,7 +132,9 @@ def test_ctrl_c_ends_a_verb_at_once(
 def test_ctrl_c_ends_a_server(tmp_path: Path, child_environment: dict[str, str]) -> None:
     process = subprocess.Popen(
         [*COMMAND, "serve", "--qmp", f"unix:{tmp_path}/qmp", "--ram", f"a={tmp_path}/r,size=64M"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=child_environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=child_environment,
     )
     deadline = time.monotonic() + WAIT
     while not (tmp_path / "qmp").exists():

@@ -13,9 +13,7 @@ import pytest
 from pyqmigrate import Snapshot
 from tests.harness.command import COMMAND, make_snapshot, pages
 
-CLOSED = [
-    numbers for length in (1, 2, 3) for numbers in itertools.combinations((0, 1, 2), length)
-]
+CLOSED = [numbers for length in (1, 2, 3) for numbers in itertools.combinations((0, 1, 2), length)]
 BIG = {"pc.ram": pages(90, 1)}
 
 VERBS: dict[str, Callable[[Path], list[str]]] = {
@@ -42,8 +40,12 @@ def run_closed(arguments: list[str], closed: tuple[int, ...], environment: dict[
             os.close(number)
 
     process = subprocess.Popen(
-        [*COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=close, env=environment,
+        [*COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=close,
+        env=environment,
     )
     process.communicate(timeout=120)
     return process.returncode
@@ -52,7 +54,8 @@ def run_closed(arguments: list[str], closed: tuple[int, ...], environment: dict[
 def content(directory: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(directory)): path.read_bytes()
-        for path in directory.rglob("*") if path.is_file()
+        for path in directory.rglob("*")
+        if path.is_file()
     }
 
 
@@ -93,22 +96,29 @@ def test_a_failure_has_its_code_without_standard_streams(
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (0, ["info", "-"]), (0, ["verify", "-"]), (0, ["devices", "-"]),
+        (0, ["info", "-"]),
+        (0, ["verify", "-"]),
+        (0, ["devices", "-"]),
         (0, ["unpack", "-", "raw"]),
         (0, ["convert", "-", "new", "--to", "stream"]),
         (1, ["convert", "snap", "-", "--to", "stream"]),
-        (1, ["convert", "snap", "-", "--to", "mapped-ram"]), (1, ["pack", "-", "pc.ram=ram"]),
+        (1, ["convert", "snap", "-", "--to", "mapped-ram"]),
+        (1, ["pack", "-", "pc.ram=ram"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
-)  # fmt: skip
+)
 def test_a_closed_stream_that_is_named_is_an_error(
     number: int, words: list[str], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Into /dev/null, which takes its place, a stream went with exit code 0."""
     monkeypatch.chdir(work)
     process = subprocess.Popen(
-        [*COMMAND, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=lambda: os.close(number), text=True,
+        [*COMMAND, *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: os.close(number),
+        text=True,
     )
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 2

@@ -21,9 +21,16 @@ def test_a_server_announces_the_version_that_it_imitates(
 ) -> None:
     path = tmp_path / "qmp"
     command = [
-        sys.executable, "-m", "pyqmigrate", "serve", option, "--qmp", f"unix:{path}",
-        "--ram", f"pc.ram={tmp_path}/ram,size=1M",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pyqmigrate",
+        "serve",
+        option,
+        "--qmp",
+        f"unix:{path}",
+        "--ram",
+        f"pc.ram={tmp_path}/ram,size=1M",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         try:
             told = greeting(path, server)["QMP"]["version"]["qemu"]
@@ -45,9 +52,16 @@ def greeting(path: Path, server: subprocess.Popen[bytes]) -> dict[str, dict[str,
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "pyqmigrate", "serve", "--compat=9.2", "--qmp", "unix:x",
-        "--ram", f"pc.ram={tmp_path}/ram,size=1M",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pyqmigrate",
+        "serve",
+        "--compat=9.2",
+        "--qmp",
+        "unix:x",
+        "--ram",
+        f"pc.ram={tmp_path}/ram,size=1M",
+    ]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "'9.2' (choose from" in refused.stderr

@@ -31,15 +31,26 @@ def parsers(
 def sized() -> list[tuple[tuple[str, ...], str]]:
     """Every verb and option that takes a size."""
     found = []
-    for verb in ("demo", "pack", "unpack", "info", "devices", "seal", "verify", "convert", "bench",
-                 "serve"):
+    for verb in (
+        "demo",
+        "pack",
+        "unpack",
+        "info",
+        "devices",
+        "seal",
+        "verify",
+        "convert",
+        "bench",
+        "serve",
+    ):
         parser = _parser()
         with contextlib.suppress(BadArguments):  # the verb has its parser now
             parser.parse_known_args([verb, "--no-such-option"])
         for words, child in parsers(parser):
             found += [
                 (words, action.option_strings[0])
-                for action in child._actions if action.type is read_size
+                for action in child._actions
+                if action.type is read_size
             ]
     return found
 
@@ -64,8 +75,13 @@ def test_serve_with_an_impossible_size_touches_no_file(
     (tmp_path / "old").write_bytes(b"as it was")
     for name in ("old", "new"):
         ran = command(
-            "serve", "--qmp", f"unix:{tmp_path}/qmp", "--ram", f"a={tmp_path}/first,size=4096",
-            "--ram", f"b={tmp_path}/{name},size={size}",
+            "serve",
+            "--qmp",
+            f"unix:{tmp_path}/qmp",
+            "--ram",
+            f"a={tmp_path}/first,size=4096",
+            "--ram",
+            f"b={tmp_path}/{name},size={size}",
         )
         assert ran.code == 2, ran
         assert "--ram" in ran.err

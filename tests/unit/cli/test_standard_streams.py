@@ -41,7 +41,8 @@ def test_verb_reads_a_pipe(verb: str, pack: object, stream: Path, tmp_path: Path
     assert data["snapshot"] == "-"
     named = subprocess.run(
         [*COMMAND, verb, str(stream), *map(str, more(verb, tmp_path / "other")), "--json"],
-        capture_output=True, check=True,
+        capture_output=True,
+        check=True,
     )
     expected = json.loads(named.stdout)
     for key in ("blocks", "data_pages", "zero_pages", "devices", "total_ram"):
@@ -53,15 +54,15 @@ def test_verb_reads_a_pipe(verb: str, pack: object, stream: Path, tmp_path: Path
 def test_verb_reads_a_file_that_is_redirected(verb: str, snapshot: Path, tmp_path: Path) -> None:
     with snapshot.open("rb") as file:
         ran = subprocess.run(
-            [*COMMAND, verb, "-", *map(str, more(verb, tmp_path / "to"))], stdin=file,
-            capture_output=True, timeout=60,
+            [*COMMAND, verb, "-", *map(str, more(verb, tmp_path / "to"))],
+            stdin=file,
+            capture_output=True,
+            timeout=60,
         )
     assert (ran.returncode, ran.stderr) == (0, b"")
 
 
-def test_redirected_file_is_read_from_its_present_position(
-    stream: Path, tmp_path: Path
-) -> None:
+def test_redirected_file_is_read_from_its_present_position(stream: Path, tmp_path: Path) -> None:
     (tmp_path / "shifted").write_bytes(b"x" * 777 + stream.read_bytes())
     with (tmp_path / "shifted").open("rb") as file:
         os.lseek(file.fileno(), 777, os.SEEK_SET)
@@ -71,12 +72,17 @@ def test_redirected_file_is_read_from_its_present_position(
 
 @pytest.mark.parametrize(
     "words",
-    [("seal", "-"), ("unpack", "snapshot", "-"), ("vm", "save", "--qmp", "nowhere", "-"),
-     ("pack", "-", "ram=memory"),
-     ("convert", "snapshot", "-", "--to", "raw"), ("convert", "snapshot", "-", "--to", "elf"),
-     ("convert", "snapshot", "-", "--to", "mapped-ram")],
+    [
+        ("seal", "-"),
+        ("unpack", "snapshot", "-"),
+        ("vm", "save", "--qmp", "nowhere", "-"),
+        ("pack", "-", "ram=memory"),
+        ("convert", "snapshot", "-", "--to", "raw"),
+        ("convert", "snapshot", "-", "--to", "elf"),
+        ("convert", "snapshot", "-", "--to", "mapped-ram"),
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_verb_that_cannot_use_a_pipe_says_why(
     words: tuple[str, ...], tmp_path: Path, snapshot: Path
 ) -> None:
@@ -109,7 +115,8 @@ def test_stream_goes_to_a_socket(snapshot: Path, stream: Path) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = subprocess.Popen(
-            [*COMMAND, "convert", str(snapshot), "-", "--to", "stream"], stdout=theirs,
+            [*COMMAND, "convert", str(snapshot), "-", "--to", "stream"],
+            stdout=theirs,
             stderr=subprocess.DEVNULL,
         )
         theirs.close()
@@ -121,7 +128,8 @@ def test_stream_goes_to_a_socket(snapshot: Path, stream: Path) -> None:
 def test_failure_while_a_pipe_is_filled_is_an_error_on_stderr(snapshot: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "convert", str(snapshot), "-", "--to", "stream", "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -136,11 +144,15 @@ def test_interrupt_ends_a_stream_that_nobody_reads(tmp_path: Path) -> None:
     """A pipe holds 64 KiB: the writer waits, and still hears the signal."""
     memory = tmp_path / "memory"
     memory.write_bytes(pages(2000, 4))
-    subprocess.run([*COMMAND, "pack", str(tmp_path / "s"), f"ram={memory}"], check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run(
+        [*COMMAND, "pack", str(tmp_path / "s"), f"ram={memory}"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     process = subprocess.Popen(
         [*COMMAND, "convert", str(tmp_path / "s"), "-", "--to", "stream"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
     assert process.stdout.read(4) == b"QEVM"
@@ -159,8 +171,9 @@ def test_form_goes_into_the_file_that_stdout_is_redirected_to(
     words = words if form == "lime" else words[:4]
     assert command(*words[:2], tmp_path / "named", *words[2:]).code == 0
     with (tmp_path / "redirected").open("wb") as file:
-        ran = subprocess.run([*COMMAND, *words[:2], "-", *words[2:]], stdout=file,
-                             stderr=subprocess.PIPE)  # fmt: skip
+        ran = subprocess.run(
+            [*COMMAND, *words[:2], "-", *words[2:]], stdout=file, stderr=subprocess.PIPE
+        )
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "redirected").read_bytes() == (tmp_path / "named").read_bytes()
 
@@ -170,8 +183,12 @@ def test_pack_writes_into_the_file_that_stdout_is_redirected_to(
 ) -> None:
     (tmp_path / "memory").write_bytes(pages(3))
     with (tmp_path / "s").open("wb") as file:
-        subprocess.run([*COMMAND, "pack", "-", f"ram={tmp_path}/memory"], stdout=file, check=True,
-                       stderr=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            [*COMMAND, "pack", "-", f"ram={tmp_path}/memory"],
+            stdout=file,
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
     assert command("verify", tmp_path / "s").code == 0
 
 
@@ -180,7 +197,8 @@ def test_terminal_gets_no_stream(snapshot: Path) -> None:
     try:
         ran = subprocess.run(
             [sys.executable, "-m", "pyqmigrate", "convert", str(snapshot), "-", "--to", "stream"],
-            stdout=theirs, stderr=subprocess.PIPE,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
         )
     finally:
         os.close(ours)

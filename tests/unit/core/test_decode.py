@@ -89,8 +89,11 @@ def deltas(draw: st.DrawFn, page_size: int) -> tuple[tuple[int, bytes], ...]:
 
 @some
 @given(
-    page_size=st.sampled_from([1024, 4096]), kind=st.sampled_from(KINDS), fresh=st.booleans(),
-    skipped=st.booleans(), data=st.data(),
+    page_size=st.sampled_from([1024, 4096]),
+    kind=st.sampled_from(KINDS),
+    fresh=st.booleans(),
+    skipped=st.booleans(),
+    data=st.data(),
 )
 def test_memory_is_that_of_the_twin(
     page_size: int, kind: str, fresh: bool, skipped: bool, data: st.DataObject
@@ -152,9 +155,15 @@ def test_mapping_whose_file_shrank_is_not_touched() -> None:
         os.ftruncate(fd, 0)
         decoder = Decoder([b"a"], [8192], [memory], 4096)
         stream = (
-            word(4096, PAGE) + str8(b"a") + b"\x11" * 4096 + word(0, ZERO | CONTINUE) + b"\0"
-            + word(4096, records.XBZRLE | CONTINUE) + b"\x01\x00\x00" + END_MARK
-        )  # fmt: skip
+            word(4096, PAGE)
+            + str8(b"a")
+            + b"\x11" * 4096
+            + word(0, ZERO | CONTINUE)
+            + b"\0"
+            + word(4096, records.XBZRLE | CONTINUE)
+            + b"\x01\x00\x00"
+            + END_MARK
+        )
         assert decoder.feed(stream)[0] == 1
         assert os.pread(fd, 4096, 4096) == b"\x11" * 4096
         del decoder, memory, view
@@ -196,15 +205,18 @@ REFUSED = {
     "just outside": (word(4 * 4096, ZERO) + str8(b"a"), lib.QM_RECORD_OUTSIDE),
     "far outside": (word(-4096 & (1 << 64) - 1, PAGE) + str8(b"a"), lib.QM_RECORD_OUTSIDE),
     "delta of another encoding": (
-        word(0, records.XBZRLE) + str8(b"a") + b"\x02\x00\x00", lib.QM_RECORD_DELTA
+        word(0, records.XBZRLE) + str8(b"a") + b"\x02\x00\x00",
+        lib.QM_RECORD_DELTA,
     ),
     "delta longer than a page": (
-        word(0, records.XBZRLE) + str8(b"a") + b"\x01\x10\x01", lib.QM_RECORD_DELTA
+        word(0, records.XBZRLE) + str8(b"a") + b"\x01\x10\x01",
+        lib.QM_RECORD_DELTA,
     ),
     "delta cut off": (
-        word(0, records.XBZRLE) + str8(b"a") + b"\x01\x00\x02\x00\x05", lib.QM_RECORD_DELTA
+        word(0, records.XBZRLE) + str8(b"a") + b"\x01\x00\x02\x00\x05",
+        lib.QM_RECORD_DELTA,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -255,8 +267,17 @@ def test_delta_lengths_of_two_bytes_are_little_endian() -> None:
 @pytest.mark.parametrize(
     "delta",
     [
-        b"\x01", b"\x00\x00", b"\x00\x01", b"\x08\x01a", b"\x09", b"\x00\x09abcdefghi",
-        b"\x80", b"\x80\x80\x01a", b"\x00\x01a\x00\x01b", b"\x00\x02a", b"\x00\x80",
+        b"\x01",
+        b"\x00\x00",
+        b"\x00\x01",
+        b"\x08\x01a",
+        b"\x09",
+        b"\x00\x09abcdefghi",
+        b"\x80",
+        b"\x80\x80\x01a",
+        b"\x00\x01a\x00\x01b",
+        b"\x00\x02a",
+        b"\x00\x80",
     ],
 )
 def test_malformed_delta_is_refused(delta: bytes) -> None:

@@ -50,8 +50,14 @@ def file() -> Iterator[File]:
 
 
 def stream(
-    file: File, memory: Memory, length: int, page_size: int, *, at: int = 0,
-    selection: Bits | None = None, job: object = None,
+    file: File,
+    memory: Memory,
+    length: int,
+    page_size: int,
+    *,
+    at: int = 0,
+    selection: Bits | None = None,
+    job: object = None,
 ) -> bytes:
     """What the encoder writes for one block, in calls of two chunks."""
     file.fill(b"")
@@ -63,8 +69,16 @@ def stream(
     step = 2 * CHUNK // page_size
     for first in range(0, npages, step):
         rc = lib.qm_encode_pages(
-            job, channel, encoder, name.core, block, memory.core, words, first,
-            min(step, npages - first), fault,
+            job,
+            channel,
+            encoder,
+            name.core,
+            block,
+            memory.core,
+            words,
+            first,
+            min(step, npages - first),
+            fault,
         )
         assert rc == 0
     assert lib.qm_encoder_flush(job, encoder, fault) == 0
@@ -79,8 +93,11 @@ def expected(memory: Bytes, page_size: int, selection: Bits | None = None) -> by
 
 @some
 @given(
-    page_size=st.sampled_from(PAGE_SIZES), data=st.data(), select=st.booleans(),
-    at=st.integers(0, 5000), shift=st.sampled_from([0, 1, 64]),
+    page_size=st.sampled_from(PAGE_SIZES),
+    data=st.data(),
+    select=st.booleans(),
+    at=st.integers(0, 5000),
+    shift=st.sampled_from([0, 1, 64]),
 )
 def test_stream_is_that_of_the_twin(
     file: File, page_size: int, data: st.DataObject, select: bool, at: int, shift: int
@@ -94,8 +111,11 @@ def test_stream_is_that_of_the_twin(
 
 @some
 @given(
-    npages=st.integers(1, 70), first=st.integers(0, 1 << 40), named=st.booleans(),
-    room=st.integers(0, 40000), data=st.data(),
+    npages=st.integers(1, 70),
+    first=st.integers(0, 1 << 40),
+    named=st.booleans(),
+    room=st.integers(0, 40000),
+    data=st.data(),
 )
 def test_kernel_stops_before_a_record_that_does_not_fit(
     npages: int, first: int, named: bool, room: int, data: st.DataObject
@@ -106,8 +126,18 @@ def test_kernel_stops_before_a_record_that_does_not_fit(
     out = ffi.new("unsigned char[]", max(room, 1))
     name, following, flag = Name(NAME), ffi.new("size_t *"), ffi.new("int *", named)
     have = lib.qm_encode(
-        name.core, flag, ffi.from_buffer("unsigned char[]", memory), first, 0, npages,
-        page_size, to_words(want), to_words(bits), out, room, following,
+        name.core,
+        flag,
+        ffi.from_buffer("unsigned char[]", memory),
+        first,
+        0,
+        npages,
+        page_size,
+        to_words(want),
+        to_words(bits),
+        out,
+        room,
+        following,
     )
     done = np.arange(npages) < following[0]
     whole = records.encode(memory, page_size, NAME, want & done, named)
@@ -156,8 +186,16 @@ def test_memory_that_ends_early_is_a_memory_fault(file: File) -> None:
         fault, name = ffi.new("struct qm_fault *"), Name(NAME)
         encoder = ffi.gc(lib.qm_encoder_create(file.fd, 0), lib.qm_encoder_destroy)
         rc = lib.qm_encode_pages(
-            new_job(), new_channel(), encoder, name.core, new_block(2 * CHUNK, 4096, 0),
-            Memory(fd=fd).core, ffi.NULL, 0, 2 * CHUNK // 4096, fault,
+            new_job(),
+            new_channel(),
+            encoder,
+            name.core,
+            new_block(2 * CHUNK, 4096, 0),
+            Memory(fd=fd).core,
+            ffi.NULL,
+            0,
+            2 * CHUNK // 4096,
+            fault,
         )
         assert rc == -14
         assert fault.in_memory == 1
@@ -190,8 +228,16 @@ def test_cancelled_job_writes_no_more(file: File) -> None:
     encoder = ffi.gc(lib.qm_encoder_create(file.fd, 0), lib.qm_encoder_destroy)
     memory = guest(np.ones(10, dtype=bool), 4096)
     rc = lib.qm_encode_pages(
-        job, new_channel(), encoder, name.core, new_block(len(memory), 4096, 0),
-        Memory(base=memory).core, ffi.NULL, 0, 10, fault,
+        job,
+        new_channel(),
+        encoder,
+        name.core,
+        new_block(len(memory), 4096, 0),
+        Memory(base=memory).core,
+        ffi.NULL,
+        0,
+        10,
+        fault,
     )
     assert rc == -125
     assert lib.qm_encoder_put(job, encoder, b"x", 1, fault) == 0
@@ -208,7 +254,14 @@ def test_block_is_named_again_when_it_was_forgotten(file: File) -> None:
     for _ in range(2):
         for _ in range(2):
             rc = lib.qm_encode_pages(
-                job, new_channel(), encoder, *arguments[:2], arguments[2].core, ffi.NULL, 0, 1,
+                job,
+                new_channel(),
+                encoder,
+                *arguments[:2],
+                arguments[2].core,
+                ffi.NULL,
+                0,
+                1,
                 fault,
             )
             assert rc == 0

@@ -112,7 +112,10 @@ def test_index_of_a_page_is_where_the_file_has_it() -> None:
     with Indexed(section, [4 * 4096], 4096) as made:
         first = 4 + 8 + 1 + len(NAMES[0])
         assert words(made.indexes[0], 0, 4) == [
-            place(PLACED, first), place(FILL, 7), place(PLACED, first + 4096 + 9 + 8), 0,
+            place(PLACED, first),
+            place(FILL, 7),
+            place(PLACED, first + 4096 + 9 + 8),
+            0,
         ]
         assert lib.qm_index_count(made.indexes[0]) == 3
 

@@ -170,8 +170,7 @@ def run_threads(job: Any, file: File, memory: Any, block: Any, words: Any, count
                     return
                 first = ranges.pop()
             rc = lib.qm_write(
-                job, channel, core, block, memory.core, sparse, ffi.NULL, words, first, pages,
-                fault,
+                job, channel, core, block, memory.core, sparse, ffi.NULL, words, first, pages, fault
             )
             if rc:
                 failures.append(rc)

@@ -61,13 +61,23 @@ def stale(length: int, shift: int = 0) -> Bytes:
 
 @settings(some, max_examples=80)
 @given(
-    st.data(), st.sampled_from(PAGE_SIZES), st.booleans(), st.booleans(),
-    st.sampled_from(["plain", "mapped", "file"]), st.sampled_from([0, 0, 8, 1024, 4097]),
+    st.data(),
+    st.sampled_from(PAGE_SIZES),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["plain", "mapped", "file"]),
+    st.sampled_from([0, 0, 8, 1024, 4097]),
     st.sampled_from([0, 1024, 4096, 65536, 128 << 10, 8 << 20]),
 )
 def test_read_does_what_its_twin_does(
-    file: File, data: st.DataObject, page_size: int, direct: bool, zero_clear: bool, kind: str,
-    shift: int, max_gap: int,
+    file: File,
+    data: st.DataObject,
+    page_size: int,
+    direct: bool,
+    zero_clear: bool,
+    kind: str,
+    shift: int,
+    max_gap: int,
 ) -> None:
     chunk = CHUNK // page_size
     npages = data.draw(st.one_of(st.integers(1, 150), st.integers(chunk - 2, chunk + 80)))
@@ -93,8 +103,13 @@ def test_read_does_what_its_twin_does(
         expected = twin.read(before, page_size, bits, pages, zero_clear=zero_clear)
         job = new_job()
         rc = read(
-            target, new_block(length, page_size, pages_offset), file.core(direct=direct),
-            to_words(bits), max_gap=max_gap, zero_clear=zero_clear, job=job,
+            target,
+            new_block(length, page_size, pages_offset),
+            file.core(direct=direct),
+            to_words(bits),
+            max_gap=max_gap,
+            zero_clear=zero_clear,
+            job=job,
         )
         assert rc == 0, errno.errorcode[-rc]
         if kind == "plain":
@@ -122,10 +137,15 @@ def test_clear_pages_of_a_file_become_holes(
     with memfd(length) as fd:
         os.pwrite(fd, b"\x77" * length, 0)
         view = np.frombuffer(mmap.mmap(fd, length), dtype=np.uint8)
-        assert read(
-            Memory(base=view, fd=fd), new_block(length, page_size, 0), file.core(direct=True),
-            to_words(bits),
-        ) == 0
+        assert (
+            read(
+                Memory(base=view, fd=fd),
+                new_block(length, page_size, 0),
+                file.core(direct=True),
+                to_words(bits),
+            )
+            == 0
+        )
         assert os.fstat(fd).st_blocks * 512 == int(bits.sum()) * page_size
 
 
@@ -136,10 +156,15 @@ def test_clear_pages_in_a_hole_are_not_touched(file: File) -> None:
     file.fill(bytes([POISON]) * CHUNK)
     with memfd(length) as fd:
         view = np.frombuffer(mmap.mmap(fd, length), dtype=np.uint8)
-        assert read(
-            Memory(base=view, fd=fd), new_block(length, 4096, 0), file.core(direct=False),
-            to_words(bits),
-        ) == 0
+        assert (
+            read(
+                Memory(base=view, fd=fd),
+                new_block(length, 4096, 0),
+                file.core(direct=False),
+                to_words(bits),
+            )
+            == 0
+        )
         assert os.fstat(fd).st_blocks * 512 == 4096
 
 
@@ -148,10 +173,16 @@ def test_clear_pages_are_zeroed_or_left(file: File, zero_clear: bool) -> None:
     bits = np.array([True, False, True, False])
     file.poison(4 * 4096)
     memory = stale(4 * 4096)
-    assert read(
-        Memory(base=memory), new_block(4 * 4096, 4096, 0), file.core(direct=False),
-        to_words(bits), zero_clear=zero_clear,
-    ) == 0
+    assert (
+        read(
+            Memory(base=memory),
+            new_block(4 * 4096, 4096, 0),
+            file.core(direct=False),
+            to_words(bits),
+            zero_clear=zero_clear,
+        )
+        == 0
+    )
     firsts = memory[::4096].tolist()
     other = 0 if zero_clear else STALE
     assert firsts == [POISON, other, POISON, other]
@@ -175,8 +206,11 @@ def test_a_set_page_past_the_end_of_the_file_is_no_data(
             "file": lambda: Memory(fd=fd),
         }[kind]()
         rc = read(
-            memory, new_block(length, 4096, pages_offset), file.core(direct=direct),
-            to_words(np.ones(64, dtype=bool)), fault=fault,
+            memory,
+            new_block(length, 4096, pages_offset),
+            file.core(direct=direct),
+            to_words(np.ones(64, dtype=bool)),
+            fault=fault,
         )
     assert rc == -errno.ENODATA
     assert fault.in_memory == 0
@@ -188,10 +222,15 @@ def test_a_file_that_ends_before_its_clear_pages_is_whole(file: File) -> None:
     bits[:3] = True
     file.poison(3 * 4096)
     memory = stale(4096 * 4096)
-    assert read(
-        Memory(base=memory), new_block(len(memory), 4096, 0), file.core(direct=True),
-        to_words(bits),
-    ) == 0
+    assert (
+        read(
+            Memory(base=memory),
+            new_block(len(memory), 4096, 0),
+            file.core(direct=True),
+            to_words(bits),
+        )
+        == 0
+    )
     assert not memory[3 * 4096 :].any()
 
 
@@ -200,10 +239,17 @@ def test_short_gaps_are_read_over_and_long_ones_are_not(file: File) -> None:
     bits[[0, 2, 4, 600]] = True
     file.poison(1024 * 4096)
     job = new_job()
-    assert read(
-        Memory(base=stale(1024 * 4096)), new_block(1024 * 4096, 4096, 0),
-        file.core(direct=True), to_words(bits), max_gap=4096, job=job,
-    ) == 0
+    assert (
+        read(
+            Memory(base=stale(1024 * 4096)),
+            new_block(1024 * 4096, 4096, 0),
+            file.core(direct=True),
+            to_words(bits),
+            max_gap=4096,
+            job=job,
+        )
+        == 0
+    )
     assert totals(job).calls == 2
     assert totals(job).bytes_moved == 6 * 4096
 
@@ -214,8 +260,11 @@ def test_a_read_without_a_file_reports_where_it_failed(file: File) -> None:
     fault = ffi.new("struct qm_fault *", {"in_memory": 1, "at": -1})
     try:
         rc = read(
-            Memory(base=stale(4096)), new_block(4096, 4096, 8192), core,
-            to_words(np.ones(1, dtype=bool)), fault=fault,
+            Memory(base=stale(4096)),
+            new_block(4096, 4096, 8192),
+            core,
+            to_words(np.ones(1, dtype=bool)),
+            fault=fault,
         )
     finally:
         os.close(core.fd)
@@ -228,8 +277,11 @@ def test_memory_that_cannot_be_written_is_a_fault_in_memory(file: File) -> None:
     with memfd(4096) as fd:
         readable = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
         rc = read(
-            Memory(fd=readable), new_block(4096, 4096, 0), file.core(direct=False),
-            to_words(np.ones(1, dtype=bool)), fault=fault,
+            Memory(fd=readable),
+            new_block(4096, 4096, 0),
+            file.core(direct=False),
+            to_words(np.ones(1, dtype=bool)),
+            fault=fault,
         )
         os.close(readable)
     assert (rc, fault.in_memory) == (-errno.EBADF, 1)

@@ -73,11 +73,14 @@ def test_lowest_place_is_that_of_the_twin(data: st.DataObject) -> None:
         place &= ~np.frombuffer(mask, np.uint8)
         place |= np.frombuffer(head, np.uint8)
     content = memory.tobytes()
-    reads = data.draw(st.lists(
-        st.tuples(st.integers(0, 31), st.integers(1, 32)).map(
-            lambda read: (read[0] * 1024, min(read[1], 32 - read[0]) * 1024)
-        ), max_size=6,
-    ))  # fmt: skip
+    reads = data.draw(
+        st.lists(
+            st.tuples(st.integers(0, 31), st.integers(1, 32)).map(
+                lambda read: (read[0] * 1024, min(read[1], 32 - read[0]) * 1024)
+            ),
+            max_size=6,
+        )
+    )
     with Watched(content, head, mask) as watched:
         for at, length in reads:
             assert watched.read(at, length) == content[at : at + length]
@@ -90,4 +93,3 @@ def test_memory_that_cannot_be_read_is_not_looked_at() -> None:
         watched.mapped.fd = -1
         assert watched.read(0, 4096) < 0
         assert watched.watch.found == NOWHERE
-

@@ -43,8 +43,15 @@ GAP = 1 << 20
 class Staged:
     """Blocks whose pages go to a file by way of one stage, a chunk at a time."""
 
-    def __init__(self, path: Path, npages: list[int], page_size: int, policy: tuple[int, int, int],
-                 *, direct: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        npages: list[int],
+        page_size: int,
+        policy: tuple[int, int, int],
+        *,
+        direct: bool,
+    ) -> None:
         self.page_size, self.npages = page_size, npages
         self.file = File(path)
         self.core_file = self.file.core(direct=direct)
@@ -71,8 +78,11 @@ class Staged:
         words = CHUNK // page_size // 64
         self._memory = np.full(CHUNK + 4096, 0xDD, dtype=np.uint8)
         shift = -self._memory.ctypes.data % 4096
-        self._kept = [ffi.new("uint64_t[]", words), ffi.new("uint64_t[]", words),
-                      ffi.from_buffer("unsigned char[]", self._memory[shift:])]
+        self._kept = [
+            ffi.new("uint64_t[]", words),
+            ffi.new("uint64_t[]", words),
+            ffi.from_buffer("unsigned char[]", self._memory[shift:]),
+        ]
         self.stage = ffi.new("struct qm_staging *")
         self.stage.filled, self.stage.zeroed, self.stage.base = self._kept
         self.on = -1
@@ -82,7 +92,7 @@ class Staged:
         while True:
             exact = ffi.new("unsigned char[]", data or b"\0")
             rc = int(lib.qm_decode(self.job, self.decoder, exact, len(data), used, self.fault))
-            data = data[used[0]:]
+            data = data[used[0] :]
             if rc != 2:
                 return rc
             self.turn()
@@ -101,8 +111,14 @@ class Staged:
     def write(self) -> None:
         if self.on >= 0:
             rc = lib.qm_write_staging(
-                self.job, self.channel, self.core_file, self.blocks[self.on], self.stage,
-                self.policy, self.data[self.on], self.fault,
+                self.job,
+                self.channel,
+                self.core_file,
+                self.blocks[self.on],
+                self.stage,
+                self.policy,
+                self.data[self.on],
+                self.fault,
             )
             assert rc >= 0
             self.lost += rc
@@ -129,8 +145,13 @@ class Staged:
 def staged(disk: Path) -> Iterator[Any]:
     made = []
 
-    def make(npages: list[int], page_size: int = 4096, policy: tuple[int, int, int] = EXACT, *,
-             direct: bool = True) -> Staged:
+    def make(
+        npages: list[int],
+        page_size: int = 4096,
+        policy: tuple[int, int, int] = EXACT,
+        *,
+        direct: bool = True,
+    ) -> Staged:
         made.append(Staged(disk / f"file{len(made)}", npages, page_size, policy, direct=direct))
         return made[-1]
 
@@ -141,7 +162,8 @@ def staged(disk: Path) -> Iterator[Any]:
 
 @some
 @given(
-    page_size=st.sampled_from([1024, 65536]), policy=st.sampled_from(list(POLICIES.values())),
+    page_size=st.sampled_from([1024, 65536]),
+    policy=st.sampled_from(list(POLICIES.values())),
     data=st.data(),
 )
 def test_file_holds_what_the_twin_says(
@@ -154,7 +176,7 @@ def test_file_holds_what_the_twin_says(
     listed = [
         Record(r.block, r.number + (step * (i % 3) if r.block == 0 else 0), r.fill, r.page, r.delta)
         for i, r in enumerate(listed)
-    ]  # fmt: skip
+    ]
     before = [np.zeros(n * page_size, dtype=np.uint8) for n in npages]
     after, seen = records.apply(listed, before, page_size, fresh=True)
     with directory_on_disk() as disk:
@@ -227,7 +249,13 @@ def test_stage_outside_of_its_block_is_refused(staged: Any) -> None:
     for off, length in ((CHUNK, 4096), (4096, 4096), (0, 71 * 4096), too_long):
         made.stage.off, made.stage.len = off, length
         rc = lib.qm_write_staging(
-            made.job, made.channel, made.core_file, made.blocks[0], made.stage, made.policy,
-            made.data[0], made.fault,
+            made.job,
+            made.channel,
+            made.core_file,
+            made.blocks[0],
+            made.stage,
+            made.policy,
+            made.data[0],
+            made.fault,
         )
         assert rc == -errno.EINVAL

@@ -54,8 +54,13 @@ def test_stale_pages_become_zero_and_set_pages_stay(
     file.write_at(pages_offset + len(pages), bytes([POISON]) * 4096)
 
     found = lib.qm_stale_punch(
-        new_job(), new_channel(), file.core(direct=False),
-        new_block(len(pages), page_size, pages_offset), to_words(bits), 0, npages,
+        new_job(),
+        new_channel(),
+        file.core(direct=False),
+        new_block(len(pages), page_size, pages_offset),
+        to_words(bits),
+        0,
+        npages,
         ffi.new("struct qm_fault *"),
     )
 
@@ -71,8 +76,13 @@ def test_stale_pages_become_zero_and_set_pages_stay(
 def test_a_file_that_ends_early_has_nothing_stale_after_its_end(file: File) -> None:
     file.poison(3 * 4096 + 5)
     found = lib.qm_stale_punch(
-        new_job(), new_channel(), file.core(direct=False), new_block(8 * CHUNK, 4096, 4096),
-        ffi.new("uint64_t[]", 8 * CHUNK // 4096 // 64), 0, 8 * CHUNK // 4096,
+        new_job(),
+        new_channel(),
+        file.core(direct=False),
+        new_block(8 * CHUNK, 4096, 4096),
+        ffi.new("uint64_t[]", 8 * CHUNK // 4096 // 64),
+        0,
+        8 * CHUNK // 4096,
         ffi.new("struct qm_fault *"),
     )
     assert found == 3
@@ -83,8 +93,17 @@ def test_a_cancelled_job_cleans_nothing(file: File) -> None:
     file.poison(1 << 20)
     job = new_job()
     lib.qm_job_cancel(job)
-    assert lib.qm_stale_punch(
-        job, new_channel(), file.core(direct=False), new_block(1 << 20, 4096, 0),
-        ffi.new("uint64_t[4]"), 0, 256, ffi.new("struct qm_fault *"),
-    ) == -errno.ECANCELED
+    assert (
+        lib.qm_stale_punch(
+            job,
+            new_channel(),
+            file.core(direct=False),
+            new_block(1 << 20, 4096, 0),
+            ffi.new("uint64_t[4]"),
+            0,
+            256,
+            ffi.new("struct qm_fault *"),
+        )
+        == -errno.ECANCELED
+    )
     assert (file.read(0, 1 << 20) == POISON).all()

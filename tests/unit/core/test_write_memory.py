@@ -74,23 +74,29 @@ def fill_from(memory: Any, *, end: int | None = None, error: int = 0) -> Any:
 
 def mapped(fd: int, offset: int, length: int) -> Any:
     start = offset // 4096 * 4096
-    mapping = mmap.mmap(
-        fd, length + offset - start, mmap.MAP_SHARED, mmap.PROT_READ, offset=start
-    )
+    mapping = mmap.mmap(fd, length + offset - start, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
     return np.frombuffer(mapping, dtype=np.uint8)[offset - start :]
 
 
 def save(
-    file: File, memory: Memory, bits: Bits, page_size: int, policy: str, direct: bool,
-    mem_align: int = 4096, off_align: int = 4096,
+    file: File,
+    memory: Memory,
+    bits: Bits,
+    page_size: int,
+    policy: str,
+    direct: bool,
+    mem_align: int = 4096,
+    off_align: int = 4096,
 ) -> tuple[Any, Bits]:
     length = len(bits) * page_size
     file.poison(PAGES_OFFSET + length)
     words = to_words(np.zeros(len(bits), dtype=bool))
     rc = write(
-        memory, new_block(length, page_size, PAGES_OFFSET),
+        memory,
+        new_block(length, page_size, PAGES_OFFSET),
         file.core(direct=direct, mem_align=mem_align, off_align=off_align),
-        POLICIES[policy], words,
+        POLICIES[policy],
+        words,
     )
     assert rc == 0, errno.errorcode[-rc]
     return file.read(PAGES_OFFSET, length), to_bits(words, len(bits))
@@ -98,12 +104,20 @@ def save(
 
 @settings(some, max_examples=60)
 @given(
-    st.data(), st.sampled_from(PAGE_SIZES), st.sampled_from(sorted(POLICIES)), st.booleans(),
+    st.data(),
+    st.sampled_from(PAGE_SIZES),
+    st.sampled_from(sorted(POLICIES)),
+    st.booleans(),
     st.sampled_from(["shrinkable", "sealed", "callback", "odd"]),
     st.sampled_from([0, 4096, 1024, 12345]),
 )
 def test_every_kind_of_memory_gives_the_file_that_plain_memory_gives(
-    file: File, data: st.DataObject, page_size: int, policy: str, direct: bool, kind: str,
+    file: File,
+    data: st.DataObject,
+    page_size: int,
+    policy: str,
+    direct: bool,
+    kind: str,
     offset: int,
 ) -> None:
     chunk = CHUNK // page_size
@@ -148,10 +162,16 @@ def test_holes_of_a_sealed_memfd_stay_holes(file: File, page_size: int, policy: 
         blocks = os.fstat(fd).st_blocks
         view = mapped(fd, 0, length)
         words = to_words(np.zeros(length // page_size, dtype=bool))
-        assert write(
-            Memory(base=view, fd=fd), new_block(length, page_size, PAGES_OFFSET),
-            file.core(direct=True), POLICIES[policy], words,
-        ) == 0
+        assert (
+            write(
+                Memory(base=view, fd=fd),
+                new_block(length, page_size, PAGES_OFFSET),
+                file.core(direct=True),
+                POLICIES[policy],
+                words,
+            )
+            == 0
+        )
         assert os.fstat(fd).st_blocks == blocks
 
 
@@ -183,8 +203,12 @@ def test_a_file_that_became_shorter_is_a_fault_in_memory(
         os.ftruncate(fd, left)
         fault = ffi.new("struct qm_fault *")
         rc = write(
-            memory, new_block(length, 4096, PAGES_OFFSET), file.core(direct=direct),
-            POLICIES[policy], to_words(np.zeros(length // 4096, dtype=bool)), fault=fault,
+            memory,
+            new_block(length, 4096, PAGES_OFFSET),
+            file.core(direct=direct),
+            POLICIES[policy],
+            to_words(np.zeros(length // 4096, dtype=bool)),
+            fault=fault,
         )
     assert rc == -errno.EFAULT
     assert fault.in_memory == 1
@@ -196,8 +220,12 @@ def test_a_callback_that_fails_ends_the_save_with_its_error(file: File) -> None:
     fill = fill_from(memory, end=CHUNK + 4096, error=errno.ESRCH)
     fault = ffi.new("struct qm_fault *")
     rc = write(
-        Memory(fill=fill), new_block(len(memory), 4096, PAGES_OFFSET), file.core(direct=True),
-        AUTO, ffi.new("uint64_t[32]"), fault=fault,
+        Memory(fill=fill),
+        new_block(len(memory), 4096, PAGES_OFFSET),
+        file.core(direct=True),
+        AUTO,
+        ffi.new("uint64_t[32]"),
+        fault=fault,
     )
     assert rc == -errno.ESRCH
     assert fault.in_memory == 1
@@ -209,8 +237,12 @@ def test_a_callback_whose_memory_ends_early_is_a_fault_in_memory(file: File) -> 
     fill = fill_from(memory, end=CHUNK + 5000)
     fault = ffi.new("struct qm_fault *")
     rc = write(
-        Memory(fill=fill), new_block(len(memory), 4096, PAGES_OFFSET), file.core(direct=True),
-        AUTO, ffi.new("uint64_t[32]"), fault=fault,
+        Memory(fill=fill),
+        new_block(len(memory), 4096, PAGES_OFFSET),
+        file.core(direct=True),
+        AUTO,
+        ffi.new("uint64_t[32]"),
+        fault=fault,
     )
     assert (rc, fault.in_memory, fault.at) == (-errno.EFAULT, 1, CHUNK + 5000)
 
@@ -238,8 +270,11 @@ def test_memory_alignment_above_the_unit_does_not_mix_up_pages(
         words = to_words(np.zeros(npages, dtype=bool))
         off_align = 4096
         rc = write(
-            source, new_block(len(memory), page_size, PAGES_OFFSET),
-            file.core(direct=True, mem_align=mem_align, off_align=off_align), policy, words,
+            source,
+            new_block(len(memory), page_size, PAGES_OFFSET),
+            file.core(direct=True, mem_align=mem_align, off_align=off_align),
+            policy,
+            words,
         )
     assert rc == 0
     content = file.read(PAGES_OFFSET, len(memory)).reshape(npages, page_size)
@@ -258,8 +293,11 @@ def test_memory_that_is_not_mapped_is_a_fault_in_memory_not_a_crash(file: File) 
         # A load: the kernel writes through the mapping, and finds no page there.
         file.poison(PAGES_OFFSET + length)
         rc = read(
-            Memory(base=view, fd=fd), new_block(length, 4096, PAGES_OFFSET),
-            file.core(direct=False), words, fault=fault,
+            Memory(base=view, fd=fd),
+            new_block(length, 4096, PAGES_OFFSET),
+            file.core(direct=False),
+            words,
+            fault=fault,
         )
     assert rc == -errno.EFAULT
     assert fault.in_memory == 1

@@ -76,11 +76,20 @@ def lengths(page_size: int) -> st.SearchStrategy[int]:
 
 @settings(some, max_examples=60)
 @given(
-    st.data(), st.sampled_from(PAGE_SIZES), st.sampled_from(sorted(POLICIES)), st.booleans(),
-    st.sampled_from([0, 0, 0, 8, 512, 1031]), st.booleans(),
+    st.data(),
+    st.sampled_from(PAGE_SIZES),
+    st.sampled_from(sorted(POLICIES)),
+    st.booleans(),
+    st.sampled_from([0, 0, 0, 8, 512, 1031]),
+    st.booleans(),
 )
 def test_write_does_what_its_twin_does(
-    file: File, data: st.DataObject, page_size: int, policy: str, direct: bool, shift: int,
+    file: File,
+    data: st.DataObject,
+    page_size: int,
+    policy: str,
+    direct: bool,
+    shift: int,
     selecting: bool,
 ) -> None:
     npages = data.draw(lengths(page_size))
@@ -94,15 +103,23 @@ def test_write_does_what_its_twin_does(
     job = new_job()
 
     rc = write(
-        Memory(base=memory), new_block(len(memory), page_size, PAGES_OFFSET),
-        file.core(direct=direct), POLICIES[policy], words, job=job, step=data.draw(
-            st.integers(1, 3)
-        ), selection=to_words(selection) if selecting else ffi.NULL,
+        Memory(base=memory),
+        new_block(len(memory), page_size, PAGES_OFFSET),
+        file.core(direct=direct),
+        POLICIES[policy],
+        words,
+        job=job,
+        step=data.draw(st.integers(1, 3)),
+        selection=to_words(selection) if selecting else ffi.NULL,
     )
 
     assert rc == 0
     expected, pages = twin.write(
-        memory, page_size, POLICIES[policy], selection=selection, prior=prior,
+        memory,
+        page_size,
+        POLICIES[policy],
+        selection=selection,
+        prior=prior,
         direct_len=len(memory) // unit * unit,
     )
     assert (to_bits(words, npages) == expected).all()
@@ -132,16 +149,27 @@ def test_pages_below_the_unit_cost_their_units_and_the_share_of_them(
     file.poison(PAGES_OFFSET + len(memory) + (1 << 17))
     words = to_words(np.zeros(npages, dtype=bool))
 
-    assert write(
-        Memory(base=memory), new_block(len(memory), page_size, PAGES_OFFSET),
-        file.core(direct=True), POLICIES[policy], words,
-    ) == 0
+    assert (
+        write(
+            Memory(base=memory),
+            new_block(len(memory), page_size, PAGES_OFFSET),
+            file.core(direct=True),
+            POLICIES[policy],
+            words,
+        )
+        == 0
+    )
 
     direct_len = len(memory) // DIRECT_UNIT * DIRECT_UNIT
     written = written_bytes(file, memory)[:direct_len]
-    units = np.add.reduceat(
-        np.repeat(bits, page_size)[:direct_len], np.arange(0, direct_len, DIRECT_UNIT)
-    ) > 0 if direct_len else np.zeros(0, dtype=bool)
+    units = (
+        np.add.reduceat(
+            np.repeat(bits, page_size)[:direct_len], np.arange(0, direct_len, DIRECT_UNIT)
+        )
+        > 0
+        if direct_len
+        else np.zeros(0, dtype=bool)
+    )
     share = POLICIES[policy][1]
     for first in range(0, len(units), CHUNK // DIRECT_UNIT):
         part = slice(first, first + CHUNK // DIRECT_UNIT)
@@ -152,18 +180,22 @@ def test_pages_below_the_unit_cost_their_units_and_the_share_of_them(
 
 @some
 @given(st.data(), st.sampled_from([4096, 8192, 65536]))
-def test_exact_allocates_no_zero_page(
-    file: File, data: st.DataObject, page_size: int
-) -> None:
+def test_exact_allocates_no_zero_page(file: File, data: st.DataObject, page_size: int) -> None:
     npages = data.draw(lengths(page_size))
     bits = data.draw(page_bits(npages))
     memory = guest(bits, page_size)
     file.holes(PAGES_OFFSET + len(memory))
     words = to_words(np.zeros(npages, dtype=bool))
-    assert write(
-        Memory(base=memory), new_block(len(memory), page_size, PAGES_OFFSET),
-        file.core(direct=True), EXACT, words,
-    ) == 0
+    assert (
+        write(
+            Memory(base=memory),
+            new_block(len(memory), page_size, PAGES_OFFSET),
+            file.core(direct=True),
+            EXACT,
+            words,
+        )
+        == 0
+    )
     allocated = file.allocated(PAGES_OFFSET, len(memory)).reshape(npages, -1)
     assert (allocated.any(axis=1) == bits).all()
 
@@ -178,10 +210,16 @@ def test_auto_allocates_at_most_half_as_much_again_in_every_chunk(
     memory = guest(bits, 4096)
     file.holes(PAGES_OFFSET + len(memory))
     words = to_words(np.zeros(npages, dtype=bool))
-    assert write(
-        Memory(base=memory), new_block(len(memory), 4096, PAGES_OFFSET),
-        file.core(direct=direct), AUTO, words,
-    ) == 0
+    assert (
+        write(
+            Memory(base=memory),
+            new_block(len(memory), 4096, PAGES_OFFSET),
+            file.core(direct=direct),
+            AUTO,
+            words,
+        )
+        == 0
+    )
     assert (to_bits(words, npages) == bits).all(), "the bit of a bridged zero page was set"
     allocated = file.allocated(PAGES_OFFSET, len(memory))
     assert allocated[bits].all()
@@ -195,10 +233,17 @@ def test_auto_bridges_single_zero_pages_of_speckled_memory(file: File) -> None:
     bits = np.random.default_rng(1).random(npages) >= 0.3
     memory = guest(bits, 4096)
     job = new_job()
-    assert write(
-        Memory(base=memory), new_block(len(memory), 4096, PAGES_OFFSET),
-        file.core(direct=True), AUTO, to_words(bits), job=job,
-    ) == 0
+    assert (
+        write(
+            Memory(base=memory),
+            new_block(len(memory), 4096, PAGES_OFFSET),
+            file.core(direct=True),
+            AUTO,
+            to_words(bits),
+            job=job,
+        )
+        == 0
+    )
     assert totals(job).calls <= 16, "speckled memory must leave in few, large writes"
 
 
@@ -213,10 +258,17 @@ def test_a_page_outside_the_selection_keeps_its_bit_though_it_is_bridged(
     prior = np.zeros(64, dtype=bool)
     prior[20] = True
     words = to_words(prior)
-    assert write(
-        Memory(base=memory), new_block(len(memory), 4096, PAGES_OFFSET),
-        file.core(direct=True), POLICIES[policy], words, selection=to_words(selection),
-    ) == 0
+    assert (
+        write(
+            Memory(base=memory),
+            new_block(len(memory), 4096, PAGES_OFFSET),
+            file.core(direct=True),
+            POLICIES[policy],
+            words,
+            selection=to_words(selection),
+        )
+        == 0
+    )
     expected = selection.copy()
     expected[20] = True
     assert (to_bits(words, 64) == expected).all()
@@ -226,10 +278,17 @@ def test_a_selected_page_that_became_zero_loses_its_bit(file: File) -> None:
     memory = guest(np.zeros(8, dtype=bool), 4096)
     words = to_words(np.ones(8, dtype=bool))
     selection = np.array([1, 0, 1, 0, 1, 0, 1, 0], dtype=bool)
-    assert write(
-        Memory(base=memory), new_block(len(memory), 4096, PAGES_OFFSET),
-        file.core(direct=False), EXACT, words, selection=to_words(selection),
-    ) == 0
+    assert (
+        write(
+            Memory(base=memory),
+            new_block(len(memory), 4096, PAGES_OFFSET),
+            file.core(direct=False),
+            EXACT,
+            words,
+            selection=to_words(selection),
+        )
+        == 0
+    )
     assert (to_bits(words, 8) == ~selection).all()
 
 
@@ -254,10 +313,20 @@ def test_the_tail_waits_for_its_own_call(
     assert not written_bytes(file, memory)[direct_len:].any()
     assert not to_bits(words, npages)[direct_len // page_size :].any()
 
-    assert lib.qm_write_tail(
-        new_job(), new_channel(), core, block, Memory(base=memory).core, new_sparse(policy),
-        ffi.NULL, words, ffi.new("struct qm_fault *"),
-    ) == 0
+    assert (
+        lib.qm_write_tail(
+            new_job(),
+            new_channel(),
+            core,
+            block,
+            Memory(base=memory).core,
+            new_sparse(policy),
+            ffi.NULL,
+            words,
+            ffi.new("struct qm_fault *"),
+        )
+        == 0
+    )
     tail = written_bytes(file, memory)[direct_len:].reshape(-1, page_size)
     assert (tail.all(axis=1) == bits[direct_len // page_size :] | dense).all()
     assert (to_bits(words, npages) == bits).all()
@@ -282,10 +351,17 @@ def test_without_a_file_pages_are_counted_and_nothing_is_written(file: File) -> 
     core.fd = -1
     words = to_words(np.zeros(80, dtype=bool))
     job = new_job()
-    assert write(
-        Memory(base=memory), new_block(len(memory), 1024, PAGES_OFFSET), core, AUTO, words,
-        job=job,
-    ) == 0
+    assert (
+        write(
+            Memory(base=memory),
+            new_block(len(memory), 1024, PAGES_OFFSET),
+            core,
+            AUTO,
+            words,
+            job=job,
+        )
+        == 0
+    )
     assert (to_bits(words, 80) == bits).all()
     assert totals(job).data_pages == 40
     assert totals(job).bytes_moved == 0
@@ -317,9 +393,10 @@ def test_numbers_that_do_not_fit_together_are_refused(
     block = new_block(length, page_size, pages_offset)
     fault = ffi.new("struct qm_fault *")
     args = (new_job(), new_channel(), file.core(direct=False), block, memory.core)
-    assert lib.qm_write(
-        *args, new_sparse(AUTO), ffi.NULL, words, first, npages, fault
-    ) == -errno.EINVAL
+    assert (
+        lib.qm_write(*args, new_sparse(AUTO), ffi.NULL, words, first, npages, fault)
+        == -errno.EINVAL
+    )
     assert lib.qm_read(*args, words, 0, 1, first, npages, fault) == -errno.EINVAL
 
 
@@ -340,8 +417,12 @@ def test_a_position_is_reported_where_the_file_cannot_be_written(file: File) -> 
     fault = ffi.new("struct qm_fault *", {"in_memory": 1, "at": -1})
     try:
         rc = write(
-            Memory(base=memory), new_block(len(memory), 4096, PAGES_OFFSET), core, AUTO,
-            ffi.new("uint64_t[1]"), fault=fault,
+            Memory(base=memory),
+            new_block(len(memory), 4096, PAGES_OFFSET),
+            core,
+            AUTO,
+            ffi.new("uint64_t[1]"),
+            fault=fault,
         )
     finally:
         os.close(core.fd)

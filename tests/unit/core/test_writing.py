@@ -72,8 +72,15 @@ class Listener:
 
 
 def saved(
-    file: File, memory: Memory, npages: int, page_size: int, policy: str, *, direct: bool,
-    listener: Listener, selection: Any = ffi.NULL,
+    file: File,
+    memory: Memory,
+    npages: int,
+    page_size: int,
+    policy: str,
+    *,
+    direct: bool,
+    listener: Listener,
+    selection: Any = ffi.NULL,
 ) -> tuple[int, Bits]:
     """Into a file of holes; the result and the bitmap."""
     length = npages * page_size
@@ -121,13 +128,15 @@ def test_told_is_what_the_file_has(file: File, data: st.DataObject) -> None:
             store(fd, memory)
             base = mapped(fd, 0, len(memory)) if kind == "mapped memfd" else None
             source = Memory(base=base, fd=fd)
-        rc, found = saved(
-            file, source, npages, page_size, policy, direct=direct, listener=listener
-        )
+        rc, found = saved(file, source, npages, page_size, policy, direct=direct, listener=listener)
     assert rc == 0
     everything = np.ones(npages, dtype=bool)
     expected, written = twin.write(
-        memory, page_size, POLICIES[policy], selection=everything, prior=~everything,
+        memory,
+        page_size,
+        POLICIES[policy],
+        selection=everything,
+        prior=~everything,
         direct_len=len(memory),
     )
     assert (found == expected).all()
@@ -182,7 +191,13 @@ def test_a_pass_over_a_selection_tells_only_that_something_changes(file: File) -
     selection[[300, 301, 1900]] = True
     listener = Listener()
     rc, bits = saved(
-        file, Memory(base=memory), 2048, 4096, "exact", direct=True, listener=listener,
+        file,
+        Memory(base=memory),
+        2048,
+        4096,
+        "exact",
+        direct=True,
+        listener=listener,
         selection=to_words(selection),
     )
     assert rc == 0
@@ -193,17 +208,13 @@ def test_a_pass_over_a_selection_tells_only_that_something_changes(file: File) -
 def test_nothing_is_told_of_zeros(file: File) -> None:
     memory = guest(np.zeros(3000, dtype=bool), 4096)
     listener = Listener()
-    rc, _ = saved(
-        file, Memory(base=memory), 3000, 4096, "auto", direct=True, listener=listener
-    )
+    rc, _ = saved(file, Memory(base=memory), 3000, 4096, "auto", direct=True, listener=listener)
     assert (rc, listener.told) == (0, {})
 
 
 def test_an_error_of_the_listener_ends_the_write(file: File) -> None:
     memory = guest(np.ones(3000, dtype=bool), 4096)
     listener = Listener(-errno.EDOM)
-    rc, _ = saved(
-        file, Memory(base=memory), 3000, 4096, "auto", direct=True, listener=listener
-    )
+    rc, _ = saved(file, Memory(base=memory), 3000, 4096, "auto", direct=True, listener=listener)
     assert rc == -errno.EDOM
     assert len(listener.told) == 1, "it went on"

@@ -12,8 +12,11 @@ AWAITED = DOCS / "examples" / "await_save.py"
 
 def test_the_program_saves_a_running_guest_and_loads_it_back(tmp_path, child_environment):
     done = subprocess.run(
-        [sys.executable, PROGRAM, tmp_path], env=child_environment, capture_output=True,
-        text=True, timeout=60,
+        [sys.executable, PROGRAM, tmp_path],
+        env=child_environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-3:] == ["saved: completed", "loaded: completed", "equal: True"]
@@ -22,8 +25,11 @@ def test_the_program_saves_a_running_guest_and_loads_it_back(tmp_path, child_env
 
 def test_the_second_program_awaits_a_save_and_cancels_one(tmp_path, child_environment):
     done = subprocess.run(
-        [sys.executable, AWAITED, tmp_path], env=child_environment, capture_output=True,
-        text=True, timeout=60,
+        [sys.executable, AWAITED, tmp_path],
+        env=child_environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "saved: 5 pages\ncancelled: True ['snapshot']\n"

@@ -30,9 +30,7 @@ def test_the_example_seals_and_finds_the_damage(
     assert (check.intact, check.algorithm) == (True, "blake3")
 
 
-def test_another_program_can_check_a_seal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_program_can_check_a_seal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     memory = bytearray(b"guest" * 4096 * 1000)
     pyqmigrate.save("guest.mapped", [pyqmigrate.RamBlock("pc.ram", memory)], seal="xxh3-128")

@@ -59,8 +59,11 @@ def sources(disk: Path, to: str) -> list[str]:
 def killed(disk: Path, to: str, mode: str, environment: dict[str, str]) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, disk, to, mode, *(PLACES if to in IMAGES else [])],
-        env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert child.stdout is not None
     with child.stdout:
         assert child.stdout.readline() == "ready\n"
@@ -138,9 +141,9 @@ def test_a_killed_conversion_over_a_file_leaves_the_old_or_the_new(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("to", "mode"), [
-    *((form, "new") for form in FORMS), *((form, "over") for form in FILES),
-])
+@pytest.mark.parametrize(
+    ("to", "mode"), [*((form, "new") for form in FORMS), *((form, "over") for form in FILES)]
+)
 def test_sixty_killed_conversions_leave_whole_files(
     disk: Path, to: str, mode: str, child_environment: dict[str, str]
 ) -> None:

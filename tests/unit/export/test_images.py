@@ -59,9 +59,11 @@ def make(path: Path, kind: str, machine: str = MACHINE, **blocks: bytes) -> Path
     if kind == "stream":
         start_sequential_save(path, memories, machine=machine).wait()
     elif kind == "libvirt":
-        path.write_bytes(encode_header(LibvirtHeader(
-            True, 2, ImageFormat.SPARSE, True, "<domain/>", "", 5000, "little"
-        )))
+        path.write_bytes(
+            encode_header(
+                LibvirtHeader(True, 2, ImageFormat.SPARSE, True, "<domain/>", "", 5000, "little")
+            )
+        )
         save(f"file:{path},offset=5000", memories, machine=machine)
     elif kind == "offset":
         save(f"file:{path},offset=0x1234", memories, machine=machine)
@@ -97,8 +99,12 @@ def test_every_way_of_writing_gives_the_same_memory(
 ) -> None:
     for direct_io in ("off", "on" if form == "elf" else "auto"):
         image, report = export(
-            make(disk / "s", "mapped-ram"), disk / "to", form,
-            sparse=sparse, channels=channels, direct_io=direct_io,
+            make(disk / "s", "mapped-ram"),
+            disk / "to",
+            form,
+            sparse=sparse,
+            channels=channels,
+            direct_io=direct_io,
         )
         assert image.all() == SEEN
         assert (report.sparse, report.channels) == (sparse, channels)
@@ -187,8 +193,12 @@ def test_of_several_notes_it_is_the_first(channels: int, disk: Path) -> None:
 def test_note_is_found_among_pages_smaller_than_linuxs(disk: Path) -> None:
     memory = bytearray(ram(64, page_size=1024).tobytes())
     memory[20480 : 20480 + 64] = note_of("6.1").ljust(64, b"\0")
-    save(disk / "s", [RamBlock("mach-virt.ram", bytes(memory), 1024)], machine="virt-9.2",
-         target_page_bits=10)  # fmt: skip
+    save(
+        disk / "s",
+        [RamBlock("mach-virt.ram", bytes(memory), 1024)],
+        machine="virt-9.2",
+        target_page_bits=10,
+    )
     for part, found in (("+3072,0xd000", [b"OSRELEASE=6.1\n"]), ("+3072,1024", [])):
         given = [parse_placement(f"mach-virt.ram@0x40000c00{part}")]
         image, _ = export(disk / "s", disk / "to", "elf", placements=given)
@@ -214,8 +224,9 @@ def test_note_that_leaves_its_block_is_none(disk: Path) -> None:
     memory = bytearray(ram(8).tobytes())
     note = struct.pack("<III", 11, 8192, 0) + b"VMCOREINFO\0\0OSRELEASE="
     memory[7 * 4096 : 7 * 4096 + len(note)] = note
-    image, _ = export(make(disk / "s", "mapped-ram", **{"pc.ram": bytes(memory)}),
-                      disk / "to", "elf")  # fmt: skip
+    image, _ = export(
+        make(disk / "s", "mapped-ram", **{"pc.ram": bytes(memory)}), disk / "to", "elf"
+    )
     assert image.notes == ()
 
 
@@ -229,7 +240,9 @@ def test_part_of_a_block_is_memory_of_its_own(data: st.DataObject) -> None:
         first = data.draw(st.integers(0, 299)) * 4096
         length = data.draw(st.integers(1, 300 - first // 4096)) * 4096
         image, report = export(
-            source, directory / "to", "lime",
+            source,
+            directory / "to",
+            "lime",
             placements=[parse_placement(f"ram@{first}+{first},{length}")],
             sparse=data.draw(st.sampled_from(["auto", "exact", "dense"])),
         )
@@ -241,8 +254,12 @@ def test_part_of_a_block_is_memory_of_its_own(data: st.DataObject) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_pages_of_any_size_are_exported(form: str, size: int, disk: Path) -> None:
     memory = ram(40, page_size=size).tobytes()
-    save(disk / "s", [RamBlock("mach-virt.ram", memory, size)], machine="virt-9.2",
-         target_page_bits=size.bit_length() - 1)  # fmt: skip
+    save(
+        disk / "s",
+        [RamBlock("mach-virt.ram", memory, size)],
+        machine="virt-9.2",
+        target_page_bits=size.bit_length() - 1,
+    )
     image, _ = export(disk / "s", disk / "to", form)
     assert image.all() == {1 << 30: memory}
 
@@ -277,8 +294,12 @@ def test_lime_with_direct_io_demanded_is_refused(disk: Path) -> None:
 @pytest.mark.parametrize("form", ["raw", "stream", "mapped-ram"])
 def test_placements_are_refused_for_other_forms(form: str, disk: Path) -> None:
     with pytest.raises(UsageError, match="placements"):
-        convert(make(disk / "s", "mapped-ram"), disk / "to", to=form,
-                placements=[parse_placement("pc.ram@0")])  # fmt: skip
+        convert(
+            make(disk / "s", "mapped-ram"),
+            disk / "to",
+            to=form,
+            placements=[parse_placement("pc.ram@0")],
+        )
 
 
 @pytest.mark.parametrize("order", ["little", "big"])
@@ -315,8 +336,11 @@ def test_file_that_lost_its_pages_is_refused(form: str, disk: Path) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_block_that_is_elsewhere_is_refused(form: str, disk: Path) -> None:
     file = Raw(
-        machine=b"pc", capabilities=("x-ignore-shared", "mapped-ram"), gpa=bytes(8),
-        bitmap_offset=0, pages_offset=0,
+        machine=b"pc",
+        capabilities=("x-ignore-shared", "mapped-ram"),
+        gpa=bytes(8),
+        bitmap_offset=0,
+        pages_offset=0,
     ).file()
     (disk / "s").write_bytes(file.read_at(0, file.size))
     refused(disk / "s", form, UsageError, "--memory")

@@ -65,9 +65,12 @@ def test_image_has_the_header_and_the_memory(
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [(ImageFormat.RAW, ImageFormat.RAW), (ImageFormat.SPARSE, ImageFormat.SPARSE),
-     (ImageFormat.ZSTD, ImageFormat.RAW)],
-)  # fmt: skip
+    [
+        (ImageFormat.RAW, ImageFormat.RAW),
+        (ImageFormat.SPARSE, ImageFormat.SPARSE),
+        (ImageFormat.ZSTD, ImageFormat.RAW),
+    ],
+)
 def test_format_is_that_of_the_old_image(
     old: ImageFormat, new: ImageFormat, snapshot: Path, disk: Path
 ) -> None:

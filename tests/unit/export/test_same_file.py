@@ -74,9 +74,7 @@ def test_a_conversion_onto_its_source_is_refused(
 
 
 @pytest.mark.parametrize("to", [form for form in Form if form is not Form.RAW])
-def test_a_conversion_into_a_descriptor_of_its_source_is_refused(
-    snapshot: Path, to: Form
-) -> None:
+def test_a_conversion_into_a_descriptor_of_its_source_is_refused(snapshot: Path, to: Form) -> None:
     before = snapshot.read_bytes()
     placements = PLACED if to in (Form.ELF, Form.LIME) else None
     with snapshot.open("r+b") as file:
@@ -87,9 +85,7 @@ def test_a_conversion_into_a_descriptor_of_its_source_is_refused(
 
 
 @pytest.mark.parametrize("write", [write_elf, write_lime])
-def test_an_export_onto_its_source_is_refused(
-    snapshot: Path, write: Callable[..., object]
-) -> None:
+def test_an_export_onto_its_source_is_refused(snapshot: Path, write: Callable[..., object]) -> None:
     before = snapshot.read_bytes()
     with open_snapshot(snapshot) as opened, pytest.raises(UsageError):
         write(opened, snapshot, placements=PLACED)

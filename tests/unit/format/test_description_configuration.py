@@ -24,7 +24,7 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_reader_that_knows_the_description_only_reads_the_configuration(
-    configuration: Configuration
+    configuration: Configuration,
 ) -> None:
     reader = DescribedReader(encode(configuration))
     found = reader.state(described(configuration))
@@ -82,5 +82,3 @@ def test_lengths_alone_do_not_describe() -> None:
     assert describes_devices({"devices": []})
     assert not describes_devices(None)
     assert not describes_devices({"devices": 3})
-
-

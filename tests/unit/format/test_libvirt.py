@@ -20,9 +20,15 @@ from tests.harness.stream_builders import Sparse
 
 XML, COOKIE = "<domain type='qemu'/>\n", "<cookie/>\n"
 HEADER = LibvirtHeader(
-    complete=True, version=2, format=ImageFormat.SPARSE, was_running=True, xml=XML, cookie=COOKIE,
-    stream_offset=92 + len(XML) + len(COOKIE) + 2 + 65536, byte_order="little",
-)  # fmt: skip
+    complete=True,
+    version=2,
+    format=ImageFormat.SPARSE,
+    was_running=True,
+    xml=XML,
+    cookie=COOKIE,
+    stream_offset=92 + len(XML) + len(COOKIE) + 2 + 65536,
+    byte_order="little",
+)
 # What libvirt 11.3 wrote for a running guest; two lengths of texts and 64 KiB are 67601.
 WRITTEN = bytes.fromhex("02000000 11080100 01000000 06000000 25070000")
 
@@ -139,10 +145,9 @@ def test_file_of_another_kind_is_refused() -> None:
         read_header(source(b"QEVM\0\0\0\3" + bytes(200)))
 
 
-@pytest.mark.parametrize("header", [
-    replace(HEADER, stream_offset=92 + len(XML)),
-    replace(HEADER, xml="a\0b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "header", [replace(HEADER, stream_offset=92 + len(XML)), replace(HEADER, xml="a\0b")]
+)
 def test_texts_that_cannot_be_written_are_refused(header: LibvirtHeader) -> None:
     with pytest.raises(ValueError, match=r"fit|NUL"):
         encode_header(header)

@@ -22,7 +22,8 @@ def overlay(size: int = 1 << 30, name: bytes = b"/images/base", kind: str = "raw
 
 
 @given(
-    st.integers(1, SIZE_MAX >> 5), st.binary(min_size=1, max_size=1023),
+    st.integers(1, SIZE_MAX >> 5),
+    st.binary(min_size=1, max_size=1023),
     st.sampled_from(["raw", "qcow2"]),
 )
 def test_overlay_says_what_it_is_over(size: int, name: bytes, kind: str) -> None:

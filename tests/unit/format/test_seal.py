@@ -43,16 +43,25 @@ def heads(draw: st.DrawFn) -> SealHead:
         blocks.append(BlockLayout(draw(names), length, page_size, header, bitmap, pages))
         at = blocks[-1].pages_end
     return SealHead(
-        draw(st.sampled_from(Algorithm)), draw(st.integers(0, 5 * PIECE)),
-        draw(st.integers(-OFFSET_MAX, OFFSET_MAX)), draw(st.booleans()), offset,
-        tuple(blocks), draw(st.sampled_from(["little", "big"])),
+        draw(st.sampled_from(Algorithm)),
+        draw(st.integers(0, 5 * PIECE)),
+        draw(st.integers(-OFFSET_MAX, OFFSET_MAX)),
+        draw(st.booleans()),
+        offset,
+        tuple(blocks),
+        draw(st.sampled_from(["little", "big"])),
     )
+
 
 DIGESTS = random.Random(1).randbytes(3 * DIGEST_SIZE)
 HEAD = SealHead(
-    Algorithm.XXH3_128, 2 * PIECE + 1, 1_700_000_000_123_456_789, True, 4096,
+    Algorithm.XXH3_128,
+    2 * PIECE + 1,
+    1_700_000_000_123_456_789,
+    True,
+    4096,
     (BlockLayout("pc.ram", 1 << 30, 4096, 4200, 4228, PIECE),),
-)  # fmt: skip
+)
 
 
 def changed(**changes: Any) -> bytes:

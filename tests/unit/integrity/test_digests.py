@@ -180,9 +180,7 @@ def test_reading_can_be_cancelled(directory: Path) -> None:
         os.close(fd)
 
 
-def test_a_cold_file_is_read_past_the_page_cache_and_a_cached_one_from_it(
-    directory: Path,
-) -> None:
+def test_a_cold_file_is_read_past_the_page_cache_and_a_cached_one_from_it(directory: Path) -> None:
     make(directory / "file", 8 * PIECE, {0: b"x" * 8 * PIECE})
     source = InputTarget(directory / "file")
     try:

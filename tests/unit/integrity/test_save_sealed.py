@@ -57,11 +57,14 @@ def test_seal_is_that_of_the_file(disk: Path, data: st.DataObject) -> None:
     target = f"file:{disk}/snap,offset={offset}" if offset else disk / "snap"
     algorithm = data.draw(st.sampled_from(Algorithm))
     report = pyqmigrate.save(
-        target, blocks, seal=algorithm, reuse=data.draw(st.booleans()),
+        target,
+        blocks,
+        seal=algorithm,
+        reuse=data.draw(st.booleans()),
         channels=data.draw(st.integers(1, 4)),
         direct_io=data.draw(st.sampled_from(["auto", "on", "off"])),
         sparse=data.draw(st.sampled_from(["auto", "exact", "dense"])),
-    )  # fmt: skip
+    )
     for fd in fds:
         os.close(fd)
     assert report.seal is algorithm
@@ -124,9 +127,13 @@ def test_pages_are_not_read_again(disk: Path, monkeypatch: pytest.MonkeyPatch) -
 def passes(path: Path, memory: Bytes, changes: list[list[int]], seal: str | None) -> None:
     """A save whose memory changes between its passes, all by pages of 4 KiB."""
     writer = Writer(
-        path, [RamBlock("ram", memory)], direct_io=DirectIO.AUTO, sparse=Sparse.AUTO, channels=2,
+        path,
+        [RamBlock("ram", memory)],
+        direct_io=DirectIO.AUTO,
+        sparse=Sparse.AUTO,
+        channels=2,
         observer=None if seal is None else SaveSeal(Algorithm(seal), 0, seal_path(path)),
-    )  # fmt: skip
+    )
     try:
         writer.begin()
         writer.write_pages()
@@ -215,9 +222,7 @@ def test_a_file_where_the_seal_would_be_is_refused_before_anything_is_touched(
     assert (load(path)["ram"] == before).all()
 
 
-def test_a_name_that_leaves_no_room_for_the_seals_is_refused_before_work_begins(
-    disk: Path,
-) -> None:
+def test_a_name_that_leaves_no_room_for_the_seals_is_refused_before_work_begins(disk: Path) -> None:
     with pytest.raises(UsageError, match=r"255 is the limit.*at least 3 bytes shorter"):
         save_known(disk / ("n" * 253), seal="xxh3-128")
     assert list(disk.iterdir()) == []

@@ -484,9 +484,15 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 def test_what_libvirt_saved_is_sealed_with_its_header(tmp_path: Path) -> None:
     made, start = Sealed.make(tmp_path / "guest", seal=None), 8192
     header = LibvirtHeader(
-        complete=True, version=2, format=ImageFormat.SPARSE, was_running=True, xml="<domain/>",
-        cookie="", stream_offset=start, byte_order="little",
-    )  # fmt: skip
+        complete=True,
+        version=2,
+        format=ImageFormat.SPARSE,
+        was_running=True,
+        xml="<domain/>",
+        cookie="",
+        stream_offset=start,
+        byte_order="little",
+    )
     pyqmigrate.save(
         f"file:{made.path},offset={start}", [RamBlock("pc.ram", made.big)], machine="pc"
     )
@@ -510,8 +516,8 @@ def test_pages_of_a_snapshot_that_is_written_meanwhile_are_not_cleared(
     made.stale("big", 5)
     dense = Sealed.make(disk / "new", seal=None)
     new = dense.path.read_bytes()[::-1]
-    where, name = (sealing, "find_stale") if moment == "before the lock" else (
-        sealing, "remove_manifest"
+    where, name = (
+        (sealing, "find_stale") if moment == "before the lock" else (sealing, "remove_manifest")
     )
     real = getattr(where, name)
 

@@ -106,9 +106,11 @@ def test_what_a_cut_took_from_the_guest_is_named(sealed: Sealed) -> None:
     assert [str(part) for part in found.parts] == [
         f"block 'big', pages 1000 to 1099 "
         f"({int(sealed.big.reshape(-1, PAGE)[1000:].any(axis=1).sum())} with data)",
-        "header of block 'small'", "bitmap of block 'small', of its pages 0 to 19",
-        "block 'small', pages 0 to 19", "what follows the blocks: the device state",
-    ]  # fmt: skip
+        "header of block 'small'",
+        "bitmap of block 'small', of its pages 0 to 19",
+        "block 'small', pages 0 to 19",
+        "what follows the blocks: the device state",
+    ]
 
 
 @pytest.mark.parametrize("more", [1, 4096, 3 * MIB])

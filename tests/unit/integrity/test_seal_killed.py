@@ -41,8 +41,11 @@ for n in itertools.count():
 def killed(path: Path, work: str, after: float, environment: dict[str, str]) -> None:
     """Does the work over and over in a child, which is killed ``after`` seconds."""
     child = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(path), work], env=environment, cwd=ROOT,
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", SCRIPT, str(path), work],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert child.stdout is not None
     with child.stdout:

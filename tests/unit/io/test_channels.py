@@ -19,9 +19,7 @@ from tests.harness.kernel import PAGE_SIZES
 
 
 @some
-@given(
-    st.one_of(st.integers(1, 10000), st.integers(1, 1 << 30)), st.sampled_from(PAGE_SIZES)
-)
+@given(st.one_of(st.integers(1, 10000), st.integers(1, 1 << 30)), st.sampled_from(PAGE_SIZES))
 def test_ranges_cover_a_block_once_and_start_on_chunks(npages: int, page_size: int) -> None:
     ranges = list(cut(3, npages, page_size))
     assert len(ranges) <= 8193
@@ -114,8 +112,9 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_no_hang(
         started.append(thread)
         real(thread)
 
-    with monkeypatch.context() as patched, pytest.raises(
-        pyqmigrate.TargetError, match="cannot start a thread"
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(pyqmigrate.TargetError, match="cannot start a thread"),
     ):
         patched.setattr(threading.Thread, "start", start)
         run(Channels(4, "test"), 10, lambda c, i, f: time.sleep(0.01) or 0)

@@ -201,10 +201,13 @@ def test_no_descriptor_is_left_open_by_a_save(
     path = disk / "snap"
     with opened((path, os.O_RDWR), (path, os.O_RDWR | os.O_DIRECT)) as (buffered, direct):
         target = {
-            "path": path, "reuse": path, "offset": f"file:{path},offset=4k",
+            "path": path,
+            "reuse": path,
+            "offset": f"file:{path},offset=4k",
             "descriptors": Descriptors(buffered, direct),
         }[kind]
         if end == "failed":
+
             def refuse(fd: int) -> None:
                 raise OSError(5, "injected")
 

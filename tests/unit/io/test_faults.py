@@ -35,13 +35,19 @@ def child_environment(
 
 
 def run(
-    shim: Path, disk: Path, environment: dict[str, str], fault: str, direct_io: str,
+    shim: Path,
+    disk: Path,
+    environment: dict[str, str],
+    fault: str,
+    direct_io: str,
     page_size: int = 4096,
 ) -> Any:
     done = subprocess.run(
         [sys.executable, "-m", "tests.harness.faulty", disk, direct_io, str(page_size)],
         env={**environment, "LD_PRELOAD": str(shim), "FAULT": fault},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True,
+        text=True,
+        timeout=60,
         cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
@@ -58,7 +64,12 @@ AFTER_TRIAL = {"on": 2, "off": 1}
 )
 @pytest.mark.parametrize("kind", ["write", "read"])
 def test_transfers_that_stop_midway_are_taken_up_again(
-    shim: Path, disk: Path, child_environment: dict[str, str], kind: str, mode: str, every: int,
+    shim: Path,
+    disk: Path,
+    child_environment: dict[str, str],
+    kind: str,
+    mode: str,
+    every: int,
     direct_io: str,
 ) -> None:
     fault = f"{kind},{mode},{AFTER_TRIAL[direct_io]},{every}"
@@ -83,8 +94,14 @@ def test_small_pages_that_stop_midway_are_taken_up_again(
     ("mode", "kind", "number"), [("eio", "TargetError", 5), ("enospc", "NoSpace", 28)]
 )
 def test_a_write_that_is_refused_ends_the_save_and_leaves_nothing(
-    shim: Path, disk: Path, child_environment: dict[str, str], mode: str, kind: str, number: int,
-    call: int, direct_io: str,
+    shim: Path,
+    disk: Path,
+    child_environment: dict[str, str],
+    mode: str,
+    kind: str,
+    number: int,
+    call: int,
+    direct_io: str,
 ) -> None:
     fault = f"write,{mode},{AFTER_TRIAL[direct_io] + call},1"
     result = run(shim, disk, child_environment, fault, direct_io)
@@ -98,9 +115,7 @@ def test_a_write_that_is_refused_ends_the_save_and_leaves_nothing(
 def test_a_read_that_is_refused_ends_the_load(
     shim: Path, disk: Path, child_environment: dict[str, str], direct_io: str
 ) -> None:
-    result = run(
-        shim, disk, child_environment, f"read,eio,{AFTER_TRIAL[direct_io]},1", direct_io
-    )
+    result = run(shim, disk, child_environment, f"read,eio,{AFTER_TRIAL[direct_io]},1", direct_io)
     assert result["load"]["error"] == "TargetError"
     assert result["load"]["errno"] == 5
     assert result["load"]["position"] >= 1 << 20
@@ -110,8 +125,6 @@ def test_a_read_that_is_refused_ends_the_load(
 def test_an_early_end_of_the_file_is_a_snapshot_error(
     shim: Path, disk: Path, child_environment: dict[str, str], direct_io: str
 ) -> None:
-    result = run(
-        shim, disk, child_environment, f"read,end,{AFTER_TRIAL[direct_io]},1", direct_io
-    )
+    result = run(shim, disk, child_environment, f"read,end,{AFTER_TRIAL[direct_io]},1", direct_io)
     assert result["load"]["error"] == "SnapshotError"
     assert "truncated" in result["load"]["text"]

@@ -64,10 +64,23 @@ def mounted(
     if reason := why_not():
         pytest.skip(reason)
     done = subprocess.run(
-        [*_unshare(), "sh", "-ec",
-         'mount -t "$1" -o "$2" none "$3"; exec "$4" -c "$5" "$3"', "sh",
-         kind, options, str(directory), sys.executable, PRELUDE + script],
-        env=environment, capture_output=True, text=True, timeout=60, cwd=ROOT,
+        [
+            *_unshare(),
+            "sh",
+            "-ec",
+            'mount -t "$1" -o "$2" none "$3"; exec "$4" -c "$5" "$3"',
+            "sh",
+            kind,
+            options,
+            str(directory),
+            sys.executable,
+            PRELUDE + script,
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -82,24 +95,34 @@ def mount_point(tmp_path: Path) -> Path:
 def test_lack_of_space_is_found_before_the_first_page(
     mount_point: Path, child_environment: dict[str, str], sparse: str
 ) -> None:
-    result = mounted(mount_point, "tmpfs", "size=4m", f"""
+    result = mounted(
+        mount_point,
+        "tmpfs",
+        "size=4m",
+        f"""
 memory = ram(2048, density=1.0)
 result = save(memory, sparse={sparse!r})
 print(json.dumps(result))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert result["error"] == "NoSpace"
     assert result["errno"] == 28
     assert "8 MiB" in result["text"], "the message does not tell what is needed"
     assert result["names"] == []
 
 
-def test_zero_pages_need_no_space(
-    mount_point: Path, child_environment: dict[str, str]
-) -> None:
-    result = mounted(mount_point, "tmpfs", "size=4m", """
+def test_zero_pages_need_no_space(mount_point: Path, child_environment: dict[str, str]) -> None:
+    result = mounted(
+        mount_point,
+        "tmpfs",
+        "size=4m",
+        """
 memory = ram(8192, density=0.02)
 print(json.dumps(save(memory, sparse="exact")))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert result["error"] is None, result
     assert result["equal"]
 
@@ -107,14 +130,20 @@ print(json.dumps(save(memory, sparse="exact")))
 def test_space_that_goes_away_meanwhile_is_a_clear_error(
     mount_point: Path, child_environment: dict[str, str]
 ) -> None:
-    result = mounted(mount_point, "tmpfs", "size=4m", """
+    result = mounted(
+        mount_point,
+        "tmpfs",
+        "size=4m",
+        """
 from pyqmigrate.io.target import OutputTarget
 OutputTarget.free_bytes = lambda self: 1 << 40
 (directory / "snap").write_bytes(b"old")
 result = save(ram(2048, density=1.0))
 result["old"] = (directory / "snap").read_bytes() == b"old"
 print(json.dumps(result))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert result["error"] == "NoSpace"
     assert result["position"] >= 1 << 20
     assert result["names"] == ["snap"]
@@ -124,23 +153,35 @@ print(json.dumps(result))
 def test_a_full_file_system_frees_its_space_after_the_failure(
     mount_point: Path, child_environment: dict[str, str]
 ) -> None:
-    free = mounted(mount_point, "tmpfs", "size=4m", """
+    free = mounted(
+        mount_point,
+        "tmpfs",
+        "size=4m",
+        """
 from pyqmigrate.io.target import OutputTarget
 OutputTarget.free_bytes = lambda self: 1 << 40
 save(ram(2048, density=1.0))
 info = os.statvfs(directory)
 print(json.dumps(info.f_bfree * info.f_frsize))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert free >= (4 << 20) - 65536
 
 
 def test_ramfs_refuses_direct_io_and_works_without(
     mount_point: Path, child_environment: dict[str, str]
 ) -> None:
-    auto, demanded = mounted(mount_point, "ramfs", "mode=755", """
+    auto, demanded = mounted(
+        mount_point,
+        "ramfs",
+        "mode=755",
+        """
 memory = ram(512)
 print(json.dumps([save(memory), save(memory, name="other", direct_io="on")]))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert auto["error"] is None, auto
     assert not auto["direct_io"]
     assert auto["equal"]
@@ -151,9 +192,15 @@ print(json.dumps([save(memory), save(memory, name="other", direct_io="on")]))
 def test_a_read_only_file_system_is_a_target_error(
     mount_point: Path, child_environment: dict[str, str]
 ) -> None:
-    result = mounted(mount_point, "tmpfs", "ro,size=4m", """
+    result = mounted(
+        mount_point,
+        "tmpfs",
+        "ro,size=4m",
+        """
 print(json.dumps([save(ram(16)), save(ram(16), reuse=True)]))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert [part["errno"] for part in result] == [30, 30]
 
 
@@ -188,13 +235,20 @@ def filled():
 def test_a_seal_that_has_no_space_leaves_the_old_one_and_the_snapshot(
     mount_point: Path, child_environment: dict[str, str]
 ) -> None:
-    first, full, intact = mounted(mount_point, "tmpfs", "size=8m", SEALING + """
+    first, full, intact = mounted(
+        mount_point,
+        "tmpfs",
+        "size=8m",
+        SEALING
+        + """
 memory = ram(512)
 save(memory)
 first = sealed()
 filled()
 print(json.dumps([first, sealed(), verify_seal(path).intact]))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert (first["error"], first["names"]) == (None, ["snap", "snap.seal"])
     assert (full["error"], full["errno"]) == ("NoSpace", 28)
     assert full["names"] == ["ballast", "snap", "snap.seal"]
@@ -204,7 +258,12 @@ print(json.dumps([first, sealed(), verify_seal(path).intact]))
 def test_a_save_whose_seal_has_no_space_leaves_the_snapshot(
     mount_point: Path, child_environment: dict[str, str]
 ) -> None:
-    result = mounted(mount_point, "tmpfs", "size=8m", SEALING + """
+    result = mounted(
+        mount_point,
+        "tmpfs",
+        "size=8m",
+        SEALING
+        + """
 from pyqmigrate import save as plain
 from pyqmigrate.io.target import OutputTarget
 publish = OutputTarget.publish
@@ -218,7 +277,9 @@ result = outcome(lambda: plain(path, [RamBlock("ram", memory)], seal="xxh3-128")
 result["names"] = sorted(p.name for p in directory.iterdir())
 result["equal"] = bool((load(path)["ram"] == memory).all())
 print(json.dumps(result))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert result["error"] == "NoSpace"
     assert result["names"] == ["ballast", "snap"]
     assert result["equal"]
@@ -227,12 +288,19 @@ print(json.dumps(result))
 def test_a_read_only_directory_has_no_seal_written(
     mount_point: Path, child_environment: dict[str, str]
 ) -> None:
-    result = mounted(mount_point, "tmpfs", "size=8m", SEALING + """
+    result = mounted(
+        mount_point,
+        "tmpfs",
+        "size=8m",
+        SEALING
+        + """
 import subprocess
 save(ram(512))
 subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
 print(json.dumps(sealed()))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert (result["error"], result["errno"]) == ("TargetError", 30)
     assert result["names"] == ["snap"]
 
@@ -240,9 +308,16 @@ print(json.dumps(sealed()))
 def test_a_file_system_without_direct_io_or_holes_is_sealed(
     mount_point: Path, child_environment: dict[str, str]
 ) -> None:
-    result, intact = mounted(mount_point, "ramfs", "mode=755", SEALING + """
+    result, intact = mounted(
+        mount_point,
+        "ramfs",
+        "mode=755",
+        SEALING
+        + """
 save(ram(512))
 print(json.dumps([sealed(), verify_seal(path).intact]))
-""", child_environment)
+""",
+        child_environment,
+    )
     assert result["error"] is None, result
     assert intact

@@ -95,7 +95,10 @@ def test_files_beside_the_target_are_compared_too(
     os.link(precious, beside)
     with pytest.raises(UsageError, match=beside.name):
         OutputTarget.open(
-            target, DirectIO.OFF, reuse=reuse, in_use=files_in_use([(precious, "the disk")]),
+            target,
+            DirectIO.OFF,
+            reuse=reuse,
+            in_use=files_in_use([(precious, "the disk")]),
             beside=[beside] if how == "beside" else [],
         )
     assert target.read_bytes() == b"an old one"
@@ -163,7 +166,10 @@ def as_private_mapping(path: Path) -> Any:
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("start", [pyqmigrate.start_save, start_sequential_save])
 def test_memory_is_not_saved_over_itself(
-    precious: Path, named: Callable[[Path], Any], memory: Callable[[Path], Any], reuse: bool,
+    precious: Path,
+    named: Callable[[Path], Any],
+    memory: Callable[[Path], Any],
+    reuse: bool,
     start: Callable[..., Any],
 ) -> None:
     target, block = named(precious), RamBlock("pc.ram", memory(precious))

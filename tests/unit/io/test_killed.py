@@ -28,8 +28,11 @@ for n in itertools.count():
 def killed(path: Path, mode: str, after: float, environment: dict[str, str]) -> None:
     """Saves to ``path`` over and over in a child, which is killed ``after`` seconds."""
     child = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(path), mode], env=environment, cwd=ROOT,
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", SCRIPT, str(path), mode],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert child.stdout is not None
     with child.stdout:
@@ -58,9 +61,7 @@ def kill_rounds(disk: Path, rounds: int, environment: dict[str, str]) -> None:
     assert set(seen) <= {0, 1, 2}
 
 
-def test_a_killed_save_leaves_a_whole_file(
-    disk: Path, child_environment: dict[str, str]
-) -> None:
+def test_a_killed_save_leaves_a_whole_file(disk: Path, child_environment: dict[str, str]) -> None:
     kill_rounds(disk, 5, child_environment)
 
 
@@ -71,15 +72,14 @@ def test_two_hundred_killed_saves_leave_whole_files(
     kill_rounds(disk, 200, child_environment)
 
 
-def test_a_killed_first_save_leaves_nothing(
-    disk: Path, child_environment: dict[str, str]
-) -> None:
-    script = SCRIPT.replace(
-        "reuse=sys.argv[2]", "max_bandwidth=100000, reuse=sys.argv[2]"
-    )
+def test_a_killed_first_save_leaves_nothing(disk: Path, child_environment: dict[str, str]) -> None:
+    script = SCRIPT.replace("reuse=sys.argv[2]", "max_bandwidth=100000, reuse=sys.argv[2]")
     child = subprocess.Popen(
-        [sys.executable, "-c", script, str(disk / "snap"), "replace"], env=child_environment,
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", script, str(disk / "snap"), "replace"],
+        env=child_environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert child.stdout is not None
     with child.stdout:

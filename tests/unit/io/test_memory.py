@@ -25,8 +25,9 @@ ALL_SEALS = SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
 @contextmanager
-def memfd(content: bytes | None = None, *, size: int = LENGTH, at: int = 0,
-          seals: int = 0) -> Iterator[int]:
+def memfd(
+    content: bytes | None = None, *, size: int = LENGTH, at: int = 0, seals: int = 0
+) -> Iterator[int]:
     fd = os.memfd_create("guest", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
     if content is not None:
@@ -84,7 +85,11 @@ def test_a_mapping_and_shared_memory_can_be_saved_and_loaded(disk: Path) -> None
 @pytest.mark.parametrize(
     "memory",
     [
-        None, 5, "text", [1, 2], object(),
+        None,
+        5,
+        "text",
+        [1, 2],
+        object(),
         np.zeros((64, 128), dtype=np.uint8)[:, ::2],
         memoryview(bytes(8192))[::2],
     ],
@@ -120,9 +125,7 @@ def test_a_read_only_buffer_cannot_be_loaded_into(disk: Path) -> None:
 
 def test_a_buffer_is_held_during_a_save_and_let_go_after(disk: Path) -> None:
     memory = bytearray(known_memory().tobytes())
-    job = pyqmigrate.start_save(
-        disk / "snap", [RamBlock("ram", memory)], max_bandwidth=SLOW
-    )
+    job = pyqmigrate.start_save(disk / "snap", [RamBlock("ram", memory)], max_bandwidth=SLOW)
     with pytest.raises(BufferError):
         memory.append(0)
     job.set_max_bandwidth(0)
@@ -143,6 +146,7 @@ def test_a_buffer_is_let_go_after_a_save_that_failed(
             job.result(5)
         assert caught.value
     elif how == "failure":
+
         def refuse(fd: int) -> None:
             raise OSError(5, "injected")
 
@@ -262,8 +266,16 @@ def test_a_descriptor_may_be_closed_once_the_job_has_started(disk: Path) -> None
 
 @pytest.mark.parametrize(
     ("offset", "length"),
-    [(-1, None), (0, LENGTH + 4096), (LENGTH + 4096, None), (4096, LENGTH), (0, -4096),
-     (0, 1 << 64), (1 << 64, 4096), (100, None)],
+    [
+        (-1, None),
+        (0, LENGTH + 4096),
+        (LENGTH + 4096, None),
+        (4096, LENGTH),
+        (0, -4096),
+        (0, 1 << 64),
+        (1 << 64, 4096),
+        (100, None),
+    ],
 )
 def test_what_is_not_inside_the_file_is_refused(
     disk: Path, offset: int, length: int | None

@@ -40,14 +40,7 @@ from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.conftest import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, known_memory
-from tests.harness.stream_builders import (
-    EOF,
-    classic_stream,
-    described,
-    device,
-    full,
-    page_records,
-)
+from tests.harness.stream_builders import EOF, classic_stream, described, device, full, page_records
 from tests.unit.snapshot.load.test_staging import FORMS, content
 
 COMPRESS: dict[ImageFormat, Callable[[bytes], bytes]] = {
@@ -108,6 +101,7 @@ def test_pieces_in_which_it_comes_do_not_matter(sizes: list[int]) -> None:
     data = classic_stream(
         page_records() * 3, devices=state, description=described(device("timer", 300))
     )
+
     def start() -> Callable[[int, Callable[[], bool]], bytes]:
         left, pieces = data, itertools.cycle(sizes)
 
@@ -135,7 +129,8 @@ def test_device_state_comes_along_byte_for_byte(disk: Path) -> None:
     # A footer in the body: only the description, at the end, tells its length.
     body = b"\x7e\0\0\0\7" + EOF + b"\6" * 500
     data = classic_stream(
-        page_records(), devices=full(7, "timer", body),
+        page_records(),
+        devices=full(7, "timer", body),
         description=described(device("timer", len(body))),
     )
     with pipe_of(data, 700) as path:
@@ -224,9 +219,9 @@ def test_waiting_pipe_can_be_cancelled(disk: Path) -> None:
     os.close(write_end)
 
 
-@pytest.mark.parametrize("verb", [
-    ["convert", "/dev/stdin", "to", "--to", "raw"], ["unpack", "/dev/stdin", "to"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "verb", [["convert", "/dev/stdin", "to", "--to", "raw"], ["unpack", "/dev/stdin", "to"]]
+)
 @pytest.mark.parametrize("kind", ["pipe", "socket", "fifo"])
 def test_commands_take_standard_input(
     disk: Path, child_environment: dict[str, str], verb: list[str], kind: str
@@ -244,9 +239,8 @@ def test_commands_take_standard_input(
         verb = [str(disk / "fifo") if word == "/dev/stdin" else word for word in verb]
         theirs, ours = os.open(os.devnull, os.O_RDONLY), -1
     process = subprocess.Popen(
-        [*COMMAND, *verb], stdin=theirs, cwd=disk, env=child_environment,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        [*COMMAND, *verb], stdin=theirs, cwd=disk, env=child_environment, stdout=subprocess.DEVNULL
+    )
     os.close(theirs)
     if ours < 0:
         time.sleep(0.5)  # nobody has opened it for writing yet
@@ -257,14 +251,15 @@ def test_commands_take_standard_input(
     assert (disk / "to/ram.raw").read_bytes() == memory.tobytes()
 
 
-def test_seal_says_that_a_pipe_is_not_a_file(
-    disk: Path, child_environment: dict[str, str]
-) -> None:
+def test_seal_says_that_a_pipe_is_not_a_file(disk: Path, child_environment: dict[str, str]) -> None:
     save_stream(disk / "from")
     ran = subprocess.run(
-        [*COMMAND, "seal", "/dev/stdin"], input=(disk / "from").read_bytes(), check=False,
-        env=child_environment, capture_output=True,
-    )  # fmt: skip
+        [*COMMAND, "seal", "/dev/stdin"],
+        input=(disk / "from").read_bytes(),
+        check=False,
+        env=child_environment,
+        capture_output=True,
+    )
     assert ran.returncode == 2
     assert b"neither a regular file nor a block device" in ran.stderr
 

@@ -84,9 +84,7 @@ def test_pages_never_touched_do_not_come_into_being(
 
 
 @pytest.mark.parametrize("flags", [PRIVATE, SHARED], ids=["private", "shared"])
-def test_mapped_file_is_read_where_no_page_was_touched(
-    disk: Path, shm: Path, flags: int
-) -> None:
+def test_mapped_file_is_read_where_no_page_was_touched(disk: Path, shm: Path, flags: int) -> None:
     path = shm / "ram"
     path.write_bytes(bytes(range(1, 256)) * (PAGES * PAGE // 255 + 1))
     with Holder(PAGES, [7, 8], flags=flags, path=path) as holder:
@@ -103,9 +101,19 @@ def test_shared_memory_without_a_file_is_read(disk: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pid", "address", "length"),
-    [(0, 0, PAGE), (-1, 0, PAGE), (1 << 40, 0, PAGE), (True, 0, PAGE), ("1", 0, PAGE),
-     (1, -1, PAGE), (1, 0, 0), (1, 0, -1), (1, (1 << 64) - PAGE, 2 * PAGE), (1, 0.0, PAGE)],
-)  # fmt: skip
+    [
+        (0, 0, PAGE),
+        (-1, 0, PAGE),
+        (1 << 40, 0, PAGE),
+        (True, 0, PAGE),
+        ("1", 0, PAGE),
+        (1, -1, PAGE),
+        (1, 0, 0),
+        (1, 0, -1),
+        (1, (1 << 64) - PAGE, 2 * PAGE),
+        (1, 0.0, PAGE),
+    ],
+)
 def test_what_no_process_has_is_refused(disk: Path, pid: Any, address: Any, length: Any) -> None:
     memory = ProcessMemory(pid, address, length)
     with pytest.raises(UsageError):

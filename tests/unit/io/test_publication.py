@@ -95,6 +95,7 @@ def test_in_place_the_magic_is_there_when_it_may_not_be_durable(
     if call == "directory":
         directory_fails(disk)
     else:
+
         def refuse(_: int) -> None:
             raise OSError(errno.EIO, "injected")
 
@@ -245,14 +246,20 @@ def test_the_seal_is_beside_the_snapshot_whatever_becomes_of_the_current_directo
     for name, options in [("snap", {}), ("reused", {"reuse": True})]:
         monkeypatch.chdir(disk / "here")
         job = pyqmigrate.start_save(
-            name, [RamBlock("ram", known_memory())], max_bandwidth=SLOW, seal="xxh3-128",
+            name,
+            [RamBlock("ram", known_memory())],
+            max_bandwidth=SLOW,
+            seal="xxh3-128",
             **options,  # type: ignore[arg-type]
         )
         monkeypatch.chdir("/")
         job.set_max_bandwidth(0)
         job.result(20)
     assert sorted(path.name for path in (disk / "here").iterdir()) == [
-        "reused", "reused.seal", "snap", "snap.seal"
+        "reused",
+        "reused.seal",
+        "snap",
+        "snap.seal",
     ]
     for name in ("snap", "reused"):
         check = verify_seal(disk / "here" / name)

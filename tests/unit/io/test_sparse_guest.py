@@ -63,7 +63,11 @@ def test_a_tebibyte_of_holes_is_saved_and_loaded_in_little_memory(
 ) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(disk / "snap"), str(mib), seal],
-        env=child_environment, cwd=ROOT, capture_output=True, text=True, timeout=250,
+        env=child_environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

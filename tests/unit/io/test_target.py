@@ -262,8 +262,7 @@ def test_an_offset_keeps_the_bytes_below_it(disk: Path, offset: int, direct_io: 
     below = bytes(range(256)) * (offset // 256 + 1)
     (disk / "snap").write_bytes(below[:offset] + b"longer" * MIB)
     pyqmigrate.save(
-        f"file:{disk}/snap,offset={offset}", [RamBlock("ram", known_memory())],
-        direct_io=direct_io,
+        f"file:{disk}/snap,offset={offset}", [RamBlock("ram", known_memory())], direct_io=direct_io
     )
     assert (disk / "snap").read_bytes()[:offset] == below[:offset]
     assert (load(f"file:{disk}/snap,offset={offset}")["ram"] == known_memory()).all()
@@ -300,9 +299,7 @@ def test_the_magic_is_zero_until_everything_else_is_durable(
         seen.append(path.read_bytes()[offset : offset + 4])
 
     monkeypatch.setattr(os, "fsync", look)
-    pyqmigrate.save(
-        f"file:{path},offset={offset}", [RamBlock("ram", known_memory())], reuse=reuse
-    )
+    pyqmigrate.save(f"file:{path},offset={offset}", [RamBlock("ram", known_memory())], reuse=reuse)
     assert seen == [bytes(4)]
     assert path.read_bytes()[offset : offset + 4] == b"QEVM"
 

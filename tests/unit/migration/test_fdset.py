@@ -290,9 +290,16 @@ def test_a_set_that_is_not_there_is_named(sets):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("0", 0), ("2147483647", 2**31 - 1), ("+1", 1), (" 1", 1), ("01", 1), ("-0", 0),
-     ("0" * 9000 + "7", 7)],
-)  # fmt: skip
+    [
+        ("0", 0),
+        ("2147483647", 2**31 - 1),
+        ("+1", 1),
+        (" 1", 1),
+        ("01", 1),
+        ("-0", 0),
+        ("0" * 9000 + "7", 7),
+    ],
+)
 def test_number_of_a_name_is_read_as_qemu_reads_it(text, number):
     assert fdset_number(f"/dev/fdset/{text}") == number
 

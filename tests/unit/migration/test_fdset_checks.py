@@ -100,8 +100,7 @@ def test_a_read_write_member_is_refused_even_beside_one_that_serves(sets, path):
 def test_a_synchronous_member_is_refused(sets, path, flag, word):
     [fd] = fill(sets, path, W | flag)
     assert complaint(sets) == (
-        f"fd {fd}: O_WRONLY|{word}; open without O_SYNC and O_DSYNC, "
-        "and fsync after the migration"
+        f"fd {fd}: O_WRONLY|{word}; open without O_SYNC and O_DSYNC, and fsync after the migration"
     )
 
 

@@ -81,9 +81,7 @@ def test_a_guest_that_was_stopped_stays_so(disk: Path, stored: RunState) -> None
 
 def test_a_guest_that_is_not_to_start_is_paused(disk: Path) -> None:
     save(disk / "snap", {"mapped-ram": True})
-    incoming = Migration(
-        [RamBlock("pc.ram", bytearray(LENGTH))], incoming=True, autostart=False
-    )
+    incoming = Migration([RamBlock("pc.ram", bytearray(LENGTH))], incoming=True, autostart=False)
     incoming.set_capabilities({"mapped-ram": True})
     incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"))
     incoming.wait(60)
@@ -117,14 +115,16 @@ OURS, THEIRS = UUID(int=1), UUID(int=2)
     ],
 )
 def test_identities_are_compared_where_both_are_told(
-    disk: Path, kind: dict[str, bool], told: UUID | None, local: UUID | None, checked: bool,
+    disk: Path,
+    kind: dict[str, bool],
+    told: UUID | None,
+    local: UUID | None,
+    checked: bool,
     fits: bool,
 ) -> None:
     wanted = {**kind, "validate-uuid": checked}
     save(disk / "snap", wanted, uuid=told)
-    incoming = Migration(
-        [RamBlock("pc.ram", bytearray(LENGTH))], incoming=True, uuid=local
-    )
+    incoming = Migration([RamBlock("pc.ram", bytearray(LENGTH))], incoming=True, uuid=local)
     incoming.set_capabilities(wanted)
     incoming.migrate_incoming(parse_uri(f"file:{disk}/snap"), exit_on_error=False)
     info = incoming.wait(60)
@@ -135,9 +135,7 @@ def test_identities_are_compared_where_both_are_told(
 
 @pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "classic"])
 @pytest.mark.parametrize("on", [True, False])
-def test_ignoring_shared_memory_is_agreed_upon(
-    disk: Path, kind: dict[str, bool], on: bool
-) -> None:
+def test_ignoring_shared_memory_is_agreed_upon(disk: Path, kind: dict[str, bool], on: bool) -> None:
     ram = save(disk / "snap", {**kind, "x-ignore-shared": on})
     for ours in (True, False):
         target = bytearray(LENGTH)
@@ -214,7 +212,8 @@ def test_as_in_qemu_10_a_mapped_ram_file_cannot_leave_shared_memory_out(disk: Pa
             if ends is Status.FAILED:
                 assert info.error == "Unable to write to file: Bad address"
         incoming = Migration(
-            [RamBlock("pc.ram", FileMemory(shared.fileno()))], incoming=True,
+            [RamBlock("pc.ram", FileMemory(shared.fileno()))],
+            incoming=True,
             policy=Policy.COMPAT_10_0,
         )
         incoming.set_capabilities({"x-ignore-shared": True, "mapped-ram": True})
@@ -227,7 +226,8 @@ def test_a_damaged_stream_ends_the_program_only_where_that_was_asked(disk: Path)
     for exit_on_error in (True, False):
         ended: list[bool] = []
         incoming = Migration(
-            [RamBlock("pc.ram", bytearray(LENGTH))], incoming=True,
+            [RamBlock("pc.ram", bytearray(LENGTH))],
+            incoming=True,
             on_exit=lambda ended=ended: ended.append(True),  # type: ignore[misc]
         )
         incoming.set_capabilities({"mapped-ram": True})
@@ -240,9 +240,7 @@ def test_a_damaged_stream_ends_the_program_only_where_that_was_asked(disk: Path)
 def test_a_failed_open_may_be_tried_again_and_in_compat_may_not(disk: Path) -> None:
     save(disk / "snap", {"mapped-ram": True})
     for policy in Policy:
-        incoming = Migration(
-            [RamBlock("pc.ram", bytearray(LENGTH))], incoming=True, policy=policy
-        )
+        incoming = Migration([RamBlock("pc.ram", bytearray(LENGTH))], incoming=True, policy=policy)
         incoming.set_capabilities({"mapped-ram": True})
         with pytest.raises(OSError, match="Could not open '/nonexistent': No such file"):
             incoming.migrate_incoming(parse_uri("file:/nonexistent"))

@@ -41,9 +41,9 @@ class Recorder:
 
     def _note(self, event: Event) -> None:
         data = event.data or {}
-        self.seen.append(str(data.get("status") or (
-            f"PASS {data['pass']}" if "pass" in data else event.name
-        )))
+        self.seen.append(
+            str(data.get("status") or (f"PASS {data['pass']}" if "pass" in data else event.name))
+        )
 
 
 def loaded(path: Path, offset: int = 0) -> bytes:
@@ -90,8 +90,11 @@ class Changing(Guest):
 
 @pytest.mark.parametrize(
     ("capabilities", "direct_io"),
-    [({"mapped-ram": True}, False), ({"mapped-ram": True, "multifd": True}, False),
-     ({"mapped-ram": True, "multifd": True}, True)],
+    [
+        ({"mapped-ram": True}, False),
+        ({"mapped-ram": True, "multifd": True}, False),
+        ({"mapped-ram": True, "multifd": True}, True),
+    ],
     ids=["single", "multifd", "direct"],
 )
 @pytest.mark.parametrize("offset", [0, 0x1234])
@@ -129,8 +132,12 @@ def test_events_come_in_the_order_of_qemu_11_where_that_is_imitated(disk: Path) 
     migration.migrate(parse_uri(f"file:{disk}/snap"))
     assert migration.wait(60).status is Status.COMPLETED
     assert [word for word in recorder.seen if word != "STOP"] == [
-        "setup", "active", "PASS 2", "device", "completed",
-    ]  # fmt: skip
+        "setup",
+        "active",
+        "PASS 2",
+        "device",
+        "completed",
+    ]
     recorder.seen.clear()
     migration.cont()
     with pytest.raises(OSError, match="No such file"):
@@ -236,7 +243,14 @@ def test_it_pauses_before_switchover_until_it_is_told_to_go_on(disk: Path) -> No
     migration.migrate_continue("pre-switchover")
     assert migration.wait(60).status is Status.COMPLETED
     assert recorder.seen == [
-        "setup", "PASS 1", "active", "STOP", "pre-switchover", "device", "PASS 2", "completed",
+        "setup",
+        "PASS 1",
+        "active",
+        "STOP",
+        "pre-switchover",
+        "device",
+        "PASS 2",
+        "completed",
     ]
 
 
@@ -365,7 +379,9 @@ def test_a_fdset_without_a_direct_member_is_refused_before_the_start(disk: Path)
 def test_where_qemu_would_crash_compat_fails_after_the_answer(disk: Path) -> None:
     with fdset(disk / "snap", os.O_WRONLY) as sets:
         migration = Migration(
-            [RamBlock("pc.ram", memory())], fdsets=sets, policy=Policy.COMPAT,
+            [RamBlock("pc.ram", memory())],
+            fdsets=sets,
+            policy=Policy.COMPAT,
             parameters=Parameters(),
         )
         migration.set_capabilities({"mapped-ram": True, "multifd": True})

@@ -74,9 +74,14 @@ def test_strict_refuses_what_needs_a_way_back(capability):
 
 def test_strict_leaves_the_rest_alone():
     names = [
-        "mapped_ram", "multifd", "events", "release_ram", "auto_converge", "validate_uuid",
+        "mapped_ram",
+        "multifd",
+        "events",
+        "release_ram",
+        "auto_converge",
+        "validate_uuid",
         "x_ignore_shared",
-    ]  # fmt: skip
+    ]
     check_strictly(Capabilities(**dict.fromkeys(names, True)))
 
 
@@ -99,9 +104,7 @@ def test_one_migration_at_a_time(status):
 @pytest.mark.parametrize("status", [s for s in Status if not s.running])
 @pytest.mark.parametrize("run_state", [RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH])
 def test_a_new_migration_may_begin_when_the_last_one_has_ended(status, run_state):
-    check_outgoing(
-        Transport.FILE, Capabilities(), Parameters(), status=status, run_state=run_state
-    )
+    check_outgoing(Transport.FILE, Capabilities(), Parameters(), status=status, run_state=run_state)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +131,12 @@ def test_checks_come_in_qemus_order():
         del wrong[right]
         texts.append(outgoing(**wrong))
     assert [text.split()[0] for text in texts] == [
-        "Migration", "Cannot", "There's", "Can't", "Cannot"
-    ]  # fmt: skip
+        "Migration",
+        "Cannot",
+        "There's",
+        "Can't",
+        "Cannot",
+    ]
     assert texts[-1] == "Cannot use TLS with mapped-ram"
 
 

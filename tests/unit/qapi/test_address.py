@@ -81,10 +81,7 @@ def test_a_list_that_kills_qemu_or_needs_cpr_is_refused(channels):
         ([{}], "Parameter 'channels[0].channel-type' is missing"),
         ([MAIN | {"channel-type": "x"}], "Parameter 'channel-type' does not accept value 'x'"),
         ([MAIN | {"addr": {}}], "Parameter 'channels[0].addr.transport' is missing"),
-        (
-            [MAIN | {"addr": {"transport": "x"}}],
-            "Parameter 'transport' does not accept value 'x'",
-        ),
+        ([MAIN | {"addr": {"transport": "x"}}], "Parameter 'transport' does not accept value 'x'"),
         (
             [MAIN | {"addr": {"transport": "file", "filename": "/x"}}],
             "Parameter 'channels[0].addr.offset' is missing",

@@ -94,10 +94,7 @@ def test_ill_formed_entries_are_refused_in_qemus_words(status, text):
             "Background-snapshot is not compatible with dirty-bitmaps",
         ),
         ("background-snapshot multifd", "Background-snapshot is not compatible with multifd"),
-        (
-            "zero-copy-send",
-            "Zero copy only available for non-compressed non-TLS multifd migration",
-        ),
+        ("zero-copy-send", "Zero copy only available for non-compressed non-TLS multifd migration"),
         (
             "zero-copy-send multifd xbzrle",
             "Zero copy only available for non-compressed non-TLS multifd migration",
@@ -108,10 +105,7 @@ def test_ill_formed_entries_are_refused_in_qemus_words(status, text):
             "dirty-limit auto-converge",
             "dirty-limit conflicts with auto-converge either of then available currently",
         ),
-        (
-            "dirty-limit",
-            "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set",
-        ),
+        ("dirty-limit", "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set"),
         ("multifd xbzrle mapped-ram", "Multifd is not compatible with xbzrle"),
         ("mapped-ram xbzrle", "Mapped-ram migration is incompatible with xbzrle"),
         ("mapped-ram postcopy-ram", "Mapped-ram migration is incompatible with postcopy"),
@@ -125,10 +119,16 @@ def test_combinations_are_refused_in_qemus_order_and_words(names, text):
 
 @pytest.mark.parametrize(
     "names",
-    ["mapped-ram multifd events", "mapped-ram return-path", "mapped-ram background-snapshot",
-     "postcopy-ram postcopy-preempt", "return-path switchover-ack", "multifd zero-copy-send",
-     "mapped-ram x-ignore-shared validate-uuid pause-before-switchover release-ram"],
-)  # fmt: skip
+    [
+        "mapped-ram multifd events",
+        "mapped-ram return-path",
+        "mapped-ram background-snapshot",
+        "postcopy-ram postcopy-preempt",
+        "return-path switchover-ack",
+        "multifd zero-copy-send",
+        "mapped-ram x-ignore-shared validate-uuid pause-before-switchover release-ram",
+    ],
+)
 def test_combinations_that_qemu_takes_are_taken(names):
     assert Capabilities().merge(dict.fromkeys(names.split(), True)) == on(*names.split())
 

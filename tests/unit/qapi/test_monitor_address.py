@@ -13,12 +13,17 @@ from pyqmigrate.qapi.monitor_address import monitor_path
 @pytest.mark.parametrize(
     ("address", "path"),
     [
-        ("/run/guest.qmp", "/run/guest.qmp"), ("unix:/run/guest.qmp", "/run/guest.qmp"),
-        ("guest.qmp", "guest.qmp"), ("unix:guest.qmp", "guest.qmp"),
-        ("./tcp:4444", "./tcp:4444"), ("/run/a:1", "/run/a:1"), ("unix:tcp:1", "tcp:1"),
-        ("/run/a,server", "/run/a,server"), (Path("unix:x"), "unix:x"),
+        ("/run/guest.qmp", "/run/guest.qmp"),
+        ("unix:/run/guest.qmp", "/run/guest.qmp"),
+        ("guest.qmp", "guest.qmp"),
+        ("unix:guest.qmp", "guest.qmp"),
+        ("./tcp:4444", "./tcp:4444"),
+        ("/run/a:1", "/run/a:1"),
+        ("unix:tcp:1", "tcp:1"),
+        ("/run/a,server", "/run/a,server"),
+        (Path("unix:x"), "unix:x"),
     ],
-)  # fmt: skip
+)
 def test_path_and_unix_path_are_the_same(address: str | Path, path: str) -> None:
     assert monitor_path(address) == Path(path)
 

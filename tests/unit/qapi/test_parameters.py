@@ -19,17 +19,35 @@ def refusal(changes, parameters=None, **options):
 
 def test_defaults_are_qemus():
     assert Parameters().to_json() == {
-        "announce-initial": 50, "announce-max": 550, "announce-rounds": 5, "announce-step": 100,
-        "throttle-trigger-threshold": 50, "cpu-throttle-initial": 20,
-        "cpu-throttle-increment": 10, "cpu-throttle-tailslow": False, "max-cpu-throttle": 99,
-        "tls-creds": "", "tls-hostname": "", "tls-authz": "", "max-bandwidth": 134217728,
-        "avail-switchover-bandwidth": 0, "downtime-limit": 300, "x-checkpoint-delay": 20000,
-        "multifd-channels": 2, "multifd-compression": "none", "multifd-zlib-level": 1,
-        "multifd-zstd-level": 1, "multifd-qatzip-level": 1, "zero-page-detection": "multifd",
-        "xbzrle-cache-size": 67108864, "max-postcopy-bandwidth": 0,
-        "x-vcpu-dirty-limit-period": 1000, "vcpu-dirty-limit": 1, "mode": "normal",
+        "announce-initial": 50,
+        "announce-max": 550,
+        "announce-rounds": 5,
+        "announce-step": 100,
+        "throttle-trigger-threshold": 50,
+        "cpu-throttle-initial": 20,
+        "cpu-throttle-increment": 10,
+        "cpu-throttle-tailslow": False,
+        "max-cpu-throttle": 99,
+        "tls-creds": "",
+        "tls-hostname": "",
+        "tls-authz": "",
+        "max-bandwidth": 134217728,
+        "avail-switchover-bandwidth": 0,
+        "downtime-limit": 300,
+        "x-checkpoint-delay": 20000,
+        "multifd-channels": 2,
+        "multifd-compression": "none",
+        "multifd-zlib-level": 1,
+        "multifd-zstd-level": 1,
+        "multifd-qatzip-level": 1,
+        "zero-page-detection": "multifd",
+        "xbzrle-cache-size": 67108864,
+        "max-postcopy-bandwidth": 0,
+        "x-vcpu-dirty-limit-period": 1000,
+        "vcpu-dirty-limit": 1,
+        "mode": "normal",
         "direct-io": False,
-    }  # fmt: skip
+    }
 
 
 def test_merge_changes_what_it_is_told_and_nothing_else():
@@ -49,20 +67,28 @@ LIMITS = [
     ("multifd-zstd-level", 0, 20, "multifd_zstd_level' expects a value between 0 and 20"),
     ("multifd-qatzip-level", 1, 9, "multifd_qatzip_level' expects a value between 1 and 9"),
     (
-        "downtime-limit", 0, 2000000,
+        "downtime-limit",
+        0,
+        2000000,
         "downtime_limit' expects an integer in the range of 0 to (2000 * 1000) ms",
     ),
     (
-        "throttle-trigger-threshold", 1, 100,
+        "throttle-trigger-threshold",
+        1,
+        100,
         "throttle_trigger_threshold' expects an integer in the range of 1 to 100",
     ),
     ("cpu-throttle-initial", 1, 99, "cpu_throttle_initial' expects an integer in the range of 1"),
     (
-        "cpu-throttle-increment", 1, 99,
+        "cpu-throttle-increment",
+        1,
+        99,
         "cpu_throttle_increment' expects an integer in the range of 1 to 99",
     ),
     (
-        "max-cpu-throttle", 20, 99,
+        "max-cpu-throttle",
+        20,
+        99,
         "max_cpu_throttle' expects an integer in the range of cpu_throttle_initial to 99",
     ),
     ("announce-initial", 0, 100000, "announce_initial' expects a value between 0 and 100000"),
@@ -70,12 +96,14 @@ LIMITS = [
     ("announce-rounds", 0, 1000, "announce_rounds' expects a value between 0 and 1000"),
     ("announce-step", 1, 10000, "announce_step' expects a value between 0 and 10000"),
     (
-        "x-vcpu-dirty-limit-period", 1, 1000,
+        "x-vcpu-dirty-limit-period",
+        1,
+        1000,
         "x-vcpu-dirty-limit-period' expects a value between 1 and 1000",
     ),
     ("vcpu-dirty-limit", 1, 2**64 - 1, "vcpu_dirty_limit' must be greater than 1 MB/s"),
     ("xbzrle-cache-size", 4096, 2**63, "xbzrle_cache_size' expects a power of two no less than"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "low", "high", "text"), LIMITS)
@@ -197,9 +225,7 @@ def test_bandwidth_may_change_in_flight_and_the_others_may_be_repeated():
 
 
 @given(
-    st.dictionaries(
-        st.sampled_from([name for name, *_ in LIMITS]), st.integers(0, 300), max_size=4
-    )
+    st.dictionaries(st.sampled_from([name for name, *_ in LIMITS]), st.integers(0, 300), max_size=4)
 )
 def test_a_merge_that_passes_shows_every_change(changes):
     try:

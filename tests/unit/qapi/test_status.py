@@ -7,8 +7,12 @@ from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Statu
 RAM = RamStatistics(total=1 << 30, normal=5, mbps=1.5)
 AT_REST = {Status.NONE, Status.COMPLETED, Status.FAILED, Status.CANCELLED}
 WITH_NUMBERS = {
-    Status.ACTIVE, Status.PRE_SWITCHOVER, Status.DEVICE, Status.CANCELLING, Status.COMPLETED
-}  # fmt: skip
+    Status.ACTIVE,
+    Status.PRE_SWITCHOVER,
+    Status.DEVICE,
+    Status.CANCELLING,
+    Status.COMPLETED,
+}
 
 
 def test_before_the_first_migration_there_is_nothing_to_tell():
@@ -42,11 +46,24 @@ def test_an_error_is_told_with_the_status():
 
 def test_ram_has_the_members_of_qemu():
     assert RAM.to_json() == {
-        "total": 1 << 30, "postcopy-requests": 0, "dirty-sync-count": 0, "multifd-bytes": 0,
-        "pages-per-second": 0, "downtime-bytes": 0, "page-size": 4096, "remaining": 0,
-        "postcopy-bytes": 0, "mbps": 1.5, "transferred": 0, "dirty-sync-missed-zero-copy": 0,
-        "precopy-bytes": 0, "duplicate": 0, "dirty-pages-rate": 0, "normal-bytes": 0, "normal": 5,
-    }  # fmt: skip
+        "total": 1 << 30,
+        "postcopy-requests": 0,
+        "dirty-sync-count": 0,
+        "multifd-bytes": 0,
+        "pages-per-second": 0,
+        "downtime-bytes": 0,
+        "page-size": 4096,
+        "remaining": 0,
+        "postcopy-bytes": 0,
+        "mbps": 1.5,
+        "transferred": 0,
+        "dirty-sync-missed-zero-copy": 0,
+        "precopy-bytes": 0,
+        "duplicate": 0,
+        "dirty-pages-rate": 0,
+        "normal-bytes": 0,
+        "normal": 5,
+    }
 
 
 def test_each_number_has_a_place_of_its_own():

@@ -47,11 +47,17 @@ def test_what_is_no_signed_64_bit_integer_is_of_the_wrong_type(value):
 @pytest.mark.parametrize(
     ("member", "value", "word"),
     [
-        ("name", 1, "string"), ("name", None, "string"), ("on", 1, "boolean"),
-        ("on", "true", "boolean"), ("text", 1, "StrOrNull"), ("text", [], "StrOrNull"),
-        ("word", 1, "string"), ("list", {}, "array"), ("list", None, "array"),
+        ("name", 1, "string"),
+        ("name", None, "string"),
+        ("on", 1, "boolean"),
+        ("on", "true", "boolean"),
+        ("text", 1, "StrOrNull"),
+        ("text", [], "StrOrNull"),
+        ("word", 1, "string"),
+        ("list", {}, "array"),
+        ("list", None, "array"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_type_is_told_with_the_one_expected(member, value, word):
     assert refusal(**{member: value}) == (
         f"Invalid parameter type for '{member}', expected: {word}"

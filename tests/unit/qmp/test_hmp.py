@@ -32,9 +32,14 @@ def say(guest):
 
 
 GLOBALS = [
-    "globals:", "store-global-state: on", "only-migratable: off", "send-configuration: on",
-    "send-section-footer: on", "send-switchover-start: on", "clear-bitmap-shift: 18",
-]  # fmt: skip
+    "globals:",
+    "store-global-state: on",
+    "only-migratable: off",
+    "send-configuration: on",
+    "send-section-footer: on",
+    "send-switchover-start: on",
+    "clear-bitmap-shift: 18",
+]
 
 
 def lines(*texts):
@@ -59,17 +64,33 @@ def test_an_error_stands_behind_the_status():
 
 
 RAM = RamStatistics(
-    total=67641344, remaining=4096, transferred=459249, duplicate=16400, normal=112,
-    normal_bytes=458752, mbps=0.98448, dirty_sync_count=1, multifd_bytes=458752,
-    pages_per_second=320, precopy_bytes=40,
-)  # fmt: skip
+    total=67641344,
+    remaining=4096,
+    transferred=459249,
+    duplicate=16400,
+    normal=112,
+    normal_bytes=458752,
+    mbps=0.98448,
+    dirty_sync_count=1,
+    multifd_bytes=458752,
+    pages_per_second=320,
+    precopy_bytes=40,
+)
 NUMBERS = [
-    "setup: 1 ms", "transferred ram: 448 kbytes", "throughput: 0.98 mbps",
-    "remaining ram: 4 kbytes", "total ram: 66056 kbytes", "duplicate: 16400 pages",
-    "normal: 112 pages", "normal bytes: 448 kbytes", "dirty sync count: 1",
-    "page size: 4 kbytes", "multifd bytes: 448 kbytes", "pages-per-second: 320",
+    "setup: 1 ms",
+    "transferred ram: 448 kbytes",
+    "throughput: 0.98 mbps",
+    "remaining ram: 4 kbytes",
+    "total ram: 66056 kbytes",
+    "duplicate: 16400 pages",
+    "normal: 112 pages",
+    "normal bytes: 448 kbytes",
+    "dirty sync count: 1",
+    "page size: 4 kbytes",
+    "multifd bytes: 448 kbytes",
+    "pages-per-second: 320",
     "precopy ram: 0 kbytes",
-]  # fmt: skip
+]
 
 
 def test_a_running_migration_shows_its_numbers_as_qemu_does():
@@ -77,9 +98,12 @@ def test_a_running_migration_shows_its_numbers_as_qemu_does():
         Status.ACTIVE, ram=RAM, total_time=502, setup_time=1, expected_downtime=300
     )
     assert render_migration(info) == lines(
-        *GLOBALS, "Migration status: active", "total time: 502 ms", "expected downtime: 300 ms",
+        *GLOBALS,
+        "Migration status: active",
+        "total time: 502 ms",
+        "expected downtime: 300 ms",
         *NUMBERS,
-    )  # fmt: skip
+    )
 
 
 def test_a_completed_migration_shows_its_downtime():
@@ -243,21 +267,34 @@ def test_the_newer_layout_has_sections(guest, say_as_11):
         Status.ACTIVE, ram=RAM, total_time=3, setup_time=1, expected_downtime=300
     )
     assert say_as_11("info migrate") == lines(
-        "Status: \t\tactive", "Time (ms): \t\ttotal=3, setup=1, exp_down=300",
-        "Remaining: \t\t4 KiB", "RAM info:", "  Throughput (Mbps): \t0.98",
+        "Status: \t\tactive",
+        "Time (ms): \t\ttotal=3, setup=1, exp_down=300",
+        "Remaining: \t\t4 KiB",
+        "RAM info:",
+        "  Throughput (Mbps): \t0.98",
         "  Sizes: \t\tpagesize=4 KiB, total=64.5 MiB",
         "  Transfers: \t\ttransferred=448 KiB, remain=4 KiB",
         "    Channels: \t\tprecopy=40 B, multifd=448 KiB, postcopy=0 B",
-        "    Page Types: \tnormal=112, zero=16400", "  Page Rates (pps): \ttransfer=320",
+        "    Page Types: \tnormal=112, zero=16400",
+        "  Page Rates (pps): \ttransfer=320",
         "  Others: \t\tdirty_syncs=1",
     )
 
 
 @pytest.mark.parametrize(
     ("size", "shown"),
-    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (1023, "0.999 KiB"), (4096, "4 KiB"),
-     (999 << 10, "999 KiB"), (1000 << 10, "0.977 MiB"), (67641344, "64.5 MiB"), (1 << 62, "4 EiB")],
-)  # fmt: skip
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.977 KiB"),
+        (1023, "0.999 KiB"),
+        (4096, "4 KiB"),
+        (999 << 10, "999 KiB"),
+        (1000 << 10, "0.977 MiB"),
+        (67641344, "64.5 MiB"),
+        (1 << 62, "4 EiB"),
+    ],
+)
 def test_a_size_has_three_digits(size, shown):
     assert _size(size) == shown
 
@@ -265,7 +302,7 @@ def test_a_size_has_three_digits(size, shown):
 def test_a_text_with_a_quote_left_open_is_named(say_as_11):
     set_command = "migrate_set_parameter cpr-exec-command "
     for text, complaint in (
-        ("a \"b", 'before matching quote was found for ".'),
+        ('a "b', 'before matching quote was found for ".'),
         ("'\"\" a' b'c", "before matching quote was found for '."),
         ("a b\\", "just after a “\\” character."),
     ):

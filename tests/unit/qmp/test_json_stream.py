@@ -17,9 +17,7 @@ def read_in_slices(data, cuts, **limits):
     stream = JsonStream(**limits)
     edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
     return [
-        item
-        for begin, end in itertools.pairwise(edges)
-        for item in stream.feed(data[begin:end])
+        item for begin, end in itertools.pairwise(edges) for item in stream.feed(data[begin:end])
     ]
 
 
@@ -90,10 +88,17 @@ def test_strings_are_decoded(text, value):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        (b"0", 0), (b"-0", 0), (b"-12", -12), (b"1.5", 1.5), (b"1e2", 100.0), (b"0e1", 0.0),
-        (b"1E+2", 100.0), (b"18446744073709551615", 2**64 - 1), (b"-9223372036854775808", -(2**63)),
+        (b"0", 0),
+        (b"-0", 0),
+        (b"-12", -12),
+        (b"1.5", 1.5),
+        (b"1e2", 100.0),
+        (b"0e1", 0.0),
+        (b"1E+2", 100.0),
+        (b"18446744073709551615", 2**64 - 1),
+        (b"-9223372036854775808", -(2**63)),
     ],
-)  # fmt: skip
+)
 def test_numbers_keep_their_kind(text, value):
     [read_value] = values(text + b" ")
     assert (read_value, type(read_value)) == (value, type(value))
@@ -215,11 +220,48 @@ def test_a_token_over_the_limit_is_not_gathered():
 
 
 ALPHABET = [
-    b"{", b"}", b"[", b"]", b":", b",", b'"a"', b'"b"', b"'c'", b"1", b"-", b"0", b".5", b"e", b"+",
-    b"true", b"null", b"nope", b"T", b"@", b"\n", b"\t", b" ", b"\xff", b"\xfe", b"\\", b'"', b"'",
-    b"\xc3\xa9", b"\xc3", b"\x00", b"\x01", b"\x7f", b"\\u12", b'"\\u00e9"', b'"\\ud83d\\ude00"',
-    b'{"a":1}', b'"\xc0\x80"', b"1.0e5", b"xxxxxxxxxx", b"11111111111",
-]  # fmt: skip
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b":",
+    b",",
+    b'"a"',
+    b'"b"',
+    b"'c'",
+    b"1",
+    b"-",
+    b"0",
+    b".5",
+    b"e",
+    b"+",
+    b"true",
+    b"null",
+    b"nope",
+    b"T",
+    b"@",
+    b"\n",
+    b"\t",
+    b" ",
+    b"\xff",
+    b"\xfe",
+    b"\\",
+    b'"',
+    b"'",
+    b"\xc3\xa9",
+    b"\xc3",
+    b"\x00",
+    b"\x01",
+    b"\x7f",
+    b"\\u12",
+    b'"\\u00e9"',
+    b'"\\ud83d\\ude00"',
+    b'{"a":1}',
+    b'"\xc0\x80"',
+    b"1.0e5",
+    b"xxxxxxxxxx",
+    b"11111111111",
+]
 CUTS = st.lists(st.integers(0, 10**6), max_size=8)
 JUNK = st.lists(st.sampled_from(ALPHABET), max_size=60).map(b"".join) | st.binary(max_size=80)
 
@@ -243,16 +285,21 @@ def test_0xff_and_a_newline_always_make_a_fresh_start(data):
 
 
 TEXT = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters=[
-        chr(code) for code in range(0xFDD0, 0xFDF0)
-    ] + [chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF)])
-)  # fmt: skip
+    st.characters(
+        exclude_categories=["Cs"],
+        exclude_characters=[chr(code) for code in range(0xFDD0, 0xFDF0)]
+        + [chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF)],
+    )
+)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(TEXT, inner, max_size=5),
     max_leaves=30,
-)  # fmt: skip
+)
 
 
 @given(JSON, st.booleans(), st.sampled_from([None, 1]), CUTS)
@@ -315,9 +362,10 @@ POSITIONS = [
     (b"@", ["1:1: stray '@'"]),
     (b"{} [1,\n2,\n nope\n]", [..., "3:2: invalid keyword 'nope'"]),
     (b'{"a":1,\n"b" 2\n}', ["2:5: expecting ':'"]),
-    (b'{nope}{"a":1,}{1:2}{,}', [
-        "1:2: expecting key", "1:14: expecting key", "1:16: expecting key", "1:21: expecting key",
-    ]),
+    (
+        b'{nope}{"a":1,}{1:2}{,}',
+        ["1:2: expecting key", "1:14: expecting key", "1:16: expecting key", "1:21: expecting key"],
+    ),
     (b"[1 2][1,]", ["1:4: expected ',' or ']'", "1:9: expecting value"]),
     (b'{"a":1 "b"}', ["1:8: expected ',' or '}'"]),
     (b'{"a":1,"a":[1,2]}', ["1:17: duplicate key"]),
@@ -327,7 +375,7 @@ POSITIONS = [
     # The first error of a value stays the only one.
     (b"[1 2 @", ["1:4: expected ',' or ']'"]),
     (b"[nope, nope, 1 2]", ["1:2: invalid keyword 'nope'"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("data", "said"), POSITIONS)

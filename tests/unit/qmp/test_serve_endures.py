@@ -179,9 +179,7 @@ def handed_over_in_vain(client: RawClient, disk: Path) -> None:
     refused(client, "remove-fd", fdset_id=0)
 
 
-ROUND = (
-    through_a_fdset, to_a_path_and_a_named_descriptor, cancelled, failed, handed_over_in_vain,
-)  # fmt: skip
+ROUND = (through_a_fdset, to_a_path_and_a_named_descriptor, cancelled, failed, handed_over_in_vain)
 ROUNDS = [30, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(1200)])]
 
 
@@ -336,10 +334,12 @@ def a_large_answer_that_nobody_reads(client: RawClient) -> None:
 
 
 BAD = [  # and how many at once
-    (one_long_string, 2), pytest.param(many_small_values, 1, marks=pytest.mark.long),
+    (one_long_string, 2),
+    pytest.param(many_small_values, 1, marks=pytest.mark.long),
     (deep_nesting, 2),
-    (answers_that_nobody_reads, 2), (a_large_answer_that_nobody_reads, 2),
-]  # fmt: skip
+    (answers_that_nobody_reads, 2),
+    (a_large_answer_that_nobody_reads, 2),
+]
 
 
 @pytest.mark.parametrize(

@@ -238,9 +238,9 @@ def test_events_reach_clients_that_have_negotiated_and_no_others(serve):
 
 
 def test_events_of_a_migration_come_with_their_data(client, tmp_path):
-    client.execute("migrate-set-capabilities", capabilities=[
-        {"capability": "events", "state": True}
-    ])  # fmt: skip
+    client.execute(
+        "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
+    )
     assert client.execute("migrate", uri=f"file:{tmp_path}/out") == {"return": {}}
     statuses = [client.event() for _ in range(3)]
     assert [event["data"]["status"] for event in statuses] == ["setup", "active", "completed"]
@@ -322,10 +322,15 @@ def test_a_newer_message_replaces_the_pending_descriptor(server, client, tmp_pat
 
 @pytest.mark.parametrize(
     "between",
-    [b'{"execute":"query-status"}', b'{"execute":"nope"}', b"@\n", b"{}",
-     b'{"execute":"add-fd","arguments":{"fdset-id":"x"}}',
-     b'{"execute":"add-fd","arguments":{"fdset_id":1}}'],
-)  # fmt: skip
+    [
+        b'{"execute":"query-status"}',
+        b'{"execute":"nope"}',
+        b"@\n",
+        b"{}",
+        b'{"execute":"add-fd","arguments":{"fdset-id":"x"}}',
+        b'{"execute":"add-fd","arguments":{"fdset_id":1}}',
+    ],
+)
 def test_a_descriptor_stays_pending_over_what_does_not_take_it(client, null, between):
     client.send(b" ", [null])
     client.ask(between)

@@ -47,10 +47,14 @@ def claiming(blocks: int, length: int, *, records: bool) -> bytes:
         for name in names
     )
     return (
-        b"QEVM" + struct.pack(">IBI", 3, 7, 2) + b"pc"
+        b"QEVM"
+        + struct.pack(">IBI", 3, 7, 2)
+        + b"pc"
         + start(1, "ram", 4, words(blocks * length | 4) + entries + RAM_EOS)
-        + part(1, (pages if records else b"") + RAM_EOS) + end(1, RAM_EOS) + EOF
-    )  # fmt: skip
+        + part(1, (pages if records else b"") + RAM_EOS)
+        + end(1, RAM_EOS)
+        + EOF
+    )
 
 
 def described_by(text: bytes) -> bytes:
@@ -71,17 +75,26 @@ FILES: dict[str, Callable[[], bytes]] = {
     "long text with an escape": lambda: described_by(
         rb'{"page_size": 4096, "devices": [], "x": "\ud83d\ude00' + b"a" * (63 << 20) + b'"}'
     ),
-}  # fmt: skip
+}
 VERBS: dict[str, list[str]] = {
-    "info": [], "verify": [], "devices": [], "seal": [], "unpack": ["raw"],
+    "info": [],
+    "verify": [],
+    "devices": [],
+    "seal": [],
+    "unpack": ["raw"],
     "convert": ["new", "--to", "mapped-ram"],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("what", "verb"), [
-    (what, verb) for what in FILES for verb in VERBS
-    if "text" not in what or verb in ("info", "devices")  # the others read it just so
-])
+@pytest.mark.parametrize(
+    ("what", "verb"),
+    [
+        (what, verb)
+        for what in FILES
+        for verb in VERBS
+        if "text" not in what or verb in ("info", "devices")  # the others read it just so
+    ],
+)
 def test_what_a_file_claims_costs_nothing(
     what: str, verb: str, shm: Path, child_environment: dict[str, str]
 ) -> None:
@@ -89,7 +102,10 @@ def test_what_a_file_claims_costs_nothing(
     arguments = [str(shm / name) if name in ("raw", "new") else name for name in VERBS[verb]]
     ran = subprocess.run(
         [sys.executable, "-c", RUN, verb, str(shm / "file"), *arguments],
-        env=child_environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120,
+        env=child_environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        timeout=120,
         check=True,
     )
     took = json.loads(ran.stderr.splitlines()[-1])
@@ -117,7 +133,10 @@ def test_a_hole_of_a_snapshot_is_unpacked_at_once(
         file.write(b"\7" * 4096)
     ran = subprocess.run(
         [sys.executable, "-c", RUN, "unpack", str(shm / "file"), str(shm / "raw")],
-        env=child_environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120,
+        env=child_environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        timeout=120,
         check=True,
     )
     took = json.loads(ran.stderr.splitlines()[-1])
@@ -148,8 +167,10 @@ def test_a_long_bitmap_is_counted_where_it_was_touched() -> None:
     bitmap.write_to(Target(), 512, everything=False)
     found = sorted(
         (offset - 512 + at) * 8 + bit
-        for offset, data in written.items() for at, byte in enumerate(data)
-        for bit in range(8) if byte >> bit & 1
+        for offset, data in written.items()
+        for at, byte in enumerate(data)
+        for bit in range(8)
+        if byte >> bit & 1
     )
     assert found == pages
     bitmap.close()

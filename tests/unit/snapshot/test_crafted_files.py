@@ -127,12 +127,23 @@ def sections_without_end() -> Raw:
     return Raw(devices=full(9, "a", b"") * 120_000, description=described(device("a", 0)))
 
 
-@pytest.mark.parametrize("make", [
-    many_sections_of_one_long_description, many_structs_of_nothing, long_array_of_structs,
-    long_list, long_arrays_of_booleans, subsections_that_fail, dirty_bitmaps_of_empty_chunks,
-    one_body_that_is_a_hole, huge_block_of_small_pages, hash_table_of_empty_runs,
-    storage_attributes_of_nothing, sections_without_end,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        many_sections_of_one_long_description,
+        many_structs_of_nothing,
+        long_array_of_structs,
+        long_list,
+        long_arrays_of_booleans,
+        subsections_that_fail,
+        dirty_bitmaps_of_empty_chunks,
+        one_body_that_is_a_hole,
+        huge_block_of_small_pages,
+        hash_table_of_empty_runs,
+        storage_attributes_of_nothing,
+        sections_without_end,
+    ],
+)
 def test_crafted_file_ends_within_a_second(make: Callable[[], Raw], tmp_path: Path) -> None:
     made = make().file()
     path = tmp_path / "crafted"

@@ -35,13 +35,15 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         if rng.random() < 0.5:
             at = len(data) - at
         length, bit = rng.choice((1, 4, 40)), rng.randrange(8)
-        data = rng.choice((
-            data[:at],
-            data[:at] + rng.randbytes(length) + data[at:],
-            data[:at] + data[at + length :],
-            data[:at] + rng.choice(NUMBERS) + data[at + 4 :],
-            data[:at] + bytes(b ^ 1 << bit for b in data[at : at + 1]) + data[at + 1 :],
-        ))  # fmt: skip
+        data = rng.choice(
+            (
+                data[:at],
+                data[:at] + rng.randbytes(length) + data[at:],
+                data[:at] + data[at + length :],
+                data[:at] + rng.choice(NUMBERS) + data[at + 4 :],
+                data[:at] + bytes(b ^ 1 << bit for b in data[at : at + 1]) + data[at + 1 :],
+            )
+        )
     return data
 
 

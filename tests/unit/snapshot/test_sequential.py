@@ -39,16 +39,16 @@ def save_classic(path: Path | str, seed: int = 0, page_size: int = 4096) -> Byte
     memory = ram(512, seed=seed, page_size=page_size)
     bits = page_size.bit_length() - 1
     start_sequential_save(
-        path, [RamBlock("ram", memory, page_size)], machine="pc-q35-10.0",
+        path,
+        [RamBlock("ram", memory, page_size)],
+        machine="pc-q35-10.0",
         target_page_bits=None if page_size == 4096 else bits,
     ).wait()
     return memory
 
 
 def header(form: ImageFormat, *, complete: bool = True, offset: int = 4321) -> bytes:
-    return encode_header(LibvirtHeader(
-        complete, 2, form, True, "<domain/>", "", offset, "little"
-    ))
+    return encode_header(LibvirtHeader(complete, 2, form, True, "<domain/>", "", offset, "little"))
 
 
 @pytest.mark.parametrize("page_size", [1 << bits for bits in range(10, 17)])
@@ -300,9 +300,7 @@ def test_page_that_changed_too_often_is_refused_to_random_reads_alone(disk: Path
             block.read(4096, 1)
 
 
-def test_structure_is_checked_without_an_index(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_structure_is_checked_without_an_index(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = save_classic(disk / "snap")
     monkeypatch.delattr("pyqmigrate.snapshot.sequential.PageIndex")
     with open_snapshot(disk / "snap") as snapshot:
@@ -323,9 +321,7 @@ def test_counts_are_the_same_with_an_index_and_without(disk: Path, index: bool) 
 
 
 def test_few_records_at_far_places_cost_no_bitmaps(disk: Path) -> None:
-    far = b"".join(
-        words(k << 27 | 0x02 | 0x20) + b"\0" for k in range(1, 20000)
-    )
+    far = b"".join(words(k << 27 | 0x02 | 0x20) + b"\0" for k in range(1, 20000))
     (disk / "snap").write_bytes(classic_stream(page_records() + far, length=1 << 43))
     with ClassicSnapshot(disk / "snap") as snapshot, pytest.raises(SnapshotError, match="far"):
         snapshot.verify()

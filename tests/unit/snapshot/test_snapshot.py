@@ -48,9 +48,7 @@ def known() -> Iterator[tuple[Path, Bytes]]:
 
 @some
 @given(st.integers(0, 512 * 4096), st.integers(0, 300000))
-def test_read_gives_the_bytes_of_the_guest(
-    known: tuple[Path, Bytes], at: int, length: int
-) -> None:
+def test_read_gives_the_bytes_of_the_guest(known: tuple[Path, Bytes], at: int, length: int) -> None:
     path, memory = known
     length = min(length, len(memory) - at)
     with Snapshot(path) as snapshot:
@@ -141,8 +139,11 @@ def test_closing_during_a_load_does_not_kill_the_process(
         "        pass\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, disk / "snap"], env=child_environment,
-        capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", script, disk / "snap"],
+        env=child_environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

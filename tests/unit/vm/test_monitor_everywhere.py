@@ -103,10 +103,7 @@ def test_socket_is_found_whatever_its_length(tmp_path: Path, front: str, name: s
     async def connect() -> None:
         await vm.Monitor.connect(f"{front}{directory / name}", timeout=0.5)
 
-    with (
-        silent_socket(directory / name),
-        pytest.raises(QemuError, match="no greeting"),
-    ):
+    with silent_socket(directory / name), pytest.raises(QemuError, match="no greeting"):
         asyncio.run(connect())
 
 

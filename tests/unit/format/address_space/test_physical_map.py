@@ -93,14 +93,24 @@ def test_split_that_contradicts_the_clock_is_refused() -> None:
 # Length of RAM and max-ram-below-4g in MiB, and what QEMU 10.0 has below 4 GiB (info mtree).
 SPLITS = {
     "pc": [
-        (3583, 3584, 3583), (3584, 3584, 3072), (3400, 3328, 3072), (3200, 3328, 3200),
-        (3800, 4096, 3800), (5120, 2048, 2048), (5120, 4096, 3072), (96, 64, 64),
+        (3583, 3584, 3583),
+        (3584, 3584, 3072),
+        (3400, 3328, 3072),
+        (3200, 3328, 3200),
+        (3800, 4096, 3800),
+        (5120, 2048, 2048),
+        (5120, 4096, 3072),
+        (96, 64, 64),
     ],
     "q35": [
-        (2815, 4096, 2815), (2816, 4096, 2048), (5120, 3072, 2048), (5120, 1024, 1024),
-        (2700, 2688, 2688), (96, 64, 64),
+        (2815, 4096, 2815),
+        (2816, 4096, 2048),
+        (5120, 3072, 2048),
+        (5120, 1024, 1024),
+        (2700, 2688, 2688),
+        (96, 64, 64),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -108,9 +118,7 @@ SPLITS = {
     [(machine, *row) for machine, rows in SPLITS.items() for row in rows],
 )
 def test_split_is_made_as_qemu_makes_it(machine: str, length: int, most: int, below: int) -> None:
-    found = physical_map(
-        machine, {"pc.ram": length * MIB}, [], max_ram_below_4g=most * MIB
-    )
+    found = physical_map(machine, {"pc.ram": length * MIB}, [], max_ram_below_4g=most * MIB)
     low = sum(one.length for one in found if one.address < 4 * GIB)
     assert low == below * MIB
 
@@ -154,15 +162,19 @@ def test_registers_of_the_bridge_say_what_is_rom() -> None:
 
 def test_nodes_are_in_the_order_of_the_table() -> None:
     tables = srat(
-        memory_entry(1, MIB, 63 * MIB), memory_entry(1, 0, 640 << 10),
-        memory_entry(0, 64 * MIB, 32 * MIB), memory_entry(2, GIB, GIB, flags=3),
+        memory_entry(1, MIB, 63 * MIB),
+        memory_entry(1, 0, 640 << 10),
+        memory_entry(0, 64 * MIB, 32 * MIB),
+        memory_entry(2, GIB, GIB, flags=3),
     )
     found = physical_map(
         "q35", {"a": 64 * MIB, "b": 32 * MIB, "pc.bios": 65536}, acpi_tables=tables
     )
     assert [(one.block, one.address) for one in found] == [
-        ("a", 0), ("b", 64 * MIB), ("pc.bios", 4 * GIB - 65536),
-    ]  # fmt: skip
+        ("a", 0),
+        ("b", 64 * MIB),
+        ("pc.bios", 4 * GIB - 65536),
+    ]
 
 
 def test_equal_nodes_are_taken_only_where_their_names_ascend() -> None:
@@ -202,9 +214,7 @@ def test_unknown_machine_has_what_is_given() -> None:
     with pytest.raises(NotSupported, match="--map"):
         physical_map("raspi3b", blocks)
     given = [parse_placement("ram@0x1000+4096,8192")]
-    assert physical_map("raspi3b", blocks, given=given) == (
-        Placement("ram", 0x1000, 4096, 8192),
-    )
+    assert physical_map("raspi3b", blocks, given=given) == (Placement("ram", 0x1000, 4096, 8192),)
 
 
 def test_given_placement_replaces_what_is_found_of_its_block_only() -> None:
@@ -219,10 +229,18 @@ def test_given_placement_replaces_what_is_found_of_its_block_only() -> None:
     assert not any(one.block == "dimm" for one in moved)
 
 
-@pytest.mark.parametrize("text", [
-    "ram@0+0,0x2000000", "ram@0+0x1000000", "ram@0+0x2000000,1", "ram@0+0,0", "ram@-1",
-    "ram@0xfffffffffffff000", "ram@0x10000000000000000",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ram@0+0,0x2000000",
+        "ram@0+0x1000000",
+        "ram@0+0x2000000,1",
+        "ram@0+0,0",
+        "ram@-1",
+        "ram@0xfffffffffffff000",
+        "ram@0x10000000000000000",
+    ],
+)
 def test_part_that_does_not_fit_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         physical_map("q35", {"ram": 16 * MIB}, given=[parse_placement(text)])
@@ -246,9 +264,10 @@ def numbers() -> st.SearchStrategy[tuple[str, int]]:
 
 @some
 @given(
-    st.text(min_size=1, max_size=30), numbers(),
+    st.text(min_size=1, max_size=30),
+    numbers(),
     st.none() | st.tuples(numbers(), st.none() | numbers()),
-)  # fmt: skip
+)
 def test_placement_is_parsed_whatever_the_block_is_called(
     name: str, address: tuple[str, int], part: tuple[tuple[str, int], tuple[str, int] | None] | None
 ) -> None:
@@ -270,10 +289,23 @@ def test_any_text_is_a_placement_or_wrong_usage(text: str) -> None:
     assert found.block
 
 
-@pytest.mark.parametrize("text", [
-    "", "ram", "@0", "ram@", "ram@x", "ram@1+", "ram@1,2", "ram@1+2,", "ram@1 ", "ram@1_0",
-    "ram@010", "ram@٣",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "ram",
+        "@0",
+        "ram@",
+        "ram@x",
+        "ram@1+",
+        "ram@1,2",
+        "ram@1+2,",
+        "ram@1 ",
+        "ram@1_0",
+        "ram@010",
+        "ram@٣",
+    ],
+)
 def test_text_that_is_no_placement_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="NAME@ADDRESS"):
         parse_placement(text)

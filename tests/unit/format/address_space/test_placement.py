@@ -14,7 +14,10 @@ SPACE = 64
 
 placements = st.builds(
     lambda block, address, offset, length: Placement(block, address, offset, length),
-    st.sampled_from("ab"), st.integers(0, SPACE - 1), st.integers(0, 40), st.integers(1, 16),
+    st.sampled_from("ab"),
+    st.integers(0, SPACE - 1),
+    st.integers(0, 40),
+    st.integers(1, 16),
 )
 holes = st.builds(Hole, st.integers(0, SPACE - 1), st.integers(1, 16))
 layers = st.lists(st.lists(placements | holes, max_size=5), max_size=4)
@@ -44,6 +47,7 @@ def test_ranges_are_in_order_and_joined_where_they_go_on(layers: list[list[Place
     for one, other in itertools.pairwise(found):
         assert one.end <= other.address
         assert not (
-            one.end == other.address and one.block == other.block
+            one.end == other.address
+            and one.block == other.block
             and one.offset + one.length == other.offset
         )

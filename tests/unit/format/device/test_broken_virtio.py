@@ -16,15 +16,23 @@ MARK = b"\x05\x0dvirtio/broken\0\0\0\1\1"
 
 
 def sections(disk: bytes) -> bytes:
-    devices = [DeviceSection("timer", b"12345"), DeviceSection("disk", disk),
-               DeviceSection("net", b"123")]  # fmt: skip
+    devices = [
+        DeviceSection("timer", b"12345"),
+        DeviceSection("disk", disk),
+        DeviceSection("net", b"123"),
+    ]
     return encode_devices(devices, 4096)[0]
 
 
 def described(size: int, kind: str = "virtio") -> bytes:
     def device(name: str, kind: str, size: int) -> dict[str, Any]:
-        return {"name": name, "instance_id": 0, "vmsd_name": name, "version": 0,
-                "fields": [{"name": "f", "type": kind, "size": size}]}  # fmt: skip
+        return {
+            "name": name,
+            "instance_id": 0,
+            "vmsd_name": name,
+            "version": 0,
+            "fields": [{"name": "f", "type": kind, "size": size}],
+        }
 
     devices = [device("timer", "buffer", 5), device("disk", kind, size), device("net", "virtio", 3)]
     return json.dumps({"page_size": 4096, "devices": devices}).encode()

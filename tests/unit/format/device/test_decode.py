@@ -146,10 +146,16 @@ def test_subsection_is_found_by_its_name() -> None:
 
 def test_subsection_of_a_struct_belongs_to_its_size() -> None:
     sub = subsection("in/more", b"\7")
-    inner = vmsd(field("a", "uint8", 1), name="in",
-                 subsections=[vmsd(field("b", "uint8", 1), name="in/more")])
-    device = decode(b"\1" + sub + b"\2", field("s", "struct", 1 + len(sub), struct=inner),
-                    field("z", "uint8", 1))
+    inner = vmsd(
+        field("a", "uint8", 1),
+        name="in",
+        subsections=[vmsd(field("b", "uint8", 1), name="in/more")],
+    )
+    device = decode(
+        b"\1" + sub + b"\2",
+        field("s", "struct", 1 + len(sub), struct=inner),
+        field("z", "uint8", 1),
+    )
     assert device.explained
     assert device.state["z"] == 2
 
@@ -192,15 +198,20 @@ def test_tree_has_keys_and_values() -> None:
     nodes = device.state["x"]
     assert isinstance(nodes, tuple)
     assert [(s["key"], s["a"]) for s in nodes if isinstance(s, State)] == [
-        (struct.pack(">Q", 10), 100), (struct.pack(">Q", 20), 200),
+        (struct.pack(">Q", 10), 100),
+        (struct.pack(">Q", 20), 200),
     ]
 
 
 def test_array_of_unequal_elements_keeps_what_stands_before_it() -> None:
     inner = vmsd(field("a", "buffer", 4))
     body = b"\0\5" + b"abcd" + b"ab" + b"\7"
-    device = decode(body, field("n", "uint16", 2),
-                    field("x", "struct", 4, array_len=2, struct=inner), field("z", "uint8", 1))
+    device = decode(
+        body,
+        field("n", "uint16", 2),
+        field("x", "struct", 4, array_len=2, struct=inner),
+        field("z", "uint8", 1),
+    )
     assert not device.explained
     assert device.state["n"] == 5
     assert [f.value for f in device.state.fields[1:]] == [body[2:]]
@@ -311,8 +322,11 @@ def described_bytes(draw: st.DrawFn, depth: int = 0) -> tuple[Description, bytes
         shape = draw(st.sampled_from(["number", "buffer", "own", "struct", "structs", "list"]))
         if shape == "number":
             kind, count = draw(st.sampled_from([*_SIZES])), draw(st.integers(0, 5))
-            body = draw(st.binary(min_size=_SIZES[kind] * (count or 1),
-                                  max_size=_SIZES[kind] * (count or 1)))
+            body = draw(
+                st.binary(
+                    min_size=_SIZES[kind] * (count or 1), max_size=_SIZES[kind] * (count or 1)
+                )
+            )
             more = {"array_len": count} if count else {}
             fields.append(field(name, kind, _SIZES[kind], **more))
         elif shape in ("buffer", "own") or depth == 3:
@@ -350,14 +364,31 @@ def test_every_byte_of_a_described_body_is_in_the_tree(made: tuple[Description, 
 
 _NUMBERS = st.one_of(st.integers(0, 9), st.sampled_from([-1, 1 << 31, 1 << 62, 1 << 64, 1 << 200]))
 _KINDS = st.sampled_from(
-    ["struct", "tmp", "qtailq", "qlist", "gtree", "uint8", "uint64", "bool", "bitmap", "buffer",
-     "timer", "nullptr", "virtio", "pci irq state", "int32 le", ""],
-)  # fmt: skip
+    [
+        "struct",
+        "tmp",
+        "qtailq",
+        "qlist",
+        "gtree",
+        "uint8",
+        "uint64",
+        "bool",
+        "bitmap",
+        "buffer",
+        "timer",
+        "nullptr",
+        "virtio",
+        "pci irq state",
+        "int32 le",
+        "",
+    ]
+)
 _ANYTHING = st.recursive(
     st.one_of(st.none(), st.booleans(), _NUMBERS, st.text(max_size=3), st.floats()),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)
-    ), max_leaves=5,
+    ),
+    max_leaves=5,
 )
 
 
@@ -365,8 +396,11 @@ def _hostile_state(fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     listed = st.lists(fields, max_size=4)
     return st.fixed_dictionaries(
         {"fields": st.one_of(listed, listed, _ANYTHING)},
-        optional={"subsections": listed, "vmsd_name": st.sampled_from(["", "a", "\ud800"]),
-                  "version": _NUMBERS},
+        optional={
+            "subsections": listed,
+            "vmsd_name": st.sampled_from(["", "a", "\ud800"]),
+            "version": _NUMBERS,
+        },
     )
 
 
@@ -374,11 +408,18 @@ _HOSTILE_FIELD = st.recursive(
     _ANYTHING,
     lambda inner: st.fixed_dictionaries(
         {"size": st.one_of(_NUMBERS, _NUMBERS, _ANYTHING), "type": _KINDS},
-        optional={"name": st.one_of(st.text(max_size=2), _ANYTHING), "array_len": _NUMBERS,
-                  "index": _ANYTHING, "struct": _hostile_state(inner),
-                  "fields": st.lists(inner, max_size=3), "vmsd_name": st.text(max_size=1),
-                  "version": _NUMBERS, "subsections": st.lists(inner, max_size=2)},
-    ), max_leaves=12,
+        optional={
+            "name": st.one_of(st.text(max_size=2), _ANYTHING),
+            "array_len": _NUMBERS,
+            "index": _ANYTHING,
+            "struct": _hostile_state(inner),
+            "fields": st.lists(inner, max_size=3),
+            "vmsd_name": st.text(max_size=1),
+            "version": _NUMBERS,
+            "subsections": st.lists(inner, max_size=2),
+        },
+    ),
+    max_leaves=12,
 )
 
 

@@ -13,7 +13,9 @@ from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 
 FIELDS = [{"name": "a", "type": "uint32", "size": 4}, {"name": "b", "type": "uint8", "size": 1}]
 SUBSECTION = {
-    "vmsd_name": "timer/more", "version": 1, "fields": [{"name": "c", "type": "uint8", "size": 1}],
+    "vmsd_name": "timer/more",
+    "version": 1,
+    "fields": [{"name": "c", "type": "uint8", "size": 1}],
 }
 FRAME = b"\x05\x0atimer/more\0\0\0\1"
 
@@ -55,9 +57,18 @@ def test_other_values_are_described_as_well() -> None:
         # As long, in another structure.
         (sections(section(b"12345" + b"\x05\x0atimer/else\0\0\0\1x")), MORE, WITH_MORE),
     ],
-    ids=["less", "more", "version", "instance", "fewer", "additional", "none", "not-described",
-         "other-subsection"],
-)  # fmt: skip
+    ids=[
+        "less",
+        "more",
+        "version",
+        "instance",
+        "fewer",
+        "additional",
+        "none",
+        "not-described",
+        "other-subsection",
+    ],
+)
 def test_description_of_another_machine_is_refused(
     ours: bytes, theirs: bytes, described: dict[str, Any]
 ) -> None:

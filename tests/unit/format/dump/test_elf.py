@@ -16,9 +16,12 @@ from tests.harness.examples import some
 
 words = st.integers(0, (1 << 64) - 1)
 segments = st.lists(st.builds(Segment, words, words, words), max_size=20)
-notes = st.lists(st.tuples(
-    st.text("ABCQEMU", max_size=12), st.integers(0, (1 << 32) - 1), st.binary(max_size=50)
-), max_size=5)  # fmt: skip
+notes = st.lists(
+    st.tuples(
+        st.text("ABCQEMU", max_size=12), st.integers(0, (1 << 32) - 1), st.binary(max_size=50)
+    ),
+    max_size=5,
+)
 
 
 @some

@@ -83,12 +83,15 @@ def refusal(data: bytes, **options: int) -> SnapshotError:
 
 def test_head_is_byte_for_byte_that_of_qemu() -> None:
     assert encode_head("pc-i440fx-10.0", SPECS) == (
-        bytes.fromhex("5145564D 00000003 07 0000000E") + b"pc-i440fx-10.0"
+        bytes.fromhex("5145564D 00000003 07 0000000E")
+        + b"pc-i440fx-10.0"
         + bytes.fromhex("01 00000001 03 72616d 00000000 00000004 0000000004040004")
-        + b"\x06pc.ram" + bytes.fromhex("0000000004000000")
-        + b"\x07pc.bios" + bytes.fromhex("0000000000040000")
+        + b"\x06pc.ram"
+        + bytes.fromhex("0000000004000000")
+        + b"\x07pc.bios"
+        + bytes.fromhex("0000000000040000")
         + bytes.fromhex("0000000000000010 7E00000001")
-    )  # fmt: skip
+    )
 
 
 def test_page_bits_are_stated_without_capabilities() -> None:
@@ -114,20 +117,31 @@ def test_blocks_that_do_not_fit_together_are_refused(specs: list[BlockSpec]) -> 
 
 def test_what_is_written_is_read() -> None:
     device_section = full(7, "timer", b"12345")
-    data = encode_head("pc", SPECS) + encode_part_header() + RAM_EOS + encode_end(
-        sections=device_section, description=described(device("timer", 5)),
-        switchover_start=True, page_size=4096,
+    data = (
+        encode_head("pc", SPECS)
+        + encode_part_header()
+        + RAM_EOS
+        + encode_end(
+            sections=device_section,
+            description=described(device("timer", 5)),
+            switchover_start=True,
+            page_size=4096,
+        )
     )
     got = stream(data)
     assert got.machine == "pc"
     assert got.capabilities == ()
     assert [(b.name, b.length, b.gpa) for b in got.blocks] == [
-        ("pc.ram", 0x4000000, None), ("pc.bios", 0x40000, None),
-    ]  # fmt: skip
+        ("pc.ram", 0x4000000, None),
+        ("pc.bios", 0x40000, None),
+    ]
     assert [section.kind for section in got.sections] == [
-        SectionKind.START, SectionKind.PART, SectionKind.COMMAND, SectionKind.END,
+        SectionKind.START,
+        SectionKind.PART,
+        SectionKind.COMMAND,
+        SectionKind.END,
         SectionKind.FULL,
-    ]  # fmt: skip
+    ]
     timer = got.sections[-1]
     assert data[timer.body_offset : timer.body_offset + timer.body_length] == b"12345"
     assert got.complete and not got.opaque_tail

@@ -65,8 +65,13 @@ def test_elements_tile_the_stream() -> None:
     source = snapshot(sections=devices, description=text, switchover_start=True)
     stream = parse(source)
     assert [section.kind.name for section in stream.sections] == [
-        "START", "PART", "COMMAND", "END", "FULL", "FULL",
-    ]  # fmt: skip
+        "START",
+        "PART",
+        "COMMAND",
+        "END",
+        "FULL",
+        "FULL",
+    ]
     for before, after in zip(stream.sections, stream.sections[1:], strict=False):
         assert before.offset + before.length == after.offset
     last = stream.sections[-1]
@@ -115,8 +120,12 @@ def test_section_id_of_ram_is_free() -> None:
 def test_commands_may_precede_ram() -> None:
     stream = parse(Raw(before=command(3) + command(8), inside=command(200, b"payload")).file())
     assert [s.name for s in stream.sections] == [
-        "postcopy-advise", "enable-colo", "ram", "command 200", "ram",
-    ]  # fmt: skip
+        "postcopy-advise",
+        "enable-colo",
+        "ram",
+        "command 200",
+        "ram",
+    ]
 
 
 def test_uuid_is_read() -> None:

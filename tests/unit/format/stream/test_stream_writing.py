@@ -29,8 +29,13 @@ def hexed(text: str) -> bytes:
 def test_head_of_a_pc_is_byte_for_byte_that_of_qemu() -> None:
     head = encode_head("pc-i440fx-10.0", EXAMPLE)
     assert [piece.offset for piece in head.pieces] == [
-        0, 0x4100000, 0x4220000, 0x4340000, 0x4420000, 0x4501000,
-    ]  # fmt: skip
+        0,
+        0x4100000,
+        0x4220000,
+        0x4340000,
+        0x4420000,
+        0x4501000,
+    ]
     assert head.pieces[0].data == hexed(
         '5145564D 00000003 07 0000000E "pc-i440fx-10.0"'
         '05 1A "configuration/capabilities" 00000001 00000001 0A "mapped-ram"'

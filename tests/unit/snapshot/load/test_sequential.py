@@ -46,9 +46,7 @@ STALE = 0x77
 def written(path: Path, *sections: bytes, head: bytes | None = None, tail: bytes = b"") -> Path:
     """A stream whose PARTs have these records."""
     parts = [encode_part_header() + records + RAM_EOS for records in sections]
-    end = tail or encode_end(
-        sections=b"", description=None, switchover_start=False, page_size=4096
-    )
+    end = tail or encode_end(sections=b"", description=None, switchover_start=False, page_size=4096)
     path.write_bytes((head or encode_head("pc", TWO)) + b"".join(parts) + end)
     return path
 
@@ -123,20 +121,29 @@ def test_file_memory_is_loaded_and_punched(tmp_path: Path) -> None:
 def test_device_sections_are_handed_back_in_order(tmp_path: Path) -> None:
     sections = full(7, "timer", b"12345") + full(8, "odd", b"", instance=3)
     tail = encode_end(
-        sections=sections, switchover_start=True, page_size=4096,
+        sections=sections,
+        switchover_start=True,
+        page_size=4096,
         description=described(device("timer", 5), device("odd", 0, instance=3)),
     )
     report, _ = loaded(written(tmp_path / "x", tail=tail))
     assert report.devices == (
-        DeviceSection("timer", b"12345", 0, 1), DeviceSection("odd", b"", 3, 1),
-    )  # fmt: skip
+        DeviceSection("timer", b"12345", 0, 1),
+        DeviceSection("odd", b"", 3, 1),
+    )
 
 
 def test_blocks_without_memory_are_read_over_where_asked(tmp_path: Path) -> None:
     path = written(
         tmp_path / "x",
-        word(0, PAGE) + str8(b"a") + page(1) + word(4096, XBZRLE | CONTINUE) + b"\x01\x00\x00"
-        + word(0, PAGE) + str8(b"b") + page(2),
+        word(0, PAGE)
+        + str8(b"a")
+        + page(1)
+        + word(4096, XBZRLE | CONTINUE)
+        + b"\x01\x00\x00"
+        + word(0, PAGE)
+        + str8(b"b")
+        + page(2),
     )
     source, memory = InputTarget(path), bytearray(page(STALE))
     report = start_sequential_load(source, {"b": memory}, skip_unknown_blocks=True).wait()
@@ -219,9 +226,15 @@ def test_part_that_swallows_its_end_is_refused(tmp_path: Path) -> None:
 @given(data=st.data())
 def test_mutated_stream_never_does_more_than_fail(tmp_path: Path, data: st.DataObject) -> None:
     records = (
-        word(0, PAGE) + str8(b"a") + page(5) + word(4096, ZERO | CONTINUE) + b"\0"
-        + word(0, XBZRLE) + str8(b"b") + b"\x01\x00\x04\x05\x02hi"
-    )  # fmt: skip
+        word(0, PAGE)
+        + str8(b"a")
+        + page(5)
+        + word(4096, ZERO | CONTINUE)
+        + b"\0"
+        + word(0, XBZRLE)
+        + str8(b"b")
+        + b"\x01\x00\x04\x05\x02hi"
+    )
     stream = bytearray(written(tmp_path / "x", records, records).read_bytes())
     interesting = [k for k in range(len(stream)) if stream[k] != 5]
     for _ in range(data.draw(st.integers(1, 4))):

@@ -40,18 +40,26 @@ def stream(
         for n, (name, length) in enumerate(lengths.items())
     )
     capability = (
-        b"\5" + str8("configuration/capabilities") + struct.pack(">II", 1, 1)
+        b"\5"
+        + str8("configuration/capabilities")
+        + struct.pack(">II", 1, 1)
         + str8("x-ignore-shared")
-    )  # fmt: skip
+    )
     names = [name.encode() for name in lengths]
     bodies = [stream_of(one, names, PAGE) for one in rounds] or [RAM_EOS]
     description = described()
     return (
-        b"QEVM" + struct.pack(">IBI", 3, 7, 2) + b"pc" + (capability if shared else b"")
+        b"QEVM"
+        + struct.pack(">IBI", 3, 7, 2)
+        + b"pc"
+        + (capability if shared else b"")
         + start(1, "ram", 4, words(sum(lengths.values()) | 4) + entries + RAM_EOS)
-        + b"".join(part(1, body) for body in bodies[:-1]) + end(1, bodies[-1])
-        + EOF + struct.pack(">BI", 6, len(description)) + description
-    )  # fmt: skip
+        + b"".join(part(1, body) for body in bodies[:-1])
+        + end(1, bodies[-1])
+        + EOF
+        + struct.pack(">BI", 6, len(description))
+        + description
+    )
 
 
 def content(path: Path, form: str, name: str = "ram") -> bytes:
@@ -99,11 +107,18 @@ def test_result_is_that_of_the_twin(form: str, data: st.DataObject) -> None:
     lengths = {"ram": 2 * PART + 5 * PAGE, "rom": 7 * PAGE}
     step = PART // PAGE - 20
     rounds = [
-        [Record(r.block, r.number + (r.block == 0) * data.draw(st.integers(0, 1)) * step,
-                r.fill, r.page, r.delta)
-         for r in data.draw(record_lists([40, 7], PAGE))]
+        [
+            Record(
+                r.block,
+                r.number + (r.block == 0) * data.draw(st.integers(0, 1)) * step,
+                r.fill,
+                r.page,
+                r.delta,
+            )
+            for r in data.draw(record_lists([40, 7], PAGE))
+        ]
         for _ in range(data.draw(st.integers(1, 3)))
-    ]  # fmt: skip
+    ]
     memories: list[Bytes] = [np.zeros(n, dtype=np.uint8) for n in lengths.values()]
     after, _ = records.apply([r for one in rounds for r in one], memories, PAGE, fresh=True)
     with directory_on_disk() as disk:
@@ -113,7 +128,8 @@ def test_result_is_that_of_the_twin(form: str, data: st.DataObject) -> None:
             assert content(disk / "to", form, name) == expected.tobytes()
         full = sum(int(one.reshape(-1, PAGE).any(axis=1).sum()) for one in after)
         counted = (
-            sum(block.data_pages for block in report.blocks) if isinstance(report, RawReport)
+            sum(block.data_pages for block in report.blocks)
+            if isinstance(report, RawReport)
             else report.data_pages
         )
         assert counted == full
@@ -130,8 +146,11 @@ def test_pages_are_counted_as_an_index_counts_them(listed: list[Record]) -> None
                 snapshot.read_through(pages=pages)
                 counts.append([block.data_pages for block in snapshot.blocks.values()])
         last = {(record.block, record.number): record.fill != 0 for record in listed}
-        assert counts == [[sum(data for (n, _), data in last.items() if n == block)
-                           for block in range(2)]] * 2  # fmt: skip
+        assert (
+            counts
+            == [[sum(data for (n, _), data in last.items() if n == block) for block in range(2)]]
+            * 2
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -145,8 +164,11 @@ def test_page_may_change_more_often_than_an_index_can_tell(disk: Path, form: str
 @pytest.mark.parametrize("form", FORMS)
 def test_page_that_became_zero_leaves_nothing_in_the_file(disk: Path, form: str) -> None:
     other = PART // PAGE  # a page of another part
-    rounds = [[page(k, 7) for k in range(64)], [page(other, 1)],
-              [Record(0, k, fill=0) for k in range(64)]]
+    rounds = [
+        [page(k, 7) for k in range(64)],
+        [page(other, 1)],
+        [Record(0, k, fill=0) for k in range(64)],
+    ]
     (disk / "from").write_bytes(stream(rounds, {"ram": 2 * PART}))
     convert(disk / "from", disk / "to", to=form)
     assert not any(content(disk / "to", form)[:PART])
@@ -202,7 +224,8 @@ def test_content_elsewhere_has_no_raw_file(disk: Path) -> None:
         assert isinstance(snapshot, ClassicSnapshot)
         report = unpack(snapshot, disk / "out")
         assert [(b.file, b.data_pages, b.zero_pages) for b in report.blocks] == [
-            ("ram.raw", 1, 3), (None, 0, 0),
+            ("ram.raw", 1, 3),
+            (None, 0, 0),
         ]
         assert {path.name for path in (disk / "out").iterdir()} == {"ram.raw", "blocks.json"}
         unpack(snapshot, disk / "one", blocks=["ram"])

@@ -28,8 +28,10 @@ MIB = 1 << 20
 names = st.one_of(
     st.sampled_from(["pc.ram", "/rom@etc/acpi/tables", "0000:00:02.0/vga.vram", "ü", "a" * 255]),
     st.text(min_size=1, max_size=20).filter(
-        lambda t: 1 <= len(t.encode("utf-8", "surrogatepass")) <= 255
-        and not any(0xD800 <= ord(c) <= 0xDFFF for c in t)
+        lambda t: (
+            1 <= len(t.encode("utf-8", "surrogatepass")) <= 255
+            and not any(0xD800 <= ord(c) <= 0xDFFF for c in t)
+        )
     ),
 )
 
@@ -43,7 +45,9 @@ def test_what_is_saved_is_loaded(disk: Path, data: st.DataObject) -> None:
     for name in data.draw(st.lists(names, min_size=1, max_size=4, unique=True)):
         npages = data.draw(st.one_of(st.integers(1, 70), st.integers(1, (6 << 20) // page_size)))
         memory = guest(
-            data.draw(page_bits(npages)), page_size, seed=npages,
+            data.draw(page_bits(npages)),
+            page_size,
+            seed=npages,
             shift=data.draw(st.sampled_from([0, 0, 1, 512])),
         )
         wanted[name] = memory
@@ -60,7 +64,10 @@ def test_what_is_saved_is_loaded(disk: Path, data: st.DataObject) -> None:
     reuse = data.draw(st.booleans())
 
     report = pyqmigrate.save(
-        target, blocks, machine=machine, reuse=reuse,
+        target,
+        blocks,
+        machine=machine,
+        reuse=reuse,
         channels=data.draw(st.integers(1, 4)),
         direct_io=data.draw(st.sampled_from(["auto", "on", "off"])),
         sparse=data.draw(st.sampled_from(["auto", "exact", "dense"])),
@@ -72,7 +79,8 @@ def test_what_is_saved_is_loaded(disk: Path, data: st.DataObject) -> None:
     assert report.data_pages == sum(int(p.sum()) for p in pages.values())
     assert report.zero_pages == sum(int((~p).sum()) for p in pages.values())
     loaded = load(
-        target, channels=data.draw(st.integers(1, 4)),
+        target,
+        channels=data.draw(st.integers(1, 4)),
         direct_io=data.draw(st.sampled_from(["auto", "on", "off"])),
     )
     assert list(loaded) == list(wanted), "the order of the blocks was not kept"
@@ -124,8 +132,10 @@ def test_the_report_counts_every_byte_that_was_written(
     if not os.access("/proc/self/io", os.R_OK):
         pytest.skip("this kernel does not count the bytes of a process")
     # A partial last unit, so that both descriptors have pages.
-    blocks = [RamBlock("a", ram(1027, page_size=1024), 1024),
-              RamBlock("b", ram(5000, page_size=1024), 1024)]
+    blocks = [
+        RamBlock("a", ram(1027, page_size=1024), 1024),
+        RamBlock("b", ram(5000, page_size=1024), 1024),
+    ]
     # Queued direct writes are no write calls; the kernel counts them as they go to the disk.
     field = "write_bytes" if direct_io == "on" else "wchar"
     before = written_by_this_process(field)
@@ -183,9 +193,7 @@ def test_progress_comes_on_the_waiting_thread_at_most_ten_times_a_second(disk: P
         seen.append((progress, threading.get_ident(), time.monotonic()))
 
     started = time.monotonic()
-    report = pyqmigrate.save(
-        disk / "snap", slow_blocks(), max_bandwidth=2 * MIB, progress=callback
-    )
+    report = pyqmigrate.save(disk / "snap", slow_blocks(), max_bandwidth=2 * MIB, progress=callback)
     took = time.monotonic() - started
     assert 3 <= len(seen) <= took * 10 + 1
     assert {thread for _, thread, _ in seen} == {threading.get_ident()}

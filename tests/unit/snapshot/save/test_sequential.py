@@ -133,9 +133,12 @@ def test_each_pass_is_a_part_and_an_empty_one_is_none(tmp_path: Path) -> None:
     writer.close()
     report, _ = load(path)
     assert [section.kind for section in report.stream.sections] == [
-        SectionKind.START, SectionKind.PART, SectionKind.PART, SectionKind.COMMAND,
+        SectionKind.START,
+        SectionKind.PART,
+        SectionKind.PART,
+        SectionKind.COMMAND,
         SectionKind.END,
-    ]  # fmt: skip
+    ]
 
 
 def test_stream_without_a_pass_is_loaded_as_zeros(tmp_path: Path) -> None:
@@ -247,9 +250,7 @@ def test_refused_write_is_an_error_with_number_and_position(tmp_path: Path) -> N
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, before[1]))
     try:
         with pytest.raises(TargetError) as caught:
-            start_sequential_save(
-                tmp_path / "x", [RamBlock("ram", ram(4000, density=1))]
-            ).wait()
+            start_sequential_save(tmp_path / "x", [RamBlock("ram", ram(4000, density=1))]).wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

@@ -32,7 +32,7 @@ def test_agent_is_given_the_time_of_the_host(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "before",
-    [b'{"return": 17}\n', b'half an answ', b'\xff{"return": 5}\n', b'\xff\xff{"return": {}}\n'],
+    [b'{"return": 17}\n', b"half an answ", b'\xff{"return": 5}\n', b'\xff\xff{"return": {}}\n'],
 )
 def test_answers_to_another_client_are_passed_over(before: bytes, tmp_path: Path) -> None:
     with Agent(tmp_path / "agent", before=before) as agent:
@@ -73,9 +73,7 @@ def test_answer_that_is_none_is_an_error(says: bytes, message: str, tmp_path: Pa
         set_by(tmp_path / "agent")
 
 
-def test_agent_that_does_not_answer_costs_no_more_than_the_time_it_is_given(
-    tmp_path: Path,
-) -> None:
+def test_agent_that_does_not_answer_costs_no_more_than_the_time_it_is_given(tmp_path: Path) -> None:
     with (
         Agent(tmp_path / "agent", silent=True),
         pytest.raises(QemuError, match=r"has not answered within 0\.1 s"),
@@ -137,9 +135,15 @@ def test_what_became_of_the_clock_is_a_note(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("behind", "words"),
-    [(0.0, None), (0.9, None), (3.0, "about 3 s"), (600.0, "10 minutes"), (9000.0, "2 hours"),
-     (400_000.0, "5 days")],
-)  # fmt: skip
+    [
+        (0.0, None),
+        (0.9, None),
+        (3.0, "about 3 s"),
+        (600.0, "10 minutes"),
+        (9000.0, "2 hours"),
+        (400_000.0, "5 days"),
+    ],
+)
 def test_clock_that_is_behind_is_worth_a_note(behind: float, words: str | None) -> None:
     notes = note_on_clock(behind)
     assert len(notes) == (words is not None)

@@ -75,15 +75,26 @@ def listed(names: Mapping[str, int]) -> bytes:
 
 HEAD = configured(IGNORES, machine=b"pc-q35-10.0") + listed(BLOCKS)
 RECORDS = (
-    word(4096, PAGE) + str8(b"pc.rom") + ROM_PAGE
-    + word(0, ZERO | CONTINUE) + b"\0" + word(0, ZERO) + str8(b"empty") + b"\0"
+    word(4096, PAGE)
+    + str8(b"pc.rom")
+    + ROM_PAGE
+    + word(0, ZERO | CONTINUE)
+    + b"\0"
+    + word(0, ZERO)
+    + str8(b"empty")
+    + b"\0"
 )
 PAGES = part(1, RECORDS + MARK)
 
 
 def migrated(
-    path: Path, *, head: bytes = HEAD, pages: bytes = PAGES, before: bytes = SWITCHOVER,
-    sections: bytes = SECTIONS, description: bytes | None = DESCRIPTION,
+    path: Path,
+    *,
+    head: bytes = HEAD,
+    pages: bytes = PAGES,
+    before: bytes = SWITCHOVER,
+    sections: bytes = SECTIONS,
+    description: bytes | None = DESCRIPTION,
 ) -> Path:
     """What ``migrate`` with x-ignore-shared writes: pc.ram is elsewhere."""
     tail = b"" if description is None else described_as(description)
@@ -150,7 +161,9 @@ def test_uuid_and_page_bits_are_kept(tmp_path: Path) -> None:
     with Snapshot(tmp_path / "snap") as snapshot:
         stream = snapshot.stream
         assert (stream.machine, stream.target_page_bits, stream.uuid) == (
-            "virt-10.0", 12, bytes(range(16))
+            "virt-10.0",
+            12,
+            bytes(range(16)),
         )
         assert stream.capabilities == ("mapped-ram",)
 
@@ -200,7 +213,8 @@ def test_device_with_state_in_several_parts_is_named(tmp_path: Path) -> None:
 def test_device_whose_state_stands_before_ram_is_named(tmp_path: Path) -> None:
     early = full(3, "virtio-mem-device-early", b"12345678")
     path = migrated(
-        tmp_path / "state", before=early,
+        tmp_path / "state",
+        before=early,
         description=described(
             device("virtio-mem-device-early", 8), device("timer", 5), device("globalstate", 104)
         ),

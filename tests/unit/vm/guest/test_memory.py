@@ -58,10 +58,16 @@ def test_tables_of_several_versions_are_read(head: str, host: int | None, tail: 
 @pytest.mark.parametrize(
     "name",
     [
-        "pc.ram", "/rom@etc/acpi/tables", "0000:00:02.0/vga.vram", "a name with  spaces",
-        "4 KiB  0x1", "x" * 200, "0000:00:04.0/virtio-net-pci.rom", "ram\u00e9",
+        "pc.ram",
+        "/rom@etc/acpi/tables",
+        "0000:00:02.0/vga.vram",
+        "a name with  spaces",
+        "4 KiB  0x1",
+        "x" * 200,
+        "0000:00:04.0/virtio-net-pci.rom",
+        "ram\u00e9",
     ],
-)  # fmt: skip
+)
 def test_any_name_is_kept_as_it_is(name: str) -> None:
     assert parse_ramblock(HEAD_10 + row(name, tail="  rw"))[0].name == name
 
@@ -189,8 +195,13 @@ def test_shared_memory_in_pieces_of_two_files_is_read_from_the_process(memfd: in
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-    )  # fmt: skip
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    )
     fixed, both = 0x10, mmap.PROT_READ | mmap.PROT_WRITE
     for at, fd in ((address, memfd), (address + MIB, other)):
         assert libc.mmap(at, MIB, both, mmap.MAP_SHARED | fixed, fd, 0) == at

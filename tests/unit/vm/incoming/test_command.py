@@ -35,12 +35,15 @@ def test_daemonize_is_left_out_and_noted() -> None:
 
 @pytest.mark.parametrize(
     ("text", "paused", "stays"),
-    [("-S", None, True), ("", None, False), ("", True, True), ("-S", True, True),
-     ("-S", False, False)],
-)  # fmt: skip
-def test_guest_stays_paused_when_that_is_asked(
-    text: str, paused: bool | None, stays: bool
-) -> None:
+    [
+        ("-S", None, True),
+        ("", None, False),
+        ("", True, True),
+        ("-S", True, True),
+        ("-S", False, False),
+    ],
+)
+def test_guest_stays_paused_when_that_is_asked(text: str, paused: bool | None, stays: bool) -> None:
     words, notes = made(text, paused=paused)
     assert words.count("-S") == stays
     assert bool(notes) == (text == "-S" and paused is False)

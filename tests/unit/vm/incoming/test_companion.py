@@ -114,10 +114,7 @@ def test_other_blocks_are_carried_along(directory: Path) -> None:
 
 
 @some
-@given(
-    st.lists(st.integers(0, PAGES - 1), max_size=60),
-    st.sampled_from([0.0, 0.02, 0.5, 0.98]),
-)
+@given(st.lists(st.integers(0, PAGES - 1), max_size=60), st.sampled_from([0.0, 0.02, 0.5, 0.98]))
 def test_exactly_the_stale_pages_are_marked(
     directory: Path, pages: list[int], density: float
 ) -> None:

@@ -54,10 +54,12 @@ TREE = """bus: main-system-bus
         addr = 00.0
 """
 PCI = {
-    "04.0": frozenset({"xhci", "1/usb-kbd"}), "02.0": frozenset({"pcie-root-port"}),
-    "02.0:00.0": frozenset({"virtio-blk"}), "01.0": frozenset({"virtio-net"}),
+    "04.0": frozenset({"xhci", "1/usb-kbd"}),
+    "02.0": frozenset({"pcie-root-port"}),
+    "02.0:00.0": frozenset({"virtio-blk"}),
+    "01.0": frozenset({"virtio-net"}),
     "00.0": frozenset({"mch"}),
-}  # fmt: skip
+}
 
 
 def command(text: str) -> CommandLine:
@@ -69,7 +71,8 @@ class Qemu:
 
     def __init__(self, processors: int = 2, kvm: bool = False, tree: str = TREE) -> None:
         self.answers: dict[str, Any] = {
-            "query-cpus-fast": [{}] * processors, "query-kvm": {"enabled": kvm, "present": True}
+            "query-cpus-fast": [{}] * processors,
+            "query-kvm": {"enabled": kvm, "present": True},
         }
         self.tree = tree
 
@@ -86,9 +89,16 @@ class Qemu:
 
 @pytest.mark.parametrize(
     "text",
-    ["-smp 2", "-smp cpus=2", "-smp 1,maxcpus=4 -device qemu64-x86_64-cpu,id=c", "-m 64", "-smp 3",
-     "-smp sockets=1,cores=2", "-smp what"],
-)  # fmt: skip
+    [
+        "-smp 2",
+        "-smp cpus=2",
+        "-smp 1,maxcpus=4 -device qemu64-x86_64-cpu,id=c",
+        "-m 64",
+        "-smp 3",
+        "-smp sockets=1,cores=2",
+        "-smp what",
+    ],
+)
 def test_processors_of_the_command_line_that_may_be_enough_are_taken(text: str) -> None:
     assert compare_command(command(text), SAVED) == []
 
@@ -103,10 +113,15 @@ def test_too_few_processors_are_refused_before_qemu_starts(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "kvm"),
-    [("-accel kvm", True), ("-enable-kvm", True), ("-machine q35,accel=kvm", True),
-     ("-accel kvm,kernel-irqchip=split", True), ("-accel tcg,thread=multi", False),
-     ("-machine q35 -machine accel=tcg", False)],
-)  # fmt: skip
+    [
+        ("-accel kvm", True),
+        ("-enable-kvm", True),
+        ("-machine q35,accel=kvm", True),
+        ("-accel kvm,kernel-irqchip=split", True),
+        ("-accel tcg,thread=multi", False),
+        ("-machine q35 -machine accel=tcg", False),
+    ],
+)
 def test_accelerator_of_the_command_line_is_compared(text: str, kvm: bool) -> None:
     if kvm:
         assert compare_command(command(text), KVM) == []
@@ -142,9 +157,7 @@ def test_same_devices_are_taken_whatever_bridges_they_are_behind() -> None:
 
 
 def test_device_that_is_missing_is_refused_with_its_place() -> None:
-    saved = SAVED._replace(
-        pci=PCI | {"02.0:01.0": frozenset({"e1000"})}, counts={}
-    )
+    saved = SAVED._replace(pci=PCI | {"02.0:01.0": frozenset({"e1000"})}, counts={})
     with pytest.raises(UsageError, match=r"e1000 at PCI address 02.0:01.0 is missing"):
         Qemu().compare(saved)
 
@@ -156,9 +169,7 @@ def test_device_of_another_kind_is_refused() -> None:
 
 
 def test_device_that_the_guest_does_not_know_is_a_note() -> None:
-    saved = SAVED._replace(
-        pci={key: PCI[key] for key in PCI if key != "01.0"}, counts={}
-    )
+    saved = SAVED._replace(pci={key: PCI[key] for key in PCI if key != "01.0"}, counts={})
     (note,) = Qemu().compare(saved)
     assert note.startswith("virtio-net-pci 'n1' at PCI address 01.0 is not in the snapshot")
 
@@ -174,6 +185,9 @@ def test_serial_ports_are_counted() -> None:
 
 
 def test_machine_without_such_a_bus_is_not_compared() -> None:
-    assert Qemu(tree="bus: main-system-bus\n  type System\n").compare(
-        SAVED._replace(pci=PCI, counts={})
-    ) == []  # fmt: skip
+    assert (
+        Qemu(tree="bus: main-system-bus\n  type System\n").compare(
+            SAVED._replace(pci=PCI, counts={})
+        )
+        == []
+    )

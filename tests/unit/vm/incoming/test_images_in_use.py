@@ -38,9 +38,8 @@ def locked(path: Path, byte: int) -> Iterator[None]:
 def opened(path: Path, mode: str) -> Iterator[int]:
     """In another process, without a lock; its number."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), mode], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:  # fmt: skip
+        [sys.executable, "-c", HOLD, str(path), mode], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         process.stdout.readline()
         yield process.pid
@@ -56,7 +55,10 @@ def image(path: Path, backing: str = "") -> Path:
 
 
 FORMS = [
-    "-drive file={0},format=raw,if=virtio", "-hda {0}", "{0}", "-pflash {0}",
+    "-drive file={0},format=raw,if=virtio",
+    "-hda {0}",
+    "{0}",
+    "-pflash {0}",
     "-drive if=none,id=d,file.filename={0},file.driver=file,driver=raw",
     "-blockdev driver=file,filename={0},node-name=d",
     '-blockdev \'{{"driver":"raw","node-name":"d","file":{{"driver":"file","filename":"{0}"}}}}\'',
@@ -93,9 +95,14 @@ def test_image_of_a_configuration_file_is_refused_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    ["-drive file={0},readonly=on", "-drive file={0},snapshot=on", "-snapshot -hda {0}",
-     "-blockdev driver=file,filename={0},node-name=d,read-only=on", "-cdrom {0}"],
-)  # fmt: skip
+    [
+        "-drive file={0},readonly=on",
+        "-drive file={0},snapshot=on",
+        "-snapshot -hda {0}",
+        "-blockdev driver=file,filename={0},node-name=d,read-only=on",
+        "-cdrom {0}",
+    ],
+)
 def test_image_that_is_not_written_to_is_not_looked_at(tmp_path: Path, option: str) -> None:
     path = image(tmp_path / "disk")
     with locked(path, 101), opened(path, "r+b"):

@@ -29,16 +29,22 @@ def command(text: str) -> CommandLine:
         ("-serial tcp:localhost:4444,server=on,wait=off", ["localhost:4444"]),
         ("-serial telnet::4444,server", ["*:4444"]),
         ("-serial tcp:localhost:4444", []),
-        ("-gdb tcp::1234", ["*:1234"]), ("-gdb unix:/a,server=on", ["/a"]), ("-s", ["*:1234"]),
+        ("-gdb tcp::1234", ["*:1234"]),
+        ("-gdb unix:/a,server=on", ["/a"]),
+        ("-s", ["*:1234"]),
         ("-chardev socket,id=c,path=/a,server=on,wait=off", ["/a"]),
         ("-chardev socket,id=c,path=/a", []),
         ("-chardev socket,id=c,path=/a,server=on,abstract=on", []),
         ("-chardev socket,id=c,host=127.0.0.1,port=77,server=on", ["127.0.0.1:77"]),
         ("-chardev socket,id=c,host=127.0.0.1,port=77,to=99,server=on", []),
         ('-chardev \'{"backend":"socket","id":"c","path":"/a","server":true}\'', ["/a"]),
-        ("-vnc unix:/a", ["/a"]), ("-vnc :1", ["*:5901"]), ("-vnc [::1]:2", ["::1:5902"]),
+        ("-vnc unix:/a", ["/a"]),
+        ("-vnc :1", ["*:5901"]),
+        ("-vnc [::1]:2", ["::1:5902"]),
         ("-vnc localhost:1,websocket=on", ["localhost:5901", "localhost:5701"]),
-        ("-vnc none", []), ("-vnc host:1,reverse=on", []), ("-display vnc=:3", ["*:5903"]),
+        ("-vnc none", []),
+        ("-vnc host:1,reverse=on", []),
+        ("-display vnc=:3", ["*:5903"]),
         ("-spice port=5930,tls-port=5931,addr=127.0.0.1", ["127.0.0.1:5930", "127.0.0.1:5931"]),
         ("-spice unix=on,addr=/a,disable-ticketing=on", ["/a"]),
         ("-netdev socket,id=n,listen=:77", ["*:77"]),
@@ -48,7 +54,7 @@ def command(text: str) -> CommandLine:
         ("-mon chardev=c,mode=control -chardev socket,id=c,path=/a,server=on", ["/a"]),
         ("-netdev user,id=n -drive file=/a -m 64", []),
     ],
-)  # fmt: skip
+)
 def test_sockets_are_found_in_every_form(text: str, addresses: list[str]) -> None:
     assert [listener.address for listener in listeners(command(text))] == addresses
 

@@ -33,9 +33,7 @@ def on_file(path: Path, more: str = "") -> CommandLine:
     return parse(f"-object memory-backend-file,id=m0,size=2M,share=on,mem-path={path}{more}")
 
 
-def test_file_is_emptied_only_where_the_block_is(
-    snapshot: pyqmigrate.Snapshot, shm: Path
-) -> None:
+def test_file_is_emptied_only_where_the_block_is(snapshot: pyqmigrate.Snapshot, shm: Path) -> None:
     ram = shm / "ram"
     ram.write_bytes(b"\xee" * 4 * MIB)
     with RamFiles(on_file(ram, ",offset=1M"), snapshot) as files:
@@ -92,9 +90,12 @@ def test_memory_file_of_a_configuration_file_is_refused(
 
 
 @pytest.mark.parametrize(
-    "text", ["memory-backend-ram,id=m0,size=2M,prealloc=on",
-             '{"qom-type":"memory-backend-ram","id":"m0","size":2097152,"prealloc":true}'],
-)  # fmt: skip
+    "text",
+    [
+        "memory-backend-ram,id=m0,size=2M,prealloc=on",
+        '{"qom-type":"memory-backend-ram","id":"m0","size":2097152,"prealloc":true}',
+    ],
+)
 def test_memory_is_not_written_before_it_is_loaded(
     snapshot: pyqmigrate.Snapshot, text: str
 ) -> None:

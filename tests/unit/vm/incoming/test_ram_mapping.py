@@ -23,10 +23,13 @@ FD = 77
 def snapshot(tmp_path: Path) -> Iterator[pyqmigrate.Snapshot]:
     path = tmp_path / "guest.mapped"
     lengths = {"pc.ram": 4, "m0": 2, "m1": 2, "/objects/old": 1, "0000:00:02.0/vga.vram": 4}
-    pyqmigrate.save(path, [
-        pyqmigrate.RamBlock(name, np.zeros(length * MIB, dtype=np.uint8))
-        for name, length in lengths.items()
-    ])  # fmt: skip
+    pyqmigrate.save(
+        path,
+        [
+            pyqmigrate.RamBlock(name, np.zeros(length * MIB, dtype=np.uint8))
+            for name, length in lengths.items()
+        ],
+    )
     with pyqmigrate.Snapshot(path) as opened:
         yield opened
 
@@ -41,24 +44,36 @@ def backends(found: Mapped) -> dict[str, dict[str, str]]:
 
 
 def test_machine_of_m_alone_gets_a_backend_of_its_blocks_name(
-    snapshot: pyqmigrate.Snapshot
+    snapshot: pyqmigrate.Snapshot,
 ) -> None:
     found = mapped(snapshot, "-M pc -m 4")
     assert found.blocks == ["pc.ram"]
     assert found.command.merged("machine", "type")["memory-backend"] == "pc.ram"
     assert backends(found)["pc.ram"] == {
-        "qom-type": "memory-backend-file", "id": "pc.ram", "size": str(4 * MIB),
-        "mem-path": f"/proc/self/fd/{FD}", "share": "off", "readonly": "on", "rom": "off",
-        "offset": str(snapshot.blocks["pc.ram"].pages_offset), "prealloc": "off",
+        "qom-type": "memory-backend-file",
+        "id": "pc.ram",
+        "size": str(4 * MIB),
+        "mem-path": f"/proc/self/fd/{FD}",
+        "share": "off",
+        "readonly": "on",
+        "rom": "off",
+        "offset": str(snapshot.blocks["pc.ram"].pages_offset),
+        "prealloc": "off",
         "x-use-canonical-path-for-ramblock-id": "off",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", ["pc\0.ram", "pc ram.ram", "0.ram", "\udc80.ram", "p,c.ram"])
 def test_block_whose_name_no_backend_can_have_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "hostile.mapped"
-    pyqmigrate.save(path, [pyqmigrate.RamBlock("x" * len(name.encode("utf-8", "surrogateescape")),
-                                               np.zeros(MIB, dtype=np.uint8))])
+    pyqmigrate.save(
+        path,
+        [
+            pyqmigrate.RamBlock(
+                "x" * len(name.encode("utf-8", "surrogateescape")), np.zeros(MIB, dtype=np.uint8)
+            )
+        ],
+    )
     data = path.read_bytes()
     raw = name.encode("utf-8", "surrogateescape")
     path.write_bytes(data.replace(b"x" * len(raw), raw, 1))
@@ -93,10 +108,12 @@ def test_backend_in_json_is_replaced(snapshot: pyqmigrate.Snapshot) -> None:
 
 @pytest.mark.parametrize(
     ("text", "nodes"),
-    [('{"qom-type":"memory-backend-ram","id":"m0","size":2097152,"host-nodes":[0,2]}', [0, 2]),
-     ("memory-backend-ram,id=m0,size=2M,host-nodes=0,host-nodes=2", [0, 2]),
-     ("memory-backend-ram,id=m0,size=2M,host-nodes=1-3", [1, 2, 3])],
-)  # fmt: skip
+    [
+        ('{"qom-type":"memory-backend-ram","id":"m0","size":2097152,"host-nodes":[0,2]}', [0, 2]),
+        ("memory-backend-ram,id=m0,size=2M,host-nodes=0,host-nodes=2", [0, 2]),
+        ("memory-backend-ram,id=m0,size=2M,host-nodes=1-3", [1, 2, 3]),
+    ],
+)
 def test_nodes_of_the_host_stay_a_list(
     snapshot: pyqmigrate.Snapshot, text: str, nodes: list[int]
 ) -> None:
@@ -107,14 +124,19 @@ def test_nodes_of_the_host_stay_a_list(
 
 def test_node_of_the_host_that_is_no_number_is_refused(snapshot: pyqmigrate.Snapshot) -> None:
     with pytest.raises(UsageError, match="host-nodes='x'"):
-        mapped(snapshot, "-M pc,memory-backend=m0 -object "
-               "memory-backend-ram,id=m0,size=2M,host-nodes=x")
+        mapped(
+            snapshot,
+            "-M pc,memory-backend=m0 -object memory-backend-ram,id=m0,size=2M,host-nodes=x",
+        )
 
 
 def test_range_of_nodes_is_no_longer_than_a_host_has(snapshot: pyqmigrate.Snapshot) -> None:
     with pytest.raises(UsageError, match="host-nodes="):
-        mapped(snapshot, "-M pc,memory-backend=m0 -object "
-               "memory-backend-ram,id=m0,size=2M,host-nodes=0-99999999999")
+        mapped(
+            snapshot,
+            "-M pc,memory-backend=m0 -object "
+            "memory-backend-ram,id=m0,size=2M,host-nodes=0-99999999999",
+        )
 
 
 def test_block_with_a_whole_path_keeps_it(snapshot: pyqmigrate.Snapshot) -> None:
@@ -126,10 +148,11 @@ def test_block_with_a_whole_path_keeps_it(snapshot: pyqmigrate.Snapshot) -> None
 
 
 def test_what_cannot_hold_for_mapped_memory_is_overridden_and_noted(
-    snapshot: pyqmigrate.Snapshot
+    snapshot: pyqmigrate.Snapshot,
 ) -> None:
     found = mapped(
-        snapshot, "-M pc,memory-backend=m0 -mem-prealloc -device virtio-balloon-pci "
+        snapshot,
+        "-M pc,memory-backend=m0 -mem-prealloc -device virtio-balloon-pci "
         "-object memory-backend-memfd,id=m0,size=2M,share=on,prealloc=on",
     )
     assert backends(found)["m0"]["share"] == "off"
@@ -141,9 +164,12 @@ def test_what_cannot_hold_for_mapped_memory_is_overridden_and_noted(
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("-overcommit mem-lock=on", "mem-lock=on"), ("-device vfio-pci,host=1:0.0", "pins"),
-     ("-netdev vhost-vdpa,id=n,vhostdev=/dev/v", "pins")],
-)  # fmt: skip
+    [
+        ("-overcommit mem-lock=on", "mem-lock=on"),
+        ("-device vfio-pci,host=1:0.0", "pins"),
+        ("-netdev vhost-vdpa,id=n,vhostdev=/dev/v", "pins"),
+    ],
+)
 def test_what_makes_all_memory_be_read_is_noted(
     snapshot: pyqmigrate.Snapshot, text: str, word: str
 ) -> None:
@@ -200,7 +226,7 @@ def test_configuration_file_without_memory_is_no_hindrance(
 
 
 def test_configuration_that_comes_through_a_pipe_is_left_to_qemu(
-    snapshot: pyqmigrate.Snapshot
+    snapshot: pyqmigrate.Snapshot,
 ) -> None:
     reader, writer = os.pipe()
     try:

@@ -24,9 +24,13 @@ def test_what_was_saved_is_said_only_where_it_was_so() -> None:
 
 @pytest.mark.parametrize(
     ("state", "way"),
-    [("internal-error", "only system_reset"), ("guest-panicked", "convert --to elf"),
-     ("io-error", "once the cause is gone"), ("shutdown", "starts it anew")],
-)  # fmt: skip
+    [
+        ("internal-error", "only system_reset"),
+        ("guest-panicked", "convert --to elf"),
+        ("io-error", "once the cause is gone"),
+        ("shutdown", "starts it anew"),
+    ],
+)
 def test_guest_that_cannot_simply_go_on_has_its_way_out(state: str, way: str) -> None:
     said = describe_state(state, state, asked_to_run=True)
     assert said is not None

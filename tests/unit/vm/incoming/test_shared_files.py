@@ -43,8 +43,11 @@ def written(*words: str) -> list[str]:
         ["-object", "filter-dump,id=f,netdev=n,file=/d"],
         ["-drive", "driver=qcow2,file.driver=raw,file.file.filename=/d"],
         ["-drive", "if=none,file.file.filename=/d,format=raw"],
-        ["-blockdev", '{"driver":"qcow2","node-name":"n","file":{"driver":"raw","file":'
-         '{"driver":"file","filename":"/d"}},"backing":{"driver":"file","filename":"/base"}}'],
+        [
+            "-blockdev",
+            '{"driver":"qcow2","node-name":"n","file":{"driver":"raw","file":'
+            '{"driver":"file","filename":"/d"}},"backing":{"driver":"file","filename":"/base"}}',
+        ],
         ["-blockdev", '{"driver":"quorum","children":[{"driver":"file","filename":"/d"}]}'],
         ["-drive", 'file=json:{"driver":"raw",,"file":{"driver":"file",,"filename":"/d"}}'],
         ["-drive", 'if=none,file=json:{"driver":"file","filename":"/d"},format=raw'],
@@ -65,8 +68,12 @@ def test_file_that_is_written_is_found(words: list[str]) -> None:
         ["-snapshot", "-drive", "file=/d", "-hda", "/d"],
         ["-cdrom", "/d"],
         ["-blockdev", "driver=file,node-name=a,filename=/d,read-only=on"],
-        ["-blockdev", "file,node-name=a,filename=/d",
-         "-blockdev", "raw,node-name=b,file=a,read-only=on"],
+        [
+            "-blockdev",
+            "file,node-name=a,filename=/d",
+            "-blockdev",
+            "raw,node-name=b,file=a,read-only=on",
+        ],
         ["-object", "memory-backend-file,id=m,size=1M,mem-path=/d,share=off"],
         ["-object", "memory-backend-file,id=m,size=1M,mem-path=/d,share=on,readonly=on"],
         ["-chardev", "socket,id=c,path=/d"],
@@ -78,17 +85,20 @@ def test_file_that_is_written_is_found(words: list[str]) -> None:
         ["-drive", "if=none,id=d"],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_file_that_is_only_read_is_not(words: list[str]) -> None:
     assert written(*words) == []
 
 
 def test_backing_file_of_an_overlay_is_only_read() -> None:
     found = written(
-        "-blockdev", "file,node-name=base,filename=/base",
-        "-blockdev", "file,node-name=top,filename=/top",
-        "-blockdev", "qcow2,node-name=disk,file=top,backing=base",
-    )  # fmt: skip
+        "-blockdev",
+        "file,node-name=base,filename=/base",
+        "-blockdev",
+        "file,node-name=top,filename=/top",
+        "-blockdev",
+        "qcow2,node-name=disk,file=top,backing=base",
+    )
     assert found == ["/top"]
 
 
@@ -120,10 +130,12 @@ def test_node_on_a_server_is_the_same_by_any_name() -> None:
 
 def test_backing_file_inside_a_node_is_only_read() -> None:
     found = written(
-        "-blockdev", "file,node-name=base,filename=/base",
-        "-blockdev", '{"driver":"qcow2","file":{"driver":"file","filename":"/top"},'
-                     '"backing":{"driver":"qcow2","file":"base"}}',
-    )  # fmt: skip
+        "-blockdev",
+        "file,node-name=base,filename=/base",
+        "-blockdev",
+        '{"driver":"qcow2","file":{"driver":"file","filename":"/top"},'
+        '"backing":{"driver":"qcow2","file":"base"}}',
+    )
     assert found == ["/top"]
 
 

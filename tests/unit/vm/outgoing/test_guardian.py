@@ -18,18 +18,29 @@ from pyqmigrate.vm.outgoing import guardian
 
 TOKEN = "pyqmigrate-token"
 FINDING: dict[str, Any] = {
-    "monitor": "", "pid": None, "snapshot": "/nowhere/snapshot", "token": TOKEN, "resume": True,
-    "did": ["lent", "settings", "stopped", "migrating"], "capabilities": {"mapped-ram": False},
-    "parameters": {"max-bandwidth": 7}, "directory": "/", "file": False,
-    "disks": [], "record": "", "provisional": "",
-}  # fmt: skip
+    "monitor": "",
+    "pid": None,
+    "snapshot": "/nowhere/snapshot",
+    "token": TOKEN,
+    "resume": True,
+    "did": ["lent", "settings", "stopped", "migrating"],
+    "capabilities": {"mapped-ram": False},
+    "parameters": {"max-bandwidth": 7},
+    "directory": "/",
+    "file": False,
+    "disks": [],
+    "record": "",
+    "provisional": "",
+}
 
 
 class Machine:
     """As much of a QEMU as the guardian asks about; ``refuses`` are commands that fail."""
 
     def __init__(
-        self, migration: str = "completed", state: str = "postmigrate",
+        self,
+        migration: str = "completed",
+        state: str = "postmigrate",
         refuses: tuple[str, ...] = (),
     ) -> None:
         self.migration = migration
@@ -99,9 +110,7 @@ class Machine:
             self.state = "postmigrate"
 
 
-def drive(
-    machine: Machine, finding: dict[str, Any] = FINDING, **arguments: Any
-) -> list[str]:
+def drive(machine: Machine, finding: dict[str, Any] = FINDING, **arguments: Any) -> list[str]:
     steps = guardian.put_back(finding, **arguments)
     step = next(steps)
     try:
@@ -124,8 +133,11 @@ def test_complete_migration_is_followed_by_cont_and_settings() -> None:
     machine = Machine()
     assert drive(machine) == []
     assert machine.told == [
-        "cont", "remove-fd", "migrate-set-capabilities", "migrate-set-parameters"
-    ]  # fmt: skip
+        "cont",
+        "remove-fd",
+        "migrate-set-capabilities",
+        "migrate-set-parameters",
+    ]
 
 
 @pytest.mark.parametrize("status", ["setup", "active"])
@@ -230,10 +242,22 @@ def with_disk(directory: Path) -> dict[str, Any]:
     overlay.touch()
     provisional = directory / ".snapshot.vm.json.1"
     provisional.write_text("new")
-    disk = {"name": "disk", "node": "overlay", "base": "base", "base_file": "image",
-            "file": str(overlay), "here": str(overlay)}  # fmt: skip
-    return {**FINDING, "disks": [disk], "record": str(record), "provisional": str(provisional),
-            "directory": str(directory), "snapshot": str(directory / "snapshot")}  # fmt: skip
+    disk = {
+        "name": "disk",
+        "node": "overlay",
+        "base": "base",
+        "base_file": "image",
+        "file": str(overlay),
+        "here": str(overlay),
+    }
+    return {
+        **FINDING,
+        "disks": [disk],
+        "record": str(record),
+        "provisional": str(provisional),
+        "directory": str(directory),
+        "snapshot": str(directory / "snapshot"),
+    }
 
 
 def listed(directory: Path) -> list[str]:
@@ -343,8 +367,10 @@ class Started:
         with its:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", guardian.__file__, str(pid or os.getpid()), "x"],
-                stdin=its.fileno(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                stdin=its.fileno(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
         for line in lines:
             text = line if isinstance(line, str) else json.dumps(line)
             self.socket.sendall(text.encode() + b"\n")
@@ -372,7 +398,7 @@ def test_closed_socket_without_goodbye_puts_it_to_work(monitor: tuple[Path, Mach
 
 
 def test_end_of_the_process_is_enough_when_the_socket_stays_open(
-    monitor: tuple[Path, Machine]
+    monitor: tuple[Path, Machine],
 ) -> None:
     """As when a child that it forked has the socket, too."""
     path, machine = monitor
@@ -461,8 +487,12 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def out_of_reach(directory: Path, qemu: subprocess.Popen[bytes], *did: str) -> dict[str, Any]:
-    return {**having_done(*did), "monitor": str(directory / "gone"), "pid": qemu.pid,
-            "snapshot": str(directory / "snapshot")}  # fmt: skip
+    return {
+        **having_done(*did),
+        "monitor": str(directory / "gone"),
+        "pid": qemu.pid,
+        "snapshot": str(directory / "snapshot"),
+    }
 
 
 def test_qemu_that_lives_without_the_name_of_its_socket_is_waited_for(
@@ -499,8 +529,9 @@ def test_guest_that_was_not_reached_is_written_down(
     assert f"process {sleeper.pid}" in first and "gone" in first
     assert "it is to run (cont)" in state
     assert [json.loads(command)["execute"] for command in commands] == [
-        "migrate-set-capabilities", "migrate-set-parameters"
-    ]  # fmt: skip
+        "migrate-set-capabilities",
+        "migrate-set-parameters",
+    ]
     assert json.loads(commands[1])["arguments"] == FINDING["parameters"]
 
 
@@ -509,9 +540,7 @@ def test_what_qemu_refused_to_put_back_is_written_down(
 ) -> None:
     path, machine = monitor
     machine.refuses = ("cont",)
-    Started(
-        {**FINDING, "monitor": str(path), "snapshot": str(tmp_path / "snapshot")}
-    ).ends_well()
+    Started({**FINDING, "monitor": str(path), "snapshot": str(tmp_path / "snapshot")}).ends_well()
     assert (tmp_path / "snapshot.left").read_text() == "cont: no\n"
 
 

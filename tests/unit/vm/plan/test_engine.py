@@ -20,9 +20,15 @@ MIB = 1 << 20
 
 def file_block(name: str = "ram", size: int = 4096, **changes: Any) -> GuestBlock:
     block = GuestBlock(
-        name, size * MIB, 4096, 0x7F0000000000, FileMemory(-1, 0, size * MIB), shared=True,
-        file_backed=True, backend="memory-backend-file",
-    )  # fmt: skip
+        name,
+        size * MIB,
+        4096,
+        0x7F0000000000,
+        FileMemory(-1, 0, size * MIB),
+        shared=True,
+        file_backed=True,
+        backend="memory-backend-file",
+    )
     return replace(block, **changes)
 
 
@@ -37,15 +43,25 @@ def out_of_reach(block: GuestBlock) -> GuestBlock:
 
 def guest(*blocks: GuestBlock, running: bool = True, **changes: Any) -> Guest:
     facts: dict[str, Any] = {
-        "version": (10, 0, 2), "process": None, "binary": "/usr/bin/qemu-system-x86_64",
-        "machine": "pc-q35-10.0", "target": "x86_64", "target_page_bits": 12,
-        "run_state": "running" if running else "paused", "running": running, "uuid": "",
+        "version": (10, 0, 2),
+        "process": None,
+        "binary": "/usr/bin/qemu-system-x86_64",
+        "machine": "pc-q35-10.0",
+        "target": "x86_64",
+        "target_page_bits": 12,
+        "run_state": "running" if running else "paused",
+        "running": running,
+        "uuid": "",
         "blocks": blocks or (file_block(), private_block()),
         "capabilities": {"mapped-ram": False, "x-ignore-shared": False, "dirty-bitmaps": False},
-        "parameters": {}, "migration_status": "none", "blocked_reasons": (), "disks": (),
-        "devices": (), "dirty_bitmaps": (),
+        "parameters": {},
+        "migration_status": "none",
+        "blocked_reasons": (),
+        "disks": (),
+        "devices": (),
+        "dirty_bitmaps": (),
         "commands": frozenset({"migrate", "xen-save-devices-state"}),
-    }  # fmt: skip
+    }
     return Guest(**(facts | changes))
 
 
@@ -164,12 +180,14 @@ def test_migration_that_has_ended_is_no_obstacle(status: str) -> None:
         {"devices": (("/machine/peripheral/a", "virtio-mem"),)},
         {"machine": "pseries-10.0"},
         {"machine": "s390-ccw-virtio-10.0"},
-        {"capabilities": {"dirty-bitmaps": True, "x-ignore-shared": False},
-         "dirty_bitmaps": (("disk", "bits"),)},
+        {
+            "capabilities": {"dirty-bitmaps": True, "x-ignore-shared": False},
+            "dirty_bitmaps": (("disk", "bits"),),
+        },
         {"capabilities": {"block": True, "x-ignore-shared": False}},
         {"capabilities": {"x-colo": True, "x-ignore-shared": False}},
     ],
-)  # fmt: skip
+)
 def test_what_would_be_missed_is_told(way: Way, changes: dict[str, Any]) -> None:
     assert len(missed_devices(guest(**changes), way)) == 1
 

@@ -41,22 +41,38 @@ SPECKLED = DATA + ZERO
 RUNS = DATA * 128 + ZERO * 128
 
 
-def planned(
-    block: GuestBlock, engine: str, free: int | None, sparse: Sparse = Sparse.AUTO
-) -> Plan:
+def planned(block: GuestBlock, engine: str, free: int | None, sparse: Sparse = Sparse.AUTO) -> Plan:
     guest = Guest(
-        version=(10, 0, 2), process=None, binary="", machine="pc", target="x86_64",
-        target_page_bits=12, run_state="running", running=True, uuid="", blocks=(block,),
+        version=(10, 0, 2),
+        process=None,
+        binary="",
+        machine="pc",
+        target="x86_64",
+        target_page_bits=12,
+        run_state="running",
+        running=True,
+        uuid="",
+        blocks=(block,),
         capabilities={"mapped-ram": False, "multifd": False, "x-ignore-shared": False},
-        parameters={"zero-page-detection": "multifd"}, migration_status="none",
-        blocked_reasons=(), disks=(), devices=(), dirty_bitmaps=(),
+        parameters={"zero-page-detection": "multifd"},
+        migration_status="none",
+        blocked_reasons=(),
+        disks=(),
+        devices=(),
+        dirty_bitmaps=(),
         commands=frozenset({"xen-save-devices-state"}),
-    )  # fmt: skip
+    )
     choice = choose_engine(guest, engine=engine)
     return make_plan(
-        guest, choice, channels=2, direct=True, sparse=sparse, live=False, with_disks=False,
+        guest,
+        choice,
+        channels=2,
+        direct=True,
+        sparse=sparse,
+        live=False,
+        with_disks=False,
         free=free,
-    )  # fmt: skip
+    )
 
 
 def detection(plan: Plan) -> object:

@@ -14,36 +14,71 @@ from pyqmigrate.vm.plan.settings import Changes, for_device_state, for_pages
 
 GIB = 1 << 30
 CAPABILITIES = dict.fromkeys(
-    ("mapped-ram", "multifd", "x-ignore-shared", "xbzrle", "release-ram", "events",
-     "return-path", "pause-before-switchover", "dirty-bitmaps"),
+    (
+        "mapped-ram",
+        "multifd",
+        "x-ignore-shared",
+        "xbzrle",
+        "release-ram",
+        "events",
+        "return-path",
+        "pause-before-switchover",
+        "dirty-bitmaps",
+    ),
     False,
-)  # fmt: skip
+)
 PARAMETERS = {
-    "multifd-channels": 2, "direct-io": False, "zero-page-detection": "multifd",
-    "max-bandwidth": 134217728, "multifd-compression": "none", "tls-creds": "", "mode": "normal",
-    "avail-switchover-bandwidth": 0, "downtime-limit": 300,
-}  # fmt: skip
+    "multifd-channels": 2,
+    "direct-io": False,
+    "zero-page-detection": "multifd",
+    "max-bandwidth": 134217728,
+    "multifd-compression": "none",
+    "tls-creds": "",
+    "mode": "normal",
+    "avail-switchover-bandwidth": 0,
+    "downtime-limit": 300,
+}
 
 
 def guest(
-    capabilities: dict[str, bool] | None = None, parameters: dict[str, Any] | None = None, *,
-    running: bool = True, without: tuple[str, ...] = (),
+    capabilities: dict[str, bool] | None = None,
+    parameters: dict[str, Any] | None = None,
+    *,
+    running: bool = True,
+    without: tuple[str, ...] = (),
 ) -> Guest:
     def kept(settings: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in settings.items() if name not in without}
 
     return Guest(
-        version=(10, 0, 2), process=None, binary="", machine="pc-i440fx-10.0", target="x86_64",
-        target_page_bits=12, run_state="running" if running else "paused", running=running, uuid="",
-        blocks=(), capabilities=kept({**CAPABILITIES, **(capabilities or {})}),
-        parameters=kept({**PARAMETERS, **(parameters or {})}), migration_status="none",
-        blocked_reasons=(), disks=(), devices=(), dirty_bitmaps=(), commands=frozenset(),
+        version=(10, 0, 2),
+        process=None,
+        binary="",
+        machine="pc-i440fx-10.0",
+        target="x86_64",
+        target_page_bits=12,
+        run_state="running" if running else "paused",
+        running=running,
+        uuid="",
+        blocks=(),
+        capabilities=kept({**CAPABILITIES, **(capabilities or {})}),
+        parameters=kept({**PARAMETERS, **(parameters or {})}),
+        migration_status="none",
+        blocked_reasons=(),
+        disks=(),
+        devices=(),
+        dirty_bitmaps=(),
+        commands=frozenset(),
     )
 
 
 def pages(
-    found: Guest, *, direct: bool = True, sparse: Sparse = Sparse.AUTO,
-    pause: bool = False, contents: Contents | None = None,
+    found: Guest,
+    *,
+    direct: bool = True,
+    sparse: Sparse = Sparse.AUTO,
+    pause: bool = False,
+    contents: Contents | None = None,
 ) -> Changes:
     return for_pages(
         found, channels=4, direct=direct, sparse=sparse, pause=pause, contents=contents
@@ -51,17 +86,18 @@ def pages(
 
 
 def zero_pages(contents: Contents | None, sparse: Sparse = Sparse.AUTO) -> object:
-    return pages(guest(), contents=contents, sparse=sparse).parameters[
-        "zero-page-detection"
-    ].after
+    return pages(guest(), contents=contents, sparse=sparse).parameters["zero-page-detection"].after
 
 
 def test_only_what_differs_is_changed() -> None:
     changes = pages(guest(running=False))
     assert set(changes.capabilities) == {"mapped-ram", "multifd", "events"}
     assert set(changes.parameters) == {
-        "multifd-channels", "direct-io", "zero-page-detection", "max-bandwidth"
-    }  # fmt: skip
+        "multifd-channels",
+        "direct-io",
+        "zero-page-detection",
+        "max-bandwidth",
+    }
 
 
 def test_every_change_knows_what_was_before_and_why() -> None:
@@ -132,7 +168,10 @@ def test_device_state_comes_as_a_classic_stream_without_shared_memory() -> None:
     changes = for_device_state(guest({"mapped-ram": True, "multifd": True}), pause=False)
     states = {name: change.after for name, change in changes.capabilities.items()}
     assert states == {
-        "mapped-ram": False, "multifd": False, "x-ignore-shared": True, "events": True
+        "mapped-ram": False,
+        "multifd": False,
+        "x-ignore-shared": True,
+        "events": True,
     }
 
 

@@ -29,8 +29,9 @@ def test_type_among_the_constants_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("flags", "kind"), [(6, 1), (3, 1), (2, 8)])
 def test_code_and_variables_are_not_looked_at(tmp_path: Path, flags: int, kind: int) -> None:
-    assert not has_type(elf(tmp_path / "q", b"\0monitor-qmp\0", flags=flags, kind=kind),
-                        "monitor-qmp")  # fmt: skip
+    assert not has_type(
+        elf(tmp_path / "q", b"\0monitor-qmp\0", flags=flags, kind=kind), "monitor-qmp"
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,10 @@ def parse(text: str) -> CommandLine:
 
 def test_one_dash_and_two_are_the_same() -> None:
     assert parse("-machine pc --m 64 --snapshot").options == (
-        Option("machine", "pc"), Option("m", "64"), Option("snapshot"),
-    )  # fmt: skip
+        Option("machine", "pc"),
+        Option("m", "64"),
+        Option("snapshot"),
+    )
 
 
 def test_short_name_of_machine_is_the_long_one() -> None:
@@ -46,10 +48,14 @@ def test_value_that_looks_like_an_option_stays_a_value() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["m", "object", "drive", "S", ""]), TEXT)))
 def test_words_go_through_unchanged(options: list[tuple[str, str]]) -> None:
-    given = CommandLine("qemu", tuple(
-        Option(name) if name == "S" else Option(name, value)
-        for name, value in options if name or not value.startswith("-")
-    ))  # fmt: skip
+    given = CommandLine(
+        "qemu",
+        tuple(
+            Option(name) if name == "S" else Option(name, value)
+            for name, value in options
+            if name or not value.startswith("-")
+        ),
+    )
     assert CommandLine.parse(given.argv()) == given
 
 
@@ -101,8 +107,9 @@ def test_properties_come_back_whatever_commas_they_hold(properties: dict[str, st
 
 def test_escaped_text_is_one_property() -> None:
     assert Option("drive", f"file={escape('/a,b,,c')},if=none").properties() == {
-        "file": "/a,b,,c", "if": "none",
-    }  # fmt: skip
+        "file": "/a,b,,c",
+        "if": "none",
+    }
 
 
 def test_bare_keys_are_switches() -> None:
@@ -113,8 +120,10 @@ def test_bare_keys_are_switches() -> None:
 def test_json_is_read_like_a_list() -> None:
     option = Option("blockdev", '{"driver":"qcow2","read-only":true,"file":{"filename":"/d"}}')
     assert option.properties("driver") == {
-        "driver": "qcow2", "read-only": "on", "file.filename": "/d",
-    }  # fmt: skip
+        "driver": "qcow2",
+        "read-only": "on",
+        "file.filename": "/d",
+    }
 
 
 def test_bad_json_is_refused() -> None:
@@ -140,16 +149,19 @@ def test_property_is_set_over_what_was_there() -> None:
 
 def test_options_of_one_name_merge_and_the_last_wins() -> None:
     command = parse("-M pc,memory-backend=a -machine memory-backend=b,usb=off")
-    assert command.merged("machine", "type") == {
-        "type": "pc", "memory-backend": "b", "usb": "off",
-    }  # fmt: skip
+    assert command.merged("machine", "type") == {"type": "pc", "memory-backend": "b", "usb": "off"}
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("64", 64 << 20), ("64M", 64 << 20), ("1.5G", 3 << 29), ("size=2g,slots=4,maxmem=8G", 2 << 30),
-     ("4096k", 4 << 20)],
-)  # fmt: skip
+    [
+        ("64", 64 << 20),
+        ("64M", 64 << 20),
+        ("1.5G", 3 << 29),
+        ("size=2g,slots=4,maxmem=8G", 2 << 30),
+        ("4096k", 4 << 20),
+    ],
+)
 def test_ram_size_is_in_mebibytes_unless_it_says_otherwise(text: str, size: int) -> None:
     assert read_ram_size(parse(f"-m {text}")) == size
 
@@ -168,8 +180,9 @@ def test_number_is_filled_in_everywhere() -> None:
     assert command.argv()[1:] == ["-drive", "file=3.img", "-qmp", "unix:/run/3-3.qmp,server"]
 
 
-@pytest.mark.parametrize(("value", "on"), [("on", True), ("Yes", True), ("off", False),
-                                           (None, False), ("", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "on"), [("on", True), ("Yes", True), ("off", False), (None, False), ("", False)]
+)
 def test_switch_is_on_in_every_spelling(value: str | None, on: bool) -> None:
     assert is_on(value) is on
 

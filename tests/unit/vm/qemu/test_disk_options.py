@@ -16,11 +16,13 @@ def parse(*words: str) -> CommandLine:
 
 
 NODES = (
-    "-blockdev", "driver=file,filename=/d,node-name=f",
-    "-blockdev", '{"driver":"qcow2","file":"f","node-name":"n","cache":{"direct":true},'
-    '"discard":"unmap"}',
-    "-device", "virtio-blk-pci,drive=n,id=disk0",
-)  # fmt: skip
+    "-blockdev",
+    "driver=file,filename=/d,node-name=f",
+    "-blockdev",
+    '{"driver":"qcow2","file":"f","node-name":"n","cache":{"direct":true},"discard":"unmap"}',
+    "-device",
+    "virtio-blk-pci,drive=n,id=disk0",
+)
 
 
 @pytest.mark.parametrize(
@@ -29,23 +31,59 @@ NODES = (
         (("-hda", "/d"), set(), "/d", None),
         (("/d",), set(), "/d", None),
         (("-drive", "file=/d,format=raw,if=virtio,id=x"), {"x"}, "/d", "raw"),
-        (("-drive", "file=/a,,b,if=none,id=x", "-device", "ide-hd,drive=x,id=y"), {"x", "y"},
-         "/a,b", None),
+        (
+            ("-drive", "file=/a,,b,if=none,id=x", "-device", "ide-hd,drive=x,id=y"),
+            {"x", "y"},
+            "/a,b",
+            None,
+        ),
         (("-drive", "driver=qcow2,file.driver=file,file.filename=/d,id=x"), {"x"}, "/d", "qcow2"),
         (("-drive", "file=nbd://host/x,format=raw,id=x"), {"x"}, None, "raw"),
         (("-drive", "file=file:/d,id=x"), {"x"}, "/d", None),
         (NODES, {"n", "disk0"}, "/d", "qcow2"),
-        (("-blockdev", '{"driver":"raw","node-name":"n","file":{"driver":"file","filename":"/d"}}',
-          "-device", '{"driver":"scsi-hd","drive":"n"}'), {"n"}, "/d", "raw"),
-        (("-blockdev", "driver=raw,node-name=r,file.driver=file,file.filename=/d",
-          "-blockdev", "driver=throttle,file=r,node-name=t,throttle-group=g",
-          "-device", "ide-hd,drive=t"), {"r", "t"}, "/d", "raw"),
-        (("-blockdev", "driver=file,node-name=n,filename=/d", "-device", "ide-hd,drive=n"),
-         {"n"}, "/d", "file"),
-        (("-blockdev", "driver=nbd,node-name=n,server.type=unix,server.path=/s", "-device",
-          "ide-hd,drive=n"), {"n"}, None, "nbd"),
+        (
+            (
+                "-blockdev",
+                '{"driver":"raw","node-name":"n","file":{"driver":"file","filename":"/d"}}',
+                "-device",
+                '{"driver":"scsi-hd","drive":"n"}',
+            ),
+            {"n"},
+            "/d",
+            "raw",
+        ),
+        (
+            (
+                "-blockdev",
+                "driver=raw,node-name=r,file.driver=file,file.filename=/d",
+                "-blockdev",
+                "driver=throttle,file=r,node-name=t,throttle-group=g",
+                "-device",
+                "ide-hd,drive=t",
+            ),
+            {"r", "t"},
+            "/d",
+            "raw",
+        ),
+        (
+            ("-blockdev", "driver=file,node-name=n,filename=/d", "-device", "ide-hd,drive=n"),
+            {"n"},
+            "/d",
+            "file",
+        ),
+        (
+            (
+                "-blockdev",
+                "driver=nbd,node-name=n,server.type=unix,server.path=/s",
+                "-device",
+                "ide-hd,drive=n",
+            ),
+            {"n"},
+            None,
+            "nbd",
+        ),
     ],
-)  # fmt: skip
+)
 def test_disk_is_found(
     words: tuple[str, ...], names: set[str], file: str | None, form: str | None
 ) -> None:
@@ -61,10 +99,18 @@ def test_disk_is_found(
         (("-drive", "file=/d,media=cdrom"), False, False),
         (("-drive", "file=/d,snapshot=on"), True, True),
         (("-snapshot", "-hda", "/d"), True, True),
-        (("-blockdev", "driver=raw,node-name=n,file.filename=/d,file.driver=file,read-only=on",
-          "-device", "ide-hd,drive=n"), False, False),
+        (
+            (
+                "-blockdev",
+                "driver=raw,node-name=n,file.filename=/d,file.driver=file,read-only=on",
+                "-device",
+                "ide-hd,drive=n",
+            ),
+            False,
+            False,
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_becomes_of_writes_is_seen(
     words: tuple[str, ...], writable: bool, volatile: bool
 ) -> None:
@@ -93,9 +139,12 @@ def test_node_is_replaced_under_its_name() -> None:
     words = replaced(*NODES)
     assert words[:2] == list(NODES[:2]) and words[4:] == list(NODES[4:])
     assert json.loads(words[3]) == {
-        "driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "/o,1.qcow2"},
-        "cache": {"direct": True}, "discard": "unmap",
-    }  # fmt: skip
+        "driver": "qcow2",
+        "node-name": "n",
+        "file": {"driver": "file", "filename": "/o,1.qcow2"},
+        "cache": {"direct": True},
+        "discard": "unmap",
+    }
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,12 @@ def test_only_the_last_stop_counts() -> None:
 @pytest.mark.parametrize(
     "events",
     [
-        [], [("STOP", 100)], [("RESUME", 100)], [("STOP", 5), ("RESUME", 6), ("STOP", 100)],
-        [("STOP", 100), ("RESUME", 50)], [("STOP", 0), ("RESUME", 20_000)],
+        [],
+        [("STOP", 100)],
+        [("RESUME", 100)],
+        [("STOP", 5), ("RESUME", 6), ("STOP", 100)],
+        [("STOP", 100), ("RESUME", 50)],
+        [("STOP", 0), ("RESUME", 20_000)],
     ],
     ids=["none", "still-stands", "never-stopped", "stands-again", "clock-back", "clock-forward"],
 )

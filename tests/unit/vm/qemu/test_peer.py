@@ -49,9 +49,14 @@ def served(
         if not listens:
             listener.listen()
         command = [
-            sys.executable, "-c", _SERVER, str(listener.fileno()),
-            "listen" if listens else "", "" if user is None else str(user), str(int(dumpable)),
-        ]  # fmt: skip
+            sys.executable,
+            "-c",
+            _SERVER,
+            str(listener.fileno()),
+            "listen" if listens else "",
+            "" if user is None else str(user),
+            str(int(dumpable)),
+        ]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()]
         ) as child:

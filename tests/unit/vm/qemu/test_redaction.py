@@ -51,7 +51,8 @@ def test_secret_is_left_out(word: str) -> None:
         "file=/images/password.img,format=raw",
         "unix:/run/token/qmp,server=on",
         "{not json",
-        "-append", "root=/dev/vda1 quiet",
+        "-append",
+        "root=/dev/vda1 quiet",
     ],
 )
 def test_word_without_a_secret_stays_as_it_is(word: str) -> None:

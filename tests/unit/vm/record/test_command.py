@@ -28,8 +28,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "record"
 
 
-def of(*words: str, binary: str = "", redacted: tuple[int, ...] = (), directory: str = "/",
-       **parts: object) -> VmRecord:  # fmt: skip
+def of(
+    *words: str,
+    binary: str = "",
+    redacted: tuple[int, ...] = (),
+    directory: str = "/",
+    **parts: object,
+) -> VmRecord:
     process = QemuProcess("10.0.2", binary, (QEMU, *words), redacted, directory)
     return record(qemu=process, **{"disks": [], **parts})  # type: ignore[arg-type]
 
@@ -55,13 +60,36 @@ def test_own_monitor_of_a_restore_is_left_out(path: Path) -> None:
 
 def test_monitors_of_one_guest_are_left_out_for_several() -> None:
     """With the character devices that only they use."""
-    kept = ["-chardev", "socket,id=b,path=/run/b,server=on", "-serial", "chardev:b",
-            "-chardev", "socket,id=aa,path=/run/aa", "-device", "virtserialport,chardev=aa",
-            "-object", "iothread,id=a"]  # fmt: skip
-    left_out = ["-qmp", "unix:/run/q,server=on", "-qmp-pretty", "stdio", "-monitor", "stdio",
-                "-chardev", "socket,id=a,path=/run/a,server=on", "-mon", "chardev=a,mode=control",
-                "-mon", "b", "-chardev", '{"backend":"null","id":"c"}',
-                "-object", '{"qom-type":"monitor-qmp","id":"m","chardev":"c"}']  # fmt: skip
+    kept = [
+        "-chardev",
+        "socket,id=b,path=/run/b,server=on",
+        "-serial",
+        "chardev:b",
+        "-chardev",
+        "socket,id=aa,path=/run/aa",
+        "-device",
+        "virtserialport,chardev=aa",
+        "-object",
+        "iothread,id=a",
+    ]
+    left_out = [
+        "-qmp",
+        "unix:/run/q,server=on",
+        "-qmp-pretty",
+        "stdio",
+        "-monitor",
+        "stdio",
+        "-chardev",
+        "socket,id=a,path=/run/a,server=on",
+        "-mon",
+        "chardev=a,mode=control",
+        "-mon",
+        "b",
+        "-chardev",
+        '{"backend":"null","id":"c"}',
+        "-object",
+        '{"qom-type":"monitor-qmp","id":"m","chardev":"c"}',
+    ]
     command, notes = without_monitors(CommandLine.parse([QEMU, *left_out, *kept]))
     assert command.argv()[1:] == [*kept, "-monitor", "none"]
     assert len(notes) == len(left_out) // 2
@@ -143,37 +171,58 @@ def test_name_that_looks_like_a_descriptor_is_none(path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "made"),
     [
-        ("memory-backend-file,id=ram,size=64M,share=on,mem-path=/proc/self/fd/5",
-         "memory-backend-memfd,id=ram,size=64M,share=on"),
-        ("memory-backend-file,size=64M,mem-path=/proc/self/fd/5,id=ram,host-nodes=0,host-nodes=1,"
-         "policy=bind,readonly=on,rom=off,offset=4096",
-         "memory-backend-ram,size=64M,id=ram,host-nodes=0,host-nodes=1,policy=bind"),
+        (
+            "memory-backend-file,id=ram,size=64M,share=on,mem-path=/proc/self/fd/5",
+            "memory-backend-memfd,id=ram,size=64M,share=on",
+        ),
+        (
+            "memory-backend-file,size=64M,mem-path=/proc/self/fd/5,id=ram,host-nodes=0,host-nodes=1,"
+            "policy=bind,readonly=on,rom=off,offset=4096",
+            "memory-backend-ram,size=64M,id=ram,host-nodes=0,host-nodes=1,policy=bind",
+        ),
     ],
-)  # fmt: skip
+)
 def test_memory_of_a_descriptor_is_made_anew(path: Path, given: str, made: str) -> None:
     assert options(path, "-object", given) == ["-object", made]
 
 
 def test_memory_that_a_restore_mapped_is_made_anew(path: Path) -> None:
-    given = {"qom-type": "memory-backend-file", "id": "pc.ram", "size": 64 * MIB, "rom": "off",
-             "mem-path": "/proc/self/fd/5", "offset": 1 * MIB, "readonly": True,
-             "x-use-canonical-path-for-ramblock-id": False}  # fmt: skip
+    given = {
+        "qom-type": "memory-backend-file",
+        "id": "pc.ram",
+        "size": 64 * MIB,
+        "rom": "off",
+        "mem-path": "/proc/self/fd/5",
+        "offset": 1 * MIB,
+        "readonly": True,
+        "x-use-canonical-path-for-ramblock-id": False,
+    }
     (_, text) = options(path, "-object", json.dumps(given))
     assert json.loads(text) == {
-        "qom-type": "memory-backend-ram", "id": "pc.ram", "size": 64 * MIB,
+        "qom-type": "memory-backend-ram",
+        "id": "pc.ram",
+        "size": 64 * MIB,
         "x-use-canonical-path-for-ramblock-id": False,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "made"),
     [
         (["-drive", "file={base},format=raw,if=none,id=d"], "file={over}"),
-        (["-blockdev", "driver=file,filename={base},node-name=f",
-          "-blockdev", "driver=raw,file=f,node-name=n", "-device", "virtio-blk-pci,drive=n,id=d0"],
-         '"filename": "{over}"'),
+        (
+            [
+                "-blockdev",
+                "driver=file,filename={base},node-name=f",
+                "-blockdev",
+                "driver=raw,file=f,node-name=n",
+                "-device",
+                "virtio-blk-pci,drive=n,id=d0",
+            ],
+            '"filename": "{over}"',
+        ),
     ],
-)  # fmt: skip
+)
 def test_disk_that_got_another_file_later_has_that(
     path: Path, tmp_path: Path, words: list[str], made: str
 ) -> None:

@@ -33,13 +33,13 @@ DEVICE = "-device virtio-net-pci,id=net0 -device isa-debug-exit"
         f"{QEMU} -M type=pc,accel=tcg -m size=64M,slots=2,maxmem=1G -smp 2,maxcpus=4 {DEVICE}",
         f"{QEMU} -m 65536k -smp sockets=1,cores=2,threads=1 -cpu qemu64,+aes {DEVICE}",
         f"{QEMU} -m 0.0625G -smp maxcpus=2 -cpu qemu64-v1 {DEVICE}",
-        f'{QEMU} -m 64 -smp 1 -device qemu64-x86_64-cpu,id=c {DEVICE}',
+        f"{QEMU} -m 64 -smp 1 -device qemu64-x86_64-cpu,id=c {DEVICE}",
         f'{QEMU} -m 64 -smp 3 -device {{"driver":"virtio-net","id":"other"}} {DEVICE}',
         f'{QEMU} -m 64 -smp 2 -device {{"driver":"virtio-net-pci-non-transitional"}}',
         f"{QEMU} -m 64 -smp 2 -nic user,model=virtio-net-pci -device isa-debug-exit",
         f"{QEMU} -readconfig vm.conf",
     ],
-)  # fmt: skip
+)
 def test_same_vm_is_taken_however_it_is_written(given: str) -> None:
     assert faults(given) == []
 
@@ -89,9 +89,10 @@ def test_machine_of_another_target_is_not_guessed() -> None:
     of = saved()
     of = of._replace(machine=of.machine._replace(type="virt-10.0", target="aarch64", memory=None))
     assert faults("qemu-system-aarch64 -smp 2 -device virtio-net -device isa-debug-exit", of) == []
-    assert faults(
-        "qemu-system-aarch64 -M virt -smp 2 -device virtio-net -device isa-debug-exit", of
-    ) == []
+    assert (
+        faults("qemu-system-aarch64 -M virt -smp 2 -device virtio-net -device isa-debug-exit", of)
+        == []
+    )
 
 
 def test_record_without_a_command_line_is_compared_by_what_it_has() -> None:

@@ -91,8 +91,11 @@ def test_every_value_of_another_type_is_refused_and_nothing_else_happens() -> No
     original = json.loads(encode_record(record()))
 
     def places(value: Any, at: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-        inner = value.items() if isinstance(value, dict) else (
-            enumerate(value) if isinstance(value, list) else ())
+        inner = (
+            value.items()
+            if isinstance(value, dict)
+            else (enumerate(value) if isinstance(value, list) else ())
+        )
         return [at, *(place for key, item in inner for place in places(item, (*at, key)))]
 
     for place in places(original)[1:]:

@@ -19,13 +19,37 @@ from pyqmigrate.vm.record.disk_check import check_disks
 from tests.harness.vm_records import record
 
 WORDS = [
-    "qemu-system-x86_64", "-m", "64M", "-smp", "2", "-drive", "file=/images/disk,id=d,if=none",
-    "-device", "virtio-blk-pci,drive=d,id=d0", "-object",
+    "qemu-system-x86_64",
+    "-m",
+    "64M",
+    "-smp",
+    "2",
+    "-drive",
+    "file=/images/disk,id=d,if=none",
+    "-device",
+    "virtio-blk-pci,drive=d,id=d0",
+    "-object",
     "memory-backend-file,id=m,mem-path=/proc/self/fd/5,size=64M",
-]  # fmt: skip
+]
 NASTY = {
-    str: ["", "/", "-S", "-", "json:{", 'json:{"file":[]}', "a:b", "\udcff", "x" * 5000, "{", "=",
-          "qemu-system-x86_64", "/dev/zero", "/proc/self/mem", "file=,,", "../" * 300],
+    str: [
+        "",
+        "/",
+        "-S",
+        "-",
+        "json:{",
+        'json:{"file":[]}',
+        "a:b",
+        "\udcff",
+        "x" * 5000,
+        "{",
+        "=",
+        "qemu-system-x86_64",
+        "/dev/zero",
+        "/proc/self/mem",
+        "file=,,",
+        "../" * 300,
+    ],
     int: [0, 1, (1 << 64) - 1],
     bool: [True, False],
     list: [[]],
@@ -36,8 +60,11 @@ NASTY = {
 
 def places(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     yield at
-    items = value.items() if isinstance(value, dict) else (
-        enumerate(value) if isinstance(value, list) else ())
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else (enumerate(value) if isinstance(value, list) else ())
+    )
     for key, item in items:
         yield from places(item, (*at, key))
 
