@@ -11,11 +11,11 @@ import pytest
 from bench.conftest import SIZE, Memories
 from bench.contents import Contents
 from bench.disk import Disk
-from pyqmigrate import RamBlock, Snapshot, save
+from pyqmigrate import MappedRamSnapshot, RamBlock, save
 
 
 def load(path: Path, memory: mmap.mmap, **options: Any) -> None:
-    with Snapshot(path) as snapshot:
+    with MappedRamSnapshot(path) as snapshot:
         snapshot.load({"pc.ram": memory}, **options)
 
 

@@ -12,15 +12,15 @@ import pytest
 from bench.conftest import SIZE, Memories
 from bench.contents import Contents
 from bench.disk import Disk
-from pyqmigrate import RamBlock, Snapshot, SnapshotBlock, _core, save
-from pyqmigrate.io.channels import core_block, cut
+from pyqmigrate import MappedRamBlock, MappedRamSnapshot, RamBlock, _core, save
+from pyqmigrate.io.channels import core_block, split_ranges
 
 ffi, lib = _core.ffi, _core.lib
 ALIGNMENT = 4096
 GAP = 128 << 10  # what a load reads over
 
 
-def read_pages(fd: int, block: SnapshotBlock, memory: mmap.mmap) -> None:
+def read_pages(fd: int, block: MappedRamBlock, memory: mmap.mmap) -> None:
     job = ffi.gc(lib.qm_job_create(), lib.qm_job_destroy)
     channel = ffi.gc(lib.qm_channel_create(), lib.qm_channel_destroy)
     fault = ffi.new("struct qm_fault *")
@@ -32,7 +32,7 @@ def read_pages(fd: int, block: SnapshotBlock, memory: mmap.mmap) -> None:
     with ffi.from_buffer(memory, require_writable=True) as data:
         base = ffi.cast("unsigned char *", data)
         target = ffi.new("struct qm_memory *", {"base": base, "fd": -1})
-        for part in cut(0, block.num_pages, block.page_size):
+        for part in split_ranges(0, block.num_pages, block.page_size):
             failed = lib.qm_read(
                 job,
                 channel,
@@ -60,7 +60,7 @@ def test_read_with_one_thread(
     fd = os.open(target, os.O_RDONLY | os.O_DIRECT)
     try:
         with (
-            Snapshot(target) as snapshot,
+            MappedRamSnapshot(target) as snapshot,
             mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory,
         ):
             benchmark.pedantic(

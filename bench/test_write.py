@@ -12,7 +12,7 @@ from bench.conftest import SIZE, Memories
 from bench.contents import Contents
 from bench.disk import Disk
 from pyqmigrate import _core
-from pyqmigrate.io.channels import cut
+from pyqmigrate.io.channels import split_ranges
 from pyqmigrate.snapshot.save.writer import Sparse
 
 ffi, lib = _core.ffi, _core.lib
@@ -38,7 +38,7 @@ def write_pages(path: Path, memory: Any, policy: Any) -> int:
         with ffi.from_buffer(memory) as data:
             base = ffi.cast("unsigned char *", data)
             source = ffi.new("struct qm_memory *", {"base": base, "fd": -1})
-            for part in cut(0, SIZE // PAGE, PAGE):
+            for part in split_ranges(0, SIZE // PAGE, PAGE):
                 failed = lib.qm_write(
                     job,
                     channel,

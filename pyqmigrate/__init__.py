@@ -6,7 +6,7 @@ The main job: guest memory into a file that QEMU loads (its ``mapped-ram`` forma
 
     report = pyqmigrate.save("/snap/guest.mapped", [pyqmigrate.RamBlock("pc.ram", memory)])
 
-    with pyqmigrate.Snapshot("/snap/guest.mapped") as snapshot:
+    with pyqmigrate.open_snapshot("/snap/guest.mapped") as snapshot:
         snapshot.load({"pc.ram": memory})
 
 ``memory`` is anything with the buffer protocol, or ``FileMemory(fd)``. Start reading at
@@ -39,7 +39,8 @@ from pyqmigrate.errors import (
 
 if TYPE_CHECKING:
     from pyqmigrate.api import save, start_save
-    from pyqmigrate.export.convert import Form, convert
+    from pyqmigrate.enums import Format
+    from pyqmigrate.export.convert import convert
     from pyqmigrate.export.image import ImageReport
     from pyqmigrate.format.address_space.physical_map import parse_placement
     from pyqmigrate.format.address_space.placement import Placement
@@ -56,18 +57,20 @@ if TYPE_CHECKING:
     from pyqmigrate.qapi.capabilities import Capabilities
     from pyqmigrate.qapi.parameters import Parameters
     from pyqmigrate.qapi.policy import Policy
+    from pyqmigrate.snapshot.base import Block, Snapshot
     from pyqmigrate.snapshot.detect import open_snapshot
     from pyqmigrate.snapshot.devices import Devices, devices
     from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
-    from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock, start_load
+    from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot, start_load
     from pyqmigrate.snapshot.provenance import Provenance, provenance
     from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
-    from pyqmigrate.snapshot.sequential import ClassicSnapshot
+    from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = [
     "save",
-    "Snapshot",
     "open_snapshot",
+    "Snapshot",
+    "Block",
     "convert",
     "seal",
     "verify_seal",
@@ -84,9 +87,10 @@ __all__ = [
     "SealReport",
     "SealCheck",
     "Algorithm",
-    "SnapshotBlock",
-    "ClassicSnapshot",
-    "Form",
+    "MappedRamBlock",
+    "MappedRamSnapshot",
+    "SequentialSnapshot",
+    "Format",
     "ImageReport",
     "Placement",
     "parse_placement",
@@ -129,10 +133,10 @@ __all__ = [
 # Imported when they are first used: a command that restores a guest has no time for the rest. No
 # module has one of these names, or importing it would hide what is meant.
 _HOME = {
-    "ClassicSnapshot": "snapshot.sequential",
+    "SequentialSnapshot": "snapshot.sequential",
     "Devices": "snapshot.devices",
     "devices": "snapshot.devices",
-    "Form": "export.convert",
+    "Format": "enums",
     "convert": "export.convert",
     "ImageReport": "export.image",
     "FdsetError": "migration.fdset",
@@ -168,8 +172,10 @@ _HOME = {
     "SealReport": "integrity.seal",
     "seal": "integrity.seal",
     "verify_seal": "integrity.seal",
-    "Snapshot": "snapshot.mapped_ram",
-    "SnapshotBlock": "snapshot.mapped_ram",
+    "Block": "snapshot.base",
+    "Snapshot": "snapshot.base",
+    "MappedRamSnapshot": "snapshot.mapped_ram",
+    "MappedRamBlock": "snapshot.mapped_ram",
     "start_load": "snapshot.mapped_ram",
     "Sparse": "snapshot.save.writer",
 }

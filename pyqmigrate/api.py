@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pyqmigrate.argument_types import check, check_callback
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.integrity.manifest import check_place
@@ -98,13 +98,13 @@ def start_save(
     check("machine", machine, str)
     check("target_page_bits", target_page_bits, int, type(None))
     check("reuse", reuse, bool)
-    algorithm = None if seal is None else choice(Algorithm, seal, "seal")
+    algorithm = None if seal is None else parse_enum(Algorithm, seal, "seal")
     observer = None if algorithm is None else _seal_beside(target, algorithm)
     writer = Writer(
         target,
         blocks,
-        direct_io=choice(DirectIO, direct_io, "direct_io"),
-        sparse=choice(Sparse, sparse, "sparse"),
+        direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
+        sparse=parse_enum(Sparse, sparse, "sparse"),
         channels=check_channels(channels),
         machine=machine,
         target_page_bits=target_page_bits,

@@ -32,7 +32,7 @@ from pyqmigrate.cli.sizes import MIB, read_size, show_size
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_cache import drop_cached
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["add_parser"]
 
@@ -118,7 +118,7 @@ def _measure(setting: _Setting, path: Path, memory: mmap.mmap, copy: mmap.mmap) 
         )
     with path.open("rb") as file:
         drop_cached(file.fileno())
-    with Snapshot(path) as snapshot, shown(f"load, {name}") as show:
+    with MappedRamSnapshot(path) as snapshot, shown(f"load, {name}") as show:
         loaded = snapshot.load(
             {_BLOCK: copy}, channels=setting.channels, direct_io=direct_io, progress=show
         )

@@ -56,8 +56,9 @@ from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size, show_rate, show_size
 from pyqmigrate.cli.standard_streams import write_to
+from pyqmigrate.enums import Format
 from pyqmigrate.errors import UsageError
-from pyqmigrate.export.convert import Form, convert
+from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.export.raw import RawReport
 from pyqmigrate.format.address_space.physical_map import parse_placement
@@ -75,7 +76,7 @@ def add_parser(verbs: Verbs) -> None:
         "target", metavar="DST", help="what to write; - is standard output (see above)"
     )
     parser.set_defaults(writes="target")
-    forms = [str(form) for form in Form]
+    forms = [str(form) for form in Format]
     parser.add_argument("--to", choices=forms, required=True, help="the form of DST")
     parser.add_argument(
         "--memory",
@@ -178,18 +179,18 @@ def _run(args: argparse.Namespace) -> Outcome:
         f"{show_size(report.bytes_written)} written in {report.seconds:.2f} s, {rate} MiB/s",
     ]
     if isinstance(report, ImageReport):
-        registers = _registers(report) if args.to == Form.ELF else []
+        registers = _registers(report) if args.to == Format.ELF else []
         lines = [*_ranges(report), *lines, *registers, *_left_out(report)]
     return Outcome(data, lines)
 
 
 def _why_a_file(form: str) -> str | None:
     """Why this form cannot go through a pipe; None if it can."""
-    if form == Form.RAW:
+    if form == Format.RAW:
         return "raw files go into a directory"
-    if form == Form.LIBVIRT:
+    if form == Format.LIBVIRT:
         return "an image of libvirt's gets its name when it is whole"
-    return None if form == Form.STREAM else f"{form} has its pages at fixed places"
+    return None if form == Format.SEQUENTIAL else f"{form} has its pages at fixed places"
 
 
 def _ranges(report: ImageReport) -> list[str]:

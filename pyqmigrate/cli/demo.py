@@ -35,7 +35,7 @@ from pyqmigrate.errors import SnapshotError
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_cache import cached_bytes, drop_cached
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.writer import SaveReport
 
 __all__ = ["add_parser"]
@@ -111,7 +111,7 @@ class _Guest:
                 progress=show,
             )
         yield self._step("save", self.report.direct_io, self.report.seconds)
-        with Snapshot(self._path) as snapshot, guest_memory(len(self._memory)) as copy:
+        with MappedRamSnapshot(self._path) as snapshot, guest_memory(len(self._memory)) as copy:
             snapshot.verify()
             block = snapshot.blocks[demo_qemu.BLOCK]
             if block.data_pages != self.report.data_pages:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pyqmigrate.cli.arguments import Parser
 
 if TYPE_CHECKING:
-    from pyqmigrate.snapshot.detect import AnySnapshot
+    from pyqmigrate.snapshot.base import Snapshot
 
 __all__ = ["add_describe", "description_for"]
 
@@ -28,7 +28,7 @@ def add_describe(parser: Parser) -> None:
     parser.set_defaults(command=[])
 
 
-def description_for(args: argparse.Namespace, snapshot: AnySnapshot) -> bytes | None:
+def description_for(args: argparse.Namespace, snapshot: Snapshot) -> bytes | None:
     """Return the description that was asked for, None where none was.
 
     Raises UsageError where no command line is known, NotSupported where the device state cannot be

@@ -44,10 +44,9 @@ from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.format.stream.wire import Section
 from pyqmigrate.io.pipe import PipeReader
-from pyqmigrate.io.target import InputTarget
-from pyqmigrate.snapshot.base import OpenedBlock, open_source
-from pyqmigrate.snapshot.detect import AnySnapshot
-from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
+from pyqmigrate.io.target import InputFile
+from pyqmigrate.snapshot.base import Block, Snapshot, open_source
+from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 from pyqmigrate.snapshot.provenance import Provenance, provenance
 
 __all__ = ["add_parser"]
@@ -85,7 +84,7 @@ def _header(args: argparse.Namespace) -> LibvirtHeader | None:
     path, offset = read_from(args.snapshot, args.offset)
     if PipeReader.is_pipe(path):
         return None  # it has passed by
-    with contextlib.closing(InputTarget(path)) as source:
+    with contextlib.closing(InputFile(path)) as source:
         if offset is not None or source.offset or not is_libvirt(source.read_at(0, 16)):
             return None
         return read_header(source)
@@ -124,10 +123,10 @@ def _xml(args: argparse.Namespace) -> Outcome:
     )
 
 
-def _data(snapshot: AnySnapshot, origin: Provenance) -> dict[str, Any]:
+def _data(snapshot: Snapshot, origin: Provenance) -> dict[str, Any]:
     stream = snapshot.stream
     return {
-        "kind": str(snapshot.kind),
+        "kind": str(snapshot.format),
         "machine": stream.machine,
         "capabilities": list(stream.capabilities),
         "target_page_bits": stream.target_page_bits,
@@ -139,7 +138,7 @@ def _data(snapshot: AnySnapshot, origin: Provenance) -> dict[str, Any]:
         "total_ram": stream.total_ram,
         "complete": stream.complete,
         "opaque_tail": stream.opaque_tail,
-        "bitmap_order": snapshot.bitmap_order if isinstance(snapshot, Snapshot) else None,
+        "bitmap_order": snapshot.bitmap_order if isinstance(snapshot, MappedRamSnapshot) else None,
         "libvirt": _libvirt(snapshot.libvirt),
         "written_by": {
             "qemu": None if origin.qemu is None else ".".join(map(str, origin.qemu)),
@@ -173,8 +172,8 @@ def _libvirt(header: LibvirtHeader | None) -> dict[str, Any] | None:
     }
 
 
-def _block(block: OpenedBlock) -> dict[str, Any]:
-    place = block if isinstance(block, SnapshotBlock) else None
+def _block(block: Block) -> dict[str, Any]:
+    place = block if isinstance(block, MappedRamBlock) else None
     here = not block.external
     return {
         "name": block.name,
@@ -189,11 +188,11 @@ def _block(block: OpenedBlock) -> dict[str, Any]:
     }
 
 
-def _lines(snapshot: AnySnapshot, data: dict[str, Any], origin: Provenance) -> Iterator[str]:
+def _lines(snapshot: Snapshot, data: dict[str, Any], origin: Provenance) -> Iterator[str]:
     stream = snapshot.stream
     yield f"machine   {printable(stream.machine) or '(none: loads on any)'}"
     yield f"file      {show_size(snapshot.size)}, {show_size(snapshot.allocated)} allocated"
-    yield f"stream    {snapshot.offset:#x} to {stream.end:#x}, {snapshot.kind}"
+    yield f"stream    {snapshot.offset:#x} to {stream.end:#x}, {snapshot.format}"
     if stream.capabilities:
         yield f"requires  {', '.join(printable(name) for name in stream.capabilities)}"
     if stream.uuid is not None:

@@ -10,8 +10,9 @@ from pyqmigrate.cli.arguments import Parser, add_bitmap_order, add_offset
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.cli.standard_streams import read_from
-from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.base import Snapshot
+from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["add_snapshot", "opened"]
 
@@ -37,7 +38,7 @@ def add_snapshot(parser: Parser) -> None:
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> Iterator[AnySnapshot]:
+def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> Iterator[Snapshot]:
     """The snapshot, also from standard input or a pipe. A classic stream is read through, unless
     the verb makes just ``one_pass`` itself."""
     source, offset = read_from(path, args.offset)
@@ -49,7 +50,7 @@ def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> It
         index=args.index,
         piped=True,
     ) as snapshot:
-        if not one_pass and isinstance(snapshot, ClassicSnapshot):
+        if not one_pass and isinstance(snapshot, SequentialSnapshot):
             with shown("read through") as show:
                 snapshot.read_through(show)
         yield snapshot

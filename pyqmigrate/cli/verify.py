@@ -39,9 +39,9 @@ from pyqmigrate.errors import NotSupported
 from pyqmigrate.integrity.seal import SealCheck, stale_pages, verify_seal
 from pyqmigrate.io.bitmap_order import better_order, says_better
 from pyqmigrate.io.pipe import PipeReader
-from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.devices import devices
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["add_parser"]
 
@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         zero = sum(block.zero_pages for block in blocks)
         count = len(snapshot.blocks)
         data |= {"bitmap_order": None, "notes": []}
-        if isinstance(snapshot, Snapshot):
+        if isinstance(snapshot, MappedRamSnapshot):
             order = snapshot.bitmap_order
             better = better_order(snapshot.source, snapshot.stream.blocks, order)
             notes = [] if better is None else [says_better(better)]
@@ -120,9 +120,13 @@ def _about(snapshot: str, check: SealCheck) -> list[str]:
 
 
 def _look_deeper(
-    args: argparse.Namespace, snapshot: AnySnapshot, data: dict[str, Any], lines: list[str]
+    args: argparse.Namespace, snapshot: Snapshot, data: dict[str, Any], lines: list[str]
 ) -> None:
-    stale = stale_pages(snapshot, channels=args.channels) if isinstance(snapshot, Snapshot) else {}
+    stale = (
+        stale_pages(snapshot, channels=args.channels)
+        if isinstance(snapshot, MappedRamSnapshot)
+        else {}
+    )
     data |= {"stale_pages": sum(stale.values()), "stale_blocks": stale}
     lines += [
         f"{counted(number, 'clear page')} of block {printable(name)!r} with old bytes in the file"

@@ -19,7 +19,6 @@ The other forms have a module each: :mod:`~pyqmigrate.export.raw`, :mod:`~pyqmig
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import itertools
 import os
@@ -29,7 +28,7 @@ from typing import Literal
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_callback, check_mapping
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import Format, parse_enum
 from pyqmigrate.errors import (
     BlockMismatch,
     GuestMemoryError,
@@ -53,44 +52,31 @@ from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_part_header, encode_ram_end
 from pyqmigrate.io.channels import Job, Progress, check_channels
 from pyqmigrate.io.in_use import FileId
-from pyqmigrate.io.memory import Attached, Memory, RamBlock, StoredMemory
-from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target
-from pyqmigrate.snapshot.base import OpenedBlock, refused_read
-from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
+from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock, SnapshotMemory
+from pyqmigrate.io.target import Descriptors, DirectIO, InputFile, Target
+from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
-from pyqmigrate.snapshot.load.staging import Place, StagedPass
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.load.staging import Place, StreamUnpacker
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
-__all__ = ["Form", "convert", "start_stream_conversion"]
+__all__ = ["convert", "start_stream_conversion"]
 
 _NO_FILE = FileId(0, 0)
 _PIECE = 1 << 20
 _RAM_ID = 1  # in what the writers write
 
 
-class Form(enum.StrEnum):
-    """What a snapshot becomes: a mapped-ram file, a classic stream, a directory of raw files, the
-    guest's physical memory as an ELF core or as a LiME file, or a save image of libvirt's."""
-
-    MAPPED_RAM = "mapped-ram"
-    STREAM = "stream"
-    RAW = "raw"
-    ELF = "elf"
-    LIME = "lime"
-    LIBVIRT = "libvirt"
-
-
-_IMAGES = (Form.ELF, Form.LIME)
+_IMAGES = (Format.ELF, Format.LIME)
 
 
 def convert(
-    source: AnySnapshot | Target,
+    source: Snapshot | Target,
     target: Target,
     *,
-    to: Form | str,
+    to: Format | str,
     channels: int = 2,
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
@@ -127,10 +113,10 @@ def convert(
     its form cannot be carried over, BlockMismatch and UsageError for bad arguments, TargetError,
     Cancelled. The target then is what it was, unless it was to be written in place.
     """
-    form = choice(Form, to, "to")
+    form = parse_enum(Format, to, "to")
     check_channels(channels)
-    choice(DirectIO, direct_io, "direct_io")
-    choice(Sparse, sparse, "sparse")
+    parse_enum(DirectIO, direct_io, "direct_io")
+    parse_enum(Sparse, sparse, "sparse")
     check_callback("progress", progress)
     if memories is not None:
         check_mapping("memories", memories)
@@ -143,37 +129,37 @@ def convert(
     if max_ram_below_4g is not None and not 0 < max_ram_below_4g <= 1 << 32:
         raise UsageError(f"max_ram_below_4g must be 1 byte to 4 GiB, not {max_ram_below_4g}")
     check("description", description, bytes, type(None))
-    if memories and form not in (Form.MAPPED_RAM, Form.STREAM, Form.LIBVIRT):
+    if memories and form not in (Format.MAPPED_RAM, Format.SEQUENTIAL, Format.LIBVIRT):
         raise UsageError("memories are for a mapped-ram file and a classic stream")
     if (placements or max_ram_below_4g is not None) and form not in _IMAGES:
         raise UsageError("placements and max_ram_below_4g are for an ELF core and a LiME file")
-    if byte_order and form is not Form.ELF:
+    if byte_order and form is not Format.ELF:
         raise UsageError("a byte order is for an ELF core")
-    if (like, image_format) != (None, None) and form is not Form.LIBVIRT:
+    if (like, image_format) != (None, None) and form is not Format.LIBVIRT:
         raise UsageError("like and image_format are for an image of libvirt's")
     with contextlib.ExitStack() as stack:
-        opened: AnySnapshot
-        if isinstance(source, Snapshot | ClassicSnapshot):
+        opened: Snapshot
+        if isinstance(source, Snapshot):
             opened = source
         else:
-            once = form in (Form.MAPPED_RAM, Form.RAW, Form.LIBVIRT)
+            once = form in (Format.MAPPED_RAM, Format.RAW, Format.LIBVIRT)
             opened = open_snapshot(source, piped=once)
             stack.callback(opened.close)
         opened.refuse_as_target(target)
         prefix = b""
-        if form is Form.LIBVIRT:
+        if form is Format.LIBVIRT:
             if like is None:
                 raise UsageError("an image of libvirt's needs like, an image of the same domain")
             header = image_header(opened, like, image_format)
-            form, prefix = Form.MAPPED_RAM if header.sparse else Form.STREAM, header.data
-        one_pass = form in (Form.MAPPED_RAM, Form.RAW)  # of a classic stream
-        if isinstance(opened, ClassicSnapshot) and not (one_pass and opened.index is None):
+            form, prefix = Format.MAPPED_RAM if header.sparse else Format.SEQUENTIAL, header.data
+        one_pass = form in (Format.MAPPED_RAM, Format.RAW)  # of a classic stream
+        if isinstance(opened, SequentialSnapshot) and not (one_pass and opened.index is None):
             opened.read_through(progress, pages=True)
-        if form is Form.RAW:
+        if form is Format.RAW:
             if isinstance(target, Descriptors):
                 raise UsageError("raw files go to a directory, not to descriptors")
             return unpack(opened, target, channels=channels, direct_io=direct_io, progress=progress)
-        if form is Form.ELF:
+        if form is Format.ELF:
             return write_elf(
                 opened,
                 target,
@@ -186,7 +172,7 @@ def convert(
                 progress=progress,
                 max_ram_below_4g=max_ram_below_4g,
             )
-        if form is Form.LIME:
+        if form is Format.LIME:
             return write_lime(
                 opened,
                 target,
@@ -222,10 +208,10 @@ def check_placements(placements: object) -> None:
 
 
 def start_stream_conversion(
-    source: AnySnapshot,
+    source: Snapshot,
     target: Target,
     *,
-    to: Form,
+    to: Format,
     channels: int = 2,
     direct_io: DirectIO | str = DirectIO.AUTO,
     sparse: Sparse | str = Sparse.AUTO,
@@ -239,12 +225,12 @@ def start_stream_conversion(
     ``source`` stays open until the job has ended.
     """
     source.refuse_as_target(target)
-    if isinstance(source, ClassicSnapshot) and to is Form.MAPPED_RAM:
+    if isinstance(source, SequentialSnapshot) and to is Format.MAPPED_RAM:
         return _start_one_pass(
             source,
             target,
-            choice(DirectIO, direct_io, "direct_io"),
-            choice(Sparse, sparse, "sparse"),
+            parse_enum(DirectIO, direct_io, "direct_io"),
+            parse_enum(Sparse, sparse, "sparse"),
             check_channels(channels),
             memories or {},
             prefix,
@@ -254,7 +240,7 @@ def start_stream_conversion(
     blocks, left_out = _blocks(source, memories or {})
     writer: StreamWriter
     stream = source.stream
-    if to is Form.STREAM:
+    if to is Format.SEQUENTIAL:
         check_channels(channels)
         writer = SequentialWriter(
             target,
@@ -270,8 +256,8 @@ def start_stream_conversion(
         writer = Writer(
             target,
             blocks,
-            direct_io=choice(DirectIO, direct_io, "direct_io"),
-            sparse=choice(Sparse, sparse, "sparse"),
+            direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
+            sparse=parse_enum(Sparse, sparse, "sparse"),
             channels=check_channels(channels),
             machine=stream.machine,
             target_page_bits=stream.target_page_bits,
@@ -288,7 +274,7 @@ def start_stream_conversion(
 
 
 def _start_one_pass(
-    source: ClassicSnapshot,
+    source: SequentialSnapshot,
     target: Target,
     direct_io: DirectIO,
     sparse: Sparse,
@@ -320,7 +306,7 @@ def _start_one_pass(
         prefix=prefix,
     )
     try:
-        work = StagedPass(
+        work = StreamUnpacker(
             source.source,
             writer.channels,
             writer.policy,
@@ -337,8 +323,8 @@ def _start_one_pass(
 
 def _place(
     writer: Writer,
-    work: StagedPass,
-    source: ClassicSnapshot,
+    work: StreamUnpacker,
+    source: SequentialSnapshot,
     memories: Mapping[str, Memory],
     description: bytes | None,
 ) -> SaveReport:
@@ -358,7 +344,7 @@ def _place(
                 raise _left_out(name)
         data = sum(bitmap.count() for bitmap in writer.bitmaps)
         carried = _carried(source.source, stream, description)
-        report = writer.finish_with(carried.tail(source.source, Form.MAPPED_RAM, writer.settings))
+        report = writer.finish_with(carried.tail(source.source, Format.MAPPED_RAM, writer.settings))
         pages = sum(bitmap.npages for bitmap in writer.bitmaps)
         return replace(report, data_pages=data, zero_pages=pages - data)
 
@@ -370,14 +356,14 @@ def _left_out(name: str) -> NotSupported:
     )
 
 
-def _write(writer: StreamWriter, source: AnySnapshot, carried: _Carried, to: Form) -> SaveReport:
+def _write(writer: StreamWriter, source: Snapshot, carried: _Carried, to: Format) -> SaveReport:
     with contextlib.closing(writer):
         writer.begin()
         try:
             writer.write_pages()
         except GuestMemoryError as error:
             # This memory is a file of ours.
-            raise refused_read(
+            raise error_from_errno(
                 error.errno or errno.EIO, source.source, error.block or ""
             ) from error
         return writer.finish_with(carried.tail(source.source, to, writer.settings))
@@ -393,9 +379,9 @@ class _Carried:
     after: tuple[int, int]
     description: bytes | None
 
-    def tail(self, source: InputTarget, to: Form, settings: Configuration) -> Iterator[bytes]:
+    def tail(self, source: InputFile, to: Format, settings: Configuration) -> Iterator[bytes]:
         """What follows the pages, in pieces. A mapped-ram file has RAM's list and PART to end."""
-        if to is Form.MAPPED_RAM:
+        if to is Format.MAPPED_RAM:
             yield RAM_EOS + encode_part_header() + RAM_EOS
         for start, end in self.middle:
             yield from _read(source, start, end)
@@ -405,7 +391,7 @@ class _Carried:
             yield encode_description(with_configuration(self.description, settings))
 
 
-def _read(source: InputTarget, start: int, end: int) -> Iterator[bytes]:
+def _read(source: InputFile, start: int, end: int) -> Iterator[bytes]:
     while start < end:
         data = source.read_at(start, min(_PIECE, end - start))
         if not data:
@@ -415,7 +401,7 @@ def _read(source: InputTarget, start: int, end: int) -> Iterator[bytes]:
 
 
 def _carried(
-    source: InputTarget, stream: Stream | SequentialStream, description: bytes | None
+    source: InputFile, stream: Stream | SequentialStream, description: bytes | None
 ) -> _Carried:
     """``description`` is taken instead of the stream's own."""
     if not stream.complete:
@@ -442,7 +428,7 @@ def _carried(
     )
 
 
-def _before(source: InputTarget, sections: Sequence[Section]) -> bytes:
+def _before(source: InputFile, sections: Sequence[Section]) -> bytes:
     """What stands before RAM's first section."""
     before = list(itertools.takewhile(lambda section: not _is_ram(section), sections))
     if sum(s.length for s in before) > _PIECE:
@@ -455,12 +441,10 @@ def _is_ram(section: Section) -> bool:
     return section.kind in live and section.name == RAM_NAME
 
 
-def _blocks(
-    source: AnySnapshot, memories: Mapping[str, Memory]
-) -> tuple[list[RamBlock], list[str]]:
+def _blocks(source: Snapshot, memories: Mapping[str, Memory]) -> tuple[list[RamBlock], list[str]]:
     """The blocks with their memories, and the names of those that have none."""
     _check_memories(source, memories)
-    opened: Mapping[str, OpenedBlock] = source.blocks
+    opened: Mapping[str, Block] = source.blocks
     blocks, left_out = [], []
     for name, block in opened.items():
         memory = memories.get(name)
@@ -475,12 +459,12 @@ def _blocks(
     return blocks, left_out
 
 
-def _check_memories(source: AnySnapshot, memories: Mapping[str, Memory]) -> None:
-    opened: Mapping[str, OpenedBlock] = source.blocks
+def _check_memories(source: Snapshot, memories: Mapping[str, Memory]) -> None:
+    opened: Mapping[str, Block] = source.blocks
     for name, memory in memories.items():
         if name not in opened:
             raise BlockMismatch(f"the snapshot has no block {name!r}; it has {[*opened]}")
-        with contextlib.closing(Attached(name, memory, writable=False)) as attached:
+        with contextlib.closing(OpenMemory(name, memory, writable=False)) as attached:
             if attached.length != opened[name].length:
                 raise BlockMismatch(
                     f"memory of block {name!r} has {attached.length} bytes, "
@@ -488,14 +472,14 @@ def _check_memories(source: AnySnapshot, memories: Mapping[str, Memory]) -> None
                 )
 
 
-def _nothing(block: OpenedBlock, identity: FileId = _NO_FILE) -> StoredMemory:
+def _nothing(block: Block, identity: FileId = _NO_FILE) -> SnapshotMemory:
     """Memory that is listed and never read; ``identity`` of the file that is."""
     index = _core.ffi.gc(
         _core.lib.qm_index_create(block.num_pages, block.page_size), _core.lib.qm_index_destroy
     )
     indexed = _core.ffi.new("struct qm_indexed *")
     indexed.index, indexed.fd = index, -1
-    return StoredMemory(
+    return SnapshotMemory(
         block.length,
         0,
         identity,

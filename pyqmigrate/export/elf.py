@@ -27,7 +27,7 @@ from pyqmigrate.format.dump.elf_notes import cpu_notes
 from pyqmigrate.format.dump.vmcoreinfo import NOTE_MAX
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.target import DirectIO, Target
-from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["write_elf"]
@@ -36,7 +36,7 @@ _ALIGNMENT = 1 << 20  # of blocks in the file: more than any direct I/O asks for
 
 
 def write_elf(
-    snapshot: AnySnapshot,
+    snapshot: Snapshot,
     target: Target,
     *,
     placements: Sequence[GivenPlacement] | None = None,

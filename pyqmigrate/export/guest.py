@@ -13,9 +13,8 @@ from pyqmigrate.format.device.values import Device
 from pyqmigrate.format.stream.writer import SectionKind
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.log import logger
-from pyqmigrate.snapshot.base import OpenedBlock
-from pyqmigrate.snapshot.detect import AnySnapshot
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.base import Block, Snapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["Guest"]
 
@@ -39,7 +38,7 @@ class Guest:
     @classmethod
     def of(
         cls,
-        snapshot: AnySnapshot,
+        snapshot: Snapshot,
         given: Sequence[GivenPlacement],
         progress: Callable[[Progress], object] | None,
         max_ram_below_4g: int | None = None,
@@ -51,7 +50,7 @@ class Guest:
         Errors as of physical_map; also SnapshotError, and UsageError where a block that has to be
         there is in another file.
         """
-        if isinstance(snapshot, ClassicSnapshot):
+        if isinstance(snapshot, SequentialSnapshot):
             snapshot.read_through(progress, pages=True)
         try:
             devices = tuple(
@@ -62,7 +61,7 @@ class Guest:
         except NotSupported as error:  # too much of it
             logger.warning("the device state is not looked into: %s", error)
             devices = ()
-        blocks: dict[str, OpenedBlock] = {**snapshot.blocks}
+        blocks: dict[str, Block] = {**snapshot.blocks}
         ranges = physical_map(
             snapshot.machine,
             {name: block.length for name, block in blocks.items()},
@@ -78,17 +77,17 @@ class Guest:
         return cls(devices, ranges, tuple(name for name in blocks if name not in placed))
 
 
-def _has_devices(snapshot: AnySnapshot) -> bool:
+def _has_devices(snapshot: Snapshot) -> bool:
     return any(section.kind is SectionKind.FULL for section in snapshot.stream.sections)
 
 
-def _acpi_tables(block: OpenedBlock | None) -> bytes:
+def _acpi_tables(block: Block | None) -> bytes:
     if block is None or block.external or block.length > _ACPI_TABLES_MAX:
         return b""
     return block.read(0, block.length)
 
 
-def _check(one: Placement, block: OpenedBlock) -> None:
+def _check(one: Placement, block: Block) -> None:
     if block.external:
         raise UsageError(
             f"the content of block {block.name!r} is not in this snapshot: convert it to mapped-ram"

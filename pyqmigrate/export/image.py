@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import Cancelled, GuestMemoryError, NoSpace, UsageError
 from pyqmigrate.export.guest import Guest
 from pyqmigrate.format.address_space.placement import Placement
@@ -29,14 +29,13 @@ from pyqmigrate.io.channels import (
     Range,
     check_channels,
     core_block,
-    cut,
     failure,
+    split_ranges,
 )
-from pyqmigrate.io.memory import Attached, StoredMemory
-from pyqmigrate.io.target import DirectIO, OutputTarget, Target, core_file
+from pyqmigrate.io.memory import OpenMemory, SnapshotMemory
+from pyqmigrate.io.target import DirectIO, OutputFile, Target, core_file
 from pyqmigrate.log import logger
-from pyqmigrate.snapshot.base import OpenedBlock, refused_read
-from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
 from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["Area", "Image", "ImageReport", "write_image"]
@@ -48,7 +47,7 @@ _MAGIC_LENGTH = 4
 class Area:
     """Bytes ``[offset, offset + length)`` of a block, whole pages, at a position of the file."""
 
-    block: OpenedBlock
+    block: Block
     offset: int
     length: int
     position: int
@@ -65,7 +64,7 @@ class Image:
     length: int
     pieces: Callable[[], Sequence[tuple[int, bytes]]]
     direct_io_reason: str = ""
-    watch: Callable[[OpenedBlock, StoredMemory], StoredMemory] | None = None
+    watch: Callable[[Block, SnapshotMemory], SnapshotMemory] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class ImageReport:
 
 
 def write_image(
-    snapshot: AnySnapshot,
+    snapshot: Snapshot,
     target: Target,
     guest: Guest,
     image: Image,
@@ -110,8 +109,8 @@ def write_image(
         target,
         image,
         check_channels(channels),
-        choice(DirectIO, direct_io, "direct_io"),
-        choice(Sparse, sparse, "sparse"),
+        parse_enum(DirectIO, direct_io, "direct_io"),
+        parse_enum(Sparse, sparse, "sparse"),
     )
     try:
         job = Job(writer.channels, sum(area.length for area in image.areas), writer.run)
@@ -128,7 +127,7 @@ class _Writer:
 
     def __init__(
         self,
-        snapshot: AnySnapshot,
+        snapshot: Snapshot,
         target: Target,
         image: Image,
         channels: int,
@@ -141,13 +140,13 @@ class _Writer:
         self.sparse = sparse
         self.channels = Channels(channels, "pyqmigrate-export")
         with contextlib.ExitStack() as stack:
-            self.memories: list[Attached] = []
+            self.memories: list[OpenMemory] = []
             self.bitmaps: list[Bitmap] = []
             for area in image.areas:
                 memory = area.block.memory()
                 if image.watch is not None:
                     memory = image.watch(area.block, memory)
-                attached = Attached(
+                attached = OpenMemory(
                     area.block.name, memory.part(area.offset, area.length), writable=False
                 )
                 stack.callback(attached.close)
@@ -155,7 +154,7 @@ class _Writer:
                 bitmap = Bitmap(area.length // area.block.page_size)
                 stack.callback(bitmap.close)
                 self.bitmaps.append(bitmap)
-            self.target = OutputTarget.open(target, direct_io, in_use=snapshot.in_use())
+            self.target = OutputFile.open(target, direct_io, in_use=snapshot.in_use())
             stack.callback(self.target.abort)
             if self.target.offset:
                 raise UsageError("such a file starts at the start; an offset is for snapshots")
@@ -223,7 +222,7 @@ class _Writer:
                 (
                     item
                     for n, layout in enumerate(layouts)
-                    for item in cut(n, layout.num_pages, layout.page_size)
+                    for item in split_ranges(n, layout.num_pages, layout.page_size)
                 ),
                 move,
                 self.target.name,
@@ -238,7 +237,7 @@ class _Writer:
                     raise failure(rc, fault, self.target.name, name)
         except GuestMemoryError as error:
             # This memory is the snapshot's file.
-            raise refused_read(
+            raise error_from_errno(
                 error.errno or errno.EIO, self.snapshot.source, error.block or ""
             ) from error
 

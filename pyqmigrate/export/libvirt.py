@@ -22,10 +22,10 @@ from pyqmigrate.format.libvirt import (
     is_libvirt,
     read_header,
 )
-from pyqmigrate.io.target import InputTarget
-from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.io.target import InputFile
+from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.provenance import run_state
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["ImageHeader", "image_header"]
 
@@ -42,7 +42,7 @@ class ImageHeader:
 
 
 def image_header(
-    snapshot: AnySnapshot, like: str | os.PathLike[str], image_format: str | None
+    snapshot: Snapshot, like: str | os.PathLike[str], image_format: str | None
 ) -> ImageHeader:
     """The header for an image of ``snapshot``, from that of the image ``like``.
 
@@ -54,7 +54,7 @@ def image_header(
     """
     if image_format is not None and image_format not in _FORMATS:
         raise UsageError(f"image_format is {image_format!r}; it is 'raw' or 'sparse'")
-    with contextlib.closing(InputTarget(like)) as source:
+    with contextlib.closing(InputFile(like)) as source:
         if not is_libvirt(source.read_at(0, 16)):
             raise UsageError(f"{source.name!r} is not a save image of libvirt's (virsh save)")
         old = read_header(source)
@@ -78,11 +78,11 @@ def image_header(
     )
 
 
-def _was_running(snapshot: AnySnapshot) -> bool | None:
+def _was_running(snapshot: Snapshot) -> bool | None:
     """Whether libvirt is to let the guest run; None where that cannot be known before the end."""
     if snapshot.libvirt is not None:
         return snapshot.libvirt.was_running
-    if isinstance(snapshot, ClassicSnapshot) and snapshot.source.passing:
+    if isinstance(snapshot, SequentialSnapshot) and snapshot.source.passing:
         return None
     state = run_state(snapshot)
     return None if state is None else state == "running"

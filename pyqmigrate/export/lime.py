@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import UsageError
 from pyqmigrate.export.guest import Guest
 from pyqmigrate.export.image import Area, Image, ImageReport, write_image
@@ -20,7 +20,7 @@ from pyqmigrate.format.address_space.placement import GivenPlacement
 from pyqmigrate.format.dump.lime import HEADER_LENGTH, encode_header
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.target import DirectIO, Target
-from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["write_lime"]
@@ -29,7 +29,7 @@ _UNALIGNED = "the format puts memory at positions that are not aligned"
 
 
 def write_lime(
-    snapshot: AnySnapshot,
+    snapshot: Snapshot,
     target: Target,
     *,
     placements: Sequence[GivenPlacement] | None = None,
@@ -45,7 +45,7 @@ def write_lime(
     Arguments and errors as in :func:`~pyqmigrate.export.elf.write_elf`; ``direct_io="on"`` is a
     UsageError.
     """
-    if choice(DirectIO, direct_io, "direct_io") is DirectIO.ON:
+    if parse_enum(DirectIO, direct_io, "direct_io") is DirectIO.ON:
         raise UsageError(f"direct I/O cannot write a LiME file: {_UNALIGNED}")
     guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g, description)
     headers, areas, at = [], [], 0

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import (
     BlockMismatch,
     GuestMemoryError,
@@ -42,13 +42,12 @@ from pyqmigrate.io.own_files import FileKind, check_is_file, check_replaceable
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.target import Direct, DirectIO, find_direct
 from pyqmigrate.log import logger
-from pyqmigrate.snapshot.base import OpenedBlock
-from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.snapshot.load.mapped_ram import Clear
-from pyqmigrate.snapshot.load.staging import Place, StagedPass
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.load.staging import Place, StreamUnpacker
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["INDEX", "RawBlock", "RawReport", "raw_name", "unpack"]
 
@@ -103,7 +102,7 @@ def raw_name(block: str) -> str:
 
 
 def unpack(
-    snapshot: AnySnapshot,
+    snapshot: Snapshot,
     directory: str | os.PathLike[str],
     *,
     blocks: Sequence[str] | None = None,
@@ -131,12 +130,12 @@ def unpack(
     path = os.fspath(absolute(directory))
     names = [*(raw_name(block.name) for block in wanted), INDEX]
     refuse_in_use([path, *(f"{path}/{name}" for name in names)], snapshot.in_use())
-    setting, channels = choice(DirectIO, direct_io, "direct_io"), check_channels(channels)
+    setting, channels = parse_enum(DirectIO, direct_io, "direct_io"), check_channels(channels)
     with contextlib.ExitStack() as stack:
         dir_fd = _open_directory(path, stack)
         _check_what_is_there(dir_fd, path, names)
         room = _Room(dir_fd, path, stack)
-        if isinstance(snapshot, ClassicSnapshot):
+        if isinstance(snapshot, SequentialSnapshot):
             files, written = _place(
                 snapshot, wanted, room, channels, setting, progress, named=blocks is not None
             )
@@ -158,7 +157,7 @@ def unpack(
     return report
 
 
-def _choose(snapshot: AnySnapshot, names: Sequence[str] | None) -> list[OpenedBlock]:
+def _choose(snapshot: Snapshot, names: Sequence[str] | None) -> list[Block]:
     if names is None:
         return list(snapshot.blocks.values())
     for name in names:
@@ -167,7 +166,7 @@ def _choose(snapshot: AnySnapshot, names: Sequence[str] | None) -> list[OpenedBl
                 f"the snapshot has no block {name!r}; it has {list(snapshot.blocks)}"
             )
         # Of a classic stream that is known when it has been read.
-        if isinstance(snapshot, Snapshot) and snapshot.blocks[name].external:
+        if isinstance(snapshot, MappedRamSnapshot) and snapshot.blocks[name].external:
             raise _elsewhere(name)
     return [block for name, block in snapshot.blocks.items() if name in names]
 
@@ -224,7 +223,7 @@ def _remove_empty(path: str) -> None:
         os.rmdir(path)  # noqa: PTH106
 
 
-def _check_space(room: _Room, wanted: Sequence[OpenedBlock]) -> None:
+def _check_space(room: _Room, wanted: Sequence[Block]) -> None:
     need = sum(block.data_pages * block.page_size for block in wanted)
     free = _free_bytes(room.dir_fd)
     if need > free:
@@ -242,7 +241,7 @@ def _free_bytes(fd: int) -> int:
 
 def _load(
     snapshot: Snapshot,
-    wanted: Sequence[OpenedBlock],
+    wanted: Sequence[Block],
     room: _Room,
     channels: int,
     direct_io: DirectIO,
@@ -273,8 +272,8 @@ def _load(
 
 
 def _place(
-    snapshot: ClassicSnapshot,
-    wanted: Sequence[OpenedBlock],
+    snapshot: SequentialSnapshot,
+    wanted: Sequence[Block],
     room: _Room,
     channels: int,
     direct_io: DirectIO,
@@ -290,7 +289,7 @@ def _place(
         room.stack.callback(bitmap.close)
         direct = file.open_direct(direct_io, block.length, room.stack)
         places[block.name] = Place(file.fd, direct, 0, bitmap)
-    work = StagedPass(
+    work = StreamUnpacker(
         snapshot.source,
         Channels(channels, "pyqmigrate-unpack"),
         Sparse.EXACT.core(),
@@ -312,7 +311,7 @@ def _place(
     )
 
 
-def _describe(block: OpenedBlock, data_pages: int | None) -> RawBlock:
+def _describe(block: Block, data_pages: int | None) -> RawBlock:
     """``data_pages`` is None where the content is elsewhere."""
     return RawBlock(
         name=block.name,

@@ -11,9 +11,8 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.format.dump.vmcoreinfo import HEAD_LENGTH, head_pattern, note_length
-from pyqmigrate.io.memory import StoredMemory
-from pyqmigrate.snapshot.base import OpenedBlock
-from pyqmigrate.snapshot.detect import AnySnapshot
+from pyqmigrate.io.memory import SnapshotMemory
+from pyqmigrate.snapshot.base import Block, Snapshot
 
 __all__ = ["VmcoreinfoSearch"]
 
@@ -24,7 +23,7 @@ _NOWHERE = (1 << 64) - 1
 class VmcoreinfoSearch:
     """One search; :meth:`note` is what was found in the memories that :meth:`watched` gave."""
 
-    def __init__(self, snapshot: AnySnapshot, *, big_endian: bool = False) -> None:
+    def __init__(self, snapshot: Snapshot, *, big_endian: bool = False) -> None:
         self._blocks = snapshot.blocks
         self._big_endian = big_endian
         head, mask = head_pattern(big_endian=big_endian)
@@ -32,7 +31,7 @@ class VmcoreinfoSearch:
         self._mask = _core.ffi.new("unsigned char[]", mask)
         self._watches: dict[str, Any] = {}
 
-    def watched(self, block: OpenedBlock, memory: StoredMemory) -> StoredMemory:
+    def watched(self, block: Block, memory: SnapshotMemory) -> SnapshotMemory:
         """The same memory, all of this block; what is read of it is looked through."""
         watch = _core.ffi.new("struct qm_search *")
         watch.fill, watch.next, watch.arg = memory.fill, memory.next, memory.argument

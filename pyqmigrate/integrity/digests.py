@@ -29,7 +29,7 @@ from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.channels import Channels, Range
 from pyqmigrate.io.holes import next_data
 from pyqmigrate.io.page_cache import cached_bytes
-from pyqmigrate.io.target import Direct, DirectIO, InputTarget
+from pyqmigrate.io.target import Direct, DirectIO, InputFile
 
 __all__ = ["Digests", "open_direct"]
 
@@ -213,7 +213,7 @@ def qm_note_writing(arg: Any, at: int, data: Any, length: int) -> int:
     return 0
 
 
-def open_direct(source: InputTarget, setting: DirectIO) -> tuple[Direct | None, str]:
+def open_direct(source: InputFile, setting: DirectIO) -> tuple[Direct | None, str]:
     """How a file is best read as it is now: a direct descriptor or none, and why.
 
     Give the descriptor to ``source.close_direct``. Raises DirectIORefused where it is demanded and

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pyqmigrate.argument_types import check, check_callback
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import (
     Cancelled,
     NotSupported,
@@ -50,10 +50,10 @@ from pyqmigrate.integrity.stream_damage import parts_of_stream
 from pyqmigrate.io.bitmap_order import other_order
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.in_use import files_in_use, refuse_in_use
-from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget
+from pyqmigrate.io.target import Descriptors, DirectIO, InputFile
 from pyqmigrate.snapshot.detect import open_snapshot
-from pyqmigrate.snapshot.mapped_ram import Snapshot, check_bitmap_order
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot, check_bitmap_order
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from pyqmigrate.snapshot.stale import clear_stale, find_stale
 
 __all__ = [
@@ -193,12 +193,12 @@ def start_seal(
     """
     if isinstance(snapshot, Descriptors):
         raise UsageError("a seal is written beside a path; descriptors have none")
-    chosen, setting = choice(Algorithm, algorithm, "algorithm"), _setting(direct_io)
+    chosen, setting = parse_enum(Algorithm, algorithm, "algorithm"), _setting(direct_io)
     count = check_channels(channels)
     check("offset", offset, int, type(None))
     check("page_size", page_size, int, type(None))
     check_bitmap_order(bitmap_order)
-    source = InputTarget(snapshot)
+    source = InputFile(snapshot)
     try:
         if offset is not None:
             if source.offset:
@@ -226,12 +226,12 @@ def start_seal(
 
 
 def _setting(direct_io: DirectIO | str) -> DirectIO:
-    return choice(DirectIO, direct_io, "direct_io")
+    return parse_enum(DirectIO, direct_io, "direct_io")
 
 
 @dataclass(frozen=True)
 class _Sealing:
-    source: InputTarget
+    source: InputFile
     place: Path
     page_size: int | None
     bitmap_order: ByteOrder | None
@@ -296,7 +296,7 @@ class _Sealing:
             target, page_size=self.page_size, bitmap_order=self.bitmap_order
         ) as snapshot:
             snapshot.verify()
-            if not isinstance(snapshot, Snapshot):
+            if not isinstance(snapshot, MappedRamSnapshot):
                 return 0, snapshot.offset, None, None
             channels = self.channels.sibling("pyqmigrate-stale")
             stale = find_stale(snapshot, channels)
@@ -312,7 +312,7 @@ class _Sealing:
                 snapshot.bitmap_order,
             )
 
-    def _check_order(self, snapshot: Snapshot, stale: int) -> None:
+    def _check_order(self, snapshot: MappedRamSnapshot, stale: int) -> None:
         """Nobody said in which order the bitmaps are: in the wrong one clear pages are live ones.
 
         In the right one each page that a bit is set for has data, which the bit covers; no other
@@ -320,7 +320,7 @@ class _Sealing:
         """
         order = other_order(snapshot.bitmap_order)
         target = Descriptors(self.source.fd, offset=snapshot.offset)
-        with Snapshot(target, bitmap_order=order) as other:
+        with MappedRamSnapshot(target, bitmap_order=order) as other:
             try:
                 other.verify()
             except SnapshotError:
@@ -335,7 +335,11 @@ class _Sealing:
             )
 
     def _clear(
-        self, snapshot: Snapshot, stale: dict[str, int], before: os.stat_result, channels: Channels
+        self,
+        snapshot: MappedRamSnapshot,
+        stale: dict[str, int],
+        before: os.stat_result,
+        channels: Channels,
     ) -> None:
         """Make the pages holes. The file has to be what it was ``before`` its bitmaps were read: a
         writer that takes no lock, such as QEMU, may have come since, and pages of a new snapshot
@@ -389,7 +393,7 @@ class _Sealing:
             raise target_error(error, "cannot be sealed", self.source.name) from error
 
 
-def stale_pages(snapshot: Snapshot, *, channels: int = 2) -> dict[str, int]:
+def stale_pages(snapshot: MappedRamSnapshot, *, channels: int = 2) -> dict[str, int]:
     """How many pages of each block have their bit clear and do not read as zeros in the file.
 
     For a guest they are zeros all the same. Blocks without any are left out. Raises SnapshotError
@@ -448,7 +452,7 @@ def start_verify(
         raise UsageError("a seal is written beside a path; descriptors have none")
     count, setting = check_channels(channels), _setting(direct_io)
     check("page_size", page_size, int, type(None))
-    source = InputTarget(snapshot)
+    source = InputFile(snapshot)
     try:
         path = seal_path(source.name)
         # Digests of pieces that the file does not have are not needed to call them missing.
@@ -467,7 +471,7 @@ def start_verify(
 
 @dataclass(frozen=True)
 class _Checking:
-    source: InputTarget
+    source: InputFile
     path: Path
     manifest: Manifest
     page_size: int | None
@@ -525,7 +529,7 @@ class _Checking:
                 raise Cancelled("cancelled")
 
         try:
-            with ClassicSnapshot(target, page_size=self.page_size) as snapshot:
+            with SequentialSnapshot(target, page_size=self.page_size) as snapshot:
                 snapshot.read_through(poll)
                 found = tuple(
                     replace(

@@ -12,14 +12,14 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.integrity.damage import Part
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["parts_of_stream"]
 
 _PARTS_MAX = 64  # of one block in one stretch; the last takes in all that is left
 
 
-def parts_of_stream(snapshot: ClassicSnapshot, start: int, end: int) -> Iterator[Part]:
+def parts_of_stream(snapshot: SequentialSnapshot, start: int, end: int) -> Iterator[Part]:
     """What is at file positions ``[start, end)``; raises what the pass over the stream does."""
     index = snapshot.page_index()
     first, last = min(index.bodies, default=0), max(index.bodies.values(), default=0)

@@ -36,7 +36,7 @@ __all__ = [
     "Range",
     "check_channels",
     "core_block",
-    "cut",
+    "split_ranges",
     "failure",
 ]
 
@@ -74,7 +74,7 @@ class Range:
     npages: int
 
 
-def cut(block: int, npages: int, page_size: int) -> Iterator[Range]:
+def split_ranges(block: int, npages: int, page_size: int) -> Iterator[Range]:
     """Cut a block into the ranges that channels take."""
     step = max(_RANGE, npages * page_size // _RANGES_A_BLOCK)
     step = -(-step // _core.lib.QM_CHUNK) * _core.lib.QM_CHUNK // page_size

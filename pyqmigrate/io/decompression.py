@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError
 from pyqmigrate.format.compression import Compression
-from pyqmigrate.io.pipe import PassingInput, Read
-from pyqmigrate.io.target import InputTarget
+from pyqmigrate.io.pipe import ForwardInput, Read
+from pyqmigrate.io.target import InputFile
 
 __all__ = ["decompressed"]
 
@@ -31,7 +31,7 @@ class _Reader(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def decompressed(source: InputTarget, compression: Compression, offset: int) -> PassingInput:
+def decompressed(source: InputFile, compression: Compression, offset: int) -> ForwardInput:
     """Return the stream that is compressed from ``offset`` on, as a source that owns ``source``.
 
     Raises NotSupported where nothing here decompresses it.
@@ -42,7 +42,7 @@ def decompressed(source: InputTarget, compression: Compression, offset: int) -> 
         source.rewind()
         return _Output(_Compressed(source, offset), make, errors)
 
-    return PassingInput(source.name, start, source.close, again=source.repeatable, beneath=source)
+    return ForwardInput(source.name, start, source.close, again=source.repeatable, beneath=source)
 
 
 _Make = Callable[["_Compressed"], _Reader]
@@ -103,12 +103,12 @@ def _zstd() -> tuple[_Make, tuple[type[Exception], ...]] | None:
 class _Compressed:
     """The compressed bytes, as a file object that can only be read."""
 
-    def __init__(self, image: InputTarget, offset: int) -> None:
+    def __init__(self, image: InputFile, offset: int) -> None:
         self._image, self._at = image, offset
 
     def read(self, size: int = _PIECE, /) -> bytes:
         image = self._image
-        if isinstance(image, PassingInput):
+        if isinstance(image, ForwardInput):
             data = image.here(self._at)[:size]  # none of it is kept
         else:
             data = image.read_at(self._at, size)
@@ -116,7 +116,7 @@ class _Compressed:
         return data
 
     def poll(self, stop: Callable[[], bool]) -> None:
-        if isinstance(self._image, PassingInput):
+        if isinstance(self._image, ForwardInput):
             self._image.stop = stop
 
 

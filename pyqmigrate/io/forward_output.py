@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TypeGuard
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.io.target import Descriptors, OutputTarget, Target
+from pyqmigrate.io.target import Descriptors, OutputFile, Target
 
 __all__ = ["ForwardOutput", "goes_forward"]
 
@@ -29,7 +29,7 @@ def goes_forward(target: Target) -> TypeGuard[Descriptors]:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)
 
 
-class ForwardOutput(OutputTarget):
+class ForwardOutput(OutputFile):
     """Where a classic stream goes that no file holds; the descriptor stays the caller's.
 
     ``fd`` is a description of our own where the system allows that: it does not wait for a reader,

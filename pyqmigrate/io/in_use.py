@@ -8,7 +8,7 @@ device and inode before anything is touched::
         ("/images/guest.qcow2", "disk virtio0 of the guest"),
     ])
     refuse_in_use("/snap/guest.snap", in_use)                   # UsageError where it is one of them
-    OutputTarget.open("/snap/guest.snap", direct_io, in_use=in_use)      # looks itself
+    OutputFile.open("/snap/guest.snap", direct_io, in_use=in_use)      # looks itself
 """
 
 from __future__ import annotations

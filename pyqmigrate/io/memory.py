@@ -5,7 +5,7 @@ shared memory; writable for a load). A *file* is given as :class:`FileMemory`; i
 with SEEK_DATA, are not scanned and stay holes. Memory of another *process*, for saves only, is a
 :class:`~pyqmigrate.io.process_memory.ProcessMemory`.
 
-:func:`attach` turns any of them into what the core works on; :meth:`Attached.close` lets go of it.
+:func:`attach` turns any of them into what the core works on; :meth:`OpenMemory.close` lets go of it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
-    "Attached",
+    "OpenMemory",
     "FileMemory",
     "Memory",
     "ProcessMemory",
     "RamBlock",
-    "StoredMemory",
+    "SnapshotMemory",
     "attach",
     "check_blocks",
     "files_of",
@@ -61,7 +61,7 @@ class FileMemory:
 
 
 @dataclass(frozen=True)
-class StoredMemory:
+class SnapshotMemory:
     """Guest memory that a file has in a form of its own, for saves: a block of a snapshot.
 
     ``fill`` and ``next`` are the core's functions that read it (``qm_fill_fn``, whole pages only,
@@ -79,7 +79,7 @@ class StoredMemory:
     argument: Any
     kept: Any = None
 
-    def part(self, offset: int, length: int) -> StoredMemory:
+    def part(self, offset: int, length: int) -> SnapshotMemory:
         """Bytes ``[offset, offset + length)`` of it, whole pages, as memory of their own."""
         if offset < 0 or length < 0 or offset + length > self.length:
             raise UsageError(f"bytes {offset} to {offset + length} of {self.length} are not there")
@@ -87,7 +87,7 @@ class StoredMemory:
             return self
         part = _core.ffi.new("struct qm_slice *")
         part.fill, part.next, part.arg, part.offset = self.fill, self.next, self.argument, offset
-        return StoredMemory(
+        return SnapshotMemory(
             length,
             min(length, self.extent_bytes),
             self.identity,
@@ -98,7 +98,7 @@ class StoredMemory:
         )
 
 
-Memory: TypeAlias = Union["Buffer", FileMemory, ProcessMemory, StoredMemory]
+Memory: TypeAlias = Union["Buffer", FileMemory, ProcessMemory, SnapshotMemory]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class RamBlock:
     address: int = 0
 
 
-class Attached:
+class OpenMemory:
     """Memory held ready for the core: ``core`` is its ``struct qm_memory *``.
 
     ``length`` is in bytes; ``extent_bytes`` an upper bound of what can hold data. ``unaligned``
@@ -128,7 +128,7 @@ class Attached:
         self._mapping: mmap.mmap | None = None
         self._buffer: Any = None
         self._process: ProcessSource | None = None
-        self._stored: StoredMemory | None = None
+        self._stored: SnapshotMemory | None = None
         self._fd = -1
         self.core = _core.ffi.new("struct qm_memory *")
         self.core.fd = -1
@@ -137,7 +137,7 @@ class Attached:
                 self._attach_file(memory, writable)
             elif isinstance(memory, ProcessMemory):
                 self._attach_process(memory, writable)
-            elif isinstance(memory, StoredMemory):
+            elif isinstance(memory, SnapshotMemory):
                 self._attach_stored(memory, writable)
             else:
                 self._attach_buffer(memory, writable)
@@ -193,7 +193,7 @@ class Attached:
         if self._process.skips:
             self.core.next = _core.ffi.addressof(_core.lib, "qm_process_next")
 
-    def _attach_stored(self, memory: StoredMemory, writable: bool) -> None:
+    def _attach_stored(self, memory: SnapshotMemory, writable: bool) -> None:
         if writable:
             raise UsageError(f"memory of block {self.name!r} is a snapshot's, and can only be read")
         self._stored = memory  # the core has nothing but pointers into it
@@ -276,7 +276,7 @@ class Attached:
             self._fd = self.core.fd = -1
 
 
-def files_of(memories: Iterable[Attached]) -> dict[FileId, str]:
+def files_of(memories: Iterable[OpenMemory]) -> dict[FileId, str]:
     """The files that memories are in, as far as that is known: nothing may write over them."""
     found: dict[FileId, str] = {}
     mapped: dict[int, list[Area]] = {}
@@ -311,9 +311,9 @@ def check_blocks(blocks: object) -> None:
             raise UsageError(f"address of block {block.name!r} is {block.address}")
 
 
-def attach(block: RamBlock, *, writable: bool) -> Attached:
+def attach(block: RamBlock, *, writable: bool) -> OpenMemory:
     """Hold the memory of a block ready. UsageError when it is not whole pages, or unusable."""
-    attached = Attached(block.name, block.memory, writable=writable)
+    attached = OpenMemory(block.name, block.memory, writable=writable)
     try:
         BlockSpec(block.name, attached.length, block.page_size, block.address)
     except BaseException:

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from pyqmigrate.errors import NotDurable, TargetError, UsageError, target_error
 from pyqmigrate.io.new_file import NewFile
-from pyqmigrate.io.place import check_name_fits, followed
+from pyqmigrate.io.place import check_name_fits, resolve_symlink
 
 __all__ = [
     "FileKind",
@@ -64,7 +64,7 @@ def check_replaceable(name: str | os.PathLike[str], kind: FileKind) -> Path:
     Raises UsageError where something else is there, and where the name is too long; TargetError
     where it cannot be looked at.
     """
-    place = followed(name)
+    place = resolve_symlink(name)
     check_name_fits(place)
     try:
         info = place.lstat()

@@ -1,8 +1,8 @@
 """A stream that passes by once: a pipe, or what comes out of a decompressor.
 
-It is read as a file is, front to back. What is asked for with :meth:`PassingInput.read_at` is kept,
+It is read as a file is, front to back. What is asked for with :meth:`ForwardInput.read_at` is kept,
 in a file without a name, at the offset that it has in the stream; pages, which
-:meth:`PassingInput.here` hands out, are not. So the framing and the device state can be read again,
+:meth:`ForwardInput.here` hands out, are not. So the framing and the device state can be read again,
 and pages cannot.
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from pyqmigrate.errors import Cancelled, NotSupported, TargetError, UsageError, target_error
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
-from pyqmigrate.io.target import Direct, DirectIO, InputTarget
+from pyqmigrate.io.target import Direct, DirectIO, InputFile
 
-__all__ = ["KEPT_MAX", "PassingInput", "PipeReader"]
+__all__ = ["KEPT_MAX", "ForwardInput", "PipeReader"]
 
 KEPT_MAX = 256 << 20  # bytes of framing and device state
 _PIECE = 1 << 20
@@ -30,7 +30,7 @@ _MOMENT = 100  # milliseconds between two looks at whether the work was cancelle
 Read = Callable[[int, Callable[[], bool]], bytes]
 
 
-class PassingInput(InputTarget):
+class ForwardInput(InputFile):
     """A source that passes by. ``name`` is for messages.
 
     ``start`` begins to read from the front: it returns a function that gets up to so many bytes,
@@ -47,7 +47,7 @@ class PassingInput(InputTarget):
         close: Callable[[], None],
         *,
         again: bool = False,
-        beneath: InputTarget | None = None,
+        beneath: InputFile | None = None,
     ) -> None:
         self.name, self.offset = name, 0
         self.place = None if beneath is None else beneath.place

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pyqmigrate.errors import TargetError, UsageError
 
-__all__ = ["absolute", "check_name_fits", "followed", "partial_name", "sync_directory"]
+__all__ = ["absolute", "check_name_fits", "resolve_symlink", "partial_name", "sync_directory"]
 
 _NAME_MAX = 255  # bytes, on nearly all Linux file systems
 _LINKS_MAX = 40  # as in the kernel
@@ -29,7 +29,7 @@ def absolute(name: str | os.PathLike[str]) -> Path:
     return path
 
 
-def followed(name: str | os.PathLike[str]) -> Path:
+def resolve_symlink(name: str | os.PathLike[str]) -> Path:
     """The absolute path of the file that a name leads to, which need not exist.
 
     Only links of its last part are read: ``/proc/PID/root`` further up is a link that does not

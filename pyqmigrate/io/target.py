@@ -39,14 +39,14 @@ from pyqmigrate.format.uri import parse_file_uri
 from pyqmigrate.io.in_use import InUse, Named, refuse_in_use
 from pyqmigrate.io.new_file import NewFile
 from pyqmigrate.io.own_files import FileKind, open_directory, remove
-from pyqmigrate.io.place import absolute, check_name_fits, followed, sync_directory
+from pyqmigrate.io.place import absolute, check_name_fits, resolve_symlink, sync_directory
 
 __all__ = [
     "Descriptors",
     "Direct",
     "DirectIO",
-    "InputTarget",
-    "OutputTarget",
+    "InputFile",
+    "OutputFile",
     "SEAL",
     "seal_path",
     "Target",
@@ -169,7 +169,7 @@ def _check_borrowed(given: Descriptors, *, writing: bool) -> None:
 def seal_path(snapshot: str | os.PathLike[str]) -> Path:
     """Where the seal of a file is, an absolute path: beside it, or beside what a symbolic link
     leads to."""
-    path = followed(snapshot)
+    path = resolve_symlink(snapshot)
     return path.with_name(path.name + SUFFIX)
 
 
@@ -261,7 +261,7 @@ def stream_offset(target: Target) -> int:
     return _split(target)[1]
 
 
-class OutputTarget:
+class OutputFile:
     """A file being written. Use :meth:`open`, then exactly one of publish and abort.
 
     ``fd`` is buffered; ``direct`` is None without direct I/O, and ``direct_io_reason`` says why
@@ -313,7 +313,7 @@ class OutputTarget:
         beside: Collection[Named] = (),
         mark: str | None = None,
         prefix: bytes = b"",
-    ) -> OutputTarget:
+    ) -> OutputFile:
         """Open the target and find out about direct I/O. ``prefix`` is what a new file has before
         its stream.
 
@@ -350,7 +350,7 @@ class OutputTarget:
             self._invalidate()
             return
         self._path = absolute(self.name)
-        self.place = place = followed(self.name)
+        self.place = place = resolve_symlink(self.name)
         exists = self._check_what_is_there()
         if self._changes_in_place:
             self._may_be_new = not exists
@@ -596,7 +596,7 @@ def _is_same(path: Path, info: os.stat_result, *, follow: bool = False) -> bool:
         return False
 
 
-class InputTarget:
+class InputFile:
     """A file or block device being read: ``fd`` is an open file description of our own.
 
     ``is_device`` says that it is a block device, which records no time of change. ``passing`` says

@@ -15,7 +15,7 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
-from pyqmigrate.io.target import DirectIO, InputTarget
+from pyqmigrate.io.target import DirectIO, InputFile
 from pyqmigrate.migration.fdset import FdSets
 from pyqmigrate.migration.fdset_checks import Direction
 from pyqmigrate.migration.rules import effective_direct_io
@@ -65,7 +65,7 @@ class Source:
                 take_fd=take_fd,
                 resources=stack,
             )
-            self._input = InputTarget(target)
+            self._input = InputFile(target)
             stack.callback(self._input.close)
             self._resources = stack.pop_all()
 

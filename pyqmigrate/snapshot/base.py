@@ -1,7 +1,7 @@
 """What every opened snapshot has, whichever form its file has.
 
-There are two: :class:`~pyqmigrate.snapshot.mapped_ram.Snapshot`, a mapped-ram file, and
-:class:`~pyqmigrate.snapshot.sequential.ClassicSnapshot`, a classic stream.
+There are two: :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`, a mapped-ram file, and
+:class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`, a classic stream.
 :func:`~pyqmigrate.snapshot.detect.open_snapshot` looks which one a file is.
 """
 
@@ -15,24 +15,25 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_callback
+from pyqmigrate.enums import Format
 from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.compression import MAGIC_MAX, Compression
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.format.stream.wire import MAGIC, Stream
 from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
-from pyqmigrate.io.memory import Memory, StoredMemory
-from pyqmigrate.io.target import Descriptors, DirectIO, InputTarget, Target, seal_path, target_path
+from pyqmigrate.io.memory import Memory, SnapshotMemory
+from pyqmigrate.io.target import Descriptors, DirectIO, InputFile, Target, seal_path, target_path
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 
 if TYPE_CHECKING:
     from pyqmigrate.format.stream.sequential import SequentialStream
 
-__all__ = ["Kind", "Located", "OpenedBlock", "OpenedSnapshot", "locate", "open_source"]
+__all__ = ["Kind", "Located", "Block", "Snapshot", "locate", "open_source"]
 
 
 class Kind(enum.StrEnum):
@@ -46,7 +47,7 @@ class Kind(enum.StrEnum):
 class Located:
     """An open file, ``source.offset`` being where the stream starts; behind what, if libvirt's."""
 
-    source: InputTarget
+    source: InputFile
     libvirt: LibvirtHeader | None = None
 
 
@@ -99,32 +100,32 @@ def locate(target: Target | Located, offset: int | None = None, *, piped: bool =
     return Located(source, header)
 
 
-def _decompressed(source: InputTarget) -> InputTarget:
+def _decompressed(source: InputFile) -> InputFile:
     """The same source, or what comes out of it where all of it is compressed."""
     compression = Compression.of(source.read_at(source.offset, MAGIC_MAX))
     return source if compression is None else _decompress(source, compression)
 
 
-def _decompress(source: InputTarget, compression: Compression) -> InputTarget:
+def _decompress(source: InputFile, compression: Compression) -> InputFile:
     # Seldom needed, and a restore has no time for it.
     from pyqmigrate.io.decompression import decompressed
 
     return decompressed(source, compression, source.offset)
 
 
-def open_source(target: Target, *, piped: bool) -> InputTarget:
+def open_source(target: Target, *, piped: bool) -> InputFile:
     """Open a file or block device, or with ``piped`` the path of a pipe or socket."""
     if piped and isinstance(target, str | os.PathLike):
-        from pyqmigrate.io.pipe import PassingInput, PipeReader
+        from pyqmigrate.io.pipe import ForwardInput, PipeReader
 
         path = os.fsdecode(target)
         if PipeReader.is_pipe(path):
             pipe = PipeReader(path)
-            return PassingInput(path, lambda: pipe, pipe.close)
-    return InputTarget(target)
+            return ForwardInput(path, lambda: pipe, pipe.close)
+    return InputFile(target)
 
 
-class OpenedBlock(abc.ABC):
+class Block(abc.ABC):
     """One RAM block of an opened snapshot. Lengths in bytes.
 
     ``address`` is that in the guest, where the file tells it (``x-ignore-shared``); else None.
@@ -155,7 +156,7 @@ class OpenedBlock(abc.ABC):
         return 0 if self.external else self.num_pages - self.data_pages
 
     @abc.abstractmethod
-    def memory(self) -> StoredMemory:
+    def memory(self) -> SnapshotMemory:
         """The block as memory to save, export or compare; good until the snapshot is closed.
 
         UsageError for an external block.
@@ -197,7 +198,7 @@ class OpenedBlock(abc.ABC):
         """The exception for a read that failed with this errno."""
 
 
-def refused_read(number: int, source: InputTarget, block: str) -> Exception:
+def error_from_errno(number: int, source: InputFile, block: str) -> Exception:
     """The exception for pages that cannot be read from a snapshot's file."""
     if number == errno.ENODATA:
         return SnapshotError(
@@ -211,24 +212,25 @@ def refused_read(number: int, source: InputTarget, block: str) -> Exception:
     return TargetError(number, f"cannot read pages of block {block!r}", source.name)
 
 
-B = TypeVar("B", bound=OpenedBlock)
-
-
-class OpenedSnapshot(abc.ABC, Generic[B]):
+class Snapshot(abc.ABC):
     """A finished file, open for reading; reads and loads may run in several threads at once.
 
     ``libvirt`` is the header before the stream, or None. Close it when it is done with.
     """
 
-    kind: Kind
+    format: Format
     libvirt: LibvirtHeader | None
-    blocks: Mapping[str, B]
 
     def __init__(self, located: Located) -> None:
         self._lock = threading.RLock()
         self._jobs: list[Job[Any]] = []
-        self._source: InputTarget | None = located.source
+        self._source: InputFile | None = located.source
         self.libvirt = located.libvirt
+
+    @property
+    @abc.abstractmethod
+    def blocks(self) -> Mapping[str, Block]:
+        """The RAM blocks by name, in the order of the stream."""
 
     @property
     @abc.abstractmethod
@@ -292,7 +294,7 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
         ).wait(progress)
 
     @property
-    def source(self) -> InputTarget:
+    def source(self) -> InputFile:
         """The open file. UsageError when the snapshot is closed."""
         if self._source is None:
             raise UsageError("the snapshot is closed")
@@ -342,14 +344,14 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
         """Device and inode of the file."""
         return FileId.of(os.fstat(self.source.file_fd))
 
-    def _known(self, names: Collection[str] | None) -> list[B]:
-        """The blocks of these names (None: all), in the order of the stream."""
+    def _known(self, names: Collection[str] | None) -> list[str]:
+        """These names (None: of all blocks), in the order of the stream."""
         unknown = [name for name in names or () if name not in self.blocks]
         if unknown:
             raise BlockMismatch(
                 f"the snapshot has no block {unknown[0]!r}; it has {[*self.blocks]}"
             )
-        return [b for name, b in self.blocks.items() if names is None or name in names]
+        return [name for name in self.blocks if names is None or name in names]
 
     R = TypeVar("R")
 
@@ -358,7 +360,7 @@ class OpenedSnapshot(abc.ABC, Generic[B]):
         self._jobs.append(job)
         return job.at_end(lambda: self._jobs.remove(job))
 
-    def _drop(self) -> None:
+    def _drop(self) -> None:  # noqa: B027
         """Give memory back; called once, after all jobs have ended."""
 
     def close(self) -> None:

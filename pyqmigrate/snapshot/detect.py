@@ -1,28 +1,26 @@
 """Open a snapshot of whichever kind: it is looked at, its name does not matter.
 
 with open_snapshot("/var/lib/libvirt/save/guest") as snapshot:
-    print(snapshot.kind, snapshot.machine, snapshot.libvirt is not None)
+    print(snapshot.format, snapshot.machine, snapshot.libvirt is not None)
 """
 
 from __future__ import annotations
 
 import os
-from typing import TypeAlias
 
 from pyqmigrate.argument_types import check
+from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.format.cursor import Cursor
 from pyqmigrate.format.stream import configuration
 from pyqmigrate.format.stream.mapped_ram import ByteOrder
 from pyqmigrate.format.stream.wire import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERSION
-from pyqmigrate.io.target import InputTarget, Target
-from pyqmigrate.snapshot.base import Kind, Located, locate
-from pyqmigrate.snapshot.mapped_ram import Snapshot, check_bitmap_order
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.io.target import InputFile, Target
+from pyqmigrate.snapshot.base import Located, Snapshot, locate
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot, check_bitmap_order
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
-__all__ = ["AnySnapshot", "open_snapshot"]
-
-AnySnapshot: TypeAlias = Snapshot | ClassicSnapshot
+__all__ = ["open_snapshot"]
 
 _MULTIFD_MAGIC = bytes.fromhex("11223344")
 
@@ -35,13 +33,14 @@ def open_snapshot(
     page_size: int | None = None,
     index: str | os.PathLike[str] | None = None,
     piped: bool = False,
-) -> AnySnapshot:
+) -> Snapshot:
     """Open a mapped-ram file or a classic stream: in a file or on a block device, behind libvirt's
     header or at an offset, compressed or not.
 
-    bitmap_order: for a mapped-ram file, see :class:`~pyqmigrate.snapshot.mapped_ram.Snapshot`.
+    bitmap_order: for a mapped-ram file, see
+        :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`.
     page_size, index: for a classic stream, see
-        :class:`~pyqmigrate.snapshot.sequential.ClassicSnapshot`.
+        :class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`.
     piped: whether a pipe will do, which is a classic stream that passes by once: it can be
         converted, unpacked or loaded. Until it has passed it does not tell its description, so
         that ``page_size`` is needed where the configuration does not tell it and it is not 4096.
@@ -59,7 +58,7 @@ def open_snapshot(
     located = locate(target, offset, piped=piped)
     try:
         kind = _kind(located.source)
-        if kind is Kind.MAPPED_RAM and located.source.passing:
+        if kind is Format.MAPPED_RAM and located.source.passing:
             raise NotSupported(
                 f"a mapped-ram file has its pages at fixed places, and {located.source.name!r} is "
                 "read front to back: put it into a file, decompressed"
@@ -67,18 +66,18 @@ def open_snapshot(
     except BaseException:
         located.source.close()
         raise
-    if kind is Kind.MAPPED_RAM:
-        return Snapshot(located, bitmap_order=bitmap_order)
-    return ClassicSnapshot(located, page_size=page_size, index=index)
+    if kind is Format.MAPPED_RAM:
+        return MappedRamSnapshot(located, bitmap_order=bitmap_order)
+    return SequentialSnapshot(located, page_size=page_size, index=index)
 
 
-def _kind(source: InputTarget) -> Kind:
+def _kind(source: InputFile) -> Format:
     """From the capabilities at the start; what is no stream is refused by who parses it."""
     head = source.read_at(source.offset, PREAMBLE.size)
     if head.startswith(_MULTIFD_MAGIC):
         raise NotSupported("a multifd channel: only some pages of a guest, and no device state")
     if len(head) < PREAMBLE.size or PREAMBLE.unpack(head) != (MAGIC, VERSION, TYPE_CONFIGURATION):
-        return Kind.STREAM if source.passing else Kind.MAPPED_RAM
+        return Format.SEQUENTIAL if source.passing else Format.MAPPED_RAM
     settings = configuration.read(Cursor(source, source.offset + PREAMBLE.size))
     mapped = configuration.MAPPED_RAM in settings.capabilities
-    return Kind.MAPPED_RAM if mapped else Kind.STREAM
+    return Format.MAPPED_RAM if mapped else Format.SEQUENTIAL

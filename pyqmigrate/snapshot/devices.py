@@ -33,12 +33,11 @@ from pyqmigrate.format.stream.wire import (
     SectionKind,
 )
 from pyqmigrate.io.channels import Progress
-from pyqmigrate.io.pipe import PassingInput
-from pyqmigrate.io.target import InputTarget, Target
-from pyqmigrate.snapshot.base import locate
-from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
-from pyqmigrate.snapshot.mapped_ram import Snapshot
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.io.pipe import ForwardInput
+from pyqmigrate.io.target import InputFile, Target
+from pyqmigrate.snapshot.base import Snapshot, locate
+from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["Devices", "cpu_registers", "devices"]
 
@@ -59,7 +58,7 @@ class Devices:
 
 
 def devices(
-    target: AnySnapshot | Target,
+    target: Snapshot | Target,
     *,
     offset: int | None = None,
     name: str | None = None,
@@ -90,7 +89,7 @@ def devices(
     check("index", index, str, os.PathLike, type(None))
     check("description", description, bytes, type(None))
     check_callback("progress", progress)
-    if isinstance(target, Snapshot | ClassicSnapshot):
+    if isinstance(target, Snapshot):
         if (offset, page_size, index) != (None, None, None):
             raise UsageError("offset, page_size and index belong to the opening of the snapshot")
         return _decode_snapshot(target, name, section_id, description, progress)
@@ -98,7 +97,7 @@ def devices(
     with contextlib.ExitStack() as stack:
         stack.callback(located.source.close)
         if _is_state_alone(located.source):
-            if isinstance(located.source, PassingInput):
+            if isinstance(located.source, ForwardInput):
                 located.source.run_out()
             stream = _StateAlone(walk_devices(located.source))
             return _decode(
@@ -110,13 +109,13 @@ def devices(
 
 
 def _decode_snapshot(
-    snapshot: AnySnapshot,
+    snapshot: Snapshot,
     name: str | None,
     section_id: int | None,
     description: bytes | None,
     progress: Callable[[Progress], object] | None,
 ) -> Devices:
-    if isinstance(snapshot, ClassicSnapshot):
+    if isinstance(snapshot, SequentialSnapshot):
         snapshot.read_through(progress)
     stream = snapshot.stream
     return _decode(
@@ -130,7 +129,7 @@ def _decode_snapshot(
 
 
 def _decode(
-    source: InputTarget,
+    source: InputFile,
     stream: DescribedStream,
     machine: str | None,
     opaque_tail: bool,
@@ -154,7 +153,7 @@ def _unknown(stream: DescribedStream, name: str | None, section_id: int | None) 
     return UsageError(f"no device section has {' and '.join(wanted)}; there are: {there or 'none'}")
 
 
-def _is_state_alone(source: InputTarget) -> bool:
+def _is_state_alone(source: InputFile) -> bool:
     """Whether a section follows where every other stream has its configuration."""
     head = source.read_at(source.offset, PREAMBLE.size)
     if source.offset or len(head) < PREAMBLE.size:

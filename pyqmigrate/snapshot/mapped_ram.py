@@ -13,32 +13,26 @@ from types import MappingProxyType
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check_mapping, check_names
+from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream.writer import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job
-from pyqmigrate.io.memory import Memory, StoredMemory
+from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.target import DirectIO, Target
-from pyqmigrate.snapshot.base import (
-    Kind,
-    Located,
-    OpenedBlock,
-    OpenedSnapshot,
-    locate,
-    refused_read,
-)
+from pyqmigrate.snapshot.base import Block, Located, Snapshot, error_from_errno, locate
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.load.mapped_ram import start_load as start_load_blocks
 
-__all__ = ["Snapshot", "SnapshotBlock", "check_bitmap_order", "start_load"]
+__all__ = ["MappedRamSnapshot", "MappedRamBlock", "check_bitmap_order", "start_load"]
 
 
-class SnapshotBlock(OpenedBlock):
+class MappedRamBlock(Block):
     """One RAM block of a mapped-ram snapshot. Lengths in bytes, offsets absolute in the file."""
 
-    def __init__(self, snapshot: Snapshot, layout: BlockLayout) -> None:
+    def __init__(self, snapshot: MappedRamSnapshot, layout: BlockLayout) -> None:
         self._snapshot = snapshot
         self.layout = layout
         self.name, self.length, self.page_size = layout.name, layout.length, layout.page_size
@@ -46,7 +40,7 @@ class SnapshotBlock(OpenedBlock):
         self._bitmap: Bitmap | None = None
 
     def __repr__(self) -> str:
-        return f"<SnapshotBlock {self.name!r}, {self.length} bytes>"
+        return f"<MappedRamBlock {self.name!r}, {self.length} bytes>"
 
     @property
     def pages_offset(self) -> int:
@@ -79,14 +73,14 @@ class SnapshotBlock(OpenedBlock):
         """Pages that the file holds."""
         return self.bitmap.count()
 
-    def memory(self) -> StoredMemory:
+    def memory(self) -> SnapshotMemory:
         if self.external:
             raise self._elsewhere()
         mapped = _core.ffi.new("struct qm_mapped *")
         mapped.data, mapped.npages = self.bitmap.core, self.num_pages
         mapped.pages_offset, mapped.page_size = self.pages_offset, self.page_size
         mapped.fd = self._snapshot.source.fd
-        return StoredMemory(
+        return SnapshotMemory(
             self.length,
             self.data_pages * self.page_size,
             self._snapshot.identity,
@@ -103,7 +97,7 @@ class SnapshotBlock(OpenedBlock):
             first = stop
 
     def _refused(self, number: int) -> Exception:
-        return refused_read(number, self._snapshot.source, self.name)
+        return error_from_errno(number, self._snapshot.source, self.name)
 
     def _close(self) -> None:
         if self._bitmap is not None:
@@ -111,7 +105,7 @@ class SnapshotBlock(OpenedBlock):
             self._bitmap = None
 
 
-class Snapshot(OpenedSnapshot[SnapshotBlock]):
+class MappedRamSnapshot(Snapshot):
     """A mapped-ram snapshot, written by this package or by QEMU 9.0 and later.
 
     ``target`` is a path, a ``file:`` URI or Descriptors (borrowed, open for reading); ``offset``
@@ -127,7 +121,7 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
     close it when they are done.
     """
 
-    kind = Kind.MAPPED_RAM
+    format = Format.MAPPED_RAM
 
     def __init__(
         self,
@@ -139,6 +133,7 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
         check_bitmap_order(bitmap_order)
         super().__init__(locate(target, offset))
         self._bitmap_order = bitmap_order
+        self._blocks: Mapping[str, MappedRamBlock] = {}
         try:
             if self.source.passing:
                 raise NotSupported(
@@ -150,8 +145,8 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
         except BaseException:
             self.close()
             raise
-        self.blocks = MappingProxyType(
-            {layout.name: SnapshotBlock(self, layout) for layout in self.stream.blocks}
+        self._blocks = MappingProxyType(
+            {layout.name: MappedRamBlock(self, layout) for layout in self.stream.blocks}
         )
 
     @property
@@ -199,7 +194,8 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
     ) -> Job[LoadReport]:
         check_mapping("memories", memories)
         check_names("blocks", blocks)
-        chosen = [block for block in self._known(blocks) if not block.external]
+        chosen = [self.blocks[name] for name in self._known(blocks)]
+        chosen = [block for block in chosen if not block.external]
         given = {
             name: memory
             for name, memory in memories.items()
@@ -216,8 +212,12 @@ class Snapshot(OpenedSnapshot[SnapshotBlock]):
             )
         )
 
+    @property
+    def blocks(self) -> Mapping[str, MappedRamBlock]:
+        return self._blocks
+
     def _drop(self) -> None:
-        for block in getattr(self, "blocks", {}).values():
+        for block in self._blocks.values():
             block._close()
 
 
@@ -237,7 +237,7 @@ def start_load(
     clear: Clear | str = Clear.ZERO,
 ) -> Job[LoadReport]:
     """Open a snapshot and begin to load it; it is closed when the job ends. See Snapshot.load."""
-    snapshot = Snapshot(target, offset=offset)
+    snapshot = MappedRamSnapshot(target, offset=offset)
     try:
         return snapshot.start_load(
             memories, channels=channels, direct_io=direct_io, clear=clear

@@ -34,11 +34,11 @@ import xxhash
 
 from pyqmigrate import _core
 from pyqmigrate.format.digest import DIGEST_SIZE
-from pyqmigrate.format.stream.sequential import SequentialBlock
+from pyqmigrate.format.stream.sequential import ListedBlock
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
-from pyqmigrate.io.target import InputTarget
-from pyqmigrate.snapshot.load.sequential import Records
+from pyqmigrate.io.target import InputFile
+from pyqmigrate.snapshot.load.sequential import RecordDecoder
 
 __all__ = ["PageIndex", "check_place", "keep", "recall"]
 
@@ -61,7 +61,7 @@ class PageIndex:
     records by its start. :meth:`read_records` fills it, a body at a time.
     """
 
-    def __init__(self, blocks: Sequence[SequentialBlock], page_size: int) -> None:
+    def __init__(self, blocks: Sequence[ListedBlock], page_size: int) -> None:
         self.blocks = blocks
         self.page_size = page_size
         self.bodies: dict[int, int] = {}
@@ -71,12 +71,12 @@ class PageIndex:
             if core == _core.ffi.NULL:
                 raise MemoryError
             self.cores[block.name] = _core.ffi.gc(core, _core.lib.qm_index_destroy)
-        self._records = Records(blocks, page_size)
+        self._records = RecordDecoder(blocks, page_size)
         for record, block in zip(self._records.core, blocks, strict=True):
             record.index = self.cores[block.name]
         self._records.start()
 
-    def read_records(self, source: InputTarget, channels: Channels, offset: int) -> int:
+    def read_records(self, source: InputFile, channels: Channels, offset: int) -> int:
         """Take in the body of records at ``offset``; returns where it ends.
 
         Raises SnapshotError, NotSupported for what no index can hold, TargetError, Cancelled.
@@ -91,7 +91,7 @@ def check_place(path: str | os.PathLike[str]) -> Path:
     return check_replaceable(path, _INDEX)
 
 
-def keep(index: PageIndex, source: InputTarget, path: Path) -> None:
+def keep(index: PageIndex, source: InputFile, path: Path) -> None:
     """Write the index of ``source`` to ``path``, where it appears whole. Its name need not be
     durable: an index that is lost is made again.
 
@@ -100,7 +100,7 @@ def keep(index: PageIndex, source: InputTarget, path: Path) -> None:
     write_whole(path, _INDEX, lambda file: _write(index, source, file), sync_name=False)
 
 
-def _write(index: PageIndex, source: InputTarget, file: BinaryIO) -> None:
+def _write(index: PageIndex, source: InputFile, file: BinaryIO) -> None:
     file.write(_MAGIC + bytes(DIGEST_SIZE))
     state = xxhash.xxh3_128()
     for piece in _pieces(index, source):
@@ -110,7 +110,7 @@ def _write(index: PageIndex, source: InputTarget, file: BinaryIO) -> None:
     file.write(state.digest())
 
 
-def _pieces(index: PageIndex, source: InputTarget) -> Iterator[bytes]:
+def _pieces(index: PageIndex, source: InputFile) -> Iterator[bytes]:
     """What follows the digest."""
     lists = {block.name: list(_runs(index, block)) for block in index.blocks}
     changes = {name: _changes(core) for name, core in index.cores.items()}
@@ -153,7 +153,7 @@ def _changes(core: Any) -> Any:
     return found[0][0:count] if count else ()
 
 
-def _runs(index: PageIndex, block: SequentialBlock) -> Iterator[tuple[int, int]]:
+def _runs(index: PageIndex, block: ListedBlock) -> Iterator[tuple[int, int]]:
     """Ranges of pages, of 512 or a multiple, outside of which none is mentioned."""
     core, end = index.cores[block.name], block.length // index.page_size
     start = stop = 0
@@ -168,7 +168,7 @@ def _runs(index: PageIndex, block: SequentialBlock) -> Iterator[tuple[int, int]]
         yield start, stop - start
 
 
-def _identity(source: InputTarget) -> dict[str, Any]:
+def _identity(source: InputFile) -> dict[str, Any]:
     info = os.fstat(source.fd)
     digest = hashlib.sha256(source.read_at(source.offset, _DIGESTED))
     digest.update(source.read_at(max(0, info.st_size - _DIGESTED), _DIGESTED))
@@ -181,7 +181,7 @@ def _identity(source: InputTarget) -> dict[str, Any]:
 
 
 def recall(
-    source: InputTarget, path: Path, blocks: Sequence[SequentialBlock], page_size: int
+    source: InputFile, path: Path, blocks: Sequence[ListedBlock], page_size: int
 ) -> PageIndex | None:
     """The index of ``source`` that ``path`` keeps; None where it is missing, of another file, or
     damaged in any way. The blocks and page size are those of the stream's head."""
@@ -216,11 +216,7 @@ def _take(file: BinaryIO, length: int) -> bytes:
 
 
 def _read(
-    source: InputTarget,
-    file: BinaryIO,
-    size: int,
-    blocks: Sequence[SequentialBlock],
-    page_size: int,
+    source: InputFile, file: BinaryIO, size: int, blocks: Sequence[ListedBlock], page_size: int
 ) -> PageIndex:
     length = int.from_bytes(_take(file, 4), "little")
     if length > min(_HEAD_MAX, size):

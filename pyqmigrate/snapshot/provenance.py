@@ -15,9 +15,8 @@ from pyqmigrate.format.device.sections import DeviceSection, run_state_of
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.io.bitmap_order import better_order, says_better
-from pyqmigrate.snapshot.base import OpenedSnapshot
-from pyqmigrate.snapshot.detect import AnySnapshot
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.base import Snapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["Provenance", "provenance", "run_state"]
 
@@ -44,10 +43,10 @@ class Provenance:
     run_state: str | None
 
 
-def provenance(snapshot: AnySnapshot) -> Provenance:
+def provenance(snapshot: Snapshot) -> Provenance:
     """Judge an opened snapshot; for a classic stream that takes its pass over the file, which
     raises what it raises there."""
-    check("the snapshot", snapshot, OpenedSnapshot)
+    check("the snapshot", snapshot, Snapshot)
     found = _signs(snapshot)
     obstacles = _obstacles(snapshot)
     return Provenance(
@@ -61,7 +60,7 @@ def provenance(snapshot: AnySnapshot) -> Provenance:
     )
 
 
-def _signs(snapshot: AnySnapshot) -> list[tuple[tuple[int, int], str]]:
+def _signs(snapshot: Snapshot) -> list[tuple[tuple[int, int], str]]:
     stream = snapshot.stream
     found = []
     version = _VERSIONED.search(stream.machine)
@@ -76,7 +75,7 @@ def _signs(snapshot: AnySnapshot) -> list[tuple[tuple[int, int], str]]:
     return found
 
 
-def _obstacles(snapshot: AnySnapshot) -> tuple[str, ...]:
+def _obstacles(snapshot: Snapshot) -> tuple[str, ...]:
     stream = snapshot.stream
     found = []
     if not stream.complete:
@@ -89,14 +88,14 @@ def _obstacles(snapshot: AnySnapshot) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _remarks(snapshot: AnySnapshot) -> tuple[str, ...]:
+def _remarks(snapshot: Snapshot) -> tuple[str, ...]:
     stream = snapshot.stream
     found = []
     if MAPPED_RAM in stream.capabilities:
         found.append("QEMU needs the capability mapped-ram on, from 9.0")
         if IGNORE_SHARED in stream.capabilities:
             found.append("QEMU before 11.0 cannot load mapped-ram together with x-ignore-shared")
-    if isinstance(snapshot, Snapshot):
+    if isinstance(snapshot, MappedRamSnapshot):
         better = better_order(snapshot.source, snapshot.stream.blocks, snapshot.bitmap_order)
         if better is not None:
             found.append(says_better(better))
@@ -117,7 +116,7 @@ def _remarks(snapshot: AnySnapshot) -> tuple[str, ...]:
     return tuple(found)
 
 
-def run_state(snapshot: AnySnapshot) -> str | None:
+def run_state(snapshot: Snapshot) -> str | None:
     """QEMU's word for the state that the guest has after a load; None where the file has none."""
     if not snapshot.stream.complete:
         return None

@@ -1,10 +1,10 @@
 """A classic stream, opened for reading at random.
 
-    with ClassicSnapshot("/snap/guest.classic", index="/snap/guest.index") as snapshot:
+    with SequentialSnapshot("/snap/guest.classic", index="/snap/guest.index") as snapshot:
         first_page = snapshot.blocks["pc.ram"].read(0, 4096)
 
-Opening reads the head only. What asks for more (:attr:`ClassicSnapshot.stream`, page counts,
-:meth:`~ClassicSnapshot.verify`) makes one pass over the whole file, once: it finds the sections,
+Opening reads the head only. What asks for more (:attr:`SequentialSnapshot.stream`, page counts,
+:meth:`~SequentialSnapshot.verify`) makes one pass over the whole file, once: it finds the sections,
 keeps no page, and costs two bits of memory a page. What reads pages makes one that finds the place
 of every page too (:mod:`pyqmigrate.snapshot.page_index`), and costs 8 bytes a page. A load makes a
 pass of its own and needs no index, as do conversions into a mapped-ram file or raw files.
@@ -23,7 +23,7 @@ from types import MappingProxyType
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_mapping, check_names
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import Format, parse_enum
 from pyqmigrate.errors import (
     BlockMismatch,
     DirectIORefused,
@@ -32,39 +32,32 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED
-from pyqmigrate.format.stream.sequential import SequentialBlock, SequentialStream, SequentialWalk
+from pyqmigrate.format.stream.sequential import ListedBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.in_use import FileId, files_in_use, refuse_in_use
-from pyqmigrate.io.memory import Memory, StoredMemory
-from pyqmigrate.io.pipe import PassingInput
-from pyqmigrate.io.target import DirectIO, InputTarget, Target
-from pyqmigrate.snapshot.base import (
-    Kind,
-    Located,
-    OpenedBlock,
-    OpenedSnapshot,
-    locate,
-    refused_read,
-)
+from pyqmigrate.io.memory import Memory, SnapshotMemory
+from pyqmigrate.io.pipe import ForwardInput
+from pyqmigrate.io.target import DirectIO, InputFile, Target
+from pyqmigrate.snapshot.base import Block, Located, Snapshot, error_from_errno, locate
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
-from pyqmigrate.snapshot.load.sequential import PolledSource, Records, start_sequential_load
+from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, start_sequential_load
 from pyqmigrate.snapshot.page_index import PageIndex, check_place, keep, recall
 
-__all__ = ["ClassicBlock", "ClassicSnapshot"]
+__all__ = ["SequentialBlock", "SequentialSnapshot"]
 
 
-class ClassicBlock(OpenedBlock):
+class SequentialBlock(Block):
     """One RAM block of a classic stream. Lengths in bytes."""
 
-    def __init__(self, snapshot: ClassicSnapshot, entry: SequentialBlock, page_size: int) -> None:
+    def __init__(self, snapshot: SequentialSnapshot, entry: ListedBlock, page_size: int) -> None:
         self._snapshot = snapshot
         self.entry = entry
         self.name, self.length, self.page_size = entry.name, entry.length, page_size
         self.address = entry.gpa
 
     def __repr__(self) -> str:
-        return f"<ClassicBlock {self.name!r}, {self.length} bytes>"
+        return f"<SequentialBlock {self.name!r}, {self.length} bytes>"
 
     @property
     def external(self) -> bool:
@@ -81,13 +74,13 @@ class ClassicBlock(OpenedBlock):
     def _counted(self) -> _Counted:
         return self._snapshot._counts()[self.name]
 
-    def memory(self) -> StoredMemory:
+    def memory(self) -> SnapshotMemory:
         if self.external:
             raise self._elsewhere()
         indexed = _core.ffi.new("struct qm_indexed *")
         indexed.index = self._snapshot.page_index().cores[self.name]
         indexed.fd = self._snapshot.source.fd
-        return StoredMemory(
+        return SnapshotMemory(
             self.length,
             self.data_pages * self.page_size,
             self._snapshot.identity,
@@ -106,13 +99,13 @@ class ClassicBlock(OpenedBlock):
             first = stop
 
     def _refused(self, number: int) -> Exception:
-        return refused_read(number, self._snapshot.source, self.name)
+        return error_from_errno(number, self._snapshot.source, self.name)
 
 
-class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
+class SequentialSnapshot(Snapshot):
     """A classic stream: ``migrate`` to ``file:`` or ``exec:`` without mapped-ram.
 
-    target, offset: as for :class:`~pyqmigrate.snapshot.mapped_ram.Snapshot`.
+    target, offset: as for :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`.
     page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
     index: where the result of the pass is kept; it is used if it is whole and of this file, and
         written otherwise. A file there that is no index is a UsageError.
@@ -123,7 +116,7 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
     page with more than 1024 changes, and for a stream that is not in a file as it is.
     """
 
-    kind = Kind.STREAM
+    format = Format.SEQUENTIAL
 
     def __init__(
         self,
@@ -150,7 +143,7 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
                 self.offset,
                 _no_records,
                 page_size=page_size,
-                run_out=source.run_out if isinstance(source, PassingInput) else None,
+                run_out=source.run_out if isinstance(source, ForwardInput) else None,
             )
             if self.index is not None and source.passing:
                 raise UsageError(f"{source.name!r} is not read at random: no index can be kept")
@@ -167,13 +160,17 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         self.page_size = walk.page_size
         self.head = walk.head
         self._entries = walk.blocks
-        self.blocks = MappingProxyType(
-            {entry.name: ClassicBlock(self, entry, walk.page_size) for entry in walk.blocks}
+        self._blocks = MappingProxyType(
+            {entry.name: SequentialBlock(self, entry, walk.page_size) for entry in walk.blocks}
         )
 
     def in_use(self) -> dict[FileId, str]:
         index = [] if self.index is None else [(self.index, "the index of the snapshot")]
         return super().in_use() | files_in_use(index)
+
+    @property
+    def blocks(self) -> Mapping[str, SequentialBlock]:
+        return self._blocks
 
     @property
     def machine(self) -> str:
@@ -283,11 +280,11 @@ class ClassicSnapshot(OpenedSnapshot[ClassicBlock]):
         check_channels(channels)
         check_mapping("memories", memories)
         check_names("blocks", blocks)
-        if choice(DirectIO, direct_io, "direct_io") is DirectIO.ON:
+        if parse_enum(DirectIO, direct_io, "direct_io") is DirectIO.ON:
             raise DirectIORefused(
                 errno.EINVAL, "a classic stream goes through the page cache", self.source.name
             )
-        wanted = {block.name for block in self._known(blocks)}
+        wanted = set(self._known(blocks))
         given = {n: m for n, m in memories.items() if n in wanted or n not in self.blocks}
         missing = [name for name in self.blocks if name in wanted and name not in given]
         if missing and IGNORE_SHARED not in self.configuration.capabilities:
@@ -312,9 +309,9 @@ class _Counted:
 class _PageCount:
     """Records that are checked and counted, at two bits a page."""
 
-    def __init__(self, blocks: Sequence[SequentialBlock], page_size: int) -> None:
+    def __init__(self, blocks: Sequence[ListedBlock], page_size: int) -> None:
         with contextlib.ExitStack() as stack:
-            self._records = Records(blocks, page_size)
+            self._records = RecordDecoder(blocks, page_size)
             self._bitmaps = {}
             for block, record in zip(blocks, self._records.core, strict=True):
                 seen, content = pair = [Bitmap(block.length // page_size) for _ in range(2)]
@@ -325,7 +322,7 @@ class _PageCount:
             self._records.start()
             self.close = stack.pop_all().close
 
-    def read(self, source: InputTarget, channels: Channels, offset: int) -> int:
+    def read(self, source: InputFile, channels: Channels, offset: int) -> int:
         return self._records.read(source, channels, offset)
 
     def found(self) -> dict[str, _Counted]:

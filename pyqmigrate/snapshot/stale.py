@@ -11,14 +11,14 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Range, core_block, cut
+from pyqmigrate.io.channels import Channels, Range, core_block, split_ranges
 from pyqmigrate.io.target import core_file
-from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
+from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
 __all__ = ["clear_stale", "find_stale"]
 
 
-def find_stale(snapshot: Snapshot, channels: Channels) -> dict[str, int]:
+def find_stale(snapshot: MappedRamSnapshot, channels: Channels) -> dict[str, int]:
     """How many stale pages each block has; blocks without any are left out.
 
     Only what the file holds under clear bits is read. Raises SnapshotError for bad bitmaps,
@@ -38,14 +38,16 @@ def find_stale(snapshot: Snapshot, channels: Channels) -> dict[str, int]:
     return found
 
 
-def clear_stale(snapshot: Snapshot, fd: int, names: Collection[str], channels: Channels) -> None:
+def clear_stale(
+    snapshot: MappedRamSnapshot, fd: int, names: Collection[str], channels: Channels
+) -> None:
     """Make them holes in the blocks ``names``; ``fd`` is the file, open for writing, our own."""
     file = core_file(fd, None)
     for name in names:
         _each(snapshot.blocks[name], channels, _core.lib.qm_stale_punch, file)
 
 
-def _each(block: SnapshotBlock, channels: Channels, function: Any, file: Any, *more: Any) -> None:
+def _each(block: MappedRamBlock, channels: Channels, function: Any, file: Any, *more: Any) -> None:
     """Call a function of the core for all of a block, range by range."""
     layout, bits = core_block(block.layout), block.bitmap
 
@@ -55,5 +57,5 @@ def _each(block: SnapshotBlock, channels: Channels, function: Any, file: Any, *m
         )
         return min(int(count), 0)
 
-    pieces = cut(0, block.num_pages, block.page_size)
+    pieces = split_ranges(0, block.num_pages, block.page_size)
     channels.run(pieces, move, "the snapshot", [block.name])

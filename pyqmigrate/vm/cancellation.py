@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-__all__ = ["heed_cancellation", "owned", "unbroken"]
+__all__ = ["check_cancelled", "acquired", "shielded"]
 
 T = TypeVar("T")
 
 
-async def unbroken(work: Awaitable[T]) -> T:
+async def shielded(work: Awaitable[T]) -> T:
     """The result of ``work``. A cancellation of the caller takes effect when it is done."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -30,19 +30,19 @@ async def unbroken(work: Awaitable[T]) -> T:
     return task.result()
 
 
-async def owned(work: Awaitable[T], close: Callable[[T], object]) -> T:
+async def acquired(work: Awaitable[T], close: Callable[[T], object]) -> T:
     """The result of ``work``, which the caller owns. If the caller is cancelled it does not get it;
     then it is closed here, by ``close``."""
     task = asyncio.ensure_future(work)
     try:
-        return await unbroken(task)
+        return await shielded(task)
     except asyncio.CancelledError:
         if not task.cancelled() and task.exception() is None:
             close(task.result())
         raise
 
 
-def heed_cancellation() -> None:
+def check_cancelled() -> None:
     """Raise CancelledError if this task was cancelled, also where that has been swallowed.
 
     ``asyncio.wait_for`` does so, in Python 3.11, when what it waited for came at the same moment.

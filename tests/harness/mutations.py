@@ -32,7 +32,7 @@ from pathlib import Path
 
 import zstandard
 
-from pyqmigrate import FileMemory, PyqmigrateError, RamBlock, Snapshot, open_snapshot
+from pyqmigrate import FileMemory, MappedRamSnapshot, PyqmigrateError, RamBlock, open_snapshot
 from pyqmigrate.cli import main as command
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
@@ -40,8 +40,8 @@ from pyqmigrate.io.target import DirectIO
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.incoming.companion import Companion
-from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.incoming.companion import IncomingStream
+from pyqmigrate.vm.incoming.source import RestoreSource
 from tests.harness.snapshots import ram
 from tests.harness.stream_mutations import Anatomy, dissect, mutate
 from tests.unit.cli.test_cli_devices import BODY, RTC
@@ -197,12 +197,14 @@ def load(directory: Path, _: bool) -> int:
 
 def restore(directory: Path, _: bool) -> int:
     """What ``vm restore`` reads before a QEMU does: the snapshot, its seal, the companion."""
-    source = Source(str(directory / "file"), None)
+    source = RestoreSource(str(directory / "file"), None)
     try:
         sealed = source.clear_pages_are_zero()
         source.close_reading(source.reading(None, DirectIO.AUTO))
-        assert isinstance(source.snapshot, Snapshot)
-        companion = Companion(source.snapshot, source.fd, [*source.snapshot.blocks], sealed=sealed)
+        assert isinstance(source.snapshot, MappedRamSnapshot)
+        companion = IncomingStream(
+            source.snapshot, source.fd, [*source.snapshot.blocks], sealed=sealed
+        )
         try:
             companion.build()
         finally:

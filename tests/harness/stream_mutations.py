@@ -42,14 +42,15 @@ from pyqmigrate import (
     seal,
     verify_seal,
 )
+from pyqmigrate.enums import Format
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.format.stream.wire import SectionKind
-from pyqmigrate.snapshot.base import Kind
-from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
+from pyqmigrate.snapshot.base import Snapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.devices import devices
 from pyqmigrate.snapshot.provenance import provenance
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["Outcome", "run"]
 
@@ -111,7 +112,7 @@ LIBVIRT_FIELDS = [(0, 16), *((at, 4) for at in (16, 20, 24, 28, 32))]
 
 def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
     with open_snapshot(file, offset=offset or None) as opened:
-        if isinstance(opened, ClassicSnapshot):
+        if isinstance(opened, SequentialSnapshot):
             return _dissect_classic(data, opened)
         offset, stream = opened.offset, opened.stream
         libvirt = opened.libvirt is not None
@@ -144,7 +145,7 @@ def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
     return Anatomy(fields, metadata, numbers)
 
 
-def _dissect_classic(data: bytes, snapshot: ClassicSnapshot) -> Anatomy:
+def _dissect_classic(data: bytes, snapshot: SequentialSnapshot) -> Anatomy:
     """Besides the head and the tail, some of the records stand for all of them."""
     offset, stream = snapshot.offset, snapshot.stream
     fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
@@ -389,7 +390,7 @@ def _digest(file: Path, offset: int) -> str | None:
         return None
 
 
-def _load(snapshot: AnySnapshot) -> None:
+def _load(snapshot: Snapshot) -> None:
     blocks = [block for block in snapshot.blocks.values() if not block.external]
     if length_of(snapshot) > LOADABLE:
         for block in blocks:
@@ -409,11 +410,11 @@ def _load(snapshot: AnySnapshot) -> None:
         snapshot.load(memories, channels=2)
 
 
-def length_of(snapshot: AnySnapshot) -> int:
+def length_of(snapshot: Snapshot) -> int:
     return sum(block.length for block in snapshot.blocks.values())
 
 
-def _unpack(snapshot: AnySnapshot, directory: Path) -> None:
+def _unpack(snapshot: Snapshot, directory: Path) -> None:
     if length_of(snapshot) > CONVERTIBLE:
         return
     try:
@@ -422,9 +423,9 @@ def _unpack(snapshot: AnySnapshot, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _convert(snapshot: AnySnapshot, form: str) -> None:
+def _convert(snapshot: Snapshot, form: str) -> None:
     if form == "other":
-        form = "stream" if snapshot.kind is Kind.MAPPED_RAM else "mapped-ram"
+        form = "stream" if snapshot.format is Format.MAPPED_RAM else "mapped-ram"
     if length_of(snapshot) > (STREAMABLE if form == "stream" else CONVERTIBLE):
         return
     target = os.memfd_create("converted")

@@ -14,7 +14,7 @@ from pyqmigrate.vm.record.contents import (
     Image,
     ImageState,
     MachineRecord,
-    QemuProcess,
+    RecordedQemu,
     SaveFacts,
     VmRecord,
 )
@@ -52,7 +52,7 @@ def record(
     values: dict[str, Any] = {
         "snapshot": "guest.mapped",
         "identity": "0123456789abcdef0123456789abcdef",
-        "qemu": QemuProcess(
+        "qemu": RecordedQemu(
             "10.0.2",
             "/usr/bin/qemu-system-x86_64",
             None if command is None else tuple(command),

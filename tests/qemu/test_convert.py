@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate.export.convert import Form, convert
-from pyqmigrate.snapshot.base import Kind
-from pyqmigrate.snapshot.detect import AnySnapshot, open_snapshot
+from pyqmigrate.enums import Format
+from pyqmigrate.export.convert import convert
+from pyqmigrate.snapshot.base import Snapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.devices import devices
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.writer import SaveReport
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.harness.compare_memory import assert_same_blocks
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
 from tests.harness.pattern_guest import build, check_pattern
@@ -26,8 +27,8 @@ from tests.harness.sequential_saves import ClassicQemu
 pytestmark = pytest.mark.qemu
 
 RAM = 32 << 20
-FORMS = [Form.MAPPED_RAM, Form.STREAM]
-QEMU = {Form.MAPPED_RAM: Qemu, Form.STREAM: ClassicQemu}
+FORMS = [Format.MAPPED_RAM, Format.SEQUENTIAL]
+QEMU = {Format.MAPPED_RAM: Qemu, Format.SEQUENTIAL: ClassicQemu}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Saved:
     image: Path | None = None
 
 
-def save_paused(directory: Path, machine: str, form: Form) -> Saved:
+def save_paused(directory: Path, machine: str, form: Format) -> Saved:
     path = directory / f"theirs.{form}"
     with GuestRam(RAM) as ram, QEMU[form](ram, machine=machine) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED, seed=8)
@@ -48,7 +49,7 @@ def save_paused(directory: Path, machine: str, form: Form) -> Saved:
         return Saved(path, machine, vm.read_blocks())
 
 
-def save_running(directory: Path, machine: str, form: Form, *, xbzrle: bool = False) -> Saved:
+def save_running(directory: Path, machine: str, form: Format, *, xbzrle: bool = False) -> Saved:
     path, serial, image = directory / f"live.{form}", directory / "serial", build(directory, RAM)
     with (
         GuestRam(RAM) as ram,
@@ -66,7 +67,7 @@ def save_running(directory: Path, machine: str, form: Form, *, xbzrle: bool = Fa
         return Saved(path, machine, vm.read_blocks(), image)
 
 
-def assert_loads(path: Path, saved: Saved, form: Form) -> None:
+def assert_loads(path: Path, saved: Saved, form: Format) -> None:
     with (
         GuestRam(RAM) as ram,
         QEMU[form](
@@ -90,7 +91,7 @@ def assert_same_state(path: Path, other: Path) -> None:
     assert pair[0] == pair[1]
 
 
-def state_of(snapshot: AnySnapshot) -> tuple[object, ...]:
+def state_of(snapshot: Snapshot) -> tuple[object, ...]:
     stream, source = snapshot.stream, snapshot.source
     sections = [
         (s.kind.name, s.section_id, source.read_at(s.offset, s.length))
@@ -112,7 +113,7 @@ def description_of(path: Path) -> bytes:
 @pytest.mark.parametrize("machine", RAM_BLOCK)
 @pytest.mark.parametrize("form", FORMS)
 def test_other_form_and_back_are_loaded_with_equal_memory(
-    machine: str, form: Form, disk: Path
+    machine: str, form: Format, disk: Path
 ) -> None:
     saved = save_paused(disk, machine, form)
     [other] = set(FORMS) - {form}
@@ -127,7 +128,7 @@ def test_other_form_and_back_are_loaded_with_equal_memory(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("machine", RAM_BLOCK)
-def test_live_save_is_one_instant_in_the_other_form(machine: str, form: Form, disk: Path) -> None:
+def test_live_save_is_one_instant_in_the_other_form(machine: str, form: Format, disk: Path) -> None:
     saved = save_running(disk, machine, form)
     [other] = set(FORMS) - {form}
     convert(saved.path, disk / "there", to=other)
@@ -139,22 +140,22 @@ def test_live_save_is_one_instant_in_the_other_form(machine: str, form: Form, di
 
 
 def test_changes_to_pages_are_applied(disk: Path) -> None:
-    saved = save_running(disk, "pc", Form.STREAM, xbzrle=True)
+    saved = save_running(disk, "pc", Format.SEQUENTIAL, xbzrle=True)
     convert(saved.path, disk / "there", to="mapped-ram")
-    assert_loads(disk / "there", saved, Form.MAPPED_RAM)
+    assert_loads(disk / "there", saved, Format.MAPPED_RAM)
     with open_snapshot(saved.path) as snapshot:
         for name, block in snapshot.blocks.items():
             assert block.read(0, block.length) == saved.blocks[name]
 
 
 def test_raw_files_of_a_classic_stream_hold_the_memory(disk: Path) -> None:
-    saved = save_paused(disk, "pc", Form.STREAM)
+    saved = save_paused(disk, "pc", Format.SEQUENTIAL)
     convert(saved.path, disk / "raw", to="raw")
     assert (disk / "raw/pc.ram.raw").read_bytes() == saved.blocks["pc.ram"]
 
 
 def test_zero_pages_are_holes_of_the_mapped_file(disk: Path) -> None:
-    saved = save_paused(disk, "q35", Form.STREAM)
+    saved = save_paused(disk, "q35", Format.SEQUENTIAL)
     report = convert(saved.path, disk / "there", to="mapped-ram", sparse="exact")
     assert isinstance(report, SaveReport)
     data = sum(
@@ -167,8 +168,8 @@ def test_zero_pages_are_holes_of_the_mapped_file(disk: Path) -> None:
 
 
 def test_stale_bytes_under_clear_bits_do_not_come_along(disk: Path) -> None:
-    saved = save_paused(disk, "pc", Form.MAPPED_RAM)
-    with Snapshot(saved.path) as snapshot:
+    saved = save_paused(disk, "pc", Format.MAPPED_RAM)
+    with MappedRamSnapshot(saved.path) as snapshot:
         block = snapshot.blocks["pc.ram"]
         stale = [first for first, _, data in block.runs() if not data][:50]
         assert stale
@@ -178,26 +179,29 @@ def test_stale_bytes_under_clear_bits_do_not_come_along(disk: Path) -> None:
         os.pwrite(fd, b"\xee" * 4096, at + page * 4096)
     os.close(fd)
     convert(saved.path, disk / "there", to="stream")
-    assert_loads(disk / "there", saved, Form.STREAM)
+    assert_loads(disk / "there", saved, Format.SEQUENTIAL)
 
 
 def test_kind_is_found_by_looking(disk: Path) -> None:
     for form in FORMS:
         saved = save_paused(disk, "microvm", form)
         with open_snapshot(saved.path) as snapshot:
-            assert snapshot.kind is Kind(form.value)
+            assert snapshot.format is Format(form.value)
             assert snapshot.machine.startswith("microvm") or snapshot.machine
             snapshot.verify()
         assert devices(saved.path).devices
 
 
 def test_offset_is_kept_apart(disk: Path) -> None:
-    saved = save_paused(disk, "pc", Form.STREAM)
+    saved = save_paused(disk, "pc", Format.SEQUENTIAL)
     convert(saved.path, f"file:{disk}/there,offset=0x1234", to="mapped-ram")
     with GuestRam(RAM) as ram, Qemu(ram, incoming=True) as vm:
         vm.load(disk / "there", offset=0x1234)
         assert_same_blocks(vm.read_blocks(), saved.blocks)
-    with ClassicSnapshot(saved.path) as snapshot, open_snapshot(disk / "there", offset=0x1234) as o:
+    with (
+        SequentialSnapshot(saved.path) as snapshot,
+        open_snapshot(disk / "there", offset=0x1234) as o,
+    ):
         assert snapshot.machine == o.machine
 
 

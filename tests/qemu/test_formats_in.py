@@ -12,8 +12,8 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, NotSupported, UsageError, convert, open_snapshot
+from pyqmigrate.enums import Format
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.snapshot.base import Kind
 from pyqmigrate.snapshot.provenance import provenance
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.libvirt import Libvirt
@@ -75,7 +75,7 @@ def test_classic_stream_of_another_target_is_read_and_converted(
         expected = bytes(ram.memory)
     with open_snapshot(disk / "stream") as snapshot:
         snapshot.verify()
-        assert snapshot.kind is Kind.STREAM
+        assert snapshot.format is Format.SEQUENTIAL
         assert target.machine in snapshot.machine
         assert_same_memory(snapshot.blocks[target.block].read(0, target.length), expected)
     convert(disk / "stream", disk / "mapped", to="mapped-ram")
@@ -135,7 +135,7 @@ def test_sparse_image_of_libvirt_is_read_and_converted(disk: Path) -> None:
         vm.save(path, Mode(channels=2, multifd=True, direct_io=True), offset=70001)
         blocks = vm.read_blocks()
     with open_snapshot(path) as snapshot:
-        assert (snapshot.kind, snapshot.libvirt) == (Kind.MAPPED_RAM, header)
+        assert (snapshot.format, snapshot.libvirt) == (Format.MAPPED_RAM, header)
         snapshot.verify()
     convert(path, disk / "mapped", to="mapped-ram")
     with GuestRam(RAM) as ram, Qemu(ram, incoming=True) as vm:

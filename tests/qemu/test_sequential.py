@@ -15,7 +15,7 @@ from bench.contents import Contents, fill
 from pyqmigrate import RamBlock
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.target import InputTarget
+from pyqmigrate.io.target import InputFile
 from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
     SequentialReader,
@@ -23,7 +23,7 @@ from pyqmigrate.snapshot.load.sequential import (
     start_sequential_load,
     start_sequential_save,
 )
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.machine import RAM_BLOCK, GuestRam, MigrationFailed, Mode
 from tests.harness.pattern_guest import build, check_pattern
@@ -46,7 +46,7 @@ class Loaded:
 
 def load(path: Path, *, offset: int = 0) -> Loaded:
     """All blocks of a classic stream, into memory that was not zero."""
-    source = InputTarget(f"file:{path},offset={offset}")
+    source = InputFile(f"file:{path},offset={offset}")
     try:
         reader = SequentialReader(source, {}, skip_unknown_blocks=True)
         reader.close()
@@ -227,4 +227,4 @@ def test_snapshot_says_that_a_classic_stream_is_another_kind(disk: Path) -> None
     with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
         vm.save(disk / "guest", Mode())
     with pytest.raises(NotSupported, match="sequential"):
-        Snapshot(disk / "guest")
+        MappedRamSnapshot(disk / "guest")

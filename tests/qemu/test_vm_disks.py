@@ -11,7 +11,7 @@ import pytest
 
 from pyqmigrate.errors import NotSupported, QemuRefused
 from pyqmigrate.vm.guest.disks import DiskPlan, prepare, stranded, take
-from pyqmigrate.vm.guest.inspect import look
+from pyqmigrate.vm.guest.inspect import inspect
 from pyqmigrate.vm.outgoing import guardian
 from pyqmigrate.vm.outgoing.transaction import drive
 from pyqmigrate.vm.qemu.monitor import Monitor
@@ -59,7 +59,7 @@ def listed(directory: Path) -> list[str]:
 
 
 async def planned(monitor: Monitor, snapshot: Path) -> DiskPlan:
-    with await look(monitor) as guest:
+    with await inspect(monitor) as guest:
         return prepare(guest, snapshot)
 
 

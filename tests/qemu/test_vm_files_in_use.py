@@ -11,7 +11,7 @@ import pytest
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.guest.files import files_of
-from pyqmigrate.vm.guest.inspect import Guest, look
+from pyqmigrate.vm.guest.inspect import GuestInfo, inspect
 from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.qemu.monitor import Monitor
@@ -126,9 +126,9 @@ def test_files_are_known_by_the_names_that_qemu_gives_them_too(
 
     async def by_name() -> set[str]:
         async with await Monitor.connect(qemu.socket) as monitor:
-            with await look(monitor) as guest:
-                facts = {name: getattr(guest, name) for name in Guest.__dataclass_fields__}
-                hidden = Guest(**facts | {"process": None, "blocks": ()})
+            with await inspect(monitor) as guest:
+                facts = {name: getattr(guest, name) for name in GuestInfo.__dataclass_fields__}
+                hidden = GuestInfo(**facts | {"process": None, "blocks": ()})
                 return set(files_of(hidden).values())
 
     assert "disk d0 of the guest" in asyncio.run(by_name())

@@ -19,9 +19,9 @@ import pytest
 from pyqmigrate.errors import NotSupported, QemuError
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.process_memory import ProcessMemory
-from pyqmigrate.snapshot.mapped_ram import Snapshot
-from pyqmigrate.vm.guest.inspect import Guest, GuestBlock, look
-from pyqmigrate.vm.plan.blockers import Way
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo, inspect
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.engine import Engine, choose_engine
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
@@ -42,15 +42,17 @@ def one(kind: str, *options: str, machine: str = "pc") -> list[str]:
 
 
 @contextlib.contextmanager
-def looked(*arguments: str, run: bool = False, **more: object) -> Iterator[tuple[BareQemu, Guest]]:
+def looked(
+    *arguments: str, run: bool = False, **more: object
+) -> Iterator[tuple[BareQemu, GuestInfo]]:
     with (
         BareQemu(*arguments, run=run, **more) as qemu,  # type: ignore[arg-type]
-        qemu.run(look) as guest,
+        qemu.run(inspect) as guest,
     ):
         yield qemu, guest
 
 
-def block_of(guest: Guest, name: str) -> GuestBlock:
+def block_of(guest: GuestInfo, name: str) -> GuestBlock:
     return next(block for block in guest.blocks if block.name == name)
 
 
@@ -126,7 +128,7 @@ def test_unlinked_file_is_found(ram_file: Path) -> None:
     with BareQemu(*one("file", "share=on", f"mem-path={name}")) as qemu:
         qemu.run(_nothing)
         ram_file.unlink()
-        with qemu.run(look) as guest:
+        with qemu.run(inspect) as guest:
             block = block_of(guest, "ram0")
             written_into(qemu, block, 0)
             assert read_back(block, 0) == PATTERN
@@ -142,7 +144,7 @@ def test_file_replaced_by_another_of_its_name_is_not_mistaken(ram_file: Path) ->
         qemu.run(_nothing)
         ram_file.rename(ram_file.with_name("moved"))
         ram_file.write_bytes(bytes(RAM))
-        with qemu.run(look) as guest:
+        with qemu.run(inspect) as guest:
             block = block_of(guest, "ram0")
             written_into(qemu, block, MIB)
             assert read_back(block, MIB) == PATTERN
@@ -151,7 +153,7 @@ def test_file_replaced_by_another_of_its_name_is_not_mistaken(ram_file: Path) ->
 def test_descriptors_are_read_only_and_closed() -> None:
     with BareQemu(*one("memfd", "share=on")) as qemu:
         before = set(Path("/proc/self/fd").iterdir())
-        with qemu.run(look) as guest:
+        with qemu.run(inspect) as guest:
             memory = block_of(guest, "ram0").memory
             assert isinstance(memory, FileMemory)
             with pytest.raises(OSError):
@@ -228,11 +230,11 @@ def test_blocks_are_those_of_a_stream(arguments: Sequence[str], tmp_path: Path) 
             await asyncio.sleep(0.01)
 
     with BareQemu(*arguments) as qemu:
-        with qemu.run(look) as guest:
+        with qemu.run(inspect) as guest:
             named = [(block.name, block.length) for block in guest.blocks]
             machine = guest.machine
         qemu.run(save)
-    with Snapshot(path) as snapshot:
+    with MappedRamSnapshot(path) as snapshot:
         assert named == [(block.name, block.length) for block in snapshot.blocks.values()]
         assert machine == snapshot.stream.machine
 
@@ -394,14 +396,22 @@ FILE = one("file", "share=on", "mem-path=/dev/shm")
 def test_running_guest_with_a_shared_file_is_left_out_by_migrate() -> None:
     with looked(*FILE, run=True) as (_, guest):
         choice = choose_engine(guest)
-        assert (choice.engine, choice.way, choice.stays) == (Engine.DIRECT, Way.IGNORE_SHARED, True)
+        assert (choice.engine, choice.way, choice.stays) == (
+            Engine.DIRECT,
+            DeviceStateMethod.IGNORE_SHARED,
+            True,
+        )
 
 
 @pytest.mark.parametrize("arguments", [FILE, one("memfd"), ["-M", "pc", "-m", "48M"]])
 def test_guest_that_does_not_run_stays_as_it_is(arguments: list[str]) -> None:
     with looked(*arguments) as (_, guest):
         choice = choose_engine(guest)
-        assert (choice.engine, choice.way, choice.stays) == (Engine.DIRECT, Way.DEVICES_ONLY, True)
+        assert (choice.engine, choice.way, choice.stays) == (
+            Engine.DIRECT,
+            DeviceStateMethod.DEVICES_ONLY,
+            True,
+        )
 
 
 def test_live_save_is_qemus() -> None:
@@ -450,11 +460,11 @@ def test_dirty_bitmaps_are_left_to_qemu_when_they_migrate(tmp_path: Path) -> Non
     disk.write_bytes(bytes(MIB))
     drive = ["-blockdev", f"driver=file,filename={disk},node-name=disk"]
 
-    async def with_bitmap(monitor: Monitor) -> Guest:
+    async def with_bitmap(monitor: Monitor) -> GuestInfo:
         await monitor.execute("block-dirty-bitmap-add", {"node": "disk", "name": "changed"})
         wanted = [{"capability": "dirty-bitmaps", "state": True}]
         await monitor.execute("migrate-set-capabilities", {"capabilities": wanted})
-        return await look(monitor)
+        return await inspect(monitor)
 
     with BareQemu("-M", "pc", "-m", "48M", *drive) as qemu, qemu.run(with_bitmap) as guest:
         assert guest.dirty_bitmaps == (("disk", "changed"),)
@@ -476,7 +486,7 @@ def test_looking_changes_nothing() -> None:
             return [await monitor.execute(command) for command in asked]
 
         before = qemu.run(state)
-        qemu.run(look).close()
+        qemu.run(inspect).close()
         assert qemu.run(state) == before
 
 
@@ -535,9 +545,9 @@ def test_qemu_that_points_at_another_process_has_that_not_read(tmp_path: Path) -
     )
     path = tmp_path / "proxy"
 
-    async def looked() -> tuple[Guest, str]:
+    async def looked() -> tuple[GuestInfo, str]:
         async with await Monitor.connect(path) as monitor:
-            guest = await look(monitor)
+            guest = await inspect(monitor)
         with guest:
             return guest, "; ".join(choose_engine(guest).refused)
 

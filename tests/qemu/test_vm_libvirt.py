@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pyqmigrate import Snapshot, convert
+from pyqmigrate import MappedRamSnapshot, convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
-from pyqmigrate.io.target import InputTarget
+from pyqmigrate.io.target import InputFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_load
 from pyqmigrate.vm.incoming.restore import restore
 from tests.harness.libvirt import Domain, Libvirt
@@ -70,7 +70,7 @@ def save(
     if paused:
         libvirt.virsh("suspend", name)
     libvirt.virsh("save", name, path, *options)
-    with contextlib.closing(InputTarget(path)) as source:
+    with contextlib.closing(InputFile(path)) as source:
         header = read_header(source)
     return Image(path, header, domain, bios, serial.read_bytes())
 
@@ -105,7 +105,7 @@ def test_header_is_encoded_as_libvirt_did(image: Image) -> None:
 
 
 def test_snapshot_in_a_sparse_image_is_one_instant_of_the_guest(image: Image) -> None:
-    with Snapshot(image.path, offset=image.header.stream_offset) as snapshot:
+    with MappedRamSnapshot(image.path, offset=image.header.stream_offset) as snapshot:
         memory = snapshot.blocks["pc.ram"].read(0, RAM)
         assert snapshot.machine in image.header.xml
     assert check_pattern(memory).generation - len(image.reports) in (0, 1)
@@ -144,7 +144,7 @@ def test_raw_image_of_a_paused_guest_says_so(raw: Image) -> None:
 def test_classic_stream_in_a_raw_image_is_one_instant_of_the_guest(raw: Image) -> None:
     memory = bytearray(RAM)
     uri = f"file:{raw.path},offset={raw.header.stream_offset}"
-    with contextlib.closing(InputTarget(uri)) as source:
+    with contextlib.closing(InputFile(uri)) as source:
         start_sequential_load(source, {"pc.ram": memory}, skip_unknown_blocks=True).wait()
     assert check_pattern(bytes(memory)).generation - len(raw.reports) in (0, 1)
 
@@ -166,7 +166,7 @@ def test_virsh_restores_what_was_converted(
     convert(image.path, disk / "ours", to="mapped-ram" if form == "raw" else "stream")
     new = disk / "new.save"
     convert(disk / "ours", new, to="libvirt", like=image.path, image_format=form)
-    with contextlib.closing(InputTarget(new)) as opened:
+    with contextlib.closing(InputFile(new)) as opened:
         header = read_header(opened)
     assert header.format is ImageFormat[form.upper()]
     assert (header.complete, header.xml, header.cookie) == (

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from pyqmigrate import Snapshot
+from pyqmigrate import MappedRamSnapshot
 from pyqmigrate.errors import QemuError, QemuGone
 from pyqmigrate.vm.outgoing import direct as engine_direct
-from pyqmigrate.vm.outgoing.transaction import Custody
+from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from tests.harness.pattern_guest import check_pattern
 from tests.harness.qmp import QmpError
 from tests.harness.saving import Source, source
@@ -75,20 +75,20 @@ def test_guest_that_was_let_run_between_its_devices_and_its_memory_is_not_saved(
 def test_guest_that_was_let_run_between_its_disks_and_its_memory_is_not_saved(
     live: bool, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Custody.take_disks
+    original = SaveTransaction.take_disks
     image = disk / "image.raw"
     image.write_bytes(bytes(1 << 20))
     refused = False
 
-    async def meddled(custody: Custody) -> None:
+    async def meddled(transaction: SaveTransaction) -> None:
         nonlocal refused
-        await original(custody)
+        await original(transaction)
         try:
             guest.vm.execute("cont")
         except QmpError:  # QEMU does not allow it at the switchover
             refused = True
 
-    monkeypatch.setattr(Custody, "take_disks", meddled)
+    monkeypatch.setattr(SaveTransaction, "take_disks", meddled)
     drive = ("-drive", f"file={image},format=raw,if=virtio")
     with source(disk, memory="private", extra=drive) as guest:
         outcome = (
@@ -122,7 +122,7 @@ def test_guest_that_was_let_run_before_is_saved(memory: str, disk: Path) -> None
         guest.save(disk / "snapshot", engine="direct")
         guest.files.add("snapshot")
         guest.assert_as_before()
-    with Snapshot(disk / "snapshot") as snapshot:
+    with MappedRamSnapshot(disk / "snapshot") as snapshot:
         ram = snapshot.blocks["pc.ram"]
         check_pattern(ram.read(0, ram.length))
 

@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 
 import pytest
 
-from pyqmigrate import Snapshot
+from pyqmigrate import MappedRamSnapshot
 from pyqmigrate.errors import QemuError, QemuGone, TargetError
-from pyqmigrate.io.target import OutputTarget
+from pyqmigrate.io.target import OutputFile
 from pyqmigrate.vm.guest.memory import GuestBlock, find_memory
 from pyqmigrate.vm.outgoing.save import save
-from pyqmigrate.vm.outgoing.transaction import Custody
+from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.saving import ROOT, Source, source, wait_until
 
@@ -34,8 +34,8 @@ UNSHARE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
 BLIND = """
 import sys
 from pyqmigrate.cli import main
-from pyqmigrate.io.target import OutputTarget
-OutputTarget.free_bytes = lambda self: None
+from pyqmigrate.io.target import OutputFile
+OutputFile.free_bytes = lambda self: None
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -55,9 +55,9 @@ sys.exit(main(sys.argv[1:]))
 
 SLOW_TO_OPEN = """
 import time
-from pyqmigrate.io.target import OutputTarget
-open_direct = OutputTarget._open_direct
-OutputTarget._open_direct = lambda *arguments: (time.sleep(1), open_direct(*arguments))[1]
+from pyqmigrate.io.target import OutputFile
+open_direct = OutputFile._open_direct
+OutputFile._open_direct = lambda *arguments: (time.sleep(1), open_direct(*arguments))[1]
 """
 
 
@@ -199,14 +199,14 @@ def test_save_cancelled_while_its_file_is_opened_leaves_none(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = threading.Event()
-    real = OutputTarget._open_direct
+    real = OutputFile._open_direct
 
-    def slow(target: OutputTarget, *arguments: Any) -> None:
+    def slow(target: OutputFile, *arguments: Any) -> None:
         opened.set()
         time.sleep(0.3)
         real(target, *arguments)
 
-    monkeypatch.setattr(OutputTarget, "_open_direct", slow)
+    monkeypatch.setattr(OutputFile, "_open_direct", slow)
     # A file system without unnamed files.
     monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
 
@@ -308,7 +308,7 @@ def assert_old_or_whole(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(OLD)) == OLD:
             return
-    with Snapshot(path) as snapshot:
+    with MappedRamSnapshot(path) as snapshot:
         snapshot.verify()
     path.write_bytes(OLD)
 
@@ -434,13 +434,13 @@ class Interloper:
     def __init__(self, guest: Source, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
         self.vm = guest.vm
         self.file = guest.directory / "other"
-        method = getattr(Custody, step)
+        method = getattr(SaveTransaction, step)
 
         async def later(*arguments: Any) -> None:
             self.begin()
             await method(*arguments)
 
-        monkeypatch.setattr(Custody, step, later)
+        monkeypatch.setattr(SaveTransaction, step, later)
 
     def begin(self) -> None:
         self.vm.set_capabilities({"x-ignore-shared": False, "pause-before-switchover": False})

@@ -24,7 +24,7 @@ from pyqmigrate.snapshot.devices import cpu_registers, devices
 from pyqmigrate.vm.incoming.load import Incoming
 from pyqmigrate.vm.outgoing.save import VmSaveReport, save
 from pyqmigrate.vm.plan.check import check
-from pyqmigrate.vm.qemu.launch import Launched
+from pyqmigrate.vm.qemu.launch import QemuSession
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.twin import twin
 from pyqmigrate.vm.twin.twin import describe_snapshot
@@ -188,7 +188,7 @@ def watch_twin(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
     words: list[str] = []
     real = twin.take_in
 
-    async def watched(qemu: Launched, incoming: Incoming) -> float:
+    async def watched(qemu: QemuSession, incoming: Incoming) -> float:
         process = Path(f"/proc/{qemu.process.pid}")
         files.extend(str(fd.readlink()) for fd in (process / "fd").iterdir())
         maps = (process / "maps").read_text().splitlines()
@@ -275,7 +275,7 @@ def test_running_guest_goes_on_before_it_is_described(
     states = []
     real = twin.take_in
 
-    async def looked(qemu: Launched, incoming: Incoming) -> float:
+    async def looked(qemu: QemuSession, incoming: Incoming) -> float:
         states.append(guest.status())
         return await real(qemu, incoming)
 
@@ -397,7 +397,7 @@ def test_twin_is_of_the_user_that_its_original_is(
     users: list[list[str]] = []
     real = twin.take_in
 
-    async def looked(qemu: Launched, incoming: Incoming) -> float:
+    async def looked(qemu: QemuSession, incoming: Incoming) -> float:
         status = Path(f"/proc/{qemu.process.pid}/status").read_text()
         users.extend(line.split()[1:] for line in status.splitlines() if line[:3] in ("Uid", "Gid"))
         return await real(qemu, incoming)
@@ -497,7 +497,7 @@ def test_save_is_whole_whatever_becomes_of_its_twin(
 def test_twin_that_takes_too_long_is_ended(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pids = []
 
-    async def hang(qemu: Launched, incoming: Incoming) -> float:
+    async def hang(qemu: QemuSession, incoming: Incoming) -> float:
         pids.append(qemu.process.pid)
         await asyncio.sleep(600)
         return 0.0

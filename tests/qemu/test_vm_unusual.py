@@ -12,7 +12,7 @@ import pytest
 
 from pyqmigrate import vm
 from pyqmigrate.errors import NotSupported, QemuError
-from pyqmigrate.vm.guest.inspect import look
+from pyqmigrate.vm.guest.inspect import inspect
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
 from tests.harness.compare_memory import assert_same_blocks
@@ -235,7 +235,7 @@ def test_qemu_that_sees_another_system_is_saved(
         assert qemu.run(found)[1:] == settings[1:]
 
         async def its_memory(monitor: Monitor) -> dict[str, bytes]:
-            with await look(monitor) as guest:
+            with await inspect(monitor) as guest:
                 assert guest.pid is not None
                 return await memory_of(monitor, guest.pid)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import pyqmigrate
-from pyqmigrate import Form, RamBlock, UsageError
+from pyqmigrate import Format, RamBlock, UsageError
 from tests.harness.snapshots import known_memory
 
 
@@ -99,8 +99,8 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
         pyqmigrate.start_load,
         {"target": "snapshot", "memories": {"ram": bytearray(size)}},
     )
-    yield "Snapshot", pyqmigrate.Snapshot, {"target": "snapshot"}
-    yield "ClassicSnapshot", pyqmigrate.ClassicSnapshot, {"target": "stream"}
+    yield "Snapshot", pyqmigrate.MappedRamSnapshot, {"target": "snapshot"}
+    yield "SequentialSnapshot", pyqmigrate.SequentialSnapshot, {"target": "stream"}
     yield "open_snapshot", pyqmigrate.open_snapshot, {"target": "stream"}
     yield "convert", pyqmigrate.convert, {"source": "snapshot", "target": "new", "to": "stream"}
     yield "seal", pyqmigrate.seal, {"snapshot": "snapshot"}
@@ -124,7 +124,7 @@ VALUES = {
     "LoadReport",
     "SealReport",
     "SealCheck",
-    "SnapshotBlock",
+    "MappedRamBlock",
     "ImageReport",
     "Placement",
     "Devices",
@@ -137,7 +137,7 @@ VALUES = {
     "Capabilities",
     "Parameters",
     "Algorithm",
-    "Form",
+    "Format",
     "DirectIO",
     "Sparse",
     "Clear",
@@ -178,9 +178,9 @@ def test_wrong_type_is_a_usage_error(
     [(call, arguments)] = [(call, dict(a)) for n, call, a in calls() if n == name]
     arguments[parameter] = WRONG[parameter][number]
     if parameter in ("placements", "byte_order", "max_ram_below_4g"):
-        arguments["to"] = Form.ELF
+        arguments["to"] = Format.ELF
     if parameter in ("like", "image_format"):
-        arguments["to"] = Form.LIBVIRT
+        arguments["to"] = Format.LIBVIRT
         arguments.setdefault("like", "snapshot")
     with pytest.raises(UsageError):
         made = call(**arguments)

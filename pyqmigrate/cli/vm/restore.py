@@ -52,7 +52,7 @@ from pyqmigrate.io.target import DirectIO
 from pyqmigrate.qapi.monitor_address import monitor_path
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.incoming.early_start import Early
+    from pyqmigrate.vm.incoming.early_start import EarlyRestore
     from pyqmigrate.vm.incoming.request import Disks, Request
     from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport
 
@@ -177,11 +177,13 @@ def _run(args: argparse.Namespace) -> Outcome:
         raise
 
 
-async def _restore(args: argparse.Namespace, request: Request, early: Early | None) -> Outcome:
-    from pyqmigrate.vm.incoming.restore import restore, restore_begun
+async def _restore(
+    args: argparse.Namespace, request: Request, early: EarlyRestore | None
+) -> Outcome:
+    from pyqmigrate.vm.incoming.restore import finish_restore, restore
 
     if early is not None:
-        vm = await restore_begun(early)
+        vm = await finish_restore(early)
     else:
         vm = await restore(
             args.snapshot,

@@ -34,7 +34,7 @@ from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_front, e
 
 __all__ = [
     "RAM_EOS",
-    "SequentialBlock",
+    "ListedBlock",
     "SequentialStream",
     "SequentialWalk",
     "encode_end",
@@ -48,7 +48,7 @@ _USUAL_PAGE_SIZE = 4096
 
 
 @dataclass(frozen=True)
-class SequentialBlock:
+class ListedBlock:
     """A RAM block as a classic stream lists it; ``length`` in bytes.
 
     ``entry_offset`` is where its entry stands in the file, ``gpa`` the guest physical address
@@ -75,7 +75,7 @@ class SequentialStream:
     uuid: bytes | None
     page_size: int
     total_ram: int
-    blocks: tuple[SequentialBlock, ...]
+    blocks: tuple[ListedBlock, ...]
     sections: tuple[Section, ...]
     description: dict[str, Any] | None
     description_offset: int | None
@@ -149,7 +149,7 @@ class SequentialWalk(Walk):
         self._read_records = read_records
         self._given_page_size = page_size
         self.page_size = 0
-        self.blocks: tuple[SequentialBlock, ...] = ()
+        self.blocks: tuple[ListedBlock, ...] = ()
 
     @property
     def configuration(self) -> Configuration:
@@ -199,7 +199,7 @@ class SequentialWalk(Walk):
     def _read_blocks(self, page_size: int | None) -> None:
         at = self._cursor.position
         self.page_size = self._find_page_size(page_size, at)
-        blocks: list[SequentialBlock] = []
+        blocks: list[ListedBlock] = []
         names: set[str] = set()
         remaining = self._total
         while remaining:
@@ -219,7 +219,7 @@ class SequentialWalk(Walk):
             remaining -= block.length
         self.blocks = tuple(blocks)
 
-    def _read_entry(self) -> SequentialBlock:
+    def _read_entry(self) -> ListedBlock:
         cursor = self._cursor
         at = cursor.position
         name = cursor.text("the name of a RAM block")
@@ -229,7 +229,7 @@ class SequentialWalk(Walk):
         length = cursor.u64(what)
         ignore_shared = IGNORE_SHARED in self._configuration.capabilities
         gpa = cursor.u64(what) if ignore_shared else None
-        block = SequentialBlock(name, length, at, gpa)
+        block = ListedBlock(name, length, at, gpa)
         if length == 0 or length % self.page_size or length > OFFSET_MAX:
             raise _fault(
                 block,
@@ -263,5 +263,5 @@ class SequentialWalk(Walk):
         self._cursor.position = self._read_records(self._cursor.position)
 
 
-def _fault(block: SequentialBlock, message: str, field: str) -> SnapshotError:
+def _fault(block: ListedBlock, message: str, field: str) -> SnapshotError:
     return SnapshotError(message, offset=block.entry_offset, block=block.name, field=field)

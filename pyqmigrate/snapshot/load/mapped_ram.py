@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import BlockMismatch, SnapshotError, TargetError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, Range, check_channels, core_block, cut
-from pyqmigrate.io.memory import Attached, Memory
-from pyqmigrate.io.target import DirectIO, InputTarget, core_file
+from pyqmigrate.io.channels import Channels, Job, Range, check_channels, core_block, split_ranges
+from pyqmigrate.io.memory import Memory, OpenMemory
+from pyqmigrate.io.target import DirectIO, InputFile, core_file
 from pyqmigrate.log import logger
 
 __all__ = ["Clear", "LoadReport", "start_load"]
@@ -54,7 +54,7 @@ class LoadReport:
 
 
 def start_load(
-    source: InputTarget,
+    source: InputFile,
     blocks: Sequence[tuple[BlockLayout, Bitmap]],
     memories: Mapping[str, Memory],
     *,
@@ -74,8 +74,8 @@ def start_load(
         blocks,
         memories,
         check_channels(channels),
-        choice(DirectIO, direct_io, "direct_io"),
-        choice(Clear, clear, "clear"),
+        parse_enum(DirectIO, direct_io, "direct_io"),
+        parse_enum(Clear, clear, "clear"),
     )
     try:
         return Job(pass_in.channels, sum(layout.length for layout, _ in blocks), pass_in.run)
@@ -101,7 +101,7 @@ class _Load:
 
     def __init__(
         self,
-        source: InputTarget,
+        source: InputFile,
         blocks: Sequence[tuple[BlockLayout, Bitmap]],
         memories: Mapping[str, Memory],
         channels: int,
@@ -117,9 +117,9 @@ class _Load:
         threads = max(channels, min(channels * _THREADS_A_CHANNEL, _MOST_THREADS))
         self.channels = Channels(threads, "pyqmigrate-load")
         with contextlib.ExitStack() as stack:
-            self.memories: list[Attached] = []
+            self.memories: list[OpenMemory] = []
             for layout, _ in blocks:
-                memory = Attached(layout.name, memories[layout.name], writable=True)
+                memory = OpenMemory(layout.name, memories[layout.name], writable=True)
                 stack.callback(memory.close)
                 memory.refuse_as_source(source.file_fd)
                 if memory.length != layout.length:
@@ -179,7 +179,7 @@ class _Load:
     def _ranges(self, number: int) -> Iterator[Range]:
         """Ranges of a block; without those that the file has nothing of, where these are left."""
         layout, bitmap = self.blocks[number]
-        for item in cut(number, layout.num_pages, layout.page_size):
+        for item in split_ranges(number, layout.num_pages, layout.page_size):
             if self.clear is Clear.ZERO or bitmap.may_hold(item.first, item.npages):
                 yield item
             else:

@@ -3,7 +3,7 @@ without mapped-ram.
 
     with_memory = RamBlock("pc.ram", memory)
     start_sequential_save("/snap/guest.classic", [with_memory], machine="pc-q35-10.0").wait()
-    source = InputTarget("/snap/guest.classic")
+    source = InputFile("/snap/guest.classic")
     report = start_sequential_load(source, {"pc.ram": buffer}).wait()
 
 Pages stand one after another in the order in which they were saved; a page that changes during a
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate import _core
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import (
     BlockMismatch,
     Cancelled,
@@ -35,7 +35,7 @@ from pyqmigrate.errors import (
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.format.stream.sequential import (
     RAM_EOS,
-    SequentialBlock,
+    ListedBlock,
     SequentialStream,
     SequentialWalk,
     encode_end,
@@ -45,11 +45,11 @@ from pyqmigrate.format.stream.sequential import (
 )
 from pyqmigrate.format.stream.wire import MAGIC, SectionKind
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
+from pyqmigrate.io.channels import Channels, Job, Range, failure, split_ranges
 from pyqmigrate.io.forward_output import ForwardOutput, goes_forward
-from pyqmigrate.io.memory import Attached, Memory, RamBlock
-from pyqmigrate.io.pipe import PassingInput
-from pyqmigrate.io.target import DirectIO, InputTarget, Target
+from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock
+from pyqmigrate.io.pipe import ForwardInput
+from pyqmigrate.io.target import DirectIO, InputFile, Target
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
@@ -57,7 +57,7 @@ from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
 __all__ = [
     "DEVICE_STATE_MAX",
     "PolledSource",
-    "Records",
+    "RecordDecoder",
     "SequentialLoadReport",
     "SequentialReader",
     "SequentialWriter",
@@ -264,7 +264,7 @@ class SequentialWriter(StreamWriter):
                 item
                 for n in self.stored
                 for spec in [self.specs[n]]
-                for item in cut(n, spec.length // spec.page_size, spec.page_size)
+                for item in split_ranges(n, spec.length // spec.page_size, spec.page_size)
             ),
             move,
             self.target.name,
@@ -333,7 +333,7 @@ class SequentialLoadReport(LoadReport):
 
 
 def start_sequential_load(
-    source: InputTarget,
+    source: InputFile,
     memories: Mapping[str, Memory],
     *,
     skip_unknown_blocks: bool = False,
@@ -360,7 +360,7 @@ def start_sequential_load(
         source,
         memories,
         skip_unknown_blocks=skip_unknown_blocks,
-        clear=choice(Clear, clear, "clear"),
+        clear=parse_enum(Clear, clear, "clear"),
         page_size=page_size,
         max_bandwidth=max_bandwidth,
     )
@@ -377,12 +377,12 @@ class PolledSource:
     ``run_out`` is for the walk over a source that passes by; None for another one.
     """
 
-    def __init__(self, source: InputTarget, channels: Channels) -> None:
+    def __init__(self, source: InputFile, channels: Channels) -> None:
         self._source = source
         self._channels = channels
         self.run_out: Callable[[], int] | None = None
         source.rewind()
-        if isinstance(source, PassingInput):
+        if isinstance(source, ForwardInput):
             source.stop = lambda: channels.cancelled
             self.run_out = source.run_out
 
@@ -396,13 +396,13 @@ class PolledSource:
         return self._source.read_at(offset, length)
 
 
-class Records:
+class RecordDecoder:
     """A core's decoder of the records of these blocks, and their ``struct qm_record_block[]``.
 
     ``core`` gets what each block is to have before :meth:`start`.
     """
 
-    def __init__(self, blocks: Sequence[SequentialBlock], page_size: int) -> None:
+    def __init__(self, blocks: Sequence[ListedBlock], page_size: int) -> None:
         self.blocks = blocks
         self.page_size = page_size
         self._names = [core_name(block.name) for block in blocks]
@@ -418,7 +418,7 @@ class Records:
             raise MemoryError
         self.decoder = _core.ffi.gc(decoder, _core.lib.qm_decoder_destroy)
 
-    def read(self, source: InputTarget, channels: Channels, offset: int) -> int:
+    def read(self, source: InputFile, channels: Channels, offset: int) -> int:
         """Take in the body of records at ``offset``; returns where it ends.
 
         Raises SnapshotError, NotSupported, TargetError, Cancelled.
@@ -429,7 +429,7 @@ class Records:
             raise self.failure(rc, fault, source, int(at[0]))
         return int(at[0])
 
-    def failure(self, rc: int, fault: Any, source: InputTarget, at: int) -> PyqmigrateError:
+    def failure(self, rc: int, fault: Any, source: InputFile, at: int) -> PyqmigrateError:
         """The exception for a negative return that has to do with the stream's file."""
         if rc == -errno.EBADMSG:
             return record_error(self.decoder, self.blocks, self.page_size)
@@ -441,9 +441,9 @@ class Records:
         return refused(rc, fault, "cannot read the stream", source.name)
 
 
-def read_body(channels: Channels, decoder: Any, source: InputTarget, at: Any, fault: Any) -> int:
+def read_body(channels: Channels, decoder: Any, source: InputFile, at: Any, fault: Any) -> int:
     """The core's ``qm_decode_file``, also of a source that passes by."""
-    if not isinstance(source, PassingInput):
+    if not isinstance(source, ForwardInput):
         return int(
             _core.lib.qm_decode_file(channels.core, decoder, source.fd, at, source.size, fault)
         )
@@ -476,7 +476,7 @@ class SequentialReader:
 
     def __init__(
         self,
-        source: InputTarget,
+        source: InputFile,
         memories: Mapping[str, Memory],
         *,
         skip_unknown_blocks: bool = False,
@@ -499,7 +499,7 @@ class SequentialReader:
         self.page_size = self._walk.page_size
         _match(self.blocks, memories, skip_unknown_blocks)
         with contextlib.ExitStack() as stack:
-            self._loads: list[tuple[SequentialBlock, Attached, Bitmap]] = []
+            self._loads: list[tuple[ListedBlock, OpenMemory, Bitmap]] = []
             for block in self.blocks:
                 if block.name in memories:
                     memory = self._attach(block, memories[block.name])
@@ -525,8 +525,8 @@ class SequentialReader:
             stream = self._walk.stream()
             return self._report(stream, self._clear_rest(stream), self._read_devices(stream))
 
-    def _attach(self, block: SequentialBlock, memory: Memory) -> Attached:
-        attached = Attached(block.name, memory, writable=True)
+    def _attach(self, block: ListedBlock, memory: Memory) -> OpenMemory:
+        attached = OpenMemory(block.name, memory, writable=True)
         try:
             attached.refuse_as_source(self.source.file_fd)
             if attached.length != block.length:
@@ -539,9 +539,9 @@ class SequentialReader:
             raise
         return attached
 
-    def _new_records(self) -> Records:
+    def _new_records(self) -> RecordDecoder:
         loads = {block.name: (memory, bitmap) for block, memory, bitmap in self._loads}
-        records = Records(self.blocks, self.page_size)
+        records = RecordDecoder(self.blocks, self.page_size)
         for core, block in zip(records.core, self.blocks, strict=True):
             if block.name in loads:
                 memory, bitmap = loads[block.name]
@@ -622,9 +622,7 @@ class SequentialReader:
         return report
 
 
-def record_error(
-    decoder: Any, blocks: Sequence[SequentialBlock], page_size: int
-) -> PyqmigrateError:
+def record_error(decoder: Any, blocks: Sequence[ListedBlock], page_size: int) -> PyqmigrateError:
     """What is wrong with the record at which ``decoder`` stopped."""
     error = _core.ffi.new("struct qm_record_error *")
     _core.lib.qm_decoder_error(decoder, error)
@@ -654,7 +652,7 @@ def record_error(
 
 
 def _match(
-    blocks: Sequence[SequentialBlock], memories: Mapping[str, Memory], skip_unknown: bool
+    blocks: Sequence[ListedBlock], memories: Mapping[str, Memory], skip_unknown: bool
 ) -> None:
     names = [block.name for block in blocks]
     missing = [name for name in names if name not in memories]

@@ -23,15 +23,15 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.errors import PyqmigrateError
-from pyqmigrate.format.stream.sequential import SequentialBlock, SequentialStream, SequentialWalk
+from pyqmigrate.format.stream.sequential import ListedBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, failure
 from pyqmigrate.io.mapping import unmap
-from pyqmigrate.io.target import Direct, InputTarget, core_file
+from pyqmigrate.io.target import Direct, InputFile, core_file
 from pyqmigrate.io.threads import starting_threads
-from pyqmigrate.snapshot.load.sequential import PolledSource, Records, read_body
+from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, read_body
 
-__all__ = ["Place", "StagedPass"]
+__all__ = ["Place", "StreamUnpacker"]
 
 _PART: int = _core.lib.QM_STAGING_MAX  # bytes of a block on one stage
 _MOST_THREADS = 4
@@ -52,7 +52,7 @@ class Place:
     bitmap: Bitmap
 
 
-class StagedPass:
+class StreamUnpacker:
     """One pass: its head is parsed on construction, :meth:`run` does the rest.
 
     ``channels`` write, and are cancelled along with ``reading``, which reads and counts progress.
@@ -61,7 +61,7 @@ class StagedPass:
 
     def __init__(
         self,
-        source: InputTarget,
+        source: InputFile,
         channels: Channels,
         sparse: Any,
         target: str,
@@ -115,7 +115,7 @@ class StagedPass:
             self.mentioned = frozenset(name for name, bits in seen.items() if bits.last() >= 0)
         return stream
 
-    def _part(self, block: SequentialBlock, place: Place | None) -> _Placed | None:
+    def _part(self, block: ListedBlock, place: Place | None) -> _Placed | None:
         if place is None:
             return None
         core = _core.ffi.new("struct qm_block *")
@@ -127,8 +127,8 @@ class StagedPass:
             direct = None
         return _Placed(place, core_file(place.fd, direct), core_file(place.fd, None), core)
 
-    def _new_records(self, seen: Mapping[str, Bitmap]) -> Records:
-        records = Records(self.blocks, self.page_size)
+    def _new_records(self, seen: Mapping[str, Bitmap]) -> RecordDecoder:
+        records = RecordDecoder(self.blocks, self.page_size)
         for record, block in zip(records.core, self.blocks, strict=True):
             if block.name in seen:
                 record.staged, record.seen = True, seen[block.name].core

@@ -14,7 +14,7 @@ from pyqmigrate import _core
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.format.stream.writer import MAGIC, Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Range, core_block, cut, failure
+from pyqmigrate.io.channels import Channels, Range, core_block, failure, split_ranges
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.target import DirectIO, Target, core_file, stream_offset
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter, WriteObserver
@@ -110,7 +110,7 @@ class Writer(StreamWriter):
         with self.target.opened_for_reading() as fd:
             file = core_file(fd, None)
             for bitmap, layout in self._stored_parts():
-                for item in cut(0, layout.num_pages, layout.page_size):
+                for item in split_ranges(0, layout.num_pages, layout.page_size):
                     count = _core.lib.qm_stale_punch(
                         self.channels.core,
                         channel,
@@ -234,7 +234,7 @@ class Writer(StreamWriter):
             (
                 item
                 for n in self.stored
-                for item in cut(n, layouts[n].num_pages, layouts[n].page_size)
+                for item in split_ranges(n, layouts[n].num_pages, layouts[n].page_size)
             ),
             move,
             self.target.name,

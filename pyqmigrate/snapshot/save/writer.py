@@ -20,8 +20,8 @@ from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.format.stream.writer import Head
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.memory import Attached, RamBlock, attach, check_blocks, files_of
-from pyqmigrate.io.target import DirectIO, OutputTarget, Target
+from pyqmigrate.io.memory import OpenMemory, RamBlock, attach, check_blocks, files_of
+from pyqmigrate.io.target import DirectIO, OutputFile, Target
 from pyqmigrate.log import logger
 
 __all__ = ["SaveReport", "Sparse", "StreamWriter", "WriteObserver"]
@@ -118,7 +118,7 @@ class StreamWriter(abc.ABC):
     """
 
     sparse = Sparse.AUTO
-    target: OutputTarget
+    target: OutputFile
     settings: Configuration  # that of the stream
 
     def __init__(
@@ -140,7 +140,7 @@ class StreamWriter(abc.ABC):
         self.left_out = left_out or ()
         self.channels = Channels(channels, "pyqmigrate-save")
         self.channels.set_rate(max_bandwidth)
-        self.memories: list[Attached] = []
+        self.memories: list[OpenMemory] = []
         self._cleanup = contextlib.ExitStack()
         with self._closed_on_error():
             for block in blocks:
@@ -162,7 +162,7 @@ class StreamWriter(abc.ABC):
 
     def _open(self, target: Target, direct_io: DirectIO) -> None:
         """The last thing a constructor does: from here on an existing file may be changed."""
-        self.target = OutputTarget.open(
+        self.target = OutputFile.open(
             target, direct_io, reuse=self.reuse, in_use=files_of(self.memories), prefix=self.prefix
         )
         self._cleanup.callback(self.target.abort)

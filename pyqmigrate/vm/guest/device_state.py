@@ -30,7 +30,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.device.sections import (
     DeviceSection,
@@ -44,8 +44,8 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.io.channels import Job, check_channels
-from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, StoredMemory
-from pyqmigrate.io.target import DirectIO, InputTarget, Target
+from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, SnapshotMemory
+from pyqmigrate.io.target import DirectIO, InputFile, Target
 from pyqmigrate.snapshot.load.sequential import DEVICE_STATE_MAX, SequentialReader
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
@@ -121,7 +121,7 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
     stream that is damaged or cut, NotSupported for one of another kind and where a device has
     state beside an ordinary section, UsageError, TargetError.
     """
-    opened = InputTarget(source)
+    opened = InputFile(source)
     try:
         head = SequentialReader(opened, {}, skip_unknown_blocks=True)
         head.close()
@@ -149,7 +149,7 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
         opened.close()
 
 
-def sections_of(source: InputTarget, stream: Stream | SequentialStream) -> bytes:
+def sections_of(source: InputFile, stream: Stream | SequentialStream) -> bytes:
     """Return everything between RAM's END and the end-of-stream byte, if only devices are there.
 
     Raises SnapshotError where the end of the stream is missing, NotSupported for other sections.
@@ -171,7 +171,7 @@ def sections_of(source: InputTarget, stream: Stream | SequentialStream) -> bytes
     return _read(source, first, end - 1)
 
 
-def _description_of(source: InputTarget, stream: SequentialStream) -> bytes | None:
+def _description_of(source: InputFile, stream: SequentialStream) -> bytes | None:
     if stream.description_offset is None:
         return None
     return _read(source, stream.description_offset + DESCRIPTION_HEADER, stream.end)
@@ -201,7 +201,7 @@ def read_devices(
     """
     for name, length in blocks.items():
         BlockSpec(name, length, page_size)
-    opened = InputTarget(source)
+    opened = InputFile(source)
     try:
         sections = walk_devices(opened)
         data = bytearray(_read(opened, HEADER_LENGTH, opened.size - 1))
@@ -248,7 +248,7 @@ def _names(sections: Sequence[Section]) -> tuple[tuple[str, int], ...]:
     return tuple((s.name, s.instance_id) for s in sections if s.kind is SectionKind.FULL)
 
 
-def _read(source: InputTarget, start: int, end: int) -> bytes:
+def _read(source: InputFile, start: int, end: int) -> bytes:
     if end - start > DEVICE_STATE_MAX:
         raise NotSupported(
             f"device state of {(end - start) >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are read"
@@ -281,8 +281,8 @@ def start_snapshot(
     writer = Writer(
         target,
         _ram_blocks(state, memories),
-        direct_io=choice(DirectIO, direct_io, "direct_io"),
-        sparse=choice(Sparse, sparse, "sparse"),
+        direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
+        sparse=parse_enum(Sparse, sparse, "sparse"),
         channels=check_channels(channels),
         machine=state.machine,
         target_page_bits=state.target_page_bits,
@@ -322,7 +322,7 @@ def _ram_blocks(state: DeviceState, memories: Mapping[str, Memory]) -> list[RamB
 
 
 def _length(name: str, memory: Memory) -> int | None:
-    if isinstance(memory, FileMemory | ProcessMemory | StoredMemory):
+    if isinstance(memory, FileMemory | ProcessMemory | SnapshotMemory):
         return memory.length
     try:
         with memoryview(memory) as view:

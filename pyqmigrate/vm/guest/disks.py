@@ -29,7 +29,7 @@ from pyqmigrate.errors import NotSupported, QemuRefused
 from pyqmigrate.vm.guest.overlay_names import overlay_name
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.guest.inspect import Guest
+    from pyqmigrate.vm.guest.inspect import GuestInfo
     from pyqmigrate.vm.qemu.monitor import Monitor
 
 __all__ = [
@@ -163,7 +163,7 @@ def _need(disk: Disk, resumed: bool, with_disks: bool) -> str:
     return f"{what}: must be as it is now when the snapshot is restored"
 
 
-def prepare(guest: Guest, snapshot: Path) -> DiskPlan:
+def prepare(guest: GuestInfo, snapshot: Path) -> DiskPlan:
     """Choose an overlay for each writable disk: beside it, named after it and the snapshot
     (:func:`pyqmigrate.vm.guest.overlay_names.overlay_name`).
 
@@ -183,7 +183,7 @@ def prepare(guest: Guest, snapshot: Path) -> DiskPlan:
 
 
 def _overlay(
-    guest: Guest, disk: Disk, snapshot: Path, node: str, taken: Collection[Path]
+    guest: GuestInfo, disk: Disk, snapshot: Path, node: str, taken: Collection[Path]
 ) -> Overlay:
     if disk.format not in _FORMATS:
         raise NotSupported(

@@ -21,7 +21,7 @@ from pyqmigrate.vm.guest.disks import Disk, seen_here
 from pyqmigrate.vm.guest.process import command_of, covering, open_mapped, read_mappings
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.guest.inspect import Guest
+    from pyqmigrate.vm.guest.inspect import GuestInfo
 
 __all__ = ["files_of", "name_images"]
 
@@ -49,7 +49,7 @@ def name_images(
     return tuple((file, what) for file, what in found.items() if file)
 
 
-def files_of(guest: Guest) -> dict[FileId, str]:
+def files_of(guest: GuestInfo) -> dict[FileId, str]:
     """The files of the guest's memory, its images with all backing files, what its command line
     names, and what QEMU has open; each with what it is.
 
@@ -69,7 +69,7 @@ def files_of(guest: Guest) -> dict[FileId, str]:
     return found
 
 
-def _memory(guest: Guest) -> dict[FileId, str]:
+def _memory(guest: GuestInfo) -> dict[FileId, str]:
     found: dict[FileId, str] = {}
     for block in guest.blocks:
         what = f"the memory of block {block.name!r} of the guest"
@@ -80,13 +80,13 @@ def _memory(guest: Guest) -> dict[FileId, str]:
     return found
 
 
-def _images(guest: Guest) -> Iterator[tuple[Named, str]]:
+def _images(guest: GuestInfo) -> Iterator[tuple[Named, str]]:
     for name, what in guest.images:
         yield seen_here(guest.pid, name), what
         yield Path(name), what
 
 
-def _arguments(guest: Guest) -> Iterator[tuple[Named, str]]:
+def _arguments(guest: GuestInfo) -> Iterator[tuple[Named, str]]:
     """Firmware, kernel, initrd and whatever else the command line of QEMU names, except what it
     loaded its state from."""
     command = None if guest.pid is None else command_of(guest.pid)
@@ -102,7 +102,7 @@ def _arguments(guest: Guest) -> Iterator[tuple[Named, str]]:
                 yield seen_here(guest.pid, value), what
 
 
-def _open_files(guest: Guest) -> Iterator[tuple[Named, str]]:
+def _open_files(guest: GuestInfo) -> Iterator[tuple[Named, str]]:
     if guest.pid is None:
         return
     with contextlib.suppress(OSError):
@@ -110,7 +110,7 @@ def _open_files(guest: Guest) -> Iterator[tuple[Named, str]]:
             yield entry, f"a file that the guest's QEMU (process {guest.pid}) has open"
 
 
-def _mapped_snapshots(guest: Guest) -> Iterator[FileId]:
+def _mapped_snapshots(guest: GuestInfo) -> Iterator[FileId]:
     if guest.pid is None:
         return
     with contextlib.suppress(OSError):

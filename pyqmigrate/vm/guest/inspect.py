@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from pyqmigrate.errors import QemuRefused
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.vm.cancellation import owned
+from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.guest.disks import Disk, read_disks
 from pyqmigrate.vm.guest.files import name_images
 from pyqmigrate.vm.guest.memory import Backend, GuestBlock, find_memory, fits
@@ -27,7 +27,7 @@ from pyqmigrate.vm.guest.ramblock import RamLine, parse_ramblock
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.qemu.peer import Peer
 
-__all__ = ["Guest", "GuestBlock", "look"]
+__all__ = ["GuestInfo", "GuestBlock", "inspect"]
 
 # Bits of the guest's page where the target has one size only; ARM's depends on the machine.
 _PAGE_BITS = {
@@ -52,7 +52,7 @@ _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unat
 
 
 @dataclass(frozen=True)
-class Guest:
+class GuestInfo:
     """A QEMU at the moment that it was looked at.
 
     ``version`` is (major, minor, micro). ``process`` is its process, ``binary`` what that runs;
@@ -113,7 +113,7 @@ class Guest:
         self.close()
 
 
-async def look(monitor: Monitor) -> Guest:
+async def inspect(monitor: Monitor) -> GuestInfo:
     """Ask a QEMU what it is, and find its memory.
 
     Memory that cannot be reached is no error: the block says why. Raises QemuError when QEMU does
@@ -155,7 +155,7 @@ async def look(monitor: Monitor) -> Guest:
     processors = await monitor.execute("query-cpus-fast")
     threads = {int(processor["thread-id"]) for processor in processors}
     found = asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer, threads)
-    return await owned(found, Guest.close)
+    return await acquired(found, GuestInfo.close)
 
 
 def _with_memory(
@@ -164,12 +164,12 @@ def _with_memory(
     backends: Mapping[str, Backend],
     peer: Peer,
     threads: set[int],
-) -> Guest:
+) -> GuestInfo:
     process, why_not = find_process(peer, threads, lambda space: fits(lines, backends, space))
     binary = "" if process is None else _binary(process.pid)
     pid = None if process is None or why_not else process.pid
     blocks = find_memory(lines, backends, pid, why_not)
-    return Guest(**facts, process=process, binary=binary, blocks=tuple(blocks))
+    return GuestInfo(**facts, process=process, binary=binary, blocks=tuple(blocks))
 
 
 def _binary(pid: int) -> str:

@@ -36,7 +36,7 @@ class GuestBlock:
 
     ``length`` in bytes; ``page_size`` is the host's pages of the backend, also in bytes, and not
     the guest's. ``memory`` is where to read it, or None, and then ``why_not`` says what is
-    missing; a descriptor in it is the guest's (:class:`pyqmigrate.vm.guest.inspect.Guest`).
+    missing; a descriptor in it is the guest's (:class:`pyqmigrate.vm.guest.inspect.GuestInfo`).
     ``backend`` is the QOM type, empty for memory of QEMU's own. ``file_backed``:
     ``x-ignore-shared`` leaves it out of the stream.
     """

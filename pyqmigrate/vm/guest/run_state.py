@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pyqmigrate.format.device.sections import global_state
-from pyqmigrate.io.target import Descriptors, OutputTarget
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.io.target import Descriptors, OutputFile
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["LOADABLE", "set_run_state", "what_stopped"]
 
@@ -50,13 +50,13 @@ def what_stopped(run_state: str) -> str | None:
     )
 
 
-def set_run_state(target: OutputTarget, run_state: str) -> bool:
+def set_run_state(target: OutputFile, run_state: str) -> bool:
     """Change the run state in an unpublished snapshot; whether it has one that could be changed.
 
     Raises SnapshotError for a file that is no snapshot, TargetError.
     """
     device = global_state(run_state)
-    with target.opened_for_reading() as fd, Snapshot(Descriptors(fd)) as snapshot:
+    with target.opened_for_reading() as fd, MappedRamSnapshot(Descriptors(fd)) as snapshot:
         for section in snapshot.stream.sections:
             if section.name == device.name and section.body_length == len(device.data):
                 target.write_at(section.body_offset, device.data)

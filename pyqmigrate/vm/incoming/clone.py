@@ -18,12 +18,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
 from pyqmigrate.io.target import Target
-from pyqmigrate.vm.cancellation import owned, unbroken
+from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.guest.written_files import written_files
-from pyqmigrate.vm.incoming.companions import Companions
+from pyqmigrate.vm.incoming.companions import IncomingStreams
 from pyqmigrate.vm.incoming.identity import shared_identity
 from pyqmigrate.vm.incoming.inherited_fds import check_descriptors, descriptors_in_use
 from pyqmigrate.vm.incoming.listeners import listeners
@@ -31,7 +31,7 @@ from pyqmigrate.vm.incoming.ram_mapping import map_blocks
 from pyqmigrate.vm.incoming.request import Disks, Mode, Request
 from pyqmigrate.vm.incoming.restore import RestoredVm, restore_from
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, CommandChoice
-from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 
 __all__ = ["Clone", "clone"]
@@ -83,7 +83,7 @@ async def clone(
     place = Path(directory)
     disks = Disks(with_disks, place if disks_dir is None else Path(disks_dir), disks_as_they_are)
     request = Request(
-        choice(Mode, mode, "mode"),
+        parse_enum(Mode, mode, "mode"),
         paused,
         stdin=subprocess.DEVNULL,
         pass_fds=check_descriptors(pass_fds),
@@ -92,7 +92,7 @@ async def clone(
     turn = asyncio.Semaphore(at_once or os.cpu_count() or 1)
     started: list[RestoredVm] = []
 
-    async def one(companions: Companions, number: int) -> Clone:
+    async def one(companions: IncomingStreams, number: int) -> Clone:
         qmp = place / f"{number}.qmp"
         async with turn:
             try:
@@ -104,10 +104,10 @@ async def clone(
 
     chosen: dict[int, ChosenCommand] = {}
     try:
-        async with await Companions.open(snapshot, offset) as companions:
+        async with await IncomingStreams.open(snapshot, offset) as companions:
             await asyncio.to_thread(_make_directory, place)
             choosing = asyncio.to_thread(_choose, companions.source, command, count, disks)
-            chosen = await owned(choosing, _discard)
+            chosen = await acquired(choosing, _discard)
             commands = {number: each.command for number, each in chosen.items()}
             mode = _refuse_shared(commands, companions.source, request.mode, command is None)
             request = replace(request, mode=mode)
@@ -117,27 +117,29 @@ async def clone(
             finally:  # they use what is closed after this
                 for task in tasks:
                     task.cancel()
-                await unbroken(_all_ended(tasks))
+                await shielded(_all_ended(tasks))
         return [task.result() for task in tasks]
     except BaseException:
-        await unbroken(_end_all(started))
+        await shielded(_end_all(started))
         _discard(chosen)
         raise
 
 
 def _choose(
-    source: Source, words: Sequence[str] | None, count: int, disks: Disks
+    source: RestoreSource, words: Sequence[str] | None, count: int, disks: Disks
 ) -> dict[int, ChosenCommand]:
     """The command line of each guest, with overlays of its own; all or none."""
-    choice = CommandChoice(source, words, disks)
+    parse_enum = CommandChoice(source, words, disks)
     if words is None:
-        choice.leave_monitors_out()
-    choice.notes.append(shared_identity(choice.command))
+        parse_enum.leave_monitors_out()
+    parse_enum.notes.append(shared_identity(parse_enum.command))
     chosen: dict[int, ChosenCommand] = {}
     try:
         for number in range(1, count + 1):
-            command = choice.command.filled_in(number) if words is not None else choice.command
-            chosen[number] = choice.settle(command, str(number))
+            command = (
+                parse_enum.command.filled_in(number) if words is not None else parse_enum.command
+            )
+            chosen[number] = parse_enum.settle(command, str(number))
     except BaseException:
         _discard(chosen)
         raise
@@ -158,7 +160,7 @@ async def _end_all(started: Sequence[RestoredVm]) -> None:
 
 
 def _refuse_shared(
-    commands: dict[int, CommandLine], source: Source, mode: Mode, recorded: bool
+    commands: dict[int, CommandLine], source: RestoreSource, mode: Mode, recorded: bool
 ) -> Mode:
     """UsageError for what guests cannot share; the mode in which that holds.
 

@@ -20,17 +20,17 @@ from typing import Any
 from pyqmigrate import _core
 from pyqmigrate.errors import SnapshotError, target_error
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Range, core_block, cut
+from pyqmigrate.io.channels import Channels, Range, core_block, split_ranges
 from pyqmigrate.io.holes import next_data
 from pyqmigrate.io.target import core_file
-from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
+from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
-__all__ = ["Companion"]
+__all__ = ["IncomingStream"]
 
 _WINDOW = 1 << 20  # bytes copied at a time
 
 
-class Companion:
+class IncomingStream:
     """The stream for a QEMU that maps the blocks ``mapped`` of ``snapshot``. Close it.
 
     ``snapshot_fd`` is the snapshot's file, open for reading; its position is moved. After
@@ -40,7 +40,7 @@ class Companion:
 
     def __init__(
         self,
-        snapshot: Snapshot,
+        snapshot: MappedRamSnapshot,
         snapshot_fd: int,
         mapped: Collection[str],
         *,
@@ -116,7 +116,7 @@ class Companion:
             self.write_at(at, data)
             at += len(data)
 
-    def _mark_stale(self, block: SnapshotBlock) -> None:
+    def _mark_stale(self, block: MappedRamBlock) -> None:
         """Set the bit of each page that is clear in the snapshot and not zero in its file."""
         present, stale = block.bitmap, Bitmap(block.num_pages)
         file, layout = core_file(self._source, None), core_block(block.layout)
@@ -138,7 +138,7 @@ class Companion:
             return min(found, 0)
 
         try:
-            pieces = cut(0, block.num_pages, block.page_size)
+            pieces = split_ranges(0, block.num_pages, block.page_size)
             self._channels.run(pieces, find, "the snapshot", [block.name])
             found = stale.count()
             if found:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pyqmigrate.errors import TargetError
 from pyqmigrate.io.target import Target
 from pyqmigrate.io.threads import start_thread
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.incoming.command import make_incoming
 from pyqmigrate.vm.incoming.compatibility import compare_command
 from pyqmigrate.vm.incoming.images_in_use import refuse_in_use
@@ -24,25 +24,25 @@ from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
 from pyqmigrate.vm.incoming.request import Request
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
 from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
-from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
-from pyqmigrate.vm.qemu.spawn import Started, start
+from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 
-__all__ = ["Begun", "Early", "begin", "begin_mapped", "prepare"]
+__all__ = ["StartedRestore", "EarlyRestore", "begin", "begin_mapped", "prepare"]
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartedRestore:
     """A QEMU that has been started, to map ``mapped`` from ``source``, which stays open.
 
     ``files`` are the memory files that it has besides. End it, or give it to
-    :func:`pyqmigrate.vm.incoming.restore.restore_begun`.
+    :func:`pyqmigrate.vm.incoming.restore.finish_restore`.
     """
 
-    source: Source
+    source: RestoreSource
     mapped: Mapped
     files: RamFiles
-    started: Started
+    started: QemuProcess
 
     def end(self) -> None:
         """End the process and let go of its files. May be repeated."""
@@ -51,7 +51,7 @@ class Begun:
 
 
 def prepare(
-    command: CommandLine, request: Request, snapshot: Snapshot
+    command: CommandLine, request: Request, snapshot: MappedRamSnapshot
 ) -> tuple[CommandLine, Request, tuple[str, ...]]:
     """The command line of a QEMU that waits for a snapshot, the request with what that says, and
     what was changed. Raises UsageError for options that contradict a restore or the snapshot, and
@@ -65,7 +65,7 @@ def prepare(
     return command, request, tuple(notes)
 
 
-def begin_mapped(source: Source, mapped: Mapped, request: Request) -> Begun:
+def begin_mapped(source: RestoreSource, mapped: Mapped, request: Request) -> StartedRestore:
     """Start the QEMU of ``mapped``. Not in the main thread.
 
     Raises QemuError, UsageError, and what RamFiles refuses.
@@ -83,14 +83,14 @@ def begin_mapped(source: Source, mapped: Mapped, request: Request) -> Begun:
     except BaseException:
         files.close()
         raise
-    return Begun(source, mapped, files, started)
+    return StartedRestore(source, mapped, files, started)
 
 
 @dataclass(frozen=True)
-class Early:
+class EarlyRestore:
     """What was begun before there was an event loop, and what it was made from."""
 
-    begun: Begun
+    begun: StartedRestore
     command: CommandLine
     request: Request
     notes: tuple[str, ...]
@@ -105,13 +105,13 @@ class Early:
 
 def begin(
     snapshot: Target, command: Sequence[str] | None, request: Request, *, offset: int | None = None
-) -> Early | None:
+) -> EarlyRestore | None:
     """Begin an instant restore; arguments as for :func:`pyqmigrate.vm.restore`.
 
     None where nothing could be begun, for whatever reason: a restore finds it again, and says it
     or goes another way. Whatever interrupts the wait ends what was begun.
     """
-    found: list[Early] = []
+    found: list[EarlyRestore] = []
 
     def work() -> None:
         try:
@@ -137,8 +137,8 @@ def begin(
 
 def _begin(
     snapshot: Target, words: Sequence[str] | None, request: Request, offset: int | None
-) -> Early:
-    source = Source(snapshot, offset)
+) -> EarlyRestore:
+    source = RestoreSource(snapshot, offset)
     with contextlib.ExitStack() as undo:
         undo.callback(source.close)
         chosen = choose_command(source, words, request.disks)
@@ -147,4 +147,4 @@ def _begin(
         mapped = map_blocks(command, source.snapshot, source.fd)
         begun = begin_mapped(source, mapped, request)
         undo.pop_all()
-        return Early(begun, command, request, (*chosen.notes, *notes), chosen)
+        return EarlyRestore(begun, command, request, (*chosen.notes, *notes), chosen)

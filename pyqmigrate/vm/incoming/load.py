@@ -10,7 +10,7 @@ from typing import Any
 
 from pyqmigrate.errors import NotSupported, QemuError, QemuGone, QemuRefused
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED
-from pyqmigrate.vm.qemu.launch import Launched
+from pyqmigrate.vm.qemu.launch import QemuSession
 
 __all__ = ["NEEDED", "Incoming", "take_in"]
 
@@ -64,7 +64,7 @@ class Incoming:
         return names + ["multifd"] * bool(self.channels) + ["postcopy-ram"] * self.postcopy
 
 
-async def take_in(qemu: Launched, incoming: Incoming) -> float:
+async def take_in(qemu: QemuSession, incoming: Incoming) -> float:
     """Have QEMU load; returns the seconds from ``migrate-incoming`` until the guest is there.
 
     Raises NotSupported when QEMU does not have what it takes, QemuError with its words when it
@@ -93,7 +93,7 @@ async def take_in(qemu: Launched, incoming: Incoming) -> float:
     return seconds
 
 
-async def _configure(qemu: Launched, incoming: Incoming) -> None:
+async def _configure(qemu: QemuSession, incoming: Incoming) -> None:
     names = incoming.switched_on()
     states = [{"capability": name, "state": True} for name in names]
     # Those that the command line switched on (-global migration.x-...), against ours.
@@ -118,7 +118,7 @@ async def _configure(qemu: Launched, incoming: Incoming) -> None:
         )
 
 
-async def _wait(qemu: Launched) -> dict[str, Any]:
+async def _wait(qemu: QemuSession) -> dict[str, Any]:
     """Until the load has ended, or the guest runs while the rest comes (postcopy)."""
     pause = _FIRST_POLL
     while True:

@@ -22,14 +22,14 @@ from typing import Self
 from pyqmigrate.errors import NotSupported, TargetError, UsageError
 from pyqmigrate.format.uri import parse_size
 from pyqmigrate.io.holes import next_data
-from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
+from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 from pyqmigrate.vm.incoming.ram_mapping import block_of, memories_of, memory_backends
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on
 
 __all__ = ["RamFiles", "loadable"]
 
 
-def loadable(command: CommandLine, snapshot: Snapshot) -> tuple[CommandLine, list[str]]:
+def loadable(command: CommandLine, snapshot: MappedRamSnapshot) -> tuple[CommandLine, list[str]]:
     """``command`` for a QEMU that reads all of its memory, and what was changed in it.
 
     Nothing is written into memory before the snapshot is (``prealloc``), and ``-mem-path`` of a
@@ -101,7 +101,7 @@ class RamFiles:
     """
 
     def __init__(
-        self, command: CommandLine, snapshot: Snapshot, mapped: Collection[str] = ()
+        self, command: CommandLine, snapshot: MappedRamSnapshot, mapped: Collection[str] = ()
     ) -> None:
         """Look at what ``command`` makes; ``mapped`` are blocks whose memory is not loaded.
 
@@ -117,7 +117,7 @@ class RamFiles:
                 self._take(path, block, properties)
             undo.pop_all()
 
-    def _take(self, path: str, block: SnapshotBlock, properties: dict[str, str]) -> None:
+    def _take(self, path: str, block: MappedRamBlock, properties: dict[str, str]) -> None:
         shared = is_on(properties.get("share"))
         try:
             # A pipe or a device might wait, or do something, when it is opened.
@@ -165,8 +165,8 @@ class RamFiles:
 
 
 def _files(
-    command: CommandLine, snapshot: Snapshot, mapped: Collection[str]
-) -> Iterator[tuple[str, SnapshotBlock, dict[str, str]]]:
+    command: CommandLine, snapshot: MappedRamSnapshot, mapped: Collection[str]
+) -> Iterator[tuple[str, MappedRamBlock, dict[str, str]]]:
     """The files of blocks that the stream brings."""
     between_guests = memories_of(command, ("ivshmem",))  # others are meant to have them as well
     for _, properties in memory_backends(command):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.snapshot.mapped_ram import Snapshot, SnapshotBlock
+from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 from pyqmigrate.vm.qemu.command_line import (
     CommandLine,
     Option,
@@ -54,7 +54,7 @@ class Mapped:
     notes: list[str] = field(default_factory=list)
 
 
-def map_blocks(command: CommandLine, snapshot: Snapshot, fd: int) -> Mapped:
+def map_blocks(command: CommandLine, snapshot: MappedRamSnapshot, fd: int) -> Mapped:
     """Have QEMU map every block that is its own, from descriptor ``fd`` of the QEMU to come.
 
     Raises NotSupported with the reason when that cannot be done, UsageError when the command
@@ -101,7 +101,7 @@ def map_blocks(command: CommandLine, snapshot: Snapshot, fd: int) -> Mapped:
     return mapped
 
 
-def _check(command: CommandLine, snapshot: Snapshot) -> None:
+def _check(command: CommandLine, snapshot: MappedRamSnapshot) -> None:
     if not _LEAVES_RAM_ALONE.match(snapshot.machine):
         raise NotSupported(
             f"a QEMU that waits for a migration may write into the RAM of machine "
@@ -143,7 +143,7 @@ def memory_backends(command: CommandLine) -> Iterator[tuple[Option, dict[str, st
             yield option, properties
 
 
-def block_of(backend: str, snapshot: Snapshot) -> SnapshotBlock | None:
+def block_of(backend: str, snapshot: MappedRamSnapshot) -> MappedRamBlock | None:
     """The block whose memory the backend of that id makes."""
     # Machine types up to 4.0 name blocks of some backends by their whole path.
     return snapshot.blocks.get(backend) or snapshot.blocks.get(f"/objects/{backend}")
@@ -156,7 +156,7 @@ def _has_backend(command: CommandLine) -> bool:
     return any("memdev" in option.properties("type") for option in command.all("numa"))
 
 
-def _default_block(command: CommandLine, snapshot: Snapshot) -> SnapshotBlock:
+def _default_block(command: CommandLine, snapshot: MappedRamSnapshot) -> MappedRamBlock:
     """The block that a machine makes by itself for ``-m``: by its size, then by its name."""
     size = read_ram_size(command)
     found = [
@@ -178,7 +178,7 @@ def _default_block(command: CommandLine, snapshot: Snapshot) -> SnapshotBlock:
 
 
 def _backend(
-    name: str, block: SnapshotBlock, fd: int, given: dict[str, str], nodes: Sequence[int] = ()
+    name: str, block: MappedRamBlock, fd: int, given: dict[str, str], nodes: Sequence[int] = ()
 ) -> Option:
     if block.pages_offset % mmap.PAGESIZE:
         raise NotSupported(

@@ -29,16 +29,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import NotSupported, QemuError, QemuRefused
 from pyqmigrate.io.target import DirectIO, Target
 from pyqmigrate.qapi.monitor_address import monitor_path
-from pyqmigrate.vm.cancellation import owned
+from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
-from pyqmigrate.vm.incoming.companion import Companion
-from pyqmigrate.vm.incoming.companions import Companions
+from pyqmigrate.vm.incoming.companion import IncomingStream
+from pyqmigrate.vm.incoming.companions import IncomingStreams
 from pyqmigrate.vm.incoming.compatibility import compare_blocks, compare_devices, compare_type
-from pyqmigrate.vm.incoming.early_start import Begun, Early, begin_mapped, prepare
+from pyqmigrate.vm.incoming.early_start import EarlyRestore, StartedRestore, begin_mapped, prepare
 from pyqmigrate.vm.incoming.identity import runs_already, shared_identity
 from pyqmigrate.vm.incoming.inherited_fds import check_descriptors
 from pyqmigrate.vm.incoming.load import Incoming, take_in
@@ -48,10 +48,10 @@ from pyqmigrate.vm.incoming.request import Disks, Mode, Request
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
 from pyqmigrate.vm.incoming.run_state import RUNS, describe_state
 from pyqmigrate.vm.incoming.saved_machine import SavedMachine, read_saved_machine
-from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
-from pyqmigrate.vm.qemu.exit import Ending
-from pyqmigrate.vm.qemu.launch import Launched, answered, launch
+from pyqmigrate.vm.qemu.exit import ProcessExit
+from pyqmigrate.vm.qemu.launch import QemuSession, answered, launch
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.qemu.spawn import Stream
 
@@ -61,7 +61,7 @@ __all__ = [
     "RestoreReport",
     "RestoredVm",
     "restore",
-    "restore_begun",
+    "finish_restore",
     "restore_from",
 ]
 
@@ -113,7 +113,7 @@ class RestoredVm:
     and QEMU goes on without it. Its process has to be waited for, as any child.
     """
 
-    def __init__(self, qemu: Launched, report: RestoreReport) -> None:
+    def __init__(self, qemu: QemuSession, report: RestoreReport) -> None:
         self._qemu = qemu
         self.report = report
 
@@ -128,7 +128,7 @@ class RestoredVm:
     async def wait(self) -> int:
         """Until QEMU ends; its exit status, negative for the signal that killed it."""
         if self.process.poll() is None:
-            ending = Ending(self.process.pid)
+            ending = ProcessExit(self.process.pid)
             try:
                 await ending.wait()
             finally:
@@ -205,11 +205,11 @@ async def restore(
     load. Whatever fails, the QEMU that was started is ended.
     """
     request = Request(
-        choice(Mode, mode, "mode"),
+        parse_enum(Mode, mode, "mode"),
         paused,
         None if qmp is None else monitor_path(qmp),
         channels,
-        choice(DirectIO, direct_io, "direct_io"),
+        parse_enum(DirectIO, direct_io, "direct_io"),
         stdin,
         stdout,
         stderr,
@@ -218,29 +218,29 @@ async def restore(
         set_time,
         guest_agent,
     )
-    companions = await Companions.open(snapshot, offset)
+    companions = await IncomingStreams.open(snapshot, offset)
     return await _closing(companions, _restore(companions, command, request))
 
 
 async def _restore(
-    companions: Companions, words: Sequence[str] | None, request: Request
+    companions: IncomingStreams, words: Sequence[str] | None, request: Request
 ) -> RestoredVm:
     choosing = asyncio.to_thread(choose_command, companions.source, words, request.disks)
-    chosen = await owned(choosing, ChosenCommand.discard)
+    chosen = await acquired(choosing, ChosenCommand.discard)
     return await restore_from(companions, chosen, request)
 
 
-async def restore_begun(early: Early) -> RestoredVm:
+async def finish_restore(early: EarlyRestore) -> RestoredVm:
     """The rest of a restore that :func:`pyqmigrate.vm.incoming.early_start.begin` has begun; it is
     ended, whatever goes wrong."""
     begun = early.begun
-    companions = Companions(begun.source)
+    companions = IncomingStreams(begun.source)
     attempt = _Attempt(companions, early.request, begun.started.at, early.notes)
     with _discarding(early.chosen):
         return await _closing(companions, attempt.instant_or_load(begun, early.command))
 
 
-async def _closing(companions: Companions, work: Awaitable[RestoredVm]) -> RestoredVm:
+async def _closing(companions: IncomingStreams, work: Awaitable[RestoredVm]) -> RestoredVm:
     """The result of ``work``, and the companions closed. A cancellation meanwhile ends its QEMU,
     which the caller would not know of."""
     vm: RestoredVm | None = None
@@ -265,7 +265,7 @@ def _discarding(chosen: ChosenCommand) -> Iterator[None]:
 
 
 async def restore_from(
-    companions: Companions, chosen: ChosenCommand, request: Request
+    companions: IncomingStreams, chosen: ChosenCommand, request: Request
 ) -> RestoredVm:
     """As :func:`restore`, from a snapshot that is open."""
     with _discarding(chosen):
@@ -273,7 +273,7 @@ async def restore_from(
 
 
 async def _restore_from(
-    companions: Companions, chosen: ChosenCommand, request: Request
+    companions: IncomingStreams, chosen: ChosenCommand, request: Request
 ) -> RestoredVm:
     started = time.monotonic()
     command, request, notes = prepare(chosen.command, request, companions.source.snapshot)
@@ -287,7 +287,9 @@ async def _restore_from(
         if request.mode is Mode.INSTANT:
             raise NotSupported(f"no instant restore: {error}") from error
         return await attempt.load(command, f"no instant restore: {error}")
-    begun = await owned(asyncio.to_thread(begin_mapped, source, mapped, request), Begun.end)
+    begun = await acquired(
+        asyncio.to_thread(begin_mapped, source, mapped, request), StartedRestore.end
+    )
     return await attempt.instant_or_load(begun, command)
 
 
@@ -295,13 +297,13 @@ class _NotStarted(QemuError):
     """QEMU ended before its monitor answered."""
 
 
-def _about(companion: Companion) -> tuple[str, ...]:
+def _about(companion: IncomingStream) -> tuple[str, ...]:
     if not companion.sealed:
         return ()
     return ("the snapshot is sealed: its clear pages are zeros in the file and were not searched",)
 
 
-async def _taken_in(qemu: Launched, incoming: Incoming, differences: Sequence[str]) -> float:
+async def _taken_in(qemu: QemuSession, incoming: Incoming, differences: Sequence[str]) -> float:
     """As take_in; an error has the ``differences``, which QEMU may not have got over, with it."""
     try:
         return await take_in(qemu, incoming)
@@ -314,16 +316,16 @@ async def _taken_in(qemu: Launched, incoming: Incoming, differences: Sequence[st
 
 @dataclass(frozen=True)
 class _Attempt:
-    companions: Companions
+    companions: IncomingStreams
     request: Request
     started: float
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def source(self) -> Source:
+    def source(self) -> RestoreSource:
         return self.companions.source
 
-    async def instant_or_load(self, begun: Begun, command: CommandLine) -> RestoredVm:
+    async def instant_or_load(self, begun: StartedRestore, command: CommandLine) -> RestoredVm:
         """``command`` is that of a load, should the QEMU that was begun not start."""
         try:
             return await self._instant(begun)
@@ -336,7 +338,7 @@ class _Attempt:
             except QemuError as second:
                 raise QemuError(f"{second}\n{first}") from second
 
-    async def _instant(self, begun: Begun) -> RestoredVm:
+    async def _instant(self, begun: StartedRestore) -> RestoredVm:
         mapped, files = begun.mapped, begun.files
         building = asyncio.ensure_future(self.companions.get(mapped.blocks))
         # Where QEMU does not start either, nobody asks what became of it.
@@ -374,7 +376,7 @@ class _Attempt:
         request = self.request
         if request.mode is Mode.POSTCOPY:
             return await self._load(command, why, Mode.POSTCOPY, {}, 0)
-        reading = await owned(
+        reading = await acquired(
             asyncio.to_thread(self.source.reading, request.channels, request.direct_io),
             self.source.close_reading,
         )
@@ -435,18 +437,18 @@ class _Attempt:
 
     async def _files(self, command: CommandLine) -> RamFiles:
         """The memory files of a QEMU to come; refused before it starts."""
-        return await owned(
+        return await acquired(
             asyncio.to_thread(RamFiles, command, self.source.snapshot), RamFiles.close
         )
 
-    async def _answering(self, answering: Awaitable[Launched]) -> Launched:
+    async def _answering(self, answering: Awaitable[QemuSession]) -> QemuSession:
         """A QEMU, once it answers."""
         try:
             return await answering
         except QemuError as error:
             raise _NotStarted(str(error)) from error
 
-    async def _compare(self, qemu: Launched, command: CommandLine) -> list[str]:
+    async def _compare(self, qemu: QemuSession, command: CommandLine) -> list[str]:
         """Hold a QEMU against the snapshot, and have its guest wait when that is loaded: whatever
         happens until then, the guest has not run. Returns notes."""
         await compare_type(qemu.monitor, self.source.snapshot)
@@ -471,7 +473,7 @@ class _Attempt:
 
     async def _hand_over(
         self,
-        qemu: Launched,
+        qemu: QemuSession,
         command: CommandLine,
         others: asyncio.Future[bool],
         seconds: float,
@@ -519,7 +521,7 @@ class _Attempt:
             return await correct_clock(pid, self.request.guest_agent)
         return note_on_clock(self.source.age)
 
-    async def _settle(self, qemu: Launched) -> str:
+    async def _settle(self, qemu: QemuSession) -> str:
         """The run state once it has come, after ``cont`` where the guest is to run.
 
         Raises QemuError when QEMU cannot let it go on: it hangs in ``inmigrate`` then, or refuses.

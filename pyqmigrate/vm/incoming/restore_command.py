@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.vm.incoming.identity import with_new_generation
 from pyqmigrate.vm.incoming.request import Disks
-from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.record.place import record_path
 
@@ -43,7 +43,9 @@ class ChosenCommand:
             self.overlays.pop().unlink(missing_ok=True)
 
 
-def choose_command(source: Source, words: Sequence[str] | None, disks: Disks) -> ChosenCommand:
+def choose_command(
+    source: RestoreSource, words: Sequence[str] | None, disks: Disks
+) -> ChosenCommand:
     """The command line of the one guest that is restored from ``source``; see CommandChoice."""
     choice = CommandChoice(source, words, disks)
     return choice.settle(choice.command)
@@ -57,7 +59,7 @@ class CommandChoice:
     the recorded one cannot be used, SnapshotError for a record that is damaged, TargetError.
     """
 
-    def __init__(self, source: Source, words: Sequence[str] | None, disks: Disks) -> None:
+    def __init__(self, source: RestoreSource, words: Sequence[str] | None, disks: Disks) -> None:
         self._disks = disks
         self._snapshot = source.name
         self._path = Path()
@@ -98,7 +100,7 @@ class CommandChoice:
             return ChosenCommand(command, tuple(self.notes))
         return self._settle(command, self._record, label)
 
-    def _find_record(self, source: Source, place: Path) -> VmRecord | None:
+    def _find_record(self, source: RestoreSource, place: Path) -> VmRecord | None:
         self._path = path = record_path(place)
         self._lack = f"the snapshot has no record ({os.fspath(path)!r})"
         if not os.path.lexists(path):

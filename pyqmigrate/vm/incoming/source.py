@@ -13,10 +13,10 @@ from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, Targ
 from pyqmigrate.format.libvirt import is_libvirt, read_header
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.page_cache import cached_bytes
-from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputTarget, Target, seal_path
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputFile, Target, seal_path
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
-__all__ = ["Reading", "Source"]
+__all__ = ["Reading", "RestoreSource"]
 
 _WARM = 0.5  # share of the file in the page cache from which direct I/O only costs
 _COLD_CHANNELS = 32  # direct reads under way at a time; QEMU makes them one page run at a time
@@ -32,7 +32,7 @@ class Reading:
     why: str
 
 
-class Source:
+class RestoreSource:
     """An open, verified snapshot. Close it.
 
     ``place``: its absolute path, None where it was given as a descriptor. ``was_running``: libvirt
@@ -42,13 +42,13 @@ class Source:
     """
 
     def __init__(self, target: Target, offset: int | None) -> None:
-        self._input = InputTarget(target)
+        self._input = InputFile(target)
         self.name, self.place = self._input.name, self._input.place
         self.was_running = False
         try:
             self._lock()
             at = self._start() if offset is None else offset
-            self.snapshot = Snapshot(Descriptors(self.fd, offset=at))
+            self.snapshot = MappedRamSnapshot(Descriptors(self.fd, offset=at))
         except BaseException:
             self._input.close()
             raise

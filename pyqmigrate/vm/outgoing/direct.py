@@ -1,7 +1,7 @@
 """Engine ``direct``: QEMU writes its device state, and we write the pages.
 
 The device state goes into a memfd, in one of the two ways of
-:class:`pyqmigrate.vm.plan.blockers.Way`. From the first command until the last page is written the
+:class:`pyqmigrate.vm.plan.blockers.DeviceStateMethod`. From the first command until the last page is written the
 guest stands still; bitmaps, tail and fsync come when it runs again.
 """
 
@@ -20,22 +20,22 @@ from pyqmigrate.format.stream.writer import encode_tail
 from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.memory import Memory, RamBlock
-from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
+from pyqmigrate.io.target import Descriptors, DirectIO, OutputFile
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
-from pyqmigrate.vm.cancellation import heed_cancellation, unbroken
+from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_devices, read_migrated
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.guest.run_state import LOADABLE
 from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written, migrate
-from pyqmigrate.vm.outgoing.transaction import Custody
-from pyqmigrate.vm.plan.blockers import Way, devices_with_backends
+from pyqmigrate.vm.outgoing.transaction import SaveTransaction
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod, devices_with_backends
 from pyqmigrate.vm.plan.settings import Changes
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.twin.describing import Describing
 
-__all__ = ["DeviceStateRefused", "save_by_us"]
+__all__ = ["DeviceStateRefused", "save_direct"]
 
 _SAVE_DEVICES = "xen-save-devices-state"
 _REPORT_EVERY = 0.1  # seconds
@@ -46,11 +46,11 @@ class DeviceStateRefused(QemuRefused):
     it migrates it gives a reason."""
 
 
-async def save_by_us(
-    custody: Custody,
-    guest: Guest,
-    way: Way,
-    target: OutputTarget,
+async def save_direct(
+    transaction: SaveTransaction,
+    guest: GuestInfo,
+    way: DeviceStateMethod,
+    target: OutputFile,
     changes: Changes,
     *,
     channels: int,
@@ -58,7 +58,7 @@ async def save_by_us(
     seal: Algorithm | None = None,
     resume: bool,
     describe: bool = True,
-    at_instant: AtInstant | None = None,
+    while_paused: AtInstant | None = None,
     progress: ProgressCallback | None = None,
 ) -> Written:
     """Write a snapshot into ``target`` and, with ``resume``, let the guest go on.
@@ -70,13 +70,13 @@ async def save_by_us(
     """
     async with contextlib.AsyncExitStack() as stack:
         describing = None
-        if describe and way is Way.DEVICES_ONLY:
+        if describe and way is DeviceStateMethod.DEVICES_ONLY:
             # Most saves need no twin, and start without what makes one.
             from pyqmigrate.vm.twin.describing import Describing
 
             describing = await stack.enter_async_context(Describing(guest))
         return await _save(
-            custody,
+            transaction,
             guest,
             way,
             target,
@@ -86,16 +86,16 @@ async def save_by_us(
             seal=seal,
             resume=resume,
             describing=describing,
-            at_instant=at_instant,
+            while_paused=while_paused,
             progress=progress,
         )
 
 
 async def _save(
-    custody: Custody,
-    guest: Guest,
-    way: Way,
-    target: OutputTarget,
+    transaction: SaveTransaction,
+    guest: GuestInfo,
+    way: DeviceStateMethod,
+    target: OutputFile,
     changes: Changes,
     *,
     channels: int,
@@ -103,16 +103,16 @@ async def _save(
     seal: Algorithm | None,
     resume: bool,
     describing: Describing | None,
-    at_instant: AtInstant | None,
+    while_paused: AtInstant | None,
     progress: ProgressCallback | None,
 ) -> Written:
-    await custody.apply(changes)
+    await transaction.apply(changes)
     stopped = time.monotonic()
-    if way is Way.IGNORE_SHARED:
-        state = await _migrated(custody, guest, at_instant)
+    if way is DeviceStateMethod.IGNORE_SHARED:
+        state = await _migrated(transaction, guest, while_paused)
     else:
-        state = await _devices_only(custody, guest, at_instant)
-    heed_cancellation()
+        state = await _devices_only(transaction, guest, while_paused)
+    check_cancelled()
     observer = None if seal is None else SaveSeal(seal, target.offset)
     job, pages_written = _start(target, guest, state, channels, sparse, observer, describing)
     downtime = None
@@ -122,12 +122,12 @@ async def _save(
         await _until(pages_written, job, progress)
         if job.done():
             job.result()  # raises what went wrong
-        await custody.check_that_it_stood()
+        await transaction.check_that_it_stood()
         if resume:
-            await custody.resume()
+            await transaction.resume()
             if guest.running:
                 longest = time.monotonic() - stopped
-                reported = custody.events.downtime(longest)
+                reported = transaction.events.downtime(longest)
                 downtime = longest if reported is None else reported
         if describing is not None:
             describing.start(state)
@@ -138,7 +138,7 @@ async def _save(
         job.cancel()
         if describing is not None:
             describing.cancel()
-        await unbroken(asyncio.to_thread(job.join))
+        await shielded(asyncio.to_thread(job.join))
         raise
     if progress is not None:
         progress(job.progress)
@@ -150,26 +150,28 @@ async def _save(
     )
 
 
-async def _migrated(custody: Custody, guest: Guest, at_instant: AtInstant | None) -> DeviceState:
+async def _migrated(
+    transaction: SaveTransaction, guest: GuestInfo, while_paused: AtInstant | None
+) -> DeviceState:
     elsewhere = [block.name for block in guest.blocks if block.file_backed]
     with memory_file() as (written, read):
-        async with custody.lent({"device-state": written}) as path:
-            await migrate(custody, path, at_instant=at_instant, pause=guest.running)
-            custody.events.stands()
+        async with transaction.lent({"device-state": written}) as path:
+            await migrate(transaction, path, while_paused=while_paused, pause=guest.running)
+            transaction.events.stands()
         return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=elsewhere)
 
 
 async def _devices_only(
-    custody: Custody, guest: Guest, at_instant: AtInstant | None
+    transaction: SaveTransaction, guest: GuestInfo, while_paused: AtInstant | None
 ) -> DeviceState:
-    monitor = custody.monitor
+    monitor = transaction.monitor
     if guest.running:
-        await custody.stop()
-    custody.events.stands()
-    if at_instant is not None:
-        await at_instant()
+        await transaction.stop()
+    transaction.events.stands()
+    if while_paused is not None:
+        await while_paused()
     with memory_file() as (written, read):
-        async with custody.lent({"device-state": written}) as path:
+        async with transaction.lent({"device-state": written}) as path:
             try:
                 await monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
             except QemuRefused as error:
@@ -185,7 +187,7 @@ async def _devices_only(
         )
 
 
-def _why(error: QemuRefused, guest: Guest) -> str:
+def _why(error: QemuRefused, guest: GuestInfo) -> str:
     suspects = devices_with_backends(guest)
     about = f" (perhaps of {', '.join(suspects)})" if suspects else ""
     return (
@@ -195,8 +197,8 @@ def _why(error: QemuRefused, guest: Guest) -> str:
 
 
 def _start(
-    target: OutputTarget,
-    guest: Guest,
+    target: OutputFile,
+    guest: GuestInfo,
     state: DeviceState,
     channels: int,
     sparse: Sparse,
@@ -255,7 +257,7 @@ def _tail(state: DeviceState, describing: Describing | None, writer: Writer) -> 
     )
 
 
-def _ram_blocks(guest: Guest, state: DeviceState) -> list[RamBlock]:
+def _ram_blocks(guest: GuestInfo, state: DeviceState) -> list[RamBlock]:
     """Where each block of the stream is: in the stream, or with the guest."""
     known = {block.name: block for block in guest.blocks}
     blocks = []

@@ -14,16 +14,16 @@ import os
 from collections.abc import Iterator, Mapping
 
 from pyqmigrate.errors import DirectIORefused, TargetError
-from pyqmigrate.io.target import OutputTarget
+from pyqmigrate.io.target import OutputFile
 
-__all__ = ["opened_for_qemu"]
+__all__ = ["open_for_qemu"]
 
 # What QEMU compares, and what it could not take off again or would be misled by.
 _MATTERS = os.O_ACCMODE | os.O_DIRECT | os.O_DSYNC | os.O_SYNC | os.O_APPEND
 
 
 @contextlib.contextmanager
-def opened_for_qemu(target: OutputTarget) -> Iterator[Mapping[str, int]]:
+def open_for_qemu(target: OutputFile) -> Iterator[Mapping[str, int]]:
     """Separate opens of an empty target for writing only: ``buffered``, and with direct I/O
     ``direct``; they are closed afterwards.
 
@@ -42,7 +42,7 @@ def opened_for_qemu(target: OutputTarget) -> Iterator[Mapping[str, int]]:
         yield fds
 
 
-def _open(target: OutputTarget, flags: int) -> int:
+def _open(target: OutputFile, flags: int) -> int:
     try:
         fd = os.open(f"/proc/self/fd/{target.fd}", flags | os.O_CLOEXEC)
     except OSError as error:
@@ -60,7 +60,7 @@ def _open(target: OutputTarget, flags: int) -> int:
     return fd
 
 
-def _try_direct(target: OutputTarget, fd: int, unit: int) -> None:
+def _try_direct(target: OutputFile, fd: int, unit: int) -> None:
     try:
         with mmap.mmap(-1, unit) as zeros:
             if os.pwrite(fd, zeros, 0) != unit:

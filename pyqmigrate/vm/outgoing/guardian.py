@@ -52,11 +52,11 @@ __all__ = [
     "A_MOMENT",
     "PARTIAL",
     "Busy",
-    "Did",
-    "Refused",
     "Step",
+    "Refused",
+    "Command",
     "goes_on_in",
-    "put_back",
+    "rollback_steps",
     "undo_disks",
 ]
 
@@ -81,10 +81,10 @@ A_MOMENT = 0.01  # seconds
 _CRAWL = {"max-bandwidth": 10_000, "downtime-limit": 0}
 _LONGEST_COMMIT = 6000  # moments; what an overlay has got during one save is not much
 
-Step: TypeAlias = "tuple[str, dict[str, Any] | None] | None"
+Command: TypeAlias = "tuple[str, dict[str, Any] | None] | None"
 
 
-class Did:
+class Step:
     """What a save has done to a guest and its QEMU, and has not undone yet.
 
     Another monitor's client may do the same at any time: what is not known to be the save's own is
@@ -113,13 +113,13 @@ class Busy(Exception):
     """A migration of somebody else's is under way, and everything but the settings is put back."""
 
 
-def put_back(
+def rollback_steps(
     finding: dict[str, Any],
     *,
     resume: bool | None = None,
     published: bool = False,
     patience: int | None = None,
-) -> Generator[Step, Any, list[str]]:
+) -> Generator[Command, Any, list[str]]:
     """The commands that leave a guest as it was found: generator of (command, arguments).
 
     None in place of a command means to wait A_MOMENT. The result of each is to be sent in, an
@@ -130,9 +130,9 @@ def put_back(
     """
     trouble: list[str] = []
     did = set(finding["did"])
-    if Did.MIGRATING in did:
+    if Step.MIGRATING in did:
         yield from _end_migration(trouble)
-    elif Did.MIGRATED in did:
+    elif Step.MIGRATED in did:
         yield from _settled()
     if finding["resume"] if resume is None else resume:
         yield from _attempt("cont", None, trouble, only_in=_stopped_by(did))
@@ -141,7 +141,7 @@ def put_back(
             yield from _attempt("remove-fd", {"fdset-id": entry["fdset-id"]}, trouble)
     if not published:
         yield from undo_disks(finding, trouble)
-    if Did.SETTINGS not in did:
+    if Step.SETTINGS not in did:
         return trouble
     while (yield "query-migrate", None).get("status") in _UNDER_WAY | _POSTCOPY:
         if patience is not None and (patience := patience - 1) < 0:
@@ -157,12 +157,12 @@ def put_back(
 
 def _stopped_by(did: set[str]) -> set[str]:
     """The run states in which a guest stands because of the save."""
-    if did & {Did.MIGRATING, Did.MIGRATED}:
+    if did & {Step.MIGRATING, Step.MIGRATED}:
         return {"postmigrate", "paused"}
-    return {"paused"} if Did.STOPPED in did else set()
+    return {"paused"} if Step.STOPPED in did else set()
 
 
-def undo_disks(finding: dict[str, Any], trouble: list[str]) -> Generator[Step, Any, None]:
+def undo_disks(finding: dict[str, Any], trouble: list[str]) -> Generator[Command, Any, None]:
     """What overlays have got goes back into the files below, and the overlays are removed.
 
     Nothing is asked of QEMU where no disk is to be snapshotted. An overlay that QEMU does not use
@@ -195,7 +195,7 @@ def goes_on_in(disk: dict[str, str]) -> str:
     return f"{disk['name']} goes on in {disk['file']} over {disk['base_file']}"
 
 
-def _commit(node: str, base: str) -> Generator[Step, Any, None]:
+def _commit(node: str, base: str) -> Generator[Command, Any, None]:
     """Merge an overlay into the node below, and let the guest go on there."""
     job = f"undo-{node}"
     arguments = {"job-id": job, "device": node, "base-node": base, "auto-dismiss": False}
@@ -219,7 +219,7 @@ def _commit(node: str, base: str) -> Generator[Step, Any, None]:
     raise Refused("it takes too long")
 
 
-def _job(name: str) -> Generator[Step, Any, dict[str, Any] | None]:
+def _job(name: str) -> Generator[Command, Any, dict[str, Any] | None]:
     jobs = yield "query-jobs", None
     return next((job for job in jobs if job["id"] == name), None)
 
@@ -241,7 +241,7 @@ def _name_record(finding: dict[str, Any]) -> None:
             os.close(directory)
 
 
-def _end_migration(trouble: list[str]) -> Generator[Step, Any, None]:
+def _end_migration(trouble: list[str]) -> Generator[Command, Any, None]:
     """No migration is under way any more, and the run state is not one in between.
 
     QEMU 10.0.2 dies now and then of a cancel that finds its channels being set up, or with pages
@@ -262,12 +262,12 @@ def _end_migration(trouble: list[str]) -> Generator[Step, Any, None]:
     yield from _settled()
 
 
-def _settled() -> Generator[Step, Any, None]:
+def _settled() -> Generator[Command, Any, None]:
     while (yield "query-status", None)["status"] in _BETWEEN:
         yield None
 
 
-def _until_quiet() -> Generator[Step, Any, None]:
+def _until_quiet() -> Generator[Command, Any, None]:
     """QEMU sends something every 100 ms, however slow it is told to be; then comes a pause."""
     sent: list[int] = []
     for _ in range(_LONGEST_WAIT):
@@ -288,7 +288,7 @@ def _attempt(
     trouble: list[str],
     *,
     only_in: set[str] | None = None,
-) -> Generator[Step, Any, None]:
+) -> Generator[Command, Any, None]:
     """``only_in`` are the run states in which it makes sense."""
     try:
         if only_in is not None and (yield "query-status", None)["status"] not in only_in:
@@ -395,7 +395,7 @@ class _Qemu:
 def _put_back(finding: dict[str, Any], deadline: float, published: bool) -> list[str] | None:
     """What could not be done; None when the time was over before."""
     monitor = _Monitor(finding["monitor"], deadline)
-    steps = put_back(finding, published=published)
+    steps = rollback_steps(finding, published=published)
     try:
         step = next(steps)
         while time.monotonic() < deadline:
@@ -408,7 +408,7 @@ def _put_back(finding: dict[str, Any], deadline: float, published: bool) -> list
     return None
 
 
-def _answer(monitor: _Monitor, steps: Generator[Step, Any, list[str]], step: Step) -> Step:
+def _answer(monitor: _Monitor, steps: Generator[Command, Any, list[str]], step: Command) -> Command:
     if step is None:
         time.sleep(A_MOMENT)
         return next(steps)
@@ -427,12 +427,12 @@ def _not_put_back(finding: dict[str, Any]) -> list[str]:
         f"{finding['pid'] or 'unknown'} was not to be had for {_PATIENCE:g} s afterwards: what "
         "follows is for whoever reaches it"
     ]
-    if Did.MIGRATING in did:
+    if Step.MIGRATING in did:
         words.append("a migration of the save may be under way: query-migrate, migrate_cancel")
     if _stopped_by(set(did)):
         state = "run" if finding["resume"] else "stand still"
         words.append(f"the guest may stand still because of the save; it is to {state} (cont)")
-    if Did.SETTINGS in did:
+    if Step.SETTINGS in did:
         entries = [{"capability": n, "state": s} for n, s in finding["capabilities"].items()]
         for command, arguments in (
             ("migrate-set-capabilities", {"capabilities": entries} if entries else {}),
@@ -440,7 +440,7 @@ def _not_put_back(finding: dict[str, Any]) -> list[str]:
         ):
             if arguments:
                 words.append(json.dumps({"execute": command, "arguments": arguments}))
-    if Did.LENT in did:
+    if Step.LENT in did:
         words.append(f"fdsets may have descriptors named {finding['token']}: remove-fd")
     return words
 

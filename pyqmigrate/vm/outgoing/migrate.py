@@ -14,8 +14,8 @@ from pyqmigrate.errors import Cancelled, NoSpace, PyqmigrateError, QemuError
 from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.qapi.status import Status
-from pyqmigrate.vm.cancellation import heed_cancellation
-from pyqmigrate.vm.outgoing.transaction import Custody
+from pyqmigrate.vm.cancellation import check_cancelled
+from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 
 __all__ = ["AtInstant", "ProgressCallback", "Written", "migrate"]
 
@@ -44,40 +44,40 @@ class Written:
 
 
 async def migrate(
-    custody: Custody,
+    transaction: SaveTransaction,
     path: str,
     *,
-    at_instant: AtInstant | None = None,
+    while_paused: AtInstant | None = None,
     pause: bool = False,
     progress: ProgressCallback | None = None,
     watch: _Watch | None = None,
 ) -> dict[str, Any]:
     """Let QEMU migrate to the file ``path``; the last ``query-migrate`` when it has completed.
 
-    ``at_instant`` is called while the guest stands still and its disks are still QEMU's: with
+    ``while_paused`` is called while the guest stands still and its disks are still QEMU's: with
     ``pause`` (for which the capability pause-before-switchover must be on) at the switchover,
     otherwise, for a guest that does not run, before anything else. ``watch`` is given what QEMU
     says, each time it is asked. Raises QemuError when the migration fails, NoSpace when for want
     of space, Cancelled when somebody cancelled it, QemuGone when QEMU ended.
     """
-    if at_instant is not None and not pause:
-        await at_instant()
-    await custody.migrate(path)
+    if while_paused is not None and not pause:
+        await while_paused()
+    await transaction.migrate(path)
     started = time.monotonic()
-    if at_instant is not None and pause:
-        info = await _wait(custody, started, progress, watch, until=Status.PRE_SWITCHOVER)
+    if while_paused is not None and pause:
+        info = await _wait(transaction, started, progress, watch, until=Status.PRE_SWITCHOVER)
         if info["status"] == Status.PRE_SWITCHOVER:
-            await at_instant()
+            await while_paused()
             state = Status.PRE_SWITCHOVER.value
-            await custody.monitor.execute("migrate-continue", {"state": state})
-    info = await _wait(custody, started, progress, watch)
-    custody.migrated()
+            await transaction.monitor.execute("migrate-continue", {"state": state})
+    info = await _wait(transaction, started, progress, watch)
+    transaction.migrated()
     if info["status"] == Status.CANCELLED:
         raise Cancelled("the migration was cancelled through another monitor")
     if info["status"] == Status.FAILED:
         raise _failed(str(info.get("error-desc", "it does not say why")))
     # "completed" comes a moment before the run state is what it will be.
-    while (await custody.monitor.execute("query-status"))["status"] in _STOPPING:
+    while (await transaction.monitor.execute("query-status"))["status"] in _STOPPING:
         await asyncio.sleep(_A_MOMENT)
     if progress is not None:
         progress(_progress(info, time.monotonic() - started))
@@ -85,7 +85,7 @@ async def migrate(
 
 
 async def _wait(
-    custody: Custody,
+    transaction: SaveTransaction,
     started: float,
     progress: ProgressCallback | None,
     watch: _Watch | None,
@@ -95,8 +95,8 @@ async def _wait(
     reported = started
     pause = _FIRST_WAIT
     while True:
-        info: dict[str, Any] = await custody.monitor.execute("query-migrate")
-        heed_cancellation()
+        info: dict[str, Any] = await transaction.monitor.execute("query-migrate")
+        check_cancelled()
         if info.get("status") in (until, *_ENDED):
             return info
         now = time.monotonic()
@@ -105,7 +105,7 @@ async def _wait(
             reported = now
         if watch is not None:
             await watch(info)
-        await custody.events.migration(pause)
+        await transaction.events.migration(pause)
         pause = min(pause * 1.5, _LONGEST_WAIT)
 
 

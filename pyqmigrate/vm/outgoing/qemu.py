@@ -12,30 +12,30 @@ import asyncio
 import time
 from typing import Any
 
-from pyqmigrate.io.target import OutputTarget
+from pyqmigrate.io.target import OutputFile
 from pyqmigrate.vm.guest.run_state import set_run_state
-from pyqmigrate.vm.outgoing.fdset import opened_for_qemu
+from pyqmigrate.vm.outgoing.fdset import open_for_qemu
 from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written, migrate
-from pyqmigrate.vm.outgoing.transaction import Custody
+from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.settings import Changes
 
-__all__ = ["save_by_qemu"]
+__all__ = ["save_qemu"]
 
 # A guest that writes faster than the disk never comes to an end by itself.
 _PASSES = 10
 _LONGEST_DOWNTIME = 2_000_000  # ms; the largest that QEMU takes
 
 
-async def save_by_qemu(
-    custody: Custody,
-    target: OutputTarget,
+async def save_qemu(
+    transaction: SaveTransaction,
+    target: OutputFile,
     changes: Changes,
     *,
     run_state: str,
     running: bool,
     live: bool,
     resume: bool,
-    at_instant: AtInstant | None = None,
+    while_paused: AtInstant | None = None,
     progress: ProgressCallback | None = None,
 ) -> Written:
     """Let QEMU write into ``target`` and, with ``resume``, let the guest go on. It was found in
@@ -44,7 +44,7 @@ async def save_by_qemu(
     Raises QemuError when the migration fails (QemuGone when QEMU dies, NoSpace), Cancelled,
     TargetError. ``custody`` makes the ``changes``, and puts back what is changed here, also then.
     """
-    monitor = custody.monitor
+    monitor = transaction.monitor
     notes: list[str] = []
 
     async def shorten(info: dict[str, Any]) -> None:
@@ -55,29 +55,29 @@ async def save_by_qemu(
             )
             await monitor.execute("migrate-set-parameters", {"downtime-limit": _LONGEST_DOWNTIME})
 
-    with opened_for_qemu(target) as fds:
-        async with custody.lent(fds) as path:
-            await custody.apply(changes)
+    with open_for_qemu(target) as fds:
+        async with transaction.lent(fds) as path:
+            await transaction.apply(changes)
             began = time.monotonic()
             if running and not live:
-                await custody.stop()
+                await transaction.stop()
             info = await migrate(
-                custody,
+                transaction,
                 path,
-                at_instant=at_instant,
+                while_paused=while_paused,
                 pause=running and live,
                 progress=progress,
                 watch=shorten if live else None,
             )
-            if at_instant is not None:
-                await custody.check_that_it_stood()
+            if while_paused is not None:
+                await transaction.check_that_it_stood()
             seen = time.monotonic()
             if resume:
-                await custody.resume()
+                await transaction.resume()
                 now = time.monotonic()
     downtime = None
     if running and resume:
-        downtime = custody.events.downtime(now - began)
+        downtime = transaction.events.downtime(now - began)
         if downtime is None:
             downtime = now - seen + info["downtime"] / 1000 if live else now - began
     if running and not live and not await asyncio.to_thread(set_run_state, target, run_state):

@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate.enums import choice
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import (
     Cancelled,
     NoSpace,
@@ -37,23 +37,23 @@ from pyqmigrate.integrity.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.integrity.seal import start_seal
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.place import absolute
-from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget, stream_offset, target_path
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.io.target import Descriptors, DirectIO, OutputFile, stream_offset, target_path
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.cancellation import heed_cancellation, unbroken
+from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest import disks
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest.files import files_of
-from pyqmigrate.vm.guest.inspect import Guest, look
+from pyqmigrate.vm.guest.inspect import GuestInfo, inspect
 from pyqmigrate.vm.guest.run_state import what_stopped
-from pyqmigrate.vm.outgoing.direct import DeviceStateRefused, save_by_us
+from pyqmigrate.vm.outgoing.direct import DeviceStateRefused, save_direct
 from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written
-from pyqmigrate.vm.outgoing.qemu import save_by_qemu
-from pyqmigrate.vm.outgoing.transaction import Custody
-from pyqmigrate.vm.plan.engine import Choice, Engine, choose_engine, fall_back
+from pyqmigrate.vm.outgoing.qemu import save_qemu
+from pyqmigrate.vm.outgoing.transaction import SaveTransaction
+from pyqmigrate.vm.plan.engine import Engine, EngineChoice, choose_engine, fall_back
 from pyqmigrate.vm.plan.plan import Plan, make_plan
 from pyqmigrate.vm.plan.settings import UsedSetting
-from pyqmigrate.vm.qemu.exit import Ending
+from pyqmigrate.vm.qemu.exit import ProcessExit
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.record.recording import Recording
 
@@ -157,13 +157,13 @@ async def save(
         os.fspath(snapshot),
         engine,
         live,
-        None if then is None else choice(Then, then, "then"),
+        None if then is None else parse_enum(Then, then, "then"),
         check_channels(channels),
-        choice(DirectIO, direct_io, "direct_io"),
-        choice(Sparse, sparse, "sparse"),
+        parse_enum(DirectIO, direct_io, "direct_io"),
+        parse_enum(Sparse, sparse, "sparse"),
         with_disks,
         progress,
-        None if seal is None else choice(Algorithm, seal, "seal"),
+        None if seal is None else parse_enum(Algorithm, seal, "seal"),
         describe,
         absolute(target_path(snapshot)),
         set_time,
@@ -175,7 +175,7 @@ async def save(
     if stream_offset(request.snapshot):
         raise UsageError("a guest is saved into a file of its own: without an offset")
     async with await Monitor.connect(qmp) as monitor:
-        with await look(monitor) as guest:
+        with await inspect(monitor) as guest:
             return await _Save(monitor, guest, request).run()
 
 
@@ -200,12 +200,12 @@ class _Request:
 class _Save:
     """One save under way."""
 
-    def __init__(self, monitor: Monitor, guest: Guest, request: _Request) -> None:
+    def __init__(self, monitor: Monitor, guest: GuestInfo, request: _Request) -> None:
         self.started = time.monotonic()
         self.monitor = monitor
         self.guest = guest
         self.request = request
-        self.choice: Choice = choose_engine(guest, engine=request.engine, live=request.live)
+        self.choice: EngineChoice = choose_engine(guest, engine=request.engine, live=request.live)
         self.disks = disks.prepare(guest, request.path) if request.with_disks else None
         self.recording: Recording
 
@@ -235,33 +235,37 @@ class _Save:
             way=self.choice.way,
             seal=self.request.seal,
         )
-        custody = Custody(
+        transaction = SaveTransaction(
             self.monitor, self.guest, os.fspath(self.request.path), self.disks, recording
         )
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
-            opened = custody.opened(self.request.direct_io, in_use=in_use, beside=[recording.path])
-            async with custody, opened as target:
-                plan = await unbroken(asyncio.to_thread(self._plan, target))
-                return await self._run(target, plan, custody)
+            opened = transaction.opened(
+                self.request.direct_io, in_use=in_use, beside=[recording.path]
+            )
+            async with transaction, opened as target:
+                plan = await shielded(asyncio.to_thread(self._plan, target))
+                return await self._run(target, plan, transaction)
         except QemuGone as error:
             error.add_note(f"({self._what_became_of_qemu()}) ")
-            if self.disks is not None and self.disks.taken and not custody.published:
+            if self.disks is not None and self.disks.taken and not transaction.published:
                 for left in disks.stranded(self.disks):
                     error.add_note(f"({left}) ")
             raise
         finally:
-            if not custody.published:
+            if not transaction.published:
                 recording.discard()
 
-    async def _run(self, target: OutputTarget, plan: Plan, custody: Custody) -> VmSaveReport:
-        written = await self._engine(custody, target, plan)
+    async def _run(
+        self, target: OutputFile, plan: Plan, transaction: SaveTransaction
+    ) -> VmSaveReport:
+        written = await self._engine(transaction, target, plan)
         file_size, allocated = os.fstat(target.fd).st_size, target.allocated_bytes()
         direct, reason = target.direct is not None, target.direct_io_reason
-        await self._publish(target, custody)
+        await self._publish(target, transaction)
         modified = os.fstat(target.fd).st_mtime_ns
         seconds = time.monotonic() - self.started
-        await custody.end(resume=self._resumes)
+        await transaction.end(resume=self._resumes)
         clock = await self._clock(written.downtime)
         after, late = await self._end()
         await self._seal(written, modified)
@@ -295,7 +299,7 @@ class _Save:
                 *self.recording.notes,
                 *clock,
                 *late,
-                *custody.trouble,
+                *transaction.trouble,
             ),
         )
 
@@ -306,7 +310,7 @@ class _Save:
             return self.guest.running
         return self.request.then is Then.RESUME
 
-    def _plan(self, target: OutputTarget) -> Plan:
+    def _plan(self, target: OutputFile) -> Plan:
         """Fail before QEMU is touched where the file cannot fit."""
         plan = make_plan(
             self.guest,
@@ -325,24 +329,26 @@ class _Save:
             )
         return plan
 
-    async def _engine(self, custody: Custody, target: OutputTarget, plan: Plan) -> Written:
+    async def _engine(
+        self, transaction: SaveTransaction, target: OutputFile, plan: Plan
+    ) -> Written:
         request = self.request
         # Before the snapshot has its name nothing may happen that cannot be undone.
-        at_instant: AtInstant | None = custody.take_disks if self.disks else None
+        while_paused: AtInstant | None = transaction.take_disks if self.disks else None
         if self.choice.way is None:
-            return await save_by_qemu(
-                custody,
+            return await save_qemu(
+                transaction,
                 target,
                 plan.changes,
                 run_state=self.guest.run_state,
                 running=self.guest.running,
                 live=request.live,
                 resume=self._resumes,
-                at_instant=at_instant,
+                while_paused=while_paused,
                 progress=request.progress,
             )
-        return await save_by_us(
-            custody,
+        return await save_direct(
+            transaction,
             self.guest,
             self.choice.way,
             target,
@@ -352,7 +358,7 @@ class _Save:
             seal=request.seal,
             resume=self._resumes,
             describe=request.describe,
-            at_instant=at_instant,
+            while_paused=while_paused,
             progress=request.progress,
         )
 
@@ -378,12 +384,12 @@ class _Save:
             await asyncio.to_thread(job.result)
         except BaseException:
             job.cancel()
-            await unbroken(asyncio.to_thread(job.join))
+            await shielded(asyncio.to_thread(job.join))
             raise
 
-    async def _publish(self, target: OutputTarget, custody: Custody) -> None:
+    async def _publish(self, target: OutputFile, transaction: SaveTransaction) -> None:
         """Durable, verified, named. Once cancelled, it gets no name, unless it has it already."""
-        heed_cancellation()
+        check_cancelled()
         cancelled = threading.Event()
 
         def check() -> None:
@@ -409,10 +415,10 @@ class _Save:
         except asyncio.CancelledError:
             cancelled.set()
             with contextlib.suppress(PyqmigrateError):
-                await unbroken(publishing)
+                await shielded(publishing)
             raise
         finally:
-            custody.published = target.published
+            transaction.published = target.published
 
     async def _end(self) -> tuple[str | None, list[str]]:
         """Quit if that was asked for; what the guest is doing now, and what there is to note.
@@ -422,7 +428,7 @@ class _Save:
         if self.request.then is not Then.QUIT:
             after = str((await self.monitor.execute("query-status"))["status"])
             return after, self._notes(after)
-        with contextlib.closing(Ending(self.guest.pid)) as ending:
+        with contextlib.closing(ProcessExit(self.guest.pid)) as ending:
             with contextlib.suppress(QemuGone):  # it may hang up before it answers
                 await self.monitor.execute("quit")
             if await ending.wait(_QUIT_TIMEOUT):
@@ -458,9 +464,9 @@ class _Save:
         return f"process {pid} is a zombie" if state == "Z" else f"process {pid} is still there"
 
 
-def _verify(target: OutputTarget, guest: Guest) -> None:
+def _verify(target: OutputFile, guest: GuestInfo) -> None:
     """Read the structure back, and compare it with what QEMU says the guest is."""
-    with target.opened_for_reading() as fd, Snapshot(Descriptors(fd)) as snapshot:
+    with target.opened_for_reading() as fd, MappedRamSnapshot(Descriptors(fd)) as snapshot:
         snapshot.verify()
         saved: dict[str, Any] = {name: b.length for name, b in snapshot.blocks.items()}
         expected = {block.name: block.length for block in guest.blocks}

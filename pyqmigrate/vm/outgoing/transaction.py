@@ -1,6 +1,6 @@
 """A guest in our hands: found in some state, and put back into it whatever happens.
 
-    async with Custody(monitor, guest, "/snap/guest.mapped") as custody:
+    async with SaveTransaction(monitor, guest, "/snap/guest.mapped") as custody:
         async with custody.opened(DirectIO.AUTO) as target:
             await custody.apply(changes)
             await custody.migrate(path)
@@ -8,13 +8,13 @@
             await custody.resume()
             await custody.end(resume=True)
 
-Leaving it without having called :meth:`Custody.end` puts everything back: a migration that was
+Leaving it without having called :meth:`SaveTransaction.end` puts everything back: a migration that was
 begun here is cancelled, settings are what they were, the descriptors that QEMU was given are
 removed, the guest runs if it ran, and its disks are the files that they were. The same is done by a
 guardian process if this one is killed (:mod:`pyqmigrate.vm.outgoing.guardian`).
 
 Others may have monitors, too. What they do to the guest meanwhile is not undone: what is done here
-is written down just before (:class:`pyqmigrate.vm.outgoing.guardian.Did`).
+is written down just before (:class:`pyqmigrate.vm.outgoing.guardian.Step`).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused, target_error
 from pyqmigrate.io.in_use import InUse
-from pyqmigrate.io.place import followed
-from pyqmigrate.io.target import DirectIO, OutputTarget
-from pyqmigrate.vm.cancellation import owned, unbroken
+from pyqmigrate.io.place import resolve_symlink
+from pyqmigrate.io.target import DirectIO, OutputFile
+from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.guest import disks
 from pyqmigrate.vm.guest.disks import DiskPlan
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.outgoing import guardian
-from pyqmigrate.vm.outgoing.guardian import Did
+from pyqmigrate.vm.outgoing.guardian import Step
 from pyqmigrate.vm.plan.blockers import why_no_migration_now
 from pyqmigrate.vm.plan.settings import Changes
 from pyqmigrate.vm.qemu.event_log import EventLog
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.record.recording import Recording
 
-__all__ = ["Custody", "drive"]
+__all__ = ["SaveTransaction", "drive"]
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ _PATIENCE = 120.0  # seconds for QEMU to end what it was told to cancel
 _OTHERS = 100  # moments for a migration of somebody else's
 
 
-class Custody:
+class SaveTransaction:
     """``snapshot`` is the path of the file that is to be written, and ``plan`` has the snapshots
     of disks that are taken along. ``recording`` sees the disks before the guest goes on.
 
@@ -68,7 +68,7 @@ class Custody:
     def __init__(
         self,
         monitor: Monitor,
-        guest: Guest,
+        guest: GuestInfo,
         snapshot: str,
         plan: DiskPlan | None = None,
         recording: Recording | None = None,
@@ -93,7 +93,7 @@ class Custody:
             "did": [],
             "capabilities": {},
             "parameters": {},
-            "directory": os.path.realpath(followed(snapshot).parent),
+            "directory": os.path.realpath(resolve_symlink(snapshot).parent),
             "file": False,
             "disks": [] if plan is None else [overlay.finding() for overlay in plan.overlays],
             "record": "" if recording is None else os.fspath(recording.path),
@@ -125,21 +125,21 @@ class Custody:
     @contextlib.asynccontextmanager
     async def opened(
         self, direct_io: DirectIO, *, in_use: InUse, beside: Collection[Path] = ()
-    ) -> AsyncIterator[OutputTarget]:
+    ) -> AsyncIterator[OutputFile]:
         """The file to write, unfinished; gone afterwards unless it was published.
 
         Before anything is touched it is compared with the files ``in_use``, and so are the files
         ``beside`` it that will be written too.
         """
         opening = asyncio.to_thread(
-            OutputTarget.open,
+            OutputFile.open,
             self._snapshot,
             direct_io,
             in_use=in_use,
             beside=beside,
             mark=self._token,
         )
-        target = await owned(opening, OutputTarget.abort)
+        target = await acquired(opening, OutputFile.abort)
         try:
             self._tell(file=True, fds=(target.fd,))
             yield target
@@ -162,7 +162,7 @@ class Custody:
             },
         )
         if changes.parameters or changes.capabilities:
-            self._note(Did.SETTINGS)
+            self._note(Step.SETTINGS)
         if changes.parameters:
             wanted = {name: change.after for name, change in changes.parameters.items()}
             await self.monitor.execute("migrate-set-parameters", wanted)
@@ -176,28 +176,28 @@ class Custody:
     async def take_disks(self) -> None:
         """Take the snapshots of disks that were planned, all or none."""
         if self._plan is not None:
-            self._note(Did.DISKS)
+            self._note(Step.DISKS)
             self.events.stands()
             await disks.take(self.monitor, self._plan)
 
     async def stop(self) -> None:
         """Let the guest stand still."""
-        self._note(Did.STOPPED)
+        self._note(Step.STOPPED)
         await self.monitor.execute("stop")
 
     async def migrate(self, path: str) -> None:
         """Begin to migrate to the file ``path``. QemuRefused when QEMU does not, as it does when
         somebody else was faster."""
-        self._note(Did.SETTINGS, Did.MIGRATING)
+        self._note(Step.SETTINGS, Step.MIGRATING)
         try:
             await self.monitor.execute("migrate", {"uri": f"file:{path}"})
         except QemuRefused:
-            self._note(without=(Did.MIGRATING,))
+            self._note(without=(Step.MIGRATING,))
             raise
 
     def migrated(self) -> None:
         """The migration that was begun here has ended, well or not."""
-        self._note(Did.MIGRATED, without=(Did.MIGRATING,))
+        self._note(Step.MIGRATED, without=(Step.MIGRATING,))
 
     async def check_that_it_stood(self) -> None:
         """Raise QemuError when another client has let the guest run since ``events.stands()``."""
@@ -214,7 +214,7 @@ class Custody:
         did = set(self._finding["did"])
         if (
             state == "postmigrate"
-            and not did & {Did.MIGRATING, Did.MIGRATED}
+            and not did & {Step.MIGRATING, Step.MIGRATED}
             and (self.guest.run_state != state)
         ):
             raise QemuError(
@@ -223,7 +223,7 @@ class Custody:
         if self._recording is not None:
             await asyncio.to_thread(self._recording.see_disks)
         await self.monitor.execute("cont")
-        self._note(without=(Did.STOPPED, Did.MIGRATED))
+        self._note(without=(Step.STOPPED, Step.MIGRATED))
 
     @contextlib.asynccontextmanager
     async def lent(self, fds: Mapping[str, int]) -> AsyncIterator[str]:
@@ -233,7 +233,7 @@ class Custody:
         looks for a descriptor in vain is the end of QEMU 10.0.2.
         """
         number: int | None = None
-        self._note(Did.LENT)
+        self._note(Step.LENT)
         for name, fd in fds.items():
             number = await self.monitor.add_fd(fd, fdset_id=number, opaque=f"{self._token} {name}")
         yield f"/dev/fdset/{number}"
@@ -251,9 +251,9 @@ class Custody:
         if self._guardian is None:
             return
         try:
-            await unbroken(self._put_back(resume))
+            await shielded(self._put_back(resume))
         except QemuGone:
-            await unbroken(self._dismiss())  # there is nothing left to put back
+            await shielded(self._dismiss())  # there is nothing left to put back
             raise
         finally:
             self._let_go()
@@ -261,7 +261,7 @@ class Custody:
     async def _put_back(self, resume: bool | None) -> None:
         if resume is not None:
             self._tell(resume=resume)
-        steps = guardian.put_back(
+        steps = guardian.rollback_steps(
             self._finding, resume=resume, published=self.published, patience=_OTHERS
         )
         try:
@@ -271,7 +271,7 @@ class Custody:
                 "somebody else's migration of this guest is under way: a guardian process waits "
                 "for its end to put the settings back"
             )
-            self._tell(did=[Did.SETTINGS], disks=[])
+            self._tell(did=[Step.SETTINGS], disks=[])
         else:
             await self._dismiss()
 
@@ -332,7 +332,7 @@ class Custody:
             self._news.close()
 
 
-async def drive(monitor: Monitor, steps: Generator[guardian.Step, Any, T]) -> T:
+async def drive(monitor: Monitor, steps: Generator[guardian.Command, Any, T]) -> T:
     """Carry out a guardian's steps on a session of our own; what they come to."""
     deadline = time.monotonic() + _PATIENCE
     try:

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 from enum import StrEnum
 
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 
 __all__ = [
-    "Way",
+    "DeviceStateMethod",
     "devices_with_backends",
     "missed_devices",
     "why_no_migration",
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-class Way(StrEnum):
+class DeviceStateMethod(StrEnum):
     """How QEMU hands out its device state without the pages."""
 
     IGNORE_SHARED = "ignore-shared"
@@ -56,7 +56,7 @@ _CAPABILITIES = {
 }
 
 
-def missed_devices(guest: Guest, way: Way) -> list[str]:
+def missed_devices(guest: GuestInfo, way: DeviceStateMethod) -> list[str]:
     """Reasons why a save this way would lose something; empty when nothing is.
 
     Only what QEMU tells is known: a live section of a device not listed here is found when its
@@ -68,11 +68,11 @@ def missed_devices(guest: Guest, way: Way) -> list[str]:
     if guest.dirty_bitmaps and guest.capabilities.get("dirty-bitmaps"):
         names = ", ".join(f"{name} of {node}" for node, name in guest.dirty_bitmaps)
         reasons.append(f"dirty bitmaps are a live section (dirty-bitmaps is on): {names}")
-    if way is Way.IGNORE_SHARED and "x-ignore-shared" not in guest.capabilities:
+    if way is DeviceStateMethod.IGNORE_SHARED and "x-ignore-shared" not in guest.capabilities:
         reasons.append("this QEMU has no x-ignore-shared")
-    if way is Way.DEVICES_ONLY and "xen-save-devices-state" not in guest.commands:
+    if way is DeviceStateMethod.DEVICES_ONLY and "xen-save-devices-state" not in guest.commands:
         reasons.append("this QEMU has no xen-save-devices-state (builds for x86 have it)")
-    if way is Way.DEVICES_ONLY and guest.target_page_bits is None:
+    if way is DeviceStateMethod.DEVICES_ONLY and guest.target_page_bits is None:
         reasons.append(
             "xen-save-devices-state does not tell the page size, which differs between machines of "
             f"{guest.target}"
@@ -80,14 +80,14 @@ def missed_devices(guest: Guest, way: Way) -> list[str]:
     return reasons
 
 
-def _from_devices(guest: Guest) -> Iterator[str]:
+def _from_devices(guest: GuestInfo) -> Iterator[str]:
     for pattern, why in _DEVICES:
         for path, kind in guest.devices:
             if pattern.match(kind):
                 yield f"{path.rpartition('/')[2]} ({kind}): {why}"
 
 
-def devices_with_backends(guest: Guest) -> list[str]:
+def devices_with_backends(guest: GuestInfo) -> list[str]:
     """Devices whose state is with another process, which may not give it."""
     return [
         f"{path.rpartition('/')[2]} ({kind})"
@@ -96,7 +96,7 @@ def devices_with_backends(guest: Guest) -> list[str]:
     ]
 
 
-def why_no_migration(guest: Guest) -> str | None:
+def why_no_migration(guest: GuestInfo) -> str | None:
     """Why this guest cannot be saved at all now, whoever writes the pages; None if it can."""
     if guest.blocked_reasons:
         return "QEMU refuses to migrate this guest: " + "; ".join(guest.blocked_reasons)

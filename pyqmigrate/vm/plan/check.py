@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyqmigrate.enums import choice as spelled
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import GuestMemoryError, NotSupported, QemuError, UsageError
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.disks import Disk, prepare, restore_needs
-from pyqmigrate.vm.guest.inspect import Guest, GuestBlock, look
+from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo, inspect
 from pyqmigrate.vm.guest.run_state import what_stopped
-from pyqmigrate.vm.plan.blockers import Way
-from pyqmigrate.vm.plan.engine import Choice, Engine, choose_engine
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod
+from pyqmigrate.vm.plan.engine import Engine, EngineChoice, choose_engine
 from pyqmigrate.vm.plan.estimate import Basis, DiskRate, Estimate, estimate, measure_rate
 from pyqmigrate.vm.plan.plan import Plan, make_plan
 from pyqmigrate.vm.plan.settings import UsedSetting
@@ -68,7 +68,7 @@ class CheckReport:
     run_state: str
     total_ram: int
     blocks: tuple[GuestBlock, ...]
-    choice: Choice | None
+    choice: EngineChoice | None
     plan: Plan | None
     settings: Mapping[str, UsedSetting]
     notes: tuple[str, ...]
@@ -115,9 +115,9 @@ async def check(
     afterwards. Raises QemuError when QEMU does not answer, TargetError when the directory cannot
     be written to, UsageError for an engine that there is not.
     """
-    policy = spelled(Sparse, sparse, "sparse")
-    with await look(monitor) as guest:
-        choice: Choice | None = None
+    policy = parse_enum(Sparse, sparse, "sparse")
+    with await inspect(monitor) as guest:
+        choice: EngineChoice | None = None
         plan: Plan | None = None
         blockers: list[str] = []
         where = None if directory is None else Path(directory)
@@ -158,7 +158,9 @@ async def check(
         )
 
 
-def _plan(guest: Guest, choice: Choice, sparse: Sparse, live: bool, disk: DiskRate | None) -> Plan:
+def _plan(
+    guest: GuestInfo, choice: EngineChoice, sparse: Sparse, live: bool, disk: DiskRate | None
+) -> Plan:
     return make_plan(
         guest,
         choice,
@@ -171,7 +173,7 @@ def _plan(guest: Guest, choice: Choice, sparse: Sparse, live: bool, disk: DiskRa
     )
 
 
-def _counted(guest: Guest, plan: Plan) -> Estimate | None:
+def _counted(guest: GuestInfo, plan: Plan) -> Estimate | None:
     """What the decision rested on, if pages were counted for it."""
     if plan.data is None:
         return None
@@ -179,7 +181,7 @@ def _counted(guest: Guest, plan: Plan) -> Estimate | None:
     return Estimate(plan.data, Basis.BOUND if unseen else Basis.COUNTED)
 
 
-def _why_no_disks(guest: Guest, directory: Path | None) -> str:
+def _why_no_disks(guest: GuestInfo, directory: Path | None) -> str:
     """Why snapshots of the disks cannot be taken along, or nothing."""
     try:
         prepare(guest, (directory or Path()) / "snapshot")
@@ -188,12 +190,18 @@ def _why_no_disks(guest: Guest, directory: Path | None) -> str:
     return ""
 
 
-def _undescribed(guest: Guest, choice: Choice | None) -> Iterator[str]:
-    if choice is not None and choice.way is Way.DEVICES_ONLY and (why := why_not_described(guest)):
+def _undescribed(guest: GuestInfo, choice: EngineChoice | None) -> Iterator[str]:
+    if (
+        choice is not None
+        and choice.way is DeviceStateMethod.DEVICES_ONLY
+        and (why := why_not_described(guest))
+    ):
         yield f"device state would be saved without its description: {why}"
 
 
-def _warnings(guest: Guest, choice: Choice | None, disk: DiskRate | None) -> Iterator[str]:
+def _warnings(
+    guest: GuestInfo, choice: EngineChoice | None, disk: DiskRate | None
+) -> Iterator[str]:
     if (stopped := what_stopped(guest.run_state)) is not None:
         yield stopped
     for name, what in _CAPABILITIES.items():

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pyqmigrate.errors import NotSupported, QemuError, UsageError
-from pyqmigrate.vm.guest.inspect import Guest, GuestBlock
-from pyqmigrate.vm.plan.blockers import Way, missed_devices, why_no_migration
+from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod, missed_devices, why_no_migration
 
-__all__ = ["Choice", "Engine", "choose_engine", "fall_back"]
+__all__ = ["EngineChoice", "Engine", "choose_engine", "fall_back"]
 
 # What may go through QEMU's own stream beside the file-backed blocks: ROMs, video memory.
 _LARGEST_REST = 256 << 20
@@ -23,7 +23,7 @@ class Engine(StrEnum):
 
 
 @dataclass(frozen=True)
-class Choice:
+class EngineChoice:
     """The engine, and in a sentence ``why``; ``way`` is None for QEMU's.
 
     ``refused`` are the reasons against engine ``direct`` where that was asked about and is not to
@@ -32,13 +32,13 @@ class Choice:
     """
 
     engine: Engine
-    way: Way | None
+    way: DeviceStateMethod | None
     why: str
     refused: tuple[str, ...] = ()
     stays: bool = True
 
 
-def choose_engine(guest: Guest, *, engine: str = "auto", live: bool = False) -> Choice:
+def choose_engine(guest: GuestInfo, *, engine: str = "auto", live: bool = False) -> EngineChoice:
     """Decide for ``engine`` "auto", "direct" or "qemu"; ``live``: the guest runs meanwhile.
 
     Raises NotSupported when ``direct`` is demanded and would miss something, or nothing can save
@@ -60,7 +60,7 @@ def choose_engine(guest: Guest, *, engine: str = "auto", live: bool = False) -> 
     return _by_qemu(guest, refused)
 
 
-def fall_back(guest: Guest, failed: QemuError) -> Choice:
+def fall_back(guest: GuestInfo, failed: QemuError) -> EngineChoice:
     """Engine ``qemu``, after engine ``direct`` has ``failed`` without a change to the guest.
 
     Raises ``failed`` where QEMU cannot save the guest itself.
@@ -71,9 +71,9 @@ def fall_back(guest: Guest, failed: QemuError) -> Choice:
         raise failed from None
 
 
-def _way(guest: Guest) -> tuple[Way | None, tuple[str, ...]]:
+def _way(guest: GuestInfo) -> tuple[DeviceStateMethod | None, tuple[str, ...]]:
     """The way that fits, or the reasons why none does."""
-    ways = [Way.IGNORE_SHARED, Way.DEVICES_ONLY]
+    ways = [DeviceStateMethod.IGNORE_SHARED, DeviceStateMethod.DEVICES_ONLY]
     if not guest.running:  # the second leaves it as it was found
         ways.reverse()
     reasons: list[str] = []
@@ -85,9 +85,9 @@ def _way(guest: Guest) -> tuple[Way | None, tuple[str, ...]]:
     return None, tuple(reasons)
 
 
-def _against(guest: Guest, way: Way) -> list[str]:
+def _against(guest: GuestInfo, way: DeviceStateMethod) -> list[str]:
     missed = missed_devices(guest, way)
-    if way is Way.DEVICES_ONLY:
+    if way is DeviceStateMethod.DEVICES_ONLY:
         return missed + _unreachable(guest.blocks)
     skipped = tuple(block for block in guest.blocks if block.file_backed)
     rest = guest.total_ram - sum(block.length for block in skipped)
@@ -117,19 +117,19 @@ def _several(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} blocks more"
 
 
-def _by_us(guest: Guest, way: Way) -> Choice:
-    if way is Way.DEVICES_ONLY:
+def _by_us(guest: GuestInfo, way: DeviceStateMethod) -> EngineChoice:
+    if way is DeviceStateMethod.DEVICES_ONLY:
         why = "all of its RAM can be read here"
         if not guest.running:
             why += f", and it stays {guest.run_state}"
-        return Choice(Engine.DIRECT, way, why)
+        return EngineChoice(Engine.DIRECT, way, why)
     why = "its RAM is shared and file-backed, so QEMU can leave it out"
     if not guest.running:
         why += _ending(guest)
-    return Choice(Engine.DIRECT, way, why, stays=guest.running)
+    return EngineChoice(Engine.DIRECT, way, why, stays=guest.running)
 
 
-def _by_qemu(guest: Guest, refused: tuple[str, ...]) -> Choice:
+def _by_qemu(guest: GuestInfo, refused: tuple[str, ...]) -> EngineChoice:
     if "mapped-ram" not in guest.capabilities:
         version = ".".join(map(str, guest.version))
         raise NotSupported(f"this QEMU ({version}) has no mapped-ram: 9.0 or newer has")
@@ -140,7 +140,7 @@ def _by_qemu(guest: Guest, refused: tuple[str, ...]) -> Choice:
     why = "engine direct is not possible" if refused else "it was asked for"
     if not guest.running:
         why += _ending(guest)
-    return Choice(Engine.QEMU, None, why, refused, stays=guest.running)
+    return EngineChoice(Engine.QEMU, None, why, refused, stays=guest.running)
 
 
 _POSTMIGRATE = "QEMU migrates a guest in postmigrate no second time: let it run first (cont)"
@@ -151,5 +151,5 @@ _SUSPENDED = (
 )
 
 
-def _ending(guest: Guest) -> str:
+def _ending(guest: GuestInfo) -> str:
     return f"; found {guest.run_state}, it will end in postmigrate"

@@ -12,9 +12,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from pyqmigrate.errors import PyqmigrateError, TargetError, target_error
-from pyqmigrate.io.target import DirectIO, OutputTarget
+from pyqmigrate.io.target import DirectIO, OutputFile
 from pyqmigrate.io.threads import starting_threads
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.sampling import count_data, extent_bytes, sample
 
 __all__ = ["Basis", "DiskRate", "Estimate", "estimate", "measure_rate"]
@@ -43,7 +43,7 @@ class Estimate:
     basis: Basis
 
 
-def estimate(guest: Guest, *, channels: int = 2) -> Estimate:
+def estimate(guest: GuestInfo, *, channels: int = 2) -> Estimate:
     """How much data the guest's memory holds. Memory out of reach counts in full.
 
     Up to 4 GiB of memory that may hold data are counted, more is sampled. The guest may run
@@ -81,7 +81,7 @@ def measure_rate(directory: Path, *, channels: int = 2) -> DiskRate:
     No more than an eighth of the free space is used. Raises TargetError where the directory cannot
     be written to.
     """
-    target = OutputTarget.open(directory / "pyqmigrate-check", DirectIO.AUTO)
+    target = OutputFile.open(directory / "pyqmigrate-check", DirectIO.AUTO)
     try:
         free = target.free_bytes()
         units = _UNITS if free is None else min(_UNITS, free // 8 // _UNIT)
@@ -97,7 +97,7 @@ def measure_rate(directory: Path, *, channels: int = 2) -> DiskRate:
         target.abort()
 
 
-def _write(target: OutputTarget, units: int, channels: int) -> float:
+def _write(target: OutputFile, units: int, channels: int) -> float:
     """Seconds for this many MiB, until they are durable."""
     target.set_size(units * _UNIT)
     fd = target.fd if target.direct is None else target.direct.fd

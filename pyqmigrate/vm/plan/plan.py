@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.guest.inspect import Guest
-from pyqmigrate.vm.plan.blockers import Way
-from pyqmigrate.vm.plan.engine import Choice, Engine
+from pyqmigrate.vm.guest.inspect import GuestInfo
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod
+from pyqmigrate.vm.plan.engine import Engine, EngineChoice
 from pyqmigrate.vm.plan.sampling import Contents, count_data, extent_bytes, sample
 from pyqmigrate.vm.plan.settings import (
     WRITE_SECONDS,
@@ -66,8 +66,8 @@ class Plan:
 
 
 def make_plan(
-    guest: Guest,
-    choice: Choice,
+    guest: GuestInfo,
+    choice: EngineChoice,
     *,
     channels: int,
     direct: bool,
@@ -126,8 +126,8 @@ def _need(engine: Engine, sparse: Sparse, contents: Contents | None, data: int, 
 
 
 def _changes(
-    guest: Guest,
-    choice: Choice,
+    guest: GuestInfo,
+    choice: EngineChoice,
     channels: int,
     direct: bool,
     sparse: Sparse,
@@ -135,10 +135,10 @@ def _changes(
     with_disks: bool,
     contents: Contents | None,
 ) -> Changes:
-    if choice.way is Way.DEVICES_ONLY:
+    if choice.way is DeviceStateMethod.DEVICES_ONLY:
         return no_changes()
     pause = with_disks and guest.running
-    if choice.way is Way.IGNORE_SHARED:
+    if choice.way is DeviceStateMethod.IGNORE_SHARED:
         return for_device_state(guest, pause=pause)
     return for_pages(
         guest,

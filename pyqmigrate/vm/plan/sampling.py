@@ -14,11 +14,11 @@ from typing import Any
 from pyqmigrate import _core
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Range, cut
-from pyqmigrate.io.memory import Attached, Memory, RamBlock, attach
+from pyqmigrate.io.channels import Channels, Range, split_ranges
+from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock, attach
 from pyqmigrate.io.target import core_file
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 
 __all__ = ["Contents", "count_data", "extent_bytes", "sample"]
 
@@ -45,7 +45,7 @@ class Contents:
         return self.length - self.data
 
 
-def sample(guest: Guest) -> Contents | None:
+def sample(guest: GuestInfo) -> Contents | None:
     """Look at a few MiB spread over the large blocks; None where none of it can be read.
 
     The guest may run meanwhile. Blocks, for some tens of milliseconds.
@@ -88,13 +88,13 @@ def _sample_block(name: str, memory: Memory, length: int, count: int) -> Content
         attached.close()
 
 
-def count_data(guest: Guest, channels: int) -> int:
+def count_data(guest: GuestInfo, channels: int) -> int:
     """Bytes of the pages that are not zero now, of all memory that can be read; looks at all.
 
     The guest may run meanwhile. Blocks, for about a second per 10 GiB.
     """
     with contextlib.ExitStack() as stack:
-        scanned: list[tuple[Attached, Bitmap]] = []
+        scanned: list[tuple[OpenMemory, Bitmap]] = []
         ranges: list[Range] = []
         for block in guest.blocks:
             if block.memory is None:
@@ -103,13 +103,13 @@ def count_data(guest: Guest, channels: int) -> int:
             stack.callback(attached.close)
             bitmap = Bitmap(attached.length // _PAGE)
             stack.callback(bitmap.close)
-            ranges += cut(len(scanned), bitmap.npages, _PAGE)
+            ranges += split_ranges(len(scanned), bitmap.npages, _PAGE)
             scanned.append((attached, bitmap))
         _scan(scanned, ranges, channels)
         return sum(bitmap.count() for _, bitmap in scanned) * _PAGE
 
 
-def extent_bytes(guest: Guest) -> int:
+def extent_bytes(guest: GuestInfo) -> int:
     """An upper bound, without looking, of what all memory that can be read holds in data."""
     total = 0
     for block in guest.blocks:
@@ -121,7 +121,7 @@ def extent_bytes(guest: Guest) -> int:
 
 
 def _scan(
-    memories: Sequence[tuple[Attached, Bitmap]], ranges: Iterable[Range], threads: int
+    memories: Sequence[tuple[OpenMemory, Bitmap]], ranges: Iterable[Range], threads: int
 ) -> None:
     """Set the bits of the pages with data. Nothing is written: the file is none."""
     channels = Channels(threads, "pyqmigrate-look")

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.sampling import Contents
 
 __all__ = [
@@ -105,7 +105,7 @@ class Changes:
 
 
 def for_pages(
-    guest: Guest,
+    guest: GuestInfo,
     *,
     channels: int,
     direct: bool,
@@ -141,7 +141,7 @@ def for_pages(
     return _changes(guest, capabilities, parameters)
 
 
-def for_device_state(guest: Guest, *, pause: bool) -> Changes:
+def for_device_state(guest: GuestInfo, *, pause: bool) -> Changes:
     """For engine ``direct`` by ``migrate``: a classic stream without the shared memory."""
     capabilities = {
         "x-ignore-shared": (True, "shared memory is written here, not by QEMU"),
@@ -189,7 +189,7 @@ def _off(name: str, why: str) -> dict[str, tuple[bool, str]]:
 
 
 def _changes(
-    guest: Guest,
+    guest: GuestInfo,
     capabilities: Mapping[str, tuple[bool, str]],
     parameters: Mapping[str, tuple[Value, str]],
 ) -> Changes:

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import os
 
-__all__ = ["Ending"]
+__all__ = ["ProcessExit"]
 
 
-class Ending:
+class ProcessExit:
     """The end of a process that is there now; close it.
 
     ``known`` is false where it cannot be waited for: a kernel without pidfds, or no number.

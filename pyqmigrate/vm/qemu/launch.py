@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Self
 
 from pyqmigrate.errors import QemuError
-from pyqmigrate.vm.cancellation import owned, unbroken
+from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.monitor import Monitor
-from pyqmigrate.vm.qemu.spawn import END_TIMEOUT, Started, Stream, start
+from pyqmigrate.vm.qemu.spawn import END_TIMEOUT, QemuProcess, Stream, start
 
-__all__ = ["Launched", "answered", "launch"]
+__all__ = ["QemuSession", "answered", "launch"]
 
 _START_TIMEOUT = 60.0  # seconds until QEMU answers; it may have large files to open
 _PATIENCE = 0.15  # seconds for a QEMU whose guest has not run, and which may be reading a file
 
 
-class Launched:
+class QemuSession:
     """A QEMU of our own: ``process`` and a negotiated ``monitor``, which answered after
     ``seconds``. As a context manager, it is ended when something is raised.
 
     ``has_run``: whether its guest may have run. One that has not loses nothing by SIGKILL."""
 
-    def __init__(self, started: Started, monitor: Monitor) -> None:
+    def __init__(self, started: QemuProcess, monitor: Monitor) -> None:
         self.monitor = monitor
         self.seconds = time.monotonic() - started.at
         self.has_run = False
@@ -49,7 +49,7 @@ class Launched:
 
     async def end(self) -> None:
         """End the process, and with it the guest at once. Cannot be interrupted halfway."""
-        await unbroken(self._stop())
+        await shielded(self._stop())
 
     async def _stop(self) -> None:
         self._started.terminate()
@@ -77,7 +77,7 @@ async def launch(
     stdin: Stream = None,
     stdout: Stream = None,
     stderr: Stream = None,
-) -> Launched:
+) -> QemuSession:
     """Start ``command`` and wait until its monitor answers; another one listens at ``qmp``.
 
     Streams are as subprocess.Popen takes them; None is this process's own. Raises QemuError with
@@ -86,18 +86,18 @@ async def launch(
     starting = asyncio.to_thread(
         start, command, pass_fds, qmp=qmp, stdin=stdin, stdout=stdout, stderr=stderr
     )
-    return await answered(await owned(starting, Started.end))
+    return await answered(await acquired(starting, QemuProcess.end))
 
 
-async def answered(started: Started) -> Launched:
+async def answered(started: QemuProcess) -> QemuSession:
     """Wait until the monitor of a process answers; the process is ended when it does not."""
     try:
         monitor = await Monitor.over(started.monitor, "of a new QEMU", timeout=_START_TIMEOUT)
     except QemuError as error:
         what = await asyncio.to_thread(started.describe, "QEMU does not start")
-        await unbroken(asyncio.to_thread(started.end))
+        await shielded(asyncio.to_thread(started.end))
         raise QemuError(what) from error
     except BaseException:
-        await unbroken(asyncio.to_thread(started.end))
+        await shielded(asyncio.to_thread(started.end))
         raise
-    return Launched(started, monitor)
+    return QemuSession(started, monitor)

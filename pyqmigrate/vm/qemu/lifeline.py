@@ -13,10 +13,10 @@ import fcntl
 import os
 import signal
 
-__all__ = ["Leash"]
+__all__ = ["Lifeline"]
 
 
-class Leash:
+class Lifeline:
     """Pass ``fd`` on to the child, then :meth:`hold` it. Close it, which lets the child off."""
 
     def __init__(self) -> None:

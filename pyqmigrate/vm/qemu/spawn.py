@@ -31,9 +31,9 @@ from pyqmigrate.io.socket_path import SocketPath, remove_stale_socket
 from pyqmigrate.io.threads import start_thread
 from pyqmigrate.vm.qemu.binary import has_type
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option, escape, is_qemu
-from pyqmigrate.vm.qemu.lifeline import Leash
+from pyqmigrate.vm.qemu.lifeline import Lifeline
 
-__all__ = ["END_TIMEOUT", "QMP_CHARDEV", "Started", "Stream", "start"]
+__all__ = ["END_TIMEOUT", "QMP_CHARDEV", "QemuProcess", "Stream", "start"]
 
 Stream = int | IO[bytes] | None
 END_TIMEOUT = 5.0  # seconds from SIGTERM to SIGKILL
@@ -60,11 +60,13 @@ _MONITOR_QMP = """[object "{name}"]
 """
 
 
-class Started:
+class QemuProcess:
     """A process on a leash. ``monitor`` is the socket on which its monitor will answer; whoever
     takes it owns it. ``at`` is when it was started (``time.monotonic``)."""
 
-    def __init__(self, at: float, monitor: socket.socket, leash: Leash, qmp: Path | None) -> None:
+    def __init__(
+        self, at: float, monitor: socket.socket, leash: Lifeline, qmp: Path | None
+    ) -> None:
         self.at = at
         self.monitor = monitor
         self._leash = leash
@@ -109,7 +111,7 @@ def start(
     stdin: Stream = None,
     stdout: Stream = None,
     stderr: Stream = None,
-) -> Started:
+) -> QemuProcess:
     """Start ``command``, with a monitor of ours besides, and one more that listens at ``qmp``.
 
     Streams are as subprocess.Popen takes them; None is this process's own. Not for the main thread:
@@ -120,13 +122,13 @@ def start(
     """
     at = time.monotonic()
     with contextlib.ExitStack() as failed, contextlib.ExitStack() as ours:
-        leash = Leash()
+        leash = Lifeline()
         failed.callback(leash.close)
         monitor, theirs = socket.socketpair()
         failed.enter_context(monitor)
         # Nobody but QEMU may hold these: that it is gone is seen by their being closed.
         ours.enter_context(theirs)
-        started = Started(at, monitor, leash, qmp)
+        started = QemuProcess(at, monitor, leash, qmp)
         configuration, writer = os.pipe2(os.O_CLOEXEC)
         ours.callback(os.close, configuration)
         os.fchmod(configuration, 0o444)  # QEMU opens it by name, and may be another user

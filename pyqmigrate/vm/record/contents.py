@@ -37,7 +37,7 @@ __all__ = [
     "Image",
     "ImageState",
     "MachineRecord",
-    "QemuProcess",
+    "RecordedQemu",
     "SaveFacts",
     "VmRecord",
     "decode_record",
@@ -59,7 +59,7 @@ _NUMBER_MAX = (1 << 64) - 1
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-class QemuProcess(NamedTuple):
+class RecordedQemu(NamedTuple):
     """The QEMU that was saved.
 
     ``version`` is QEMU's own ("10.0.2"), ``binary`` the path of the program, empty where it is not
@@ -202,7 +202,7 @@ class VmRecord(NamedTuple):
 
     snapshot: str
     identity: str
-    qemu: QemuProcess
+    qemu: RecordedQemu
     machine: MachineRecord
     cpus: Cpus
     devices: tuple[Device, ...]
@@ -288,7 +288,7 @@ _CLASSES: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
         VmRecord,
-        QemuProcess,
+        RecordedQemu,
         MachineRecord,
         Cpus,
         Device,

@@ -6,17 +6,17 @@ from collections import defaultdict
 from typing import Any
 
 from pyqmigrate.errors import QemuRefused
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.qemu.process_command import ProcessCommand
-from pyqmigrate.vm.record.contents import Backend, Block, Cpus, Device, MachineRecord, QemuProcess
+from pyqmigrate.vm.record.contents import Backend, Block, Cpus, Device, MachineRecord, RecordedQemu
 
 __all__ = ["backends", "blocks", "cpus", "devices", "machine", "qemu_process"]
 
 
-def qemu_process(guest: Guest, command: ProcessCommand) -> QemuProcess:
+def qemu_process(guest: GuestInfo, command: ProcessCommand) -> RecordedQemu:
     """The process of ``guest``, with the command line that it shows."""
-    return QemuProcess(
+    return RecordedQemu(
         ".".join(map(str, guest.version)),
         guest.binary,
         command.words,
@@ -25,7 +25,7 @@ def qemu_process(guest: Guest, command: ProcessCommand) -> QemuProcess:
     )
 
 
-async def machine(monitor: Monitor, guest: Guest) -> MachineRecord:
+async def machine(monitor: Monitor, guest: GuestInfo) -> MachineRecord:
     """The machine; what this QEMU cannot say is None."""
     memory = await _asked(monitor, "query-memory-size-summary") or {}
     kvm = await _asked(monitor, "query-kvm")
@@ -76,11 +76,11 @@ async def backends(monitor: Monitor) -> tuple[Backend, ...]:
     )
 
 
-def devices(guest: Guest) -> tuple[Device, ...]:
+def devices(guest: GuestInfo) -> tuple[Device, ...]:
     return tuple(Device(path, kind) for path, kind in guest.devices)
 
 
-def blocks(guest: Guest) -> tuple[Block, ...]:
+def blocks(guest: GuestInfo) -> tuple[Block, ...]:
     return tuple(Block(block.name, block.length) for block in guest.blocks)
 
 

@@ -6,7 +6,7 @@ import os
 import zlib
 from pathlib import Path
 
-from pyqmigrate.io.place import followed
+from pyqmigrate.io.place import resolve_symlink
 from pyqmigrate.io.target import target_path
 
 __all__ = ["record_path"]
@@ -20,7 +20,7 @@ def record_path(snapshot: str | os.PathLike[str]) -> Path:
 
     Of a name that leaves no room for the suffix, the first part and a checksum are used.
     """
-    path = followed(target_path(snapshot))
+    path = resolve_symlink(target_path(snapshot))
     name = os.fsencode(path.name)
     if len(name) + len(_SUFFIX) > _NAME_MAX:
         checksum = f".{zlib.crc32(name):08x}"

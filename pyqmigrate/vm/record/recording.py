@@ -26,10 +26,10 @@ from pathlib import Path
 from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.io.own_files import FileKind, check_replaceable
 from pyqmigrate.io.place import partial_name, sync_directory
-from pyqmigrate.io.target import Descriptors, OutputTarget
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.io.target import Descriptors, OutputFile
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.guest.disks import Disk, DiskPlan, seen_here
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.qemu.process_command import read_command
 from pyqmigrate.vm.record import facts as record_facts
@@ -58,7 +58,7 @@ class Recording:
     ``notes`` say what could not be recorded. ``published`` is whether the record has its name.
     """
 
-    def __init__(self, path: Path, guest: Guest, draft: VmRecord) -> None:
+    def __init__(self, path: Path, guest: GuestInfo, draft: VmRecord) -> None:
         self.path = path
         mark = secrets.token_hex(8)
         self.provisional = path.with_name(partial_name(path.name, mark, path.parent))
@@ -74,7 +74,7 @@ class Recording:
     async def begin(
         cls,
         monitor: Monitor,
-        guest: Guest,
+        guest: GuestInfo,
         snapshot: Path,
         *,
         plan: DiskPlan | None = None,
@@ -122,14 +122,14 @@ class Recording:
         self._states = self._look(lambda file: seen_here(pid, file))
         self._instant = time.time_ns()
 
-    def prepare(self, target: OutputTarget, *, resumed: bool) -> None:
+    def prepare(self, target: OutputFile, *, resumed: bool) -> None:
         """Write the record of the snapshot in ``target``, durable, under its provisional name.
 
         ``resumed``: the guest goes on, or went on. Raises SnapshotError, TargetError.
         """
         self.see_disks()
         draft = self._draft
-        with target.opened_for_reading() as fd, Snapshot(Descriptors(fd)) as snapshot:
+        with target.opened_for_reading() as fd, MappedRamSnapshot(Descriptors(fd)) as snapshot:
             identity = identify(snapshot)
         self._draft = draft._replace(
             identity=identity, save=draft.save._replace(resumed=resumed, instant_ns=self._instant)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pyqmigrate.snapshot.mapped_ram import Snapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["identify"]
 
 _MOST = 64 << 20  # bytes that are looked at
 
 
-def identify(snapshot: Snapshot) -> str:
+def identify(snapshot: MappedRamSnapshot) -> str:
     """A digest of what follows the memory, the device state.
 
     A copy of the file has the same, another save has not: its clocks have gone on. A description

@@ -20,7 +20,7 @@ from pyqmigrate.io.memory import FileMemory, ProcessMemory
 from pyqmigrate.io.process_memory import ProcessSource
 from pyqmigrate.log import logger
 from pyqmigrate.vm.guest.device_state import DeviceState
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.twin.command import make_twin
 from pyqmigrate.vm.twin.original import Original
 from pyqmigrate.vm.twin.twin import TIMEOUT, Pages, describe
@@ -37,7 +37,7 @@ class Describing:
     ``note`` says why there is none, empty where there is one or nobody asked.
     """
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: GuestInfo) -> None:
         self.note = ""
         self._sizes = _sizes(guest)
         self._pages = _pages(guest)
@@ -107,7 +107,7 @@ class Describing:
         self.cancel()
 
 
-def why_not_described(guest: Guest) -> str:
+def why_not_described(guest: GuestInfo) -> str:
     """Return why a save that leaves the description to a twin would have none, as far as can be
     seen before; empty where nothing is against it."""
     try:
@@ -122,7 +122,7 @@ def why_not_described(guest: Guest) -> str:
     return ""
 
 
-def _sizes(guest: Guest) -> dict[str, int]:
+def _sizes(guest: GuestInfo) -> dict[str, int]:
     """The sizes of images by every name that an option can have for them."""
     return {
         name: disk.size
@@ -132,7 +132,7 @@ def _sizes(guest: Guest) -> dict[str, int]:
     }
 
 
-def _pages(guest: Guest) -> Pages:
+def _pages(guest: GuestInfo) -> Pages:
     memories = {block.name: block.memory for block in guest.blocks}
 
     def pages(name: str, offset: int, length: int) -> bytes:

@@ -34,14 +34,13 @@ from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from pyqmigrate.io.target import Descriptors
-from pyqmigrate.snapshot.base import OpenedBlock
-from pyqmigrate.snapshot.detect import AnySnapshot
-from pyqmigrate.vm.cancellation import unbroken
+from pyqmigrate.snapshot.base import Block, Snapshot
+from pyqmigrate.vm.cancellation import shielded
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_migrated, sections_of
 from pyqmigrate.vm.incoming.load import Incoming, take_in
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.image_size import image_size
-from pyqmigrate.vm.qemu.launch import Launched, launch
+from pyqmigrate.vm.qemu.launch import QemuSession, launch
 from pyqmigrate.vm.record.command import original_command
 from pyqmigrate.vm.record.contents import read_record
 from pyqmigrate.vm.record.place import record_path
@@ -97,7 +96,7 @@ def _checked(ours: bytes, theirs: bytes, description: bytes) -> bytes:
     return fitting
 
 
-async def describe_snapshot(snapshot: AnySnapshot, command: Sequence[str] | None = None) -> bytes:
+async def describe_snapshot(snapshot: Snapshot, command: Sequence[str] | None = None) -> bytes:
     """Return the description of an open snapshot's device state: JSON text as QEMU writes it.
 
     command: the command line that the VM was started with, the program first; None is that of the
@@ -132,10 +131,10 @@ def _recorded(snapshot: str, sizes: dict[str, int]) -> CommandLine:
     return original_command(record, path)
 
 
-def _state_of(snapshot: AnySnapshot) -> DeviceState:
+def _state_of(snapshot: Snapshot) -> DeviceState:
     stream = snapshot.stream
     devices = [s for s in stream.sections if s.kind is SectionKind.FULL]
-    blocks: dict[str, OpenedBlock] = {**snapshot.blocks}
+    blocks: dict[str, Block] = {**snapshot.blocks}
     return DeviceState(
         machine=stream.machine,
         page_size=next(block.page_size for block in blocks.values()),
@@ -168,7 +167,7 @@ async def _migrated_by_twin(
             return await _migrate(qemu, state)
         finally:
             qemu.process.kill()  # there is nothing in it that could be lost
-            await unbroken(qemu.end())
+            await shielded(qemu.end())
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ def _put_roms(fd: int, block: BlockLayout, data: bytes) -> None:
     os.pwrite(fd, data, block.pages_offset + _ROMS.start)
 
 
-async def _migrate(qemu: Launched, state: DeviceState) -> DeviceState:
+async def _migrate(qemu: QemuSession, state: DeviceState) -> DeviceState:
     """What the twin has, as ``migrate`` writes it: described, without guest memory."""
     monitor = qemu.monitor
     await monitor.execute(

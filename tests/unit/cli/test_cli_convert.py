@@ -36,7 +36,7 @@ def test_target_has_the_memory_in_the_form_asked_for(
     assert ran.code == 0
     assert (ran.json["to"], ran.json["data_pages"], ran.json["zero_pages"]) == (form, 6, 3)
     with open_snapshot(tmp_path / "to") as snapshot:
-        assert str(snapshot.kind) == form
+        assert str(snapshot.format) == form
         assert snapshot.blocks["pc.ram"].read(0, 9 * PAGE) == pages(9, 1)
 
 
@@ -274,7 +274,7 @@ def test_interrupted_pass_says_so(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyqmigrate.snapshot.sequential.ClassicSnapshot.read_through", interrupt)
+    monkeypatch.setattr("pyqmigrate.snapshot.sequential.SequentialSnapshot.read_through", interrupt)
     assert command("verify", classic).code == 130
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import (
-    ClassicSnapshot,
+    MappedRamSnapshot,
     NotSupported,
-    Snapshot,
+    SequentialSnapshot,
     SnapshotError,
     devices,
     open_snapshot,
@@ -85,7 +85,7 @@ def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str, 
 @pytest.mark.usefixtures("same_descriptors")
 def test_every_reader_names_the_kind_and_the_way_on(foreign: tuple[Path, str, str]) -> None:
     path, what, advice = foreign
-    for reader in (open_snapshot, Snapshot, ClassicSnapshot, devices, seal):
+    for reader in (open_snapshot, MappedRamSnapshot, SequentialSnapshot, devices, seal):
         with pytest.raises(NotSupported) as caught:
             reader(path)
         assert what in str(caught.value), reader

@@ -14,7 +14,7 @@ import pyqmigrate
 from pyqmigrate import RamBlock, save, verify_seal
 from pyqmigrate.integrity import seal as sealing
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.harness.command import PAGE, Command, make_snapshot, pages
 from tests.harness.sealed import MIB, Sealed
 from tests.harness.snapshots import ram, turn_bitmaps
@@ -141,9 +141,9 @@ def test_verify_deep_looks_at_the_snapshot_as_it_was_opened(
     path.write_bytes(classic_stream(page_records(1024), description=None))
     assert command("verify", path, "--deep").code == 1, "its page size can be guessed"
     passes, channels = [], []
-    walk, find = ClassicSnapshot._walk, sealing.find_stale
+    walk, find = SequentialSnapshot._walk, sealing.find_stale
 
-    def noted_walk(self: ClassicSnapshot, *arguments: Any) -> Any:
+    def noted_walk(self: SequentialSnapshot, *arguments: Any) -> Any:
         passes.append(self)
         return walk(self, *arguments)
 
@@ -151,7 +151,7 @@ def test_verify_deep_looks_at_the_snapshot_as_it_was_opened(
         channels.append(workers.count)
         return find(snapshot, workers)
 
-    monkeypatch.setattr(ClassicSnapshot, "_walk", noted_walk)
+    monkeypatch.setattr(SequentialSnapshot, "_walk", noted_walk)
     monkeypatch.setattr(sealing, "find_stale", noted_find)
     deep = ["verify", "--deep", "--json"]
     index = tmp_path / "index"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import Snapshot
+from pyqmigrate import MappedRamSnapshot
 from tests.harness.command import COMMAND, make_snapshot, pages
 
 CLOSED = [numbers for length in (1, 2, 3) for numbers in itertools.combinations((0, 1, 2), length)]
@@ -76,7 +76,11 @@ def test_a_verb_is_done_without_standard_streams(
         after = content(work)
         assert {name: after[name] for name in before} == before
         if verb in ("pack", "convert"):
-            with Snapshot(work / "new") if verb == "pack" else Snapshot(work / "snap") as snapshot:
+            with (
+                MappedRamSnapshot(work / "new")
+                if verb == "pack"
+                else MappedRamSnapshot(work / "snap") as snapshot
+            ):
                 assert snapshot.blocks["pc.ram"].read(0, 90 * 4096) == BIG["pc.ram"]
         for name in set(after) - set(before):
             assert b"MiB/s" not in after[name] and b"Traceback" not in after[name]

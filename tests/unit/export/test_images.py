@@ -28,7 +28,7 @@ from pyqmigrate import (
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.format.address_space.physical_map import parse_placement
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.io.target import OutputTarget
+from pyqmigrate.io.target import OutputFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.conftest import directory_on_disk
 from tests.harness.examples import few, some
@@ -351,7 +351,7 @@ def test_full_disk_is_noticed_before_the_first_page(
     form: str, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make(disk / "s", "mapped-ram")
-    monkeypatch.setattr(OutputTarget, "free_bytes", lambda _self: 100 << 10)
+    monkeypatch.setattr(OutputFile, "free_bytes", lambda _self: 100 << 10)
     refused(source, form, NoSpace, "MiB are free")
 
 
@@ -361,7 +361,7 @@ def test_room_for_the_data_alone_is_enough(
 ) -> None:
     """The two parts of RAM that LiME has could hold more, for all that is known unseen."""
     source = make(disk / "s", "mapped-ram")
-    monkeypatch.setattr(OutputTarget, "free_bytes", lambda _self: 3 << 20)
+    monkeypatch.setattr(OutputFile, "free_bytes", lambda _self: 3 << 20)
     assert export(source, disk / "to", form)[0].all() == SEEN
 
 

@@ -17,9 +17,9 @@ from pyqmigrate import (
     open_snapshot,
     save,
 )
+from pyqmigrate.enums import Format
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
-from pyqmigrate.io.target import InputTarget
-from pyqmigrate.snapshot.base import Kind
+from pyqmigrate.io.target import InputFile
 from tests.harness.command import Command
 from tests.harness.snapshots import known_memory
 
@@ -40,7 +40,7 @@ def snapshot(disk: Path) -> Path:
 
 
 def header_of(path: Path) -> LibvirtHeader:
-    with contextlib.closing(InputTarget(path)) as source:
+    with contextlib.closing(InputFile(path)) as source:
         return read_header(source)
 
 
@@ -56,7 +56,7 @@ def test_image_has_the_header_and_the_memory(
     assert header_of(disk / "new.save") == replace(HEADER, format=ImageFormat[form.upper()])
     with open_snapshot(disk / "new.save") as new:
         new.verify()
-        assert new.kind is (Kind.STREAM if form == "raw" else Kind.MAPPED_RAM)
+        assert new.format is (Format.SEQUENTIAL if form == "raw" else Format.MAPPED_RAM)
         assert new.machine == MACHINE
         memory = known_memory()
         assert new.blocks["ram"].read(0, len(memory)) == bytes(memory)

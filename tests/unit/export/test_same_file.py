@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import Descriptors, RamBlock, UsageError, convert, open_snapshot
-from pyqmigrate.export.convert import Form
+from pyqmigrate.enums import Format
 from pyqmigrate.export.elf import write_elf
 from pyqmigrate.export.lime import write_lime
 from pyqmigrate.export.raw import unpack
@@ -61,22 +61,24 @@ def snapshot(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("to", "name"),
-    [(to, name) for to in Form for name in NAMES if to is not Form.RAW or name in NAMES[:3]],
+    [(to, name) for to in Format for name in NAMES if to is not Format.RAW or name in NAMES[:3]],
 )
 def test_a_conversion_onto_its_source_is_refused(
-    snapshot: Path, to: Form, name: Callable[[Path], Path | str]
+    snapshot: Path, to: Format, name: Callable[[Path], Path | str]
 ) -> None:
     before, target = snapshot.read_bytes(), name(snapshot)
-    placements = PLACED if to in (Form.ELF, Form.LIME) else None
+    placements = PLACED if to in (Format.ELF, Format.LIME) else None
     with pytest.raises(UsageError, match="is the snapshot that is read"):
         convert(snapshot, target, to=to, placements=placements)
     assert snapshot.read_bytes() == before
 
 
-@pytest.mark.parametrize("to", [form for form in Form if form is not Form.RAW])
-def test_a_conversion_into_a_descriptor_of_its_source_is_refused(snapshot: Path, to: Form) -> None:
+@pytest.mark.parametrize("to", [form for form in Format if form is not Format.RAW])
+def test_a_conversion_into_a_descriptor_of_its_source_is_refused(
+    snapshot: Path, to: Format
+) -> None:
     before = snapshot.read_bytes()
-    placements = PLACED if to in (Form.ELF, Form.LIME) else None
+    placements = PLACED if to in (Format.ELF, Format.LIME) else None
     with snapshot.open("r+b") as file:
         target = Descriptors(file.fileno())
         with pytest.raises(UsageError, match="is the snapshot that is read"):
@@ -121,12 +123,12 @@ def test_a_file_of_the_same_content_is_no_source(snapshot: Path) -> None:
         assert opened.blocks["ram"].read(0, opened.blocks["ram"].length) == known_memory().tobytes()
 
 
-@pytest.mark.parametrize("to", Form)
+@pytest.mark.parametrize("to", Format)
 def test_the_command_refuses_it_as_wrong_use(
-    snapshot: Path, capsys: pytest.CaptureFixture[str], to: Form
+    snapshot: Path, capsys: pytest.CaptureFixture[str], to: Format
 ) -> None:
     before = snapshot.read_bytes()
-    where = ["--map", "ram@0"] if to in (Form.ELF, Form.LIME) else []
+    where = ["--map", "ram@0"] if to in (Format.ELF, Format.LIME) else []
     ran = Command(capsys)("convert", snapshot, snapshot, "--to", to, *where)
     assert ran.code == 2
     assert snapshot.read_bytes() == before

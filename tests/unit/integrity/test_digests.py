@@ -17,7 +17,7 @@ from pyqmigrate.format.seal import PIECE
 from pyqmigrate.integrity.digests import Digests, open_direct
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.page_cache import drop_cached
-from pyqmigrate.io.target import DirectIO, InputTarget
+from pyqmigrate.io.target import DirectIO, InputFile
 from tests.conftest import directory_on_disk
 from tests.harness.examples import some
 
@@ -49,7 +49,7 @@ def make(path: Path, size: int, pieces: dict[int, bytes]) -> bytes:
 
 def read_all(path: Path, digests: Digests, direct_io: str = "off", channels: int = 3) -> bytes:
     """Read what is not known; all digests."""
-    source = InputTarget(path)
+    source = InputFile(path)
     direct, _ = open_direct(source, DirectIO(direct_io))
     try:
         digests.read_rest(source.fd, source.name, Channels(channels, "test"), direct)
@@ -182,7 +182,7 @@ def test_reading_can_be_cancelled(directory: Path) -> None:
 
 def test_a_cold_file_is_read_past_the_page_cache_and_a_cached_one_from_it(directory: Path) -> None:
     make(directory / "file", 8 * PIECE, {0: b"x" * 8 * PIECE})
-    source = InputTarget(directory / "file")
+    source = InputFile(directory / "file")
     try:
         drop_cached(source.fd)
         cold, _ = open_direct(source, DirectIO.AUTO)

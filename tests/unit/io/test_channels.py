@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate._core import ffi, lib
-from pyqmigrate.io.channels import Channels, Job, Range, cut, failure
+from pyqmigrate.io.channels import Channels, Job, Range, failure, split_ranges
 from tests.harness.examples import some
 from tests.harness.kernel import PAGE_SIZES
 
@@ -21,7 +21,7 @@ from tests.harness.kernel import PAGE_SIZES
 @some
 @given(st.one_of(st.integers(1, 10000), st.integers(1, 1 << 30)), st.sampled_from(PAGE_SIZES))
 def test_ranges_cover_a_block_once_and_start_on_chunks(npages: int, page_size: int) -> None:
-    ranges = list(cut(3, npages, page_size))
+    ranges = list(split_ranges(3, npages, page_size))
     assert len(ranges) <= 8193
     at = 0
     for item in ranges:

@@ -135,8 +135,8 @@ def test_space_that_goes_away_meanwhile_is_a_clear_error(
         "tmpfs",
         "size=4m",
         """
-from pyqmigrate.io.target import OutputTarget
-OutputTarget.free_bytes = lambda self: 1 << 40
+from pyqmigrate.io.target import OutputFile
+OutputFile.free_bytes = lambda self: 1 << 40
 (directory / "snap").write_bytes(b"old")
 result = save(ram(2048, density=1.0))
 result["old"] = (directory / "snap").read_bytes() == b"old"
@@ -158,8 +158,8 @@ def test_a_full_file_system_frees_its_space_after_the_failure(
         "tmpfs",
         "size=4m",
         """
-from pyqmigrate.io.target import OutputTarget
-OutputTarget.free_bytes = lambda self: 1 << 40
+from pyqmigrate.io.target import OutputFile
+OutputFile.free_bytes = lambda self: 1 << 40
 save(ram(2048, density=1.0))
 info = os.statvfs(directory)
 print(json.dumps(info.f_bfree * info.f_frsize))
@@ -265,13 +265,13 @@ def test_a_save_whose_seal_has_no_space_leaves_the_snapshot(
         SEALING
         + """
 from pyqmigrate import save as plain
-from pyqmigrate.io.target import OutputTarget
-publish = OutputTarget.publish
+from pyqmigrate.io.target import OutputFile
+publish = OutputFile.publish
 def then_full(self, magic, check):
     publish(self, magic, check)
     if magic == b"QEVM":
         filled()
-OutputTarget.publish = then_full
+OutputFile.publish = then_full
 memory = ram(512)
 result = outcome(lambda: plain(path, [RamBlock("ram", memory)], seal="xxh3-128"))
 result["names"] = sorted(p.name for p in directory.iterdir())

@@ -22,7 +22,7 @@ from pyqmigrate.io.in_use import (
     files_mapped,
     refuse_in_use,
 )
-from pyqmigrate.io.target import Descriptors, DirectIO, OutputTarget
+from pyqmigrate.io.target import Descriptors, DirectIO, OutputFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 
 MIB = 1 << 20
@@ -66,7 +66,7 @@ def test_a_file_in_use_is_neither_replaced_nor_written_in_place(
     target = named(precious)
     before = sorted(os.listdir(precious.parent))  # noqa: PTH208
     with pytest.raises(UsageError, match=r"disk virtio0 of the guest.*write to another file"):
-        OutputTarget.open(target, DirectIO.AUTO, reuse=reuse, in_use=in_use)
+        OutputFile.open(target, DirectIO.AUTO, reuse=reuse, in_use=in_use)
     assert precious.read_bytes() == PRECIOUS
     assert sorted(os.listdir(precious.parent)) == before  # noqa: PTH208
 
@@ -75,7 +75,7 @@ def test_descriptors_of_a_file_in_use_are_refused(precious: Path) -> None:
     fd = os.open(precious, os.O_RDWR)
     try:
         with pytest.raises(UsageError, match=r"descriptor .* is the disk"):
-            OutputTarget.open(
+            OutputFile.open(
                 Descriptors(fd), DirectIO.OFF, in_use=files_in_use([(precious, "the disk")])
             )
     finally:
@@ -94,7 +94,7 @@ def test_files_beside_the_target_are_compared_too(
     beside = tmp_path / ("snap.seal" if how == "seal" else "snap.record")
     os.link(precious, beside)
     with pytest.raises(UsageError, match=beside.name):
-        OutputTarget.open(
+        OutputFile.open(
             target,
             DirectIO.OFF,
             reuse=reuse,
@@ -108,7 +108,7 @@ def test_files_beside_the_target_are_compared_too(
 def test_a_file_that_takes_the_name_during_the_save_is_not_replaced(
     precious: Path, tmp_path: Path
 ) -> None:
-    target = OutputTarget.open(
+    target = OutputFile.open(
         tmp_path / "snap", DirectIO.OFF, in_use=files_in_use([(precious, "the disk")])
     )
     os.link(precious, tmp_path / "snap")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import FileMemory, NoSpace, RamBlock, Snapshot, save
+from pyqmigrate import FileMemory, MappedRamSnapshot, NoSpace, RamBlock, save
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.mapping import unmap
-from pyqmigrate.io.memory import Attached
+from pyqmigrate.io.memory import OpenMemory
 
 PAGE = 4096
 FAR = 160 << 20  # bytes: its bitmap has a second page
@@ -54,7 +54,7 @@ def test_attached_memory_is_closed_while_it_is_looked_at() -> None:
     fd = os.memfd_create("memory", os.MFD_ALLOW_SEALING)
     os.truncate(fd, PAGE)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # only then is it mapped
-    attached = Attached("ram", FileMemory(fd), writable=False)
+    attached = OpenMemory("ram", FileMemory(fd), writable=False)
     assert attached._mapping is not None
     view = memoryview(attached._mapping)
     attached.close()
@@ -101,5 +101,5 @@ def test_every_write_that_is_refused_is_the_error_of_the_save(
         assert wrote == before + call + 1
         call += 1
     assert call >= 5  # head, two pages of the bitmap, tail, magic
-    with Snapshot(disk / "snap") as snapshot:
+    with MappedRamSnapshot(disk / "snap") as snapshot:
         assert snapshot.blocks["ram"].data_pages == 2

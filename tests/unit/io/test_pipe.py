@@ -34,7 +34,7 @@ from pyqmigrate import (
 )
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.io.pipe import KEPT_MAX, PassingInput
+from pyqmigrate.io.pipe import KEPT_MAX, ForwardInput
 from pyqmigrate.snapshot.base import Located
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.conftest import directory_on_disk
@@ -114,7 +114,7 @@ def test_pieces_in_which_it_comes_do_not_matter(sizes: list[int]) -> None:
         return read
 
     with directory_on_disk() as disk:
-        source = PassingInput("it", start, lambda: None, again=True)
+        source = ForwardInput("it", start, lambda: None, again=True)
         with open_snapshot(Located(source)) as snapshot:
             for _ in range(2):
                 convert(snapshot, disk / "to", to="mapped-ram")
@@ -199,7 +199,7 @@ def test_endless_device_state_is_bounded(disk: Path) -> None:
         pieces = iter([data])
         return lambda length, _: next(pieces, bytes(length))
 
-    source = PassingInput("it", start, lambda: None)
+    source = ForwardInput("it", start, lambda: None)
     with open_snapshot(Located(source)) as snapshot, pytest.raises(NotSupported, match="MiB"):
         convert(snapshot, disk / "to", to="mapped-ram")
     assert KEPT_MAX < 1 << 30

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import RamBlock, TargetError, UsageError, convert, open_snapshot, seal
-from pyqmigrate.io.place import absolute, check_name_fits, followed, partial_name
-from pyqmigrate.io.target import DirectIO, OutputTarget, seal_path
+from pyqmigrate.io.place import absolute, check_name_fits, partial_name, resolve_symlink
+from pyqmigrate.io.target import DirectIO, OutputFile, seal_path
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.harness.snapshots import known_memory, load, save_known
 
@@ -46,7 +46,7 @@ def test_a_link_that_another_user_planted_is_not_followed(
 ) -> None:
     link = planted(shared, to=to)
     with pytest.raises(TargetError, match=f"belongs to another user .uid {OTHERS}.") as caught:
-        OutputTarget.open(link, DirectIO.OFF, reuse=reuse)
+        OutputFile.open(link, DirectIO.OFF, reuse=reuse)
     assert caught.value.errno == errno.EACCES
     assert (shared.parent / "precious").read_bytes() == b"precious"
     assert not (shared.parent / "new").exists()
@@ -59,7 +59,7 @@ def test_neither_is_one_further_on(shared: Path) -> None:
     mine = shared.parent / "mine"
     mine.symlink_to("shared/snap")
     with pytest.raises(TargetError, match="belongs to another user"):
-        followed(mine)
+        resolve_symlink(mine)
 
 
 @root
@@ -95,7 +95,7 @@ def test_links_that_nobody_else_can_plant_are_followed(shared: Path, change: str
     else:
         shared.chmod(0o777 if change == "not sticky" else 0o1775)
         link = planted(shared)
-    assert followed(link).resolve() == (shared.parent / "precious").resolve()
+    assert resolve_symlink(link).resolve() == (shared.parent / "precious").resolve()
     memory = save_known(link)
     assert link.is_symlink()
     assert (load(shared.parent / "precious")["ram"] == memory).all()
@@ -105,7 +105,7 @@ def test_a_ring_of_links_ends(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(TargetError) as caught:
-        followed(tmp_path / "a")
+        resolve_symlink(tmp_path / "a")
     assert caught.value.errno == errno.ELOOP
 
 

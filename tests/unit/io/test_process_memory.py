@@ -13,7 +13,7 @@ import pytest
 import pyqmigrate
 from pyqmigrate import GuestMemoryError, ProcessMemory, RamBlock, UsageError
 from pyqmigrate.io.process_memory import ProcessSource
-from pyqmigrate.io.target import InputTarget
+from pyqmigrate.io.target import InputFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_load, start_sequential_save
 from tests.harness.kernel import memfd
 from tests.harness.processes import PAGE, Holder, as_nobody
@@ -52,7 +52,7 @@ def test_address_that_is_not_aligned_is_saved(disk: Path, sparse: str) -> None:
 def test_classic_stream_of_a_process_has_its_memory(disk: Path) -> None:
     with Holder(PAGES, SOME, flags=PRIVATE) as holder:
         start_sequential_save(disk / "stream", [RamBlock("ram", holder.memory)]).wait()
-        loaded, source = bytearray(holder.length), InputTarget(disk / "stream")
+        loaded, source = bytearray(holder.length), InputFile(disk / "stream")
         try:
             start_sequential_load(source, {"ram": loaded}).wait()
         finally:
@@ -135,7 +135,7 @@ def test_nothing_is_loaded_into_a_process(disk: Path) -> None:
     length = len(known_memory())
     with Holder(length // PAGE, [0], flags=PRIVATE) as holder:
         with (
-            pyqmigrate.Snapshot(disk / "snap") as snapshot,
+            pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot,
             pytest.raises(UsageError, match="only be saved"),
         ):
             snapshot.load({"ram": holder.memory})

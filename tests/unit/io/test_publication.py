@@ -23,7 +23,7 @@ from pyqmigrate import (
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.integrity import seal as sealing
-from pyqmigrate.io.target import DirectIO, OutputTarget
+from pyqmigrate.io.target import DirectIO, OutputFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.harness.snapshots import SLOW, known_memory, load, save_known
 
@@ -62,7 +62,7 @@ def test_a_snapshot_whose_name_is_not_durable_is_there_and_the_error_says_so(
 
 
 def test_a_target_says_whether_it_was_published(disk: Path, directory_fails: Breaks) -> None:
-    target = OutputTarget.open(disk / "snap", DirectIO.OFF)
+    target = OutputFile.open(disk / "snap", DirectIO.OFF)
     assert not target.published
     directory_fails(disk)
     with pytest.raises(NotDurable):
@@ -75,7 +75,7 @@ def test_a_target_says_whether_it_was_published(disk: Path, directory_fails: Bre
 def test_a_target_that_gets_no_name_was_not_published(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = OutputTarget.open(disk / "snap", DirectIO.OFF)
+    target = OutputFile.open(disk / "snap", DirectIO.OFF)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "injected")
@@ -330,7 +330,7 @@ def test_an_in_place_save_through_a_descriptors_path_works(disk: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fifo", "directory"])
 def test_what_takes_the_name_during_a_save_and_is_not_a_file_stays(disk: Path, kind: str) -> None:
-    target = OutputTarget.open(disk / "snap", DirectIO.OFF)
+    target = OutputFile.open(disk / "snap", DirectIO.OFF)
     if kind == "fifo":
         os.mkfifo(disk / "snap")
     else:

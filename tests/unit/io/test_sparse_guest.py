@@ -45,7 +45,7 @@ saved = time.monotonic() - started
 assert os.fstat(source).st_blocks == allocated, "the guest grew"
 target = guest(False)
 started = time.monotonic()
-with pyqmigrate.Snapshot(sys.argv[1]) as snapshot:
+with pyqmigrate.open_snapshot(sys.argv[1]) as snapshot:
     snapshot.load({"ram": pyqmigrate.FileMemory(target)})
 loaded = time.monotonic() - started
 assert os.fstat(target).st_blocks == allocated, "holes of the target were filled"

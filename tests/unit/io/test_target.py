@@ -17,7 +17,7 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import RamBlock, TargetError
-from pyqmigrate.io.target import DirectIO, OutputTarget
+from pyqmigrate.io.target import DirectIO, OutputFile
 from tests.harness.snapshots import SLOW, data_bytes, known_memory, load, ram, save_known
 
 OLD = b"what stood there before"
@@ -51,7 +51,7 @@ def test_file_that_a_guest_runs_from_is_not_changed_in_place(tmp_path: Path, reu
     with path.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_SH)
         with pytest.raises(TargetError, match="a guest runs from it"):
-            OutputTarget.open(
+            OutputFile.open(
                 str(path) if reuse else f"file:{path},offset=4", DirectIO.OFF, reuse=reuse
             )
     assert path.read_bytes() == b"mapped by a guest"
@@ -250,7 +250,7 @@ def test_a_fifo_is_refused_and_not_waited_for(disk: Path, options: dict[str, boo
 def test_a_fifo_is_no_snapshot_and_not_waited_for(disk: Path) -> None:
     os.mkfifo(disk / "fifo")
     with pytest.raises(pyqmigrate.UsageError):
-        pyqmigrate.Snapshot(disk / "fifo")
+        pyqmigrate.MappedRamSnapshot(disk / "fifo")
 
 
 # ---- in place ------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_an_offset_keeps_the_bytes_below_it(disk: Path, offset: int, direct_io: 
     )
     assert (disk / "snap").read_bytes()[:offset] == below[:offset]
     assert (load(f"file:{disk}/snap,offset={offset}")["ram"] == known_memory()).all()
-    with pyqmigrate.Snapshot(disk / "snap", offset=offset) as snapshot:
+    with pyqmigrate.MappedRamSnapshot(disk / "snap", offset=offset) as snapshot:
         assert snapshot.offset == offset
         snapshot.verify()
 
@@ -317,10 +317,10 @@ def test_a_partial_file_is_not_taken_for_a_snapshot(disk: Path, how: str) -> Non
         target = pyqmigrate.Descriptors(fd)
     job = slow_save(target, reuse=how == "reuse")
     with pytest.raises(pyqmigrate.SnapshotError):
-        pyqmigrate.Snapshot(target)
+        pyqmigrate.MappedRamSnapshot(target)
     cancel(job)
     with pytest.raises(pyqmigrate.SnapshotError):
-        pyqmigrate.Snapshot(target)
+        pyqmigrate.MappedRamSnapshot(target)
     os.close(fd)
 
 
@@ -457,7 +457,7 @@ def test_the_trial_of_direct_io_leaves_no_trace(disk: Path, direct_io: str) -> N
     """Nothing but zeros: the file holds head, bitmap and tail, and no page."""
     empty = ram(1024, density=0)
     report = pyqmigrate.save(disk / "snap", [RamBlock("ram", empty)], direct_io=direct_io)
-    with pyqmigrate.Snapshot(disk / "snap") as snapshot:
+    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
         block = snapshot.blocks["ram"]
         start, end = block.pages_offset, block.pages_offset + block.length
     assert data_bytes(disk / "snap", start, end // 4096 * 4096) == 0

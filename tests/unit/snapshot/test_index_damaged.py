@@ -12,7 +12,7 @@ import xxhash
 
 from pyqmigrate import SnapshotError
 from pyqmigrate.snapshot.detect import open_snapshot
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.harness.stream_builders import classic_stream, page_records, words
 
 PAGE = 4096
@@ -34,7 +34,7 @@ def whole(stream: Path) -> bytes:
     return stream.with_name("index").read_bytes()
 
 
-def content(snapshot: ClassicSnapshot) -> bytes:
+def content(snapshot: SequentialSnapshot) -> bytes:
     return b"".join(block.read(0, block.length) for block in snapshot.blocks.values())
 
 
@@ -42,7 +42,7 @@ def check_recovers(stream: Path, damaged: bytes, whole: bytes) -> None:
     index = stream.with_name("index")
     index.write_bytes(damaged)
     with open_snapshot(stream, index=index) as snapshot:
-        assert isinstance(snapshot, ClassicSnapshot)
+        assert isinstance(snapshot, SequentialSnapshot)
         assert content(snapshot)[:2] == b"\xaa\1"
     assert index.read_bytes() == whole
 
@@ -85,7 +85,7 @@ def test_a_forged_index_is_a_snapshot_error_at_worst(
                 del body[at : at + rng.choice((1, 8, 24))]
         index.write_bytes(b"qmindex2" + xxhash.xxh3_128(bytes(body)).digest() + body)
         with open_snapshot(stream, index=index) as snapshot:
-            assert isinstance(snapshot, ClassicSnapshot)
+            assert isinstance(snapshot, SequentialSnapshot)
             with contextlib.suppress(SnapshotError):
                 content(snapshot)
     index.unlink()

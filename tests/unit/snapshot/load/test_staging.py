@@ -16,8 +16,8 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import RawReport, unpack
 from pyqmigrate.integrity.seal import stale_pages
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
-from pyqmigrate.snapshot.mapped_ram import Snapshot
-from pyqmigrate.snapshot.sequential import ClassicSnapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.conftest import directory_on_disk
 from tests.harness import page_records as records
 from tests.harness.examples import few
@@ -65,7 +65,7 @@ def stream(
 def content(path: Path, form: str, name: str = "ram") -> bytes:
     if form == "raw":
         return (path / f"{name}.raw").read_bytes()
-    with Snapshot(path) as snapshot:
+    with MappedRamSnapshot(path) as snapshot:
         snapshot.verify()
         assert not any(stale_pages(snapshot).values())
         block = snapshot.blocks[name]
@@ -142,7 +142,7 @@ def test_pages_are_counted_as_an_index_counts_them(listed: list[Record]) -> None
         (disk / "from").write_bytes(stream([listed], {"ram": PART, "rom": 7 * PAGE}))
         counts = []
         for pages in (False, True):
-            with ClassicSnapshot(disk / "from") as snapshot:
+            with SequentialSnapshot(disk / "from") as snapshot:
                 snapshot.read_through(pages=pages)
                 counts.append([block.data_pages for block in snapshot.blocks.values()])
         last = {(record.block, record.number): record.fill != 0 for record in listed}
@@ -221,7 +221,7 @@ def test_content_elsewhere_has_no_raw_file(disk: Path) -> None:
     lengths = {"ram": 4 * PAGE, "shared": 3 * PAGE}
     (disk / "from").write_bytes(stream([[page(1, 7)]], lengths, shared=True))
     with open_snapshot(disk / "from") as snapshot:
-        assert isinstance(snapshot, ClassicSnapshot)
+        assert isinstance(snapshot, SequentialSnapshot)
         report = unpack(snapshot, disk / "out")
         assert [(b.file, b.data_pages, b.zero_pages) for b in report.blocks] == [
             ("ram.raw", 1, 3),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate import FileMemory, JobTimeout, Progress, RamBlock
-from pyqmigrate.io.target import OutputTarget
+from pyqmigrate.io.target import OutputFile
 from tests.harness.examples import some
 from tests.harness.kernel import PAGE_SIZES, guest, memfd, page_bits
 from tests.harness.snapshots import SLOW, data_bytes, known_memory, load, ram
@@ -86,7 +86,7 @@ def test_what_is_saved_is_loaded(disk: Path, data: st.DataObject) -> None:
     assert list(loaded) == list(wanted), "the order of the blocks was not kept"
     for name, memory in wanted.items():
         assert (loaded[name] == memory).all()
-    with pyqmigrate.Snapshot(target) as snapshot:
+    with pyqmigrate.MappedRamSnapshot(target) as snapshot:
         assert snapshot.machine == machine
         for name, bits in pages.items():
             block = snapshot.blocks[name]
@@ -101,7 +101,7 @@ def test_what_is_saved_is_loaded(disk: Path, data: st.DataObject) -> None:
 def test_the_bits_of_zero_pages_are_clear_under_every_policy(disk: Path, sparse: str) -> None:
     memory = ram(600, density=0.5)
     pyqmigrate.save(disk / "snap", [RamBlock("ram", memory)], sparse=sparse)
-    with pyqmigrate.Snapshot(disk / "snap") as snapshot:
+    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
         block = snapshot.blocks["ram"]
         data = data_bytes(disk / "snap", block.pages_offset, block.pages_offset + block.length)
         assert block.data_pages == memory.reshape(-1, 4096).any(axis=1).sum()
@@ -264,7 +264,7 @@ def test_a_save_that_only_counts_can_be_cancelled_too(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where space is in doubt pages are counted first, which takes long in a large guest."""
-    monkeypatch.setattr(OutputTarget, "free_bytes", lambda self: 0)
+    monkeypatch.setattr(OutputFile, "free_bytes", lambda self: 0)
     with memfd(4 << 30) as fd, mmap.mmap(fd, 4 << 30, mmap.MAP_PRIVATE) as m:
         job = pyqmigrate.start_save(disk / "snap", [RamBlock("ram", m)], channels=1)
         time.sleep(0.05)
@@ -337,7 +337,7 @@ def test_no_blocks_are_refused(disk: Path) -> None:
 
 def test_target_page_bits_are_written(disk: Path) -> None:
     pyqmigrate.save(disk / "snap", slow_blocks(), target_page_bits=12)
-    with pyqmigrate.Snapshot(disk / "snap") as snapshot:
+    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
         assert snapshot.stream.target_page_bits == 12
 
 

@@ -13,9 +13,9 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate.errors import Cancelled
-from pyqmigrate.vm.incoming.companion import Companion
-from pyqmigrate.vm.incoming.companions import Companions
-from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.incoming.companion import IncomingStream
+from pyqmigrate.vm.incoming.companions import IncomingStreams
+from pyqmigrate.vm.incoming.source import RestoreSource
 
 MIB = 1 << 20
 
@@ -33,15 +33,15 @@ def test_companion_that_nobody_waits_for_ends_in_silence(
 ) -> None:
     cancelled = threading.Event()
 
-    def build(_: Companion) -> None:
+    def build(_: IncomingStream) -> None:
         assert cancelled.wait(10)
         raise Cancelled("cancelled")
 
-    monkeypatch.setattr(Companion, "build", build)
-    monkeypatch.setattr(Companion, "cancel", lambda _: cancelled.set())
+    monkeypatch.setattr(IncomingStream, "build", build)
+    monkeypatch.setattr(IncomingStream, "cancel", lambda _: cancelled.set())
 
     async def run() -> None:
-        async with await Companions.open(path, None) as companions:
+        async with await IncomingStreams.open(path, None) as companions:
             waiting = asyncio.create_task(companions.get(["pc.ram"]))
             await asyncio.sleep(0.05)
             waiting.cancel()
@@ -57,16 +57,16 @@ def test_snapshot_that_is_being_opened_is_closed_when_that_is_cancelled(
 ) -> None:
     """Its lock would stay for as long as this process does."""
     cancelled = threading.Event()
-    really_lock = Source._lock
+    really_lock = RestoreSource._lock
 
-    def lock(source: Source) -> None:
+    def lock(source: RestoreSource) -> None:
         assert cancelled.wait(10)
         really_lock(source)
 
-    monkeypatch.setattr(Source, "_lock", lock)
+    monkeypatch.setattr(RestoreSource, "_lock", lock)
 
     async def run() -> None:
-        opening = asyncio.create_task(Companions.open(path, None))
+        opening = asyncio.create_task(IncomingStreams.open(path, None))
         await asyncio.sleep(0.05)
         opening.cancel()
         asyncio.get_running_loop().call_later(0.05, cancelled.set)

@@ -18,10 +18,10 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def snapshot(tmp_path: Path) -> Iterator[pyqmigrate.Snapshot]:
+def snapshot(tmp_path: Path) -> Iterator[pyqmigrate.MappedRamSnapshot]:
     path = tmp_path / "guest.mapped"
     pyqmigrate.save(path, [pyqmigrate.RamBlock("m0", np.zeros(2 * MIB, dtype=np.uint8))])
-    with pyqmigrate.Snapshot(path) as opened:
+    with pyqmigrate.MappedRamSnapshot(path) as opened:
         yield opened
 
 
@@ -33,7 +33,9 @@ def on_file(path: Path, more: str = "") -> CommandLine:
     return parse(f"-object memory-backend-file,id=m0,size=2M,share=on,mem-path={path}{more}")
 
 
-def test_file_is_emptied_only_where_the_block_is(snapshot: pyqmigrate.Snapshot, shm: Path) -> None:
+def test_file_is_emptied_only_where_the_block_is(
+    snapshot: pyqmigrate.MappedRamSnapshot, shm: Path
+) -> None:
     ram = shm / "ram"
     ram.write_bytes(b"\xee" * 4 * MIB)
     with RamFiles(on_file(ram, ",offset=1M"), snapshot) as files:
@@ -42,14 +44,16 @@ def test_file_is_emptied_only_where_the_block_is(snapshot: pyqmigrate.Snapshot, 
     assert ram.read_bytes() == b"\xee" * MIB + bytes(2 * MIB) + b"\xee" * MIB
 
 
-def test_file_that_is_open_elsewhere_is_refused(snapshot: pyqmigrate.Snapshot, shm: Path) -> None:
+def test_file_that_is_open_elsewhere_is_refused(
+    snapshot: pyqmigrate.MappedRamSnapshot, shm: Path
+) -> None:
     (shm / "ram").write_bytes(b"\xee" * MIB)
     with (shm / "ram").open("rb"), pytest.raises(UsageError, match="has it open"):
         RamFiles(on_file(shm / "ram"), snapshot)
 
 
 def test_file_that_is_open_elsewhere_and_holds_nothing_is_taken(
-    snapshot: pyqmigrate.Snapshot, shm: Path
+    snapshot: pyqmigrate.MappedRamSnapshot, shm: Path
 ) -> None:
     with (shm / "ram").open("wb") as file:
         os.truncate(file.fileno(), 2 * MIB)
@@ -59,7 +63,7 @@ def test_file_that_is_open_elsewhere_and_holds_nothing_is_taken(
 
 @pytest.mark.usefixtures("same_descriptors")
 def test_file_of_a_block_that_is_mapped_is_left_alone(
-    snapshot: pyqmigrate.Snapshot, shm: Path
+    snapshot: pyqmigrate.MappedRamSnapshot, shm: Path
 ) -> None:
     (shm / "ram").write_bytes(b"\xee" * MIB)
     with (shm / "ram").open("rb"), RamFiles(on_file(shm / "ram"), snapshot, ["m0"]) as files:
@@ -67,7 +71,9 @@ def test_file_of_a_block_that_is_mapped_is_left_alone(
     assert (shm / "ram").read_bytes() == b"\xee" * MIB
 
 
-def test_memory_that_guests_share_is_theirs(snapshot: pyqmigrate.Snapshot, shm: Path) -> None:
+def test_memory_that_guests_share_is_theirs(
+    snapshot: pyqmigrate.MappedRamSnapshot, shm: Path
+) -> None:
     (shm / "ram").write_bytes(b"\xee" * MIB)
     command = CommandLine.parse(
         [*on_file(shm / "ram").argv(), "-device", "ivshmem-plain,memdev=m0"]
@@ -76,13 +82,15 @@ def test_memory_that_guests_share_is_theirs(snapshot: pyqmigrate.Snapshot, shm: 
         assert not files.notes
 
 
-def test_device_that_is_memory_cannot_be_looked_into(snapshot: pyqmigrate.Snapshot) -> None:
+def test_device_that_is_memory_cannot_be_looked_into(
+    snapshot: pyqmigrate.MappedRamSnapshot,
+) -> None:
     with pytest.raises(NotSupported, match="is no file"):
         RamFiles(on_file(Path("/dev/null")), snapshot)
 
 
 def test_memory_file_of_a_configuration_file_is_refused(
-    snapshot: pyqmigrate.Snapshot, tmp_path: Path
+    snapshot: pyqmigrate.MappedRamSnapshot, tmp_path: Path
 ) -> None:
     (tmp_path / "vm.cfg").write_text('[object "m0"]\n mem-path = "/dev/shm/ram"\n')
     with pytest.raises(NotSupported, match="names a memory file"):
@@ -97,7 +105,7 @@ def test_memory_file_of_a_configuration_file_is_refused(
     ],
 )
 def test_memory_is_not_written_before_it_is_loaded(
-    snapshot: pyqmigrate.Snapshot, text: str
+    snapshot: pyqmigrate.MappedRamSnapshot, text: str
 ) -> None:
     command, notes = loadable(parse(f"-object {text}"), snapshot)
     (option,) = command.all("object")

@@ -20,7 +20,7 @@ FD = 77
 
 
 @pytest.fixture
-def snapshot(tmp_path: Path) -> Iterator[pyqmigrate.Snapshot]:
+def snapshot(tmp_path: Path) -> Iterator[pyqmigrate.MappedRamSnapshot]:
     path = tmp_path / "guest.mapped"
     lengths = {"pc.ram": 4, "m0": 2, "m1": 2, "/objects/old": 1, "0000:00:02.0/vga.vram": 4}
     pyqmigrate.save(
@@ -30,11 +30,11 @@ def snapshot(tmp_path: Path) -> Iterator[pyqmigrate.Snapshot]:
             for name, length in lengths.items()
         ],
     )
-    with pyqmigrate.Snapshot(path) as opened:
+    with pyqmigrate.MappedRamSnapshot(path) as opened:
         yield opened
 
 
-def mapped(snapshot: pyqmigrate.Snapshot, text: str) -> Mapped:
+def mapped(snapshot: pyqmigrate.MappedRamSnapshot, text: str) -> Mapped:
     return map_blocks(CommandLine.parse(["qemu", *text.split()]), snapshot, FD)
 
 
@@ -44,7 +44,7 @@ def backends(found: Mapped) -> dict[str, dict[str, str]]:
 
 
 def test_machine_of_m_alone_gets_a_backend_of_its_blocks_name(
-    snapshot: pyqmigrate.Snapshot,
+    snapshot: pyqmigrate.MappedRamSnapshot,
 ) -> None:
     found = mapped(snapshot, "-M pc -m 4")
     assert found.blocks == ["pc.ram"]
@@ -78,17 +78,19 @@ def test_block_whose_name_no_backend_can_have_is_refused(tmp_path: Path, name: s
     raw = name.encode("utf-8", "surrogateescape")
     path.write_bytes(data.replace(b"x" * len(raw), raw, 1))
     with (
-        pyqmigrate.Snapshot(path) as snapshot,
+        pyqmigrate.MappedRamSnapshot(path) as snapshot,
         pytest.raises(NotSupported, match="cannot have the name"),
     ):
         mapped(snapshot, "-M pc")
 
 
-def test_own_block_is_found_without_m(snapshot: pyqmigrate.Snapshot) -> None:
+def test_own_block_is_found_without_m(snapshot: pyqmigrate.MappedRamSnapshot) -> None:
     assert mapped(snapshot, "-M pc").blocks == ["pc.ram"]
 
 
-def test_backends_of_the_command_line_are_replaced_in_place(snapshot: pyqmigrate.Snapshot) -> None:
+def test_backends_of_the_command_line_are_replaced_in_place(
+    snapshot: pyqmigrate.MappedRamSnapshot,
+) -> None:
     found = mapped(
         snapshot,
         "-object memory-backend-ram,id=m0,size=2M -object memory-backend-memfd,id=m1,size=2M "
@@ -99,7 +101,7 @@ def test_backends_of_the_command_line_are_replaced_in_place(snapshot: pyqmigrate
     assert [option.name for option in found.command.options] == ["object", "object", "numa", "numa"]
 
 
-def test_backend_in_json_is_replaced(snapshot: pyqmigrate.Snapshot) -> None:
+def test_backend_in_json_is_replaced(snapshot: pyqmigrate.MappedRamSnapshot) -> None:
     text = '{"qom-type":"memory-backend-ram","id":"m0","size":2097152,"policy":"bind"}'
     found = mapped(snapshot, f"-M pc,memory-backend=m0 -object {text}")
     assert backends(found)["m0"]["qom-type"] == "memory-backend-file"
@@ -115,14 +117,16 @@ def test_backend_in_json_is_replaced(snapshot: pyqmigrate.Snapshot) -> None:
     ],
 )
 def test_nodes_of_the_host_stay_a_list(
-    snapshot: pyqmigrate.Snapshot, text: str, nodes: list[int]
+    snapshot: pyqmigrate.MappedRamSnapshot, text: str, nodes: list[int]
 ) -> None:
     found = mapped(snapshot, f"-M pc,memory-backend=m0 -object {text}")
     (option,) = found.command.all("object")
     assert json.loads(option.value or "")["host-nodes"] == nodes
 
 
-def test_node_of_the_host_that_is_no_number_is_refused(snapshot: pyqmigrate.Snapshot) -> None:
+def test_node_of_the_host_that_is_no_number_is_refused(
+    snapshot: pyqmigrate.MappedRamSnapshot,
+) -> None:
     with pytest.raises(UsageError, match="host-nodes='x'"):
         mapped(
             snapshot,
@@ -130,7 +134,9 @@ def test_node_of_the_host_that_is_no_number_is_refused(snapshot: pyqmigrate.Snap
         )
 
 
-def test_range_of_nodes_is_no_longer_than_a_host_has(snapshot: pyqmigrate.Snapshot) -> None:
+def test_range_of_nodes_is_no_longer_than_a_host_has(
+    snapshot: pyqmigrate.MappedRamSnapshot,
+) -> None:
     with pytest.raises(UsageError, match="host-nodes="):
         mapped(
             snapshot,
@@ -139,7 +145,7 @@ def test_range_of_nodes_is_no_longer_than_a_host_has(snapshot: pyqmigrate.Snapsh
         )
 
 
-def test_block_with_a_whole_path_keeps_it(snapshot: pyqmigrate.Snapshot) -> None:
+def test_block_with_a_whole_path_keeps_it(snapshot: pyqmigrate.MappedRamSnapshot) -> None:
     found = mapped(
         snapshot, "-M pc,memory-backend=old -object memory-backend-file,id=old,size=1M,mem-path=/x"
     )
@@ -148,7 +154,7 @@ def test_block_with_a_whole_path_keeps_it(snapshot: pyqmigrate.Snapshot) -> None
 
 
 def test_what_cannot_hold_for_mapped_memory_is_overridden_and_noted(
-    snapshot: pyqmigrate.Snapshot,
+    snapshot: pyqmigrate.MappedRamSnapshot,
 ) -> None:
     found = mapped(
         snapshot,
@@ -171,13 +177,13 @@ def test_what_cannot_hold_for_mapped_memory_is_overridden_and_noted(
     ],
 )
 def test_what_makes_all_memory_be_read_is_noted(
-    snapshot: pyqmigrate.Snapshot, text: str, word: str
+    snapshot: pyqmigrate.MappedRamSnapshot, text: str, word: str
 ) -> None:
     assert word in " ".join(mapped(snapshot, f"-m 4 {text}").notes)
     assert not mapped(snapshot, "-m 4").notes
 
 
-def test_mem_path_is_left_out(snapshot: pyqmigrate.Snapshot) -> None:
+def test_mem_path_is_left_out(snapshot: pyqmigrate.MappedRamSnapshot) -> None:
     found = mapped(snapshot, "-m 4 -mem-path /dev/hugepages")
     assert not found.command.has("mem-path")
     assert "-mem-path" in found.notes[0]
@@ -185,7 +191,7 @@ def test_mem_path_is_left_out(snapshot: pyqmigrate.Snapshot) -> None:
 
 @pytest.mark.parametrize("device", ["nvdimm", "virtio-mem-pci", "virtio-pmem-pci"])
 def test_memory_that_is_a_device_of_its_own_is_left_alone(
-    snapshot: pyqmigrate.Snapshot, device: str
+    snapshot: pyqmigrate.MappedRamSnapshot, device: str
 ) -> None:
     found = mapped(
         snapshot, f"-m 4 -device {device},memdev=m1 -object memory-backend-ram,id=m1,size=2M"
@@ -204,14 +210,14 @@ def test_memory_that_is_a_device_of_its_own_is_left_alone(
     ],
 )
 def test_memory_that_cannot_be_mapped_is_refused_with_the_reason(
-    snapshot: pyqmigrate.Snapshot, text: str, reason: str
+    snapshot: pyqmigrate.MappedRamSnapshot, text: str, reason: str
 ) -> None:
     with pytest.raises(NotSupported, match=reason):
         mapped(snapshot, text)
 
 
 def test_configuration_file_with_memory_in_it_is_refused(
-    snapshot: pyqmigrate.Snapshot, tmp_path: Path
+    snapshot: pyqmigrate.MappedRamSnapshot, tmp_path: Path
 ) -> None:
     (tmp_path / "vm.cfg").write_text('[object "m0"]\n qom-type = "memory-backend-ram"\n')
     with pytest.raises(NotSupported, match="describes memory"):
@@ -219,14 +225,14 @@ def test_configuration_file_with_memory_in_it_is_refused(
 
 
 def test_configuration_file_without_memory_is_no_hindrance(
-    snapshot: pyqmigrate.Snapshot, tmp_path: Path
+    snapshot: pyqmigrate.MappedRamSnapshot, tmp_path: Path
 ) -> None:
     (tmp_path / "vm.cfg").write_text('[device]\n driver = "virtio-rng-pci"\n')
     assert mapped(snapshot, f"-m 4 -readconfig {tmp_path}/vm.cfg").blocks == ["pc.ram"]
 
 
 def test_configuration_that_comes_through_a_pipe_is_left_to_qemu(
-    snapshot: pyqmigrate.Snapshot,
+    snapshot: pyqmigrate.MappedRamSnapshot,
 ) -> None:
     reader, writer = os.pipe()
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import Descriptors, NotSupported, RamBlock, TargetError, save
-from pyqmigrate.vm.incoming.source import Source
+from pyqmigrate.vm.incoming.source import RestoreSource
 from tests.harness.snapshots import ram, turn_bitmaps
 
 
@@ -24,14 +24,14 @@ def test_file_whose_bitmaps_qemu_would_misread_here_is_not_restored(disk: Path) 
     save(disk / "s", [RamBlock("ram", ram(1024))], machine="s390-ccw-virtio-10.0", sparse="exact")
     turn_bitmaps(disk / "s")
     with pytest.raises(NotSupported, match="convert it to mapped-ram"):
-        Source(disk / "s", None)
+        RestoreSource(disk / "s", None)
 
 
 def test_lock_of_the_callers_descriptor_stays_what_it_is(path: Path) -> None:
     with path.open("rb") as caller, path.open("rb") as other:
         fcntl.flock(caller, fcntl.LOCK_EX)
         with pytest.raises(TargetError, match="writes the snapshot in place"):
-            Source(Descriptors(caller.fileno()), None)
+            RestoreSource(Descriptors(caller.fileno()), None)
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
@@ -49,7 +49,7 @@ def test_descriptor_that_can_only_be_duplicated_keeps_its_lock(
     with path.open("rb") as caller:
         fcntl.flock(caller, fcntl.LOCK_EX)
         monkeypatch.setattr(os, "open", refuse)
-        source = Source(Descriptors(caller.fileno()), None)
+        source = RestoreSource(Descriptors(caller.fileno()), None)
         try:
             with path.open("rb") as other, pytest.raises(BlockingIOError):
                 fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)

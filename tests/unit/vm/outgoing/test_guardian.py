@@ -111,7 +111,7 @@ class Machine:
 
 
 def drive(machine: Machine, finding: dict[str, Any] = FINDING, **arguments: Any) -> list[str]:
-    steps = guardian.put_back(finding, **arguments)
+    steps = guardian.rollback_steps(finding, **arguments)
     step = next(steps)
     try:
         while True:

@@ -11,8 +11,8 @@ from pyqmigrate.errors import NotSupported, QemuError, UsageError
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.process_memory import ProcessMemory
 from pyqmigrate.vm.guest.disks import Disk, restore_needs
-from pyqmigrate.vm.guest.inspect import Guest, GuestBlock
-from pyqmigrate.vm.plan.blockers import Way, missed_devices, why_no_migration
+from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod, missed_devices, why_no_migration
 from pyqmigrate.vm.plan.engine import Engine, choose_engine
 
 MIB = 1 << 20
@@ -41,7 +41,7 @@ def out_of_reach(block: GuestBlock) -> GuestBlock:
     return replace(block, memory=None, why_not="no privilege")
 
 
-def guest(*blocks: GuestBlock, running: bool = True, **changes: Any) -> Guest:
+def guest(*blocks: GuestBlock, running: bool = True, **changes: Any) -> GuestInfo:
     facts: dict[str, Any] = {
         "version": (10, 0, 2),
         "process": None,
@@ -62,20 +62,20 @@ def guest(*blocks: GuestBlock, running: bool = True, **changes: Any) -> Guest:
         "dirty_bitmaps": (),
         "commands": frozenset({"migrate", "xen-save-devices-state"}),
     }
-    return Guest(**(facts | changes))
+    return GuestInfo(**(facts | changes))
 
 
 NO_XEN = frozenset({"migrate"})
 
 
-def chosen(one: Guest, **asked: Any) -> tuple[Engine, Way | None, bool]:
+def chosen(one: GuestInfo, **asked: Any) -> tuple[Engine, DeviceStateMethod | None, bool]:
     choice = choose_engine(one, **asked)
     assert choice.why
     return choice.engine, choice.way, choice.stays
 
 
-IGNORING = (Engine.DIRECT, Way.IGNORE_SHARED)
-DEVICES = (Engine.DIRECT, Way.DEVICES_ONLY)
+IGNORING = (Engine.DIRECT, DeviceStateMethod.IGNORE_SHARED)
+DEVICES = (Engine.DIRECT, DeviceStateMethod.DEVICES_ONLY)
 QEMU = (Engine.QEMU, None)
 
 
@@ -99,7 +99,9 @@ QEMU = (Engine.QEMU, None)
         (guest(capabilities={"mapped-ram": False}), (*DEVICES, True)),
     ],
 )
-def test_engine_fits_the_guest(one: Guest, expected: tuple[Engine, Way | None, bool]) -> None:
+def test_engine_fits_the_guest(
+    one: GuestInfo, expected: tuple[Engine, DeviceStateMethod | None, bool]
+) -> None:
     assert chosen(one) == expected
 
 
@@ -170,7 +172,7 @@ def test_migration_that_has_ended_is_no_obstacle(status: str) -> None:
     assert why_no_migration(guest(migration_status=status)) is None
 
 
-@pytest.mark.parametrize("way", list(Way))
+@pytest.mark.parametrize("way", list(DeviceStateMethod))
 @pytest.mark.parametrize(
     "changes",
     [
@@ -188,11 +190,11 @@ def test_migration_that_has_ended_is_no_obstacle(status: str) -> None:
         {"capabilities": {"x-colo": True, "x-ignore-shared": False}},
     ],
 )
-def test_what_would_be_missed_is_told(way: Way, changes: dict[str, Any]) -> None:
+def test_what_would_be_missed_is_told(way: DeviceStateMethod, changes: dict[str, Any]) -> None:
     assert len(missed_devices(guest(**changes), way)) == 1
 
 
-@pytest.mark.parametrize("way", list(Way))
+@pytest.mark.parametrize("way", list(DeviceStateMethod))
 @pytest.mark.parametrize(
     "changes",
     [
@@ -202,7 +204,9 @@ def test_what_would_be_missed_is_told(way: Way, changes: dict[str, Any]) -> None
         {"dirty_bitmaps": (("disk", "bits"),)},
     ],
 )
-def test_nothing_is_missed_of_a_plain_guest(way: Way, changes: dict[str, Any]) -> None:
+def test_nothing_is_missed_of_a_plain_guest(
+    way: DeviceStateMethod, changes: dict[str, Any]
+) -> None:
     assert missed_devices(guest(**changes), way) == []
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.guest.inspect import Guest, GuestBlock
+from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo
 from pyqmigrate.vm.plan.engine import choose_engine
 from pyqmigrate.vm.plan.plan import Plan, make_plan
 
@@ -42,7 +42,7 @@ RUNS = DATA * 128 + ZERO * 128
 
 
 def planned(block: GuestBlock, engine: str, free: int | None, sparse: Sparse = Sparse.AUTO) -> Plan:
-    guest = Guest(
+    guest = GuestInfo(
         version=(10, 0, 2),
         process=None,
         binary="",

@@ -8,7 +8,7 @@ import pytest
 
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.guest.inspect import Guest
+from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.sampling import Contents
 from pyqmigrate.vm.plan.settings import Changes, for_device_state, for_pages
 
@@ -46,11 +46,11 @@ def guest(
     *,
     running: bool = True,
     without: tuple[str, ...] = (),
-) -> Guest:
+) -> GuestInfo:
     def kept(settings: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in settings.items() if name not in without}
 
-    return Guest(
+    return GuestInfo(
         version=(10, 0, 2),
         process=None,
         binary="",
@@ -73,7 +73,7 @@ def guest(
 
 
 def pages(
-    found: Guest,
+    found: GuestInfo,
     *,
     direct: bool = True,
     sparse: Sparse = Sparse.AUTO,

@@ -13,7 +13,7 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.spawn import QMP_CHARDEV
 from pyqmigrate.vm.record.command import recorded_command, without_monitors
-from pyqmigrate.vm.record.contents import Image, QemuProcess, VmRecord
+from pyqmigrate.vm.record.contents import Image, RecordedQemu, VmRecord
 from tests.harness.vm_records import disk, record
 
 MIB = 1 << 20
@@ -35,7 +35,7 @@ def of(
     directory: str = "/",
     **parts: object,
 ) -> VmRecord:
-    process = QemuProcess("10.0.2", binary, (QEMU, *words), redacted, directory)
+    process = RecordedQemu("10.0.2", binary, (QEMU, *words), redacted, directory)
     return record(qemu=process, **{"disks": [], **parts})  # type: ignore[arg-type]
 
 
