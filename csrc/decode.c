@@ -1,4 +1,4 @@
-/* The page records of a classic stream -> guest memory, an index, or a stage. */
+/* The page records of a sequential stream -> guest memory, an index, or a stage. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "chunk.h"

@@ -1,4 +1,4 @@
-/* Guest memory -> the page records of a classic stream. */
+/* Guest memory -> the page records of a sequential stream. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "chunk.h"

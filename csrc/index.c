@@ -1,4 +1,4 @@
-/* Where a classic stream has the pages of a block: made while records pass by, then read at
+/* Where a sequential stream has the pages of a block: made while records pass by, then read at
  * random. */
 #define _GNU_SOURCE
 #include "core_internal.h"

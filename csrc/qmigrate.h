@@ -263,7 +263,7 @@ int qm_zero_clear(qm_job *job, const struct qm_block *block, const struct qm_mem
 /* ---- page records --------------------------------------------------------------------------- */
 
 /*
- * A section of the classic stream is a sequence of records, one a page, ended by a word:
+ * A section of the sequential stream is a sequence of records, one a page, ended by a word:
  *
  *   u64 offset | flags     big-endian; the offset of the page in its block, a multiple of
  * page_size,
@@ -425,7 +425,7 @@ int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, 
 /* ---- pages of a snapshot as memory ---------------------------------------------------------- */
 
 /*
- * The index of a block tells of every page where a classic stream has it: a word a page, 0 for one
+ * The index of a block tells of every page where a sequential stream has it: a word a page, 0 for one
  * that no record mentions, else a kind above bit 62 and a value below:
  *
  *   QM_PLACE_FILL     the page is full of this byte
@@ -479,7 +479,7 @@ uint64_t qm_index_run(const qm_index *index, uint64_t first, uint64_t end, int *
  * [start, end); the number of all pages where none is. */
 uint64_t qm_index_from(const qm_index *index, uint64_t page, uint64_t start, uint64_t end);
 
-/* A block of a classic stream: the argument of qm_indexed_fill and qm_indexed_next, a qm_fill_fn
+/* A block of a sequential stream: the argument of qm_indexed_fill and qm_indexed_next, a qm_fill_fn
  * (whole pages only) and a qm_next_fn. -ENODATA: the file ends; -EBADMSG: a change does not fit. */
 struct qm_indexed {
     const qm_index *index;

@@ -3,19 +3,19 @@
 SNAPSHOT is a snapshot of any kind; DST becomes, as ``--to`` says:
 
 ``mapped-ram``  a mapped-ram file: fast to restore, in parallel or at once
-``stream``      a classic stream, as every QEMU loads it
+``stream``      a sequential stream, as every QEMU loads it
 ``raw``         a directory of raw files, one a RAM block (as unpack)
 ``elf``         an ELF core of the guest's physical memory: for gdb, drgn, crash, volatility3
 ``lime``        a LiME file of it: for volatility3
 ``libvirt``     a save image that virsh restore takes, with the header of an older one (``--like``)
 
-A classic stream is read once, front to back, into a mapped-ram file and raw files. For these
+A sequential stream is read once, front to back, into a mapped-ram file and raw files. For these
 SNAPSHOT may be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), or a
 stream compressed with gzip, bzip2, xz or zstd (which needs Python 3.14, or
 ``pip install zstandard``).
 
 Device state is carried over byte for byte. DST appears only when it is whole and durable;
-it cannot be SNAPSHOT, under whatever name. With ``-`` as DST a classic stream goes to a pipe, and
+it cannot be SNAPSHOT, under whatever name. With ``-`` as DST a sequential stream goes to a pipe, and
 mapped-ram, elf and lime go into the file that standard output is redirected to; what is printed
 otherwise goes to standard error, and the reader of a pipe has to look at the exit code.
 ``--memory NAME=FILE`` gives the content of a block that SNAPSHOT only lists (x-ignore-shared).

@@ -9,9 +9,9 @@ them); ``offset`` where the stream starts and ``end`` where it ends; ``file_size
 ``bytes_allocated``; ``total_ram`` in bytes;
 ``complete`` (false: device state may be cut off); ``opaque_tail`` (true: the device sections
 could not be told apart and are not listed); ``bitmap_order`` (little or big, as the bitmaps were
-read; null in a classic stream); ``blocks``, a list of ``name``, ``length``,
+read; null in a sequential stream); ``blocks``, a list of ``name``, ``length``,
 ``page_size``, ``pages``, ``data_pages``, ``zero_pages``, ``bitmap_offset``, ``pages_offset`` (null
-in a classic stream), ``external`` (true: the content is in another file, and page counts are null);
+in a sequential stream), ``external`` (true: the content is in another file, and page counts are null);
 ``libvirt`` (null, or ``version``, ``format``, ``was_running``, ``xml``, ``cookie``);
 ``written_by``, an object of ``qemu`` (the oldest version that can have, as text, or null),
 ``reasons``, ``by_libvirt``; ``run_state`` after a load (null: not recorded); ``loadable`` (by a

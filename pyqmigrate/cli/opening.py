@@ -26,20 +26,20 @@ def add_snapshot(parser: Parser) -> None:
         type=read_size,
         metavar="SIZE",
         default=None,
-        help="of a classic stream that does not tell it (default: 4096)",
+        help="of a sequential stream that does not tell it (default: 4096)",
     )
     add_bitmap_order(parser)
     parser.add_argument(
         "--index",
         metavar="FILE",
         default=None,
-        help="keep an index of a classic stream there: where its pages are, for random reads",
+        help="keep an index of a sequential stream there: where its pages are, for random reads",
     )
 
 
 @contextlib.contextmanager
 def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> Iterator[Snapshot]:
-    """The snapshot, also from standard input or a pipe. A classic stream is read through, unless
+    """The snapshot, also from standard input or a pipe. A sequential stream is read through, unless
     the verb makes just ``one_pass`` itself."""
     source, offset = read_from(path, args.offset)
     with open_snapshot(

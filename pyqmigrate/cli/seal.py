@@ -10,10 +10,10 @@ cleared if they were read in the other one, nothing is cleared, and the order ha
 A snapshot that a guest runs from (vm restore) can be sealed unless pages have to be cleared in it.
 
 JSON: ``snapshot``; ``seal``, an object of ``path`` and ``algorithm``; ``file_size``;
-``bytes_read`` (what was not in holes); ``clear_pages_zero`` (false for a classic stream, which has
+``bytes_read`` (what was not in holes); ``clear_pages_zero`` (false for a sequential stream, which has
 no clear pages);
 ``cleared_pages``; ``seconds``; ``direct_io``, ``direct_io_reason`` (of the reading); ``channels``;
-``bitmap_order`` (little or big; null for a classic stream).
+``bitmap_order`` (little or big; null for a sequential stream).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def add_parser(verbs: Verbs) -> None:
         type=read_size,
         metavar="SIZE",
         default=None,
-        help="of a classic stream that does not tell it (default: 4096)",
+        help="of a sequential stream that does not tell it (default: 4096)",
     )
     add_bitmap_order(parser)
     add_offset(parser)

@@ -3,7 +3,7 @@
 Every RAM block becomes ``NAME.raw`` in DIR, which is made if it is not there; bytes of its name
 outside ``[A-Za-z0-9._-]``, and a leading dot, are written as ``%XX``. ``blocks.json`` lists them.
 None of these names may be that of SNAPSHOT.
-A classic stream is read once, front to back, and may come through a pipe (``-``).
+A sequential stream is read once, front to back, and may come through a pipe (``-``).
 
 JSON: ``snapshot``; ``directory``; ``blocks``, a list of ``name``, ``file`` (null where the content
 is not in the snapshot), ``length``, ``page_size``, ``data_pages``, ``zero_pages``;

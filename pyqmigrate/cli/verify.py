@@ -1,7 +1,7 @@
 """Verify that a snapshot is whole and well-formed, and what was sealed.
 
 With a seal beside it (SNAPSHOT.seal, see the verb seal) every byte of the file is held against it:
-a damage is told with its MiB and file offset, the block, and the pages of the guest (in a classic
+a damage is told with its MiB and file offset, the block, and the pages of the guest (in a sequential
 stream by its records, if they still parse). Then, as
 always, the structure is checked: every length and offset against each other and the file's size,
 every bitmap or page record, and that the end of the stream is there. Without a seal flipped bits in
@@ -17,7 +17,7 @@ JSON: ``snapshot``; ``valid``; ``seal``, null where there is none, otherwise an 
 ``seconds``, ``direct_io``, ``direct_io_reason``. Each of ``damages`` has ``mib``, ``offset``,
 ``length`` (bytes), ``why``, and ``parts``: what was sealed there, ``what`` (pages, bitmap, or
 words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. Where it is intact
-or null: ``bitmap_order`` (null for a classic stream), ``notes`` (sentences), ``block_count``,
+or null: ``bitmap_order`` (null for a sequential stream), ``notes`` (sentences), ``block_count``,
 ``data_pages``, ``zero_pages`` (numbers); with --deep ``device_count`` (null where they cannot be
 told apart), ``stale_pages`` and ``stale_blocks`` (their number by block). Damage exits with 1; a
 snapshot or a seal that cannot be parsed is an error, with exit code 1.

@@ -1,10 +1,10 @@
-"""A snapshot in another form: classic stream, mapped-ram file, raw files, ELF core, LiME file,
+"""A snapshot in another form: sequential stream, mapped-ram file, raw files, ELF core, LiME file,
 save image of libvirt's.
 
-    convert("/old/guest.classic", "/snap/guest.mapped", to="mapped-ram")
+    convert("/old/guest.sequential", "/snap/guest.mapped", to="mapped-ram")
 
 The pages of the two stream forms go through the same writers as a save's, straight from the source:
-a mapped-ram file is written by all channels with direct I/O, and zero pages become holes. A classic
+a mapped-ram file is written by all channels with direct I/O, and zero pages become holes. A sequential
 stream is read once, front to back, into a mapped-ram file or raw files
 (:mod:`pyqmigrate.snapshot.load.staging`); what wants its pages in another order takes a pass for an
 index first (:mod:`pyqmigrate.snapshot.sequential`). Everything that is not RAM (device sections,
@@ -92,12 +92,12 @@ def convert(
     """Write the snapshot in another form, and wait until that is durable.
 
     source: an opened snapshot, which stays open, or what ``open_snapshot`` takes; for a mapped-ram
-        file and for raw files also the path of a pipe, through which a classic stream comes.
-    target: as for a save; for raw files a directory; for an image of libvirt's a path. A classic
+        file and for raw files also the path of a pipe, through which a sequential stream comes.
+    target: as for a save; for raw files a directory; for an image of libvirt's a path. A sequential
         stream also goes to Descriptors of a pipe or socket. It must not be the source, under
         whatever name.
     memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
-        A classic stream leaves out those that are not given. For the stream forms only, an image
+        A sequential stream leaves out those that are not given. For the stream forms only, an image
         of libvirt's included.
     placements, max_ram_below_4g: for an ELF core or a LiME file, as in
         :func:`~pyqmigrate.export.elf.write_elf`.
@@ -106,7 +106,7 @@ def convert(
         :func:`~pyqmigrate.export.libvirt.image_header`.
     description: JSON text that describes the device sections, instead of what the snapshot has
         (:func:`pyqmigrate.vm.twin.twin.describe_snapshot`). Raw files have none.
-    channels, direct_io, sparse, progress: as in :func:`pyqmigrate.api.save`; a classic stream is
+    channels, direct_io, sparse, progress: as in :func:`pyqmigrate.api.save`; a sequential stream is
         written by one channel through the page cache.
 
     Raises SnapshotError for a source that is damaged or whose end is missing, NotSupported where
@@ -130,7 +130,7 @@ def convert(
         raise UsageError(f"max_ram_below_4g must be 1 byte to 4 GiB, not {max_ram_below_4g}")
     check("description", description, bytes, type(None))
     if memories and form not in (Format.MAPPED_RAM, Format.SEQUENTIAL, Format.LIBVIRT):
-        raise UsageError("memories are for a mapped-ram file and a classic stream")
+        raise UsageError("memories are for a mapped-ram file and a sequential stream")
     if (placements or max_ram_below_4g is not None) and form not in _IMAGES:
         raise UsageError("placements and max_ram_below_4g are for an ELF core and a LiME file")
     if byte_order and form is not Format.ELF:
@@ -152,7 +152,7 @@ def convert(
                 raise UsageError("an image of libvirt's needs like, an image of the same domain")
             header = image_header(opened, like, image_format)
             form, prefix = Format.MAPPED_RAM if header.sparse else Format.SEQUENTIAL, header.data
-        one_pass = form in (Format.MAPPED_RAM, Format.RAW)  # of a classic stream
+        one_pass = form in (Format.MAPPED_RAM, Format.RAW)  # of a sequential stream
         if isinstance(opened, SequentialSnapshot) and not (one_pass and opened.index is None):
             opened.read_through(progress, pages=True)
         if form is Format.RAW:
@@ -219,7 +219,7 @@ def start_stream_conversion(
     prefix: bytes = b"",
     description: bytes | None = None,
 ) -> Job[SaveReport]:
-    """Begin to write a mapped-ram file or a classic stream; returns at once.
+    """Begin to write a mapped-ram file or a sequential stream; returns at once.
 
     Arguments and errors as in :func:`convert`; ``prefix`` is what the file has before its stream.
     ``source`` stays open until the job has ended.
@@ -283,7 +283,7 @@ def _start_one_pass(
     prefix: bytes,
     description: bytes | None,
 ) -> Job[SaveReport]:
-    """A classic stream into a mapped-ram file, its pages straight to their places."""
+    """A sequential stream into a mapped-ram file, its pages straight to their places."""
     _check_memories(source, memories)
     writer = Writer(
         target,

@@ -44,7 +44,7 @@ class Guest:
         max_ram_below_4g: int | None = None,
         description: bytes | None = None,
     ) -> Guest:
-        """Look; a classic stream takes its one pass for that. ``description`` is taken instead of
+        """Look; a sequential stream takes its one pass for that. ``description`` is taken instead of
         the snapshot's own.
 
         Errors as of physical_map; also SnapshotError, and UsageError where a block that has to be

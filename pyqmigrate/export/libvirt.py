@@ -1,4 +1,4 @@
-"""A save image that ``virsh restore`` takes: libvirt's header before a classic stream.
+"""A save image that ``virsh restore`` takes: libvirt's header before a sequential stream.
 
     convert("guest.mapped", "new.save", to="libvirt", like="old.save")
 
@@ -34,7 +34,7 @@ _MACHINE = re.compile(r"<type\b[^>]*\bmachine=(['\"])(.*?)\1")
 
 
 class ImageHeader:
-    """The bytes before the stream, and whether that is ``sparse`` (mapped-ram) or classic."""
+    """The bytes before the stream, and whether that is ``sparse`` (mapped-ram) or sequential."""
 
     def __init__(self, header: LibvirtHeader) -> None:
         self.sparse = header.format is ImageFormat.SPARSE

@@ -165,7 +165,7 @@ def _choose(snapshot: Snapshot, names: Sequence[str] | None) -> list[Block]:
             raise BlockMismatch(
                 f"the snapshot has no block {name!r}; it has {list(snapshot.blocks)}"
             )
-        # Of a classic stream that is known when it has been read.
+        # Of a sequential stream that is known when it has been read.
         if isinstance(snapshot, MappedRamSnapshot) and snapshot.blocks[name].external:
             raise _elsewhere(name)
     return [block for name, block in snapshot.blocks.items() if name in names]
@@ -281,7 +281,7 @@ def _place(
     *,
     named: bool,
 ) -> tuple[list[_NewFile], tuple[RawBlock, ...]]:
-    """A classic stream, in one pass; ``named``: every block was asked for by its name."""
+    """A sequential stream, in one pass; ``named``: every block was asked for by its name."""
     files, places = {}, {}
     for block in wanted:
         file = files[block.name] = room.new(raw_name(block.name), block.length)

@@ -6,7 +6,7 @@ offset at which each belongs; readers take a :class:`~pyqmigrate.format.cursor.B
 - :mod:`~pyqmigrate.format.stream.writer`: the whole stream, written and read. Start here.
 - :mod:`~pyqmigrate.format.stream.mapped_ram`: RAM blocks, their headers and where their pages
   stand.
-- :mod:`~pyqmigrate.format.stream.sequential`: the classic stream, whose pages are records.
+- :mod:`~pyqmigrate.format.stream.sequential`: the sequential stream, whose pages are records.
 - :mod:`~pyqmigrate.format.stream.configuration`: the machine and the capabilities at the stream's
   start.
 - :mod:`~pyqmigrate.format.stream.description`: the JSON at the stream's end, and what it tells of

@@ -11,7 +11,7 @@
     36   56   zeros
     92        domain XML, NUL; the cookie's XML, NUL; zeros that leave room for another XML
 
-Numbers are in the byte order of the host that wrote them. ``raw`` is followed by a classic stream,
+Numbers are in the byte order of the host that wrote them. ``raw`` is followed by a sequential stream,
 ``sparse`` by a mapped-ram stream, whose offsets count from the start of the file, header included.
 Both start unaligned, right after the padding.
 

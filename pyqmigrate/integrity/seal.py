@@ -442,7 +442,7 @@ def start_verify(
     """Begin to compare every byte of a file with its seal; None where it has none.
 
     The structure of the file is not looked at, so a file that cannot be parsed any more is told
-    what is damaged in it all the same; but the pages of a damaged classic stream are found by its
+    what is damaged in it all the same; but the pages of a damaged sequential stream are found by its
     records, as far as these still parse. Arguments as for :func:`start_seal`. Raises SnapshotError
     (its ``field`` is ``seal``) for a seal that is damaged itself, NotSupported where the library
     for its digests is missing, UsageError, TargetError; the job's result TargetError, SnapshotError
@@ -521,7 +521,7 @@ class _Checking:
         )
 
     def _in_stream(self, damages: tuple[Damage, ...]) -> tuple[tuple[Damage, ...], str]:
-        """The same with the pages of a classic stream, if its records tell them; and a note."""
+        """The same with the pages of a sequential stream, if its records tell them; and a note."""
         target = Descriptors(self.source.fd, offset=self.manifest.head.offset)
 
         def poll(_: Progress) -> None:

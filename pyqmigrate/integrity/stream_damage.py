@@ -1,4 +1,4 @@
-"""What stands at some place of a damaged classic stream: which pages of the guest.
+"""What stands at some place of a damaged sequential stream: which pages of the guest.
 
 Pages have no fixed places there, and a seal does not keep where they are. The records tell it, as
 long as they parse: where page data was hit they do. They are taken as they are now; a record whose

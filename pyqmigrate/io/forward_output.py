@@ -30,7 +30,7 @@ def goes_forward(target: Target) -> TypeGuard[Descriptors]:
 
 
 class ForwardOutput(OutputFile):
-    """Where a classic stream goes that no file holds; the descriptor stays the caller's.
+    """Where a sequential stream goes that no file holds; the descriptor stays the caller's.
 
     ``fd`` is a description of our own where the system allows that: it does not wait for a reader,
     so that the work can be cancelled.

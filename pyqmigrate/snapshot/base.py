@@ -1,7 +1,7 @@
 """What every opened snapshot has, whichever form its file has.
 
 There are two: :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`, a mapped-ram file, and
-:class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`, a classic stream.
+:class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`, a sequential stream.
 :func:`~pyqmigrate.snapshot.detect.open_snapshot` looks which one a file is.
 """
 
@@ -281,7 +281,7 @@ class Snapshot(abc.ABC):
         blocks: the names of the blocks to load; None is all of them.
         progress: called on this thread at most ten times a second; what it raises cancels.
 
-        A classic stream is read front to back, by one channel through the page cache; ``clear`` is
+        A sequential stream is read front to back, by one channel through the page cache; ``clear`` is
         about pages that it does not mention.
 
         Raises BlockMismatch (a ValueError) for unknown, missing or mis-sized memories,

@@ -34,14 +34,14 @@ def open_snapshot(
     index: str | os.PathLike[str] | None = None,
     piped: bool = False,
 ) -> Snapshot:
-    """Open a mapped-ram file or a classic stream: in a file or on a block device, behind libvirt's
+    """Open a mapped-ram file or a sequential stream: in a file or on a block device, behind libvirt's
     header or at an offset, compressed or not.
 
     bitmap_order: for a mapped-ram file, see
         :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`.
-    page_size, index: for a classic stream, see
+    page_size, index: for a sequential stream, see
         :class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`.
-    piped: whether a pipe will do, which is a classic stream that passes by once: it can be
+    piped: whether a pipe will do, which is a sequential stream that passes by once: it can be
         converted, unpacked or loaded. Until it has passed it does not tell its description, so
         that ``page_size`` is needed where the configuration does not tell it and it is not 4096.
 

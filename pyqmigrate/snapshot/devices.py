@@ -77,7 +77,7 @@ def devices(
     name, section_id: only devices of this name, and of this section id.
     description: JSON text that describes the sections, instead of what the file has
         (:func:`pyqmigrate.vm.twin.twin.describe_snapshot`).
-    progress: called while a classic stream is read through, as for a load.
+    progress: called while a sequential stream is read through, as for a load.
 
     Blocks until done. Raises UsageError where no device is selected, SnapshotError for a damaged
     file, NotSupported for a stream that cannot be walked, or more than 96 MiB or 262144 values in

@@ -138,7 +138,7 @@ class MappedRamSnapshot(Snapshot):
             if self.source.passing:
                 raise NotSupported(
                     "the stream is compressed, so its pages are not at fixed places: decompress it "
-                    "into a file, or convert it if it is a classic stream "
+                    "into a file, or convert it if it is a sequential stream "
                     "(pyqmigrate convert FILE OUT --to mapped-ram)"
                 )
             self._stream = parse(self.source, self.offset)

@@ -1,6 +1,6 @@
-"""The index of a classic stream: where in the file each page of each block is.
+"""The index of a sequential stream: where in the file each page of each block is.
 
-A classic stream has no places of its own, so that random reads need one pass over all of it. The
+A sequential stream has no places of its own, so that random reads need one pass over all of it. The
 pass keeps 8 bytes a page (and 24 a change that XBZRLE made), whatever the stream's size, and can be
 kept in a file beside it, from which it is made again without the pass.
 

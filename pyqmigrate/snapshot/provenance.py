@@ -44,7 +44,7 @@ class Provenance:
 
 
 def provenance(snapshot: Snapshot) -> Provenance:
-    """Judge an opened snapshot; for a classic stream that takes its pass over the file, which
+    """Judge an opened snapshot; for a sequential stream that takes its pass over the file, which
     raises what it raises there."""
     check("the snapshot", snapshot, Snapshot)
     found = _signs(snapshot)

@@ -1,6 +1,6 @@
-"""A classic stream, opened for reading at random.
+"""A sequential stream, opened for reading at random.
 
-    with SequentialSnapshot("/snap/guest.classic", index="/snap/guest.index") as snapshot:
+    with SequentialSnapshot("/snap/guest.sequential", index="/snap/guest.index") as snapshot:
         first_page = snapshot.blocks["pc.ram"].read(0, 4096)
 
 Opening reads the head only. What asks for more (:attr:`SequentialSnapshot.stream`, page counts,
@@ -48,7 +48,7 @@ __all__ = ["SequentialBlock", "SequentialSnapshot"]
 
 
 class SequentialBlock(Block):
-    """One RAM block of a classic stream. Lengths in bytes."""
+    """One RAM block of a sequential stream. Lengths in bytes."""
 
     def __init__(self, snapshot: SequentialSnapshot, entry: ListedBlock, page_size: int) -> None:
         self._snapshot = snapshot
@@ -103,7 +103,7 @@ class SequentialBlock(Block):
 
 
 class SequentialSnapshot(Snapshot):
-    """A classic stream: ``migrate`` to ``file:`` or ``exec:`` without mapped-ram.
+    """A sequential stream: ``migrate`` to ``file:`` or ``exec:`` without mapped-ram.
 
     target, offset: as for :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`.
     page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
@@ -282,7 +282,7 @@ class SequentialSnapshot(Snapshot):
         check_names("blocks", blocks)
         if parse_enum(DirectIO, direct_io, "direct_io") is DirectIO.ON:
             raise DirectIORefused(
-                errno.EINVAL, "a classic stream goes through the page cache", self.source.name
+                errno.EINVAL, "a sequential stream goes through the page cache", self.source.name
             )
         wanted = set(self._known(blocks))
         given = {n: m for n, m in memories.items() if n in wanted or n not in self.blocks}

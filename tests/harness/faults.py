@@ -132,7 +132,7 @@ def one_with_stale_pages(directory: Path) -> None:
             file.write(b"old")
 
 
-def a_classic_one(directory: Path) -> None:
+def a_sequential_one(directory: Path) -> None:
     start_sequential_save(directory / "from", BLOCKS, machine="pc-q35-10.0").wait()
 
 
@@ -169,7 +169,7 @@ def saved_at_an_offset(directory: Path, rng: random.Random) -> None:
     save(f"file:{directory}/new,offset={rng.choice((4096, 513))}", BLOCKS)
 
 
-def saved_classic(directory: Path, _: random.Random) -> None:
+def saved_sequential(directory: Path, _: random.Random) -> None:
     start_sequential_save(directory / "new", BLOCKS).wait()
 
 
@@ -391,24 +391,26 @@ WORK: dict[str, Work] = {
     "save with a seal": Work(nothing, saved(seal="xxh3-128"), new_or()),
     "save in place": Work(an_old_one, saved(reuse=True), in_place(None)),
     "save at an offset": Work(nothing, saved_at_an_offset, in_place(1)),
-    "save classic": Work(nothing, saved_classic, new_or()),
+    "save sequential": Work(nothing, saved_sequential, new_or()),
     "save from a file": Work(raw_memory, saved_from_a_file, new_or("ram", memory={"pc.ram": NEW})),
     "load": Work(a_mapped_one, loaded, unchanged),
     "load into files": Work(with_memory_files(a_mapped_one), loaded_into_files, in_files),
-    "load classic": Work(a_classic_one, loaded, unchanged),
-    "load classic into files": Work(with_memory_files(a_classic_one), loaded_into_files, in_files),
-    "index": Work(a_classic_one, indexed, unchanged),
+    "load sequential": Work(a_sequential_one, loaded, unchanged),
+    "load sequential into files": Work(
+        with_memory_files(a_sequential_one), loaded_into_files, in_files
+    ),
+    "index": Work(a_sequential_one, indexed, unchanged),
     "seal": Work(a_mapped_one, sealed, unchanged),
     "seal and clear": Work(one_with_stale_pages, sealed, unchanged),
     "to stream": Work(a_mapped_one, converted("stream"), new_or("from")),
-    "to mapped-ram": Work(a_classic_one, converted("mapped-ram"), new_or("from")),
+    "to mapped-ram": Work(a_sequential_one, converted("mapped-ram"), new_or("from")),
     "to elf": Work(
         a_mapped_one,
         told("convert", "DIR/from", "DIR/new", "--to", "elf", "--map", "pc.ram@0+0,2867200"),
         core,
     ),
     "unpack": Work(a_mapped_one, unpacked, raw_files),
-    "unpack classic": Work(a_classic_one, unpacked, raw_files),
+    "unpack sequential": Work(a_sequential_one, unpacked, raw_files),
     "migrate": Work(nothing, migrated, new_or()),
     "migrate in": Work(a_mapped_one, migrated_in, unchanged),
     "the command pack": Work(
@@ -422,7 +424,7 @@ WORK: dict[str, Work] = {
     "the command unpack": Work(a_mapped_one, told("unpack", "DIR/from", "DIR/raw"), raw_files),
     "the command seal": Work(a_mapped_one, told("seal", "DIR/from"), unchanged),
     "the command verify": Work(a_mapped_one, told("verify", "DIR/from"), unchanged),
-    "the command info": Work(a_classic_one, told("info", "DIR/from"), unchanged),
+    "the command info": Work(a_sequential_one, told("info", "DIR/from"), unchanged),
 }
 
 

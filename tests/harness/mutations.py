@@ -52,7 +52,7 @@ SECONDS = 2.0  # of the processor, for one verb
 MEMORY = 300 << 10  # KiB, over what the child had from the start
 TIME_LIMIT = 60.0  # seconds for one mutation
 KILLED_AT = 1 << 20  # KiB: before the machine suffers
-STREAMED = 256 << 20  # bytes of guest memory that a classic stream is written of
+STREAMED = 256 << 20  # bytes of guest memory that a sequential stream is written of
 LOADED = 64 << 20
 CODES = {0, 1, 2, 3, 5}  # of the command; 4 is for guests, and there is none
 VERBS_A_FILE = 5
@@ -97,7 +97,7 @@ def mapped(path: Path, seal: bool = False, offset: int = 0) -> None:
         assert command(["seal", str(path)]) == 0
 
 
-def classic(path: Path) -> None:
+def sequential(path: Path) -> None:
     SequentialWriter(str(path), BLOCKS, machine="pc-q35-10.0").run(SECTIONS, DESCRIPTION)
 
 
@@ -121,9 +121,9 @@ def bases(directory: Path) -> dict[str, Base]:
 
     mapped(path)
     add("mapped-ram")
-    classic(path)
+    sequential(path)
     add("sequential")
-    classic(path)
+    sequential(path)
     path.write_bytes(encode_header(HEADER) + path.read_bytes())
     add("libvirt, raw")
     head = LibvirtHeader(True, 2, ImageFormat.SPARSE, True, "<domain/>", "<c/>", 300, "little")
@@ -131,7 +131,7 @@ def bases(directory: Path) -> dict[str, Base]:
     mapped(path, offset=300)
     add("libvirt, sparse")
     for form, compress in COMPRESS.items():
-        classic(path)
+        sequential(path)
         header = LibvirtHeader(True, 2, form, True, "<domain/>", "<c/>", 300, "little")
         path.write_bytes(encode_header(header) + compress(path.read_bytes()))
         files = {"file": path.read_bytes()}
@@ -141,7 +141,7 @@ def bases(directory: Path) -> dict[str, Base]:
     add("seal", damaged="file.seal")
     mapped(path, seal=True)
     add("sealed")
-    classic(path)
+    sequential(path)
     with open_snapshot(path, index=directory / "index") as snapshot:
         snapshot.blocks["pc.ram"].read(0, 4096)
     add("index", damaged="index", index=True)

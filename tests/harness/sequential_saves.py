@@ -1,4 +1,4 @@
-"""A real QEMU that saves and loads classic streams: ``file:`` without mapped-ram."""
+"""A real QEMU that saves and loads sequential streams: ``file:`` without mapped-ram."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from tests.harness.machine import Mode, Qemu
 
-__all__ = ["ClassicQemu"]
+__all__ = ["SequentialQemu"]
 
 _SLOW = 24 << 20  # bytes a second: a running guest changes its pages faster than they are saved
 
 
-class ClassicQemu(Qemu):
+class SequentialQemu(Qemu):
     """As Qemu, without mapped-ram; with ``xbzrle`` set it writes what changed in a page."""
 
     xbzrle = False

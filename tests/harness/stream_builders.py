@@ -114,12 +114,12 @@ EOF = b"\0"
 
 
 def page_records(page_size: int = 4096, name: str = "pc.ram") -> bytes:
-    """Records of a classic stream: a page of ones, then a zero page, in a block of this name."""
+    """Records of a sequential stream: a page of ones, then a zero page, in a block of this name."""
     whole = words(0x08) + str8(name) + b"\1" * page_size
     return whole + words(page_size | 0x02 | 0x20) + b"\0"
 
 
-def classic_stream(
+def sequential_stream(
     records: bytes = b"",
     *,
     length: int = 65536,
@@ -129,7 +129,7 @@ def classic_stream(
     devices: bytes = b"",
     description: bytes | None = described(),
 ) -> bytes:
-    """A classic stream with one block, and all its records in one PART."""
+    """A sequential stream with one block, and all its records in one PART."""
     entry = words(length | 0x04) + str8(name) + words(length) + address
     stream = (
         b"QEVM"

@@ -63,7 +63,7 @@ MEMORY_LIMIT = 256 << 10  # KiB over what the child had from the start
 FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a seal is synced to the disk
 IN_MEMORY = 64 << 20  # bytes; blocks longer than this are loaded into files
 LOADABLE = CONVERTIBLE = 4 << 40  # of what can be sparse
-STREAMABLE = 512 << 20  # a classic stream has a record for each page, be it zero
+STREAMABLE = 512 << 20  # a sequential stream has a record for each page, be it zero
 DIGESTED = 256 << 20
 ALLOWED = (SnapshotError, NotSupported, UsageError)
 ACCEPTED, REFUSED, BROKEN, SLOW = range(4)
@@ -113,7 +113,7 @@ LIBVIRT_FIELDS = [(0, 16), *((at, 4) for at in (16, 20, 24, 28, 32))]
 def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
     with open_snapshot(file, offset=offset or None) as opened:
         if isinstance(opened, SequentialSnapshot):
-            return _dissect_classic(data, opened)
+            return _dissect_sequential(data, opened)
         offset, stream = opened.offset, opened.stream
         libvirt = opened.libvirt is not None
         sections = [section for section in stream.sections if section.name != "ram"]
@@ -145,7 +145,7 @@ def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
     return Anatomy(fields, metadata, numbers)
 
 
-def _dissect_classic(data: bytes, snapshot: SequentialSnapshot) -> Anatomy:
+def _dissect_sequential(data: bytes, snapshot: SequentialSnapshot) -> Anatomy:
     """Besides the head and the tail, some of the records stand for all of them."""
     offset, stream = snapshot.offset, snapshot.stream
     fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
@@ -302,7 +302,7 @@ def examine(file: Path, offset: int) -> tuple[int, str]:
             return BROKEN, f"verify found nothing, but {looked}"
         try:
             loadable = timed(provenance, snapshot).loadable
-        except ALLOWED:  # of a classic stream that cannot be read through
+        except ALLOWED:  # of a sequential stream that cannot be read through
             loadable = False
         if loadable != (flaw is None):
             return BROKEN, f"verify found {flaw}, but info says loadable: {loadable}"

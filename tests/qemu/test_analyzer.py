@@ -19,7 +19,7 @@ from tests.harness.described_reader import DescribedReader
 from tests.harness.machine import GuestRam
 from tests.harness.other_targets import TARGETS, OtherQemu
 from tests.harness.saving import source
-from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.sequential_saves import SequentialQemu
 
 pytestmark = pytest.mark.qemu
 
@@ -46,9 +46,9 @@ def files(module_disk: Path) -> dict[str, Path]:
                 made["direct-uuid"] = disk / "uuid"
                 guest.save(disk / "qemu", engine="qemu")
                 made["qemu-uuid"] = disk / "qemu"
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
-        vm.save(disk / "classic")
-        made["classic"] = disk / "classic"
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
+        vm.save(disk / "sequential")
+        made["sequential"] = disk / "sequential"
     arm = TARGETS["aarch64"]
     with GuestRam(arm.length) as ram, OtherQemu(arm, ram) as other:
         other.save(disk / "arm")
@@ -59,7 +59,7 @@ def files(module_disk: Path) -> dict[str, Path]:
 def variants(files: dict[str, Path], disk: Path) -> Iterator[tuple[str, Path, bool]]:
     """What was made, and all that is made of it: name, file, and whether it is mapped-ram."""
     for name, path in files.items():
-        mapped = name != "classic"
+        mapped = name != "sequential"
         yield name, path, mapped
         target = disk / f"{name}-converted"
         convert(path, target, to="stream" if mapped else "mapped-ram")
@@ -104,7 +104,7 @@ def test_every_kind_of_file_is_read(files: dict[str, Path], disk: Path) -> None:
 
 def test_file_without_the_shared_memory_is_read(disk: Path) -> None:
     """x-ignore-shared, as QEMU writes it, converted with and without the memory."""
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         vm.set_capabilities({"x-ignore-shared": True})
         vm.save(disk / "shared")
         block = vm.ram_block

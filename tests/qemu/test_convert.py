@@ -22,13 +22,13 @@ from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.harness.compare_memory import assert_same_blocks
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
 from tests.harness.pattern_guest import build, check_pattern
-from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.sequential_saves import SequentialQemu
 
 pytestmark = pytest.mark.qemu
 
 RAM = 32 << 20
 FORMS = [Format.MAPPED_RAM, Format.SEQUENTIAL]
-QEMU = {Format.MAPPED_RAM: Qemu, Format.SEQUENTIAL: ClassicQemu}
+QEMU = {Format.MAPPED_RAM: Qemu, Format.SEQUENTIAL: SequentialQemu}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def save_running(directory: Path, machine: str, form: Format, *, xbzrle: bool = 
         while len(serial.read_bytes()) < 2:
             assert time.monotonic() < deadline, "the guest does not run"
             time.sleep(0.01)
-        if isinstance(vm, ClassicQemu):
+        if isinstance(vm, SequentialQemu):
             vm.xbzrle = xbzrle
             vm.save_in_rounds(path, 4)
         else:
@@ -148,7 +148,7 @@ def test_changes_to_pages_are_applied(disk: Path) -> None:
             assert block.read(0, block.length) == saved.blocks[name]
 
 
-def test_raw_files_of_a_classic_stream_hold_the_memory(disk: Path) -> None:
+def test_raw_files_of_a_sequential_stream_hold_the_memory(disk: Path) -> None:
     saved = save_paused(disk, "pc", Format.SEQUENTIAL)
     convert(saved.path, disk / "raw", to="raw")
     assert (disk / "raw/pc.ram.raw").read_bytes() == saved.blocks["pc.ram"]
@@ -205,7 +205,7 @@ def test_offset_is_kept_apart(disk: Path) -> None:
         assert snapshot.machine == o.machine
 
 
-class SharingQemu(ClassicQemu):
+class SharingQemu(SequentialQemu):
     """It leaves memory out that is a shared file."""
 
     def _configure(self, mode: Mode, bandwidth: int = 0) -> None:

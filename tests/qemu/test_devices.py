@@ -18,7 +18,7 @@ from tests.harness import machine as machines
 from tests.harness.device_twin import encode, fields_of
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.pattern_guest import build
-from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.sequential_saves import SequentialQemu
 from tests.harness.unpacked import emulator
 
 pytestmark = pytest.mark.qemu
@@ -305,14 +305,14 @@ class Kinds:
     """The same guest in three kinds of files."""
 
     mapped: Devices
-    classic: Devices
+    sequential: Devices
     alone: Devices
 
 
 @pytest.fixture(scope="module")
 def kinds(module_disk: Path) -> Kinds:
-    paths = [module_disk / name for name in ("mapped", "classic", "alone")]
-    with GuestRam(RAM) as ram, ClassicQemu(ram, extra=EXTRA["pc"]) as vm:
+    paths = [module_disk / name for name in ("mapped", "sequential", "alone")]
+    with GuestRam(RAM) as ram, SequentialQemu(ram, extra=EXTRA["pc"]) as vm:
         vm.execute("xen-save-devices-state", {"filename": str(paths[2]), "live": False})
         vm.save(paths[1])
     with GuestRam(RAM) as ram, Qemu(ram, extra=EXTRA["pc"]) as vm:
@@ -324,9 +324,9 @@ def shape(found: Devices) -> list[tuple[str, int, int]]:
     return [(d.name, d.instance_id, d.body_length) for d in found.devices]
 
 
-def test_classic_stream_has_the_same_devices(kinds: Kinds) -> None:
-    assert shape(kinds.classic) == shape(kinds.mapped)
-    assert [cpu.general for cpu in cpu_registers(kinds.classic.devices)] == [
+def test_sequential_stream_has_the_same_devices(kinds: Kinds) -> None:
+    assert shape(kinds.sequential) == shape(kinds.mapped)
+    assert [cpu.general for cpu in cpu_registers(kinds.sequential.devices)] == [
         cpu.general for cpu in cpu_registers(kinds.mapped.devices)
     ]
 

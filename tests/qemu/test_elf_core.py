@@ -19,7 +19,7 @@ from tests.harness.machine import GuestRam, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu
 from tests.harness.pattern_guest import build
 from tests.harness.physical import Note, Physical
-from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.sequential_saves import SequentialQemu
 from tests.qemu.test_devices import registers_said
 
 pytestmark = pytest.mark.qemu
@@ -234,8 +234,8 @@ def test_memory_above_4_gib_is_where_the_guest_sees_it(disk: Path) -> None:
         assert report.file_size > length > 100 * report.bytes_allocated, "it is sparse"
 
 
-def test_classic_stream_gives_the_same_files(disk: Path) -> None:
-    with GuestRam(RAM) as ram, ClassicQemu(ram, extra=["-device", "VGA"]) as vm:
+def test_sequential_stream_gives_the_same_files(disk: Path) -> None:
+    with GuestRam(RAM) as ram, SequentialQemu(ram, extra=["-device", "VGA"]) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED, seed=4)
         theirs = dump(vm, disk / "dump")
         vm.save(disk / "s")

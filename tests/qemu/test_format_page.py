@@ -15,7 +15,7 @@ import pytest
 from bench.contents import Contents, fill
 from pyqmigrate import MappedRamSnapshot
 from tests.harness.machine import GuestRam, MigrationFailed, Mode, Qemu, QemuDied
-from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.sequential_saves import SequentialQemu
 
 pytestmark = pytest.mark.qemu
 
@@ -206,8 +206,8 @@ def test_qemu_does_as_the_page_says(what: str, verdict: str, whole: Whole, disk:
     assert done == verdict
 
 
-def test_classic_stream_is_told_by_its_capabilities(disk: Path) -> None:
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+def test_sequential_stream_is_told_by_its_capabilities(disk: Path) -> None:
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED)
         vm.save(disk / "stream")
     with (disk / "stream").open("rb") as file:

@@ -21,7 +21,7 @@ from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
 from tests.harness.pattern_guest import check_pattern
 from tests.harness.qmp import QmpClient
-from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.sequential_saves import SequentialQemu
 from tests.qemu.test_vm_libvirt import save as save_by_libvirt
 
 pytestmark = pytest.mark.qemu
@@ -67,7 +67,7 @@ def assert_loads(target: OtherTarget, path: Path, expected: bytes, *, mapped: bo
         assert_same_memory(memory_of(qmp, qemu.process.pid, target.block), expected)
 
 
-def test_classic_stream_of_another_target_is_read_and_converted(
+def test_sequential_stream_of_another_target_is_read_and_converted(
     target: OtherTarget, ram: GuestRam, disk: Path
 ) -> None:
     with OtherQemu(target, ram) as qemu, qemu.connect() as qmp:
@@ -96,7 +96,7 @@ def test_mapped_file_of_another_target_is_converted(
 
 @pytest.mark.parametrize("machine", RAM_BLOCK)
 def test_stream_out_of_a_pipe_is_read(machine: str, disk: Path) -> None:
-    with GuestRam(RAM) as ram, ClassicQemu(ram, machine=machine) as vm:
+    with GuestRam(RAM) as ram, SequentialQemu(ram, machine=machine) as vm:
         fill(memoryview(ram.memory), Contents.RUNS, seed=2)
         vm.set_capabilities({"events": True, "mapped-ram": False})
         vm.execute("migrate", {"uri": f"exec:cat > {disk}/stream"})
@@ -110,7 +110,7 @@ def test_stream_out_of_a_pipe_is_read(machine: str, disk: Path) -> None:
 
 def test_raw_image_of_libvirt_is_read_and_converted(disk: Path) -> None:
     path = disk / "image"
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED, seed=3)
         vm.save(disk / "stream")
         blocks = vm.read_blocks()
@@ -162,8 +162,8 @@ def test_image_that_libvirt_itself_wrote_is_read_and_converted(form: str, disk: 
 
 
 def save_without_shared(disk: Path) -> tuple[dict[str, bytes], bytes]:
-    """A classic stream that leaves out guest memory, which is a file."""
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+    """A sequential stream that leaves out guest memory, which is a file."""
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED, seed=3)
         vm.set_capabilities({"events": True, "mapped-ram": False, "x-ignore-shared": True})
         vm.execute("migrate", {"uri": f"file:{disk}/stream"})
@@ -201,7 +201,7 @@ def test_memory_that_was_kept_elsewhere_is_put_in(disk: Path) -> None:
 def test_stream_that_leaves_a_block_out_goes_on_doing_so(disk: Path) -> None:
     blocks, memory = save_without_shared(disk)
     convert(disk / "stream", disk / "again", to="stream")
-    with GuestRam(RAM) as ram, ClassicQemu(ram, incoming=True) as vm:
+    with GuestRam(RAM) as ram, SequentialQemu(ram, incoming=True) as vm:
         ram.memory[:] = memory
         vm.set_capabilities({"x-ignore-shared": True})
         vm.load(disk / "again")

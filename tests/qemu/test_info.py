@@ -56,12 +56,12 @@ CASES = {
     "mapped-of-an-old-machine": Case(on=("mapped-ram",), memory=OLD),
     "mapped-with-bitmaps": Case(on=("mapped-ram", "dirty-bitmaps"), machine="q35"),
     "mapped-with-uuid": Case(on=("mapped-ram", "validate-uuid"), extra=("-uuid", UUID)),
-    "classic": Case(machine="microvm"),
-    "classic-at-an-offset": Case(offset=12345),
-    "classic-of-an-old-machine": Case(memory=OLD),
-    "classic-without-shared": Case(on=("x-ignore-shared",)),
-    "classic-with-uuid": Case(on=("validate-uuid",), extra=("-uuid", UUID)),
-    "classic-without-description": Case(memory=NO_TEXT),
+    "sequential": Case(machine="microvm"),
+    "sequential-at-an-offset": Case(offset=12345),
+    "sequential-of-an-old-machine": Case(memory=OLD),
+    "sequential-without-shared": Case(on=("x-ignore-shared",)),
+    "sequential-with-uuid": Case(on=("validate-uuid",), extra=("-uuid", UUID)),
+    "sequential-without-description": Case(memory=NO_TEXT),
 }
 
 

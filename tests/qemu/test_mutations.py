@@ -16,7 +16,7 @@ from tests.harness import stream_mutations as mutations
 from tests.harness.machine import GuestRam, Mode, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu
 from tests.harness.pattern_guest import build
-from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.sequential_saves import SequentialQemu
 
 pytestmark = pytest.mark.qemu
 
@@ -54,17 +54,17 @@ def running(path: Path) -> Base:
     return Base(path)
 
 
-def classic(path: Path) -> Base:
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+def sequential(path: Path) -> Base:
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED)
         vm.save(path)
     return Base(path)
 
 
-def classic_with_changes(path: Path) -> Base:
+def sequential_with_changes(path: Path) -> Base:
     length = 2 * RAM  # less is saved before it can be made to change
     image, serial = build(path.parent, length), path.with_name("serial")
-    with GuestRam(length) as ram, ClassicQemu(ram, run=True, bios=image, serial=serial) as vm:
+    with GuestRam(length) as ram, SequentialQemu(ram, run=True, bios=image, serial=serial) as vm:
         while not (serial.exists() and serial.stat().st_size >= 2):
             time.sleep(0.01)
         vm.xbzrle = True
@@ -81,16 +81,16 @@ def behind_libvirts_header(path: Path) -> Base:
     return Base(path)
 
 
-def classic_behind_libvirts_header(path: Path) -> Base:
-    stream = classic(path).path.read_bytes()
+def sequential_behind_libvirts_header(path: Path) -> Base:
+    stream = sequential(path).path.read_bytes()
     header = LibvirtHeader(True, 2, ImageFormat.RAW, True, XML, "", 4096, "little")
     path.write_bytes(encode_header(header) + stream)
     return Base(path)
 
 
 def without_shared_memory(path: Path) -> Base:
-    """Classic: QEMU itself fails to write a mapped-ram file so."""
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+    """Sequential: QEMU itself fails to write a mapped-ram file so."""
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         vm.set_capabilities({"events": True, "mapped-ram": False, "x-ignore-shared": True})
         vm.execute("migrate", {"uri": f"file:{path}"})
         assert vm.wait()["status"] == "completed"
@@ -108,7 +108,7 @@ def with_dirty_bitmaps(path: Path) -> Base:
 
 
 def of_aarch64(path: Path) -> Base:
-    """Classic: its flash is 128 MiB, which a mapped-ram file has in full."""
+    """Sequential: its flash is 128 MiB, which a mapped-ram file has in full."""
     target = replace(TARGETS["aarch64"], length=RAM)
     with GuestRam(RAM) as ram, OtherQemu(target, ram) as vm, vm.connect() as qmp:
         fill(memoryview(ram.memory), Contents.SPECKLED)
@@ -123,10 +123,10 @@ BASES = [
     paused,
     at_an_offset,
     running,
-    classic,
-    classic_with_changes,
+    sequential,
+    sequential_with_changes,
     behind_libvirts_header,
-    classic_behind_libvirts_header,
+    sequential_behind_libvirts_header,
     without_shared_memory,
     with_dirty_bitmaps,
     of_aarch64,

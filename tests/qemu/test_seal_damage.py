@@ -13,7 +13,7 @@ from bench.contents import Contents, fill
 from pyqmigrate import seal, verify_seal
 from tests.harness.machine import GuestRam, Mode, Qemu
 from tests.harness.sealed import damage, replaced
-from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.sequential_saves import SequentialQemu
 
 pytestmark = pytest.mark.qemu
 
@@ -26,13 +26,13 @@ def mapped(path: Path) -> None:
         vm.save(path, Mode(channels=2, multifd=True))
 
 
-def classic(path: Path) -> None:
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+def sequential(path: Path) -> None:
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         fill(memoryview(ram.memory), Contents.RUNS)
         vm.save(path)
 
 
-@pytest.fixture(scope="module", params=[mapped, classic], ids=lambda f: f.__name__)
+@pytest.fixture(scope="module", params=[mapped, sequential], ids=lambda f: f.__name__)
 def saved(request: pytest.FixtureRequest, module_disk: Path) -> Iterator[Path]:
     make: Callable[[Path], None] = request.param
     path = module_disk / make.__name__

@@ -1,4 +1,4 @@
-"""Classic streams between QEMU and us: it saves and we load, we save and it loads."""
+"""Sequential streams between QEMU and us: it saves and we load, we save and it loads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.machine import RAM_BLOCK, GuestRam, MigrationFailed, Mode
 from tests.harness.pattern_guest import build, check_pattern
-from tests.harness.sequential_saves import ClassicQemu
+from tests.harness.sequential_saves import SequentialQemu
 from tests.harness.version import qemu_version
 
 pytestmark = pytest.mark.qemu
@@ -45,7 +45,7 @@ class Loaded:
 
 
 def load(path: Path, *, offset: int = 0) -> Loaded:
-    """All blocks of a classic stream, into memory that was not zero."""
+    """All blocks of a sequential stream, into memory that was not zero."""
     source = InputFile(f"file:{path},offset={offset}")
     try:
         reader = SequentialReader(source, {}, skip_unknown_blocks=True)
@@ -60,8 +60,8 @@ def load(path: Path, *, offset: int = 0) -> Loaded:
     ("machine", "contents"), [*itertools.product(RAM_BLOCK, [Contents.SPECKLED, Contents.RUNS])]
 )
 def test_we_load_what_qemu_saved(machine: str, contents: Contents, disk: Path) -> None:
-    path = disk / "guest.classic"
-    with GuestRam(RAM) as ram, ClassicQemu(ram, machine=machine) as vm:
+    path = disk / "guest.sequential"
+    with GuestRam(RAM) as ram, SequentialQemu(ram, machine=machine) as vm:
         fill(memoryview(ram.memory), contents, seed=1)
         vm.save(path)
         loaded = load(path)
@@ -78,8 +78,8 @@ def test_we_load_what_qemu_saved(machine: str, contents: Contents, disk: Path) -
 
 @pytest.mark.parametrize("offset", [0x1234, 1 << 20])
 def test_offset_is_understood_both_ways(offset: int, disk: Path) -> None:
-    path = disk / "guest.classic"
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+    path = disk / "guest.sequential"
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED, seed=2)
         vm.save(path, offset=offset)
         assert_same_memory(load(path, offset=offset).blocks["pc.ram"], ram.memory)
@@ -97,7 +97,7 @@ def save_ours(path: Path, memory: bytearray, *, machine: str = "", offset: int =
 def assert_qemu_loads(
     path: Path, memory: bytearray, *, machine: str = "pc", offset: int = 0
 ) -> None:
-    with GuestRam(len(memory)) as ram, ClassicQemu(ram, machine=machine, incoming=True) as vm:
+    with GuestRam(len(memory)) as ram, SequentialQemu(ram, machine=machine, incoming=True) as vm:
         ram.memory[:] = b"\x66" * len(memory)
         vm.load(path, offset=offset)
         assert_same_memory(ram.memory, memory)
@@ -116,7 +116,7 @@ def test_qemu_loads_what_we_saved_over_memory_that_was_not_zero(
 ) -> None:
     memory = bytearray(RAM)
     fill(memoryview(memory), contents, seed=3)
-    path = disk / "ours.classic"
+    path = disk / "ours.sequential"
     save_ours(path, memory)
     assert_qemu_loads(path, memory)
 
@@ -125,7 +125,7 @@ def test_qemu_loads_what_we_saved_over_memory_that_was_not_zero(
 def test_machine_name_of_the_loading_qemu_is_accepted(
     machine: str, memory: bytearray, disk: Path
 ) -> None:
-    with GuestRam(RAM) as ram, ClassicQemu(ram, machine=machine) as vm:
+    with GuestRam(RAM) as ram, SequentialQemu(ram, machine=machine) as vm:
         name = vm.machine_name()
     save_ours(disk / "ours", memory, machine=name)
     assert_qemu_loads(disk / "ours", memory, machine=machine)
@@ -138,7 +138,7 @@ def test_other_machine_s_stream_is_refused_by_qemu(memory: bytearray, disk: Path
 
 
 def test_qemu_loads_a_save_with_rewritten_pages(memory: bytearray, disk: Path) -> None:
-    path = disk / "ours.classic"
+    path = disk / "ours.sequential"
     writer = SequentialWriter(path, [RamBlock("pc.ram", memory)])
     writer.begin()
     writer.write_pages()
@@ -159,7 +159,7 @@ def test_qemu_loads_a_save_with_rewritten_pages(memory: bytearray, disk: Path) -
 def test_blocks_and_devices_of_qemu_go_through_us_back_to_qemu(disk: Path) -> None:
     """Loaded, then saved again with the device sections as they were: QEMU goes on with it."""
     first, second = disk / "theirs", disk / "ours"
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED, seed=6)
         vm.save(first)
         blocks = vm.read_blocks()
@@ -179,7 +179,7 @@ def test_blocks_and_devices_of_qemu_go_through_us_back_to_qemu(disk: Path) -> No
     description = data[stream.description_offset + 5 : stream.end]
     writer.finish(sections, description, switchover_start=KNOWS_SWITCHOVER)
     writer.close()
-    with GuestRam(RAM) as ram, ClassicQemu(ram, incoming=True) as vm:
+    with GuestRam(RAM) as ram, SequentialQemu(ram, incoming=True) as vm:
         vm.load(second)
         assert_same_blocks(vm.read_blocks(), blocks)
     again = load(second)
@@ -194,11 +194,11 @@ class Live:
 
 
 def save_live(machine: str, directory: Path, *, xbzrle: bool) -> Live:
-    path, serial = directory / "guest.classic", directory / "serial"
+    path, serial = directory / "guest.sequential", directory / "serial"
     image = build(directory, LIVE_RAM)
     with (
         GuestRam(LIVE_RAM) as ram,
-        ClassicQemu(ram, machine=machine, run=True, bios=image, serial=serial) as vm,
+        SequentialQemu(ram, machine=machine, run=True, bios=image, serial=serial) as vm,
     ):
         vm.xbzrle = xbzrle
         deadline = time.monotonic() + 60
@@ -223,8 +223,8 @@ def test_live_stream_is_one_instant_of_the_guest(machine: str, xbzrle: bool, dis
         assert live.result["xbzrle-cache"]["pages"] > 0, "no change was written"
 
 
-def test_snapshot_says_that_a_classic_stream_is_another_kind(disk: Path) -> None:
-    with GuestRam(RAM) as ram, ClassicQemu(ram) as vm:
+def test_snapshot_says_that_a_sequential_stream_is_another_kind(disk: Path) -> None:
+    with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         vm.save(disk / "guest", Mode())
     with pytest.raises(NotSupported, match="sequential"):
         MappedRamSnapshot(disk / "guest")

@@ -141,7 +141,7 @@ def test_raw_image_of_a_paused_guest_says_so(raw: Image) -> None:
     assert not raw.header.was_running
 
 
-def test_classic_stream_in_a_raw_image_is_one_instant_of_the_guest(raw: Image) -> None:
+def test_sequential_stream_in_a_raw_image_is_one_instant_of_the_guest(raw: Image) -> None:
     memory = bytearray(RAM)
     uri = f"file:{raw.path},offset={raw.header.stream_offset}"
     with contextlib.closing(InputFile(uri)) as source:

@@ -83,15 +83,15 @@ WORK: dict[str, Work] = {
         d / "new", [RamBlock("ram", known_memory())]
     ).wait(),
     "load": lambda d: load(d / "mapped"),
-    "load sequential": lambda d: load(d / "classic"),
-    "look through": lambda d: looked_through(d / "classic"),
+    "load sequential": lambda d: load(d / "sequential"),
+    "look through": lambda d: looked_through(d / "sequential"),
     "seal": lambda d: seal(d / "mapped"),
     "verify": lambda d: verify_seal(d / "sealed"),
     "to stream": lambda d: converted(d / "mapped", "stream"),
-    "to mapped-ram": lambda d: converted(d / "classic", "mapped-ram"),
-    "to elf": lambda d: converted(d / "classic", "elf"),
+    "to mapped-ram": lambda d: converted(d / "sequential", "mapped-ram"),
+    "to elf": lambda d: converted(d / "sequential", "elf"),
     "unpack": lambda d: unpacked(d / "mapped"),
-    "unpack sequential": lambda d: unpacked(d / "classic"),
+    "unpack sequential": lambda d: unpacked(d / "sequential"),
     "try the disk": measure_rate,
 }
 
@@ -101,7 +101,7 @@ def work(tmp_path: Path) -> Path:
     save_known(tmp_path / "mapped", machine="pc-q35-10.0")
     save_known(tmp_path / "sealed", seal="xxh3-128")
     start_sequential_save(
-        tmp_path / "classic", [RamBlock("pc.ram", known_memory())], machine="pc-q35-10.0"
+        tmp_path / "sequential", [RamBlock("pc.ram", known_memory())], machine="pc-q35-10.0"
     ).wait()
     return tmp_path
 
@@ -168,7 +168,7 @@ def test_an_incoming_migration_without_a_thread_can_be_begun_again(
 def test_the_command_without_threads_exits_as_refused_by_the_system(
     work: Path, limit: Limit, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments in (["seal", "mapped"], ["info", "classic"], ["unpack", "classic", "raw"]):
+    for arguments in (["seal", "mapped"], ["info", "sequential"], ["unpack", "sequential", "raw"]):
         limit.left = 0
         words = [arguments[0], *(str(work / name) for name in arguments[1:])]
         assert main(words) == 3

@@ -60,7 +60,7 @@ class _MappedWalk(Walk):
     def _check_kind(self) -> None:
         if MAPPED_RAM not in self._configuration.capabilities:
             raise NotSupported(
-                "a classic sequential stream, without mapped-ram: its RAM is not at fixed offsets"
+                "a sequential stream, without mapped-ram: its RAM is not at fixed offsets"
             )
 
     def _read_blocks(self, page_size: int | None) -> None:

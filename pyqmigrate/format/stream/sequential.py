@@ -1,4 +1,4 @@
-"""The classic stream: RAM as records of pages, one after another, without fixed places.
+"""The sequential stream: RAM as records of pages, one after another, without fixed places.
 
 The elements are those of any stream (:mod:`~pyqmigrate.format.stream.wire`); the capabilities do
 not
@@ -49,7 +49,7 @@ _USUAL_PAGE_SIZE = 4096
 
 @dataclass(frozen=True)
 class ListedBlock:
-    """A RAM block as a classic stream lists it; ``length`` in bytes.
+    """A RAM block as a sequential stream lists it; ``length`` in bytes.
 
     ``entry_offset`` is where its entry stands in the file, ``gpa`` the guest physical address
     where the stream tells it (``x-ignore-shared``), for information only.
@@ -63,7 +63,7 @@ class ListedBlock:
 
 @dataclass(frozen=True)
 class SequentialStream:
-    """A classic stream that was walked to its end. Offsets are absolute in the file.
+    """A sequential stream that was walked to its end. Offsets are absolute in the file.
 
     Fields as in :class:`~pyqmigrate.format.stream.wire.Stream`. ``ignore_shared`` says that blocks
     without any record may have their content in a file of their own.
@@ -126,7 +126,7 @@ def encode_head(
 
 
 class SequentialWalk(Walk):
-    """A walk over a classic stream, whose records somebody else takes apart.
+    """A walk over a sequential stream, whose records somebody else takes apart.
 
     ``page_size`` (bytes) is used where the stream tells none. ``read_records`` is called at the
     start of each body of records with its file offset, and returns the offset just after it.

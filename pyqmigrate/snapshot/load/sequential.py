@@ -1,9 +1,9 @@
-"""The classic stream, one pass out and one pass in: what QEMU writes and reads with ``file:`` and
+"""The sequential stream, one pass out and one pass in: what QEMU writes and reads with ``file:`` and
 without mapped-ram.
 
     with_memory = RamBlock("pc.ram", memory)
-    start_sequential_save("/snap/guest.classic", [with_memory], machine="pc-q35-10.0").wait()
-    source = InputFile("/snap/guest.classic")
+    start_sequential_save("/snap/guest.sequential", [with_memory], machine="pc-q35-10.0").wait()
+    source = InputFile("/snap/guest.sequential")
     report = start_sequential_load(source, {"pc.ram": buffer}).wait()
 
 Pages stand one after another in the order in which they were saved; a page that changes during a
@@ -71,7 +71,7 @@ __all__ = [
 
 DEVICE_STATE_MAX = 256 << 20  # bytes of device sections that a load hands back
 
-_BUFFERED = "a classic stream goes through the page cache"
+_BUFFERED = "a sequential stream goes through the page cache"
 
 
 def start_sequential_save(
@@ -83,7 +83,7 @@ def start_sequential_save(
     reuse: bool = False,
     max_bandwidth: int = 0,
 ) -> Job[SaveReport]:
-    """Begin to save guest memory as a classic stream; returns at once.
+    """Begin to save guest memory as a sequential stream; returns at once.
 
     Arguments and errors as in :func:`pyqmigrate.api.start_save`. QEMU loads the file only on the
     machine of the name given: an empty one is accepted by any.
@@ -113,7 +113,7 @@ def core_name(name: str) -> tuple[Any, Any]:
 
 
 class SequentialWriter(StreamWriter):
-    """A classic stream being written.
+    """A sequential stream being written.
 
     Each pass is one PART section with a record for every page of the pass: a zero page, also one
     in a hole of a sparse memory, is a record of nine bytes. As in QEMU's own streams none is left
@@ -318,7 +318,7 @@ def refused(rc: int, fault: Any, what: str, target: str) -> PyqmigrateError:
 
 @dataclass(frozen=True)
 class SequentialLoadReport(LoadReport):
-    """What a load of a classic stream did, and what else the stream had.
+    """What a load of a sequential stream did, and what else the stream had.
 
     ``data_pages`` and ``zero_pages`` count records: a page that was saved again is counted again.
     Pages that no record mentions are zero pages where they were cleared. ``devices`` are the
@@ -341,7 +341,7 @@ def start_sequential_load(
     page_size: int | None = None,
     max_bandwidth: int = 0,
 ) -> Job[SequentialLoadReport]:
-    """Begin to load a classic stream into the memories of its blocks; returns at once.
+    """Begin to load a sequential stream into the memories of its blocks; returns at once.
 
     source: borrowed; keep it open until the job has ended.
     memories: a writable buffer or FileMemory for each block, of just its length.
@@ -468,7 +468,7 @@ def read_body(channels: Channels, decoder: Any, source: InputFile, at: Any, faul
 
 
 class SequentialReader:
-    """A classic stream being read: its head is parsed on construction, ``run`` does the rest.
+    """A sequential stream being read: its head is parsed on construction, ``run`` does the rest.
 
     ``configuration``, ``blocks``, ``page_size`` and ``total`` (bytes of guest memory to load) hold
     from the start.

@@ -1,4 +1,4 @@
-"""The pages of a classic stream, put to their places in files, in one pass.
+"""The pages of a sequential stream, put to their places in files, in one pass.
 
 Records come one after another, and a page may come again: as a whole, as zeros, or as changes to
 what it was. Every page has a fixed place in the file that is written, so nothing has to be noted of

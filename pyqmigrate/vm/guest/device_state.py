@@ -2,7 +2,7 @@
 
 QEMU has two ways to write it:
 
-- ``migrate`` with ``x-ignore-shared``, ``mapped-ram`` and ``multifd`` being off: a whole classic
+- ``migrate`` with ``x-ignore-shared``, ``mapped-ram`` and ``multifd`` being off: a whole sequential
   stream, in which guest memory that is a shared file is left out (:func:`read_migrated`);
 - ``xen-save-devices-state``: the device sections and nothing else; what else a stream has, the
   caller knows from QEMU's monitor (:func:`read_devices`).
@@ -111,7 +111,7 @@ def memory_file() -> Iterator[tuple[int, int]]:
 
 
 def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceState:
-    """Read what ``migrate`` wrote: a classic stream, whole.
+    """Read what ``migrate`` wrote: a sequential stream, whole.
 
     source: a path, or Descriptors (borrowed, open for reading).
     elsewhere: blocks that are external though the stream may have their pages, which are passed

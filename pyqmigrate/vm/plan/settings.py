@@ -142,12 +142,12 @@ def for_pages(
 
 
 def for_device_state(guest: GuestInfo, *, pause: bool) -> Changes:
-    """For engine ``direct`` by ``migrate``: a classic stream without the shared memory."""
+    """For engine ``direct`` by ``migrate``: a sequential stream without the shared memory."""
     capabilities = {
         "x-ignore-shared": (True, "shared memory is written here, not by QEMU"),
         **_EVENTS,
-        **_off("mapped-ram", "the device state comes as a classic stream"),
-        **_off("multifd", "the device state comes as a classic stream"),
+        **_off("mapped-ram", "the device state comes as a sequential stream"),
+        **_off("multifd", "the device state comes as a sequential stream"),
     }
     parameters = {**_PLAIN_FAST, **(_AT_ONCE if guest.running else {})}
     return _changes(guest, {**capabilities, **_pause(pause)}, parameters)

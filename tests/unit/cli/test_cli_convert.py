@@ -1,4 +1,4 @@
-"""Converting on the command line, and what the verbs say of a classic stream."""
+"""Converting on the command line, and what the verbs say of a sequential stream."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from tests.harness.command import COMMAND, PAGE, Command, make_snapshot, pages
 from tests.harness.physical import Physical
 
 
-def save_classic(target: Path | str, memory: bytes, machine: str = "pc-q35-9.2") -> None:
+def save_sequential(target: Path | str, memory: bytes, machine: str = "pc-q35-9.2") -> None:
     start_sequential_save(target, [RamBlock("pc.ram", memory)], machine=machine).wait()
 
 
 @pytest.fixture
-def classic(tmp_path: Path) -> Path:
-    save_classic(tmp_path / "classic", pages(9, 1))
-    return tmp_path / "classic"
+def sequential(tmp_path: Path) -> Path:
+    save_sequential(tmp_path / "sequential", pages(9, 1))
+    return tmp_path / "sequential"
 
 
 @pytest.mark.parametrize("form", ["mapped-ram", "stream"])
 def test_target_has_the_memory_in_the_form_asked_for(
-    classic: Path, tmp_path: Path, command: Command, form: str
+    sequential: Path, tmp_path: Path, command: Command, form: str
 ) -> None:
-    ran = command("convert", classic, tmp_path / "to", "--to", form, "--json")
+    ran = command("convert", sequential, tmp_path / "to", "--to", form, "--json")
     assert ran.code == 0
     assert (ran.json["to"], ran.json["data_pages"], ran.json["zero_pages"]) == (form, 6, 3)
     with open_snapshot(tmp_path / "to") as snapshot:
@@ -40,28 +40,28 @@ def test_target_has_the_memory_in_the_form_asked_for(
         assert snapshot.blocks["pc.ram"].read(0, 9 * PAGE) == pages(9, 1)
 
 
-def test_raw_files_are_those_of_unpack(classic: Path, tmp_path: Path, command: Command) -> None:
-    assert command("convert", classic, tmp_path / "raw", "--to", "raw").code == 0
-    assert command("unpack", classic, tmp_path / "out").code == 0
+def test_raw_files_are_those_of_unpack(sequential: Path, tmp_path: Path, command: Command) -> None:
+    assert command("convert", sequential, tmp_path / "raw", "--to", "raw").code == 0
+    assert command("unpack", sequential, tmp_path / "out").code == 0
     for directory in ("raw", "out"):
         assert (tmp_path / directory / "pc.ram.raw").read_bytes() == pages(9, 1)
 
 
-def test_form_has_to_be_said(classic: Path, tmp_path: Path, command: Command) -> None:
-    assert command("convert", classic, tmp_path / "to").code == 2
-    assert command("convert", classic, tmp_path / "to", "--to", "qcow2").code == 2
+def test_form_has_to_be_said(sequential: Path, tmp_path: Path, command: Command) -> None:
+    assert command("convert", sequential, tmp_path / "to").code == 2
+    assert command("convert", sequential, tmp_path / "to", "--to", "qcow2").code == 2
 
 
 def test_damaged_source_is_bad_and_makes_no_target(
-    classic: Path, tmp_path: Path, command: Command
+    sequential: Path, tmp_path: Path, command: Command
 ) -> None:
-    os.truncate(classic, classic.stat().st_size - 1)
-    assert command("convert", classic, tmp_path / "to", "--to", "mapped-ram").code == 1
+    os.truncate(sequential, sequential.stat().st_size - 1)
+    assert command("convert", sequential, tmp_path / "to", "--to", "mapped-ram").code == 1
     assert not (tmp_path / "to").exists()
 
 
-def test_info_tells_of_a_classic_stream(classic: Path, command: Command) -> None:
-    info = command("info", classic, "--json").json
+def test_info_tells_of_a_sequential_stream(sequential: Path, command: Command) -> None:
+    info = command("info", sequential, "--json").json
     assert info["kind"] == "stream"
     assert info["written_by"]["qemu"] == "9.2"
     assert info["loadable"] is True
@@ -78,19 +78,19 @@ def test_info_tells_of_a_classic_stream(classic: Path, command: Command) -> None
             "external": False,
         }
     ]
-    assert "would load it" in command("info", classic).out
+    assert "would load it" in command("info", sequential).out
 
 
-def test_verify_counts_the_pages_of_a_classic_stream(classic: Path, command: Command) -> None:
-    ran = command("verify", classic, "--json")
+def test_verify_counts_the_pages_of_a_sequential_stream(sequential: Path, command: Command) -> None:
+    ran = command("verify", sequential, "--json")
     assert (ran.code, ran.json["data_pages"], ran.json["zero_pages"]) == (0, 6, 3)
 
 
 def test_kept_index_is_written_where_it_is_asked_for(
-    classic: Path, tmp_path: Path, command: Command
+    sequential: Path, tmp_path: Path, command: Command
 ) -> None:
     for _ in range(2):
-        assert command("verify", classic, "--index", tmp_path / "index").code == 0
+        assert command("verify", sequential, "--index", tmp_path / "index").code == 0
     assert (tmp_path / "index").exists()
 
 
@@ -100,7 +100,7 @@ def test_xml_of_libvirt_is_printed(tmp_path: Path, command: Command) -> None:
         LibvirtHeader(True, 2, ImageFormat.RAW, False, xml, "<cookie/>", 4096, "little")
     )
     (tmp_path / "save").write_bytes(front)
-    save_classic(f"file:{tmp_path}/save,offset=4096", pages(3))
+    save_sequential(f"file:{tmp_path}/save,offset=4096", pages(3))
     assert command("info", tmp_path / "save", "--xml").out == (
         "<domain>\n  <name>\\x1b[2J</name>\n</domain>\n"
     )
@@ -147,9 +147,9 @@ def test_header_of_an_image_that_cannot_be_read_is_shown(tmp_path: Path, command
 
 
 def test_compressed_image_is_shown_verified_and_converted(tmp_path: Path, command: Command) -> None:
-    save_classic(tmp_path / "classic", pages(9, 1))
+    save_sequential(tmp_path / "sequential", pages(9, 1))
     front = LibvirtHeader(True, 2, ImageFormat.GZIP, False, "<domain/>", "", 200, "little")
-    packed = gzip.compress((tmp_path / "classic").read_bytes())
+    packed = gzip.compress((tmp_path / "sequential").read_bytes())
     (tmp_path / "save").write_bytes(encode_header(front) + packed)
     info = command("info", tmp_path / "save", "--json").json
     assert (info["libvirt"]["format"], info["machine"], info["file_size"]) == (
@@ -165,8 +165,8 @@ def test_compressed_image_is_shown_verified_and_converted(tmp_path: Path, comman
         assert snapshot.blocks["pc.ram"].read(0, 9 * PAGE) == pages(9, 1)
 
 
-def test_xml_of_no_libvirt_image_is_wrong_usage(classic: Path, command: Command) -> None:
-    assert command("info", classic, "--xml").code == 2
+def test_xml_of_no_libvirt_image_is_wrong_usage(sequential: Path, command: Command) -> None:
+    assert command("info", sequential, "--xml").code == 2
 
 
 def kill_conversions(
@@ -202,7 +202,7 @@ def test_killed_conversion_leaves_the_source_and_no_half_of_a_target(
     disk: Path, child_environment: dict[str, str]
 ) -> None:
     memory = pages(8192, 5)
-    save_classic(disk / "from", memory)
+    save_sequential(disk / "from", memory)
     delays = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 2.0)
     for data in kill_conversions(disk, child_environment, "mapped-ram", delays):
         (disk / "to").write_bytes(data)
@@ -217,7 +217,7 @@ def test_killed_export_leaves_no_half_of_a_file(
     disk: Path, child_environment: dict[str, str], form: str
 ) -> None:
     memory = pages(8192, 5)
-    save_classic(disk / "from", memory)
+    save_sequential(disk / "from", memory)
     for data in kill_conversions(disk, child_environment, form, (0.2, 0.3, 0.35, 0.45, 3.0)):
         (disk / "to").write_bytes(data)
         read = Physical.of_elf if form == "elf" else Physical.of_lime
@@ -253,9 +253,9 @@ def test_export_tells_where_memory_is(tmp_path: Path, command: Command, form: st
     ],
 )
 def test_wrong_words_about_an_export_are_wrong_usage(
-    classic: Path, tmp_path: Path, command: Command, words: tuple[str, ...]
+    sequential: Path, tmp_path: Path, command: Command, words: tuple[str, ...]
 ) -> None:
-    assert command("convert", classic, tmp_path / "to", "--to", "elf", *words).code == 2
+    assert command("convert", sequential, tmp_path / "to", "--to", "elf", *words).code == 2
     assert not (tmp_path / "to").exists()
 
 
@@ -269,13 +269,13 @@ def test_machine_of_which_nothing_is_known_is_not_supported(
 
 
 def test_interrupted_pass_says_so(
-    classic: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+    sequential: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pyqmigrate.snapshot.sequential.SequentialSnapshot.read_through", interrupt)
-    assert command("verify", classic).code == 130
+    assert command("verify", sequential).code == 130
 
 
 def test_what_is_no_snapshot_is_bad(tmp_path: Path) -> None:

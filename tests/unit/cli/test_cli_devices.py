@@ -15,7 +15,14 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from pyqmigrate.snapshot.devices import devices as look_into
 from tests.harness.command import Command
-from tests.harness.stream_builders import EOF, classic_stream, file_of, full, page_records, snapshot
+from tests.harness.stream_builders import (
+    EOF,
+    file_of,
+    full,
+    page_records,
+    sequential_stream,
+    snapshot,
+)
 
 RTC = {
     "vmsd_name": "rtc",
@@ -196,13 +203,13 @@ def test_device_state_alone_is_opened_by_looking(tmp_path: Path, command: Comman
     assert [device["name"] for device in found["devices"]] == ["rtc"]
 
 
-@pytest.mark.parametrize("classic", [False, True])
+@pytest.mark.parametrize("sequential", [False, True])
 def test_devices_behind_libvirts_header_are_found(
-    tmp_path: Path, command: Command, classic: bool
+    tmp_path: Path, command: Command, sequential: bool
 ) -> None:
     body, front = full(3, "rtc", b"abc"), 5000
-    if classic:
-        data = classic_stream(page_records(), devices=body)
+    if sequential:
+        data = sequential_stream(page_records(), devices=body)
     else:
         made = file_of(
             encode_head("pc", [BlockSpec("pc.ram", 65536)], offset=front),
@@ -210,7 +217,7 @@ def test_devices_behind_libvirts_header_are_found(
             bytes(front),
         )
         data = made.read_at(front, made.size - front)
-    form = ImageFormat.RAW if classic else ImageFormat.SPARSE
+    form = ImageFormat.RAW if sequential else ImageFormat.SPARSE
     header = encode_header(LibvirtHeader(True, 2, form, True, "<domain/>", "", front, "little"))
     (tmp_path / "s").write_bytes(header + data)
     for arguments in ([], ["--offset", "5000"]):
@@ -219,8 +226,8 @@ def test_devices_behind_libvirts_header_are_found(
         assert (found["offset"] > front, found["body_length"]) == (True, 3)
 
 
-def test_devices_of_a_classic_stream_keep_its_index(tmp_path: Path, command: Command) -> None:
-    (tmp_path / "s").write_bytes(classic_stream(page_records(), devices=full(3, "rtc", b"abc")))
+def test_devices_of_a_sequential_stream_keep_its_index(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "s").write_bytes(sequential_stream(page_records(), devices=full(3, "rtc", b"abc")))
     assert command("devices", tmp_path / "s", "--index", tmp_path / "index").code == 0
     kept = (tmp_path / "index").stat()
     with open_snapshot(tmp_path / "s", index=tmp_path / "index") as snapshot:
@@ -232,16 +239,18 @@ def test_devices_of_a_classic_stream_keep_its_index(tmp_path: Path, command: Com
     assert command("devices", tmp_path / "s", "--index", tmp_path / "s").code == 2
 
 
-def test_classic_stream_of_other_pages_needs_their_size(tmp_path: Path, command: Command) -> None:
+def test_sequential_stream_of_other_pages_needs_their_size(
+    tmp_path: Path, command: Command
+) -> None:
     records = page_records(1024)
-    stream = classic_stream(records, devices=full(3, "rtc", b"abc"), description=None)
+    stream = sequential_stream(records, devices=full(3, "rtc", b"abc"), description=None)
     (tmp_path / "s").write_bytes(stream)
     assert command("devices", tmp_path / "s").code == 1
     assert command("devices", tmp_path / "s", "--page-size", "1024").code == 0
 
 
 def test_snapshot_without_devices_says_so(tmp_path: Path, command: Command) -> None:
-    (tmp_path / "s").write_bytes(classic_stream(page_records()))
+    (tmp_path / "s").write_bytes(sequential_stream(page_records()))
     assert command("devices", tmp_path / "s").out == "no device state\n"
 
 

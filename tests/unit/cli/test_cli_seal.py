@@ -18,7 +18,7 @@ from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.harness.command import PAGE, Command, make_snapshot, pages
 from tests.harness.sealed import MIB, Sealed
 from tests.harness.snapshots import ram, turn_bitmaps
-from tests.harness.stream_builders import classic_stream, page_records
+from tests.harness.stream_builders import page_records, sequential_stream
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_verify_deep_looks_at_the_snapshot_as_it_was_opened(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "odd"
-    path.write_bytes(classic_stream(page_records(1024), description=None))
+    path.write_bytes(sequential_stream(page_records(1024), description=None))
     assert command("verify", path, "--deep").code == 1, "its page size can be guessed"
     passes, channels = [], []
     walk, find = SequentialSnapshot._walk, sealing.find_stale
@@ -215,7 +215,7 @@ def test_offset_is_where_the_stream_starts(tmp_path: Path, command: Command) -> 
     assert command("verify", path, "--offset", "8KiB").code == 0
 
 
-def test_classic_stream_is_sealed(tmp_path: Path, snapshot: Path, command: Command) -> None:
+def test_sequential_stream_is_sealed(tmp_path: Path, snapshot: Path, command: Command) -> None:
     with pyqmigrate.open_snapshot(snapshot) as opened:
         pyqmigrate.convert(opened, tmp_path / "stream", to="stream")
     assert command("seal", tmp_path / "stream", "--json").json["clear_pages_zero"] is False

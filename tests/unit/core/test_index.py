@@ -1,4 +1,4 @@
-"""The index of a classic stream against a twin in plain Python; and indexes that nobody vouches
+"""The index of a sequential stream against a twin in plain Python; and indexes that nobody vouches
 for."""
 
 from __future__ import annotations

@@ -303,7 +303,7 @@ def test_the_stream_may_be_behind_an_offset(tmp_path: Path) -> None:
         seal(f"file:{path},offset=5000", offset=5000)
 
 
-def test_a_classic_stream_is_sealed_without_a_word_on_clear_pages(tmp_path: Path) -> None:
+def test_a_sequential_stream_is_sealed_without_a_word_on_clear_pages(tmp_path: Path) -> None:
     made = Sealed.make(tmp_path / "guest", seal=None)
     with pyqmigrate.open_snapshot(made.path) as snapshot:
         pyqmigrate.convert(snapshot, tmp_path / "stream", to="stream")

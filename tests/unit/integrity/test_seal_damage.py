@@ -14,7 +14,7 @@ from pyqmigrate import RamBlock
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.harness.sealed import MIB, PAGE, Sealed, damage, flip, replaced
-from tests.harness.stream_builders import classic_stream
+from tests.harness.stream_builders import sequential_stream
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_the_first_damage_is_raised_with_its_place(sealed: Sealed) -> None:
 
 @pytest.fixture
 def stream(tmp_path: Path) -> Sealed:
-    """A sealed classic stream, no two of whose pages are alike; every fifth is zero."""
+    """A sealed sequential stream, no two of whose pages are alike; every fifth is zero."""
     noise = np.random.default_rng(0)
     memories = [noise.integers(1, 256, n * PAGE, np.uint8) for n in (1100, 20)]
     for memory in memories:
@@ -202,7 +202,7 @@ def pages_in(made: Sealed, block: str, start: int, end: int) -> set[int]:
     return found
 
 
-def test_pages_that_are_hit_in_a_classic_stream_are_named(stream: Sealed) -> None:
+def test_pages_that_are_hit_in_a_sequential_stream_are_named(stream: Sealed) -> None:
     hit = pages_in(stream, "big", MIB, 2 * MIB)
     assert len(hit) > 200
     page = sorted(hit)[40]
@@ -218,7 +218,7 @@ def test_pages_that_are_hit_in_a_classic_stream_are_named(stream: Sealed) -> Non
     assert f"block 'big', pages {min(hit)} to {max(hit)}" in str(found)
 
 
-def test_head_and_device_state_of_a_classic_stream_are_named(stream: Sealed) -> None:
+def test_head_and_device_state_of_a_sequential_stream_are_named(stream: Sealed) -> None:
     at = stream.path.read_bytes().rindex(b'": ') + 2
     stream.write(at, b"\t")  # still the same JSON
     [found] = stream.check().damages
@@ -232,7 +232,7 @@ def test_head_and_device_state_of_a_classic_stream_are_named(stream: Sealed) -> 
 
 
 @pytest.mark.parametrize("how", ["cut", "framing"])
-def test_classic_stream_that_does_not_parse_is_told_as_such(stream: Sealed, how: str) -> None:
+def test_sequential_stream_that_does_not_parse_is_told_as_such(stream: Sealed, how: str) -> None:
     if how == "cut":
         os.truncate(stream.path, 2 * MIB + 5)
     else:
@@ -250,7 +250,7 @@ def test_pages_that_came_again_are_not_affected_by_what_they_were(tmp_path: Path
     first += b"".join(word.to_bytes(8, "big") + old for word in words[1:])
     again = b"".join(word.to_bytes(8, "big") + new for word in words)
     path = tmp_path / "stream"
-    path.write_bytes(classic_stream(first + again, length=300 * PAGE))
+    path.write_bytes(sequential_stream(first + again, length=300 * PAGE))
     pyqmigrate.seal(path)
     with path.open("r+b") as file:
         file.seek(500_000)

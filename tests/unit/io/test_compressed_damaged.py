@@ -18,7 +18,7 @@ from pyqmigrate import NotSupported, SnapshotError, UsageError, devices, open_sn
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.format.libvirt import ImageFormat
-from tests.harness.stream_builders import classic_stream, described, device, full, page_records
+from tests.harness.stream_builders import described, device, full, page_records, sequential_stream
 from tests.unit.io.test_pipe import COMPRESS, front, pipe_of
 
 ALLOWED = (SnapshotError, NotSupported, UsageError)
@@ -35,7 +35,7 @@ def stream(rng: random.Random) -> bytes:
     records = page_records() + b"".join(
         (page * 4096 | 0x28).to_bytes(8, "big") + rng.randbytes(4096) for page in range(2, 8)
     )
-    return classic_stream(records, devices=state, description=text)
+    return sequential_stream(records, devices=state, description=text)
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
@@ -157,7 +157,7 @@ def test_thousands_of_damaged_compressed_streams_end_soon(
 @pytest.mark.parametrize("form", [*COMPRESS, None], ids=lambda form: form.name if form else "pipe")
 def test_a_search_ends_with_the_stream(form: ImageFormat | None, shm: Path) -> None:
     """Of device state without a footer, in a stream whose end is not known before."""
-    data = classic_stream(page_records(), description=None)
+    data = sequential_stream(page_records(), description=None)
     at = data.index(b"\x03\0\0\0\1", len(data) - 40)
     data = data[:at] + b"\4\0\0\0\7\3dev" + bytes(8) + b"x" * 3000
     with never_hanging(), pytest.raises(SnapshotError):

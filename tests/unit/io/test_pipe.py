@@ -40,7 +40,14 @@ from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.conftest import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, known_memory
-from tests.harness.stream_builders import EOF, classic_stream, described, device, full, page_records
+from tests.harness.stream_builders import (
+    EOF,
+    described,
+    device,
+    full,
+    page_records,
+    sequential_stream,
+)
 from tests.unit.snapshot.load.test_staging import FORMS, content
 
 COMPRESS: dict[ImageFormat, Callable[[bytes], bytes]] = {
@@ -98,7 +105,7 @@ def test_stream_comes_through_a_pipe(disk: Path, form: str) -> None:
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=9))
 def test_pieces_in_which_it_comes_do_not_matter(sizes: list[int]) -> None:
     state = full(7, "timer", b"\5" * 300)
-    data = classic_stream(
+    data = sequential_stream(
         page_records() * 3, devices=state, description=described(device("timer", 300))
     )
 
@@ -128,7 +135,7 @@ def test_pieces_in_which_it_comes_do_not_matter(sizes: list[int]) -> None:
 def test_device_state_comes_along_byte_for_byte(disk: Path) -> None:
     # A footer in the body: only the description, at the end, tells its length.
     body = b"\x7e\0\0\0\7" + EOF + b"\6" * 500
-    data = classic_stream(
+    data = sequential_stream(
         page_records(),
         devices=full(7, "timer", body),
         description=described(device("timer", len(body))),
@@ -193,7 +200,7 @@ def test_cut_pipe_is_a_snapshot_error_or_whole(disk: Path, share: float) -> None
 
 
 def test_endless_device_state_is_bounded(disk: Path) -> None:
-    data = classic_stream(page_records(), description=None)
+    data = sequential_stream(page_records(), description=None)
 
     def start() -> Callable[[int, Callable[[], bool]], bytes]:
         pieces = iter([data])
@@ -206,7 +213,7 @@ def test_endless_device_state_is_bounded(disk: Path) -> None:
 
 
 def test_waiting_pipe_can_be_cancelled(disk: Path) -> None:
-    data = classic_stream(page_records())
+    data = sequential_stream(page_records())
     read_end, write_end = os.pipe()
     os.write(write_end, data[:5000])
     with open_snapshot(f"/proc/self/fd/{read_end}", piped=True) as snapshot:
@@ -312,7 +319,7 @@ def test_members_one_after_another_are_one_stream(disk: Path, kind: ImageFormat)
 @some
 @given(data=st.data())
 def test_damaged_image_is_a_snapshot_error(kind: ImageFormat, data: st.DataObject) -> None:
-    packed = bytearray(COMPRESS[kind](classic_stream(page_records() * 20)))
+    packed = bytearray(COMPRESS[kind](sequential_stream(page_records() * 20)))
     at = data.draw(st.integers(0, len(packed) - 1))
     if data.draw(st.booleans()):
         del packed[at:]
@@ -329,7 +336,7 @@ def test_damaged_image_is_a_snapshot_error(kind: ImageFormat, data: st.DataObjec
 @pytest.mark.parametrize("kind", COMPRESS)
 def test_bomb_is_taken_a_piece_at_a_time(disk: Path, kind: ImageFormat) -> None:
     """Zeros where device state would be: more than is kept, and nothing near that in memory."""
-    stream = classic_stream(page_records(), description=None)[:-1]
+    stream = sequential_stream(page_records(), description=None)[:-1]
     (disk / "image").write_bytes(front(kind) + COMPRESS[kind](stream + bytes(KEPT_MAX + (8 << 20))))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises((NotSupported, SnapshotError)):

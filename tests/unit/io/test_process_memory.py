@@ -49,7 +49,7 @@ def test_address_that_is_not_aligned_is_saved(disk: Path, sparse: str) -> None:
         assert load(disk / "snap")["ram"].tobytes() == expected.tobytes()
 
 
-def test_classic_stream_of_a_process_has_its_memory(disk: Path) -> None:
+def test_sequential_stream_of_a_process_has_its_memory(disk: Path) -> None:
     with Holder(PAGES, SOME, flags=PRIVATE) as holder:
         start_sequential_save(disk / "stream", [RamBlock("ram", holder.memory)]).wait()
         loaded, source = bytearray(holder.length), InputFile(disk / "stream")

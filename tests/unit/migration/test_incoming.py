@@ -46,7 +46,7 @@ def save(path: Path, kind: dict[str, bool], **options: object) -> mmap.mmap:
     return ram
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "classic"])
+@pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "sequential"])
 def test_memory_and_devices_come_back_in_order(disk: Path, kind: dict[str, bool]) -> None:
     devices = [
         DeviceSection("cpu", b"\x00\x7e\x00\x00\x00\x02" * 9, 1, 12),
@@ -103,7 +103,7 @@ def test_a_stream_of_the_other_kind_fails(disk: Path, on: bool) -> None:
 OURS, THEIRS = UUID(int=1), UUID(int=2)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "classic"])
+@pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "sequential"])
 @pytest.mark.parametrize(
     ("told", "local", "checked", "fits"),
     [
@@ -133,7 +133,7 @@ def test_identities_are_compared_where_both_are_told(
         assert f"UUID received is {OURS} and local is {THEIRS}" in info.error
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "classic"])
+@pytest.mark.parametrize("kind", KINDS, ids=["single", "multifd", "sequential"])
 @pytest.mark.parametrize("on", [True, False])
 def test_ignoring_shared_memory_is_agreed_upon(disk: Path, kind: dict[str, bool], on: bool) -> None:
     ram = save(disk / "snap", {**kind, "x-ignore-shared": on})
@@ -151,7 +151,7 @@ def test_ignoring_shared_memory_is_agreed_upon(disk: Path, kind: dict[str, bool]
             assert "Capability x-ignore-shared is" in info.error
 
 
-def test_a_classic_stream_leaves_shared_memory_where_it_is(disk: Path) -> None:
+def test_a_sequential_stream_leaves_shared_memory_where_it_is(disk: Path) -> None:
     with (disk / "ram").open("w+b") as shared:
         shared.write(b"kept" * (LENGTH // 4))
         shared.flush()

@@ -39,7 +39,7 @@ print(json.dumps({
 
 
 def claiming(blocks: int, length: int, *, records: bool) -> bytes:
-    """A classic stream of so many long blocks; with two pages in each, or none."""
+    """A sequential stream of so many long blocks; with two pages in each, or none."""
     names = [f"b{n}".encode() for n in range(blocks)]
     entries = b"".join(str8(name) + words(length) for name in names)
     pages = b"".join(

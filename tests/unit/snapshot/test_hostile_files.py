@@ -11,17 +11,17 @@ import pytest
 from pyqmigrate import NotSupported, SnapshotError, UsageError, devices, open_snapshot, provenance
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from tests.harness.stream_builders import EOF, classic_stream, full, page_records, snapshot
+from tests.harness.stream_builders import EOF, full, page_records, sequential_stream, snapshot
 from tests.unit.cli.test_cli_devices import BODY, RTC
 
 ALLOWED = (SnapshotError, NotSupported, UsageError)
 SECTIONS, TEXT = encode_devices([DeviceSection("rtc", BODY, 0, 3, RTC)], 4096)
-CLASSIC = classic_stream(page_records(), devices=SECTIONS, description=TEXT)
+CLASSIC = sequential_stream(page_records(), devices=SECTIONS, description=TEXT)
 MAPPED = snapshot(sections=SECTIONS, description=TEXT)
 HEADER = LibvirtHeader(True, 2, ImageFormat.RAW, True, "<domain/>", "<c/>", 300, "little")
 FILES = {
     "mapped-ram": MAPPED.read_at(0, MAPPED.size),
-    "classic": CLASSIC,
+    "sequential": CLASSIC,
     "libvirt": encode_header(HEADER) + CLASSIC,
     "devices": b"QEVM\0\0\0\3" + full(3, "rtc", b"abc" * 20) + full(4, "cpu", b"xyz" * 20) + EOF,
 }

@@ -13,17 +13,17 @@ import xxhash
 from pyqmigrate import SnapshotError
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
-from tests.harness.stream_builders import classic_stream, page_records, words
+from tests.harness.stream_builders import page_records, sequential_stream, words
 
 PAGE = 4096
 
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classic stream with a page, a zero page, and changes to the page by XBZRLE."""
-    path = tmp_path_factory.mktemp("stream") / "s.classic"
+    """A sequential stream with a page, a zero page, and changes to the page by XBZRLE."""
+    path = tmp_path_factory.mktemp("stream") / "s.sequential"
     change = words(0x40 | 0x20) + struct.pack(">BH", 1, 3) + bytes([0, 1, 0xAA])
-    path.write_bytes(classic_stream(page_records() + change * 2))
+    path.write_bytes(sequential_stream(page_records() + change * 2))
     return path
 
 

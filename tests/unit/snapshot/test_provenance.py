@@ -11,10 +11,10 @@ from tests.harness.stream_builders import (
     EOF,
     RAM_EOS,
     Raw,
-    classic_stream,
     command,
     end,
     page_records,
+    sequential_stream,
 )
 from tests.harness.stream_builders import start as section_start
 
@@ -31,7 +31,7 @@ def whole(raw: Raw) -> bytes:
 
 
 def test_oldest_qemu_is_that_of_the_newest_feature(tmp_path: Path) -> None:
-    assert judged(tmp_path / "s", classic_stream(page_records())).qemu is None
+    assert judged(tmp_path / "s", sequential_stream(page_records())).qemu is None
     assert judged(tmp_path / "s", whole(Raw())).qemu == (9, 0)
     assert judged(tmp_path / "s", whole(Raw(machine=b"pc-q35-8.2"))).qemu == (9, 0)
     assert judged(tmp_path / "s", whole(Raw(machine=b"virt-10.1"))).qemu == (10, 1)

@@ -1,4 +1,4 @@
-"""A classic stream, opened for reading at random; its index, kept and doubted."""
+"""A sequential stream, opened for reading at random; its index, kept and doubted."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.conftest import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, known_memory, ram, save_known
-from tests.harness.stream_builders import classic_stream, page_records, words
+from tests.harness.stream_builders import page_records, sequential_stream, words
 
 
-def save_classic(path: Path | str, seed: int = 0, page_size: int = 4096) -> Bytes:
+def save_sequential(path: Path | str, seed: int = 0, page_size: int = 4096) -> Bytes:
     memory = ram(512, seed=seed, page_size=page_size)
     bits = page_size.bit_length() - 1
     start_sequential_save(
@@ -53,7 +53,7 @@ def header(form: ImageFormat, *, complete: bool = True, offset: int = 4321) -> b
 
 @pytest.mark.parametrize("page_size", [1 << bits for bits in range(10, 17)])
 def test_pages_of_any_size_are_read_at_random(disk: Path, page_size: int) -> None:
-    memory = save_classic(disk / "snap", page_size=page_size).tobytes()
+    memory = save_sequential(disk / "snap", page_size=page_size).tobytes()
     rng = random.Random(3)
     with open_snapshot(disk / "snap") as snapshot:
         assert snapshot.format is Format.SEQUENTIAL
@@ -67,7 +67,7 @@ def test_pages_of_any_size_are_read_at_random(disk: Path, page_size: int) -> Non
 
 
 def test_block_tells_what_it_holds(disk: Path) -> None:
-    memory = save_classic(disk / "snap")
+    memory = save_sequential(disk / "snap")
     pages = memory.reshape(-1, 4096).any(axis=1)
     with SequentialSnapshot(disk / "snap") as snapshot:
         assert snapshot.machine == "pc-q35-10.0"
@@ -81,7 +81,7 @@ def test_block_tells_what_it_holds(disk: Path) -> None:
 
 
 def test_load_takes_the_memory_of_each_block(disk: Path) -> None:
-    memory = save_classic(disk / "snap")
+    memory = save_sequential(disk / "snap")
     loaded = np.full(len(memory), 0x77, dtype=np.uint8)
     with SequentialSnapshot(disk / "snap") as snapshot:
         snapshot.load({"ram": loaded})
@@ -93,7 +93,7 @@ def test_load_takes_the_memory_of_each_block(disk: Path) -> None:
 
 
 def test_closed_snapshot_says_so(disk: Path) -> None:
-    save_classic(disk / "snap")
+    save_sequential(disk / "snap")
     snapshot = SequentialSnapshot(disk / "snap")
     snapshot.close()
     snapshot.close()
@@ -105,7 +105,7 @@ def test_closed_snapshot_says_so(disk: Path) -> None:
 
 @pytest.mark.usefixtures("same_descriptors")
 def test_nothing_stays_open(disk: Path) -> None:
-    save_classic(disk / "snap")
+    save_sequential(disk / "snap")
     with open_snapshot(disk / "snap", index=disk / "index") as snapshot:
         snapshot.verify()
     (disk / "bad").write_bytes(b"QEVM")
@@ -114,7 +114,7 @@ def test_nothing_stays_open(disk: Path) -> None:
 
 
 def test_kept_index_is_used_without_reading_the_pages(disk: Path) -> None:
-    memory = save_classic(disk / "snap").tobytes()
+    memory = save_sequential(disk / "snap").tobytes()
     with SequentialSnapshot(disk / "snap", index=disk / "index") as first:
         assert first.blocks["ram"].read(0, len(memory)) == memory
     info = (disk / "snap").stat()
@@ -133,11 +133,11 @@ def test_kept_index_is_used_without_reading_the_pages(disk: Path) -> None:
 
 
 def test_index_of_another_file_is_made_anew(disk: Path) -> None:
-    save_classic(disk / "snap", seed=1)
+    save_sequential(disk / "snap", seed=1)
     with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
         snapshot.verify()
     kept = (disk / "index").read_bytes()
-    memory = save_classic(disk / "snap", seed=2).tobytes()
+    memory = save_sequential(disk / "snap", seed=2).tobytes()
     with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
         assert snapshot.blocks["ram"].read(0, len(memory)) == memory
     assert (disk / "index").read_bytes() != kept
@@ -148,7 +148,7 @@ def test_index_of_another_file_is_made_anew(disk: Path) -> None:
 def test_damaged_index_is_made_anew(at: int, flip: int, cut: bool) -> None:
     with directory_on_disk() as disk:
         path, index = disk / "snap", disk / "index"
-        memory = save_classic(path).tobytes()
+        memory = save_sequential(path).tobytes()
         with SequentialSnapshot(path, index=index) as snapshot:
             snapshot.verify()
         whole = index.read_bytes()
@@ -162,7 +162,7 @@ def test_damaged_index_is_made_anew(at: int, flip: int, cut: bool) -> None:
 
 
 def test_index_with_more_than_was_written_is_made_anew(disk: Path) -> None:
-    save_classic(disk / "snap")
+    save_sequential(disk / "snap")
     with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
         snapshot.verify()
     whole = (disk / "index").read_bytes()
@@ -173,7 +173,7 @@ def test_index_with_more_than_was_written_is_made_anew(disk: Path) -> None:
 
 
 def test_index_without_a_digest_as_it_once_was_is_made_anew(disk: Path) -> None:
-    memory = save_classic(disk / "snap").tobytes()
+    memory = save_sequential(disk / "snap").tobytes()
     (disk / "index").write_bytes(b"qmindex1" + bytes(100))
     with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
         assert snapshot.blocks["ram"].read(0, len(memory)) == memory
@@ -183,7 +183,7 @@ def test_index_without_a_digest_as_it_once_was_is_made_anew(disk: Path) -> None:
 def test_index_is_durable_before_it_has_its_name(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_classic(disk / "snap")
+    save_sequential(disk / "snap")
     named: list[bool] = []
     sync = os.fsync
 
@@ -203,7 +203,7 @@ def test_index_is_durable_before_it_has_its_name(
 def test_forged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, cut: bool) -> None:
     with directory_on_disk() as disk:
         path, index = disk / "snap", disk / "index"
-        memory = save_classic(path).tobytes()
+        memory = save_sequential(path).tobytes()
         with SequentialSnapshot(path, index=index) as snapshot:
             snapshot.verify()
         data = bytearray(index.read_bytes())
@@ -220,14 +220,14 @@ def test_forged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, c
 
 @pytest.mark.parametrize("to", ["stream", "mapped-ram", "raw"])
 def test_block_that_fits_no_disk_is_refused_at_once(disk: Path, to: str) -> None:
-    (disk / "snap").write_bytes(classic_stream(page_records(), length=1 << 60))
+    (disk / "snap").write_bytes(sequential_stream(page_records(), length=1 << 60))
     with pytest.raises((NotSupported, TargetError)):
         convert(disk / "snap", disk / "to", to=to)
     assert not (disk / "to").exists() or not [*(disk / "to").iterdir()]
 
 
 def test_index_takes_the_place_of_no_other_file(disk: Path) -> None:
-    save_classic(disk / "snap")
+    save_sequential(disk / "snap")
     before = (disk / "snap").read_bytes()
     with pytest.raises(UsageError, match="the index would replace"):
         open_snapshot(disk / "snap", index=disk / "snap")
@@ -284,7 +284,7 @@ def changed_often(disk: Path) -> Path:
     """A stream whose page 1 changes more often than an index can tell."""
     delta = b"\1" + struct.pack(">H", 3) + b"\0\1\x99"
     changes = (words(4096 | 0x40 | 0x20) + delta) * 1100
-    (disk / "snap").write_bytes(classic_stream(page_records() + changes))
+    (disk / "snap").write_bytes(sequential_stream(page_records() + changes))
     return disk / "snap"
 
 
@@ -301,7 +301,7 @@ def test_page_that_changed_too_often_is_refused_to_random_reads_alone(disk: Path
 
 
 def test_structure_is_checked_without_an_index(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = save_classic(disk / "snap")
+    memory = save_sequential(disk / "snap")
     monkeypatch.delattr("pyqmigrate.snapshot.sequential.PageIndex")
     with open_snapshot(disk / "snap") as snapshot:
         snapshot.verify()
@@ -313,7 +313,7 @@ def test_structure_is_checked_without_an_index(disk: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("index", [False, True])
 def test_counts_are_the_same_with_an_index_and_without(disk: Path, index: bool) -> None:
     away = words(0x02 | 0x20) + b"\0" + words(8192 | 0x02 | 0x20) + b"\7"
-    (disk / "snap").write_bytes(classic_stream(page_records() + away))
+    (disk / "snap").write_bytes(sequential_stream(page_records() + away))
     with SequentialSnapshot(disk / "snap") as snapshot:
         snapshot.read_through(pages=index)
         block = snapshot.blocks["pc.ram"]
@@ -322,13 +322,13 @@ def test_counts_are_the_same_with_an_index_and_without(disk: Path, index: bool) 
 
 def test_few_records_at_far_places_cost_no_bitmaps(disk: Path) -> None:
     far = b"".join(words(k << 27 | 0x02 | 0x20) + b"\0" for k in range(1, 20000))
-    (disk / "snap").write_bytes(classic_stream(page_records() + far, length=1 << 43))
+    (disk / "snap").write_bytes(sequential_stream(page_records() + far, length=1 << 43))
     with SequentialSnapshot(disk / "snap") as snapshot, pytest.raises(SnapshotError, match="far"):
         snapshot.verify()
 
 
 def test_cut_stream_is_a_snapshot_error_wherever_it_is_cut(disk: Path) -> None:
-    save_classic(disk / "whole")
+    save_sequential(disk / "whole")
     data = (disk / "whole").read_bytes()
     for share in (0.0001, 0.3, 0.7, 0.999):
         (disk / "cut").write_bytes(data[: int(len(data) * share)])
@@ -337,7 +337,7 @@ def test_cut_stream_is_a_snapshot_error_wherever_it_is_cut(disk: Path) -> None:
 
 
 def test_multifd_without_mapped_ram_is_not_supported(disk: Path) -> None:
-    save_classic(disk / "snap")
+    save_sequential(disk / "snap")
     data = (disk / "snap").read_bytes()
     part = data.index(b"\x02\0\0\0\1") + 5
     (disk / "snap").write_bytes(data[:part] + (0x200).to_bytes(8, "big") + data[part:])
@@ -349,7 +349,7 @@ def test_multifd_without_mapped_ram_is_not_supported(disk: Path) -> None:
 
 
 def test_interrupted_pass_can_be_made_again(disk: Path) -> None:
-    save_classic(disk / "snap")
+    save_sequential(disk / "snap")
 
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
@@ -363,7 +363,7 @@ def test_interrupted_pass_can_be_made_again(disk: Path) -> None:
 @pytest.mark.parametrize("to", ["mapped-ram", "stream"])
 @pytest.mark.parametrize("kind", [Format.MAPPED_RAM, Format.SEQUENTIAL])
 def test_converted_snapshot_has_the_memory(disk: Path, kind: Format, to: str) -> None:
-    save = save_classic if kind is Format.SEQUENTIAL else save_known
+    save = save_sequential if kind is Format.SEQUENTIAL else save_known
     memory = save(disk / "from")
     convert(disk / "from", disk / "to", to=to)
     with open_snapshot(disk / "to") as snapshot:
@@ -373,7 +373,7 @@ def test_converted_snapshot_has_the_memory(disk: Path, kind: Format, to: str) ->
 
 
 def test_conversion_into_its_own_source_in_place_is_refused(disk: Path) -> None:
-    save_classic(disk / "snap")
+    save_sequential(disk / "snap")
     before = (disk / "snap").read_bytes()
     with pytest.raises(UsageError):
         convert(disk / "snap", f"file:{disk}/snap,offset=4096", to="mapped-ram")
@@ -381,7 +381,7 @@ def test_conversion_into_its_own_source_in_place_is_refused(disk: Path) -> None:
 
 
 def test_failed_conversion_leaves_no_file(disk: Path) -> None:
-    save_classic(disk / "snap")
+    save_sequential(disk / "snap")
     with SequentialSnapshot(disk / "snap") as snapshot:
         snapshot.verify()
         os.truncate(disk / "snap", 100_000)

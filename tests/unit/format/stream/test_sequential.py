@@ -1,4 +1,4 @@
-"""The framing of classic streams, written and read."""
+"""The framing of sequential streams, written and read."""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ def test_unknown_subsection_is_not_supported() -> None:
 
 
 @pytest.mark.parametrize("capabilities", [(), ("x-ignore-shared",)])
-def test_classic_stream_is_not_supported(capabilities: tuple[str, ...]) -> None:
-    with pytest.raises(NotSupported, match="classic"):
+def test_sequential_stream_is_not_supported(capabilities: tuple[str, ...]) -> None:
+    with pytest.raises(NotSupported, match="sequential"):
         parse(Raw(capabilities=capabilities, subsections=None if capabilities else b"").file())
 
 
@@ -366,7 +366,7 @@ def test_cut_files_are_refused_or_said_to_be_incomplete(size: int) -> None:
     source = VALID.cut(size)
     try:
         stream = parse(source)
-    except (SnapshotError, NotSupported):  # cut before its capabilities it looks classic
+    except (SnapshotError, NotSupported):  # cut before its capabilities it looks sequential
         return
     # A file that ends with its end-of-stream byte is whole: the description may be missing.
     described = parse(VALID).description_offset

@@ -1,4 +1,4 @@
-"""Classic streams that we load: whole ones, foreign ones, and such as nobody vouches for."""
+"""Sequential streams that we load: whole ones, foreign ones, and such as nobody vouches for."""
 
 from __future__ import annotations
 

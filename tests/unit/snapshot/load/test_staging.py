@@ -1,4 +1,4 @@
-"""A classic stream into files with fixed places, in one pass."""
+"""A sequential stream into files with fixed places, in one pass."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FORMS = ["mapped-ram", "raw"]
 def stream(
     rounds: Sequence[Sequence[Record]], lengths: dict[str, int], *, shared: bool = False
 ) -> bytes:
-    """A classic stream with these blocks, and a PART for each round; the last one is the END."""
+    """A sequential stream with these blocks, and a PART for each round; the last one is the END."""
     entries = b"".join(
         str8(name) + words(length) + (words((n + 1) << 32) if shared else b"")
         for n, (name, length) in enumerate(lengths.items())

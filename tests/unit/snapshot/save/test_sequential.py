@@ -1,4 +1,4 @@
-"""Classic streams that we write: what they hold, and how they come to their names."""
+"""Sequential streams that we write: what they hold, and how they come to their names."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_memory_comes_back(tmp_path: Path, data: st.DataObject, page_size: int) 
         name: guest(data.draw(page_bits(data.draw(st.integers(1, 200)))), page_size)
         for name in ("pc.ram", "ä", "x" * 255)[: data.draw(st.integers(1, 3))]
     }
-    path = tmp_path / "guest.classic"
+    path = tmp_path / "guest.sequential"
     blocks = [RamBlock(name, memory, page_size) for name, memory in memories.items()]
     report = start_sequential_save(path, blocks).wait()
     loaded, got = load(path)
@@ -82,7 +82,7 @@ def test_memory_comes_back(tmp_path: Path, data: st.DataObject, page_size: int) 
 @pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "unsealed"])
 def test_sparse_memory_stays_sparse_and_comes_back(tmp_path: Path, sealed: bool) -> None:
     length = 64 << 20
-    path = tmp_path / "guest.classic"
+    path = tmp_path / "guest.sequential"
     with memfd(length, fcntl.F_SEAL_SHRINK if sealed else 0) as fd, memfd(length) as out:
         for at in (0, 4096 * 777, length - 4096):
             os.pwrite(fd, os.urandom(4096), at)
@@ -100,7 +100,7 @@ def test_sparse_memory_stays_sparse_and_comes_back(tmp_path: Path, sealed: bool)
 
 def test_rewritten_pages_are_those_of_the_last_pass(tmp_path: Path) -> None:
     memory = known_memory()
-    path = tmp_path / "guest.classic"
+    path = tmp_path / "guest.sequential"
     writer = SequentialWriter(path, [RamBlock("ram", memory)])
     writer.begin()
     writer.write_pages()
@@ -123,7 +123,7 @@ def test_rewritten_pages_are_those_of_the_last_pass(tmp_path: Path) -> None:
 
 
 def test_each_pass_is_a_part_and_an_empty_one_is_none(tmp_path: Path) -> None:
-    path = tmp_path / "guest.classic"
+    path = tmp_path / "guest.sequential"
     writer = SequentialWriter(path, [RamBlock("ram", known_memory())])
     writer.begin()
     writer.write_pages()
@@ -142,18 +142,18 @@ def test_each_pass_is_a_part_and_an_empty_one_is_none(tmp_path: Path) -> None:
 
 
 def test_stream_without_a_pass_is_loaded_as_zeros(tmp_path: Path) -> None:
-    writer = SequentialWriter(tmp_path / "guest.classic", [RamBlock("ram", known_memory())])
+    writer = SequentialWriter(tmp_path / "guest.sequential", [RamBlock("ram", known_memory())])
     writer.begin()
     writer.finish()
     writer.close()
-    report, got = load(tmp_path / "guest.classic")
+    report, got = load(tmp_path / "guest.sequential")
     assert not got["ram"].any()
     assert report.zero_pages == KNOWN
 
 
 @pytest.mark.parametrize("offset", [1, 4096, 12345])
 def test_bytes_before_the_offset_are_kept(tmp_path: Path, offset: int) -> None:
-    path = tmp_path / "guest.classic"
+    path = tmp_path / "guest.sequential"
     path.write_bytes(b"h" * offset + b"older" * 1000)
     memory = known_memory()
     uri = f"file:{path},offset={offset}"
@@ -165,7 +165,7 @@ def test_bytes_before_the_offset_are_kept(tmp_path: Path, offset: int) -> None:
 
 def test_descriptor_is_written_and_read_where_it_says(tmp_path: Path) -> None:
     memory = known_memory()
-    fd = os.open(tmp_path / "guest.classic", os.O_RDWR | os.O_CREAT)
+    fd = os.open(tmp_path / "guest.sequential", os.O_RDWR | os.O_CREAT)
     try:
         start_sequential_save(Descriptors(fd, offset=99), [RamBlock("ram", memory)]).wait()
         _, got = load(Descriptors(fd, offset=99))
@@ -176,7 +176,7 @@ def test_descriptor_is_written_and_read_where_it_says(tmp_path: Path) -> None:
 
 
 def test_reused_file_ends_with_the_new_stream(tmp_path: Path) -> None:
-    path = tmp_path / "guest.classic"
+    path = tmp_path / "guest.sequential"
     start_sequential_save(path, [RamBlock("ram", ram(2000))]).wait()
     memory = known_memory()
     report = start_sequential_save(path, [RamBlock("ram", memory)], reuse=True).wait()
@@ -187,7 +187,7 @@ def test_reused_file_ends_with_the_new_stream(tmp_path: Path) -> None:
 
 
 def test_unfinished_file_has_no_name(tmp_path: Path) -> None:
-    writer = SequentialWriter(tmp_path / "guest.classic", [RamBlock("ram", known_memory())])
+    writer = SequentialWriter(tmp_path / "guest.sequential", [RamBlock("ram", known_memory())])
     writer.begin()
     writer.write_pages()
     assert list(tmp_path.iterdir()) == []
@@ -196,7 +196,7 @@ def test_unfinished_file_has_no_name(tmp_path: Path) -> None:
 
 
 def test_unfinished_file_in_place_has_no_magic(tmp_path: Path) -> None:
-    path = tmp_path / "guest.classic"
+    path = tmp_path / "guest.sequential"
     writer = SequentialWriter(f"file:{path},offset=1", [RamBlock("ram", ram(2000, density=1))])
     writer.begin()
     writer.write_pages()
@@ -207,7 +207,7 @@ def test_unfinished_file_in_place_has_no_magic(tmp_path: Path) -> None:
 
 def test_cancelled_save_leaves_nothing(tmp_path: Path) -> None:
     job = start_sequential_save(
-        tmp_path / "guest.classic", [RamBlock("ram", ram(2000, density=1))], max_bandwidth=SLOW
+        tmp_path / "guest.sequential", [RamBlock("ram", ram(2000, density=1))], max_bandwidth=SLOW
     )
     time.sleep(0.2)
     started = time.monotonic()
@@ -221,7 +221,7 @@ def test_cancelled_save_leaves_nothing(tmp_path: Path) -> None:
 def test_bandwidth_limit_is_kept_and_may_be_lifted(tmp_path: Path) -> None:
     memory = ram(2000, density=1)
     job = start_sequential_save(
-        tmp_path / "guest.classic", [RamBlock("ram", memory)], max_bandwidth=SLOW
+        tmp_path / "guest.sequential", [RamBlock("ram", memory)], max_bandwidth=SLOW
     )
     time.sleep(0.5)
     moved = job.progress.bytes_moved
@@ -232,7 +232,7 @@ def test_bandwidth_limit_is_kept_and_may_be_lifted(tmp_path: Path) -> None:
 
 def test_memory_that_shrinks_is_an_error_of_its_block(tmp_path: Path) -> None:
     with memfd(16 << 20) as fd:
-        writer = SequentialWriter(tmp_path / "guest.classic", [RamBlock("ram", FileMemory(fd))])
+        writer = SequentialWriter(tmp_path / "guest.sequential", [RamBlock("ram", FileMemory(fd))])
         os.ftruncate(fd, 4 << 20)
         with pytest.raises(GuestMemoryError) as caught:
             writer.run()
@@ -241,7 +241,7 @@ def test_memory_that_shrinks_is_an_error_of_its_block(tmp_path: Path) -> None:
 
 def test_no_block_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        SequentialWriter(tmp_path / "guest.classic", [])
+        SequentialWriter(tmp_path / "guest.sequential", [])
 
 
 def test_refused_write_is_an_error_with_number_and_position(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_pause_is_switched_on_only_where_something_is_done_meanwhile() -> None:
     assert pages(guest({name: True})).capabilities[name].after is False
 
 
-def test_device_state_comes_as_a_classic_stream_without_shared_memory() -> None:
+def test_device_state_comes_as_a_sequential_stream_without_shared_memory() -> None:
     changes = for_device_state(guest({"mapped-ram": True, "multifd": True}), pause=False)
     states = {name: change.after for name, change in changes.capabilities.items()}
     assert states == {
