@@ -1,5 +1,4 @@
 """A save on an event loop, which keeps running; one that takes too long is cancelled."""
-
 import asyncio
 import mmap
 import sys
@@ -20,6 +19,4 @@ async def main(directory):
             await slow
     except TimeoutError:  # the job has ended by now, and left nothing
         print("cancelled:", slow.done(), [path.name for path in directory.iterdir()])
-
-
 asyncio.run(main(Path(sys.argv[1])))

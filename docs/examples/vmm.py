@@ -1,5 +1,4 @@
 """A toy VMM: its guest counts in its memory, is saved while it runs, and loaded back."""
-
 import asyncio
 import mmap
 import struct
@@ -18,7 +17,6 @@ class Vmm(Guest):
         self.ram, self.changed, self.ticks = mmap.mmap(-1, PAGES * PAGE), bytearray(PAGES // 8), 0
         self.lock, self.running = threading.Lock(), threading.Event()
         threading.Thread(target=self.processor, daemon=True).start()
-
     def processor(self):
         while self.running.wait():
             with self.lock:  # a tick is whole, or it has not happened
@@ -27,22 +25,17 @@ class Vmm(Guest):
                     struct.pack_into("<Q", self.ram, page * PAGE, self.ticks)
                     self.changed[page // 8] |= 1 << page % 8
             time.sleep(0.0001)
-
     def stop(self):
         with self.lock:
             self.running.clear()
-
     def cont(self):
         self.running.set()
-
     def dirty(self):
         with self.lock:
             told, self.changed = self.changed, bytearray(PAGES // 8)
         return {"toy.ram": told}
-
     def save_devices(self):
         return [DeviceSection("toy-timer", struct.pack(">Q", self.ticks))]
-
     def load_devices(self, devices):
         [self.ticks] = [struct.unpack(">Q", d.data)[0] for d in devices if d.name == "toy-timer"]
 
@@ -61,6 +54,4 @@ async def main(directory):
     target.migrate_incoming(uri)
     print("loaded:", target.wait().status)
     print("equal:", new.ram[:] == old.ram[:] and new.ticks == old.ticks)
-
-
 asyncio.run(main(sys.argv[1]))

@@ -114,6 +114,8 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
 
 # They hold values, and are checked where they are used; or they are made by other functions.
 VALUES = {
+    "Block",
+    "MappedRamSnapshot",  # open_snapshot opens them
     "RamBlock",
     "FileMemory",
     "ProcessMemory",
