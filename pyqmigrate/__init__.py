@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     from pyqmigrate.format.digest import Algorithm
     from pyqmigrate.integrity.seal import SealCheck, SealReport, seal, verify_seal
     from pyqmigrate.io.channels import Job, Progress
+    from pyqmigrate.io.direct_io import DirectIO
     from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
-    from pyqmigrate.io.target import Descriptors, DirectIO
+    from pyqmigrate.io.target import Descriptors
     from pyqmigrate.migration import Guest, Migration
     from pyqmigrate.migration.fdset import FdsetError, FdSets
     from pyqmigrate.qapi.capabilities import Capabilities
@@ -154,7 +155,7 @@ _HOME = {
     "ProcessMemory": "io.memory",
     "RamBlock": "io.memory",
     "Descriptors": "io.target",
-    "DirectIO": "io.target",
+    "DirectIO": "io.direct_io",
     "Clear": "snapshot.load.mapped_ram",
     "LoadReport": "snapshot.load.mapped_ram",
     "Guest": "migration",

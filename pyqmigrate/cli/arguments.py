@@ -13,7 +13,7 @@ from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.io.channels import MAX_CHANNELS, check_channels
-from pyqmigrate.io.target import DirectIO
+from pyqmigrate.io.direct_io import DirectIO
 
 __all__ = [
     "BadArguments",

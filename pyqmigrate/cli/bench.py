@@ -29,9 +29,9 @@ from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
 from pyqmigrate.cli.sizes import MIB, read_size, show_size
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_cache import drop_cached
-from pyqmigrate.io.target import DirectIO
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["add_parser"]

@@ -32,9 +32,9 @@ from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
 from pyqmigrate.cli.sizes import MIB, read_size, show_rate, show_size
 from pyqmigrate.errors import SnapshotError
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_cache import cached_bytes, drop_cached
-from pyqmigrate.io.target import DirectIO
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.writer import SaveReport
 

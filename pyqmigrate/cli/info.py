@@ -43,8 +43,8 @@ from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.format.stream.wire import Section
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.pipe import PipeReader
-from pyqmigrate.io.target import InputFile
 from pyqmigrate.snapshot.base import Block, Snapshot, open_source
 from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 from pyqmigrate.snapshot.provenance import Provenance, provenance

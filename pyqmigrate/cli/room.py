@@ -13,6 +13,7 @@ from pathlib import Path
 from pyqmigrate.cli.contents import SMALLEST
 from pyqmigrate.cli.sizes import MIB, show_size
 from pyqmigrate.errors import NoSpace, TargetError, UsageError
+from pyqmigrate.io.free_space import free_bytes
 
 __all__ = ["DEFAULT_DIRECTORY", "fitting_size", "scratch"]
 
@@ -38,7 +39,8 @@ def fitting_size(asked: int | None, default: int, directory: Path, *, memories: 
     """
     if asked is not None and (asked < SMALLEST or asked % MIB):
         raise UsageError(f"the size is {asked}; it is whole MiB, and {show_size(SMALLEST)} or more")
-    disk, memory = _free_disk(directory), _free_memory()
+    free = free_bytes(directory)
+    disk, memory = sys.maxsize if free is None else free, _free_memory()
     size = asked or default
     while True:
         fits_disk = size + _DISK_SPARE <= disk
@@ -59,13 +61,6 @@ def fitting_size(asked: int | None, default: int, directory: Path, *, memories: 
         f"a guest of {show_size(size)} needs {show_size(memories * size + _MEMORY_SPARE)} "
         f"of memory, {show_size(memory)} are available",
     )
-
-
-def _free_disk(directory: Path) -> int:
-    info = os.statvfs(directory)
-    if info.f_blocks == 0:
-        return sys.maxsize  # a file system that knows no limit
-    return (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
 
 
 def _free_memory() -> int:

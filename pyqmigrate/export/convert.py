@@ -51,9 +51,11 @@ from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_part_header, encode_ram_end
 from pyqmigrate.io.channels import Job, Progress, check_channels
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock, SnapshotMemory
-from pyqmigrate.io.target import Descriptors, DirectIO, InputFile, Target
+from pyqmigrate.io.target import Descriptors, Target
 from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.load.sequential import SequentialWriter

@@ -32,8 +32,10 @@ from pyqmigrate.io.channels import (
     failure,
     split_ranges,
 )
+from pyqmigrate.io.direct_io import DirectIO, core_file
 from pyqmigrate.io.memory import OpenMemory, SnapshotMemory
-from pyqmigrate.io.target import DirectIO, OutputFile, Target, core_file
+from pyqmigrate.io.output import OutputFile
+from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
 from pyqmigrate.snapshot.save.writer import Sparse

@@ -22,7 +22,7 @@ from pyqmigrate.format.libvirt import (
     is_libvirt,
     read_header,
 )
-from pyqmigrate.io.target import InputFile
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.provenance import run_state
 from pyqmigrate.snapshot.sequential import SequentialSnapshot

@@ -19,7 +19,8 @@ from pyqmigrate.export.image import Area, Image, ImageReport, write_image
 from pyqmigrate.format.address_space.placement import GivenPlacement
 from pyqmigrate.format.dump.lime import HEADER_LENGTH, encode_header
 from pyqmigrate.io.channels import Progress
-from pyqmigrate.io.target import DirectIO, Target
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.save.writer import Sparse
 

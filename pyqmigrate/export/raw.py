@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,12 +34,13 @@ from pyqmigrate.errors import (
 )
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.direct_io import Direct, DirectIO, find_direct
+from pyqmigrate.io.free_space import free_bytes
 from pyqmigrate.io.in_use import refuse_in_use
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.new_file import NewFile, give_names
 from pyqmigrate.io.own_files import FileKind, check_is_file, check_replaceable
 from pyqmigrate.io.place import absolute
-from pyqmigrate.io.target import Direct, DirectIO, find_direct
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.snapshot.load.mapped_ram import Clear
@@ -225,18 +225,11 @@ def _remove_empty(path: str) -> None:
 
 def _check_space(room: _Room, wanted: Sequence[Block]) -> None:
     need = sum(block.data_pages * block.page_size for block in wanted)
-    free = _free_bytes(room.dir_fd)
-    if need > free:
+    free = free_bytes(room.dir_fd)
+    if free is not None and need > free:
         raise NoSpace(
             f"the pages to unpack need {need >> 20} MiB and {free >> 20} MiB are free", room.path
         )
-
-
-def _free_bytes(fd: int) -> int:
-    info = os.fstatvfs(fd)
-    if info.f_blocks == 0:
-        return sys.maxsize  # a file system that knows no limit
-    return (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
 
 
 def _load(

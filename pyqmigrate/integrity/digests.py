@@ -27,9 +27,10 @@ from pyqmigrate.format.seal import PIECE, SealHead, count_pieces
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.channels import Channels, Range
+from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.holes import next_data
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.page_cache import cached_bytes
-from pyqmigrate.io.target import Direct, DirectIO, InputFile
 
 __all__ = ["Digests", "open_direct"]
 

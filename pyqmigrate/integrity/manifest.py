@@ -15,7 +15,7 @@ from pyqmigrate.format.seal import HEAD_MAX, SealHead, SealLine
 from pyqmigrate.io.holes import next_hole
 from pyqmigrate.io.own_files import check_replaceable, remove, write_whole
 from pyqmigrate.io.place import sync_directory
-from pyqmigrate.io.target import SEAL, seal_path
+from pyqmigrate.io.seal_file import SEAL, seal_path
 
 __all__ = [
     "Manifest",

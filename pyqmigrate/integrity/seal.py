@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import time
@@ -49,8 +48,11 @@ from pyqmigrate.integrity.manifest import (
 from pyqmigrate.integrity.stream_damage import parts_of_stream
 from pyqmigrate.io.bitmap_order import other_order
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import files_in_use, refuse_in_use
-from pyqmigrate.io.target import Descriptors, DirectIO, InputFile
+from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.lock import lock_file
+from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot, check_bitmap_order
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
@@ -250,7 +252,7 @@ class _Sealing:
         source, digests = self.source, self.digests
         if source.size > SEALED_MAX:
             raise NotSupported(f"a file of {source.size} bytes cannot be sealed")
-        self._lock(fcntl.LOCK_SH, "somebody writes it in place")
+        self._lock("another process writes it in place")
         before = os.fstat(source.fd)
         cleared, start, blocks, order = self._prepare(before)
         os.fsync(source.fd)
@@ -344,7 +346,7 @@ class _Sealing:
         """Make the pages holes. The file has to be what it was ``before`` its bitmaps were read: a
         writer that takes no lock, such as QEMU, may have come since, and pages of a new snapshot
         would be cleared by the bitmaps of the old one."""
-        self._lock(fcntl.LOCK_EX, "a guest runs from it, and pages have to be cleared in it")
+        self._lock("a guest runs from it, and pages have to be cleared in it", exclusive=True)
         self._check_unchanged(before)
         # An earlier seal would call damaged what is done now.
         remove_manifest(self.place)
@@ -361,17 +363,13 @@ class _Sealing:
                 self.source.name,
             )
 
-    def _lock(self, kind: int, why: str) -> None:
+    def _lock(self, why: str, *, exclusive: bool = False) -> None:
         try:
-            fcntl.flock(self.source.fd, kind | fcntl.LOCK_NB)
+            lock_file(self.source.fd, exclusive=exclusive)
         except BlockingIOError as error:
             raise TargetError(
                 errno.EBUSY, f"cannot be sealed now: {why}", self.source.name
             ) from error
-        except OSError as error:
-            # A file system without locks: nobody can be kept from writing there.
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
-                raise
 
     def _check_unchanged(self, before: os.stat_result) -> None:
         """Whether the name still leads to the file, and the file is what was read."""

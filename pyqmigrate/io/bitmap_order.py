@@ -19,7 +19,7 @@ from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.holes import next_data, next_hole
-from pyqmigrate.io.target import InputFile
+from pyqmigrate.io.input import InputFile
 
 __all__ = ["better_order", "find_order", "other_order", "says_better"]
 

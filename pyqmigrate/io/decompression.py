@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError
 from pyqmigrate.format.compression import Compression
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.pipe import ForwardInput, Read
-from pyqmigrate.io.target import InputFile
 
 __all__ = ["decompressed"]
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import TypeGuard
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.io.target import Descriptors, OutputFile, Target
+from pyqmigrate.io.output import OutputFile
+from pyqmigrate.io.target import Descriptors, Target
 
 __all__ = ["ForwardOutput", "goes_forward"]
 

@@ -9,7 +9,7 @@ import os
 
 from pyqmigrate import _core
 from pyqmigrate.errors import TargetError
-from pyqmigrate.io.target import file_size
+from pyqmigrate.io.input import file_size
 
 __all__ = ["cached_bytes", "drop_cached"]
 

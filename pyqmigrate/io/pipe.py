@@ -19,7 +19,8 @@ from pathlib import Path
 
 from pyqmigrate.errors import Cancelled, NotSupported, TargetError, UsageError, target_error
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
-from pyqmigrate.io.target import Direct, DirectIO, InputFile
+from pyqmigrate.io.direct_io import Direct, DirectIO
+from pyqmigrate.io.input import InputFile
 
 __all__ = ["KEPT_MAX", "ForwardInput", "PipeReader"]
 

@@ -14,8 +14,9 @@ from pyqmigrate.format.stream.writer import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.memory import Memory, RamBlock
-from pyqmigrate.io.target import DirectIO, InputFile
 from pyqmigrate.migration.fdset import FdSets
 from pyqmigrate.migration.fdset_checks import Direction
 from pyqmigrate.migration.rules import effective_direct_io

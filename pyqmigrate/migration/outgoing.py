@@ -9,8 +9,8 @@ from uuid import UUID
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import FileMemory, RamBlock
-from pyqmigrate.io.target import DirectIO
 from pyqmigrate.migration.fdset import FdSets
 from pyqmigrate.migration.fdset_checks import Direction
 from pyqmigrate.migration.rules import effective_direct_io

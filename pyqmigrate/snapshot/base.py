@@ -25,9 +25,12 @@ from pyqmigrate.format.compression import MAGIC_MAX, Compression
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.format.stream.wire import MAGIC, Stream
 from pyqmigrate.io.channels import Job, Progress
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.memory import Memory, SnapshotMemory
-from pyqmigrate.io.target import Descriptors, DirectIO, InputFile, Target, seal_path, target_path
+from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.target import Descriptors, Target, target_path
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 
 if TYPE_CHECKING:

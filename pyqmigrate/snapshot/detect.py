@@ -15,7 +15,8 @@ from pyqmigrate.format.cursor import Cursor
 from pyqmigrate.format.stream import configuration
 from pyqmigrate.format.stream.mapped_ram import ByteOrder
 from pyqmigrate.format.stream.wire import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERSION
-from pyqmigrate.io.target import InputFile, Target
+from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Located, Snapshot, locate
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot, check_bitmap_order
 from pyqmigrate.snapshot.sequential import SequentialSnapshot

@@ -33,8 +33,9 @@ from pyqmigrate.format.stream.wire import (
     SectionKind,
 )
 from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.pipe import ForwardInput
-from pyqmigrate.io.target import InputFile, Target
+from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Snapshot, locate
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.sequential import SequentialSnapshot

@@ -20,8 +20,9 @@ from pyqmigrate.format.stream.writer import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import Memory, SnapshotMemory
-from pyqmigrate.io.target import DirectIO, Target
+from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Block, Located, Snapshot, error_from_errno, locate
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.load.mapped_ram import start_load as start_load_blocks

@@ -36,8 +36,8 @@ from pyqmigrate import _core
 from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.stream.sequential import ListedBlock
 from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
-from pyqmigrate.io.target import InputFile
 from pyqmigrate.snapshot.load.sequential import RecordDecoder
 
 __all__ = ["PageIndex", "check_place", "keep", "recall"]

@@ -35,10 +35,12 @@ from pyqmigrate.format.stream.configuration import IGNORE_SHARED
 from pyqmigrate.format.stream.sequential import ListedBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, files_in_use, refuse_in_use
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.pipe import ForwardInput
-from pyqmigrate.io.target import DirectIO, InputFile, Target
+from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Block, Located, Snapshot, error_from_errno, locate
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, start_sequential_load

@@ -12,7 +12,7 @@ from typing import Any
 from pyqmigrate import _core
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, split_ranges
-from pyqmigrate.io.target import core_file
+from pyqmigrate.io.direct_io import core_file
 from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
 __all__ = ["clear_stale", "find_stale"]

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.io.target import DirectIO
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.qapi.monitor_address import monitor_path
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.outgoing.save import Then, VmSaveReport, save

@@ -36,7 +36,7 @@ from pyqmigrate import FileMemory, MappedRamSnapshot, PyqmigrateError, RamBlock,
 from pyqmigrate.cli import main as command
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.io.target import DirectIO
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import Sparse

@@ -15,7 +15,7 @@ from bench.contents import Contents, fill
 from pyqmigrate import RamBlock
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.target import InputFile
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
     SequentialReader,

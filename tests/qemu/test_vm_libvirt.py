@@ -16,7 +16,7 @@ import pytest
 
 from pyqmigrate import MappedRamSnapshot, convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
-from pyqmigrate.io.target import InputFile
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_load
 from pyqmigrate.vm.incoming.restore import restore
 from tests.harness.libvirt import Domain, Libvirt

@@ -17,7 +17,7 @@ import pytest
 
 from pyqmigrate import MappedRamSnapshot
 from pyqmigrate.errors import QemuError, QemuGone, TargetError
-from pyqmigrate.io.target import OutputFile
+from pyqmigrate.io.output import OutputFile
 from pyqmigrate.vm.guest.memory import GuestBlock, find_memory
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
@@ -34,7 +34,7 @@ UNSHARE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
 BLIND = """
 import sys
 from pyqmigrate.cli import main
-from pyqmigrate.io.target import OutputFile
+from pyqmigrate.io.output import OutputFile
 OutputFile.free_bytes = lambda self: None
 sys.exit(main(sys.argv[1:]))
 """
@@ -55,7 +55,7 @@ sys.exit(main(sys.argv[1:]))
 
 SLOW_TO_OPEN = """
 import time
-from pyqmigrate.io.target import OutputFile
+from pyqmigrate.io.output import OutputFile
 open_direct = OutputFile._open_direct
 OutputFile._open_direct = lambda *arguments: (time.sleep(1), open_direct(*arguments))[1]
 """

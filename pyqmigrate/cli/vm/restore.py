@@ -48,7 +48,7 @@ from pyqmigrate.cli.arguments import (
 )
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, announce, counted, printable
-from pyqmigrate.io.target import DirectIO
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.qapi.monitor_address import monitor_path
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from pyqmigrate.errors import BlockMismatch, SnapshotError, TargetError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, check_channels, core_block, split_ranges
+from pyqmigrate.io.direct_io import DirectIO, core_file
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.memory import Memory, OpenMemory
-from pyqmigrate.io.target import DirectIO, InputFile, core_file
 from pyqmigrate.log import logger
 
 __all__ = ["Clear", "LoadReport", "start_load"]

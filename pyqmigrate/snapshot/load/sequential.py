@@ -46,10 +46,12 @@ from pyqmigrate.format.stream.sequential import (
 from pyqmigrate.format.stream.wire import MAGIC, SectionKind
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, failure, split_ranges
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.forward_output import ForwardOutput, goes_forward
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock
 from pyqmigrate.io.pipe import ForwardInput
-from pyqmigrate.io.target import DirectIO, InputFile, Target
+from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter

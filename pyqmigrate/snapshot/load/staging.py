@@ -26,8 +26,9 @@ from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.format.stream.sequential import ListedBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, failure
+from pyqmigrate.io.direct_io import Direct, core_file
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.mapping import unmap
-from pyqmigrate.io.target import Direct, InputFile, core_file
 from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, read_body
 

@@ -15,8 +15,9 @@ from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.format.stream.writer import MAGIC, Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, failure, split_ranges
+from pyqmigrate.io.direct_io import DirectIO, core_file
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.io.target import DirectIO, Target, core_file, stream_offset
+from pyqmigrate.io.target import Target, stream_offset
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter, WriteObserver
 
 __all__ = ["Writer"]

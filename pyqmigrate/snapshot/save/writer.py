@@ -20,8 +20,10 @@ from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.format.stream.writer import Head
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import OpenMemory, RamBlock, attach, check_blocks, files_of
-from pyqmigrate.io.target import DirectIO, OutputFile, Target
+from pyqmigrate.io.output import OutputFile
+from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 
 __all__ = ["SaveReport", "Sparse", "StreamWriter", "WriteObserver"]

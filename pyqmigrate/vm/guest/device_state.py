@@ -44,8 +44,10 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.io.channels import Job, check_channels
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, SnapshotMemory
-from pyqmigrate.io.target import DirectIO, InputFile, Target
+from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.load.sequential import DEVICE_STATE_MAX, SequentialReader
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse

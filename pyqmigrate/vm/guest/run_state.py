@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pyqmigrate.format.device.sections import global_state
-from pyqmigrate.io.target import Descriptors, OutputFile
+from pyqmigrate.io.output import OutputFile
+from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["LOADABLE", "set_run_state", "what_stopped"]

@@ -21,8 +21,8 @@ from pyqmigrate import _core
 from pyqmigrate.errors import SnapshotError, target_error
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, split_ranges
+from pyqmigrate.io.direct_io import core_file
 from pyqmigrate.io.holes import next_data
-from pyqmigrate.io.target import core_file
 from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
 __all__ = ["IncomingStream"]

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyqmigrate.io.target import DirectIO
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.vm.qemu.spawn import Stream
 
 __all__ = ["Disks", "Mode", "Request"]

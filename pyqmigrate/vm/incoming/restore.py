@@ -31,7 +31,8 @@ from typing import Any, Self
 
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import NotSupported, QemuError, QemuRefused
-from pyqmigrate.io.target import DirectIO, Target
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.target import Target
 from pyqmigrate.qapi.monitor_address import monitor_path
 from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock

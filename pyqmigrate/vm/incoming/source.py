@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import sys
 import time
@@ -12,8 +11,12 @@ from dataclasses import dataclass
 from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, TargetError
 from pyqmigrate.format.libvirt import is_libvirt, read_header
 from pyqmigrate.io.channels import check_channels
+from pyqmigrate.io.direct_io import Direct, DirectIO
+from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.lock import lock_file
 from pyqmigrate.io.page_cache import cached_bytes
-from pyqmigrate.io.target import Descriptors, Direct, DirectIO, InputFile, Target, seal_path
+from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.target import Descriptors, Target
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["Reading", "RestoreSource"]
@@ -97,15 +100,11 @@ class RestoreSource:
         if self._input.is_duplicate:
             return  # it would take the place of the lock that the caller may have
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock_file(self.fd, exclusive=False)
         except BlockingIOError as error:
             raise TargetError(
-                errno.EBUSY, "somebody writes the snapshot in place", self.name
+                errno.EBUSY, "another process writes the snapshot in place", self.name
             ) from error
-        except OSError as error:
-            # A file system without locks: nobody can be kept from writing there.
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
-                raise
 
     def clear_pages_are_zero(self) -> bool:
         """Whether a seal of the file as it is now says that its clear pages are zeros."""

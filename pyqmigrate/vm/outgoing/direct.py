@@ -19,8 +19,10 @@ from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.stream.writer import encode_tail
 from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.channels import Job
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import Memory, RamBlock
-from pyqmigrate.io.target import Descriptors, DirectIO, OutputFile
+from pyqmigrate.io.output import OutputFile
+from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
 from pyqmigrate.vm.cancellation import check_cancelled, shielded

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from pyqmigrate.errors import DirectIORefused, TargetError
-from pyqmigrate.io.target import OutputFile
+from pyqmigrate.io.output import OutputFile
 
 __all__ = ["open_for_qemu"]
 

@@ -12,7 +12,7 @@ import asyncio
 import time
 from typing import Any
 
-from pyqmigrate.io.target import OutputFile
+from pyqmigrate.io.output import OutputFile
 from pyqmigrate.vm.guest.run_state import set_run_state
 from pyqmigrate.vm.outgoing.fdset import open_for_qemu
 from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written, migrate

@@ -36,8 +36,10 @@ from pyqmigrate.format.stream.writer import MAGIC
 from pyqmigrate.integrity.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.integrity.seal import start_seal
 from pyqmigrate.io.channels import check_channels
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.place import absolute
-from pyqmigrate.io.target import Descriptors, DirectIO, OutputFile, stream_offset, target_path
+from pyqmigrate.io.target import Descriptors, stream_offset, target_path
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.cancellation import check_cancelled, shielded

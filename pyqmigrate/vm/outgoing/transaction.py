@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused, target_error
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import InUse
+from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.place import resolve_symlink
-from pyqmigrate.io.target import DirectIO, OutputFile
 from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.guest import disks
 from pyqmigrate.vm.guest.disks import DiskPlan

@@ -12,7 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from pyqmigrate.errors import PyqmigrateError, TargetError, target_error
-from pyqmigrate.io.target import DirectIO, OutputFile
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.sampling import count_data, extent_bytes, sample

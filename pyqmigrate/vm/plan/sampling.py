@@ -15,8 +15,8 @@ from pyqmigrate import _core
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, split_ranges
+from pyqmigrate.io.direct_io import core_file
 from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock, attach
-from pyqmigrate.io.target import core_file
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
 

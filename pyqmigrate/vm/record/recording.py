@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.own_files import FileKind, check_replaceable
 from pyqmigrate.io.place import partial_name, sync_directory
-from pyqmigrate.io.target import Descriptors, OutputFile
+from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.guest.disks import Disk, DiskPlan, seen_here
 from pyqmigrate.vm.guest.inspect import GuestInfo

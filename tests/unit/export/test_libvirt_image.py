@@ -19,7 +19,7 @@ from pyqmigrate import (
 )
 from pyqmigrate.enums import Format
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
-from pyqmigrate.io.target import InputFile
+from pyqmigrate.io.input import InputFile
 from tests.harness.command import Command
 from tests.harness.snapshots import known_memory
 

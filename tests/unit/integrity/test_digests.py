@@ -16,8 +16,9 @@ from pyqmigrate.format.digest import Algorithm, digester
 from pyqmigrate.format.seal import PIECE
 from pyqmigrate.integrity.digests import Digests, open_direct
 from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.page_cache import drop_cached
-from pyqmigrate.io.target import DirectIO, InputFile
 from tests.conftest import directory_on_disk
 from tests.harness.examples import some
 

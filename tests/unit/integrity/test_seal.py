@@ -208,7 +208,7 @@ def test_a_file_that_is_written_in_place_is_not_sealed(disk: Path) -> None:
     made = Sealed.make(disk / "guest", seal=None)
     fd = lock(made.path, fcntl.LOCK_EX)
     try:
-        with pytest.raises(TargetError, match="somebody writes it") as caught:
+        with pytest.raises(TargetError, match="another process writes it") as caught:
             seal(made.path)
     finally:
         os.close(fd)

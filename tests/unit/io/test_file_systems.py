@@ -135,7 +135,7 @@ def test_space_that_goes_away_meanwhile_is_a_clear_error(
         "tmpfs",
         "size=4m",
         """
-from pyqmigrate.io.target import OutputFile
+from pyqmigrate.io.output import OutputFile
 OutputFile.free_bytes = lambda self: 1 << 40
 (directory / "snap").write_bytes(b"old")
 result = save(ram(2048, density=1.0))
@@ -158,7 +158,7 @@ def test_a_full_file_system_frees_its_space_after_the_failure(
         "tmpfs",
         "size=4m",
         """
-from pyqmigrate.io.target import OutputFile
+from pyqmigrate.io.output import OutputFile
 OutputFile.free_bytes = lambda self: 1 << 40
 save(ram(2048, density=1.0))
 info = os.statvfs(directory)
@@ -265,7 +265,7 @@ def test_a_save_whose_seal_has_no_space_leaves_the_snapshot(
         SEALING
         + """
 from pyqmigrate import save as plain
-from pyqmigrate.io.target import OutputFile
+from pyqmigrate.io.output import OutputFile
 publish = OutputFile.publish
 def then_full(self, magic, check):
     publish(self, magic, check)

@@ -14,6 +14,7 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import FileMemory, ProcessMemory, RamBlock, UsageError
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import (
     Area,
     FileId,
@@ -22,7 +23,8 @@ from pyqmigrate.io.in_use import (
     files_mapped,
     refuse_in_use,
 )
-from pyqmigrate.io.target import Descriptors, DirectIO, OutputFile
+from pyqmigrate.io.output import OutputFile
+from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 
 MIB = 1 << 20

@@ -89,7 +89,7 @@ def test_every_write_that_is_refused_is_the_error_of_the_save(
         left = call
         before = wrote
         with ram.open("rb") as file, monkeypatch.context() as patch:
-            patch.setattr("pyqmigrate.io.target.os.pwrite", refuse)
+            patch.setattr("pyqmigrate.io.output.os.pwrite", refuse)
             try:
                 save(disk / "snap", [RamBlock("ram", FileMemory(file.fileno()))], sparse="exact")
             except OSError as error:

@@ -12,8 +12,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import GuestMemoryError, ProcessMemory, RamBlock, UsageError
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.process_memory import ProcessSource
-from pyqmigrate.io.target import InputFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_load, start_sequential_save
 from tests.harness.kernel import memfd
 from tests.harness.processes import PAGE, Holder, as_nobody

@@ -23,7 +23,8 @@ from pyqmigrate import (
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.integrity import seal as sealing
-from pyqmigrate.io.target import DirectIO, OutputFile
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.output import OutputFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.harness.snapshots import SLOW, known_memory, load, save_known
 

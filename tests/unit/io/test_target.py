@@ -17,7 +17,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import RamBlock, TargetError
-from pyqmigrate.io.target import DirectIO, OutputFile
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.output import OutputFile
 from tests.harness.snapshots import SLOW, data_bytes, known_memory, load, ram, save_known
 
 OLD = b"what stood there before"

@@ -23,7 +23,7 @@ from pyqmigrate import (
 )
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import RAM_EOS, encode_end, encode_head, encode_part_header
-from pyqmigrate.io.target import InputFile
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.snapshot.load.sequential import (
     DeviceSection,
     SequentialLoadReport,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate import FileMemory, JobTimeout, Progress, RamBlock
-from pyqmigrate.io.target import OutputFile
+from pyqmigrate.io.output import OutputFile
 from tests.harness.examples import some
 from tests.harness.kernel import PAGE_SIZES, guest, memfd, page_bits
 from tests.harness.snapshots import SLOW, data_bytes, known_memory, load, ram

@@ -26,7 +26,8 @@ from pyqmigrate import (
 )
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.target import InputFile, Target
+from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
     SequentialReader,

@@ -1,0 +1,106 @@
+"""Direct I/O: whether a file can be written or read past the page cache, and how aligned."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from pyqmigrate import _core
+from pyqmigrate.errors import DirectIORefused
+
+__all__ = ["Direct", "DirectIO", "core_file", "find_direct"]
+
+_FALLBACK_ALIGN = 4096
+_LARGEST_ALIGN = 65536
+
+
+class DirectIO(enum.StrEnum):
+    """Whether pages bypass the page cache.
+
+    ``on``: yes, or :class:`~pyqmigrate.errors.DirectIORefused`. ``off``: no. ``auto``: where the
+    file system tells an alignment and a real aligned write works.
+    """
+
+    ON = "on"
+    OFF = "off"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A descriptor with O_DIRECT, what it demands (bytes), and what was found out."""
+
+    fd: int
+    mem_align: int
+    off_align: int
+    reason: str
+
+
+def find_direct(
+    fd: int, given: int | None, setting: DirectIO, name: str, *, write_at: int | None
+) -> tuple[Direct | None, str]:
+    """Open (or take) the direct descriptor of the file ``fd`` and try it. ``write_at``: where a
+    unit may be written, None for a file that is only read.
+
+    Returns it, whose ``fd`` the caller closes, or None and why not; raises DirectIORefused where it
+    is demanded.
+    """
+    if setting is DirectIO.OFF:
+        return None, "switched off"
+    alignment = _alignment(fd, setting)
+    if isinstance(alignment, str):
+        return None, alignment
+    mem_align, off_align = alignment
+    flags = (os.O_WRONLY if write_at is not None else os.O_RDONLY) | os.O_DIRECT | os.O_CLOEXEC
+    what, direct = "open with O_DIRECT", -1
+    try:
+        direct = os.open(f"/proc/self/fd/{fd}", flags) if given is None else given
+        what = "aligned direct write" if write_at is not None else "aligned direct read"
+        with mmap.mmap(-1, _LARGEST_ALIGN) as unit, memoryview(unit)[:off_align] as view:
+            if write_at is None:
+                os.preadv(direct, [view], 0)
+            else:
+                at = -(-write_at // off_align) * off_align
+                if os.pwritev(direct, [view], at) != off_align:
+                    raise OSError(errno.EIO, "short write")
+    except OSError as error:
+        if given is None and direct >= 0:
+            os.close(direct)
+        if setting is DirectIO.ON:
+            raise DirectIORefused(
+                error.errno or errno.EINVAL, f"direct I/O is not possible here ({what})", name
+            ) from error
+        return None, f"{what} failed: {error.strerror}"
+    reason = f"works here: addresses aligned to {mem_align}, positions to {off_align} bytes"
+    return Direct(direct, mem_align, off_align, reason), reason
+
+
+def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
+    """What direct I/O on this file demands, or why it is not to be had."""
+    mem, off = _core.ffi.new("uint32_t *"), _core.ffi.new("uint32_t *")
+    rc = _core.lib.qm_direct_align(fd, mem, off)
+    if rc == 0:
+        # Writing part of a file system's block costs it a read, or a wait for all other writers.
+        block = os.fstat(fd).st_blksize
+        if block > _LARGEST_ALIGN or block & (block - 1):
+            block = _FALLBACK_ALIGN
+        return int(mem[0]), max(int(off[0]), block)
+    if setting is DirectIO.ON:
+        return _FALLBACK_ALIGN, _FALLBACK_ALIGN
+    if rc == -errno.ENOSYS:
+        return "the kernel reports no alignment for direct I/O"
+    return "the file system reports no alignment for direct I/O"
+
+
+def core_file(fd: int, direct: Direct | None) -> Any:
+    """The two descriptors as the core's ``struct qm_file *``; ``fd`` -1: nothing is written."""
+    file = _core.ffi.new("struct qm_file *")
+    file.fd = fd
+    file.fd_direct = direct.fd if direct else -1
+    file.mem_align = direct.mem_align if direct else 1
+    file.off_align = direct.off_align if direct else 1
+    return file
