@@ -215,7 +215,7 @@ def _load_ours(
     with _fresh_memory(length, kind) as ram:
         memory = pyqmigrate.FileMemory(ram.fd) if kind == SHARED else ram.memory
         cpu, start = time.process_time(), time.perf_counter()
-        with pyqmigrate.MappedRamSnapshot(path) as snapshot:
+        with pyqmigrate.open_snapshot(path) as snapshot:
             report = snapshot.load({"pc.ram": memory}, channels=channels, clear=clear)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         if expected is not None and not _equal(expected.memory, ram.memory):

@@ -143,7 +143,7 @@ def main(directory: Path, size: int, data: int) -> None:
             _report({"seconds": sample.seconds, **sample.facts})
             _announce("load")
             start = time.perf_counter()
-            with pyqmigrate.MappedRamSnapshot(path) as snapshot:
+            with pyqmigrate.open_snapshot(path) as snapshot:
                 snapshot.load({"pc.ram": pyqmigrate.FileMemory(target)})
             _report({"seconds": time.perf_counter() - start, "resident_after": resident(target)})
             _announce("check")

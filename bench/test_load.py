@@ -11,11 +11,11 @@ import pytest
 from bench.conftest import SIZE, Memories
 from bench.contents import Contents
 from bench.disk import Disk
-from pyqmigrate import MappedRamSnapshot, RamBlock, save
+from pyqmigrate import RamBlock, open_snapshot, save
 
 
 def load(path: Path, memory: mmap.mmap, **options: Any) -> None:
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         snapshot.load({"pc.ram": memory}, **options)
 
 

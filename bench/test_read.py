@@ -12,7 +12,7 @@ import pytest
 from bench.conftest import SIZE, Memories
 from bench.contents import Contents
 from bench.disk import Disk
-from pyqmigrate import MappedRamBlock, MappedRamSnapshot, RamBlock, _core, save
+from pyqmigrate import MappedRamBlock, RamBlock, _core, open_snapshot, save
 from pyqmigrate.io.channels import core_block, split_ranges
 
 ffi, lib = _core.ffi, _core.lib
@@ -60,7 +60,7 @@ def test_read_with_one_thread(
     fd = os.open(target, os.O_RDONLY | os.O_DIRECT)
     try:
         with (
-            MappedRamSnapshot(target) as snapshot,
+            open_snapshot(target) as snapshot,
             mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory,
         ):
             benchmark.pedantic(

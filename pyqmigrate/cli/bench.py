@@ -32,7 +32,7 @@ from pyqmigrate.cli.sizes import MIB, read_size, show_size
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_cache import drop_cached
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 
 __all__ = ["add_parser"]
 
@@ -118,7 +118,7 @@ def _measure(setting: _Setting, path: Path, memory: mmap.mmap, copy: mmap.mmap) 
         )
     with path.open("rb") as file:
         drop_cached(file.fileno())
-    with MappedRamSnapshot(path) as snapshot, shown(f"load, {name}") as show:
+    with open_snapshot(path) as snapshot, shown(f"load, {name}") as show:
         loaded = snapshot.load(
             {_BLOCK: copy}, channels=setting.channels, direct_io=direct_io, progress=show
         )

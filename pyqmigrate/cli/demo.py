@@ -35,7 +35,7 @@ from pyqmigrate.errors import SnapshotError
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_cache import cached_bytes, drop_cached
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.save.writer import SaveReport
 
 __all__ = ["add_parser"]
@@ -111,7 +111,7 @@ class _Guest:
                 progress=show,
             )
         yield self._step("save", self.report.direct_io, self.report.seconds)
-        with MappedRamSnapshot(self._path) as snapshot, guest_memory(len(self._memory)) as copy:
+        with open_snapshot(self._path) as snapshot, guest_memory(len(self._memory)) as copy:
             snapshot.verify()
             block = snapshot.blocks[demo_qemu.BLOCK]
             if block.data_pages != self.report.data_pages:

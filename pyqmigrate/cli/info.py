@@ -41,12 +41,11 @@ from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_size
 from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
+from pyqmigrate.format.libvirt import LibvirtHeader
 from pyqmigrate.format.stream.wire import Section
-from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.pipe import PipeReader
-from pyqmigrate.snapshot.base import Block, Snapshot, open_source
-from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
+from pyqmigrate.io.stream_file import open_source, read_libvirt_header
+from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.snapshot.provenance import Provenance, provenance
 
 __all__ = ["add_parser"]
@@ -80,14 +79,14 @@ def _whole(args: argparse.Namespace) -> Outcome:
 
 
 def _header(args: argparse.Namespace) -> LibvirtHeader | None:
-    """libvirt's header at the start of the file, if there is one."""
+    """Return libvirt's header at the start of the file, if there is one."""
     path, offset = read_from(args.snapshot, args.offset)
     if PipeReader.is_pipe(path):
-        return None  # it has passed by
-    with contextlib.closing(InputFile(path)) as source:
-        if offset is not None or source.offset or not is_libvirt(source.read_at(0, 16)):
+        return None  # it cannot be read again
+    with contextlib.closing(open_source(path)) as source:
+        if offset is not None or source.offset:
             return None
-        return read_header(source)
+        return read_libvirt_header(source)
 
 
 def _header_alone(args: argparse.Namespace, header: LibvirtHeader, why: str) -> Outcome:
@@ -112,12 +111,13 @@ def _header_alone(args: argparse.Namespace, header: LibvirtHeader, why: str) -> 
 def _xml(args: argparse.Namespace) -> Outcome:
     # What follows the header does not matter here: it may be compressed, or unfinished.
     path, offset = read_from(args.snapshot, args.offset)
-    with contextlib.closing(open_source(path, piped=True)) as source:
+    with contextlib.closing(open_source(path, allow_pipe=True)) as source:
         if offset is not None or source.offset:
             raise UsageError("the XML is that of a header at the start of the file: no offset")
-        if not is_libvirt(source.read_at(0, 16)):
-            raise UsageError(f"{args.snapshot!r} has no header of libvirt's, and no XML")
-        xml = read_header(source).xml
+        header = read_libvirt_header(source)
+    if header is None:
+        raise UsageError(f"{args.snapshot!r} has no header of libvirt's, and no XML")
+    xml = header.xml
     return Outcome(
         {"snapshot": args.snapshot, "xml": xml}, [printable(line) for line in xml.splitlines()]
     )
@@ -138,7 +138,7 @@ def _data(snapshot: Snapshot, origin: Provenance) -> dict[str, Any]:
         "total_ram": stream.total_ram,
         "complete": stream.complete,
         "opaque_tail": stream.opaque_tail,
-        "bitmap_order": snapshot.bitmap_order if isinstance(snapshot, MappedRamSnapshot) else None,
+        "bitmap_order": snapshot.bitmap_order,
         "libvirt": _libvirt(snapshot.libvirt),
         "written_by": {
             "qemu": None if origin.qemu is None else ".".join(map(str, origin.qemu)),
@@ -173,17 +173,16 @@ def _libvirt(header: LibvirtHeader | None) -> dict[str, Any] | None:
 
 
 def _block(block: Block) -> dict[str, Any]:
-    place = block if isinstance(block, MappedRamBlock) else None
-    here = not block.external
+    stored = not block.external
     return {
         "name": block.name,
         "length": block.length,
         "page_size": block.page_size,
         "pages": block.num_pages,
-        "data_pages": block.data_pages if here else None,
-        "zero_pages": block.zero_pages if here else None,
-        "bitmap_offset": place.bitmap_offset if place else None,
-        "pages_offset": place.pages_offset if place else None,
+        "data_pages": block.data_pages if stored else None,
+        "zero_pages": block.zero_pages if stored else None,
+        "bitmap_offset": block.bitmap_offset,
+        "pages_offset": block.pages_offset,
         "external": block.external,
     }
 

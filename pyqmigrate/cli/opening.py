@@ -1,4 +1,4 @@
-"""A snapshot of any kind, opened for a verb as its arguments say."""
+"""Open a snapshot of any kind for a verb, as its arguments say."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.detect import open_snapshot
-from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["add_snapshot", "opened"]
 
 
 def add_snapshot(parser: Parser) -> None:
-    """SNAPSHOT, and what may be said about it."""
+    """Add SNAPSHOT, and the options about it."""
     parser.add_argument("snapshot", metavar="SNAPSHOT", help="a file, or - for standard input")
     add_offset(parser)
     parser.add_argument(
@@ -26,7 +25,7 @@ def add_snapshot(parser: Parser) -> None:
         type=read_size,
         metavar="SIZE",
         default=None,
-        help="of a sequential stream that does not tell it (default: 4096)",
+        help="of a sequential stream that does not state it (default: 4096)",
     )
     add_bitmap_order(parser)
     parser.add_argument(
@@ -39,8 +38,8 @@ def add_snapshot(parser: Parser) -> None:
 
 @contextlib.contextmanager
 def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> Iterator[Snapshot]:
-    """The snapshot, also from standard input or a pipe. A sequential stream is read through, unless
-    the verb makes just ``one_pass`` itself."""
+    """Open the snapshot, also from standard input or a pipe. A sequential stream is read through,
+    unless the verb makes its ``one_pass`` itself."""
     source, offset = read_from(path, args.offset)
     with open_snapshot(
         source,
@@ -48,9 +47,9 @@ def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> It
         bitmap_order=args.bitmap_order,
         page_size=args.page_size,
         index=args.index,
-        piped=True,
+        allow_pipe=True,
     ) as snapshot:
-        if not one_pass and isinstance(snapshot, SequentialSnapshot):
+        if snapshot.one_pass and not one_pass:
             with shown("read through") as show:
                 snapshot.read_through(show)
         yield snapshot

@@ -41,7 +41,6 @@ from pyqmigrate.io.bitmap_order import better_order, says_better
 from pyqmigrate.io.pipe import PipeReader
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.devices import devices
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["add_parser"]
 
@@ -61,7 +60,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     data: dict[str, Any] = {
         "snapshot": args.snapshot,
         "valid": True,
-        "seal": None if check is None else check.data(),
+        "seal": None if check is None else check.to_json(),
     }
     lines = [] if check is None else _about(args.snapshot, check)
     if check is not None and not check.intact:
@@ -72,12 +71,12 @@ def _run(args: argparse.Namespace) -> Outcome:
         pages = sum(block.data_pages for block in blocks)
         zero = sum(block.zero_pages for block in blocks)
         count = len(snapshot.blocks)
-        data |= {"bitmap_order": None, "notes": []}
-        if isinstance(snapshot, MappedRamSnapshot):
-            order = snapshot.bitmap_order
-            better = better_order(snapshot.source, snapshot.stream.blocks, order)
+        order = snapshot.bitmap_order
+        data |= {"bitmap_order": order, "notes": []}
+        if order is not None:
+            better = better_order(snapshot.source, snapshot.layouts, order)
             notes = [] if better is None else [says_better(better)]
-            data |= {"bitmap_order": order, "notes": notes}
+            data["notes"] = notes
             lines += [f"note      {note}" for note in notes]
         data |= {"block_count": count, "data_pages": pages, "zero_pages": zero}
         lines.append(
@@ -122,11 +121,7 @@ def _about(snapshot: str, check: SealCheck) -> list[str]:
 def _look_deeper(
     args: argparse.Namespace, snapshot: Snapshot, data: dict[str, Any], lines: list[str]
 ) -> None:
-    stale = (
-        stale_pages(snapshot, channels=args.channels)
-        if isinstance(snapshot, MappedRamSnapshot)
-        else {}
-    )
+    stale = stale_pages(snapshot, channels=args.channels)
     data |= {"stale_pages": sum(stale.values()), "stale_blocks": stale}
     lines += [
         f"{counted(number, 'clear page')} of block {printable(name)!r} with old bytes in the file"

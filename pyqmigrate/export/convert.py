@@ -53,7 +53,7 @@ from pyqmigrate.format.stream.writer import RAM_EOS, encode_part_header, encode_
 from pyqmigrate.io.channels import Job, Progress, check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import Source
 from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock, SnapshotMemory
 from pyqmigrate.io.target import Descriptors, Target
 from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
@@ -62,7 +62,6 @@ from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.load.staging import Place, StreamUnpacker
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
-from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["convert", "start_stream_conversion"]
 
@@ -145,7 +144,7 @@ def convert(
             opened = source
         else:
             once = form in (Format.MAPPED_RAM, Format.RAW, Format.LIBVIRT)
-            opened = open_snapshot(source, piped=once)
+            opened = open_snapshot(source, allow_pipe=once)
             stack.callback(opened.close)
         opened.refuse_as_target(target)
         prefix = b""
@@ -155,8 +154,10 @@ def convert(
             header = image_header(opened, like, image_format)
             form, prefix = Format.MAPPED_RAM if header.sparse else Format.SEQUENTIAL, header.data
         one_pass = form in (Format.MAPPED_RAM, Format.RAW)  # of a sequential stream
-        if isinstance(opened, SequentialSnapshot) and not (one_pass and opened.index is None):
-            opened.read_through(progress, pages=True)
+        if not one_pass:
+            opened.prepare_random_reads(progress)
+        elif opened.makes_index:
+            opened.read_through(progress)
         if form is Format.RAW:
             if isinstance(target, Descriptors):
                 raise UsageError("raw files go to a directory, not to descriptors")
@@ -227,7 +228,7 @@ def start_stream_conversion(
     ``source`` stays open until the job has ended.
     """
     source.refuse_as_target(target)
-    if isinstance(source, SequentialSnapshot) and to is Format.MAPPED_RAM:
+    if source.one_pass and to is Format.MAPPED_RAM:
         return _start_one_pass(
             source,
             target,
@@ -276,7 +277,7 @@ def start_stream_conversion(
 
 
 def _start_one_pass(
-    source: SequentialSnapshot,
+    source: Snapshot,
     target: Target,
     direct_io: DirectIO,
     sparse: Sparse,
@@ -287,6 +288,7 @@ def _start_one_pass(
 ) -> Job[SaveReport]:
     """A sequential stream into a mapped-ram file, its pages straight to their places."""
     _check_memories(source, memories)
+    configuration = source.stream_file.configuration
     writer = Writer(
         target,
         [
@@ -302,21 +304,17 @@ def _start_one_pass(
         sparse=sparse,
         channels=channels,
         machine=source.machine,
-        target_page_bits=source.configuration.target_page_bits,
-        uuid=source.configuration.uuid,
+        target_page_bits=configuration.target_page_bits,
+        uuid=configuration.uuid,
         before=_before(source.source, source.head),
         prefix=prefix,
     )
     try:
-        work = StreamUnpacker(
-            source.source,
-            writer.channels,
-            writer.policy,
-            writer.target.name,
-            page_size=source.page_size,
-        )
+        unpacker = source.unpacker(writer.channels, writer.policy, writer.target.name)
         return Job(
-            work.reading, writer.total, lambda: _place(writer, work, source, memories, description)
+            unpacker.reading,
+            writer.total,
+            lambda: _place(writer, unpacker, source, memories, description),
         )
     except BaseException:
         writer.close()
@@ -325,8 +323,8 @@ def _start_one_pass(
 
 def _place(
     writer: Writer,
-    work: StreamUnpacker,
-    source: SequentialSnapshot,
+    unpacker: StreamUnpacker,
+    source: Snapshot,
     memories: Mapping[str, Memory],
     description: bytes | None,
 ) -> SaveReport:
@@ -334,7 +332,7 @@ def _place(
         writer.begin()
         if memories:
             writer.write_pages()
-        stream = work.run(
+        stream = unpacker.run(
             {
                 layout.name: Place(fd, writer.target.direct, layout.pages_offset, bitmap)
                 for layout, bitmap in zip(writer.head.blocks, writer.bitmaps, strict=True)
@@ -342,7 +340,7 @@ def _place(
             }
         )
         for name in source.blocks:
-            if stream.ignore_shared and name not in memories and name not in work.mentioned:
+            if stream.ignore_shared and name not in memories and name not in unpacker.mentioned:
                 raise _left_out(name)
         data = sum(bitmap.count() for bitmap in writer.bitmaps)
         carried = _carried(source.source, stream, description)
@@ -381,7 +379,7 @@ class _Carried:
     after: tuple[int, int]
     description: bytes | None
 
-    def tail(self, source: InputFile, to: Format, settings: Configuration) -> Iterator[bytes]:
+    def tail(self, source: Source, to: Format, settings: Configuration) -> Iterator[bytes]:
         """What follows the pages, in pieces. A mapped-ram file has RAM's list and PART to end."""
         if to is Format.MAPPED_RAM:
             yield RAM_EOS + encode_part_header() + RAM_EOS
@@ -393,7 +391,7 @@ class _Carried:
             yield encode_description(with_configuration(self.description, settings))
 
 
-def _read(source: InputFile, start: int, end: int) -> Iterator[bytes]:
+def _read(source: Source, start: int, end: int) -> Iterator[bytes]:
     while start < end:
         data = source.read_at(start, min(_PIECE, end - start))
         if not data:
@@ -403,7 +401,7 @@ def _read(source: InputFile, start: int, end: int) -> Iterator[bytes]:
 
 
 def _carried(
-    source: InputFile, stream: Stream | SequentialStream, description: bytes | None
+    source: Source, stream: Stream | SequentialStream, description: bytes | None
 ) -> _Carried:
     """``description`` is taken instead of the stream's own."""
     if not stream.complete:
@@ -430,7 +428,7 @@ def _carried(
     )
 
 
-def _before(source: InputFile, sections: Sequence[Section]) -> bytes:
+def _before(source: Source, sections: Sequence[Section]) -> bytes:
     """What stands before RAM's first section."""
     before = list(itertools.takewhile(lambda section: not _is_ram(section), sections))
     if sum(s.length for s in before) > _PIECE:

@@ -1,4 +1,4 @@
-"""What a snapshot says of its guest: device state, and where in its address space its blocks are."""
+"""A snapshot's guest: its device state, and where in its address space its blocks are."""
 
 from __future__ import annotations
 
@@ -14,22 +14,19 @@ from pyqmigrate.format.stream.writer import SectionKind
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot
-from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["Guest"]
 
 _ACPI_TABLES = "/rom@etc/acpi/tables"
 _ACPI_TABLES_MAX = 8 << 20  # QEMU's are 2 MiB at most
-
-
-_DEVICE_MAX = 1 << 20  # bytes; what tells of memory and CPUs is shorter, a card's pixels are not
+_DECODED_DEVICE_MAX = 1 << 20  # bytes; memory and CPUs need less, a graphics card has more
 
 
 @dataclass(frozen=True)
 class Guest:
-    """``devices`` are those of at most a MiB, none where they cannot be told apart; ``ranges`` are
-    those of the guest's address space that show blocks, in order, and ``unplaced`` the blocks that
-    none shows."""
+    """``devices`` are those of at most a MiB, none if they cannot be separated; ``ranges`` are the
+    ranges of the guest's address space that show blocks, in order, and ``unplaced`` the blocks that
+    no range shows."""
 
     devices: tuple[Device, ...]
     ranges: tuple[Placement, ...]
@@ -44,36 +41,36 @@ class Guest:
         max_ram_below_4g: int | None = None,
         description: bytes | None = None,
     ) -> Guest:
-        """Look; a sequential stream takes its one pass for that. ``description`` is taken instead of
-        the snapshot's own.
+        """Read the guest of a snapshot. ``description`` replaces the snapshot's own.
 
-        Errors as of physical_map; also SnapshotError, and UsageError where a block that has to be
-        there is in another file.
+        Raises the errors of physical_map, SnapshotError, and UsageError if a block that is needed is
+        in another file.
         """
-        if isinstance(snapshot, SequentialSnapshot):
-            snapshot.read_through(progress, pages=True)
+        snapshot.prepare_random_reads(progress)
         try:
             devices = tuple(
                 decode_devices(
-                    snapshot.source, described_by(snapshot.stream, description), longest=_DEVICE_MAX
+                    snapshot.source,
+                    described_by(snapshot.stream, description),
+                    longest=_DECODED_DEVICE_MAX,
                 )
             )
-        except NotSupported as error:  # too much of it
-            logger.warning("the device state is not looked into: %s", error)
+        except NotSupported as error:  # there is too much of it
+            logger.warning("the device state is not decoded: %s", error)
             devices = ()
         blocks: dict[str, Block] = {**snapshot.blocks}
         ranges = physical_map(
             snapshot.machine,
             {name: block.length for name, block in blocks.items()},
-            # A file without device state was written by a program of another kind than QEMU.
+            # A file without device state was not written by QEMU.
             devices if _has_devices(snapshot) else None,
             given=given,
             acpi_tables=_acpi_tables(blocks.get(_ACPI_TABLES)),
             max_ram_below_4g=max_ram_below_4g,
         )
-        for one in ranges:
-            _check(one, blocks[one.block])
-        placed = {one.block for one in ranges}
+        for placement in ranges:
+            _check(placement, blocks[placement.block])
+        placed = {placement.block for placement in ranges}
         return cls(devices, ranges, tuple(name for name in blocks if name not in placed))
 
 
@@ -87,14 +84,14 @@ def _acpi_tables(block: Block | None) -> bytes:
     return block.read(0, block.length)
 
 
-def _check(one: Placement, block: Block) -> None:
+def _check(placement: Placement, block: Block) -> None:
     if block.external:
         raise UsageError(
             f"the content of block {block.name!r} is not in this snapshot: convert it to mapped-ram"
             " first, with --memory"
         )
-    if one.offset % block.page_size or one.length % block.page_size:
+    if placement.offset % block.page_size or placement.length % block.page_size:
         raise UsageError(
-            f"the part of block {one.block!r} at {one.address:#x} is not whole pages of "
+            f"the part of block {block.name!r} at {placement.address:#x} is not whole pages of "
             f"{block.page_size} bytes"
         )

@@ -15,17 +15,11 @@ import re
 from dataclasses import replace
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.libvirt import (
-    ImageFormat,
-    LibvirtHeader,
-    encode_header,
-    is_libvirt,
-    read_header,
-)
+from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.stream_file import read_libvirt_header
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.provenance import run_state
-from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["ImageHeader", "image_header"]
 
@@ -34,7 +28,7 @@ _MACHINE = re.compile(r"<type\b[^>]*\bmachine=(['\"])(.*?)\1")
 
 
 class ImageHeader:
-    """The bytes before the stream, and whether that is ``sparse`` (mapped-ram) or sequential."""
+    """The bytes before the stream, and whether the stream is ``sparse`` (mapped-ram)."""
 
     def __init__(self, header: LibvirtHeader) -> None:
         self.sparse = header.format is ImageFormat.SPARSE
@@ -44,24 +38,24 @@ class ImageHeader:
 def image_header(
     snapshot: Snapshot, like: str | os.PathLike[str], image_format: str | None
 ) -> ImageHeader:
-    """The header for an image of ``snapshot``, from that of the image ``like``.
+    """Return the header for an image of ``snapshot``, made from that of the image ``like``.
 
-    image_format: ``raw`` or ``sparse`` (libvirt 11.2 and later); None is that of ``like``, and raw
-        where that is compressed.
+    image_format: ``raw`` or ``sparse`` (libvirt 11.2 and later); None is that of ``like``, or raw if
+        that is compressed.
 
-    Raises UsageError where ``like`` is not an image of libvirt's or of a domain of another machine
-    type, SnapshotError for a damaged header, TargetError.
+    Raises UsageError if ``like`` is not an image of libvirt's or belongs to a domain of another
+    machine type, SnapshotError for a damaged header, TargetError.
     """
     if image_format is not None and image_format not in _FORMATS:
-        raise UsageError(f"image_format is {image_format!r}; it is 'raw' or 'sparse'")
+        raise UsageError(f"image_format must be 'raw' or 'sparse', not {image_format!r}")
     with contextlib.closing(InputFile(like)) as source:
-        if not is_libvirt(source.read_at(0, 16)):
-            raise UsageError(f"{source.name!r} is not a save image of libvirt's (virsh save)")
-        old = read_header(source)
+        old = read_libvirt_header(source)
+    if old is None:
+        raise UsageError(f"{source.name!r} is not a save image of libvirt's (virsh save)")
     machine = _MACHINE.search(old.xml)
     if machine is not None and snapshot.machine and machine[2] != snapshot.machine:
         raise UsageError(
-            f"the snapshot is of a machine {snapshot.machine!r}, and the domain of "
+            f"the snapshot is of a machine {snapshot.machine!r}, but the domain of "
             f"{source.name!r} has {machine[2]!r}: give an image of the same domain"
         )
     chosen = ImageFormat.RAW if old.format.compressed else old.format
@@ -79,10 +73,10 @@ def image_header(
 
 
 def _was_running(snapshot: Snapshot) -> bool | None:
-    """Whether libvirt is to let the guest run; None where that cannot be known before the end."""
+    """Whether libvirt should let the guest run; None if only the end of the stream says so."""
     if snapshot.libvirt is not None:
         return snapshot.libvirt.was_running
-    if isinstance(snapshot, SequentialSnapshot) and snapshot.source.passing:
+    if snapshot.source.forward:
         return None
     state = run_state(snapshot)
     return None if state is None else state == "running"

@@ -1,6 +1,6 @@
 """Snapshot of any kind -> raw files: the memory of each RAM block in a sparse file of its own.
 
-    with Snapshot("/snap/guest.mapped") as snapshot:
+    with open_snapshot("/snap/guest.mapped") as snapshot:
         report = unpack(snapshot, "/analysis")
 
 Byte ``n`` of ``NAME.raw`` is byte ``n`` of the block; zero pages are holes. Block names come from
@@ -44,10 +44,8 @@ from pyqmigrate.io.place import absolute
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.snapshot.load.mapped_ram import Clear
-from pyqmigrate.snapshot.load.staging import Place, StreamUnpacker
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.load.staging import Place
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["INDEX", "RawBlock", "RawReport", "raw_name", "unpack"]
 
@@ -135,7 +133,7 @@ def unpack(
         dir_fd = _open_directory(path, stack)
         _check_what_is_there(dir_fd, path, names)
         room = _Room(dir_fd, path, stack)
-        if isinstance(snapshot, SequentialSnapshot):
+        if snapshot.one_pass:
             files, written = _place(
                 snapshot, wanted, room, channels, setting, progress, named=blocks is not None
             )
@@ -165,8 +163,8 @@ def _choose(snapshot: Snapshot, names: Sequence[str] | None) -> list[Block]:
             raise BlockMismatch(
                 f"the snapshot has no block {name!r}; it has {list(snapshot.blocks)}"
             )
-        # Of a sequential stream that is known when it has been read.
-        if isinstance(snapshot, MappedRamSnapshot) and snapshot.blocks[name].external:
+        # For one pass that is known only at its end.
+        if not snapshot.one_pass and snapshot.blocks[name].external:
             raise _elsewhere(name)
     return [block for name, block in snapshot.blocks.items() if name in names]
 
@@ -265,7 +263,7 @@ def _load(
 
 
 def _place(
-    snapshot: SequentialSnapshot,
+    snapshot: Snapshot,
     wanted: Sequence[Block],
     room: _Room,
     channels: int,
@@ -274,7 +272,7 @@ def _place(
     *,
     named: bool,
 ) -> tuple[list[_NewFile], tuple[RawBlock, ...]]:
-    """A sequential stream, in one pass; ``named``: every block was asked for by its name."""
+    """Unpack in one pass; ``named`` says that every block was asked for by its name."""
     files, places = {}, {}
     for block in wanted:
         file = files[block.name] = room.new(raw_name(block.name), block.length)
@@ -282,24 +280,20 @@ def _place(
         room.stack.callback(bitmap.close)
         direct = file.open_direct(direct_io, block.length, room.stack)
         places[block.name] = Place(file.fd, direct, 0, bitmap)
-    work = StreamUnpacker(
-        snapshot.source,
-        Channels(channels, "pyqmigrate-unpack"),
-        Sparse.EXACT.core(),
-        room.path,
-        page_size=snapshot.page_size,
+    unpacker = snapshot.unpacker(
+        Channels(channels, "pyqmigrate-unpack"), Sparse.EXACT.core(), room.path
     )
     total = sum(block.length for block in wanted)
-    stream = Job(work.reading, total, lambda: work.run(places)).wait(progress)
-    here = {
+    stream = Job(unpacker.reading, total, lambda: unpacker.run(places)).wait(progress)
+    stored = {
         name: file
         for name, file in files.items()
-        if name in work.mentioned or not stream.ignore_shared
+        if name in unpacker.mentioned or not stream.ignore_shared
     }
-    if named and len(here) < len(files):
-        raise _elsewhere(next(name for name in files if name not in here))
-    return [*here.values()], tuple(
-        _describe(block, places[block.name].bitmap.count() if block.name in here else None)
+    if named and len(stored) < len(files):
+        raise _elsewhere(next(name for name in files if name not in stored))
+    return [*stored.values()], tuple(
+        _describe(block, places[block.name].bitmap.count() if block.name in stored else None)
         for block in wanted
     )
 

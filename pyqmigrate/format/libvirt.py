@@ -16,7 +16,7 @@ Numbers are in the byte order of the host that wrote them. ``raw`` is followed b
 Both start unaligned, right after the padding.
 
     header = read_header(source)
-    Snapshot(path, offset=header.stream_offset)
+    open_snapshot(path, offset=header.stream_offset)
 """
 
 from __future__ import annotations
@@ -29,12 +29,19 @@ from typing import Literal
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.cursor import ByteSource
 
-__all__ = ["ImageFormat", "LibvirtHeader", "encode_header", "is_libvirt", "read_header"]
+__all__ = [
+    "MAGIC_LENGTH",
+    "ImageFormat",
+    "LibvirtHeader",
+    "encode_header",
+    "is_libvirt",
+    "read_header",
+]
 
 _COMPLETE = b"LibvirtQemudSave"
 _PARTIAL = b"LibvirtQemudPart"
 _NUMBERS = "5I"
-_NUMBERS_AT = len(_COMPLETE)
+MAGIC_LENGTH = len(_COMPLETE)
 _LENGTH = 92  # of the header, up to the XML
 _VERSIONS = (1, 2)
 _LARGEST_DATA = 1 << 26  # bytes; libvirt writes the XML's size and 64 KiB
@@ -149,7 +156,7 @@ def encode_header(header: LibvirtHeader) -> bytes:
 def _numbers(head: bytes) -> tuple[Literal["little", "big"], tuple[int, ...]]:
     orders: tuple[Literal["little", "big"], ...] = ("little", "big")
     for order in orders:
-        numbers = struct.unpack_from(_prefix(order) + _NUMBERS, head, _NUMBERS_AT)
+        numbers = struct.unpack_from(_prefix(order) + _NUMBERS, head, MAGIC_LENGTH)
         if numbers[0] in _VERSIONS:
             return order, numbers
     raise _bad(f"version {head[16:20].hex()} is not known", 0, "version")
@@ -171,4 +178,4 @@ def _decoded(text: bytes) -> str:
 
 
 def _bad(message: str, number: int, field: str) -> SnapshotError:
-    return SnapshotError(message, offset=_NUMBERS_AT + 4 * number, field=field)
+    return SnapshotError(message, offset=MAGIC_LENGTH + 4 * number, field=field)

@@ -67,8 +67,8 @@ class Damage:
         what = f": {'; '.join(map(str, self.parts))}" if self.parts else ""
         return f"{mib}, file offset {self.offset:#x}, {self.length} bytes: {self.why}{what}"
 
-    def data(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """Return values for JSON."""
         return {
             "mib": self.offset // PIECE,
             "offset": self.offset,

@@ -1,12 +1,12 @@
-"""Sealing a finished snapshot, and verifying one that was sealed.
+"""Seal a finished snapshot, and verify one that was sealed.
 
     seal("/snap/guest.mapped")                       # writes /snap/guest.mapped.seal
     check = verify_seal("/snap/guest.mapped")        # None: it has no seal
     for damage in check.damages:
         print(damage)
 
-What a seal holds is told in :mod:`pyqmigrate.format.seal`. It vouches for every byte of the file,
-not for who wrote it.
+:mod:`pyqmigrate.format.seal` describes a seal. It covers every byte of the file; it does not
+authenticate the writer.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import files_in_use, refuse_in_use
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.lock import lock_file
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors
-from pyqmigrate.snapshot.detect import open_snapshot
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot, check_bitmap_order
+from pyqmigrate.snapshot.base import Snapshot
+from pyqmigrate.snapshot.detect import snapshot_of
+from pyqmigrate.snapshot.mapped_ram import check_bitmap_order
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
-from pyqmigrate.snapshot.stale import clear_stale, find_stale
 
 __all__ = [
     "SealCheck",
@@ -79,7 +80,7 @@ class SealReport:
     ``size`` of the file and ``bytes_read`` of it, in bytes; ``cleared_pages`` had old bytes under
     clear bits and are holes now; ``clear_pages_zero`` is False for a stream without bitmaps.
     ``direct_io`` says whether the file was read past the page cache, ``direct_io_reason`` why.
-    ``bitmap_order`` is how the bitmaps were read; None for a stream without them.
+    ``bitmap_order`` is the byte order of the bitmaps; None for a stream without them.
     """
 
     snapshot: str
@@ -98,7 +99,7 @@ class SealReport:
 
 @dataclass(frozen=True)
 class SealCheck:
-    """A file held against its seal. ``notes`` are sentences that are worth knowing."""
+    """The comparison of a file with its seal. ``notes`` are sentences for the user."""
 
     seal: str
     algorithm: Algorithm
@@ -115,14 +116,14 @@ class SealCheck:
     def intact(self) -> bool:
         return not self.damages
 
-    def data(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """Return values for JSON."""
         return {
             "path": self.seal,
             "algorithm": str(self.algorithm),
             "sealed_size": self.size,
             "intact": self.intact,
-            "damages": [damage.data() for damage in self.damages],
+            "damages": [damage.to_json() for damage in self.damages],
             "notes": [*self.notes],
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,
@@ -131,7 +132,7 @@ class SealCheck:
         }
 
     def raise_if_damaged(self) -> None:
-        """SnapshotError for the first damage, which says how many there are."""
+        """Raise SnapshotError for the first damage; it says how many there are."""
         if self.damages:
             first = self.damages[0]
             more = f", and {len(self.damages) - 1} more" if len(self.damages) > 1 else ""
@@ -153,7 +154,7 @@ def seal(
     direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealReport:
-    """Make a finished snapshot durable and verifiable, and wait; see :func:`start_seal`."""
+    """Make a finished snapshot durable and verifiable, and wait. See :func:`start_seal`."""
     check_callback("progress", progress)
     return start_seal(
         snapshot,
@@ -176,22 +177,22 @@ def start_seal(
     channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealReport]:
-    """Begin to seal a snapshot of any kind; returns at once.
+    """Start to seal a snapshot of any kind; return at once.
 
     Its structure is verified; pages whose bit is clear and that do not read as zeros become holes;
-    it is made durable; the seal gets its name beside it when it is whole and durable. One that is
-    there is replaced; another file of that name is a UsageError, before anything is changed.
+    it is made durable; the seal gets its name beside it when it is complete and durable. An older
+    seal is replaced; another file of that name is a UsageError before anything is changed.
 
     snapshot: a path or a ``file:`` URI. offset, page_size, bitmap_order: as for
-        :func:`~pyqmigrate.snapshot.detect.open_snapshot`. In the wrong bitmap_order pages would be
-        cleared that have data. Where it is not given, and fewer pages would have to be cleared in
-        the other one, that is a UsageError, and nothing is changed.
-    channels: threads that read, 1 to 255. direct_io: whether past the page cache; ``auto``: unless
-        the file is in it.
+        :func:`~pyqmigrate.snapshot.detect.open_snapshot`. The wrong bitmap_order would clear pages
+        with data. If it is not given, and the other one would clear fewer pages, that is a
+        UsageError, and nothing is changed.
+    channels: threads that read, 1 to 255. direct_io: whether to read past the page cache; ``auto``:
+        unless the file is in it.
 
-    The job's result raises SnapshotError for a file that is no whole snapshot, TargetError when the
-    system refuses: with errno EBUSY when somebody writes the file, when it changes meanwhile, and
-    where pages would have to be cleared while a guest runs from it; NotSupported; Cancelled.
+    The job's result raises SnapshotError for a file that is not a complete snapshot, TargetError when
+    the system refuses (with errno EBUSY if another process writes the file, if the file changes
+    during the work, and if pages need clearing while a guest runs from it), NotSupported, Cancelled.
     """
     if isinstance(snapshot, Descriptors):
         raise UsageError("a seal is written beside a path; descriptors have none")
@@ -202,10 +203,8 @@ def start_seal(
     check_bitmap_order(bitmap_order)
     source = InputFile(snapshot)
     try:
-        if offset is not None:
-            if source.offset:
-                raise UsageError("the offset is given twice")
-            source.offset = offset
+        if offset is not None and source.offset:
+            raise UsageError("the offset is given twice")
         if source.is_device:
             raise UsageError(
                 f"{source.name!r} is a block device, which records no time of change: seal a file"
@@ -215,6 +214,7 @@ def start_seal(
         work = _Sealing(
             source,
             place,
+            offset or None,
             page_size,
             bitmap_order,
             Digests(chosen),
@@ -235,6 +235,7 @@ def _setting(direct_io: DirectIO | str) -> DirectIO:
 class _Sealing:
     source: InputFile
     place: Path
+    offset: int | None
     page_size: int | None
     bitmap_order: ByteOrder | None
     digests: Digests
@@ -249,12 +250,17 @@ class _Sealing:
             self.source.close()
 
     def _run(self, started: float) -> SealReport:
-        source, digests = self.source, self.digests
+        source = self.source
         if source.size > SEALED_MAX:
             raise NotSupported(f"a file of {source.size} bytes cannot be sealed")
         self._lock("another process writes it in place")
+        with contextlib.closing(StreamFile.find(source, self.offset)) as stream_file:
+            return self._seal(stream_file, started)
+
+    def _seal(self, stream_file: StreamFile, started: float) -> SealReport:
+        source, digests = self.source, self.digests
         before = os.fstat(source.fd)
-        cleared, start, blocks, order = self._prepare(before)
+        cleared, start, blocks, order = self._prepare(stream_file, before)
         os.fsync(source.fd)
         if cleared:
             before = os.fstat(source.fd)
@@ -289,71 +295,60 @@ class _Sealing:
         )
 
     def _prepare(
-        self, before: os.stat_result
+        self, stream_file: StreamFile, before: os.stat_result
     ) -> tuple[int, int, tuple[BlockLayout, ...] | None, ByteOrder | None]:
-        """Verify the structure and clear pages; how many, where the stream starts, the blocks, and
-        the byte order of their bitmaps."""
-        target = Descriptors(self.source.fd, offset=self.source.offset)
-        with open_snapshot(
-            target, page_size=self.page_size, bitmap_order=self.bitmap_order
+        """Verify the structure and clear stale pages. Return how many, where the stream starts, the
+        blocks, and the byte order of their bitmaps."""
+        with snapshot_of(
+            stream_file.share(), page_size=self.page_size, bitmap_order=self.bitmap_order
         ) as snapshot:
             snapshot.verify()
-            if not isinstance(snapshot, MappedRamSnapshot):
+            order = snapshot.bitmap_order
+            if order is None:
                 return 0, snapshot.offset, None, None
             channels = self.channels.sibling("pyqmigrate-stale")
-            stale = find_stale(snapshot, channels)
+            stale = snapshot.find_stale(channels)
             if stale:
                 self._check_unchanged(before)
                 if self.bitmap_order is None:
-                    self._check_order(snapshot, sum(stale.values()))
+                    self._check_order(snapshot, order, sum(stale.values()))
                 self._clear(snapshot, stale, before, channels)
-            return (
-                sum(stale.values()),
-                snapshot.offset,
-                snapshot.stream.blocks,
-                snapshot.bitmap_order,
-            )
+            return sum(stale.values()), snapshot.offset, snapshot.layouts, order
 
-    def _check_order(self, snapshot: MappedRamSnapshot, stale: int) -> None:
-        """Nobody said in which order the bitmaps are: in the wrong one clear pages are live ones.
+    def _check_order(self, snapshot: Snapshot, order: ByteOrder, stale: int) -> None:
+        """Check that the bitmaps are not in the other byte order, where clear pages have data.
 
-        In the right one each page that a bit is set for has data, which the bit covers; no other
+        In the right order each page that a bit is set for has data, which the bit covers; no other
         order of equally many bits in each 64 pages covers more.
         """
-        order = other_order(snapshot.bitmap_order)
-        target = Descriptors(self.source.fd, offset=snapshot.offset)
-        with MappedRamSnapshot(target, bitmap_order=order) as other:
+        other = other_order(order)
+        with snapshot_of(snapshot.stream_file.share(), bitmap_order=other) as swapped:
             try:
-                other.verify()
+                swapped.verify()
             except SnapshotError:
                 return
-            fewer = sum(find_stale(other, self.channels.sibling("pyqmigrate-stale")).values())
+            fewer = sum(swapped.find_stale(self.channels.sibling("pyqmigrate-stale")).values())
         if fewer < stale:
             raise UsageError(
-                f"the host that wrote this file may have been {order}-endian: {stale} pages have "
-                f"bytes under clear bits, and {fewer} if bitmaps are read so. To clear them could "
-                f"destroy the guest's memory: say bitmap_order, --bitmap-order {order} or "
-                f"{snapshot.bitmap_order}"
+                f"the host that wrote this file may have been {other}-endian: {stale} pages have "
+                f"bytes under clear bits, and only {fewer} in that byte order. Clearing them could "
+                f"destroy the guest's memory: give bitmap_order, --bitmap-order {other} or {order}"
             )
 
     def _clear(
-        self,
-        snapshot: MappedRamSnapshot,
-        stale: dict[str, int],
-        before: os.stat_result,
-        channels: Channels,
+        self, snapshot: Snapshot, stale: dict[str, int], before: os.stat_result, channels: Channels
     ) -> None:
-        """Make the pages holes. The file has to be what it was ``before`` its bitmaps were read: a
-        writer that takes no lock, such as QEMU, may have come since, and pages of a new snapshot
-        would be cleared by the bitmaps of the old one."""
+        """Make the pages holes. The file must be the one ``before`` its bitmaps were read: a writer
+        that takes no lock, such as QEMU, may have replaced its content since, and the old bitmaps
+        would clear pages of the new snapshot."""
         self._lock("a guest runs from it, and pages have to be cleared in it", exclusive=True)
         self._check_unchanged(before)
-        # An earlier seal would call damaged what is done now.
+        # An earlier seal would report this change as damage.
         remove_manifest(self.place)
         fd = os.open(f"/proc/self/fd/{self.source.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._check_unchanged(before)  # the directory's fsync took its time
-            clear_stale(snapshot, fd, stale, channels)
+            self._check_unchanged(before)  # the fsync of the directory took time
+            snapshot.clear_stale(fd, stale, channels)
         finally:
             os.close(fd)
         if os.fstat(self.source.fd).st_size != before.st_size:
@@ -372,7 +367,7 @@ class _Sealing:
             ) from error
 
     def _check_unchanged(self, before: os.stat_result) -> None:
-        """Whether the name still leads to the file, and the file is what was read."""
+        """Check that the name still leads to the file, and that the file has not changed."""
         assert self.source.place is not None
         now, named = os.fstat(self.source.fd), self.source.place.stat()
         same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
@@ -391,20 +386,20 @@ class _Sealing:
             raise target_error(error, "cannot be sealed", self.source.name) from error
 
 
-def stale_pages(snapshot: MappedRamSnapshot, *, channels: int = 2) -> dict[str, int]:
-    """How many pages of each block have their bit clear and do not read as zeros in the file.
+def stale_pages(snapshot: Snapshot, *, channels: int = 2) -> dict[str, int]:
+    """Return how many pages of each block have a clear bit and do not read as zeros in the file.
 
-    For a guest they are zeros all the same. Blocks without any are left out. Raises SnapshotError
-    for bad bitmaps, TargetError.
+    A guest sees zeros in them. Blocks without such pages are left out. Raises SnapshotError for bad
+    bitmaps, TargetError.
     """
-    return find_stale(snapshot, Channels(check_channels(channels), "pyqmigrate-stale"))
+    return snapshot.find_stale(Channels(check_channels(channels), "pyqmigrate-stale"))
 
 
 def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
-    """The seal beside ``path``, if the file has not been touched since.
+    """Return the seal beside ``path`` if it is intact and the file was not modified since.
 
-    That is: it is whole, and the file, ``fd`` if given, has the size and the time of modification
-    that it was sealed with. Nothing of the file is read. None otherwise, whatever the reason.
+    That is: the file, ``fd`` if given, has the size and the time of modification that it was sealed
+    with. The file is not read. None in all other cases.
     """
     try:
         info = os.stat(path) if fd is None else os.fstat(fd)  # noqa: PTH116
@@ -424,7 +419,7 @@ def verify_seal(
     direct_io: DirectIO | str = DirectIO.AUTO,
     progress: Callable[[Progress], object] | None = None,
 ) -> SealCheck | None:
-    """Hold a file against its seal, and wait; None where it has none. See :func:`start_verify`."""
+    """Compare a file with its seal, and wait; None if it has none. See :func:`start_verify`."""
     check_callback("progress", progress)
     job = start_verify(snapshot, page_size=page_size, channels=channels, direct_io=direct_io)
     return None if job is None else job.wait(progress)
@@ -437,14 +432,14 @@ def start_verify(
     channels: int = 4,
     direct_io: DirectIO | str = DirectIO.AUTO,
 ) -> Job[SealCheck] | None:
-    """Begin to compare every byte of a file with its seal; None where it has none.
+    """Start to compare every byte of a file with its seal; return None if it has none.
 
-    The structure of the file is not looked at, so a file that cannot be parsed any more is told
-    what is damaged in it all the same; but the pages of a damaged sequential stream are found by its
-    records, as far as these still parse. Arguments as for :func:`start_seal`. Raises SnapshotError
-    (its ``field`` is ``seal``) for a seal that is damaged itself, NotSupported where the library
-    for its digests is missing, UsageError, TargetError; the job's result TargetError, SnapshotError
-    when the file becomes shorter meanwhile, Cancelled.
+    The file is not parsed, so damage is located also in a file that cannot be parsed any more; but
+    the pages of a damaged sequential stream are found by its records, as far as these still parse.
+    Arguments are those of :func:`start_seal`. Raises SnapshotError (its ``field`` is ``seal``) for
+    a damaged seal, NotSupported if the library for its digests is missing, UsageError, TargetError;
+    the job's result TargetError, SnapshotError if the file becomes shorter during the work,
+    Cancelled.
     """
     if isinstance(snapshot, Descriptors):
         raise UsageError("a seal is written beside a path; descriptors have none")
@@ -453,7 +448,7 @@ def start_verify(
     source = InputFile(snapshot)
     try:
         path = seal_path(source.name)
-        # Digests of pieces that the file does not have are not needed to call them missing.
+        # Digests of pieces that the file does not have are not needed to report them missing.
         manifest = read_manifest(path, count_pieces(source.size) * DIGEST_SIZE)
         if manifest is None:
             source.close()
@@ -500,8 +495,8 @@ class _Checking:
             notes.append(note)
         if damages and info.st_mtime_ns != manifest.head.mtime_ns:
             notes.append(
-                "the file was modified after it was sealed; if it was meant to be, or another "
-                "snapshot has its name by now, seal it again"
+                "the file was modified after it was sealed; if that was intended, or another "
+                "snapshot has its name now, seal it again"
             )
         elif info.st_mtime_ns != manifest.head.mtime_ns:
             notes.append("the file has another time of modification than when it was sealed")
@@ -519,16 +514,18 @@ class _Checking:
         )
 
     def _in_stream(self, damages: tuple[Damage, ...]) -> tuple[tuple[Damage, ...], str]:
-        """The same with the pages of a sequential stream, if its records tell them; and a note."""
-        target = Descriptors(self.source.fd, offset=self.manifest.head.offset)
+        """Return the damages with the pages of a sequential stream, if its records parse; and a
+        note."""
+        offset = self.manifest.head.offset or None
 
         def poll(_: Progress) -> None:
             if self.channels.cancelled:
                 raise Cancelled("cancelled")
 
         try:
-            with SequentialSnapshot(target, page_size=self.page_size) as snapshot:
-                snapshot.read_through(poll)
+            stream_file = StreamFile.find(self.source, offset)
+            with SequentialSnapshot(stream_file, page_size=self.page_size) as snapshot:
+                snapshot.prepare_random_reads(poll)
                 found = tuple(
                     replace(
                         damage,
@@ -540,12 +537,12 @@ class _Checking:
                 )
         except (SnapshotError, NotSupported) as error:
             return damages, (
-                "which pages of the guest are affected cannot be told: the stream does not parse "
-                f"any more ({error})"
+                "the affected pages of the guest are not known: the stream does not parse any more "
+                f"({error})"
             )
         return found, (
-            "which pages are affected is told by the records of the stream as they are now; where "
-            "a record itself was hit, other pages may be affected too"
+            "the affected pages were found by the records of the stream as they are now; if a "
+            "record itself was damaged, other pages may be affected too"
         )
 
     def _damages(self, digests: Digests, size: int) -> Iterator[Damage]:
@@ -579,7 +576,7 @@ class _Checking:
 
 
 def _stretches(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """``(first, last)`` of the stretches of consecutive numbers."""
+    """Yield ``(first, last)`` of each run of consecutive numbers."""
     for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         members = [number for _, number in group]
         yield members[0], members[-1]

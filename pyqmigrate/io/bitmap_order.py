@@ -19,7 +19,7 @@ from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.holes import next_data, next_hole
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import Source
 
 __all__ = ["better_order", "find_order", "other_order", "says_better"]
 
@@ -31,7 +31,7 @@ def other_order(order: ByteOrder) -> ByteOrder:
     return "little" if order == "big" else "big"
 
 
-def find_order(source: InputFile, blocks: Sequence[BlockLayout], machine: str) -> ByteOrder:
+def find_order(source: Source, blocks: Sequence[BlockLayout], machine: str) -> ByteOrder:
     """``big`` where the file leaves no doubt, otherwise ``little``.
 
     No doubt: a big-endian host is to be expected (an s390 guest, or this host is one), all that
@@ -48,7 +48,7 @@ def find_order(source: InputFile, blocks: Sequence[BlockLayout], machine: str) -
 
 
 def better_order(
-    source: InputFile, blocks: Sequence[BlockLayout], order: ByteOrder
+    source: Source, blocks: Sequence[BlockLayout], order: ByteOrder
 ) -> ByteOrder | None:
     """The other order than ``order``, if that explains the file better; None otherwise, and where
     ``order`` is impossible. Raises TargetError."""
@@ -74,7 +74,7 @@ class _Fit:
     there: int
 
 
-def _fit(source: InputFile, blocks: Sequence[BlockLayout], order: ByteOrder) -> _Fit | None:
+def _fit(source: Source, blocks: Sequence[BlockLayout], order: ByteOrder) -> _Fit | None:
     """None for an impossible order."""
     marked = there = 0
     for block in blocks:
@@ -95,7 +95,7 @@ def _fit(source: InputFile, blocks: Sequence[BlockLayout], order: ByteOrder) -> 
     return _Fit(marked, there)
 
 
-def _data_pages(source: InputFile, block: BlockLayout) -> Iterator[tuple[int, int]]:
+def _data_pages(source: Source, block: BlockLayout) -> Iterator[tuple[int, int]]:
     """Stretches of pages, ``[first, end)``, that are not all in holes; after the last of them, as
     far as was looked, an empty one."""
     start, stop = block.pages_offset, min(block.pages_end, source.size)

@@ -45,7 +45,7 @@ _RANGE = 32 << 20  # bytes of a block that one call moves
 _RANGES_A_BLOCK = 8192  # more than so many, and the ranges get larger
 _REPORT_EVERY = 0.1  # seconds between two calls of a progress callback
 
-R = TypeVar("R")
+R = TypeVar("R", covariant=True)
 
 
 @dataclass(frozen=True)

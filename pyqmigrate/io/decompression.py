@@ -1,8 +1,8 @@
 """A compressed stream, decompressed as it is read: a whole file, or the rest of libvirt's image.
 
 gzip, bzip2 and xz are read with Python's own library, zstd with that of Python 3.14 and later or
-with ``zstandard``. What comes out is made a MiB at a time, however much it may be in all, and a
-format's window is bounded.
+with ``zstandard``. Memory is bounded: the output is made a MiB at a time, and the window of a format
+is limited.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError
 from pyqmigrate.format.compression import Compression
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import Source
 from pyqmigrate.io.pipe import ForwardInput, Read
 
 __all__ = ["decompressed"]
@@ -31,10 +31,10 @@ class _Reader(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def decompressed(source: InputFile, compression: Compression, offset: int) -> ForwardInput:
+def decompressed(source: Source, compression: Compression, offset: int) -> ForwardInput:
     """Return the stream that is compressed from ``offset`` on, as a source that owns ``source``.
 
-    Raises NotSupported where nothing here decompresses it.
+    Raises NotSupported if no library here decompresses it.
     """
     make, errors = _library(compression, source.name, offset)
 
@@ -51,7 +51,7 @@ _Make = Callable[["_Compressed"], _Reader]
 def _library(
     compression: Compression, name: str, offset: int
 ) -> tuple[_Make, tuple[type[Exception], ...]]:
-    """What makes a reader of compressed bytes, and what that raises of damaged ones."""
+    """Return what makes a reader of compressed bytes, and what that raises for damaged ones."""
     if compression is Compression.GZIP:
         return lambda below: gzip.GzipFile(fileobj=below, mode="rb"), ()
     if compression is Compression.BZIP2:
@@ -101,27 +101,22 @@ def _zstd() -> tuple[_Make, tuple[type[Exception], ...]] | None:
 
 
 class _Compressed:
-    """The compressed bytes, as a file object that can only be read."""
+    """The compressed bytes, as a read-only file object."""
 
-    def __init__(self, image: InputFile, offset: int) -> None:
-        self._image, self._at = image, offset
+    def __init__(self, image: Source, offset: int) -> None:
+        self._image, self._offset = image, offset
 
     def read(self, size: int = _PIECE, /) -> bytes:
-        image = self._image
-        if isinstance(image, ForwardInput):
-            data = image.here(self._at)[:size]  # none of it is kept
-        else:
-            data = image.read_at(self._at, size)
-        self._at += len(data)
+        data = self._image.read_once(self._offset, size)
+        self._offset += len(data)
         return data
 
     def poll(self, stop: Callable[[], bool]) -> None:
-        if isinstance(self._image, ForwardInput):
-            self._image.stop = stop
+        self._image.poll_with(stop)
 
 
 class _Members:
-    """Compressed streams one after another, by decompressors as Python's library has them."""
+    """Compressed streams one after another, read with decompressors of Python's library."""
 
     def __init__(self, below: _Compressed, make: Callable[[], Any]) -> None:
         self._below, self._make = below, make
@@ -138,7 +133,7 @@ class _Members:
             elif self._member.needs_input:
                 self._data = self._below.read()
                 if not self._data:
-                    raise EOFError("it ends before its end mark")
+                    raise EOFError("the end mark is missing")
             data, self._data = self._data, b""
             out: bytes = self._member.decompress(data, size)
             if out:
@@ -146,7 +141,7 @@ class _Members:
 
 
 class _Output:
-    """What comes out: the :data:`~pyqmigrate.io.pipe.Read` of the stream."""
+    """The decompressed stream, see :data:`~pyqmigrate.io.pipe.Read`."""
 
     def __init__(
         self, below: _Compressed, make: _Make, errors: tuple[type[Exception], ...]

@@ -1,4 +1,8 @@
-"""A file or block device that is opened for reading."""
+"""An open file or block device, and what all sources of a stream have in common.
+
+There are two kinds of sources: :class:`InputFile`, which is read at any position, and
+:class:`~pyqmigrate.io.pipe.ForwardInput`, which is read front to back.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,112 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from pyqmigrate.errors import TargetError, UsageError, target_error
 from pyqmigrate.io.direct_io import Direct, DirectIO, find_direct
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.target import Descriptors, Target, check_borrowed, split_target
 
-__all__ = ["InputFile", "file_size"]
+__all__ = ["InputFile", "Source", "file_size"]
+
+_PIECE = 1 << 20
+
+
+class Source(Protocol):
+    """The bytes of a stream.
+
+    ``name`` is for messages. ``place`` is the absolute path of the file, None without one.
+    ``offset`` is where its target says that the stream starts, bytes.
+    ``forward`` says that it can be read front to back only, ``is_device`` that it is a block
+    device, which records no time of change. ``fd`` is an open file description that is not shared:
+    for a forward-only source, of the part that was kept.
+    """
+
+    name: str
+    offset: int
+    place: Path | None
+    fd: int
+    is_device: bool
+
+    @property
+    def forward(self) -> bool: ...
+
+    @property
+    def size(self) -> int:
+        """Length of the stream's file now, bytes; more than that before a forward-only one ends."""
+        ...
+
+    @property
+    def file_fd(self) -> int:
+        """A descriptor of the file, also where the stream is what a decompressor makes of it."""
+        ...
+
+    @property
+    def file_size(self) -> int:
+        """Length of the file, also where the stream is what a decompressor makes of it, bytes."""
+        ...
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be read more than once."""
+        ...
+
+    @property
+    def run_out(self) -> Callable[[], int] | None:
+        """Of a forward-only source: keep all that follows, and return the length of the stream."""
+        ...
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return up to ``length`` bytes at ``offset``; fewer only at the end."""
+        ...
+
+    def read_once(self, offset: int, length: int = ...) -> bytes:
+        """Return available bytes at ``offset``, up to ``length``; none at the end of the stream.
+
+        A forward-only source does not keep them.
+        """
+        ...
+
+    def keep_from(self, offset: int) -> None:
+        """End :meth:`read_once`: a forward-only source keeps what it has from ``offset`` on."""
+        ...
+
+    def poll_with(self, stop: Callable[[], bool]) -> None:
+        """Have a forward-only source give up, with Cancelled, when ``stop`` returns True."""
+        ...
+
+    def rewind(self) -> None:
+        """Prepare for another pass; UsageError if the stream cannot be read again."""
+        ...
+
+    def open_direct(self, setting: DirectIO) -> tuple[Direct | None, str]:
+        """Return a direct descriptor for a load, or None and why not; see close_direct."""
+        ...
+
+    def close_direct(self, direct: Direct | None) -> None: ...
+
+    def allocated_bytes(self) -> int:
+        """Return the bytes of disk that the file holds; of a block device, all of it."""
+        ...
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
+        ...
 
 
 class InputFile:
-    """A file or block device being read: ``fd`` is an open file description of our own.
+    """A file or block device that is open for reading, a :class:`Source`.
 
-    ``is_device`` says that it is a block device, which records no time of change. ``passing`` says
-    that it is neither, and can be read front to back only (:mod:`pyqmigrate.io.pipe`).
-    ``place`` is the absolute path under which the file was opened, None with descriptors. Raises
-    TargetError when it cannot be opened, UsageError for descriptors that do not fit.
+    ``is_duplicate`` says that ``fd`` shares the caller's open file description, with its position
+    and its locks. Raises TargetError when it cannot be opened, UsageError for descriptors that do
+    not fit.
     """
 
-    passing = False
-    is_device = False
-    place: Path | None
+    forward = False
+    run_out = None
 
     def __init__(self, target: Target) -> None:
         self.name, self.offset = split_target(target)
@@ -35,7 +123,7 @@ class InputFile:
         self._given_direct: int | None = None
         self._borrowed = isinstance(target, Descriptors)
         self.place = None if self._borrowed else absolute(self.name)
-        self.is_duplicate = False  # of the caller's description, with its position and its locks
+        self.is_duplicate = False
         if isinstance(target, Descriptors):
             check_borrowed(target, writing=False)
             self._given_direct = target.direct
@@ -63,11 +151,10 @@ class InputFile:
 
     @property
     def size(self) -> int:
-        """Length of the file or block device now, bytes."""
         return file_size(self.fd)
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Up to ``length`` bytes at ``offset``; fewer only at the end of the file."""
+        """Return up to ``length`` bytes at ``offset``; fewer only at the end of the file."""
         parts, have = [], 0
         while have < length:
             try:
@@ -82,26 +169,32 @@ class InputFile:
             have += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def read_once(self, offset: int, length: int = _PIECE) -> bytes:
+        return self.read_at(offset, length)
+
+    def keep_from(self, offset: int) -> None:
+        """Do nothing: everything in a file can be read again."""
+
+    def poll_with(self, stop: Callable[[], bool]) -> None:
+        """Do nothing: reading a file does not wait for another process."""
+
     @property
     def file_fd(self) -> int:
-        """A descriptor of the file, whether or not the stream is what it holds."""
         return self.fd
 
     @property
     def file_size(self) -> int:
-        """Length of the file, whether or not the stream is what it holds, bytes."""
         return self.size
 
     @property
     def repeatable(self) -> bool:
-        """Whether it can be read more than once."""
         return True
 
     def rewind(self) -> None:
-        """Make ready for another pass; UsageError where that cannot be."""
+        """Do nothing: a file can be read at any position."""
 
     def open_direct(self, setting: DirectIO) -> tuple[Direct | None, str]:
-        """A direct descriptor for a load, or None and why not. Give it to close_direct."""
+        """Return a direct descriptor for a load, or None and why not; see close_direct."""
         if self._borrowed and self._given_direct is None:
             if setting is DirectIO.ON:
                 raise UsageError(
@@ -117,18 +210,18 @@ class InputFile:
             os.close(direct.fd)
 
     def allocated_bytes(self) -> int:
-        """Bytes of disk that the file holds; of a block device, all of it."""
+        """Return the bytes of disk that the file holds; of a block device, all of it."""
         return self.size if self.is_device else os.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:
-        """May be repeated."""
+        """Close it. Idempotent."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 def file_size(fd: int) -> int:
-    """Length of a file or block device, bytes. The position of ``fd`` is afterwards as before."""
+    """Return the length of a file or block device, bytes; the position of ``fd`` does not change."""
     info = os.fstat(fd)
     if not stat.S_ISBLK(info.st_mode):
         return info.st_size

@@ -1,9 +1,9 @@
-"""A stream that passes by once: a pipe, or what comes out of a decompressor.
+"""A forward-only source: a pipe, or the output of a decompressor.
 
-It is read as a file is, front to back. What is asked for with :meth:`ForwardInput.read_at` is kept,
-in a file without a name, at the offset that it has in the stream; pages, which
-:meth:`ForwardInput.here` hands out, are not. So the framing and the device state can be read again,
-and pages cannot.
+It is read as a file is, front to back. Bytes that :meth:`ForwardInput.read_at` returns are kept, in a
+file without a name, at the offset that they have in the stream; pages, which
+:meth:`ForwardInput.read_once` returns, are not. So the framing and the device state can be read
+again, and pages cannot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from pyqmigrate.errors import Cancelled, NotSupported, TargetError, UsageError, target_error
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
 from pyqmigrate.io.direct_io import Direct, DirectIO
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import Source
 
 __all__ = ["KEPT_MAX", "ForwardInput", "PipeReader"]
 
@@ -31,15 +31,18 @@ _MOMENT = 100  # milliseconds between two looks at whether the work was cancelle
 Read = Callable[[int, Callable[[], bool]], bytes]
 
 
-class ForwardInput(InputFile):
-    """A source that passes by. ``name`` is for messages.
+class ForwardInput:
+    """A forward-only :class:`~pyqmigrate.io.input.Source`.
 
-    ``start`` begins to read from the front: it returns a function that gets up to so many bytes,
-    none at the end, and polls whether it is to give up. ``again`` says that this can be done more
-    than once. ``close`` lets go of what is below. ``beneath`` is the file that is decompressed.
+    ``start`` starts to read from the front: it returns a function that reads up to a number of
+    bytes, none at the end, and polls whether to give up. ``again`` says that ``start`` can be called
+    more than once. ``close`` releases what it reads from. ``beneath`` is the file that is
+    decompressed.
     """
 
-    passing = True
+    forward = True
+    is_device = False
+    offset = 0
 
     def __init__(
         self,
@@ -48,11 +51,11 @@ class ForwardInput(InputFile):
         close: Callable[[], None],
         *,
         again: bool = False,
-        beneath: InputFile | None = None,
+        beneath: Source | None = None,
     ) -> None:
-        self.name, self.offset = name, 0
-        self.place = None if beneath is None else beneath.place
-        self.stop: Callable[[], bool] = lambda: False
+        self.name = name
+        self.place: Path | None = None if beneath is None else beneath.place
+        self._stop: Callable[[], bool] = lambda: False
         self._start, self._close, self._again, self._beneath = start, close, again, beneath
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self.fd = self._file.fileno()
@@ -61,14 +64,14 @@ class ForwardInput(InputFile):
     def _begin(self) -> None:
         self._read = self._start()
         self._file.truncate(0)
-        self._position = 0  # bytes that were got from below
+        self._position = 0  # bytes read so far
         self._kept = 0
-        self._chunk, self._chunk_at = b"", 0  # what `here` handed out last
+        self._chunk, self._chunk_at = b"", 0  # the last bytes of read_once, and their offset
         self._passed = self._ended = False
 
     @property
     def size(self) -> int:
-        """Length of the stream, bytes; before it has ended, more than it can have."""
+        """Length of the stream, bytes; before it has ended, more than any stream has."""
         return self._position if self._ended else OFFSET_MAX
 
     @property
@@ -79,11 +82,11 @@ class ForwardInput(InputFile):
         if not self._passed:
             return
         if not self._again:
-            raise UsageError(f"{self.name!r} has passed by; put it into a file to read it again")
+            raise UsageError(f"{self.name!r} was read already; put it into a file to read it again")
         self._begin()
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """As of a file; what comes up to there is kept."""
+        """Return bytes as pread does; everything up to that point is kept."""
         self._keep(self._chunk_at)
         while self._position < offset + length and self._fetch():
             self._keep(self._chunk_at)
@@ -91,30 +94,34 @@ class ForwardInput(InputFile):
         length = max(0, min(length, self._position - offset))
         while length > 0:
             part = os.pread(self.fd, length, offset)
-            if not part:  # pages that have passed by, at the end
+            if not part:  # pages that were not kept, at the end
                 part = bytes(length)
             parts.append(part)
             offset, length = offset + len(part), length - len(part)
         return b"".join(parts)
 
-    def here(self, offset: int) -> bytes:
-        """What comes at ``offset``, as much as is at hand; empty at the end of the stream."""
+    def read_once(self, offset: int, length: int = _PIECE) -> bytes:
+        """Return available bytes at ``offset``, up to ``length``; none at the end of the stream."""
         self._passed = True
         begin = offset - self._chunk_at
         if 0 <= begin < len(self._chunk):
-            return self._chunk[begin:]
+            return self._chunk[begin : begin + length]
         if offset < self._position:
-            return os.pread(self.fd, min(_PIECE, self._position - offset), offset)
+            return os.pread(self.fd, min(length, self._position - offset), offset)
         self._fetch()
-        return self._chunk
+        return self._chunk[:length]
 
-    def leave(self, offset: int) -> None:
-        """Up to here it was taken; what is at hand after that is kept."""
+    def keep_from(self, offset: int) -> None:
+        """Keep the available bytes from ``offset`` on; those before it have been used."""
         if offset > self._chunk_at and self._chunk:
             self._keep(offset)
 
+    def poll_with(self, stop: Callable[[], bool]) -> None:
+        """Give up with Cancelled when ``stop`` returns True."""
+        self._stop = stop
+
     def run_out(self) -> int:
-        """Keep all that comes; the length of the stream then."""
+        """Keep all that follows, and return the length of the stream."""
         self._keep(self._chunk_at)
         while self._fetch():
             self._keep(self._chunk_at)
@@ -122,10 +129,10 @@ class ForwardInput(InputFile):
         return self._position
 
     def _fetch(self) -> bool:
-        """Get the next chunk, if there is one."""
-        if self.stop():
+        """Read the next chunk, if there is one."""
+        if self._stop():
             raise Cancelled("cancelled")
-        self._chunk, self._chunk_at = self._read(_PIECE, self.stop), self._position
+        self._chunk, self._chunk_at = self._read(_PIECE, self._stop), self._position
         self._position += len(self._chunk)
         self._ended = not self._chunk
         return not self._ended
@@ -135,7 +142,7 @@ class ForwardInput(InputFile):
         self._kept += len(data)
         if self._kept > KEPT_MAX:
             raise NotSupported(
-                f"more than {KEPT_MAX >> 20} MiB beside pages in a stream that passes by: "
+                f"more than {KEPT_MAX >> 20} MiB beside pages in a stream that is read only once: "
                 "put it into a file first"
             )
         while data:
@@ -148,7 +155,10 @@ class ForwardInput(InputFile):
             data, offset = data[done:], offset + done
 
     def open_direct(self, setting: DirectIO) -> tuple[Direct | None, str]:
-        return None, "the stream passes by"
+        return None, "the stream is read front to back"
+
+    def close_direct(self, direct: Direct | None) -> None:
+        """Do nothing: there is no direct descriptor."""
 
     def allocated_bytes(self) -> int:
         return 0 if self._beneath is None else self._beneath.allocated_bytes()
@@ -169,7 +179,7 @@ class ForwardInput(InputFile):
 
 
 class PipeReader:
-    """A pipe or socket, opened by its path; the :data:`Read` of it is the object itself."""
+    """A pipe or socket, opened by its path. Calling it reads, see :data:`Read`."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -189,13 +199,13 @@ class PipeReader:
         return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
     def __call__(self, length: int, stop: Callable[[], bool]) -> bytes:
-        """Up to ``length`` bytes, none at the end; waits until there are some."""
+        """Return up to ``length`` bytes, none at the end; wait until there are some."""
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         parts, have = [], 0
         with self._refusing():
             while have < length:
-                # A pipe hands out 64 KiB at most: go on while there is more at once.
+                # A read of a pipe returns 64 KiB at most: go on while more is available.
                 while not poll.poll(0 if have else _MOMENT) and not have:
                     if stop():
                         raise Cancelled("cancelled")

@@ -17,6 +17,7 @@ from pyqmigrate.io.channels import Job
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.memory import Memory, RamBlock
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.migration.fdset import FdSets
 from pyqmigrate.migration.fdset_checks import Direction
 from pyqmigrate.migration.rules import effective_direct_io
@@ -92,7 +93,9 @@ class Source:
         self, memories: Mapping[str, Memory]
     ) -> tuple[list[DeviceSection], LoadReport]:
         try:
-            reader = SequentialReader(self._input, memories, skip_unknown_blocks=True)
+            reader = SequentialReader(
+                StreamFile(self._input, self._input.offset), memories, skip_unknown_blocks=True
+            )
         except NotSupported as error:
             raise SnapshotError(
                 "Capability mapped-ram is off, but received capability is on"

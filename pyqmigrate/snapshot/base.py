@@ -1,143 +1,73 @@
-"""What every opened snapshot has, whichever form its file has.
+"""A snapshot: a file with the state of a guest, opened for reading.
 
-There are two: :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`, a mapped-ram file, and
-:class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`, a sequential stream.
-:func:`~pyqmigrate.snapshot.detect.open_snapshot` looks which one a file is.
+There is a class for each kind of file: :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot` and
+:class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`.
+:func:`~pyqmigrate.snapshot.detect.open_snapshot` chooses between them. All other code works with the
+two base classes here, so that another kind needs a class and a line in ``detect.py``.
 """
 
 from __future__ import annotations
 
 import abc
-import enum
 import errno
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pyqmigrate import _core
-from pyqmigrate.argument_types import check, check_callback
+from pyqmigrate.argument_types import check_callback
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, TargetError, UsageError
-from pyqmigrate.format.compression import MAGIC_MAX, Compression
-from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
-from pyqmigrate.format.stream.wire import MAGIC, Stream
-from pyqmigrate.io.channels import Job, Progress
+from pyqmigrate.format.libvirt import LibvirtHeader
+from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
+from pyqmigrate.format.stream.wire import Section, Stream
+from pyqmigrate.io.channels import Channels, Job, Progress
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import Source
 from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors, Target, target_path
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 
 if TYPE_CHECKING:
     from pyqmigrate.format.stream.sequential import SequentialStream
+    from pyqmigrate.snapshot.load.staging import StreamUnpacker
 
-__all__ = ["Kind", "Located", "Block", "Snapshot", "locate", "open_source"]
+__all__ = ["Block", "Snapshot", "error_from_errno"]
 
-
-class Kind(enum.StrEnum):
-    """The form of a file: pages at fixed places, or records of pages one after another."""
-
-    MAPPED_RAM = "mapped-ram"
-    STREAM = "stream"
-
-
-@dataclass(frozen=True)
-class Located:
-    """An open file, ``source.offset`` being where the stream starts; behind what, if libvirt's."""
-
-    source: InputFile
-    libvirt: LibvirtHeader | None = None
-
-
-def locate(target: Target | Located, offset: int | None = None, *, piped: bool = False) -> Located:
-    """Open a file and find out where its stream starts; whoever calls closes the source.
-
-    target: a path, a ``file:`` URI or Descriptors (borrowed, open for reading).
-    offset: where the stream starts, bytes, for a path. Where none is given in any way, a header
-        of libvirt's at the start of the file tells.
-    piped: whether the path of a pipe or socket will do.
-
-    A compressed stream, and that in a compressed image of libvirt's, is decompressed as it is read:
-    a forward-only source, as that of a pipe is (:mod:`pyqmigrate.io.pipe`).
-
-    Raises SnapshotError for a save image that libvirt did not finish, NotSupported for a stream
-    that is compressed in a way that cannot be read here and for a file of another known kind (a
-    disk image, a core), which the message names; UsageError, TargetError.
-    """
-    if isinstance(target, Located):
-        return target
-    check("offset", offset, int, type(None))
-    check("piped", piped, bool)
-    source = open_source(target, piped=piped)
-    try:
-        if offset is not None:
-            if isinstance(target, Descriptors) or source.offset:
-                raise UsageError("the offset is given twice")
-            if not 0 <= offset < 1 << 63:
-                raise UsageError(f"offset {offset} is not a file position")
-            source.offset = offset
-        source = _decompressed(source)
-        header = None
-        if offset is None and not source.offset and is_libvirt(source.read_at(0, 16)):
-            header = read_header(source)
-            if not header.complete:
-                raise SnapshotError("libvirt did not finish this save image", offset=0)
-            source.offset = header.stream_offset
-            if header.format.compressed:
-                source = _decompress(source, Compression(header.format.name.lower()))
-        if source.read_at(source.offset, len(MAGIC)) != MAGIC:
-            # A restore has no time for what only other files need.
-            from pyqmigrate.format.foreign import recognize
-
-            foreign = recognize(source, source.offset)
-            if foreign is not None:
-                raise NotSupported(str(foreign))
-    except BaseException:
-        source.close()
-        raise
-    return Located(source, header)
-
-
-def _decompressed(source: InputFile) -> InputFile:
-    """The same source, or what comes out of it where all of it is compressed."""
-    compression = Compression.of(source.read_at(source.offset, MAGIC_MAX))
-    return source if compression is None else _decompress(source, compression)
-
-
-def _decompress(source: InputFile, compression: Compression) -> InputFile:
-    # Seldom needed, and a restore has no time for it.
-    from pyqmigrate.io.decompression import decompressed
-
-    return decompressed(source, compression, source.offset)
-
-
-def open_source(target: Target, *, piped: bool) -> InputFile:
-    """Open a file or block device, or with ``piped`` the path of a pipe or socket."""
-    if piped and isinstance(target, str | os.PathLike):
-        from pyqmigrate.io.pipe import ForwardInput, PipeReader
-
-        path = os.fsdecode(target)
-        if PipeReader.is_pipe(path):
-            pipe = PipeReader(path)
-            return ForwardInput(path, lambda: pipe, pipe.close)
-    return InputFile(target)
+R = TypeVar("R")
 
 
 class Block(abc.ABC):
-    """One RAM block of an opened snapshot. Lengths in bytes.
+    """One RAM block of a snapshot. Lengths in bytes, offsets absolute in the file.
 
-    ``address`` is that in the guest, where the file tells it (``x-ignore-shared``); else None.
+    ``address`` is its guest physical address if the file records it (``x-ignore-shared``), else
+    None. ``bitmap_offset`` and ``pages_offset`` are None if pages have no fixed places in the file.
     """
 
     name: str
     length: int
     page_size: int
     address: int | None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}, {self.length} bytes>"
+
+    @property
+    def bitmap_offset(self) -> int | None:
+        return None
+
+    @property
+    def pages_offset(self) -> int | None:
+        return None
+
+    @property
+    @abc.abstractmethod
+    def snapshot(self) -> Snapshot:
+        """The snapshot that the block belongs to."""
 
     @property
     def num_pages(self) -> int:
@@ -146,34 +76,34 @@ class Block(abc.ABC):
     @property
     @abc.abstractmethod
     def external(self) -> bool:
-        """Whether the content is kept in another file (``x-ignore-shared``)."""
+        """Whether the content is stored in another file (``x-ignore-shared``)."""
 
     @property
     @abc.abstractmethod
     def data_pages(self) -> int:
-        """Pages that the file holds."""
+        """Pages with data."""
 
     @property
     def zero_pages(self) -> int:
-        """Pages that the file says are zero; an external block has pages of neither kind."""
+        """Pages that are zero; an external block has pages of neither kind."""
         return 0 if self.external else self.num_pages - self.data_pages
 
     @abc.abstractmethod
     def memory(self) -> SnapshotMemory:
-        """The block as memory to save, export or compare; good until the snapshot is closed.
+        """Return the block as memory to save, export or compare, until the snapshot is closed.
 
-        UsageError for an external block.
+        Raises UsageError for an external block.
         """
 
     @abc.abstractmethod
     def runs(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bool]]:
-        """``(from, to, whether the file holds them)`` for the pages ``[first, end)``, in turn."""
+        """Yield ``(from, to, whether they have data)`` for the pages ``[first, end)``, in turn."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes of guest memory from byte ``offset`` of the block.
+        """Return ``length`` bytes of guest memory from byte ``offset`` of the block.
 
-        Pages that the file says are zero are zeros, whatever it has there. UsageError outside the
-        block, SnapshotError when the file has become shorter, TargetError.
+        Pages without data are zeros, whatever the file has in their place. Raises UsageError for
+        bytes outside the block, SnapshotError when the file has become shorter, TargetError.
         """
         if offset < 0 or length < 0 or offset + length > self.length:
             raise UsageError(
@@ -190,19 +120,15 @@ class Block(abc.ABC):
         buffer = _core.ffi.new("char[]", stop - start)
         got = memory.fill(memory.argument, buffer, start, stop - start)
         if got < 0:
-            raise self._refused(-got)
+            raise error_from_errno(-got, self.snapshot.source, self.name)
         return bytes(_core.ffi.buffer(buffer)[offset - start : offset - start + length])
 
     def _elsewhere(self) -> UsageError:
         return UsageError(f"the content of block {self.name!r} is not in this file")
 
-    @abc.abstractmethod
-    def _refused(self, number: int) -> Exception:
-        """The exception for a read that failed with this errno."""
 
-
-def error_from_errno(number: int, source: InputFile, block: str) -> Exception:
-    """The exception for pages that cannot be read from a snapshot's file."""
+def error_from_errno(number: int, source: Source, block: str) -> Exception:
+    """Return the exception for pages that cannot be read from a snapshot's file."""
     if number == errno.ENODATA:
         return SnapshotError(
             "the file ends within a page that is marked as present: truncated",
@@ -215,20 +141,37 @@ def error_from_errno(number: int, source: InputFile, block: str) -> Exception:
     return TargetError(number, f"cannot read pages of block {block!r}", source.name)
 
 
-class Snapshot(abc.ABC):
-    """A finished file, open for reading; reads and loads may run in several threads at once.
+class _OpensByCall(abc.ABCMeta):
+    """``Snapshot(target, ...)`` is ``open_snapshot(target, ...)``; a subclass takes a StreamFile."""
 
-    ``libvirt`` is the header before the stream, or None. Close it when it is done with.
+    def __call__(cls, *arguments: Any, **options: Any) -> Any:
+        if cls is Snapshot:
+            from pyqmigrate.snapshot.detect import open_snapshot
+
+            return open_snapshot(*arguments, **options)
+        return super().__call__(*arguments, **options)
+
+
+class Snapshot(metaclass=_OpensByCall):
+    """A file with the state of a guest, open for reading. Close it.
+
+    Reads and loads may run in several threads at once. ``libvirt`` is the header before the stream,
+    or None. ``one_pass`` says that the pages are best read front to back, by :meth:`unpacker`;
+    reading them in another order takes :meth:`prepare_random_reads` first.
     """
 
     format: Format
     libvirt: LibvirtHeader | None
+    one_pass = False
+    makes_index = False  # whether reading through writes an index beside the file
+    head: tuple[Section, ...] = ()  # sections before RAM, for one pass
 
-    def __init__(self, located: Located) -> None:
+    def __init__(self, stream_file: StreamFile) -> None:
+        """Take over an open file; it is closed along with the snapshot, and if this fails."""
         self._lock = threading.RLock()
         self._jobs: list[Job[Any]] = []
-        self._source: InputFile | None = located.source
-        self.libvirt = located.libvirt
+        self._stream_file: StreamFile | None = stream_file
+        self.libvirt = stream_file.libvirt
 
     @property
     @abc.abstractmethod
@@ -238,16 +181,58 @@ class Snapshot(abc.ABC):
     @property
     @abc.abstractmethod
     def machine(self) -> str:
-        """The machine type of the guest, perhaps empty."""
+        """The machine type of the guest, or an empty string."""
 
     @property
     @abc.abstractmethod
     def stream(self) -> Stream | SequentialStream:
-        """What the stream says, and its sections."""
+        """The configuration of the stream, its blocks and its sections."""
+
+    @property
+    def bitmap_order(self) -> ByteOrder | None:
+        """The byte order in which bitmaps are read; None in a stream without bitmaps."""
+        return None
+
+    @property
+    def layouts(self) -> tuple[BlockLayout, ...]:
+        """Where each block's bitmap and pages are; empty if pages have no fixed places."""
+        return ()
+
+    def read_through(
+        self, progress: Callable[[Progress], object] | None = None
+    ) -> Stream | SequentialStream:
+        """Return :attr:`stream`; read the whole file first if that takes a pass over it.
+
+        progress: called on this thread at most ten times a second; if it raises, the pass ends.
+        """
+        return self.stream
+
+    def prepare_random_reads(self, progress: Callable[[Progress], object] | None = None) -> None:
+        """Find where every page is, so that blocks can be read at random; wait for it."""
+        self.read_through(progress)
+
+    def unpacker(self, channels: Channels, sparse: Any, target: str) -> StreamUnpacker:
+        """Return the one pass that moves all pages to fixed places in files.
+
+        Only with ``one_pass``. ``channels`` write; ``sparse`` is the core's policy for zero pages,
+        ``target`` names what is written in errors.
+        """
+        raise NotSupported(f"a {self.format} file is not read front to back")
+
+    def find_stale(self, channels: Channels) -> dict[str, int]:
+        """Return how many pages without data have old bytes in the file, by block.
+
+        Blocks without such pages are left out. Raises SnapshotError for bad bitmaps, TargetError,
+        Cancelled.
+        """
+        return {}
+
+    def clear_stale(self, fd: int, names: Collection[str], channels: Channels) -> None:
+        """Make the stale pages of the blocks ``names`` holes. ``fd`` is the file, open for writing."""
 
     @abc.abstractmethod
     def verify(self) -> None:
-        """Check the structure as far as the format allows; SnapshotError says what is wrong."""
+        """Check the structure as far as the format allows. Raises SnapshotError."""
 
     @abc.abstractmethod
     def start_load(
@@ -259,9 +244,9 @@ class Snapshot(abc.ABC):
         clear: Clear | str = Clear.ZERO,
         blocks: Collection[str] | None = None,
     ) -> Job[LoadReport]:
-        """Begin to load every block into the memory of its name; returns at once.
+        """Start to load every block into the memory of its name; return at once.
 
-        Arguments and errors as :meth:`load`. To close the snapshot cancels the job.
+        Arguments and errors are those of :meth:`load`. Closing the snapshot cancels the job.
         """
 
     def load(
@@ -276,20 +261,21 @@ class Snapshot(abc.ABC):
     ) -> LoadReport:
         """Load every block into the memory of its name and wait.
 
-        memories: a writable buffer or FileMemory for each block, of just its length; blocks whose
-            content is in another file need none.
+        memories: a writable buffer or FileMemory for each block, of exactly its length; blocks
+            whose content is in another file need none.
         channels: threads that move pages, 1 to 255.
         direct_io: whether to read past the page cache.
-        clear: whether pages whose bit is clear are made zero, or left as they are.
+        clear: whether pages without data are made zero, or left as they are.
         blocks: the names of the blocks to load; None is all of them.
-        progress: called on this thread at most ten times a second; what it raises cancels.
+        progress: called on this thread at most ten times a second; if it raises, the load is
+            cancelled.
 
-        A sequential stream is read front to back, by one channel through the page cache; ``clear`` is
-        about pages that it does not mention.
+        A sequential stream is read front to back, by one channel through the page cache; ``clear``
+        applies to pages that no record mentions.
 
         Raises BlockMismatch (a ValueError) for unknown, missing or mis-sized memories,
-        SnapshotError for a damaged file, GuestMemoryError, TargetError, Cancelled. What was
-        loaded before a failure stays in the memories.
+        SnapshotError for a damaged file, GuestMemoryError, TargetError, Cancelled. Pages that were
+        loaded before a failure stay in the memories.
         """
         check_callback("progress", progress)
         return self.start_load(
@@ -297,20 +283,25 @@ class Snapshot(abc.ABC):
         ).wait(progress)
 
     @property
-    def source(self) -> InputFile:
-        """The open file. UsageError when the snapshot is closed."""
-        if self._source is None:
+    def stream_file(self) -> StreamFile:
+        """The open file and its stream. Raises UsageError when the snapshot is closed."""
+        if self._stream_file is None:
             raise UsageError("the snapshot is closed")
-        return self._source
+        return self._stream_file
+
+    @property
+    def source(self) -> Source:
+        """The open file. Raises UsageError when the snapshot is closed."""
+        return self.stream_file.source
 
     @property
     def offset(self) -> int:
         """Where the stream starts in the file, bytes."""
-        return self.source.offset
+        return self.stream_file.offset
 
     @property
     def size(self) -> int:
-        """Apparent size of the file, bytes; of a pipe, what has come of it."""
+        """Apparent size of the file, bytes; of a pipe, the bytes that were read."""
         return self.source.file_size
 
     @property
@@ -319,9 +310,9 @@ class Snapshot(abc.ABC):
         return self.source.allocated_bytes()
 
     def refuse_as_target(self, target: Target) -> None:
-        """UsageError when ``target`` leads to this very file: writing there would destroy it.
+        """Raise UsageError if ``target`` is this very file, which writing would destroy.
 
-        Links are followed, and a hard link is the file. What leads nowhere is no matter here.
+        Links are followed, and a hard link is the file.
         """
         places: list[Named]
         if isinstance(target, Descriptors):
@@ -332,7 +323,7 @@ class Snapshot(abc.ABC):
         refuse_in_use(places, self.in_use())
 
     def in_use(self) -> dict[FileId, str]:
-        """The file, and what is kept beside it, which nothing may write over."""
+        """Return the file, and those beside it, none of which may be overwritten."""
         name = self.source.name
         files: list[tuple[Named, str]] = [
             (self.source.file_fd, f"the snapshot that is read ({name!r})")
@@ -348,7 +339,7 @@ class Snapshot(abc.ABC):
         return FileId.of(os.fstat(self.source.file_fd))
 
     def _known(self, names: Collection[str] | None) -> list[str]:
-        """These names (None: of all blocks), in the order of the stream."""
+        """Return these names (None: of all blocks), in the order of the stream."""
         unknown = [name for name in names or () if name not in self.blocks]
         if unknown:
             raise BlockMismatch(
@@ -356,34 +347,27 @@ class Snapshot(abc.ABC):
             )
         return [name for name in self.blocks if names is None or name in names]
 
-    R = TypeVar("R")
-
     def _follow(self, job: Job[R]) -> Job[R]:
         """Cancel the job when the snapshot is closed before it ends."""
         self._jobs.append(job)
         return job.at_end(lambda: self._jobs.remove(job))
 
-    def _drop(self) -> None:  # noqa: B027
-        """Give memory back; called once, after all jobs have ended."""
+    def _drop(self) -> None:
+        """Free memory; called once, after all jobs have ended."""
 
     def close(self) -> None:
-        """Cancel the jobs under way, close the file and drop what was kept. May be repeated."""
+        """Cancel running jobs, close the file and free memory. Idempotent."""
         for job in list(self._jobs):
             job.cancel()
             job.join()
         with self._lock:
-            if self._source is not None:
-                self._source.close()
-                self._source = None
+            if self._stream_file is not None:
+                self._stream_file.close()
+                self._stream_file = None
             self._drop()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

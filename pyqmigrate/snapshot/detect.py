@@ -1,4 +1,4 @@
-"""Open a snapshot of whichever kind: it is looked at, its name does not matter.
+"""Open a snapshot of any kind. Its content decides, not its name.
 
 with open_snapshot("/var/lib/libvirt/save/guest") as snapshot:
     print(snapshot.format, snapshot.machine, snapshot.libvirt is not None)
@@ -9,76 +9,80 @@ from __future__ import annotations
 import os
 
 from pyqmigrate.argument_types import check
-from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.format.cursor import Cursor
-from pyqmigrate.format.stream import configuration
+from pyqmigrate.format.stream.configuration import MAPPED_RAM
 from pyqmigrate.format.stream.mapped_ram import ByteOrder
-from pyqmigrate.format.stream.wire import MAGIC, PREAMBLE, TYPE_CONFIGURATION, VERSION
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
-from pyqmigrate.snapshot.base import Located, Snapshot, locate
+from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot, check_bitmap_order
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
-__all__ = ["open_snapshot"]
+__all__ = ["open_snapshot", "snapshot_of"]
 
 _MULTIFD_MAGIC = bytes.fromhex("11223344")
 
 
 def open_snapshot(
-    target: Target | Located,
+    target: Target,
     *,
     offset: int | None = None,
     bitmap_order: ByteOrder | None = None,
     page_size: int | None = None,
     index: str | os.PathLike[str] | None = None,
-    piped: bool = False,
+    allow_pipe: bool = False,
 ) -> Snapshot:
-    """Open a mapped-ram file or a sequential stream: in a file or on a block device, behind libvirt's
-    header or at an offset, compressed or not.
+    """Open a mapped-ram file or a sequential stream: in a file or on a block device, behind
+    libvirt's header or at an offset, compressed or not.
 
+    target: a path, a ``file:`` URI or Descriptors (borrowed, open for reading).
+    offset: where the stream starts, bytes, for a path. Without it libvirt's header is looked for at
+        the start of the file.
     bitmap_order: for a mapped-ram file, see
         :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`.
     page_size, index: for a sequential stream, see
         :class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`.
-    piped: whether a pipe will do, which is a sequential stream that passes by once: it can be
-        converted, unpacked or loaded. Until it has passed it does not tell its description, so
-        that ``page_size`` is needed where the configuration does not tell it and it is not 4096.
+    allow_pipe: whether the path of a pipe is accepted. It carries a sequential stream, which can be
+        converted, unpacked or loaded once. Its description comes last, so ``page_size`` is needed
+        if the configuration does not state it and it is not 4096.
 
-    A stream that is compressed (gzip, bzip2, xz, zstd), as a file or in an image of libvirt's, is
-    decompressed each time that it is read; its pages cannot be read at random either.
+    A compressed stream (gzip, bzip2, xz, zstd), as a file or in libvirt's image, is decompressed
+    each time that it is read; its pages cannot be read at random.
 
-    Raises SnapshotError for what is not a whole snapshot, NotSupported for one of a kind that
-    cannot be read (compressed with lzop, a multifd channel) and for a file of another kind that is
-    known (a disk image, an ELF core), TargetError, UsageError.
+    Raises SnapshotError for anything that is not a complete snapshot, NotSupported for a kind that
+    cannot be read (compressed with lzop, a multifd channel) and for a file of another known kind
+    (a disk image, an ELF core), TargetError, UsageError.
     """
     check_bitmap_order(bitmap_order)
     check("page_size", page_size, int, type(None))
     check("index", index, str, os.PathLike, type(None))
-    located = locate(target, offset, piped=piped)
+    stream_file = StreamFile.open(target, offset=offset, allow_pipe=allow_pipe)
+    return snapshot_of(stream_file, bitmap_order=bitmap_order, page_size=page_size, index=index)
+
+
+def snapshot_of(
+    stream_file: StreamFile,
+    *,
+    bitmap_order: ByteOrder | None = None,
+    page_size: int | None = None,
+    index: str | os.PathLike[str] | None = None,
+) -> Snapshot:
+    """Return the snapshot in an open file, which it owns; the file is closed if this fails.
+
+    Arguments and errors are those of :func:`open_snapshot`.
+    """
     try:
-        kind = _kind(located.source)
-        if kind is Format.MAPPED_RAM and located.source.passing:
-            raise NotSupported(
-                f"a mapped-ram file has its pages at fixed places, and {located.source.name!r} is "
-                "read front to back: put it into a file, decompressed"
-            )
+        mapped_ram = _is_mapped_ram(stream_file)
     except BaseException:
-        located.source.close()
+        stream_file.close()
         raise
-    if kind is Format.MAPPED_RAM:
-        return MappedRamSnapshot(located, bitmap_order=bitmap_order)
-    return SequentialSnapshot(located, page_size=page_size, index=index)
+    if mapped_ram:
+        return MappedRamSnapshot(stream_file, bitmap_order=bitmap_order)
+    return SequentialSnapshot(stream_file, page_size=page_size, index=index)
 
 
-def _kind(source: InputFile) -> Format:
-    """From the capabilities at the start; what is no stream is refused by who parses it."""
-    head = source.read_at(source.offset, PREAMBLE.size)
-    if head.startswith(_MULTIFD_MAGIC):
+def _is_mapped_ram(stream_file: StreamFile) -> bool:
+    head = stream_file.source.read_at(stream_file.offset, len(_MULTIFD_MAGIC))
+    if head == _MULTIFD_MAGIC:
         raise NotSupported("a multifd channel: only some pages of a guest, and no device state")
-    if len(head) < PREAMBLE.size or PREAMBLE.unpack(head) != (MAGIC, VERSION, TYPE_CONFIGURATION):
-        return Format.SEQUENTIAL if source.passing else Format.MAPPED_RAM
-    settings = configuration.read(Cursor(source, source.offset + PREAMBLE.size))
-    mapped = configuration.MAPPED_RAM in settings.capabilities
-    return Format.MAPPED_RAM if mapped else Format.SEQUENTIAL
+    return MAPPED_RAM in stream_file.configuration.capabilities

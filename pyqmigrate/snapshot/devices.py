@@ -1,4 +1,4 @@
-"""Looking into the device state of any migration file, without QEMU.
+"""Decode the device state of any migration file, without QEMU.
 
     found = devices("/snap/guest.mapped", name="cpu")
     for device in found.devices:
@@ -6,7 +6,7 @@
     for cpu in cpu_registers(found.devices):
         print(cpu.index, cpu.general)
 
-What the values are is told in :mod:`pyqmigrate.format.device.values`.
+:mod:`pyqmigrate.format.device.values` describes the values.
 """
 
 from __future__ import annotations
@@ -33,23 +33,22 @@ from pyqmigrate.format.stream.wire import (
     SectionKind,
 )
 from pyqmigrate.io.channels import Progress
-from pyqmigrate.io.input import InputFile
-from pyqmigrate.io.pipe import ForwardInput
+from pyqmigrate.io.input import Source
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
-from pyqmigrate.snapshot.base import Snapshot, locate
-from pyqmigrate.snapshot.detect import open_snapshot
-from pyqmigrate.snapshot.sequential import SequentialSnapshot
+from pyqmigrate.snapshot.base import Snapshot
+from pyqmigrate.snapshot.detect import snapshot_of
 
 __all__ = ["Devices", "cpu_registers", "devices"]
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The device sections of a file, as far as they were asked for, in the order of the stream.
+    """The selected device sections of a file, in the order of the stream.
 
-    ``machine`` is None in a file of device state alone. ``described`` is False where the file does
-    not describe them: each then is opaque, or one buffer. ``opaque_tail`` says that the sections
-    could not be separated up to the end: the last ones are missing.
+    ``machine`` is None in a file of device state alone. ``described`` is False if the file does not
+    describe them: each is opaque then, or one buffer. ``opaque_tail`` says that the sections could
+    not be separated up to the end: the last ones are missing.
     """
 
     machine: str | None
@@ -69,20 +68,19 @@ def devices(
     description: bytes | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Devices:
-    """Decode the device state of a file, of whichever kind it is.
+    """Decode the device state of a file of any kind, and wait.
 
-    target: an opened snapshot, which stays open; or a path (of a pipe too), a ``file:`` URI or
-        Descriptors: what ``open_snapshot`` takes, or what ``xen-save-devices-state`` wrote.
-    offset, page_size, index: as for ``open_snapshot``, which must have had them where the snapshot
-        is open already.
-    name, section_id: only devices of this name, and of this section id.
-    description: JSON text that describes the sections, instead of what the file has
+    target: an open snapshot, which stays open; or a path (of a pipe too), a ``file:`` URI or
+        Descriptors of a snapshot, or of a file that ``xen-save-devices-state`` wrote.
+    offset, page_size, index: as for ``open_snapshot``; not for an open snapshot.
+    name, section_id: select devices by name, and by section id.
+    description: JSON text that describes the sections, instead of the file's own
         (:func:`pyqmigrate.vm.twin.twin.describe_snapshot`).
     progress: called while a sequential stream is read through, as for a load.
 
-    Blocks until done. Raises UsageError where no device is selected, SnapshotError for a damaged
-    file, NotSupported for a stream that cannot be walked, or more than 96 MiB or 262144 values in
-    what is selected, TargetError.
+    Raises UsageError if no device is selected, SnapshotError for a damaged file, NotSupported for a
+    stream that cannot be read to its end, or for more than 96 MiB or 262144 values in the selected
+    devices, TargetError.
     """
     check("name", name, str, type(None))
     check("section_id", section_id, int, type(None))
@@ -94,19 +92,16 @@ def devices(
         if (offset, page_size, index) != (None, None, None):
             raise UsageError("offset, page_size and index belong to the opening of the snapshot")
         return _decode_snapshot(target, name, section_id, description, progress)
-    located = locate(target, offset, piped=True)
-    with contextlib.ExitStack() as stack:
-        stack.callback(located.source.close)
-        if _is_state_alone(located.source):
-            if isinstance(located.source, ForwardInput):
-                located.source.run_out()
-            stream = _StateAlone(walk_devices(located.source))
-            return _decode(
-                located.source, described_by(stream, description), None, False, name, section_id
-            )
-        stack.pop_all()
-    with open_snapshot(located, page_size=page_size, index=index) as snapshot:
-        return _decode_snapshot(snapshot, name, section_id, description, progress)
+    stream_file = StreamFile.open(target, offset=offset, allow_pipe=True)
+    with contextlib.closing(stream_file):
+        if _is_state_alone(stream_file):
+            source = stream_file.source
+            if source.run_out is not None:
+                source.run_out()
+            stream = _StateAlone(walk_devices(source))
+            return _decode(source, described_by(stream, description), None, False, name, section_id)
+        with snapshot_of(stream_file, page_size=page_size, index=index) as snapshot:
+            return _decode_snapshot(snapshot, name, section_id, description, progress)
 
 
 def _decode_snapshot(
@@ -116,9 +111,7 @@ def _decode_snapshot(
     description: bytes | None,
     progress: Callable[[Progress], object] | None,
 ) -> Devices:
-    if isinstance(snapshot, SequentialSnapshot):
-        snapshot.read_through(progress)
-    stream = snapshot.stream
+    stream = snapshot.read_through(progress)
     return _decode(
         snapshot.source,
         described_by(stream, description),
@@ -130,7 +123,7 @@ def _decode_snapshot(
 
 
 def _decode(
-    source: InputFile,
+    source: Source,
     stream: DescribedStream,
     machine: str | None,
     opaque_tail: bool,
@@ -146,18 +139,22 @@ def _decode(
 def _unknown(stream: DescribedStream, name: str | None, section_id: int | None) -> UsageError:
     wanted = [] if name is None else [f"the name {name!r}"]
     wanted += [] if section_id is None else [f"the id {section_id}"]
-    there = ", ".join(
+    present = ", ".join(
         f"{section.section_id} {section.name!r}"
         for section in stream.sections
         if section.kind is SectionKind.FULL
     )
-    return UsageError(f"no device section has {' and '.join(wanted)}; there are: {there or 'none'}")
+    return UsageError(
+        f"no device section has {' and '.join(wanted)}; there are: {present or 'none'}"
+    )
 
 
-def _is_state_alone(source: InputFile) -> bool:
-    """Whether a section follows where every other stream has its configuration."""
-    head = source.read_at(source.offset, PREAMBLE.size)
-    if source.offset or len(head) < PREAMBLE.size:
+def _is_state_alone(stream_file: StreamFile) -> bool:
+    """Whether a section comes where every other stream has its configuration."""
+    if stream_file.offset:
+        return False
+    head = stream_file.source.read_at(0, PREAMBLE.size)
+    if len(head) < PREAMBLE.size:
         return False
     magic, version, kind = PREAMBLE.unpack(head)
     return bool(magic == MAGIC and version == VERSION and kind != TYPE_CONFIGURATION)
@@ -165,7 +162,7 @@ def _is_state_alone(source: InputFile) -> bool:
 
 @dataclass(frozen=True)
 class _StateAlone:
-    """The sections of a file that has nothing else."""
+    """The sections of a file of device state alone."""
 
     sections: Sequence[Section]
     description: Mapping[str, Any] | None = None

@@ -1,6 +1,6 @@
-"""A finished file, opened for reading.
+"""A mapped-ram file, opened for reading.
 
-with Snapshot("/snap/guest.mapped") as snapshot:
+with open_snapshot("/snap/guest.mapped") as snapshot:
     print(snapshot.machine, snapshot.blocks["pc.ram"].length)
     first_page = snapshot.blocks["pc.ram"].read(0, 4096)
     snapshot.load({"pc.ram": buffer})
@@ -19,11 +19,12 @@ from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream.writer import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
-from pyqmigrate.io.channels import Job
+from pyqmigrate.io.channels import Channels, Job
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import Memory, SnapshotMemory
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
-from pyqmigrate.snapshot.base import Block, Located, Snapshot, error_from_errno, locate
+from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.load.mapped_ram import start_load as start_load_blocks
 
@@ -31,7 +32,7 @@ __all__ = ["MappedRamSnapshot", "MappedRamBlock", "check_bitmap_order", "start_l
 
 
 class MappedRamBlock(Block):
-    """One RAM block of a mapped-ram snapshot. Lengths in bytes, offsets absolute in the file."""
+    """One RAM block of a mapped-ram file."""
 
     def __init__(self, snapshot: MappedRamSnapshot, layout: BlockLayout) -> None:
         self._snapshot = snapshot
@@ -40,8 +41,9 @@ class MappedRamBlock(Block):
         self.address = layout.gpa
         self._bitmap: Bitmap | None = None
 
-    def __repr__(self) -> str:
-        return f"<MappedRamBlock {self.name!r}, {self.length} bytes>"
+    @property
+    def snapshot(self) -> MappedRamSnapshot:
+        return self._snapshot
 
     @property
     def pages_offset(self) -> int:
@@ -53,14 +55,14 @@ class MappedRamBlock(Block):
 
     @property
     def external(self) -> bool:
-        """Whether the content is kept in another file (``x-ignore-shared``)."""
+        """Whether the content is stored in another file (``x-ignore-shared``)."""
         return self.layout.external
 
     @property
     def bitmap(self) -> Bitmap:
-        """Which pages the file holds; read and checked on first use.
+        """Which pages have data; read and checked on first use.
 
-        Raises SnapshotError when bits point past the end of the block or of the file.
+        Raises SnapshotError for bits past the end of the block or of the file.
         """
         with self._snapshot._lock:
             if self._bitmap is None:
@@ -71,7 +73,7 @@ class MappedRamBlock(Block):
 
     @property
     def data_pages(self) -> int:
-        """Pages that the file holds."""
+        """Pages with data."""
         return self.bitmap.count()
 
     def memory(self) -> SnapshotMemory:
@@ -97,9 +99,6 @@ class MappedRamBlock(Block):
             yield first, stop, self.bitmap[first]
             first = stop
 
-    def _refused(self, number: int) -> Exception:
-        return error_from_errno(number, self._snapshot.source, self.name)
-
     def _close(self) -> None:
         if self._bitmap is not None:
             self._bitmap.close()
@@ -107,42 +106,30 @@ class MappedRamBlock(Block):
 
 
 class MappedRamSnapshot(Snapshot):
-    """A mapped-ram snapshot, written by this package or by QEMU 9.0 and later.
+    """A mapped-ram file, written by this package or by QEMU 9.0 and later.
 
-    ``target`` is a path, a ``file:`` URI or Descriptors (borrowed, open for reading); ``offset``
-    is where the stream starts, for a path. Without one, what libvirt puts before the stream is
-    stepped over; it is ``libvirt``, otherwise None. ``bitmap_order`` is the byte order of the host
-    that wrote the file, which nothing in it records. Where it is not given, it is ``little``,
-    unless a big-endian host is to be expected (an s390 guest) and the file shows that it was one
-    (:mod:`pyqmigrate.io.bitmap_order`).
+    ``bitmap_order`` is the byte order of the host that wrote the file, which the file does not
+    record. By default it is ``little``, unless the guest suggests a big-endian host (an s390 guest)
+    and the file confirms it (:mod:`pyqmigrate.io.bitmap_order`).
 
-    Opening parses and checks everything but the bitmaps and the pages. Raises SnapshotError for
-    a file that is not a whole snapshot, NotSupported for a well-formed stream of another kind,
-    TargetError when it cannot be opened. Reads and loads may run in several threads at once;
-    close it when they are done.
+    Opening parses and checks everything except the bitmaps and the pages. Raises SnapshotError for
+    a file that is not a complete snapshot, NotSupported for a well-formed stream of another kind.
     """
 
     format = Format.MAPPED_RAM
 
-    def __init__(
-        self,
-        target: Target | Located,
-        *,
-        offset: int | None = None,
-        bitmap_order: ByteOrder | None = None,
-    ) -> None:
-        check_bitmap_order(bitmap_order)
-        super().__init__(locate(target, offset))
+    def __init__(self, stream_file: StreamFile, *, bitmap_order: ByteOrder | None = None) -> None:
+        super().__init__(stream_file)
         self._bitmap_order = bitmap_order
         self._blocks: Mapping[str, MappedRamBlock] = {}
         try:
-            if self.source.passing:
+            check_bitmap_order(bitmap_order)
+            if self.source.forward:
                 raise NotSupported(
-                    "the stream is compressed, so its pages are not at fixed places: decompress it "
-                    "into a file, or convert it if it is a sequential stream "
-                    "(pyqmigrate convert FILE OUT --to mapped-ram)"
+                    f"a mapped-ram file has its pages at fixed places, and {self.source.name!r} is "
+                    "read front to back: put it into a file, decompressed"
                 )
-            self._stream = parse(self.source, self.offset)
+            self._stream = parse(self.source, self.offset, stream_file.start)
         except BaseException:
             self.close()
             raise
@@ -156,7 +143,7 @@ class MappedRamSnapshot(Snapshot):
 
     @property
     def bitmap_order(self) -> ByteOrder:
-        """The byte order in which bitmaps are read; found out on first use where it was not given.
+        """The byte order in which bitmaps are read; determined on first use if it was not given.
 
         Raises TargetError.
         """
@@ -166,16 +153,29 @@ class MappedRamSnapshot(Snapshot):
             return self._bitmap_order
 
     @property
+    def layouts(self) -> tuple[BlockLayout, ...]:
+        return self._stream.blocks
+
+    @property
     def machine(self) -> str:
-        """The machine type of the guest, perhaps empty."""
         return self._stream.machine
 
-    def verify(self) -> None:
-        """Check the structure as far as the format allows; SnapshotError says what is wrong.
+    def find_stale(self, channels: Channels) -> dict[str, int]:
+        from pyqmigrate.snapshot import stale  # a restore has no time for it
 
-        Beyond what opening checks: every bitmap, its bits against the block and the file's size,
-        and that the end of the stream is there. The format has no checksums: flipped bits in
-        pages cannot be seen.
+        return stale.find_stale(self, channels)
+
+    def clear_stale(self, fd: int, names: Collection[str], channels: Channels) -> None:
+        from pyqmigrate.snapshot import stale
+
+        stale.clear_stale(self, fd, names, channels)
+
+    def verify(self) -> None:
+        """Check the structure as far as the format allows. Raises SnapshotError.
+
+        In addition to the checks of opening: every bitmap, its bits against the block and the
+        file's size, and the end of the stream. The format has no checksums, so flipped bits in
+        pages are not detected.
         """
         if not self.stream.complete:
             raise SnapshotError(
@@ -223,9 +223,9 @@ class MappedRamSnapshot(Snapshot):
 
 
 def check_bitmap_order(order: object) -> None:
-    """UsageError unless it is ``little``, ``big`` or None."""
+    """Raise UsageError unless it is ``little``, ``big`` or None."""
     if order not in (None, "little", "big"):
-        raise UsageError(f"bitmap_order is {order!r}; it is 'little' or 'big'")
+        raise UsageError(f"bitmap_order must be 'little' or 'big', not {order!r}")
 
 
 def start_load(
@@ -237,8 +237,11 @@ def start_load(
     direct_io: DirectIO | str = DirectIO.AUTO,
     clear: Clear | str = Clear.ZERO,
 ) -> Job[LoadReport]:
-    """Open a snapshot and begin to load it; it is closed when the job ends. See Snapshot.load."""
-    snapshot = MappedRamSnapshot(target, offset=offset)
+    """Open a mapped-ram file and start to load it; it is closed when the job ends.
+
+    Arguments and errors are those of :meth:`~pyqmigrate.snapshot.base.Snapshot.load`.
+    """
+    snapshot = MappedRamSnapshot(StreamFile.open(target, offset=offset))
     try:
         return snapshot.start_load(
             memories, channels=channels, direct_io=direct_io, clear=clear

@@ -36,8 +36,9 @@ from pyqmigrate import _core
 from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.stream.sequential import ListedBlock
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import Source
 from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.load.sequential import RecordDecoder
 
 __all__ = ["PageIndex", "check_place", "keep", "recall"]
@@ -76,7 +77,7 @@ class PageIndex:
             record.index = self.cores[block.name]
         self._records.start()
 
-    def read_records(self, source: InputFile, channels: Channels, offset: int) -> int:
+    def read_records(self, source: Source, channels: Channels, offset: int) -> int:
         """Take in the body of records at ``offset``; returns where it ends.
 
         Raises SnapshotError, NotSupported for what no index can hold, TargetError, Cancelled.
@@ -91,32 +92,32 @@ def check_place(path: str | os.PathLike[str]) -> Path:
     return check_replaceable(path, _INDEX)
 
 
-def keep(index: PageIndex, source: InputFile, path: Path) -> None:
+def keep(index: PageIndex, stream_file: StreamFile, path: Path) -> None:
     """Write the index of ``source`` to ``path``, where it appears whole. Its name need not be
     durable: an index that is lost is made again.
 
     Raises UsageError where something else is there now, TargetError.
     """
-    write_whole(path, _INDEX, lambda file: _write(index, source, file), sync_name=False)
+    write_whole(path, _INDEX, lambda file: _write(index, stream_file, file), sync_name=False)
 
 
-def _write(index: PageIndex, source: InputFile, file: BinaryIO) -> None:
+def _write(index: PageIndex, stream_file: StreamFile, file: BinaryIO) -> None:
     file.write(_MAGIC + bytes(DIGEST_SIZE))
     state = xxhash.xxh3_128()
-    for piece in _pieces(index, source):
+    for piece in _pieces(index, stream_file):
         state.update(piece)
         file.write(piece)
     file.seek(len(_MAGIC))
     file.write(state.digest())
 
 
-def _pieces(index: PageIndex, source: InputFile) -> Iterator[bytes]:
+def _pieces(index: PageIndex, stream_file: StreamFile) -> Iterator[bytes]:
     """What follows the digest."""
     lists = {block.name: list(_runs(index, block)) for block in index.blocks}
     changes = {name: _changes(core) for name, core in index.cores.items()}
     head = json.dumps(
         {
-            **_identity(source),
+            **_identity(stream_file),
             "page_size": index.page_size,
             "bodies": [*index.bodies.items()],
             "blocks": [
@@ -168,20 +169,21 @@ def _runs(index: PageIndex, block: ListedBlock) -> Iterator[tuple[int, int]]:
         yield start, stop - start
 
 
-def _identity(source: InputFile) -> dict[str, Any]:
+def _identity(stream_file: StreamFile) -> dict[str, Any]:
+    source = stream_file.source
     info = os.fstat(source.fd)
-    digest = hashlib.sha256(source.read_at(source.offset, _DIGESTED))
+    digest = hashlib.sha256(source.read_at(stream_file.offset, _DIGESTED))
     digest.update(source.read_at(max(0, info.st_size - _DIGESTED), _DIGESTED))
     return {
         "size": info.st_size,
         "mtime_ns": info.st_mtime_ns,
-        "offset": source.offset,
+        "offset": stream_file.offset,
         "digest": digest.hexdigest(),
     }
 
 
 def recall(
-    source: InputFile, path: Path, blocks: Sequence[ListedBlock], page_size: int
+    stream_file: StreamFile, path: Path, blocks: Sequence[ListedBlock], page_size: int
 ) -> PageIndex | None:
     """The index of ``source`` that ``path`` keeps; None where it is missing, of another file, or
     damaged in any way. The blocks and page size are those of the stream's head."""
@@ -189,7 +191,7 @@ def recall(
         with path.open("rb") as file:
             if not _is_whole(file):
                 return None
-            index = _read(source, file, os.fstat(file.fileno()).st_size, blocks, page_size)
+            index = _read(stream_file, file, os.fstat(file.fileno()).st_size, blocks, page_size)
             return None if file.read(1) else index
     # The digest keeps damage out, but the writer of the file can have made one for anything.
     except (OSError, ValueError, TypeError, KeyError, OverflowError, struct.error, RecursionError):
@@ -216,15 +218,20 @@ def _take(file: BinaryIO, length: int) -> bytes:
 
 
 def _read(
-    source: InputFile, file: BinaryIO, size: int, blocks: Sequence[ListedBlock], page_size: int
+    stream_file: StreamFile,
+    file: BinaryIO,
+    size: int,
+    blocks: Sequence[ListedBlock],
+    page_size: int,
 ) -> PageIndex:
+    source = stream_file.source
     length = int.from_bytes(_take(file, 4), "little")
     if length > min(_HEAD_MAX, size):
         raise ValueError("too long")
     text = _take(file, length)
     head = json.loads(text)
     _take(file, len(_padding(text)))
-    if any(head[key] != value for key, value in _identity(source).items()):
+    if any(head[key] != value for key, value in _identity(stream_file).items()):
         raise ValueError("another file")
     listed = [(name, length) for name, length, _, _ in head["blocks"]]
     if head["page_size"] != page_size or listed != [(b.name, b.length) for b in blocks]:

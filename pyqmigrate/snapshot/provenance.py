@@ -1,7 +1,7 @@
-"""What wrote a snapshot, and whether QEMU would load it: as far as the file tells.
+"""Find out what wrote a snapshot, and whether QEMU would load it.
 
-No file names its writer. What it does tell: the machine type, which QEMU versions its features
-need, and what libvirt puts before it.
+No file names its writer. A file does record the machine type, features that need certain versions of
+QEMU, and libvirt's header.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.io.bitmap_order import better_order, says_better
 from pyqmigrate.snapshot.base import Snapshot
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["Provenance", "provenance", "run_state"]
 
@@ -26,12 +25,12 @@ _RUN_STATE_MAX = 4096  # bytes of the section that has the run state; it has 104
 
 @dataclass(frozen=True)
 class Provenance:
-    """``qemu`` is the oldest version ``(major, minor)`` that can have written the file, or None;
-    ``reasons`` why it must have been that one or later. ``libvirt`` says that libvirt saved it.
+    """``qemu`` is the oldest version ``(major, minor)`` that can have written the file, or None,
+    and ``reasons`` says why. ``libvirt`` says that libvirt saved it.
 
     ``loadable`` says whether a QEMU of that version or later, with the same machine and
-    capabilities, would load it; ``obstacles`` why not, ``remarks`` what else to know for it.
-    ``run_state`` is what the guest is going to be then, where the file tells (``running``).
+    capabilities, would load it; ``obstacles`` say why not, ``remarks`` what to know for a load.
+    ``run_state`` is the state of the guest after a load (``running``), None if not recorded.
     """
 
     qemu: tuple[int, int] | None
@@ -44,8 +43,8 @@ class Provenance:
 
 
 def provenance(snapshot: Snapshot) -> Provenance:
-    """Judge an opened snapshot; for a sequential stream that takes its pass over the file, which
-    raises what it raises there."""
+    """Judge an open snapshot. For a sequential stream this makes its pass over the file, and raises
+    the errors of that."""
     check("the snapshot", snapshot, Snapshot)
     found = _signs(snapshot)
     obstacles = _obstacles(snapshot)
@@ -62,17 +61,17 @@ def provenance(snapshot: Snapshot) -> Provenance:
 
 def _signs(snapshot: Snapshot) -> list[tuple[tuple[int, int], str]]:
     stream = snapshot.stream
-    found = []
+    signs = []
     version = _VERSIONED.search(stream.machine)
     if version:
-        found.append(((int(version[1]), int(version[2])), f"machine type {stream.machine}"))
+        signs.append(((int(version[1]), int(version[2])), f"machine type {stream.machine}"))
     if MAPPED_RAM in stream.capabilities:
-        found.append(((9, 0), "mapped-ram"))
+        signs.append(((9, 0), "mapped-ram"))
         if any(block.external for block in snapshot.blocks.values()):
-            found.append(((11, 0), "blocks of a mapped-ram file that are kept elsewhere"))
+            signs.append(((11, 0), "blocks of a mapped-ram file that are kept elsewhere"))
     if any(s.kind is SectionKind.COMMAND and s.name == "switchover-start" for s in stream.sections):
-        found.append(((10, 0), "the command switchover-start"))
-    return found
+        signs.append(((10, 0), "the command switchover-start"))
+    return signs
 
 
 def _obstacles(snapshot: Snapshot) -> tuple[str, ...]:
@@ -95,11 +94,12 @@ def _remarks(snapshot: Snapshot) -> tuple[str, ...]:
         found.append("QEMU needs the capability mapped-ram on, from 9.0")
         if IGNORE_SHARED in stream.capabilities:
             found.append("QEMU before 11.0 cannot load mapped-ram together with x-ignore-shared")
-    if isinstance(snapshot, MappedRamSnapshot):
-        better = better_order(snapshot.source, snapshot.stream.blocks, snapshot.bitmap_order)
+    order = snapshot.bitmap_order
+    if order is not None:
+        better = better_order(snapshot.source, snapshot.layouts, order)
         if better is not None:
             found.append(says_better(better))
-        if snapshot.bitmap_order == "big":
+        if order == "big":
             found.append("QEMU on a little-endian host would misread its bitmaps")
     if IGNORE_SHARED in stream.capabilities:
         found.append("QEMU needs the capability x-ignore-shared on, and the blocks kept elsewhere")
@@ -117,7 +117,7 @@ def _remarks(snapshot: Snapshot) -> tuple[str, ...]:
 
 
 def run_state(snapshot: Snapshot) -> str | None:
-    """QEMU's word for the state that the guest has after a load; None where the file has none."""
+    """Return QEMU's name for the state of the guest after a load; None if it is not recorded."""
     if not snapshot.stream.complete:
         return None
     for s in snapshot.stream.sections:

@@ -1,13 +1,13 @@
 """A sequential stream, opened for reading at random.
 
-    with SequentialSnapshot("/snap/guest.sequential", index="/snap/guest.index") as snapshot:
+    with open_snapshot("/snap/guest.sequential", index="/snap/guest.index") as snapshot:
         first_page = snapshot.blocks["pc.ram"].read(0, 4096)
 
-Opening reads the head only. What asks for more (:attr:`SequentialSnapshot.stream`, page counts,
-:meth:`~SequentialSnapshot.verify`) makes one pass over the whole file, once: it finds the sections,
-keeps no page, and costs two bits of memory a page. What reads pages makes one that finds the place
-of every page too (:mod:`pyqmigrate.snapshot.page_index`), and costs 8 bytes a page. A load makes a
-pass of its own and needs no index, as do conversions into a mapped-ram file or raw files.
+Opening reads the head only. :attr:`SequentialSnapshot.stream`, page counts and
+:meth:`~SequentialSnapshot.verify` make one pass over the whole file, once: it finds the sections,
+keeps no page, and needs two bits of memory for each page. Reading pages makes a pass that finds the
+place of every page too (:mod:`pyqmigrate.snapshot.page_index`), and needs 8 bytes for each. A load
+makes a pass of its own and needs no index, as do conversions into a mapped-ram file or raw files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_mapping, check_names
@@ -37,20 +38,20 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, files_in_use, refuse_in_use
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import Source
 from pyqmigrate.io.memory import Memory, SnapshotMemory
-from pyqmigrate.io.pipe import ForwardInput
-from pyqmigrate.io.target import Target
-from pyqmigrate.snapshot.base import Block, Located, Snapshot, error_from_errno, locate
+from pyqmigrate.io.stream_file import StreamFile
+from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, start_sequential_load
+from pyqmigrate.snapshot.load.staging import StreamUnpacker
 from pyqmigrate.snapshot.page_index import PageIndex, check_place, keep, recall
 
 __all__ = ["SequentialBlock", "SequentialSnapshot"]
 
 
 class SequentialBlock(Block):
-    """One RAM block of a sequential stream. Lengths in bytes."""
+    """One RAM block of a sequential stream."""
 
     def __init__(self, snapshot: SequentialSnapshot, entry: ListedBlock, page_size: int) -> None:
         self._snapshot = snapshot
@@ -58,18 +59,19 @@ class SequentialBlock(Block):
         self.name, self.length, self.page_size = entry.name, entry.length, page_size
         self.address = entry.gpa
 
-    def __repr__(self) -> str:
-        return f"<SequentialBlock {self.name!r}, {self.length} bytes>"
+    @property
+    def snapshot(self) -> SequentialSnapshot:
+        return self._snapshot
 
     @property
     def external(self) -> bool:
-        """Whether the content is kept in another file: with ``x-ignore-shared`` on, whether no
+        """Whether the content is stored in another file: with ``x-ignore-shared`` on, whether no
         record mentions the block."""
         return self._snapshot.stream.ignore_shared and not self._counted.mentioned
 
     @property
     def data_pages(self) -> int:
-        """Pages that the stream has with some content."""
+        """Pages with data in the stream."""
         return self._counted.data_pages
 
     @property
@@ -100,61 +102,56 @@ class SequentialBlock(Block):
             yield first, stop, bool(data[0])
             first = stop
 
-    def _refused(self, number: int) -> Exception:
-        return error_from_errno(number, self._snapshot.source, self.name)
-
 
 class SequentialSnapshot(Snapshot):
     """A sequential stream: ``migrate`` to ``file:`` or ``exec:`` without mapped-ram.
 
-    target, offset: as for :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`.
-    page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
-    index: where the result of the pass is kept; it is used if it is whole and of this file, and
-        written otherwise. A file there that is no index is a UsageError.
+    page_size: bytes; needed if neither configuration nor description states it and it is not 4096.
+    index: the file that stores the result of the pass. It is used if it is intact and belongs to
+        this file, and written otherwise. Another file there is a UsageError.
 
     Raises SnapshotError for a damaged head, NotSupported for a stream of another kind, TargetError,
-    UsageError. The pass raises these too, at whatever needed it: NotSupported for a multifd stream,
-    whose pages are elsewhere, and for compressed pages; where pages are read at random, also for a
-    page with more than 1024 changes, and for a stream that is not in a file as it is.
+    UsageError. Whatever needs the pass raises these too: NotSupported for a multifd stream, whose
+    pages are elsewhere, and for compressed pages; for random reads, also for a page with more than
+    1024 changes, and for a forward-only source.
     """
 
     format = Format.SEQUENTIAL
+    one_pass = True
 
     def __init__(
         self,
-        target: Target | Located,
+        stream_file: StreamFile,
         *,
-        offset: int | None = None,
         page_size: int | None = None,
         index: str | os.PathLike[str] | None = None,
     ) -> None:
-        check("page_size", page_size, int, type(None))
-        check("index", index, str, os.PathLike, type(None))
-        super().__init__(locate(target, offset))
+        super().__init__(stream_file)
         self.index: Path | None = None
         self._walked: tuple[SequentialStream, Mapping[str, _Counted]] | None = None
         self._pages: PageIndex | None = None
         try:
             source = self.source
+            check("page_size", page_size, int, type(None))
+            check("index", index, str, os.PathLike, type(None))
             if index is not None:
                 place = check_place(index)
                 refuse_in_use(place, self.in_use())
                 self.index = place
+                self.makes_index = True
             walk = SequentialWalk(
-                source,
-                self.offset,
-                _no_records,
-                page_size=page_size,
-                run_out=source.run_out if isinstance(source, ForwardInput) else None,
+                source, self.offset, _no_records, page_size=page_size, run_out=source.run_out
             )
-            if self.index is not None and source.passing:
-                raise UsageError(f"{source.name!r} is not read at random: no index can be kept")
+            if self.index is not None and source.forward:
+                raise UsageError(
+                    f"{source.name!r} is read front to back: an index of it has no use"
+                )
             if self.index is not None and source.is_device:
                 raise UsageError(
                     f"{source.name!r} is a block device, which records no time of change: no index "
                     "can be kept"
                 )
-            walk.read_head()
+            walk.read_head(stream_file.start)
         except BaseException:
             self.close()
             raise
@@ -180,18 +177,28 @@ class SequentialSnapshot(Snapshot):
 
     @property
     def stream(self) -> SequentialStream:
-        """What the stream says, and its sections; takes the pass."""
+        """The configuration of the stream, its blocks and its sections; makes the pass."""
         return self.read_through()
 
     def read_through(
-        self, progress: Callable[[Progress], object] | None = None, *, pages: bool = False
+        self, progress: Callable[[Progress], object] | None = None
     ) -> SequentialStream:
-        """Make the pass if it was not made, and wait; ``progress`` as for a load.
+        """Make the pass unless it was made, wait for it, and return :attr:`stream`.
 
-        ``pages``: also note where every page is, so that they can be read at random.
+        If there is to be an index, this makes it.
         """
-        _ = self.source  # closed?
-        pages = pages or self.index is not None
+        return self._pass(progress, pages=self.index is not None)
+
+    def prepare_random_reads(self, progress: Callable[[Progress], object] | None = None) -> None:
+        self._pass(progress, pages=True)
+
+    def unpacker(self, channels: Channels, sparse: Any, target: str) -> StreamUnpacker:
+        return StreamUnpacker(self.stream_file, channels, sparse, target, page_size=self.page_size)
+
+    def _pass(
+        self, progress: Callable[[Progress], object] | None, *, pages: bool
+    ) -> SequentialStream:
+        _ = self.source  # raises if the snapshot is closed
         with self._lock:
             if self._walked is None or (pages and self._pages is None):
                 channels = Channels(1, "pyqmigrate-index")
@@ -207,9 +214,9 @@ class SequentialSnapshot(Snapshot):
         return self._walked[1]
 
     def page_index(self) -> PageIndex:
-        """Where every page is; takes the pass that finds out."""
+        """Return where every page is; makes the pass that finds it."""
         if self._pages is None:
-            self.read_through(pages=True)
+            self.prepare_random_reads()
         assert self._pages is not None
         return self._pages
 
@@ -220,22 +227,22 @@ class SequentialSnapshot(Snapshot):
 
     def _find_pages(self, channels: Channels) -> None:
         source, path = self.source, self.index
-        if source.passing:
+        if source.forward:
             raise NotSupported(
                 f"pages of {source.name!r} cannot be read at random: it is read front to back; "
                 "convert it into a mapped-ram file"
             )
         if path is not None:
-            kept = recall(source, path, self._entries, self.page_size)
+            kept = recall(self.stream_file, path, self._entries, self.page_size)
             if kept is not None:
-                # What does not fit may be the index's fault, or the file's: the pass will tell.
+                # A mismatch may be the index's fault, or the file's: the pass decides.
                 with contextlib.suppress(SnapshotError):
                     self._take(self._walk(channels, functools.partial(_end, kept)), kept)
                     return
         index = PageIndex(self._entries, self.page_size)
         stream = self._walk(channels, functools.partial(index.read_records, source, channels))
         if path is not None:
-            keep(index, source, path)
+            keep(index, self.stream_file, path)
         self._take(stream, index)
 
     def _take(self, stream: SequentialStream, index: PageIndex) -> None:
@@ -256,13 +263,13 @@ class SequentialSnapshot(Snapshot):
         walk = SequentialWalk(
             polled, self.offset, read_records, page_size=self.page_size, run_out=polled.run_out
         )
-        walk.read_head()
+        walk.read_head(self.stream_file.start)
         return walk.stream()
 
     def verify(self) -> None:
-        """Check the structure: every record, and that the end of the stream is there.
+        """Check the structure: every record, and the end of the stream. Raises SnapshotError.
 
-        Raises SnapshotError. The format has no checksums: flipped bits in pages cannot be seen.
+        The format has no checksums, so flipped bits in pages are not detected.
         """
         stream = self.stream
         if not stream.complete:
@@ -292,9 +299,9 @@ class SequentialSnapshot(Snapshot):
         if missing and IGNORE_SHARED not in self.configuration.capabilities:
             raise BlockMismatch(f"no memory is given for block {missing[0]!r}")
         job = start_sequential_load(
-            self.source, given, skip_unknown_blocks=True, clear=clear, page_size=self.page_size
+            self.stream_file, given, skip_unknown_blocks=True, clear=clear, page_size=self.page_size
         )
-        return self._follow(job)  # type: ignore[arg-type]
+        return self._follow(job)
 
     def _drop(self) -> None:
         self._walked = self._pages = None
@@ -302,14 +309,14 @@ class SequentialSnapshot(Snapshot):
 
 @dataclass(frozen=True)
 class _Counted:
-    """Whether any record is about a block, and how many of its pages hold something."""
+    """Whether any record mentions a block, and how many of its pages have data."""
 
     mentioned: bool
     data_pages: int
 
 
 class _PageCount:
-    """Records that are checked and counted, at two bits a page."""
+    """Check and count records, at two bits for each page."""
 
     def __init__(self, blocks: Sequence[ListedBlock], page_size: int) -> None:
         with contextlib.ExitStack() as stack:
@@ -324,7 +331,7 @@ class _PageCount:
             self._records.start()
             self.close = stack.pop_all().close
 
-    def read(self, source: InputFile, channels: Channels, offset: int) -> int:
+    def read(self, source: Source, channels: Channels, offset: int) -> int:
         return self._records.read(source, channels, offset)
 
     def found(self) -> dict[str, _Counted]:
@@ -335,10 +342,10 @@ class _PageCount:
 
 
 def _no_records(offset: int) -> int:
-    raise SnapshotError("page records stand before the list of RAM blocks", offset=offset)
+    raise SnapshotError("page records before the list of RAM blocks", offset=offset)
 
 
 def _end(index: PageIndex, offset: int) -> int:
     if offset not in index.bodies:
-        raise SnapshotError("the index knows no records here", offset=offset)
+        raise SnapshotError("the index has no records at this offset", offset=offset)
     return index.bodies[offset]

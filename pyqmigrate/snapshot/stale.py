@@ -7,13 +7,15 @@ is a mapping of the file would see them.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyqmigrate import _core
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, split_ranges
 from pyqmigrate.io.direct_io import core_file
-from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
+
+if TYPE_CHECKING:
+    from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
 __all__ = ["clear_stale", "find_stale"]
 

@@ -45,7 +45,7 @@ def main() -> None:
     saved = outcome(lambda: pyqmigrate.save(path, blocks, direct_io=direct_io, channels=2))
     result: dict[str, Any] = {"save": saved, "names": [p.name for p in directory.iterdir()]}
     if saved["error"] is None:
-        with pyqmigrate.MappedRamSnapshot(path) as snapshot:
+        with pyqmigrate.open_snapshot(path) as snapshot:
             loaded = {name: bytearray(len(m)) for name, m in memories.items()}
             result["load"] = outcome(lambda: snapshot.load(loaded, direct_io=direct_io))
         result["equal"] = all(loaded[n] == m.tobytes() for n, m in memories.items())

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from pyqmigrate.vm.outgoing.save import VmSaveReport, save
 from tests.harness.machine import RAM_BLOCK, GuestRam, Qemu
 from tests.harness.pattern_guest import build
@@ -192,7 +192,7 @@ def loaded(guest: Source, path: Path) -> Iterator[Source]:
     with (
         GuestRam(guest.ram.length) as ram,
         Qemu(ram, machine=guest.vm.machine, incoming=True, bios=guest.image, serial=serial) as vm,
-        MappedRamSnapshot(path) as snapshot,
+        open_snapshot(path) as snapshot,
     ):
         vm.load(path)
         snapshot.verify()

@@ -41,7 +41,7 @@ class Sealed:
 
     def block(self, name: str) -> tuple[int, int]:
         """Where its bitmap and its pages are."""
-        with pyqmigrate.MappedRamSnapshot(self.path) as snapshot:
+        with pyqmigrate.open_snapshot(self.path) as snapshot:
             return snapshot.blocks[name].bitmap_offset, snapshot.blocks[name].pages_offset
 
     def check(self) -> SealCheck:

@@ -52,7 +52,7 @@ def save_known(path: Path, seed: int = 0, **options: object) -> Bytes:
 
 def load(path: Path | str | pyqmigrate.Descriptors, **options: object) -> dict[str, Bytes]:
     """Load all blocks into buffers that were not zero before."""
-    with pyqmigrate.MappedRamSnapshot(path) as snapshot:
+    with pyqmigrate.open_snapshot(path) as snapshot:
         snapshot.verify()
         memories = {
             name: np.full(block.length, 0x77, dtype=np.uint8)
@@ -64,7 +64,7 @@ def load(path: Path | str | pyqmigrate.Descriptors, **options: object) -> dict[s
 
 def turn_bitmaps(path: Path) -> None:
     """Write the bitmaps as a host of the other byte order would."""
-    with pyqmigrate.MappedRamSnapshot(path) as snapshot, path.open("r+b") as file:
+    with pyqmigrate.open_snapshot(path) as snapshot, path.open("r+b") as file:
         for block in snapshot.blocks.values():
             file.seek(block.bitmap_offset)
             words = np.frombuffer(file.read(block.layout.bitmap_size), dtype="<u8")

@@ -16,9 +16,7 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.devices import devices
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.writer import SaveReport
-from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.harness.compare_memory import assert_same_blocks
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
 from tests.harness.pattern_guest import build, check_pattern
@@ -169,7 +167,7 @@ def test_zero_pages_are_holes_of_the_mapped_file(disk: Path) -> None:
 
 def test_stale_bytes_under_clear_bits_do_not_come_along(disk: Path) -> None:
     saved = save_paused(disk, "pc", Format.MAPPED_RAM)
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         block = snapshot.blocks["pc.ram"]
         stale = [first for first, _, data in block.runs() if not data][:50]
         assert stale
@@ -198,10 +196,7 @@ def test_offset_is_kept_apart(disk: Path) -> None:
     with GuestRam(RAM) as ram, Qemu(ram, incoming=True) as vm:
         vm.load(disk / "there", offset=0x1234)
         assert_same_blocks(vm.read_blocks(), saved.blocks)
-    with (
-        SequentialSnapshot(saved.path) as snapshot,
-        open_snapshot(disk / "there", offset=0x1234) as o,
-    ):
+    with open_snapshot(saved.path) as snapshot, open_snapshot(disk / "there", offset=0x1234) as o:
         assert snapshot.machine == o.machine
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate import FileMemory, MappedRamSnapshot
+from pyqmigrate import FileMemory, open_snapshot
 from pyqmigrate.errors import BlockMismatch
 from pyqmigrate.io.memory import Memory
 from pyqmigrate.vm.guest.device_state import DeviceState
@@ -46,7 +46,7 @@ SETTINGS = [*map(Setting, RAM_BLOCK), Setting("q35", tuple(FOREIGN))]
 
 def assert_snapshot_has(path: Path, expected: dict[str, bytes], state: DeviceState) -> None:
     """Read by this package: whole, with these blocks and these devices."""
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         snapshot.verify()
         blocks = {name: bytearray(block.length) for name, block in snapshot.blocks.items()}
         snapshot.load(blocks)
@@ -273,7 +273,7 @@ def test_guest_keeps_its_uuid(disk: Path) -> None:
         state = vm.migrated_state(disk)
         assert state.uuid == bytes.fromhex(uuid.replace("-", ""))
         vm.save_directly(path, state, {"pc.ram": FileMemory(ram.fd)})
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         assert snapshot.stream.uuid == state.uuid
     with GuestRam(RAM) as ram, DirectQemu(ram, incoming=True, extra=["-uuid", uuid]) as vm:
         vm.set_capabilities({"validate-uuid": True})

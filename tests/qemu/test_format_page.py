@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.machine import GuestRam, MigrationFailed, Mode, Qemu, QemuDied
 from tests.harness.sequential_saves import SequentialQemu
 
@@ -73,7 +73,7 @@ def test_how_a_file_was_saved_leaves_no_trace(disk: Path) -> None:
         with GuestRam(RAM) as ram, Qemu(ram) as vm:
             fill(memoryview(ram.memory), Contents.RUNS)
             vm.save(disk / str(n), mode)
-    with MappedRamSnapshot(disk / "0") as one, MappedRamSnapshot(disk / "1") as other:
+    with open_snapshot(disk / "0") as one, open_snapshot(disk / "1") as other:
         assert one.size == other.size
         assert [b.layout for b in one.blocks.values()] == [b.layout for b in other.blocks.values()]
         assert one.stream.capabilities == other.stream.capabilities == ("mapped-ram",)
@@ -110,7 +110,7 @@ def whole(module_disk: Path) -> Whole:
     with GuestRam(RAM) as ram, Qemu(ram) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED)
         vm.save(path, offset=OFFSET)
-    with MappedRamSnapshot(path, offset=OFFSET) as snapshot:
+    with open_snapshot(path, offset=OFFSET) as snapshot:
         found = Whole(path.read_bytes(), OFFSET)
         found.places = {
             name: Place(b.bitmap_offset - 28, b.length, b.bitmap_offset, b.pages_offset)

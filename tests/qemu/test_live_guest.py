@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.compare_memory import assert_same_memory
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
 from tests.harness.pattern_guest import build, check_pattern
@@ -52,7 +52,7 @@ def save_live(machine: str, mode: Mode, directory: Path) -> Live:
 @pytest.mark.parametrize("machine", RAM_BLOCK)
 def test_live_snapshot_is_one_instant_of_the_guest(machine: str, mode: Mode, disk: Path) -> None:
     live = save_live(machine, mode, disk)
-    with MappedRamSnapshot(live.path) as snapshot:
+    with open_snapshot(live.path) as snapshot:
         blocks = {name: bytearray(block.length) for name, block in snapshot.blocks.items()}
         snapshot.load(blocks, channels=2)
     memory = blocks[RAM_BLOCK[machine]]
@@ -66,7 +66,7 @@ def test_live_snapshot_is_one_instant_of_the_guest(machine: str, mode: Mode, dis
 def test_stale_bytes_under_clear_bits_are_not_read(disk: Path) -> None:
     """Pages that turned zero during the save keep their former bytes in the file."""
     live = save_live("pc", Mode(channels=2, multifd=True), disk)
-    with MappedRamSnapshot(live.path) as snapshot, live.path.open("rb") as file:
+    with open_snapshot(live.path) as snapshot, live.path.open("rb") as file:
         block = snapshot.blocks["pc.ram"]
         zero, stale = bytes(4096), []
         for offset in range(0, block.length, 4096):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.compare_memory import assert_same_memory
 from tests.harness.machine import GuestRam
 from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
@@ -63,7 +63,7 @@ def test_snapshot_that_qemu_saved_has_its_memory(
     with OtherQemu(target, ram) as qemu:
         qemu.save(path, **({"multifd-channels": channels} if channels else {}))
         expected = bytes(ram.memory)
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         assert target.machine in snapshot.machine
         memory = snapshot.blocks[target.block].read(0, target.length)
     assert_same_memory(memory, expected)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate import Descriptors, FileMemory, MappedRamSnapshot, RamBlock, save
+from pyqmigrate import Descriptors, FileMemory, RamBlock, open_snapshot, save
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.machine import GuestRam, MigrationFailed, Mode, Qemu
 
@@ -177,7 +177,7 @@ def test_what_qemu_saved_after_loading_ours_is_ours(memory: bytearray, disk: Pat
     with GuestRam(SMALL) as ram, Qemu(ram, incoming=True) as vm:
         vm.load(ours, MULTIFD)
         vm.save(theirs, DIRECT)
-    with MappedRamSnapshot(theirs) as snapshot:
+    with open_snapshot(theirs) as snapshot:
         assert_same_memory(snapshot.blocks["pc.ram"].read(0, SMALL), memory)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate import MappedRamSnapshot, NotSupported, SnapshotError
+from pyqmigrate import NotSupported, SnapshotError, open_snapshot
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.machine import GuestRam, Mode, Qemu
 from tests.harness.qmp import QmpError
@@ -73,7 +73,7 @@ EVERYTHING = [
 
 
 def load_all(path: Path, offset: int, channels: int) -> dict[str, bytearray]:
-    with MappedRamSnapshot(path, offset=offset) as snapshot:
+    with open_snapshot(path, offset=offset) as snapshot:
         # Nothing of what a buffer held before may survive.
         blocks = {
             name: bytearray(b"\xa5") * block.length for name, block in snapshot.blocks.items()
@@ -124,37 +124,37 @@ def saved(module_disk: Path) -> Iterator[Saved]:
 
 
 def test_machine_name_is_the_one_qemu_gives_itself(saved: Saved) -> None:
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         assert snapshot.machine == saved.machine_name
 
 
 def test_blocks_have_the_lengths_that_qemu_reports(saved: Saved) -> None:
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         lengths = {name: block.length for name, block in snapshot.blocks.items()}
     assert lengths == {name: len(data) for name, data in saved.blocks.items()}
 
 
 def test_pages_by_kind_are_those_that_qemu_counted(saved: Saved) -> None:
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         data = sum(block.data_pages for block in snapshot.blocks.values())
     assert data == saved.status["normal"]
 
 
 def test_data_pages_are_exactly_the_pages_that_are_not_zero(saved: Saved) -> None:
     zero = bytes(4096)
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         for name, memory in saved.blocks.items():
             pages = (memory[at : at + 4096] for at in range(0, len(memory), 4096))
             assert snapshot.blocks[name].data_pages == sum(page != zero for page in pages), name
 
 
 def test_verify_accepts_what_qemu_wrote(saved: Saved) -> None:
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         snapshot.verify()
 
 
 def test_any_range_of_a_block_reads_as_qemu_has_it(saved: Saved) -> None:
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         for name, memory in saved.blocks.items():
             block, end = snapshot.blocks[name], len(memory)
             for offset, length in [(0, 1), (end // 2 - 1, 2), (end - 3, 3), (1, end - 2), (end, 0)]:
@@ -164,7 +164,7 @@ def test_any_range_of_a_block_reads_as_qemu_has_it(saved: Saved) -> None:
 
 def test_leaving_clear_pages_leaves_exactly_those(saved: Saved) -> None:
     zero, old = bytes(4096), b"\xa5" * 4096
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         blocks = {name: bytearray(b"\xa5") * len(data) for name, data in saved.blocks.items()}
         snapshot.load(blocks, clear="leave")
     for name, memory in saved.blocks.items():
@@ -178,7 +178,7 @@ def test_file_of_qemu_cut_short_is_refused(saved: Saved, disk: Path, short_by: i
     cut = disk / "cut.mapped"
     cut.write_bytes(saved.path.read_bytes())
     os.truncate(cut, cut.stat().st_size - short_by)
-    with pytest.raises(SnapshotError), MappedRamSnapshot(cut) as snapshot:
+    with pytest.raises(SnapshotError), open_snapshot(cut) as snapshot:
         snapshot.verify()
 
 
@@ -191,7 +191,7 @@ def test_save_that_qemu_cancelled_is_refused(disk: Path) -> None:
             time.sleep(0.01)
         vm.execute("migrate_cancel")
         assert vm.wait()["status"] == "cancelled"
-    with pytest.raises(SnapshotError), MappedRamSnapshot(path) as snapshot:
+    with pytest.raises(SnapshotError), open_snapshot(path) as snapshot:
         snapshot.verify()
 
 
@@ -205,5 +205,5 @@ def test_background_snapshot_without_bitmaps_is_refused(disk: Path) -> None:
         except QmpError as error:
             pytest.skip(error.desc)
         vm.save(path)
-    with pytest.raises((SnapshotError, NotSupported)), MappedRamSnapshot(path) as snapshot:
+    with pytest.raises((SnapshotError, NotSupported)), open_snapshot(path) as snapshot:
         snapshot.verify()

@@ -15,7 +15,8 @@ from bench.contents import Contents, fill
 from pyqmigrate import RamBlock
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.stream_file import StreamFile
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
     SequentialReader,
@@ -23,7 +24,6 @@ from pyqmigrate.snapshot.load.sequential import (
     start_sequential_load,
     start_sequential_save,
 )
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.machine import RAM_BLOCK, GuestRam, MigrationFailed, Mode
 from tests.harness.pattern_guest import build, check_pattern
@@ -46,7 +46,7 @@ class Loaded:
 
 def load(path: Path, *, offset: int = 0) -> Loaded:
     """All blocks of a sequential stream, into memory that was not zero."""
-    source = InputFile(f"file:{path},offset={offset}")
+    source = StreamFile.open(f"file:{path},offset={offset}")
     try:
         reader = SequentialReader(source, {}, skip_unknown_blocks=True)
         reader.close()
@@ -227,4 +227,4 @@ def test_snapshot_says_that_a_sequential_stream_is_another_kind(disk: Path) -> N
     with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         vm.save(disk / "guest", Mode())
     with pytest.raises(NotSupported, match="sequential"):
-        MappedRamSnapshot(disk / "guest")
+        open_snapshot(disk / "guest")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate import MappedRamSnapshot, RamBlock
+from pyqmigrate import RamBlock, open_snapshot
 from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.qapi.parameters import Parameters
 from pyqmigrate.qapi.policy import Policy
@@ -259,7 +259,7 @@ def test_a_busy_guest_leaves_no_former_bytes_where_pages_turned_zero(
     live.configure(MULTIFD, max_bandwidth=48 << 20, downtime_limit=50)
     live.save(f"file:{disk / 'state'}")
     at_stop = np.frombuffer(live.guest.instant, dtype=np.uint64).reshape(-1, PAGE // 8)
-    with MappedRamSnapshot(disk / "state") as snapshot, (disk / "state").open("rb") as file:
+    with open_snapshot(disk / "state") as snapshot, (disk / "state").open("rb") as file:
         block = snapshot.blocks["pc.ram"]
         clear = [page for page in range(PAGES) if not block.bitmap[page]]
         for page in clear:
@@ -281,7 +281,7 @@ def test_a_guest_that_went_on_can_be_saved_again(live: Served, disk: Path) -> No
     live.save(f"file:{disk / 'second'}")
     assert live.guest.instant != first
     assert_qemu_loads(way, disk / "second", live.guest.instant)
-    with MappedRamSnapshot(disk / "first") as snapshot:
+    with open_snapshot(disk / "first") as snapshot:
         memory = bytearray(RAM)
         snapshot.load({"pc.ram": memory})
     assert_same_memory(memory, first)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.compare_memory import assert_same_memory
 from tests.harness.machine import GuestRam, Qemu, QemuDied
 from tests.harness.serve import Driver, Serve, Witness, failure
@@ -142,7 +142,7 @@ def run_on(end: Witness) -> None:
 
 
 def saved_ram(path: Path, offset: int = 0) -> bytearray:
-    with MappedRamSnapshot(path, offset=offset) as snapshot:
+    with open_snapshot(path, offset=offset) as snapshot:
         blocks = {name: bytearray(block.length) for name, block in snapshot.blocks.items()}
         snapshot.load(blocks)
     return blocks["pc.ram"]

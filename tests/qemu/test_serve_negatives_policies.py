@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.compare_memory import assert_same_memory
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.serve import Driver, Serve, Witness
@@ -310,5 +310,5 @@ def test_shared_memory_is_left_out_of_a_mapped_ram_file_as_in_qemu(
             path.unlink(missing_ok=True)
             assert save_without_shared(Witness(strict), path) == {"return": {}}
             assert strict.execute("query-migrate")["status"] == "completed"
-        with MappedRamSnapshot(path) as snapshot:
+        with open_snapshot(path) as snapshot:
             assert snapshot.blocks["pc.ram"].external

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.serve import Driver, Serve, Witness, imitated
 from tests.harness.version import qemu_version
@@ -51,7 +51,7 @@ def check_external(path: Path, row: Row) -> None:
     assert path.stat().st_size < RAM
     if "mapped-ram" not in row.capabilities:
         return
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         block = snapshot.blocks["pc.ram"]
         assert (block.external, block.length, block.data_pages) == (True, RAM, 0)
 
@@ -120,7 +120,7 @@ def test_every_verb_says_that_the_content_is_elsewhere(disk: Path) -> None:
     given = ("--memory", f"pc.ram={memory}")
     whole = run("convert", path, disk / "whole", "--to", "mapped-ram", *given)
     assert whole.returncode == 0, whole.stderr
-    with MappedRamSnapshot(disk / "whole") as snapshot:
+    with open_snapshot(disk / "whole") as snapshot:
         target = bytearray(RAM)
         snapshot.load({"pc.ram": target}, blocks=["pc.ram"])
         assert target == memory.read_bytes()

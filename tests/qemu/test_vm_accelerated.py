@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.vm.incoming.clone import clone
 from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.outgoing.save import VmSaveReport, save
@@ -124,7 +124,7 @@ def beating(directory: Path, kernel: Path, machine: str, kind: str) -> Iterator[
 
 def generation_of(path: Path, block: str) -> int:
     """What the guest was writing; its pattern is right in the file."""
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         ram = snapshot.blocks[block]
         return check_pattern(ram.read(0, ram.length)).generation
 

@@ -19,7 +19,7 @@ import pytest
 from pyqmigrate.errors import NotSupported, QemuError
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.process_memory import ProcessMemory
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo, inspect
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.engine import Engine, choose_engine
@@ -234,7 +234,7 @@ def test_blocks_are_those_of_a_stream(arguments: Sequence[str], tmp_path: Path) 
             named = [(block.name, block.length) for block in guest.blocks]
             machine = guest.machine
         qemu.run(save)
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         assert named == [(block.name, block.length) for block in snapshot.blocks.values()]
         assert machine == snapshot.stream.machine
 

@@ -14,9 +14,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot, convert
+from pyqmigrate import convert, open_snapshot
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
 from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_load
 from pyqmigrate.vm.incoming.restore import restore
 from tests.harness.libvirt import Domain, Libvirt
@@ -105,7 +106,7 @@ def test_header_is_encoded_as_libvirt_did(image: Image) -> None:
 
 
 def test_snapshot_in_a_sparse_image_is_one_instant_of_the_guest(image: Image) -> None:
-    with MappedRamSnapshot(image.path, offset=image.header.stream_offset) as snapshot:
+    with open_snapshot(image.path, offset=image.header.stream_offset) as snapshot:
         memory = snapshot.blocks["pc.ram"].read(0, RAM)
         assert snapshot.machine in image.header.xml
     assert check_pattern(memory).generation - len(image.reports) in (0, 1)
@@ -144,7 +145,7 @@ def test_raw_image_of_a_paused_guest_says_so(raw: Image) -> None:
 def test_sequential_stream_in_a_raw_image_is_one_instant_of_the_guest(raw: Image) -> None:
     memory = bytearray(RAM)
     uri = f"file:{raw.path},offset={raw.header.stream_offset}"
-    with contextlib.closing(InputFile(uri)) as source:
+    with contextlib.closing(StreamFile.open(uri)) as source:
         start_sequential_load(source, {"pc.ram": memory}, skip_unknown_blocks=True).wait()
     assert check_pattern(bytes(memory)).generation - len(raw.reports) in (0, 1)
 

@@ -16,7 +16,7 @@ import pytest
 
 from pyqmigrate.errors import QemuError
 from pyqmigrate.format.device.sections import global_state
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.vm.guest.run_state import LOADABLE, what_stopped
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.plan.check import check
@@ -96,7 +96,7 @@ def test_qemu_can_load_every_state_that_is_called_loadable(tmp_path: Path) -> No
     with BareQemu(*_MACHINE) as qemu:
         assert qemu.run_state() == "prelaunch"
         asyncio.run(save(qemu.socket, path, engine="direct"))
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         found = next(s for s in snapshot.stream.sections if s.name == global_state("paused").name)
     for state in sorted(LOADABLE - {"running", "suspended"}):
         with path.open("r+b") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import vm
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
 from tests.harness.compare_memory import assert_same_blocks
@@ -117,6 +117,6 @@ def test_guest_goes_on_where_it_was_saved(
 
     for mode in ("instant", "load"):
         asyncio.run(run(mode))
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         ours = {name: block.read(0, block.length) for name, block in snapshot.blocks.items()}
     assert_same_blocks(ours, saved.memory)

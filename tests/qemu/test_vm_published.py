@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot, NotDurable, verify_seal
+from pyqmigrate import NotDurable, open_snapshot, verify_seal
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.vm.record.contents import read_record, record_path
 from tests.harness.saving import source
@@ -46,7 +46,7 @@ def test_the_disks_that_belong_to_a_published_snapshot_stay(
             name_is_not_durable(disk, "snapshot", patched)
             with pytest.raises(NotDurable, match="is there and whole") as caught:
                 guest.save(disk / "snapshot", engine=engine, with_disks=True)
-        with MappedRamSnapshot(disk / "snapshot") as snapshot:
+        with open_snapshot(disk / "snapshot") as snapshot:
             snapshot.verify()
         record = record_path(disk / "snapshot")
         told = json.loads(record.read_text())["disks"][0]

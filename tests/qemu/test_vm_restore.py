@@ -14,7 +14,7 @@ import pytest
 
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.vm.incoming.clone import clone
 from pyqmigrate.vm.incoming.restore import Mode, RestoredVm, restore
 from pyqmigrate.vm.qemu.command_line import CommandLine
@@ -175,7 +175,7 @@ def test_tables_of_the_firmware_may_have_another_length(
 
 def test_old_bytes_under_clear_bits_do_not_reach_the_guest(disk: Path, serial: Path) -> None:
     saved = save_guest(disk, *MACHINES["pc"])
-    with MappedRamSnapshot(saved.path) as snapshot, saved.path.open("r+b") as file:
+    with open_snapshot(saved.path) as snapshot, saved.path.open("r+b") as file:
         block = snapshot.blocks["pc.ram"]
         clear = [page for page in range(block.num_pages) if not block.bitmap[page]]
         for page in clear:

@@ -18,7 +18,7 @@ import pytest
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.device.sections import global_state
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport, restore
 from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
 from pyqmigrate.vm.record.place import record_path
@@ -147,7 +147,7 @@ def test_guest_that_stood_still_is_what_it_was(
 ) -> None:
     path = tmp_path / "guest"
     path.write_bytes(one.read_bytes())
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         (section,) = (s for s in snapshot.stream.sections if s.name == "globalstate")
         assert read_saved_machine(snapshot).run_state == "prelaunch"
     with path.open("r+b") as file:
@@ -168,7 +168,7 @@ def test_guest_that_ran_runs_and_one_that_is_wanted_paused_does_not(
 ) -> None:
     path = tmp_path / "guest"
     path.write_bytes(one.read_bytes())
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         (section,) = (s for s in snapshot.stream.sections if s.name == "globalstate")
     with path.open("r+b") as file:
         file.seek(section.body_offset)

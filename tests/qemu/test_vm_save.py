@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from pyqmigrate.errors import NotSupported, QemuError, UsageError
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.vm.outgoing.save import _Save, save
@@ -93,7 +93,7 @@ def test_live_save_is_qemus_and_says_why(disk: Path) -> None:
         assert report.engine == "qemu"
         guest.files.add("snapshot")
         guest.assert_as_before()
-        with MappedRamSnapshot(disk / "snapshot") as snapshot:
+        with open_snapshot(disk / "snapshot") as snapshot:
             block = snapshot.blocks["pc.ram"]
             check_pattern(block.read(0, block.length))
 
@@ -165,7 +165,7 @@ def test_then_pause_leaves_the_guest_standing(engine: str, disk: Path) -> None:
         assert report.run_state_after == guest.status() == "postmigrate"
         assert report.downtime is None
         assert guest.settings() == guest.before
-        with MappedRamSnapshot(disk / "snapshot") as snapshot:
+        with open_snapshot(disk / "snapshot") as snapshot:
             ram = snapshot.blocks["pc.ram"]
             assert ram.read(0, ram.length) == guest.ram.memory[:]
 
@@ -176,7 +176,7 @@ def test_then_quit_ends_qemu_after_the_snapshot_has_its_name(engine: str, disk: 
         report = guest.save(disk / "snapshot", engine=engine, then="quit")
         assert report.run_state_after is None and report.notes == ()
         assert guest.vm.process.poll() == 0
-        with MappedRamSnapshot(disk / "snapshot") as snapshot:
+        with open_snapshot(disk / "snapshot") as snapshot:
             snapshot.verify()
             ram = snapshot.blocks["pc.ram"]
             check_pattern(ram.read(0, ram.length))
@@ -225,7 +225,7 @@ def test_an_older_snapshot_is_replaced(engine: str, disk: Path) -> None:
     with source(disk) as guest:
         guest.save(disk / "snapshot", engine=engine)
         guest.assert_as_before()
-        with MappedRamSnapshot(disk / "snapshot") as snapshot:
+        with open_snapshot(disk / "snapshot") as snapshot:
             snapshot.verify()
 
 

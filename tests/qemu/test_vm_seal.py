@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot, seal, verify_seal
+from pyqmigrate import open_snapshot, seal, verify_seal
 from pyqmigrate.errors import TargetError
 from pyqmigrate.integrity.digests import Digests
 from pyqmigrate.integrity.seal import current_seal, stale_pages
@@ -68,7 +68,7 @@ def test_engine_direct_does_not_read_the_pages_again(
     with source(disk, memory="file") as guest:
         guest.save(disk / "snapshot", engine="direct", seal="sha256")
     [digests] = found
-    with MappedRamSnapshot(disk / "snapshot") as snapshot:
+    with open_snapshot(disk / "snapshot") as snapshot:
         data = sum(block.data_pages for block in snapshot.blocks.values()) * 4096
         assert digests.bytes_read <= (2 * len(snapshot.blocks) + 2) * MIB < data
 
@@ -84,7 +84,7 @@ def test_save_over_a_sealed_snapshot_removes_its_seal(disk: Path) -> None:
 
 def dirty(saved: Saved) -> int:
     """Old bytes under every clear bit; under how many."""
-    with MappedRamSnapshot(saved.path) as snapshot, saved.path.open("r+b") as file:
+    with open_snapshot(saved.path) as snapshot, saved.path.open("r+b") as file:
         block = snapshot.blocks["pc.ram"]
         clear = [page for page in range(block.num_pages) if not block.bitmap[page]]
         for page in clear:
@@ -115,7 +115,7 @@ def test_restore_believes_the_seal_and_says_so(disk: Path) -> None:
             await vm.end()
 
     asyncio.run(run())
-    with MappedRamSnapshot(saved.path) as snapshot:
+    with open_snapshot(saved.path) as snapshot:
         assert stale_pages(snapshot) == {"pc.ram": stale}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from pyqmigrate.errors import QemuError, QemuGone
 from pyqmigrate.vm.outgoing import direct as engine_direct
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
@@ -122,7 +122,7 @@ def test_guest_that_was_let_run_before_is_saved(memory: str, disk: Path) -> None
         guest.save(disk / "snapshot", engine="direct")
         guest.files.add("snapshot")
         guest.assert_as_before()
-    with MappedRamSnapshot(disk / "snapshot") as snapshot:
+    with open_snapshot(disk / "snapshot") as snapshot:
         ram = snapshot.blocks["pc.ram"]
         check_pattern(ram.read(0, ram.length))
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from pyqmigrate.errors import QemuError, QemuGone, TargetError
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.vm.guest.memory import GuestBlock, find_memory
@@ -308,7 +308,7 @@ def assert_old_or_whole(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(OLD)) == OLD:
             return
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         snapshot.verify()
     path.write_bytes(OLD)
 

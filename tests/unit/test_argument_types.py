@@ -60,7 +60,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "bitmap_order": ORDER,
     "page_size": OPTIONAL_NUMBER,
     "index": (5, 1.5, [], ANYTHING),
-    "piped": (None, "yes", 1, [], ANYTHING),
+    "allow_pipe": (None, "yes", 1, [], ANYTHING),
     "to": CHOICE,
     "memories": (5, "ram", [5], {"ram": 5}, {5: bytearray(4096)}, ANYTHING),
     "placements": (5, "ram@0", [5], ["ram@0"], ANYTHING),
@@ -99,8 +99,6 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
         pyqmigrate.start_load,
         {"target": "snapshot", "memories": {"ram": bytearray(size)}},
     )
-    yield "Snapshot", pyqmigrate.MappedRamSnapshot, {"target": "snapshot"}
-    yield "SequentialSnapshot", pyqmigrate.SequentialSnapshot, {"target": "stream"}
     yield "open_snapshot", pyqmigrate.open_snapshot, {"target": "stream"}
     yield "convert", pyqmigrate.convert, {"source": "snapshot", "target": "new", "to": "stream"}
     yield "seal", pyqmigrate.seal, {"snapshot": "snapshot"}
@@ -115,7 +113,9 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
 # They hold values, and are checked where they are used; or they are made by other functions.
 VALUES = {
     "Block",
-    "MappedRamSnapshot",  # open_snapshot opens them
+    "Snapshot",  # calling it is calling open_snapshot
+    "MappedRamSnapshot",  # open_snapshot makes them
+    "SequentialSnapshot",
     "RamBlock",
     "FileMemory",
     "ProcessMemory",

@@ -97,7 +97,7 @@ def test_a_path_with_a_null_byte_is_a_usage_error(disk: Path) -> None:
     with pytest.raises(UsageError):
         pyqmigrate.save(f"{disk}/a\0b", [RamBlock("ram", known_memory())])
     with pytest.raises(UsageError):
-        pyqmigrate.MappedRamSnapshot(f"{disk}/a\0b")
+        pyqmigrate.open_snapshot(f"{disk}/a\0b")
 
 
 @pytest.mark.parametrize("target", [None, 5, 3.0, ["path"], ""])
@@ -105,16 +105,16 @@ def test_what_is_no_target_is_a_usage_error(target: object) -> None:
     with pytest.raises(UsageError):
         pyqmigrate.save(target, [RamBlock("ram", known_memory())])  # type: ignore[arg-type]
     with pytest.raises(UsageError):
-        pyqmigrate.MappedRamSnapshot(target)  # type: ignore[arg-type]
+        pyqmigrate.open_snapshot(target)  # type: ignore[arg-type]
 
 
 def test_a_missing_snapshot_is_a_target_error(disk: Path) -> None:
     with pytest.raises(TargetError) as caught:
-        pyqmigrate.MappedRamSnapshot(disk / "none")
+        pyqmigrate.open_snapshot(disk / "none")
     assert caught.value.errno == errno.ENOENT
     assert caught.value.filename == str(disk / "none")
     with pytest.raises(TargetError) as caught:
-        pyqmigrate.MappedRamSnapshot(disk)
+        pyqmigrate.open_snapshot(disk)
     assert caught.value.errno == errno.EISDIR
 
 
@@ -141,7 +141,7 @@ def test_the_logger_is_named_and_silent(disk: Path, child_environment: dict[str,
 def test_what_was_saved_and_loaded_is_logged(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="pyqmigrate"):
         memory = save_known(disk / "snap")
-        pyqmigrate.MappedRamSnapshot(disk / "snap").load({"ram": bytearray(len(memory))})
+        pyqmigrate.open_snapshot(disk / "snap").load({"ram": bytearray(len(memory))})
     assert [r.name for r in caplog.records] == ["pyqmigrate", "pyqmigrate"]
     assert all(str(disk / "snap") in r.getMessage() for r in caplog.records)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pyqmigrate
-from pyqmigrate import MappedRamSnapshot, RamBlock, TargetError, seal, verify_seal
+from pyqmigrate import RamBlock, TargetError, seal, verify_seal
 from pyqmigrate.cli import main
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
@@ -144,7 +144,7 @@ def test_a_migration_without_a_thread_fails_and_can_be_begun_again(
     migration.migrate(f"file:{tmp_path}/snap")
     assert migration.wait(60).status is Status.COMPLETED
     migration.close()
-    with MappedRamSnapshot(tmp_path / "snap") as snapshot:
+    with open_snapshot(tmp_path / "snap") as snapshot:
         snapshot.verify()
 
 

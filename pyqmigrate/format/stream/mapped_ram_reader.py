@@ -8,13 +8,16 @@ from pyqmigrate.format.stream import mapped_ram
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.format.stream.reader import Walk
+from pyqmigrate.format.stream.start import StreamStart
 from pyqmigrate.format.stream.wire import Stream
 
 __all__ = ["parse"]
 
 
-def parse(source: ByteSource, offset: int = 0) -> Stream:
+def parse(source: ByteSource, offset: int = 0, start: StreamStart | None = None) -> Stream:
     """Parse and check the mapped-ram stream that starts at absolute ``offset`` (bytes).
+
+    ``start`` is its configuration, if that has been read already.
 
     Every length, offset, count and page size is checked before it is used: against the file's
     size, against its limits, and against each other, down to overlaps of any two regions.
@@ -25,7 +28,7 @@ def parse(source: ByteSource, offset: int = 0) -> Stream:
     :class:`NotSupported` when it is a stream of another kind: sequential RAM, an unknown
     configuration. The source's own errors pass through.
     """
-    return _MappedWalk(source, offset).stream()
+    return _MappedWalk(source, offset).stream(start)
 
 
 class _MappedWalk(Walk):
@@ -35,9 +38,9 @@ class _MappedWalk(Walk):
         f"{Walk.unfinished}, or it was a background snapshot, whose bitmaps are never written"
     )
 
-    def stream(self) -> Stream:
+    def stream(self, start: StreamStart | None) -> Stream:
         self._blocks: tuple[BlockLayout, ...] = ()
-        self.read_head()
+        self.read_head(start)
         ram_end, walked = self.read_rest()
         described, opaque = self._described, self._opaque
         self._check_overlaps(walked)

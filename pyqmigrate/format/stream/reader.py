@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.cursor import ByteSource, Cursor
-from pyqmigrate.format.stream import configuration, description, live_sections, mapped_ram
+from pyqmigrate.format.stream import description, live_sections, mapped_ram
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
+from pyqmigrate.format.stream.start import StreamStart, read_start
 from pyqmigrate.format.stream.wire import (
     COMMAND,
     COMMAND_NAMES,
@@ -22,15 +23,11 @@ from pyqmigrate.format.stream.wire import (
     FLAG_MEM_SIZE,
     FOOTER_TYPE,
     INSTANCE,
-    MAGIC,
-    PREAMBLE,
     RAM_INSTANCE,
     RAM_NAME,
     RAM_VERSION,
     SECTION_ID,
-    TYPE_CONFIGURATION,
     TYPE_EOF,
-    VERSION,
     Section,
     SectionKind,
 )
@@ -79,10 +76,13 @@ class Walk(abc.ABC):
         self._search_left = _SEARCH_MAX
         self._chunks = live_sections.Chunks()
 
-    def read_head(self) -> None:
-        """Read the configuration, the description, and elements up to the list of RAM blocks."""
-        self._read_preamble()
-        self._configuration = configuration.read(self._cursor)
+    def read_head(self, start: StreamStart | None = None) -> None:
+        """Read the configuration, the description, and elements up to the list of RAM blocks.
+
+        start: the configuration, if it has been read already.
+        """
+        start = start or read_start(self._source, self._offset)
+        self._configuration, self._cursor.position = start.configuration, start.end
         self._check_kind()
         self._find_description(None if self._run_out else description.locate(self._source))
         while self._ram_start is None:
@@ -119,37 +119,6 @@ class Walk(abc.ABC):
     @abc.abstractmethod
     def _read_pages(self) -> None:
         """Read the rest of a RAM section, up to its footer."""
-
-    def _read_preamble(self) -> None:
-        if self._offset < 0 or self._offset > self._cursor.size:
-            raise SnapshotError("the stream starts past the end of the file", offset=self._offset)
-        data = self._cursor.peek(PREAMBLE.size)
-        if len(data) < PREAMBLE.size:
-            raise SnapshotError(
-                f"not a migration stream: only {len(data)} bytes are there", offset=self._offset
-            )
-        self._cursor.position += PREAMBLE.size
-        magic, version, kind = PREAMBLE.unpack(data)
-        if magic == bytes(len(MAGIC)):
-            raise SnapshotError(
-                "the magic is zero: the save did not finish", offset=self._offset, field="magic"
-            )
-        if magic != MAGIC:
-            raise SnapshotError(
-                f"not a migration stream: it starts with {magic!r}, not {MAGIC!r}",
-                offset=self._offset,
-                field="magic",
-            )
-        if version != VERSION:
-            raise SnapshotError(
-                f"stream version {version}, where only {VERSION} is known",
-                offset=self._offset + 4,
-                field="version",
-            )
-        if kind != TYPE_CONFIGURATION:
-            raise SnapshotError(
-                f"element {kind:#04x} where the configuration must be", offset=self._offset + 8
-            )
 
     def _walk_elements(self) -> Iterator[Section]:
         """Read elements up to the end of the stream, or to device state that is opaque."""

@@ -17,7 +17,7 @@ from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, check_channels, core_block, split_ranges
 from pyqmigrate.io.direct_io import DirectIO, core_file
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import Source
 from pyqmigrate.io.memory import Memory, OpenMemory
 from pyqmigrate.log import logger
 
@@ -55,7 +55,7 @@ class LoadReport:
 
 
 def start_load(
-    source: InputFile,
+    source: Source,
     blocks: Sequence[tuple[BlockLayout, Bitmap]],
     memories: Mapping[str, Memory],
     *,
@@ -102,7 +102,7 @@ class _Load:
 
     def __init__(
         self,
-        source: InputFile,
+        source: Source,
         blocks: Sequence[tuple[BlockLayout, Bitmap]],
         memories: Mapping[str, Memory],
         channels: int,

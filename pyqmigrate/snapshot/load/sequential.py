@@ -3,8 +3,8 @@ without mapped-ram.
 
     with_memory = RamBlock("pc.ram", memory)
     start_sequential_save("/snap/guest.sequential", [with_memory], machine="pc-q35-10.0").wait()
-    source = InputFile("/snap/guest.sequential")
-    report = start_sequential_load(source, {"pc.ram": buffer}).wait()
+    stream_file = StreamFile.open("/snap/guest.sequential")
+    report = start_sequential_load(stream_file, {"pc.ram": buffer}).wait()
 
 Pages stand one after another in the order in which they were saved; a page that changes during a
 save is there again. So there is one channel, direct I/O has no use, and a reader has to read
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,16 +48,16 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, failure, split_ranges
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.forward_output import ForwardOutput, goes_forward
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import Source
 from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock
-from pyqmigrate.io.pipe import ForwardInput
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
 
 __all__ = [
-    "DEVICE_STATE_MAX",
+    "LOADED_STATE_MAX",
     "PolledSource",
     "RecordDecoder",
     "SequentialLoadReport",
@@ -66,12 +66,12 @@ __all__ = [
     "core_name",
     "read_body",
     "record_error",
-    "refused",
+    "stream_error",
     "start_sequential_load",
     "start_sequential_save",
 ]
 
-DEVICE_STATE_MAX = 256 << 20  # bytes of device sections that a load hands back
+LOADED_STATE_MAX = 256 << 20  # bytes of device sections that a load hands back
 
 _BUFFERED = "a sequential stream goes through the page cache"
 
@@ -282,7 +282,7 @@ class SequentialWriter(StreamWriter):
 
     def _check(self, rc: int, fault: Any) -> None:
         if rc:
-            raise refused(rc, fault, "cannot write the stream", self.target.name)
+            raise stream_error(rc, fault, "cannot write the stream", self.target.name)
 
     def _direct_io_reason(self) -> str:
         return _BUFFERED
@@ -308,8 +308,8 @@ def _core_block(length: int, page_size: int) -> Any:
     return block
 
 
-def refused(rc: int, fault: Any, what: str, target: str) -> PyqmigrateError:
-    """The exception for a negative return of the core that has to do with the stream's file."""
+def stream_error(rc: int, fault: Any, what: str, target: str) -> PyqmigrateError:
+    """Return the exception for a negative return of the core that concerns the stream's file."""
     number = -rc
     if number == errno.ECANCELED:
         return Cancelled("cancelled")
@@ -335,7 +335,7 @@ class SequentialLoadReport(LoadReport):
 
 
 def start_sequential_load(
-    source: InputFile,
+    stream_file: StreamFile,
     memories: Mapping[str, Memory],
     *,
     skip_unknown_blocks: bool = False,
@@ -345,9 +345,9 @@ def start_sequential_load(
 ) -> Job[SequentialLoadReport]:
     """Begin to load a sequential stream into the memories of its blocks; returns at once.
 
-    source: borrowed; keep it open until the job has ended.
-    memories: a writable buffer or FileMemory for each block, of just its length.
-    skip_unknown_blocks: whether blocks without a memory are read over.
+    stream_file: borrowed; keep it open until the job has ended.
+    memories: a writable buffer or FileMemory for each block, of exactly its length.
+    skip_unknown_blocks: whether blocks without a memory are skipped.
     clear: whether pages that no record mentions are made zero, or left as they are. A change to a
         page (XBZRLE) applies to zeros, or to what the memory holds, likewise.
     page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
@@ -359,7 +359,7 @@ def start_sequential_load(
     stays in the memories.
     """
     reader = SequentialReader(
-        source,
+        stream_file,
         memories,
         skip_unknown_blocks=skip_unknown_blocks,
         clear=parse_enum(Clear, clear, "clear"),
@@ -374,19 +374,14 @@ def start_sequential_load(
 
 
 class PolledSource:
-    """The stream's framing, for a new pass; reading it ends when the job is cancelled.
+    """The framing of a stream, for a new pass; reading it ends when the job is cancelled."""
 
-    ``run_out`` is for the walk over a source that passes by; None for another one.
-    """
-
-    def __init__(self, source: InputFile, channels: Channels) -> None:
+    def __init__(self, source: Source, channels: Channels) -> None:
         self._source = source
         self._channels = channels
-        self.run_out: Callable[[], int] | None = None
+        self.run_out = source.run_out
         source.rewind()
-        if isinstance(source, ForwardInput):
-            source.stop = lambda: channels.cancelled
-            self.run_out = source.run_out
+        source.poll_with(lambda: channels.cancelled)
 
     @property
     def size(self) -> int:
@@ -420,38 +415,38 @@ class RecordDecoder:
             raise MemoryError
         self.decoder = _core.ffi.gc(decoder, _core.lib.qm_decoder_destroy)
 
-    def read(self, source: InputFile, channels: Channels, offset: int) -> int:
-        """Take in the body of records at ``offset``; returns where it ends.
+    def read(self, source: Source, channels: Channels, offset: int) -> int:
+        """Read the body of records at ``offset``; return where it ends.
 
         Raises SnapshotError, NotSupported, TargetError, Cancelled.
         """
         at, fault = _core.ffi.new("int64_t *", offset), _new_fault()
         rc = read_body(channels, self.decoder, source, at, fault)
         if rc < 0:
-            raise self.failure(rc, fault, source, int(at[0]))
+            raise self.error(rc, fault, source, int(at[0]))
         return int(at[0])
 
-    def failure(self, rc: int, fault: Any, source: InputFile, at: int) -> PyqmigrateError:
-        """The exception for a negative return that has to do with the stream's file."""
+    def error(self, rc: int, fault: Any, source: Source, offset: int) -> PyqmigrateError:
+        """Return the exception for a negative return that concerns the stream's file."""
         if rc == -errno.EBADMSG:
             return record_error(self.decoder, self.blocks, self.page_size)
         if rc == -errno.ENODATA:
             return SnapshotTruncated(
                 "the file ends within RAM's pages: it was cut short, or the save did not finish",
-                offset=at,
+                offset=offset,
             )
-        return refused(rc, fault, "cannot read the stream", source.name)
+        return stream_error(rc, fault, "cannot read the stream", source.name)
 
 
-def read_body(channels: Channels, decoder: Any, source: InputFile, at: Any, fault: Any) -> int:
-    """The core's ``qm_decode_file``, also of a source that passes by."""
-    if not isinstance(source, ForwardInput):
+def read_body(channels: Channels, decoder: Any, source: Source, at: Any, fault: Any) -> int:
+    """Call the core's ``qm_decode_file``, or its equivalent for a forward-only source."""
+    if not source.forward:
         return int(
             _core.lib.qm_decode_file(channels.core, decoder, source.fd, at, source.size, fault)
         )
     used = _core.ffi.new("size_t *")
     while True:
-        data = source.here(int(at[0]))
+        data = source.read_once(int(at[0]))
         if not data:
             fault.in_memory = 0
             return -errno.ENODATA
@@ -464,7 +459,7 @@ def read_body(channels: Channels, decoder: Any, source: InputFile, at: Any, faul
         at[0] += used[0]
         _core.lib.qm_job_count_io(channels.core, used[0], 0)
         if rc == 1:
-            source.leave(int(at[0]))
+            source.keep_from(int(at[0]))
         if rc:
             return rc
 
@@ -478,7 +473,7 @@ class SequentialReader:
 
     def __init__(
         self,
-        source: InputFile,
+        stream_file: StreamFile,
         memories: Mapping[str, Memory],
         *,
         skip_unknown_blocks: bool = False,
@@ -487,15 +482,19 @@ class SequentialReader:
         max_bandwidth: int = 0,
     ) -> None:
         self.started = time.monotonic()
-        self.source = source
+        self.source = source = stream_file.source
         self.clear = clear
         self.channels = Channels(1, "pyqmigrate-load")
         self.channels.set_rate(max_bandwidth)
         polled = PolledSource(source, self.channels)
         self._walk = SequentialWalk(
-            polled, source.offset, self._read_records, page_size=page_size, run_out=polled.run_out
+            polled,
+            stream_file.offset,
+            self._read_records,
+            page_size=page_size,
+            run_out=polled.run_out,
         )
-        self._walk.read_head()
+        self._walk.read_head(stream_file.start)
         self.configuration = self._walk.configuration
         self.blocks = self._walk.blocks
         self.page_size = self._walk.page_size
@@ -518,7 +517,7 @@ class SequentialReader:
         return sum(block.length for block, _, _ in self._loads)
 
     def close(self) -> None:
-        """May be repeated."""
+        """Close it. Idempotent."""
         self._cleanup.close()
 
     def run(self) -> SequentialLoadReport:
@@ -557,7 +556,7 @@ class SequentialReader:
         if rc < 0 and fault.in_memory and rc != -errno.EBADMSG:
             raise failure(rc, fault, self.source.name, self.blocks[fault.block].name)
         if rc < 0:
-            raise self._records.failure(rc, fault, self.source, int(at[0]))
+            raise self._records.error(rc, fault, self.source, int(at[0]))
         return int(at[0])
 
     def _clear_rest(self, stream: SequentialStream) -> set[str]:
@@ -582,9 +581,9 @@ class SequentialReader:
     def _read_devices(self, stream: SequentialStream) -> tuple[DeviceSection, ...]:
         full = [s for s in stream.sections if s.kind is SectionKind.FULL]
         total = sum(section.body_length for section in full)
-        if total > DEVICE_STATE_MAX:
+        if total > LOADED_STATE_MAX:
             raise NotSupported(
-                f"device state of {total >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are read"
+                f"device state of {total >> 20} MiB; at most {LOADED_STATE_MAX >> 20} are read"
             )
         return tuple(
             DeviceSection(
@@ -640,15 +639,18 @@ def record_error(decoder: Any, blocks: Sequence[ListedBlock], page_size: int) ->
     if what == _core.lib.QM_RECORD_UNKNOWN:
         block = bytes(error.name[0 : error.name_len]).decode("utf-8", "surrogateescape")
     message, field = {
-        _core.lib.QM_RECORD_FLAGS: (f"no page record has the word {word:#x}", "flags"),
-        _core.lib.QM_RECORD_NO_BLOCK: ("a page record continues no block", "name"),
-        _core.lib.QM_RECORD_UNKNOWN: ("a page record of a block that is not listed", "name"),
+        _core.lib.QM_RECORD_FLAGS: (f"invalid flags {word:#x} in a page record", "flags"),
+        _core.lib.QM_RECORD_NO_BLOCK: (
+            "page record has CONTINUE but no block came before it",
+            "name",
+        ),
+        _core.lib.QM_RECORD_UNKNOWN: ("a page record for a block that is not listed", "name"),
         _core.lib.QM_RECORD_OUTSIDE: (
             f"page at {word & -page_size:#x}, outside of its block",
             "offset",
         ),
         _core.lib.QM_RECORD_DELTA: ("the change to a page does not fit it", "xbzrle"),
-        _core.lib.QM_RECORD_SCATTERED: ("few pages at far places: no guest is like that", "offset"),
+        _core.lib.QM_RECORD_SCATTERED: ("pages too sparse for a real guest", "offset"),
     }[what]
     return SnapshotError(message, offset=at, block=block, field=field)
 

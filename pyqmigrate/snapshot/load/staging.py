@@ -27,8 +27,8 @@ from pyqmigrate.format.stream.sequential import ListedBlock, SequentialStream, S
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, failure
 from pyqmigrate.io.direct_io import Direct, core_file
-from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.mapping import unmap
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, read_body
 
@@ -62,14 +62,14 @@ class StreamUnpacker:
 
     def __init__(
         self,
-        source: InputFile,
+        stream_file: StreamFile,
         channels: Channels,
         sparse: Any,
         target: str,
         *,
         page_size: int | None = None,
     ) -> None:
-        self.source = source
+        self.source = source = stream_file.source
         self.channels = channels
         self.target = target
         self._sparse = sparse
@@ -77,9 +77,13 @@ class StreamUnpacker:
         self.reading.join(channels)
         polled = PolledSource(source, self.reading)
         self._walk = SequentialWalk(
-            polled, source.offset, self._read_records, page_size=page_size, run_out=polled.run_out
+            polled,
+            stream_file.offset,
+            self._read_records,
+            page_size=page_size,
+            run_out=polled.run_out,
         )
-        self._walk.read_head()
+        self._walk.read_head(stream_file.start)
         self.blocks = self._walk.blocks
         self.page_size = self._walk.page_size
         self.mentioned: frozenset[str] = frozenset()
@@ -151,7 +155,7 @@ class StreamUnpacker:
         if fault.in_memory and rc != -errno.EBADMSG:  # which is our own file
             fault.in_memory = 0
             return failure(rc, fault, self.target, self.blocks[fault.block].name)
-        return self._records.failure(rc, fault, self.source, at)
+        return self._records.error(rc, fault, self.source, at)
 
     # ---- stages ----
 

@@ -45,10 +45,11 @@ from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.io.channels import Job, check_channels
 from pyqmigrate.io.direct_io import DirectIO
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.input import InputFile, Source
 from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, SnapshotMemory
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
-from pyqmigrate.snapshot.load.sequential import DEVICE_STATE_MAX, SequentialReader
+from pyqmigrate.snapshot.load.sequential import LOADED_STATE_MAX, SequentialReader
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
 
@@ -125,14 +126,15 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
     """
     opened = InputFile(source)
     try:
-        head = SequentialReader(opened, {}, skip_unknown_blocks=True)
+        stream_file = StreamFile(opened, opened.offset)
+        head = SequentialReader(stream_file, {}, skip_unknown_blocks=True)
         head.close()
         memories = {
             block.name: mmap.mmap(-1, block.length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             for block in head.blocks
             if block.name not in elsewhere
         }
-        report = SequentialReader(opened, memories, skip_unknown_blocks=True).run()
+        report = SequentialReader(stream_file, memories, skip_unknown_blocks=True).run()
         stream = report.stream
         return DeviceState(
             machine=stream.machine,
@@ -151,7 +153,7 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
         opened.close()
 
 
-def sections_of(source: InputFile, stream: Stream | SequentialStream) -> bytes:
+def sections_of(source: Source, stream: Stream | SequentialStream) -> bytes:
     """Return everything between RAM's END and the end-of-stream byte, if only devices are there.
 
     Raises SnapshotError where the end of the stream is missing, NotSupported for other sections.
@@ -173,7 +175,7 @@ def sections_of(source: InputFile, stream: Stream | SequentialStream) -> bytes:
     return _read(source, first, end - 1)
 
 
-def _description_of(source: InputFile, stream: SequentialStream) -> bytes | None:
+def _description_of(source: Source, stream: SequentialStream) -> bytes | None:
     if stream.description_offset is None:
         return None
     return _read(source, stream.description_offset + DESCRIPTION_HEADER, stream.end)
@@ -250,10 +252,10 @@ def _names(sections: Sequence[Section]) -> tuple[tuple[str, int], ...]:
     return tuple((s.name, s.instance_id) for s in sections if s.kind is SectionKind.FULL)
 
 
-def _read(source: InputFile, start: int, end: int) -> bytes:
-    if end - start > DEVICE_STATE_MAX:
+def _read(source: Source, start: int, end: int) -> bytes:
+    if end - start > LOADED_STATE_MAX:
         raise NotSupported(
-            f"device state of {(end - start) >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are read"
+            f"device state of {(end - start) >> 20} MiB; at most {LOADED_STATE_MAX >> 20} are read"
         )
     data = source.read_at(start, end - start)
     if len(data) != end - start:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyqmigrate.format.device.sections import global_state
 from pyqmigrate.io.output import OutputFile
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
@@ -57,7 +58,10 @@ def set_run_state(target: OutputFile, run_state: str) -> bool:
     Raises SnapshotError for a file that is no snapshot, TargetError.
     """
     device = global_state(run_state)
-    with target.opened_for_reading() as fd, MappedRamSnapshot(Descriptors(fd)) as snapshot:
+    with (
+        target.opened_for_reading() as fd,
+        MappedRamSnapshot(StreamFile.open(Descriptors(fd))) as snapshot,
+    ):
         for section in snapshot.stream.sections:
             if section.name == device.name and section.body_length == len(device.data):
                 target.write_at(section.body_offset, device.data)

@@ -1,4 +1,4 @@
-"""The snapshot that guests are restored from: opened and checked once, for one guest or many."""
+"""The snapshot that guests are restored from, opened and checked once for all of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 import time
 from dataclasses import dataclass
 
-from pyqmigrate.errors import DirectIORefused, NotSupported, SnapshotError, TargetError
-from pyqmigrate.format.libvirt import is_libvirt, read_header
+from pyqmigrate.errors import DirectIORefused, NotSupported, TargetError
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.lock import lock_file
 from pyqmigrate.io.page_cache import cached_bytes
 from pyqmigrate.io.seal_file import seal_path
-from pyqmigrate.io.target import Descriptors, Target
+from pyqmigrate.io.stream_file import StreamFile
+from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["Reading", "RestoreSource"]
@@ -28,7 +28,7 @@ _WARM_CHANNELS = 4
 
 @dataclass(frozen=True)
 class Reading:
-    """How QEMU is to read all of the file: channels, the direct descriptor if any, and why."""
+    """How QEMU should read the whole file: channels, the direct descriptor if any, and why."""
 
     channels: int
     direct: Direct | None
@@ -38,23 +38,23 @@ class Reading:
 class RestoreSource:
     """An open, verified snapshot. Close it.
 
-    ``place``: its absolute path, None where it was given as a descriptor. ``was_running``: libvirt
-    pauses a guest before it saves it, and notes here that it ran.
-    ``fd`` carries a shared lock (flock) that whoever inherits the descriptor keeps: the file must
-    not change in place while a guest's memory is mapped from it.
+    ``place`` is its absolute path, None for a descriptor. ``was_running`` says that the guest ran
+    when libvirt saved it: libvirt pauses it first.
+    ``fd`` has a shared lock (flock), which a process that inherits the descriptor keeps: the file
+    must not change in place while a guest's memory is mapped from it.
     """
 
     def __init__(self, target: Target, offset: int | None) -> None:
         self._input = InputFile(target)
         self.name, self.place = self._input.name, self._input.place
-        self.was_running = False
         try:
             self._lock()
-            at = self._start() if offset is None else offset
-            self.snapshot = MappedRamSnapshot(Descriptors(self.fd, offset=at))
         except BaseException:
             self._input.close()
             raise
+        stream_file = StreamFile.find(self._input, offset)
+        self.was_running = stream_file.libvirt is not None and stream_file.libvirt.was_running
+        self.snapshot = MappedRamSnapshot(stream_file)
         try:
             self.snapshot.verify()
             if self.snapshot.bitmap_order != sys.byteorder:
@@ -63,8 +63,7 @@ class RestoreSource:
                     "its bitmaps in this host's order: convert it to mapped-ram here first"
                 )
         except BaseException:
-            self.snapshot.close()
-            self._input.close()
+            self.close()
             raise
 
     @property
@@ -77,28 +76,12 @@ class RestoreSource:
         return max(time.time() - os.fstat(self.fd).st_mtime, 0.0)
 
     def close(self) -> None:
-        """May be repeated."""
+        """Close it. Idempotent."""
         self.snapshot.close()
-        self._input.close()
-
-    def _start(self) -> int:
-        """Where the stream starts: behind libvirt's header, if there is one."""
-        if self._input.offset or not is_libvirt(self._input.read_at(0, 16)):
-            return self._input.offset
-        header = read_header(self._input)
-        if not header.complete:
-            raise SnapshotError("libvirt did not finish this image", offset=0)
-        if header.format.compressed:
-            raise NotSupported(
-                f"libvirt compressed this image ({header.format.name.lower()}): convert it first "
-                "(pyqmigrate convert IMAGE OUT --to mapped-ram)"
-            )
-        self.was_running = header.was_running
-        return header.stream_offset
 
     def _lock(self) -> None:
         if self._input.is_duplicate:
-            return  # it would take the place of the lock that the caller may have
+            return  # it would replace a lock that the caller may have
         try:
             lock_file(self.fd, exclusive=False)
         except BlockingIOError as error:
@@ -108,10 +91,10 @@ class RestoreSource:
 
     def clear_pages_are_zero(self) -> bool:
         """Whether a seal of the file as it is now says that its clear pages are zeros."""
-        # A name may leave no room for that of a seal, which Path.exists() would raise for.
+        # The name of the seal may be too long, for which Path.exists() would raise.
         if self.place is None or not os.path.exists(seal_path(self.place)):  # noqa: PTH110
             return False
-        # Most snapshots have none, and a restore has no time for what it does not need.
+        # Most snapshots have no seal, and a restore has no time for a module that it does not need.
         from pyqmigrate.integrity.seal import current_seal
 
         seal = current_seal(self.place, self.fd)
@@ -122,10 +105,10 @@ class RestoreSource:
         )
 
     def reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
-        """The fastest way for QEMU to read this file as it is now. Blocks for a moment.
+        """Return the fastest way for QEMU to read this file as it is now. Blocks for a moment.
 
-        Give what comes of it to :meth:`close_reading`. Raises DirectIORefused where direct I/O is
-        demanded and cannot be had.
+        Close the result with :meth:`close_reading`. Raises DirectIORefused if direct I/O is demanded
+        and not available.
         """
         if channels is not None:
             check_channels(channels)
@@ -143,7 +126,7 @@ class RestoreSource:
     def _fitting(
         self, direct: Direct | None, why: str, setting: DirectIO
     ) -> tuple[Direct | None, str]:
-        """QEMU reads single pages: they must suit the disk."""
+        """Return no direct descriptor if pages are not aligned for it: QEMU reads single pages."""
         if direct is None or all(
             block.page_size % direct.off_align == 0 and block.pages_offset % direct.off_align == 0
             for block in self.snapshot.blocks.values()
@@ -160,10 +143,10 @@ class RestoreSource:
         self._input.close_direct(reading.direct)
 
     def open_again(self) -> int:
-        """A descriptor with a position of its own, at the start; the caller closes it."""
+        """Return a descriptor with a position of its own, at the start; the caller closes it."""
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """Those that the stream names; QEMU wants the same ones on."""
+        """The capabilities that the stream names; QEMU needs the same ones on."""
         return self.snapshot.stream.capabilities

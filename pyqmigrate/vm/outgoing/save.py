@@ -39,6 +39,7 @@ from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.place import absolute
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors, stream_offset, target_path
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.writer import Sparse
@@ -468,7 +469,10 @@ class _Save:
 
 def _verify(target: OutputFile, guest: GuestInfo) -> None:
     """Read the structure back, and compare it with what QEMU says the guest is."""
-    with target.opened_for_reading() as fd, MappedRamSnapshot(Descriptors(fd)) as snapshot:
+    with (
+        target.opened_for_reading() as fd,
+        MappedRamSnapshot(StreamFile.open(Descriptors(fd))) as snapshot,
+    ):
         snapshot.verify()
         saved: dict[str, Any] = {name: b.length for name, b in snapshot.blocks.items()}
         expected = {block.name: block.length for block in guest.blocks}

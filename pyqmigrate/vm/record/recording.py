@@ -27,6 +27,7 @@ from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.own_files import FileKind, check_replaceable
 from pyqmigrate.io.place import partial_name, sync_directory
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.guest.disks import Disk, DiskPlan, seen_here
@@ -130,7 +131,10 @@ class Recording:
         """
         self.see_disks()
         draft = self._draft
-        with target.opened_for_reading() as fd, MappedRamSnapshot(Descriptors(fd)) as snapshot:
+        with (
+            target.opened_for_reading() as fd,
+            MappedRamSnapshot(StreamFile.open(Descriptors(fd))) as snapshot,
+        ):
             identity = identify(snapshot)
         self._draft = draft._replace(
             identity=identity, save=draft.save._replace(resumed=resumed, instant_ns=self._instant)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.command import PAGE, Command, make_snapshot, pages
 
 
@@ -49,7 +49,7 @@ def test_info_json_has_every_documented_key(snapshot: Path, command: Command) ->
     assert info["file_size"] == info["end"] == snapshot.stat().st_size
     assert info["bytes_allocated"] == snapshot.stat().st_blocks * 512
     assert info["complete"] is True
-    with MappedRamSnapshot(snapshot) as opened:
+    with open_snapshot(snapshot) as opened:
         layout = opened.blocks["vga.vram"].layout
     assert info["blocks"][1] == {
         "name": "vga.vram",
@@ -90,7 +90,7 @@ def test_hostile_names_are_shown_escaped(tmp_path: Path, command: Command) -> No
 def test_bitmap_of_a_big_endian_host_is_read(tmp_path: Path, command: Command) -> None:
     path, memory = tmp_path / "s", pages(128)
     make_snapshot(path, {"ram": memory})
-    with MappedRamSnapshot(path) as opened:
+    with open_snapshot(path) as opened:
         at = opened.blocks["ram"].bitmap_offset
     data = path.read_bytes()
     turned = data[at : at + 8][::-1] + data[at + 8 : at + 16][::-1]
@@ -124,7 +124,7 @@ def test_verify_refuses_a_truncated_snapshot(snapshot: Path, command: Command) -
 
 
 def test_verify_refuses_bits_past_the_end_of_a_block(snapshot: Path, command: Command) -> None:
-    with MappedRamSnapshot(snapshot) as opened:
+    with open_snapshot(snapshot) as opened:
         at = opened.blocks["pc.ram"].bitmap_offset
     with snapshot.open("r+b") as file:
         file.seek(at + 7)

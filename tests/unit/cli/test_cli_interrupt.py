@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.command import COMMAND, make_snapshot, pages
 
 SIZE = 4 << 30  # seconds of writing, of which a few milliseconds happen
@@ -74,7 +74,7 @@ def test_interrupted_pack_leaves_the_old_file(
     )
     assert (code, out, err) == (130, "", "pyqmigrate: interrupted\n")
     assert sorted(path.name for path in disk.iterdir()) == ["guest.mapped", "raw"]
-    with MappedRamSnapshot(disk / "guest.mapped") as snapshot:
+    with open_snapshot(disk / "guest.mapped") as snapshot:
         assert snapshot.blocks["old"].read(0, 3 * 4096) == pages(3)
 
 

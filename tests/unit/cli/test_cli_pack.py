@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.command import PAGE, Command, child, pages
 
 
@@ -25,7 +25,7 @@ def test_packed_file_holds_the_bytes_of_the_raw_file(
     target = tmp_path / "guest.mapped"
     ran = command("pack", target, f"pc.ram={raw}", "--machine", "pc-q35-10.0")
     assert ran.code == 0
-    with MappedRamSnapshot(target) as snapshot:
+    with open_snapshot(target) as snapshot:
         assert snapshot.machine == "pc-q35-10.0"
         assert snapshot.blocks["pc.ram"].read(0, 9 * PAGE) == pages(9)
 
@@ -55,7 +55,7 @@ def test_json_tells_what_was_written(tmp_path: Path, raw: Path, command: Command
 def test_block_name_may_contain_equals_signs(tmp_path: Path, raw: Path, command: Command) -> None:
     target = tmp_path / "guest.mapped"
     assert command("pack", target, f"a=b=c={raw}").code == 0
-    with MappedRamSnapshot(target) as snapshot:
+    with open_snapshot(target) as snapshot:
         assert list(snapshot.blocks) == ["a=b=c"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate import MappedRamSnapshot, NoSpace
+from pyqmigrate import NoSpace, open_snapshot
 from pyqmigrate.export import raw
 from tests.harness.command import PAGE, Command, make_snapshot, pages
 
@@ -149,7 +149,7 @@ def test_failed_unpack_leaves_old_files_and_nothing_new(
     out = tmp_path / "out"
     out.mkdir()
     (out / "pc.ram.raw").write_text("old")
-    with MappedRamSnapshot(snapshot) as opened:
+    with open_snapshot(snapshot) as opened:
         last = opened.blocks["vga.vram"].pages_offset
     os.truncate(snapshot, last + PAGE)
     assert command("unpack", snapshot, out).code == 1
@@ -161,7 +161,7 @@ def test_interrupted_unpack_leaves_nothing(tmp_path: Path, snapshot: Path) -> No
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    with MappedRamSnapshot(snapshot) as opened, pytest.raises(KeyboardInterrupt):
+    with open_snapshot(snapshot) as opened, pytest.raises(KeyboardInterrupt):
         raw.unpack(opened, tmp_path / "out", progress=interrupt)
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +170,7 @@ def test_lack_of_space_is_found_before_anything_is_written(
     tmp_path: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(raw, "_free_bytes", lambda fd: PAGE)
-    with MappedRamSnapshot(snapshot) as opened, pytest.raises(NoSpace):
+    with open_snapshot(snapshot) as opened, pytest.raises(NoSpace):
         raw.unpack(opened, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -193,7 +193,7 @@ def test_file_instead_of_a_directory_is_refused(
 
 def test_unpack_leaves_no_descriptor_open(tmp_path: Path, snapshot: Path) -> None:
     before = os.listdir("/proc/self/fd")  # noqa: PTH208
-    with MappedRamSnapshot(snapshot) as opened:
+    with open_snapshot(snapshot) as opened:
         raw.unpack(opened, tmp_path / "out")
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
 

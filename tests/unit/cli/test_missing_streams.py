@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot
+from pyqmigrate import open_snapshot
 from tests.harness.command import COMMAND, make_snapshot, pages
 
 CLOSED = [numbers for length in (1, 2, 3) for numbers in itertools.combinations((0, 1, 2), length)]
@@ -77,9 +77,9 @@ def test_a_verb_is_done_without_standard_streams(
         assert {name: after[name] for name in before} == before
         if verb in ("pack", "convert"):
             with (
-                MappedRamSnapshot(work / "new")
+                open_snapshot(work / "new")
                 if verb == "pack"
-                else MappedRamSnapshot(work / "snap") as snapshot
+                else open_snapshot(work / "snap") as snapshot
             ):
                 assert snapshot.blocks["pc.ram"].read(0, 90 * 4096) == BIG["pc.ram"]
         for name in set(after) - set(before):

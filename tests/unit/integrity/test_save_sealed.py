@@ -70,7 +70,7 @@ def test_seal_is_that_of_the_file(disk: Path, data: st.DataObject) -> None:
         os.close(fd)
     assert report.seal is algorithm
     check(disk / "snap")
-    with pyqmigrate.MappedRamSnapshot(target) as snapshot:
+    with pyqmigrate.open_snapshot(target) as snapshot:
         snapshot.verify()
         assert stale_pages(snapshot) == {}
 
@@ -88,7 +88,7 @@ def test_seal_is_that_of_the_file_though_memory_changed_during_the_save(
             blocks = [RamBlock("ram", memory)]
             pyqmigrate.save(disk / "snap", blocks, seal="xxh3-128", sparse=sparse)
             check(disk / "snap")
-            with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+            with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
                 assert stale_pages(snapshot) == {}
     finally:
         stop.set()
@@ -158,13 +158,13 @@ def test_pages_of_later_passes_are_in_the_seal(disk: Path, changes: list[list[in
     passes(disk / "snap", memory, changes, "xxh3-128")
     check(disk / "snap")
     assert (load(disk / "snap")["ram"] == memory).all()
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         assert stale_pages(snapshot) == {}
 
 
 def test_a_live_save_without_a_seal_has_old_bytes(disk: Path) -> None:
     passes(disk / "snap", ram(3000, density=1.0), [[3, 6, 9], [30, 60]], None)
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         assert stale_pages(snapshot), "the test above proves nothing"
 
 

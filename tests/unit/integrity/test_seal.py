@@ -28,7 +28,7 @@ from pyqmigrate.integrity.seal import (
     start_verify,
     verify_seal,
 )
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.detect import open_snapshot
 from tests.harness.sealed import PAGE, Sealed
 from tests.harness.snapshots import data_bytes, load, ram, save_known, turn_bitmaps
 
@@ -65,7 +65,7 @@ def test_a_file_without_a_seal_has_nothing_to_be_held_against(tmp_path: Path) ->
 def test_clear_pages_with_old_bytes_become_holes(disk: Path) -> None:
     made = Sealed.make(disk / "guest", sparse="exact", seal=None)
     stale = made.stale("big", 20)
-    with MappedRamSnapshot(made.path) as snapshot:
+    with open_snapshot(made.path) as snapshot:
         assert stale_pages(snapshot) == {"big": 20}
         before = snapshot.blocks["big"].data_pages
     report = seal(made.path)
@@ -74,7 +74,7 @@ def test_clear_pages_with_old_bytes_become_holes(disk: Path) -> None:
     for page in stale:
         at = pages + page * PAGE
         assert data_bytes(made.path, at, at + PAGE) == 0
-    with MappedRamSnapshot(made.path) as snapshot:
+    with open_snapshot(made.path) as snapshot:
         assert stale_pages(snapshot) == {}
         assert snapshot.blocks["big"].data_pages == before
     assert made.check().intact
@@ -126,7 +126,7 @@ def test_a_file_of_a_big_endian_host_is_sealed_as_such(foreign: Foreign, stale: 
     made = foreign(stale=stale)
     report = seal(made.path, bitmap_order="big")
     assert (report.cleared_pages, report.bitmap_order) == (stale, "big")
-    with MappedRamSnapshot(made.path, bitmap_order="big") as snapshot:
+    with open_snapshot(made.path, bitmap_order="big") as snapshot:
         assert snapshot.blocks["big"].read(0, made.big.nbytes) == made.big.tobytes()
         assert stale_pages(snapshot) == {}
     found = current_seal(made.path)
@@ -178,7 +178,7 @@ def test_stale_pages_are_counted_by_block(tmp_path: Path) -> None:
     made = Sealed.make(tmp_path / "guest")
     made.stale("big", 3)
     made.stale("small", 2)
-    with MappedRamSnapshot(made.path) as snapshot:
+    with open_snapshot(made.path) as snapshot:
         assert stale_pages(snapshot, channels=1) == {"big": 3, "small": 2}
 
 

@@ -240,7 +240,7 @@ def test_sequential_stream_that_does_not_parse_is_told_as_such(stream: Sealed, h
     check = stream.check()
     assert check.damages
     assert {part.what for damage in check.damages for part in damage.parts} == {"the stream"}
-    assert "cannot be told" in check.notes[0]
+    assert "are not known" in check.notes[0]
 
 
 def test_pages_that_came_again_are_not_affected_by_what_they_were(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_pair_is_loaded_directly_and_stays_open(disk: Path) -> None:
     path = disk / "snap"
     memory = save_known(path)
     with opened((path, os.O_RDONLY), (path, os.O_RDONLY | os.O_DIRECT)) as (buffered, direct):
-        with pyqmigrate.MappedRamSnapshot(Descriptors(buffered, direct)) as snapshot:
+        with pyqmigrate.open_snapshot(Descriptors(buffered, direct)) as snapshot:
             target = bytearray(len(memory))
             report = snapshot.load({"ram": target}, direct_io="on")
             assert report.direct_io
@@ -92,7 +92,7 @@ def test_a_pair_is_loaded_directly_and_stays_open(disk: Path) -> None:
 def test_a_snapshot_of_descriptors_outlives_them(disk: Path) -> None:
     memory = save_known(disk / "snap")
     with opened((disk / "snap", os.O_RDONLY)) as (fd,):
-        snapshot = pyqmigrate.MappedRamSnapshot(Descriptors(fd))
+        snapshot = pyqmigrate.open_snapshot(Descriptors(fd))
     with snapshot:
         assert snapshot.blocks["ram"].read(0, 8192) == memory[:8192].tobytes()
 
@@ -161,7 +161,7 @@ def test_a_closed_descriptor_is_refused(disk: Path) -> None:
         with pytest.raises(UsageError):
             save(given)
         with pytest.raises(UsageError):
-            pyqmigrate.MappedRamSnapshot(Descriptors(given))
+            pyqmigrate.open_snapshot(Descriptors(given))
 
 
 def test_a_negative_offset_is_refused(disk: Path) -> None:
@@ -179,7 +179,7 @@ def test_what_is_no_regular_file_is_refused() -> None:
                 save(fd)
         for fd in [left.fileno(), reader, null]:
             with pytest.raises(UsageError, match="regular file"):
-                pyqmigrate.MappedRamSnapshot(Descriptors(fd))
+                pyqmigrate.open_snapshot(Descriptors(fd))
     finally:
         for fd in (reader, writer, null):
             os.close(fd)
@@ -190,7 +190,7 @@ def test_what_is_no_regular_file_is_refused() -> None:
 def test_a_write_only_descriptor_cannot_be_read(disk: Path) -> None:
     save_known(disk / "snap")
     with opened((disk / "snap", os.O_WRONLY)) as (fd,), pytest.raises(UsageError):
-        pyqmigrate.MappedRamSnapshot(Descriptors(fd))
+        pyqmigrate.open_snapshot(Descriptors(fd))
 
 
 @pytest.mark.parametrize("end", ["done", "cancelled", "failed"])
@@ -245,4 +245,4 @@ def test_no_descriptor_is_left_open_by_a_load(
             job.result(5)
         path.write_bytes(b"short")
         with pytest.raises(pyqmigrate.SnapshotError):
-            pyqmigrate.MappedRamSnapshot(target)
+            pyqmigrate.open_snapshot(target)

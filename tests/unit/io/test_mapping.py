@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import FileMemory, MappedRamSnapshot, NoSpace, RamBlock, save
+from pyqmigrate import FileMemory, NoSpace, RamBlock, open_snapshot, save
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.memory import OpenMemory
@@ -101,5 +101,5 @@ def test_every_write_that_is_refused_is_the_error_of_the_save(
         assert wrote == before + call + 1
         call += 1
     assert call >= 5  # head, two pages of the bitmap, tail, magic
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         assert snapshot.blocks["ram"].data_pages == 2

@@ -71,10 +71,7 @@ def test_a_mapping_and_shared_memory_can_be_saved_and_loaded(disk: Path) -> None
         shared.buf[:] = raw
         assert saved(disk, shared.buf) == raw
         shared.buf[:] = b"\x77" * LENGTH
-        with (
-            mmap.mmap(-1, LENGTH) as mapping,
-            pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot,
-        ):
+        with mmap.mmap(-1, LENGTH) as mapping, pyqmigrate.open_snapshot(disk / "snap") as snapshot:
             snapshot.load({"ram": shared.buf})
             assert bytes(shared.buf) == raw
             snapshot.load({"ram": mapping})
@@ -117,7 +114,7 @@ def test_page_sizes_that_are_none_are_refused(disk: Path, page_size: int) -> Non
 
 def test_a_read_only_buffer_cannot_be_loaded_into(disk: Path) -> None:
     save_known(disk / "snap")
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         for memory in (bytes(LENGTH), memoryview(bytearray(LENGTH)).toreadonly()):
             with pytest.raises(UsageError, match="writable"):
                 snapshot.load({"ram": memory})
@@ -167,7 +164,7 @@ def test_a_buffer_is_let_go_after_a_save_that_failed(
 def test_a_buffer_is_held_during_a_load_and_let_go_after(disk: Path) -> None:
     raw = save_known(disk / "snap").tobytes()
     memory = bytearray(LENGTH)
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         job = snapshot.start_load({"ram": memory})
         job.result(5)
         memory.append(0)
@@ -214,7 +211,7 @@ def test_an_ordinary_file_is_saved_and_loaded(disk: Path) -> None:
     fd = os.open(path, os.O_RDWR)
     assert saved(disk, FileMemory(fd, 4, LENGTH)) == raw
     os.pwrite(fd, b"\x77" * LENGTH, 4)
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         snapshot.load({"ram": FileMemory(fd, 4, LENGTH)})
     os.close(fd)
     assert path.read_bytes() == b"head" + raw + b"tail"
@@ -222,7 +219,7 @@ def test_an_ordinary_file_is_saved_and_loaded(disk: Path) -> None:
 
 def test_a_load_makes_holes_of_clear_pages_in_a_memfd(disk: Path) -> None:
     raw = save_known(disk / "snap").tobytes()
-    with memfd(b"\x77" * LENGTH) as fd, pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with memfd(b"\x77" * LENGTH) as fd, pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         report = snapshot.load({"ram": FileMemory(fd)})
         assert os.pread(fd, LENGTH, 0) == raw
         assert os.fstat(fd).st_blocks * 512 == report.data_pages * 4096
@@ -241,7 +238,7 @@ def test_a_load_at_an_offset_changes_nothing_around_it(
     raw = save_known(disk / "snap").tobytes()
     size = offset + LENGTH + 10000
     with memfd(b"\x77" * size, size=size) as fd:
-        with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+        with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
             snapshot.load({"ram": FileMemory(fd, offset, LENGTH)}, direct_io=direct_io)
         after = os.pread(fd, size, 0)
     assert after == b"\x77" * offset + raw + b"\x77" * 10000
@@ -251,7 +248,7 @@ def test_the_position_of_a_descriptor_is_not_moved(disk: Path) -> None:
     with memfd(known_memory().tobytes()) as fd:
         os.lseek(fd, 4321, os.SEEK_SET)
         saved(disk, FileMemory(fd))
-        with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+        with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
             snapshot.load({"ram": FileMemory(fd)})
         assert os.lseek(fd, 0, os.SEEK_CUR) == 4321
 
@@ -304,7 +301,7 @@ def test_a_read_only_descriptor_is_not_loaded_into(disk: Path) -> None:
     path = disk / "ram.raw"
     path.write_bytes(b"\x77" * LENGTH)
     fd = os.open(path, os.O_RDONLY)
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot, pytest.raises(UsageError):
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot, pytest.raises(UsageError):
         snapshot.load({"ram": FileMemory(fd)})
     os.close(fd)
     assert path.read_bytes() == b"\x77" * LENGTH
@@ -332,7 +329,7 @@ def test_a_memfd_that_shrinks_before_its_pages_are_read_is_a_guest_memory_error(
 def test_a_memfd_that_shrinks_under_a_load_is_a_guest_memory_error(disk: Path) -> None:
     memory = ram(512, density=1.0)
     pyqmigrate.save(disk / "snap", [RamBlock("a", memory), RamBlock("b", memory)])
-    with memfd() as fd, pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with memfd() as fd, pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         job = snapshot.start_load({"a": bytearray(LENGTH), "b": FileMemory(fd)}, channels=1)
         job.set_max_bandwidth(4 * SLOW)
         os.ftruncate(fd, 0)

@@ -35,7 +35,8 @@ from pyqmigrate import (
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.io.pipe import KEPT_MAX, ForwardInput
-from pyqmigrate.snapshot.base import Located
+from pyqmigrate.io.stream_file import StreamFile
+from pyqmigrate.snapshot.detect import snapshot_of
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.conftest import directory_on_disk
 from tests.harness.examples import some
@@ -122,7 +123,7 @@ def test_pieces_in_which_it_comes_do_not_matter(sizes: list[int]) -> None:
 
     with directory_on_disk() as disk:
         source = ForwardInput("it", start, lambda: None, again=True)
-        with open_snapshot(Located(source)) as snapshot:
+        with snapshot_of(StreamFile(source)) as snapshot:
             for _ in range(2):
                 convert(snapshot, disk / "to", to="mapped-ram")
             found = devices(snapshot).devices
@@ -155,18 +156,21 @@ def test_other_page_size_than_the_description_tells_is_refused(disk: Path) -> No
     data = (disk / "from").read_bytes()
     with pipe_of(data) as path, pytest.raises(SnapshotError, match="8192"):
         convert(path, disk / "to", to="mapped-ram")
-    with pipe_of(data) as path, open_snapshot(path, page_size=8192, piped=True) as snapshot:
+    with pipe_of(data) as path, open_snapshot(path, page_size=8192, allow_pipe=True) as snapshot:
         convert(snapshot, disk / "to", to="mapped-ram")
     assert content(disk / "to", "mapped-ram") == bytes(1 << 16)
 
 
 def test_what_has_passed_by_cannot_be_read_again(disk: Path) -> None:
     save_stream(disk / "from")
-    with pipe_of((disk / "from").read_bytes()) as path, open_snapshot(path, piped=True) as snapshot:
+    with (
+        pipe_of((disk / "from").read_bytes()) as path,
+        open_snapshot(path, allow_pipe=True) as snapshot,
+    ):
         with pytest.raises(NotSupported, match="at random"):
             snapshot.blocks["ram"].read(0, 1)
         snapshot.verify()
-        with pytest.raises(UsageError, match="passed by"):
+        with pytest.raises(UsageError, match="was read already"):
             convert(snapshot, disk / "to", to="raw")
     assert not (disk / "to").exists()
 
@@ -207,7 +211,7 @@ def test_endless_device_state_is_bounded(disk: Path) -> None:
         return lambda length, _: next(pieces, bytes(length))
 
     source = ForwardInput("it", start, lambda: None)
-    with open_snapshot(Located(source)) as snapshot, pytest.raises(NotSupported, match="MiB"):
+    with snapshot_of(StreamFile(source)) as snapshot, pytest.raises(NotSupported, match="MiB"):
         convert(snapshot, disk / "to", to="mapped-ram")
     assert KEPT_MAX < 1 << 30
 
@@ -216,7 +220,7 @@ def test_waiting_pipe_can_be_cancelled(disk: Path) -> None:
     data = sequential_stream(page_records())
     read_end, write_end = os.pipe()
     os.write(write_end, data[:5000])
-    with open_snapshot(f"/proc/self/fd/{read_end}", piped=True) as snapshot:
+    with open_snapshot(f"/proc/self/fd/{read_end}", allow_pipe=True) as snapshot:
         job = snapshot.start_load({"pc.ram": bytearray(65536)})
         time.sleep(0.2)
         assert not job.done()

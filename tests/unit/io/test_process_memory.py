@@ -12,8 +12,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import GuestMemoryError, ProcessMemory, RamBlock, UsageError
-from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.process_memory import ProcessSource
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_load, start_sequential_save
 from tests.harness.kernel import memfd
 from tests.harness.processes import PAGE, Holder, as_nobody
@@ -52,7 +52,7 @@ def test_address_that_is_not_aligned_is_saved(disk: Path, sparse: str) -> None:
 def test_sequential_stream_of_a_process_has_its_memory(disk: Path) -> None:
     with Holder(PAGES, SOME, flags=PRIVATE) as holder:
         start_sequential_save(disk / "stream", [RamBlock("ram", holder.memory)]).wait()
-        loaded, source = bytearray(holder.length), InputFile(disk / "stream")
+        loaded, source = bytearray(holder.length), StreamFile.open(disk / "stream")
         try:
             start_sequential_load(source, {"ram": loaded}).wait()
         finally:
@@ -135,7 +135,7 @@ def test_nothing_is_loaded_into_a_process(disk: Path) -> None:
     length = len(known_memory())
     with Holder(length // PAGE, [0], flags=PRIVATE) as holder:
         with (
-            pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot,
+            pyqmigrate.open_snapshot(disk / "snap") as snapshot,
             pytest.raises(UsageError, match="only be saved"),
         ):
             snapshot.load({"ram": holder.memory})

@@ -251,7 +251,7 @@ def test_a_fifo_is_refused_and_not_waited_for(disk: Path, options: dict[str, boo
 def test_a_fifo_is_no_snapshot_and_not_waited_for(disk: Path) -> None:
     os.mkfifo(disk / "fifo")
     with pytest.raises(pyqmigrate.UsageError):
-        pyqmigrate.MappedRamSnapshot(disk / "fifo")
+        pyqmigrate.open_snapshot(disk / "fifo")
 
 
 # ---- in place ------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_an_offset_keeps_the_bytes_below_it(disk: Path, offset: int, direct_io: 
     )
     assert (disk / "snap").read_bytes()[:offset] == below[:offset]
     assert (load(f"file:{disk}/snap,offset={offset}")["ram"] == known_memory()).all()
-    with pyqmigrate.MappedRamSnapshot(disk / "snap", offset=offset) as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap", offset=offset) as snapshot:
         assert snapshot.offset == offset
         snapshot.verify()
 
@@ -318,10 +318,10 @@ def test_a_partial_file_is_not_taken_for_a_snapshot(disk: Path, how: str) -> Non
         target = pyqmigrate.Descriptors(fd)
     job = slow_save(target, reuse=how == "reuse")
     with pytest.raises(pyqmigrate.SnapshotError):
-        pyqmigrate.MappedRamSnapshot(target)
+        pyqmigrate.open_snapshot(target)
     cancel(job)
     with pytest.raises(pyqmigrate.SnapshotError):
-        pyqmigrate.MappedRamSnapshot(target)
+        pyqmigrate.open_snapshot(target)
     os.close(fd)
 
 
@@ -458,7 +458,7 @@ def test_the_trial_of_direct_io_leaves_no_trace(disk: Path, direct_io: str) -> N
     """Nothing but zeros: the file holds head, bitmap and tail, and no page."""
     empty = ram(1024, density=0)
     report = pyqmigrate.save(disk / "snap", [RamBlock("ram", empty)], direct_io=direct_io)
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         block = snapshot.blocks["ram"]
         start, end = block.pages_offset, block.pages_offset + block.length
     assert data_bytes(disk / "snap", start, end // 4096 * 4096) == 0

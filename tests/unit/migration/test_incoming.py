@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from pyqmigrate import FileMemory, MappedRamSnapshot, RamBlock, UsageError
+from pyqmigrate import FileMemory, RamBlock, UsageError, open_snapshot
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.qapi.address import parse_uri
@@ -185,7 +185,7 @@ def test_a_mapped_ram_file_leaves_shared_memory_where_it_is(
         info = source.wait(60)
         assert info.status is Status.COMPLETED
         assert info.ram is not None and info.ram.total == LENGTH  # rom's
-        with MappedRamSnapshot(disk / "snap") as snapshot:
+        with open_snapshot(disk / "snap") as snapshot:
             snapshot.verify()
             assert [block.external for block in snapshot.blocks.values()] == [True, False]
             with pytest.raises(UsageError):

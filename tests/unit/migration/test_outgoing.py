@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate import MappedRamSnapshot, RamBlock, UsageError
+from pyqmigrate import RamBlock, UsageError, open_snapshot
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.migration.fdset import FdsetError, FdSets
@@ -47,7 +47,7 @@ class Recorder:
 
 
 def loaded(path: Path, offset: int = 0) -> bytes:
-    with MappedRamSnapshot(path, offset=offset) as snapshot:
+    with open_snapshot(path, offset=offset) as snapshot:
         snapshot.verify()
         ram = bytearray(snapshot.blocks["pc.ram"].length)
         snapshot.load({"pc.ram": ram})
@@ -203,7 +203,7 @@ def test_pages_that_became_zero_leave_nothing_under_their_clear_bits(disk: Path)
     migration.set_capabilities({"mapped-ram": True})
     migration.migrate(parse_uri(f"file:{disk}/snap"))
     migration.wait(60)
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         block = snapshot.blocks["pc.ram"]
         raw = (disk / "snap").read_bytes()
         clear = [page for page in range(block.num_pages) if not block.bitmap[page]]
@@ -221,7 +221,7 @@ def test_without_zero_page_detection_every_page_is_written_and_marked(disk: Path
     info = migration.wait(60)
     assert info.ram is not None
     assert (info.ram.normal, info.ram.duplicate) == (LENGTH // PAGE, 0)
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         assert snapshot.blocks["pc.ram"].zero_pages == 0
     assert loaded(disk / "snap") == ram[:]
 

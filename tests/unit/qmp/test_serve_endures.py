@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from bench.contents import Contents, fill
-from pyqmigrate import FileMemory, MappedRamSnapshot, RamBlock, SnapshotError
+from pyqmigrate import FileMemory, RamBlock, SnapshotError, open_snapshot
 from pyqmigrate.migration import Migration
 from pyqmigrate.qmp import QmpServer, connection
 from tests.conftest import descriptors
@@ -485,7 +485,7 @@ def test_a_server_killed_amid_a_save_leaves_what_is_no_snapshot_and_can_be_saved
             assert file.read(offset) == HEADER[:offset]
             assert file.read(4) == bytes(4)  # the magic is written last
         assert path.stat().st_blocks * 512 > 2 * len(HEADER)  # and pages were written
-        with pytest.raises(SnapshotError), MappedRamSnapshot(target_of(path, offset)):
+        with pytest.raises(SnapshotError), open_snapshot(target_of(path, offset)):
             pass
     with Serve(driver, ram) as server, raw_client(server.socket) as client:
         start_slowly(client, path, place, 0)

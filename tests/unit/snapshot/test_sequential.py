@@ -28,7 +28,6 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
-from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.conftest import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, known_memory, ram, save_known
@@ -69,7 +68,7 @@ def test_pages_of_any_size_are_read_at_random(disk: Path, page_size: int) -> Non
 def test_block_tells_what_it_holds(disk: Path) -> None:
     memory = save_sequential(disk / "snap")
     pages = memory.reshape(-1, 4096).any(axis=1)
-    with SequentialSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         assert snapshot.machine == "pc-q35-10.0"
         block = snapshot.blocks["ram"]
         assert (block.data_pages, block.zero_pages) == (pages.sum(), (~pages).sum())
@@ -83,7 +82,7 @@ def test_block_tells_what_it_holds(disk: Path) -> None:
 def test_load_takes_the_memory_of_each_block(disk: Path) -> None:
     memory = save_sequential(disk / "snap")
     loaded = np.full(len(memory), 0x77, dtype=np.uint8)
-    with SequentialSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         snapshot.load({"ram": loaded})
         with pytest.raises(BlockMismatch):
             snapshot.load({})
@@ -94,7 +93,7 @@ def test_load_takes_the_memory_of_each_block(disk: Path) -> None:
 
 def test_closed_snapshot_says_so(disk: Path) -> None:
     save_sequential(disk / "snap")
-    snapshot = SequentialSnapshot(disk / "snap")
+    snapshot = open_snapshot(disk / "snap")
     snapshot.close()
     snapshot.close()
     with pytest.raises(UsageError, match="closed"):
@@ -115,7 +114,7 @@ def test_nothing_stays_open(disk: Path) -> None:
 
 def test_kept_index_is_used_without_reading_the_pages(disk: Path) -> None:
     memory = save_sequential(disk / "snap").tobytes()
-    with SequentialSnapshot(disk / "snap", index=disk / "index") as first:
+    with open_snapshot(disk / "snap", index=disk / "index") as first:
         assert first.blocks["ram"].read(0, len(memory)) == memory
     info = (disk / "snap").stat()
     assert (disk / "index").stat().st_size < info.st_size // 50
@@ -125,20 +124,20 @@ def test_kept_index_is_used_without_reading_the_pages(disk: Path) -> None:
         file.seek(at)
         file.write(b"\xff" * 8200)
     os.utime(disk / "snap", ns=(info.st_atime_ns, info.st_mtime_ns))
-    with SequentialSnapshot(disk / "snap", index=disk / "index") as second:
+    with open_snapshot(disk / "snap", index=disk / "index") as second:
         assert second.blocks["ram"].read(0, 4096) == memory[:4096]
         assert second.stream.complete
-    with pytest.raises(SnapshotError), SequentialSnapshot(disk / "snap") as third:
+    with pytest.raises(SnapshotError), open_snapshot(disk / "snap") as third:
         third.verify()
 
 
 def test_index_of_another_file_is_made_anew(disk: Path) -> None:
     save_sequential(disk / "snap", seed=1)
-    with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
+    with open_snapshot(disk / "snap", index=disk / "index") as snapshot:
         snapshot.verify()
     kept = (disk / "index").read_bytes()
     memory = save_sequential(disk / "snap", seed=2).tobytes()
-    with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
+    with open_snapshot(disk / "snap", index=disk / "index") as snapshot:
         assert snapshot.blocks["ram"].read(0, len(memory)) == memory
     assert (disk / "index").read_bytes() != kept
 
@@ -149,25 +148,25 @@ def test_damaged_index_is_made_anew(at: int, flip: int, cut: bool) -> None:
     with directory_on_disk() as disk:
         path, index = disk / "snap", disk / "index"
         memory = save_sequential(path).tobytes()
-        with SequentialSnapshot(path, index=index) as snapshot:
+        with open_snapshot(path, index=index) as snapshot:
             snapshot.verify()
         whole = index.read_bytes()
         data = bytearray(whole)
         at = 8 + at % (len(data) - 8)  # behind the magic
         data[at] ^= flip
         index.write_bytes(data[:at] if cut else data)
-        with SequentialSnapshot(path, index=index) as snapshot:
+        with open_snapshot(path, index=index) as snapshot:
             assert snapshot.blocks["ram"].read(0, len(memory)) == memory
         assert index.read_bytes() == whole
 
 
 def test_index_with_more_than_was_written_is_made_anew(disk: Path) -> None:
     save_sequential(disk / "snap")
-    with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
+    with open_snapshot(disk / "snap", index=disk / "index") as snapshot:
         snapshot.verify()
     whole = (disk / "index").read_bytes()
     (disk / "index").write_bytes(whole + b"?")
-    with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
+    with open_snapshot(disk / "snap", index=disk / "index") as snapshot:
         snapshot.verify()
     assert (disk / "index").read_bytes() == whole
 
@@ -175,7 +174,7 @@ def test_index_with_more_than_was_written_is_made_anew(disk: Path) -> None:
 def test_index_without_a_digest_as_it_once_was_is_made_anew(disk: Path) -> None:
     memory = save_sequential(disk / "snap").tobytes()
     (disk / "index").write_bytes(b"qmindex1" + bytes(100))
-    with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
+    with open_snapshot(disk / "snap", index=disk / "index") as snapshot:
         assert snapshot.blocks["ram"].read(0, len(memory)) == memory
     assert (disk / "index").read_bytes().startswith(b"qmindex2")
 
@@ -192,7 +191,7 @@ def test_index_is_durable_before_it_has_its_name(
         sync(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with SequentialSnapshot(disk / "snap", index=disk / "index") as snapshot:
+    with open_snapshot(disk / "snap", index=disk / "index") as snapshot:
         snapshot.verify()
     assert named == [False]
     assert (disk / "index").exists()
@@ -204,7 +203,7 @@ def test_forged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, c
     with directory_on_disk() as disk:
         path, index = disk / "snap", disk / "index"
         memory = save_sequential(path).tobytes()
-        with SequentialSnapshot(path, index=index) as snapshot:
+        with open_snapshot(path, index=index) as snapshot:
             snapshot.verify()
         data = bytearray(index.read_bytes())
         at = 24 + at % (len(data) - 24)  # behind the digest
@@ -212,7 +211,7 @@ def test_forged_index_gives_no_more_than_bytes_of_the_file(at: int, flip: int, c
         del data[at if cut else len(data) :]
         data[8:24] = xxhash.xxh3_128_digest(data[24:])
         index.write_bytes(data)
-        with SequentialSnapshot(path, index=index) as snapshot:
+        with open_snapshot(path, index=index) as snapshot:
             block = snapshot.blocks["ram"]
             assert len(block.read(0, block.length)) == len(memory)
             assert snapshot.stream.complete
@@ -314,8 +313,10 @@ def test_structure_is_checked_without_an_index(disk: Path, monkeypatch: pytest.M
 def test_counts_are_the_same_with_an_index_and_without(disk: Path, index: bool) -> None:
     away = words(0x02 | 0x20) + b"\0" + words(8192 | 0x02 | 0x20) + b"\7"
     (disk / "snap").write_bytes(sequential_stream(page_records() + away))
-    with SequentialSnapshot(disk / "snap") as snapshot:
-        snapshot.read_through(pages=index)
+    with open_snapshot(disk / "snap") as snapshot:
+        if index:
+            snapshot.prepare_random_reads()
+        snapshot.read_through()
         block = snapshot.blocks["pc.ram"]
         assert (block.data_pages, block.zero_pages) == (1, 15)
 
@@ -323,7 +324,7 @@ def test_counts_are_the_same_with_an_index_and_without(disk: Path, index: bool) 
 def test_few_records_at_far_places_cost_no_bitmaps(disk: Path) -> None:
     far = b"".join(words(k << 27 | 0x02 | 0x20) + b"\0" for k in range(1, 20000))
     (disk / "snap").write_bytes(sequential_stream(page_records() + far, length=1 << 43))
-    with SequentialSnapshot(disk / "snap") as snapshot, pytest.raises(SnapshotError, match="far"):
+    with open_snapshot(disk / "snap") as snapshot, pytest.raises(SnapshotError, match="sparse"):
         snapshot.verify()
 
 
@@ -354,7 +355,7 @@ def test_interrupted_pass_can_be_made_again(disk: Path) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    with SequentialSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         with pytest.raises(KeyboardInterrupt):
             snapshot.read_through(interrupt)
         snapshot.verify()
@@ -382,7 +383,7 @@ def test_conversion_into_its_own_source_in_place_is_refused(disk: Path) -> None:
 
 def test_failed_conversion_leaves_no_file(disk: Path) -> None:
     save_sequential(disk / "snap")
-    with SequentialSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         snapshot.verify()
         os.truncate(disk / "snap", 100_000)
         with pytest.raises(SnapshotError):

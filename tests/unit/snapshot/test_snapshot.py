@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pyqmigrate
-from pyqmigrate import MappedRamSnapshot, RamBlock, SnapshotError, UsageError
+from pyqmigrate import RamBlock, SnapshotError, UsageError, open_snapshot
 from tests.conftest import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, known_memory, ram, save_known
@@ -23,7 +23,7 @@ from tests.harness.snapshots import Bytes, known_memory, ram, save_known
 
 def test_a_block_tells_where_it_stands_and_what_it_holds(disk: Path) -> None:
     memory = save_known(disk / "snap", machine="pc-q35-10.0")
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         assert snapshot.machine == "pc-q35-10.0"
         assert list(snapshot.blocks) == ["ram"]
         block = snapshot.blocks["ram"]
@@ -51,7 +51,7 @@ def known() -> Iterator[tuple[Path, Bytes]]:
 def test_read_gives_the_bytes_of_the_guest(known: tuple[Path, Bytes], at: int, length: int) -> None:
     path, memory = known
     length = min(length, len(memory) - at)
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         assert snapshot.blocks["ram"].read(at, length) == memory[at : at + length].tobytes()
 
 
@@ -59,7 +59,7 @@ def test_clear_pages_are_zero_whatever_the_file_has_there(disk: Path) -> None:
     """Live saves of QEMU leave old bytes there."""
     memory = save_known(disk / "snap")
     fd = os.open(disk / "snap", os.O_RDWR)
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         block = snapshot.blocks["ram"]
         for page in np.flatnonzero(~memory.reshape(-1, 4096).any(axis=1)).tolist():
             os.pwrite(fd, b"\xee" * 4096, block.pages_offset + page * 4096)
@@ -76,13 +76,13 @@ def test_clear_pages_are_zero_whatever_the_file_has_there(disk: Path) -> None:
 )
 def test_reads_outside_the_block_are_refused(disk: Path, at: int, length: int) -> None:
     save_known(disk / "snap")
-    with MappedRamSnapshot(disk / "snap") as snapshot, pytest.raises(UsageError):
+    with open_snapshot(disk / "snap") as snapshot, pytest.raises(UsageError):
         snapshot.blocks["ram"].read(at, length)
 
 
 def test_a_read_of_nothing_is_nothing(disk: Path) -> None:
     memory = save_known(disk / "snap")
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         assert snapshot.blocks["ram"].read(0, 0) == b""
         assert snapshot.blocks["ram"].read(len(memory), 0) == b""
 
@@ -104,7 +104,7 @@ def test_a_read_of_nothing_is_nothing(disk: Path) -> None:
 @pytest.mark.parametrize("looked", [False, True])
 def test_a_closed_snapshot_says_so(disk: Path, use: Any, looked: bool) -> None:
     save_known(disk / "snap")
-    snapshot = MappedRamSnapshot(disk / "snap")
+    snapshot = open_snapshot(disk / "snap")
     if looked:
         assert snapshot.blocks["ram"].data_pages
     snapshot.close()
@@ -115,7 +115,7 @@ def test_a_closed_snapshot_says_so(disk: Path, use: Any, looked: bool) -> None:
 
 def test_what_was_known_at_opening_is_known_after_closing(disk: Path) -> None:
     save_known(disk / "snap", machine="virt")
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         pass
     assert snapshot.machine == "virt"
     assert snapshot.blocks["ram"].length == 512 * 4096
@@ -151,7 +151,7 @@ def test_closing_during_a_load_does_not_kill_the_process(
 def test_an_unused_snapshot_is_not_changed_by_looking(disk: Path) -> None:
     save_known(disk / "snap")
     before = (disk / "snap").read_bytes()
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         snapshot.verify()
         snapshot.load({"ram": bytearray(512 * 4096)})
     assert (disk / "snap").read_bytes() == before
@@ -162,30 +162,30 @@ def test_the_offset_is_given_once(disk: Path) -> None:
     fd = os.open(disk / "snap", os.O_RDONLY)
     for target in (f"file:{disk}/snap,offset=4096", pyqmigrate.Descriptors(fd)):
         with pytest.raises(UsageError, match="twice"):
-            MappedRamSnapshot(target, offset=4096)
+            open_snapshot(target, offset=4096)
     for offset in (-1, 1 << 63):
         with pytest.raises(UsageError):
-            MappedRamSnapshot(disk / "snap", offset=offset)
+            open_snapshot(disk / "snap", offset=offset)
     os.close(fd)
 
 
 def test_a_wrong_bitmap_order_is_refused(disk: Path) -> None:
     save_known(disk / "snap")
     with pytest.raises(UsageError):
-        MappedRamSnapshot(disk / "snap", bitmap_order="middle")  # type: ignore[arg-type]
+        open_snapshot(disk / "snap", bitmap_order="middle")  # type: ignore[arg-type]
 
 
 def test_a_bitmap_of_a_big_endian_host_is_turned(disk: Path) -> None:
     memory = known_memory()
     pyqmigrate.save(disk / "snap", [RamBlock("ram", memory)])
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         at = snapshot.blocks["ram"].bitmap_offset
     fd = os.open(disk / "snap", os.O_RDWR)
     words = np.frombuffer(os.pread(fd, 64, at), dtype="<u8")
     os.pwrite(fd, words.astype(">u8").tobytes(), at)
     os.close(fd)
     loaded = bytearray(len(memory))
-    with MappedRamSnapshot(disk / "snap", bitmap_order="big") as snapshot:
+    with open_snapshot(disk / "snap", bitmap_order="big") as snapshot:
         snapshot.load({"ram": loaded})
     assert loaded == memory.tobytes()
 
@@ -195,12 +195,12 @@ def test_a_bitmap_of_a_big_endian_host_is_turned(disk: Path) -> None:
 
 def test_bits_past_the_end_of_a_block_are_found(disk: Path) -> None:
     pyqmigrate.save(disk / "snap", [RamBlock("ram", ram(70))])
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         at = snapshot.blocks["ram"].bitmap_offset
     fd = os.open(disk / "snap", os.O_RDWR)
     os.pwrite(fd, b"\x80", at + 15)
     os.close(fd)
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         with pytest.raises(SnapshotError) as caught:
             snapshot.verify()
         assert caught.value.block == "ram"
@@ -214,13 +214,13 @@ def test_a_file_cut_short_is_not_opened(disk: Path, share: float) -> None:
     save_known(disk / "snap")
     os.truncate(disk / "snap", int((disk / "snap").stat().st_size * share))
     with pytest.raises(SnapshotError):
-        MappedRamSnapshot(disk / "snap")
+        open_snapshot(disk / "snap")
 
 
 def test_a_file_without_its_last_byte_is_not_verified(disk: Path) -> None:
     save_known(disk / "snap")
     os.truncate(disk / "snap", (disk / "snap").stat().st_size - 1)
-    with pytest.raises(SnapshotError), MappedRamSnapshot(disk / "snap") as snapshot:
+    with pytest.raises(SnapshotError), open_snapshot(disk / "snap") as snapshot:
         snapshot.verify()
 
 
@@ -234,7 +234,7 @@ def test_a_damaged_head_never_gives_more_than_an_error(
     was = os.pread(fd, 1, at)
     os.pwrite(fd, bytes([value]), at)
     try:
-        with MappedRamSnapshot(path) as snapshot:
+        with open_snapshot(path) as snapshot:
             snapshot.verify()
             for block in snapshot.blocks.values():
                 block.read(0, min(block.length, 8192))
@@ -249,4 +249,4 @@ def test_a_damaged_head_never_gives_more_than_an_error(
 def test_what_is_no_snapshot_is_a_snapshot_error(disk: Path, content: bytes) -> None:
     (disk / "snap").write_bytes(content)
     with pytest.raises(SnapshotError):
-        MappedRamSnapshot(disk / "snap")
+        open_snapshot(disk / "snap")

@@ -37,7 +37,7 @@ def refusal(source: Sparse, offset: int = 0) -> SnapshotError:
 
 
 def test_empty_file_is_refused() -> None:
-    assert "only 0 bytes are there" in str(refusal(Sparse([], 0)))
+    assert "it has only 0 bytes" in str(refusal(Sparse([], 0)))
 
 
 def test_offset_past_the_end_is_refused() -> None:

@@ -34,7 +34,7 @@ def buffers(memories: dict[str, Any]) -> dict[str, Any]:
 def test_blocks_are_matched_by_name_whatever_their_order(two: Any) -> None:
     path, memories = two
     given = dict(reversed(buffers(memories).items()))
-    report = pyqmigrate.MappedRamSnapshot(path).load(given)
+    report = pyqmigrate.open_snapshot(path).load(given)
     for name, memory in memories.items():
         assert (given[name] == memory).all()
     pages = [m.reshape(-1, 4096).any(axis=1) for m in memories.values()]
@@ -63,7 +63,7 @@ def test_blocks_that_do_not_match_are_refused_before_anything_is_touched(
     for memories_given in wrong:
         with pytest.raises(BlockMismatch):
             if start == "method":
-                with pyqmigrate.MappedRamSnapshot(path) as snapshot:
+                with pyqmigrate.open_snapshot(path) as snapshot:
                     snapshot.load(memories_given)
             else:
                 pyqmigrate.start_load(path, memories_given)
@@ -73,14 +73,14 @@ def test_blocks_that_do_not_match_are_refused_before_anything_is_touched(
 def test_a_block_mismatch_names_the_block_and_what_there_is(two: Any) -> None:
     path, memories = two
     with pytest.raises(BlockMismatch, match=r"pc\.ram.*vga\.vram"):
-        pyqmigrate.MappedRamSnapshot(path).load({"vga.vram": memories["vga.vram"]})
+        pyqmigrate.open_snapshot(path).load({"vga.vram": memories["vga.vram"]})
 
 
 @pytest.mark.parametrize("clear", ["zero", "leave"])
 def test_clear_pages_are_zeroed_or_left(two: Any, clear: str) -> None:
     path, memories = two
     given = buffers(memories)
-    pyqmigrate.MappedRamSnapshot(path).load(given, clear=clear)
+    pyqmigrate.open_snapshot(path).load(given, clear=clear)
     for name, memory in memories.items():
         empty = ~memory.reshape(-1, 4096).any(axis=1)
         assert (given[name].reshape(-1, 4096)[empty] == (0 if clear == "zero" else 0x77)).all()
@@ -92,13 +92,13 @@ def test_clear_pages_are_zeroed_or_left(two: Any, clear: str) -> None:
 def test_wrong_options_are_refused(two: Any, options: dict[str, Any]) -> None:
     path, memories = two
     with pytest.raises(pyqmigrate.UsageError):
-        pyqmigrate.MappedRamSnapshot(path).load(buffers(memories), **options)
+        pyqmigrate.open_snapshot(path).load(buffers(memories), **options)
 
 
 @pytest.mark.parametrize("direct_io", ["on", "off", "auto"])
 def test_the_report_tells_of_direct_io(two: Any, direct_io: str) -> None:
     path, memories = two
-    report = pyqmigrate.MappedRamSnapshot(path).load(buffers(memories), direct_io=direct_io)
+    report = pyqmigrate.open_snapshot(path).load(buffers(memories), direct_io=direct_io)
     assert report.direct_io == (direct_io != "off")
     assert report.direct_io_reason
 
@@ -107,7 +107,7 @@ def test_unaligned_memory_is_loaded_and_named(two: Any) -> None:
     path, memories = two
     given = buffers(memories)
     given["pc.ram"] = np.full(len(memories["pc.ram"]) + 8, 0x77, dtype=np.uint8)[8:]
-    report = pyqmigrate.MappedRamSnapshot(path).load(given)
+    report = pyqmigrate.open_snapshot(path).load(given)
     assert "pc.ram" in report.unaligned_blocks
     assert (given["pc.ram"] == memories["pc.ram"]).all()
 
@@ -115,7 +115,7 @@ def test_unaligned_memory_is_loaded_and_named(two: Any) -> None:
 def test_a_load_from_tmpfs_works_and_gives_its_reason(shm: Path) -> None:
     memory = save_known(shm / "snap")
     given = bytearray(len(memory))
-    report = pyqmigrate.MappedRamSnapshot(shm / "snap").load({"ram": given})
+    report = pyqmigrate.open_snapshot(shm / "snap").load({"ram": given})
     assert not report.direct_io
     assert "alignment" in report.direct_io_reason
     assert given == memory.tobytes()
@@ -127,7 +127,7 @@ def test_a_file_that_becomes_shorter_is_a_snapshot_error(
     two: Any, direct_io: str, when: str
 ) -> None:
     path, memories = two
-    with pyqmigrate.MappedRamSnapshot(path) as snapshot:
+    with pyqmigrate.open_snapshot(path) as snapshot:
         if when.startswith("after"):
             snapshot.verify()
             cut = snapshot.blocks["vga.vram"].pages_offset
@@ -145,7 +145,7 @@ def test_progress_comes_on_the_waiting_thread(disk: Path) -> None:
     pyqmigrate.save(disk / "snap", [RamBlock("ram", memory)])
     seen: list[tuple[pyqmigrate.Progress, int]] = []
     given = np.zeros(len(memory), dtype=np.uint8)
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         job = snapshot.start_load({"ram": given})
         job.set_max_bandwidth(200 * MIB)
         job.result(20, progress=lambda p: seen.append((p, threading.get_ident())))
@@ -162,7 +162,7 @@ def test_what_progress_raises_cancels_the_load(disk: Path, same_descriptors: Non
         raise LookupError("enough")
 
     given = bytearray(len(memory))
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot, pytest.raises(LookupError):
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot, pytest.raises(LookupError):
         snapshot.load({"ram": given}, progress=callback)
     given.append(0)
     assert threading.active_count() == 1
@@ -193,14 +193,14 @@ def test_a_mix_of_buffers_and_files_is_loaded(two: Any) -> None:
     given = buffers(memories)
     with memfd(len(memories["pc.ram"])) as fd:
         given["pc.ram"] = FileMemory(fd)
-        pyqmigrate.MappedRamSnapshot(path).load(given, channels=4)
+        pyqmigrate.open_snapshot(path).load(given, channels=4)
         assert os.pread(fd, len(memories["pc.ram"]), 0) == memories["pc.ram"].tobytes()
     assert (given["vga.vram"] == memories["vga.vram"]).all()
 
 
 def test_one_snapshot_serves_several_loads_at_once(two: Any) -> None:
     path, memories = two
-    with pyqmigrate.MappedRamSnapshot(path) as snapshot:
+    with pyqmigrate.open_snapshot(path) as snapshot:
         given = [buffers(memories) for _ in range(4)]
         for job in [snapshot.start_load(g) for g in given]:
             job.result(10)

@@ -23,7 +23,7 @@ from pyqmigrate import (
 )
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import RAM_EOS, encode_end, encode_head, encode_part_header
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.load.sequential import (
     DeviceSection,
     SequentialLoadReport,
@@ -54,7 +54,7 @@ def written(path: Path, *sections: bytes, head: bytes | None = None, tail: bytes
 def loaded(path: Path, **options: object) -> tuple[SequentialLoadReport, dict[str, Bytes]]:
     """Both blocks of a stream of TWO, into memory that was not zero."""
     memories = {s.name: np.full(s.length, STALE, dtype=np.uint8) for s in TWO}
-    source = InputFile(path)
+    source = StreamFile.open(path)
     try:
         return start_sequential_load(source, memories, **options).wait(), memories  # type: ignore[arg-type]
     finally:
@@ -111,7 +111,7 @@ def test_file_memory_is_loaded_and_punched(tmp_path: Path) -> None:
     )
     with memfd(8192) as fd:
         os.pwrite(fd, page(STALE) * 2, 0)
-        source = InputFile(path)
+        source = StreamFile.open(path)
         start_sequential_load(source, {"a": FileMemory(fd)}, skip_unknown_blocks=True).wait()
         source.close()
         assert os.pread(fd, 8192, 0) == page(0) + page(3)
@@ -145,7 +145,7 @@ def test_blocks_without_memory_are_read_over_where_asked(tmp_path: Path) -> None
         + str8(b"b")
         + page(2),
     )
-    source, memory = InputFile(path), bytearray(page(STALE))
+    source, memory = StreamFile.open(path), bytearray(page(STALE))
     report = start_sequential_load(source, {"b": memory}, skip_unknown_blocks=True).wait()
     with pytest.raises(BlockMismatch, match="'a'"):
         start_sequential_load(source, {"b": memory})
@@ -160,7 +160,7 @@ def test_blocks_without_memory_are_read_over_where_asked(tmp_path: Path) -> None
 def test_memories_that_do_not_fit_are_refused_before_the_start(
     tmp_path: Path, memories: dict[str, bytearray]
 ) -> None:
-    source = InputFile(written(tmp_path / "x"))
+    source = StreamFile.open(written(tmp_path / "x"))
     with pytest.raises(BlockMismatch):
         start_sequential_load(source, memories, skip_unknown_blocks=True)
     source.close()
@@ -253,7 +253,7 @@ def test_mutated_stream_never_does_more_than_fail(tmp_path: Path, data: st.DataO
 def test_huge_lengths_cost_no_memory(tmp_path: Path) -> None:
     """Nothing is allocated for a block that the caller has no memory for."""
     head = encode_head("pc", [BlockSpec("huge", 1 << 62), BlockSpec("b", 4096)])
-    source = InputFile(written(tmp_path / "x", head=head))
+    source = StreamFile.open(written(tmp_path / "x", head=head))
     report = start_sequential_load(source, {"b": bytearray(4096)}, skip_unknown_blocks=True).wait()
     source.close()
     assert report.skipped == ("huge",)
@@ -270,7 +270,7 @@ def test_cancelled_load_ends_soon(tmp_path: Path) -> None:
     memory = ram(2000, density=1)
     path = tmp_path / "x"
     start_sequential_save(path, [RamBlock("ram", memory)]).wait()
-    source = InputFile(path)
+    source = StreamFile.open(path)
     job = start_sequential_load(source, {"ram": memory.copy()}, max_bandwidth=SLOW)
     time.sleep(0.2)
     job.cancel()
@@ -284,7 +284,7 @@ def test_cancelled_load_ends_soon(tmp_path: Path) -> None:
 def test_progress_counts_a_page_once(tmp_path: Path) -> None:
     path = written(tmp_path / "x", *[word(0, PAGE) + str8(b"b") + page(n) for n in range(5)])
     memories = {s.name: bytearray(s.length) for s in TWO}
-    source = InputFile(path)
+    source = StreamFile.open(path)
     job = start_sequential_load(source, memories)
     report = job.result()
     source.close()
@@ -298,7 +298,7 @@ def test_big_memory_comes_back_through_small_windows(tmp_path: Path) -> None:
     start_sequential_save(path, [RamBlock("ram", memory)]).wait()
     with memfd(len(memory)) as fd:
         os.pwrite(fd, bytes([STALE]) * len(memory), 0)
-        source = InputFile(path)
+        source = StreamFile.open(path)
         report = start_sequential_load(source, {"ram": FileMemory(fd)}).wait()
         source.close()
         assert os.pread(fd, len(memory), 0) == memory.tobytes()

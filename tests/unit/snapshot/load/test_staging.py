@@ -16,7 +16,6 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import RawReport, unpack
 from pyqmigrate.integrity.seal import stale_pages
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.conftest import directory_on_disk
 from tests.harness import page_records as records
@@ -65,7 +64,7 @@ def stream(
 def content(path: Path, form: str, name: str = "ram") -> bytes:
     if form == "raw":
         return (path / f"{name}.raw").read_bytes()
-    with MappedRamSnapshot(path) as snapshot:
+    with open_snapshot(path) as snapshot:
         snapshot.verify()
         assert not any(stale_pages(snapshot).values())
         block = snapshot.blocks[name]
@@ -142,7 +141,7 @@ def test_pages_are_counted_as_an_index_counts_them(listed: list[Record]) -> None
         (disk / "from").write_bytes(stream([listed], {"ram": PART, "rom": 7 * PAGE}))
         counts = []
         for pages in (False, True):
-            with SequentialSnapshot(disk / "from") as snapshot:
+            with open_snapshot(disk / "from") as snapshot:
                 snapshot.read_through(pages=pages)
                 counts.append([block.data_pages for block in snapshot.blocks.values()])
         last = {(record.block, record.number): record.fill != 0 for record in listed}

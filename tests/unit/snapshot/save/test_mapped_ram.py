@@ -86,7 +86,7 @@ def test_what_is_saved_is_loaded(disk: Path, data: st.DataObject) -> None:
     assert list(loaded) == list(wanted), "the order of the blocks was not kept"
     for name, memory in wanted.items():
         assert (loaded[name] == memory).all()
-    with pyqmigrate.MappedRamSnapshot(target) as snapshot:
+    with pyqmigrate.open_snapshot(target) as snapshot:
         assert snapshot.machine == machine
         for name, bits in pages.items():
             block = snapshot.blocks[name]
@@ -101,7 +101,7 @@ def test_what_is_saved_is_loaded(disk: Path, data: st.DataObject) -> None:
 def test_the_bits_of_zero_pages_are_clear_under_every_policy(disk: Path, sparse: str) -> None:
     memory = ram(600, density=0.5)
     pyqmigrate.save(disk / "snap", [RamBlock("ram", memory)], sparse=sparse)
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         block = snapshot.blocks["ram"]
         data = data_bytes(disk / "snap", block.pages_offset, block.pages_offset + block.length)
         assert block.data_pages == memory.reshape(-1, 4096).any(axis=1).sum()
@@ -337,7 +337,7 @@ def test_no_blocks_are_refused(disk: Path) -> None:
 
 def test_target_page_bits_are_written(disk: Path) -> None:
     pyqmigrate.save(disk / "snap", slow_blocks(), target_page_bits=12)
-    with pyqmigrate.MappedRamSnapshot(disk / "snap") as snapshot:
+    with pyqmigrate.open_snapshot(disk / "snap") as snapshot:
         assert snapshot.stream.target_page_bits == 12
 
 

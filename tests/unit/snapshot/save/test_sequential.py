@@ -26,7 +26,7 @@ from pyqmigrate import (
 )
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("same_descriptors")
 
 def load(target: Target, **options: object) -> tuple[SequentialLoadReport, dict[str, Bytes]]:
     """Load all blocks into buffers that were not zero before."""
-    source = InputFile(target)
+    source = StreamFile.open(target)
     try:
         reader = SequentialReader(source, {}, skip_unknown_blocks=True)
         lengths = {block.name: block.length for block in reader.blocks}
@@ -92,7 +92,7 @@ def test_sparse_memory_stays_sparse_and_comes_back(tmp_path: Path, sealed: bool)
         report = start_sequential_save(path, [RamBlock("ram", FileMemory(fd))]).wait()
         assert os.fstat(fd).st_blocks == blocks
         assert (report.data_pages, report.zero_pages) == (3, length // 4096 - 3)
-        source = InputFile(path)
+        source = StreamFile.open(path)
         start_sequential_load(source, {"ram": FileMemory(out)}).wait()
         source.close()
         assert os.fstat(out).st_blocks == blocks

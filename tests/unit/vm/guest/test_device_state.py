@@ -17,12 +17,12 @@ from pyqmigrate import (
     BlockMismatch,
     Descriptors,
     FileMemory,
-    MappedRamSnapshot,
     NotSupported,
     ProcessMemory,
     SnapshotError,
     TargetError,
     UsageError,
+    open_snapshot,
 )
 from pyqmigrate.format.device.sections import global_state
 from pyqmigrate.format.stream.configuration import Configuration
@@ -158,7 +158,7 @@ def test_uuid_and_page_bits_are_kept(tmp_path: Path) -> None:
     state = read_migrated(migrated(tmp_path / "state", head=head))
     assert (state.target_page_bits, state.uuid) == (12, bytes(range(16)))
     start_snapshot(tmp_path / "snap", state, {"pc.ram": bytes(RAM)}).wait()
-    with MappedRamSnapshot(tmp_path / "snap") as snapshot:
+    with open_snapshot(tmp_path / "snap") as snapshot:
         stream = snapshot.stream
         assert (stream.machine, stream.target_page_bits, stream.uuid) == (
             "virt-10.0",
@@ -321,7 +321,7 @@ def test_snapshot_of_migrated_state_has_pages_from_both(disk: Path) -> None:
     ram = memory(RAM)
     report = start_snapshot(disk / "snap", state, {"pc.ram": ram}, channels=2).wait()
     assert report.data_pages == 64 + 1
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         snapshot.verify()
         assert snapshot.machine == "pc-q35-10.0"
         assert [*snapshot.blocks] == [*BLOCKS]
@@ -340,7 +340,7 @@ def test_snapshot_of_device_state_is_whole(disk: Path) -> None:
     state = devices_of(device_file(disk / "state"))
     memories = given_all(BLOCKS)
     start_snapshot(disk / "snap", state, memories).wait()
-    with MappedRamSnapshot(disk / "snap") as snapshot:
+    with open_snapshot(disk / "snap") as snapshot:
         snapshot.verify()
         assert snapshot.stream.complete
         assert not snapshot.stream.opaque_tail

@@ -40,7 +40,7 @@ class Made:
 
     def dirty(self, pages: list[int]) -> list[int]:
         """Puts old bytes under the clear bits among ``pages``; returns which had one."""
-        with pyqmigrate.MappedRamSnapshot(self.path, offset=self.offset) as snapshot:
+        with pyqmigrate.open_snapshot(self.path, offset=self.offset) as snapshot:
             block = snapshot.blocks["big"]
             clear = [page for page in pages if not block.bitmap[page]]
             with self.path.open("r+b") as file:
@@ -52,7 +52,7 @@ class Made:
     def companion(self, *mapped: str) -> IncomingStream:
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            with pyqmigrate.MappedRamSnapshot(self.path, offset=self.offset) as snapshot:
+            with pyqmigrate.open_snapshot(self.path, offset=self.offset) as snapshot:
                 made = IncomingStream(snapshot, fd, mapped)
                 made.build()
                 return made
@@ -62,7 +62,7 @@ class Made:
     def bits(self, made: IncomingStream, name: str) -> list[int]:
         """The pages whose bits are set in the companion."""
         target = pyqmigrate.Descriptors(made.fd, offset=self.offset)
-        with pyqmigrate.MappedRamSnapshot(target) as snapshot:
+        with pyqmigrate.open_snapshot(target) as snapshot:
             bitmap = snapshot.blocks[name].bitmap
             return [page for page in range(len(bitmap)) if bitmap[page]]
 
@@ -84,8 +84,8 @@ def test_companion_is_a_whole_stream_at_the_same_place(directory: Path, offset: 
     made = make(directory, offset=offset)
     companion = made.companion("big")
     with (
-        pyqmigrate.MappedRamSnapshot(made.path, offset=offset) as snapshot,
-        pyqmigrate.MappedRamSnapshot(pyqmigrate.Descriptors(companion.fd, offset=offset)) as copy,
+        pyqmigrate.open_snapshot(made.path, offset=offset) as snapshot,
+        pyqmigrate.open_snapshot(pyqmigrate.Descriptors(companion.fd, offset=offset)) as copy,
     ):
         copy.verify()
         assert copy.stream == snapshot.stream
@@ -96,7 +96,7 @@ def test_mapped_block_is_all_clear_and_all_hole(directory: Path) -> None:
     made = make(directory)
     companion = made.companion("big")
     assert made.bits(companion, "big") == []
-    with pyqmigrate.MappedRamSnapshot(pyqmigrate.Descriptors(companion.fd)) as copy:
+    with pyqmigrate.open_snapshot(pyqmigrate.Descriptors(companion.fd)) as copy:
         block = copy.blocks["big"]
         path = Path(f"/proc/self/fd/{companion.fd}")
         assert data_bytes(path, block.pages_offset, block.pages_offset + block.length) == 0
@@ -107,7 +107,7 @@ def test_mapped_block_is_all_clear_and_all_hole(directory: Path) -> None:
 def test_other_blocks_are_carried_along(directory: Path) -> None:
     made = make(directory)
     companion = made.companion("big")
-    with pyqmigrate.MappedRamSnapshot(pyqmigrate.Descriptors(companion.fd)) as copy:
+    with pyqmigrate.open_snapshot(pyqmigrate.Descriptors(companion.fd)) as copy:
         small = copy.blocks["small"]
         assert small.read(0, small.length) == made.small.tobytes()
     companion.close()
@@ -131,7 +131,7 @@ def test_stale_pages_read_as_zeros_in_the_companion(directory: Path) -> None:
     stale = made.dirty(list(range(PAGES)))
     assert stale, "no page is clear: the test proves nothing"
     companion = made.companion("big")
-    with pyqmigrate.MappedRamSnapshot(pyqmigrate.Descriptors(companion.fd)) as copy:
+    with pyqmigrate.open_snapshot(pyqmigrate.Descriptors(companion.fd)) as copy:
         block = copy.blocks["big"]
         assert block.read(0, block.length) == bytes(block.length)
     companion.close()
@@ -168,7 +168,7 @@ def test_readers_have_positions_of_their_own(directory: Path) -> None:
 def test_cancelled_search_ends(directory: Path) -> None:
     made = make(directory)
     fd = os.open(made.path, os.O_RDONLY)
-    with pyqmigrate.MappedRamSnapshot(made.path) as snapshot:
+    with pyqmigrate.open_snapshot(made.path) as snapshot:
         companion = IncomingStream(snapshot, fd, ["big"])
         companion.cancel()
         with pytest.raises(Cancelled):
@@ -181,7 +181,7 @@ def test_sealed_snapshot_is_not_searched(directory: Path) -> None:
     made = make(directory)
     assert made.dirty(list(range(PAGES)))
     fd = os.open(made.path, os.O_RDONLY)
-    with pyqmigrate.MappedRamSnapshot(made.path) as snapshot:
+    with pyqmigrate.open_snapshot(made.path) as snapshot:
         companion = IncomingStream(snapshot, fd, ["big"], sealed=True)
         companion.build()
     os.close(fd)

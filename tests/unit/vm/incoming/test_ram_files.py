@@ -21,7 +21,7 @@ MIB = 1 << 20
 def snapshot(tmp_path: Path) -> Iterator[pyqmigrate.MappedRamSnapshot]:
     path = tmp_path / "guest.mapped"
     pyqmigrate.save(path, [pyqmigrate.RamBlock("m0", np.zeros(2 * MIB, dtype=np.uint8))])
-    with pyqmigrate.MappedRamSnapshot(path) as opened:
+    with pyqmigrate.open_snapshot(path) as opened:
         yield opened
 
 

@@ -30,7 +30,7 @@ def snapshot(tmp_path: Path) -> Iterator[pyqmigrate.MappedRamSnapshot]:
             for name, length in lengths.items()
         ],
     )
-    with pyqmigrate.MappedRamSnapshot(path) as opened:
+    with pyqmigrate.open_snapshot(path) as opened:
         yield opened
 
 
@@ -78,7 +78,7 @@ def test_block_whose_name_no_backend_can_have_is_refused(tmp_path: Path, name: s
     raw = name.encode("utf-8", "surrogateescape")
     path.write_bytes(data.replace(b"x" * len(raw), raw, 1))
     with (
-        pyqmigrate.MappedRamSnapshot(path) as snapshot,
+        pyqmigrate.open_snapshot(path) as snapshot,
         pytest.raises(NotSupported, match="cannot have the name"),
     ):
         mapped(snapshot, "-M pc")
