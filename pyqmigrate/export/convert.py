@@ -1,16 +1,16 @@
-"""A snapshot in another form: sequential stream, mapped-ram file, raw files, ELF core, LiME file,
-save image of libvirt's.
+"""Convert a snapshot: to a sequential stream, mapped-ram file, raw files, ELF core, LiME file, save
+image of libvirt's.
 
     convert("/old/guest.sequential", "/snap/guest.mapped", to="mapped-ram")
 
-The pages of the two stream forms go through the same writers as a save's, straight from the source:
-a mapped-ram file is written by all channels with direct I/O, and zero pages become holes. A sequential
-stream is read once, front to back, into a mapped-ram file or raw files
-(:mod:`pyqmigrate.snapshot.load.staging`); what wants its pages in another order takes a pass for an
-index first (:mod:`pyqmigrate.snapshot.sequential`). Everything that is not RAM (device sections,
-what is between RAM's parts) is carried over byte for byte, and so are machine type, page bits and
-uuid; QEMU loads the result as it would the source. The description is, too, but for the
-configuration that it describes: that is the new file's.
+The two stream forms are written by the writers of a save, straight from the source: a mapped-ram
+file by all channels with direct I/O, with zero pages as holes. A sequential stream is read once,
+front to back, into a mapped-ram file or raw files (:mod:`pyqmigrate.snapshot.load.staging`); other
+targets read its pages in another order, which takes a pass for an index first
+(:mod:`pyqmigrate.snapshot.sequential`). Everything that is not RAM (device sections, elements between
+RAM's parts) is copied byte for byte, and so are machine type, page bits and uuid; QEMU loads the
+result like the source. The description is copied too, except for the configuration that it
+describes.
 
 The other forms have a module each: :mod:`~pyqmigrate.export.raw`, :mod:`~pyqmigrate.export.elf`,
 :mod:`~pyqmigrate.export.lime`.
@@ -24,18 +24,12 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypedDict, Unpack, overload
 
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_callback, check_mapping
 from pyqmigrate.enums import Format, parse_enum
-from pyqmigrate.errors import (
-    BlockMismatch,
-    GuestMemoryError,
-    NotSupported,
-    SnapshotError,
-    UsageError,
-)
+from pyqmigrate.errors import GuestMemoryError, NotSupported, SnapshotError, UsageError
 from pyqmigrate.export.elf import write_elf
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.export.libvirt import image_header
@@ -54,10 +48,11 @@ from pyqmigrate.io.channels import Job, Progress, check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId
 from pyqmigrate.io.input import Source
-from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock, SnapshotMemory
+from pyqmigrate.io.memory import Memory, RamBlock, SnapshotMemory
 from pyqmigrate.io.target import Descriptors, Target
 from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
 from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.snapshot.load.memories import check_known, open_memory
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.load.staging import Place, StreamUnpacker
 from pyqmigrate.snapshot.save.mapped_ram import Writer
@@ -67,10 +62,66 @@ __all__ = ["convert", "start_stream_conversion"]
 
 _NO_FILE = FileId(0, 0)
 _PIECE = 1 << 20
-_RAM_ID = 1  # in what the writers write
-
-
+_RAM_ID = 1  # section id in the streams of our writers
 _IMAGES = (Format.ELF, Format.LIME)
+
+
+class ConvertOptions(TypedDict, total=False):
+    """The options of :func:`convert`."""
+
+    channels: int
+    direct_io: DirectIO | str
+    sparse: Sparse | str
+    memories: Mapping[str, Memory] | None
+    placements: Sequence[GivenPlacement] | None
+    max_ram_below_4g: int | None
+    byte_order: Literal["little", "big"] | None
+    like: str | os.PathLike[str] | None
+    image_format: str | None
+    description: bytes | None
+    progress: Callable[[Progress], object] | None
+
+
+@overload
+def convert(
+    source: Snapshot | Target,
+    target: Target,
+    *,
+    to: Literal[
+        Format.MAPPED_RAM, Format.SEQUENTIAL, Format.LIBVIRT, "mapped-ram", "stream", "libvirt"
+    ],
+    **options: Unpack[ConvertOptions],
+) -> SaveReport: ...
+
+
+@overload
+def convert(
+    source: Snapshot | Target,
+    target: Target,
+    *,
+    to: Literal[Format.RAW, "raw"],
+    **options: Unpack[ConvertOptions],
+) -> RawReport: ...
+
+
+@overload
+def convert(
+    source: Snapshot | Target,
+    target: Target,
+    *,
+    to: Literal[Format.ELF, Format.LIME, "elf", "lime"],
+    **options: Unpack[ConvertOptions],
+) -> ImageReport: ...
+
+
+@overload
+def convert(
+    source: Snapshot | Target,
+    target: Target,
+    *,
+    to: Format | str,
+    **options: Unpack[ConvertOptions],
+) -> SaveReport | RawReport | ImageReport: ...
 
 
 def convert(
@@ -92,27 +143,29 @@ def convert(
 ) -> SaveReport | RawReport | ImageReport:
     """Write the snapshot in another form, and wait until that is durable.
 
-    source: an opened snapshot, which stays open, or what ``open_snapshot`` takes; for a mapped-ram
-        file and for raw files also the path of a pipe, through which a sequential stream comes.
+    source: an open snapshot, which stays open, or a target as for ``open_snapshot``; for a
+        mapped-ram file and for raw files also the path of a pipe with a sequential stream.
     target: as for a save; for raw files a directory; for an image of libvirt's a path. A sequential
-        stream also goes to Descriptors of a pipe or socket. It must not be the source, under
-        whatever name.
-    memories: the content of blocks that the snapshot lists and does not have (``x-ignore-shared``).
-        A sequential stream leaves out those that are not given. For the stream forms only, an image
-        of libvirt's included.
+        stream can also go to Descriptors of a pipe or socket. It must not be the source, under any
+        name.
+    memories: the content of blocks that the snapshot lists but does not contain
+        (``x-ignore-shared``). A sequential stream leaves out blocks that are not given. Only for the
+        stream forms, including an image of libvirt's.
     placements, max_ram_below_4g: for an ELF core or a LiME file, as in
         :func:`~pyqmigrate.export.elf.write_elf`.
     byte_order: the guest's, for an ELF core: as in :func:`~pyqmigrate.export.elf.write_elf`.
     like, image_format: for an image of libvirt's, as in
         :func:`~pyqmigrate.export.libvirt.image_header`.
-    description: JSON text that describes the device sections, instead of what the snapshot has
+    description: JSON text that describes the device sections, instead of the snapshot's own
         (:func:`pyqmigrate.vm.twin.twin.describe_snapshot`). Raw files have none.
     channels, direct_io, sparse, progress: as in :func:`pyqmigrate.api.save`; a sequential stream is
         written by one channel through the page cache.
 
-    Raises SnapshotError for a source that is damaged or whose end is missing, NotSupported where
-    its form cannot be carried over, BlockMismatch and UsageError for bad arguments, TargetError,
-    Cancelled. The target then is what it was, unless it was to be written in place.
+    Returns a SaveReport for the stream forms and an image of libvirt's, a RawReport for raw files,
+    an ImageReport for an ELF core and a LiME file. Raises SnapshotError for a source that is damaged
+    or whose end is missing, NotSupported if its content cannot be converted, BlockMismatch and
+    UsageError for bad arguments, TargetError, Cancelled. The target is unchanged then, unless it is
+    written in place.
     """
     form = parse_enum(Format, to, "to")
     check_channels(channels)
@@ -123,7 +176,7 @@ def convert(
         check_mapping("memories", memories)
     check_placements(placements)
     if byte_order not in (None, "little", "big"):
-        raise UsageError(f"byte_order is {byte_order!r}; it is 'little' or 'big'")
+        raise UsageError(f"byte_order must be 'little' or 'big', not {byte_order!r}")
     check("like", like, str, os.PathLike, type(None))
     check("image_format", image_format, str, type(None))
     check("max_ram_below_4g", max_ram_below_4g, int, type(None))
@@ -201,7 +254,7 @@ def convert(
 
 
 def check_placements(placements: object) -> None:
-    """UsageError unless they are what parse_placement returns, or None."""
+    """Raise UsageError unless they are results of parse_placement, or None."""
     if placements is None:
         return
     if not isinstance(placements, Sequence) or isinstance(placements, str | bytes):
@@ -222,10 +275,10 @@ def start_stream_conversion(
     prefix: bytes = b"",
     description: bytes | None = None,
 ) -> Job[SaveReport]:
-    """Begin to write a mapped-ram file or a sequential stream; returns at once.
+    """Start to write a mapped-ram file or a sequential stream; return at once.
 
-    Arguments and errors as in :func:`convert`; ``prefix`` is what the file has before its stream.
-    ``source`` stays open until the job has ended.
+    Arguments and errors are those of :func:`convert`; ``prefix`` is what the file has before its
+    stream. Keep ``source`` open until the job has ended.
     """
     source.refuse_as_target(target)
     if source.one_pass and to is Format.MAPPED_RAM:
@@ -286,7 +339,7 @@ def _start_one_pass(
     prefix: bytes,
     description: bytes | None,
 ) -> Job[SaveReport]:
-    """A sequential stream into a mapped-ram file, its pages straight to their places."""
+    """Start to write a mapped-ram file in one pass over a sequential stream."""
     _check_memories(source, memories)
     configuration = source.stream_file.configuration
     writer = Writer(
@@ -351,8 +404,8 @@ def _place(
 
 def _left_out(name: str) -> NotSupported:
     return NotSupported(
-        f"the content of block {name!r} is not in this stream, which is known only at its end:"
-        " give its memory"
+        f"the content of block {name!r} is not in this stream, which only its end shows: give its"
+        " memory"
     )
 
 
@@ -362,7 +415,7 @@ def _write(writer: StreamWriter, source: Snapshot, carried: _Carried, to: Format
         try:
             writer.write_pages()
         except GuestMemoryError as error:
-            # This memory is a file of ours.
+            # The "memory" here is the source.
             raise error_from_errno(
                 error.errno or errno.EIO, source.source, error.block or ""
             ) from error
@@ -371,8 +424,8 @@ def _write(writer: StreamWriter, source: Snapshot, carried: _Carried, to: Format
 
 @dataclass(frozen=True)
 class _Carried:
-    """What a stream has beside RAM: ``before`` it, ``middle`` before its END, ``after`` that, as
-    ranges of the file up to the end-of-stream byte; and the text of its description, or None."""
+    """What a stream has besides RAM: ``before`` it, in the ``middle`` before its END, and ``after``
+    that, as ranges of the file up to the end-of-stream byte; and its description's text, or None."""
 
     before: bytes
     middle: tuple[tuple[int, int], ...]
@@ -380,7 +433,7 @@ class _Carried:
     description: bytes | None
 
     def tail(self, source: Source, to: Format, settings: Configuration) -> Iterator[bytes]:
-        """What follows the pages, in pieces. A mapped-ram file has RAM's list and PART to end."""
+        """Yield what follows the pages. In a mapped-ram file RAM's list and a PART end first."""
         if to is Format.MAPPED_RAM:
             yield RAM_EOS + encode_part_header() + RAM_EOS
         for start, end in self.middle:
@@ -395,7 +448,7 @@ def _read(source: Source, start: int, end: int) -> Iterator[bytes]:
     while start < end:
         data = source.read_at(start, min(_PIECE, end - start))
         if not data:
-            raise SnapshotError("the file became shorter while it was read", offset=start)
+            raise SnapshotError("the file became shorter during the conversion", offset=start)
         yield data
         start += len(data)
 
@@ -403,7 +456,7 @@ def _read(source: Source, start: int, end: int) -> Iterator[bytes]:
 def _carried(
     source: Source, stream: Stream | SequentialStream, description: bytes | None
 ) -> _Carried:
-    """``description`` is taken instead of the stream's own."""
+    """Return what a stream has besides RAM. ``description`` replaces the stream's own."""
     if not stream.complete:
         raise SnapshotError(
             "the end of the stream is missing: device state is cut off", offset=stream.end
@@ -411,7 +464,7 @@ def _carried(
     ours = [s for s in stream.sections if _is_ram(s)]
     others = [s for s in stream.sections if not _is_ram(s)]
     if len(stream.sections) > PARTS_LISTED and any(s.kind is SectionKind.PART for s in others):
-        raise NotSupported("so many sections of live devices cannot be carried over")
+        raise NotSupported("too many sections of live devices to convert")
     start, end = ours[0], ours[-1]
     if start.section_id != _RAM_ID and any(s.section_id == _RAM_ID for s in others):
         raise NotSupported(f"another section than RAM's has the id {_RAM_ID}")
@@ -429,10 +482,10 @@ def _carried(
 
 
 def _before(source: Source, sections: Sequence[Section]) -> bytes:
-    """What stands before RAM's first section."""
+    """Return the elements before RAM's first section."""
     before = list(itertools.takewhile(lambda section: not _is_ram(section), sections))
     if sum(s.length for s in before) > _PIECE:
-        raise NotSupported("more than 1 MiB of sections stand before RAM")
+        raise NotSupported("more than 1 MiB of sections before RAM")
     return b"".join(b"".join(_read(source, s.offset, s.offset + s.length)) for s in before)
 
 
@@ -442,11 +495,10 @@ def _is_ram(section: Section) -> bool:
 
 
 def _blocks(source: Snapshot, memories: Mapping[str, Memory]) -> tuple[list[RamBlock], list[str]]:
-    """The blocks with their memories, and the names of those that have none."""
+    """Return the blocks with their memories, and the names of those without memory."""
     _check_memories(source, memories)
-    opened: Mapping[str, Block] = source.blocks
     blocks, left_out = [], []
-    for name, block in opened.items():
+    for name, block in source.blocks.items():
         memory = memories.get(name)
         if memory is None and block.external:
             left_out.append(name)
@@ -460,20 +512,13 @@ def _blocks(source: Snapshot, memories: Mapping[str, Memory]) -> tuple[list[RamB
 
 
 def _check_memories(source: Snapshot, memories: Mapping[str, Memory]) -> None:
-    opened: Mapping[str, Block] = source.blocks
+    check_known(memories, source.blocks)
     for name, memory in memories.items():
-        if name not in opened:
-            raise BlockMismatch(f"the snapshot has no block {name!r}; it has {[*opened]}")
-        with contextlib.closing(OpenMemory(name, memory, writable=False)) as attached:
-            if attached.length != opened[name].length:
-                raise BlockMismatch(
-                    f"memory of block {name!r} has {attached.length} bytes, "
-                    f"the snapshot {opened[name].length}"
-                )
+        open_memory(name, memory, source.blocks[name].length, writable=False).close()
 
 
 def _nothing(block: Block, identity: FileId = _NO_FILE) -> SnapshotMemory:
-    """Memory that is listed and never read; ``identity`` of the file that is."""
+    """Return memory that is listed and never read; ``identity`` is that of the file."""
     index = _core.ffi.gc(
         _core.lib.qm_index_create(block.num_pages, block.page_size), _core.lib.qm_index_destroy
     )

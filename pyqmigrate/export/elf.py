@@ -6,8 +6,7 @@
 ``readelf``, gdb, drgn, crash and volatility3 read it. There is a PT_LOAD for each range of the
 guest's address space that shows RAM, notes with the registers of each CPU, and the VMCOREINFO of a
 Linux guest (:mod:`pyqmigrate.format.dump.elf`, :mod:`~pyqmigrate.format.dump.elf_notes`,
-:mod:`~pyqmigrate.export.vmcoreinfo`). A block stands in the file once, however many ranges show
-parts of it.
+:mod:`~pyqmigrate.export.vmcoreinfo`). A block is stored once, however many ranges show parts of it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["write_elf"]
 
-_ALIGNMENT = 1 << 20  # of blocks in the file: more than any direct I/O asks for
+_ALIGNMENT = 1 << 20  # of blocks in the file: more than any direct I/O needs
 
 
 def write_elf(
@@ -51,34 +50,33 @@ def write_elf(
 ) -> ImageReport:
     """Write the guest's memory and registers as an ELF core file, and wait until that is durable.
 
-    placements: where blocks are in the guest's address space, for those of which that is not
-        found out; see :func:`~pyqmigrate.format.address_space.physical_map.parse_placement`.
-    max_ram_below_4g: what that property of a PC was, in bytes, where its device state does not say
-        how RAM is split at 4 GiB.
-    byte_order: the guest's, where that is not what is found out. It is, unless a Power guest's
-        snapshot has no device state: then big is taken for it.
+    placements: where blocks are in the guest's address space, for blocks whose place cannot be
+        determined; see :func:`~pyqmigrate.format.address_space.physical_map.parse_placement`.
+    max_ram_below_4g: that property of a PC, in bytes, if its device state does not say how RAM is
+        split at 4 GiB.
+    byte_order: the guest's, in place of the one that the device state shows. Only for a Power guest
+        without device state it is a guess (big).
     description: JSON text that describes the device sections, instead of the snapshot's own.
     target, channels, direct_io, sparse, progress: as in :func:`pyqmigrate.api.save`.
 
-    Raises NotSupported where a machine's address space, or the split of RAM at 4 GiB, is not known
-    and nothing is given, UsageError, SnapshotError, TargetError, Cancelled. The target then is what
-    it was.
+    Raises NotSupported if a machine's address space, or the split of RAM at 4 GiB, is not known and
+    not given, UsageError, SnapshotError, TargetError, Cancelled. The target is unchanged then.
     """
     if byte_order not in (None, "little", "big"):
-        raise UsageError(f"byte_order is {byte_order!r}; it is 'little' or 'big'")
+        raise UsageError(f"byte_order must be 'little' or 'big', not {byte_order!r}")
     guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g, description)
     processor = processor_of(snapshot.machine, snapshot.blocks, guest.devices)
     cpus = [cpu for cpu in cpu_registers(guest.devices) if cpu.architecture in processor.described]
     notes = b"".join(cpu_notes(cpus, guest.devices))
-    at = head_length(len(guest.ranges), len(notes) + NOTE_MAX)
+    offset = head_length(len(guest.ranges), len(notes) + NOTE_MAX)
     areas = {}
     for name, start, end in _spans(guest.ranges):
-        at = -(-at // _ALIGNMENT) * _ALIGNMENT
-        areas[name] = Area(snapshot.blocks[name], start, end - start, at)
-        at += end - start
+        offset = -(-offset // _ALIGNMENT) * _ALIGNMENT
+        areas[name] = Area(snapshot.blocks[name], start, end - start, offset)
+        offset += end - start
     big_endian = processor.big_endian if byte_order is None else byte_order == "big"
     search = VmcoreinfoSearch(snapshot, big_endian=big_endian)
-    segments = [_segment(one, areas[one.block]) for one in guest.ranges]
+    segments = [_segment(placement, areas[placement.block]) for placement in guest.ranges]
 
     def head() -> bytes:
         return encode_head(processor.elf, segments, notes + search.note(), big_endian=big_endian)
@@ -87,7 +85,7 @@ def write_elf(
         snapshot,
         target,
         guest,
-        Image([*areas.values()], at, lambda: [(0, head())], watch=search.watched),
+        Image([*areas.values()], offset, lambda: [(0, head())], watch=search.watched),
         cpus=len(cpus),
         channels=channels,
         direct_io=direct_io,
@@ -97,14 +95,14 @@ def write_elf(
 
 
 def _spans(ranges: Sequence[Placement]) -> Iterator[tuple[str, int, int]]:
-    """Of each block, from the first byte to the last that is seen of it."""
+    """Yield the name of each block, and the first and the end of the bytes that ranges show."""
     spans: dict[str, tuple[int, int]] = {}
-    for one in ranges:
-        start, end = spans.get(one.block, (one.offset, 0))
-        spans[one.block] = min(start, one.offset), max(end, one.offset + one.length)
+    for shown in ranges:
+        start, end = spans.get(shown.block, (shown.offset, 0))
+        spans[shown.block] = min(start, shown.offset), max(end, shown.offset + shown.length)
     for name, (start, end) in spans.items():
         yield name, start, end
 
 
-def _segment(one: Placement, area: Area) -> Segment:
-    return Segment(one.address, area.position + one.offset - area.offset, one.length)
+def _segment(shown: Placement, area: Area) -> Segment:
+    return Segment(shown.address, area.position + shown.offset - area.offset, shown.length)

@@ -2,9 +2,9 @@
 
     convert("guest.mapped", "new.save", to="libvirt", like="old.save")
 
-The header is that of an older image of the same domain: its XML and libvirt's own notes are copied,
-format and run state are set. libvirt starts the domain by that XML, so it must describe the machine
-that the snapshot is of; only the machine type is compared here.
+The header comes from an older image of the same domain: its XML and cookie are copied, format and
+run state are set. libvirt starts the domain with that XML, so it must describe the machine of the
+snapshot; only the machine type is compared here.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
         report = write_lime(snapshot, "/analysis/guest.lime")
 
 Each range of the guest's address space that shows RAM, in order of address
-(:mod:`pyqmigrate.format.dump.lime`). The format leaves no room for alignment, so it is written
-through the page cache.
+(:mod:`pyqmigrate.format.dump.lime`). The format does not allow alignment, so it is written through
+the page cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pyqmigrate.snapshot.save.writer import Sparse
 
 __all__ = ["write_lime"]
 
-_UNALIGNED = "the format puts memory at positions that are not aligned"
+_UNALIGNED = "the format stores memory at unaligned positions"
 
 
 def write_lime(
@@ -43,23 +43,23 @@ def write_lime(
 ) -> ImageReport:
     """Write the guest's memory as a LiME file, and wait until that is durable.
 
-    Arguments and errors as in :func:`~pyqmigrate.export.elf.write_elf`; ``direct_io="on"`` is a
-    UsageError.
+    Arguments and errors are those of :func:`~pyqmigrate.export.elf.write_elf`; ``direct_io="on"`` is
+    a UsageError.
     """
     if parse_enum(DirectIO, direct_io, "direct_io") is DirectIO.ON:
         raise UsageError(f"direct I/O cannot write a LiME file: {_UNALIGNED}")
     guest = Guest.of(snapshot, placements or (), progress, max_ram_below_4g, description)
-    headers, areas, at = [], [], 0
-    for one in guest.ranges:
-        headers.append((at, encode_header(one.address, one.length)))
-        at += HEADER_LENGTH
-        areas.append(Area(snapshot.blocks[one.block], one.offset, one.length, at))
-        at += one.length
+    headers, areas, offset = [], [], 0
+    for shown in guest.ranges:
+        headers.append((offset, encode_header(shown.address, shown.length)))
+        offset += HEADER_LENGTH
+        areas.append(Area(snapshot.blocks[shown.block], shown.offset, shown.length, offset))
+        offset += shown.length
     return write_image(
         snapshot,
         target,
         guest,
-        Image(areas, at, lambda: headers, _UNALIGNED),
+        Image(areas, offset, lambda: headers, _UNALIGNED),
         cpus=0,
         channels=channels,
         direct_io=DirectIO.OFF,

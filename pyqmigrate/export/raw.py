@@ -4,9 +4,8 @@
         report = unpack(snapshot, "/analysis")
 
 Byte ``n`` of ``NAME.raw`` is byte ``n`` of the block; zero pages are holes. Block names come from
-an untrusted file: :func:`raw_name` makes names of them that stay in the directory. ``blocks.json``
-beside the files is an object of ``machine`` and ``blocks``, a list of objects with the fields of
-:class:`RawBlock`.
+an untrusted file: :func:`raw_name` makes safe file names of them. ``blocks.json`` beside the files is
+an object of ``machine`` and ``blocks``, a list of objects with the fields of :class:`RawBlock`.
 """
 
 from __future__ import annotations
@@ -24,14 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from pyqmigrate.enums import parse_enum
-from pyqmigrate.errors import (
-    BlockMismatch,
-    GuestMemoryError,
-    NoSpace,
-    NotDurable,
-    UsageError,
-    target_error,
-)
+from pyqmigrate.errors import GuestMemoryError, NoSpace, NotDurable, UsageError, target_error
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.direct_io import Direct, DirectIO, find_direct
@@ -44,6 +36,7 @@ from pyqmigrate.io.place import absolute
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.snapshot.load.mapped_ram import Clear
+from pyqmigrate.snapshot.load.memories import check_known
 from pyqmigrate.snapshot.load.staging import Place
 from pyqmigrate.snapshot.save.writer import Sparse
 
@@ -61,7 +54,7 @@ _UNSAFE = re.compile(rb"^\.|[^A-Za-z0-9._-]")
 
 @dataclass(frozen=True)
 class RawBlock:
-    """A RAM block and where its bytes went. Lengths in bytes.
+    """A RAM block and its file. Lengths in bytes.
 
     ``file`` is the name in the directory; None for a block whose content is not in the snapshot
     (``x-ignore-shared``), which has no pages of either kind. Bytes of ``name`` that are not UTF-8
@@ -78,8 +71,8 @@ class RawBlock:
 
 @dataclass(frozen=True)
 class RawReport:
-    """What an unpack did: ``bytes_allocated`` is what the raw files hold on disk, ``seconds``
-    wall time up to and with the last fsync."""
+    """What an unpack did: ``bytes_allocated`` by the raw files on disk, ``seconds`` of wall time up
+    to and including the last fsync."""
 
     blocks: tuple[RawBlock, ...]
     bytes_allocated: int
@@ -87,10 +80,11 @@ class RawReport:
 
 
 def raw_name(block: str) -> str:
-    """The file name for a block: its bytes outside ``[A-Za-z0-9._-]`` as ``%XX``, and ``.raw``.
+    """Return the file name for a block: its name with bytes outside ``[A-Za-z0-9._-]``, and a
+    leading dot, as ``%XX``, and ``.raw``.
 
-    So is a leading dot. Two blocks never share a name: one that would be too long for a file
-    name is cut, and ends in ``%-`` and a digest of the whole.
+    Two blocks never share a name: a name that is too long for a file is cut, and ends in ``%-`` and
+    a digest of the whole.
     """
     name = block.encode("utf-8", "surrogateescape")
     safe = _UNSAFE.sub(lambda found: b"%%%02X" % found[0][0], name).decode("ascii")
@@ -110,18 +104,17 @@ def unpack(
 ) -> RawReport:
     """Write blocks (all, or those named) as sparse raw files into ``directory``, and wait.
 
-    The directory is made if it is not there; its parent must be. Files get their names only when
-    all of them are whole and durable, ``blocks.json`` last, and all of them do or none: when one
-    name cannot be given, what had the others before has them again. Regular files are replaced (of
-    ``blocks.json`` only one that pyqmigrate wrote), and a symbolic link by the file, never what it
-    points to. Files are created 0600. A failure, an interrupt and an exception from ``progress``
-    leave no file behind that was not there; being killed leaves whole files at most, and hidden
+    The directory is created if it does not exist; its parent must exist. Files get their names only
+    when all of them are complete and durable, ``blocks.json`` last, and either all of them or none:
+    if that fails for one name, the old files are restored. Regular files are replaced (a
+    ``blocks.json`` only if pyqmigrate wrote it); a symbolic link is replaced itself, not the file
+    that it points to. Files are created 0600. A failure, an interrupt and an exception from
+    ``progress`` leave no new file behind; a killed process leaves at most complete files, and hidden
     ones that end in ``.partial``.
 
-    Raises BlockMismatch for a name that the snapshot has not, UsageError for one that it has
-    without content, where the snapshot itself would be replaced, and where something else than a
-    file has one of the names; NoSpace, TargetError (NotDurable), SnapshotError and Cancelled as a
-    load does.
+    Raises BlockMismatch for a name that the snapshot does not have; UsageError for a block without
+    content, if the snapshot itself would be replaced, and if one of the names belongs to something
+    that is not a file; NoSpace, TargetError (NotDurable), SnapshotError and Cancelled as a load does.
     """
     started = time.monotonic()
     wanted = _choose(snapshot, blocks)
@@ -132,14 +125,14 @@ def unpack(
     with contextlib.ExitStack() as stack:
         dir_fd = _open_directory(path, stack)
         _check_what_is_there(dir_fd, path, names)
-        room = _Room(dir_fd, path, stack)
+        output = _OutputDirectory(dir_fd, path, stack)
         if snapshot.one_pass:
             files, written = _place(
-                snapshot, wanted, room, channels, setting, progress, named=blocks is not None
+                snapshot, wanted, output, channels, setting, progress, named=blocks is not None
             )
         else:
-            files, written = _load(snapshot, wanted, room, channels, setting, progress)
-        index = room.new(INDEX)
+            files, written = _load(snapshot, wanted, output, channels, setting, progress)
+        index = output.new(INDEX)
         index.write(_index(snapshot.machine, written))
         for file in (*files, index):
             file.make_durable()
@@ -158,11 +151,8 @@ def unpack(
 def _choose(snapshot: Snapshot, names: Sequence[str] | None) -> list[Block]:
     if names is None:
         return list(snapshot.blocks.values())
+    check_known(names, snapshot.blocks)
     for name in names:
-        if name not in snapshot.blocks:
-            raise BlockMismatch(
-                f"the snapshot has no block {name!r}; it has {list(snapshot.blocks)}"
-            )
         # For one pass that is known only at its end.
         if not snapshot.one_pass and snapshot.blocks[name].external:
             raise _elsewhere(name)
@@ -174,8 +164,8 @@ def _elsewhere(name: str) -> UsageError:
 
 
 @dataclass(frozen=True)
-class _Room:
-    """A directory, open, in which files are made; ``stack`` drops those that get no name."""
+class _OutputDirectory:
+    """An open directory for new files; ``stack`` drops those that get no name."""
 
     dir_fd: int
     path: str
@@ -204,7 +194,7 @@ def _open_directory(path: str, stack: contextlib.ExitStack) -> int:
 def _check_what_is_there(dir_fd: int, path: str, names: Sequence[str]) -> None:
     for name in names:
         place = f"{path}/{name}"
-        with _refusing("cannot look at", place):
+        with _refusing("cannot check", place):
             try:
                 info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             except FileNotFoundError:
@@ -221,26 +211,26 @@ def _remove_empty(path: str) -> None:
         os.rmdir(path)  # noqa: PTH106
 
 
-def _check_space(room: _Room, wanted: Sequence[Block]) -> None:
+def _check_space(output: _OutputDirectory, wanted: Sequence[Block]) -> None:
     need = sum(block.data_pages * block.page_size for block in wanted)
-    free = free_bytes(room.dir_fd)
+    free = free_bytes(output.dir_fd)
     if free is not None and need > free:
         raise NoSpace(
-            f"the pages to unpack need {need >> 20} MiB and {free >> 20} MiB are free", room.path
+            f"the pages to unpack need {need >> 20} MiB and {free >> 20} MiB are free", output.path
         )
 
 
 def _load(
     snapshot: Snapshot,
     wanted: Sequence[Block],
-    room: _Room,
+    output: _OutputDirectory,
     channels: int,
     direct_io: DirectIO,
     progress: Callable[[Progress], object] | None,
 ) -> tuple[list[_NewFile], tuple[RawBlock, ...]]:
-    _check_space(room, wanted)
+    _check_space(output, wanted)
     files = {
-        block.name: room.new(raw_name(block.name), block.length)
+        block.name: output.new(raw_name(block.name), block.length)
         for block in wanted
         if not block.external
     }
@@ -255,8 +245,8 @@ def _load(
                 progress=progress,
             )
         except GuestMemoryError as error:
-            # This memory is a file of ours.
-            raise target_error(error, "cannot write raw files", room.path) from error
+            # The "memory" here is the raw file being written.
+            raise target_error(error, "cannot write raw files", output.path) from error
     return [*files.values()], tuple(
         _describe(block, None if block.external else block.data_pages) for block in wanted
     )
@@ -265,7 +255,7 @@ def _load(
 def _place(
     snapshot: Snapshot,
     wanted: Sequence[Block],
-    room: _Room,
+    output: _OutputDirectory,
     channels: int,
     direct_io: DirectIO,
     progress: Callable[[Progress], object] | None,
@@ -275,13 +265,13 @@ def _place(
     """Unpack in one pass; ``named`` says that every block was asked for by its name."""
     files, places = {}, {}
     for block in wanted:
-        file = files[block.name] = room.new(raw_name(block.name), block.length)
+        file = files[block.name] = output.new(raw_name(block.name), block.length)
         bitmap = Bitmap(block.num_pages)
-        room.stack.callback(bitmap.close)
-        direct = file.open_direct(direct_io, block.length, room.stack)
+        output.stack.callback(bitmap.close)
+        direct = file.open_direct(direct_io, block.length, output.stack)
         places[block.name] = Place(file.fd, direct, 0, bitmap)
     unpacker = snapshot.unpacker(
-        Channels(channels, "pyqmigrate-unpack"), Sparse.EXACT.core(), room.path
+        Channels(channels, "pyqmigrate-unpack"), Sparse.EXACT.core(), output.path
     )
     total = sum(block.length for block in wanted)
     stream = Job(unpacker.reading, total, lambda: unpacker.run(places)).wait(progress)
@@ -299,7 +289,7 @@ def _place(
 
 
 def _describe(block: Block, data_pages: int | None) -> RawBlock:
-    """``data_pages`` is None where the content is elsewhere."""
+    """Describe a block; ``data_pages`` is None if its content is in another file."""
     return RawBlock(
         name=block.name,
         file=None if data_pages is None else raw_name(block.name),
@@ -337,8 +327,8 @@ class _NewFile:
     def open_direct(
         self, setting: DirectIO, length: int, stack: contextlib.ExitStack
     ) -> Direct | None:
-        """A descriptor past the page cache, if it is to be had, which ``stack`` closes; the file
-        is all of a hole, ``length`` bytes long, and stays so."""
+        """Return a descriptor past the page cache if one is available, which ``stack`` closes. The
+        file is one hole of ``length`` bytes, before and after."""
         direct, _ = find_direct(self.fd, None, setting, self._path, write_at=length)
         if direct is not None:
             stack.callback(os.close, direct.fd)

@@ -1,7 +1,7 @@
-"""Linux's VMCOREINFO, looked for in the memory of a guest while that is exported.
+"""Search for Linux's VMCOREINFO in the memory of a guest while it is exported.
 
-It stands at the start of a page; which one, only the kernel's symbols tell. The core looks at the
-start of every page that it reads anyway: memory is not read a second time.
+It is at the start of a page, and only the kernel's symbols say of which one. The core checks the start
+of every page that the export reads, so that memory is not read a second time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOWHERE = (1 << 64) - 1
 
 
 class VmcoreinfoSearch:
-    """One search; :meth:`note` is what was found in the memories that :meth:`watched` gave."""
+    """One search, in the memories that :meth:`watched` returns; :meth:`note` is its result."""
 
     def __init__(self, snapshot: Snapshot, *, big_endian: bool = False) -> None:
         self._blocks = snapshot.blocks
@@ -32,7 +32,7 @@ class VmcoreinfoSearch:
         self._watches: dict[str, Any] = {}
 
     def watched(self, block: Block, memory: SnapshotMemory) -> SnapshotMemory:
-        """The same memory, all of this block; what is read of it is looked through."""
+        """Return the same memory, the whole block's, with a search in everything that is read."""
         watch = _core.ffi.new("struct qm_search *")
         watch.fill, watch.next, watch.arg = memory.fill, memory.next, memory.argument
         watch.head, watch.mask, watch.len = self._head, self._mask, HEAD_LENGTH
@@ -47,10 +47,10 @@ class VmcoreinfoSearch:
         )
 
     def note(self) -> bytes:
-        """What was found, as it is: of several, that at the lowest byte of the first block. Empty
-        if there was none, or its length is not what it can be.
+        """Return the VMCOREINFO at the lowest offset of the first block with one. Empty if there is
+        none, or its length is invalid.
 
-        Raises SnapshotError and TargetError when it cannot be read again.
+        Raises SnapshotError and TargetError if it cannot be read again.
         """
         for name, block in self._blocks.items():
             watch = self._watches.get(name)

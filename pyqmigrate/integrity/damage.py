@@ -1,6 +1,6 @@
-"""What stands at some place of a sealed file: which block, which pages of the guest.
+"""Find what a damaged part of a sealed file contained: which block, which pages of the guest.
 
-The seal tells it, so that the damage in a file is named that cannot be parsed any more.
+The seal records it, so that damage is located also in a file that cannot be parsed any more.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ __all__ = ["Damage", "Part", "parts_of"]
 class Part:
     """Part of a damaged stretch. ``what`` is ``pages``, ``bitmap``, or words for anything else.
 
-    For pages and bitmaps: ``block``, and the pages ``[first_page, end_page)`` of it whose content
-    cannot be trusted; ``data_pages`` is how many of them hold data by their bits, None where that
-    cannot be told.
+    For pages and bitmaps: ``block``, and the pages ``[first_page, end_page)`` of it whose content is
+    untrusted; ``data_pages`` is how many of them have data by their bits, None if that is unknown.
     """
 
     what: str
@@ -46,9 +45,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Damage:
-    """A stretch of the file that is not what was sealed: whole pieces, or what is missing or added.
+    """A stretch of the file that differs from the seal: whole pieces, or bytes missing or added.
 
-    ``offset`` and ``length`` in bytes, ``why`` in words, ``parts`` what was sealed there.
+    ``offset`` and ``length`` in bytes, ``why`` in words, ``parts`` of the sealed content.
     """
 
     offset: int
@@ -58,7 +57,7 @@ class Damage:
 
     @property
     def block(self) -> str | None:
-        """The first block that is named, if any."""
+        """The first block in the stretch, if any."""
         return next((part.block for part in self.parts if part.block is not None), None)
 
     def __str__(self) -> str:
@@ -81,10 +80,10 @@ class Damage:
 def parts_of(
     head: SealHead, start: int, end: int, intact: Callable[[int, int], bool], fd: int
 ) -> Iterator[Part]:
-    """What was sealed at file positions ``[start, end)``.
+    """Yield what was sealed at file positions ``[start, end)``.
 
-    ``intact(from, to)`` says whether what is there now is what was sealed: then bitmaps are read
-    from ``fd`` to tell how many pages hold data. Costs what is named, not what the seal lists.
+    ``intact(from, to)`` says whether that range is as it was sealed: then bitmaps are read from
+    ``fd`` to count pages with data. The cost depends on the stretch, not on the size of the seal.
     Raises OSError.
     """
     blocks = head.blocks
@@ -95,8 +94,8 @@ def parts_of(
         yield Part("what is before the stream")
     for number in _hit(head, start, end):
         block = blocks[number]
-        at = blocks[number - 1].pages_end if number else head.offset
-        if _meet(start, end, at, block.header_end):
+        header = blocks[number - 1].pages_end if number else head.offset
+        if _overlap(start, end, header, block.header_end):
             yield Part(f"header of block {block.name!r}" if number else "head of the stream")
         if not block.external:
             yield from _bitmap(block, start, end)
@@ -106,7 +105,7 @@ def parts_of(
 
 
 def _hit(head: SealHead, start: int, end: int) -> list[int]:
-    """Numbers of the blocks that have something in ``[start, end)``, be it their header."""
+    """Return the numbers of the blocks with anything, also a header, in ``[start, end)``."""
     blocks, bitmaps, found = head.blocks, head.bitmaps, set()
     first = bisect.bisect_right(blocks, start, key=lambda block: block.pages_end)
     for number in range(first, len(blocks)):
@@ -121,13 +120,13 @@ def _hit(head: SealHead, start: int, end: int) -> list[int]:
     return sorted(found)
 
 
-def _meet(start: int, end: int, first: int, last: int) -> bool:
+def _overlap(start: int, end: int, first: int, last: int) -> bool:
     return start < last and first < end
 
 
 def _bitmap(block: BlockLayout, start: int, end: int) -> Iterator[Part]:
-    at = block.bitmap_offset
-    first, stop = max(start - at, 0) * 8, min((end - at) * 8, block.num_pages)
+    offset = block.bitmap_offset
+    first, stop = max(start - offset, 0) * 8, min((end - offset) * 8, block.num_pages)
     if first < stop:
         yield Part("bitmap", block.name, first, stop)
 
@@ -140,8 +139,9 @@ def _pages(
     fd: int,
     order: ByteOrder,
 ) -> Iterator[Part]:
-    at, page = block.pages_offset, block.page_size
-    first, stop = max(start - at, 0) // page, min(-(-(end - at) // page), block.num_pages)
+    offset, size = block.pages_offset, block.page_size
+    first = max(start - offset, 0) // size
+    stop = min(-(-(end - offset) // size), block.num_pages)
     if first >= stop:
         return
     words = first // 64, -(-stop // 64)
@@ -150,7 +150,7 @@ def _pages(
     if intact(*bits):
         data = os.pread(fd, bits[1] - bits[0], bits[0])
         if order == "big":
-            data = b"".join(data[at : at + 8][::-1] for at in range(0, len(data), 8))
+            data = b"".join(data[byte : byte + 8][::-1] for byte in range(0, len(data), 8))
         mask = (1 << stop - first) - 1
         held = (int.from_bytes(data, "little") >> first % 64 & mask).bit_count()
     yield Part("pages", block.name, first, stop, held)

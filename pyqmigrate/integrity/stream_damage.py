@@ -1,8 +1,8 @@
-"""What stands at some place of a damaged sequential stream: which pages of the guest.
+"""Find what a damaged part of a sequential stream contained: which pages of the guest.
 
-Pages have no fixed places there, and a seal does not keep where they are. The records tell it, as
-long as they parse: where page data was hit they do. They are taken as they are now; a record whose
-own word was hit may tell another page than it once did.
+Pages have no fixed places there, and a seal does not record their places. The records do, as long as
+they parse: they do if only page data was damaged. The records are read as they are now; one whose
+own flags were damaged may name another page than before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _PARTS_MAX = 64  # of one block in one stretch; the last takes in all that is le
 
 
 def parts_of_stream(snapshot: SequentialSnapshot, start: int, end: int) -> Iterator[Part]:
-    """What is at file positions ``[start, end)``; raises what the pass over the stream does."""
+    """Yield what is at file positions ``[start, end)``. Raises the errors of the pass over the
+    stream."""
     index = snapshot.page_index()
     first, last = min(index.bodies, default=0), max(index.bodies.values(), default=0)
     found = False
@@ -39,14 +40,14 @@ def parts_of_stream(snapshot: SequentialSnapshot, start: int, end: int) -> Itera
 
 
 def _pages(name: str, core: Any, npages: int, start: int, end: int) -> Iterator[Part]:
-    """The runs of pages that are made of these bytes; pages without data do not end one."""
-    data, told = _core.ffi.new("int *"), 0
+    """Yield the runs of pages that are made of these bytes; pages without data do not end a run."""
+    data, count = _core.ffi.new("int *"), 0
     page = _core.lib.qm_index_from(core, 0, start, end)
     while page < npages:
-        told += 1
+        count += 1
         first, held, stop = page, 0, page
         while page < npages and (
-            told == _PARTS_MAX
+            count == _PARTS_MAX
             or page == stop
             or (_core.lib.qm_index_run(core, stop, page, data) == page and not data[0])
         ):

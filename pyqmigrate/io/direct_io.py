@@ -1,4 +1,4 @@
-"""Direct I/O: whether a file can be written or read past the page cache, and how aligned."""
+"""Direct I/O: whether a file can be read or written past the page cache, and the alignment."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _LARGEST_ALIGN = 65536
 class DirectIO(enum.StrEnum):
     """Whether pages bypass the page cache.
 
-    ``on``: yes, or :class:`~pyqmigrate.errors.DirectIORefused`. ``off``: no. ``auto``: where the
-    file system tells an alignment and a real aligned write works.
+    ``on``: yes, or :class:`~pyqmigrate.errors.DirectIORefused`. ``off``: no. ``auto``: if the file
+    system reports an alignment and an aligned write works.
     """
 
     ON = "on"
@@ -32,7 +32,7 @@ class DirectIO(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Direct:
-    """A descriptor with O_DIRECT, what it demands (bytes), and what was found out."""
+    """A descriptor with O_DIRECT, the alignment that it needs (bytes), and a sentence on it."""
 
     fd: int
     mem_align: int
@@ -43,11 +43,11 @@ class Direct:
 def find_direct(
     fd: int, given: int | None, setting: DirectIO, name: str, *, write_at: int | None
 ) -> tuple[Direct | None, str]:
-    """Open (or take) the direct descriptor of the file ``fd`` and try it. ``write_at``: where a
+    """Open (or take) the direct descriptor of the file ``fd`` and try it. ``write_at`` is where a
     unit may be written, None for a file that is only read.
 
-    Returns it, whose ``fd`` the caller closes, or None and why not; raises DirectIORefused where it
-    is demanded.
+    Return it, whose ``fd`` the caller closes, or None and why not. Raises DirectIORefused if direct
+    I/O is demanded and not available.
     """
     if setting is DirectIO.OFF:
         return None, "switched off"
@@ -64,8 +64,8 @@ def find_direct(
             if write_at is None:
                 os.preadv(direct, [view], 0)
             else:
-                at = -(-write_at // off_align) * off_align
-                if os.pwritev(direct, [view], at) != off_align:
+                offset = -(-write_at // off_align) * off_align
+                if os.pwritev(direct, [view], offset) != off_align:
                     raise OSError(errno.EIO, "short write")
     except OSError as error:
         if given is None and direct >= 0:
@@ -80,11 +80,11 @@ def find_direct(
 
 
 def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
-    """What direct I/O on this file demands, or why it is not to be had."""
+    """Return the alignments of memory and file positions, or why direct I/O is not available."""
     mem, off = _core.ffi.new("uint32_t *"), _core.ffi.new("uint32_t *")
     rc = _core.lib.qm_direct_align(fd, mem, off)
     if rc == 0:
-        # Writing part of a file system's block costs it a read, or a wait for all other writers.
+        # Writing part of a file system's block costs a read, or a wait for all other writers.
         block = os.fstat(fd).st_blksize
         if block > _LARGEST_ALIGN or block & (block - 1):
             block = _FALLBACK_ALIGN
@@ -97,7 +97,8 @@ def _alignment(fd: int, setting: DirectIO) -> tuple[int, int] | str:
 
 
 def core_file(fd: int, direct: Direct | None) -> Any:
-    """The two descriptors as the core's ``struct qm_file *``; ``fd`` -1: nothing is written."""
+    """Return the two descriptors as the core's ``struct qm_file *``; with ``fd`` -1 nothing is
+    written."""
     file = _core.ffi.new("struct qm_file *")
     file.fd = fd
     file.fd_direct = direct.fd if direct else -1

@@ -1,7 +1,7 @@
 """A pipe, socket or character device that a stream is written to, front to back.
 
-What was written cannot be taken back, so the magic comes first, and a reader sees from the end of
-the stream, or from the writer's exit code, whether it is whole.
+Written bytes cannot be changed, so the magic comes first, and a reader learns from the end of the
+stream, or from the writer's exit code, whether it is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["ForwardOutput", "goes_forward"]
 
 
 def goes_forward(target: Target) -> TypeGuard[Descriptors]:
-    """Whether the target is a descriptor without file positions."""
+    """Return whether the target is a descriptor without file positions."""
     if not isinstance(target, Descriptors):
         return False
     try:
@@ -31,10 +31,10 @@ def goes_forward(target: Target) -> TypeGuard[Descriptors]:
 
 
 class ForwardOutput(OutputFile):
-    """Where a sequential stream goes that no file holds; the descriptor stays the caller's.
+    """The output of a sequential stream that does not go into a file. The descriptor is borrowed.
 
-    ``fd`` is a description of our own where the system allows that: it does not wait for a reader,
-    so that the work can be cancelled.
+    ``fd`` is a separate open file description if the system allows that: it does not wait for a
+    reader, so that the work can be cancelled.
     """
 
     forward = True
@@ -56,18 +56,18 @@ class ForwardOutput(OutputFile):
             self.fd = os.dup(given)
 
     def free_bytes(self) -> None:
-        """No limit is known."""
+        """Return None: there is no limit."""
 
     def set_size(self, size: int) -> None:
-        """A pipe has the size of what went through it."""
+        """Do nothing: a pipe has no size."""
 
     def publish(self, magic: bytes, check: Callable[[], None]) -> None:
-        """All is written; there is nothing to make durable."""
+        """Finish: everything is written, and nothing can be made durable."""
         check()
         self.published = True
 
     def close(self) -> None:
-        """Can be called again."""
+        """Close it. Idempotent."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -1,14 +1,14 @@
-"""Files that are still needed, and that nothing may be written over.
+"""Files that are in use, and must not be overwritten.
 
-Work that writes files collects what must survive it, and each output is compared with that by
-device and inode before anything is touched::
+Code that writes files collects the files that must survive, and each output is compared with them by
+device and inode before anything changes::
 
     in_use = files_in_use([
         (memory_fd, "the memory of block 'pc.ram'"),
         ("/images/guest.qcow2", "disk virtio0 of the guest"),
     ])
-    refuse_in_use("/snap/guest.snap", in_use)                   # UsageError where it is one of them
-    OutputFile.open("/snap/guest.snap", direct_io, in_use=in_use)      # looks itself
+    refuse_in_use("/snap/guest.snap", in_use)                      # UsageError if it is one of them
+    OutputFile.open("/snap/guest.snap", direct_io, in_use=in_use)  # checks it, too
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Named: TypeAlias = str | os.PathLike[str] | int
 
 
 class FileId(NamedTuple):
-    """What tells one file from all others, whatever its names: device and inode.
+    """The identity of a file, whatever its names: device and inode.
 
-    A block device is its device number, whichever node leads to it; its ``inode`` is 0.
+    A block device is identified by its device number, whatever its node; its ``inode`` is 0.
     """
 
     device: int
@@ -54,14 +54,14 @@ class FileId(NamedTuple):
 
 
 InUse: TypeAlias = Mapping[FileId, str]
-"""What each file is, as an error message says it: ``disk virtio0 of the guest``."""
+"""What each file is, in words for an error message: ``disk virtio0 of the guest``."""
 
 
 def files_in_use(files: Iterable[tuple[Named, str]]) -> dict[FileId, str]:
-    """The files behind paths (links are followed) and descriptors, each with what it is.
+    """Return the files behind paths (links are followed) and descriptors, each with what it is.
 
-    With a loop device also the file that it is made of. What does not exist, or cannot be looked
-    at, is left out. Where two entries are one file, the first counts.
+    A loop device includes its backing file. Files that do not exist, or cannot be checked, are left
+    out. If two entries are the same file, the first counts.
     """
     found: dict[FileId, str] = {}
     for file, what in files:
@@ -71,7 +71,7 @@ def files_in_use(files: Iterable[tuple[Named, str]]) -> dict[FileId, str]:
 
 
 class Area(NamedTuple):
-    """``length`` bytes from an address on, and what they are."""
+    """``length`` bytes at an address, and what they are."""
 
     address: int
     length: int
@@ -81,13 +81,14 @@ class Area(NamedTuple):
 def files_mapped(
     address: int, length: int, what: str, *, pid: int | None = None
 ) -> dict[FileId, str]:
-    """The files that this process, or another, has mapped in ``length`` bytes from an address on,
-    each with ``what`` it is. What cannot be found out is left out."""
+    """Return the files that this process, or another, has mapped in ``length`` bytes at an address,
+    each with ``what`` it is. Files that cannot be determined are left out."""
     return files_in_areas(os.getpid() if pid is None else pid, [Area(address, length, what)])
 
 
 def files_in_areas(pid: int, areas: Collection[Area]) -> dict[FileId, str]:
-    """As :func:`files_mapped`, for several areas in one look at the mappings of a process."""
+    """Return the mapped files of several areas, see :func:`files_mapped`; the mappings of the
+    process are read once."""
     found: dict[FileId, str] = {}
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines():
@@ -100,23 +101,20 @@ def files_in_areas(pid: int, areas: Collection[Area]) -> dict[FileId, str]:
 
 
 def _mapped_file(pid: int, mapping: str) -> Iterator[FileId]:
-    """The file of a line of ``maps``, behind its addresses."""
+    """Yield the file of a line of ``maps``, given the part after the addresses."""
     _, _, device, inode, *path = mapping.split(maxsplit=4)
     if inode == "0":
         return
     major, minor = (int(number, 16) for number in device.split(":"))
     yield FileId(os.makedev(major, minor), int(inode))
-    if path:  # some file systems (btrfs, overlayfs) show another device there than stat() does
+    if path:  # some file systems (btrfs, overlayfs) show another device here than in stat()
         for identity in _identities(f"/proc/{pid}/root{path[0]}"):
             if identity.inode == int(inode):
                 yield identity
 
 
 def refuse_in_use(outputs: Iterable[Named] | Named, in_use: InUse) -> None:
-    """UsageError where one of the files to be written, or replaced, is in use.
-
-    Links are followed. An output that does not exist yet cannot be.
-    """
+    """Raise UsageError if a file that is to be written or replaced is in use. Links are followed."""
     if not in_use:
         return
     for output in (outputs,) if isinstance(outputs, str | os.PathLike | int) else outputs:

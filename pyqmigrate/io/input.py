@@ -128,14 +128,14 @@ class InputFile:
             check_borrowed(target, writing=False)
             self._given_direct = target.direct
             try:
-                # Looking for holes moves the position, and the caller's is not ours to move.
+                # Looking for holes moves the position, and the caller's must not move.
                 self.fd = os.open(f"/proc/self/fd/{target.buffered}", os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
                 self.fd = fcntl.fcntl(target.buffered, fcntl.F_DUPFD_CLOEXEC, 3)
                 self.is_duplicate = True
         else:
             try:
-                # O_NONBLOCK: to open a FIFO must not wait for a writer.
+                # O_NONBLOCK: opening a FIFO must not wait for a writer.
                 flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
                 self.fd = os.open(self.name if self.place is None else self.place, flags)
             except OSError as error:

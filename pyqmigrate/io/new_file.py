@@ -1,7 +1,7 @@
-"""A file that gets its name when it is whole: nobody ever opens half of it.
+"""A file that gets its name when it is complete: no reader opens an incomplete one.
 
-It has no name at first, so that a process that is killed leaves nothing; where a file system has no
-such files (NFS, FUSE), it has a hidden one.
+It has no name at first, so that a process that is killed leaves nothing; on a file system without
+unnamed files (NFS, FUSE) it has a hidden name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
 
 class NewFile:
-    """A file of mode 0600 in the directory ``dir_fd``, which stays the caller's; ``fd`` is open for
-    reading and writing.
+    """A file of mode 0600 in the directory ``dir_fd``, which is borrowed; ``fd`` is open for reading
+    and writing.
 
-    Hidden names are made of ``name`` and ``mark``, which no other file there has. Raises OSError.
+    Hidden names are made of ``name`` and ``mark``, which must be unique there. Raises OSError.
     """
 
     def __init__(self, dir_fd: int, name: str, mark: str) -> None:
@@ -53,8 +53,8 @@ class NewFile:
         return partial_name(self.name, f"{what}{self._mark}", self._dir_fd)
 
     def give_name(self) -> None:
-        """Give it its name; a file that has it is replaced. Raises OSError, and then nothing has
-        changed."""
+        """Give it its name, and replace a file that has the name. If this raises OSError, nothing
+        has changed."""
         if self._hidden is None:
             source = f"/proc/self/fd/{self.fd}"
             try:
@@ -70,8 +70,8 @@ class NewFile:
         self._named = True
 
     def keep_old(self) -> None:
-        """Keep what has the name now, under a hidden one, so that :meth:`take_back` can restore it.
-        Raises OSError."""
+        """Keep the file that has the name now, under a hidden name, so that :meth:`take_back` can
+        restore it. Raises OSError."""
         old = self._hide("old-")
         with contextlib.suppress(FileNotFoundError):
             try:
@@ -89,7 +89,7 @@ class NewFile:
             self._old = old
 
     def take_back(self) -> None:
-        """Undo :meth:`give_name`: what had the name before has it again. Raises OSError."""
+        """Roll back :meth:`give_name`: restore the old file. Raises OSError."""
         if self._old is not None:
             os.replace(self._old, self.name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
             self.drop_old()  # still there where both names were the old file's
@@ -98,14 +98,14 @@ class NewFile:
         self._named = False
 
     def drop_old(self) -> None:
-        """Remove what :meth:`keep_old` kept."""
+        """Remove the file that :meth:`keep_old` kept."""
         if self._old is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._old, dir_fd=self._dir_fd)
             self._old = None
 
     def close(self) -> None:
-        """Close it; without a name it is gone. Can be called again."""
+        """Close it; without a name it is gone then. Idempotent."""
         if self._hidden is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._hidden, dir_fd=self._dir_fd)
@@ -116,8 +116,8 @@ class NewFile:
 
 
 def give_names(files: list[NewFile]) -> None:
-    """Give all of them their names, or none: when one cannot have its, what was replaced is
-    restored. Raises OSError, whose note says what could not be restored."""
+    """Give all files their names, or none: if that fails for one, replaced files are restored.
+    Raises OSError, whose note says what could not be restored."""
     touched: list[NewFile] = []
     try:
         for file in files:

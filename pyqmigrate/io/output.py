@@ -47,11 +47,11 @@ _MODE = 0o600
 class OutputFile:
     """A file being written. Use :meth:`open`, then exactly one of publish and abort.
 
-    ``fd`` is buffered; ``direct`` is None without direct I/O, and ``direct_io_reason`` says why
-    or what it demands. ``offset`` is where the stream starts. ``forward`` says that bytes can only
-    be written one after another (:mod:`pyqmigrate.io.forward_output`). ``place`` is the absolute
+    ``fd`` is buffered; ``direct`` is None without direct I/O, and ``direct_io_reason`` says why, or
+    what alignment it needs. ``offset`` is where the stream starts. ``forward`` says that bytes can
+    only be written front to back (:mod:`pyqmigrate.io.forward_output`). ``place`` is the absolute
     path of the file, links of its last part followed; None with descriptors. ``published`` says
-    whether it has become a snapshot, also where :meth:`publish` failed after that.
+    whether it has become a snapshot, also if :meth:`publish` failed after that.
     """
 
     forward = False
@@ -59,7 +59,7 @@ class OutputFile:
     def __init__(self, target: Target, *, reuse: bool, prefix: bytes = b"") -> None:
         self.name, self.offset = split_target(target)
         if prefix and (self.offset or reuse or isinstance(target, Descriptors)):
-            raise UsageError("what precedes a stream goes into a new file: the target is a path")
+            raise UsageError("a header before the stream needs a new file: give a path as target")
         self._changes_in_place = bool(self.offset or reuse)
         self._prefix = prefix
         if prefix:
@@ -82,7 +82,7 @@ class OutputFile:
 
     @property
     def in_place(self) -> bool:
-        """Whether the bytes go where readers may already look: the magic is written last."""
+        """Whether the bytes go into a file that has its name already: the magic is written last."""
         return self._new is None
 
     @classmethod
@@ -97,16 +97,15 @@ class OutputFile:
         mark: str | None = None,
         prefix: bytes = b"",
     ) -> OutputFile:
-        """Open the target and find out about direct I/O. ``prefix`` is what a new file has before
-        its stream.
+        """Open the target and try direct I/O. ``prefix`` is what a new file has before its stream.
 
-        From here on an existing file that is written in place is not a snapshot any more. Before
+        After this an existing file that is written in place is not a snapshot any more. Before
         that, and before a seal is removed, the target is compared with ``in_use``
-        (:mod:`pyqmigrate.io.in_use`), whether it is to be written in place or to be replaced; so
-        are the seal of a path and ``beside``, other files that the caller is going to write. A
-        name that an unfinished file has to have ends in ``.MARK.partial``; without ``mark`` in a
-        random one. Raises UsageError for a file that is in use and for descriptors that do not
-        fit, TargetError when the system refuses.
+        (:mod:`pyqmigrate.io.in_use`), whether it will be written in place or replaced; so are the
+        seal of a path and ``beside``, other files that the caller will write. If an unfinished file
+        needs a name, that ends in ``.MARK.partial``; without ``mark``, in a random one. Raises
+        UsageError for a file that is in use and for descriptors that do not fit, TargetError when
+        the system refuses.
         """
         self = cls(target, reuse=reuse, prefix=prefix)
         self._in_use = in_use or {}
@@ -139,7 +138,7 @@ class OutputFile:
             self._may_be_new = not exists
             with self._refusing("cannot open for writing"):
                 self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
-            # What was looked at and what was opened can be two files.
+            # The file can have been replaced since it was checked.
             self._refuse_special(os.fstat(self.fd).st_mode)
             refuse_in_use(self.fd, self._in_use)
             self._check_name()
@@ -156,7 +155,7 @@ class OutputFile:
             self.fd = self._new.fd
 
     def _check_what_is_there(self) -> bool:
-        """Whether there is a file under the name; refuse one that must not be changed."""
+        """Return whether there is a file under the name; refuse one that must not be changed."""
         assert self.place is not None
         refuse_in_use([self._path, self.seal], self._in_use)
         with self._refusing("cannot write the file"):
@@ -168,20 +167,20 @@ class OutputFile:
             if not self._changes_in_place and not _is_same(self.place, info):
                 raise TargetError(
                     errno.ESTALE,
-                    "cannot be replaced: its links lead to another file than they "
-                    "name; name the file itself",
+                    "cannot be replaced: its links lead to another file than they name; give the "
+                    "path of the file itself",
                     self.name,
                 )
         return True
 
     @property
     def seal(self) -> Path:
-        """The seal that a file under this name may have."""
+        """The path of the seal of a file under this name."""
         assert self.place is not None
         return self.place.with_name(self.place.name + SUFFIX)
 
     def _lock(self) -> None:
-        """A guest that was restored from the file instantly holds a shared lock on it."""
+        """Lock the file: a guest that was restored from it instantly has a shared lock on it."""
         try:
             lock_file(self.fd, exclusive=True)
         except BlockingIOError as error:
@@ -198,10 +197,10 @@ class OutputFile:
         if stat.S_ISDIR(mode):
             raise TargetError(errno.EISDIR, "cannot write a snapshot", self.name)
         if not stat.S_ISREG(mode):
-            raise UsageError(f"{self.name!r} is not a regular file; snapshots need one")
+            raise UsageError(f"{self.name!r} is not a regular file; a snapshot needs one")
 
     def _invalidate(self) -> None:
-        """Take the magic away before anything else changes."""
+        """Remove the magic before anything else changes."""
         info = os.fstat(self.fd)
         with self._refusing("cannot truncate"):
             if not self.reuse:
@@ -216,14 +215,14 @@ class OutputFile:
                 "switched off" if setting is DirectIO.OFF else "no direct descriptor was given"
             )
             return
-        # Where pages will be: what is written there now is overwritten or cut off again.
+        # Where pages will be: this write is overwritten or cut off later.
         write_at = -(-(self.offset + 1) // PAGES_ALIGNMENT) * PAGES_ALIGNMENT
         self.direct, self.direct_io_reason = find_direct(
             self.fd, self._given_direct, setting, self.name, write_at=write_at
         )
 
     def set_size(self, size: int) -> None:
-        """Give the file its final size (bytes), all of it a hole unless it is being reused."""
+        """Give the file its final size (bytes), as one hole unless it is being reused."""
         with self._refusing(f"cannot be made {size} bytes long"):
             if not self.reuse:
                 os.ftruncate(self.fd, self.offset)
@@ -231,7 +230,7 @@ class OutputFile:
 
     @contextlib.contextmanager
     def opened_for_reading(self) -> Iterator[int]:
-        """A descriptor of our own to read back and punch what was written."""
+        """Open a second description of the file, to read back and punch what was written."""
         with self._refusing("cannot read back what was written"):
             fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -240,9 +239,9 @@ class OutputFile:
             os.close(fd)
 
     def free_bytes(self) -> int | None:
-        """Bytes that can still be allocated here, with ``reuse`` what the file holds included.
+        """Return the bytes that can still be allocated, with ``reuse`` including those of the file.
 
-        None where the file system knows no limit (a memfd).
+        None if the file system has no limit (a memfd).
         """
         with self._refusing("cannot find the free space of"):
             free = free_bytes(self.fd)
@@ -251,7 +250,7 @@ class OutputFile:
             return free + max(0, self.allocated_bytes() - self.offset)
 
     def allocated_bytes(self) -> int:
-        """Bytes of disk that the file holds."""
+        """Return the bytes of disk that the file holds."""
         return os.fstat(self.fd).st_blocks * 512
 
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -267,15 +266,15 @@ class OutputFile:
                     ) from error
 
     def flush(self) -> None:
-        """Write what the page cache has of the file to disk; it stays unfinished."""
+        """Write the dirty pages of the file to disk; it stays unfinished."""
         with self._refusing("cannot make durable"):
             os.fdatasync(self.fd)
 
     def publish(self, magic: bytes, check: Callable[[], None]) -> None:
-        """Make the file durable and a snapshot: ``magic`` is what its first four bytes will be.
+        """Make the file durable and a snapshot: ``magic`` becomes its first four bytes.
 
-        ``check`` is called when all is durable and nobody has seen it yet; it may raise. NotDurable
-        where it has become a snapshot, and making its name or magic durable failed.
+        ``check`` is called when everything is durable and not visible yet; it may raise. Raises
+        NotDurable if the file has become a snapshot, but making its name or magic durable failed.
         """
         with self._refusing("cannot make durable"):
             if not self.in_place:
@@ -305,29 +304,29 @@ class OutputFile:
             self._check_name()
 
     def _check_name(self) -> None:
-        """Whether the name of a file that is written in place still leads to it."""
+        """Check that the name of a file that is written in place still leads to it."""
         if self._borrowed:
             return
-        with self._refusing("cannot look at the name of"):
+        with self._refusing("cannot check the name of"):
             if _is_same(self._path, os.fstat(self.fd), follow=True):
                 return
         raise TargetError(
             errno.ESTALE,
-            "was renamed, replaced or removed while it was written in place: what "
-            "was written is not under this name",
+            "was renamed, replaced or removed while it was written in place: the snapshot is not "
+            "under this name",
             self.name,
         )
 
     def _check_links(self) -> None:
-        """Whether the kernel followed the links that were looked at, and no other ones."""
+        """Check that the kernel followed the links that were checked."""
         assert self.place is not None
-        with self._refusing("cannot look at the links of"):
-            # Where they lead to a file without a name (/proc/self/fd), nothing is at the place.
+        with self._refusing("cannot check the links of"):
+            # If they lead to a file without a name (/proc/self/fd), nothing is at the place.
             if os.path.lexists(self.place) and not _is_same(self.place, os.fstat(self.fd)):
                 raise TargetError(errno.ESTALE, "was replaced while it was opened", self.name)
 
     def _check_replaced(self, new: NewFile) -> None:
-        """What has the name now may have come during the save."""
+        """Check the file that is to be replaced: it may have been created during the save."""
         assert self.place is not None
         refuse_in_use(self.place, self._in_use)
         with self._refusing("cannot replace"), contextlib.suppress(FileNotFoundError):
@@ -336,20 +335,20 @@ class OutputFile:
                 self._refuse_special(mode)
 
     def _remove_seal(self) -> None:
-        """The seal of the file that is replaced would call the new one damaged. In place it is
-        gone for good before the file changes."""
-        with self._refusing("cannot remove the seal of what is replaced"):
+        """Remove the old file's seal, which would report the new file as damaged. In place this is
+        durable before the file changes."""
+        with self._refusing("cannot remove the old seal of"):
             if self._new is not None:
                 remove(self.seal.name, SEAL, self._dir_fd)
             elif remove(os.fspath(self.seal), SEAL):
                 sync_directory(self.seal)
 
     def abort(self) -> None:
-        """Drop an unpublished file; close what is ours. Can be called again, also after publish."""
+        """Drop an unpublished file, and close. Idempotent, also after publish."""
         self.close()
 
     def close(self) -> None:
-        """Close what was opened here. May be repeated."""
+        """Close what was opened here. Idempotent."""
         if self.direct is not None and self._given_direct is None:
             os.close(self.direct.fd)
         self.direct = None
@@ -372,7 +371,7 @@ class OutputFile:
 
 
 def _is_same(path: Path, info: os.stat_result, *, follow: bool = False) -> bool:
-    """Whether the file with ``info`` is under this path. Raises OSError."""
+    """Return whether the file with ``info`` is under this path. Raises OSError."""
     try:
         return os.path.samestat(path.stat(follow_symlinks=follow), info)
     except FileNotFoundError:

@@ -1,12 +1,12 @@
-"""Files of our own beside others: seals, indexes, records, pictures.
+"""Files that this package writes beside others: seals, indexes, records, pictures.
 
-``SNAPSHOT.seal`` may be a file of the user's, and ``--index`` may name a disk. So each kind has a
-way to recognise it, and only a regular file that is recognised, or empty, is replaced. That is
-found out before work begins::
+``SNAPSHOT.seal`` may be a file of the user's, and ``--index`` may name a disk. So each kind of file
+can be recognised, and only a regular file that is recognised, or empty, is replaced. That is checked
+before work begins::
 
-    place = check_replaceable("/snap/guest.index", INDEX)      # UsageError, and nothing was touched
+    place = check_replaceable("/snap/guest.index", INDEX)      # UsageError, and nothing has changed
     ...
-    write_whole(place, INDEX, write)                           # there at once, whole and durable
+    write_whole(place, INDEX, write)                           # appears complete and durable
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SPECIAL = {
 @dataclass(frozen=True)
 class FileKind:
     """A kind of file: ``noun`` names it in messages (``seal``); ``is_ours`` recognises it by its
-    first 64 bytes, of which there is at least one; ``may_be_empty``: an empty file is replaced."""
+    first 1 to 64 bytes; ``may_be_empty`` says that an empty file is replaced."""
 
     noun: str
     is_ours: Callable[[bytes], bool]
@@ -58,11 +58,10 @@ class FileKind:
 
 
 def check_replaceable(name: str | os.PathLike[str], kind: FileKind) -> Path:
-    """Where a file of this kind is to be written: an absolute path, links of its last part
-    followed.
+    """Return the absolute path of a file of this kind, links of its last part followed.
 
-    Raises UsageError where something else is there, and where the name is too long; TargetError
-    where it cannot be looked at.
+    Raises UsageError if something else is there, and if the name is too long; TargetError if that
+    cannot be checked.
     """
     place = resolve_symlink(name)
     check_name_fits(place)
@@ -74,30 +73,30 @@ def check_replaceable(name: str | os.PathLike[str], kind: FileKind) -> Path:
         if error.errno == errno.ENOENT:
             return place
         raise TargetError(
-            error.errno or errno.EIO, f"cannot look at what the {kind.noun} would replace", place
+            error.errno or errno.EIO, f"cannot check what the {kind.noun} would replace", place
         ) from error
     if not ours:
         raise UsageError(
             f"the {kind.noun} would replace {os.fspath(place)!r}, which has other content: move "
-            "that away, or choose another name"
+            "that file, or choose another name"
         )
     return place
 
 
 def check_is_file(path: str | os.PathLike[str], info: os.stat_result, noun: str) -> None:
-    """UsageError for what is not a regular file, and would be replaced by ``noun``."""
+    """Raise UsageError unless the file that ``noun`` would replace is a regular file."""
     if not stat.S_ISREG(info.st_mode):
         special = _SPECIAL.get(stat.S_IFMT(info.st_mode), "not a regular file")
         raise UsageError(
-            f"the {noun} would replace {os.fspath(path)!r}, which is {special}: move that away, or "
+            f"the {noun} would replace {os.fspath(path)!r}, which is {special}: move it, or "
             "choose another name"
         )
 
 
 def remove(name: str, kind: FileKind, dir_fd: int | None = None) -> bool:
-    """Unlink what ``name`` has if it is of this kind; whether it was. Raises OSError.
+    """Unlink a file if it is of this kind; return whether it was. Raises OSError.
 
-    A symbolic link is not followed, and an empty file is left alone. Durable once the directory has
+    A symbolic link is not followed, and an empty file is not removed. Durable once the directory has
     been synced.
     """
     try:
@@ -112,7 +111,7 @@ def remove(name: str, kind: FileKind, dir_fd: int | None = None) -> bool:
 
 
 def _is_ours(path: str | os.PathLike[str], kind: FileKind, dir_fd: int | None = None) -> bool:
-    # O_NONBLOCK: to open a FIFO must not wait for a writer.
+    # O_NONBLOCK: opening a FIFO must not wait for a writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     fd = os.open(path, flags, dir_fd=dir_fd)
     try:
@@ -125,19 +124,19 @@ def _is_ours(path: str | os.PathLike[str], kind: FileKind, dir_fd: int | None = 
 
 
 def open_directory(place: Path) -> int:
-    """A descriptor of the directory that a file is in. Raises OSError."""
+    """Return a descriptor of the directory that a file is in. Raises OSError."""
     return os.open(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def write_whole(
     place: Path, kind: FileKind, write: Callable[[BinaryIO], object], *, sync_name: bool = True
 ) -> None:
-    """Have ``write`` write a file of our own; it has its name when it is whole and durable.
-    ``sync_name``: the name is made durable too.
+    """Write a file with ``write``, and give it its name when it is complete and durable.
+    ``sync_name`` says whether the name is made durable too.
 
-    ``place`` is what :func:`check_replaceable` returned, which is looked at once more. Raises
-    UsageError as that does, NoSpace, TargetError, and NotDurable where the file is there, but its
-    name may not be durable.
+    ``place`` is what :func:`check_replaceable` returned, which is checked again. Raises UsageError
+    as that does, NoSpace, TargetError, and NotDurable if the file has its name, but that may not be
+    durable.
     """
     place = check_replaceable(place, kind)
     what = f"cannot write the {kind.noun}"

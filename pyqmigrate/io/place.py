@@ -1,7 +1,7 @@
-"""Where a file is to be: the absolute path that a name leads to, and which names fit there.
+"""Resolve file names: the absolute path that a name leads to, and which names fit there.
 
-A name is resolved once, when work begins: a change of the current directory or of a link during the
-work does not send files elsewhere.
+A name is resolved once, when work begins, so that a change of the current directory or of a link
+during the work has no effect.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _OPEN_TO_ALL = stat.S_ISVTX | stat.S_IWOTH
 
 
 def absolute(name: str | os.PathLike[str]) -> Path:
-    """The path from the root on; links and ``..`` in it stay as they are."""
+    """Return the absolute path, without resolving links and ``..`` in it."""
     path = Path(os.fsdecode(name))
-    with contextlib.suppress(OSError):  # no current directory: then the path is of no use either
+    with contextlib.suppress(OSError):  # without a current directory the path fails later
         return Path.cwd() / path
     return path
 
 
 def resolve_symlink(name: str | os.PathLike[str]) -> Path:
-    """The absolute path of the file that a name leads to, which need not exist.
+    """Return the absolute path of the file that a name leads to, which need not exist.
 
     Only links of its last part are read: ``/proc/PID/root`` further up is a link that does not
-    lead where its text says. As with the kernel's ``fs.protected_symlinks``, whatever its setting,
-    a link in a sticky directory that all may write to (``/tmp``) is followed only if it belongs to
-    this user or to the owner of the directory. Raises TargetError.
+    lead where its text says. As with the kernel's ``fs.protected_symlinks``, but always, a link in
+    a sticky world-writable directory (``/tmp``) is followed only if it belongs to this user or to
+    the owner of the directory. Raises TargetError.
     """
     path = absolute(name)
     for _ in range(_LINKS_MAX):
@@ -47,11 +47,11 @@ def resolve_symlink(name: str | os.PathLike[str]) -> Path:
 
 
 def _read_link(path: Path, name: str) -> str | None:
-    """What a link contains that may be followed; None where there is none."""
+    """Return the text of a link that may be followed; None if the path is not a link."""
     try:
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return None  # opening it for its bytes raises the reason
+        return None  # opening the file itself raises the error
     try:
         link = os.fstat(fd)
         if not stat.S_ISLNK(link.st_mode):
@@ -62,7 +62,7 @@ def _read_link(path: Path, name: str) -> str | None:
             raise TargetError(
                 errno.EACCES,
                 f"the link {str(path)!r} belongs to another user (uid {link.st_uid}), in a "
-                "directory that all may write to, and is not followed; name the file itself",
+                "world-writable directory, and is not followed; give the path of the file itself",
                 name,
             )
         return os.readlink("", dir_fd=fd)
@@ -75,17 +75,17 @@ def _read_link(path: Path, name: str) -> str | None:
 
 
 def check_name_fits(path: Path) -> None:
-    """UsageError where the last part of a path is too long for its file system."""
+    """Raise UsageError if the last part of a path is too long for its file system."""
     length, limit = len(os.fsencode(path.name)), _name_max(path.parent)
     if length > limit:
         raise UsageError(
-            f"the file name {path.name!r} would have {length} bytes, and {limit} is the limit "
+            f"the file name {path.name!r} would have {length} bytes, but {limit} is the limit "
             f"there: choose a name that is at least {length - limit} bytes shorter"
         )
 
 
 def partial_name(name: str, mark: str, directory: Path | int) -> str:
-    """A hidden name that fits beside ``name`` for a file that is not whole yet."""
+    """Return a hidden name that fits beside ``name``, for a file that is not complete yet."""
     rest = f".{mark}.partial"
     room = min(200, _name_max(directory) - 1 - len(rest))
     return f".{os.fsdecode(os.fsencode(name)[:room])}{rest}"

@@ -15,7 +15,6 @@ SEAL = FileKind("seal", is_seal, may_be_empty=False)
 
 
 def seal_path(snapshot: str | os.PathLike[str]) -> Path:
-    """Where the seal of a file is, an absolute path: beside it, or beside what a symbolic link
-    leads to."""
+    """Return the absolute path of a file's seal. Symbolic links to the file are followed."""
     path = resolve_symlink(snapshot)
     return path.with_name(path.name + SUFFIX)

@@ -1,8 +1,8 @@
-"""A name for a UNIX socket that is short enough, whatever its path is.
+"""A name for a UNIX socket that is short enough, whatever its path.
 
-The kernel takes 107 bytes. Of a longer path the directory is opened, and the socket is named
-through ``/proc/self/fd``. That holds in a process that inherits the descriptor, too: QEMU makes the
-socket so, and removes it by the same name when it ends.
+The kernel accepts 107 bytes. For a longer path the directory is opened, and the socket is named
+through ``/proc/self/fd``. This name is valid in a process that inherits the descriptor, too: QEMU
+creates the socket with it, and removes it by the same name when it ends.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _MOST = 107  # bytes in sun_path, without its final NUL
 
 
 class SocketPath:
-    """``path`` as a socket can be named; a context manager.
+    """A name for the socket at ``path``: the attribute ``path``. A context manager.
 
-    ``fds`` are the descriptors that the name needs, for as long as it is used.
+    ``fds`` are the descriptors that the name needs as long as it is used.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises UsageError for a directory that is not there, and a file name that is too long."""
+        """Raise UsageError for a missing directory, and a file name that is too long."""
         self.path = str(path)
         self.fds: Sequence[int] = ()
         if len(os.fsencode(path)) <= _MOST:
@@ -43,7 +43,7 @@ class SocketPath:
             self.close()
             raise UsageError(
                 f"the file name of the socket {path} has {len(os.fsencode(path.name))} bytes; "
-                "a socket's can have some 80"
+                "about 80 are possible"
             )
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class SocketPath:
 
 
 def remove_stale_socket(path: Path) -> None:
-    """Remove a socket on which no process listens; all else stays. OSError where that fails."""
+    """Remove a socket on which no process listens, and nothing else. Raises OSError."""
     try:
         is_socket = stat.S_ISSOCK(path.lstat().st_mode)
     except FileNotFoundError:
@@ -68,7 +68,7 @@ def remove_stale_socket(path: Path) -> None:
     if not is_socket:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, SocketPath(path) as name:
-        probe.setblocking(False)  # a listener may have more clients in line than it takes
+        probe.setblocking(False)  # the queue of a listener may be full
         try:
             probe.connect(name.path)
         except ConnectionRefusedError:

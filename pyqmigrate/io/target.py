@@ -24,12 +24,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Descriptors:
-    """Open descriptors instead of a path; they stay the caller's and are never closed here.
+    """Open descriptors instead of a path. They are borrowed, and never closed here.
 
-    ``buffered`` is without ``O_DIRECT``, ``direct`` (None: no direct I/O) a second ``open()`` of
-    the same file with it. The stream starts at ``offset`` bytes; where the descriptors stand does
-    not matter and is not changed. ``scattered`` lets the two be different files, as QEMU does:
-    pages are in the one, all else in the other.
+    ``buffered`` is without ``O_DIRECT``; ``direct`` (None: no direct I/O) is a second ``open()`` of
+    the same file with it. The stream starts at ``offset`` bytes; the positions of the descriptors
+    are neither used nor changed. ``scattered`` allows two different files, as QEMU does: pages are
+    in ``direct``, everything else in ``buffered``.
     """
 
     buffered: int
@@ -42,7 +42,10 @@ Target: TypeAlias = str | os.PathLike[str] | Descriptors
 
 
 def split_target(target: Target) -> tuple[str, int]:
-    """``(path, offset)``; for descriptors a path that names them in messages."""
+    """Return ``(path, offset)``; for descriptors the path is a name for messages.
+
+    Raises UsageError.
+    """
     if isinstance(target, Descriptors):
         path, offset = f"<descriptor {target.buffered}>", target.offset
     elif isinstance(target, str) and target.startswith("file:"):
@@ -52,7 +55,7 @@ def split_target(target: Target) -> tuple[str, int]:
             path, offset = os.fsdecode(target), 0
         except TypeError:
             raise UsageError(
-                f"a target is a path, a file: URI or Descriptors, not {type(target).__name__}"
+                f"a target must be a path, a file: URI or Descriptors, not {type(target).__name__}"
             ) from None
     if not isinstance(offset, int) or not 0 <= offset <= OFFSET_MAX:
         raise UsageError(f"offset {offset} is not a file position")
@@ -66,17 +69,17 @@ def split_target(target: Target) -> tuple[str, int]:
 
 
 def target_path(target: str | os.PathLike[str]) -> str:
-    """The path in a target, without ``file:`` and offset."""
+    """Return the path in a target, without ``file:`` and offset."""
     return split_target(target)[0]
 
 
 def stream_offset(target: Target) -> int:
-    """Where in its file the stream of a target starts, bytes."""
+    """Return where in its file the stream of a target starts, bytes."""
     return split_target(target)[1]
 
 
 def check_borrowed(given: Descriptors, *, writing: bool) -> None:
-    """UsageError unless the descriptors are what a save (or load) can work with."""
+    """Raise UsageError unless a save (or load) can use the descriptors."""
     verb, wanted = ("write", "O_WRONLY") if writing else ("read", "O_RDONLY")
     useless = os.O_RDONLY if writing else os.O_WRONLY
     infos = []
@@ -90,7 +93,7 @@ def check_borrowed(given: Descriptors, *, writing: bool) -> None:
             raise UsageError(f"descriptor {fd} cannot be used: {error}") from None
         device = stat.S_ISBLK(info.st_mode) and not writing
         if not (stat.S_ISREG(info.st_mode) or device):
-            raise UsageError(f"descriptor {fd} is not a regular file; snapshots need one")
+            raise UsageError(f"descriptor {fd} is not a regular file; a snapshot needs one")
         if flags & os.O_ACCMODE == useless:
             raise UsageError(f"descriptor {fd} cannot {verb}; open it with {wanted}")
         if bool(flags & os.O_DIRECT) != direct:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from pyqmigrate import _core
 from pyqmigrate.argument_types import check_callback
 from pyqmigrate.enums import Format
-from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, TargetError, UsageError
+from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.libvirt import LibvirtHeader
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream.wire import Section, Stream
@@ -31,6 +31,7 @@ from pyqmigrate.io.seal_file import seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors, Target, target_path
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
+from pyqmigrate.snapshot.load.memories import check_known
 
 if TYPE_CHECKING:
     from pyqmigrate.format.stream.sequential import SequentialStream
@@ -340,11 +341,7 @@ class Snapshot(metaclass=_OpensByCall):
 
     def _known(self, names: Collection[str] | None) -> list[str]:
         """Return these names (None: of all blocks), in the order of the stream."""
-        unknown = [name for name in names or () if name not in self.blocks]
-        if unknown:
-            raise BlockMismatch(
-                f"the snapshot has no block {unknown[0]!r}; it has {[*self.blocks]}"
-            )
+        check_known(names or (), self.blocks)
         return [name for name in self.blocks if names is None or name in names]
 
     def _follow(self, job: Job[R]) -> Job[R]:

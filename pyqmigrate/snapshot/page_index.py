@@ -1,16 +1,16 @@
 """The index of a sequential stream: where in the file each page of each block is.
 
-A sequential stream has no places of its own, so that random reads need one pass over all of it. The
-pass keeps 8 bytes a page (and 24 a change that XBZRLE made), whatever the stream's size, and can be
-kept in a file beside it, from which it is made again without the pass.
+Pages have no fixed places in a sequential stream, so random reads need one pass over all of it. The
+index needs 8 bytes for each page (and 24 for each XBZRLE change), whatever the stream's size, and
+can be stored in a file beside it, so that later opens need no pass.
 
-A kept index is a cache that nobody vouches for: it is used only if it is as it was written by its
-digest, names the file's size, time of change and first and last bytes, and every number in it is
-possible. Otherwise the pass is made again. Its form, little-endian::
+A stored index is an untrusted cache: it is used only if its digest is right, it has the file's size,
+time of change and first and last bytes, and every number in it is possible. Otherwise the pass is
+made again. Its format, little-endian::
 
     "qmindex2", the digest: xxh3-128 of all that follows, 16 bytes
     u32 length, JSON of that length, padded with zeros to a multiple of 8 of the file
-    for each block in turn, as many as the JSON tells:
+    for each block in turn, as many as the JSON says:
         changes   u64 before, u64 at, u64 length
         runs      u64 first page, u64 pages, a u64 word a page (csrc/qmigrate.h, qm_place)
 
@@ -46,7 +46,7 @@ __all__ = ["PageIndex", "check_place", "keep", "recall"]
 _MAGIC = b"qmindex2"
 _OLDER = b"qmindex1"  # had no digest
 _INDEX = FileKind("index", lambda head: head.startswith((_MAGIC, _OLDER)))
-_BODY = len(_MAGIC) + DIGEST_SIZE  # where what is digested starts
+_BODY = len(_MAGIC) + DIGEST_SIZE  # where the digested part starts
 _HEAD_MAX = 64 << 20
 _PIECE = 1 << 20  # bytes read at a time
 _RUN_MAX = 1 << 16  # pages in one run of a kept index
@@ -58,8 +58,8 @@ _RUN = struct.Struct("<QQ")
 class PageIndex:
     """The places of the pages of ``blocks``; empty at first.
 
-    ``cores`` are the blocks' ``qm_index *`` by name. ``bodies`` tells the end of each body of
-    records by its start. :meth:`read_records` fills it, a body at a time.
+    ``cores`` are the blocks' ``qm_index *`` by name. ``bodies`` maps the start of each body of
+    records to its end. :meth:`read_records` fills both, a body at a time.
     """
 
     def __init__(self, blocks: Sequence[ListedBlock], page_size: int) -> None:
@@ -78,25 +78,26 @@ class PageIndex:
         self._records.start()
 
     def read_records(self, source: Source, channels: Channels, offset: int) -> int:
-        """Take in the body of records at ``offset``; returns where it ends.
+        """Read the body of records at ``offset``; return where it ends.
 
-        Raises SnapshotError, NotSupported for what no index can hold, TargetError, Cancelled.
+        Raises SnapshotError, NotSupported for records that an index cannot represent, TargetError,
+        Cancelled.
         """
         end = self.bodies[offset] = self._records.read(source, channels, offset)
         return end
 
 
 def check_place(path: str | os.PathLike[str]) -> Path:
-    """Where an index is to be kept: an absolute path. UsageError where something else is there, the
-    snapshot itself, say; an empty file may be. TargetError."""
+    """Return the absolute path of an index. Raises UsageError if another file is there, for example
+    the snapshot itself; an empty file is accepted. Raises TargetError."""
     return check_replaceable(path, _INDEX)
 
 
 def keep(index: PageIndex, stream_file: StreamFile, path: Path) -> None:
-    """Write the index of ``source`` to ``path``, where it appears whole. Its name need not be
-    durable: an index that is lost is made again.
+    """Write the index to ``path``, where it appears complete. Its name need not be durable: a lost
+    index is made again.
 
-    Raises UsageError where something else is there now, TargetError.
+    Raises UsageError if another file is there now, TargetError.
     """
     write_whole(path, _INDEX, lambda file: _write(index, stream_file, file), sync_name=False)
 
@@ -112,7 +113,7 @@ def _write(index: PageIndex, stream_file: StreamFile, file: BinaryIO) -> None:
 
 
 def _pieces(index: PageIndex, stream_file: StreamFile) -> Iterator[bytes]:
-    """What follows the digest."""
+    """Yield the bytes after the digest."""
     lists = {block.name: list(_runs(index, block)) for block in index.blocks}
     changes = {name: _changes(core) for name, core in index.cores.items()}
     head = json.dumps(
@@ -132,20 +133,20 @@ def _pieces(index: PageIndex, stream_file: StreamFile) -> Iterator[bytes]:
         for first, npages in lists[block.name]:
             words = _core.ffi.new("uint64_t[]", npages)
             _core.lib.qm_index_get(index.cores[block.name], first, npages, words)
-            yield _RUN.pack(first, npages) + _turned(bytes(_core.ffi.buffer(words)))
+            yield _RUN.pack(first, npages) + _little_endian(bytes(_core.ffi.buffer(words)))
 
 
 def _padding(head: bytes) -> bytes:
     return bytes(-(_BODY + 4 + len(head)) % 8)
 
 
-def _turned(words: bytes) -> bytes:
-    """Native words as little-endian ones, and back."""
+def _little_endian(words: bytes) -> bytes:
+    """Convert native words to little-endian ones, or back."""
     if sys.byteorder == "little":
         return words
-    turned = array.array("Q", words)
-    turned.byteswap()
-    return turned.tobytes()
+    swapped = array.array("Q", words)
+    swapped.byteswap()
+    return swapped.tobytes()
 
 
 def _changes(core: Any) -> Any:
@@ -155,7 +156,7 @@ def _changes(core: Any) -> Any:
 
 
 def _runs(index: PageIndex, block: ListedBlock) -> Iterator[tuple[int, int]]:
-    """Ranges of pages, of 512 or a multiple, outside of which none is mentioned."""
+    """Yield ranges of pages, in multiples of 512, that contain all mentioned pages."""
     core, end = index.cores[block.name], block.length // index.page_size
     start = stop = 0
     while (page := _core.lib.qm_index_next(core, stop)) < end:
@@ -185,21 +186,21 @@ def _identity(stream_file: StreamFile) -> dict[str, Any]:
 def recall(
     stream_file: StreamFile, path: Path, blocks: Sequence[ListedBlock], page_size: int
 ) -> PageIndex | None:
-    """The index of ``source`` that ``path`` keeps; None where it is missing, of another file, or
-    damaged in any way. The blocks and page size are those of the stream's head."""
+    """Return the index that ``path`` stores; None if it is missing, belongs to another file, or is
+    damaged. The blocks and page size are those of the stream's head."""
     try:
         with path.open("rb") as file:
             if not _is_whole(file):
                 return None
             index = _read(stream_file, file, os.fstat(file.fileno()).st_size, blocks, page_size)
             return None if file.read(1) else index
-    # The digest keeps damage out, but the writer of the file can have made one for anything.
+    # The digest excludes damage, but the writer of the file can have digested anything.
     except (OSError, ValueError, TypeError, KeyError, OverflowError, struct.error, RecursionError):
         return None
 
 
 def _is_whole(file: BinaryIO) -> bool:
-    """Whether the file is an index and has its digest; afterwards its body is next."""
+    """Return whether the file is an index with the right digest; then its body is next."""
     if file.read(len(_MAGIC)) != _MAGIC:
         return False
     digest, state = file.read(DIGEST_SIZE), xxhash.xxh3_128()
@@ -210,7 +211,7 @@ def _is_whole(file: BinaryIO) -> bool:
 
 
 def _take(file: BinaryIO, length: int) -> bytes:
-    """Exactly so many bytes; ValueError where they are not there."""
+    """Return exactly ``length`` bytes. Raises ValueError if there are fewer."""
     data = file.read(length)
     if len(data) != length:
         raise ValueError("cut off")
@@ -251,10 +252,10 @@ def _read(
             _accept(_core.lib.qm_index_put_changes(core, change, 1, source.size))
         for _ in range(runs):
             first, npages = _RUN.unpack(_take(file, _RUN.size))
-            # In pieces as they are written: a page alone costs the core as much as 512 of them.
+            # Only pieces as we write them: a single page costs the core as much as 512.
             if npages * 8 > size or first % 512 or (npages % 512 and first + npages != block_pages):
                 raise ValueError("no such run")
-            words = _core.ffi.from_buffer("uint64_t[]", _turned(_take(file, npages * 8)))
+            words = _core.ffi.from_buffer("uint64_t[]", _little_endian(_take(file, npages * 8)))
             _accept(_core.lib.qm_index_put(core, first, npages, words, source.size))
     return index
 

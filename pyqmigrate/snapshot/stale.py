@@ -1,7 +1,7 @@
-"""Old bytes under clear bits: pages that are zero for a guest, and not in the file.
+"""Stale pages: old bytes in the file under clear bits, where the guest's page is zero.
 
-A live save leaves them, and a save over an older file. Loads step over them; a guest whose memory
-is a mapping of the file would see them.
+A live save leaves them behind, and so does a save over an older file. Loads ignore them, but a guest
+whose memory is a mapping of the file would see them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One pass in: the pages of an opened, checked snapshot -> guest memory."""
+"""Load the pages of an open, checked mapped-ram file into guest memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.enums import parse_enum
-from pyqmigrate.errors import BlockMismatch, SnapshotError, TargetError
+from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, check_channels, core_block, split_ranges
@@ -20,20 +20,21 @@ from pyqmigrate.io.direct_io import DirectIO, core_file
 from pyqmigrate.io.input import Source
 from pyqmigrate.io.memory import Memory, OpenMemory
 from pyqmigrate.log import logger
+from pyqmigrate.snapshot.load.memories import match_memories, open_memory
 
 __all__ = ["Clear", "LoadReport", "start_load"]
 
-# Reads into fresh memory wait for its pages to be made: more threads than channels hide that.
+# Reads into fresh memory wait for page faults: more threads than channels hide that.
 _THREADS_A_CHANNEL = 4
 _MOST_THREADS = 16
 
-# Reading over a gap this long costs less than a call more.
+# Reading over a gap of this length costs less than another call.
 _READ_GAP = 128 << 10
 
 
 class Clear(enum.StrEnum):
-    """What becomes of pages whose bit is clear: ``zero`` makes them zero (holes, where the memory
-    is a file), ``leave`` does not touch them, for memory that is known to be fresh."""
+    """What to do with pages without data: ``zero`` makes them zero (holes, if the memory is a
+    file), ``leave`` does not touch them, for memory that is known to be fresh."""
 
     ZERO = "zero"
     LEAVE = "leave"
@@ -41,7 +42,7 @@ class Clear(enum.StrEnum):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did; fields as in :class:`~pyqmigrate.snapshot.save.writer.SaveReport`.
+    """What a load did. Fields are those of :class:`~pyqmigrate.snapshot.save.writer.SaveReport`;
     ``bytes_read`` includes the gaps that were read over."""
 
     data_pages: int
@@ -63,14 +64,14 @@ def start_load(
     direct_io: DirectIO | str = DirectIO.AUTO,
     clear: Clear | str = Clear.ZERO,
 ) -> Job[LoadReport]:
-    """Begin to load the blocks into the memories of the same names; returns at once.
+    """Start to load the blocks into the memories of the same names; return at once.
 
     ``source`` and the bitmaps must stay open until the job has ended. Raises BlockMismatch for
     unknown, missing or mis-sized memories, UsageError for other bad arguments, TargetError
-    (DirectIORefused). The job's result raises SnapshotError when the file turns out to be
-    shorter than it was, GuestMemoryError, TargetError, Cancelled.
+    (DirectIORefused). The job's result raises SnapshotError if the file has become shorter,
+    GuestMemoryError, TargetError, Cancelled.
     """
-    pass_in = _Load(
+    load = _Load(
         source,
         blocks,
         memories,
@@ -79,26 +80,14 @@ def start_load(
         parse_enum(Clear, clear, "clear"),
     )
     try:
-        return Job(pass_in.channels, sum(layout.length for layout, _ in blocks), pass_in.run)
+        return Job(load.channels, sum(layout.length for layout, _ in blocks), load.run)
     except BaseException:
-        pass_in.close()
+        load.close()
         raise
 
 
-def _match(blocks: Sequence[tuple[BlockLayout, Bitmap]], memories: Mapping[str, Memory]) -> None:
-    names = [layout.name for layout, _ in blocks]
-    missing = [name for name in names if name not in memories]
-    unknown = [name for name in memories if name not in names]
-    if missing:
-        raise BlockMismatch(
-            f"no memory is given for block {missing[0]!r}; the snapshot has {names}"
-        )
-    if unknown:
-        raise BlockMismatch(f"the snapshot has no block {unknown[0]!r}; it has {names}")
-
-
 class _Load:
-    """A load between its arguments and its report. It owns what it opens until run() ends."""
+    """A load. It owns the memories and the direct descriptor until run() ends."""
 
     def __init__(
         self,
@@ -110,7 +99,7 @@ class _Load:
         clear: Clear,
     ) -> None:
         self.started = time.monotonic()
-        _match(blocks, memories)
+        match_memories([layout.name for layout, _ in blocks], memories)
         self.source = source
         self.blocks = blocks
         self.clear = clear
@@ -120,14 +109,14 @@ class _Load:
         with contextlib.ExitStack() as stack:
             self.memories: list[OpenMemory] = []
             for layout, _ in blocks:
-                memory = OpenMemory(layout.name, memories[layout.name], writable=True)
+                memory = open_memory(
+                    layout.name,
+                    memories[layout.name],
+                    layout.length,
+                    writable=True,
+                    source_fd=source.file_fd,
+                )
                 stack.callback(memory.close)
-                memory.refuse_as_source(source.file_fd)
-                if memory.length != layout.length:
-                    raise BlockMismatch(
-                        f"memory of block {layout.name!r} has {memory.length} bytes, "
-                        f"the snapshot {layout.length}"
-                    )
                 self.memories.append(memory)
             self.direct, self.reason = source.open_direct(direct_io)
             stack.callback(source.close_direct, self.direct)
@@ -178,7 +167,7 @@ class _Load:
             raise
 
     def _ranges(self, number: int) -> Iterator[Range]:
-        """Ranges of a block; without those that the file has nothing of, where these are left."""
+        """Yield the ranges of a block; with ``leave`` only those with data."""
         layout, bitmap = self.blocks[number]
         for item in split_ranges(number, layout.num_pages, layout.page_size):
             if self.clear is Clear.ZERO or bitmap.may_hold(item.first, item.npages):

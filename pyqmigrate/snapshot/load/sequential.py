@@ -1,14 +1,12 @@
-"""The sequential stream, one pass out and one pass in: what QEMU writes and reads with ``file:`` and
-without mapped-ram.
+"""Write and read a sequential stream, as QEMU does with ``file:`` and without mapped-ram.
 
     with_memory = RamBlock("pc.ram", memory)
     start_sequential_save("/snap/guest.sequential", [with_memory], machine="pc-q35-10.0").wait()
     stream_file = StreamFile.open("/snap/guest.sequential")
     report = start_sequential_load(stream_file, {"pc.ram": buffer}).wait()
 
-Pages stand one after another in the order in which they were saved; a page that changes during a
-save is there again. So there is one channel, direct I/O has no use, and a reader has to read
-everything.
+Pages are stored in the order in which they were saved; a page that changes during a save is stored
+again. So there is one channel, direct I/O has no use, and a reader has to read everything.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from typing import Any
 from pyqmigrate import _core
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import (
-    BlockMismatch,
     Cancelled,
     NoSpace,
     NotSupported,
@@ -54,6 +51,7 @@ from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
+from pyqmigrate.snapshot.load.memories import match_memories, open_memory
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
 
 __all__ = [
@@ -85,10 +83,10 @@ def start_sequential_save(
     reuse: bool = False,
     max_bandwidth: int = 0,
 ) -> Job[SaveReport]:
-    """Begin to save guest memory as a sequential stream; returns at once.
+    """Start to save guest memory as a sequential stream; return at once.
 
-    Arguments and errors as in :func:`pyqmigrate.api.start_save`. QEMU loads the file only on the
-    machine of the name given: an empty one is accepted by any.
+    Arguments and errors are those of :func:`pyqmigrate.api.start_save`. QEMU loads the file only on
+    the machine that it names: every machine accepts an empty name.
     """
     writer = SequentialWriter(
         target,
@@ -106,7 +104,7 @@ def start_sequential_save(
 
 
 def core_name(name: str) -> tuple[Any, Any]:
-    """A block's name as the core's ``struct qm_name *``, and what has to be kept along with it."""
+    """Return a block's name as the core's ``struct qm_name *``, and the bytes to keep alive."""
     data = name.encode("utf-8", "surrogateescape")
     text = _core.ffi.new("unsigned char[]", data)
     core = _core.ffi.new("struct qm_name *")
@@ -118,11 +116,11 @@ class SequentialWriter(StreamWriter):
     """A sequential stream being written.
 
     Each pass is one PART section with a record for every page of the pass: a zero page, also one
-    in a hole of a sparse memory, is a record of nine bytes. As in QEMU's own streams none is left
-    out, for a page that is not mentioned keeps what the loading side has there, and that need not
-    be zero: ROMs have content from the start. Holes are neither read nor made resident.
+    in a hole of a sparse memory, is a record of nine bytes. As in QEMU's own streams no page is
+    left out: a page that no record mentions keeps its content on the loading side, which need not
+    be zero, since ROMs have content from the start. Holes are neither read nor made resident.
 
-    ``before`` are elements, as they are, that stand before RAM's.
+    ``before`` are encoded elements that precede RAM's.
     """
 
     sparse = Sparse.EXACT
@@ -183,18 +181,18 @@ class SequentialWriter(StreamWriter):
 
     def begin(self) -> None:
         self._check_space()
-        # A pipe takes nothing that comes later and belongs before.
+        # A pipe cannot take the magic later.
         magic = MAGIC if self.target.forward else bytes(len(MAGIC))
         self._put(self._encoder, magic + self._head[len(MAGIC) :])
 
     def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
-        """As in the base; a pass that selects nothing writes nothing."""
+        """Write a pass as the base does; a pass that selects nothing writes nothing."""
         if selections is not None and not any(bitmap.count() for bitmap in selections):
             return
         self._pass(self.channels, self._encoder, selections)
 
     def clean(self) -> int:
-        """Nothing is left of earlier passes that could be read; returns 0."""
+        """Return 0: no reader sees the pages of earlier passes."""
         return 0
 
     def finish(
@@ -235,7 +233,7 @@ class SequentialWriter(StreamWriter):
         return sum(spec.length // spec.page_size for spec in stored) * _RECORD
 
     def _count(self) -> int:
-        """Bytes of all records of one pass."""
+        """Return the bytes of all records of one pass."""
         counter = _new_encoder(-1, 0)
         self._pass(self.channels.sibling("pyqmigrate-count"), counter, None)
         return int(_core.lib.qm_encoder_position(counter))
@@ -343,20 +341,20 @@ def start_sequential_load(
     page_size: int | None = None,
     max_bandwidth: int = 0,
 ) -> Job[SequentialLoadReport]:
-    """Begin to load a sequential stream into the memories of its blocks; returns at once.
+    """Start to load a sequential stream into the memories of its blocks; return at once.
 
     stream_file: borrowed; keep it open until the job has ended.
     memories: a writable buffer or FileMemory for each block, of exactly its length.
     skip_unknown_blocks: whether blocks without a memory are skipped.
     clear: whether pages that no record mentions are made zero, or left as they are. A change to a
         page (XBZRLE) applies to zeros, or to what the memory holds, likewise.
-    page_size: bytes; needed where neither configuration nor description tells and it is not 4096.
+    page_size: bytes; needed if neither configuration nor description states it and it is not 4096.
     max_bandwidth: bytes a second; 0 is no limit.
 
-    Reads the head before it returns. Raises SnapshotError for a damaged file, NotSupported for one
-    of another kind, BlockMismatch for memories that do not fit, UsageError, TargetError; the
-    job's result raises these too, GuestMemoryError, Cancelled. What was loaded before a failure
-    stays in the memories.
+    The head is read before this returns. Raises SnapshotError for a damaged file, NotSupported for
+    a file of another kind, BlockMismatch for memories that do not match, UsageError, TargetError;
+    the job's result raises these too, GuestMemoryError, Cancelled. Pages that were loaded before a
+    failure stay in the memories.
     """
     reader = SequentialReader(
         stream_file,
@@ -394,9 +392,9 @@ class PolledSource:
 
 
 class RecordDecoder:
-    """A core's decoder of the records of these blocks, and their ``struct qm_record_block[]``.
+    """The core's decoder of the records of these blocks, and their ``struct qm_record_block[]``.
 
-    ``core`` gets what each block is to have before :meth:`start`.
+    Set the destination of each block in ``core`` before :meth:`start`.
     """
 
     def __init__(self, blocks: Sequence[ListedBlock], page_size: int) -> None:
@@ -465,10 +463,10 @@ def read_body(channels: Channels, decoder: Any, source: Source, at: Any, fault: 
 
 
 class SequentialReader:
-    """A sequential stream being read: its head is parsed on construction, ``run`` does the rest.
+    """A sequential stream being read. Construction parses its head, :meth:`run` does the rest.
 
-    ``configuration``, ``blocks``, ``page_size`` and ``total`` (bytes of guest memory to load) hold
-    from the start.
+    ``configuration``, ``blocks``, ``page_size`` and ``total`` (bytes of guest memory to load) are
+    known from the start.
     """
 
     def __init__(
@@ -498,12 +496,20 @@ class SequentialReader:
         self.configuration = self._walk.configuration
         self.blocks = self._walk.blocks
         self.page_size = self._walk.page_size
-        _match(self.blocks, memories, skip_unknown_blocks)
+        match_memories(
+            [block.name for block in self.blocks], memories, skip_missing=skip_unknown_blocks
+        )
         with contextlib.ExitStack() as stack:
             self._loads: list[tuple[ListedBlock, OpenMemory, Bitmap]] = []
             for block in self.blocks:
                 if block.name in memories:
-                    memory = self._attach(block, memories[block.name])
+                    memory = open_memory(
+                        block.name,
+                        memories[block.name],
+                        block.length,
+                        writable=True,
+                        source_fd=source.file_fd,
+                    )
                     stack.callback(memory.close)
                     bitmap = Bitmap(block.length // self.page_size)
                     stack.callback(bitmap.close)
@@ -521,24 +527,10 @@ class SequentialReader:
         self._cleanup.close()
 
     def run(self) -> SequentialLoadReport:
-        """Read on to the end of the stream, and close."""
+        """Read to the end of the stream, and close."""
         with self._cleanup:
             stream = self._walk.stream()
             return self._report(stream, self._clear_rest(stream), self._read_devices(stream))
-
-    def _attach(self, block: ListedBlock, memory: Memory) -> OpenMemory:
-        attached = OpenMemory(block.name, memory, writable=True)
-        try:
-            attached.refuse_as_source(self.source.file_fd)
-            if attached.length != block.length:
-                raise BlockMismatch(
-                    f"memory of block {block.name!r} has {attached.length} bytes, "
-                    f"the snapshot {block.length}"
-                )
-        except BaseException:
-            attached.close()
-            raise
-        return attached
 
     def _new_records(self) -> RecordDecoder:
         loads = {block.name: (memory, bitmap) for block, memory, bitmap in self._loads}
@@ -560,7 +552,7 @@ class SequentialReader:
         return int(at[0])
 
     def _clear_rest(self, stream: SequentialStream) -> set[str]:
-        """Zero what no record mentioned; returns the blocks whose content is elsewhere."""
+        """Zero the pages that no record mentioned; return the blocks stored in other files."""
         elsewhere = set()
         for block, memory, bitmap in self._loads:
             if stream.ignore_shared and bitmap.last() < 0:
@@ -624,7 +616,7 @@ class SequentialReader:
 
 
 def record_error(decoder: Any, blocks: Sequence[ListedBlock], page_size: int) -> PyqmigrateError:
-    """What is wrong with the record at which ``decoder`` stopped."""
+    """Return the exception for the record at which ``decoder`` stopped."""
     error = _core.ffi.new("struct qm_record_error *")
     _core.lib.qm_decoder_error(decoder, error)
     what, word, at = error.what, int(error.word), int(error.at)
@@ -653,17 +645,3 @@ def record_error(decoder: Any, blocks: Sequence[ListedBlock], page_size: int) ->
         _core.lib.QM_RECORD_SCATTERED: ("pages too sparse for a real guest", "offset"),
     }[what]
     return SnapshotError(message, offset=at, block=block, field=field)
-
-
-def _match(
-    blocks: Sequence[ListedBlock], memories: Mapping[str, Memory], skip_unknown: bool
-) -> None:
-    names = [block.name for block in blocks]
-    missing = [name for name in names if name not in memories]
-    unknown = [name for name in memories if name not in names]
-    if missing and not skip_unknown:
-        raise BlockMismatch(
-            f"no memory is given for block {missing[0]!r}; the snapshot has {names}"
-        )
-    if unknown:
-        raise BlockMismatch(f"the snapshot has no block {unknown[0]!r}; it has {names}")

@@ -1,13 +1,12 @@
-"""The pages of a sequential stream, put to their places in files, in one pass.
+"""Move the pages of a sequential stream to fixed places in files, in one pass.
 
-Records come one after another, and a page may come again: as a whole, as zeros, or as changes to
-what it was. Every page has a fixed place in the file that is written, so nothing has to be noted of
-where it was in the stream. A part of a block, at most 16 MiB, is on the *stage*: records are put
-together there. When one comes that belongs elsewhere, a thread writes the part as a save does
-(runs, gaps, direct I/O), while the next part is put on another stage. What a change needs to know
-of an earlier round is read back from the file.
+Records come one after another, and a page may come again: as a whole, as zeros, or as changes to its
+last content. Every page has a fixed place in the output, so its place in the stream is not recorded.
+A part of a block, at most 16 MiB, is in a *staging buffer*, where records are applied. At a record
+of another part, a thread writes the buffer as a save does (runs, gaps, direct I/O), while the next
+part goes into another buffer. The earlier content that a change needs is read back from the file.
 
-The source is read front to back, once. It costs the stages, and two bits a page.
+The source is read front to back, once. This needs memory for the buffers, and two bits for each page.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, rea
 
 __all__ = ["Place", "StreamUnpacker"]
 
-_PART: int = _core.lib.QM_STAGING_MAX  # bytes of a block on one stage
+_PART: int = _core.lib.QM_STAGING_MAX  # bytes of a block in one buffer
 _MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the pages of one block go: page ``k`` to ``offset + k * page_size`` of a file, in
-    which that is a hole.
+    """Where the pages of one block go: page ``k`` to ``offset + k * page_size`` of a file, which is
+    a hole there.
 
     ``fd`` is buffered, open for reading and writing; ``direct`` goes past the page cache. Bits of
-    ``bitmap`` are set for the pages that have something else than zeros; none is at first.
+    ``bitmap`` are set for pages with data; all are clear at first.
     """
 
     fd: int
@@ -54,7 +53,7 @@ class Place:
 
 
 class StreamUnpacker:
-    """One pass: its head is parsed on construction, :meth:`run` does the rest.
+    """One pass. Construction parses the head, :meth:`run` does the rest.
 
     ``channels`` write, and are cancelled along with ``reading``, which reads and counts progress.
     ``sparse`` is the core's policy for zero pages, ``target`` names what is written in errors.
@@ -91,10 +90,10 @@ class StreamUnpacker:
         self._stale: set[tuple[int, int]] = set()
 
     def run(self, places: Mapping[str, Place]) -> SequentialStream:
-        """Read to the end of the stream, and put the pages of the blocks that have a place.
+        """Read to the end of the stream, and write the pages of the blocks that have a place.
 
-        After that ``mentioned`` has the names of these blocks that have any record. Raises
-        SnapshotError, NotSupported, TargetError, Cancelled.
+        Then ``mentioned`` has the names of those blocks that have any record. Raises SnapshotError,
+        NotSupported, TargetError, Cancelled.
         """
         with contextlib.ExitStack() as stack:
             self._parts = [self._part(block, places.get(block.name)) for block in self.blocks]
@@ -105,17 +104,17 @@ class StreamUnpacker:
                     stack.callback(seen[block.name].close)
             self._records = self._new_records(seen)
             threads = min(self.channels.count, _MOST_THREADS)
-            self._current: _Stage | None = None
-            self._stages = deque(_Stage(stack, self.page_size) for _ in range(threads + 1))
-            # The last to be entered: no thread works on what the others let go of.
+            self._current: _StagingBuffer | None = None
+            self._buffers = deque(_StagingBuffer(stack, self.page_size) for _ in range(threads + 1))
+            # Entered last, so that no thread uses what the other callbacks release.
             self._threads = stack.enter_context(ThreadPoolExecutor(threads, "pyqmigrate-stage"))
             stack.push(lambda kind, *_: self.channels.cancel() if kind else None)
             stream = self._walk.stream()
             self._write_current()
             if self._sparse.everything:
                 self._write_unvisited()
-            for stage in self._stages:
-                self._await(stage)
+            for buffer in self._buffers:
+                self._await(buffer)
             self._clean()
             self.mentioned = frozenset(name for name, bits in seen.items() if bits.last() >= 0)
         return stream
@@ -125,8 +124,8 @@ class StreamUnpacker:
             return None
         core = _core.ffi.new("struct qm_block *")
         core.len, core.pages_offset, core.page_size = block.length, place.offset, self.page_size
-        # A page that is less than a unit of direct I/O would be written along with others, which
-        # are not on the stage.
+        # A page smaller than a unit of direct I/O would be written together with pages that are
+        # not in the buffer.
         direct = place.direct
         if direct is not None and self.page_size % direct.off_align:
             direct = None
@@ -147,78 +146,78 @@ class StreamUnpacker:
             if rc == _ELSEWHERE:
                 self._turn()
             elif rc < 0:
-                raise self._failure(rc, fault, int(at[0]))
+                raise self._error(rc, fault, int(at[0]))
             else:
                 return int(at[0])
 
-    def _failure(self, rc: int, fault: Any, at: int) -> PyqmigrateError:
-        if fault.in_memory and rc != -errno.EBADMSG:  # which is our own file
+    def _error(self, rc: int, fault: Any, at: int) -> PyqmigrateError:
+        if fault.in_memory and rc != -errno.EBADMSG:  # the memory here is our output
             fault.in_memory = 0
             return failure(rc, fault, self.target, self.blocks[fault.block].name)
         return self._records.error(rc, fault, self.source, at)
 
-    # ---- stages ----
+    # ---- staging buffers ----
 
     def _turn(self) -> None:
-        """Put that part on a stage which the next record is about."""
+        """Switch to a buffer with the part of the next record."""
         off = _core.ffi.new("uint64_t *")
         number = _core.lib.qm_decoder_wants(self._records.decoder, off)
         self._write_current()
         self._put(number, int(off[0]) // _PART * _PART)
 
     def _put(self, number: int, off: int) -> None:
-        for stage in self._stages:  # what the file has of it must be there first
-            if stage.part == (number, off):
-                self._await(stage)
-        stage = self._stages.popleft()
-        self._await(stage)
+        for buffer in self._buffers:  # an earlier buffer of this part must be in the file first
+            if buffer.part == (number, off):
+                self._await(buffer)
+        buffer = self._buffers.popleft()
+        self._await(buffer)
         placed = self._parts[number]
         assert placed is not None
-        place, core = placed.place, stage.core
+        place, core = placed.place, buffer.core
         core.off, core.len = off, min(_PART, self.blocks[number].length - off)
         core.fd, core.at = place.fd, place.offset + off
         core.data = place.bitmap.core + off // self.page_size // 64
-        stage.part = (number, off)
-        self._visited.add(stage.part)
+        buffer.part = (number, off)
+        self._visited.add(buffer.part)
         _core.lib.qm_decoder_set_staging(self._records.decoder, number, core)
-        self._current = stage
+        self._current = buffer
 
     def _write_current(self) -> None:
-        stage, self._current = self._current, None
-        if stage is not None:
+        buffer, self._current = self._current, None
+        if buffer is not None:
             with starting_threads():
-                stage.written = self._threads.submit(self._write, stage)
-            self._stages.append(stage)
+                buffer.written = self._threads.submit(self._write, buffer)
+            self._buffers.append(buffer)
 
-    def _await(self, stage: _Stage) -> None:
-        if stage.written is not None:
-            written, stage.written = stage.written, None
+    def _await(self, buffer: _StagingBuffer) -> None:
+        if buffer.written is not None:
+            written, buffer.written = buffer.written, None
             if written.result():
-                self._stale.add(stage.part)
+                self._stale.add(buffer.part)
 
-    def _write(self, stage: _Stage) -> int:
-        """Returns how many pages have old bytes in the file now."""
-        number, _ = stage.part
+    def _write(self, buffer: _StagingBuffer) -> int:
+        """Write a buffer; return how many pages have old bytes in the file now."""
+        number, _ = buffer.part
         placed = self._parts[number]
         assert placed is not None
         rc: int = _core.lib.qm_write_staging(
             self.channels.core,
-            stage.channel,
+            buffer.channel,
             placed.file,
             placed.block,
-            stage.core,
+            buffer.core,
             self._sparse,
             placed.place.bitmap.core,
-            stage.fault,
+            buffer.fault,
         )
         if rc < 0:
-            raise failure(rc, stage.fault, self.target, self.blocks[number].name)
+            raise failure(rc, buffer.fault, self.target, self.blocks[number].name)
         return rc
 
     # ---- afterwards ----
 
     def _write_unvisited(self) -> None:
-        """Where every page is to be written, also those that no record is about."""
+        """Write the parts that no record mentioned, if every page is to be written."""
         for number, block in enumerate(self.blocks):
             placed = self._parts[number]
             if placed is None:
@@ -229,7 +228,7 @@ class StreamUnpacker:
                     self._write_current()
 
     def _clean(self) -> None:
-        """Make the pages that have ceased to hold data zeros in the file too."""
+        """Zero the pages in the file that no longer have data."""
         channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
         fault = _core.ffi.new("struct qm_fault *")
         for number, off in sorted(self._stale):
@@ -251,12 +250,12 @@ class StreamUnpacker:
                 raise failure(rc, fault, self.target, block.name)
 
 
-_ELSEWHERE = 2  # what read_body returns when another part has to be on the stage
+_ELSEWHERE = 2  # read_body returned because the next record is in another part
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """A block's place as the core knows it."""
+    """A block's place in terms of the core."""
 
     place: Place
     file: Any
@@ -264,8 +263,8 @@ class _Placed:
     block: Any
 
 
-class _Stage:
-    """Memory for a part of a block, with what the thread needs that writes it."""
+class _StagingBuffer:
+    """A staging buffer for a part of a block, with the state of the thread that writes it."""
 
     def __init__(self, stack: contextlib.ExitStack, page_size: int) -> None:
         memory = mmap.mmap(-1, _PART, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
