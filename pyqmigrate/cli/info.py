@@ -181,8 +181,8 @@ def _block(block: Block) -> dict[str, Any]:
         "pages": block.num_pages,
         "data_pages": block.data_pages if stored else None,
         "zero_pages": block.zero_pages if stored else None,
-        "bitmap_offset": block.bitmap_offset,
-        "pages_offset": block.pages_offset,
+        "bitmap_offset": block.layout.bitmap_offset if block.layout else None,
+        "pages_offset": block.layout.pages_offset if block.layout else None,
         "external": block.external,
     }
 

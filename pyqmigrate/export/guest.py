@@ -10,7 +10,7 @@ from pyqmigrate.format.address_space.physical_map import physical_map
 from pyqmigrate.format.address_space.placement import GivenPlacement, Placement
 from pyqmigrate.format.device.decode import decode_devices, described_by
 from pyqmigrate.format.device.values import Device
-from pyqmigrate.format.stream.writer import SectionKind
+from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot
@@ -55,7 +55,7 @@ class Guest:
                     longest=_DECODED_DEVICE_MAX,
                 )
             )
-        except NotSupported as error:  # there is too much of it
+        except NotSupported as error:  # it is too large
             logger.warning("the device state is not decoded: %s", error)
             devices = ()
         blocks: dict[str, Block] = {**snapshot.blocks}

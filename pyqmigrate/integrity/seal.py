@@ -42,7 +42,6 @@ from pyqmigrate.integrity.manifest import (
     check_place,
     read_manifest,
     remove_manifest,
-    seal_path,
     write_manifest,
 )
 from pyqmigrate.integrity.stream_damage import parts_of_stream
@@ -52,12 +51,14 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import files_in_use, refuse_in_use
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.lock import lock_file
+from pyqmigrate.io.seal_file import seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.detect import snapshot_of
 from pyqmigrate.snapshot.mapped_ram import check_bitmap_order
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
+from pyqmigrate.snapshot.stale import clear_stale, find_stale
 
 __all__ = [
     "SealCheck",
@@ -307,7 +308,7 @@ class _Sealing:
             if order is None:
                 return 0, snapshot.offset, None, None
             channels = self.channels.sibling("pyqmigrate-stale")
-            stale = snapshot.find_stale(channels)
+            stale = find_stale(snapshot, channels)
             if stale:
                 self._check_unchanged(before)
                 if self.bitmap_order is None:
@@ -327,7 +328,7 @@ class _Sealing:
                 swapped.verify()
             except SnapshotError:
                 return
-            fewer = sum(swapped.find_stale(self.channels.sibling("pyqmigrate-stale")).values())
+            fewer = sum(find_stale(swapped, self.channels.sibling("pyqmigrate-stale")).values())
         if fewer < stale:
             raise UsageError(
                 f"the host that wrote this file may have been {other}-endian: {stale} pages have "
@@ -348,7 +349,7 @@ class _Sealing:
         fd = os.open(f"/proc/self/fd/{self.source.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             self._check_unchanged(before)  # the fsync of the directory took time
-            snapshot.clear_stale(fd, stale, channels)
+            clear_stale(snapshot, fd, stale, channels)
         finally:
             os.close(fd)
         if os.fstat(self.source.fd).st_size != before.st_size:
@@ -392,7 +393,7 @@ def stale_pages(snapshot: Snapshot, *, channels: int = 2) -> dict[str, int]:
     A guest sees zeros in them. Blocks without such pages are left out. Raises SnapshotError for bad
     bitmaps, TargetError.
     """
-    return snapshot.find_stale(Channels(check_channels(channels), "pyqmigrate-stale"))
+    return find_stale(snapshot, Channels(check_channels(channels), "pyqmigrate-stale"))
 
 
 def current_seal(path: Named, fd: int | None = None) -> Manifest | None:

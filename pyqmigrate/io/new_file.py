@@ -92,7 +92,7 @@ class NewFile:
         """Roll back :meth:`give_name`: restore the old file. Raises OSError."""
         if self._old is not None:
             os.replace(self._old, self.name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
-            self.drop_old()  # still there where both names were the old file's
+            self.drop_old()  # it remains if both names were links to the old file
         elif self._named:
             os.unlink(self.name, dir_fd=self._dir_fd)
         self._named = False

@@ -22,6 +22,7 @@ from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageErr
 from pyqmigrate.format.libvirt import LibvirtHeader
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream.wire import Section, Stream
+from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
@@ -46,7 +47,7 @@ class Block(abc.ABC):
     """One RAM block of a snapshot. Lengths in bytes, offsets absolute in the file.
 
     ``address`` is its guest physical address if the file records it (``x-ignore-shared``), else
-    None. ``bitmap_offset`` and ``pages_offset`` are None if pages have no fixed places in the file.
+    None.
     """
 
     name: str
@@ -58,11 +59,13 @@ class Block(abc.ABC):
         return f"<{type(self).__name__} {self.name!r}, {self.length} bytes>"
 
     @property
-    def bitmap_offset(self) -> int | None:
+    def layout(self) -> BlockLayout | None:
+        """Where the bitmap and the pages are in the file; None if pages have no fixed places."""
         return None
 
     @property
-    def pages_offset(self) -> int | None:
+    def bitmap(self) -> Bitmap | None:
+        """Which pages the file has, if it has a bitmap of them; read and checked on first use."""
         return None
 
     @property
@@ -219,17 +222,6 @@ class Snapshot(metaclass=_OpensByCall):
         ``target`` names what is written in errors.
         """
         raise NotSupported(f"a {self.format} file is not read front to back")
-
-    def find_stale(self, channels: Channels) -> dict[str, int]:
-        """Return how many pages without data have old bytes in the file, by block.
-
-        Blocks without such pages are left out. Raises SnapshotError for bad bitmaps, TargetError,
-        Cancelled.
-        """
-        return {}
-
-    def clear_stale(self, fd: int, names: Collection[str], channels: Channels) -> None:
-        """Make the stale pages of the blocks ``names`` holes. ``fd`` is the file, open for writing."""
 
     @abc.abstractmethod
     def verify(self) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 
 from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.format.device.decode import DescribedStream, decode_devices, described_by
 from pyqmigrate.format.device.values import Device
 from pyqmigrate.format.stream.description import describes_devices
@@ -39,7 +38,7 @@ from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.detect import snapshot_of
 
-__all__ = ["Devices", "cpu_registers", "devices"]
+__all__ = ["Devices", "devices"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _unknown(stream: DescribedStream, name: str | None, section_id: int | None) 
         if section.kind is SectionKind.FULL
     )
     return UsageError(
-        f"no device section has {' and '.join(wanted)}; there are: {present or 'none'}"
+        f"no device section has {' and '.join(wanted)}; the file has: {present or 'none'}"
     )
 
 

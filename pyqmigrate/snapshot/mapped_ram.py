@@ -16,10 +16,11 @@ from pyqmigrate.argument_types import check_mapping, check_names
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
-from pyqmigrate.format.stream.writer import Stream, parse
+from pyqmigrate.format.stream.mapped_ram_reader import parse
+from pyqmigrate.format.stream.wire import Stream
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
-from pyqmigrate.io.channels import Channels, Job
+from pyqmigrate.io.channels import Job
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.stream_file import StreamFile
@@ -36,7 +37,7 @@ class MappedRamBlock(Block):
 
     def __init__(self, snapshot: MappedRamSnapshot, layout: BlockLayout) -> None:
         self._snapshot = snapshot
-        self.layout = layout
+        self._layout = layout
         self.name, self.length, self.page_size = layout.name, layout.length, layout.page_size
         self.address = layout.gpa
         self._bitmap: Bitmap | None = None
@@ -44,6 +45,10 @@ class MappedRamBlock(Block):
     @property
     def snapshot(self) -> MappedRamSnapshot:
         return self._snapshot
+
+    @property
+    def layout(self) -> BlockLayout:
+        return self._layout
 
     @property
     def pages_offset(self) -> int:
@@ -159,16 +164,6 @@ class MappedRamSnapshot(Snapshot):
     @property
     def machine(self) -> str:
         return self._stream.machine
-
-    def find_stale(self, channels: Channels) -> dict[str, int]:
-        from pyqmigrate.snapshot import stale  # a restore has no time for it
-
-        return stale.find_stale(self, channels)
-
-    def clear_stale(self, fd: int, names: Collection[str], channels: Channels) -> None:
-        from pyqmigrate.snapshot import stale
-
-        stale.clear_stale(self, fd, names, channels)
 
     def verify(self) -> None:
         """Check the structure as far as the format allows. Raises SnapshotError.

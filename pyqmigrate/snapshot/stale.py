@@ -7,28 +7,26 @@ whose memory is a mapping of the file would see them.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, split_ranges
 from pyqmigrate.io.direct_io import core_file
-
-if TYPE_CHECKING:
-    from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
+from pyqmigrate.snapshot.base import Block, Snapshot
 
 __all__ = ["clear_stale", "find_stale"]
 
 
-def find_stale(snapshot: MappedRamSnapshot, channels: Channels) -> dict[str, int]:
-    """How many stale pages each block has; blocks without any are left out.
+def find_stale(snapshot: Snapshot, channels: Channels) -> dict[str, int]:
+    """Return how many stale pages each block has, for blocks that have any.
 
-    Only what the file holds under clear bits is read. Raises SnapshotError for bad bitmaps,
-    TargetError, Cancelled.
+    Only extents of the file under clear bits are read; a stream without bitmaps has no stale pages.
+    Raises SnapshotError for bad bitmaps, TargetError, Cancelled.
     """
     file, found = core_file(snapshot.source.fd, None), {}
     for block in snapshot.blocks.values():
-        if block.external:
+        if block.layout is None or block.external:
             continue
         stale = Bitmap(block.num_pages)
         try:
@@ -40,18 +38,19 @@ def find_stale(snapshot: MappedRamSnapshot, channels: Channels) -> dict[str, int
     return found
 
 
-def clear_stale(
-    snapshot: MappedRamSnapshot, fd: int, names: Collection[str], channels: Channels
-) -> None:
-    """Make them holes in the blocks ``names``; ``fd`` is the file, open for writing, our own."""
+def clear_stale(snapshot: Snapshot, fd: int, names: Collection[str], channels: Channels) -> None:
+    """Make the stale pages of the blocks ``names`` holes. ``fd`` is the file, open for writing, with
+    its own open file description."""
     file = core_file(fd, None)
     for name in names:
         _each(snapshot.blocks[name], channels, _core.lib.qm_stale_punch, file)
 
 
-def _each(block: MappedRamBlock, channels: Channels, function: Any, file: Any, *more: Any) -> None:
-    """Call a function of the core for all of a block, range by range."""
-    layout, bits = core_block(block.layout), block.bitmap
+def _each(block: Block, channels: Channels, function: Any, file: Any, *more: Any) -> None:
+    """Call a function of the core for a whole block, range by range."""
+    bits = block.bitmap
+    assert block.layout is not None and bits is not None  # the caller has checked
+    layout = core_block(block.layout)
 
     def move(channel: Any, piece: Range, fault: Any) -> int:
         count = function(

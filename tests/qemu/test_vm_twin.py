@@ -20,7 +20,8 @@ from pyqmigrate.cli import main
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
-from pyqmigrate.snapshot.devices import cpu_registers, devices
+from pyqmigrate.format.device.cpu import cpu_registers
+from pyqmigrate.snapshot.devices import devices
 from pyqmigrate.vm.incoming.load import Incoming
 from pyqmigrate.vm.outgoing.save import VmSaveReport, save
 from pyqmigrate.vm.plan.check import check

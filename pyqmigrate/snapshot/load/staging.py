@@ -150,11 +150,11 @@ class StreamUnpacker:
             else:
                 return int(at[0])
 
-    def _error(self, rc: int, fault: Any, at: int) -> PyqmigrateError:
+    def _error(self, rc: int, fault: Any, offset: int) -> PyqmigrateError:
         if fault.in_memory and rc != -errno.EBADMSG:  # the memory here is our output
             fault.in_memory = 0
             return failure(rc, fault, self.target, self.blocks[fault.block].name)
-        return self._records.error(rc, fault, self.source, at)
+        return self._records.error(rc, fault, self.source, offset)
 
     # ---- staging buffers ----
 

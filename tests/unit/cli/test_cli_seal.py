@@ -12,8 +12,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import RamBlock, save, verify_seal
+from pyqmigrate.integrity import seal as sealing
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.harness.command import PAGE, Command, make_snapshot, pages
 from tests.harness.sealed import MIB, Sealed
@@ -141,7 +141,7 @@ def test_verify_deep_looks_at_the_snapshot_as_it_was_opened(
     path.write_bytes(sequential_stream(page_records(1024), description=None))
     assert command("verify", path, "--deep").code == 1, "its page size can be guessed"
     passes, channels = [], []
-    walk, find = SequentialSnapshot._walk, MappedRamSnapshot.find_stale
+    walk, find = SequentialSnapshot._walk, sealing.find_stale
 
     def noted_walk(self: SequentialSnapshot, *arguments: Any) -> Any:
         passes.append(self)
@@ -152,7 +152,7 @@ def test_verify_deep_looks_at_the_snapshot_as_it_was_opened(
         return find(snapshot, workers)
 
     monkeypatch.setattr(SequentialSnapshot, "_walk", noted_walk)
-    monkeypatch.setattr(MappedRamSnapshot, "find_stale", noted_find)
+    monkeypatch.setattr(sealing, "find_stale", noted_find)
     deep = ["verify", "--deep", "--json"]
     index = tmp_path / "index"
     ran = command(*deep, path, "--page-size", "1KiB", "--index", index)

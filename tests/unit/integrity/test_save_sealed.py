@@ -213,7 +213,7 @@ def test_a_file_where_the_seal_would_be_is_refused_before_anything_is_touched(
     path = disk / "snap"
     before = save_known(path)
     (disk / "snap.seal").write_text("wax")
-    with pytest.raises(UsageError, match="move (it|that file), or choose"):
+    with pytest.raises(UsageError, match=r"move (it|that file), or choose"):
         if how == "offset":
             blocks = [RamBlock("ram", ram(50))]
             pyqmigrate.save(f"file:{path},offset=4096", blocks, seal="xxh3-128")

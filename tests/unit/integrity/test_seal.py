@@ -351,7 +351,7 @@ def test_a_file_that_is_no_seal_is_left_alone_and_nothing_is_changed(
         made.seal.mkdir()
     else:
         made.seal.write_bytes(content)
-    with pytest.raises(UsageError, match="move (it|that file), or choose"):
+    with pytest.raises(UsageError, match=r"move (it|that file), or choose"):
         seal(made.path)
     assert made.path.read_bytes() == before
     assert content is None or made.seal.read_bytes() == content
@@ -361,7 +361,7 @@ def test_a_file_that_a_link_under_the_seals_name_leads_to_is_not_replaced(disk: 
     made = Sealed.make(disk / "guest", seal=None)
     (disk / "letter").write_text("dear")
     made.seal.symlink_to("letter")
-    with pytest.raises(UsageError, match="move (it|that file), or choose"):
+    with pytest.raises(UsageError, match=r"move (it|that file), or choose"):
         seal(made.path)
     assert (disk / "letter").read_text() == "dear"
 
@@ -401,7 +401,7 @@ def test_a_seal_that_somebody_puts_a_file_over_meanwhile_is_not_removed(
         return find(*arguments)
 
     monkeypatch.setattr(sealing, "find_stale", found)
-    with pytest.raises(UsageError, match="move (it|that file), or choose"):
+    with pytest.raises(UsageError, match=r"move (it|that file), or choose"):
         seal(made.path)
     assert made.seal.read_text() == "wax"
 

@@ -41,7 +41,7 @@ def test_a_link_is_followed_to_a_file_that_is_looked_at(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "lump").read_bytes() == b"wax, new"
     (tmp_path / "lump").write_bytes(b"dear reader")
-    with pytest.raises(UsageError, match="move (it|that file), or choose"):
+    with pytest.raises(UsageError, match=r"move (it|that file), or choose"):
         check_replaceable(tmp_path / "link", WAX)
 
 
