@@ -1,6 +1,7 @@
 """The JSON description at the end of a stream, and the body lengths that it tells.
 
-The element is ``0x06, u32 length, JSON``, after the end-of-stream byte (format document, 4)::
+The element is ``0x06, u32 length, JSON``, after the end-of-stream byte
+(docs/internals/format.md, "Description")::
 
     {"configuration": {...}, "page_size": 4096,
      "devices": [{"name": ..., "instance_id": ..., "fields": [...], "subsections": [...]}, ...]}
@@ -190,7 +191,10 @@ def describes_devices(value: Mapping[str, Any] | None) -> bool:
 
 
 def _body_length(device: dict[str, Any]) -> int | None:
-    """Sum of the top-level fields, and of the subsections with their frames (4.2)."""
+    """Add up the top-level fields and the subsections with their frames.
+
+    See docs/internals/format.md, "Length of a body".
+    """
     total = 0
     pending = [device]
     while pending:
@@ -219,7 +223,7 @@ def _is_length(value: object) -> bool:
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """Return the value of a description's text. Raises :class:`SnapshotError` when it is not one."""
+    """Return the value of a description's text. Raises SnapshotError for any other text."""
     return _parse(text, 0)
 
 

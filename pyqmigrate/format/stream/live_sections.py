@@ -1,7 +1,8 @@
 """Stepping over live sections that are not RAM.
 
-Their bodies have neither a length nor an entry in the description, so each needs to be
-understood. Three are known (format document, 4.3); the others are private to their devices.
+Their bodies have neither a length nor an entry in the description, so a reader has to understand
+each. Three are known (docs/internals/format.md, "Other live sections"); the others are private to
+their devices.
 
 - ``dirty-bitmap`` version 1: chunks of flags, names by flag, content by flag, up to a chunk
   with the end flag;

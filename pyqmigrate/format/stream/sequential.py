@@ -1,8 +1,8 @@
 """The sequential stream: RAM as records of pages, one after another, without fixed places.
 
 The elements are those of any stream (:mod:`~pyqmigrate.format.stream.wire`); the capabilities do
-not
-list ``mapped-ram``. RAM's sections, big-endian throughout (format document, 2.1 and 3)::
+not list ``mapped-ram``. RAM's sections, big-endian throughout
+(docs/internals/format.md, "Block list" and "Sequential streams")::
 
     START    u64 total | 4, the blocks, u64 0x10
     block    str8 name | u64 length | [u64 guest address, with x-ignore-shared]

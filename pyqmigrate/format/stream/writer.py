@@ -105,7 +105,8 @@ def encode_head(
 
     ``machine`` is the machine type; an empty one is accepted by any machine. Give
     ``target_page_bits`` for the targets that expect it: ARM machines with 4 KiB pages want 12,
-    x86 refuses it (format document, 1.2 and 7). ``uuid``, 16 bytes, is that of the guest, for a
+    x86 refuses it
+    (docs/internals/format.md, "Configuration" and "Page size"). ``uuid``, 16 bytes, is that of the guest, for a
     loading QEMU that validates it. ``left_out`` are the names of blocks that are external; None
     says that the writer had x-ignore-shared off, and the reader must have the same setting.
     ``before`` are elements, as they are, that stand before RAM's.
