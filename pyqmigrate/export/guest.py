@@ -10,7 +10,7 @@ from pyqmigrate.format.address_space.physical_map import physical_map
 from pyqmigrate.format.address_space.placement import GivenPlacement, Placement
 from pyqmigrate.format.device.decode import decode_devices, described_by
 from pyqmigrate.format.device.values import Device
-from pyqmigrate.format.stream.writer import SectionKind
+from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot

@@ -9,8 +9,8 @@ from uuid import UUID
 from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED, Configuration
-from pyqmigrate.format.stream.wire import Section, SectionKind
-from pyqmigrate.format.stream.writer import Stream, parse
+from pyqmigrate.format.stream.mapped_ram_reader import parse
+from pyqmigrate.format.stream.wire import Section, SectionKind, Stream
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job

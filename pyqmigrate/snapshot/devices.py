@@ -23,7 +23,7 @@ from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.format.device.decode import DescribedStream, decode_devices, described_by
 from pyqmigrate.format.device.values import Device
 from pyqmigrate.format.stream.description import describes_devices
-from pyqmigrate.format.stream.device_only import walk_devices
+from pyqmigrate.format.stream.device_only import read_device_sections
 from pyqmigrate.format.stream.wire import (
     MAGIC,
     PREAMBLE,
@@ -99,7 +99,7 @@ def devices(
         if _is_state_alone(located.source):
             if isinstance(located.source, ForwardInput):
                 located.source.run_out()
-            stream = _StateAlone(walk_devices(located.source))
+            stream = _StateAlone(read_device_sections(located.source))
             return _decode(
                 located.source, described_by(stream, description), None, False, name, section_id
             )

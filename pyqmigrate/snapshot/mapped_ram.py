@@ -16,7 +16,8 @@ from pyqmigrate.argument_types import check_mapping, check_names
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
-from pyqmigrate.format.stream.writer import Stream, parse
+from pyqmigrate.format.stream.mapped_ram_reader import parse
+from pyqmigrate.format.stream.wire import Stream
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
 from pyqmigrate.io.channels import Job

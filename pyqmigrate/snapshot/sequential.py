@@ -32,7 +32,11 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED
-from pyqmigrate.format.stream.sequential import ListedBlock, SequentialStream, SequentialWalk
+from pyqmigrate.format.stream.sequential import (
+    ListedBlock,
+    SequentialStream,
+    SequentialStreamReader,
+)
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.in_use import FileId, files_in_use, refuse_in_use
@@ -138,7 +142,7 @@ class SequentialSnapshot(Snapshot):
                 place = check_place(index)
                 refuse_in_use(place, self.in_use())
                 self.index = place
-            walk = SequentialWalk(
+            walk = SequentialStreamReader(
                 source,
                 self.offset,
                 _no_records,
@@ -251,7 +255,7 @@ class SequentialSnapshot(Snapshot):
 
     def _walk(self, channels: Channels, read_records: Callable[[int], int]) -> SequentialStream:
         polled = PolledSource(self.source, channels)
-        walk = SequentialWalk(
+        walk = SequentialStreamReader(
             polled, self.offset, read_records, page_size=self.page_size, run_out=polled.run_out
         )
         walk.read_head()

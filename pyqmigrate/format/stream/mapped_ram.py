@@ -198,7 +198,7 @@ def read_entries(
             raise SnapshotError(f"more than {BLOCKS_MAX} RAM blocks", offset=cursor.position)
         block = _read_entry(cursor, ignore_shared)
         if block.name in names:
-            raise _fault(block, "the name stands twice in the list", "name")
+            raise _fault(block, "duplicate block name", "name")
         if block.length > remaining:
             raise _fault(
                 block, f"the blocks are longer together than the total of {total} bytes", "length"
