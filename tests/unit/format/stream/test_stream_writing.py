@@ -111,11 +111,11 @@ def test_stream_without_blocks_has_a_head_and_a_tail() -> None:
 @pytest.mark.parametrize(
     ("specs", "options", "message"),
     [
-        ([BlockSpec("a", 4096), BlockSpec("a", 4096)], {}, "given twice"),
+        ([BlockSpec("a", 4096), BlockSpec("a", 4096)], {}, "duplicate block name"),
         ([BlockSpec("a", 4096), BlockSpec("b", 4096, 1024)], {}, "pages of 1024"),
         ([BlockSpec("a", 4096)], {"target_page_bits": 10}, "pages of 4096"),
-        ([BlockSpec("a", 4096)], {"target_page_bits": 9}, "page bits"),
-        ([BlockSpec("a", 4096)], {"target_page_bits": -1}, "page bits"),
+        ([BlockSpec("a", 4096)], {"target_page_bits": 9}, "target_page_bits"),
+        ([BlockSpec("a", 4096)], {"target_page_bits": -1}, "target_page_bits"),
         ([BlockSpec("a", 4096)], {"offset": -1}, "must not be negative"),
         ([BlockSpec("a", 1 << 62), BlockSpec("b", 1 << 62)], {}, "do not fit in a file"),
     ],
