@@ -8,7 +8,6 @@ is in the file system.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
 import signal
@@ -21,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pyqmigrate.errors import QemuError
+from pyqmigrate.errors import QemuError, QemuRefused
+from pyqmigrate.qmp.client import QmpClient
 
 __all__ = ["BLOCK", "Qemu", "find_qemu", "load"]
 
@@ -162,7 +162,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 class _Monitor:
-    """A QMP session: one command, one answer. Every failure is a QemuError."""
+    """A QMP session with a QEMU that runs here. Every failure is a QemuError."""
 
     def __init__(
         self,
@@ -172,43 +172,26 @@ class _Monitor:
         stderr: IO[bytes],
     ) -> None:
         self._name = name
-        self._socket = connection
         self._process = process
         self._stderr = stderr
-        self._received = b""
-        self._socket.settimeout(_ANSWER)
-        if "QMP" not in self._message():
-            raise QemuError(f"{name} does not greet as QEMU does")
-        self.execute("qmp_capabilities")
+        with self._failures():
+            self._client = QmpClient(connection, _ANSWER)
 
     def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
-        request = {"execute": command, "arguments": arguments}
-        try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-        except OSError as error:
-            raise self._gone() from error
-        while True:
-            message = self._message()
-            if "error" in message:
-                raise QemuError(f"{self._name} refused {command}: {message['error'].get('desc')}")
-            if "return" in message:
-                answer: dict[str, Any] = message["return"]
-                return answer
+        with self._failures():
+            answer: dict[str, Any] = self._client.execute(command, arguments)
+        return answer
 
-    def _message(self) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
         try:
-            while b"\n" not in self._received:
-                data = self._socket.recv(65536)
-                if not data:
-                    raise self._gone()
-                self._received += data
-            line, _, self._received = self._received.partition(b"\n")
-            message: dict[str, Any] = json.loads(line)
+            yield
+        except QemuRefused as error:
+            raise QemuError(f"{self._name} refused {error.command}: {error.desc}") from error
         except OSError as error:
             raise self._gone() from error
         except ValueError as error:
-            raise QemuError(f"{self._name} does not speak QMP: {line[:80]!r}") from error
-        return message
+            raise QemuError(f"{self._name} does not speak QMP: {error}") from error
 
     def _gone(self) -> QemuError:
         with contextlib.suppress(subprocess.TimeoutExpired):

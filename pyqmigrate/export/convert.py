@@ -40,7 +40,7 @@ from pyqmigrate.format.stream.configuration import Configuration
 from pyqmigrate.format.stream.description import HEADER_LENGTH as DESCRIPTION_HEADER
 from pyqmigrate.format.stream.description import encode as encode_description
 from pyqmigrate.format.stream.description import with_configuration
-from pyqmigrate.format.stream.reader import PARTS_LISTED
+from pyqmigrate.format.stream.elements import PARTS_LISTED
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_part_header, encode_ram_end

@@ -11,6 +11,6 @@ offset at which each belongs; readers take a :class:`~pyqmigrate.format.cursor.B
   start.
 - :mod:`~pyqmigrate.format.stream.description`: the JSON at the stream's end, and what it tells of
   lengths.
-- :mod:`~pyqmigrate.format.stream.live_sections`: stepping over live sections that are not RAM.
+- :mod:`~pyqmigrate.format.stream.live_sections`: skipping live sections that are not RAM.
 - :mod:`~pyqmigrate.format.cursor`: bounded reading of bytes that nobody vouches for.
 """

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.stream.writer import MAGIC, Head
+from pyqmigrate.format.stream.wire import MAGIC
+from pyqmigrate.format.stream.writer import Head
 from pyqmigrate.integrity.digests import Digests
 from pyqmigrate.integrity.manifest import Manifest, write_manifest
 from pyqmigrate.io.channels import Channels

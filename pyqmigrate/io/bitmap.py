@@ -1,7 +1,7 @@
 """The bitmap of one block: a bit a page, in memory that costs only where bits are set.
 
 In the file a bitmap is the writer's array of 64-bit words as it stood in memory, so its byte order
-is the writing *host's* (format document, 2.3); nothing in the file records it.
+is the writing *host's* (docs/internals/format.md, "Bitmap"); nothing in the file records it.
 """
 
 from __future__ import annotations

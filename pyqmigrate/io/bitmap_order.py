@@ -1,10 +1,10 @@
 """In which byte order a file's bitmaps are: that of the host that wrote it.
 
-Nothing in the file records it (format document, 2.3), but the file can show it: a page whose bit is
-set has its bytes there, and in the wrong order bits fall over holes. The two orders set equally
-many bits in each 64 pages, so that of two counts one is enough: the order with more of its bits
-over data explains the file better. An order that sets bits past the end of a block, or of the file,
-is impossible.
+Nothing in the file records it (docs/internals/format.md, "Bitmap"), but the file can show it: a page
+whose bit is set has its bytes there, and in the wrong order bits fall over holes. The two orders set
+equally many bits in each 64 pages, so that of two counts one is enough: the order with more of its
+bits over data explains the file better. An order that sets bits past the end of a block, or of the
+file, is impossible.
 
 A file without holes shows nothing, nor does one whose blocks are all data or all zero.
 """

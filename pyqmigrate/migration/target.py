@@ -1,4 +1,4 @@
-"""The file behind the address of a migration, outgoing or incoming."""
+"""The target behind the address of a migration, outgoing or incoming."""
 
 from __future__ import annotations
 
@@ -6,16 +6,43 @@ import contextlib
 import os
 from collections.abc import Callable
 
-from pyqmigrate.errors import DirectIORefused, NotSupported, UsageError
+from pyqmigrate.errors import (
+    DirectIORefused,
+    NotSupported,
+    PyqmigrateError,
+    TargetError,
+    UsageError,
+)
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.migration.fdset import FdsetError, FdSets, is_fdset_name
 from pyqmigrate.migration.fdset_checks import Direction
 from pyqmigrate.qapi.address import Address, Transport
 from pyqmigrate.qapi.policy import Policy
 
-__all__ = ["TakeFd", "opens_late", "target_of"]
+__all__ = ["OpenError", "TakeFd", "no_named_fd", "open_error", "opens_late", "target_of"]
 
 TakeFd = Callable[[str], int]
+"""Returns the descriptor that a monitor's client named, which the caller then owns.
+Raises an error for an unknown name."""
+
+
+class OpenError(PyqmigrateError, OSError):
+    """The target or source of a migration cannot be opened or written; the text is QEMU's."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def open_error(verb: str, address: Address, error: Exception) -> Exception:
+    """Return the system's refusal of a path in QEMU's words, and any other error unchanged."""
+    if not isinstance(error, TargetError) or error.errno is None:
+        return error
+    return OpenError(error.errno, f"Could not {verb} '{address.path}': {os.strerror(error.errno)}")
+
+
+def no_named_fd(name: str) -> int:
+    """Refuse every name of ``getfd``: the default of a program without a monitor."""
+    raise UsageError(f"File descriptor named '{name}' has not been found")
 
 
 def target_of(
@@ -28,10 +55,10 @@ def target_of(
     take_fd: TakeFd,
     resources: contextlib.ExitStack,
 ) -> str | Descriptors:
-    """What the address names: a ``file:`` URI, or descriptors.
+    """Return the target that the address names: a ``file:`` URI, or descriptors.
 
-    Those are borrowed from a fdset, or taken by ``take_fd``, and go back with ``resources``.
-    Raises FdsetError, NotSupported for a transport that is no file, UsageError.
+    Descriptors are borrowed from a fdset or taken by ``take_fd``, and released by ``resources``.
+    Raises FdsetError, UsageError, and NotSupported for a transport other than a file.
     """
     if address.transport is Transport.FD:
         fd = take_fd(address.path)
@@ -54,13 +81,16 @@ def target_of(
     if offset == 0 and policy.compat:
         offset = _position(main)  # QEMU seeks only to an offset that is not 0
         if offset and direction is Direction.SAVE:
-            os.ftruncate(main, 0)  # and cuts at the one asked for
+            os.ftruncate(main, 0)  # and truncates to the offset that was asked for
     return Descriptors(main, pages, offset, scattered=policy.compat)
 
 
 def opens_late(error: Exception) -> bool:
-    """Whether a save in QEMU would meet this error after ``migrate`` has answered: it opens the
-    descriptors for pages in the migration's thread."""
+    """Return whether QEMU would raise this error of a save only after its reply to ``migrate``.
+
+    It opens the channels' descriptors in the migration's thread
+    (docs/internals/qemu-management.md, "System calls of a save").
+    """
     if isinstance(error, FdsetError):
         return bool(error.flags & os.O_DIRECT)
     return isinstance(error, DirectIORefused)

@@ -22,7 +22,7 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.format.device.decode import DescribedStream, decode_devices, described_by
 from pyqmigrate.format.device.values import Device
 from pyqmigrate.format.stream.description import describes_devices
-from pyqmigrate.format.stream.device_only import walk_devices
+from pyqmigrate.format.stream.device_only import read_device_sections
 from pyqmigrate.format.stream.wire import (
     MAGIC,
     PREAMBLE,
@@ -97,7 +97,7 @@ def devices(
             source = stream_file.source
             if source.run_out is not None:
                 source.run_out()
-            stream = _StateAlone(walk_devices(source))
+            stream = _StateAlone(read_device_sections(source))
             return _decode(source, described_by(stream, description), None, False, name, section_id)
         with snapshot_of(stream_file, page_size=page_size, index=index) as snapshot:
             return _decode_snapshot(snapshot, name, section_id, description, progress)

@@ -33,7 +33,11 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED
-from pyqmigrate.format.stream.sequential import ListedBlock, SequentialStream, SequentialWalk
+from pyqmigrate.format.stream.sequential import (
+    ListedBlock,
+    SequentialStream,
+    SequentialStreamReader,
+)
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
 from pyqmigrate.io.direct_io import DirectIO
@@ -139,7 +143,7 @@ class SequentialSnapshot(Snapshot):
                 refuse_in_use(place, self.in_use())
                 self.index = place
                 self.makes_index = True
-            walk = SequentialWalk(
+            walk = SequentialStreamReader(
                 source, self.offset, _no_records, page_size=page_size, run_out=source.run_out
             )
             if self.index is not None and source.forward:
@@ -260,7 +264,7 @@ class SequentialSnapshot(Snapshot):
 
     def _walk(self, channels: Channels, read_records: Callable[[int], int]) -> SequentialStream:
         polled = PolledSource(self.source, channels)
-        walk = SequentialWalk(
+        walk = SequentialStreamReader(
             polled, self.offset, read_records, page_size=self.page_size, run_out=polled.run_out
         )
         walk.read_head(self.stream_file.start)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.harness.qmp import QmpClient
+from pyqmigrate.qmp.client import QmpClient
 
 __all__ = ["GuestRam", "MigrationFailed", "Mode", "Qemu", "QemuDied", "RAM_BLOCK"]
 
@@ -259,7 +259,7 @@ class Qemu:
     def _connect(self, deadline: float) -> QmpClient:
         while True:
             try:
-                return QmpClient(self.socket)
+                return QmpClient.connect(self.socket)
             except (FileNotFoundError, ConnectionError):
                 if self.process.poll() is not None:
                     raise self._died() from None

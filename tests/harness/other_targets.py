@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from pyqmigrate.qmp.client import QmpClient
 from pyqmigrate.vm.guest.ramblock import parse_ramblock
 from tests.harness.machine import GuestRam
-from tests.harness.qmp import QmpClient
 from tests.harness.unpacked import emulator
 
 __all__ = ["TARGETS", "OtherQemu", "OtherTarget", "memory_of"]
@@ -108,7 +108,7 @@ class OtherQemu:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                return QmpClient(self.socket)
+                return QmpClient.connect(self.socket)
             except (FileNotFoundError, ConnectionError):
                 said = self._stderr.read_text(errors="replace")
                 assert self.process.poll() is None, said

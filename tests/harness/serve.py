@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from pyqmigrate.errors import QemuRefused
 from tests.harness.machine import GuestRam, MigrationFailed, Qemu
-from tests.harness.qmp import QmpError
 from tests.harness.qmp_server import RawClient
 from tests.harness.version import qemu_version
 
@@ -180,7 +180,7 @@ class Serve:
         if client is None:
             self.events += answer["events"]
         if "error" in answer:
-            raise QmpError(command, answer["error"])
+            raise QemuRefused(command, answer["error"]["desc"], answer["error"]["class"])
         return answer["return"]
 
     def set_capabilities(self, wanted: dict[str, bool]) -> None:
@@ -255,7 +255,7 @@ class Witness:
         """As ``ask``, but nothing is noted."""
         try:
             return {"return": self.end.execute(command, arguments, fd=fd)}
-        except QmpError as refused:
+        except QemuRefused as refused:
             return {"error": {"class": refused.error_class, "desc": refused.desc}}
 
     def rest(self) -> None:

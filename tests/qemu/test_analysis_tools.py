@@ -18,11 +18,11 @@ import pytest
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.format.device.decode import decode_devices
+from pyqmigrate.qmp.client import QmpClient
 from pyqmigrate.snapshot.detect import open_snapshot
 from tests.harness.libvirt import Libvirt
 from tests.harness.linux_guest import LinuxGuest
 from tests.harness.physical import Physical
-from tests.harness.qmp import QmpClient
 from tests.harness.unpacked import lack, unpacked
 from tests.harness.verbs import save
 from tests.qemu.test_devices import registers_said
@@ -58,7 +58,7 @@ def linux(module_disk: Path) -> Linux:
     with guest.boot() as console:
         release, banner = console.run("uname -r"), console.run("cat /proc/version")
         symbol = console.run("grep ' linux_banner$' /proc/kallsyms")
-        with QmpClient(guest.qmp) as qmp:
+        with QmpClient.connect(guest.qmp) as qmp:
             qmp.execute("stop")
             text = qmp.execute("human-monitor-command", {"command-line": "info registers"})
         save(guest.qmp, module_disk / "s", "--engine", "qemu")

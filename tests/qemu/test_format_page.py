@@ -1,4 +1,4 @@
-"""The facts of docs/format.md, on files of the QEMU at hand."""
+"""The facts of docs/internals/format.md, on files of the QEMU at hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.qemu
 
 RAM = 8 << 20
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "format.md"
+PAGE = DOCS / "internals" / "format.md"
 READER = DOCS / "examples" / "read_mapped_ram.py"
 
 
@@ -38,7 +38,7 @@ def test_the_page_shows_the_reader() -> None:
 def test_the_picture_is_beside_the_page() -> None:
     names = re.findall(r"!\[[^]]*\]\(([^)]+)\)", PAGE.read_text())
     assert names == ["mapped-ram.svg"]
-    assert (DOCS / names[0]).read_text().startswith("<svg")
+    assert (PAGE.parent / names[0]).read_text().startswith("<svg")
 
 
 @pytest.mark.parametrize("mode", [Mode(), Mode(channels=2, multifd=True, direct_io=True)], ids=str)

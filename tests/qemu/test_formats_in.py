@@ -14,13 +14,13 @@ from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, NotSupported, UsageError, convert, open_snapshot
 from pyqmigrate.enums import Format
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from pyqmigrate.qmp.client import QmpClient
 from pyqmigrate.snapshot.provenance import provenance
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.libvirt import Libvirt
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
 from tests.harness.pattern_guest import check_pattern
-from tests.harness.qmp import QmpClient
 from tests.harness.sequential_saves import SequentialQemu
 from tests.qemu.test_vm_libvirt import save as save_by_libvirt
 

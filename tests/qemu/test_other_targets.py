@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pyqmigrate import open_snapshot
+from pyqmigrate.qmp.client import QmpClient
 from tests.harness.compare_memory import assert_same_memory
 from tests.harness.machine import GuestRam
 from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
-from tests.harness.qmp import QmpClient
 from tests.harness.verbs import restored, save
 
 pytestmark = pytest.mark.qemu
@@ -51,7 +51,7 @@ def again(
     socket = directory / "again"
     words = ["--paused", "--qmp", str(socket), *options]
     command = target.command("ram")
-    with restored(snapshot, command, *words) as report, QmpClient(socket) as qmp:
+    with restored(snapshot, command, *words) as report, QmpClient.connect(socket) as qmp:
         yield report["mode"], memory_of(qmp, report["pid"], target.block)
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from bench.contents import Contents, fill
 from pyqmigrate import NotSupported, SnapshotError, open_snapshot
+from pyqmigrate.errors import QemuRefused
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.machine import GuestRam, Mode, Qemu
-from tests.harness.qmp import QmpError
 
 pytestmark = pytest.mark.qemu
 
@@ -202,7 +202,7 @@ def test_background_snapshot_without_bitmaps_is_refused(disk: Path) -> None:
     with GuestRam(RAM) as ram, Qemu(ram, private=True, run=True) as vm:
         try:
             vm.set_capabilities({"background-snapshot": True})
-        except QmpError as error:
+        except QemuRefused as error:
             pytest.skip(error.desc)
         vm.save(path)
     with pytest.raises((SnapshotError, NotSupported)), open_snapshot(path) as snapshot:

@@ -25,9 +25,9 @@ from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.qapi.parameters import Parameters
 from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qmp import QmpServer
+from pyqmigrate.qmp.client import QmpClient
 from tests.harness.compare_memory import assert_same_memory
 from tests.harness.machine import GuestRam, Qemu
-from tests.harness.qmp import QmpClient
 
 pytestmark = pytest.mark.qemu
 
@@ -156,7 +156,7 @@ def served(machine: str, directory: Path, policy: Policy) -> Iterator[Served]:
         assert ready.wait(20)
         loop, ending = loops[0]
         stack.callback(loop.call_soon_threadsafe, ending.set)
-        yield Served(guest, migration, stack.enter_context(QmpClient(path)))
+        yield Served(guest, migration, stack.enter_context(QmpClient.connect(path)))
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from bench.contents import Contents, fill
+from pyqmigrate.qmp.client import QmpClient
 from tests.harness.compare_memory import assert_same_memory
 from tests.harness.machine import GuestRam, Qemu, QemuDied
-from tests.harness.qmp import QmpClient
 from tests.harness.serve import Serve, Witness
 from tests.qemu.test_serve_negatives import (
     MULTIFD,
@@ -125,7 +125,7 @@ def reconnect(end: Qemu | Serve) -> None:
         return
     heard = end.qmp.events
     end.qmp.close()
-    end.qmp = QmpClient(end.socket)
+    end.qmp = QmpClient.connect(end.socket)
     end.qmp.events = heard
 
 

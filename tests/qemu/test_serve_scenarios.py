@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from bench.contents import Contents, fill
+from pyqmigrate.errors import QemuRefused
 from tests.harness.machine import GuestRam, Qemu
-from tests.harness.qmp import QmpError
 from tests.harness.serve import Driver, Serve
 from tests.harness.version import qemu_version
 
@@ -228,7 +228,7 @@ def test_a_bad_offset_is_an_error_of_migrate_and_changes_nothing(
             stack.enter_context(Serve(driver, ram)),
         ]
         for end in ends:
-            with pytest.raises(QmpError) as refused:
+            with pytest.raises(QemuRefused) as refused:
                 end.execute("migrate", {"uri": f"file:{path},offset=0x20M"})
             replies.append((refused.value.error_class, refused.value.desc))
             assert end.execute("query-migrate") == {}
@@ -251,7 +251,7 @@ def test_qemu_takes_a_file_as_fd_until_11(driver: Driver, disk: Path, command: s
         replies = []
         for end in (vm, server):
             uri = lend(end, row, disk / "state", W)
-            with pytest.raises(QmpError, match="fd: migration to a file is not supported") as no:
+            with pytest.raises(QemuRefused, match="fd: migration to a file is not supported") as no:
                 end.execute(command, {"uri": uri})
             replies.append((no.value.desc, end.execute("query-migrate")))
         assert replies[0] == replies[1]

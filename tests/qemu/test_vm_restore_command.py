@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from pyqmigrate.qmp.client import QmpClient
 from tests.harness.command import COMMAND
-from tests.harness.qmp import QmpClient
 from tests.harness.saved import RAM, Saved, save_guest, serial_says
 
 pytestmark = pytest.mark.qemu
@@ -59,7 +59,7 @@ def monitor(path: Path) -> QmpClient:
     deadline = time.monotonic() + 30
     while True:
         try:
-            return QmpClient(path)
+            return QmpClient.connect(path)
         except OSError:
             assert time.monotonic() < deadline, f"nobody listens at {path}"
             time.sleep(0.01)

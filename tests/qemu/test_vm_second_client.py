@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from pyqmigrate import open_snapshot
-from pyqmigrate.errors import QemuError, QemuGone
+from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
 from pyqmigrate.vm.outgoing import direct as engine_direct
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from tests.harness.pattern_guest import check_pattern
-from tests.harness.qmp import QmpError
 from tests.harness.saving import Source, source
 
 pytestmark = pytest.mark.qemu
@@ -85,7 +84,7 @@ def test_guest_that_was_let_run_between_its_disks_and_its_memory_is_not_saved(
         await original(transaction)
         try:
             guest.vm.execute("cont")
-        except QmpError:  # QEMU does not allow it at the switchover
+        except QemuRefused:  # QEMU does not allow it at the switchover
             refused = True
 
     monkeypatch.setattr(SaveTransaction, "take_disks", meddled)

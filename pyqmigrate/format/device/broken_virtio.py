@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 from pyqmigrate.format.stream.description import body_lengths, parse
-from pyqmigrate.format.stream.device_only import InMemory, walk_devices
+from pyqmigrate.format.stream.device_only import SectionBuffer, read_device_sections
 
 __all__ = ["without_broken"]
 
@@ -29,12 +29,14 @@ def without_broken(ours: bytes, theirs: bytes, description: bytes) -> tuple[byte
     """
     lengths = body_lengths(parse(description))
     described: dict[str, Any] = json.loads(description)
-    first, second = InMemory(ours), InMemory(theirs)
+    first, second = SectionBuffer(ours), SectionBuffer(theirs)
     kept, at = bytearray(), 0
-    for mine, other in zip_longest(walk_devices(first, lengths), walk_devices(second, lengths)):
+    for mine, other in zip_longest(
+        read_device_sections(first, lengths), read_device_sections(second, lengths)
+    ):
         if mine is None or other is None or mine.name != other.name:
             break
-        place = second.place(other)
+        place = second.body_of(other)
         body = theirs[place]
         if mine.body_length + len(_MARK) != len(body) or body.count(_MARK) != 1:
             continue

@@ -1,7 +1,7 @@
 """Device sections decoded with the description that their own stream carries.
 
 A body is the fields of the description one after another, without gaps; then its subsections
-(format document, 4.1 and 4.2)::
+(docs/internals/format.md, "Description" and "Length of a body")::
 
     field        size bytes; array_len times if that is given
     struct       the fields of "struct", then its subsections; its size covers both

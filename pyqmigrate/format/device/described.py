@@ -16,7 +16,7 @@ from typing import Any
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.format.device.decode import Budget, decode_device, described_devices
 from pyqmigrate.format.stream.description import body_lengths
-from pyqmigrate.format.stream.device_only import InMemory, walk_devices
+from pyqmigrate.format.stream.device_only import SectionBuffer, read_device_sections
 from pyqmigrate.format.stream.wire import Section
 
 __all__ = ["check_described"]
@@ -32,8 +32,10 @@ def check_described(ours: bytes, theirs: bytes, description: Mapping[str, Any]) 
     """
     lengths = body_lengths(description)
     devices = described_devices(description)
-    first, second = InMemory(ours), InMemory(theirs)
-    for mine, other in zip_longest(walk_devices(first, lengths), walk_devices(second, lengths)):
+    first, second = SectionBuffer(ours), SectionBuffer(theirs)
+    for mine, other in zip_longest(
+        read_device_sections(first, lengths), read_device_sections(second, lengths)
+    ):
         if mine is None or other is None or _identity(mine) != _identity(other):
             raise NotSupported(f"it has {_shown(other)} where the snapshot has {_shown(mine)}")
         described = devices.get((mine.name, mine.instance_id))
@@ -53,7 +55,7 @@ def _identity(section: Section) -> tuple[object, ...]:
     )
 
 
-def _explained(section: Section, source: InMemory, described: Mapping[str, Any]) -> bool:
+def _explained(section: Section, source: SectionBuffer, described: Mapping[str, Any]) -> bool:
     body = source.read_at(section.body_offset, section.body_length)
     return decode_device(section, body, described, Budget()).explained
 

@@ -1,9 +1,9 @@
 """Device sections as an embedding program hands them in, and gets them back.
 
-A section is a FULL element of the stream (format document, 1.1 and 4): the device's name, its
-instance and version, and bytes that only the device understands. Their lengths stand in the JSON
-description after the stream; a device that does not say what its fields are gets the description
-that QEMU writes for old-style devices: one buffer.
+A section is a FULL element of the stream: the device's name, its instance and version, and bytes
+that only the device understands (docs/internals/format.md, "Elements" and "Device sections"). The
+JSON description after the stream gives their lengths. A device that does not describe its fields
+gets the description that QEMU writes for devices of an older kind: one buffer.
 """
 
 from __future__ import annotations

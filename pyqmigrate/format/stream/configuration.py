@@ -4,8 +4,8 @@
 
     u32 n, n bytes machine type, then subsections: 0x05, str8 name, u32 version 1, fields
 
-A subsection has no length, so one that is not known here cannot be stepped over
-(format document, 1.2).
+A subsection has no length, so one that is not known here cannot be skipped
+(docs/internals/format.md, "Configuration").
 """
 
 from __future__ import annotations

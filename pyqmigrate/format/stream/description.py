@@ -1,13 +1,14 @@
-"""The JSON description at the end of a stream, and the body lengths that it tells.
+"""The JSON description at the end of a stream, and the body lengths that it gives.
 
-The element is ``0x06, u32 length, JSON``, after the end-of-stream byte (format document, 4)::
+The element is ``0x06, u32 length, JSON``, after the end-of-stream byte
+(docs/internals/format.md, "Description")::
 
     {"configuration": {...}, "page_size": 4096,
      "devices": [{"name": ..., "instance_id": ..., "fields": [...], "subsections": [...]}, ...]}
 
-Device sections carry no length of their own. The description gives one for each, in terms of
-the sizes of its fields; it can be wrong for arrays whose elements differ in size, so that a
-reader has to look for the footer before it believes a length.
+Device sections have no length of their own. The sizes of the fields in the description give one
+for each. It can be wrong for arrays whose elements differ in size, so a reader has to check for the
+footer before it trusts a length.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ __all__ = [
     "body_lengths",
     "describes_devices",
     "encode",
-    "locate",
     "no_devices",
     "parse",
     "read",
+    "read_from_end",
     "with_configuration",
 ]
 
 DESCRIPTION_MAX = 64 << 20  # bytes; real ones have 0.1 to some MiB
-_WIDE_MAX = 8 << 20  # bytes of one that is not plain ASCII: Python takes four a character then
-_VALUES_MAX = 1 << 20  # JSON values in one description: bounds the memory of the parsed form
+_WIDE_MAX = 8 << 20  # bytes of a description that is not ASCII: Python may use 4 per character
+_VALUES_MAX = 1 << 20  # JSON values in one description: bounds the memory of the parsed value
 _LENGTH_MAX = (1 << 63) - 1
 
 TYPE_DESCRIPTION = 0x06
@@ -53,7 +54,7 @@ class Description:
     """A description found in a file.
 
     ``offset`` is the absolute file offset of its type byte, ``end`` that just after its JSON,
-    ``value`` the parsed JSON object. Of a key that is repeated in an object, the last one holds.
+    ``value`` the parsed JSON object. If an object repeats a key, the last one counts.
     """
 
     offset: int
@@ -62,23 +63,23 @@ class Description:
 
 
 def encode(text: bytes) -> bytes:
-    """The element for the JSON ``text``. Raises :class:`UsageError` when that is too long."""
+    """Return the element for the JSON ``text``. Raises :class:`UsageError` if it is too long."""
     if len(text) > DESCRIPTION_MAX:
         raise UsageError(f"a description of {len(text)} bytes; at most {DESCRIPTION_MAX} are read")
     return _FRAME.pack(TYPE_DESCRIPTION, len(text)) + text
 
 
 def no_devices(page_size: int) -> bytes:
-    """JSON for a stream without device sections, whose pages have ``page_size`` bytes."""
+    """Return the JSON for a stream without devices; ``page_size`` is in bytes."""
     return json.dumps({"page_size": page_size, "devices": []}).encode()
 
 
 def with_configuration(text: bytes, settings: Configuration) -> bytes:
-    """Return ``text`` with the description of this configuration instead of its own.
+    """Return ``text`` with the description of this configuration in place of its own.
 
-    Every reader of the stream finds the configuration by it (QEMU's analyze-migration.py), and a
-    description that was written for another stream may describe other capabilities. All else stays
-    as it is, byte for byte. Text that is not a JSON object is returned as it is.
+    Readers such as QEMU's analyze-migration.py decode the configuration by it, and a description
+    that was written for another stream may describe other capabilities. The rest is kept byte for
+    byte. Text that is not a JSON object is returned unchanged.
     """
     ours = json.dumps(described(settings)).encode()
     source = text.decode("latin-1")  # a character a byte
@@ -96,29 +97,28 @@ def with_configuration(text: bytes, settings: Configuration) -> bytes:
     return text[: start + 1] + b'"configuration": ' + ours + comma + rest
 
 
-def _members(source: str, at: int) -> Iterator[tuple[str, int, int]]:
-    """Each member of the JSON object whose ``{`` is before ``at``: its key, and where its value
-    starts and ends."""
+def _members(source: str, index: int) -> Iterator[tuple[str, int, int]]:
+    """Yield the members of the JSON object whose ``{`` is before ``index``: the key, and the start
+    and end of the value."""
     decode = json.JSONDecoder().raw_decode
-    while source[at := _after_space(source, at)] != "}":
-        key, at = decode(source, _after_space(source, at + (source[at] == ",")))
-        first = _after_space(source, _after_space(source, at) + 1)
-        _, at = decode(source, first)
-        yield key, first, at
+    while source[index := _after_space(source, index)] != "}":
+        key, index = decode(source, _after_space(source, index + (source[index] == ",")))
+        start = _after_space(source, _after_space(source, index) + 1)
+        _, index = decode(source, start)
+        yield key, start, index
 
 
-def _after_space(source: str, at: int) -> int:
-    while source[at] in " \t\n\r":
-        at += 1
-    return at
+def _after_space(source: str, index: int) -> int:
+    while source[index] in " \t\n\r":
+        index += 1
+    return index
 
 
 def read(cursor: Cursor) -> Description | None:
-    """Read the description that the cursor may stand at, forward.
+    """Read the description at the cursor.
 
-    None when another byte than its type is next, or none: QEMU can leave it out, and ignores
-    what follows the stream. Raises :class:`SnapshotError` when it is cut short, too long, or not
-    JSON.
+    Return None if there is none: QEMU can leave it out, and ignores all bytes after the stream.
+    Raises :class:`SnapshotError` if it is cut short, too long, or not JSON.
     """
     offset = cursor.position
     if cursor.peek(1) != bytes([TYPE_DESCRIPTION]):
@@ -130,11 +130,11 @@ def read(cursor: Cursor) -> Description | None:
     return Description(offset, cursor.position, _parse(text, offset))
 
 
-def locate(source: ByteSource) -> Description | None:
-    """Find the description from the end of the file, without walking the stream.
+def read_from_end(source: ByteSource) -> Description | None:
+    """Find the description from the end of the file and read it, without reading the stream.
 
-    None when the file does not end with one. Zero bytes after it, up to 1 MiB, are tolerated.
-    Raises :class:`SnapshotError` when one is there but not JSON.
+    Return None if the file does not end with one. Up to 1 MiB of zero bytes after it are tolerated.
+    Raises :class:`SnapshotError` if the description is not JSON.
     """
     size = source.size
     base = max(0, size - _CHUNK)
@@ -147,9 +147,9 @@ def locate(source: ByteSource) -> Description | None:
             return None
         step = min(base, _CHUNK)
         base -= step
-        tail = source.read_at(base, step)  # not kept: there may be much of it
-    # JSON has no zero byte, and the end-of-stream byte before the frame is one: so the last
-    # zero is that byte, or one of the four of the length.
+        tail = source.read_at(base, step)  # not kept: it may be long
+    # JSON has no zero byte, and the end-of-stream byte before the frame is one. So the last zero
+    # is that byte, or one of the four bytes of the length.
     first = base + zero + 1
     text = memoryview(source.read_at(first, end - first))
     for start in range(first, min(first + 1 + _FRAME.size, end)):
@@ -161,9 +161,9 @@ def locate(source: ByteSource) -> Description | None:
 
 
 def body_lengths(value: Mapping[str, Any]) -> dict[tuple[str, int], int]:
-    """Length in bytes of each device's body, by name and instance id.
+    """Return the length in bytes of each device's body, by name and instance id.
 
-    Devices whose entry makes no sense are left out.
+    Devices with an invalid entry are left out.
     """
     devices = value.get("devices")
     lengths: dict[tuple[str, int], int] = {}
@@ -178,10 +178,10 @@ def body_lengths(value: Mapping[str, Any]) -> dict[tuple[str, int], int]:
 
 
 def describes_devices(value: Mapping[str, Any] | None) -> bool:
-    """Return whether a description says more of any device than how long its body is.
+    """Return whether a description has more than the lengths of devices' bodies.
 
-    QEMU names the structure of every device that has one (``vmsd_name``); a description that was
-    made from lengths alone does not. True where there are no devices to describe.
+    QEMU names the structure of every device that has one (``vmsd_name``); a description made from
+    lengths alone does not. True if there are no devices.
     """
     devices = (value or {}).get("devices")
     if value is None or not isinstance(devices, list):
@@ -190,7 +190,10 @@ def describes_devices(value: Mapping[str, Any] | None) -> bool:
 
 
 def _body_length(device: dict[str, Any]) -> int | None:
-    """Sum of the top-level fields, and of the subsections with their frames (4.2)."""
+    """Add up the top-level fields and the subsections with their frames.
+
+    See docs/internals/format.md, "Length of a body".
+    """
     total = 0
     pending = [device]
     while pending:
@@ -219,7 +222,7 @@ def _is_length(value: object) -> bool:
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """Return the value of a description's text. Raises :class:`SnapshotError` when it is not one."""
+    """Return the value of a description's text. Raises SnapshotError for any other text."""
     return _parse(text, 0)
 
 

@@ -1,7 +1,8 @@
-"""Stepping over live sections that are not RAM.
+"""Skipping the bodies of live sections that are not RAM.
 
-Their bodies have neither a length nor an entry in the description, so each needs to be
-understood. Three are known (format document, 4.3); the others are private to their devices.
+Their bodies have neither a length nor an entry in the description, so a reader has to understand
+each. Three are known (docs/internals/format.md, "Other live sections"); the others are private to
+their devices.
 
 - ``dirty-bitmap`` version 1: chunks of flags, names by flag, content by flag, up to a chunk
   with the end flag;
@@ -18,20 +19,21 @@ from collections.abc import Callable
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.cursor import Cursor
 
-__all__ = ["CHUNKS_MAX", "Chunks", "walker"]
+__all__ = ["CHUNKS_MAX", "ChunkBudget", "body_reader"]
 
 CHUNKS_MAX = 1 << 20  # chunks with next to nothing in them, in one stream
-_CONTENT = 16  # bytes; a chunk with so many is bounded by the file's size
+_CONTENT = 16  # bytes; chunks with more content are bounded by the file's size
 
 
-class Chunks:
-    """How many chunks are left for the bodies of one stream: bounds the time that they take."""
+class ChunkBudget:
+    """The chunks left for the bodies of one stream: bounds the time to read them."""
 
     def __init__(self) -> None:
         self._left = CHUNKS_MAX
 
-    def count(self, content: int, what: str, cursor: Cursor) -> None:
-        """A chunk with ``content`` bytes beside its head. SnapshotError for one too many."""
+    def charge(self, content: int, what: str, cursor: Cursor) -> None:
+        """Charge a chunk with ``content`` bytes beside its head. Raises SnapshotError if none is
+        left."""
         if content < _CONTENT:
             self._left -= 1
             if self._left < 0:
@@ -41,17 +43,17 @@ class Chunks:
                 )
 
 
-Walker = Callable[[Cursor, bool, Chunks], None]
+BodyReader = Callable[[Cursor, bool, ChunkBudget], None]
 
 
-def walker(name: str, version: int) -> Walker | None:
-    """How to step over a live section's body, or None where that is not known.
+def body_reader(name: str, version: int) -> BodyReader | None:
+    """Return the function that skips a live section's body, or None if the section is not known.
 
-    The result takes a cursor at the body's start, whether the element is a START, and what is left
-    of the stream's chunks; it leaves the cursor at the body's end, and raises
-    :class:`SnapshotError` for what it cannot follow.
+    The function takes a cursor at the body's start, whether the element is a START, and the
+    stream's budget of chunks; it leaves the cursor at the body's end, and raises
+    :class:`SnapshotError` for a body that is malformed.
     """
-    return _WALKERS.get((name, version))
+    return _BODY_READERS.get((name, version))
 
 
 _EOS, _ZEROES, _BITMAP_NAME, _NODE_NAME = 0x01, 0x02, 0x04, 0x08
@@ -59,7 +61,7 @@ _START, _COMPLETE, _BITS = 0x10, 0x20, 0x40
 _MORE_FLAGS = 0x80
 
 
-def _dirty_bitmap(cursor: Cursor, start: bool, chunks: Chunks) -> None:
+def _dirty_bitmap(cursor: Cursor, start: bool, budget: ChunkBudget) -> None:
     what = "a dirty-bitmap section"
     while True:
         content = 0
@@ -77,7 +79,7 @@ def _dirty_bitmap(cursor: Cursor, start: bool, chunks: Chunks) -> None:
                 cursor.skip(content, what)
         if flags & _EOS:
             return
-        chunks.count(content, what, cursor)
+        budget.charge(content, what, cursor)
 
 
 def _dirty_bitmap_flags(cursor: Cursor, what: str) -> int:
@@ -94,30 +96,30 @@ _HTAB_RUN = struct.Struct(">IHH")  # index, valid entries, invalid entries
 _HTAB_NONE = 0xFFFFFFFF
 
 
-def _spapr_htab(cursor: Cursor, start: bool, chunks: Chunks) -> None:
+def _spapr_htab(cursor: Cursor, start: bool, budget: ChunkBudget) -> None:
     what = "a spapr/htab section"
-    at = cursor.position
+    offset = cursor.position
     word = cursor.u32(what)
     if start or word == _HTAB_NONE:
         return
     if word:
-        raise SnapshotError(f"{what} sets a table size where runs must follow", offset=at)
+        raise SnapshotError(f"{what} sets a table size where runs must follow", offset=offset)
     while True:
         index, valid, invalid = _HTAB_RUN.unpack(cursor.take(_HTAB_RUN.size, what))
         if index == valid == invalid == 0:
             return
         cursor.skip(valid * _HTAB_ENTRY, what)
-        chunks.count(valid * _HTAB_ENTRY, what, cursor)
+        budget.charge(valid * _HTAB_ENTRY, what, cursor)
 
 
 _STORAGE_EOS, _STORAGE_MORE, _STORAGE_DONE = 1, 2, 8
 _STORAGE_FLAGS = 0xFFF
 
 
-def _storage_attributes(cursor: Cursor, start: bool, chunks: Chunks) -> None:
+def _storage_attributes(cursor: Cursor, start: bool, budget: ChunkBudget) -> None:
     what = "a storage attribute section"
     while True:
-        at, content = cursor.position, 0
+        offset, content = cursor.position, 0
         flags = cursor.u64(what) & _STORAGE_FLAGS
         if flags == _STORAGE_EOS:
             return
@@ -125,11 +127,11 @@ def _storage_attributes(cursor: Cursor, start: bool, chunks: Chunks) -> None:
             content = cursor.u64(what)
             cursor.skip(content, what)
         elif flags != _STORAGE_DONE:
-            raise SnapshotError(f"{what} has a word with flags {flags:#x}", offset=at)
-        chunks.count(content, what, cursor)
+            raise SnapshotError(f"{what} has a word with flags {flags:#x}", offset=offset)
+        budget.charge(content, what, cursor)
 
 
-_WALKERS: dict[tuple[str, int], Walker] = {
+_BODY_READERS: dict[tuple[str, int], BodyReader] = {
     ("dirty-bitmap", 1): _dirty_bitmap,
     ("spapr/htab", 1): _spapr_htab,
     ("s390-storage_attributes", 0): _storage_attributes,

@@ -1,6 +1,7 @@
 """RAM blocks of a mapped-ram stream: their headers, and where bitmap and pages stand.
 
-A block's entry in the RAM section, big-endian throughout (format document, 2.1)::
+A block's entry in the RAM section, big-endian throughout
+(docs/internals/format.md, "Block list")::
 
     str8 name | u64 length | [u64 guest address] | u32 version = 1 | u64 page size
               | u64 bitmap offset | u64 pages offset
@@ -134,8 +135,10 @@ class BlockLayout:
 def place(spec: BlockSpec, header_end: int) -> BlockLayout:
     """Where a block goes whose header ends at absolute file offset ``header_end``.
 
-    QEMU's rule (format document, 2.2): the bitmap right after the header, the pages at the next
-    whole MiB after it. Raises :class:`UsageError` when they would pass the largest file position.
+    QEMU's rule: the bitmap right after the header, the pages at the next whole MiB after it
+    (docs/internals/format.md, "Placement of bitmap and pages").
+
+    Raises :class:`UsageError` if they would pass the largest file position.
     """
     bitmap_size = (spec.length // spec.page_size + 63) // 64 * 8
     pages_offset = -(-(header_end + bitmap_size) // PAGES_ALIGNMENT) * PAGES_ALIGNMENT
@@ -195,7 +198,7 @@ def read_entries(
             raise SnapshotError(f"more than {BLOCKS_MAX} RAM blocks", offset=cursor.position)
         block = _read_entry(cursor, ignore_shared)
         if block.name in names:
-            raise _fault(block, "the name stands twice in the list", "name")
+            raise _fault(block, "duplicate block name", "name")
         if block.length > remaining:
             raise _fault(
                 block, f"the blocks are longer together than the total of {total} bytes", "length"

@@ -1,4 +1,4 @@
-"""Walking a mapped-ram stream: its RAM sections, and that no two regions of the file overlap."""
+"""Reading a mapped-ram stream: its RAM sections, and a check that no two regions overlap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.stream import mapped_ram
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
-from pyqmigrate.format.stream.reader import Walk
+from pyqmigrate.format.stream.reader import StreamReader
 from pyqmigrate.format.stream.start import StreamStart
 from pyqmigrate.format.stream.wire import Stream
 
@@ -28,22 +28,21 @@ def parse(source: ByteSource, offset: int = 0, start: StreamStart | None = None)
     :class:`NotSupported` when it is a stream of another kind: sequential RAM, an unknown
     configuration. The source's own errors pass through.
     """
-    return _MappedWalk(source, offset).stream(start)
+    return _MappedRamStreamReader(source, offset).stream(start)
 
 
-class _MappedWalk(Walk):
-    """A walk over a mapped-ram stream."""
-
+class _MappedRamStreamReader(StreamReader):
     unfinished = (
-        f"{Walk.unfinished}, or it was a background snapshot, whose bitmaps are never written"
+        f"{StreamReader.unfinished}, or it was a background snapshot, whose bitmaps are never"
+        " written"
     )
 
     def stream(self, start: StreamStart | None) -> Stream:
         self._blocks: tuple[BlockLayout, ...] = ()
         self.read_head(start)
-        ram_end, walked = self.read_rest()
-        described, opaque = self._described, self._opaque
-        self._check_overlaps(walked)
+        ram_end, elements_end = self.read_rest()
+        description, opaque = self._elements.description, self._elements.opaque
+        self._check_overlaps(elements_end)
         return Stream(
             machine=self._configuration.machine,
             capabilities=self._configuration.capabilities,
@@ -51,16 +50,16 @@ class _MappedWalk(Walk):
             uuid=self._configuration.uuid,
             total_ram=self._total,
             blocks=self._blocks,
-            sections=tuple(self._sections),
-            description=described.value if described else None,
-            description_offset=described.offset if described else None,
+            sections=tuple(self._elements.sections),
+            description=description.value if description else None,
+            description_offset=description.offset if description else None,
             ram_end=ram_end,
-            end=described.end if described else self._cursor.size if opaque else walked,
-            complete=not opaque or described is not None,
+            end=description.end if description else self._cursor.size if opaque else elements_end,
+            complete=not opaque or description is not None,
             opaque_tail=opaque,
         )
 
-    def _check_kind(self) -> None:
+    def _check_form(self) -> None:
         if MAPPED_RAM not in self._configuration.capabilities:
             raise NotSupported(
                 "a sequential stream, without mapped-ram: its RAM is not at fixed offsets"
@@ -77,10 +76,10 @@ class _MappedWalk(Walk):
     def _read_pages(self) -> None:
         self._read_end_mark("a section")
 
-    def _check_overlaps(self, walked: int) -> None:
-        """No two of these may share a byte: the stream's own bytes, bitmaps, pages."""
+    def _check_overlaps(self, elements_end: int) -> None:
+        """Check that no two of these share a byte: the stream's own bytes, bitmaps, pages."""
         regions: list[tuple[int, int, str, str | None]] = [
-            (0, self._offset, "what stands before the stream", None)
+            (0, self._offset, "the data before the stream", None)
         ]
         start = self._offset
         for block in self._blocks:
@@ -93,15 +92,18 @@ class _MappedWalk(Walk):
                 (block.pages_offset, block.pages_end, f"the pages of {block.name!r}", block.name),
             ]
             start = block.pages_end
-        regions.append((start, walked, "the stream", None))
-        if self._described:
-            regions.append((self._described.offset, self._described.end, "the description", None))
-        reach, holder = 0, ""
-        holder_block: str | None = None
+        regions.append((start, elements_end, "the stream", None))
+        description = self._elements.description
+        if description:
+            regions.append((description.offset, description.end, "the description", None))
+        reach, previous = 0, ""
+        previous_block: str | None = None
         for begin, end, what, block_name in sorted(regions, key=lambda region: region[:2]):
             if begin < end and begin < reach:
                 raise SnapshotError(
-                    f"{what} and {holder} overlap", offset=begin, block=block_name or holder_block
+                    f"{what} and {previous} overlap",
+                    offset=begin,
+                    block=block_name or previous_block,
                 )
             if end > reach:
-                reach, holder, holder_block = end, what, block_name
+                reach, previous, previous_block = end, what, block_name

@@ -1,8 +1,8 @@
 """The sequential stream: RAM as records of pages, one after another, without fixed places.
 
 The elements are those of any stream (:mod:`~pyqmigrate.format.stream.wire`); the capabilities do
-not
-list ``mapped-ram``. RAM's sections, big-endian throughout (format document, 2.1 and 3)::
+not list ``mapped-ram``. RAM's sections, big-endian throughout
+(docs/internals/format.md, "Block list" and "Sequential streams")::
 
     START    u64 total | 4, the blocks, u64 0x10
     block    str8 name | u64 length | [u64 guest address, with x-ignore-shared]
@@ -10,11 +10,12 @@ list ``mapped-ram``. RAM's sections, big-endian throughout (format document, 2.1
     END      records, u64 0x10
 
 A record is a word, a block's name unless it continues with that of the record before, and a page,
-a byte that fills the page, or changes to it; the core takes records apart and makes them. The
-stream nowhere says how long a page is: the description does, or ``target-page-bits``.
+a byte that fills the page, or changes to it; the core decodes and encodes records. The stream does
+not record the page size: the description does, or ``target-page-bits``.
 
-A writer puts together ``encode_head``, ``encode_part_header`` and records and ``RAM_EOS`` for each
-pass over memory, and ``encode_end``; a reader walks with :class:`SequentialWalk`.
+A writer combines ``encode_head``, for each pass over memory ``encode_part_header``, records and
+``RAM_EOS``, and ``encode_end`` (:mod:`~pyqmigrate.format.stream.writer`).
+:class:`SequentialStreamReader` reads a stream.
 """
 
 from __future__ import annotations
@@ -28,18 +29,15 @@ from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM, Configuration
 from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGE_SIZES, BlockSpec
-from pyqmigrate.format.stream.reader import Walk
+from pyqmigrate.format.stream.reader import StreamReader
 from pyqmigrate.format.stream.wire import Section
-from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_front, encode_part_header
+from pyqmigrate.format.stream.writer import RAM_EOS, encode_front
 
 __all__ = [
-    "RAM_EOS",
     "ListedBlock",
     "SequentialStream",
-    "SequentialWalk",
-    "encode_end",
+    "SequentialStreamReader",
     "encode_head",
-    "encode_part_header",
     "settings_of",
 ]
 
@@ -51,8 +49,8 @@ _USUAL_PAGE_SIZE = 4096
 class ListedBlock:
     """A RAM block as a sequential stream lists it; ``length`` in bytes.
 
-    ``entry_offset`` is where its entry stands in the file, ``gpa`` the guest physical address
-    where the stream tells it (``x-ignore-shared``), for information only.
+    ``entry_offset`` is the file offset of its entry, ``gpa`` the guest physical address if the
+    stream records it (``x-ignore-shared``), for information only.
     """
 
     name: str
@@ -63,10 +61,9 @@ class ListedBlock:
 
 @dataclass(frozen=True)
 class SequentialStream:
-    """A sequential stream that was walked to its end. Offsets are absolute in the file.
+    """A sequential stream that was read to its end. Offsets are absolute in the file.
 
-    Fields as in :class:`~pyqmigrate.format.stream.wire.Stream`. ``ignore_shared`` says that blocks
-    without any record may have their content in a file of their own.
+    Fields are those of :class:`~pyqmigrate.format.stream.wire.Stream`.
     """
 
     machine: str
@@ -86,6 +83,7 @@ class SequentialStream:
 
     @property
     def ignore_shared(self) -> bool:
+        """Whether a block without any record may have its content in a file of its own."""
         return IGNORE_SHARED in self.capabilities
 
 
@@ -110,9 +108,9 @@ def encode_head(
     ignore_shared: bool = False,
     before: bytes = b"",
 ) -> bytes:
-    """The start of a stream with these blocks, up to the end of RAM's START.
+    """Return the start of a stream with these blocks, up to the end of RAM's START.
 
-    Arguments and errors as in :func:`pyqmigrate.format.stream.writer.encode_head`.
+    Arguments and errors are those of :func:`pyqmigrate.format.stream.writer.encode_head`.
     """
     settings = settings_of(
         machine, target_page_bits=target_page_bits, uuid=uuid, ignore_shared=ignore_shared
@@ -125,13 +123,15 @@ def encode_head(
     return b"".join(parts) + RAM_EOS
 
 
-class SequentialWalk(Walk):
-    """A walk over a sequential stream, whose records somebody else takes apart.
+class SequentialStreamReader(StreamReader):
+    """A reader of a sequential stream, which leaves the page records to the caller.
 
-    ``page_size`` (bytes) is used where the stream tells none. ``read_records`` is called at the
-    start of each body of records with its file offset, and returns the offset just after it.
-    After ``read_head``, ``blocks`` and ``page_size`` hold. Raises as
-    :func:`pyqmigrate.format.stream.writer.parse` does, and what ``read_records`` raises.
+    page_size: in bytes, for a stream that does not state one.
+    read_records: called at the start of each body of records with its file offset; returns the
+        offset just after it.
+
+    ``blocks`` and ``page_size`` are known after ``read_head``. Raises the errors of
+    :func:`pyqmigrate.format.stream.writer.parse`, and those of ``read_records``.
     """
 
     unfinished = "no RAM END section: the save did not finish, or it was a background snapshot"
@@ -153,28 +153,29 @@ class SequentialWalk(Walk):
 
     @property
     def configuration(self) -> Configuration:
-        """What the writer says of itself."""
+        """The configuration of the stream, after ``read_head``."""
         return self._configuration
 
     @property
     def head(self) -> tuple[Section, ...]:
         """The sections up to RAM's list of blocks, after ``read_head``."""
-        return tuple(self._sections)
+        return tuple(self._elements.sections)
 
     def stream(self) -> SequentialStream:
-        """Walk on to the end of the stream; call it once, after ``read_head``."""
-        ram_end, walked = self.read_rest()
-        described, settings = self._described, self._configuration
-        stated = described.value.get("page_size") if described else None
-        # Of a stream that passes by the description, which would have been asked first, comes last.
+        """Read the stream to its end; call it once, after ``read_head``."""
+        ram_end, elements_end = self.read_rest()
+        description, settings = self._elements.description, self._configuration
+        opaque = self._elements.opaque
+        stated = description.value.get("page_size") if description else None
+        # In a forward-only source the description comes last; otherwise it was read first.
         late = self._run_out is not None and settings.target_page_bits is None
         if late and type(stated) is int and stated != self.page_size:
             raise SnapshotError(
-                f"the description states pages of {stated} bytes, and {self.page_size} were read",
-                offset=described.offset if described else None,
+                f"the description states pages of {stated} bytes, but {self.page_size} were read",
+                offset=description.offset if description else None,
                 field="page_size",
             )
-        end = self._cursor.size if self._opaque else walked
+        end = self._cursor.size if opaque else elements_end
         return SequentialStream(
             machine=settings.machine,
             capabilities=settings.capabilities,
@@ -183,22 +184,21 @@ class SequentialWalk(Walk):
             page_size=self.page_size,
             total_ram=self._total,
             blocks=self.blocks,
-            sections=tuple(self._sections),
-            description=described.value if described else None,
-            description_offset=described.offset if described else None,
+            sections=tuple(self._elements.sections),
+            description=description.value if description else None,
+            description_offset=description.offset if description else None,
             ram_end=ram_end,
-            end=described.end if described else end,
-            complete=not self._opaque or described is not None,
-            opaque_tail=self._opaque,
+            end=description.end if description else end,
+            complete=not opaque or description is not None,
+            opaque_tail=opaque,
         )
 
-    def _check_kind(self) -> None:
+    def _check_form(self) -> None:
         if MAPPED_RAM in self._configuration.capabilities:
-            raise NotSupported("a mapped-ram stream: its pages stand at fixed offsets")
+            raise NotSupported("a mapped-ram stream: its pages are at fixed offsets")
 
     def _read_blocks(self, page_size: int | None) -> None:
-        at = self._cursor.position
-        self.page_size = self._find_page_size(page_size, at)
+        self.page_size = self._find_page_size(page_size, self._cursor.position)
         blocks: list[ListedBlock] = []
         names: set[str] = set()
         remaining = self._total
@@ -207,7 +207,7 @@ class SequentialWalk(Walk):
             if len(blocks) == BLOCKS_MAX:
                 raise SnapshotError(f"more than {BLOCKS_MAX} RAM blocks", offset=block.entry_offset)
             if block.name in names:
-                raise _fault(block, "the name stands twice in the list", "name")
+                raise _fault(block, "duplicate block name", "name")
             if block.length > remaining:
                 raise _fault(
                     block,
@@ -221,15 +221,15 @@ class SequentialWalk(Walk):
 
     def _read_entry(self) -> ListedBlock:
         cursor = self._cursor
-        at = cursor.position
+        offset = cursor.position
         name = cursor.text("the name of a RAM block")
         if not name:
-            raise SnapshotError("a RAM block without a name", offset=at, field="name")
+            raise SnapshotError("a RAM block without a name", offset=offset, field="name")
         what = f"the entry of RAM block {name!r}"
         length = cursor.u64(what)
         ignore_shared = IGNORE_SHARED in self._configuration.capabilities
         gpa = cursor.u64(what) if ignore_shared else None
-        block = ListedBlock(name, length, at, gpa)
+        block = ListedBlock(name, length, offset, gpa)
         if length == 0 or length % self.page_size or length > OFFSET_MAX:
             raise _fault(
                 block,
@@ -238,23 +238,24 @@ class SequentialWalk(Walk):
             )
         return block
 
-    def _find_page_size(self, stated: int | None, at: int) -> int:
-        """From the configuration, else the description, else the caller."""
-        described = self._described.value.get("page_size") if self._described else None
+    def _find_page_size(self, stated: int | None, offset: int) -> int:
+        """Return the page size from the configuration, else the description, else the caller."""
+        description = self._elements.description
+        described = description.value.get("page_size") if description else None
         if type(described) is int and stated is None:
             stated = described
         given = self._given_page_size
         if stated is not None and given is not None and stated != given:
             raise SnapshotError(
-                f"pages of {stated} bytes are stated, where {given} were expected",
-                offset=at,
+                f"pages of {stated} bytes are stated, but {given} were expected",
+                offset=offset,
                 field="page_size",
             )
         size = stated if stated is not None else given or _USUAL_PAGE_SIZE
         if size not in PAGE_SIZES:
             raise SnapshotError(
                 f"page size {size} is not a power of two from 1024 to 65536",
-                offset=at,
+                offset=offset,
                 field="page_size",
             )
         return size

@@ -1,6 +1,7 @@
 """The elements of a migration stream: their wire forms, and what a reader makes of them.
 
-The grammar, big-endian throughout (format document, 1); ``S`` is where the stream starts::
+The grammar, big-endian throughout (docs/internals/format.md, "The stream"); ``S`` is the offset
+at which the stream starts::
 
     S        "QEVM", u32 version = 3
              0x07 configuration

@@ -1,16 +1,14 @@
-"""The migration stream, written and read.
+"""Encoding a stream.
 
 A stream is a sequence of elements (:mod:`~pyqmigrate.format.stream.wire` has the grammar); RAM's
 jumps over each block's bitmap and pages (:mod:`~pyqmigrate.format.stream.mapped_ram`).
 
-A writer puts ``encode_head(...).pieces`` into the file, then pages and bitmaps at the offsets of
+The caller writes ``encode_head(...).pieces``, then pages and bitmaps at the offsets of
 ``Head.blocks``, then ``encode_tail(...)`` at ``Head.tail_offset``::
 
     head = encode_head("pc-q35-10.0", [BlockSpec("pc.ram", 1 << 30)])
     ...
     tail = encode_tail(settings=head.configuration)
-
-A reader calls :func:`parse`, which trusts nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +17,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.stream import configuration
 from pyqmigrate.format.stream.description import encode as encode_description
 from pyqmigrate.format.stream.description import no_devices, with_configuration
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX, BlockLayout, BlockSpec, encode_entry
-from pyqmigrate.format.stream.mapped_ram_reader import parse
 from pyqmigrate.format.stream.wire import (
     COMMAND,
     COMMAND_SWITCHOVER_START,
@@ -42,26 +38,19 @@ from pyqmigrate.format.stream.wire import (
     TYPE_EOF,
     VERSION,
     WORD,
-    Section,
     SectionKind,
-    Stream,
 )
 
 __all__ = [
-    "MAGIC",
-    "ByteSource",
+    "RAM_EOS",
     "Head",
     "Piece",
-    "Section",
-    "SectionKind",
-    "Stream",
     "encode_end",
     "encode_front",
     "encode_head",
     "encode_part_header",
     "encode_ram_end",
     "encode_tail",
-    "parse",
 ]
 
 _RAM_ID = 1
@@ -81,8 +70,8 @@ class Head:
     """The start of a stream, up to the last block's pages.
 
     ``pieces`` are in ascending order; the first starts at the stream's offset with the magic.
-    ``tail_offset`` is where :func:`encode_tail`'s bytes go, and ``configuration`` what they have to
-    describe.
+    ``tail_offset`` is the offset for :func:`encode_tail`'s bytes, which have to describe
+    ``configuration``.
     """
 
     blocks: tuple[BlockLayout, ...]
@@ -103,38 +92,39 @@ def encode_head(
 ) -> Head:
     """Lay out ``specs`` in this order, in a stream that starts at absolute ``offset`` bytes.
 
-    ``machine`` is the machine type; an empty one is accepted by any machine. Give
-    ``target_page_bits`` for the targets that expect it: ARM machines with 4 KiB pages want 12,
-    x86 refuses it (format document, 1.2 and 7). ``uuid``, 16 bytes, is that of the guest, for a
-    loading QEMU that validates it. ``left_out`` are the names of blocks that are external; None
-    says that the writer had x-ignore-shared off, and the reader must have the same setting.
-    ``before`` are elements, as they are, that stand before RAM's.
+    machine: the machine type; any machine accepts an empty one.
+    target_page_bits: for the targets that expect it: ARM machines with 4 KiB pages expect 12,
+        x86 refuses it (docs/internals/format.md, "Configuration" and "Page size").
+    uuid: the guest's, 16 bytes, for a loading QEMU that validates it.
+    left_out: the names of external blocks; None if x-ignore-shared is off in the writer, and has
+        to be off in the reader.
+    before: encoded elements that precede RAM's.
 
-    Raises :class:`UsageError` when names repeat, page sizes differ or do not match
-    ``target_page_bits``, or something does not fit its field.
+    Raises :class:`UsageError` if names repeat, page sizes differ or do not match
+    ``target_page_bits``, or a value does not fit its field.
     """
     if offset < 0:
-        raise UsageError(f"a stream at {offset} cannot be in a file")
+        raise UsageError(f"the stream's offset must not be negative, and is {offset}")
     capabilities = () if left_out is None else (configuration.IGNORE_SHARED,)
     settings = configuration.Configuration(
         machine, (*capabilities, configuration.MAPPED_RAM), target_page_bits, uuid
     )
     data = encode_front(settings, specs, before)
     pieces, blocks = [], []
-    at = offset
+    position = offset
     for spec in specs:
         entry, layout = encode_entry(
             spec,
-            at + len(data),
+            position + len(data),
             ignore_shared=left_out is not None,
             external=spec.name in (left_out or ()),
         )
-        pieces.append(Piece(at, data + entry))
+        pieces.append(Piece(position, data + entry))
         blocks.append(layout)
-        at, data = layout.pages_end, b""
+        position, data = layout.pages_end, b""
     if data:
-        pieces.append(Piece(at, data))
-    return Head(tuple(blocks), tuple(pieces), at + len(data), settings)
+        pieces.append(Piece(position, data))
+    return Head(tuple(blocks), tuple(pieces), position + len(data), settings)
 
 
 def encode_tail(
@@ -145,15 +135,15 @@ def encode_tail(
     switchover_start: bool = False,
     page_size: int = 4096,
 ) -> bytes:
-    """The bytes that follow the last block's pages, to the end of the stream.
+    """Return the bytes from the last block's pages to the end of the stream.
 
-    ``settings`` are those of the stream's head, which the description then describes as well.
-    ``sections`` are device sections, verbatim and with their footers; ``description`` is the
-    JSON that tells their lengths. Without sections, a description of no devices is the default,
-    so that the file shows its completeness as QEMU's files do; ``page_size`` (bytes) goes into
-    it. With sections and no description, none is written: QEMU remarks on that and loads.
-    ``switchover_start`` adds the COMMAND that QEMU 10.0 and later write for machine types of
-    10.0 and later; older ones refuse it, and none needs it.
+    settings: the configuration in the stream's head, which is put into the description.
+    sections: encoded device sections with their footers.
+    description: the JSON with their lengths. Without sections the default is a description of no
+        devices with this ``page_size`` (bytes), so that the file is recognisably complete, as QEMU's
+        files are. With sections and no description, none is written: QEMU warns and loads.
+    switchover_start: add the COMMAND that QEMU 10.0 and later write for machine types of 10.0 and
+        later. Older versions refuse it, and none needs it.
     """
     part = encode_part_header() + RAM_EOS
     return (
@@ -172,11 +162,11 @@ def encode_tail(
 def encode_front(
     settings: configuration.Configuration, specs: Sequence[BlockSpec], before: bytes = b""
 ) -> bytes:
-    """The start of a stream of either kind, up to the first block's entry.
+    """Return the start of a stream of either form, up to the first block's entry.
 
-    ``before`` are elements, as they are, that stand before RAM's.
+    ``before`` are encoded elements that precede RAM's.
 
-    Raises :class:`UsageError` when the blocks do not fit together.
+    Raises :class:`UsageError` if the blocks do not fit together.
     """
     _check_blocks(specs, settings.target_page_bits)
     return b"".join(
@@ -196,12 +186,12 @@ def _check_blocks(specs: Sequence[BlockSpec], target_page_bits: int | None) -> N
     page_size = None
     if target_page_bits is not None:
         if not 10 <= target_page_bits <= 16:
-            raise UsageError(f"{target_page_bits} target page bits; 10 to 16 are possible")
+            raise UsageError(f"target_page_bits must be 10 to 16, not {target_page_bits}")
         page_size = 1 << target_page_bits
     names = set()
     for spec in specs:
         if spec.name in names:
-            raise UsageError(f"block {spec.name!r} is given twice")
+            raise UsageError(f"duplicate block name {spec.name!r}")
         names.add(spec.name)
         page_size = page_size or spec.page_size
         if spec.page_size != page_size:
@@ -210,16 +200,16 @@ def _check_blocks(specs: Sequence[BlockSpec], target_page_bits: int | None) -> N
             )
     total = sum(spec.length for spec in specs)
     if total > OFFSET_MAX:
-        raise UsageError(f"a stream with {total} bytes of RAM cannot be in a file")
+        raise UsageError(f"{total} bytes of RAM do not fit in a file")
 
 
 def encode_part_header() -> bytes:
-    """The start of a PART of RAM; :data:`RAM_EOS` ends it."""
+    """Return the start of a PART of RAM; :data:`RAM_EOS` ends it."""
     return SECTION_ID.pack(SectionKind.PART.value, _RAM_ID)
 
 
 def encode_ram_end() -> bytes:
-    """The END of RAM, without pages."""
+    """Return the END of RAM, without pages."""
     return SECTION_ID.pack(SectionKind.END.value, _RAM_ID) + RAM_EOS
 
 
@@ -231,7 +221,7 @@ def encode_end(
     switchover_start: bool,
     page_size: int,
 ) -> bytes:
-    """What follows the last PART of RAM; arguments as in :func:`encode_tail`."""
+    """Return the bytes after the last PART of RAM; arguments as in :func:`encode_tail`."""
     if description is None and not sections:
         description = no_devices(page_size)
     parts = [

@@ -31,16 +31,14 @@ from pyqmigrate.errors import (
 )
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.format.stream.sequential import (
-    RAM_EOS,
     ListedBlock,
     SequentialStream,
-    SequentialWalk,
-    encode_end,
+    SequentialStreamReader,
     encode_head,
-    encode_part_header,
     settings_of,
 )
 from pyqmigrate.format.stream.wire import MAGIC, SectionKind
+from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_part_header
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Job, Range, failure, split_ranges
 from pyqmigrate.io.direct_io import DirectIO
@@ -485,7 +483,7 @@ class SequentialReader:
         self.channels = Channels(1, "pyqmigrate-load")
         self.channels.set_rate(max_bandwidth)
         polled = PolledSource(source, self.channels)
-        self._walk = SequentialWalk(
+        self._walk = SequentialStreamReader(
             polled,
             stream_file.offset,
             self._read_records,

@@ -22,7 +22,11 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.errors import PyqmigrateError
-from pyqmigrate.format.stream.sequential import ListedBlock, SequentialStream, SequentialWalk
+from pyqmigrate.format.stream.sequential import (
+    ListedBlock,
+    SequentialStream,
+    SequentialStreamReader,
+)
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, failure
 from pyqmigrate.io.direct_io import Direct, core_file
@@ -75,7 +79,7 @@ class StreamUnpacker:
         self.reading = Channels(1, "pyqmigrate-pass")
         self.reading.join(channels)
         polled = PolledSource(source, self.reading)
-        self._walk = SequentialWalk(
+        self._walk = SequentialStreamReader(
             polled,
             stream_file.offset,
             self._read_records,

@@ -12,7 +12,8 @@ from typing import Any
 
 from pyqmigrate import _core
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
-from pyqmigrate.format.stream.writer import MAGIC, Head, encode_head, encode_tail
+from pyqmigrate.format.stream.wire import MAGIC
+from pyqmigrate.format.stream.writer import Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, core_block, failure, split_ranges
 from pyqmigrate.io.direct_io import DirectIO, core_file

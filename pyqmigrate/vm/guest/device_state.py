@@ -39,7 +39,7 @@ from pyqmigrate.format.device.sections import (
     run_state_of,
 )
 from pyqmigrate.format.stream.description import HEADER_LENGTH as DESCRIPTION_HEADER
-from pyqmigrate.format.stream.device_only import HEADER_LENGTH, walk_devices
+from pyqmigrate.format.stream.device_only import HEADER_LENGTH, read_device_sections
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
@@ -207,7 +207,7 @@ def read_devices(
         BlockSpec(name, length, page_size)
     opened = InputFile(source)
     try:
-        sections = walk_devices(opened)
+        sections = read_device_sections(opened)
         data = bytearray(_read(opened, HEADER_LENGTH, opened.size - 1))
     finally:
         opened.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.libvirt import is_libvirt
-from pyqmigrate.format.stream.writer import MAGIC
+from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, files_mapped
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.vm.guest.disks import Disk, seen_here

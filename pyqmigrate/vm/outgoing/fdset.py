@@ -1,7 +1,8 @@
 """The descriptors of a target as QEMU wants them, tried before QEMU hears of them.
 
 QEMU takes from a fdset the member whose access mode and ``O_DIRECT`` are just those it asks for,
-and one that finds none for its direct channels dies of it (management document, 1.5 and 2.5).
+and one that finds none for its direct channels dies of it
+(docs/internals/qemu-management.md, "Opening a fdset" and "Members that a migration needs").
 """
 
 from __future__ import annotations

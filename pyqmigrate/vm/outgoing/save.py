@@ -32,7 +32,7 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.format.digest import Algorithm, digester
-from pyqmigrate.format.stream.writer import MAGIC
+from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.integrity.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.integrity.seal import start_seal
 from pyqmigrate.io.channels import check_channels

@@ -4,8 +4,8 @@
         print(monitor.version, await monitor.execute("query-status"))
 
 The session is the library ``qemu.qmp``'s; here are the time limits, errors of this package's own
-that say what happened, and descriptors handed over one at a time, as QEMU takes them (management
-document, 6.3 and 9.3).
+that say what happened, and descriptors handed over one at a time, as QEMU takes them
+(docs/internals/qemu-management.md, "Passing descriptors" and "Rules for a client").
 """
 
 from __future__ import annotations

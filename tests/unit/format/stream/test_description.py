@@ -13,9 +13,9 @@ from pyqmigrate.format.stream.description import (
     DESCRIPTION_MAX,
     body_lengths,
     encode,
-    locate,
     no_devices,
     read,
+    read_from_end,
 )
 from tests.harness.stream_builders import Sparse
 
@@ -31,19 +31,19 @@ def padded(size: int) -> bytes:
 
 @pytest.mark.parametrize("size", [2 + 9, 0x7B, 0x100, 0x7B7B, 0x10000, 0x2B7B2B, 0x1000000])
 def test_description_is_found_whatever_bytes_its_length_has(size: int) -> None:
-    found = locate(ending(padded(size)))
+    found = read_from_end(ending(padded(size)))
     assert found is not None
     assert (found.offset, found.end) == (7, 12 + size)
 
 
 def test_description_of_a_length_with_no_zero_byte_is_found() -> None:
     size = 0x1010101
-    found = locate(ending(padded(size)))
+    found = read_from_end(ending(padded(size)))
     assert found is not None and found.end - found.offset == size + 5
 
 
 def test_objects_inside_do_not_pass_for_the_description() -> None:
-    found = locate(ending(b'{"devices": [{"name": "a"}, {"name": "b"}]}'))
+    found = read_from_end(ending(b'{"devices": [{"name": "a"}, {"name": "b"}]}'))
     assert found is not None and found.offset == 7
 
 
@@ -61,7 +61,7 @@ def test_objects_inside_do_not_pass_for_the_description() -> None:
     ],
 )
 def test_tail_that_is_no_description_is_not_one(tail: bytes) -> None:
-    assert locate(Sparse([(0, b"stream" + tail)])) is None
+    assert read_from_end(Sparse([(0, b"stream" + tail)])) is None
 
 
 def test_search_from_the_end_is_bounded() -> None:
@@ -74,7 +74,7 @@ def test_search_from_the_end_is_bounded() -> None:
             return b"}" * length
 
     source = NoZeros()
-    assert locate(source) is None
+    assert read_from_end(source) is None
     assert source.bytes_read <= 2 * DESCRIPTION_MAX
 
 
@@ -83,13 +83,13 @@ def test_search_from_the_end_is_bounded() -> None:
 )
 def test_description_that_is_not_json_is_refused(text: bytes) -> None:
     with pytest.raises(SnapshotError, match="not JSON") as caught:
-        locate(ending(text))
+        read_from_end(ending(text))
     assert caught.value.offset == 7
 
 
 def test_description_with_too_many_values_is_refused() -> None:
     with pytest.raises(SnapshotError, match="values"):
-        locate(ending(b'{"a": [' + b"[]," * 600_000 + b"0]}"))
+        read_from_end(ending(b'{"a": [' + b"[]," * 600_000 + b"0]}"))
 
 
 def test_description_of_absurd_length_is_refused() -> None:
@@ -114,7 +114,7 @@ def test_description_too_long_to_be_read_is_not_written() -> None:
 
 
 def test_last_of_repeated_keys_holds() -> None:
-    found = locate(ending(b'{"page_size": 1, "page_size": 2}'))
+    found = read_from_end(ending(b'{"page_size": 1, "page_size": 2}'))
     assert found is not None and found.value == {"page_size": 2}
 
 
@@ -189,7 +189,7 @@ def test_any_description_gives_lengths_that_are_possible(value: dict[str, object
 def test_any_tail_is_searched_without_a_crash(noise: bytes) -> None:
     frame = b"\0" + struct.pack(">BI", 6, len(noise) + 2) + b"{" + noise + b"}"
     try:
-        found = locate(Sparse([(0, frame)]))
+        found = read_from_end(Sparse([(0, frame)]))
     except SnapshotError:
         return
     assert found is None or found.end == len(frame)

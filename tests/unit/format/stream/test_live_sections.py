@@ -1,4 +1,4 @@
-"""Stepping over live sections: where the walker stops, and what it refuses."""
+"""Stepping over live sections: where the reader stops, and what it refuses."""
 
 import struct
 from itertools import repeat
@@ -9,22 +9,22 @@ from hypothesis import strategies as st
 
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.cursor import Cursor
-from pyqmigrate.format.stream.live_sections import CHUNKS_MAX, Chunks, walker
+from pyqmigrate.format.stream.live_sections import CHUNKS_MAX, ChunkBudget, body_reader
 from tests.harness.stream_builders import Sparse, str8, words
 
 
 def stepped(name: str, version: int, body: bytes, *, start: bool = False) -> int:
-    """How many bytes the walker takes, with other bytes after the body."""
-    walk = walker(name, version)
+    """How many bytes the reader takes, with other bytes after the body."""
+    walk = body_reader(name, version)
     assert walk is not None
     cursor = Cursor(Sparse([(0, body + b"\x7eafter")]), 0)
-    walk(cursor, start, Chunks())
+    walk(cursor, start, ChunkBudget())
     return cursor.position
 
 
 def test_unknown_sections_have_no_walker() -> None:
-    assert walker("vfio", 1) is None
-    assert walker("dirty-bitmap", 2) is None
+    assert body_reader("vfio", 1) is None
+    assert body_reader("dirty-bitmap", 2) is None
 
 
 def test_dirty_bitmap_without_bitmaps_is_one_byte() -> None:
@@ -86,7 +86,7 @@ def test_unknown_storage_attribute_flags_are_refused() -> None:
 @pytest.mark.parametrize("name", ["dirty-bitmap", "spapr/htab", "s390-storage_attributes"])
 def test_section_without_end_is_given_up(name: str) -> None:
     class Endless:
-        """Chunks that never end, of eight bytes so that each reader stays in step."""
+        """ChunkBudget that never end, of eight bytes so that each reader stays in step."""
 
         size = 1 << 60
         unit = {
@@ -103,14 +103,14 @@ def test_section_without_end_is_given_up(name: str) -> None:
             skip = offset % 8
             return b"".join(repeat(self.unit, length // 8 + 2))[skip : skip + length]
 
-    walk = walker(name, 0 if name.startswith("s390") else 1)
+    walk = body_reader(name, 0 if name.startswith("s390") else 1)
     assert walk is not None
     with pytest.raises(SnapshotError, match=f"more than {CHUNKS_MAX} empty"):
-        walk(Cursor(Endless(), 0), False, Chunks())
+        walk(Cursor(Endless(), 0), False, ChunkBudget())
 
 
 def test_empty_chunks_of_all_bodies_together_are_bounded() -> None:
-    walk, chunks = walker("dirty-bitmap", 1), Chunks()
+    walk, chunks = body_reader("dirty-bitmap", 1), ChunkBudget()
     assert walk is not None
     body = Sparse([(0, bytes(CHUNKS_MAX // 2) + b"\1")])
     for _ in range(2):
@@ -120,12 +120,12 @@ def test_empty_chunks_of_all_bodies_together_are_bounded() -> None:
 
 
 def test_chunks_with_content_are_as_many_as_the_file_has() -> None:
-    class Counting(Chunks):
+    class Counting(ChunkBudget):
         def __init__(self) -> None:
             self._left = 1
 
     run = struct.pack(">IHH", 0, 1, 5) + bytes(16)
-    walk, body = walker("spapr/htab", 1), bytes(4) + run * 9 + bytes(8)
+    walk, body = body_reader("spapr/htab", 1), bytes(4) + run * 9 + bytes(8)
     assert walk is not None
     cursor = Cursor(Sparse([(0, body)]), 0)
     walk(cursor, False, Counting())
@@ -139,11 +139,11 @@ def test_chunks_with_content_are_as_many_as_the_file_has() -> None:
 def test_noise_is_refused_or_stays_in_the_file(
     name: str, version: int, body: bytes, start: bool
 ) -> None:
-    walk = walker(name, version)
+    walk = body_reader(name, version)
     assert walk is not None
     cursor = Cursor(Sparse([(0, body)], len(body)), 0)
     try:
-        walk(cursor, start, Chunks())
+        walk(cursor, start, ChunkBudget())
     except SnapshotError:
         return
     assert cursor.position <= len(body)

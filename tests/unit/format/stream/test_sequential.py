@@ -10,14 +10,12 @@ import pytest
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import (
-    RAM_EOS,
     SequentialStream,
-    SequentialWalk,
-    encode_end,
+    SequentialStreamReader,
     encode_head,
-    encode_part_header,
 )
 from pyqmigrate.format.stream.wire import SectionKind
+from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_part_header
 from tests.harness.stream_builders import (
     EOF,
     Sparse,
@@ -62,9 +60,9 @@ ONE = blocks(entry("pc.ram", 8192), total=8192)
 ENDED = end(1, MARK) + EOF + described_as(described())
 
 
-def walk(data: bytes, *, page_size: int | None = None, offset: int = 0) -> SequentialWalk:
+def walk(data: bytes, *, page_size: int | None = None, offset: int = 0) -> SequentialStreamReader:
     """A walk whose records are one end mark."""
-    walk = SequentialWalk(
+    walk = SequentialStreamReader(
         Sparse([(0, data)]), offset, lambda at: at + len(MARK), page_size=page_size
     )
     walk.read_head()
@@ -156,7 +154,7 @@ def test_records_are_read_in_every_part_and_in_end() -> None:
         seen.append(at)
         return at + 8
 
-    walk = SequentialWalk(Sparse([(0, data)]), 0, read)
+    walk = SequentialStreamReader(Sparse([(0, data)]), 0, read)
     walk.read_head()
     walk.stream()
     assert [data[at : at + 8] for at in seen] == [MARK] * 3
@@ -185,7 +183,7 @@ def test_stream_with_an_offset_is_read_there() -> None:
 
 
 def test_mapped_ram_stream_is_of_another_kind() -> None:
-    walk = SequentialWalk(snapshot(), 0, lambda at: at)
+    walk = SequentialStreamReader(snapshot(), 0, lambda at: at)
     with pytest.raises(NotSupported, match="mapped-ram"):
         walk.read_head()
 

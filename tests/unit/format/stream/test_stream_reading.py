@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate.format.stream.mapped_ram import PAGE_SIZES, BlockSpec
-from pyqmigrate.format.stream.writer import SectionKind, encode_head, encode_tail, parse
+from pyqmigrate.format.stream.mapped_ram_reader import parse
+from pyqmigrate.format.stream.wire import SectionKind
+from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from tests.harness.stream_builders import (
     RAM_EOS,
     Raw,

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported, SnapshotError
+from pyqmigrate.format.stream.elements import LISTED_MAX
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
-from pyqmigrate.format.stream.reader import LISTED_MAX
-from pyqmigrate.format.stream.writer import encode_head, encode_tail, parse
+from pyqmigrate.format.stream.mapped_ram_reader import parse
+from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from tests.harness.stream_builders import (
     RAM_EOS,
     Raw,
@@ -235,7 +236,7 @@ def test_bitmap_over_the_description_is_refused() -> None:
 def test_bitmap_before_the_stream_is_refused() -> None:
     head = encode_head("pc", [BlockSpec("a", 4096)], offset=4096)
     source = file_of(head, encode_tail()).patched(head.blocks[0].header_offset + 12, words(100))
-    assert "what stands before the stream" in str(refusal(source, 4096))
+    assert "the data before the stream" in str(refusal(source, 4096))
 
 
 def test_bitmap_over_the_pages_of_another_block_is_refused() -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
-from pyqmigrate.format.stream.writer import MAGIC, encode_head, encode_tail
+from pyqmigrate.format.stream.wire import MAGIC
+from pyqmigrate.format.stream.writer import encode_head, encode_tail
 
 EXAMPLE = [
     BlockSpec("pc.ram", 0x4000000),
@@ -110,13 +111,13 @@ def test_stream_without_blocks_has_a_head_and_a_tail() -> None:
 @pytest.mark.parametrize(
     ("specs", "options", "message"),
     [
-        ([BlockSpec("a", 4096), BlockSpec("a", 4096)], {}, "given twice"),
+        ([BlockSpec("a", 4096), BlockSpec("a", 4096)], {}, "duplicate block name"),
         ([BlockSpec("a", 4096), BlockSpec("b", 4096, 1024)], {}, "pages of 1024"),
         ([BlockSpec("a", 4096)], {"target_page_bits": 10}, "pages of 4096"),
-        ([BlockSpec("a", 4096)], {"target_page_bits": 9}, "page bits"),
-        ([BlockSpec("a", 4096)], {"target_page_bits": -1}, "page bits"),
-        ([BlockSpec("a", 4096)], {"offset": -1}, "cannot be in a file"),
-        ([BlockSpec("a", 1 << 62), BlockSpec("b", 1 << 62)], {}, "cannot be in a file"),
+        ([BlockSpec("a", 4096)], {"target_page_bits": 9}, "target_page_bits"),
+        ([BlockSpec("a", 4096)], {"target_page_bits": -1}, "target_page_bits"),
+        ([BlockSpec("a", 4096)], {"offset": -1}, "must not be negative"),
+        ([BlockSpec("a", 1 << 62), BlockSpec("b", 1 << 62)], {}, "do not fit in a file"),
     ],
 )
 def test_blocks_that_do_not_fit_together_are_refused(

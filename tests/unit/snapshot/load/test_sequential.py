@@ -22,7 +22,8 @@ from pyqmigrate import (
     save,
 )
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
-from pyqmigrate.format.stream.sequential import RAM_EOS, encode_end, encode_head, encode_part_header
+from pyqmigrate.format.stream.sequential import encode_head
+from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_part_header
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.load.sequential import (
     DeviceSection,
