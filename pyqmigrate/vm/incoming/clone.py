@@ -15,7 +15,7 @@ import errno
 import os
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyqmigrate.enums import parse_enum
@@ -96,7 +96,7 @@ async def clone(
         qmp = place / f"{number}.qmp"
         async with turn:
             try:
-                vm = await restore_from(companions, chosen[number], replace(request, qmp=qmp))
+                vm = await restore_from(companions, chosen[number], request._replace(qmp=qmp))
             except PyqmigrateError as error:
                 return Clone(number, qmp, error=error)
         started.append(vm)
@@ -110,7 +110,7 @@ async def clone(
             chosen = await acquired(choosing, _discard)
             commands = {number: each.command for number, each in chosen.items()}
             mode = _refuse_shared(commands, companions.source, request.mode, command is None)
-            request = replace(request, mode=mode)
+            request = request._replace(mode=mode)
             tasks = [asyncio.create_task(one(companions, number)) for number in chosen]
             try:
                 await asyncio.wait(tasks)
