@@ -24,7 +24,6 @@ import errno
 import fcntl
 import mmap
 import os
-import secrets
 import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -295,7 +294,7 @@ class OutputFile:
         self._target = target
         self._in_use: InUse = {}
         self._may_be_new = False
-        self._mark = secrets.token_hex(8)
+        self._mark = os.urandom(8).hex()
 
     @property
     def in_place(self) -> bool:
