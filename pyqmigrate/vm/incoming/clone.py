@@ -22,7 +22,6 @@ from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.cancellation import acquired, shielded
-from pyqmigrate.vm.guest.written_files import written_files
 from pyqmigrate.vm.incoming.companions import IncomingStreams
 from pyqmigrate.vm.incoming.identity import shared_identity
 from pyqmigrate.vm.incoming.inherited_fds import check_descriptors, descriptors_in_use
@@ -31,6 +30,7 @@ from pyqmigrate.vm.incoming.ram_mapping import map_blocks
 from pyqmigrate.vm.incoming.request import Disks, Mode, Request
 from pyqmigrate.vm.incoming.restore import RestoredVm, restore_from
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, CommandChoice
+from pyqmigrate.vm.incoming.shared_files import written_files
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 
