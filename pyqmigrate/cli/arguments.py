@@ -66,7 +66,10 @@ class Parser(argparse.ArgumentParser):
         given = list(sys.argv[1:] if args is None else args)
         if self._offered:
             (package, names), self._offered = self._offered, None
-            verbs = self.add_subparsers(title="verbs", metavar="VERB", required=True)
+            # Without ``prog``, argparse formats a usage line for it, and imports shutil for that.
+            verbs = self.add_subparsers(
+                prog=self.prog, title="verbs", metavar="VERB", required=True
+            )
             # The options before a verb have no values.
             verb = next((text for text in given if not text.startswith("-")), None)
             for name in [verb] if verb in names else names:

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import enum
 import functools
-import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
-
-import xxhash
 
 from pyqmigrate.errors import NotSupported
 
@@ -38,8 +35,12 @@ def digester(algorithm: Algorithm) -> Callable[[Data], bytes]:
     Raises NotSupported where the library for it is not installed.
     """
     if algorithm is Algorithm.XXH3_128:
+        import xxhash  # imported when first used, as all of them: most verbs make no digest
+
         return xxhash.xxh3_128_digest
     if algorithm is Algorithm.SHA256:
+        import hashlib
+
         return lambda data: hashlib.sha256(data).digest()[:DIGEST_SIZE]
     blake3 = _blake3()
 
@@ -56,7 +57,15 @@ def digest_of_all(algorithm: Algorithm, pieces: Iterable[Data]) -> bytes:
         blake3 = _feed(_blake3()(), pieces)
         found: bytes = blake3.digest(length=DIGEST_SIZE)
         return found
-    state = xxhash.xxh3_128() if algorithm is Algorithm.XXH3_128 else hashlib.sha256()
+    state: Any
+    if algorithm is Algorithm.XXH3_128:
+        import xxhash
+
+        state = xxhash.xxh3_128()
+    else:
+        import hashlib
+
+        state = hashlib.sha256()
     return bytes(_feed(state, pieces).digest()[:DIGEST_SIZE])
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -78,7 +77,7 @@ class OutputFile:
         self._target = target
         self._in_use: InUse = {}
         self._may_be_new = False
-        self._mark = secrets.token_hex(8)
+        self._mark = os.urandom(8).hex()
 
     @property
     def in_place(self) -> bool:

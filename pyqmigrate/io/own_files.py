@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ def write_whole(
         with contextlib.ExitStack() as stack:
             dir_fd = open_directory(place)
             stack.callback(os.close, dir_fd)
-            file = NewFile(dir_fd, place.name, secrets.token_hex(8))
+            file = NewFile(dir_fd, place.name, os.urandom(8).hex())
             stack.callback(file.close)
             with open(file.fd, "wb", closefd=False) as out:
                 write(out)

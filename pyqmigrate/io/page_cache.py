@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -22,6 +21,8 @@ def cached_bytes(fd: int) -> int:
     The kernel tells the truth only to the file's owner and to who may write it; to others all
     of the file seems cached. Raises TargetError when the file cannot be mapped.
     """
+    import ctypes  # a restore that maps the file does not ask, and starts QEMU sooner
+
     mincore = ctypes.CDLL(None, use_errno=True).mincore
     mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
     size = file_size(fd)

@@ -8,16 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pyqmigrate import Descriptors, ProcessMemory
-from pyqmigrate.io.memory import Memory
-from pyqmigrate.vm.guest.device_state import (
-    DeviceState,
-    read_devices,
-    read_migrated,
-    start_snapshot,
-)
+from pyqmigrate.io.channels import Job
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.memory import Memory, RamBlock
+from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
+from pyqmigrate.vm.guest.device_state import DeviceState, read_devices, read_migrated
 from tests.harness.machine import MigrationFailed, Mode, Qemu
 
-__all__ = ["FOREIGN", "DirectQemu", "poke"]
+__all__ = ["FOREIGN", "DirectQemu", "poke", "write_snapshot"]
 
 _FDSET = 3
 FOREIGN = [
@@ -62,6 +61,31 @@ def _unnamed(vm: Qemu, directory: Path) -> Iterator[int]:
         vm.execute("remove-fd", {"fdset-id": _FDSET})
 
 
+def write_snapshot(path: Path, state: DeviceState, memories: Mapping[str, Memory]) -> SaveReport:
+    """Write a snapshot of ``state`` with the pages of ``memories``, as engine direct does."""
+    pages = {**state.carried, **memories}
+    blocks = [RamBlock(name, pages[name], state.page_size) for name in state.blocks]
+    writer = Writer(
+        path,
+        blocks,
+        direct_io=DirectIO.AUTO,
+        sparse=Sparse.AUTO,
+        channels=2,
+        machine=state.machine,
+        target_page_bits=state.target_page_bits,
+        uuid=state.uuid,
+        reuse=False,
+        max_bandwidth=0,
+    )
+    return Job(
+        writer.channels,
+        writer.total,
+        lambda: writer.run(
+            state.sections, state.description, switchover_start=state.switchover_start
+        ),
+    ).wait()
+
+
 class DirectQemu(Qemu):
     """As Qemu; ``migrated_state`` and ``device_state`` are the two ways to its device state."""
 
@@ -100,7 +124,7 @@ class DirectQemu(Qemu):
         self, path: Path, state: DeviceState, memories: Mapping[str, Memory]
     ) -> dict[str, bytes]:
         """Write the snapshot; returns what the RAM blocks held."""
-        start_snapshot(path, state, memories, channels=2).wait()
+        write_snapshot(path, state, memories)
         return self.read_blocks()
 
     def is_loaded(self, path: Path, mode: Mode) -> dict[str, bytes]:

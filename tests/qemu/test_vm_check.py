@@ -159,7 +159,7 @@ def test_disks_that_can_be_taken_along_are_told(tmp_path: Path) -> None:
         (tmp_path / "disk").unlink()
         outcome = run_verb("--qmp", qemu.socket)
     assert outcome.data["with_disks"] is False
-    assert "not a file that is seen from here" in outcome.data["why_no_disks"]
+    assert "not a file that this process can reach" in outcome.data["why_no_disks"]
     assert any("is impossible: " in line for line in fields(outcome)["disks"])
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import NotSupported, QemuRefused
-from pyqmigrate.vm.guest.disks import DiskPlan, prepare, stranded, take
+from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.inspect import inspect
 from pyqmigrate.vm.outgoing import guardian
+from pyqmigrate.vm.outgoing.disk_snapshots import stranded, take
 from pyqmigrate.vm.outgoing.transaction import drive
+from pyqmigrate.vm.plan.disks import prepare
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
 from tests.harness.version import qemu_version

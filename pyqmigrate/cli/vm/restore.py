@@ -49,7 +49,6 @@ from pyqmigrate.cli.arguments import (
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, announce, counted, printable
 from pyqmigrate.io.direct_io import DirectIO
-from pyqmigrate.qapi.monitor_address import monitor_path
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.early_start import EarlyRestore
@@ -151,7 +150,11 @@ def _run(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
     from pyqmigrate.vm.incoming.request import Mode, Request
 
-    qmp = None if args.qmp is None else monitor_path(args.qmp)
+    qmp = None
+    if args.qmp is not None:
+        from pyqmigrate.qapi.monitor_address import monitor_path
+
+        qmp = monitor_path(args.qmp)
     request = Request(
         Mode(args.mode),
         args.paused,

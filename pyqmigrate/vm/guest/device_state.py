@@ -8,11 +8,7 @@ QEMU has two ways to write it:
   caller knows from QEMU's monitor (:func:`read_devices`).
 
 Both open the file for writing only, so that a fdset needs a descriptor of just that mode; here it
-is read through another. :func:`start_snapshot` then writes pages and device state as one
-mapped-ram file::
-
-    state = read_migrated(Descriptors(fd))
-    report = start_snapshot("/snap/guest.mapped", state, {"pc.ram": FileMemory(ram)}).wait()
+is read through another.
 
 The second heeds no migration blocker: QEMU 10.0.2 dies of it with a device that cannot be migrated
 (NVMe), which ``query-migrate`` tells beforehand in ``blocked-reasons``. It also leaves out, without
@@ -27,11 +23,10 @@ import contextlib
 import mmap
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pyqmigrate.enums import parse_enum
-from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, UsageError
+from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.device.sections import (
     DeviceSection,
     encode_devices,
@@ -43,27 +38,15 @@ from pyqmigrate.format.stream.device_only import HEADER_LENGTH, read_device_sect
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
-from pyqmigrate.io.channels import Job, check_channels
-from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.input import InputFile, Source
-from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, SnapshotMemory
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.load.sequential import LOADED_STATE_MAX, SequentialReader
-from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = [
-    "DeviceState",
-    "memory_file",
-    "read_devices",
-    "read_migrated",
-    "sections_of",
-    "start_snapshot",
-]
+__all__ = ["DeviceState", "memory_file", "read_devices", "read_migrated", "sections_of"]
 
 _SWITCHOVER = "switchover-start"
 _GLOBAL_STATE = "globalstate"
@@ -261,75 +244,3 @@ def _read(source: Source, start: int, end: int) -> bytes:
     if len(data) != end - start:
         raise SnapshotError("the file became shorter while it was read", offset=start + len(data))
     return data
-
-
-def start_snapshot(
-    target: Target,
-    state: DeviceState,
-    memories: Mapping[str, Memory],
-    *,
-    channels: int = 2,
-    direct_io: DirectIO | str = DirectIO.AUTO,
-    sparse: Sparse | str = Sparse.AUTO,
-    reuse: bool = False,
-    max_bandwidth: int = 0,
-) -> Job[SaveReport]:
-    """Begin to write a snapshot that QEMU loads; returns at once.
-
-    memories: where the pages of each external block are; a FileMemory without a length has the
-        block's. One given for a carried block is used instead of what the stream had.
-
-    The other arguments are those of :func:`pyqmigrate.api.start_save`, and so are the errors;
-    BlockMismatch for memories that are missing, unknown or of another length than their blocks.
-    """
-    writer = Writer(
-        target,
-        _ram_blocks(state, memories),
-        direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
-        sparse=parse_enum(Sparse, sparse, "sparse"),
-        channels=check_channels(channels),
-        machine=state.machine,
-        target_page_bits=state.target_page_bits,
-        uuid=state.uuid,
-        reuse=reuse,
-        max_bandwidth=max_bandwidth,
-    )
-
-    def write() -> SaveReport:
-        return writer.run(
-            state.sections, state.description, switchover_start=state.switchover_start
-        )
-
-    try:
-        return Job(writer.channels, writer.total, write)
-    except BaseException:
-        writer.close()
-        raise
-
-
-def _ram_blocks(state: DeviceState, memories: Mapping[str, Memory]) -> list[RamBlock]:
-    unknown = [name for name in memories if name not in state.blocks]
-    if unknown:
-        raise BlockMismatch(f"the guest has no block {unknown[0]!r}; it has {[*state.blocks]}")
-    blocks = []
-    for name, length in state.blocks.items():
-        memory = memories.get(name, state.carried.get(name))
-        if memory is None:
-            raise BlockMismatch(f"no memory is given for block {name!r}, and QEMU wrote no page")
-        if isinstance(memory, FileMemory) and memory.length is None:
-            memory = replace(memory, length=length)
-        given = _length(name, memory)
-        if given != length:
-            raise BlockMismatch(f"memory of block {name!r} has {given} bytes, the guest {length}")
-        blocks.append(RamBlock(name, memory, state.page_size))
-    return blocks
-
-
-def _length(name: str, memory: Memory) -> int | None:
-    if isinstance(memory, FileMemory | ProcessMemory | SnapshotMemory):
-        return memory.length
-    try:
-        with memoryview(memory) as view:
-            return view.nbytes
-    except TypeError:
-        raise UsageError(f"memory of block {name!r} is none, but {type(memory).__name__}") from None

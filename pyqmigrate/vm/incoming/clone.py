@@ -15,14 +15,13 @@ import errno
 import os
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.cancellation import acquired, shielded
-from pyqmigrate.vm.guest.written_files import written_files
 from pyqmigrate.vm.incoming.companions import IncomingStreams
 from pyqmigrate.vm.incoming.identity import shared_identity
 from pyqmigrate.vm.incoming.inherited_fds import check_descriptors, descriptors_in_use
@@ -31,6 +30,7 @@ from pyqmigrate.vm.incoming.ram_mapping import map_blocks
 from pyqmigrate.vm.incoming.request import Disks, Mode, Request
 from pyqmigrate.vm.incoming.restore import RestoredVm, restore_from
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, CommandChoice
+from pyqmigrate.vm.incoming.shared_files import written_files
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 
@@ -96,7 +96,7 @@ async def clone(
         qmp = place / f"{number}.qmp"
         async with turn:
             try:
-                vm = await restore_from(companions, chosen[number], replace(request, qmp=qmp))
+                vm = await restore_from(companions, chosen[number], request._replace(qmp=qmp))
             except PyqmigrateError as error:
                 return Clone(number, qmp, error=error)
         started.append(vm)
@@ -110,7 +110,7 @@ async def clone(
             chosen = await acquired(choosing, _discard)
             commands = {number: each.command for number, each in chosen.items()}
             mode = _refuse_shared(commands, companions.source, request.mode, command is None)
-            request = replace(request, mode=mode)
+            request = request._replace(mode=mode)
             tasks = [asyncio.create_task(one(companions, number)) for number in chosen]
             try:
                 await asyncio.wait(tasks)

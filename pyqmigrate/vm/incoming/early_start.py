@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from pyqmigrate.errors import TargetError
 from pyqmigrate.io.target import Target
@@ -31,8 +31,7 @@ from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 __all__ = ["StartedRestore", "EarlyRestore", "begin", "begin_mapped", "prepare"]
 
 
-@dataclass(frozen=True)
-class StartedRestore:
+class StartedRestore(NamedTuple):
     """A QEMU that has been started, to map ``mapped`` from ``source``, which stays open.
 
     ``files`` are the memory files that it has besides. End it, or give it to
@@ -57,7 +56,7 @@ def prepare(
     what was changed. Raises UsageError for options that contradict a restore or the snapshot, and
     for sockets and disks that another process uses."""
     if request.paused is None and command.has("S"):
-        request = replace(request, paused=True)
+        request = request._replace(paused=True)
     command, notes = make_incoming(command, paused=request.paused)
     refuse_taken(command, request.qmp)
     refuse_in_use(command)
@@ -86,8 +85,7 @@ def begin_mapped(source: RestoreSource, mapped: Mapped, request: Request) -> Sta
     return StartedRestore(source, mapped, files, started)
 
 
-@dataclass(frozen=True)
-class EarlyRestore:
+class EarlyRestore(NamedTuple):
     """What was begun before there was an event loop, and what it was made from."""
 
     begun: StartedRestore

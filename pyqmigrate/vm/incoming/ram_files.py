@@ -15,9 +15,8 @@ import mmap
 import os
 import stat
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from pyqmigrate.errors import NotSupported, TargetError, UsageError
 from pyqmigrate.format.uri import parse_size
@@ -66,8 +65,7 @@ def _holds_something(path: Path) -> bool:
         os.close(fd)
 
 
-@dataclass(frozen=True)
-class _RamFile:
+class _RamFile(NamedTuple):
     fd: int
     path: str
     start: int

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.vm.qemu.spawn import Stream
@@ -26,8 +26,7 @@ class Mode(enum.StrEnum):
     POSTCOPY = "postcopy"
 
 
-@dataclass(frozen=True)
-class Disks:
+class Disks(NamedTuple):
     """What becomes of the disks of a snapshot.
 
     ``new_overlays``: each writable one gets a new overlay over what it was, in ``directory`` (None:
@@ -40,8 +39,7 @@ class Disks:
     as_they_are: bool = False
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What is asked of a restore; see :func:`pyqmigrate.vm.restore`."""
 
     mode: Mode = Mode.AUTO

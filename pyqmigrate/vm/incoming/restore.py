@@ -67,9 +67,9 @@ __all__ = [
 ]
 
 # In what a QEMU says that does not start because its memory cannot be mapped from the snapshot.
-_ABOUT_MEMORY = re.compile(
-    r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev",
-    re.IGNORECASE,
+# Patterns are strings, compiled when first used: a restore waits for each import.
+_ABOUT_MEMORY = (
+    r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev"
 )
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state that the stream brought
 _CAN_GO_ON = ("paused", "prelaunch", "io-error", "watchdog")
@@ -331,7 +331,7 @@ class _Attempt:
         try:
             return await self._instant(begun)
         except _NotStarted as error:
-            if self.request.mode is Mode.INSTANT or not _ABOUT_MEMORY.search(str(error)):
+            if self.request.mode is Mode.INSTANT or not re.search(_ABOUT_MEMORY, str(error)):
                 raise
             first = f"no instant restore: with mapped memory, {error}"
             try:

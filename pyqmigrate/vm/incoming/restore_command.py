@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.vm.incoming.identity import with_new_generation
@@ -29,13 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["ChosenCommand", "CommandChoice", "choose_command"]
 
 
-@dataclass(frozen=True)
-class ChosenCommand:
+class ChosenCommand(NamedTuple):
     """``command``, what is to be noted about it, and the overlays that were made for it."""
 
     command: CommandLine
-    notes: tuple[str, ...] = ()
-    overlays: list[Path] = field(default_factory=list)
+    notes: tuple[str, ...]
+    overlays: list[Path]
 
     def discard(self) -> None:
         """Remove the overlays: no guest has run on them. May be repeated."""
@@ -97,7 +95,7 @@ class CommandChoice:
         snapshot's VM, or its disks; TargetError where an overlay cannot be made.
         """
         if self._record is None:
-            return ChosenCommand(command, tuple(self.notes))
+            return ChosenCommand(command, tuple(self.notes), [])
         return self._settle(command, self._record, label)
 
     def _find_record(self, source: RestoreSource, place: Path) -> VmRecord | None:
@@ -139,9 +137,8 @@ class CommandChoice:
                     "; ".join(found.faults) + " (--disks-as-they-are restores all the same)"
                 )
             notes += found.faults
-        chosen = ChosenCommand(command, tuple(notes))
         if not found.needs_overlay:
-            return chosen
+            return ChosenCommand(command, tuple(notes), [])
         from pyqmigrate.vm.incoming.overlays import with_overlays
 
         directory = self._disks.directory or self._path.parent

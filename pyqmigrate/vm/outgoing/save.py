@@ -44,15 +44,16 @@ from pyqmigrate.io.target import Descriptors, stream_offset, target_path
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.cancellation import check_cancelled, shielded
-from pyqmigrate.vm.guest import disks
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest.files import files_of
 from pyqmigrate.vm.guest.inspect import GuestInfo, inspect
 from pyqmigrate.vm.guest.run_state import what_stopped
 from pyqmigrate.vm.outgoing.direct import DeviceStateRefused, save_direct
+from pyqmigrate.vm.outgoing.disk_snapshots import stranded
 from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written
 from pyqmigrate.vm.outgoing.qemu import save_qemu
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
+from pyqmigrate.vm.plan.disks import prepare, restore_needs
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice, choose_engine, fall_back
 from pyqmigrate.vm.plan.plan import Plan, make_plan
 from pyqmigrate.vm.plan.settings import UsedSetting
@@ -136,8 +137,8 @@ async def save(
         snapshot has its name, and its end is waited for, half a minute at most.
     channels: threads, or multifd channels, that move pages: 1 to 255.
     sparse: ``exact`` allocates no zero page, ``dense`` all of them.
-    with_disks: take snapshots of the writable disks at the same instant (:mod:`pyqmigrate.vm
-        .disks`).
+    with_disks: take snapshots of the writable disks at the same instant
+        (:mod:`pyqmigrate.vm.plan.disks`).
     seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the snapshot
         when it has its name and the guest is as it shall be. With engine qemu the file is read for
         it. Should that fail, the snapshot stays.
@@ -209,7 +210,7 @@ class _Save:
         self.guest = guest
         self.request = request
         self.choice: EngineChoice = choose_engine(guest, engine=request.engine, live=request.live)
-        self.disks = disks.prepare(guest, request.path) if request.with_disks else None
+        self.disks = prepare(guest, request.path) if request.with_disks else None
         self.recording: Recording
 
     async def run(self) -> VmSaveReport:
@@ -221,7 +222,7 @@ class _Save:
             # A migration may succeed; where it does not, it says which device is in the way.
             self.choice = fall_back(self.guest, error)
             if self.disks is not None:  # those of the first attempt are undone
-                self.disks = disks.prepare(self.guest, self.request.path)
+                self.disks = prepare(self.guest, self.request.path)
             try:
                 return await self._attempt()
             except QemuError as second:
@@ -252,7 +253,7 @@ class _Save:
         except QemuGone as error:
             error.add_note(f"({self._what_became_of_qemu()}) ")
             if self.disks is not None and self.disks.taken and not transaction.published:
-                for left in disks.stranded(self.disks):
+                for left in stranded(self.disks):
                     error.add_note(f"({left}) ")
             raise
         finally:
@@ -290,9 +291,7 @@ class _Save:
             run_state_before=self.guest.run_state,
             run_state_after=after,
             disks=tuple(
-                disks.restore_needs(
-                    self.guest.disks, resumed=resumed, with_disks=self.request.with_disks
-                )
+                restore_needs(self.guest.disks, resumed=resumed, with_disks=self.request.with_disks)
             ),
             record=os.fspath(self.recording.path) if self.recording.published else None,
             seal=self.request.seal,

@@ -38,10 +38,10 @@ from pyqmigrate.io.in_use import InUse
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.place import resolve_symlink
 from pyqmigrate.vm.cancellation import acquired, shielded
-from pyqmigrate.vm.guest import disks
 from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.outgoing import guardian
+from pyqmigrate.vm.outgoing.disk_snapshots import take
 from pyqmigrate.vm.outgoing.guardian import Step
 from pyqmigrate.vm.plan.blockers import why_no_migration_now
 from pyqmigrate.vm.plan.settings import Changes
@@ -179,7 +179,7 @@ class SaveTransaction:
         if self._plan is not None:
             self._note(Step.DISKS)
             self.events.stands()
-            await disks.take(self.monitor, self._plan)
+            await take(self.monitor, self._plan)
 
     async def stop(self) -> None:
         """Let the guest stand still."""

@@ -11,10 +11,11 @@ from pathlib import Path
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import GuestMemoryError, NotSupported, QemuError, UsageError
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.guest.disks import Disk, prepare, restore_needs
+from pyqmigrate.vm.guest.disks import Disk
 from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo, inspect
 from pyqmigrate.vm.guest.run_state import what_stopped
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
+from pyqmigrate.vm.plan.disks import prepare, restore_needs
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice, choose_engine
 from pyqmigrate.vm.plan.estimate import Basis, DiskRate, Estimate, estimate, measure_rate
 from pyqmigrate.vm.plan.plan import Plan, make_plan

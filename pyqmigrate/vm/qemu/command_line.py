@@ -15,8 +15,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.uri import parse_size
@@ -78,24 +77,34 @@ _SWITCHES = frozenset(
         "xen-domid-restrict",
     }
 )
-_QEMU = re.compile(r"(^|/)qemu-(system-[^/\s]+|kvm)$")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+# Patterns are strings, compiled when first used: a restore waits for each import.
+_QEMU = r"(^|/)qemu-(system-[^/\s]+|kvm)$"
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*="
 _SHOWN = 80  # characters of a value in an error
 _SAME = {"M": "machine", "nodefconfig": "no-user-config"}
 
 _TOPOLOGY = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One option: its name without dashes, and its value (None: it takes none).
 
-    The name of a disk image that stands alone is empty.
+    The name of a bare disk image is empty. ``word`` is how the name was written; options that
+    differ only in that are equal.
     """
 
     name: str
     value: str | None = None
-    word: str | None = field(default=None, compare=False)  # how the name was written
+    word: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Option) and self[:2] == other[:2]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:2])
 
     def properties(self, implied: str | None = None) -> dict[str, str]:
         """The value as keys and texts; ``implied`` is the key that the first may leave out.
@@ -160,12 +169,12 @@ class Option:
             data = self._json(text)
             assert isinstance(data, dict)  # a text that starts with a brace has an object or fails
             try:
-                return replace(self, value=json.dumps(data | {key: value}))
+                return self._replace(value=json.dumps(data | {key: value}))
             except RecursionError as error:
                 raise self._too_deep() from error
         if isinstance(value, bool):
             value = "on" if value else "off"
-        return replace(self, value=f"{text},{key}={escape(value)}")  # the last one wins
+        return self._replace(value=f"{text},{key}={escape(value)}")  # the last one wins
 
     def words(self) -> list[str]:
         """As words of a command line."""
@@ -177,8 +186,7 @@ class Option:
         return " ".join(self.words())
 
 
-@dataclass(frozen=True)
-class CommandLine:
+class CommandLine(NamedTuple):
     """A program and its options, in order: later ones win.
 
     ``before`` are the words of a program that starts it: ``numactl --membind=0 qemu-system-...``.
@@ -195,7 +203,7 @@ class CommandLine:
     @classmethod
     def parse(cls, words: Sequence[str]) -> Self:
         """Raises UsageError when there is no program, or the last option lacks its value."""
-        variables = list(itertools.takewhile(_VARIABLE.match, words))
+        variables = list(itertools.takewhile(lambda word: re.match(_VARIABLE, word), words))
         if len(words) == len(variables) or words[len(variables)].startswith("-"):
             raise UsageError(
                 "the command line of the VM starts with the program: qemu-system-x86_64 ..."
@@ -258,29 +266,29 @@ class CommandLine:
 
     def without(self, *names: str) -> Self:
         kept = tuple(option for option in self.options if option.name not in names)
-        return replace(self, options=kept)
+        return self._replace(options=kept)
 
     def replaced(self, changes: Mapping[Option, Option]) -> Self:
         """Each option that is a key, by its value, in the same place."""
         options = tuple(changes.get(option, option) for option in self.options)
-        return replace(self, options=options)
+        return self._replace(options=options)
 
     def with_options(self, *options: Option) -> Self:
-        return replace(self, options=(*self.options, *options))
+        return self._replace(options=(*self.options, *options))
 
     def filled_in(self, number: int) -> Self:
         """With every ``{n}`` replaced by ``number``."""
         options = (
-            replace(option, value=option.value and option.value.replace("{n}", str(number)))
+            option._replace(value=option.value and option.value.replace("{n}", str(number)))
             for option in self.options
         )
         before = tuple(word.replace("{n}", str(number)) for word in self.before)
-        return replace(self, options=tuple(options), before=before)
+        return self._replace(options=tuple(options), before=before)
 
 
 def is_qemu(word: str) -> bool:
     """Whether a word of a command line is the program QEMU, with or without its directory."""
-    return _QEMU.search(word) is not None
+    return re.search(_QEMU, word) is not None
 
 
 def escape(value: str) -> str:

@@ -10,8 +10,9 @@ from pyqmigrate.vm.qemu.command_line import CommandLine, Option, escape
 
 __all__ = ["with_configurations"]
 
-_SECTION = re.compile(r'\[\s*([\w-]+)(?:\s+"([^"]*)")?\s*\]')
-_VALUE = re.compile(r'([\w.-]+)\s*=\s*"([^"]*)"')
+# Patterns are strings, compiled when first used: a restore waits for each import.
+_SECTION = r'\[\s*([\w-]+)(?:\s+"([^"]*)")?\s*\]'
+_VALUE = r'([\w.-]+)\s*=\s*"([^"]*)"'
 _MOST = 1 << 20  # bytes of a file that are looked at
 
 
@@ -42,10 +43,10 @@ def _options(file: Path) -> Iterator[Option]:
     name = ""
     properties: list[str] = []
     for line in (*text.splitlines(), "[end]"):
-        if section := _SECTION.match(line.strip()):
+        if section := re.match(_SECTION, line.strip()):
             if name:
                 yield Option(name, ",".join(properties), f"-readconfig {file}: {name}")
             name = section[1]
             properties = [f"id={escape(section[2])}"] if section[2] else []
-        elif value := _VALUE.match(line.strip()):
+        elif value := re.match(_VALUE, line.strip()):
             properties.append(f"{value[1]}={escape(value[2])}")

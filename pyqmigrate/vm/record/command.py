@@ -11,7 +11,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from pyqmigrate.errors import UsageError
@@ -70,7 +69,7 @@ def original_command(record: VmRecord, path: Path) -> CommandLine:
         raise UsageError(f"the record {os.fspath(path)!r} has no command line: {_GIVE}")
     _check_owner(path)
     command = _with_program(CommandLine.parse(words), record)
-    return replace(command, directory=_directory(record))
+    return command._replace(directory=_directory(record))
 
 
 def _check_owner(path: Path) -> None:
@@ -94,7 +93,7 @@ def _with_program(command: CommandLine, record: VmRecord) -> CommandLine:
         return command
     if not os.access(binary, os.X_OK):
         raise UsageError(f"the recorded program {binary!r} cannot be run here: {_GIVE}")
-    return replace(command, program=binary)
+    return command._replace(program=binary)
 
 
 def _directory(record: VmRecord) -> str | None:
@@ -115,7 +114,7 @@ def _without_own_monitors(command: CommandLine) -> CommandLine:
     last = options[-1] if options else None
     if last is None or last.name != "readconfig" or not _OWN.fullmatch(last.value or ""):
         return command
-    return replace(command, options=options[:-1])
+    return command._replace(options=options[:-1])
 
 
 def without_monitors(command: CommandLine) -> tuple[CommandLine, list[str]]:
@@ -148,7 +147,7 @@ def without_monitors(command: CommandLine) -> tuple[CommandLine, list[str]]:
     # Where none is named, QEMU would make one at its standard input.
     if not any(option.name == "monitor" for option in options):
         options.append(Option("monitor", "none"))
-    return replace(command, options=tuple(options)), [
+    return command._replace(options=tuple(options)), [
         f"{option} is left out: each guest has a monitor of its own" for option in left_out
     ]
 

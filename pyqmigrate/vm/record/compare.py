@@ -19,18 +19,19 @@ __all__ = ["compare_command_line"]
 
 # Machine types that stand for the newest of their kind, by how the full names begin.
 _ALIASES = {"pc": "pc-i440fx-", "q35": "pc-q35-"}
-_VERSION = re.compile(r"-\d+\.\d+$")
+# Patterns are strings, compiled when first used: a restore waits for each import.
+_VERSION = r"-\d+\.\d+$"
 _X86 = ("i386", "x86_64")
-_MODEL_VERSION = re.compile(r"-v\d+$")
+_MODEL_VERSION = r"-v\d+$"
 _RAM_UNIT = 8192  # bytes that QEMU rounds RAM up to
 _DEFAULT_RAM = 128 << 20  # of x86 machines
 # One device has several names; ids of buses and of what QEMU makes by itself do not count.
-_VIRTIO = re.compile(
+_VIRTIO = (
     r"^(virtio-[a-z0-9]+)(?:-pci|-ccw|-device|-pci-non-transitional"
     r"|-pci-transitional)?$"
 )
 # Devices that are known to have a section in the stream, which QEMU does not load without them.
-_HAVE_STATE = re.compile(
+_HAVE_STATE = (
     r"virtio-|vhost-|e1000|rtl8139|ne2k|pcnet|vmxnet3|igb|i8255|tulip|nvme|.*ahci|.*-[xeuo]hci|usb-|"
     r"lsi|megasas|mptsas|am53c974|scsi-|ide-|.*serial|.*[vV][gG][aA]|qxl|ES1370|AC97|.*hda|"
     r".*root-port|.*bridge|sdhci|ivshmem|pc-dimm|tpm-|floppy"
@@ -43,7 +44,7 @@ def compare_command_line(command: CommandLine, record: VmRecord) -> tuple[list[s
     faults = [*_machine(command, record), *_memory(command, record), *_processors(command, record)]
     notes: list[str] = []
     for kind, sentence in _devices(command, record):
-        (faults if _HAVE_STATE.match(kind) else notes).append(sentence)
+        (faults if re.match(_HAVE_STATE, kind) else notes).append(sentence)
     return faults, notes
 
 
@@ -57,7 +58,7 @@ def _machine(command: CommandLine, record: VmRecord) -> Iterator[str]:
     given = given.removesuffix("-machine")
     if given == saved or saved.startswith(_ALIASES.get(given, f"{given}-")):
         return  # an alias: which version it is is asked of the QEMU that has started
-    if given in _ALIASES or _VERSION.search(given) or f"{given}-" not in saved:
+    if given in _ALIASES or re.search(_VERSION, given) or f"{given}-" not in saved:
         yield (
             f"the snapshot is of machine type {saved}, and the command line makes {given}: "
             f"give -machine {saved}"
@@ -107,7 +108,7 @@ def _processors(command: CommandLine, record: VmRecord) -> Iterator[str]:
         return
     was = saved.type.removesuffix(suffix)
     now = model.properties("model").get("model", "").removesuffix(suffix)
-    if now and _MODEL_VERSION.sub("", now) != _MODEL_VERSION.sub("", was):
+    if now and re.sub(_MODEL_VERSION, "", now) != re.sub(_MODEL_VERSION, "", was):
         yield (
             f"the snapshot was saved with CPUs of model {was}, and the command line makes {now}: "
             f"give -cpu {was}"
@@ -164,5 +165,5 @@ def _may_be_made(kind: str, words: str) -> bool:
 
 
 def _type(driver: str) -> str:
-    virtio = _VIRTIO.match(driver)
+    virtio = re.match(_VIRTIO, driver)
     return virtio[1] if virtio else driver

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pyqmigrate.errors import NotSupported, UsageError
@@ -233,7 +233,7 @@ def make_twin(
     if not rewriter.has_backend(command):
         options += _machine_memory(command, blocks, memory)
     options += [*_MONITORS_OFF, Option("S"), Option("incoming", "defer")]
-    return Twin(replace(command, options=tuple(options)), rewriter.taps)
+    return Twin(command._replace(options=tuple(options)), rewriter.taps)
 
 
 class _Rewriter:

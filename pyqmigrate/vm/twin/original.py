@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyqmigrate.errors import NotSupported, UsageError
@@ -57,7 +57,7 @@ class Original:
         except BaseException:
             os.close(program)
             raise
-        return cls(replace(command, directory=shown.directory), program, before)
+        return cls(command._replace(directory=shown.directory), program, before)
 
     @classmethod
     def of_command(cls, command: CommandLine) -> Original:

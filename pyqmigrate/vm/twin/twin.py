@@ -23,7 +23,7 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.device.broken_virtio import without_broken
@@ -201,10 +201,10 @@ def _prepare(
         fds.append(original.program)
         program = f"/proc/self/fd/{original.program}"
         if command.before:  # a loader that runs QEMU's program
-            command = replace(command, before=(program, *command.before[1:]))
+            command = command._replace(before=(program, *command.before[1:]))
         else:
-            command = replace(command, program=program)
-    command = replace(command, before=(*before, *command.before))
+            command = command._replace(program=program)
+    command = command._replace(before=(*before, *command.before))
     return _Start(command, tuple(fds), _stream(state, pages, stack))
 
 

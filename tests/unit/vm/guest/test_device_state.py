@@ -14,11 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate import (
-    BlockMismatch,
     Descriptors,
-    FileMemory,
     NotSupported,
-    ProcessMemory,
     SnapshotError,
     TargetError,
     UsageError,
@@ -27,14 +24,9 @@ from pyqmigrate import (
 from pyqmigrate.format.device.sections import global_state
 from pyqmigrate.format.stream.configuration import Configuration
 from pyqmigrate.format.stream.description import with_configuration
-from pyqmigrate.vm.guest.device_state import (
-    DeviceState,
-    read_devices,
-    read_migrated,
-    start_snapshot,
-)
+from pyqmigrate.vm.guest.device_state import DeviceState, read_devices, read_migrated
+from tests.harness.direct import write_snapshot
 from tests.harness.examples import some
-from tests.harness.kernel import memfd
 from tests.harness.page_records import CONTINUE, PAGE, ZERO, word
 from tests.harness.snapshots import load
 from tests.harness.stream_builders import (
@@ -157,7 +149,7 @@ def test_uuid_and_page_bits_are_kept(tmp_path: Path) -> None:
     head = configured(bits, IGNORES, uuid, machine=b"virt-10.0") + listed(BLOCKS)
     state = read_migrated(migrated(tmp_path / "state", head=head))
     assert (state.target_page_bits, state.uuid) == (12, bytes(range(16)))
-    start_snapshot(tmp_path / "snap", state, {"pc.ram": bytes(RAM)}).wait()
+    write_snapshot(tmp_path / "snap", state, {"pc.ram": bytes(RAM)})
     with open_snapshot(tmp_path / "snap") as snapshot:
         stream = snapshot.stream
         assert (stream.machine, stream.target_page_bits, stream.uuid) == (
@@ -224,9 +216,9 @@ def test_device_whose_state_stands_before_ram_is_named(tmp_path: Path) -> None:
 
 
 def test_mapped_ram_stream_is_another_kind(tmp_path: Path) -> None:
-    start_snapshot(
+    write_snapshot(
         tmp_path / "snap", devices_of(device_file(tmp_path / "state")), given_all(BLOCKS)
-    ).wait()
+    )
     with pytest.raises(NotSupported, match="mapped-ram"):
         read_migrated(tmp_path / "snap")
 
@@ -319,7 +311,7 @@ def test_blocks_that_cannot_be_are_refused(tmp_path: Path, names: dict[str, int]
 def test_snapshot_of_migrated_state_has_pages_from_both(disk: Path) -> None:
     state = read_migrated(migrated(disk / "state"))
     ram = memory(RAM)
-    report = start_snapshot(disk / "snap", state, {"pc.ram": ram}, channels=2).wait()
+    report = write_snapshot(disk / "snap", state, {"pc.ram": ram})
     assert report.data_pages == 64 + 1
     with open_snapshot(disk / "snap") as snapshot:
         snapshot.verify()
@@ -339,7 +331,7 @@ def test_snapshot_of_migrated_state_has_pages_from_both(disk: Path) -> None:
 def test_snapshot_of_device_state_is_whole(disk: Path) -> None:
     state = devices_of(device_file(disk / "state"))
     memories = given_all(BLOCKS)
-    start_snapshot(disk / "snap", state, memories).wait()
+    write_snapshot(disk / "snap", state, memories)
     with open_snapshot(disk / "snap") as snapshot:
         snapshot.verify()
         assert snapshot.stream.complete
@@ -348,49 +340,6 @@ def test_snapshot_of_device_state_is_whole(disk: Path) -> None:
         assert names == ["timer", "globalstate"]
     assert {n: m.tobytes() for n, m in load(disk / "snap").items()} == memories
     assert end(1, MARK) + SECTIONS + EOF in (disk / "snap").read_bytes()
-
-
-def test_file_memory_without_a_length_has_the_block_s(disk: Path) -> None:
-    state = read_migrated(migrated(disk / "state"))
-    ram = memory(RAM)
-    with memfd(2 * RAM + 4096) as fd:
-        os.pwrite(fd, ram, RAM)
-        start_snapshot(disk / "snap", state, {"pc.ram": FileMemory(fd, RAM)}).wait()
-    assert load(disk / "snap")["pc.ram"].tobytes() == ram
-
-
-def test_memory_of_a_carried_block_is_used_instead(disk: Path) -> None:
-    state = read_migrated(migrated(disk / "state"))
-    rom = memory(ROM, seed=5)
-    start_snapshot(disk / "snap", state, {"pc.ram": bytes(RAM), "pc.rom": rom}).wait()
-    assert load(disk / "snap")["pc.rom"].tobytes() == rom
-
-
-@pytest.mark.parametrize(
-    ("memories", "match"),
-    [
-        ({}, "no memory is given for block 'pc.ram'"),
-        ({"pc.ram": bytes(RAM), "other": bytes(4096)}, "no block 'other'"),
-        ({"pc.ram": bytes(RAM - 4096)}, "the guest 262144"),
-        ({"pc.ram": FileMemory(0, 0, RAM + 4096)}, "the guest 262144"),
-        ({"pc.ram": ProcessMemory(1, 4096, 4096)}, "the guest 262144"),
-        ({"pc.ram": bytes(RAM), "pc.rom": bytes(4096)}, "the guest 8192"),
-    ],
-)
-def test_memories_that_do_not_fit_touch_nothing(
-    tmp_path: Path, memories: dict[str, Any], match: str
-) -> None:
-    state = read_migrated(migrated(tmp_path / "state"))
-    (tmp_path / "snap").write_bytes(b"what was there")
-    with pytest.raises(BlockMismatch, match=match):
-        start_snapshot(tmp_path / "snap", state, memories, reuse=True)
-    assert (tmp_path / "snap").read_bytes() == b"what was there"
-
-
-def test_memory_that_is_none_is_refused(tmp_path: Path) -> None:
-    state = read_migrated(migrated(tmp_path / "state"))
-    with pytest.raises(UsageError, match="is none, but int"):
-        start_snapshot(tmp_path / "snap", state, {"pc.ram": 5})  # type: ignore[dict-item]
 
 
 def test_carried_block_of_some_pages_is_zero_elsewhere(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 from pyqmigrate.errors import NotSupported, QemuError, UsageError
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.process_memory import ProcessMemory
-from pyqmigrate.vm.guest.disks import Disk, restore_needs
+from pyqmigrate.vm.guest.disks import Disk
 from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod, missed_devices, why_no_migration
+from pyqmigrate.vm.plan.disks import restore_needs
 from pyqmigrate.vm.plan.engine import Engine, choose_engine
 
 MIB = 1 << 20
