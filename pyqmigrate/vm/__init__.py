@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.clone import Clone, clone
     from pyqmigrate.vm.incoming.request import Mode
     from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport, restore
-    from pyqmigrate.vm.outgoing.save import Then, VmSaveReport
+    from pyqmigrate.vm.outgoing.options import Then, VmCheckOptions, VmSaveOptions
+    from pyqmigrate.vm.outgoing.report import VmSaveReport
     from pyqmigrate.vm.plan.check import CheckReport
     from pyqmigrate.vm.plan.engine import Engine
     from pyqmigrate.vm.qemu.monitor import Monitor
@@ -35,7 +36,9 @@ __all__ = [
     "RestoredVm",
     "clone",
     "Clone",
+    "VmSaveOptions",
     "VmSaveReport",
+    "VmCheckOptions",
     "RestoreReport",
     "CheckReport",
     "Engine",
@@ -57,8 +60,10 @@ _HOME = {
     "RestoredVm": "incoming.restore",
     "RestoreReport": "incoming.restore",
     "restore": "incoming.restore",
-    "Then": "outgoing.save",
-    "VmSaveReport": "outgoing.save",
+    "Then": "outgoing.options",
+    "VmCheckOptions": "outgoing.options",
+    "VmSaveOptions": "outgoing.options",
+    "VmSaveReport": "outgoing.report",
 }
 
 

@@ -19,13 +19,14 @@ import subprocess
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.incoming.restore import RestoreReport
-from pyqmigrate.vm.outgoing.save import VmSaveReport
+from pyqmigrate.vm.outgoing.options import VmCheckOptions, VmSaveOptions
+from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.plan.check import CheckReport
 
 __all__ = ["connect", "Vm", "restore", "RestoredVm", "clone", "Clone"]
@@ -47,11 +48,15 @@ class Vm:
     def __repr__(self) -> str:
         return repr(self._vm)
 
-    def save(self, snapshot: str | os.PathLike[str], **options: Any) -> VmSaveReport:
+    def save(
+        self, snapshot: str | os.PathLike[str], **options: Unpack[VmSaveOptions]
+    ) -> VmSaveReport:
         """As :meth:`pyqmigrate.vm.Vm.save`."""
         return _run("Vm.save", self._vm.save(snapshot, **options))
 
-    def check(self, directory: str | os.PathLike[str] | None = None, **options: Any) -> CheckReport:
+    def check(
+        self, directory: str | os.PathLike[str] | None = None, **options: Unpack[VmCheckOptions]
+    ) -> CheckReport:
         """As :meth:`pyqmigrate.vm.Vm.check`."""
         return _run("Vm.check", self._vm.check(directory, **options))
 

@@ -47,7 +47,7 @@ def test_guest_that_was_let_run_while_its_memory_is_copied_is_not_saved(
 ) -> None:
     with source(disk, memory=memory) as guest:
         meddle(monkeypatch, guest, *commands)
-        with pytest.raises(QemuError, match="another client let the guest run"):
+        with pytest.raises(QemuError, match="another client resumed the guest"):
             guest.save(disk / "snapshot", engine="direct", then=then)
         guest.assert_as_before()
 
@@ -66,7 +66,7 @@ def test_guest_that_was_let_run_between_its_devices_and_its_memory_is_not_saved(
                 return original(*arguments, **options)
 
             monkeypatch.setattr(engine_direct, name, meddled)
-        with pytest.raises(QemuError, match="another client let the guest run"):
+        with pytest.raises(QemuError, match="another client resumed the guest"):
             guest.save(disk / "snapshot", engine="direct")
         guest.assert_as_before()
 
@@ -94,7 +94,7 @@ def test_guest_that_was_let_run_between_its_disks_and_its_memory_is_not_saved(
         outcome = (
             contextlib.nullcontext()
             if live
-            else pytest.raises(QemuError, match="another client let the guest run")
+            else pytest.raises(QemuError, match="another client resumed the guest")
         )
         with outcome:
             guest.save(disk / "snapshot", engine="qemu", with_disks=True, live=live)
@@ -108,7 +108,7 @@ def test_paused_guest_that_was_let_run_is_not_saved(
 ) -> None:
     with source(disk, memory="private", run=False) as guest:
         meddle(monkeypatch, guest, "cont")
-        with pytest.raises(QemuError, match="another client let the guest run"):
+        with pytest.raises(QemuError, match="another client resumed the guest"):
             guest.save(disk / "snapshot", engine="direct")
         assert not (disk / "snapshot").exists()
 

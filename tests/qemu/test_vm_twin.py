@@ -22,7 +22,8 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.snapshot.devices import cpu_registers, devices
 from pyqmigrate.vm.incoming.load import Incoming
-from pyqmigrate.vm.outgoing.save import VmSaveReport, save
+from pyqmigrate.vm.outgoing.report import VmSaveReport
+from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.plan.check import check
 from pyqmigrate.vm.qemu.launch import QemuSession
 from pyqmigrate.vm.qemu.monitor import Monitor

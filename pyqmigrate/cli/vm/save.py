@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pyqmigrate.cli.arguments import (
@@ -49,7 +48,7 @@ from pyqmigrate.io.target import seal_path
 from pyqmigrate.snapshot.save.writer import Sparse
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.outgoing.save import VmSaveReport
+    from pyqmigrate.vm.outgoing.report import VmSaveReport
 
 __all__ = ["add_parser"]
 
@@ -120,8 +119,7 @@ def _run(args: argparse.Namespace) -> Outcome:
                 progress=show,
             )
         )
-    data = asdict(report)
-    data["disk_needs"] = data.pop("disks")
+    data = report.to_json()
     if report.seal is not None:
         data["seal"] = seal_data(seal_path(report.snapshot), report.seal)
     return Outcome(data, [printable(line) for line in _lines(report)])

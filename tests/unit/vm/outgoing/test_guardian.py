@@ -1,4 +1,4 @@
-"""The guardian: what it does to put a guest back, and when it does nothing."""
+"""The guardian: how it rolls a save back, and when it does nothing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 from pyqmigrate.vm.outgoing import guardian
 
 TOKEN = "pyqmigrate-token"
-FINDING: dict[str, Any] = {
+JOURNAL: dict[str, Any] = {
     "monitor": "",
     "pid": None,
     "snapshot": "/nowhere/snapshot",
     "token": TOKEN,
     "resume": True,
-    "did": ["lent", "settings", "stopped", "migrating"],
+    "steps": ["fds", "settings", "stopped", "migrating"],
     "capabilities": {"mapped-ram": False},
     "parameters": {"max-bandwidth": 7},
     "directory": "/",
@@ -110,8 +110,8 @@ class Machine:
             self.state = "postmigrate"
 
 
-def drive(machine: Machine, finding: dict[str, Any] = FINDING, **arguments: Any) -> list[str]:
-    steps = guardian.rollback_steps(finding, **arguments)
+def drive(machine: Machine, journal: dict[str, Any] = JOURNAL, **arguments: Any) -> list[str]:
+    steps = guardian.rollback_steps(journal, **arguments)
     step = next(steps)
     try:
         while True:
@@ -194,27 +194,27 @@ def test_only_descriptors_of_our_own_are_removed() -> None:
 
 def test_refusal_does_not_keep_it_from_the_rest() -> None:
     machine = Machine(refuses=("cont", "migrate-set-capabilities"))
-    trouble = drive(machine)
-    assert trouble == ["cont: no", "migrate-set-capabilities: no"]
+    errors = drive(machine)
+    assert errors == ["cont: no", "migrate-set-capabilities: no"]
     assert "migrate-set-parameters" in machine.told
 
 
-def having_done(*did: str) -> dict[str, Any]:
-    return {**FINDING, "did": list(did)}
+def having_done(*steps: str) -> dict[str, Any]:
+    return {**JOURNAL, "steps": list(steps)}
 
 
 @pytest.mark.parametrize("status", ["setup", "active", "pre-switchover"])
 def test_migration_of_somebody_else_is_let_come_to_its_end(status: str) -> None:
     machine = Machine(status, "running")
     machine.wait = lambda: setattr(machine, "migration", "completed")  # type: ignore[method-assign]
-    assert drive(machine, having_done("lent", "settings")) == []
+    assert drive(machine, having_done("fds", "settings")) == []
     assert machine.told == ["remove-fd", "migrate-set-capabilities", "migrate-set-parameters"]
 
 
 def test_settings_are_not_changed_under_a_migration_of_somebody_else() -> None:
     machine = Machine("active", "running")
     with pytest.raises(guardian.Busy):
-        drive(machine, having_done("lent", "settings"), patience=3)
+        drive(machine, having_done("fds", "settings"), timeout=0.03)
     assert machine.told == ["remove-fd"]
 
 
@@ -237,7 +237,7 @@ def test_guest_that_was_only_stopped_goes_on() -> None:
 
 
 def with_disk(directory: Path) -> dict[str, Any]:
-    """A finding of a guest that has an overlay, and a record that has not its own name yet."""
+    """A journal of a guest that has an overlay, and a record that has not its own name yet."""
     overlay, record = directory / "overlay", directory / "snapshot.vm.json"
     overlay.touch()
     provisional = directory / ".snapshot.vm.json.1"
@@ -248,10 +248,10 @@ def with_disk(directory: Path) -> dict[str, Any]:
         "base": "base",
         "base_file": "image",
         "file": str(overlay),
-        "here": str(overlay),
+        "local_file": str(overlay),
     }
     return {
-        **FINDING,
+        **JOURNAL,
         "disks": [disk],
         "record": str(record),
         "provisional": str(provisional),
@@ -306,9 +306,9 @@ def test_disks_of_a_published_snapshot_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_record_of_the_save_before_is_left_alone(tmp_path: Path) -> None:
-    finding = with_disk(tmp_path)
+    journal = with_disk(tmp_path)
     (tmp_path / "snapshot.vm.json").write_text("old")
-    drive(Machine(), finding)
+    drive(Machine(), journal)
     assert listed(tmp_path) == ["snapshot.vm.json"]
     assert (tmp_path / "snapshot.vm.json").read_text() == "old"
 
@@ -386,13 +386,13 @@ class Started:
 
 def test_goodbye_keeps_it_from_doing_anything(monitor: tuple[Path, Machine]) -> None:
     path, machine = monitor
-    Started({**FINDING, "monitor": str(path)}, "done").ends_well()
+    Started({**JOURNAL, "monitor": str(path)}, "done").ends_well()
     assert machine.told == []
 
 
 def test_closed_socket_without_goodbye_puts_it_to_work(monitor: tuple[Path, Machine]) -> None:
     path, machine = monitor
-    Started({**FINDING, "monitor": str(path)}).ends_well()
+    Started({**JOURNAL, "monitor": str(path)}).ends_well()
     assert machine.state == "running"
     assert "migrate-set-parameters" in machine.told
 
@@ -403,7 +403,7 @@ def test_end_of_the_process_is_enough_when_the_socket_stays_open(
     """As when a child that it forked has the socket, too."""
     path, machine = monitor
     watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = Started({**FINDING, "monitor": str(path)}, pid=watched.pid)
+    started = Started({**JOURNAL, "monitor": str(path)}, pid=watched.pid)
     watched.communicate(b"\n")
     assert started.process.wait(20) == 0
     assert machine.state == "running"
@@ -412,8 +412,8 @@ def test_end_of_the_process_is_enough_when_the_socket_stays_open(
 
 def test_news_are_added_to_what_was_told_before(monitor: tuple[Path, Machine]) -> None:
     path, machine = monitor
-    news = {"did": ["stopped"], "resume": False}
-    Started({**FINDING, "monitor": str(path)}, news).ends_well()
+    news = {"steps": ["stopped"], "resume": False}
+    Started({**JOURNAL, "monitor": str(path)}, news).ends_well()
     assert machine.told == ["qmp_capabilities", "remove-fd"]
 
 
@@ -428,7 +428,7 @@ def test_process_that_ends_before_it_said_anything_needs_nothing() -> None:
 
 
 def test_qemu_that_is_gone_ends_it_silently(tmp_path: Path) -> None:
-    Started({**FINDING, "monitor": str(tmp_path / "gone")}).ends_well()
+    Started({**JOURNAL, "monitor": str(tmp_path / "gone")}).ends_well()
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "just opened"])
@@ -445,8 +445,8 @@ def test_unfinished_file_loses_its_provisional_name(tmp_path: Path, told: bool) 
 def test_finished_file_keeps_its_name(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
     with path.open("wb") as file:
-        finding = {**having_done(), "directory": str(tmp_path)}
-        Started(finding, fds=(file.fileno(),)).ends_well()
+        journal = {**having_done(), "directory": str(tmp_path)}
+        Started(journal, fds=(file.fileno(),)).ends_well()
     assert path.exists()
 
 
@@ -462,8 +462,8 @@ def test_killed_save_leaves_the_disks_that_its_snapshot_needs(
     with snapshot.open("wb") as file:
         if not named:
             snapshot.unlink()
-        finding = {**with_disk(directory), "monitor": str(path)}
-        Started(finding, fds=(file.fileno(),)).ends_well()
+        journal = {**with_disk(directory), "monitor": str(path)}
+        Started(journal, fds=(file.fileno(),)).ends_well()
     assert ("block-commit" in machine.told) is not named
     kept = ["overlay", "snapshot", "snapshot.vm.json"]
     assert listed(directory) == (kept if named else [])
@@ -486,9 +486,9 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def out_of_reach(directory: Path, qemu: subprocess.Popen[bytes], *did: str) -> dict[str, Any]:
+def out_of_reach(directory: Path, qemu: subprocess.Popen[bytes], *steps: str) -> dict[str, Any]:
     return {
-        **having_done(*did),
+        **having_done(*steps),
         "monitor": str(directory / "gone"),
         "pid": qemu.pid,
         "snapshot": str(directory / "snapshot"),
@@ -500,7 +500,7 @@ def test_qemu_that_lives_without_the_name_of_its_socket_is_waited_for(
 ) -> None:
     path, machine = monitor
     hidden = path.rename(tmp_path / "hidden")
-    started = Started({**FINDING, "monitor": str(path), "pid": sleeper.pid})
+    started = Started({**JOURNAL, "monitor": str(path), "pid": sleeper.pid})
     started.socket.close()
     with pytest.raises(subprocess.TimeoutExpired):
         started.process.wait(0.5)
@@ -522,17 +522,17 @@ def test_qemu_that_ended_is_not_waited_for(
 def test_guest_that_was_not_reached_is_written_down(
     tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guardian, "_PATIENCE", 0.3)
-    finding = out_of_reach(tmp_path, sleeper, "settings", "stopped")
-    guardian._rescue(finding, -1, guardian._Qemu(sleeper.pid))
+    monkeypatch.setattr(guardian, "_RESCUE_TIMEOUT", 0.3)
+    journal = out_of_reach(tmp_path, sleeper, "settings", "stopped")
+    guardian._rescue(journal, -1, guardian._QemuProcess(sleeper.pid))
     first, state, *commands = (tmp_path / "snapshot.left").read_text().splitlines()
     assert f"process {sleeper.pid}" in first and "gone" in first
-    assert "it is to run (cont)" in state
+    assert "it should run (cont)" in state
     assert [json.loads(command)["execute"] for command in commands] == [
         "migrate-set-capabilities",
         "migrate-set-parameters",
     ]
-    assert json.loads(commands[1])["arguments"] == FINDING["parameters"]
+    assert json.loads(commands[1])["arguments"] == JOURNAL["parameters"]
 
 
 def test_what_qemu_refused_to_put_back_is_written_down(
@@ -540,7 +540,7 @@ def test_what_qemu_refused_to_put_back_is_written_down(
 ) -> None:
     path, machine = monitor
     machine.refuses = ("cont",)
-    Started({**FINDING, "monitor": str(path), "snapshot": str(tmp_path / "snapshot")}).ends_well()
+    Started({**JOURNAL, "monitor": str(path), "snapshot": str(tmp_path / "snapshot")}).ends_well()
     assert (tmp_path / "snapshot.left").read_text() == "cont: no\n"
 
 
@@ -555,7 +555,7 @@ def test_words_are_written_over_no_other_file(tmp_path: Path, there: str) -> Non
     else:
         os.mkfifo(place)
     for word in ("first", "second"):
-        guardian._leave_word(str(tmp_path / "snapshot"), [word])
+        guardian._write_left(str(tmp_path / "snapshot"), [word])
     assert (tmp_path / "snapshot.left.1").read_text() == "first\n"
     assert (tmp_path / "snapshot.left.2").read_text() == "second\n"
     assert letter.read_text() == "dear reader"
@@ -563,7 +563,7 @@ def test_words_are_written_over_no_other_file(tmp_path: Path, there: str) -> Non
 
 
 def test_words_are_written_beside_a_file_with_the_longest_name(tmp_path: Path) -> None:
-    guardian._leave_word(str(tmp_path / ("ü" * 127)), ["word"])
+    guardian._write_left(str(tmp_path / ("ü" * 127)), ["word"])
     (path,) = tmp_path.iterdir()
     assert path.name.endswith(".left")
     assert path.read_text() == "word\n"
