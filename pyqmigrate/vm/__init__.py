@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyqmigrate.vm.client import Vm, connect
     from pyqmigrate.vm.incoming.clone import Clone, clone
-    from pyqmigrate.vm.incoming.request import Mode
+    from pyqmigrate.vm.incoming.options import Mode
     from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport, restore
     from pyqmigrate.vm.outgoing.options import Then, VmCheckOptions, VmSaveOptions
     from pyqmigrate.vm.outgoing.report import VmSaveReport
@@ -56,7 +56,7 @@ _HOME = {
     "Monitor": "qemu.monitor",
     "Vm": "client",
     "connect": "client",
-    "Mode": "incoming.request",
+    "Mode": "incoming.options",
     "RestoredVm": "incoming.restore",
     "RestoreReport": "incoming.restore",
     "restore": "incoming.restore",

@@ -40,7 +40,7 @@ from pyqmigrate.io.target import DirectIO
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.incoming.companion import IncomingStream
+from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource
 from tests.harness.snapshots import ram
 from tests.harness.stream_mutations import Anatomy, dissect, mutate

@@ -285,7 +285,7 @@ def test_record_costs_a_restore_little(plain: Path) -> None:
     code = (
         "import sys, pyqmigrate.cli, pyqmigrate.cli.vm.restore\n"
         "import pyqmigrate.vm.incoming.early_start\n"
-        "from pyqmigrate.vm.incoming.request import Disks\n"
+        "from pyqmigrate.vm.incoming.options import Disks\n"
         "from pyqmigrate.vm.incoming.restore_command import choose_command\n"
         "from pyqmigrate.vm.incoming.source import Source\n"
         "before = {*sys.modules}\n"

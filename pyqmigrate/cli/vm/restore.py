@@ -53,7 +53,7 @@ from pyqmigrate.qapi.monitor_address import monitor_path
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.early_start import EarlyRestore
-    from pyqmigrate.vm.incoming.request import Disks, Request
+    from pyqmigrate.vm.incoming.options import Disks, Request
     from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport
 
 __all__ = [
@@ -129,7 +129,7 @@ def add_disks(parser: argparse.ArgumentParser, where: str) -> None:
 
 
 def read_disks(args: argparse.Namespace) -> Disks:
-    from pyqmigrate.vm.incoming.request import Disks
+    from pyqmigrate.vm.incoming.options import Disks
 
     directory = None if args.disks_dir is None else Path(args.disks_dir)
     return Disks(args.with_disks, directory, args.disks_as_they_are)
@@ -149,7 +149,7 @@ def add_command(parser: Parser) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.incoming.early_start import begin
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
-    from pyqmigrate.vm.incoming.request import Mode, Request
+    from pyqmigrate.vm.incoming.options import Mode, Request
 
     qmp = None if args.qmp is None else monitor_path(args.qmp)
     request = Request(

@@ -23,12 +23,12 @@ from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageE
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.guest.written_files import written_files
-from pyqmigrate.vm.incoming.companions import IncomingStreams
+from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.identity import shared_identity
 from pyqmigrate.vm.incoming.inherited_fds import check_descriptors, descriptors_in_use
 from pyqmigrate.vm.incoming.listeners import listeners
 from pyqmigrate.vm.incoming.ram_mapping import map_blocks
-from pyqmigrate.vm.incoming.request import Disks, Mode, Request
+from pyqmigrate.vm.incoming.options import Disks, Mode, Request
 from pyqmigrate.vm.incoming.restore import RestoredVm, restore_from
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, CommandChoice
 from pyqmigrate.vm.incoming.source import RestoreSource

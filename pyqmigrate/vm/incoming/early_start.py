@@ -21,7 +21,7 @@ from pyqmigrate.vm.incoming.images_in_use import refuse_in_use
 from pyqmigrate.vm.incoming.listeners import refuse_taken
 from pyqmigrate.vm.incoming.ram_files import RamFiles
 from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
-from pyqmigrate.vm.incoming.request import Request
+from pyqmigrate.vm.incoming.options import Request
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
 from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
 from pyqmigrate.vm.incoming.source import RestoreSource

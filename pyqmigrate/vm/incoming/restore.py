@@ -35,8 +35,8 @@ from pyqmigrate.io.target import DirectIO, Target
 from pyqmigrate.qapi.monitor_address import monitor_path
 from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
-from pyqmigrate.vm.incoming.companion import IncomingStream
-from pyqmigrate.vm.incoming.companions import IncomingStreams
+from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
+from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.compatibility import compare_blocks, compare_devices, compare_type
 from pyqmigrate.vm.incoming.early_start import EarlyRestore, StartedRestore, begin_mapped, prepare
 from pyqmigrate.vm.incoming.identity import runs_already, shared_identity
@@ -44,7 +44,7 @@ from pyqmigrate.vm.incoming.inherited_fds import check_descriptors
 from pyqmigrate.vm.incoming.load import Incoming, take_in
 from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
 from pyqmigrate.vm.incoming.ram_mapping import map_blocks
-from pyqmigrate.vm.incoming.request import Disks, Mode, Request
+from pyqmigrate.vm.incoming.options import Disks, Mode, Request
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
 from pyqmigrate.vm.incoming.run_state import RUNS, describe_state
 from pyqmigrate.vm.incoming.saved_machine import SavedMachine, read_saved_machine

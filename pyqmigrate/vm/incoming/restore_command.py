@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.vm.incoming.identity import with_new_generation
-from pyqmigrate.vm.incoming.request import Disks
+from pyqmigrate.vm.incoming.options import Disks
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.record.place import record_path

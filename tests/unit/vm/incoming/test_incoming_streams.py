@@ -13,8 +13,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate.errors import Cancelled
-from pyqmigrate.vm.incoming.companion import IncomingStream
-from pyqmigrate.vm.incoming.companions import IncomingStreams
+from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
+from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.source import RestoreSource
 
 MIB = 1 << 20

@@ -9,7 +9,7 @@ from typing import Self
 
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.cancellation import acquired, shielded
-from pyqmigrate.vm.incoming.companion import IncomingStream
+from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource
 
 __all__ = ["IncomingStreams"]
