@@ -1,4 +1,4 @@
-"""A real QEMU: save it, restore it, clone it, without hurting it.
+"""Save, restore and clone the guests of a real QEMU.
 
     import asyncio
     from pyqmigrate import vm
@@ -11,8 +11,8 @@
 
     asyncio.run(main())
 
-:mod:`pyqmigrate.vm.sync` has the same names for programs without asyncio. All of it needs the
-library ``qemu.qmp`` (``pip install qemu.qmp``).
+:mod:`pyqmigrate.vm.sync` has the same names for programs without asyncio. Both need the library
+``qemu.qmp`` (``pip install qemu.qmp``).
 """
 
 import importlib
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyqmigrate.vm.client import Vm, connect
     from pyqmigrate.vm.incoming.clone import Clone, clone
-    from pyqmigrate.vm.incoming.options import Mode
-    from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport, restore
+    from pyqmigrate.vm.incoming.options import Mode, VmCloneOptions, VmRestoreOptions
+    from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
+    from pyqmigrate.vm.incoming.restore import restore
     from pyqmigrate.vm.outgoing.options import Then, VmCheckOptions, VmSaveOptions
     from pyqmigrate.vm.outgoing.report import VmSaveReport
     from pyqmigrate.vm.plan.check import CheckReport
@@ -36,18 +37,20 @@ __all__ = [
     "RestoredVm",
     "clone",
     "Clone",
-    "VmSaveOptions",
     "VmSaveReport",
-    "VmCheckOptions",
     "RestoreReport",
     "CheckReport",
+    "VmSaveOptions",
+    "VmCheckOptions",
+    "VmRestoreOptions",
+    "VmCloneOptions",
     "Engine",
     "Then",
     "Mode",
     "Monitor",
 ]
 
-# Imported when they are first used, as in the package above.
+# Imported on first use, as in the package above.
 _HOME = {
     "CheckReport": "plan.check",
     "Engine": "plan.engine",
@@ -57,8 +60,10 @@ _HOME = {
     "Vm": "client",
     "connect": "client",
     "Mode": "incoming.options",
-    "RestoredVm": "incoming.restore",
-    "RestoreReport": "incoming.restore",
+    "VmCloneOptions": "incoming.options",
+    "VmRestoreOptions": "incoming.options",
+    "RestoredVm": "incoming.report",
+    "RestoreReport": "incoming.report",
     "restore": "incoming.restore",
     "Then": "outgoing.options",
     "VmCheckOptions": "outgoing.options",

@@ -196,11 +196,11 @@ def load(directory: Path, _: bool) -> int:
 
 
 def restore(directory: Path, _: bool) -> int:
-    """What ``vm restore`` reads before a QEMU does: the snapshot, its seal, the companion."""
+    """What ``vm restore`` reads before a QEMU does: the snapshot, its seal, the incoming stream."""
     source = RestoreSource(str(directory / "file"), None)
     try:
         sealed = source.clear_pages_are_zero()
-        source.close_reading(source.reading(None, DirectIO.AUTO))
+        source.close_reading(source.choose_reading(None, DirectIO.AUTO))
         assert isinstance(source.snapshot, MappedRamSnapshot)
         companion = IncomingStream(
             source.snapshot, source.fd, [*source.snapshot.blocks], sealed=sealed

@@ -11,7 +11,8 @@ import pytest
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.vm.incoming.clone import Clone, clone
-from pyqmigrate.vm.incoming.restore import RestoredVm, restore
+from pyqmigrate.vm.incoming.report import RestoredVm
+from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.compare_memory import assert_same_blocks
 from tests.harness.saved import RAM, Saved, goes_on, memory_of, save_guest, serial_says

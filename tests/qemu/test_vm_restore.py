@@ -16,7 +16,9 @@ from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.incoming.clone import clone
-from pyqmigrate.vm.incoming.restore import Mode, RestoredVm, restore
+from pyqmigrate.vm.incoming.options import Mode
+from pyqmigrate.vm.incoming.report import RestoredVm
+from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.launch import launch
 from pyqmigrate.vm.qemu.monitor import Monitor

@@ -19,7 +19,8 @@ from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.device.sections import global_state
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
-from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport, restore
+from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
+from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
 from pyqmigrate.vm.record.place import record_path
 from tests.harness.machine import BINARY

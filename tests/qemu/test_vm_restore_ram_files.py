@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.incoming.restore import RestoreReport, restore
+from pyqmigrate.vm.incoming.report import RestoreReport
+from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
 from tests.harness.compare_memory import assert_same_blocks

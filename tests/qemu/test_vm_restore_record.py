@@ -285,12 +285,12 @@ def test_record_costs_a_restore_little(plain: Path) -> None:
     code = (
         "import sys, pyqmigrate.cli, pyqmigrate.cli.vm.restore\n"
         "import pyqmigrate.vm.incoming.early_start\n"
-        "from pyqmigrate.vm.incoming.options import Disks\n"
+        "from pyqmigrate.vm.incoming.options import DiskOptions\n"
         "from pyqmigrate.vm.incoming.restore_command import choose_command\n"
         "from pyqmigrate.vm.incoming.source import Source\n"
         "before = {*sys.modules}\n"
         f"source = Source({str(plain)!r}, None)\n"
-        "choose_command(source, None, Disks())\n"
+        "choose_command(source, None, DiskOptions())\n"
         "print(*({*sys.modules} - before))"
     )
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())

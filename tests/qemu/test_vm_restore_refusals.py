@@ -20,7 +20,9 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.vm.incoming.restore import Mode, RestoredVm, restore
+from pyqmigrate.vm.incoming.options import Mode
+from pyqmigrate.vm.incoming.report import RestoredVm
+from pyqmigrate.vm.incoming.restore import restore
 from tests.harness.saved import RAM, Saved, goes_on, save_guest
 
 pytestmark = pytest.mark.qemu

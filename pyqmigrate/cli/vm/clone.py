@@ -78,7 +78,7 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
         disks_dir=args.disks_dir,
         disks_as_they_are=args.disks_as_they_are,
     )
-    vms = [one.vm for one in clones if one.vm is not None]
+    vms = [clone.vm for clone in clones if clone.vm is not None]
     pass_signals_on(vms)
     announce(args, {"guests": [_data(one) for one in clones]}, _lines(clones))
     codes = await asyncio.gather(*(vm.wait() for vm in vms))
@@ -96,7 +96,7 @@ def _data(one: Clone) -> dict[str, Any]:
     if one.vm is None:
         error = one.error or QemuError()
         return data | {"error": error_data(error, exit_code(error) or ExitCode.GUEST)}
-    return data | one.vm.report.as_data()
+    return data | one.vm.report.to_json()
 
 
 def _lines(clones: list[Clone]) -> list[str]:

@@ -53,8 +53,8 @@ from pyqmigrate.qapi.monitor_address import monitor_path
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.early_start import EarlyRestore
-    from pyqmigrate.vm.incoming.options import Disks, Request
-    from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport
+    from pyqmigrate.vm.incoming.options import DiskOptions, RestoreOptions
+    from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
 
 __all__ = [
     "add_command",
@@ -128,11 +128,11 @@ def add_disks(parser: argparse.ArgumentParser, where: str) -> None:
     )
 
 
-def read_disks(args: argparse.Namespace) -> Disks:
-    from pyqmigrate.vm.incoming.options import Disks
+def _disk_options(args: argparse.Namespace) -> DiskOptions:
+    from pyqmigrate.vm.incoming.options import DiskOptions
 
     directory = None if args.disks_dir is None else Path(args.disks_dir)
-    return Disks(args.with_disks, directory, args.disks_as_they_are)
+    return DiskOptions(args.with_disks, directory, args.disks_as_they_are)
 
 
 def add_command(parser: Parser) -> None:
@@ -147,63 +147,48 @@ def add_command(parser: Parser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    from pyqmigrate.vm.incoming.early_start import begin
+    from pyqmigrate.vm.incoming.early_start import start_early
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
-    from pyqmigrate.vm.incoming.options import Mode, Request
+    from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 
-    qmp = None if args.qmp is None else monitor_path(args.qmp)
-    request = Request(
-        Mode(args.mode),
-        args.paused,
-        qmp,
-        args.channels,
-        DirectIO(args.direct_io),
+    options = RestoreOptions(
+        mode=Mode(args.mode),
+        paused=args.paused,
+        offset=args.offset,
+        qmp=None if args.qmp is None else monitor_path(args.qmp),
+        channels=args.channels,
+        direct_io=DirectIO(args.direct_io),
         pass_fds=inherited_descriptors(),
-        disks=read_disks(args),
+        disks=_disk_options(args),
         set_time=args.set_time,
         guest_agent=args.guest_agent,
     )
     early = None
-    if request.mode in (Mode.AUTO, Mode.INSTANT):
-        early = begin(args.snapshot, args.command or None, request, offset=args.offset)
+    if options.mode in (Mode.AUTO, Mode.INSTANT):
+        early = start_early(args.snapshot, args.command or None, options)
     try:
-        # What takes long to import comes when QEMU is starting.
+        # These imports take long: QEMU starts in the meantime.
         from pyqmigrate.cli.interruption import run_interruptible
 
-        return run_interruptible(_restore(args, request, early))
+        return run_interruptible(_restore(args, options, early))
     except KeyboardInterrupt:
-        if early is not None:  # where it came before the loop had it
+        if early is not None:  # the event loop had not taken it over yet
             early.end()
         raise
 
 
 async def _restore(
-    args: argparse.Namespace, request: Request, early: EarlyRestore | None
+    args: argparse.Namespace, options: RestoreOptions, early: EarlyRestore | None
 ) -> Outcome:
-    from pyqmigrate.vm.incoming.restore import finish_restore, restore
+    from pyqmigrate.vm.incoming.restore import finish_restore, restore_checked
 
     if early is not None:
         vm = await finish_restore(early)
     else:
-        vm = await restore(
-            args.snapshot,
-            args.command or None,
-            mode=request.mode,
-            paused=request.paused,
-            qmp=request.qmp,
-            offset=args.offset,
-            channels=request.channels,
-            direct_io=request.direct_io,
-            pass_fds=request.pass_fds,
-            with_disks=args.with_disks,
-            disks_dir=args.disks_dir,
-            disks_as_they_are=args.disks_as_they_are,
-            set_time=request.set_time,
-            guest_agent=request.guest_agent,
-        )
-    pass_signals_on([vm])  # from here on no signal ends this command but through QEMU
+        vm = await restore_checked(args.snapshot, args.command or None, options)
+    pass_signals_on([vm])  # from here on signals end this command only through QEMU
     async with vm:
-        announce(args, vm.report.as_data(), report_lines(vm.report))
+        announce(args, vm.report.to_json(), report_lines(vm.report))
         code = await vm.wait()
     if not code:
         return ended()

@@ -1,23 +1,28 @@
-"""What is asked of a restore."""
+"""The options of a restore and of clones: as callers give them, and as they are used once checked."""
 
 from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self, TypedDict
 
+from pyqmigrate.enums import parse_enum
 from pyqmigrate.io.target import DirectIO
+from pyqmigrate.qapi.monitor_address import monitor_path
+from pyqmigrate.vm.incoming.inherited_fds import check_descriptors
 from pyqmigrate.vm.qemu.spawn import Stream
 
-__all__ = ["Disks", "Mode", "Request"]
+__all__ = ["DiskOptions", "Mode", "RestoreOptions", "VmCloneOptions", "VmRestoreOptions"]
 
 
 class Mode(enum.StrEnum):
     """How guest memory gets into the new QEMU.
 
-    ``auto``: instantly where that is possible. A QEMU that does not start for another reason than
-    its memory is not started a second time.
+    ``auto`` is instant if possible. QEMU is started a second time, to load, only if its memory kept
+    it from starting.
     """
 
     AUTO = "auto"
@@ -26,13 +31,75 @@ class Mode(enum.StrEnum):
     POSTCOPY = "postcopy"
 
 
-@dataclass(frozen=True)
-class Disks:
-    """What becomes of the disks of a snapshot.
+class _CommonOptions(TypedDict, total=False):
+    mode: Mode | str
+    paused: bool | None
+    offset: int | None
+    pass_fds: Collection[int]
+    with_disks: bool
+    disks_dir: str | os.PathLike[str] | None
+    disks_as_they_are: bool
 
-    ``new_overlays``: each writable one gets a new overlay over what it was, in ``directory`` (None:
-    beside the snapshot). ``as_they_are``: disks that have gone ahead of the snapshot, or are
-    others, are used for all that; without, they are refused.
+
+class VmRestoreOptions(_CommonOptions, total=False):
+    """The options of :func:`pyqmigrate.vm.restore`.
+
+    mode: see :class:`Mode`.
+    paused: True leaves the guest paused, False lets it run, None does as ``-S`` or else the
+        snapshot says.
+    offset: where in the file the stream starts, in bytes; None is its start, or the end of the
+        header of an image saved by libvirt.
+    pass_fds: descriptors that the command line names by number.
+    with_disks: give the guest new overlays over the disks as they were at the snapshot's instant,
+        in the directory ``disks_dir`` (None: beside the snapshot). They are removed if the restore
+        fails; the report's notes name them.
+    disks_dir: see ``with_disks``.
+    disks_as_they_are: restore even if the disks have changed since the snapshot or are not the
+        recorded ones. The guest's file systems are then at risk.
+    qmp: the path of a monitor socket to add, or unix:PATH.
+    channels: how many channels QEMU reads with in mode ``load``; None, the default, and
+        ``direct_io="auto"`` choose by how much of the file is in the page cache.
+    direct_io: ``auto``, ``on`` or ``off``.
+    stdin, stdout, stderr: QEMU's, as for subprocess.Popen; None is this process's own. Standard
+        error is passed on by a thread of this process once the guest is there; what QEMU writes
+        after this process has ended is lost.
+    set_time: set the guest's clock by its agent, once it runs. If that fails, or takes more than
+        five seconds, a note says so.
+    guest_agent: the path of the agent's socket; None finds it in the command line.
+    """
+
+    qmp: str | os.PathLike[str] | None
+    channels: int | None
+    direct_io: DirectIO | str
+    stdin: Stream
+    stdout: Stream
+    stderr: Stream
+    set_time: bool
+    guest_agent: str | os.PathLike[str] | None
+
+
+class VmCloneOptions(_CommonOptions, total=False):
+    """The options of :func:`pyqmigrate.vm.clone`.
+
+    mode, paused, offset, with_disks, disks_as_they_are: as in :class:`VmRestoreOptions`.
+    directory: where the monitors are made; it is created (the current directory).
+    at_once: how many guests start at the same time; None is the number of processors.
+    pass_fds: descriptors for every guest; ``fd=1{n}`` has guest 2 use descriptor 12.
+    disks_dir: where the overlays are made (None: ``directory``); their names begin with the number
+        of the guest.
+    """
+
+    directory: str | os.PathLike[str]
+    at_once: int | None
+
+
+@dataclass(frozen=True)
+class DiskOptions:
+    """How a restore treats the disks of a snapshot.
+
+    ``new_overlays``: each writable disk gets a new overlay in ``directory`` (None: beside the
+    snapshot). ``as_they_are``: accept disks that have changed since the snapshot or are not the
+    recorded ones.
     """
 
     new_overlays: bool = False
@@ -40,12 +107,13 @@ class Disks:
     as_they_are: bool = False
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a restore; see :func:`pyqmigrate.vm.restore`."""
+@dataclass(frozen=True, kw_only=True)
+class RestoreOptions:
+    """Checked :class:`VmRestoreOptions`, with their defaults."""
 
     mode: Mode = Mode.AUTO
     paused: bool | None = None
+    offset: int | None = None
     qmp: Path | None = None
     channels: int | None = None
     direct_io: DirectIO = DirectIO.AUTO
@@ -53,6 +121,26 @@ class Request:
     stdout: Stream = None
     stderr: Stream = None
     pass_fds: tuple[int, ...] = ()
-    disks: Disks = Disks()
+    disks: DiskOptions = DiskOptions()
     set_time: bool = False
     guest_agent: str | os.PathLike[str] | None = None
+
+    @classmethod
+    def check(cls, options: VmRestoreOptions) -> Self:
+        """Raise UsageError for a value that is not one of its option's, or a closed descriptor."""
+        values: dict[str, Any] = {**options}
+        if "mode" in values:
+            values["mode"] = parse_enum(Mode, values["mode"], "mode")
+        if values.get("qmp") is not None:
+            values["qmp"] = monitor_path(values["qmp"])
+        if "direct_io" in values:
+            values["direct_io"] = parse_enum(DirectIO, values["direct_io"], "direct_io")
+        if "pass_fds" in values:
+            values["pass_fds"] = check_descriptors(values["pass_fds"])
+        directory = values.pop("disks_dir", None)
+        values["disks"] = DiskOptions(
+            values.pop("with_disks", False),
+            None if directory is None else Path(directory),
+            values.pop("disks_as_they_are", False),
+        )
+        return cls(**values)

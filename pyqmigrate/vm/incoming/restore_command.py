@@ -1,7 +1,7 @@
 """The command line of a restore: the one that is given or the one of the record, held against what
 the record knows, with new overlays where they are asked for.
 
-    chosen = choose_command(source, ["qemu-system-x86_64", "-m", "4G"], Disks())
+    chosen = choose_command(source, ["qemu-system-x86_64", "-m", "4G"], DiskOptions())
     chosen.command, chosen.notes
     chosen.discard()                     # when no guest has run
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.vm.incoming.identity import with_new_generation
-from pyqmigrate.vm.incoming.options import Disks
+from pyqmigrate.vm.incoming.options import DiskOptions
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.record.place import record_path
@@ -44,7 +44,7 @@ class ChosenCommand:
 
 
 def choose_command(
-    source: RestoreSource, words: Sequence[str] | None, disks: Disks
+    source: RestoreSource, words: Sequence[str] | None, disks: DiskOptions
 ) -> ChosenCommand:
     """The command line of the one guest that is restored from ``source``; see CommandChoice."""
     choice = CommandChoice(source, words, disks)
@@ -59,7 +59,9 @@ class CommandChoice:
     the recorded one cannot be used, SnapshotError for a record that is damaged, TargetError.
     """
 
-    def __init__(self, source: RestoreSource, words: Sequence[str] | None, disks: Disks) -> None:
+    def __init__(
+        self, source: RestoreSource, words: Sequence[str] | None, disks: DiskOptions
+    ) -> None:
         self._disks = disks
         self._snapshot = source.name
         self._path = Path()

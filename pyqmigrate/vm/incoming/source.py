@@ -1,4 +1,4 @@
-"""The snapshot that guests are restored from: opened and checked once, for one guest or many."""
+"""The snapshot of a restore: opened and checked once, for one guest or many."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["Reading", "RestoreSource"]
 
-_WARM = 0.5  # share of the file in the page cache from which direct I/O only costs
-_COLD_CHANNELS = 32  # direct reads under way at a time; QEMU makes them one page run at a time
+_WARM = 0.5  # share of the file in the page cache from which direct I/O is slower
+_COLD_CHANNELS = 32  # QEMU has one direct read in flight for each
 _WARM_CHANNELS = 4
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How QEMU is to read all of the file: channels, the direct descriptor if any, and why."""
+    """How QEMU shall read the whole file: channels, the direct descriptor if any, and why."""
 
     channels: int
     direct: Direct | None
@@ -35,10 +35,9 @@ class Reading:
 class RestoreSource:
     """An open, verified snapshot. Close it.
 
-    ``place``: its absolute path, None where it was given as a descriptor. ``was_running``: libvirt
-    pauses a guest before it saves it, and notes here that it ran.
-    ``fd`` carries a shared lock (flock) that whoever inherits the descriptor keeps: the file must
-    not change in place while a guest's memory is mapped from it.
+    ``place`` is its absolute path, None for a descriptor. ``was_running`` is from libvirt's header:
+    libvirt pauses a guest before it saves it. ``fd`` carries a shared lock (flock), which a process
+    that inherits it keeps: the file must not change in place while memory is mapped from it.
     """
 
     def __init__(self, target: Target, offset: int | None) -> None:
@@ -47,8 +46,8 @@ class RestoreSource:
         self.was_running = False
         try:
             self._lock()
-            at = self._start() if offset is None else offset
-            self.snapshot = MappedRamSnapshot(Descriptors(self.fd, offset=at))
+            start = self._stream_offset() if offset is None else offset
+            self.snapshot = MappedRamSnapshot(Descriptors(self.fd, offset=start))
         except BaseException:
             self._input.close()
             raise
@@ -74,12 +73,12 @@ class RestoreSource:
         return max(time.time() - os.fstat(self.fd).st_mtime, 0.0)
 
     def close(self) -> None:
-        """May be repeated."""
+        """Can be called again."""
         self.snapshot.close()
         self._input.close()
 
-    def _start(self) -> int:
-        """Where the stream starts: behind libvirt's header, if there is one."""
+    def _stream_offset(self) -> int:
+        """Return where the stream starts: after libvirt's header, if there is one."""
         if self._input.offset or not is_libvirt(self._input.read_at(0, 16)):
             return self._input.offset
         header = read_header(self._input)
@@ -95,24 +94,24 @@ class RestoreSource:
 
     def _lock(self) -> None:
         if self._input.is_duplicate:
-            return  # it would take the place of the lock that the caller may have
+            return  # it would replace a lock of the caller's
         try:
             fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TargetError(
-                errno.EBUSY, "somebody writes the snapshot in place", self.name
+                errno.EBUSY, "another process is writing the snapshot in place", self.name
             ) from error
         except OSError as error:
-            # A file system without locks: nobody can be kept from writing there.
+            # A file system without locks.
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
                 raise
 
     def clear_pages_are_zero(self) -> bool:
-        """Whether a seal of the file as it is now says that its clear pages are zeros."""
-        # A name may leave no room for that of a seal, which Path.exists() would raise for.
+        """Return whether a current seal says that the clear pages of the file are zeros."""
+        # Path.exists() would raise if the seal's name is too long.
         if self.place is None or not os.path.exists(seal_path(self.place)):  # noqa: PTH110
             return False
-        # Most snapshots have none, and a restore has no time for what it does not need.
+        # Most snapshots have none: do not load what the restore does not need.
         from pyqmigrate.integrity.seal import current_seal
 
         seal = current_seal(self.place, self.fd)
@@ -122,11 +121,11 @@ class RestoreSource:
             and seal.head.bitmap_order == self.snapshot.bitmap_order
         )
 
-    def reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
-        """The fastest way for QEMU to read this file as it is now. Blocks for a moment.
+    def choose_reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
+        """Choose the fastest way for QEMU to read this file now. Blocks for a moment.
 
-        Give what comes of it to :meth:`close_reading`. Raises DirectIORefused where direct I/O is
-        demanded and cannot be had.
+        Pass the result to :meth:`close_reading`. Raises DirectIORefused if direct I/O is required
+        but not available.
         """
         if channels is not None:
             check_channels(channels)
@@ -137,22 +136,22 @@ class RestoreSource:
             why = f"{min(cached, 1):.0%} of the file is in the page cache"
         if cached < _WARM and direct_io is not DirectIO.OFF:
             direct, why = self._input.open_direct(direct_io)
-            direct, why = self._fitting(direct, why, direct_io)
+            direct, why = self._check_alignment(direct, why, direct_io)
         chosen = _COLD_CHANNELS if direct else _WARM_CHANNELS
         return Reading(chosen if channels is None else channels, direct, why)
 
-    def _fitting(
+    def _check_alignment(
         self, direct: Direct | None, why: str, setting: DirectIO
     ) -> tuple[Direct | None, str]:
-        """QEMU reads single pages: they must suit the disk."""
+        """Close ``direct`` if the disk cannot read single pages, as QEMU does."""
         if direct is None or all(
             block.page_size % direct.off_align == 0 and block.pages_offset % direct.off_align == 0
             for block in self.snapshot.blocks.values()
         ):
             return direct, why
-        unit = direct.off_align
+        alignment = direct.off_align
         self._input.close_direct(direct)
-        why = f"the pages are not aligned to the {unit} bytes that the disk demands"
+        why = f"the pages are not aligned to {alignment} bytes, as the disk requires"
         if setting is DirectIO.ON:
             raise DirectIORefused(errno.EINVAL, f"no direct I/O: {why}", self.name)
         return None, why
@@ -161,10 +160,10 @@ class RestoreSource:
         self._input.close_direct(reading.direct)
 
     def open_again(self) -> int:
-        """A descriptor with a position of its own, at the start; the caller closes it."""
+        """Return a descriptor with its own position, at the start; the caller closes it."""
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """Those that the stream names; QEMU wants the same ones on."""
+        """The capabilities that the stream names; QEMU needs the same ones."""
         return self.snapshot.stream.capabilities

@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("same_descriptors")
-def test_companion_that_nobody_waits_for_ends_in_silence(
+def test_stream_that_nobody_waits_for_ends_in_silence(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cancelled = threading.Event()
@@ -41,8 +41,8 @@ def test_companion_that_nobody_waits_for_ends_in_silence(
     monkeypatch.setattr(IncomingStream, "cancel", lambda _: cancelled.set())
 
     async def run() -> None:
-        async with await IncomingStreams.open(path, None) as companions:
-            waiting = asyncio.create_task(companions.get(["pc.ram"]))
+        async with await IncomingStreams.open(path, None) as streams:
+            waiting = asyncio.create_task(streams.get(["pc.ram"]))
             await asyncio.sleep(0.05)
             waiting.cancel()
 
