@@ -210,7 +210,7 @@ def test_guest_saved_paused_runs_when_that_is_asked(
         vm = await restore(saved.path, saved.command(serial=serial), paused=paused)
         try:
             assert vm.report.run_state == state
-            assert any("cont lets it run" in note for note in vm.report.notes) == (paused is None)
+            assert any("cont resumes it" in note for note in vm.report.notes) == (paused is None)
         finally:
             await vm.end()
 

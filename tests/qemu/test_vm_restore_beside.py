@@ -127,7 +127,7 @@ def test_overlay_over_its_disk_is_refused_and_one_over_a_copy_restores(
             file.write(data)
     command = original.command("-drive", f"file={overlay},if=none,id=d", disk=tmp_path / "none")
     error = attempt(original, command)
-    assert f"'{original.disk}', which '{overlay}' is based on, is open for writing" in str(error)
+    assert f"'{original.disk}', a backing file of '{overlay}', is open for writing" in str(error)
     copy.write_bytes(original.disk.read_bytes())
 
     async def run() -> None:

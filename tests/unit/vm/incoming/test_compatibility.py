@@ -178,7 +178,7 @@ def test_serial_ports_are_counted() -> None:
     tree = TREE + '      dev: isa-serial, id ""\n'
     saved = SAVED._replace(pci=PCI, counts={"serial": 1})
     assert Qemu(tree=tree).compare(saved) == []
-    with pytest.raises(UsageError, match="2 isa-serial in the snapshot, 1 here"):
+    with pytest.raises(UsageError, match="2 isa-serial in the snapshot, 1 in QEMU"):
         Qemu(tree=tree).compare(saved._replace(counts={"serial": 2}))
     (note,) = Qemu(tree=tree).compare(saved._replace(counts={}))
     assert note.startswith("1 isa-serial here, 0 in the snapshot")

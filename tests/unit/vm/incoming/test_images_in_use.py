@@ -128,7 +128,10 @@ def test_backing_file_that_another_guest_writes_is_refused(tmp_path: Path, name:
     middle = image(tmp_path / "middle", name.format(base))
     overlay = image(tmp_path / "overlay", "middle")
     assert middle.exists()
-    with locked(base, 101), pytest.raises(UsageError, match=f"'{base}', which '{overlay}' is"):
+    with (
+        locked(base, 101),
+        pytest.raises(UsageError, match=f"'{base}', a backing file of '{overlay}'"),
+    ):
         check(f"-hda {overlay}")
 
 

@@ -111,7 +111,7 @@ def test_port_that_is_taken_is_refused_without_a_connection() -> None:
 
 
 def test_monitor_without_a_directory_and_with_too_long_a_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no directory"):
+    with pytest.raises(UsageError, match="does not exist"):
         refuse_taken(command("-m 64"), tmp_path / "none" / "qmp")
     with pytest.raises(UsageError, match="has 120 bytes"):
         refuse_taken(command("-m 64"), tmp_path / ("x" * 120))
