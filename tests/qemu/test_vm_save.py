@@ -291,7 +291,7 @@ def test_command_tells_people_what_was_changed(disk: Path) -> None:
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         text = output.decode()
-        assert "setting   multifd=on meanwhile" in text
+        assert "setting   multifd=on during the save" in text
         assert "running before, running now" in text
 
 

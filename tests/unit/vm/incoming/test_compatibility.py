@@ -181,7 +181,7 @@ def test_serial_ports_are_counted() -> None:
     with pytest.raises(UsageError, match="2 isa-serial in the snapshot, 1 in QEMU"):
         Qemu(tree=tree).compare(saved._replace(counts={"serial": 2}))
     (note,) = Qemu(tree=tree).compare(saved._replace(counts={}))
-    assert note.startswith("1 isa-serial here, 0 in the snapshot")
+    assert note.startswith("1 isa-serial in QEMU, 0 in the snapshot")
 
 
 def test_machine_without_such_a_bus_is_not_compared() -> None:
