@@ -89,8 +89,9 @@ def test_bad_restore_option_is_refused(options: vm.VmRestoreOptions) -> None:
 
 def test_unknown_options_are_type_errors() -> None:
     """A caller without a type checker sees a misspelled name, as of any function."""
-    for call in (vm.Vm("/none").save, vm.restore, vm.clone):
+    calls: list[Callable[..., Any]] = [vm.Vm("/none").save, vm.restore, vm.clone]
+    for call in calls:
         with pytest.raises(TypeError, match="chanels"):
-            asyncio.run(call("/none", chanels=2))  # type: ignore[operator]
+            asyncio.run(call("/none", chanels=2))
     with pytest.raises(TypeError, match="qmp"):  # an option of a restore, not of clones
         asyncio.run(vm.clone("/none", qmp="/none"))  # type: ignore[call-arg]
