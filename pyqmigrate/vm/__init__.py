@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyqmigrate.vm.client import Vm, connect
     from pyqmigrate.vm.incoming.clone import Clone, clone
-    from pyqmigrate.vm.incoming.options import Mode, VmCloneOptions, VmRestoreOptions
+    from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
+    from pyqmigrate.vm.incoming.options import Mode
     from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
     from pyqmigrate.vm.incoming.restore import restore
     from pyqmigrate.vm.outgoing.options import Then, VmCheckOptions, VmSaveOptions
@@ -60,8 +61,8 @@ _HOME = {
     "Vm": "client",
     "connect": "client",
     "Mode": "incoming.options",
-    "VmCloneOptions": "incoming.options",
-    "VmRestoreOptions": "incoming.options",
+    "VmCloneOptions": "incoming.keywords",
+    "VmRestoreOptions": "incoming.keywords",
     "RestoredVm": "incoming.report",
     "RestoreReport": "incoming.report",
     "restore": "incoming.restore",

@@ -24,7 +24,7 @@ from typing import Any, TypeVar, Unpack
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
-from pyqmigrate.vm.incoming.options import VmCloneOptions, VmRestoreOptions
+from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
 from pyqmigrate.vm.incoming.report import RestoreReport
 from pyqmigrate.vm.outgoing.options import VmCheckOptions, VmSaveOptions
 from pyqmigrate.vm.outgoing.report import VmSaveReport

@@ -25,14 +25,9 @@ from pyqmigrate.vm.guest.written_files import written_files
 from pyqmigrate.vm.incoming.identity import shared_identity
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.inherited_fds import descriptors_in_use
+from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
 from pyqmigrate.vm.incoming.listeners import listeners
-from pyqmigrate.vm.incoming.options import (
-    DiskOptions,
-    Mode,
-    RestoreOptions,
-    VmCloneOptions,
-    VmRestoreOptions,
-)
+from pyqmigrate.vm.incoming.options import DiskOptions, Mode, RestoreOptions
 from pyqmigrate.vm.incoming.ram_mapping import map_blocks
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore import restore_from

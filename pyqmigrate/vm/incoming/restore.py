@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Iterator, Sequence
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.target import Target
@@ -26,10 +26,13 @@ from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.incoming.attempt import RestoreAttempt
 from pyqmigrate.vm.incoming.early_start import EarlyRestore, StartedRestore, prepare, start_mapped
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
-from pyqmigrate.vm.incoming.options import Mode, RestoreOptions, VmRestoreOptions
+from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from pyqmigrate.vm.incoming.ram_mapping import map_blocks
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.incoming.keywords import VmRestoreOptions
 
 __all__ = ["finish_restore", "restore", "restore_checked", "restore_from"]
 
