@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import SnapshotError, UsageError
-from pyqmigrate.vm.guest.written_files import written_files
 from pyqmigrate.vm.incoming.clone import clone
+from pyqmigrate.vm.incoming.shared_files import written_files
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.record.command import recorded_command

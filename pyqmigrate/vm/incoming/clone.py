@@ -21,7 +21,6 @@ from typing import Any, Unpack, cast
 from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.cancellation import acquired, shielded
-from pyqmigrate.vm.guest.written_files import written_files
 from pyqmigrate.vm.incoming.identity import shared_identity
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.inherited_fds import descriptors_in_use
@@ -32,6 +31,7 @@ from pyqmigrate.vm.incoming.ram_mapping import map_blocks
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore import restore_from
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, CommandChoice
+from pyqmigrate.vm.incoming.shared_files import written_files
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.qcow2 import BACKING_MAX, HEADER_SIZE, decode_header
-from pyqmigrate.vm.guest.written_files import written_images
+from pyqmigrate.vm.incoming.shared_files import written_images
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on
 
 __all__ = ["refuse_in_use"]

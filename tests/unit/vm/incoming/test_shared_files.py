@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.vm.guest.written_files import written_files
+from pyqmigrate.vm.incoming.shared_files import written_files
 from pyqmigrate.vm.qemu.command_line import CommandLine
 
 
