@@ -37,9 +37,8 @@ from pyqmigrate.vm.qemu.monitor import Monitor
 __all__ = ["RestoreAttempt"]
 
 # Matches what a QEMU prints that does not start because its memory cannot be mapped.
-_ABOUT_MEMORY = re.compile(
-    r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev",
-    re.IGNORECASE,
+_ABOUT_MEMORY = (
+    r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev"
 )
 _STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state of the stream
 _CONTINUABLE = ("paused", "prelaunch", "io-error", "watchdog")
@@ -84,7 +83,9 @@ class RestoreAttempt:
         try:
             return await self._instant(started)
         except _NotStarted as error:
-            if self.options.mode is Mode.INSTANT or not _ABOUT_MEMORY.search(str(error)):
+            if self.options.mode is Mode.INSTANT or not re.search(
+                _ABOUT_MEMORY, str(error), re.IGNORECASE
+            ):
                 raise
             why = f"no instant restore: with mapped memory, {error}"
             try:

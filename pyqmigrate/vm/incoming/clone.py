@@ -14,7 +14,7 @@ import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -83,7 +83,7 @@ def _restore_options(options: VmCloneOptions, directory: Path) -> RestoreOptions
     if values.get("disks_dir") is None:
         values["disks_dir"] = directory
     checked = RestoreOptions.check(cast("VmRestoreOptions", values))
-    return replace(checked, stdin=subprocess.DEVNULL)
+    return checked._replace(stdin=subprocess.DEVNULL)
 
 
 async def _clone(
@@ -102,7 +102,7 @@ async def _clone(
         qmp = directory / f"{number}.qmp"
         async with slots:
             try:
-                vm = await restore_from(streams, chosen[number], replace(options, qmp=qmp))
+                vm = await restore_from(streams, chosen[number], options._replace(qmp=qmp))
             except PyqmigrateError as error:
                 return Clone(number, qmp, error=error)
         started.append(vm)
@@ -115,7 +115,7 @@ async def _clone(
             chosen = await acquired(choosing, _discard)
             commands = {number: choice.command for number, choice in chosen.items()}
             mode = _refuse_shared(commands, streams.source, options.mode, command is None)
-            options = replace(options, mode=mode)
+            options = options._replace(mode=mode)
             tasks = [asyncio.create_task(make(streams, number)) for number in chosen]
             try:
                 await asyncio.wait(tasks)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["compare_blocks", "compare_command", "compare_devices", "compare_type"]
 
 _NOT_MIGRATED = "mmaps["  # in the names of device memory that is never in a stream
-_TREE_LINE = re.compile(
+# Patterns are strings, compiled when first used: a restore waits for each import.
+_TREE_LINE = (
     r"(?P<indent> *)(?:dev: (?P<type>[^,]+), id \"(?P<id>[^\"]*)\"|"
     r"addr = (?P<slot>[0-9a-f]{2}\.[0-7]))$"
 )
@@ -44,7 +45,7 @@ _STATES = {
 }
 _NOT_KNOWN = "the guest does not know it"
 # Devices of other types may have no state.
-_HAVE_STATE = re.compile(
+_HAVE_STATE = (
     r"virtio-|e1000|rtl8139|ne2k_pci|pcnet|vmxnet3|igb|i8255|tulip|nvme|ich9-ahci|.*-[xeuo]hci|"
     r"lsi|megasas|mptsas|am53c974|pci-serial|VGA|qxl|ES1370|AC97|intel-hda|ich9-intel-hda|"
     r"pcie-root-port|ioh3420|pci-bridge|i82801b11-bridge|sdhci-pci|ivshmem"
@@ -197,7 +198,7 @@ def _pci_devices(tree: str) -> dict[str, _PciDevice]:
     found: dict[str, _PciDevice] = {}
     above: list[tuple[int, _PciDevice, str]] = []  # indentation, device, slot (empty: none)
     for line in tree.splitlines():
-        matched = _TREE_LINE.match(line)
+        matched = re.match(_TREE_LINE, line)
         if matched is None:
             continue
         indent = len(matched["indent"])
@@ -216,7 +217,7 @@ def _unknown(
     devices: Mapping[str, _PciDevice], saved: Mapping[str, frozenset[str]]
 ) -> Iterator[str]:
     for slots, device in sorted(devices.items()):
-        if slots not in saved and _HAVE_STATE.match(device.type):
+        if slots not in saved and re.match(_HAVE_STATE, device.type):
             yield f"{device} at PCI address {slots} is not in the snapshot: {_NOT_KNOWN}"
 
 
@@ -254,6 +255,6 @@ def _unknown_ports(tree: str, saved: Mapping[str, int]) -> Iterator[str]:
 
 def _ports(tree: str, saved: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
     """Generate each type with its counts in ``info qtree`` and in the snapshot."""
-    types = [found["type"] for line in tree.splitlines() if (found := _TREE_LINE.match(line))]
+    types = [found["type"] for line in tree.splitlines() if (found := re.match(_TREE_LINE, line))]
     for model, state in _PORTS.items():
         yield model, types.count(model), saved.get(state, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from pyqmigrate.errors import TargetError
 from pyqmigrate.io.target import Target
@@ -31,8 +31,7 @@ from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 __all__ = ["EarlyRestore", "StartedRestore", "prepare", "start_early", "start_mapped"]
 
 
-@dataclass(frozen=True)
-class StartedRestore:
+class StartedRestore(NamedTuple):
     """A started QEMU that maps ``mapped`` from ``source``, which stays open.
 
     ``files`` are its other memory files. End it, or pass it on to
@@ -60,7 +59,7 @@ def prepare(
     disks that another process uses.
     """
     if options.paused is None and command.has("S"):
-        options = replace(options, paused=True)
+        options = options._replace(paused=True)
     command, notes = make_incoming(command, paused=options.paused)
     refuse_taken(command, options.qmp)
     refuse_in_use(command)
@@ -89,8 +88,7 @@ def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions)
     return StartedRestore(source, mapped, files, qemu)
 
 
-@dataclass(frozen=True)
-class EarlyRestore:
+class EarlyRestore(NamedTuple):
     """A restore that was started before there is an event loop, and what it was made from."""
 
     started: StartedRestore

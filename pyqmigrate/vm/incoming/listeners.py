@@ -14,8 +14,8 @@ import re
 import socket
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.socket_path import SocketPath
@@ -26,19 +26,19 @@ __all__ = ["Listener", "listeners", "refuse_taken"]
 
 # Options whose value is a character device in the form that is older than -chardev.
 _STREAMS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb")
-_STREAM = re.compile(
+# Patterns are strings, compiled when first used: a restore waits for each import.
+_STREAM = (
     r"(?:mon:)?(?:unix:(?P<path>(?:[^,]|,,)+)|(?:tcp|telnet|websocket):(?P<host>[^,]*):(?P<port>\d+))"
     r"(?P<options>(?:,.*)?)"
 )
-_PORT = re.compile(r"(?P<host>.*):(?P<port>\d+)")
+_PORT = r"(?P<host>.*):(?P<port>\d+)"
 _GDB_PORT = 1234  # of -s
 _VNC_PORT = 5900  # of display 0
 _VNC_WEBSOCKET = 5700
-_PLAIN_HOSTS = re.compile(r"[0-9a-fA-F.:]*|localhost")  # hosts that need no name server
+_PLAIN_HOSTS = r"[0-9a-fA-F.:]*|localhost"  # hosts that need no name server
 
 
-@dataclass(frozen=True)
-class Listener:
+class Listener(NamedTuple):
     """A socket of ``option``: at ``path``, or at ``host`` (empty: any) and ``port``."""
 
     option: Option
@@ -81,7 +81,7 @@ def listeners(command: CommandLine) -> Iterator[Listener]:
     """Generate the sockets of ``command``."""
     for listener in _named_listeners(command):
         if listener.path and command.directory is not None:  # QEMU's current directory
-            listener = replace(listener, path=str(Path(command.directory, listener.path)))
+            listener = listener._replace(path=str(Path(command.directory, listener.path)))
         yield listener
 
 
@@ -103,7 +103,7 @@ def _named_listeners(command: CommandLine) -> Iterator[Listener]:
 
 def _of_stream(option: Option) -> Iterator[Listener]:
     """``unix:PATH,server=on``, ``tcp:HOST:PORT,server=on``; gdb always listens on TCP."""
-    found = _STREAM.match(option.value or "")
+    found = re.match(_STREAM, option.value or "")
     if found is None:
         return
     options = Option("", f"unix{found['options']}").properties("kind")
@@ -131,7 +131,7 @@ def _of_vnc(option: Option) -> Iterator[Listener]:
     address = properties.get("vnc", "")
     if is_on(properties.get("reverse")) or "to" in properties:
         return
-    host, found = "", _PORT.fullmatch(address)
+    host, found = "", re.fullmatch(_PORT, address)
     if address.startswith("unix:"):
         yield Listener(option, path=address.removeprefix("unix:"))
     elif found:
@@ -159,7 +159,7 @@ def _of_spice(option: Option) -> Iterator[Listener]:
 def _of_netdev(option: Option) -> Iterator[Listener]:
     properties = option.properties("type")
     kind = properties.get("type")
-    if kind == "socket" and (found := _PORT.fullmatch(properties.get("listen", ""))):
+    if kind == "socket" and (found := re.fullmatch(_PORT, properties.get("listen", ""))):
         yield Listener(option, host=_host(found["host"]), port=int(found["port"]))
     if kind == "stream" and is_on(properties.get("server")):
         yield from _of_address(option, properties, "addr.")
@@ -210,7 +210,7 @@ def _answers(path: str) -> bool:
 def _is_bound(host: str, port: int) -> bool:
     """Return whether a TCP port is in use, as QEMU would find it; a host name that needs a name
     server is not tested."""
-    if not 0 < port < 1 << 16 or not _PLAIN_HOSTS.fullmatch(host):
+    if not 0 < port < 1 << 16 or not re.fullmatch(_PLAIN_HOSTS, host):
         return False
     kind = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(kind, socket.SOCK_STREAM) as probe:

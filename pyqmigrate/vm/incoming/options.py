@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import enum
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.io.target import DirectIO
@@ -37,8 +36,7 @@ class Mode(enum.StrEnum):
     POSTCOPY = "postcopy"
 
 
-@dataclass(frozen=True)
-class DiskOptions:
+class DiskOptions(NamedTuple):
     """How a restore treats the disks of a snapshot.
 
     ``new_overlays``: each writable disk gets a new overlay in ``directory`` (None: beside the
@@ -51,8 +49,7 @@ class DiskOptions:
     as_they_are: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class RestoreOptions:
+class RestoreOptions(NamedTuple):
     """Checked :class:`~pyqmigrate.vm.VmRestoreOptions`, with their defaults."""
 
     mode: Mode = Mode.AUTO

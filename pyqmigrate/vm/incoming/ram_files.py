@@ -14,9 +14,8 @@ import mmap
 import os
 import stat
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from pyqmigrate.errors import NotSupported, TargetError, UsageError
 from pyqmigrate.format.uri import parse_size
@@ -67,8 +66,7 @@ def _has_data(path: Path) -> bool:
         os.close(fd)
 
 
-@dataclass(frozen=True)
-class _RamFile:
+class _RamFile(NamedTuple):
     fd: int
     path: str
     start: int

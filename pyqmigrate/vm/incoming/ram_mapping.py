@@ -34,7 +34,8 @@ _BACKEND = "memory-backend-"
 _OWN_MEMORY = ("nvdimm", "virtio-pmem", "virtio-mem", "ivshmem")
 # Properties of a backend that are kept for a mapping of the snapshot.
 _KEPT_SWITCHES = ("merge", "dump", "reserve")
-_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # QEMU's rule for ids
+# Patterns are strings, compiled when first used: a restore waits for each import.
+_ID = r"[A-Za-z][A-Za-z0-9._-]*"  # QEMU's rule for ids
 _NODES_MAX = 1 << 10  # of any Linux
 _DROPPED = {
     "mem-path": "-mem-path is left out: memory is mapped from the snapshot",
@@ -42,7 +43,7 @@ _DROPPED = {
 }
 
 # Machines that do not write into RAM while they wait for a migration.
-_LEAVES_RAM_ALONE = re.compile(r"$|(pc|isapc|microvm|virt|s390-ccw-virtio|xenfv)(-|$)")
+_LEAVES_RAM_ALONE = r"$|(pc|isapc|microvm|virt|s390-ccw-virtio|xenfv)(-|$)"
 
 
 @dataclass
@@ -111,7 +112,7 @@ def map_blocks(command: CommandLine, snapshot: MappedRamSnapshot, fd: int) -> Ma
 
 
 def _check(command: CommandLine, snapshot: MappedRamSnapshot) -> None:
-    if not _LEAVES_RAM_ALONE.match(snapshot.machine):
+    if not re.match(_LEAVES_RAM_ALONE, snapshot.machine):
         raise NotSupported(
             f"a QEMU that waits for a migration may write into the RAM of machine "
             f"{snapshot.machine!r} (a device tree, as pseries does)"
@@ -181,7 +182,7 @@ def _default_block(command: CommandLine, snapshot: MappedRamSnapshot) -> MappedR
             f"{'no' if not found else 'more than one'} RAM block{requested} could be the machine's "
             f"own: the file has {[block.name for block in snapshot.blocks.values()]}"
         )
-    if not _ID.fullmatch(found[0].name):
+    if not re.fullmatch(_ID, found[0].name):
         raise NotSupported(f"a memory backend cannot be named like block {found[0].name!r}")
     return found[0]
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.vm.incoming.identity import with_new_generation
@@ -29,13 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["ChosenCommand", "CommandChoice", "choose_command"]
 
 
-@dataclass(frozen=True)
-class ChosenCommand:
+class ChosenCommand(NamedTuple):
     """A command line, notes on it, and the overlays that were created for it."""
 
     command: CommandLine
-    notes: tuple[str, ...] = ()
-    overlays: list[Path] = field(default_factory=list)
+    notes: tuple[str, ...]
+    overlays: list[Path]
 
     def discard(self) -> None:
         """Remove the overlays: no guest has run on them. Can be called again."""
@@ -100,7 +98,7 @@ class CommandChoice:
         snapshot's, TargetError if an overlay cannot be created.
         """
         if self._record is None:
-            return ChosenCommand(command, tuple(self.notes))
+            return ChosenCommand(command, tuple(self.notes), [])
         return self._settle(command, self._record, label)
 
     def _find_record(self, source: RestoreSource, place: Path) -> VmRecord | None:
@@ -140,9 +138,8 @@ class CommandChoice:
             if not self._disks.as_they_are:
                 raise UsageError("; ".join(disks.faults) + " (--disks-as-they-are restores anyway)")
             notes += disks.faults
-        chosen = ChosenCommand(command, tuple(notes))
         if not disks.needs_overlay:
-            return chosen
+            return ChosenCommand(command, tuple(notes), [])
         from pyqmigrate.vm.incoming.overlays import with_overlays
 
         directory = self._disks.directory or self._path.parent

@@ -21,9 +21,10 @@ _X86_CPU = "cpu"
 _GLOBAL_STATE = "globalstate"
 _KVM_CLOCK = "kvmclock"
 _KVM_CPU = b"\x05\x0bcpu/tsc_khz"  # start of a subsection of KVM's processors
-_X86_MACHINE = re.compile(r"(pc|isapc|microvm|xenfv)(-|$)")
+# Patterns are strings, compiled when first used: a restore waits for each import.
+_X86_MACHINE = r"(pc|isapc|microvm|xenfv)(-|$)"
 # On the first root bus: the slots from bridge to bridge, then the name of the device's state.
-_PCI = re.compile(r"0000:00:(?P<slots>[0-9a-f]{2}\.[0-7](?::[0-9a-f]{2}\.[0-7])*)/(?P<state>.+)")
+_PCI = r"0000:00:(?P<slots>[0-9a-f]{2}\.[0-7](?::[0-9a-f]{2}\.[0-7])*)/(?P<state>.+)"
 
 
 class SavedMachine(NamedTuple):
@@ -50,7 +51,7 @@ def read_saved_machine(snapshot: MappedRamSnapshot) -> SavedMachine:
     names = {section.name for section in sections}
     processors = [section for section in sections if section.name == _X86_CPU]
     kvm: bool | None = True if _KVM_CLOCK in names else None
-    if kvm is None and processors and _X86_MACHINE.match(snapshot.machine):
+    if kvm is None and processors and re.match(_X86_MACHINE, snapshot.machine):
         kvm = _KVM_CPU in _body(snapshot, processors[0])
     common = {s.instance_id for s in sections if s.name == "cpu_common"}
     counted = common or {s.instance_id for s in processors}
@@ -78,6 +79,6 @@ def _body(snapshot: MappedRamSnapshot, section: Section) -> bytes:
 def _pci(names: set[str]) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {}
     for name in names:
-        if device := _PCI.fullmatch(name):
+        if device := re.fullmatch(_PCI, name):
             found.setdefault(device["slots"], set()).add(device["state"])
     return {slots: frozenset(states) for slots, states in found.items()}

@@ -20,7 +20,8 @@ __all__ = ["written_files", "written_images"]
 
 _IMAGES = ("", "hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
 _STREAMS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb", "vnc")
-_STREAM = re.compile(r"(?:^|:)(?:unix:((?:[^,]|,,)+)|(?:file|pipe):(.+))")
+# Patterns are strings, compiled when first used: a restore waits for each import.
+_STREAM = r"(?:^|:)(?:unix:((?:[^,]|,,)+)|(?:file|pipe):(.+))"
 _READ_ONLY = ("readonly", "read-only")
 _WHOLE = ("pidfile", "D")  # options that are a name and nothing else
 # Options with a property that names a file to write, and the key that is left out in front.
@@ -181,7 +182,7 @@ def _nested(properties: Mapping[str, str]) -> dict[str, Any]:
 def _others(command: CommandLine) -> Iterator[tuple[str, Option]]:
     for option in command.options:
         value = option.value or ""
-        if option.name in _STREAMS and (named := _STREAM.search(value)):
+        if option.name in _STREAMS and (named := re.search(_STREAM, value)):
             yield named[1].replace(",,", ",") if named[1] else named[2], option
         if option.name in _WHOLE:
             yield value, option
