@@ -49,7 +49,6 @@ from pyqmigrate.cli.arguments import (
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, announce, counted, printable
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.qapi.monitor_address import monitor_path
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.early_start import EarlyRestore
@@ -149,11 +148,16 @@ def _run(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
     from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 
+    qmp = None
+    if args.qmp is not None:
+        from pyqmigrate.qapi.monitor_address import monitor_path
+
+        qmp = monitor_path(args.qmp)
     options = RestoreOptions(
         mode=Mode(args.mode),
         paused=args.paused,
         offset=args.offset,
-        qmp=None if args.qmp is None else monitor_path(args.qmp),
+        qmp=qmp,
         channels=args.channels,
         direct_io=DirectIO(args.direct_io),
         pass_fds=inherited_descriptors(),

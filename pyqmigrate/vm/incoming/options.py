@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.io.target import DirectIO
-from pyqmigrate.qapi.monitor_address import monitor_path
-from pyqmigrate.vm.incoming.inherited_fds import check_descriptors
 from pyqmigrate.vm.qemu.spawn import Stream
 
 if TYPE_CHECKING:
@@ -69,6 +67,9 @@ class RestoreOptions(NamedTuple):
     @classmethod
     def check(cls, options: VmRestoreOptions) -> Self:
         """Raise UsageError for a value that is not one of its option's, or a closed descriptor."""
+        from pyqmigrate.qapi.monitor_address import monitor_path
+        from pyqmigrate.vm.incoming.inherited_fds import check_descriptors
+
         values: dict[str, Any] = {**options}
         if "mode" in values:
             values["mode"] = parse_enum(Mode, values["mode"], "mode")

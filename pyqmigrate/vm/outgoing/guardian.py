@@ -166,7 +166,7 @@ def _capabilities(journal: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stopped_by(steps: set[str]) -> set[str]:
-    """Return the run states in which the guest stands still because of the save."""
+    """Return the run states in which the save is what stopped the guest."""
     if steps & {Step.MIGRATING, Step.MIGRATED}:
         return {"postmigrate", "paused"}
     return {"paused"} if Step.STOPPED in steps else set()
