@@ -94,7 +94,7 @@ def test_copies_of_snapshot_and_record_belong_together(plain: Path, tmp_path: Pa
 def test_damaged_record_is_told_and_can_be_moved_away(plain: Path, tmp_path: Path) -> None:
     shutil.copyfile(plain, tmp_path / "snap")
     record_path(tmp_path / "snap").write_text('{"format": "pyqmigrate vm record", "version": 1}')
-    with pytest.raises(SnapshotError, match=r"snap\.vm\.json.*move it away"):
+    with pytest.raises(SnapshotError, match=r"snap\.vm\.json.*move the record away"):
         restored(tmp_path / "snap", [*BARE, *VM, *E1000])
 
 
@@ -287,9 +287,9 @@ def test_record_costs_a_restore_little(plain: Path) -> None:
         "import pyqmigrate.vm.incoming.early_start\n"
         "from pyqmigrate.vm.incoming.options import DiskOptions\n"
         "from pyqmigrate.vm.incoming.restore_command import choose_command\n"
-        "from pyqmigrate.vm.incoming.source import Source\n"
+        "from pyqmigrate.vm.incoming.source import RestoreSource\n"
         "before = {*sys.modules}\n"
-        f"source = Source({str(plain)!r}, None)\n"
+        f"source = RestoreSource({str(plain)!r}, None)\n"
         "choose_command(source, None, DiskOptions())\n"
         "print(*({*sys.modules} - before))"
     )
