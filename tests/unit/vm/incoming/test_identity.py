@@ -1,4 +1,4 @@
-"""What guests that go on from one snapshot have in common."""
+"""Identity that guests of one snapshot share."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, data_bytes, ram
 
 PAGE = 4096
-PAGES = 1100  # of the big block: more than one chunk, and no whole number of them
+PAGES = 1100  # of the big block: more than one chunk, and not a multiple of it
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ class Made:
     small: Bytes
 
     def dirty(self, pages: list[int]) -> list[int]:
-        """Puts old bytes under the clear bits among ``pages``; returns which had one."""
+        """Write old bytes under the clear bits among ``pages``; return the pages with clear bits."""
         with pyqmigrate.MappedRamSnapshot(self.path, offset=self.offset) as snapshot:
             block = snapshot.blocks["big"]
             clear = [page for page in pages if not block.bitmap[page]]
@@ -60,7 +60,7 @@ class Made:
             os.close(fd)
 
     def bits(self, made: IncomingStream, name: str) -> list[int]:
-        """The pages whose bits are set in the stream."""
+        """Return the pages whose bits are set in the stream."""
         target = pyqmigrate.Descriptors(made.fd, offset=self.offset)
         with pyqmigrate.MappedRamSnapshot(target) as snapshot:
             bitmap = snapshot.blocks[name].bitmap

@@ -1,4 +1,4 @@
-"""Companion streams that several guests share, and that nobody may wait for any more."""
+"""Incoming streams that several guests share, or for which no task waits any more."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_stream_that_nobody_waits_for_ends_in_silence(
 def test_snapshot_that_is_being_opened_is_closed_when_that_is_cancelled(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its lock would stay for as long as this process does."""
+    """Otherwise its lock would remain until this process ends."""
     cancelled = threading.Event()
     really_lock = RestoreSource._lock
 
@@ -73,7 +73,7 @@ def test_snapshot_that_is_being_opened_is_closed_when_that_is_cancelled(
         with pytest.raises(asyncio.CancelledError):
             await opening
 
-    gc.disable()  # what is lost must not be found by chance
+    gc.disable()  # a leaked descriptor must not be closed by the collector
     try:
         asyncio.run(run())
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Descriptors that come from whoever started us, and go to QEMU."""
+"""Descriptors that are inherited from the caller and passed to QEMU."""
 
 from __future__ import annotations
 

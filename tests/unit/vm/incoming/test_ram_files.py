@@ -1,4 +1,4 @@
-"""Which memory files a QEMU may load into, and what of its command line stands in the way."""
+"""Which memory files a QEMU may load into, and which options prevent that."""
 
 from __future__ import annotations
 

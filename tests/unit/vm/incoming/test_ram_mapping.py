@@ -1,4 +1,4 @@
-"""Which blocks a QEMU maps from a snapshot, and how its command line says so."""
+"""Which blocks a QEMU maps from a snapshot, and the command line for that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a guest that does not run after a restore."""
+"""The note on a guest that does not run after a restore."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The snapshot that a restore is from, before there is a QEMU."""
+"""The snapshot of a restore, before QEMU starts."""
 
 from __future__ import annotations
 
