@@ -98,22 +98,22 @@ class RestoreAttempt:
         building = asyncio.ensure_future(self.streams.get(mapped.blocks))
         # If QEMU does not start either, its exception is never retrieved.
         building.add_done_callback(lambda task: task.cancelled() or task.exception())
-        others = self._start_lookup()
+        other_guests = self._start_lookup()
         try:
             async with await self._wait_for_monitor(answered(started.qemu)) as qemu:
-                compared = await self._compare(qemu, mapped.command)
+                differences = await self._compare(qemu, mapped.command)
                 stream = await building
                 await asyncio.to_thread(files.clear)
                 fd = stream.open_for_reading()
                 try:
                     incoming = Incoming({"incoming-stream": fd}, self.source.snapshot.offset)
-                    seconds = await _load_stream(qemu, incoming, compared)
+                    seconds = await _load_stream(qemu, incoming, differences)
                 finally:
                     os.close(fd)
                 return await self._hand_over(
                     qemu,
                     mapped.command,
-                    others,
+                    other_guests,
                     seconds,
                     incoming,
                     mode=Mode.INSTANT,
@@ -123,7 +123,7 @@ class RestoreAttempt:
                     stale_seconds=stream.stale_seconds,
                     notes=(
                         *self.notes,
-                        *compared,
+                        *differences,
                         *mapped.notes,
                         *files.notes,
                         *_seal_note(stream),
@@ -161,7 +161,7 @@ class RestoreAttempt:
         command, changes = loadable(command, self.source.snapshot)
         with await self._files(command) as files:
             options = self.options
-            others = self._start_lookup()
+            other_guests = self._start_lookup()
             launching = launch(
                 command,
                 options.pass_fds,
@@ -171,7 +171,7 @@ class RestoreAttempt:
                 stderr=options.stderr,
             )
             async with await self._wait_for_monitor(launching) as qemu:
-                compared = await self._compare(qemu, command)
+                differences = await self._compare(qemu, command)
                 await asyncio.to_thread(files.clear)
                 fd = self.source.open_again()
                 try:
@@ -183,18 +183,18 @@ class RestoreAttempt:
                         bool(direct),
                         mode is Mode.POSTCOPY,
                     )
-                    seconds = await _load_stream(qemu, incoming, compared)
+                    seconds = await _load_stream(qemu, incoming, differences)
                 finally:
                     os.close(fd)
                 return await self._hand_over(
                     qemu,
                     command,
-                    others,
+                    other_guests,
                     seconds,
                     incoming,
                     mode=mode,
                     why=why,
-                    notes=(*self.notes, *compared, *changes, *files.notes, *notes),
+                    notes=(*self.notes, *differences, *changes, *files.notes, *notes),
                 )
 
     async def _files(self, command: CommandLine) -> RamFiles:
@@ -238,14 +238,14 @@ class RestoreAttempt:
         self,
         qemu: QemuSession,
         command: CommandLine,
-        others: asyncio.Future[bool],
+        other_guests: asyncio.Future[bool],
         seconds: float,
         incoming: Incoming,
         *,
         notes: tuple[str, ...],
         **details: Any,
     ) -> RestoredVm:
-        shared = shared_identity(command) if await others else None
+        shared = shared_identity(command) if await other_guests else None
         if shared is not None and shared not in notes:
             notes = (*notes, shared)
         # The guest may run from here on: keep the work after this short.
