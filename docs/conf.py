@@ -66,8 +66,8 @@ def mark_parameters(
     """``channels: how many ...`` in a docstring is the field of a parameter of that name."""
     try:
         parameters = set(inspect.signature(value).parameters)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return
+    except (TypeError, ValueError):  # a TypedDict has no signature
+        parameters = set()
     parameters |= set(getattr(value, "__annotations__", ()))
     marked: list[str] = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""A real QEMU: save it, restore it, clone it, without hurting it.
+"""Save, restore and clone the guests of a real QEMU.
 
     import asyncio
     from pyqmigrate import vm
@@ -11,8 +11,8 @@
 
     asyncio.run(main())
 
-:mod:`pyqmigrate.vm.sync` has the same names for programs without asyncio. All of it needs the
-library ``qemu.qmp`` (``pip install qemu.qmp``).
+:mod:`pyqmigrate.vm.sync` has the same names for programs without asyncio. Both need the library
+``qemu.qmp`` (``pip install qemu.qmp``).
 """
 
 import importlib
@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyqmigrate.vm.client import Vm, connect
     from pyqmigrate.vm.incoming.clone import Clone, clone
-    from pyqmigrate.vm.incoming.request import Mode
-    from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport, restore
-    from pyqmigrate.vm.outgoing.save import Then, VmSaveReport
+    from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
+    from pyqmigrate.vm.incoming.options import Mode
+    from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
+    from pyqmigrate.vm.incoming.restore import restore
+    from pyqmigrate.vm.outgoing.options import Then, VmCheckOptions, VmSaveOptions
+    from pyqmigrate.vm.outgoing.report import VmSaveReport
     from pyqmigrate.vm.plan.check import CheckReport
     from pyqmigrate.vm.plan.engine import Engine
     from pyqmigrate.vm.qemu.monitor import Monitor
@@ -38,13 +41,17 @@ __all__ = [
     "VmSaveReport",
     "RestoreReport",
     "CheckReport",
+    "VmSaveOptions",
+    "VmCheckOptions",
+    "VmRestoreOptions",
+    "VmCloneOptions",
     "Engine",
     "Then",
     "Mode",
     "Monitor",
 ]
 
-# Imported when they are first used, as in the package above.
+# Imported on first use, as in the package above.
 _HOME = {
     "CheckReport": "plan.check",
     "Engine": "plan.engine",
@@ -53,12 +60,16 @@ _HOME = {
     "Monitor": "qemu.monitor",
     "Vm": "client",
     "connect": "client",
-    "Mode": "incoming.request",
-    "RestoredVm": "incoming.restore",
-    "RestoreReport": "incoming.restore",
+    "Mode": "incoming.options",
+    "VmCloneOptions": "incoming.keywords",
+    "VmRestoreOptions": "incoming.keywords",
+    "RestoredVm": "incoming.report",
+    "RestoreReport": "incoming.report",
     "restore": "incoming.restore",
-    "Then": "outgoing.save",
-    "VmSaveReport": "outgoing.save",
+    "Then": "outgoing.options",
+    "VmCheckOptions": "outgoing.options",
+    "VmSaveOptions": "outgoing.options",
+    "VmSaveReport": "outgoing.report",
 }
 
 

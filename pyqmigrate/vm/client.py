@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import Unpack
 
-from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.qapi.monitor_address import monitor_path
-from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.outgoing.save import Then, VmSaveReport, save
+from pyqmigrate.vm.outgoing.options import VmCheckOptions, VmSaveOptions
+from pyqmigrate.vm.outgoing.report import VmSaveReport
+from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.plan.check import CheckReport, check
 from pyqmigrate.vm.qemu.monitor import Monitor
-
-if TYPE_CHECKING:
-    from pyqmigrate.vm.outgoing.migrate import ProgressCallback
 
 __all__ = ["Vm", "connect"]
 
 
 def connect(qmp: str | os.PathLike[str]) -> Vm:
-    """A handle on the QEMU whose monitor listens on the UNIX socket ``qmp``: PATH or unix:PATH.
+    """Return a handle on the QEMU whose monitor listens on the UNIX socket ``qmp``: PATH or
+    unix:PATH.
 
     Raises UsageError for another kind of address.
     """
@@ -28,8 +25,8 @@ def connect(qmp: str | os.PathLike[str]) -> Vm:
 
 
 class Vm:
-    """A running QEMU. Each method opens a session of its own and ends it: a monitor serves one
-    client at a time, and others want it too."""
+    """A running QEMU. Each method opens and ends a monitor session of its own: a monitor serves one
+    client at a time."""
 
     def __init__(self, qmp: str | os.PathLike[str]) -> None:
         self.qmp = monitor_path(qmp)
@@ -38,49 +35,16 @@ class Vm:
         return f"Vm({str(self.qmp)!r})"
 
     async def save(
-        self,
-        snapshot: str | os.PathLike[str],
-        *,
-        engine: str = "auto",
-        live: bool = False,
-        then: Then | str | None = None,
-        channels: int = 2,
-        direct_io: DirectIO | str = DirectIO.AUTO,
-        sparse: Sparse | str = Sparse.AUTO,
-        with_disks: bool = False,
-        seal: Algorithm | str | None = None,
-        describe: bool = True,
-        set_time: bool = False,
-        guest_agent: str | os.PathLike[str] | None = None,
-        progress: ProgressCallback | None = None,
+        self, snapshot: str | os.PathLike[str], **options: Unpack[VmSaveOptions]
     ) -> VmSaveReport:
-        """Save the guest; see :func:`pyqmigrate.vm.outgoing.save.save`."""
-        return await save(
-            self.qmp,
-            snapshot,
-            engine=engine,
-            live=live,
-            then=then,
-            channels=channels,
-            direct_io=direct_io,
-            sparse=sparse,
-            with_disks=with_disks,
-            seal=seal,
-            describe=describe,
-            set_time=set_time,
-            guest_agent=guest_agent,
-            progress=progress,
-        )
+        """Save the guest into the file ``snapshot``; see :class:`VmSaveOptions`, and
+        :func:`pyqmigrate.vm.outgoing.save.save` for the errors."""
+        return await save(self.qmp, snapshot, **options)
 
     async def check(
-        self,
-        directory: str | os.PathLike[str] | None = None,
-        *,
-        engine: str = "auto",
-        live: bool = False,
-        sparse: Sparse | str = Sparse.AUTO,
+        self, directory: str | os.PathLike[str] | None = None, **options: Unpack[VmCheckOptions]
     ) -> CheckReport:
-        """Say what a save into ``directory`` would do; see
+        """Report what a save into ``directory`` would do; see
         :func:`pyqmigrate.vm.plan.check.check`."""
         async with await Monitor.connect(self.qmp) as monitor:
-            return await check(monitor, directory, engine=engine, live=live, sparse=sparse)
+            return await check(monitor, directory, **options)

@@ -6,9 +6,9 @@
     guest = vm.restore("/snap/guest.mapped", ["qemu-system-x86_64", "-m", "4G"])
     guest.process.wait()
 
-Every call runs an event loop of its own to its end. Where one runs already, it raises UsageError.
-Arguments, results and errors are those of the names in :mod:`pyqmigrate.vm`. Ctrl-C cancels what
-is under way, and the guest is put back as it was found.
+Every call runs an event loop of its own to its end, and raises UsageError inside a running one.
+Arguments, results and errors are those of :mod:`pyqmigrate.vm`. Ctrl-C cancels the call, and the
+guest is left as it was found.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import subprocess
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
-from pyqmigrate.vm.incoming.restore import RestoreReport
-from pyqmigrate.vm.outgoing.save import VmSaveReport
+from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
+from pyqmigrate.vm.incoming.report import RestoreReport
+from pyqmigrate.vm.outgoing.options import VmCheckOptions, VmSaveOptions
+from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.plan.check import CheckReport
 
 __all__ = ["connect", "Vm", "restore", "RestoredVm", "clone", "Clone"]
@@ -34,7 +36,7 @@ T = TypeVar("T")
 
 
 def connect(qmp: str | os.PathLike[str]) -> Vm:
-    """A handle on the QEMU whose monitor listens on the UNIX socket ``qmp``."""
+    """Return a handle on the QEMU whose monitor listens on the UNIX socket ``qmp``."""
     return Vm(qmp)
 
 
@@ -47,35 +49,41 @@ class Vm:
     def __repr__(self) -> str:
         return repr(self._vm)
 
-    def save(self, snapshot: str | os.PathLike[str], **options: Any) -> VmSaveReport:
+    def save(
+        self, snapshot: str | os.PathLike[str], **options: Unpack[VmSaveOptions]
+    ) -> VmSaveReport:
         """As :meth:`pyqmigrate.vm.Vm.save`."""
         return _run("Vm.save", self._vm.save(snapshot, **options))
 
-    def check(self, directory: str | os.PathLike[str] | None = None, **options: Any) -> CheckReport:
+    def check(
+        self, directory: str | os.PathLike[str] | None = None, **options: Unpack[VmCheckOptions]
+    ) -> CheckReport:
         """As :meth:`pyqmigrate.vm.Vm.check`."""
         return _run("Vm.check", self._vm.check(directory, **options))
 
 
 @dataclass(frozen=True)
 class RestoredVm:
-    """A guest that goes on; ``process`` is its QEMU, which has to be waited for as any child.
+    """A restored guest; ``process`` is its QEMU, which has to be waited for as any child.
 
-    Nothing is connected to its monitor: give a restore ``qmp`` to reach it later.
+    Nothing is connected to its monitor: give ``restore`` a ``qmp`` to reach it later.
     """
 
     process: subprocess.Popen[bytes]
     report: RestoreReport
 
 
-def restore(snapshot: Target, command: Sequence[str] | None = None, **options: Any) -> RestoredVm:
-    """As :func:`pyqmigrate.vm.incoming.restore.restore`."""
+def restore(
+    snapshot: Target, command: Sequence[str] | None = None, **options: Unpack[VmRestoreOptions]
+) -> RestoredVm:
+    """As :func:`pyqmigrate.vm.restore`."""
 
-    async def restored() -> RestoredVm:
+    async def run() -> RestoredVm:
         guest = await vm.restore(snapshot, command, **options)
-        await _hang_up([guest])
+        await _close([guest])
         return RestoredVm(guest.process, guest.report)
 
-    return _run("restore", restored())
+    return _run("restore", run())
 
 
 @dataclass(frozen=True)
@@ -89,28 +97,31 @@ class Clone:
 
 
 def clone(
-    snapshot: Target, command: Sequence[str] | None = None, count: int = 1, **options: Any
+    snapshot: Target,
+    command: Sequence[str] | None = None,
+    count: int = 1,
+    **options: Unpack[VmCloneOptions],
 ) -> list[Clone]:
     """As :func:`pyqmigrate.vm.clone`."""
 
-    async def cloned() -> list[Clone]:
+    async def run() -> list[Clone]:
         clones = await vm.clone(snapshot, command, count, **options)
-        await _hang_up([one.vm for one in clones if one.vm is not None])
+        await _close([clone.vm for clone in clones if clone.vm is not None])
         return [
             Clone(
-                one.number,
-                one.qmp,
-                None if one.vm is None else RestoredVm(one.vm.process, one.vm.report),
-                one.error,
+                clone.number,
+                clone.qmp,
+                None if clone.vm is None else RestoredVm(clone.vm.process, clone.vm.report),
+                clone.error,
             )
-            for one in clones
+            for clone in clones
         ]
 
-    return _run("clone", cloned())
+    return _run("clone", run())
 
 
-async def _hang_up(guests: Sequence[vm.RestoredVm]) -> None:
-    """Close the sessions; a guest that the caller will not hear of is ended."""
+async def _close(guests: Sequence[vm.RestoredVm]) -> None:
+    """Close the sessions; after an error end the guests, which the caller does not get."""
     try:
         for guest in guests:
             await guest.close()

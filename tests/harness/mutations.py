@@ -40,7 +40,7 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import Sparse
-from pyqmigrate.vm.incoming.companion import IncomingStream
+from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource
 from tests.harness.snapshots import ram
 from tests.harness.stream_mutations import Anatomy, dissect, mutate
@@ -196,11 +196,11 @@ def load(directory: Path, _: bool) -> int:
 
 
 def restore(directory: Path, _: bool) -> int:
-    """What ``vm restore`` reads before a QEMU does: the snapshot, its seal, the companion."""
+    """What ``vm restore`` reads before a QEMU does: the snapshot, its seal, the incoming stream."""
     source = RestoreSource(str(directory / "file"), None)
     try:
         sealed = source.clear_pages_are_zero()
-        source.close_reading(source.reading(None, DirectIO.AUTO))
+        source.close_reading(source.choose_reading(None, DirectIO.AUTO))
         assert isinstance(source.snapshot, MappedRamSnapshot)
         companion = IncomingStream(
             source.snapshot, source.fd, [*source.snapshot.blocks], sealed=sealed

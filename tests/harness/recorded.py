@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate.vm.incoming.restore import RestoredVm, restore
+from pyqmigrate.vm.incoming.report import RestoredVm
+from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.record.contents import VmRecord, read_record

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate.vm.guest.ramblock import parse_ramblock
-from pyqmigrate.vm.incoming.restore import RestoredVm
+from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
 from tests.harness.machine import BINARY

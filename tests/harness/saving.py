@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate import open_snapshot
-from pyqmigrate.vm.outgoing.save import VmSaveReport, save
+from pyqmigrate.vm.outgoing.report import VmSaveReport
+from pyqmigrate.vm.outgoing.save import save
 from tests.harness.machine import RAM_BLOCK, GuestRam, Qemu
 from tests.harness.pattern_guest import build
 

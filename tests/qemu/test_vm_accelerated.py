@@ -16,7 +16,8 @@ import pytest
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.vm.incoming.clone import clone
 from pyqmigrate.vm.incoming.restore import restore
-from pyqmigrate.vm.outgoing.save import VmSaveReport, save
+from pyqmigrate.vm.outgoing.report import VmSaveReport
+from pyqmigrate.vm.outgoing.save import save
 from tests.harness.beat import accelerator, assert_beats_on, build, cpu_options
 from tests.harness.machine import BINARY, RAM_BLOCK, GuestRam, Qemu
 from tests.harness.pattern_guest import check_pattern

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.vm.guest.agent import find_agent
-from pyqmigrate.vm.incoming.restore import RestoreReport, restore
-from pyqmigrate.vm.outgoing.save import VmSaveReport, save
+from pyqmigrate.vm.incoming.report import RestoreReport
+from pyqmigrate.vm.incoming.restore import restore
+from pyqmigrate.vm.outgoing.report import VmSaveReport
+from pyqmigrate.vm.outgoing.save import save
 from tests.harness.agent import Agent
 from tests.harness.bare import BareQemu
 from tests.harness.linux_guest import LinuxGuest

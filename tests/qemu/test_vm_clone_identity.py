@@ -15,7 +15,8 @@ import pytest
 
 from pyqmigrate import vm
 from pyqmigrate.vm.incoming.clone import clone
-from pyqmigrate.vm.incoming.restore import RestoredVm, restore
+from pyqmigrate.vm.incoming.report import RestoredVm
+from pyqmigrate.vm.incoming.restore import restore
 from tests.harness.bare import BareQemu
 from tests.harness.machine import BINARY
 from tests.harness.saved import memory_of

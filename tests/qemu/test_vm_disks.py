@@ -14,7 +14,7 @@ from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.inspect import inspect
 from pyqmigrate.vm.outgoing import guardian
 from pyqmigrate.vm.outgoing.disk_snapshots import stranded, take
-from pyqmigrate.vm.outgoing.transaction import drive
+from pyqmigrate.vm.outgoing.transaction import run_commands
 from pyqmigrate.vm.plan.disks import prepare
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
@@ -94,14 +94,14 @@ def with_plan(images: Path, task: Task, *, run: bool = False) -> DiskPlan:
 
 async def forget(monitor: Monitor, plan: DiskPlan) -> list[str]:
     """Undo the snapshots; what could not be undone."""
-    trouble: list[str] = []
-    finding = {
-        "disks": [overlay.finding() for overlay in plan.overlays],
+    errors: list[str] = []
+    journal = {
+        "disks": [overlay.journal_entry() for overlay in plan.overlays],
         "record": "",
         "provisional": "",
     }
-    await drive(monitor, guardian.undo_disks(finding, trouble))
-    return trouble
+    await run_commands(monitor, guardian.undo_disks(journal, errors))
+    return errors
 
 
 BASES = ["left", "right"]

@@ -16,7 +16,9 @@ from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.vm.incoming.clone import clone
-from pyqmigrate.vm.incoming.restore import Mode, RestoredVm, restore
+from pyqmigrate.vm.incoming.options import Mode
+from pyqmigrate.vm.incoming.report import RestoredVm
+from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.launch import launch
 from pyqmigrate.vm.qemu.monitor import Monitor
@@ -208,7 +210,7 @@ def test_guest_saved_paused_runs_when_that_is_asked(
         vm = await restore(saved.path, saved.command(serial=serial), paused=paused)
         try:
             assert vm.report.run_state == state
-            assert any("cont lets it run" in note for note in vm.report.notes) == (paused is None)
+            assert any("cont resumes it" in note for note in vm.report.notes) == (paused is None)
         finally:
             await vm.end()
 

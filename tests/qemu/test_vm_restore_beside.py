@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import pyqmigrate.vm.incoming.attempt
 import pyqmigrate.vm.incoming.early_start
-import pyqmigrate.vm.incoming.restore
 from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.qcow2 import encode_overlay
@@ -127,7 +127,7 @@ def test_overlay_over_its_disk_is_refused_and_one_over_a_copy_restores(
             file.write(data)
     command = original.command("-drive", f"file={overlay},if=none,id=d", disk=tmp_path / "none")
     error = attempt(original, command)
-    assert f"'{original.disk}', which '{overlay}' is based on, is open for writing" in str(error)
+    assert f"'{original.disk}', a backing file of '{overlay}', is open for writing" in str(error)
     copy.write_bytes(original.disk.read_bytes())
 
     async def run() -> None:
@@ -148,7 +148,7 @@ def test_disk_that_only_qemu_finds_in_use_is_its_own_error(
     monkeypatch.setattr(pyqmigrate.vm.incoming.early_start, "refuse_in_use", lambda _: None)
     error = attempt(original, original.command(), mode=mode)
     assert type(error) is QemuError
-    assert "the guest cannot go on" in str(error)
+    assert "cannot resume the guest" in str(error)
     assert 'Failed to get "write" lock' in str(error)
     assert "Is another process using the image" in str(error)
     original.is_unharmed()
@@ -160,13 +160,13 @@ def test_guest_that_hangs_in_inmigrate_is_an_error_with_qemus_lines(
     """As QEMU has it where it lets the guest run by itself: of a snapshot that does not show its
     run state."""
     monkeypatch.setattr(pyqmigrate.vm.incoming.early_start, "refuse_in_use", lambda _: None)
-    read = pyqmigrate.vm.incoming.restore.read_saved_machine
+    read = pyqmigrate.vm.incoming.attempt.read_saved_machine
     monkeypatch.setattr(
-        pyqmigrate.vm.incoming.restore,
+        pyqmigrate.vm.incoming.attempt,
         "read_saved_machine",
         lambda snapshot: read(snapshot)._replace(run_state=None),
     )
-    monkeypatch.setattr(pyqmigrate.vm.incoming.restore, "_STATE_TIMEOUT", 0.5)
+    monkeypatch.setattr(pyqmigrate.vm.incoming.attempt, "_STATE_TIMEOUT", 0.5)
     error = attempt(original, original.command())
     assert type(error) is QemuError
     assert "'inmigrate'" in str(error)

@@ -358,7 +358,7 @@ def test_configuration_through_a_pipe_is_read_by_qemu_alone(
         assert process.stderr is not None
         said = process.stderr.readline()
         assert said.startswith("restored  load: ")
-        assert "is no file" in said
+        assert "is not a regular file" in said
     finally:
         process.terminate()
         process.communicate()

@@ -85,7 +85,7 @@ def test_temporary_overlay_that_ended_with_its_qemu_is_named(
 
 def test_untouched_disk_is_restored_without_a_command_line(quit_vm: Path) -> None:
     notes = restored(quit_vm)
-    assert any("the command line is that of" in note for note in notes)
+    assert any("the command line is from" in note for note in notes)
     assert any(note.startswith("-pidfile") and "left out" in note for note in notes)
     assert not any(note.startswith("disk") for note in notes)
 

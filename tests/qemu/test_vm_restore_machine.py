@@ -19,7 +19,8 @@ from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, QemuError, UsageError
 from pyqmigrate.format.device.sections import global_state
 from pyqmigrate.snapshot.detect import open_snapshot
-from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport, restore
+from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
+from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
 from pyqmigrate.vm.record.place import record_path
 from tests.harness.machine import BINARY
@@ -118,7 +119,7 @@ def test_missing_device_is_refused_before_the_load(two: Path) -> None:
     said = refusal(two, "-smp", "2", "-serial", "null")
     assert "virtio-net at PCI address 03.0 is missing" in said
     said = refusal(two, "-smp", "2", *NET)
-    assert "1 isa-serial in the snapshot, 0 here" in said
+    assert "1 isa-serial in the snapshot, 0 in QEMU" in said
     said = refusal(two, "-smp", "2", "-device", "e1000,addr=3,romfile=", "-serial", "null")
     assert "e1000 at PCI address 03.0 is virtio-net in the snapshot" in said
 
@@ -127,19 +128,19 @@ def test_device_that_was_not_there_is_a_note(one: Path) -> None:
     notes = report(one, "-device", "virtio-rng-pci,addr=4,id=rng", "-serial", "null").notes
     assert (
         "virtio-rng-pci 'rng' at PCI address 04.0 is not in the snapshot: the guest does not "
-        "know of it" in notes
+        "know it" in notes
     )
-    assert "1 isa-serial here, 0 in the snapshot: the guest does not know of it" in notes
+    assert "1 isa-serial in QEMU, 0 in the snapshot: the guest does not know it" in notes
 
 
 @pytest.mark.parametrize(
     ("state", "meaning"),
     [
         ("internal-error", "system_reset"),
-        ("io-error", "cont tries it again"),
+        ("io-error", "cont retries it"),
         ("guest-panicked", "its kernel had crashed"),
         ("shutdown", "it had shut down"),
-        ("paused", "cont lets it run"),
+        ("paused", "cont resumes it"),
     ],
 )
 def test_guest_that_stood_still_is_what_it_was(
@@ -160,7 +161,7 @@ def test_guest_that_stood_still_is_what_it_was(
     if state in ("internal-error", "shutdown", "guest-panicked"):
         found = report(path, paused=False)
         assert found.run_state == state
-        assert "cannot simply go on" in found.notes[-1]
+        assert "cannot simply be resumed" in found.notes[-1]
 
 
 def test_guest_that_ran_runs_and_one_that_is_wanted_paused_does_not(

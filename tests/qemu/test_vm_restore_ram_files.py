@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.vm.incoming.restore import RestoreReport, restore
+from pyqmigrate.vm.incoming.report import RestoreReport
+from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
 from tests.harness.compare_memory import assert_same_blocks
@@ -94,7 +95,7 @@ def test_memory_of_a_guest_that_lives_is_never_loaded_into(
 def test_what_a_file_held_does_not_reach_the_guest(saved: Saved, shm: Path, tmp_path: Path) -> None:
     (shm / "ram").write_bytes(b"\xee" * RAM)
     report = restored(saved, tmp_path / "serial", *on_file(shm / "ram"))
-    assert any("ram' held is replaced" in note for note in report.notes)
+    assert any("ram' is replaced" in note for note in report.notes)
 
 
 def test_file_that_is_not_there_or_empty_is_no_matter(
@@ -110,7 +111,7 @@ def test_private_file_that_holds_something_is_refused(
     saved: Saved, shm: Path, tmp_path: Path
 ) -> None:
     (shm / "ram").write_bytes(b"\xee" * RAM)
-    with pytest.raises(UsageError, match="holds something"):
+    with pytest.raises(UsageError, match="contains data"):
         restored(saved, tmp_path / "serial", *on_file(shm / "ram", "share=off"))
     assert (shm / "ram").read_bytes() == b"\xee" * RAM
 

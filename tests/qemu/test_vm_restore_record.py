@@ -70,7 +70,7 @@ def test_snapshot_without_a_record_needs_a_command_line(plain: Path, tmp_path: P
     shutil.copyfile(plain, tmp_path / "snap")
     with pytest.raises(UsageError, match=r"has no record.*after --"):
         restored(tmp_path / "snap")
-    with pytest.raises(UsageError, match="no overlays can be made"):
+    with pytest.raises(UsageError, match="cannot create overlays"):
         restored(tmp_path / "snap", [*BARE, *VM, *E1000], with_disks=True)
     restored(tmp_path / "snap", [*BARE, *VM, *E1000])
 
@@ -82,7 +82,7 @@ def test_record_of_another_snapshot_is_not_used(plain: Path, tmp_path: Path, pla
     with pytest.raises(UsageError, match="is the record of another snapshot"):
         restored(tmp_path / "snap")
     notes = restored(tmp_path / "snap", [*BARE, *VM, *E1000])
-    assert any("of another snapshot, and is not used" in note for note in notes)
+    assert any("of another snapshot and is not used" in note for note in notes)
 
 
 def test_copies_of_snapshot_and_record_belong_together(plain: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_copies_of_snapshot_and_record_belong_together(plain: Path, tmp_path: Pa
 def test_damaged_record_is_told_and_can_be_moved_away(plain: Path, tmp_path: Path) -> None:
     shutil.copyfile(plain, tmp_path / "snap")
     record_path(tmp_path / "snap").write_text('{"format": "pyqmigrate vm record", "version": 1}')
-    with pytest.raises(SnapshotError, match=r"snap\.vm\.json.*move it away"):
+    with pytest.raises(SnapshotError, match=r"snap\.vm\.json.*move the record away"):
         restored(tmp_path / "snap", [*BARE, *VM, *E1000])
 
 
@@ -285,12 +285,12 @@ def test_record_costs_a_restore_little(plain: Path) -> None:
     code = (
         "import sys, pyqmigrate.cli, pyqmigrate.cli.vm.restore\n"
         "import pyqmigrate.vm.incoming.early_start\n"
-        "from pyqmigrate.vm.incoming.request import Disks\n"
+        "from pyqmigrate.vm.incoming.options import DiskOptions\n"
         "from pyqmigrate.vm.incoming.restore_command import choose_command\n"
-        "from pyqmigrate.vm.incoming.source import Source\n"
+        "from pyqmigrate.vm.incoming.source import RestoreSource\n"
         "before = {*sys.modules}\n"
-        f"source = Source({str(plain)!r}, None)\n"
-        "choose_command(source, None, Disks())\n"
+        f"source = RestoreSource({str(plain)!r}, None)\n"
+        "choose_command(source, None, DiskOptions())\n"
         "print(*({*sys.modules} - before))"
     )
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())

@@ -20,7 +20,9 @@ from pyqmigrate.errors import (
     TargetError,
     UsageError,
 )
-from pyqmigrate.vm.incoming.restore import Mode, RestoredVm, restore
+from pyqmigrate.vm.incoming.options import Mode
+from pyqmigrate.vm.incoming.report import RestoredVm
+from pyqmigrate.vm.incoming.restore import restore
 from tests.harness.saved import RAM, Saved, goes_on, save_guest
 
 pytestmark = pytest.mark.qemu
@@ -90,7 +92,7 @@ def test_other_ram_size_is_refused_before_loading(
     command = saved.command("-M", "pc", "-m", f"{size >> 20}M", serial=tmp_path / "serial")
     error = attempt(saved.path, command, mode=mode)
     assert isinstance(error, BlockMismatch)
-    assert f"'pc.ram' has {size} bytes here and {RAM} in the snapshot" in str(error)
+    assert f"'pc.ram' has {size} bytes in QEMU and {RAM} in the snapshot" in str(error)
 
 
 def test_device_with_memory_that_was_not_there_is_refused(saved: Saved, tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_stream_that_does_not_fit_is_shown_with_what_qemu_wrote(
     path.write_bytes(data)
     error = attempt(path, saved.command(serial=tmp_path / "serial"))
     assert isinstance(error, QemuError)
-    assert "did not load" in str(error)
+    assert "failed to load" in str(error)
     assert "times" in str(error)
 
 
@@ -174,7 +176,7 @@ def test_file_that_somebody_writes_is_refused(saved: Saved, tmp_path: Path) -> N
         fcntl.flock(writer, fcntl.LOCK_EX)
         error = attempt(saved.path, saved.command(serial=tmp_path / "serial"))
     assert isinstance(error, TargetError)
-    assert "writes the snapshot in place" in str(error)
+    assert "writing the snapshot in place" in str(error)
 
 
 def test_vhost_user_keeps_memory_from_being_mapped(saved: Saved, tmp_path: Path) -> None:

@@ -75,9 +75,9 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("verb", "module", "function"),
     [
-        ("restore", "pyqmigrate.vm.incoming.restore", "compare_blocks"),  # QEMU answers
+        ("restore", "pyqmigrate.vm.incoming.attempt", "compare_blocks"),  # QEMU answers
         ("restore", "pyqmigrate.vm.incoming.load", "_wait"),  # it loads
-        ("restore", "pyqmigrate.vm.incoming.restore", "_run_state"),  # it has loaded
+        ("restore", "pyqmigrate.vm.incoming.attempt", "_run_state"),  # it has loaded
         ("clone", "pyqmigrate.vm.incoming.load", "_wait"),
     ],
 )

@@ -139,8 +139,8 @@ def test_end_of_a_migration_is_reported_without_being_asked_for(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Questions alone would take a minute each here."""
-    monkeypatch.setattr("pyqmigrate.vm.outgoing.migrate._FIRST_WAIT", 60.0)
-    monkeypatch.setattr("pyqmigrate.vm.outgoing.migrate._LONGEST_WAIT", 60.0)
+    monkeypatch.setattr("pyqmigrate.vm.outgoing.migrate._FIRST_POLL", 60.0)
+    monkeypatch.setattr("pyqmigrate.vm.outgoing.migrate._LAST_POLL", 60.0)
     with source(disk) as guest:
         events = [{"capability": "events", "state": False}]
         guest.vm.execute("migrate-set-capabilities", {"capabilities": events})
@@ -291,7 +291,7 @@ def test_command_tells_people_what_was_changed(disk: Path) -> None:
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         text = output.decode()
-        assert "setting   multifd=on meanwhile" in text
+        assert "setting   multifd=on during the save" in text
         assert "running before, running now" in text
 
 

@@ -46,7 +46,7 @@ def test_guest_that_was_let_run_while_its_memory_is_copied_is_not_saved(
 ) -> None:
     with source(disk, memory=memory) as guest:
         meddle(monkeypatch, guest, *commands)
-        with pytest.raises(QemuError, match="another client let the guest run"):
+        with pytest.raises(QemuError, match="another client resumed the guest"):
             guest.save(disk / "snapshot", engine="direct", then=then)
         guest.assert_as_before()
 
@@ -65,7 +65,7 @@ def test_guest_that_was_let_run_between_its_devices_and_its_memory_is_not_saved(
                 return original(*arguments, **options)
 
             monkeypatch.setattr(engine_direct, name, meddled)
-        with pytest.raises(QemuError, match="another client let the guest run"):
+        with pytest.raises(QemuError, match="another client resumed the guest"):
             guest.save(disk / "snapshot", engine="direct")
         guest.assert_as_before()
 
@@ -93,7 +93,7 @@ def test_guest_that_was_let_run_between_its_disks_and_its_memory_is_not_saved(
         outcome = (
             contextlib.nullcontext()
             if live
-            else pytest.raises(QemuError, match="another client let the guest run")
+            else pytest.raises(QemuError, match="another client resumed the guest")
         )
         with outcome:
             guest.save(disk / "snapshot", engine="qemu", with_disks=True, live=live)
@@ -107,7 +107,7 @@ def test_paused_guest_that_was_let_run_is_not_saved(
 ) -> None:
     with source(disk, memory="private", run=False) as guest:
         meddle(monkeypatch, guest, "cont")
-        with pytest.raises(QemuError, match="another client let the guest run"):
+        with pytest.raises(QemuError, match="another client resumed the guest"):
             guest.save(disk / "snapshot", engine="direct")
         assert not (disk / "snapshot").exists()
 

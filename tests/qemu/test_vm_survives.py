@@ -399,7 +399,7 @@ def test_qemu_that_dies_is_reported_as_that(engine: str, disk: Path) -> None:
 
         with pytest.raises(QemuGone) as raised:
             guest.save(disk / "snapshot", engine=engine, progress=kill)
-        assert any("is no more" in note for note in raised.value.__notes__)
+        assert any("has ended" in note for note in raised.value.__notes__)
         assert guest._files() <= guest.files
         assert guest._guardians() == []
 

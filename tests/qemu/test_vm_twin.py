@@ -23,7 +23,8 @@ from pyqmigrate.export.image import ImageReport
 from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.snapshot.devices import devices
 from pyqmigrate.vm.incoming.load import Incoming
-from pyqmigrate.vm.outgoing.save import VmSaveReport, save
+from pyqmigrate.vm.outgoing.report import VmSaveReport
+from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.plan.check import check
 from pyqmigrate.vm.qemu.launch import QemuSession
 from pyqmigrate.vm.qemu.monitor import Monitor

@@ -1,4 +1,4 @@
-"""Work with a real QEMU: save it, restore it, clone it, look at what a save would do."""
+"""Work with a running QEMU: save, restore and clone it, check what a save would do."""
 
 from __future__ import annotations
 

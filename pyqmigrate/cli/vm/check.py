@@ -1,23 +1,22 @@
-"""Say what a save of a running guest would do, without doing it.
+"""Report what a save of a running guest would do, without saving it.
 
-Asks QEMU, looks at its memory, and with --dir writes 64 MiB to try the disk, into a file without
-a name. Ends with exit code 1 when the guest cannot be saved, or the file would not fit. What is
-said is of a save with the same --engine, --live and --sparse, and otherwise without options.
+Queries QEMU, inspects its memory, and with --dir measures the disk by writing 64 MiB to an unnamed
+file. The exit code is 1 if the guest cannot be saved or the file would not fit. The report is about
+a save with the same --engine, --live and --sparse and no other options.
 
 JSON: ``possible``; ``qemu`` (its version); ``pid`` (or null); ``machine``; ``run_state``;
-``total_ram``; ``engine`` and ``way`` (null where there is none), ``why`` and ``refused`` (reasons
-against engine direct); ``settings`` (of QEMU's, which the save would change for its time: each
-with ``value`` and ``why``); ``blockers``, ``warnings`` and ``notes`` (sentences); ``data`` (pages
-that are not zero), ``basis`` (counted, sampled, or bound: not all memory can be read, it may be
-less) and ``need`` (what the file takes on disk at most, with the zero pages that are written along;
-a live save takes more where the guest fills pages meanwhile); ``directory``, ``free``, ``fits``,
+``total_ram``; ``engine`` and ``way`` (null if there is none), ``why`` and ``refused`` (reasons
+against engine direct); ``settings`` (QEMU's, which the save would change temporarily: each with
+``value`` and ``why``); ``blockers``, ``warnings`` and ``notes`` (sentences); ``data`` (bytes of pages
+that are not zero), ``basis`` (counted; sampled; or bound: an upper bound, since not all memory can be
+read) and ``need`` (maximum size of the file on disk, including zero pages that are written along; a
+live save needs more if the guest fills pages during the save); ``directory``, ``free``, ``fits``,
 ``direct_io``, ``direct_io_reason``, ``rate`` (bytes a second) and ``seconds`` (null without --dir,
-``free`` and ``fits`` also where there is no limit); ``blocks``, a list of ``name``, ``length``,
-``kind`` (file, process, or null: cannot be read), ``shared``, ``file_backed``, ``why_not``;
-``disks``, a list of ``device``, ``qdev``, ``node``, ``file``, ``format``, ``writable``, ``size``
-and ``chain``, the backing files (``file``, ``format``, ``size``);
-``disk_needs`` (sentences); ``with_disks`` (whether --with-disks is possible, null where no disk is
-writable) and ``why_no_disks``. Sizes are in bytes.
+``free`` and ``fits`` also if there is no limit); ``blocks``, a list of ``name``, ``length``, ``kind``
+(file, process, or null: cannot be read), ``shared``, ``file_backed``, ``why_not``; ``disks``, a list
+of ``device``, ``qdev``, ``node``, ``file``, ``format``, ``writable``, ``size`` and ``chain``, the
+backing files (``file``, ``format``, ``size``); ``disk_needs`` (sentences); ``with_disks`` (whether
+--with-disks is possible, null if no disk is writable) and ``why_no_disks``. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -50,21 +49,19 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--qmp", metavar="SOCKET", required=True, help="QEMU's QMP socket: PATH or unix:PATH"
     )
-    parser.add_argument(
-        "--dir", metavar="DIR", help="where the snapshot would go; its disk is tried"
-    )
+    parser.add_argument("--dir", metavar="DIR", help="the snapshot's directory; measures its disk")
     parser.add_argument(
         "--engine",
         choices=["auto", "qemu", "direct"],
         default="auto",
         help="who writes the pages (default: auto)",
     )
-    parser.add_argument("--live", action="store_true", help="the guest runs during the save")
+    parser.add_argument("--live", action="store_true", help="check a save that lets the guest run")
     parser.add_argument(
         "--sparse",
         choices=[str(policy) for policy in Sparse],
         default="auto",
-        help="what becomes of zero pages (default: auto, what is fast)",
+        help="how zero pages are stored (default: auto, whichever is fast)",
     )
 
 
@@ -76,7 +73,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 async def _check(args: argparse.Namespace) -> CheckReport:
-    # The library for QMP is an extra: what does not need it works without.
+    # qemu.qmp is optional: other verbs work without it.
     from pyqmigrate.vm.plan.check import check
     from pyqmigrate.vm.qemu.monitor import Monitor
 

@@ -3,19 +3,18 @@
 After ``--`` comes the command line that the VM was started with, in which ``{n}`` is the number of
 the guest, from 1 on; without it, the one that vm save recorded is used. --with-disks gives each
 guest new overlays, N.SNAPSHOT.DISK.qcow2, over the disks as they were at the snapshot's instant.
-Each guest gets a monitor DIR/N.qmp of its own (DIR is made), and no standard input. Disks that more
-than one guest would write to are refused, and so are sockets at which more than one would listen. A
-guest that fails does not stop the others.
-Every guest has the descriptors that were open when this command was started; one that two guests
-name (-netdev tap,fd=5) is refused, other than a file that is open for reading only: fd=1{n} gives
-each its own.
+Each guest gets a monitor DIR/N.qmp of its own (DIR is created) and no standard input. Disks that
+more than one guest would write to are refused, and so are sockets at which more than one would
+listen. If a guest fails, the others go on.
+Every guest inherits the descriptors of this command. One that two guests name (-netdev tap,fd=5) is
+refused, unless it is a file open for reading only: fd=1{n} gives each its own.
 
-The command waits until all have ended, and passes SIGINT, SIGTERM and SIGHUP on to them. The exit
-code is 4 when a guest could not be made, or its QEMU ended badly.
+The command waits until all guests have ended, and forwards SIGINT, SIGTERM and SIGHUP to them. The
+exit code is 4 if a guest could not be started, or its QEMU failed later.
 
-JSON, printed as soon as all guests are there: ``guests``, a list of ``number``, ``qmp``, and
-either ``error`` or what vm restore prints. That a QEMU ended badly later is told by standard error
-and the exit code.
+JSON, printed as soon as all guests are restored: ``guests``, a list of ``number``, ``qmp``, and
+either ``error`` or what vm restore prints. If a QEMU fails later, standard error and the exit code
+report it.
 """
 
 from __future__ import annotations
@@ -40,15 +39,18 @@ __all__ = ["add_parser"]
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "clone", _run, __doc__)
     parser.add_argument("snapshot", metavar="SNAPSHOT")
-    parser.add_argument("--count", type=int, required=True, metavar="N", help="how many guests")
+    parser.add_argument("--count", type=int, required=True, metavar="N", help="number of guests")
     parser.add_argument(
-        "--dir", default=".", metavar="DIR", help="where the monitors are made (default: here)"
+        "--dir",
+        default=".",
+        metavar="DIR",
+        help="directory of the monitors (default: the current one)",
     )
     parser.add_argument(
         "--mode",
         choices=["auto", "instant", "load", "postcopy"],
         default="auto",
-        help="how the memory gets there (default: auto)",
+        help="how guest memory is restored (default: auto)",
     )
     add_run_state(parser)
     add_offset(parser)
@@ -78,45 +80,47 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
         disks_dir=args.disks_dir,
         disks_as_they_are=args.disks_as_they_are,
     )
-    vms = [one.vm for one in clones if one.vm is not None]
+    vms = [clone.vm for clone in clones if clone.vm is not None]
     pass_signals_on(vms)
-    announce(args, {"guests": [_data(one) for one in clones]}, _lines(clones))
+    announce(args, {"guests": [_data(clone) for clone in clones]}, _lines(clones))
     codes = await asyncio.gather(*(vm.wait() for vm in vms))
     await asyncio.gather(*(vm.close() for vm in vms))
     failed = len(clones) - len(vms)
     if failed:
-        return ended(f"{failed} of {len(clones)} guests could not be made")
+        return ended(f"{failed} of {len(clones)} guests could not be started")
     if any(codes):
-        return ended(f"{sum(map(bool, codes))} of {len(codes)} QEMUs ended badly")
+        return ended(f"{sum(map(bool, codes))} of {len(codes)} QEMUs failed")
     return ended()
 
 
-def _data(one: Clone) -> dict[str, Any]:
-    data: dict[str, Any] = {"number": one.number, "qmp": str(one.qmp)}
-    if one.vm is None:
-        error = one.error or QemuError()
+def _data(clone: Clone) -> dict[str, Any]:
+    data: dict[str, Any] = {"number": clone.number, "qmp": str(clone.qmp)}
+    if clone.vm is None:
+        error = clone.error or QemuError()
         return data | {"error": error_data(error, exit_code(error) or ExitCode.GUEST)}
-    return data | one.vm.report.as_data()
+    return data | clone.vm.report.to_json()
 
 
 def _lines(clones: list[Clone]) -> list[str]:
     rows = [
         (
-            one.number,
-            one.vm.report.pid,
-            one.vm.report.run_state,
-            one.vm.report.mode,
-            f"{one.vm.report.load_seconds * 1000:.1f} ms",
-            one.qmp,
+            clone.number,
+            clone.vm.report.pid,
+            clone.vm.report.run_state,
+            clone.vm.report.mode,
+            f"{clone.vm.report.load_seconds * 1000:.1f} ms",
+            clone.qmp,
         )
-        for one in clones
-        if one.vm is not None
+        for clone in clones
+        if clone.vm is not None
     ]
     errors = [
-        f"guest {one.number}: {shown_error(one.error)}" for one in clones if one.error is not None
+        f"guest {clone.number}: {shown_error(clone.error)}"
+        for clone in clones
+        if clone.error is not None
     ]
     notes = dict.fromkeys(
-        note for one in clones if one.vm is not None for note in one.vm.report.notes
+        note for clone in clones if clone.vm is not None for note in clone.vm.report.notes
     )
     return [
         *table(("guest", "pid", "state", "mode", "load", "monitor"), rows, left=1),

@@ -1,33 +1,33 @@
 """Start a QEMU that goes on where a snapshot was taken.
 
 After ``--`` comes the command line that the VM was started with; without it, the one that vm save
-recorded in SNAPSHOT.vm.json is used. What a restore needs is added. Its processors, devices and
-memory are compared with the record and the snapshot; what cannot work is refused before anything is
-loaded, and so are sockets and writable disks that another process uses, such as the guest that was
-saved, and disks that have gone ahead of the snapshot. --with-disks runs the guest on new overlays,
+recorded in SNAPSHOT.vm.json is used. What a restore needs is added. Processors, devices and memory
+are compared with the record and the snapshot. What cannot work is refused before anything is loaded,
+and so are sockets and writable disks that another process uses, such as the saved guest, and disks
+that have changed since the snapshot. --with-disks runs the guest on new overlays,
 SNAPSHOT.DISK.qcow2, over the disks as they were.
 
-In mode instant the guest's memory is mapped from the snapshot, and the guest is there in
-milliseconds whatever its size; the file must not change in place while the guest runs, and may be
-replaced or removed. In mode load QEMU reads all of it first; postcopy is QEMU's own lazy load,
-where it has one. The default, auto, is instant where that is possible.
+In mode instant the guest's memory is mapped from the snapshot, and the guest runs after milliseconds
+whatever its size; the file must not change in place while the guest runs, but may be replaced or
+removed. In mode load QEMU reads the whole file first; postcopy is QEMU's own lazy load, if it has
+one. The default, auto, is instant if possible.
 
-QEMU has this command's standard streams and every other descriptor that was open when it was
-started (-add-fd fd=5, -netdev tap,fd=5). The command waits until it ends, and passes SIGINT,
-SIGTERM and SIGHUP on to it; before the guest is there, they end the restore, and the guest has not
-run. What was done is printed on standard error when the guest is there.
+QEMU inherits this command's standard streams and every other open descriptor (-add-fd fd=5, -netdev
+tap,fd=5). The command waits until QEMU ends, and forwards SIGINT, SIGTERM and SIGHUP to it; before
+the restore is complete they end it, and the guest has not run. The report is printed on standard
+error when the guest is restored.
 
-While a guest is a file its clocks stand still, so its wall clock falls behind. ``--set-time`` sets
-it by the guest agent, whose socket is found in the command line; otherwise a note says how.
+A saved guest's clocks stop, so its wall clock falls behind. ``--set-time`` sets it by the guest
+agent, whose socket is found in the command line; otherwise a note says how.
 
-The exit code is 0 when QEMU ended with 0, and 4 otherwise.
+The exit code is 0 if QEMU ended with 0, and 4 otherwise.
 
-JSON, printed as soon as the guest is there: ``mode``; ``why``; ``machine``; ``qemu``, its version;
-``pid``; ``run_state``; ``load_seconds``, from migrate-incoming to completed; ``start_seconds``
-until QEMU answered; ``total_seconds``; ``settings`` of QEMU that are not its defaults, each an
-object of ``value``; ``mapped_blocks``; ``stale_pages`` that the file had old bytes for, and
-``stale_seconds`` to find them; ``notes``. That QEMU ended badly later is reported on standard error
-and the exit code.
+JSON, printed as soon as the guest is restored: ``mode``; ``why``; ``machine``; ``qemu``, its
+version; ``pid``; ``run_state``; ``load_seconds``, from migrate-incoming to completed;
+``start_seconds`` until QEMU answered; ``total_seconds``; ``settings`` of QEMU that are not its
+defaults, each an object of ``value``; ``mapped_blocks``; ``stale_pages`` for which the file had old
+bytes, and ``stale_seconds`` to find them; ``notes``. If QEMU fails later, standard error and the exit
+code report it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from pyqmigrate.io.direct_io import DirectIO
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.early_start import EarlyRestore
-    from pyqmigrate.vm.incoming.request import Disks, Request
-    from pyqmigrate.vm.incoming.restore import RestoredVm, RestoreReport
+    from pyqmigrate.vm.incoming.options import DiskOptions, RestoreOptions
+    from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
 
 __all__ = [
     "add_command",
@@ -73,12 +73,10 @@ def add_parser(verbs: Verbs) -> None:
         "--mode",
         choices=["auto", "instant", "load", "postcopy"],
         default="auto",
-        help="how the memory gets there (default: auto)",
+        help="how guest memory is restored (default: auto)",
     )
     add_run_state(parser)
-    parser.add_argument(
-        "--qmp", metavar="SOCKET", help="give QEMU one more monitor, here: PATH or unix:PATH"
-    )
+    parser.add_argument("--qmp", metavar="SOCKET", help="add a monitor to QEMU: PATH or unix:PATH")
     add_clock(parser)
     add_offset(parser)
     parser.add_argument(
@@ -86,7 +84,7 @@ def add_parser(verbs: Verbs) -> None:
         type=read_channels,
         metavar="N",
         default=None,
-        help="how many channels QEMU reads with in mode load (default: as the file needs)",
+        help="number of channels that QEMU reads with in mode load (default: chosen for the file)",
     )
     add_direct_io(parser)
     add_disks(parser, "beside the snapshot")
@@ -100,7 +98,7 @@ def add_run_state(parser: argparse.ArgumentParser) -> None:
         dest="paused",
         action="store_true",
         default=None,
-        help="leave the guest paused (default: with -S, or as it was saved)",
+        help="leave the guest paused (default: with -S, or if it was saved paused)",
     )
     state.add_argument(
         "--running",
@@ -118,20 +116,20 @@ def add_disks(parser: argparse.ArgumentParser, where: str) -> None:
         help="run on new overlays over the disks as they were at the snapshot's instant",
     )
     parser.add_argument(
-        "--disks-dir", metavar="DIR", help=f"where the overlays are made (default: {where})"
+        "--disks-dir", metavar="DIR", help=f"directory of the overlays (default: {where})"
     )
     parser.add_argument(
         "--disks-as-they-are",
         action="store_true",
-        help="restore also where disks have gone ahead of the snapshot, or are others",
+        help="restore even if disks have changed since the snapshot or are not the recorded ones",
     )
 
 
-def read_disks(args: argparse.Namespace) -> Disks:
-    from pyqmigrate.vm.incoming.request import Disks
+def _disk_options(args: argparse.Namespace) -> DiskOptions:
+    from pyqmigrate.vm.incoming.options import DiskOptions
 
     directory = None if args.disks_dir is None else Path(args.disks_dir)
-    return Disks(args.with_disks, directory, args.disks_as_they_are)
+    return DiskOptions(args.with_disks, directory, args.disks_as_they_are)
 
 
 def add_command(parser: Parser) -> None:
@@ -146,82 +144,68 @@ def add_command(parser: Parser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    from pyqmigrate.vm.incoming.early_start import begin
+    from pyqmigrate.vm.incoming.early_start import start_early
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
-    from pyqmigrate.vm.incoming.request import Mode, Request
+    from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 
     qmp = None
     if args.qmp is not None:
         from pyqmigrate.qapi.monitor_address import monitor_path
 
         qmp = monitor_path(args.qmp)
-    request = Request(
-        Mode(args.mode),
-        args.paused,
-        qmp,
-        args.channels,
-        DirectIO(args.direct_io),
+    options = RestoreOptions(
+        mode=Mode(args.mode),
+        paused=args.paused,
+        offset=args.offset,
+        qmp=qmp,
+        channels=args.channels,
+        direct_io=DirectIO(args.direct_io),
         pass_fds=inherited_descriptors(),
-        disks=read_disks(args),
+        disks=_disk_options(args),
         set_time=args.set_time,
         guest_agent=args.guest_agent,
     )
     early = None
-    if request.mode in (Mode.AUTO, Mode.INSTANT):
-        early = begin(args.snapshot, args.command or None, request, offset=args.offset)
+    if options.mode in (Mode.AUTO, Mode.INSTANT):
+        early = start_early(args.snapshot, args.command or None, options)
     try:
-        # What takes long to import comes when QEMU is starting.
+        # These imports take long: QEMU starts in the meantime.
         from pyqmigrate.cli.interruption import run_interruptible
 
-        return run_interruptible(_restore(args, request, early))
+        return run_interruptible(_restore(args, options, early))
     except KeyboardInterrupt:
-        if early is not None:  # where it came before the loop had it
+        if early is not None:  # the event loop had not taken it over yet
             early.end()
         raise
 
 
 async def _restore(
-    args: argparse.Namespace, request: Request, early: EarlyRestore | None
+    args: argparse.Namespace, options: RestoreOptions, early: EarlyRestore | None
 ) -> Outcome:
-    from pyqmigrate.vm.incoming.restore import finish_restore, restore
+    from pyqmigrate.vm.incoming.restore import finish_restore, restore_checked
 
     if early is not None:
         vm = await finish_restore(early)
     else:
-        vm = await restore(
-            args.snapshot,
-            args.command or None,
-            mode=request.mode,
-            paused=request.paused,
-            qmp=request.qmp,
-            offset=args.offset,
-            channels=request.channels,
-            direct_io=request.direct_io,
-            pass_fds=request.pass_fds,
-            with_disks=args.with_disks,
-            disks_dir=args.disks_dir,
-            disks_as_they_are=args.disks_as_they_are,
-            set_time=request.set_time,
-            guest_agent=request.guest_agent,
-        )
-    pass_signals_on([vm])  # from here on no signal ends this command but through QEMU
+        vm = await restore_checked(args.snapshot, args.command or None, options)
+    pass_signals_on([vm])  # from here on signals end this command only through QEMU
     async with vm:
-        announce(args, vm.report.as_data(), report_lines(vm.report))
+        announce(args, vm.report.to_json(), report_lines(vm.report))
         code = await vm.wait()
     if not code:
         return ended()
     return ended(f"QEMU was killed by signal {-code}" if code < 0 else f"QEMU ended with {code}")
 
 
-def ended(trouble: str = "") -> Outcome:
-    """How it came out, for a command that has printed its report long ago."""
-    if trouble:
-        print(f"pyqmigrate: {trouble}", file=sys.stderr, flush=True)
-    return Outcome(None, [], ExitCode.GUEST if trouble else ExitCode.DONE)
+def ended(problem: str = "") -> Outcome:
+    """Return the outcome of a command that has printed its report already."""
+    if problem:
+        print(f"pyqmigrate: {problem}", file=sys.stderr, flush=True)
+    return Outcome(None, [], ExitCode.GUEST if problem else ExitCode.DONE)
 
 
 def pass_signals_on(vms: list[RestoredVm]) -> None:
-    """From now on the signals that end this command go to QEMU instead."""
+    """Forward signals that would end this command to QEMU from now on."""
     import asyncio
 
     from pyqmigrate.cli.interruption import ending_signals
@@ -238,7 +222,7 @@ def pass_signals_on(vms: list[RestoredVm]) -> None:
 
 
 def report_lines(report: RestoreReport) -> list[str]:
-    """For people."""
+    """Return the report as text."""
     lines = [
         f"restored  {report.mode}: {_aligned(report.why)}",
         f"guest     {report.run_state}, pid {report.pid}, {printable(report.machine)}, "
@@ -255,5 +239,5 @@ def report_lines(report: RestoreReport) -> list[str]:
 
 
 def _aligned(text: str) -> str:
-    """Safe to print; what QEMU wrote stays in its lines, below each other."""
+    """Return printable text, with QEMU's lines aligned below each other."""
     return "\n          ".join(printable(line) for line in text.split("\n"))

@@ -1,34 +1,32 @@
 """Save the guest of a running QEMU, and leave it as it was found.
 
-SNAPSHOT appears when it is whole, durable and verified, and beside it SNAPSHOT.vm.json, which
-describes the VM: vm restore reads it. Whatever fails, and when this command is
-interrupted or killed, the guest is put back as it was, running or paused, with its settings.
+SNAPSHOT appears when it is complete, durable and verified. SNAPSHOT.vm.json beside it describes the
+VM for vm restore. If anything fails, or this command is interrupted or killed, the guest is restored
+as it was, running or paused, with its settings.
 
-Engine qemu lets QEMU write the file, with the settings that are fast for this guest; engine direct
-lets QEMU write its device state only, and writes the pages from here. Without --then the guest is
-afterwards what it was before; with --then quit QEMU is ended once the snapshot has its name, and
-its end is waited for. --set-time sets the clock of a guest that goes on, by its agent: the pause
-has put it behind. --seal writes SNAPSHOT.seal as well (see the verb seal); with engine qemu the
-file is read for it.
+With engine qemu QEMU writes the file, with settings that are fast for this guest; with engine direct
+QEMU writes only its device state and this command the pages. Without --then the guest is left as it
+was found; --then quit ends QEMU once the snapshot has its name, and waits for that. --set-time sets
+the clock of a guest that goes on, by its agent: the pause has put it behind. --seal writes
+SNAPSHOT.seal too (see the verb seal); with engine qemu the file is read for it.
 
 A guest whose memory is not a shared file is saved by QEMU's xen-save-devices-state, which does not
 describe device state. With --describe auto, the default, a second QEMU of the same machine, which
-never runs, describes it while the guest goes on; a note says where that is not possible.
+never runs, describes it while the guest goes on; a note says if that is not possible.
 
 JSON: ``snapshot``; ``engine`` and ``why``; ``settings``, an object of QEMU's settings that were
-changed for the time, each with ``value`` and ``why``; ``direct_io``, ``direct_io_reason``;
-``channels``; ``downtime`` (seconds; null where the guest did not run before, or does not now);
+changed temporarily, each with ``value`` and ``why``; ``direct_io``, ``direct_io_reason``;
+``channels``; ``downtime`` (seconds; null if the guest did not run before, or does not now);
 ``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
-``run_state_before``, ``run_state_after`` (null: QEMU was asked to quit); ``disk_needs`` (what a
-restore needs of the writable disks, sentences); ``record`` (the file that describes the VM, or
-null); ``seal`` (null, or an object of ``path`` and ``algorithm``); ``notes`` (sentences).
+``run_state_before``, ``run_state_after`` (null: QEMU was told to quit); ``disk_needs`` (sentences
+on what a restore needs of the writable disks); ``record`` (the file that describes the VM, or null);
+``seal`` (null, or an object of ``path`` and ``algorithm``); ``notes`` (sentences).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pyqmigrate.cli.arguments import (
@@ -49,7 +47,7 @@ from pyqmigrate.io.seal_file import seal_path
 from pyqmigrate.snapshot.save.writer import Sparse
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.outgoing.save import VmSaveReport
+    from pyqmigrate.vm.outgoing.report import VmSaveReport
 
 __all__ = ["add_parser"]
 
@@ -64,14 +62,14 @@ def add_parser(verbs: Verbs) -> None:
         "--engine",
         choices=["auto", "qemu", "direct"],
         default="auto",
-        help="who writes the pages (default: auto, direct where nothing would be missed)",
+        help="who writes the pages (default: auto, direct unless that would miss something)",
     )
     parser.add_argument("--live", action="store_true", help="let the guest run during the save")
     parser.add_argument(
         "--then",
         choices=["pause", "resume", "quit"],
         default=None,
-        help="what becomes of the guest (default: what it was)",
+        help="what to do with the guest afterwards (default: leave it as it was)",
     )
     add_clock(parser)
     add_channels(parser)
@@ -80,7 +78,7 @@ def add_parser(verbs: Verbs) -> None:
         "--sparse",
         choices=[str(policy) for policy in Sparse],
         default="auto",
-        help="what becomes of zero pages (default: auto, what is fast)",
+        help="how zero pages are stored (default: auto, whichever is fast)",
     )
     parser.add_argument(
         "--with-disks",
@@ -92,12 +90,12 @@ def add_parser(verbs: Verbs) -> None:
         "--describe",
         choices=["auto", "no"],
         default="auto",
-        help="have device state described that QEMU does not describe (default: auto)",
+        help="describe device state that QEMU does not describe (default: auto)",
     )
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    # The library for QMP is an extra: what does not need it works without.
+    # qemu.qmp is optional: other verbs work without it.
     from pyqmigrate.vm.outgoing.save import save
 
     refuse_standard(args.snapshot, "the snapshot of a guest is written to a file")
@@ -120,8 +118,7 @@ def _run(args: argparse.Namespace) -> Outcome:
                 progress=show,
             )
         )
-    data = asdict(report)
-    data["disk_needs"] = data.pop("disks")
+    data = report.to_json()
     if report.seal is not None:
         data["seal"] = seal_data(seal_path(report.snapshot), report.seal)
     return Outcome(data, [printable(line) for line in _lines(report)])
@@ -137,7 +134,7 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
         f"{counted(report.channels, 'channel')}, direct I/O {'on' if report.direct_io else 'off'} "
         f"({report.direct_io_reason})"
     )
-    downtime = "" if report.downtime is None else f", it stood still for {report.downtime:.3f} s"
+    downtime = "" if report.downtime is None else f", paused for {report.downtime:.3f} s"
     yield f"guest     {report.run_state_before} before, {_after(report)} now{downtime}"
     yield from setting_lines(report.settings)
     yield from (f"restore   {sentence}" for sentence in report.disks)

@@ -1,4 +1,4 @@
-"""QEMU's settings that a save changes for its time, in lines for people."""
+"""Print the QEMU settings that a save changes temporarily."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["setting_lines"]
 
 
 def setting_lines(settings: Mapping[str, UsedSetting]) -> Iterator[str]:
-    """A line each, with what it is meanwhile and why."""
+    """Generate a line for each setting, with its value during the save and the reason."""
     for name, used in settings.items():
-        yield f"setting   {name}={_spelled(used.value)} meanwhile: {used.why}"
+        yield f"setting   {name}={_text(used.value)} during the save: {used.why}"
 
 
-def _spelled(value: object) -> str:
+def _text(value: object) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

@@ -57,15 +57,15 @@ class Overlay:
     node: str
     here: Path
 
-    def finding(self) -> dict[str, str]:
-        """Return the entry for the journal of :mod:`pyqmigrate.vm.outgoing.guardian`."""
+    def journal_entry(self) -> dict[str, str]:
+        """Return the entry for a guardian's journal (:mod:`pyqmigrate.vm.outgoing.guardian`)."""
         return {
             "name": self.disk.name,
             "node": self.node,
             "base": self.disk.node,
             "base_file": self.disk.file,
             "file": self.file,
-            "here": os.path.abspath(self.here),  # noqa: PTH100 - not where its links lead
+            "local_file": os.path.abspath(self.here),  # noqa: PTH100 - not where its links lead
         }
 
 

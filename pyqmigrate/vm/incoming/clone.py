@@ -1,10 +1,9 @@
 """Many guests from one snapshot.
 
-    for one in await clone("/snap/guest.mapped", command, 10, directory="/run/guests"):
-        print(one.number, one.qmp, one.error or one.vm.report.load_seconds)
+    for guest in await clone("/snap/guest.mapped", command, 10, directory="/run/guests"):
+        print(guest.number, guest.qmp, guest.error or guest.vm.report.load_seconds)
 
-Each is a QEMU of its own that maps the same file: they share its page cache, and each pays for
-the pages that it changes.
+All map the same file: they share its page cache, and each uses memory for the pages it changes.
 """
 
 from __future__ import annotations
@@ -14,21 +13,23 @@ import contextlib
 import errno
 import os
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Unpack, cast
 
-from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.cancellation import acquired, shielded
-from pyqmigrate.vm.incoming.companions import IncomingStreams
 from pyqmigrate.vm.incoming.identity import shared_identity
-from pyqmigrate.vm.incoming.inherited_fds import check_descriptors, descriptors_in_use
+from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
+from pyqmigrate.vm.incoming.inherited_fds import descriptors_in_use
+from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
 from pyqmigrate.vm.incoming.listeners import listeners
+from pyqmigrate.vm.incoming.options import DiskOptions, Mode, RestoreOptions
 from pyqmigrate.vm.incoming.ram_mapping import map_blocks
-from pyqmigrate.vm.incoming.request import Disks, Mode, Request
-from pyqmigrate.vm.incoming.restore import RestoredVm, restore_from
+from pyqmigrate.vm.incoming.report import RestoredVm
+from pyqmigrate.vm.incoming.restore import restore_from
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, CommandChoice
 from pyqmigrate.vm.incoming.shared_files import written_files
 from pyqmigrate.vm.incoming.source import RestoreSource
@@ -51,73 +52,77 @@ async def clone(
     snapshot: Target,
     command: Sequence[str] | None = None,
     count: int = 1,
-    *,
-    directory: str | os.PathLike[str] = ".",
-    mode: Mode | str = Mode.AUTO,
-    paused: bool | None = None,
-    offset: int | None = None,
-    at_once: int | None = None,
-    pass_fds: Collection[int] = (),
-    with_disks: bool = False,
-    disks_dir: str | os.PathLike[str] | None = None,
-    disks_as_they_are: bool = False,
+    **options: Unpack[VmCloneOptions],
 ) -> list[Clone]:
     """Restore ``count`` guests from one snapshot.
 
-    ``{n}`` in a word of ``command`` is the number of the guest, from 1 on. Each gets a monitor
-    ``directory/N.qmp`` of its own, and no standard input; the directory is made. ``at_once`` start
-    at the same time (as many as there are processors). command, mode, paused, offset, with_disks,
-    disks_as_they_are: as for :func:`pyqmigrate.vm.restore`; overlays are made in ``disks_dir``
-    (None: ``directory``), their names begin with the number of the guest.
-    Every guest gets all of ``pass_fds``; ``fd=1{n}`` gives guest 2 the use of descriptor 12. Each
-    has a number of ``vmgenid`` of its own; a fixed one with ``{n}`` in it stays.
+    ``{n}`` in a word of ``command`` is the number of the guest, from 1 on. Each guest gets a monitor
+    ``directory/N.qmp`` and no standard input. Each gets a new ``guid`` of ``vmgenid``, unless
+    ``{n}`` is in the given one. The options are those of :class:`~pyqmigrate.vm.VmCloneOptions`.
 
-    A guest that fails has its error in the list; the others go on. When the call is cancelled,
-    all are ended. Raises UsageError when guests would write to the same disk or file, or use the
-    same descriptor (other than a file that is open for reading only), or listen at the same
-    address, TargetError when the directory cannot be made, and what is wrong with the snapshot
-    itself.
+    A guest that fails has its error in the list; the others go on. If the call is cancelled, all
+    are ended. Raises UsageError if guests would write to the same disk or file, listen at the same
+    address, or use the same descriptor (unless it is a file open for reading only), TargetError if
+    the directory cannot be created, and the errors of opening the snapshot.
     """
     if count < 1:
-        raise UsageError(f"{count} guests cannot be made")
-    place = Path(directory)
-    disks = Disks(with_disks, place if disks_dir is None else Path(disks_dir), disks_as_they_are)
-    request = Request(
-        parse_enum(Mode, mode, "mode"),
-        paused,
-        stdin=subprocess.DEVNULL,
-        pass_fds=check_descriptors(pass_fds),
-    )
-    place = Path(directory)
-    turn = asyncio.Semaphore(at_once or os.cpu_count() or 1)
-    started: list[RestoredVm] = []
+        raise UsageError(f"count must be at least 1, not {count}")
+    at_once = options.get("at_once") or os.cpu_count() or 1
+    directory = Path(options.get("directory", "."))
+    restore_options = _restore_options(options, directory)
+    return await _clone(snapshot, command, count, directory, at_once, restore_options)
 
-    async def one(companions: IncomingStreams, number: int) -> Clone:
-        qmp = place / f"{number}.qmp"
-        async with turn:
+
+def _restore_options(options: VmCloneOptions, directory: Path) -> RestoreOptions:
+    """Return the options that all guests share."""
+    if unknown := options.keys() - VmCloneOptions.__optional_keys__:
+        raise TypeError(f"clone() got an unexpected keyword argument {min(unknown)!r}")
+    values: dict[str, Any] = {**options}
+    for name in ("at_once", "directory"):
+        values.pop(name, None)
+    if values.get("disks_dir") is None:
+        values["disks_dir"] = directory
+    checked = RestoreOptions.check(cast("VmRestoreOptions", values))
+    return checked._replace(stdin=subprocess.DEVNULL)
+
+
+async def _clone(
+    snapshot: Target,
+    command: Sequence[str] | None,
+    count: int,
+    directory: Path,
+    at_once: int,
+    options: RestoreOptions,
+) -> list[Clone]:
+    slots = asyncio.Semaphore(at_once)
+    started: list[RestoredVm] = []
+    chosen: dict[int, ChosenCommand] = {}
+
+    async def make(streams: IncomingStreams, number: int) -> Clone:
+        qmp = directory / f"{number}.qmp"
+        async with slots:
             try:
-                vm = await restore_from(companions, chosen[number], request._replace(qmp=qmp))
+                vm = await restore_from(streams, chosen[number], options._replace(qmp=qmp))
             except PyqmigrateError as error:
                 return Clone(number, qmp, error=error)
         started.append(vm)
         return Clone(number, qmp, vm)
 
-    chosen: dict[int, ChosenCommand] = {}
     try:
-        async with await IncomingStreams.open(snapshot, offset) as companions:
-            await asyncio.to_thread(_make_directory, place)
-            choosing = asyncio.to_thread(_choose, companions.source, command, count, disks)
+        async with await IncomingStreams.open(snapshot, options.offset) as streams:
+            await asyncio.to_thread(_make_directory, directory)
+            choosing = asyncio.to_thread(_choose, streams.source, command, count, options.disks)
             chosen = await acquired(choosing, _discard)
-            commands = {number: each.command for number, each in chosen.items()}
-            mode = _refuse_shared(commands, companions.source, request.mode, command is None)
-            request = request._replace(mode=mode)
-            tasks = [asyncio.create_task(one(companions, number)) for number in chosen]
+            commands = {number: choice.command for number, choice in chosen.items()}
+            mode = _refuse_shared(commands, streams.source, options.mode, command is None)
+            options = options._replace(mode=mode)
+            tasks = [asyncio.create_task(make(streams, number)) for number in chosen]
             try:
                 await asyncio.wait(tasks)
-            finally:  # they use what is closed after this
+            finally:  # the streams must not be closed before the tasks end
                 for task in tasks:
                     task.cancel()
-                await shielded(_all_ended(tasks))
+                await shielded(_wait_for(tasks))
         return [task.result() for task in tasks]
     except BaseException:
         await shielded(_end_all(started))
@@ -126,20 +131,18 @@ async def clone(
 
 
 def _choose(
-    source: RestoreSource, words: Sequence[str] | None, count: int, disks: Disks
+    source: RestoreSource, words: Sequence[str] | None, count: int, disks: DiskOptions
 ) -> dict[int, ChosenCommand]:
-    """The command line of each guest, with overlays of its own; all or none."""
-    parse_enum = CommandChoice(source, words, disks)
+    """Return the command line of each guest, with its own overlays; all or none."""
+    choice = CommandChoice(source, words, disks)
     if words is None:
-        parse_enum.leave_monitors_out()
-    parse_enum.notes.append(shared_identity(parse_enum.command))
+        choice.leave_monitors_out()
+    choice.notes.append(shared_identity(choice.command))
     chosen: dict[int, ChosenCommand] = {}
     try:
         for number in range(1, count + 1):
-            command = (
-                parse_enum.command.filled_in(number) if words is not None else parse_enum.command
-            )
-            chosen[number] = parse_enum.settle(command, str(number))
+            command = choice.command if words is None else choice.command.filled_in(number)
+            chosen[number] = choice.settle(command, str(number))
     except BaseException:
         _discard(chosen)
         raise
@@ -147,11 +150,11 @@ def _choose(
 
 
 def _discard(chosen: dict[int, ChosenCommand]) -> None:
-    for each in chosen.values():
-        each.discard()
+    for choice in chosen.values():
+        choice.discard()
 
 
-async def _all_ended(tasks: Sequence[asyncio.Task[Clone]]) -> None:
+async def _wait_for(tasks: Sequence[asyncio.Task[Clone]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -162,45 +165,45 @@ async def _end_all(started: Sequence[RestoredVm]) -> None:
 def _refuse_shared(
     commands: dict[int, CommandLine], source: RestoreSource, mode: Mode, recorded: bool
 ) -> Mode:
-    """UsageError for what guests cannot share; the mode in which that holds.
+    """Raise UsageError for what guests cannot share; return the mode for which the check holds.
 
-    Memory that is mapped from the snapshot is no longer in the file that the command line names.
-    ``recorded``: the command line is that of the record, in which nothing has a number.
+    Memory mapped from the snapshot is no longer in the file that the command line names. A
+    ``recorded`` command line has no ``{n}``.
     """
-    whole = " (give the whole command line after --)" if recorded else ""
-    made = commands
+    hint = " (give the whole command line after --)" if recorded else ""
+    started = commands
     if mode in (Mode.AUTO, Mode.INSTANT):
         with contextlib.suppress(NotSupported):
-            made = {
+            started = {
                 number: map_blocks(command, source.snapshot, source.fd).command
                 for number, command in commands.items()
             }
-    for one, other, address, option in _in_common(commands, _addresses):
+    for first, second, address, option in _in_common(commands, _addresses):
         raise UsageError(
-            f"guests {one} and {other} would both listen at {address} ({option}): put {{n}} into it"
-            f"{whole}"
+            f"guests {first} and {second} would both listen at {address} ({option}): put {{n}} "
+            f"into it{hint}"
         )
-    for one, other, file, option in _in_common(made, written_files):
+    for first, second, file, option in _in_common(started, written_files):
         raise UsageError(
-            f"guests {one} and {other} would both write to {file!r} ({option}): put {{n}} into "
-            f"its name and give each a copy or an overlay of its own, or make it read-only{whole}"
+            f"guests {first} and {second} would both write to {file!r} ({option}): put {{n}} into "
+            f"its name and give each a copy or an overlay of its own, or make it read-only{hint}"
         )
-    for one, other, descriptor, option in _in_common(commands, descriptors_in_use):
+    for first, second, descriptor, option in _in_common(commands, descriptors_in_use):
         raise UsageError(
-            f"guests {one} and {other} would both have {descriptor} ({option}), which serves one: "
-            f"put {{n}} into its number{whole}"
+            f"guests {first} and {second} would both use {descriptor} ({option}), which serves one: "
+            f"put {{n}} into its number{hint}"
         )
     if any(_in_common(commands, written_files)):
-        return Mode.INSTANT  # loaded, they would write to the same memory file
+        return Mode.INSTANT  # a load would have them write to the same memory file
     return mode
 
 
-def _make_directory(place: Path) -> None:
+def _make_directory(directory: Path) -> None:
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TargetError(
-            error.errno or errno.EIO, "cannot make the directory of the monitors", place
+            error.errno or errno.EIO, "cannot create the directory of the monitors", directory
         ) from error
 
 
@@ -211,7 +214,7 @@ def _addresses(command: CommandLine) -> dict[str, Option]:
 def _in_common(
     commands: dict[int, CommandLine], find: Callable[[CommandLine], dict[str, Option]]
 ) -> Iterator[tuple[int, int, str, Option]]:
-    """Two guests that share something, what that is, and the option of the second."""
+    """Generate pairs of guests that share something, its name, and the option of the second."""
     owners: dict[str, int] = {}
     for number, command in commands.items():
         for name, option in find(command).items():

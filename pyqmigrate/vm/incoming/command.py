@@ -1,4 +1,4 @@
-"""What of the command line that a VM was started with cannot go together with a restore."""
+"""Adapt the command line of a VM to a restore."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _PAUSED = Option("S")
 
 
 def make_incoming(command: CommandLine, *, paused: bool | None) -> tuple[CommandLine, list[str]]:
-    """``command`` for a QEMU that waits for a snapshot, and what was changed in it besides.
+    """Return ``command`` for a QEMU that waits for a snapshot, and notes on what else changed.
 
-    ``paused``: whether the guest stays paused; None leaves ``-S`` as it is. Raises UsageError for
+    ``paused``: whether the guest stays paused; None keeps ``-S`` as it is. Raises UsageError for
     options that contradict a restore.
     """
     notes = []
     for option in command.options:
         if option.name in _REFUSED:
-            raise UsageError(f"{option} does not go with a restore: {_REFUSED[option.name]}")
+            raise UsageError(f"{option} conflicts with a restore: {_REFUSED[option.name]}")
         if option.name == "incoming" and option.value != "defer":
-            raise UsageError(f"{option} does not go with a restore, which says what is loaded")
+            raise UsageError(f"{option} conflicts with a restore, which adds its own -incoming")
     if command.has("daemonize"):
-        notes.append("-daemonize is left out: the process that is started here is QEMU itself")
+        notes.append("-daemonize is left out: QEMU must stay the process that the restore starts")
     if paused is False and command.has("S"):
-        notes.append("-S is left out: the guest is to run")
+        notes.append("-S is left out: the guest shall run")
     stays = command.has("S") if paused is None else paused
     command = command.without("incoming", "daemonize", "S")
     added = [Option("incoming", "defer")] + [_PAUSED] * stays

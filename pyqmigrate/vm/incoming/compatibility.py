@@ -1,9 +1,8 @@
-"""Whether a command line makes the machine that a snapshot was taken of.
+"""Check that a command line makes the machine that a snapshot was taken of.
 
-QEMU loads a snapshot into other processors or devices without a word, or fails in words that do
-not say what to change. What the command line itself says is compared before QEMU starts
-(:func:`compare_command`), the rest when it answers. Notes are returned; UsageError is raised for
-what cannot work.
+QEMU loads a snapshot into other processors or devices silently, or fails with errors that do not
+name the cause. The command line is compared before QEMU starts (:func:`compare_command`), the rest
+when its monitor answers. Each function returns notes, and raises UsageError for what cannot work.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_blocks", "compare_command", "compare_devices", "compare_type"]
 
-_NOT_MIGRATED = "mmaps["  # in the names of device memory that no stream has
+_NOT_MIGRATED = "mmaps["  # in the names of device memory that is never in a stream
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _TREE_LINE = (
     r"(?P<indent> *)(?:dev: (?P<type>[^,]+), id \"(?P<id>[^\"]*)\"|"
     r"addr = (?P<slot>[0-9a-f]{2}\.[0-7]))$"
 )
-_OTHER_ROOT = "pxb"  # expander bridges have buses that are numbered by themselves
-# Devices without a PCI address whose number varies, and what they call their state.
+_OTHER_ROOT = "pxb"  # expander bridges number their buses independently
+# Devices without a PCI address, and the names of their states.
 _PORTS = {"isa-serial": "serial", "isa-parallel": "parallel_isa", "isa-fdc": "fdc"}
-# What devices call their state, where that is not what they are called themselves.
+# Names of device states that differ from the device types.
 _STATES = {
     "virtio-net-pci": "virtio-net",
     "virtio-blk-pci": "virtio-blk",
@@ -44,8 +43,8 @@ _STATES = {
     "e1000e": "e1000e",
     "rtl8139": "rtl8139",
 }
-_NOT_KNOWN = "the guest does not know of it"
-# Devices of other types may have no state, and are not missed in a snapshot.
+_NOT_KNOWN = "the guest does not know it"
+# Devices of other types may have no state.
 _HAVE_STATE = (
     r"virtio-|e1000|rtl8139|ne2k_pci|pcnet|vmxnet3|igb|i8255|tulip|nvme|ich9-ahci|.*-[xeuo]hci|"
     r"lsi|megasas|mptsas|am53c974|pci-serial|VGA|qxl|ES1370|AC97|intel-hda|ich9-intel-hda|"
@@ -54,7 +53,7 @@ _HAVE_STATE = (
 
 
 def compare_command(command: CommandLine, saved: SavedMachine) -> list[str]:
-    """Compare what the words say of processors and of the accelerator."""
+    """Compare the processors and the accelerator of the options."""
     notes: list[str] = []
     accelerators = _accelerators(command)
     if len(accelerators) == 1:
@@ -66,7 +65,7 @@ def compare_command(command: CommandLine, saved: SavedMachine) -> list[str]:
 
 
 async def compare_devices(monitor: Monitor, command: CommandLine, saved: SavedMachine) -> list[str]:
-    """Compare the accelerator, the processors and the devices of a QEMU; returns notes."""
+    """Compare the accelerator, processors and devices of a running QEMU; return notes."""
     notes: list[str] = []
     if len(_accelerators(command)) != 1 and saved.kvm is not None:
         answer = await monitor.execute("query-kvm")
@@ -78,20 +77,20 @@ async def compare_devices(monitor: Monitor, command: CommandLine, saved: SavedMa
         if processors > saved.processors:
             notes.append(
                 f"the command line makes {_counted(processors)} and the snapshot has "
-                f"{saved.processors}: the guest does not know of the others; give -smp "
+                f"{saved.processors}: the guest does not know the others; give -smp "
                 f"{saved.processors}"
             )
     if saved.pci is not None and saved.counts is not None:
         tree = await monitor.hmp("info qtree")
         devices = _pci_devices(tree)
         faults = [*_missing_ports(tree, saved.counts)]
-        if devices:  # none: a machine whose first root bus is another one
+        if devices:  # none: a machine with another kind of root bus
             faults += [*_missing(devices, saved.pci), *_changed(devices, saved.pci)]
         if faults:
             raise UsageError(
-                "the command line makes other devices than the snapshot has: "
+                "the command line makes other devices than the snapshot contains: "
                 + "; ".join(faults)
-                + ". Give the devices that the guest was saved with, in their order or with addr="
+                + ". Give the devices that the guest was saved with, in the same order or with addr="
             )
         notes += _unknown(devices, saved.pci)
         notes += _unknown_ports(tree, saved.counts)
@@ -99,12 +98,12 @@ async def compare_devices(monitor: Monitor, command: CommandLine, saved: SavedMa
 
 
 async def compare_type(monitor: Monitor, snapshot: MappedRamSnapshot) -> None:
-    """Raise UsageError for a QEMU of another machine type than the snapshot's."""
+    """Raise UsageError if QEMU's machine type is not the snapshot's."""
     kind = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     machine = str(kind).removesuffix("-machine")
     if snapshot.machine and machine != snapshot.machine:
         raise UsageError(
-            f"the snapshot is of machine type {snapshot.machine}, and the command line makes "
+            f"the snapshot has machine type {snapshot.machine}, but the command line makes "
             f"{machine}: give -machine {snapshot.machine}"
         )
 
@@ -112,35 +111,36 @@ async def compare_type(monitor: Monitor, snapshot: MappedRamSnapshot) -> None:
 async def compare_blocks(monitor: Monitor, snapshot: MappedRamSnapshot) -> None:
     """Compare the RAM blocks of a QEMU with the snapshot's.
 
-    Raises BlockMismatch for a block that is missing on either side or has another length, and
-    cannot take that of the snapshot.
+    Raises BlockMismatch for a block that is missing on either side, or has another length and
+    cannot be resized.
     """
-    here = {line.name: line for line in parse_ramblock(await monitor.hmp("info ramblock"))}
+    actual = {line.name: line for line in parse_ramblock(await monitor.hmp("info ramblock"))}
     wanted = {name: block.length for name, block in snapshot.blocks.items()}
     faults = [
         *(
             f"{name!r} is missing in the command line's machine"
-            for name in wanted.keys() - here.keys()
+            for name in wanted.keys() - actual.keys()
         ),
         *(
             f"{name!r} is not in the snapshot"
-            for name in here.keys() - wanted.keys()
+            for name in actual.keys() - wanted.keys()
             if _NOT_MIGRATED not in name
         ),
         *(
-            f"{name!r} has {here[name].length} bytes here and {length} in the snapshot"
+            f"{name!r} has {actual[name].length} bytes in QEMU and {length} in the snapshot"
             for name, length in wanted.items()
-            if name in here and not here[name].takes(length)
+            if name in actual and not actual[name].takes(length)
         ),
     ]
     if faults:
         raise BlockMismatch(
-            "the command line makes other RAM than the snapshot has: " + "; ".join(sorted(faults))
+            "the command line makes other RAM than the snapshot contains: "
+            + "; ".join(sorted(faults))
         )
 
 
 def _accelerators(command: CommandLine) -> list[str]:
-    """Those that QEMU will try, in order; empty where it has to choose by itself."""
+    """Return the accelerators that QEMU will try, in order; empty for its default."""
     if command.has("enable-kvm"):
         return ["kvm"]
     names = [option.properties("accel").get("accel", "") for option in command.all("accel")]
@@ -152,21 +152,21 @@ def _accelerators(command: CommandLine) -> list[str]:
 def _compare_accelerator(kvm: bool, saved: SavedMachine) -> list[str]:
     if saved.kvm_clock and not kvm:
         raise UsageError(
-            "the snapshot was saved under KVM (it has a section 'kvmclock', which only KVM loads) "
-            "and the command line does not run the guest under KVM: give -accel kvm"
+            "the snapshot was saved under KVM (its section 'kvmclock' can be loaded only by KVM), but "
+            "the command line does not use KVM: give -accel kvm"
         )
     if saved.kvm and not kvm:
-        return ["the snapshot was saved under KVM and goes on without it: the guest's TSC jumps"]
+        return ["the snapshot was saved under KVM and continues without it: the guest's TSC jumps"]
     if saved.kvm is False and kvm:
         return [
-            "the snapshot was saved without KVM and goes on under it: the guest's TSC jumps, which "
-            "may stop its clocks; give -accel tcg to go on as before"
+            "the snapshot was saved without KVM and continues under it: the guest's TSC jumps, which "
+            "may stop its clocks; give -accel tcg to continue as before"
         ]
     return []
 
 
 def _processors(command: CommandLine) -> int | None:
-    """How many ``-smp`` asks for, where that says it all."""
+    """Return the number of processors, or None if ``-smp`` does not determine it."""
     if any(
         "-cpu" in option.properties("driver").get("driver", "") for option in command.all("device")
     ):
@@ -194,7 +194,7 @@ class _PciDevice(NamedTuple):
 
 
 def _pci_devices(tree: str) -> dict[str, _PciDevice]:
-    """The PCI devices in what ``info qtree`` prints, by their slots from the first root bus on."""
+    """Return the PCI devices of ``info qtree`` by their slots, from the first root bus on."""
     found: dict[str, _PciDevice] = {}
     above: list[tuple[int, _PciDevice, str]] = []  # indentation, device, slot (empty: none)
     for line in tree.splitlines():
@@ -242,19 +242,19 @@ def _changed(
 
 
 def _missing_ports(tree: str, saved: Mapping[str, int]) -> Iterator[str]:
-    for model, made, counted in _ports(tree, saved):
-        if made < counted:
-            yield f"{counted} {model} in the snapshot, {made} here"
+    for model, count, saved_count in _ports(tree, saved):
+        if count < saved_count:
+            yield f"{saved_count} {model} in the snapshot, {count} in QEMU"
 
 
 def _unknown_ports(tree: str, saved: Mapping[str, int]) -> Iterator[str]:
-    for model, made, counted in _ports(tree, saved):
-        if made > counted:
-            yield f"{made} {model} here, {counted} in the snapshot: {_NOT_KNOWN}"
+    for model, count, saved_count in _ports(tree, saved):
+        if count > saved_count:
+            yield f"{count} {model} in QEMU, {saved_count} in the snapshot: {_NOT_KNOWN}"
 
 
 def _ports(tree: str, saved: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
-    """Each type, how many ``info qtree`` shows, and how many are in the snapshot."""
+    """Generate each type with its counts in ``info qtree`` and in the snapshot."""
     types = [found["type"] for line in tree.splitlines() if (found := re.match(_TREE_LINE, line))]
     for model, state in _PORTS.items():
         yield model, types.count(model), saved.get(state, 0)

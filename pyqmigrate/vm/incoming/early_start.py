@@ -1,7 +1,7 @@
-"""An instant restore up to the moment at which the new QEMU's process is there.
+"""The part of an instant restore that runs before the event loop: up to starting QEMU.
 
-None of it needs an event loop or a monitor. A command begins here, and imports both while QEMU
-starts: that takes Python as long as QEMU.
+It needs neither an event loop nor a monitor. The command starts QEMU here and imports both in the
+meantime: that takes Python as long as QEMU needs to start.
 """
 
 from __future__ import annotations
@@ -19,130 +19,131 @@ from pyqmigrate.vm.incoming.command import make_incoming
 from pyqmigrate.vm.incoming.compatibility import compare_command
 from pyqmigrate.vm.incoming.images_in_use import refuse_in_use
 from pyqmigrate.vm.incoming.listeners import refuse_taken
+from pyqmigrate.vm.incoming.options import RestoreOptions
 from pyqmigrate.vm.incoming.ram_files import RamFiles
 from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
-from pyqmigrate.vm.incoming.request import Request
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
 from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 
-__all__ = ["StartedRestore", "EarlyRestore", "begin", "begin_mapped", "prepare"]
+__all__ = ["EarlyRestore", "StartedRestore", "prepare", "start_early", "start_mapped"]
 
 
 class StartedRestore(NamedTuple):
-    """A QEMU that has been started, to map ``mapped`` from ``source``, which stays open.
+    """A started QEMU that maps ``mapped`` from ``source``, which stays open.
 
-    ``files`` are the memory files that it has besides. End it, or give it to
+    ``files`` are its other memory files. End it, or pass it on to
     :func:`pyqmigrate.vm.incoming.restore.finish_restore`.
     """
 
     source: RestoreSource
     mapped: Mapped
     files: RamFiles
-    started: QemuProcess
+    qemu: QemuProcess
 
     def end(self) -> None:
-        """End the process and let go of its files. May be repeated."""
-        self.started.end()
+        """End the process and close its files. Can be called again."""
+        self.qemu.end()
         self.files.close()
 
 
 def prepare(
-    command: CommandLine, request: Request, snapshot: MappedRamSnapshot
-) -> tuple[CommandLine, Request, tuple[str, ...]]:
-    """The command line of a QEMU that waits for a snapshot, the request with what that says, and
-    what was changed. Raises UsageError for options that contradict a restore or the snapshot, and
-    for sockets and disks that another process uses."""
-    if request.paused is None and command.has("S"):
-        request = request._replace(paused=True)
-    command, notes = make_incoming(command, paused=request.paused)
-    refuse_taken(command, request.qmp)
+    command: CommandLine, options: RestoreOptions, snapshot: MappedRamSnapshot
+) -> tuple[CommandLine, RestoreOptions, tuple[str, ...]]:
+    """Return the command line of a QEMU that waits for a snapshot, the options it implies, and
+    notes on what was changed.
+
+    Raises UsageError for options that contradict a restore or the snapshot, and for sockets and
+    disks that another process uses.
+    """
+    if options.paused is None and command.has("S"):
+        options = options._replace(paused=True)
+    command, notes = make_incoming(command, paused=options.paused)
+    refuse_taken(command, options.qmp)
     refuse_in_use(command)
     notes += compare_command(command, read_saved_machine(snapshot))
-    return command, request, tuple(notes)
+    return command, options, tuple(notes)
 
 
-def begin_mapped(source: RestoreSource, mapped: Mapped, request: Request) -> StartedRestore:
-    """Start the QEMU of ``mapped``. Not in the main thread.
+def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions) -> StartedRestore:
+    """Start the QEMU of ``mapped``. Not for the main thread.
 
-    Raises QemuError, UsageError, and what RamFiles refuses.
+    Raises QemuError, UsageError, and what RamFiles raises.
     """
     files = RamFiles(mapped.command, source.snapshot, mapped.blocks)
     try:
-        started = start(
+        qemu = start(
             mapped.command,
-            [source.fd, *request.pass_fds],
-            qmp=request.qmp,
-            stdin=request.stdin,
-            stdout=request.stdout,
-            stderr=request.stderr,
+            [source.fd, *options.pass_fds],
+            qmp=options.qmp,
+            stdin=options.stdin,
+            stdout=options.stdout,
+            stderr=options.stderr,
         )
     except BaseException:
         files.close()
         raise
-    return StartedRestore(source, mapped, files, started)
+    return StartedRestore(source, mapped, files, qemu)
 
 
 class EarlyRestore(NamedTuple):
-    """What was begun before there was an event loop, and what it was made from."""
+    """A restore that was started before there is an event loop, and what it was made from."""
 
-    begun: StartedRestore
+    started: StartedRestore
     command: CommandLine
-    request: Request
+    options: RestoreOptions
     notes: tuple[str, ...]
     chosen: ChosenCommand
 
     def end(self) -> None:
-        """May be repeated."""
-        self.begun.end()
-        self.begun.source.close()
+        """End QEMU and remove its overlays. Can be called again."""
+        self.started.end()
+        self.started.source.close()
         self.chosen.discard()
 
 
-def begin(
-    snapshot: Target, command: Sequence[str] | None, request: Request, *, offset: int | None = None
+def start_early(
+    snapshot: Target, command: Sequence[str] | None, options: RestoreOptions
 ) -> EarlyRestore | None:
-    """Begin an instant restore; arguments as for :func:`pyqmigrate.vm.restore`.
+    """Start an instant restore; arguments as for :func:`pyqmigrate.vm.restore`.
 
-    None where nothing could be begun, for whatever reason: a restore finds it again, and says it
-    or goes another way. Whatever interrupts the wait ends what was begun.
+    Returns None if it could not be started, for any reason: the restore that follows meets it again
+    and reports it, or loads. If the wait is interrupted, QEMU is ended.
     """
-    found: list[EarlyRestore] = []
+    results: list[EarlyRestore] = []
 
     def work() -> None:
         try:
-            found.append(_begin(snapshot, command, request, offset))
-        except Exception:  # the restore that follows meets it again, where it can be told
+            results.append(_start(snapshot, command, options))
+        except Exception:  # the restore that follows meets it again
             return
 
-    # In a thread, where no signal can raise between the fork and our knowing of it.
-    thread = threading.Thread(target=work, name="pyqmigrate-begin")
+    # In a thread: a signal handler cannot raise between fork and bookkeeping.
+    thread = threading.Thread(target=work, name="pyqmigrate-start")
     try:
         start_thread(thread)
-    except TargetError:  # the restore meets this again too
+    except TargetError:  # likewise
         return None
     try:
         thread.join()
     except BaseException:
         thread.join()
-        for early in found:
+        for early in results:
             early.end()
         raise
-    return found[0] if found else None
+    return results[0] if results else None
 
 
-def _begin(
-    snapshot: Target, words: Sequence[str] | None, request: Request, offset: int | None
-) -> EarlyRestore:
-    source = RestoreSource(snapshot, offset)
+def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOptions) -> EarlyRestore:
+    source = RestoreSource(snapshot, options.offset)
     with contextlib.ExitStack() as undo:
         undo.callback(source.close)
-        chosen = choose_command(source, words, request.disks)
+        chosen = choose_command(source, words, options.disks)
         undo.callback(chosen.discard)
-        command, request, notes = prepare(chosen.command, request, source.snapshot)
+        command, options, notes = prepare(chosen.command, options, source.snapshot)
         mapped = map_blocks(command, source.snapshot, source.fd)
-        begun = begin_mapped(source, mapped, request)
+        started = start_mapped(source, mapped, options)
         undo.pop_all()
-        return EarlyRestore(begun, command, request, (*chosen.notes, *notes), chosen)
+        return EarlyRestore(started, command, options, (*chosen.notes, *notes), chosen)

@@ -1,9 +1,9 @@
-"""What guests that go on from one snapshot have in common, and should not.
+"""Identity that guests of one snapshot share, but should not.
 
-A guest calls many things its own that are in its memory: a machine id, host keys, the state of its
-random numbers. A device ``vmgenid`` tells it that it is a copy: it has a number that the new QEMU
-puts into the loaded memory, with an interrupt. A number that is fixed on the command line would be
-the same for all, so QEMU makes a new one (``guid=auto``).
+A guest's memory contains a machine id, host keys and the state of its random number generator. A
+device ``vmgenid`` informs the guest that it is a copy: the new QEMU writes the device's ``guid`` into
+the loaded memory and raises an interrupt. A fixed ``guid`` on the command line would be the same for
+all guests, so it is replaced by ``guid=auto``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _NUMBER = "{n}"
 
 
 def with_new_generation(command: CommandLine) -> tuple[CommandLine, list[str]]:
-    """``command`` whose ``vmgenid`` has a number of its own at each start, and what was changed.
+    """Return ``command`` with a new ``guid`` of ``vmgenid`` at each start, and notes.
 
-    A number with ``{n}`` in it stays: the caller sees to it.
+    A ``guid`` that contains ``{n}`` stays: the caller replaces it.
     """
     changes: dict[Option, Option] = {}
     for option in command.all("device"):
@@ -33,37 +33,37 @@ def with_new_generation(command: CommandLine) -> tuple[CommandLine, list[str]]:
         if properties.get("driver") == _GENERATION and is_fixed:
             changes[option] = option.with_property("guid", _AUTOMATIC)
     notes = [
-        "vmgenid gets a new number (guid=auto): the guest learns that it goes on from a snapshot"
+        "vmgenid gets a new number (guid=auto), which informs the guest that it was restored"
     ] * bool(changes)
     return command.replaced(changes), notes
 
 
 def shared_identity(command: CommandLine) -> str:
-    """A sentence on what the guests that this command line makes have in common."""
-    told = any(
+    """Return a sentence on the identity that guests of this command line share."""
+    informed = any(
         option.properties("driver").get("driver") == _GENERATION for option in command.all("device")
     )
     return (
         "guests from one snapshot have the same UUID, MAC addresses, machine id, host keys and "
         "state of random numbers"
         + (
-            ": vmgenid tells them to renew the last; the others are theirs to change"
-            if told
-            else ": a device vmgenid would tell them (-device vmgenid, when the guest is first started)"
+            ": vmgenid has them reseed the last; the others must be changed inside the guests"
+            if informed
+            else ": a device vmgenid would inform them (-device vmgenid, from the guest's first start on)"
         )
     )
 
 
 def runs_already(fd: int) -> bool:
-    """Whether another guest's memory is mapped from the snapshot: its QEMU has a lock on it."""
+    """Return whether another QEMU locks the snapshot, since its memory is mapped from it."""
     info = os.fstat(fd)
     place = f"{os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x}:{info.st_ino}"
     try:
         locks = Path("/proc/locks").read_text().splitlines()
     except OSError:
         return False
-    words = [line.split() for line in locks]
+    fields = [line.split() for line in locks]
     holders = {
-        each[4] for each in words if len(each) > 5 and each[1] == "FLOCK" and each[5] == place
+        line[4] for line in fields if len(line) > 5 and line[1] == "FLOCK" and line[5] == place
     }
     return bool(holders - {str(os.getpid())})

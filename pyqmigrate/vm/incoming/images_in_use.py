@@ -1,10 +1,9 @@
-"""Disk images of a command line that another process writes to.
+"""Find disk images of a command line that another process writes to.
 
-A guest that goes on from a snapshot writes to its disks. Where the guest that was saved still runs,
-QEMU notices that only after the load, and the new guest hangs. QEMU marks an image that it has open
-by locks on single bytes (its ``file-posix`` driver): byte 100 + N is locked for permission N that
-it uses, byte 200 + N for permission N that it allows to nobody else; permission 1 is to write.
-Other programs are found by the descriptors that they have open.
+A restored guest writes to its disks. If the saved guest still runs, QEMU notices that only after the
+load, and the new guest hangs. QEMU's ``file-posix`` driver marks an open image by locks on single
+bytes: byte 100 + N is locked for permission N that it uses, byte 200 + N for permission N that it
+does not share; permission 1 is to write. Other programs are found by their open descriptors.
 """
 
 from __future__ import annotations
@@ -29,16 +28,18 @@ __all__ = ["refuse_in_use"]
 _WRITES, _WRITES_ALONE = 101, 201  # bytes of QEMU's locks
 _GET_LOCK = getattr(fcntl, "F_OFD_GETLK", 36)  # not named by Python 3.11
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
-_CHAIN_MAX = 64  # images over each other that are looked at
+_CHAIN_MAX = 64  # backing files of one image that are checked
 
 
 def refuse_in_use(command: CommandLine) -> None:
-    """Raise UsageError for a writable image that another process writes to, and for one whose
-    backing files it writes to. What cannot be looked into is left to QEMU.
+    """Raise UsageError if another process writes to a writable image or to one of its backing
+    files. Images that cannot be inspected are left to QEMU.
 
-    A device with ``share-rw=on`` lets others write its disk.
+    A device with ``share-rw=on`` shares its disk with other writers.
     """
-    share = any(is_on(o.properties("driver").get("share-rw")) for o in command.all("device"))
+    share = any(
+        is_on(option.properties("driver").get("share-rw")) for option in command.all("device")
+    )
     for name, option in written_images(command).items():
         for path in _chain(name):
             if path != name:
@@ -53,15 +54,15 @@ def refuse_in_use(command: CommandLine) -> None:
 
 def _refusal(path: str, name: str, option: Option) -> str:
     user = _writer_of(path)
-    what = repr(path) if path == name else f"{path!r}, which {name!r} is based on,"
+    image = repr(path) if path == name else f"{path!r}, a backing file of {name!r},"
     return (
-        f"{what} is open for writing in {user or 'another process'} ({option}), perhaps the guest "
-        "that was saved: end that process, or give this guest a disk of its own"
+        f"{image} is open for writing in {user or 'another process'} ({option}), perhaps the saved "
+        "guest: end that process, or give this guest another disk"
     )
 
 
 def _chain(path: str) -> Iterator[str]:
-    """The image, and its backing files as far as they are files seen from here."""
+    """Generate the image and those backing files that are local files."""
     for _ in range(_CHAIN_MAX):
         yield path
         backing = _backing_file(path)
@@ -71,7 +72,7 @@ def _chain(path: str) -> Iterator[str]:
 
 
 def _backing_file(path: str) -> str:
-    """What a qcow2 image is based on, as it names it; empty for none and for other images."""
+    """Return a qcow2 image's backing file, as the image names it; empty for other images."""
     with contextlib.suppress(OSError):
         fd = _open(path)
         try:
@@ -84,7 +85,7 @@ def _backing_file(path: str) -> str:
 
 
 def _is_used(path: str, locks: Sequence[int], *, without_locks: bool = False) -> bool:
-    """Whether another process has one of these bytes locked, or writes without a lock."""
+    """Return whether another process locks one of these bytes, or writes without a lock."""
     with contextlib.suppress(OSError):
         fd = _open(path)
         try:
@@ -97,7 +98,7 @@ def _is_used(path: str, locks: Sequence[int], *, without_locks: bool = False) ->
 
 
 def _open(path: str) -> int:
-    """A disk or a file to look at; OSError for all else. To open a pipe might wake somebody."""
+    """Open a disk or a file; raise OSError for all else: opening a pipe may wake its other end."""
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK), path)
@@ -111,12 +112,14 @@ def _is_locked(fd: int, byte: int) -> bool:
 
 
 def _has_writer(fd: int) -> bool:
-    """Whether a file is open for writing; False where the kernel does not say.
+    """Return whether a file is open for writing; False if the kernel does not report it.
 
-    A read lease is given only for a file that nobody writes to.
+    The kernel grants a read lease only if no process has the file open for writing.
     """
     try:
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # ignored, should somebody open it now
+        fcntl.fcntl(
+            fd, fcntl.F_SETSIG, signal.SIGURG
+        )  # a signal that is ignored by default, if the file is opened now
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
         return error.errno == errno.EAGAIN
@@ -125,7 +128,7 @@ def _has_writer(fd: int) -> bool:
 
 
 def _writer_of(path: str) -> str | None:
-    """Another process that has a file open for writing, as far as this one may see."""
+    """Return another process that has the file open for writing, if it is visible to this one."""
     wanted = Path(path).stat()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():

@@ -1,4 +1,4 @@
-"""Descriptors that a QEMU has from whoever starts it: ``-add-fd fd=5``, ``-netdev tap,fd=5``."""
+"""Descriptors that QEMU inherits from its caller: ``-add-fd fd=5``, ``-netdev tap,fd=5``."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _KEYS = ("fd", "fds", "vhostfd", "vhostfds")
 
 
 def inherited_descriptors() -> tuple[int, ...]:
-    """Those from 3 on that a program started from here has too: they came from who started us.
+    """Return the inheritable descriptors from 3 on: this process inherited them itself.
 
-    What Python opens itself is closed on exec.
+    Descriptors that Python opens are closed on exec.
     """
     found = []
     for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
         try:
             if fd > 2 and os.get_inheritable(fd):
                 found.append(fd)
-        except OSError:  # the listing's own
+        except OSError:  # that of the listing itself
             continue
     return tuple(sorted(found))
 
 
 def check_descriptors(fds: Collection[int]) -> tuple[int, ...]:
-    """As a tuple; UsageError for one that is not open."""
+    """Return them as a tuple; raise UsageError if one is not open."""
     for fd in fds:
         try:
             os.fstat(fd)
@@ -43,18 +43,18 @@ def check_descriptors(fds: Collection[int]) -> tuple[int, ...]:
 
 
 def descriptors_in_use(command: CommandLine) -> dict[str, Option]:
-    """The descriptors that two guests cannot both have, and the option that names each.
+    """Return the descriptors that two guests cannot share, with the option that names each.
 
-    A file that is open for reading only can be had by many.
+    A regular file that is open for reading only can be shared.
     """
     found: dict[str, Option] = {}
     for option in command.options:
         if option.name in _NAMING:
             for text in _named(option):
-                if text.isdecimal() and not _only_read(int(text)):
+                if text.isdecimal() and not _is_read_only(int(text)):
                     found[f"descriptor {text}"] = option
         if option.name == "readconfig" and not Path(option.value or "").is_file():
-            found[f"what comes through {option.value}"] = option
+            found[f"the input of {option.value}"] = option
     return found
 
 
@@ -68,7 +68,7 @@ def _named(option: Option) -> Iterator[str]:
             yield value
 
 
-def _only_read(fd: int) -> bool:
+def _is_read_only(fd: int) -> bool:
     try:
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         return access == os.O_RDONLY and stat.S_ISREG(os.fstat(fd).st_mode)

@@ -1,8 +1,8 @@
-"""The sockets on which a QEMU of a given command line will listen, and whether they are taken.
+"""The sockets on which QEMU will listen, and whether they are in use.
 
-A new QEMU takes the name of a UNIX socket away from the process that listens there, the guest that
-was saved perhaps, which nobody can reach any more: also when the new QEMU then fails. So they are
-tried first. Only the command line and the files of its ``-readconfig`` are looked at.
+A new QEMU replaces a UNIX socket on which another process listens, perhaps the saved guest, which is
+unreachable from then on even if the new QEMU fails. So the sockets of the command line, and of the
+files of its ``-readconfig``, are tested first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyqmigrate.vm.qemu.readconfig import with_configurations
 
 __all__ = ["Listener", "listeners", "refuse_taken"]
 
-# Options whose value is a character device as it was written before -chardev.
+# Options whose value is a character device in the form that is older than -chardev.
 _STREAMS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb")
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _STREAM = (
@@ -35,11 +35,11 @@ _PORT = r"(?P<host>.*):(?P<port>\d+)"
 _GDB_PORT = 1234  # of -s
 _VNC_PORT = 5900  # of display 0
 _VNC_WEBSOCKET = 5700
-_PLAIN_HOSTS = r"[0-9a-fA-F.:]*|localhost"  # those that no name server is asked for
+_PLAIN_HOSTS = r"[0-9a-fA-F.:]*|localhost"  # hosts that need no name server
 
 
 class Listener(NamedTuple):
-    """A socket that ``option`` makes: at ``path``, or at ``host`` (empty: any) and ``port``."""
+    """A socket of ``option``: at ``path``, or at ``host`` (empty: any) and ``port``."""
 
     option: Option
     path: str = ""
@@ -48,21 +48,21 @@ class Listener(NamedTuple):
 
     @property
     def address(self) -> str:
-        """The real path, or host and port; the same for the same socket."""
+        """The real path, or host and port: equal for the same socket."""
         return os.path.realpath(self.path) if self.path else f"{self.host or '*'}:{self.port}"
 
     def is_taken(self) -> bool:
-        """Whether another process listens there. It sees a client at most that leaves at once."""
+        """Return whether another process listens there. It may see a client that leaves at once."""
         return _answers(self.path) if self.path else _is_bound(self.host, self.port)
 
 
 def refuse_taken(command: CommandLine, qmp: Path | None = None) -> None:
-    """Raise UsageError for a socket of ``command``, or a monitor at ``qmp``, that is taken, and for
-    one in whose place another file is."""
+    """Raise UsageError if a socket of ``command``, or a monitor at ``qmp``, is in use or is a file of
+    another kind."""
     if qmp is not None:
         if not qmp.parent.is_dir():
-            raise UsageError(f"there is no directory for the monitor {qmp}")
-        with SocketPath(qmp):  # a name that is too long
+            raise UsageError(f"the directory of the monitor {qmp} does not exist")
+        with SocketPath(qmp):  # raises if the name is too long
             pass
         if _answers(str(qmp)):
             raise UsageError(f"another monitor listens at {qmp}: give another --qmp")
@@ -71,16 +71,16 @@ def refuse_taken(command: CommandLine, qmp: Path | None = None) -> None:
         if listener.is_taken():
             raise UsageError(
                 f"another process listens at {listener.path or listener.address} "
-                f"({listener.option}), perhaps the guest that was saved: end that process, or give "
-                "another address"
+                f"({listener.option}), perhaps the saved guest: end that process, or give another "
+                "address"
             )
         _refuse_other_file(listener.path, str(listener.option))
 
 
 def listeners(command: CommandLine) -> Iterator[Listener]:
-    """The sockets that ``command`` makes."""
+    """Generate the sockets of ``command``."""
     for listener in _named_listeners(command):
-        if listener.path and command.directory is not None:  # QEMU is started there
+        if listener.path and command.directory is not None:  # QEMU's current directory
             listener = listener._replace(path=str(Path(command.directory, listener.path)))
         yield listener
 
@@ -102,7 +102,7 @@ def _named_listeners(command: CommandLine) -> Iterator[Listener]:
 
 
 def _of_stream(option: Option) -> Iterator[Listener]:
-    """``unix:PATH,server=on``, ``tcp:HOST:PORT,server=on``; gdb listens on TCP in any case."""
+    """``unix:PATH,server=on``, ``tcp:HOST:PORT,server=on``; gdb always listens on TCP."""
     found = re.match(_STREAM, option.value or "")
     if found is None:
         return
@@ -117,7 +117,7 @@ def _of_stream(option: Option) -> Iterator[Listener]:
 def _of_chardev(option: Option) -> Iterator[Listener]:
     properties = option.properties("backend")
     if properties.get("backend") == "socket" and is_on(properties.get("server")):
-        yield from _at(option, properties)
+        yield from _of_address(option, properties)
 
 
 def _of_vnc(option: Option) -> Iterator[Listener]:
@@ -162,11 +162,13 @@ def _of_netdev(option: Option) -> Iterator[Listener]:
     if kind == "socket" and (found := re.fullmatch(_PORT, properties.get("listen", ""))):
         yield Listener(option, host=_host(found["host"]), port=int(found["port"]))
     if kind == "stream" and is_on(properties.get("server")):
-        yield from _at(option, properties, "addr.")
+        yield from _of_address(option, properties, "addr.")
 
 
-def _at(option: Option, properties: Mapping[str, str], front: str = "") -> Iterator[Listener]:
-    """Where a socket is that is given by ``path``, or by ``host`` and ``port``."""
+def _of_address(
+    option: Option, properties: Mapping[str, str], front: str = ""
+) -> Iterator[Listener]:
+    """Generate the listener of properties ``path``, or ``host`` and ``port``."""
     path, port = properties.get(f"{front}path"), properties.get(f"{front}port", "")
     if path is not None:
         if not is_on(properties.get("abstract")):
@@ -176,10 +178,10 @@ def _at(option: Option, properties: Mapping[str, str], front: str = "") -> Itera
 
 
 def _refuse_other_file(path: str, word: str) -> None:
-    """QEMU removes whatever has the name of its socket."""
+    """Raise UsageError for a file that QEMU would replace by its socket."""
     with contextlib.suppress(OSError):
         if path and not stat.S_ISSOCK(Path(path).stat().st_mode):
-            raise UsageError(f"{path} ({word}) is there and is not a socket: give another path")
+            raise UsageError(f"{path} ({word}) exists and is not a socket: give another path")
 
 
 def _host(text: str) -> str:
@@ -187,7 +189,7 @@ def _host(text: str) -> str:
 
 
 def _answers(path: str) -> bool:
-    """Whether somebody listens at the UNIX socket: a connection is made, and closed at once."""
+    """Return whether a process listens at the UNIX socket, by a connection that is closed at once."""
     with contextlib.ExitStack() as stack:
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -198,7 +200,7 @@ def _answers(path: str) -> bool:
         probe.setblocking(False)
         try:
             probe.connect(f"/proc/self/fd/{place}")
-        except BlockingIOError:  # so many wait there already
+        except BlockingIOError:  # its backlog is full
             return True
         except OSError:
             return False
@@ -206,8 +208,8 @@ def _answers(path: str) -> bool:
 
 
 def _is_bound(host: str, port: int) -> bool:
-    """Whether a TCP port is taken, as QEMU would find it; a host that has to be asked for is not
-    tried."""
+    """Return whether a TCP port is in use, as QEMU would find it; a host name that needs a name
+    server is not tested."""
     if not 0 < port < 1 << 16 or not re.fullmatch(_PLAIN_HOSTS, host):
         return False
     kind = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,4 +1,4 @@
-"""Driving ``migrate-incoming``: what QEMU is told, and how long it takes (management, 9.2)."""
+"""Run ``migrate-incoming``, with the settings that it needs (management, 9.2)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pyqmigrate.vm.qemu.launch import QemuSession
 __all__ = ["NEEDED", "Incoming", "take_in"]
 
 NEEDED = (9, 1, 0)  # descriptors in fdsets, exit-on-error
-# Capabilities that change what an incoming stream is, or how it is taken in.
-_CONTRARY = frozenset(
+# Capabilities that change the format of an incoming stream, or how it is loaded.
+_CONFLICTING = frozenset(
     {
         "background-snapshot",
         "block",
@@ -41,7 +41,7 @@ _LAST_POLL = 0.05
 class Incoming:
     """One ``migrate-incoming``: descriptors by name, where the stream starts, and the settings.
 
-    ``channels`` 0 is without multifd.
+    With ``channels`` 0 multifd is off.
     """
 
     fds: Mapping[str, int]
@@ -52,23 +52,23 @@ class Incoming:
     postcopy: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """What differs from QEMU's defaults, by QEMU's names."""
-        chosen: dict[str, Any] = dict.fromkeys(self.switched_on(), True)
+        """Return the settings that differ from QEMU's defaults, by QEMU's names."""
+        chosen: dict[str, Any] = dict.fromkeys(self.capabilities_on(), True)
         if self.channels:
             chosen |= {"multifd-channels": self.channels, "direct-io": self.direct_io}
         return chosen
 
-    def switched_on(self) -> list[str]:
-        """The capabilities that it needs."""
-        names = ["mapped-ram", *(c for c in self.capabilities if c == IGNORE_SHARED)]
+    def capabilities_on(self) -> list[str]:
+        """Return the capabilities that the load needs."""
+        names = ["mapped-ram", *(name for name in self.capabilities if name == IGNORE_SHARED)]
         return names + ["multifd"] * bool(self.channels) + ["postcopy-ram"] * self.postcopy
 
 
 async def take_in(qemu: QemuSession, incoming: Incoming) -> float:
-    """Have QEMU load; returns the seconds from ``migrate-incoming`` until the guest is there.
+    """Have QEMU load; return the seconds from ``migrate-incoming`` to its completion.
 
-    Raises NotSupported when QEMU does not have what it takes, QemuError with its words when it
-    fails, QemuGone when it dies of it. The process is of no use after a failure.
+    Raises NotSupported if QEMU lacks something, QemuError with QEMU's reason if it fails, QemuGone
+    if it ends. After an error the process cannot be used.
     """
     monitor = qemu.monitor
     if monitor.version < NEEDED:
@@ -87,20 +87,20 @@ async def take_in(qemu: QemuSession, incoming: Incoming) -> float:
             seconds = time.monotonic() - started
             if answer["status"] in ("failed", "cancelled"):
                 reason = answer.get("error-desc", answer["status"])
-                raise QemuError(await qemu.described(f"QEMU did not load the snapshot: {reason}"))
+                raise QemuError(await qemu.described(f"QEMU failed to load the snapshot: {reason}"))
     except QemuGone as error:
-        raise QemuGone(await qemu.described("QEMU died while it loaded the snapshot")) from error
+        raise QemuGone(await qemu.described("QEMU died while loading the snapshot")) from error
     return seconds
 
 
 async def _configure(qemu: QemuSession, incoming: Incoming) -> None:
-    names = incoming.switched_on()
+    names = incoming.capabilities_on()
     states = [{"capability": name, "state": True} for name in names]
-    # Those that the command line switched on (-global migration.x-...), against ours.
+    # The command line may switch on others (-global migration.x-...).
     preset = [
-        one["capability"]
-        for one in await qemu.monitor.execute("query-migrate-capabilities")
-        if one["state"] and one["capability"] in _CONTRARY and one["capability"] not in names
+        entry["capability"]
+        for entry in await qemu.monitor.execute("query-migrate-capabilities")
+        if entry["state"] and entry["capability"] in _CONFLICTING - set(names)
     ]
     states += [{"capability": name, "state": False} for name in preset]
     try:
@@ -119,7 +119,7 @@ async def _configure(qemu: QemuSession, incoming: Incoming) -> None:
 
 
 async def _wait(qemu: QemuSession) -> dict[str, Any]:
-    """Until the load has ended, or the guest runs while the rest comes (postcopy)."""
+    """Wait until the load ends or, in postcopy, the guest runs."""
     pause = _FIRST_POLL
     while True:
         answer: dict[str, Any] = await qemu.monitor.execute("query-migrate")

@@ -1,6 +1,6 @@
-"""New overlays over the disks of a snapshot, one for each guest that is restored from it.
+"""New overlays over the disks of a snapshot, one for each restored guest.
 
-They are the guest's once it runs: they hold what it has written.
+They belong to the guest once it runs: they contain what it has written.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ __all__ = ["with_overlays"]
 def with_overlays(
     command: CommandLine, pairs: Sequence[Pair], directory: Path, snapshot: str, label: str
 ) -> tuple[CommandLine, list[tuple[DiskRecord, Path]]]:
-    """``command`` with a new overlay in place of each disk, and what they are; all or none.
+    """Return ``command`` with a new overlay in place of each disk, and the overlays; all or none.
 
-    They are made in ``directory`` and named ``SNAPSHOT.DISK.qcow2``, after ``label`` where there is
-    one. Raises UsageError where a disk cannot be replaced, TargetError.
+    They are created in ``directory`` and named ``[LABEL.]SNAPSHOT.DISK.qcow2``. Raises UsageError if
+    a disk cannot be replaced, TargetError.
     """
-    front = f"{label}.{snapshot}" if label else snapshot
+    prefix = f"{label}.{snapshot}" if label else snapshot
     with contextlib.ExitStack() as undo:
-        made = []
+        overlays = []
         for disk, option in pairs:
             assert option is not None
-            path = _make(disk, directory, front)
+            path = _create(disk, directory, prefix)
             undo.callback(path.unlink, missing_ok=True)
             command = with_image(command, option, os.fspath(path))
-            made.append((disk, path))
+            overlays.append((disk, path))
         undo.pop_all()
-        return command, made
+        return command, overlays
 
 
-def _make(disk: DiskRecord, directory: Path, front: str) -> Path:
-    """A new qcow2 over the disk's file, in which nothing has been written."""
+def _create(disk: DiskRecord, directory: Path, prefix: str) -> Path:
+    """Create an empty qcow2 over the disk's file."""
     base = os.fsencode(disk.file)
     if len(base) > BACKING_MAX:
-        raise UsageError(f"the name of {disk.file!r} is too long for an image over it")
+        raise UsageError(f"the name of {disk.file!r} is too long for a backing file")
     if not 0 < disk.images[0].size <= SIZE_MAX:
-        raise UsageError(f"no image over {disk.file!r} can have {disk.images[0].size} bytes")
+        raise UsageError(f"an overlay of {disk.file!r} cannot have {disk.images[0].size} bytes")
     name = overlay_name(
-        [front], disk.name.rpartition("/")[2], lambda name: os.path.lexists(directory / name)
+        [prefix], disk.name.rpartition("/")[2], lambda name: os.path.lexists(directory / name)
     )
     path = (directory / name).absolute()
     provisional = path.with_name(f".{secrets.token_hex(8)}.qcow2")
@@ -64,12 +64,12 @@ def _make(disk: DiskRecord, directory: Path, front: str) -> Path:
                 if os.pwrite(fd, data, offset) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(fd)
-            os.link(provisional, path)  # never over a file that has the name by now
+            os.link(provisional, path)  # never replaces an existing file
         finally:
             os.close(fd)
             provisional.unlink()
     except OSError as error:
         raise TargetError(
-            error.errno or errno.EIO, f"cannot make an overlay of disk {disk.name}", path
+            error.errno or errno.EIO, f"cannot create an overlay of disk {disk.name}", path
         ) from error
     return path

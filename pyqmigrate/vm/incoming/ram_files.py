@@ -1,9 +1,8 @@
-"""The files that a QEMU has guest RAM in, when a snapshot is loaded into it.
+"""Memory files of a QEMU into which a snapshot is loaded.
 
-QEMU loads into such a file as it finds it: it writes the pages that the snapshot has, over
-whatever guest runs on them, and leaves the others alone, which are zero for the guest and not for
-a file that held another one. So a file that somebody uses is refused, and one that holds what
-nobody uses any more is emptied when QEMU is there and has not loaded yet.
+QEMU loads into such a file without clearing it: it overwrites the pages that the snapshot contains,
+even if another guest runs on them, and leaves the others, which should be zero, as they are. So a
+file in use is refused. One with old data is cleared once QEMU has started, before the load.
 """
 
 from __future__ import annotations
@@ -29,31 +28,33 @@ __all__ = ["RamFiles", "loadable"]
 
 
 def loadable(command: CommandLine, snapshot: MappedRamSnapshot) -> tuple[CommandLine, list[str]]:
-    """``command`` for a QEMU that reads all of its memory, and what was changed in it.
+    """Return ``command`` for a QEMU that loads all of its memory, and notes.
 
-    Nothing is written into memory before the snapshot is (``prealloc``), and ``-mem-path`` of a
-    file that holds something is left out: machines map it privately, and would show it.
+    Memory must not be written before the load, so ``prealloc`` is left out. So is ``-mem-path`` of a
+    file with data: machines map it privately and would show that data.
     """
     notes = []
     if command.has("mem-prealloc"):
         command = command.without("mem-prealloc")
-        notes.append("-mem-prealloc is left out: memory comes as it is loaded")
+        notes.append("-mem-prealloc is left out: memory is allocated by the load")
     changes: dict[Option, Option] = {}
     devices = memories_of(command)
     for option, properties in memory_backends(command):
         name = properties.get("id", "")
         if is_on(properties.get("prealloc")) and name not in devices:
             changes[option] = option.with_property("prealloc", False)
-            notes.append(f"prealloc=on of {name!r} is off: memory comes as it is loaded")
+            notes.append(f"prealloc=on of {name!r} is off: memory is allocated by the load")
     command = command.replaced(changes)
     paths = command.all("mem-path")
-    if paths and _holds_something(Path(paths[-1].value or "")):
+    if paths and _has_data(Path(paths[-1].value or "")):
         command = command.without("mem-path")
-        notes.append(f"{paths[-1]} is left out: what the file holds would be the guest's memory")
+        notes.append(
+            f"{paths[-1]} is left out: the file's old data would appear in the guest's memory"
+        )
     return command, notes
 
 
-def _holds_something(path: Path) -> bool:
+def _has_data(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -84,27 +85,27 @@ class _RamFile(NamedTuple):
                 view.madvise(mmap.MADV_REMOVE)
             if not self.has_data():
                 return
-            raise OSError(errno.EOPNOTSUPP, "it still has data")
+            raise OSError(errno.EOPNOTSUPP, "the file still has data")
         except (OSError, ValueError) as error:
             number = getattr(error, "errno", None) or errno.EINVAL
             raise TargetError(
-                number, "what this memory file held cannot be removed: remove the file", self.path
+                number, "cannot clear this memory file: remove it", self.path
             ) from error
 
 
 class RamFiles:
-    """Those of one QEMU that is about to be started; a context manager.
+    """The memory files of one QEMU that will be started; a context manager.
 
-    ``notes`` say which of them will be emptied by :meth:`clear`.
+    ``notes`` name those that :meth:`clear` will clear.
     """
 
     def __init__(
         self, command: CommandLine, snapshot: MappedRamSnapshot, mapped: Collection[str] = ()
     ) -> None:
-        """Look at what ``command`` makes; ``mapped`` are blocks whose memory is not loaded.
+        """Check the files of ``command``; ``mapped`` are blocks whose memory is not loaded.
 
-        Raises UsageError for a file that another process uses, or that QEMU maps privately while
-        it holds something; NotSupported where that cannot be found out. Blocks.
+        Raises UsageError for a file that another process uses, or that has data and is mapped
+        privately; NotSupported if that cannot be determined. Blocks.
         """
         self.notes: list[str] = []
         self._to_clear: list[_RamFile] = []
@@ -112,43 +113,43 @@ class RamFiles:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for path, block, properties in _files(command, snapshot, mapped):
-                self._take(path, block, properties)
+                self._check(path, block, properties)
             undo.pop_all()
 
-    def _take(self, path: str, block: MappedRamBlock, properties: dict[str, str]) -> None:
+    def _check(self, path: str, block: MappedRamBlock, properties: dict[str, str]) -> None:
         shared = is_on(properties.get("share"))
         try:
-            # A pipe or a device might wait, or do something, when it is opened.
+            # Opening a pipe or a device may block or have effects.
             mode = Path(path).stat().st_mode
             if stat.S_ISDIR(mode):
-                return  # QEMU makes a new file in it, without a name
+                return  # QEMU creates an unnamed file in it
             if not stat.S_ISREG(mode):
-                raise NotSupported(f"{path!r} is no file: what it holds cannot be told")
+                raise NotSupported(f"{path!r} is not a regular file, so it cannot be inspected")
             fd = os.open(path, (os.O_RDWR if shared else os.O_RDONLY) | os.O_CLOEXEC)
         except FileNotFoundError:
-            return  # QEMU makes it
+            return  # QEMU creates it
         except OSError as error:
             raise TargetError(
-                error.errno or errno.EIO, "the memory file cannot be looked into", path
+                error.errno or errno.EIO, "cannot inspect the memory file", path
             ) from error
         self._stack.callback(os.close, fd)
         file = _RamFile(fd, path, parse_size(properties.get("offset", "0")), block.length)
-        holds = file.has_data()
+        has_data = file.has_data()
         if not shared:
-            if holds:
+            if has_data:
                 raise UsageError(
-                    f"{path!r}, the memory file of block {block.name!r}, holds something, which "
-                    "QEMU would leave where the snapshot has zeros: use another file, or "
+                    f"{path!r}, the memory file of block {block.name!r}, contains data, which would "
+                    "remain where the snapshot has zeros: use another file, or "
                     "memory-backend-ram"
                 )
             return
-        _refuse_used(file, holds)
-        if holds:
+        _refuse_used(file, has_data)
+        if has_data:
             self._to_clear.append(file)
-            self.notes.append(f"what {path!r} held is replaced by the snapshot's memory")
+            self.notes.append(f"the data in {path!r} is replaced by the snapshot's memory")
 
     def clear(self) -> None:
-        """Empty them: what is not loaded is to read as zeros. TargetError where that fails."""
+        """Clear the files: what is not loaded must read as zeros. Raises TargetError."""
         for file in self._to_clear:
             file.clear()
 
@@ -165,14 +166,14 @@ class RamFiles:
 def _files(
     command: CommandLine, snapshot: MappedRamSnapshot, mapped: Collection[str]
 ) -> Iterator[tuple[str, MappedRamBlock, dict[str, str]]]:
-    """The files of blocks that the stream brings."""
-    between_guests = memories_of(command, ("ivshmem",))  # others are meant to have them as well
+    """Generate the files of blocks whose memory is in the stream."""
+    shared = memories_of(command, ("ivshmem",))  # meant to be shared with other processes
     for _, properties in memory_backends(command):
         name, path = properties.get("id", ""), properties.get("mem-path")
         block = block_of(name, snapshot)
         if path is None or block is None or block.name in mapped or block.external:
             continue
-        if name not in between_guests:
+        if name not in shared:
             yield os.fspath(Path(command.directory or "", path)), block, properties
     for option in command.all("readconfig"):
         with contextlib.suppress(OSError):
@@ -183,34 +184,34 @@ def _files(
                 )
 
 
-def _refuse_used(file: _RamFile, holds: bool) -> None:
-    """By anybody else: its guest would be overwritten."""
-    lone = _is_lone(file.fd)
-    if lone:
+def _refuse_used(file: _RamFile, has_data: bool) -> None:
+    """Raise UsageError if another process uses the file: the load would overwrite its memory."""
+    only = _is_only_description(file.fd)
+    if only:
         return
-    user = _user_of(file.fd, mapped_only=not holds)
+    user = _user_of(file.fd, mapped_only=not has_data)
     if user is not None:
         raise UsageError(
-            f"{file.path!r} is memory that {user} uses, and loading would overwrite it: end that "
+            f"{file.path!r} is memory that {user} uses, and the load would overwrite it: end that "
             "process, or give another mem-path"
         )
-    if not holds:
-        return  # there is nothing in it that could be lost
-    if lone is False:
+    if not has_data:
+        return
+    if only is False:
         raise UsageError(
-            f"{file.path!r} holds something and another process has it open, and loading would "
-            "overwrite it: give another mem-path"
+            f"{file.path!r} contains data that the load would overwrite, and another process has it "
+            "open: give another mem-path"
         )
     raise NotSupported(
-        f"whether another process uses {file.path!r} cannot be told here, and loading would "
-        "overwrite what it holds: remove the file, or give another mem-path"
+        f"cannot determine whether another process uses {file.path!r}, and the load would overwrite "
+        "its data: remove the file, or give another mem-path"
     )
 
 
-def _is_lone(fd: int) -> bool | None:
-    """Whether ``fd`` is the only open description of its file; None where the kernel won't tell.
+def _is_only_description(fd: int) -> bool | None:
+    """Return whether ``fd`` is the only open description of its file; None if that is unknown.
 
-    A write lease is given for no other, whoever holds it; a mapping holds one.
+    The kernel grants a write lease only then. A mapping counts as an open description.
     """
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -221,8 +222,8 @@ def _is_lone(fd: int) -> bool | None:
 
 
 def _user_of(fd: int, *, mapped_only: bool) -> str | None:
-    """Another process that has the file mapped or open, as far as this one may see."""
-    # A restore has no time for what it seldom needs: this imports asyncio.
+    """Return another process that has the file mapped or open, if it is visible to this one."""
+    # Imports asyncio, which a restore should not load before QEMU has started.
     from pyqmigrate.vm.guest.process import read_mappings
 
     info = os.fstat(fd)
@@ -232,7 +233,8 @@ def _user_of(fd: int, *, mapped_only: bool) -> str | None:
             continue
         with contextlib.suppress(OSError):
             used = any(
-                m.shared and (m.device, m.inode) == identity for m in read_mappings(int(entry.name))
+                mapping.shared and (mapping.device, mapping.inode) == identity
+                for mapping in read_mappings(int(entry.name))
             )
             if used or (not mapped_only and _has_open(entry, info)):
                 name = (entry / "comm").read_text(errors="replace").strip()

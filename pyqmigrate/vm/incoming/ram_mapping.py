@@ -1,10 +1,10 @@
-"""The memory backends that make a new QEMU's RAM a private mapping of the snapshot.
+"""Memory backends that make a new QEMU's RAM a private mapping of the snapshot.
 
-A RAM block whose pages are mapped is at hand the moment QEMU starts: what the guest reads comes
-from the file when it is touched, what it writes becomes the guest's own. That is the backend
-``memory-backend-file`` on a descriptor that is inherited, with ``share=off,readonly=on,rom=off``
-and the place of the pages as ``offset``. QEMU names a RAM block after its backend, so the backend
-of a machine that was started with ``-m`` alone gets the name that the file has.
+A mapped RAM block is available as soon as QEMU starts: pages are read from the file when they are
+touched, and written pages are private to the guest. The backend is ``memory-backend-file`` on an
+inherited descriptor, with ``share=off,readonly=on,rom=off`` and the offset of the pages. QEMU names
+a RAM block after its backend, so the backend of a machine that was started with ``-m`` alone gets
+the block's name from the file.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from pyqmigrate.vm.qemu.command_line import (
 __all__ = ["Mapped", "block_of", "map_blocks", "memories_of", "memory_backends"]
 
 _BACKEND = "memory-backend-"
-# Devices whose memory is not what it seems: kept in a file of its own, or plugged piece by piece.
+# Devices whose memory is in a file of its own, or is plugged piece by piece.
 _OWN_MEMORY = ("nvdimm", "virtio-pmem", "virtio-mem", "ivshmem")
-# What a backend may go on to say about its memory when that becomes a mapping of the snapshot.
+# Properties of a backend that are kept for a mapping of the snapshot.
 _KEPT_SWITCHES = ("merge", "dump", "reserve")
 # Patterns are strings, compiled when first used: a restore waits for each import.
-_ID = r"[A-Za-z][A-Za-z0-9._-]*"  # QEMU's rule for names that a user gives
-_MOST_NODES = 1 << 10  # of any Linux
+_ID = r"[A-Za-z][A-Za-z0-9._-]*"  # QEMU's rule for ids
+_NODES_MAX = 1 << 10  # of any Linux
 _DROPPED = {
     "mem-path": "-mem-path is left out: memory is mapped from the snapshot",
-    "mem-prealloc": "-mem-prealloc is left out: memory comes when it is touched",
+    "mem-prealloc": "-mem-prealloc is left out: memory is read when it is touched",
 }
 
-# Machines that are known to write nothing into RAM while they wait for a migration.
+# Machines that do not write into RAM while they wait for a migration.
 _LEAVES_RAM_ALONE = r"$|(pc|isapc|microvm|virt|s390-ccw-virtio|xenfv)(-|$)"
 
 
 @dataclass
 class Mapped:
-    """A command line whose QEMU maps these blocks, and what was changed besides."""
+    """A command line whose QEMU maps ``blocks``, and notes on what else changed."""
 
     command: CommandLine
     blocks: list[str] = field(default_factory=list)
@@ -56,27 +56,29 @@ class Mapped:
 
 
 def map_blocks(command: CommandLine, snapshot: MappedRamSnapshot, fd: int) -> Mapped:
-    """Have QEMU map every block that is its own, from descriptor ``fd`` of the QEMU to come.
+    """Return a command line that maps every block possible from the inherited descriptor ``fd``.
 
-    Raises NotSupported with the reason when that cannot be done, UsageError when the command
-    line makes no sense.
+    Raises NotSupported with the reason if that is not possible, UsageError for an invalid command
+    line.
     """
     _check(command, snapshot)
     mapped = Mapped(command)
-    spared = memories_of(command)
+    excluded = memories_of(command)
     changes: dict[Option, Option] = {}
     for option, properties in memory_backends(command):
         name = properties.get("id", "")
         block = block_of(name, snapshot)
-        if block is None or name in spared or is_on(properties.get("readonly")):
+        if block is None or name in excluded or is_on(properties.get("readonly")):
             continue
         nodes = _numbers(option.listed("host-nodes"))
         changes[option] = _backend(name, block, fd, properties, nodes)
         mapped.blocks.append(block.name)
         if is_on(properties.get("prealloc")):
-            mapped.notes.append(f"prealloc=on of {name!r} is off: memory comes when it is touched")
+            mapped.notes.append(
+                f"prealloc=on of {name!r} is off: memory is read when it is touched"
+            )
         if is_on(properties.get("share")):
-            mapped.notes.append(f"share=on of {name!r} is off: the guest's changes are its own")
+            mapped.notes.append(f"share=on of {name!r} is off: the guest's changes are private")
     mapped.command = command.replaced(changes)
     if not _has_backend(command):
         block = _default_block(command, snapshot)
@@ -86,7 +88,9 @@ def map_blocks(command: CommandLine, snapshot: MappedRamSnapshot, fd: int) -> Ma
         )
         mapped.blocks.append(block.name)
     if not mapped.blocks:
-        raise NotSupported("no memory backend of the command line has the name of a RAM block")
+        raise NotSupported(
+            "no memory backend of the command line is named like a RAM block of the snapshot"
+        )
     for name, note in _DROPPED.items():
         if command.has(name):
             mapped.command = mapped.command.without(name)
@@ -94,11 +98,16 @@ def map_blocks(command: CommandLine, snapshot: MappedRamSnapshot, fd: int) -> Ma
     if any("virtio-balloon" in (option.value or "") for option in command.options):
         mapped.notes.append("the balloon cannot give mapped memory back to the host")
     if is_on(command.merged("overcommit").get("mem-lock")):
-        mapped.notes.append("mem-lock=on reads all memory at once, and keeps it")
+        mapped.notes.append("mem-lock=on reads and locks all memory at once")
     drivers = {option.properties("driver").get("driver", "") for option in command.all("device")}
     backends = {option.properties("type").get("type") for option in command.all("netdev")}
-    if any(d.startswith(("vfio", "vhost-vdpa")) for d in drivers) or "vhost-vdpa" in backends:
-        mapped.notes.append("a device that is passed through pins all memory: it is read at once")
+    if (
+        any(driver.startswith(("vfio", "vhost-vdpa")) for driver in drivers)
+        or "vhost-vdpa" in backends
+    ):
+        mapped.notes.append(
+            "a passed-through device pins all memory, which is therefore read at once"
+        )
     return mapped
 
 
@@ -110,24 +119,24 @@ def _check(command: CommandLine, snapshot: MappedRamSnapshot) -> None:
         )
     for option in command.options:
         if "vhost-user" in (option.value or ""):
-            raise NotSupported(f"vhost-user works on shared memory only ({option})")
+            raise NotSupported(f"vhost-user needs shared memory ({option})")
     for option in command.all("readconfig"):
         file = Path(option.value or "")
         try:
-            if file.exists() and not file.is_file():  # to read a pipe is to take it from QEMU
-                raise NotSupported(f"{option} is no file, and what it says is QEMU's alone")
+            if file.exists() and not file.is_file():  # reading a pipe would consume QEMU's input
+                raise NotSupported(f"{option} is not a regular file, so it cannot be inspected")
             text = file.read_text(errors="replace")
         except OSError as error:
-            raise NotSupported(f"{option} cannot be looked into: {error.strerror}") from error
+            raise NotSupported(f"cannot read {option}: {error.strerror}") from error
         if "memory-backend" in text or "[memory]" in text:
             raise NotSupported(f"{option} describes memory; give it on the command line instead")
     for block in snapshot.blocks.values():
         if block.external:
-            raise NotSupported(f"the content of block {block.name!r} is in another file")
+            raise NotSupported(f"the content of block {block.name!r} is not in the snapshot")
 
 
 def memories_of(command: CommandLine, drivers: tuple[str, ...] = _OWN_MEMORY) -> set[str]:
-    """The ids of the backends that belong to a device whose driver starts so."""
+    """Return the ids of backends of devices whose driver starts with one of ``drivers``."""
     devices = (option.properties("driver") for option in command.all("device"))
     return {
         device["memdev"]
@@ -137,7 +146,7 @@ def memories_of(command: CommandLine, drivers: tuple[str, ...] = _OWN_MEMORY) ->
 
 
 def memory_backends(command: CommandLine) -> Iterator[tuple[Option, dict[str, str]]]:
-    """The options that make memory backends, with their properties."""
+    """Generate the options of memory backends, with their properties."""
     for option in command.all("object"):
         properties = option.properties("qom-type")
         if properties.get("qom-type", "").startswith(_BACKEND):
@@ -145,20 +154,20 @@ def memory_backends(command: CommandLine) -> Iterator[tuple[Option, dict[str, st
 
 
 def block_of(backend: str, snapshot: MappedRamSnapshot) -> MappedRamBlock | None:
-    """The block whose memory the backend of that id makes."""
-    # Machine types up to 4.0 name blocks of some backends by their whole path.
+    """Return the block of the backend with this id."""
+    # Machine types up to 4.0 name the blocks of some backends by QOM path.
     return snapshot.blocks.get(backend) or snapshot.blocks.get(f"/objects/{backend}")
 
 
 def _has_backend(command: CommandLine) -> bool:
-    """Whether the machine's memory is made of backends that the command line names."""
+    """Return whether the command line names the backends of the machine's memory."""
     if "memory-backend" in command.merged("machine", "type"):
         return True
     return any("memdev" in option.properties("type") for option in command.all("numa"))
 
 
 def _default_block(command: CommandLine, snapshot: MappedRamSnapshot) -> MappedRamBlock:
-    """The block that a machine makes by itself for ``-m``: by its size, then by its name."""
+    """Return the block that the machine creates itself for ``-m``, by size and name."""
     size = read_ram_size(command)
     found = [
         block
@@ -168,13 +177,13 @@ def _default_block(command: CommandLine, snapshot: MappedRamSnapshot) -> MappedR
         and (block.name == "ram" or block.name.endswith(".ram"))
     ]
     if len(found) != 1:
-        asked = "" if size is None else f" of the {size} bytes that -m asks for"
+        requested = "" if size is None else f" of {size} bytes (-m)"
         raise NotSupported(
-            f"{'no' if not found else 'more than one'} RAM block{asked} is the machine's own: "
-            f"the file has {[block.name for block in snapshot.blocks.values()]}"
+            f"{'no' if not found else 'more than one'} RAM block{requested} could be the machine's "
+            f"own: the file has {[block.name for block in snapshot.blocks.values()]}"
         )
     if not re.fullmatch(_ID, found[0].name):
-        raise NotSupported(f"a memory backend cannot have the name of block {found[0].name!r}")
+        raise NotSupported(f"a memory backend cannot be named like block {found[0].name!r}")
     return found[0]
 
 
@@ -183,8 +192,8 @@ def _backend(
 ) -> Option:
     if block.pages_offset % mmap.PAGESIZE:
         raise NotSupported(
-            f"the pages of block {block.name!r} start at {block.pages_offset:#x}, "
-            "where nothing can be mapped"
+            f"the pages of block {block.name!r} start at {block.pages_offset:#x}, which is not "
+            "aligned for a mapping"
         )
     properties: dict[str, Any] = {
         "qom-type": "memory-backend-file",
@@ -203,20 +212,22 @@ def _backend(
         properties["policy"] = given["policy"]
     if nodes:
         properties["host-nodes"] = list(nodes)
-    # As JSON, since a list is not written as key=value by everything that reads that form.
+    # As JSON: not every parser of the key=value form supports lists.
     return Option("object", json.dumps(properties))
 
 
 def _numbers(texts: Iterable[str]) -> list[int]:
-    """``0``, ``2-4`` and the like, as QEMU has it in lists of numbers."""
+    """Parse QEMU's lists of numbers: ``0``, ``2-4``."""
     numbers: list[int] = []
     for text in texts:
         first, _, last = text.partition("-")
         try:
             chosen = range(int(first), int(last or first) + 1)
         except ValueError as error:
-            raise UsageError(f"host-nodes={text!r} is no number of a node") from error
-        if not 0 <= chosen.start < chosen.stop <= _MOST_NODES:
-            raise UsageError(f"host-nodes={text!r} are no nodes of a host")
+            raise UsageError(f"host-nodes={text!r} is not a node number or range") from error
+        if not 0 <= chosen.start < chosen.stop <= _NODES_MAX:
+            raise UsageError(
+                f"host-nodes={text!r} is out of range: nodes are 0 to {_NODES_MAX - 1}"
+            )
         numbers += chosen
     return numbers

@@ -1,11 +1,11 @@
-"""The command line of a restore: the one that is given or the one of the record, held against what
-the record knows, with new overlays where they are asked for.
+"""Choose the command line of a restore: the given or the recorded one, compared with the record, and
+with new overlays if requested.
 
-    chosen = choose_command(source, ["qemu-system-x86_64", "-m", "4G"], Disks())
+    chosen = choose_command(source, ["qemu-system-x86_64", "-m", "4G"], DiskOptions())
     chosen.command, chosen.notes
-    chosen.discard()                     # when no guest has run
+    chosen.discard()                     # if no guest has run
 
-All of it happens before a QEMU starts.
+This happens before QEMU starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.vm.incoming.identity import with_new_generation
-from pyqmigrate.vm.incoming.request import Disks
+from pyqmigrate.vm.incoming.options import DiskOptions
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.record.place import record_path
@@ -29,70 +29,73 @@ __all__ = ["ChosenCommand", "CommandChoice", "choose_command"]
 
 
 class ChosenCommand(NamedTuple):
-    """``command``, what is to be noted about it, and the overlays that were made for it."""
+    """A command line, notes on it, and the overlays that were created for it."""
 
     command: CommandLine
     notes: tuple[str, ...]
     overlays: list[Path]
 
     def discard(self) -> None:
-        """Remove the overlays: no guest has run on them. May be repeated."""
+        """Remove the overlays: no guest has run on them. Can be called again."""
         while self.overlays:
             self.overlays.pop().unlink(missing_ok=True)
 
 
 def choose_command(
-    source: RestoreSource, words: Sequence[str] | None, disks: Disks
+    source: RestoreSource, words: Sequence[str] | None, disks: DiskOptions
 ) -> ChosenCommand:
-    """The command line of the one guest that is restored from ``source``; see CommandChoice."""
+    """Return the command line of a single guest; see CommandChoice for the errors."""
     choice = CommandChoice(source, words, disks)
     return choice.settle(choice.command)
 
 
 class CommandChoice:
-    """What there is to choose from: the ``words`` that were given, or the record of ``source``.
+    """The choice between given ``words`` and the record of ``source``.
 
-    ``command`` is what was chosen, as it was written but for a number of ``vmgenid``, and ``notes``
-    are those of every guest that it makes. Raises UsageError where there is neither, or
-    the recorded one cannot be used, SnapshotError for a record that is damaged, TargetError.
+    ``command`` is the chosen command line, unchanged except for a ``guid`` of ``vmgenid``; ``notes``
+    apply to every guest. Raises UsageError if there is neither, or the recorded one cannot be used,
+    SnapshotError for a damaged record, TargetError.
     """
 
-    def __init__(self, source: RestoreSource, words: Sequence[str] | None, disks: Disks) -> None:
+    def __init__(
+        self, source: RestoreSource, words: Sequence[str] | None, disks: DiskOptions
+    ) -> None:
         self._disks = disks
         self._snapshot = source.name
         self._path = Path()
         self.notes: list[str] = []
-        self._lack = "the snapshot is not a file with a name"
+        self._no_record = "the snapshot is not a file with a name"
         self._record = None if source.place is None else self._find_record(source, source.place)
         self._given = words is not None
         if words is not None:
             self.command = CommandLine.parse(words)
         elif self._record is None:
             raise UsageError(
-                f"{self._lack}: give the command line that the VM was started with after --"
+                f"{self._no_record}: give the command line that the VM was started with after --"
             )
         else:
             from pyqmigrate.vm.record.command import recorded_command
 
             self.command, changes = recorded_command(self._record, self._path)
-            self.notes += [f"the command line is that of {os.fspath(self._path)!r}", *changes]
+            self.notes += [f"the command line is from {os.fspath(self._path)!r}", *changes]
         self.command, renewed = with_new_generation(self.command)
         self.notes += renewed
         if disks.new_overlays and self._record is None:
-            raise UsageError(f"no overlays can be made for the disks: {self._lack}")
+            raise UsageError(f"cannot create overlays for the disks: {self._no_record}")
 
     def leave_monitors_out(self) -> None:
-        """For guests that get monitors of their own, and could not share the recorded ones."""
+        """Leave out the recorded monitors, which several guests could not share."""
         from pyqmigrate.vm.record.command import without_monitors
 
         self.command, changes = without_monitors(self.command)
         self.notes += changes
 
     def settle(self, command: CommandLine, label: str = "") -> ChosenCommand:
-        """``command``, which is :attr:`command` for one guest of several, held against the record.
+        """Compare ``command``, which is :attr:`command` for one guest, with the record, and create
+        its overlays.
 
-        ``label`` is put before the names of overlays. Raises UsageError for what is not the
-        snapshot's VM, or its disks; TargetError where an overlay cannot be made.
+        ``label`` is a prefix of the overlays' names. Raises UsageError if VM or disks are not the
+        snapshot's, TargetError if an overlay cannot be created.
         """
         if self._record is None:
             return ChosenCommand(command, tuple(self.notes), [])
@@ -100,7 +103,7 @@ class CommandChoice:
 
     def _find_record(self, source: RestoreSource, place: Path) -> VmRecord | None:
         self._path = path = record_path(place)
-        self._lack = f"the snapshot has no record ({os.fspath(path)!r})"
+        self._no_record = f"the snapshot has no record ({os.fspath(path)!r})"
         if not os.path.lexists(path):
             return None
         from pyqmigrate.vm.record.contents import read_record
@@ -110,11 +113,11 @@ class CommandChoice:
             record = read_record(place)
         except SnapshotError as error:
             raise SnapshotError(
-                f"{error}: move it away to restore without it, by the command line alone"
+                f"{error}: to restore by the command line alone, move the record away"
             ) from error
         if record is not None and record.identity != identify(source.snapshot):
-            self._lack = f"{os.fspath(path)!r} is the record of another snapshot"
-            self.notes.append(f"{self._lack}, and is not used")
+            self._no_record = f"{os.fspath(path)!r} is the record of another snapshot"
+            self.notes.append(f"{self._no_record} and is not used")
             return None
         return record
 
@@ -129,24 +132,22 @@ class CommandChoice:
             if faults:
                 raise UsageError("; ".join(faults))
             notes += doubts
-        found = check_disks(command, record, self._snapshot, overlays=self._disks.new_overlays)
-        notes += found.notes
-        if found.faults:
+        disks = check_disks(command, record, self._snapshot, overlays=self._disks.new_overlays)
+        notes += disks.notes
+        if disks.faults:
             if not self._disks.as_they_are:
-                raise UsageError(
-                    "; ".join(found.faults) + " (--disks-as-they-are restores all the same)"
-                )
-            notes += found.faults
-        if not found.needs_overlay:
+                raise UsageError("; ".join(disks.faults) + " (--disks-as-they-are restores anyway)")
+            notes += disks.faults
+        if not disks.needs_overlay:
             return ChosenCommand(command, tuple(notes), [])
         from pyqmigrate.vm.incoming.overlays import with_overlays
 
         directory = self._disks.directory or self._path.parent
-        made, overlays = with_overlays(
-            command, found.needs_overlay, directory, Path(self._snapshot).name, label
+        command, overlays = with_overlays(
+            command, disks.needs_overlay, directory, Path(self._snapshot).name, label
         )
         notes += [
-            f"disk {disk.name} is {os.fspath(path)!r}, over {disk.file!r}"
+            f"disk {disk.name} is the new overlay {os.fspath(path)!r} over {disk.file!r}"
             for disk, path in overlays
         ]
-        return ChosenCommand(made, tuple(notes), [path for _, path in overlays])
+        return ChosenCommand(command, tuple(notes), [path for _, path in overlays])

@@ -1,6 +1,6 @@
-"""What the device sections of a snapshot say of the machine that was saved.
+"""Facts about the saved machine, from the device sections of a snapshot.
 
-Names and instances are enough for most of it, and those are there without a description, too.
+Most need only names and instances of sections, which are known even without a description.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["SavedMachine", "read_saved_machine"]
 
-_BODY_MAX = 1 << 16  # bytes of a section that are looked into
+_BODY_MAX = 1 << 16  # bytes of a section that are searched
 _X86_CPU = "cpu"
 _GLOBAL_STATE = "globalstate"
 _KVM_CLOCK = "kvmclock"
-_KVM_CPU = b"\x05\x0bcpu/tsc_khz"  # the head of a subsection that KVM's processors have
+_KVM_CPU = b"\x05\x0bcpu/tsc_khz"  # start of a subsection of KVM's processors
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _X86_MACHINE = r"(pc|isapc|microvm|xenfv)(-|$)"
-# On the first root bus: the slots from bridge to bridge, then what the device calls its state.
+# On the first root bus: the slots from bridge to bridge, then the name of the device's state.
 _PCI = r"0000:00:(?P<slots>[0-9a-f]{2}\.[0-7](?::[0-9a-f]{2}\.[0-7])*)/(?P<state>.+)"
 
 
 class SavedMachine(NamedTuple):
-    """``run_state`` is that of the guest when it was saved, ``processors`` their number; None where
-    the file does not show it. ``kvm``: whether KVM ran the guest; None where that is not known.
-    ``kvm_clock``: whether there is a clock of KVM's, which nothing else loads. ``pci``: the names
-    of the states of the devices on the first root bus, by their slots (``03.0``, ``02.0:00.0``).
-    ``counts``: how many states there are of each name that has no place. Both are None where not
-    all sections could be told apart.
+    """What is known of a saved machine; None for what the file does not show.
+
+    ``run_state`` is the guest's, ``processors`` their number, ``kvm`` whether KVM ran the guest,
+    ``kvm_clock`` whether there is a clock section that only KVM loads. ``pci`` has the names of
+    device states on the first root bus, by slots (``03.0``, ``02.0:00.0``). ``counts`` is the number
+    of states with each name. Both are None if not all sections could be separated.
     """
 
     run_state: str | None
@@ -45,7 +45,7 @@ class SavedMachine(NamedTuple):
 
 
 def read_saved_machine(snapshot: MappedRamSnapshot) -> SavedMachine:
-    """Look at the device sections; raises TargetError when the file cannot be read."""
+    """Read the device sections; raises TargetError if the file cannot be read."""
     stream = snapshot.stream
     sections = [s for s in stream.sections if s.kind in (SectionKind.FULL, SectionKind.START)]
     names = {section.name for section in sections}

@@ -1,7 +1,6 @@
-"""Which files and servers a QEMU of a given command line writes to, and which sockets it makes.
+"""Files, servers and sockets of a command line that two guests must not share.
 
-What two guests at a time must not share. Only the command line and the files of its ``-readconfig``
-are looked at, no image is opened.
+Only the command line and the files of its ``-readconfig`` are read; no image is opened.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ _STREAMS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "g
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _STREAM = r"(?:^|:)(?:unix:((?:[^,]|,,)+)|(?:file|pipe):(.+))"
 _READ_ONLY = ("readonly", "read-only")
-_WHOLE = ("pidfile", "D")  # options that are a name and nothing else
-# Options with a property that names a file to write, and the key that is left out in front.
+_WHOLE = ("pidfile", "D")  # options whose value is only a name
+# Options with a property that names a file to write, and their implied key.
 _NAMING = {
     "chardev": ("logfile", "backend"),
     "trace": ("file", "enable"),
@@ -32,7 +31,7 @@ _NAMING = {
     "machine": ("dumpdtb", "type"),
 }
 _CHARDEVS = ("file", "pipe", "serial", "tty", "parallel", "parport")
-# Block drivers for what is not on this machine's file systems, and what says where it is.
+# Block drivers of remote storage, and the properties that locate it.
 _REMOTE = ("nbd", "ssh", "rbd", "iscsi", "gluster", "nfs", "sheepdog", "nvme")
 _PLACE = (
     "server",
@@ -54,13 +53,13 @@ _PLACE = (
 
 
 def written_files(command: CommandLine) -> dict[str, Option]:
-    """Real paths (or what stands for one), and the option that names each."""
+    """Return what QEMU writes to, as real paths or descriptions of servers, with the naming options."""
     command = with_configurations(command)
     return _by_real_path(command, (*_disks(command), *_nodes(command), *_others(command)))
 
 
 def written_images(command: CommandLine) -> dict[str, Option]:
-    """As :func:`written_files`, of the disks only."""
+    """As :func:`written_files`, for disks only."""
     command = with_configurations(command)
     return _by_real_path(command, (*_disks(command), *_nodes(command)))
 
@@ -69,7 +68,7 @@ def _by_real_path(command: CommandLine, names: Iterable[tuple[str, Option]]) -> 
     found: dict[str, Option] = {}
     for name, option in names:
         is_path = "://" not in name and not name.startswith(_REMOTE) and "json:" not in name
-        # QEMU may be started elsewhere.
+        # Relative to QEMU's current directory.
         real = os.path.realpath(Path(command.directory or "", name)) if is_path else name
         if real != os.devnull:
             found[real] = option
@@ -96,20 +95,20 @@ def _disks(command: CommandLine) -> Iterator[tuple[str, Option]]:
 
 
 def _nodes(command: CommandLine) -> Iterator[tuple[str, Option]]:
-    """What ``-blockdev`` nodes are made on, unless whatever is above them only reads."""
+    """Generate the storage of ``-blockdev`` nodes that are written to by a node or device above."""
     nodes = [(option, option.properties("driver")) for option in command.all("blockdev")]
 
     def is_written(number: int) -> bool:
         properties = nodes[number][1]
         name = properties.get("node-name")
-        # A node can only be used by one that comes later.
+        # A node can only be used by a later one.
         above = [
             (later, key)
             for later in range(number + 1, len(nodes))
             for key, value in nodes[later][1].items()
             if value == name and key != "node-name"
         ]
-        writers = (is_written(one) for one, key in above if "backing" not in key.split("."))
+        writers = (is_written(later) for later, key in above if "backing" not in key.split("."))
         return not _read_only(properties) and (not above or any(writers))
 
     for number, (option, properties) in enumerate(nodes):
@@ -119,9 +118,9 @@ def _nodes(command: CommandLine) -> Iterator[tuple[str, Option]]:
 
 
 def _places(node: Mapping[str, Any], *, file_is_name: bool = False) -> Iterator[str]:
-    """Where a node's data is: names of files, or descriptions of servers.
+    """Generate the locations of a node's data: names of files, or descriptions of servers.
 
-    ``file_is_name``: in ``-drive`` a file is named where other nodes name a node.
+    ``file_is_name``: the value of ``file`` is a file name, as in ``-drive``, not a node name.
     """
     if _read_only(node):
         return
@@ -139,21 +138,21 @@ def _places(node: Mapping[str, Any], *, file_is_name: bool = False) -> Iterator[
 
 
 def _image(name: str) -> Iterator[str]:
-    """A name as images have it: a path, an address, or a node written down."""
+    """Generate the locations of an image name: a path, an address, or a node as ``json:``."""
     if not name.startswith("json:"):
         yield name.removeprefix("file:")
         return
     try:
         node = json.loads(name.removeprefix("json:"))
         properties = dict(flatten("", node)) if isinstance(node, dict) else {}
-    except (ValueError, RecursionError):  # QEMU will say what it thinks of that
+    except (ValueError, RecursionError):  # QEMU will report the error
         yield name
         return
     yield from _places(_nested(properties), file_is_name=True)
 
 
 def _whole_json(text: str) -> str:
-    """A ``json:`` name in a list of properties, where commas should be doubled and may not be."""
+    """Return a ``json:`` name in a list of properties, with doubled or single commas."""
     _, _, rest = text.partition("file=json:")
     for candidate in (rest, rest.replace(",,", ",")):
         try:
@@ -165,7 +164,7 @@ def _whole_json(text: str) -> str:
 
 
 def _nested(properties: Mapping[str, str]) -> dict[str, Any]:
-    """``{"file.filename": "/d"}`` as ``{"file": {"filename": "/d"}}``."""
+    """Return ``{"file.filename": "/d"}`` as ``{"file": {"filename": "/d"}}``."""
     tree: dict[str, Any] = {}
     for key, value in properties.items():
         *front, last = key.split(".")
@@ -193,8 +192,8 @@ def _others(command: CommandLine) -> Iterator[tuple[str, Option]]:
                 yield properties[key], option
         if option.name == "chardev":
             properties = option.properties("backend")
-            ours = properties.get("backend") in _CHARDEVS or is_on(properties.get("server"))
-            if ours and "path" in properties:
+            creates = properties.get("backend") in _CHARDEVS or is_on(properties.get("server"))
+            if creates and "path" in properties:
                 yield properties["path"], option
         if option.name == "object":
             properties = option.properties("qom-type")
@@ -202,7 +201,7 @@ def _others(command: CommandLine) -> Iterator[tuple[str, Option]]:
                 yield properties["file"], option
             path = properties.get("mem-path")
             shared = is_on(properties.get("share")) and not is_on(properties.get("readonly"))
-            # In a directory QEMU makes a file of its own.
+            # In a directory QEMU creates an unnamed file.
             if shared and path is not None and not Path(path).is_dir():
                 yield path, option
 

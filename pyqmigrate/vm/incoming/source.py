@@ -1,4 +1,4 @@
-"""The snapshot that guests are restored from, opened and checked once for all of them."""
+"""The snapshot of a restore: opened and checked once, for one guest or many."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["Reading", "RestoreSource"]
 
-_WARM = 0.5  # share of the file in the page cache from which direct I/O only costs
-_COLD_CHANNELS = 32  # direct reads under way at a time; QEMU makes them one page run at a time
+_WARM = 0.5  # share of the file in the page cache from which direct I/O is slower
+_COLD_CHANNELS = 32  # QEMU has one direct read in flight for each
 _WARM_CHANNELS = 4
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How QEMU should read the whole file: channels, the direct descriptor if any, and why."""
+    """How QEMU shall read the whole file: channels, the direct descriptor if any, and why."""
 
     channels: int
     direct: Direct | None
@@ -38,10 +38,9 @@ class Reading:
 class RestoreSource:
     """An open, verified snapshot. Close it.
 
-    ``place`` is its absolute path, None for a descriptor. ``was_running`` says that the guest ran
-    when libvirt saved it: libvirt pauses it first.
-    ``fd`` has a shared lock (flock), which a process that inherits the descriptor keeps: the file
-    must not change in place while a guest's memory is mapped from it.
+    ``place`` is its absolute path, None for a descriptor. ``was_running`` is from libvirt's header:
+    libvirt pauses a guest before it saves it. ``fd`` carries a shared lock (flock), which a process
+    that inherits it keeps: the file must not change in place while memory is mapped from it.
     """
 
     def __init__(self, target: Target, offset: int | None) -> None:
@@ -86,7 +85,7 @@ class RestoreSource:
             lock_file(self.fd, exclusive=False)
         except BlockingIOError as error:
             raise TargetError(
-                errno.EBUSY, "another process writes the snapshot in place", self.name
+                errno.EBUSY, "another process is writing the snapshot in place", self.name
             ) from error
 
     def clear_pages_are_zero(self) -> bool:
@@ -104,11 +103,11 @@ class RestoreSource:
             and seal.head.bitmap_order == self.snapshot.bitmap_order
         )
 
-    def reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
-        """Return the fastest way for QEMU to read this file as it is now. Blocks for a moment.
+    def choose_reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
+        """Choose the fastest way for QEMU to read this file now. Blocks for a moment.
 
-        Close the result with :meth:`close_reading`. Raises DirectIORefused if direct I/O is demanded
-        and not available.
+        Pass the result to :meth:`close_reading`. Raises DirectIORefused if direct I/O is required
+        but not available.
         """
         if channels is not None:
             check_channels(channels)
@@ -119,22 +118,22 @@ class RestoreSource:
             why = f"{min(cached, 1):.0%} of the file is in the page cache"
         if cached < _WARM and direct_io is not DirectIO.OFF:
             direct, why = self._input.open_direct(direct_io)
-            direct, why = self._fitting(direct, why, direct_io)
+            direct, why = self._check_alignment(direct, why, direct_io)
         chosen = _COLD_CHANNELS if direct else _WARM_CHANNELS
         return Reading(chosen if channels is None else channels, direct, why)
 
-    def _fitting(
+    def _check_alignment(
         self, direct: Direct | None, why: str, setting: DirectIO
     ) -> tuple[Direct | None, str]:
-        """Return no direct descriptor if pages are not aligned for it: QEMU reads single pages."""
+        """Close ``direct`` if the disk cannot read single pages, as QEMU does."""
         if direct is None or all(
             block.page_size % direct.off_align == 0 and block.pages_offset % direct.off_align == 0
             for block in self.snapshot.blocks.values()
         ):
             return direct, why
-        unit = direct.off_align
+        alignment = direct.off_align
         self._input.close_direct(direct)
-        why = f"the pages are not aligned to the {unit} bytes that the disk demands"
+        why = f"the pages are not aligned to {alignment} bytes, as the disk requires"
         if setting is DirectIO.ON:
             raise DirectIORefused(errno.EINVAL, f"no direct I/O: {why}", self.name)
         return None, why
@@ -143,10 +142,10 @@ class RestoreSource:
         self._input.close_direct(reading.direct)
 
     def open_again(self) -> int:
-        """Return a descriptor with a position of its own, at the start; the caller closes it."""
+        """Return a descriptor with its own position, at the start; the caller closes it."""
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """The capabilities that the stream names; QEMU needs the same ones on."""
+        """The capabilities that the stream names; QEMU needs the same ones."""
         return self.snapshot.stream.capabilities

@@ -1,8 +1,8 @@
-"""Engine ``direct``: QEMU writes its device state, and we write the pages.
+"""Engine ``direct``: QEMU writes its device state, this package writes the pages.
 
-The device state goes into a memfd, in one of the two ways of
-:class:`pyqmigrate.vm.plan.blockers.DeviceStateMethod`. From the first command until the last page is written the
-guest stands still; bitmaps, tail and fsync come when it runs again.
+The device state goes into a memfd, by one of the methods of
+:class:`pyqmigrate.vm.plan.blockers.DeviceStateMethod`. The guest is stopped from the first command
+until the last page is written; bitmaps, tail and fsync follow while it runs again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_devices, read_migrated
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.guest.run_state import LOADABLE
-from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written, migrate
+from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written, migrate
+from pyqmigrate.vm.outgoing.options import ProgressCallback
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod, devices_with_backends
 from pyqmigrate.vm.plan.settings import Changes
@@ -44,8 +45,8 @@ _REPORT_EVERY = 0.1  # seconds
 
 
 class DeviceStateRefused(QemuRefused):
-    """A device's state cannot be saved. QEMU names the device on its standard error alone; when
-    it migrates it gives a reason."""
+    """QEMU cannot save a device's state. It names the device on its standard error only; a
+    migration reports the reason."""
 
 
 async def save_direct(
@@ -60,20 +61,20 @@ async def save_direct(
     seal: Algorithm | None = None,
     resume: bool,
     describe: bool = True,
-    while_paused: AtInstant | None = None,
+    while_paused: WhilePaused | None = None,
     progress: ProgressCallback | None = None,
 ) -> Written:
-    """Write a snapshot into ``target`` and, with ``resume``, let the guest go on.
+    """Write a snapshot into ``target`` and, with ``resume``, resume the guest.
 
-    The file is durable when this returns. Raises QemuError, NotSupported when QEMU turns out to
-    write something that the snapshot could not have, GuestMemoryError, TargetError, Cancelled.
-    ``custody`` makes the ``changes``, and puts back what is changed here, also then. ``describe``:
-    where QEMU writes no description of its device state, have a twin make it.
+    The file is durable on return. ``transaction`` applies the ``changes`` and rolls everything
+    back. ``describe``: if QEMU writes no description of its device state, have a twin make it.
+    Raises QemuError, NotSupported if QEMU writes something that a snapshot cannot contain,
+    GuestMemoryError, TargetError, Cancelled.
     """
     async with contextlib.AsyncExitStack() as stack:
         describing = None
         if describe and way is DeviceStateMethod.DEVICES_ONLY:
-            # Most saves need no twin, and start without what makes one.
+            # Most saves need no twin: they start faster without its modules.
             from pyqmigrate.vm.twin.describing import Describing
 
             describing = await stack.enter_async_context(Describing(guest))
@@ -105,30 +106,30 @@ async def _save(
     seal: Algorithm | None,
     resume: bool,
     describing: Describing | None,
-    while_paused: AtInstant | None,
+    while_paused: WhilePaused | None,
     progress: ProgressCallback | None,
 ) -> Written:
     await transaction.apply(changes)
-    stopped = time.monotonic()
+    stopped_at = time.monotonic()
     if way is DeviceStateMethod.IGNORE_SHARED:
-        state = await _migrated(transaction, guest, while_paused)
+        state = await _migrate_devices(transaction, guest, while_paused)
     else:
-        state = await _devices_only(transaction, guest, while_paused)
+        state = await _save_devices(transaction, guest, while_paused)
     check_cancelled()
     observer = None if seal is None else SaveSeal(seal, target.offset)
     job, pages_written = _start(target, guest, state, channels, sparse, observer, describing)
     downtime = None
     try:
         if describing is not None and not (resume and guest.running):
-            describing.start(state)  # nobody waits for the guest
-        await _until(pages_written, job, progress)
+            describing.start(state)  # the guest does not wait
+        await _wait_for(pages_written, job, progress)
         if job.done():
-            job.result()  # raises what went wrong
-        await transaction.check_that_it_stood()
+            job.result()  # raises its error
+        await transaction.check_still_stopped()
         if resume:
             await transaction.resume()
             if guest.running:
-                longest = time.monotonic() - stopped
+                longest = time.monotonic() - stopped_at
                 reported = transaction.events.downtime(longest)
                 downtime = longest if reported is None else reported
         if describing is not None:
@@ -152,19 +153,19 @@ async def _save(
     )
 
 
-async def _migrated(
-    transaction: SaveTransaction, guest: GuestInfo, while_paused: AtInstant | None
+async def _migrate_devices(
+    transaction: SaveTransaction, guest: GuestInfo, while_paused: WhilePaused | None
 ) -> DeviceState:
-    elsewhere = [block.name for block in guest.blocks if block.file_backed]
+    external = [block.name for block in guest.blocks if block.file_backed]
     with memory_file() as (written, read):
-        async with transaction.lent({"device-state": written}) as path:
+        async with transaction.add_fds({"device-state": written}) as path:
             await migrate(transaction, path, while_paused=while_paused, pause=guest.running)
             transaction.events.stands()
-        return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=elsewhere)
+        return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=external)
 
 
-async def _devices_only(
-    transaction: SaveTransaction, guest: GuestInfo, while_paused: AtInstant | None
+async def _save_devices(
+    transaction: SaveTransaction, guest: GuestInfo, while_paused: WhilePaused | None
 ) -> DeviceState:
     monitor = transaction.monitor
     if guest.running:
@@ -173,11 +174,11 @@ async def _devices_only(
     if while_paused is not None:
         await while_paused()
     with memory_file() as (written, read):
-        async with transaction.lent({"device-state": written}) as path:
+        async with transaction.add_fds({"device-state": written}) as path:
             try:
                 await monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
             except QemuRefused as error:
-                raise DeviceStateRefused(_SAVE_DEVICES, _why(error, guest)) from error
+                raise DeviceStateRefused(_SAVE_DEVICES, _refusal(error, guest)) from error
         return await asyncio.to_thread(
             read_devices,
             Descriptors(read),
@@ -189,12 +190,12 @@ async def _devices_only(
         )
 
 
-def _why(error: QemuRefused, guest: GuestInfo) -> str:
+def _refusal(error: QemuRefused, guest: GuestInfo) -> str:
     suspects = devices_with_backends(guest)
-    about = f" (perhaps of {', '.join(suspects)})" if suspects else ""
+    hint = f" (perhaps {', '.join(suspects)})" if suspects else ""
     return (
-        f"{error.desc}; QEMU's standard error, and a save by engine qemu, name the device whose "
-        f"state cannot be saved{about}"
+        f"{error.desc}; QEMU's standard error, or a save with --engine qemu, names the device whose "
+        f"state cannot be saved{hint}"
     )
 
 
@@ -207,7 +208,7 @@ def _start(
     observer: SaveSeal | None,
     describing: Describing | None,
 ) -> tuple[Job[SaveReport], asyncio.Event]:
-    """Begin to write; the event is set when the pages are written, or will not be."""
+    """Start to write; the event is set when the pages are written or the job has ended."""
     loop = asyncio.get_running_loop()
     pages_written = asyncio.Event()
     writer = Writer(
@@ -222,21 +223,21 @@ def _start(
         observer=observer,
     )
 
-    def tell() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+    def notify() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(pages_written.set)
 
     def write() -> SaveReport:
         try:
             writer.begin()
             writer.write_pages()
-            tell()
+            notify()
             return writer.finish_with(_tail(state, describing, writer))
         finally:
             writer.close()
 
     try:
-        job = Job(writer.channels, writer.total, write).at_end(tell)
+        job = Job(writer.channels, writer.total, write).at_end(notify)
         return job, pages_written
     except BaseException:
         writer.close()
@@ -244,23 +245,23 @@ def _start(
 
 
 def _tail(state: DeviceState, describing: Describing | None, writer: Writer) -> Iterator[bytes]:
-    """What follows the pages. The file goes to disk while the description is waited for."""
-    described = None
+    """Generate what follows the pages; flush the file while waiting for the description."""
+    description = None
     if describing is not None:
         if not describing.ready:
             writer.target.flush()
-        described = describing.wait()
+        description = describing.wait()
     yield encode_tail(
         settings=writer.settings,
         sections=state.sections,
-        description=described or state.description,
+        description=description or state.description,
         switchover_start=state.switchover_start,
         page_size=state.page_size,
     )
 
 
 def _ram_blocks(guest: GuestInfo, state: DeviceState) -> list[RamBlock]:
-    """Where each block of the stream is: in the stream, or with the guest."""
+    """Return the blocks, with memory of the stream or of the guest."""
     known = {block.name: block for block in guest.blocks}
     blocks = []
     for name, length in state.blocks.items():
@@ -269,13 +270,13 @@ def _ram_blocks(guest: GuestInfo, state: DeviceState) -> list[RamBlock]:
             memory = known[name].memory
         if memory is None:
             raise NotSupported(
-                f"QEMU left block {name!r} of {length} bytes out, and it cannot be read here"
+                f"QEMU left out block {name!r} of {length} bytes, and its memory cannot be read"
             )
         blocks.append(RamBlock(name, memory, state.page_size))
     return blocks
 
 
-async def _until(
+async def _wait_for(
     event: asyncio.Event, job: Job[SaveReport], progress: ProgressCallback | None
 ) -> None:
     while not event.is_set():
@@ -288,7 +289,7 @@ async def _until(
 
 def _notes(report: SaveReport, describing: Describing | None) -> tuple[str, ...]:
     copied = [
-        f"memory of block {name!r} is not aligned for direct I/O: it was copied"
+        f"memory of block {name!r} is not aligned for direct I/O and was copied"
         for name in report.unaligned_blocks
     ]
     undescribed = [describing.note] if describing is not None and describing.note else []

@@ -1,4 +1,4 @@
-"""The descriptors of a target as QEMU wants them, tried before QEMU hears of them.
+"""Descriptors for QEMU's fdset, tested before they are passed.
 
 QEMU takes from a fdset the member whose access mode and ``O_DIRECT`` are just those it asks for,
 and one that finds none for its direct channels dies of it
@@ -19,16 +19,16 @@ from pyqmigrate.io.output import OutputFile
 
 __all__ = ["open_for_qemu"]
 
-# What QEMU compares, and what it could not take off again or would be misled by.
-_MATTERS = os.O_ACCMODE | os.O_DIRECT | os.O_DSYNC | os.O_SYNC | os.O_APPEND
+# Flags that QEMU compares, cannot clear, or would be misled by.
+_CHECKED_FLAGS = os.O_ACCMODE | os.O_DIRECT | os.O_DSYNC | os.O_SYNC | os.O_APPEND
 
 
 @contextlib.contextmanager
 def open_for_qemu(target: OutputFile) -> Iterator[Mapping[str, int]]:
-    """Separate opens of an empty target for writing only: ``buffered``, and with direct I/O
-    ``direct``; they are closed afterwards.
+    """Open an empty target again, for writing only: as ``buffered``, and with direct I/O as
+    ``direct``. They are closed afterwards.
 
-    Raises TargetError when the system refuses one, DirectIORefused when a direct write fails.
+    Raises TargetError if an open fails, DirectIORefused if a direct write fails.
     """
     modes = {"buffered": os.O_WRONLY}
     if target.direct is not None:
@@ -39,7 +39,7 @@ def open_for_qemu(target: OutputFile) -> Iterator[Mapping[str, int]]:
             fds[name] = _open(target, flags)
             stack.callback(os.close, fds[name])
         if target.direct is not None:
-            _try_direct(target, fds["direct"], target.direct.off_align)
+            _test_direct(target, fds["direct"], target.direct.off_align)
         yield fds
 
 
@@ -49,22 +49,22 @@ def _open(target: OutputFile, flags: int) -> int:
     except OSError as error:
         number = error.errno or errno.EIO
         kind = DirectIORefused if flags & os.O_DIRECT else TargetError
-        raise kind(number, "cannot open the file once more for QEMU", target.name) from error
+        raise kind(number, "cannot open the file again for QEMU", target.name) from error
     same = os.path.samestat(os.fstat(fd), os.fstat(target.fd))
-    if not same or fcntl.fcntl(fd, fcntl.F_GETFL) & _MATTERS != flags:
+    if not same or fcntl.fcntl(fd, fcntl.F_GETFL) & _CHECKED_FLAGS != flags:
         os.close(fd)
         raise TargetError(
             errno.EINVAL,
-            "the system opened another file, or with other flags, for QEMU",
+            "opening the file again for QEMU gave another file or other flags",
             target.name,
         )
     return fd
 
 
-def _try_direct(target: OutputFile, fd: int, unit: int) -> None:
+def _test_direct(target: OutputFile, fd: int, alignment: int) -> None:
     try:
-        with mmap.mmap(-1, unit) as zeros:
-            if os.pwrite(fd, zeros, 0) != unit:
+        with mmap.mmap(-1, alignment) as zeros:
+            if os.pwrite(fd, zeros, 0) != alignment:
                 raise OSError(errno.EIO, "short write")
         os.ftruncate(fd, 0)
     except OSError as error:

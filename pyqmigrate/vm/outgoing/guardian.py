@@ -1,38 +1,38 @@
-"""Puts a guest back as it was found, when the process that was saving it is no more.
+"""Restores a guest after the process that was saving it was killed.
 
 This is a program of its own, started by :mod:`pyqmigrate.vm.outgoing.transaction` as ``python -I -S
-guardian.py PID SNAPSHOT`` (the latter for people who look at a list of processes). Through the
-socket that is its standard input it gets lines of JSON objects, which add up to the *finding*: how
-the guest was found, and what is being done to it, said before it is done. The line ``done`` means
-that all is well; if process PID ends, or closes the socket, without having said so, the guardian
-connects to the monitor and does what :func:`put_back` says.
+guardian.py PID SNAPSHOT`` (SNAPSHOT is there for people who read a list of processes). The socket
+that is its standard input carries lines of JSON objects, which add up to the *journal*: how the
+guest was found, and each step of the save, written before it is done. The line ``done`` dismisses
+the guardian. If process PID ends or closes the socket without it, the guardian connects to the
+monitor and runs :func:`rollback_steps`.
 
-It imports nothing but the standard library: it must start fast, and work when nothing else does.
-A finding has these keys:
+It imports the standard library only: it must start fast, and work when nothing else does. The keys
+of a journal:
 
 =============  ====================================================================
-monitor        path of the monitor's socket, absolute
-pid            number of QEMU's process, or null where that is not known
-snapshot       path that the snapshot was to have, absolute
-token          in the names of the descriptors that were handed to QEMU, and in that of the
-               unfinished file, where it has to have one
-resume         whether the guest is to run
-did            a list of what the save has done: see :class:`Did`
-capabilities   QEMU's capabilities that will have been changed: name to former state
+monitor        absolute path of the monitor's socket
+pid            QEMU's process, or null if unknown
+snapshot       absolute path that the snapshot will have
+token          marks the descriptors added to QEMU, and the unfinished file if it has
+               a name
+resume         whether the guest shall run
+steps          a list of what the save has done: see :class:`Step`
+capabilities   QEMU's capabilities that the save changes: name to former state
 parameters     the same for parameters
-directory      where the snapshot was to be, absolute
-file           true when the unfinished file is there: its descriptor came with this line
-disks          a list, empty where disks are not snapshotted: objects of ``name``, ``node``
+directory      absolute path of the snapshot's directory
+file           true once the unfinished file is open: its descriptor came with this line
+disks          a list, empty without disk snapshots: objects of ``name``, ``node``
                (the overlay's), ``base`` (the node below), ``base_file``, ``file`` (the overlay
-               as QEMU names it) and ``here`` (as we do)
-record         path that the record of the VM is to have, or ""
-provisional    path that it has before the snapshot has its name, or ""
+               as QEMU names it) and ``local_file`` (as this process does)
+record         path of the VM's record, or ""
+provisional    path of the record until the snapshot is published, or ""
 =============  ====================================================================
 
-The overlays stay when the snapshot got its name before the process ended: they are its disks then,
-and the record gets its name, too. Otherwise what they hold goes back into the files below, and what
-cannot go back is never thrown away: the guest keeps its overlay. ``SNAPSHOT.left`` has what could
-not be put back. Where that is there already, ``.left.1`` and so on is written.
+If the snapshot was published before the process ended, its overlays stay and its record is
+published too. Otherwise the overlays are committed into the files below. One that cannot be
+committed is kept: it holds the guest's data. ``SNAPSHOT.left`` lists what could not be rolled back;
+if that file exists, ``.left.1`` and so on is written.
 """
 
 from __future__ import annotations
@@ -46,24 +46,31 @@ import socket
 import sys
 import time
 from collections.abc import Generator, Iterator
+from enum import StrEnum
 from typing import Any, TypeAlias
 
 __all__ = [
-    "A_MOMENT",
+    "POLL_INTERVAL",
     "PARTIAL",
     "Busy",
     "Step",
     "Refused",
     "Command",
-    "goes_on_in",
     "rollback_steps",
     "undo_disks",
 ]
 
-PARTIAL = ".partial"  # what the names of unfinished files end in
+PARTIAL = ".partial"  # suffix of unfinished files
 _NAME_LEFT = 240  # bytes of a name before ".left" and a number: 255 are the limit
 _LEFT_MAX = 1000
-_PATIENCE = 600.0  # seconds, for the monitor to become free and the migration to end
+# Times in seconds.
+POLL_INTERVAL = 0.01
+_RESCUE_TIMEOUT = 600.0  # for the monitor to become free and the rollback to finish
+_RETRY_INTERVAL = 0.2
+_COMMIT_TIMEOUT = 60.0  # an overlay gets little data during one save
+_RATE_SLOT = 0.12  # QEMU sends something in each slot of its rate limit, however low that is
+_QUIET = 0.03  # this long without a byte: the channels are idle
+_QUIET_TIMEOUT = 0.6
 _UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "failing", "wait-unplug"}
 _POSTCOPY = {
     "postcopy-active",
@@ -73,36 +80,31 @@ _POSTCOPY = {
     "postcopy-device",
     "colo",
 }
-_MAY_BE_CANCELLED = {"active", "pre-switchover", "wait-unplug"}
+_CANCELLABLE = {"active", "pre-switchover", "wait-unplug"}
 _BETWEEN = {"finish-migrate", "save-vm"}
-# Moments: QEMU's time slot for bandwidth; no news for so long; and after so many it must do.
-_ONE_SLOT, _QUIET, _LONGEST_WAIT = 12, 3, 60
-A_MOMENT = 0.01  # seconds
 _CRAWL = {"max-bandwidth": 10_000, "downtime-limit": 0}
-_LONGEST_COMMIT = 6000  # moments; what an overlay has got during one save is not much
 
 Command: TypeAlias = "tuple[str, dict[str, Any] | None] | None"
 
 
-class Step:
-    """What a save has done to a guest and its QEMU, and has not undone yet.
+class Step(StrEnum):
+    """A journaled step of a save that has not been undone yet.
 
-    Another monitor's client may do the same at any time: what is not known to be the save's own is
-    left alone.
+    Another client may take the same step at any time, so only the save's own steps are undone.
     """
 
-    LENT = "lent"
-    """QEMU was given descriptors."""
+    FDS = "fds"
+    """Descriptors were added to QEMU."""
     SETTINGS = "settings"
-    """Settings may be other than they were."""
+    """Settings may have been changed."""
     DISKS = "disks"
-    """Snapshots of disks may have been taken."""
+    """Disk snapshots may have been taken."""
     STOPPED = "stopped"
-    """The guest was told to stop."""
+    """The guest was stopped."""
     MIGRATING = "migrating"
-    """A migration was begun, and may be under way."""
+    """A migration was started and may be active."""
     MIGRATED = "migrated"
-    """It has ended; if it was successful it left the guest in ``postmigrate``."""
+    """The migration has ended; if it completed, it left the guest in ``postmigrate``."""
 
 
 class Refused(Exception):
@@ -110,113 +112,122 @@ class Refused(Exception):
 
 
 class Busy(Exception):
-    """A migration of somebody else's is under way, and everything but the settings is put back."""
+    """Another client's migration is active; everything but the settings was rolled back."""
 
 
 def rollback_steps(
-    finding: dict[str, Any],
+    journal: dict[str, Any],
     *,
     resume: bool | None = None,
     published: bool = False,
-    patience: int | None = None,
+    timeout: float | None = None,
 ) -> Generator[Command, Any, list[str]]:
-    """The commands that leave a guest as it was found: generator of (command, arguments).
+    """Generate the commands that leave a guest as it was found, as (command, arguments).
 
-    None in place of a command means to wait A_MOMENT. The result of each is to be sent in, an
-    error thrown in as :class:`Refused`. Returns what could not be done. ``resume`` overrides
-    whether the guest is to run; with ``published`` its disks stay as the snapshot needs them.
-    Settings are not changed under a migration of somebody else's; after ``patience`` moments of
-    waiting for its end, Busy is raised.
+    For None in place of a command, wait POLL_INTERVAL. Send in the result of each command, throw in
+    an error as :class:`Refused`. Returns the errors. ``resume`` overrides whether the guest shall
+    run. With ``published`` the guest keeps its overlays. Settings are not changed during another
+    client's migration; if that has not ended after ``timeout`` seconds, Busy is raised.
     """
-    trouble: list[str] = []
-    did = set(finding["did"])
-    if Step.MIGRATING in did:
-        yield from _end_migration(trouble)
-    elif Step.MIGRATED in did:
-        yield from _settled()
-    if finding["resume"] if resume is None else resume:
-        yield from _attempt("cont", None, trouble, only_in=_stopped_by(did))
+    errors: list[str] = []
+    steps = set(journal["steps"])
+    if Step.MIGRATING in steps:
+        yield from _end_migration(errors)
+    elif Step.MIGRATED in steps:
+        yield from _wait_for_run_state()
+    if journal["resume"] if resume is None else resume:
+        yield from _attempt("cont", None, errors, only_in=_stopped_by(steps))
     for entry in (yield "query-fdsets", None):
-        if any(finding["token"] in member.get("opaque", "") for member in entry["fds"]):
-            yield from _attempt("remove-fd", {"fdset-id": entry["fdset-id"]}, trouble)
+        if any(journal["token"] in member.get("opaque", "") for member in entry["fds"]):
+            yield from _attempt("remove-fd", {"fdset-id": entry["fdset-id"]}, errors)
     if not published:
-        yield from undo_disks(finding, trouble)
-    if Step.SETTINGS not in did:
-        return trouble
+        yield from undo_disks(journal, errors)
+    if Step.SETTINGS not in steps:
+        return errors
+    polls = None if timeout is None else _polls(timeout)
     while (yield "query-migrate", None).get("status") in _UNDER_WAY | _POSTCOPY:
-        if patience is not None and (patience := patience - 1) < 0:
+        if polls is not None and (polls := polls - 1) < 0:
             raise Busy
         yield None
-    if finding["capabilities"]:
-        entries = [{"capability": n, "state": s} for n, s in finding["capabilities"].items()]
-        yield from _attempt("migrate-set-capabilities", {"capabilities": entries}, trouble)
-    if finding["parameters"]:
-        yield from _attempt("migrate-set-parameters", finding["parameters"], trouble)
-    return trouble
+    if journal["capabilities"]:
+        yield from _attempt("migrate-set-capabilities", _capabilities(journal), errors)
+    if journal["parameters"]:
+        yield from _attempt("migrate-set-parameters", journal["parameters"], errors)
+    return errors
 
 
-def _stopped_by(did: set[str]) -> set[str]:
-    """The run states in which a guest stands because of the save."""
-    if did & {Step.MIGRATING, Step.MIGRATED}:
+def _polls(seconds: float) -> int:
+    return round(seconds / POLL_INTERVAL)
+
+
+def _capabilities(journal: dict[str, Any]) -> dict[str, Any]:
+    states = journal["capabilities"].items()
+    return {"capabilities": [{"capability": name, "state": state} for name, state in states]}
+
+
+def _stopped_by(steps: set[str]) -> set[str]:
+    """Return the run states in which the save is what stopped the guest."""
+    if steps & {Step.MIGRATING, Step.MIGRATED}:
         return {"postmigrate", "paused"}
-    return {"paused"} if Step.STOPPED in did else set()
+    return {"paused"} if Step.STOPPED in steps else set()
 
 
-def undo_disks(finding: dict[str, Any], trouble: list[str]) -> Generator[Command, Any, None]:
-    """What overlays have got goes back into the files below, and the overlays are removed.
+def undo_disks(journal: dict[str, Any], errors: list[str]) -> Generator[Command, Any, None]:
+    """Commit the overlays into the files below and remove them.
 
-    Nothing is asked of QEMU where no disk is to be snapshotted. An overlay that QEMU does not use
-    is one that a refused transaction has left.
+    QEMU is asked nothing if there are no disk snapshots. An overlay that QEMU does not use was left
+    by a refused transaction.
     """
-    _remove_record(finding)
-    if not finding["disks"]:
+    _remove_record(journal)
+    if not journal["disks"]:
         return
     if (yield "query-status", None)["status"] == "postmigrate":
         with contextlib.suppress(Refused):  # QEMU before 10.0: then the commit is refused
             yield "blockdev-set-active", {"active": True}
     nodes = {node.get("node-name") for node in (yield "query-named-block-nodes", {"flat": True})}
-    for disk in finding["disks"]:
+    for disk in journal["disks"]:
         try:
             if disk["node"] in nodes:
                 yield from _commit(disk["node"], disk["base"])
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                os.unlink(disk["here"])  # noqa: PTH108
+                os.unlink(disk["local_file"])  # noqa: PTH108
         except Refused as error:
-            trouble.append(
-                f"disk {goes_on_in(disk)}: undoing that failed ({error}); block-commit "
+            errors.append(
+                f"{_overlay_in_use(disk)}: undoing that failed ({error}); block-commit "
                 f"{disk['node']} when the guest runs"
             )
         except OSError as error:
-            trouble.append(f"{disk['file']} cannot be removed ({error.strerror}); it is not needed")
+            errors.append(
+                f"cannot remove {disk['file']} ({error.strerror}), which is no longer needed"
+            )
 
 
-def goes_on_in(disk: dict[str, str]) -> str:
-    """What became of a disk whose overlay stays."""
-    return f"{disk['name']} goes on in {disk['file']} over {disk['base_file']}"
+def _overlay_in_use(disk: dict[str, str]) -> str:
+    return f"disk {disk['name']} goes on in {disk['file']} over {disk['base_file']}"
 
 
 def _commit(node: str, base: str) -> Generator[Command, Any, None]:
-    """Merge an overlay into the node below, and let the guest go on there."""
-    job = f"undo-{node}"
-    arguments = {"job-id": job, "device": node, "base-node": base, "auto-dismiss": False}
-    if (yield from _job(job)) is None:  # whoever was killed may have begun it
+    """Commit an overlay into the node below, and switch the guest to that."""
+    name = f"undo-{node}"
+    arguments = {"job-id": name, "device": node, "base-node": base, "auto-dismiss": False}
+    if (yield from _job(name)) is None:  # a killed save may have started it
         yield "block-commit", arguments
     completing = False
-    for _ in range(_LONGEST_COMMIT):
-        state = yield from _job(job)
-        if state is None:
-            raise Refused(f"the job {job} is gone")
-        if state["status"] == "concluded":
-            yield "job-dismiss", {"id": job}
-            if "error" in state:
-                raise Refused(state["error"])
+    for _ in range(_polls(_COMMIT_TIMEOUT)):
+        job = yield from _job(name)
+        if job is None:
+            raise Refused(f"the job {name} is gone")
+        if job["status"] == "concluded":
+            yield "job-dismiss", {"id": name}
+            if "error" in job:
+                raise Refused(job["error"])
             return
-        if state["status"] == "ready" and not completing:
+        if job["status"] == "ready" and not completing:
             completing = True
-            yield "job-complete", {"id": job}
+            yield "job-complete", {"id": name}
         yield None
-    yield "job-cancel", {"id": job}  # the overlay still has everything
-    raise Refused("it takes too long")
+    yield "job-cancel", {"id": name}  # the overlay still has everything
+    raise Refused(f"the commit takes longer than {_COMMIT_TIMEOUT:g} s")
 
 
 def _job(name: str) -> Generator[Command, Any, dict[str, Any] | None]:
@@ -224,82 +235,82 @@ def _job(name: str) -> Generator[Command, Any, dict[str, Any] | None]:
     return next((job for job in jobs if job["id"] == name), None)
 
 
-def _remove_record(finding: dict[str, Any]) -> None:
-    """The record of a snapshot that there is not; its own name is another save's still."""
+def _remove_record(journal: dict[str, Any]) -> None:
+    """Remove the record of a snapshot that was not published, under its provisional name."""
     with contextlib.suppress(OSError):
-        os.unlink(finding["provisional"])  # noqa: PTH108
+        os.unlink(journal["provisional"])  # noqa: PTH108
 
 
-def _name_record(finding: dict[str, Any]) -> None:
-    """The record of a snapshot that has its name, which was prepared before."""
+def _publish_record(journal: dict[str, Any]) -> None:
+    """Publish the prepared record of a snapshot that was published."""
     with contextlib.suppress(OSError):
-        os.replace(finding["provisional"], finding["record"])  # noqa: PTH105
-        directory = os.open(os.path.dirname(finding["record"]), os.O_RDONLY)  # noqa: PTH120
+        os.replace(journal["provisional"], journal["record"])  # noqa: PTH105
+        directory = os.open(os.path.dirname(journal["record"]), os.O_RDONLY)  # noqa: PTH120
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
 
 
-def _end_migration(trouble: list[str]) -> Generator[Command, Any, None]:
-    """No migration is under way any more, and the run state is not one in between.
+def _end_migration(errors: list[str]) -> Generator[Command, Any, None]:
+    """Cancel the migration, or wait for its end, and for the run state that follows.
 
-    QEMU 10.0.2 dies now and then of a cancel that finds its channels being set up, or with pages
-    that they have not begun with: it takes their bitmaps away first. So it is slowed down until
-    the channels have nothing to do, and what cannot be slowed down is let come to its end.
+    QEMU 10.0.2 may crash when a cancel meets channels that are being set up or have pages left to
+    send: it frees their bitmaps first. So the migration is slowed down until the channels are idle.
+    What cannot be slowed down is left to complete.
     """
     slowed = cancelled = False
     while (info := (yield "query-migrate", None)).get("status") in _UNDER_WAY:
         status = info["status"]
         if status == "active" and not slowed:
             slowed = True
-            yield from _attempt("migrate-set-parameters", _CRAWL, trouble)
+            yield from _attempt("migrate-set-parameters", _CRAWL, errors)
             yield from _until_quiet()
-        elif status in _MAY_BE_CANCELLED and not cancelled:
+        elif status in _CANCELLABLE and not cancelled:
             cancelled = True
-            yield from _attempt("migrate_cancel", None, trouble)
+            yield from _attempt("migrate_cancel", None, errors)
         yield None
-    yield from _settled()
+    yield from _wait_for_run_state()
 
 
-def _settled() -> Generator[Command, Any, None]:
+def _wait_for_run_state() -> Generator[Command, Any, None]:
     while (yield "query-status", None)["status"] in _BETWEEN:
         yield None
 
 
 def _until_quiet() -> Generator[Command, Any, None]:
-    """QEMU sends something every 100 ms, however slow it is told to be; then comes a pause."""
+    """Wait for a pause after QEMU sent something, which it does every 100 ms at any rate limit."""
+    slot, quiet = _polls(_RATE_SLOT), _polls(_QUIET)
     sent: list[int] = []
-    for _ in range(_LONGEST_WAIT):
+    for _ in range(_polls(_QUIET_TIMEOUT)):
         yield None
         info = yield "query-migrate", None
         if info.get("status") != "active":
             return
         sent.append(info.get("ram", {}).get("transferred", 0))
-        latest = sent[_ONE_SLOT:]
-        pause = latest[-_QUIET:]
-        if latest and latest[0] != latest[-1] and pause == [latest[-1]] * _QUIET:
+        latest = sent[slot:]
+        if latest and latest[0] != latest[-1] and latest[-quiet:] == [latest[-1]] * quiet:
             return
 
 
 def _attempt(
     command: str,
     arguments: dict[str, Any] | None,
-    trouble: list[str],
+    errors: list[str],
     *,
     only_in: set[str] | None = None,
 ) -> Generator[Command, Any, None]:
-    """``only_in`` are the run states in which it makes sense."""
+    """Run a command, if the run state is one of ``only_in``; note its error."""
     try:
         if only_in is not None and (yield "query-status", None)["status"] not in only_in:
             return
         yield command, arguments
     except Refused as error:
-        trouble.append(f"{command}: {error}")
+        errors.append(f"{command}: {error}")
 
 
 class _Monitor:
-    """The plainest QMP client there is. OSError or EOFError when QEMU is gone."""
+    """A minimal QMP client. Raises OSError or EOFError when QEMU is gone."""
 
     def __init__(self, path: str, deadline: float) -> None:
         self._deadline = deadline
@@ -312,7 +323,7 @@ class _Monitor:
         finally:
             os.close(fd)
         self._messages = self._read()
-        next(self._messages)  # the greeting: comes when whoever else is there has left
+        next(self._messages)  # the greeting, once the client before has left
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
@@ -323,7 +334,7 @@ class _Monitor:
         self._socket.sendall(json.dumps(request).encode())
         for message in self._messages:
             if message.get("id") != identity:
-                continue  # an event, or the answer to a command of the client before
+                continue  # an event, or a reply to the client before
             if "error" in message:
                 raise Refused(message["error"]["desc"])
             return message["return"]
@@ -344,36 +355,37 @@ class _Monitor:
             received += data
 
 
-def _rescue(finding: dict[str, Any], file: int, qemu: _Qemu) -> None:
-    """``file`` is a descriptor of the unfinished file, -1 where that was not opened."""
-    deadline = time.monotonic() + _PATIENCE
-    published = _is_published(finding, file)
-    trouble: list[str] | None = None
-    while finding["did"] and trouble is None and time.monotonic() < deadline:
+def _rescue(journal: dict[str, Any], file: int, qemu: _QemuProcess) -> None:
+    """Roll back; ``file`` is a descriptor of the unfinished file, -1 if that was not opened."""
+    deadline = time.monotonic() + _RESCUE_TIMEOUT
+    published = _is_published(journal, file)
+    errors: list[str] | None = None
+    while journal["steps"] and errors is None and time.monotonic() < deadline:
         try:
-            trouble = _put_back(finding, deadline, published)
+            errors = _roll_back(journal, deadline, published)
         except (FileNotFoundError, ConnectionRefusedError):
-            if not qemu.lives(otherwise=False):
+            if not qemu.is_running(unknown=False):
                 break
-            time.sleep(0.2)  # its socket's name is gone, and it is not
+            time.sleep(_RETRY_INTERVAL)  # the name of its socket may come back
         except (OSError, EOFError, ValueError, LookupError, Refused):
-            time.sleep(0.2)
+            time.sleep(_RETRY_INTERVAL)
     with contextlib.suppress(OSError):
-        if (partial := _partial(finding)) is not None:
+        if (partial := _partial_file(journal)) is not None:
             os.unlink(partial)  # noqa: PTH108
-    if finding["did"] and trouble is None and qemu.lives(otherwise=time.monotonic() >= deadline):
-        trouble = _not_put_back(finding)
+    expired = time.monotonic() >= deadline
+    if journal["steps"] and errors is None and qemu.is_running(unknown=expired):
+        errors = _instructions(journal)
     if published:
-        _name_record(finding)
+        _publish_record(journal)
     else:
-        _remove_record(finding)
-    overlays = [] if published else _overlays_left(finding)
+        _remove_record(journal)
+    overlays = [] if published else _overlays_left(journal)
     with contextlib.suppress(OSError):
-        _leave_word(finding["snapshot"], [*(trouble or []), *overlays])
+        _write_left(journal["snapshot"], [*(errors or []), *overlays])
 
 
-class _Qemu:
-    """A process, which is no other when its number is used again."""
+class _QemuProcess:
+    """A process, not mistaken for another one that gets its number later."""
 
     def __init__(self, pid: int | None) -> None:
         self._gone = False
@@ -385,81 +397,83 @@ class _Qemu:
         except OSError:
             pass  # a kernel without pidfds
 
-    def lives(self, *, otherwise: bool) -> bool:
-        """Whether it does; ``otherwise`` where that cannot be told."""
+    def is_running(self, *, unknown: bool) -> bool:
+        """Return whether it runs; ``unknown`` if that cannot be determined."""
         if self._gone or self._fd is None:
-            return otherwise and not self._gone
+            return unknown and not self._gone
         return not select.select([self._fd], [], [], 0)[0]
 
 
-def _put_back(finding: dict[str, Any], deadline: float, published: bool) -> list[str] | None:
-    """What could not be done; None when the time was over before."""
-    monitor = _Monitor(finding["monitor"], deadline)
-    steps = rollback_steps(finding, published=published)
+def _roll_back(journal: dict[str, Any], deadline: float, published: bool) -> list[str] | None:
+    """Return the errors, or None if ``deadline`` passed before the end."""
+    monitor = _Monitor(journal["monitor"], deadline)
+    commands = rollback_steps(journal, published=published)
     try:
-        step = next(steps)
+        command = next(commands)
         while time.monotonic() < deadline:
-            step = _answer(monitor, steps, step)
+            command = _execute(monitor, commands, command)
     except StopIteration as end:
-        trouble: list[str] = end.value
-        return trouble
+        errors: list[str] = end.value
+        return errors
     finally:
         monitor.close()
     return None
 
 
-def _answer(monitor: _Monitor, steps: Generator[Command, Any, list[str]], step: Command) -> Command:
-    if step is None:
-        time.sleep(A_MOMENT)
-        return next(steps)
+def _execute(
+    monitor: _Monitor, commands: Generator[Command, Any, list[str]], command: Command
+) -> Command:
+    """Run one command and return the next."""
+    if command is None:
+        time.sleep(POLL_INTERVAL)
+        return next(commands)
     try:
-        result = monitor.execute(*step)
+        result = monitor.execute(*command)
     except Refused as error:
-        return steps.throw(error)
-    return steps.send(result)
+        return commands.throw(error)
+    return commands.send(result)
 
 
-def _not_put_back(finding: dict[str, Any]) -> list[str]:
-    """What stays as the save made it, in sentences: nobody is there to be told."""
-    did = finding["did"]
-    words = [
-        f"a save of this guest was killed, and the monitor {finding['monitor']} of process "
-        f"{finding['pid'] or 'unknown'} was not to be had for {_PATIENCE:g} s afterwards: what "
-        "follows is for whoever reaches it"
+def _instructions(journal: dict[str, Any]) -> list[str]:
+    """Return sentences and commands for an administrator: the monitor could not be reached."""
+    steps = set(journal["steps"])
+    lines = [
+        f"a save of this guest was killed, and monitor {journal['monitor']} of process "
+        f"{journal['pid'] or 'unknown'} could not be reached for {_RESCUE_TIMEOUT:g} s; to restore "
+        "the guest by hand:"
     ]
-    if Step.MIGRATING in did:
-        words.append("a migration of the save may be under way: query-migrate, migrate_cancel")
-    if _stopped_by(set(did)):
-        state = "run" if finding["resume"] else "stand still"
-        words.append(f"the guest may stand still because of the save; it is to {state} (cont)")
-    if Step.SETTINGS in did:
-        entries = [{"capability": n, "state": s} for n, s in finding["capabilities"].items()]
+    if Step.MIGRATING in steps:
+        lines.append("the save's migration may be active: query-migrate, migrate_cancel")
+    if _stopped_by(steps):
+        state = "run (cont)" if journal["resume"] else "stay paused"
+        lines.append(f"the save may have paused the guest; it should {state}")
+    if Step.SETTINGS in steps:
+        capabilities = _capabilities(journal) if journal["capabilities"] else {}
         for command, arguments in (
-            ("migrate-set-capabilities", {"capabilities": entries} if entries else {}),
-            ("migrate-set-parameters", finding["parameters"]),
+            ("migrate-set-capabilities", capabilities),
+            ("migrate-set-parameters", journal["parameters"]),
         ):
             if arguments:
-                words.append(json.dumps({"execute": command, "arguments": arguments}))
-    if Step.LENT in did:
-        words.append(f"fdsets may have descriptors named {finding['token']}: remove-fd")
-    return words
+                lines.append(json.dumps({"execute": command, "arguments": arguments}))
+    if Step.FDS in steps:
+        lines.append(f"fdsets may have descriptors named {journal['token']}: remove-fd")
+    return lines
 
 
-def _overlays_left(finding: dict[str, Any]) -> list[str]:
-    left = [
-        disk
-        for disk in finding["disks"]
-        if os.path.lexists(disk["here"]) or os.path.lexists(disk["file"])
+def _overlays_left(journal: dict[str, Any]) -> list[str]:
+    return [
+        f"{_overlay_in_use(disk)}: if QEMU has ended, start it with that file"
+        for disk in journal["disks"]
+        if os.path.lexists(disk["local_file"]) or os.path.lexists(disk["file"])
     ]
-    return [f"disk {goes_on_in(disk)}: if QEMU is gone, start it so" for disk in left]
 
 
-def _leave_word(beside: str, lines: list[str]) -> None:
-    """Nobody is there to be told: it is written down, in a new file. One that is there already may
-    be anybody's, or what an earlier guardian has to say."""
+def _write_left(snapshot: str, lines: list[str]) -> None:
+    """Write ``SNAPSHOT.left``, always as a new file: one that exists may belong to another program
+    or be an earlier guardian's."""
     if not lines:
         return
-    directory, name = os.path.split(beside)
+    directory, name = os.path.split(snapshot)
     name = os.fsdecode(os.fsencode(name)[:_NAME_LEFT])
     for number in range(_LEFT_MAX):
         path = f"{directory}/{name}.left" + (f".{number}" if number else "")
@@ -474,26 +488,29 @@ def _leave_word(beside: str, lines: list[str]) -> None:
         os.fsync(file.fileno())
 
 
-def _is_published(finding: dict[str, Any], file: int) -> bool:
-    """Whether the snapshot has the name that it was to have."""
+def _is_published(journal: dict[str, Any], file: int) -> bool:
+    """Return whether the snapshot has its final name."""
     try:
-        return file >= 0 and os.fstat(file).st_nlink > 0 and _partial(finding) is None
+        return file >= 0 and os.fstat(file).st_nlink > 0 and _partial_file(journal) is None
     except OSError:
         return False
 
 
-def _partial(finding: dict[str, Any]) -> str | None:
-    """The path of the unfinished file, where it has a name already, but not its own."""
-    with os.scandir(finding["directory"]) as entries:
+def _partial_file(journal: dict[str, Any]) -> str | None:
+    """Return the path of the unfinished file, if it has a provisional name."""
+    with os.scandir(journal["directory"]) as entries:
         for entry in entries:
-            if entry.name.endswith(f".{finding['token']}{PARTIAL}"):
+            if entry.name.endswith(f".{journal['token']}{PARTIAL}"):
                 return str(entry.path)
     return None
 
 
-def _what_was_left(pid: int) -> tuple[dict[str, Any], int, _Qemu] | None:
-    """Wait for the end of the process; None if it said that all is well, or nothing. Otherwise the
-    finding, the descriptor of the unfinished file or -1, and QEMU."""
+def _read_journal(pid: int) -> tuple[dict[str, Any], int, _QemuProcess] | None:
+    """Read the journal until process ``pid`` ends.
+
+    Returns the journal, the descriptor of the unfinished file or -1, and QEMU; None if the process
+    wrote ``done``, or nothing.
+    """
     received = b""
     poll = select.poll()
     poll.register(0, select.POLLIN)
@@ -505,15 +522,15 @@ def _what_was_left(pid: int) -> tuple[dict[str, Any], int, _Qemu] | None:
     except ProcessLookupError:
         gone = True
     except OSError:
-        pass  # a kernel without pidfds: the socket alone has to tell
-    finding: dict[str, Any] = {}
-    file, qemu = -1, _Qemu(None)
-    news = socket.socket(fileno=0)
+        pass  # a kernel without pidfds: the socket's end has to be enough
+    journal: dict[str, Any] = {}
+    file, qemu = -1, _QemuProcess(None)
+    channel = socket.socket(fileno=0)
     while True:
         ready = {fd for fd, _ in poll.poll(0 if gone else None)}
         if 0 in ready:
             try:
-                data, fds, _, _ = socket.recv_fds(news, 65536, 1)
+                data, fds, _, _ = socket.recv_fds(channel, 65536, 1)
             except ConnectionError:  # it was killed
                 data, fds = b"", []
             file = fds[0] if fds else file
@@ -521,18 +538,18 @@ def _what_was_left(pid: int) -> tuple[dict[str, Any], int, _Qemu] | None:
             for line in lines:
                 if line == b"done":
                     return None
-                if not finding:
-                    qemu = _Qemu(json.loads(line)["pid"])
-                finding |= json.loads(line)
+                if not journal:
+                    qemu = _QemuProcess(json.loads(line)["pid"])
+                journal |= json.loads(line)
             if data:
                 continue
         elif not gone and process not in ready:
             continue
-        return (finding, file, qemu) if finding else None
+        return (journal, file, qemu) if journal else None
 
 
 def _main() -> None:
-    left = _what_was_left(int(sys.argv[1]))
+    left = _read_journal(int(sys.argv[1]))
     if left is not None:
         _rescue(*left)
 

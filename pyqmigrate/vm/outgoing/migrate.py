@@ -1,4 +1,4 @@
-"""Waiting for a migration of QEMU's, with its progress."""
+"""Run a migration of QEMU's to its end, and report its progress."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.channels import Progress
 from pyqmigrate.qapi.status import Status
 from pyqmigrate.vm.cancellation import check_cancelled
+from pyqmigrate.vm.outgoing.options import ProgressCallback
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 
-__all__ = ["AtInstant", "ProgressCallback", "Written", "migrate"]
+__all__ = ["WhilePaused", "Written", "migrate"]
 
-ProgressCallback: TypeAlias = Callable[[Progress], object]
-AtInstant: TypeAlias = Callable[[], Awaitable[object]]
-"""Called while the guest stands still and its disks are still QEMU's."""
+WhilePaused: TypeAlias = Callable[[], Awaitable[object]]
+"""Called while the guest is stopped and QEMU still owns its disks."""
 _Watch: TypeAlias = Callable[[dict[str, Any]], Awaitable[object]]
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02  # seconds between two questions, without an event
-_A_MOMENT = 0.001  # seconds
+_FIRST_POLL, _LAST_POLL = 0.001, 0.02  # seconds between two queries, without an event
+_STATE_POLL = 0.001  # seconds
 _REPORT_EVERY = 0.1  # seconds
 _ENDED = {Status.COMPLETED, Status.FAILED, Status.CANCELLED}
 _STOPPING = {"finish-migrate", "save-vm"}
@@ -33,9 +33,9 @@ _STOPPING = {"finish-migrate", "save-vm"}
 
 @dataclass(frozen=True)
 class Written:
-    """What an engine did. ``bytes_written`` went to the file; ``downtime`` is in seconds, None
-    where the guest did not run before or does not again. ``manifest`` makes a seal for the file as
-    it was written, from the time of its last modification (ns)."""
+    """What an engine did. ``downtime`` is in seconds, None if the guest did not run before or does
+    not run again. ``manifest`` returns the seal of the file, given the time of its last
+    modification (ns)."""
 
     bytes_written: int
     downtime: float | None
@@ -47,18 +47,18 @@ async def migrate(
     transaction: SaveTransaction,
     path: str,
     *,
-    while_paused: AtInstant | None = None,
+    while_paused: WhilePaused | None = None,
     pause: bool = False,
     progress: ProgressCallback | None = None,
     watch: _Watch | None = None,
 ) -> dict[str, Any]:
-    """Let QEMU migrate to the file ``path``; the last ``query-migrate`` when it has completed.
+    """Have QEMU migrate to the file ``path``; return the last ``query-migrate``, of its completion.
 
-    ``while_paused`` is called while the guest stands still and its disks are still QEMU's: with
-    ``pause`` (for which the capability pause-before-switchover must be on) at the switchover,
-    otherwise, for a guest that does not run, before anything else. ``watch`` is given what QEMU
-    says, each time it is asked. Raises QemuError when the migration fails, NoSpace when for want
-    of space, Cancelled when somebody cancelled it, QemuGone when QEMU ended.
+    ``while_paused`` is called while the guest is stopped and QEMU still owns its disks: with
+    ``pause`` (which needs the capability pause-before-switchover) at the switchover, otherwise, for
+    a stopped guest, first. ``watch`` gets each reply to ``query-migrate``. Raises QemuError if the
+    migration fails, NoSpace if that is for lack of space, Cancelled if another client cancelled it,
+    QemuGone if QEMU ended.
     """
     if while_paused is not None and not pause:
         await while_paused()
@@ -71,14 +71,14 @@ async def migrate(
             state = Status.PRE_SWITCHOVER.value
             await transaction.monitor.execute("migrate-continue", {"state": state})
     info = await _wait(transaction, started, progress, watch)
-    transaction.migrated()
+    transaction.migration_ended()
     if info["status"] == Status.CANCELLED:
         raise Cancelled("the migration was cancelled through another monitor")
     if info["status"] == Status.FAILED:
-        raise _failed(str(info.get("error-desc", "it does not say why")))
-    # "completed" comes a moment before the run state is what it will be.
+        raise _error(str(info.get("error-desc", "QEMU gave no reason")))
+    # "completed" is reported shortly before the run state is final.
     while (await transaction.monitor.execute("query-status"))["status"] in _STOPPING:
-        await asyncio.sleep(_A_MOMENT)
+        await asyncio.sleep(_STATE_POLL)
     if progress is not None:
         progress(_progress(info, time.monotonic() - started))
     return info
@@ -93,7 +93,7 @@ async def _wait(
     until: Status | None = None,
 ) -> dict[str, Any]:
     reported = started
-    pause = _FIRST_WAIT
+    pause = _FIRST_POLL
     while True:
         info: dict[str, Any] = await transaction.monitor.execute("query-migrate")
         check_cancelled()
@@ -106,13 +106,13 @@ async def _wait(
         if watch is not None:
             await watch(info)
         await transaction.events.migration(pause)
-        pause = min(pause * 1.5, _LONGEST_WAIT)
+        pause = min(pause * 1.5, _LAST_POLL)
 
 
-def _failed(why: str) -> PyqmigrateError:
-    if os.strerror(errno.ENOSPC) in why:
-        return NoSpace(f"QEMU failed to save ({why})")
-    return QemuError(f"QEMU failed to save: {why}")
+def _error(reason: str) -> PyqmigrateError:
+    if os.strerror(errno.ENOSPC) in reason:
+        return NoSpace(f"QEMU failed to save ({reason})")
+    return QemuError(f"QEMU failed to save: {reason}")
 
 
 def _progress(info: dict[str, Any], seconds: float) -> Progress:

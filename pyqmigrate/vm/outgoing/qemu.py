@@ -1,9 +1,9 @@
-"""Engine ``qemu``: QEMU writes the snapshot itself, through descriptors that it is lent.
+"""Engine ``qemu``: QEMU writes the snapshot itself, to descriptors that are passed to it.
 
-The guest is stopped first, unless the save is ``live``: then it runs until what is left takes no
-longer than ``downtime-limit``. QEMU notes down that a guest which we stopped is ``paused``, and
-that is put right in the file before anybody sees it. (QEMU can be made to stop the guest itself,
-but then writes all of its memory in a phase that it cannot be called back from.)
+The guest is stopped first, unless the save is ``live``: then it runs until the rest takes no longer
+than ``downtime-limit``. Because the save stopped the guest, QEMU records ``paused``; the record is
+corrected before the file is published. (QEMU could stop the guest itself, but would then write all
+memory in a phase that cannot be cancelled.)
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.vm.guest.run_state import set_run_state
 from pyqmigrate.vm.outgoing.fdset import open_for_qemu
-from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written, migrate
+from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written, migrate
+from pyqmigrate.vm.outgoing.options import ProgressCallback
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.settings import Changes
 
 __all__ = ["save_qemu"]
 
-# A guest that writes faster than the disk never comes to an end by itself.
+# A live save of a guest that writes faster than the disk never converges.
 _PASSES = 10
-_LONGEST_DOWNTIME = 2_000_000  # ms; the largest that QEMU takes
+_LONGEST_DOWNTIME = 2_000_000  # ms; the largest that QEMU accepts
 
 
 async def save_qemu(
@@ -35,14 +36,14 @@ async def save_qemu(
     running: bool,
     live: bool,
     resume: bool,
-    while_paused: AtInstant | None = None,
+    while_paused: WhilePaused | None = None,
     progress: ProgressCallback | None = None,
 ) -> Written:
-    """Let QEMU write into ``target`` and, with ``resume``, let the guest go on. It was found in
+    """Have QEMU write into ``target`` and, with ``resume``, resume the guest, which was found in
     ``run_state``.
 
-    Raises QemuError when the migration fails (QemuGone when QEMU dies, NoSpace), Cancelled,
-    TargetError. ``custody`` makes the ``changes``, and puts back what is changed here, also then.
+    Raises QemuError if the migration fails (QemuGone if QEMU ends, NoSpace), Cancelled,
+    TargetError. ``transaction`` applies the ``changes`` and rolls everything back.
     """
     monitor = transaction.monitor
     notes: list[str] = []
@@ -50,15 +51,15 @@ async def save_qemu(
     async def shorten(info: dict[str, Any]) -> None:
         if info.get("ram", {}).get("dirty-sync-count", 0) > _PASSES and not notes:
             notes.append(
-                "the guest changed its memory as fast as it was written: it was stopped after "
+                "the guest changed memory faster than it was written: it was stopped after "
                 f"{_PASSES} passes"
             )
             await monitor.execute("migrate-set-parameters", {"downtime-limit": _LONGEST_DOWNTIME})
 
     with open_for_qemu(target) as fds:
-        async with transaction.lent(fds) as path:
+        async with transaction.add_fds(fds) as path:
             await transaction.apply(changes)
-            began = time.monotonic()
+            stopped_at = time.monotonic()
             if running and not live:
                 await transaction.stop()
             info = await migrate(
@@ -70,16 +71,16 @@ async def save_qemu(
                 watch=shorten if live else None,
             )
             if while_paused is not None:
-                await transaction.check_that_it_stood()
-            seen = time.monotonic()
+                await transaction.check_still_stopped()
+            completed_at = time.monotonic()
             if resume:
                 await transaction.resume()
                 now = time.monotonic()
     downtime = None
     if running and resume:
-        downtime = transaction.events.downtime(now - began)
+        downtime = transaction.events.downtime(now - stopped_at)
         if downtime is None:
-            downtime = now - seen + info["downtime"] / 1000 if live else now - began
+            downtime = now - completed_at + info["downtime"] / 1000 if live else now - stopped_at
     if running and not live and not await asyncio.to_thread(set_run_state, target, run_state):
-        notes.append(f"the snapshot says that the guest was paused, though it was {run_state}")
+        notes.append(f"the snapshot records that the guest was paused, but it was {run_state}")
     return Written(info["ram"]["transferred"], downtime, tuple(notes))

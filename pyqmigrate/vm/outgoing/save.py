@@ -1,9 +1,9 @@
 """Save a running QEMU's guest, and leave it as it was found.
 
-What happens, in this order: look, choose the engine, start the guardian, open the file and try
-direct I/O, choose the settings, check the space; only then QEMU is touched. The engine has the file
-written and lets the guest go on. The file is made durable, its structure is read back and compared
-with the guest, and it gets its name.
+The order: inspect the guest, choose the engine, start the guardian, open the file and try direct
+I/O, choose the settings, check the free space; only then change anything in QEMU. The engine has the
+file written and resumes the guest. The file is made durable, read back, compared with the guest and
+published.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import (
     Cancelled,
     NoSpace,
@@ -31,18 +27,15 @@ from pyqmigrate.errors import (
     SnapshotError,
     UsageError,
 )
-from pyqmigrate.format.digest import Algorithm, digester
+from pyqmigrate.format.digest import digester
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.integrity.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.integrity.seal import start_seal
-from pyqmigrate.io.channels import check_channels
-from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors, stream_offset, target_path
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
-from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest.files import files_of
@@ -50,179 +43,76 @@ from pyqmigrate.vm.guest.inspect import GuestInfo, inspect
 from pyqmigrate.vm.guest.run_state import what_stopped
 from pyqmigrate.vm.outgoing.direct import DeviceStateRefused, save_direct
 from pyqmigrate.vm.outgoing.disk_snapshots import stranded
-from pyqmigrate.vm.outgoing.migrate import AtInstant, ProgressCallback, Written
+from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
+from pyqmigrate.vm.outgoing.options import SaveOptions, Then, VmSaveOptions
 from pyqmigrate.vm.outgoing.qemu import save_qemu
+from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.disks import prepare, restore_needs
-from pyqmigrate.vm.plan.engine import Engine, EngineChoice, choose_engine, fall_back
+from pyqmigrate.vm.plan.engine import EngineChoice, choose_engine, fall_back
 from pyqmigrate.vm.plan.plan import Plan, make_plan
-from pyqmigrate.vm.plan.settings import UsedSetting
 from pyqmigrate.vm.qemu.exit import ProcessExit
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.record.recording import Recording
 
-__all__ = ["Then", "UsedSetting", "VmSaveReport", "save"]
+__all__ = ["save"]
 
 _QUIT_TIMEOUT = 30.0  # seconds
 
 
-class Then(StrEnum):
-    """What becomes of the guest after a save."""
-
-    RESUME = "resume"
-    PAUSE = "pause"
-    QUIT = "quit"
-
-
-@dataclass(frozen=True)
-class VmSaveReport:
-    """What a save did.
-
-    ``downtime`` is how many seconds the guest stood still, from QEMU's event STOP to RESUME; None
-    where it did not run before or does not again; ``seconds`` is wall time up to the
-    moment at which the snapshot had its name. ``bytes_written`` went to the file,
-    ``bytes_allocated`` is what it holds on disk, ``rate`` is ``bytes_written`` a second.
-    ``run_state_after`` is None after ``quit``. ``disks`` are sentences on what a restore needs of
-    the writable disks, ``record`` is the file that describes the VM
-    (:mod:`pyqmigrate.vm.record.contents`), None where it could not be given its name. ``seal`` is
-    the algorithm of the seal, if any. ``notes`` are things that somebody should know.
-    """
-
-    snapshot: str
-    engine: Engine
-    why: str
-    settings: Mapping[str, UsedSetting]
-    direct_io: bool
-    direct_io_reason: str
-    channels: int
-    downtime: float | None
-    seconds: float
-    bytes_written: int
-    bytes_allocated: int
-    file_size: int
-    rate: float
-    run_state_before: str
-    run_state_after: str | None
-    disks: tuple[str, ...]
-    record: str | None
-    seal: Algorithm | None = None
-    notes: tuple[str, ...] = field(default=())
-
-
 async def save(
-    qmp: str | os.PathLike[str],
-    snapshot: str | os.PathLike[str],
-    *,
-    engine: str = "auto",
-    live: bool = False,
-    then: Then | str | None = None,
-    channels: int = 2,
-    direct_io: DirectIO | str = DirectIO.AUTO,
-    sparse: Sparse | str = Sparse.AUTO,
-    with_disks: bool = False,
-    seal: Algorithm | str | None = None,
-    describe: bool = True,
-    set_time: bool = False,
-    guest_agent: str | os.PathLike[str] | None = None,
-    progress: ProgressCallback | None = None,
+    qmp: str | os.PathLike[str], snapshot: str | os.PathLike[str], **options: Unpack[VmSaveOptions]
 ) -> VmSaveReport:
     """Save the guest of the QEMU whose monitor listens at ``qmp`` into the file ``snapshot``.
 
-    The name appears when the snapshot is whole, durable and verified; one that is there already
-    is replaced.
+    The name appears, or is replaced, when the snapshot is complete, durable and verified. The
+    options are those of :class:`~pyqmigrate.vm.VmSaveOptions`.
 
-    engine: ``qemu``, ``direct``, or ``auto``: direct where nothing would be missed.
-    live: the guest runs while most of it is saved; only engine qemu can.
-    then: what becomes of the guest; None leaves it as it was found. ``quit`` ends QEMU, once the
-        snapshot has its name, and its end is waited for, half a minute at most.
-    channels: threads, or multifd channels, that move pages: 1 to 255.
-    sparse: ``exact`` allocates no zero page, ``dense`` all of them.
-    with_disks: take snapshots of the writable disks at the same instant
-        (:mod:`pyqmigrate.vm.plan.disks`).
-    seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the snapshot
-        when it has its name and the guest is as it shall be. With engine qemu the file is read for
-        it. Should that fail, the snapshot stays.
-    describe: where QEMU writes no description of its device state (``xen-save-devices-state``),
-        have a second, stopped QEMU of the same machine make it (:mod:`pyqmigrate.vm.twin.twin`)
-        once the guest goes on; the notes say where that is not possible.
-    set_time: set the clock of a guest that goes on, by its agent. Where that fails, or takes more
-        than five seconds, a note says so.
-    guest_agent: the path of the agent's socket; None finds it in QEMU's command line.
-    progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
-
-    Whatever fails, and when this is cancelled or its process killed, the guest is put back as it
-    was found and nothing is left. Only where the snapshot has its name, and that cannot be made
-    durable (NotDurable), it stays, with the snapshots of disks that belong to it; it is not sealed,
-    and QEMU is not ended. Raises UsageError, NotSupported, QemuError (QemuGone when QEMU ended),
-    TargetError (NoSpace, NotDurable, DirectIORefused), GuestMemoryError, SnapshotError when what
-    was written is not what the guest has.
+    If anything fails, or this is cancelled or its process killed, the guest is left as it was found
+    and no file remains. Only if the published snapshot's name cannot be made durable (NotDurable),
+    the snapshot and the disk snapshots that belong to it stay; it is not sealed, and QEMU is not
+    ended. Raises UsageError, NotSupported, QemuError (QemuGone if QEMU ended), TargetError
+    (NoSpace, NotDurable, DirectIORefused), GuestMemoryError, and SnapshotError if the written file
+    does not match the guest.
     """
-    request = _Request(
-        os.fspath(snapshot),
-        engine,
-        live,
-        None if then is None else parse_enum(Then, then, "then"),
-        check_channels(channels),
-        parse_enum(DirectIO, direct_io, "direct_io"),
-        parse_enum(Sparse, sparse, "sparse"),
-        with_disks,
-        progress,
-        None if seal is None else parse_enum(Algorithm, seal, "seal"),
-        describe,
-        absolute(target_path(snapshot)),
-        set_time,
-        guest_agent,
-    )
-    if request.seal is not None:
-        digester(request.seal)
-        await asyncio.to_thread(check_place, seal_path(request.path))
-    if stream_offset(request.snapshot):
-        raise UsageError("a guest is saved into a file of its own: without an offset")
+    checked = SaveOptions.check(options)
+    path = absolute(target_path(os.fspath(snapshot)))  # the current directory may change
+    if checked.seal is not None:
+        digester(checked.seal)
+        await asyncio.to_thread(check_place, seal_path(path))
+    if stream_offset(os.fspath(snapshot)):
+        raise UsageError("a guest is saved to a file of its own: give no offset")
     async with await Monitor.connect(qmp) as monitor:
         with await inspect(monitor) as guest:
-            return await _Save(monitor, guest, request).run()
-
-
-@dataclass(frozen=True)
-class _Request:
-    snapshot: str
-    engine: str
-    live: bool
-    then: Then | None
-    channels: int
-    direct_io: DirectIO
-    sparse: Sparse
-    with_disks: bool
-    progress: ProgressCallback | None
-    seal: Algorithm | None
-    describe: bool
-    path: Path  # absolute: the current directory may change
-    set_time: bool
-    guest_agent: str | os.PathLike[str] | None
+            return await _Save(monitor, guest, os.fspath(snapshot), path, checked).run()
 
 
 class _Save:
-    """One save under way."""
+    """One save; ``name`` is the snapshot as the caller named it, ``path`` is absolute."""
 
-    def __init__(self, monitor: Monitor, guest: GuestInfo, request: _Request) -> None:
-        self.started = time.monotonic()
+    def __init__(
+        self, monitor: Monitor, guest: GuestInfo, name: str, path: Path, options: SaveOptions
+    ) -> None:
+        self.started_at = time.monotonic()
         self.monitor = monitor
         self.guest = guest
-        self.request = request
-        self.choice: EngineChoice = choose_engine(guest, engine=request.engine, live=request.live)
-        self.disks = prepare(guest, request.path) if request.with_disks else None
+        self.name = name
+        self.path = path
+        self.options = options
+        self.choice: EngineChoice = choose_engine(guest, engine=options.engine, live=options.live)
+        self.disks = prepare(guest, path) if options.with_disks else None
         self.recording: Recording
 
     async def run(self) -> VmSaveReport:
         try:
             return await self._attempt()
         except DeviceStateRefused as error:
-            if self.request.engine != "auto":
+            if self.options.engine != "auto":
                 raise
-            # A migration may succeed; where it does not, it says which device is in the way.
+            # A migration may succeed; if not, it names the device.
             self.choice = fall_back(self.guest, error)
-            if self.disks is not None:  # those of the first attempt are undone
-                self.disks = prepare(self.guest, self.request.path)
+            if self.disks is not None:  # those of the first attempt were rolled back
+                self.disks = prepare(self.guest, self.path)
             try:
                 return await self._attempt()
             except QemuError as second:
@@ -233,25 +123,25 @@ class _Save:
         self.recording = recording = await Recording.begin(
             self.monitor,
             self.guest,
-            self.request.path,
+            self.path,
             plan=self.disks,
             engine=self.choice.engine,
             way=self.choice.way,
-            seal=self.request.seal,
+            seal=self.options.seal,
         )
         transaction = SaveTransaction(
-            self.monitor, self.guest, os.fspath(self.request.path), self.disks, recording
+            self.monitor, self.guest, os.fspath(self.path), self.disks, recording
         )
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
-            opened = transaction.opened(
-                self.request.direct_io, in_use=in_use, beside=[recording.path]
+            opening = transaction.open_output(
+                self.options.direct_io, in_use=in_use, beside=[recording.path]
             )
-            async with transaction, opened as target:
-                plan = await shielded(asyncio.to_thread(self._plan, target))
-                return await self._run(target, plan, transaction)
+            async with transaction, opening as output:
+                plan = await shielded(asyncio.to_thread(self._plan, output))
+                return await self._run(output, plan, transaction)
         except QemuGone as error:
-            error.add_note(f"({self._what_became_of_qemu()}) ")
+            error.add_note(f"({self._process_state()}) ")
             if self.disks is not None and self.disks.taken and not transaction.published:
                 for left in stranded(self.disks):
                     error.add_note(f"({left}) ")
@@ -261,27 +151,27 @@ class _Save:
                 recording.discard()
 
     async def _run(
-        self, target: OutputFile, plan: Plan, transaction: SaveTransaction
+        self, output: OutputFile, plan: Plan, transaction: SaveTransaction
     ) -> VmSaveReport:
-        written = await self._engine(transaction, target, plan)
-        file_size, allocated = os.fstat(target.fd).st_size, target.allocated_bytes()
-        direct, reason = target.direct is not None, target.direct_io_reason
-        await self._publish(target, transaction)
-        modified = os.fstat(target.fd).st_mtime_ns
-        seconds = time.monotonic() - self.started
-        await transaction.end(resume=self._resumes)
-        clock = await self._clock(written.downtime)
-        after, late = await self._end()
+        written = await self._write(transaction, output, plan)
+        file_size, allocated = os.fstat(output.fd).st_size, output.allocated_bytes()
+        direct, reason = output.direct is not None, output.direct_io_reason
+        await self._publish(output)
+        modified = os.fstat(output.fd).st_mtime_ns
+        seconds = time.monotonic() - self.started_at
+        await transaction.commit(resume=self._resumes)
+        clock_notes = await self._set_clock(written.downtime)
+        run_state, end_notes = await self._end()
         await self._seal(written, modified)
         resumed = self._resumes and self.guest.running
         return VmSaveReport(
-            snapshot=self.request.snapshot,
+            snapshot=self.name,
             engine=self.choice.engine,
             why=self.choice.why,
             settings=plan.changes.used(),
             direct_io=direct,
             direct_io_reason=reason,
-            channels=self.request.channels,
+            channels=self.options.channels,
             downtime=written.downtime,
             seconds=seconds,
             bytes_written=written.bytes_written,
@@ -289,99 +179,95 @@ class _Save:
             file_size=file_size,
             rate=written.bytes_written / seconds if seconds else 0.0,
             run_state_before=self.guest.run_state,
-            run_state_after=after,
+            run_state_after=run_state,
             disks=tuple(
-                restore_needs(self.guest.disks, resumed=resumed, with_disks=self.request.with_disks)
+                restore_needs(self.guest.disks, resumed=resumed, with_disks=self.options.with_disks)
             ),
             record=os.fspath(self.recording.path) if self.recording.published else None,
-            seal=self.request.seal,
+            seal=self.options.seal,
             notes=(
                 *plan.notes,
                 *written.notes,
                 *self.recording.notes,
-                *clock,
-                *late,
-                *transaction.trouble,
+                *clock_notes,
+                *end_notes,
+                *transaction.rollback_errors,
             ),
         )
 
     @property
     def _resumes(self) -> bool:
-        """Whether the guest is to run when the save is done."""
-        if self.request.then is None:
+        """Whether the guest shall run after the save."""
+        if self.options.then is None:
             return self.guest.running
-        return self.request.then is Then.RESUME
+        return self.options.then is Then.RESUME
 
-    def _plan(self, target: OutputFile) -> Plan:
-        """Fail before QEMU is touched where the file cannot fit."""
+    def _plan(self, output: OutputFile) -> Plan:
+        """Choose the settings; raise NoSpace, before QEMU is changed, if the file cannot fit."""
         plan = make_plan(
             self.guest,
             self.choice,
-            channels=self.request.channels,
-            direct=target.direct is not None,
-            sparse=self.request.sparse,
-            live=self.request.live,
+            channels=self.options.channels,
+            direct=output.direct is not None,
+            sparse=self.options.sparse,
+            live=self.options.live,
             with_disks=self.disks is not None,
-            free=target.free_bytes(),
+            free=output.free_bytes(),
         )
         if plan.fits is False and plan.free is not None:
             raise NoSpace(
                 f"the snapshot needs {plan.need >> 20} MiB and {plan.free >> 20} MiB are free",
-                target.name,
+                output.name,
             )
         return plan
 
-    async def _engine(
-        self, transaction: SaveTransaction, target: OutputFile, plan: Plan
-    ) -> Written:
-        request = self.request
-        # Before the snapshot has its name nothing may happen that cannot be undone.
-        while_paused: AtInstant | None = transaction.take_disks if self.disks else None
+    async def _write(self, transaction: SaveTransaction, output: OutputFile, plan: Plan) -> Written:
+        options = self.options
+        while_paused: WhilePaused | None = transaction.take_disks if self.disks else None
         if self.choice.way is None:
             return await save_qemu(
                 transaction,
-                target,
+                output,
                 plan.changes,
                 run_state=self.guest.run_state,
                 running=self.guest.running,
-                live=request.live,
+                live=options.live,
                 resume=self._resumes,
                 while_paused=while_paused,
-                progress=request.progress,
+                progress=options.progress,
             )
         return await save_direct(
             transaction,
             self.guest,
             self.choice.way,
-            target,
+            output,
             plan.changes,
-            channels=request.channels,
+            channels=options.channels,
             sparse=plan.sparse,
-            seal=request.seal,
+            seal=options.seal,
             resume=self._resumes,
-            describe=request.describe,
+            describe=options.describe,
             while_paused=while_paused,
-            progress=request.progress,
+            progress=options.progress,
         )
 
-    async def _clock(self, downtime: float | None) -> list[str]:
+    async def _set_clock(self, downtime: float | None) -> list[str]:
         if not self._resumes:
             return []
-        if self.request.set_time:
-            return await correct_clock(self.guest.pid, self.request.guest_agent)
+        if self.options.set_time:
+            return await correct_clock(self.guest.pid, self.options.guest_agent)
         return note_on_clock(downtime or 0.0)
 
     async def _seal(self, written: Written, mtime_ns: int) -> None:
-        """Beside the snapshot, which is there and stays."""
-        if self.request.seal is None:
+        """Write the seal beside the published snapshot."""
+        if self.options.seal is None:
             return
-        path = self.request.path
         if written.manifest is not None:
             manifest = written.manifest(mtime_ns)
-            await asyncio.to_thread(write_manifest, seal_path(path), manifest)
+            await asyncio.to_thread(write_manifest, seal_path(self.path), manifest)
             return
         # QEMU wrote it on this host.
-        job = start_seal(path, algorithm=self.request.seal, bitmap_order=sys.byteorder)
+        job = start_seal(self.path, algorithm=self.options.seal, bitmap_order=sys.byteorder)
         try:
             await asyncio.to_thread(job.result)
         except BaseException:
@@ -389,22 +275,22 @@ class _Save:
             await shielded(asyncio.to_thread(job.join))
             raise
 
-    async def _publish(self, target: OutputFile, transaction: SaveTransaction) -> None:
-        """Durable, verified, named. Once cancelled, it gets no name, unless it has it already."""
+    async def _publish(self, output: OutputFile) -> None:
+        """Make the file durable, verify it and give it its name, unless cancelled before that."""
         check_cancelled()
         cancelled = threading.Event()
 
         def check() -> None:
-            _verify(target, self.guest)
-            self.recording.prepare(target, resumed=self._resumes)
+            _verify(output, self.guest)
+            self.recording.prepare(output, resumed=self._resumes)
             if cancelled.is_set():
                 raise Cancelled("cancelled")
 
         def publish() -> None:
             try:
-                target.publish(MAGIC, check)
+                output.publish(MAGIC, check)
             finally:
-                if target.published:
+                if output.published:
                     self.recording.publish()
 
         publishing = asyncio.ensure_future(asyncio.to_thread(publish))
@@ -412,35 +298,33 @@ class _Save:
             await asyncio.shield(publishing)
         except NotDurable as error:
             if self.disks is not None and self.recording.published:
-                error.add_note(f"(the disks go on in overlays: see {self.recording.path}) ")
+                error.add_note(f"(the guest's disks are overlays now: see {self.recording.path}) ")
             raise
         except asyncio.CancelledError:
             cancelled.set()
             with contextlib.suppress(PyqmigrateError):
                 await shielded(publishing)
             raise
-        finally:
-            transaction.published = target.published
 
     async def _end(self) -> tuple[str | None, list[str]]:
-        """Quit if that was asked for; what the guest is doing now, and what there is to note.
+        """Quit QEMU if asked to; return the run state, None if QEMU has ended, and notes.
 
-        Whoever restores at once would meet QEMU's locks on images if it had not ended.
+        The end is waited for: until then QEMU's locks on its images would fail a restore.
         """
-        if self.request.then is not Then.QUIT:
-            after = str((await self.monitor.execute("query-status"))["status"])
-            return after, self._notes(after)
-        with contextlib.closing(ProcessExit(self.guest.pid)) as ending:
+        if self.options.then is not Then.QUIT:
+            run_state = str((await self.monitor.execute("query-status"))["status"])
+            return run_state, self._notes(run_state)
+        with contextlib.closing(ProcessExit(self.guest.pid)) as process_exit:
             with contextlib.suppress(QemuGone):  # it may hang up before it answers
                 await self.monitor.execute("quit")
-            if await ending.wait(_QUIT_TIMEOUT):
+            if await process_exit.wait(_QUIT_TIMEOUT):
                 await asyncio.to_thread(self.recording.see_end)
                 return None, self._notes(None)
-            if not ending.known:
-                return None, ["QEMU was told to quit; whether it has cannot be seen from here"]
+            if not process_exit.known:
+                return None, ["QEMU was told to quit; its process cannot be watched from here"]
             return None, [
-                f"QEMU was told to quit; process {self.guest.pid} has not ended within "
-                f"{_QUIT_TIMEOUT:g} s, and may still have its disks locked"
+                f"QEMU was told to quit, but process {self.guest.pid} has not ended within "
+                f"{_QUIT_TIMEOUT:g} s and may still lock its disks"
             ]
 
     def _notes(self, after: str | None) -> list[str]:
@@ -450,36 +334,36 @@ class _Save:
             notes.append(stopped)
         if after == "postmigrate" and before != after:
             notes.append(
-                f"the guest was {before} and is postmigrate now: it keeps still, but QEMU migrates "
-                "it again only when it has run (cont)"
+                f"the guest was {before} and is postmigrate now: it stays stopped, but QEMU migrates "
+                "it again only after it has run (cont)"
             )
         return notes
 
-    def _what_became_of_qemu(self) -> str:
+    def _process_state(self) -> str:
         pid = self.guest.pid
         if pid is None:
-            return "which process it was is not known"
+            return "its process is not known"
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
-            return f"process {pid} is no more"
-        return f"process {pid} is a zombie" if state == "Z" else f"process {pid} is still there"
+            return f"process {pid} has ended"
+        return f"process {pid} is a zombie" if state == "Z" else f"process {pid} still exists"
 
 
-def _verify(target: OutputFile, guest: GuestInfo) -> None:
-    """Read the structure back, and compare it with what QEMU says the guest is."""
+def _verify(output: OutputFile, guest: GuestInfo) -> None:
+    """Read the structure back and compare it with the guest."""
     with (
-        target.opened_for_reading() as fd,
+        output.opened_for_reading() as fd,
         MappedRamSnapshot(StreamFile.open(Descriptors(fd))) as snapshot,
     ):
         snapshot.verify()
-        saved: dict[str, Any] = {name: b.length for name, b in snapshot.blocks.items()}
+        saved: dict[str, Any] = {name: block.length for name, block in snapshot.blocks.items()}
         expected = {block.name: block.length for block in guest.blocks}
         if saved != expected:
             raise SnapshotError(f"the file has blocks {saved}, the guest {expected}")
         if any(block.external for block in snapshot.blocks.values()):
-            raise SnapshotError("a block's content is not in the file")
+            raise SnapshotError("the content of a block is not in the file")
         if snapshot.machine != guest.machine:
             raise SnapshotError(
-                f"the file is of machine {snapshot.machine!r}, the guest of {guest.machine!r}"
+                f"the file has machine {snapshot.machine!r}, the guest {guest.machine!r}"
             )

@@ -1,20 +1,22 @@
-"""A guest in our hands: found in some state, and put back into it whatever happens.
+"""A save as a transaction on a guest: committed, or rolled back to the state it was found in.
 
-    async with SaveTransaction(monitor, guest, "/snap/guest.mapped") as custody:
-        async with custody.opened(DirectIO.AUTO) as target:
-            await custody.apply(changes)
-            await custody.migrate(path)
-            ...
-            await custody.resume()
-            await custody.end(resume=True)
+    async with SaveTransaction(monitor, guest, "/snap/guest.mapped") as transaction:
+        async with transaction.open_output(DirectIO.AUTO, in_use=in_use) as output:
+            async with transaction.add_fds(fds) as path:
+                await transaction.apply(changes)
+                await transaction.migrate(path)
+                ...
+                await transaction.resume()
+            output.publish(...)
+            await transaction.commit(resume=True)
 
-Leaving it without having called :meth:`SaveTransaction.end` puts everything back: a migration that was
-begun here is cancelled, settings are what they were, the descriptors that QEMU was given are
-removed, the guest runs if it ran, and its disks are the files that they were. The same is done by a
-guardian process if this one is killed (:mod:`pyqmigrate.vm.outgoing.guardian`).
+Leaving the context without :meth:`SaveTransaction.commit` rolls back: the save's migration is
+cancelled, settings are restored, added descriptors are removed, the guest runs if it ran before, and
+its overlays are committed into its disks. If this process is killed, a guardian process does the
+same (:mod:`pyqmigrate.vm.outgoing.guardian`).
 
-Others may have monitors, too. What they do to the guest meanwhile is not undone: what is done here
-is written down just before (:class:`pyqmigrate.vm.outgoing.guardian.Step`).
+Other clients may use other monitors of the same QEMU. Only the save's own steps are undone, so each
+is journaled just before it is done (:class:`pyqmigrate.vm.outgoing.guardian.Step`).
 """
 
 from __future__ import annotations
@@ -49,21 +51,21 @@ from pyqmigrate.vm.qemu.event_log import EventLog
 from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.record.recording import Recording
 
-__all__ = ["SaveTransaction", "drive"]
+__all__ = ["SaveTransaction", "run_commands"]
 
 T = TypeVar("T")
 
-_PATIENCE = 120.0  # seconds for QEMU to end what it was told to cancel
-_OTHERS = 100  # moments for a migration of somebody else's
+# Times in seconds.
+_CANCEL_TIMEOUT = 120.0
+_OTHER_MIGRATION_TIMEOUT = 1.0
 
 
 class SaveTransaction:
-    """``snapshot`` is the path of the file that is to be written, and ``plan`` has the snapshots
-    of disks that are taken along. ``recording`` sees the disks before the guest goes on.
+    """The steps of one save of ``guest`` into the file ``snapshot``.
 
-    ``events`` is what QEMU has reported since the context was entered. ``trouble`` is what could
-    not be put back, in QEMU's words. Once the snapshot has its name, set
-    ``published``: its disks are not touched any more.
+    ``plan`` has the disk snapshots to take. ``recording`` looks at the disks before the guest goes
+    on. ``events`` is QEMU's since the context was entered. ``rollback_errors`` are sentences on
+    what could not be undone.
     """
 
     def __init__(
@@ -76,61 +78,65 @@ class SaveTransaction:
     ) -> None:
         self.monitor = monitor
         self.guest = guest
-        self.trouble: list[str] = []
-        self.published = False
+        self.rollback_errors: list[str] = []
         self.events: EventLog
         self._token = f"pyqmigrate-{secrets.token_hex(8)}"
         self._snapshot = snapshot
         self._plan = plan
         self._recording = recording
+        self._output: OutputFile | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
-        self._news: socket.socket | None = None
-        self._finding: dict[str, Any] = {
+        self._channel: socket.socket | None = None  # to the guardian
+        self._journal: dict[str, Any] = {
             "monitor": os.fspath(Path(monitor.path).absolute()),
             "pid": guest.pid,
             "snapshot": os.path.abspath(snapshot),  # noqa: PTH100
             "token": self._token,
             "resume": guest.running,
-            "did": [],
+            "steps": [],
             "capabilities": {},
             "parameters": {},
             "directory": os.path.realpath(resolve_symlink(snapshot).parent),
             "file": False,
-            "disks": [] if plan is None else [overlay.finding() for overlay in plan.overlays],
+            "disks": [] if plan is None else [overlay.journal_entry() for overlay in plan.overlays],
             "record": "" if recording is None else os.fspath(recording.path),
             "provisional": "" if recording is None else os.fspath(recording.provisional),
         }
+
+    @property
+    def published(self) -> bool:
+        """Whether the snapshot has its name. Then its overlays stay, whatever fails."""
+        return self._output is not None and self._output.published
 
     async def __aenter__(self) -> Self:
         self._start_guardian()
         self.events = EventLog(self.monitor)
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, _: object) -> None:
         self.events.close()
         if self._guardian is None:
             return
         try:
-            await self.end()
+            await self.rollback()
         except QemuError as failed:
-            # The first error says more; what became of the guest is added to it.
-            if isinstance(error, BaseException):
-                error.add_note(f"(the guest could not be put back at once: {failed}) ")
-            elif kind is None:
+            if error is None:
                 raise
+            # The first error says more.
+            error.add_note(f"(the guest could not be restored: {failed}) ")
         else:
-            if isinstance(error, BaseException):
-                for sentence in self.trouble:
+            if error is not None:
+                for sentence in self.rollback_errors:
                     error.add_note(f"({sentence}) ")
 
     @contextlib.asynccontextmanager
-    async def opened(
+    async def open_output(
         self, direct_io: DirectIO, *, in_use: InUse, beside: Collection[Path] = ()
     ) -> AsyncIterator[OutputFile]:
-        """The file to write, unfinished; gone afterwards unless it was published.
+        """Open the file to write; it is removed afterwards unless it was published.
 
-        Before anything is touched it is compared with the files ``in_use``, and so are the files
-        ``beside`` it that will be written too.
+        First the file, and the files ``beside`` it that will be written too, are compared with
+        those ``in_use``.
         """
         opening = asyncio.to_thread(
             OutputFile.open,
@@ -140,30 +146,33 @@ class SaveTransaction:
             beside=beside,
             mark=self._token,
         )
-        target = await acquired(opening, OutputFile.abort)
+        self._output = output = await acquired(opening, OutputFile.abort)
         try:
-            self._tell(file=True, fds=(target.fd,))
-            yield target
+            self._write_journal(file=True, fds=(output.fd,))
+            yield output
         finally:
-            target.abort()
+            output.abort()
 
     async def apply(self, changes: Changes) -> None:
-        """Change settings. QemuRefused when QEMU does not take one: then none of its kind."""
+        """Change settings. Raises QemuRefused if QEMU refuses one; then none of its kind changes.
+
+        QemuError is raised if another client's migration is active.
+        """
         if self._guardian is None or self._guardian.poll() is not None:
-            raise QemuError("the guardian process ended by itself")
-        # Another monitor's client may have begun one since the guest was looked at.
+            raise QemuError("the guardian process ended unexpectedly")
+        # Another client may have started one since the guest was inspected.
         status = (await self.monitor.execute("query-migrate")).get("status", "none")
         if (why_not := why_no_migration_now(str(status))) is not None:
             raise QemuError(why_not)
-        self._tell(
+        self._write_journal(
             capabilities={name: change.before for name, change in changes.capabilities.items()},
             parameters={
                 **changes.touched,
-                **{n: change.before for n, change in changes.parameters.items()},
+                **{name: change.before for name, change in changes.parameters.items()},
             },
         )
         if changes.parameters or changes.capabilities:
-            self._note(Step.SETTINGS)
+            self._journal_steps(Step.SETTINGS)
         if changes.parameters:
             wanted = {name: change.after for name, change in changes.parameters.items()}
             await self.monitor.execute("migrate-set-parameters", wanted)
@@ -175,116 +184,124 @@ class SaveTransaction:
             await self.monitor.execute("migrate-set-capabilities", {"capabilities": entries})
 
     async def take_disks(self) -> None:
-        """Take the snapshots of disks that were planned, all or none."""
+        """Take the planned disk snapshots, all or none."""
         if self._plan is not None:
-            self._note(Step.DISKS)
+            self._journal_steps(Step.DISKS)
             self.events.stands()
             await take(self.monitor, self._plan)
 
     async def stop(self) -> None:
-        """Let the guest stand still."""
-        self._note(Step.STOPPED)
+        """Stop the guest."""
+        self._journal_steps(Step.STOPPED)
         await self.monitor.execute("stop")
 
     async def migrate(self, path: str) -> None:
-        """Begin to migrate to the file ``path``. QemuRefused when QEMU does not, as it does when
-        somebody else was faster."""
-        self._note(Step.SETTINGS, Step.MIGRATING)
+        """Start to migrate to the file ``path``. Raises QemuRefused if QEMU refuses, as it does
+        when another client's migration is active."""
+        self._journal_steps(Step.SETTINGS, Step.MIGRATING)
         try:
             await self.monitor.execute("migrate", {"uri": f"file:{path}"})
         except QemuRefused:
-            self._note(without=(Step.MIGRATING,))
+            self._journal_steps(undone=(Step.MIGRATING,))
             raise
 
-    def migrated(self) -> None:
-        """The migration that was begun here has ended, well or not."""
-        self._note(Step.MIGRATED, without=(Step.MIGRATING,))
+    def migration_ended(self) -> None:
+        """Note that the migration has ended, successfully or not."""
+        self._journal_steps(Step.MIGRATED, undone=(Step.MIGRATING,))
 
-    async def check_that_it_stood(self) -> None:
-        """Raise QemuError when another client has let the guest run since ``events.stands()``."""
-        await self.monitor.execute("query-status")  # its answer comes after all events before it
+    async def check_still_stopped(self) -> None:
+        """Raise QemuError if another client has resumed the guest since ``events.stands()``."""
+        await self.monitor.execute("query-status")  # its reply follows all earlier events
         if self.events.resumed():
             raise QemuError(
-                "another client let the guest run while it was saved: the snapshot would not be of "
+                "another client resumed the guest during the save: the snapshot would not be of "
                 "one instant"
             )
 
     async def resume(self) -> None:
-        """Let the guest go on. QemuError when it is not here that it was made to stand."""
+        """Resume the guest. Raises QemuError if another client has migrated it."""
         state = (await self.monitor.execute("query-status"))["status"]
-        did = set(self._finding["did"])
-        if (
-            state == "postmigrate"
-            and not did & {Step.MIGRATING, Step.MIGRATED}
-            and (self.guest.run_state != state)
-        ):
+        migrated_here = {Step.MIGRATING, Step.MIGRATED} & set(self._journal["steps"])
+        if state == "postmigrate" and not migrated_here and self.guest.run_state != state:
             raise QemuError(
-                "somebody else has migrated the guest meanwhile: it may run elsewhere by now"
+                "another client has migrated the guest during the save: it may run elsewhere now"
             )
         if self._recording is not None:
             await asyncio.to_thread(self._recording.see_disks)
         await self.monitor.execute("cont")
-        self._note(without=(Step.STOPPED, Step.MIGRATED))
+        self._journal_steps(undone=(Step.STOPPED, Step.MIGRATED))
 
     @contextlib.asynccontextmanager
-    async def lent(self, fds: Mapping[str, int]) -> AsyncIterator[str]:
-        """Hand descriptors to QEMU; the path under which it opens them.
+    async def add_fds(self, fds: Mapping[str, int]) -> AsyncIterator[str]:
+        """Add descriptors to QEMU as a fdset; yields the path at which QEMU opens them.
 
-        When something fails meanwhile, they stay until everything is put back: a migration that
-        looks for a descriptor in vain is the end of QEMU 10.0.2.
+        After an error they stay until the rollback: QEMU 10.0.2 crashes when a migration does not
+        find a descriptor.
         """
         number: int | None = None
-        self._note(Step.LENT)
+        self._journal_steps(Step.FDS)
         for name, fd in fds.items():
             number = await self.monitor.add_fd(fd, fdset_id=number, opaque=f"{self._token} {name}")
         yield f"/dev/fdset/{number}"
         await self.monitor.execute("remove-fd", {"fdset-id": number})
 
-    async def end(self, *, resume: bool | None = None) -> None:
-        """Put everything back and dismiss the guardian; ``resume``: whether the guest is to run,
-        None for whether it ran. Cannot be interrupted halfway, and may be repeated.
+    async def commit(self, *, resume: bool) -> None:
+        """End the save of a published snapshot, and let the guest run if ``resume`` says so.
 
-        The guardian stays while a migration of somebody else's is under way, to put settings back
-        when that has ended; ``trouble`` says so.
-
-        Raises QemuGone when QEMU is no more, QemuError when it does not do what it is told.
+        Its overlays stay; settings and descriptors are restored as by :meth:`rollback`, which has
+        the errors.
         """
+        assert self.published
+        await self._finish(resume)
+
+    async def rollback(self) -> None:
+        """Leave the guest as it was found, and dismiss the guardian. Not interrupted by
+        cancellation; idempotent.
+
+        The overlays of a published snapshot stay. While another client's migration is active, the
+        guardian stays to restore settings after it; ``rollback_errors`` says so.
+
+        Raises QemuGone if QEMU has ended, QemuError if it does not carry out a command.
+        """
+        await self._finish(None)
+
+    async def _finish(self, resume: bool | None) -> None:
         if self._guardian is None:
             return
         try:
-            await shielded(self._put_back(resume))
+            await shielded(self._restore(resume))
         except QemuGone:
-            await shielded(self._dismiss())  # there is nothing left to put back
+            await shielded(self._dismiss_guardian())  # nothing is left to restore
             raise
         finally:
-            self._let_go()
+            self._close_channel()
 
-    async def _put_back(self, resume: bool | None) -> None:
+    async def _restore(self, resume: bool | None) -> None:
         if resume is not None:
-            self._tell(resume=resume)
-        steps = guardian.rollback_steps(
-            self._finding, resume=resume, published=self.published, patience=_OTHERS
+            self._write_journal(resume=resume)
+        commands = guardian.rollback_steps(
+            self._journal, resume=resume, published=self.published, timeout=_OTHER_MIGRATION_TIMEOUT
         )
         try:
-            self.trouble += await drive(self.monitor, steps)
+            self.rollback_errors += await run_commands(self.monitor, commands)
         except guardian.Busy:
-            self.trouble.append(
-                "somebody else's migration of this guest is under way: a guardian process waits "
-                "for its end to put the settings back"
+            self.rollback_errors.append(
+                "another client's migration of this guest is active: a guardian process waits for "
+                "its end to restore the settings"
             )
-            self._tell(did=[Step.SETTINGS], disks=[])
+            self._write_journal(steps=[Step.SETTINGS], disks=[])
         else:
-            await self._dismiss()
+            await self._dismiss_guardian()
 
     def _start_guardian(self) -> None:
-        """It gets neither our signals nor our terminal."""
+        """Start it without our signals and terminal."""
         command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), self._snapshot]
-        ours, its = socket.socketpair()
+        ours, theirs = socket.socketpair()
         try:
-            with its:
+            with theirs:
                 self._guardian = subprocess.Popen(
                     command,
-                    stdin=its.fileno(),
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
@@ -293,66 +310,66 @@ class SaveTransaction:
         except OSError as error:
             ours.close()
             raise target_error(error, "cannot start the guardian process") from error
-        self._news = ours
-        self._say(json.dumps(self._finding))
+        self._channel = ours
+        self._send(json.dumps(self._journal))
 
-    def _note(self, *done: str, without: Collection[str] = ()) -> None:
-        """What is done to QEMU; said before it is done, and taken back when it is undone."""
-        did = [word for word in self._finding["did"] if word not in without]
-        self._tell(did=[*did, *(word for word in done if word not in did)])
+    def _journal_steps(self, *steps: Step, undone: Collection[Step] = ()) -> None:
+        """Journal steps before they are done, and remove those that were undone."""
+        kept = [step for step in self._journal["steps"] if step not in undone]
+        self._write_journal(steps=[*kept, *(step for step in steps if step not in kept)])
 
-    def _tell(self, *, fds: Sequence[int] = (), **news: Any) -> None:
-        self._finding |= news
+    def _write_journal(self, *, fds: Sequence[int] = (), **entries: Any) -> None:
+        self._journal |= entries
         if self._guardian is not None:
-            # Should it have died, the guest is best served by going on.
+            # If it has ended, the save's own rollback still protects the guest.
             with contextlib.suppress(QemuError):
-                self._say(json.dumps(news), fds)
+                self._send(json.dumps(entries), fds)
 
-    def _say(self, line: str, fds: Sequence[int] = ()) -> None:
-        assert self._news is not None
+    def _send(self, line: str, fds: Sequence[int] = ()) -> None:
+        assert self._channel is not None
         text = line.encode() + b"\n"
         try:
-            sent = socket.send_fds(self._news, [text], fds) if fds else 0
-            self._news.sendall(text[sent:])
+            sent = socket.send_fds(self._channel, [text], fds) if fds else 0
+            self._channel.sendall(text[sent:])
         except (BrokenPipeError, ConnectionResetError) as error:
-            raise QemuError("the guardian process ended by itself") from error
+            raise QemuError("the guardian process ended unexpectedly") from error
 
-    async def _dismiss(self) -> None:
+    async def _dismiss_guardian(self) -> None:
         process = self._guardian
         if process is None:
             return
         with contextlib.suppress(QemuError):
-            self._say("done")
-        self._let_go()
+            self._send("done")
+        self._close_channel()
         await asyncio.to_thread(process.wait)
 
-    def _let_go(self) -> None:
-        """Without a word before, the guardian goes to work when the monitor is free."""
+    def _close_channel(self) -> None:
+        """Close it; a guardian that was not dismissed rolls back once the monitor is free."""
         self._guardian = None
-        if self._news is not None:
-            self._news.close()
+        if self._channel is not None:
+            self._channel.close()
 
 
-async def drive(monitor: Monitor, steps: Generator[guardian.Command, Any, T]) -> T:
-    """Carry out a guardian's steps on a session of our own; what they come to."""
-    deadline = time.monotonic() + _PATIENCE
+async def run_commands(monitor: Monitor, commands: Generator[guardian.Command, Any, T]) -> T:
+    """Run a guardian's commands on ``monitor``; return the generator's result."""
+    deadline = time.monotonic() + _CANCEL_TIMEOUT
     try:
-        step = next(steps)
+        command = next(commands)
         while True:
-            if step is None:
+            if command is None:
                 if time.monotonic() > deadline:
                     raise QemuError(
-                        f"QEMU has not ended the migration {_PATIENCE:g} s after it was told to"
+                        f"QEMU has not ended the migration within {_CANCEL_TIMEOUT:g} s"
                     )
-                await asyncio.sleep(guardian.A_MOMENT)
-                step = next(steps)
+                await asyncio.sleep(guardian.POLL_INTERVAL)
+                command = next(commands)
                 continue
             try:
-                result = await monitor.execute(*step)
+                result = await monitor.execute(*command)
             except QemuRefused as error:
-                step = steps.throw(guardian.Refused(error.desc))
+                command = commands.throw(guardian.Refused(error.desc))
             else:
-                step = steps.send(result)
+                command = commands.send(result)
     except StopIteration as end:
         outcome: T = end.value
         return outcome

@@ -59,7 +59,7 @@ def test_server_listens_whatever_the_length_of_its_path(tmp_path: Path, front: s
 
     async def serve() -> None:
         with contextlib.closing(Migration([RamBlock("a", bytearray(1 << 20))])) as migration:
-            for _ in range(2):  # the second time over what is left of the first
+            for _ in range(2):  # the second time over the remains of the first
                 async with QmpServer(migration, migration.fdsets) as server:
                     await server.listen(f"{front}{path}")
                     async with await vm.Monitor.connect(path) as monitor:
@@ -84,7 +84,7 @@ def test_function_refuses_what_is_not_a_unix_socket(call: str) -> None:
 
 @contextlib.contextmanager
 def silent_socket(path: Path) -> Iterator[None]:
-    """A socket at a path of any length that hangs up on whoever connects."""
+    """A socket at a path of any length that closes each connection."""
     directory = os.open(path.parent, os.O_PATH)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(f"/proc/self/fd/{directory}/short")

@@ -1,4 +1,4 @@
-"""What of a command line goes together with a restore."""
+"""A command line is adapted to a restore, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command line, or the QEMU it makes, against the machine that a snapshot was taken of."""
+"""A command line, or its QEMU, is compared with the saved machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyqmigrate.vm.qemu.monitor import Monitor
 
 SAVED = SavedMachine("running", 2, kvm=False, kvm_clock=False, pci=None, counts=None)
 KVM = SAVED._replace(kvm=True, kvm_clock=True)
-# As QEMU 10.0 prints it, most lines left out.
+# From QEMU 10.0, most lines left out.
 TREE = """bus: main-system-bus
   type System
   dev: pxb-host, id ""
@@ -67,7 +67,7 @@ def command(text: str) -> CommandLine:
 
 
 class Qemu:
-    """Answers as a QEMU with so many processors, with or without KVM, and these devices."""
+    """A fake QEMU with so many processors, with or without KVM, and these devices."""
 
     def __init__(self, processors: int = 2, kvm: bool = False, tree: str = TREE) -> None:
         self.answers: dict[str, Any] = {
@@ -178,10 +178,10 @@ def test_serial_ports_are_counted() -> None:
     tree = TREE + '      dev: isa-serial, id ""\n'
     saved = SAVED._replace(pci=PCI, counts={"serial": 1})
     assert Qemu(tree=tree).compare(saved) == []
-    with pytest.raises(UsageError, match="2 isa-serial in the snapshot, 1 here"):
+    with pytest.raises(UsageError, match="2 isa-serial in the snapshot, 1 in QEMU"):
         Qemu(tree=tree).compare(saved._replace(counts={"serial": 2}))
     (note,) = Qemu(tree=tree).compare(saved._replace(counts={}))
-    assert note.startswith("1 isa-serial here, 0 in the snapshot")
+    assert note.startswith("1 isa-serial in QEMU, 0 in the snapshot")
 
 
 def test_machine_without_such_a_bus_is_not_compared() -> None:

@@ -1,4 +1,4 @@
-"""What guests that go on from one snapshot have in common."""
+"""Identity that guests of one snapshot share."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_number_that_is_new_anyway_or_the_callers_stays() -> None:
 
 
 def test_guests_are_told_by_vmgenid_where_there_is_one() -> None:
-    assert "vmgenid tells them" in shared_identity(command("-device", "vmgenid"))
+    assert "vmgenid has them reseed" in shared_identity(command("-device", "vmgenid"))
     assert "a device vmgenid would" in shared_identity(command("-m", "64"))
 
 

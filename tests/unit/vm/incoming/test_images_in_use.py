@@ -27,7 +27,7 @@ def check(text: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, byte: int) -> Iterator[None]:
-    """As QEMU locks a byte of an image that it has open."""
+    """Lock a byte as QEMU does for an open image."""
     with path.open("r+b") as file:
         lock = struct.pack("@hhqqi0q", fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
         fcntl.fcntl(file, 37, lock)  # F_OFD_SETLK
@@ -36,7 +36,7 @@ def locked(path: Path, byte: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(path: Path, mode: str) -> Iterator[int]:
-    """In another process, without a lock; its number."""
+    """Open the file in another process, without a lock; yield its pid."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path), mode], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -47,7 +47,7 @@ def opened(path: Path, mode: str) -> Iterator[int]:
 
 
 def image(path: Path, backing: str = "") -> Path:
-    """A file; with ``backing`` what a qcow2 over that starts with."""
+    """Create a file; with ``backing`` the start of a qcow2 over that."""
     name = os.fsencode(backing)
     head = struct.pack(">4sIQI", b"QFI\xfb", 3, 512, len(name)).ljust(512, b"\0") + name
     path.write_bytes(head if backing else bytes(1024))
@@ -66,7 +66,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("byte", [101, 201])  # it writes; it lets nobody else write
+@pytest.mark.parametrize("byte", [101, 201])  # the process writes; it does not share writing
 def test_image_that_another_qemu_has_locked_is_refused(
     tmp_path: Path, form: str, byte: int
 ) -> None:
@@ -128,7 +128,10 @@ def test_backing_file_that_another_guest_writes_is_refused(tmp_path: Path, name:
     middle = image(tmp_path / "middle", name.format(base))
     overlay = image(tmp_path / "overlay", "middle")
     assert middle.exists()
-    with locked(base, 101), pytest.raises(UsageError, match=f"'{base}', which '{overlay}' is"):
+    with (
+        locked(base, 101),
+        pytest.raises(UsageError, match=f"'{base}', a backing file of '{overlay}'"),
+    ):
         check(f"-hda {overlay}")
 
 

@@ -1,4 +1,4 @@
-"""Descriptors that come from whoever started us, and go to QEMU."""
+"""Descriptors that are inherited from the caller and passed to QEMU."""
 
 from __future__ import annotations
 
@@ -67,4 +67,4 @@ def test_file_that_is_only_read_serves_many(tmp_path: Path) -> None:
 def test_configuration_through_a_pipe_serves_one_guest(tmp_path: Path) -> None:
     (tmp_path / "cfg").touch()
     assert in_use("-readconfig", str(tmp_path / "cfg")) == []
-    assert in_use("-readconfig", "/dev/null") == ["what comes through /dev/null"]
+    assert in_use("-readconfig", "/dev/null") == ["the input of /dev/null"]

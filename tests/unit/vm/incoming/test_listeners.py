@@ -1,4 +1,4 @@
-"""The sockets that a command line makes, and whether another process listens there."""
+"""The sockets of a command line, and whether another process listens on them."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_socket_that_answers_is_refused_and_sees_a_client_that_leaves(tmp_path: 
             client, _address = listener.accept()
             with client:
                 assert client.recv(1) == b""
-    refuse_taken(command(f"-qmp unix:{path},server=on"), path)  # nobody listens there any more
+    refuse_taken(command(f"-qmp unix:{path},server=on"), path)  # the listener is closed
 
 
 def test_socket_with_a_full_queue_answers_too(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_port_that_is_taken_is_refused_without_a_connection() -> None:
 
 
 def test_monitor_without_a_directory_and_with_too_long_a_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no directory"):
+    with pytest.raises(UsageError, match="does not exist"):
         refuse_taken(command("-m 64"), tmp_path / "none" / "qmp")
     with pytest.raises(UsageError, match="has 120 bytes"):
         refuse_taken(command("-m 64"), tmp_path / ("x" * 120))

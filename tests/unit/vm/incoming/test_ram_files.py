@@ -1,4 +1,4 @@
-"""Which memory files a QEMU may load into, and what of its command line stands in the way."""
+"""Which memory files a QEMU may load into, and which options prevent that."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_memory_that_guests_share_is_theirs(
 def test_device_that_is_memory_cannot_be_looked_into(
     snapshot: pyqmigrate.MappedRamSnapshot,
 ) -> None:
-    with pytest.raises(NotSupported, match="is no file"):
+    with pytest.raises(NotSupported, match="is not a regular file"):
         RamFiles(on_file(Path("/dev/null")), snapshot)
 
 

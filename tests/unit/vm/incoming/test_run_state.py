@@ -1,4 +1,4 @@
-"""What is said of a guest that does not run after a restore."""
+"""The note on a guest that does not run after a restore."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def test_guest_that_runs_needs_no_word(state: str) -> None:
 
 def test_what_was_saved_is_said_only_where_it_was_so() -> None:
     same = describe_state("paused", "paused", asked_to_run=False)
-    assert same == "the guest is paused, as it was when it was saved: cont lets it run"
+    assert same == "the guest is paused, as it was when it was saved: cont resumes it"
     other = describe_state("paused", "internal-error", asked_to_run=False)
-    assert other == "the guest is paused and was internal-error when it was saved: cont lets it run"
+    assert other == "the guest is paused and was internal-error when it was saved: cont resumes it"
     unknown = describe_state("paused", None, asked_to_run=False)
-    assert unknown == "the guest is paused: cont lets it run"
+    assert unknown == "the guest is paused: cont resumes it"
     assert "saved" not in str(describe_state("paused", "running", asked_to_run=False))
 
 
@@ -27,8 +27,8 @@ def test_what_was_saved_is_said_only_where_it_was_so() -> None:
     [
         ("internal-error", "only system_reset"),
         ("guest-panicked", "convert --to elf"),
-        ("io-error", "once the cause is gone"),
-        ("shutdown", "starts it anew"),
+        ("io-error", "once the cause is removed"),
+        ("shutdown", "restarts it"),
     ],
 )
 def test_guest_that_cannot_simply_go_on_has_its_way_out(state: str, way: str) -> None:

@@ -1,4 +1,4 @@
-"""Which files a QEMU would write to."""
+"""Which files and servers a QEMU writes to."""
 
 from __future__ import annotations
 

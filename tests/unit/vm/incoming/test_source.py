@@ -1,4 +1,4 @@
-"""The snapshot that a restore is from, before there is a QEMU."""
+"""The snapshot of a restore, before QEMU starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_file_whose_bitmaps_qemu_would_misread_here_is_not_restored(disk: Path) 
 def test_lock_of_the_callers_descriptor_stays_what_it_is(path: Path) -> None:
     with path.open("rb") as caller, path.open("rb") as other:
         fcntl.flock(caller, fcntl.LOCK_EX)
-        with pytest.raises(TargetError, match="writes the snapshot in place"):
+        with pytest.raises(TargetError, match="writing the snapshot in place"):
             RestoreSource(Descriptors(caller.fileno()), None)
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The guardian: what it does to put a guest back, and when it does nothing."""
+"""The guardian: how it rolls a save back, and when it does nothing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 from pyqmigrate.vm.outgoing import guardian
 
 TOKEN = "pyqmigrate-token"
-FINDING: dict[str, Any] = {
+JOURNAL: dict[str, Any] = {
     "monitor": "",
     "pid": None,
     "snapshot": "/nowhere/snapshot",
     "token": TOKEN,
     "resume": True,
-    "did": ["lent", "settings", "stopped", "migrating"],
+    "steps": ["fds", "settings", "stopped", "migrating"],
     "capabilities": {"mapped-ram": False},
     "parameters": {"max-bandwidth": 7},
     "directory": "/",
@@ -35,7 +35,7 @@ FINDING: dict[str, Any] = {
 
 
 class Machine:
-    """As much of a QEMU as the guardian asks about; ``refuses`` are commands that fail."""
+    """A fake QEMU, as far as the guardian needs it; ``refuses`` are commands that fail."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class Machine:
         self.migration = migration
         self.state = state
         self.refuses = refuses
-        self.fdsets = {0: "somebody else's", 1: f"{TOKEN} buffered"}
-        self.told: list[str] = []
+        self.fdsets = {0: "another client's", 1: f"{TOKEN} buffered"}
+        self.executed: list[str] = []
         self.patience = 200
         self.transferred = 0
         self.slow = False
@@ -57,7 +57,7 @@ class Machine:
 
     def do(self, command: str, arguments: dict[str, Any] | None) -> Any:
         if not command.startswith("query"):
-            self.told.append(command)
+            self.executed.append(command)
         if command in self.refuses:
             raise guardian.Refused("no")
         match command:
@@ -96,7 +96,7 @@ class Machine:
 
     def wait(self) -> None:
         self.patience -= 1
-        assert self.patience >= 0, "it waits for nothing"
+        assert self.patience >= 0, "it waits in vain"
         self.still += 1
         if not self.slow or self.patience % 10 == 0:
             self.transferred, self.still = self.transferred + 1, 0
@@ -110,8 +110,8 @@ class Machine:
             self.state = "postmigrate"
 
 
-def drive(machine: Machine, finding: dict[str, Any] = FINDING, **arguments: Any) -> list[str]:
-    steps = guardian.rollback_steps(finding, **arguments)
+def drive(machine: Machine, journal: dict[str, Any] = JOURNAL, **arguments: Any) -> list[str]:
+    steps = guardian.rollback_steps(journal, **arguments)
     step = next(steps)
     try:
         while True:
@@ -132,7 +132,7 @@ def drive(machine: Machine, finding: dict[str, Any] = FINDING, **arguments: Any)
 def test_complete_migration_is_followed_by_cont_and_settings() -> None:
     machine = Machine()
     assert drive(machine) == []
-    assert machine.told == [
+    assert machine.executed == [
         "cont",
         "remove-fd",
         "migrate-set-capabilities",
@@ -144,27 +144,27 @@ def test_complete_migration_is_followed_by_cont_and_settings() -> None:
 def test_migration_under_way_is_slowed_down_and_cancelled_in_a_pause(status: str) -> None:
     machine = Machine(status, "running")
     drive(machine)
-    assert machine.told[:2] == ["migrate-set-parameters", "migrate_cancel"]
-    assert machine.told.count("migrate_cancel") == 1
+    assert machine.executed[:2] == ["migrate-set-parameters", "migrate_cancel"]
+    assert machine.executed.count("migrate_cancel") == 1
 
 
 def test_migration_that_waits_is_cancelled_at_once() -> None:
     machine = Machine("pre-switchover", "finish-migrate")
     drive(machine)
-    assert machine.told[0] == "migrate_cancel"
+    assert machine.executed[0] == "migrate_cancel"
 
 
 def test_last_phase_is_let_come_to_its_end() -> None:
     machine = Machine("device", "finish-migrate")
     drive(machine)
-    assert "migrate_cancel" not in machine.told
+    assert "migrate_cancel" not in machine.executed
     assert machine.state == "running"
 
 
 def test_guest_that_runs_is_not_told_to() -> None:
     machine = Machine("failed", "running")
     drive(machine)
-    assert "cont" not in machine.told
+    assert "cont" not in machine.executed
 
 
 def test_state_in_between_is_waited_for() -> None:
@@ -189,42 +189,42 @@ def test_guest_that_is_to_stand_still_is_not_told_to_run() -> None:
 def test_only_descriptors_of_our_own_are_removed() -> None:
     machine = Machine()
     drive(machine)
-    assert list(machine.fdsets.values()) == ["somebody else's"]
+    assert list(machine.fdsets.values()) == ["another client's"]
 
 
 def test_refusal_does_not_keep_it_from_the_rest() -> None:
     machine = Machine(refuses=("cont", "migrate-set-capabilities"))
-    trouble = drive(machine)
-    assert trouble == ["cont: no", "migrate-set-capabilities: no"]
-    assert "migrate-set-parameters" in machine.told
+    errors = drive(machine)
+    assert errors == ["cont: no", "migrate-set-capabilities: no"]
+    assert "migrate-set-parameters" in machine.executed
 
 
-def having_done(*did: str) -> dict[str, Any]:
-    return {**FINDING, "did": list(did)}
+def having_done(*steps: str) -> dict[str, Any]:
+    return {**JOURNAL, "steps": list(steps)}
 
 
 @pytest.mark.parametrize("status", ["setup", "active", "pre-switchover"])
-def test_migration_of_somebody_else_is_let_come_to_its_end(status: str) -> None:
+def test_migration_of_another_client_is_let_come_to_its_end(status: str) -> None:
     machine = Machine(status, "running")
     machine.wait = lambda: setattr(machine, "migration", "completed")  # type: ignore[method-assign]
-    assert drive(machine, having_done("lent", "settings")) == []
-    assert machine.told == ["remove-fd", "migrate-set-capabilities", "migrate-set-parameters"]
+    assert drive(machine, having_done("fds", "settings")) == []
+    assert machine.executed == ["remove-fd", "migrate-set-capabilities", "migrate-set-parameters"]
 
 
-def test_settings_are_not_changed_under_a_migration_of_somebody_else() -> None:
+def test_settings_are_not_changed_under_a_migration_of_another_client() -> None:
     machine = Machine("active", "running")
     with pytest.raises(guardian.Busy):
-        drive(machine, having_done("lent", "settings"), patience=3)
-    assert machine.told == ["remove-fd"]
+        drive(machine, having_done("fds", "settings"), timeout=0.03)
+    assert machine.executed == ["remove-fd"]
 
 
-def test_guest_that_somebody_else_migrated_away_does_not_run_again() -> None:
+def test_guest_that_another_client_migrated_away_does_not_run_again() -> None:
     machine = Machine("completed", "postmigrate")
     drive(machine, having_done("settings", "stopped"))
     assert machine.state == "postmigrate"
 
 
-def test_guest_that_somebody_else_paused_stays_paused() -> None:
+def test_guest_that_another_client_paused_stays_paused() -> None:
     machine = Machine("none", "paused")
     drive(machine, having_done("settings"))
     assert machine.state == "paused"
@@ -233,11 +233,11 @@ def test_guest_that_somebody_else_paused_stays_paused() -> None:
 def test_guest_that_was_only_stopped_goes_on() -> None:
     machine = Machine("none", "paused")
     drive(machine, having_done("stopped"))
-    assert machine.told == ["cont", "remove-fd"]
+    assert machine.executed == ["cont", "remove-fd"]
 
 
 def with_disk(directory: Path) -> dict[str, Any]:
-    """A finding of a guest that has an overlay, and a record that has not its own name yet."""
+    """Return a journal with an overlay, and a record under its provisional name."""
     overlay, record = directory / "overlay", directory / "snapshot.vm.json"
     overlay.touch()
     provisional = directory / ".snapshot.vm.json.1"
@@ -248,10 +248,10 @@ def with_disk(directory: Path) -> dict[str, Any]:
         "base": "base",
         "base_file": "image",
         "file": str(overlay),
-        "here": str(overlay),
+        "local_file": str(overlay),
     }
     return {
-        **FINDING,
+        **JOURNAL,
         "disks": [disk],
         "record": str(record),
         "provisional": str(provisional),
@@ -264,18 +264,18 @@ def listed(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_overlay_goes_back_into_its_base_when_there_is_no_snapshot(tmp_path: Path) -> None:
+def test_overlay_is_committed_into_its_base_when_there_is_no_snapshot(tmp_path: Path) -> None:
     machine = Machine()
     machine.nodes.add("overlay")
     assert drive(machine, with_disk(tmp_path)) == []
-    assert machine.told[2:5] == ["block-commit", "job-complete", "job-dismiss"]
+    assert machine.executed[2:5] == ["block-commit", "job-complete", "job-dismiss"]
     assert listed(tmp_path) == []
 
 
 def test_overlay_that_a_refused_transaction_left_is_removed(tmp_path: Path) -> None:
     machine = Machine()
     assert drive(machine, with_disk(tmp_path)) == []
-    assert "block-commit" not in machine.told
+    assert "block-commit" not in machine.executed
     assert listed(tmp_path) == []
 
 
@@ -284,12 +284,12 @@ def test_commit_that_was_under_way_is_not_begun_again(tmp_path: Path) -> None:
     machine.nodes.add("overlay")
     machine.jobs = [{"id": "undo-overlay", "status": "ready"}]
     assert drive(machine, with_disk(tmp_path)) == []
-    assert "block-commit" not in machine.told
+    assert "block-commit" not in machine.executed
     assert machine.jobs == []
 
 
 @pytest.mark.parametrize("command", ["block-commit", "job-complete"])
-def test_overlay_that_cannot_go_back_stays(tmp_path: Path, command: str) -> None:
+def test_overlay_that_cannot_be_committed_stays(tmp_path: Path, command: str) -> None:
     machine = Machine(refuses=(command,))
     machine.nodes.add("overlay")
     (sentence,) = drive(machine, with_disk(tmp_path))
@@ -301,14 +301,14 @@ def test_disks_of_a_published_snapshot_are_left_alone(tmp_path: Path) -> None:
     machine = Machine()
     machine.nodes.add("overlay")
     drive(machine, with_disk(tmp_path), published=True)
-    assert "block-commit" not in machine.told
+    assert "block-commit" not in machine.executed
     assert "overlay" in listed(tmp_path)
 
 
 def test_record_of_the_save_before_is_left_alone(tmp_path: Path) -> None:
-    finding = with_disk(tmp_path)
+    journal = with_disk(tmp_path)
     (tmp_path / "snapshot.vm.json").write_text("old")
-    drive(Machine(), finding)
+    drive(Machine(), journal)
     assert listed(tmp_path) == ["snapshot.vm.json"]
     assert (tmp_path / "snapshot.vm.json").read_text() == "old"
 
@@ -358,7 +358,7 @@ def monitor(tmp_path: Path) -> Iterator[tuple[Path, Machine]]:
 
 
 class Started:
-    """The program, watching process ``pid``, and the socket through which it is told things."""
+    """The program, watching process ``pid``, and the socket for its journal."""
 
     def __init__(
         self, *lines: dict[str, Any] | str, pid: int | None = None, fds: tuple[int, ...] = ()
@@ -378,49 +378,49 @@ class Started:
             socket.send_fds(self.socket, [b'{"file": true}\n'], fds)
 
     def ends_well(self) -> None:
-        """It is left alone; it ends, and says nothing."""
+        """Close the socket; the program ends without output."""
         self.socket.close()
         output, _ = self.process.communicate(timeout=20)
         assert (self.process.returncode, output) == (0, b"")
 
 
-def test_goodbye_keeps_it_from_doing_anything(monitor: tuple[Path, Machine]) -> None:
+def test_dismissed_guardian_does_nothing(monitor: tuple[Path, Machine]) -> None:
     path, machine = monitor
-    Started({**FINDING, "monitor": str(path)}, "done").ends_well()
-    assert machine.told == []
+    Started({**JOURNAL, "monitor": str(path)}, "done").ends_well()
+    assert machine.executed == []
 
 
-def test_closed_socket_without_goodbye_puts_it_to_work(monitor: tuple[Path, Machine]) -> None:
+def test_closed_socket_without_dismissal_starts_the_rollback(monitor: tuple[Path, Machine]) -> None:
     path, machine = monitor
-    Started({**FINDING, "monitor": str(path)}).ends_well()
+    Started({**JOURNAL, "monitor": str(path)}).ends_well()
     assert machine.state == "running"
-    assert "migrate-set-parameters" in machine.told
+    assert "migrate-set-parameters" in machine.executed
 
 
 def test_end_of_the_process_is_enough_when_the_socket_stays_open(
     monitor: tuple[Path, Machine],
 ) -> None:
-    """As when a child that it forked has the socket, too."""
+    """A child that it forked may hold the socket open."""
     path, machine = monitor
     watched = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = Started({**FINDING, "monitor": str(path)}, pid=watched.pid)
+    started = Started({**JOURNAL, "monitor": str(path)}, pid=watched.pid)
     watched.communicate(b"\n")
     assert started.process.wait(20) == 0
     assert machine.state == "running"
     started.ends_well()
 
 
-def test_news_are_added_to_what_was_told_before(monitor: tuple[Path, Machine]) -> None:
+def test_journal_entries_replace_earlier_ones(monitor: tuple[Path, Machine]) -> None:
     path, machine = monitor
-    news = {"did": ["stopped"], "resume": False}
-    Started({**FINDING, "monitor": str(path)}, news).ends_well()
-    assert machine.told == ["qmp_capabilities", "remove-fd"]
+    entries = {"steps": ["stopped"], "resume": False}
+    Started({**JOURNAL, "monitor": str(path)}, entries).ends_well()
+    assert machine.executed == ["qmp_capabilities", "remove-fd"]
 
 
 def test_qemu_that_was_not_touched_is_left_alone(monitor: tuple[Path, Machine]) -> None:
     path, machine = monitor
     Started({**having_done(), "monitor": str(path)}).ends_well()
-    assert machine.told == []
+    assert machine.executed == []
 
 
 def test_process_that_ends_before_it_said_anything_needs_nothing() -> None:
@@ -428,7 +428,7 @@ def test_process_that_ends_before_it_said_anything_needs_nothing() -> None:
 
 
 def test_qemu_that_is_gone_ends_it_silently(tmp_path: Path) -> None:
-    Started({**FINDING, "monitor": str(tmp_path / "gone")}).ends_well()
+    Started({**JOURNAL, "monitor": str(tmp_path / "gone")}).ends_well()
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "just opened"])
@@ -445,8 +445,8 @@ def test_unfinished_file_loses_its_provisional_name(tmp_path: Path, told: bool) 
 def test_finished_file_keeps_its_name(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
     with path.open("wb") as file:
-        finding = {**having_done(), "directory": str(tmp_path)}
-        Started(finding, fds=(file.fileno(),)).ends_well()
+        journal = {**having_done(), "directory": str(tmp_path)}
+        Started(journal, fds=(file.fileno(),)).ends_well()
     assert path.exists()
 
 
@@ -462,9 +462,9 @@ def test_killed_save_leaves_the_disks_that_its_snapshot_needs(
     with snapshot.open("wb") as file:
         if not named:
             snapshot.unlink()
-        finding = {**with_disk(directory), "monitor": str(path)}
-        Started(finding, fds=(file.fileno(),)).ends_well()
-    assert ("block-commit" in machine.told) is not named
+        journal = {**with_disk(directory), "monitor": str(path)}
+        Started(journal, fds=(file.fileno(),)).ends_well()
+    assert ("block-commit" in machine.executed) is not named
     kept = ["overlay", "snapshot", "snapshot.vm.json"]
     assert listed(directory) == (kept if named else [])
     if named:
@@ -480,15 +480,15 @@ def test_overlay_that_qemu_left_when_it_ended_is_written_down(tmp_path: Path) ->
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process, in the place of QEMU's."""
+    """A process in place of QEMU's."""
     with subprocess.Popen(["sleep", "60"]) as process:
         yield process
         process.kill()
 
 
-def out_of_reach(directory: Path, qemu: subprocess.Popen[bytes], *did: str) -> dict[str, Any]:
+def out_of_reach(directory: Path, qemu: subprocess.Popen[bytes], *steps: str) -> dict[str, Any]:
     return {
-        **having_done(*did),
+        **having_done(*steps),
         "monitor": str(directory / "gone"),
         "pid": qemu.pid,
         "snapshot": str(directory / "snapshot"),
@@ -500,7 +500,7 @@ def test_qemu_that_lives_without_the_name_of_its_socket_is_waited_for(
 ) -> None:
     path, machine = monitor
     hidden = path.rename(tmp_path / "hidden")
-    started = Started({**FINDING, "monitor": str(path), "pid": sleeper.pid})
+    started = Started({**JOURNAL, "monitor": str(path), "pid": sleeper.pid})
     started.socket.close()
     with pytest.raises(subprocess.TimeoutExpired):
         started.process.wait(0.5)
@@ -522,25 +522,23 @@ def test_qemu_that_ended_is_not_waited_for(
 def test_guest_that_was_not_reached_is_written_down(
     tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guardian, "_PATIENCE", 0.3)
-    finding = out_of_reach(tmp_path, sleeper, "settings", "stopped")
-    guardian._rescue(finding, -1, guardian._Qemu(sleeper.pid))
+    monkeypatch.setattr(guardian, "_RESCUE_TIMEOUT", 0.3)
+    journal = out_of_reach(tmp_path, sleeper, "settings", "stopped")
+    guardian._rescue(journal, -1, guardian._QemuProcess(sleeper.pid))
     first, state, *commands = (tmp_path / "snapshot.left").read_text().splitlines()
     assert f"process {sleeper.pid}" in first and "gone" in first
-    assert "it is to run (cont)" in state
+    assert "it should run (cont)" in state
     assert [json.loads(command)["execute"] for command in commands] == [
         "migrate-set-capabilities",
         "migrate-set-parameters",
     ]
-    assert json.loads(commands[1])["arguments"] == FINDING["parameters"]
+    assert json.loads(commands[1])["arguments"] == JOURNAL["parameters"]
 
 
-def test_what_qemu_refused_to_put_back_is_written_down(
-    monitor: tuple[Path, Machine], tmp_path: Path
-) -> None:
+def test_refused_rollback_is_written_down(monitor: tuple[Path, Machine], tmp_path: Path) -> None:
     path, machine = monitor
     machine.refuses = ("cont",)
-    Started({**FINDING, "monitor": str(path), "snapshot": str(tmp_path / "snapshot")}).ends_well()
+    Started({**JOURNAL, "monitor": str(path), "snapshot": str(tmp_path / "snapshot")}).ends_well()
     assert (tmp_path / "snapshot.left").read_text() == "cont: no\n"
 
 
@@ -555,7 +553,7 @@ def test_words_are_written_over_no_other_file(tmp_path: Path, there: str) -> Non
     else:
         os.mkfifo(place)
     for word in ("first", "second"):
-        guardian._leave_word(str(tmp_path / "snapshot"), [word])
+        guardian._write_left(str(tmp_path / "snapshot"), [word])
     assert (tmp_path / "snapshot.left.1").read_text() == "first\n"
     assert (tmp_path / "snapshot.left.2").read_text() == "second\n"
     assert letter.read_text() == "dear reader"
@@ -563,7 +561,7 @@ def test_words_are_written_over_no_other_file(tmp_path: Path, there: str) -> Non
 
 
 def test_words_are_written_beside_a_file_with_the_longest_name(tmp_path: Path) -> None:
-    guardian._leave_word(str(tmp_path / ("ü" * 127)), ["word"])
+    guardian._write_left(str(tmp_path / ("ü" * 127)), ["word"])
     (path,) = tmp_path.iterdir()
     assert path.name.endswith(".left")
     assert path.read_text() == "word\n"

@@ -1,4 +1,4 @@
-"""Companion streams that several guests share, and that nobody may wait for any more."""
+"""Incoming streams that several guests share, or for which no task waits any more."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate.errors import Cancelled
-from pyqmigrate.vm.incoming.companion import IncomingStream
-from pyqmigrate.vm.incoming.companions import IncomingStreams
+from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
+from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.source import RestoreSource
 
 MIB = 1 << 20
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("same_descriptors")
-def test_companion_that_nobody_waits_for_ends_in_silence(
+def test_stream_that_nobody_waits_for_ends_in_silence(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cancelled = threading.Event()
@@ -41,8 +41,8 @@ def test_companion_that_nobody_waits_for_ends_in_silence(
     monkeypatch.setattr(IncomingStream, "cancel", lambda _: cancelled.set())
 
     async def run() -> None:
-        async with await IncomingStreams.open(path, None) as companions:
-            waiting = asyncio.create_task(companions.get(["pc.ram"]))
+        async with await IncomingStreams.open(path, None) as streams:
+            waiting = asyncio.create_task(streams.get(["pc.ram"]))
             await asyncio.sleep(0.05)
             waiting.cancel()
 
@@ -55,7 +55,7 @@ def test_companion_that_nobody_waits_for_ends_in_silence(
 def test_snapshot_that_is_being_opened_is_closed_when_that_is_cancelled(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its lock would stay for as long as this process does."""
+    """Otherwise its lock would remain until this process ends."""
     cancelled = threading.Event()
     really_lock = RestoreSource._lock
 
@@ -73,7 +73,7 @@ def test_snapshot_that_is_being_opened_is_closed_when_that_is_cancelled(
         with pytest.raises(asyncio.CancelledError):
             await opening
 
-    gc.disable()  # what is lost must not be found by chance
+    gc.disable()  # a leaked descriptor must not be closed by the collector
     try:
         asyncio.run(run())
         with path.open("rb") as file:

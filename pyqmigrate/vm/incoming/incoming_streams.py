@@ -1,4 +1,4 @@
-"""The companion streams of one snapshot: each is made once, for one guest or many."""
+"""The incoming streams of one snapshot: each is built once, for one guest or many."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Self
 
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.cancellation import acquired, shielded
-from pyqmigrate.vm.incoming.companion import IncomingStream
+from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource
 
 __all__ = ["IncomingStreams"]
 
 
 class IncomingStreams:
-    """Of an open ``source``, which is closed with them. An asynchronous context manager."""
+    """Incoming streams of an open ``source``. An asynchronous context manager, which closes both."""
 
     def __init__(self, source: RestoreSource) -> None:
         self.source = source
@@ -24,13 +24,13 @@ class IncomingStreams:
 
     @classmethod
     async def open(cls, snapshot: Target, offset: int | None) -> Self:
-        """Raises SnapshotError, NotSupported or TargetError for a file that cannot be restored."""
-        return cls(
-            await acquired(asyncio.to_thread(RestoreSource, snapshot, offset), RestoreSource.close)
-        )
+        """Open a snapshot; raises SnapshotError, NotSupported or TargetError if it cannot be
+        restored."""
+        opening = asyncio.to_thread(RestoreSource, snapshot, offset)
+        return cls(await acquired(opening, RestoreSource.close))
 
     async def get(self, blocks: Sequence[str]) -> IncomingStream:
-        """The stream for a QEMU that maps ``blocks``; it is closed with this."""
+        """Return the stream for a QEMU that maps ``blocks``; it belongs to this object."""
         key = tuple(sorted(blocks))
         if key not in self._tasks:
             self._tasks[key] = asyncio.create_task(self._build(key))
@@ -39,30 +39,30 @@ class IncomingStreams:
     async def _build(self, blocks: Sequence[str]) -> IncomingStream:
         source = self.source
         sealed = await asyncio.to_thread(source.clear_pages_are_zero)
-        companion = IncomingStream(source.snapshot, source.fd, blocks, sealed=sealed)
-        building = asyncio.ensure_future(asyncio.to_thread(companion.build))
+        stream = IncomingStream(source.snapshot, source.fd, blocks, sealed=sealed)
+        building = asyncio.ensure_future(asyncio.to_thread(stream.build))
         try:
             await asyncio.shield(building)
         except BaseException:
-            companion.cancel()
+            stream.cancel()
             try:
-                with contextlib.suppress(Exception):  # what it ends with now is of no interest
+                with contextlib.suppress(Exception):  # its result is not needed
                     await shielded(building)
             finally:
-                companion.close()
+                stream.close()
             raise
-        return companion
+        return stream
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         try:
-            await shielded(self._drop())
+            await shielded(self._close_all())
         finally:
             self.source.close()
 
-    async def _drop(self) -> None:
+    async def _close_all(self) -> None:
         for task in self._tasks.values():
             task.cancel()
         for result in await asyncio.gather(*self._tasks.values(), return_exceptions=True):

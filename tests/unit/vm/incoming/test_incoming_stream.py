@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate.errors import Cancelled
-from pyqmigrate.vm.incoming.companion import IncomingStream
+from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from tests.conftest import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, data_bytes, ram
 
 PAGE = 4096
-PAGES = 1100  # of the big block: more than one chunk, and no whole number of them
+PAGES = 1100  # of the big block: more than one chunk, and not a multiple of it
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def directory() -> Iterator[Path]:
 
 @dataclass
 class Made:
-    """A snapshot with blocks ``big`` and ``small``, and the companion that maps ``mapped``."""
+    """A snapshot with blocks ``big`` and ``small``, and the stream that maps ``mapped``."""
 
     path: Path
     offset: int
@@ -39,7 +39,7 @@ class Made:
     small: Bytes
 
     def dirty(self, pages: list[int]) -> list[int]:
-        """Puts old bytes under the clear bits among ``pages``; returns which had one."""
+        """Write old bytes under the clear bits among ``pages``; return the pages with clear bits."""
         with pyqmigrate.open_snapshot(self.path, offset=self.offset) as snapshot:
             block = snapshot.blocks["big"]
             clear = [page for page in pages if not block.bitmap[page]]
@@ -49,7 +49,7 @@ class Made:
                     file.write(b"\1")
         return clear
 
-    def companion(self, *mapped: str) -> IncomingStream:
+    def stream(self, *mapped: str) -> IncomingStream:
         fd = os.open(self.path, os.O_RDONLY)
         try:
             with pyqmigrate.open_snapshot(self.path, offset=self.offset) as snapshot:
@@ -60,7 +60,7 @@ class Made:
             os.close(fd)
 
     def bits(self, made: IncomingStream, name: str) -> list[int]:
-        """The pages whose bits are set in the companion."""
+        """Return the pages whose bits are set in the stream."""
         target = pyqmigrate.Descriptors(made.fd, offset=self.offset)
         with pyqmigrate.open_snapshot(target) as snapshot:
             bitmap = snapshot.blocks[name].bitmap
@@ -80,37 +80,37 @@ def make(directory: Path, *, offset: int = 0, density: float = 0.5) -> Made:
 
 
 @pytest.mark.parametrize("offset", [0, 5000, 1 << 20])
-def test_companion_is_a_whole_stream_at_the_same_place(directory: Path, offset: int) -> None:
+def test_stream_is_a_whole_stream_at_the_same_place(directory: Path, offset: int) -> None:
     made = make(directory, offset=offset)
-    companion = made.companion("big")
+    stream = made.stream("big")
     with (
         pyqmigrate.open_snapshot(made.path, offset=offset) as snapshot,
-        pyqmigrate.open_snapshot(pyqmigrate.Descriptors(companion.fd, offset=offset)) as copy,
+        pyqmigrate.open_snapshot(pyqmigrate.Descriptors(stream.fd, offset=offset)) as copy,
     ):
         copy.verify()
         assert copy.stream == snapshot.stream
-    companion.close()
+    stream.close()
 
 
 def test_mapped_block_is_all_clear_and_all_hole(directory: Path) -> None:
     made = make(directory)
-    companion = made.companion("big")
-    assert made.bits(companion, "big") == []
-    with pyqmigrate.open_snapshot(pyqmigrate.Descriptors(companion.fd)) as copy:
+    stream = made.stream("big")
+    assert made.bits(stream, "big") == []
+    with pyqmigrate.open_snapshot(pyqmigrate.Descriptors(stream.fd)) as copy:
         block = copy.blocks["big"]
-        path = Path(f"/proc/self/fd/{companion.fd}")
+        path = Path(f"/proc/self/fd/{stream.fd}")
         assert data_bytes(path, block.pages_offset, block.pages_offset + block.length) == 0
-    assert companion.stale_pages == 0
-    companion.close()
+    assert stream.stale_pages == 0
+    stream.close()
 
 
 def test_other_blocks_are_carried_along(directory: Path) -> None:
     made = make(directory)
-    companion = made.companion("big")
-    with pyqmigrate.open_snapshot(pyqmigrate.Descriptors(companion.fd)) as copy:
+    stream = made.stream("big")
+    with pyqmigrate.open_snapshot(pyqmigrate.Descriptors(stream.fd)) as copy:
         small = copy.blocks["small"]
         assert small.read(0, small.length) == made.small.tobytes()
-    companion.close()
+    stream.close()
 
 
 @some
@@ -120,28 +120,28 @@ def test_exactly_the_stale_pages_are_marked(
 ) -> None:
     made = make(directory, density=density)
     stale = sorted(set(made.dirty(pages)))
-    companion = made.companion("big")
-    assert made.bits(companion, "big") == stale
-    assert companion.stale_pages == len(stale)
-    companion.close()
+    stream = made.stream("big")
+    assert made.bits(stream, "big") == stale
+    assert stream.stale_pages == len(stale)
+    stream.close()
 
 
-def test_stale_pages_read_as_zeros_in_the_companion(directory: Path) -> None:
+def test_stale_pages_read_as_zeros_in_the_stream(directory: Path) -> None:
     made = make(directory)
     stale = made.dirty(list(range(PAGES)))
     assert stale, "no page is clear: the test proves nothing"
-    companion = made.companion("big")
-    with pyqmigrate.open_snapshot(pyqmigrate.Descriptors(companion.fd)) as copy:
+    stream = made.stream("big")
+    with pyqmigrate.open_snapshot(pyqmigrate.Descriptors(stream.fd)) as copy:
         block = copy.blocks["big"]
         assert block.read(0, block.length) == bytes(block.length)
-    companion.close()
+    stream.close()
 
 
 def test_snapshot_is_not_changed(directory: Path) -> None:
     made = make(directory)
     made.dirty(list(range(0, PAGES, 7)))
     before = made.path.read_bytes()
-    made.companion("big").close()
+    made.stream("big").close()
     assert made.path.read_bytes() == before
 
 
@@ -151,15 +151,15 @@ def test_zero_pages_that_were_written_are_not_stale(directory: Path) -> None:
     memory = np.zeros(2000 * PAGE, dtype=np.uint8)
     memory[:: 2 * PAGE] = 1
     pyqmigrate.save(path, [pyqmigrate.RamBlock("big", memory)], sparse="dense")
-    companion = Made(path, 0, memory, memory).companion("big")
-    assert companion.stale_pages == 0
-    companion.close()
+    stream = Made(path, 0, memory, memory).stream("big")
+    assert stream.stale_pages == 0
+    stream.close()
 
 
 def test_readers_have_positions_of_their_own(directory: Path) -> None:
-    companion = make(directory).companion("big")
-    first, second = companion.open_for_reading(), companion.open_for_reading()
-    companion.close()
+    stream = make(directory).stream("big")
+    first, second = stream.open_for_reading(), stream.open_for_reading()
+    stream.close()
     assert os.read(first, 4) == os.read(second, 4) == b"QEVM"
     os.close(first)
     os.close(second)
@@ -169,11 +169,11 @@ def test_cancelled_search_ends(directory: Path) -> None:
     made = make(directory)
     fd = os.open(made.path, os.O_RDONLY)
     with pyqmigrate.open_snapshot(made.path) as snapshot:
-        companion = IncomingStream(snapshot, fd, ["big"])
-        companion.cancel()
+        stream = IncomingStream(snapshot, fd, ["big"])
+        stream.cancel()
         with pytest.raises(Cancelled):
-            companion.build()
-    companion.close()
+            stream.build()
+    stream.close()
     os.close(fd)
 
 
@@ -182,8 +182,8 @@ def test_sealed_snapshot_is_not_searched(directory: Path) -> None:
     assert made.dirty(list(range(PAGES)))
     fd = os.open(made.path, os.O_RDONLY)
     with pyqmigrate.open_snapshot(made.path) as snapshot:
-        companion = IncomingStream(snapshot, fd, ["big"], sealed=True)
-        companion.build()
+        stream = IncomingStream(snapshot, fd, ["big"], sealed=True)
+        stream.build()
     os.close(fd)
-    assert (companion.stale_pages, made.bits(companion, "big")) == (0, [])
-    companion.close()
+    assert (stream.stale_pages, made.bits(stream, "big")) == (0, [])
+    stream.close()

@@ -1,13 +1,12 @@
-"""The small stream that a QEMU loads whose RAM is already mapped from the snapshot.
+"""The small stream for a QEMU whose RAM is already mapped from the snapshot.
 
-It is the snapshot's own stream, at the same offsets, in which the bitmaps of the mapped blocks are
-clear: QEMU leaves their pages alone on ``-incoming``. Everything else is copied: framing, device
-state, the other blocks. It lives in memory, without a name, and is nearly all hole.
+It is the snapshot's own stream, at the same offsets, but with clear bitmaps for the mapped blocks:
+QEMU then does not load their pages. Framing, device state and the other blocks are copied. It is a
+memfd that consists mostly of holes.
 
-A page whose bit is clear in the snapshot is zero for the guest, but the file may hold old bytes
-there (a live save leaves them). For such a page the companion has its bit set over a hole, so that
-QEMU reads zeros into its private copy. They are found by reading what the file holds under clear
-bits.
+A page whose bit is clear in the snapshot is zero for the guest, but the file may contain old bytes
+there (a live save leaves them). Such stale pages are found by reading the file under clear bits.
+Here their bits are set over a hole, so that QEMU reads zeros into its private copy.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class IncomingStream:
     """The stream for a QEMU that maps the blocks ``mapped`` of ``snapshot``. Close it.
 
     ``snapshot_fd`` is the snapshot's file, open for reading; its position is moved. After
-    :meth:`build`, ``stale_pages`` are those that had to be marked, and finding them took
-    ``stale_seconds``. With ``sealed`` a seal says that there are none, and they are not looked for.
+    :meth:`build`, ``stale_pages`` is the number of marked pages; finding them took
+    ``stale_seconds``. ``sealed``: a seal guarantees that there are none, so the file is not scanned.
     """
 
     def __init__(
@@ -54,12 +53,12 @@ class IncomingStream:
         self._source = snapshot_fd
         self._mapped = mapped
         self._channels = Channels(channels, "pyqmigrate-stale")
-        self.fd = os.memfd_create("companion", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("incoming-stream", os.MFD_CLOEXEC)
 
     def build(self) -> None:
-        """Write it. Blocks; :meth:`cancel` from another thread ends it with Cancelled.
+        """Write the stream. Blocks; :meth:`cancel` from another thread ends it with Cancelled.
 
-        Raises SnapshotError for bad bitmaps, TargetError when a file cannot be read or written.
+        Raises SnapshotError for bad bitmaps, TargetError if a file cannot be read or written.
         """
         try:
             self._copy_framing()
@@ -68,7 +67,7 @@ class IncomingStream:
                     self._copy(block.bitmap_offset, block.layout.bitmap_size)
                     self._copy(block.pages_offset, block.length)
         except OSError as error:
-            raise target_error(error, "cannot make the companion of the snapshot") from error
+            raise target_error(error, "cannot write the incoming stream") from error
         started = time.monotonic()
         for block in self._snapshot.blocks.values():
             if block.name in self._mapped and not self.sealed:
@@ -79,50 +78,50 @@ class IncomingStream:
         self._channels.cancel()
 
     def open_for_reading(self) -> int:
-        """A descriptor with a position of its own, at the start; the caller closes it."""
+        """Return a descriptor with its own position, at the start; the caller closes it."""
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """May be repeated; a QEMU that was given it keeps its own descriptor."""
+        """Can be called again; QEMU keeps a descriptor of its own."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """All of ``data``, at ``offset``."""
+        """Write all of ``data`` at ``offset``."""
         with memoryview(data) as view:
             done = 0
             while done < len(view):
                 done += os.pwrite(self.fd, view[done:], offset + done)
 
     def _copy_framing(self) -> None:
-        """All but bitmaps and pages; the file gets its size."""
+        """Copy everything but bitmaps and pages; set the size of the file."""
         stream = self._snapshot.stream
         os.ftruncate(self.fd, stream.end)
-        at = self._snapshot.offset
+        offset = self._snapshot.offset
         for block in stream.blocks:
-            self._copy(at, block.header_end - at)
-            at = block.pages_end
-        self._copy(at, stream.end - at)
+            self._copy(offset, block.header_end - offset)
+            offset = block.pages_end
+        self._copy(offset, stream.end - offset)
 
-    def _copy(self, at: int, length: int) -> None:
-        """Bytes of the snapshot to the same place, holes left out."""
-        end = at + length
-        while at < end:
-            at = next_data(self._source, at, end)
-            data = os.pread(self._source, min(_WINDOW, end - at), at)
-            if at < end and not data:
-                raise SnapshotError("the file has become shorter", offset=at)
-            self.write_at(at, data)
-            at += len(data)
+    def _copy(self, offset: int, length: int) -> None:
+        """Copy bytes of the snapshot to the same offset, except holes."""
+        end = offset + length
+        while offset < end:
+            offset = next_data(self._source, offset, end)
+            data = os.pread(self._source, min(_WINDOW, end - offset), offset)
+            if offset < end and not data:
+                raise SnapshotError("the file has become shorter", offset=offset)
+            self.write_at(offset, data)
+            offset += len(data)
 
     def _mark_stale(self, block: MappedRamBlock) -> None:
-        """Set the bit of each page that is clear in the snapshot and not zero in its file."""
+        """Set the bit of each page that is clear in the snapshot but not zero in its file."""
         present, stale = block.bitmap, Bitmap(block.num_pages)
         file, layout = core_file(self._source, None), core_block(block.layout)
 
-        def find(channel: Any, piece: Range, fault: Any) -> int:
-            found = int(
+        def find(channel: Any, pages: Range, fault: Any) -> int:
+            result = int(
                 _core.lib.qm_find_stale(
                     self._channels.core,
                     channel,
@@ -130,19 +129,19 @@ class IncomingStream:
                     layout,
                     present.core,
                     stale.core,
-                    piece.first,
-                    piece.npages,
+                    pages.first,
+                    pages.npages,
                     fault,
                 )
             )
-            return min(found, 0)
+            return min(result, 0)
 
         try:
-            pieces = split_ranges(0, block.num_pages, block.page_size)
-            self._channels.run(pieces, find, "the snapshot", [block.name])
-            found = stale.count()
-            if found:
+            ranges = split_ranges(0, block.num_pages, block.page_size)
+            self._channels.run(ranges, find, "the snapshot", [block.name])
+            count = stale.count()
+            if count:
                 stale.write_to(self, block.bitmap_offset, everything=False)
-            self.stale_pages += found
+            self.stale_pages += count
         finally:
             stale.close()

@@ -1,0 +1,322 @@
+"""One attempt to restore: by mapped memory, or by a load.
+
+QEMU does not compare machine type and RAM blocks of a snapshot with its own as it should; that is
+done here before it loads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import re
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyqmigrate.errors import QemuError, QemuRefused
+from pyqmigrate.vm.cancellation import acquired
+from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
+from pyqmigrate.vm.incoming.compatibility import compare_blocks, compare_devices, compare_type
+from pyqmigrate.vm.incoming.early_start import StartedRestore
+from pyqmigrate.vm.incoming.identity import runs_already, shared_identity
+from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
+from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
+from pyqmigrate.vm.incoming.load import Incoming, take_in
+from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
+from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
+from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
+from pyqmigrate.vm.incoming.run_state import RUNS, describe_state
+from pyqmigrate.vm.incoming.saved_machine import SavedMachine, read_saved_machine
+from pyqmigrate.vm.incoming.source import RestoreSource
+from pyqmigrate.vm.qemu.command_line import CommandLine
+from pyqmigrate.vm.qemu.launch import QemuSession, answered, launch
+from pyqmigrate.vm.qemu.monitor import Monitor
+
+__all__ = ["RestoreAttempt"]
+
+# Matches what a QEMU prints that does not start because its memory cannot be mapped.
+_ABOUT_MEMORY = (
+    r"backing (store|file)|backend file|memory[- ]backend|guest (RAM|memory)|mem-path|mmap|memdev"
+)
+_STATE_TIMEOUT = 5.0  # seconds from "completed" to the run state of the stream
+_CONTINUABLE = ("paused", "prelaunch", "io-error", "watchdog")
+
+
+class _NotStarted(QemuError):
+    """QEMU ended before its monitor answered."""
+
+
+def _seal_note(stream: IncomingStream) -> tuple[str, ...]:
+    if not stream.sealed:
+        return ()
+    return ("the snapshot is sealed: its clear pages are zeros in the file and were not scanned",)
+
+
+async def _load_stream(qemu: QemuSession, incoming: Incoming, differences: Sequence[str]) -> float:
+    """As take_in; an error lists the ``differences``, which may have caused it."""
+    try:
+        return await take_in(qemu, incoming)
+    except QemuError as error:
+        if not differences or isinstance(error, QemuRefused):
+            raise
+        causes = "\n".join(f"perhaps because {note}" for note in differences)
+        raise type(error)(f"{error}\n{causes}") from error
+
+
+@dataclass(frozen=True)
+class RestoreAttempt:
+    """A restore with checked options, begun at ``started_at`` (monotonic seconds)."""
+
+    streams: IncomingStreams
+    options: RestoreOptions
+    started_at: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def source(self) -> RestoreSource:
+        return self.streams.source
+
+    async def instant_or_load(self, started: StartedRestore, command: CommandLine) -> RestoredVm:
+        """Finish an instant restore; load with ``command`` if the started QEMU fails on its memory."""
+        try:
+            return await self._instant(started)
+        except _NotStarted as error:
+            if self.options.mode is Mode.INSTANT or not re.search(
+                _ABOUT_MEMORY, str(error), re.IGNORECASE
+            ):
+                raise
+            why = f"no instant restore: with mapped memory, {error}"
+            try:
+                return await self.load(command, why)
+            except QemuError as second:
+                raise QemuError(f"{second}\n{why}") from second
+
+    async def _instant(self, started: StartedRestore) -> RestoredVm:
+        mapped, files = started.mapped, started.files
+        building = asyncio.ensure_future(self.streams.get(mapped.blocks))
+        # If QEMU does not start either, its exception is never retrieved.
+        building.add_done_callback(lambda task: task.cancelled() or task.exception())
+        other_guests = self._start_lookup()
+        try:
+            async with await self._wait_for_monitor(answered(started.qemu)) as qemu:
+                differences = await self._compare(qemu, mapped.command)
+                stream = await building
+                await asyncio.to_thread(files.clear)
+                fd = stream.open_for_reading()
+                try:
+                    incoming = Incoming({"incoming-stream": fd}, self.source.snapshot.offset)
+                    seconds = await _load_stream(qemu, incoming, differences)
+                finally:
+                    os.close(fd)
+                return await self._hand_over(
+                    qemu,
+                    mapped.command,
+                    other_guests,
+                    seconds,
+                    incoming,
+                    mode=Mode.INSTANT,
+                    why="the memory is mapped from the snapshot",
+                    mapped_blocks=tuple(mapped.blocks),
+                    stale_pages=stream.stale_pages,
+                    stale_seconds=stream.stale_seconds,
+                    notes=(
+                        *self.notes,
+                        *differences,
+                        *mapped.notes,
+                        *files.notes,
+                        *_seal_note(stream),
+                    ),
+                )
+        finally:
+            building.cancel()
+            files.close()
+
+    async def load(self, command: CommandLine, why: str) -> RestoredVm:
+        """Restore by a load; ``why`` is for the report."""
+        options = self.options
+        if options.mode is Mode.POSTCOPY:
+            return await self._load(command, why, Mode.POSTCOPY, {}, 0)
+        reading = await acquired(
+            asyncio.to_thread(self.source.choose_reading, options.channels, options.direct_io),
+            self.source.close_reading,
+        )
+        try:
+            direct = {"direct": reading.direct.fd} if reading.direct else {}
+            note = f"reading: {reading.why}"
+            return await self._load(command, why, Mode.LOAD, direct, reading.channels, note)
+        finally:
+            self.source.close_reading(reading)
+
+    async def _load(
+        self,
+        command: CommandLine,
+        why: str,
+        mode: Mode,
+        direct: dict[str, int],
+        channels: int,
+        *notes: str,
+    ) -> RestoredVm:
+        command, changes = loadable(command, self.source.snapshot)
+        with await self._files(command) as files:
+            options = self.options
+            other_guests = self._start_lookup()
+            launching = launch(
+                command,
+                options.pass_fds,
+                qmp=options.qmp,
+                stdin=options.stdin,
+                stdout=options.stdout,
+                stderr=options.stderr,
+            )
+            async with await self._wait_for_monitor(launching) as qemu:
+                differences = await self._compare(qemu, command)
+                await asyncio.to_thread(files.clear)
+                fd = self.source.open_again()
+                try:
+                    incoming = Incoming(
+                        {"buffered": fd, **direct},
+                        self.source.snapshot.offset,
+                        self.source.capabilities,
+                        channels,
+                        bool(direct),
+                        mode is Mode.POSTCOPY,
+                    )
+                    seconds = await _load_stream(qemu, incoming, differences)
+                finally:
+                    os.close(fd)
+                return await self._hand_over(
+                    qemu,
+                    command,
+                    other_guests,
+                    seconds,
+                    incoming,
+                    mode=mode,
+                    why=why,
+                    notes=(*self.notes, *differences, *changes, *files.notes, *notes),
+                )
+
+    async def _files(self, command: CommandLine) -> RamFiles:
+        """Check the memory files before QEMU starts."""
+        return await acquired(
+            asyncio.to_thread(RamFiles, command, self.source.snapshot), RamFiles.close
+        )
+
+    async def _wait_for_monitor(self, session: Awaitable[QemuSession]) -> QemuSession:
+        try:
+            return await session
+        except QemuError as error:
+            raise _NotStarted(str(error)) from error
+
+    async def _compare(self, qemu: QemuSession, command: CommandLine) -> list[str]:
+        """Compare QEMU with the snapshot, and keep the guest stopped after the load; return notes.
+
+        If anything fails before the end, the guest has not run.
+        """
+        await compare_type(qemu.monitor, self.source.snapshot)
+        notes = await compare_devices(qemu.monitor, command, self.saved)
+        await compare_blocks(qemu.monitor, self.source.snapshot)
+        if self._resumes_here:
+            await qemu.monitor.execute("stop")
+        else:
+            qemu.has_run = True
+        return notes
+
+    @property
+    def _resumes_here(self) -> bool:
+        """Whether the guest is resumed here, not by QEMU as soon as it has loaded."""
+        if self.options.mode is Mode.POSTCOPY:
+            return False
+        return self.options.paused is not None or self.saved.run_state is not None
+
+    @functools.cached_property
+    def saved(self) -> SavedMachine:
+        return read_saved_machine(self.source.snapshot)
+
+    async def _hand_over(
+        self,
+        qemu: QemuSession,
+        command: CommandLine,
+        other_guests: asyncio.Future[bool],
+        seconds: float,
+        incoming: Incoming,
+        *,
+        notes: tuple[str, ...],
+        **details: Any,
+    ) -> RestoredVm:
+        shared = shared_identity(command) if await other_guests else None
+        if shared is not None and shared not in notes:
+            notes = (*notes, shared)
+        # The guest may run from here on: keep the work after this short.
+        state = await self._settle(qemu)
+        asked_to_run = self.options.paused is False
+        note = describe_state(state, self.saved.run_state, asked_to_run=asked_to_run)
+        if note is not None and not self.options.paused:
+            notes = (*notes, note)
+        notes = (*notes, *await self._set_clock(qemu.process.pid, state))
+        report = RestoreReport(
+            machine=self.source.snapshot.machine,
+            qemu=".".join(map(str, qemu.monitor.version)),
+            pid=qemu.process.pid,
+            run_state=state,
+            load_seconds=seconds,
+            start_seconds=qemu.seconds,
+            total_seconds=time.monotonic() - self.started_at,
+            settings=incoming.settings(),
+            notes=notes,
+            **details,
+        )
+        qemu.hand_over()
+        return RestoredVm(qemu, report)
+
+    def _start_lookup(self) -> asyncio.Future[bool]:
+        """Start to look for other guests of this snapshot: the kernel's answer takes longer than a
+        restore should, so ask while QEMU starts."""
+        lookup = asyncio.ensure_future(asyncio.to_thread(runs_already, self.source.fd))
+        lookup.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return lookup
+
+    async def _set_clock(self, pid: int, state: str) -> list[str]:
+        if state != "running":
+            return []
+        if self.options.set_time:
+            return await correct_clock(pid, self.options.guest_agent)
+        return note_on_clock(self.source.age)
+
+    async def _settle(self, qemu: QemuSession) -> str:
+        """Wait for the run state, resume the guest if it shall run, and return the state.
+
+        Raises QemuError if QEMU cannot resume it: it stays in ``inmigrate``, or refuses.
+        """
+        deadline = time.monotonic() + _STATE_TIMEOUT
+        while (state := await _run_state(qemu.monitor)) == "inmigrate":
+            if time.monotonic() > deadline:
+                raise QemuError(
+                    await qemu.described(
+                        "QEMU loaded the snapshot but cannot resume the guest: it stays in 'inmigrate'"
+                    )
+                )
+            await asyncio.sleep(0.001)
+        if not self._shall_run(state):
+            return state
+        qemu.has_run = True
+        try:
+            await qemu.monitor.execute("cont")
+        except QemuRefused as error:
+            raise QemuError(
+                await qemu.described(
+                    f"QEMU loaded the snapshot but cannot resume the guest: {error.desc}"
+                )
+            ) from error
+        return await _run_state(qemu.monitor)
+
+    def _shall_run(self, state: str) -> bool:
+        if self.options.paused is not None:
+            return not self.options.paused and state in _CONTINUABLE
+        was_running = self.source.was_running or self.saved.run_state in RUNS
+        return was_running and state in ("paused", "prelaunch")
+
+
+async def _run_state(monitor: Monitor) -> str:
+    return str((await monitor.execute("query-status"))["status"])

@@ -1,0 +1,75 @@
+"""The keyword arguments of :func:`pyqmigrate.vm.restore` and :func:`pyqmigrate.vm.clone`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import TypedDict
+
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.vm.incoming.options import Mode
+from pyqmigrate.vm.qemu.spawn import Stream
+
+__all__ = ["VmCloneOptions", "VmRestoreOptions"]
+
+
+class _CommonOptions(TypedDict, total=False):
+    mode: Mode | str
+    paused: bool | None
+    offset: int | None
+    pass_fds: Collection[int]
+    with_disks: bool
+    disks_dir: str | os.PathLike[str] | None
+    disks_as_they_are: bool
+
+
+class VmRestoreOptions(_CommonOptions, total=False):
+    """The options of :func:`pyqmigrate.vm.restore`.
+
+    mode: see :class:`~pyqmigrate.vm.Mode`.
+    paused: True leaves the guest paused, False lets it run, None does as ``-S`` or else the
+        snapshot says.
+    offset: where in the file the stream starts, in bytes; None is its start, or the end of the
+        header of an image saved by libvirt.
+    pass_fds: descriptors that the command line names by number.
+    with_disks: give the guest new overlays over the disks as they were at the snapshot's instant,
+        in the directory ``disks_dir`` (None: beside the snapshot). They are removed if the restore
+        fails; the report's notes name them.
+    disks_dir: see ``with_disks``.
+    disks_as_they_are: restore even if the disks have changed since the snapshot or are not the
+        recorded ones. The guest's file systems are then at risk.
+    qmp: the path of a monitor socket to add, or unix:PATH.
+    channels: how many channels QEMU reads with in mode ``load``; None, the default, and
+        ``direct_io="auto"`` choose by how much of the file is in the page cache.
+    direct_io: ``auto``, ``on`` or ``off``.
+    stdin, stdout, stderr: QEMU's, as for subprocess.Popen; None is this process's own. Standard
+        error is passed on by a thread of this process once the guest is there; what QEMU writes
+        after this process has ended is lost.
+    set_time: set the guest's clock by its agent, once it runs. If that fails, or takes more than
+        five seconds, a note says so.
+    guest_agent: the path of the agent's socket; None finds it in the command line.
+    """
+
+    qmp: str | os.PathLike[str] | None
+    channels: int | None
+    direct_io: DirectIO | str
+    stdin: Stream
+    stdout: Stream
+    stderr: Stream
+    set_time: bool
+    guest_agent: str | os.PathLike[str] | None
+
+
+class VmCloneOptions(_CommonOptions, total=False):
+    """The options of :func:`pyqmigrate.vm.clone`.
+
+    mode, paused, offset, with_disks, disks_as_they_are: as in :class:`VmRestoreOptions`.
+    directory: where the monitors are made; it is created (the current directory).
+    at_once: how many guests start at the same time; None is the number of processors.
+    pass_fds: descriptors for every guest; ``fd=1{n}`` has guest 2 use descriptor 12.
+    disks_dir: where the overlays are made (None: ``directory``); their names begin with the number
+        of the guest.
+    """
+
+    directory: str | os.PathLike[str]
+    at_once: int | None

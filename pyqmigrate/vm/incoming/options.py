@@ -1,0 +1,88 @@
+"""The options of a restore, checked.
+
+The keyword arguments of the public functions are in :mod:`pyqmigrate.vm.incoming.keywords`, which a
+restore does not load before it starts QEMU.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from pyqmigrate.enums import parse_enum
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.vm.qemu.spawn import Stream
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.incoming.keywords import VmRestoreOptions
+
+__all__ = ["DiskOptions", "Mode", "RestoreOptions"]
+
+
+class Mode(enum.StrEnum):
+    """How guest memory gets into the new QEMU.
+
+    ``auto`` is instant if possible. QEMU is started a second time, to load, only if its memory kept
+    it from starting.
+    """
+
+    AUTO = "auto"
+    INSTANT = "instant"
+    LOAD = "load"
+    POSTCOPY = "postcopy"
+
+
+class DiskOptions(NamedTuple):
+    """How a restore treats the disks of a snapshot.
+
+    ``new_overlays``: each writable disk gets a new overlay in ``directory`` (None: beside the
+    snapshot). ``as_they_are``: accept disks that have changed since the snapshot or are not the
+    recorded ones.
+    """
+
+    new_overlays: bool = False
+    directory: Path | None = None
+    as_they_are: bool = False
+
+
+class RestoreOptions(NamedTuple):
+    """Checked :class:`~pyqmigrate.vm.VmRestoreOptions`, with their defaults."""
+
+    mode: Mode = Mode.AUTO
+    paused: bool | None = None
+    offset: int | None = None
+    qmp: Path | None = None
+    channels: int | None = None
+    direct_io: DirectIO = DirectIO.AUTO
+    stdin: Stream = None
+    stdout: Stream = None
+    stderr: Stream = None
+    pass_fds: tuple[int, ...] = ()
+    disks: DiskOptions = DiskOptions()
+    set_time: bool = False
+    guest_agent: str | os.PathLike[str] | None = None
+
+    @classmethod
+    def check(cls, options: VmRestoreOptions) -> Self:
+        """Raise UsageError for a value that is not one of its option's, or a closed descriptor."""
+        from pyqmigrate.qapi.monitor_address import monitor_path
+        from pyqmigrate.vm.incoming.inherited_fds import check_descriptors
+
+        values: dict[str, Any] = {**options}
+        if "mode" in values:
+            values["mode"] = parse_enum(Mode, values["mode"], "mode")
+        if values.get("qmp") is not None:
+            values["qmp"] = monitor_path(values["qmp"])
+        if "direct_io" in values:
+            values["direct_io"] = parse_enum(DirectIO, values["direct_io"], "direct_io")
+        if "pass_fds" in values:
+            values["pass_fds"] = check_descriptors(values["pass_fds"])
+        directory = values.pop("disks_dir", None)
+        values["disks"] = DiskOptions(
+            values.pop("with_disks", False),
+            None if directory is None else Path(directory),
+            values.pop("disks_as_they_are", False),
+        )
+        return cls(**values)

@@ -1,0 +1,91 @@
+"""What comes of a restore: a guest, and a report."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from pyqmigrate.vm.incoming.options import Mode
+from pyqmigrate.vm.qemu.exit import ProcessExit
+from pyqmigrate.vm.qemu.launch import QemuSession
+from pyqmigrate.vm.qemu.monitor import Monitor
+
+__all__ = ["RestoreReport", "RestoredVm"]
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What a restore did, and why. Times in seconds.
+
+    ``load_seconds`` is from ``migrate-incoming`` to completed, ``start_seconds`` until the new
+    QEMU's monitor answered, ``total_seconds`` the whole restore. ``settings`` are QEMU's that
+    differ from its defaults. ``stale_pages`` are zero pages for which the file holds old bytes;
+    finding them took ``stale_seconds``, during the start. ``run_state`` is QEMU's (``running``,
+    ``paused``, ``prelaunch``). ``notes`` are sentences on changes to the command line and on what
+    to mind.
+    """
+
+    mode: Mode
+    why: str
+    machine: str
+    qemu: str
+    pid: int
+    run_state: str
+    load_seconds: float
+    start_seconds: float
+    total_seconds: float
+    settings: dict[str, Any]
+    mapped_blocks: tuple[str, ...] = ()
+    stale_pages: int = 0
+    stale_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-compatible values."""
+        settings = {name: {"value": value} for name, value in self.settings.items()}
+        return asdict(self) | {"mode": str(self.mode), "settings": settings}
+
+
+class RestoredVm:
+    """A restored guest. ``process`` is its QEMU, ``monitor`` a session with it.
+
+    Both belong to the caller. :meth:`close`, or leaving it as a context manager, ends only the
+    session; QEMU goes on. Its process has to be waited for, as any child.
+    """
+
+    def __init__(self, qemu: QemuSession, report: RestoreReport) -> None:
+        self._qemu = qemu
+        self.report = report
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        return self._qemu.process
+
+    @property
+    def monitor(self) -> Monitor:
+        return self._qemu.monitor
+
+    async def wait(self) -> int:
+        """Wait until QEMU ends; return its exit status, negative for the signal that killed it."""
+        if self.process.poll() is None:
+            process_exit = ProcessExit(self.process.pid)
+            try:
+                await process_exit.wait()
+            finally:
+                process_exit.close()
+        return self.process.wait()
+
+    async def end(self) -> None:
+        """End QEMU whatever the guest does: by SIGTERM, then by SIGKILL."""
+        await self._qemu.end()
+
+    async def close(self) -> None:
+        """End the monitor session; the guest goes on. Can be called again."""
+        await self.monitor.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
