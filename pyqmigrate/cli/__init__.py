@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command ``pyqmigrate``: one module a verb; the only place that prints or exits.
 
 Exit codes:
@@ -69,6 +70,10 @@ Sizes are written as 4096, 0x1000, 512M or 1GiB."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's arguments); return its exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        from pyqmigrate.cli.completion import complete
+
+        return complete(_parser())
     fill_missing_streams()
     arguments = sys.argv[1:] if argv is None else list(argv)
     # Looked for by hand, so that a command line that does not parse is answered in the right form.

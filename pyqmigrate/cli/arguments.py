@@ -59,18 +59,29 @@ class Parser(argparse.ArgumentParser):
         """Take one of the verbs ``names``, modules of ``package`` with an ``add_parser``."""
         self._offered = package, names
 
+    def load_verbs(self, words: Sequence[str], *, nested: bool = False) -> None:
+        """Import the offered verb that ``words`` begin with, or every verb if they name none.
+
+        With ``nested`` the verbs of these verbs too, which are otherwise imported when they parse.
+        """
+        if self._offered is None:
+            return
+        (package, names), self._offered = self._offered, None
+        verbs = self.add_subparsers(title="verbs", metavar="VERB", required=True)
+        # The options before a verb have no values.
+        place = next((n for n, word in enumerate(words) if not word.startswith("-")), len(words))
+        named = words[place : place + 1]
+        for name in named if named and named[0] in names else names:
+            importlib.import_module(f"{package}.{name}").add_parser(verbs)
+            if nested:
+                verbs.choices[name].load_verbs(words[place + 1 :], nested=True)
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """As argparse's; an option whose value may be left out would take the next argument."""
         given = list(sys.argv[1:] if args is None else args)
-        if self._offered:
-            (package, names), self._offered = self._offered, None
-            verbs = self.add_subparsers(title="verbs", metavar="VERB", required=True)
-            # The options before a verb have no values.
-            verb = next((text for text in given if not text.startswith("-")), None)
-            for name in [verb] if verb in names else names:
-                importlib.import_module(f"{package}.{name}").add_parser(verbs)
+        self.load_verbs(given)
         if _SEAL in self._option_string_actions:
             given = _with_seal_joined(given)
         end = given.index("--") if "--" in given else len(given)
