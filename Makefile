@@ -23,7 +23,7 @@ endif
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long test-newer-qemu lint types cc docs sanitize tsan bench wheel clean \
+.PHONY: demo test test-long test-newer-qemu lint types cc docs man sanitize tsan bench wheel clean \
         distclean test-system newer-qemu-system bench-system
 
 demo: $(VENV)/.with-cli
@@ -55,9 +55,13 @@ types: $(VENV)/.with-dev
 	$(BIN)/mypy --strict
 
 # The pages in build/docs, with a reference made from the docstrings.
-docs: $(VENV)/.with-docs
+docs: man $(VENV)/.with-docs
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 	@echo build/docs/index.html
+
+# The manual pages in build/man, from the parser of the command: man -l build/man/pyqmigrate.1
+man: $(VENV)/.with-docs
+	$(BIN)/python docs/manpages.py build/man
 
 # The optimiser is on because some warnings come from it.
 cc:
@@ -97,10 +101,13 @@ tsan: $(VENV)/.with-cli,analysis,test
 bench: bench-system $(VENV)/.with-cli,bench
 	$(BIN)/python bench/compare.py $(BENCH_ARGS)
 
-# The wheel is built from the sdist, so both are proven.
-wheel: $(VENV)/.with-dev
-	rm -rf dist build/wheel-venv
+# The wheel is built from the sdist, so both are proven. Both carry the manual pages, in man/: what is
+# in build/ is left out of an sdist.
+wheel: $(VENV)/.with-dev man
+	rm -rf dist build/wheel-venv man
+	cp -R build/man man
 	$(BIN)/python -m build
+	rm -rf man
 	$(BIN)/abi3audit --strict --summary dist/*.whl
 	$(BIN)/python .ci/check-dist dist
 	$(PYTHON) -m venv build/wheel-venv
@@ -108,7 +115,7 @@ wheel: $(VENV)/.with-dev
 	cd build && wheel-venv/bin/pyqmigrate --help >/dev/null
 
 clean:
-	rm -rf build dist *.egg-info pyqmigrate/_core*.so $(VENV)/.with-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist man *.egg-info pyqmigrate/_core*.so $(VENV)/.with-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find pyqmigrate csrc tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

@@ -47,7 +47,7 @@ from pyqmigrate.cli.verbosity import configured
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.io.threads import starting_threads
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 _VERBS = (
     "demo",
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:
         from pyqmigrate.cli.completion import complete
 
-        return complete(_parser())
+        return complete(build_parser())
     fill_missing_streams()
     arguments = sys.argv[1:] if argv is None else list(argv)
     # Looked for by hand, so that a command line that does not parse is answered in the right form.
@@ -112,7 +112,7 @@ def _fills_stdout(parsed: argparse.Namespace | None) -> bool:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
     """The arguments; None when argparse has printed what was asked for."""
     try:
-        parsed: argparse.Namespace = _parser().parse_args(arguments)
+        parsed: argparse.Namespace = build_parser().parse_args(arguments)
     except SystemExit:  # --help, --version: everything else raises BadArguments
         _write(sys.stdout, "")
         return None
@@ -131,7 +131,7 @@ def _run(parsed: argparse.Namespace) -> Outcome:
     return replace(outcome, lines=()) if parsed.quiet else outcome
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="pyqmigrate",
         allow_abbrev=False,

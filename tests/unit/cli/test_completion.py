@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.cli import _parser
+from pyqmigrate.cli import build_parser
 
 BIN = Path(sys.executable).parent
 WAIT = 20  # seconds for an answer of a shell on a busy machine
@@ -107,7 +107,7 @@ def completions(line: str, *, python: str = "import pyqmigrate.cli as c; c.main(
 
 
 def test_every_verb_is_offered() -> None:
-    parser = _parser()
+    parser = build_parser()
     parser.load_verbs([])
     [verbs] = [action for action in parser._actions if action.choices]
     assert completions("pyqmigrate ") == set(verbs.choices)
