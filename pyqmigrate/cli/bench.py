@@ -27,7 +27,7 @@ from pyqmigrate.cli.arguments import Verbs, add_verb, read_channels
 from pyqmigrate.cli.contents import PAGE, fill, guest_memory
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
-from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
+from pyqmigrate.cli.scratch import DEFAULT_DIRECTORY, fitting_size, scratch
 from pyqmigrate.cli.sizes import MIB, read_size, show_size
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_cache import drop_cached

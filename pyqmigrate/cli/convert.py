@@ -142,6 +142,8 @@ def _read_placement(text: str) -> GivenPlacement:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    if args.describe and args.to == Format.RAW:
+        raise UsageError("--describe is not possible with --to raw: raw files hold RAM only")
     with (
         opened(args, args.snapshot, one_pass=not args.describe) as snapshot,
         shown("convert") as show,

@@ -29,7 +29,7 @@ from pyqmigrate.cli.contents import PAGE, fill, first_difference, guest_memory
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
-from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
+from pyqmigrate.cli.scratch import DEFAULT_DIRECTORY, fitting_size, scratch
 from pyqmigrate.cli.sizes import MIB, read_size, show_rate, show_size
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.io.memory import RamBlock

@@ -1,11 +1,10 @@
-"""Room for a synthetic guest: a directory of its own on the disk, and a size that fits."""
+"""Scratch directory and size for a synthetic guest."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from pyqmigrate.cli.contents import SMALLEST
 from pyqmigrate.cli.sizes import MIB, show_size
 from pyqmigrate.errors import NoSpace, TargetError, UsageError
+from pyqmigrate.io.free_space import free_bytes
 
 __all__ = ["DEFAULT_DIRECTORY", "fitting_size", "scratch"]
 
@@ -25,30 +25,32 @@ _MEMORY_SPARE = 256 * MIB
 
 @contextlib.contextmanager
 def scratch(parent: str) -> Iterator[Path]:
-    """A new directory in ``parent``, removed with all that is in it at the end."""
+    """Make a directory in ``parent``, and remove it with its contents at the end."""
     with tempfile.TemporaryDirectory(prefix="pyqmigrate-", dir=parent) as name:
         yield Path(name)
 
 
 def fitting_size(asked: int | None, default: int, directory: Path, *, memories: int) -> int:
-    """The size of a guest of which ``memories`` copies fit in memory, and one file on the disk.
+    """Return the size of a guest that fits: ``memories`` copies in memory, one file on the disk.
 
-    That is ``asked``, or else ``default`` or less. Raises UsageError for a size that is no
-    guest's, NoSpace and TargetError where there is no room.
+    That is ``asked``, or else ``default`` or less. Raises UsageError for an invalid size, NoSpace
+    and TargetError where it does not fit.
     """
     if asked is not None and (asked < SMALLEST or asked % MIB):
-        raise UsageError(f"the size is {asked}; it is whole MiB, and {show_size(SMALLEST)} or more")
-    disk, memory = _free_disk(directory), _free_memory()
+        raise UsageError(
+            f"the size must be a multiple of 1 MiB, {show_size(SMALLEST)} or more, not {asked} bytes"
+        )
+    disk, memory = free_bytes(directory), _free_memory()
     size = asked or default
     while True:
-        fits_disk = size + _DISK_SPARE <= disk
+        fits_disk = disk is None or size + _DISK_SPARE <= disk
         fits_memory = memories * size + _MEMORY_SPARE <= memory
         if fits_disk and fits_memory:
             return size
         if asked is not None or size // 2 < SMALLEST:
             break
         size //= 2
-    if not fits_disk:
+    if disk is not None and not fits_disk:
         raise NoSpace(
             f"a guest of {show_size(size)} needs {show_size(size + _DISK_SPARE)} of disk, "
             f"{show_size(disk)} are free",
@@ -61,15 +63,9 @@ def fitting_size(asked: int | None, default: int, directory: Path, *, memories: 
     )
 
 
-def _free_disk(directory: Path) -> int:
-    info = os.statvfs(directory)
-    if info.f_blocks == 0:
-        return sys.maxsize  # a file system that knows no limit
-    return (info.f_bfree if os.geteuid() == 0 else info.f_bavail) * info.f_frsize
-
 
 def _free_memory() -> int:
-    """What the machine has available, or less where this control group may have less."""
+    """Return the available memory of the machine, or the limit of this control group if lower."""
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
