@@ -51,8 +51,17 @@ lint: $(VENV)/.with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h
 
+# The package, and then a program that uses it as an installed wheel.
+TYPED := build/types-venv
 types: $(VENV)/.with-dev
 	$(BIN)/mypy --strict
+	$(BIN)/basedpyright
+	rm -rf $(TYPED) build/types-wheel
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/types-wheel .
+	$(PYTHON) -m venv $(TYPED)
+	$(TYPED)/bin/pip install -q "$$(echo build/types-wheel/*.whl)[vm]"
+	$(BIN)/mypy --strict --config-file= --python-executable $(TYPED)/bin/python tests/typing/public_api.py
+	cd tests/typing && ../../$(BIN)/basedpyright --level error --pythonpath ../../$(TYPED)/bin/python public_api.py
 
 # The pages in build/docs, with a reference made from the docstrings.
 docs: man $(VENV)/.with-docs

@@ -80,6 +80,7 @@ class _Setting:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    picture = None
     if args.plot is not None:
         plot.check_available()
         picture = plot.check_place(args.plot)
@@ -98,7 +99,7 @@ def _run(args: argparse.Namespace) -> Outcome:
                     _measure(setting, path, memory, copy)
     data_bytes = first.data_pages * PAGE
     data = _data(args, size, data_bytes, settings, first.direct_io_reason)
-    if args.plot is not None:
+    if picture is not None:
         plot.draw(picture, data["results"], f"{show_size(size)} guest in {args.dir}")
     return Outcome(data, _lines(data))
 

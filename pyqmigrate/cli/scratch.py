@@ -63,7 +63,6 @@ def fitting_size(asked: int | None, default: int, directory: Path, *, memories: 
     )
 
 
-
 def _free_memory() -> int:
     """Return the available memory of the machine, or the limit of this control group if lower."""
     available = 0

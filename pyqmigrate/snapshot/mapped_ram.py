@@ -132,7 +132,7 @@ class MappedRamSnapshot(Snapshot):
     ) -> None:
         check_bitmap_order(bitmap_order)
         super().__init__(locate(target, offset))
-        self._bitmap_order = bitmap_order
+        self._bitmap_order: ByteOrder | None = bitmap_order
         self._blocks: Mapping[str, MappedRamBlock] = {}
         try:
             if self.source.passing:

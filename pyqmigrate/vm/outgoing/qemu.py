@@ -71,7 +71,7 @@ async def save_qemu(
             )
             if while_paused is not None:
                 await transaction.check_that_it_stood()
-            seen = time.monotonic()
+            seen = now = time.monotonic()
             if resume:
                 await transaction.resume()
                 now = time.monotonic()
