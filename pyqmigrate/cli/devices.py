@@ -178,7 +178,7 @@ def _state_lines(state: State, indent: str) -> Iterator[str]:
 
 
 def _on_one_line(state: State) -> str | None:
-    """An element of an array, where it is short and has no structs of its own."""
+    """Return an element of an array on one line, None if it is long or contains structs."""
     if state.subsections or any(isinstance(field.value, State | tuple) for field in state.fields):
         return None
     line = "  ".join(f"{printable(field.label)} {_shown(field)}" for field in state.fields)

@@ -43,7 +43,7 @@ def test_demo_without_qemu_says_so_and_is_done(no_qemu: Path, disk: Path, comman
     ran = command("demo", "--size", "8MiB", "--dir", disk)
     assert ran.code == 0
     assert ran.out.count("memory is equal") == 2
-    assert "QEMU was not asked: there is no qemu-system-x86_64 >= 9.0 on the PATH" in ran.out
+    assert "not loaded by QEMU: there is no qemu-system-x86_64 >= 9.0 on the PATH" in ran.out
     assert list(disk.iterdir()) == []
 
 
