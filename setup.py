@@ -11,7 +11,7 @@ from setuptools.errors import CompileError, ExecError, LinkError
 
 
 class BuildCore(build_ext):
-    """Compiles it; where that fails, says what is missing and how to install it."""
+    """Compile the core; if that fails, say what is missing and how to install it."""
 
     def build_extensions(self) -> None:
         try:

@@ -56,7 +56,7 @@ def page(parser: Parser, name: str, summary: str) -> Manpage:
 
 
 def overview(parser: Parser, title: str, summary: str) -> Manpage:
-    """A page that lists verbs, each of which has its own page."""
+    """Return a page that lists verbs, each of which has its own page."""
     listed = list(verbs(parser))
     plain = argparse.ArgumentParser(parser.prog, description=parser.description, add_help=False)
     group = plain.add_argument_group("verbs")

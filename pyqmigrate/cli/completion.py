@@ -19,8 +19,8 @@ REQUEST = "_ARGCOMPLETE"  # the environment variable that asks for completions
 def complete(parser: Parser) -> ExitCode:
     """Write the completions of the command line in ``COMP_LINE``, and end the process.
 
-    Returns only where there is nothing to write: without argcomplete, and behind ``--``, where the
-    shell completes names of files.
+    Returns only without a completion: if argcomplete is missing, or after ``--``, where the shell
+    completes file names.
     """
     try:
         import argcomplete
@@ -35,7 +35,7 @@ def complete(parser: Parser) -> ExitCode:
 
 
 def _words_before_cursor() -> list[str]:
-    """Return the arguments before the word that is completed."""
+    """Return the arguments before the word to complete."""
     line = (
         os.environ["COMP_LINE"].encode()[: int(os.environ["COMP_POINT"])].decode("utf-8", "replace")
     )

@@ -172,14 +172,14 @@ def _libvirt(header: LibvirtHeader | None) -> dict[str, Any] | None:
 
 def _block(block: Block) -> dict[str, Any]:
     place = block if isinstance(block, MappedRamBlock) else None
-    here = not block.external
+    inside = not block.external
     return {
         "name": block.name,
         "length": block.length,
         "page_size": block.page_size,
         "pages": block.num_pages,
-        "data_pages": block.data_pages if here else None,
-        "zero_pages": block.zero_pages if here else None,
+        "data_pages": block.data_pages if inside else None,
+        "zero_pages": block.zero_pages if inside else None,
         "bitmap_offset": place.bitmap_offset if place else None,
         "pages_offset": place.pages_offset if place else None,
         "external": block.external,

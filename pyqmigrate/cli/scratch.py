@@ -16,7 +16,7 @@ from pyqmigrate.io.free_space import free_bytes
 
 __all__ = ["DEFAULT_DIRECTORY", "fitting_size", "scratch"]
 
-# Not the usual place for temporary files: that is often in memory, where there is no disk to try.
+# Not the usual directory for temporary files, which is often in memory: the disk is to be measured.
 DEFAULT_DIRECTORY = os.environ.get("TMPDIR") or "/var/tmp"
 
 _DISK_SPARE = 64 * MIB
