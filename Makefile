@@ -1,8 +1,8 @@
 # make demo   the main job on a synthetic guest memory
-# make test   everything that ends within ten minutes; see CONTRIBUTING.md for the rest
+# make test   all tests that end within ten minutes; see CONTRIBUTING.md for the rest
 #
-# The virtual environment is .venv; PYTHON=python3.12 makes it with another Python, JOBS=1 has the
-# tests one after the other, PYTEST_ARGS and BENCH_ARGS go to pytest and to the comparison.
+# The virtual environment is .venv. PYTHON=python3.12 uses another Python, JOBS=1 runs the tests one
+# after the other, PYTEST_ARGS and BENCH_ARGS are passed to pytest and to the comparison.
 
 PYTHON ?= python3
 JOBS ?= 3
@@ -14,7 +14,7 @@ CORE := $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 BUILD := setup.py pyproject.toml $(CORE)
 export PYTHON
 
-# A tree that was moved or copied has a .venv that still points at the old place.
+# In a tree that was moved or copied, .venv still contains the old path.
 ifneq ($(wildcard $(VENV)/.place),)
 ifneq ($(file < $(VENV)/.place),$(CURDIR))
 $(shell rm -rf $(VENV))
@@ -23,7 +23,7 @@ endif
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test test-long test-newer-qemu lint types cc docs sanitize tsan bench wheel clean \
+.PHONY: demo test test-long test-newer-qemu lint types cc docs man sanitize tsan bench wheel clean \
         distclean test-system newer-qemu-system bench-system
 
 demo: $(VENV)/.with-cli
@@ -32,13 +32,13 @@ demo: $(VENV)/.with-cli
 test: test-system $(VENV)/.with-cli,analysis,test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long" $(PYTEST_ARGS)
 
-# pytest's status 5 is "nothing was selected": right only as long as no test is marked long.
+# pytest's status 5 means that no test was selected: correct only if no test is marked long.
 test-long: test-system newer-qemu-system $(VENV)/.with-cli,analysis,test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long $(PYTEST_ARGS) || \
 	    { [ $$? = 5 ] && ! grep -rqs 'mark\.long' tests; }
 	$(MAKE) test-newer-qemu
 
-# The tests against a real QEMU once more, on the newest one. Where it cannot be had this says so.
+# The tests against a real QEMU again, with the newest one; skipped with a message if it is not available.
 NEWER_QEMU = $${XDG_CACHE_HOME:-$$HOME/.cache}/pyqmigrate-tests/newer-qemu/run/qemu-system-x86_64
 test-newer-qemu: newer-qemu-system $(VENV)/.with-cli,analysis,test
 	@if [ -x "$(NEWER_QEMU)" ]; then \
@@ -51,13 +51,26 @@ lint: $(VENV)/.with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h
 
+# The package, and then a program that uses it as an installed wheel.
+TYPED := build/types-venv
 types: $(VENV)/.with-dev
 	$(BIN)/mypy --strict
+	$(BIN)/basedpyright
+	rm -rf $(TYPED) build/types-wheel
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/types-wheel .
+	$(PYTHON) -m venv $(TYPED)
+	$(TYPED)/bin/pip install -q "$$(echo build/types-wheel/*.whl)[vm]"
+	$(BIN)/mypy --strict --config-file= --python-executable $(TYPED)/bin/python tests/typing/public_api.py
+	cd tests/typing && ../../$(BIN)/basedpyright --level error --pythonpath ../../$(TYPED)/bin/python public_api.py
 
 # The pages in build/docs, with a reference made from the docstrings.
-docs: $(VENV)/.with-docs
+docs: man $(VENV)/.with-docs
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 	@echo build/docs/index.html
+
+# The manual pages in build/man, from the parser of the command: man -l build/man/pyqmigrate.1
+man: $(VENV)/.with-docs
+	$(BIN)/python docs/manpages.py build/man
 
 # The optimiser is on because some warnings come from it.
 cc:
@@ -68,9 +81,9 @@ cc:
 	    $(CC) -std=gnu11 -O2 -fPIC $(WARNINGS) -c $$source -o build/cc/$$(basename $$source .c).o || exit 1; \
 	done
 
-# The core's tests against a core with checks compiled in, in a copy of the tree: the one in use
-# stays as it is. The runtime library must come before Python's own allocations, hence LD_PRELOAD;
-# Python leaks by design. Output is not captured by descriptor, or a report would die with pytest.
+# The core's tests with a sanitized core, in a copy of the tree, so that the core in use is not
+# changed. LD_PRELOAD loads the runtime before Python allocates; Python leaks by design. Output is not
+# captured by descriptor, because a report would be lost with pytest.
 SANITIZED_TESTS ?= tests/unit/core
 define sanitized
 	rm -rf build/$(1)
@@ -88,8 +101,8 @@ sanitize: $(VENV)/.with-cli,analysis,test
 	$(call sanitized,asan,-fsanitize=address$(comma)undefined -fno-sanitize-recover=all,\
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1)
 
-# Only code that was compiled with it is watched: Python's own threads talk in ways it cannot see.
-# Its memory map needs an address space that is not randomised.
+# Only the core is instrumented: TSan cannot see how Python's own threads synchronise. Its memory map
+# needs an address space that is not randomised.
 tsan: $(VENV)/.with-cli,analysis,test
 	$(call sanitized,tsan,-fsanitize=thread,\
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" setarch -R)
@@ -97,10 +110,13 @@ tsan: $(VENV)/.with-cli,analysis,test
 bench: bench-system $(VENV)/.with-cli,bench
 	$(BIN)/python bench/compare.py $(BENCH_ARGS)
 
-# The wheel is built from the sdist, so both are proven.
-wheel: $(VENV)/.with-dev
-	rm -rf dist build/wheel-venv
+# The wheel is built from the sdist, so both are tested. Both contain the manual pages, in man/, because
+# an sdist never contains files of build/.
+wheel: $(VENV)/.with-dev man
+	rm -rf dist build/wheel-venv man
+	cp -R build/man man
 	$(BIN)/python -m build
+	rm -rf man
 	$(BIN)/abi3audit --strict --summary dist/*.whl
 	$(BIN)/python .ci/check-dist dist
 	$(PYTHON) -m venv build/wheel-venv
@@ -108,13 +124,13 @@ wheel: $(VENV)/.with-dev
 	cd build && wheel-venv/bin/pyqmigrate --help >/dev/null
 
 clean:
-	rm -rf build dist *.egg-info pyqmigrate/_core*.so $(VENV)/.with-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist man *.egg-info pyqmigrate/_core*.so $(VENV)/.with-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find pyqmigrate csrc tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)
 
-# First of all, so that who may not install is told one command for everything.
+# First, so that a user who cannot install gets one command for everything.
 test-system:
 	@.ci/ensure-system python compiler qemu
 
@@ -124,8 +140,8 @@ newer-qemu-system:
 bench-system:
 	@.ci/ensure-system python compiler qemu bench
 
-# The package, editable, with the extras in the file's name. The core is compiled anew whenever its
-# sources or its build change. Built without isolation: the second time needs no network.
+# The package, editable, with the extras in the file's name. The core is compiled again when its sources
+# or its build change. Built without isolation, so that the second time needs no network.
 $(VENV)/.with-%: $(VENV)/.place $(BUILD)
 	$(BIN)/pip install -q --no-build-isolation -e '.[$*]'
 	@touch '$@'

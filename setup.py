@@ -11,7 +11,7 @@ from setuptools.errors import CompileError, ExecError, LinkError
 
 
 class BuildCore(build_ext):
-    """Compiles it; where that fails, says what is missing and how to install it."""
+    """Compile the core; if that fails, say what is missing and how to install it."""
 
     def build_extensions(self) -> None:
         try:
@@ -40,8 +40,12 @@ class BuildCore(build_ext):
 # There is no stable ABI without the GIL; csrc/build.py leaves it out there too.
 abi3 = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp311"}
 
+# Manual pages, where `make wheel` has put them; a build from a checkout has none.
+pages = sorted(map(str, Path("man").glob("*.1")))
+
 setup(
     cffi_modules=["csrc/build.py:ffibuilder"],
     cmdclass={"build_ext": BuildCore},
+    data_files=[("share/man/man1", pages)] if pages else [],
     options={"bdist_wheel": abi3},
 )

@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: ``make docs``. Warnings are errors."""
+"""Sphinx configuration of these pages. ``make docs`` builds them; warnings are errors."""
 
 import importlib
 import inspect
@@ -35,7 +35,7 @@ PUBLIC = {
 
 
 def groups(package: str) -> list[tuple[str, list[str]]]:
-    """The names in a package's ``__all__``, under the comments that stand above them."""
+    """Return the names in a package's ``__all__``, grouped by the comments above them."""
     module = importlib.import_module(package)
     text = re.search(r"^__all__ = \[(.*?)\]", inspect.getsource(module), re.MULTILINE | re.DOTALL)
     found: list[tuple[str, list[str]]] = [("", [])]
@@ -63,7 +63,7 @@ def documenter(value: object) -> str:
 def mark_parameters(
     app: object, what: str, name: str, value: object, options: object, lines: list[str]
 ) -> None:
-    """``channels: how many ...`` in a docstring is the field of a parameter of that name."""
+    """Turn ``channels: threads ...`` in a docstring into the field of that parameter."""
     try:
         parameters = set(inspect.signature(value).parameters)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # a TypedDict has no signature
@@ -88,7 +88,7 @@ def setup(app: object) -> None:
 
 
 def write_reference() -> None:
-    """A page for each public package, from its docstrings."""
+    """Write a page for each public package, from its docstrings."""
     folder = HERE / "reference"
     folder.mkdir(exist_ok=True)
     for package, title in PUBLIC.items():

@@ -9,8 +9,9 @@ The main job: guest memory into a file that QEMU loads (its ``mapped-ram`` forma
     with pyqmigrate.open_snapshot("/snap/guest.mapped") as snapshot:
         snapshot.load({"pc.ram": memory})
 
-``memory`` is anything with the buffer protocol, or ``FileMemory(fd)``. Start reading at
-:func:`save` and :class:`Snapshot`; :mod:`pyqmigrate.errors` shows what can go wrong.
+``memory`` is any object with the buffer protocol, or ``FileMemory(fd)``. Start reading at
+:func:`save` and :class:`Snapshot`; :mod:`pyqmigrate.errors` explains the exceptions.
+:mod:`pyqmigrate.vm` works with a running QEMU, :mod:`pyqmigrate.qmp` is a QMP server for a VMM.
 """
 
 import importlib
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = [
+    # The main job.
     "save",
     "open_snapshot",
     "Snapshot",
@@ -75,10 +77,12 @@ __all__ = [
     "convert",
     "seal",
     "verify_seal",
+    # Memory and targets.
     "RamBlock",
     "FileMemory",
     "ProcessMemory",
     "Descriptors",
+    # Jobs and their reports.
     "start_save",
     "start_load",
     "Job",
@@ -88,6 +92,7 @@ __all__ = [
     "SealReport",
     "SealCheck",
     "Algorithm",
+    # Kinds of snapshots, and their conversion.
     "MappedRamBlock",
     "MappedRamSnapshot",
     "SequentialSnapshot",
@@ -95,6 +100,7 @@ __all__ = [
     "ImageReport",
     "Placement",
     "parse_placement",
+    # Device state, and the origin of a file.
     "devices",
     "Devices",
     "Device",
@@ -102,9 +108,11 @@ __all__ = [
     "CpuRegisters",
     "provenance",
     "Provenance",
+    # Options.
     "DirectIO",
     "Sparse",
     "Clear",
+    # QEMU's migration for a VMM.
     "Migration",
     "Guest",
     "DeviceSection",
@@ -112,6 +120,7 @@ __all__ = [
     "Capabilities",
     "Parameters",
     "Policy",
+    # Errors, most generic to most explicit.
     "PyqmigrateError",
     "SnapshotError",
     "SnapshotTruncated",
@@ -131,8 +140,8 @@ __all__ = [
     "FdsetError",
 ]
 
-# Imported when they are first used: a command that restores a guest has no time for the rest. No
-# module has one of these names, or importing it would hide what is meant.
+# Modules are imported on first use: a command that restores a guest has no time for the rest. No
+# module or folder here has the name of a public function, because importing it would hide that.
 _HOME = {
     "SequentialSnapshot": "snapshot.sequential",
     "Devices": "snapshot.devices",

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """``python -m pyqmigrate`` is the command ``pyqmigrate``."""
 
 import sys

@@ -38,8 +38,8 @@ def save(
 ) -> SaveReport:
     """Save guest memory to a snapshot and wait until it is durable.
 
-    Like :func:`start_save`, with ``progress`` called on this thread at most ten times a second.
-    When the wait is interrupted, or ``progress`` raises, the save is cancelled and leaves nothing.
+    Like :func:`start_save`, with ``progress`` called on this thread at most ten times per second. If
+    the wait is interrupted, or ``progress`` raises, the save is cancelled and leaves no file.
     """
     check_callback("progress", progress)
     return start_save(
@@ -69,26 +69,25 @@ def start_save(
     max_bandwidth: int = 0,
     seal: Algorithm | str | None = None,
 ) -> Job[SaveReport]:
-    """Begin to save guest memory; returns at once.
+    """Start to save guest memory, and return at once.
 
     target: a path, a ``file:PATH[,offset=SIZE]`` URI, or Descriptors. A path without an offset
-        gets its name only when the snapshot is whole and durable.
-    blocks: the RAM blocks, in the order in which the file lists them. The memory must not change
-        until the job has ended.
+        gets its name only when the snapshot is complete and durable.
+    blocks: the RAM blocks, in the order of the file. The memory must not change until the job has
+        ended.
     channels: threads that move pages, 1 to 255.
     machine: the machine type; an empty one loads on any machine.
     target_page_bits: for targets that expect it (ARM with 4 KiB pages: 12).
-    reuse: overwrite the target in place, so that its allocated blocks are written again, which
-        is about twice as fast; what it held is lost from the start. Zero pages then may hold old
-        bytes under their clear bits.
-    max_bandwidth: bytes a second over all channels; 0 is no limit.
-    seal: an :class:`~pyqmigrate.format.digest.Algorithm`: a seal is written beside the path when
-        the snapshot has its name, of the bytes as they were written. Should that fail, the snapshot
-        stays. Not for Descriptors, which have no path. A UsageError where another file is there.
+    reuse: overwrite the allocated blocks of the target in place, which is about twice as fast. The
+        old content is lost from the start, and zero pages may have old bytes under their clear bits.
+    max_bandwidth: bytes per second over all channels; 0 means unlimited.
+    seal: an :class:`~pyqmigrate.format.digest.Algorithm`: write a seal of the written bytes beside the
+        path, once the snapshot has its name. If that fails, the snapshot stays. Descriptors, which
+        have no path, and another file at the seal's path raise UsageError.
 
     Raises UsageError for bad arguments, NotSupported for a digest whose library is missing,
-    TargetError (NoSpace, DirectIORefused) when the system
-    refuses; the job's result raises these too, GuestMemoryError when memory went away, Cancelled.
+    TargetError (NoSpace, DirectIORefused) if the system refuses. The job's result raises these too,
+    GuestMemoryError if the memory disappears, and Cancelled.
     """
     check("machine", machine, str)
     check("target_page_bits", target_page_bits, int, type(None))
@@ -116,6 +115,6 @@ def start_save(
 
 def _seal_beside(target: Target, algorithm: Algorithm) -> SaveSeal:
     if isinstance(target, Descriptors):
-        raise UsageError("a seal is written beside a path; descriptors have none")
+        raise UsageError("a seal needs a path to be written beside; descriptors have none")
     place = check_place(seal_path(target_path(target)))
     return SaveSeal(algorithm, stream_offset(target), place)

@@ -17,6 +17,6 @@ async def main(directory):
     try:
         async with asyncio.timeout(0.2):
             await slow
-    except TimeoutError:  # the job has ended by now, and left nothing
+    except TimeoutError:  # the job has ended and left no file
         print("cancelled:", slow.done(), [path.name for path in directory.iterdir()])
 asyncio.run(main(Path(sys.argv[1])))

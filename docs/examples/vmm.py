@@ -19,7 +19,7 @@ class Vmm(Guest):
         threading.Thread(target=self.processor, daemon=True).start()
     def processor(self):
         while self.running.wait():
-            with self.lock:  # a tick is whole, or it has not happened
+            with self.lock:  # a tick happens completely or not at all
                 if self.running.is_set():
                     page, self.ticks = self.ticks * 7 % PAGES, self.ticks + 1
                     struct.pack_into("<Q", self.ram, page * PAGE, self.ticks)
@@ -32,8 +32,8 @@ class Vmm(Guest):
         self.running.set()
     def dirty(self):
         with self.lock:
-            told, self.changed = self.changed, bytearray(PAGES // 8)
-        return {"toy.ram": told}
+            dirty, self.changed = self.changed, bytearray(PAGES // 8)
+        return {"toy.ram": dirty}
     def save_devices(self):
         return [DeviceSection("toy-timer", struct.pack(">Q", self.ticks))]
     def load_devices(self, devices):

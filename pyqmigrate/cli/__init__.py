@@ -1,4 +1,5 @@
-"""The command ``pyqmigrate``: one module a verb; the only place that prints or exits.
+# PYTHON_ARGCOMPLETE_OK
+"""The command ``pyqmigrate``: one module for each verb; the only package that prints or exits.
 
 Exit codes:
 
@@ -9,18 +10,18 @@ Exit codes:
 3     the system refused: space, permission, I/O
 4     the guest or QEMU failed
 5     not supported here
-130   interrupted (Ctrl-C, SIGTERM, SIGHUP); nothing half done is left
+130   interrupted (Ctrl-C, SIGTERM, SIGHUP); nothing incomplete is left
 ====  ================================================================
 
-Standard descriptors that are closed are no error: ``/dev/null`` takes their places, and the exit
-code says what became of the work.
+Closed standard descriptors are not an error: ``/dev/null`` replaces them, and the exit code reports
+the result of the work.
 
-With ``--json`` standard output gets one JSON object and nothing else. Its keys are those of
-``docs/json.md``, ``schema`` the version of that. The object of a failure has ``error``: an object
-of ``type``, ``message`` and ``exit_code``; ``block``, ``field`` and ``offset`` where a snapshot is
-bad; ``errno`` and ``filename`` where the system refused. The message goes to standard error as
-well. In names, bytes that are not UTF-8 are lone surrogates (Python's ``surrogateescape``). Keys
-may be added in later versions; ``schema`` changes when one changes its meaning or goes.
+With ``--json`` standard output gets one JSON object and nothing else. ``docs/json.md`` lists its
+keys; ``schema`` is the version of that list. After a failure the object has ``error``: an object of
+``type``, ``message`` and ``exit_code``; ``block``, ``field`` and ``offset`` for a bad snapshot;
+``errno`` and ``filename`` if the system refused. The message goes to standard error as well. Bytes
+of names that are not UTF-8 are lone surrogates (Python's ``surrogateescape``). Later versions may
+add keys; ``schema`` changes when a key is removed or changes its meaning.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from pyqmigrate.cli.verbosity import configured
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.io.threads import starting_threads
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 _VERBS = (
     "demo",
@@ -69,9 +70,13 @@ Sizes are written as 4096, 0x1000, 512M or 1GiB."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (default: the process's arguments); return its exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        from pyqmigrate.cli.completion import complete
+
+        return complete(build_parser())
     fill_missing_streams()
     arguments = sys.argv[1:] if argv is None else list(argv)
-    # Looked for by hand, so that a command line that does not parse is answered in the right form.
+    # Searched by hand: an error in the rest of the command line is reported in the right form, too.
     as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
     parsed = None
     try:
@@ -90,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code is None:
             raise
         usage = error.usage if isinstance(error, BadArguments) else ""
-        with contextlib.suppress(OSError):  # there is nowhere left to complain to
+        with contextlib.suppress(OSError):  # standard error is the last place to report to
             _write(sys.stderr, f"{usage}pyqmigrate: {shown_error(error)}\n")
             if as_json:
                 stream = sys.stderr if _fills_stdout(parsed) else sys.stdout
@@ -99,15 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fills_stdout(parsed: argparse.Namespace | None) -> bool:
-    """Whether standard output has what the verb wrote, so that no text may come between."""
-    written = getattr(parsed, "writes", None)  # the argument that names it
+    """Return whether the verb writes its result to standard output, where no text may follow."""
+    written = getattr(parsed, "writes", None)  # the argument that names the output
     return written is not None and is_standard(getattr(parsed, written))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
-    """The arguments; None when argparse has printed what was asked for."""
+    """Return the arguments; None if argparse has printed the help or the version."""
     try:
-        parsed: argparse.Namespace = _parser().parse_args(arguments)
+        parsed: argparse.Namespace = build_parser().parse_args(arguments)
     except SystemExit:  # --help, --version: everything else raises BadArguments
         _write(sys.stdout, "")
         return None
@@ -115,7 +120,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
 
 
 def _run(parsed: argparse.Namespace) -> Outcome:
-    """What the verb hands back."""
+    """Run the verb and return its outcome."""
     try:
         with configured(parsed), starting_threads():
             outcome: Outcome = parsed.run(parsed)
@@ -126,7 +131,7 @@ def _run(parsed: argparse.Namespace) -> Outcome:
     return replace(outcome, lines=()) if parsed.quiet else outcome
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="pyqmigrate",
         allow_abbrev=False,
@@ -142,7 +147,7 @@ def _parser() -> Parser:
 
 
 class _Version(argparse.Action):
-    """Prints it and ends the command."""
+    """Print the version and end the command."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=settings.get("help"))
@@ -153,13 +158,13 @@ class _Version(argparse.Action):
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write all of it now. A reader that has gone away is no error: it has what it wanted."""
+    """Write ``text`` and flush it. A reader that has closed the pipe early is not an error."""
     encoding = stream.encoding or "ascii"
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
     except OSError as error:
-        # Python would fail once more on what is left in the buffer when it ends.
+        # Otherwise Python would fail again at exit, with the rest of the buffer.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
@@ -169,8 +174,8 @@ def _write(stream: TextIO, text: str) -> None:
 
 @contextlib.contextmanager
 def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM and SIGHUP do what Ctrl-C does, unless the program around us, or nohup, has its own
-    plans for them."""
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt, unless the calling program or nohup handles
+    them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

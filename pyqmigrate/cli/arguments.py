@@ -1,4 +1,4 @@
-"""What the verbs' arguments have in common."""
+"""The parser, and the arguments that several verbs have."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 class BadArguments(UsageError):
-    """The command line does not parse. ``usage`` is the line that shows how."""
+    """An invalid command line. ``usage`` is argparse's usage text."""
 
     def __init__(self, message: str, usage: str) -> None:
         super().__init__(message)
@@ -46,34 +46,43 @@ class BadArguments(UsageError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises BadArguments where argparse would print and exit.
+    """A parser that raises BadArguments where argparse would print and exit.
 
-    Verbs that are offered are modules; only the module of the verb that is asked for is imported.
+    Each verb is a module, and only the module of the given verb is imported.
     """
 
-    takes_command_line = False  # of a VM, behind --: it becomes the attribute ``command``
-    command_line_option: str | None = None  # without which -- means what it does elsewhere
+    takes_command_line = False  # a VM's command line after -- becomes the attribute ``command``
+    command_line_option: str | None = None  # the option that gives -- this meaning; None: always
     _offered: tuple[str, Sequence[str]] | None = None
 
     def offer(self, package: str, names: Sequence[str]) -> None:
-        """Take one of the verbs ``names``, modules of ``package`` with an ``add_parser``."""
+        """Accept the verbs ``names``: modules of ``package`` with a function ``add_parser``."""
         self._offered = package, names
+
+    def load_verbs(self, words: Sequence[str], *, nested: bool = False) -> None:
+        """Import the offered verb that ``words`` begin with, or every verb if they name none.
+
+        With ``nested`` the verbs of these verbs too, which are otherwise imported when they parse.
+        """
+        if self._offered is None:
+            return
+        (package, names), self._offered = self._offered, None
+        # Without ``prog``, argparse formats a usage line for it, and imports shutil for that.
+        verbs = self.add_subparsers(prog=self.prog, title="verbs", metavar="VERB", required=True)
+        # The options before a verb have no values.
+        place = next((n for n, word in enumerate(words) if not word.startswith("-")), len(words))
+        named = words[place : place + 1]
+        for name in named if named and named[0] in names else names:
+            importlib.import_module(f"{package}.{name}").add_parser(verbs)
+            if nested:
+                verbs.choices[name].load_verbs(words[place + 1 :], nested=True)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """As argparse's; an option whose value may be left out would take the next argument."""
+        """Parse like argparse, except that ``--seal`` takes only an algorithm as its value."""
         given = list(sys.argv[1:] if args is None else args)
-        if self._offered:
-            (package, names), self._offered = self._offered, None
-            # Without ``prog``, argparse formats a usage line for it, and imports shutil for that.
-            verbs = self.add_subparsers(
-                prog=self.prog, title="verbs", metavar="VERB", required=True
-            )
-            # The options before a verb have no values.
-            verb = next((text for text in given if not text.startswith("-")), None)
-            for name in [verb] if verb in names else names:
-                importlib.import_module(f"{package}.{name}").add_parser(verbs)
+        self.load_verbs(given)
         if _SEAL in self._option_string_actions:
             given = _with_seal_joined(given)
         end = given.index("--") if "--" in given else len(given)
@@ -90,8 +99,8 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def _looks_like_ours(self, word: str) -> bool:
-        """Whether it is an option of QEMU with one dash that begins as one of ours: ``-vnc``, and
-        not ``-vq``."""
+        """Return whether ``word`` is an option of QEMU whose first letter is a short option here:
+        ``-vnc``, but not ``-vq``."""
         if not _ONE_DASH.match(word):
             return False
         ours = {name[1] for name in self._option_string_actions if len(name) == 2}
@@ -112,8 +121,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _with_seal_joined(given: list[str]) -> list[str]:
-    """The arguments with ``--seal [ALGORITHM]`` as one word: only the name of an algorithm belongs
-    to the option, any other word after it is an argument of its own."""
+    """Return the arguments with ``--seal [ALGORITHM]`` as one word.
+
+    Only the name of an algorithm belongs to the option; any other word is an argument of its own.
+    """
     algorithms = [str(algorithm) for algorithm in Algorithm]
     joined: list[str] = []
     words = iter(enumerate(given))
@@ -132,9 +143,9 @@ def _with_seal_joined(given: list[str]) -> list[str]:
 
 
 def add_general(parser: argparse.ArgumentParser) -> None:
-    """What every verb takes, before or after its name."""
+    """Add the options that every verb takes, before or after its name."""
     general = parser.add_argument_group("general options", "before or after the verb")
-    # Without a default: the verb's would replace what was given before it.
+    # Without a default, which would replace an option given before the verb.
     general.add_argument(
         "--json",
         action="store_true",
@@ -146,25 +157,26 @@ def add_general(parser: argparse.ArgumentParser) -> None:
         "--verbose",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="log what is done, on standard error",
+        help="log to standard error",
     )
     general.add_argument(
         "-q",
         "--quiet",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="print errors only (and JSON where it is asked for)",
+        help="print only errors, and JSON with --json",
     )
     general.add_argument(
         "--no-progress",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="show no progress on a terminal",
+        help="do not show progress on a terminal",
     )
 
 
 def add_verb(verbs: Verbs, name: str, run: Any, document: str | None) -> Parser:
-    """A parser for one verb. Its module's docstring is the help; ``run`` gets the arguments."""
+    """Add a parser for one verb, with its module's docstring as the help. ``run`` gets the
+    arguments."""
     text = (document or "").strip().replace("``", "")
     summary = text.split("\n\n")[0].replace("\n", " ")
     parser = verbs.add_parser(
@@ -185,7 +197,7 @@ def add_offset(parser: Parser) -> None:
         type=read_size,
         metavar="SIZE",
         default=None,
-        help="where in the file the snapshot starts (default: 0)",
+        help="offset of the snapshot in the file (default: 0)",
     )
 
 
@@ -194,24 +206,24 @@ def add_bitmap_order(parser: Parser) -> None:
         "--bitmap-order",
         choices=["little", "big"],
         default=None,
-        help="byte order of the host that wrote a mapped-ram file (default: little; big for an "
-        "s390 guest whose file shows it)",
+        help="byte order of the host that wrote a mapped-ram file (default: little, or big if the "
+        "file of an s390 guest requires it)",
     )
 
 
 def add_channels(parser: Parser, default: int = 2) -> None:
-    what = "move pages" if default == 2 else "read"
+    work = "move pages" if default == 2 else "read"
     parser.add_argument(
         "--channels",
         type=read_channels,
         metavar="N",
         default=default,
-        help=f"threads that {what}, 1 to {MAX_CHANNELS} (default: {default})",
+        help=f"threads that {work}, 1 to {MAX_CHANNELS} (default: {default})",
     )
 
 
 def add_seal(parser: Parser) -> None:
-    """``--seal [ALGORITHM]``, in any position; see :class:`Parser`."""
+    """Add ``--seal [ALGORITHM]``, in any position; see :class:`Parser`."""
     parser.add_argument(
         _SEAL,
         metavar="ALGORITHM",
@@ -224,14 +236,16 @@ def add_seal(parser: Parser) -> None:
 
 
 def add_clock(parser: Parser) -> None:
-    """``--set-time`` and ``--guest-agent``."""
+    """Add ``--set-time`` and ``--guest-agent``."""
     parser.add_argument(
-        "--set-time", action="store_true", help="set the guest's clock by its agent when it goes on"
+        "--set-time",
+        action="store_true",
+        help="set the guest's clock through its agent when it runs again",
     )
     parser.add_argument(
         "--guest-agent",
         metavar="SOCKET",
-        help="the agent's socket (default: found in QEMU's command line)",
+        help="the agent's socket (default: the one in QEMU's command line)",
     )
 
 
@@ -240,12 +254,12 @@ def add_direct_io(parser: Parser) -> None:
         "--direct-io",
         choices=[str(setting) for setting in DirectIO],
         default="auto",
-        help="whether pages go past the page cache (default: auto, where it works)",
+        help="whether to bypass the page cache (default: auto, if it works)",
     )
 
 
 def read_channels(text: str) -> int:
-    """For argparse: a number of channels."""
+    """Return a number of channels, for argparse."""
     try:
         return check_channels(int(text))
     except ValueError:

@@ -1,12 +1,12 @@
 """Measure which channel count and direct I/O setting is best on a disk.
 
-A synthetic guest memory is saved to a fresh file and loaded from a cold cache with every setting,
-three times over in turns; medians count. Saves are timed to the fsync. Everything is removed at
-the end.
+Saves a synthetic guest memory to a new file and loads it from a cold cache, with every setting in
+turn, three times. The results are medians; saves are timed up to the fsync. All files are removed
+at the end.
 
-JSON: ``directory``; ``total_ram`` and ``data_bytes`` of it that are saved;
+JSON: ``directory``; ``total_ram``, and how much of it is data, ``data_bytes``;
 ``direct_io_reason``; ``results``, a list of ``channels``, ``direct_io``, ``save_runs`` and
-``load_runs`` (the seconds of each), ``save_rate`` and ``load_rate`` (bytes of data a second, from
+``load_runs`` (the seconds of each), ``save_rate`` and ``load_rate`` (bytes of data per second, from
 the medians); ``best``, an object of ``save`` and ``load``, each the ``channels`` and ``direct_io``
 of the fastest; ``plot``, the picture's path or null.
 """
@@ -27,7 +27,7 @@ from pyqmigrate.cli.arguments import Verbs, add_verb, read_channels
 from pyqmigrate.cli.contents import PAGE, fill, guest_memory
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
-from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
+from pyqmigrate.cli.scratch import DEFAULT_DIRECTORY, fitting_size, scratch
 from pyqmigrate.cli.sizes import MIB, read_size, show_size
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import RamBlock
@@ -61,7 +61,7 @@ def add_parser(verbs: Verbs) -> None:
         help="channel counts to compare (default: %(default)s)",
     )
     parser.add_argument(
-        "--plot", metavar="FILE.png", help="draw a picture of it too; needs matplotlib"
+        "--plot", metavar="FILE.png", help="also draw a chart of the results; needs matplotlib"
     )
 
 
@@ -71,7 +71,7 @@ def _read_list(text: str) -> list[int]:
 
 @dataclass
 class _Setting:
-    """A setting, and the seconds that it took."""
+    """A setting, and the seconds that each run with it took."""
 
     channels: int
     direct_io: bool
@@ -80,6 +80,7 @@ class _Setting:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    picture = None
     if args.plot is not None:
         plot.check_available()
         picture = plot.check_place(args.plot)
@@ -88,25 +89,24 @@ def _run(args: argparse.Namespace) -> Outcome:
         path = directory / "guest.mapped"
         with guest_memory(size) as memory, guest_memory(size) as copy:
             fill(memory)
-            fill(copy)  # with pages under it, as a guest's is
-            # Not counted: it tells whether direct I/O works here, and warms up.
+            fill(copy)  # resident, like a guest's memory
+            # A warm-up that is not counted; its report says whether direct I/O works here.
             first = save(path, [RamBlock(_BLOCK, memory)], direct_io=DirectIO.AUTO)
-            ways = (True, False) if first.direct_io else (False,)
-            settings = [_Setting(n, way) for n, way in itertools.product(args.channels, ways)]
+            direct_io = (True, False) if first.direct_io else (False,)
+            settings = [_Setting(*pair) for pair in itertools.product(args.channels, direct_io)]
             for _ in range(_REPEAT):
                 for setting in settings:
                     _measure(setting, path, memory, copy)
     data_bytes = first.data_pages * PAGE
     data = _data(args, size, data_bytes, settings, first.direct_io_reason)
-    if args.plot is not None:
+    if picture is not None:
         plot.draw(picture, data["results"], f"{show_size(size)} guest in {args.dir}")
     return Outcome(data, _lines(data))
 
 
 def _measure(setting: _Setting, path: Path, memory: mmap.mmap, copy: mmap.mmap) -> None:
     direct_io = DirectIO.ON if setting.direct_io else DirectIO.OFF
-    way = "direct" if setting.direct_io else "buffered"
-    name = f"{counted(setting.channels, 'channel')}, {way}"
+    name = f"{counted(setting.channels, 'channel')}, {_io(setting.direct_io)}"
     path.unlink()
     with shown(f"save, {name}") as show:
         saved = save(
@@ -164,7 +164,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
     rows = [
         (
             r["channels"],
-            _way(r),
+            _io(r["direct_io"]),
             *(
                 f"{r[f'{work}_rate'] / MIB:.0f}"
                 + (" *" if best[work] == {key: r[key] for key in best[work]} else "  ")
@@ -181,12 +181,12 @@ def _lines(data: dict[str, Any]) -> list[str]:
         *table(("channels", "I/O", "save MiB/s", "load MiB/s"), rows, left=2),
         "",
         *(
-            f"fastest {work}: {counted(best[work]['channels'], 'channel')}, {_way(best[work])}"
+            f"fastest {work}: {counted(best[work]['channels'], 'channel')}, {_io(best[work]['direct_io'])}"
             for work in ("save", "load")
         ),
         *([f"picture: {printable(data['plot'])}"] if data["plot"] else []),
     ]
 
 
-def _way(setting: dict[str, Any]) -> str:
-    return "direct" if setting["direct_io"] else "buffered"
+def _io(direct_io: bool) -> str:
+    return "direct" if direct_io else "buffered"

@@ -29,7 +29,7 @@ _NOISE = 16 * MIB
 
 @contextlib.contextmanager
 def guest_memory(size: int) -> Iterator[mmap.mmap]:
-    """``size`` bytes of private zeros, given back at the end."""
+    """Allocate ``size`` zero bytes of private memory, and free them at the end."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         yield memory
@@ -38,28 +38,28 @@ def guest_memory(size: int) -> Iterator[mmap.mmap]:
 
 
 def fill(memory: mmap.mmap, seed: int = 0) -> None:
-    """Fill ``memory``, zeros and whole MiB of it; where the zeros stay depends on ``seed`` only.
+    """Fill ``memory``, which is all zeros and whole MiB; ``seed`` decides which pages stay zero.
 
-    The data are pieces of one stretch of noise, so that this takes little longer than a copy.
+    The data are pieces of one buffer of noise, so this takes little longer than a copy.
     """
-    places = random.Random(seed)
+    choices = random.Random(seed)
     third = len(memory) // len(_PARTS) // MIB * MIB
     ends = (third, 2 * third, len(memory))
-    at = 0
+    begin = 0
     with memoryview(os.urandom(_NOISE)) as noise:
         for (piece, zero_share), end in zip(_PARTS, ends, strict=True):
-            for start in range(at, end, piece):
-                if places.random() >= zero_share:
-                    n = places.randrange(_NOISE - piece)
-                    memory[start : start + piece] = noise[n : n + piece]
-            at = end
+            for start in range(begin, end, piece):
+                if choices.random() >= zero_share:
+                    offset = choices.randrange(_NOISE - piece)
+                    memory[start : start + piece] = noise[offset : offset + piece]
+            begin = end
 
 
-def first_difference(one: mmap.mmap, other: mmap.mmap) -> int | None:
-    """The first page, by its byte offset, in which two memories of one size differ; or None."""
-    for at in range(0, len(one), MIB):
-        if one[at : at + MIB] != other[at : at + MIB]:
-            for page in range(at, at + MIB, PAGE):
-                if one[page : page + PAGE] != other[page : page + PAGE]:
+def first_difference(left: mmap.mmap, right: mmap.mmap) -> int | None:
+    """Return the byte offset of the first page in which two memories of one size differ, or None."""
+    for offset in range(0, len(left), MIB):
+        if left[offset : offset + MIB] != right[offset : offset + MIB]:
+            for page in range(offset, offset + MIB, PAGE):
+                if left[page : page + PAGE] != right[page : page + PAGE]:
                     return page
     return None

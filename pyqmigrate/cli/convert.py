@@ -1,45 +1,45 @@
 """Convert a snapshot into another form.
 
-SNAPSHOT is a snapshot of any kind; DST becomes, as ``--to`` says:
+SNAPSHOT is a snapshot of any kind. ``--to`` chooses what DST becomes:
 
-``mapped-ram``  a mapped-ram file: fast to restore, in parallel or at once
-``stream``      a sequential stream, as every QEMU loads it
-``raw``         a directory of raw files, one a RAM block (as unpack)
-``elf``         an ELF core of the guest's physical memory: for gdb, drgn, crash, volatility3
-``lime``        a LiME file of it: for volatility3
-``libvirt``     a save image that virsh restore takes, with the header of an older one (``--like``)
+  ``mapped-ram``  a mapped-ram file: fast to restore, in parallel or at once
+  ``stream``      a sequential stream, which every QEMU loads
+  ``raw``         a directory of raw files, one for each RAM block (like unpack)
+  ``elf``         an ELF core of the guest's physical memory, for gdb, drgn, crash and volatility3
+  ``lime``        a LiME file of the guest's physical memory, for volatility3
+  ``libvirt``     a save image for virsh restore, with the header of an older image (``--like``)
 
-A sequential stream is read once, front to back, into a mapped-ram file and raw files. For these
-SNAPSHOT may be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), or a
-stream compressed with gzip, bzip2, xz or zstd (which needs Python 3.14, or
-``pip install zstandard``).
+A sequential stream is read once, front to back, to make a mapped-ram file or raw files. SNAPSHOT may
+then be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), or compressed with
+gzip, bzip2, xz or zstd (which needs Python 3.14, or ``pip install zstandard``).
 
-Device state is carried over byte for byte. DST appears only when it is whole and durable;
-it cannot be SNAPSHOT, under whatever name. With ``-`` as DST a sequential stream goes to a pipe, and
-mapped-ram, elf and lime go into the file that standard output is redirected to; what is printed
-otherwise goes to standard error, and the reader of a pipe has to look at the exit code.
-``--memory NAME=FILE`` gives the content of a block that SNAPSHOT only lists (x-ignore-shared).
+Device state is copied byte for byte. DST appears only when it is complete and durable; it must not be
+SNAPSHOT, under any name. With ``-`` as DST a sequential stream goes to a pipe, and mapped-ram, elf and
+lime go into the file that standard output is redirected to. Other output then goes to standard error,
+and the reader of a pipe has to check the exit code. ``--memory NAME=FILE`` supplies the content of a
+block that SNAPSHOT lists without content (x-ignore-shared).
 
-An image of libvirt's gets its XML from the image that ``--like`` names, which has to be of the same
-domain (virsh save); ``virsh save-image-edit DST`` changes it afterwards. ``virsh restore`` needs
-libvirt 11.2 or later for ``--image-format sparse``.
+An image for libvirt gets its XML from the image given by ``--like``, which must be of the same domain
+(virsh save); ``virsh save-image-edit DST`` changes it afterwards. ``virsh restore`` needs libvirt
+11.2 or later for ``--image-format sparse``.
 
-For elf and lime the guest-physical addresses of RAM blocks are found from the machine type and
-the device state; ``info SNAPSHOT`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` places
-one by hand (a memory module that was plugged in), instead of what would be found for it. Numbers
-are bytes, decimal or 0x. ``--max-ram-below-4g`` is for a PC whose device state does not record how
-RAM is split at 4 GiB; without it such a snapshot is refused.
+For elf and lime, the guest-physical addresses of RAM blocks are found from the machine type and the
+device state; ``info SNAPSHOT`` lists the blocks. ``--map NAME@ADDRESS[+OFFSET[,SIZE]]`` sets the place
+of a block by hand, for example of a hot-plugged memory module. Numbers are bytes, decimal or 0x.
+``--max-ram-below-4g`` is for a PC whose device state does not record how RAM is split at 4 GiB;
+without it such a snapshot is refused.
 
---describe has device state described that SNAPSHOT does not describe (see vm save --describe): a
-mapped-ram file or a stream then carries the description, and an elf file has registers. A QEMU of
-the VM's machine, which never runs, makes it; the VM's command line is that of the record beside
-SNAPSHOT (SNAPSHOT.vm.json), or comes after --. Neither disks nor sockets of the VM are opened.
-``--byte-order`` specifies a Power guest's in an elf file where there is no device state to tell.
+--describe adds a description of device state that SNAPSHOT does not describe (see vm save --describe):
+a mapped-ram file or a stream then contains it, and an elf file has registers. A QEMU of the VM's
+machine, which never runs, makes it. The VM's command line is the one in the record beside SNAPSHOT
+(SNAPSHOT.vm.json), or comes after --. The VM's disks and sockets are not opened. Raw files cannot
+hold a description. ``--byte-order`` is that of a Power guest, for an elf file of a snapshot without
+device state.
 
-JSON: ``snapshot``; ``target``; ``to``; for raw what unpack has, otherwise what pack has, but for
-elf and lime, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,
-``offset`` in the block and ``length``; ``unplaced``, the blocks that are left out; ``cpus``, how
-many have their registers in it.
+JSON: ``snapshot``; ``target``; ``to``; for raw the keys of unpack, otherwise those of pack, except that
+elf and lime have, instead of ``unaligned_blocks``: ``ranges``, a list of ``block``, ``address``,
+``offset`` in the block and ``length``; ``unplaced``, the blocks that are left out; ``cpus``, the number
+of CPUs whose registers are in the file.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def add_parser(verbs: Verbs) -> None:
         action="append",
         default=[],
         type=_read_memory,
-        help="the content of a block; may be repeated",
+        help="the content of a block; can be given several times",
     )
     parser.add_argument(
         "--map",
@@ -92,29 +92,29 @@ def add_parser(verbs: Verbs) -> None:
         action="append",
         default=[],
         type=_read_placement,
-        help="where a block is in an elf or lime file; may be repeated",
+        help="the address of a block in an elf or lime file; can be given several times",
     )
     parser.add_argument(
         "--max-ram-below-4g",
         metavar="SIZE",
         type=read_size,
         default=None,
-        help="what -machine max-ram-below-4g was, where the device state does not say it",
+        help="the VM's -machine max-ram-below-4g, if the device state does not record it",
     )
     parser.add_argument(
         "--byte-order",
         choices=["little", "big"],
         default=None,
-        help="of the guest, in an elf file (default: as the device state has it)",
+        help="the guest's byte order, for an elf file (default: from the device state)",
     )
     parser.add_argument(
-        "--like", metavar="IMAGE", help="an image of the same domain, for an image of libvirt's"
+        "--like", metavar="IMAGE", help="for libvirt: a save image of the same domain"
     )
     parser.add_argument(
         "--image-format",
         choices=["raw", "sparse"],
         default=None,
-        help="of an image of libvirt's (default: as IMAGE, raw where that is compressed)",
+        help="for libvirt: the format (default: that of IMAGE, or raw if IMAGE is compressed)",
     )
     add_describe(parser)
     add_channels(parser)
@@ -123,7 +123,7 @@ def add_parser(verbs: Verbs) -> None:
         "--sparse",
         choices=[str(policy) for policy in Sparse],
         default="auto",
-        help="what becomes of zero pages in a mapped-ram, elf or lime file (default: auto)",
+        help="which zero pages are allocated in a mapped-ram, elf or lime file (default: auto)",
     )
 
 
@@ -142,6 +142,8 @@ def _read_placement(text: str) -> GivenPlacement:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    if args.describe and args.to == Format.RAW:
+        raise UsageError("--describe is not possible with --to raw: raw files hold RAM only")
     with (
         opened(args, args.snapshot, one_pass=not args.describe) as snapshot,
         shown("convert") as show,
@@ -155,7 +157,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         description = description_for(args, snapshot)
         report = convert(
             snapshot,
-            write_to(args.target, forward=_why_a_file(args.to)),
+            write_to(args.target, forward=_why_no_pipe(args.to)),
             to=args.to,
             channels=args.channels,
             direct_io=args.direct_io,
@@ -170,33 +172,33 @@ def _run(args: argparse.Namespace) -> Outcome:
             progress=show,
         )
     data = {"snapshot": args.snapshot, "target": args.target, "to": args.to, **asdict(report)}
-    front = f"{printable(args.target)}: {args.to}, {show_size(report.bytes_allocated)} allocated"
+    summary = f"{printable(args.target)}: {args.to}, {show_size(report.bytes_allocated)} allocated"
     if isinstance(report, RawReport):
-        return Outcome(data, [f"{front}, {len(report.blocks)} blocks, {report.seconds:.2f} s"])
+        return Outcome(data, [f"{summary}, {len(report.blocks)} blocks, {report.seconds:.2f} s"])
     rate = show_rate(report.bytes_written, report.seconds)
     lines = [
-        f"{front}, {report.data_pages} data pages, {report.zero_pages} zero pages",
+        f"{summary}, {report.data_pages} data pages, {report.zero_pages} zero pages",
         f"{show_size(report.bytes_written)} written in {report.seconds:.2f} s, {rate} MiB/s",
     ]
     if isinstance(report, ImageReport):
         registers = _registers(report) if args.to == Format.ELF else []
-        lines = [*_ranges(report), *lines, *registers, *_left_out(report)]
+        lines = [*_ranges(report), *lines, *registers, *_unplaced(report)]
     return Outcome(data, lines)
 
 
-def _why_a_file(form: str) -> str | None:
-    """Why this form cannot go through a pipe; None if it can."""
+def _why_no_pipe(form: str) -> str | None:
+    """Return why this form cannot go through a pipe, None if it can."""
     if form == Format.RAW:
         return "raw files go into a directory"
     if form == Format.LIBVIRT:
-        return "an image of libvirt's gets its name when it is whole"
+        return "an image for libvirt gets its name when it is complete"
     return None if form == Format.SEQUENTIAL else f"{form} has its pages at fixed places"
 
 
 def _ranges(report: ImageReport) -> list[str]:
     rows = [
-        (one.block, f"{one.address:#x}", f"{one.offset:#x}", f"{one.length:#x}")
-        for one in report.ranges
+        (place.block, f"{place.address:#x}", f"{place.offset:#x}", f"{place.length:#x}")
+        for place in report.ranges
     ]
     return table(("block", "address", "from byte", "length"), rows)
 
@@ -204,9 +206,9 @@ def _ranges(report: ImageReport) -> list[str]:
 def _registers(report: ImageReport) -> list[str]:
     if report.cpus:
         return [f"registers of {counted(report.cpus, 'CPU')}"]
-    return [f"no registers: the file does not describe its devices ({HINT} does)"]
+    return [f"no registers: the file does not describe its devices (use {HINT})"]
 
 
-def _left_out(report: ImageReport) -> list[str]:
+def _unplaced(report: ImageReport) -> list[str]:
     names = ", ".join(printable(name) for name in report.unplaced)
-    return [f"not in it, for want of an address: {names}"] if names else []
+    return [f"left out, because their address is not known: {names}"] if names else []

@@ -1,16 +1,16 @@
 """Show the main job on a synthetic guest memory.
 
-A guest memory with dense, runs and speckled parts is saved with and without direct I/O, verified,
-loaded back from a cold cache and compared. Where a QEMU >= 9.0 is on the PATH, it loads the file
-too. Without ``--size`` the guest has 1 GiB, or less where the machine has no room for that.
-Everything is removed at the end. The exit code is 1 when a memory came out different.
+Saves a guest memory with dense, fragmented and speckled parts with and without direct I/O, verifies the
+file, loads it back from a cold cache and compares the memory. If a QEMU >= 9.0 is on the PATH, it
+loads the file too. Without ``--size`` the guest has 1 GiB, or less if that does not fit. All files are
+removed at the end. The exit code is 1 if a loaded memory differs.
 
 JSON: ``directory``; ``total_ram``; ``data_pages``, ``zero_pages``; ``equal``
-(true: every load gave the memory that was saved); ``direct_io_reason``; ``steps``, a list of
-``step`` (save, load, qemu-load), ``direct_io``, ``seconds``, ``rate`` (bytes of data a
+(true: every loaded memory was equal to the saved one); ``direct_io_reason``; ``steps``, a list of
+``step`` (save, load, qemu-load), ``direct_io``, ``seconds``, ``rate`` (bytes of data per
 second), ``file_size``, ``bytes_allocated`` and ``bytes_cached`` (left in the page cache),
 ``difference`` (null, or the byte offset of the first page that differs); ``qemu``, the
-version or null, and ``qemu_reason``, why there is none, or null.
+version or null, and ``qemu_reason``, why no QEMU was used, or null.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pyqmigrate.cli.contents import PAGE, fill, first_difference, guest_memory
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.progress import shown
-from pyqmigrate.cli.room import DEFAULT_DIRECTORY, fitting_size, scratch
+from pyqmigrate.cli.scratch import DEFAULT_DIRECTORY, fitting_size, scratch
 from pyqmigrate.cli.sizes import MIB, read_size, show_rate, show_size
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.io.direct_io import DirectIO
@@ -61,7 +61,7 @@ def add_parser(verbs: Verbs) -> None:
 
 @dataclass(frozen=True)
 class _Step:
-    """One measured transfer, and what its file is like after it. Sizes in bytes."""
+    """One measured transfer, and the state of the file after it. Sizes are in bytes."""
 
     step: str
     direct_io: bool
@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 class _Guest:
-    """The memory, and the one file that it is saved to. ``report`` is that of the last save."""
+    """A memory, and the file that it is saved to. ``report`` is that of the last save."""
 
     report: SaveReport
 
@@ -100,7 +100,7 @@ class _Guest:
         self._channels = channels
 
     def save_and_load(self, direct_io: DirectIO) -> Iterator[_Step]:
-        """Save anew, verify, load back."""
+        """Save to a new file, verify it, and load it back."""
         self._path.unlink(missing_ok=True)
         with shown("save") as show:
             self.report = save(
@@ -115,11 +115,11 @@ class _Guest:
             snapshot.verify()
             block = snapshot.blocks[demo_qemu.BLOCK]
             if block.data_pages != self.report.data_pages:
-                raise SnapshotError("the bitmap has other pages than were saved", block=block.name)
-            # Whatever the load does not bring, zeros included, would be seen.
-            for at in range(0, len(copy), MIB):
-                copy[at : at + MIB] = _STALE
-            self._forget()
+                raise SnapshotError("the bitmap differs from the saved pages", block=block.name)
+            # The comparison then finds every page that the load does not write, zero pages included.
+            for offset in range(0, len(copy), MIB):
+                copy[offset : offset + MIB] = _STALE
+            self._drop_cached()
             with shown("load") as show:
                 loaded = snapshot.load(
                     {block.name: copy}, channels=self._channels, direct_io=direct_io, progress=show
@@ -128,13 +128,13 @@ class _Guest:
         yield self._step("load", loaded.direct_io, loaded.seconds, difference)
 
     def load_in(self, qemu: demo_qemu.Qemu) -> _Step:
-        """Have a QEMU load the file that was saved last."""
+        """Let a QEMU load the file of the last save."""
         direct_io = self.report.direct_io
         size = len(self._memory)
         fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size)
-            self._forget()
+            self._drop_cached()
             seconds = demo_qemu.load(
                 qemu, self._path, fd, size, channels=self._channels, direct_io=direct_io
             )
@@ -144,7 +144,7 @@ class _Guest:
             os.close(fd)
         return self._step("qemu-load", direct_io, seconds, difference)
 
-    def _forget(self) -> None:
+    def _drop_cached(self) -> None:
         with self._path.open("rb") as file:
             drop_cached(file.fileno())
 
@@ -219,7 +219,7 @@ def _outcome(
         *table(head, rows, left=2),
         "",
         *(f"{names[step.step]}: {_verdict(step)}" for step in steps if step.step != "save"),
-        *([] if found else [printable(f"QEMU was not asked: {qemu}")]),
+        *([] if found else [printable(f"not loaded by QEMU: {qemu}")]),
     ]
     return Outcome(data, lines, ExitCode.DONE if equal else ExitCode.BAD)
 

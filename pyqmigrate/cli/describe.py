@@ -1,4 +1,4 @@
-"""``--describe``: device state that its file does not describe, described by a stopped QEMU."""
+"""``--describe``: let a stopped QEMU describe device state that the file does not describe."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def add_describe(parser: Parser) -> None:
     parser.add_argument(
         "--describe",
         action="store_true",
-        help="describe device state that the file does not describe, by a QEMU that never runs; "
-        "the VM's command line is that of the record beside the file, or comes last, after --",
+        help="let a QEMU that never runs describe device state that the file does not describe; "
+        "the VM's command line is the one in the record beside the file, or comes last, after --",
     )
     parser.takes_command_line = True
     parser.command_line_option = "--describe"
@@ -29,14 +29,14 @@ def add_describe(parser: Parser) -> None:
 
 
 def description_for(args: argparse.Namespace, snapshot: Snapshot) -> bytes | None:
-    """Return the description that was asked for, None where none was.
+    """Return the description, None without ``--describe``.
 
-    Raises UsageError where no command line is known, NotSupported where the device state cannot be
+    Raises UsageError if no command line is known, NotSupported if the device state cannot be
     described.
     """
     if not args.describe:
         return None
-    # The library for QMP is an extra: what does not need it works without.
+    # The library for QMP is an extra; the other options work without it.
     from pyqmigrate.cli.interruption import run_interruptible
     from pyqmigrate.vm.twin.twin import describe_snapshot
 

@@ -1,23 +1,22 @@
 """Show the state of a snapshot's devices, with the names of their fields.
 
-Of any snapshot that info opens, or of what xen-save-devices-state wrote. NAME and
---section choose among the devices; ``cpu`` are the processors. Bytes that nothing explains are
-shown as they are.
+SNAPSHOT is a snapshot of any kind, or a file that xen-save-devices-state wrote. NAME and --section
+select devices; ``cpu`` are the processors. Bytes without a description are shown as they are.
 
-Device state that the file does not describe (see vm save --describe) can be described with
---describe: a QEMU of the VM's machine, which never runs, loads the device state and writes its
-description. The VM's command line is that of the record beside the file (SNAPSHOT.vm.json), or
-comes after --. Neither disks nor sockets of the VM are opened.
+--describe adds a description to a file without one (see vm save --describe): a QEMU of the VM's
+machine, which never runs, loads the device state and writes its description. The VM's command line is
+the one in the record beside the file (SNAPSHOT.vm.json), or comes after --. The VM's disks and sockets
+are not opened.
 
-JSON: ``snapshot``; ``machine`` (null where the file does not tell); ``described`` (false: the file
-has no description of its devices, and they are bytes); ``opaque_tail`` (true: the last devices are
-missing, they could not be told apart); ``devices``, a list of ``name``, ``instance_id``,
+JSON: ``snapshot``; ``machine`` (null: the file does not record it); ``described`` (false: the
+file has no description of its devices, and they are bytes); ``opaque_tail`` (true: the last devices
+are missing because they could not be separated); ``devices``, a list of ``name``, ``instance_id``,
 ``version_id``, ``section_id``, ``offset``, ``length``, ``body_offset``, ``body_length``,
-``described``, ``explained`` (false: there are bytes that the description does not account for) and
+``described``, ``explained`` (false: the description does not cover all bytes) and
 ``state``. A state is an object of ``name``, ``version`` (perhaps null), ``offset``, ``length``,
 ``fields`` and ``subsections`` (states). A field is an object of ``name``, ``type``, ``offset``,
-``length``, ``index`` (its place in an array, or null), ``opaque`` (true: what the bytes mean is not
-known) and ``value``: a number, a boolean, null for a null pointer, a string of hexadecimal digits
+``length``, ``index`` (its place in an array, or null), ``opaque`` (true: the meaning of the bytes
+is not known) and ``value``: a number, a boolean, null for a null pointer, a string of hexadecimal digits
 for bytes, a state for a struct, and lists of these. A device's offsets are absolute in the file,
 those of states and fields count from its body; all are in bytes.
 """
@@ -145,14 +144,14 @@ def _lines(found: Devices) -> Iterator[str]:
         if not device.described:
             yield "  not described by the file"
         elif not device.explained:
-            yield "  its description does not fit all of it"
+            yield "  the description does not cover all of it"
         yield from _state_lines(device.state, "  ")
     if found.devices and not found.described:
         yield ""
-        yield f"The file does not describe its devices: {HINT} does"
+        yield f"The file does not describe its devices; {HINT} adds a description."
     if found.opaque_tail:
         yield ""
-        yield "The devices after these could not be told apart: the file does not describe them."
+        yield "Later devices could not be separated: the file does not describe them."
 
 
 def _state_lines(state: State, indent: str) -> Iterator[str]:
@@ -179,7 +178,7 @@ def _state_lines(state: State, indent: str) -> Iterator[str]:
 
 
 def _on_one_line(state: State) -> str | None:
-    """An element of an array, where it is short and has no structs of its own."""
+    """Return an element of an array on one line, None if it is long or contains structs."""
     if state.subsections or any(isinstance(field.value, State | tuple) for field in state.fields):
         return None
     line = "  ".join(f"{printable(field.label)} {_shown(field)}" for field in state.fields)

@@ -1,4 +1,4 @@
-"""The exit codes of the command, and which error has which."""
+"""The exit codes of the command, and the code of each error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ExitCode", "exit_code"]
 
 
 class ExitCode(enum.IntEnum):
-    """What the shell is told."""
+    """The exit status of the command."""
 
     DONE = 0
     BAD = 1
@@ -44,5 +44,5 @@ _CODES: tuple[tuple[type[BaseException], ExitCode], ...] = (
 
 
 def exit_code(error: BaseException) -> ExitCode | None:
-    """The code for an error; None for one that is a mistake in this program."""
+    """Return the code of an error; None for an error that is a bug in this program."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), None)

@@ -1,27 +1,27 @@
-"""Show what a snapshot holds.
+"""Show what a snapshot contains.
 
-``--xml`` prints the domain's XML that libvirt put before the stream, and nothing else; also that of
-a compressed or unfinished image.
+``--xml`` prints only the domain's XML that libvirt stored before the stream, also for a compressed or
+unfinished image.
 
 JSON: ``snapshot``; ``kind`` (mapped-ram or stream); ``machine`` (perhaps empty);
-``capabilities`` (names); ``target_page_bits`` and ``uuid`` (null where the file does not state
+``capabilities`` (names); ``target_page_bits`` and ``uuid`` (null: the file does not record
 them); ``offset`` where the stream starts and ``end`` where it ends; ``file_size`` and
 ``bytes_allocated``; ``total_ram`` in bytes;
-``complete`` (false: device state may be cut off); ``opaque_tail`` (true: the device sections
-could not be told apart and are not listed); ``bitmap_order`` (little or big, as the bitmaps were
+``complete`` (false: device state may be cut off); ``opaque_tail`` (true: the last device sections
+could not be separated and are not listed); ``bitmap_order`` (little or big, as the bitmaps were
 read; null in a sequential stream); ``blocks``, a list of ``name``, ``length``,
 ``page_size``, ``pages``, ``data_pages``, ``zero_pages``, ``bitmap_offset``, ``pages_offset`` (null
 in a sequential stream), ``external`` (true: the content is in another file, and page counts are null);
 ``libvirt`` (null, or ``version``, ``format``, ``was_running``, ``xml``, ``cookie``);
-``written_by``, an object of ``qemu`` (the oldest version that can have, as text, or null),
+``written_by``, an object of ``qemu`` (the oldest version that can have written it, or null),
 ``reasons``, ``by_libvirt``; ``run_state`` after a load (null: not recorded); ``loadable`` (by a
-QEMU with the same machine), ``obstacles`` to that and ``remarks``, texts; ``sections``, a list
+QEMU with the same machine), ``obstacles`` to a load and ``remarks``, texts; ``sections``, a list
 of ``kind`` (start, part, end, full, command), ``section_id``, ``name``, ``instance_id``,
 ``version_id``, ``offset``, ``length``, ``body_offset``, ``body_length``. Offsets are absolute in
-the file, or in the stream where libvirt compressed that; offsets and lengths are in bytes.
+the file, or in the decompressed stream if libvirt compressed it; offsets and lengths are in bytes.
 
-Of an image of libvirt's whose stream cannot be read here (lzop) the header is shown, with exit code
-5; JSON: ``snapshot``, ``offset``, ``libvirt``, and ``unreadable``, which says why and what to do.
+If the stream of an image by libvirt cannot be read (lzop), the header is shown, with exit code 5; JSON:
+``snapshot``, ``offset``, ``libvirt``, and ``unreadable``, which says why and what to do.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ __all__ = ["add_parser"]
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "info", _run, __doc__)
     add_snapshot(parser)
-    parser.add_argument(
-        "--xml", action="store_true", help="print the XML of libvirt's header and nothing else"
-    )
+    parser.add_argument("--xml", action="store_true", help="print only the XML in libvirt's header")
 
 
 def _run(args: argparse.Namespace) -> Outcome:
@@ -79,10 +77,10 @@ def _whole(args: argparse.Namespace) -> Outcome:
 
 
 def _header(args: argparse.Namespace) -> LibvirtHeader | None:
-    """Return libvirt's header at the start of the file, if there is one."""
+    """Return libvirt's header at the start of the file, None if there is none."""
     path, offset = read_from(args.snapshot, args.offset)
     if PipeReader.is_pipe(path):
-        return None  # it cannot be read again
+        return None  # the pipe is past it
     with contextlib.closing(open_source(path)) as source:
         if offset is not None or source.offset:
             return None
@@ -109,14 +107,14 @@ def _header_alone(args: argparse.Namespace, header: LibvirtHeader, why: str) -> 
 
 
 def _xml(args: argparse.Namespace) -> Outcome:
-    # What follows the header does not matter here: it may be compressed, or unfinished.
+    # The stream behind the header is not read: it may be compressed or unfinished.
     path, offset = read_from(args.snapshot, args.offset)
     with contextlib.closing(open_source(path, allow_pipe=True)) as source:
         if offset is not None or source.offset:
-            raise UsageError("the XML is that of a header at the start of the file: no offset")
+            raise UsageError("--xml reads the header at the start of the file: leave out --offset")
         header = read_libvirt_header(source)
     if header is None:
-        raise UsageError(f"{args.snapshot!r} has no header of libvirt's, and no XML")
+        raise UsageError(f"{args.snapshot!r} has no libvirt header, and so no XML")
     xml = header.xml
     return Outcome(
         {"snapshot": args.snapshot, "xml": xml}, [printable(line) for line in xml.splitlines()]
@@ -209,9 +207,9 @@ def _lines(snapshot: Snapshot, data: dict[str, Any], origin: Provenance) -> Iter
     yield from (f"          {printable(text)}" for text in (*origin.obstacles, *origin.remarks))
     yield f"RAM       {show_size(stream.total_ram)}"
     if not stream.complete:
-        yield "complete  RAM yes; the end of the device state was not seen"
+        yield "complete  RAM yes; the end of the device state was not found"
     elif stream.opaque_tail:
-        yield "complete  yes; without a description its device sections cannot be told apart"
+        yield "complete  yes; the last device sections cannot be separated without a description"
     else:
         yield "complete  yes"
     yield ""
@@ -244,7 +242,7 @@ def _place(pages_offset: int | None) -> str:
 
 
 def _section_rows(sections: Iterable[Section]) -> Iterator[tuple[object, ...]]:
-    """A row a section; the repeated parts of a live save share one."""
+    """Yield a row for each section; the repeated parts of a live save share one row."""
     for (kind, name, instance, version), group in itertools.groupby(
         sections, key=lambda s: (s.kind, s.name, s.instance_id, s.version_id)
     ):

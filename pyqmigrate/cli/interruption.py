@@ -1,8 +1,8 @@
-"""The signals that end a command, heard by an event loop.
+"""Termination signals, handled by an event loop.
 
-A signal that raises KeyboardInterrupt inside the loop breaks it, and with it the sessions that are
-needed to clean up: QEMU keeps running and never hears of it. So the loop hears it, cancels the
-work, and waits until that has restored everything.
+A KeyboardInterrupt raised inside the loop would break the loop and the QMP sessions that are needed
+for the rollback, and QEMU would keep its changed settings. So the loop handles the signal, cancels the
+work, and waits for its rollback.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def ending_signals() -> list[signal.Signals]:
-    """Those that end this command. A signal that is ignored stays so (nohup)."""
+    """Return the signals that end this command: those that are not ignored (nohup)."""
     return [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def run_interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` in an event loop of its own; a signal cancels it, with the time to clean up.
+    """Run ``work`` in an event loop of its own; a signal cancels it and waits for its cleanup.
 
-    Raises KeyboardInterrupt when it was cancelled. ``work`` may hear the signals in its own way
-    from some moment on.
+    Raises KeyboardInterrupt if it was cancelled. ``work`` may install its own handlers later.
     """
     handlers = {number: signal.getsignal(number) for number in ending_signals()}
     early: list[int] = []
@@ -38,7 +37,7 @@ def run_interruptible(work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(RuntimeError, ValueError):  # only the main thread hears signals
+        with contextlib.suppress(RuntimeError, ValueError):  # only in the main thread
             for number in handlers:
                 loop.add_signal_handler(number, task.cancel)
         if early:
@@ -47,7 +46,7 @@ def run_interruptible(work: Coroutine[Any, Any, T]) -> T:
 
     try:
         with contextlib.suppress(ValueError):
-            # One that raised while the loop is made would leave it neither whole nor closed.
+            # An exception during the creation of the loop would leave it half made and open.
             for number in handlers:
                 signal.signal(number, lambda number, _: early.append(number))
         return asyncio.run(cancelled_by_signal())

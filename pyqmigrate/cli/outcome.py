@@ -1,7 +1,7 @@
-"""What a verb hands back for printing, and text that is safe to print.
+"""The outcome of a verb, and text that is safe to print.
 
-Names come from files that nobody vouches for: whatever a terminal could act on is shown as an
-escape (:func:`printable`).
+Names come from untrusted files, so characters that could control a terminal are shown as escapes
+(:func:`printable`).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ __all__ = [
     "table",
 ]
 
-SCHEMA = 1  # of all JSON objects; docs/json.md
+SCHEMA = 1  # the version of all JSON objects; docs/json.md
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The result of a verb: ``data`` for ``--json``, ``lines`` for people, and the exit code.
 
-    ``data`` is None for a verb that has printed it already.
+    ``data`` is None for a verb that has already printed its result.
     """
 
     data: dict[str, Any] | None
@@ -52,23 +52,23 @@ class Outcome:
 
 
 def json_text(data: Mapping[str, Any]) -> str:
-    """What ``--json`` prints of ``data``, with its newline."""
+    """Return the text that ``--json`` prints for ``data``, with a newline."""
     return json.dumps({"schema": SCHEMA, **data}, indent=2) + "\n"
 
 
 def shown_seal(snapshot: str, seal: str) -> str:
-    """The path of a seal in the words of the user, who named the snapshot."""
+    """Return the path of a seal, relative if the user gave a relative path of the snapshot."""
     named = f"{snapshot}{SUFFIX}"
     return named if os.fspath(absolute(named)) == seal else seal
 
 
 def seal_data(path: object, algorithm: object, **more: object) -> dict[str, Any]:
-    """The value of ``seal``, in whichever object it is."""
+    """Return the value of the key ``seal``."""
     return {"path": str(path), "algorithm": str(algorithm), **more}
 
 
 def announce(args: argparse.Namespace, data: Mapping[str, Any], lines: Sequence[str]) -> None:
-    """Print the report of a verb that goes on: JSON on standard output, or ``lines`` on standard
+    """Print the report of a verb that continues: JSON to standard output, or ``lines`` to standard
     error."""
     if args.json:
         print(json_text(data), end="", flush=True)
@@ -77,7 +77,7 @@ def announce(args: argparse.Namespace, data: Mapping[str, Any], lines: Sequence[
 
 
 def printable(text: str) -> str:
-    r"""``text`` with control characters, lone surrogates and invisible ones as ``\x1b`` escapes."""
+    r"""Return ``text`` with unprintable characters and lone surrogates as ``\x1b`` escapes."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
@@ -85,7 +85,7 @@ def printable(text: str) -> str:
 
 
 def shown_error(error: BaseException) -> str:
-    """:func:`describe_error`, safe to print. What QEMU wrote stays in its lines."""
+    """Return :func:`describe_error`, safe to print. QEMU's texts keep their line breaks."""
     text = describe_error(error)
     if not isinstance(error, QemuError):
         return printable(text)
@@ -93,12 +93,12 @@ def shown_error(error: BaseException) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 channel``, ``2 channels``."""
+    """Return ``1 channel``, ``2 channels``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> list[str]:
-    """Lines in columns, the first ``left`` of them flush left, the others right."""
+    """Return lines in columns; the first ``left`` columns are aligned left, the others right."""
     cells = [list(head), *([printable(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
     return [
@@ -111,7 +111,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 
 
 
 def describe_error(error: BaseException) -> str:
-    """One sentence for people: what was wrong, and with which file."""
+    """Return one sentence for people: what is wrong, and with which file."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, MemoryError):
@@ -122,17 +122,19 @@ def describe_error(error: BaseException) -> str:
             return missing
         name = "" if error.filename is None else f": {os.fsdecode(error.filename)!r}"
         return f"{error.strerror}{name}"
-    # A note is the file that the error itself does not name.
+    # A note names the file if the error itself does not.
     return "".join([*getattr(error, "__notes__", ()), str(error)])
 
 
 def _missing(error: OSError) -> str | None:
-    """The sentence for a path that leads nowhere: what part of it is missing. None for any other
-    error, and where the path is there by now."""
+    """Return the sentence for a missing path: which part of it is missing.
+
+    None for any other error, and if the path exists by now.
+    """
     if error.errno not in (errno.ENOENT, errno.ENOTDIR) or error.filename is None:
         return None
     name = os.fsdecode(error.filename)
-    # A TargetError begins with what was done.
+    # The text of a TargetError begins with the failed action.
     front = "".join((error.strerror or "").rpartition(": ")[:2])
     parents = [parent for parent in reversed(Path(name).parents) if not parent.is_dir()]
     if parents:
@@ -142,13 +144,13 @@ def _missing(error: OSError) -> str | None:
         return f"{front}no directory {str(Path(name).parent)!r}"
     if error.errno == errno.ENOTDIR and os.path.lexists(name):
         return f"{front}{name!r} is not a directory"
-    if os.path.islink(name):  # noqa: PTH114
+    if Path(name).is_symlink():
         return f"{front}{name!r} is a link to a file that is missing"
     return None if os.path.lexists(name) else f"{front}no file {name!r}"
 
 
 def error_data(error: BaseException, code: ExitCode) -> dict[str, Any]:
-    """The value of ``error`` in the JSON object of a failure."""
+    """Return the value of ``error`` in the JSON object of a failure."""
     data: dict[str, Any] = {
         "type": "Interrupted" if code is ExitCode.INTERRUPTED else type(error).__name__,
         "message": describe_error(error),

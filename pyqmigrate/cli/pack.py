@@ -1,13 +1,13 @@
 """Pack raw memory files into a snapshot.
 
-Each ``NAME=FILE`` (split at the last ``=``) is one RAM block: its name, and the file that holds its
-bytes, whole pages of 4 KiB. Holes of the files are neither read nor stored. SNAPSHOT appears
-only when it is whole and durable; with ``--offset`` it is written into the file in place, and is
-a snapshot only once it is whole. With ``--seal`` SNAPSHOT.seal is written when it is there, without
-reading it again; see the verb seal.
+Each ``NAME=FILE`` (split at the last ``=``) is a RAM block: its name, and the file with its bytes,
+whole pages of 4 KiB. Holes in the files are neither read nor stored. SNAPSHOT appears only when it is
+complete and durable; with ``--offset`` it is written into the file in place, and is a valid snapshot
+only when it is complete. ``--seal`` then writes SNAPSHOT.seal without reading SNAPSHOT again; see the
+verb seal.
 
 JSON: ``snapshot``; ``data_pages``, ``zero_pages``; ``bytes_written``, ``bytes_allocated``,
-``file_size``; ``seconds`` with the fsync; ``direct_io`` (true or false), ``direct_io_reason``;
+``file_size``; ``seconds``, fsync included; ``direct_io`` (true or false), ``direct_io_reason``;
 ``channels``; ``sparse``; ``unaligned_blocks`` (names); ``seal`` (null, or an object of ``path`` and
 ``algorithm``).
 """
@@ -53,7 +53,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "snapshot",
         metavar="SNAPSHOT",
-        help="the snapshot to write; - is standard output, where that is a file",
+        help="the snapshot to write; - is standard output, which must be a file",
     )
     parser.set_defaults(writes="snapshot")
     parser.add_argument(
@@ -63,7 +63,7 @@ def add_parser(verbs: Verbs) -> None:
         "--machine",
         metavar="TYPE",
         default="",
-        help="machine type of the guest (default: none, which loads on any)",
+        help="machine type of the guest (default: none, which loads on any machine)",
     )
     add_channels(parser)
     add_direct_io(parser)
@@ -71,7 +71,7 @@ def add_parser(verbs: Verbs) -> None:
         "--sparse",
         choices=[str(policy) for policy in Sparse],
         default="auto",
-        help="what becomes of zero pages (default: auto, short gaps are written along)",
+        help="which zero pages are allocated (default: auto, those in short gaps)",
     )
     add_offset(parser)
     add_seal(parser)
@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 def _open_memory(path: str) -> int:
-    # O_NONBLOCK: to open a FIFO must not wait for a writer.
+    # O_NONBLOCK: opening a FIFO must not wait for a writer.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
@@ -123,12 +123,14 @@ def _target(args: argparse.Namespace) -> Target:
     offset: int | None = args.offset
     if is_standard(path):
         if offset is not None:
-            raise UsageError("--offset does not go with '-'")
+            raise UsageError("--offset cannot be combined with '-'")
         return write_to(path, forward="a mapped-ram file has its pages at fixed places")
     if offset is None:
         return path
     if path.startswith("file:") or ",offset=" in path:
-        raise UsageError(f"--offset does not go with the name {path!r}; write it into a file: URI")
+        raise UsageError(
+            f"--offset cannot be combined with {path!r}: give the offset in a file: URI"
+        )
     return f"file:{path},offset={offset}"
 
 
@@ -143,7 +145,7 @@ def _lines(path: str, report: SaveReport) -> list[str]:
         f"{counted(report.channels, 'channel')}, direct I/O {'on' if report.direct_io else 'off'} "
         f"({report.direct_io_reason})",
         *(
-            f"memory of {printable(name)!r} is not aligned: it was copied"
+            f"the memory of {printable(name)!r} is not aligned, so it was copied"
             for name in report.unaligned_blocks
         ),
         *([f"sealed: {report.seal}"] if report.seal else []),

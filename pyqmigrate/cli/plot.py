@@ -1,4 +1,4 @@
-"""The picture of a bench: MiB/s over channels, for saves and for loads."""
+"""The chart of a bench: MiB/s over channels, for saves and for loads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PICTURE = FileKind("picture", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"
 
 
 def check_available() -> None:
-    """NotSupported, with the command that helps, where there is no matplotlib."""
+    """Raise NotSupported, with the command to run, if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -28,8 +28,10 @@ def check_available() -> None:
 
 
 def check_place(path: str) -> Path:
-    """Where the picture is to be: an absolute path. UsageError where something else is there, and
-    TargetError where no file can be made."""
+    """Return the absolute path for the picture.
+
+    Raises UsageError if another kind of file is there, TargetError if no file can be created.
+    """
     place = check_replaceable(path, _PICTURE)
     if not os.access(place.parent, os.W_OK):
         number = errno.EACCES if place.parent.exists() else errno.ENOENT
@@ -38,7 +40,7 @@ def check_place(path: str) -> Path:
 
 
 def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
-    """Write a PNG of the ``results`` of a bench to ``path``. Needs no display."""
+    """Write the ``results`` of a bench to ``path`` as a PNG. Needs no display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")

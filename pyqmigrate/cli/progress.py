@@ -1,6 +1,6 @@
-"""How far a job is, shown on a terminal: a bar with rich, lines without it.
+"""Progress of a job on a terminal: a bar with rich, lines without it.
 
-It is shown on standard error, and only where that is a terminal, unless :func:`hidden`.
+It is shown on standard error if that is a terminal, unless it is :func:`hidden`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _hidden = False
 
 @contextlib.contextmanager
 def hidden(hide: bool) -> Iterator[None]:
-    """Show no progress within the block, if ``hide``."""
+    """Hide progress within the block if ``hide`` is true."""
     global _hidden
     before, _hidden = _hidden, hide or _hidden
     try:
@@ -37,7 +37,7 @@ def hidden(hide: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shown(title: str) -> Iterator[Show | None]:
-    """A progress callback for one job, or None where nobody watches."""
+    """Return a progress callback for one job, None if progress is not shown."""
     stream = sys.stderr
     if _hidden or not stream.isatty():
         yield None

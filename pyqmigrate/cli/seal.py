@@ -1,18 +1,17 @@
 """Make a snapshot durable and verifiable: write SNAPSHOT.seal beside it.
 
-The structure is verified first. Pages whose bit is clear and that do not read as zeros in the file
-become holes; an instant restore then need not look for them. The seal has a digest for every MiB of
-the file; verify holds the file against it. A seal that is there already is replaced.
+First the structure is verified. Then pages whose bit is clear and that do not read as zeros in the file
+become holes, so that an instant restore need not search for them. The seal contains a digest of every
+MiB of the file, which verify compares with the file. An existing seal is replaced.
 
-Where it was not said in which byte order the bitmaps are (--bitmap-order), and fewer pages would be
-cleared if they were read in the other one, nothing is cleared, and the order has to be said.
+If --bitmap-order is not given, and fewer pages would have to be cleared with the bitmaps in the other
+byte order, nothing is cleared and the option is required.
 
 A snapshot that a guest runs from (vm restore) can be sealed unless pages have to be cleared in it.
 
 JSON: ``snapshot``; ``seal``, an object of ``path`` and ``algorithm``; ``file_size``;
-``bytes_read`` (what was not in holes); ``clear_pages_zero`` (false for a sequential stream, which has
-no clear pages);
-``cleared_pages``; ``seconds``; ``direct_io``, ``direct_io_reason`` (of the reading); ``channels``;
+``bytes_read`` (without holes); ``clear_pages_zero`` (false for a sequential stream, which has no clear
+pages); ``cleared_pages``; ``seconds``; ``direct_io``, ``direct_io_reason`` (of the reading); ``channels``;
 ``bitmap_order`` (little or big; null for a sequential stream).
 """
 
@@ -41,19 +40,19 @@ __all__ = ["add_parser"]
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "seal", _run, __doc__)
-    parser.add_argument("snapshot", metavar="SNAPSHOT")
+    parser.add_argument("snapshot", metavar="SNAPSHOT", help="the snapshot to seal")
     parser.add_argument(
         "--algorithm",
         choices=[str(name) for name in Algorithm],
         default="xxh3-128",
-        help="how digests are computed (default: xxh3-128; blake3 and sha256 withstand malice)",
+        help="digest algorithm (default: xxh3-128; blake3 and sha256 also detect deliberate changes)",
     )
     parser.add_argument(
         "--page-size",
         type=read_size,
         metavar="SIZE",
         default=None,
-        help="of a sequential stream that does not tell it (default: 4096)",
+        help="page size of a sequential stream that does not record it (default: 4096)",
     )
     add_bitmap_order(parser)
     add_offset(parser)
@@ -83,7 +82,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         f"({report.direct_io_reason})",
     ]
     if report.cleared_pages:
-        lines.append(f"{counted(report.cleared_pages, 'clear page')} with old bytes made a hole")
+        lines.append(f"{counted(report.cleared_pages, 'clear page')} with old bytes became holes")
     data = asdict(report)
     data["seal"] = seal_data(report.seal, data.pop("algorithm"))
     data["file_size"] = data.pop("size")

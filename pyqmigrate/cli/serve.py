@@ -1,20 +1,19 @@
-"""Be a QMP server in front of memory that is kept in files.
+"""Run a QMP server for QEMU's file migration, with memory that is kept in files.
 
-A manager drives QEMU's file migration here without QEMU: this memory is saved to snapshots that
-QEMU loads, and what QEMU saved is loaded into it. Example:
+A manager can drive QEMU's file migration without a QEMU: the memory is saved to snapshots that QEMU
+loads, and snapshots by QEMU are loaded into it. Example:
 
     pyqmigrate serve --qmp vm.qmp --ram pc.ram=/dev/shm/guest-ram,size=1G
 
-Ctrl-C, SIGTERM, SIGHUP and the command quit end the server, with exit code 0; a save that runs then
-is cancelled. It leaves nothing behind at a path; a file that was handed in, or has an offset, keeps
-a part that is recognisable by its zero magic.
+Ctrl-C, SIGTERM, SIGHUP and the command quit end the server with exit code 0, and cancel a running save.
+A cancelled save to a path leaves nothing. In a file that was passed as a descriptor, or that has an
+offset, it leaves a partial file with a zero magic.
 
-The socket is made with mode 0600, and only this user and root may connect.
+The socket has mode 0600, and only this user and root may connect. When clients can connect, the server
+prints a line to standard error: ``pyqmigrate: listening on unix:PATH``.
 
-When clients can connect, a line says so on standard error: ``pyqmigrate: listening on unix:PATH``.
-
-JSON, when the server has ended: ``qmp``, the socket; ``total_ram``; ``incoming``, the status of
-the incoming migration, null without --incoming. The exit code is 4 when that failed.
+JSON, when the server has ended: ``qmp``, the socket; ``total_ram``; ``incoming``, the status of the
+incoming migration, null without --incoming. The exit code is 4 if that migration failed.
 """
 
 from __future__ import annotations
@@ -50,20 +49,22 @@ _COMPAT = {"10.0": Policy.COMPAT_10_0, "11.1": Policy.COMPAT_11_1}
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "serve", _run, __doc__)
     parser.add_argument(
-        "--qmp", required=True, metavar="SOCKET", help="where clients connect: PATH or unix:PATH"
+        "--qmp", required=True, metavar="SOCKET", help="the socket for clients: PATH or unix:PATH"
     )
     parser.add_argument(
         "--ram",
         required=True,
         action="append",
         metavar="NAME=FILE[,size=SIZE]",
-        help="a RAM block and the file it lives in; made, or made longer, when a size (whole pages "
-        "of 4 KiB) is given",
+        help="a RAM block and its file; with a size (whole pages of 4 KiB) the file is created or "
+        "extended; can be given several times",
     )
     parser.add_argument(
-        "--machine", default="", metavar="TYPE", help="machine type written into snapshots"
+        "--machine", default="", metavar="TYPE", help="machine type to record in snapshots"
     )
-    parser.add_argument("--uuid", type=UUID, help="the guest's, for the capability validate-uuid")
+    parser.add_argument(
+        "--uuid", type=UUID, help="the guest's UUID, for the capability validate-uuid"
+    )
     parser.add_argument(
         "--incoming", metavar="defer|URI", help="wait for a migration, or load this one at once"
     )
@@ -73,8 +74,8 @@ def add_parser(verbs: Verbs) -> None:
         const="10.0",
         choices=sorted(_COMPAT),
         metavar="10.0|11.1",
-        help="imitate QEMU 10.0.2 or 11.1.3, texts and quirks (10.0 when no version is given); "
-        "without it, what QEMU fails on later is refused at once",
+        help="imitate QEMU 10.0.2 or 11.1.3 with its texts and quirks (without a version: 10.0); "
+        "without --compat, errors that QEMU reports late are reported at once",
     )
 
 
@@ -83,12 +84,12 @@ def _run(args: argparse.Namespace) -> Outcome:
     blocks = [_read_block(text) for text in args.ram]
     with contextlib.ExitStack() as stack:
         migration = Migration(
-            [_open_block(*given, stack) for given in blocks],
+            [_open_block(*block, stack) for block in blocks],
             machine=args.machine,
             uuid=args.uuid,
             policy=Policy.STRICT if args.compat is None else _COMPAT[args.compat],
             incoming=args.incoming is not None,
-            # What a manager finds when it connects to QEMU; a library's own default is no limit.
+            # QEMU's defaults, which a manager expects; the library's own have no bandwidth limit.
             parameters=Parameters(),
         )
         stack.callback(migration.close)
@@ -100,7 +101,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 async def _serve(migration: Migration, path: str, incoming: str | None, *, quiet: bool) -> bool:
-    """Serve until somebody asks for the end; whether that was a failed incoming migration."""
+    """Serve until the end is requested; return whether an incoming migration failed."""
     loop = asyncio.get_running_loop()
     failed = asyncio.Event()
 
@@ -117,22 +118,23 @@ async def _serve(migration: Migration, path: str, incoming: str | None, *, quiet
         if incoming is not None and incoming != "defer":
             address = parse_uri(incoming)
             await asyncio.to_thread(migration.migrate_incoming, address)
-        ends = [asyncio.ensure_future(e.wait()) for e in (server.quit_requested, failed)]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for waiting in ends:
-            waiting.cancel()
+        events = (server.quit_requested, failed)
+        tasks = [asyncio.ensure_future(event.wait()) for event in events]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
         await asyncio.to_thread(migration.close)
     return failed.is_set()
 
 
 def _read_block(text: str) -> tuple[str, str, int | None]:
-    """Name, file and length of a RAM block; None for the length that the file has."""
+    """Return name, file and length of a RAM block; None is the length of the file."""
     name, equals, rest = text.partition("=")
     path, comma, size = rest.rpartition(",size=")
     if not comma:
         path, size = rest, ""
     if not equals or not name or not path or (comma and not size):
-        raise UsageError(f"--ram is {text!r}; it is NAME=FILE[,size=SIZE]")
+        raise UsageError(f"--ram must be NAME=FILE[,size=SIZE], not {text!r}")
     if not size:
         return name, path, None
     try:
@@ -145,16 +147,18 @@ def _read_block(text: str) -> tuple[str, str, int | None]:
 
 
 def _open_block(name: str, path: str, length: int | None, stack: contextlib.ExitStack) -> RamBlock:
-    """A block in its file, which is made or made longer where a length is given. A file that cannot
-    be made so long is left as it was."""
+    """Open a RAM block's file, and create or extend it if a length is given.
+
+    If that fails, the file is left as it was.
+    """
     try:
-        fd, made = _open_memory(path, make=length is not None)
+        fd, created = _open_memory(path, create=length is not None)
         stack.callback(os.close, fd)
         try:
             if length is not None:
                 os.ftruncate(fd, max(length, os.fstat(fd).st_size))
         except OSError:
-            if made:
+            if created:
                 Path(path).unlink()
             raise
     except OSError as error:
@@ -162,12 +166,12 @@ def _open_block(name: str, path: str, length: int | None, stack: contextlib.Exit
     return RamBlock(name, FileMemory(fd, length=length))
 
 
-def _open_memory(path: str, *, make: bool) -> tuple[int, bool]:
-    """The file at ``path``, and whether it was made now."""
+def _open_memory(path: str, *, create: bool) -> tuple[int, bool]:
+    """Open the file at ``path``; return its descriptor, and whether it was created."""
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
         return os.open(path, flags), False
     except FileNotFoundError:
-        if not make:
+        if not create:
             raise
     return os.open(path, flags | os.O_CREAT, 0o600), True

@@ -1,4 +1,4 @@
-"""Sizes as people write and read them: ``1GiB``, ``512M``, ``1.5 GiB``."""
+"""Sizes for people: ``1GiB``, ``512M``, ``1.5 GiB``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _BINARY = re.compile(r"([0-9.]+) ?([kmgtpe])i(?:b)?", re.IGNORECASE | re.ASCII)
 
 
 def read_size(text: str) -> int:
-    """Bytes, for argparse: what QEMU takes (``512M``, ``0x1000``), and KiB, MiB, GiB.
+    """Return the bytes of a size, for argparse: as QEMU writes it (``512M``, ``0x1000``), or KiB, MiB,
+    GiB.
 
-    No file, and so nothing here, can have more than 8 EiB.
+    The limit is that of a file, 8 EiB.
     """
     found = _BINARY.fullmatch(text.strip())
     try:
@@ -30,12 +31,12 @@ def read_size(text: str) -> int:
             f"{text!r} is not a size; write it as 512MiB, 1GiB, 4096 or 0x1000"
         ) from None
     if size > OFFSET_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is too large: no file has so many bytes")
+        raise argparse.ArgumentTypeError(f"{text!r} is too large: the limit of a file is 8 EiB")
     return size
 
 
 def show_size(size: int) -> str:
-    """Bytes as the largest of B, KiB, MiB and GiB that leaves a whole part."""
+    """Return a size in the largest of B, KiB, MiB and GiB that gives 1 or more."""
     if size < 1024:
         return f"{size} B"
     shown = [(round(size / (1 << shift), 1), unit) for shift, unit in _UNITS]
@@ -44,5 +45,5 @@ def show_size(size: int) -> str:
 
 
 def show_rate(size: int, seconds: float) -> str:
-    """MiB a second, or nothing where no time passed."""
+    """Return the rate in MiB per second, an empty text if no time passed."""
     return f"{size / MIB / seconds:.0f}" if seconds > 0 else ""

@@ -1,4 +1,4 @@
-"""``-``: standard input where a snapshot is read, standard output where one is written."""
+"""The argument ``-``: standard input for reading a snapshot, standard output for writing one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _INPUT = "/dev/stdin"
 
 
 def is_standard(path: str) -> bool:
-    """Whether the argument means a standard stream; a file of that name is ``./-``."""
+    """Return whether the argument means a standard stream; a file of that name is ``./-``."""
     return path == STANDARD
 
 
 def read_from(path: str, offset: int | None) -> tuple[str, int | None]:
-    """The path and the offset that an argument means; a file is read from its present position.
+    """Return the path and the offset to read; standard input is read from its current position.
 
-    Raises UsageError where standard input is closed.
+    Raises UsageError if standard input is closed.
     """
     if not is_standard(path):
         return path, offset
@@ -38,10 +38,11 @@ def read_from(path: str, offset: int | None) -> tuple[str, int | None]:
 
 
 def write_to(path: str, *, forward: str | None) -> Target:
-    """The target that an argument means. ``forward`` says why what is written needs a file with
-    positions; None: a pipe will do.
+    """Return the target that an argument means.
 
-    Raises UsageError for a standard output that will not do.
+    forward: the reason why the output cannot go through a pipe; None if it can.
+
+    Raises UsageError for an unsuitable standard output.
     """
     if not is_standard(path):
         return path
@@ -52,13 +53,15 @@ def write_to(path: str, *, forward: str | None) -> Target:
             sys.stdout.flush()
         return Descriptors(1, offset=os.lseek(1, 0, os.SEEK_CUR))
     if forward is not None:
-        raise UsageError(f"'-' is not a file here, and {forward}: name a file, or redirect to one")
+        raise UsageError(
+            f"standard output ('-') is not a file, and {forward}: name a file, or redirect to one"
+        )
     if os.isatty(1):
         raise UsageError("standard output is a terminal: redirect it to a file or a pipe")
     return Descriptors(1)
 
 
 def refuse_standard(path: str, why: str) -> None:
-    """UsageError where the argument is ``-``."""
+    """Raise UsageError if the argument is ``-``."""
     if is_standard(path):
         raise UsageError(f"'-' is not possible here: {why} (a file of that name is ./-)")

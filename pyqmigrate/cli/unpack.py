@@ -1,13 +1,13 @@
 """Unpack a snapshot of any kind into sparse raw files.
 
-Every RAM block becomes ``NAME.raw`` in DIR, which is made if it is not there; bytes of its name
-outside ``[A-Za-z0-9._-]``, and a leading dot, are written as ``%XX``. ``blocks.json`` lists them.
-None of these names may be that of SNAPSHOT.
-A sequential stream is read once, front to back, and may come through a pipe (``-``).
+Every RAM block becomes ``NAME.raw`` in DIR, which is created if necessary. Bytes of the name outside
+``[A-Za-z0-9._-]``, and a leading dot, are written as ``%XX``. ``blocks.json`` lists the files. SNAPSHOT
+must not be one of them. A sequential stream is read once, front to back, and may come through a pipe
+(``-``).
 
-JSON: ``snapshot``; ``directory``; ``blocks``, a list of ``name``, ``file`` (null where the content
+JSON: ``snapshot``; ``directory``; ``blocks``, a list of ``name``, ``file`` (null if the content
 is not in the snapshot), ``length``, ``page_size``, ``data_pages``, ``zero_pages``;
-``bytes_allocated``; ``seconds`` with the fsync.
+``bytes_allocated``; ``seconds``, fsync included.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["add_parser"]
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "unpack", _run, __doc__)
     add_snapshot(parser)
-    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("directory", metavar="DIR", help="the directory for the raw files")
     parser.add_argument(
         "--block",
         metavar="NAME",
         action="append",
-        help="only this block; may be repeated (default: all)",
+        help="only this block; can be given several times (default: all blocks)",
     )
 
 

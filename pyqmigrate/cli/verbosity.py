@@ -1,4 +1,4 @@
-"""How much a verb prints: log messages with ``--verbose``, no progress with ``--no-progress``."""
+"""The options ``--verbose``, ``--quiet`` and ``--no-progress``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["configured"]
 
 @contextlib.contextmanager
 def configured(args: argparse.Namespace) -> Iterator[None]:
-    """Log to standard error and show progress within the block as the general options say."""
+    """Log to standard error, and show or hide progress, within the block."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(hidden(args.quiet or args.no_progress))
         if args.verbose and sys.stderr is not None:

@@ -1,26 +1,25 @@
-"""Verify that a snapshot is whole and well-formed, and what was sealed.
+"""Verify that a snapshot is complete and well-formed, and that it is as it was sealed.
 
-With a seal beside it (SNAPSHOT.seal, see the verb seal) every byte of the file is held against it:
-a damage is told with its MiB and file offset, the block, and the pages of the guest (in a sequential
-stream by its records, if they still parse). Then, as
-always, the structure is checked: every length and offset against each other and the file's size,
-every bitmap or page record, and that the end of the stream is there. Without a seal flipped bits in
-pages cannot be seen.
+If there is a seal beside it (SNAPSHOT.seal, see the verb seal), every byte of the file is compared with
+the seal. Damage is reported with its MiB and file offset, the block, and the pages of the guest; in a
+sequential stream the pages are found through its records, if these still parse. Then the structure is
+checked, with or without a seal: every length and offset against each other and the file's size, every
+bitmap or page record, and the end of the stream. Without a seal, flipped bits in pages cannot be found.
 
-Whether the bitmaps would fit the file better in the other byte order is noted (see --bitmap-order).
+A note says if the bitmaps would fit the file better in the other byte order (see --bitmap-order).
 
-``--deep`` decodes the device state too, and counts pages whose bit is clear and that do not read as
-zeros in the file. These are no damage: for the guest they are zeros.
+``--deep`` also decodes the device state, and counts pages whose bit is clear and that do not read as
+zeros in the file. Such pages are not damage: for the guest they are zeros.
 
-JSON: ``snapshot``; ``valid``; ``seal``, null where there is none, otherwise an object of ``path``,
+JSON: ``snapshot``; ``valid``; ``seal``, null without a seal, otherwise an object of ``path``,
 ``algorithm``, ``sealed_size``, ``intact``, ``damages``, ``notes`` (sentences), ``bytes_read``,
 ``seconds``, ``direct_io``, ``direct_io_reason``. Each of ``damages`` has ``mib``, ``offset``,
 ``length`` (bytes), ``why``, and ``parts``: what was sealed there, ``what`` (pages, bitmap, or
-words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. Where it is intact
+words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. If it is intact
 or null: ``bitmap_order`` (null for a sequential stream), ``notes`` (sentences), ``block_count``,
-``data_pages``, ``zero_pages`` (numbers); with --deep ``device_count`` (null where they cannot be
-told apart), ``stale_pages`` and ``stale_blocks`` (their number by block). Damage exits with 1; a
-snapshot or a seal that cannot be parsed is an error, with exit code 1.
+``data_pages``, ``zero_pages`` (numbers); with --deep ``device_count`` (null if they cannot be
+separated), ``stale_pages`` and ``stale_blocks`` (their number by block). The exit code is 1
+for damage, and for a snapshot or a seal that cannot be parsed, which is an error.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "verify", _run, __doc__)
     add_snapshot(parser)
     parser.add_argument(
-        "--deep", action="store_true", help="look at device state and clear pages too"
+        "--deep", action="store_true", help="also check device state and clear pages"
     )
     add_channels(parser, default=4)
     add_direct_io(parser)
@@ -80,7 +79,7 @@ def _run(args: argparse.Namespace) -> Outcome:
             lines += [f"note      {note}" for note in notes]
         data |= {"block_count": count, "data_pages": pages, "zero_pages": zero}
         lines.append(
-            f"{printable(args.snapshot)}: well-formed and whole: {counted(count, 'block')}, "
+            f"{printable(args.snapshot)}: well-formed and complete: {counted(count, 'block')}, "
             f"{counted(pages, 'data page')}, {counted(zero, 'zero page')}"
         )
         if args.deep:
@@ -89,7 +88,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 def _is_pipe(path: str) -> bool:
-    """Whether there is no file that a seal could be beside."""
+    """Return whether the snapshot is a pipe, which has no file with a seal beside it."""
     return PipeReader.is_pipe(read_from(path, None)[0])
 
 
@@ -109,7 +108,7 @@ def _about(snapshot: str, check: SealCheck) -> list[str]:
     lines = [printable(f"damaged   {damage}") for damage in check.damages]
     lines += [f"note      {printable(note)}" for note in check.notes]
     rate = show_rate(check.bytes_read, check.seconds)
-    verdict = "nothing has changed" if check.intact else "NOT what was sealed"
+    verdict = "nothing has changed" if check.intact else "NOT as it was sealed"
     return [
         *lines,
         f"{printable(shown_seal(snapshot, check.seal))}: {verdict}: {check.algorithm} of "
@@ -136,7 +135,7 @@ def _look_deeper(
     number = len(found.devices)
     data["device_count"] = None if found.opaque_tail else number
     lines.append(
-        "device state cannot be told apart: there is no description, or it does not fit"
+        "device state cannot be separated: it has no description, or the description does not fit"
         if found.opaque_tail
         else f"device state: {counted(number, 'section')} decoded"
     )

@@ -14,7 +14,7 @@ import lzma
 import shlex
 import zlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError
 from pyqmigrate.format.compression import Compression
@@ -53,7 +53,7 @@ def _library(
 ) -> tuple[_Make, tuple[type[Exception], ...]]:
     """Return what makes a reader of compressed bytes, and what that raises for damaged ones."""
     if compression is Compression.GZIP:
-        return lambda below: gzip.GzipFile(fileobj=below, mode="rb"), ()
+        return lambda below: gzip.GzipFile(fileobj=cast("IO[bytes]", below), mode="rb"), ()
     if compression is Compression.BZIP2:
         return lambda below: _Members(below, bz2.BZ2Decompressor), ()
     if compression is Compression.XZ:

@@ -125,7 +125,7 @@ class MappedRamSnapshot(Snapshot):
 
     def __init__(self, stream_file: StreamFile, *, bitmap_order: ByteOrder | None = None) -> None:
         super().__init__(stream_file)
-        self._bitmap_order = bitmap_order
+        self._bitmap_order: ByteOrder | None = bitmap_order
         self._blocks: Mapping[str, MappedRamBlock] = {}
         try:
             check_bitmap_order(bitmap_order)

@@ -9,7 +9,9 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,25 @@ def test_install_lines_of_the_pages_name_this_tree() -> None:
         if re.search(r"pip install[^|]*['\" ]pyqmigrate", line)
     ]
     assert wrong == []
+
+
+def in_git() -> set[str]:
+    """The files of the package that git has, which a build must take along."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is not a checkout")
+    listed = subprocess.check_output(["git", "ls-files", "pyqmigrate"], cwd=ROOT, text=True)
+    return set(listed.splitlines())
+
+
+def test_wheel_and_sdist_have_every_file_of_the_package(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "MANIFEST.in", tmp_path)
+    ran = build(tmp_path, "-q", "sdist", "bdist_wheel", CFLAGS="-O0")
+    assert ran.returncode == 0, ran.stderr
+    [sdist], [wheel] = (tmp_path / "dist").glob("*.tar.gz"), (tmp_path / "dist").glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert in_git() - packed == set()
+    with zipfile.ZipFile(wheel) as archive:
+        installed = set(archive.namelist())
+    assert in_git() - installed == set()
+    assert not any(name.startswith(("tests", "csrc", "docs")) for name in installed)

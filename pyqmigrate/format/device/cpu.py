@@ -156,7 +156,7 @@ def _x86(state: State, index: int) -> CpuRegisters | None:
     )
     debug = enumerate(_numbers(state.get("env.dr")))
     control = _named(state, _X86_CONTROL) | {f"dr{n}": value for n, value in debug}
-    segments = dict(zip(_SEGMENTS, _states(state.get("env.segs")), strict=False))
+    segments: dict[str, State] = dict(zip(_SEGMENTS, _states(state.get("env.segs")), strict=False))
     for name in _TABLES:
         table = state.get(f"env.{name}")
         if isinstance(table, State):

@@ -287,5 +287,5 @@ class _StagingBuffer:
         if self.channel == _core.ffi.NULL:
             raise MemoryError
         self.fault = _core.ffi.new("struct qm_fault *")
-        self.part = (-1, 0)  # number of the block, and the offset in it
+        self.part: tuple[int, int] = (-1, 0)  # number of the block, and the offset in it
         self.written: Future[int] | None = None

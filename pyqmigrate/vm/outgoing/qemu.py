@@ -72,7 +72,7 @@ async def save_qemu(
             )
             if while_paused is not None:
                 await transaction.check_still_stopped()
-            completed_at = time.monotonic()
+            completed_at = now = time.monotonic()
             if resume:
                 await transaction.resume()
                 now = time.monotonic()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pyqmigrate.vm.qemu.monitor import Monitor
 
@@ -43,7 +43,7 @@ class EventLog:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while True:
-                    event: Mapping[str, Any] = await self._listener.get()
+                    event = cast("Mapping[str, Any]", await self._listener.get())
                     self._note(event)
                     if event["event"] == _MIGRATION:
                         return str(event["data"]["status"])

@@ -361,7 +361,6 @@ def _plain(value: Any, kind: str, place: str) -> str | int | bool:
         return value
     if kind == "bool" and isinstance(value, bool):
         return value
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    if kind == "int" and is_int and 0 <= value <= _NUMBER_MAX:
-        return int(value)
+    if kind == "int" and type(value) is int and 0 <= value <= _NUMBER_MAX:
+        return value
     raise SnapshotError(f"{str(value)[:40]!r} is not a valid {kind}", field=place)

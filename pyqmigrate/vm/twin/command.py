@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.uri import parse_size
@@ -395,7 +395,7 @@ class _Rewriter:
             return join_properties("hubport", {**kept, "hubid": str(self._hubs)})
         raise NotSupported(f"network backend {kind} has no stand-in")
 
-    _REWRITTEN: ClassVar[Mapping[str, Callable[[_Rewriter, Option], Iterator[Option]]]] = {
+    _REWRITTEN: ClassVar[Mapping[str, Callable[[Any, Option], Iterator[Option]]]] = {
         "audio": _audio,
         "audiodev": _audiodev,
         "blockdev": _blockdev,

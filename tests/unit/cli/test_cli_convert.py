@@ -47,6 +47,17 @@ def test_raw_files_are_those_of_unpack(sequential: Path, tmp_path: Path, command
         assert (tmp_path / directory / "pc.ram.raw").read_bytes() == pages(9, 1)
 
 
+def test_a_description_for_raw_files_is_refused_before_a_qemu_starts(
+    tmp_path: Path, command: Command
+) -> None:
+    """Before anything else, too: neither the snapshot nor the program exists."""
+    missing = tmp_path / "missing"
+    ran = command("convert", missing, tmp_path / "raw", "--to", "raw", "--describe", "--", missing)
+    assert ran.code == 2
+    assert "raw files hold RAM only" in ran.err
+    assert not (tmp_path / "raw").exists()
+
+
 def test_form_has_to_be_said(sequential: Path, tmp_path: Path, command: Command) -> None:
     assert command("convert", sequential, tmp_path / "to").code == 2
     assert command("convert", sequential, tmp_path / "to", "--to", "qcow2").code == 2

@@ -11,7 +11,7 @@ import pytest
 
 from pyqmigrate.cli import demo, demo_qemu
 from pyqmigrate.cli.contents import PAGE, SMALLEST, fill, first_difference, guest_memory
-from pyqmigrate.cli.room import fitting_size
+from pyqmigrate.cli.scratch import fitting_size
 from pyqmigrate.cli.sizes import MIB
 from pyqmigrate.errors import NoSpace, TargetError
 from tests.harness.command import Command
@@ -43,7 +43,7 @@ def test_demo_without_qemu_says_so_and_is_done(no_qemu: Path, disk: Path, comman
     ran = command("demo", "--size", "8MiB", "--dir", disk)
     assert ran.code == 0
     assert ran.out.count("memory is equal") == 2
-    assert "QEMU was not asked: there is no qemu-system-x86_64 >= 9.0 on the PATH" in ran.out
+    assert "not loaded by QEMU: there is no qemu-system-x86_64 >= 9.0 on the PATH" in ran.out
     assert list(disk.iterdir()) == []
 
 
@@ -155,14 +155,14 @@ def test_first_difference_is_the_page_of_the_changed_byte(memory: mmap.mmap) -> 
 
 
 def test_default_size_shrinks_to_the_room(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyqmigrate.cli.room._free_disk", lambda directory: 200 * MIB)
+    monkeypatch.setattr("pyqmigrate.cli.scratch.free_bytes", lambda directory: 200 * MIB)
     assert fitting_size(None, 1024 * MIB, disk, memories=2) == 128 * MIB
 
 
 def test_size_that_was_asked_for_does_not_shrink(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyqmigrate.cli.room._free_disk", lambda directory: 200 * MIB)
+    monkeypatch.setattr("pyqmigrate.cli.scratch.free_bytes", lambda directory: 200 * MIB)
     with pytest.raises(NoSpace):
         fitting_size(1024 * MIB, 1024 * MIB, disk, memories=2)
 

@@ -157,7 +157,7 @@ def test_bytes_that_the_description_does_not_explain_are_said(
     longer = {**RTC, "fields": [{"name": "cmos", "type": "buffer", "size": 200}]}
     path = write(tmp_path / "s", DeviceSection("rtc", BODY, 0, 1, longer))
     out = command("devices", path).out.splitlines()
-    assert out[1].strip() == "its description does not fit all of it"
+    assert out[1].strip() == "the description does not cover all of it"
     assert out[2].split()[:2] == ["?", "unexplained"]
     assert out[2].endswith(f"... {len(BODY)} bytes")
 

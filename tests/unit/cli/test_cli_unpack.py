@@ -192,10 +192,10 @@ def test_file_instead_of_a_directory_is_refused(
 
 
 def test_unpack_leaves_no_descriptor_open(tmp_path: Path, snapshot: Path) -> None:
-    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    before = os.listdir("/proc/self/fd")
     with open_snapshot(snapshot) as opened:
         raw.unpack(opened, tmp_path / "out")
-    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("twice", [False, True])

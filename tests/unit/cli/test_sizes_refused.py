@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.cli import _parser
+from pyqmigrate.cli import build_parser
 from pyqmigrate.cli.arguments import BadArguments
 from pyqmigrate.cli.sizes import read_size
 from tests.harness.command import Command
@@ -43,7 +43,7 @@ def sized() -> list[tuple[tuple[str, ...], str]]:
         "bench",
         "serve",
     ):
-        parser = _parser()
+        parser = build_parser()
         with contextlib.suppress(BadArguments):  # the verb has its parser now
             parser.parse_known_args([verb, "--no-such-option"])
         for words, child in parsers(parser):

@@ -1,4 +1,4 @@
-"""Room for a synthetic guest: a directory of its own on the disk, and a size that fits."""
+"""Scratch directory and size for a synthetic guest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyqmigrate.io.free_space import free_bytes
 
 __all__ = ["DEFAULT_DIRECTORY", "fitting_size", "scratch"]
 
-# Not the usual place for temporary files: that is often in memory, where there is no disk to try.
+# Not the usual directory for temporary files, which is often in memory: the disk is to be measured.
 DEFAULT_DIRECTORY = os.environ.get("TMPDIR") or "/var/tmp"
 
 _DISK_SPARE = 64 * MIB
@@ -26,31 +26,33 @@ _MEMORY_SPARE = 256 * MIB
 
 @contextlib.contextmanager
 def scratch(parent: str) -> Iterator[Path]:
-    """A new directory in ``parent``, removed with all that is in it at the end."""
+    """Make a directory in ``parent``, and remove it with its contents at the end."""
     with tempfile.TemporaryDirectory(prefix="pyqmigrate-", dir=parent) as name:
         yield Path(name)
 
 
 def fitting_size(asked: int | None, default: int, directory: Path, *, memories: int) -> int:
-    """The size of a guest of which ``memories`` copies fit in memory, and one file on the disk.
+    """Return the size of a guest that fits: ``memories`` copies in memory, one file on the disk.
 
-    That is ``asked``, or else ``default`` or less. Raises UsageError for a size that is no
-    guest's, NoSpace and TargetError where there is no room.
+    That is ``asked``, or else ``default`` or less. Raises UsageError for an invalid size, NoSpace
+    and TargetError where it does not fit.
     """
     if asked is not None and (asked < SMALLEST or asked % MIB):
-        raise UsageError(f"the size is {asked}; it is whole MiB, and {show_size(SMALLEST)} or more")
+        raise UsageError(
+            f"the size must be a multiple of 1 MiB, {show_size(SMALLEST)} or more, not {asked} bytes"
+        )
     free = free_bytes(directory)
     disk, memory = sys.maxsize if free is None else free, _free_memory()
     size = asked or default
     while True:
-        fits_disk = size + _DISK_SPARE <= disk
+        fits_disk = disk is None or size + _DISK_SPARE <= disk
         fits_memory = memories * size + _MEMORY_SPARE <= memory
         if fits_disk and fits_memory:
             return size
         if asked is not None or size // 2 < SMALLEST:
             break
         size //= 2
-    if not fits_disk:
+    if disk is not None and not fits_disk:
         raise NoSpace(
             f"a guest of {show_size(size)} needs {show_size(size + _DISK_SPARE)} of disk, "
             f"{show_size(disk)} are free",
@@ -64,7 +66,7 @@ def fitting_size(asked: int | None, default: int, directory: Path, *, memories: 
 
 
 def _free_memory() -> int:
-    """What the machine has available, or less where this control group may have less."""
+    """Return the available memory of the machine, or the limit of this control group if lower."""
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
