@@ -95,7 +95,7 @@ tsan: $(VENV)/.with-cli,analysis,test
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" setarch -R)
 
 bench: bench-system $(VENV)/.with-cli,bench
-	$(BIN)/python bench/compare.py $(BENCH_ARGS)
+	$(BIN)/python bench/compare $(BENCH_ARGS)
 
 # The wheel is built from the sdist, so both are proven.
 wheel: $(VENV)/.with-dev

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.vm.outgoing.save import save
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu
 from tests.harness.pattern_guest import build

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, NotSupported, UsageError, convert, open_snapshot
 from pyqmigrate.enums import Format
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.snapshot.provenance import provenance
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.libvirt import Libvirt
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of

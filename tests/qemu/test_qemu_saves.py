@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import MappedRamSnapshot, NotSupported, SnapshotError
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Mode, Qemu
 from tests.harness.qmp import QmpError
 

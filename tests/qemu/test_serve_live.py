@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import MappedRamSnapshot, RamBlock
 from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.qapi.parameters import Parameters
 from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qmp import QmpServer
 from tests.harness.compare_memory import assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.qmp import QmpClient
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import MappedRamSnapshot
 from tests.harness.compare_memory import assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu, QemuDied
 from tests.harness.serve import Driver, Serve, Witness, failure
 from tests.harness.version import qemu_version

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import MappedRamSnapshot
 from tests.harness.compare_memory import assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.serve import Driver, Serve, Witness
 from tests.qemu.test_serve_scenarios import (

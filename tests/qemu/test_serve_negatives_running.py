@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from bench.contents import Contents, fill
 from tests.harness.compare_memory import assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu, QemuDied
 from tests.harness.qmp import QmpClient
 from tests.harness.serve import Serve, Witness

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.qmp import QmpError
 from tests.harness.serve import Driver, Serve

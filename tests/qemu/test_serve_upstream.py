@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import MappedRamSnapshot
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.serve import Driver, Serve, Witness, imitated
 from tests.harness.version import qemu_version
