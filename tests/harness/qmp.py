@@ -6,10 +6,11 @@ import array
 import itertools
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["QmpClient", "QmpError"]
+__all__ = ["QmpClient", "QmpError", "migrate"]
 
 
 class QmpError(Exception):
@@ -92,3 +93,16 @@ class QmpClient:
         line, self._received = self._received.split(b"\n", 1)
         message: dict[str, Any] = json.loads(line)
         return message
+
+
+def migrate(qmp: QmpClient, command: str, uri: str, *, mapped: bool) -> None:
+    """Run ``migrate`` or ``migrate-incoming`` and wait until it has completed."""
+    state = {"capability": "mapped-ram", "state": mapped}
+    qmp.execute("migrate-set-capabilities", {"capabilities": [state]})
+    qmp.execute("migrate-set-parameters", {"max-bandwidth": 0})
+    qmp.execute(command, {"uri": uri})
+    deadline = time.monotonic() + 60
+    while (answer := qmp.execute("query-migrate"))["status"] != "completed":
+        assert answer["status"] not in ("failed", "cancelled"), answer
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.01)

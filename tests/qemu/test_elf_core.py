@@ -19,8 +19,8 @@ from tests.harness.machine import GuestRam, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu
 from tests.harness.pattern_guest import build
 from tests.harness.physical import Note, Physical
+from tests.harness.registers import registers_said
 from tests.harness.sequential_saves import SequentialQemu
-from tests.qemu.test_devices import registers_said
 
 pytestmark = pytest.mark.qemu
 

@@ -14,7 +14,7 @@ from tests.harness.command import Command
 from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu
-from tests.qemu.test_formats_in import migrate
+from tests.harness.qmp import migrate
 
 pytestmark = pytest.mark.qemu
 

@@ -18,7 +18,7 @@ from pyqmigrate.integrity.digests import Digests, open_direct
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.page_cache import drop_cached
 from pyqmigrate.io.target import DirectIO, InputFile
-from tests.conftest import directory_on_disk
+from tests.harness.directories import directory_on_disk
 from tests.harness.examples import some
 
 few_channels = st.integers(1, 4)

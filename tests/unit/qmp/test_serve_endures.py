@@ -19,8 +19,8 @@ import pytest
 from pyqmigrate import FileMemory, MappedRamSnapshot, RamBlock, SnapshotError
 from pyqmigrate.migration import Migration
 from pyqmigrate.qmp import QmpServer, connection
-from tests.conftest import descriptors
 from tests.harness.contents import Contents, fill
+from tests.harness.directories import descriptors
 from tests.harness.machine import GuestRam
 from tests.harness.qmp_server import RawClient
 from tests.harness.serve import Driver, Serve
