@@ -108,7 +108,7 @@ tsan: $(VENV)/.with-cli,analysis,test
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" setarch -R)
 
 bench: bench-system $(VENV)/.with-cli,bench
-	$(BIN)/python bench/compare.py $(BENCH_ARGS)
+	$(BIN)/python bench/compare $(BENCH_ARGS)
 
 # The wheel is built from the sdist, so both are tested. Both contain the manual pages, in man/, because
 # an sdist never contains files of build/.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import mmap
 import os
 import sys
 import tempfile
@@ -12,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.harness.directories import descriptors, directory_on_disk
 
 
 def pytest_configure() -> None:
@@ -24,33 +24,6 @@ def pytest_configure() -> None:
             f"PYQMIGRATE_TEST_QEMU: no program {chosen}: run .ci/ensure-system newer-qemu"
         )
     os.environ["PATH"] = os.pathsep.join([str(Path(chosen).parent), os.environ["PATH"]])
-
-
-def takes_direct_io(directory: Path) -> bool:
-    """Whether an aligned direct write works there; opening alone proves little."""
-    probe = directory / "probe"
-    fd = -1
-    try:
-        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
-        with mmap.mmap(-1, 65536) as unit:
-            return os.pwrite(fd, unit, 65536) == 65536
-    except OSError:
-        return False
-    finally:
-        if fd >= 0:
-            os.close(fd)
-        probe.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def directory_on_disk() -> Iterator[Path]:
-    """An empty directory that takes direct I/O, removed afterwards; skips where there is none."""
-    for parent in (tempfile.gettempdir(), "/var/tmp", "."):
-        with tempfile.TemporaryDirectory(prefix="pyqmigrate-", dir=parent) as name:
-            if takes_direct_io(Path(name)):
-                yield Path(name).resolve()
-                return
-    pytest.skip("no temporary directory takes direct I/O: set TMPDIR to one on a disk")
 
 
 @pytest.fixture
@@ -67,15 +40,6 @@ def shm() -> Iterator[Path]:
         pytest.skip("/dev/shm is not there to write to")
     with tempfile.TemporaryDirectory(prefix="pyqmigrate-", dir="/dev/shm") as name:
         yield Path(name)
-
-
-def descriptors() -> dict[str, str]:
-    """Open descriptors of this process and what they are."""
-    found = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
-            found[entry.name] = str(entry.readlink())
-    return {fd: name for fd, name in found.items() if not name.endswith("/fd")}
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 /*
  * A guest that never stops changing its memory, and looks at what it finds there.
  *
- * It writes the pattern of tests/qemu/guest.s (guest.py has it in Python): in generation g it
+ * It writes the pattern of pattern_guest.s (pattern_guest.py has it in Python): in generation g it
  * rewrites the pages FIRST_PAGE up to END_PAGE (exclusive), in order, words in ascending order.
  * Before it rewrites a page it compares all of it with what it wrote there a generation ago, so a
  * page that was lost, torn or misplaced by a save and a restore is seen by the guest itself. After
  * each generation it writes a byte to the first serial port: the low 7 bits of g, or 0xff when a
- * page was wrong. beat.S writes 0xfe when the processor reports a fault.
+ * page was wrong. ring3.S writes 0xfe when the processor reports a fault.
  */
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -15,7 +15,7 @@ typedef unsigned long u64;
 
 enum { WORDS = 1024, SERIAL = 0x3f8, STATUS = 0x3fd, READY = 0x20, WRONG = 0xff };
 
-/* Each is an instruction of one byte, which beat.S carries out. */
+/* Each is an instruction of one byte, which ring3.S carries out. */
 static u8 in(u16 port)
 {
     u8 value;
@@ -68,7 +68,7 @@ static void write(volatile u32 *words, u32 generation, u32 page)
         words[i] = first + i * MUL_WORD;
 }
 
-void beat(void)
+void guest_main(void)
 {
     for (u32 generation = 1;; generation++) {
         int right = 1;

@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.harness.freestanding import build_kernel
 from tests.harness.machine import BINARY
 from tests.harness.pattern_guest import (
     FIRST_PAGE,
@@ -24,20 +25,6 @@ from tests.harness.pattern_guest import (
 
 __all__ = ["accelerator", "assert_beats_on", "build", "cpu_options"]
 
-_SOURCES = Path(__file__).parent
-_LOADED_AT = 2 << 20  # below FIRST_PAGE
-_FREESTANDING = [
-    "-O2",
-    "-ffreestanding",
-    "-fno-pic",
-    "-fno-pie",
-    "-fno-stack-protector",
-    "-fno-asynchronous-unwind-tables",
-    "-fcf-protection=none",
-    "-mno-red-zone",
-    "-mgeneral-regs-only",
-    "-mcmodel=small",
-]
 _WRONG = 0xFF
 _FAULT = 0xFE
 _PROBE_TIME = 15.0  # seconds
@@ -53,31 +40,8 @@ def build(directory: Path, ram_length: int) -> Path:
         "MUL_PAGE": MUL_PAGE,
         "MUL_WORD": MUL_WORD,
     }
-    defined = [f"-D{name}={value:#x}u" for name, value in constants.items()]
-    kernel = directory / "beat.elf"
-    parts = [directory / "start.o", directory / "beat.o"]
-    subprocess.run(["gcc", "-c", _SOURCES / "beat.S", "-o", parts[0]], check=True)
-    subprocess.run(
-        ["gcc", *_FREESTANDING, *defined, "-c", _SOURCES / "beat.c", "-o", parts[1]], check=True
-    )
-    subprocess.run(
-        [
-            "ld",
-            "-n",
-            "-static",
-            "-z",
-            "noexecstack",
-            f"-Ttext={_LOADED_AT:#x}",
-            "-e",
-            "entry",
-            "-o",
-            kernel,
-            *parts,
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return kernel
+    defined = {name: f"{value:#x}u" for name, value in constants.items()}
+    return build_kernel(directory, "beat.c", defined)
 
 
 def cpu_options() -> list[str]:

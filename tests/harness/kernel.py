@@ -278,3 +278,31 @@ def page_bits(draw: st.DrawFn, npages: int) -> Bits:
         bits[at : at + length] = n % 2 == 0
         at += length
     return bits
+
+
+def store(fd: int, memory: Any, at: int = 0) -> None:
+    """Put memory into a file, zero pages of 4 KiB left as holes."""
+    for start in range(0, len(memory), 4096):
+        piece = memory[start : start + 4096]
+        if piece.any():
+            os.pwrite(fd, piece.tobytes(), at + start)
+
+
+def fill_from(memory: Any, *, end: int | None = None, error: int = 0) -> Any:
+    end = len(memory) if end is None else end
+
+    @ffi.callback("ssize_t(void *, void *, uint64_t, size_t)")
+    def fill(_: Any, buffer: Any, offset: int, length: int) -> int:
+        if error and offset + length > end:
+            return -error
+        length = max(min(length, end - offset), 0)
+        ffi.memmove(buffer, memory[offset : offset + length].tobytes(), length)
+        return length
+
+    return fill
+
+
+def mapped(fd: int, offset: int, length: int) -> Any:
+    start = offset // 4096 * 4096
+    mapping = mmap.mmap(fd, length + offset - start, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
+    return np.frombuffer(mapping, dtype=np.uint8)[offset - start :]

@@ -14,18 +14,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import pytest
 
+from pyqmigrate.format.libvirt import LibvirtHeader, read_header
+from pyqmigrate.io.input import InputFile
+from tests.harness.machine import BINARY
+from tests.harness.pattern_guest import build
+from tests.harness.saved import serial_says
 from tests.harness.unpacked import lack, unpacked
 
-__all__ = ["Domain", "Libvirt"]
+__all__ = ["DOMAIN", "Domain", "Image", "Libvirt", "RAM", "libvirt", "save"]
 
 _IN_NAMESPACES = """
 cd "$1"; shift
@@ -162,3 +170,55 @@ def _why_not(root: Path) -> str | None:
     """Why it cannot run here; None if it can."""
     done = subprocess.run(_command(root, "libvirtd", "--version"), capture_output=True, text=True)
     return f"libvirt does not run: {done.stderr.strip()}" if done.returncode else None
+
+
+RAM = 24 << 20
+
+
+DOMAIN = """
+<domain type='qemu'>
+  <name>{name}</name>
+  <memory unit='b'>{ram}</memory>
+  <os><type arch='x86_64' machine='{machine}'>hvm</type><loader type='rom'>{image}</loader></os>
+  <features><acpi/></features>
+  <devices>
+    <emulator>{emulator}</emulator>
+    <serial type='file'><source path='{serial}'/></serial>
+  </devices>
+</domain>
+"""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A file that libvirt wrote, the command line of its guest, and what that had reported."""
+
+    path: Path
+    header: LibvirtHeader
+    domain: Domain
+    bios: Path
+    reports: bytes
+
+
+def save(
+    libvirt: Libvirt, directory: Path, machine: str, *options: str, paused: bool = False
+) -> Image:
+    """Has libvirt start a guest and, once it runs, save it; that ends it."""
+    path, serial, name = directory / "image", directory / "serial", directory.name
+    bios, emulator = build(directory, RAM), shutil.which(BINARY)
+    values = {"machine": machine, "image": bios, "serial": serial, "emulator": emulator}
+    domain = libvirt.create(name, DOMAIN.format(name=name, ram=RAM, **values))
+    serial_says(serial, 2)
+    if paused:
+        libvirt.virsh("suspend", name)
+    libvirt.virsh("save", name, path, *options)
+    with contextlib.closing(InputFile(path)) as source:
+        header = read_header(source)
+    return Image(path, header, domain, bios, serial.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def libvirt() -> Iterator[Libvirt]:
+    # Socket paths are short, so this is not pytest's directory.
+    with tempfile.TemporaryDirectory(prefix="lv-") as name, Libvirt(Path(name)) as libvirt:
+        yield libvirt

@@ -42,9 +42,9 @@ from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource
+from tests.harness.device_example import BODY, RTC
 from tests.harness.snapshots import ram
 from tests.harness.stream_mutations import Anatomy, dissect, mutate
-from tests.unit.cli.test_cli_devices import BODY, RTC
 
 __all__ = ["outcomes"]
 

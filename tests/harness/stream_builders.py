@@ -211,3 +211,24 @@ class Raw:
         if after > 1 << 62:
             after = at
         return Sparse([(0, head), (after, tail)], self.size)
+
+
+def configured(*subsections: bytes, machine: bytes = b"pc") -> bytes:
+    return b"QEVM" + struct.pack(">IBI", 3, 7, len(machine)) + machine + b"".join(subsections)
+
+
+def capabilities(*names: str) -> bytes:
+    head = b"\x05" + str8("configuration/capabilities") + struct.pack(">II", 1, len(names))
+    return head + b"".join(map(str8, names))
+
+
+def blocks(*entries: bytes, total: int) -> bytes:
+    return start(1, "ram", 4, words(total | 4) + b"".join(entries) + RAM_EOS)
+
+
+def entry(name: str, length: int, gpa: bytes = b"") -> bytes:
+    return str8(name) + words(length) + gpa
+
+
+def described_as(text: bytes) -> bytes:
+    return struct.pack(">BI", 6, len(text)) + text

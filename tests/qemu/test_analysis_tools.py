@@ -20,14 +20,13 @@ from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.format.device.decode import decode_devices
 from pyqmigrate.qmp.client import QmpClient
 from pyqmigrate.snapshot.detect import open_snapshot
-from tests.harness.libvirt import Libvirt
+from tests.harness.libvirt import RAM, Libvirt
+from tests.harness.libvirt import save as save_by_libvirt
 from tests.harness.linux_guest import LinuxGuest
 from tests.harness.physical import Physical
+from tests.harness.registers import registers_said
 from tests.harness.unpacked import lack, unpacked
 from tests.harness.verbs import save
-from tests.qemu.test_devices import registers_said
-from tests.qemu.test_vm_libvirt import RAM
-from tests.qemu.test_vm_libvirt import save as save_by_libvirt
 
 pytestmark = pytest.mark.qemu
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate.enums import Format
 from pyqmigrate.export.convert import convert
 from pyqmigrate.snapshot.base import Snapshot
@@ -18,6 +17,7 @@ from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.devices import devices
 from pyqmigrate.snapshot.save.writer import SaveReport
 from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
 from tests.harness.pattern_guest import build, check_pattern
 from tests.harness.sequential_saves import SequentialQemu

@@ -18,6 +18,7 @@ from tests.harness import machine as machines
 from tests.harness.device_twin import encode, fields_of
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.pattern_guest import build
+from tests.harness.registers import registers_said
 from tests.harness.sequential_saves import SequentialQemu
 from tests.harness.unpacked import emulator
 
@@ -75,27 +76,6 @@ def check_coverage(path: Path, found: Devices, own_words: set[str]) -> None:
         assert encode(device.state) == body_of(path, device), device.name
         opaque = {field.type for field in fields_of(device) if field.opaque}
         assert opaque <= own_words, device.name
-
-
-def registers_said(text: str) -> dict[str, int]:
-    """``info registers`` of x86, by the names of CpuRegisters; segments by their bases."""
-    said = {
-        name.lower(): int(value, 16)
-        for name, value in re.findall(r"\b([A-Z]+\d*) ?=([0-9a-f]+)\b", text)
-    }
-    said |= {
-        f"{name.lower()}.base": int(base, 16)
-        for name, base in re.findall(r"^([CDEFGS]S|LDT|TR) *=[0-9a-f]{4} ([0-9a-f]+)", text, re.M)
-    }
-    said |= {
-        f"{name.lower()}.base": int(base, 16)
-        for name, base in re.findall(r"^([GI]DT)= +([0-9a-f]+) ", text, re.M)
-    }
-    said |= {
-        f"xmm{number}": int(high + low, 16)
-        for number, high, low in re.findall(r"XMM(\d\d)=([0-9a-f]{16}) ([0-9a-f]{16})", text)
-    }
-    return said
 
 
 def check_x86(cpu: CpuRegisters, text: str) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, open_snapshot
 from pyqmigrate.errors import BlockMismatch
 from pyqmigrate.io.memory import Memory
 from pyqmigrate.vm.guest.device_state import DeviceState
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.direct import FOREIGN, DirectQemu, poke
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode
 from tests.harness.pattern_guest import build, check_pattern

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.vm.outgoing.save import save
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu
 from tests.harness.pattern_guest import build
 from tests.harness.physical import Note, Physical
+from tests.harness.registers import registers_said
 from tests.harness.sequential_saves import SequentialQemu
-from tests.qemu.test_devices import registers_said
 
 pytestmark = pytest.mark.qemu
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import open_snapshot
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, MigrationFailed, Mode, Qemu, QemuDied
 from tests.harness.sequential_saves import SequentialQemu
 

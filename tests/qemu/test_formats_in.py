@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, NotSupported, UsageError, convert, open_snapshot
 from pyqmigrate.enums import Format
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.qmp.client import QmpClient
 from pyqmigrate.snapshot.provenance import provenance
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.libvirt import Libvirt
+from tests.harness.libvirt import save as save_by_libvirt
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
 from tests.harness.pattern_guest import check_pattern
+from tests.harness.saved import migrate
 from tests.harness.sequential_saves import SequentialQemu
-from tests.qemu.test_vm_libvirt import save as save_by_libvirt
 
 pytestmark = pytest.mark.qemu
 
@@ -43,18 +42,6 @@ def ram(target: OtherTarget) -> Iterator[GuestRam]:
             length = int(rng.integers(1, 16)) * 4096
             ram.memory[start * 4096 : start * 4096 + length] = rng.bytes(length)
         yield ram
-
-
-def migrate(qmp: QmpClient, command: str, uri: str, *, mapped: bool) -> None:
-    state = {"capability": "mapped-ram", "state": mapped}
-    qmp.execute("migrate-set-capabilities", {"capabilities": [state]})
-    qmp.execute("migrate-set-parameters", {"max-bandwidth": 0})
-    qmp.execute(command, {"uri": uri})
-    deadline = time.monotonic() + 60
-    while (answer := qmp.execute("query-migrate"))["status"] != "completed":
-        assert answer["status"] not in ("failed", "cancelled"), answer
-        assert time.monotonic() < deadline, answer
-        time.sleep(0.01)
 
 
 def assert_loads(target: OtherTarget, path: Path, expected: bytes, *, mapped: bool) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import open_snapshot
 from tests.harness.command import Command
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu
-from tests.qemu.test_formats_in import migrate
+from tests.harness.saved import migrate
 
 pytestmark = pytest.mark.qemu
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from tests.harness import stream_mutations as mutations
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Mode, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu
 from tests.harness.pattern_guest import build

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import Descriptors, FileMemory, RamBlock, open_snapshot, save
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, MigrationFailed, Mode, Qemu
 
 pytestmark = pytest.mark.qemu

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import NotSupported, SnapshotError, open_snapshot
 from pyqmigrate.errors import QemuRefused
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Mode, Qemu
 
 pytestmark = pytest.mark.qemu

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import seal, verify_seal
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Mode, Qemu
 from tests.harness.sealed import damage, replaced
 from tests.harness.sequential_saves import SequentialQemu

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import RamBlock
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.bitmap import Bitmap
@@ -25,6 +24,7 @@ from pyqmigrate.snapshot.load.sequential import (
     start_sequential_save,
 )
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import RAM_BLOCK, GuestRam, MigrationFailed, Mode
 from tests.harness.pattern_guest import build, check_pattern
 from tests.harness.sequential_saves import SequentialQemu

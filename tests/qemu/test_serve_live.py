@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import RamBlock, open_snapshot
 from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.qapi.parameters import Parameters
@@ -27,6 +26,7 @@ from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qmp import QmpServer
 from pyqmigrate.qmp.client import QmpClient
 from tests.harness.compare_memory import assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 
 pytestmark = pytest.mark.qemu

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import RamBlock
 from pyqmigrate.migration import Migration
 from pyqmigrate.qapi.status import RunState, Status
 from tests.harness.compare_memory import assert_same_memory
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.serve import Driver, Serve, Witness
-from tests.qemu.test_serve_negatives import (
+from tests.harness.serve_refusals import (
     DSYNC,
     MULTIFD,
     OLD,

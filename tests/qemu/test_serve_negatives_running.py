@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate.qmp.client import QmpClient
 from tests.harness.compare_memory import assert_same_memory
+from tests.harness.contents import Contents, fill
+from tests.harness.file_systems import why_not
 from tests.harness.machine import GuestRam, Qemu, QemuDied
 from tests.harness.serve import Serve, Witness
-from tests.qemu.test_serve_negatives import (
+from tests.harness.serve_refusals import (
     MULTIFD,
     PLAIN,
     RAM,
@@ -37,7 +38,6 @@ from tests.qemu.test_serve_negatives import (
     saved_ram,
     take_back,
 )
-from tests.unit.io.test_file_systems import why_not
 
 __all__ = ["ends"]
 

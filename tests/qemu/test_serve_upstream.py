@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import open_snapshot
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
 from tests.harness.serve import Driver, Serve, Witness, imitated
+from tests.harness.serve_scenarios import MAPPED, RAM, Row, load, save
 from tests.harness.version import qemu_version
-from tests.qemu.test_serve_scenarios import MAPPED, RAM, Row, load, save
 
 pytestmark = pytest.mark.qemu
 

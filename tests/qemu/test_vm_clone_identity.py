@@ -18,9 +18,9 @@ from pyqmigrate.vm.incoming.clone import clone
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore import restore
 from tests.harness.bare import BareQemu
+from tests.harness.locks import HOLD
 from tests.harness.machine import BINARY
 from tests.harness.saved import memory_of
-from tests.unit.vm.incoming.test_identity import HOLD
 
 pytestmark = pytest.mark.qemu
 

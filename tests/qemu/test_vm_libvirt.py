@@ -5,82 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from pyqmigrate import convert, open_snapshot
-from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header, read_header
+from pyqmigrate.format.libvirt import ImageFormat, encode_header, read_header
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.load.sequential import start_sequential_load
 from pyqmigrate.vm.incoming.restore import restore
-from tests.harness.libvirt import Domain, Libvirt
-from tests.harness.machine import BINARY
-from tests.harness.pattern_guest import build, check_pattern
+from tests.harness.libvirt import RAM, Image, Libvirt, save
+from tests.harness.pattern_guest import check_pattern
 from tests.harness.saved import Saved, goes_on, serial_says
 
 pytestmark = pytest.mark.qemu
 
-RAM = 24 << 20
 # Machine, and how virsh is asked to save.
 SPARSE = {
     "pc": ("pc", ()),
     "q35, parallel": ("q35", ("--parallel-channels", "2")),
     "q35, parallel and direct": ("q35", ("--parallel-channels", "2", "--bypass-cache")),
 }
-DOMAIN = """
-<domain type='qemu'>
-  <name>{name}</name>
-  <memory unit='b'>{ram}</memory>
-  <os><type arch='x86_64' machine='{machine}'>hvm</type><loader type='rom'>{image}</loader></os>
-  <features><acpi/></features>
-  <devices>
-    <emulator>{emulator}</emulator>
-    <serial type='file'><source path='{serial}'/></serial>
-  </devices>
-</domain>
-"""
-
-
-@dataclass(frozen=True)
-class Image:
-    """A file that libvirt wrote, the command line of its guest, and what that had reported."""
-
-    path: Path
-    header: LibvirtHeader
-    domain: Domain
-    bios: Path
-    reports: bytes
-
-
-def save(
-    libvirt: Libvirt, directory: Path, machine: str, *options: str, paused: bool = False
-) -> Image:
-    """Has libvirt start a guest and, once it runs, save it; that ends it."""
-    path, serial, name = directory / "image", directory / "serial", directory.name
-    bios, emulator = build(directory, RAM), shutil.which(BINARY)
-    values = {"machine": machine, "image": bios, "serial": serial, "emulator": emulator}
-    domain = libvirt.create(name, DOMAIN.format(name=name, ram=RAM, **values))
-    serial_says(serial, 2)
-    if paused:
-        libvirt.virsh("suspend", name)
-    libvirt.virsh("save", name, path, *options)
-    with contextlib.closing(InputFile(path)) as source:
-        header = read_header(source)
-    return Image(path, header, domain, bios, serial.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def libvirt() -> Iterator[Libvirt]:
-    # Socket paths are short, so this is not pytest's directory.
-    with tempfile.TemporaryDirectory(prefix="lv-") as name, Libvirt(Path(name)) as libvirt:
-        yield libvirt
 
 
 @pytest.fixture(scope="module", params=SPARSE)

@@ -15,7 +15,7 @@ import pytest
 
 from pyqmigrate import NoSpace
 from pyqmigrate.errors import target_error
-from tests.conftest import directory_on_disk
+from tests.harness.directories import directory_on_disk
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "harness" / "faults.c"

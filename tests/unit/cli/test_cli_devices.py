@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.writer import encode_head, encode_tail
 from pyqmigrate.snapshot.devices import devices as look_into
 from tests.harness.command import Command
+from tests.harness.device_example import BODY, RTC
 from tests.harness.stream_builders import (
     EOF,
     file_of,
@@ -22,44 +22,6 @@ from tests.harness.stream_builders import (
     page_records,
     sequential_stream,
     snapshot,
-)
-
-RTC = {
-    "vmsd_name": "rtc",
-    "version": 1,
-    "fields": [
-        {"name": "cmos", "type": "buffer", "size": 128},
-        {"name": "due", "type": "timer", "size": 8},
-        {"name": "on", "type": "bool", "size": 1},
-        {
-            "name": "irq",
-            "type": "struct",
-            "size": 3,
-            "array_len": 2,
-            "struct": {
-                "vmsd_name": "irq",
-                "version": 1,
-                "fields": [
-                    {"name": "level", "type": "uint8", "size": 1},
-                    {"name": "count", "type": "uint16", "size": 2},
-                ],
-            },
-        },
-    ],
-    "subsections": [
-        {
-            "vmsd_name": "rtc/more",
-            "version": 2,
-            "fields": [{"name": "own", "type": "virtio", "size": 2}],
-        }
-    ],
-}
-BODY = (
-    bytes(range(128))
-    + struct.pack(">qBBHBH", -1, 1, 2, 0x300, 4, 5)
-    + b"\x05\x08rtc/more"
-    + struct.pack(">I", 2)
-    + b"\xab\xcd"
 )
 
 

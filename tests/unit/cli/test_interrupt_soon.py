@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.format.libvirt import ImageFormat
-from tests.conftest import directory_on_disk
 from tests.harness.command import COMMAND, make_snapshot, pages
+from tests.harness.directories import directory_on_disk
+from tests.harness.pipes import front
 from tests.harness.stream_builders import EOF, RAM_EOS, end, footer, start, str8, words
-from tests.unit.io.test_pipe import front
 
 SOON = 0.5  # seconds
 NOISE = 2.5  # seconds more that a busy machine may take

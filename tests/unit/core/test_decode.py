@@ -7,7 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from tests.conftest import directory_on_disk
 from tests.harness import page_records as records
 from tests.harness.examples import some
 from tests.harness.kernel import PAGE_SIZES, Bytes, File, Memory, memfd, new_job, totals
@@ -24,15 +23,16 @@ from tests.harness.page_records import (
     CONTINUE,
     END_MARK,
     EOS,
+    NAMES,
     PAGE,
     ZERO,
     Decoder,
     Record,
+    record_lists,
     str8,
     word,
 )
 
-NAMES = [b"pc.ram", b"a", b"b" * 255]
 STALE = 0x77
 KINDS = ["buffer", "mapped", "file"]
 
@@ -50,41 +50,6 @@ def memory_of(kind: str, content: Bytes) -> Iterator[Memory]:
         memory = Memory(base=view, fd=fd)
         yield memory
         content[:] = np.frombuffer(os.pread(fd, len(content), 0), dtype=np.uint8)
-
-
-@st.composite
-def record_lists(draw: st.DrawFn, npages: Sequence[int], page_size: int) -> list[Record]:
-    found: list[Record] = []
-    seed = draw(st.integers(0, 99))
-    rng = np.random.default_rng(seed)
-    for _ in range(draw(st.integers(0, 25))):
-        block = draw(st.integers(0, len(npages) - 1))
-        first = draw(st.integers(0, npages[block] - 1))
-        # Neighbouring pages are moved together: make some.
-        for k in range(first, min(first + draw(st.integers(1, 4)), npages[block])):
-            kind = draw(st.sampled_from(["zero", "fill", "page", "delta"]))
-            if kind == "zero":
-                found.append(Record(block, k, fill=0))
-            elif kind == "fill":
-                found.append(Record(block, k, fill=draw(st.integers(1, 255))))
-            elif kind == "page":
-                found.append(Record(block, k, page=rng.bytes(page_size)))
-            else:
-                found.append(Record(block, k, delta=draw(deltas(page_size))))
-    return found
-
-
-@st.composite
-def deltas(draw: st.DrawFn, page_size: int) -> tuple[tuple[int, bytes], ...]:
-    left, pairs = page_size, []
-    for n in range(draw(st.integers(0, 5))):
-        if left < 2:
-            break
-        same = draw(st.integers(0 if n == 0 else 1, min(left - 1, 600)))
-        changed = draw(st.integers(1, min(left - same, 300)))
-        pairs.append((same, bytes([draw(st.integers(0, 255))]) * changed))
-        left -= same + changed
-    return tuple(pairs)
 
 
 @some
@@ -341,14 +306,6 @@ def test_hostile_bytes_never_reach_outside(data: st.DataObject) -> None:
     assert taken <= len(stream)
     for g in guarded:
         assert (g[:1024] == STALE).all() and (g[-1024:] == STALE).all()
-
-
-@pytest.fixture(scope="module")
-def file() -> Iterator[File]:
-    with directory_on_disk() as directory:
-        opened = File(directory / "stream")
-        yield opened
-        opened.close()
 
 
 @some

@@ -9,7 +9,6 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from tests.conftest import directory_on_disk
 from tests.harness import page_records as records
 from tests.harness.examples import some
 from tests.harness.kernel import (
@@ -39,14 +37,6 @@ from tests.harness.kernel import (
 from tests.harness.page_records import Name
 
 NAME = b"pc.ram"
-
-
-@pytest.fixture(scope="module")
-def file() -> Iterator[File]:
-    with directory_on_disk() as directory:
-        opened = File(directory / "stream")
-        yield opened
-        opened.close()
 
 
 def stream(

@@ -17,8 +17,7 @@ from pyqmigrate._core import ffi, lib
 from tests.harness import page_records as records
 from tests.harness.examples import some
 from tests.harness.kernel import Bytes, new_job
-from tests.harness.page_records import Name, Record
-from tests.unit.core.test_decode import NAMES, record_lists
+from tests.harness.page_records import NAMES, Name, Record, record_lists
 
 FILL, PLACED, CHANGED = 1, 2, 3
 END = 1 << 62

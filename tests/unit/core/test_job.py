@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pyqmigrate._core import ffi, lib
-from tests.conftest import directory_on_disk
 from tests.harness.kernel import (
     AUTO,
     CHUNK,
@@ -32,14 +30,6 @@ from tests.harness.kernel import (
 )
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def file() -> Iterator[File]:
-    with directory_on_disk() as directory:
-        opened = File(directory / "pages")
-        yield opened
-        opened.close()
 
 
 def job_data(mib: int) -> tuple[Any, Any, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi
-from tests.conftest import directory_on_disk
 from tests.harness import core_twin as twin
 from tests.harness.examples import some
 from tests.harness.kernel import (
@@ -34,14 +32,6 @@ from tests.harness.kernel import (
 )
 
 STALE = 0x77  # what memory holds before a load
-
-
-@pytest.fixture(scope="module")
-def file() -> Iterator[File]:
-    with directory_on_disk() as directory:
-        opened = File(directory / "pages")
-        yield opened
-        opened.close()
 
 
 def stored_pages(bits: Bytes, page_size: int, seed: int) -> Bytes:

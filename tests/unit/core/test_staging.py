@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from tests.conftest import directory_on_disk
 from tests.harness import page_records as records
+from tests.harness.directories import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.kernel import (
     AUTO,
@@ -32,8 +32,7 @@ from tests.harness.kernel import (
     to_bits,
     to_words,
 )
-from tests.harness.page_records import Record, stream_of
-from tests.unit.core.test_decode import record_lists
+from tests.harness.page_records import Record, record_lists, stream_of
 
 NAMES = [b"pc.ram", b"a"]
 PAGES_AT = 1 << 20

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from tests.conftest import directory_on_disk
 from tests.harness import core_twin as twin
 from tests.harness.examples import some
 from tests.harness.kernel import (
@@ -26,14 +23,6 @@ from tests.harness.kernel import (
     page_bits,
     to_words,
 )
-
-
-@pytest.fixture(scope="module")
-def file() -> Iterator[File]:
-    with directory_on_disk() as directory:
-        opened = File(directory / "pages")
-        yield opened
-        opened.close()
 
 
 @some

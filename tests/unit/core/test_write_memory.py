@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi
-from tests.conftest import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.kernel import (
     AUTO,
@@ -28,11 +25,14 @@ from tests.harness.kernel import (
     Bits,
     File,
     Memory,
+    fill_from,
     guest,
+    mapped,
     memfd,
     new_block,
     page_bits,
     read,
+    store,
     to_bits,
     to_words,
     write,
@@ -40,42 +40,6 @@ from tests.harness.kernel import (
 
 PAGES_OFFSET = 1 << 20
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-
-
-@pytest.fixture(scope="module")
-def file() -> Iterator[File]:
-    with directory_on_disk() as directory:
-        opened = File(directory / "pages")
-        yield opened
-        opened.close()
-
-
-def store(fd: int, memory: Any, at: int = 0) -> None:
-    """Put memory into a file, zero pages of 4 KiB left as holes."""
-    for start in range(0, len(memory), 4096):
-        piece = memory[start : start + 4096]
-        if piece.any():
-            os.pwrite(fd, piece.tobytes(), at + start)
-
-
-def fill_from(memory: Any, *, end: int | None = None, error: int = 0) -> Any:
-    end = len(memory) if end is None else end
-
-    @ffi.callback("ssize_t(void *, void *, uint64_t, size_t)")
-    def fill(_: Any, buffer: Any, offset: int, length: int) -> int:
-        if error and offset + length > end:
-            return -error
-        length = max(min(length, end - offset), 0)
-        ffi.memmove(buffer, memory[offset : offset + length].tobytes(), length)
-        return length
-
-    return fill
-
-
-def mapped(fd: int, offset: int, length: int) -> Any:
-    start = offset // 4096 * 4096
-    mapping = mmap.mmap(fd, length + offset - start, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
-    return np.frombuffer(mapping, dtype=np.uint8)[offset - start :]
 
 
 def save(

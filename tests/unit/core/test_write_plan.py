@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from tests.conftest import directory_on_disk
 from tests.harness import core_twin as twin
 from tests.harness.examples import some
 from tests.harness.kernel import (
@@ -42,14 +40,6 @@ from tests.harness.kernel import (
 )
 
 PAGES_OFFSET = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def file() -> Iterator[File]:
-    with directory_on_disk() as directory:
-        opened = File(directory / "pages")
-        yield opened
-        opened.close()
 
 
 def written_bytes(file: File, memory: Bytes) -> Bits:

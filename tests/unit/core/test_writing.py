@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
-from tests.conftest import directory_on_disk
 from tests.harness import core_twin as twin
 from tests.harness.examples import some
 from tests.harness.kernel import (
@@ -24,27 +22,21 @@ from tests.harness.kernel import (
     Bytes,
     File,
     Memory,
+    fill_from,
     guest,
+    mapped,
     memfd,
     new_block,
     page_bits,
     read,
+    store,
     to_bits,
     to_words,
     write,
 )
-from tests.unit.core.test_write_memory import fill_from, mapped, store
 
 PIECE = lib.QM_PIECE
 PAGES_OFFSET = 3 * PIECE
-
-
-@pytest.fixture(scope="module")
-def file() -> Iterator[File]:
-    with directory_on_disk() as directory:
-        opened = File(directory / "pages")
-        yield opened
-        opened.close()
 
 
 class Listener:

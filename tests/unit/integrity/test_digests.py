@@ -19,7 +19,7 @@ from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.page_cache import drop_cached
-from tests.conftest import directory_on_disk
+from tests.harness.directories import directory_on_disk
 from tests.harness.examples import some
 
 few_channels = st.integers(1, 4)

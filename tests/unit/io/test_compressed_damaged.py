@@ -18,8 +18,8 @@ from pyqmigrate import NotSupported, SnapshotError, UsageError, devices, open_sn
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.format.libvirt import ImageFormat
+from tests.harness.pipes import COMPRESS, front, pipe_of
 from tests.harness.stream_builders import described, device, full, page_records, sequential_stream
-from tests.unit.io.test_pipe import COMPRESS, front, pipe_of
 
 ALLOWED = (SnapshotError, NotSupported, UsageError)
 SECONDS = 2.0  # of the processor, for all that is done with one file

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pyqmigrate
+from tests.harness.file_systems import _unshare, why_not
 from tests.harness.snapshots import ram
 
 ROOT = Path(__file__).parents[3]
@@ -40,21 +38,6 @@ def save(memory, name="snap", **options):
         result["equal"] = bool((load(directory / name)["ram"] == memory).all())
     return result
 """
-
-
-def _unshare() -> list[str]:
-    return ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
-
-
-@cache
-def why_not() -> str | None:
-    """Why nothing can be mounted; None if it can."""
-    if shutil.which("unshare") is None:
-        return "unshare is not installed"
-    done = subprocess.run(
-        [*_unshare(), "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True
-    )
-    return None if done.returncode == 0 else f"cannot mount: {done.stderr.strip()}"
 
 
 def mounted(

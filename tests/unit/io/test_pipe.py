@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import itertools
-import lzma
 import os
 import resource
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,13 +27,15 @@ from pyqmigrate import (
     save,
 )
 from pyqmigrate.export.convert import convert
-from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from pyqmigrate.format.libvirt import ImageFormat
 from pyqmigrate.io.pipe import KEPT_MAX, ForwardInput
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.detect import snapshot_of
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
-from tests.conftest import directory_on_disk
+from tests.harness.converted import FORMS, content
+from tests.harness.directories import directory_on_disk
 from tests.harness.examples import some
+from tests.harness.pipes import COMPRESS, front, pipe_of
 from tests.harness.snapshots import Bytes, known_memory
 from tests.harness.stream_builders import (
     EOF,
@@ -49,14 +45,7 @@ from tests.harness.stream_builders import (
     page_records,
     sequential_stream,
 )
-from tests.unit.snapshot.load.test_staging import FORMS, content
 
-COMPRESS: dict[ImageFormat, Callable[[bytes], bytes]] = {
-    ImageFormat.GZIP: gzip.compress,
-    ImageFormat.BZIP2: bz2.compress,
-    ImageFormat.XZ: lzma.compress,
-    ImageFormat.ZSTD: zstandard.compress,
-}
 COMMAND = [sys.executable, "-m", "pyqmigrate"]
 
 
@@ -64,33 +53,6 @@ def save_stream(path: Path) -> Bytes:
     memory = known_memory()
     start_sequential_save(path, [RamBlock("ram", memory)], machine="pc-q35-10.0").wait()
     return memory
-
-
-def front(form: ImageFormat) -> bytes:
-    return encode_header(LibvirtHeader(True, 2, form, True, "<domain/>", "<c/>", 4321, "little"))
-
-
-@contextmanager
-def pipe_of(data: bytes, piece: int = 1 << 16) -> Iterator[str]:
-    """The path of a pipe through which the bytes come, in pieces."""
-    read_end, write_end = os.pipe()
-
-    def write() -> None:
-        try:
-            for at in range(0, len(data), piece):
-                os.write(write_end, data[at : at + piece])
-        except BrokenPipeError:
-            pass
-        finally:
-            os.close(write_end)
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        yield f"/proc/self/fd/{read_end}"
-    finally:
-        os.close(read_end)
-        thread.join()
 
 
 @pytest.mark.usefixtures("same_descriptors")

@@ -15,7 +15,7 @@ from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.qapi.address import parse_uri
 from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.status import RunState, Status
-from tests.unit.migration.test_outgoing import LENGTH, Recorder, memory
+from tests.harness.migrations import LENGTH, Recorder, memory
 
 KINDS = [{"mapped-ram": True}, {"mapped-ram": True, "multifd": True}, {}]
 

@@ -15,35 +15,10 @@ from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.migration import Guest, Migration
 from pyqmigrate.migration.fdset import FdsetError, FdSets
 from pyqmigrate.qapi.address import parse_uri
-from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.parameters import Parameters
 from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.status import RunState, Status
-
-LENGTH = 8 << 20
-PAGE = 4096
-
-
-def memory(length: int = LENGTH) -> mmap.mmap:
-    ram = mmap.mmap(-1, length)
-    for page in range(0, length // PAGE, 3):
-        ram[page * PAGE : page * PAGE + 8] = page.to_bytes(4, "big") + b"data"
-    return ram
-
-
-class Recorder:
-    """Names of events, statuses for MIGRATION and pass numbers for MIGRATION_PASS."""
-
-    def __init__(self, migration: Migration) -> None:
-        self.seen: list[str] = []
-        migration.set_capabilities({"events": True})
-        migration.subscribe(self._note)
-
-    def _note(self, event: Event) -> None:
-        data = event.data or {}
-        self.seen.append(
-            str(data.get("status") or (f"PASS {data['pass']}" if "pass" in data else event.name))
-        )
+from tests.harness.migrations import LENGTH, PAGE, Recorder, memory
 
 
 def loaded(path: Path, offset: int = 0) -> bytes:

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from bench.contents import Contents, fill
 from pyqmigrate import FileMemory, RamBlock, SnapshotError, open_snapshot
 from pyqmigrate.migration import Migration
 from pyqmigrate.qmp import QmpServer, connection
-from tests.conftest import descriptors
+from tests.harness.contents import Contents, fill
+from tests.harness.directories import descriptors
 from tests.harness.machine import GuestRam
 from tests.harness.qmp_server import RawClient
 from tests.harness.serve import Driver, Serve

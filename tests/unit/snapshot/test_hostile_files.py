@@ -11,8 +11,8 @@ import pytest
 from pyqmigrate import NotSupported, SnapshotError, UsageError, devices, open_snapshot, provenance
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from tests.harness.device_example import BODY, RTC
 from tests.harness.stream_builders import EOF, full, page_records, sequential_stream, snapshot
-from tests.unit.cli.test_cli_devices import BODY, RTC
 
 ALLOWED = (SnapshotError, NotSupported, UsageError)
 SECTIONS, TEXT = encode_devices([DeviceSection("rtc", BODY, 0, 3, RTC)], 4096)

@@ -28,7 +28,7 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
-from tests.conftest import directory_on_disk
+from tests.harness.directories import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, known_memory, ram, save_known
 from tests.harness.stream_builders import page_records, sequential_stream, words

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate import RamBlock, SnapshotError, UsageError, open_snapshot
-from tests.conftest import directory_on_disk
+from tests.harness.directories import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, known_memory, ram, save_known
 

@@ -13,8 +13,8 @@ from pyqmigrate.format.address_space.physical_map import parse_placement, physic
 from pyqmigrate.format.address_space.placement import GivenPlacement, Placement
 from pyqmigrate.format.address_space.srat import nodes_in_order
 from pyqmigrate.format.device.values import Device, Field, State, Value
+from tests.harness.cpu_sections import ARM, X86, device, fields
 from tests.harness.examples import some
-from tests.unit.format.device.test_cpu import ARM, X86, device, fields
 
 MIB, GIB = 1 << 20, 1 << 30
 

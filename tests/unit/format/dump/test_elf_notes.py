@@ -7,7 +7,7 @@ import struct
 from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.format.dump.elf_notes import cpu_notes
 from pyqmigrate.format.dump.vmcoreinfo import HEAD_LENGTH, note_length
-from tests.unit.format.device.test_cpu import ARM, X86, device, fields
+from tests.harness.cpu_sections import ARM, X86, device, fields
 
 HEAD = 12 + 8  # lengths and kind; "CORE" or "QEMU", padded
 

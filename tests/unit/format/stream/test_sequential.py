@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 
 import pytest
 
@@ -15,55 +14,38 @@ from pyqmigrate.format.stream.sequential import (
     encode_head,
 )
 from pyqmigrate.format.stream.wire import SectionKind
-from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_part_header
+from pyqmigrate.format.stream.writer import encode_end, encode_part_header
 from tests.harness.stream_builders import (
     EOF,
+    RAM_EOS,
     Sparse,
+    blocks,
+    capabilities,
     command,
+    configured,
     described,
+    described_as,
     device,
     end,
+    entry,
     full,
     part,
     snapshot,
-    start,
     str8,
     words,
 )
 
 SPECS = [BlockSpec("pc.ram", 0x4000000), BlockSpec("pc.bios", 0x40000)]
-MARK = words(0x10)
-
-
-def configured(*subsections: bytes, machine: bytes = b"pc") -> bytes:
-    return b"QEVM" + struct.pack(">IBI", 3, 7, len(machine)) + machine + b"".join(subsections)
-
-
-def capabilities(*names: str) -> bytes:
-    head = b"\x05" + str8("configuration/capabilities") + struct.pack(">II", 1, len(names))
-    return head + b"".join(map(str8, names))
-
-
-def blocks(*entries: bytes, total: int) -> bytes:
-    return start(1, "ram", 4, words(total | 4) + b"".join(entries) + MARK)
-
-
-def entry(name: str, length: int, gpa: bytes = b"") -> bytes:
-    return str8(name) + words(length) + gpa
-
-
-def described_as(text: bytes) -> bytes:
-    return struct.pack(">BI", 6, len(text)) + text
 
 
 ONE = blocks(entry("pc.ram", 8192), total=8192)
-ENDED = end(1, MARK) + EOF + described_as(described())
+ENDED = end(1, RAM_EOS) + EOF + described_as(described())
 
 
 def walk(data: bytes, *, page_size: int | None = None, offset: int = 0) -> SequentialStreamReader:
     """A walk whose records are one end mark."""
     walk = SequentialStreamReader(
-        Sparse([(0, data)]), offset, lambda at: at + len(MARK), page_size=page_size
+        Sparse([(0, data)]), offset, lambda at: at + len(RAM_EOS), page_size=page_size
     )
     walk.read_head()
     return walk
@@ -148,7 +130,7 @@ def test_what_is_written_is_read() -> None:
 
 def test_records_are_read_in_every_part_and_in_end() -> None:
     seen = []
-    data = configured() + ONE + part(1, MARK) + command(11) + part(1, MARK) + ENDED
+    data = configured() + ONE + part(1, RAM_EOS) + command(11) + part(1, RAM_EOS) + ENDED
 
     def read(at: int) -> int:
         seen.append(at)
@@ -157,7 +139,7 @@ def test_records_are_read_in_every_part_and_in_end() -> None:
     walk = SequentialStreamReader(Sparse([(0, data)]), 0, read)
     walk.read_head()
     walk.stream()
-    assert [data[at : at + 8] for at in seen] == [MARK] * 3
+    assert [data[at : at + 8] for at in seen] == [RAM_EOS] * 3
 
 
 def test_guest_address_stands_in_entries_with_ignore_shared() -> None:
@@ -200,14 +182,14 @@ def test_page_size_comes_from_the_configuration_first(size: int) -> None:
 
 def test_page_size_comes_from_the_description_next() -> None:
     text = json.dumps({"page_size": 8192, "devices": []}).encode()
-    data = configured() + ONE + end(1, MARK) + EOF + described_as(text)
+    data = configured() + ONE + end(1, RAM_EOS) + EOF + described_as(text)
     assert stream(data).page_size == 8192
     assert stream(data, page_size=8192).page_size == 8192
     assert refusal(data, page_size=4096).field == "page_size"
 
 
 def test_page_size_is_the_caller_s_where_none_is_told() -> None:
-    data = configured() + ONE + end(1, MARK) + EOF
+    data = configured() + ONE + end(1, RAM_EOS) + EOF
     assert stream(data, page_size=2048).page_size == 2048
     assert stream(data).page_size == 4096
 
@@ -215,7 +197,7 @@ def test_page_size_is_the_caller_s_where_none_is_told() -> None:
 @pytest.mark.parametrize("size", [0, 512, 4095, 131072, -4096])
 def test_page_size_that_is_none_is_refused(size: int) -> None:
     text = json.dumps({"page_size": size, "devices": []}).encode()
-    data = configured() + ONE + end(1, MARK) + EOF + described_as(text)
+    data = configured() + ONE + end(1, RAM_EOS) + EOF + described_as(text)
     assert refusal(data).field == "page_size"
 
 
@@ -243,7 +225,7 @@ def test_list_that_goes_on_after_its_total_is_refused() -> None:
 
 
 def test_stream_without_ram_end_is_refused() -> None:
-    assert "did not finish" in str(refusal(configured() + ONE + part(1, MARK) + EOF))
+    assert "did not finish" in str(refusal(configured() + ONE + part(1, RAM_EOS) + EOF))
 
 
 def test_stream_without_ram_is_refused() -> None:
@@ -251,14 +233,14 @@ def test_stream_without_ram_is_refused() -> None:
 
 
 def test_stream_that_is_cut_anywhere_is_refused_or_incomplete() -> None:
-    data = configured() + ONE + part(1, MARK) + ENDED
+    data = configured() + ONE + part(1, RAM_EOS) + ENDED
     for size in range(len(data) - len(described()) - 5):
         refusal(data[:size])
 
 
 def test_device_state_that_cannot_be_walked_is_opaque() -> None:
     """Without description and footer nobody knows where the section ends."""
-    data = configured() + ONE + end(1, MARK) + full(9, "odd", b"\xff" * 40)[:-5]
+    data = configured() + ONE + end(1, RAM_EOS) + full(9, "odd", b"\xff" * 40)[:-5]
     got = stream(data)
     assert got.opaque_tail and not got.complete
     assert [section.kind for section in got.sections] == [SectionKind.START, SectionKind.END]

@@ -35,8 +35,15 @@ from tests.harness.examples import some
 from tests.harness.kernel import memfd
 from tests.harness.page_records import CONTINUE, PAGE, XBZRLE, ZERO, str8, word
 from tests.harness.snapshots import KNOWN, SLOW, Bytes, known_memory, ram
-from tests.harness.stream_builders import described, device, full
-from tests.unit.format.stream.test_sequential import blocks, capabilities, configured, entry
+from tests.harness.stream_builders import (
+    blocks,
+    capabilities,
+    configured,
+    described,
+    device,
+    entry,
+    full,
+)
 
 pytestmark = pytest.mark.usefixtures("same_descriptors")
 

@@ -14,20 +14,18 @@ from hypothesis import strategies as st
 from pyqmigrate import NotSupported, RamBlock, SnapshotError, UsageError, open_snapshot
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import RawReport, unpack
-from pyqmigrate.integrity.seal import stale_pages
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
-from tests.conftest import directory_on_disk
 from tests.harness import page_records as records
+from tests.harness.converted import FORMS, content
+from tests.harness.directories import directory_on_disk
 from tests.harness.examples import few
-from tests.harness.page_records import Record, stream_of
+from tests.harness.page_records import Record, record_lists, stream_of
 from tests.harness.snapshots import Bytes, ram
 from tests.harness.stream_builders import EOF, RAM_EOS, described, end, part, start, str8, words
-from tests.unit.core.test_decode import record_lists
 
 PART = 16 << 20
 PAGE = 4096
-FORMS = ["mapped-ram", "raw"]
 
 
 def stream(
@@ -59,16 +57,6 @@ def stream(
         + struct.pack(">BI", 6, len(description))
         + description
     )
-
-
-def content(path: Path, form: str, name: str = "ram") -> bytes:
-    if form == "raw":
-        return (path / f"{name}.raw").read_bytes()
-    with open_snapshot(path) as snapshot:
-        snapshot.verify()
-        assert not any(stale_pages(snapshot).values())
-        block = snapshot.blocks[name]
-        return block.read(0, block.length)
 
 
 def page(number: int, fill: int) -> Record:

@@ -31,8 +31,12 @@ from tests.harness.page_records import CONTINUE, PAGE, ZERO, word
 from tests.harness.snapshots import load
 from tests.harness.stream_builders import (
     EOF,
+    blocks,
+    capabilities,
     command,
+    configured,
     described,
+    described_as,
     device,
     end,
     full,
@@ -41,7 +45,6 @@ from tests.harness.stream_builders import (
     str8,
     words,
 )
-from tests.unit.format.stream.test_sequential import blocks, capabilities, configured, described_as
 
 pytestmark = pytest.mark.usefixtures("same_descriptors")
 

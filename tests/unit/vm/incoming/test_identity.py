@@ -10,15 +10,9 @@ from pathlib import Path
 
 from pyqmigrate.vm.incoming.identity import runs_already, shared_identity, with_new_generation
 from pyqmigrate.vm.qemu.command_line import CommandLine
+from tests.harness.locks import HOLD
 
 GUID = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"
-HOLD = """
-import fcntl, sys
-file = open(sys.argv[1])
-fcntl.flock(file, fcntl.LOCK_SH)
-print(flush=True)
-sys.stdin.read()
-"""
 
 
 def command(*words: str) -> CommandLine:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import pyqmigrate
 from pyqmigrate.errors import Cancelled
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
-from tests.conftest import directory_on_disk
+from tests.harness.directories import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, data_bytes, ram
 

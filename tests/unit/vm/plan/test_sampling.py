@@ -9,7 +9,7 @@ import pytest
 
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.vm.plan.sampling import sample
-from tests.unit.vm.plan.test_engine import file_block, guest
+from tests.harness.guest_info import file_block, guest
 
 MIB = 1 << 20
 PAGE = 4096

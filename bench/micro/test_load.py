@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bench.conftest import SIZE, Memories
-from bench.contents import Contents
 from bench.disk import Disk
+from bench.micro.conftest import SIZE, Memories
 from pyqmigrate import RamBlock, open_snapshot, save
+from tests.harness.contents import Contents
 
 
 def load(path: Path, memory: mmap.mmap, **options: Any) -> None:

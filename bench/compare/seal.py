@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pyqmigrate
-from bench.contenders import Contender, SharedRam, fio_read_contenders
-from bench.contents import Contents, fill
+from bench.compare.contenders import Contender, SharedRam, fio_read_contenders
 from bench.disk import Disk
 from bench.results import OURS, Sample
+from tests.harness.contents import Contents, fill
 
 __all__ = ["CACHED", "COLD", "PLAIN", "SEALED", "seal_work", "seals"]
 

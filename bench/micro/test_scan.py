@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from bench.conftest import SIZE, Memories
-from bench.contents import Contents
+from bench.micro.conftest import SIZE, Memories
 from pyqmigrate import _core
+from tests.harness.contents import Contents
 
 ffi, lib = _core.ffi, _core.lib
 

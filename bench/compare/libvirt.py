@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.contenders import Contender, SharedRam, sync_file
+from bench.compare.contenders import Contender, SharedRam, sync_file
+from bench.compare.vm import memfd_of
 from bench.results import LIBVIRT, Sample
-from bench.vm import memfd_of
 from tests.harness.libvirt import Libvirt
 from tests.harness.machine import BINARY
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 # After what is installed: a tree whose core is not compiled must not hide a package that has one.
-ROOT = str(Path(__file__).resolve().parent.parent)
+ROOT = str(Path(__file__).resolve().parents[2])
 sys.path[:] = [p for p in sys.path if str(Path(p).resolve()) != ROOT] + [ROOT]
 
-from bench.contents import Contents, fill  # noqa: E402
 from bench.disk import Disk, NotADisk  # noqa: E402
 from bench.results import table  # noqa: E402
+from tests.harness.contents import Contents, fill  # noqa: E402
 
 SIZE = 512 << 20
 MIB = 1 << 20

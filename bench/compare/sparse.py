@@ -1,8 +1,8 @@
-"""Memory that is mostly holes: what it costs in time, and in memory of our own.
+"""Memory that is mostly holes: the time and the extra memory that saving and loading it costs.
 
-Run by itself (``python -m bench.sparse DIR SIZE DATA``) it is the process whose memory is watched:
-it saves and loads a memfd of SIZE bytes of which DATA are data, says on standard output what it
-is about to do and waits for a line before each step.
+``python -m bench.compare.sparse DIR SIZE DATA`` is the process that is measured: it saves and loads
+a memfd of SIZE bytes of which DATA are data, prints each step before it begins, and waits for a
+line on standard input.
 """
 
 from __future__ import annotations
@@ -100,7 +100,15 @@ class Footprint:
 def watch_child(directory: Path, size: int, data: int) -> dict[str, dict[str, Any]]:
     """Saves and loads in a process of its own. For each step what it reports, and under
     ``extra_bytes`` how much it grew at most beyond the guest's memory (looked at every 5 ms)."""
-    command = [sys.executable, "-P", "-m", "bench.sparse", str(directory), str(size), str(data)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "bench.compare.sparse",
+        str(directory),
+        str(size),
+        str(data),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     results: dict[str, dict[str, Any]] = {}
     with subprocess.Popen(

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from bench.conftest import SIZE, Memories
-from bench.contents import Contents
 from bench.disk import Disk
+from bench.micro.conftest import SIZE, Memories
 from pyqmigrate import _core
 from pyqmigrate.io.channels import split_ranges
 from pyqmigrate.snapshot.save.writer import Sparse
+from tests.harness.contents import Contents
 
 ffi, lib = _core.ffi, _core.lib
 PAGE = 4096

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 import pyqmigrate
-from bench.contenders import ANONYMOUS, Contender, SharedRam, touch
-from bench.contents import Contents, fill
+from bench.compare.contenders import ANONYMOUS, Contender, SharedRam, touch
 from bench.disk import Disk
 from bench.results import OURS, QEMU, Sample
 from pyqmigrate.vm import sync
+from tests.harness.contents import Contents, fill
 from tests.harness.machine import BINARY, Mode, Qemu
 
 __all__ = [

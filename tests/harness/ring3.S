@@ -1,8 +1,8 @@
-# How the guest of beat.c starts: by PVH, and then all of its work is done in ring 3.
+# The start of a guest written in C: boots by PVH and calls guest_main() in ring 3.
 #
-# Some hosts offer a KVM that runs only user mode at speed, so ring 0 has nothing to do here but to
-# set up long mode, and to read and write I/O ports: ring 3 may not, and what it tried is done in
-# the handler of the fault (13) that it gets. Interrupts stay off.
+# Some hosts offer a KVM that runs only user mode at speed. So ring 0 only sets up long mode, and
+# carries out reads and writes of I/O ports: ring 3 may not access them, and the handler of the
+# fault (13) that it gets does so instead. Interrupts stay off.
 
         .section .note.pvh, "a", @note  # XEN_ELFNOTE_PHYS32_ENTRY
         .long   4, 4, 18
@@ -16,16 +16,25 @@ entry:  cli
         cld
         movl    $stack_top, %esp
 
-        # The first GiB, mapped as it is, in 2 MiB pages that ring 3 may use.
+        # The first 8 GiB, identity-mapped in 2 MiB pages that ring 3 may use.
         movl    $directories + 7, tables
-        movl    $pages + 7, directories
+        movl    $directories, %edi
+        movl    $pages + 7, %eax
+        movl    $8, %ecx
+0:      movl    %eax, (%edi)
+        addl    $8, %edi
+        addl    $4096, %eax
+        loop    0b
         movl    $pages, %edi
         movl    $0x87, %eax             # present, writable, user, large
+        xorl    %edx, %edx              # the upper half of the address
+        movl    $(8 * 512), %ecx
 1:      movl    %eax, (%edi)
+        movl    %edx, 4(%edi)
         addl    $8, %edi
         addl    $0x200000, %eax
-        cmpl    $0x40000087, %eax
-        jne     1b
+        adcl    $0, %edx
+        loop    1b
 
         movl    $tables, %eax
         movl    %eax, %cr3
@@ -60,7 +69,7 @@ long_mode:
         movl    $40, %eax
         ltr     %ax
 
-        movq    $idt, %rdi              # whatever goes wrong is reported, and ends it
+        movq    $idt, %rdi              # any fault is reported on the serial port and ends the guest
         movl    $32, %ecx
 2:      movq    $fault, %rax
         call    gate
@@ -85,7 +94,7 @@ long_mode:
         pushq   $user_stack_top
         pushq   $2
         pushq   $0x23
-        pushq   $beat
+        pushq   $guest_main
         iretq
 
 # An entry of the IDT at rdi that leads to rax.
@@ -149,7 +158,7 @@ task:   .fill   104, 1, 0
 tables: .skip   4096
 directories:
         .skip   4096
-pages:  .skip   4096
+pages:  .skip   8 * 4096
 idt:    .skip   4096
 clock:  .skip   4096
         .skip   4096

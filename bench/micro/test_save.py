@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bench.conftest import SIZE, Memories
-from bench.contents import Contents
 from bench.disk import Disk
+from bench.micro.conftest import SIZE, Memories
 from pyqmigrate import RamBlock, save
+from tests.harness.contents import Contents
 
 
 def measure(

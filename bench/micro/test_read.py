@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from bench.conftest import SIZE, Memories
-from bench.contents import Contents
 from bench.disk import Disk
+from bench.micro.conftest import SIZE, Memories
 from pyqmigrate import MappedRamBlock, RamBlock, _core, open_snapshot, save
 from pyqmigrate.io.channels import core_block, split_ranges
+from tests.harness.contents import Contents
 
 ffi, lib = _core.ffi, _core.lib
 ALIGNMENT = 4096

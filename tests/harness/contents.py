@@ -1,4 +1,4 @@
-"""Guest memory to measure and test with: dense, runs and speckled, the same for a given seed.
+"""Contents of guest memory for tests and measurements: dense, runs and speckled, the same for a given seed.
 
 ==========  =============================================================================
 dense       every page is random
@@ -42,7 +42,7 @@ def data_pages(contents: Contents, pages: int, seed: int = 0) -> npt.NDArray[np.
 
 
 def fill(memory: memoryview | bytearray, contents: Contents, seed: int = 0) -> int:
-    """Fills ``memory`` (writable, whole pages of 4 KiB); returns how many pages are not zero.
+    """Fill ``memory`` (writable, whole pages of 4 KiB); return how many pages are not zero.
 
     About 2 GB/s; clear pages are not touched when they are zero already, so a sparse memory
     stays sparse.

@@ -1,6 +1,6 @@
 """This package, QEMU and fio side by side: the same memory, the same directory, taking turns.
 
-    python bench/compare.py --dir /var/tmp --size 4GiB --json speed.json --plot speed.png
+    python bench/compare --dir /var/tmp --size 4GiB --json speed.json --plot speed.png
 
 Every run is timed to its fsync. What counts is the ratio of medians within one run of this
 program: disks and shared machines drift. A row of the last table says ``reached`` or ``missed``;
@@ -26,23 +26,31 @@ from pathlib import Path
 from typing import Any
 
 # Last, so that an installed pyqmigrate comes before a tree whose core is not compiled.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import pyqmigrate
-from bench.contenders import Contender, SharedRam, load_contenders, save_contenders
-from bench.contents import Contents, data_pages, fill
+from bench.compare.contenders import Contender, SharedRam, load_contenders, save_contenders
+from bench.compare.libvirt import libvirt_savers
+from bench.compare.picture import draw
+from bench.compare.processor import measure_scan, save_with_core_clock
+from bench.compare.seal import seals
+from bench.compare.sparse import save_memfd, sparse_memfd, watch_child
+from bench.compare.targets import (
+    GIB,
+    MIB,
+    PYTHON_WORK,
+    SPARSE_ALONE,
+    SPARSE_WIDE,
+    TEBIBYTE_WORK,
+    verdicts,
+)
+from bench.compare.vm import MEMFD_WORK, memfd_savers, restores, vm_savers
 from bench.disk import Disk, NotADisk
-from bench.libvirt import libvirt_savers
-from bench.picture import draw
-from bench.processor import measure_scan, save_with_core_clock
 from bench.results import OURS, Results, Sample, table
-from bench.seal import seals
-from bench.sparse import save_memfd, sparse_memfd, watch_child
-from bench.targets import GIB, MIB, PYTHON_WORK, SPARSE_ALONE, SPARSE_WIDE, TEBIBYTE_WORK, verdicts
-from bench.vm import MEMFD_WORK, memfd_savers, restores, vm_savers
+from tests.harness.contents import Contents, data_pages, fill
 from tests.harness.machine import BINARY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "memfd", "restores")
 # Who took longer than both, the first time, is not repeated as often.
 _SLOW = 4.0  # times the fastest
@@ -222,7 +230,9 @@ def positive(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python bench/compare", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument(
         "--dir",
         type=Path,

@@ -18,12 +18,12 @@ from typing import Any, Self
 
 import pytest
 
-from bench.conftest import ROOT
-from bench.contents import Contents, fill
 from bench.disk import Disk
+from bench.micro.conftest import ROOT
 from bench.results import Verdict, table
 from pyqmigrate import Descriptors, FileMemory, RamBlock, save
 from pyqmigrate.format.uri import parse_size
+from tests.harness.contents import Contents, fill
 
 SIZE = parse_size(os.environ.get("PYQMIGRATE_BENCH_SERVE_SIZE", "2G"))
 ROUNDS = int(os.environ.get("PYQMIGRATE_BENCH_SERVE_ROUNDS", "5"))

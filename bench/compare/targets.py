@@ -5,10 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from bench.contents import Contents
-from bench.results import FIO, LIBVIRT, OURS, QEMU, Results, Verdict
-from bench.seal import CACHED, COLD, PLAIN, SEALED, seal_work
-from bench.vm import (
+from bench.compare.seal import CACHED, COLD, PLAIN, SEALED, seal_work
+from bench.compare.vm import (
     INSTANT_WORK,
     MEMFD_FULL,
     MEMFD_WIDE,
@@ -18,6 +16,8 @@ from bench.vm import (
     VM_DIRECT,
     VM_QEMU,
 )
+from bench.results import FIO, LIBVIRT, OURS, QEMU, Results, Verdict
+from tests.harness.contents import Contents
 
 __all__ = ["GIB", "MIB", "PYTHON_WORK", "SPARSE_ALONE", "SPARSE_WIDE", "TEBIBYTE_WORK", "verdicts"]
 
