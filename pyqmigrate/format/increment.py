@@ -37,17 +37,10 @@ from typing import Any
 from pyqmigrate.errors import SnapshotError, SnapshotTruncated, UsageError
 from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, digest_of_all
+from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGES_ALIGNMENT, BlockSpec
 
-__all__ = [
-    "HEADER_MAX",
-    "MAGIC",
-    "BaseIdentity",
-    "IncrementHeader",
-    "base_location",
-    "base_path",
-    "is_increment",
-]
+__all__ = ["HEADER_MAX", "MAGIC", "IncrementHeader", "base_location", "base_path", "is_increment"]
 
 MAGIC = b"QMDELTA1"
 HEADER_MAX = 8 << 20  # bytes of JSON; 65536 blocks need less
@@ -66,38 +59,16 @@ def is_increment(data: bytes) -> bool:
 
 
 @dataclass(frozen=True)
-class BaseIdentity:
-    """Which file the base is. ``size`` in bytes, ``mtime_ns`` since 1970, ``seal`` the digest of its
-    seal or None. ``path`` as the header has it: see :func:`base_path`."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    seal: bytes | None = None
-
-    def differs_from(self, size: int, mtime_ns: int, seal: bytes | None = None) -> str | None:
-        """What tells a file of these properties from the base, as a sentence; None if nothing does.
-
-        Seals decide where both have one: a copy of the base has another time of change.
-        """
-        if size != self.size:
-            return f"it has {size} bytes, and the base had {self.size}"
-        if seal is not None and self.seal is not None:
-            return None if seal == self.seal else "its seal is not that of the base"
-        if mtime_ns != self.mtime_ns:
-            return "it was modified after the increment was taken"
-        return None
-
-
-@dataclass(frozen=True)
 class IncrementHeader:
     """What an increment says of itself before its stream.
 
-    ``blocks`` are the base's RAM blocks, without addresses; ``created_ns`` is in nanoseconds since
-    1970; ``stream_offset`` in bytes. Raises UsageError for what cannot be written.
+    ``base_path`` is as :func:`base_path` gives it; ``blocks`` are the base's RAM blocks, without
+    addresses; ``created_ns`` is in nanoseconds since 1970, ``stream_offset`` in bytes. Raises
+    UsageError for what cannot be written.
     """
 
-    base: BaseIdentity
+    base_path: str
+    base: SnapshotId
     blocks: tuple[BlockSpec, ...]
     created_ns: int
     machine: str
@@ -116,7 +87,7 @@ class IncrementHeader:
         base = self.base
         value = {
             "base": {
-                "path": base.path,
+                "path": self.base_path,
                 "size": base.size,
                 "mtime_ns": base.mtime_ns,
                 "seal": None if base.seal is None else base.seal.hex(),
@@ -228,6 +199,7 @@ def _read_value(value: Any) -> dict[str, Any]:
     if changed > sum(block.length for block in blocks):
         raise _fault("more bytes changed than all blocks have", "changed_bytes")
     return {
+        "base_path": _read_path(base),
         "base": _read_base(base),
         "blocks": blocks,
         "created_ns": _number(value, "created_ns", "created_ns", negative=True),
@@ -236,10 +208,14 @@ def _read_value(value: Any) -> dict[str, Any]:
     }
 
 
-def _read_base(base: dict[str, Any]) -> BaseIdentity:
+def _read_path(base: dict[str, Any]) -> str:
     path = _string(base, "path", "base.path", _PATH_MAX)
     if "\0" in path:
         raise _fault("the path of the base has a zero byte", "base.path")
+    return path
+
+
+def _read_base(base: dict[str, Any]) -> SnapshotId:
     seal = base.get("seal")
     if seal is not None:
         try:
@@ -248,8 +224,7 @@ def _read_base(base: dict[str, Any]) -> BaseIdentity:
             raise _fault("the seal of the base is not a digest", "base.seal") from error
         if len(seal) != DIGEST_SIZE:
             raise _fault(f"the seal of the base has {len(seal)} bytes", "base.seal")
-    return BaseIdentity(
-        path,
+    return SnapshotId(
         _number(base, "size", "base.size"),
         _number(base, "mtime_ns", "base.mtime_ns", negative=True),
         seal,

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from pyqmigrate import _core
 from pyqmigrate.errors import NotSupported, UsageError
@@ -102,16 +102,11 @@ class DigestTable:
         for start in range(0, self.nbytes, _PIECE):
             yield self._memory[start : min(start + _PIECE, self.nbytes)]
 
-    def read_from(self, file: BinaryIO) -> int:
-        """Take the entries from a file's position on; return how many bytes there were."""
-        done = 0
-        while done < self.nbytes:
-            piece = file.read(min(_PIECE, self.nbytes - done))
-            if not piece:
-                break
-            self._memory[done : done + len(piece)] = piece
-            done += len(piece)
-        return done
+    def put(self, offset: int, entries: Data) -> None:
+        """Put entries that were kept at byte ``offset`` of the table. UsageError outside of it."""
+        if not 0 <= offset <= self.nbytes - len(entries):
+            raise UsageError(f"a table of {self.nbytes} bytes has no room at {offset}")
+        self._memory[offset : offset + len(entries)] = entries
 
     def close(self) -> None:
         """Release the memory. Idempotent."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +146,10 @@ def test_what_is_entered_is_what_the_library_says(first: int, npages: int, seed:
     assert [table[page] for page in range(12)] == twin
     assert b"".join(table.pieces()) == b"".join(twin)
     copy = DigestTable(12)
-    assert copy.read_from(BytesIO(b"".join(twin) + b"more")) == copy.nbytes
+    copy.put(0, b"".join(twin[:5]))
+    copy.put(5 * 16, b"".join(twin[5:]))
+    with pytest.raises(UsageError, match="no room"):
+        copy.put(5 * 16, b"".join(twin))
     assert [copy[page] for page in range(12)] == twin
     copy.forget(first, npages)
     assert all(copy[page] == bytes(16) for page in range(first, first + npages))
