@@ -134,11 +134,11 @@ uint64_t qm_add_bits(uint64_t *seen, const uint64_t *now, uint64_t *fresh, uint6
     uint64_t count = 0;
     for (uint64_t w = 0; w < (npages + 63) / 64; w++) {
         uint64_t added = now[w] & ~seen[w];
+        if (fresh && fresh[w] != added)
+            fresh[w] = added;
         if (!added)
             continue;
         seen[w] |= added;
-        if (fresh)
-            fresh[w] |= added;
         count += (uint64_t)__builtin_popcountll(added);
     }
     return count;

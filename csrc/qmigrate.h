@@ -591,8 +591,8 @@ int qm_find_changed(qm_job *job, const struct qm_mapped_block *block, uint64_t *
 int qm_find_present(qm_job *job, const struct qm_mapped_block *block, uint64_t *bits,
                     uint64_t first, uint64_t npages);
 
-/* Sets in `fresh` the bits that `seen` lacks and `now` has, adds them to `seen`, and returns how many
- * they are. `fresh` may be NULL. */
+/* Adds to `seen` the bits that it lacks and `now` has, and returns how many they are. `fresh` has
+ * these and no others afterwards; it may be NULL. */
 uint64_t qm_add_bits(uint64_t *seen, const uint64_t *now, uint64_t *fresh, uint64_t npages);
 
 /* Puts the stretches of set bits among [first, end) into `runs`, two numbers each: first page, pages.

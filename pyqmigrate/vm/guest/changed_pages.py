@@ -33,13 +33,14 @@ from pyqmigrate.errors import GuestMemoryError, UsageError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, check_channels
 from pyqmigrate.io.mapping import unmap
-from pyqmigrate.io.process_memory import ProcessMemory, ProcessSource
 
-__all__ = ["ChangedPages", "RestoredRam", "RestoredBlock", "Mapping", "list_mappings"]
+__all__ = ["ChangedPages", "RestoredRam", "RestoredBlock", "Mapping", "list_mappings", "list_runs"]
 
 _SCANNED_AT_ONCE = 1 << 30  # bytes of a block that one call looks at
 _RUNS_AT_ONCE = 4096
 _MAPS_MAX = 64 << 20  # bytes of /proc/PID/maps
+_MAPS_PIECE = 1 << 16
+_END = 1 << 64
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,7 @@ class ChangedPages:
 
     def runs(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
         """``(first page, pages)`` for each stretch of them, in order."""
-        end = self.bitmap.npages if end is None else end
-        found = _core.ffi.new("uint64_t[]", 2 * _RUNS_AT_ONCE)
-        next_page = _core.ffi.new("uint64_t *", first)
-        while next_page[0] < end:
-            n = _core.lib.qm_list_runs(
-                self.bitmap.core, next_page[0], end, found, _RUNS_AT_ONCE, next_page
-            )
-            for k in range(n):
-                yield int(found[2 * k]), int(found[2 * k + 1])
+        return list_runs(self.bitmap, first, end)
 
     def close(self) -> None:
         """Release the bitmap. Idempotent."""
@@ -105,10 +98,10 @@ class ChangedPages:
 class RestoredRam:
     """The RAM blocks that a process has mapped, held ready for questions about their pages.
 
-    Needs the rights of a debugger, as reading the process' memory does. ``uses_scan`` says whether
-    the kernel answers by ranges; ``scan=False`` forces the words. A process that ends is noticed,
-    also when its number is given to another. Raises GuestMemoryError when its memory cannot be read,
-    UsageError for blocks that cannot exist.
+    Needs the right to trace the process, as reading its memory does, but reads none of it.
+    ``uses_scan`` says whether the kernel answers by ranges; ``scan=False`` forces the words. A process
+    that ends is noticed, also when its number is given to another. Raises GuestMemoryError when it is
+    gone or may not be looked at, UsageError for blocks that cannot exist.
     """
 
     def __init__(
@@ -116,19 +109,17 @@ class RestoredRam:
     ) -> None:
         self.pid = pid
         self.blocks = tuple(blocks)
-        self._stack = contextlib.ExitStack()
-        self._sources: list[ProcessSource] = []
+        self._fds = contextlib.ExitStack()
         self._cores: list[Any] = []
         try:
             for block in self.blocks:
                 _check_block(block)
-                memory = ProcessMemory(pid, block.address, block.length)
-                source = ProcessSource(memory, block.name)
-                self._stack.callback(source.close)
-                self._sources.append(source)
-            pagemap = self._open("pagemap")
-            self._directory = self._open("", os.O_DIRECTORY)
-            self._check_alive()  # what was opened by number is the process' only if it is there
+            # Files that are opened by way of the process' directory are of that process, and of its
+            # memory as it is now, whoever gets its number later.
+            directory = self._open(f"/proc/{pid}", os.O_DIRECTORY)
+            self._maps = self._open("maps", dir_fd=directory)
+            pagemap = self._open("pagemap", dir_fd=directory)
+            self._check_alive()
             has_scan = bool(_core.lib.qm_process_can_scan(pagemap)) if scan is None else scan
             self.uses_scan = has_scan
             for block in self.blocks:
@@ -173,17 +164,18 @@ class RestoredRam:
 
     def mappings(self) -> list[Mapping]:
         """The mappings of the process, by address. Raises GuestMemoryError."""
+        text, offset = bytearray(), 0
         try:
-            fd = os.open("maps", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
+            while piece := os.pread(self._maps, _MAPS_PIECE, offset):
+                text += piece
+                offset += len(piece)
+                if offset > _MAPS_MAX:
+                    raise OSError(errno.EFBIG, "too many mappings")
         except OSError as error:
             raise self._refused(error, "list the mappings of") from error
-        try:
-            with os.fdopen(fd, encoding="utf-8", errors="surrogateescape") as file:
-                text = file.read(_MAPS_MAX)
-        except OSError as error:
-            raise self._refused(error, "list the mappings of") from error
-        self._check_alive()
-        return list_mappings(text)
+        if not text:
+            raise self._gone()
+        return list_mappings(text.decode("utf-8", "surrogateescape"))
 
     def mapped_file(self, block: RestoredBlock) -> Mapping | None:
         """The private mapping of a file that the first byte of ``block`` is in: where to look for the
@@ -244,7 +236,7 @@ class RestoredRam:
         else:
             crew.run(self._ranges(), move, "pagemap", [block.name for block in self.blocks])
         # A process that ends loses its pages before it is gone: nothing found means nothing unless
-        # there still is something to read afterwards.
+        # its memory is still there afterwards.
         self._check_alive()
 
     def _ranges(self) -> Iterator[Range]:
@@ -254,16 +246,25 @@ class RestoredRam:
                 yield Range(number, first, min(step, npages - first))
 
     def _check_alive(self) -> None:
-        for source in self._sources:
-            source.read(0, 1)
-
-    def _open(self, name: str, flags: int = 0) -> int:
+        """Raise GuestMemoryError where the memory is gone. Touches none of it: a page that is read
+        comes into the page table."""
         try:
-            fd = os.open(f"/proc/{self.pid}/{name}", os.O_RDONLY | os.O_CLOEXEC | flags)
+            alive = os.pread(self._maps, 1, 0)
         except OSError as error:
             raise self._refused(error, "look at the pages of") from error
-        self._stack.callback(os.close, fd)
+        if not alive:
+            raise self._gone()
+
+    def _open(self, name: str, flags: int = 0, dir_fd: int | None = None) -> int:
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | flags, dir_fd=dir_fd)
+        except OSError as error:
+            raise self._refused(error, "look at the pages of") from error
+        self._fds.callback(os.close, fd)
         return fd
+
+    def _gone(self) -> GuestMemoryError:
+        return GuestMemoryError(errno.ESRCH, f"cannot look at the pages of process {self.pid}")
 
     def _refused(self, error: OSError, what: str) -> GuestMemoryError:
         number = error.errno or errno.EIO
@@ -272,7 +273,7 @@ class RestoredRam:
 
     def close(self) -> None:
         """Close what was opened. Idempotent."""
-        self._stack.close()
+        self._fds.close()
 
     def __enter__(self) -> Self:
         return self
@@ -284,6 +285,17 @@ class RestoredRam:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def list_runs(bitmap: Bitmap, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield ``(first page, pages)`` for each stretch of set bits among ``[first, end)``, in order."""
+    end = bitmap.npages if end is None else end
+    found = _core.ffi.new("uint64_t[]", 2 * _RUNS_AT_ONCE)
+    next_page = _core.ffi.new("uint64_t *", first)
+    while next_page[0] < end:
+        n = _core.lib.qm_list_runs(bitmap.core, next_page[0], end, found, _RUNS_AT_ONCE, next_page)
+        for k in range(n):
+            yield int(found[2 * k]), int(found[2 * k + 1])
 
 
 def list_mappings(text: str) -> list[Mapping]:
@@ -308,6 +320,10 @@ def _check_block(block: RestoredBlock) -> None:
     page, size = mmap.PAGESIZE, block.page_size
     if not 1024 <= size <= 65536 or size & (size - 1):
         raise UsageError(f"pages of block {block.name!r} cannot have {size} bytes")
+    if block.address < 0 or block.length <= 0 or block.address + block.length > _END:
+        raise UsageError(
+            f"block {block.name!r} cannot have {block.length} bytes at {block.address:#x}"
+        )
     if block.length % size:
         raise UsageError(f"block {block.name!r} is not whole pages of {size} bytes")
     if block.address % page or block.file_offset % page:
