@@ -255,11 +255,17 @@ def test_mapped_holes_do_not_become_resident() -> None:
         allocated = os.fstat(fd).st_blocks
         mapping = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
         memory = Memory(base=np.frombuffer(mapping, dtype=np.uint8), fd=fd)
-        table = Table(npages)
+        table, changed = Table(npages), to_words(np.zeros(npages, dtype=bool))
         assert digest(memory, PAGE, npages, table) == 0
+        assert compare(memory, PAGE, npages, table, changed) == 0
         assert os.fstat(fd).st_blocks == allocated
+        os.pwrite(fd, b"more", 1100 * PAGE)
+        assert compare(memory, PAGE, npages, table, changed) == 0
+        assert np.flatnonzero(to_bits(changed, npages)).tolist() == [1100]
+        assert os.fstat(fd).st_blocks == allocated + PAGE // 512
+        assert digest(memory, PAGE, npages, table) == 0
     zero = xxhash.xxh3_128_digest(bytes(PAGE))
-    assert [k for k, entry in enumerate(table.entries()) if entry != zero] == [700]
+    assert [k for k, entry in enumerate(table.entries()) if entry != zero] == [700, 1100]
 
 
 def test_another_process_is_digested_and_what_it_never_touched_stays_so() -> None:
