@@ -32,7 +32,16 @@ SOURCES = [
     "page_digests.c",
     "page_states.c",
 ]
-HEADERS = ["qmigrate.h", "core_internal.h", "bits.h", "channel.h", "chunk.h", "records.h", "xxh3.h", "pagemap.h"]
+HEADERS = [
+    "qmigrate.h",
+    "core_internal.h",
+    "bits.h",
+    "channel.h",
+    "chunk.h",
+    "records.h",
+    "xxh3.h",
+    "pagemap.h",
+]
 # What the core calls (a qm_write_hook): pyqmigrate/integrity/digests.py has it.
 CALLBACKS = """
 extern "Python" int qm_note_writing(void *arg, int64_t at, const void *bytes, size_t len);

@@ -142,8 +142,8 @@ static uint64_t resident_end(struct digester *d, uint64_t first, uint64_t end)
     return k == n || to > end ? end : to < first ? first : to;
 }
 
-/* Whether mincore tells the truth about a file: to others than those who may write it, it says that
- * all is resident. */
+/* Whether mincore can be trusted for a file: without write permission it reports every page as
+ * resident. */
 static int tells_residency(int fd)
 {
     char name[32];
@@ -210,10 +210,11 @@ static int digest_range(struct digester *d, uint64_t first, uint64_t npages)
     long page = sysconf(_SC_PAGESIZE);
     qm_xxh3_pages(zeros, 1, d->block->page_size, d->zero);
     d->in_place = m->base && m->fd < 0;
-    /* Elsewhere holes cannot be told apart page by page, and the file is read. */
+    /* Otherwise a page may be part hole, part data, and the file is read. */
     d->extents =
         m->base && m->fd >= 0 && d->block->page_size <= (uint64_t)page && m->fd_offset % page == 0;
-    /* The first pass brings the mapping into being; for what is not mapped, asking is expensive. */
+    /* Only when comparing: an earlier pass has mapped the pages. For pages that are not mapped mincore
+     * is slow. */
     d->residency = d->extents && d->changed && tells_residency(m->fd);
     d->look = 1;
     uint64_t most = QM_CHUNK / d->block->page_size;

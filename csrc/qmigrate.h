@@ -553,9 +553,8 @@ int qm_digest_pages(qm_job *job, qm_channel *channel, const struct qm_block *blo
 /* Sets the bits in `changed` of those pages whose digest is not that of the table; leaves the other
  * bits alone. `update`: the table gets the new digests.
  *
- * Of memory that changes meanwhile the table may get the digest of a content that nobody has copied.
- * To copy while a guest runs, leave the table as it is, and enter the digests of what was copied
- * (qm_digest_bytes). */
+ * While the memory changes, an update may enter the digest of content that was never copied. To copy
+ * from a running guest, do not update: enter the digests of the copies (qm_digest_bytes). */
 int qm_compare_pages(qm_job *job, qm_channel *channel, const struct qm_block *block,
                      const struct qm_memory *memory, const uint64_t *selection,
                      unsigned char *table, int update, uint64_t *changed, uint64_t first,

@@ -1,7 +1,7 @@
-"""The header of an increment: a mapped-ram stream that holds what changed since a base snapshot.
+"""The header of an increment: a mapped-ram stream of the pages that changed since a base snapshot.
 
-An increment is not a snapshot by itself, so no QEMU must take it for one: it starts with a magic of
-its own, and the stream follows further on. All numbers of the header are little-endian::
+An increment is not a snapshot by itself, and no QEMU may load it by mistake: it starts with its own
+magic, and the stream follows at a later offset. All numbers of the header are little-endian::
 
     0   magic: "QMDELTA1", 8 bytes; written last of all, zeros before
     8   u32 version, 1
@@ -60,7 +60,7 @@ def is_increment(data: bytes) -> bool:
 
 @dataclass(frozen=True)
 class IncrementHeader:
-    """What an increment says of itself before its stream.
+    """The header of an increment.
 
     ``base_path`` is as :func:`base_path` gives it; ``blocks`` are the base's RAM blocks, without
     addresses; ``created_ns`` is in nanoseconds since 1970, ``stream_offset`` in bytes. Raises
@@ -114,18 +114,18 @@ class IncrementHeader:
     def read(cls, source: ByteSource) -> IncrementHeader:
         """Read the header at the start of a file.
 
-        Raises SnapshotError for whatever is wrong with it, naming the field and its offset;
+        Raises SnapshotError for an invalid header, naming the field and its offset;
         SnapshotTruncated where the file ends before the stream starts.
         """
         head = source.read_at(0, _JSON_AT)
         if not is_increment(head):
-            raise _fault("this is not an increment, or it was not finished", "magic", 0)
+            raise _fault("not an increment, or an unfinished one", "magic", 0)
         if len(head) < _JSON_AT:
             raise SnapshotTruncated("the file ends inside the header", offset=len(head))
         version, length, offset = _FIXED.unpack_from(head, _DIGESTED_AT)
         if version != _VERSION:
             raise _fault(
-                f"version {version} of increments is not known here, only {_VERSION}",
+                f"version {version} of increments is not supported, only {_VERSION}",
                 "version",
                 _DIGESTED_AT,
             )
@@ -137,7 +137,7 @@ class IncrementHeader:
             )
         fixed = head[_DIGESTED_AT:_DIGEST_AT]
         if _digest(fixed, text) != head[_DIGEST_AT:_JSON_AT]:
-            raise _fault("the header is damaged: it is not what its digest was made of", "digest")
+            raise _fault("the header is damaged: its digest does not match", "digest")
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -162,9 +162,7 @@ def base_location(path: str, increment: str) -> Path:
 
 def _check_layout(length: int, offset: int) -> None:
     if not 2 <= length <= HEADER_MAX:
-        raise _fault(
-            f"a header of {length} bytes is not possible, at most {HEADER_MAX}", "length", 12
-        )
+        raise _fault(f"invalid header length {length}: at most {HEADER_MAX}", "length", 12)
     if offset % PAGES_ALIGNMENT or not _JSON_AT + length <= offset <= OFFSET_MAX:
         raise _fault(
             f"the stream cannot start at {offset:#x}: that is not a multiple of 1 MiB after the "
@@ -188,7 +186,7 @@ def _read_value(value: Any) -> dict[str, Any]:
         raise _fault("the header is not a JSON object", "json")
     base = value.get("base")
     if not isinstance(base, dict):
-        raise _fault("the header names no base", "base")
+        raise _fault("the header has no base", "base")
     listed = value.get("blocks")
     if not isinstance(listed, list) or len(listed) > BLOCKS_MAX:
         raise _fault(f"the header has no list of at most {BLOCKS_MAX} blocks", "blocks")

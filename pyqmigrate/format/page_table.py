@@ -1,7 +1,7 @@
 """The digests of a snapshot's pages: ``SNAPSHOT.pages``, beside it.
 
-With them the next increment of a guest that does not map its snapshot needs no more than one look at
-its memory. The file starts with a line as :mod:`pyqmigrate.format.snapshot_companion` has it, of the
+With them, the next increment of a guest that does not map its snapshot takes one pass over its memory.
+The file starts with a line as :mod:`pyqmigrate.format.snapshot_companion` has it, of the
 format "pyqmigrate-pages", with one key more::
 
     algorithm   "xxh3-128"
@@ -28,7 +28,7 @@ PAGE_TABLE = CompanionKind("pyqmigrate-pages", "page table")
 
 @dataclass(frozen=True)
 class PageTableLine:
-    """The line of a page table: whose it is, and what it has."""
+    """The line of a page table."""
 
     line: CompanionLine
 
@@ -59,5 +59,5 @@ class PageTableLine:
         """Read the line from the first ``LINE_MAX`` bytes of a file. Raises SnapshotError."""
         line = CompanionLine.decode(PAGE_TABLE, data)
         if line.more.get("algorithm") != Algorithm.XXH3_128:
-            raise PAGE_TABLE.fault(f"{line.more.get('algorithm')!r} is not an algorithm known here")
+            raise PAGE_TABLE.fault(f"{line.more.get('algorithm')!r} is not a supported algorithm")
         return cls(line)

@@ -1,4 +1,4 @@
-"""The first line of the binary files that are kept beside a snapshot: which file, whose, how long.
+"""The first line of the binary files beside a snapshot: kind, snapshot, blocks and digest.
 
 ``SNAPSHOT.pages`` (:mod:`pyqmigrate.format.page_table`) and ``SNAPSHOT.workingset``
 (:mod:`pyqmigrate.format.working_set`) start in the same way: one line of JSON, padded with spaces to a
@@ -100,14 +100,14 @@ class CompanionLine:
     def decode(cls, kind: CompanionKind, data: bytes) -> CompanionLine:
         """Read the line from the first :data:`LINE_MAX` bytes of a file.
 
-        Raises SnapshotError for whatever is wrong with it, but for the digest: see :meth:`check`.
+        Raises SnapshotError for an invalid line. The digest is checked by :meth:`check`.
         """
         text, newline, _ = data[:LINE_MAX].partition(b"\n")
         length = len(text) + len(newline)
         if not kind.is_ours(text):
-            raise kind.fault("the first bytes are not those of its kind", 0)
+            raise kind.fault("wrong first bytes", 0)
         if not newline or length % _ALIGNMENT:
-            raise kind.fault("the first line does not end where it should", len(text))
+            raise kind.fault("the first line has a wrong length", len(text))
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -115,21 +115,21 @@ class CompanionLine:
         if not isinstance(value, dict):
             raise kind.fault("the first line is not an object")
         if read_number(kind, value, "version") != _VERSION:
-            raise kind.fault(f"version {value['version']} is not known here, only {_VERSION}")
+            raise kind.fault(f"version {value['version']} is not supported, only {_VERSION}")
         digest = _read_digest(kind, value, "digest")
         if digest is None or not text.rstrip(b" ").endswith(_END % digest.hex().encode("ascii")):
             raise kind.fault("the first line does not end with its digest")
         snapshot = value.get("snapshot")
         if not isinstance(snapshot, dict):
-            raise kind.fault("no snapshot is named")
+            raise kind.fault("the snapshot is missing")
         listed = value.get("blocks")
         if not isinstance(listed, list) or len(listed) > BLOCKS_MAX:
-            raise kind.fault(f"there is no list of at most {BLOCKS_MAX} blocks")
+            raise kind.fault(f"expected a list of at most {BLOCKS_MAX} blocks")
         blocks = tuple(_read_block(kind, number, block) for number, block in enumerate(listed))
         if len({block.name for block in blocks}) != len(blocks):
-            raise kind.fault("two blocks have one name")
+            raise kind.fault("duplicate block name")
         if sum(block.length for block in blocks) > OFFSET_MAX:
-            raise kind.fault("the blocks are longer than any file")
+            raise kind.fault("the blocks together are longer than a file can be")
         identity = SnapshotId(
             read_number(kind, snapshot, "size"),
             read_number(kind, snapshot, "mtime_ns", negative=True),
@@ -141,7 +141,7 @@ class CompanionLine:
     def check(self, body: Iterable[Data]) -> None:
         """Raise SnapshotError unless this is the body, and the line is as it was written."""
         if digest_of_all(Algorithm.XXH3_128, chain(body, [self.front])) != self.digest:
-            raise self.kind.fault("there is damage: it is not what its digest was made of")
+            raise self.kind.fault("damaged: the digest does not match")
 
 
 def read_number(

@@ -1,4 +1,4 @@
-"""What a file beside a snapshot, or made from it, knows that snapshot by."""
+"""The identity of a snapshot, as recorded in files beside it and in increments of it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ class SnapshotId:
     seal: bytes | None = None
 
     def differs_from(self, found: SnapshotId) -> str | None:
-        """Return what tells the file that was ``found`` from this one, for a message; None if nothing
-        does.
+        """Return how the file ``found`` differs from this one, for a message; None if it does not.
 
-        Seals decide where both have one, since a copy of a file has another time of change.
+        If both have a seal, the seals decide: a copy of a file has another modification time.
         """
         if found.size != self.size:
             return f"it has {found.size} bytes, and had {self.size}"

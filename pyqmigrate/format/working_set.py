@@ -7,13 +7,12 @@ keys more::
     runs        how many runs there are
     seconds     how long the guest was watched, a number
 
-Its body has 16 bytes for each run, little-endian, in the order in which the pages were first touched,
-as far as that could be seen: runs that were seen at once are in the order of their pages::
+Its body has 16 bytes for each run, little-endian, in the order in which the pages were first touched.
+Runs that were observed together are in page order::
 
     u32 block, its place in the list; u32 pages; u64 first page
 
-A run lies in its block. Runs may overlap, as a hint may; all of them together have no more pages than
-all blocks.
+A run lies within its block. Runs may overlap, but all runs together have no more pages than all blocks.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ class WorkingSet:
     def decode(cls, body: bytes) -> WorkingSet:
         """Read the body, of whole runs; nothing but its length is checked. Raises SnapshotError."""
         if len(body) % _RUN.size:
-            raise WORKING_SET.fault("the runs end within one")
+            raise WORKING_SET.fault("the last run is cut off")
         found = cls()
         words = array.array("Q")
         words.frombytes(body)
@@ -139,7 +138,7 @@ class WorkingSetLine:
         line = CompanionLine.decode(WORKING_SET, data)
         runs = read_number(WORKING_SET, line.more, "runs")
         if runs > RUNS_MAX:
-            raise WORKING_SET.fault(f"{runs} runs are listed, more than {RUNS_MAX}")
+            raise WORKING_SET.fault(f"{runs} runs, more than {RUNS_MAX}")
         seconds = line.more.get("seconds")
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):
             raise WORKING_SET.fault("seconds is not a number")
@@ -151,7 +150,7 @@ class WorkingSetLine:
         """Read the runs, each of them checked. Raises SnapshotError."""
         self.line.check([body])
         if len(body) != self.body_size:
-            raise WORKING_SET.fault(f"{len(body)} bytes of runs are there, not {self.body_size}")
+            raise WORKING_SET.fault(f"{len(body)} bytes of runs, expected {self.body_size}")
         working_set = WorkingSet.decode(body)
         fault = self._fault(working_set)
         if fault is not None:
@@ -160,12 +159,12 @@ class WorkingSetLine:
 
     def _fault(self, working_set: WorkingSet) -> str | None:
         if len(working_set) != self.runs:
-            return f"there are {len(working_set)} runs, not {self.runs}"
+            return f"{len(working_set)} runs, expected {self.runs}"
         pages = [block.length // block.page_size for block in self.blocks]
         left = sum(pages)
         for number, (block, first, npages) in enumerate(working_set):
             if block >= len(pages) or npages == 0 or npages > pages[block] - first:
-                return f"run {number} has pages {first} to {first + npages} of no block {block}"
+                return f"run {number}: block {block} has no pages {first} to {first + npages}"
             left -= npages
         return "the runs have more pages than all blocks" if left < 0 else None
 

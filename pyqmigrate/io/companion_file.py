@@ -1,6 +1,6 @@
-"""Files of our own beside a snapshot that start with a line of JSON: where they are, reading, writing.
+"""Page tables and working sets beside a snapshot: where they are, how they are read and written.
 
-What they have in common is in :mod:`pyqmigrate.format.snapshot_companion`.
+:mod:`pyqmigrate.format.snapshot_companion` describes their format.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def companion_path(snapshot: str | os.PathLike[str], suffix: str) -> Path:
-    """Return where a file beside ``snapshot`` is, an absolute path: beside what a link leads to."""
+    """Return where a file beside ``snapshot`` is, an absolute path: if it is a link, beside its target."""
     path = resolve_symlink(snapshot)
     return path.with_name(path.name + suffix)
 
 
 def identify_snapshot(snapshot: str | os.PathLike[str], fd: int) -> SnapshotId:
-    """Return the identity of a snapshot that is open as ``fd``; its seal counts if it is of the file
-    as it is now. Raises OSError where the descriptor cannot be looked at."""
+    """Return the identity of a snapshot that is open as ``fd``; its seal is included if it matches the
+    size and modification time of the file. Raises OSError where the descriptor cannot be looked at."""
     info = os.fstat(fd)
     seal: bytes | None = None
     with contextlib.suppress(OSError, SnapshotError):
@@ -77,10 +77,10 @@ def open_companion(path: Path, kind: CompanionKind) -> Iterator[tuple[int, bytes
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
-            raise kind.fault("there is no regular file")
+            raise kind.fault("not a regular file")
         # A file of a few bytes can claim any size by a hole.
         if next_hole(fd, 0, info.st_size) < info.st_size:
-            raise kind.fault("there is a hole")
+            raise kind.fault("unexpected hole")
         yield fd, os.pread(fd, LINE_MAX, 0)
     except TargetError:
         raise
@@ -95,7 +95,7 @@ def read_pieces(fd: int, kind: CompanionKind, start: int, length: int) -> Iterat
     where there are more or fewer, OSError."""
     size = os.fstat(fd).st_size
     if size != start + length:
-        raise kind.fault(f"there are {size} bytes, and {start + length} by the first line")
+        raise kind.fault(f"{size} bytes, expected {start + length} by the first line")
     offset = start
     while offset < start + length:
         piece = os.pread(fd, min(_PIECE, start + length - offset), offset)

@@ -1,7 +1,7 @@
-"""Digests of the pages of guest memory: taking them, and finding the pages that differ from them.
+"""Compute digests of the pages of guest memory, and find the pages that differ from them.
 
-A digest is the xxh3-128 of a page, 16 bytes. Memory is read at its own speed, by several channels, in
-the core and without the GIL::
+A digest is the xxh3-128 of a page, 16 bytes. Several channels read the memory, in the core and without
+the GIL, at memory speed::
 
     with PageDigests(blocks) as digests:                 # the RAM blocks, as for a save
         digests.start_compute(channels=2).wait()         # while the guest runs
@@ -11,10 +11,10 @@ the core and without the GIL::
 
 A page that was never digested differs from every content: its entry is 16 zero bytes.
 
-Of memory that changes meanwhile a comparison sees each page at some instant of its own. When its
-pages are then copied while the guest runs, the table must not be updated by the comparison: the copy
-may have a later content, which a guest can take back. Use ``update=False``, and enter the digests of
-the copy with :meth:`DigestTable.enter`.
+While the guest runs, a comparison sees each page at a different instant. If the changed pages are then
+copied while it still runs, the comparison must not update the table: the copy may have newer content,
+and if the guest then restores the old content, the page would look unchanged. Use ``update=False``, and
+enter the digests of the copies with :meth:`DigestTable.enter`.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class PageDigests:
         """
         missing = [name for name in self._chosen(selection) if name not in changed]
         if missing:
-            raise UsageError(f"there is no bitmap for the changed pages of block {missing[0]!r}")
+            raise UsageError(f"a bitmap for the changed pages of block {missing[0]!r} is missing")
         return self._start(changed, selection, update, channels)
 
     def _chosen(self, selection: Mapping[str, Bitmap] | None) -> list[str]:
@@ -203,7 +203,7 @@ class PageDigests:
         for bitmaps in (changed, selection):
             for name, bitmap in (bitmaps or {}).items():
                 if name not in self.tables:
-                    raise UsageError(f"there is no block {name!r}")
+                    raise UsageError(f"unknown block {name!r}")
                 if bitmap.npages != self.tables[name].npages:
                     raise UsageError(f"a bitmap of block {name!r} has {bitmap.npages} pages")
         crew = Channels(check_channels(channels), "pyqmigrate-digests")

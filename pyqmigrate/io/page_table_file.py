@@ -67,13 +67,13 @@ def write_page_table(
 ) -> None:
     """Write the digests of all pages; the file has its name when it is whole and durable.
 
-    UsageError where there is no table, or one of another size, for a block; and as
-    :func:`~pyqmigrate.io.own_files.write_whole`.
+    Raises UsageError if the table of a block is missing or has another size, and otherwise as
+    :func:`~pyqmigrate.io.own_files.write_whole` does.
     """
     for block in blocks:
         table = tables.get(block.name)
         if table is None or table.npages != block.length // block.page_size:
-            raise UsageError(f"the digests of block {block.name!r} are not there")
+            raise UsageError(f"the digests of block {block.name!r} are missing")
 
     def body() -> Iterator[bytes]:
         for block in blocks:
@@ -84,10 +84,10 @@ def write_page_table(
 
 
 def read_page_table(path: Path, blocks: Sequence[BlockSpec]) -> PageTable | None:
-    """Return the digests that ``path`` keeps; None where there is no file.
+    """Return the digests stored in ``path``; None if it does not exist.
 
-    ``blocks`` are those of the snapshot, which bound what is read. Whether it is of the snapshot as it
-    is now is for the caller (:meth:`SnapshotId.differs_from`). Raises SnapshotError for a file that is
+    ``blocks`` are those of the snapshot, which bound what is read. The caller checks that it belongs
+    to the snapshot as it is now (:meth:`SnapshotId.differs_from`). Raises SnapshotError for a file that is
     not a whole page table of these blocks, TargetError, NotSupported without memory.
     """
     with open_companion(path, PAGE_TABLE) as opened:

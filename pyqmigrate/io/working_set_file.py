@@ -1,4 +1,4 @@
-"""``SNAPSHOT.workingset``: which pages a guest touched after a restore, for the next one.
+"""``SNAPSHOT.workingset``: the pages that a guest touched after a restore, for the next restore.
 
 place = check_working_set_place("/snap/guest.mapped")      # before work begins
 ...
@@ -68,16 +68,17 @@ def write_working_set(
 ) -> None:
     """Write the runs; the file has its name when it is whole and durable.
 
-    UsageError for runs outside of the blocks; and as :func:`~pyqmigrate.io.own_files.write_whole`.
+    Raises UsageError for runs outside of the blocks, and otherwise as
+    :func:`~pyqmigrate.io.own_files.write_whole` does.
     """
     line = WorkingSetLine.of(snapshot, blocks, len(working_set), seconds).encode(working_set)
     write_companion(place, WORKING_SET_FILE, line, [working_set.encode()], sync_name=sync_name)
 
 
 def read_working_set(path: Path) -> RecordedWorkingSet | None:
-    """Return the runs that ``path`` keeps; None where there is no file.
+    """Return the working set stored in ``path``; None if it does not exist.
 
-    Whether it is of the snapshot as it is now is for the caller (:meth:`SnapshotId.differs_from`).
+    The caller checks that it belongs to the snapshot as it is now (:meth:`SnapshotId.differs_from`).
     Raises SnapshotError for a file that is not a whole working set, TargetError.
     """
     with open_companion(path, WORKING_SET) as opened:

@@ -1,8 +1,8 @@
-"""Which pages of its RAM a guest changed that maps a snapshot privately, and which it has touched.
+"""The changed and the touched pages of a guest that maps a snapshot privately.
 
 A guest restored with mode ``instant`` maps the pages of its snapshot as they are in the file. The
-first write to one makes a copy that belongs to the guest alone; the kernel shows which pages of a
-mapping are such copies (``PAGEMAP_SCAN``, Linux 6.7; before that, one word a page in
+first write to one makes a copy that belongs to the guest alone; the kernel shows which pages of
+a mapping are such copies (``PAGEMAP_SCAN``, Linux 6.7; before that, one word a page in
 ``/proc/PID/pagemap``)::
 
     with RestoredRam(pid, blocks) as ram:
@@ -114,8 +114,8 @@ class RestoredRam:
         try:
             for block in self.blocks:
                 _check_block(block)
-            # Files that are opened by way of the process' directory are of that process, and of its
-            # memory as it is now, whoever gets its number later.
+            # Files opened relative to the directory belong to this process and its present memory,
+            # even if the pid is reused later.
             directory = self._open(f"/proc/{pid}", os.O_DIRECTORY)
             self._maps = self._open("maps", dir_fd=directory)
             pagemap = self._open("pagemap", dir_fd=directory)

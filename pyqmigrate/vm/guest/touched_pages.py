@@ -1,15 +1,16 @@
-"""Recording the working set of a guest that was restored instantly: which pages it touches, and when.
+"""Record the working set of an instantly restored guest: the pages it touches, in order.
 
-The page table of QEMU is looked at every few milliseconds. A page that has come into it was touched, or
-is a neighbour of one that was: the kernel maps up to 64 KiB around a page that is read, as far as these
-are in the page cache. The page cache itself (``mincore``) shows far more, since each fault on a cold
-file reads ahead, and other guests read the same file: of a random walk over 300 MiB it had 1900 MiB.
+QEMU's page table is polled every few milliseconds. A page that enters it was touched, or is a neighbour
+of one that was: after a read fault the kernel maps 64 KiB around the page, as far as these pages are in
+the page cache, or all of a huge page of the cache. The page cache itself (``mincore``) would show far
+more, because each fault on a cold file reads ahead, and because other guests read the same file: after a
+random walk over 300 MiB it had 1900 MiB.
 
     with RestoredRam(pid, blocks) as ram:
         recording = record_working_set(ram, seconds=10)
     write_working_set(place, identity, specs, recording.working_set, seconds=recording.seconds)
 
-Nothing may read the guest's memory meanwhile: what is read from outside comes into its page table too.
+Do not read the guest's memory during the recording: pages read from outside enter its page table too.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class Recording:
 def record_working_set(
     ram: RestoredRam, seconds: float, *, stop: threading.Event | None = None
 ) -> Recording:
-    """Watch the blocks of ``ram`` for so many seconds, or until ``stop`` is set; blocks meanwhile.
+    """Watch the blocks of ``ram`` for so many seconds, or until ``stop`` is set. Blocks.
 
-    Takes at most a twentieth of one processor. A guest that ends, ends the recording; raises
-    GuestMemoryError where it cannot be looked at in the first place.
+    Takes at most a twentieth of one processor. The recording ends when the guest ends. Raises
+    GuestMemoryError if the guest's pages cannot be examined at the start.
     """
     stop = stop or threading.Event()
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Reading the working set of a guest ahead, while its QEMU starts.
+"""Read the working set of a guest ahead, while its QEMU starts.
 
 A guest that is restored instantly from a file that is not in the page cache waits for the disk at every
 page it touches. Where an earlier restore has recorded what it touches (``SNAPSHOT.workingset``), these
@@ -8,9 +8,9 @@ pages are asked for beforehand, in the order in which they were touched::
     ...                                             # QEMU starts, the guest runs
     report = prefetch.join()
 
-The kernel is asked with ``posix_fadvise(POSIX_FADV_WILLNEED)``: it queues the reads and returns, so
-that one thread keeps the disk busy, copies nothing, and brings no page that was not asked for. Reading
-them into a buffer took twice as long with 16 threads, and 2.5 times the processor.
+``posix_fadvise(POSIX_FADV_WILLNEED)`` queues the reads and returns: one thread keeps the disk busy, copies
+nothing, and reads no page that was not requested. Reading the ranges into a buffer took twice as long
+with 16 threads, and 2.5 times the CPU time.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ class Prefetch:
                     reason = "cancelled"
                     break
                 if done + length > self._limit:
-                    reason = f"more than {self._limit >> 20} MiB would not stay in memory"
+                    reason = f"the working set exceeds the limit of {self._limit >> 20} MiB"
                     break
                 os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
                 done += length
-        except Exception as error:  # a hint: whatever is wrong with it, the guest runs without
+        except Exception as error:  # only a hint: the guest runs without it
             reason = str(error)
         finally:
             os.close(fd)

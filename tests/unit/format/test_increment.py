@@ -1,4 +1,4 @@
-"""The header of an increment: what is written is read, and whatever else there is, is refused."""
+"""The header of an increment round-trips, and anything else is rejected."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_without_its_magic_it_is_not_an_increment_and_no_qemu_takes_either() -> 
     assert unfinished[:8] == bytes(8)
     for start in (unfinished, whole):
         assert not start.startswith((b"QEVM", b"LibvirtQ"))
-    with pytest.raises(SnapshotError, match=r"was not finished .*field magic, file offset 0x0"):
+    with pytest.raises(SnapshotError, match=r"unfinished one .*field magic, file offset 0x0"):
         read(unfinished)
 
 

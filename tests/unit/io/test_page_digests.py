@@ -124,9 +124,9 @@ def test_a_table_or_bitmap_of_another_size_is_refused(
     with PageDigests(blocks) as digests:
         with pytest.raises(UsageError, match="a bitmap of block"):
             digests.start_compare({"vga.vram": Bitmap(npages)})
-        with pytest.raises(UsageError, match="no bitmap for the changed pages of block"):
+        with pytest.raises(UsageError, match=r"bitmap for .* block .* is missing"):
             digests.start_compare({})
-        with pytest.raises(UsageError, match="there is no block 'other'"):
+        with pytest.raises(UsageError, match="unknown block 'other'"):
             digests.start_compute(selection={"other": Bitmap(1)})
 
 

@@ -125,7 +125,7 @@ def test_a_cancelled_one_asks_for_no_more(cold: int, monkeypatch: pytest.MonkeyP
 def test_no_more_is_read_than_would_stay_in_memory(cold: int) -> None:
     report = Prefetch(cold, LAYOUTS, recorded((0, 0, 16_384)), limit=9 * MIB).join()
     assert report.nbytes == 8 * MIB
-    assert report.reason == "more than 9 MiB would not stay in memory"
+    assert report.reason == "the working set exceeds the limit of 9 MiB"
     os.close(cold)
 
 
