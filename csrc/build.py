@@ -28,8 +28,20 @@ SOURCES = [
     "index.c",
     "staging.c",
     "search.c",
+    "xxh3.c",
+    "page_digests.c",
+    "page_states.c",
 ]
-HEADERS = ["qmigrate.h", "core_internal.h", "bits.h", "channel.h", "chunk.h", "records.h"]
+HEADERS = [
+    "qmigrate.h",
+    "core_internal.h",
+    "bits.h",
+    "channel.h",
+    "chunk.h",
+    "records.h",
+    "xxh3.h",
+    "pagemap.h",
+]
 # What the core calls (a qm_write_hook): pyqmigrate/integrity/digests.py has it.
 CALLBACKS = """
 extern "Python" int qm_note_writing(void *arg, int64_t at, const void *bytes, size_t len);

@@ -535,6 +535,70 @@ int64_t qm_search_next(void *watch, uint64_t off, uint64_t end);
 /* Where the bits from `first` on cease to be alike; at most `end`. */
 uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 
+/* ---- page digests --------------------------------------------------------------------------- */
+
+/*
+ * A table has QM_DIGEST bytes for each page of a block: the xxh3-128 of the page, big-endian, as the
+ * xxHash library writes it. Two pages with one digest are taken for equal.
+ */
+#define QM_DIGEST ((size_t)16)
+
+/* Enters into `table` the digests of the pages among [first, first + npages) that `selection` has
+ * (NULL: all). `first` is a multiple of 64. Plain memory is digested where it is. Holes, and what
+ * `next` passes over, are zero pages: they are not read, and mapped ones do not become resident. */
+int qm_digest_pages(qm_job *job, qm_channel *channel, const struct qm_block *block,
+                    const struct qm_memory *memory, const uint64_t *selection, unsigned char *table,
+                    uint64_t first, uint64_t npages, struct qm_fault *fault);
+
+/* Sets the bits in `changed` of those pages whose digest is not that of the table; leaves the other
+ * bits alone. `update`: the table gets the new digests.
+ *
+ * While the memory changes, an update may enter the digest of content that was never copied. To copy
+ * from a running guest, do not update: enter the digests of the copies (qm_digest_bytes). */
+int qm_compare_pages(qm_job *job, qm_channel *channel, const struct qm_block *block,
+                     const struct qm_memory *memory, const uint64_t *selection,
+                     unsigned char *table, int update, uint64_t *changed, uint64_t first,
+                     uint64_t npages, struct qm_fault *fault);
+
+/* Puts the digests of `npages` pages at `bytes` at the start of `table`. -EINVAL for a bad page
+ * size. */
+int qm_digest_bytes(const void *bytes, uint64_t npages, uint32_t page_size, unsigned char *table);
+
+/* The digest of `len` bytes, more than 240. `portable`: without vector instructions. */
+int qm_xxh3_128(const void *bytes, size_t len, int portable, unsigned char *digest);
+
+/* ---- states of pages ------------------------------------------------------------------------ */
+
+/* A block that a process has mapped, at `address`. `pagemap` is /proc/PID/pagemap of it; `has_scan`
+ * as in struct qm_process. */
+struct qm_mapped_block {
+    int pagemap;
+    int has_scan;
+    uint64_t address;
+    uint64_t len;
+    uint32_t page_size;
+};
+
+/* For a private mapping of a file: sets the bits of the pages among [first, first + npages) of which
+ * the process has a copy of its own, in memory or in swap; other bits are left alone. `first` is a
+ * multiple of 64. Where pages of the machine are larger than those of the block, all that a copy
+ * covers are set. Channels may share one bitmap. -ESRCH: the process is gone. */
+int qm_find_changed(qm_job *job, const struct qm_mapped_block *block, uint64_t *bits,
+                    uint64_t first, uint64_t npages);
+
+/* The same for the pages that are in the page table of the process, its own or the file's. */
+int qm_find_present(qm_job *job, const struct qm_mapped_block *block, uint64_t *bits,
+                    uint64_t first, uint64_t npages);
+
+/* Adds to `seen` the bits that it lacks and `now` has, and returns how many they are. `fresh` has
+ * these and no others afterwards; it may be NULL. */
+uint64_t qm_add_bits(uint64_t *seen, const uint64_t *now, uint64_t *fresh, uint64_t npages);
+
+/* Puts the stretches of set bits among [first, end) into `runs`, two numbers each: first page, pages.
+ * Stops after `max_runs`. Returns how many; *next is where to go on, `end` when all are there. */
+uint64_t qm_list_runs(const uint64_t *bits, uint64_t first, uint64_t end, uint64_t *runs,
+                      uint64_t max_runs, uint64_t *next);
+
 /* ---- direct I/O ----------------------------------------------------------------------------- */
 
 /* What direct I/O on the file demands of addresses and of positions, as the kernel tells it.

@@ -21,6 +21,7 @@ class _Lib:
     QM_RECORD_CHANGES: int
     QM_CHANGES_MAX: int
     QM_STAGING_MAX: int
+    QM_DIGEST: int
 
     def qm_job_create(self) -> Any: ...
     def qm_job_destroy(self, job: Any) -> None: ...
@@ -190,6 +191,40 @@ class _Lib:
     def qm_search_fill(self, watch: Any, buffer: Any, at: int, length: int) -> int: ...
     def qm_search_next(self, watch: Any, at: int, end: int) -> int: ...
     def qm_run(self, bits: Any, first: int, end: int) -> int: ...
+    def qm_digest_pages(
+        self,
+        job: Any,
+        channel: Any,
+        block: Any,
+        memory: Any,
+        selection: Any,
+        table: Any,
+        first: int,
+        npages: int,
+        fault: Any,
+    ) -> int: ...
+    def qm_compare_pages(
+        self,
+        job: Any,
+        channel: Any,
+        block: Any,
+        memory: Any,
+        selection: Any,
+        table: Any,
+        update: int,
+        changed: Any,
+        first: int,
+        npages: int,
+        fault: Any,
+    ) -> int: ...
+    def qm_digest_bytes(self, data: Any, npages: int, page_size: int, table: Any) -> int: ...
+    def qm_xxh3_128(self, data: Any, length: int, portable: int, digest: Any) -> int: ...
+    def qm_find_changed(self, job: Any, block: Any, bits: Any, first: int, npages: int) -> int: ...
+    def qm_find_present(self, job: Any, block: Any, bits: Any, first: int, npages: int) -> int: ...
+    def qm_add_bits(self, seen: Any, now: Any, fresh: Any, npages: int) -> int: ...
+    def qm_list_runs(
+        self, bits: Any, first: int, end: int, runs: Any, max_runs: int, next: Any
+    ) -> int: ...
     def qm_direct_align(self, fd: int, mem_align: Any, off_align: Any) -> int: ...
 
 lib: _Lib

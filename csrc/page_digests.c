@@ -1,0 +1,274 @@
+/* Guest memory -> a table with a digest for each page; and which pages differ from such a table. */
+#define _GNU_SOURCE
+#include "bits.h"
+#include "channel.h"
+#include "chunk.h"
+#include "xxh3.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* Bytes read and digested at a time, while they are still in the cache. */
+#define STEP ((size_t)256 << 10)
+#define STEP_PAGES (STEP / QM_MIN_PAGE)
+
+struct digester {
+    qm_job *job;
+    qm_channel *channel;
+    const struct qm_block *block;
+    const struct qm_memory *memory;
+    const uint64_t *selection; /* NULL: all pages */
+    unsigned char *table;
+    uint64_t *changed; /* NULL: the table is filled, not compared with */
+    int update;
+    struct qm_fault *fault;
+    int in_place;  /* memory has an address, and every page of it may be touched */
+    int extents;   /* memory has an address, but its holes must stay holes */
+    int residency; /* which of it is resident can be asked, at little cost */
+    int look;      /* for a hole, before the next pages are read */
+    unsigned char zero[QM_DIGEST];
+};
+
+static int is_selected(const struct digester *d, uint64_t page)
+{
+    return !d->selection || bit_get(d->selection, page);
+}
+
+/* Enters the digests of pages [first, end). */
+static void enter(struct digester *d, uint64_t first, uint64_t end, const unsigned char *digests)
+{
+    uint64_t zero_pages = 0;
+    for (uint64_t k = first; k < end; k++, digests += QM_DIGEST) {
+        unsigned char *entry = d->table + k * QM_DIGEST;
+        zero_pages += memcmp(digests, d->zero, QM_DIGEST) == 0;
+        if (memcmp(entry, digests, QM_DIGEST) == 0)
+            continue;
+        if (d->changed)
+            bit_set(d->changed, k);
+        if (!d->changed || d->update)
+            memcpy(entry, digests, QM_DIGEST);
+    }
+    uint64_t npages = end - first;
+    qm_job_count_pages(d->job, npages * d->block->page_size, npages - zero_pages, zero_pages);
+    d->look = zero_pages == npages;
+}
+
+/* Pages [first, end) are known to be zero. */
+static void enter_zeros(struct digester *d, uint64_t first, uint64_t end)
+{
+    for (uint64_t k = first; k < end; k++)
+        if (is_selected(d, k))
+            enter(d, k, k + 1, d->zero);
+}
+
+/* Selected pages [first, end), at most STEP bytes. */
+static int digest_step(struct digester *d, uint64_t first, uint64_t end)
+{
+    unsigned char digests[STEP_PAGES * QM_DIGEST];
+    size_t page = d->block->page_size, len = (size_t)(end - first) * page;
+    uint64_t off = first * page;
+    const unsigned char *bytes;
+    if (d->in_place || d->extents) {
+        bytes = d->memory->base + off;
+    } else {
+        unsigned char *buffer = qm_channel_buffer(d->channel, 0);
+        if (!buffer)
+            return -ENOMEM;
+        ssize_t got = qm_memory_fill(d->memory, buffer, off, len);
+        if (got < 0)
+            return memory_fault(d->fault, off, (int)got);
+        if ((size_t)got < len)
+            return memory_fault(d->fault, off + (uint64_t)got, -EFAULT);
+        bytes = buffer;
+    }
+    qm_xxh3_pages(bytes, end - first, page, digests);
+    enter(d, first, end, digests);
+    return 0;
+}
+
+/* The page where the hole at page `first` ends, `first` itself where there is data; -errno. */
+static int64_t hole_end(struct digester *d, uint64_t first, uint64_t end)
+{
+    const struct qm_memory *m = d->memory;
+    size_t page = d->block->page_size;
+    uint64_t off = first * page, limit = end * page;
+    int64_t data;
+    if (m->fill) {
+        data = m->next ? m->next(m->fill_arg, off, limit) : (int64_t)off;
+    } else {
+        /* Past the end of a file that shrank all would look like a hole. */
+        off_t size = lseek(m->fd, 0, SEEK_END);
+        if (size < 0)
+            return memory_fault(d->fault, off, -errno);
+        if ((uint64_t)size < (uint64_t)m->fd_offset + limit)
+            return memory_fault(d->fault, off, -EFAULT);
+        data = qm_next_data(m, off, limit);
+    }
+    if (data < 0)
+        return memory_fault(d->fault, off, (int)data);
+    return data == (int64_t)limit ? (int64_t)end : data / (int64_t)page;
+}
+
+/* The page up to which data goes on, without a hole that would have to be left alone. */
+static uint64_t data_end(struct digester *d, uint64_t first, uint64_t end)
+{
+    if (!d->extents)
+        return end;
+    size_t page = d->block->page_size;
+    uint64_t stop = qm_channel_data_until(d->channel, d->memory, first * page, end * page);
+    uint64_t to = (stop + page - 1) / page;
+    return to > first ? to : first + 1;
+}
+
+/* The page up to which all that is mapped is resident, and can be touched; `first` where it is not.
+ * Where an extent ends costs ten times as much: SEEK_HOLE looks at every page up to there. */
+static uint64_t resident_end(struct digester *d, uint64_t first, uint64_t end)
+{
+    size_t unit = (size_t)sysconf(_SC_PAGESIZE), page = d->block->page_size;
+    unsigned char resident[QM_CHUNK / 4096 + 1];
+    uintptr_t base = (uintptr_t)d->memory->base;
+    uintptr_t from = (base + first * page) / unit * unit;
+    size_t len = (size_t)(base + end * page - from), n = (len + unit - 1) / unit;
+    if (mincore((void *)from, len, resident))
+        return first;
+    size_t k = 0;
+    while (k < n && (resident[k] & 1))
+        k++;
+    uint64_t to = (from + k * unit - base) / page;
+    return k == n || to > end ? end : to < first ? first : to;
+}
+
+/* Whether mincore can be trusted for a file: without write permission it reports every page as
+ * resident. */
+static int tells_residency(int fd)
+{
+    char name[32];
+    snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
+    return faccessat(AT_FDCWD, name, W_OK, AT_EACCESS) == 0;
+}
+
+/* Pages [first, end) of at most a chunk. */
+static int digest_chunk(struct digester *d, uint64_t first, uint64_t end)
+{
+    size_t most = STEP / d->block->page_size;
+    for (uint64_t k = first; k < end;) {
+        uint64_t stop = end;
+        if (d->selection) {
+            k = next_set(d->selection, k, end);
+            if (k == end)
+                break;
+            stop = next_clear(d->selection, k, end);
+        }
+        uint64_t resident = d->residency ? resident_end(d, k, stop) : k;
+        if (resident > k) {
+            stop = resident;
+        } else if (!d->in_place && (d->extents || d->look)) {
+            int64_t data = hole_end(d, k, stop);
+            if (data < 0)
+                return (int)data;
+            if ((uint64_t)data > k) {
+                enter_zeros(d, k, (uint64_t)data);
+                k = (uint64_t)data;
+                continue;
+            }
+        }
+        if (resident == k)
+            stop = data_end(d, k, stop);
+        while (k < stop) {
+            uint64_t to = stop - k < most ? stop : k + most;
+            int rc = digest_step(d, k, to);
+            if (rc)
+                return rc;
+            k = to;
+            if (d->look && !d->in_place && !d->extents)
+                break;
+        }
+    }
+    return 0;
+}
+
+static int check(const struct qm_block *block, uint64_t first, uint64_t npages)
+{
+    uint32_t page = block->page_size;
+    if (page < QM_MIN_PAGE || page > QM_MAX_PAGE || (page & (page - 1)) || block->len % page)
+        return -EINVAL;
+    uint64_t all = block->len / page;
+    return first % 64 || first > all || npages > all - first ? -EINVAL : 0;
+}
+
+static int digest_range(struct digester *d, uint64_t first, uint64_t npages)
+{
+    int rc = check(d->block, first, npages);
+    if (rc)
+        return rc;
+    static const unsigned char zeros[QM_MAX_PAGE];
+    const struct qm_memory *m = d->memory;
+    long page = sysconf(_SC_PAGESIZE);
+    qm_xxh3_pages(zeros, 1, d->block->page_size, d->zero);
+    d->in_place = m->base && m->fd < 0;
+    /* Otherwise a page may be part hole, part data, and the file is read. */
+    d->extents =
+        m->base && m->fd >= 0 && d->block->page_size <= (uint64_t)page && m->fd_offset % page == 0;
+    /* Only when comparing: an earlier pass has mapped the pages. For pages that are not mapped mincore
+     * is slow. */
+    d->residency = d->extents && d->changed && tells_residency(m->fd);
+    d->look = 1;
+    uint64_t most = QM_CHUNK / d->block->page_size;
+    for (uint64_t k = first, end = first + npages; k < end;) {
+        if (qm_job_cancelled(d->job))
+            return -ECANCELED;
+        uint64_t to = end - k < most ? end : k + most;
+        rc = digest_chunk(d, k, to);
+        if (rc)
+            return rc;
+        k = to;
+    }
+    return 0;
+}
+
+int qm_digest_pages(qm_job *job, qm_channel *channel, const struct qm_block *block,
+                    const struct qm_memory *memory, const uint64_t *selection, unsigned char *table,
+                    uint64_t first, uint64_t npages, struct qm_fault *fault)
+{
+    struct digester d = {
+        .job = job,
+        .channel = channel,
+        .block = block,
+        .memory = memory,
+        .selection = selection,
+        .table = table,
+        .fault = fault,
+    };
+    return digest_range(&d, first, npages);
+}
+
+int qm_compare_pages(qm_job *job, qm_channel *channel, const struct qm_block *block,
+                     const struct qm_memory *memory, const uint64_t *selection,
+                     unsigned char *table, int update, uint64_t *changed, uint64_t first,
+                     uint64_t npages, struct qm_fault *fault)
+{
+    struct digester d = {
+        .job = job,
+        .channel = channel,
+        .block = block,
+        .memory = memory,
+        .selection = selection,
+        .table = table,
+        .changed = changed,
+        .update = update,
+        .fault = fault,
+    };
+    return digest_range(&d, first, npages);
+}
+
+int qm_digest_bytes(const void *bytes, uint64_t npages, uint32_t page_size, unsigned char *table)
+{
+    if (page_size < QM_MIN_PAGE || page_size > QM_MAX_PAGE || (page_size & (page_size - 1)))
+        return -EINVAL;
+    qm_xxh3_pages(bytes, npages, page_size, table);
+    return 0;
+}
