@@ -16,6 +16,7 @@ SOURCES = [
     "scan.c",
     "chunk.c",
     "source.c",
+    "layered.c",
     "process.c",
     "direct.c",
     "write.c",

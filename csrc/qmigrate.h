@@ -513,6 +513,28 @@ struct qm_slice {
 ssize_t qm_slice_fill(void *part, void *buf, uint64_t off, size_t len);
 int64_t qm_slice_next(void *part, uint64_t off, uint64_t end);
 
+/* Memory in a buffer: `base` is its address. */
+ssize_t qm_buffer_fill(void *base, void *buf, uint64_t off, size_t len);
+int64_t qm_buffer_next(void *base, uint64_t off, uint64_t end);
+
+/* Memory made of two: pages whose bit in `upper` is set come from the upper one, the others from
+ * the lower one. Each is read at the same offsets, in whole pages. -ENODATA: one of them is too
+ * short. */
+struct qm_layered {
+    const uint64_t *upper;
+    uint64_t npages;
+    uint32_t page_size;
+    qm_fill_fn upper_fill;
+    qm_next_fn upper_next;
+    void *upper_arg;
+    qm_fill_fn lower_fill;
+    qm_next_fn lower_next;
+    void *lower_arg;
+};
+
+ssize_t qm_layered_fill(void *layered, void *buf, uint64_t off, size_t len);
+int64_t qm_layered_next(void *layered, uint64_t off, uint64_t end);
+
 /* Memory that is another one, and in which something is looked for in passing: at multiples of
  * `step` bytes, the `len` bytes that are `head` where `mask` has bits. `found` is the lowest place
  * so
