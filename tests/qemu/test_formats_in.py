@@ -18,9 +18,9 @@ from tests.harness.contents import Contents, fill
 from tests.harness.libvirt import Libvirt
 from tests.harness.libvirt import save as save_by_libvirt
 from tests.harness.machine import RAM_BLOCK, GuestRam, Mode, Qemu
+from tests.harness.migrating import migrate
 from tests.harness.other_targets import TARGETS, OtherQemu, OtherTarget, memory_of
 from tests.harness.pattern_guest import check_pattern
-from tests.harness.saved import migrate
 from tests.harness.sequential_saves import SequentialQemu
 
 pytestmark = pytest.mark.qemu

@@ -13,8 +13,8 @@ from pyqmigrate import open_snapshot
 from tests.harness.command import Command
 from tests.harness.contents import Contents, fill
 from tests.harness.machine import GuestRam, Qemu
+from tests.harness.migrating import migrate
 from tests.harness.other_targets import TARGETS, OtherQemu
-from tests.harness.saved import migrate
 
 pytestmark = pytest.mark.qemu
 
