@@ -21,7 +21,7 @@ from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.io.holes import next_hole
 from pyqmigrate.io.own_files import FileKind, write_whole
 from pyqmigrate.io.place import resolve_symlink
-from pyqmigrate.io.target import seal_path
+from pyqmigrate.io.seal_file import seal_path
 
 __all__ = [
     "companion_path",
