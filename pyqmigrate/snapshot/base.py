@@ -28,7 +28,7 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
 from pyqmigrate.io.input import Source
 from pyqmigrate.io.memory import Memory, SnapshotMemory
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors, Target, target_path
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
