@@ -172,6 +172,8 @@ class Snapshot(metaclass=_OpensByCall):
 
     def __init__(self, stream_file: StreamFile) -> None:
         """Take over an open file; it is closed along with the snapshot, and if this fails."""
+        if not isinstance(stream_file, StreamFile):
+            raise UsageError("a snapshot is opened with open_snapshot(target)")
         self._lock = threading.RLock()
         self._jobs: list[Job[Any]] = []
         self._stream_file: StreamFile | None = stream_file
