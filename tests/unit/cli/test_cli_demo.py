@@ -155,14 +155,14 @@ def test_first_difference_is_the_page_of_the_changed_byte(memory: mmap.mmap) -> 
 
 
 def test_default_size_shrinks_to_the_room(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyqmigrate.cli.room._free_disk", lambda directory: 200 * MIB)
+    monkeypatch.setattr("pyqmigrate.cli.room.free_bytes", lambda directory: 200 * MIB)
     assert fitting_size(None, 1024 * MIB, disk, memories=2) == 128 * MIB
 
 
 def test_size_that_was_asked_for_does_not_shrink(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyqmigrate.cli.room._free_disk", lambda directory: 200 * MIB)
+    monkeypatch.setattr("pyqmigrate.cli.room.free_bytes", lambda directory: 200 * MIB)
     with pytest.raises(NoSpace):
         fitting_size(1024 * MIB, 1024 * MIB, disk, memories=2)
 
