@@ -14,7 +14,7 @@ from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.channels import Job, Progress, check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import RamBlock
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.target import Descriptors, Target, stream_offset, target_path
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse

@@ -36,7 +36,7 @@ from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import is_standard, write_to
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.memory import FileMemory, RamBlock
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.target import Target, target_path
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
 

@@ -14,8 +14,8 @@ from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.seal import HEAD_MAX, SealHead, SealLine
 from pyqmigrate.io.holes import next_hole
 from pyqmigrate.io.own_files import check_replaceable, remove, write_whole
-from pyqmigrate.io.place import sync_directory
-from pyqmigrate.io.seal_file import SEAL, seal_path
+from pyqmigrate.io.place import seal_path, sync_directory
+from pyqmigrate.io.seal_file import SEAL
 
 __all__ = [
     "Manifest",

@@ -51,7 +51,7 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import files_in_use, refuse_in_use
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.lock import lock_file
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.base import Snapshot

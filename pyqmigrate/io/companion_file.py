@@ -20,8 +20,7 @@ from pyqmigrate.format.snapshot_companion import LINE_MAX, CompanionKind
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.io.holes import next_hole
 from pyqmigrate.io.own_files import FileKind, write_whole
-from pyqmigrate.io.place import resolve_symlink
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import resolve_symlink, seal_path
 
 __all__ = [
     "companion_path",

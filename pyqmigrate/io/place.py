@@ -13,8 +13,16 @@ import stat
 from pathlib import Path
 
 from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.format.seal import SUFFIX
 
-__all__ = ["absolute", "check_name_fits", "resolve_symlink", "partial_name", "sync_directory"]
+__all__ = [
+    "absolute",
+    "check_name_fits",
+    "partial_name",
+    "resolve_symlink",
+    "seal_path",
+    "sync_directory",
+]
 
 _NAME_MAX = 255  # bytes, on nearly all Linux file systems
 _LINKS_MAX = 40  # as in the kernel
@@ -97,6 +105,12 @@ def _name_max(directory: Path | int) -> int:
     except OSError:
         return _NAME_MAX
     return limit if limit > 0 else _NAME_MAX
+
+
+def seal_path(file: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a file's seal. Symbolic links to the file are followed."""
+    path = resolve_symlink(file)
+    return path.with_name(path.name + SUFFIX)
 
 
 def sync_directory(path: Path) -> None:

@@ -28,7 +28,7 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
 from pyqmigrate.io.input import Source
 from pyqmigrate.io.memory import Memory, SnapshotMemory
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors, Target, target_path
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
@@ -172,6 +172,8 @@ class Snapshot(metaclass=_OpensByCall):
 
     def __init__(self, stream_file: StreamFile) -> None:
         """Take over an open file; it is closed along with the snapshot, and if this fails."""
+        if not isinstance(stream_file, StreamFile):
+            raise UsageError("a snapshot is opened with open_snapshot(target)")
         self._lock = threading.RLock()
         self._jobs: list[Job[Any]] = []
         self._stream_file: StreamFile | None = stream_file

@@ -15,7 +15,6 @@ from pyqmigrate import RamBlock
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.stream_file import StreamFile
-from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
     SequentialReader,
@@ -23,6 +22,7 @@ from pyqmigrate.snapshot.load.sequential import (
     start_sequential_load,
     start_sequential_save,
 )
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.contents import Contents, fill
 from tests.harness.machine import RAM_BLOCK, GuestRam, MigrationFailed, Mode
@@ -227,4 +227,4 @@ def test_snapshot_says_that_a_sequential_stream_is_another_kind(disk: Path) -> N
     with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         vm.save(disk / "guest", Mode())
     with pytest.raises(NotSupported, match="sequential"):
-        open_snapshot(disk / "guest")
+        MappedRamSnapshot(StreamFile.open(disk / "guest"))

@@ -43,7 +43,7 @@ from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import refuse_standard
 from pyqmigrate.cli.vm.settings import setting_lines
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import seal_path
 from pyqmigrate.snapshot.save.writer import Sparse
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.lock import lock_file
 from pyqmigrate.io.page_cache import cached_bytes
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot

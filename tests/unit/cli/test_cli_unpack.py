@@ -169,7 +169,7 @@ def test_interrupted_unpack_leaves_nothing(tmp_path: Path, snapshot: Path) -> No
 def test_lack_of_space_is_found_before_anything_is_written(
     tmp_path: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raw, "_free_bytes", lambda fd: PAGE)
+    monkeypatch.setattr(raw, "free_bytes", lambda fd: PAGE)
     with open_snapshot(snapshot) as opened, pytest.raises(NoSpace):
         raw.unpack(opened, tmp_path / "out")
     assert not (tmp_path / "out").exists()

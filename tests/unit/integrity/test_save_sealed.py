@@ -19,7 +19,7 @@ from pyqmigrate.integrity.seal import current_seal, stale_pages, verify_seal
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.direct_io import DirectIO
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import seal_path
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import Sparse
 from tests.harness.examples import few, some

@@ -12,8 +12,7 @@ import pytest
 from pyqmigrate import RamBlock, TargetError, UsageError, convert, open_snapshot, seal
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
-from pyqmigrate.io.place import absolute, check_name_fits, partial_name, resolve_symlink
-from pyqmigrate.io.seal_file import seal_path
+from pyqmigrate.io.place import absolute, check_name_fits, partial_name, resolve_symlink, seal_path
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from tests.harness.snapshots import known_memory, load, save_known
 

@@ -106,3 +106,9 @@ def test_calling_snapshot_opens_any_kind(tmp_path: Path, stream: bytes) -> None:
     with Snapshot(tmp_path / "sequential") as one, Snapshot(tmp_path / "mapped") as other:
         assert isinstance(one, SequentialSnapshot)
         assert isinstance(other, MappedRamSnapshot)
+
+
+@pytest.mark.parametrize("kind", [MappedRamSnapshot, SequentialSnapshot])
+def test_a_kind_of_snapshot_does_not_open_a_path(kind: type, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="open_snapshot"):
+        kind(tmp_path / "s")
