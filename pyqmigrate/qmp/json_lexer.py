@@ -1,10 +1,9 @@
-"""Bytes of a QMP connection to JSON tokens, a slice at a time.
+"""Splitting the bytes of a QMP connection into JSON tokens, a slice at a time.
 
-Tokens are those of JSON, and strings may stand in single quotes. Whatever cannot begin or go on
-as a token is a *stray*; after one, bytes are skipped up to the next bracket, comma, colon,
-control character or byte 0xFE or 0xFF, of which the latter two are strays themselves: a client
-that has lost its place can always send 0xFF. Every byte is looked at a fixed number of times,
-however the input is sliced.
+Tokens are those of JSON, and strings may have single quotes. A byte that cannot begin or continue a
+token is a *stray*; after one, bytes are skipped up to the next bracket, comma, colon, control
+character or byte 0xFE or 0xFF. The latter two are strays themselves: a client can always send 0xFF to
+resynchronise. Every byte is examined a fixed number of times, independent of the slices.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["JsonLexer", "Kind", "Token"]
 
 
 class Kind(Enum):
-    """What a token is."""
+    """The kind of a token."""
 
     PUNCTUATION = auto()
     STRING = auto()
@@ -30,7 +29,7 @@ class Kind(Enum):
 
 
 class Token(NamedTuple):
-    """One token: its bytes as sent (quotes and escapes included), and where it is known.
+    """One token: its bytes as sent (with quotes and escapes), and its position.
 
     ``end`` counts the bytes of the stream up to and including the one that completed the token:
     its last, or, for a number or a keyword, the one after it. ``start`` counts those before it, but
@@ -79,7 +78,7 @@ _FINAL = {"zero", "digits", "fraction", "exponent"}
 
 
 class JsonLexer:
-    """An incremental tokenizer; a token of more than ``limit`` bytes is cut and OVERSIZED."""
+    """An incremental tokenizer; a token of more than ``limit`` bytes is truncated and OVERSIZED."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -93,7 +92,7 @@ class JsonLexer:
         self._state = "start"  # or "skip", "string", "escape", "keyword", or a key of _NUMBER
 
     def feed(self, data: bytes) -> Iterator[Token]:
-        """Take the next bytes of the stream and yield the tokens that they complete.
+        """Read the next bytes of the stream and yield the tokens that they complete.
 
         The iterator must be run to its end before the next slice is fed.
         """
@@ -122,14 +121,14 @@ class JsonLexer:
         self._data = b""
 
     def line_and_column(self, token: Token) -> tuple[int, int]:
-        """Return where a token starts, both counted from 1. For the token last yielded only."""
+        """Return the start of the token that was yielded last, both numbers counted from 1."""
         inside = max(token.start - self._position, 0)
         newline = self._data.rfind(b"\n", 0, inside)
         line_start = self._line_start if newline < 0 else self._position + newline + 1
         return (self._lines + self._data.count(b"\n", 0, inside) + 1, token.start - line_start + 1)
 
     def _whole(self, data: bytes, at: int) -> tuple[int, Token] | None:
-        """Take a token that the slice holds from end to end: the usual case, made fast."""
+        """Read a token that is complete in the slice: the usual case, optimised."""
         found = _WHOLE.match(data, at)
         if found is None:
             return None
@@ -143,7 +142,7 @@ class JsonLexer:
         return at, Token(_KINDS[index], text, self._known, start)
 
     def _begin(self, data: bytes, at: int) -> tuple[int, Token | None]:
-        """Begin a token that the slice may not complete, or report a stray byte."""
+        """Start a token that the slice may not complete, or report a stray byte."""
         at = _span(_BLANK, data, at)
         first = data[at : at + 1]
         if not first:
@@ -165,7 +164,7 @@ class JsonLexer:
         return at + 1, None
 
     def _go_on(self, data: bytes, at: int) -> tuple[int, Token | None]:
-        """Extend the token at hand by at least one byte, or end it before the next one."""
+        """Extend the current token by at least one byte, or end it before the next one."""
         most = min(len(data), at + self._limit + 1 - len(self._partial))
         if self._state == "keyword":
             stop = _span(_LETTERS, data, at, most)

@@ -1,7 +1,7 @@
 """One client's conversation: greeting, negotiation, and an answer to every message.
 
-No input or output happens here: a session is given values that were read, and returns values to
-be written. That makes it the whole of QMP's grammar, testable without a socket.
+It performs no input or output: a session is given values that were read, and returns values to be
+written. So QMP's whole grammar can be tested without a socket.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOT_FOUND = "CommandNotFound"
 
 
 class _Refused(Exception):
-    """A message that gets an error for an answer."""
+    """A message that is answered with an error."""
 
     def __init__(self, text: str, kind: str = _GENERIC) -> None:
         super().__init__(text)
@@ -52,12 +52,12 @@ class Session:
         """Whether the client has finished negotiation: events are for such clients only."""
 
     def greeting(self) -> dict[str, object]:
-        """Return what a new client is told first."""
+        """Return the first message to a new client."""
         version = self._context.version.to_json()
         return {"QMP": {"version": version, "capabilities": list(self._offered)}}
 
     async def answer(self, item: JsonValue | JsonError) -> dict[str, object]:
-        """Carry out what a client sent and return the answer to it."""
+        """Execute a client's message and return the reply."""
         if isinstance(item, JsonError):
             return _failure(item.text, _GENERIC)
         identity: dict[str, object] = {}
@@ -142,7 +142,7 @@ def _failure(text: str, kind: str) -> dict[str, object]:
 
 
 def event_message(event: Event) -> dict[str, object]:
-    """Return an event as it is sent; one without data has no such member."""
+    """Return an event as it is sent; without data it has no such member."""
     seconds, microseconds = divmod(round(event.time * 1_000_000), 1_000_000)
     message: dict[str, object] = {
         "timestamp": {"seconds": seconds, "microseconds": microseconds},

@@ -1,4 +1,4 @@
-"""A range of guest-physical addresses that shows a part of a RAM block, and layers of such."""
+"""Ranges of guest-physical addresses that show parts of RAM blocks, and layers of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["GivenPlacement", "Hole", "Placement", "overlay"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Bytes ``[offset, offset + length)`` of a block, seen from guest-physical ``address`` on."""
+    """Bytes ``[offset, offset + length)`` of a block, mapped at guest-physical ``address``."""
 
     block: str
     address: int
@@ -19,17 +19,17 @@ class Placement:
 
     @property
     def end(self) -> int:
-        """The first address behind it."""
+        """The first address after it."""
         return self.address + self.length
 
     def part(self, start: int, end: int) -> Placement:
-        """What is seen of it at the addresses ``[start, end)``, inside of its own."""
+        """Return its part at the addresses ``[start, end)``, which are among its own."""
         return Placement(self.block, start, self.offset + start - self.address, end - start)
 
 
 @dataclass(frozen=True)
 class GivenPlacement:
-    """A placement that somebody asks for; ``length`` None reaches to the end of the block."""
+    """A placement from the user; with ``length`` None it extends to the end of the block."""
 
     block: str
     address: int
@@ -38,7 +38,7 @@ class GivenPlacement:
 
 
 class Hole(Placement):
-    """Addresses at which there is no memory, whatever lies below."""
+    """Addresses without memory; a hole hides the layers below it."""
 
     def __init__(self, address: int, length: int) -> None:
         super().__init__("", address, 0, length)
@@ -48,9 +48,9 @@ class Hole(Placement):
 
 
 def overlay(layers: Iterable[Sequence[Placement]]) -> tuple[Placement, ...]:
-    """What is seen of layers that lie upon one another, the last one on top; in order.
+    """Return the visible parts of stacked layers, the last one on top, in order of address.
 
-    Neighbours that go on where the other ends, in the block too, become one.
+    Neighbours that are contiguous, in the block too, are merged.
     """
     seen: list[Placement] = []
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Device sections decoded with the description that their own stream carries.
+"""Decoding device sections with the description in their stream.
 
 A body is the fields of the description one after another, without gaps; then its subsections
 (docs/internals/format.md, "Description" and "Length of a body")::
@@ -9,11 +9,10 @@ A body is the fields of the description one after another, without gaps; then it
     gtree        u32 count; per element: 0x01, key, value's fields; at the end 0x00
     subsection   0x05, str8 name, u32 version, fields
 
-An array whose elements are all described alike is described by its first element. Where the
-elements differ in size that is wrong, and so is the length of all around it: what such a
-description does not explain stays bytes. The description is as untrusted as the rest: depth is
-bounded, so is the number of values, in a section and in a whole call, and no size reaches out of
-what contains it.
+An array is described by its first element. If elements differ in size, that is wrong, and so are the
+lengths of everything around it; bytes that such a description does not explain stay bytes. The
+description is as untrusted as the rest of the file: depth is bounded, so is the number of values, in
+a section and in a whole call, and no size exceeds that of its container.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from pyqmigrate.format.stream.description import parse
 from pyqmigrate.format.stream.wire import Section, SectionKind
 
 __all__ = [
-    "DEVICE_STATE_MAX",
+    "DECODED_STATE_MAX",
     "VALUES_MAX",
     "Budget",
     "DescribedStream",
@@ -48,7 +47,7 @@ __all__ = [
     "described_devices",
 ]
 
-DEVICE_STATE_MAX = 96 << 20  # bytes of bodies in one call, which can be in memory twice
+DECODED_STATE_MAX = 96 << 20  # bytes of bodies in one call, which can be in memory twice
 DEPTH_MAX = 32  # structs and subsections in one another; QEMU's own come to 8
 # Fields in one call, repeated ones counted as often. A q35 with 64 CPUs and 224 virtio devices has
 # 24 thousand of them.
@@ -65,7 +64,7 @@ _MORE, _END = b"\x01", b"\x00"
 
 
 class DescribedStream(Protocol):
-    """What is needed of a parsed stream, of whichever kind."""
+    """The parts of a parsed stream, of either form, that decoding needs."""
 
     @property
     def sections(self) -> Sequence[Section]: ...
@@ -82,13 +81,13 @@ def decode_devices(
     section_id: int | None = None,
     longest: int | None = None,
 ) -> Iterator[Device]:
-    """Decode the device sections of ``stream``, in its order, one after another.
+    """Decode the device sections of ``stream``, in order, one after another.
 
-    ``name`` and ``section_id`` select, and ``longest`` leaves out bodies of more bytes than that;
-    of ``source`` only the bodies of the sections that are selected are read.
-    What the description does not explain is bytes, never an error. Raises :class:`SnapshotError`
-    when the file has become shorter, :class:`NotSupported` when the sections that are selected
-    have more than DEVICE_STATE_MAX bytes, or more than VALUES_MAX values.
+    ``name`` and ``section_id`` select sections, and ``longest`` omits bodies of more bytes; only the
+    bodies of selected sections are read from ``source``. Bytes that the description does not explain
+    are returned as bytes, and are not an error. Raises :class:`SnapshotError` if the file has become
+    shorter, :class:`NotSupported` if the selected sections have more than DECODED_STATE_MAX bytes, or
+    more than VALUES_MAX values.
     """
     sections = [
         section
@@ -99,9 +98,9 @@ def decode_devices(
         and (longest is None or section.body_length <= longest)
     ]
     total = sum(section.body_length for section in sections)
-    if total > DEVICE_STATE_MAX:
+    if total > DECODED_STATE_MAX:
         raise NotSupported(
-            f"device state of {total >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are decoded at "
+            f"device state of {total >> 20} MiB; at most {DECODED_STATE_MAX >> 20} are decoded at "
             "once: choose among the devices, by name or section id"
         )
     described = described_devices(stream.description)
@@ -125,7 +124,7 @@ class _Redescribed:
 
 
 def described_by(stream: DescribedStream, text: bytes | None) -> DescribedStream:
-    """Return ``stream`` with the description in JSON ``text`` instead of its own; None leaves it.
+    """Return ``stream`` with the description in JSON ``text``; with None, return it unchanged.
 
     Raises :class:`SnapshotError` for text that is not a description.
     """
@@ -133,13 +132,13 @@ def described_by(stream: DescribedStream, text: bytes | None) -> DescribedStream
 
 
 class Budget:
-    """How many values are left for the sections that are decoded with it."""
+    """The number of values left for the sections that are decoded with it."""
 
     def __init__(self, values: int = VALUES_MAX) -> None:
         self._left = values
 
     def spend(self, values: int) -> None:
-        """NotSupported when there are not so many left."""
+        """Take values from the budget. Raises NotSupported if too few are left."""
         self._left -= values
         if self._left < 0:
             raise NotSupported(
@@ -151,9 +150,9 @@ class Budget:
 def decode_device(
     section: Section, body: bytes, described: Mapping[str, Any] | None, budget: Budget | None = None
 ) -> Device:
-    """Decode one section; ``described`` is its entry among the description's ``devices``.
+    """Decode one section; ``described`` is its entry in the description's ``devices``.
 
-    NotSupported when ``budget`` (a whole one, if none is given) does not suffice.
+    Raises NotSupported if ``budget`` (by default a new one) does not suffice.
     """
     decoder = _Decoder(body, budget or Budget())
     if described is None:
@@ -188,7 +187,7 @@ def described_devices(
 
 
 class _Unexplained(Exception):
-    """The bytes are not as the description says."""
+    """The bytes do not match the description."""
 
 
 class _Decoder:
@@ -201,13 +200,13 @@ class _Decoder:
         self.explained = True
 
     def device(self, described: Mapping[str, Any]) -> State:
-        """The state of all the body."""
+        """Return the state of the whole body."""
         if self._afford(_listed(described)):
             return self.bounded(described, 0, len(self._body), 0)
         return _state(described, 0, len(self._body), [self.rest(0, len(self._body))], ())
 
     def bounded(self, described: Mapping[str, Any], at: int, end: int, depth: int) -> State:
-        """The state that fills ``[at, end)``; with a field of bytes where it does not."""
+        """Return the state in ``[at, end)``, with a field of bytes for the part that is not explained."""
         items = _objects(described.get("fields"))
         fields: list[Field] = []
         subsections: list[State] = []
@@ -229,7 +228,7 @@ class _Decoder:
         return _state(described, at, end, fields, subsections)
 
     def rest(self, at: int, end: int) -> Field:
-        """Bytes that nothing explains."""
+        """Return a field for bytes that are not explained."""
         self.explained = False
         return Field("", "", at, end - at, self._body[at:end], opaque=True)
 
@@ -242,7 +241,7 @@ class _Decoder:
         fields: list[Field],
         subsections: list[State],
     ) -> int:
-        """Decode fields and subsections from ``at`` on, into the lists; returns where they end."""
+        """Decode fields and subsections from ``at`` on into the lists; return their end."""
         for item in _objects(described.get("fields")):
             fields.append(self._field(item, at, end, depth))
             at += fields[-1].length
@@ -280,7 +279,7 @@ class _Decoder:
     def _value(
         self, item: Mapping[str, Any], kind: str, at: int, end: int, count: int | None, depth: int
     ) -> tuple[Value, bool]:
-        """The value, and whether it is known; where not, it is bytes."""
+        """Return the value, and whether its type is known; otherwise it is bytes."""
         nested = item.get("struct", item)
         if kind in LISTS and count is None and depth < DEPTH_MAX:
             states = self._list(item, kind, at, end, depth + 1)
@@ -305,8 +304,8 @@ class _Decoder:
     def _list(
         self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int
     ) -> tuple[State, ...] | None:
-        """A list's elements, if all are as described: of their descriptions only the last is
-        left."""
+        """Return a list's elements if all match the description: QEMU's JSON keeps only that of the
+        last one."""
         explained, self.explained = self.explained, True
         try:
             states = self._elements(item, kind, at, end, depth)
@@ -358,7 +357,7 @@ class _Decoder:
 
 
 def _frame(described: Mapping[str, Any]) -> bytes:
-    """What a subsection starts with."""
+    """Return the first bytes of a subsection."""
     name = _text(described.get("vmsd_name")).encode("utf-8", "surrogatepass")
     version = _number(described.get("version"))
     if len(name) > 0xFF or version is None or version >= 1 << 32:
@@ -367,9 +366,9 @@ def _frame(described: Mapping[str, Any]) -> bytes:
 
 
 def _key_length(item: Mapping[str, Any], count: int, length: int) -> int:
-    """Bytes of the key of each of ``count`` elements that have ``length`` bytes together.
+    """Return the length of the key of each of ``count`` elements that have ``length`` bytes together.
 
-    The description of the key is lost: that of the value has taken its place.
+    QEMU's JSON has the description of the value in place of that of the key.
     """
     value = sum(
         (_number(field.get("size")) or 0) * (_number(field.get("array_len", 1)) or 0)
@@ -399,13 +398,13 @@ def _state(
 
 
 def _is_doubtful(item: Mapping[str, Any]) -> bool:
-    """Whether the real length of a field may be another one than the description says."""
+    """Return whether the real length of a field may differ from the description."""
     fixed = width(_text(item.get("type")), item["size"])
     return item["size"] != fixed if fixed is not None else item.get("array_len") is not None
 
 
 def _objects(value: object) -> list[dict[str, Any]]:
-    """The objects of a list; QEMU writes nothing else there."""
+    """Return the objects in a list; QEMU writes nothing else there."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
@@ -418,6 +417,6 @@ def _text(value: object) -> str:
 
 
 def _listed(described: Mapping[str, Any]) -> int:
-    """What it costs to decode a state once."""
+    """Return the cost of decoding a state once."""
     listed = (described.get("fields"), described.get("subsections"))
     return 1 + sum(len(items) for items in listed if isinstance(items, list))
