@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     data: dict[str, Any] = {
         "snapshot": args.snapshot,
         "valid": True,
-        "seal": None if check is None else check.data(),
+        "seal": None if check is None else check.to_json(),
     }
     lines = [] if check is None else _about(args.snapshot, check)
     if check is not None and not check.intact:

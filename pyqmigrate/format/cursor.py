@@ -45,14 +45,14 @@ class Cursor:
 
     def take(self, length: int, what: str) -> bytes:
         """Return the next ``length`` bytes; the caller has bounded ``length``."""
-        at = self.position
-        begin = at - self._start
+        offset = self.position
+        begin = offset - self._start
         data = self._window[begin : begin + length] if begin >= 0 else b""
         if len(data) < length:
-            data = self._peek(at, length)
+            data = self._peek(offset, length)
             if len(data) < length:
-                raise _cut(what, at)
-        self.position = at + length
+                raise _cut(what, offset)
+        self.position = offset + length
         return data
 
     def peek(self, length: int) -> bytes:
@@ -81,16 +81,16 @@ class Cursor:
         """Return a string that is stored as one length byte and the bytes."""
         return self.take(self.u8(what), what).decode("utf-8", "surrogateescape")
 
-    def _peek(self, at: int, length: int) -> bytes:
-        begin = at - self._start
+    def _peek(self, offset: int, length: int) -> bytes:
+        begin = offset - self._start
         if begin < 0 or begin + length > len(self._window):
-            wanted = min(max(length, _WINDOW), self.size - at)
-            self._window = self._source.read_at(at, wanted) if wanted > 0 else b""
-            self._start, begin = at, 0
+            wanted = min(max(length, _WINDOW), self.size - offset)
+            self._window = self._source.read_at(offset, wanted) if wanted > 0 else b""
+            self._start, begin = offset, 0
         return self._window[begin : begin + length]
 
 
-def _cut(what: str, at: int) -> SnapshotTruncated:
+def _cut(what: str, offset: int) -> SnapshotTruncated:
     return SnapshotTruncated(
-        f"the file ends inside {what}: it was cut short, or the save did not finish", offset=at
+        f"the file ends inside {what}: it was cut short, or the save did not finish", offset=offset
     )

@@ -67,7 +67,7 @@ class Damage:
         what = f": {'; '.join(map(str, self.parts))}" if self.parts else ""
         return f"{mib}, file offset {self.offset:#x}, {self.length} bytes: {self.why}{what}"
 
-    def data(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "mib": self.offset // PIECE,

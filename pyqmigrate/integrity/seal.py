@@ -113,14 +113,14 @@ class SealCheck:
     def intact(self) -> bool:
         return not self.damages
 
-    def data(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "path": self.seal,
             "algorithm": str(self.algorithm),
             "sealed_size": self.size,
             "intact": self.intact,
-            "damages": [damage.data() for damage in self.damages],
+            "damages": [damage.to_json() for damage in self.damages],
             "notes": [*self.notes],
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,

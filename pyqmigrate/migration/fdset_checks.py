@@ -207,7 +207,7 @@ def _check_position(
     if plain.position:
         raise _refusal(
             name,
-            f"fd {plain.fd} stands at {plain.position:#x}, and without an offset the stream "
+            f"fd {plain.fd} is at position {plain.position:#x}, and without an offset the stream "
             f"would begin there; rewind it (lseek to 0), or give offset={plain.position:#x}",
         )
 

@@ -147,7 +147,7 @@ def physical_map(
         if not by_hand:
             raise
         found = ()
-    rest = [[one for one in layer if one.block not in moved] for layer in found]
+    rest = [[part for part in layer if part.block not in moved] for layer in found]
     return overlay([*rest, by_hand])
 
 
@@ -254,9 +254,9 @@ def _checked(given: Sequence[GivenPlacement], blocks: Mapping[str, int]) -> list
             raise UsageError(f"block {part.block!r} at {part.address:#x} leaves the address space")
         placed.append(Placement(part.block, part.address, part.offset, length))
     placed.sort(key=lambda placement: placement.address)
-    for one, other in itertools.pairwise(placed):
-        if one.end > other.address:
+    for first, second in itertools.pairwise(placed):
+        if first.end > second.address:
             raise UsageError(
-                f"blocks {one.block!r} and {other.block!r} are both placed at {other.address:#x}"
+                f"blocks {first.block!r} and {second.block!r} are both placed at {second.address:#x}"
             )
     return placed

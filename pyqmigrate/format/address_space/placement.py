@@ -52,22 +52,24 @@ def overlay(layers: Iterable[Sequence[Placement]]) -> tuple[Placement, ...]:
 
     Neighbours that are contiguous, in the block too, are merged.
     """
-    seen: list[Placement] = []
+    visible: list[Placement] = []
     for layer in layers:
         for top in layer:
-            seen = [rest for below in seen for rest in _uncovered(below, top)]
-            seen.append(top)
-    seen.sort(key=lambda placement: placement.address)
-    joined: list[Placement] = []
-    for one in seen:
-        if isinstance(one, Hole):
+            visible = [rest for below in visible for rest in _uncovered(below, top)]
+            visible.append(top)
+    visible.sort(key=lambda placement: placement.address)
+    merged: list[Placement] = []
+    for placement in visible:
+        if isinstance(placement, Hole):
             continue
-        last = joined[-1] if joined else None
-        if last is not None and _goes_on(last, one):
-            joined[-1] = Placement(one.block, last.address, last.offset, one.end - last.address)
+        last = merged[-1] if merged else None
+        if last is not None and _is_contiguous(last, placement):
+            merged[-1] = Placement(
+                placement.block, last.address, last.offset, placement.end - last.address
+            )
         else:
-            joined.append(one)
-    return tuple(joined)
+            merged.append(placement)
+    return tuple(merged)
 
 
 def _uncovered(below: Placement, top: Placement) -> Iterable[Placement]:
@@ -80,9 +82,9 @@ def _uncovered(below: Placement, top: Placement) -> Iterable[Placement]:
         yield below.part(top.end, below.end)
 
 
-def _goes_on(one: Placement, other: Placement) -> bool:
+def _is_contiguous(first: Placement, second: Placement) -> bool:
     return (
-        one.block == other.block
-        and one.end == other.address
-        and one.offset + one.length == other.offset
+        first.block == second.block
+        and first.end == second.address
+        and first.offset + first.length == second.offset
     )

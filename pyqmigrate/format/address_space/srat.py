@@ -61,15 +61,15 @@ def _ascend(ordered: Sequence[str], backends: Mapping[str, int]) -> bool:
 
 def _ranges(tables: bytes) -> Iterator[tuple[int, int, int]]:
     """Return base, node and length of every range of memory that is enabled at the start."""
-    at = tables.find(_SIGNATURE)
-    if at < 0:
+    start = tables.find(_SIGNATURE)
+    if start < 0:
         return
-    end = min(at + int.from_bytes(tables[at + 4 : at + 8], "little"), len(tables))
-    at += _HEAD
-    while at + 2 <= end and tables[at + 1] >= 2:
-        kind, length = tables[at], tables[at + 1]
-        if kind == _MEMORY_TYPE and length == _MEMORY.size and at + length <= end:
-            _, _, node, base, size, flags = _MEMORY.unpack_from(tables, at)
+    end = min(start + int.from_bytes(tables[start + 4 : start + 8], "little"), len(tables))
+    start += _HEAD
+    while start + 2 <= end and tables[start + 1] >= 2:
+        kind, length = tables[start], tables[start + 1]
+        if kind == _MEMORY_TYPE and length == _MEMORY.size and start + length <= end:
+            _, _, node, base, size, flags = _MEMORY.unpack_from(tables, start)
             if size and flags & _ENABLED and not flags & _HOT_PLUGGABLE:
                 yield base, node, size
-        at += length
+        start += length

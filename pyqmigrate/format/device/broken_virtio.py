@@ -30,7 +30,7 @@ def without_broken(ours: bytes, theirs: bytes, description: bytes) -> tuple[byte
     lengths = body_lengths(parse(description))
     described: dict[str, Any] = json.loads(description)
     first, second = SectionBuffer(ours), SectionBuffer(theirs)
-    kept, at = bytearray(), 0
+    kept, end = bytearray(), 0
     for mine, other in zip_longest(
         read_device_sections(first, lengths), read_device_sections(second, lengths)
     ):
@@ -44,11 +44,11 @@ def without_broken(ours: bytes, theirs: bytes, description: bytes) -> tuple[byte
         if len(fields) != 1:
             continue
         fields[0]["size"] -= len(_MARK)
-        kept += theirs[at : place.start] + body.replace(_MARK, b"")
-        at = place.stop
-    if not at:
+        kept += theirs[end : place.start] + body.replace(_MARK, b"")
+        end = place.stop
+    if not end:
         return theirs, description
-    return bytes(kept + theirs[at:]), json.dumps(described).encode()
+    return bytes(kept + theirs[end:]), json.dumps(described).encode()
 
 
 def _virtio_fields(description: dict[str, Any], name: str, instance: int) -> list[dict[str, Any]]:

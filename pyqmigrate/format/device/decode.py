@@ -205,13 +205,13 @@ class _Decoder:
             return self.bounded(described, 0, len(self._body), 0)
         return _state(described, 0, len(self._body), [self.rest(0, len(self._body))], ())
 
-    def bounded(self, described: Mapping[str, Any], at: int, end: int, depth: int) -> State:
-        """Return the state in ``[at, end)``, with a field of bytes for the part that is not explained."""
+    def bounded(self, described: Mapping[str, Any], offset: int, end: int, depth: int) -> State:
+        """Return the state in ``[offset, end)``, with a field of bytes for the part that is not explained."""
         items = _objects(described.get("fields"))
         fields: list[Field] = []
         subsections: list[State] = []
         try:
-            position = self._fill(described, at, end, depth, fields, subsections)
+            position = self._fill(described, offset, end, depth, fields, subsections)
         except _Unexplained:
             position = -1
         if position != end:
@@ -221,80 +221,86 @@ class _Decoder:
                 len(fields),
             )
             del fields[trusted:]
-            position = at + sum(field.length for field in fields)
+            position = offset + sum(field.length for field in fields)
             if position < end:
                 fields.append(self.rest(position, end))
             self.explained = False
-        return _state(described, at, end, fields, subsections)
+        return _state(described, offset, end, fields, subsections)
 
-    def rest(self, at: int, end: int) -> Field:
+    def rest(self, offset: int, end: int) -> Field:
         """Return a field for bytes that are not explained."""
         self.explained = False
-        return Field("", "", at, end - at, self._body[at:end], opaque=True)
+        return Field("", "", offset, end - offset, self._body[offset:end], opaque=True)
 
     def _fill(
         self,
         described: Mapping[str, Any],
-        at: int,
+        offset: int,
         end: int,
         depth: int,
         fields: list[Field],
         subsections: list[State],
     ) -> int:
-        """Decode fields and subsections from ``at`` on into the lists; return their end."""
+        """Decode fields and subsections from ``offset`` on into the lists; return their end."""
         for item in _objects(described.get("fields")):
-            fields.append(self._field(item, at, end, depth))
-            at += fields[-1].length
+            fields.append(self._field(item, offset, end, depth))
+            offset += fields[-1].length
         for item in _objects(described.get("subsections")):
-            subsections.append(self._subsection(item, at, end, depth + 1))
-            at += subsections[-1].length
-        return at
+            subsections.append(self._subsection(item, offset, end, depth + 1))
+            offset += subsections[-1].length
+        return offset
 
-    def _subsection(self, described: Mapping[str, Any], at: int, end: int, depth: int) -> State:
+    def _subsection(self, described: Mapping[str, Any], offset: int, end: int, depth: int) -> State:
         if depth > DEPTH_MAX or not self._afford(_listed(described)):
             raise _Unexplained
         frame = _frame(described)
-        start = at + len(frame)
-        if start > end or self._body[at:start] != frame:
+        start = offset + len(frame)
+        if start > end or self._body[offset:start] != frame:
             raise _Unexplained
         fields: list[Field] = []
         subsections: list[State] = []
         stop = self._fill(described, start, end, depth, fields, subsections)
-        return _state(described, at, stop, fields, subsections)
+        return _state(described, offset, stop, fields, subsections)
 
-    def _field(self, item: Mapping[str, Any], at: int, end: int, depth: int) -> Field:
+    def _field(self, item: Mapping[str, Any], offset: int, end: int, depth: int) -> Field:
         size, count = _number(item.get("size")), _number(item.get("array_len", 1))
-        if size is None or count is None or size * count > end - at:
+        if size is None or count is None or size * count > end - offset:
             raise _Unexplained
         name, kind = _text(item.get("name")), _text(item.get("type"))
         length = size * count
         if "array_len" in item or "struct" in item or "fields" in item or kind in _COMPOUND:
             value, known = self._value(
-                item, kind, at, at + length, count if "array_len" in item else None, depth
+                item, kind, offset, offset + length, count if "array_len" in item else None, depth
             )
         else:
-            value, known = decode_one(kind, self._body[at : at + length])
-        return Field(name, kind, at, length, value, _number(item.get("index")), not known)
+            value, known = decode_one(kind, self._body[offset : offset + length])
+        return Field(name, kind, offset, length, value, _number(item.get("index")), not known)
 
     def _value(
-        self, item: Mapping[str, Any], kind: str, at: int, end: int, count: int | None, depth: int
+        self,
+        item: Mapping[str, Any],
+        kind: str,
+        offset: int,
+        end: int,
+        count: int | None,
+        depth: int,
     ) -> tuple[Value, bool]:
         """Return the value, and whether its type is known; otherwise it is bytes."""
         nested = item.get("struct", item)
         if kind in LISTS and count is None and depth < DEPTH_MAX:
-            states = self._list(item, kind, at, end, depth + 1)
-            return (self._body[at:end], False) if states is None else (states, True)
+            states = self._list(item, kind, offset, end, depth + 1)
+            return (self._body[offset:end], False) if states is None else (states, True)
         if isinstance(nested, dict) and "fields" in nested and kind not in LISTS:
             if depth >= DEPTH_MAX or not self._afford((count or 1) * _listed(nested)):
-                return self._body[at:end], False
+                return self._body[offset:end], False
             if count is None:
-                return self.bounded(nested, at, end, depth + 1), True
-            size = (end - at) // (count or 1)
+                return self.bounded(nested, offset, end, depth + 1), True
+            size = (end - offset) // (count or 1)
             return tuple(
-                self.bounded(nested, at + n * size, at + (n + 1) * size, depth + 1)
+                self.bounded(nested, offset + n * size, offset + (n + 1) * size, depth + 1)
                 for n in range(count)
             ), True
-        data = self._body[at:end]
+        data = self._body[offset:end]
         if not self._afford((count or 0) // _ELEMENTS_A_VALUE):
             return data, False
         if kind in VECTORS and count is None:
@@ -302,13 +308,13 @@ class _Decoder:
         return decode_one(kind, data) if count is None else decode_array(kind, data, count)
 
     def _list(
-        self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int
+        self, item: Mapping[str, Any], kind: str, offset: int, end: int, depth: int
     ) -> tuple[State, ...] | None:
         """Return a list's elements if all match the description: QEMU's JSON keeps only that of the
         last one."""
         explained, self.explained = self.explained, True
         try:
-            states = self._elements(item, kind, at, end, depth)
+            states = self._elements(item, kind, offset, end, depth)
             return states if self.explained else None
         except _Unexplained:
             return None
@@ -316,36 +322,38 @@ class _Decoder:
             self.explained = explained
 
     def _elements(
-        self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int
+        self, item: Mapping[str, Any], kind: str, offset: int, end: int, depth: int
     ) -> tuple[State, ...]:
         count, key = None, 0
         if kind == GTREE:
-            if end - at < _COUNT.size:
+            if end - offset < _COUNT.size:
                 raise _Unexplained
-            count = _COUNT.unpack_from(self._body, at)[0]
-            at += _COUNT.size
-            key = _key_length(item, count, end - len(_END) - at) if count else 0
+            count = _COUNT.unpack_from(self._body, offset)[0]
+            offset += _COUNT.size
+            key = _key_length(item, count, end - len(_END) - offset) if count else 0
         states: list[State] = []
-        while at + 1 != end or self._body[at:end] != _END:
-            if at >= end:
+        while offset + 1 != end or self._body[offset:end] != _END:
+            if offset >= end:
                 raise _Unexplained
-            if self._body[at : at + 1] != _MORE or not self._afford(1 + _listed(item)):
+            if self._body[offset : offset + 1] != _MORE or not self._afford(1 + _listed(item)):
                 raise _Unexplained
-            states.append(self._element(item, at + 1, end, key, depth))
-            at += 1 + states[-1].length
+            states.append(self._element(item, offset + 1, end, key, depth))
+            offset += 1 + states[-1].length
         if count not in (None, len(states)):
             raise _Unexplained
         return tuple(states)
 
-    def _element(self, item: Mapping[str, Any], at: int, end: int, key: int, depth: int) -> State:
+    def _element(
+        self, item: Mapping[str, Any], offset: int, end: int, key: int, depth: int
+    ) -> State:
         fields: list[Field] = []
         subsections: list[State] = []
-        if key > end - at:
+        if key > end - offset:
             raise _Unexplained
         if key:
-            fields.append(Field("key", "buffer", at, key, self._body[at : at + key]))
-        stop = self._fill(item, at + key, end, depth, fields, subsections)
-        return _state(item, at, stop, fields, subsections)
+            fields.append(Field("key", "buffer", offset, key, self._body[offset : offset + key]))
+        stop = self._fill(item, offset + key, end, depth, fields, subsections)
+        return _state(item, offset, stop, fields, subsections)
 
     def _afford(self, values: int) -> bool:
         if values > self._values_left:
@@ -382,7 +390,7 @@ def _key_length(item: Mapping[str, Any], count: int, length: int) -> int:
 
 def _state(
     described: Mapping[str, Any],
-    at: int,
+    offset: int,
     end: int,
     fields: Iterable[Field],
     subsections: Iterable[State],
@@ -390,8 +398,8 @@ def _state(
     return State(
         _text(described.get("vmsd_name")),
         _number(described.get("version")),
-        at,
-        end - at,
+        offset,
+        end - offset,
         tuple(fields),
         tuple(subsections),
     )

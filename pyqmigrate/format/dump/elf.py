@@ -108,14 +108,14 @@ def encode_head(
             order + _PROGRAM_HEADER,
             _LOAD,
             _READ_WRITE_EXECUTE,
-            one.position,
-            one.address,
-            one.address,
-            one.length,
-            one.length,
+            segment.position,
+            segment.address,
+            segment.address,
+            segment.length,
+            segment.length,
             _UNALIGNED,
         )
-        for one in segments
+        for segment in segments
     ]
     return b"".join([*parts, notes])
 

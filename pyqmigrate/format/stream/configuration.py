@@ -111,11 +111,11 @@ def read(cursor: Cursor) -> Configuration:
     Raises :class:`SnapshotError` for anything malformed or repeated, :class:`NotSupported`
     for a subsection that is not known.
     """
-    at = cursor.position
+    offset = cursor.position
     length = cursor.u32("the machine type")
     if length > _MACHINE_MAX:
         raise SnapshotError(
-            f"the machine type has a length of {length} bytes", offset=at, field="machine type"
+            f"the machine type has a length of {length} bytes", offset=offset, field="machine type"
         )
     machine = cursor.take(length, "the machine type").decode("utf-8", "surrogateescape")
     capabilities: tuple[str, ...] = ()
@@ -123,20 +123,20 @@ def read(cursor: Cursor) -> Configuration:
     uuid: bytes | None = None
     seen: set[str] = set()
     while cursor.peek(1) == bytes([_SUBSECTION]):
-        at = cursor.position
+        offset = cursor.position
         cursor.skip(1, "the configuration")
         name = cursor.text("the name of a configuration subsection")
         version = cursor.u32(f"subsection {name!r}")
         if name in seen:
-            raise SnapshotError(f"duplicate subsection {name!r}", offset=at)
+            raise SnapshotError(f"duplicate subsection {name!r}", offset=offset)
         seen.add(name)
         if name not in (_PAGE_BITS, _CAPABILITIES, _UUID):
             raise NotSupported(
                 f"configuration subsection {name!r} is not known, and has no length"
-                f" to skip it by (file offset {at:#x})"
+                f" to skip it by (file offset {offset:#x})"
             )
         if version != _VERSION:
-            raise SnapshotError(f"subsection {name!r} has version {version}, not 1", offset=at)
+            raise SnapshotError(f"subsection {name!r} has version {version}, not 1", offset=offset)
         if name == _PAGE_BITS:
             bits = cursor.u32("the target page bits")
         elif name == _CAPABILITIES:
@@ -147,11 +147,13 @@ def read(cursor: Cursor) -> Configuration:
 
 
 def _read_capabilities(cursor: Cursor) -> tuple[str, ...]:
-    at = cursor.position
+    offset = cursor.position
     count = cursor.u32("the capability list")
     if count > _CAPABILITIES_MAX:
         raise SnapshotError(
-            f"the capability list has a length of {count} entries", offset=at, field="capabilities"
+            f"the capability list has a length of {count} entries",
+            offset=offset,
+            field="capabilities",
         )
     return tuple(cursor.text("the name of a capability") for _ in range(count))
 
