@@ -29,7 +29,7 @@ from pyqmigrate.qmp.hmp_layouts import (
 __all__ = ["Human", "run"]
 
 
-class _Misread(Exception):
+class _BadLine(Exception):
     """A line that does not fit its command; the text lacks only the hint after it."""
 
 
@@ -67,7 +67,7 @@ def run(line: str, human: Human) -> str:
         values = [read(arguments, human.qemu) for read in command.reads]
         arguments.end()
         return command.run(human, *values)
-    except _Misread as misread:
+    except _BadLine as misread:
         return lines(str(misread), f'Try "help {said}" for more information')
     except OSError as error:
         return lines(f"Error: {error.strerror or error}")
@@ -96,7 +96,7 @@ class _Arguments:
             self._text = self._text[2:]
             return True
         if not given or given not in letters:
-            raise _Misread(f"{self.command}: unsupported option -{given}")
+            raise _BadLine(f"{self.command}: unsupported option -{given}")
         return False
 
     def string(self) -> str:
@@ -106,14 +106,14 @@ class _Arguments:
             self._text = self._text[quoted.end() :]
             return re.sub(r"\\(.)", lambda m: {"n": "\n", "r": "\r"}.get(m[1], m[1]), quoted[1])
         if not self._text or self._text.startswith('"'):
-            raise _Misread(f"{self.command}: string expected")
+            raise _BadLine(f"{self.command}: string expected")
         word, self._text = _word(self._text)
         return word
 
     def on_or_off(self) -> bool:
         word = self._text.split(maxsplit=1)[0] if self._text.strip() else ""
         if word not in ("on", "off"):
-            raise _Misread("Expected 'on' or 'off'")
+            raise _BadLine("Expected 'on' or 'off'")
         self._text = self._text.lstrip()[len(word) :]
         return word == "on"
 
@@ -125,12 +125,12 @@ class _Arguments:
         """Return the rest of the line unchanged, with blanks and quotes at its end."""
         text, self._text = self._text.lstrip(), ""
         if not text:
-            raise _Misread(f"{self.command}: string expected")
+            raise _BadLine(f"{self.command}: string expected")
         return text
 
     def end(self) -> None:
         if self._text.strip():
-            raise _Misread(f"{self.command}: extraneous characters at the end of line")
+            raise _BadLine(f"{self.command}: extraneous characters at the end of line")
 
 
 _QUOTE_LEFT_OPEN = re.compile(

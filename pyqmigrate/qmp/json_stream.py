@@ -62,7 +62,7 @@ class _Expect(Enum):
     ITEM_END = auto()
 
 
-class _Malformed(Exception):
+class _MalformedValue(Exception):
     """The value being read is not JSON; the text is the reason."""
 
 
@@ -147,7 +147,7 @@ class JsonStream:
         if not self._error:
             try:
                 self._builder.take(token)
-            except _Malformed as malformed:
+            except _MalformedValue as malformed:
                 self._error = self._located(str(malformed)[:_TEXT_LIMIT], token)
                 self._builder = _Builder(self._wording)  # release the parts of the value
         if self._open:
@@ -213,7 +213,7 @@ class _Builder:
         expect = self._expect
         if expect is _Expect.COLON:
             if text != b":":
-                raise _Malformed(self._wording.colon)
+                raise _MalformedValue(self._wording.colon)
             self._expect = _Expect.VALUE
         elif expect is _Expect.MEMBER_END:
             self._separate(text, b"}", _Expect.KEY, self._wording.member_end)
@@ -224,13 +224,13 @@ class _Builder:
         ):
             self._close()
         elif self._is_key() and token.kind is not Kind.STRING and self._wording.key:
-            raise _Malformed(self._wording.key)
+            raise _MalformedValue(self._wording.key)
         elif text == b"{":
             self._enter({}, _Expect.FIRST_KEY)
         elif text == b"[":
             self._enter([], _Expect.FIRST_ITEM)
         elif token.kind is Kind.PUNCTUATION:
-            raise _Malformed("expecting value")
+            raise _MalformedValue("expecting value")
         else:
             self._place(_scalar(token), self._is_key())
 
@@ -247,7 +247,7 @@ class _Builder:
         elif text == b",":
             self._expect = following
         else:
-            raise _Malformed(complaint)
+            raise _MalformedValue(complaint)
 
     def _close(self) -> None:
         container, is_key = self._open.pop()
@@ -256,7 +256,7 @@ class _Builder:
     def _place(self, value: object, is_key: bool) -> None:
         if is_key:
             if not isinstance(value, str):
-                raise _Malformed("key is not a string in object")
+                raise _MalformedValue("key is not a string in object")
             self._keys.append(value)
             self._expect = _Expect.COLON
         elif not self._open:
@@ -264,7 +264,7 @@ class _Builder:
         elif isinstance(container := self._open[-1][0], dict):
             key = self._keys.pop()
             if key in container:
-                raise _Malformed("duplicate key")
+                raise _MalformedValue("duplicate key")
             container[key] = value
             self._expect = _Expect.MEMBER_END
         else:
@@ -282,7 +282,7 @@ def _scalar(token: Token) -> object:
     if token.kind is Kind.NUMBER:
         return _number(token.text)
     if token.text not in _KEYWORDS:
-        raise _Malformed(f"invalid keyword '{token.text.decode('ascii')}'")
+        raise _MalformedValue(f"invalid keyword '{token.text.decode('ascii')}'")
     return _KEYWORDS[token.text]
 
 
@@ -322,9 +322,9 @@ def _string(token: bytes) -> str:
     text = _decoded(body[:good])
     if good < len(body):
         if body[good + 1 : good + 2] != b"u":
-            raise _Malformed("invalid escape sequence in string")
+            raise _MalformedValue("invalid escape sequence in string")
         shown = token[good + 1 : good + 7].decode("utf-8", "replace")
-        raise _Malformed(f"{shown} is not a valid Unicode character")
+        raise _MalformedValue(f"{shown} is not a valid Unicode character")
     if "\\" not in text:
         return text
     # The standard module decodes escapes, but needs double quotes.
@@ -337,9 +337,9 @@ def _decoded(raw: bytes) -> str:
     try:
         text = "\0".join(part.decode() for part in raw.split(b"\xc0\x80"))
     except UnicodeDecodeError:
-        raise _Malformed("invalid UTF-8 sequence in string") from None
+        raise _MalformedValue("invalid UTF-8 sequence in string") from None
     if _NONCHARACTER.search(text):
-        raise _Malformed("invalid UTF-8 sequence in string")
+        raise _MalformedValue("invalid UTF-8 sequence in string")
     return text
 
 

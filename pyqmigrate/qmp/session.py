@@ -27,7 +27,7 @@ _GENERIC = "GenericError"
 _NOT_FOUND = "CommandNotFound"
 
 
-class _Refused(Exception):
+class _RefusedMessage(Exception):
     """A message that is answered with an error."""
 
     def __init__(self, text: str, kind: str = _GENERIC) -> None:
@@ -63,11 +63,11 @@ class Session:
         identity: dict[str, object] = {}
         try:
             if not isinstance(item.value, dict):
-                raise _Refused("QMP input must be a JSON object")
+                raise _RefusedMessage("QMP input must be a JSON object")
             if "id" in item.value:
                 identity["id"] = item.value["id"]
             return {"return": await self._run(self._call(item.value))} | identity
-        except _Refused as refused:
+        except _RefusedMessage as refused:
             return identity | _failure(str(refused), refused.kind)
         except OSError as error:  # most of the package's errors about files are ones, too
             return identity | _failure(error.strerror or str(error), _GENERIC)
@@ -85,24 +85,24 @@ class Session:
         for name, value in message.items():
             if name == "execute" or (name == "exec-oob" and "oob" in self._enabled):
                 if not isinstance(value, str):
-                    raise _Refused(f"QMP input member '{name}' must be a string")
+                    raise _RefusedMessage(f"QMP input member '{name}' must be a string")
                 if command is not None:
-                    raise _Refused("QMP input member 'execute' clashes with 'exec-oob'")
+                    raise _RefusedMessage("QMP input member 'execute' clashes with 'exec-oob'")
                 command, verb = value, name
             elif name == "arguments":
                 if not isinstance(value, dict):
-                    raise _Refused("QMP input member 'arguments' must be an object")
+                    raise _RefusedMessage("QMP input member 'arguments' must be an object")
                 arguments = value
             elif name != "id":
-                raise _Refused(f"QMP input member '{name}' is unexpected")
+                raise _RefusedMessage(f"QMP input member '{name}' is unexpected")
         if command is None:
-            raise _Refused("QMP input lacks member 'execute'")
+            raise _RefusedMessage("QMP input lacks member 'execute'")
         return _Call(command, arguments, verb == "exec-oob")
 
     async def _run(self, call: _Call) -> object:
         if not self.negotiated:
             if call.command != _NEGOTIATION:
-                raise _Refused(
+                raise _RefusedMessage(
                     f"Expecting capabilities negotiation with '{_NEGOTIATION}'", _NOT_FOUND
                 )
             return self._negotiate(call.arguments)
@@ -110,9 +110,9 @@ class Session:
             return self._negotiate_again(call)
         command = self._context.commands.get(call.command)
         if command is None:
-            raise _Refused(f"The command {call.command} has not been found", _NOT_FOUND)
+            raise _RefusedMessage(f"The command {call.command} has not been found", _NOT_FOUND)
         if call.out_of_band:
-            raise _Refused(f"The command {call.command} does not support OOB")
+            raise _RefusedMessage(f"The command {call.command} does not support OOB")
         arguments = command.arguments.read(call.arguments)
         if command.blocks:
             with starting_threads():
@@ -128,9 +128,11 @@ class Session:
 
     def _negotiate_again(self, call: _Call) -> object:
         if call.out_of_band:
-            raise _Refused(f"The command {call.command} does not support OOB")
+            raise _RefusedMessage(f"The command {call.command} does not support OOB")
         _negotiation(self._offered).read(call.arguments)
-        raise _Refused("Capabilities negotiation is already complete, command ignored", _NOT_FOUND)
+        raise _RefusedMessage(
+            "Capabilities negotiation is already complete, command ignored", _NOT_FOUND
+        )
 
 
 def _negotiation(offered: tuple[str, ...]) -> qapi.Struct:

@@ -118,7 +118,7 @@ def decode_devices(
 
 
 @dataclass(frozen=True)
-class _Redescribed:
+class _StreamWithDescription:
     sections: Sequence[Section]
     description: Mapping[str, Any] | None
 
@@ -128,7 +128,7 @@ def described_by(stream: DescribedStream, text: bytes | None) -> DescribedStream
 
     Raises :class:`SnapshotError` for text that is not a description.
     """
-    return stream if text is None else _Redescribed(stream.sections, parse(text))
+    return stream if text is None else _StreamWithDescription(stream.sections, parse(text))
 
 
 class Budget:
@@ -186,7 +186,7 @@ def described_devices(
     return found
 
 
-class _Unexplained(Exception):
+class _UnexplainedBytes(Exception):
     """The bytes do not match the description."""
 
 
@@ -212,7 +212,7 @@ class _Decoder:
         subsections: list[State] = []
         try:
             position = self._fill(described, offset, end, depth, fields, subsections)
-        except _Unexplained:
+        except _UnexplainedBytes:
             position = -1
         if position != end:
             subsections = []
@@ -252,11 +252,11 @@ class _Decoder:
 
     def _subsection(self, described: Mapping[str, Any], offset: int, end: int, depth: int) -> State:
         if depth > DEPTH_MAX or not self._afford(_listed(described)):
-            raise _Unexplained
+            raise _UnexplainedBytes
         frame = _frame(described)
         start = offset + len(frame)
         if start > end or self._body[offset:start] != frame:
-            raise _Unexplained
+            raise _UnexplainedBytes
         fields: list[Field] = []
         subsections: list[State] = []
         stop = self._fill(described, start, end, depth, fields, subsections)
@@ -265,7 +265,7 @@ class _Decoder:
     def _field(self, item: Mapping[str, Any], offset: int, end: int, depth: int) -> Field:
         size, count = _number(item.get("size")), _number(item.get("array_len", 1))
         if size is None or count is None or size * count > end - offset:
-            raise _Unexplained
+            raise _UnexplainedBytes
         name, kind = _text(item.get("name")), _text(item.get("type"))
         length = size * count
         if "array_len" in item or "struct" in item or "fields" in item or kind in _COMPOUND:
@@ -316,7 +316,7 @@ class _Decoder:
         try:
             states = self._elements(item, kind, offset, end, depth)
             return states if self.explained else None
-        except _Unexplained:
+        except _UnexplainedBytes:
             return None
         finally:
             self.explained = explained
@@ -327,20 +327,20 @@ class _Decoder:
         count, key = None, 0
         if kind == GTREE:
             if end - offset < _COUNT.size:
-                raise _Unexplained
+                raise _UnexplainedBytes
             count = _COUNT.unpack_from(self._body, offset)[0]
             offset += _COUNT.size
             key = _key_length(item, count, end - len(_END) - offset) if count else 0
         states: list[State] = []
         while offset + 1 != end or self._body[offset:end] != _END:
             if offset >= end:
-                raise _Unexplained
+                raise _UnexplainedBytes
             if self._body[offset : offset + 1] != _MORE or not self._afford(1 + _listed(item)):
-                raise _Unexplained
+                raise _UnexplainedBytes
             states.append(self._element(item, offset + 1, end, key, depth))
             offset += 1 + states[-1].length
         if count not in (None, len(states)):
-            raise _Unexplained
+            raise _UnexplainedBytes
         return tuple(states)
 
     def _element(
@@ -349,7 +349,7 @@ class _Decoder:
         fields: list[Field] = []
         subsections: list[State] = []
         if key > end - offset:
-            raise _Unexplained
+            raise _UnexplainedBytes
         if key:
             fields.append(Field("key", "buffer", offset, key, self._body[offset : offset + key]))
         stop = self._fill(item, offset + key, end, depth, fields, subsections)
@@ -369,7 +369,7 @@ def _frame(described: Mapping[str, Any]) -> bytes:
     name = _text(described.get("vmsd_name")).encode("utf-8", "surrogatepass")
     version = _number(described.get("version"))
     if len(name) > 0xFF or version is None or version >= 1 << 32:
-        raise _Unexplained
+        raise _UnexplainedBytes
     return bytes([_SUBSECTION, len(name)]) + name + _VERSION.pack(version)
 
 
@@ -384,7 +384,7 @@ def _key_length(item: Mapping[str, Any], count: int, length: int) -> int:
     )
     key = length // count - len(_MORE) - value
     if key <= 0 or length % count or item.get("subsections"):
-        raise _Unexplained
+        raise _UnexplainedBytes
     return key
 
 
