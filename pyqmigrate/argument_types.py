@@ -1,10 +1,9 @@
-"""Whether arguments are of the types that a function documents; a UsageError names the one that is
-not.
+"""Checks that arguments have the documented types; a UsageError names the one that has not.
 
     check("machine", machine, str)
     check("offset", offset, int, type(None))
 
-A wrong type would fail later in the words of some inner function, perhaps after a file was opened.
+A wrong type would otherwise fail later, with the text of some inner function.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ _CALLED = {
 
 
 def check(name: str, value: object, *kinds: type) -> None:
-    """UsageError unless ``value`` is of one of ``kinds``; a bool is not an int here."""
+    """Raise UsageError unless ``value`` is of one of ``kinds``; a bool is not an int here."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join(_CALLED.get(kind, kind.__name__) for kind in kinds)
         raise UsageError(f"{name} must be {wanted}, not {value!r}")
 
 
 def check_callback(name: str, value: object) -> None:
-    """UsageError unless it is None or can be called."""
+    """Raise UsageError unless ``value`` is None or callable."""
     if value is not None and not callable(value):
         raise UsageError(f"{name} must be a function or None, not {value!r}")
 
 
 def check_names(name: str, value: object) -> None:
-    """UsageError unless it is None or several texts; one text would be taken for its letters."""
+    """Raise UsageError unless ``value`` is None or an iterable of texts, not a single text."""
     if value is None:
         return
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
@@ -49,7 +48,7 @@ def check_names(name: str, value: object) -> None:
 
 
 def check_mapping(name: str, value: object, kind: type[Any] = object) -> None:
-    """UsageError unless it is a mapping from text to ``kind``."""
+    """Raise UsageError unless ``value`` is a mapping from text to ``kind``."""
     if not isinstance(value, Mapping):
         raise UsageError(f"{name} must be a mapping by name, not {value!r}")
     for key, member in value.items():

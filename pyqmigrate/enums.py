@@ -1,4 +1,4 @@
-"""Options that are taken as members or as their spelling."""
+"""Options that are given as enum members or as their values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ E = TypeVar("E", bound=enum.StrEnum)
 
 
 class Format(enum.StrEnum):
-    """What a file of a guest's memory is, and what one can be converted to.
+    """The format of a file with a guest's memory.
 
     ``mapped-ram`` and ``stream`` (a sequential stream: page records one after another) are QEMU's
-    own. A ``libvirt`` save image is one of the two behind a header; ``raw`` is a directory with a
-    file for each RAM block; ``elf`` and ``lime`` hold the guest's physical memory.
+    own. A ``libvirt`` save image is one of the two after a header; ``raw`` is a directory with a
+    file for each RAM block; ``elf`` and ``lime`` contain the guest's physical memory.
     """
 
     MAPPED_RAM = "mapped-ram"
@@ -29,9 +29,9 @@ class Format(enum.StrEnum):
 
 
 def parse_enum(kind: type[E], value: E | str, name: str) -> E:
-    """The member of ``kind`` that ``value`` is or spells; UsageError names the possible ones."""
+    """Return the member of ``kind`` for ``value``; UsageError lists the possible ones."""
     try:
         return kind(value)
     except ValueError:
         names = ", ".join(repr(member.value) for member in kind)
-        raise UsageError(f"{name} is {value!r}; it is one of {names}") from None
+        raise UsageError(f"{name} must be one of {names}, not {value!r}") from None

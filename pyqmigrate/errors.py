@@ -1,23 +1,23 @@
-"""What can go wrong, as one tree.
+"""The exceptions of this package, as one tree.
 
 Everything that this package raises on purpose is a :class:`PyqmigrateError`. Each class is
-also the built-in that a caller would expect, so ``except OSError`` and ``except ValueError``
+also a subclass of the built-in that a caller would expect, so ``except OSError`` and ``except ValueError``
 keep working::
 
     PyqmigrateError
-    |-- SnapshotError    (ValueError)    the file is not a whole, well-formed snapshot
+    |-- SnapshotError    (ValueError)    the file is not a complete, well-formed snapshot
     |   `-- SnapshotTruncated            it ends too early
     |-- UsageError       (ValueError)    an argument is wrong; nothing was touched
     |   `-- BlockMismatch                the blocks given are not the blocks of the snapshot
     |-- TargetError      (OSError)       the system refused: errno, file name and position
     |   |-- NoSpace                      the file system is full, or would be
-    |   |-- NotDurable                   the file is there and whole, but may not outlast a crash
-    |   `-- DirectIORefused              direct I/O was demanded and cannot be had here
+    |   |-- NotDurable                   the file is published and complete, but may not survive a crash
+    |   `-- DirectIORefused              direct I/O was demanded and is not available
     |-- GuestMemoryError (OSError)       guest memory went away or cannot be reached
-    |-- QemuError        (RuntimeError)  a QEMU did not do what it was asked
+    |-- QemuError        (RuntimeError)  a QEMU did not do as requested
     |   |-- QemuRefused                  it answered a command with an error
     |   `-- QemuGone                     it ended, or hung up
-    |-- NotSupported     (NotImplementedError)   well-formed, but not something we can do
+    |-- NotSupported     (NotImplementedError)   well-formed, but not supported
     |-- Cancelled        (RuntimeError)  the job was cancelled
     `-- JobTimeout       (TimeoutError)  the job is still running
 """
@@ -49,13 +49,13 @@ __all__ = [
 
 
 class PyqmigrateError(Exception):
-    """Root of everything that this package raises on purpose.
+    """Base of everything that this package raises on purpose.
 
-    Each can be pickled and copied: text, attributes and notes stay what they were.
+    Its instances can be pickled and copied with their text, attributes and notes.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Not by calling the class: its parameters are not what ``args`` holds.
+        # Not by calling the class: its parameters differ from ``args``.
         args: tuple[object, ...] = self.args
         if isinstance(self, OSError) and self.filename is not None:
             args = (self.errno, self.strerror, self.filename)
@@ -63,7 +63,7 @@ class PyqmigrateError(Exception):
 
 
 def _rebuilt(kind: type[PyqmigrateError], args: tuple[object, ...]) -> PyqmigrateError:
-    """An error of ``kind`` as its constructor leaves it, but for its attributes."""
+    """Return an error of ``kind`` with these arguments, without its attributes."""
     error = kind.__new__(kind, *args)
     if isinstance(error, OSError):
         OSError.__init__(error, *args)
@@ -71,11 +71,10 @@ def _rebuilt(kind: type[PyqmigrateError], args: tuple[object, ...]) -> Pyqmigrat
 
 
 class SnapshotError(PyqmigrateError, ValueError):
-    """A file is not a whole, well-formed snapshot.
+    """A file is not a complete, well-formed snapshot.
 
-    ``offset`` is the absolute file offset (bytes) at which the trouble was seen, ``block`` the
-    RAM block it belongs to, ``field`` the field of the format; each is None where it has no
-    meaning. The three are part of the message.
+    ``offset`` is the absolute file offset (bytes) of the problem, ``block`` its RAM block, ``field``
+    the field of the format; each may be None. The three are part of the message.
     """
 
     def __init__(
@@ -100,11 +99,11 @@ class SnapshotError(PyqmigrateError, ValueError):
 
 
 class SnapshotTruncated(SnapshotError):
-    """A stream ends before what it promised: it was cut short, or the save did not finish."""
+    """A stream ends too early: it was cut short, or the save did not finish."""
 
 
 class UsageError(PyqmigrateError, ValueError):
-    """An argument is wrong; nothing was touched yet."""
+    """An argument is wrong; nothing was changed."""
 
 
 class BlockMismatch(UsageError):
@@ -146,9 +145,8 @@ class NoSpace(TargetError):
 
 
 class NotDurable(TargetError):
-    """The file was published: it has its name and is whole. But making the name durable failed, so
-    that a crash of the host may take it away. What was to follow (a seal, the end of the guest) was
-    not done."""
+    """The file is complete and has its name, but the name could not be made durable: a crash of the
+    host may remove it. Later steps (a seal, the end of the guest) were not done."""
 
     def __init__(self, errno: int, filename: str | os.PathLike[str]) -> None:
         super().__init__(
@@ -166,8 +164,8 @@ def target_error(
     *,
     position: int | None = None,
 ) -> TargetError:
-    """Return the TargetError, or NoSpace where the disk or a quota is full, for what the system
-    raised; ``what`` could not be done with ``filename``."""
+    """Return a TargetError for the system's error, or NoSpace if the disk or a quota is full; ``what``
+    failed for ``filename``."""
     number = error.errno or _errno.EIO
     if number in (_errno.ENOSPC, _errno.EDQUOT):
         return NoSpace(what, filename, errno=number, position=position)
@@ -175,11 +173,11 @@ def target_error(
 
 
 class DirectIORefused(TargetError):
-    """Direct I/O was demanded (``direct_io="on"``) and cannot be had for this file."""
+    """Direct I/O was demanded (``direct_io="on"``) and is not available for this file."""
 
 
 class GuestMemoryError(PyqmigrateError, OSError):
-    """Guest memory shrank, went away or cannot be reached; ``errno`` is kept."""
+    """Guest memory shrank, vanished or is not accessible; ``errno`` is kept."""
 
     def __init__(self, errno: int, what: str, *, block: str | None = None) -> None:
         name = "" if block is None else f" of block {block!r}"
@@ -188,13 +186,13 @@ class GuestMemoryError(PyqmigrateError, OSError):
 
 
 class QemuError(PyqmigrateError, RuntimeError):
-    """A QEMU did not start, did not answer, or failed at what it was asked."""
+    """A QEMU did not start, did not answer, or failed at a request."""
 
 
 class QemuRefused(QemuError):
     """QEMU answered a command with an error.
 
-    ``command`` is the QMP command, ``desc`` and ``error_class`` are QEMU's own words.
+    ``command`` is the QMP command, ``desc`` and ``error_class`` are QEMU's.
     """
 
     def __init__(self, command: str, desc: str, error_class: str = "GenericError") -> None:
@@ -205,15 +203,15 @@ class QemuRefused(QemuError):
 
 
 class QemuGone(QemuError):
-    """QEMU ended or was killed, or hung up its monitor."""
+    """QEMU exited, was killed, or closed its monitor connection."""
 
 
 class NotSupported(PyqmigrateError, NotImplementedError):
-    """The input is well-formed, but this package cannot do that with it."""
+    """The input is well-formed, but this package does not support it."""
 
 
 class Cancelled(PyqmigrateError, RuntimeError):
-    """The job was cancelled before it was done; what it had begun was cleaned up."""
+    """The job was cancelled before it completed, and cleaned up."""
 
 
 class JobTimeout(PyqmigrateError, TimeoutError):

@@ -23,7 +23,7 @@ class Compression(enum.StrEnum):
 
     @classmethod
     def of(cls, head: bytes) -> Compression | None:
-        """The compressor whose file begins with these bytes; None where there is none."""
+        """Return the compressor whose files begin with these bytes, or None."""
         return next((kind for kind, magics in _MAGICS.items() if head.startswith(magics)), None)
 
 

@@ -1,8 +1,8 @@
-"""Bounded reading of bytes that nobody vouches for.
+"""Bounded reading of untrusted bytes.
 
-A :class:`Cursor` walks forward through a :class:`ByteSource`. It never asks for more than a
-window of bytes beyond what a caller demands, never reads past the end, and says in its errors
-what it was reading and where. All numbers are big-endian, as everywhere in the framing.
+A :class:`Cursor` moves through a :class:`ByteSource`. It never reads more than a window of bytes
+beyond those that a caller asks for, never reads past the end, and names in its errors the thing that
+it was reading and the offset. All numbers are big-endian, as everywhere in the framing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pyqmigrate.errors import SnapshotTruncated
 
 __all__ = ["ByteSource", "Cursor"]
 
-_WINDOW = 4096  # bytes read ahead; small, because block headers lie far apart
+_WINDOW = 4096  # bytes read ahead; small, because block headers are far apart
 
 
 class ByteSource(Protocol):
-    """Where bytes come from: a file, a buffer, anything with positional reads."""
+    """A source of bytes with positional reads: a file, a buffer."""
 
     @property
     def size(self) -> int:
@@ -33,7 +33,7 @@ class Cursor:
     """A position in a source, and reads that move it.
 
     ``what`` in each method names the thing being read, for the error's message. Every read
-    raises :class:`SnapshotTruncated` when the source ends first.
+    raises :class:`SnapshotTruncated` if the source ends first.
     """
 
     def __init__(self, source: ByteSource, position: int) -> None:
@@ -44,19 +44,19 @@ class Cursor:
         self.position = position
 
     def take(self, length: int, what: str) -> bytes:
-        """The next ``length`` bytes; the caller has bounded ``length``."""
-        at = self.position
-        begin = at - self._start
+        """Return the next ``length`` bytes; the caller has bounded ``length``."""
+        offset = self.position
+        begin = offset - self._start
         data = self._window[begin : begin + length] if begin >= 0 else b""
         if len(data) < length:
-            data = self._peek(at, length)
+            data = self._peek(offset, length)
             if len(data) < length:
-                raise _cut(what, at)
-        self.position = at + length
+                raise _cut(what, offset)
+        self.position = offset + length
         return data
 
     def peek(self, length: int) -> bytes:
-        """Up to ``length`` bytes from here, fewer at the end; the position stays."""
+        """Return up to ``length`` bytes, fewer at the end, without moving."""
         return self._peek(self.position, length)
 
     def skip(self, length: int, what: str) -> None:
@@ -78,19 +78,19 @@ class Cursor:
         return int.from_bytes(self.take(8, what), "big")
 
     def text(self, what: str) -> str:
-        """A counted string: one length byte, then the bytes."""
+        """Return a string that is stored as one length byte and the bytes."""
         return self.take(self.u8(what), what).decode("utf-8", "surrogateescape")
 
-    def _peek(self, at: int, length: int) -> bytes:
-        begin = at - self._start
+    def _peek(self, offset: int, length: int) -> bytes:
+        begin = offset - self._start
         if begin < 0 or begin + length > len(self._window):
-            wanted = min(max(length, _WINDOW), self.size - at)
-            self._window = self._source.read_at(at, wanted) if wanted > 0 else b""
-            self._start, begin = at, 0
+            wanted = min(max(length, _WINDOW), self.size - offset)
+            self._window = self._source.read_at(offset, wanted) if wanted > 0 else b""
+            self._start, begin = offset, 0
         return self._window[begin : begin + length]
 
 
-def _cut(what: str, at: int) -> SnapshotTruncated:
+def _cut(what: str, offset: int) -> SnapshotTruncated:
     return SnapshotTruncated(
-        f"the file ends inside {what}: it was cut short, or the save did not finish", offset=at
+        f"the file ends inside {what}: it was cut short, or the save did not finish", offset=offset
     )

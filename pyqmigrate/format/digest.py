@@ -1,8 +1,7 @@
-"""Digests of 16 bytes: which there are, from whose libraries.
+"""Digests of 16 bytes, and the libraries that compute them.
 
-``xxh3-128`` finds damage, at the speed of memory; it does not stop somebody who means harm.
-``blake3`` and ``sha256`` do, as far as 128 bits can: sha256 is cut to its first 16 bytes, and
-blake3 is asked for as many.
+``xxh3-128`` detects damage, at the speed of memory; it does not detect deliberate changes.
+``blake3`` and ``sha256`` do, with 128 bits: both are truncated to 16 bytes.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ class Algorithm(enum.StrEnum):
 
 
 def digester(algorithm: Algorithm) -> Callable[[Data], bytes]:
-    """The function from bytes to their digest. Long ones are digested without the GIL.
+    """Return the function from bytes to their digest; it releases the GIL for long input.
 
-    Raises NotSupported where the library for it is not installed.
+    Raises NotSupported if the library for it is not installed.
     """
     if algorithm is Algorithm.XXH3_128:
         import xxhash  # imported when first used, as all of them: most verbs make no digest
@@ -52,7 +51,7 @@ def digester(algorithm: Algorithm) -> Callable[[Data], bytes]:
 
 
 def digest_of_all(algorithm: Algorithm, pieces: Iterable[Data]) -> bytes:
-    """The digest of ``pieces``, one after another as if they were one."""
+    """Return the digest of the concatenated ``pieces``."""
     if algorithm is Algorithm.BLAKE3:
         blake3 = _feed(_blake3()(), pieces)
         found: bytes = blake3.digest(length=DIGEST_SIZE)
@@ -71,7 +70,7 @@ def digest_of_all(algorithm: Algorithm, pieces: Iterable[Data]) -> bytes:
 
 @functools.lru_cache(maxsize=16)
 def zero_digest(algorithm: Algorithm, length: int) -> bytes:
-    """The digest of ``length`` zeros."""
+    """Return the digest of ``length`` zero bytes."""
     return digester(algorithm)(bytes(length))
 
 

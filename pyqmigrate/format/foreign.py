@@ -1,7 +1,7 @@
-"""Files that are not migration streams, recognized by what they contain.
+"""Files that are not migration streams, recognized by their content.
 
-A user who hands in a disk image or a core dump needs its name and the way on, not the bytes that
-were expected. Numbers and places are those of the formats' own documents: QEMU's
+For a disk image or a core dump the user needs to know what it is and what to do with it, not which
+bytes were expected. Numbers and offsets are those of the formats' own documents: QEMU's
 ``docs/interop/qcow2.rst``, the ELF gABI, LiME's and makedumpfile's headers.
 """
 
@@ -33,7 +33,7 @@ _DISK = (
 
 @dataclass(frozen=True)
 class Foreign:
-    """``what`` the file is, with its article; ``advice`` is a sentence: what to do."""
+    """A file of another kind: ``what`` it is, with its article, and ``advice``, a sentence."""
 
     what: str
     advice: str
@@ -74,7 +74,7 @@ _OURS = ((b"qmindex", "the index of a snapshot", "Give the snapshot itself; this
 
 
 def recognize(source: ByteSource, offset: int = 0) -> Foreign | None:
-    """What the bytes at ``offset`` are; None where they are a stream, or nothing known."""
+    """Return the kind of the data at ``offset``; None for a stream or an unknown kind."""
     head = source.read_at(offset, _HEAD)
     if head.startswith(MAGIC):
         return None
@@ -149,7 +149,7 @@ def _qcow2(source: ByteSource, offset: int, head: bytes) -> Foreign:
 
 
 def _states(source: ByteSource, offset: int, head: bytes) -> list[str]:
-    """Names of the snapshots in a qcow2 file that have the state of a guest."""
+    """Return the names of the snapshots in a qcow2 file that contain the state of a guest."""
     if len(head) < 72:
         return []
     count, position = struct.unpack_from(">IQ", head, 60)

@@ -12,8 +12,8 @@
     92        domain XML, NUL; the cookie's XML, NUL; zeros that leave room for another XML
 
 Numbers are in the byte order of the host that wrote them. ``raw`` is followed by a sequential stream,
-``sparse`` by a mapped-ram stream, whose offsets count from the start of the file, header included.
-Both start unaligned, right after the padding.
+``sparse`` by a mapped-ram stream, whose offsets are absolute in the file. Both start unaligned, right
+after the padding (docs/internals/format.md, "libvirt's header").
 
     header = read_header(source)
     open_snapshot(path, offset=header.stream_offset)
@@ -48,7 +48,7 @@ _LARGEST_DATA = 1 << 26  # bytes; libvirt writes the XML's size and 64 KiB
 
 
 class ImageFormat(enum.IntEnum):
-    """What follows the header: a QEMU stream, as it is or compressed as a whole."""
+    """The form of the QEMU stream after the header: plain, or compressed as a whole."""
 
     RAW = 0
     GZIP = 1
@@ -65,11 +65,11 @@ class ImageFormat(enum.IntEnum):
 
 @dataclass(frozen=True)
 class LibvirtHeader:
-    """What libvirt noted about a saved guest.
+    """libvirt's record of a saved guest.
 
-    ``complete`` is false while libvirt writes and after a save that failed; the image must not be
-    restored then. ``xml`` and ``cookie`` (empty where there is none) are text as stored, not
-    checked to be XML. ``stream_offset`` is where the stream starts in the file, bytes.
+    ``complete`` is false while libvirt writes and after a failed save; such an image must not be
+    restored. ``xml`` and ``cookie`` (which may be empty) are text as stored, not checked to be XML.
+    ``stream_offset`` is the file offset of the stream.
     """
 
     complete: bool
@@ -83,17 +83,17 @@ class LibvirtHeader:
 
 
 def is_libvirt(head: bytes) -> bool:
-    """Whether a file that begins with these bytes (16 or more) is an image of libvirt's."""
+    """Return whether a file that begins with these bytes (16 or more) is an image of libvirt."""
     return head.startswith((_COMPLETE, _PARTIAL))
 
 
 def read_header(source: ByteSource) -> LibvirtHeader:
     """Decode the header at the start of a file.
 
-    An incomplete image is decoded as well, see ``complete``; the caller decides.
+    An incomplete image is decoded too: see ``complete``.
 
-    Raises SnapshotError when this is no image of libvirt's, the header is cut, or a field has no
-    meaning.
+    Raises SnapshotError if the file is not an image of libvirt, the header is cut short, or a field
+    is invalid.
     """
     head = source.read_at(0, _LENGTH)
     if not is_libvirt(head):
@@ -129,9 +129,9 @@ def read_header(source: ByteSource) -> LibvirtHeader:
 
 
 def encode_header(header: LibvirtHeader) -> bytes:
-    """The bytes up to the stream, padded with zeros to ``header.stream_offset``.
+    """Return the bytes up to the stream, padded with zeros to ``header.stream_offset``.
 
-    Raises ValueError when the texts do not fit before it, or hold a NUL.
+    Raises ValueError if the texts do not fit or contain a NUL.
     """
     texts = [text.encode("utf-8", "surrogateescape") for text in (header.xml, header.cookie)]
     if any(b"\0" in text for text in texts):
@@ -159,7 +159,7 @@ def _numbers(head: bytes) -> tuple[Literal["little", "big"], tuple[int, ...]]:
         numbers = struct.unpack_from(_prefix(order) + _NUMBERS, head, MAGIC_LENGTH)
         if numbers[0] in _VERSIONS:
             return order, numbers
-    raise _bad(f"version {head[16:20].hex()} is not known", 0, "version")
+    raise _bad(f"unknown version {head[16:20].hex()}", 0, "version")
 
 
 def _prefix(order: Literal["little", "big"]) -> str:
@@ -169,7 +169,7 @@ def _prefix(order: Literal["little", "big"]) -> str:
 def _text(data: bytes, start: int, what: str) -> bytes:
     end = data.find(b"\0", start)
     if end < 0:
-        raise SnapshotError("there is no end of the text", offset=_LENGTH + start, field=what)
+        raise SnapshotError("the text has no final NUL", offset=_LENGTH + start, field=what)
     return data[start:end]
 
 

@@ -41,8 +41,8 @@ _REFCOUNT_ORDER = 4  # refcounts of 16 bits
 class Header(NamedTuple):
     """Of one image. Offsets and sizes in bytes; ``l1_entries`` are of 8 bytes each.
 
-    ``backing_offset`` is 0 without a backing file. ``tables`` has what else describes the content:
-    where the refcounts and the internal snapshots are, and how many.
+    ``backing_offset`` is 0 without a backing file. ``tables`` has the other fields that describe the
+    content: offsets and numbers of the refcounts and the internal snapshots.
     """
 
     backing_offset: int
@@ -55,13 +55,13 @@ class Header(NamedTuple):
     extensions_offset: int
 
     def described(self) -> bytes:
-        """All that describes the content, for a digest."""
+        """Return everything that describes the content, for a digest."""
         return repr(self[2:7]).encode()
 
 
 def decode_header(data: bytes) -> Header | None:
-    """The header in the first bytes of a file (``HEADER_SIZE`` are enough); None where they are
-    not those of a qcow2."""
+    """Return the header in the first bytes of a file (``HEADER_SIZE`` are enough); None if the file
+    is not a qcow2 image."""
     if len(data) < _HEADER.size:
         return None
     magic, version, offset, size, bits, length, _, l1, l1_at, *tables = _HEADER.unpack_from(data)
@@ -76,8 +76,8 @@ def decode_header(data: bytes) -> Header | None:
 
 
 def backing_format(extensions: bytes) -> str | None:
-    """The format of the backing file, in the bytes from ``extensions_offset`` on; None where they
-    do not say."""
+    """Return the format of the backing file from the bytes at ``extensions_offset``; None if they do
+    not record it."""
     at = 0
     while at + _EXTENSION.size <= len(extensions):
         kind, length = _EXTENSION.unpack_from(extensions, at)
@@ -91,11 +91,11 @@ def backing_format(extensions: bytes) -> str | None:
 
 
 def encode_overlay(size: int, backing: bytes, backing_format: str) -> list[tuple[int, bytes]]:
-    """A new image of ``size`` bytes in which nothing has been written, over ``backing``.
+    """Return a new, empty image of ``size`` bytes over ``backing``.
 
-    Pairs of file offset and bytes; what is between them are zeros, and the last one ends the file.
-    The caller sees to it that the image has at most ``SIZE_MAX`` bytes, and the name of the backing
-    file ``BACKING_MAX``.
+    The result is pairs of file offset and bytes, with zeros between them; the last one ends the file.
+    The caller checks that the image has at most ``SIZE_MAX`` bytes and the name of the backing file at
+    most ``BACKING_MAX``.
     """
     entries = max(1, -(-size // (_CLUSTER * (_CLUSTER // 8))))
     l1_clusters = -(-entries * 8 // _CLUSTER)

@@ -13,10 +13,10 @@ of these keys, in this order; readers step over others between the first and the
     mtime_ns            when the file was last modified: nanoseconds since 1970
     clear_pages_zero    true: every page whose bit is clear reads as zeros in the file; false for a
                         stream that has no bitmaps
-    offset              where the stream starts, bytes
+    offset              file offset of the stream, bytes
     bitmap_order        "little" or "big": the byte order in which the bitmaps were read; older
                         seals are without it, which is "little"
-    blocks              where each RAM block stands, to name what is damaged even in a file that
+    blocks              the place of each RAM block, to name the damaged parts even of a file that
                         cannot be parsed any more: a list of objects of name, length, page_size,
                         header, bitmap and pages, the last three file offsets, in the order of
                         the file and without overlaps; empty for a stream that has no bitmaps, and
@@ -24,9 +24,8 @@ of these keys, in this order; readers step over others between the first and the
     digest              32 hexadecimal digits, lower case: the digest of all the digests, one after
                         another, followed by the head's own bytes up to the comma before this key
 
-All of the file has digests, whatever stands before and after the stream. ``mtime_ns`` tells a
-file that was left alone from one that was not, without reading it; it is no part of what is
-verified.
+All of the file has digests, including bytes before and after the stream. ``mtime_ns`` detects that a
+file may have changed without reading it; it is not verified.
 """
 
 from __future__ import annotations
@@ -65,12 +64,12 @@ _START = b'{"format": "' + _FORMAT.encode() + b'"'
 
 
 def count_pieces(size: int) -> int:
-    """How many pieces a file of ``size`` bytes has."""
+    """Return the number of pieces of a file of ``size`` bytes."""
     return -(-size // PIECE)
 
 
 def is_seal(data: bytes) -> bool:
-    """Whether a file that starts with ``data`` (64 bytes of it) is, or was, a seal."""
+    """Return whether a file that starts with ``data`` (64 bytes of it) is, or was, a seal."""
     return data.startswith(_START)
 
 
@@ -88,16 +87,16 @@ class SealHead:
 
     @functools.cached_property
     def bitmaps(self) -> list[tuple[int, int, int]]:
-        """What :func:`bitmap_places` returns of the blocks."""
+        """The result of :func:`bitmap_places` for the blocks."""
         return bitmap_places(self.blocks)
 
     @property
     def digests_size(self) -> int:
-        """Bytes of all the digests."""
+        """The size of all digests in bytes."""
         return count_pieces(self.size) * DIGEST_SIZE
 
     def encode(self, digests: Data) -> bytes:
-        """The line, with its newline, for these digests."""
+        """Return the line, with its newline, for these digests."""
         head = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -127,7 +126,7 @@ class SealHead:
 
 @dataclass(frozen=True)
 class SealLine:
-    """A head that was read, and what its digest is of: ``front`` is its own part in that."""
+    """A decoded head; ``front`` is the part of its bytes that its digest covers."""
 
     head: SealHead
     digest: bytes
@@ -135,9 +134,9 @@ class SealLine:
 
     @classmethod
     def decode(cls, line: bytes) -> SealLine:
-        """Read the line, with its newline. Raises SnapshotError for whatever is wrong with it.
+        """Decode the line, with its newline. Raises SnapshotError if it is malformed.
 
-        That the digest is right is for :meth:`check`.
+        :meth:`check` compares the digest.
         """
         if not line.endswith(b"\n") or len(line) > HEAD_MAX:
             raise _fault("the head of the seal does not end")
@@ -186,8 +185,10 @@ class SealLine:
         )
 
     def check(self, digests: Iterable[Data]) -> None:
-        """Raises SnapshotError unless these are the digests, and the head is as it was written;
-        NotSupported where the library for the algorithm is missing."""
+        """Check the digests and the head against the digest in the head.
+
+        Raises SnapshotError if they differ, NotSupported if the library for the algorithm is missing.
+        """
         if digest_of_all(self.head.algorithm, chain(digests, [self.front])) != self.digest:
             raise _fault("the seal itself is damaged: it is not what its digest was made of")
 
@@ -213,8 +214,8 @@ def _block(value: Any) -> BlockLayout:
 
 
 def _check_places(blocks: tuple[BlockLayout, ...], offset: int) -> None:
-    """Blocks follow one another in a file, and bitmaps share no byte: so each place belongs to few
-    of them, however many are listed."""
+    """Check that blocks are in the file's order and that their bitmaps do not overlap: so each offset
+    belongs to few of them, however many are listed."""
     for block in blocks:
         if block.header_offset < offset or (
             not block.external and block.pages_offset < block.header_end
@@ -227,7 +228,7 @@ def _check_places(blocks: tuple[BlockLayout, ...], offset: int) -> None:
 
 
 def bitmap_places(blocks: Sequence[BlockLayout]) -> list[tuple[int, int, int]]:
-    """Where the bitmaps are, ``[start, end)``, and the number of the block; in order."""
+    """Return the places of the bitmaps, ``[start, end)``, and the number of the block; in order."""
     return sorted(
         (block.bitmap_offset, block.bitmap_offset + (block.num_pages + 7) // 8, number)
         for number, block in enumerate(blocks)

@@ -1,8 +1,8 @@
 """The grammar of ``file:PATH[,offset=SIZE]``, and of the SIZE in it.
 
-Pure text to values: nothing is opened, and a path is not looked at. The grammar is QEMU's, to
-the letter: a URI that QEMU takes gives the same path and the same number here, and one that it
-refuses is refused with its words.
+Text to values; nothing is opened. The grammar is exactly QEMU's: a URI that QEMU accepts gives the
+same path and number here, and one that it refuses is refused with its text
+(docs/internals/qemu-management.md, "URIs").
 
     >>> parse_file_uri("file:/snap/guest.mapped,offset=4k")
     FileUri(path='/snap/guest.mapped', offset=4096)
@@ -33,7 +33,7 @@ _SIZE = re.compile(
 
 
 class FileUri(NamedTuple):
-    """What a ``file:`` URI names: a path as written, and where in that file the stream begins."""
+    """The path of a ``file:`` URI, as written, and the offset at which the stream begins."""
 
     path: str
     """As written: relative to the current directory, perhaps empty, perhaps ``/dev/fdset/N``."""
@@ -47,7 +47,7 @@ def parse_file_uri(text: str) -> FileUri:
     The first ``,offset=`` ends the path; there is no escaping, and every other comma belongs to
     the path. The scheme is case-sensitive.
 
-    Raises UsageError, with QEMU's text, for another scheme or an offset that is no SIZE.
+    Raises UsageError, with QEMU's text, for another scheme or an offset that is not a SIZE.
     """
     if not text.startswith(_SCHEME):
         raise UsageError(f"unknown migration protocol: {text}")
@@ -56,13 +56,13 @@ def parse_file_uri(text: str) -> FileUri:
 
 
 def parse_size(text: str) -> int:
-    """Return the number of bytes that SIZE stands for, 0 to 2**64 - 1.
+    """Return the number of bytes of a SIZE, 0 to 2**64 - 1.
 
     Decimal with at most one suffix of b, k, m, g, t, p, e (either case, powers of 1024), or
     ``0x`` and hex digits without a suffix. A fraction needs a suffix above b and is rounded to
     the nearest byte. A leading zero does not mean octal.
 
-    Raises UsageError when the text is anything else, negative, or too large. As in QEMU the
+    Raises UsageError if the text is anything else, negative, or too large. As in QEMU the
     reason is "Numerical result out of range" for a bare negative number and for one that is too
     large; a negative number with a suffix is an "Invalid argument", like any other bad text, and
     so is a suffix after digits that alone are too large.

@@ -1,8 +1,8 @@
 """Numbered sets of file descriptors, addressed as ``/dev/fdset/N``.
 
-A manager that may open a file hands its descriptors to one that may not. Each set has a number;
-each open asks the set for a member of exactly the right access mode, with or without
-``O_DIRECT``, and gets a duplicate of it on loan::
+A manager that may open a file passes its descriptors to a program that may not. Each set has a number;
+each open takes a member of exactly the right access mode, with or without ``O_DIRECT``, and borrows a
+duplicate of it::
 
     with FdSets() as sets:
         sets.add(os.open(path, os.O_WRONLY), fdset_id=1)
@@ -11,11 +11,12 @@ each open asks the set for a member of exactly the right access mode, with or wi
             os.pwrite(file.fileno(), page, 0)
         sets.remove(1)
 
-Two members are needed for direct I/O because one open file description is either direct or not:
-small, odd-sized writes go through the plain one. They must come from two separate ``os.open``
-calls, since a ``dup()`` shares its flags and its position with the original.
+Direct I/O needs two members, because an open file description is either direct or not: small writes
+of odd sizes use the plain one. They must come from two ``os.open`` calls, since a ``dup()`` shares its
+flags and its position with the original.
 
-The rules are those of QEMU 9.1 and later, and so are the texts of the errors.
+The rules are those of QEMU 9.1 and later (docs/internals/qemu-management.md, "Opening a fdset"), and
+so are the texts of the errors.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from pyqmigrate.errors import PyqmigrateError
@@ -52,9 +52,9 @@ _ID_MAX = 2**63 - 1
 
 
 class FdsetError(PyqmigrateError, OSError):
-    """A set or a member is not there, or does not serve; ``errno`` says which kind of refusal.
+    """A set or a member is missing or does not match; ``errno`` is the kind of refusal.
 
-    The text is QEMU's and has no errno in front. ``flags`` are those that an open asked for.
+    The text is QEMU's, without the errno. ``flags`` are those of the failed open.
     """
 
     def __init__(self, errno: int, text: str, flags: int = 0) -> None:
@@ -66,7 +66,7 @@ class FdsetError(PyqmigrateError, OSError):
 
 
 class AddedFd(NamedTuple):
-    """Where a descriptor went: the set, and the member's number."""
+    """The set and the member number of an added descriptor."""
 
     fdset_id: int
     fd: int
@@ -80,7 +80,7 @@ class FdInfo(NamedTuple):
 
 
 class FdsetInfo(NamedTuple):
-    """One set, as a query shows it; ``fds`` is empty when only loans keep it alive."""
+    """One set, as a query shows it; ``fds`` is empty if only loans keep it alive."""
 
     fdset_id: int
     fds: tuple[FdInfo, ...]
@@ -93,12 +93,11 @@ class _Set:
 
 
 class FdSets:
-    """A collection of fdsets: what one QEMU process has one of.
+    """A collection of fdsets, of which a QEMU process has one.
 
     It owns the descriptors added to it and closes each exactly once: at ``remove``, or at
-    ``close``. Duplicates got from ``open`` belong to whoever opened them; they outlive both.
-    All methods may be called from any thread; none blocks on anything but its own lock and the
-    close of a file.
+    ``close``. Duplicates from ``open`` belong to the caller, and outlive both. All methods may be
+    called from any thread; they block only on the collection's lock and on closing files.
     """
 
     def __init__(self) -> None:
@@ -107,11 +106,11 @@ class FdSets:
         self._closed = False
 
     def add(self, fd: int, fdset_id: int | None = None, opaque: str | None = None) -> AddedFd:
-        """Give ``fd`` to a set, made now if it is not there; without an id, to a new set with
-        the lowest free one. ``opaque`` is any text, shown by ``query``.
+        """Add ``fd`` to a set, which is created if it does not exist; without an id, to a new set
+        with the lowest free id. ``opaque`` is any text, shown by ``query``.
 
-        The set owns ``fd`` from here on, and it becomes close-on-exec. When the call raises, it
-        is still the caller's. Nothing is asked about what is behind it.
+        The set then owns ``fd``, which becomes close-on-exec. If the call raises, the caller still
+        owns it. The type of the file is not checked.
 
         Raises FdsetError: EINVAL for an id outside 0 to 2**63 - 1 or after ``close``, EBADF for
         a descriptor that is not open, EEXIST for one that a set owns already.
@@ -138,9 +137,9 @@ class FdSets:
     def remove(self, fdset_id: int, fd: int | None = None) -> None:
         """Close one member of a set, or all of them.
 
-        Loans are not disturbed; the set stays visible, empty, until the last one ends.
+        Loans are not affected; the set stays visible, empty, until the last one ends.
 
-        Raises FdsetError (ENOENT) when there is no such set, or no such member in it.
+        Raises FdsetError (ENOENT) for an unknown set or member.
         """
         with self._lock:
             entry = self._sets.get(fdset_id)
@@ -163,17 +162,16 @@ class FdSets:
             ]
 
     def open(self, name: str, flags: int) -> FdsetFile:
-        """Borrow a duplicate of the member of ``/dev/fdset/N`` that serves ``flags``.
+        """Borrow a duplicate of the member of ``/dev/fdset/N`` that matches ``flags``.
 
-        ``flags`` are those of ``os.open``. The newest member whose access mode and ``O_DIRECT``
-        are exactly those asked for is taken; then ``O_SYNC`` and ``O_DSYNC`` must be equal too.
-        The flags are set on the duplicate, hence on the member, whose description it shares:
-        an ``O_APPEND`` that was not asked for is cleared. ``O_TRUNC``, or ``O_CREAT`` with
-        ``O_EXCL``, empties the file. The file position is the member's, wherever that stands.
+        ``flags`` are those of ``os.open``. The newest member with exactly the same access mode and
+        ``O_DIRECT`` is taken; then ``O_SYNC`` and ``O_DSYNC`` must be equal too. The flags are set on
+        the duplicate, and hence on the member, which shares its description: ``O_APPEND`` is cleared
+        unless ``flags`` have it. ``O_TRUNC``, or ``O_CREAT`` with ``O_EXCL``, truncates the file. The
+        file position is the member's.
 
-        Closing the result ends the loan. Raises FdsetError: EINVAL for a name that is none,
-        ENOENT for a set that is not there, EACCES when no member matches, or the errno of the
-        failed duplication.
+        Closing the result ends the loan. Raises FdsetError: EINVAL for an invalid name, ENOENT for
+        an unknown set, EACCES if no member matches, or the errno of the failed duplication.
         """
         wanted = flags & ~os.O_CLOEXEC
         with self._lock:
@@ -195,7 +193,7 @@ class FdSets:
         return file
 
     def close(self) -> None:
-        """Close every member of every set; loans go on until their holders end them."""
+        """Close every member of every set; loans last until their holders end them."""
         with self._lock:
             self._closed = True
             for fdset_id, entry in list(self._sets.items()):
@@ -207,20 +205,15 @@ class FdSets:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @contextlib.contextmanager
     def members_of(self, name: str) -> Iterator[tuple[FdInfo, ...]]:
-        """Hold the members of ``/dev/fdset/N`` still, newest first, for as long as the block runs.
+        """Yield the members of ``/dev/fdset/N``, newest first, and lock them while the block runs.
 
-        For looking at them without borrowing. No other method of this object may be called
-        inside. Raises FdsetError as ``open`` does for the name and the set.
+        They can be inspected without a loan. The block must not call other methods of this object.
+        Raises FdsetError as ``open`` does for the name and the set.
         """
         with self._lock:
             number = fdset_number(name)
@@ -248,7 +241,7 @@ class FdSets:
 
 
 class FdsetFile:
-    """A descriptor on loan from a fdset; ``close`` ends the loan. A context manager."""
+    """A descriptor borrowed from a fdset; ``close`` ends the loan. A context manager."""
 
     def __init__(self, sets: FdSets, fdset_id: int, fd: int, name: str) -> None:
         self.fdset_id = fdset_id
@@ -263,15 +256,15 @@ class FdsetFile:
         return self._fd < 0
 
     def fileno(self) -> int:
-        """Return the descriptor's number. Raises ValueError once it is closed."""
+        """Return the descriptor's number. Raises ValueError after ``close``."""
         if self._fd < 0:
             raise ValueError(f"{self.name} is closed")
         return self._fd
 
     def close(self) -> None:
-        """Close the duplicate and end the loan; a second call does nothing.
+        """Close the duplicate and end the loan. Idempotent.
 
-        Raises OSError when the system reports a late write error; the loan has ended then too.
+        Raises OSError if the system reports a late write error; the loan has ended then too.
         """
         with self._lock:
             fd, self._fd = self._fd, -1
@@ -284,12 +277,7 @@ class FdsetFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -297,18 +285,18 @@ class FdsetFile:
 
 
 def is_fdset_name(path: str) -> bool:
-    """Return whether ``path`` is looked up among the fdsets instead of the file system."""
+    """Return whether ``path`` names a fdset instead of a file."""
     return path.startswith(PREFIX)
 
 
 def fdset_number(name: str) -> int:
-    """Return N of ``/dev/fdset/N``, 0 to 2**31 - 1 (sets above that can be made, not opened).
+    """Return N of ``/dev/fdset/N``, 0 to 2**31 - 1 (sets above that cannot be opened).
 
     Raises FdsetError (EINVAL) for anything else.
     """
     digits = name.removeprefix(PREFIX)
     if is_fdset_name(name) and _NUMBER.fullmatch(digits):
-        # int() refuses thousands of digits; eleven significant ones are already too large.
+        # int() refuses very long texts; eleven significant digits are already too large.
         number = int(digits.strip().lstrip("+-0")[:11] or "0")
         if number <= _INT_MAX:
             return number
@@ -333,7 +321,7 @@ def _matching_member(entry: _Set, wanted: int) -> int:
 
 
 def _duplicate(fd: int, wanted: int) -> int:
-    """Duplicate ``fd`` and make its status flags those wanted; raises OSError, leaking nothing."""
+    """Duplicate ``fd`` with these status flags. Raises OSError, and then leaks nothing."""
     duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
     try:
         if (fcntl.fcntl(duplicate, fcntl.F_GETFL) ^ wanted) & os.O_SYNC:

@@ -1,9 +1,9 @@
-"""What a fdset must hold for a save or a load, checked before anything is touched.
+"""Checks of a fdset before a save or a load.
 
-QEMU asks nothing when descriptors are handed in: a set without an ``O_DIRECT`` member kills it
-in the middle of a save, two different files in one set split the snapshot over both. The checks
-here look at a whole set first, and say what to hand in instead. They change nothing: not a
-flag, not a position.
+QEMU does not check descriptors that are passed in: without an ``O_DIRECT`` member it dies in the
+middle of a save, and two different files in one set split the snapshot over both
+(docs/internals/qemu-management.md, "Members that a migration needs"). The checks here examine a whole
+set first, and their errors say what to pass instead. They change neither flags nor positions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Direction(Enum):
-    """Which way the pages go; the value is the access mode that a member must have."""
+    """The direction of the pages; the value is the access mode that a member must have."""
 
     SAVE = os.O_WRONLY
     LOAD = os.O_RDONLY
@@ -39,7 +39,7 @@ class Direction(Enum):
 class Member:
     """A member as the kernel sees it; ``flags`` from F_GETFL, ``position`` and ``size`` in bytes.
 
-    ``position`` is None where there is no such thing (a pipe, a socket).
+    ``position`` is None for files without one (a pipe, a socket).
     """
 
     fd: int
@@ -207,7 +207,7 @@ def _check_position(
     if plain.position:
         raise _refusal(
             name,
-            f"fd {plain.fd} stands at {plain.position:#x}, and without an offset the stream "
+            f"fd {plain.fd} is at position {plain.position:#x}, and without an offset the stream "
             f"would begin there; rewind it (lseek to 0), or give offset={plain.position:#x}",
         )
 

@@ -1,4 +1,4 @@
-"""The guest, as a migration needs it; the embedding program says how each thing is done."""
+"""The interface through which a migration uses the guest of an embedding program."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ __all__ = ["Guest"]
 
 
 class Guest:
-    """A guest whose memory does not change and that has no devices. Override what differs.
+    """A guest whose memory does not change and that has no devices. Override methods as needed.
 
     The methods are called from the migration's thread, or from the one that calls stop and cont
-    of the Migration; never two at once. What they raise fails the migration.
+    of the Migration; never two at once. An exception fails the migration.
     """
 
     def stop(self) -> None:
-        """Stop the processors: when this returns, memory and devices stand still."""
+        """Stop the processors: after the return, memory and devices do not change."""
 
     def cont(self) -> None:
-        """Let the processors run."""
+        """Start the processors."""
 
     def dirty(self) -> Mapping[str, Buffer] | None:
-        """Which pages changed since the last call: a bitmap for each block, bit ``k % 8`` of byte
-        ``k // 8`` for page ``k``; a block that is not in it did not change.
+        """Return the pages that changed since the last call, and reset them.
 
-        Called before each pass, and once more after ``stop``. What it tells is
-        forgotten by the guest. None (the default): changes are not tracked, so the guest is
-        stopped before its memory is saved.
+        The result is a bitmap for each block, bit ``k % 8`` of byte ``k // 8`` for page ``k``; an
+        absent block did not change. Called before each pass, and once more after ``stop``. None (the
+        default): changes are not tracked, so the guest is stopped before its memory is saved.
         """
         return None
 
     def save_devices(self) -> Sequence[DeviceSection]:
-        """The devices' state, in the order in which they are to be loaded. Called while stopped."""
+        """Return the devices' state, in the order of loading. Called while the guest is stopped."""
         return ()
 
     def load_devices(self, devices: Sequence[DeviceSection]) -> None:
-        """Take the devices' state from a stream, in its order; unknown ones are there too."""
+        """Load the devices' state from a stream, in its order; it may contain unknown devices."""

@@ -1,7 +1,8 @@
-"""What must hold when a migration starts: its transport, capabilities and parameters together.
+"""Checks at the start of a migration: its transport, capabilities and parameters together.
 
-The checks that QEMU makes in ``migrate`` and ``migrate-incoming`` come in its order and with
-its texts. The strict ones are those that QEMU does not make, and fails or dies for later.
+The checks of QEMU's ``migrate`` and ``migrate-incoming`` are in its order and have its texts
+(docs/internals/qemu-management.md, "Checks at the start of a migration"). The strict ones are those
+that QEMU omits, and later fails or dies.
 """
 
 from __future__ import annotations
@@ -24,15 +25,14 @@ __all__ = [
 
 
 def effective_direct_io(capabilities: Capabilities, parameters: Parameters) -> bool:
-    """Return whether O_DIRECT will be used: direct-io has no effect without mapped-ram and
-    multifd, in whatever order the three were set."""
+    """Return whether O_DIRECT will be used: direct-io has no effect without mapped-ram and multifd."""
     return parameters.direct_io and capabilities.mapped_ram and capabilities.multifd
 
 
 def check_transport(
     transport: Transport, capabilities: Capabilities, parameters: Parameters
 ) -> None:
-    """Check that the transport can do what is asked, for a save as for a load.
+    """Check that the transport supports the capabilities, for a save or a load.
 
     Raises UsageError with QEMU's text.
     """
@@ -49,7 +49,7 @@ def check_transport(
 
 
 def check_with_mapped_ram(capabilities: Capabilities, parameters: Parameters) -> None:
-    """Check the last of what ``migrate`` looks at before it changes any state.
+    """Make the last check of ``migrate`` before it changes any state.
 
     Raises UsageError with QEMU's text: TLS or compression together with mapped-ram.
     """
@@ -62,9 +62,9 @@ def check_with_mapped_ram(capabilities: Capabilities, parameters: Parameters) ->
 
 
 def check_strictly(capabilities: Capabilities) -> None:
-    """Refuse what QEMU lets start to a file, and then fails on.
+    """Refuse capabilities with which QEMU starts a migration to a file and then fails.
 
-    Raises UsageError, which says what to switch off.
+    Raises UsageError with the capability to switch off.
     """
     if capabilities.return_path:
         raise UsageError(
@@ -84,7 +84,7 @@ def check_outgoing(
     run_state: RunState,
     resume: bool = False,
 ) -> None:
-    """Check all that ``migrate`` looks at after the address, in QEMU's order.
+    """Make the checks of ``migrate`` after the address, in QEMU's order.
 
     ``status`` is that of the last outgoing migration. Raises UsageError with QEMU's text; no
     state may have changed then, and no event been sent.
@@ -108,10 +108,10 @@ def check_outgoing(
 
 
 def check_incoming(*, deferred: bool, started: bool) -> None:
-    """Check what ``migrate-incoming`` looks at before the address.
+    """Make the checks of ``migrate-incoming`` before the address.
 
-    ``deferred`` says whether the process was begun to wait for a migration, ``started`` whether
-    one was accepted already. Raises UsageError with QEMU's text.
+    ``deferred``: the process was started to wait for a migration; ``started``: it has accepted one.
+    Raises UsageError with QEMU's text.
     """
     if not deferred:
         raise UsageError("'-incoming' was not specified on the command line")
@@ -122,7 +122,7 @@ def check_incoming(*, deferred: bool, started: bool) -> None:
 def check_incoming_transport(
     transport: Transport, capabilities: Capabilities, parameters: Parameters, *, status: Status
 ) -> None:
-    """Check what ``migrate-incoming`` looks at after the address, in QEMU's order.
+    """Make the checks of ``migrate-incoming`` after the address, in QEMU's order.
 
     ``status`` is that of the incoming migration. Raises UsageError with QEMU's text; only a
     failed open leaves it at ``setup``, for good.

@@ -19,8 +19,8 @@ __all__ = ["CAPABILITY_NAMES", "Capabilities", "capability_status"]
 class Capabilities:
     """The 22 capabilities of QEMU 10.0, all off unless said otherwise. 11.1 has no zero-blocks.
 
-    Those that a file migration has no use for can be set too, and are kept. A field is called
-    what QEMU calls it, with underscores for dashes.
+    Those without effect on a file migration can be set too, and are kept. A field has QEMU's name,
+    with underscores for dashes.
     """
 
     xbzrle: bool = False
@@ -58,14 +58,14 @@ class Capabilities:
         compressed_or_tls: bool = False,
         policy: Policy = Policy.STRICT,
     ) -> Capabilities:
-        """Return these capabilities with ``changes`` (name to state) made, if they go together.
+        """Return these capabilities with ``changes`` (name to state), if they are compatible.
 
-        Names are QEMU's, or the fields'. ``compressed_or_tls`` says whether the parameters in
-        force have compression or TLS, which zero-copy-send does not go with; ``policy`` says which
-        QEMU's names and rules hold.
+        Names are QEMU's, or the fields'. ``compressed_or_tls``: the parameters in force have
+        compression or TLS, which zero-copy-send excludes. ``policy`` selects the QEMU whose names and
+        rules apply.
 
         Raises UsageError with QEMU's text, and then nothing has changed: an unknown name, a
-        state that is no bool, or a combination that QEMU refuses.
+        state that is not a bool, or a combination that QEMU refuses.
         """
         status = [
             {"capability": name.replace("_", "-"), "state": state}
@@ -90,13 +90,13 @@ class Capabilities:
         return changed
 
     def to_json(self, policy: Policy = Policy.STRICT) -> list[dict[str, object]]:
-        """Return what query-migrate-capabilities returns."""
+        """Return the reply of query-migrate-capabilities."""
         return [
             {"state": state, "capability": name} for name, state in self if policy.qemu.has(name)
         ]
 
     def _check(self, compressed_or_tls: bool, qemu: QemuVersion) -> None:
-        """Refuse what does not go together, in the order in which QEMU looks."""
+        """Refuse incompatible capabilities, in the order of QEMU's checks."""
         if self.x_colo and not self.return_path and qemu.colo_needs_return_path:
             raise UsageError("Capability 'x-colo' requires capability 'return-path'")
         if self.postcopy_ram and self.x_ignore_shared:

@@ -9,9 +9,9 @@ __all__ = ["Event"]
 
 
 class Event(NamedTuple):
-    """Something that happened; ``data`` is None when there is nothing to say about it.
+    """An event; ``data`` is None if it has none.
 
-    ``time`` is in seconds since the epoch, when it happened.
+    ``time`` is in seconds since the epoch.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Where a monitor listens, as a user writes it: ``PATH`` or ``unix:PATH``."""
+"""The address of a monitor: ``PATH`` or ``unix:PATH``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pyqmigrate.errors import UsageError
 
 __all__ = ["monitor_path"]
 
-# What QEMU's options take besides; ./NAME is a path whatever the name looks like.
+# Other kinds of addresses in QEMU's options; ./NAME is always a path.
 _OTHER_KIND = re.compile(r"(tcp|telnet|websocket|tls|inet|vsock|fd|chardev|mon|exec|pty|stdio):")
 _HOST_AND_PORT = re.compile(r"[^/]*:[0-9]+")
 _QEMU_OPTIONS = re.compile(r",(server|wait|nowait|reconnect)\b")
 
 
 def monitor_path(address: str | os.PathLike[str]) -> Path:
-    """The path of the UNIX socket. A ``PathLike`` is a path as it is.
+    """Return the path of the UNIX socket. A ``PathLike`` is always a path.
 
     Raises UsageError for every other kind of address: guest memory is reached through descriptors,
     which only a UNIX socket carries.

@@ -25,7 +25,7 @@ __all__ = [
 
 
 class ZeroPageDetection(StrEnum):
-    """Who looks for zero pages: nobody, the main thread, or the channels."""
+    """The thread that detects zero pages: none, the main thread, or the channels."""
 
     NONE = "none"
     LEGACY = "legacy"
@@ -33,7 +33,7 @@ class ZeroPageDetection(StrEnum):
 
 
 class MultifdCompression(StrEnum):
-    """How multifd channels compress; with mapped-ram only ``none`` works."""
+    """The compression of multifd channels; mapped-ram allows only ``none``."""
 
     NONE = "none"
     ZLIB = "zlib"
@@ -41,7 +41,7 @@ class MultifdCompression(StrEnum):
 
 
 class MigrationMode(StrEnum):
-    """What the migration is for."""
+    """The purpose of a migration."""
 
     NORMAL = "normal"
     CPR_REBOOT = "cpr-reboot"
@@ -53,8 +53,8 @@ class MigrationMode(StrEnum):
 class Parameters:
     """The parameters of QEMU 10.0 and 11.1 with their defaults; the last two are 11.1's.
 
-    Those that a file migration has no use for can be set too, and are kept. A field is called
-    what QEMU calls it, with underscores for dashes. Bandwidths are in bytes a second (0:
+    Those without effect on a file migration can be set too, and are kept. A field has QEMU's name,
+    with underscores for dashes. Bandwidths are in bytes a second (0:
     unlimited), sizes in bytes, times in milliseconds.
     """
 
@@ -92,7 +92,7 @@ class Parameters:
 
     @property
     def compressed_or_tls(self) -> bool:
-        """Whether multifd compression or TLS is on, neither of which mapped-ram can have."""
+        """Whether multifd compression or TLS is on, which mapped-ram excludes."""
         return self.multifd_compression is not MultifdCompression.NONE or bool(self.tls_creds)
 
     def __iter__(self) -> Iterator[tuple[str, object]]:
@@ -108,17 +108,15 @@ class Parameters:
         policy: Policy = Policy.STRICT,
         running: bool = False,
     ) -> Parameters:
-        """Return these parameters with ``changes`` (name to value) made, if all are in order.
+        """Return these parameters with ``changes`` (name to value), if all are valid.
 
         Names are QEMU's, or the fields' (``merge_json`` takes QEMU's only); values are JSON's.
-        ``capabilities`` are those in force (none on, by default); ``running`` says that a
-        migration is under way.
+        ``capabilities`` are those in force (all off, by default); ``running``: a migration runs.
 
         Raises UsageError, and then nothing has changed: an unknown name, a wrong type, a value
-        out of range, compression or TLS together with mapped-ram. A STRICT policy also refuses
-        to change, while a migration runs, what takes QEMU down or has no effect then; COMPAT
-        lets it pass, and holds the *current* values, not the new ones, against mapped-ram, as
-        QEMU does.
+        out of range, compression or TLS together with mapped-ram. While a migration runs, a STRICT
+        policy also refuses changes that crash QEMU or have no effect. COMPAT accepts them, and
+        compares the *current* values, not the new ones, with mapped-ram, as QEMU does.
         """
         named = {name.replace("_", "-"): value for name, value in changes.items()}
         return self.merge_json(named, capabilities=capabilities, policy=policy, running=running)
@@ -144,7 +142,7 @@ class Parameters:
         return new
 
     def to_json(self, policy: Policy = Policy.STRICT) -> dict[str, object]:
-        """Return what query-migrate-parameters returns."""
+        """Return the reply of query-migrate-parameters."""
         values = {name: value for name, value in self if policy.qemu.has(name)}
         mapping = values.pop("block-bitmap-mapping")
         if mapping is not None:
@@ -274,7 +272,7 @@ def _typed(name: str, value: object) -> object:
 
 
 class _Limit(NamedTuple):
-    """What a number must satisfy, and what QEMU says that it expects."""
+    """The condition for a number, and its description in QEMU's error."""
 
     name: str
     holds: Callable[[int, Mapping[str, object]], bool]
@@ -305,7 +303,7 @@ def _power_of_two(value: int) -> bool:
 _PERCENT = "an integer in the range of 1 to 99"
 _PAGE = 4096
 
-# In the order in which QEMU looks; it compares capabilities in between.
+# In the order of QEMU's checks; it compares capabilities in between.
 _LIMITS_BEFORE = (
     _between("throttle-trigger-threshold", 1, 100, "an integer in the range of 1 to 100"),
     _between("cpu-throttle-initial", 1, 99, _PERCENT),

@@ -1,4 +1,4 @@
-"""How much is refused before the start, and which QEMU is imitated."""
+"""The checks before the start of a migration, and the QEMU that is imitated."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["Policy"]
 
 
 class Policy(Enum):
-    """STRICT refuses at once what QEMU accepts and later fails or dies on, and says what to pass
-    instead. COMPAT_10_0 and COMPAT_11_1 check what QEMU 10.0.2 and 11.1.3 check, in their order
+    """STRICT refuses at once what QEMU accepts and later fails or dies on; its errors say what to
+    pass instead. COMPAT_10_0 and COMPAT_11_1 make the checks of QEMU 10.0.2 and 11.1.3, in their order
     and with their texts. COMPAT is COMPAT_10_0."""
 
     STRICT = "strict"

@@ -1,7 +1,7 @@
-"""What one version of QEMU does differently from another, as far as a file migration shows it.
+"""The differences between versions of QEMU that a file migration can show.
 
-Everything that imitates QEMU reads it here: the names that a version lacks, the form of its texts,
-and what it refuses. What all versions do alike is in the code.
+Code that imitates QEMU takes them from here: the names that a version lacks, the form of its texts,
+and its checks. Behaviour common to all versions is in the code.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class QemuVersion:
         json_positions: errors of JSON begin with line and column, and name what was expected.
         sectioned_info: HMP ``info migrate`` has sections, and the globals with ``-a`` only.
         hmp_takes_rest_of_line: HMP ``migrate_set_parameter`` takes all of the line as the value.
-        total_remaining: query-migrate has what remains of everything, not of RAM only.
+        total_remaining: query-migrate has the remaining bytes of everything, not of RAM only.
         load_reasons: the error of a failed load ends with the reason.
 
     Behaviour:
-        colo_needs_return_path, postcopy_with_multifd: what goes together.
+        colo_needs_return_path, postcopy_with_multifd: rules for combinations.
         detach: ``migrate`` takes the argument ``detach``, which has no effect.
         files_by_fd: ``fd:`` accepts the descriptor of a file.
         first_pass_event: MIGRATION_PASS is sent for the first pass too, and for the last after the

@@ -1,4 +1,4 @@
-"""The states of a migration and of a guest, and what is told of them: QEMU's words and numbers.
+"""The states of a migration and of a guest, and the replies about them, in QEMU's terms.
 
 Outgoing::
 
@@ -49,7 +49,7 @@ class Status(StrEnum):
 
     @property
     def moving(self) -> bool:
-        """Whether the numbers of query-migrate are shown, and still change."""
+        """Whether query-migrate shows numbers that still change."""
         return self in _MOVING
 
 
@@ -58,7 +58,7 @@ _MOVING = {Status.ACTIVE, Status.PRE_SWITCHOVER, Status.DEVICE, Status.CANCELLIN
 
 
 class RunState(StrEnum):
-    """What the guest is doing."""
+    """The run state of a guest."""
 
     PRELAUNCH = "prelaunch"
     RUNNING = "running"
@@ -130,7 +130,7 @@ class MigrationInfo:
     expected_downtime: int = 0
 
     def to_json(self, *, total_remaining: bool = False) -> dict[str, object]:
-        """Return what query-migrate returns: nothing before the first migration, numbers while
+        """Return the reply of query-migrate: nothing before the first migration, numbers while
         one runs and when it has completed, the status alone otherwise. ``total_remaining`` adds
         what remains of everything, as QEMU 11.1 does."""
         if self.status is Status.NONE:

@@ -1,10 +1,10 @@
-"""The types of QMP's arguments, and what QEMU says of a value that is not of one.
+"""The types of QMP's arguments, and QEMU's errors for values of other types.
 
 A shape reads a JSON value (as Python's json module has it) and returns it checked, or raises
-UsageError with QEMU's text. Members of an object are looked at in the order they are declared;
-what is not declared is complained about last. Two habits of QEMU are kept: the text for a
-number out of range and for an unknown word names the innermost member only (``null`` for an
-item of a list), and a negative number given to an unsigned 64-bit type wraps around.
+UsageError with QEMU's text. Members of an object are checked in the order of declaration, undeclared
+ones last. As in QEMU, the text for a number out of range and for an unknown word names the innermost
+member only (``null`` for an item of a list), and a negative number for an unsigned 64-bit type wraps
+around.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a value stands: its whole path, and its own name (None in a list)."""
+    """The position of a value: its whole path, and its own name (None in a list)."""
 
     path: str
     name: str | None
@@ -59,7 +59,7 @@ _TOP = Place("", None)
 
 
 class Shape(Protocol):
-    """Something that a JSON value can be read as."""
+    """A type of JSON values."""
 
     def read(self, value: object, place: Place = _TOP) -> object:
         """Return ``value`` checked and converted. Raises UsageError."""
@@ -71,7 +71,7 @@ def _wrong_type(place: Place, expected: str) -> UsageError:
 
 @dataclass(frozen=True, slots=True)
 class _Plain:
-    """A bool, a str: a Python type that stands for itself."""
+    """A Python type that needs no conversion: bool, str."""
 
     type: type
     word: str
@@ -94,7 +94,7 @@ class _Int:
 
 @dataclass(frozen=True, slots=True)
 class _Unsigned:
-    """An unsigned integer of so many bits."""
+    """An unsigned integer of ``bits`` bits."""
 
     bits: int
 
@@ -109,7 +109,7 @@ class _Unsigned:
 
 @dataclass(frozen=True, slots=True)
 class _StrOrNull:
-    """A text; null stands for the empty one."""
+    """A text; null is the empty one."""
 
     def read(self, value: object, place: Place = _TOP) -> str:
         if value is None:
@@ -121,7 +121,7 @@ class _StrOrNull:
 
 @dataclass(frozen=True, slots=True)
 class _Any:
-    """Whatever JSON can hold."""
+    """Any JSON value."""
 
     def read(self, value: object, place: Place = _TOP) -> object:
         return value
@@ -196,7 +196,7 @@ def optional(shape: Shape) -> Shape:
 
 
 def required(shape: Shape) -> Shape:
-    """Return what a member that may be absent is when it is there; any other shape as it is."""
+    """Return the shape of an optional member; any other shape unchanged."""
     return shape.shape if isinstance(shape, _Optional) else shape
 
 
@@ -209,7 +209,7 @@ class Struct:
     branches: Mapping[str, Struct] = field(default_factory=dict)
 
     def read(self, value: object, place: Place = _TOP) -> dict[str, object]:
-        """Return the members that are there, in the order of declaration."""
+        """Return the members of ``value``, in the order of declaration."""
         if not isinstance(value, dict):
             raise _wrong_type(place, "object")
         known = self._read_members(value, place)

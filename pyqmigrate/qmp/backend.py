@@ -1,8 +1,8 @@
-"""What the monitor needs of a migration: the interface between QMP and the one that moves pages.
+"""The interface between the QMP server and a migration.
 
-Nothing here knows about JSON text or sockets, so that a program can drive the same object
-directly. Texts of errors are QEMU's where QEMU has one; :mod:`pyqmigrate.migration.rules` has the
-checks and their order.
+It is independent of JSON and sockets, so that a program can drive the same object directly. Texts of
+errors are QEMU's where QEMU has one; :mod:`pyqmigrate.migration.rules` has the checks and their
+order.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pyqmigrate.qapi.status import MigrationInfo, RunState
 __all__ = ["MigrationBackend", "TakeFd"]
 
 TakeFd = Callable[[str], int]
-"""Gives up the descriptor that a client named with getfd; the caller owns it from then on.
-Raises FdsetError when there is no such name."""
+"""Returns the descriptor that a client named with getfd, which the caller then owns.
+Raises FdsetError for an unknown name."""
 
 
 class MigrationBackend(Protocol):
-    """One guest's migrations, one outgoing at a time, and at most one incoming.
+    """One guest's migrations: one outgoing at a time, and at most one incoming.
 
     Every method may be called from any thread. None blocks for longer than it takes to open
-    files, to stop the guest, or to take a lock that is only ever held shortly; ``query``,
+    files, to stop the guest, or to take a lock that is held for a short time only; ``query``,
     ``capabilities``, ``parameters`` and ``run_state`` take well under a millisecond, since they
     are called from an event loop.
     """
@@ -45,12 +45,11 @@ class MigrationBackend(Protocol):
 
     @property
     def run_state(self) -> RunState:
-        """What the guest is doing now.
+        """The guest's run state.
 
-        After an outgoing migration: completed leaves ``postmigrate`` (whatever it was before),
-        failed and cancelled what it was before. Waiting for an incoming one, and while it runs:
-        ``inmigrate``; after it, what the stream says, or ``paused`` where the stream says
-        running and the embedder asked not to start.
+        After an outgoing migration: ``postmigrate`` if it completed, else the state before it.
+        Before and during an incoming one: ``inmigrate``; after it, the state in the stream, or
+        ``paused`` if that is running and the embedder asked not to start.
         """
         ...
 
@@ -81,27 +80,27 @@ class MigrationBackend(Protocol):
         ...
 
     def migrate(self, address: Address, *, resume: bool, take_fd: TakeFd) -> None:
-        """Begin an outgoing migration; return when its target is open and status is ``setup``.
+        """Start an outgoing migration; return when its target is open and status is ``setup``.
 
-        Order: the checks of ``rules.check_outgoing`` (and the strict ones), with no state
-        changed when one fails; then status ``setup`` with its event; then the open. A failed
+        Order: the checks of ``rules.check_outgoing`` (and the strict ones), which change no state
+        if one fails; then status ``setup`` with its event; then the open. A failed
         open leaves status ``failed`` with its text (event too), the run state as it was, and
         raises. An FD address is opened with ``take_fd`` at that moment.
 
         Later, from a thread: PASS 1, ``active``, [PASS 2...,] STOP when the guest ran,
         [``pre-switchover`` until ``migrate_continue``,] ``device``, PASS n, ``completed``. A
         write error: ``failed``, the guest running again if it ran. A new migration forgets the
-        error of the last one; a failed check does not.
+        error of the last one, a failed check does not.
         """
         ...
 
     def migrate_incoming(self, address: Address, *, exit_on_error: bool, take_fd: TakeFd) -> None:
-        """Begin to load; return when the source is open.
+        """Start a load; return when the source is open.
 
-        Order: ``rules.check_incoming`` before the address is even looked at (which is why the
-        monitor calls ``check_incoming_allowed`` first), then ``check_incoming_transport``, then
+        Order: ``rules.check_incoming`` before the address is parsed (so the monitor calls
+        ``check_incoming_allowed`` first), then ``check_incoming_transport``, then
         status ``setup`` and the open. In compat mode a failed open leaves ``setup`` for good;
-        in strict mode the status goes back to ``none``, so that it can be tried again.
+        in strict mode the status goes back to ``none``, and another attempt is possible.
 
         Later, from a thread: ``active``, [RESUME,] ``completed``; or ``failed``, and with
         ``exit_on_error`` the callback that asks the server to end.
@@ -113,7 +112,7 @@ class MigrationBackend(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Cancel the outgoing migration: ``cancelling``, then ``cancelled``. Idle: nothing.
+        """Cancel the outgoing migration, if one runs: ``cancelling``, then ``cancelled``.
 
         Returns at once; raises nothing.
         """
@@ -128,11 +127,11 @@ class MigrationBackend(Protocol):
         ...
 
     def query(self) -> MigrationInfo:
-        """Return where the outgoing migration stands, or the incoming one on a destination."""
+        """Return the state of the outgoing migration, or of the incoming one on a destination."""
         ...
 
     def stop(self) -> None:
-        """Stop the guest (event STOP); one that is stopped already, or waits, stays so."""
+        """Stop the guest (event STOP); no effect if it is stopped or waits."""
         ...
 
     def cont(self) -> None:
@@ -143,9 +142,9 @@ class MigrationBackend(Protocol):
         ...
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Call ``callback`` for every event from now on; the function returned ends that.
+        """Call ``callback`` for every event from now on; return the function that ends that.
 
-        It is called in the order of the events, from whatever thread they happen on, must not
+        It is called in the order of the events, on the threads on which they happen, must not
         block, and gets MIGRATION and MIGRATION_PASS only while the capability ``events`` is on.
         """
         ...

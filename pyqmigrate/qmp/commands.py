@@ -1,7 +1,6 @@
 """The commands of the monitor: their arguments' shapes, and what each does.
 
-A table, so that ``query-commands`` and the dispatcher cannot disagree; one for each QEMU that is
-imitated.
+There is one table for each imitated QEMU; ``query-commands`` and the dispatcher both use it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = ["Command", "Context", "Version", "commands_of"]
 
 
 class Version(NamedTuple):
-    """What the server says that it is."""
+    """The version that the server announces."""
 
     major: int
     minor: int
@@ -45,7 +44,7 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a command may act on. ``pending`` is the connection's, the rest the server's.
+    """The objects that commands use. ``pending`` is the connection's, the rest the server's.
 
     ``quit`` asks the server to end, and returns at once.
     """
@@ -66,7 +65,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """``run`` gets checked arguments and returns JSON; it runs on a thread when it may block."""
+    """A command; ``run`` gets checked arguments and returns JSON, on a thread if it may block."""
 
     arguments: qapi.Struct
     run: Callable[[Context, dict[str, Any]], object]
@@ -221,7 +220,7 @@ _BOOL = qapi.optional(qapi.BOOL)
 
 @functools.cache
 def commands_of(qemu: QemuVersion) -> dict[str, Command]:
-    """Return every command by its name: its arguments, what it does, and whether it may block."""
+    """Return every command by name."""
     statuses = tuple(status for status in Status if qemu.has(status))
     channels = qapi.optional(channels_shape(qemu.lacks))
     detach = {"detach": _BOOL} if qemu.detach else {}

@@ -1,7 +1,7 @@
 """One client's socket: values in, in order, each with the descriptors that preceded it; lines out.
 
-Reading goes on only when the answers have left, and what has not left is bounded: a client
-that is owed too much (events it does not read) is cut off.
+Reading continues only when all replies are sent, and unsent output is bounded: a client that does not
+read its events is disconnected.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Connection:
         self._broken: OSError | None = None
 
     async def __aiter__(self) -> AsyncIterator[JsonValue | JsonError]:
-        """Yield what the client sends until it closes. Raises OSError when the socket breaks."""
+        """Yield the client's values until it closes. Raises OSError if the socket breaks."""
         while True:
             try:
                 data, fds = self._receiver.receive(_CHUNK)
@@ -61,15 +61,15 @@ class Connection:
             await asyncio.sleep(0)
 
     def send(self, message: object) -> None:
-        """Send one line, or as much as the client takes now, and the rest when it can.
+        """Send one line: as much as the client accepts now, and the rest later.
 
-        Never blocks and never raises: what broke is raised to the one who reads or waits.
+        Never blocks and never raises: errors are raised by reading and by ``sent``.
         """
         if self._broken is None:
             self._send_line(encode_line(message))
 
     async def send_large(self, message: object) -> None:
-        """Like ``send``, for what may take seconds to encode: a long identity, say."""
+        """Do what ``send`` does for values that may take seconds to encode, such as a long ``id``."""
         try:
             line = await asyncio.to_thread(encode_line, message)
         except RuntimeError:  # no thread can be started: then the others have to wait for it
@@ -90,9 +90,9 @@ class Connection:
             self._loop.add_writer(self._sock, self._send_owed)
 
     async def sent(self) -> None:
-        """Wait until everything owed has left. Raises OSError when the socket breaks.
+        """Wait until all output is sent. Raises OSError if the socket breaks.
 
-        An answer may be long, being asked for; but not kept for a client that has stalled.
+        A reply may be long, since it was asked for; it is not kept for a client that has stalled.
         """
         while self._owed and self._broken is None:
             owed = len(self._owed)
@@ -107,7 +107,7 @@ class Connection:
             raise self._broken
 
     def close(self) -> None:
-        """Close the socket, and what was pending on it."""
+        """Close the socket and the descriptors that are pending on it."""
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()

@@ -1,8 +1,9 @@
-"""Descriptors that clients send: received at their place in the stream, pending, named.
+"""Descriptors from clients: received at their position in the stream, pending, named.
 
-A descriptor comes with the first byte of the message that carried it, which may stand before,
-inside or after the text of the command that wants it. It is then *pending* on its connection
-until a command takes it, another message replaces it, or the connection ends.
+A descriptor arrives with the first byte of its message, which may be before, inside or after the text
+of the command that takes it. It is then *pending* on its connection until a command takes it,
+another message replaces it, or the connection ends
+(docs/internals/qemu-management.md, "Passing descriptors").
 """
 
 from __future__ import annotations
@@ -26,13 +27,12 @@ Received = tuple[bytes, list[int]]
 
 
 class Receiver:
-    """Reads a non-blocking UNIX stream socket, which stays the caller's, without losing the
-    place of a descriptor.
+    """Reads a non-blocking UNIX stream socket and keeps the positions of descriptors.
 
-    One large receive would glue text sent earlier before the message that carried descriptors,
-    and hide where that began. So the socket is asked first whether any are waiting: if not,
-    everything seen is taken at once; if so, bytes are taken one by one up to the first that
-    brings some.
+    The socket belongs to the caller. One large receive could join earlier text with the message that
+    carries descriptors, and hide where the message began. So a peek first shows whether descriptors
+    are waiting: if not, all bytes seen are received at once; otherwise bytes are received one by one
+    up to the first with descriptors.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -40,9 +40,9 @@ class Receiver:
         self._held: Received | None = None
 
     def receive(self, size: int) -> Received:
-        """Return up to ``size`` bytes. The descriptors are the caller's, and close-on-exec.
+        """Return up to ``size`` bytes, and descriptors, which the caller owns; close-on-exec.
 
-        Raises BlockingIOError when nothing is there, and OSError when the connection broke.
+        Raises BlockingIOError if nothing has arrived, OSError if the connection broke.
         """
         if self._held is not None:
             held, self._held = self._held, None
@@ -51,7 +51,7 @@ class Receiver:
         # may do so for some that stand further on than what it shows: it says that, not where.
         seen, _, flags, _ = self._sock.recvmsg(size, 0, socket.MSG_PEEK)
         if not flags & socket.MSG_CTRUNC:
-            return self._take(len(seen))  # no more: what comes meanwhile may bring some
+            return self._take(len(seen))  # no more: later bytes may carry some
         before = bytearray()
         while len(before) < size:
             try:
@@ -84,15 +84,15 @@ class Receiver:
 
 
 class PendingFds:
-    """What the last message with descriptors brought, until somebody takes it."""
+    """The descriptors of the last message that had any, until a command takes them."""
 
     def __init__(self) -> None:
         self._fds: list[int] = []
 
     def put(self, fds: list[int]) -> None:
-        """Replace what is pending, if ``fds`` is not empty, and close what was there.
+        """Replace and close the pending descriptors, if ``fds`` is not empty.
 
-        Descriptors become blocking ones, as QEMU makes them.
+        O_NONBLOCK is cleared, as QEMU does.
         """
         if not fds:
             return
@@ -103,9 +103,9 @@ class PendingFds:
                 os.set_blocking(fd, True)
 
     def take(self) -> int:
-        """Return the first descriptor, which is the caller's from now on, and close the others.
+        """Return the first descriptor, which the caller then owns, and close the others.
 
-        Raises FdsetError when none is pending.
+        Raises FdsetError if none is pending.
         """
         if not self._fds:
             raise FdsetError(errno.EBADF, _NONE_SUPPLIED)
@@ -114,7 +114,7 @@ class PendingFds:
         return fd
 
     def close(self) -> None:
-        """Close whatever is pending."""
+        """Close the pending descriptors."""
         fds, self._fds = self._fds, []
         for fd in fds:
             os.close(fd)
@@ -127,7 +127,7 @@ class NamedFds:
         self._fds: dict[str, int] = {}
 
     def add(self, name: str, fd: int) -> None:
-        """Keep ``fd`` under ``name``; what was there is closed.
+        """Keep ``fd`` under ``name``, and close the former one.
 
         Raises FdsetError (EINVAL) for a name that begins with a digit, and closes ``fd``.
         """
@@ -142,9 +142,9 @@ class NamedFds:
             os.close(old)
 
     def take(self, name: str) -> int:
-        """Return the descriptor of that name, which is the caller's from now on.
+        """Return the descriptor of that name, which the caller then owns.
 
-        Raises FdsetError (ENOENT) when there is none.
+        Raises FdsetError (ENOENT) for an unknown name.
         """
         try:
             return self._fds.pop(name)
@@ -154,7 +154,7 @@ class NamedFds:
             ) from None
 
     def close(self, name: str) -> None:
-        """Close the descriptor of that name. Raises FdsetError (ENOENT) when there is none."""
+        """Close the descriptor of that name. Raises FdsetError (ENOENT) for an unknown name."""
         fd = self._fds.pop(name, None)
         if fd is None:
             raise FdsetError(errno.ENOENT, f"File descriptor named '{name}' not found")

@@ -1,7 +1,7 @@
-"""The few human monitor commands that concern migration, with QEMU's layout.
+"""The human monitor commands for migration, with QEMU's layout.
 
-A line of text in, the text that a person would see out, its lines ending CRLF. Success of a
-command that shows nothing is the empty text.
+The input is a line of text; the output is the text for a person, with lines that end with CRLF. A
+command without output returns the empty text.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pyqmigrate.qmp.hmp_layouts import (
 __all__ = ["Human", "run"]
 
 
-class _Misread(Exception):
-    """A line that does not fit its command; the text is complete but for the hint after it."""
+class _BadLine(Exception):
+    """A line that does not fit its command; the text lacks only the hint after it."""
 
 
 class Human(NamedTuple):
-    """What a command may act on. ``take_fd`` gives up descriptors named with getfd; ``quit`` asks
+    """The objects that commands use. ``take_fd`` returns descriptors named with getfd; ``quit`` asks
     the server to end; ``qemu`` is the version whose layout is used."""
 
     migration: MigrationBackend
@@ -44,9 +44,9 @@ class Human(NamedTuple):
 
 
 def run(line: str, human: Human) -> str:
-    """Carry out one line and return what it shows.
+    """Run one line and return its output.
 
-    An error of the migration is part of the text, as ``Error: ...``; nothing is raised for it.
+    An error of the migration is returned as text, ``Error: ...``, and not raised.
     """
     text = line.lstrip()
     if not text:
@@ -67,7 +67,7 @@ def run(line: str, human: Human) -> str:
         values = [read(arguments, human.qemu) for read in command.reads]
         arguments.end()
         return command.run(human, *values)
-    except _Misread as misread:
+    except _BadLine as misread:
         return lines(str(misread), f'Try "help {said}" for more information')
     except OSError as error:
         return lines(f"Error: {error.strerror or error}")
@@ -96,7 +96,7 @@ class _Arguments:
             self._text = self._text[2:]
             return True
         if not given or given not in letters:
-            raise _Misread(f"{self.command}: unsupported option -{given}")
+            raise _BadLine(f"{self.command}: unsupported option -{given}")
         return False
 
     def string(self) -> str:
@@ -106,14 +106,14 @@ class _Arguments:
             self._text = self._text[quoted.end() :]
             return re.sub(r"\\(.)", lambda m: {"n": "\n", "r": "\r"}.get(m[1], m[1]), quoted[1])
         if not self._text or self._text.startswith('"'):
-            raise _Misread(f"{self.command}: string expected")
+            raise _BadLine(f"{self.command}: string expected")
         word, self._text = _word(self._text)
         return word
 
     def on_or_off(self) -> bool:
         word = self._text.split(maxsplit=1)[0] if self._text.strip() else ""
         if word not in ("on", "off"):
-            raise _Misread("Expected 'on' or 'off'")
+            raise _BadLine("Expected 'on' or 'off'")
         self._text = self._text.lstrip()[len(word) :]
         return word == "on"
 
@@ -122,15 +122,15 @@ class _Arguments:
         return text
 
     def rest(self) -> str:
-        """The rest of the line as it is, blanks and quotes at its end included."""
+        """Return the rest of the line unchanged, with blanks and quotes at its end."""
         text, self._text = self._text.lstrip(), ""
         if not text:
-            raise _Misread(f"{self.command}: string expected")
+            raise _BadLine(f"{self.command}: string expected")
         return text
 
     def end(self) -> None:
         if self._text.strip():
-            raise _Misread(f"{self.command}: extraneous characters at the end of line")
+            raise _BadLine(f"{self.command}: extraneous characters at the end of line")
 
 
 _QUOTE_LEFT_OPEN = re.compile(
@@ -189,7 +189,7 @@ def _info_migrate(human: Human, everything: bool) -> str:
 def _help(human: Human, line: str) -> str:
     try:
         words = shlex.split(line)
-    except ValueError:  # QEMU says it on its standard error
+    except ValueError:  # QEMU prints it on its standard error
         return ""
     if not words:
         return _help_of_all(_COMMANDS, "", human.qemu)
@@ -321,7 +321,7 @@ _SIZE_HINT = (
 
 
 def _value(name: str, text: str) -> object:
-    """Turn a word into the parameter's value, as JSON would have it."""
+    """Return the parameter's value, in its JSON form."""
     if name in _TEXTS:
         return text
     if name in _BOOLS:
@@ -349,7 +349,7 @@ def _value(name: str, text: str) -> object:
 
 
 def _command_words(text: str) -> list[str]:
-    """Split as a shell would, without expanding anything."""
+    """Split like a shell, without expansion."""
     try:
         return shlex.split(text, comments=True)
     except ValueError:
@@ -372,7 +372,7 @@ def _number(name: str, text: str) -> int:
 
 
 def _bandwidth(text: str) -> int:
-    """Without a suffix, mebibytes."""
+    """Return bytes; a number without a suffix is in mebibytes."""
     try:
         bare = re.fullmatch(r"\s*\+?(?:0[xX][0-9a-fA-F]+|[0-9]+\.?|[0-9]*\.[0-9]+)", text, re.ASCII)
         if bare is None:

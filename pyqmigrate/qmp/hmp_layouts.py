@@ -1,4 +1,4 @@
-"""What HMP's ``info`` commands show, in the layouts of the versions of QEMU."""
+"""The output of HMP's ``info`` commands, in the layouts of the versions of QEMU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["lines", "render_capabilities", "render_migration", "render_parameter
 
 
 def lines(*texts: str) -> str:
-    """Return the texts as lines that end CRLF."""
+    """Return the texts as lines that end with CRLF."""
     return "".join(line.replace("\n", "\r\n") + "\r\n" for line in texts)
 
 
@@ -30,7 +30,7 @@ _GLOBALS = (
 def render_migration(
     info: MigrationInfo, qemu: QemuVersion = QEMU_10_0, *, everything: bool = False
 ) -> str:
-    """Return what ``info migrate`` shows, and with ``everything`` what ``info migrate -a`` does."""
+    """Return the output of ``info migrate``, or with ``everything`` of ``info migrate -a``."""
     if not qemu.sectioned_info:
         return _plain(info)
     globals_ = lines("Globals:", *(f"  {line}" for line in _GLOBALS)) if everything else ""
@@ -38,7 +38,7 @@ def render_migration(
 
 
 def _plain(info: MigrationInfo) -> str:
-    """The layout without sections."""
+    """Return the layout without sections."""
     shown = ["globals:", *_GLOBALS]
     if info.status is Status.NONE:
         return lines(*shown)
@@ -74,7 +74,7 @@ def _plain(info: MigrationInfo) -> str:
 
 
 def _sections(info: MigrationInfo) -> str:
-    """What ``info migrate`` shows in the layout with sections."""
+    """Return the output of ``info migrate`` in the layout with sections."""
     if info.status is Status.NONE:
         return ""
     error = f" ({info.error})" if info.error and info.status is Status.FAILED else ""
@@ -107,14 +107,14 @@ def _sections(info: MigrationInfo) -> str:
 
 
 def _size(size: int) -> str:
-    """Three digits and the unit in which they are below 1000."""
+    """Return three digits, in the unit in which they are below 1000."""
     exponent = max(math.frexp(size * 1.024)[1] - 1, 0) // 10
     unit = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"][exponent]
     return f"{size / (1 << 10 * exponent):.3g} {unit}B"
 
 
 def render_capabilities(capabilities: Capabilities, qemu: QemuVersion = QEMU_10_0) -> str:
-    """Return what ``info migrate_capabilities`` shows."""
+    """Return the output of ``info migrate_capabilities``."""
     shown = ((name, state) for name, state in capabilities if qemu.has(name))
     return lines(*(f"{name}: {'on' if state else 'off'}" for name, state in shown))
 
@@ -153,7 +153,7 @@ _MOVED = {"tls-authz": "tls-hostname", "max-postcopy-bandwidth": "avail-switchov
 
 
 def render_parameters(parameters: Parameters, qemu: QemuVersion = QEMU_10_0) -> str:
-    """Return what ``info migrate_parameters`` shows."""
+    """Return the output of ``info migrate_parameters``."""
     values = dict(parameters)
     names = [name for name in _SHOWN_PARAMETERS if qemu.has(name)]
     layouts = dict(_SHOWN_PARAMETERS)
@@ -173,7 +173,7 @@ def render_parameters(parameters: Parameters, qemu: QemuVersion = QEMU_10_0) -> 
 
 
 def render_status(state: RunState) -> str:
-    """Return what ``info status`` shows."""
+    """Return the output of ``info status``."""
     if state is RunState.RUNNING:
         return lines("VM status: running")
     return lines("VM status: paused" + ("" if state is RunState.PAUSED else f" ({state})"))

@@ -1,10 +1,9 @@
-"""Bytes of a QMP connection to JSON tokens, a slice at a time.
+"""Splitting the bytes of a QMP connection into JSON tokens, a slice at a time.
 
-Tokens are those of JSON, and strings may stand in single quotes. Whatever cannot begin or go on
-as a token is a *stray*; after one, bytes are skipped up to the next bracket, comma, colon,
-control character or byte 0xFE or 0xFF, of which the latter two are strays themselves: a client
-that has lost its place can always send 0xFF. Every byte is looked at a fixed number of times,
-however the input is sliced.
+Tokens are those of JSON, and strings may have single quotes. A byte that cannot begin or continue a
+token is a *stray*; after one, bytes are skipped up to the next bracket, comma, colon, control
+character or byte 0xFE or 0xFF. The latter two are strays themselves: a client can always send 0xFF to
+resynchronise. Every byte is examined a fixed number of times, independent of the slices.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["JsonLexer", "Kind", "Token"]
 
 
 class Kind(Enum):
-    """What a token is."""
+    """The kind of a token."""
 
     PUNCTUATION = auto()
     STRING = auto()
@@ -30,7 +29,7 @@ class Kind(Enum):
 
 
 class Token(NamedTuple):
-    """One token: its bytes as sent (quotes and escapes included), and where it is known.
+    """One token: its bytes as sent (with quotes and escapes), and its position.
 
     ``end`` counts the bytes of the stream up to and including the one that completed the token:
     its last, or, for a number or a keyword, the one after it. ``start`` counts those before it, but
@@ -79,7 +78,7 @@ _FINAL = {"zero", "digits", "fraction", "exponent"}
 
 
 class JsonLexer:
-    """An incremental tokenizer; a token of more than ``limit`` bytes is cut and OVERSIZED."""
+    """An incremental tokenizer; a token of more than ``limit`` bytes is truncated and OVERSIZED."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -93,25 +92,25 @@ class JsonLexer:
         self._state = "start"  # or "skip", "string", "escape", "keyword", or a key of _NUMBER
 
     def feed(self, data: bytes) -> Iterator[Token]:
-        """Take the next bytes of the stream and yield the tokens that they complete.
+        """Read the next bytes of the stream and yield the tokens that they complete.
 
         The iterator must be run to its end before the next slice is fed.
         """
         self._data = data
-        at = 0
-        while at < len(data):
+        position = 0
+        while position < len(data):
             token = None
             if self._state == "start":
-                at, token = self._whole(data, at) or self._begin(data, at)
+                position, token = self._whole(data, position) or self._begin(data, position)
             elif self._state == "skip":
-                at = _span(_SKIP, data, at)
-                if at < len(data):
+                position = _span(_SKIP, data, position)
+                if position < len(data):
                     self._state = "start"
-                    self._known = self._position + at + 1  # this byte ended the skipping
+                    self._known = self._position + position + 1  # this byte ended the skipping
             else:
-                at, token = self._go_on(data, at)
+                position, token = self._go_on(data, position)
                 if token is None and len(self._partial) > self._limit:
-                    token = self._finish(Kind.OVERSIZED, at)
+                    token = self._finish(Kind.OVERSIZED, position)
             if token is not None:
                 yield token
         newline = data.rfind(b"\n")
@@ -122,34 +121,34 @@ class JsonLexer:
         self._data = b""
 
     def line_and_column(self, token: Token) -> tuple[int, int]:
-        """Return where a token starts, both counted from 1. For the token last yielded only."""
+        """Return the start of the token that was yielded last, both numbers counted from 1."""
         inside = max(token.start - self._position, 0)
         newline = self._data.rfind(b"\n", 0, inside)
         line_start = self._line_start if newline < 0 else self._position + newline + 1
         return (self._lines + self._data.count(b"\n", 0, inside) + 1, token.start - line_start + 1)
 
-    def _whole(self, data: bytes, at: int) -> tuple[int, Token] | None:
-        """Take a token that the slice holds from end to end: the usual case, made fast."""
-        found = _WHOLE.match(data, at)
+    def _whole(self, data: bytes, position: int) -> tuple[int, Token] | None:
+        """Read a token that is complete in the slice: the usual case, optimised."""
+        found = _WHOLE.match(data, position)
         if found is None:
             return None
         index = found.lastindex or 1
         text = found[index]
         if len(text) > self._limit:
             return None
-        at = found.end()
+        position = found.end()
         start = max(self._position + found.start(index), self._known)
-        self._known = self._position + at + (index > _LAST_WITHOUT_AHEAD)
-        return at, Token(_KINDS[index], text, self._known, start)
+        self._known = self._position + position + (index > _LAST_WITHOUT_AHEAD)
+        return position, Token(_KINDS[index], text, self._known, start)
 
-    def _begin(self, data: bytes, at: int) -> tuple[int, Token | None]:
-        """Begin a token that the slice may not complete, or report a stray byte."""
-        at = _span(_BLANK, data, at)
-        first = data[at : at + 1]
+    def _begin(self, data: bytes, position: int) -> tuple[int, Token | None]:
+        """Start a token that the slice may not complete, or report a stray byte."""
+        position = _span(_BLANK, data, position)
+        first = data[position : position + 1]
         if not first:
-            return at, None
+            return position, None
         self._partial += first
-        self._begun = max(self._position + at, self._known)
+        self._begun = max(self._position + position, self._known)
         if first in _INSIDE:
             self._state = "string"
         elif first == b"-":
@@ -159,31 +158,31 @@ class JsonLexer:
         elif first.islower():
             self._state = "keyword"
         elif first in b"{}[]:,":
-            return at + 1, self._finish(Kind.PUNCTUATION, at + 1)
+            return position + 1, self._finish(Kind.PUNCTUATION, position + 1)
         else:
-            return at + 1, self._finish(Kind.STRAY, at + 1)
-        return at + 1, None
+            return position + 1, self._finish(Kind.STRAY, position + 1)
+        return position + 1, None
 
-    def _go_on(self, data: bytes, at: int) -> tuple[int, Token | None]:
-        """Extend the token at hand by at least one byte, or end it before the next one."""
-        most = min(len(data), at + self._limit + 1 - len(self._partial))
+    def _go_on(self, data: bytes, position: int) -> tuple[int, Token | None]:
+        """Extend the current token by at least one byte, or end it before the next one."""
+        most = min(len(data), position + self._limit + 1 - len(self._partial))
         if self._state == "keyword":
-            stop = _span(_LETTERS, data, at, most)
-            self._partial += data[at:stop]
+            stop = _span(_LETTERS, data, position, most)
+            self._partial += data[position:stop]
             return stop, self._finish(Kind.KEYWORD, stop + 1) if stop < most else None
         if self._state == "string":
-            return self._string(data, at, most)
+            return self._string(data, position, most)
         if self._state == "escape":
             self._state = "string"
-            self._partial += data[at : at + 1]
-            stray = _cannot_be_in_a_string(data[at])
-            return at + 1, self._finish(Kind.STRAY, at + 1) if stray else None
-        return self._number(data, at, most)
+            self._partial += data[position : position + 1]
+            stray = _cannot_be_in_a_string(data[position])
+            return position + 1, self._finish(Kind.STRAY, position + 1) if stray else None
+        return self._number(data, position, most)
 
-    def _string(self, data: bytes, at: int, most: int) -> tuple[int, Token | None]:
+    def _string(self, data: bytes, position: int, most: int) -> tuple[int, Token | None]:
         quote = bytes(self._partial[:1])
-        stop = _span(_INSIDE[quote], data, at, most)
-        self._partial += data[at : min(stop + 1, most)]
+        stop = _span(_INSIDE[quote], data, position, most)
+        self._partial += data[position : min(stop + 1, most)]
         if stop == most:
             return stop, None
         if data[stop] == quote[0]:
@@ -193,19 +192,19 @@ class JsonLexer:
         self._state = "escape"
         return stop + 1, None
 
-    def _number(self, data: bytes, at: int, most: int) -> tuple[int, Token | None]:
-        state, start = self._state, at
-        while at < most and (following := _NUMBER[state].get(data[at])) is not None:
+    def _number(self, data: bytes, position: int, most: int) -> tuple[int, Token | None]:
+        state, start = self._state, position
+        while position < most and (following := _NUMBER[state].get(data[position])) is not None:
             state = following
-            at += 1
+            position += 1
         self._state = state
-        self._partial += data[start:at]
-        if at == most:
-            return at, None
-        if state in _FINAL and not (state == "zero" and data[at] in _DIGITS):
-            return at, self._finish(Kind.NUMBER, at + 1)
-        self._partial += data[at : at + 1]
-        return at + 1, self._finish(Kind.STRAY, at + 1)
+        self._partial += data[start:position]
+        if position == most:
+            return position, None
+        if state in _FINAL and not (state == "zero" and data[position] in _DIGITS):
+            return position, self._finish(Kind.NUMBER, position + 1)
+        self._partial += data[position : position + 1]
+        return position + 1, self._finish(Kind.STRAY, position + 1)
 
     def _finish(self, kind: Kind, end: int) -> Token:
         self._known = self._position + end
@@ -215,10 +214,10 @@ class JsonLexer:
         return token
 
 
-def _span(pattern: re.Pattern[bytes], data: bytes, at: int, most: int = sys.maxsize) -> int:
-    """Return where the bytes that ``pattern``, which may match none, takes from ``at`` on end."""
-    found = pattern.match(data, at, most)
-    return at if found is None else found.end()
+def _span(pattern: re.Pattern[bytes], data: bytes, position: int, most: int = sys.maxsize) -> int:
+    """Return the end of the match of ``pattern``, which may be empty, at ``position``."""
+    found = pattern.match(data, position, most)
+    return position if found is None else found.end()
 
 
 def _cannot_be_in_a_string(byte: int) -> bool:

@@ -1,18 +1,18 @@
 """QMP's input as a stream of JSON values, and its output as lines.
 
-A QMP client may put several messages in one packet, cut one anywhere, and end none with a
-newline; the standard json module wants whole texts. :class:`JsonStream` takes slices of any
-size and gives each value, or what was wrong, as soon as its last byte is there::
+A QMP client may put several messages into one packet, split one anywhere, and end none with a
+newline; the standard json module needs complete texts. :class:`JsonStream` takes slices of any size
+and yields each value, or error, as soon as its last byte has arrived::
 
     stream = JsonStream()
     for item in stream.feed(sock.recv(65536)):
         if isinstance(item, JsonError):
             ...
 
-What is read, where reading goes on after an error, and the texts of errors are QEMU's (checked
-against 10.0.2 and, with positions, 11.1.3 on random input), except that ``0e1``, which JSON allows
-and QEMU takes for two tokens, is a number. Work is linear in the bytes fed; what is kept is bounded
-by ``message_limit`` bytes of tokens, ``token_limit`` of them, and ``depth_limit`` open brackets.
+The accepted input, the place where reading continues after an error, and the texts of errors are
+QEMU's (checked against 10.0.2 and, with positions, 11.1.3 on random input), except that ``0e1``, which
+JSON allows and QEMU takes for two tokens, is a number. Work is linear in the bytes fed; memory is
+bounded by ``message_limit`` bytes of tokens, ``token_limit`` of them, and ``depth_limit`` open brackets.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = ["JsonError", "JsonStream", "JsonValue", "encode_line"]
 MESSAGE_LIMIT = 64 << 20
 TOKEN_LIMIT = 2 << 20
 DEPTH_LIMIT = 1024
-_TEXT_LIMIT = 1023  # of what is said about a malformed value; QEMU's, too
+_TEXT_LIMIT = 1023  # of the text about a malformed value; QEMU's limit
 
 
 class JsonValue(NamedTuple):
-    """A value that was read, and the position in the stream (bytes) right after it.
+    """A value, and the position in the stream (bytes) after it.
 
-    Numbers are int when they fit 64 bits, signed or unsigned, and float otherwise; one too
+    Numbers are int if they fit 64 bits, signed or unsigned, and float otherwise; one too
     large for a float is the largest float.
     """
 
@@ -46,7 +46,7 @@ class JsonValue(NamedTuple):
 
 
 class JsonError(NamedTuple):
-    """What was wrong, in QEMU's words, and the position (bytes) after what showed it."""
+    """An error, in QEMU's words, and the position (bytes) after the token that caused it."""
 
     text: str
     end: int
@@ -62,12 +62,12 @@ class _Expect(Enum):
     ITEM_END = auto()
 
 
-class _Malformed(Exception):
-    """The value being read is not JSON; its text says why."""
+class _MalformedValue(Exception):
+    """The value being read is not JSON; the text is the reason."""
 
 
 class _Wording(NamedTuple):
-    """How a value that is not JSON is described; an empty text means that the token itself is."""
+    """The texts for malformed values; an empty one means that the token itself is described."""
 
     colon: str
     member_end: str
@@ -107,7 +107,7 @@ class JsonStream:
         self._reset()
 
     def feed(self, data: bytes) -> Iterator[JsonValue | JsonError]:
-        """Take the next bytes and yield every value and error that they complete.
+        """Read the next bytes and yield every value and error that they complete.
 
         The iterator must be run to its end before the next slice is fed.
         """
@@ -147,9 +147,9 @@ class JsonStream:
         if not self._error:
             try:
                 self._builder.take(token)
-            except _Malformed as malformed:
+            except _MalformedValue as malformed:
                 self._error = self._located(str(malformed)[:_TEXT_LIMIT], token)
-                self._builder = _Builder(self._wording)  # let go of what was built
+                self._builder = _Builder(self._wording)  # release the parts of the value
         if self._open:
             return None  # even a malformed message ends where they close
         if self._error:
@@ -170,11 +170,11 @@ class JsonStream:
 
     @property
     def _open(self) -> bool:
-        """Whether brackets are open, and none closed that was not."""
+        """Return whether brackets are open, and none was closed that was not open."""
         return (self._braces > 0 or self._brackets > 0) and min(self._braces, self._brackets) >= 0
 
     def _first(self) -> str:
-        """The error that was found before, where that one counts."""
+        """Return the first error of the value, if that one counts."""
         return self._error if self._positions else ""
 
     def _located(self, complaint: str, token: Token) -> str:
@@ -199,7 +199,7 @@ class JsonStream:
 
 
 class _Builder:
-    """Puts one value together, token by token, with a stack of its own for the nesting."""
+    """Builds one value, token by token, with an explicit stack for the nesting."""
 
     def __init__(self, wording: _Wording) -> None:
         self._wording = wording
@@ -213,7 +213,7 @@ class _Builder:
         expect = self._expect
         if expect is _Expect.COLON:
             if text != b":":
-                raise _Malformed(self._wording.colon)
+                raise _MalformedValue(self._wording.colon)
             self._expect = _Expect.VALUE
         elif expect is _Expect.MEMBER_END:
             self._separate(text, b"}", _Expect.KEY, self._wording.member_end)
@@ -224,13 +224,13 @@ class _Builder:
         ):
             self._close()
         elif self._is_key() and token.kind is not Kind.STRING and self._wording.key:
-            raise _Malformed(self._wording.key)
+            raise _MalformedValue(self._wording.key)
         elif text == b"{":
             self._enter({}, _Expect.FIRST_KEY)
         elif text == b"[":
             self._enter([], _Expect.FIRST_ITEM)
         elif token.kind is Kind.PUNCTUATION:
-            raise _Malformed("expecting value")
+            raise _MalformedValue("expecting value")
         else:
             self._place(_scalar(token), self._is_key())
 
@@ -247,7 +247,7 @@ class _Builder:
         elif text == b",":
             self._expect = following
         else:
-            raise _Malformed(complaint)
+            raise _MalformedValue(complaint)
 
     def _close(self) -> None:
         container, is_key = self._open.pop()
@@ -256,7 +256,7 @@ class _Builder:
     def _place(self, value: object, is_key: bool) -> None:
         if is_key:
             if not isinstance(value, str):
-                raise _Malformed("key is not a string in object")
+                raise _MalformedValue("key is not a string in object")
             self._keys.append(value)
             self._expect = _Expect.COLON
         elif not self._open:
@@ -264,7 +264,7 @@ class _Builder:
         elif isinstance(container := self._open[-1][0], dict):
             key = self._keys.pop()
             if key in container:
-                raise _Malformed("duplicate key")
+                raise _MalformedValue("duplicate key")
             container[key] = value
             self._expect = _Expect.MEMBER_END
         else:
@@ -282,7 +282,7 @@ def _scalar(token: Token) -> object:
     if token.kind is Kind.NUMBER:
         return _number(token.text)
     if token.text not in _KEYWORDS:
-        raise _Malformed(f"invalid keyword '{token.text.decode('ascii')}'")
+        raise _MalformedValue(f"invalid keyword '{token.text.decode('ascii')}'")
     return _KEYWORDS[token.text]
 
 
@@ -322,12 +322,12 @@ def _string(token: bytes) -> str:
     text = _decoded(body[:good])
     if good < len(body):
         if body[good + 1 : good + 2] != b"u":
-            raise _Malformed("invalid escape sequence in string")
+            raise _MalformedValue("invalid escape sequence in string")
         shown = token[good + 1 : good + 7].decode("utf-8", "replace")
-        raise _Malformed(f"{shown} is not a valid Unicode character")
+        raise _MalformedValue(f"{shown} is not a valid Unicode character")
     if "\\" not in text:
         return text
-    # The standard module decodes escapes, once quotes stand as it wants them.
+    # The standard module decodes escapes, but needs double quotes.
     parts = (part.replace("\\'", "'").replace('\\"', '"') for part in text.split("\\\\"))
     quoted = "\\\\".join(part.replace('"', '\\"') for part in parts)
     return str(json.loads(f'"{quoted}"', strict=False))
@@ -337,14 +337,14 @@ def _decoded(raw: bytes) -> str:
     try:
         text = "\0".join(part.decode() for part in raw.split(b"\xc0\x80"))
     except UnicodeDecodeError:
-        raise _Malformed("invalid UTF-8 sequence in string") from None
+        raise _MalformedValue("invalid UTF-8 sequence in string") from None
     if _NONCHARACTER.search(text):
-        raise _Malformed("invalid UTF-8 sequence in string")
+        raise _MalformedValue("invalid UTF-8 sequence in string")
     return text
 
 
 def _shown(stray: bytes) -> str:
-    """Text for an error; as in QEMU it ends at a NUL, unless that is the two-byte one."""
+    """Return text for an error; as in QEMU it ends at a NUL, unless that is the two-byte one."""
     parts = stray.partition(b"\0")[0].split(b"\xc0\x80")
     return _NONCHARACTER.sub("\ufffd", "\0".join(p.decode("utf-8", "replace") for p in parts))
 
@@ -360,11 +360,11 @@ _HALF = re.compile(r"(\\uD[89AB]..\\uD[C-F]..)|\\uD[89A-F]..")
 
 
 def encode_line(value: object) -> bytes:
-    """Return ``value`` as one line of ASCII JSON that ends CRLF, as QEMU writes it.
+    """Return ``value`` as one line of ASCII JSON that ends with CRLF, as QEMU writes it.
 
     Anything but printable ASCII is escaped, with upper-case hex digits; half a surrogate pair
     (an undecodable byte in a file name, say) becomes U+FFFD. Raises ValueError for an infinity
-    or NaN and TypeError for what JSON has no form for.
+    or NaN, and TypeError for a value that JSON cannot represent.
     """
     try:
         text = json.dumps(value, allow_nan=False)
@@ -378,7 +378,7 @@ def encode_line(value: object) -> bytes:
 
 
 class _Text(str):
-    """Finished JSON among values that are still to be written."""
+    """Encoded JSON among values that are not yet encoded."""
 
 
 def _deep_text(value: object) -> str:

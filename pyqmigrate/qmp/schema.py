@@ -1,6 +1,6 @@
-"""What ``query-qmp-schema`` returns: the shapes of commands and events, in QEMU's own terms.
+"""The result of ``query-qmp-schema``: the shapes of commands and events, in QEMU's terms.
 
-As in QEMU's schema, a type that is not built in has a number for a name.
+As in QEMU's schema, the name of a type that is not built in is a number.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ _RAM = qapi.Struct(
 
 
 def _returned(qemu: QemuVersion) -> dict[str, qapi.Shape]:
-    """What the commands return that return more than an empty object."""
+    """Return the results of the commands that return more than an empty object."""
     fdset = {
         "fdset-id": qapi.INT,
         "fds": qapi.ListOf(qapi.Struct({"fd": qapi.INT, "opaque": optional(qapi.STR)})),

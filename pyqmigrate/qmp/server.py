@@ -7,9 +7,9 @@
     await server.quit_requested.wait()
     await server.close()
 
-The socket has mode 0600, and a peer of another user than ours or root is turned away. Each
-client is one task: a message is read, carried out and answered before the next one is looked
-at, so a client that does not read its answers stalls itself and nobody else.
+The socket has mode 0600, and peers of users other than ours and root are disconnected. Each client
+is one task: a message is read, executed and answered before the next one, so a client that does not
+read its replies stalls only itself.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _LARGE = 64 << 10  # bytes of a message whose answer, which may repeat it, is a 
 
 
 class QmpServer:
-    """Serves QMP for one migration and its fdsets, both of which stay the caller's.
+    """Serves QMP for one migration and its fdsets, both of which belong to the caller.
 
-    A ``policy`` that imitates a QEMU does it to the outside as well: its version, its offer of
-    out-of-band execution (no command here supports it), and one client at a time, the next
-    waiting in line. STRICT serves up to 16 at once. ``version`` overrides what is announced,
-    ``any_user`` lets peers of every user in.
+    A ``policy`` that imitates a QEMU also sets the announced version, the offer of out-of-band
+    execution (no command here supports it), and one client at a time, while the next one waits.
+    STRICT serves up to 16 at once. ``version`` overrides the announced one, ``any_user`` accepts
+    peers of every user.
 
     The methods are for the event loop's thread; events may come from any thread.
     """
@@ -90,9 +90,9 @@ class QmpServer:
     async def listen(self, path: str | os.PathLike[str]) -> None:
         """Listen on a new UNIX socket at ``path``, mode 0600; return when clients can connect.
 
-        ``path`` may be written ``unix:PATH``. A socket that nobody listens on any more is replaced.
-        Raises TargetError when ``path`` is taken or cannot be made, UsageError for another kind of
-        address and a file name that no socket can have.
+        ``path`` may have the form ``unix:PATH``. A socket without a listener is replaced. Raises
+        TargetError if ``path`` is in use or cannot be created, UsageError for another kind of address
+        and for a file name that a socket cannot have.
         """
         place = absolute(monitor_path(path))
         listener, made = _listener(place)
@@ -112,9 +112,9 @@ class QmpServer:
                 connection.send(message)
 
     async def close(self) -> None:
-        """Stop listening, end every connection, close what clients left pending or named.
+        """Stop listening, end every connection, and close pending and named descriptors.
 
-        Answers already given are sent first where the client takes them at once.
+        Replies are sent before that if the client accepts them at once.
         """
         if self._unsubscribe is not None:
             self._unsubscribe()
@@ -213,18 +213,20 @@ class QmpServer:
 
     def _call_soon(self, call: Callable[..., None], *arguments: object) -> None:
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is listening
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the loop is closed, and no client is connected
                 self._loop.call_soon_threadsafe(call, *arguments)
 
 
 def _listener(place: Path) -> tuple[socket.socket, os.stat_result]:
-    """A listening socket, and the file that is its name."""
+    """A listening socket and its file."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         remove_stale_socket(place)
         with SocketPath(place) as name:
             listener.bind(name.path)
-        place.chmod(0o600)  # nobody can connect before listen()
+        place.chmod(0o600)  # clients cannot connect before listen()
         made = place.lstat()
         listener.listen()
     except UsageError:
@@ -240,7 +242,7 @@ def _listener(place: Path) -> tuple[socket.socket, os.stat_result]:
 
 
 def _remove_socket(place: Path, made: os.stat_result) -> None:
-    """Remove the socket's name, unless another process has put a file of its own there."""
+    """Remove the socket's file, unless another process has replaced it."""
     with contextlib.suppress(OSError):
         if os.path.samestat(place.lstat(), made):
             place.unlink()

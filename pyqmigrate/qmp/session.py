@@ -1,7 +1,7 @@
 """One client's conversation: greeting, negotiation, and an answer to every message.
 
-No input or output happens here: a session is given values that were read, and returns values to
-be written. That makes it the whole of QMP's grammar, testable without a socket.
+It performs no input or output: a session is given values that were read, and returns values to be
+written. So QMP's whole grammar can be tested without a socket.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _GENERIC = "GenericError"
 _NOT_FOUND = "CommandNotFound"
 
 
-class _Refused(Exception):
-    """A message that gets an error for an answer."""
+class _RefusedMessage(Exception):
+    """A message that is answered with an error."""
 
     def __init__(self, text: str, kind: str = _GENERIC) -> None:
         super().__init__(text)
@@ -52,22 +52,22 @@ class Session:
         """Whether the client has finished negotiation: events are for such clients only."""
 
     def greeting(self) -> dict[str, object]:
-        """Return what a new client is told first."""
+        """Return the first message to a new client."""
         version = self._context.version.to_json()
         return {"QMP": {"version": version, "capabilities": list(self._offered)}}
 
     async def answer(self, item: JsonValue | JsonError) -> dict[str, object]:
-        """Carry out what a client sent and return the answer to it."""
+        """Execute a client's message and return the reply."""
         if isinstance(item, JsonError):
             return _failure(item.text, _GENERIC)
         identity: dict[str, object] = {}
         try:
             if not isinstance(item.value, dict):
-                raise _Refused("QMP input must be a JSON object")
+                raise _RefusedMessage("QMP input must be a JSON object")
             if "id" in item.value:
                 identity["id"] = item.value["id"]
             return {"return": await self._run(self._call(item.value))} | identity
-        except _Refused as refused:
+        except _RefusedMessage as refused:
             return identity | _failure(str(refused), refused.kind)
         except OSError as error:  # most of the package's errors about files are ones, too
             return identity | _failure(error.strerror or str(error), _GENERIC)
@@ -85,24 +85,24 @@ class Session:
         for name, value in message.items():
             if name == "execute" or (name == "exec-oob" and "oob" in self._enabled):
                 if not isinstance(value, str):
-                    raise _Refused(f"QMP input member '{name}' must be a string")
+                    raise _RefusedMessage(f"QMP input member '{name}' must be a string")
                 if command is not None:
-                    raise _Refused("QMP input member 'execute' clashes with 'exec-oob'")
+                    raise _RefusedMessage("QMP input member 'execute' clashes with 'exec-oob'")
                 command, verb = value, name
             elif name == "arguments":
                 if not isinstance(value, dict):
-                    raise _Refused("QMP input member 'arguments' must be an object")
+                    raise _RefusedMessage("QMP input member 'arguments' must be an object")
                 arguments = value
             elif name != "id":
-                raise _Refused(f"QMP input member '{name}' is unexpected")
+                raise _RefusedMessage(f"QMP input member '{name}' is unexpected")
         if command is None:
-            raise _Refused("QMP input lacks member 'execute'")
+            raise _RefusedMessage("QMP input lacks member 'execute'")
         return _Call(command, arguments, verb == "exec-oob")
 
     async def _run(self, call: _Call) -> object:
         if not self.negotiated:
             if call.command != _NEGOTIATION:
-                raise _Refused(
+                raise _RefusedMessage(
                     f"Expecting capabilities negotiation with '{_NEGOTIATION}'", _NOT_FOUND
                 )
             return self._negotiate(call.arguments)
@@ -110,9 +110,9 @@ class Session:
             return self._negotiate_again(call)
         command = self._context.commands.get(call.command)
         if command is None:
-            raise _Refused(f"The command {call.command} has not been found", _NOT_FOUND)
+            raise _RefusedMessage(f"The command {call.command} has not been found", _NOT_FOUND)
         if call.out_of_band:
-            raise _Refused(f"The command {call.command} does not support OOB")
+            raise _RefusedMessage(f"The command {call.command} does not support OOB")
         arguments = command.arguments.read(call.arguments)
         if command.blocks:
             with starting_threads():
@@ -128,9 +128,11 @@ class Session:
 
     def _negotiate_again(self, call: _Call) -> object:
         if call.out_of_band:
-            raise _Refused(f"The command {call.command} does not support OOB")
+            raise _RefusedMessage(f"The command {call.command} does not support OOB")
         _negotiation(self._offered).read(call.arguments)
-        raise _Refused("Capabilities negotiation is already complete, command ignored", _NOT_FOUND)
+        raise _RefusedMessage(
+            "Capabilities negotiation is already complete, command ignored", _NOT_FOUND
+        )
 
 
 def _negotiation(offered: tuple[str, ...]) -> qapi.Struct:
@@ -142,7 +144,7 @@ def _failure(text: str, kind: str) -> dict[str, object]:
 
 
 def event_message(event: Event) -> dict[str, object]:
-    """Return an event as it is sent; one without data has no such member."""
+    """Return an event as it is sent; without data it has no such member."""
     seconds, microseconds = divmod(round(event.time * 1_000_000), 1_000_000)
     message: dict[str, object] = {
         "timestamp": {"seconds": seconds, "microseconds": microseconds},

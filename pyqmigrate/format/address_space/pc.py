@@ -3,19 +3,19 @@
 ::
 
     0            RAM
-    0xa0000      the window of a VGA card (where there is none, RAM)
-    0xc0000      ROMs, or the RAM behind them: firmware copies them there and lets RAM show instead
+    0xa0000      the window of a VGA card (RAM without one)
+    0xc0000      ROMs, or the RAM behind them: firmware copies ROMs to RAM and then maps the RAM
     0x100000     RAM, up to the split
-    (BARs)       where firmware put them, the memory of a standard VGA card among them
-    4 GiB - n    firmware of n bytes; its last 128 KiB are those at 0xe0000 too
+    (BARs)       at addresses that firmware chose, among them the memory of a standard VGA card
+    4 GiB - n    firmware of n bytes; its last 128 KiB are also at 0xe0000
     4 GiB        the rest of RAM
 
-The split is lower than 4 GiB, to leave room for devices, and ``-machine max-ram-below-4g`` moves
-it. How much RAM is on either side is recorded in the clock's CMOS memory, where firmware looks for
-it. All of it is as ``info mtree -f`` of QEMU 10.0 shows it.
+The split is below 4 GiB, to leave room for devices, and ``-machine max-ram-below-4g`` moves it. The
+amount of RAM on either side is recorded in the clock's CMOS memory, for the firmware. The layout is
+that of ``info mtree -f`` of QEMU 10.0.
 
-A direct save may have device state that nothing describes. The fields used here come first in their
-sections, so they are found there too.
+A direct save may have device state without a description. The fields used here come first in their
+sections, so they are found in that case too.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.address_space.placement import Hole, Placement
 from pyqmigrate.format.device.values import Device
 
-__all__ = ["PC_FAMILY", "TOLD_LESS", "PcMachine", "Ram", "layers"]
+__all__ = ["PC_FAMILY", "ROUNDING_ERRORS", "PcMachine", "Ram", "layers"]
 
 _MIB = 1 << 20
 _ROUNDING = 64 << 10
-TOLD_LESS = range(2 * _ROUNDING)  # by how much firmware is told less RAM than there is
+ROUNDING_ERRORS = range(2 * _ROUNDING)  # the error of the sizes in CMOS, which are rounded down
 _FOUR_GIB = 4 << 30
 # RAM that would reach this address may have been moved up to 1 TiB, for an AMD processor.
 _MOVED_FROM = 0xFD_0000_0000
@@ -50,7 +50,7 @@ _WHOLE = "data"  # what the one field of a section is called that is described a
 
 @dataclass(frozen=True)
 class Ram:
-    """The guest's RAM: the blocks it is made of with their lengths, one after another."""
+    """The guest's RAM: its blocks in order, with their lengths."""
 
     blocks: tuple[tuple[str, int], ...]
 
@@ -59,7 +59,7 @@ class Ram:
         return sum(length for _, length in self.blocks)
 
     def seen(self, start: int, end: int, address: int) -> list[Placement]:
-        """Bytes ``[start, end)`` of RAM at ``address``."""
+        """Return bytes ``[start, end)`` of RAM, mapped at ``address``."""
         found, at = [], 0
         for name, length in self.blocks:
             first, last = max(start, at), min(end, at + length)
@@ -73,11 +73,11 @@ class Ram:
 class PcMachine:
     """A machine type of the family.
 
-    ``ram`` is what its RAM is called where the user chose no name. RAM of at least ``splits_at``
+    ``ram`` is the name of its RAM block unless the user chose one. RAM of at least ``splits_at``
     bytes has ``below`` of them under 4 GiB. ``pam`` is the first of seven registers in the PCI
-    configuration of the host bridge ``bridge`` that say what is at 0xc0000; None where ROMs and
-    firmware are always seen. ``max_below`` is what max-ram-below-4g is where it is not given; None
-    where there is no such property.
+    configuration of the host bridge ``bridge`` that select ROM or RAM at 0xc0000; None if ROMs and
+    firmware are always mapped. ``max_below`` is the default of max-ram-below-4g; None if the machine
+    type does not have this property.
     """
 
     name: re.Pattern[str]
@@ -88,26 +88,25 @@ class PcMachine:
     pam: int | None = None
     max_below: int | None = None
 
-    def told_size(self, devices: Iterable[Device]) -> int | None:
-        """How much RAM firmware is told of, rounded down to 64 KiB on either side of 4 GiB."""
-        told = _told(devices)
-        return None if told is None else sum(told)
+    def recorded_size(self, devices: Iterable[Device]) -> int | None:
+        """Return the RAM that CMOS records, rounded down to 64 KiB on either side of 4 GiB."""
+        recorded = _recorded_sizes(devices)
+        return None if recorded is None else sum(recorded)
 
     def split(
         self, length: int, devices: Iterable[Device] | None, max_below: int | None = None
     ) -> int:
-        """How many of ``length`` bytes of RAM are below 4 GiB.
+        """Return how many of ``length`` bytes of RAM are below 4 GiB.
 
-        ``devices`` None: there is no device state to ask, and the default of the machine type
-        holds. ``max_below`` is what ``max-ram-below-4g`` was. Raises NotSupported where the device
-        state does not say it, or not exactly, UsageError where it says something else than
-        ``max_below``.
+        With ``devices`` None the default of the machine type is assumed. ``max_below`` is the value
+        of ``max-ram-below-4g``. Raises NotSupported if the device state does not record it, or not
+        exactly, and UsageError if it contradicts ``max_below``.
         """
         if max_below is not None and self.max_below is None:
             raise UsageError("this machine has no max-ram-below-4g")
         default = self._default(length, max_below)
-        recorded = None if devices is None else _told(devices)
-        if recorded is None or length - sum(recorded) not in TOLD_LESS:
+        recorded = None if devices is None else _recorded_sizes(devices)
+        if recorded is None or length - sum(recorded) not in ROUNDING_ERRORS:
             if devices is None or max_below is not None or self.max_below is None:
                 return default
             raise NotSupported(
@@ -140,7 +139,7 @@ class PcMachine:
         return below
 
     def _default(self, length: int, max_below: int | None) -> int:
-        """What QEMU does with ``length`` bytes, as pc_init1() and pc_q35_init() do."""
+        """Return the split of ``length`` bytes that pc_init1() and pc_q35_init() would choose."""
         most = max_below or self.max_below
         if most is None:
             lowest = self.below if length >= self.splits_at else length
@@ -162,7 +161,7 @@ PC_FAMILY = (
     PcMachine(re.compile(r"isapc\Z"), "pc.ram", 0xE0000000, 0xE0000000, max_below=0xE0000000),
 )
 
-_BAR = 0x10  # where in PCI configuration the first one stands
+_BAR = 0x10  # offset of the first BAR in PCI configuration
 _BAR_KIND = 0xF  # its low bits; 0 or 8 is memory with an address of 32 bits
 
 
@@ -173,13 +172,16 @@ def layers(
     devices: Sequence[Device] | None,
     max_below: int | None = None,
 ) -> list[list[Placement]]:
-    """What lies upon what, RAM at the bottom. NotSupported where RAM may be in two places, and
-    further as of :meth:`PcMachine.split`."""
+    """Return the layers of the address space, RAM at the bottom.
+
+    Raises NotSupported if RAM may be in either of two places, and the errors of
+    :meth:`PcMachine.split`.
+    """
     below = machine.split(ram.length, devices, max_below)
     devices = devices or ()
     if _FOUR_GIB + ram.length - below > _MOVED_FROM:
         raise NotSupported(
-            "so much RAM may be at 4 GiB or at 1 TiB, which the snapshot does not tell; "
+            "so much RAM may be at 4 GiB or at 1 TiB, which the snapshot does not record; "
             "place it by hand (--map NAME@ADDRESS+OFFSET,SIZE)"
         )
     found = [ram.seen(0, below, 0), ram.seen(below, ram.length, _FOUR_GIB)]
@@ -204,7 +206,7 @@ def _option_roms(blocks: Mapping[str, int]) -> Iterator[Placement]:
 
 
 def _low_firmware(blocks: Mapping[str, int]) -> Iterator[Placement]:
-    """The end of the firmware below 1 MiB; beside flash there is a copy of its own for that."""
+    """Return the end of the firmware below 1 MiB; with flash it is a separate copy."""
     name = "isa-bios" if "isa-bios" in blocks else "pc.bios"
     if name in blocks:
         length = min(blocks[name], _LOW_FIRMWARE_MAX)
@@ -212,7 +214,7 @@ def _low_firmware(blocks: Mapping[str, int]) -> Iterator[Placement]:
 
 
 def _registers(bridge: str, first: int, devices: Iterable[Device]) -> bytes:
-    """The seven registers; where they are not known, those that firmware leaves."""
+    """Return the seven registers, or the values that firmware leaves if they are not known."""
     for device in devices:
         config = _pci_config(device) if device.name.rpartition("/")[2] == bridge else None
         if config is not None:
@@ -221,10 +223,10 @@ def _registers(bridge: str, first: int, devices: Iterable[Device]) -> bytes:
 
 
 def _not_shadowed(rom: Placement, registers: bytes) -> Iterator[Placement]:
-    """The parts of a ROM that are seen: reads do not go to RAM there.
+    """Return the parts of a ROM from which reads are not redirected to RAM.
 
-    Bits 0 and 4 of a register send the reads of 16 KiB each to RAM; the first register has but one,
-    for 64 KiB from 0xf0000 on.
+    Bits 0 and 4 of a register redirect reads of 16 KiB each; the first register has only one such
+    bit, for 64 KiB from 0xf0000 on.
     """
     pieces = [(_MIB - 0x10000, 0x10000, registers[0] >> 4)]
     for n, register in enumerate(registers[1:]):
@@ -237,7 +239,7 @@ def _not_shadowed(rom: Placement, registers: bytes) -> Iterator[Placement]:
 
 
 def _bars(blocks: Mapping[str, int], devices: Iterable[Device]) -> Iterator[Placement]:
-    """The memory of standard VGA cards: their first BAR, where the guest lets it be seen."""
+    """Return the memory of standard VGA cards: their first BAR, if the guest has enabled it."""
     for device in devices:
         slot, _, kind = device.name.rpartition("/")
         name = f"{slot}/vga.vram"
@@ -250,8 +252,8 @@ def _bars(blocks: Mapping[str, int], devices: Iterable[Device]) -> Iterator[Plac
             yield Placement(name, address, 0, blocks[name])
 
 
-def _told(devices: Iterable[Device]) -> tuple[int, int] | None:
-    """How much RAM below and above 4 GiB firmware finds in CMOS; None where there is no clock."""
+def _recorded_sizes(devices: Iterable[Device]) -> tuple[int, int] | None:
+    """Return the RAM below and above 4 GiB that CMOS records; None without a clock."""
     for device in devices:
         if device.name != "mc146818rtc":
             continue
@@ -278,8 +280,8 @@ def _pci_config(device: Device) -> bytes | None:
 
 
 def _undescribed(device: Device) -> bytes:
-    """The body of a section that nothing describes: without a description, or with one that makes
-    it a single buffer, as that of a direct save does (pyqmigrate.format.device.decode)."""
+    """Return the body of a section without a description, or with one that makes it a single
+    buffer, as in a direct save (pyqmigrate.format.device.decode)."""
     fields = device.state.fields
     if len(fields) != 1 or device.state.subsections or fields[0].name not in ("", _WHOLE):
         return b""

@@ -1,10 +1,10 @@
-"""Where in the guest's address space the bytes of its RAM blocks are.
+"""The placement of RAM blocks in the guest's physical address space.
 
     for placement in physical_map(machine, {"pc.ram": 4 << 30}, devices):
         placement.block, placement.address, placement.offset, placement.length
 
-A snapshot names blocks and does not say at which guest-physical addresses they can be seen. That
-follows from the machine type, and in part from the device state: see
+A snapshot names blocks without their guest-physical addresses. These follow from the machine type,
+and in part from the device state: see
 :mod:`~pyqmigrate.format.address_space.pc` for the PC family. Other machines have their RAM in one
 piece.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from pyqmigrate.argument_types import check
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.format.address_space.pc import PC_FAMILY, TOLD_LESS, PcMachine, Ram, layers
+from pyqmigrate.format.address_space.pc import PC_FAMILY, ROUNDING_ERRORS, PcMachine, Ram, layers
 from pyqmigrate.format.address_space.placement import GivenPlacement, Placement, overlay
 from pyqmigrate.format.address_space.srat import nodes_in_order
 from pyqmigrate.format.device.cpu import (
@@ -46,14 +46,14 @@ _GIVEN = re.compile(
 )
 _ADDRESS_MAX = 1 << 64
 _ARM_PRIVILEGED = 0xF  # the bits of CPSR that are clear in user mode
-# Blocks that stand beside backends with names of the user's choosing and are none.
+# Blocks that are not the user's memory backends.
 _NEVER_RAM = re.compile(r".*/|pc\.bios|pc\.rom|isa-bios|(system|virt)\.flash\d|vga\.")
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What a machine runs; ``elf`` is its number in ELF files, ``described`` what registers of it
-    look like, where that is known, ``big_endian`` the byte order of its guest."""
+    """The processor of a machine: ``elf`` is its number in ELF files, ``described`` the form of its
+    registers, if known, ``big_endian`` the byte order of the guest."""
 
     elf: int
     described: tuple[Architecture, ...] = ()
@@ -90,7 +90,7 @@ _FLAT = (
 
 
 def parse_placement(text: str) -> GivenPlacement:
-    """``NAME@ADDRESS[+OFFSET[,SIZE]]``: a part of block NAME, seen at a guest-physical ADDRESS.
+    """Parse ``NAME@ADDRESS[+OFFSET[,SIZE]]``: a part of block NAME at a guest-physical ADDRESS.
 
     Numbers are bytes, decimal or hexadecimal (``0x``). Without OFFSET the part starts with the
     block, without SIZE it ends with it. UsageError for any other text.
@@ -121,20 +121,20 @@ def physical_map(
     acpi_tables: bytes = b"",
     max_ram_below_4g: int | None = None,
 ) -> tuple[Placement, ...]:
-    """The ranges of the guest's address space that show RAM blocks, by address, none overlapping.
+    """Return the ranges of the address space that show RAM blocks, by address, without overlaps.
 
     blocks: the length of each, in the order of the stream.
-    devices: the device state, which says what firmware has set up, and for a PC how much RAM is
-        below 4 GiB. None: firmware is taken to have run, and RAM to be split as it is by default.
-    given: placed by hand, instead of what would be found for these blocks, and on top of it where
-        addresses collide. Where not even RAM can be found, they are all there is.
+    devices: the device state, which records the setup by firmware and, for a PC, the amount of RAM
+        below 4 GiB. None: firmware is assumed to have run, and RAM to have the default split.
+    given: placements from the user, which replace those of the same blocks and hide others at the
+        same addresses. If RAM cannot be placed, they are the whole result.
     acpi_tables: content of ``/rom@etc/acpi/tables``, which has the order of NUMA nodes.
-    max_ram_below_4g: what that property of the machine was, in bytes, for a PC whose device state
-        does not say it.
+    max_ram_below_4g: the value of that machine property, in bytes, for a PC whose device state does
+        not record it.
 
-    Blocks that nothing is known about are left out. Raises NotSupported where not even RAM can be
-    placed and none is given, UsageError for parts outside of their blocks or upon one another, and
-    for a ``max_ram_below_4g`` that contradicts the device state.
+    Unknown blocks are left out. Raises NotSupported if RAM cannot be placed and ``given`` is empty,
+    UsageError for parts outside of their blocks or overlapping parts, and for a
+    ``max_ram_below_4g`` that contradicts the device state.
     """
     if not blocks:
         raise NotSupported("the snapshot has no RAM blocks, so there is no memory to place")
@@ -147,14 +147,14 @@ def physical_map(
         if not by_hand:
             raise
         found = ()
-    rest = [[one for one in layer if one.block not in moved] for layer in found]
+    rest = [[part for part in layer if part.block not in moved] for layer in found]
     return overlay([*rest, by_hand])
 
 
 def processor_of(machine: str, blocks: Iterable[str], devices: Iterable[Device] = ()) -> Processor:
-    """What a machine runs; NotSupported where that is not known, and for Arm of 32 bits.
+    """Return a machine's processor; NotSupported if it is not known, and for 32-bit Arm.
 
-    A Power guest is of either byte order: big where ``devices`` do not tell.
+    A Power guest may have either byte order: big unless ``devices`` show the other.
     """
     if _pc(machine) is not None:
         return _X86
@@ -179,7 +179,7 @@ def processor_of(machine: str, blocks: Iterable[str], devices: Iterable[Device] 
 
 
 def _runs_arm_kernel(cpu: CpuRegisters) -> bool:
-    """Whether it is in a privileged mode of 32 bits; programs of 32 bits have others below them."""
+    """Return whether the CPU is in a privileged 32-bit mode: a 32-bit program may run on a 64-bit kernel."""
     return cpu.architecture is Architecture.ARM and bool(cpu.general["cpsr"] & _ARM_PRIVILEGED)
 
 
@@ -192,7 +192,7 @@ def _found(
 ) -> Sequence[Sequence[Placement]]:
     pc = _pc(machine)
     if pc is not None:
-        ram = _main_ram(pc.ram, blocks, pc.told_size(devices or ()), acpi_tables)
+        ram = _main_ram(pc.ram, blocks, pc.recorded_size(devices or ()), acpi_tables)
         return layers(pc, ram, blocks, devices, max_below)
     flat = _flat(machine, blocks, devices or ())
     if flat is None:
@@ -219,13 +219,13 @@ def _flat(machine: str, blocks: Iterable[str], devices: Sequence[Device]) -> _Fl
 
 
 def _main_ram(name: str, blocks: Mapping[str, int], size: int | None, acpi_tables: bytes) -> Ram:
-    """The blocks that make up RAM, in their order; ``size`` is how much there is, if known."""
+    """Return the blocks that make up RAM, in order; ``size`` is the amount of RAM, if known."""
     if name in blocks:
         return Ram(((name, blocks[name]),))
     backends = {n: length for n, length in blocks.items() if not _NEVER_RAM.match(n)}
-    if size is not None and sum(backends.values()) - size not in TOLD_LESS:
+    if size is not None and sum(backends.values()) - size not in ROUNDING_ERRORS:
         # Some of them are modules that were plugged in, or are shared with others.
-        alone = [n for n, length in backends.items() if length - size in TOLD_LESS]
+        alone = [n for n, length in backends.items() if length - size in ROUNDING_ERRORS]
         backends = {n: backends[n] for n in alone} if len(alone) == 1 else {}
     if len(backends) == 1:
         return Ram(tuple(backends.items()))
@@ -239,11 +239,11 @@ def _main_ram(name: str, blocks: Mapping[str, int], size: int | None, acpi_table
 
 
 def _checked(given: Sequence[GivenPlacement], blocks: Mapping[str, int]) -> list[Placement]:
-    """The parts given, by address."""
+    """Check the placements from the user and return them by address."""
     placed = []
     for part in given:
         if part.block not in blocks:
-            raise UsageError(f"there is no block {part.block!r} to place; there are {[*blocks]}")
+            raise UsageError(f"unknown block {part.block!r}; the blocks are {[*blocks]}")
         length = blocks[part.block] - part.offset if part.length is None else part.length
         if part.offset < 0 or length <= 0 or part.offset + length > blocks[part.block]:
             raise UsageError(
@@ -254,9 +254,9 @@ def _checked(given: Sequence[GivenPlacement], blocks: Mapping[str, int]) -> list
             raise UsageError(f"block {part.block!r} at {part.address:#x} leaves the address space")
         placed.append(Placement(part.block, part.address, part.offset, length))
     placed.sort(key=lambda placement: placement.address)
-    for one, other in itertools.pairwise(placed):
-        if one.end > other.address:
+    for first, second in itertools.pairwise(placed):
+        if first.end > second.address:
             raise UsageError(
-                f"blocks {one.block!r} and {other.block!r} are both placed at {other.address:#x}"
+                f"blocks {first.block!r} and {second.block!r} are both placed at {second.address:#x}"
             )
     return placed

@@ -1,4 +1,4 @@
-"""A range of guest-physical addresses that shows a part of a RAM block, and layers of such."""
+"""Ranges of guest-physical addresses that show parts of RAM blocks, and layers of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["GivenPlacement", "Hole", "Placement", "overlay"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Bytes ``[offset, offset + length)`` of a block, seen from guest-physical ``address`` on."""
+    """Bytes ``[offset, offset + length)`` of a block, mapped at guest-physical ``address``."""
 
     block: str
     address: int
@@ -19,17 +19,17 @@ class Placement:
 
     @property
     def end(self) -> int:
-        """The first address behind it."""
+        """The first address after it."""
         return self.address + self.length
 
     def part(self, start: int, end: int) -> Placement:
-        """What is seen of it at the addresses ``[start, end)``, inside of its own."""
+        """Return its part at the addresses ``[start, end)``, which are among its own."""
         return Placement(self.block, start, self.offset + start - self.address, end - start)
 
 
 @dataclass(frozen=True)
 class GivenPlacement:
-    """A placement that somebody asks for; ``length`` None reaches to the end of the block."""
+    """A placement from the user; with ``length`` None it extends to the end of the block."""
 
     block: str
     address: int
@@ -38,7 +38,7 @@ class GivenPlacement:
 
 
 class Hole(Placement):
-    """Addresses at which there is no memory, whatever lies below."""
+    """Addresses without memory; a hole hides the layers below it."""
 
     def __init__(self, address: int, length: int) -> None:
         super().__init__("", address, 0, length)
@@ -48,26 +48,28 @@ class Hole(Placement):
 
 
 def overlay(layers: Iterable[Sequence[Placement]]) -> tuple[Placement, ...]:
-    """What is seen of layers that lie upon one another, the last one on top; in order.
+    """Return the visible parts of stacked layers, the last one on top, in order of address.
 
-    Neighbours that go on where the other ends, in the block too, become one.
+    Neighbours that are contiguous, in the block too, are merged.
     """
-    seen: list[Placement] = []
+    visible: list[Placement] = []
     for layer in layers:
         for top in layer:
-            seen = [rest for below in seen for rest in _uncovered(below, top)]
-            seen.append(top)
-    seen.sort(key=lambda placement: placement.address)
-    joined: list[Placement] = []
-    for one in seen:
-        if isinstance(one, Hole):
+            visible = [rest for below in visible for rest in _uncovered(below, top)]
+            visible.append(top)
+    visible.sort(key=lambda placement: placement.address)
+    merged: list[Placement] = []
+    for placement in visible:
+        if isinstance(placement, Hole):
             continue
-        last = joined[-1] if joined else None
-        if last is not None and _goes_on(last, one):
-            joined[-1] = Placement(one.block, last.address, last.offset, one.end - last.address)
+        last = merged[-1] if merged else None
+        if last is not None and _is_contiguous(last, placement):
+            merged[-1] = Placement(
+                placement.block, last.address, last.offset, placement.end - last.address
+            )
         else:
-            joined.append(one)
-    return tuple(joined)
+            merged.append(placement)
+    return tuple(merged)
 
 
 def _uncovered(below: Placement, top: Placement) -> Iterable[Placement]:
@@ -80,9 +82,9 @@ def _uncovered(below: Placement, top: Placement) -> Iterable[Placement]:
         yield below.part(top.end, below.end)
 
 
-def _goes_on(one: Placement, other: Placement) -> bool:
+def _is_contiguous(first: Placement, second: Placement) -> bool:
     return (
-        one.block == other.block
-        and one.end == other.address
-        and one.offset + one.length == other.offset
+        first.block == second.block
+        and first.end == second.address
+        and first.offset + first.length == second.offset
     )

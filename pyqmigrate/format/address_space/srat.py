@@ -1,4 +1,4 @@
-"""The order of a guest's NUMA nodes, from the table that QEMU makes for its firmware.
+"""The order of a guest's NUMA nodes, from the table that QEMU makes for the firmware.
 
 A stream lists blocks by size, and the backends of a guest may have any names. The System Resource
 Affinity Table says how much memory each node has, in order of address (ACPI 6.5, 5.2.16)::
@@ -22,14 +22,14 @@ _MEMORY_TYPE = 1
 _ENABLED, _HOT_PLUGGABLE = 1, 2
 _NODES_MAX = 128  # in any QEMU
 _NAME_PARTS = re.compile(r"(\D*)(\d*)")
-_LEGACY_HOLE = 0x60000  # 640 KiB to 1 MiB: RAM that the table leaves out
+_LEGACY_HOLE = 0x60000  # 640 KiB to 1 MiB: RAM that the table omits
 
 
 def nodes_in_order(tables: bytes, backends: Mapping[str, int]) -> list[str] | None:
-    """The names of the backends by address, each being one node; None where that is not told.
+    """Return the names of the backends, one for each node, by address; None if unknown.
 
-    backends: their lengths, in the order of the stream. It lists those that are equally long as
-        they were made; they are taken to be nodes in that order where their names ascend too.
+    backends: their lengths, in the order of the stream. Backends of one length are listed in the
+        order of their creation; they are taken to be nodes in that order if their names ascend too.
     """
     if len(backends) > _NODES_MAX:
         return None
@@ -49,7 +49,7 @@ def nodes_in_order(tables: bytes, backends: Mapping[str, int]) -> list[str] | No
 
 
 def _ascend(ordered: Sequence[str], backends: Mapping[str, int]) -> bool:
-    """Whether among those of one length the names are in order, numbers in them by their value."""
+    """Return whether the names of backends of one length ascend, numbers by their value."""
     last: dict[int, list[tuple[str, int]]] = {}
     for name in ordered:
         key = [(text, int(number or 0)) for text, number in _NAME_PARTS.findall(name)]
@@ -60,16 +60,16 @@ def _ascend(ordered: Sequence[str], backends: Mapping[str, int]) -> bool:
 
 
 def _ranges(tables: bytes) -> Iterator[tuple[int, int, int]]:
-    """Base, node and length of every range of memory that is there from the start."""
-    at = tables.find(_SIGNATURE)
-    if at < 0:
+    """Return base, node and length of every range of memory that is enabled at the start."""
+    start = tables.find(_SIGNATURE)
+    if start < 0:
         return
-    end = min(at + int.from_bytes(tables[at + 4 : at + 8], "little"), len(tables))
-    at += _HEAD
-    while at + 2 <= end and tables[at + 1] >= 2:
-        kind, length = tables[at], tables[at + 1]
-        if kind == _MEMORY_TYPE and length == _MEMORY.size and at + length <= end:
-            _, _, node, base, size, flags = _MEMORY.unpack_from(tables, at)
+    end = min(start + int.from_bytes(tables[start + 4 : start + 8], "little"), len(tables))
+    start += _HEAD
+    while start + 2 <= end and tables[start + 1] >= 2:
+        kind, length = tables[start], tables[start + 1]
+        if kind == _MEMORY_TYPE and length == _MEMORY.size and start + length <= end:
+            _, _, node, base, size, flags = _MEMORY.unpack_from(tables, start)
             if size and flags & _ENABLED and not flags & _HOT_PLUGGABLE:
                 yield base, node, size
-        at += length
+        start += length

@@ -1,7 +1,7 @@
-"""What a QEMU without guest memory writes more of a virtio device than the guest's own.
+"""Removing the marks of broken virtio devices, which a QEMU without guest memory writes.
 
-A virtio device that is loaded looks at its queues in guest memory. Where that is empty they
-contradict the device's own counters, and QEMU marks the device as broken: it is written with the
+A virtio device reads its queues from guest memory when it is loaded. If that is empty, they
+contradict the device's own counters, and QEMU marks the device as broken: it then writes the
 subsection ``virtio/broken``, which the description counts in the field of type ``virtio``.
 """
 
@@ -17,20 +17,20 @@ from pyqmigrate.format.stream.device_only import SectionBuffer, read_device_sect
 __all__ = ["without_broken"]
 
 _NAME = b"virtio/broken"
-# A subsection: its kind, its name, its version, and one byte that says yes.
+# A subsection: its type, its name, its version, and a byte that is true.
 _MARK = b"\x05" + bytes([len(_NAME)]) + _NAME + b"\0\0\0\1" + b"\1"
 
 
 def without_broken(ours: bytes, theirs: bytes, description: bytes) -> tuple[bytes, bytes]:
-    """The sections ``theirs`` and their description without the marks that ``ours`` do not have.
+    """Return ``theirs`` and its description without the marks that ``ours`` does not have.
 
-    ours, theirs: FULL sections, one after another, with their footers. What differs in another way
-    stays as it is. Raises SnapshotError for bytes that are not sections.
+    ours, theirs: FULL sections, one after another, with their footers. Other differences are kept.
+    Raises SnapshotError for bytes that are not sections.
     """
     lengths = body_lengths(parse(description))
     described: dict[str, Any] = json.loads(description)
     first, second = SectionBuffer(ours), SectionBuffer(theirs)
-    kept, at = bytearray(), 0
+    kept, end = bytearray(), 0
     for mine, other in zip_longest(
         read_device_sections(first, lengths), read_device_sections(second, lengths)
     ):
@@ -44,11 +44,11 @@ def without_broken(ours: bytes, theirs: bytes, description: bytes) -> tuple[byte
         if len(fields) != 1:
             continue
         fields[0]["size"] -= len(_MARK)
-        kept += theirs[at : place.start] + body.replace(_MARK, b"")
-        at = place.stop
-    if not at:
+        kept += theirs[end : place.start] + body.replace(_MARK, b"")
+        end = place.stop
+    if not end:
         return theirs, description
-    return bytes(kept + theirs[at:]), json.dumps(described).encode()
+    return bytes(kept + theirs[end:]), json.dumps(described).encode()
 
 
 def _virtio_fields(description: dict[str, Any], name: str, instance: int) -> list[dict[str, Any]]:

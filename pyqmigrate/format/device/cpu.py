@@ -3,8 +3,8 @@
     for cpu in cpu_registers(devices):
         cpu.architecture, cpu.general["rip"], cpu.control["cr3"], cpu.segments["fs"].base
 
-QEMU names the fields after its own structures; the names here are those that gdb and manuals use.
-A register that the description does not name is missing from its mapping.
+QEMU names the fields after its own structures; the names here are those of gdb and the manuals. A
+register without a field in the description is missing from its mapping.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Architecture", "CpuRegisters", "Segment", "cpu_registers", "power_is
 
 
 class Architecture(enum.StrEnum):
-    """What the registers are of; for Arm, what the CPU was in when it was stopped."""
+    """The architecture of the registers; for Arm, the execution state of the CPU when it stopped."""
 
     X86_64 = "x86_64"
     I386 = "i386"
@@ -42,7 +42,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class CpuRegisters:
-    """The registers of one CPU; ``index`` is QEMU's number of it.
+    """The registers of one CPU; ``index`` is its number in QEMU.
 
     - ``general``: x86: ``rax`` .. ``r15``, ``rip``, ``rflags`` (``eax`` .. without 64 bits);
       AArch64: ``x0`` .. ``x30``, ``sp``, ``pc``, ``pstate``; Arm: ``r0`` .. ``r15``, ``cpsr``.
@@ -86,7 +86,7 @@ _X86_CONTROL = {
 _POWER_LPCR, _POWER_ILE = 318, 1 << 25  # a special purpose register, and a bit of it
 _POWER_LE = 1  # a bit of MSR
 
-_ARM_MODE_32 = 0x10  # the bit of CPSR and PSTATE that tells AArch32 from AArch64
+_ARM_MODE_32 = 0x10  # the bit of CPSR and PSTATE that is set in AArch32
 _ARM_SYSTEM_64 = 0x6030_0000_0013_0000  # a 64-bit system register, as KVM numbers them
 _ARM_CONTROL = {  # op0, op1, CRn, CRm, op2
     "sctlr_el1": (3, 0, 1, 0, 0),
@@ -103,9 +103,9 @@ _ARM_CONTROL = {  # op0, op1, CRn, CRm, op2
 
 
 def cpu_registers(devices: Iterable[Device]) -> tuple[CpuRegisters, ...]:
-    """The registers of each CPU among ``devices``, by their numbers.
+    """Return the registers of each CPU in ``devices``, by number.
 
-    CPUs of another kind than x86 and Arm, or without a description, are left out.
+    CPUs other than x86 and Arm, and those without a description, are left out.
     """
     devices = _checked(devices)
     found = (_read(device.state, device.instance_id) for device in devices if device.name == "cpu")
@@ -122,10 +122,10 @@ def _checked(devices: Iterable[Device]) -> Sequence[Device]:
 
 
 def power_is_little_endian(devices: Iterable[Device]) -> bool:
-    """Whether the kernel of a 64-bit Power guest runs in little-endian mode.
+    """Return whether the kernel of a 64-bit Power guest runs in little-endian mode.
 
-    It has told the processor to take interrupts so (LPCR[ILE]); a CPU in that mode (MSR[LE]) says
-    it as well. False where ``devices`` do not tell: firmware is big-endian.
+    It does if interrupts are taken in that mode (LPCR[ILE]), or a CPU is in it (MSR[LE]). False if
+    ``devices`` do not show it: firmware is big-endian.
     """
     for device in devices:
         if device.name == "cpu" and "env.msr" in device.state:
@@ -231,7 +231,7 @@ def _arm_vectors(state: State) -> tuple[int, ...]:
 
 
 def _named(state: State, names: Mapping[str, str]) -> dict[str, int]:
-    """The numbers of these fields, by the names that they are to have."""
+    """Return the numbers in these fields, under the given names."""
     values = {name: _number(state.get(field)) for name, field in names.items()}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""Device sections decoded with the description that their own stream carries.
+"""Decoding device sections with the description in their stream.
 
 A body is the fields of the description one after another, without gaps; then its subsections
 (docs/internals/format.md, "Description" and "Length of a body")::
@@ -9,11 +9,10 @@ A body is the fields of the description one after another, without gaps; then it
     gtree        u32 count; per element: 0x01, key, value's fields; at the end 0x00
     subsection   0x05, str8 name, u32 version, fields
 
-An array whose elements are all described alike is described by its first element. Where the
-elements differ in size that is wrong, and so is the length of all around it: what such a
-description does not explain stays bytes. The description is as untrusted as the rest: depth is
-bounded, so is the number of values, in a section and in a whole call, and no size reaches out of
-what contains it.
+An array is described by its first element. If elements differ in size, that is wrong, and so are the
+lengths of everything around it; bytes that such a description does not explain stay bytes. The
+description is as untrusted as the rest of the file: depth is bounded, so is the number of values, in
+a section and in a whole call, and no size exceeds that of its container.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from pyqmigrate.format.stream.description import parse
 from pyqmigrate.format.stream.wire import Section, SectionKind
 
 __all__ = [
-    "DEVICE_STATE_MAX",
+    "DECODED_STATE_MAX",
     "VALUES_MAX",
     "Budget",
     "DescribedStream",
@@ -48,7 +47,7 @@ __all__ = [
     "described_devices",
 ]
 
-DEVICE_STATE_MAX = 96 << 20  # bytes of bodies in one call, which can be in memory twice
+DECODED_STATE_MAX = 96 << 20  # bytes of bodies in one call, which can be in memory twice
 DEPTH_MAX = 32  # structs and subsections in one another; QEMU's own come to 8
 # Fields in one call, repeated ones counted as often. A q35 with 64 CPUs and 224 virtio devices has
 # 24 thousand of them.
@@ -65,7 +64,7 @@ _MORE, _END = b"\x01", b"\x00"
 
 
 class DescribedStream(Protocol):
-    """What is needed of a parsed stream, of whichever kind."""
+    """The parts of a parsed stream, of either form, that decoding needs."""
 
     @property
     def sections(self) -> Sequence[Section]: ...
@@ -82,13 +81,13 @@ def decode_devices(
     section_id: int | None = None,
     longest: int | None = None,
 ) -> Iterator[Device]:
-    """Decode the device sections of ``stream``, in its order, one after another.
+    """Decode the device sections of ``stream``, in order, one after another.
 
-    ``name`` and ``section_id`` select, and ``longest`` leaves out bodies of more bytes than that;
-    of ``source`` only the bodies of the sections that are selected are read.
-    What the description does not explain is bytes, never an error. Raises :class:`SnapshotError`
-    when the file has become shorter, :class:`NotSupported` when the sections that are selected
-    have more than DEVICE_STATE_MAX bytes, or more than VALUES_MAX values.
+    ``name`` and ``section_id`` select sections, and ``longest`` omits bodies of more bytes; only the
+    bodies of selected sections are read from ``source``. Bytes that the description does not explain
+    are returned as bytes, and are not an error. Raises :class:`SnapshotError` if the file has become
+    shorter, :class:`NotSupported` if the selected sections have more than DECODED_STATE_MAX bytes, or
+    more than VALUES_MAX values.
     """
     sections = [
         section
@@ -99,9 +98,9 @@ def decode_devices(
         and (longest is None or section.body_length <= longest)
     ]
     total = sum(section.body_length for section in sections)
-    if total > DEVICE_STATE_MAX:
+    if total > DECODED_STATE_MAX:
         raise NotSupported(
-            f"device state of {total >> 20} MiB; at most {DEVICE_STATE_MAX >> 20} are decoded at "
+            f"device state of {total >> 20} MiB; at most {DECODED_STATE_MAX >> 20} are decoded at "
             "once: choose among the devices, by name or section id"
         )
     described = described_devices(stream.description)
@@ -119,27 +118,27 @@ def decode_devices(
 
 
 @dataclass(frozen=True)
-class _Redescribed:
+class _StreamWithDescription:
     sections: Sequence[Section]
     description: Mapping[str, Any] | None
 
 
 def described_by(stream: DescribedStream, text: bytes | None) -> DescribedStream:
-    """Return ``stream`` with the description in JSON ``text`` instead of its own; None leaves it.
+    """Return ``stream`` with the description in JSON ``text``; with None, return it unchanged.
 
     Raises :class:`SnapshotError` for text that is not a description.
     """
-    return stream if text is None else _Redescribed(stream.sections, parse(text))
+    return stream if text is None else _StreamWithDescription(stream.sections, parse(text))
 
 
 class Budget:
-    """How many values are left for the sections that are decoded with it."""
+    """The number of values left for the sections that are decoded with it."""
 
     def __init__(self, values: int = VALUES_MAX) -> None:
         self._left = values
 
     def spend(self, values: int) -> None:
-        """NotSupported when there are not so many left."""
+        """Take values from the budget. Raises NotSupported if too few are left."""
         self._left -= values
         if self._left < 0:
             raise NotSupported(
@@ -151,9 +150,9 @@ class Budget:
 def decode_device(
     section: Section, body: bytes, described: Mapping[str, Any] | None, budget: Budget | None = None
 ) -> Device:
-    """Decode one section; ``described`` is its entry among the description's ``devices``.
+    """Decode one section; ``described`` is its entry in the description's ``devices``.
 
-    NotSupported when ``budget`` (a whole one, if none is given) does not suffice.
+    Raises NotSupported if ``budget`` (by default a new one) does not suffice.
     """
     decoder = _Decoder(body, budget or Budget())
     if described is None:
@@ -187,8 +186,8 @@ def described_devices(
     return found
 
 
-class _Unexplained(Exception):
-    """The bytes are not as the description says."""
+class _UnexplainedBytes(Exception):
+    """The bytes do not match the description."""
 
 
 class _Decoder:
@@ -201,19 +200,19 @@ class _Decoder:
         self.explained = True
 
     def device(self, described: Mapping[str, Any]) -> State:
-        """The state of all the body."""
+        """Return the state of the whole body."""
         if self._afford(_listed(described)):
             return self.bounded(described, 0, len(self._body), 0)
         return _state(described, 0, len(self._body), [self.rest(0, len(self._body))], ())
 
-    def bounded(self, described: Mapping[str, Any], at: int, end: int, depth: int) -> State:
-        """The state that fills ``[at, end)``; with a field of bytes where it does not."""
+    def bounded(self, described: Mapping[str, Any], offset: int, end: int, depth: int) -> State:
+        """Return the state in ``[offset, end)``, with a field of bytes for the part that is not explained."""
         items = _objects(described.get("fields"))
         fields: list[Field] = []
         subsections: list[State] = []
         try:
-            position = self._fill(described, at, end, depth, fields, subsections)
-        except _Unexplained:
+            position = self._fill(described, offset, end, depth, fields, subsections)
+        except _UnexplainedBytes:
             position = -1
         if position != end:
             subsections = []
@@ -222,80 +221,86 @@ class _Decoder:
                 len(fields),
             )
             del fields[trusted:]
-            position = at + sum(field.length for field in fields)
+            position = offset + sum(field.length for field in fields)
             if position < end:
                 fields.append(self.rest(position, end))
             self.explained = False
-        return _state(described, at, end, fields, subsections)
+        return _state(described, offset, end, fields, subsections)
 
-    def rest(self, at: int, end: int) -> Field:
-        """Bytes that nothing explains."""
+    def rest(self, offset: int, end: int) -> Field:
+        """Return a field for bytes that are not explained."""
         self.explained = False
-        return Field("", "", at, end - at, self._body[at:end], opaque=True)
+        return Field("", "", offset, end - offset, self._body[offset:end], opaque=True)
 
     def _fill(
         self,
         described: Mapping[str, Any],
-        at: int,
+        offset: int,
         end: int,
         depth: int,
         fields: list[Field],
         subsections: list[State],
     ) -> int:
-        """Decode fields and subsections from ``at`` on, into the lists; returns where they end."""
+        """Decode fields and subsections from ``offset`` on into the lists; return their end."""
         for item in _objects(described.get("fields")):
-            fields.append(self._field(item, at, end, depth))
-            at += fields[-1].length
+            fields.append(self._field(item, offset, end, depth))
+            offset += fields[-1].length
         for item in _objects(described.get("subsections")):
-            subsections.append(self._subsection(item, at, end, depth + 1))
-            at += subsections[-1].length
-        return at
+            subsections.append(self._subsection(item, offset, end, depth + 1))
+            offset += subsections[-1].length
+        return offset
 
-    def _subsection(self, described: Mapping[str, Any], at: int, end: int, depth: int) -> State:
+    def _subsection(self, described: Mapping[str, Any], offset: int, end: int, depth: int) -> State:
         if depth > DEPTH_MAX or not self._afford(_listed(described)):
-            raise _Unexplained
+            raise _UnexplainedBytes
         frame = _frame(described)
-        start = at + len(frame)
-        if start > end or self._body[at:start] != frame:
-            raise _Unexplained
+        start = offset + len(frame)
+        if start > end or self._body[offset:start] != frame:
+            raise _UnexplainedBytes
         fields: list[Field] = []
         subsections: list[State] = []
         stop = self._fill(described, start, end, depth, fields, subsections)
-        return _state(described, at, stop, fields, subsections)
+        return _state(described, offset, stop, fields, subsections)
 
-    def _field(self, item: Mapping[str, Any], at: int, end: int, depth: int) -> Field:
+    def _field(self, item: Mapping[str, Any], offset: int, end: int, depth: int) -> Field:
         size, count = _number(item.get("size")), _number(item.get("array_len", 1))
-        if size is None or count is None or size * count > end - at:
-            raise _Unexplained
+        if size is None or count is None or size * count > end - offset:
+            raise _UnexplainedBytes
         name, kind = _text(item.get("name")), _text(item.get("type"))
         length = size * count
         if "array_len" in item or "struct" in item or "fields" in item or kind in _COMPOUND:
             value, known = self._value(
-                item, kind, at, at + length, count if "array_len" in item else None, depth
+                item, kind, offset, offset + length, count if "array_len" in item else None, depth
             )
         else:
-            value, known = decode_one(kind, self._body[at : at + length])
-        return Field(name, kind, at, length, value, _number(item.get("index")), not known)
+            value, known = decode_one(kind, self._body[offset : offset + length])
+        return Field(name, kind, offset, length, value, _number(item.get("index")), not known)
 
     def _value(
-        self, item: Mapping[str, Any], kind: str, at: int, end: int, count: int | None, depth: int
+        self,
+        item: Mapping[str, Any],
+        kind: str,
+        offset: int,
+        end: int,
+        count: int | None,
+        depth: int,
     ) -> tuple[Value, bool]:
-        """The value, and whether it is known; where not, it is bytes."""
+        """Return the value, and whether its type is known; otherwise it is bytes."""
         nested = item.get("struct", item)
         if kind in LISTS and count is None and depth < DEPTH_MAX:
-            states = self._list(item, kind, at, end, depth + 1)
-            return (self._body[at:end], False) if states is None else (states, True)
+            states = self._list(item, kind, offset, end, depth + 1)
+            return (self._body[offset:end], False) if states is None else (states, True)
         if isinstance(nested, dict) and "fields" in nested and kind not in LISTS:
             if depth >= DEPTH_MAX or not self._afford((count or 1) * _listed(nested)):
-                return self._body[at:end], False
+                return self._body[offset:end], False
             if count is None:
-                return self.bounded(nested, at, end, depth + 1), True
-            size = (end - at) // (count or 1)
+                return self.bounded(nested, offset, end, depth + 1), True
+            size = (end - offset) // (count or 1)
             return tuple(
-                self.bounded(nested, at + n * size, at + (n + 1) * size, depth + 1)
+                self.bounded(nested, offset + n * size, offset + (n + 1) * size, depth + 1)
                 for n in range(count)
             ), True
-        data = self._body[at:end]
+        data = self._body[offset:end]
         if not self._afford((count or 0) // _ELEMENTS_A_VALUE):
             return data, False
         if kind in VECTORS and count is None:
@@ -303,50 +308,52 @@ class _Decoder:
         return decode_one(kind, data) if count is None else decode_array(kind, data, count)
 
     def _list(
-        self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int
+        self, item: Mapping[str, Any], kind: str, offset: int, end: int, depth: int
     ) -> tuple[State, ...] | None:
-        """A list's elements, if all are as described: of their descriptions only the last is
-        left."""
+        """Return a list's elements if all match the description: QEMU's JSON keeps only that of the
+        last one."""
         explained, self.explained = self.explained, True
         try:
-            states = self._elements(item, kind, at, end, depth)
+            states = self._elements(item, kind, offset, end, depth)
             return states if self.explained else None
-        except _Unexplained:
+        except _UnexplainedBytes:
             return None
         finally:
             self.explained = explained
 
     def _elements(
-        self, item: Mapping[str, Any], kind: str, at: int, end: int, depth: int
+        self, item: Mapping[str, Any], kind: str, offset: int, end: int, depth: int
     ) -> tuple[State, ...]:
         count, key = None, 0
         if kind == GTREE:
-            if end - at < _COUNT.size:
-                raise _Unexplained
-            count = _COUNT.unpack_from(self._body, at)[0]
-            at += _COUNT.size
-            key = _key_length(item, count, end - len(_END) - at) if count else 0
+            if end - offset < _COUNT.size:
+                raise _UnexplainedBytes
+            count = _COUNT.unpack_from(self._body, offset)[0]
+            offset += _COUNT.size
+            key = _key_length(item, count, end - len(_END) - offset) if count else 0
         states: list[State] = []
-        while at + 1 != end or self._body[at:end] != _END:
-            if at >= end:
-                raise _Unexplained
-            if self._body[at : at + 1] != _MORE or not self._afford(1 + _listed(item)):
-                raise _Unexplained
-            states.append(self._element(item, at + 1, end, key, depth))
-            at += 1 + states[-1].length
+        while offset + 1 != end or self._body[offset:end] != _END:
+            if offset >= end:
+                raise _UnexplainedBytes
+            if self._body[offset : offset + 1] != _MORE or not self._afford(1 + _listed(item)):
+                raise _UnexplainedBytes
+            states.append(self._element(item, offset + 1, end, key, depth))
+            offset += 1 + states[-1].length
         if count not in (None, len(states)):
-            raise _Unexplained
+            raise _UnexplainedBytes
         return tuple(states)
 
-    def _element(self, item: Mapping[str, Any], at: int, end: int, key: int, depth: int) -> State:
+    def _element(
+        self, item: Mapping[str, Any], offset: int, end: int, key: int, depth: int
+    ) -> State:
         fields: list[Field] = []
         subsections: list[State] = []
-        if key > end - at:
-            raise _Unexplained
+        if key > end - offset:
+            raise _UnexplainedBytes
         if key:
-            fields.append(Field("key", "buffer", at, key, self._body[at : at + key]))
-        stop = self._fill(item, at + key, end, depth, fields, subsections)
-        return _state(item, at, stop, fields, subsections)
+            fields.append(Field("key", "buffer", offset, key, self._body[offset : offset + key]))
+        stop = self._fill(item, offset + key, end, depth, fields, subsections)
+        return _state(item, offset, stop, fields, subsections)
 
     def _afford(self, values: int) -> bool:
         if values > self._values_left:
@@ -358,18 +365,18 @@ class _Decoder:
 
 
 def _frame(described: Mapping[str, Any]) -> bytes:
-    """What a subsection starts with."""
+    """Return the first bytes of a subsection."""
     name = _text(described.get("vmsd_name")).encode("utf-8", "surrogatepass")
     version = _number(described.get("version"))
     if len(name) > 0xFF or version is None or version >= 1 << 32:
-        raise _Unexplained
+        raise _UnexplainedBytes
     return bytes([_SUBSECTION, len(name)]) + name + _VERSION.pack(version)
 
 
 def _key_length(item: Mapping[str, Any], count: int, length: int) -> int:
-    """Bytes of the key of each of ``count`` elements that have ``length`` bytes together.
+    """Return the length of the key of each of ``count`` elements that have ``length`` bytes together.
 
-    The description of the key is lost: that of the value has taken its place.
+    QEMU's JSON has the description of the value in place of that of the key.
     """
     value = sum(
         (_number(field.get("size")) or 0) * (_number(field.get("array_len", 1)) or 0)
@@ -377,13 +384,13 @@ def _key_length(item: Mapping[str, Any], count: int, length: int) -> int:
     )
     key = length // count - len(_MORE) - value
     if key <= 0 or length % count or item.get("subsections"):
-        raise _Unexplained
+        raise _UnexplainedBytes
     return key
 
 
 def _state(
     described: Mapping[str, Any],
-    at: int,
+    offset: int,
     end: int,
     fields: Iterable[Field],
     subsections: Iterable[State],
@@ -391,21 +398,21 @@ def _state(
     return State(
         _text(described.get("vmsd_name")),
         _number(described.get("version")),
-        at,
-        end - at,
+        offset,
+        end - offset,
         tuple(fields),
         tuple(subsections),
     )
 
 
 def _is_doubtful(item: Mapping[str, Any]) -> bool:
-    """Whether the real length of a field may be another one than the description says."""
+    """Return whether the real length of a field may differ from the description."""
     fixed = width(_text(item.get("type")), item["size"])
     return item["size"] != fixed if fixed is not None else item.get("array_len") is not None
 
 
 def _objects(value: object) -> list[dict[str, Any]]:
-    """The objects of a list; QEMU writes nothing else there."""
+    """Return the objects in a list; QEMU writes nothing else there."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
@@ -418,6 +425,6 @@ def _text(value: object) -> str:
 
 
 def _listed(described: Mapping[str, Any]) -> int:
-    """What it costs to decode a state once."""
+    """Return the cost of decoding a state once."""
     listed = (described.get("fields"), described.get("subsections"))
     return 1 + sum(len(items) for items in listed if isinstance(items, list))

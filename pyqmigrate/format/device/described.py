@@ -1,10 +1,10 @@
-"""Whether a description that was written for other bytes is true of these.
+"""Checking whether a description that was written for other bytes applies to these.
 
-Two QEMUs of one machine write the same device sections. The description that one of them wrote
-holds for the bytes of the other when they have the same sections in the same order, each as long
-and of the same version, and when it explains both bodies of each section or neither (it cannot
-explain some: :mod:`~pyqmigrate.format.device.decode`). A subsection that only one of them has shows
-in the length, and in its name, which is part of the body.
+Two QEMUs with the same machine write the same device sections. The description from one applies to the
+bytes of the other if they have the same sections in the same order, of the same length and version,
+and if it explains both bodies of each section or neither (some cannot be explained:
+:mod:`~pyqmigrate.format.device.decode`). A subsection that only one of them has changes the length,
+and its name is part of the body.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["check_described"]
 
 
 def check_described(ours: bytes, theirs: bytes, description: Mapping[str, Any]) -> None:
-    """Return when the ``description`` of sections ``theirs`` is true of ``ours``.
+    """Check that the ``description`` of the sections ``theirs`` applies to ``ours``.
 
     ours, theirs: FULL sections, one after another, with their footers.
 
-    Raises NotSupported that names the section where it is not, SnapshotError for bytes that are
-    not sections.
+    Raises NotSupported with the name of a section to which it does not apply, SnapshotError for bytes
+    that are not sections.
     """
     lengths = body_lengths(description)
     devices = described_devices(description)

@@ -1,4 +1,4 @@
-"""Device sections as an embedding program hands them in, and gets them back.
+"""Device sections that an embedding program passes in and gets back.
 
 A section is a FULL element of the stream: the device's name, its instance and version, and bytes
 that only the device understands (docs/internals/format.md, "Elements" and "Device sections"). The
@@ -48,7 +48,7 @@ class DeviceSection:
 
 
 def encode_devices(devices: Sequence[DeviceSection], page_size: int) -> tuple[bytes, bytes]:
-    """The sections, in this order, and the JSON text that describes them."""
+    """Return the encoded sections, in this order, and the JSON text that describes them."""
     parts: list[bytes] = []
     described: list[dict[str, Any]] = []
     for number, device in enumerate(devices, _FIRST_ID):
@@ -72,7 +72,7 @@ def encode_devices(devices: Sequence[DeviceSection], page_size: int) -> tuple[by
 
 
 def global_state(run_state: str) -> DeviceSection:
-    """What QEMU writes of the run state that the guest had before it was stopped."""
+    """Return the section in which QEMU records the run state before the guest was stopped."""
     text = run_state.encode()
     return DeviceSection(
         "globalstate",
@@ -92,7 +92,7 @@ def global_state(run_state: str) -> DeviceSection:
 
 
 def run_state_of(devices: Sequence[DeviceSection]) -> str | None:
-    """The run state that the stream carries, or None."""
+    """Return the run state that the sections record, or None."""
     for device in devices:
         if device.name == "globalstate" and len(device.data) >= _GLOBAL_STATE.size:
             text: bytes = _GLOBAL_STATE.unpack_from(device.data)[1]

@@ -1,4 +1,4 @@
-"""Device state as values: what :mod:`~pyqmigrate.format.device.decode` makes of a section.
+"""Device state as values: the results of :mod:`~pyqmigrate.format.device.decode`.
 
 A :class:`Device` is one section of the stream; its ``state`` is a tree of :class:`State` and
 :class:`Field` with the names and types of the stream's own description::
@@ -25,13 +25,13 @@ Value: TypeAlias = Union[Scalar, "State", tuple[Scalar, ...], tuple["State", ...
 class Field:
     """One field, as the description lists it. ``offset`` and ``length`` are bytes in the body.
 
-    ``type`` is QEMU's word for it, empty for bytes that the description does not explain (they
-    have no name either). ``index`` is the place in an array whose elements are listed singly.
+    ``type`` is QEMU's word for it, empty for bytes that the description does not explain (which have no
+    name either). ``index`` is the index in an array whose elements are listed one by one.
 
     ``value`` by type: numbers and timers are int, ``bool`` is bool (an int where the byte is
     neither 0 nor 1), a null pointer is None, a struct is a State; buffers, arrays of ``uint8`` and
     all that is ``opaque`` are bytes; a bitmap is bytes, its bit k being ``value[k // 8] >> k % 8``;
-    other arrays and lists are tuples. ``opaque`` says that nobody here knows what the bytes mean.
+    other arrays and lists are tuples. ``opaque`` means that the type is not known here.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Field:
 
     @property
     def label(self) -> str:
-        """The name, with the index where there is one."""
+        """The name, with the index if it has one."""
         return self.name if self.index is None else f"{self.name}[{self.index}]"
 
 
@@ -52,8 +52,9 @@ class Field:
 class State:
     """The fields of a device, of a struct, or of a subsection, in the order of the stream.
 
-    ``name`` is that of the description's vmstate, perhaps empty; ``version`` None where none is
-    told. ``offset`` and ``length`` are bytes in the body; those of a subsection have its frame.
+    ``name`` is that of the description's vmstate and may be empty; ``version`` is None if the
+    description has none. ``offset`` and ``length`` are bytes in the body; those of a subsection include
+    its frame.
     """
 
     name: str
@@ -64,7 +65,7 @@ class State:
     subsections: tuple[State, ...] = ()
 
     def __getitem__(self, name: str) -> Value:
-        """The value of the first field of this name; KeyError when there is none."""
+        """Return the value of the first field of this name; KeyError if none has it."""
         for field in self.fields:
             if field.name == name:
                 return field.value
@@ -74,11 +75,11 @@ class State:
         return any(field.name == name for field in self.fields)
 
     def get(self, name: str) -> Value:
-        """As ``self[name]``, but None when there is no such field."""
+        """Return ``self[name]``, or None if no field has this name."""
         return next((field.value for field in self.fields if field.name == name), None)
 
     def subsection(self, name: str) -> State | None:
-        """The subsection of this name, or None."""
+        """Return the subsection of this name, or None."""
         return next((state for state in self.subsections if state.name == name), None)
 
 
@@ -86,9 +87,9 @@ class State:
 class Device:
     """One device section. ``offset`` and ``body_offset`` are absolute in the file, bytes.
 
-    ``described`` is False where the stream does not say what is in the section; its ``state``
-    then is one opaque field. ``explained`` is False where there are bytes that the description
-    does not account for, here or in a struct: they stand in the tree as fields without a name.
+    ``described`` is False if the stream does not describe the section; its ``state`` is then one opaque
+    field. ``explained`` is False if the description does not account for all bytes, here or in a
+    struct: they are in the tree as fields without a name.
     """
 
     name: str
@@ -104,11 +105,11 @@ class Device:
     explained: bool
 
     def __getitem__(self, name: str) -> Value:
-        """As ``state[name]``."""
+        """Return ``state[name]``."""
         return self.state[name]
 
     def states(self) -> Iterator[State]:
-        """Every State of the tree, this device's own first."""
+        """Yield every State of the tree, beginning with the device's own."""
         pending = [self.state]
         while pending:
             state = pending.pop()

@@ -1,8 +1,8 @@
-"""The types that descriptions name, and what their bytes mean.
+"""The types in descriptions, and the decoding of their bytes.
 
-All numbers are big-endian, whatever host and guest are. Some names mislead: ``int32 le`` says
-that a loading QEMU accepts values less than or equal to its own, and ``equal`` that it wants its
-own. A type that is not here is known to its device alone.
+All numbers are big-endian, for every host and guest. Some names mislead: ``int32 le`` means that a
+loading QEMU accepts values less than or equal to its own, and ``equal`` that it requires its own.
+Other types are private to their devices.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ VECTORS = {"pci irq state": ("uint32", 4)}  # one field that is an array of anot
 
 
 def width(kind: str, size: int) -> int | None:
-    """Bytes of one value of type ``kind``, which is described with ``size``; None if any number."""
+    """Return the size of a value of type ``kind``, described with ``size``; None if it varies."""
     if kind in _BOOLS or (kind in _NULL_TYPES and size == len(_NULL_BYTE)):
         return 1
     number = _NUMBERS.get(kind)
@@ -67,7 +67,7 @@ def width(kind: str, size: int) -> int | None:
 
 
 def decode_one(kind: str, data: bytes) -> tuple[Scalar, bool]:
-    """The value of ``data``, and whether the type is known; where not, it is ``data`` itself."""
+    """Return the value of ``data``, and whether the type is known; otherwise return ``data``."""
     if kind in _BYTES:
         return data, True
     if kind in _BOOLS and len(data) == 1:
@@ -84,7 +84,7 @@ def decode_one(kind: str, data: bytes) -> tuple[Scalar, bool]:
 
 
 def decode_array(kind: str, data: bytes, count: int) -> tuple[bytes | tuple[Scalar, ...], bool]:
-    """As :func:`decode_one`, for ``count`` values of equal size."""
+    """Do what :func:`decode_one` does for ``count`` values of equal size."""
     size = len(data) // count if count else 0
     if kind == "uint8" and size == 1:
         return data, True
@@ -101,7 +101,7 @@ _BOOLEANS: tuple[int | bool, ...] = (False, True, *range(2, 256))
 
 
 def _bitmap(data: bytes) -> bytes:
-    """Words of 64 bits, the lowest bits first, each big-endian, as bytes with low bits first."""
+    """Convert big-endian 64-bit words, lowest bits first, to bytes with the low bits first."""
     words = array.array("Q", data)
     words.byteswap()
     return words.tobytes()

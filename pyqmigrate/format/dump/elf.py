@@ -1,7 +1,7 @@
 """The head of an ELF core file of a guest's memory: ELF header, program headers, notes.
 
-Always the 64-bit form, in the guest's byte order, with p_vaddr and p_paddr both the guest-physical
-address, as QEMU's ``dump-guest-memory`` has them::
+Always the 64-bit form, in the guest's byte order. As in QEMU's ``dump-guest-memory``, p_vaddr and
+p_paddr are both the guest-physical address::
 
     0       ELF header, 64 bytes; type CORE
     64      program headers, 56 bytes each: PT_NOTE, then a PT_LOAD for each range
@@ -47,16 +47,16 @@ class Segment:
 
 
 def encode_note(name: str, kind: int, content: bytes, *, big_endian: bool = False) -> bytes:
-    """A note; ``name`` gets its closing zero byte, and both parts are padded to 4 bytes."""
+    """Return a note; ``name`` gets its final zero byte, and both parts are padded to 4 bytes."""
     owner = name.encode("ascii") + b"\0"
     head = struct.pack(_order(big_endian) + _NOTE, len(owner), len(content), kind)
     return head + _padded(owner) + _padded(content)
 
 
 def head_length(segments: int, notes: int) -> int:
-    """Length of the head with so many segments and so many bytes of notes.
+    """Return the length of a head with this many segments and bytes of notes.
 
-    NotSupported for more than SEGMENTS_MAX segments.
+    Raises NotSupported for more than SEGMENTS_MAX segments.
     """
     if segments > SEGMENTS_MAX:
         raise NotSupported(f"{segments} ranges of memory; an ELF file has at most {SEGMENTS_MAX}")
@@ -66,8 +66,11 @@ def head_length(segments: int, notes: int) -> int:
 def encode_head(
     machine: int, segments: Sequence[Segment], notes: bytes, *, big_endian: bool = False
 ) -> bytes:
-    """All that stands before the memory. ``machine`` is the number of the processor (e_machine);
-    notes are as :func:`encode_note` makes them. NotSupported as of head_length."""
+    """Return the bytes before the memory.
+
+    ``machine`` is the number of the processor (e_machine); notes are those of :func:`encode_note`.
+    Raises the errors of :func:`head_length`.
+    """
     order = _order(big_endian)
     notes_at = head_length(len(segments), 0)
     parts = [
@@ -105,14 +108,14 @@ def encode_head(
             order + _PROGRAM_HEADER,
             _LOAD,
             _READ_WRITE_EXECUTE,
-            one.position,
-            one.address,
-            one.address,
-            one.length,
-            one.length,
+            segment.position,
+            segment.address,
+            segment.address,
+            segment.length,
+            segment.length,
             _UNALIGNED,
         )
-        for one in segments
+        for segment in segments
     ]
     return b"".join([*parts, notes])
 

@@ -1,9 +1,9 @@
-"""CPU registers as the notes of an ELF core: what gdb, crash, drgn and volatility look for.
+"""CPU registers as the notes of an ELF core, for gdb, crash, drgn and volatility.
 
 A ``CORE`` note of type NT_PRSTATUS for each CPU, as Linux lays it out; for AArch64 an NT_FPREGSET
 too; then, for x86, QEMU's own note ``QEMU``, which has the control registers. They are those of
-``dump-guest-memory``, but for two things: an x86 CPU outside of 64-bit mode has a 64-bit
-NT_PRSTATUS, the file being one of 64 bits, and there is no note of SVE registers.
+``dump-guest-memory`` with two exceptions: an x86 CPU outside of 64-bit mode has a 64-bit NT_PRSTATUS,
+since the file is a 64-bit one, and SVE registers have no note.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ _FPSR = 0xF800_009F  # the bits of FPSCR that AArch64 has in FPSR; the rest is F
 
 
 def cpu_notes(cpus: Iterable[CpuRegisters], devices: Iterable[Device] = ()) -> list[bytes]:
-    """The notes of all CPUs; none for a CPU in 32-bit Arm state.
+    """Return the notes of all CPUs, except those in 32-bit Arm state.
 
-    ``devices`` has the floating point status of AArch64; without it, that is zero.
+    ``devices`` has the floating point status of AArch64, which is zero otherwise.
     """
     status = {
         device.instance_id: _floating_status(device) for device in devices if device.name == "cpu"
@@ -139,7 +139,7 @@ def _arm_floating(cpu: CpuRegisters, fpsr: int, fpcr: int) -> bytes:
 
 
 def _floating_status(device: Device) -> tuple[int, int]:
-    """FPSR and FPCR of an AArch64 CPU: one word, or since QEMU 9.1 two where that is too small."""
+    """Return FPSR and FPCR of an AArch64 CPU: one word or, since QEMU 9.1, two if one is too small."""
     for state in device.states():
         fpsr, fpcr = state.get("env.vfp.fpsr"), state.get("env.vfp.fpcr")
         if isinstance(fpsr, int) and isinstance(fpcr, int):
@@ -152,7 +152,7 @@ def _floating_status(device: Device) -> tuple[int, int]:
 
 
 def _wide_names(cpu: CpuRegisters) -> Mapping[str, int]:
-    """The general registers by their 64-bit names."""
+    """Return the general registers by their 64-bit names."""
     if cpu.architecture is Architecture.X86_64:
         return cpu.general
     return {f"r{name[1:]}": value for name, value in cpu.general.items()}

@@ -1,11 +1,11 @@
-"""The LiME format of memory: ranges of addresses, each behind a header of 32 bytes.
+"""The LiME format of memory: ranges of addresses, each after a header of 32 bytes.
 
 ::
 
     u32 0x4C694D45, u32 version 1, u64 first address, u64 last address, 8 bytes reserved; the bytes
 
-All little-endian; the last address is the range's own. Ranges stand in order of address, with
-nothing between them.
+All little-endian; the last address is inclusive. Ranges follow each other without gaps, in order of
+address.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _VERSION = 1
 
 
 def encode_header(address: int, length: int) -> bytes:
-    """The header of ``length`` bytes (at least one) from guest-physical ``address`` on."""
+    """Return the header of ``length`` bytes (at least one) from guest-physical ``address`` on."""
     return _HEADER.pack(_MAGIC, _VERSION, address, address + length - 1)
 
 
 def decode_header(data: bytes) -> tuple[int, int]:
-    """Address and length; SnapshotError when it is no header."""
+    """Return address and length. Raises SnapshotError for bytes that are not a header."""
     if len(data) < HEADER_LENGTH:
         raise SnapshotError("the file ends within the header of a range")
     magic, version, first, last = _HEADER.unpack_from(data)

@@ -1,8 +1,8 @@
-"""VMCOREINFO: what a Linux kernel says of itself, for whoever reads a dump of its memory.
+"""VMCOREINFO: a Linux kernel's description of itself, for readers of a memory dump.
 
-The kernel keeps it ready as a note of an ELF file, at the start of a page: its name, type 0, and
-lines of text, ``KEY=VALUE``, the first of them OSRELEASE. drgn takes no dump without it; crash and
-volatility3 use it.
+The kernel keeps it in memory as an ELF note, at the start of a page: its name, type 0, and lines of
+text, ``KEY=VALUE``, the first of them OSRELEASE. drgn refuses dumps without it; crash and volatility3
+use it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ NOTE_MAX = 12 + len(_PADDED) + _LENGTH_MAX + 1
 
 
 def head_pattern(*, big_endian: bool = False) -> tuple[bytes, bytes]:
-    """What the first HEAD_LENGTH bytes of the note are, and the bits of them that are so always:
-    all but those of its length, which is less than 64 KiB."""
+    """Return the first HEAD_LENGTH bytes of the note, and a mask of the bits that never vary: all but
+    those of its length, which is less than 64 KiB."""
     order = ">III" if big_endian else "<III"
     head = struct.pack(order, _NAME_LENGTH, 0, 0) + _PADDED + _FIRST
     mask = struct.pack(order, 0xFFFFFFFF, 0xFFFF0000, 0xFFFFFFFF)
@@ -30,7 +30,7 @@ def head_pattern(*, big_endian: bool = False) -> tuple[bytes, bytes]:
 
 
 def note_length(head: bytes, *, big_endian: bool = False) -> int | None:
-    """How long the note is, in bytes, that starts with these HEAD_LENGTH; None if none does."""
+    """Return the length in bytes of the note that starts with these HEAD_LENGTH bytes, or None."""
     if len(head) < HEAD_LENGTH:
         return None
     name, length, kind = struct.unpack_from(">III" if big_endian else "<III", head)

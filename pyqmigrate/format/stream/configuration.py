@@ -28,18 +28,18 @@ _PAGE_BITS = "configuration/target-page-bits"
 _CAPABILITIES = "configuration/capabilities"
 _UUID = "configuration/uuid"
 
-_MACHINE_MAX = 4096  # bytes; real names have some twenty
-_CAPABILITIES_MAX = 256  # QEMU knows some thirty, and lists two
+_MACHINE_MAX = 4096  # bytes; real names have about twenty
+_CAPABILITIES_MAX = 256  # QEMU knows about thirty, and lists two
 _U32 = struct.Struct(">I")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the writer says of itself.
+    """The configuration of a stream.
 
-    ``capabilities`` holds only those that change the format (``mapped-ram``,
-    ``x-ignore-shared``): that a save used multifd or direct I/O leaves no trace.
-    ``target_page_bits`` is the logarithm of the page size, where the machine states it.
+    ``capabilities`` has only those that change the format (``mapped-ram``, ``x-ignore-shared``):
+    multifd and direct I/O leave no trace. ``target_page_bits`` is the logarithm of the page size,
+    None if the machine does not state it.
     """
 
     machine: str
@@ -49,9 +49,9 @@ class Configuration:
 
 
 def encode(configuration: Configuration) -> bytes:
-    """The body of the CONFIGURATION element, in QEMU's order of subsections.
+    """Return the body of the CONFIGURATION element, with subsections in QEMU's order.
 
-    Raises :class:`UsageError` when a name is too long for its field or the uuid is not 16 bytes.
+    Raises :class:`UsageError` if a name is too long for its field or the uuid is not 16 bytes.
     """
     machine = _utf8(configuration.machine)
     if len(machine) > _MACHINE_MAX:
@@ -70,9 +70,9 @@ def encode(configuration: Configuration) -> bytes:
 
 
 def described(configuration: Configuration) -> dict[str, Any]:
-    """Return the description of what :func:`encode` writes, as QEMU's JSON has it.
+    """Return the description of the output of :func:`encode`, in the form of QEMU's JSON.
 
-    The entries of an array of names are listed singly, since they differ in size.
+    The entries of an array of names are listed one by one, since they differ in size.
     """
     subsections = []
     if configuration.target_page_bits is not None:
@@ -111,11 +111,11 @@ def read(cursor: Cursor) -> Configuration:
     Raises :class:`SnapshotError` for anything malformed or repeated, :class:`NotSupported`
     for a subsection that is not known.
     """
-    at = cursor.position
+    offset = cursor.position
     length = cursor.u32("the machine type")
     if length > _MACHINE_MAX:
         raise SnapshotError(
-            f"the machine type claims {length} bytes", offset=at, field="machine type"
+            f"the machine type has a length of {length} bytes", offset=offset, field="machine type"
         )
     machine = cursor.take(length, "the machine type").decode("utf-8", "surrogateescape")
     capabilities: tuple[str, ...] = ()
@@ -123,20 +123,20 @@ def read(cursor: Cursor) -> Configuration:
     uuid: bytes | None = None
     seen: set[str] = set()
     while cursor.peek(1) == bytes([_SUBSECTION]):
-        at = cursor.position
+        offset = cursor.position
         cursor.skip(1, "the configuration")
         name = cursor.text("the name of a configuration subsection")
         version = cursor.u32(f"subsection {name!r}")
         if name in seen:
-            raise SnapshotError(f"subsection {name!r} stands twice", offset=at)
+            raise SnapshotError(f"duplicate subsection {name!r}", offset=offset)
         seen.add(name)
         if name not in (_PAGE_BITS, _CAPABILITIES, _UUID):
             raise NotSupported(
                 f"configuration subsection {name!r} is not known, and has no length"
-                f" to skip it by (file offset {at:#x})"
+                f" to skip it by (file offset {offset:#x})"
             )
         if version != _VERSION:
-            raise SnapshotError(f"subsection {name!r} has version {version}, not 1", offset=at)
+            raise SnapshotError(f"subsection {name!r} has version {version}, not 1", offset=offset)
         if name == _PAGE_BITS:
             bits = cursor.u32("the target page bits")
         elif name == _CAPABILITIES:
@@ -147,11 +147,13 @@ def read(cursor: Cursor) -> Configuration:
 
 
 def _read_capabilities(cursor: Cursor) -> tuple[str, ...]:
-    at = cursor.position
+    offset = cursor.position
     count = cursor.u32("the capability list")
     if count > _CAPABILITIES_MAX:
         raise SnapshotError(
-            f"the capability list claims {count} entries", offset=at, field="capabilities"
+            f"the capability list has a length of {count} entries",
+            offset=offset,
+            field="capabilities",
         )
     return tuple(cursor.text("the name of a capability") for _ in range(count))
 

@@ -1,4 +1,4 @@
-"""RAM blocks of a mapped-ram stream: their headers, and where bitmap and pages stand.
+"""RAM blocks of a mapped-ram stream: their headers, and the places of bitmap and pages.
 
 A block's entry in the RAM section, big-endian throughout
 (docs/internals/format.md, "Block list")::
@@ -6,13 +6,13 @@ A block's entry in the RAM section, big-endian throughout
     str8 name | u64 length | [u64 guest address] | u32 version = 1 | u64 page size
               | u64 bitmap offset | u64 pages offset
 
-Both offsets are absolute in the file, whatever the offset of the stream. Page ``k`` of a block
-stands at ``pages_offset + k * page_size`` for good; the next byte of the stream follows the last
-page. The bitmap has one bit a page, set where the page's slot holds its content, clear where the
-page is zero; its words are in the *host's* byte order, not big-endian.
+Both offsets are absolute in the file, not relative to the stream. Page ``k`` of a block is always at
+``pages_offset + k * page_size``; the stream continues after the last page. The bitmap has one bit
+for each page, set if the page's slot holds its content, clear if the page is zero; its words are
+in the *host's* byte order, not big-endian.
 
-A block with both offsets zero is *external*: listed, but kept in a file of its own
-(``x-ignore-shared``).
+A block with both offsets zero is *external*: listed, but stored in a file of its own
+(docs/internals/format.md, "External blocks").
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = [
 ]
 
 PAGE_SIZES = tuple(1 << bits for bits in range(10, 17))  # bytes: 1 KiB to 64 KiB
-PAGES_ALIGNMENT = 1 << 20  # bytes; where a writer puts pages, readers ask for page alignment
+PAGES_ALIGNMENT = 1 << 20  # bytes, for writers; readers require page alignment only
 OFFSET_MAX = (1 << 63) - 1  # bytes; file positions are signed 64-bit
-BLOCKS_MAX = 1 << 16  # more in one list is taken for damage
+BLOCKS_MAX = 1 << 16  # a longer list is taken for damage
 
 _NAME_MAX = 255  # bytes
 _HEADER = struct.Struct(">IQQQ")  # version, page size, bitmap offset, pages offset
@@ -52,8 +52,8 @@ _U64 = struct.Struct(">Q")
 class BlockSpec:
     """A RAM block to be written: its name, and length and page size in bytes.
 
-    ``address`` is where the guest has it, which only a stream with ``x-ignore-shared`` tells: QEMU
-    refuses a block whose content is elsewhere unless it is that of its own.
+    ``address`` is the guest physical address, which only a stream with ``x-ignore-shared`` records:
+    QEMU refuses an external block unless it has the same address.
 
     Raises :class:`UsageError` unless the name has 1 to 255 bytes (UTF-8, undecodable bytes as
     surrogate escapes), the page size is a power of two from 1024 to 65536, the length is a
@@ -85,10 +85,10 @@ ByteOrder: TypeAlias = Literal["little", "big"]
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where one RAM block stands in a file. Lengths in bytes, offsets absolute in the file.
+    """The place of a RAM block in a file. Lengths in bytes, offsets absolute in the file.
 
-    ``header_offset`` is that of the 28-byte header. ``gpa`` is the guest physical address where
-    the stream tells it, for information only.
+    ``header_offset`` is that of the 28-byte header. ``gpa`` is the guest physical address if the
+    stream records it, for information only.
     """
 
     name: str
@@ -101,20 +101,20 @@ class BlockLayout:
 
     @property
     def num_pages(self) -> int:
-        """Pages in the block, as many as its bitmap has meaningful bits."""
+        """The number of pages in the block, and of meaningful bits in its bitmap."""
         return self.length // self.page_size
 
     @property
     def external(self) -> bool:
-        """True where the block's content is kept in another file: no bitmap, no pages here."""
+        """Whether the content is in another file: the block has no bitmap and no pages here."""
         return self.bitmap_offset == 0 and self.pages_offset == 0
 
     @property
     def bitmap_size(self) -> int:
-        """Bytes of the bitmap, in whole 64-bit words; 0 for an external block.
+        """The size of the bitmap in bytes, in whole 64-bit words; 0 for an external block.
 
-        Writers with 32-bit words may leave out the last four: ``(num_pages + 7) // 8`` bytes
-        are sure to be there.
+        Hosts with 32-bit words may omit the last four bytes; ``(num_pages + 7) // 8`` bytes are
+        always in the file.
         """
         return 0 if self.external else (self.num_pages + 63) // 64 * 8
 
@@ -125,15 +125,14 @@ class BlockLayout:
 
     @property
     def pages_end(self) -> int:
-        """The offset after the last page's slot; for an external block, after its header.
-
-        This is where the stream goes on.
+        """The offset at which the stream continues: after the last page's slot, or after the header
+        of an external block.
         """
         return self.header_end if self.external else self.pages_offset + self.length
 
 
 def place(spec: BlockSpec, header_end: int) -> BlockLayout:
-    """Where a block goes whose header ends at absolute file offset ``header_end``.
+    """Return the layout of a block whose header ends at absolute file offset ``header_end``.
 
     QEMU's rule: the bitmap right after the header, the pages at the next whole MiB after it
     (docs/internals/format.md, "Placement of bitmap and pages").
@@ -157,10 +156,10 @@ def place(spec: BlockSpec, header_end: int) -> BlockLayout:
 def encode_entry(
     spec: BlockSpec, entry_offset: int, *, ignore_shared: bool = False, external: bool = False
 ) -> tuple[bytes, BlockLayout]:
-    """The entry of a block that starts at ``entry_offset``, up to its header's end, and its place.
+    """Return the entry of a block that starts at ``entry_offset``, and the block's layout.
 
-    The stream goes on at the layout's ``pages_end``. With ``ignore_shared`` the entry has the
-    block's address in the guest; then the block can be ``external``.
+    The stream continues at the layout's ``pages_end``. With ``ignore_shared`` the entry has the
+    block's address in the guest, and the block can be ``external``.
     """
     name = spec.name.encode("utf-8", "surrogateescape")
     address = _U64.pack(spec.address) if ignore_shared else b""
@@ -183,12 +182,11 @@ def read_entries(
 ) -> tuple[BlockLayout, ...]:
     """Read the block list whose lengths add up to ``total`` bytes.
 
-    ``ignore_shared`` says that the capability of that name is on: entries have a guest address
-    then, and may be external. ``page_size`` is the one that the configuration states, or None.
-    The cursor is left after the last block's pages.
+    With ``ignore_shared`` entries have a guest address and may be external. ``page_size`` is the one
+    that the configuration states, or None. The cursor is left after the last block's pages.
 
-    Raises :class:`SnapshotError` for every rule that an entry breaks. Regions are checked
-    against the file's size here, against each other by the caller.
+    Raises :class:`SnapshotError` for an invalid entry. Regions are compared with the file's size
+    here, and with each other by the caller.
     """
     blocks: list[BlockLayout] = []
     names: set[str] = set()
@@ -206,7 +204,7 @@ def read_entries(
         if page_size is not None and block.page_size != page_size:
             raise _fault(
                 block,
-                f"page size {block.page_size}, where {page_size} was stated before",
+                f"page size {block.page_size}, but {page_size} was stated before",
                 "page_size",
             )
         page_size = block.page_size
@@ -218,10 +216,10 @@ def read_entries(
 
 
 def _read_entry(cursor: Cursor, ignore_shared: bool) -> BlockLayout:
-    at = cursor.position
+    offset = cursor.position
     name = cursor.text("the name of a RAM block")
     if not name:
-        raise SnapshotError("a RAM block without a name", offset=at, field="name")
+        raise SnapshotError("a RAM block without a name", offset=offset, field="name")
     what = f"the entry of RAM block {name!r}"
     length = cursor.u64(what)
     gpa = cursor.u64(what) if ignore_shared else None
@@ -231,7 +229,7 @@ def _read_entry(cursor: Cursor, ignore_shared: bool) -> BlockLayout:
     )
     block = BlockLayout(name, length, page_size, header_offset, bitmap_offset, pages_offset, gpa)
     if version != _HEADER_VERSION:
-        raise _fault(block, f"header version {version}, where only 1 exists", "version")
+        raise _fault(block, f"header version {version}, but only 1 exists", "version")
     fault = _size_fault(length, page_size)
     if fault is not None:
         raise _fault(block, fault, "length" if page_size in PAGE_SIZES else "page_size")
@@ -254,7 +252,7 @@ def _check_place(block: BlockLayout, size: int) -> None:
         )
     if block.pages_end > OFFSET_MAX:
         raise _fault(block, "pages past the largest file position", "pages_offset")
-    # The stream goes on after the pages, so even pages that are all clear must be in the file.
+    # The stream continues after the pages, so even pages that are all clear must be in the file.
     if block.pages_end > size:
         raise _fault(
             block,

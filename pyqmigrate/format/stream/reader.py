@@ -57,17 +57,20 @@ class StreamReader(abc.ABC):
         self._check_form()
         if self._run_out is None:
             self._elements.description = description.read_from_end(self._source)
-        while self._ram_start is None:
-            if not self._read_element():
-                raise SnapshotError(self.unfinished, offset=self._cursor.position)
+        for section in self._elements:
+            if section.kind is SectionKind.START and section.name == RAM_NAME:
+                self._ram_start = section
+                return
+        raise SnapshotError(self.unfinished, offset=self._cursor.position)
 
     def read_rest(self) -> tuple[int, int]:
         """Read the rest of the elements, and the description.
 
         Return the offset of RAM END, and that of the end of the elements.
         """
-        while self._read_element():
-            pass
+        for section in self._elements:
+            if section.kind is SectionKind.END and section.name == RAM_NAME:
+                self._end_ram(section)
         end = self._cursor.position
         if self._ram_end is None:
             raise SnapshotError(self.unfinished, offset=end)
@@ -86,16 +89,6 @@ class StreamReader(abc.ABC):
     @abc.abstractmethod
     def _read_pages(self) -> None:
         """Read the body of RAM's PART or END, up to its footer."""
-
-    def _read_element(self) -> bool:
-        """Read one element; return False after the last one."""
-        section = next(iter(self._elements), None)
-        if section is not None and section.name == RAM_NAME:
-            if section.kind is SectionKind.START:
-                self._ram_start = section
-            elif section.kind is SectionKind.END:
-                self._end_ram(section)
-        return section is not None
 
     def _end_ram(self, section: Section) -> None:
         self._ram_end = section.offset

@@ -1,4 +1,4 @@
-"""The elements of a migration stream: their wire forms, and what a reader makes of them.
+"""The elements of a migration stream: their wire forms, and their parsed values.
 
 The grammar, big-endian throughout (docs/internals/format.md, "The stream"); ``S`` is the offset
 at which the stream starts::
@@ -18,9 +18,9 @@ at which the stream starts::
 
     RAM body of START    u64 total | 4, the blocks, u64 0x10
     RAM body of PART     u64 0x10
-    RAM body of END      u64 0x10; the bitmaps are in place when it is
+    RAM body of END      u64 0x10; written after the bitmaps
 
-A body has no length: RAM's is understood, a device's comes from the description. The stream
+A body has no length: RAM's is parsed, a device's length comes from the description. The stream
 jumps over each block's bitmap and pages (:mod:`~pyqmigrate.format.stream.mapped_ram`).
 """
 
@@ -70,7 +70,7 @@ COMMAND_NAMES = {
 
 
 class SectionKind(enum.Enum):
-    """The elements of a stream that a reader is told of; the value is the type byte."""
+    """The elements that a reader returns; the value is the type byte."""
 
     START = 0x01
     PART = 0x02
@@ -104,20 +104,20 @@ class Section:
 class Stream:
     """A parsed and checked mapped-ram stream. Offsets are absolute in the file.
 
-    - ``capabilities``: those that shape the format, as listed. ``target_page_bits``, ``uuid``:
-      None where the stream does not state them.
+    - ``capabilities``: those that affect the format, as listed. ``target_page_bits``, ``uuid``:
+      None if the stream does not state them.
     - ``total_ram``: bytes, external blocks included.
-    - ``sections``: in the order of the stream, as far as it could be walked. After the first
-      65536, PARTs are left out: a live save can have millions.
+    - ``sections``: in the order of the stream, as far as it could be read. After the first 65536,
+      PARTs are left out: a live save can have millions.
     - ``description``: the parsed JSON, or None; ``description_offset`` that of its type byte.
-    - ``ram_end``: the offset of RAM's END element. There always is one: bitmaps are written
-      just before it, and a stream without it is refused.
-    - ``end``: just after the stream; the file's size where that could not be found out.
-    - ``opaque_tail``: the device state could not be walked to its end (it is cut off, or
-      does not fit its description): ``sections`` stops before it.
-    - ``complete``: the end of the stream was seen, by walking to its end-of-stream byte or by a
-      description at the end of the file. False says that device state may be cut off; RAM is
-      whole either way, as far as the format tells.
+    - ``ram_end``: the offset of RAM's END element. A stream without one is refused, since QEMU
+      writes the bitmaps just before it.
+    - ``end``: the offset after the stream; the file's size if the end was not found.
+    - ``opaque_tail``: the device state could not be read to its end (it is cut off, or does not fit
+      its description); ``sections`` ends before it.
+    - ``complete``: the end of the stream was found, by its end-of-stream byte or by a description
+      at the end of the file. If False, device state may be cut off; RAM is complete in either case,
+      as far as the format can show.
     """
 
     machine: str

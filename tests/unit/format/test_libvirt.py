@@ -136,7 +136,7 @@ def test_field_without_a_meaning_is_named(offset: int, value: int, field: str) -
 def test_xml_without_an_end_is_refused() -> None:
     header = replace(HEADER, cookie="", stream_offset=92 + len(XML) + 1)
     data = encode_header(header)[:-1] + b"x"
-    with pytest.raises(SnapshotError, match="no end"):
+    with pytest.raises(SnapshotError, match="no final NUL"):
         read_header(source(data))
 
 

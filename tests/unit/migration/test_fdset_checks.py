@@ -136,7 +136,7 @@ def test_a_position_is_refused_without_an_offset(sets, path):
     [fd] = fill(sets, path, W)
     os.lseek(fd, 4096, os.SEEK_SET)
     text = complaint(sets)
-    assert re.search(rf"fd {fd} stands at 0x1000.*rewind it.*or give offset=0x1000", text)
+    assert re.search(rf"fd {fd} is at position 0x1000.*rewind it.*or give offset=0x1000", text)
     check_fdset(sets, NAME, Direction.SAVE, direct_io=False, offset=4096)
 
 

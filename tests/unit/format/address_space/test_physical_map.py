@@ -253,7 +253,7 @@ def test_parts_upon_one_another_are_refused() -> None:
 
 
 def test_block_that_is_not_there_is_refused() -> None:
-    with pytest.raises(UsageError, match="no block 'nobody'"):
+    with pytest.raises(UsageError, match="unknown block 'nobody'"):
         physical_map("q35", {"ram": MIB}, given=[GivenPlacement("nobody", 0)])
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.device.decode import (
+    DECODED_STATE_MAX,
     DEPTH_MAX,
-    DEVICE_STATE_MAX,
     VALUES_MAX,
     decode_device,
     decode_devices,
@@ -303,11 +303,11 @@ def test_file_that_became_shorter_is_an_error() -> None:
 
 def test_too_much_device_state_is_refused_before_it_is_read() -> None:
     class Stream:
-        sections = (section(DEVICE_STATE_MAX + 1),)
+        sections = (section(DECODED_STATE_MAX + 1),)
         description = None
 
     with pytest.raises(NotSupported):
-        list(decode_devices(Sparse([], DEVICE_STATE_MAX * 2), Stream()))
+        list(decode_devices(Sparse([], DECODED_STATE_MAX * 2), Stream()))
 
 
 _SIZES = {"uint8": 1, "int16": 2, "uint32": 4, "int64": 8, "bool": 1, "timer": 8}

@@ -74,7 +74,7 @@ def test_capability_list_of_absurd_length_is_refused() -> None:
 
 def test_repeated_subsection_is_refused() -> None:
     bits = b"\x05" + str8("configuration/target-page-bits") + b"\0\0\0\x01\0\0\0\x0c"
-    assert "stands twice" in str(refusal(Raw(subsections=bits + bits).file()))
+    assert "duplicate subsection" in str(refusal(Raw(subsections=bits + bits).file()))
 
 
 def test_subsection_of_another_version_is_refused() -> None:
