@@ -235,7 +235,7 @@ async def finish_restore(early: EarlyRestore) -> RestoredVm:
     ended, whatever goes wrong."""
     begun = early.begun
     companions = IncomingStreams(begun.source)
-    attempt = _Attempt(companions, early.request, begun.started.at, early.notes)
+    attempt = _Attempt(companions, early.request, begun.started.started_at, early.notes)
     with _discarding(early.chosen):
         return await _closing(companions, attempt.instant_or_load(begun, early.command))
 
