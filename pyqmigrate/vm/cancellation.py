@@ -1,4 +1,4 @@
-"""Cancellation: work that it does not break, and places where it is heard."""
+"""Helpers for asyncio cancellation: shield work, check for a pending cancellation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-__all__ = ["check_cancelled", "acquired", "shielded"]
+__all__ = ["acquired", "check_cancelled", "shielded"]
 
 T = TypeVar("T")
 
 
 async def shielded(work: Awaitable[T]) -> T:
-    """The result of ``work``. A cancellation of the caller takes effect when it is done."""
+    """Return the result of ``work``. A cancellation of the caller takes effect once it is done."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -25,14 +25,16 @@ async def shielded(work: Awaitable[T]) -> T:
         except BaseException:
             break
     if cancelled is not None:
-        task.exception()  # looked at, so that nobody complains about it
+        task.exception()  # retrieved, so that asyncio does not log it
         raise cancelled
     return task.result()
 
 
 async def acquired(work: Awaitable[T], close: Callable[[T], object]) -> T:
-    """The result of ``work``, which the caller owns. If the caller is cancelled it does not get it;
-    then it is closed here, by ``close``."""
+    """Return the result of ``work``, a resource that the caller owns.
+
+    If the caller is cancelled meanwhile, the resource is closed with ``close``.
+    """
     task = asyncio.ensure_future(work)
     try:
         return await shielded(task)
@@ -43,9 +45,9 @@ async def acquired(work: Awaitable[T], close: Callable[[T], object]) -> T:
 
 
 def check_cancelled() -> None:
-    """Raise CancelledError if this task was cancelled, also where that has been swallowed.
+    """Raise CancelledError if this task was cancelled, even if the error was swallowed.
 
-    ``asyncio.wait_for`` does so, in Python 3.11, when what it waited for came at the same moment.
+    Python 3.11's ``asyncio.wait_for`` swallows it if its awaitable finishes at the same moment.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():

@@ -58,8 +58,8 @@ _PLAIN_FAST: Mapping[str, tuple[Value, str]] = {
     "tls-creds": ("", "a file is not encrypted on the wire"),
     "mode": ("normal", "the others are for restarting a host"),
 }
-# At this rate, half a second of downtime moves more than any guest has: QEMU stops the guest when it
-# first checks the rate (after 100 ms), and the snapshot still records that it was running.
+# At this rate, half a second of downtime moves more than any guest has: QEMU stops the guest when
+# it first checks the rate (after 100 ms), and the snapshot still records that it was running.
 _ANY_RATE = 1 << 50  # bytes/s
 # Parameters that a live save, or cancelling one, may change later.
 _TOUCHED = ("downtime-limit", "max-bandwidth")

@@ -91,8 +91,8 @@ class Peer:
         except OSError as error:
             return (
                 f"/proc/{pid}/fd cannot be read ({error.strerror}), so it is unknown whether "
-                f"process {pid} is at the other end of the monitor's socket: run as the user of QEMU, or "
-                "as root (CAP_SYS_PTRACE)"
+                f"process {pid} is at the other end of the monitor's socket: run as the user of QEMU, "
+                "or as root (CAP_SYS_PTRACE)"
             )
         if held & self.sockets:
             return None
