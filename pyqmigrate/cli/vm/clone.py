@@ -96,7 +96,7 @@ def _data(one: Clone) -> dict[str, Any]:
     if one.vm is None:
         error = one.error or QemuError()
         return data | {"error": error_data(error, exit_code(error) or ExitCode.GUEST)}
-    return data | one.vm.report.as_data()
+    return data | one.vm.report.to_json()
 
 
 def _lines(clones: list[Clone]) -> list[str]:

@@ -206,7 +206,7 @@ async def _restore(
         )
     pass_signals_on([vm])  # from here on no signal ends this command but through QEMU
     async with vm:
-        announce(args, vm.report.as_data(), report_lines(vm.report))
+        announce(args, vm.report.to_json(), report_lines(vm.report))
         code = await vm.wait()
     if not code:
         return ended()

@@ -100,7 +100,7 @@ class RestoreReport:
     stale_seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
-    def as_data(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For JSON."""
         settings = {name: {"value": value} for name, value in self.settings.items()}
         return asdict(self) | {"mode": str(self.mode), "settings": settings}
