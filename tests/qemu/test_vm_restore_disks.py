@@ -104,7 +104,7 @@ def test_disk_of_another_size_or_gone_is_refused(quit_vm: Path, disk: Path) -> N
     with disk.open("r+b") as file:
         file.truncate(SIZE - 512)
     os.utime(disk, ns=(info.st_atime_ns, info.st_mtime_ns))
-    with pytest.raises(UsageError, match=f"has {SIZE - 512} bytes, and had {SIZE}"):
+    with pytest.raises(UsageError, match=f"has {SIZE - 512} bytes, but had {SIZE}"):
         restored(quit_vm)
     disk.unlink()
     with pytest.raises(UsageError, match="no longer exists"):
@@ -228,7 +228,7 @@ def test_copy_is_the_disk_when_its_times_are_kept(tmp_path: Path, disk: Path, pl
     copy = tmp_path / "copy"
     shutil.copyfile(disk, copy)
     words = [BINARY, *VM, "-nodefaults", "-display", "none", *drive(copy)]
-    assert any("has to be a copy" in note for note in restored(tmp_path / "snap", words))
+    assert any("must be a copy" in note for note in restored(tmp_path / "snap", words))
     with copy.open("r+b") as file:
         file.write(b"other")
     with pytest.raises(UsageError, match="it is unknown whether"):
