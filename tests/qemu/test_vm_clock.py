@@ -50,7 +50,9 @@ def test_clock_is_set_when_the_guest_goes_on_after_a_save(tmp_path: Path) -> Non
         report = saved(tmp_path / "s", set_time=True, guest_agent=tmp_path / "agent")
     [told] = agent.times
     assert before < told < time.time_ns()
-    assert about_clock(report.notes) == ["the guest's clock was set to the host's through its agent"]
+    assert about_clock(report.notes) == [
+        "the guest's clock was set to the host's through its agent"
+    ]
 
 
 def test_guest_that_is_to_stand_has_its_clock_left_alone(tmp_path: Path) -> None:
