@@ -1,4 +1,4 @@
-"""Helpers for asyncio cancellation: shield work, check for pending cancellation."""
+"""Helpers for asyncio cancellation: shield work, check for a pending cancellation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-__all__ = ["check_cancelled", "acquired", "shielded"]
+__all__ = ["acquired", "check_cancelled", "shielded"]
 
 T = TypeVar("T")
 
 
 async def shielded(work: Awaitable[T]) -> T:
-    """Return the result of ``work``. A cancellation takes effect once it is done."""
+    """Return the result of ``work``. A cancellation of the caller takes effect once it is done."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -31,8 +31,10 @@ async def shielded(work: Awaitable[T]) -> T:
 
 
 async def acquired(work: Awaitable[T], close: Callable[[T], object]) -> T:
-    """Return the result of ``work``, which the caller then owns. If the caller is cancelled before,
-    the result is closed by ``close``."""
+    """Return the result of ``work``, a resource that the caller owns.
+
+    If the caller is cancelled meanwhile, the resource is closed with ``close``.
+    """
     task = asyncio.ensure_future(work)
     try:
         return await shielded(task)
@@ -43,9 +45,9 @@ async def acquired(work: Awaitable[T], close: Callable[[T], object]) -> T:
 
 
 def check_cancelled() -> None:
-    """Raise CancelledError if this task was cancelled, even if the exception was swallowed.
+    """Raise CancelledError if this task was cancelled, even if the error was swallowed.
 
-    ``asyncio.wait_for`` of Python 3.11 swallows it if its result arrives at the same moment.
+    Python 3.11's ``asyncio.wait_for`` swallows it if its awaitable finishes at the same moment.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():

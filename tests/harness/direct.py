@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from pyqmigrate import Descriptors, ProcessMemory
+from pyqmigrate import Descriptors, FileMemory, ProcessMemory
 from pyqmigrate.io.channels import Job
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.memory import Memory, RamBlock
@@ -64,7 +65,10 @@ def _unnamed(vm: Qemu, directory: Path) -> Iterator[int]:
 def write_snapshot(path: Path, state: DeviceState, memories: Mapping[str, Memory]) -> SaveReport:
     """Write a snapshot of ``state`` with the pages of ``memories``, as engine direct does."""
     pages = {**state.carried, **memories}
-    blocks = [RamBlock(name, pages[name], state.page_size) for name in state.blocks]
+    blocks = [
+        RamBlock(name, _sized(pages[name], length), state.page_size)
+        for name, length in state.blocks.items()
+    ]
     writer = Writer(
         path,
         blocks,
@@ -84,6 +88,12 @@ def write_snapshot(path: Path, state: DeviceState, memories: Mapping[str, Memory
             state.sections, state.description, switchover_start=state.switchover_start
         ),
     ).wait()
+
+
+def _sized(memory: Memory, length: int) -> Memory:
+    if isinstance(memory, FileMemory) and memory.length is None:
+        return replace(memory, length=length)
+    return memory
 
 
 class DirectQemu(Qemu):

@@ -80,7 +80,7 @@ def test_data_of_shared_memory_is_counted(tmp_path: Path) -> None:
 
 
 def test_more_than_is_counted_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyqmigrate.vm.plan.estimate._COUNTED", MIB)
+    monkeypatch.setattr("pyqmigrate.vm.plan.estimate._COUNTED_MAX", MIB)
     ram = tmp_path / "ram"
     ram.write_bytes((b"x" * PAGE + bytes(PAGE)) * (256 * MIB // PAGE // 2))
     with BareQemu(*shared(ram, 256)) as qemu:

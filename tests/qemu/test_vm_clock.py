@@ -52,7 +52,9 @@ def test_clock_is_set_when_the_guest_goes_on_after_a_save(tmp_path: Path) -> Non
         report = saved(tmp_path / "s", set_time=True, guest_agent=tmp_path / "agent")
     [told] = agent.times
     assert before < told < time.time_ns()
-    assert about_clock(report.notes) == ["the guest's clock was set to this host's, by its agent"]
+    assert about_clock(report.notes) == [
+        "the guest's clock was set to the host's through its agent"
+    ]
 
 
 def test_guest_that_is_to_stand_has_its_clock_left_alone(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_real_agent_sets_the_clock_of_a_linux(disk: Path) -> None:
         assert int(console.run("date +%s")) < 1_000_000_600
         report = asyncio.run(save(guest.qmp, disk / "s", set_time=True, guest_agent=disk / "ga"))
         assert about_clock(report.notes) == [
-            "the guest's clock was set to this host's, by its agent"
+            "the guest's clock was set to the host's through its agent"
         ]
         assert abs(int(console.run("date +%s")) - time.time()) < 60
 

@@ -67,7 +67,7 @@ def test_a_record_whose_name_is_not_durable_is_a_note(
         with monkeypatch.context() as patched:
             name_is_not_durable(disk, "snapshot.vm.json", patched)
             report = guest.save(disk / "snapshot", engine=engine, with_disks=True)
-        assert any("may not outlast a power cut" in note for note in report.notes)
+        assert any("may not survive a power failure" in note for note in report.notes)
         assert read_record(disk / "snapshot") is not None
         (medium,) = (d["inserted"] for d in guest.vm.execute("query-block") if "inserted" in d)
         assert medium["file"] != str(disk / "image")

@@ -146,7 +146,7 @@ def test_qemu_that_was_started_a_moment_ago_ends_with_a_restore_that_is_killed(
 ) -> None:
     """Before it has read what monitor it is to have.
 
-    It is on the leash a moment after it is there. Until then it is the description of the monitor
+    It is on the lifeline a moment after it is there. Until then it is the description of the monitor
     that ends a QEMU, as that is cut short; the wrapper reads none.
     """
     wrapper, begun = tmp_path / "wrapper", tmp_path / "begun"

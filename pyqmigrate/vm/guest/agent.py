@@ -1,8 +1,8 @@
-"""The guest agent's channel, as far as setting the guest's clock takes.
+"""Set the guest's clock through the guest agent.
 
-QEMU joins a UNIX socket of the host and a serial port of the guest, at which qemu-ga answers JSON
-commands, one client at a time. What comes from it is the guest's word: it is bounded in length and
-time, and nothing in it is believed but that a command succeeded.
+QEMU connects a UNIX socket of the host to a serial port of the guest, where qemu-ga answers JSON
+commands from one client at a time. Its answers are untrusted: length and time are bounded, and
+only the success of a command is used.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pyqmigrate.vm.guest.process import command_of
 __all__ = ["find_agent", "set_time"]
 
 _PORT = "org.qemu.guest_agent.0"
-_DELIMITER = b"\xff"  # never in JSON: what was sent before it is not an answer to us
+_DELIMITER = b"\xff"  # never in JSON: everything before it answers an earlier client
 _LONGEST_ANSWER = 1 << 16  # bytes
 
 
 def find_agent(pid: int | None) -> Path | None:
-    """The socket of the agent's channel of QEMU ``pid``, by its command line; None without one."""
+    """Return the agent's socket in the command line of QEMU ``pid``; None without one."""
     command = None if pid is None else command_of(pid)
     if command is None:
         return None
@@ -43,7 +43,7 @@ def find_agent(pid: int | None) -> Path | None:
                 chardev = chardevs.get(device.get("chardev", ""), {})
                 if chardev.get("backend") == "socket" and "path" in chardev:
                     return seen_here(pid, chardev["path"])
-    except UsageError:  # an option in JSON that cannot be read
+    except UsageError:  # an option with invalid JSON
         pass
     return None
 
@@ -58,8 +58,8 @@ async def set_time(agent: Path, *, timeout: float) -> None:
             await _set_time(agent)
     except TimeoutError:
         raise QemuError(
-            f"the agent at {agent} has not answered within {timeout:g} s: it does not run in the "
-            "guest, or another client holds the socket"
+            f"the agent at {agent} has not answered within {timeout:g} s: it is not running in "
+            "the guest, or another client holds the socket"
         ) from None
     except (OSError, EOFError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or "it hung up"
@@ -79,7 +79,7 @@ async def _set_time(agent: Path) -> None:
         while True:
             await _until(reader, _DELIMITER)
             if await _answer(reader) == identity:
-                break  # another one is for a client before us
+                break  # other ids answer an earlier client
         writer.write(_command("guest-set-time", time=time.time_ns()))
         await _answer(reader)
     finally:
@@ -96,11 +96,11 @@ async def _until(reader: asyncio.StreamReader, end: bytes) -> bytes:
     try:
         return await reader.readuntil(end)
     except asyncio.LimitOverrunError:
-        raise QemuError("the agent answers at greater length than an agent does") from None
+        raise QemuError("the agent's answer is too long") from None
 
 
 async def _answer(reader: asyncio.StreamReader) -> Any:
-    """What a command returned. QemuError when it failed, or the answer is not one."""
+    """Return the result of a command. QemuError if it failed, or if the answer is invalid."""
     try:
         answer = json.loads((await _until(reader, b"\n")).rpartition(_DELIMITER)[2])
     except (ValueError, RecursionError) as error:
@@ -108,5 +108,5 @@ async def _answer(reader: asyncio.StreamReader) -> Any:
     if isinstance(answer, dict) and "return" in answer:
         return answer["return"]
     if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
-        raise QemuError(f"the agent refuses: {str(answer['error'].get('desc', ''))[:200]!r}")
+        raise QemuError(f"the agent refused: {str(answer['error'].get('desc', ''))[:200]!r}")
     raise QemuError("the agent's answer is neither a result nor an error")

@@ -1,20 +1,20 @@
-"""What QEMU writes of a guest whose pages we write: its device state, and the small blocks.
+"""Read the device state that QEMU writes when this package writes the guest's pages.
 
 QEMU has two ways to write it:
 
 - ``migrate`` with ``x-ignore-shared``, ``mapped-ram`` and ``multifd`` being off: a whole sequential
   stream, in which guest memory that is a shared file is left out (:func:`read_migrated`);
-- ``xen-save-devices-state``: the device sections and nothing else; what else a stream has, the
-  caller knows from QEMU's monitor (:func:`read_devices`).
+- ``xen-save-devices-state``: the device sections only; the caller gets the rest of a stream from
+  QEMU's monitor (:func:`read_devices`).
 
-Both open the file for writing only, so that a fdset needs a descriptor of just that mode; here it
-is read through another.
+Both open the file for writing only, so a fdset needs a write-only descriptor; this module reads
+through another one.
 
-The second heeds no migration blocker: QEMU 10.0.2 dies of it with a device that cannot be migrated
-(NVMe), which ``query-migrate`` tells beforehand in ``blocked-reasons``. It also leaves out, without
-a word, all state that is written in several parts (VFIO, dirty bitmaps).
+``xen-save-devices-state`` ignores migration blockers: QEMU 10.0.2 crashes on a device that cannot
+be migrated (NVMe), which ``query-migrate`` reports in ``blocked-reasons``. It also silently omits all
+state that is written in several parts (VFIO, dirty bitmaps).
 
-The guest must stand still from the moment its device state was written until the job has ended.
+The guest must stay stopped from the moment its device state was written until its pages are saved.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ _RUN_STATE_MAX = 31  # bytes, before a NUL
 
 @dataclass(frozen=True)
 class DeviceState:
-    """A guest without the pages that somebody else has.
+    """The state of a guest without the pages that this package writes.
 
     - ``blocks``: the length in bytes of every RAM block, in the order of the stream.
-    - ``carried``: the content of those blocks whose pages QEMU wrote; the others are
+    - ``carried``: the content of the blocks whose pages QEMU wrote; the others are
       :attr:`external`.
-    - ``sections``: the device sections, as they were; ``devices`` their names and instances.
-    - ``description``: JSON text that tells the lengths of the sections.
-    - ``run_state``: what the guest will be on load (``running``, ``paused``, ...), where told.
-    - ``switchover_start``: whether the stream has that command, which machine types of QEMU 10.0
-      and later get.
+    - ``sections``: the device sections, unchanged; ``devices`` their names and instances.
+    - ``description``: JSON text with the lengths of the sections.
+    - ``run_state``: the guest's state on load (``running``, ``paused``, ...), if recorded.
+    - ``switchover_start``: whether the stream has that command, as machine types of QEMU 10.0 and
+      later have.
     """
 
     machine: str
@@ -81,13 +81,13 @@ class DeviceState:
 
     @property
     def external(self) -> tuple[str, ...]:
-        """The blocks whose pages have to come from somewhere else."""
+        """The blocks whose pages are not in this state."""
         return tuple(name for name in self.blocks if name not in self.carried)
 
 
 @contextlib.contextmanager
 def memory_file() -> Iterator[tuple[int, int]]:
-    """Two opens of an empty file in memory: for writing only, as QEMU wants it, and for reading."""
+    """Open an empty file in memory twice: write-only, as QEMU needs it, and for reading."""
     with contextlib.ExitStack() as stack:
         read = os.memfd_create("device-state", os.MFD_CLOEXEC)
         stack.callback(os.close, read)
@@ -97,15 +97,15 @@ def memory_file() -> Iterator[tuple[int, int]]:
 
 
 def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceState:
-    """Read what ``migrate`` wrote: a sequential stream, whole.
+    """Read a whole sequential stream that ``migrate`` wrote.
 
     source: a path, or Descriptors (borrowed, open for reading).
-    elsewhere: blocks that are external though the stream may have their pages, which are passed
-        over: of a memfd, QEMU up to 11.1 at least writes every page all the same.
+    elsewhere: blocks that are external even if the stream has their pages, which are skipped: QEMU
+        up to 11.1 at least writes every page of a memfd.
 
-    The other blocks that the stream has pages of are read into memory. Raises SnapshotError for a
-    stream that is damaged or cut, NotSupported for one of another kind and where a device has
-    state beside an ordinary section, UsageError, TargetError.
+    The other blocks with pages in the stream are read into memory. Raises SnapshotError for a
+    damaged or truncated stream, NotSupported for one of another kind, and for a device with state
+    outside ordinary sections, UsageError, TargetError.
     """
     opened = InputFile(source)
     try:
@@ -137,9 +137,9 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
 
 
 def sections_of(source: Source, stream: Stream | SequentialStream) -> bytes:
-    """Return everything between RAM's END and the end-of-stream byte, if only devices are there.
+    """Return what is between RAM's END and the end-of-stream byte, if only device sections are.
 
-    Raises SnapshotError where the end of the stream is missing, NotSupported for other sections.
+    Raises SnapshotError if the end of the stream is missing, NotSupported for other sections.
     """
     if not stream.complete:
         raise SnapshotError(
@@ -148,10 +148,10 @@ def sections_of(source: Source, stream: Stream | SequentialStream) -> bytes:
     for section in stream.sections:
         if section.kind is SectionKind.START and section.name != RAM_NAME:
             raise NotSupported(
-                f"{section.name!r} has state that is written in several parts, not in one section"
+                f"{section.name!r} has state in several parts instead of one section"
             )
         if section.kind is SectionKind.FULL and section.offset < stream.ram_end:
-            raise NotSupported(f"{section.name!r} has state that has to stand before RAM")
+            raise NotSupported(f"{section.name!r} has state that must come before RAM")
     end = stream.end if stream.description_offset is None else stream.description_offset
     ram_end = next(s for s in stream.sections if s.offset == stream.ram_end)
     first = ram_end.offset + ram_end.length
@@ -174,17 +174,17 @@ def read_devices(
     uuid: bytes | None = None,
     run_state: str | None = None,
 ) -> DeviceState:
-    """Read what ``xen-save-devices-state`` wrote; the rest is as the monitor tells it.
+    """Read a file that ``xen-save-devices-state`` wrote; the monitor supplies the rest.
 
     source: a path, or Descriptors (borrowed, open for reading).
     machine: the machine type's full name (``pc-q35-10.0``); an empty one loads on any.
     blocks: the length in bytes of every RAM block, as ``info ramblock`` lists them (Used).
     page_size, target_page_bits, uuid: as in :func:`pyqmigrate.format.stream.writer.encode_head`.
-    run_state: what the guest is to be on load; None leaves what QEMU wrote, which is ``running``
-        even for a paused guest.
+    run_state: the state of the guest on load; None keeps the one that QEMU wrote, which is
+        ``running`` even for a paused guest.
 
     All blocks are external. The description gives each section as one buffer. Raises SnapshotError
-    for a file that is damaged or cut, UsageError, TargetError.
+    for a damaged or truncated file, UsageError, TargetError.
     """
     for name, length in blocks.items():
         BlockSpec(name, length, page_size)
@@ -222,11 +222,11 @@ def _set_run_state(data: bytearray, sections: Sequence[Section], run_state: str)
         if section.name == _GLOBAL_STATE and section.body_length == len(wanted):
             data[_body(section)] = wanted
             return
-    raise NotSupported("the device state has no run state that could be changed")
+    raise NotSupported("the device state has no run state that can be changed")
 
 
 def _body(section: Section) -> slice:
-    """Where the section's body is in a file of devices without its header."""
+    """Return the range of the section's body in a device-only file without its header."""
     first = section.body_offset - HEADER_LENGTH
     return slice(first, first + section.body_length)
 
@@ -238,9 +238,9 @@ def _names(sections: Sequence[Section]) -> tuple[tuple[str, int], ...]:
 def _read(source: Source, start: int, end: int) -> bytes:
     if end - start > LOADED_STATE_MAX:
         raise NotSupported(
-            f"device state of {(end - start) >> 20} MiB; at most {LOADED_STATE_MAX >> 20} are read"
+            f"device state has {(end - start) >> 20} MiB; the limit is {LOADED_STATE_MAX >> 20} MiB"
         )
     data = source.read_at(start, end - start)
     if len(data) != end - start:
-        raise SnapshotError("the file became shorter while it was read", offset=start + len(data))
+        raise SnapshotError("the file shrank while it was being read", offset=start + len(data))
     return data

@@ -1,7 +1,7 @@
-"""The files that a running guest needs, so that a save of it does not replace one.
+"""The files that a running guest needs, which a save must not replace.
 
-They are compared by device and inode (:mod:`pyqmigrate.io.in_use`), since QEMU may know them by
-other names than we do: it may have another root or current directory.
+They are compared by device and inode (:mod:`pyqmigrate.io.in_use`), because QEMU may have another
+root or working directory, and know them by other names.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ if TYPE_CHECKING:
 
 __all__ = ["files_of", "name_images"]
 
-_HEAD = 16  # bytes, enough to tell a snapshot
+_HEAD = 16  # bytes, enough to recognize a snapshot
 
 
 def name_images(
     disks: Sequence[Disk], devices: Sequence[Mapping[str, Any]], nodes: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[str, str], ...]:
-    """Pairs of the file that an image is, as QEMU names it, and what it is to the guest.
+    """Return pairs of an image's file, as QEMU names it, and its use in the guest.
 
-    ``devices`` is what ``query-block`` returns, ``nodes`` what ``query-named-block-nodes`` does:
-    those are open, backing files among them, and some belong to no disk, such as pflash.
+    ``devices`` is the answer of ``query-block``, ``nodes`` that of ``query-named-block-nodes``:
+    all open nodes, with backing files and images such as pflash that are not a disk.
     """
-    found: dict[str, str] = {disk.file: f"disk {disk.name} of the guest" for disk in disks}
+    uses: dict[str, str] = {disk.file: f"disk {disk.name} of the guest" for disk in disks}
     media = [device["inserted"] for device in devices if "inserted" in device]
     for disk, medium in zip(disks, media, strict=True):
         image = medium.get("image", {})
         while image := image.get("backing-image"):
-            found.setdefault(str(image.get("filename", "")), f"a backing file of disk {disk.name}")
+            uses.setdefault(str(image.get("filename", "")), f"a backing file of disk {disk.name}")
     for node in nodes:
         name = f"an image of the guest (block node {node.get('node-name', '')})"
         for key in ("file", "backing_file"):
-            found.setdefault(str(node.get(key, "")), name)
-    return tuple((file, what) for file, what in found.items() if file)
+            uses.setdefault(str(node.get(key, "")), name)
+    return tuple((file, use) for file, use in uses.items() if file)
 
 
 def files_of(guest: GuestInfo) -> dict[FileId, str]:
-    """The files of the guest's memory, its images with all backing files, what its command line
-    names, and what QEMU has open; each with what it is.
+    """Return the files of the guest's memory, its images with all backing files, the files that its
+    command line names, and those that QEMU has open; each with a description.
 
-    A snapshot whose pages are mapped privately is not among them: under its name a new file may
-    appear, and the guest keeps the old one. What cannot be looked at is left out.
+    Snapshots whose pages are mapped privately are left out: they may be replaced, since the guest
+    keeps the old file. Files that cannot be inspected are left out.
     """
     found: dict[FileId, str] = {}
     for files in (
@@ -87,8 +87,8 @@ def _images(guest: GuestInfo) -> Iterator[tuple[Named, str]]:
 
 
 def _arguments(guest: GuestInfo) -> Iterator[tuple[Named, str]]:
-    """Firmware, kernel, initrd and whatever else the command line of QEMU names, except what it
-    loaded its state from."""
+    """Yield firmware, kernel, initrd and all other files that QEMU's command line names, except the
+    source of an incoming migration."""
     command = None if guest.pid is None else command_of(guest.pid)
     for option in () if command is None else command.options:
         if option.value is None or option.name == "incoming":

@@ -1,10 +1,10 @@
-"""What a running QEMU is: machine, memory, devices, disks, settings.
+"""Inspect a running QEMU: machine, memory, devices, disks, settings.
 
     async with await Monitor.connect("/run/guest.qmp") as monitor:
-        with await look(monitor) as guest:
+        with await inspect(monitor) as guest:
             print(guest.machine, [block.name for block in guest.blocks])
 
-Looking changes nothing: only queries are asked.
+It sends queries only, and changes nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pyqmigrate.vm.qemu.peer import Peer
 
 __all__ = ["GuestInfo", "GuestBlock", "inspect"]
 
-# Bits of the guest's page where the target has one size only; ARM's depends on the machine.
+# Page bits of targets with a single page size; ARM's depends on the machine.
 _PAGE_BITS = {
     "i386": 12,
     "x86_64": 12,
@@ -53,19 +53,19 @@ _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unat
 
 @dataclass(frozen=True)
 class GuestInfo:
-    """A QEMU at the moment that it was looked at.
+    """A QEMU at the moment of its inspection.
 
-    ``version`` is (major, minor, micro). ``process`` is its process, ``binary`` what that runs;
-    None and empty where that is not known. ``machine`` is the full name, as a stream
-    carries it (``pc-i440fx-10.0``), ``target`` the architecture (``x86_64``), ``target_page_bits``
-    None where only a stream tells. ``run_state`` is ``query-status``'s; ``running`` is true in
-    ``suspended``, too: such a guest sleeps, and its devices go on. ``migration_status`` is
-    ``query-migrate``'s, "none" before the first. ``blocks`` are those that a stream has, in QEMU's
-    order, and no others. ``devices`` are pairs of QOM path and type, ``dirty_bitmaps`` of node and
-    bitmap, ``images`` of a file as QEMU names it and what it is (pflash and backing files are
-    among them), ``commands`` the QMP commands there are.
+    ``version`` is (major, minor, micro). ``process`` is its process, ``binary`` the path of its
+    program; None and empty if unknown. ``machine`` is the full name, as in a stream
+    (``pc-i440fx-10.0``), ``target`` the architecture (``x86_64``), ``target_page_bits`` None if
+    only a stream records them. ``run_state`` is that of ``query-status``; ``running`` is also true
+    in ``suspended``, where the guest sleeps and its devices keep working. ``migration_status`` is
+    that of ``query-migrate``, "none" before the first. ``blocks`` are the blocks of a stream, in
+    QEMU's order. ``devices`` are pairs of QOM path and type, ``dirty_bitmaps`` of node and bitmap,
+    ``images`` of a file as QEMU names it and its use (with pflash and backing files), ``commands``
+    the available QMP commands.
 
-    Its descriptors are its own: close it, or use it as a context manager.
+    It owns descriptors: close it, or use it as a context manager.
     """
 
     version: tuple[int, int, int]
@@ -90,7 +90,7 @@ class GuestInfo:
 
     @property
     def pid(self) -> int | None:
-        """The number of its process, as we count; None where that is not known."""
+        """Its pid in this process's namespace; None if unknown."""
         return None if self.process is None else self.process.pid
 
     @property
@@ -99,7 +99,7 @@ class GuestInfo:
         return sum(block.length for block in self.blocks)
 
     def close(self) -> None:
-        """Close the descriptors of the process and of the blocks' memory. Once only."""
+        """Close the descriptors of the process and of the blocks' memory. Call it once."""
         if self.process is not None:
             self.process.close()
         for block in self.blocks:
@@ -114,10 +114,10 @@ class GuestInfo:
 
 
 async def inspect(monitor: Monitor) -> GuestInfo:
-    """Ask a QEMU what it is, and find its memory.
+    """Query a QEMU, and find its memory.
 
-    Memory that cannot be reached is no error: the block says why. Raises QemuError when QEMU does
-    not answer, or its list of blocks is not understood.
+    Unreadable memory is not an error: ``why_not`` of the block gives the reason. Raises QemuError
+    if QEMU does not answer, or if its list of blocks is invalid.
     """
     target = str((await monitor.execute("query-target"))["arch"])
     status = await monitor.execute("query-status")
@@ -154,8 +154,8 @@ async def inspect(monitor: Monitor) -> GuestInfo:
     backends = await _backends(monitor)
     processors = await monitor.execute("query-cpus-fast")
     threads = {int(processor["thread-id"]) for processor in processors}
-    found = asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer, threads)
-    return await acquired(found, GuestInfo.close)
+    guest = asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer, threads)
+    return await acquired(guest, GuestInfo.close)
 
 
 def _with_memory(
@@ -185,7 +185,7 @@ async def _machine(monitor: Monitor) -> str:
 
 
 async def _backends(monitor: Monitor) -> dict[str, Backend]:
-    """Memory backends by their ids; those that the command line made have one, too."""
+    """Return the memory backends by id; those made by the command line have one, too."""
     types = {
         entry["name"]: _child_type(entry["type"])
         for entry in await monitor.execute("qom-list", {"path": "/objects"})

@@ -1,7 +1,7 @@
-"""Where the bytes of a running QEMU's RAM blocks can be read.
+"""Find out how the RAM blocks of a running QEMU can be read.
 
-Shared memory is read through the file behind the mapping, private
-memory through ``process_vm_readv``, where that is permitted.
+Shared memory is read through the mapped file, private memory with ``process_vm_readv``, if that is
+permitted.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Backend:
 
 @dataclass(frozen=True)
 class GuestBlock:
-    """A RAM block of a running QEMU, as it would stand in a stream.
+    """A RAM block of a running QEMU that a stream would contain.
 
-    ``length`` in bytes; ``page_size`` is the host's pages of the backend, also in bytes, and not
-    the guest's. ``memory`` is where to read it, or None, and then ``why_not`` says what is
-    missing; a descriptor in it is the guest's (:class:`pyqmigrate.vm.guest.inspect.GuestInfo`).
-    ``backend`` is the QOM type, empty for memory of QEMU's own. ``file_backed``:
+    ``length`` is in bytes, ``page_size`` that of the backend's host pages, not the guest's.
+    ``memory`` is None if it cannot be read, and ``why_not`` is the reason; its descriptor belongs
+    to the :class:`pyqmigrate.vm.guest.inspect.GuestInfo`. ``backend`` is the QOM type, empty for
+    memory that QEMU allocated itself. ``file_backed``:
     ``x-ignore-shared`` leaves it out of the stream.
     """
 
@@ -55,10 +55,10 @@ class GuestBlock:
 def fits(
     lines: Iterable[RamLine], backends: Table[str, Backend], mappings: Sequence[Mapping]
 ) -> bool:
-    """Whether the address space has room for every block where QEMU says that it is.
+    """Return whether every block is mapped at the address that QEMU reports.
 
-    Memory of a backend is shared there as the backend says. Blocks without an address are left
-    out.
+    Memory of a backend must be shared or private as the backend is. Blocks without an address are
+    skipped.
     """
     for line in lines:
         place = covering(mappings, line.host_address, line.length)
@@ -73,19 +73,19 @@ def fits(
 def find_memory(
     lines: Iterable[RamLine], backends: Table[str, Backend], pid: int | None, why_no_pid: str = ""
 ) -> list[GuestBlock]:
-    """The blocks with their memories; the descriptors opened for them are the caller's to close.
+    """Return the blocks with their memories; the caller closes the descriptors opened for them.
 
-    ``backends`` are by id. Never fails for memory that cannot be reached: ``why_not`` says so.
+    ``backends`` are by id. Unreadable memory is not an error: ``why_not`` is set instead.
     """
     mappings: list[Mapping] = []
-    why_not = why_no_pid or "the process of this QEMU is not known"
+    why_not = why_no_pid or "the process of this QEMU is unknown"
     if pid is not None:
         try:
             mappings, why_not = read_mappings(pid), ""
         except OSError as error:
             why_not = (
-                f"/proc/{pid}/maps cannot be read ({error.strerror}): be the user that QEMU runs "
-                "as, or root (CAP_SYS_PTRACE)"
+                f"/proc/{pid}/maps cannot be read ({error.strerror}): run as the user of QEMU, or "
+                "as root (CAP_SYS_PTRACE)"
             )
     blocks: list[GuestBlock] = []
     try:
@@ -101,7 +101,7 @@ def find_memory(
 
 
 def _backend_of(line: RamLine, backends: Table[str, Backend]) -> Backend | None:
-    """A block is named after its backend: alone, as /objects/ID, or after a device's path."""
+    """Return the backend that a block is named after: ID, /objects/ID, or PATH-OF-DEVICE/ID."""
     backend = backends.get(line.name.rpartition("/")[2])
     return backend if backend is not None and backend.size == line.length else None
 
@@ -138,9 +138,9 @@ def _memory(
         try:
             return _file_memory(line, place, pid), ""
         except OSError as error:
-            why_no_file = f"the file it is in cannot be read ({error.strerror}); "
+            why_no_file = f"its file cannot be read ({error.strerror}); "
     if not place[0].readable:
-        return None, why_no_file + "QEMU itself may not read it"
+        return None, why_no_file + "QEMU itself has no read access to it"
     private = ProcessMemory(pid, line.host_address, line.length)
     refusal = private.refusal()
     if refusal is None:
@@ -149,12 +149,12 @@ def _memory(
 
 
 def _file_memory(line: RamLine, place: Sequence[Mapping], pid: int) -> FileMemory:
-    """OSError when it is not one piece of one file, or that cannot be opened or read."""
+    """Return the part of a file that is mapped there; OSError unless it is one readable piece."""
     first = place[0]
     for m in place:
         one_piece = m.offset - first.offset == m.start - first.start
         if (m.device, m.inode) != (first.device, first.inode) or not one_piece:
-            raise OSError(errno.EINVAL, "it is in several files")
+            raise OSError(errno.EINVAL, "it is in several pieces of files")
     offset = first.offset + line.host_address - first.start
     fd = open_mapped(pid, first)
     try:
@@ -172,9 +172,9 @@ def _file_memory(line: RamLine, place: Sequence[Mapping], pid: int) -> FileMemor
 def _why_not_process(error: OSError, pid: int) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
         return (
-            f"private memory of process {pid} may not be read: be root (CAP_SYS_PTRACE), or be "
-            "the user that QEMU runs as with kernel.yama.ptrace_scope = 0"
+            f"private memory of process {pid} may not be read: run as root (CAP_SYS_PTRACE), or "
+            "as the user of QEMU with kernel.yama.ptrace_scope = 0"
         )
     if error.errno == errno.ENOSYS:
-        return "this system does not let process_vm_readv be called"
+        return "this system does not permit process_vm_readv"
     return f"memory of process {pid} cannot be read: {error.strerror}"

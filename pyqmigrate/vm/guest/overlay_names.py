@@ -1,4 +1,4 @@
-"""How overlays are named: after their disk and what they are for, however many there are."""
+"""Name overlays after their disk and their purpose, also in long chains."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ __all__ = ["overlay_name"]
 
 _NAME_MAX = 255  # bytes of a name, on Linux file systems
 _END = ".qcow2"
-_SHARE = 120  # bytes that each of the two names may take
+_PART_MAX = 120  # bytes of each of the two parts
 
 
 def overlay_name(chain: Sequence[str], purpose: str, exists: Callable[[str], bool]) -> str:
-    """A new name ``DISK.PURPOSE.qcow2`` of at most 255 bytes.
+    """Return a new name ``DISK.PURPOSE.qcow2`` of at most 255 bytes.
 
     ``chain`` are the names of the disk's file and of its backing files, from the top down. DISK is
-    the first of them that was not named so itself; with ten overlays one over another, all are
-    named after the file at the bottom. ``exists`` says which names are taken: then a number is
-    added.
+    the first of them that is not such an overlay itself: in a chain of ten overlays, all are named
+    after the file at the bottom. A number is added if the name ``exists``.
     """
     front = f"{_cut(_origin(chain))}.{_cut(purpose)}"
     number = 1
@@ -31,7 +30,7 @@ def overlay_name(chain: Sequence[str], purpose: str, exists: Callable[[str], boo
 
 
 def _origin(chain: Sequence[str]) -> str:
-    """The lowest image down to which each one is an overlay named after it."""
+    """Return the lowest image such that all above it are overlays named after it."""
     origin = chain[0]
     for depth, name in enumerate(chain[1:], 1):
         front = f"{_cut(name)}."
@@ -41,4 +40,4 @@ def _origin(chain: Sequence[str]) -> str:
 
 
 def _cut(name: str) -> str:
-    return os.fsencode(name)[:_SHARE].decode("utf-8", "ignore")
+    return os.fsencode(name)[:_PART_MAX].decode("utf-8", "ignore")

@@ -1,8 +1,8 @@
-"""Which process a QEMU is, and what its address space looks like.
+"""Find the process of a QEMU, and read its address space.
 
-QEMU's own word is not enough (:mod:`pyqmigrate.vm.qemu.peer`): a process is believed when it is at
-the other end of the monitor's connection, has the threads that run the guest's processors, and has
-memory mapped wherever QEMU says that a RAM block is. Thread numbers are those of QEMU's own pid
+QEMU's own answers are untrusted (:mod:`pyqmigrate.vm.qemu.peer`): a process is accepted if it is at
+the other end of the monitor's connection, has the threads of the guest's CPUs, and has memory
+mapped wherever QEMU reports a RAM block. Thread numbers are those of QEMU's own pid
 namespace (``NSpid`` in ``/proc/PID/status``).
 """
 
@@ -33,14 +33,14 @@ __all__ = [
 
 _PROC = Path("/proc")
 _UNKNOWN = (
-    "the process of this QEMU is not found: it may be out of sight (another machine, a pid "
-    "namespace that is not below ours)"
+    "the process of this QEMU was not found: it may be on another machine, or in a pid namespace "
+    "that is not visible from here"
 )
 
 
 @dataclass(frozen=True)
 class Mapping:
-    """A line of ``/proc/PID/maps``: ``start`` to ``end`` (exclusive) shows a file at ``offset``."""
+    """A line of ``/proc/PID/maps``: ``start`` to ``end`` (exclusive) maps a file at ``offset``."""
 
     start: int
     end: int
@@ -53,13 +53,10 @@ class Mapping:
 
 
 class Process:
-    """A QEMU's process that has been found to be the other end of ``peer``; close it.
-
-    ``pid`` is its number as we count.
-    """
+    """A QEMU's process at the other end of ``peer``, held by a pidfd; close it."""
 
     def __init__(self, pid: int, peer: Peer) -> None:
-        """Raises ProcessLookupError when it has ended."""
+        """Raises ProcessLookupError if it has ended."""
         self.pid = pid
         self._peer = peer
         self._fd = -1
@@ -68,20 +65,20 @@ class Process:
         except ProcessLookupError:
             raise
         except OSError:
-            pass  # a kernel without pidfds: the number alone has to do
+            pass  # a kernel without pidfds: only the number is left
 
     def why_not(self) -> str | None:
-        """Why it is not the other end of the connection now, or None if it is."""
+        """Return why it is not the other end of the connection now, or None if it is."""
         why_not = self._peer.why_not(self.pid)
-        # Asked last: while the process lives its number is no other's.
+        # Checked last: while the process lives, its pid is not reused.
         if self._fd >= 0 and select.select([self._fd], [], [], 0)[0]:
             return f"process {self.pid} has ended"
         return why_not
 
     def check(self) -> None:
-        """Raise GuestMemoryError unless it is still what it was found to be.
+        """Raise GuestMemoryError unless it is still the other end of the connection.
 
-        To be called after its memory was read: it may have started another program meanwhile.
+        Call it after reading its memory: it may have executed another program meanwhile.
         """
         if (why_not := self.why_not()) is not None:
             raise GuestMemoryError(
@@ -97,11 +94,11 @@ class Process:
 def find_process(
     peer: Peer, threads: Iterable[int], fits: Callable[[Sequence[Mapping]], bool]
 ) -> tuple[Process | None, str]:
-    """The process at the other end of ``peer`` that has these threads, and whose address space
-    ``fits``; or the reason why it is not found.
+    """Return the process at the other end of ``peer`` that has these threads and whose address
+    space ``fits``; or the reason why it was not found.
 
-    The listener comes with a reason too, where it has these threads and we are not permitted to
-    look closer. ``threads`` are numbered as in the process's own pid namespace.
+    If the listener has these threads but may not be inspected further, both are returned.
+    ``threads`` are numbered as in the process's own pid namespace.
     """
     wanted = frozenset(threads)
     reasons: list[str] = []
@@ -132,10 +129,10 @@ def _why_not(process: Process, fits: Callable[[Sequence[Mapping]], bool]) -> str
             return None
     except OSError as error:
         return (
-            f"/proc/{process.pid}/maps cannot be read ({error.strerror}): be the user that QEMU "
-            "runs as, or root (CAP_SYS_PTRACE)"
+            f"/proc/{process.pid}/maps cannot be read ({error.strerror}): run as the user of "
+            "QEMU, or as root (CAP_SYS_PTRACE)"
         )
-    return f"process {process.pid} has no memory where QEMU says that its RAM is"
+    return f"process {process.pid} has no memory where QEMU reports its RAM"
 
 
 def _why_unknown(peer: Peer) -> str:
@@ -165,7 +162,7 @@ def _candidates(peer: int | None, threads: frozenset[int]) -> Iterator[int]:
 
 
 def _own_numbers(pid: int) -> set[int]:
-    """The numbers of a process's threads, as it sees them itself."""
+    """Return the thread ids of a process, as in its own pid namespace."""
     try:
         tasks = list((_PROC / str(pid) / "task").iterdir())
     except OSError:
@@ -174,7 +171,7 @@ def _own_numbers(pid: int) -> set[int]:
 
 
 def command_of(pid: int) -> CommandLine | None:
-    """The command line that a QEMU was started with; None where it cannot be read."""
+    """Return the command line that a QEMU was started with; None if it cannot be read."""
     try:
         words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")[:-1]
         return CommandLine.parse([os.fsdecode(word) for word in words])
@@ -183,7 +180,7 @@ def command_of(pid: int) -> CommandLine | None:
 
 
 def read_mappings(pid: int) -> list[Mapping]:
-    """The address space of a process, in order. OSError where that is not allowed."""
+    """Return the address space of a process, in order. OSError if that is not permitted."""
     lines = (_PROC / str(pid) / "maps").read_text(errors="surrogateescape").splitlines()
     return [_mapping(line) for line in lines]
 
@@ -205,23 +202,23 @@ def _mapping(line: str) -> Mapping:
 
 
 def covering(mappings: Sequence[Mapping], address: int, length: int) -> list[Mapping]:
-    """The mappings from ``address`` on, ``length`` bytes without a gap; empty if there is one."""
-    found = [m for m in mappings if m.start < address + length and m.end > address]
-    if not found or found[0].start > address or found[-1].end < address + length:
+    """Return the mappings that cover ``length`` bytes from ``address``; empty if there is a gap."""
+    inside = [m for m in mappings if m.start < address + length and m.end > address]
+    if not inside or inside[0].start > address or inside[-1].end < address + length:
         return []
-    gapless = all(left.end == right.start for left, right in pairwise(found))
-    return found if gapless else []
+    gapless = all(left.end == right.start for left, right in pairwise(inside))
+    return inside if gapless else []
 
 
 def open_mapped(pid: int, mapping: Mapping) -> int:
-    """A new read-only descriptor of the file behind a mapping, under whichever name it has one.
+    """Open the file behind a mapping for reading; return a new descriptor.
 
-    ``/proc/PID/map_files`` is the file itself, but for root alone. Otherwise QEMU's own descriptors
-    and the path (as we and as QEMU see it) are tried; what they lead to is compared with the
-    mapping before it is opened. Raises the last OSError when none opens.
+    ``/proc/PID/map_files`` is the file itself, but needs root. Otherwise QEMU's own descriptors and
+    the path (as this process and as QEMU see it) are tried; the file is compared with the mapping
+    before it is opened. Raises the last OSError if none opens.
     """
     process = _PROC / str(pid)
-    failure = FileNotFoundError(2, "no name leads to it", mapping.path)
+    failure = FileNotFoundError(2, "its file has no usable name", mapping.path)
     exact = process / "map_files" / f"{mapping.start:x}-{mapping.end:x}"
     for name in (exact, *_names(process, mapping)):
         try:
@@ -232,15 +229,15 @@ def open_mapped(pid: int, mapping: Mapping) -> int:
 
 
 def _open_if(name: Path, mapping: Mapping | None) -> int:
-    """Open what the name leads to, if that is the file of ``mapping``."""
-    found = os.open(name, os.O_PATH | os.O_CLOEXEC)
+    """Open the file with this name, if it is that of ``mapping``."""
+    fd = os.open(name, os.O_PATH | os.O_CLOEXEC)
     try:
-        path = Path(f"/proc/self/fd/{found}")
-        if mapping is not None and not _is_file_of(os.fstat(found), path, mapping):
+        path = Path(f"/proc/self/fd/{fd}")
+        if mapping is not None and not _is_file_of(os.fstat(fd), path, mapping):
             raise FileNotFoundError(2, "another file has this name", os.fspath(name))
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     finally:
-        os.close(found)
+        os.close(fd)
 
 
 def _names(process: Path, mapping: Mapping) -> Iterator[Path]:
@@ -249,14 +246,14 @@ def _names(process: Path, mapping: Mapping) -> Iterator[Path]:
     except OSError:
         own = []
     for entry in own:
-        # A descriptor that was opened for its path alone proves no right to read the file.
+        # A descriptor opened with O_PATH does not prove read permission.
         if not _flags(process / "fdinfo" / entry.name) & os.O_PATH:
             yield entry
     yield from (Path(mapping.path), Path(f"{process}/root{mapping.path}"))
 
 
 def _flags(information: Path) -> int:
-    """How a descriptor was opened, from its /proc/PID/fdinfo."""
+    """Return the flags of a descriptor, from its /proc/PID/fdinfo."""
     with contextlib.suppress(OSError, ValueError):
         for line in information.read_text().splitlines():
             if line.startswith("flags:"):
@@ -267,5 +264,5 @@ def _flags(information: Path) -> int:
 def _is_file_of(info: os.stat_result, path: Path, mapping: Mapping) -> bool:
     if (info.st_dev, info.st_ino) == (mapping.device, mapping.inode):
         return True
-    # File systems of several volumes show one device number here and another there.
+    # File systems with several volumes report different device numbers in maps and in stat.
     return info.st_ino == mapping.inode and os.fspath(path.readlink()) == mapping.path

@@ -1,6 +1,6 @@
-"""The table that ``info ramblock`` prints: QEMU's RAM blocks, as a stream has them.
+"""Parse the table of ``info ramblock``: QEMU's RAM blocks, in the order of a stream.
 
-A block without a name is not migrated, and is left out.
+Blocks without a name are not migrated, and are left out.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
 
 
 class RamLine(NamedTuple):
-    """A line of ``info ramblock``; ``length`` is what is used now. Address 0: it tells none.
+    """A line of ``info ramblock``; ``length`` is the used size. Address 0: none is given.
 
-    ``largest`` is what an incoming stream may make of the length; 0 where that is not known.
+    ``largest`` is the size that an incoming stream may set; 0 if unknown.
     """
 
     name: str
@@ -34,8 +34,11 @@ class RamLine(NamedTuple):
     largest: int = 0
 
     def takes(self, length: int) -> bool:
-        """Whether an incoming block of this length fits. QEMU resizes what it gave room to grow,
-        which is the firmware's tables; it would take other RAM too, and damage it."""
+        """Return whether an incoming block of this length fits.
+
+        QEMU resizes blocks with room to grow, which are the firmware's tables. It would accept
+        other sizes too, and corrupt the memory.
+        """
         if self.length == length:
             return True
         can_change = self.name.startswith("/rom@") or self.length < self.largest
@@ -43,25 +46,25 @@ class RamLine(NamedTuple):
 
 
 def parse_ramblock(text: str) -> list[RamLine]:
-    """The named lines of ``info ramblock``, in its order: the blocks that a stream has.
+    """Return the named lines of ``info ramblock``, in order: the blocks of a stream.
 
-    Raises QemuError for a table of another form: a block overlooked would be a block lost.
+    Raises QemuError for an unknown table format: a block must not be overlooked.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines or not re.match(_HEAD, lines[0]):
-        raise QemuError(f"info ramblock has a form that is not known here: {text[:200]!r}")
+        raise QemuError(f"unknown format of info ramblock: {text[:200]!r}")
     return [parsed for line in lines[1:] if (parsed := _parse_line(line)).name]
 
 
 def _parse_line(line: str) -> RamLine:
-    found = re.fullmatch(_LINE, line)
-    if found is None:
-        raise QemuError(f"a line of info ramblock is not understood: {line!r}")
-    number, unit = found["page"].split()
+    match = re.fullmatch(_LINE, line)
+    if match is None:
+        raise QemuError(f"invalid line of info ramblock: {line!r}")
+    number, unit = match["page"].split()
     return RamLine(
-        found["name"],
+        match["name"],
         int(number) << _UNITS[unit],
-        int(found["used"], 16),
-        int(found["host"] or "0", 16),
-        int(found["total"], 16),
+        int(match["used"], 16),
+        int(match["host"] or "0", 16),
+        int(match["total"], 16),
     )

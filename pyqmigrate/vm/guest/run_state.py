@@ -1,4 +1,4 @@
-"""What a guest will be when its snapshot is loaded."""
+"""The run state that a guest has when its snapshot is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOADABLE = frozenset(
         "guest-panicked",
     }
 )
-"""States that a QEMU can be in when it has loaded a snapshot; it aborts at some others."""
+"""States that QEMU can load; it aborts at some others."""
 
 _BY_ITSELF = {
     "internal-error": (
@@ -41,8 +41,8 @@ _BY_ITSELF = {
 
 
 def what_stopped(run_state: str) -> str | None:
-    """What stopped a guest that nobody paused, and what a restore gives, in a sentence; None for
-    every other state."""
+    """Describe what stopped a guest that was not paused, and what a restore gives; None for other
+    states."""
     if run_state not in _BY_ITSELF:
         return None
     why, how_to_go_on = _BY_ITSELF[run_state]
@@ -53,9 +53,9 @@ def what_stopped(run_state: str) -> str | None:
 
 
 def set_run_state(target: OutputFile, run_state: str) -> bool:
-    """Change the run state in an unpublished snapshot; whether it has one that could be changed.
+    """Change the run state in an unpublished snapshot; return False if it has none of that size.
 
-    Raises SnapshotError for a file that is no snapshot, TargetError.
+    Raises SnapshotError for a file that is not a snapshot, TargetError.
     """
     device = global_state(run_state)
     with (

@@ -80,7 +80,7 @@ async def finish_restore(early: EarlyRestore) -> RestoredVm:
     is ended."""
     started = early.started
     streams = IncomingStreams(started.source)
-    attempt = RestoreAttempt(streams, early.options, started.qemu.at, early.notes)
+    attempt = RestoreAttempt(streams, early.options, started.qemu.started_at, early.notes)
     with _discarding(early.chosen):
         return await _closing(streams, attempt.instant_or_load(started, early.command))
 

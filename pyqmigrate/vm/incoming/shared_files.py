@@ -1,6 +1,7 @@
-"""Files, servers and sockets of a command line that two guests must not share.
+"""Find the files and servers that a QEMU command line writes to, and the sockets that it makes.
 
-Only the command line and the files of its ``-readconfig`` are read; no image is opened.
+Two guests must not share them. Only the command line and the files of its ``-readconfig`` are read;
+no image is opened.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _STREAMS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "g
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _STREAM = r"(?:^|:)(?:unix:((?:[^,]|,,)+)|(?:file|pipe):(.+))"
 _READ_ONLY = ("readonly", "read-only")
-_WHOLE = ("pidfile", "D")  # options whose value is only a name
-# Options with a property that names a file to write, and their implied key.
+_WHOLE = ("pidfile", "D")  # options whose value is a file name
+# Options with a property that names a file to write, and the key that the first may omit.
 _NAMING = {
     "chardev": ("logfile", "backend"),
     "trace": ("file", "enable"),
@@ -31,7 +32,7 @@ _NAMING = {
     "machine": ("dumpdtb", "type"),
 }
 _CHARDEVS = ("file", "pipe", "serial", "tty", "parallel", "parport")
-# Block drivers of remote storage, and the properties that locate it.
+# Block drivers of remote images, and the properties that locate them.
 _REMOTE = ("nbd", "ssh", "rbd", "iscsi", "gluster", "nfs", "sheepdog", "nvme")
 _PLACE = (
     "server",
@@ -53,26 +54,26 @@ _PLACE = (
 
 
 def written_files(command: CommandLine) -> dict[str, Option]:
-    """Return what QEMU writes to, as real paths or descriptions of servers, with the naming options."""
+    """Return the real paths (or descriptions of remote images), and the option that names each."""
     command = with_configurations(command)
     return _by_real_path(command, (*_disks(command), *_nodes(command), *_others(command)))
 
 
 def written_images(command: CommandLine) -> dict[str, Option]:
-    """As :func:`written_files`, for disks only."""
+    """Return the same as :func:`written_files`, for disks only."""
     command = with_configurations(command)
     return _by_real_path(command, (*_disks(command), *_nodes(command)))
 
 
 def _by_real_path(command: CommandLine, names: Iterable[tuple[str, Option]]) -> dict[str, Option]:
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for name, option in names:
         is_path = "://" not in name and not name.startswith(_REMOTE) and "json:" not in name
-        # Relative to QEMU's current directory.
+        # Relative to QEMU's working directory.
         real = os.path.realpath(Path(command.directory or "", name)) if is_path else name
         if real != os.devnull:
-            found[real] = option
-    return found
+            options[real] = option
+    return options
 
 
 def _disks(command: CommandLine) -> Iterator[tuple[str, Option]]:
@@ -95,7 +96,7 @@ def _disks(command: CommandLine) -> Iterator[tuple[str, Option]]:
 
 
 def _nodes(command: CommandLine) -> Iterator[tuple[str, Option]]:
-    """Generate the storage of ``-blockdev`` nodes that are written to by a node or device above."""
+    """Yield the images of ``-blockdev`` nodes, unless all nodes above only read."""
     nodes = [(option, option.properties("driver")) for option in command.all("blockdev")]
 
     def is_written(number: int) -> bool:
@@ -118,9 +119,9 @@ def _nodes(command: CommandLine) -> Iterator[tuple[str, Option]]:
 
 
 def _places(node: Mapping[str, Any], *, file_is_name: bool = False) -> Iterator[str]:
-    """Generate the locations of a node's data: names of files, or descriptions of servers.
+    """Yield the places of a node's data: names of files, or descriptions of servers.
 
-    ``file_is_name``: the value of ``file`` is a file name, as in ``-drive``, not a node name.
+    ``file_is_name``: in ``-drive``, ``file`` names a file instead of a node.
     """
     if _read_only(node):
         return
@@ -128,9 +129,9 @@ def _places(node: Mapping[str, Any], *, file_is_name: bool = False) -> Iterator[
     if isinstance(filename, str):
         yield from _image(filename)
     driver = node.get("driver", "")
-    place = {key: node[key] for key in _PLACE if key in node}
-    if driver in _REMOTE and place:
-        yield f"{driver} {json.dumps(place, sort_keys=True)}"
+    server = {key: node[key] for key in _PLACE if key in node}
+    if driver in _REMOTE and server:
+        yield f"{driver} {json.dumps(server, sort_keys=True)}"
         return
     for key, child in node.items():
         if isinstance(child, dict) and key != "backing":
@@ -138,21 +139,21 @@ def _places(node: Mapping[str, Any], *, file_is_name: bool = False) -> Iterator[
 
 
 def _image(name: str) -> Iterator[str]:
-    """Generate the locations of an image name: a path, an address, or a node as ``json:``."""
+    """Yield the places that an image name refers to: a path, a URL, or a ``json:`` node."""
     if not name.startswith("json:"):
         yield name.removeprefix("file:")
         return
     try:
         node = json.loads(name.removeprefix("json:"))
         properties = dict(flatten("", node)) if isinstance(node, dict) else {}
-    except (ValueError, RecursionError):  # QEMU will report the error
+    except (ValueError, RecursionError):  # QEMU reports it
         yield name
         return
     yield from _places(_nested(properties), file_is_name=True)
 
 
 def _whole_json(text: str) -> str:
-    """Return a ``json:`` name in a list of properties, with doubled or single commas."""
+    """Return a ``json:`` name in a property list, whose commas may not be doubled."""
     _, _, rest = text.partition("file=json:")
     for candidate in (rest, rest.replace(",,", ",")):
         try:
@@ -192,8 +193,8 @@ def _others(command: CommandLine) -> Iterator[tuple[str, Option]]:
                 yield properties[key], option
         if option.name == "chardev":
             properties = option.properties("backend")
-            creates = properties.get("backend") in _CHARDEVS or is_on(properties.get("server"))
-            if creates and "path" in properties:
+            makes_it = properties.get("backend") in _CHARDEVS or is_on(properties.get("server"))
+            if makes_it and "path" in properties:
                 yield properties["path"], option
         if option.name == "object":
             properties = option.properties("qom-type")
@@ -201,7 +202,7 @@ def _others(command: CommandLine) -> Iterator[tuple[str, Option]]:
                 yield properties["file"], option
             path = properties.get("mem-path")
             shared = is_on(properties.get("share")) and not is_on(properties.get("readonly"))
-            # In a directory QEMU creates an unnamed file.
+            # In a directory, QEMU makes a private file.
             if shared and path is not None and not Path(path).is_dir():
                 yield path, option
 

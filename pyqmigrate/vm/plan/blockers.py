@@ -1,8 +1,8 @@
-"""What a snapshot whose pages we write ourselves would miss.
+"""State that engine ``direct`` cannot save.
 
-QEMU gives its device state in one of two ways (:class:`Way`). Neither carries what other live
-sections than RAM have: their parts stand between those of RAM, and only their devices know their
-form.
+QEMU writes its device state in one of two ways (:class:`DeviceStateMethod`). Neither includes live
+sections other than RAM: their parts are interleaved with those of RAM, and only the devices know
+their format.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ __all__ = [
 
 
 class DeviceStateMethod(StrEnum):
-    """How QEMU hands out its device state without the pages."""
+    """How QEMU writes its device state without the pages."""
 
     IGNORE_SHARED = "ignore-shared"
     """``migrate`` with ``x-ignore-shared``: complete and described, shared file-backed RAM left
-    out; a guest that did not run ends in ``postmigrate``."""
+    out; a guest that was not running ends in ``postmigrate``."""
     DEVICES_ONLY = "devices-only"
-    """``xen-save-devices-state``: device sections alone; a guest that does not run stays as it
-    is. Only x86 builds of QEMU have it."""
+    """``xen-save-devices-state``: device sections only; a guest that is not running keeps its
+    state. Only x86 builds of QEMU have it."""
 
 
 _DEVICES = (
-    (re.compile(r"vfio-"), "it passes a host device through (vfio), with live state of its own"),
+    (
+        re.compile(r"vfio-"),
+        "it passes a host device through (vfio), whose live state is not in a section",
+    ),
     (
         re.compile(r"virtio-mem(?!ory)"),
-        "its plugged-in memory (virtio-mem) is told in a section before RAM",
+        "its plugged memory (virtio-mem) is recorded in a section before RAM",
     ),
 )
 _BACKENDS = re.compile(r"vhost-|tpm-")
@@ -49,18 +52,18 @@ _MACHINES = (
         "the storage attributes of this machine are a live section (s390-storage_attributes)",
     ),
 )
-# Capabilities that put more into a stream than RAM and device state, or take RAM out.
+# Capabilities that add to a stream, or remove RAM from it.
 _CAPABILITIES = {
     "block": "the capability block puts disks into the stream",
-    "x-colo": "the capability x-colo makes of a migration something else than a snapshot",
+    "x-colo": "with the capability x-colo, a migration is not a snapshot",
 }
 
 
 def missed_devices(guest: GuestInfo, way: DeviceStateMethod) -> list[str]:
-    """Reasons why a save this way would lose something; empty when nothing is.
+    """Return reasons why a save this way would lose state; empty if it would not.
 
-    Only what QEMU tells is known: a live section of a device not listed here is found when its
-    stream is read.
+    Only QEMU's own information is used: a live section of a device not listed here is noticed when
+    its stream is read.
     """
     reasons = list(_from_devices(guest))
     reasons += [why for pattern, why in _MACHINES if pattern.match(guest.machine)]
@@ -74,8 +77,8 @@ def missed_devices(guest: GuestInfo, way: DeviceStateMethod) -> list[str]:
         reasons.append("this QEMU has no xen-save-devices-state (builds for x86 have it)")
     if way is DeviceStateMethod.DEVICES_ONLY and guest.target_page_bits is None:
         reasons.append(
-            "xen-save-devices-state does not tell the page size, which differs between machines of "
-            f"{guest.target}"
+            "xen-save-devices-state does not record the page size, which differs between machines "
+            f"of {guest.target}"
         )
     return reasons
 
@@ -88,7 +91,7 @@ def _from_devices(guest: GuestInfo) -> Iterator[str]:
 
 
 def devices_with_backends(guest: GuestInfo) -> list[str]:
-    """Devices whose state is with another process, which may not give it."""
+    """Return devices whose state is in another process, which may not provide it."""
     return [
         f"{path.rpartition('/')[2]} ({kind})"
         for path, kind in guest.devices
@@ -97,18 +100,18 @@ def devices_with_backends(guest: GuestInfo) -> list[str]:
 
 
 def why_no_migration(guest: GuestInfo) -> str | None:
-    """Why this guest cannot be saved at all now, whoever writes the pages; None if it can."""
+    """Return why no engine can save this guest now; None if one may."""
     if guest.blocked_reasons:
         return "QEMU refuses to migrate this guest: " + "; ".join(guest.blocked_reasons)
     if not guest.blocks:
         return "the guest has no memory (a machine without RAM)"
     if guest.run_state == "inmigrate":
-        return "the guest is not there yet: this QEMU waits for an incoming migration"
+        return "there is no guest yet: this QEMU waits for an incoming migration"
     return why_no_migration_now(guest.migration_status)
 
 
 def why_no_migration_now(status: str) -> str | None:
-    """Why a QEMU whose ``query-migrate`` has this status takes no other migration, or None."""
+    """Return why a QEMU with this ``query-migrate`` status refuses another migration, or None."""
     if status in _UNDER_WAY:
         return f"a migration of this guest is under way (status {status})"
     return None

@@ -1,4 +1,4 @@
-"""What a save of this guest would do now, without doing it."""
+"""Predict what a save of this guest would do now."""
 
 from __future__ import annotations
 
@@ -25,25 +25,24 @@ from pyqmigrate.vm.twin.describing import why_not_described
 
 __all__ = ["CheckReport", "check"]
 
-# What QEMU refuses together with mapped-ram, or what breaks a save to a file. Seen on 10.0.2 and
-# 11.1.3.
+# Capabilities that QEMU refuses with mapped-ram, or that break a save to a file (10.0.2, 11.1.3).
 _CAPABILITIES = {
     "return-path": "makes a save to a file fail",
     "postcopy-ram": "excludes mapped-ram, and makes a save to a file fail",
     "xbzrle": "excludes mapped-ram and multifd",
-    "x-colo": "makes of a migration something else than a save",
+    "x-colo": "turns a migration into something other than a save",
     "background-snapshot": "excludes multifd",
     "zero-copy-send": "is for sockets only",
     "postcopy-preempt": "excludes mapped-ram",
     "dirty-limit": "slows the guest down during a migration",
     "auto-converge": "slows the guest down during a live save",
 }
-# x-ignore-shared goes together with mapped-ram from then on.
+# The first version that allows x-ignore-shared with mapped-ram.
 _IGNORES_SHARED = (11, 0, 0)
 _PARAMETERS = {
     "tls-creds": ("", "QEMU refuses mapped-ram with TLS"),
     "multifd-compression": ("none", "QEMU refuses mapped-ram with compression"),
-    "mode": ("normal", "another mode than normal is no save of a running guest"),
+    "mode": ("normal", "a mode other than normal does not save a running guest"),
 }
 
 
@@ -51,16 +50,15 @@ _PARAMETERS = {
 class CheckReport:
     """What a save would do. Sizes in bytes.
 
-    ``choice`` and ``plan`` are None when the guest cannot be saved, and ``blockers`` then say why.
-    ``estimate`` is of the memory's data, ``need`` of the disk that the file takes at most.
-    ``settings`` are those of QEMU's that the save would change for its time, ``notes`` what its
-    report would say besides. ``disk`` is None when no ``directory`` was given; the settings are
-    then those of a disk with direct I/O. ``warnings`` are settings that QEMU has now and that
-    would hurt a save which did not change them, and what is unusual about the guest's state.
-    ``disk_needs`` are sentences on what a restore needs of the writable ``disks`` when the guest
-    goes on after the save; ``disks_along`` is whether snapshots of them can be taken at the
-    same instant (``with_disks``), None where there are no writable disks, and
-    ``why_no_disks`` says why not.
+    ``choice`` and ``plan`` are None if the guest cannot be saved; ``blockers`` are the reasons.
+    ``estimate`` is of the memory's data, ``need`` the most disk space that the file takes.
+    ``settings`` are those of QEMU that the save would change temporarily, ``notes`` those of its
+    report. ``disk`` is None without a ``directory``; the settings are then those for a disk with
+    direct I/O. ``warnings`` are about current settings of QEMU that would harm a save that did not
+    change them, and about unusual states of the guest. ``disk_needs`` are sentences on what a
+    restore needs of the writable ``disks`` if the guest goes on after the save; ``disks_along`` is
+    whether they can be snapshotted at the same instant (``with_disks``), None without writable
+    disks, and ``why_no_disks`` is the reason if not.
     """
 
     version: tuple[int, int, int]
@@ -86,19 +84,19 @@ class CheckReport:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the file fits in the directory; None where that is not known."""
+        """Whether the file fits in the directory; None if unknown."""
         return None if self.plan is None else self.plan.fits
 
     @property
     def seconds(self) -> float | None:
-        """How long the writing takes at the rate of the probe; None where there is no rate."""
+        """How long writing takes at the measured rate; None without one."""
         if self.plan is None or self.disk is None or not self.disk.rate:
             return None
         return self.plan.seconds(self.estimate.data, self.disk.rate)
 
     @property
     def possible(self) -> bool:
-        """Whether a save would succeed, as far as can be seen."""
+        """Whether a save would succeed, as far as is known."""
         return self.choice is not None and self.fits is not False
 
 
@@ -110,11 +108,11 @@ async def check(
     live: bool = False,
     sparse: Sparse | str = Sparse.AUTO,
 ) -> CheckReport:
-    """Say what a save into ``directory`` would do; the other arguments are those of a save.
+    """Predict what a save into ``directory`` would do; the other arguments are those of a save.
 
-    QEMU gets queries only; the directory gets 64 MiB in a file without a name, which is gone
-    afterwards. Raises QemuError when QEMU does not answer, TargetError when the directory cannot
-    be written to, UsageError for an engine that there is not.
+    Sends only queries to QEMU, and writes up to 64 MiB into the directory, in a temporary file
+    without a name. Raises QemuError if QEMU does not answer, TargetError if the directory cannot
+    be written to, UsageError for an invalid engine.
     """
     policy = parse_enum(Sparse, sparse, "sparse")
     with await inspect(monitor) as guest:
@@ -122,11 +120,11 @@ async def check(
         plan: Plan | None = None
         blockers: list[str] = []
         where = None if directory is None else Path(directory)
-        disk = None if where is None else await asyncio.to_thread(measure_rate, where)
+        rate = None if where is None else await asyncio.to_thread(measure_rate, where)
         guessed: Estimate | None = None
         try:
             choice = choose_engine(guest, engine=engine, live=live)
-            plan = await asyncio.to_thread(_plan, guest, choice, policy, live, disk)
+            plan = await asyncio.to_thread(_plan, guest, choice, policy, live, rate)
             guessed = _counted(guest, plan)
         except (NotSupported, QemuError, GuestMemoryError) as error:
             choice = None
@@ -134,7 +132,7 @@ async def check(
         if guessed is None:
             guessed = await asyncio.to_thread(estimate, guest)
         why_no_disks = _why_no_disks(guest, where)
-        writable = any(one.writable for one in guest.disks)
+        writable = any(disk.writable for disk in guest.disks)
         return CheckReport(
             version=guest.version,
             pid=guest.pid,
@@ -147,11 +145,11 @@ async def check(
             settings={} if plan is None else plan.changes.used(),
             notes=() if plan is None else (*plan.notes, *_undescribed(guest, choice)),
             blockers=tuple(blockers),
-            warnings=tuple(_warnings(guest, choice, disk)),
+            warnings=tuple(_warnings(guest, choice, rate)),
             estimate=guessed,
             need=guessed.data if plan is None else plan.need_of(guessed.data),
             directory=where,
-            disk=disk,
+            disk=rate,
             disks=guest.disks,
             disk_needs=tuple(restore_needs(guest.disks, resumed=guest.running)),
             disks_along=not why_no_disks if writable else None,
@@ -175,7 +173,7 @@ def _plan(
 
 
 def _counted(guest: GuestInfo, plan: Plan) -> Estimate | None:
-    """What the decision rested on, if pages were counted for it."""
+    """Return the estimate that the plan is based on, if pages were counted for it."""
     if plan.data is None:
         return None
     unseen = any(block.memory is None for block in guest.blocks)
@@ -183,7 +181,7 @@ def _counted(guest: GuestInfo, plan: Plan) -> Estimate | None:
 
 
 def _why_no_disks(guest: GuestInfo, directory: Path | None) -> str:
-    """Why snapshots of the disks cannot be taken along, or nothing."""
+    """Return why the disks cannot be snapshotted, or an empty text."""
     try:
         prepare(guest, (directory or Path()) / "snapshot")
     except (NotSupported, UsageError) as error:
@@ -221,12 +219,12 @@ def _warnings(
             yield f"parameter {name} is {value!r}: {what}"
     if guest.parameters.get("direct-io") and disk is not None and not disk.direct_io:
         yield (
-            "parameter direct-io is on, and this directory has no direct I/O "
+            "parameter direct-io is on, but this directory has no direct I/O "
             f"({disk.reason}): a migrate to it may kill QEMU"
         )
     if choice is not None and choice.engine is Engine.QEMU:
         bandwidth = int(guest.parameters.get("max-bandwidth", 0))
         if bandwidth and (disk is None or bandwidth < disk.rate):
-            yield f"parameter max-bandwidth holds QEMU down to {bandwidth >> 20} MiB a second"
+            yield f"parameter max-bandwidth limits QEMU to {bandwidth >> 20} MiB/s"
     if choice is not None and not choice.stays:
-        yield f"a guest found {guest.run_state} ends in postmigrate"
+        yield f"the guest is {guest.run_state} and ends in postmigrate"

@@ -1,4 +1,4 @@
-"""Who writes the pages of a save: QEMU, or we."""
+"""Choose who writes the pages of a save: QEMU, or this package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyqmigrate.vm.plan.blockers import DeviceStateMethod, missed_devices, why_n
 
 __all__ = ["EngineChoice", "Engine", "choose_engine", "fall_back"]
 
-# What may go through QEMU's own stream beside the file-backed blocks: ROMs, video memory.
+# Bytes of other blocks that may go through QEMU's stream: ROMs, video memory.
 _LARGEST_REST = 256 << 20
 
 
@@ -24,10 +24,10 @@ class Engine(StrEnum):
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The engine, and in a sentence ``why``; ``way`` is None for QEMU's.
+    """The engine, and a sentence ``why``; ``way`` is None for engine ``qemu``.
 
-    ``refused`` are the reasons against engine ``direct`` where that was asked about and is not to
-    be had. ``stays`` is false when the guest does not run and will not be what it was (it ends in
+    ``refused`` are the reasons why engine ``direct`` is not possible, if it was considered.
+    ``stays`` is false if a guest that does not run will not keep its state (it ends in
     ``postmigrate``).
     """
 
@@ -39,42 +39,44 @@ class EngineChoice:
 
 
 def choose_engine(guest: GuestInfo, *, engine: str = "auto", live: bool = False) -> EngineChoice:
-    """Decide for ``engine`` "auto", "direct" or "qemu"; ``live``: the guest runs meanwhile.
+    """Choose for ``engine`` "auto", "direct" or "qemu"; ``live``: the guest keeps running.
 
-    Raises NotSupported when ``direct`` is demanded and would miss something, or nothing can save
-    this guest as asked; QemuError when it cannot be saved now; UsageError for another engine.
+    Raises NotSupported if ``direct`` is requested and would lose state, or if no engine can save
+    this guest as requested; QemuError if it cannot be saved now; UsageError for another engine.
     """
     if engine not in ("auto", *Engine):
-        raise UsageError(f"{engine!r} is no engine: auto, direct or qemu")
+        raise UsageError(f"engine must be auto, direct or qemu, not {engine!r}")
     if (why_not := why_no_migration(guest)) is not None:
         raise QemuError(why_not)
     refused: tuple[str, ...] = ()
     if engine != Engine.QEMU:
-        refused = ("a live save is asked for, and pages are copied here while the guest stands",)
+        refused = (
+            "a live save was requested, and engine direct copies pages while the guest is paused",
+        )
         if not live:
             way, refused = _way(guest)
             if way is not None:
-                return _by_us(guest, way)
+                return _direct(guest, way)
         if engine == Engine.DIRECT:
             raise NotSupported(f"engine direct cannot save this guest: {'; '.join(refused)}")
-    return _by_qemu(guest, refused)
+    return _qemu(guest, refused)
 
 
 def fall_back(guest: GuestInfo, failed: QemuError) -> EngineChoice:
-    """Engine ``qemu``, after engine ``direct`` has ``failed`` without a change to the guest.
+    """Choose engine ``qemu`` after engine ``direct`` has ``failed`` without changing the guest.
 
-    Raises ``failed`` where QEMU cannot save the guest itself.
+    Raises ``failed`` if engine ``qemu`` cannot save it either.
     """
     try:
-        return _by_qemu(guest, (str(failed),))
+        return _qemu(guest, (str(failed),))
     except NotSupported:
         raise failed from None
 
 
 def _way(guest: GuestInfo) -> tuple[DeviceStateMethod | None, tuple[str, ...]]:
-    """The way that fits, or the reasons why none does."""
+    """Return the method that works for this guest, or the reasons why none does."""
     ways = [DeviceStateMethod.IGNORE_SHARED, DeviceStateMethod.DEVICES_ONLY]
-    if not guest.running:  # the second leaves it as it was found
+    if not guest.running:  # the second keeps its run state
         ways.reverse()
     reasons: list[str] = []
     for way in ways:
@@ -99,7 +101,7 @@ def _against(guest: GuestInfo, way: DeviceStateMethod) -> list[str]:
         missed.append("x-ignore-shared leaves nothing out: no RAM is a shared memory-backend-file")
     elif rest > _LARGEST_REST:
         missed.append(
-            f"x-ignore-shared leaves {rest >> 20} MiB in the stream that are in no shared "
+            f"x-ignore-shared leaves {rest >> 20} MiB in the stream that are not in a shared "
             "memory-backend-file"
         )
     return missed + _unreachable(skipped)
@@ -114,12 +116,12 @@ def _unreachable(blocks: tuple[GuestBlock, ...]) -> list[str]:
 
 
 def _several(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} blocks more"
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more blocks"
 
 
-def _by_us(guest: GuestInfo, way: DeviceStateMethod) -> EngineChoice:
+def _direct(guest: GuestInfo, way: DeviceStateMethod) -> EngineChoice:
     if way is DeviceStateMethod.DEVICES_ONLY:
-        why = "all of its RAM can be read here"
+        why = "all of its RAM can be read"
         if not guest.running:
             why += f", and it stays {guest.run_state}"
         return EngineChoice(Engine.DIRECT, way, why)
@@ -129,27 +131,27 @@ def _by_us(guest: GuestInfo, way: DeviceStateMethod) -> EngineChoice:
     return EngineChoice(Engine.DIRECT, way, why, stays=guest.running)
 
 
-def _by_qemu(guest: GuestInfo, refused: tuple[str, ...]) -> EngineChoice:
+def _qemu(guest: GuestInfo, refused: tuple[str, ...]) -> EngineChoice:
     if "mapped-ram" not in guest.capabilities:
         version = ".".join(map(str, guest.version))
-        raise NotSupported(f"this QEMU ({version}) has no mapped-ram: 9.0 or newer has")
+        raise NotSupported(f"this QEMU ({version}) has no mapped-ram: it needs 9.0 or later")
     if guest.run_state == "postmigrate":
         raise NotSupported("; ".join((_POSTMIGRATE, *refused)))
     if guest.run_state == "suspended":
         raise NotSupported("; ".join(dict.fromkeys((_SUSPENDED, *refused))))
-    why = "engine direct is not possible" if refused else "it was asked for"
+    why = "engine direct is not possible" if refused else "it was requested"
     if not guest.running:
         why += _ending(guest)
     return EngineChoice(Engine.QEMU, None, why, refused, stays=guest.running)
 
 
-_POSTMIGRATE = "QEMU migrates a guest in postmigrate no second time: let it run first (cont)"
+_POSTMIGRATE = "QEMU does not migrate a guest in postmigrate again: let it run first (cont)"
 # QEMU 10.0.2: "invalid runstate transition: 'postmigrate' -> 'suspended'", and it aborts.
 _SUSPENDED = (
-    "QEMU dies when a guest that was migrated in its sleep is to go on: wake it first "
+    "QEMU crashes when a guest that was migrated while suspended resumes: wake it first "
     "(system_wakeup)"
 )
 
 
 def _ending(guest: GuestInfo) -> str:
-    return f"; found {guest.run_state}, it will end in postmigrate"
+    return f"; it is {guest.run_state} and will end in postmigrate"

@@ -1,4 +1,4 @@
-"""How much a save will have to write, and how fast a directory takes it."""
+"""Estimate how much a save writes, and measure how fast a directory takes it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.vm.guest.inspect import GuestInfo
-from pyqmigrate.vm.plan.sampling import count_data, extent_bytes, sample
+from pyqmigrate.vm.plan.sampling import count_data, extent_bytes, sample_memory
 
 __all__ = ["Basis", "DiskRate", "Estimate", "estimate", "measure_rate"]
 
-_COUNTED = 4 << 30  # bytes that are looked at one by one, in about half a second
+_COUNTED_MAX = 4 << 30  # bytes whose pages are all scanned, in about half a second
 _UNIT = 1 << 20
 _UNITS = 64
 
 
 class Basis(StrEnum):
-    """What an estimate rests on."""
+    """What an estimate is based on."""
 
     COUNTED = "counted"
-    """Every page was looked at."""
+    """Every page was scanned."""
     SAMPLED = "sampled"
-    """Some pages were looked at."""
+    """Some pages were scanned."""
     BOUND = "bound"
-    """Not all of the memory can be read from here: it may be less."""
+    """Some memory cannot be read, so this is an upper bound."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,29 @@ class Estimate:
 
 
 def estimate(guest: GuestInfo, *, channels: int = 2) -> Estimate:
-    """How much data the guest's memory holds. Memory out of reach counts in full.
+    """Estimate how much data the guest's memory holds. Unreadable memory counts in full.
 
-    Up to 4 GiB of memory that may hold data are counted, more is sampled. The guest may run
-    meanwhile. Blocks, for a second at most.
+    Up to 4 GiB of memory that may hold data are counted, more is sampled. The guest may keep
+    running. Blocks for a second at most.
     """
     unseen = sum(block.length for block in guest.blocks if block.memory is None)
     basis = Basis.BOUND if unseen else Basis.COUNTED
     try:
         bound = extent_bytes(guest)
-        found = sample(guest) if bound > _COUNTED else None
-        if found is None:
+        sample = sample_memory(guest) if bound > _COUNTED_MAX else None
+        if sample is None:
             return Estimate(unseen + count_data(guest, channels), basis)
-    except PyqmigrateError:  # memory went away
+    except PyqmigrateError:  # memory can no longer be read
         return Estimate(guest.total_ram, Basis.BOUND)
-    return Estimate(unseen + min(bound, found.data), Basis.BOUND if unseen else Basis.SAMPLED)
+    return Estimate(unseen + min(bound, sample.data), Basis.BOUND if unseen else Basis.SAMPLED)
 
 
 @dataclass(frozen=True)
 class DiskRate:
-    """What a short write into a directory showed. ``rate`` in bytes a second, 0 without room.
+    """The result of a short write into a directory. ``rate`` in bytes a second, 0 without space.
 
-    ``free`` bytes are there, None where the file system knows no limit; ``direct_io`` tells
-    whether pages can go past the page cache, ``reason`` why or why not.
+    ``free`` is in bytes, None if the file system has no limit; ``direct_io`` is whether direct I/O
+    is possible, ``reason`` why or why not.
     """
 
     rate: float
@@ -77,10 +77,10 @@ class DiskRate:
 
 
 def measure_rate(directory: Path, *, channels: int = 2) -> DiskRate:
-    """Write up to 64 MiB into a file that never gets a name, and make them durable.
+    """Measure a durable write of up to 64 MiB into a file that never gets a name.
 
-    No more than an eighth of the free space is used. Raises TargetError where the directory cannot
-    be written to.
+    No more than an eighth of the free space is used. Raises TargetError if the directory cannot be
+    written to.
     """
     target = OutputFile.open(directory / "pyqmigrate-check", DirectIO.AUTO)
     try:
@@ -99,11 +99,11 @@ def measure_rate(directory: Path, *, channels: int = 2) -> DiskRate:
 
 
 def _write(target: OutputFile, units: int, channels: int) -> float:
-    """Seconds for this many MiB, until they are durable."""
+    """Return the seconds until this many MiB are durable."""
     target.set_size(units * _UNIT)
     fd = target.fd if target.direct is None else target.direct.fd
     with mmap.mmap(-1, _UNIT) as data, ThreadPoolExecutor(channels) as pool:
-        data[:] = os.urandom(_UNIT)  # nothing that a file system could compress
+        data[:] = os.urandom(_UNIT)  # incompressible
         start = time.monotonic()
         for done in pool.map(lambda unit: os.pwrite(fd, data, unit * _UNIT), range(units)):
             if done != _UNIT:

@@ -1,8 +1,8 @@
-"""How a save is going to be carried out, and the room that it takes.
+"""Plan a save: its settings, and the disk space that it needs.
 
-Settings that are fast may write zero pages, too, and what is written takes room. So they are chosen
-first, then comes what they need; where that does not fit and the data alone does, zero pages are
-left out, however many writes that takes.
+The fastest settings may write zero pages, too, which takes space. They are chosen first; if the
+file would then not fit but the data alone would, zero pages are left out, however many writes that
+takes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice
-from pyqmigrate.vm.plan.sampling import Contents, count_data, extent_bytes, sample
+from pyqmigrate.vm.plan.sampling import Sample, count_data, extent_bytes, sample_memory
 from pyqmigrate.vm.plan.settings import (
     WRITE_SECONDS,
     Changes,
@@ -26,18 +26,19 @@ from pyqmigrate.vm.plan.settings import (
 __all__ = ["Plan", "make_plan"]
 
 _SPARE = 4 << 20  # headers, device state
-_BITS_A_BITMAP_BYTE = 8
+_BITS_PER_BYTE = 8  # of a bitmap
+_LEAST_PAGE_BITS = 12  # where the target page size is unknown: the largest bitmap
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided about a save; sizes in bytes.
+    """The decisions about a save; sizes in bytes.
 
-    ``sparse`` is what becomes of zero pages and may be stricter than what was asked for; then
-    ``notes`` say why, in sentences. ``need`` is the disk that the file takes at most; ``data`` is
-    what the guest's pages hold that are not zero, None where nothing depended on it and so they
-    were not counted. ``free`` is None where the file system knows no limit. ``contents`` is what
-    samples showed, where settings depend on it.
+    ``sparse`` may be stricter than requested; then ``notes`` say why, in sentences. ``need`` is
+    the most disk space that the file takes. ``data`` is the size of the pages that are not zero,
+    None if nothing depended on it and they were not counted. ``free`` is None if the file system
+    has no limit. ``sample`` is an estimate of the memory, if settings depend on it. ``page_size``
+    is the target page size.
     """
 
     engine: Engine
@@ -47,22 +48,23 @@ class Plan:
     need: int
     data: int | None
     free: int | None
-    contents: Contents | None
+    sample: Sample | None
+    page_size: int
     notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool | None:
-        """Whether there is room; None where that is not known."""
+        """Whether there is enough space; None if unknown."""
         return None if self.free is None else self.need <= self.free
 
     def need_of(self, data: int) -> int:
-        """The disk that the file takes at most, if ``data`` bytes are in pages that are not zero."""
-        return _need(self.engine, self.sparse, self.contents, data, self.total)
+        """Return the most disk space that the file takes for ``data`` bytes of nonzero pages."""
+        return _need(self.engine, self.sparse, self.sample, data, self.total, self.page_size)
 
     def seconds(self, data: int, rate: float) -> float:
-        """How long it takes to write, at ``rate`` bytes a second."""
-        apart = self.contents.pieces if self.contents and self.sparse is Sparse.EXACT else 0
-        return self.need_of(data) / rate + apart * WRITE_SECONDS
+        """Return how long writing takes at ``rate`` bytes a second."""
+        writes = self.sample.pieces if self.sample and self.sparse is Sparse.EXACT else 0
+        return self.need_of(data) / rate + writes * WRITE_SECONDS
 
 
 def make_plan(
@@ -76,13 +78,14 @@ def make_plan(
     with_disks: bool,
     free: int | None,
 ) -> Plan:
-    """Decide, with ``free`` bytes of room; pages are counted only where the room is in doubt.
+    """Plan a save into ``free`` bytes; pages are counted only if the space may not suffice.
 
-    ``direct``: direct I/O is possible. The guest may run meanwhile. Blocks, when counting about a
-    second per 10 GiB. Raises NotSupported for a QEMU that cannot do it, GuestMemoryError when
-    memory went away.
+    ``direct``: direct I/O is possible. The guest may keep running. Blocks; counting takes about a
+    second per 10 GiB. Raises NotSupported for a QEMU that cannot save like this, GuestMemoryError
+    if the memory can no longer be read.
     """
-    contents = sample(guest) if choice.engine is Engine.QEMU else None
+    sample = sample_memory(guest) if choice.engine is Engine.QEMU else None
+    page_size = 1 << (guest.target_page_bits or _LEAST_PAGE_BITS)
     unseen = sum(block.length for block in guest.blocks if block.memory is None)
 
     def plan(sparse: Sparse, data: int, *notes: str, counted: bool = True) -> Plan:
@@ -90,11 +93,12 @@ def make_plan(
             choice.engine,
             guest.total_ram,
             sparse,
-            _changes(guest, choice, channels, direct, sparse, live, with_disks, contents),
-            _need(choice.engine, sparse, contents, data, guest.total_ram),
+            _changes(guest, choice, channels, direct, sparse, live, with_disks, sample),
+            _need(choice.engine, sparse, sample, data, guest.total_ram, page_size),
             data if counted else None,
             free,
-            contents,
+            sample,
+            page_size,
             notes,
         )
 
@@ -109,20 +113,22 @@ def make_plan(
     second = plan(
         Sparse.EXACT,
         data,
-        f"zero pages are left out one by one (sparse exact): {free >> 20} MiB are free, and what "
-        f"is faster may take {first.need >> 20} MiB",
+        f"every zero page is left out (sparse exact): {free >> 20} MiB are free, and the faster "
+        f"way may take {first.need >> 20} MiB",
     )
     return second if second.fits else first
 
 
-def _need(engine: Engine, sparse: Sparse, contents: Contents | None, data: int, total: int) -> int:
-    if sparse is Sparse.DENSE or (engine is Engine.QEMU and writes_all(sparse, contents)):
+def _need(
+    engine: Engine, sparse: Sparse, sample: Sample | None, data: int, total: int, page_size: int
+) -> int:
+    if sparse is Sparse.DENSE or (engine is Engine.QEMU and writes_all(sparse, sample)):
         pages = total
     elif engine is Engine.DIRECT:
         pages = min(total, data + data * sparse.gap_share // 100)
     else:
         pages = data
-    return pages + total // 4096 // _BITS_A_BITMAP_BYTE + _SPARE
+    return pages + total // page_size // _BITS_PER_BYTE + _SPARE
 
 
 def _changes(
@@ -133,7 +139,7 @@ def _changes(
     sparse: Sparse,
     live: bool,
     with_disks: bool,
-    contents: Contents | None,
+    sample: Sample | None,
 ) -> Changes:
     if choice.way is DeviceStateMethod.DEVICES_ONLY:
         return no_changes()
@@ -141,10 +147,5 @@ def _changes(
     if choice.way is DeviceStateMethod.IGNORE_SHARED:
         return for_device_state(guest, pause=pause)
     return for_pages(
-        guest,
-        channels=channels,
-        direct=direct,
-        sparse=sparse,
-        pause=pause and live,
-        contents=contents,
+        guest, channels=channels, direct=direct, sparse=sparse, pause=pause and live, sample=sample
     )

@@ -1,7 +1,7 @@
-"""What guest memory looks like, from samples: how much is zero, and in how many pieces the rest.
+"""Sample guest memory: how much of it is zero, and into how many pieces the rest falls.
 
-That decides which of QEMU's settings is fast: it writes every stretch of data between two zero
-pages with a call of its own, and a direct write costs the same however short it is.
+That decides which of QEMU's settings is fast: QEMU makes one write for each run of data between
+two zero pages, and a direct write costs the same however short it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock, attach
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
 
-__all__ = ["Contents", "count_data", "extent_bytes", "sample"]
+__all__ = ["Sample", "count_data", "extent_bytes", "sample_memory"]
 
 _SAMPLES = 64
 _SAMPLE = 256 << 10  # bytes
@@ -29,11 +29,11 @@ _PAGE = 4096
 
 
 @dataclass(frozen=True)
-class Contents:
+class Sample:
     """Estimates for ``length`` bytes of guest memory.
 
-    ``data`` are the bytes in pages that are not all zero, ``pieces`` the stretches of such pages
-    that come after a zero page.
+    ``data`` is the size of the pages that are not all zero, ``pieces`` the number of runs of such
+    pages that follow a zero page.
     """
 
     length: int
@@ -45,10 +45,10 @@ class Contents:
         return self.length - self.data
 
 
-def sample(guest: GuestInfo) -> Contents | None:
-    """Look at a few MiB spread over the large blocks; None where none of it can be read.
+def sample_memory(guest: GuestInfo) -> Sample | None:
+    """Scan a few MiB spread over the large blocks; return None if none of it can be read.
 
-    The guest may run meanwhile. Blocks, for some tens of milliseconds.
+    The guest may keep running. Blocks for some tens of milliseconds.
     """
     large = [b for b in guest.blocks if b.length >= _SMALL and b.memory is not None]
     total = sum(block.length for block in large)
@@ -60,13 +60,13 @@ def sample(guest: GuestInfo) -> Contents | None:
         count = max(1, _SAMPLES * block.length // total)
         try:
             found = _sample_block(block.name, block.memory, block.length, count)
-        except PyqmigrateError:  # it went away, or is no longer allowed: the save itself will tell
+        except PyqmigrateError:  # no longer readable: the save itself will report it
             return None
         seen, data, pieces = seen + found.length, data + found.data, pieces + found.pieces
-    return Contents(total, data * total // seen, pieces * total // seen)
+    return Sample(total, data * total // seen, pieces * total // seen)
 
 
-def _sample_block(name: str, memory: Memory, length: int, count: int) -> Contents:
+def _sample_block(name: str, memory: Memory, length: int, count: int) -> Sample:
     chunk = _core.lib.QM_CHUNK  # where the core can begin
     step = max(length // count // chunk, 1) * chunk
     count = min(count, length // step)
@@ -82,16 +82,16 @@ def _sample_block(name: str, memory: Memory, length: int, count: int) -> Content
                 # One that begins where the sample does has its beginning somewhere else.
                 data += last - first if present else 0
                 pieces += present and first > place.first
-        return Contents(count * size, data * _PAGE, pieces)
+        return Sample(count * size, data * _PAGE, pieces)
     finally:
         bitmap.close()
         attached.close()
 
 
 def count_data(guest: GuestInfo, channels: int) -> int:
-    """Bytes of the pages that are not zero now, of all memory that can be read; looks at all.
+    """Return the bytes in nonzero pages of all readable memory; scans every page.
 
-    The guest may run meanwhile. Blocks, for about a second per 10 GiB.
+    The guest may keep running. Blocks for about a second per 10 GiB.
     """
     with contextlib.ExitStack() as stack:
         scanned: list[tuple[OpenMemory, Bitmap]] = []
@@ -110,7 +110,7 @@ def count_data(guest: GuestInfo, channels: int) -> int:
 
 
 def extent_bytes(guest: GuestInfo) -> int:
-    """An upper bound, without looking, of what all memory that can be read holds in data."""
+    """Return an upper bound of the data in readable memory, from extents alone."""
     total = 0
     for block in guest.blocks:
         if block.memory is not None:

@@ -1,8 +1,7 @@
-"""Which of QEMU's migration settings a save needs, and why.
+"""Choose QEMU's migration settings for a save.
 
-A save changes capabilities and parameters of a QEMU that is somebody else's: only what has to
-change, and every change has a reason that a person can read.
-:mod:`pyqmigrate.vm.outgoing.transaction` puts all of them back.
+The QEMU belongs to another owner, so a save changes only the capabilities and parameters that it
+must, each with a reason to show. :mod:`pyqmigrate.vm.outgoing.transaction` restores all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, TypeAlias
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
-from pyqmigrate.vm.plan.sampling import Contents
+from pyqmigrate.vm.plan.sampling import Sample
 
 __all__ = [
     "WRITE_SECONDS",
@@ -30,21 +29,21 @@ __all__ = [
 
 Value: TypeAlias = bool | int | str
 
-# What one more write costs besides its bytes, direct or (with the fsync) buffered; and what a
-# disk takes. Measured on a virtio disk.
+# The cost of one more write besides its bytes, direct or (with the fsync) buffered, and the rate of
+# a disk. Measured on a virtio disk.
 WRITE_SECONDS = 40e-6
 _DISK_RATE = 1.5e9  # bytes/s
 
-# Capabilities that do not go with a save to a file, or would hurt the guest.
+# Capabilities that exclude a save to a file, or would harm the guest.
 _OFF = {
     "xbzrle": "deltas of pages have no place in the file",
     "postcopy-ram": "it needs an answer from the destination",
     "postcopy-preempt": "it needs postcopy-ram",
     "postcopy-blocktime": "it is for postcopy-ram",
-    "return-path": "a file gives no answer",
+    "return-path": "a file sends no answer",
     "switchover-ack": "it needs return-path",
-    "x-colo": "a file is no second guest",
-    "release-ram": "it gives the guest's pages away once they are sent",
+    "x-colo": "COLO needs a second guest, not a file",
+    "release-ram": "it frees the guest's pages once they are sent",
     "background-snapshot": "it writes a file of another kind",
     "zero-copy-send": "it is for sockets",
     "compress": "compressed pages have no place in the file",
@@ -59,14 +58,14 @@ _PLAIN_FAST: Mapping[str, tuple[Value, str]] = {
     "tls-creds": ("", "a file is not encrypted on the wire"),
     "mode": ("normal", "the others are for restarting a host"),
 }
-# Half a second's downtime at this rate is more than any guest has: QEMU stops the guest after its
-# first look at the rate (100 ms), and the snapshot still says that it ran.
+# At this rate, half a second of downtime moves more than any guest has: QEMU stops the guest when
+# it first checks the rate (after 100 ms), and the snapshot still records that it was running.
 _ANY_RATE = 1 << 50  # bytes/s
-# What a live save, and the end of one that is cancelled, may change further.
+# Parameters that a live save, or cancelling one, may change later.
 _TOUCHED = ("downtime-limit", "max-bandwidth")
 _AT_ONCE: Mapping[str, tuple[Value, str]] = {
-    "avail-switchover-bandwidth": (_ANY_RATE, "so that QEMU stops the guest at once"),
-    "downtime-limit": (1000, "so that QEMU stops the guest at once"),
+    "avail-switchover-bandwidth": (_ANY_RATE, "QEMU is to stop the guest at once"),
+    "downtime-limit": (1000, "QEMU is to stop the guest at once"),
 }
 
 
@@ -81,7 +80,7 @@ class Change:
 
 @dataclass(frozen=True)
 class UsedSetting:
-    """A setting of QEMU's that a save changes for its time: the value, and why."""
+    """A QEMU setting that a save changes temporarily: the value, and why."""
 
     value: Value
     why: str
@@ -99,7 +98,7 @@ class Changes:
     touched: Mapping[str, Value]
 
     def used(self) -> dict[str, UsedSetting]:
-        """What the settings are meanwhile, by their names."""
+        """Return the settings during the save, by name."""
         both = {**self.capabilities, **self.parameters}
         return {name: UsedSetting(change.after, change.why) for name, change in both.items()}
 
@@ -111,40 +110,42 @@ def for_pages(
     direct: bool,
     sparse: Sparse,
     pause: bool,
-    contents: Contents | None,
+    sample: Sample | None,
 ) -> Changes:
-    """For engine ``qemu``: QEMU writes a mapped-ram file.
+    """Return the changes for engine ``qemu``, where QEMU writes a mapped-ram file.
 
-    ``direct``: direct I/O is possible; ``contents`` is an estimate of what
-    the guest's memory holds; ``pause``: something is to be done while the guest stands. Raises
+    ``direct``: direct I/O is possible; ``sample`` is an estimate of what
+    the guest's memory holds; ``pause``: something is to be done while the guest is paused. Raises
     NotSupported for a QEMU that cannot write such a file.
     """
     if not {"mapped-ram", "multifd"} <= guest.capabilities.keys():
         version = ".".join(map(str, guest.version))
-        raise NotSupported(f"this QEMU ({version}) writes no mapped-ram files; 9.0 and later do")
+        raise NotSupported(
+            f"this QEMU ({version}) cannot write mapped-ram files; 9.0 and later can"
+        )
     capabilities = {
         "mapped-ram": (True, "the format of the file"),
         "multifd": (True, "several channels, and direct I/O needs it"),
         **_EVENTS,
-        **_off("x-ignore-shared", "the snapshot is to have all of the memory"),
+        **_off("x-ignore-shared", "the snapshot must contain all memory"),
         **_pause(pause),
     }
     parameters: dict[str, tuple[Value, str]] = {
-        "multifd-channels": (channels, "as asked for"),
+        "multifd-channels": (channels, "as requested"),
         "direct-io": (
             direct,
-            "pages go past the page cache" if direct else "direct I/O is not to be had",
+            "pages go past the page cache" if direct else "direct I/O is not available",
         ),
-        "zero-page-detection": _zero_pages(sparse, contents),
+        "zero-page-detection": _zero_pages(sparse, sample),
         **_PLAIN_FAST,
     }
     return _changes(guest, capabilities, parameters)
 
 
 def for_device_state(guest: GuestInfo, *, pause: bool) -> Changes:
-    """For engine ``direct`` by ``migrate``: a sequential stream without the shared memory."""
+    """Return the changes for engine ``direct`` by ``migrate``: a stream without shared memory."""
     capabilities = {
-        "x-ignore-shared": (True, "shared memory is written here, not by QEMU"),
+        "x-ignore-shared": (True, "shared memory is written by this package, not by QEMU"),
         **_EVENTS,
         **_off("mapped-ram", "the device state comes as a sequential stream"),
         **_off("multifd", "the device state comes as a sequential stream"),
@@ -154,33 +155,37 @@ def for_device_state(guest: GuestInfo, *, pause: bool) -> Changes:
 
 
 def no_changes() -> Changes:
-    """For engine ``direct`` by ``xen-save-devices-state``, which heeds no setting."""
+    """Return none: for engine ``direct`` by ``xen-save-devices-state``, which uses no settings."""
     return Changes({}, {}, {})
 
 
-def writes_all(sparse: Sparse, contents: Contents | None) -> bool:
-    """Whether QEMU is to write every page, zero or not: because that is asked for, or faster."""
-    if sparse is not Sparse.AUTO or contents is None:
+def writes_all(sparse: Sparse, sample: Sample | None) -> bool:
+    """Return whether QEMU is to write all pages, because that was requested or is faster."""
+    if sparse is not Sparse.AUTO or sample is None:
         return sparse is Sparse.DENSE
-    in_pieces = contents.data / _DISK_RATE + contents.pieces * WRITE_SECONDS
-    return contents.length / _DISK_RATE < in_pieces
+    by_pieces = sample.data / _DISK_RATE + sample.pieces * WRITE_SECONDS
+    return sample.length / _DISK_RATE < by_pieces
 
 
-def _zero_pages(sparse: Sparse, contents: Contents | None) -> tuple[Value, str]:
-    if not writes_all(sparse, contents):
+def _zero_pages(sparse: Sparse, sample: Sample | None) -> tuple[Value, str]:
+    if not writes_all(sparse, sample):
         return "legacy", (
-            "one thread looks for zero pages, so that the others leave in order, joined"
+            "one thread looks for zero pages, so that data is written in order, in large pieces"
         )
-    if sparse is Sparse.DENSE or contents is None:
-        return "none", "every page is to be written"
+    if sparse is Sparse.DENSE or sample is None:
+        return "none", "every page is written, as requested"
     return "none", (
-        f"about {contents.pieces} stretches of data between zero pages: to write all "
-        f"{contents.length >> 20} MiB is faster than so many writes"
+        f"about {sample.pieces} runs of data between zero pages: writing all "
+        f"{sample.length >> 20} MiB is faster than that many writes"
     )
 
 
 def _pause(pause: bool) -> dict[str, tuple[bool, str]]:
-    why = "disks are snapshotted while the guest stands" if pause else "it would wait for somebody"
+    why = (
+        "disks are snapshotted while the guest is paused"
+        if pause
+        else "QEMU would wait for a command"
+    )
     return {"pause-before-switchover": (pause, why)}
 
 
@@ -205,7 +210,7 @@ def _changes(
 def _differing(
     now: Mapping[str, Any], wanted: Mapping[str, tuple[Value, str]]
 ) -> dict[str, Change]:
-    """What has to change. A setting that this QEMU does not have is left out."""
+    """Return the changes needed; settings that this QEMU lacks are left out."""
     return {
         name: Change(now[name], value, why)
         for name, (value, why) in wanted.items()

@@ -1,4 +1,4 @@
-"""What a QEMU executable has, found out by reading the file: to ask it would be another start."""
+"""Find out what a QEMU executable supports by reading the file, without starting it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONSTANTS_MAX = 16 << 20  # bytes; QEMU 10 and 11 have 2 MiB
 
 
 def has_type(executable: str | os.PathLike[str], name: str) -> bool:
-    """Whether a QEMU knows the object type ``name``, judged by the constants of its executable.
+    """Return whether a QEMU has the object type ``name``, judging by its executable's constants.
 
     False for a file that is not a 64-bit ELF of this host's byte order, or cannot be read.
     """
@@ -26,10 +26,10 @@ def has_type(executable: str | os.PathLike[str], name: str) -> bool:
     except OSError:
         return False
     try:
-        # Searched in place: to copy megabytes takes longer than all else here, and QEMU waits.
+        # Searched in place: copying megabytes would take longer, and QEMU is waiting.
         with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as text:
             wanted = b"\0%s\0" % name.encode()
-            return any(text.find(wanted, *place) >= 0 for place in _constants(fd))
+            return any(text.find(wanted, *section) >= 0 for section in _constants(fd))
     except (OSError, ValueError, struct.error):
         return False
     finally:
@@ -37,8 +37,7 @@ def has_type(executable: str | os.PathLike[str], name: str) -> bool:
 
 
 def _constants(fd: int) -> list[tuple[int, int]]:
-    """Where the sections start and end that are neither written to nor executed, such as
-    ``.rodata``."""
+    """Return start and end of each read-only data section, such as ``.rodata``."""
     head = os.pread(fd, _HEADER.size, 0)
     if not head.startswith(_ELF64):
         return []
@@ -47,9 +46,9 @@ def _constants(fd: int) -> list[tuple[int, int]]:
     if size != _SECTION.size or count > _SECTIONS_MAX:
         return []
     table = os.pread(fd, size * count, offset)
-    found, left = [], _CONSTANTS_MAX
+    sections, left = [], _CONSTANTS_MAX
     for _, kind, flags, _, start, length, *_ in _SECTION.iter_unpack(table):
         if kind == _PROGBITS and not flags & (_WRITE | _EXECUTE) and length <= left:
-            found.append((start, start + length))
+            sections.append((start, start + length))
             left -= length
-    return found
+    return sections

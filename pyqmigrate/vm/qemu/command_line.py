@@ -1,12 +1,12 @@
-"""The grammar of QEMU's command line, as far as a restore has to understand it.
+"""Parse and edit QEMU command lines, as far as a restore needs it.
 
     command = CommandLine.parse(["qemu-system-x86_64", "-M", "q35", "-m", "4G"])
     command.last("machine").properties("type")      # {"type": "q35"}
     command.with_options(Option("incoming", "defer")).argv()
 
-An option starts with one dash or two; a word that is no option is a disk image. Values are lists
-of ``key=value`` in which a comma is doubled, the key of the first is often left out, and a bare
-``key`` or ``nokey`` is a switch; some options take JSON as well.
+An option starts with one or two dashes; any other word is a disk image. Values are lists of
+``key=value`` in which commas are doubled. The first key is often omitted, and a bare ``key`` or
+``nokey`` is a switch. Some options also take JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "read_ram_size",
 ]
 
-# Options that take no value. Every other one takes the next word, whatever it looks like.
+# Options without a value. All others take the next word, even if it starts with a dash.
 _SWITCHES = frozenset(
     {
         "S",
@@ -80,8 +80,8 @@ _SWITCHES = frozenset(
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _QEMU = r"(^|/)qemu-(system-[^/\s]+|kvm)$"
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*="
-_SHOWN = 80  # characters of a value in an error
-_SAME = {"M": "machine", "nodefconfig": "no-user-config"}
+_SHOWN_MAX = 80  # characters of a value in an error
+_ALIASES = {"M": "machine", "nodefconfig": "no-user-config"}
 
 _TOPOLOGY = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 
@@ -107,10 +107,10 @@ class Option(NamedTuple):
         return hash(self[:2])
 
     def properties(self, implied: str | None = None) -> dict[str, str]:
-        """The value as keys and texts; ``implied`` is the key that the first may leave out.
+        """Return the properties in the value; ``implied`` is the key that the first may omit.
 
-        Values of a JSON object that are no texts are as JSON writes them, except that booleans
-        are ``on`` and ``off``. Raises UsageError for JSON that is invalid or nested too deeply.
+        JSON values other than strings are in JSON notation, except that booleans are ``on`` and
+        ``off``. Raises UsageError for JSON that is invalid or nested too deeply.
         """
         text = self.value or ""
         if text.lstrip().startswith("{"):
@@ -147,9 +147,9 @@ class Option(NamedTuple):
             raise self._too_deep() from error
 
     def listed(self, key: str) -> list[str]:
-        """All values of a key that may have several: repeated in a list of properties, a JSON list.
+        """Return all values of a key that may be repeated, or be a JSON list.
 
-        :meth:`properties` has the last of the one, and ``key.0``, ``key.1`` of the other.
+        :meth:`properties` has only the last of the former, and ``key.0``, ``key.1`` of the latter.
         """
         text = self.value or ""
         if text.lstrip().startswith("{"):
@@ -163,11 +163,11 @@ class Option(NamedTuple):
         return [value for name, equals, value in items if equals and name == key]
 
     def with_property(self, key: str, value: bool | str) -> Self:
-        """With a property set, whatever it was, and all else as it is written."""
+        """Return the option with a property set, and everything else as written."""
         text = self.value or ""
         if text.lstrip().startswith("{"):
             data = self._json(text)
-            assert isinstance(data, dict)  # a text that starts with a brace has an object or fails
+            assert isinstance(data, dict)  # text that starts with a brace is an object, or invalid
             try:
                 return self._replace(value=json.dumps(data | {key: value}))
             except RecursionError as error:
@@ -177,7 +177,7 @@ class Option(NamedTuple):
         return self._replace(value=f"{text},{key}={escape(value)}")  # the last one wins
 
     def words(self) -> list[str]:
-        """As words of a command line."""
+        """Return the words of the command line."""
         if not self.name:
             return [self.value or ""]
         return [self.word or f"-{self.name}", *([] if self.value is None else [self.value])]
@@ -189,10 +189,9 @@ class Option(NamedTuple):
 class CommandLine(NamedTuple):
     """A program and its options, in order: later ones win.
 
-    ``before`` are the words of a program that starts it: ``numactl --membind=0 qemu-system-...``.
-    Variables in front (``LC_ALL=C qemu-system-...``, as libvirt's log shows a command line) become
-    words of ``env``. ``directory`` is where it starts, and its relative names; None is this
-    process's own.
+    ``before`` are the words of a wrapper: ``numactl --membind=0 qemu-system-...``. Leading
+    variables (``LC_ALL=C qemu-system-...``, as in libvirt's log) become words of ``env``.
+    ``directory`` is its working directory; None is this process's own.
     """
 
     program: str
@@ -202,33 +201,35 @@ class CommandLine(NamedTuple):
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Self:
-        """Raises UsageError when there is no program, or the last option lacks its value."""
+        """Parse ``words``; UsageError if the program, or the last option's value, is missing."""
         variables = list(itertools.takewhile(lambda word: re.match(_VARIABLE, word), words))
         if len(words) == len(variables) or words[len(variables)].startswith("-"):
             raise UsageError(
-                "the command line of the VM starts with the program: qemu-system-x86_64 ..."
+                "the command line of the VM must start with the program: qemu-system-x86_64 ..."
             )
         if variables:
             words = ["env", *words]
         options = []
-        # A program of another name, which starts QEMU by itself, comes first.
+        # Without a word that looks like QEMU, the first word is the program.
         first = 1 + len(variables) if variables else 0
-        at = next((n for n, word in enumerate(words) if n >= first and is_qemu(word)), first)
-        rest = iter(words[at + 1 :])
+        program = next((n for n, word in enumerate(words) if n >= first and is_qemu(word)), first)
+        rest = iter(words[program + 1 :])
         for word in rest:
             if not word.startswith("-") or word == "-":
                 options.append(Option("", word))
                 continue
             name = word[2:] if word.startswith("--") else word[1:]
-            name = _SAME.get(name, name)
+            name = _ALIASES.get(name, name)
             if name in _SWITCHES:
                 options.append(Option(name, word=word))
                 continue
             value = next(rest, None)
             if value is None:
-                raise UsageError(f"the command line of the VM ends with {word}, without its value")
+                raise UsageError(
+                    f"the command line of the VM ends with {word}, which needs a value"
+                )
             options.append(Option(name, value, word))
-        return cls(words[at], tuple(options), tuple(words[:at]))
+        return cls(words[program], tuple(options), tuple(words[:program]))
 
     def argv(self) -> list[str]:
         words = (word for option in self.options for word in option.words())
@@ -244,32 +245,32 @@ class CommandLine(NamedTuple):
         return next((option for option in reversed(self.options) if option.name == name), None)
 
     def merged(self, name: str, implied: str | None = None) -> dict[str, str]:
-        """The properties of all options of that name together, as QEMU merges ``-machine``."""
+        """Return the merged properties of all options of that name, as QEMU merges ``-machine``."""
         found: dict[str, str] = {}
         for option in self.all(name):
             found |= option.properties(implied)
         return found
 
     def processors(self) -> int | None:
-        """How many processors ``-smp`` asks for; None without it, or if it is malformed."""
-        asked = self.merged("smp", "cpus")
+        """Return how many CPUs ``-smp`` asks for; None without it, or if it is malformed."""
+        smp = self.merged("smp", "cpus")
         try:
             for name in ("cpus", "maxcpus"):
-                if name in asked:
-                    return int(asked[name])
+                if name in smp:
+                    return int(smp[name])
             number = 1
             for level in _TOPOLOGY:
-                number *= int(asked.get(level, "1"))
+                number *= int(smp.get(level, "1"))
         except ValueError:
             return None
-        return number if asked else None
+        return number if smp else None
 
     def without(self, *names: str) -> Self:
         kept = tuple(option for option in self.options if option.name not in names)
         return self._replace(options=kept)
 
     def replaced(self, changes: Mapping[Option, Option]) -> Self:
-        """Each option that is a key, by its value, in the same place."""
+        """Return it with each option that is a key of ``changes`` replaced, in the same place."""
         options = tuple(changes.get(option, option) for option in self.options)
         return self._replace(options=options)
 
@@ -277,7 +278,7 @@ class CommandLine(NamedTuple):
         return self._replace(options=(*self.options, *options))
 
     def filled_in(self, number: int) -> Self:
-        """With every ``{n}`` replaced by ``number``."""
+        """Return it with every ``{n}`` replaced by ``number``."""
         options = (
             option._replace(value=option.value and option.value.replace("{n}", str(number)))
             for option in self.options
@@ -287,27 +288,27 @@ class CommandLine(NamedTuple):
 
 
 def is_qemu(word: str) -> bool:
-    """Whether a word of a command line is the program QEMU, with or without its directory."""
+    """Return whether a word is a QEMU program, with or without a directory."""
     return re.search(_QEMU, word) is not None
 
 
 def escape(value: str) -> str:
-    """``value`` as it is written in a list of properties."""
+    """Return ``value`` as written in a property list."""
     return value.replace(",", ",,")
 
 
 def join_properties(first: str, properties: Mapping[str, str]) -> str:
-    """``first,key=value,...`` with commas doubled; ``first`` is the one without a key."""
+    """Return ``first,key=value,...`` with commas doubled; ``first`` has no key."""
     return ",".join([escape(first), *(f"{k}={escape(v)}" for k, v in properties.items())])
 
 
 def is_on(value: str | None) -> bool:
-    """Whether a switch is on; None is off."""
+    """Return whether a switch is on; None is off."""
     return value is not None and value.lower() in ("on", "yes", "true", "y")
 
 
 def read_ram_size(command: CommandLine) -> int | None:
-    """What ``-m`` says, in bytes; None without it. UsageError when it is no size."""
+    """Return the size that ``-m`` gives, in bytes; None without it. UsageError if invalid."""
     text = command.merged("m", "size").get("size")
     if text is None:
         return None
@@ -318,17 +319,17 @@ def read_ram_size(command: CommandLine) -> int | None:
 
 
 def _start(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+    return repr(text if len(text) <= _SHOWN_MAX else text[:_SHOWN_MAX] + "...")
 
 
 def _split(text: str) -> list[str]:
-    """At single commas; doubled ones become one."""
+    """Split at single commas; doubled ones become one."""
     pieces = re.findall(r"(?:[^,]|,,)+", text)
     return [piece.replace(",,", ",") for piece in pieces]
 
 
 def flatten(front: str, value: object) -> Iterable[tuple[str, str]]:
-    """``{"a": {"b": 1}}`` as ``a.b=1``, the way of option lists; ``front`` is put before."""
+    """Yield ``{"a": {"b": 1}}`` as ``a.b=1``, as in property lists; ``front`` is the prefix."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from flatten(f"{front}.{key}" if front else str(key), inner)

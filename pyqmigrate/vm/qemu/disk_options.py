@@ -1,7 +1,7 @@
-"""The disks of a command line: which options name their images, and other images in their place.
+"""The disks of a command line: find the options that name their images, and replace the images.
 
-``-drive``, ``-hda`` and its like, and ``-blockdev`` nodes are understood. What is not a file of
-this machine (nbd, rbd) is listed without a file.
+Understands ``-drive``, ``-hda`` and similar options, and ``-blockdev`` nodes. Disks that are not
+local files (nbd, rbd) are listed without a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["DiskOption", "disk_options", "with_image"]
 _IMAGES = ("", "hda", "hdb", "hdc", "hdd", "fda", "fdb", "sd", "mtdblock", "pflash")
 _PROTOCOLS = ("file", "host_device", "host_cdrom")
 _FILTERS = ("throttle", "copy-on-read", "preallocate", "compress", "copy-before-write")
-# Of a node whose image is replaced, what says how it is used and not what it is.
+# Properties to keep when a node's image is replaced: how it is used, not what it is.
 _KEPT = ("discard", "detect-zeroes", "cache.direct", "cache.no-flush")
 _KEPT_OF_FILE = ("aio", "locking")
 
@@ -27,9 +27,8 @@ class DiskOption(NamedTuple):
     """A disk in a command line.
 
     ``option`` names the image, ``names`` are the ids of the drive, its nodes and its device,
-    ``file`` is the image (None: not a file), ``format`` None where QEMU is to find it out.
-    ``writable`` is whether the guest may write, ``volatile`` whether what it writes is thrown away
-    (``snapshot=on``).
+    ``file`` is the image (None: not a file), ``format`` None where QEMU probes it. ``writable`` is
+    whether the guest may write, ``volatile`` whether its writes are discarded (``snapshot=on``).
     """
 
     option: Option
@@ -41,7 +40,7 @@ class DiskOption(NamedTuple):
 
 
 def disk_options(command: CommandLine) -> list[DiskOption]:
-    """The disks of ``command``, in its order."""
+    """Return the disks of ``command``, in order."""
     devices = [option.properties("driver") for option in command.all("device")]
     users: dict[str, set[str]] = {}
     for device in devices:
@@ -53,15 +52,15 @@ def disk_options(command: CommandLine) -> list[DiskOption]:
         if key.startswith("pflash"):
             users.setdefault(value, set()).add(value)
     volatile = command.has("snapshot")
-    found = []
+    disks = []
     for option in command.options:
         if option.name in _IMAGES:
             file = _path(option.value or "")
-            found.append(DiskOption(option, frozenset(), file, None, True, volatile))
+            disks.append(DiskOption(option, frozenset(), file, None, True, volatile))
         if option.name == "drive":
-            found.append(_drive(option, users, volatile))
-    found += _nodes(command, users, volatile)
-    return found
+            disks.append(_drive(option, users, volatile))
+    disks += _nodes(command, users, volatile)
+    return disks
 
 
 def _drive(option: Option, users: dict[str, set[str]], volatile: bool) -> DiskOption:
@@ -84,7 +83,7 @@ def _drive(option: Option, users: dict[str, set[str]], volatile: bool) -> DiskOp
 def _nodes(
     command: CommandLine, users: dict[str, set[str]], volatile: bool
 ) -> Iterator[DiskOption]:
-    """The ``-blockdev`` nodes that have the format of an image: below filters, above protocols."""
+    """Yield the ``-blockdev`` nodes with an image format: below filters, above protocols."""
     nodes = {
         properties["node-name"]: (option, properties)
         for option in command.all("blockdev")
@@ -129,7 +128,7 @@ def _file_of(
 
 
 def _path(name: str) -> str | None:
-    """The path in the name of an image; None for an address or a node written down."""
+    """Return the path in an image's name; None for a URL or a ``json:`` description."""
     if name.startswith("file:"):
         return name.removeprefix("file:")
     return None if ":" in name.partition("/")[0] else name
@@ -142,10 +141,10 @@ def _is_read_only(properties: dict[str, str]) -> bool:
 def with_image(
     command: CommandLine, disk: DiskOption, file: str, form: str = "qcow2"
 ) -> CommandLine:
-    """``command`` whose ``disk`` is ``file``, of format ``form``, and what is below it what that
-    says.
+    """Return ``command`` with ``file``, of format ``form``, as the image of ``disk``.
 
-    Raises UsageError where what the option says of the image would be lost.
+    Backing images are those that ``file`` names. Raises UsageError if a property of the old image
+    would be lost.
     """
     option = disk.option
     if option.name in _IMAGES:
@@ -154,12 +153,12 @@ def with_image(
     for key in properties:
         if key.endswith("key-secret") or key in ("offset", "size"):
             raise UsageError(
-                f"{option} cannot be replaced by an overlay, because of {key}: make the overlay by "
-                "hand, and give the whole command line after --"
+                f"{option} cannot be replaced by an overlay because of {key}: make the overlay "
+                "yourself and give the whole command line after --"
             )
-    replaced = _replaced_drive if option.name == "drive" else _replaced_node
-    made = replaced(properties, file, form)
-    return command.replaced({option: Option(option.name, made, option.word)})
+    replace = _replaced_drive if option.name == "drive" else _replaced_node
+    value = replace(properties, file, form)
+    return command.replaced({option: Option(option.name, value, option.word)})
 
 
 def _replaced_drive(properties: dict[str, str], file: str, form: str) -> str:
@@ -189,5 +188,5 @@ def _replaced_node(properties: dict[str, str], file: str, form: str) -> str:
                 node[front] = value
     if _is_read_only(properties):
         node["read-only"] = True
-    # As JSON, since that is taken for every kind of value.
+    # JSON, which QEMU takes for all types of values.
     return json.dumps(node)

@@ -1,8 +1,7 @@
-"""What QEMU reports by itself while a guest is saved: stops, resumes, and a migration's progress.
+"""QEMU's events while a guest is saved: stops, resumes, and a migration's progress.
 
-Asking (``query-migrate``) finds out late that something has happened, by as long as the pause
-between two questions and by as long as QEMU takes to answer, which is longest when a migration
-ends. Events come at once and carry the time at which they happened.
+Polling ``query-migrate`` notices a change late, by the polling interval and by the time that QEMU
+takes to answer, which is longest when a migration ends. Events come at once, with a timestamp.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ class EventLog:
         self._stack.close()
 
     async def migration(self, timeout: float) -> str | None:
-        """Wait for a migration's status to change, at most ``timeout`` seconds; the new status, or
-        None."""
+        """Wait at most ``timeout`` seconds for a new migration status; return it, or None."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while True:
@@ -50,10 +48,10 @@ class EventLog:
         return None
 
     def downtime(self, at_most: float) -> float | None:
-        """How long the guest stood still before it went on last, in seconds.
+        """Return the seconds from the last reported stop to the resume after it.
 
-        None where no stop, or no resume after it, was reported, or the host's clock was changed
-        meanwhile: it took longer than ``at_most`` seconds by that, or less than none.
+        None if there was no such pair, or if the host's clock was changed in between: a negative
+        time, or more than ``at_most`` seconds.
         """
         self._catch_up()
         if self._stood is None:
@@ -62,15 +60,14 @@ class EventLog:
         return seconds if 0 <= seconds <= at_most else None
 
     def stands(self) -> None:
-        """Say that the guest stands still, and is to stand until :meth:`resumed` is asked. The
-        first time counts."""
+        """Note that the guest is stopped, for :meth:`resumed`. Only the first call counts."""
         self._catch_up()
         if not self._stands:
             self._stands = True
             self._resumed = self._stopped_at is not None and self._stood is not None
 
     def resumed(self) -> bool:
-        """Whether somebody has let the guest run since :meth:`stands`, by the events up to now."""
+        """Return whether the guest was resumed since :meth:`stands`, by the events so far."""
         self._catch_up()
         return self._resumed
 

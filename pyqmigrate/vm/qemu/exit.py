@@ -1,4 +1,4 @@
-"""The end of a process that need not be a child of ours."""
+"""Wait for any process to exit, child or not."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["ProcessExit"]
 
 
 class ProcessExit:
-    """The end of a process that is there now; close it.
+    """The exit of a running process, held by a pidfd; close it.
 
-    ``known`` is false where it cannot be waited for: a kernel without pidfds, or no number.
+    ``known`` is false where it cannot be waited for: a kernel without pidfds, or no pid.
     """
 
     def __init__(self, pid: int | None) -> None:
@@ -30,19 +30,19 @@ class ProcessExit:
         return self._ended or self._fd >= 0
 
     async def wait(self, timeout: float | None = None) -> bool:
-        """Whether it came within ``timeout`` seconds, or in the end. A zombie has ended."""
+        """Wait; return whether it came within ``timeout`` seconds. A zombie has exited."""
         if self._fd < 0:
             return self._ended
         loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        loop.add_reader(self._fd, ended.set)
+        exited = asyncio.Event()
+        loop.add_reader(self._fd, exited.set)
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
-                    await ended.wait()
+                    await exited.wait()
         finally:
             loop.remove_reader(self._fd)
-        return ended.is_set()
+        return exited.is_set()
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -1,4 +1,4 @@
-"""How large a disk image is for a guest. Only its header is read, and no lock is taken."""
+"""The virtual size of a disk image. Only its header is read, and no lock is taken."""
 
 from __future__ import annotations
 

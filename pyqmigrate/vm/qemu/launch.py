@@ -1,4 +1,4 @@
-"""A QEMU of our own: its process, and its monitor once that answers."""
+"""Start a QEMU and connect to its monitor."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from pyqmigrate.vm.qemu.spawn import END_TIMEOUT, QemuProcess, Stream, start
 __all__ = ["QemuSession", "answered", "launch"]
 
 _START_TIMEOUT = 60.0  # seconds until QEMU answers; it may have large files to open
-_PATIENCE = 0.15  # seconds for a QEMU whose guest has not run, and which may be reading a file
+_PATIENCE = 0.15  # seconds for a QEMU whose guest has not run, but which may be reading a file
 
 
 class QemuSession:
-    """A QEMU of our own: ``process`` and a negotiated ``monitor``, which answered after
-    ``seconds``. As a context manager, it is ended when something is raised.
+    """A QEMU that this process started: ``process`` and a negotiated ``monitor``.
 
-    ``has_run``: whether its guest may have run. One that has not loses nothing by SIGKILL."""
+    As a context manager, it ends QEMU when an exception is raised. ``seconds`` is how long the
+    monitor took to answer. ``has_run``: whether the guest may have run; before, SIGKILL loses
+    nothing.
+    """
 
     def __init__(self, started: QemuProcess, monitor: Monitor) -> None:
         self.monitor = monitor
-        self.seconds = time.monotonic() - started.at
+        self.seconds = time.monotonic() - started.started_at
         self.has_run = False
         self._started = started
 
@@ -39,22 +41,22 @@ class QemuSession:
         return self._started.process
 
     async def described(self, what: str) -> str:
-        """``what``, how the process ended if it did, and what it wrote to standard error."""
+        """Return ``what``, how the process ended if it did, and what it wrote to stderr."""
         return await asyncio.to_thread(self._started.describe, what)
 
     def hand_over(self) -> None:
-        """From here on QEMU lives without us, and standard error goes where the caller wanted."""
+        """Let QEMU outlive this process, and pass its standard error on to the caller's stream."""
         self.has_run = True
         self._started.hand_over()
 
     async def end(self) -> None:
-        """End the process, and with it the guest at once. Cannot be interrupted halfway."""
+        """End the process, and the guest with it, at once. Shielded from cancellation."""
         await shielded(self._stop())
 
     async def _stop(self) -> None:
         self._started.terminate()
         patience = END_TIMEOUT if self.has_run else _PATIENCE
-        # A program around QEMU may keep the signal for itself.
+        # A wrapper around QEMU may not pass the signal on.
         with contextlib.suppress(QemuError):
             await self.monitor.execute("quit", timeout=patience)
         await self.monitor.close()
@@ -78,10 +80,10 @@ async def launch(
     stdout: Stream = None,
     stderr: Stream = None,
 ) -> QemuSession:
-    """Start ``command`` and wait until its monitor answers; another one listens at ``qmp``.
+    """Start ``command`` and wait until its monitor answers; another monitor listens at ``qmp``.
 
     Streams are as subprocess.Popen takes them; None is this process's own. Raises QemuError with
-    what QEMU said when it does not start, UsageError for words that no program can be given.
+    QEMU's standard error when it does not start, UsageError for invalid arguments.
     """
     starting = asyncio.to_thread(
         start, command, pass_fds, qmp=qmp, stdin=stdin, stdout=stdout, stderr=stderr
@@ -90,7 +92,7 @@ async def launch(
 
 
 async def answered(started: QemuProcess) -> QemuSession:
-    """Wait until the monitor of a process answers; the process is ended when it does not."""
+    """Wait until the monitor of a process answers; end the process if it does not."""
     try:
         monitor = await Monitor.over(started.monitor, "of a new QEMU", timeout=_START_TIMEOUT)
     except QemuError as error:

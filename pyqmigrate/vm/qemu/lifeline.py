@@ -1,9 +1,9 @@
-"""A child process that ends when this process does, whatever ends it, until it is let off.
+"""A child process that is killed when this process ends, for whatever reason, until released.
 
-The child inherits the reading end of a pipe, and nobody but this process has the writing end. When
-that is closed, the kernel sends a signal to the pipe's owner, which is the child (``F_SETOWN``,
-``O_ASYNC``). Other than with ``PR_SET_PDEATHSIG`` it is this process that counts and not one of
-its threads, and it can be called off from here.
+The child inherits the reading end of a pipe, and only this process has the writing end. When that
+is closed, the kernel sends a signal to the pipe's owner, which is the child (``F_SETOWN``,
+``O_ASYNC``). Unlike ``PR_SET_PDEATHSIG``, this is tied to the process, not to a thread, and this
+process can cancel it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ __all__ = ["Lifeline"]
 
 
 class Lifeline:
-    """Pass ``fd`` on to the child, then :meth:`hold` it. Close it, which lets the child off."""
+    """Pass ``fd`` on to the child, then :meth:`hold` it. Closing it releases the child."""
 
     def __init__(self) -> None:
         self.fd, self._writer = os.pipe2(os.O_CLOEXEC)
 
     def hold(self, pid: int) -> None:
-        """From here on SIGKILL is what process ``pid`` gets when this one ends."""
+        """Have the kernel send SIGKILL to process ``pid`` when this process ends."""
         fcntl.fcntl(self.fd, fcntl.F_SETOWN, pid)
         fcntl.fcntl(self.fd, fcntl.F_SETSIG, signal.SIGKILL)
         self._signal(True)
 
     def close(self) -> None:
-        """The child goes on by itself. May be repeated."""
+        """Release the child. Idempotent."""
         if self.fd < 0:
             return
         with contextlib.suppress(OSError):

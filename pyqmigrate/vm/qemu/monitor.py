@@ -3,9 +3,9 @@
     async with await Monitor.connect("/run/guest.qmp") as monitor:
         print(monitor.version, await monitor.execute("query-status"))
 
-The session is the library ``qemu.qmp``'s; here are the time limits, errors of this package's own
-that say what happened, and descriptors handed over one at a time, as QEMU takes them
-(docs/internals/qemu-management.md, "Passing descriptors" and "Rules for a client").
+The session is that of the library ``qemu.qmp``. This module adds time limits, this package's
+exceptions, and the transfer of descriptors one at a time, as QEMU takes them (docs/internals/qemu-management.md,
+"Passing descriptors" and "Rules for a client").
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
 __all__ = ["GREETING_TIMEOUT", "Monitor"]
 
 GREETING_TIMEOUT = 5.0  # seconds; a QEMU whose monitor is free greets at once
-_QUEUE_FULL = 0.02  # seconds before another attempt to connect
+_RETRY = 0.02  # seconds between attempts to connect to a full queue
 _ANSWER_TIMEOUT = 60.0  # seconds; QEMU answers while it migrates, but may wait for a disk
 
 
 class Monitor:
     """One session. ``version`` is QEMU's, as (major, minor, micro).
 
-    ``peer`` is the other end of the connection. One command is under way at a time, whoever asks.
+    ``peer`` is the other end of the connection. Commands run one at a time.
     """
 
     def __init__(self, client: QMPClient, path: Path, peer: Peer) -> None:
@@ -66,7 +66,7 @@ class Monitor:
         """Connect to the UNIX socket at ``path`` and negotiate, in at most ``timeout`` seconds.
 
         ``path`` may be written ``unix:PATH``. Raises UsageError for another kind of address,
-        QemuError when nobody listens, and when no greeting comes: a monitor serves one client at a
+        QemuError if no process listens, or if no greeting comes: a monitor serves one client at a
         time.
         """
         where = monitor_path(path)
@@ -83,9 +83,9 @@ class Monitor:
     async def over(
         cls, connection: socket.socket, name: str | os.PathLike[str], *, timeout: float
     ) -> Self:
-        """Negotiate over a connected socket, which is the session's from now on.
+        """Negotiate over a connected socket, which the session takes over.
 
-        ``name`` is what errors call it. Raises QemuError when no greeting comes.
+        Errors call it ``name``. Raises QemuError when no greeting comes.
         """
         where = Path(name)
         deadline = asyncio.get_running_loop().time() + timeout
@@ -101,7 +101,9 @@ class Monitor:
             raise _no_greeting(where, timeout) from error
         except (QMPError, OSError, EOFError) as error:
             connection.close()
-            raise QemuGone(f"the monitor {where} is not QMP, or hung up: {error}") from error
+            raise QemuGone(
+                f"the monitor {where} does not speak QMP, or hung up: {error}"
+            ) from error
         return cls(client, where, peer)
 
     async def __aenter__(self) -> Self:
@@ -111,7 +113,7 @@ class Monitor:
         await self.close()
 
     async def close(self) -> None:
-        """Hang up. May be repeated, and when QEMU is gone."""
+        """Disconnect. Idempotent, and harmless when QEMU has ended."""
         with contextlib.suppress(QMPError, OSError, EOFError):
             await self._client.disconnect()
 
@@ -122,7 +124,7 @@ class Monitor:
         *,
         timeout: float = _ANSWER_TIMEOUT,
     ) -> Any:
-        """Run one command and return what it returns.
+        """Run a command and return its result.
 
         Raises QemuRefused when QEMU answers with an error, QemuGone when it hung up, QemuError
         when there is no answer within ``timeout`` seconds.
@@ -144,35 +146,35 @@ class Monitor:
             raise QemuGone(f"QEMU hung up on {command}: it ended, or was killed") from error
 
     def listener(self, names: Collection[str]) -> contextlib.AbstractContextManager[EventListener]:
-        """A queue of the events of these names, from now until the end of the context."""
+        """Return a queue of the events with these names, filled until the context ends."""
         return self._client.listener(names)
 
     async def hmp(self, line: str) -> str:
-        """What the human monitor prints on ``line``."""
+        """Run ``line`` in the human monitor and return its output."""
         return str(await self.execute("human-monitor-command", {"command-line": line}))
 
     async def add_fd(self, fd: int, *, fdset_id: int | None = None, opaque: str = "") -> int:
-        """Hand a descriptor over into a fdset; returns the set's id. ``fd`` stays the caller's."""
+        """Pass a descriptor into a fdset and return the set's id. The caller keeps ``fd``."""
         arguments: dict[str, object] = {"opaque": opaque} if opaque else {}
         if fdset_id is not None:
             arguments["fdset-id"] = fdset_id
         async with self._turn:
-            self._lend(fd)
+            self._send_fd(fd)
             added = await self._execute("add-fd", arguments, _ANSWER_TIMEOUT)
         return int(added["fdset-id"])
 
-    def _lend(self, fd: int) -> None:
+    def _send_fd(self, fd: int) -> None:
         try:
             self._client.send_fd_scm(fd)
         except (StateError, OSError) as error:
-            raise QemuGone("QEMU hung up before it got a descriptor") from error
+            raise QemuGone("QEMU hung up before it received a descriptor") from error
 
     @contextlib.asynccontextmanager
     async def fdset(self, fds: Mapping[str, int]) -> AsyncIterator[int]:
-        """A new fdset of these descriptors (their names tell a person what they are); its id.
+        """Make a fdset of these descriptors and return its id; the names describe them to people.
 
-        The set is removed afterwards, except when something fails meanwhile: a migration that
-        looks for a descriptor in vain is the end of QEMU 10.0.2.
+        The set is removed at the end, but not after an exception: QEMU 10.0.2 crashes when a
+        migration does not find its descriptor.
         """
         fdset_id: int | None = None
         for name, fd in fds.items():
@@ -192,7 +194,7 @@ def _no_greeting(path: Path, seconds: float) -> QemuError:
 
 
 async def _open(path: Path) -> socket.socket:
-    """A connected, non-blocking socket; a path of any length."""
+    """Return a connected, non-blocking socket. The path may have any length."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.setblocking(False)
     place = -1
@@ -202,8 +204,8 @@ async def _open(path: Path) -> socket.socket:
             try:
                 connection.connect(f"/proc/self/fd/{place}")
                 break
-            except BlockingIOError:  # others wait before us, as many as may; asyncio connects not
-                await asyncio.sleep(_QUEUE_FULL)
+            except BlockingIOError:  # the queue of clients is full; asyncio would fail
+                await asyncio.sleep(_RETRY)
     except OSError as error:
         connection.close()
         raise QemuError(f"cannot connect to the monitor {path}: {error.strerror}") from error

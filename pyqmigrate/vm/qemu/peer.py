@@ -1,15 +1,15 @@
 """The other end of a monitor's connection, as the kernel knows it.
 
-What QEMU says about itself can be a lie: a QEMU that its guest has taken over, or a stranger who
-bound the socket's name, may point at the threads and addresses of any process. The kernel does not
-lie: it records who called ``listen()`` (``SO_PEERCRED``) and which socket is at the other end of a
+QEMU's own answers are untrusted: a QEMU taken over by its guest, or another program that bound the
+socket's name, may name the threads and addresses of any process. The kernel can be trusted: it
+records who called ``listen()`` (``SO_PEERCRED``) and which socket is at the other end of a
 connection (``sock_diag``). A process belongs to the connection when
 
-- it holds that socket (``/proc/PID/fd``), so neither a manager that handed a listening socket on
-  nor a bystander qualifies, and
-- it has no more rights than the listener: the same user and group in every form, and nothing gained
-  by a set-user-ID program or file capabilities. A listener that is root may have handed the socket
-  to anybody.
+- it holds that socket (``/proc/PID/fd``), so neither a manager that passed a listening socket on
+  nor an unrelated process qualifies, and
+- it has no more rights than the listener: the same real, effective and saved user and group, and
+  nothing gained by a set-user-ID program or file capabilities. A listener that is root may have
+  passed the socket to any process.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _CONNECTED = "03"  # in /proc/net/unix
 
 @dataclass(frozen=True)
 class Peer:
-    """Who listens, and the sockets that the other end of a connection may be.
+    """The listener, and the sockets that may be the other end of a connection.
 
-    ``pid`` is None where the listener is in no pid namespace of ours. ``sockets`` are inode
+    ``pid`` is None if the listener is not in this process's pid namespace. ``sockets`` are inode
     numbers: one where the kernel has ``sock_diag`` for UNIX sockets, otherwise those of all
     connections to the same listener.
     """
@@ -58,7 +58,7 @@ class Peer:
 
     @classmethod
     def of(cls, connection: socket.socket) -> Self:
-        """The peer of a UNIX socket whose connection has been accepted."""
+        """Return the peer of a UNIX socket whose connection has been accepted."""
         credentials = connection.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
         )
@@ -70,10 +70,10 @@ class Peer:
         return cls(pid or None, uid, gid, sockets)
 
     def why_not(self, pid: int) -> str | None:
-        """Why process ``pid`` is not to be taken for the other end, or None if it is."""
+        """Return why process ``pid`` is not accepted as the other end, or None if it is."""
         process = _PROC / str(pid)
         try:
-            # Owned by root, whatever the process runs as, when it may know more than its user.
+            # Owned by root if the process may know secrets that its user may not.
             owner = (process / "fd").stat()
             ids = read_status(process)
             users, groups = ({int(number) for number in ids[key]} for key in ("Uid", "Gid"))
@@ -83,16 +83,16 @@ class Peer:
         groups.add(owner.st_gid)
         if self.uid != 0 and (users != {self.uid} or groups != {self.gid}):
             return (
-                f"process {pid} has other rights than user {self.uid}, who listens on the "
+                f"process {pid} does not have the rights of user {self.uid}, who listens on the "
                 "monitor's socket"
             )
         try:
             held = {_inode_of(link) for link in (process / "fd").iterdir()} - {None}
         except OSError as error:
             return (
-                f"/proc/{pid}/fd cannot be read ({error.strerror}), so whether process {pid} is at "
-                "the other end of the monitor's socket is not known: be the user that QEMU runs "
-                "as, or root (CAP_SYS_PTRACE)"
+                f"/proc/{pid}/fd cannot be read ({error.strerror}), so it is unknown whether "
+                f"process {pid} is at the other end of the monitor's socket: run as the user of QEMU, "
+                "or as root (CAP_SYS_PTRACE)"
             )
         if held & self.sockets:
             return None
@@ -100,7 +100,7 @@ class Peer:
 
 
 def read_status(process: Path) -> dict[str, list[str]]:
-    """The words of each line of ``/proc/PID/status``; empty for a process that has ended."""
+    """Return the words of each line of ``/proc/PID/status``; empty if the process has ended."""
     try:
         lines = (process / "status").read_text(errors="replace").splitlines()
     except OSError:
@@ -109,7 +109,7 @@ def read_status(process: Path) -> dict[str, list[str]]:
 
 
 def _inode_of(link: Path) -> int | None:
-    """The inode of the socket that a descriptor in /proc refers to; None for another thing."""
+    """Return the inode of the socket that a link in /proc/PID/fd names; None for other files."""
     name = ""
     with contextlib.suppress(OSError):
         name = os.fspath(link.readlink())
@@ -117,7 +117,7 @@ def _inode_of(link: Path) -> int | None:
 
 
 def _other_end(connection: socket.socket) -> int:
-    """The inode of the socket at the other end. OSError where the kernel does not tell."""
+    """Return the inode of the socket at the other end; OSError without ``sock_diag``."""
     own = os.fstat(connection.fileno()).st_ino
     request = _REQUEST.pack(
         socket.AF_UNIX, 0, 0, _ANY_STATE, own, _UDIAG_SHOW_PEER, _NO_COOKIE, _NO_COOKIE
@@ -131,19 +131,19 @@ def _other_end(connection: socket.socket) -> int:
     length, kind, *_ = _NETLINK_HEADER.unpack_from(answer)
     if kind != _SOCK_DIAG_BY_FAMILY:  # an error number
         raise OSError("no sock_diag for UNIX sockets")
-    at = _NETLINK_HEADER.size + _ANSWER.size
-    while at + _ATTRIBUTE.size <= length:
-        size, attribute = _ATTRIBUTE.unpack_from(answer, at)
+    offset = _NETLINK_HEADER.size + _ANSWER.size
+    while offset + _ATTRIBUTE.size <= length:
+        size, attribute = _ATTRIBUTE.unpack_from(answer, offset)
         if attribute == _UNIX_DIAG_PEER:
-            inode = int(_INODE.unpack_from(answer, at + _ATTRIBUTE.size)[0])
+            inode = int(_INODE.unpack_from(answer, offset + _ATTRIBUTE.size)[0])
             if inode:  # 0: not accepted yet
                 return inode
-        at += max(size + 3 & ~3, _ATTRIBUTE.size)
+        offset += max(size + 3 & ~3, _ATTRIBUTE.size)
     raise OSError("the socket has no other end")
 
 
 def _connections(connection: socket.socket) -> frozenset[int]:
-    """All accepted connections to the listener, by its name; its owner may not hold them."""
+    """Return all accepted connections to the listener's name; its owner may not hold them."""
     name = connection.getpeername()
     wanted = os.fsdecode(name).replace("\0", "@") if isinstance(name, bytes) else name
     try:

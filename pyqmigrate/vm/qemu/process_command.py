@@ -1,4 +1,4 @@
-"""The command line of a QEMU that runs, as its process shows it."""
+"""The command line of a running QEMU, read from /proc."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ _DAEMON = {"-daemonize", "--daemonize"}
 
 
 class ProcessCommand(NamedTuple):
-    """``words`` without secrets, None where they cannot be read; ``redacted`` are the numbers of
-    those that had one. ``directory`` is where relative names start, None where that cannot be told.
+    """The ``words`` without secrets, None if unreadable, and the numbers of the ``redacted`` ones.
+
+    ``directory`` is the one that relative names start from, None if unknown.
     """
 
     words: tuple[str, ...] | None
@@ -24,7 +25,7 @@ class ProcessCommand(NamedTuple):
 
 
 def read_command(pid: int | None) -> ProcessCommand:
-    """The command line of process ``pid``. Raises nothing: what cannot be read is None."""
+    """Return the command line of process ``pid``. Never raises: unreadable parts are None."""
     if pid is None:
         return ProcessCommand(None, (), None)
     process = Path(f"/proc/{pid}")
@@ -32,14 +33,14 @@ def read_command(pid: int | None) -> ProcessCommand:
         text = (process / "cmdline").read_bytes()
     except OSError:
         text = b""
-    if not text:  # no process any more, or a zombie
+    if not text:  # the process has ended, or is a zombie
         return ProcessCommand(None, (), _directory(process, daemon=False))
     words = [os.fsdecode(word) for word in text.removesuffix(b"\0").split(b"\0")]
     return ProcessCommand(*redact(words), _directory(process, daemon=bool(_DAEMON & {*words})))
 
 
 def _directory(process: Path, *, daemon: bool) -> str | None:
-    """A QEMU that made itself a daemon has gone to ``/`` when it had read its command line."""
+    """Return where relative names start. A daemon went to ``/`` after reading its command line."""
     try:
         if daemon:
             for line in (process / "environ").read_bytes().split(b"\0"):

@@ -13,21 +13,21 @@ __all__ = ["with_configurations"]
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _SECTION = r'\[\s*([\w-]+)(?:\s+"([^"]*)")?\s*\]'
 _VALUE = r'([\w.-]+)\s*=\s*"([^"]*)"'
-_MOST = 1 << 20  # bytes of a file that are looked at
+_SIZE_MAX = 1 << 20  # bytes of a file that are read
 
 
 def with_configurations(command: CommandLine) -> CommandLine:
-    """``command`` with the options that its ``-readconfig`` files make, to be looked at only.
+    """Return ``command`` with the options in its ``-readconfig`` files, for inspection only.
 
-    Each has the word ``-readconfig FILE`` as a person has to find it. A file that is not a regular
-    one is left alone, since to read a pipe is to take it from QEMU; so is one that cannot be read.
+    The ``word`` of each is ``-readconfig FILE: NAME``, to show to people. Unreadable files and
+    files that are not regular are skipped: reading a pipe would take its data from QEMU.
     """
     front = command.directory or ""
     return command.with_options(
         *(
-            made
+            configured
             for option in command.all("readconfig")
-            for made in _options(Path(front, option.value or ""))
+            for configured in _options(Path(front, option.value or ""))
         )
     )
 
@@ -36,8 +36,8 @@ def _options(file: Path) -> Iterator[Option]:
     try:
         if not file.is_file():
             return
-        with file.open("rb") as opened:
-            text = opened.read(_MOST).decode(errors="replace")
+        with file.open("rb") as stream:
+            text = stream.read(_SIZE_MAX).decode(errors="replace")
     except OSError:
         return
     name = ""

@@ -1,8 +1,8 @@
-"""Secrets in a QEMU's command line, and the line without them.
+"""Redact the secrets in a QEMU command line.
 
 QEMU takes secrets by name (``password-secret=``, ``key-secret=``, ``passwordid=``: the id of an
-``-object secret``) or as they are, and only the latter are left out. A value is a secret by the key
-that it has, in a list of properties, in JSON, in an address and in the texts that guests are given.
+``-object secret``) or as text, and only text is redacted. The key decides whether a value is a
+secret: in property lists, in JSON, in URLs and in texts passed to the guest.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ REDACTED = "<redacted>"
 # The last part of a key (of "file.password") whose value is a secret.
 _KEYS = r"(?:password|passwd|passphrase|cookie|token)"
 _SWITCH = r"(?:on|off|yes|no|true|false|y|n)"  # of -vnc and -spice
-# key=value in a list of properties, where a comma is doubled, or in the words that a kernel is
-# given.
+# key=value in a property list, where commas are doubled, or in a kernel command line.
 _PROPERTY = re.compile(rf"(?i)((?:^|[,.:\s?&]){_KEYS}=)(?!{_SWITCH}(?:[,\s]|$))((?:,,|[^,\s&])+)")
 _DATA = re.compile(r"((?:^|,)data=)((?:,,|[^,])+)")  # of -object secret
 _RBD_KEY = re.compile(r"(:key=)((?:\\.|[^:,\\])+)")  # of rbd:POOL/IMAGE:key=...
 _ADDRESS = re.compile(r"(\w+://[^/\s:@%]*[:%])([^/\s@]+)(?=@)")  # scheme://user:password@host
-# systemd's way to hand a secret to a guest (-smbios type=11, -fw_cfg).
+# systemd credentials (-smbios type=11, -fw_cfg).
 _CREDENTIAL = re.compile(r"(io\.systemd\.credential[^=,]*[=,](?:string=)?)((?:,,|[^,\s])+)")
 _IS_SECRET = re.compile(r"^secret(?:,|$)|(?:^|,)qom-type=secret(?:,|$)")
 
 
 def redact(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The words without their secrets, and the numbers of those that had one."""
+    """Return the words without secrets, and the indexes of those that had one."""
     clean = tuple(_without_secrets(word) for word in words)
     changed = (number for number, word in enumerate(words) if clean[number] != word)
     return clean, tuple(changed)
@@ -70,7 +69,7 @@ def _is_secret_key(key: str, is_secret: bool) -> bool:
 
 
 def _text(text: str) -> str:
-    if "json:{" in text:  # a node written down as the name of a file: its keys are in quotes
+    if "json:{" in text:  # a node description in place of a file name: its keys are quoted
         text = re.sub(rf'(?i)("{_KEYS}"\s*:\s*")((?:\\.|[^"\\])+)', rf"\1{REDACTED}", text)
     if _IS_SECRET.search(text):
         text = _DATA.sub(rf"\1{REDACTED}", text)

@@ -1,13 +1,12 @@
-"""A QEMU process that is started here, and what it says before it is somebody else's.
+"""Start QEMU with a monitor socket and captured standard error.
 
-The monitor is one end of a pair of sockets, which QEMU inherits: it needs no name in a file system.
-It is described in a ``-readconfig`` of its own: QEMU counts ``-mon`` and ``-qmp`` on the command
-line as a wish for no other monitor, and the command line stays as its owner wrote it. That
-description is a pipe whose end comes when QEMU is on a leash: until it is handed over, it does not
-outlive this process. What QEMU writes to standard error is kept until then, so that it can be part
-of an error, and passed on afterwards.
+The monitor is one end of a socket pair, which QEMU inherits: it needs no name in a file system.
+It is described in a separate ``-readconfig``, because ``-mon`` or ``-qmp`` on the command line
+would remove QEMU's default monitor. That description is a pipe, closed once a lifeline holds QEMU:
+until QEMU is handed over, it does not outlive this process. Until then its standard error is kept
+for error messages; afterwards it is passed on.
 
-There is no event loop here: a command that restores a guest imports one while QEMU starts.
+No event loop is needed here: a command that restores a guest imports one while QEMU starts.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ __all__ = ["END_TIMEOUT", "QMP_CHARDEV", "QemuProcess", "Stream", "start"]
 
 Stream = int | IO[bytes] | None
 END_TIMEOUT = 5.0  # seconds from SIGTERM to SIGKILL
-_KEPT = 1 << 16  # bytes of standard error that a message may have to draw on
-_LAST_WORDS = 0.2  # seconds that QEMU's last lines may need to arrive
+_KEPT = 1 << 16  # bytes of standard error kept for error messages
+_LAST_WORDS = 0.2  # seconds to wait for QEMU's last lines
 _NAME = "pyqmigrate"
-QMP_CHARDEV = "pyqmigrate-qmp"  # the monitor that the caller asked for
+QMP_CHARDEV = "pyqmigrate-qmp"  # of the additional monitor
 _WRAPPER_TIMEOUT = 0.5  # seconds until a program that starts QEMU has become QEMU
 _WRAPPER_POLL = 0.001
-# QEMU takes the head alone for a mistake, and ends.
+# QEMU rejects this head alone, and ends.
 _HEAD = '[chardev "'
 _CHARDEV = """{name}"]
   backend = "socket"
@@ -61,37 +60,46 @@ _MONITOR_QMP = """[object "{name}"]
 
 
 class QemuProcess:
-    """A process on a leash. ``monitor`` is the socket on which its monitor will answer; whoever
-    takes it owns it. ``at`` is when it was started (``time.monotonic``)."""
+    """A QEMU that ends with this process until it is handed over.
+
+    ``monitor`` is the socket of its monitor; the caller may take it over. ``started_at`` is a time
+    of ``time.monotonic``.
+    """
 
     def __init__(
-        self, at: float, monitor: socket.socket, leash: Lifeline, qmp: Path | None
+        self,
+        process: subprocess.Popen[bytes],
+        started_at: float,
+        monitor: socket.socket,
+        lifeline: Lifeline,
+        errors: _ErrorOutput,
+        qmp: Path | None,
     ) -> None:
-        self.at = at
+        self.process = process
+        self.started_at = started_at
         self.monitor = monitor
-        self._leash = leash
+        self._lifeline = lifeline
+        self._errors = errors
         self._qmp = qmp
-        self.process: subprocess.Popen[bytes]
-        self._errors: _ErrorOutput
 
     def describe(self, what: str) -> str:
-        """``what``, how the process ended if it did, and what it wrote to standard error."""
+        """Return ``what``, how the process ended if it did, and what it wrote to stderr."""
         return _describe(what, self.process, self._errors)
 
     def wait(self, timeout: float) -> None:
-        """For its end, but not for longer than so many seconds."""
+        """Wait for its end, at most ``timeout`` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout)
 
     def hand_over(self) -> None:
-        """From here on QEMU lives without us, and standard error goes where the caller wanted."""
-        self._leash.close()
+        """Let QEMU outlive this process, and pass its standard error on to the caller's stream."""
+        self._lifeline.close()
         self._errors.hand_over()
 
     def end(self, timeout: float = END_TIMEOUT) -> None:
-        """By SIGTERM, and by SIGKILL after so many seconds. May be repeated."""
+        """End it with SIGTERM, and with SIGKILL after ``timeout`` seconds. Idempotent."""
         _end(self.process, timeout)
-        self._leash.close()
+        self._lifeline.close()
         self.monitor.close()
         self._errors.join()
         if self._qmp is not None:  # QEMU removes it unless it was killed
@@ -99,7 +107,7 @@ class QemuProcess:
                 remove_stale_socket(self._qmp)
 
     def terminate(self) -> None:
-        """Send SIGTERM, on which QEMU stops the guest and ends; returns at once."""
+        """Send SIGTERM, on which QEMU stops the guest and ends. Does not wait."""
         self.process.terminate()
 
 
@@ -112,73 +120,72 @@ def start(
     stdout: Stream = None,
     stderr: Stream = None,
 ) -> QemuProcess:
-    """Start ``command``, with a monitor of ours besides, and one more that listens at ``qmp``.
+    """Start ``command`` with an additional monitor, and another one that listens at ``qmp``.
 
-    Streams are as subprocess.Popen takes them; None is this process's own. Not for the main thread:
-    a signal that raised between the fork and our knowing of it would leave the process alone.
+    Streams are as subprocess.Popen takes them; None is this process's own. Do not call it in the
+    main thread: a signal handler that raised between fork and bookkeeping would leave QEMU running.
 
-    Raises QemuError when there is no such program, UsageError for words that no program can be
-    given, and for a ``qmp`` that no socket can have.
+    Raises QemuError when the program cannot be started, UsageError for invalid arguments, and for
+    an invalid socket path ``qmp``.
     """
-    at = time.monotonic()
-    with contextlib.ExitStack() as failed, contextlib.ExitStack() as ours:
-        leash = Lifeline()
-        failed.callback(leash.close)
-        monitor, theirs = socket.socketpair()
-        failed.enter_context(monitor)
-        # Nobody but QEMU may hold these: that it is gone is seen by their being closed.
-        ours.enter_context(theirs)
-        started = QemuProcess(at, monitor, leash, qmp)
+    started_at = time.monotonic()
+    with contextlib.ExitStack() as on_failure, contextlib.ExitStack() as inherited:
+        lifeline = Lifeline()
+        on_failure.callback(lifeline.close)
+        monitor, qemu_end = socket.socketpair()
+        on_failure.enter_context(monitor)
+        # Only QEMU may keep what it inherits: its end is noticed when they are closed.
+        inherited.enter_context(qemu_end)
         configuration, writer = os.pipe2(os.O_CLOEXEC)
-        ours.callback(os.close, configuration)
+        inherited.callback(os.close, configuration)
         os.fchmod(configuration, 0o444)  # QEMU opens it by name, and may be another user
-        description = ours.enter_context(os.fdopen(writer, "w"))
+        description = inherited.enter_context(os.fdopen(writer, "w"))
         description.write(_HEAD)
         description.flush()
         added = [Option("readconfig", f"/proc/self/fd/{configuration}")]
-        inherited = [theirs.fileno(), configuration, leash.fd, *pass_fds]
+        fds = [qemu_end.fileno(), configuration, lifeline.fd, *pass_fds]
         if qmp is not None:
-            place = ours.enter_context(SocketPath(qmp))
-            inherited += place.fds
+            place = inherited.enter_context(SocketPath(qmp))
+            fds += place.fds
             added.append(
                 Option(
                     "chardev",
                     f"socket,id={QMP_CHARDEV},path={escape(place.path)},server=on,wait=off",
                 )
             )
-        started._errors = errors = _ErrorOutput(stderr)
-        ours.callback(errors.close_writer)
+        errors = _ErrorOutput(stderr)
+        inherited.callback(errors.close_writer)
         try:
-            started.process = subprocess.Popen(
+            process = subprocess.Popen(
                 command.with_options(*added).argv(),
                 stdin=stdin,
                 stdout=stdout,
                 stderr=errors.writer,
-                pass_fds=inherited,
+                pass_fds=fds,
                 cwd=command.directory,
             )
         except OSError as error:
-            raise QemuError(f"{command.program} does not start: {error.strerror}") from error
+            raise QemuError(f"cannot start {command.program}: {error.strerror}") from error
         except ValueError as error:  # a NUL, or a character that the system's encoding lacks
-            raise UsageError(f"a word of the command line cannot be one: {error}") from error
-        failed.callback(_end, started.process)
-        leash.hold(started.process.pid)
+            raise UsageError(f"invalid command-line argument: {error}") from error
+        on_failure.callback(_end, process)
+        lifeline.hold(process.pid)
         monitors = [_NAME] if qmp is None else [_NAME, QMP_CHARDEV]
-        form = _MONITOR_QMP if _has_monitor_qmp(started.process.pid, configuration) else _MON
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and will be asked why
-            description.write(_CHARDEV.format(name=_NAME, fd=theirs.fileno()))
+        form = _MONITOR_QMP if _has_monitor_qmp(process.pid, configuration) else _MON
+        with contextlib.suppress(BrokenPipeError):  # QEMU has ended; the caller finds out why
+            description.write(_CHARDEV.format(name=_NAME, fd=qemu_end.fileno()))
             description.writelines(form.format(name=name) for name in monitors)
             description.close()
-        failed.pop_all()
-        return started
+        on_failure.pop_all()
+        return QemuProcess(process, started_at, monitor, lifeline, errors, qmp)
 
 
 def _has_monitor_qmp(pid: int, configuration: int) -> bool:
-    """Whether QEMU makes monitors as objects. It waits for its configuration meanwhile."""
+    """Return whether QEMU has the object type monitor-qmp. It is waiting for its configuration."""
     executable = Path(f"/proc/{pid}/exe")
     deadline = time.monotonic() + _WRAPPER_TIMEOUT
     try:
-        # A program of another name may become QEMU, which then begins to read.
+        # A wrapper may become QEMU, which then begins to read.
         while not is_qemu(str(executable.readlink())) and _unread(configuration):
             if time.monotonic() > deadline:
                 return False
@@ -189,12 +196,12 @@ def _has_monitor_qmp(pid: int, configuration: int) -> bool:
 
 
 def _unread(pipe: int) -> int:
-    """How many bytes a pipe has that nobody has read."""
+    """Return the number of unread bytes in a pipe."""
     return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
 class _ErrorOutput:
-    """Standard error of a process: kept at first, passed on to ``target`` later."""
+    """Standard error of a process: kept at first, later passed on to ``target``."""
 
     def __init__(self, target: Stream) -> None:
         self._target = _descriptor(target)
@@ -210,7 +217,7 @@ class _ErrorOutput:
             raise
 
     def close_writer(self) -> None:
-        """Our copy of what the process got."""
+        """Close the end that the process inherited."""
         if self.writer >= 0:
             os.close(self.writer)
             self.writer = -1
@@ -243,13 +250,13 @@ class _ErrorOutput:
             os.close(self._target)
 
     def _write(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # nobody reads it any more; QEMU goes on
+        with contextlib.suppress(OSError):  # without a reader; QEMU goes on
             while data:
                 data = data[os.write(self._target, data) :]
 
 
 def _descriptor(target: Stream) -> int:
-    """A descriptor of our own that writes to ``target``."""
+    """Return a new descriptor that writes to ``target``."""
     if target == subprocess.DEVNULL:
         return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     number = 2 if target is None else target if isinstance(target, int) else target.fileno()

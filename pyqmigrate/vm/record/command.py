@@ -1,7 +1,7 @@
-"""A command line from a record, made fit for a new QEMU.
+"""Adapt a recorded command line to a new QEMU.
 
-The QEMU that was saved had descriptors, a place among the processes and a way to start that the new
-one does not have, and perhaps disks that it got later.
+The saved QEMU had inherited descriptors, monitors and start options that the new one does not have,
+and perhaps disks that it got later.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from pyqmigrate.vm.record.disk_check import is_path, pair_disks
 __all__ = ["original_command", "recorded_command", "without_monitors"]
 
 _GIVE = "give the whole command line after --"
-# What only had to do with how the old one was started, or with what it loaded.
+# Options about how the old QEMU was started, or what it loaded.
 _LEFT_OUT = ("S", "incoming", "loadvm", "daemonize", "pidfile")
 _DESCRIPTOR = re.compile(
     r"(?:^|[,.=])(?:fd|fds|vhostfd|vhostfds)=\w|/dev/fd/\d|/proc/(?:self|\d+)/fd/|/dev/fdset/"
 )
 _DESCRIPTOR_KEYS = {"fd", "fds", "vhostfd", "vhostfds"}
-_NEVER_WORDS = ("append", "name", "smbios", "fw_cfg", "uuid")  # their texts are anybody's
-# What only backends with a file have.
+_NEVER_WORDS = ("append", "name", "smbios", "fw_cfg", "uuid")  # free text
+# Properties of backends with a file.
 _OF_FILES = ("mem-path", "offset", "readonly", "rom", "align", "discard-data", "pmem")
 _OWN = re.compile(r"/proc/self/fd/\d+")
 
 
 def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[str]]:
-    """The command line of ``record``, which was read from ``path``, and what was changed in it.
+    """Return the command line of ``record``, read from ``path``, and notes on changes to it.
 
-    Raises UsageError where there is none, where it cannot be used again, and where the file may be
-    another user's: a command line is run with the rights of whoever restores.
+    Raises UsageError if there is none, if it cannot be reused, or if another user may have written
+    the file: the command line runs with the caller's rights.
     """
     command = original_command(record, path)
     words = record.command or ()
     for number in record.qemu.redacted:
         said = " ".join(words[max(number - 1, 0) : number + 1])
-        raise UsageError(f"a secret of the recorded command line was left out ({said}): {_GIVE}")
+        raise UsageError(f"a secret was removed from the recorded command line ({said}): {_GIVE}")
     notes = []
     command = _without_own_monitors(command)
     for option in command.options:
@@ -59,10 +59,10 @@ def recorded_command(record: VmRecord, path: Path) -> tuple[CommandLine, list[st
 
 
 def original_command(record: VmRecord, path: Path) -> CommandLine:
-    """Return the command line of ``record`` as it was, with the path of its program.
+    """Return the command line of ``record`` unchanged, with the path of its program.
 
-    It names files and descriptors that may be in use, or gone. Raises UsageError where there is
-    none, and where the file may be another user's.
+    Its files and descriptors may be in use, or gone. Raises UsageError if there is none, or if
+    another user may have written the file.
     """
     words = record.command
     if words is None:
@@ -82,14 +82,14 @@ def _check_owner(path: Path) -> None:
 
 
 def _with_program(command: CommandLine, record: VmRecord) -> CommandLine:
-    """By its path: the directories that are searched for programs may be others here."""
+    """Use the program's path, because PATH may differ here."""
     binary = record.qemu.binary.removesuffix(" (deleted)")
     if not is_qemu(command.program):
         raise UsageError(
             f"the recorded command line starts {command.program!r}, which does not look like a "
             f"QEMU: {_GIVE}"
         )
-    if command.before or not is_qemu(binary):  # a loader, a wrapper: as it was
+    if command.before or not is_qemu(binary):  # a loader, a wrapper: unchanged
         return command
     if not os.access(binary, os.X_OK):
         raise UsageError(f"the recorded program {binary!r} cannot be run here: {_GIVE}")
@@ -97,17 +97,18 @@ def _with_program(command: CommandLine, record: VmRecord) -> CommandLine:
 
 
 def _directory(record: VmRecord) -> str | None:
-    """Where relative names of the command line start."""
+    """Return the directory that relative names of the command line start from."""
     directory = record.qemu.directory
     if directory is not None and not os.path.isdir(directory):  # noqa: PTH112 - a name too long
         raise UsageError(
-            f"the recorded command line was used in {directory!r}, which is not there: {_GIVE}"
+            f"the working directory {directory!r} of the recorded command line does not exist: "
+            f"{_GIVE}"
         )
     return directory
 
 
 def _without_own_monitors(command: CommandLine) -> CommandLine:
-    """Without what a restore of ours added at the end for the monitors of its QEMU."""
+    """Remove the options that a restore by this package added for its monitors."""
     options = command.options
     if options and f"id={QMP_CHARDEV}," in (options[-1].value or ""):
         options = options[:-1]
@@ -118,7 +119,7 @@ def _without_own_monitors(command: CommandLine) -> CommandLine:
 
 
 def without_monitors(command: CommandLine) -> tuple[CommandLine, list[str]]:
-    """Without its monitors, at which only one guest could listen, and what was left out."""
+    """Remove its monitors, whose addresses only one guest can use; return notes, too."""
     monitors = [
         option
         for option in command.options
@@ -144,11 +145,11 @@ def without_monitors(command: CommandLine) -> tuple[CommandLine, list[str]]:
         ),
     ]
     options = [option for option in command.options if option not in left_out]
-    # Where none is named, QEMU would make one at its standard input.
+    # Without this, QEMU would make one at its standard input.
     if not any(option.name == "monitor" for option in options):
         options.append(Option("monitor", "none"))
     return command._replace(options=tuple(options)), [
-        f"{option} is left out: each guest has a monitor of its own" for option in left_out
+        f"{option} is left out: each guest gets its own monitor" for option in left_out
     ]
 
 
@@ -158,8 +159,8 @@ def _uses(option: Option, chardev: str) -> bool:
 
 
 def _with_new_memory(command: CommandLine) -> tuple[CommandLine, list[str]]:
-    """Memory that was in a file which only a descriptor named becomes memory without a file, of
-    the same kind."""
+    """Replace memory in a file that only a descriptor named by memory without a file, of the same
+    kind."""
     changes, notes = {}, []
     for option in command.all("object"):
         properties = option.properties("qom-type")
@@ -170,14 +171,14 @@ def _with_new_memory(command: CommandLine) -> tuple[CommandLine, list[str]]:
         kind = "memory-backend-memfd" if is_on(properties.get("share")) else "memory-backend-ram"
         changes[option] = Option("object", _of_other_type(option.value or "", kind), option.word)
         notes.append(
-            f"memory {properties.get('id')!r} was in a file that only QEMU had open, and is made "
-            "anew"
+            f"memory {properties.get('id')!r} was in a file that only QEMU had open: it gets new "
+            "memory"
         )
     return command.replaced(changes), notes
 
 
 def _of_other_type(value: str, kind: str) -> str:
-    """The value of ``-object`` for a backend that has no file."""
+    """Return the value of ``-object`` for a backend without a file."""
     if value.lstrip().startswith("{"):
         kept = {k: v for k, v in json.loads(value).items() if k not in _OF_FILES}
         return json.dumps(kept | {"qom-type": kind})
@@ -189,7 +190,7 @@ def _of_other_type(value: str, kind: str) -> str:
 
 
 def _refuse_descriptors(command: CommandLine) -> None:
-    """Descriptors are gone with the process that had them."""
+    """Raise UsageError for inherited descriptors, which ended with their process."""
     for option in command.options:
         if option.name in _NEVER_WORDS or option.value is None:
             continue
@@ -199,7 +200,7 @@ def _refuse_descriptors(command: CommandLine) -> None:
             or any(_names_descriptor(option))
         ):
             raise UsageError(
-                f"the recorded command line uses a descriptor that QEMU was handed ({option}): "
+                f"the recorded command line uses a descriptor that QEMU inherited ({option}): "
                 f"{_GIVE}"
             )
 
@@ -214,8 +215,10 @@ def _names_descriptor(option: Option) -> Iterator[bool]:
 
 
 def _with_present_disks(command: CommandLine, record: VmRecord) -> CommandLine:
-    """A disk may have got another file since QEMU was started: an overlay of a save before. One
-    that is gone (-snapshot) is left to the comparison of the disks."""
+    """Use the current file of each disk, which may be an overlay of an earlier save.
+
+    Files that no longer exist (-snapshot) are left to the comparison of the disks.
+    """
     for disk, option in pair_disks(command, record):
         if option is None or option.file is None or not is_path(disk.file):
             continue

@@ -1,8 +1,7 @@
-"""A given command line held against the record of the VM, before QEMU starts.
+"""Compare a command line with the record of the VM, before QEMU starts.
 
-Only what the words say for certain is a fault: machine type, memory, processors, devices. There
-are many ways to write the same, and what is not understood is left to QEMU and to the comparison
-with the QEMU that has started.
+Only certain differences are faults: machine type, memory, CPUs, devices. The same machine can be
+written in many ways; anything unclear is left to QEMU and to the comparison with the started QEMU.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pyqmigrate.vm.record.contents import VmRecord
 
 __all__ = ["compare_command_line"]
 
-# Machine types that stand for the newest of their kind, by how the full names begin.
+# Aliases of the newest machine type of a kind, and how the full names begin.
 _ALIASES = {"pc": "pc-i440fx-", "q35": "pc-q35-"}
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _VERSION = r"-\d+\.\d+$"
@@ -25,12 +24,12 @@ _X86 = ("i386", "x86_64")
 _MODEL_VERSION = r"-v\d+$"
 _RAM_UNIT = 8192  # bytes that QEMU rounds RAM up to
 _DEFAULT_RAM = 128 << 20  # of x86 machines
-# One device has several names; ids of buses and of what QEMU makes by itself do not count.
+# A device may have several names.
 _VIRTIO = (
     r"^(virtio-[a-z0-9]+)(?:-pci|-ccw|-device|-pci-non-transitional"
     r"|-pci-transitional)?$"
 )
-# Devices that are known to have a section in the stream, which QEMU does not load without them.
+# Devices that have a section in the stream, which QEMU cannot load without them.
 _HAVE_STATE = (
     r"virtio-|vhost-|e1000|rtl8139|ne2k|pcnet|vmxnet3|igb|i8255|tulip|nvme|.*ahci|.*-[xeuo]hci|usb-|"
     r"lsi|megasas|mptsas|am53c974|scsi-|ide-|.*serial|.*[vV][gG][aA]|qxl|ES1370|AC97|.*hda|"
@@ -39,8 +38,8 @@ _HAVE_STATE = (
 
 
 def compare_command_line(command: CommandLine, record: VmRecord) -> tuple[list[str], list[str]]:
-    """What of ``command`` cannot be the VM of ``record``, a sentence each with what to give; and
-    what may be no fault."""
+    """Return two lists of differences from the VM of ``record``: faults, each with a remedy, and
+    notes, which may be harmless."""
     faults = [*_machine(command, record), *_memory(command, record), *_processors(command, record)]
     notes: list[str] = []
     for kind, sentence in _devices(command, record):
@@ -57,10 +56,10 @@ def _machine(command: CommandLine, record: VmRecord) -> Iterator[str]:
         given = "pc"
     given = given.removesuffix("-machine")
     if given == saved or saved.startswith(_ALIASES.get(given, f"{given}-")):
-        return  # an alias: which version it is is asked of the QEMU that has started
+        return  # an alias: its version is compared once QEMU has started
     if given in _ALIASES or re.search(_VERSION, given) or f"{given}-" not in saved:
         yield (
-            f"the snapshot is of machine type {saved}, and the command line makes {given}: "
+            f"the snapshot has machine type {saved}, but the command line makes {given}: "
             f"give -machine {saved}"
         )
 
@@ -71,7 +70,7 @@ def _memory(command: CommandLine, record: VmRecord) -> Iterator[str]:
         return
     try:
         given = read_ram_size(command)
-    except UsageError:  # QEMU will say so
+    except UsageError:  # QEMU reports it
         return
     if given is None:
         if command.has("readconfig") or record.machine.target not in _X86:
@@ -79,7 +78,7 @@ def _memory(command: CommandLine, record: VmRecord) -> Iterator[str]:
         given = _DEFAULT_RAM
     if -(-given // _RAM_UNIT) != -(-saved // _RAM_UNIT):
         yield (
-            f"the snapshot was saved with {_size(saved)} of memory, and the command line gives "
+            f"the snapshot was saved with {_size(saved)} of memory, but the command line gives "
             f"{_size(given)}: give -m {_size(saved)}"
         )
 
@@ -99,7 +98,7 @@ def _processors(command: CommandLine, record: VmRecord) -> Iterator[str]:
     if given is not None and given + plugged < saved.number:
         maximum = f",maxcpus={saved.maximum}" if saved.maximum > saved.number else ""
         yield (
-            f"the snapshot was saved with {saved.number} CPUs, and the command line makes "
+            f"the snapshot was saved with {saved.number} CPUs, but the command line makes "
             f"{given + plugged}: give -smp {saved.number}{maximum}"
         )
     model = command.last("cpu")
@@ -110,21 +109,20 @@ def _processors(command: CommandLine, record: VmRecord) -> Iterator[str]:
     now = model.properties("model").get("model", "").removesuffix(suffix)
     if now and re.sub(_MODEL_VERSION, "", now) != re.sub(_MODEL_VERSION, "", was):
         yield (
-            f"the snapshot was saved with CPUs of model {was}, and the command line makes {now}: "
+            f"the snapshot was saved with CPUs of model {was}, but the command line makes {now}: "
             f"give -cpu {was}"
         )
 
 
 def _number_of_cpus(command: CommandLine) -> int | None:
-    """How many ``-smp`` asks for, one without it; None where that is unknown."""
+    """Return the number given by ``-smp``, 1 without it; None if unknown."""
     if command.merged("smp", "cpus"):
         return command.processors()
     return None if command.has("readconfig") else 1
 
 
 def _devices(command: CommandLine, record: VmRecord) -> Iterator[tuple[str, str]]:
-    """Devices of the recorded command line, and those that were plugged in later, that are in no
-    option of ``command``: type and sentence."""
+    """Yield type and sentence of recorded and hot-plugged devices that ``command`` lacks."""
     if command.has("readconfig"):
         return
     given = Counter(
@@ -152,15 +150,15 @@ def _devices(command: CommandLine, record: VmRecord) -> Iterator[tuple[str, str]
             yield (
                 device.type,
                 (
-                    f"the snapshot's VM has a device {device.type} of id {name!r}, which was plugged "
-                    f"in after it was started: give -device {device.type},id={name} and what else it "
-                    "had"
+                    f"the snapshot's VM has a device {device.type} of id {name!r}, which was "
+                    f"plugged in later: give -device {device.type},id={name} and what "
+                    "else it had"
                 ),
             )
 
 
 def _may_be_made(kind: str, words: str) -> bool:
-    """Whether another option may make such a device: -drive if=virtio, -nic model=e1000, -usb."""
+    """Return whether another option may make such a device: -drive if=virtio, -nic, -usb."""
     return kind.removeprefix("virtio-") in words or kind.partition("-")[0] in words
 
 

@@ -1,17 +1,17 @@
-"""The record of a save: ``SNAPSHOT.vm.json``, what a restore has to know about the VM.
+"""The record of a save: ``SNAPSHOT.vm.json``, with what a restore must know about the VM.
 
-A mapped-ram file has the guest's memory and device state, but neither the command line that makes
-the same devices nor anything about disks. ``vm save`` writes both down beside the snapshot::
+A mapped-ram file contains the guest's memory and device state, but neither the command line that
+makes the same devices nor anything about disks. ``vm save`` records both beside the snapshot::
 
     record = read_record("/snap/guest.mapped")       # None where there is no record
     record.command                                   # ("qemu-system-x86_64", "-m", "4G", ...)
-    record.disks[0].file                             # what the guest had at the snapshot's instant
+    record.disks[0].file                             # the image at the snapshot's instant
 
 ``docs/vm-record.md`` describes the file. It is untrusted: :func:`decode_record` checks every value
 and its size. Sizes are in bytes, times in nanoseconds since 1970.
 
-The values are named tuples: a restore reads a record before it starts QEMU, and as many dataclasses
-take Python several milliseconds to make.
+The values are named tuples, which are faster to define than dataclasses: a restore reads a record
+before it starts QEMU.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 class RecordedQemu(NamedTuple):
     """The QEMU that was saved.
 
-    ``version`` is QEMU's own ("10.0.2"), ``binary`` the path of the program, empty where it is not
-    known. ``command`` are the words of its command line, the program first, None where they could
-    not be read; those whose numbers are in ``redacted`` had a secret, which is left out.
-    ``directory`` is where relative names of the command line start, None where it is not known.
+    ``version`` is QEMU's own ("10.0.2"), ``binary`` the path of the program, empty if unknown.
+    ``command`` are the words of its command line, the program first, None if they could not be
+    read; ``redacted`` are the indexes of words from which secrets were removed. ``directory`` is
+    the one that relative names start from, None if unknown.
     """
 
     version: str
@@ -77,8 +77,8 @@ class RecordedQemu(NamedTuple):
 
 class MachineRecord(NamedTuple):
     """``type`` is the full name (``pc-i440fx-10.0``), ``target`` the architecture (``x86_64``),
-    ``accelerator`` ``kvm``, ``tcg`` or None where QEMU does not say, ``memory`` what ``-m`` gave
-    the machine and ``plugged`` what was added later, bytes (None: not known)."""
+    ``accelerator`` ``kvm``, ``tcg`` or None if unknown, ``memory`` the bytes given by ``-m`` and
+    ``plugged`` those added later (None: unknown)."""
 
     type: str
     target: str
@@ -89,9 +89,9 @@ class MachineRecord(NamedTuple):
 
 
 class Cpus(NamedTuple):
-    """``number`` CPUs of QOM type ``type`` were there, of ``maximum`` possible ones (0: not known).
+    """``number`` CPUs of QOM type ``type``, of ``maximum`` possible ones (0: unknown).
 
-    ``topology`` has how many different numbers each level has among the possible CPUs
+    ``topology`` has the number of different ids at each level of the possible CPUs
     (``{"socket": 1, "core": 2, "thread": 1}``).
     """
 
@@ -125,9 +125,11 @@ class Block(NamedTuple):
 
 
 class ImageState(NamedTuple):
-    """What shows whether an image file has changed: bytes, modification time (ns), device and
-    inode. ``qcow2`` is a digest of a qcow2's header and tables (:mod:`pyqmigrate.vm
-    .disk_identity`), None for other formats."""
+    """Evidence of changes to an image file: bytes, modification time (ns), device and inode.
+
+    ``qcow2`` is a digest of a qcow2's header and tables
+    (:mod:`pyqmigrate.vm.record.disk_identity`), None for other formats.
+    """
 
     size: int
     mtime_ns: int
@@ -138,8 +140,8 @@ class ImageState(NamedTuple):
 
 class Image(NamedTuple):
     """One file of a disk. ``file`` is absolute where it is a path, otherwise QEMU's description
-    (``json:...``, ``nbd://...``); ``size`` is what a guest sees in it, bytes; ``state`` None where
-    it is not a regular file that could be looked at."""
+    (``json:...``, ``nbd://...``); ``size`` is the virtual size in bytes; ``state`` None unless it
+    is a readable regular file."""
 
     file: str
     format: str
@@ -174,14 +176,14 @@ class DiskRecord(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What a person knows it by."""
+        """The name to show to people."""
         return self.device or self.qdev.removesuffix("/virtio-backend") or self.node
 
 
 class SaveFacts(NamedTuple):
     """How the snapshot was made: ``engine`` and its ``way`` (None with engine qemu), the
     algorithm of the ``seal`` that was asked for, the migration ``capabilities`` that were on, the
-    ``run_state`` that was saved, whether the guest ``resumed``, and when the guest stood still."""
+    ``run_state`` that was saved, whether the guest ``resumed``, and the time of the snapshot."""
 
     engine: str
     way: str | None
@@ -195,8 +197,8 @@ class SaveFacts(NamedTuple):
 class VmRecord(NamedTuple):
     """The record of one save.
 
-    ``snapshot`` is the file's name, ``identity`` a digest of its device state, by which a record
-    is known to be that of the file beside it
+    ``snapshot`` is the file's name, ``identity`` a digest of its device state, which ties the
+    record to the file beside it
     (:func:`pyqmigrate.vm.record.snapshot_identity.identify`).
     """
 
@@ -213,24 +215,26 @@ class VmRecord(NamedTuple):
 
     @property
     def command(self) -> tuple[str, ...] | None:
-        """The words of QEMU's command line, the program first; None where it is not known."""
+        """The words of QEMU's command line, the program first; None if unknown."""
         return self.qemu.command
 
 
 def is_record(head: bytes) -> bool:
-    """Whether a file that begins so is a record, of this version or another."""
+    """Return whether a file with this head is a record, of any version."""
     return head.startswith(_HEAD)
 
 
 def encode_record(record: VmRecord) -> bytes:
-    """The bytes of the file: JSON in ASCII, since a command line may have any bytes."""
-    data = {"format": FORMAT, "version": VERSION, **_as_data(record)}
+    """Return the bytes of the file: JSON in ASCII, since a command line may have any bytes."""
+    data = {"format": FORMAT, "version": VERSION, **_to_json(record)}
     return json.dumps(data, indent=2).encode() + b"\n"
 
 
 def decode_record(text: bytes) -> VmRecord:
-    """The record in the bytes of a file. SnapshotError, its ``field`` being ``record`` or the
-    place in the record, for anything that is not one."""
+    """Return the record in the bytes of a file.
+
+    Raises SnapshotError, whose ``field`` is ``record`` or a path in it, for an invalid record.
+    """
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -239,7 +243,7 @@ def decode_record(text: bytes) -> VmRecord:
         raise SnapshotError("this is not a record of vm save", field="record")
     if data.get("version") != VERSION:
         raise SnapshotError(
-            f"the record has version {data.get('version')!r}, and {VERSION} is known here",
+            f"the record has version {data.get('version')!r}, only {VERSION} is supported",
             field="record",
         )
     record: VmRecord = _read(data, "VmRecord", "record")
@@ -249,14 +253,14 @@ def decode_record(text: bytes) -> VmRecord:
 
 
 def read_record(snapshot: str | os.PathLike[str]) -> VmRecord | None:
-    """The record beside a snapshot; None where there is none.
+    """Return the record beside a snapshot, or None.
 
-    Whether it belongs to the snapshot is not looked at. Raises SnapshotError for a file that is
-    not a record, TargetError when it cannot be read.
+    Does not check that it belongs to the snapshot. Raises SnapshotError for a file that is not a
+    record, TargetError if it cannot be read.
     """
     path = record_path(snapshot)
     try:
-        # O_NONBLOCK: to open a FIFO must not wait for a writer.
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in _ABSENT:
@@ -277,7 +281,9 @@ def _content(fd: int) -> bytes:
     if not stat.S_ISREG(info.st_mode):
         raise SnapshotError("this is not a regular file", field="record")
     if info.st_size > _FILE_MAX:
-        raise SnapshotError(f"{info.st_size} bytes are too many for a record", field="record")
+        raise SnapshotError(
+            f"the record has {info.st_size} bytes; the limit is {_FILE_MAX}", field="record"
+        )
     pieces = []
     while piece := os.read(fd, _FILE_MAX):
         pieces.append(piece)
@@ -303,8 +309,7 @@ _CLASSES: dict[str, Any] = {
 
 
 def _read(value: Any, kind: str, place: str) -> Any:
-    """``value`` from JSON as what the annotation ``kind`` of a field says; ``place`` is where it
-    is."""
+    """Return the JSON ``value`` as a value of the annotation ``kind``; ``place`` is for errors."""
     if kind.endswith(" | None"):
         return None if value is None else _read(value, kind.removesuffix(" | None"), place)
     if kind.startswith("tuple["):
@@ -321,24 +326,24 @@ def _read(value: Any, kind: str, place: str) -> Any:
         found = {}
         for name, annotation in _annotations(kind).items():
             if name not in given:
-                raise SnapshotError("the record lacks this", field=f"{place}.{name}")
+                raise SnapshotError("missing in the record", field=f"{place}.{name}")
             found[name] = _read(given[name], annotation, f"{place}.{name}")
         return _CLASSES[kind](**found)
     return _plain(value, kind, place)
 
 
 def _annotations(kind: str) -> dict[str, str]:
-    """The fields of a class and their types as they are written above."""
+    """Return the fields of a class and their annotations, as text."""
     annotations = _CLASSES[kind].__annotations__
     return {name: getattr(a, "__forward_arg__", a) for name, a in annotations.items()}
 
 
-def _as_data(value: Any) -> Any:
-    """For JSON: a named tuple is an object, another one a list."""
+def _to_json(value: Any) -> Any:
+    """Convert for JSON: named tuples become objects, other tuples lists."""
     if hasattr(value, "_fields"):
-        return {name: _as_data(getattr(value, name)) for name in value._fields}
+        return {name: _to_json(getattr(value, name)) for name in value._fields}
     if isinstance(value, tuple):
-        return [_as_data(item) for item in value]
+        return [_to_json(item) for item in value]
     return dict(value) if isinstance(value, Mapping) else value
 
 
@@ -349,7 +354,7 @@ def _sized(value: Any, kind: type[list[Any]] | type[dict[str, Any]], place: str)
 
 
 def _is_system_text(text: str) -> bool:
-    """Whether it can be a word of a command line, or a path."""
+    """Return whether it can be a command-line argument or a path."""
     try:
         return len(text) <= _TEXT_MAX and b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""Whether the disks of a command line are those that a snapshot's memory belongs to.
+"""Check that the disks of a command line are those that a snapshot's memory belongs to.
 
-The memory of one moment must not run on disks of another: what the guest has cached of them would
-be written over what they hold now. A record says which files a guest had, and what showed their
-state at the snapshot's instant; here they are looked at again. Images are opened for reading only.
+Memory of one instant must not run on disks of another: the guest would overwrite them with stale
+cached data. A record lists the guest's files and evidence of their state at the snapshot's instant,
+which is compared with their current state. Images are opened for reading only.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _DEPTH = 200  # images one over another, at most: QEMU's own limit
 
 
 class Pair(NamedTuple):
-    """A disk of the snapshot, and the one of the command line that is the same disk, if any."""
+    """A disk of the snapshot, and the same disk in the command line, if any."""
 
     disk: DiskRecord
     option: DiskOption | None
 
 
 class DiskFindings(NamedTuple):
-    """What was found out about the disks.
+    """The result of the check.
 
-    ``faults`` are sentences that speak against a restore, ``notes`` what to mind.
-    ``needs_overlay`` are the disks that get new overlays, over images that are as they were.
+    ``faults`` are reasons against a restore, ``notes`` other remarks. ``needs_overlay`` are the
+    disks that get new overlays, over unchanged images.
     """
 
     faults: list[str]
@@ -42,8 +42,8 @@ class DiskFindings(NamedTuple):
 
 
 def pair_disks(command: CommandLine, record: VmRecord) -> list[Pair]:
-    """Each writable disk of the snapshot that a device had, with that of ``command``: by names,
-    then by files, then by the order of those that are left."""
+    """Pair each writable, attached disk of the snapshot with one of ``command``: by names, then by
+    files, then by the order of the remaining ones."""
     options = disk_options(command)
     disks = [disk for disk in record.disks if disk.writable and disk.qdev]
     pairs: dict[int, DiskOption] = {}
@@ -75,10 +75,10 @@ def pair_disks(command: CommandLine, record: VmRecord) -> list[Pair]:
 def check_disks(
     command: CommandLine, record: VmRecord, snapshot: str, *, overlays: bool = False
 ) -> DiskFindings:
-    """Hold the disks of ``command`` against ``record``; ``snapshot`` is its file, for messages.
+    """Compare the disks of ``command`` with ``record``; ``snapshot`` is its file, for messages.
 
-    ``overlays``: each disk that can have one gets a new overlay, so that only the state of the
-    images matters. Blocks for as long as it takes to look at the images' headers.
+    ``overlays``: each disk gets a new overlay if possible, so that only the state of the images
+    matters. Blocks while it reads the images' headers.
     """
     findings = DiskFindings([], [], [])
     for pair in pair_disks(command, record):
@@ -101,8 +101,8 @@ def _compare(
     base, line = disk.file, _overlay_line(disk, snapshot)
     if disk.images[0].state is None and not os.path.lexists(base):
         findings.faults.append(
-            f"disk {disk.name}: {base!r}, which the snapshot belongs to, is not there (-snapshot "
-            f"and snapshot=on make a temporary file): what was written there is not in {given!r}"
+            f"disk {disk.name}: {base!r}, which the snapshot belongs to, does not exist "
+            f"(-snapshot and snapshot=on make a temporary file): its data is not in {given!r}"
         )
         return
     if overlays and not changes and not _same(given, base) and not _is_unseen(disk):
@@ -124,25 +124,25 @@ def _compare(
         if written is not None:
             what = (
                 f"disk {disk.name}: {written!r} has been written to since it was made over "
-                f"{base!r}: another guest ran on it"
+                f"{base!r}: another guest has run on it"
             )
             findings.faults.append(_with_cure(what, changes, line))
         elif changes and _same(bottom, base):
             findings.faults.append(
-                f"disk {disk.name}: {given!r} is made over a file that has gone ahead: {changes}"
+                f"disk {disk.name}: {given!r} is based on a file that has gone ahead: {changes}"
             )
     elif not os.path.exists(given) or _is_copy(given, disk.images[0]):  # noqa: PTH110
-        return  # QEMU says what it cannot open
+        return  # QEMU reports what it cannot open
     elif not changes and _resembles(given, disk.images[0]):
         findings.notes.append(
-            f"disk {disk.name}: {given!r} has to be a copy of {base!r} on which no guest has run: "
-            "that is taken for granted (an overlay would show it)"
+            f"disk {disk.name}: {given!r} must be a copy of {base!r} on which no guest has run: "
+            "this is assumed, not checked (an overlay would show it)"
         )
     else:
         findings.faults.append(
             _with_cure(
-                f"disk {disk.name}: the snapshot belongs to {base!r}, and whether {given!r} holds the "
-                "same cannot be told (a copy that keeps the times is known as one: cp -p)",
+                f"disk {disk.name}: the snapshot belongs to {base!r}, and it is unknown whether "
+                f"{given!r} is the same (a copy that keeps the times is recognized: cp -p)",
                 changes,
                 line,
             )
@@ -162,8 +162,8 @@ def _compare_base(
         return
     if _is_unseen(disk):
         findings.faults.append(
-            f"disk {disk.name}: the guest went on writing to {given!r} after the save, and how far "
-            "it has come cannot be seen"
+            f"disk {disk.name}: the guest went on writing to {given!r} after the save, and its "
+            "changes cannot be seen"
         )
         return
     writes = option.writable and not option.volatile
@@ -172,8 +172,9 @@ def _compare_base(
             findings.needs_overlay.append(pair)
             return
         findings.faults.append(
-            f"disk {disk.name}: {given!r} is below {disk.continued_in!r}, in which the guest goes "
-            f"on, and would be damaged for that: {line}, and give that file; or --with-disks"
+            f"disk {disk.name}: {given!r} is the backing file of {disk.continued_in!r}, in which "
+            f"the guest goes on, and writing to it would corrupt that: {line}, and "
+            "give that file; or --with-disks"
         )
     elif overlays and writes:
         findings.needs_overlay.append(pair)
@@ -182,24 +183,24 @@ def _compare_base(
 def _missing(command: CommandLine, disk: DiskRecord, findings: DiskFindings) -> None:
     what = f"the snapshot's VM has a disk {disk.name} ({disk.format}, {disk.file})"
     if command.has("readconfig"):
-        findings.notes.append(f"{what}, which is not looked at: -readconfig may describe it")
+        findings.notes.append(f"{what}, which is not checked: -readconfig may describe it")
     else:
-        findings.faults.append(f"{what}, and the command line has none: give it")
+        findings.faults.append(f"{what}, but the command line has none: give it")
 
 
 def _out_of_sight(pair: Pair, findings: DiskFindings) -> None:
-    """A disk that is not a file here. Nothing is known of it but whether the guest went on."""
+    """Report on a disk that is not a local file."""
     disk, option = pair
     assert option is not None
     if disk.goes_on and option.file is None:
         findings.faults.append(
             f"disk {disk.name}: the guest went on writing to {disk.file!r} after the save, and "
-            "what is in it now cannot be seen from here"
+            "its content cannot be seen from here"
         )
     else:
         findings.notes.append(
-            f"disk {disk.name} must hold what {disk.file!r} held when the snapshot was taken: that "
-            "cannot be seen from here"
+            f"disk {disk.name} must have the content of {disk.file!r} at the snapshot's instant: "
+            "this cannot be checked from here"
         )
 
 
@@ -210,13 +211,13 @@ def _with_cure(what: str, changes: str, line: str) -> str:
 
 
 def _changes(disk: DiskRecord) -> str:
-    """What shows that an image of the disk is not as it was; empty when nothing does."""
+    """Describe how an image of the disk has changed; empty if no change is seen."""
     for image in disk.images:
         if image.state is None:
             continue
         now = look_at_image(image.file, qcow2=image.format == "qcow2")
         if now is None:
-            return f"{image.file!r} is not there any more, or cannot be read"
+            return f"{image.file!r} no longer exists, or cannot be read"
         if change := _change(image.state, now):
             return f"{image.file!r} {change}"
     return ""
@@ -224,11 +225,11 @@ def _changes(disk: DiskRecord) -> str:
 
 def _change(then: ImageState, now: ImageState) -> str:
     if now.size != then.size:
-        return f"has {now.size} bytes, and had {then.size} at the save"
+        return f"has {now.size} bytes, but had {then.size} at the save"
     if now.mtime_ns != then.mtime_ns:
-        return f"was written to at {_time(now.mtime_ns)}, and last at {_time(then.mtime_ns)} before"
+        return f"was written to at {_time(now.mtime_ns)}, after {_time(then.mtime_ns)}"
     if then.qcow2 is not None and now.qcow2 != then.qcow2:
-        return "has other contents than at the save, as its tables show"
+        return "has changed since the save, as its tables show"
     return ""
 
 
@@ -238,7 +239,7 @@ def _time(ns: int) -> str:
 
 
 def _is_copy(file: str, image: Image) -> bool:
-    """Whether a file is a copy of ``image`` as it was, by all that can be seen."""
+    """Return whether a file looks like a copy of ``image`` as recorded."""
     if image.state is None:
         return False
     now = look_at_image(file, qcow2=image.format == "qcow2")
@@ -248,43 +249,44 @@ def _is_copy(file: str, image: Image) -> bool:
 
 
 def _resembles(file: str, image: Image) -> bool:
-    """Whether a file of other times has the size of ``image``, which is as it was, the tables of a
-    qcow2, and the same bytes in some places."""
+    """Return whether a file with other times has the size, the qcow2 tables and some bytes of the
+    unchanged ``image``."""
     now = look_at_image(file, qcow2=image.format == "qcow2")
     if now is None or image.state is None:
         return False
     if (now.size, now.qcow2) != (image.state.size, image.state.qcow2):
         return False
     step = max(now.size // _SAMPLES, 1)
-    places = [(0, _START), *((at, _SAMPLE) for at in range(0, now.size, step))]
+    pieces = [(0, _START), *((offset, _SAMPLE) for offset in range(0, now.size, step))]
     try:
-        with open(file, "rb") as one, open(image.file, "rb") as other:  # noqa: PTH123
+        with open(file, "rb") as copy, open(image.file, "rb") as original:  # noqa: PTH123
             return all(
-                os.pread(one.fileno(), length, at) == os.pread(other.fileno(), length, at)
-                for at, length in places
+                os.pread(copy.fileno(), length, offset)
+                == os.pread(original.fileno(), length, offset)
+                for offset, length in pieces
             )
     except OSError:
         return False
 
 
 def _is_unseen(disk: DiskRecord) -> bool:
-    """Whether the guest went on writing to it, and how far cannot be seen."""
+    """Return whether the guest went on writing to it, and changes cannot be seen."""
     return disk.images[0].state is None and disk.goes_on
 
 
 def _images_over(file: str, disk: DiskRecord) -> tuple[list[tuple[str, Qcow2]], str | None]:
-    """The images from ``file`` down to the file of ``disk`` or a copy of it, and what that is; None
-    where it is not below."""
-    found: list[tuple[str, Qcow2]] = []
+    """Return the images from ``file`` down to the file of ``disk`` or a copy of it, and that file;
+    None if it is not below."""
+    images: list[tuple[str, Qcow2]] = []
     for _ in range(_DEPTH):
         image = look_at_qcow2(file)
         if image is None or image.backing is None:
             break
-        found.append((file, image))
+        images.append((file, image))
         directory = os.path.dirname(file)  # noqa: PTH120
         file = os.path.join(directory, image.backing.removeprefix("file:"))  # noqa: PTH118
         if _same(file, disk.file) or _is_copy(file, disk.images[0]):
-            return found, file
+            return images, file
     return [], None
 
 
@@ -337,5 +339,5 @@ def _same(one: str, other: str) -> bool:
 
 
 def is_path(file: str) -> bool:
-    """Whether the file of an image is a path, and not a description."""
+    """Return whether the file of an image is a path, not a description."""
     return not file.startswith("json:") and ":" not in file.partition("/")[0]

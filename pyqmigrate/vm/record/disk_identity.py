@@ -1,8 +1,8 @@
-"""What shows whether an image file is still as it was, and what a qcow2 says of itself.
+"""Identify the state of an image file, and read the header of a qcow2.
 
-A raw image shows changes by size and modification time only. A qcow2 has tables of what was
-allocated, and names the file below. Its header and its L1 table change with allocations, not with
-writes into what is allocated: another digest is another content, the same one proves nothing.
+A raw image shows changes by size and modification time only. A qcow2 has allocation tables, and
+names its backing file. Its header and L1 table change with allocations, not with writes into
+allocated clusters: a different digest proves a change, an equal one proves nothing.
 
 Images are opened for reading, and only regular files.
 """
@@ -25,16 +25,16 @@ from pyqmigrate.vm.record.contents import ImageState
 
 __all__ = ["Qcow2", "look_at_image", "look_at_qcow2"]
 
-_L1_MAX = 1 << 20  # bytes of the L1 table that are looked at: enough for an image of 64 TiB
+_L1_MAX = 1 << 20  # bytes of the L1 table that are read: enough for an image of 64 TiB
 
 
 class Qcow2(NamedTuple):
-    """What a qcow2 says.
+    """The header of a qcow2.
 
-    ``backing`` is the name of the file below as it is written in the image, None without one;
-    ``backing_format`` its format, None where the image does not say. ``size`` is what a guest
-    sees, bytes. ``is_empty`` says that nothing was ever written to it, so that all comes from the
-    file below. ``digest`` is of the header and the L1 table.
+    ``backing`` is the name of the backing file as recorded in the image, None without one;
+    ``backing_format`` its format, None if not recorded. ``size`` is the virtual size in bytes.
+    ``is_empty``: nothing was ever allocated, so all data comes from the backing file. ``digest``
+    is of the header and the L1 table.
     """
 
     backing: str | None
@@ -45,8 +45,8 @@ class Qcow2(NamedTuple):
 
 
 def look_at_image(path: str | os.PathLike[str], *, qcow2: bool) -> ImageState | None:
-    """The state of an image, ``qcow2`` being whether that is its format; None where it is not a
-    regular file that can be read here."""
+    """Return the state of an image, None unless it is a readable regular file. ``qcow2``: whether
+    that is its format."""
     with contextlib.suppress(OSError, ValueError):
         fd = _open(path)
         try:
@@ -67,7 +67,7 @@ def look_at_image(path: str | os.PathLike[str], *, qcow2: bool) -> ImageState | 
 
 
 def look_at_qcow2(path: str | os.PathLike[str]) -> Qcow2 | None:
-    """What the qcow2 at ``path`` says; None where that is none, or cannot be read here."""
+    """Return the header of the qcow2 at ``path``; None if it is not one, or unreadable."""
     with contextlib.suppress(OSError, ValueError):
         fd = _open(path)
         try:
@@ -78,7 +78,7 @@ def look_at_qcow2(path: str | os.PathLike[str]) -> Qcow2 | None:
 
 
 def _open(path: str | os.PathLike[str]) -> int:
-    # O_NONBLOCK: to open a FIFO must not wait for a writer.
+    # O_NONBLOCK: opening a FIFO must not wait for a writer.
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
@@ -86,7 +86,7 @@ def _read_qcow2(fd: int) -> Qcow2 | None:
     header = decode_header(os.pread(fd, HEADER_SIZE, 0))
     if header is None:
         return None
-    import xxhash  # a restore whose disks have no qcow2 does without it
+    import xxhash  # imported only for qcow2 disks
 
     l1 = os.pread(fd, min(8 * header.l1_entries, _L1_MAX), header.l1_offset)
     backing = None

@@ -1,4 +1,4 @@
-"""What a QEMU says of the VM that a record describes, beyond what a save has to know anyway."""
+"""Query the facts of a record that a save does not need otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["backends", "blocks", "cpus", "devices", "machine", "qemu_process"]
 
 
 def qemu_process(guest: GuestInfo, command: ProcessCommand) -> RecordedQemu:
-    """The process of ``guest``, with the command line that it shows."""
+    """Return the process of ``guest`` with its ``command`` line."""
     return RecordedQemu(
         ".".join(map(str, guest.version)),
         guest.binary,
@@ -26,7 +26,7 @@ def qemu_process(guest: GuestInfo, command: ProcessCommand) -> RecordedQemu:
 
 
 async def machine(monitor: Monitor, guest: GuestInfo) -> MachineRecord:
-    """The machine; what this QEMU cannot say is None."""
+    """Return the machine; facts that this QEMU does not know are None."""
     memory = await _asked(monitor, "query-memory-size-summary") or {}
     kvm = await _asked(monitor, "query-kvm")
     return MachineRecord(
@@ -40,7 +40,7 @@ async def machine(monitor: Monitor, guest: GuestInfo) -> MachineRecord:
 
 
 async def cpus(monitor: Monitor) -> Cpus:
-    """The processors that are there, and those that there could be."""
+    """Return the present and the possible CPUs."""
     present = await monitor.execute("query-cpus-fast")
     possible = await _asked(monitor, "query-hotpluggable-cpus") or []
     kind = ""
@@ -62,17 +62,20 @@ async def cpus(monitor: Monitor) -> Cpus:
 
 
 async def backends(monitor: Monitor) -> tuple[Backend, ...]:
-    """The memory backends that have an id."""
+    """Return the memory backends that have an id."""
     types = {
         entry["name"]: entry["type"].removeprefix("child<").removesuffix(">")
         for entry in await _asked(monitor, "qom-list", {"path": "/objects"}) or []
     }
     return tuple(
         Backend(
-            each["id"], types.get(each["id"], ""), int(each["size"]), bool(each.get("share", False))
+            backend["id"],
+            types.get(backend["id"], ""),
+            int(backend["size"]),
+            bool(backend.get("share", False)),
         )
-        for each in await monitor.execute("query-memdev")
-        if "id" in each
+        for backend in await monitor.execute("query-memdev")
+        if "id" in backend
     )
 
 
@@ -85,7 +88,7 @@ def blocks(guest: GuestInfo) -> tuple[Block, ...]:
 
 
 async def _asked(monitor: Monitor, command: str, arguments: dict[str, Any] | None = None) -> Any:
-    """The answer, None where this QEMU or this machine has none."""
+    """Return the answer; None if this QEMU or machine does not support the query."""
     try:
         return await monitor.execute(command, arguments)
     except QemuRefused:

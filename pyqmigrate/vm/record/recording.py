@@ -1,15 +1,15 @@
-"""Writing the record of a save (:mod:`pyqmigrate.vm.record.contents`).
+"""Write the record of a save (:mod:`pyqmigrate.vm.record.contents`).
 
     recording = await Recording.begin(monitor, guest, path, plan=plan, engine="qemu", way=None)
-    ...                                 # the guest stands still
+    ...                                 # the guest is stopped
     recording.see_disks()               # as they are at the snapshot's instant
-    ...                                 # the snapshot is whole and has no name yet
+    ...                                 # the snapshot is complete and has no name yet
     recording.prepare(target, ...)      # durable, under a provisional name
     ...                                 # the snapshot has its name
     recording.publish()
 
-Between the two names the process may be killed: the guardian
-    (:mod:`pyqmigrate.vm.outgoing.guardian`) then does what is left to do.
+If the process is killed between the two names, the guardian
+(:mod:`pyqmigrate.vm.outgoing.guardian`) completes the rename.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ RECORD = FileKind("record", is_record)
 
 
 class Recording:
-    """The record of one save under way.
+    """The record of a save in progress.
 
-    ``path`` is where it is going to be, ``provisional`` its name until the snapshot has its own.
-    ``notes`` say what could not be recorded. ``published`` is whether the record has its name.
+    ``path`` is its final path, ``provisional`` its path until the snapshot has its name. ``notes``
+    describe what could not be recorded. ``published``: whether it has its final name.
     """
 
     def __init__(self, path: Path, guest: GuestInfo, draft: VmRecord) -> None:
@@ -84,9 +84,9 @@ class Recording:
         way: str | None = None,
         seal: str | None = None,
     ) -> Recording:
-        """Ask QEMU and its process what there is to record. Queries only.
+        """Query QEMU and its process for the facts to record.
 
-        Raises UsageError where the record would replace something else, TargetError, QemuError.
+        Raises UsageError if the record would replace another kind of file, TargetError, QemuError.
         """
         path = check_replaceable(record_path(snapshot), RECORD)
         command = read_command(guest.pid)
@@ -116,8 +116,10 @@ class Recording:
         return self
 
     def see_disks(self) -> None:
-        """Look at the images of the writable disks, while the guest stands still. Once only: what
-        comes later is not the snapshot's instant."""
+        """Record the state of the writable disks' images while the guest is stopped.
+
+        Later calls do nothing: they would not see the snapshot's instant.
+        """
         if self._instant:
             return
         pid = self._guest.pid
@@ -127,7 +129,7 @@ class Recording:
     def prepare(self, target: OutputFile, *, resumed: bool) -> None:
         """Write the record of the snapshot in ``target``, durable, under its provisional name.
 
-        ``resumed``: the guest goes on, or went on. Raises SnapshotError, TargetError.
+        ``resumed``: whether the guest goes on. Raises SnapshotError, TargetError.
         """
         self.see_disks()
         draft = self._draft
@@ -142,8 +144,7 @@ class Recording:
         self._write()
 
     def publish(self) -> None:
-        """Give it its name, now that the snapshot has its own: that stays, whatever happens here,
-        and ``notes`` say what failed."""
+        """Rename it to ``path``, once the snapshot has its name. ``notes`` report a failure."""
         try:
             check_replaceable(self.path, RECORD)
             self.provisional.replace(self.path)
@@ -151,28 +152,30 @@ class Recording:
             sync_directory(self.path)
         except UsageError as error:
             self.notes.append(
-                f"the snapshot is whole, but its record is {self.provisional.name!r}: {error}"
+                f"the snapshot is complete, but its record is {self.provisional.name!r}: {error}"
             )
         except OSError as error:
             what = (
-                "may not outlast a power cut"
+                "may not survive a power failure"
                 if self.published
-                else f"could not be given its name, and is {self.provisional.name!r}"
+                else f"could not be renamed, and is {self.provisional.name!r}"
             )
             self.notes.append(
-                f"the snapshot is whole, but its record {os.fspath(self.path)!r} {what}: "
+                f"the snapshot is complete, but its record {os.fspath(self.path)!r} {what}: "
                 f"{error.strerror}"
             )
 
     def discard(self) -> None:
-        """Remove a record that was prepared for a snapshot that there is not."""
+        """Remove the prepared record of a snapshot that failed."""
         with contextlib.suppress(OSError):
             self.provisional.unlink()
 
     def see_end(self) -> None:
-        """Look at the disks once more, now that QEMU has ended and closed them: that may write to
-        them, and they are at the snapshot's instant still. What fails is in ``notes``."""
-        # No process leads to them any more: what has the name now must be the same file.
+        """Record the disks again after QEMU has closed them, which may write to them.
+
+        They are still at the snapshot's instant. A failure is put into ``notes``.
+        """
+        # They are found by name now: each must still be the same file.
         now = self._look(lambda file: Path(self._absolute(file)))
         before = self._states
         self._states = before | {
@@ -183,12 +186,12 @@ class Recording:
         try:
             self._write()
         except TargetError as error:
-            self.notes.append(f"QEMU wrote to its disks when it ended, and {error}")
+            self.notes.append(f"QEMU wrote to its disks when it ended, but {error}")
         else:
             self.publish()
 
     def _look(self, place: Callable[[str], Path]) -> dict[str, ImageState | None]:
-        """The states of the images of writable disks; ``place`` is where a file of QEMU's is."""
+        """Return the states of the writable disks' images; ``place`` maps QEMU's names to paths."""
         return {
             file: look_at_image(place(_plain(file)), qcow2=form == "qcow2")
             for disk in self._guest.disks
@@ -201,7 +204,7 @@ class Recording:
         data = encode_record(self._draft._replace(disks=disks))
         try:
             self.provisional.unlink(missing_ok=True)
-            # A command line may say what is nobody else's business.
+            # Readable by the owner only: a command line may be confidential.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             fd = os.open(self.provisional, flags, 0o600)
             with os.fdopen(fd, "wb") as file:
@@ -228,7 +231,7 @@ class Recording:
         )
 
     def _absolute(self, file: str) -> str:
-        """As a QEMU that starts elsewhere would find it."""
+        """Return the absolute name, for a QEMU with another working directory."""
         file = _plain(file)
         directory = self._draft.qemu.directory
         if directory is None or not file or file.startswith("/") or _is_description(file):
@@ -239,14 +242,14 @@ class Recording:
 def _notes(draft: VmRecord) -> Iterator[str]:
     if draft.command is None:
         yield (
-            "the command line of QEMU could not be read, and is not recorded: a restore needs it "
+            "the command line of QEMU could not be read and is not recorded: give it to a restore "
             "after --"
         )
     elif draft.qemu.redacted:
         words = ", ".join(str(number) for number in draft.qemu.redacted)
         yield (
-            f"the command line of QEMU has secrets (word {words}), which are not recorded: a "
-            "restore needs the whole command line after --"
+            f"the command line of QEMU contains secrets (word {words}), which are not recorded: "
+            "give the whole command line to a restore after --"
         )
 
 
@@ -256,7 +259,7 @@ def _files(disk: Disk) -> Iterator[tuple[str, str, int]]:
 
 
 def _plain(file: str) -> str:
-    """The path in a description of an image where that is all that it says."""
+    """Return the path in a description of an image, if that is all it contains."""
     if not file.startswith("json:"):
         return file.removeprefix("file:")
     try:
@@ -274,10 +277,10 @@ def _is_description(file: str) -> bool:
     return file.startswith("json:") or ":" in file.partition("/")[0]
 
 
-def _is_same_file(one: ImageState | None, other: ImageState | None) -> bool:
-    if one is None or other is None:
+def _is_same_file(now: ImageState | None, before: ImageState | None) -> bool:
+    if now is None or before is None:
         return False
-    return (one.device, one.inode) == (other.device, other.inode)
+    return (now.device, now.inode) == (before.device, before.inode)
 
 
 def _failed(error: OSError, path: Path) -> TargetError:

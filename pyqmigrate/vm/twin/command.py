@@ -1,15 +1,15 @@
-"""The command line of a twin: the machine that a VM is, without anything of its host.
+"""Make the command line of a twin: the same machine, without anything of its host.
 
     twin = make_twin(CommandLine.parse(words), blocks, sizes, memory)
     twin.command.argv()
 
 A twin loads device state and writes it again, and its guest never executes an instruction. It needs
-the same devices and nothing behind them: each disk image becomes a ``null-co`` node of the same
+the same devices, without backends: each disk image becomes a ``null-co`` node of the same
 size, each RAM backend a sparse file, each character device ``null``, each network backend one that
-leads nowhere, and what listens, logs or writes is left out. Nothing that the VM has open is opened.
+leads nowhere, and options that listen, log or write are left out. It opens none of the VM's files.
 
 The command line is untrusted: it comes from ``/proc/PID/cmdline``, which a process can change. So
-an option passes only when it is known here, and one that is not is refused with NotSupported.
+only known options are passed on, and all others are refused with NotSupported.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from pyqmigrate.vm.qemu.command_line import (
 __all__ = ["Twin", "make_twin"]
 
 Memory = Callable[[int], str]
-"""Return the path of a new sparse file of so many bytes, as the twin opens it."""
+"""Return the path, for the twin, of a new sparse file of so many bytes."""
 Sizes = Callable[[str], int | None]
-"""Return the size in bytes of the image with this id, node name or path; None if not known."""
+"""Return the size in bytes of the image with this id, node name or path; None if unknown."""
 
-# Options that shape the machine and are passed on as they are. Files that they name are read only.
+# Options that shape the machine and are passed on unchanged. Their files are only read.
 _KEPT = frozenset(
     {
         "L",
@@ -142,13 +142,13 @@ _DROPPED = frozenset(
         "writeconfig",
     }
 )
-# Drivers of devices whose state is with a host device, another process or another machine.
+# Devices with state in a host device, another process or another machine.
 _NO_STAND_IN = re.compile(
     r"vfio-|vhost-|vhost_|virtio-input-host|usb-host|scsi-block|scsi-generic|u2f-passthru|tpm-|"
     r"ivshmem-doorbell|usb-mtp|xen-|ap-|s390-pv|x-remote|x-vfio|virtio-mem|igd-|pci-assign"
 )
 _USB_DEVICES = frozenset({"braille", "keyboard", "mouse", "tablet", "wacom-tablet"})
-# Objects that devices refer to and that have no host side, or none that is used.
+# Objects that devices refer to, without a host side or with an unused one.
 _KEPT_OBJECTS = frozenset(
     {"can-bus", "cryptodev-backend-builtin", "iothread", "rng-builtin", "throttle-group"}
 )
@@ -156,7 +156,7 @@ _DROPPED_OBJECTS = re.compile(
     r"authz-|filter-|input-|main-loop|monitor-|secret|thread-context|tls-|colo-compare"
 )
 _RANDOM = frozenset({"rng-random", "rng-egd"})
-# Keys of -drive that say what is at the guest's end.
+# Keys of -drive about the guest's side.
 _DRIVE_KEYS = ("if", "index", "bus", "unit", "media", "id", "werror", "rerror")
 _READ_ONLY = ("readonly", "read-only")
 # Keys of user-mode networking that open nothing on the host.
@@ -185,7 +185,7 @@ _USER_KEYS = frozenset(
 )
 _NIC_KEYS = frozenset({"addr", "id", "mac", "model", "vectors"})
 _TAPS = frozenset({"bridge", "tap"})
-# Backends without virtio headers; whatever is at their other end, a hub is as good.
+# Backends without virtio headers: a hub replaces any of them.
 _WIRES = frozenset(
     {"af-xdp", "dgram", "hubport", "l2tpv3", "netmap", "passt", "socket", "stream", "vde"}
 )
@@ -205,15 +205,15 @@ _IMAGES = {
 # What this package adds to the command line of a QEMU that it starts: a pipe, with a monitor.
 _OWN_CONFIGURATION = re.compile(r"/proc/self/fd/[0-9]+")
 _MONITORS_OFF = (Option("display", "none"), Option("monitor", "none"))
-_SIZE = 1 << 30  # bytes of an image whose size nobody knows; device state seldom depends on it
+_SIZE = 1 << 30  # bytes of an image of unknown size; device state seldom depends on it
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-_HUB = 1 << 16  # number of the first hub, above those that people choose
+_HUB = 1 << 16  # id of the first hub, above those that users choose
 
 
 @dataclass(frozen=True)
 class Twin:
-    """``command`` starts the twin. ``taps``: it makes tap devices, which have to be in a network
-    namespace of its own."""
+    """``command`` starts the twin. ``taps``: it makes tap devices, for which it needs a private
+    network namespace."""
 
     command: CommandLine
     taps: bool = False
@@ -226,10 +226,10 @@ def make_twin(
 
     blocks: the length in bytes of every RAM block of the VM, by name.
 
-    Raises NotSupported with the reason where an option has no stand-in.
+    Raises NotSupported with the reason if an option has no stand-in.
     """
     rewriter = _Rewriter(sizes, memory)
-    options = [made for option in command.options for made in rewriter.rewritten(option)]
+    options = [twin for option in command.options for twin in rewriter.rewritten(option)]
     if not rewriter.has_backend(command):
         options += _machine_memory(command, blocks, memory)
     options += [*_MONITORS_OFF, Option("S"), Option("incoming", "defer")]
@@ -237,7 +237,7 @@ def make_twin(
 
 
 class _Rewriter:
-    """What stands in for the options of one command line."""
+    """Replaces the options of a command line."""
 
     def __init__(self, sizes: Sizes, memory: Memory) -> None:
         self.taps = False
@@ -246,12 +246,12 @@ class _Rewriter:
         self._hubs = _HUB
 
     def has_backend(self, command: CommandLine) -> bool:
-        """Whether the machine's memory is made of backends that the command line names."""
+        """Return whether the command line names the backends of the machine's memory."""
         named = "memory-backend" in command.merged("machine", "type")
         return named or any("memdev" in o.properties("type") for o in command.all("numa"))
 
     def rewritten(self, option: Option) -> Iterator[Option]:
-        """The options that stand in for one."""
+        """Yield the stand-ins for an option."""
         name = option.name
         if name in _IMAGES:
             yield Option("drive", f"{_IMAGES[name]},{self._nothing(option.value or '')}")
@@ -260,10 +260,10 @@ class _Rewriter:
         elif name in _KEPT:
             yield option
         elif name not in _DROPPED:
-            raise NotSupported(f"-{name} is not known to be without effect on the host")
+            raise NotSupported(f"-{name} may have an effect on the host")
 
     def _nothing(self, *names: str) -> str:
-        """The properties of a node that is as large as the image with one of these names."""
+        """Return the properties of an empty node as large as the image with one of these names."""
         known = (self._sizes(name) for name in names if name)
         size = next((size for size in known if size), _SIZE)
         return f"driver=null-co,size={size},read-zeroes=on"
@@ -271,16 +271,14 @@ class _Rewriter:
     def _machine(self, option: Option) -> Iterator[Option]:
         properties = option.properties("type")
         if "confidential-guest-support" in properties or "memory-encryption" in properties:
-            raise NotSupported("the memory of a confidential guest cannot be stood in for")
+            raise NotSupported("the memory of a confidential guest has no stand-in")
         dropped = [key for key in properties if key == "dumpdtb"]
         yield _without(option, "type", dropped) if dropped else option
 
     def _device(self, option: Option) -> Iterator[Option]:
         driver = option.properties("driver").get("driver", "")
         if _NO_STAND_IN.match(driver):
-            raise NotSupported(
-                f"device {driver} has state that is not QEMU's alone, and nothing can stand in"
-            )
+            raise NotSupported(f"device {driver} has state outside QEMU, and no stand-in")
         yield option
 
     def _icount(self, option: Option) -> Iterator[Option]:
@@ -317,7 +315,7 @@ class _Rewriter:
         given = option.properties("qom-type")
         kind, name = given.get("qom-type", ""), given.get("id", "")
         if kind == "memory-backend-epc":
-            raise NotSupported("enclave memory (memory-backend-epc) cannot be stood in for")
+            raise NotSupported("enclave memory (memory-backend-epc) has no stand-in")
         if kind.startswith("memory-backend-"):
             yield _backend(name, _length(given.get("size", "")), self._memory, given)
         elif kind in _RANDOM:
@@ -325,7 +323,7 @@ class _Rewriter:
         elif kind in _KEPT_OBJECTS:
             yield option
         elif not _DROPPED_OBJECTS.match(kind):
-            raise NotSupported(f"object {kind} is not known to be without effect on the host")
+            raise NotSupported(f"object {kind} may have an effect on the host")
 
     def _chardev(self, option: Option) -> Iterator[Option]:
         yield Option("chardev", f"null,id={escape(option.properties('backend').get('id', ''))}")
@@ -354,7 +352,7 @@ class _Rewriter:
 
     def _readconfig(self, option: Option) -> Iterator[Option]:
         if not _OWN_CONFIGURATION.fullmatch(option.value or ""):
-            raise NotSupported(f"{option} may describe devices, and is not read here")
+            raise NotSupported(f"{option} may describe devices, and is not read")
         yield from ()
 
     def _netdev(self, option: Option) -> Iterator[Option]:
@@ -373,14 +371,14 @@ class _Rewriter:
         if given.get("type") in ("nic", "none"):
             yield option
             return
-        raise NotSupported(f"{option}: its network has no stand-in; give the VM -netdev or -nic")
+        raise NotSupported(f"{option} has no stand-in; give the VM -netdev or -nic")
 
     def _wire(self, given: Mapping[str, str], kept: Mapping[str, str]) -> str:
-        """A network backend of the same kind, as far as a device can see, that leads nowhere."""
+        """Return an unconnected network backend that looks the same to the device."""
         kind = given.get("type", "user")
         if kind == "user":
             if "guestfwd" in given:
-                raise NotSupported("guestfwd of user-mode networking has state of its own")
+                raise NotSupported("guestfwd of user-mode networking has its own state")
             inside = {key: value for key, value in given.items() if key in _USER_KEYS - {"type"}}
             return join_properties("user", {**inside, "restrict": "on"})
         if kind in _TAPS:
@@ -436,7 +434,7 @@ def _length(text: str) -> int:
 def _machine_memory(
     command: CommandLine, blocks: Mapping[str, int], memory: Memory
 ) -> Iterator[Option]:
-    """The backend of the block that the machine makes by itself for ``-m``."""
+    """Yield the backend of the block that the machine makes for ``-m``."""
     size = read_ram_size(command)
     found = [
         name
@@ -444,14 +442,14 @@ def _machine_memory(
         if size in (None, length) and (name == "ram" or name.endswith(".ram")) and "/" not in name
     ]
     if len(found) != 1 or not _ID.fullmatch(found[0]):
-        raise NotSupported(f"none of {[*blocks]} is surely the machine's own memory")
+        raise NotSupported(f"it is unclear which of {[*blocks]} is the machine's main memory")
     name = found[0]
     yield _backend(name, blocks[name], memory, {"x-use-canonical-path-for-ramblock-id": "off"})
     yield Option("machine", f"memory-backend={name}")
 
 
 def _backend(name: str, length: int, memory: Memory, given: Mapping[str, str]) -> Option:
-    """A memory backend that x-ignore-shared leaves out of a stream: shared, and a file by name."""
+    """Return a memory backend that x-ignore-shared leaves out of a stream: a shared, named file."""
     canonical = "x-use-canonical-path-for-ramblock-id"
     properties = {
         "qom-type": "memory-backend-file",

@@ -1,4 +1,4 @@
-"""The description of a save's device state, made by a twin while the save goes on.
+"""Have a twin describe a save's device state while the save goes on.
 
 async with Describing(guest) as describing:   # before the guest is stopped
     ...
@@ -28,13 +28,13 @@ from pyqmigrate.vm.twin.twin import TIMEOUT, Pages, describe
 __all__ = ["Describing", "why_not_described"]
 
 _CURE = "pyqmigrate convert SNAPSHOT NEW --to mapped-ram --describe [-- QEMU'S COMMAND LINE]"
-_END = 5.0  # seconds that the end of a twin may take
+_END = 5.0  # seconds for ending a twin
 
 
 class Describing:
-    """A description to come; an asynchronous context manager, which ends the twin.
+    """A pending description; an asynchronous context manager that ends the twin.
 
-    ``note`` says why there is none, empty where there is one or nobody asked.
+    ``note`` is the reason why there is none, or empty.
     """
 
     def __init__(self, guest: GuestInfo) -> None:
@@ -50,7 +50,7 @@ class Describing:
             self._refuse(error)
 
     def start(self, state: DeviceState) -> None:
-        """Start the twin, if that was not done already; returns at once."""
+        """Start the twin unless it was started; return at once."""
         if self._task is None and self._original is not None:
             self._task = asyncio.create_task(self._describe(self._original, state))
 
@@ -60,14 +60,14 @@ class Describing:
         return self._result.done()
 
     def wait(self) -> bytes | None:
-        """Return the description, or None. For another thread than the event loop's."""
+        """Wait for the description; return it or None. Not for the event loop's thread."""
         try:
             return self._result.result(TIMEOUT + _END)
         except FutureTimeout:
             return None
 
     def cancel(self) -> None:
-        """Let :meth:`wait` return None, unless it has something already."""
+        """Let :meth:`wait` return None, unless it has a result."""
         if not self._result.done():
             self._result.set_result(None)
 
@@ -97,7 +97,7 @@ class Describing:
             self.cancel()
 
     def _refuse(self, error: Exception) -> None:
-        """Go on without a description: whatever keeps a twin from it, the save does without."""
+        """Continue without a description: no failure of a twin fails the save."""
         if not isinstance(error, NotSupported):
             logger.error("the twin failed", exc_info=error)
         self.note = (
@@ -108,8 +108,8 @@ class Describing:
 
 
 def why_not_described(guest: GuestInfo) -> str:
-    """Return why a save that leaves the description to a twin would have none, as far as can be
-    seen before; empty where nothing is against it."""
+    """Return why a twin would not describe a save of this guest, as far as is known before; empty
+    if it would."""
     try:
         original = Original.of_process(guest.pid)
         try:
@@ -123,7 +123,7 @@ def why_not_described(guest: GuestInfo) -> str:
 
 
 def _sizes(guest: GuestInfo) -> dict[str, int]:
-    """The sizes of images by every name that an option can have for them."""
+    """Return the sizes of images by every name that an option may use for them."""
     return {
         name: disk.size
         for disk in guest.disks
@@ -142,6 +142,6 @@ def _pages(guest: GuestInfo) -> Pages:
         if isinstance(memory, ProcessMemory):
             with contextlib.closing(ProcessSource(memory, name)) as source:
                 return source.read(offset, length)
-        return b""  # what cannot be read is empty for the twin, too
+        return b""  # unreadable memory is empty for the twin, too
 
     return pages

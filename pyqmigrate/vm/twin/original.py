@@ -1,9 +1,8 @@
-"""The process of a QEMU, as far as another one has to know it to be its twin.
+"""The command line, program and user of a QEMU process that gets a twin.
 
-It is read while the process lives; what is held afterwards does not need it any more. Nothing here
-is believed because the process says it: a process can change its command line, so that is only ever
-given to :mod:`pyqmigrate.vm.twin.command`, which passes what it knows, and it never runs with more
-rights than the process had.
+They are read while the process runs, and do not need it afterwards. The command line is untrusted,
+since a process can change its own: only :mod:`pyqmigrate.vm.twin.command` uses it, which passes on
+known options only, and the twin never has more rights than the process had.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ _PROBE_TIMEOUT = 5.0  # seconds
 class Original:
     """A QEMU's command line, program and user. Close it.
 
-    ``program`` is a descriptor of the file that the process executes, -1 where ``command`` names
-    it. ``before`` are the words that run a program with the rights of the process and no others.
+    ``program`` is a descriptor of the executable, -1 if ``command`` names it. ``before`` are the
+    words of a wrapper that runs a program with exactly the rights of the process.
     """
 
     command: CommandLine
@@ -38,9 +37,9 @@ class Original:
 
     @classmethod
     def of_process(cls, pid: int | None) -> Original:
-        """Look at a process. Raises NotSupported where a twin of it cannot, or must not, run."""
+        """Inspect a process. Raises NotSupported if a twin of it cannot, or must not, run."""
         if pid is None:
-            raise NotSupported("its process is not known")
+            raise NotSupported("its process is unknown")
         process = Path(f"/proc/{pid}")
         try:
             before = _user_words(process)
@@ -51,7 +50,7 @@ class Original:
         except OSError as error:
             raise NotSupported(f"{process} cannot be read: {error.strerror}") from error
         except UsageError as error:
-            raise NotSupported(f"its command line is not understood: {error}") from error
+            raise NotSupported(f"its command line is invalid: {error}") from error
         try:
             _check_program(program)
         except BaseException:
@@ -61,15 +60,15 @@ class Original:
 
     @classmethod
     def of_command(cls, command: CommandLine) -> Original:
-        """What a person gives, or recorded: it runs with this process's own rights."""
+        """Take a given or recorded command line, which runs with this process's rights."""
         return cls(command, -1, ())
 
     def words_before(self) -> tuple[str, ...]:
-        """``before``, and what gives the program a network of its own where that is possible."""
-        alone = ("unshare", "--map-root-user", "--net", "--")
+        """Return ``before``, with a wrapper for a private network namespace if possible."""
+        unshare = ("unshare", "--map-root-user", "--net", "--")
         try:
             probe = subprocess.run(
-                [*self.before, *alone, "true"],
+                [*self.before, *unshare, "true"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -78,16 +77,16 @@ class Original:
             )
         except (OSError, subprocess.TimeoutExpired):
             return self.before
-        return self.before if probe.returncode else (*self.before, *alone)
+        return self.before if probe.returncode else (*self.before, *unshare)
 
     def close(self) -> None:
-        """Close ``program``. Once only."""
+        """Close ``program``. Call it once."""
         if self.program >= 0:
             os.close(self.program)
 
 
 def _check_place(process: Path) -> None:
-    """Outside of its container a program could reach what it cannot reach in there."""
+    """Refuse containers: outside of one, a program could reach more than inside."""
     for name in _NAMESPACES:
         there, here = (process / "ns" / name).readlink(), Path("/proc/self/ns", name).readlink()
         if there != here:
@@ -97,18 +96,18 @@ def _check_place(process: Path) -> None:
 
 
 def _check_program(fd: int) -> None:
-    """A process that is confined may not run what others put in the place of its program."""
+    """Refuse a program that another, unprivileged user may have replaced."""
     info = os.fstat(fd)
     if info.st_uid == os.geteuid() != 0:
         return
     if info.st_uid not in (0, os.geteuid()) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise NotSupported(
-            "its program belongs to another user than root and this one, or others may write it"
+            "its program belongs neither to root nor to this user, or others may write to it"
         )
 
 
 def _user_words(process: Path) -> tuple[str, ...]:
-    """The words that make a program the process's user, without capabilities."""
+    """Return a wrapper that runs a program as the process's user, without capabilities."""
     status = _status(process)
     user, group = _effective(status["Uid"]), _effective(status["Gid"])
     own = _status(Path("/proc/self"))

@@ -1,19 +1,19 @@
-"""A twin of a QEMU, which describes the device state of its original.
+"""Start a twin of a QEMU, which describes the device state of its original.
 
     original = Original.of_process(pid)
     description = await describe(original, state, sizes, pages)
 
-``xen-save-devices-state`` writes device sections without the JSON that describes them, which QEMU
-writes in ``migrate`` only. So a second QEMU of the same machine (:mod:`pyqmigrate.vm.twin.command`)
-loads the sections, with guest memory that is empty but for the firmware's ROMs, and migrates them
-into a file in memory, this time with their description. Its guest does not execute an instruction.
+``xen-save-devices-state`` writes device sections without the JSON description that ``migrate``
+writes. So a second QEMU of the same machine (:mod:`pyqmigrate.vm.twin.command`)
+loads the sections, with guest memory that is empty except for the firmware's ROMs, and migrates
+them into a file in memory, with their description. Its guest does not execute any instruction.
 
-The description is used only when it is true of the original's own bytes
+The description is used only if it matches the original's own bytes
 (:mod:`pyqmigrate.format.device.described`).
 
 The twin never has more rights than its original: it runs as the same user
-(:mod:`pyqmigrate.vm.twin.original`), with options that are known here, and in a network namespace
-of its own where that is possible. It ends when this process does, whatever ends that.
+(:mod:`pyqmigrate.vm.twin.original`), with known options only, and in a private network namespace if
+possible. It is killed when this process ends.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ __all__ = ["TIMEOUT", "describe", "describe_snapshot"]
 TIMEOUT = 10.0  # seconds from the twin's start to its description
 _POLL = 0.002  # seconds
 # Where firmware puts the ROMs of a PC. The device kvm-tpr-opt looks for its own there when it is
-# loaded, and refuses a guest without it.
+# loaded, and fails without it.
 _ROMS = range(0xC0000, 0x100000)
 Pages = Callable[[str, int, int], bytes]
-"""Return guest memory: of the RAM block with this name, from this byte on, so many bytes."""
+"""Return guest memory: block name, offset, length in bytes."""
 
 
 async def describe(
@@ -63,11 +63,11 @@ async def describe(
 ) -> bytes:
     """Return the description of ``state``'s sections: JSON text as QEMU writes it.
 
-    sizes: the size in bytes of the image with an id, a node name or a path; None if not known.
-    pages: the guest's memory, which may go on changing: what is read are the firmware's ROMs.
+    sizes: the size in bytes of the image with an id, a node name or a path; None if unknown.
+    pages: the guest's memory, which may keep changing: only the firmware's ROMs are read.
 
     Starts a QEMU and ends it, in at most ``timeout`` seconds. Raises NotSupported with the reason
-    when no twin is possible, or what it says is not true of ``state``.
+    if no twin is possible, or if its description does not match ``state``.
     """
     try:
         async with asyncio.timeout(timeout):
@@ -77,7 +77,7 @@ async def describe(
     except NotSupported:
         raise
     except (PyqmigrateError, OSError) as error:
-        # What QEMU wrote has lines, and is part of a sentence here.
+        # QEMU's output has several lines, and becomes part of a sentence.
         raise NotSupported("; ".join(str(error).splitlines())) from error
     if theirs.description is None:
         raise NotSupported("the twin wrote no description")
@@ -86,11 +86,11 @@ async def describe(
             _checked, state.sections, theirs.sections, theirs.description
         )
     except PyqmigrateError as error:
-        raise NotSupported(f"the twin is another machine: {error}") from error
+        raise NotSupported(f"the twin is a different machine: {error}") from error
 
 
 def _checked(ours: bytes, theirs: bytes, description: bytes) -> bytes:
-    """The description of sections ``theirs`` as one of ``ours``; NotSupported where it is none."""
+    """Return the description of ``theirs`` if it fits ``ours``; NotSupported if it does not."""
     alike, fitting = without_broken(ours, theirs, description)
     check_described(ours, alike, parse(fitting))
     return fitting
@@ -100,11 +100,11 @@ async def describe_snapshot(snapshot: Snapshot, command: Sequence[str] | None = 
     """Return the description of an open snapshot's device state: JSON text as QEMU writes it.
 
     command: the command line that the VM was started with, the program first; None is that of the
-        record beside the snapshot. Images that it names are looked at for their sizes only, and the
-        twin does not open them.
+        record beside the snapshot. Only the sizes of its images are read, and the twin
+        does not open them.
 
-    Raises NotSupported with the reason when no twin is possible, UsageError for a command line that
-    cannot be one, and where there is none, SnapshotError, TargetError.
+    Raises NotSupported with the reason if no twin is possible, UsageError for an invalid or missing
+    command line, SnapshotError, TargetError.
     """
     sizes: dict[str, int] = {}
     line = CommandLine.parse(command) if command else _recorded(snapshot.source.name, sizes)
@@ -118,13 +118,13 @@ async def describe_snapshot(snapshot: Snapshot, command: Sequence[str] | None = 
 
 
 def _recorded(snapshot: str, sizes: dict[str, int]) -> CommandLine:
-    """The command line of the record beside a snapshot, whose images add their ``sizes``."""
+    """Return the command line of the record beside a snapshot; add its images to ``sizes``."""
     path = record_path(snapshot)
     record = read_record(snapshot)
     if record is None:
         raise UsageError(
-            f"which machine the snapshot is of is not known, there being no {path.name}: give the "
-            "VM's command line after --"
+            f"the snapshot's machine is unknown because there is no {path.name}: give the VM's "
+            "command line after --"
         )
     for disk in record.disks:
         sizes |= dict.fromkeys((disk.device, disk.node, disk.file), disk.images[0].size)
@@ -166,13 +166,13 @@ async def _migrated_by_twin(
             await take_in(qemu, Incoming({"device-state": start.stream}, 0))
             return await _migrate(qemu, state)
         finally:
-            qemu.process.kill()  # there is nothing in it that could be lost
+            qemu.process.kill()  # it has no data to lose
             await shielded(qemu.end())
 
 
 @dataclass(frozen=True)
 class _Start:
-    """What starts a twin: its command, the descriptors it inherits, and the stream it loads."""
+    """The command of a twin, the descriptors it inherits, and the stream it loads."""
 
     command: CommandLine
     fds: tuple[int, ...]
@@ -195,7 +195,7 @@ def _prepare(
     twin = make_twin(original.command, state.blocks, sizes, memory)
     before = original.words_before()
     if twin.taps and "unshare" not in before:
-        raise NotSupported("a tap device has no stand-in without a network namespace of its own")
+        raise NotSupported("a tap device has no stand-in without a private network namespace")
     command = twin.command
     if original.program >= 0:
         fds.append(original.program)
@@ -209,8 +209,7 @@ def _prepare(
 
 
 def _stream(state: DeviceState, pages: Pages, stack: contextlib.ExitStack) -> int:
-    """A mapped-ram file in memory of all blocks, without a page but those of the firmware's ROMs;
-    QEMU leaves the others as they are."""
+    """Make a mapped-ram file in memory with all blocks, but only the pages of the ROMs."""
     fd = os.memfd_create("twin-stream", os.MFD_CLOEXEC)
     stack.callback(os.close, fd)
     head = encode_head(
@@ -247,7 +246,7 @@ def _put_roms(fd: int, block: BlockLayout, data: bytes) -> None:
 
 
 async def _migrate(qemu: QemuSession, state: DeviceState) -> DeviceState:
-    """What the twin has, as ``migrate`` writes it: described, without guest memory."""
+    """Return the twin's state as ``migrate`` writes it: described, without guest memory."""
     monitor = qemu.monitor
     await monitor.execute(
         "migrate-set-capabilities",

@@ -52,7 +52,7 @@ def test_agent_of_a_long_path_is_reached(tmp_path: Path) -> None:
 def test_refusal_is_given_in_the_words_of_the_agent(tmp_path: Path) -> None:
     with (
         Agent(tmp_path / "agent", refuses=True),
-        pytest.raises(QemuError, match="refuses: 'Failed to set time"),
+        pytest.raises(QemuError, match="refused: 'Failed to set time"),
     ):
         set_by(tmp_path / "agent")
 
@@ -64,8 +64,8 @@ def test_refusal_is_given_in_the_words_of_the_agent(tmp_path: Path) -> None:
         (b"\xff" + b"[" * 60_000 + b"\n", "not JSON"),
         (b"\xff17\n", "neither a result nor an error"),
         (b'\xff{"error": "no"}\n', "neither a result nor an error"),
-        (b"x" * 300_000, "greater length"),
-        (b"\xff" + b"x" * 300_000, "greater length"),
+        (b"x" * 300_000, "too long"),
+        (b"\xff" + b"x" * 300_000, "too long"),
     ],
 )
 def test_answer_that_is_none_is_an_error(says: bytes, message: str, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_reason_that_counts_for_both_ways_is_told_once() -> None:
 
 
 def test_unknown_engine_is_refused() -> None:
-    with pytest.raises(UsageError, match="no engine"):
+    with pytest.raises(UsageError, match="engine must be"):
         choose_engine(guest(), engine="fast")
 
 

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.vm.plan.sampling import sample
+from pyqmigrate.vm.plan.sampling import sample_memory
 from tests.harness.guest_info import file_block, guest
 
 MIB = 1 << 20
@@ -26,7 +26,7 @@ def test_blocks_of_any_size_are_sampled(sizes: list[int]) -> None:
         memory = FileMemory(fd, 0, size * MIB)
         blocks.append(file_block(str(number), size, memory=memory))
     with guest(*blocks) as one:
-        found = sample(one)
+        found = sample_memory(one)
     assert found is not None
     assert found.length == sum(sizes) * MIB
     assert abs(found.data - found.length // 2) < found.length // 50

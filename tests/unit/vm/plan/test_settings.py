@@ -9,7 +9,7 @@ import pytest
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
-from pyqmigrate.vm.plan.sampling import Contents
+from pyqmigrate.vm.plan.sampling import Sample
 from pyqmigrate.vm.plan.settings import Changes, for_device_state, for_pages
 
 GIB = 1 << 30
@@ -78,15 +78,13 @@ def pages(
     direct: bool = True,
     sparse: Sparse = Sparse.AUTO,
     pause: bool = False,
-    contents: Contents | None = None,
+    sample: Sample | None = None,
 ) -> Changes:
-    return for_pages(
-        found, channels=4, direct=direct, sparse=sparse, pause=pause, contents=contents
-    )
+    return for_pages(found, channels=4, direct=direct, sparse=sparse, pause=pause, sample=sample)
 
 
-def zero_pages(contents: Contents | None, sparse: Sparse = Sparse.AUTO) -> object:
-    return pages(guest(), contents=contents, sparse=sparse).parameters["zero-page-detection"].after
+def zero_pages(sample: Sample | None, sparse: Sparse = Sparse.AUTO) -> object:
+    return pages(guest(), sample=sample, sparse=sparse).parameters["zero-page-detection"].after
 
 
 def test_only_what_differs_is_changed() -> None:
@@ -108,15 +106,15 @@ def test_every_change_knows_what_was_before_and_why() -> None:
 
 
 def test_long_zero_runs_are_left_out_in_order() -> None:
-    assert zero_pages(Contents(4 * GIB, 2 * GIB, 16384)) == "legacy"
+    assert zero_pages(Sample(4 * GIB, 2 * GIB, 16384)) == "legacy"
 
 
 def test_single_zero_pages_are_written_along() -> None:
-    assert zero_pages(Contents(4 * GIB, int(2.8 * GIB), 220_000)) == "none"
+    assert zero_pages(Sample(4 * GIB, int(2.8 * GIB), 220_000)) == "none"
 
 
 def test_memory_that_is_all_data_is_looked_through_in_order() -> None:
-    assert zero_pages(Contents(4 * GIB, 4 * GIB, 0)) == "legacy"
+    assert zero_pages(Sample(4 * GIB, 4 * GIB, 0)) == "legacy"
 
 
 def test_memory_that_cannot_be_looked_at_is_taken_for_runs() -> None:
@@ -124,11 +122,11 @@ def test_memory_that_cannot_be_looked_at_is_taken_for_runs() -> None:
 
 
 def test_exact_allocates_no_zero_page_whatever_it_costs() -> None:
-    assert zero_pages(Contents(4 * GIB, int(2.8 * GIB), 220_000), Sparse.EXACT) == "legacy"
+    assert zero_pages(Sample(4 * GIB, int(2.8 * GIB), 220_000), Sparse.EXACT) == "legacy"
 
 
 def test_dense_writes_every_page() -> None:
-    assert zero_pages(Contents(4 * GIB, 2 * GIB, 16384), Sparse.DENSE) == "none"
+    assert zero_pages(Sample(4 * GIB, 2 * GIB, 16384), Sparse.DENSE) == "none"
 
 
 def test_direct_io_that_is_not_to_be_had_is_switched_off() -> None:

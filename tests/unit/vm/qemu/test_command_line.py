@@ -90,7 +90,7 @@ def test_variables_in_front_are_for_env() -> None:
 
 @pytest.mark.parametrize("words", [[], ["-m", "64"], ["A=b"], ["A=b", "-m", "64"]])
 def test_command_line_without_a_program_is_refused(words: list[str]) -> None:
-    with pytest.raises(UsageError, match="starts with the program"):
+    with pytest.raises(UsageError, match="must start with the program"):
         CommandLine.parse(words)
 
 

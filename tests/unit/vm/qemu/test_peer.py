@@ -138,7 +138,7 @@ def test_program_in_between_is_named(tmp_path: Path) -> None:
 def test_memory_that_does_not_fit_is_not_believed(tmp_path: Path) -> None:
     with served(tmp_path) as (child, peer):
         found = find_process(peer, [child.pid], lambda _: False)
-        assert "no memory where QEMU says" in str(pid_of(found))
+        assert "no memory where QEMU reports" in str(pid_of(found))
 
 
 def test_process_that_ended_is_not_found(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_process_with_more_rights_than_the_listener_is_refused(
         if dumpable:
             assert listener.why_not(child.pid) is None
         else:
-            assert "other rights" in str(listener.why_not(child.pid))
+            assert "does not have the rights" in str(listener.why_not(child.pid))
         stranger = Peer(child.pid, NOBODY - 1, NOBODY, peer.sockets)
-        assert "other rights" in str(stranger.why_not(child.pid))
+        assert "does not have the rights" in str(stranger.why_not(child.pid))
 
 
 @needs_root

@@ -139,7 +139,7 @@ def test_missing_command_line_and_missing_secret_are_named(path: Path) -> None:
 def test_directory_that_is_gone_is_refused(path: Path, tmp_path: Path) -> None:
     command, _ = recorded_command(of("-m", "64", directory=str(tmp_path)), path)
     assert command.directory == str(tmp_path)
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="does not exist"):
         recorded_command(of("-m", "64", directory=str(tmp_path / "gone")), path)
 
 
@@ -158,7 +158,7 @@ def test_directory_that_is_gone_is_refused(path: Path, tmp_path: Path) -> None:
     ],
 )
 def test_descriptor_is_refused_by_its_word(path: Path, words: tuple[str, ...]) -> None:
-    with pytest.raises(UsageError, match="descriptor that QEMU was handed") as caught:
+    with pytest.raises(UsageError, match="descriptor that QEMU inherited") as caught:
         options(path, "-m", "64", *words)
     assert " ".join(words) in str(caught.value)
 

@@ -194,7 +194,7 @@ def test_memory_of_m_alone_becomes_a_file_of_its_block() -> None:
 
 
 def test_memory_that_is_not_surely_the_machine_s_is_refused() -> None:
-    with pytest.raises(NotSupported, match="machine's own memory"):
+    with pytest.raises(NotSupported, match="machine's main memory"):
         twin("-m 65")
 
 
