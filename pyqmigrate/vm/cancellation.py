@@ -1,4 +1,4 @@
-"""Helpers for asyncio cancellation: shield work, check for pending cancellation."""
+"""Cancellation: work that it does not break, and places where it is heard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 async def shielded(work: Awaitable[T]) -> T:
-    """Return the result of ``work``. A cancellation takes effect once it is done."""
+    """The result of ``work``. A cancellation of the caller takes effect when it is done."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -25,14 +25,14 @@ async def shielded(work: Awaitable[T]) -> T:
         except BaseException:
             break
     if cancelled is not None:
-        task.exception()  # retrieved, so that asyncio does not log it
+        task.exception()  # looked at, so that nobody complains about it
         raise cancelled
     return task.result()
 
 
 async def acquired(work: Awaitable[T], close: Callable[[T], object]) -> T:
-    """Return the result of ``work``, which the caller then owns. If the caller is cancelled before,
-    the result is closed by ``close``."""
+    """The result of ``work``, which the caller owns. If the caller is cancelled it does not get it;
+    then it is closed here, by ``close``."""
     task = asyncio.ensure_future(work)
     try:
         return await shielded(task)
@@ -43,9 +43,9 @@ async def acquired(work: Awaitable[T], close: Callable[[T], object]) -> T:
 
 
 def check_cancelled() -> None:
-    """Raise CancelledError if this task was cancelled, even if the exception was swallowed.
+    """Raise CancelledError if this task was cancelled, also where that has been swallowed.
 
-    ``asyncio.wait_for`` of Python 3.11 swallows it if its result arrives at the same moment.
+    ``asyncio.wait_for`` does so, in Python 3.11, when what it waited for came at the same moment.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
