@@ -67,7 +67,8 @@ class Parser(argparse.ArgumentParser):
         if self._offered is None:
             return
         (package, names), self._offered = self._offered, None
-        verbs = self.add_subparsers(title="verbs", metavar="VERB", required=True)
+        # Without ``prog``, argparse formats a usage line for it, and imports shutil for that.
+        verbs = self.add_subparsers(prog=self.prog, title="verbs", metavar="VERB", required=True)
         # The options before a verb have no values.
         place = next((n for n, word in enumerate(words) if not word.startswith("-")), len(words))
         named = words[place : place + 1]
