@@ -51,17 +51,22 @@ lint: $(VENV)/.with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.c csrc/*.h
 
-# The package, and then a program that uses it as an installed wheel.
-TYPED := build/types-venv
+# The package, and then a program that uses the installed wheel: in a directory of its own, where
+# neither checker finds the sources.
+TYPED := build/types
 types: $(VENV)/.with-dev
 	$(BIN)/mypy --strict
 	$(BIN)/basedpyright
-	rm -rf $(TYPED) build/types-wheel
-	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/types-wheel .
-	$(PYTHON) -m venv $(TYPED)
-	$(TYPED)/bin/pip install -q "$$(echo build/types-wheel/*.whl)[vm]"
-	$(BIN)/mypy --strict --config-file= --python-executable $(TYPED)/bin/python tests/typing/public_api.py
-	cd tests/typing && ../../$(BIN)/basedpyright --level error --pythonpath ../../$(TYPED)/bin/python public_api.py
+	rm -rf $(TYPED)
+	mkdir -p $(TYPED)/program
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w $(TYPED) .
+	$(PYTHON) -m venv $(TYPED)/venv
+	$(TYPED)/venv/bin/pip install -q "$$(echo $(TYPED)/*.whl)[vm]"
+	cp tests/typing/public_api.py $(TYPED)/program
+	echo '{"typeCheckingMode": "standard", "pythonVersion": "3.11"}' > $(TYPED)/program/pyrightconfig.json
+	cd $(TYPED)/program && $(CURDIR)/$(BIN)/mypy --strict --config-file= \
+	    --python-executable ../venv/bin/python public_api.py
+	cd $(TYPED)/program && $(CURDIR)/$(BIN)/basedpyright --level error -p . --pythonpath ../venv/bin/python
 
 # The pages in build/docs, with a reference made from the docstrings.
 docs: man $(VENV)/.with-docs
