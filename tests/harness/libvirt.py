@@ -17,9 +17,7 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -33,7 +31,7 @@ from tests.harness.pattern_guest import build
 from tests.harness.saved import serial_says
 from tests.harness.unpacked import lack, unpacked
 
-__all__ = ["DOMAIN", "Domain", "Image", "Libvirt", "RAM", "libvirt", "save"]
+__all__ = ["DOMAIN", "Domain", "Image", "Libvirt", "RAM", "save"]
 
 _IN_NAMESPACES = """
 cd "$1"; shift
@@ -215,10 +213,3 @@ def save(
     with contextlib.closing(InputFile(path)) as source:
         header = read_header(source)
     return Image(path, header, domain, bios, serial.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def libvirt() -> Iterator[Libvirt]:
-    # Socket paths are short, so this is not pytest's directory.
-    with tempfile.TemporaryDirectory(prefix="lv-") as name, Libvirt(Path(name)) as libvirt:
-        yield libvirt

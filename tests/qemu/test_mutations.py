@@ -154,7 +154,7 @@ def assert_nothing_worse_than_a_refusal(base: Base, first: int, count: int) -> N
 
 
 def test_damaged_file_of_qemu_is_refused_or_loads(base: Base) -> None:
-    assert_nothing_worse_than_a_refusal(base, first=0, count=20)
+    assert_nothing_worse_than_a_refusal(base, first=0, count=12)
 
 
 @pytest.mark.long

@@ -56,9 +56,10 @@ def again(
 
 
 @pytest.mark.parametrize("channels", [0, 2])
-def test_snapshot_that_qemu_saved_has_its_memory(
+def test_guest_that_qemu_saved_is_read_and_restored(
     target: OtherTarget, ram: GuestRam, disk: Path, channels: int
 ) -> None:
+    """Restored in every mode; with multifd the file is only read."""
     path = disk / "snapshot"
     with OtherQemu(target, ram) as qemu:
         qemu.save(path, **({"multifd-channels": channels} if channels else {}))
@@ -67,20 +68,11 @@ def test_snapshot_that_qemu_saved_has_its_memory(
         assert target.machine in snapshot.machine
         memory = snapshot.blocks[target.block].read(0, target.length)
     assert_same_memory(memory, expected)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_guest_that_qemu_saved_is_restored(
-    target: OtherTarget, ram: GuestRam, disk: Path, mode: str
-) -> None:
-    path = disk / "snapshot"
-    with OtherQemu(target, ram) as qemu:
-        qemu.save(path)
-        expected = bytes(ram.memory)
-    asked = "auto" if target.machine == WRITES_RAM else mode
-    with again(target, path, disk, "--mode", asked) as (used, memory):
-        assert used == ("load" if target.machine == WRITES_RAM else mode)
-        assert_same_memory(memory, expected)
+    if not channels:
+        for asked in ["auto"] if target.machine == WRITES_RAM else MODES:
+            with again(target, path, disk, "--mode", asked) as (used, restored_memory):
+                assert used == ("load" if target.machine == WRITES_RAM else asked)
+                assert_same_memory(restored_memory, expected)
 
 
 @pytest.mark.parametrize("engine", ["auto", "qemu"])

@@ -17,7 +17,7 @@ from tests.harness.machine import GuestRam, MigrationFailed, Mode, Qemu
 
 pytestmark = pytest.mark.qemu
 
-RAM = 128 << 20
+RAM = 72 << 20  # two of the ranges that channels take, and a part
 SINGLE = Mode()
 MULTIFD = Mode(channels=2, multifd=True)
 DIRECT = Mode(channels=2, multifd=True, direct_io=True)

@@ -32,11 +32,14 @@ from tests.harness.serve_refusals import (
     W,
     add,
     configure,
+    ends,
     run_on,
     saved_ram,
     take_back,
 )
 from tests.harness.version import qemu_version
+
+__all__ = ["ends"]
 
 pytestmark = pytest.mark.qemu
 

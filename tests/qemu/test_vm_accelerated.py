@@ -25,7 +25,7 @@ from tests.harness.saving import wait_until
 
 pytestmark = pytest.mark.qemu
 
-RAM = 24 << 20
+RAM = 16 << 20
 BEATS = 4
 ENGINES = ["qemu", "direct"]
 KINDS = ["file", "memfd", "private"]

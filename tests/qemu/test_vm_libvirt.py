@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,6 +30,13 @@ SPARSE = {
     "q35, parallel": ("q35", ("--parallel-channels", "2")),
     "q35, parallel and direct": ("q35", ("--parallel-channels", "2", "--bypass-cache")),
 }
+
+
+@pytest.fixture(scope="module")
+def libvirt() -> Iterator[Libvirt]:
+    # Socket paths are short, so this is not pytest's directory.
+    with tempfile.TemporaryDirectory(prefix="lv-") as name, Libvirt(Path(name)) as libvirt:
+        yield libvirt
 
 
 @pytest.fixture(scope="module", params=SPARSE)

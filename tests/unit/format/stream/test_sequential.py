@@ -9,6 +9,7 @@ import pytest
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import (
+    RAM_EOS,
     SequentialStream,
     SequentialStreamReader,
     encode_head,
@@ -17,7 +18,6 @@ from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.format.stream.writer import encode_end, encode_part_header
 from tests.harness.stream_builders import (
     EOF,
-    RAM_EOS,
     Sparse,
     blocks,
     capabilities,
@@ -34,18 +34,19 @@ from tests.harness.stream_builders import (
     str8,
     words,
 )
+from tests.harness.stream_builders import RAM_EOS as MARK
 
 SPECS = [BlockSpec("pc.ram", 0x4000000), BlockSpec("pc.bios", 0x40000)]
 
 
 ONE = blocks(entry("pc.ram", 8192), total=8192)
-ENDED = end(1, RAM_EOS) + EOF + described_as(described())
+ENDED = end(1, MARK) + EOF + described_as(described())
 
 
 def walk(data: bytes, *, page_size: int | None = None, offset: int = 0) -> SequentialStreamReader:
     """A walk whose records are one end mark."""
     walk = SequentialStreamReader(
-        Sparse([(0, data)]), offset, lambda at: at + len(RAM_EOS), page_size=page_size
+        Sparse([(0, data)]), offset, lambda at: at + len(MARK), page_size=page_size
     )
     walk.read_head()
     return walk
@@ -130,7 +131,7 @@ def test_what_is_written_is_read() -> None:
 
 def test_records_are_read_in_every_part_and_in_end() -> None:
     seen = []
-    data = configured() + ONE + part(1, RAM_EOS) + command(11) + part(1, RAM_EOS) + ENDED
+    data = configured() + ONE + part(1, MARK) + command(11) + part(1, MARK) + ENDED
 
     def read(at: int) -> int:
         seen.append(at)
@@ -139,7 +140,7 @@ def test_records_are_read_in_every_part_and_in_end() -> None:
     walk = SequentialStreamReader(Sparse([(0, data)]), 0, read)
     walk.read_head()
     walk.stream()
-    assert [data[at : at + 8] for at in seen] == [RAM_EOS] * 3
+    assert [data[at : at + 8] for at in seen] == [MARK] * 3
 
 
 def test_guest_address_stands_in_entries_with_ignore_shared() -> None:
@@ -182,14 +183,14 @@ def test_page_size_comes_from_the_configuration_first(size: int) -> None:
 
 def test_page_size_comes_from_the_description_next() -> None:
     text = json.dumps({"page_size": 8192, "devices": []}).encode()
-    data = configured() + ONE + end(1, RAM_EOS) + EOF + described_as(text)
+    data = configured() + ONE + end(1, MARK) + EOF + described_as(text)
     assert stream(data).page_size == 8192
     assert stream(data, page_size=8192).page_size == 8192
     assert refusal(data, page_size=4096).field == "page_size"
 
 
 def test_page_size_is_the_caller_s_where_none_is_told() -> None:
-    data = configured() + ONE + end(1, RAM_EOS) + EOF
+    data = configured() + ONE + end(1, MARK) + EOF
     assert stream(data, page_size=2048).page_size == 2048
     assert stream(data).page_size == 4096
 
@@ -197,7 +198,7 @@ def test_page_size_is_the_caller_s_where_none_is_told() -> None:
 @pytest.mark.parametrize("size", [0, 512, 4095, 131072, -4096])
 def test_page_size_that_is_none_is_refused(size: int) -> None:
     text = json.dumps({"page_size": size, "devices": []}).encode()
-    data = configured() + ONE + end(1, RAM_EOS) + EOF + described_as(text)
+    data = configured() + ONE + end(1, MARK) + EOF + described_as(text)
     assert refusal(data).field == "page_size"
 
 
@@ -225,7 +226,7 @@ def test_list_that_goes_on_after_its_total_is_refused() -> None:
 
 
 def test_stream_without_ram_end_is_refused() -> None:
-    assert "did not finish" in str(refusal(configured() + ONE + part(1, RAM_EOS) + EOF))
+    assert "did not finish" in str(refusal(configured() + ONE + part(1, MARK) + EOF))
 
 
 def test_stream_without_ram_is_refused() -> None:
@@ -233,14 +234,14 @@ def test_stream_without_ram_is_refused() -> None:
 
 
 def test_stream_that_is_cut_anywhere_is_refused_or_incomplete() -> None:
-    data = configured() + ONE + part(1, RAM_EOS) + ENDED
+    data = configured() + ONE + part(1, MARK) + ENDED
     for size in range(len(data) - len(described()) - 5):
         refusal(data[:size])
 
 
 def test_device_state_that_cannot_be_walked_is_opaque() -> None:
     """Without description and footer nobody knows where the section ends."""
-    data = configured() + ONE + end(1, RAM_EOS) + full(9, "odd", b"\xff" * 40)[:-5]
+    data = configured() + ONE + end(1, MARK) + full(9, "odd", b"\xff" * 40)[:-5]
     got = stream(data)
     assert got.opaque_tail and not got.complete
     assert [section.kind for section in got.sections] == [SectionKind.START, SectionKind.END]
