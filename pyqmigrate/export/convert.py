@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_callback, check_mapping
+from pyqmigrate.core import MemorySource
 from pyqmigrate.enums import Format, parse_enum
 from pyqmigrate.errors import (
     BlockMismatch,
@@ -50,8 +50,10 @@ from pyqmigrate.format.stream.reader import PARTS_LISTED
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_part_header, encode_ram_end
-from pyqmigrate.io.channels import Job, Progress, check_channels
+from pyqmigrate.io.block_index import BlockIndex
+from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.in_use import FileId
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock, SnapshotMemory
 from pyqmigrate.io.target import Descriptors, DirectIO, InputFile, Target
 from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
@@ -59,7 +61,7 @@ from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.load.staging import Place, StreamUnpacker
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
+from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, StreamWriter
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["convert", "start_stream_conversion"]
@@ -240,32 +242,24 @@ def start_stream_conversion(
     blocks, left_out = _blocks(source, memories or {})
     writer: StreamWriter
     stream = source.stream
+    options = SaveOptions(
+        channels=check_channels(channels),
+        machine=stream.machine,
+        target_page_bits=stream.target_page_bits,
+        uuid=stream.uuid,
+        left_out=left_out or None,
+        before=carried.before,
+        prefix=prefix,
+    )
     if to is Format.SEQUENTIAL:
-        check_channels(channels)
-        writer = SequentialWriter(
-            target,
-            blocks,
-            machine=stream.machine,
-            target_page_bits=stream.target_page_bits,
-            uuid=stream.uuid,
-            left_out=left_out or None,
-            before=carried.before,
-            prefix=prefix,
-        )
+        writer = SequentialWriter(target, blocks, options)
     else:
-        writer = Writer(
-            target,
-            blocks,
+        options = replace(
+            options,
             direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
             sparse=parse_enum(Sparse, sparse, "sparse"),
-            channels=check_channels(channels),
-            machine=stream.machine,
-            target_page_bits=stream.target_page_bits,
-            uuid=stream.uuid,
-            left_out=left_out or None,
-            before=carried.before,
-            prefix=prefix,
         )
+        writer = Writer(target, blocks, options)
     try:
         return Job(writer.channels, writer.total, lambda: _write(writer, source, carried, to))
     except BaseException:
@@ -296,14 +290,16 @@ def _start_one_pass(
             )
             for name, block in source.blocks.items()
         ],
-        direct_io=direct_io,
-        sparse=sparse,
-        channels=channels,
-        machine=source.machine,
-        target_page_bits=source.configuration.target_page_bits,
-        uuid=source.configuration.uuid,
-        before=_before(source.source, source.head),
-        prefix=prefix,
+        SaveOptions(
+            direct_io=direct_io,
+            sparse=sparse,
+            channels=channels,
+            machine=source.machine,
+            target_page_bits=source.configuration.target_page_bits,
+            uuid=source.configuration.uuid,
+            before=_before(source.source, source.head),
+            prefix=prefix,
+        ),
     )
     try:
         work = StreamUnpacker(
@@ -474,17 +470,5 @@ def _check_memories(source: Snapshot, memories: Mapping[str, Memory]) -> None:
 
 def _nothing(block: Block, identity: FileId = _NO_FILE) -> SnapshotMemory:
     """Memory that is listed and never read; ``identity`` of the file that is."""
-    index = _core.ffi.gc(
-        _core.lib.qm_index_create(block.num_pages, block.page_size), _core.lib.qm_index_destroy
-    )
-    indexed = _core.ffi.new("struct qm_indexed *")
-    indexed.index, indexed.fd = index, -1
-    return SnapshotMemory(
-        block.length,
-        0,
-        identity,
-        _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
-        _core.ffi.addressof(_core.lib, "qm_indexed_next"),
-        indexed,
-        index,
-    )
+    empty = BlockIndex(block.num_pages, block.page_size)
+    return SnapshotMemory(block.length, 0, identity, MemorySource.sequential(empty, -1))

@@ -18,7 +18,7 @@ from pyqmigrate.export.guest import Guest
 from pyqmigrate.export.image import Area, Image, ImageReport, write_image
 from pyqmigrate.format.address_space.placement import GivenPlacement
 from pyqmigrate.format.dump.lime import HEADER_LENGTH, encode_header
-from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.job import Progress
 from pyqmigrate.io.target import DirectIO, Target
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.save.writer import Sparse

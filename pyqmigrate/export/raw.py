@@ -34,8 +34,9 @@ from pyqmigrate.errors import (
     target_error,
 )
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.channels import Channels, check_channels
 from pyqmigrate.io.in_use import refuse_in_use
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.new_file import NewFile, give_names
 from pyqmigrate.io.own_files import FileKind, check_is_file, check_replaceable
@@ -292,7 +293,7 @@ def _place(
     work = StreamUnpacker(
         snapshot.source,
         Channels(channels, "pyqmigrate-unpack"),
-        Sparse.EXACT.core(),
+        Sparse.EXACT.policy(),
         room.path,
         page_size=snapshot.page_size,
     )

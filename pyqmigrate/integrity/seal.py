@@ -48,8 +48,9 @@ from pyqmigrate.integrity.manifest import (
 )
 from pyqmigrate.integrity.stream_damage import parts_of_stream
 from pyqmigrate.io.bitmap_order import other_order
-from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.channels import Channels, check_channels
 from pyqmigrate.io.in_use import files_in_use, refuse_in_use
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.target import Descriptors, DirectIO, InputFile
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot, check_bitmap_order

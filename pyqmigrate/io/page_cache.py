@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 
-from pyqmigrate import _core
+import pyqmigrate._core as _core
 from pyqmigrate.errors import TargetError
 from pyqmigrate.io.target import file_size
 

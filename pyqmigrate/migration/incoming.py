@@ -13,7 +13,7 @@ from pyqmigrate.format.stream.wire import Section, SectionKind
 from pyqmigrate.format.stream.writer import Stream, parse
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
-from pyqmigrate.io.channels import Job
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.target import DirectIO, InputFile
 from pyqmigrate.migration.fdset import FdSets

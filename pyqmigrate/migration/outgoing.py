@@ -21,7 +21,7 @@ from pyqmigrate.qapi.parameters import Parameters, ZeroPageDetection
 from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import Sparse, StreamWriter
+from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse, StreamWriter
 
 __all__ = ["Clock", "in_file", "open_writer", "selections"]
 
@@ -61,25 +61,29 @@ def open_writer(
         return SequentialWriter(
             target,
             blocks,
-            machine=machine,
-            target_page_bits=target_page_bits,
-            uuid=told,
-            left_out=left_out,
-            max_bandwidth=parameters.max_bandwidth,
+            SaveOptions(
+                machine=machine,
+                target_page_bits=target_page_bits,
+                uuid=told,
+                left_out=left_out,
+                max_bandwidth=parameters.max_bandwidth,
+            ),
         )
     all_pages = parameters.zero_page_detection is ZeroPageDetection.NONE
     return Writer(
         target,
         blocks,
-        direct_io=DirectIO.ON if direct else DirectIO.OFF,
-        sparse=Sparse.DENSE if all_pages else Sparse.AUTO,
-        mark_zero=all_pages,
-        channels=parameters.multifd_channels if capabilities.multifd else 1,
-        machine=machine,
-        target_page_bits=target_page_bits,
-        uuid=told,
-        left_out=left_out,
-        max_bandwidth=parameters.max_bandwidth,
+        SaveOptions(
+            direct_io=DirectIO.ON if direct else DirectIO.OFF,
+            sparse=Sparse.DENSE if all_pages else Sparse.AUTO,
+            mark_zero=all_pages,
+            channels=parameters.multifd_channels if capabilities.multifd else 1,
+            machine=machine,
+            target_page_bits=target_page_bits,
+            uuid=told,
+            left_out=left_out,
+            max_bandwidth=parameters.max_bandwidth,
+        ),
     )
 
 

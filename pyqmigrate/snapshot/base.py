@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import BlockMismatch, NotSupported, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.compression import MAGIC_MAX, Compression
 from pyqmigrate.format.libvirt import LibvirtHeader, is_libvirt, read_header
 from pyqmigrate.format.stream.wire import MAGIC, Stream
-from pyqmigrate.io.channels import Job, Progress
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.target import Descriptors, DirectIO, InputFile, Target, seal_path, target_path
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
@@ -184,11 +183,11 @@ class Block(abc.ABC):
         memory = self.memory()
         start = offset // self.page_size * self.page_size
         stop = -(-(offset + length) // self.page_size) * self.page_size
-        buffer = _core.ffi.new("char[]", stop - start)
-        got = memory.fill(memory.argument, buffer, start, stop - start)
-        if got < 0:
-            raise self._refused(-got)
-        return bytes(_core.ffi.buffer(buffer)[offset - start : offset - start + length])
+        try:
+            pages = memory.source.read(start, stop - start)
+        except OSError as error:
+            raise self._refused(error.errno or errno.EIO) from None
+        return pages[offset - start : offset - start + length]
 
     def _elsewhere(self) -> UsageError:
         return UsageError(f"the content of block {self.name!r} is not in this file")

@@ -32,7 +32,7 @@ from pyqmigrate.format.stream.wire import (
     Section,
     SectionKind,
 )
-from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.job import Progress
 from pyqmigrate.io.pipe import ForwardInput
 from pyqmigrate.io.target import InputFile, Target
 from pyqmigrate.snapshot.base import Snapshot, locate

@@ -1,36 +1,36 @@
-"""Old bytes under clear bits: pages that are zero for a guest, and not in the file.
+"""Stale pages: old bytes in the file under clear bits, where the guest's page is zero.
 
-A live save leaves them, and a save over an older file. Loads step over them; a guest whose memory
-is a mapping of the file would see them.
+A live save leaves them behind, and so does a save over an older file. Loads ignore them, but a guest
+whose memory is a mapping of the file would see them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import File
+from pyqmigrate.io import pages
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Range, core_block, split_ranges
-from pyqmigrate.io.target import core_file
-from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
+from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.pages import StoredPages
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 
 __all__ = ["clear_stale", "find_stale"]
 
 
 def find_stale(snapshot: MappedRamSnapshot, channels: Channels) -> dict[str, int]:
-    """How many stale pages each block has; blocks without any are left out.
+    """Return how many stale pages each block has, for blocks that have any.
 
-    Only what the file holds under clear bits is read. Raises SnapshotError for bad bitmaps,
+    Only extents of the file are read. Raises SnapshotError for bad bitmaps,
     TargetError, Cancelled.
     """
-    file, found = core_file(snapshot.source.fd, None), {}
+    file, found = File(snapshot.source.fd), {}
     for block in snapshot.blocks.values():
         if block.external:
             continue
         stale = Bitmap(block.num_pages)
         try:
-            _each(block, channels, _core.lib.qm_find_stale, file, stale.core)
+            pages.find_stale(StoredPages(block.layout, block.bitmap), stale, file, channels)
             if count := stale.count():
                 found[block.name] = count
         finally:
@@ -41,21 +41,9 @@ def find_stale(snapshot: MappedRamSnapshot, channels: Channels) -> dict[str, int
 def clear_stale(
     snapshot: MappedRamSnapshot, fd: int, names: Collection[str], channels: Channels
 ) -> None:
-    """Make them holes in the blocks ``names``; ``fd`` is the file, open for writing, our own."""
-    file = core_file(fd, None)
+    """Make the stale pages of the blocks ``names`` holes. ``fd`` is the file, open for writing, with
+    its own open file description."""
+    file = File(fd)
     for name in names:
-        _each(snapshot.blocks[name], channels, _core.lib.qm_stale_punch, file)
-
-
-def _each(block: MappedRamBlock, channels: Channels, function: Any, file: Any, *more: Any) -> None:
-    """Call a function of the core for all of a block, range by range."""
-    layout, bits = core_block(block.layout), block.bitmap
-
-    def move(channel: Any, piece: Range, fault: Any) -> int:
-        count = function(
-            channels.core, channel, file, layout, bits.core, *more, piece.first, piece.npages, fault
-        )
-        return min(int(count), 0)
-
-    pieces = split_ranges(0, block.num_pages, block.page_size)
-    channels.run(pieces, move, "the snapshot", [block.name])
+        block = snapshot.blocks[name]
+        pages.punch_stale(StoredPages(block.layout, block.bitmap), file, channels)

@@ -14,26 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import Block, Channel, File, Policy, Transfer, error_from_fault
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.format.stream.sequential import ListedBlock, SequentialStream, SequentialWalk
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, failure
-from pyqmigrate.io.mapping import unmap
-from pyqmigrate.io.target import Direct, InputFile, core_file
+from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.records import STAGING_MAX, Decoded, StagingBuffer
+from pyqmigrate.io.target import Direct, InputFile
 from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, read_body
 
 __all__ = ["Place", "StreamUnpacker"]
 
-_PART: int = _core.lib.QM_STAGING_MAX  # bytes of a block on one stage
 _MOST_THREADS = 4
 
 
@@ -56,14 +53,14 @@ class StreamUnpacker:
     """One pass: its head is parsed on construction, :meth:`run` does the rest.
 
     ``channels`` write, and are cancelled along with ``reading``, which reads and counts progress.
-    ``sparse`` is the core's policy for zero pages, ``target`` names what is written in errors.
+    ``policy`` is that for zero pages, ``target`` names what is written in errors.
     """
 
     def __init__(
         self,
         source: InputFile,
         channels: Channels,
-        sparse: Any,
+        policy: Policy,
         target: str,
         *,
         page_size: int | None = None,
@@ -71,7 +68,7 @@ class StreamUnpacker:
         self.source = source
         self.channels = channels
         self.target = target
-        self._sparse = sparse
+        self._policy = policy
         self.reading = Channels(1, "pyqmigrate-pass")
         self.reading.join(channels)
         polled = PolledSource(source, self.reading)
@@ -107,7 +104,7 @@ class StreamUnpacker:
             stack.push(lambda kind, *_: self.channels.cancel() if kind else None)
             stream = self._walk.stream()
             self._write_current()
-            if self._sparse.everything:
+            if self._policy.everything:
                 self._write_unvisited()
             for stage in self._stages:
                 self._await(stage)
@@ -118,48 +115,52 @@ class StreamUnpacker:
     def _part(self, block: ListedBlock, place: Place | None) -> _Placed | None:
         if place is None:
             return None
-        core = _core.ffi.new("struct qm_block *")
-        core.len, core.pages_offset, core.page_size = block.length, place.offset, self.page_size
         # A page that is less than a unit of direct I/O would be written along with others, which
         # are not on the stage.
         direct = place.direct
         if direct is not None and self.page_size % direct.off_align:
             direct = None
-        return _Placed(place, core_file(place.fd, direct), core_file(place.fd, None), core)
+        core = Block(block.length, self.page_size, place.offset)
+        job, data = self.channels.core, place.bitmap
+        return _Placed(
+            place,
+            Transfer(job, core, file=File(place.fd, direct), policy=self._policy, data=data),
+            Transfer(job, core, file=File(place.fd), data=data),
+        )
 
     def _new_records(self, seen: Mapping[str, Bitmap]) -> RecordDecoder:
         records = RecordDecoder(self.blocks, self.page_size)
-        for record, block in zip(records.core, self.blocks, strict=True):
+        for number, block in enumerate(self.blocks):
             if block.name in seen:
-                record.staged, record.seen = True, seen[block.name].core
+                records.write_to_staging(number, seen[block.name])
         records.start()
         return records
 
     def _read_records(self, offset: int) -> int:
-        at, fault = _core.ffi.new("int64_t *", offset), _core.ffi.new("struct qm_fault *")
+        self._records.position = offset
         while True:
-            rc = read_body(self.reading, self._records.decoder, self.source, at, fault)
-            if rc == _ELSEWHERE:
+            rc = read_body(self.reading, self._records, self.source)
+            if rc == Decoded.UNSTAGED:
                 self._turn()
             elif rc < 0:
-                raise self._failure(rc, fault, int(at[0]))
+                raise self._failure(rc)
             else:
-                return int(at[0])
+                return self._records.position
 
-    def _failure(self, rc: int, fault: Any, at: int) -> PyqmigrateError:
+    def _failure(self, rc: int) -> PyqmigrateError:
+        fault = self._records.fault
         if fault.in_memory and rc != -errno.EBADMSG:  # which is our own file
-            fault.in_memory = 0
-            return failure(rc, fault, self.target, self.blocks[fault.block].name)
-        return self._records.failure(rc, fault, self.source, at)
+            fault.clear()
+            return error_from_fault(rc, fault, self.target, self.blocks[fault.block].name)
+        return self._records.failure(rc, self.source)
 
     # ---- stages ----
 
     def _turn(self) -> None:
         """Put that part on a stage which the next record is about."""
-        off = _core.ffi.new("uint64_t *")
-        number = _core.lib.qm_decoder_wants(self._records.decoder, off)
+        number, offset = self._records.unstaged()
         self._write_current()
-        self._put(number, int(off[0]) // _PART * _PART)
+        self._put(number, offset // STAGING_MAX * STAGING_MAX)
 
     def _put(self, number: int, off: int) -> None:
         for stage in self._stages:  # what the file has of it must be there first
@@ -169,13 +170,12 @@ class StreamUnpacker:
         self._await(stage)
         placed = self._parts[number]
         assert placed is not None
-        place, core = placed.place, stage.core
-        core.off, core.len = off, min(_PART, self.blocks[number].length - off)
-        core.fd, core.at = place.fd, place.offset + off
-        core.data = place.bitmap.core + off // self.page_size // 64
+        place = placed.place
+        length = min(STAGING_MAX, self.blocks[number].length - off)
+        stage.buffer.place(off, length, place.fd, place.offset + off, place.bitmap)
         stage.part = (number, off)
         self._visited.add(stage.part)
-        _core.lib.qm_decoder_set_staging(self._records.decoder, number, core)
+        self._records.stage(number, stage.buffer)
         self._current = stage
 
     def _write_current(self) -> None:
@@ -196,18 +196,9 @@ class StreamUnpacker:
         number, _ = stage.part
         placed = self._parts[number]
         assert placed is not None
-        rc: int = _core.lib.qm_write_staging(
-            self.channels.core,
-            stage.channel,
-            placed.file,
-            placed.block,
-            stage.core,
-            self._sparse,
-            placed.place.bitmap.core,
-            stage.fault,
-        )
+        rc = stage.buffer.write(placed.transfer, stage.channel)
         if rc < 0:
-            raise failure(rc, stage.fault, self.target, self.blocks[number].name)
+            raise error_from_fault(rc, stage.channel.fault, self.target, self.blocks[number].name)
         return rc
 
     # ---- afterwards ----
@@ -218,66 +209,38 @@ class StreamUnpacker:
             placed = self._parts[number]
             if placed is None:
                 continue
-            for off in range(0, block.length, _PART):
+            for off in range(0, block.length, STAGING_MAX):
                 if (number, off) not in self._visited:
                     self._put(number, off)
                     self._write_current()
 
     def _clean(self) -> None:
         """Make the pages that have ceased to hold data zeros in the file too."""
-        channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
-        fault = _core.ffi.new("struct qm_fault *")
+        channel = Channel()
         for number, off in sorted(self._stale):
             placed, block = self._parts[number], self.blocks[number]
             assert placed is not None
             first = off // self.page_size
-            npages = min(_PART, block.length - off) // self.page_size
-            rc = _core.lib.qm_stale_punch(
-                self.channels.core,
-                channel,
-                placed.buffered,
-                placed.block,
-                placed.place.bitmap.core,
-                first,
-                npages,
-                fault,
-            )
+            npages = min(STAGING_MAX, block.length - off) // self.page_size
+            rc = placed.buffered.punch_stale(channel, first, npages)
             if rc < 0:
-                raise failure(rc, fault, self.target, block.name)
-
-
-_ELSEWHERE = 2  # what read_body returns when another part has to be on the stage
+                raise error_from_fault(rc, channel.fault, self.target, block.name)
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """A block's place as the core knows it."""
+    """A block's place, and the transfers to it: by ``policy`` and direct I/O, and buffered."""
 
     place: Place
-    file: Any
-    buffered: Any
-    block: Any
+    transfer: Transfer
+    buffered: Transfer
 
 
 class _Stage:
     """Memory for a part of a block, with what the thread needs that writes it."""
 
     def __init__(self, stack: contextlib.ExitStack, page_size: int) -> None:
-        memory = mmap.mmap(-1, _PART, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        stack.callback(unmap, memory)
-        memory.madvise(mmap.MADV_DONTFORK)
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        base = _core.ffi.from_buffer("unsigned char[]", memory, True)
-        stack.callback(_core.ffi.release, base)
-        words = -(-_PART // page_size // 64)
-        self._kept = _core.ffi.new("uint64_t[]", words), _core.ffi.new("uint64_t[]", words)
-        self.core = _core.ffi.new("struct qm_staging *")
-        self.core.base = base
-        self.core.filled, self.core.zeroed = self._kept
-        self.channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
-        if self.channel == _core.ffi.NULL:
-            raise MemoryError
-        self.fault = _core.ffi.new("struct qm_fault *")
+        self.buffer = StagingBuffer(stack, page_size)
+        self.channel = Channel()
         self.part = (-1, 0)  # number of the block, and the offset in it
         self.written: Future[int] | None = None

@@ -43,12 +43,13 @@ from pyqmigrate.format.stream.device_only import HEADER_LENGTH, walk_devices
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
-from pyqmigrate.io.channels import Job, check_channels
+from pyqmigrate.io.channels import check_channels
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import FileMemory, Memory, ProcessMemory, RamBlock, SnapshotMemory
 from pyqmigrate.io.target import DirectIO, InputFile, Target
 from pyqmigrate.snapshot.load.sequential import DEVICE_STATE_MAX, SequentialReader
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
+from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -281,14 +282,16 @@ def start_snapshot(
     writer = Writer(
         target,
         _ram_blocks(state, memories),
-        direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
-        sparse=parse_enum(Sparse, sparse, "sparse"),
-        channels=check_channels(channels),
-        machine=state.machine,
-        target_page_bits=state.target_page_bits,
-        uuid=state.uuid,
-        reuse=reuse,
-        max_bandwidth=max_bandwidth,
+        SaveOptions(
+            direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
+            sparse=parse_enum(Sparse, sparse, "sparse"),
+            channels=check_channels(channels),
+            machine=state.machine,
+            target_page_bits=state.target_page_bits,
+            uuid=state.uuid,
+            reuse=reuse,
+            max_bandwidth=max_bandwidth,
+        ),
     )
 
     def write() -> SaveReport:

@@ -144,7 +144,7 @@ async def save(
     set_time: set the clock of a guest that goes on, by its agent. Where that fails, or takes more
         than five seconds, a note says so.
     guest_agent: the path of the agent's socket; None finds it in QEMU's command line.
-    progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
+    progress: called with a :class:`~pyqmigrate.io.job.Progress` about ten times a second.
 
     Whatever fails, and when this is cancelled or its process killed, the guest is put back as it
     was found and nothing is left. Only where the snapshot has its name, and that cannot be made
