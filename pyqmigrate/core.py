@@ -10,8 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pyqmigrate._core as _core
 from pyqmigrate.errors import Cancelled, GuestMemoryError, NoSpace, PyqmigrateError, TargetError
@@ -37,33 +36,35 @@ CHUNK: int = _core.lib.QM_CHUNK  # bytes; a transfer starts at a multiple of it
 _NOT_FOUND = (1 << 64) - 1
 
 
-class _Wrapper(Protocol):
-    """An object that owns a structure of the core."""
+if TYPE_CHECKING:  # the class of a Protocol or a dataclass takes time to make
+    from typing import Protocol
 
-    @property
-    def core(self) -> Any: ...
+    class _Wrapper(Protocol):
+        """An object that owns a structure of the core."""
+
+        @property
+        def core(self) -> Any: ...
+
+    class _Direct(Protocol):
+        """A descriptor for direct I/O, and what it requires."""
+
+        @property
+        def fd(self) -> int: ...
+        @property
+        def mem_align(self) -> int: ...
+        @property
+        def off_align(self) -> int: ...
 
 
-class _Direct(Protocol):
-    """A descriptor for direct I/O, and what it requires."""
-
-    @property
-    def fd(self) -> int: ...
-    @property
-    def mem_align(self) -> int: ...
-    @property
-    def off_align(self) -> int: ...
-
-
-@dataclass(frozen=True)
 class Totals:
     """The running totals of a job: see ``struct qm_totals``."""
 
-    bytes_done: int
-    data_pages: int
-    zero_pages: int
-    bytes_moved: int
-    calls: int
+    def __init__(self, core: Any) -> None:
+        self.bytes_done = int(core.bytes_done)
+        self.data_pages = int(core.data_pages)
+        self.zero_pages = int(core.zero_pages)
+        self.bytes_moved = int(core.bytes_moved)
+        self.calls = int(core.calls)
 
 
 class JobState:
@@ -87,13 +88,7 @@ class JobState:
     def totals(self) -> Totals:
         totals = _core.ffi.new("struct qm_totals *")
         _core.lib.qm_job_totals(self.core, totals)
-        return Totals(
-            totals.bytes_done,
-            totals.data_pages,
-            totals.zero_pages,
-            totals.bytes_moved,
-            totals.calls,
-        )
+        return Totals(totals)
 
     def count_io(self, length: int) -> None:
         """Count bytes that were moved to or from the file outside of the core."""
@@ -282,7 +277,6 @@ class Transfer:
         return int(_core.lib.qm_zero_clear(self.core, fault.core))
 
 
-@dataclass(frozen=True)
 class MemorySource:
     """Memory without an address: functions of the core that read it, and their argument.
 
@@ -290,10 +284,11 @@ class MemorySource:
     argument points to. What it reads from must stay open.
     """
 
-    fill: Any
-    next: Any
-    argument: Any
-    kept: Any = None
+    def __init__(self, fill: Any, next: Any, argument: Any, kept: object) -> None:
+        self.fill = fill
+        self.next = next
+        self.argument = argument
+        self._kept = kept
 
     @classmethod
     def mapped_ram(

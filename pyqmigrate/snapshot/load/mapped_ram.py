@@ -17,7 +17,6 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, check_channels, split_ranges
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, OpenMemory
-from pyqmigrate.io.pages import BlockPages, read_pages
 from pyqmigrate.io.target import DirectIO, InputFile
 from pyqmigrate.log import logger
 
@@ -142,6 +141,9 @@ class _Load:
             return self._report()
 
     def _read_pages(self) -> None:
+        # A restore that has QEMU read the pages does without.
+        from pyqmigrate.io.pages import BlockPages, read_pages
+
         try:
             read_pages(
                 [
