@@ -1,4 +1,4 @@
-/* Counting and walking over bitmaps, for Python. */
+/* Count bits and find runs in bitmaps, for Python. */
 #include "bits.h"
 #include "qmigrate.h"
 

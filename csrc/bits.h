@@ -1,4 +1,4 @@
-/* Walking over a bitmap of native 64-bit words. */
+/* Access to a bitmap of native 64-bit words. */
 #ifndef QM_BITS_H
 #define QM_BITS_H
 
@@ -20,13 +20,13 @@ static inline void bit_clear(uint64_t *bits, size_t k)
     bits[k / 64] &= ~((uint64_t)1 << (k % 64));
 }
 
-/* The bits of word `w` that are below `n`. */
+/* Return a mask of the bits of word `w` that are below `n`. */
 static inline uint64_t bits_below(size_t w, size_t n)
 {
     return n - w * 64 >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << (n - w * 64)) - 1;
 }
 
-/* First bit at or after `from`, below `n`, that is set (flip 0) or clear (flip ~0); n if none. */
+/* Return the first bit in [from, n) that is set (flip 0) or clear (flip ~0), or n. */
 static inline size_t bit_find(const uint64_t *bits, size_t from, size_t n, uint64_t flip)
 {
     while (from < n) {

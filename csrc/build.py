@@ -1,4 +1,4 @@
-"""How the core is built: ``pyqmigrate._core`` from the C files beside this one."""
+"""Build ``pyqmigrate._core`` from the C files in this directory."""
 
 import re
 import sysconfig
@@ -43,15 +43,15 @@ HEADERS = [
     "xxh3.h",
     "pagemap.h",
 ]
-# What the core calls (a qm_write_hook): pyqmigrate/integrity/digests.py has it.
+# A qm_write_hook, implemented in pyqmigrate/core.py.
 CALLBACKS = """
-extern "Python" int qm_note_writing(void *arg, int64_t at, const void *bytes, size_t len);
+extern "Python" int qm_call_write_hook(void *arg, int64_t at, const void *bytes, size_t len);
 """
 
 
 def declarations(header: str) -> str:
-    """All that ``qmigrate.h`` declares, as cffi reads it: without comments and directives, numbers
-    of macros left to the compiler."""
+    """Return the declarations of ``qmigrate.h`` for cffi: without comments and directives, and with
+    the values of macros left to the compiler."""
     text = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
     text = re.sub(r"^#define (\w+)[ \t]+\S.*$", r"#define \1 ...", text, flags=re.MULTILINE)
     text = re.sub(r"^#(?!define \w+ \.\.\.).*$", "", text, flags=re.MULTILINE)
@@ -63,7 +63,7 @@ ffibuilder.cdef(declarations((HERE / "qmigrate.h").read_text()) + CALLBACKS)
 ffibuilder.set_source(
     "pyqmigrate._core",
     '#include "qmigrate.h"',
-    # Relative to setup.py, as sdists and editable installs need it.
+    # Relative to setup.py, as sdists and editable installs require.
     sources=[f"csrc/{name}" for name in SOURCES],
     depends=[f"csrc/{name}" for name in HEADERS],
     include_dirs=["csrc"],

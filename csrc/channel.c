@@ -1,4 +1,4 @@
-/* Bounce buffers of a channel, and the extent of data that it looked at last. */
+/* The bounce buffers of a channel, and the data extent that it looked up last. */
 #define _GNU_SOURCE
 #include "channel.h"
 
@@ -44,7 +44,7 @@ void qm_channel_destroy(qm_channel *channel)
     for (int k = 0; k < QM_BUFFERS; k++) {
         if (!channel->buffers[k])
             continue;
-        /* The allocator may hand this memory to somebody who does fork. */
+        /* The allocator may reuse this memory for data that a child needs. */
         madvise(channel->buffers[k], BUFFER_LEN, MADV_DOFORK);
         free(channel->buffers[k]);
     }

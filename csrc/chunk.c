@@ -1,4 +1,4 @@
-/* Guest memory -> chunk: which of its pages are zero, and where the others can be read. */
+/* Guest memory -> chunk: classify its pages as zero or data, and make the data readable. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "channel.h"
@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Bytes read and scanned at a time, while they are still in the cache. */
+/* Bytes read and then scanned while they are still in the cache. */
 #define SCAN_STEP ((size_t)256 << 10)
 
 ssize_t qm_memory_fill(const struct qm_memory *m, void *buf, uint64_t off, size_t len)
@@ -31,31 +31,32 @@ ssize_t qm_memory_fill(const struct qm_memory *m, void *buf, uint64_t off, size_
     return (ssize_t)have;
 }
 
-/* Whether the file behind the memory still has the chunk: past its end all would look like a
- * hole. */
-static int still_there(struct qm_source *s, const struct chunk *c)
+/* Check that the file behind the memory still contains the chunk: beyond its end everything looks
+ * like a hole. */
+static int check_size(struct qm_source *s, const struct chunk *c)
 {
-    if (s->memory->fill)
+    const struct qm_memory *m = s->transfer->memory;
+    if (m->fill)
         return 0;
     /* Not fstat: built on a new glibc it would need glibc 2.33. */
-    off_t size = lseek(s->memory->fd, 0, SEEK_END);
+    off_t size = lseek(m->fd, 0, SEEK_END);
     if (size < 0)
         return memory_fault(s->fault, c->off, -errno);
-    uint64_t end = (uint64_t)s->memory->fd_offset + c->off + c->len;
+    uint64_t end = (uint64_t)m->fd_offset + c->off + c->len;
     if ((uint64_t)size < end)
         return memory_fault(s->fault, c->off, -EFAULT);
     return 0;
 }
 
-/* Byte of the chunk where the hole at `at` ends, in steps that keep pages and units whole;
- * -errno. */
+/* Return the byte of the chunk where the hole at `at` ends, rounded down to a multiple of pages and
+ * units; -errno. */
 static int64_t skip_hole(struct qm_source *s, const struct chunk *c, size_t at)
 {
-    int rc = still_there(s, c);
+    int rc = check_size(s, c);
     if (rc)
         return rc;
     uint64_t end = c->off + c->len;
-    const struct qm_memory *m = s->memory;
+    const struct qm_memory *m = s->transfer->memory;
     uint64_t data = (uint64_t)(m->fill ? m->next(m->fill_arg, c->off + at, end)
                                        : qm_next_data(m, c->off + at, end));
     if (data == end)
@@ -64,26 +65,27 @@ static int64_t skip_hole(struct qm_source *s, const struct chunk *c, size_t at)
     return (int64_t)(next > at ? next : at);
 }
 
-/* Memory without an address: copied into the bounce buffer; where zeros are met, holes are
- * sought. */
+/* Copy memory without an address into a bounce buffer. Holes are looked for where zeros were
+ * found. */
 static int fill_chunk(struct qm_source *s, struct chunk *c)
 {
-    int number = qm_channel_next(s->channel, s->job);
+    const struct qm_memory *m = s->transfer->memory;
+    int number = qm_channel_next(s->channel, s->transfer->job);
     unsigned char *buffer = qm_channel_buffer(s->channel, number);
     if (!buffer)
         return -ENOMEM;
     c->bytes = buffer;
     c->buffer = number;
 
-    size_t page = s->block->page_size;
+    size_t page = s->transfer->block->page_size;
     int look = s->look_for_holes;
     for (size_t at = 0; at < c->len;) {
-        if (look && (!s->memory->fill || s->memory->next)) {
+        if (look && (!m->fill || m->next)) {
             int64_t next = skip_hole(s, c, at);
             if (next < 0)
                 return (int)next;
             if ((size_t)next > at) {
-                /* Nobody reads what stands there, unless it is written as part of a run. */
+                /* The bytes matter only if they are written as part of a run. */
                 if ((size_t)next - at <= s->longest_gap)
                     memset(buffer + at, 0, (size_t)next - at);
                 at = (size_t)next;
@@ -91,7 +93,7 @@ static int fill_chunk(struct qm_source *s, struct chunk *c)
             }
         }
         size_t step = c->len - at < SCAN_STEP ? c->len - at : SCAN_STEP;
-        ssize_t got = qm_memory_fill(s->memory, buffer + at, c->off + at, step);
+        ssize_t got = qm_memory_fill(m, buffer + at, c->off + at, step);
         if (got < 0)
             return memory_fault(s->fault, c->off + at, (int)got);
         if ((size_t)got < step)
@@ -108,17 +110,18 @@ static int fill_chunk(struct qm_source *s, struct chunk *c)
     return 0;
 }
 
-/* A mapping whose holes must stay holes. */
+/* Scan a mapping, without touching its holes. */
 static void scan_extents(struct qm_source *s, struct chunk *c)
 {
-    size_t page = s->block->page_size;
+    const struct qm_memory *m = s->transfer->memory;
+    size_t page = s->transfer->block->page_size;
     uint64_t end = c->off + c->len;
     uint64_t at = c->off;
     c->has_holes = 1;
     while (at < end) {
-        uint64_t stop = qm_channel_data_until(s->channel, s->memory, at, end);
+        uint64_t stop = qm_channel_data_until(s->channel, m, at, end);
         if (stop == at) {
-            int64_t data = qm_next_data(s->memory, at, end);
+            int64_t data = qm_next_data(m, at, end);
             at = (uint64_t)data;
             continue;
         }
@@ -133,32 +136,33 @@ static void scan_extents(struct qm_source *s, struct chunk *c)
     }
 }
 
-/* Whether holes of the mapping can be told apart page by page. */
-static int holes_are_pages(const struct qm_source *s)
+/* Return whether each page of the mapping is either data or a hole. */
+static int holes_are_pages(const struct qm_transfer *t)
 {
     long page = sysconf(_SC_PAGESIZE);
-    return s->block->page_size <= (uint64_t)page && s->memory->fd_offset % page == 0;
+    return t->block->page_size <= (uint64_t)page && t->memory->fd_offset % page == 0;
 }
 
 int qm_chunk_load(struct qm_source *s, struct chunk *c, uint64_t first, uint64_t end)
 {
-    const struct qm_memory *m = s->memory;
-    size_t most = QM_CHUNK / s->block->page_size;
+    const struct qm_memory *m = s->transfer->memory;
+    uint32_t page = s->transfer->block->page_size;
+    size_t most = QM_CHUNK / page;
     c->first = first;
     c->npages = end - first < most ? (size_t)(end - first) : most;
-    c->off = first * s->block->page_size;
-    c->len = c->npages * s->block->page_size;
+    c->off = first * page;
+    c->len = c->npages * page;
     memset(c->data, 0, sizeof(c->data));
     c->buffer = -1;
     c->has_holes = 0;
-    if (!m->base || (m->fd >= 0 && !holes_are_pages(s)))
+    if (!m->base || (m->fd >= 0 && !holes_are_pages(s->transfer)))
         return fill_chunk(s, c);
     c->bytes = m->base + c->off;
     if (m->fd >= 0) {
         memset(c->resident, 0, sizeof(c->resident));
         scan_extents(s, c);
     } else {
-        qm_scan(c->bytes, c->npages, s->block->page_size, c->data);
+        qm_scan(c->bytes, c->npages, page, c->data);
     }
     return 0;
 }

@@ -1,4 +1,4 @@
-/* Guest memory, a chunk at a time, for those who write it somewhere. */
+/* Guest memory, a chunk at a time. */
 #ifndef QM_CHUNK_H
 #define QM_CHUNK_H
 
@@ -7,15 +7,13 @@
 #define MAX_PAGES (QM_CHUNK / QM_MIN_PAGE)
 #define WORDS (MAX_PAGES / 64)
 
-/* A block's memory, and how it is looked at. */
+/* Where chunks come from, and how they are read. */
 struct qm_source {
-    qm_job *job;
+    const struct qm_transfer *transfer;
     qm_channel *channel;
-    const struct qm_block *block;
-    const struct qm_memory *memory;
     struct qm_fault *fault;
-    uint64_t longest_gap; /* bytes: no longer hole is read where a chunk is copied */
-    int look_for_holes;   /* from the front of a chunk that has to be copied */
+    uint64_t longest_gap; /* bytes: longer holes are left undefined where a chunk is copied */
+    int look_for_holes;   /* at the start of a chunk that has to be copied */
 };
 
 struct chunk {
@@ -30,11 +28,11 @@ struct chunk {
     uint64_t data[WORDS]; /* pages that are not zero */
 };
 
-/* Makes `c` the chunk that starts at page `first` and ends by page `end`. Its content stands in
- * guest memory, or in a buffer of the channel until the next chunk but one. */
+/* Make `c` the chunk that starts at page `first` and ends at page `end` at the latest. Its bytes are
+ * in guest memory, or in a buffer of the channel until the next chunk but one. */
 int qm_chunk_load(struct qm_source *s, struct chunk *c, uint64_t first, uint64_t end);
 
-/* Copies `len` bytes at `off` of memory that is a file or has no address; the number of bytes,
+/* Copy `len` bytes at `off` of memory that is a file or has no address. Returns the number of bytes,
  * fewer when the memory ends early, or -errno. */
 ssize_t qm_memory_fill(const struct qm_memory *memory, void *buf, uint64_t off, size_t len);
 

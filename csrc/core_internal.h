@@ -1,4 +1,4 @@
-/* What the parts of the core share, and Python does not see. */
+/* What the files of the core share; Python does not see it. */
 #ifndef QM_CORE_INTERNAL_H
 #define QM_CORE_INTERNAL_H
 
@@ -6,39 +6,38 @@
 
 struct iovec;
 
-/* Waits until `len` more bytes may move; -ECANCELED. */
+/* Wait until `len` more bytes may move; -ECANCELED. */
 int qm_job_throttle(qm_job *job, uint64_t len);
-/* How many bytes one call should move at most, so that a low rate stays smooth. */
+/* Return how many bytes one call should move at most, so that a low rate stays smooth. */
 size_t qm_job_piece(const qm_job *job, size_t unit);
-/* Whole transfer of an iovec array, `unit` the granularity at which a short one is taken up. The
- * array is used up. qm_preadv returns how many bytes there were before the end of the file. */
+/* Transfer an iovec array completely; a short call is continued at a multiple of `unit`. The array
+ * is modified. qm_preadv returns the number of bytes before the end of the file. On failure *bad is
+ * the file position. */
 int qm_pwritev(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit, off_t *bad);
 ssize_t qm_preadv(qm_job *job, int fd, struct iovec *iov, int n, off_t at, size_t unit, off_t *bad);
-/* Whole transfer to a pipe or socket, which has no positions; *done bytes went out, also after a
- * failure. A descriptor with O_NONBLOCK, and any socket, is left as soon as the job is
- * cancelled. */
+/* Write to a pipe or socket, which has no positions; *done is the number of bytes written, also
+ * after a failure. With O_NONBLOCK, and for any socket, cancelling the job ends it at once. */
 int qm_write_forward(qm_job *job, int fd, const unsigned char *bytes, size_t len, size_t *done);
-/* Next byte of the block at or after `off` that may hold data, at most `end`; -errno. */
+/* Return the next byte of the block at or after `off` that may hold data, at most `end`; -errno. */
 int64_t qm_next_data(const struct qm_memory *memory, uint64_t off, uint64_t end);
-/* Bytes -> the block's memory at `off`; by pwrite where it is a file. */
+/* Copy bytes to `off` of the block's memory, with pwrite if it is a file. */
 int qm_store(const struct qm_memory *memory, uint64_t off, const unsigned char *bytes, size_t len,
              struct qm_fault *fault);
 int qm_storev(const struct qm_memory *memory, uint64_t off, const struct iovec *iov, int n,
               struct qm_fault *fault);
-/* Zeroes [off, end) of the block, whole pages; punched where the memory is a file. */
+/* Zero [off, end) of the block, whole pages; punched if the memory is a file. */
 int qm_store_zeros(const struct qm_memory *memory, uint32_t page_size, uint64_t off, uint64_t end,
                    struct qm_fault *fault);
-/* The same for the pages of [first, end) whose bits are clear. */
-int qm_store_clear(const struct qm_memory *memory, uint32_t page_size, const uint64_t *bits,
-                   uint64_t first, uint64_t end, struct qm_fault *fault);
+/* Zero the pages [first, end) whose bits in the transfer's `data` are clear. */
+int qm_store_clear(const struct qm_transfer *t, uint64_t first, uint64_t end,
+                   struct qm_fault *fault);
 
-/* -EINVAL when numbers do not fit together. */
-int qm_block_check(const struct qm_block *block, const struct qm_file *file, uint64_t first,
-                   uint64_t npages);
+/* Check block, file (can be NULL) and range; -EINVAL. */
+int qm_transfer_check(const struct qm_transfer *t, uint64_t first, uint64_t npages);
 
-/* Sleeps so long, or until a signal comes. */
+/* Sleep for `ns` nanoseconds, or until a signal. */
 void qm_nap(uint64_t ns);
-/* Reads `len` bytes at a file position; -ENODATA when the file ends before. */
+/* Read `len` bytes at a file position; -ENODATA when the file ends before. */
 int qm_read_all(int fd, void *buf, size_t len, uint64_t at);
 
 #endif

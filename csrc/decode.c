@@ -1,4 +1,4 @@
-/* The page records of a sequential stream -> guest memory, an index, or a stage. */
+/* The page records of a sequential stream -> the sinks of their blocks. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "chunk.h"
@@ -10,15 +10,15 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* Read at a time; small enough to stay in the processor's cache until it is taken apart. */
+/* Bytes read at a time; few enough to stay in the processor's cache until they are decoded. */
 #define WINDOW ((size_t)1 << 20)
 #define XBZRLE_HEAD 3u /* encoding, u16 length */
 #define XBZRLE_ENCODING 1
 
-/* What the next bytes of the stream are. */
+/* What the next bytes of the stream are part of. */
 enum step { AT_WORD, AT_NAME_LEN, AT_NAME, AT_FILL, AT_PAGE, AT_DELTA_HEAD, AT_DELTA };
 
-/* Neighbouring pages that one call moves to memory that is a file. */
+/* Adjacent pages that one call moves to memory that is a file. */
 struct pending {
     const struct qm_record_block *block; /* NULL: none */
     int zeros;
@@ -37,14 +37,14 @@ struct qm_decoder {
 
     enum step step;
     size_t need; /* bytes of this step */
-    size_t have; /* of them, those in `partial` */
+    size_t have; /* how many of them are in `partial` */
     const struct qm_record_block *current;
     uint64_t word;
-    uint64_t position; /* stream bytes taken */
+    uint64_t position; /* stream bytes consumed */
     struct qm_record_error error;
     struct pending pending;
-    struct qm_staging *stage;
-    const struct qm_record_block *staged;       /* the block that `stage` is a part of */
+    struct qm_staging *staging;
+    const struct qm_record_block *staged;       /* the block that `staging` is a part of */
     uint64_t index_bytes;                       /* of all indexes together */
     uint64_t new_bytes, data_pages, zero_pages; /* not yet counted in the job */
 
@@ -119,7 +119,7 @@ qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nbloc
     d->position = 0;
     memset(&d->error, 0, sizeof(d->error));
     d->pending.block = NULL;
-    d->stage = NULL;
+    d->staging = NULL;
     d->staged = NULL;
     d->index_bytes = 0;
     d->new_bytes = d->data_pages = d->zero_pages = 0;
@@ -170,7 +170,7 @@ static int flush(qm_decoder *d, struct qm_fault *fault)
     return qm_storev(block->memory, p->off, p->iov, p->n, fault);
 }
 
-/* Makes room for one more page of `block` at `off` in what is pending. */
+/* Make room for one more page of `block` at `off` in the pending write. */
 static int coalesce(qm_decoder *d, const struct qm_record_block *block, uint64_t off, int zeros,
                     struct qm_fault *fault)
 {
@@ -188,8 +188,8 @@ static int coalesce(qm_decoder *d, const struct qm_record_block *block, uint64_t
     return 0;
 }
 
-/* Counts a record; 1 when its page was not mentioned before. */
-static int record_page(qm_decoder *d, uint64_t off, int zero)
+/* Count a record and mark its page as seen. */
+static void record_page(qm_decoder *d, uint64_t off, int zero)
 {
     const struct qm_record_block *block = d->current;
     if (zero)
@@ -197,18 +197,15 @@ static int record_page(qm_decoder *d, uint64_t off, int zero)
     else
         d->data_pages++;
     if (bit_get(block->seen, off / d->page_size))
-        return 0;
+        return;
     bit_set(block->seen, off / d->page_size);
     d->new_bytes += d->page_size;
-    return 1;
 }
 
 static int read_zero(qm_decoder *d, struct qm_fault *fault)
 {
     const struct qm_record_block *block = d->current;
     uint64_t off = offset_of(d);
-    if (!block->memory)
-        return 0;
     record_page(d, off, 1);
     if (block->memory->fd >= 0)
         return coalesce(d, block, off, 1, fault);
@@ -216,13 +213,11 @@ static int read_zero(qm_decoder *d, struct qm_fault *fault)
     return qm_store_zeros(block->memory, d->page_size, off, off + d->page_size, fault);
 }
 
-/* `lasting`: the bytes stay where they are until the next flush. */
+/* `lasting`: the bytes stay valid until the next flush. */
 static int read_page(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
 {
     const struct qm_record_block *block = d->current;
     uint64_t off = offset_of(d);
-    if (!block->memory)
-        return 0;
     record_page(d, off, 0);
     if (block->memory->fd < 0) {
         memcpy(block->memory->base + off, bytes, d->page_size);
@@ -255,8 +250,7 @@ static int read_delta(qm_decoder *d, const unsigned char *delta, struct qm_fault
     int rc = flush(d, fault);
     if (rc)
         return rc;
-    int first = m && !bit_get(block->seen, off / d->page_size);
-    if (!m || (first && d->fresh)) {
+    if (d->fresh && !bit_get(block->seen, off / d->page_size)) {
         memset(d->page, 0, d->page_size);
     } else if (m->fd < 0) {
         memcpy(d->page, m->base + off, d->page_size);
@@ -275,8 +269,8 @@ static int read_delta(qm_decoder *d, const unsigned char *delta, struct qm_fault
 
 /* ---- places of pages ------------------------------------------------------------------------ */
 
-/* Every record pays for what it adds to an index or a bitmap, and a stream for the first of
- * them. */
+/* An index and bitmaps may use a fixed amount of memory, and more in proportion to the bytes of the
+ * stream that were read. */
 #define INDEX_FLOOR ((uint64_t)64 << 20)
 #define INDEX_SHARE 4u
 
@@ -292,7 +286,7 @@ static int record_place(qm_decoder *d, const unsigned char *bytes)
 {
     qm_index *index = d->current->index;
     uint64_t page = offset_of(d) / d->page_size, before = qm_index_bytes(index);
-    uint64_t at = d->position - d->need; /* the data's first byte */
+    uint64_t at = d->position - d->need; /* of the first byte of the data */
     int rc, zero = 0;
     if (d->step == AT_FILL) {
         zero = bytes[0] == 0;
@@ -317,11 +311,11 @@ static int record_place(qm_decoder *d, const unsigned char *bytes)
     return 0;
 }
 
-/* ---- whether pages hold anything ---------------------------------------------------------- */
+/* ---- content bits --------------------------------------------------------------------------- */
 
-#define MEMORY_WORDS ((size_t)512) /* of a bitmap: memory that the first bit in it costs */
+#define MEMORY_WORDS ((size_t)512) /* words of a bitmap that the first bit in them allocates */
 
-/* Counts the record, and what its bit costs: a bitmap takes memory where bits are set. */
+/* Count a record, and the memory of its bit: a bitmap uses memory where bits are set. */
 static int record_bit(qm_decoder *d, int zero)
 {
     const uint64_t *bits = d->current->seen;
@@ -353,18 +347,18 @@ static int record_content(qm_decoder *d, const unsigned char *bytes)
     return 0;
 }
 
-/* ---- pages on a stage --------------------------------------------------------------------- */
+/* ---- staging -------------------------------------------------------------------------------- */
 
-static int is_on_stage(const qm_decoder *d)
+static int is_staged(const qm_decoder *d)
 {
-    const struct qm_staging *s = d->stage;
+    const struct qm_staging *s = d->staging;
     return d->staged == d->current && offset_of(d) >= s->off && offset_of(d) - s->off < s->len;
 }
 
-/* Makes the page what it was before this record, where the stage does not have it. */
+/* Give the page its content from before this record, unless the staged part has it. */
 static int load_previous(qm_decoder *d, size_t k, unsigned char *page, struct qm_fault *fault)
 {
-    const struct qm_staging *s = d->stage;
+    const struct qm_staging *s = d->staging;
     if (bit_get(s->filled, k))
         return 0;
     memset(page, 0, d->page_size);
@@ -385,7 +379,7 @@ static int load_previous(qm_decoder *d, size_t k, unsigned char *page, struct qm
 
 static int stage_page(qm_decoder *d, const unsigned char *bytes, struct qm_fault *fault)
 {
-    struct qm_staging *s = d->stage;
+    struct qm_staging *s = d->staging;
     size_t k = (size_t)((offset_of(d) - s->off) / d->page_size);
     unsigned char *page = s->base + k * d->page_size;
     fault->block = d->current - d->blocks;
@@ -412,12 +406,12 @@ static int stage_page(qm_decoder *d, const unsigned char *bytes, struct qm_fault
     return 0;
 }
 
-void qm_decoder_set_staging(qm_decoder *d, size_t block, struct qm_staging *stage)
+void qm_decoder_set_staging(qm_decoder *d, size_t block, struct qm_staging *staging)
 {
-    size_t words = (size_t)((stage->len / d->page_size + 63) / 64);
-    memset(stage->filled, 0, words * sizeof(uint64_t));
-    memset(stage->zeroed, 0, words * sizeof(uint64_t));
-    d->stage = stage;
+    size_t words = (size_t)((staging->len / d->page_size + 63) / 64);
+    memset(staging->filled, 0, words * sizeof(uint64_t));
+    memset(staging->zeroed, 0, words * sizeof(uint64_t));
+    d->staging = staging;
     d->staged = &d->blocks[block];
 }
 
@@ -434,7 +428,8 @@ void qm_decoder_seek(qm_decoder *d, uint64_t position)
 
 /* ---- bytes -> records ----------------------------------------------------------------------- */
 
-/* The block of the record is known: what follows? 2: another part of it has to be on the stage. */
+/* Expect the data of a record whose block is known. Returns 2 when another part of the block has to
+ * be staged first. */
 static int start_data(qm_decoder *d)
 {
     if (offset_of(d) >= d->current->len)
@@ -445,10 +440,10 @@ static int start_data(qm_decoder *d)
         expect(d, AT_PAGE, d->page_size);
     else
         expect(d, AT_DELTA_HEAD, XBZRLE_HEAD);
-    return d->current->staged && !is_on_stage(d) ? 2 : 0;
+    return d->current->sink == QM_SINK_STAGING && !is_staged(d) ? 2 : 0;
 }
 
-/* 1 at the end of the section. */
+/* Return 1 at the end of the section. */
 static int read_word(qm_decoder *d, const unsigned char *bytes)
 {
     memcpy(&d->word, bytes, WORD_LEN);
@@ -490,21 +485,41 @@ static int read_delta_head(qm_decoder *d, const unsigned char *head)
     return 0;
 }
 
-static int read_data(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
+/* Check the data of a record that is dropped. */
+static int check_data(qm_decoder *d, const unsigned char *bytes)
 {
-    const struct qm_record_block *block = d->current;
-    if (block->staged)
-        return stage_page(d, bytes, fault);
-    if (block->index)
-        return record_place(d, bytes);
-    if (block->content)
-        return record_content(d, bytes);
+    if (d->step != AT_DELTA)
+        return 0;
+    memset(d->page, 0, d->page_size);
+    return qm_apply_delta(bytes, d->need, d->page, d->page_size) ? fail(d, QM_RECORD_DELTA) : 0;
+}
+
+static int read_to_memory(qm_decoder *d, const unsigned char *bytes, int lasting,
+                          struct qm_fault *fault)
+{
     if (d->step == AT_FILL)
         return read_fill(d, bytes[0], fault);
     return d->step == AT_PAGE ? read_page(d, bytes, lasting, fault) : read_delta(d, bytes, fault);
 }
 
-/* The bytes of one step, all of them; 1 at the end of the section, 2 as in start_data. */
+static int read_data(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
+{
+    switch (d->current->sink) {
+    case QM_SINK_MEMORY:
+        return read_to_memory(d, bytes, lasting, fault);
+    case QM_SINK_INDEX:
+        return record_place(d, bytes);
+    case QM_SINK_STAGING:
+        return stage_page(d, bytes, fault);
+    case QM_SINK_CONTENT:
+        return record_content(d, bytes);
+    case QM_SINK_NONE:
+        break;
+    }
+    return check_data(d, bytes);
+}
+
+/* Read all bytes of one step. Returns 1 at the end of the section, 2 as start_data does. */
 static int read_step(qm_decoder *d, const unsigned char *bytes, int lasting, struct qm_fault *fault)
 {
     int rc = 0;
@@ -563,7 +578,7 @@ int qm_decode(qm_job *job, qm_decoder *d, const unsigned char *bytes, size_t len
     *used = 0;
     fault->block = -1;
     int rc = decode(d, bytes, len, used, fault);
-    int rest = flush(d, fault); /* the bytes are the caller's again */
+    int rest = flush(d, fault); /* `bytes` is the caller's again after this */
     qm_job_count_pages(job, d->new_bytes, d->data_pages, d->zero_pages);
     d->new_bytes = d->data_pages = d->zero_pages = 0;
     return rc >= 0 && rest ? rest : rc;

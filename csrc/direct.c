@@ -1,4 +1,4 @@
-/* What direct I/O demands. */
+/* The alignment that direct I/O requires. */
 #define _GNU_SOURCE
 #include "qmigrate.h"
 
@@ -12,7 +12,7 @@
 #ifndef STATX_DIOALIGN
 #define STATX_DIOALIGN 0x2000U
 #endif
-/* struct statx is 256 bytes for ever; C libraries older than the field do not name it. */
+/* struct statx is always 256 bytes; old C libraries do not declare the field. */
 #define STATX_LEN 256
 #define AT_MASK 0
 #define AT_DIO_MEM 152

@@ -9,16 +9,16 @@
 #include <string.h>
 #include <sys/uio.h>
 
-/* Written at a time; small enough to stay in the processor's cache on its way to the kernel. */
+/* Bytes written at a time; few enough to stay in the processor's cache on their way to the kernel. */
 #define OUT_LEN ((size_t)2 << 20)
 #define RECORD_MAX (WORD_LEN + 1 + UINT8_MAX + QM_MAX_PAGE)
 
 struct qm_encoder {
     int fd;      /* -1: bytes are only counted */
     int forward; /* fd has no positions */
-    off_t at;    /* where the buffer's first byte goes */
+    off_t at;    /* file position of the buffer's first byte */
     size_t have;
-    const struct qm_name *current; /* the block that the last record named */
+    const struct qm_name *current; /* the block of the last record */
     unsigned char buffer[OUT_LEN];
 };
 
@@ -29,33 +29,33 @@ static unsigned char *put_word(unsigned char *out, uint64_t word)
     return out + WORD_LEN;
 }
 
-size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pages, uint64_t first,
-                 size_t from, size_t npages, uint32_t page_size, const uint64_t *want,
-                 const uint64_t *data, unsigned char *out, size_t len, size_t *next)
+size_t qm_encode(struct qm_encoding *e, unsigned char *out, size_t len)
 {
+    const struct qm_name *name = e->name;
+    uint32_t page_size = e->page_size;
     unsigned char *at = out;
-    size_t k = next_set(want, from, npages);
-    for (; k < npages; k = next_set(want, k + 1, npages)) {
-        int filled = bit_get(data, k);
+    size_t k = next_set(e->want, e->next, e->npages);
+    for (; k < e->npages; k = next_set(e->want, k + 1, e->npages)) {
+        int filled = bit_get(e->data, k);
         size_t body = filled ? page_size : 1;
-        size_t front = *named ? 0 : 1 + (size_t)name->len;
+        size_t front = e->named ? 0 : 1 + (size_t)name->len;
         if (len - (size_t)(at - out) < WORD_LEN + front + body)
             break;
-        uint64_t flags = (filled ? RECORD_PAGE : RECORD_ZERO) | (*named ? RECORD_CONTINUE : 0);
-        at = put_word(at, (first + k) * page_size | flags);
-        if (!*named) {
+        uint64_t flags = (filled ? RECORD_PAGE : RECORD_ZERO) | (e->named ? RECORD_CONTINUE : 0);
+        at = put_word(at, (e->first + k) * page_size | flags);
+        if (!e->named) {
             *at++ = name->len;
             memcpy(at, name->bytes, name->len);
             at += name->len;
-            *named = 1;
+            e->named = 1;
         }
         if (filled)
-            memcpy(at, pages + k * page_size, page_size);
+            memcpy(at, e->pages + k * page_size, page_size);
         else
             *at = 0;
         at += body;
     }
-    *next = k;
+    e->next = k;
     return (size_t)(at - out);
 }
 
@@ -138,66 +138,71 @@ int qm_encoder_put(qm_job *job, qm_encoder *e, const unsigned char *bytes, size_
     return 0;
 }
 
-static int put_chunk(qm_job *job, qm_encoder *e, const struct qm_name *name, const struct chunk *c,
-                     uint32_t page_size, const uint64_t *want, struct qm_fault *fault)
+static int put_chunk(qm_job *job, qm_encoder *e, struct qm_encoding *chunk, struct qm_fault *fault)
 {
-    int named = e->current == name;
-    for (size_t from = 0; from < c->npages;) {
+    while (chunk->next < chunk->npages) {
         if (OUT_LEN - e->have < RECORD_MAX) {
             int rc = qm_encoder_flush(job, e, fault);
             if (rc)
                 return rc;
         }
-        e->have += qm_encode(name, &named, c->bytes, c->first, from, c->npages, page_size, want,
-                             c->data, e->buffer + e->have, OUT_LEN - e->have, &from);
-        if (named)
-            e->current = name;
+        e->have += qm_encode(chunk, e->buffer + e->have, OUT_LEN - e->have);
+        if (chunk->named)
+            e->current = chunk->name;
     }
     return 0;
 }
 
-int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
-                    const struct qm_name *name, const struct qm_block *block,
-                    const struct qm_memory *memory, const uint64_t *selection, uint64_t first,
-                    uint64_t npages, struct qm_fault *fault)
+int qm_encode_pages(const struct qm_transfer *t, qm_channel *channel, qm_encoder *encoder,
+                    const struct qm_name *name, uint64_t first, uint64_t npages,
+                    struct qm_fault *fault)
 {
-    struct qm_file none = {.fd = -1, .fd_direct = -1};
-    int rc = qm_block_check(block, &none, first, npages);
+    int rc = qm_transfer_check(t, first, npages);
     if (rc)
         return rc;
     struct qm_source source = {
-        .job = job,
+        .transfer = t,
         .channel = channel,
-        .block = block,
-        .memory = memory,
         .fault = fault,
         .look_for_holes = 1,
     };
-    uint64_t end = first + npages, most = QM_CHUNK / block->page_size;
+    uint32_t page_size = t->block->page_size;
+    uint64_t end = first + npages, most = QM_CHUNK / page_size;
     struct chunk c;
     for (uint64_t at = first; at < end; at += most) {
-        if (qm_job_cancelled(job))
+        if (qm_job_cancelled(t->job))
             return -ECANCELED;
         uint64_t want[WORDS];
         uint64_t n = end - at < most ? end - at : most;
         uint64_t selected = 0, filled = 0;
         for (size_t i = 0; i * 64 < n; i++) {
             want[i] = bits_below(i, (size_t)n);
-            if (selection)
-                want[i] &= selection[at / 64 + i];
+            if (t->selection)
+                want[i] &= t->selection[at / 64 + i];
             selected += (uint64_t)__builtin_popcountll(want[i]);
         }
         if (selected == 0)
             continue;
         rc = qm_chunk_load(&source, &c, at, end);
-        if (rc == 0)
-            rc = put_chunk(job, encoder, name, &c, block->page_size, want, fault);
+        if (rc)
+            return rc;
+        struct qm_encoding records = {
+            .name = name,
+            .named = encoder->current == name,
+            .page_size = page_size,
+            .pages = c.bytes,
+            .first = c.first,
+            .npages = c.npages,
+            .want = want,
+            .data = c.data,
+        };
+        rc = put_chunk(t->job, encoder, &records, fault);
         if (rc)
             return rc;
         for (size_t i = 0; i * 64 < n; i++)
             filled += (uint64_t)__builtin_popcountll(want[i] & c.data[i]);
         source.look_for_holes = filled == 0;
-        qm_job_count_pages(job, selected * block->page_size, filled, selected - filled);
+        qm_job_count_pages(t->job, selected * page_size, filled, selected - filled);
     }
     return 0;
 }

@@ -1,5 +1,5 @@
-/* Where a sequential stream has the pages of a block: made while records pass by, then read at
- * random. */
+/* The index of a block of a sequential stream: built while records are decoded, then used for random
+ * reads. */
 #define _GNU_SOURCE
 #include "core_internal.h"
 
@@ -9,7 +9,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* A tree of nodes with 512 words each, as page tables are: what no record mentions costs nothing,
+/* A tree of nodes with 512 words each, like page tables: pages that no record mentions use no memory,
  * however long the block claims to be. */
 #define NODE_BITS 9
 #define NODE_WORDS ((size_t)1 << NODE_BITS)
@@ -19,7 +19,7 @@
 #define VALUE_MASK (((uint64_t)1 << KIND_SHIFT) - 1)
 #define WORD(kind, value) ((uint64_t)(kind) << KIND_SHIFT | (value))
 
-#define RECORD_GAP 8 /* between the pages of two records that follow one another in one block */
+#define RECORD_GAP 8 /* bytes between the pages of two adjacent records of one block */
 
 union node {
     union node *below[NODE_WORDS];
@@ -31,7 +31,7 @@ struct qm_index {
     uint32_t page_size;
     int height; /* levels of the tree; 1: the root has the words */
     union node *root;
-    union node *leaf; /* the one written to last, of the pages from leaf_first on */
+    union node *leaf; /* the leaf written to last; its first page is leaf_first */
     uint64_t leaf_first;
     struct qm_change *changes;
     uint64_t nchanges, room;
@@ -93,7 +93,7 @@ static size_t slot(uint64_t page, int level)
     return (size_t)(page >> (level - 1) * NODE_BITS) & (NODE_WORDS - 1);
 }
 
-/* The leaf with the word of `page`, made if it is not there; NULL without memory. */
+/* Return the leaf with the word of `page`, and create it if necessary; NULL when out of memory. */
 static union node *make_leaf(qm_index *index, uint64_t page)
 {
     if (index->leaf && page - index->leaf_first < NODE_WORDS)
@@ -115,7 +115,8 @@ static union node *make_leaf(qm_index *index, uint64_t page)
     return *at;
 }
 
-/* The leaf with the word of `page`, or NULL and how many pages from `page` on have no leaf. */
+/* Return the leaf with the word of `page`, or NULL and in *missing how many pages from `page` on have
+ * no leaf. */
 static const union node *find_leaf(const qm_index *index, uint64_t page, uint64_t *missing)
 {
     const union node *node = index->root;
@@ -136,7 +137,7 @@ static uint64_t word_at(const qm_index *index, uint64_t page)
     return leaf ? leaf->words[slot(page, 1)] : 0;
 }
 
-/* 1 when the page was not mentioned before. */
+/* Return 1 when the page was not mentioned before. */
 static int set_word(qm_index *index, uint64_t page, uint64_t word)
 {
     if (page >= index->npages)
@@ -150,7 +151,7 @@ static int set_word(qm_index *index, uint64_t page, uint64_t word)
     return first;
 }
 
-/* ---- noting records ------------------------------------------------------------------------- */
+/* ---- places of pages ------------------------------------------------------------------------ */
 
 int qm_index_fill_is(qm_index *index, uint64_t page, unsigned char fill)
 {
@@ -201,7 +202,7 @@ int qm_index_changed(qm_index *index, uint64_t page, uint64_t at, uint16_t len)
     return rc ? rc : set_word(index, page, WORD(QM_PLACE_CHANGED, index->nchanges - 1));
 }
 
-/* ---- taking it out and in ------------------------------------------------------------------- */
+/* ---- export and import ---------------------------------------------------------------------- */
 
 uint64_t qm_index_next(const qm_index *index, uint64_t page)
 {
@@ -269,7 +270,7 @@ uint64_t qm_index_changes(const qm_index *index, const struct qm_change **change
 int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint64_t n, uint64_t end)
 {
     for (uint64_t i = 0; i < n; i++) {
-        /* Only what stands before it: so that no chain has an end in itself. */
+        /* A change may refer to earlier ones only, so that no chain is a loop. */
         if (!is_possible(index, changes[i].before, index->nchanges, end) || changes[i].at > end ||
             end - changes[i].at < changes[i].len)
             return -EBADMSG;
@@ -364,7 +365,8 @@ static int read_changed(const struct qm_indexed *s, uint64_t word, unsigned char
     return rc;
 }
 
-/* Pages from `word`'s on whose records follow one another, at most `most`: in one call. */
+/* Read the page of `word`, and those whose records follow it directly, at most `most`, in one call.
+ * Returns how many pages were read. */
 static int64_t read_together(const struct qm_indexed *s, uint64_t page, uint64_t word,
                              uint64_t most, unsigned char *out)
 {
@@ -386,7 +388,7 @@ static int64_t read_together(const struct qm_indexed *s, uint64_t page, uint64_t
              word_at(s->index, page + k) == WORD(QM_PLACE_PAGE, at + k * (size + RECORD_GAP)));
     if (preadv(s->fd, iov, n, (off_t)at) == (ssize_t)len)
         return (int64_t)k;
-    /* Page by page is what finds out where it fails. */
+    /* Page by page, to find out where it fails. */
     int rc = qm_read_all(s->fd, out, (size_t)size, at);
     return rc ? rc : 1;
 }

@@ -9,8 +9,8 @@
 
 struct qm_job {
     atomic_int cancelled;
-    _Atomic uint64_t rate;      /* bytes a second; 0: no limit */
-    _Atomic uint64_t rate_set;  /* counts the changes of rate */
+    _Atomic uint64_t rate;      /* bytes per second; 0: unlimited */
+    _Atomic uint64_t rate_set;  /* the number of changes of rate */
     _Atomic uint64_t next_free; /* when the next transfer may start, in ns of CLOCK_MONOTONIC */
     _Atomic uint64_t bytes_done;
     _Atomic uint64_t data_pages;
@@ -20,7 +20,7 @@ struct qm_job {
 };
 
 #define NS ((uint64_t)1000000000)
-/* Longest sleep between two looks at the job. */
+/* Longest sleep between two polls of the job. */
 #define NAP_NS ((uint64_t)20000000)
 
 static uint64_t now_ns(void)
@@ -95,7 +95,7 @@ int qm_job_throttle(qm_job *job, uint64_t len)
     if (rate == 0)
         return 0;
 
-    /* Take a place in the queue of transfers: it ends when the bytes are paid for. */
+    /* Reserve the time that the bytes take at this rate. */
     uint64_t cost = (uint64_t)((double)len / (double)rate * (double)NS);
     uint64_t free_at = atomic_load(&job->next_free);
     uint64_t start;

@@ -1,4 +1,4 @@
-/* Memory of another process: what is in it, and where there is nothing yet. */
+/* Memory of another process: read it, and find the pages that were never touched. */
 #define _GNU_SOURCE
 #include "qmigrate.h"
 
@@ -8,8 +8,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* Linux 6.7: the ranges of /proc/PID/pagemap that are of some kind. Declared here, since the
- * system's headers may be older than its kernel. */
+/* PAGEMAP_SCAN (Linux 6.7): find ranges of /proc/PID/pagemap by the kind of their pages. Declared
+ * here, since the system's headers may be older than its kernel. */
 struct scan {
     uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
     uint64_t inverted, all_of, any_of, returned;
@@ -24,12 +24,12 @@ struct scanned {
 #define SCAN_SWAPPED ((uint64_t)1 << 4)
 #define SCAN_ZERO_PAGE ((uint64_t)1 << 5)
 
-/* The words of pagemap, one a page. */
+/* Words of the pagemap, one per page. */
 #define WORD_TOUCHED ((uint64_t)3 << 62) /* present or swapped */
 #define WORDS_AT_ONCE 512
 
-/* The number is checked after it was used: by then it may belong to a new process, but not while
- * the old one is still there. */
+/* Called after the process number was used: as long as the old process exists, the number cannot
+ * belong to a new one. */
 static int is_gone(const struct qm_process *p)
 {
     struct pollfd watch = {.fd = p->pidfd, .events = POLLIN};
@@ -62,7 +62,7 @@ ssize_t qm_process_fill(void *arg, void *buf, uint64_t off, size_t len)
     }
     if (is_gone(p))
         return -ESRCH;
-    /* Of memory that ends within the range, the part before is told: it shows where. */
+    /* If the memory ends within the range, return the length of the readable part. */
     return rc && (have == 0 || rc != -EFAULT) ? rc : (ssize_t)have;
 }
 
@@ -111,7 +111,7 @@ static int64_t next_by_words(const struct qm_process *p, uint64_t from, uint64_t
     return (int64_t)end;
 }
 
-/* The address of the first page at or after p->address + off that was touched; -errno. */
+/* Return the address of the first touched page at or after p->address + off; -errno. */
 static int64_t next_touched(const struct qm_process *p, uint64_t off, uint64_t end)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
@@ -140,11 +140,11 @@ int64_t qm_process_next(void *arg, uint64_t off, uint64_t end)
     const struct qm_process *p = arg;
     uint64_t stop = p->address + end;
     int64_t at = next_touched(p, off, end);
-    /* While a process ends, its pages go before the process does: nothing there means nothing
-     * unless there still is something to read afterwards. */
+    /* When a process exits, its pages go first: an absent page proves nothing unless the memory can
+     * still be read afterwards. */
     unsigned char byte;
     if (at < 0 || qm_process_fill(arg, &byte, 0, 1) != 1)
-        return (int64_t)off; /* reading it tells what is wrong */
+        return (int64_t)off; /* reading it returns the error */
     uint64_t found = (uint64_t)at < p->address + off ? p->address + off : (uint64_t)at;
     return (int64_t)((found < stop ? found : stop) - p->address);
 }

@@ -1,27 +1,31 @@
 /*
- * qmigrate: moves pages between guest memory and a mapped-ram file.
+ * qmigrate: move pages between guest memory and a mapped-ram file.
  *
  * Notions
- *   block    a contiguous piece of guest memory, `len` bytes, cut into pages of `page_size` bytes
- *            (a power of two, 1 KiB to 64 KiB). Page k stands at file position
- *            `pages_offset + k * page_size`, always.
- *   bitmap   one bit a page in native 64-bit words, bit k is word k/64, bit k%64.
- *   chunk    QM_CHUNK bytes of a block: the piece that is scanned, planned and moved at a time.
- *            Never less than 64 pages, so that two chunks share no bitmap word.
- *   run      consecutive pages of one chunk that one system call moves.
- *   unit     the file alignment that direct I/O demands (`off_align`).
- *   piece    QM_PIECE bytes of a block, from a multiple of QM_PIECE on: what has a digest.
- *   job      the atomics that all channels of one save or load share.
- *   channel  what one thread needs for itself: bounce buffers, and a queue of direct transfers that
- *            are under way while the next ones are prepared. None is when a function returns.
+ *   block     a contiguous piece of guest memory, `len` bytes, divided into pages of `page_size`
+ *             bytes (a power of two, 1 KiB to 64 KiB). Page k is always at file position
+ *             `pages_offset + k * page_size`.
+ *   bitmap    one bit per page in native 64-bit words; bit k is bit k%64 of word k/64.
+ *   chunk     QM_CHUNK bytes of a block: the unit of scanning, planning and moving. At least 64
+ *             pages, so that two chunks never share a bitmap word.
+ *   run       consecutive pages of one chunk that one system call moves.
+ *   unit      the file alignment that direct I/O requires (`off_align`).
+ *   piece     QM_PIECE bytes of a block, starting at a multiple of QM_PIECE: one digest each.
+ *   job       the atomics that all channels of one save or load share.
+ *   channel   the private state of one thread: bounce buffers, and a queue of direct transfers
+ *             that run while the next ones are prepared. The queue is empty when a function
+ *             returns.
+ *   transfer  what stays the same for all calls of one pass over one block.
  *
  * Conventions
- *   Every function returns 0 or a count, or -errno; errno itself is never part of the contract.
- *   Sizes named `len` are bytes, those named `npages` are pages, file positions are off_t.
- *   Nothing here allocates by a number that comes from a file. No global state.
+ *   Every function returns 0 or a count, or -errno; errno itself is not part of the contract.
+ *   Sizes named `len` are bytes, sizes named `npages` are pages, file positions are off_t.
+ *   No allocation has a size that comes from a file. There is no global state.
  *   EINTR and EAGAIN are retried; short reads and writes are continued.
- *   All functions that move pages poll the job before every chunk and every system call, that is
- *   at least every QM_CHUNK bytes, and return -ECANCELED once it is cancelled.
+ *   Functions that move pages poll the job before every chunk and every system call, at least
+ *   every QM_CHUNK bytes, and return -ECANCELED once it is cancelled.
+ *   Ranges are [first, first + npages). Unless stated otherwise, `first` is a multiple of 64 and
+ *   of QM_CHUNK / page_size, and bitmaps cover the whole block.
  */
 #ifndef QMIGRATE_H
 #define QMIGRATE_H
@@ -41,9 +45,11 @@
 
 typedef struct qm_job qm_job;
 
-/* Running totals of a job. `bytes_done` counts guest bytes dealt with, moved or not (progress);
- * `data_pages` and `zero_pages` the pages dealt with, by kind; `bytes_moved` the bytes that
- * system calls moved to or from the file, gaps included; `calls` those system calls. */
+/* Running totals of a job.
+ *   bytes_done   guest bytes processed, moved or not (progress)
+ *   data_pages, zero_pages   pages processed, by kind
+ *   bytes_moved  bytes that system calls moved to or from the file, gaps included
+ *   calls        the number of those system calls */
 struct qm_totals {
     uint64_t bytes_done;
     uint64_t data_pages;
@@ -52,21 +58,20 @@ struct qm_totals {
     uint64_t calls;
 };
 
-/* NULL when there is no memory. Destroy it only after the last call that uses it returned. */
+/* Return NULL when out of memory. Destroy a job only after the last call that uses it returned. */
 qm_job *qm_job_create(void);
 void qm_job_destroy(qm_job *job);
-/* From any thread, any number of times. */
+/* Can be called from any thread, and more than once. */
 void qm_job_cancel(qm_job *job);
 int qm_job_cancelled(const qm_job *job);
-/* Limit bytes moved a second over all channels; 0 is no limit. May change while the job runs:
- * waiters are re-evaluated at the new rate. */
+/* Limit the bytes moved per second over all channels; 0 is unlimited. Can change while the job
+ * runs: waiters are re-evaluated at the new rate. */
 void qm_job_set_rate(qm_job *job, uint64_t bytes_per_second);
 void qm_job_totals(const qm_job *job, struct qm_totals *out);
-/* Count bytes that system calls moved, and these calls; 0 calls for what is written elsewhere
- * (head,
+/* Count `len` bytes moved by `calls` system calls; 0 calls for writes made elsewhere (head,
  * bitmaps). */
 void qm_job_count_io(qm_job *job, uint64_t len, uint64_t calls);
-/* Count guest bytes, and pages of both kinds, that were dealt with elsewhere. */
+/* Count guest bytes, and pages of both kinds, that were processed elsewhere. */
 void qm_job_count_pages(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64_t zero_pages);
 
 /* ---- channel -------------------------------------------------------------------------------- */
@@ -74,29 +79,30 @@ void qm_job_count_pages(qm_job *job, uint64_t bytes, uint64_t data_pages, uint64
 typedef struct qm_channel qm_channel;
 
 /* Bounce buffers (QM_CHUNK plus room for rounding, aligned for any device, not inherited by fork)
- * are allocated when first needed. A channel serves one thread at a time. */
+ * are allocated on first use. A channel serves one thread at a time. Returns NULL when out of
+ * memory. */
 qm_channel *qm_channel_create(void);
 void qm_channel_destroy(qm_channel *channel);
 
 /* ---- memory --------------------------------------------------------------------------------- */
 
-/* Fills `len` bytes at `buf` with guest memory from byte `off` of the block. Returns `len`, fewer
+/* Copy `len` bytes of guest memory, from byte `off` of the block, to `buf`. Returns `len`, fewer
  * when the memory ends early, or -errno. Called from the channel's thread. */
 typedef ssize_t (*qm_fill_fn)(void *arg, void *buf, uint64_t off, size_t len);
-/* Next byte of the block at or after `off` that may be other than zero, at most `end`. */
+/* Return the next byte of the block, from `off` on and at most `end`, that may not be zero. */
 typedef int64_t (*qm_next_fn)(void *arg, uint64_t off, uint64_t end);
 
-/* Where the bytes of a block live. One of three:
- *   base, fd < 0     plain memory that stays mapped while we work.
+/* Where the bytes of a block live. One of:
+ *   base, fd < 0     plain memory that stays mapped during the call.
  *   base and fd      a mapping of `fd`. On a save, fd cannot shrink; its holes are neither read nor
- *                    made resident (where a page may hold part of one, it is read with pread). On
- *                    a load, fd may shrink: only the kernel touches the mapping, and holes are made
- *                    by punching.
+ *                    made resident (a page that may contain part of a hole is read with pread). On
+ *                    a load, fd may shrink: only the kernel touches the mapping, and holes are
+ *                    punched.
  *   fd, no base      a file that may shrink: read with pread, written with pwrite.
- * or a `fill` callback, for memory that has no address here (saves only), and with it perhaps
- * `next`, which knows where there is nothing to read; both get `fill_arg`.
- * Byte 0 of the block is base[0] and file position fd_offset. `fd` must be a description of our
- * own, since SEEK_DATA moves its position. */
+ *   fill             memory without an address in this process (saves only). `next` is optional
+ *                    and skips what need not be read; both are called with `fill_arg`.
+ * Byte 0 of the block is base[0] and file position fd_offset. `fd` must have its own open file
+ * description, since SEEK_DATA moves the position. */
 struct qm_memory {
     unsigned char *base;
     int fd;
@@ -107,12 +113,12 @@ struct qm_memory {
 };
 
 /* Memory of another process: the argument of qm_process_fill and qm_process_next.
- *   pid, pidfd   the process, and a descriptor that tells when it is gone: its number may be
- *                somebody else's from then on.
- *   pagemap      /proc/PID/pagemap; only qm_process_next needs it, and only for a private,
- *                anonymous mapping, where a page that is not there is zero.
- *   has_scan     whether the kernel has PAGEMAP_SCAN (Linux 6.7).
- *   address      of byte 0 of the block, in that process. */
+ *   pid, pidfd   the process. The pidfd shows when it has exited, after which its number may
+ *                belong to another process.
+ *   pagemap      /proc/PID/pagemap. Only qm_process_next needs it; the memory must be a private
+ *                anonymous mapping, in which an absent page is zero.
+ *   has_scan     whether the kernel supports PAGEMAP_SCAN (Linux 6.7).
+ *   address      the address of byte 0 of the block in that process. */
 struct qm_process {
     int pid;
     int pidfd;
@@ -121,18 +127,19 @@ struct qm_process {
     uint64_t address;
 };
 
-/* A qm_fill_fn by process_vm_readv. -ESRCH: the process is gone; -EPERM: it may not be read. */
+/* A qm_fill_fn based on process_vm_readv. -ESRCH: the process has exited; -EPERM: reading it is not
+ * permitted. */
 ssize_t qm_process_fill(void *process, void *buf, uint64_t off, size_t len);
-/* A qm_next_fn that passes over pages never touched, and those known as the zero page; `off` where
- * that cannot be found out. */
+/* A qm_next_fn that skips pages that were never touched or map the zero page. Returns `off` when
+ * that cannot be determined. */
 int64_t qm_process_next(void *process, uint64_t off, uint64_t end);
-/* 1 when the pagemap can be asked for ranges, 0 when it has to be read. */
+/* Return 1 when the pagemap supports PAGEMAP_SCAN, 0 when it has to be read word by word. */
 int qm_process_can_scan(int pagemap);
 
-/* For private, anonymous memory of this process: the first byte at or after `from`, below `end`,
- * both offsets in `memory`, of a page that was touched, or `end`; `from` where that cannot be found
- * out. Costs nothing for what was not touched, and touches nothing. `pagemap` is
- * /proc/self/pagemap, opened since the last fork; `has_scan` as in struct qm_process. */
+/* Find the first touched page of private anonymous memory of this process. Returns its first byte
+ * at or after `from`, an offset into `memory`; `end` when there is none; `from` when it cannot be
+ * determined. Touches no memory. `pagemap` is /proc/self/pagemap, opened since the last fork;
+ * `has_scan` is as in struct qm_process. */
 uint64_t qm_next_touched(int pagemap, int has_scan, const void *memory, uint64_t from,
                          uint64_t end);
 
@@ -142,23 +149,22 @@ struct qm_block {
     uint32_t page_size;
 };
 
-/* Called by qm_write before each write: the `len` bytes from file position `at` on are a piece (the
- * last of a block may be shorter) that has pages to be written. Where there were only holes before,
- * they will be those at `bytes`, which stay until the hook returns; NULL if that is not known,
- * because
- * only selected pages are written. Called from the channel's thread. Returns 0, or -errno to end
- * the
- * work. */
+/* Called by qm_write before it writes pages of a piece: `len` bytes from file position `at` (the
+ * last piece of a block may be shorter). `bytes` is what the piece will contain if it was a hole
+ * before; it is valid until the hook returns. `bytes` is NULL when only selected pages are written,
+ * since the rest of the piece is then unknown. Called from the channel's thread. Returns 0, or
+ * -errno to stop the write. */
 typedef int (*qm_write_hook)(void *arg, int64_t at, const void *bytes, size_t len);
 
-/* The file. `fd` is buffered; `fd_direct` has O_DIRECT and is -1 where direct I/O is off.
- * mem_align and off_align are what the direct descriptor demands of memory addresses, and of file
- * positions and lengths: powers of two, at most QM_MAX_PAGE.
- * `hook`, where there is one, gets hook_arg. A write without a selection then copies every page
- * first,
- * zero pages as zeros, so that the hook sees what the kernel gets, whatever becomes of guest
- * memory. It
- * is not called for what qm_write_tail writes. */
+/* The file.
+ *   fd                    buffered; -1: nothing is written, pages are only counted.
+ *   fd_direct             opened with O_DIRECT; -1 when direct I/O is off.
+ *   mem_align, off_align  what the direct descriptor requires of memory addresses, and of file
+ *                         positions and lengths: powers of two, at most QM_MAX_PAGE.
+ *   hook, hook_arg        optional. A write without a selection then copies every page to a bounce
+ *                         buffer first, zero pages as zeros, so that the hook sees exactly the bytes
+ *                         that the kernel gets, even if guest memory changes. qm_write_tail does not
+ *                         call the hook. */
 struct qm_file {
     int fd;
     int fd_direct;
@@ -168,180 +174,218 @@ struct qm_file {
     void *hook_arg;
 };
 
-/* Where a call failed: `at` is the file position (target) or the byte of the block (memory).
- * `block` is which one, for calls that work on several. */
+/* Where a call failed: `at` is a byte of the block if `in_memory`, else a file position. `block` is
+ * the number of the block, for calls that work on several. */
 struct qm_fault {
     int in_memory;
     int64_t at;
     int64_t block;
 };
 
-/* ---- scan ----------------------------------------------------------------------------------- */
+/* ---- transfer ------------------------------------------------------------------------------- */
 
-/* 1 when all `len` bytes (a multiple of 64) are zero. */
-int qm_is_zero(const void *bytes, size_t len);
-
-/* Sets bit k of `bits` when page k of `bytes` has a byte that is not zero, clears it otherwise;
- * the unused bits of the last word are cleared. Returns how many were set, or -EINVAL for a
- * page size that is none. */
-int64_t qm_scan(const void *bytes, uint64_t npages, uint32_t page_size, uint64_t *bits);
-
-/* Sum of all 64-bit words: how fast this machine can read memory, to hold the scan against. */
-uint64_t qm_sum(const void *bytes, size_t len);
-
-/* ---- write ---------------------------------------------------------------------------------- */
-
-/* Which zero pages may be written along with data, to have fewer and larger writes.
- *   max_gap     bytes: no longer gap is bridged (0: none).
- *   gap_share   percent: the gaps bridged in a chunk hold at most this share of its data bytes.
- *   everything  every page is written, whatever it holds.
- *   mark_zero   together with everything: a zero page counts as data, and its bit is set.
- * Otherwise the bit of a zero page stays clear, written or not. */
-struct qm_sparse {
+/* How pages whose bit is clear, and the gaps that they make between data pages, are treated.
+ *   max_gap     bytes: gaps up to this length are moved along with the data around them, to have
+ *               fewer and larger calls (0: none).
+ * For writes:
+ *   gap_share   percent: the gaps written in a chunk add up to at most this share of its data.
+ *   everything  write every page, zero or not.
+ *   mark_zero   with `everything`: a zero page counts as data and its bit is set. Otherwise the bit
+ *               of a zero page is clear, even if the page is written.
+ * For reads:
+ *   zero_clear  clear pages are zeroed in guest memory (punched, if that is a file); otherwise they
+ *               are left alone. */
+struct qm_policy {
     uint64_t max_gap;
     uint32_t gap_share;
     int everything;
     int mark_zero;
+    int zero_clear;
 };
 
-/* Writes the pages [first, first + npages) of a block: those that `selection` has (NULL: all) and
- * that are not zero. In `data` their bits are set and those of selected zero pages are cleared;
- * bits outside the selection are left alone, even where their page is written to bridge a gap.
- *
- * `first` is a multiple of 64 and of QM_CHUNK / page_size; selection and data are bitmaps of the
- * whole block. With direct I/O the pages in the last, partial unit of the block are left out:
- * qm_write_tail does them, when every direct write of the block has returned, so that no file
- * block is ever written through both descriptors at once. With file->fd < 0 nothing is written:
- * pages are only counted.
- *
- * Straight from guest memory where address, position and length satisfy the descriptor,
- * through the bounce buffer otherwise. */
-int qm_write(qm_job *job, qm_channel *channel, const struct qm_file *file,
-             const struct qm_block *block, const struct qm_memory *memory,
-             const struct qm_sparse *sparse, const uint64_t *selection, uint64_t *data,
-             uint64_t first, uint64_t npages, struct qm_fault *fault);
+/* What stays the same for all calls of one pass over one block. Several channels can use it at
+ * once. Fields that a function does not mention can be NULL.
+ *   selection   the pages that belong to this pass; NULL: all.
+ *   data        the pages that are in the file. */
+struct qm_transfer {
+    qm_job *job;
+    const struct qm_file *file;
+    const struct qm_block *block;
+    const struct qm_memory *memory;
+    const struct qm_policy *policy;
+    const uint64_t *selection;
+    uint64_t *data;
+};
 
-/* Writes, through the buffered descriptor, the pages that qm_write left out. */
-int qm_write_tail(qm_job *job, qm_channel *channel, const struct qm_file *file,
-                  const struct qm_block *block, const struct qm_memory *memory,
-                  const struct qm_sparse *sparse, const uint64_t *selection, uint64_t *data,
-                  struct qm_fault *fault);
+/* ---- scan ----------------------------------------------------------------------------------- */
+
+/* Return 1 when all `len` bytes are zero. */
+int qm_is_zero(const void *bytes, size_t len);
+
+/* Set bit k of `bits` if page k of `bytes` contains a non-zero byte, else clear it; the unused bits
+ * of the last word are cleared. Returns the number of bits set, or -EINVAL for an invalid page
+ * size. */
+int64_t qm_scan(const void *bytes, uint64_t npages, uint32_t page_size, uint64_t *bits);
+
+/* Return the sum of all 64-bit words: the speed of plain reading, to compare the scan with. */
+uint64_t qm_sum(const void *bytes, size_t len);
+
+/* ---- write ---------------------------------------------------------------------------------- */
+
+/* Write those of the pages [first, first + npages) that are selected and not zero. In `data` their
+ * bits are set, and the bits of selected zero pages are cleared. Bits outside the selection do not
+ * change, even if their page is written to bridge a gap.
+ *
+ * With direct I/O the pages in the last, partial unit of the block are left to qm_write_tail, so
+ * that no file block is ever written through both descriptors at once.
+ *
+ * Guest memory is written without a copy if address, position and length satisfy the descriptor,
+ * else through a bounce buffer. */
+int qm_write(const struct qm_transfer *transfer, qm_channel *channel, uint64_t first,
+             uint64_t npages, struct qm_fault *fault);
+
+/* Write, through the buffered descriptor, the pages that qm_write left out. Call it when every
+ * qm_write of the block has returned. */
+int qm_write_tail(const struct qm_transfer *transfer, qm_channel *channel, struct qm_fault *fault);
 
 /* ---- read ----------------------------------------------------------------------------------- */
 
-/* Reads the set pages among [first, first + npages) into memory. Reads may go over clear pages
- * (at most `max_gap` bytes at a time), whose file bytes never reach guest memory. Clear pages are
- * zeroed (punched, where the memory is a file) when `zero_clear`, left alone otherwise.
- * pages_offset need not be aligned; the file may end early. A set page beyond the end of the
- * file is -ENODATA. `first` as in qm_write. */
-int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
-            const struct qm_block *block, const struct qm_memory *memory, const uint64_t *data,
-            uint64_t max_gap, int zero_clear, uint64_t first, uint64_t npages,
-            struct qm_fault *fault);
+/* Read those of the pages [first, first + npages) whose bits in `data` are set into memory. A gap of
+ * up to max_gap bytes is read along; its file bytes never reach guest memory. pages_offset need not
+ * be aligned, and the file may end early. -ENODATA: a set page is beyond the end of the file. */
+int qm_read(const struct qm_transfer *transfer, qm_channel *channel, uint64_t first,
+            uint64_t npages, struct qm_fault *fault);
 
-/* Makes the clear pages among [first, first + npages) read as zeros in the file, by punching holes
- * where the file system can. Only what the file holds there is read. file->fd must be readable,
- * and a description of our own. Returns how many pages were not zero, or -errno. */
-int64_t qm_stale_punch(qm_job *job, qm_channel *channel, const struct qm_file *file,
-                       const struct qm_block *block, const uint64_t *data, uint64_t first,
+/* Make those of the pages [first, first + npages) whose bits in `data` are clear read as zeros in
+ * the file, by punching holes where the file system supports it. Only extents of the file are read.
+ * file->fd must be readable and have its own open file description; memory and policy are not used.
+ * Returns how many pages were not zero, or -errno. */
+int64_t qm_stale_punch(const struct qm_transfer *transfer, qm_channel *channel, uint64_t first,
                        uint64_t npages, struct qm_fault *fault);
 
-/* The same search, changing nothing: the bits of the pages found are set in `stale`, a bitmap of
- * the whole block. `first` as in qm_write. */
-int64_t qm_find_stale(qm_job *job, qm_channel *channel, const struct qm_file *file,
-                      const struct qm_block *block, const uint64_t *data, uint64_t *stale,
+/* Like qm_stale_punch, but do not change the file: set the bits of the pages found in `stale`. */
+int64_t qm_find_stale(const struct qm_transfer *transfer, qm_channel *channel, uint64_t *stale,
                       uint64_t first, uint64_t npages, struct qm_fault *fault);
 
-/* Number of set bits among the first `npages`; the highest of them goes to *last (-1: none). */
+/* Zero every page of the block whose bit in `data` is clear, as qm_read does, and count these pages.
+ * Uses neither file nor policy. */
+int qm_zero_clear(const struct qm_transfer *transfer, struct qm_fault *fault);
+
+/* Return the number of bits set among the first `npages`; *last is the highest of them, or -1. */
 uint64_t qm_count(const uint64_t *bits, uint64_t npages, int64_t *last);
 
-/* Zeroes every page of a block whose bit in `bits` is clear, as qm_read does; polls the job and
- * counts these pages in it. */
-int qm_zero_clear(qm_job *job, const struct qm_block *block, const struct qm_memory *memory,
-                  const uint64_t *bits, struct qm_fault *fault);
+/* Return the end, at most `end`, of the run of equal bits that starts at `first`. */
+uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
 
 /* ---- page records --------------------------------------------------------------------------- */
 
 /*
- * A section of the sequential stream is a sequence of records, one a page, ended by a word:
+ * A section of the sequential stream is a sequence of records, one per page, each of which starts
+ * with a word:
  *
- *   u64 offset | flags     big-endian; the offset of the page in its block, a multiple of
- * page_size,
- *                          flags below it
- *   u8 length, name        of the block; left out with CONTINUE: that of the record before
- *   ZERO                   u8: the page is full of this byte
+ *   u64 offset | flags     big-endian: the offset of the page in its block, a multiple of page_size,
+ *                          with flags in the low bits
+ *   u8 length, name        of the block; absent with CONTINUE: the block of the previous record
+ *   ZERO                   u8: the page is filled with this byte
  *   PAGE                   page_size bytes
- *   XBZRLE                 u8 1, u16 n, n bytes: changes to the page's content so far
+ *   XBZRLE                 u8 1, u16 n, n bytes: a delta to the current content of the page
  *   EOS                    ends the section; no name, no offset
  */
 
-/* A block's name, not ended by a zero byte. */
+/* The name of a block, not zero-terminated. */
 struct qm_name {
     const unsigned char *bytes;
     uint8_t len;
 };
 
-/* Encodes a record for each page k in [from, npages) that `want` has: PAGE with the page_size bytes
- * at pages + k * page_size where `data` has it too, ZERO otherwise (that page is not read). Bit k
- * stands for page `first + k` of the block. The block is named in the first record unless *named,
- * which is 1 afterwards. Stops before a record that does not fit into the `len` bytes at `out`;
- * *next is the page to go on from, npages at the end. Returns how many bytes it wrote. */
-size_t qm_encode(const struct qm_name *name, int *named, const unsigned char *pages, uint64_t first,
-                 size_t from, size_t npages, uint32_t page_size, const uint64_t *want,
-                 const uint64_t *data, unsigned char *out, size_t len, size_t *next);
+/* Pages to be encoded, and how far that is.
+ *   name, named   the block; the first record names it unless `named` is set, which is 1 from then
+ *                 on.
+ *   pages         the bytes of page 0, which is page `first` of the block; npages follow.
+ *   want          the pages that get a record.
+ *   data          of these, the pages that are not zero; a zero page is not read.
+ *   next          the next page to look at; npages at the end. */
+struct qm_encoding {
+    const struct qm_name *name;
+    int named;
+    uint32_t page_size;
+    const unsigned char *pages;
+    uint64_t first;
+    size_t npages;
+    const uint64_t *want;
+    const uint64_t *data;
+    size_t next;
+};
 
-/* A stream being written front to back: a buffer that is written out when it is full, in pieces
- * of at least 1 MiB where no rate limit asks for smaller ones. */
+/* Encode records, as many as fit into the `len` bytes at `out`. Returns the number of bytes
+ * written. */
+size_t qm_encode(struct qm_encoding *encoding, unsigned char *out, size_t len);
+
+/* A stream that is written front to back, through a buffer that is written out when it is full, in
+ * writes of at least 1 MiB unless a rate limit requires smaller ones. */
 typedef struct qm_encoder qm_encoder;
 
-/* The first byte goes to position `at` of `fd`, which stays the caller's; with fd < 0 bytes are
- * only counted. NULL when there is no memory. */
+/* The first byte goes to position `at` of `fd`, which is borrowed; with fd < 0 bytes are only
+ * counted. Returns NULL when out of memory. */
 qm_encoder *qm_encoder_create(int fd, off_t at);
 void qm_encoder_destroy(qm_encoder *encoder);
-/* From now on `fd` is a pipe or socket: bytes are written in turn, and positions only count
- * them. */
+/* Treat `fd` as a pipe or socket from now on: it is written without positions, which only count
+ * bytes. */
 void qm_encoder_go_forward(qm_encoder *encoder);
-/* Where the next byte goes: after all that was put, written out or not. */
+/* Return the position of the next byte, behind everything appended, written out or not. */
 off_t qm_encoder_position(const qm_encoder *encoder);
-/* The next record names its block, whichever it is. */
+/* Make the next record name its block in any case. */
 void qm_encoder_forget_block(qm_encoder *encoder);
-/* Appends bytes as they are; any number. */
+/* Append bytes verbatim. */
 int qm_encoder_put(qm_job *job, qm_encoder *encoder, const unsigned char *bytes, size_t len,
                    struct qm_fault *fault);
-/* Writes out what is buffered. */
+/* Write out what is buffered. */
 int qm_encoder_flush(qm_job *job, qm_encoder *encoder, struct qm_fault *fault);
 
-/* Appends a record for each page of [first, first + npages) that `selection` has (NULL: all),
- * ZERO where the page is zero now. Holes of memory that is a file are not read. `name` stays where
- * it is as long as the encoder is used: by its address the encoder knows the block again. `first`
- * as in qm_write; of the block, pages_offset has no meaning here. */
-int qm_encode_pages(qm_job *job, qm_channel *channel, qm_encoder *encoder,
-                    const struct qm_name *name, const struct qm_block *block,
-                    const struct qm_memory *memory, const uint64_t *selection, uint64_t first,
-                    uint64_t npages, struct qm_fault *fault);
+/* Append a record for each selected page of [first, first + npages), ZERO if the page is zero now.
+ * Holes of memory that is a file are not read. `name` must stay at its address as long as the
+ * encoder is used, since the encoder recognises the block by it. Uses neither file, data, policy
+ * nor the block's pages_offset. */
+int qm_encode_pages(const struct qm_transfer *transfer, qm_channel *channel, qm_encoder *encoder,
+                    const struct qm_name *name, uint64_t first, uint64_t npages,
+                    struct qm_fault *fault);
 
-/* A block as a decoder knows it. `seen` gets the bit of every page that a record mentions. Of a
- * block with an `index`, the places of pages are noted there, and nothing else is done. One that is
- * `staged` has its pages put on a stage, a part of the block at a time. Of one with `content`, all
- * that is noted is which pages hold something: their bits there are set. Records of a block with
- * none
- * of these are checked and dropped; it needs no `seen`. */
+/* What a decoder does with the pages of a block.
+ *   QM_SINK_NONE      check the records and drop them; `seen` is not used.
+ *   QM_SINK_MEMORY    write the pages to `memory`.
+ *   QM_SINK_INDEX     record in `index` where the pages are in the stream; `seen` is not used.
+ *   QM_SINK_STAGING   put the pages into the current staging buffer, a part of the block at a time.
+ *   QM_SINK_CONTENT   record in the bitmap `content` which pages are not zero. */
+enum qm_sink {
+    QM_SINK_NONE,
+    QM_SINK_MEMORY,
+    QM_SINK_INDEX,
+    QM_SINK_STAGING,
+    QM_SINK_CONTENT,
+};
+
+/* A block as a decoder sees it. `seen` gets the bit of every page that a record mentions. The field
+ * that belongs to `sink` is set. */
 struct qm_record_block {
     struct qm_name name;
     uint64_t len;
-    const struct qm_memory *memory;
     uint64_t *seen;
-    struct qm_index *index;
-    int staged;
-    uint64_t *content;
+    enum qm_sink sink;
+    union {
+        const struct qm_memory *memory;
+        struct qm_index *index;
+        uint64_t *content;
+    };
 };
 
-/* A part of a block, held in memory until it is written to its place in a file: the bytes
- * [off, off + len) of the block, `off` a multiple of QM_CHUNK, `len` at most QM_STAGING_MAX. Of its
- * pages, bits of `filled` mark those that records gave content since it is on the stage, which
- * stands at `base`; `zeroed` those that they made zero, whatever stands at `base`; no page is in
- * both. What a page was before, the file has, at position `at` of `fd` on, if its bit in `data` is
- * set; else it was zero. */
+/* A part of a block that is assembled in memory before it is written to the file: the bytes
+ * [off, off + len) of the block, `off` a multiple of QM_CHUNK, `len` at most QM_STAGING_MAX.
+ *   base      the bytes of the part.
+ *   filled    the pages that records gave content.
+ *   zeroed    the pages that records made zero, whatever is at `base`; disjoint from `filled`.
+ *   data      the pages of the part that the file contains; before this part was staged, other
+ *             pages were zero.
+ *   fd, at    the file, and the position of the part in it. */
 #define QM_STAGING_MAX ((size_t)16 << 20)
 struct qm_staging {
     unsigned char *base;
@@ -356,19 +400,19 @@ struct qm_staging {
 
 /* What is wrong with a record. */
 enum qm_record_fault {
-    QM_RECORD_FLAGS = 1,  /* the flags of its word are none that a file can have */
-    QM_RECORD_COMPRESSED, /* a compressed page, as written until QEMU 9.0 */
-    QM_RECORD_NO_BLOCK,   /* CONTINUE, and no block was named before */
-    QM_RECORD_UNKNOWN,    /* a block that is not among those given: `name` */
-    QM_RECORD_OUTSIDE,    /* the page lies outside its block */
-    QM_RECORD_DELTA,      /* an XBZRLE body that does not fit its page or itself */
-    QM_RECORD_MULTIFD,    /* the mark of multifd, whose pages are in other streams */
-    QM_RECORD_SCATTERED, /* an index, or bitmaps, would outgrow the stream: no guest is like that */
-    QM_RECORD_CHANGES,   /* more than QM_CHANGES_MAX changes to a page */
+    QM_RECORD_FLAGS = 1,  /* invalid flags in its word */
+    QM_RECORD_COMPRESSED, /* a compressed page, written by QEMU up to 9.0 */
+    QM_RECORD_NO_BLOCK,   /* CONTINUE, but no block was named before */
+    QM_RECORD_UNKNOWN,    /* an unlisted block: `name` */
+    QM_RECORD_OUTSIDE,    /* the page is outside its block */
+    QM_RECORD_DELTA,      /* a malformed XBZRLE body, or one that does not fit the page */
+    QM_RECORD_MULTIFD,    /* the flush marker of multifd, whose pages are in other streams */
+    QM_RECORD_SCATTERED, /* pages too sparse for a real guest: the index would outgrow the stream */
+    QM_RECORD_CHANGES,   /* more than QM_CHANGES_MAX changes to one page */
 };
 
-/* The last record that was refused: `at` is the position of its word (in the file, or among all
- * bytes given to qm_decode), `block` its block's index or -1. */
+/* The record that made the decoder fail: `at` is the position of its word (in the file, or among
+ * all bytes given to qm_decode), `block` the index of its block or -1. */
 struct qm_record_error {
     int what;
     int64_t block;
@@ -378,109 +422,112 @@ struct qm_record_error {
     unsigned char name[256];
 };
 
-/* Takes sections of records apart, from bytes that come in slices of any size. It keeps one page,
- * and the last block named, between slices and between sections. */
+/* A decoder of sections of records. It accepts bytes in slices of any size, and keeps one page and
+ * the last block named between slices and sections. */
 typedef struct qm_decoder qm_decoder;
 
-/* The `nblocks` blocks stay the caller's, and where they are; their names differ, their lengths
- * are multiples of `page_size`. `fresh`: a change to a page that was not mentioned before applies
- * to zeros, whatever the memory holds. NULL when there is no memory, or for a bad page size. */
+/* The `nblocks` blocks are borrowed and must not move; their names differ and their lengths are
+ * multiples of `page_size`. `fresh`: a delta to a page that no record mentioned before applies to
+ * zeros, whatever the memory contains. Returns NULL when out of memory, or for an invalid page
+ * size. */
 qm_decoder *qm_decoder_create(const struct qm_record_block *blocks, size_t nblocks,
                               uint32_t page_size, int fresh);
 void qm_decoder_destroy(qm_decoder *decoder);
-/* Decodes `len` bytes into memory. Returns 1 at the end of a section, 0 when it goes on after
- * them, 2 when the next page belongs to a part of a staged block that is not on the stage; *used
- * is how many were taken, less than `len` only at an end, a 2 or a failure. -EBADMSG:
- * qm_decoder_error tells what is wrong. Memory that is a file is written with pwrite and punched,
- * never touched through a mapping. After a failure the decoder is of no more use. Counts records
- * as pages, and bytes_done once for each page. */
+/* Decode `len` bytes. Returns 1 at the end of a section, 0 when the section continues behind them,
+ * 2 when the next page belongs to a part of a block that is not staged. *used is the number of
+ * bytes consumed, less than `len` only at an end, a 2 or a failure. -EBADMSG: see
+ * qm_decoder_error. Memory that is a file is written with pwrite and punched, never touched through
+ * a mapping. Do not use the decoder after a failure. Counts records as pages, and bytes_done once
+ * for each page. */
 int qm_decode(qm_job *job, qm_decoder *decoder, const unsigned char *bytes, size_t len,
               size_t *used, struct qm_fault *fault);
-/* Decodes the file from *at to the end of the section, where *at is afterwards; returns 1. Reads a
+/* Decode the file from *at to the end of the section and return 1; *at is then that end. Reads a
  * window of 1 MiB at a time, kept from call to call. -ENODATA: the file ends, or `end` comes,
- * before the section does. 2 as in qm_decode. */
+ * before the section does. Returns 2 as qm_decode does. */
 int qm_decode_file(qm_job *job, qm_decoder *decoder, int fd, off_t *at, off_t end,
                    struct qm_fault *fault);
 void qm_decoder_error(const qm_decoder *decoder, struct qm_record_error *out);
-/* Where in the stream the next bytes given to qm_decode stand. */
+/* Set the stream position of the next bytes given to qm_decode. */
 void qm_decoder_seek(qm_decoder *decoder, uint64_t position);
-/* After a 2: the number of the block, and the offset in it, of the page that is to be put. */
+/* After a 2: return the number of the block, and in *off the offset, of the next page. */
 size_t qm_decoder_wants(const qm_decoder *decoder, uint64_t *off);
-/* Puts a part of a block on the stage, in the place of another one; `filled` and `zeroed` become
- * empty. It stays the caller's, and there until the next one is put or the decoder destroyed. */
-void qm_decoder_set_staging(qm_decoder *decoder, size_t block, struct qm_staging *stage);
+/* Stage a part of a block in place of the previous one; `filled` and `zeroed` are cleared. `staging`
+ * is borrowed until the next one is set or the decoder is destroyed. */
+void qm_decoder_set_staging(qm_decoder *decoder, size_t block, struct qm_staging *staging);
 
-/* Writes what is on a stage to its place in the file of the block, whose bitmap is `data`: pages as
- * qm_write does. The first time that a part gets any data, all of it is written as `sparse` says;
- * later exactly the pages that are filled. Returns how many pages have ceased to be data, whose old
- * bytes are still in the file; -errno. What is at `base` of other pages may change. */
-int64_t qm_write_staging(qm_job *job, qm_channel *channel, const struct qm_file *file,
-                         const struct qm_block *block, const struct qm_staging *stage,
-                         const struct qm_sparse *sparse, uint64_t *data, struct qm_fault *fault);
+/* Write a staged part to its place in the file, as qm_write does; the transfer is that of the block,
+ * its memory and selection are not used. The first time a part gets any data it is written by the
+ * policy; later exactly the filled pages are written. Returns how many pages stopped being data,
+ * whose old bytes are still in the file, or -errno. The bytes of other pages at `base` may
+ * change. */
+int64_t qm_write_staging(const struct qm_transfer *transfer, qm_channel *channel,
+                         const struct qm_staging *staging, struct qm_fault *fault);
 
-/* Applies the body of an XBZRLE record to a page; -EBADMSG when it is malformed, the page then
- * being changed in part. */
+/* Apply the body of an XBZRLE record to a page. -EBADMSG: it is malformed, and the page may have
+ * changed in part. */
 int qm_apply_delta(const unsigned char *delta, size_t len, unsigned char *page, size_t page_size);
 
 /* ---- pages of a snapshot as memory ---------------------------------------------------------- */
 
 /*
- * The index of a block tells of every page where a sequential stream has it: a word a page, 0 for one
- * that no record mentions, else a kind above bit 62 and a value below:
+ * The index of a block records where a sequential stream has each page: one word per page, 0 for a
+ * page that no record mentions, else a kind from bit 62 up and a value below:
  *
- *   QM_PLACE_FILL     the page is full of this byte
- *   QM_PLACE_PAGE     file position of its page_size bytes
- *   QM_PLACE_CHANGED  number of the last of the changes (XBZRLE) that make the page, in order,
- *                     of what `before` tells, which is a word as well
+ *   QM_PLACE_FILL     the page is filled with this byte
+ *   QM_PLACE_PAGE     the file position of its page_size bytes
+ *   QM_PLACE_CHANGED  the number of the last of the changes (XBZRLE) that, in order, make the page
+ *                     from the content that `before` describes, which is a word as well
  *
- * It takes memory for what is mentioned: 8 bytes a page, in pieces of 512 pages, and 24 bytes a
- * change. Made by one thread, it may then be read by many.
+ * It uses memory for mentioned pages only: 8 bytes a page, in nodes of 512 pages, and 24 bytes a
+ * change. One thread makes it; then any number of threads can read it.
  */
 enum qm_place { QM_PLACE_FILL = 1, QM_PLACE_PAGE = 2, QM_PLACE_CHANGED = 3 };
-#define QM_CHANGES_MAX 1024 /* of one page, since it was last there as a whole */
+#define QM_CHANGES_MAX 1024 /* to one page since its last whole record */
 
 struct qm_change {
     uint64_t before;
     uint64_t at; /* file position of the `len` bytes of an XBZRLE record */
     uint16_t len;
-    uint32_t depth; /* changes from here down; not taken from outside */
+    uint32_t depth; /* length of the chain from here; never read from a file */
 };
 
 typedef struct qm_index qm_index;
 
-/* NULL when there is no memory, or for a bad page size. */
+/* Return NULL when out of memory, or for an invalid page size. */
 qm_index *qm_index_create(uint64_t npages, uint32_t page_size);
 void qm_index_destroy(qm_index *index);
-/* Bytes of memory that it has taken. */
+/* Return the bytes of memory in use. */
 uint64_t qm_index_bytes(const qm_index *index);
 
-/* Note what a record says of a page. 1 when the page was not mentioned before, 0 when it was;
+/* Record the place of a page. Returns 1 when the page was not mentioned before, 0 when it was;
  * -EINVAL outside the block, -ENOMEM, -EFBIG, -EMLINK after QM_CHANGES_MAX changes. */
 int qm_index_fill_is(qm_index *index, uint64_t page, unsigned char fill);
 int qm_index_page_at(qm_index *index, uint64_t page, uint64_t at);
 int qm_index_changed(qm_index *index, uint64_t page, uint64_t at, uint16_t len);
 
-/* The first page from `page` on that is mentioned; the number of all pages where none is. */
+/* Return the first mentioned page from `page` on, or the number of pages when there is none. */
 uint64_t qm_index_next(const qm_index *index, uint64_t page);
-/* Words of `npages` pages from `first` on, and all changes, out of the index; and into it. What is
- * put in may come from anywhere: -EBADMSG where it points outside a file of `end` bytes, or at
- * changes that are not there. Put in changes first. */
+/* Export and import the words of `npages` pages from `first` on (any page), and all changes.
+ * Imported values are untrusted: -EBADMSG when one points outside a file of `end` bytes, or to a
+ * change that does not exist. Import the changes first. */
 int qm_index_get(const qm_index *index, uint64_t first, uint64_t npages, uint64_t *words);
 int qm_index_put(qm_index *index, uint64_t first, uint64_t npages, const uint64_t *words,
                  uint64_t end);
 uint64_t qm_index_changes(const qm_index *index, const struct qm_change **changes);
 int qm_index_put_changes(qm_index *index, const struct qm_change *changes, uint64_t n,
                          uint64_t end);
-/* Pages that hold something: not those unmentioned or full of zeros. */
+/* Return the number of data pages: mentioned, and not filled with zeros. */
 uint64_t qm_index_count(const qm_index *index);
-/* Where the pages from `first` on cease to be alike in that; at most `end`. */
+/* Return the end, at most `end`, of the run of pages from `first` that are all data or all not;
+ * *data is which. */
 uint64_t qm_index_run(const qm_index *index, uint64_t first, uint64_t end, int *data);
-/* The first page from `page` on whose content, or part of it, is made of bytes at file positions
- * [start, end); the number of all pages where none is. */
+/* Return the first page from `page` on whose content depends on bytes at file positions
+ * [start, end), or the number of pages when there is none. */
 uint64_t qm_index_from(const qm_index *index, uint64_t page, uint64_t start, uint64_t end);
 
-/* A block of a sequential stream: the argument of qm_indexed_fill and qm_indexed_next, a qm_fill_fn
- * (whole pages only) and a qm_next_fn. -ENODATA: the file ends; -EBADMSG: a change does not fit. */
+/* A block of a sequential stream as memory: the argument of qm_indexed_fill, a qm_fill_fn for whole
+ * pages, and of qm_indexed_next, a qm_next_fn. -ENODATA: the file ends; -EBADMSG: a malformed
+ * change. */
 struct qm_indexed {
     const qm_index *index;
     int fd;
@@ -489,8 +536,8 @@ struct qm_indexed {
 ssize_t qm_indexed_fill(void *indexed, void *buf, uint64_t off, size_t len);
 int64_t qm_indexed_next(void *indexed, uint64_t off, uint64_t end);
 
-/* The same for a block of a mapped-ram file: pages whose bit in `data` is clear are zeros, whatever
- * the file has there. */
+/* A block of a mapped-ram file as memory: pages whose bit in `data` is clear are zeros, whatever the
+ * file contains there. */
 struct qm_mapped {
     const uint64_t *data;
     uint64_t npages;
@@ -502,7 +549,7 @@ struct qm_mapped {
 ssize_t qm_mapped_fill(void *mapped, void *buf, uint64_t off, size_t len);
 int64_t qm_mapped_next(void *mapped, uint64_t off, uint64_t end);
 
-/* Memory that is a part of another one: its byte 0 is byte `offset` there, whole pages. */
+/* A slice of other memory, whole pages from its byte `offset` on. */
 struct qm_slice {
     qm_fill_fn fill;
     qm_next_fn next;
@@ -510,8 +557,8 @@ struct qm_slice {
     uint64_t offset;
 };
 
-ssize_t qm_slice_fill(void *part, void *buf, uint64_t off, size_t len);
-int64_t qm_slice_next(void *part, uint64_t off, uint64_t end);
+ssize_t qm_slice_fill(void *slice, void *buf, uint64_t off, size_t len);
+int64_t qm_slice_next(void *slice, uint64_t off, uint64_t end);
 
 /* Memory in a buffer: `base` is its address. */
 ssize_t qm_buffer_fill(void *base, void *buf, uint64_t off, size_t len);
@@ -535,11 +582,10 @@ struct qm_layered {
 ssize_t qm_layered_fill(void *layered, void *buf, uint64_t off, size_t len);
 int64_t qm_layered_next(void *layered, uint64_t off, uint64_t end);
 
-/* Memory that is another one, and in which something is looked for in passing: at multiples of
- * `step` bytes, the `len` bytes that are `head` where `mask` has bits. `found` is the lowest place
- * so
- * far; UINT64_MAX at first. Several channels may read it at once. What is not read is not seen, nor
- * what does not stand within one read: `len` is at most a page, `step` not less than one. */
+/* A memory source that searches what is read through it for a pattern: at multiples of `step`
+ * bytes, `len` bytes that equal `head` where `mask` has bits set. `found` is the lowest offset found
+ * so far; initialise it to UINT64_MAX. Several channels can read at once. A pattern is found only
+ * if one read contains all of it: `len` is at most a page, `step` at least a page. */
 struct qm_search {
     qm_fill_fn fill;
     qm_next_fn next;
@@ -551,11 +597,8 @@ struct qm_search {
     uint64_t found;
 };
 
-ssize_t qm_search_fill(void *watch, void *buf, uint64_t off, size_t len);
-int64_t qm_search_next(void *watch, uint64_t off, uint64_t end);
-
-/* Where the bits from `first` on cease to be alike; at most `end`. */
-uint64_t qm_run(const uint64_t *bits, uint64_t first, uint64_t end);
+ssize_t qm_search_fill(void *search, void *buf, uint64_t off, size_t len);
+int64_t qm_search_next(void *search, uint64_t off, uint64_t end);
 
 /* ---- page digests --------------------------------------------------------------------------- */
 
@@ -623,8 +666,8 @@ uint64_t qm_list_runs(const uint64_t *bits, uint64_t first, uint64_t end, uint64
 
 /* ---- direct I/O ----------------------------------------------------------------------------- */
 
-/* What direct I/O on the file demands of addresses and of positions, as the kernel tells it.
- * -EOPNOTSUPP: this file system does none; -ENOSYS: the kernel cannot tell. */
+/* Get from the kernel what direct I/O on the file requires of addresses and of positions.
+ * -EOPNOTSUPP: the file system does not support it; -ENOSYS: the kernel does not report it. */
 int qm_direct_align(int fd, uint32_t *mem_align, uint32_t *off_align);
 
 #endif

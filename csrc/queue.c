@@ -1,10 +1,10 @@
 /*
- * Direct transfers that are under way while the next ones are prepared.
+ * Asynchronous direct transfers: they run while the next ones are prepared.
  *
- * A direct write into a hole holds the inode's lock until the call returns: with pwritev that is
- * until its I/O is done, however many threads there are. Handed to the kernel's native AIO the lock
- * goes back at submission, and allocation, scan and I/O overlap. Where AIO is not to be had (no
- * contexts left, a filter that forbids it) transfers are made at once instead.
+ * A direct write into a hole holds the inode's lock until the call returns: with pwritev until its
+ * I/O is done, however many threads there are. With the kernel's native AIO the lock is released at
+ * submission, and allocation, scan and I/O overlap. If AIO is not available (no contexts left, a
+ * seccomp filter) transfers are synchronous.
  */
 #define _GNU_SOURCE
 #include "channel.h"
@@ -66,7 +66,7 @@ static int transfer_now(qm_job *job, struct qm_slot *s, off_t *bad)
     return got < 0 ? (int)got : 0;
 }
 
-static void note_error(struct qm_queue *q, int rc, off_t bad)
+static void record_error(struct qm_queue *q, int rc, off_t bad)
 {
     if (rc && !q->error) {
         q->error = rc;
@@ -81,15 +81,15 @@ static void finish(struct qm_queue *q, qm_job *job, struct qm_slot *s, int64_t r
     if (result == (int64_t)s->len) {
         qm_job_count_io(job, s->len, 1);
     } else if (!q->error) {
-        /* Short or refused: done again at once, which continues it or tells the error. */
+        /* Short or failed: do it again synchronously, which continues it or returns the error. */
         off_t bad = s->at;
         int rc = qm_job_cancelled(job) ? -ECANCELED : transfer_now(job, s, &bad);
-        note_error(q, rc, bad);
+        record_error(q, rc, bad);
     }
     q->free |= 1u << (s - q->slots);
 }
 
-/* Waits for at least one transfer. Memory is in use until each is done, so nothing else ends it. */
+/* Wait for at least one transfer. Not interruptible: the kernel uses the memory until the end. */
 static void reap(struct qm_queue *q, qm_job *job)
 {
     struct io_event events[QM_QUEUE];
@@ -98,13 +98,13 @@ static void reap(struct qm_queue *q, qm_job *job)
         n = io_getevents(q->context, 1, QM_QUEUE, events);
     while (n < 0 && errno == EINTR);
     if (n < 0) {
-        /* Not to be asked how they went: closing the context waits for them all the same. */
+        /* The results are lost, but io_destroy still waits for completion. */
         int rc = -errno;
         io_destroy(q->context);
         q->open = 0;
         q->free = (1u << QM_QUEUE) - 1;
         memset(q->busy, 0, sizeof(q->busy));
-        note_error(q, rc, 0);
+        record_error(q, rc, 0);
         return;
     }
     for (long i = 0; i < n; i++)

@@ -1,4 +1,4 @@
-/* File -> guest memory: the set pages of a chunk in few, large reads; the clear ones zeroed. */
+/* File -> guest memory: read the set pages of a chunk in few, large calls; zero the clear ones. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "channel.h"
@@ -8,10 +8,8 @@
 #include <sys/uio.h>
 
 struct reader {
-    qm_job *job;
+    const struct qm_transfer *transfer;
     qm_channel *channel;
-    const struct qm_block *block;
-    const struct qm_memory *memory;
     struct qm_fault *fault;
     int fd;
     size_t unit;  /* granularity of positions and lengths; 1 when buffered */
@@ -21,15 +19,15 @@ struct reader {
 static int read_fault(struct reader *r, off_t bad, int rc)
 {
     if (rc == -EFAULT)
-        return memory_fault(r->fault, (uint64_t)(bad - r->block->pages_offset), rc);
+        return memory_fault(r->fault, (uint64_t)(bad - r->transfer->block->pages_offset), rc);
     return rc ? file_fault(r->fault, bad, rc) : 0;
 }
 
-/* Reads at file position `at` what the array asks for, of which `need` must be there. */
+/* Read at file position `at` into the array; the file must have `need` of the bytes. */
 static int get(struct reader *r, struct iovec *iov, off_t at, size_t need)
 {
     off_t bad;
-    ssize_t got = qm_preadv(r->job, r->fd, iov, 1, at, r->unit, &bad);
+    ssize_t got = qm_preadv(r->transfer->job, r->fd, iov, 1, at, r->unit, &bad);
     if (got >= 0 && (size_t)got < need)
         return file_fault(r->fault, at + got, -ENODATA);
     return read_fault(r, bad, got < 0 ? (int)got : 0);
@@ -37,14 +35,15 @@ static int get(struct reader *r, struct iovec *iov, off_t at, size_t need)
 
 /* ---- set pages ------------------------------------------------------------------------------ */
 
-/* Pages [from, to) of the block through the bounce buffer. */
-static int read_bounced(struct reader *r, const uint64_t *data, uint64_t from, uint64_t to)
+/* Read pages [from, to) of the block through the bounce buffer. */
+static int read_bounced(struct reader *r, uint64_t from, uint64_t to)
 {
+    const uint64_t *data = r->transfer->data;
     unsigned char *buffer = qm_channel_buffer(r->channel, 0);
     if (!buffer)
         return -ENOMEM;
-    size_t page = r->block->page_size;
-    off_t start = r->block->pages_offset + (off_t)(from * page);
+    size_t page = r->transfer->block->page_size;
+    off_t start = r->transfer->block->pages_offset + (off_t)(from * page);
     size_t need = (size_t)(to - from) * page;
     size_t head = (size_t)start % r->unit;
     size_t len = (head + need + r->unit - 1) / r->unit * r->unit;
@@ -52,7 +51,7 @@ static int read_bounced(struct reader *r, const uint64_t *data, uint64_t from, u
     int rc = get(r, &iov, start - (off_t)head, head + need);
     for (uint64_t k = next_set(data, from, to); k < to && rc == 0;) {
         uint64_t stop = next_clear(data, k, to);
-        rc = qm_store(r->memory, k * page, buffer + head + (k - from) * page,
+        rc = qm_store(r->transfer->memory, k * page, buffer + head + (k - from) * page,
                       (size_t)(stop - k) * page, r->fault);
         k = next_set(data, stop, to);
     }
@@ -61,7 +60,7 @@ static int read_bounced(struct reader *r, const uint64_t *data, uint64_t from, u
 
 static int read_now(struct reader *r, struct iovec *iov, int n, off_t at, size_t len, off_t *bad)
 {
-    ssize_t got = qm_preadv(r->job, r->fd, iov, n, at, r->unit, bad);
+    ssize_t got = qm_preadv(r->transfer->job, r->fd, iov, n, at, r->unit, bad);
     if (got >= 0 && (size_t)got < len) {
         *bad = at + got;
         return -ENODATA;
@@ -69,18 +68,20 @@ static int read_now(struct reader *r, struct iovec *iov, int n, off_t at, size_t
     return got < 0 ? (int)got : 0;
 }
 
-/* Pages [from, to) of the block straight into memory, clear ones among them into the buffer. */
-static int read_straight(struct reader *r, const uint64_t *data, uint64_t from, uint64_t to)
+/* Read pages [from, to) of the block into memory without a copy; the clear ones among them go to the
+ * bounce buffer. */
+static int read_straight(struct reader *r, uint64_t from, uint64_t to)
 {
+    const uint64_t *data = r->transfer->data;
     struct iovec iov[QM_MAX_IOV];
-    size_t page = r->block->page_size;
+    size_t page = r->transfer->block->page_size;
     int n = 0;
     for (uint64_t k = from; k < to;) {
         int set = bit_get(data, k);
         uint64_t stop = set ? next_clear(data, k, to) : next_set(data, k, to);
         iov[n].iov_len = (size_t)(stop - k) * page;
         if (set) {
-            iov[n].iov_base = r->memory->base + k * page;
+            iov[n].iov_base = r->transfer->memory->base + k * page;
         } else {
             unsigned char *buffer = qm_channel_buffer(r->channel, 0);
             if (!buffer)
@@ -90,9 +91,9 @@ static int read_straight(struct reader *r, const uint64_t *data, uint64_t from, 
         n++;
         k = stop;
         if (n == QM_MAX_IOV || k == to) {
-            off_t bad, at = r->block->pages_offset + (off_t)(from * page);
-            int rc = r->unit > 1 ? qm_queue_read(&r->channel->queue, r->job, r->fd, iov, n, at,
-                                                 r->unit, &bad)
+            off_t bad, at = r->transfer->block->pages_offset + (off_t)(from * page);
+            int rc = r->unit > 1 ? qm_queue_read(&r->channel->queue, r->transfer->job, r->fd, iov,
+                                                 n, at, r->unit, &bad)
                                  : read_now(r, iov, n, at, (size_t)(k - from) * page, &bad);
             if (rc)
                 return read_fault(r, bad, rc);
@@ -103,16 +104,16 @@ static int read_straight(struct reader *r, const uint64_t *data, uint64_t from, 
     return 0;
 }
 
-static int read_run(struct reader *r, const uint64_t *data, uint64_t from, uint64_t to)
+static int read_run(struct reader *r, uint64_t from, uint64_t to)
 {
-    size_t page = r->block->page_size;
-    size_t most = qm_job_piece(r->job, page);
+    size_t page = r->transfer->block->page_size;
+    size_t most = qm_job_piece(r->transfer->job, page);
     if (r->straight && r->unit > 1 && most > qm_queue_piece(&r->channel->queue))
         most = qm_queue_piece(&r->channel->queue);
     most /= page;
     for (uint64_t k = from; k < to;) {
         uint64_t stop = to - k < most ? to : k + most;
-        int rc = r->straight ? read_straight(r, data, k, stop) : read_bounced(r, data, k, stop);
+        int rc = r->straight ? read_straight(r, k, stop) : read_bounced(r, k, stop);
         if (rc)
             return rc;
         k = stop;
@@ -120,72 +121,70 @@ static int read_run(struct reader *r, const uint64_t *data, uint64_t from, uint6
     return 0;
 }
 
-static int read_set(struct reader *r, const uint64_t *data, uint64_t first, uint64_t end,
-                    uint64_t max_gap)
+static int read_set(struct reader *r, uint64_t first, uint64_t end)
 {
-    uint64_t gap = max_gap / r->block->page_size;
-    for (uint64_t at = next_set(data, first, end); at < end;) {
-        uint64_t from = at, to;
+    const uint64_t *data = r->transfer->data;
+    uint64_t gap = r->transfer->policy->max_gap / r->transfer->block->page_size;
+    for (uint64_t k = next_set(data, first, end); k < end;) {
+        uint64_t from = k, to;
         do {
-            to = next_clear(data, at, end);
-            at = next_set(data, to, end);
-        } while (at < end && at - to <= gap);
-        int rc = read_run(r, data, from, to);
+            to = next_clear(data, k, end);
+            k = next_set(data, to, end);
+        } while (k < end && k - to <= gap);
+        int rc = read_run(r, from, to);
         if (rc)
             return rc;
     }
     return 0;
 }
 
-static int read_range(struct reader *r, const uint64_t *data, uint64_t max_gap, int zero_clear,
-                      uint64_t first, uint64_t end)
+static int read_range(struct reader *r, uint64_t first, uint64_t end)
 {
+    const struct qm_transfer *t = r->transfer;
+    uint32_t page = t->block->page_size;
     for (uint64_t from = first; from < end;) {
-        if (qm_job_cancelled(r->job))
+        if (qm_job_cancelled(t->job))
             return -ECANCELED;
-        uint64_t most = QM_CHUNK / r->block->page_size;
+        uint64_t most = QM_CHUNK / page;
         uint64_t to = end - from < most ? end : from + most;
-        int rc = read_set(r, data, from, to, max_gap);
-        if (rc == 0 && zero_clear)
-            rc = qm_store_clear(r->memory, r->block->page_size, data, from, to, r->fault);
+        int rc = read_set(r, from, to);
+        if (rc == 0 && t->policy->zero_clear)
+            rc = qm_store_clear(t, from, to, r->fault);
         if (rc)
             return rc;
         int64_t last;
-        uint64_t set = qm_count(data + from / 64, to - from, &last);
-        qm_job_count_pages(r->job, (to - from) * r->block->page_size, set, to - from - set);
+        uint64_t set = qm_count(t->data + from / 64, to - from, &last);
+        qm_job_count_pages(t->job, (to - from) * page, set, to - from - set);
         from = to;
     }
     return 0;
 }
 
-int qm_read(qm_job *job, qm_channel *channel, const struct qm_file *file,
-            const struct qm_block *block, const struct qm_memory *memory, const uint64_t *data,
-            uint64_t max_gap, int zero_clear, uint64_t first, uint64_t npages,
+int qm_read(const struct qm_transfer *t, qm_channel *channel, uint64_t first, uint64_t npages,
             struct qm_fault *fault)
 {
-    int rc = qm_block_check(block, file, first, npages);
+    const struct qm_file *file = t->file;
+    int rc = qm_transfer_check(t, first, npages);
     if (rc)
         return rc;
     struct reader r = {
-        .job = job,
+        .transfer = t,
         .channel = channel,
-        .block = block,
-        .memory = memory,
         .fault = fault,
         .fd = file->fd,
         .unit = 1,
-        .straight = memory->base != NULL,
+        .straight = t->memory->base != NULL,
     };
     if (file->fd_direct >= 0) {
         r.fd = file->fd_direct;
         r.unit = file->off_align;
-        r.straight = r.straight && (uintptr_t)memory->base % file->mem_align == 0 &&
-                     block->page_size % file->mem_align == 0 &&
-                     block->page_size % file->off_align == 0 &&
-                     (uint64_t)block->pages_offset % file->off_align == 0;
+        r.straight = r.straight && (uintptr_t)t->memory->base % file->mem_align == 0 &&
+                     t->block->page_size % file->mem_align == 0 &&
+                     t->block->page_size % file->off_align == 0 &&
+                     (uint64_t)t->block->pages_offset % file->off_align == 0;
     }
-    rc = read_range(&r, data, max_gap, zero_clear, first, first + npages);
+    rc = read_range(&r, first, first + npages);
     off_t bad;
-    int late = qm_queue_drain(&channel->queue, job, &bad);
+    int late = qm_queue_drain(&channel->queue, t->job, &bad);
     return rc ? rc : read_fault(&r, bad, late);
 }

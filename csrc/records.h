@@ -1,4 +1,4 @@
-/* The words of page records in a sequential stream: flags in the low bits, an address above them. */
+/* The words of page records in a sequential stream: an offset, with flags in the low bits. */
 #ifndef QM_RECORDS_H
 #define QM_RECORDS_H
 

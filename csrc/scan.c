@@ -1,13 +1,13 @@
-/* Which pages are zero. */
+/* Find the pages that are zero. */
 #include "qmigrate.h"
 
 #include <errno.h>
 #include <string.h>
 
-/* Bytes looked at between two decisions: a page that holds data is left after one of these. */
+/* Bytes examined between two decisions: a typical data page is left after one stride. */
 #define STRIDE 256u
 #define LINE 64u
-/* How far ahead memory is asked for: processors do not prefetch past the end of a 4 KiB page. */
+/* Prefetch distance: processors do not prefetch past the end of a 4 KiB page. */
 #define AHEAD 4096u
 
 typedef uint64_t word __attribute__((may_alias, aligned(1)));
@@ -57,7 +57,7 @@ int64_t qm_scan(const void *bytes, uint64_t npages, uint32_t page_size, uint64_t
         uint64_t end = npages - k < 64 ? npages - k : 64;
         uint64_t w = 0;
         for (uint64_t i = 0; i < end; i++, page += page_size) {
-            /* Data pages cost one miss each, and no prefetcher guesses the next: say it. */
+            /* Each data page is a cache miss that no hardware prefetcher predicts. */
             __builtin_prefetch(page + 2 * (size_t)page_size);
             w |= (uint64_t)!zero_page(page, page_size) << i;
         }

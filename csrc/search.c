@@ -1,7 +1,7 @@
-/* Memory in which something is looked for while it is read for another purpose. */
+/* A memory source that searches for a pattern in what is read through it. */
 #include "qmigrate.h"
 
-static int fits(const struct qm_search *w, const unsigned char *bytes)
+static int matches(const struct qm_search *w, const unsigned char *bytes)
 {
     for (size_t i = 0; i < w->len; i++)
         if ((bytes[i] & w->mask[i]) != w->head[i])
@@ -16,9 +16,9 @@ ssize_t qm_search_fill(void *arg, void *buf, uint64_t off, size_t len)
     uint64_t end = got < (ssize_t)w->len ? off : off + (uint64_t)got - w->len + 1;
     uint64_t best = __atomic_load_n(&w->found, __ATOMIC_RELAXED);
     if (end > best)
-        end = best; /* what comes later is of no interest any more */
+        end = best; /* only a lower offset counts */
     for (uint64_t at = (off + w->step - 1) / w->step * w->step; at < end; at += w->step) {
-        if (!fits(w, (const unsigned char *)buf + (at - off)))
+        if (!matches(w, (const unsigned char *)buf + (at - off)))
             continue;
         while (at < best && !__atomic_compare_exchange_n(&w->found, &best, at, 0, __ATOMIC_RELAXED,
                                                          __ATOMIC_RELAXED))

@@ -1,4 +1,4 @@
-/* Memory that is a part of a mapped-ram file, or of other memory. */
+/* Memory sources: a block of a mapped-ram file, a slice of other memory. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "core_internal.h"

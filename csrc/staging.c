@@ -1,4 +1,4 @@
-/* A part of a block on its way from records to its place in a file. */
+/* Write a staged part of a block to its place in the file. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "chunk.h"
@@ -6,7 +6,7 @@
 #include <errno.h>
 #include <string.h>
 
-#define STAGE_WORDS (QM_STAGING_MAX / QM_MIN_PAGE / 64)
+#define STAGING_WORDS (QM_STAGING_MAX / QM_MIN_PAGE / 64)
 
 static uint64_t count(const uint64_t *bits, size_t npages)
 {
@@ -14,9 +14,8 @@ static uint64_t count(const uint64_t *bits, size_t npages)
     return qm_count(bits, npages, &last);
 }
 
-/* Takes the bits of `gone` out of `data`; returns how many were there. Bitmaps cost memory where
- * they
- * are written to. */
+/* Clear the bits of `gone` in `data`; returns how many were set. A bitmap uses memory where it is
+ * written to. */
 static uint64_t drop(uint64_t *data, const uint64_t *gone, size_t words)
 {
     uint64_t dropped = 0;
@@ -29,46 +28,53 @@ static uint64_t drop(uint64_t *data, const uint64_t *gone, size_t words)
     return dropped;
 }
 
-/* Other pages than the filled ones become zeros: they may be written along. */
-static void blank(const struct qm_staging *stage, size_t page, size_t npages)
+/* Zero the pages that are not filled: they may be written along. */
+static void blank(const struct qm_staging *staging, size_t page, size_t npages)
 {
-    for (size_t k = next_clear(stage->filled, 0, npages); k < npages;) {
-        size_t stop = next_set(stage->filled, k, npages);
-        memset(stage->base + k * page, 0, (stop - k) * page);
-        k = next_clear(stage->filled, stop, npages);
+    for (size_t k = next_clear(staging->filled, 0, npages); k < npages;) {
+        size_t stop = next_set(staging->filled, k, npages);
+        memset(staging->base + k * page, 0, (stop - k) * page);
+        k = next_clear(staging->filled, stop, npages);
     }
 }
 
-int64_t qm_write_staging(qm_job *job, qm_channel *channel, const struct qm_file *file,
-                         const struct qm_block *block, const struct qm_staging *stage,
-                         const struct qm_sparse *sparse, uint64_t *data, struct qm_fault *fault)
+int64_t qm_write_staging(const struct qm_transfer *whole, qm_channel *channel,
+                         const struct qm_staging *staging, struct qm_fault *fault)
 {
+    const struct qm_block *block = whole->block;
     size_t page = block->page_size;
-    if (stage->len > QM_STAGING_MAX || stage->off % QM_CHUNK || stage->off > block->len ||
-        stage->len > block->len - stage->off)
+    if (staging->len > QM_STAGING_MAX || staging->off % QM_CHUNK || staging->off > block->len ||
+        staging->len > block->len - staging->off)
         return -EINVAL;
     struct qm_block part = {
-        .len = stage->len,
-        .pages_offset = block->pages_offset + (off_t)stage->off,
+        .len = staging->len,
+        .pages_offset = block->pages_offset + (off_t)staging->off,
         .page_size = block->page_size,
     };
-    size_t npages = (size_t)stage->len / page, words = (npages + 63) / 64;
-    uint64_t *bits = data + stage->off / page / 64;
-    int64_t lost = (int64_t)drop(bits, stage->zeroed, words);
+    struct qm_memory memory = {.base = staging->base, .fd = -1};
+    uint64_t *bits = whole->data + staging->off / page / 64;
+    struct qm_transfer t = *whole;
+    t.block = &part;
+    t.memory = &memory;
+    t.selection = NULL;
+    t.data = bits;
+
+    size_t npages = (size_t)staging->len / page, words = (npages + 63) / 64;
+    int64_t lost = (int64_t)drop(bits, staging->zeroed, words);
     int first = lost == 0 && count(bits, npages) == 0;
-    uint64_t filled = count(stage->filled, npages);
-    if (filled == 0 && !(first && sparse->everything))
+    uint64_t filled = count(staging->filled, npages);
+    if (filled == 0 && !(first && t.policy->everything))
         return lost;
-    struct qm_memory memory = {.base = stage->base, .fd = -1};
     if (first) {
-        blank(stage, page, npages);
-        return qm_write(job, channel, file, &part, &memory, sparse, NULL, bits, 0, npages, fault);
+        blank(staging, page, npages);
+        return qm_write(&t, channel, 0, npages, fault);
     }
-    uint64_t before[STAGE_WORDS];
+    uint64_t before[STAGING_WORDS];
     memcpy(before, bits, words * sizeof(before[0]));
-    struct qm_sparse exact = {.everything = sparse->everything};
-    int rc =
-        qm_write(job, channel, file, &part, &memory, &exact, stage->filled, bits, 0, npages, fault);
+    struct qm_policy exact = {.everything = t.policy->everything};
+    t.policy = &exact;
+    t.selection = staging->filled;
+    int rc = qm_write(&t, channel, 0, npages, fault);
     for (size_t i = 0; i < words; i++)
         lost += __builtin_popcountll(before[i] & ~bits[i]);
     return rc ? rc : lost;

@@ -1,4 +1,4 @@
-/* Bytes -> guest memory: copied, written to the file that the memory is, zeroed. */
+/* Bytes -> guest memory: copy, write to the file behind it, zero. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "chunk.h"
@@ -16,7 +16,7 @@ int qm_store(const struct qm_memory *m, uint64_t off, const unsigned char *bytes
         memcpy(m->base + off, bytes, len);
         return 0;
     }
-    /* Never touched through the mapping: the file may have become shorter. */
+    /* Never through the mapping: the file may have become shorter. */
     while (len > 0) {
         ssize_t put = pwrite(m->fd, bytes, len, m->fd_offset + (off_t)off);
         if (put < 0 && errno == EINTR)
@@ -40,7 +40,7 @@ int qm_storev(const struct qm_memory *m, uint64_t off, const struct iovec *iov, 
         if (pwritev(m->fd, iov, n, m->fd_offset + (off_t)off) == (ssize_t)len)
             return 0;
     }
-    /* One by one is how it is done without a file, and what finds out where a call failed. */
+    /* One by one for memory that is not a file, and to find out where the call failed. */
     for (int i = 0; i < n; i++) {
         int rc = qm_store(m, off, iov[i].iov_base, iov[i].iov_len, fault);
         if (rc)
@@ -68,7 +68,7 @@ int qm_store_zeros(const struct qm_memory *m, uint32_t page_size, uint64_t off, 
                    struct qm_fault *fault)
 {
     if (m->fd < 0) {
-        /* What is zero already is not written: it may be memory that nobody has touched. */
+        /* Zero pages are not written: they may be untouched memory. */
         for (; off < end; off += page_size)
             if (!qm_is_zero(m->base + off, page_size))
                 memset(m->base + off, 0, page_size);
@@ -89,35 +89,34 @@ int qm_store_zeros(const struct qm_memory *m, uint32_t page_size, uint64_t off, 
     return memory_fault(fault, off, -errno);
 }
 
-int qm_store_clear(const struct qm_memory *m, uint32_t page_size, const uint64_t *bits,
-                   uint64_t first, uint64_t end, struct qm_fault *fault)
+int qm_store_clear(const struct qm_transfer *t, uint64_t first, uint64_t end,
+                   struct qm_fault *fault)
 {
-    for (uint64_t at = next_clear(bits, first, end); at < end;) {
-        uint64_t stop = next_set(bits, at, end);
-        int rc = qm_store_zeros(m, page_size, at * page_size, stop * page_size, fault);
+    uint32_t page = t->block->page_size;
+    for (uint64_t k = next_clear(t->data, first, end); k < end;) {
+        uint64_t stop = next_set(t->data, k, end);
+        int rc = qm_store_zeros(t->memory, page, k * page, stop * page, fault);
         if (rc)
             return rc;
-        at = next_clear(bits, stop, end);
+        k = next_clear(t->data, stop, end);
     }
     return 0;
 }
 
-int qm_zero_clear(qm_job *job, const struct qm_block *block, const struct qm_memory *memory,
-                  const uint64_t *bits, struct qm_fault *fault)
+int qm_zero_clear(const struct qm_transfer *t, struct qm_fault *fault)
 {
-    uint64_t end = block->len / block->page_size;
-    struct qm_file none = {.fd = -1, .fd_direct = -1};
-    int rc = qm_block_check(block, &none, 0, end);
-    uint64_t most = QM_CHUNK / block->page_size;
+    uint32_t page = t->block->page_size;
+    uint64_t end = t->block->len / page, most = QM_CHUNK / page;
+    int rc = qm_transfer_check(t, 0, end);
     for (uint64_t from = 0; from < end && rc == 0; from += most) {
-        if (qm_job_cancelled(job))
+        if (qm_job_cancelled(t->job))
             return -ECANCELED;
         uint64_t to = end - from < most ? end : from + most;
         int64_t last;
-        uint64_t clear = to - from - qm_count(bits + from / 64, to - from, &last);
-        rc = qm_store_clear(memory, block->page_size, bits, from, to, fault);
+        uint64_t clear = to - from - qm_count(t->data + from / 64, to - from, &last);
+        rc = qm_store_clear(t, from, to, fault);
         if (rc == 0)
-            qm_job_count_pages(job, clear * block->page_size, 0, clear);
+            qm_job_count_pages(t->job, clear * page, 0, clear);
     }
     return rc;
 }

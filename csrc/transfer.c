@@ -1,4 +1,4 @@
-/* Whole transfers that obey the job, and checks of what they are given. */
+/* Complete transfers that obey the job, and the check of their arguments. */
 #define _GNU_SOURCE
 #include "core_internal.h"
 
@@ -9,7 +9,7 @@
 
 #define RETRY_NS ((uint64_t)1000000)
 
-/* Drops the first `done` bytes of the array; returns how many of its entries are used up. */
+/* Drop the first `done` bytes of the array; returns the number of entries that are consumed. */
 static int advance(struct iovec *iov, int n, size_t done)
 {
     int used = 0;
@@ -30,7 +30,7 @@ static size_t total_len(const struct iovec *iov, int n)
     return len;
 }
 
-/* 0 to try again, -errno to give up. */
+/* Return 0 to try again, -errno to give up. */
 static int retry(qm_job *job, int error)
 {
     if (error != EINTR && error != EAGAIN)
@@ -122,7 +122,7 @@ int64_t qm_next_data(const struct qm_memory *memory, uint64_t off, uint64_t end)
 {
     off_t pos = lseek(memory->fd, memory->fd_offset + (off_t)off, SEEK_DATA);
     if (pos < 0)
-        /* ENXIO: nothing but a hole up to the end. Anything else: no such notion here. */
+        /* ENXIO: a hole up to the end. Anything else: SEEK_DATA is not supported. */
         return errno == ENXIO ? (int64_t)end : (int64_t)off;
     pos -= memory->fd_offset;
     return (uint64_t)pos < end ? (int64_t)pos : (int64_t)end;
@@ -133,9 +133,10 @@ static int power_of_two(uint64_t n)
     return n != 0 && (n & (n - 1)) == 0;
 }
 
-int qm_block_check(const struct qm_block *block, const struct qm_file *file, uint64_t first,
-                   uint64_t npages)
+int qm_transfer_check(const struct qm_transfer *t, uint64_t first, uint64_t npages)
 {
+    const struct qm_block *block = t->block;
+    const struct qm_file *file = t->file;
     if (!power_of_two(block->page_size) || block->page_size < QM_MIN_PAGE ||
         block->page_size > QM_MAX_PAGE)
         return -EINVAL;
@@ -146,8 +147,9 @@ int qm_block_check(const struct qm_block *block, const struct qm_file *file, uin
         return -EINVAL;
     if (first > pages || npages > pages - first || first % (QM_CHUNK / block->page_size))
         return -EINVAL;
-    if (file->fd_direct >= 0 && (!power_of_two(file->mem_align) || !power_of_two(file->off_align) ||
-                                 file->mem_align > QM_MAX_PAGE || file->off_align > QM_MAX_PAGE))
+    if (file && file->fd_direct >= 0 &&
+        (!power_of_two(file->mem_align) || !power_of_two(file->off_align) ||
+         file->mem_align > QM_MAX_PAGE || file->off_align > QM_MAX_PAGE))
         return -EINVAL;
     return 0;
 }

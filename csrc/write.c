@@ -1,4 +1,4 @@
-/* Chunks of guest memory -> file: plan their runs, write them. */
+/* Chunks of guest memory -> file: plan the runs of a chunk, write them. */
 #define _GNU_SOURCE
 #include "bits.h"
 #include "channel.h"
@@ -13,49 +13,68 @@
 static const unsigned char zeros[QM_MAX_PAGE] __attribute__((aligned(ZEROS_ALIGN)));
 
 struct writer {
-    qm_job *job;
-    const struct qm_file *file;
-    const struct qm_sparse *sparse;
+    const struct qm_transfer *transfer;
     struct qm_source source;
     int fd;
     size_t unit;      /* granularity of positions and lengths; 1 when buffered */
     size_t mem_align; /* of addresses; 1 when buffered */
 };
 
+/* A writer through the buffered descriptor. */
+static struct writer make_writer(const struct qm_transfer *t, qm_channel *channel,
+                                 struct qm_fault *fault)
+{
+    return (struct writer){
+        .transfer = t,
+        .fd = t->file->fd,
+        .unit = 1,
+        .mem_align = 1,
+        .source =
+            {
+                .transfer = t,
+                .channel = channel,
+                .fault = fault,
+                .longest_gap = t->policy->everything ? UINT64_MAX : t->policy->max_gap,
+                .look_for_holes = 1,
+            },
+    };
+}
+
 /* ---- run -> file ---------------------------------------------------------------------------- */
 
 static int write_fault(struct writer *w, off_t bad, int rc)
 {
     if (rc == -EFAULT)
-        return memory_fault(w->source.fault, (uint64_t)(bad - w->source.block->pages_offset), rc);
+        return memory_fault(w->source.fault, (uint64_t)(bad - w->transfer->block->pages_offset),
+                            rc);
     return rc ? file_fault(w->source.fault, bad, rc) : 0;
 }
 
 static int drain(struct writer *w)
 {
     off_t bad;
-    int rc = qm_queue_drain(&w->source.channel->queue, w->job, &bad);
+    int rc = qm_queue_drain(&w->source.channel->queue, w->transfer->job, &bad);
     return write_fault(w, bad, rc);
 }
 
 /* `buffer` as in qm_queue_write. */
 static int put(struct writer *w, struct iovec *iov, int n, uint64_t off, int buffer)
 {
-    off_t bad, at = w->source.block->pages_offset + (off_t)off;
-    int rc = w->unit > 1 ? qm_queue_write(&w->source.channel->queue, w->job, w->fd, iov, n, at,
-                                          w->unit, buffer, &bad)
-                         : qm_pwritev(w->job, w->fd, iov, n, at, w->unit, &bad);
+    off_t bad, at = w->transfer->block->pages_offset + (off_t)off;
+    int rc = w->unit > 1 ? qm_queue_write(&w->source.channel->queue, w->transfer->job, w->fd, iov,
+                                          n, at, w->unit, buffer, &bad)
+                         : qm_pwritev(w->transfer->job, w->fd, iov, n, at, w->unit, &bad);
     return write_fault(w, bad, rc);
 }
 
-/* Copies [from, from + len) of the chunk to an aligned place, holes as zeros, and writes it. */
+/* Copy [from, from + len) of the chunk to an aligned place, holes as zeros, and write it. */
 static int put_copy(struct writer *w, const struct chunk *c, size_t from, size_t len)
 {
     int number = c->buffer;
     if (number < 0) {
-        number = qm_channel_next(w->source.channel, w->job);
+        number = qm_channel_next(w->source.channel, w->transfer->job);
     } else {
-        /* The chunk stands in this very buffer; runs ascend, so what is overwritten was written. */
+        /* The chunk is in this very buffer; runs ascend, so the bytes overwritten were written. */
         int rc = drain(w);
         if (rc)
             return rc;
@@ -63,7 +82,7 @@ static int put_copy(struct writer *w, const struct chunk *c, size_t from, size_t
     unsigned char *buffer = qm_channel_buffer(w->source.channel, number);
     if (!buffer)
         return -ENOMEM;
-    size_t page = w->source.block->page_size;
+    size_t page = w->transfer->block->page_size;
     if (!c->has_holes) {
         memmove(buffer, c->bytes + from, len);
     } else {
@@ -79,12 +98,12 @@ static int put_copy(struct writer *w, const struct chunk *c, size_t from, size_t
     return rc || number != c->buffer ? rc : drain(w);
 }
 
-/* Pages with holes among them: the holes come from `zeros`, the rest straight from memory. */
+/* Write pages with holes among them: the holes from `zeros`, the rest from guest memory. */
 static int put_around_holes(struct writer *w, const struct chunk *c, size_t from, size_t len)
 {
     struct iovec iov[QM_MAX_IOV];
     int n = 0;
-    size_t page = w->source.block->page_size;
+    size_t page = w->transfer->block->page_size;
     size_t end = (from + len) / page;
     uint64_t at = c->off + from;
     size_t pending = 0;
@@ -111,7 +130,7 @@ static int put_around_holes(struct writer *w, const struct chunk *c, size_t from
 
 static int put_range(struct writer *w, const struct chunk *c, size_t from, size_t len)
 {
-    size_t page = w->source.block->page_size;
+    size_t page = w->transfer->block->page_size;
     int aligned = (uintptr_t)(c->bytes + from) % w->mem_align == 0;
     int holes = c->has_holes &&
                 next_clear(c->resident, from / page, (from + len) / page) < (from + len) / page;
@@ -127,9 +146,10 @@ static int put_range(struct writer *w, const struct chunk *c, size_t from, size_
 
 static int put_run(struct writer *w, const struct chunk *c, size_t from, size_t to)
 {
-    size_t grain = w->unit > w->source.block->page_size ? w->unit : w->source.block->page_size;
+    size_t grain =
+        w->unit > w->transfer->block->page_size ? w->unit : w->transfer->block->page_size;
     while (from < to) {
-        size_t len = qm_job_piece(w->job, grain);
+        size_t len = qm_job_piece(w->transfer->job, grain);
         if (w->unit > 1 && len > qm_queue_piece(&w->source.channel->queue))
             len = qm_queue_piece(&w->source.channel->queue);
         if (len > to - from)
@@ -144,11 +164,12 @@ static int put_run(struct writer *w, const struct chunk *c, size_t from, size_t 
 
 /* ---- chunk -> runs -------------------------------------------------------------------------- */
 
-/* The longest gap (in grains) to bridge: as long as allowed, while all gaps up to that length hold
- * no more than the share of the data. Short gaps come first: they save most calls a byte. */
+/* Return the longest gap (in grains) to bridge: up to max_gap, as long as all gaps up to that length
+ * together hold at most gap_share of the data. Short gaps first: they save the most calls per
+ * byte. */
 static size_t plan_gap(const struct writer *w, const uint64_t *want, size_t n, size_t grain)
 {
-    size_t longest = (size_t)(w->sparse->max_gap / grain);
+    size_t longest = (size_t)(w->transfer->policy->max_gap / grain);
     if (longest == 0)
         return 0;
     if (longest >= n)
@@ -165,7 +186,7 @@ static size_t plan_gap(const struct writer *w, const uint64_t *want, size_t n, s
         if (at < n && at - stop <= longest)
             seen[at - stop]++;
     }
-    uint64_t budget = data * w->sparse->gap_share / 100;
+    uint64_t budget = data * w->transfer->policy->gap_share / 100;
     uint64_t spent = 0;
     size_t gap = 0;
     for (size_t len = 1; len <= longest; len++) {
@@ -177,7 +198,7 @@ static size_t plan_gap(const struct writer *w, const uint64_t *want, size_t n, s
     return gap;
 }
 
-/* One bit for every `pages` bits of `want`. */
+/* Make one bit of every `pages` bits of `want`. */
 static void widen(const uint64_t *want, size_t npages, size_t pages, uint64_t *wide)
 {
     memset(wide, 0, WORDS * sizeof(wide[0]));
@@ -189,7 +210,7 @@ static void widen(const uint64_t *want, size_t npages, size_t pages, uint64_t *w
 
 static int write_runs(struct writer *w, const struct chunk *c, const uint64_t *want)
 {
-    size_t grain = w->source.block->page_size, n = c->npages;
+    size_t grain = w->transfer->block->page_size, n = c->npages;
     uint64_t wide[WORDS];
     if (w->unit > grain) {
         /* Runs are rounded outward to units: plan in units. */
@@ -212,8 +233,9 @@ static int write_runs(struct writer *w, const struct chunk *c, const uint64_t *w
     return 0;
 }
 
-/* Copies the pages [from, to) of the chunk to their place in `buffer`, zero pages as zeros. */
-static void stage(const struct chunk *c, size_t page, size_t from, size_t to, unsigned char *buffer)
+/* Copy the pages [from, to) of the chunk to their place in `buffer`, zero pages as zeros. */
+static void copy_pages(const struct chunk *c, size_t page, size_t from, size_t to,
+                       unsigned char *buffer)
 {
     while (from < to) {
         size_t stop = next_set(c->data, from, to);
@@ -224,206 +246,187 @@ static void stage(const struct chunk *c, size_t page, size_t from, size_t to, un
     }
 }
 
-/* Writes a chunk from a buffer of ours, where nobody changes it, and tells of it; piece by piece,
- * so
- * that the disk does not wait for the digests of all. */
-static int write_told(struct writer *w, const struct chunk *c, const uint64_t *want)
+/* Call the hook for the pages [from, to) of the chunk, a piece. */
+static int call_hook(struct writer *w, const struct chunk *c, size_t from, size_t to,
+                     const unsigned char *bytes)
 {
-    struct chunk own = *c;
-    if (own.buffer < 0)
-        own.buffer = qm_channel_next(w->source.channel, w->job);
-    unsigned char *buffer = qm_channel_buffer(w->source.channel, own.buffer);
+    const struct qm_file *file = w->transfer->file;
+    size_t page = w->transfer->block->page_size;
+    off_t at = w->transfer->block->pages_offset + (off_t)(c->off + from * page);
+    int rc = file->hook(file->hook_arg, at, bytes, (to - from) * page);
+    return rc ? file_fault(w->source.fault, at, rc) : 0;
+}
+
+/* Write a chunk from a bounce buffer, which does not change, and call the hook for each piece just
+ * before the piece is written, so that the disk does not wait for all digests of the chunk. */
+static int write_copied(struct writer *w, const struct chunk *c, const uint64_t *want)
+{
+    struct chunk copy = *c;
+    if (copy.buffer < 0)
+        copy.buffer = qm_channel_next(w->source.channel, w->transfer->job);
+    unsigned char *buffer = qm_channel_buffer(w->source.channel, copy.buffer);
     if (!buffer)
         return -ENOMEM;
-    own.bytes = buffer;
-    own.has_holes = 0;
-    size_t page = w->source.block->page_size, pages = QM_PIECE / page;
-    off_t at = w->source.block->pages_offset + (off_t)c->off;
+    copy.bytes = buffer;
+    copy.has_holes = 0;
+    size_t page = w->transfer->block->page_size, pages = QM_PIECE / page;
     for (size_t k = next_set(want, 0, c->npages); k < c->npages;) {
         size_t from = k / pages * pages;
         size_t to = from + pages < c->npages ? from + pages : c->npages;
-        stage(c, page, from, to, buffer);
-        int rc = w->file->hook(w->file->hook_arg, at + (off_t)(from * page), buffer + from * page,
-                               (to - from) * page);
+        copy_pages(c, page, from, to, buffer);
+        int rc = call_hook(w, c, from, to, buffer + from * page);
         if (rc)
-            return file_fault(w->source.fault, at + (off_t)(from * page), rc);
+            return rc;
         uint64_t part[WORDS] = {0};
         for (; k < to; k = next_set(want, k + 1, c->npages))
             bit_set(part, k);
-        rc = write_runs(w, &own, part);
+        rc = write_runs(w, &copy, part);
         if (rc)
             return rc;
     }
     return 0;
 }
 
-/* Tells which pieces of the chunk are about to change. */
-static int tell_change(struct writer *w, const struct chunk *c, const uint64_t *want)
+/* Call the hook for each piece of the chunk that is about to change. */
+static int announce_changes(struct writer *w, const struct chunk *c, const uint64_t *want)
 {
-    size_t page = w->source.block->page_size, pages = QM_PIECE / page;
-    off_t at = w->source.block->pages_offset + (off_t)c->off;
+    size_t pages = QM_PIECE / w->transfer->block->page_size;
     for (size_t k = next_set(want, 0, c->npages); k < c->npages;) {
         size_t from = k / pages * pages;
         size_t to = from + pages < c->npages ? from + pages : c->npages;
-        int rc =
-            w->file->hook(w->file->hook_arg, at + (off_t)(from * page), NULL, (to - from) * page);
+        int rc = call_hook(w, c, from, to, NULL);
         if (rc)
-            return file_fault(w->source.fault, at + (off_t)(from * page), rc);
+            return rc;
         k = next_set(want, to, c->npages);
     }
     return 0;
 }
 
-static int write_chunk(struct writer *w, const struct chunk *c, const uint64_t *selection,
-                       uint64_t *data)
+static int write_chunk(struct writer *w, const struct chunk *c)
 {
+    const struct qm_transfer *t = w->transfer;
+    uint64_t *data = t->data;
     uint64_t want[WORDS];
     uint64_t data_pages = 0, selected_pages = 0;
     size_t base = (size_t)(c->first / 64);
     for (size_t i = 0; i * 64 < c->npages; i++) {
         uint64_t chosen = bits_below(i, c->npages);
-        if (selection)
-            chosen &= selection[base + i];
-        uint64_t filled = w->sparse->mark_zero ? chosen : c->data[i] & chosen;
+        if (t->selection)
+            chosen &= t->selection[base + i];
+        uint64_t filled = t->policy->mark_zero ? chosen : c->data[i] & chosen;
         uint64_t word = (data[base + i] & ~chosen) | filled;
-        if (data[base + i] != word) /* a bitmap costs memory only where bits are set */
+        if (data[base + i] != word) /* a bitmap uses memory only where bits are set */
             data[base + i] = word;
-        want[i] = w->sparse->everything ? chosen : filled;
+        want[i] = t->policy->everything ? chosen : filled;
         data_pages += (uint64_t)__builtin_popcountll(filled);
         selected_pages += (uint64_t)__builtin_popcountll(chosen);
     }
     w->source.look_for_holes = data_pages == 0;
-    if (w->file->fd >= 0) {
-        int rc = w->file->hook && selection ? tell_change(w, c, want) : 0;
+    if (t->file->fd >= 0) {
+        int rc = t->file->hook && t->selection ? announce_changes(w, c, want) : 0;
         if (rc == 0)
-            rc = w->file->hook && !selection ? write_told(w, c, want) : write_runs(w, c, want);
+            rc = t->file->hook && !t->selection ? write_copied(w, c, want) : write_runs(w, c, want);
         if (rc)
             return rc;
     }
-    qm_job_count_pages(w->job, selected_pages * w->source.block->page_size, data_pages,
+    qm_job_count_pages(t->job, selected_pages * t->block->page_size, data_pages,
                        selected_pages - data_pages);
     return 0;
 }
 
-static int write_range(struct writer *w, const uint64_t *selection, uint64_t *data, uint64_t first,
-                       uint64_t end)
+static int write_range(struct writer *w, uint64_t first, uint64_t end)
 {
     struct chunk c;
     for (uint64_t at = first; at < end; at += c.npages) {
-        if (qm_job_cancelled(w->job))
+        if (qm_job_cancelled(w->transfer->job))
             return -ECANCELED;
         int rc = qm_chunk_load(&w->source, &c, at, end);
         if (rc == 0)
-            rc = write_chunk(w, &c, selection, data);
+            rc = write_chunk(w, &c);
         if (rc)
             return rc;
     }
     return 0;
 }
 
-/* Pages of the block that direct writes may cover. */
-static uint64_t direct_pages(const struct qm_block *block, const struct qm_file *file)
+/* Return how many pages of the block direct writes may cover. */
+static uint64_t direct_pages(const struct qm_transfer *t)
 {
-    return block->len / file->off_align * file->off_align / block->page_size;
+    return t->block->len / t->file->off_align * t->file->off_align / t->block->page_size;
 }
 
-static int is_direct(const struct qm_block *block, const struct qm_file *file)
+static int is_direct(const struct qm_transfer *t)
 {
-    return file->fd >= 0 && file->fd_direct >= 0 &&
-           (uint64_t)block->pages_offset % file->off_align == 0;
+    return t->file->fd >= 0 && t->file->fd_direct >= 0 &&
+           (uint64_t)t->block->pages_offset % t->file->off_align == 0;
 }
 
-int qm_write(qm_job *job, qm_channel *channel, const struct qm_file *file,
-             const struct qm_block *block, const struct qm_memory *memory,
-             const struct qm_sparse *sparse, const uint64_t *selection, uint64_t *data,
-             uint64_t first, uint64_t npages, struct qm_fault *fault)
+int qm_write(const struct qm_transfer *t, qm_channel *channel, uint64_t first, uint64_t npages,
+             struct qm_fault *fault)
 {
-    int rc = qm_block_check(block, file, first, npages);
+    int rc = qm_transfer_check(t, first, npages);
     if (rc)
         return rc;
-    struct writer w = {
-        .job = job,
-        .file = file,
-        .sparse = sparse,
-        .fd = file->fd,
-        .unit = 1,
-        .mem_align = 1,
-        .source =
-            {
-                .job = job,
-                .channel = channel,
-                .block = block,
-                .memory = memory,
-                .fault = fault,
-                .longest_gap = sparse->everything ? UINT64_MAX : sparse->max_gap,
-                .look_for_holes = 1,
-            },
-    };
+    struct writer w = make_writer(t, channel, fault);
     uint64_t end = first + npages;
-    if (is_direct(block, file)) {
-        w.fd = file->fd_direct;
-        w.unit = file->off_align;
-        w.mem_align = file->mem_align;
-        if (end > direct_pages(block, file))
-            end = direct_pages(block, file);
+    if (is_direct(t)) {
+        w.fd = t->file->fd_direct;
+        w.unit = t->file->off_align;
+        w.mem_align = t->file->mem_align;
+        if (end > direct_pages(t))
+            end = direct_pages(t);
     }
-    rc = write_range(&w, selection, data, first, end);
+    rc = write_range(&w, first, end);
     off_t bad = 0;
-    int late = qm_queue_drain(&channel->queue, job, &bad);
+    int late = qm_queue_drain(&channel->queue, t->job, &bad);
     return rc ? rc : write_fault(&w, bad, late);
 }
 
-int qm_write_tail(qm_job *job, qm_channel *channel, const struct qm_file *file,
-                  const struct qm_block *block, const struct qm_memory *memory,
-                  const struct qm_sparse *sparse, const uint64_t *selection, uint64_t *data,
-                  struct qm_fault *fault)
+/* Copy one page of guest memory. */
+static int load_page(struct writer *w, uint64_t off, unsigned char *page)
 {
-    uint64_t pages = block->len / block->page_size;
-    int rc = qm_block_check(block, file, 0, pages);
-    if (rc || !is_direct(block, file))
+    const struct qm_memory *memory = w->transfer->memory;
+    size_t len = w->transfer->block->page_size;
+    if (memory->base && memory->fd < 0) {
+        memcpy(page, memory->base + off, len);
+        return 0;
+    }
+    ssize_t got = qm_memory_fill(memory, page, off, len);
+    if (got < 0)
+        return memory_fault(w->source.fault, off, (int)got);
+    if ((size_t)got < len)
+        return memory_fault(w->source.fault, off + (size_t)got, -EFAULT);
+    return 0;
+}
+
+int qm_write_tail(const struct qm_transfer *t, qm_channel *channel, struct qm_fault *fault)
+{
+    size_t len = t->block->page_size;
+    uint64_t pages = t->block->len / len;
+    int rc = qm_transfer_check(t, 0, pages);
+    if (rc || !is_direct(t))
         return rc;
-    struct writer w = {
-        .job = job,
-        .file = file,
-        .sparse = sparse,
-        .fd = file->fd,
-        .unit = 1,
-        .mem_align = 1,
-        .source =
-            {
-                .job = job,
-                .channel = channel,
-                .block = block,
-                .memory = memory,
-                .fault = fault,
-            },
-    };
+    struct writer w = make_writer(t, channel, fault);
     unsigned char page[QM_MAX_PAGE];
-    for (uint64_t k = direct_pages(block, file); k < pages; k++) {
-        if (selection && !bit_get(selection, k))
+    for (uint64_t k = direct_pages(t); k < pages; k++) {
+        if (t->selection && !bit_get(t->selection, k))
             continue;
-        uint64_t off = k * block->page_size;
-        if (memory->base && memory->fd < 0) {
-            memcpy(page, memory->base + off, block->page_size);
-        } else {
-            ssize_t got = qm_memory_fill(memory, page, off, block->page_size);
-            if (got < 0)
-                return memory_fault(fault, off, (int)got);
-            if ((size_t)got < block->page_size)
-                return memory_fault(fault, off + (size_t)got, -EFAULT);
-        }
-        int zero = !sparse->mark_zero && qm_is_zero(page, block->page_size);
+        uint64_t off = k * len;
+        rc = load_page(&w, off, page);
+        if (rc)
+            return rc;
+        int zero = !t->policy->mark_zero && qm_is_zero(page, len);
         if (zero)
-            bit_clear(data, k);
+            bit_clear(t->data, k);
         else
-            bit_set(data, k);
-        if (!zero || sparse->everything) {
-            struct iovec iov = {.iov_base = page, .iov_len = block->page_size};
+            bit_set(t->data, k);
+        if (!zero || t->policy->everything) {
+            struct iovec iov = {.iov_base = page, .iov_len = len};
             rc = put(&w, &iov, 1, off, -1);
             if (rc)
                 return rc;
         }
-        qm_job_count_pages(job, block->page_size, !zero, (uint64_t)zero);
+        qm_job_count_pages(t->job, len, !zero, (uint64_t)zero);
     }
     return 0;
 }

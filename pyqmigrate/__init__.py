@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from pyqmigrate.format.device.values import Device
     from pyqmigrate.format.digest import Algorithm
     from pyqmigrate.integrity.seal import SealCheck, SealReport, seal, verify_seal
-    from pyqmigrate.io.channels import Job, Progress
     from pyqmigrate.io.direct_io import DirectIO
+    from pyqmigrate.io.job import Job, Progress
     from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
     from pyqmigrate.io.target import Descriptors
     from pyqmigrate.migration import Guest, Migration
@@ -158,8 +158,8 @@ _HOME = {
     "parse_placement": "format.address_space.physical_map",
     "Placement": "format.address_space.placement",
     "Algorithm": "format.digest",
-    "Job": "io.channels",
-    "Progress": "io.channels",
+    "Job": "io.job",
+    "Progress": "io.job",
     "FileMemory": "io.memory",
     "ProcessMemory": "io.memory",
     "RamBlock": "io.memory",

@@ -1,4 +1,4 @@
-"""The compiled core, as cffi shows it. What every function does stands in csrc/qmigrate.h."""
+"""The compiled core as a cffi module. csrc/qmigrate.h documents its functions."""
 
 from typing import Any
 
@@ -7,9 +7,13 @@ ffi: Any
 class _Lib:
     QM_CHUNK: int
     QM_PIECE: int
-    qm_note_writing: Any
     QM_MIN_PAGE: int
     QM_MAX_PAGE: int
+    QM_SINK_NONE: int
+    QM_SINK_MEMORY: int
+    QM_SINK_INDEX: int
+    QM_SINK_STAGING: int
+    QM_SINK_CONTENT: int
     QM_RECORD_FLAGS: int
     QM_RECORD_COMPRESSED: int
     QM_RECORD_NO_BLOCK: int
@@ -22,6 +26,7 @@ class _Lib:
     QM_CHANGES_MAX: int
     QM_STAGING_MAX: int
     QM_DIGEST: int
+    qm_call_write_hook: Any
 
     def qm_job_create(self) -> Any: ...
     def qm_job_destroy(self, job: Any) -> None: ...
@@ -39,85 +44,17 @@ class _Lib:
     def qm_scan(self, data: Any, npages: int, page_size: int, bits: Any) -> int: ...
     def qm_sum(self, data: Any, length: int) -> int: ...
     def qm_count(self, bits: Any, npages: int, last: Any) -> int: ...
-    def qm_write(
-        self,
-        job: Any,
-        channel: Any,
-        file: Any,
-        block: Any,
-        memory: Any,
-        sparse: Any,
-        selection: Any,
-        data: Any,
-        first: int,
-        npages: int,
-        fault: Any,
-    ) -> int: ...
-    def qm_write_tail(
-        self,
-        job: Any,
-        channel: Any,
-        file: Any,
-        block: Any,
-        memory: Any,
-        sparse: Any,
-        selection: Any,
-        data: Any,
-        fault: Any,
-    ) -> int: ...
-    def qm_read(
-        self,
-        job: Any,
-        channel: Any,
-        file: Any,
-        block: Any,
-        memory: Any,
-        data: Any,
-        max_gap: int,
-        zero_clear: int,
-        first: int,
-        npages: int,
-        fault: Any,
-    ) -> int: ...
+    def qm_write(self, transfer: Any, channel: Any, first: int, npages: int, fault: Any) -> int: ...
+    def qm_write_tail(self, transfer: Any, channel: Any, fault: Any) -> int: ...
+    def qm_read(self, transfer: Any, channel: Any, first: int, npages: int, fault: Any) -> int: ...
     def qm_stale_punch(
-        self,
-        job: Any,
-        channel: Any,
-        file: Any,
-        block: Any,
-        data: Any,
-        first: int,
-        npages: int,
-        fault: Any,
+        self, transfer: Any, channel: Any, first: int, npages: int, fault: Any
     ) -> int: ...
     def qm_find_stale(
-        self,
-        job: Any,
-        channel: Any,
-        file: Any,
-        block: Any,
-        data: Any,
-        stale: Any,
-        first: int,
-        npages: int,
-        fault: Any,
+        self, transfer: Any, channel: Any, stale: Any, first: int, npages: int, fault: Any
     ) -> int: ...
-    def qm_zero_clear(self, job: Any, block: Any, memory: Any, bits: Any, fault: Any) -> int: ...
-    def qm_encode(
-        self,
-        name: Any,
-        named: Any,
-        pages: Any,
-        first: int,
-        start: int,
-        npages: int,
-        page_size: int,
-        want: Any,
-        data: Any,
-        out: Any,
-        length: int,
-        next: Any,
-    ) -> int: ...
+    def qm_zero_clear(self, transfer: Any, fault: Any) -> int: ...
+    def qm_encode(self, encoding: Any, out: Any, length: int) -> int: ...
     def qm_encoder_create(self, fd: int, at: int) -> Any: ...
     def qm_encoder_destroy(self, encoder: Any) -> None: ...
     def qm_encoder_go_forward(self, encoder: Any) -> None: ...
@@ -127,13 +64,10 @@ class _Lib:
     def qm_encoder_flush(self, job: Any, encoder: Any, fault: Any) -> int: ...
     def qm_encode_pages(
         self,
-        job: Any,
+        transfer: Any,
         channel: Any,
         encoder: Any,
         name: Any,
-        block: Any,
-        memory: Any,
-        selection: Any,
         first: int,
         npages: int,
         fault: Any,
@@ -149,18 +83,8 @@ class _Lib:
     def qm_decoder_error(self, decoder: Any, out: Any) -> None: ...
     def qm_decoder_seek(self, decoder: Any, position: int) -> None: ...
     def qm_decoder_wants(self, decoder: Any, off: Any) -> int: ...
-    def qm_decoder_set_staging(self, decoder: Any, block: int, stage: Any) -> None: ...
-    def qm_write_staging(
-        self,
-        job: Any,
-        channel: Any,
-        file: Any,
-        block: Any,
-        stage: Any,
-        sparse: Any,
-        data: Any,
-        fault: Any,
-    ) -> int: ...
+    def qm_decoder_set_staging(self, decoder: Any, block: int, staging: Any) -> None: ...
+    def qm_write_staging(self, transfer: Any, channel: Any, staging: Any, fault: Any) -> int: ...
     def qm_apply_delta(self, delta: Any, length: int, page: Any, page_size: int) -> int: ...
     def qm_process_fill(self, process: Any, buffer: Any, at: int, length: int) -> int: ...
     def qm_process_next(self, process: Any, at: int, end: int) -> int: ...
@@ -190,10 +114,10 @@ class _Lib:
     def qm_layered_next(self, layered: Any, at: int, end: int) -> int: ...
     def qm_mapped_fill(self, mapped: Any, buffer: Any, at: int, length: int) -> int: ...
     def qm_mapped_next(self, mapped: Any, at: int, end: int) -> int: ...
-    def qm_slice_fill(self, part: Any, buffer: Any, at: int, length: int) -> int: ...
-    def qm_slice_next(self, part: Any, at: int, end: int) -> int: ...
-    def qm_search_fill(self, watch: Any, buffer: Any, at: int, length: int) -> int: ...
-    def qm_search_next(self, watch: Any, at: int, end: int) -> int: ...
+    def qm_slice_fill(self, slice: Any, buffer: Any, at: int, length: int) -> int: ...
+    def qm_slice_next(self, slice: Any, at: int, end: int) -> int: ...
+    def qm_search_fill(self, search: Any, buffer: Any, at: int, length: int) -> int: ...
+    def qm_search_next(self, search: Any, at: int, end: int) -> int: ...
     def qm_run(self, bits: Any, first: int, end: int) -> int: ...
     def qm_digest_pages(
         self,

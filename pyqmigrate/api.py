@@ -11,13 +11,14 @@ from pyqmigrate.errors import UsageError
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.integrity.manifest import check_place
 from pyqmigrate.integrity.save_seal import SaveSeal
-from pyqmigrate.io.channels import Job, Progress, check_channels
+from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.target import Descriptors, Target, stream_offset, target_path
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
+from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 
 __all__ = ["save", "start_save"]
 
@@ -97,14 +98,16 @@ def start_save(
     writer = Writer(
         target,
         blocks,
-        direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
-        sparse=parse_enum(Sparse, sparse, "sparse"),
-        channels=check_channels(channels),
-        machine=machine,
-        target_page_bits=target_page_bits,
-        reuse=reuse,
-        max_bandwidth=max_bandwidth,
-        observer=observer,
+        SaveOptions(
+            direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
+            sparse=parse_enum(Sparse, sparse, "sparse"),
+            channels=check_channels(channels),
+            machine=machine,
+            target_page_bits=target_page_bits,
+            reuse=reuse,
+            max_bandwidth=max_bandwidth,
+        ),
+        observer,
     )
     try:
         return Job(writer.channels, writer.total, lambda: replace(writer.run(), seal=algorithm))

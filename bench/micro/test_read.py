@@ -12,7 +12,8 @@ import pytest
 from bench.disk import Disk
 from bench.micro.conftest import SIZE, Memories
 from pyqmigrate import MappedRamBlock, RamBlock, _core, open_snapshot, save
-from pyqmigrate.io.channels import core_block, split_ranges
+from pyqmigrate.core import Block
+from pyqmigrate.io.channels import split_ranges
 from tests.harness.contents import Contents
 
 ffi, lib = _core.ffi, _core.lib
@@ -28,24 +29,24 @@ def read_pages(fd: int, block: MappedRamBlock, memory: mmap.mmap) -> None:
         "struct qm_file *",
         {"fd": fd, "fd_direct": fd, "mem_align": ALIGNMENT, "off_align": ALIGNMENT},
     )
-    place = core_block(block.layout)
+    policy = ffi.new("struct qm_policy *", {"max_gap": GAP})
+    place = Block.of(block.layout)
     with ffi.from_buffer(memory, require_writable=True) as data:
         base = ffi.cast("unsigned char *", data)
         target = ffi.new("struct qm_memory *", {"base": base, "fd": -1})
+        transfer = ffi.new(
+            "struct qm_transfer *",
+            {
+                "job": job,
+                "file": file,
+                "block": place.core,
+                "memory": target,
+                "policy": policy,
+                "data": block.bitmap.core,
+            },
+        )
         for part in split_ranges(0, block.num_pages, block.page_size):
-            failed = lib.qm_read(
-                job,
-                channel,
-                file,
-                place,
-                target,
-                block.bitmap.core,
-                GAP,
-                0,
-                part.first,
-                part.npages,
-                fault,
-            )
+            failed = lib.qm_read(transfer, channel, part.first, part.npages, fault)
             if failed:
                 raise OSError(-failed, os.strerror(-failed))
 

@@ -11,6 +11,7 @@ import pytest
 from bench.disk import Disk
 from bench.micro.conftest import SIZE, Memories
 from pyqmigrate import _core
+from pyqmigrate.core import Policy
 from pyqmigrate.io.channels import split_ranges
 from pyqmigrate.snapshot.save.writer import Sparse
 from tests.harness.contents import Contents
@@ -20,7 +21,7 @@ PAGE = 4096
 ALIGNMENT = 4096
 
 
-def write_pages(path: Path, memory: Any, policy: Any) -> int:
+def write_pages(path: Path, memory: Any, policy: Policy) -> int:
     """Writes to a new file and makes it durable; returns how many pages held data."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     fd_direct = os.open(path, os.O_RDWR | os.O_DIRECT)
@@ -38,20 +39,19 @@ def write_pages(path: Path, memory: Any, policy: Any) -> int:
         with ffi.from_buffer(memory) as data:
             base = ffi.cast("unsigned char *", data)
             source = ffi.new("struct qm_memory *", {"base": base, "fd": -1})
+            transfer = ffi.new(
+                "struct qm_transfer *",
+                {
+                    "job": job,
+                    "file": file,
+                    "block": block,
+                    "memory": source,
+                    "policy": policy.core,
+                    "data": bits,
+                },
+            )
             for part in split_ranges(0, SIZE // PAGE, PAGE):
-                failed = lib.qm_write(
-                    job,
-                    channel,
-                    file,
-                    block,
-                    source,
-                    policy,
-                    ffi.NULL,
-                    bits,
-                    part.first,
-                    part.npages,
-                    fault,
-                )
+                failed = lib.qm_write(transfer, channel, part.first, part.npages, fault)
                 if failed:
                     raise OSError(-failed, os.strerror(-failed), str(path))
         os.fsync(fd)
@@ -77,7 +77,7 @@ def write_pages(path: Path, memory: Any, policy: Any) -> int:
 def test_write_with_one_thread(
     benchmark: Any, memories: Memories, disk: Disk, target: Path, contents: Contents, sparse: Sparse
 ) -> None:
-    memory, policy = memories(contents), sparse.core()
+    memory, policy = memories(contents), sparse.policy()
     benchmark.group = "write"
     benchmark.extra_info["bytes"] = SIZE
     written = benchmark.pedantic(

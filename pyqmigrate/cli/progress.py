@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO, TypeAlias
 
 from pyqmigrate.cli.sizes import MIB, show_size
-from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.job import Progress
 
 __all__ = ["Show", "hidden", "shown"]
 

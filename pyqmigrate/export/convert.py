@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, Unpack, overload
 
-from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_callback, check_mapping
+from pyqmigrate.core import MemorySource
 from pyqmigrate.enums import Format, parse_enum
 from pyqmigrate.errors import GuestMemoryError, NotSupported, SnapshotError, UsageError
 from pyqmigrate.export.elf import write_elf
@@ -44,10 +44,12 @@ from pyqmigrate.format.stream.elements import PARTS_LISTED
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_part_header, encode_ram_end
-from pyqmigrate.io.channels import Job, Progress, check_channels
+from pyqmigrate.io.block_index import BlockIndex
+from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId
 from pyqmigrate.io.input import Source
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import Memory, RamBlock, SnapshotMemory
 from pyqmigrate.io.target import Descriptors, Target
 from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
@@ -56,7 +58,7 @@ from pyqmigrate.snapshot.load.memories import check_known, open_memory
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.load.staging import Place, StreamUnpacker
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
+from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, StreamWriter
 
 __all__ = ["convert", "start_stream_conversion"]
 
@@ -296,32 +298,24 @@ def start_stream_conversion(
     blocks, left_out = _blocks(source, memories or {})
     writer: StreamWriter
     stream = source.stream
+    options = SaveOptions(
+        channels=check_channels(channels),
+        machine=stream.machine,
+        target_page_bits=stream.target_page_bits,
+        uuid=stream.uuid,
+        left_out=left_out or None,
+        before=carried.before,
+        prefix=prefix,
+    )
     if to is Format.SEQUENTIAL:
-        check_channels(channels)
-        writer = SequentialWriter(
-            target,
-            blocks,
-            machine=stream.machine,
-            target_page_bits=stream.target_page_bits,
-            uuid=stream.uuid,
-            left_out=left_out or None,
-            before=carried.before,
-            prefix=prefix,
-        )
+        writer = SequentialWriter(target, blocks, options)
     else:
-        writer = Writer(
-            target,
-            blocks,
+        options = replace(
+            options,
             direct_io=parse_enum(DirectIO, direct_io, "direct_io"),
             sparse=parse_enum(Sparse, sparse, "sparse"),
-            channels=check_channels(channels),
-            machine=stream.machine,
-            target_page_bits=stream.target_page_bits,
-            uuid=stream.uuid,
-            left_out=left_out or None,
-            before=carried.before,
-            prefix=prefix,
         )
+        writer = Writer(target, blocks, options)
     try:
         return Job(writer.channels, writer.total, lambda: _write(writer, source, carried, to))
     except BaseException:
@@ -353,14 +347,16 @@ def _start_one_pass(
             )
             for name, block in source.blocks.items()
         ],
-        direct_io=direct_io,
-        sparse=sparse,
-        channels=channels,
-        machine=source.machine,
-        target_page_bits=configuration.target_page_bits,
-        uuid=configuration.uuid,
-        before=_before(source.source, source.head),
-        prefix=prefix,
+        SaveOptions(
+            direct_io=direct_io,
+            sparse=sparse,
+            channels=channels,
+            machine=source.machine,
+            target_page_bits=configuration.target_page_bits,
+            uuid=configuration.uuid,
+            before=_before(source.source, source.head),
+            prefix=prefix,
+        ),
     )
     try:
         unpacker = source.unpacker(writer.channels, writer.policy, writer.target.name)
@@ -519,17 +515,5 @@ def _check_memories(source: Snapshot, memories: Mapping[str, Memory]) -> None:
 
 def _nothing(block: Block, identity: FileId = _NO_FILE) -> SnapshotMemory:
     """Return memory that is listed and never read; ``identity`` is that of the file."""
-    index = _core.ffi.gc(
-        _core.lib.qm_index_create(block.num_pages, block.page_size), _core.lib.qm_index_destroy
-    )
-    indexed = _core.ffi.new("struct qm_indexed *")
-    indexed.index, indexed.fd = index, -1
-    return SnapshotMemory(
-        block.length,
-        0,
-        identity,
-        _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
-        _core.ffi.addressof(_core.lib, "qm_indexed_next"),
-        indexed,
-        index,
-    )
+    empty = BlockIndex(block.num_pages, block.page_size)
+    return SnapshotMemory(block.length, 0, identity, MemorySource.sequential(empty, -1))

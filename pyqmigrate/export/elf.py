@@ -24,8 +24,8 @@ from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.format.dump.elf import Segment, encode_head, head_length
 from pyqmigrate.format.dump.elf_notes import cpu_notes
 from pyqmigrate.format.dump.vmcoreinfo import NOTE_MAX
-from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.job import Progress
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.save.writer import Sparse

@@ -11,7 +11,7 @@ from pyqmigrate.format.address_space.placement import GivenPlacement, Placement
 from pyqmigrate.format.device.decode import decode_devices, described_by
 from pyqmigrate.format.device.values import Device
 from pyqmigrate.format.stream.wire import SectionKind
-from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.job import Progress
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot
 

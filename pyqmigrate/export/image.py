@@ -11,30 +11,22 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import File
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import Cancelled, GuestMemoryError, NoSpace, UsageError
 from pyqmigrate.export.guest import Guest
 from pyqmigrate.format.address_space.placement import Placement
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import (
-    Channels,
-    Job,
-    Progress,
-    Range,
-    check_channels,
-    core_block,
-    failure,
-    split_ranges,
-)
-from pyqmigrate.io.direct_io import DirectIO, core_file
+from pyqmigrate.io.channels import Channels, check_channels
+from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import OpenMemory, SnapshotMemory
 from pyqmigrate.io.output import OutputFile
+from pyqmigrate.io.pages import BlockPages, count_pages, write_pages
 from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
@@ -169,11 +161,18 @@ class _Writer:
         with self._cleanup:
             self._check_space()
             self.target.set_size(self.image.length)
-            self._pass(self.channels, core_file(self.target.fd, self.target.direct))
+            with self._snapshot_errors():
+                write_pages(
+                    self._pages(),
+                    File(self.target.fd, self.target.direct),
+                    self.sparse.policy(),
+                    self.channels,
+                    self.target.name,
+                )
             pieces = self.image.pieces()
             for position, data in pieces:
                 self.target.write_at(position, data if position else _without_magic(data))
-                _core.lib.qm_job_count_io(self.channels.core, len(data), 0)
+                self.channels.core.count_io(len(data))
             self._check_cancelled()
             self.target.publish(pieces[0][1][:_MAGIC_LENGTH], self._check_cancelled)
             return self._report()
@@ -190,7 +189,9 @@ class _Writer:
         if free is None or need <= free:
             return
         if not dense:
-            self._pass(self.channels.sibling("pyqmigrate-count"), core_file(-1, None))
+            with self._snapshot_errors():
+                counter = self.channels.sibling("pyqmigrate-count")
+                count_pages(self._pages(), counter, self.target.name)
             need = sum(
                 bitmap.count() * area.block.page_size
                 for bitmap, area in zip(self.bitmaps, self.image.areas, strict=True)
@@ -200,45 +201,26 @@ class _Writer:
                 f"the export needs {need >> 20} MiB and {free >> 20} MiB are free", self.target.name
             )
 
-    def _pass(self, channels: Channels, file: Any) -> None:
-        layouts = [
-            BlockLayout(area.block.name, area.length, area.block.page_size, 0, 0, area.position)
-            for area in self.image.areas
-        ]
-        names = [layout.name for layout in layouts]
-        policy = self.sparse.core()
-        common = [
-            (file, core_block(layout), memory.core, policy, _core.ffi.NULL, bitmap.core)
-            for layout, memory, bitmap in zip(layouts, self.memories, self.bitmaps, strict=True)
-        ]
-
-        def move(channel: Any, item: Range, fault: Any) -> int:
-            return int(
-                _core.lib.qm_write(
-                    channels.core, channel, *common[item.block], item.first, item.npages, fault
-                )
-            )
-
-        try:
-            channels.run(
-                (
-                    item
-                    for n, layout in enumerate(layouts)
-                    for item in split_ranges(n, layout.num_pages, layout.page_size)
+    def _pages(self) -> list[BlockPages]:
+        return [
+            BlockPages(
+                BlockLayout(
+                    area.block.name, area.length, area.block.page_size, 0, 0, area.position
                 ),
-                move,
-                self.target.name,
-                names,
+                bitmap,
+                memory,
             )
-            # Every direct write has returned: now what shares a file block with none of them.
-            fault = _core.ffi.new("struct qm_fault *")
-            channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
-            for name, arguments in zip(names, common, strict=True):
-                rc = _core.lib.qm_write_tail(channels.core, channel, *arguments, fault)
-                if rc:
-                    raise failure(rc, fault, self.target.name, name)
+            for area, bitmap, memory in zip(
+                self.image.areas, self.bitmaps, self.memories, strict=True
+            )
+        ]
+
+    @contextlib.contextmanager
+    def _snapshot_errors(self) -> Iterator[None]:
+        """Raise the snapshot's errors for those of memory, which is the snapshot's file."""
+        try:
+            yield
         except GuestMemoryError as error:
-            # This memory is the snapshot's file.
             raise error_from_errno(
                 error.errno or errno.EIO, self.snapshot.source, error.block or ""
             ) from error

@@ -18,8 +18,8 @@ from pyqmigrate.export.guest import Guest
 from pyqmigrate.export.image import Area, Image, ImageReport, write_image
 from pyqmigrate.format.address_space.placement import GivenPlacement
 from pyqmigrate.format.dump.lime import HEADER_LENGTH, encode_header
-from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.job import Progress
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.save.writer import Sparse

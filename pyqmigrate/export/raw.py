@@ -25,10 +25,11 @@ from dataclasses import asdict, dataclass
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import GuestMemoryError, NoSpace, NotDurable, UsageError, target_error
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.channels import Channels, check_channels
 from pyqmigrate.io.direct_io import Direct, DirectIO, find_direct
 from pyqmigrate.io.free_space import free_bytes
 from pyqmigrate.io.in_use import refuse_in_use
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.new_file import NewFile, give_names
 from pyqmigrate.io.own_files import FileKind, check_is_file, check_replaceable
@@ -271,7 +272,7 @@ def _place(
         direct = file.open_direct(direct_io, block.length, output.stack)
         places[block.name] = Place(file.fd, direct, 0, bitmap)
     unpacker = snapshot.unpacker(
-        Channels(channels, "pyqmigrate-unpack"), Sparse.EXACT.core(), output.path
+        Channels(channels, "pyqmigrate-unpack"), Sparse.EXACT.policy(), output.path
     )
     total = sum(block.length for block in wanted)
     stream = Job(unpacker.reading, total, lambda: unpacker.run(places)).wait(progress)

@@ -7,9 +7,8 @@ of every page that the export reads, so that memory is not read a second time.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import PatternSearch
 from pyqmigrate.format.dump.vmcoreinfo import HEAD_LENGTH, head_pattern, note_length
 from pyqmigrate.io.memory import SnapshotMemory
 from pyqmigrate.snapshot.base import Block, Snapshot
@@ -17,7 +16,6 @@ from pyqmigrate.snapshot.base import Block, Snapshot
 __all__ = ["VmcoreinfoSearch"]
 
 _PAGE = 4096  # the smallest of Linux
-_NOWHERE = (1 << 64) - 1
 
 
 class VmcoreinfoSearch:
@@ -26,25 +24,14 @@ class VmcoreinfoSearch:
     def __init__(self, snapshot: Snapshot, *, big_endian: bool = False) -> None:
         self._blocks = snapshot.blocks
         self._big_endian = big_endian
-        head, mask = head_pattern(big_endian=big_endian)
-        self._head = _core.ffi.new("unsigned char[]", head)
-        self._mask = _core.ffi.new("unsigned char[]", mask)
-        self._watches: dict[str, Any] = {}
+        self._head, self._mask = head_pattern(big_endian=big_endian)
+        self._searches: dict[str, PatternSearch] = {}
 
     def watched(self, block: Block, memory: SnapshotMemory) -> SnapshotMemory:
         """Return the same memory, the whole block's, with a search in everything that is read."""
-        watch = _core.ffi.new("struct qm_search *")
-        watch.fill, watch.next, watch.arg = memory.fill, memory.next, memory.argument
-        watch.head, watch.mask, watch.len = self._head, self._mask, HEAD_LENGTH
-        watch.step, watch.found = _PAGE, _NOWHERE
-        self._watches[block.name] = watch
-        return replace(
-            memory,
-            fill=_core.ffi.addressof(_core.lib, "qm_search_fill"),
-            next=_core.ffi.addressof(_core.lib, "qm_search_next"),
-            argument=watch,
-            kept=(memory, self._head, self._mask),
-        )
+        search = PatternSearch(memory.source, self._head, self._mask, _PAGE)
+        self._searches[block.name] = search
+        return replace(memory, source=search.source)
 
     def note(self) -> bytes:
         """Return the VMCOREINFO at the lowest offset of the first block with one. Empty if there is
@@ -53,12 +40,12 @@ class VmcoreinfoSearch:
         Raises SnapshotError and TargetError if it cannot be read again.
         """
         for name, block in self._blocks.items():
-            watch = self._watches.get(name)
-            if watch is None or watch.found == _NOWHERE:
+            search = self._searches.get(name)
+            if search is None or search.found is None:
                 continue
-            at = int(watch.found)
-            head = block.read(at, min(HEAD_LENGTH, block.length - at))
+            offset = search.found
+            head = block.read(offset, min(HEAD_LENGTH, block.length - offset))
             length = note_length(head, big_endian=self._big_endian)
-            if length is not None and at + length <= block.length:
-                return block.read(at, length)
+            if length is not None and offset + length <= block.length:
+                return block.read(offset, length)
         return b""

@@ -18,9 +18,8 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import Channel, File
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, digester, zero_digest
 from pyqmigrate.format.seal import PIECE, SealHead, count_pieces
@@ -35,10 +34,8 @@ from pyqmigrate.io.page_cache import cached_bytes
 __all__ = ["Digests", "open_direct"]
 
 _PIECES_A_RANGE = 64  # a channel reads on where it read before: disks like that
+_COMPARED_AT_ONCE = 1 << 20  # bytes of a table, whole digests
 _CACHED = 0.5  # share of the file in the page cache from which direct I/O only costs
-
-# Bound here once: the core may be wrapped for measuring.
-_note_writing = _core.lib.qm_note_writing
 
 
 class Digests:
@@ -59,7 +56,6 @@ class Digests:
         self._table = bytearray()
         self._known = bytearray()
         self._overlay = overlay
-        self._handle = _core.ffi.new_handle(self)
 
     def resize(self, size: int) -> None:
         """The file has ``size`` bytes; what it had beyond is forgotten."""
@@ -79,11 +75,9 @@ class Digests:
         if first < end:
             self._known[first:end] = bytes(end - first)
 
-    def watch(self, file: Any) -> Any:
-        """Have the core tell what it writes to ``file`` (``struct qm_file *``), where nothing but
-        holes stood before; returns ``file``."""
-        file.hook, file.hook_arg = _note_writing, self._handle
-        return file
+    def watch(self, file: File) -> None:
+        """Digest what the core writes to ``file``, which has only holes so far."""
+        file.set_write_hook(self._writing)
 
     def seal(
         self,
@@ -103,13 +97,15 @@ class Digests:
         return Manifest(head, bytes(self._table))
 
     def differing(self, digests: bytes | bytearray) -> Iterator[int]:
-        """Numbers of the pieces, known here and there, whose digests differ."""
-        for start in range(0, min(len(self._table), len(digests)), PIECE):
-            end = start + PIECE
-            if self._table[start:end] != digests[start:end]:
-                for at in range(start, min(end, len(self._table), len(digests)), DIGEST_SIZE):
-                    if self._table[at : at + DIGEST_SIZE] != digests[at : at + DIGEST_SIZE]:
-                        yield at // DIGEST_SIZE
+        """Yield the numbers of the pieces that both tables have, and whose digests differ."""
+        length = min(len(self._table), len(digests))
+        for start in range(0, length, _COMPARED_AT_ONCE):
+            end = min(start + _COMPARED_AT_ONCE, length)
+            if self._table[start:end] == digests[start:end]:
+                continue
+            for at in range(start, end, DIGEST_SIZE):
+                if self._table[at : at + DIGEST_SIZE] != digests[at : at + DIGEST_SIZE]:
+                    yield at // DIGEST_SIZE
 
     def read_rest(
         self, fd: int, name: str, channels: Channels, direct: Direct | None = None
@@ -121,7 +117,7 @@ class Digests:
         """
         local = threading.local()
 
-        def read(_: Any, item: Range, __: Any) -> int:
+        def read(_: Channel, item: Range) -> int:
             if not hasattr(local, "buffer"):
                 memory = mmap.mmap(-1, PIECE)
                 memory.madvise(mmap.MADV_DONTFORK)  # a child would split it from what is read
@@ -136,7 +132,7 @@ class Digests:
                 _read(fd, direct, local.buffer, len(view), at, name)
                 self._lay_over(view, at)
                 self._set(number, view)
-                _core.lib.qm_job_count_pages(channels.core, len(view), 0, 0)
+                channels.core.count_pages(len(view))
             return 0
 
         channels.run(self._unknown(fd, channels), read, name, [""])
@@ -151,7 +147,7 @@ class Digests:
             data = self._data(fd, at, end)
             if data > at:
                 self._set_zero(at, data)
-                _core.lib.qm_job_count_pages(channels.core, (data - at) * PIECE, 0, 0)
+                channels.core.count_pages((data - at) * PIECE)
             elif data < end:
                 stop = at + 1
                 while stop < min(end, at + _PIECES_A_RANGE) and self._data(fd, stop, end) == stop:
@@ -198,20 +194,6 @@ class Digests:
                 self.forget(at + start, length - start)
             else:
                 self._set((at + start) // PIECE, data[start : start + PIECE])
-
-
-@_core.ffi.def_extern(error=-errno.EIO)  # type: ignore[untyped-decorator]
-def qm_note_writing(arg: Any, at: int, data: Any, length: int) -> int:
-    """Called by the core, in a channel's thread."""
-    digests: Digests = _core.ffi.from_handle(arg)
-    try:
-        if data == _core.ffi.NULL:
-            digests._writing(at, None, length)
-        else:
-            digests._writing(at, memoryview(_core.ffi.buffer(data, length)), length)
-    except MemoryError:
-        return -errno.ENOMEM
-    return 0
 
 
 def open_direct(source: InputFile, setting: DirectIO) -> tuple[Direct | None, str]:

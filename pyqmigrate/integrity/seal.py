@@ -46,10 +46,11 @@ from pyqmigrate.integrity.manifest import (
 )
 from pyqmigrate.integrity.stream_damage import parts_of_stream
 from pyqmigrate.io.bitmap_order import other_order
-from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.channels import Channels, check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import files_in_use, refuse_in_use
 from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.lock import lock_file
 from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.stream_file import StreamFile

@@ -8,10 +8,9 @@ own flags were damaged may name another page than before.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from pyqmigrate import _core
 from pyqmigrate.integrity.damage import Part
+from pyqmigrate.io.block_index import BlockIndex
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
 __all__ = ["parts_of_stream"]
@@ -29,8 +28,8 @@ def parts_of_stream(snapshot: SequentialSnapshot, start: int, end: int) -> Itera
         yield Part("what is before the stream")
     if start < first and end > snapshot.offset:
         yield Part("head of the stream")
-    for name, core in index.cores.items():
-        for part in _pages(name, core, snapshot.blocks[name].num_pages, start, end):
+    for name, block in index.of.items():
+        for part in _pages(name, block, start, end):
             found = True
             yield part
     if not found and start < last and first < end:
@@ -39,18 +38,16 @@ def parts_of_stream(snapshot: SequentialSnapshot, start: int, end: int) -> Itera
         yield Part("what follows RAM: the device state")
 
 
-def _pages(name: str, core: Any, npages: int, start: int, end: int) -> Iterator[Part]:
+def _pages(name: str, index: BlockIndex, start: int, end: int) -> Iterator[Part]:
     """Yield the runs of pages that are made of these bytes; pages without data do not end a run."""
-    data, count = _core.ffi.new("int *"), 0
-    page = _core.lib.qm_index_from(core, 0, start, end)
+    npages, count = index.npages, 0
+    page = index.next_from(0, start, end)
     while page < npages:
         count += 1
         first, held, stop = page, 0, page
         while page < npages and (
-            count == _PARTS_MAX
-            or page == stop
-            or (_core.lib.qm_index_run(core, stop, page, data) == page and not data[0])
+            count == _PARTS_MAX or page == stop or index.run(stop, page) == (page, False)
         ):
             held, stop = held + 1, page + 1
-            page = _core.lib.qm_index_from(core, stop, start, end)
+            page = index.next_from(stop, start, end)
         yield Part("pages", name, first, stop, held)

@@ -10,7 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from pyqmigrate.io.channels import Job
+    from pyqmigrate.io.job import Job
 
 __all__ = ["end_of"]
 

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from pyqmigrate import _core
+import pyqmigrate._core as _core
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.holes import next_data
@@ -147,6 +147,10 @@ class Bitmap:
         can_scan = _core.lib.qm_process_can_scan(pagemap)
         found = _core.lib.qm_next_touched(pagemap, can_scan, self.core, start, end)
         return int(found) // 8 * 8
+
+    def run_end(self, first: int, end: int) -> int:
+        """Return the end, at most ``end``, of the run of equal bits that starts at ``first``."""
+        return int(_core.lib.qm_run(self.core, first, end))
 
     def runs(self, first: int = 0, end: int | None = None) -> list[tuple[int, int, bool]]:
         """``(from, to, set)`` for the stretches of equal bits in ``[first, end)``."""

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from pyqmigrate import _core
+import pyqmigrate._core as _core
 from pyqmigrate.argument_types import check
+from pyqmigrate.core import MemorySource
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.io.in_use import Area, FileId, files_in_areas, files_in_use
@@ -62,39 +63,25 @@ class FileMemory:
 
 @dataclass(frozen=True)
 class SnapshotMemory:
-    """Guest memory that a file has in a form of its own, for saves: a block of a snapshot.
+    """A block of a snapshot as guest memory, for saves. Valid as long as the snapshot is open.
 
-    ``fill`` and ``next`` are the core's functions that read it (``qm_fill_fn``, whole pages only,
-    and ``qm_next_fn``), ``argument`` is what they get, ``kept`` what that points into; ``identity``
-    is the file's.
-    ``length`` and ``extent_bytes``, an upper bound of what holds data, are bytes. It is good as
-    long as the snapshot is open.
+    ``length`` and ``extent_bytes``, an upper bound of the data, are bytes; ``identity`` is that of
+    the snapshot's file.
     """
 
     length: int
     extent_bytes: int
     identity: FileId
-    fill: Any
-    next: Any
-    argument: Any
-    kept: Any = None
+    source: MemorySource
 
     def part(self, offset: int, length: int) -> SnapshotMemory:
-        """Bytes ``[offset, offset + length)`` of it, whole pages, as memory of their own."""
+        """Return the bytes ``[offset, offset + length)``, whole pages, as memory."""
         if offset < 0 or length < 0 or offset + length > self.length:
-            raise UsageError(f"bytes {offset} to {offset + length} of {self.length} are not there")
+            raise UsageError(f"bytes {offset} to {offset + length} are outside of {self.length}")
         if length == self.length:
             return self
-        part = _core.ffi.new("struct qm_slice *")
-        part.fill, part.next, part.arg, part.offset = self.fill, self.next, self.argument, offset
         return SnapshotMemory(
-            length,
-            min(length, self.extent_bytes),
-            self.identity,
-            _core.ffi.addressof(_core.lib, "qm_slice_fill"),
-            _core.ffi.addressof(_core.lib, "qm_slice_next"),
-            part,
-            self,
+            length, min(length, self.extent_bytes), self.identity, self.source.slice(offset)
         )
 
 
@@ -196,10 +183,10 @@ class OpenMemory:
     def _attach_stored(self, memory: SnapshotMemory, writable: bool) -> None:
         if writable:
             raise UsageError(f"memory of block {self.name!r} is a snapshot's, and can only be read")
-        self._stored = memory  # the core has nothing but pointers into it
+        self._stored = memory  # the core only has pointers into it
         self.length, self.extent_bytes = memory.length, memory.extent_bytes
-        self.core.fill, self.core.next = memory.fill, memory.next
-        self.core.fill_arg = memory.argument
+        self.core.fill, self.core.next = memory.source.fill, memory.source.next
+        self.core.fill_arg = memory.source.argument
 
     def _open_own(self, fd: int, writable: bool) -> None:
         # SEEK_DATA moves the position of the description, which is the caller's: take our own.

@@ -6,7 +6,7 @@ import errno
 import mmap
 import os
 
-from pyqmigrate import _core
+import pyqmigrate._core as _core
 from pyqmigrate.errors import TargetError
 from pyqmigrate.io.input import file_size
 

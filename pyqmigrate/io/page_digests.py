@@ -27,10 +27,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from pyqmigrate import _core
+from pyqmigrate.core import Channel
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.digest import DIGEST_SIZE, Data
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, Range, check_channels, split_ranges
+from pyqmigrate.io.channels import Channels, Range, check_channels, split_ranges
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.memory import OpenMemory, RamBlock, attach
 
@@ -227,21 +229,30 @@ class PageDigests:
         null = _core.ffi.NULL
         before = sum(bitmap.count() for bitmap in (changed or {}).values())
 
-        def digest(channel: Any, item: Range, fault: Any) -> int:
+        def digest(channel: Channel, item: Range) -> int:
             name = self._names[item.block]
             block, memory = self._blocks[item.block], self._memories[item.block].core
             selected = null if selection is None else selection[name].core
             table = self.tables[name].core
+            fault = channel.fault.core
             pages = (item.first, item.npages, fault)
             fault.in_memory, fault.at = 1, 0
             if changed is None:
                 rc = _core.lib.qm_digest_pages(
-                    crew.core, channel, block, memory, selected, table, *pages
+                    crew.core.core, channel.core, block, memory, selected, table, *pages
                 )
             else:
                 bits = changed[name].core
                 rc = _core.lib.qm_compare_pages(
-                    crew.core, channel, block, memory, selected, table, update, bits, *pages
+                    crew.core.core,
+                    channel.core,
+                    block,
+                    memory,
+                    selected,
+                    table,
+                    update,
+                    bits,
+                    *pages,
                 )
             return int(rc)
 

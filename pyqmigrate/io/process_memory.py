@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate import _core
+import pyqmigrate._core as _core
 from pyqmigrate.errors import GuestMemoryError, UsageError
 
 __all__ = ["ProcessMemory", "ProcessSource"]

@@ -23,9 +23,9 @@ from pyqmigrate.format.stream.mapped_ram_reader import parse
 from pyqmigrate.format.stream.wire import Section, SectionKind, Stream
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
-from pyqmigrate.io.channels import Job
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.input import InputFile
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.log import logger

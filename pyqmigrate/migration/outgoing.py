@@ -25,7 +25,7 @@ from pyqmigrate.qapi.parameters import MigrationMode, ZeroPageDetection
 from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Status
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import Sparse, StreamWriter
+from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse, StreamWriter
 
 __all__ = ["OutgoingMigration"]
 
@@ -362,11 +362,13 @@ def _open_writer(
         sequential = SequentialWriter(
             target,
             guest.blocks,
-            machine=guest.machine,
-            target_page_bits=guest.target_page_bits,
-            uuid=uuid,
-            left_out=left_out,
-            max_bandwidth=parameters.max_bandwidth,
+            SaveOptions(
+                machine=guest.machine,
+                target_page_bits=guest.target_page_bits,
+                uuid=uuid,
+                left_out=left_out,
+                max_bandwidth=parameters.max_bandwidth,
+            ),
         )
         resources.callback(sequential.close)
         return sequential
@@ -374,15 +376,17 @@ def _open_writer(
     writer = Writer(
         target,
         guest.blocks,
-        direct_io=DirectIO.ON if direct else DirectIO.OFF,
-        sparse=Sparse.DENSE if all_pages else Sparse.AUTO,
-        mark_zero=all_pages,
-        channels=parameters.multifd_channels if capabilities.multifd else 1,
-        machine=guest.machine,
-        target_page_bits=guest.target_page_bits,
-        uuid=uuid,
-        left_out=left_out,
-        max_bandwidth=parameters.max_bandwidth,
+        SaveOptions(
+            direct_io=DirectIO.ON if direct else DirectIO.OFF,
+            sparse=Sparse.DENSE if all_pages else Sparse.AUTO,
+            mark_zero=all_pages,
+            channels=parameters.multifd_channels if capabilities.multifd else 1,
+            machine=guest.machine,
+            target_page_bits=guest.target_page_bits,
+            uuid=uuid,
+            left_out=left_out,
+            max_bandwidth=parameters.max_bandwidth,
+        ),
     )
     resources.callback(writer.close)
     return writer

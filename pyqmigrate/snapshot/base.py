@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pyqmigrate import _core
 from pyqmigrate.argument_types import check_callback
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageError
@@ -23,10 +22,11 @@ from pyqmigrate.format.libvirt import LibvirtHeader
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.format.stream.wire import Section, Stream
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, Progress
+from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, Named, files_in_use, refuse_in_use
 from pyqmigrate.io.input import Source
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.stream_file import StreamFile
@@ -121,11 +121,12 @@ class Block(abc.ABC):
         memory = self.memory()
         start = offset // self.page_size * self.page_size
         stop = -(-(offset + length) // self.page_size) * self.page_size
-        buffer = _core.ffi.new("char[]", stop - start)
-        got = memory.fill(memory.argument, buffer, start, stop - start)
-        if got < 0:
-            raise error_from_errno(-got, self.snapshot.source, self.name)
-        return bytes(_core.ffi.buffer(buffer)[offset - start : offset - start + length])
+        try:
+            pages = memory.source.read(start, stop - start)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            raise error_from_errno(number, self.snapshot.source, self.name) from None
+        return pages[offset - start : offset - start + length]
 
     def _elsewhere(self) -> UsageError:
         return UsageError(f"the content of block {self.name!r} is not in this file")

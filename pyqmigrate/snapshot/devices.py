@@ -31,8 +31,8 @@ from pyqmigrate.format.stream.wire import (
     Section,
     SectionKind,
 )
-from pyqmigrate.io.channels import Progress
 from pyqmigrate.io.input import Source
+from pyqmigrate.io.job import Progress
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.base import Snapshot

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
-from pyqmigrate import _core
 from pyqmigrate.argument_types import check_mapping, check_names
+from pyqmigrate.core import MemorySource
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
@@ -20,8 +20,8 @@ from pyqmigrate.format.stream.mapped_ram_reader import parse
 from pyqmigrate.format.stream.wire import Stream
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.bitmap_order import find_order
-from pyqmigrate.io.channels import Job
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
@@ -84,23 +84,17 @@ class MappedRamBlock(Block):
     def memory(self) -> SnapshotMemory:
         if self.external:
             raise self._elsewhere()
-        mapped = _core.ffi.new("struct qm_mapped *")
-        mapped.data, mapped.npages = self.bitmap.core, self.num_pages
-        mapped.pages_offset, mapped.page_size = self.pages_offset, self.page_size
-        mapped.fd = self._snapshot.source.fd
+        source = MemorySource.mapped_ram(
+            self.bitmap, self.num_pages, self.pages_offset, self.page_size, self._snapshot.source.fd
+        )
         return SnapshotMemory(
-            self.length,
-            self.data_pages * self.page_size,
-            self._snapshot.identity,
-            _core.ffi.addressof(_core.lib, "qm_mapped_fill"),
-            _core.ffi.addressof(_core.lib, "qm_mapped_next"),
-            mapped,
+            self.length, self.data_pages * self.page_size, self._snapshot.identity, source
         )
 
     def runs(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bool]]:
         end = self.num_pages if end is None else end
         while first < end:
-            stop = int(_core.lib.qm_run(self.bitmap.core, first, end))
+            stop = self.bitmap.run_end(first, end)
             yield first, stop, self.bitmap[first]
             first = stop
 

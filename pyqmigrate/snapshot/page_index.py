@@ -32,9 +32,9 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from pyqmigrate import _core
 from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.stream.sequential import ListedBlock
+from pyqmigrate.io.block_index import BlockIndex
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.input import Source
 from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
@@ -58,7 +58,7 @@ _RUN = struct.Struct("<QQ")
 class PageIndex:
     """The places of the pages of ``blocks``; empty at first.
 
-    ``cores`` are the blocks' ``qm_index *`` by name. ``bodies`` maps the start of each body of
+    ``of`` has the index of each block by its name. ``bodies`` maps the start of each body of
     records to its end. :meth:`read_records` fills both, a body at a time.
     """
 
@@ -66,15 +66,10 @@ class PageIndex:
         self.blocks = blocks
         self.page_size = page_size
         self.bodies: dict[int, int] = {}
-        self.cores: dict[str, Any] = {}
-        for block in blocks:
-            core = _core.lib.qm_index_create(block.length // page_size, page_size)
-            if core == _core.ffi.NULL:
-                raise MemoryError
-            self.cores[block.name] = _core.ffi.gc(core, _core.lib.qm_index_destroy)
+        self.of = {block.name: BlockIndex(block.length // page_size, page_size) for block in blocks}
         self._records = RecordDecoder(blocks, page_size)
-        for record, block in zip(self._records.core, blocks, strict=True):
-            record.index = self.cores[block.name]
+        for number, block in enumerate(blocks):
+            self._records.write_to_index(number, self.of[block.name])
         self._records.start()
 
     def read_records(self, source: Source, channels: Channels, offset: int) -> int:
@@ -115,25 +110,24 @@ def _write(index: PageIndex, stream_file: StreamFile, file: BinaryIO) -> None:
 def _pieces(index: PageIndex, stream_file: StreamFile) -> Iterator[bytes]:
     """Yield the bytes after the digest."""
     lists = {block.name: list(_runs(index, block)) for block in index.blocks}
-    changes = {name: _changes(core) for name, core in index.cores.items()}
     head = json.dumps(
         {
             **_identity(stream_file),
             "page_size": index.page_size,
             "bodies": [*index.bodies.items()],
             "blocks": [
-                [b.name, b.length, len(changes[b.name]), len(lists[b.name])] for b in index.blocks
+                [b.name, b.length, index.of[b.name].count_changes(), len(lists[b.name])]
+                for b in index.blocks
             ],
         }
     ).encode()
     yield struct.pack("<I", len(head)) + head + _padding(head)
     for block in index.blocks:
-        for change in changes[block.name]:
-            yield _CHANGE.pack(change.before, change.at, change.len)
+        of_block = index.of[block.name]
+        for change in of_block.changes():
+            yield _CHANGE.pack(*change)
         for first, npages in lists[block.name]:
-            words = _core.ffi.new("uint64_t[]", npages)
-            _core.lib.qm_index_get(index.cores[block.name], first, npages, words)
-            yield _RUN.pack(first, npages) + _little_endian(bytes(_core.ffi.buffer(words)))
+            yield _RUN.pack(first, npages) + _little_endian(of_block.words(first, npages))
 
 
 def _padding(head: bytes) -> bytes:
@@ -149,17 +143,11 @@ def _little_endian(words: bytes) -> bytes:
     return swapped.tobytes()
 
 
-def _changes(core: Any) -> Any:
-    found = _core.ffi.new("const struct qm_change **")
-    count = _core.lib.qm_index_changes(core, found)
-    return found[0][0:count] if count else ()
-
-
 def _runs(index: PageIndex, block: ListedBlock) -> Iterator[tuple[int, int]]:
     """Yield ranges of pages, in multiples of 512, that contain all mentioned pages."""
-    core, end = index.cores[block.name], block.length // index.page_size
+    of_block, end = index.of[block.name], block.length // index.page_size
     start = stop = 0
-    while (page := _core.lib.qm_index_next(core, stop)) < end:
+    while (page := of_block.next(stop)) < end:
         first = page // 512 * 512
         if first != stop or stop - start >= _RUN_MAX:
             if stop > start:
@@ -243,23 +231,16 @@ def _read(
             raise ValueError("a body outside of the file")
         index.bodies[start] = end
     for block, (_, _, changes, runs) in zip(blocks, head["blocks"], strict=True):
-        core, block_pages = index.cores[block.name], block.length // page_size
+        of_block, block_pages = index.of[block.name], block.length // page_size
         if not 0 <= changes * _CHANGE.size + runs * _RUN.size <= size:
             raise ValueError("too many")
         for _ in range(changes):
-            change = _core.ffi.new("struct qm_change *")
-            change.before, change.at, change.len = _CHANGE.unpack(_take(file, _CHANGE.size))
-            _accept(_core.lib.qm_index_put_changes(core, change, 1, source.size))
+            before, position, length = _CHANGE.unpack(_take(file, _CHANGE.size))
+            of_block.put_change(before, position, length, source.size)
         for _ in range(runs):
             first, npages = _RUN.unpack(_take(file, _RUN.size))
             # Only pieces as we write them: a single page costs the core as much as 512.
             if npages * 8 > size or first % 512 or (npages % 512 and first + npages != block_pages):
                 raise ValueError("no such run")
-            words = _core.ffi.from_buffer("uint64_t[]", _little_endian(_take(file, npages * 8)))
-            _accept(_core.lib.qm_index_put(core, first, npages, words, source.size))
+            of_block.put_words(first, _little_endian(_take(file, npages * 8)), source.size)
     return index
-
-
-def _accept(rc: int) -> None:
-    if rc < 0:
-        raise ValueError(os.strerror(-rc))

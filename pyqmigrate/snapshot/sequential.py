@@ -22,8 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pyqmigrate import _core
 from pyqmigrate.argument_types import check, check_mapping, check_names
+from pyqmigrate.core import MemorySource
 from pyqmigrate.enums import Format, parse_enum
 from pyqmigrate.errors import (
     BlockMismatch,
@@ -39,10 +39,11 @@ from pyqmigrate.format.stream.sequential import (
     SequentialStreamReader,
 )
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, Progress, check_channels
+from pyqmigrate.io.channels import Channels, check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, files_in_use, refuse_in_use
 from pyqmigrate.io.input import Source
+from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.base import Block, Snapshot
@@ -85,25 +86,20 @@ class SequentialBlock(Block):
     def memory(self) -> SnapshotMemory:
         if self.external:
             raise self._elsewhere()
-        indexed = _core.ffi.new("struct qm_indexed *")
-        indexed.index = self._snapshot.page_index().cores[self.name]
-        indexed.fd = self._snapshot.source.fd
+        index = self._snapshot.page_index().of[self.name]
         return SnapshotMemory(
             self.length,
             self.data_pages * self.page_size,
             self._snapshot.identity,
-            _core.ffi.addressof(_core.lib, "qm_indexed_fill"),
-            _core.ffi.addressof(_core.lib, "qm_indexed_next"),
-            indexed,
+            MemorySource.sequential(index, self._snapshot.source.fd),
         )
 
     def runs(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int, bool]]:
-        core = self._snapshot.page_index().cores[self.name]
+        index = self._snapshot.page_index().of[self.name]
         end = self.num_pages if end is None else end
-        data = _core.ffi.new("int *")
         while first < end:
-            stop = int(_core.lib.qm_index_run(core, first, end, data))
-            yield first, stop, bool(data[0])
+            stop, data = index.run(first, end)
+            yield first, stop, data
             first = stop
 
 
@@ -254,11 +250,8 @@ class SequentialSnapshot(Snapshot):
         self._walked = (
             stream,
             {
-                name: _Counted(
-                    bool(_core.lib.qm_index_next(core, 0) < self.blocks[name].num_pages),
-                    int(_core.lib.qm_index_count(core)),
-                )
-                for name, core in index.cores.items()
+                name: _Counted(block.next(0) < block.npages, block.data_pages())
+                for name, block in index.of.items()
             },
         )
 
@@ -326,12 +319,12 @@ class _PageCount:
         with contextlib.ExitStack() as stack:
             self._records = RecordDecoder(blocks, page_size)
             self._bitmaps = {}
-            for block, record in zip(blocks, self._records.core, strict=True):
+            for number, block in enumerate(blocks):
                 seen, content = pair = [Bitmap(block.length // page_size) for _ in range(2)]
                 self._bitmaps[block.name] = pair
                 for bitmap in pair:
                     stack.callback(bitmap.close)
-                record.seen, record.content = seen.core, content.core
+                self._records.mark_content(number, content, seen)
             self._records.start()
             self.close = stack.pop_all().close
 

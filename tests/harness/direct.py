@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pyqmigrate import Descriptors, FileMemory, ProcessMemory
-from pyqmigrate.io.channels import Job
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveReport, Sparse

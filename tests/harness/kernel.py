@@ -64,10 +64,21 @@ def new_block(length: int, page_size: int, pages_offset: int) -> Any:
     return block
 
 
-def new_sparse(policy: tuple[int, int, int]) -> Any:
-    sparse = ffi.new("struct qm_sparse *")
-    sparse.max_gap, sparse.gap_share, sparse.everything = policy
-    return sparse
+def new_policy(policy: tuple[int, int, int]) -> Any:
+    core = ffi.new("struct qm_policy *")
+    core.max_gap, core.gap_share, core.everything = policy
+    return core
+
+
+class Transfer:
+    """A ``struct qm_transfer``, and what it points to; NULL for what is not given."""
+
+    def __init__(self, job: Any, block: Any, **fields: Any) -> None:
+        self._keep = (job, block, fields)
+        self.core = ffi.new("struct qm_transfer *")
+        self.core.job, self.core.block = job, block
+        for name, value in fields.items():
+            setattr(self.core, name, value)
 
 
 class Memory:
@@ -199,30 +210,24 @@ def write(
     job = job or new_job()
     channel = channel or new_channel()
     fault = fault or ffi.new("struct qm_fault *")
-    sparse = new_sparse(policy)
+    transfer = Transfer(
+        job,
+        block,
+        file=file,
+        memory=memory.core,
+        policy=new_policy(policy),
+        selection=selection,
+        data=data,
+    )
     npages = block.len // block.page_size
     pages = step * CHUNK // block.page_size
     for first in range(0, npages, pages):
-        rc: int = lib.qm_write(
-            job,
-            channel,
-            file,
-            block,
-            memory.core,
-            sparse,
-            selection,
-            data,
-            first,
-            min(pages, npages - first),
-            fault,
-        )
+        rc: int = lib.qm_write(transfer.core, channel, first, min(pages, npages - first), fault)
         if rc:
             return rc
     if not tail:
         return 0
-    return int(
-        lib.qm_write_tail(job, channel, file, block, memory.core, sparse, selection, data, fault)
-    )
+    return int(lib.qm_write_tail(transfer.core, channel, fault))
 
 
 def read(
@@ -241,22 +246,12 @@ def read(
     job = job or new_job()
     channel = new_channel()
     fault = fault or ffi.new("struct qm_fault *")
+    policy = ffi.new("struct qm_policy *", {"max_gap": max_gap, "zero_clear": zero_clear})
+    transfer = Transfer(job, block, file=file, memory=memory.core, policy=policy, data=data)
     npages = block.len // block.page_size
     pages = step * CHUNK // block.page_size
     for first in range(0, npages, pages):
-        rc: int = lib.qm_read(
-            job,
-            channel,
-            file,
-            block,
-            memory.core,
-            data,
-            max_gap,
-            int(zero_clear),
-            first,
-            min(pages, npages - first),
-            fault,
-        )
+        rc: int = lib.qm_read(transfer.core, channel, first, min(pages, npages - first), fault)
         if rc:
             return rc
     return 0

@@ -39,7 +39,7 @@ from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource
 from tests.harness.device_example import BODY, RTC
@@ -87,10 +87,7 @@ def mapped(path: Path, seal: bool = False, offset: int = 0) -> None:
     writer = Writer(
         target,
         BLOCKS,
-        direct_io=DirectIO.OFF,
-        sparse=Sparse.EXACT,
-        channels=1,
-        machine="pc-q35-10.0",
+        SaveOptions(direct_io=DirectIO.OFF, sparse=Sparse.EXACT, channels=1, machine="pc-q35-10.0"),
     )
     writer.run(SECTIONS, DESCRIPTION)
     if seal:
@@ -98,7 +95,9 @@ def mapped(path: Path, seal: bool = False, offset: int = 0) -> None:
 
 
 def sequential(path: Path) -> None:
-    SequentialWriter(str(path), BLOCKS, machine="pc-q35-10.0").run(SECTIONS, DESCRIPTION)
+    SequentialWriter(str(path), BLOCKS, SaveOptions(machine="pc-q35-10.0")).run(
+        SECTIONS, DESCRIPTION
+    )
 
 
 def flat(data: bytes) -> Anatomy:

@@ -135,6 +135,7 @@ class Decoder:
             self.blocks[n].name = self._keep[0][n].core[0]
             self.blocks[n].len = lengths[n]
             if memory is not None:
+                self.blocks[n].sink = lib.QM_SINK_MEMORY
                 self.blocks[n].memory = memory.core
                 self.blocks[n].seen = self.words[n]
         self.core = ffi.gc(

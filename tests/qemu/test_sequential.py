@@ -23,6 +23,7 @@ from pyqmigrate.snapshot.load.sequential import (
     start_sequential_save,
 )
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.save.writer import SaveOptions
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.contents import Contents, fill
 from tests.harness.machine import RAM_BLOCK, GuestRam, MigrationFailed, Mode
@@ -172,7 +173,7 @@ def test_blocks_and_devices_of_qemu_go_through_us_back_to_qemu(disk: Path) -> No
     writer = SequentialWriter(
         second,
         [RamBlock(b.name, loaded.blocks[b.name]) for b in stream.blocks],
-        machine=stream.machine,
+        SaveOptions(machine=stream.machine),
     )
     writer.begin()
     writer.write_pages()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate import NotDurable, open_snapshot, verify_seal
-from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.job import Progress
 from pyqmigrate.vm.record.contents import read_record, record_path
 from tests.harness.saving import source
 

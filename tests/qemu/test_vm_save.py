@@ -14,7 +14,7 @@ import pytest
 
 from pyqmigrate import open_snapshot
 from pyqmigrate.errors import NotSupported, QemuError, UsageError
-from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.job import Progress
 from pyqmigrate.vm.outgoing.save import _Save, save
 from pyqmigrate.vm.record.contents import read_record
 from tests.harness.machine import RAM_BLOCK

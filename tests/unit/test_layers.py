@@ -15,6 +15,7 @@ LAYERS = [
     {"errors", "log", "_core"},
     {"enums", "argument_types"},
     {"format"},
+    {"core"},
     {"io", "qapi"},
     {"snapshot"},
     {"integrity", "export", "migration"},
@@ -96,6 +97,16 @@ def test_no_import_inside_vm_runs_upward():
         if names[0] == "vm" and len(names) > 1 and is_upward(VM_LAYERS, parts[1], names[1])
     ]
     assert upward == []
+
+
+def test_only_the_binding_and_io_use_cffi():
+    users = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for path, parts in modules()
+        for line, names in imports(path)
+        if names[0] == "_core" and parts[0] not in ("core", "io")
+    }
+    assert users == set()
 
 
 @pytest.mark.parametrize("page", PAGES)

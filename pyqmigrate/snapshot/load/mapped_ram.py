@@ -8,16 +8,16 @@ import errno
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import File, Policy
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, Range, check_channels, core_block, split_ranges
-from pyqmigrate.io.direct_io import DirectIO, core_file
+from pyqmigrate.io.channels import Channels, Range, check_channels, split_ranges
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.input import Source
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, OpenMemory
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.load.memories import match_memories, open_memory
@@ -131,32 +131,20 @@ class _Load:
             return self._report()
 
     def _read_pages(self) -> None:
-        file = core_file(self.source.fd, self.direct)
-        blocks = [core_block(layout) for layout, _ in self.blocks]
-        zero = int(self.clear is Clear.ZERO)
-
-        def move(channel: Any, item: Any, fault: Any) -> int:
-            n = item.block
-            return _core.lib.qm_read(
-                self.channels.core,
-                channel,
-                file,
-                blocks[n],
-                self.memories[n].core,
-                self.blocks[n][1].core,
-                _READ_GAP,
-                zero,
-                item.first,
-                item.npages,
-                fault,
-            )
+        # A restore that has QEMU read the pages does without.
+        from pyqmigrate.io.pages import BlockPages, read_pages
 
         try:
-            self.channels.run(
-                (item for n in range(len(self.blocks)) for item in self._ranges(n)),
-                move,
+            read_pages(
+                [
+                    BlockPages(layout, bitmap, memory)
+                    for (layout, bitmap), memory in zip(self.blocks, self.memories, strict=True)
+                ],
+                File(self.source.fd, self.direct),
+                Policy(max_gap=_READ_GAP, zero_clear=self.clear is Clear.ZERO),
+                self.channels,
                 self.source.name,
-                [layout.name for layout, _ in self.blocks],
+                (item for n in range(len(self.blocks)) for item in self._ranges(n)),
             )
         except TargetError as error:
             if error.errno == errno.ENODATA:
@@ -174,7 +162,7 @@ class _Load:
                 yield item
             else:
                 length = item.npages * layout.page_size
-                _core.lib.qm_job_count_pages(self.channels.core, length, 0, item.npages)
+                self.channels.core.count_pages(length, zero_pages=item.npages)
 
     def _report(self) -> LoadReport:
         totals = self.channels.totals()

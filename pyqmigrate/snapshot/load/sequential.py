@@ -14,20 +14,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import Block, Channel, Fault, Transfer, error_from_fault, file_error_from_fault
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import (
     Cancelled,
-    NoSpace,
     NotSupported,
     PyqmigrateError,
     SnapshotError,
     SnapshotTruncated,
-    TargetError,
 )
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.format.stream.sequential import (
@@ -40,17 +37,19 @@ from pyqmigrate.format.stream.sequential import (
 from pyqmigrate.format.stream.wire import MAGIC, SectionKind
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_part_header
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Job, Range, failure, split_ranges
+from pyqmigrate.io.channels import Channels, Range, split_ranges
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.forward_output import ForwardOutput, goes_forward
 from pyqmigrate.io.input import Source
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock
+from pyqmigrate.io.records import CHANGES_MAX, BlockName, Decoded, Decoder, Encoder, RecordFault
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.load.memories import match_memories, open_memory
-from pyqmigrate.snapshot.save.writer import SaveReport, Sparse, StreamWriter
+from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, StreamWriter
 
 __all__ = [
     "LOADED_STATE_MAX",
@@ -59,16 +58,15 @@ __all__ = [
     "SequentialLoadReport",
     "SequentialReader",
     "SequentialWriter",
-    "core_name",
     "read_body",
     "record_error",
-    "stream_error",
     "start_sequential_load",
     "start_sequential_save",
 ]
 
 LOADED_STATE_MAX = 256 << 20  # bytes of device sections that a load hands back
 
+_DEFAULTS = SaveOptions()
 _BUFFERED = "a sequential stream goes through the page cache"
 
 
@@ -89,25 +87,18 @@ def start_sequential_save(
     writer = SequentialWriter(
         target,
         blocks,
-        machine=machine,
-        target_page_bits=target_page_bits,
-        reuse=reuse,
-        max_bandwidth=max_bandwidth,
+        SaveOptions(
+            machine=machine,
+            target_page_bits=target_page_bits,
+            reuse=reuse,
+            max_bandwidth=max_bandwidth,
+        ),
     )
     try:
         return Job(writer.channels, writer.total, writer.run)
     except BaseException:
         writer.close()
         raise
-
-
-def core_name(name: str) -> tuple[Any, Any]:
-    """Return a block's name as the core's ``struct qm_name *``, and the bytes to keep alive."""
-    data = name.encode("utf-8", "surrogateescape")
-    text = _core.ffi.new("unsigned char[]", data)
-    core = _core.ffi.new("struct qm_name *")
-    core.bytes, core.len = text, len(data)
-    return core, text
 
 
 class SequentialWriter(StreamWriter):
@@ -118,54 +109,33 @@ class SequentialWriter(StreamWriter):
     left out: a page that no record mentions keeps its content on the loading side, which need not
     be zero, since ROMs have content from the start. Holes are neither read nor made resident.
 
-    ``before`` are encoded elements that precede RAM's.
+    Of the options, ``channels``, ``direct_io``, ``sparse`` and ``mark_zero`` have no effect.
     """
 
     sparse = Sparse.EXACT
 
     def __init__(
-        self,
-        target: Target,
-        blocks: Sequence[RamBlock],
-        *,
-        machine: str = "",
-        target_page_bits: int | None = None,
-        uuid: bytes | None = None,
-        left_out: Collection[str] | None = None,
-        before: bytes = b"",
-        reuse: bool = False,
-        max_bandwidth: int = 0,
-        prefix: bytes = b"",
+        self, target: Target, blocks: Sequence[RamBlock], options: SaveOptions = _DEFAULTS
     ) -> None:
-        super().__init__(
-            blocks,
-            channels=1,
-            reuse=reuse,
-            max_bandwidth=max_bandwidth,
-            prefix=prefix,
-            left_out=left_out,
-        )
+        super().__init__(blocks, options, channels=1)
         with self._closed_on_error():
             self._head = encode_head(
-                machine,
+                options.machine,
                 self.specs,
-                target_page_bits=target_page_bits,
-                uuid=uuid,
-                ignore_shared=left_out is not None,
-                before=before,
+                target_page_bits=options.target_page_bits,
+                uuid=options.uuid,
+                ignore_shared=options.left_out is not None,
+                before=options.before,
             )
             self.settings = settings_of(
-                machine,
-                target_page_bits=target_page_bits,
-                uuid=uuid,
-                ignore_shared=left_out is not None,
+                options.machine,
+                target_page_bits=options.target_page_bits,
+                uuid=options.uuid,
+                ignore_shared=options.left_out is not None,
             )
-            self._names = [core_name(spec.name) for spec in self.specs]
-            self._blocks = [_core_block(spec.length, spec.page_size) for spec in self.specs]
+            self._names = [BlockName(spec.name) for spec in self.specs]
             self._open(target, DirectIO.OFF)
-            self._encoder = _new_encoder(self.target.fd, self.target.offset)
-            if self.target.forward:
-                _core.lib.qm_encoder_go_forward(self._encoder)
+            self._encoder = Encoder(self.target.fd, self.target.offset, forward=self.target.forward)
 
     def _open(self, target: Target, direct_io: DirectIO) -> None:
         if goes_forward(target):
@@ -175,7 +145,7 @@ class SequentialWriter(StreamWriter):
             super()._open(target, direct_io)
 
     def _file_size(self) -> int:
-        return int(_core.lib.qm_encoder_position(self._encoder))
+        return self._encoder.position
 
     def begin(self) -> None:
         self._check_space()
@@ -215,10 +185,9 @@ class SequentialWriter(StreamWriter):
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
         for piece in tail:
             self._put(self._encoder, piece)
-        fault = _new_fault()
-        self._check(_core.lib.qm_encoder_flush(self.channels.core, self._encoder, fault), fault)
+        self._check(self._encoder.flush(self.channels.core), self._encoder)
         if self.reuse:
-            self.target.set_size(_core.lib.qm_encoder_position(self._encoder))
+            self.target.set_size(self._encoder.position)
         self._publish()
         return self._report()
 
@@ -232,31 +201,29 @@ class SequentialWriter(StreamWriter):
 
     def _count(self) -> int:
         """Return the bytes of all records of one pass."""
-        counter = _new_encoder(-1, 0)
+        counter = Encoder(-1, 0)
         self._pass(self.channels.sibling("pyqmigrate-count"), counter, None)
-        return int(_core.lib.qm_encoder_position(counter))
+        return counter.position
 
-    def _pass(self, channels: Channels, encoder: Any, selections: Sequence[Bitmap] | None) -> None:
-        common = [
-            (
-                encoder,
-                name[0],
-                block,
-                memory.core,
-                selections[n].core if selections else _core.ffi.NULL,
+    def _pass(
+        self, channels: Channels, encoder: Encoder, selections: Sequence[Bitmap] | None
+    ) -> None:
+        transfers = [
+            Transfer(
+                channels.core,
+                Block(spec.length, spec.page_size),
+                memory=memory,
+                selection=selections[n] if selections else None,
             )
-            for n, (name, block, memory) in enumerate(
-                zip(self._names, self._blocks, self.memories, strict=True)
-            )
+            for n, (spec, memory) in enumerate(zip(self.specs, self.memories, strict=True))
         ]
 
-        def move(channel: Any, item: Range, fault: Any) -> int:
-            return _core.lib.qm_encode_pages(
-                channels.core, channel, *common[item.block], item.first, item.npages, fault
-            )
+        def move(channel: Channel, item: Range) -> int:
+            transfer, name = transfers[item.block], self._names[item.block]
+            return encoder.put_pages(transfer, channel, name, item.first, item.npages)
 
         self._put(encoder, encode_part_header())
-        _core.lib.qm_encoder_forget_block(encoder)
+        encoder.forget_block()
         channels.run(
             (
                 item
@@ -270,48 +237,20 @@ class SequentialWriter(StreamWriter):
         )
         self._put(encoder, RAM_EOS)
 
-    def _put(self, encoder: Any, data: bytes) -> None:
-        fault = _new_fault()
-        self._check(
-            _core.lib.qm_encoder_put(self.channels.core, encoder, data, len(data), fault), fault
-        )
+    def _put(self, encoder: Encoder, data: bytes) -> None:
+        self._check(encoder.put(self.channels.core, data), encoder)
 
-    def _check(self, rc: int, fault: Any) -> None:
+    def _check(self, rc: int, encoder: Encoder) -> None:
         if rc:
-            raise stream_error(rc, fault, "cannot write the stream", self.target.name)
+            raise file_error_from_fault(
+                rc, encoder.fault, "cannot write the stream", self.target.name
+            )
 
     def _direct_io_reason(self) -> str:
         return _BUFFERED
 
 
 _RECORD = 8 + 1  # bytes of a record beside its page: the word, and a zero page's filling
-
-
-def _new_encoder(fd: int, at: int) -> Any:
-    encoder = _core.lib.qm_encoder_create(fd, at)
-    if encoder == _core.ffi.NULL:
-        raise MemoryError
-    return _core.ffi.gc(encoder, _core.lib.qm_encoder_destroy)
-
-
-def _new_fault() -> Any:
-    return _core.ffi.new("struct qm_fault *")
-
-
-def _core_block(length: int, page_size: int) -> Any:
-    block = _core.ffi.new("struct qm_block *")
-    block.len, block.page_size = length, page_size
-    return block
-
-
-def stream_error(rc: int, fault: Any, what: str, target: str) -> PyqmigrateError:
-    """Return the exception for a negative return of the core that concerns the stream's file."""
-    number = -rc
-    if number == errno.ECANCELED:
-        return Cancelled("cancelled")
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(what, target, errno=number, position=fault.at)
-    return TargetError(number, what, target, position=fault.at)
 
 
 @dataclass(frozen=True)
@@ -389,73 +328,51 @@ class PolledSource:
         return self._source.read_at(offset, length)
 
 
-class RecordDecoder:
-    """The core's decoder of the records of these blocks, and their ``struct qm_record_block[]``.
-
-    Set the destination of each block in ``core`` before :meth:`start`.
-    """
+class RecordDecoder(Decoder):
+    """A decoder of the records of these blocks, from a stream's file."""
 
     def __init__(self, blocks: Sequence[ListedBlock], page_size: int) -> None:
+        super().__init__([(block.name, block.length) for block in blocks], page_size)
         self.blocks = blocks
-        self.page_size = page_size
-        self._names = [core_name(block.name) for block in blocks]
-        self.core = _core.ffi.new("struct qm_record_block[]", len(blocks))
-        for record, block, name in zip(self.core, blocks, self._names, strict=True):
-            record.name, record.len = name[0][0], block.length
-        self.decoder: Any = None
-
-    def start(self, *, fresh: bool = True) -> None:
-        """``fresh`` as in the core's ``qm_decoder_create``."""
-        decoder = _core.lib.qm_decoder_create(self.core, len(self.blocks), self.page_size, fresh)
-        if decoder == _core.ffi.NULL:
-            raise MemoryError
-        self.decoder = _core.ffi.gc(decoder, _core.lib.qm_decoder_destroy)
 
     def read(self, source: Source, channels: Channels, offset: int) -> int:
         """Read the body of records at ``offset``; return where it ends.
 
         Raises SnapshotError, NotSupported, TargetError, Cancelled.
         """
-        at, fault = _core.ffi.new("int64_t *", offset), _new_fault()
-        rc = read_body(channels, self.decoder, source, at, fault)
+        self.position = offset
+        rc = read_body(channels, self, source)
         if rc < 0:
-            raise self.error(rc, fault, source, int(at[0]))
-        return int(at[0])
+            raise self.error_from_decoder(rc, source)
+        return self.position
 
-    def error(self, rc: int, fault: Any, source: Source, offset: int) -> PyqmigrateError:
+    def error_from_decoder(self, rc: int, source: Source) -> PyqmigrateError:
         """Return the exception for a negative return that concerns the stream's file."""
         if rc == -errno.EBADMSG:
-            return record_error(self.decoder, self.blocks, self.page_size)
+            return record_error(self)
         if rc == -errno.ENODATA:
             return SnapshotTruncated(
                 "the file ends within RAM's pages: it was cut short, or the save did not finish",
-                offset=offset,
+                offset=self.position,
             )
-        return stream_error(rc, fault, "cannot read the stream", source.name)
+        return file_error_from_fault(rc, self.fault, "cannot read the stream", source.name)
 
 
-def read_body(channels: Channels, decoder: Any, source: Source, at: Any, fault: Any) -> int:
-    """Call the core's ``qm_decode_file``, or its equivalent for a forward-only source."""
+def read_body(channels: Channels, decoder: Decoder, source: Source) -> int:
+    """Decode from the decoder's position to the end of the section, from any source; return what
+    :meth:`~pyqmigrate.io.records.Decoder.decode_file` does."""
     if not source.forward:
-        return int(
-            _core.lib.qm_decode_file(channels.core, decoder, source.fd, at, source.size, fault)
-        )
-    used = _core.ffi.new("size_t *")
+        return decoder.decode_file(channels.core, source.fd, source.size)
     while True:
-        data = source.read_once(int(at[0]))
+        start = decoder.position
+        data = source.read_once(start)
         if not data:
-            fault.in_memory = 0
+            decoder.fault.clear()
             return -errno.ENODATA
-        _core.lib.qm_decoder_seek(decoder, at[0])
-        rc = int(
-            _core.lib.qm_decode(
-                channels.core, decoder, _core.ffi.from_buffer(data), len(data), used, fault
-            )
-        )
-        at[0] += used[0]
-        _core.lib.qm_job_count_io(channels.core, used[0], 0)
-        if rc == 1:
-            source.keep_from(int(at[0]))
+        rc = decoder.decode(channels.core, data)
+        channels.core.count_io(decoder.position - start)
+        if rc == Decoded.END:
+            source.keep_from(decoder.position)
         if rc:
             return rc
 
@@ -533,21 +450,21 @@ class SequentialReader:
     def _new_records(self) -> RecordDecoder:
         loads = {block.name: (memory, bitmap) for block, memory, bitmap in self._loads}
         records = RecordDecoder(self.blocks, self.page_size)
-        for core, block in zip(records.core, self.blocks, strict=True):
+        for number, block in enumerate(self.blocks):
             if block.name in loads:
-                memory, bitmap = loads[block.name]
-                core.memory, core.seen = memory.core, bitmap.core
+                records.write_to_memory(number, *loads[block.name])
         records.start(fresh=self.clear is Clear.ZERO)
         return records
 
     def _read_records(self, offset: int) -> int:
-        at, fault = _core.ffi.new("int64_t *", offset), _new_fault()
-        rc = read_body(self.channels, self._records.decoder, self.source, at, fault)
+        records, fault = self._records, self._records.fault
+        records.position = offset
+        rc = read_body(self.channels, records, self.source)
         if rc < 0 and fault.in_memory and rc != -errno.EBADMSG:
-            raise failure(rc, fault, self.source.name, self.blocks[fault.block].name)
+            raise error_from_fault(rc, fault, self.source.name, self.blocks[fault.block].name)
         if rc < 0:
-            raise self._records.error(rc, fault, self.source, int(at[0]))
-        return int(at[0])
+            raise records.error_from_decoder(rc, self.source)
+        return records.position
 
     def _clear_rest(self, stream: SequentialStream) -> set[str]:
         """Zero the pages that no record mentioned; return the blocks stored in other files."""
@@ -556,16 +473,16 @@ class SequentialReader:
             if stream.ignore_shared and bitmap.last() < 0:
                 elsewhere.add(block.name)
             elif self.clear is Clear.ZERO:
-                fault = _new_fault()
-                rc = _core.lib.qm_zero_clear(
+                transfer = Transfer(
                     self.channels.core,
-                    _core_block(block.length, self.page_size),
-                    memory.core,
-                    bitmap.core,
-                    fault,
+                    Block(block.length, self.page_size),
+                    memory=memory,
+                    data=bitmap,
                 )
+                fault = Fault()
+                rc = transfer.zero_clear(fault)
                 if rc:
-                    raise failure(rc, fault, self.source.name, block.name)
+                    raise error_from_fault(rc, fault, self.source.name, block.name)
         return elsewhere
 
     def _read_devices(self, stream: SequentialStream) -> tuple[DeviceSection, ...]:
@@ -613,33 +530,29 @@ class SequentialReader:
         return report
 
 
-def record_error(decoder: Any, blocks: Sequence[ListedBlock], page_size: int) -> PyqmigrateError:
+def record_error(decoder: RecordDecoder) -> PyqmigrateError:
     """Return the exception for the record at which ``decoder`` stopped."""
-    error = _core.ffi.new("struct qm_record_error *")
-    _core.lib.qm_decoder_error(decoder, error)
-    what, word, at = error.what, int(error.word), int(error.at)
+    error = decoder.error()
     unable = {
-        _core.lib.QM_RECORD_COMPRESSED: "a compressed page, as QEMU wrote until 9.0",
-        _core.lib.QM_RECORD_MULTIFD: "a multifd stream without mapped-ram: its pages went over other channels",
-        _core.lib.QM_RECORD_CHANGES: f"more than {_core.lib.QM_CHANGES_MAX} changes to one page: too many for an index",
+        RecordFault.COMPRESSED: "a compressed page, as QEMU wrote until 9.0",
+        RecordFault.MULTIFD: "a multifd stream without mapped-ram: its pages went over other "
+        "channels",
+        RecordFault.CHANGES: f"more than {CHANGES_MAX} changes to one page: too many for an index",
     }
-    if what in unable:
-        return NotSupported(f"{unable[what]} (file offset {at:#x})")
-    block = blocks[error.block].name if error.block >= 0 else None
-    if what == _core.lib.QM_RECORD_UNKNOWN:
-        block = bytes(error.name[0 : error.name_len]).decode("utf-8", "surrogateescape")
+    if error.fault in unable:
+        return NotSupported(f"{unable[error.fault]} (file offset {error.position:#x})")
+    block = None if error.block is None else decoder.blocks[error.block].name
+    if error.fault is RecordFault.UNKNOWN:
+        block = error.name.decode("utf-8", "surrogateescape")
     message, field = {
-        _core.lib.QM_RECORD_FLAGS: (f"invalid flags {word:#x} in a page record", "flags"),
-        _core.lib.QM_RECORD_NO_BLOCK: (
-            "page record has CONTINUE but no block came before it",
-            "name",
-        ),
-        _core.lib.QM_RECORD_UNKNOWN: ("a page record for a block that is not listed", "name"),
-        _core.lib.QM_RECORD_OUTSIDE: (
-            f"page at {word & -page_size:#x}, outside of its block",
+        RecordFault.FLAGS: (f"invalid flags {error.word:#x} in a page record", "flags"),
+        RecordFault.NO_BLOCK: ("page record has CONTINUE but no block came before it", "name"),
+        RecordFault.UNKNOWN: ("a page record for a block that is not listed", "name"),
+        RecordFault.OUTSIDE: (
+            f"page at {error.word & -decoder.page_size:#x}, outside of its block",
             "offset",
         ),
-        _core.lib.QM_RECORD_DELTA: ("the change to a page does not fit it", "xbzrle"),
-        _core.lib.QM_RECORD_SCATTERED: ("pages too sparse for a real guest", "offset"),
-    }[what]
-    return SnapshotError(message, offset=at, block=block, field=field)
+        RecordFault.DELTA: ("the change to a page does not fit it", "xbzrle"),
+        RecordFault.SCATTERED: ("pages too sparse for a real guest", "offset"),
+    }[error.fault]
+    return SnapshotError(message, offset=error.position, block=block, field=field)

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import Block, Channel, File, Policy, Transfer, error_from_fault
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.format.stream.sequential import (
     ListedBlock,
@@ -28,16 +26,15 @@ from pyqmigrate.format.stream.sequential import (
     SequentialStreamReader,
 )
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, failure
-from pyqmigrate.io.direct_io import Direct, core_file
-from pyqmigrate.io.mapping import unmap
+from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.direct_io import Direct
+from pyqmigrate.io.records import STAGING_MAX, Decoded, StagingBuffer
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.threads import starting_threads
 from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, read_body
 
 __all__ = ["Place", "StreamUnpacker"]
 
-_PART: int = _core.lib.QM_STAGING_MAX  # bytes of a block in one buffer
 _MOST_THREADS = 4
 
 
@@ -60,14 +57,14 @@ class StreamUnpacker:
     """One pass. Construction parses the head, :meth:`run` does the rest.
 
     ``channels`` write, and are cancelled along with ``reading``, which reads and counts progress.
-    ``sparse`` is the core's policy for zero pages, ``target`` names what is written in errors.
+    ``policy`` is that for zero pages, ``target`` names what is written in errors.
     """
 
     def __init__(
         self,
         stream_file: StreamFile,
         channels: Channels,
-        sparse: Any,
+        policy: Policy,
         target: str,
         *,
         page_size: int | None = None,
@@ -75,7 +72,7 @@ class StreamUnpacker:
         self.source = source = stream_file.source
         self.channels = channels
         self.target = target
-        self._sparse = sparse
+        self._policy = policy
         self.reading = Channels(1, "pyqmigrate-pass")
         self.reading.join(channels)
         polled = PolledSource(source, self.reading)
@@ -115,7 +112,7 @@ class StreamUnpacker:
             stack.push(lambda kind, *_: self.channels.cancel() if kind else None)
             stream = self._walk.stream()
             self._write_current()
-            if self._sparse.everything:
+            if self._policy.everything:
                 self._write_unvisited()
             for buffer in self._buffers:
                 self._await(buffer)
@@ -126,48 +123,52 @@ class StreamUnpacker:
     def _part(self, block: ListedBlock, place: Place | None) -> _Placed | None:
         if place is None:
             return None
-        core = _core.ffi.new("struct qm_block *")
-        core.len, core.pages_offset, core.page_size = block.length, place.offset, self.page_size
         # A page smaller than a unit of direct I/O would be written together with pages that are
         # not in the buffer.
         direct = place.direct
         if direct is not None and self.page_size % direct.off_align:
             direct = None
-        return _Placed(place, core_file(place.fd, direct), core_file(place.fd, None), core)
+        core = Block(block.length, self.page_size, place.offset)
+        job, data = self.channels.core, place.bitmap
+        return _Placed(
+            place,
+            Transfer(job, core, file=File(place.fd, direct), policy=self._policy, data=data),
+            Transfer(job, core, file=File(place.fd), data=data),
+        )
 
     def _new_records(self, seen: Mapping[str, Bitmap]) -> RecordDecoder:
         records = RecordDecoder(self.blocks, self.page_size)
-        for record, block in zip(records.core, self.blocks, strict=True):
+        for number, block in enumerate(self.blocks):
             if block.name in seen:
-                record.staged, record.seen = True, seen[block.name].core
+                records.write_to_staging(number, seen[block.name])
         records.start()
         return records
 
     def _read_records(self, offset: int) -> int:
-        at, fault = _core.ffi.new("int64_t *", offset), _core.ffi.new("struct qm_fault *")
+        self._records.position = offset
         while True:
-            rc = read_body(self.reading, self._records.decoder, self.source, at, fault)
-            if rc == _ELSEWHERE:
+            rc = read_body(self.reading, self._records, self.source)
+            if rc == Decoded.UNSTAGED:
                 self._turn()
             elif rc < 0:
-                raise self._error(rc, fault, int(at[0]))
+                raise self._error(rc)
             else:
-                return int(at[0])
+                return self._records.position
 
-    def _error(self, rc: int, fault: Any, offset: int) -> PyqmigrateError:
+    def _error(self, rc: int) -> PyqmigrateError:
+        fault = self._records.fault
         if fault.in_memory and rc != -errno.EBADMSG:  # the memory here is our output
-            fault.in_memory = 0
-            return failure(rc, fault, self.target, self.blocks[fault.block].name)
-        return self._records.error(rc, fault, self.source, offset)
+            fault.clear()
+            return error_from_fault(rc, fault, self.target, self.blocks[fault.block].name)
+        return self._records.error_from_decoder(rc, self.source)
 
     # ---- staging buffers ----
 
     def _turn(self) -> None:
         """Switch to a buffer with the part of the next record."""
-        off = _core.ffi.new("uint64_t *")
-        number = _core.lib.qm_decoder_wants(self._records.decoder, off)
+        number, offset = self._records.unstaged()
         self._write_current()
-        self._put(number, int(off[0]) // _PART * _PART)
+        self._put(number, offset // STAGING_MAX * STAGING_MAX)
 
     def _put(self, number: int, off: int) -> None:
         for buffer in self._buffers:  # an earlier buffer of this part must be in the file first
@@ -177,13 +178,12 @@ class StreamUnpacker:
         self._await(buffer)
         placed = self._parts[number]
         assert placed is not None
-        place, core = placed.place, buffer.core
-        core.off, core.len = off, min(_PART, self.blocks[number].length - off)
-        core.fd, core.at = place.fd, place.offset + off
-        core.data = place.bitmap.core + off // self.page_size // 64
+        place = placed.place
+        length = min(STAGING_MAX, self.blocks[number].length - off)
+        buffer.core.place(off, length, place.fd, place.offset + off, place.bitmap)
         buffer.part = (number, off)
         self._visited.add(buffer.part)
-        _core.lib.qm_decoder_set_staging(self._records.decoder, number, core)
+        self._records.stage(number, buffer.core)
         self._current = buffer
 
     def _write_current(self) -> None:
@@ -204,18 +204,9 @@ class StreamUnpacker:
         number, _ = buffer.part
         placed = self._parts[number]
         assert placed is not None
-        rc: int = _core.lib.qm_write_staging(
-            self.channels.core,
-            buffer.channel,
-            placed.file,
-            placed.block,
-            buffer.core,
-            self._sparse,
-            placed.place.bitmap.core,
-            buffer.fault,
-        )
+        rc = buffer.core.write(placed.transfer, buffer.channel)
         if rc < 0:
-            raise failure(rc, buffer.fault, self.target, self.blocks[number].name)
+            raise error_from_fault(rc, buffer.channel.fault, self.target, self.blocks[number].name)
         return rc
 
     # ---- afterwards ----
@@ -226,66 +217,38 @@ class StreamUnpacker:
             placed = self._parts[number]
             if placed is None:
                 continue
-            for off in range(0, block.length, _PART):
+            for off in range(0, block.length, STAGING_MAX):
                 if (number, off) not in self._visited:
                     self._put(number, off)
                     self._write_current()
 
     def _clean(self) -> None:
         """Zero the pages in the file that no longer have data."""
-        channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
-        fault = _core.ffi.new("struct qm_fault *")
+        channel = Channel()
         for number, off in sorted(self._stale):
             placed, block = self._parts[number], self.blocks[number]
             assert placed is not None
             first = off // self.page_size
-            npages = min(_PART, block.length - off) // self.page_size
-            rc = _core.lib.qm_stale_punch(
-                self.channels.core,
-                channel,
-                placed.buffered,
-                placed.block,
-                placed.place.bitmap.core,
-                first,
-                npages,
-                fault,
-            )
+            npages = min(STAGING_MAX, block.length - off) // self.page_size
+            rc = placed.buffered.punch_stale(channel, first, npages)
             if rc < 0:
-                raise failure(rc, fault, self.target, block.name)
-
-
-_ELSEWHERE = 2  # read_body returned because the next record is in another part
+                raise error_from_fault(rc, channel.fault, self.target, block.name)
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """A block's place in terms of the core."""
+    """A block's place, and the transfers to it: by ``policy`` and direct I/O, and buffered."""
 
     place: Place
-    file: Any
-    buffered: Any
-    block: Any
+    transfer: Transfer
+    buffered: Transfer
 
 
 class _StagingBuffer:
     """A staging buffer for a part of a block, with the state of the thread that writes it."""
 
     def __init__(self, stack: contextlib.ExitStack, page_size: int) -> None:
-        memory = mmap.mmap(-1, _PART, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        stack.callback(unmap, memory)
-        memory.madvise(mmap.MADV_DONTFORK)
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        base = _core.ffi.from_buffer("unsigned char[]", memory, True)
-        stack.callback(_core.ffi.release, base)
-        words = -(-_PART // page_size // 64)
-        self._kept = _core.ffi.new("uint64_t[]", words), _core.ffi.new("uint64_t[]", words)
-        self.core = _core.ffi.new("struct qm_staging *")
-        self.core.base = base
-        self.core.filled, self.core.zeroed = self._kept
-        self.channel = _core.ffi.gc(_core.lib.qm_channel_create(), _core.lib.qm_channel_destroy)
-        if self.channel == _core.ffi.NULL:
-            raise MemoryError
-        self.fault = _core.ffi.new("struct qm_fault *")
+        self.core = StagingBuffer(stack, page_size)
+        self.channel = Channel()
         self.part: tuple[int, int] = (-1, 0)  # number of the block, and the offset in it
         self.written: Future[int] | None = None

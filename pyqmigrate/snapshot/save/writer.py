@@ -1,4 +1,4 @@
-"""A stream being written, of whatever kind: memories, channels, a target, and a report."""
+"""The base of the writers of streams: options, memories, channels, a target, and a report."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from pyqmigrate import _core
+from pyqmigrate.core import File, Policy
 from pyqmigrate.errors import Cancelled, NoSpace, UsageError
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.stream.configuration import Configuration
@@ -26,15 +26,15 @@ from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 
-__all__ = ["SaveReport", "Sparse", "StreamWriter", "WriteObserver"]
+__all__ = ["SaveOptions", "SaveReport", "Sparse", "StreamWriter", "WriteObserver"]
 
 
 class Sparse(enum.StrEnum):
-    """What becomes of zero pages. Their bits are clear in every case.
+    """How zero pages are written. Their bits are clear in every case.
 
-    ``auto``: short gaps between data are written along, where that saves calls; at most half as
-    much again as the data, in every 4 MiB. ``exact``: a zero page is never allocated.
-    ``dense``: everything is written.
+    ``auto``: short gaps between data are written too, if that saves calls; in every 4 MiB they add
+    up to at most half of the data. ``exact``: a zero page is never allocated. ``dense``: every page
+    is written.
     """
 
     AUTO = "auto"
@@ -43,30 +43,57 @@ class Sparse(enum.StrEnum):
 
     @property
     def gap_share(self) -> int:
-        """What the gaps that are written along add to the data at most, in percent of it."""
+        """Upper bound of the gaps that are written too, in percent of the data."""
         return _GAPS[self][1]
 
-    def core(self) -> Any:
-        """The policy as the core's ``struct qm_sparse *``."""
+    def policy(self, *, mark_zero: bool = False) -> Policy:
+        """Return the policy for the core. ``mark_zero``, with DENSE: zero pages count as data."""
         gap, share = _GAPS[self]
-        policy = _core.ffi.new("struct qm_sparse *")
-        policy.max_gap = gap
-        policy.gap_share = share
-        policy.everything = self is Sparse.DENSE
-        return policy
+        return Policy(
+            max_gap=gap, gap_share=share, everything=self is Sparse.DENSE, mark_zero=mark_zero
+        )
 
 
-# Longest gap in bytes, and the gaps' share of the data in percent.
+# Longest gap in bytes, and the share of the gaps in percent of the data.
 _GAPS = {Sparse.AUTO: (32 << 10, 50), Sparse.EXACT: (0, 0), Sparse.DENSE: (0, 0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """How a stream is written, and what its head contains.
+
+    ``channels``, ``direct_io``, ``sparse``, ``reuse``, ``max_bandwidth``, ``machine`` and
+    ``target_page_bits`` are as in :func:`pyqmigrate.api.start_save`.
+
+    mark_zero: with ``Sparse.DENSE``, zero pages count as data: their bits are set.
+    uuid: the guest's, for targets that validate it.
+    left_out: names of blocks that are listed, but whose content the loading side finds elsewhere
+        (``x-ignore-shared``); None with that capability off.
+    before: encoded elements that precede RAM's.
+    prefix: what a new file has before its stream.
+    """
+
+    channels: int = 2
+    direct_io: DirectIO = DirectIO.AUTO
+    sparse: Sparse = Sparse.AUTO
+    mark_zero: bool = False
+    reuse: bool = False
+    max_bandwidth: int = 0
+    machine: str = ""
+    target_page_bits: int | None = None
+    uuid: bytes | None = None
+    left_out: Collection[str] | None = None
+    before: bytes = b""
+    prefix: bytes = b""
 
 
 @dataclass(frozen=True)
 class SaveReport:
     """What a save did.
 
-    ``bytes_written`` counts all descriptors; ``bytes_allocated`` is what the file holds on disk;
-    ``seconds`` is wall time up to and with the last fsync. ``direct_io`` says whether pages went
-    past the page cache, ``direct_io_reason`` why. ``unaligned_blocks`` names those whose memory
+    ``bytes_written`` counts all descriptors; ``bytes_allocated`` is the file's space on disk;
+    ``seconds`` is wall time up to and including the last fsync. ``direct_io`` is whether pages
+    bypassed the page cache, ``direct_io_reason`` why. ``unaligned_blocks`` are those whose memory
     had to be copied for direct I/O. ``seal`` is the algorithm of the seal, None without one.
     """
 
@@ -85,25 +112,24 @@ class SaveReport:
 
 
 class WriteObserver(Protocol):
-    """Hears what a writer of a mapped-ram file writes: digests, an increment, a log.
+    """Observes what a writer of a mapped-ram file writes, to make digests, an increment, a log.
 
-    Its methods are called by one thread at a time, but for what the core calls while it writes.
+    Its methods are called by one thread at a time, except for the write hook of the file.
     """
 
-    def watch(self, file: Any) -> object:
-        """Set ``hook`` and ``hook_arg`` of a ``struct qm_file *``, which the core then calls
-        for what channels write where nothing but holes was before."""
+    def watch(self, file: File) -> object:
+        """Set a write hook on ``file``, which has only holes so far."""
 
     def resize(self, size: int) -> None:
         """The file has ``size`` bytes."""
 
     def forget(self, at: int, length: int) -> None:
-        """The bytes ``[at, at + length)`` were written otherwise, or again."""
+        """The bytes ``[at, at + length)`` were written again, or without the hook."""
 
     def finish(self, fd: int, name: str, channels: Channels) -> None:
-        """All is written and durable, and nobody has seen it. What is raised here undoes the save.
+        """The file is complete and durable, but not yet published. An exception undoes the save.
 
-        ``fd`` is a description of the file's own, ``channels`` may be used to read it.
+        ``fd`` has its own open file description; ``channels`` can be used to read it.
         """
 
     def published(self, head: Head, mtime_ns: int) -> None:
@@ -111,37 +137,26 @@ class WriteObserver(Protocol):
 
 
 class StreamWriter(abc.ABC):
-    """A stream being written: ``begin``, passes over memory, ``finish``; all of it by ``run``.
+    """A stream being written: ``begin``, passes over memory, ``finish``. ``run`` does all three.
 
-    It owns what it opens from its construction on; :meth:`close` lets go of everything, and drops
-    a file that was not finished. ``prefix`` is what a new file has before its stream. ``left_out``
-    are the names of blocks that are listed, and whose content the loading side finds elsewhere
-    (``x-ignore-shared``); None with that capability off.
+    It owns what it opens from its construction on. :meth:`close` closes everything, and removes a
+    file that was not finished.
     """
 
     sparse = Sparse.AUTO
     target: OutputFile
-    settings: Configuration  # that of the stream
+    settings: Configuration  # of the stream
 
-    def __init__(
-        self,
-        blocks: Sequence[RamBlock],
-        *,
-        channels: int,
-        reuse: bool,
-        max_bandwidth: int,
-        prefix: bytes = b"",
-        left_out: Collection[str] | None = None,
-    ) -> None:
+    def __init__(self, blocks: Sequence[RamBlock], options: SaveOptions, *, channels: int) -> None:
         check_blocks(blocks)
         if not blocks:
             raise UsageError("no RAM blocks are given; a snapshot has at least one")
         self.started = time.monotonic()
-        self.reuse = reuse
-        self.prefix = prefix
-        self.left_out = left_out or ()
+        self.reuse = options.reuse
+        self.prefix = options.prefix
+        self.left_out = options.left_out or ()
         self.channels = Channels(channels, "pyqmigrate-save")
-        self.channels.set_rate(max_bandwidth)
+        self.channels.set_rate(options.max_bandwidth)
         self.memories: list[OpenMemory] = []
         self._cleanup = contextlib.ExitStack()
         with self._closed_on_error():
@@ -150,8 +165,8 @@ class StreamWriter(abc.ABC):
                 self._cleanup.callback(memory.close)
                 self.memories.append(memory)
             self.specs = [
-                BlockSpec(b.name, m.length, b.page_size, b.address)
-                for b, m in zip(blocks, self.memories, strict=True)
+                BlockSpec(block.name, memory.length, block.page_size, block.address)
+                for block, memory in zip(blocks, self.memories, strict=True)
             ]
 
     @contextlib.contextmanager
@@ -163,7 +178,7 @@ class StreamWriter(abc.ABC):
             raise
 
     def _open(self, target: Target, direct_io: DirectIO) -> None:
-        """The last thing a constructor does: from here on an existing file may be changed."""
+        """Open the target, as the last step of a constructor: an existing file may change now."""
         self.target = OutputFile.open(
             target, direct_io, reuse=self.reuse, in_use=files_of(self.memories), prefix=self.prefix
         )
@@ -171,16 +186,16 @@ class StreamWriter(abc.ABC):
 
     @property
     def total(self) -> int:
-        """Bytes of guest memory that is written."""
+        """Bytes of guest memory to be written."""
         return sum(self.specs[n].length for n in self.stored)
 
     @property
     def stored(self) -> list[int]:
-        """The numbers of the blocks whose content is written."""
+        """Numbers of the blocks whose content is written."""
         return [n for n, spec in enumerate(self.specs) if spec.name not in self.left_out]
 
     def close(self) -> None:
-        """May be repeated."""
+        """Close everything. Can be called again."""
         self._cleanup.close()
 
     def run(
@@ -190,7 +205,7 @@ class StreamWriter(abc.ABC):
         *,
         switchover_start: bool = False,
     ) -> SaveReport:
-        """Save in one pass, make the file a snapshot, and close; arguments as in finish."""
+        """Save in one pass, publish the snapshot, and close. Arguments as in :meth:`finish`."""
         with self._cleanup:
             self.begin()
             self.write_pages()
@@ -202,11 +217,11 @@ class StreamWriter(abc.ABC):
 
     @abc.abstractmethod
     def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
-        """One pass over all blocks, or over the pages that ``selections`` has of each."""
+        """Write all pages, or the pages selected by one bitmap per block, in one pass."""
 
     @abc.abstractmethod
     def clean(self) -> int:
-        """See that nothing of earlier passes can be read; returns how many pages that took."""
+        """Make old bytes of earlier passes unreadable; returns how many pages had some."""
 
     @abc.abstractmethod
     def finish(
@@ -216,26 +231,26 @@ class StreamWriter(abc.ABC):
         *,
         switchover_start: bool = False,
     ) -> SaveReport:
-        """Write what follows the pages (device ``sections`` verbatim), then publish."""
+        """Write the end of the stream (device ``sections`` verbatim), then publish."""
 
     @abc.abstractmethod
     def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
-        """Write ``tail``, all that follows the pages up to the end of the stream, then publish."""
+        """Write ``tail``, the whole rest of the stream, then publish."""
 
     @abc.abstractmethod
     def _needed(self) -> int:
-        """An upper bound of the bytes that the file will hold."""
+        """Return an upper bound of the bytes that the file will have."""
 
     def _least(self) -> int:
-        """A lower bound of them that costs nothing: counting what no disk holds would not end."""
+        """Return a lower bound of them without scanning: a block can be longer than any disk."""
         return 0
 
     @abc.abstractmethod
     def _count(self) -> int:
-        """The bytes that the file will hold, found by looking at all of memory."""
+        """Return the bytes that the file will have, by scanning all memory."""
 
     def _check_space(self) -> None:
-        """Fail before the first page where the data cannot fit; count it only if in doubt."""
+        """Fail before the first page if the data cannot fit; scan only if in doubt."""
         free = self.target.free_bytes()
         if free is None or self._needed() <= free:
             return
@@ -255,10 +270,10 @@ class StreamWriter(abc.ABC):
         self._check_cancelled()
         self.target.publish(MAGIC, self._before_publication)
         if not self.target.forward:
-            _core.lib.qm_job_count_io(self.channels.core, len(MAGIC), 0)
+            self.channels.core.count_io(len(MAGIC))
 
     def _before_publication(self) -> None:
-        """All is durable, and nobody has seen it; what is raised here undoes it."""
+        """Called when the file is durable but not yet published; an exception undoes the save."""
         self._check_cancelled()
 
     def _report(self) -> SaveReport:
@@ -276,7 +291,9 @@ class StreamWriter(abc.ABC):
             channels=self.channels.count,
             sparse=self.sparse,
             unaligned_blocks=tuple(
-                m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
+                memory.name
+                for memory in self.memories
+                if direct and memory.unaligned(direct.mem_align)
             ),
         )
         logger.info("saved %s: %s", self.target.name, report)

@@ -22,22 +22,22 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from pyqmigrate import _core
+from pyqmigrate.core import Channel
 from pyqmigrate.errors import GuestMemoryError, UsageError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, check_channels
 from pyqmigrate.io.mapping import unmap
+from pyqmigrate.io.pagemap import Find, MappedPages, address_of, can_scan, list_runs
 
-__all__ = ["ChangedPages", "RestoredRam", "RestoredBlock", "Mapping", "list_mappings", "list_runs"]
+__all__ = ["ChangedPages", "RestoredRam", "RestoredBlock", "Mapping", "list_mappings"]
 
 _SCANNED_AT_ONCE = 1 << 30  # bytes of a block that one call looks at
-_RUNS_AT_ONCE = 4096
 _MAPS_MAX = 64 << 20  # bytes of /proc/PID/maps
 _MAPS_PIECE = 1 << 16
 _END = 1 << 64
@@ -110,7 +110,7 @@ class RestoredRam:
         self.pid = pid
         self.blocks = tuple(blocks)
         self._fds = contextlib.ExitStack()
-        self._cores: list[Any] = []
+        self._pages: list[MappedPages] = []
         try:
             for block in self.blocks:
                 _check_block(block)
@@ -120,14 +120,14 @@ class RestoredRam:
             self._maps = self._open("maps", dir_fd=directory)
             pagemap = self._open("pagemap", dir_fd=directory)
             self._check_alive()
-            has_scan = bool(_core.lib.qm_process_can_scan(pagemap)) if scan is None else scan
+            has_scan = can_scan(pagemap) if scan is None else scan
             self.uses_scan = has_scan
             for block in self.blocks:
-                core = _core.ffi.new("struct qm_mapped_block *")
-                core.pagemap, core.has_scan = pagemap, has_scan
-                core.address, core.len = block.address, block.length
-                core.page_size = block.page_size
-                self._cores.append(core)
+                self._pages.append(
+                    MappedPages(
+                        pagemap, block.address, block.length, block.page_size, has_scan=has_scan
+                    )
+                )
         except BaseException:
             self.close()
             raise
@@ -191,18 +191,18 @@ class RestoredRam:
         Blocks until the kernel has looked at all of them: about 7 ms a GiB of pages that are in
         memory, less where there are none, on each channel. Raises GuestMemoryError.
         """
-        return self._find(_core.lib.qm_find_changed, channels)
+        return self._find(MappedPages.find_changed, channels)
 
     def find_present(self, *, channels: int = 1) -> dict[str, ChangedPages]:
         """The pages of each block, by its name, that are in the page table of the process: those it
         touched, and neighbours that the kernel mapped with them. As :meth:`find_changed`."""
-        return self._find(_core.lib.qm_find_present, channels)
+        return self._find(MappedPages.find_present, channels)
 
     def look_for_present(self, bitmaps: Sequence[Bitmap]) -> None:
         """Set in ``bitmaps``, one for each block, the bits of pages as :meth:`find_present` does."""
-        self._run(_core.lib.qm_find_present, bitmaps, Channels(1, "pyqmigrate-pagemap"))
+        self._run(MappedPages.find_present, bitmaps, Channels(1, "pyqmigrate-pagemap"))
 
-    def _find(self, find: Callable[..., int], channels: int) -> dict[str, ChangedPages]:
+    def _find(self, find: Find, channels: int) -> dict[str, ChangedPages]:
         crew = Channels(check_channels(channels), "pyqmigrate-pagemap")
         bitmaps: list[Bitmap] = []
         try:
@@ -218,15 +218,15 @@ class RestoredRam:
             for block, bitmap in zip(self.blocks, bitmaps, strict=True)
         }
 
-    def _run(self, find: Callable[..., int], bitmaps: Sequence[Bitmap], crew: Channels) -> None:
+    def _run(self, find: Find, bitmaps: Sequence[Bitmap], crew: Channels) -> None:
         def look(item: Range) -> None:
-            core, bits = self._cores[item.block], bitmaps[item.block].core
-            rc = find(crew.core, core, bits, item.first, item.npages)
+            pages, bits = self._pages[item.block], bitmaps[item.block]
+            rc = find(pages, crew.core, bits, item.first, item.npages)
             if rc:
                 block = self.blocks[item.block].name
                 raise GuestMemoryError(-rc, "cannot find out the state of the pages", block=block)
 
-        def move(_: Any, item: Range, __: Any) -> int:
+        def move(_: Channel, item: Range) -> int:
             look(item)
             return 0
 
@@ -285,17 +285,6 @@ class RestoredRam:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def list_runs(bitmap: Bitmap, first: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield ``(first page, pages)`` for each stretch of set bits among ``[first, end)``, in order."""
-    end = bitmap.npages if end is None else end
-    found = _core.ffi.new("uint64_t[]", 2 * _RUNS_AT_ONCE)
-    next_page = _core.ffi.new("uint64_t *", first)
-    while next_page[0] < end:
-        n = _core.lib.qm_list_runs(bitmap.core, next_page[0], end, found, _RUNS_AT_ONCE, next_page)
-        for k in range(n):
-            yield int(found[2 * k]), int(found[2 * k + 1])
 
 
 def list_mappings(text: str) -> list[Mapping]:
@@ -358,11 +347,7 @@ def _as_mapped(fd: int) -> tuple[str, str]:
     except (OSError, ValueError) as error:
         raise UsageError(f"the base cannot be mapped: {error}") from error
     try:
-        buffer = _core.ffi.from_buffer("unsigned char[]", memory)
-        try:
-            address = int(_core.ffi.cast("uintptr_t", buffer))
-        finally:
-            _core.ffi.release(buffer)
+        address = address_of(memory)
         text = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
     finally:
         unmap(memory)

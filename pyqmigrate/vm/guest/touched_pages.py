@@ -20,11 +20,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pyqmigrate import _core
 from pyqmigrate.errors import GuestMemoryError
 from pyqmigrate.format.working_set import RUNS_MAX, TouchedRun, WorkingSet
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.vm.guest.changed_pages import RestoredRam, list_runs
+from pyqmigrate.io.pagemap import add_bits, list_runs
+from pyqmigrate.vm.guest.changed_pages import RestoredRam
 
 __all__ = ["Recording", "record_working_set"]
 
@@ -70,9 +70,8 @@ def record_working_set(
                 complete = False
                 break
             looks += 1
-            for number, npages in enumerate(sizes):
-                had, has, new = seen[number].core, now[number].core, fresh[number].core
-                if not _core.lib.qm_add_bits(had, has, new, npages):
+            for number in range(len(sizes)):
+                if not add_bits(seen[number], now[number], fresh[number]):
                     continue
                 for run in _join(number, list_runs(fresh[number])):
                     if len(working_set) == RUNS_MAX:

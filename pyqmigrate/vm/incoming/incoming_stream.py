@@ -14,14 +14,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import File
 from pyqmigrate.errors import SnapshotError, target_error
+from pyqmigrate.io import pages
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Range, core_block, split_ranges
-from pyqmigrate.io.direct_io import core_file
+from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.holes import next_data
+from pyqmigrate.io.pages import StoredPages
 from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
 __all__ = ["IncomingStream"]
@@ -117,28 +117,9 @@ class IncomingStream:
 
     def _mark_stale(self, block: MappedRamBlock) -> None:
         """Set the bit of each page that is clear in the snapshot but not zero in its file."""
-        present, stale = block.bitmap, Bitmap(block.num_pages)
-        file, layout = core_file(self._source, None), core_block(block.layout)
-
-        def find(channel: Any, pages: Range, fault: Any) -> int:
-            result = int(
-                _core.lib.qm_find_stale(
-                    self._channels.core,
-                    channel,
-                    file,
-                    layout,
-                    present.core,
-                    stale.core,
-                    pages.first,
-                    pages.npages,
-                    fault,
-                )
-            )
-            return min(result, 0)
-
+        stored, stale = StoredPages(block.layout, block.bitmap), Bitmap(block.num_pages)
         try:
-            ranges = split_ranges(0, block.num_pages, block.page_size)
-            self._channels.run(ranges, find, "the snapshot", [block.name])
+            pages.find_stale(stored, stale, File(self._source), self._channels)
             count = stale.count()
             if count:
                 stale.write_to(self, block.bitmap_offset, everything=False)

@@ -18,13 +18,13 @@ from pyqmigrate.errors import NotSupported, QemuRefused
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.stream.writer import encode_tail
 from pyqmigrate.integrity.save_seal import SaveSeal
-from pyqmigrate.io.channels import Job
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
+from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_devices, read_migrated
 from pyqmigrate.vm.guest.inspect import GuestInfo
@@ -214,13 +214,15 @@ def _start(
     writer = Writer(
         Descriptors(target.fd, target.direct.fd if target.direct else None),
         _ram_blocks(guest, state),
-        direct_io=DirectIO.ON if target.direct else DirectIO.OFF,
-        sparse=sparse,
-        channels=channels,
-        machine=state.machine,
-        target_page_bits=state.target_page_bits,
-        uuid=state.uuid,
-        observer=observer,
+        SaveOptions(
+            direct_io=DirectIO.ON if target.direct else DirectIO.OFF,
+            sparse=sparse,
+            channels=channels,
+            machine=state.machine,
+            target_page_bits=state.target_page_bits,
+            uuid=state.uuid,
+        ),
+        observer,
     )
 
     def notify() -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from pyqmigrate.errors import Cancelled, NoSpace, PyqmigrateError, QemuError
 from pyqmigrate.integrity.manifest import Manifest
-from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.job import Progress
 from pyqmigrate.qapi.status import Status
 from pyqmigrate.vm.cancellation import check_cancelled
 from pyqmigrate.vm.outgoing.options import ProgressCallback

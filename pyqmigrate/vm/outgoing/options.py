@@ -10,8 +10,9 @@ from typing import Any, Self, TypeAlias, TypedDict
 
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.io.channels import Progress, check_channels
+from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.job import Progress
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.plan.engine import Engine
 

@@ -7,17 +7,15 @@ two zero pages, and a direct write costs the same however short it is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pyqmigrate import _core
+from pyqmigrate.core import CHUNK
 from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Range, split_ranges
-from pyqmigrate.io.direct_io import core_file
+from pyqmigrate.io.channels import Channels, Range
 from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock, attach
-from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.io.pages import BlockPages, count_pages
 from pyqmigrate.vm.guest.inspect import GuestInfo
 
 __all__ = ["Sample", "count_data", "extent_bytes", "sample_memory"]
@@ -26,6 +24,8 @@ _SAMPLES = 64
 _SAMPLE = 256 << 10  # bytes
 _SMALL = 16 << 20  # blocks of less than this are ROMs and the like
 _PAGE = 4096
+_THREADS = "pyqmigrate-look"
+_TARGET = "guest memory"  # in errors
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,14 @@ def sample_memory(guest: GuestInfo) -> Sample | None:
 
 
 def _sample_block(name: str, memory: Memory, length: int, count: int) -> Sample:
-    chunk = _core.lib.QM_CHUNK  # where the core can begin
-    step = max(length // count // chunk, 1) * chunk
+    step = max(length // count // CHUNK, 1) * CHUNK
     count = min(count, length // step)
     size = min(_SAMPLE, step)
     attached = attach(RamBlock(name, memory), writable=False)
     bitmap = Bitmap(length // _PAGE)
     try:
         places = [Range(0, n * step // _PAGE, size // _PAGE) for n in range(count)]
-        _scan([(attached, bitmap)], places, 1)
+        count_pages([_pages(attached, bitmap)], Channels(1, _THREADS), _TARGET, places)
         data = pieces = 0
         for place in places:
             for first, last, present in bitmap.runs(place.first, place.first + place.npages):
@@ -94,8 +93,7 @@ def count_data(guest: GuestInfo, channels: int) -> int:
     The guest may keep running. Blocks for about a second per 10 GiB.
     """
     with contextlib.ExitStack() as stack:
-        scanned: list[tuple[OpenMemory, Bitmap]] = []
-        ranges: list[Range] = []
+        blocks: list[BlockPages] = []
         for block in guest.blocks:
             if block.memory is None:
                 continue
@@ -103,10 +101,9 @@ def count_data(guest: GuestInfo, channels: int) -> int:
             stack.callback(attached.close)
             bitmap = Bitmap(attached.length // _PAGE)
             stack.callback(bitmap.close)
-            ranges += split_ranges(len(scanned), bitmap.npages, _PAGE)
-            scanned.append((attached, bitmap))
-        _scan(scanned, ranges, channels)
-        return sum(bitmap.count() for _, bitmap in scanned) * _PAGE
+            blocks.append(_pages(attached, bitmap))
+        count_pages(blocks, Channels(channels, _THREADS), _TARGET)
+        return sum(block.data.count() for block in blocks) * _PAGE
 
 
 def extent_bytes(guest: GuestInfo) -> int:
@@ -120,32 +117,5 @@ def extent_bytes(guest: GuestInfo) -> int:
     return total
 
 
-def _scan(
-    memories: Sequence[tuple[OpenMemory, Bitmap]], ranges: Iterable[Range], threads: int
-) -> None:
-    """Set the bits of the pages with data. Nothing is written: the file is none."""
-    channels = Channels(threads, "pyqmigrate-look")
-    file, policy = core_file(-1, None), Sparse.EXACT.core()
-    blocks = []
-    for memory, _ in memories:
-        block = _core.ffi.new("struct qm_block *")
-        block.len, block.page_size = memory.length, _PAGE
-        blocks.append(block)
-
-    def move(channel: Any, item: Range, fault: Any) -> int:
-        memory, bitmap = memories[item.block]
-        return _core.lib.qm_write(
-            channels.core,
-            channel,
-            file,
-            blocks[item.block],
-            memory.core,
-            policy,
-            _core.ffi.NULL,
-            bitmap.core,
-            item.first,
-            item.npages,
-            fault,
-        )
-
-    channels.run(ranges, move, "guest memory", [memory.name for memory, _ in memories])
+def _pages(memory: OpenMemory, data: Bitmap) -> BlockPages:
+    return BlockPages(BlockLayout(memory.name, memory.length, _PAGE, 0, 0, 0), data, memory)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.cli import progress
-from pyqmigrate.io.channels import Progress
+from pyqmigrate.io.job import Progress
 from tests.harness.command import COMMAND, child
 
 SIZE = 64 << 20

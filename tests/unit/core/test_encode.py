@@ -25,6 +25,7 @@ from tests.harness.kernel import (
     Bytes,
     File,
     Memory,
+    Transfer,
     guest,
     memfd,
     new_block,
@@ -55,20 +56,12 @@ def stream(
     channel, fault, name = new_channel(), ffi.new("struct qm_fault *"), Name(NAME)
     encoder = ffi.gc(lib.qm_encoder_create(file.fd, at), lib.qm_encoder_destroy)
     words = ffi.NULL if selection is None else to_words(selection)
-    block, npages = new_block(length, page_size, 0), length // page_size
+    npages = length // page_size
+    transfer = Transfer(job, new_block(length, page_size, 0), memory=memory.core, selection=words)
     step = 2 * CHUNK // page_size
     for first in range(0, npages, step):
         rc = lib.qm_encode_pages(
-            job,
-            channel,
-            encoder,
-            name.core,
-            block,
-            memory.core,
-            words,
-            first,
-            min(step, npages - first),
-            fault,
+            transfer.core, channel, encoder, name.core, first, min(step, npages - first), fault
         )
         assert rc == 0
     assert lib.qm_encoder_flush(job, encoder, fault) == 0
@@ -114,31 +107,32 @@ def test_kernel_stops_before_a_record_that_does_not_fit(
     bits, want = data.draw(page_bits(npages)), data.draw(page_bits(npages))
     memory = guest(bits, page_size)
     out = ffi.new("unsigned char[]", max(room, 1))
-    name, following, flag = Name(NAME), ffi.new("size_t *"), ffi.new("int *", named)
-    have = lib.qm_encode(
-        name.core,
-        flag,
-        ffi.from_buffer("unsigned char[]", memory),
-        first,
-        0,
-        npages,
-        page_size,
-        to_words(want),
-        to_words(bits),
-        out,
-        room,
-        following,
+    name, pages = Name(NAME), ffi.from_buffer("unsigned char[]", memory)
+    wanted, data_words = to_words(want), to_words(bits)
+    encoding = ffi.new(
+        "struct qm_encoding *",
+        {
+            "name": name.core,
+            "named": named,
+            "page_size": page_size,
+            "pages": pages,
+            "first": first,
+            "npages": npages,
+            "want": wanted,
+            "data": data_words,
+        },
     )
-    done = np.arange(npages) < following[0]
+    have = lib.qm_encode(encoding, out, room)
+    done = np.arange(npages) < encoding.next
     whole = records.encode(memory, page_size, NAME, want & done, named)
     # The twin counts from page 0: put the first page's offset into every word.
     got = bytes(ffi.buffer(out, have)) if have else b""
     assert len(got) == len(whole) <= room
     assert [w - first * page_size for w in words_of(got, named)] == words_of(whole, named)
-    assert flag[0] == (named or have > 0)
-    if following[0] < npages:
-        k = following[0]
-        front = 0 if flag[0] else 1 + len(NAME)
+    assert encoding.named == (named or have > 0)
+    if encoding.next < npages:
+        k = encoding.next
+        front = 0 if encoding.named else 1 + len(NAME)
         assert want[k] and room - have < 8 + front + (page_size if bits[k] else 1)
 
 
@@ -175,17 +169,10 @@ def test_memory_that_ends_early_is_a_memory_fault(file: File) -> None:
     with memfd(CHUNK) as fd:
         fault, name = ffi.new("struct qm_fault *"), Name(NAME)
         encoder = ffi.gc(lib.qm_encoder_create(file.fd, 0), lib.qm_encoder_destroy)
+        memory = Memory(fd=fd)
+        transfer = Transfer(new_job(), new_block(2 * CHUNK, 4096, 0), memory=memory.core)
         rc = lib.qm_encode_pages(
-            new_job(),
-            new_channel(),
-            encoder,
-            name.core,
-            new_block(2 * CHUNK, 4096, 0),
-            Memory(fd=fd).core,
-            ffi.NULL,
-            0,
-            2 * CHUNK // 4096,
-            fault,
+            transfer.core, new_channel(), encoder, name.core, 0, 2 * CHUNK // 4096, fault
         )
         assert rc == -14
         assert fault.in_memory == 1
@@ -217,18 +204,9 @@ def test_cancelled_job_writes_no_more(file: File) -> None:
     lib.qm_job_cancel(job)
     encoder = ffi.gc(lib.qm_encoder_create(file.fd, 0), lib.qm_encoder_destroy)
     memory = guest(np.ones(10, dtype=bool), 4096)
-    rc = lib.qm_encode_pages(
-        job,
-        new_channel(),
-        encoder,
-        name.core,
-        new_block(len(memory), 4096, 0),
-        Memory(base=memory).core,
-        ffi.NULL,
-        0,
-        10,
-        fault,
-    )
+    core = Memory(base=memory)
+    transfer = Transfer(job, new_block(len(memory), 4096, 0), memory=core.core)
+    rc = lib.qm_encode_pages(transfer.core, new_channel(), encoder, name.core, 0, 10, fault)
     assert rc == -125
     assert lib.qm_encoder_put(job, encoder, b"x", 1, fault) == 0
     assert lib.qm_encoder_flush(job, encoder, fault) == -125
@@ -240,20 +218,11 @@ def test_block_is_named_again_when_it_was_forgotten(file: File) -> None:
     job, fault, name = new_job(), ffi.new("struct qm_fault *"), Name(NAME)
     encoder = ffi.gc(lib.qm_encoder_create(file.fd, 0), lib.qm_encoder_destroy)
     memory = guest(np.ones(1, dtype=bool), 1024)
-    arguments = (name.core, new_block(1024, 1024, 0), Memory(base=memory))
+    core = Memory(base=memory)
+    transfer = Transfer(job, new_block(1024, 1024, 0), memory=core.core)
     for _ in range(2):
         for _ in range(2):
-            rc = lib.qm_encode_pages(
-                job,
-                new_channel(),
-                encoder,
-                *arguments[:2],
-                arguments[2].core,
-                ffi.NULL,
-                0,
-                1,
-                fault,
-            )
+            rc = lib.qm_encode_pages(transfer.core, new_channel(), encoder, name.core, 0, 1, fault)
             assert rc == 0
         lib.qm_encoder_forget_block(encoder)
     lib.qm_encoder_flush(job, encoder, fault)

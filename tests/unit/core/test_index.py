@@ -51,7 +51,8 @@ class Indexed:
         for core, name, length, index in zip(
             self.blocks, self.names, lengths, self.indexes, strict=False
         ):
-            core.name, core.len, core.index = name.core[0], length, index
+            core.name, core.len = name.core[0], length
+            core.sink, core.index = lib.QM_SINK_INDEX, index
         self.decoder = ffi.gc(
             lib.qm_decoder_create(self.blocks, len(lengths), page_size, True),
             lib.qm_decoder_destroy,

@@ -17,11 +17,12 @@ from tests.harness.kernel import (
     DENSE,
     File,
     Memory,
+    Transfer,
     guest,
     new_block,
     new_channel,
     new_job,
-    new_sparse,
+    new_policy,
     read,
     to_bits,
     to_words,
@@ -148,8 +149,14 @@ def run_threads(job: Any, file: File, memory: Any, block: Any, words: Any, count
     ranges = list(range(0, block.len // 4096, pages))
     lock = threading.Lock()
     failures: list[int] = []
-    core = file.core(direct=True)
-    sparse = new_sparse(AUTO)
+    transfer = Transfer(
+        job,
+        block,
+        file=file.core(direct=True),
+        memory=memory.core,
+        policy=new_policy(AUTO),
+        data=words,
+    )
 
     def run() -> None:
         channel = new_channel()
@@ -159,9 +166,7 @@ def run_threads(job: Any, file: File, memory: Any, block: Any, words: Any, count
                 if not ranges:
                     return
                 first = ranges.pop()
-            rc = lib.qm_write(
-                job, channel, core, block, memory.core, sparse, ffi.NULL, words, first, pages, fault
-            )
+            rc = lib.qm_write(transfer.core, channel, first, pages, fault)
             if rc:
                 failures.append(rc)
 

@@ -40,7 +40,7 @@ def test_each_page_comes_from_its_layer(bits: list[bool], data: st.DataObject) -
     first = data.draw(st.integers(0, n - 1))
     end = data.draw(st.integers(first + 1, n))
     out = ffi.new("char[]", (end - first) * PAGE)
-    assert memory.fill(memory.argument, out, first * PAGE, len(out)) == len(out)
+    assert memory.source.fill(memory.source.argument, out, first * PAGE, len(out)) == len(out)
     twin = b"".join(
         (upper if bits[k] else lower)[k * PAGE : (k + 1) * PAGE] for k in range(first, end)
     )
@@ -93,7 +93,7 @@ def test_a_short_layer_is_an_error() -> None:
 
 def test_layers_of_different_lengths_are_refused() -> None:
     one, two = buffer_memory(bytes(PAGE), NO_FILE), buffer_memory(bytes(2 * PAGE), NO_FILE)
-    with pytest.raises(UsageError, match="do not fit"):
+    with pytest.raises(UsageError, match="the layers have"):
         layered(one, two, Bitmap(1), PAGE)
     with pytest.raises(UsageError, match="a bitmap of 2 pages"):
         layered(one, one, Bitmap(2), PAGE)

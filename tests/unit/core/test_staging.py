@@ -25,10 +25,11 @@ from tests.harness.kernel import (
     Bits,
     Bytes,
     File,
+    Transfer,
     new_block,
     new_channel,
     new_job,
-    new_sparse,
+    new_policy,
     to_bits,
     to_words,
 )
@@ -61,15 +62,15 @@ class Staged:
         self.file.holes(at)
         self.data = [to_words(np.zeros(n, dtype=bool)) for n in npages]
         self.seen = [to_words(np.zeros(n, dtype=bool)) for n in npages]
-        self.policy = new_sparse(policy)
+        self.policy = new_policy(policy)
         self.job, self.channel = new_job(), new_channel()
         self.fault = ffi.new("struct qm_fault *")
         self.lost = 0
         self._names = [records.Name(name) for name in NAMES]
         self._listed = ffi.new("struct qm_record_block[]", len(npages))
-        for one, name, n, seen in zip(self._listed, self._names, npages, self.seen, strict=True):
-            one.name, one.len = name.core[0], n * page_size
-            one.staged, one.seen = True, seen
+        for block, name, n, seen in zip(self._listed, self._names, npages, self.seen, strict=True):
+            block.name, block.len = name.core[0], n * page_size
+            block.sink, block.seen = lib.QM_SINK_STAGING, seen
         self.decoder = ffi.gc(
             lib.qm_decoder_create(self._listed, len(npages), page_size, True),
             lib.qm_decoder_destroy,
@@ -109,18 +110,19 @@ class Staged:
 
     def write(self) -> None:
         if self.on >= 0:
-            rc = lib.qm_write_staging(
-                self.job,
-                self.channel,
-                self.core_file,
-                self.blocks[self.on],
-                self.stage,
-                self.policy,
-                self.data[self.on],
-                self.fault,
-            )
+            rc = self.write_stage(self.on)
             assert rc >= 0
             self.lost += rc
+
+    def write_stage(self, block: int) -> int:
+        transfer = Transfer(
+            self.job,
+            self.blocks[block],
+            file=self.core_file,
+            policy=self.policy,
+            data=self.data[block],
+        )
+        return int(lib.qm_write_staging(transfer.core, self.channel, self.stage, self.fault))
 
     def content(self, n: int) -> Bytes:
         """What a reader of the file sees: zeros where the bit is clear."""
@@ -247,14 +249,4 @@ def test_stage_outside_of_its_block_is_refused(staged: Any) -> None:
     too_long = (0, lib.QM_STAGING_MAX + 4096)
     for off, length in ((CHUNK, 4096), (4096, 4096), (0, 71 * 4096), too_long):
         made.stage.off, made.stage.len = off, length
-        rc = lib.qm_write_staging(
-            made.job,
-            made.channel,
-            made.core_file,
-            made.blocks[0],
-            made.stage,
-            made.policy,
-            made.data[0],
-            made.fault,
-        )
-        assert rc == -errno.EINVAL
+        assert made.write_stage(0) == -errno.EINVAL

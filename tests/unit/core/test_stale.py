@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -16,6 +17,7 @@ from tests.harness.kernel import (
     PAGE_SIZES,
     POISON,
     File,
+    Transfer,
     guest,
     new_block,
     new_channel,
@@ -23,6 +25,14 @@ from tests.harness.kernel import (
     page_bits,
     to_words,
 )
+
+
+def punch(file: File, block: Any, words: Any, job: Any = None) -> int:
+    """qm_stale_punch over a whole block."""
+    transfer = Transfer(job or new_job(), block, file=file.core(direct=False), data=words)
+    npages = block.len // block.page_size
+    fault = ffi.new("struct qm_fault *")
+    return int(lib.qm_stale_punch(transfer.core, new_channel(), 0, npages, fault))
 
 
 @some
@@ -42,16 +52,8 @@ def test_stale_pages_become_zero_and_set_pages_stay(
     file.write_at(0, bytes([POISON]) * pages_offset)
     file.write_at(pages_offset + len(pages), bytes([POISON]) * 4096)
 
-    found = lib.qm_stale_punch(
-        new_job(),
-        new_channel(),
-        file.core(direct=False),
-        new_block(len(pages), page_size, pages_offset),
-        to_words(bits),
-        0,
-        npages,
-        ffi.new("struct qm_fault *"),
-    )
+    block = new_block(len(pages), page_size, pages_offset)
+    found = punch(file, block, to_words(bits))
 
     assert found == (stale & ~bits).sum()
     after = file.read(pages_offset, len(pages))
@@ -64,16 +66,8 @@ def test_stale_pages_become_zero_and_set_pages_stay(
 
 def test_a_file_that_ends_early_has_nothing_stale_after_its_end(file: File) -> None:
     file.poison(3 * 4096 + 5)
-    found = lib.qm_stale_punch(
-        new_job(),
-        new_channel(),
-        file.core(direct=False),
-        new_block(8 * CHUNK, 4096, 4096),
-        ffi.new("uint64_t[]", 8 * CHUNK // 4096 // 64),
-        0,
-        8 * CHUNK // 4096,
-        ffi.new("struct qm_fault *"),
-    )
+    block = new_block(8 * CHUNK, 4096, 4096)
+    found = punch(file, block, ffi.new("uint64_t[]", 8 * CHUNK // 4096 // 64))
     assert found == 3
     assert not file.read(4096, 2 * 4096 + 5).any()
 
@@ -82,17 +76,6 @@ def test_a_cancelled_job_cleans_nothing(file: File) -> None:
     file.poison(1 << 20)
     job = new_job()
     lib.qm_job_cancel(job)
-    assert (
-        lib.qm_stale_punch(
-            job,
-            new_channel(),
-            file.core(direct=False),
-            new_block(1 << 20, 4096, 0),
-            ffi.new("uint64_t[4]"),
-            0,
-            256,
-            ffi.new("struct qm_fault *"),
-        )
-        == -errno.ECANCELED
-    )
+    block = new_block(1 << 20, 4096, 0)
+    assert punch(file, block, ffi.new("uint64_t[4]"), job) == -errno.ECANCELED
     assert (file.read(0, 1 << 20) == POISON).all()

@@ -27,11 +27,12 @@ from tests.harness.kernel import (
     Bytes,
     File,
     Memory,
+    Transfer,
     guest,
     new_block,
     new_channel,
     new_job,
-    new_sparse,
+    new_policy,
     page_bits,
     to_bits,
     to_words,
@@ -303,20 +304,12 @@ def test_the_tail_waits_for_its_own_call(
     assert not written_bytes(file, memory)[direct_len:].any()
     assert not to_bits(words, npages)[direct_len // page_size :].any()
 
-    assert (
-        lib.qm_write_tail(
-            new_job(),
-            new_channel(),
-            core,
-            block,
-            Memory(base=memory).core,
-            new_sparse(policy),
-            ffi.NULL,
-            words,
-            ffi.new("struct qm_fault *"),
-        )
-        == 0
+    source = Memory(base=memory)
+    transfer = Transfer(
+        new_job(), block, file=core, memory=source.core, policy=new_policy(policy), data=words
     )
+    fault = ffi.new("struct qm_fault *")
+    assert lib.qm_write_tail(transfer.core, new_channel(), fault) == 0
     tail = written_bytes(file, memory)[direct_len:].reshape(-1, page_size)
     assert (tail.all(axis=1) == bits[direct_len // page_size :] | dense).all()
     assert (to_bits(words, npages) == bits).all()
@@ -382,12 +375,16 @@ def test_numbers_that_do_not_fit_together_are_refused(
     words = ffi.new("uint64_t[64]")
     block = new_block(length, page_size, pages_offset)
     fault = ffi.new("struct qm_fault *")
-    args = (new_job(), new_channel(), file.core(direct=False), block, memory.core)
-    assert (
-        lib.qm_write(*args, new_sparse(AUTO), ffi.NULL, words, first, npages, fault)
-        == -errno.EINVAL
+    transfer = Transfer(
+        new_job(),
+        block,
+        file=file.core(direct=False),
+        memory=memory.core,
+        policy=new_policy(AUTO),
+        data=words,
     )
-    assert lib.qm_read(*args, words, 0, 1, first, npages, fault) == -errno.EINVAL
+    for function in (lib.qm_write, lib.qm_read):
+        assert function(transfer.core, new_channel(), first, npages, fault) == -errno.EINVAL
 
 
 @pytest.mark.parametrize("align", [0, 3, 4097, 1 << 17])

@@ -18,10 +18,9 @@ from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.integrity.seal import current_seal, stale_pages, verify_seal
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
-from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.place import seal_path
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import Sparse
+from pyqmigrate.snapshot.save.writer import SaveOptions
 from tests.harness.examples import few, some
 from tests.harness.kernel import PAGE_SIZES
 from tests.harness.snapshots import Bytes, load, ram, save_known
@@ -130,9 +129,7 @@ def passes(path: Path, memory: Bytes, changes: list[list[int]], seal: str | None
     writer = Writer(
         path,
         [RamBlock("ram", memory)],
-        direct_io=DirectIO.AUTO,
-        sparse=Sparse.AUTO,
-        channels=2,
+        SaveOptions(),
         observer=None if seal is None else SaveSeal(Algorithm(seal), 0, seal_path(path)),
     )
     try:

@@ -13,7 +13,8 @@ import pytest
 
 from pyqmigrate import Cancelled, RamBlock, TargetError, start_load, start_save
 from pyqmigrate.io.awaiting import end_of
-from pyqmigrate.io.channels import Channels, Job
+from pyqmigrate.io.channels import Channels
+from pyqmigrate.io.job import Job
 from tests.harness.snapshots import known_memory
 
 SLOW = {"max_bandwidth": 1, "sparse": "dense"}

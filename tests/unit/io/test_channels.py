@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate._core import ffi, lib
-from pyqmigrate.io.channels import Channels, Job, Range, failure, split_ranges
+from pyqmigrate.core import Channel, Fault, error_from_fault
+from pyqmigrate.io.channels import Channels, Range, split_ranges
+from pyqmigrate.io.job import Job
 from tests.harness.examples import some
 from tests.harness.kernel import PAGE_SIZES
 
@@ -38,7 +40,7 @@ def run(channels: Channels, count: int, move: Any) -> None:
 
 def test_every_range_is_moved_once() -> None:
     seen: list[int] = []
-    run(Channels(4, "test"), 1000, lambda channel, item, fault: seen.append(item.first) or 0)
+    run(Channels(4, "test"), 1000, lambda channel, item: seen.append(item.first) or 0)
     assert sorted(seen) == list(range(1000))
 
 
@@ -46,8 +48,8 @@ def test_channels_have_threads_and_buffers_of_their_own() -> None:
     barrier = threading.Barrier(3, timeout=10)
     seen: set[tuple[int, int]] = set()
 
-    def move(channel: Any, item: Any, fault: Any) -> int:
-        seen.add((threading.get_ident(), int(ffi.cast("uintptr_t", channel))))
+    def move(channel: Channel, item: Range) -> int:
+        seen.add((threading.get_ident(), int(ffi.cast("uintptr_t", channel.core))))
         barrier.wait()
         return 0
 
@@ -59,10 +61,10 @@ def test_channels_have_threads_and_buffers_of_their_own() -> None:
 def test_the_first_failure_stops_all_and_is_raised() -> None:
     calls: list[int] = []
 
-    def move(channel: Any, item: Any, fault: Any) -> int:
+    def move(channel: Channel, item: Range) -> int:
         calls.append(item.first)
         if item.first == 2:
-            fault.in_memory, fault.at = 0, 0x5000
+            channel.fault.core.in_memory, channel.fault.core.at = 0, 0x5000
             return -errno.EIO
         time.sleep(0.005)
         return -errno.ECANCELED if channels.cancelled else 0
@@ -77,7 +79,7 @@ def test_the_first_failure_stops_all_and_is_raised() -> None:
 
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError, KeyboardInterrupt])
 def test_an_exception_in_a_channel_is_raised(kind: type[BaseException]) -> None:
-    def move(channel: Any, item: Any, fault: Any) -> int:
+    def move(channel: Channel, item: Range) -> int:
         raise kind("inside")
 
     with pytest.raises(kind, match="inside"):
@@ -90,14 +92,14 @@ def test_an_exception_from_the_ranges_is_raised() -> None:
         raise LookupError("no more")
 
     with pytest.raises(LookupError):
-        Channels(2, "test").run(ranges(), lambda c, i, f: 0, "target", ["ram"])
+        Channels(2, "test").run(ranges(), lambda c, i: 0, "target", ["ram"])
 
 
 def test_cancelled_channels_raise_cancelled() -> None:
     channels = Channels(1, "test")
     channels.cancel()
     with pytest.raises(pyqmigrate.Cancelled):
-        run(channels, 1, lambda c, i, f: -errno.ECANCELED)
+        run(channels, 1, lambda c, i: -errno.ECANCELED)
 
 
 def test_a_thread_that_cannot_be_started_is_an_error_and_no_hang(
@@ -117,7 +119,7 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_no_hang(
         pytest.raises(pyqmigrate.TargetError, match="cannot start a thread"),
     ):
         patched.setattr(threading.Thread, "start", start)
-        run(Channels(4, "test"), 10, lambda c, i, f: time.sleep(0.01) or 0)
+        run(Channels(4, "test"), 10, lambda c, i: time.sleep(0.01) or 0)
     assert not any(thread.is_alive() for thread in started)
 
 
@@ -135,8 +137,9 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_no_hang(
 def test_numbers_of_the_core_become_exceptions(
     number: int, in_memory: int, kind: type[Exception]
 ) -> None:
-    fault = ffi.new("struct qm_fault *", {"in_memory": in_memory, "at": 0x1000})
-    error = failure(-number, fault, "target", "pc.ram")
+    fault = Fault()
+    fault.core.in_memory, fault.core.at = in_memory, 0x1000
+    error = error_from_fault(-number, fault, "target", "pc.ram")
     assert type(error) is kind
     if isinstance(error, OSError):
         assert error.errno == number
