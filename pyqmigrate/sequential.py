@@ -1,6 +1,6 @@
-"""The former name of ``pyqmigrate.snapshot.load.sequential``; it will go."""
+"""The former name of ``pyqmigrate.snapshot.save.sequential``; it will go."""
 
 import importlib
 import sys
 
-sys.modules[__name__] = importlib.import_module("pyqmigrate.snapshot.load.sequential")
+sys.modules[__name__] = importlib.import_module("pyqmigrate.snapshot.save.sequential")

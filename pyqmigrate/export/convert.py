@@ -55,9 +55,9 @@ from pyqmigrate.io.target import Descriptors, Target
 from pyqmigrate.snapshot.base import Block, Snapshot, error_from_errno
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.load.memories import check_known, open_memory
-from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.load.staging import Place, StreamUnpacker
 from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, StreamWriter
 
 __all__ = ["convert", "start_stream_conversion"]

@@ -23,8 +23,8 @@ from pyqmigrate.migration.target import OpenError, TakeFd, open_error, opens_lat
 from pyqmigrate.qapi.address import Address
 from pyqmigrate.qapi.parameters import MigrationMode, ZeroPageDetection
 from pyqmigrate.qapi.status import MigrationInfo, RamStatistics, RunState, Status
-from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse, StreamWriter
 
 __all__ = ["OutgoingMigration"]

@@ -39,7 +39,7 @@ from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.input import Source
 from pyqmigrate.io.own_files import FileKind, check_replaceable, write_whole
 from pyqmigrate.io.stream_file import StreamFile
-from pyqmigrate.snapshot.load.sequential import RecordDecoder
+from pyqmigrate.snapshot.records import RecordDecoder
 
 __all__ = ["PageIndex", "check_place", "keep", "recall"]
 

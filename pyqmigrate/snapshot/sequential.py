@@ -48,9 +48,10 @@ from pyqmigrate.io.memory import Memory, SnapshotMemory
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
-from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, start_sequential_load
+from pyqmigrate.snapshot.load.sequential import start_sequential_load
 from pyqmigrate.snapshot.load.staging import StreamUnpacker
 from pyqmigrate.snapshot.page_index import PageIndex, check_place, keep, recall
+from pyqmigrate.snapshot.records import PolledSource, RecordDecoder
 
 __all__ = ["SequentialBlock", "SequentialSnapshot"]
 

@@ -54,7 +54,7 @@ from pyqmigrate.export.raw import unpack
 from pyqmigrate.migration import Migration
 from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.status import Status
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.snapshots import Bytes, ram
 
 __all__ = ["WORK", "run"]

@@ -37,8 +37,8 @@ from pyqmigrate.cli import main as command
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.io.direct_io import DirectIO
-from pyqmigrate.snapshot.load.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.mapped_ram import Writer
+from pyqmigrate.snapshot.save.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource

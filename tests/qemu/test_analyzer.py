@@ -13,7 +13,7 @@ from pyqmigrate import RamBlock, open_snapshot
 from pyqmigrate import save as save_blocks
 from pyqmigrate.export.convert import convert
 from pyqmigrate.io.memory import FileMemory
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.analyzer import analyze, analyzers
 from tests.harness.described_reader import DescribedReader
 from tests.harness.machine import GuestRam

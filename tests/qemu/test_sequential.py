@@ -18,11 +18,10 @@ from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
     SequentialReader,
-    SequentialWriter,
     start_sequential_load,
-    start_sequential_save,
 )
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.save.sequential import SequentialWriter, start_sequential_save
 from pyqmigrate.snapshot.save.writer import SaveOptions
 from tests.harness.compare_memory import assert_same_blocks, assert_same_memory
 from tests.harness.contents import Contents, fill

@@ -19,7 +19,7 @@ from pyqmigrate.migration import Migration
 from pyqmigrate.qapi.policy import Policy
 from pyqmigrate.qapi.status import Status
 from pyqmigrate.snapshot.detect import open_snapshot
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from pyqmigrate.vm.plan.estimate import measure_rate
 from tests.harness.snapshots import known_memory, save_known
 

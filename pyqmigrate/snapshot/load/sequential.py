@@ -1,12 +1,10 @@
-"""Write and read a sequential stream, as QEMU does with ``file:`` and without mapped-ram.
+"""Load a sequential stream: what QEMU writes with ``file:`` and without mapped-ram.
 
-    with_memory = RamBlock("pc.ram", memory)
-    start_sequential_save("/snap/guest.sequential", [with_memory], machine="pc-q35-10.0").wait()
-    stream_file = StreamFile.open("/snap/guest.sequential")
+    stream_file = StreamFile.open("/snap/guest")
     report = start_sequential_load(stream_file, {"pc.ram": buffer}).wait()
 
-Pages are stored in the order in which they were saved; a page that changes during a save is stored
-again. So there is one channel, direct I/O has no use, and a reader has to read everything.
+Pages come in the order in which they were saved, and a page can come again: a reader has to read
+everything, front to back.
 """
 
 from __future__ import annotations
@@ -14,243 +12,34 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pyqmigrate.core import Block, Channel, Fault, Transfer, error_from_fault, file_error_from_fault
+from pyqmigrate.core import Block, Fault, Transfer, error_from_fault
 from pyqmigrate.enums import parse_enum
-from pyqmigrate.errors import (
-    Cancelled,
-    NotSupported,
-    PyqmigrateError,
-    SnapshotError,
-    SnapshotTruncated,
-)
+from pyqmigrate.errors import NotSupported
 from pyqmigrate.format.device.sections import DeviceSection
 from pyqmigrate.format.stream.sequential import (
     ListedBlock,
     SequentialStream,
     SequentialStreamReader,
-    encode_head,
-    settings_of,
 )
-from pyqmigrate.format.stream.wire import MAGIC, SectionKind
-from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_part_header
+from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Range, split_ranges
-from pyqmigrate.io.direct_io import DirectIO
-from pyqmigrate.io.forward_output import ForwardOutput, goes_forward
-from pyqmigrate.io.input import Source
+from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.job import Job
-from pyqmigrate.io.memory import Memory, OpenMemory, RamBlock
-from pyqmigrate.io.records import CHANGES_MAX, BlockName, Decoded, Decoder, Encoder, RecordFault
+from pyqmigrate.io.memory import Memory, OpenMemory
 from pyqmigrate.io.stream_file import StreamFile
-from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
 from pyqmigrate.snapshot.load.memories import match_memories, open_memory
-from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, StreamWriter
+from pyqmigrate.snapshot.records import PolledSource, RecordDecoder, read_body
 
-__all__ = [
-    "LOADED_STATE_MAX",
-    "PolledSource",
-    "RecordDecoder",
-    "SequentialLoadReport",
-    "SequentialReader",
-    "SequentialWriter",
-    "read_body",
-    "record_error",
-    "start_sequential_load",
-    "start_sequential_save",
-]
+__all__ = ["LOADED_STATE_MAX", "SequentialLoadReport", "SequentialReader", "start_sequential_load"]
 
 LOADED_STATE_MAX = 256 << 20  # bytes of device sections that a load hands back
 
-_DEFAULTS = SaveOptions()
 _BUFFERED = "a sequential stream goes through the page cache"
-
-
-def start_sequential_save(
-    target: Target,
-    blocks: Sequence[RamBlock],
-    *,
-    machine: str = "",
-    target_page_bits: int | None = None,
-    reuse: bool = False,
-    max_bandwidth: int = 0,
-) -> Job[SaveReport]:
-    """Start to save guest memory as a sequential stream; return at once.
-
-    Arguments and errors are those of :func:`pyqmigrate.api.start_save`. QEMU loads the file only on
-    the machine that it names: every machine accepts an empty name.
-    """
-    writer = SequentialWriter(
-        target,
-        blocks,
-        SaveOptions(
-            machine=machine,
-            target_page_bits=target_page_bits,
-            reuse=reuse,
-            max_bandwidth=max_bandwidth,
-        ),
-    )
-    try:
-        return Job(writer.channels, writer.total, writer.run)
-    except BaseException:
-        writer.close()
-        raise
-
-
-class SequentialWriter(StreamWriter):
-    """A sequential stream being written.
-
-    Each pass is one PART section with a record for every page of the pass: a zero page, also one
-    in a hole of a sparse memory, is a record of nine bytes. As in QEMU's own streams no page is
-    left out: a page that no record mentions keeps its content on the loading side, which need not
-    be zero, since ROMs have content from the start. Holes are neither read nor made resident.
-
-    Of the options, ``channels``, ``direct_io``, ``sparse`` and ``mark_zero`` have no effect.
-    """
-
-    sparse = Sparse.EXACT
-
-    def __init__(
-        self, target: Target, blocks: Sequence[RamBlock], options: SaveOptions = _DEFAULTS
-    ) -> None:
-        super().__init__(blocks, options, channels=1)
-        with self._closed_on_error():
-            self._head = encode_head(
-                options.machine,
-                self.specs,
-                target_page_bits=options.target_page_bits,
-                uuid=options.uuid,
-                ignore_shared=options.left_out is not None,
-                before=options.before,
-            )
-            self.settings = settings_of(
-                options.machine,
-                target_page_bits=options.target_page_bits,
-                uuid=options.uuid,
-                ignore_shared=options.left_out is not None,
-            )
-            self._names = [BlockName(spec.name) for spec in self.specs]
-            self._open(target, DirectIO.OFF)
-            self._encoder = Encoder(self.target.fd, self.target.offset, forward=self.target.forward)
-
-    def _open(self, target: Target, direct_io: DirectIO) -> None:
-        if goes_forward(target):
-            self.target = ForwardOutput(target)
-            self._cleanup.callback(self.target.abort)
-        else:
-            super()._open(target, direct_io)
-
-    def _file_size(self) -> int:
-        return self._encoder.position
-
-    def begin(self) -> None:
-        self._check_space()
-        # A pipe cannot take the magic later.
-        magic = MAGIC if self.target.forward else bytes(len(MAGIC))
-        self._put(self._encoder, magic + self._head[len(MAGIC) :])
-
-    def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
-        """Write a pass as the base does; a pass that selects nothing writes nothing."""
-        if selections is not None and not any(bitmap.count() for bitmap in selections):
-            return
-        self._pass(self.channels, self._encoder, selections)
-
-    def clean(self) -> int:
-        """Return 0: no reader sees the pages of earlier passes."""
-        return 0
-
-    def finish(
-        self,
-        sections: bytes = b"",
-        description: bytes | None = None,
-        *,
-        switchover_start: bool = False,
-    ) -> SaveReport:
-        return self.finish_with(
-            [
-                encode_end(
-                    settings=self.settings,
-                    sections=sections,
-                    description=description,
-                    switchover_start=switchover_start,
-                    page_size=self.specs[0].page_size,
-                )
-            ]
-        )
-
-    def finish_with(self, tail: Iterable[bytes]) -> SaveReport:
-        for piece in tail:
-            self._put(self._encoder, piece)
-        self._check(self._encoder.flush(self.channels.core), self._encoder)
-        if self.reuse:
-            self.target.set_size(self._encoder.position)
-        self._publish()
-        return self._report()
-
-    def _needed(self) -> int:
-        records = sum(spec.length // spec.page_size for spec in self.specs) * _RECORD
-        return sum(memory.extent_bytes for memory in self.memories) + records
-
-    def _least(self) -> int:
-        stored = (self.specs[n] for n in self.stored)
-        return sum(spec.length // spec.page_size for spec in stored) * _RECORD
-
-    def _count(self) -> int:
-        """Return the bytes of all records of one pass."""
-        counter = Encoder(-1, 0)
-        self._pass(self.channels.sibling("pyqmigrate-count"), counter, None)
-        return counter.position
-
-    def _pass(
-        self, channels: Channels, encoder: Encoder, selections: Sequence[Bitmap] | None
-    ) -> None:
-        transfers = [
-            Transfer(
-                channels.core,
-                Block(spec.length, spec.page_size),
-                memory=memory,
-                selection=selections[n] if selections else None,
-            )
-            for n, (spec, memory) in enumerate(zip(self.specs, self.memories, strict=True))
-        ]
-
-        def move(channel: Channel, item: Range) -> int:
-            transfer, name = transfers[item.block], self._names[item.block]
-            return encoder.put_pages(transfer, channel, name, item.first, item.npages)
-
-        self._put(encoder, encode_part_header())
-        encoder.forget_block()
-        channels.run(
-            (
-                item
-                for n in self.stored
-                for spec in [self.specs[n]]
-                for item in split_ranges(n, spec.length // spec.page_size, spec.page_size)
-            ),
-            move,
-            self.target.name,
-            [spec.name for spec in self.specs],
-        )
-        self._put(encoder, RAM_EOS)
-
-    def _put(self, encoder: Encoder, data: bytes) -> None:
-        self._check(encoder.put(self.channels.core, data), encoder)
-
-    def _check(self, rc: int, encoder: Encoder) -> None:
-        if rc:
-            raise file_error_from_fault(
-                rc, encoder.fault, "cannot write the stream", self.target.name
-            )
-
-    def _direct_io_reason(self) -> str:
-        return _BUFFERED
-
-
-_RECORD = 8 + 1  # bytes of a record beside its page: the word, and a zero page's filling
 
 
 @dataclass(frozen=True)
@@ -306,75 +95,6 @@ def start_sequential_load(
     except BaseException:
         reader.close()
         raise
-
-
-class PolledSource:
-    """The framing of a stream, for a new pass; reading it ends when the job is cancelled."""
-
-    def __init__(self, source: Source, channels: Channels) -> None:
-        self._source = source
-        self._channels = channels
-        self.run_out = source.run_out
-        source.rewind()
-        source.poll_with(lambda: channels.cancelled)
-
-    @property
-    def size(self) -> int:
-        return self._source.size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        if self._channels.cancelled:
-            raise Cancelled("cancelled")
-        return self._source.read_at(offset, length)
-
-
-class RecordDecoder(Decoder):
-    """A decoder of the records of these blocks, from a stream's file."""
-
-    def __init__(self, blocks: Sequence[ListedBlock], page_size: int) -> None:
-        super().__init__([(block.name, block.length) for block in blocks], page_size)
-        self.blocks = blocks
-
-    def read(self, source: Source, channels: Channels, offset: int) -> int:
-        """Read the body of records at ``offset``; return where it ends.
-
-        Raises SnapshotError, NotSupported, TargetError, Cancelled.
-        """
-        self.position = offset
-        rc = read_body(channels, self, source)
-        if rc < 0:
-            raise self.error_from_decoder(rc, source)
-        return self.position
-
-    def error_from_decoder(self, rc: int, source: Source) -> PyqmigrateError:
-        """Return the exception for a negative return that concerns the stream's file."""
-        if rc == -errno.EBADMSG:
-            return record_error(self)
-        if rc == -errno.ENODATA:
-            return SnapshotTruncated(
-                "the file ends within RAM's pages: it was cut short, or the save did not finish",
-                offset=self.position,
-            )
-        return file_error_from_fault(rc, self.fault, "cannot read the stream", source.name)
-
-
-def read_body(channels: Channels, decoder: Decoder, source: Source) -> int:
-    """Decode from the decoder's position to the end of the section, from any source; return what
-    :meth:`~pyqmigrate.io.records.Decoder.decode_file` does."""
-    if not source.forward:
-        return decoder.decode_file(channels.core, source.fd, source.size)
-    while True:
-        start = decoder.position
-        data = source.read_once(start)
-        if not data:
-            decoder.fault.clear()
-            return -errno.ENODATA
-        rc = decoder.decode(channels.core, data)
-        channels.core.count_io(decoder.position - start)
-        if rc == Decoded.END:
-            source.keep_from(decoder.position)
-        if rc:
-            return rc
 
 
 class SequentialReader:
@@ -528,31 +248,3 @@ class SequentialReader:
             report.bytes_read,
         )
         return report
-
-
-def record_error(decoder: RecordDecoder) -> PyqmigrateError:
-    """Return the exception for the record at which ``decoder`` stopped."""
-    error = decoder.error()
-    unable = {
-        RecordFault.COMPRESSED: "a compressed page, as QEMU wrote until 9.0",
-        RecordFault.MULTIFD: "a multifd stream without mapped-ram: its pages went over other "
-        "channels",
-        RecordFault.CHANGES: f"more than {CHANGES_MAX} changes to one page: too many for an index",
-    }
-    if error.fault in unable:
-        return NotSupported(f"{unable[error.fault]} (file offset {error.position:#x})")
-    block = None if error.block is None else decoder.blocks[error.block].name
-    if error.fault is RecordFault.UNKNOWN:
-        block = error.name.decode("utf-8", "surrogateescape")
-    message, field = {
-        RecordFault.FLAGS: (f"invalid flags {error.word:#x} in a page record", "flags"),
-        RecordFault.NO_BLOCK: ("page record has CONTINUE but no block came before it", "name"),
-        RecordFault.UNKNOWN: ("a page record for a block that is not listed", "name"),
-        RecordFault.OUTSIDE: (
-            f"page at {error.word & -decoder.page_size:#x}, outside of its block",
-            "offset",
-        ),
-        RecordFault.DELTA: ("the change to a page does not fit it", "xbzrle"),
-        RecordFault.SCATTERED: ("pages too sparse for a real guest", "offset"),
-    }[error.fault]
-    return SnapshotError(message, offset=error.position, block=block, field=field)

@@ -31,7 +31,7 @@ from pyqmigrate.io.direct_io import Direct
 from pyqmigrate.io.records import STAGING_MAX, Decoded, StagingBuffer
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.threads import starting_threads
-from pyqmigrate.snapshot.load.sequential import PolledSource, RecordDecoder, read_body
+from pyqmigrate.snapshot.records import PolledSource, RecordDecoder, read_body
 
 __all__ = ["Place", "StreamUnpacker"]
 

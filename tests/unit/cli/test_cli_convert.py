@@ -13,7 +13,7 @@ import pytest
 
 from pyqmigrate import RamBlock, SnapshotError, open_snapshot
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.command import COMMAND, PAGE, Command, make_snapshot, pages
 from tests.harness.physical import Physical
 

@@ -16,7 +16,7 @@ from pyqmigrate import FileMemory, RamBlock, UsageError, open_snapshot, seal
 from pyqmigrate.migration import Migration
 from pyqmigrate.qapi.address import parse_uri
 from pyqmigrate.qapi.policy import Policy
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.command import Command, make_snapshot, pages
 
 NAME = "pc.ram"

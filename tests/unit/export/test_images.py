@@ -29,7 +29,7 @@ from pyqmigrate.export.image import ImageReport
 from pyqmigrate.format.address_space.physical_map import parse_placement
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.io.output import OutputFile
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.directories import directory_on_disk
 from tests.harness.examples import few, some
 from tests.harness.physical import Physical

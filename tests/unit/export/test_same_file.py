@@ -14,7 +14,7 @@ from pyqmigrate.export.elf import write_elf
 from pyqmigrate.export.lime import write_lime
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.format.address_space.physical_map import parse_placement
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.command import Command
 from tests.harness.snapshots import known_memory, save_known
 

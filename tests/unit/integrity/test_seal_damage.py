@@ -12,7 +12,7 @@ import pytest
 import pyqmigrate
 from pyqmigrate import RamBlock
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.sealed import MIB, PAGE, Sealed, damage, flip, replaced
 from tests.harness.stream_builders import sequential_stream
 

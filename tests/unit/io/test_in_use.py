@@ -25,7 +25,7 @@ from pyqmigrate.io.in_use import (
 )
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.target import Descriptors
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 
 MIB = 1 << 20
 PRECIOUS = b"precious" * (MIB // 8)

@@ -31,7 +31,7 @@ from pyqmigrate.format.libvirt import ImageFormat
 from pyqmigrate.io.pipe import KEPT_MAX, ForwardInput
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.detect import snapshot_of
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.converted import FORMS, content
 from tests.harness.directories import directory_on_disk
 from tests.harness.examples import some

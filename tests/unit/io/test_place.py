@@ -13,7 +13,7 @@ from pyqmigrate import RamBlock, TargetError, UsageError, convert, open_snapshot
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.place import absolute, check_name_fits, partial_name, resolve_symlink, seal_path
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.snapshots import known_memory, load, save_known
 
 OTHERS = 12345  # neither we nor the owner of the directory

@@ -14,7 +14,8 @@ import pyqmigrate
 from pyqmigrate import GuestMemoryError, ProcessMemory, RamBlock, UsageError
 from pyqmigrate.io.process_memory import ProcessSource
 from pyqmigrate.io.stream_file import StreamFile
-from pyqmigrate.snapshot.load.sequential import start_sequential_load, start_sequential_save
+from pyqmigrate.snapshot.load.sequential import start_sequential_load
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.kernel import memfd
 from tests.harness.processes import PAGE, Holder, as_nobody
 from tests.harness.snapshots import SLOW, known_memory, load, save_known

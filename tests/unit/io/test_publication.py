@@ -25,7 +25,7 @@ from pyqmigrate.export.raw import unpack
 from pyqmigrate.integrity import seal as sealing
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.snapshots import SLOW, known_memory, load, save_known
 
 Breaks = Callable[[Path], None]

@@ -27,7 +27,7 @@ from pyqmigrate.enums import Format
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.snapshot.detect import open_snapshot
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.directories import directory_on_disk
 from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, known_memory, ram, save_known

@@ -29,8 +29,8 @@ from pyqmigrate.snapshot.load.sequential import (
     DeviceSection,
     SequentialLoadReport,
     start_sequential_load,
-    start_sequential_save,
 )
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.examples import some
 from tests.harness.kernel import memfd
 from tests.harness.page_records import CONTINUE, PAGE, XBZRLE, ZERO, str8, word

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyqmigrate import NotSupported, RamBlock, SnapshotError, UsageError, open_snapshot
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import RawReport, unpack
-from pyqmigrate.snapshot.load.sequential import start_sequential_save
+from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
 from tests.harness import page_records as records
 from tests.harness.converted import FORMS, content

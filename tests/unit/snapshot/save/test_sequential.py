@@ -31,10 +31,9 @@ from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.load.sequential import (
     SequentialLoadReport,
     SequentialReader,
-    SequentialWriter,
     start_sequential_load,
-    start_sequential_save,
 )
+from pyqmigrate.snapshot.save.sequential import SequentialWriter, start_sequential_save
 from tests.harness.examples import some
 from tests.harness.kernel import guest, memfd, page_bits
 from tests.harness.snapshots import KNOWN, SLOW, Bytes, known_memory, ram
