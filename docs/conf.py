@@ -65,7 +65,9 @@ def mark_parameters(
 ) -> None:
     """Turn ``channels: threads ...`` in a docstring into the field of that parameter."""
     try:
-        parameters = set(inspect.signature(value).parameters)  # type: ignore[arg-type]
+        # A metaclass may hide the parameters of a class.
+        made_by = value.__init__ if isinstance(value, type) else value  # type: ignore[misc]
+        parameters = set(inspect.signature(made_by).parameters)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # a TypedDict has no signature
         parameters = set()
     parameters |= set(getattr(value, "__annotations__", ()))

@@ -171,17 +171,18 @@ def _libvirt(header: LibvirtHeader | None) -> dict[str, Any] | None:
 
 
 def _block(block: Block) -> dict[str, Any]:
-    stored = not block.external
+    external, layout = block.external, block.layout
+    pages, data_pages = block.num_pages, None if external else block.data_pages
     return {
         "name": block.name,
         "length": block.length,
         "page_size": block.page_size,
-        "pages": block.num_pages,
-        "data_pages": block.data_pages if stored else None,
-        "zero_pages": block.zero_pages if stored else None,
-        "bitmap_offset": block.layout.bitmap_offset if block.layout else None,
-        "pages_offset": block.layout.pages_offset if block.layout else None,
-        "external": block.external,
+        "pages": pages,
+        "data_pages": data_pages,
+        "zero_pages": None if data_pages is None else pages - data_pages,
+        "bitmap_offset": layout.bitmap_offset if layout else None,
+        "pages_offset": layout.pages_offset if layout else None,
+        "external": external,
     }
 
 

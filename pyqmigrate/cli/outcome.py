@@ -78,6 +78,8 @@ def announce(args: argparse.Namespace, data: Mapping[str, Any], lines: Sequence[
 
 def printable(text: str) -> str:
     r"""Return ``text`` with unprintable characters and lone surrogates as ``\x1b`` escapes."""
+    if text.isprintable():
+        return text
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
@@ -100,14 +102,9 @@ def counted(number: int, noun: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> list[str]:
     """Return lines in columns; the first ``left`` columns are aligned left, the others right."""
     cells = [list(head), *([printable(str(cell)) for cell in row] for row in rows)]
-    widths = [max(len(row[n]) for row in cells) for n in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(width) if n < left else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    line = "  ".join(f"{{:{'<' if n < left else '>'}{width}}}" for n, width in enumerate(widths))
+    return [line.format(*row).rstrip() for row in cells]
 
 
 def describe_error(error: BaseException) -> str:

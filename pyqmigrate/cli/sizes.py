@@ -39,9 +39,12 @@ def show_size(size: int) -> str:
     """Return a size in the largest of B, KiB, MiB and GiB that gives 1 or more."""
     if size < 1024:
         return f"{size} B"
-    shown = [(round(size / (1 << shift), 1), unit) for shift, unit in _UNITS]
-    value, unit = next((pair for pair in shown if pair[0] < 1024), shown[-1])
-    return f"{value:.1f} {unit}"
+    *smaller, (largest_shift, largest) = _UNITS
+    for shift, unit in smaller:
+        value = round(size / (1 << shift), 1)
+        if value < 1024:
+            return f"{value:.1f} {unit}"
+    return f"{size / (1 << largest_shift):.1f} {largest}"
 
 
 def show_rate(size: int, seconds: float) -> str:

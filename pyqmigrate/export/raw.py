@@ -181,7 +181,7 @@ class _OutputDirectory:
 def _open_directory(path: str, stack: contextlib.ExitStack) -> int:
     with _refusing("cannot use the directory", path):
         try:
-            os.mkdir(path, 0o700)  # noqa: PTH102
+            os.mkdir(path, 0o700)
             made = True
         except FileExistsError:
             made = False
@@ -209,7 +209,7 @@ def _check_what_is_there(dir_fd: int, path: str, names: Sequence[str]) -> None:
 
 def _remove_empty(path: str) -> None:
     with contextlib.suppress(OSError):
-        os.rmdir(path)  # noqa: PTH106
+        os.rmdir(path)
 
 
 def _check_space(output: _OutputDirectory, wanted: Sequence[Block]) -> None:

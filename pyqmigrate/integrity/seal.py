@@ -404,7 +404,7 @@ def current_seal(path: Named, fd: int | None = None) -> Manifest | None:
     with. The file is not read. None in all other cases.
     """
     try:
-        info = os.stat(path) if fd is None else os.fstat(fd)  # noqa: PTH116
+        info = os.stat(path) if fd is None else os.fstat(fd)
         return read_manifest(
             seal_path(path),
             wanted=lambda head: (head.size, head.mtime_ns) == (info.st_size, info.st_mtime_ns),

@@ -1,7 +1,7 @@
-"""The bitmap of one block: a bit a page, in memory that costs only where bits are set.
+"""The bitmap of one block: a bit for each page.
 
-In the file a bitmap is the writer's array of 64-bit words as it stood in memory, so its byte order
-is the writing *host's* (docs/internals/format.md, "Bitmap"); nothing in the file records it.
+In the file a bitmap is a copy of the writer's array of 64-bit words, so its byte order is that of
+the writing *host* (docs/internals/format.md, "Bitmap"); the file does not record it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pyqmigrate.io.mapping import unmap
 
 __all__ = ["Bitmap"]
 
-_PIECE = 1 << 20  # bytes handled at a time; a multiple of 8
-_HOLE = 4096  # bytes: shorter stretches of zeros are not worth leaving out
+_PIECE = 1 << 20  # bytes processed at once; a multiple of 8
+_HOLE = 4096  # bytes: shorter runs of zeros are written
+_SMALL = 4096  # bytes: a mapping would take more memory, and much more time
 
 
 class _Readable(Protocol):
@@ -39,28 +40,37 @@ class _Writable(Protocol):
 
 
 class Bitmap:
-    """``npages`` bits, all clear at first; NotSupported for more than there is memory for. ``core``
-    is the ``uint64_t *`` that the core works on; UsageError after close.
+    """``npages`` bits, all clear at first. NotSupported if there is not enough memory. ``core`` is
+    the ``uint64_t *`` for the core; UsageError after close.
 
-    Its memory is anonymous and comes into being when bits are set: that of a 1 TiB block which
-    is mostly empty costs a few pages.
+    The kernel allocates the memory of a large bitmap when bits are set: a 1 TiB block with little
+    data takes a few pages.
     """
 
     def __init__(self, npages: int) -> None:
         self.npages = npages
         self.nbytes = (npages + 63) // 64 * 8
-        self._reach = npages  # of what was read from a file, no bit from here on is set
-        # Private: looking at shared anonymous memory already allocates it.
+        self._reach = npages  # after reading from a file: no bit from here on is set
+        self._memory: Any
+        self._mapping: mmap.mmap | None = None
+        if self.nbytes <= _SMALL:
+            self._buffer = _core.ffi.new("uint64_t[]", max(self.nbytes // 8, 1))
+            self._memory = _core.ffi.buffer(self._buffer)
+        else:
+            self._memory = self._mapping = self._map()
+            self._buffer = _core.ffi.from_buffer("unsigned char[]", self._memory)
+        self._core: Any = _core.ffi.cast("uint64_t *", self._buffer)
+
+    def _map(self) -> mmap.mmap:
+        # Private: reading shared anonymous memory allocates it.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         try:
-            self._memory = mmap.mmap(-1, max(self.nbytes, mmap.PAGESIZE), flags=flags)
+            return mmap.mmap(-1, self.nbytes, flags=flags)
         except (OSError, OverflowError) as error:
             raise NotSupported(
-                f"a block of {npages} pages is too large: a bitmap of {self.nbytes >> 20} MiB "
-                f"cannot be had here ({error})"
+                f"a block of {self.npages} pages is too large: not enough memory for a bitmap of"
+                f" {self.nbytes >> 20} MiB ({error})"
             ) from error
-        self._buffer = _core.ffi.from_buffer("unsigned char[]", self._memory)
-        self._core: Any = _core.ffi.cast("uint64_t *", self._buffer)
 
     @property
     def core(self) -> Any:
@@ -77,12 +87,12 @@ class Bitmap:
         return bool(self.core[page // 64] >> page % 64 & 1)
 
     def fill(self, data: memoryview) -> None:
-        """Take the bits from bytes, page ``k`` being bit ``k % 8`` of byte ``k // 8``.
+        """Set the bits from bytes; page ``k`` is bit ``k % 8`` of byte ``k // 8``.
 
-        UsageError unless there is a byte for every eight pages; bits past the end are dropped.
+        UsageError for less than a byte for every eight pages; bits past the end are ignored.
         """
         if len(data) < (self.npages + 7) // 8:
-            raise UsageError(f"a bitmap of {len(data)} bytes is given for {self.npages} pages")
+            raise UsageError(f"a bitmap of {len(data)} bytes is too short for {self.npages} pages")
         self._memory[: self.nbytes] = bytes(data[: self.nbytes]).ljust(self.nbytes, b"\0")
         if sys.byteorder != "little":
             self._swap()
@@ -90,11 +100,11 @@ class Bitmap:
             self.core[self.npages // 64] &= (1 << self.npages % 64) - 1
 
     def count(self, npages: int | None = None) -> int:
-        """How many of the first ``npages`` bits (default: all) are set."""
+        """Return how many of the first ``npages`` bits (default: all) are set."""
         return self._count(self.npages if npages is None else npages)[0]
 
     def count_between(self, first: int, end: int) -> int:
-        """How many of the bits ``[first, end)`` are set."""
+        """Return how many of the bits ``[first, end)`` are set."""
         if first >= end:
             return 0
         word = first // 64
@@ -104,12 +114,14 @@ class Bitmap:
         )
 
     def last(self) -> int:
-        """The highest page whose bit is set, or -1."""
+        """Return the highest page whose bit is set, or -1."""
         return self._count(self.npages)[1]
 
     def _count(self, npages: int) -> tuple[int, int]:
         last, found, highest = _core.ffi.new("int64_t *"), 0, -1
         npages = min(npages, self._reach)
+        if npages <= _PIECE * 8:
+            return int(_core.lib.qm_count(self.core, npages, last)), int(last[0])
         for start, end in self._touched((npages + 63) // 64 * 8):
             pages = min(npages - start * 8, (end - start) * 8)
             count = int(_core.lib.qm_count(self.core + start // 8, pages, last))
@@ -118,25 +130,25 @@ class Bitmap:
         return found, highest
 
     def _touched(self, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Pieces, ``[start, end)``, of the first ``nbytes`` that are all that can hold a set bit.
+        """Yield the pieces, ``[start, end)``, of the first ``nbytes`` that may contain set bits.
 
-        What a bitmap costs is what was set in it, however long its block claims to be.
+        The work depends on the bits that were set, not on the length that a block claims.
         """
         if nbytes <= _PIECE:
             yield 0, nbytes
             return
-        at = 0
+        start = 0
         with _own_pagemap() as pagemap:
-            while at < nbytes:
-                at = self._next_touched(pagemap, at, nbytes)
-                end = min(at + _PIECE, nbytes)
-                if at < end:
-                    yield at, end
-                at = end
+            while start < nbytes:
+                start = self._next_touched(pagemap, start, nbytes)
+                end = min(start + _PIECE, nbytes)
+                if start < end:
+                    yield start, end
+                start = end
 
     def may_hold(self, first: int, npages: int) -> bool:
-        """Whether any of these bits may be set, ``first`` being a multiple of 64: False only where
-        it is known without looking at them, in a long bitmap."""
+        """Return whether any of these bits may be set; ``first`` is a multiple of 64. False only for
+        memory of a long bitmap that was never touched."""
         start, end = first // 8, (first + npages + 63) // 64 * 8
         if self.nbytes <= _PIECE:
             return True
@@ -153,7 +165,7 @@ class Bitmap:
         return int(_core.lib.qm_run(self.core, first, end))
 
     def runs(self, first: int = 0, end: int | None = None) -> list[tuple[int, int, bool]]:
-        """``(from, to, set)`` for the stretches of equal bits in ``[first, end)``."""
+        """Return ``(from, to, set)`` for the runs of equal bits in ``[first, end)``."""
         end = self.npages if end is None else end
         found: list[tuple[int, int, bool]] = []
         start = first
@@ -165,33 +177,33 @@ class Bitmap:
         return found
 
     def write_to(self, target: _Writable, offset: int, *, everything: bool) -> None:
-        """Write the words at ``offset``; stretches of zeros only when ``everything`` is asked."""
+        """Write the words at ``offset``. Runs of zeros are written only with ``everything``."""
         with memoryview(self._memory) as view:
             if everything:
-                for at in range(0, self.nbytes, _PIECE):
-                    target.write_at(offset + at, view[at : min(at + _PIECE, self.nbytes)])
+                for start in range(0, self.nbytes, _PIECE):
+                    target.write_at(offset + start, view[start : min(start + _PIECE, self.nbytes)])
                 return
-            for start, end in self._touched(self.nbytes):
-                for at in range(start, end, _HOLE):
-                    piece = view[at : min(at + _HOLE, end)]
+            for first, end in self._touched(self.nbytes):
+                for start in range(first, end, _HOLE):
+                    piece = view[start : min(start + _HOLE, end)]
                     if not _core.lib.qm_is_zero(_core.ffi.from_buffer(piece), len(piece)):
-                        target.write_at(offset + at, piece)
+                        target.write_at(offset + start, piece)
 
     @classmethod
     def read_from(cls, source: _Readable, layout: BlockLayout, byteorder: str) -> Bitmap:
-        """The bitmap of a block, its bits checked against the block and the file's size.
+        """Return the bitmap of a block, checked against the block and the size of the file.
 
-        Holes are skipped, so that what is allocated is bounded by what the file really holds.
-        Raises SnapshotError for bits past the end of the block, for pages past the end of the
-        file, and for a bitmap that the file cuts off.
+        Holes are skipped, so no more memory is allocated than the file has data. Raises
+        SnapshotError for bits past the end of the block, for pages past the end of the file, and for
+        a bitmap that is cut off.
         """
         if layout.external:
-            return cls(0)  # its length is bounded by nothing in this file
+            return cls(0)  # the size of this file does not bound the length
         try:
             bitmap = cls(layout.num_pages)
         except (OSError, OverflowError, ValueError) as error:
             raise SnapshotError(
-                f"a bitmap of {layout.num_pages} pages cannot be held in memory: {error}",
+                f"not enough memory for a bitmap of {layout.num_pages} pages: {error}",
                 offset=layout.bitmap_offset,
                 block=layout.name,
                 field="bitmap",
@@ -207,41 +219,41 @@ class Bitmap:
         return bitmap
 
     def _read(self, source: _Readable, layout: BlockLayout) -> None:
-        needed = layout.bitmap_offset + (self.npages + 7) // 8  # writers of 32-bit words end there
+        needed = layout.bitmap_offset + (self.npages + 7) // 8  # writers of 32-bit words stop there
         end = layout.bitmap_offset + self.nbytes
-        at = layout.bitmap_offset
+        offset = layout.bitmap_offset
         self._reach = 0
-        while at < end:
-            at = next_data(source.fd, at, end)  # zeros are there already
-            data = source.read_at(at, min(_PIECE, end - at))
-            start = at - layout.bitmap_offset
+        while offset < end:
+            offset = next_data(source.fd, offset, end)  # the memory is zero already
+            data = source.read_at(offset, min(_PIECE, end - offset))
+            start = offset - layout.bitmap_offset
             self._memory[start : start + len(data)] = data
             if not data:
-                if at < needed:
-                    raise self._cut_off(at, layout)
+                if offset < needed:
+                    raise self._cut_off(offset, layout)
                 break
             self._reach = min((start + len(data) + 7) // 8 * 64, self.npages)
-            at += len(data)
+            offset += len(data)
         if source.size < needed:
             raise self._cut_off(source.size, layout)
 
-    def _cut_off(self, at: int, layout: BlockLayout) -> SnapshotError:
+    def _cut_off(self, offset: int, layout: BlockLayout) -> SnapshotError:
         return SnapshotError(
-            "the file ends within the bitmap", offset=at, block=layout.name, field="bitmap"
+            "the file ends within the bitmap", offset=offset, block=layout.name, field="bitmap"
         )
 
     def _swap(self) -> None:
-        for at, end in self._touched((self._reach + 63) // 64 * 8):  # nothing is set after that
-            words = array("Q", self._memory[at:end])
+        for start, end in self._touched((self._reach + 63) // 64 * 8):
+            words = array("Q", self._memory[start:end])
             words.byteswap()
-            self._memory[at:end] = words.tobytes()
+            self._memory[start:end] = words.tobytes()
 
     def _check(self, layout: BlockLayout, size: int) -> None:
         word = self.nbytes // 8 - 1
         if self.core[word] >> (self.npages - word * 64):
             raise SnapshotError(
-                f"bits are set past page {self.npages}, the end of the block: damage, or the file"
-                " of a host of the other byte order (bitmap_order, --bitmap-order)",
+                f"bits are set past page {self.npages}, the end of the block: damage, or a file"
+                " from a host of the other byte order (bitmap_order, --bitmap-order)",
                 offset=layout.bitmap_offset + word * 8,
                 block=layout.name,
                 field="bitmap",
@@ -256,15 +268,16 @@ class Bitmap:
             )
 
     def close(self) -> None:
-        """Give the memory back. May be repeated."""
+        """Free the memory. Idempotent."""
         self._core = None
         _core.ffi.release(self._buffer)
-        unmap(self._memory)
+        if self._mapping is not None:
+            unmap(self._mapping)
 
 
 @contextlib.contextmanager
 def _own_pagemap() -> Iterator[int]:
-    """/proc/self/pagemap; -1 where there is none, and then any memory may have been touched."""
+    """Open /proc/self/pagemap; -1 without one, and then all memory counts as touched."""
     try:
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

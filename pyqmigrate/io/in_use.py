@@ -131,7 +131,7 @@ def refuse_in_use(outputs: Iterable[Named] | Named, in_use: InUse) -> None:
 
 def _identities(file: Named) -> Iterator[FileId]:
     with contextlib.suppress(OSError):
-        info = os.stat(file)  # noqa: PTH116 - or a descriptor
+        info = os.stat(file)  # or a descriptor
         yield FileId.of(info)
         if stat.S_ISBLK(info.st_mode):
             device = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"

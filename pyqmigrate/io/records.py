@@ -142,12 +142,16 @@ class Decoder:
         self.page_size = page_size
         self.position = 0
         self.fault = Fault()
-        self._names = [BlockName(name) for name, _ in blocks]
+        names = [name.encode("utf-8", "surrogateescape") for name, _ in blocks]
+        self._names = _core.ffi.new("unsigned char[]", b"".join(names))
         self._blocks = _core.ffi.new("struct qm_record_block[]", len(blocks))
         self._kept: list[object] = []
         self._core: Any = None
-        for block, name, (_, length) in zip(self._blocks, self._names, blocks, strict=True):
-            block.name, block.len = name.core[0], length
+        name_offset = 0
+        for block, name, (_, length) in zip(self._blocks, names, blocks, strict=True):
+            block.name.bytes, block.name.len = self._names + name_offset, len(name)
+            block.len = length
+            name_offset += len(name)
 
     def write_to_memory(self, block: int, memory: OpenMemory, seen: Bitmap) -> None:
         """Write the pages of block number ``block`` to memory, and mark them in ``seen``."""
@@ -179,7 +183,7 @@ class Decoder:
     def start(self, *, fresh: bool = True) -> None:
         """Make the decoder ready. ``fresh``: a change to a page that no record mentioned before
         applies to zeros, whatever the memory contains."""
-        core = _core.lib.qm_decoder_create(self._blocks, len(self._names), self.page_size, fresh)
+        core = _core.lib.qm_decoder_create(self._blocks, len(self._blocks), self.page_size, fresh)
         if core == _core.ffi.NULL:
             raise MemoryError
         self._core = _core.ffi.gc(core, _core.lib.qm_decoder_destroy)

@@ -200,6 +200,9 @@ class SequentialSnapshot(Snapshot):
         self, progress: Callable[[Progress], object] | None, *, pages: bool
     ) -> SequentialStream:
         _ = self.source  # raises if the snapshot is closed
+        walked = self._walked
+        if walked is not None and not (pages and self._pages is None):
+            return walked[0]
         with self._lock:
             if self._walked is None or (pages and self._pages is None):
                 channels = Channels(1, "pyqmigrate-index")
@@ -317,26 +320,32 @@ class _PageCount:
     """Check and count records, at two bits for each page."""
 
     def __init__(self, blocks: Sequence[ListedBlock], page_size: int) -> None:
+        self._records = RecordDecoder(blocks, page_size)
+        self._blocks = blocks
+        self._bitmaps: list[tuple[Bitmap, Bitmap]] = []
         with contextlib.ExitStack() as stack:
-            self._records = RecordDecoder(blocks, page_size)
-            self._bitmaps = {}
+            stack.callback(self.close)
             for number, block in enumerate(blocks):
-                seen, content = pair = [Bitmap(block.length // page_size) for _ in range(2)]
-                self._bitmaps[block.name] = pair
-                for bitmap in pair:
-                    stack.callback(bitmap.close)
+                npages = block.length // page_size
+                seen, content = Bitmap(npages), Bitmap(npages)
+                self._bitmaps.append((seen, content))
                 self._records.mark_content(number, content, seen)
             self._records.start()
-            self.close = stack.pop_all().close
+            stack.pop_all()
 
     def read(self, source: Source, channels: Channels, offset: int) -> int:
         return self._records.read(source, channels, offset)
 
     def found(self) -> dict[str, _Counted]:
         return {
-            name: _Counted(seen.last() >= 0, content.count())
-            for name, (seen, content) in self._bitmaps.items()
+            block.name: _Counted(seen.last() >= 0, content.count())
+            for block, (seen, content) in zip(self._blocks, self._bitmaps, strict=True)
         }
+
+    def close(self) -> None:
+        for pair in self._bitmaps:
+            for bitmap in pair:
+                bitmap.close()
 
 
 def _no_records(offset: int) -> int:

@@ -98,11 +98,11 @@ class StreamUnpacker:
         """
         with contextlib.ExitStack() as stack:
             self._parts = [self._part(block, places.get(block.name)) for block in self.blocks]
-            seen = {}
+            seen: dict[str, Bitmap] = {}
+            stack.callback(_close_all, seen)
             for block in self.blocks:
                 if block.name in places:
                     seen[block.name] = Bitmap(block.length // self.page_size)
-                    stack.callback(seen[block.name].close)
             self._records = self._new_records(seen)
             threads = min(self.channels.count, _MOST_THREADS)
             self._current: _StagingBuffer | None = None
@@ -233,6 +233,11 @@ class StreamUnpacker:
             rc = placed.buffered.punch_stale(channel, first, npages)
             if rc < 0:
                 raise error_from_fault(rc, channel.fault, self.target, block.name)
+
+
+def _close_all(bitmaps: Mapping[str, Bitmap]) -> None:
+    for bitmap in bitmaps.values():
+        bitmap.close()
 
 
 @dataclass(frozen=True)

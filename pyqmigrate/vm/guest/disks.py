@@ -65,7 +65,7 @@ class Overlay:
             "base": self.disk.node,
             "base_file": self.disk.file,
             "file": self.file,
-            "local_file": os.path.abspath(self.here),  # noqa: PTH100 - not where its links lead
+            "local_file": os.path.abspath(self.here),  # not where its links lead
         }
 
 

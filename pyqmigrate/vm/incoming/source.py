@@ -91,7 +91,7 @@ class RestoreSource:
     def clear_pages_are_zero(self) -> bool:
         """Whether a seal of the file as it is now says that its clear pages are zeros."""
         # The name of the seal may be too long, for which Path.exists() would raise.
-        if self.place is None or not os.path.exists(seal_path(self.place)):  # noqa: PTH110
+        if self.place is None or not os.path.exists(seal_path(self.place)):
             return False
         # Most snapshots have no seal, and a restore has no time for a module that it does not need.
         from pyqmigrate.integrity.seal import current_seal

@@ -190,7 +190,7 @@ def undo_disks(journal: dict[str, Any], errors: list[str]) -> Generator[Command,
             if disk["node"] in nodes:
                 yield from _commit(disk["node"], disk["base"])
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                os.unlink(disk["local_file"])  # noqa: PTH108
+                os.unlink(disk["local_file"])
         except Refused as error:
             errors.append(
                 f"{_overlay_in_use(disk)}: undoing that failed ({error}); block-commit "
@@ -238,14 +238,14 @@ def _job(name: str) -> Generator[Command, Any, dict[str, Any] | None]:
 def _remove_record(journal: dict[str, Any]) -> None:
     """Remove the record of a snapshot that was not published, under its provisional name."""
     with contextlib.suppress(OSError):
-        os.unlink(journal["provisional"])  # noqa: PTH108
+        os.unlink(journal["provisional"])
 
 
 def _publish_record(journal: dict[str, Any]) -> None:
     """Publish the prepared record of a snapshot that was published."""
     with contextlib.suppress(OSError):
-        os.replace(journal["provisional"], journal["record"])  # noqa: PTH105
-        directory = os.open(os.path.dirname(journal["record"]), os.O_RDONLY)  # noqa: PTH120
+        os.replace(journal["provisional"], journal["record"])
+        directory = os.open(os.path.dirname(journal["record"]), os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
@@ -371,7 +371,7 @@ def _rescue(journal: dict[str, Any], file: int, qemu: _QemuProcess) -> None:
             time.sleep(_RETRY_INTERVAL)
     with contextlib.suppress(OSError):
         if (partial := _partial_file(journal)) is not None:
-            os.unlink(partial)  # noqa: PTH108
+            os.unlink(partial)
     expired = time.monotonic() >= deadline
     if journal["steps"] and errors is None and qemu.is_running(unknown=expired):
         errors = _instructions(journal)

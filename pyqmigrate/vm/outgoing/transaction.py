@@ -90,7 +90,7 @@ class SaveTransaction:
         self._journal: dict[str, Any] = {
             "monitor": os.fspath(Path(monitor.path).absolute()),
             "pid": guest.pid,
-            "snapshot": os.path.abspath(snapshot),  # noqa: PTH100
+            "snapshot": os.path.abspath(snapshot),
             "token": self._token,
             "resume": guest.running,
             "steps": [],

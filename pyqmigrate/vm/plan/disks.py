@@ -98,5 +98,5 @@ def _overlay(
         snapshot.name,
         lambda name: base.with_name(name) in taken or os.path.lexists(base.with_name(name)),
     )
-    file = os.path.join(os.path.dirname(disk.file), name)  # noqa: PTH118, PTH120 - QEMU's own
+    file = os.path.join(os.path.dirname(disk.file), name)  # QEMU's own
     return Overlay(disk, file, node, base.with_name(name))

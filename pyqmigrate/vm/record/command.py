@@ -99,7 +99,7 @@ def _with_program(command: CommandLine, record: VmRecord) -> CommandLine:
 def _directory(record: VmRecord) -> str | None:
     """Return the directory that relative names of the command line start from."""
     directory = record.qemu.directory
-    if directory is not None and not os.path.isdir(directory):  # noqa: PTH112 - a name too long
+    if directory is not None and not os.path.isdir(directory):  # a name too long
         raise UsageError(
             f"the working directory {directory!r} of the recorded command line does not exist: "
             f"{_GIVE}"
@@ -222,7 +222,7 @@ def _with_present_disks(command: CommandLine, record: VmRecord) -> CommandLine:
     for disk, option in pair_disks(command, record):
         if option is None or option.file is None or not is_path(disk.file):
             continue
-        file = os.path.join(command.directory or "", option.file)  # noqa: PTH118
+        file = os.path.join(command.directory or "", option.file)
         if os.path.normpath(file) != disk.file and os.path.lexists(disk.file):
             command = with_image(command, option, disk.file, disk.format)
     return command

@@ -131,7 +131,7 @@ def _compare(
             findings.faults.append(
                 f"disk {disk.name}: {given!r} is based on a file that has gone ahead: {changes}"
             )
-    elif not os.path.exists(given) or _is_copy(given, disk.images[0]):  # noqa: PTH110
+    elif not os.path.exists(given) or _is_copy(given, disk.images[0]):
         return  # QEMU reports what it cannot open
     elif not changes and _resembles(given, disk.images[0]):
         findings.notes.append(
@@ -259,7 +259,7 @@ def _resembles(file: str, image: Image) -> bool:
     step = max(now.size // _SAMPLES, 1)
     pieces = [(0, _START), *((offset, _SAMPLE) for offset in range(0, now.size, step))]
     try:
-        with open(file, "rb") as copy, open(image.file, "rb") as original:  # noqa: PTH123
+        with open(file, "rb") as copy, open(image.file, "rb") as original:
             return all(
                 os.pread(copy.fileno(), length, offset)
                 == os.pread(original.fileno(), length, offset)
@@ -283,8 +283,8 @@ def _images_over(file: str, disk: DiskRecord) -> tuple[list[tuple[str, Qcow2]], 
         if image is None or image.backing is None:
             break
         images.append((file, image))
-        directory = os.path.dirname(file)  # noqa: PTH120
-        file = os.path.join(directory, image.backing.removeprefix("file:"))  # noqa: PTH118
+        directory = os.path.dirname(file)
+        file = os.path.join(directory, image.backing.removeprefix("file:"))
         if _same(file, disk.file) or _is_copy(file, disk.images[0]):
             return images, file
     return [], None
@@ -326,14 +326,14 @@ def _shares_a_file(command: CommandLine, disk: DiskRecord, option: DiskOption) -
 
 
 def _resolved(command: CommandLine, file: str) -> str:
-    return os.path.join(command.directory or "", file)  # noqa: PTH118
+    return os.path.join(command.directory or "", file)
 
 
 def _same(one: str, other: str) -> bool:
     if one == other:
         return True
     try:
-        return os.path.samefile(one, other)  # noqa: PTH121
+        return os.path.samefile(one, other)
     except (OSError, ValueError):
         return False
 

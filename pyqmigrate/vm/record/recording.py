@@ -236,7 +236,7 @@ class Recording:
         directory = self._draft.qemu.directory
         if directory is None or not file or file.startswith("/") or _is_description(file):
             return file
-        return os.path.normpath(os.path.join(directory, file))  # noqa: PTH118 - not of this system
+        return os.path.normpath(os.path.join(directory, file))  # not of this system
 
 
 def _notes(draft: VmRecord) -> Iterator[str]:

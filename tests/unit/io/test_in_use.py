@@ -66,11 +66,11 @@ def test_a_file_in_use_is_neither_replaced_nor_written_in_place(
 ) -> None:
     in_use = files_in_use([(precious, "disk virtio0 of the guest")])
     target = named(precious)
-    before = sorted(os.listdir(precious.parent))  # noqa: PTH208
+    before = sorted(os.listdir(precious.parent))
     with pytest.raises(UsageError, match=r"disk virtio0 of the guest.*write to another file"):
         OutputFile.open(target, DirectIO.AUTO, reuse=reuse, in_use=in_use)
     assert precious.read_bytes() == PRECIOUS
-    assert sorted(os.listdir(precious.parent)) == before  # noqa: PTH208
+    assert sorted(os.listdir(precious.parent)) == before
 
 
 def test_descriptors_of_a_file_in_use_are_refused(precious: Path) -> None:

@@ -210,7 +210,7 @@ def test_the_longest_file_name_works(disk: Path) -> None:
 def test_a_name_with_undecodable_bytes_works(disk: Path) -> None:
     path = os.fsencode(disk) + b"/snap\xff"
     pyqmigrate.save(os.fsdecode(path), [RamBlock("ram", known_memory())])
-    assert os.listdir(os.fsencode(disk)) == [b"snap\xff"]  # noqa: PTH208 - bytes
+    assert os.listdir(os.fsencode(disk)) == [b"snap\xff"]  # bytes
 
 
 def test_a_relative_path_is_taken_from_where_the_save_began(

@@ -12,7 +12,7 @@ from tests.harness.qmp_server import RawClient, ServerThread
 @pytest.fixture
 def serve(tmp_path):
     """Starts servers; checks at the end that they leave no descriptor open."""
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    before = len(os.listdir("/proc/self/fd"))
     servers, clients = [], []
 
     def start(**options):
@@ -29,7 +29,7 @@ def serve(tmp_path):
         client.close()
     for server in servers:
         server.close()
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pyqmigrate.qmp.descriptors import NamedFds, PendingFds, Receiver
 
 
 def open_fds():
-    return set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    return set(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ ADD = b'{"execute":"add-fd"}'
 
 
 def open_fds():
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    return len(os.listdir("/proc/self/fd"))
 
 
 def wait_until(condition):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +133,8 @@ def test_pages_are_counted_as_an_index_counts_them(listed: list[Record]) -> None
         counts = []
         for pages in (False, True):
             with open_snapshot(disk / "from") as snapshot:
-                snapshot.read_through(pages=pages)
+                if pages:
+                    snapshot.prepare_random_reads()
                 counts.append([block.data_pages for block in snapshot.blocks.values()])
         last = {(record.block, record.number): record.fill != 0 for record in listed}
         assert (
@@ -173,14 +177,26 @@ def test_dense_conversion_allocates_every_page(disk: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_interrupted_pass_leaves_nothing(disk: Path, form: str) -> None:
-    start_sequential_save(disk / "from", [RamBlock("ram", ram(512))]).wait()
+    whole = stream([[page(k, 7) for k in range(512)]], {"ram": PART})
+    pipe = disk / "from"
+    os.mkfifo(pipe)
+    interrupted = threading.Event()
+
+    def write_half() -> None:
+        with pipe.open("wb", buffering=0) as file:  # then the pass waits: it cannot end before
+            file.write(whole[: len(whole) // 2])
+            interrupted.wait(60)
 
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        convert(disk / "from", disk / "to", to=form, progress=interrupt)
-    assert [*disk.iterdir()] == [disk / "from"]
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(write_half)
+        with pytest.raises(KeyboardInterrupt):
+            convert(pipe, disk / "to", to=form, progress=interrupt)
+        interrupted.set()
+        writer.result()
+    assert [*disk.iterdir()] == [pipe]
 
 
 @pytest.mark.parametrize("form", FORMS)
