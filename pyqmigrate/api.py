@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypedDict, Unpack
 
 from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.enums import parse_enum
@@ -20,41 +21,37 @@ from pyqmigrate.io.target import Descriptors, Target, stream_offset, target_path
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 
-__all__ = ["save", "start_save"]
+__all__ = ["StartSaveOptions", "save", "start_save"]
+
+
+class StartSaveOptions(TypedDict, total=False):
+    """The options of :func:`save` that are those of :func:`start_save`, which documents them."""
+
+    channels: int
+    direct_io: DirectIO | str
+    sparse: Sparse | str
+    machine: str
+    target_page_bits: int | None
+    reuse: bool
+    max_bandwidth: int
+    seal: Algorithm | str | None
 
 
 def save(
     target: Target,
     blocks: Sequence[RamBlock],
     *,
-    channels: int = 2,
-    direct_io: DirectIO | str = DirectIO.AUTO,
-    sparse: Sparse | str = Sparse.AUTO,
-    machine: str = "",
-    target_page_bits: int | None = None,
-    reuse: bool = False,
-    max_bandwidth: int = 0,
-    seal: Algorithm | str | None = None,
     progress: Callable[[Progress], object] | None = None,
+    **options: Unpack[StartSaveOptions],
 ) -> SaveReport:
     """Save guest memory to a snapshot and wait until it is durable.
 
-    Like :func:`start_save`, with ``progress`` called on this thread at most ten times per second. If
-    the wait is interrupted, or ``progress`` raises, the save is cancelled and leaves no file.
+    Like :func:`start_save`, with the same options and ``progress``, which is called on this thread
+    at most ten times per second, and once after the end. If the wait is interrupted, or ``progress``
+    raises before the end, the save is cancelled and leaves no file.
     """
     check_callback("progress", progress)
-    return start_save(
-        target,
-        blocks,
-        channels=channels,
-        direct_io=direct_io,
-        sparse=sparse,
-        machine=machine,
-        target_page_bits=target_page_bits,
-        reuse=reuse,
-        max_bandwidth=max_bandwidth,
-        seal=seal,
-    ).wait(progress)
+    return start_save(target, blocks, **options).wait(progress)
 
 
 def start_save(

@@ -121,8 +121,9 @@ class Job(Generic[R]):
         """Wait for the end and return the report, or raise the error of the job.
 
         ``timeout`` is in seconds; JobTimeout after it, and the job continues. ``progress`` is
-        called on this thread, at most ten times a second and once at the end; an exception from it
-        cancels the job and is raised here when the job has stopped. Cancelled after :meth:`cancel`.
+        called on this thread, at most ten times a second and once after the end; an exception from
+        it cancels the job and is raised here when the job has stopped. The one after the end cannot
+        undo what the job made. Cancelled after :meth:`cancel`.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._done.is_set():

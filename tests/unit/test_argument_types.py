@@ -11,6 +11,7 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import Format, RamBlock, UsageError
+from pyqmigrate.api import StartSaveOptions
 from tests.harness.snapshots import known_memory
 
 
@@ -147,9 +148,18 @@ VALUES = {
 }
 
 
+def parameters_of(call: Any) -> Iterator[str]:
+    """Yield the names of all parameters; those of save's options are in a TypedDict."""
+    for parameter in inspect.signature(call).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            yield from StartSaveOptions.__annotations__
+        else:
+            yield parameter.name
+
+
 def cases() -> Iterator[Any]:
     for name, call, _ in calls():
-        for parameter in inspect.signature(call).parameters:
+        for parameter in parameters_of(call):
             for number, value in enumerate(WRONG[parameter]):
                 yield pytest.param(name, parameter, number, id=f"{name}-{parameter}-{value!r:.30}")
 
@@ -189,3 +199,16 @@ def test_wrong_type_is_a_usage_error(
         if isinstance(made, pyqmigrate.Job):
             made.wait()
     assert {path.name for path in place.iterdir()} == {"snapshot", "stream"}
+
+
+def test_options_of_save_are_those_of_start_save() -> None:
+    keywords = {
+        parameter.name: parameter.annotation
+        for parameter in inspect.signature(pyqmigrate.start_save).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    options = {
+        name: annotation.__forward_arg__
+        for name, annotation in StartSaveOptions.__annotations__.items()
+    }
+    assert options == keywords

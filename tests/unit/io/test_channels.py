@@ -1,4 +1,4 @@
-"""Ranges, channels and jobs without a target: what a pass is made of."""
+"""Ranges, and channels that work through them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate._core import ffi, lib
-from pyqmigrate.core import Channel, Fault, error_from_fault
+from pyqmigrate.core import Channel
 from pyqmigrate.io.channels import Channels, Range, split_ranges
-from pyqmigrate.io.job import Job
 from tests.harness.examples import some
 from tests.harness.kernel import PAGE_SIZES
 
@@ -121,52 +120,3 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_no_hang(
         patched.setattr(threading.Thread, "start", start)
         run(Channels(4, "test"), 10, lambda c, i: time.sleep(0.01) or 0)
     assert not any(thread.is_alive() for thread in started)
-
-
-@pytest.mark.parametrize(
-    ("number", "in_memory", "kind"),
-    [
-        (errno.ECANCELED, 0, pyqmigrate.Cancelled),
-        (errno.EFAULT, 1, pyqmigrate.GuestMemoryError),
-        (errno.EIO, 1, pyqmigrate.GuestMemoryError),
-        (errno.EIO, 0, pyqmigrate.TargetError),
-        (errno.ENOSPC, 0, pyqmigrate.NoSpace),
-        (errno.EDQUOT, 0, pyqmigrate.NoSpace),
-    ],
-)
-def test_numbers_of_the_core_become_exceptions(
-    number: int, in_memory: int, kind: type[Exception]
-) -> None:
-    fault = Fault()
-    fault.core.in_memory, fault.core.at = in_memory, 0x1000
-    error = error_from_fault(-number, fault, "target", "pc.ram")
-    assert type(error) is kind
-    if isinstance(error, OSError):
-        assert error.errno == number
-
-
-def test_a_callback_at_the_end_runs_whether_the_job_went_well_or_not() -> None:
-    ran: list[str] = []
-    gate = threading.Event()
-
-    def fail() -> int:
-        gate.wait(5)
-        raise LookupError("bad")
-
-    good: Job[int] = Job(Channels(1, "test"), 0, lambda: (gate.wait(5) and 7) or 0)
-    bad: Job[int] = Job(Channels(1, "test"), 0, fail)
-    good.at_end(lambda: ran.append("good"))
-    bad.at_end(lambda: ran.append("bad"))
-    gate.set()
-    assert good.result(5) == 7
-    with pytest.raises(LookupError):
-        bad.result(5)
-    good.at_end(lambda: ran.append("late"))
-    assert sorted(ran) == ["bad", "good", "late"]
-
-
-def test_a_job_of_no_time_has_no_rate_of_infinity() -> None:
-    job: Job[int] = Job(Channels(1, "test"), 0, lambda: 1)
-    assert job.result(5) == 1
-    assert job.progress.rate == 0
-    assert job.progress.bytes_total == 0
