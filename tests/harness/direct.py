@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from pyqmigrate import Descriptors, FileMemory, ProcessMemory
-from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveReport, Sparse
+from pyqmigrate.snapshot.save.writer import SaveReport
 from pyqmigrate.vm.guest.device_state import DeviceState, read_devices, read_migrated
 from tests.harness.machine import MigrationFailed, Mode, Qemu
 
@@ -72,14 +71,9 @@ def write_snapshot(path: Path, state: DeviceState, memories: Mapping[str, Memory
     writer = Writer(
         path,
         blocks,
-        direct_io=DirectIO.AUTO,
-        sparse=Sparse.AUTO,
-        channels=2,
-        machine=state.machine,
-        target_page_bits=state.target_page_bits,
-        uuid=state.uuid,
-        reuse=False,
-        max_bandwidth=0,
+        SaveOptions(
+            machine=state.machine, target_page_bits=state.target_page_bits, uuid=state.uuid
+        ),
     )
     return Job(
         writer.channels,

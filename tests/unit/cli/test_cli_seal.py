@@ -159,6 +159,7 @@ def test_verify_deep_looks_at_the_snapshot_as_it_was_opened(
     assert (ran.code, ran.json["device_count"]) == (0, 0)
     assert index.exists()
     assert len(passes) == 1
+    channels.clear()
     make_snapshot(tmp_path / "mapped", {"ram": pages(8)})
     assert command(*deep, tmp_path / "mapped", "--channels", "3").code == 0
     assert channels == [3]
