@@ -12,7 +12,7 @@ from pyqmigrate import Descriptors, FileMemory, ProcessMemory
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveReport
+from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport
 from pyqmigrate.vm.guest.device_state import DeviceState, read_devices, read_migrated
 from tests.harness.machine import MigrationFailed, Mode, Qemu
 
