@@ -118,7 +118,7 @@ def test_qemu_that_dies_exits_4_with_its_last_words(
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
-    [("QEMU emulator version 7.2.4", "is QEMU 7.2.4"), ("hello", "does not tell its version")],
+    [("QEMU emulator version 7.2.4", "is QEMU 7.2.4"), ("hello", "does not show its version")],
 )
 def test_qemu_that_is_too_old_is_not_asked(answer: str, reason: str, no_qemu: Path) -> None:
     file = no_qemu / "qemu-system-x86_64"
