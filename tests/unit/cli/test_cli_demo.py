@@ -47,7 +47,7 @@ def test_demo_without_qemu_says_so_and_is_done(no_qemu: Path, disk: Path, comman
     assert list(disk.iterdir()) == []
 
 
-def test_demo_json_tells_of_every_step(no_qemu: Path, disk: Path, command: Command) -> None:
+def test_demo_json_reports_every_step(no_qemu: Path, disk: Path, command: Command) -> None:
     ran = command("demo", "--size", "16MiB", "--dir", disk, "--channels", "1", "--json").json
     assert ran["total_ram"] == (ran["data_pages"] + ran["zero_pages"]) * PAGE == 16 * MIB
     assert_as_documented("demo", ran)
