@@ -57,7 +57,7 @@ class Disk:
         """Removes files and waits until the disk is quiet.
 
         Freeing a large fragmented file goes on after its removal (with ``discard`` for many
-        seconds) and would be charged to whoever comes next.
+        seconds) and would be charged to the next contender.
         """
         for path in paths:
             path.unlink(missing_ok=True)

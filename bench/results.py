@@ -1,4 +1,4 @@
-"""What was measured, and how it stands against the targets."""
+"""The measurements, and their comparison with the targets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OURS, QEMU, FIO, LIBVIRT = "pyqmigrate", "qemu", "fio", "libvirt"
 @dataclass(frozen=True)
 class Sample:
     """One run. ``seconds`` is wall time, ``cpu`` user and system time of the whole process (None:
-    not known), ``facts`` whatever else is worth keeping."""
+    not known), ``facts`` other results worth keeping."""
 
     seconds: float
     cpu: float | None = None

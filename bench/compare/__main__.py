@@ -56,7 +56,7 @@ PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "memfd", "restores"
 _SLOW = 4.0  # times the fastest
 _SLOW_SECONDS = 10.0
 _SCAN_ROUNDS = 9
-_SEAL_ROUNDS = 7  # at least: a few percent are to be told apart
+_SEAL_ROUNDS = 7  # at least: a few percent must be distinguished
 _LOAD_CHANNELS = (4, 8)  # besides --channels
 
 
@@ -153,7 +153,7 @@ class Bench:
     def take_turns(
         self, work: str, contenders: Sequence[Contender], before: Callable[[], None]
     ) -> None:
-        """Every contender once a round, in another order each: nobody always follows the same."""
+        """Every contender once a round, in a new order each time, so that none always follows the same."""
         first: dict[str, float] = {}
         for contender in contenders:
             self.results.expect(work, contender.side, contender.name)

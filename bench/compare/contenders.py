@@ -56,7 +56,7 @@ class SharedRam(GuestRam):
     """Guest RAM in a nameless file on tmpfs, which QEMU and we map alike.
 
     With ``present`` every page is there from the start, zero ones too: as in a guest that has
-    run for a while, and so that nobody pays for another's first touch.
+    run for a while, and so that no contender pays for another's first touch.
     """
 
     def __init__(self, length: int, *, present: bool) -> None:
@@ -310,7 +310,7 @@ def _cpu_of(pid: int) -> float:
 
 
 def sync_file(path: Path) -> None:
-    """For whoever did not do it: what was written is on the disk."""
+    """Sync the file, for a contender that has not: what was written is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -38,7 +38,7 @@ _DOMAIN = """
 
 @contextlib.contextmanager
 def libvirt_savers(ram: SharedRam, path: Path, channels: int) -> Iterator[list[Contender]]:
-    """None where libvirt is not to be had (``.ci/ensure-system qemu`` unpacks it)."""
+    """Return None if libvirt is not available (``.ci/ensure-system qemu`` unpacks it)."""
     with contextlib.ExitStack() as stack:
         try:
             # Socket paths are short, so its directory is not among ours.

@@ -1,4 +1,4 @@
-"""What is to be reached, and how the results stand against it."""
+"""The targets, and the results compared with them."""
 
 from __future__ import annotations
 

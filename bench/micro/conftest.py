@@ -72,7 +72,7 @@ def target(disk: Disk) -> Iterator[Path]:
     disk.clear(path)
 
 
-# pytest-benchmark cannot add a column to its table; what it made of the runs becomes one of ours.
+# pytest-benchmark cannot add a column to its table; its results become a table of this file.
 
 
 @pytest.hookimpl(wrapper=True)

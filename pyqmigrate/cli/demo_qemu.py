@@ -59,7 +59,7 @@ def find_qemu() -> Qemu | str:
         return f"{path} does not run: {error}"
     found = re.search(r"version (\d+)\.(\d+)\.(\d+)", answer)
     if found is None:
-        return f"{path} does not tell its version"
+        return f"{path} does not show its version"
     qemu = Qemu(path, (int(found[1]), int(found[2]), int(found[3])))
     return qemu if qemu.version >= _NEEDED else f"{needed} is needed, and {path} is {qemu}"
 

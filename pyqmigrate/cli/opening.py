@@ -1,4 +1,4 @@
-"""Open a snapshot of any kind for a verb, as its arguments say."""
+"""Open a snapshot of any kind for a verb, by its arguments."""
 
 from __future__ import annotations
 

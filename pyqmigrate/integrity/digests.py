@@ -1,13 +1,11 @@
-"""Digests of a file's bytes, one a MiB: taken while they are written, or by reading.
+"""Digests of a file, one for each MiB: of the bytes as they are written, or by reading them.
 
-A save with a seal has the core tell what it is about to write (``struct qm_file`` in
-``csrc/qmigrate.h``): every page has been copied into a buffer of ours by then, which is digested
-and handed to the kernel, so a digest is of the bytes as written whatever becomes of guest memory
-meanwhile. A piece that is written otherwise, in parts or again, is not known any more, and is read
-back when all is written.
+In a save with a seal the core calls a hook before each write (``struct qm_file`` in
+``csrc/qmigrate.h``). Every page was copied into a bounce buffer by then, which is digested and
+written, so the digests match the file even if guest memory changes. The digest of a piece that is
+written in parts or again is dropped, and the piece is read when everything is written.
 
-Reading takes nothing from holes. The page cache is read where the file is in it, and gone past
-where it is not.
+Holes are not read. Pieces in the page cache are read from there, others with direct I/O.
 """
 
 from __future__ import annotations
@@ -33,19 +31,17 @@ from pyqmigrate.io.page_cache import cached_bytes
 
 __all__ = ["Digests", "open_direct"]
 
-_PIECES_A_RANGE = 64  # a channel reads on where it read before: disks like that
+_PIECES_A_RANGE = 64  # so that each channel reads sequentially
 _COMPARED_AT_ONCE = 1 << 20  # bytes of a table, whole digests
-_CACHED = 0.5  # share of the file in the page cache from which direct I/O only costs
+_CACHED = 0.5  # share of the file in the page cache above which direct I/O is slower
 
 
 class Digests:
-    """The digests of a file's pieces, as far as they are known. Costs 17 bytes a MiB.
+    """The known digests of a file's pieces. They take 17 bytes for each MiB.
 
-    ``size`` is the file's, ``bytes_read`` what was not in holes or known before, both in bytes.
-    ``overlay`` is ``(position, bytes)`` that reading shall find there, where no hole is: what is
-    written last of all.
-    Its methods are for one thread at a time, but for what channels do in :meth:`read_rest`, and
-    while a save writes.
+    ``size`` is that of the file, ``bytes_read`` counts the bytes that were read, both in bytes.
+    ``overlay`` is ``(position, bytes)``: the bytes that are written last of all, as if they were in
+    the file already. Methods are for one thread at a time, except for calls made by channel threads.
     """
 
     def __init__(self, algorithm: Algorithm, *, overlay: tuple[int, bytes] | None = None) -> None:
@@ -58,25 +54,25 @@ class Digests:
         self._overlay = overlay
 
     def resize(self, size: int) -> None:
-        """The file has ``size`` bytes; what it had beyond is forgotten."""
+        """Set the size of the file. Digests beyond it are dropped."""
         if size == self.size:
             return
         old, new = count_pieces(self.size), count_pieces(size)
-        self.forget(min(self.size, size), PIECE)  # a last piece that was, or becomes, shorter
+        self.forget(min(self.size, size), PIECE)  # the length of the last piece changes
         for table, width in ((self._table, DIGEST_SIZE), (self._known, 1)):
             del table[new * width :]
             table.extend(bytes((max(new, old) - old) * width))
         self.size = size
 
-    def forget(self, at: int, length: int) -> None:
-        """What stands at ``[at, at + length)`` is not known any more."""
-        first = at // PIECE
-        end = min(count_pieces(at + length), len(self._known))
+    def forget(self, offset: int, length: int) -> None:
+        """Drop the digests of the bytes ``[offset, offset + length)``."""
+        first = offset // PIECE
+        end = min(count_pieces(offset + length), len(self._known))
         if first < end:
             self._known[first:end] = bytes(end - first)
 
     def watch(self, file: File) -> None:
-        """Digest what the core writes to ``file``, which has only holes so far."""
+        """Digest what the core writes to ``file``, which is a hole so far."""
         file.set_write_hook(self._writing)
 
     def seal(
@@ -88,7 +84,7 @@ class Digests:
         clear_pages_zero: bool,
         bitmap_order: ByteOrder = "little",
     ) -> Manifest:
-        """All digests, which must be known, as a manifest; arguments as its head has them."""
+        """Return all digests, which must be known, as a manifest. The arguments go into its head."""
         if 0 in self._known:
             raise ValueError(f"the digest of piece {self._known.index(0)} is not known")
         head = SealHead(
@@ -110,10 +106,10 @@ class Digests:
     def read_rest(
         self, fd: int, name: str, channels: Channels, direct: Direct | None = None
     ) -> None:
-        """Find the digests that are not known; ``fd`` is a description of our own.
+        """Read the pieces without a known digest. ``fd`` has its own open file description.
 
-        The file has the size given to :meth:`resize`. Raises SnapshotError when it has become
-        shorter, TargetError when it cannot be read, Cancelled.
+        The file has the size given to :meth:`resize`. Raises SnapshotError if it has become shorter,
+        TargetError if it cannot be read, Cancelled.
         """
         local = threading.local()
 
@@ -127,10 +123,10 @@ class Digests:
             for number in range(item.first, item.first + item.npages):
                 if channels.cancelled:
                     return -errno.ECANCELED
-                at = number * PIECE
-                view = local.buffer[: min(PIECE, self.size - at)]
-                _read(fd, direct, local.buffer, len(view), at, name)
-                self._lay_over(view, at)
+                offset = number * PIECE
+                view = local.buffer[: min(PIECE, self.size - offset)]
+                _read(fd, direct, local.buffer, len(view), offset, name)
+                self._lay_over(view, offset)
                 self._set(number, view)
                 channels.core.count_pages(len(view))
             return 0
@@ -138,7 +134,7 @@ class Digests:
         channels.run(self._unknown(fd, channels), read, name, [""])
 
     def _unknown(self, fd: int, channels: Channels) -> Iterator[Range]:
-        """Stretches of pieces to be read; those that are holes become known on the way."""
+        """Yield the ranges of pieces to read. Pieces in holes become known on the way."""
         count = count_pieces(self.size)
         at = self._known.find(0)
         while at >= 0:
@@ -158,10 +154,10 @@ class Digests:
             at = self._known.find(0, data)
 
     def _data(self, fd: int, number: int, end: int) -> int:
-        """The first piece from ``number`` on that may hold data, at most ``end``."""
+        """Return the first piece from ``number`` on that may have data, at most ``end``."""
         limit = min(end * PIECE, self.size)
-        at = next_data(fd, number * PIECE, limit)
-        return end if at == limit else at // PIECE
+        offset = next_data(fd, number * PIECE, limit)
+        return end if offset == limit else offset // PIECE
 
     def _set_zero(self, first: int, end: int) -> None:
         self._table[first * DIGEST_SIZE : end * DIGEST_SIZE] = zero_digest(
@@ -177,30 +173,30 @@ class Digests:
         self._table[number * DIGEST_SIZE : (number + 1) * DIGEST_SIZE] = self._digest(data)
         self._known[number] = 1
 
-    def _lay_over(self, view: memoryview, at: int) -> None:
+    def _lay_over(self, view: memoryview, offset: int) -> None:
         if self._overlay is None:
             return
         position, data = self._overlay
         for n in range(len(data)):
-            if at <= position + n < at + len(view):
-                view[position + n - at] = data[n]
+            if offset <= position + n < offset + len(view):
+                view[position + n - offset] = data[n]
 
-    def _writing(self, at: int, data: memoryview | None, length: int) -> None:
-        if data is None or at % PIECE:
-            self.forget(at, length)
+    def _writing(self, offset: int, data: memoryview | None, length: int) -> None:
+        if data is None or offset % PIECE:
+            self.forget(offset, length)
             return
         for start in range(0, length, PIECE):
-            if length - start < PIECE:  # the rest of the piece is another's
-                self.forget(at + start, length - start)
+            if length - start < PIECE:  # another write has the rest of the piece
+                self.forget(offset + start, length - start)
             else:
-                self._set((at + start) // PIECE, data[start : start + PIECE])
+                self._set((offset + start) // PIECE, data[start : start + PIECE])
 
 
 def open_direct(source: InputFile, setting: DirectIO) -> tuple[Direct | None, str]:
-    """How a file is best read as it is now: a direct descriptor or none, and why.
+    """Return the faster way to read a file now: a direct descriptor or None, and the reason.
 
-    Give the descriptor to ``source.close_direct``. Raises DirectIORefused where it is demanded and
-    cannot be had.
+    Give the descriptor to ``source.close_direct``. Raises DirectIORefused if ``setting`` requires it
+    and the file does not support it.
     """
     if setting is DirectIO.AUTO:
         cached = cached_bytes(source.fd) / max(source.allocated_bytes(), 1)
@@ -210,21 +206,22 @@ def open_direct(source: InputFile, setting: DirectIO) -> tuple[Direct | None, st
 
 
 def _read(
-    fd: int, direct: Direct | None, buffer: memoryview, length: int, at: int, name: str
+    fd: int, direct: Direct | None, buffer: memoryview, length: int, offset: int, name: str
 ) -> None:
-    """``length`` bytes at ``at`` to the front of ``buffer``, which has whole units."""
+    """Read ``length`` bytes at ``offset`` into ``buffer``, whose length is a multiple of the unit of
+    direct I/O."""
     have = 0
     while have < length:
         try:
             if direct is not None and have % direct.off_align == 0:
                 end = -(-length // direct.off_align) * direct.off_align
-                got = os.preadv(direct.fd, [buffer[have:end]], at + have)
+                got = os.preadv(direct.fd, [buffer[have:end]], offset + have)
             else:
-                got = os.preadv(fd, [buffer[have:length]], at + have)
+                got = os.preadv(fd, [buffer[have:length]], offset + have)
         except OSError as error:
             raise TargetError(
-                error.errno or errno.EIO, "cannot read", name, position=at + have
+                error.errno or errno.EIO, "cannot read", name, position=offset + have
             ) from error
         if got == 0:
-            raise SnapshotError("the file has become shorter", offset=at + have)
+            raise SnapshotError("the file has become shorter", offset=offset + have)
         have += got

@@ -1,4 +1,4 @@
-"""The file of a seal: where it is, reading it with checks, writing it all at once."""
+"""The file of a seal: find it, read it with checks, write it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 @dataclass(frozen=True)
 class Manifest:
-    """A seal: its head, and the digests of the file's pieces one after another."""
+    """A seal: its head, and the digests of the file's pieces, concatenated."""
 
     head: SealHead
     digests: bytes | bytearray
@@ -43,7 +43,7 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of the file when it was sealed."""
+        """The size of the file when it was sealed, bytes."""
         return self.head.size
 
     @property
@@ -55,18 +55,18 @@ class Manifest:
 def read_manifest(
     path: Path, limit: int | None = None, *, wanted: Callable[[SealHead], bool] | None = None
 ) -> Manifest | None:
-    """The manifest at ``path``; None where there is no file.
+    """Return the manifest at ``path``; None if there is not a file.
 
-    limit: bytes of digests that are kept, no more than so many take memory; all are checked. A
-        head may claim a file of any size: who has the file gives what that can need.
-    wanted: asked about the head before a digest is read, when nothing vouches for it yet; where
-        it says no, that is None too.
+    limit: keep at most so many bytes of digests; all are checked. A head may claim a file of any
+        size, so pass the limit that the real size of the file implies.
+    wanted: called with the head, which is untrusted then, before the digests are read. If it returns
+        False, the result is None.
 
-    Raises SnapshotError (its ``field`` is ``seal``) unless it is whole, NotSupported where its
-    algorithm is not installed, TargetError.
+    Raises SnapshotError (its ``field`` is ``seal``) for a damaged seal, NotSupported if the library
+    of its algorithm is missing, TargetError.
     """
     try:
-        # O_NONBLOCK: to open a FIFO must not wait for a writer.
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in _ABSENT:
@@ -89,22 +89,22 @@ def _read(fd: int, limit: int | None, wanted: Callable[[SealHead], bool] | None)
     head, start = line.head, len(text) + len(newline)
     if info.st_size != start + head.digests_size:
         raise SnapshotError(
-            f"the seal has {info.st_size} bytes, and {start + head.digests_size} by its head",
+            f"the seal has {info.st_size} bytes, but its head requires {start + head.digests_size}",
             field="seal",
         )
     if wanted is not None and not wanted(head):
         return None
-    # A file of a few bytes can claim any size by a hole. No digest is zeros, so none is in a hole.
+    # With a hole, a file of a few bytes can have any size. Digests are never zeros.
     if next_hole(fd, 0, info.st_size) < info.st_size:
         raise SnapshotError("the seal has a hole in its digests", field="seal")
     kept = bytearray(head.digests_size if limit is None else min(limit, head.digests_size))
 
     def digests() -> Iterator[bytes]:
-        at = start
-        while piece := os.pread(fd, _WINDOW, at):
-            room = kept[at - start : at - start + len(piece)]
-            kept[at - start : at - start + len(room)] = piece[: len(room)]
-            at += len(piece)
+        offset = 0
+        while piece := os.pread(fd, _WINDOW, start + offset):
+            room = kept[offset : offset + len(piece)]
+            kept[offset : offset + len(room)] = piece[: len(room)]
+            offset += len(piece)
             yield piece
 
     line.check(digests())
@@ -112,21 +112,21 @@ def _read(fd: int, limit: int | None, wanted: Callable[[SealHead], bool] | None)
 
 
 def check_place(path: Path) -> Path:
-    """Where a seal is to be written; UsageError where something else is there, or its name would be
-    too long. Raises TargetError."""
+    """Return the path of a seal to write. Raises UsageError if another kind of file is there, or its
+    name would be too long, and TargetError."""
     return check_replaceable(path, SEAL)
 
 
 def remove_manifest(path: Path) -> None:
-    """Remove the seal at ``path``, if one of ours is there, and make that durable. OSError."""
+    """Remove the seal at ``path``, durably. Another kind of file stays. OSError."""
     if remove(os.fspath(path), SEAL):
         sync_directory(path)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write it beside its file; it has its name when it is whole and durable.
+    """Write a seal; the file gets its name when it is complete and durable.
 
-    Raises UsageError where something else has that name, TargetError (NotDurable).
+    Raises UsageError if another kind of file has the name, TargetError (NotDurable).
     """
     line = manifest.head.encode(manifest.digests)
     write_whole(path, SEAL, lambda file: file.writelines((line, manifest.digests)))

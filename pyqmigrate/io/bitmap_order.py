@@ -1,10 +1,9 @@
-"""In which byte order a file's bitmaps are: that of the host that wrote it.
+"""Find the byte order of a file's bitmaps: that of the host that wrote it.
 
-Nothing in the file records it (docs/internals/format.md, "Bitmap"), but the file can show it: a page
-whose bit is set has its bytes there, and in the wrong order bits fall over holes. The two orders set
-equally many bits in each 64 pages, so that of two counts one is enough: the order with more of its
-bits over data explains the file better. An order that sets bits past the end of a block, or of the
-file, is impossible.
+The file does not record it (docs/internals/format.md, "Bitmap"), but its holes can show it: a page
+whose bit is set has data in the file, and in the wrong order some set bits are over holes. Both
+orders set the same number of bits in each 64 pages, so the order with more of its bits over data fits
+the file better. An order that sets bits past the end of a block, or of the file, is impossible.
 
 A file without holes shows nothing, nor does one whose blocks are all data or all zero.
 """
@@ -23,7 +22,7 @@ from pyqmigrate.io.input import Source
 
 __all__ = ["better_order", "find_order", "other_order", "says_better"]
 
-_EXTENTS = 4096  # stretches of data that are looked at in each block
+_EXTENTS = 4096  # extents of data that are examined in each block
 _S390 = "s390-ccw"  # under KVM its host is big-endian, emulated it may be any
 
 
@@ -32,11 +31,11 @@ def other_order(order: ByteOrder) -> ByteOrder:
 
 
 def find_order(source: Source, blocks: Sequence[BlockLayout], machine: str) -> ByteOrder:
-    """``big`` where the file leaves no doubt, otherwise ``little``.
+    """Return ``big`` if the file is certainly big-endian, otherwise ``little``.
 
-    No doubt: a big-endian host is to be expected (an s390 guest, or this host is one), all that
-    big-endian bitmaps set is there, and little-endian ones fit worse. Reads bitmaps and looks for
-    holes in that case only. Raises TargetError.
+    Certainly: a big-endian host is likely (an s390 guest, or this host is big-endian), all bits of
+    big-endian bitmaps are over data, and little-endian ones fit worse. Bitmaps and holes are read
+    only if such a host is likely. Raises TargetError.
     """
     if not machine.startswith(_S390) and sys.byteorder != "big":
         return "little"
@@ -50,8 +49,8 @@ def find_order(source: Source, blocks: Sequence[BlockLayout], machine: str) -> B
 def better_order(
     source: Source, blocks: Sequence[BlockLayout], order: ByteOrder
 ) -> ByteOrder | None:
-    """The other order than ``order``, if that explains the file better; None otherwise, and where
-    ``order`` is impossible. Raises TargetError."""
+    """Return the order that is not ``order`` if it fits the file better; otherwise, or if ``order``
+    is impossible, None. Raises TargetError."""
     mine = _fit(source, blocks, order)
     other = None if mine is None else _fit(source, blocks, other_order(order))
     better = mine is not None and other is not None and other.there > mine.there
@@ -59,7 +58,7 @@ def better_order(
 
 
 def says_better(order: ByteOrder) -> str:
-    """A sentence for people: this order would explain the file better."""
+    """Return a sentence for people: this order would fit the file better."""
     return (
         f"the bitmaps fit the file better as those of a {order}-endian host: more of the pages that"
         f" they mark have data (bitmap_order, --bitmap-order {order})"
@@ -68,14 +67,15 @@ def says_better(order: ByteOrder) -> str:
 
 @dataclass(frozen=True)
 class _Fit:
-    """How many bits are ``set`` where was looked, and how many of these over data: ``there``."""
+    """How many bits are ``set`` in the examined pages, and how many of these are over data:
+    ``there``."""
 
     set: int
     there: int
 
 
 def _fit(source: Source, blocks: Sequence[BlockLayout], order: ByteOrder) -> _Fit | None:
-    """None for an impossible order."""
+    """Return how well the order fits; None for an impossible order."""
     marked = there = 0
     for block in blocks:
         if block.external:
@@ -85,27 +85,27 @@ def _fit(source: Source, blocks: Sequence[BlockLayout], order: ByteOrder) -> _Fi
         except SnapshotError:
             return None
         try:
-            looked_at = 0
+            examined = 0
             for first, end in _data_pages(source, block):
-                there += bitmap.count_between(max(first, looked_at), end)
-                looked_at = end
-            marked += bitmap.count(looked_at)
+                there += bitmap.count_between(max(first, examined), end)
+                examined = end
+            marked += bitmap.count(examined)
         finally:
             bitmap.close()
     return _Fit(marked, there)
 
 
 def _data_pages(source: Source, block: BlockLayout) -> Iterator[tuple[int, int]]:
-    """Stretches of pages, ``[first, end)``, that are not all in holes; after the last of them, as
-    far as was looked, an empty one."""
+    """Yield ranges of pages, ``[first, end)``, that are not all in holes; at last an empty range
+    where the examined pages end."""
     start, stop = block.pages_offset, min(block.pages_end, source.size)
-    at = end = start
+    end = start
     for _ in range(_EXTENTS):
-        at = next_data(source.fd, end, stop)
-        if at >= stop:
+        offset = next_data(source.fd, end, stop)
+        if offset >= stop:
             end = stop
             break
-        end = next_hole(source.fd, at, stop)
-        yield (at - start) // block.page_size, -(-(end - start) // block.page_size)
+        end = next_hole(source.fd, offset, stop)
+        yield (offset - start) // block.page_size, -(-(end - start) // block.page_size)
     last = max(0, end - start) // block.page_size
     yield last, last

@@ -1,4 +1,4 @@
-"""Where a file holds data."""
+"""Find the data and the holes of a file."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import os
 __all__ = ["next_data", "next_hole"]
 
 
-def next_data(fd: int, at: int, end: int) -> int:
-    """The first byte at or after ``at`` that may not be in a hole, at most ``end``.
+def next_data(fd: int, offset: int, end: int) -> int:
+    """Return the first byte from ``offset`` on that may not be in a hole, at most ``end``.
 
-    ``at`` itself where the file system does not tell. Moves the position of ``fd``.
+    That is ``offset`` if the file system does not know its holes. Moves the position of ``fd``.
     """
     try:
-        return min(max(os.lseek(fd, at, os.SEEK_DATA), at), end)
+        return min(max(os.lseek(fd, offset, os.SEEK_DATA), offset), end)
     except OSError as error:
-        # ENXIO: only a hole is left. Anything else: no such notion.
-        return end if error.errno == errno.ENXIO else at
+        # ENXIO: the rest is a hole. Otherwise the file system does not know.
+        return end if error.errno == errno.ENXIO else offset
 
 
-def next_hole(fd: int, at: int, end: int) -> int:
-    """The first byte at or after ``at`` that is in a hole, at most ``end``.
+def next_hole(fd: int, offset: int, end: int) -> int:
+    """Return the first byte from ``offset`` on that is in a hole, at most ``end``.
 
-    ``end`` where the file system does not tell. Moves the position of ``fd``.
+    That is ``end`` if the file system does not know its holes. Moves the position of ``fd``.
     """
     try:
-        return min(max(os.lseek(fd, at, os.SEEK_HOLE), at), end)
+        return min(max(os.lseek(fd, offset, os.SEEK_HOLE), offset), end)
     except OSError:
         return end

@@ -1,11 +1,11 @@
-"""Where the bytes of a RAM block live: a buffer, a file or memfd, or another process.
+"""The memory of a RAM block: a buffer, a file or memfd, or another process.
 
-A *buffer* is anything that exports a C-contiguous buffer (``mmap``, ``bytearray``, a numpy array,
-shared memory; writable for a load). A *file* is given as :class:`FileMemory`; its holes are found
-with SEEK_DATA, are not scanned and stay holes. Memory of another *process*, for saves only, is a
+A *buffer* is an object that exports a C-contiguous buffer (``mmap``, ``bytearray``, a numpy array,
+shared memory; writable for a load). A *file* is a :class:`FileMemory`; its holes are found with
+SEEK_DATA, are not scanned and stay holes. Memory of another *process*, for saves only, is a
 :class:`~pyqmigrate.io.process_memory.ProcessMemory`.
 
-:func:`attach` turns any of them into what the core works on; :meth:`OpenMemory.close` lets go of it.
+:func:`attach` makes an :class:`OpenMemory` of any of them, for the core.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ __all__ = [
     "files_of",
 ]
 
-# Where a file system hands out pieces larger than this (hugetlbfs), reading a hole through a
-# mapping would allocate a huge page, and SEEK_DATA calls every hole data.
+# On a file system with larger blocks (hugetlbfs), reading a hole through a mapping allocates a huge
+# page, and SEEK_DATA reports holes as data.
 _LARGEST_MAPPED_PIECE = 65536
 
 
@@ -52,8 +52,8 @@ _LARGEST_MAPPED_PIECE = 65536
 class FileMemory:
     """Guest memory that is a file or a memfd.
 
-    ``fd`` is borrowed and may be closed once the job has started; ``offset`` and ``length`` are
-    bytes, ``length`` None reaching to the end of the file. For a load it must be writable.
+    ``fd`` is borrowed and may be closed once the job has started. ``offset`` and ``length`` are in
+    bytes; with None the memory ends at the end of the file. For a load ``fd`` must be writable.
     """
 
     fd: int
@@ -63,10 +63,10 @@ class FileMemory:
 
 @dataclass(frozen=True)
 class SnapshotMemory:
-    """A block of a snapshot as guest memory, for saves. Valid as long as the snapshot is open.
+    """A block of a snapshot as guest memory, for saves. Valid until the snapshot is closed.
 
-    ``length`` and ``extent_bytes``, an upper bound of the data, are bytes; ``identity`` is that of
-    the snapshot's file.
+    ``length`` and ``extent_bytes``, an upper bound of the data, are in bytes; ``identity`` is that
+    of the snapshot's file.
     """
 
     length: int
@@ -90,11 +90,11 @@ Memory: TypeAlias = Union["Buffer", FileMemory, ProcessMemory, SnapshotMemory]
 
 @dataclass(frozen=True)
 class RamBlock:
-    """A named block of guest memory, its length a whole number of pages.
+    """A named block of guest memory. Its length is a multiple of ``page_size``.
 
     ``page_size`` is the guest's target page size in bytes (4096 on x86; a power of two from 1 KiB
-    to 64 KiB). ``address`` is the block's in the guest: it is written where the content of shared
-    blocks is left out (``x-ignore-shared``), and has to be that of the loading QEMU's then.
+    to 64 KiB). ``address`` is the guest address of the block. It is written only if the content of
+    shared blocks is left out (``x-ignore-shared``), and then the loading QEMU must have the same.
     """
 
     name: str
@@ -104,10 +104,9 @@ class RamBlock:
 
 
 class OpenMemory:
-    """Memory held ready for the core: ``core`` is its ``struct qm_memory *``.
+    """Memory that the core can use: ``core`` is its ``struct qm_memory *``.
 
-    ``length`` is in bytes; ``extent_bytes`` an upper bound of what can hold data. ``unaligned``
-    tells that direct I/O has to go through bounce buffers.
+    ``length`` is in bytes; ``extent_bytes`` is an upper bound of the data. Close it.
     """
 
     def __init__(self, name: str, memory: Memory, *, writable: bool) -> None:
@@ -189,7 +188,7 @@ class OpenMemory:
         self.core.fill_arg = memory.source.argument
 
     def _open_own(self, fd: int, writable: bool) -> None:
-        # SEEK_DATA moves the position of the description, which is the caller's: take our own.
+        # SEEK_DATA moves the position of the description, and this one belongs to the caller.
         flags = os.O_RDWR if writable else os.O_RDONLY
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE not in (os.O_RDWR, flags):
             raise OSError(errno.EBADF, f"it is not open for {'writing' if writable else 'reading'}")
@@ -199,10 +198,9 @@ class OpenMemory:
             self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
     def _seals(self) -> int | None:
-        """The seals of a file that lives in memory (memfd, tmpfs, hugetlbfs); None elsewhere.
+        """Return the seals of a file in memory (memfd, tmpfs, hugetlbfs); None for other files.
 
-        Writing to a disk's file through a mapping would fill its holes, and turn a full disk into
-        a fault.
+        Writing to a file on disk through a mapping would fill its holes, and fault on a full disk.
         """
         try:
             return fcntl.fcntl(self._fd, fcntl.F_GET_SEALS)
@@ -210,7 +208,7 @@ class OpenMemory:
             return None
 
     def _may_be_mapped(self, seals: int, offset: int) -> bool:
-        """Whether reading through a mapping can neither fail later nor fill holes."""
+        """Return whether reading through a mapping never fails and never fills holes."""
         if not seals & fcntl.F_SEAL_SHRINK:
             return False
         if os.fstatvfs(self._fd).f_bsize > _LARGEST_MAPPED_PIECE:
@@ -229,12 +227,12 @@ class OpenMemory:
                 self._fd, offset - start + length, mmap.MAP_SHARED, protection, offset=start
             )
         except (OSError, ValueError, OverflowError):
-            return  # the descriptor alone does as well, with a copy more
+            return  # the descriptor is enough, at the cost of a copy
         self._buffer = _core.ffi.from_buffer("unsigned char[]", self._mapping, writable)
         self.core.base = self._buffer + (offset - start)
 
     def refuse_as_source(self, fd: int) -> None:
-        """UsageError where a load from the file ``fd`` would overwrite that very file."""
+        """Raise UsageError if a load from the file ``fd`` would overwrite this same file."""
         if self._fd >= 0 and FileId.of(os.fstat(fd)) == FileId.of(os.fstat(self._fd)):
             raise UsageError(
                 f"the memory of block {self.name!r} is the file that is to be loaded, which would "
@@ -242,12 +240,12 @@ class OpenMemory:
             )
 
     def unaligned(self, mem_align: int) -> bool:
-        """Whether the memory has an address that a descriptor demanding ``mem_align`` refuses."""
+        """Return whether direct I/O with this alignment has to go through bounce buffers."""
         base = int(_core.ffi.cast("uintptr_t", self.core.base))
         return base % mem_align != 0
 
     def close(self) -> None:
-        """Let go of buffer, mapping, process and descriptor. May be repeated."""
+        """Release the buffer, the mapping, the process and the descriptor. Idempotent."""
         self.core.base = _core.ffi.NULL
         if self._buffer is not None:
             _core.ffi.release(self._buffer)
@@ -264,7 +262,7 @@ class OpenMemory:
 
 
 def files_of(memories: Iterable[OpenMemory]) -> dict[FileId, str]:
-    """The files that memories are in, as far as that is known: nothing may write over them."""
+    """Return the known files of these memories, which must not be overwritten."""
     found: dict[FileId, str] = {}
     mapped: dict[int, list[Area]] = {}
     for memory in memories:
@@ -276,7 +274,7 @@ def files_of(memories: Iterable[OpenMemory]) -> dict[FileId, str]:
         elif memory._process is None:
             address = int(_core.ffi.cast("uintptr_t", memory.core.base))
             mapped.setdefault(os.getpid(), []).append(Area(address, memory.length, what))
-        elif not memory._process.skips:  # else it is known to be in no file
+        elif not memory._process.skips:  # anonymous memory is not in a file
             process = memory._process.core
             area = Area(process.address, memory.length, what)
             mapped.setdefault(process.pid, []).append(area)
@@ -286,7 +284,7 @@ def files_of(memories: Iterable[OpenMemory]) -> dict[FileId, str]:
 
 
 def check_blocks(blocks: object) -> None:
-    """UsageError unless they are RamBlocks whose fields have the types that are documented."""
+    """Raise UsageError unless they are RamBlocks with fields of the documented types."""
     if isinstance(blocks, str | bytes | Mapping) or not isinstance(blocks, Sequence):
         raise UsageError(f"blocks must be a list of RamBlock, not {blocks!r}")
     for block in blocks:
@@ -299,11 +297,11 @@ def check_blocks(blocks: object) -> None:
 
 
 def attach(block: RamBlock, *, writable: bool) -> OpenMemory:
-    """Hold the memory of a block ready. UsageError when it is not whole pages, or unusable."""
-    attached = OpenMemory(block.name, block.memory, writable=writable)
+    """Return the open memory of a block. UsageError if it cannot be used, or is not whole pages."""
+    memory = OpenMemory(block.name, block.memory, writable=writable)
     try:
-        BlockSpec(block.name, attached.length, block.page_size, block.address)
+        BlockSpec(block.name, memory.length, block.page_size, block.address)
     except BaseException:
-        attached.close()
+        memory.close()
         raise
-    return attached
+    return memory

@@ -1,4 +1,4 @@
-"""What a file holds in the page cache, and how to empty it."""
+"""How much of a file is in the page cache, and how to drop it from there."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _WINDOW = 1 << 30  # bytes mapped at a time; a byte of answer for each page of i
 
 
 def cached_bytes(fd: int) -> int:
-    """Bytes of the file that are in the page cache now, in whole pages of the machine.
+    """Return how many bytes of the file are in the page cache, in whole pages of the machine.
 
-    The kernel tells the truth only to the file's owner and to who may write it; to others all
-    of the file seems cached. Raises TargetError when the file cannot be mapped.
+    The kernel gives this only to the owner of the file and to users who may write it; for others all
+    of the file seems to be cached. Raises TargetError if the file cannot be mapped.
     """
-    import ctypes  # a restore that maps the file does not ask, and starts QEMU sooner
+    import ctypes  # a restore that maps the file does not need it, and starts QEMU sooner
 
     mincore = ctypes.CDLL(None, use_errno=True).mincore
     mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
     size = file_size(fd)
     pages = 0
-    for at in range(0, size, _WINDOW):
-        length = min(_WINDOW, size - at)
+    for offset in range(0, size, _WINDOW):
+        length = min(_WINDOW, size - offset)
         answer = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
         try:
-            window = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=at)
+            window = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
         except OSError as error:
             raise TargetError(
                 error.errno or errno.EIO, "cannot map the file to see its page cache"
@@ -54,9 +54,9 @@ _NOT_RESIDENT = bytes(value for value in range(256) if not value & 1)
 
 
 def drop_cached(fd: int) -> None:
-    """Write back what is dirty and ask the kernel to forget the file's cached pages.
+    """Write the dirty pages of the file and ask the kernel to drop all of them from the page cache.
 
-    Pages that somebody has mapped stay. Blocks until the data is durable; raises TargetError.
+    Mapped pages stay. Blocks until the data is durable; raises TargetError.
     """
     try:
         os.fsync(fd)

@@ -1,11 +1,10 @@
-"""Memory of another process: what a QEMU without shared guest memory has.
+"""Memory of another process, such as a QEMU without shared guest memory. For saves only.
 
-It is read with ``process_vm_readv``, which asks for the same rights as a debugger has: root, or
-``CAP_SYS_PTRACE``, or the same user where neither Yama nor the process itself objects. Only saves
-can use it.
+It is read with ``process_vm_readv``, which needs the privileges of a debugger: root, or
+``CAP_SYS_PTRACE``, or the same user if neither Yama nor the process itself forbids it.
 
-Private anonymous memory that the process never touched is not read: its pages would come into
-being by that, with their page tables. The kernel tells which they are (``/proc/PID/pagemap``).
+Private anonymous memory that the process never touched is not read, because reading it would
+allocate its pages and page tables. ``/proc/PID/pagemap`` shows which pages these are.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...([sp]) \S+ \S+ (\d+) *(.*)")
 class ProcessMemory:
     """Guest memory in another process, for saves: ``length`` bytes from its ``address`` on.
 
-    QEMU tells the addresses of its RAM blocks with ``info ramblock``. The process must not change
-    the memory, nor map anything else there, while it is read. Give shared memory as the file that
-    it is (:class:`~pyqmigrate.io.memory.FileMemory`) where that can be had: read in this way, its
-    holes are filled.
+    QEMU shows the addresses of its RAM blocks with ``info ramblock``. The process must not change
+    the memory, nor map anything else there, while it is read. Give shared memory as a
+    :class:`~pyqmigrate.io.memory.FileMemory` if you can open its file: reading it through the
+    process fills its holes.
     """
 
     pid: int
@@ -45,8 +44,8 @@ class ProcessMemory:
     length: int
 
     def refusal(self) -> GuestMemoryError | None:
-        """Why the memory cannot be read from here (its errno says it: EPERM, ESRCH, EFAULT), or
-        None where its first and its last byte can."""
+        """Return why the memory cannot be read (its errno is EPERM, ESRCH or EFAULT), or None if
+        the first and the last byte can be read."""
         try:
             ProcessSource(self).close()
         except GuestMemoryError as error:
@@ -55,11 +54,11 @@ class ProcessMemory:
 
 
 class ProcessSource:
-    """A process' memory held ready for the core's ``qm_process_fill`` and ``qm_process_next``.
+    """The memory of a process, for the core's ``qm_process_fill`` and ``qm_process_next``.
 
-    ``core`` is their argument; ``skips`` says whether the second may be used. A process that ends
-    is noticed, also when its number is given to another. Raises UsageError for what can be no
-    memory, GuestMemoryError when it cannot be read; ``block`` is for its message.
+    ``core`` is their argument; ``skips`` is whether the second may be used. The end of the process
+    is noticed even if its PID is reused. Raises UsageError for an invalid range, GuestMemoryError if
+    it cannot be read; ``block`` is for its message.
     """
 
     def __init__(self, memory: ProcessMemory, block: str | None = None) -> None:
@@ -80,11 +79,12 @@ class ProcessSource:
             raise
 
     def close(self) -> None:
-        """May be repeated."""
+        """Close the descriptors. Idempotent."""
         self._fds.close()
 
     def read(self, offset: int, length: int) -> bytes:
-        """So many bytes from byte ``offset`` on, all inside. Raises GuestMemoryError."""
+        """Return ``length`` bytes from byte ``offset`` on, which must be inside. Raises
+        GuestMemoryError."""
         buffer = _core.ffi.new("char[]", length)
         got = _core.lib.qm_process_fill(self.core, buffer, offset, length)
         if got != length:
@@ -99,8 +99,8 @@ class ProcessSource:
         self._fds.callback(os.close, fd)
         return fd
 
-    def _probe(self, at: int) -> None:
-        self.read(at, 1)
+    def _probe(self, offset: int) -> None:
+        self.read(offset, 1)
 
     def _refused(self, number: int) -> GuestMemoryError:
         what = f"{_WHAT} {self._pid}"
@@ -109,7 +109,7 @@ class ProcessSource:
         return GuestMemoryError(number, what, block=self._block)
 
     def _find_pagemap(self, memory: ProcessMemory) -> bool:
-        """Open the pagemap where a page that is not there must be zero, and it is worth it."""
+        """Open the pagemap if absent pages are zeros, and the memory is large enough."""
         try:
             if memory.length < _core.lib.QM_CHUNK or not _is_anonymous(memory):
                 return False
@@ -119,7 +119,7 @@ class ProcessSource:
         except OSError:
             return False
         self.core.has_scan = _core.lib.qm_process_can_scan(self.core.pagemap)
-        self._probe(0)  # what was opened by number is the process' only if that is still there
+        self._probe(0)  # the pagemap, opened by PID, is that of the process only if it still runs
         return True
 
 
@@ -134,21 +134,21 @@ def _check(memory: ProcessMemory) -> None:
 
 
 def _is_anonymous(memory: ProcessMemory) -> bool:
-    """Whether all of it is mapped, private, and backed by no file."""
-    at, end = memory.address, memory.address + memory.length
+    """Return whether all of it is mapped, private and anonymous."""
+    address, end = memory.address, memory.address + memory.length
     for start, stop, anonymous in _mappings(memory.pid):
-        if stop <= at:
+        if stop <= address:
             continue
-        if start > at or not anonymous:
+        if start > address or not anonymous:
             return False
-        at = stop
-        if at >= end:
+        address = stop
+        if address >= end:
             return True
     return False
 
 
 def _mappings(pid: int) -> Iterator[tuple[int, int, bool]]:
-    """Start, end, and whether it is private and anonymous, of each mapping in ascending order."""
+    """Yield start, end, and whether it is private and anonymous, of each mapping, ascending."""
     with Path(f"/proc/{pid}/maps").open(errors="replace") as file:
         for line in file:
             found = _MAPPING.match(line)

@@ -33,7 +33,7 @@ async def shielded(work: Awaitable[T]) -> T:
 async def acquired(work: Awaitable[T], close: Callable[[T], object]) -> T:
     """Return the result of ``work``, a resource that the caller owns.
 
-    If the caller is cancelled meanwhile, the resource is closed with ``close``.
+    If the caller is cancelled before that, the resource is closed with ``close``.
     """
     task = asyncio.ensure_future(work)
     try:

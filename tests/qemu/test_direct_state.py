@@ -131,7 +131,7 @@ def memfd_backend(length: int) -> list[str]:
     ]
 
 
-def test_memfd_that_qemu_wrote_all_the_same_is_told_apart(disk: Path) -> None:
+def test_memfd_that_qemu_wrote_all_the_same_is_distinguished(disk: Path) -> None:
     path = disk / "guest.mapped"
     with GuestRam(RAM) as ram, DirectQemu(ram, machine="q35", memory=memfd_backend(RAM)) as vm:
         poke(vm, "pc.ram", 5 << 20, b"in a memfd")

@@ -206,7 +206,7 @@ def test_qemu_does_as_the_page_says(what: str, verdict: str, whole: Whole, disk:
     assert done == verdict
 
 
-def test_sequential_stream_is_told_by_its_capabilities(disk: Path) -> None:
+def test_sequential_stream_is_recognized_by_its_capabilities(disk: Path) -> None:
     with GuestRam(RAM) as ram, SequentialQemu(ram) as vm:
         fill(memoryview(ram.memory), Contents.SPECKLED)
         vm.save(disk / "stream")

@@ -195,7 +195,7 @@ def test_stream_that_leaves_a_block_out_goes_on_doing_so(disk: Path) -> None:
         assert_same_blocks(vm.read_blocks(), blocks)
 
 
-def test_qemu_of_a_file_is_told(disk: Path) -> None:
+def test_qemu_of_a_file_is_reported(disk: Path) -> None:
     with GuestRam(RAM) as ram, Qemu(ram) as vm:
         version = vm.execute("query-version")["qemu"]
         vm.save(disk / "mapped")

@@ -71,7 +71,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_info_tells_what_qemu_wrote_and_loads(name: str, disk: Path, command: Command) -> None:
+def test_info_shows_what_qemu_wrote_and_loads(name: str, disk: Path, command: Command) -> None:
     case, path = CASES[name], disk / "file"
     path.write_bytes(b"x" * case.offset)
     with GuestRam(RAM) as ram, case.start(ram) as vm:

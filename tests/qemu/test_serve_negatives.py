@@ -278,7 +278,7 @@ def save_from_position(end: Witness, path: Path) -> dict[str, object]:
     return answer
 
 
-def test_compat_saves_where_a_descriptor_stands_as_qemu_does(ends: Ends, disk: Path) -> None:
+def test_compat_saves_where_a_descriptor_is_as_qemu_does(ends: Ends, disk: Path) -> None:
     accounts = []
     for end in (ends.qemu, ends.compat):
         witness = Witness(end)
@@ -289,9 +289,7 @@ def test_compat_saves_where_a_descriptor_stands_as_qemu_does(ends: Ends, disk: P
     assert ("zeros before it", True) in accounts[0]
 
 
-def test_strict_refuses_a_descriptor_that_does_not_stand_at_the_start(
-    ends: Ends, disk: Path
-) -> None:
+def test_strict_refuses_a_descriptor_that_is_not_at_the_start(ends: Ends, disk: Path) -> None:
     answer = save_from_position(Witness(ends.strict), disk / "state")
     assert isinstance(answer["error"], dict)
     assert answer["error"]["desc"].endswith("rewind it (lseek to 0), or give offset=0x2000")

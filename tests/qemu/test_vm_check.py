@@ -113,7 +113,7 @@ def test_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         checked(qemu, tmp_path / "nowhere")
 
 
-def test_too_little_space_is_told(tmp_path: Path) -> None:
+def test_too_little_space_is_reported(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("no new mount namespace may be made here")
     small = tmp_path / "small"
@@ -148,7 +148,7 @@ def test_too_little_space_is_told(tmp_path: Path) -> None:
     assert done.stdout == f"1 False {2 * MIB}\n", done.stderr
 
 
-def test_disks_that_can_be_taken_along_are_told(tmp_path: Path) -> None:
+def test_disks_that_can_be_taken_along_are_reported(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(MIB))
     drive = ["-drive", f"file={tmp_path}/disk,format=raw,if=virtio"]
     with BareQemu(*shared("/dev/shm"), *drive) as qemu:
@@ -163,7 +163,7 @@ def test_disks_that_can_be_taken_along_are_told(tmp_path: Path) -> None:
     assert any("is impossible: " in line for line in fields(outcome)["disks"])
 
 
-def test_disks_that_cannot_be_taken_along_are_told() -> None:
+def test_disks_that_cannot_be_taken_along_are_reported() -> None:
     drive = ["-drive", "driver=null-co,size=1M,if=virtio"]
     with BareQemu(*shared("/dev/shm"), *drive) as qemu:
         report = checked(qemu)
@@ -175,7 +175,7 @@ def test_guest_without_writable_disks_has_none_to_take_along() -> None:
         assert checked(qemu).disks_along is None
 
 
-def test_settings_of_a_save_are_told() -> None:
+def test_settings_of_a_save_are_reported() -> None:
     with BareQemu(*shared("/dev/shm")) as qemu:
         asyncio.run(_greeted(qemu))
         outcome = run_verb("--qmp", qemu.socket, "--engine", "qemu")
@@ -215,7 +215,7 @@ def test_impossible_demand_is_a_blocker() -> None:
         ("x-ignore-shared", "Bad address" if qemu_version() < (11, 0) else "leaves shared memory"),
     ],
 )
-def test_dangerous_capability_is_told(capability: str, what: str) -> None:
+def test_dangerous_capability_is_reported(capability: str, what: str) -> None:
     with BareQemu(*shared("/dev/shm")) as qemu:
         assert not any(capability in warning for warning in checked(qemu).warnings)
         wanted = [{"capability": capability, "state": True}]
@@ -224,13 +224,13 @@ def test_dangerous_capability_is_told(capability: str, what: str) -> None:
     assert len(found) == 1 and what in found[0]
 
 
-def test_compression_is_told() -> None:
+def test_compression_is_reported() -> None:
     with BareQemu(*shared("/dev/shm")) as qemu:
         set_up(qemu, "migrate-set-parameters", {"multifd-compression": "zlib"})
         assert any("'zlib'" in warning for warning in checked(qemu).warnings)
 
 
-def test_direct_io_where_there_is_none_is_told() -> None:
+def test_direct_io_where_there_is_none_is_reported() -> None:
     """A tmpfs reports no alignment, so this package does not use direct I/O there."""
     with BareQemu(*shared("/dev/shm")) as qemu:
         set_up(qemu, "migrate-set-parameters", {"direct-io": True})
@@ -248,7 +248,7 @@ def test_paused_guest_saved_by_qemu_is_warned_of_postmigrate() -> None:
 
 
 @pytest.mark.parametrize(("run", "words"), [(True, "runs ahead"), (False, "as it is now")])
-def test_writable_disks_and_their_needs_are_told(tmp_path: Path, run: bool, words: str) -> None:
+def test_writable_disks_and_their_needs_are_reported(tmp_path: Path, run: bool, words: str) -> None:
     (tmp_path / "disk").write_bytes(bytes(MIB))
     disk = f"file={tmp_path}/disk,format=raw"
     drives = [

@@ -236,7 +236,7 @@ def on_file(path: Path) -> list[str]:
     ]
 
 
-def test_memory_file_that_is_mapped_instead_is_no_hindrance(
+def test_memory_file_that_is_mapped_instead_is_harmless(
     saved: Saved, shm: Path, tmp_path: Path
 ) -> None:
     """The command line that a save by engine direct is made for."""

@@ -269,7 +269,7 @@ def test_guest_without_writable_disks_needs_nothing(images: Path) -> None:
         qemu.run(session)
 
 
-def test_qemu_that_ended_is_told_of(images: Path) -> None:
+def test_qemu_that_ended_is_reported(images: Path) -> None:
     async def session(qemu: BareQemu) -> list[str]:
         async with await qemu.connect() as monitor:
             plan = await planned(monitor, images / "guest.snap")

@@ -142,7 +142,7 @@ def file_system_backend(path: Path) -> Iterator[None]:
         thread.join(10)
 
 
-def test_device_that_cannot_be_saved_is_named_whoever_writes(tmp_path: Path) -> None:
+def test_device_that_cannot_be_saved_is_named_by_either_engine(tmp_path: Path) -> None:
     shared = "memory-backend-memfd,id=mem,size=32M,share=on"
     device = [
         "-chardev",

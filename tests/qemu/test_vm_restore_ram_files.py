@@ -98,7 +98,7 @@ def test_what_a_file_held_does_not_reach_the_guest(saved: Saved, shm: Path, tmp_
     assert any("ram' is replaced" in note for note in report.notes)
 
 
-def test_file_that_is_not_there_or_empty_is_no_matter(
+def test_file_that_is_not_there_or_empty_is_harmless(
     saved: Saved, shm: Path, tmp_path: Path
 ) -> None:
     report = restored(saved, tmp_path / "serial", *on_file(shm / "ram"))

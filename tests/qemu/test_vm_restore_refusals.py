@@ -139,7 +139,7 @@ def test_word_that_no_program_can_be_given_is_an_error(saved: Saved, tmp_path: P
         assert "invalid command-line argument" in str(error)
 
 
-def test_program_that_is_no_qemu_is_an_error(saved: Saved) -> None:
+def test_program_that_is_not_a_qemu_is_an_error(saved: Saved) -> None:
     assert "does not start" in str(attempt(saved.path, ["true", *PC]))
 
 
@@ -169,7 +169,7 @@ def test_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert isinstance(attempt(tmp_path / "none", ["/no/such/qemu", *PC]), TargetError)
 
 
-def test_file_that_somebody_writes_is_refused(saved: Saved, tmp_path: Path) -> None:
+def test_file_that_another_process_writes_is_refused(saved: Saved, tmp_path: Path) -> None:
     import fcntl
 
     with saved.path.open("rb") as writer:

@@ -62,9 +62,7 @@ def test_running_guest_is_saved_and_goes_on(
 
 
 @pytest.mark.parametrize(("engine", "machine", "memory"), MATRIX)
-def test_paused_guest_is_saved_as_it_stands(
-    engine: str, machine: str, memory: str, disk: Path
-) -> None:
+def test_paused_guest_is_saved_as_it_is(engine: str, machine: str, memory: str, disk: Path) -> None:
     path = disk / "snapshot"
     with source(disk, machine=machine, memory=memory, run=False) as guest:
         report = guest.save(path, engine=engine)
@@ -182,7 +180,7 @@ def test_then_quit_ends_qemu_after_the_snapshot_has_its_name(engine: str, disk: 
             check_pattern(ram.read(0, ram.length))
 
 
-def test_qemu_that_does_not_quit_is_told(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qemu_that_does_not_quit_is_reported(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyqmigrate.vm.outgoing.save._QUIT_TIMEOUT", 0.5)
     monkeypatch.setattr("pyqmigrate.vm.outgoing.save._Save._end", held_up(_Save._end))
     with source(disk) as guest:
@@ -229,7 +227,7 @@ def test_an_older_snapshot_is_replaced(engine: str, disk: Path) -> None:
             snapshot.verify()
 
 
-def test_settings_that_are_in_the_way_are_put_aside_and_put_back(disk: Path) -> None:
+def test_settings_that_are_in_the_way_are_put_aside_and_restored(disk: Path) -> None:
     with source(disk, memory="private") as guest:
         guest.vm.set_capabilities({"xbzrle": True, "release-ram": True, "x-ignore-shared": True})
         guest.vm.execute(
@@ -266,7 +264,7 @@ def test_place_within_a_file_is_refused(disk: Path) -> None:
         guest.assert_as_before()
 
 
-def test_monitor_that_nobody_listens_at_is_an_error(disk: Path) -> None:
+def test_monitor_that_no_process_listens_at_is_an_error(disk: Path) -> None:
     with pytest.raises(QemuError, match="connect"):
         asyncio.run(save(disk / "no.qmp", disk / "snapshot"))
     assert list(disk.iterdir()) == []

@@ -154,7 +154,7 @@ def test_directory_without_direct_io_is_written_buffered(engine: str, disk: Path
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_direct_io_that_cannot_be_had_is_refused_before_qemu_is_touched(
+def test_direct_io_that_is_not_available_is_refused_before_qemu_is_touched(
     engine: str, disk: Path
 ) -> None:
     with source(disk) as guest:
@@ -417,7 +417,7 @@ def test_second_save_at_the_same_time_is_told_who_is_in_its_way(disk: Path) -> N
         guest.assert_as_before()
 
 
-def test_migration_of_somebody_else_is_left_alone(disk: Path) -> None:
+def test_migration_of_another_client_is_left_alone(disk: Path) -> None:
     with source(disk) as guest:
         guest.vm.execute("migrate-set-parameters", {"max-bandwidth": 4096})
         guest.vm.execute("migrate", {"uri": f"file:{disk}/other"})

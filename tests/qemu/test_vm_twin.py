@@ -423,7 +423,7 @@ def test_original_in_a_container_has_no_twin(disk: Path) -> None:
         assert any("container" in note for note in report.notes)
 
 
-def test_device_that_was_plugged_in_is_told(disk: Path) -> None:
+def test_device_that_was_plugged_in_is_reported(disk: Path) -> None:
     with source(disk, memory="private") as guest:
         guest.vm.execute("device_add", {"driver": "virtio-rng-pci", "id": "late"})
         report = guest.save(disk / "s")

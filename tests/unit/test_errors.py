@@ -101,7 +101,7 @@ def test_a_path_with_a_null_byte_is_a_usage_error(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [None, 5, 3.0, ["path"], ""])
-def test_what_is_no_target_is_a_usage_error(target: object) -> None:
+def test_what_is_not_a_target_is_a_usage_error(target: object) -> None:
     with pytest.raises(UsageError):
         pyqmigrate.save(target, [RamBlock("ram", known_memory())])  # type: ignore[arg-type]
     with pytest.raises(UsageError):

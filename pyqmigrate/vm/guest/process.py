@@ -78,7 +78,7 @@ class Process:
     def check(self) -> None:
         """Raise GuestMemoryError unless it is still the other end of the connection.
 
-        Call it after reading its memory: it may have executed another program meanwhile.
+        Call it after reading its memory: it may have executed another program since then.
         """
         if (why_not := self.why_not()) is not None:
             raise GuestMemoryError(

@@ -147,7 +147,7 @@ class Option(NamedTuple):
             raise self._too_deep() from error
 
     def listed(self, key: str) -> list[str]:
-        """Return all values of a key that may be repeated, or be a JSON list.
+        """Return all values of a key that can occur several times, or be a JSON list.
 
         :meth:`properties` has only the last of the former, and ``key.0``, ``key.1`` of the latter.
         """

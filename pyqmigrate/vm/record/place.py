@@ -1,4 +1,4 @@
-"""Where the record of a save is. Apart from the record, since most restores have none to read."""
+"""The path of the record of a save. A module of its own, since a restore without one needs no more."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NAME_MAX = 255  # bytes of a name, on Linux file systems
 
 
 def record_path(snapshot: str | os.PathLike[str]) -> Path:
-    """Where the record of a snapshot is: beside it, or beside what a symbolic link leads to.
+    """Return the path of a snapshot's record: beside it, or beside the target of a symbolic link.
 
-    Of a name that leaves no room for the suffix, the first part and a checksum are used.
+    A name that would be too long with the suffix is cut, and gets a checksum.
     """
     path = resolve_symlink(target_path(snapshot))
     name = os.fsencode(path.name)

@@ -71,7 +71,7 @@ def test_damaged_source_is_bad_and_makes_no_target(
     assert not (tmp_path / "to").exists()
 
 
-def test_info_tells_of_a_sequential_stream(sequential: Path, command: Command) -> None:
+def test_info_reports_a_sequential_stream(sequential: Path, command: Command) -> None:
     info = command("info", sequential, "--json").json
     assert info["kind"] == "stream"
     assert info["written_by"]["qemu"] == "9.2"
@@ -236,7 +236,7 @@ def test_killed_export_leaves_no_half_of_a_file(
 
 
 @pytest.mark.parametrize("form", ["elf", "lime"])
-def test_export_tells_where_memory_is(tmp_path: Path, command: Command, form: str) -> None:
+def test_export_shows_where_memory_is(tmp_path: Path, command: Command, form: str) -> None:
     blocks = {"pc.ram": pages(9, 1), "odd\x1b[2J": pages(6, 2)}
     make_snapshot(tmp_path / "s", blocks, machine="pc-q35-10.0")
     arguments = ["convert", tmp_path / "s", tmp_path / "to", "--to", form]
@@ -289,7 +289,7 @@ def test_interrupted_pass_says_so(
     assert command("verify", sequential).code == 130
 
 
-def test_what_is_no_snapshot_is_bad(tmp_path: Path) -> None:
+def test_what_is_not_a_snapshot_is_bad(tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(b"ELF")
     with pytest.raises(SnapshotError):
         open_snapshot(tmp_path / "s")

@@ -47,7 +47,7 @@ def test_demo_without_qemu_says_so_and_is_done(no_qemu: Path, disk: Path, comman
     assert list(disk.iterdir()) == []
 
 
-def test_demo_json_tells_of_every_step(no_qemu: Path, disk: Path, command: Command) -> None:
+def test_demo_json_reports_every_step(no_qemu: Path, disk: Path, command: Command) -> None:
     ran = command("demo", "--size", "16MiB", "--dir", disk, "--channels", "1", "--json").json
     assert ran["total_ram"] == (ran["data_pages"] + ran["zero_pages"]) * PAGE == 16 * MIB
     assert_as_documented("demo", ran)
@@ -118,7 +118,7 @@ def test_qemu_that_dies_exits_4_with_its_last_words(
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
-    [("QEMU emulator version 7.2.4", "is QEMU 7.2.4"), ("hello", "does not tell its version")],
+    [("QEMU emulator version 7.2.4", "is QEMU 7.2.4"), ("hello", "does not show its version")],
 )
 def test_qemu_that_is_too_old_is_not_asked(answer: str, reason: str, no_qemu: Path) -> None:
     file = no_qemu / "qemu-system-x86_64"

@@ -236,10 +236,10 @@ def test_hostile_names_are_shown_escaped(tmp_path: Path, command: Command) -> No
     assert all(line.isprintable() for line in out.splitlines())
 
 
-def test_file_that_is_no_snapshot_is_bad(tmp_path: Path, command: Command) -> None:
+def test_file_that_is_not_a_snapshot_is_bad(tmp_path: Path, command: Command) -> None:
     (tmp_path / "s").write_bytes(b"hello, this is not a stream")
     assert command("devices", tmp_path / "s").code == 1
 
 
-def test_section_that_is_no_number_is_wrong_usage(devices: Path, command: Command) -> None:
+def test_section_that_is_not_a_number_is_wrong_usage(devices: Path, command: Command) -> None:
     assert command("devices", devices, "--section", "two").code == 2

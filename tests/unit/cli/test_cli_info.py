@@ -66,7 +66,7 @@ def test_info_json_has_every_documented_key(snapshot: Path, command: Command) ->
     assert info["sections"][0]["name"] == "ram"
 
 
-def test_info_tells_where_the_stream_starts(tmp_path: Path, command: Command) -> None:
+def test_info_shows_where_the_stream_starts(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "s"
     make_snapshot(f"file:{path},offset=8192", {"ram": pages(3)})
     assert command("info", path).code == 1

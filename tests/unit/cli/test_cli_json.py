@@ -97,7 +97,7 @@ def test_failure_has_the_documented_keys(tmp_path: Path, command: Command) -> No
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_general_options_stand_before_or_after_the_verb(
+def test_general_options_are_before_or_after_the_verb(
     snapshot: Path, command: Command, place: str
 ) -> None:
     for option in ("--json", "-v", "-q", "--no-progress", "--verbose", "--quiet"):

@@ -42,7 +42,7 @@ def test_error_has_its_exit_code(error: BaseException, code: int | None) -> None
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_of_every_verb_tells_of_json(verb: str, command: Command) -> None:
+def test_help_of_every_verb_mentions_json(verb: str, command: Command) -> None:
     ran = command(verb, "--help")
     assert ran.code == ExitCode.DONE
     assert "--json" in ran.out
@@ -130,7 +130,7 @@ def test_json_comes_alone_on_stdout(snapshot: Path, child_environment: dict[str,
     assert ran.stderr == ""
 
 
-def test_reader_that_goes_away_is_no_error(
+def test_reader_that_goes_away_is_harmless(
     snapshot: Path, child_environment: dict[str, str]
 ) -> None:
     process = subprocess.Popen(

@@ -30,7 +30,7 @@ def test_packed_file_holds_the_bytes_of_the_raw_file(
         assert snapshot.blocks["pc.ram"].read(0, 9 * PAGE) == pages(9)
 
 
-def test_json_tells_what_was_written(tmp_path: Path, raw: Path, command: Command) -> None:
+def test_json_shows_what_was_written(tmp_path: Path, raw: Path, command: Command) -> None:
     target = tmp_path / "guest.mapped"
     ran = command(
         "pack",

@@ -26,7 +26,7 @@ def sealed(tmp_path: Path) -> Sealed:
     return Sealed.make(tmp_path / "guest")
 
 
-def test_seal_writes_one_and_tells_of_it(snapshot: Path, command: Command) -> None:
+def test_seal_writes_one_and_reports_it(snapshot: Path, command: Command) -> None:
     ran = command("seal", snapshot, "--json")
     assert (ran.code, ran.err) == (0, "")
     report = ran.json
@@ -43,7 +43,7 @@ def test_seal_for_people_names_the_file_and_the_algorithm(snapshot: Path, comman
     assert out.startswith(f"{snapshot}.seal: blake3 of ")
 
 
-def test_clear_pages_with_old_bytes_are_told(sealed: Sealed, command: Command) -> None:
+def test_clear_pages_with_old_bytes_are_reported(sealed: Sealed, command: Command) -> None:
     sealed.stale("small", 2)
     ran = command("verify", sealed.path)
     assert ran.code == 1  # it was sealed without them
@@ -104,7 +104,7 @@ def test_verify_names_the_block_mib_and_file_offset_and_exits_1(
     assert "block 'big', pages 256 to 511" in out
 
 
-def test_verify_of_a_cut_file_is_told_by_the_seal(sealed: Sealed, command: Command) -> None:
+def test_cut_file_is_recognized_by_the_seal(sealed: Sealed, command: Command) -> None:
     os.truncate(sealed.path, MIB)
     ran = command("verify", sealed.path)
     assert ran.code == 1

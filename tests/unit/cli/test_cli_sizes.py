@@ -32,7 +32,7 @@ def test_size_is_read_in_binary_units(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "GiB", "1GB", "1iB", "-1", "1GiBs", "x", "1.5", "0x1MiB", "20EiB", "1e3", "1 2M"]
 )
-def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+def test_what_is_not_a_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="1GiB"):
         read_size(text)
 

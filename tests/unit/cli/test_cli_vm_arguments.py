@@ -56,9 +56,7 @@ def test_usage_has_the_command_line_once(command: Command, verb: str) -> None:
     assert usage.count("ARGS") == 1
 
 
-def test_options_may_stand_after_the_snapshot_and_dashes_in_the_command_line(
-    command: Command,
-) -> None:
+def test_options_may_be_after_the_snapshot_and_dashes_in_the_command_line(command: Command) -> None:
     """Options of QEMU's are not ours, whatever they are called."""
     ran = command("vm", "restore", "/none", "--paused", "--json", "--", "qemu-kvm", "--", "--qmp")
     assert ran.code == 3

@@ -140,7 +140,7 @@ def test_failure_while_a_pipe_is_filled_is_an_error_on_stderr(snapshot: Path) ->
     assert '"errno": 32' in error
 
 
-def test_interrupt_ends_a_stream_that_nobody_reads(tmp_path: Path) -> None:
+def test_interrupt_ends_a_stream_that_no_process_reads(tmp_path: Path) -> None:
     """A pipe holds 64 KiB: the writer waits, and still hears the signal."""
     memory = tmp_path / "memory"
     memory.write_bytes(pages(2000, 4))

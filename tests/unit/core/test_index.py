@@ -239,7 +239,7 @@ def test_impossible_word_is_not_taken(what: str) -> None:
 
 
 @pytest.mark.parametrize("before", [place(CHANGED, 0), place(CHANGED, 7), place(PLACED, 8192)])
-def test_change_of_what_does_not_stand_before_it_is_not_taken(before: int) -> None:
+def test_change_of_what_is_not_before_it_is_not_taken(before: int) -> None:
     change = ffi.new("struct qm_change *", {"before": before, "at": 0, "len": 9})
     assert lib.qm_index_put_changes(new_index(4), change, 1, 8192) == -errno.EBADMSG
 

@@ -88,7 +88,7 @@ def test_next_touched_page_is_found_from_everywhere(finder: ProcessSource) -> No
         assert lib.qm_process_next(finder.core, offset, end) == min(expected, end), (offset, end)
 
 
-def test_address_within_a_page_is_no_hindrance(holder: Holder) -> None:
+def test_address_within_a_page_is_harmless(holder: Holder) -> None:
     memory = holder.memory
     shifted = type(memory)(memory.pid, memory.address + 1024, memory.length - 1024)
     source = ProcessSource(shifted)

@@ -182,7 +182,7 @@ def test_clear_pages_are_zeroed_or_left(file: File, zero_clear: bool) -> None:
 @pytest.mark.parametrize("kind", ["plain", "unaligned", "file"])
 @pytest.mark.parametrize("pages_offset", [0, 1024, 1 << 20])
 @pytest.mark.parametrize("missing", [1, 1023, 4096, 5000])
-def test_a_set_page_past_the_end_of_the_file_is_no_data(
+def test_a_set_page_past_the_end_of_the_file_is_not_data(
     file: File, direct: bool, kind: str, pages_offset: int, missing: int
 ) -> None:
     length = 64 * 4096

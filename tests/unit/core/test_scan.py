@@ -44,7 +44,7 @@ def test_scan_clears_the_unused_bits_and_touches_no_word_after_them(npages: int)
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_scan_sees_a_single_byte_wherever_it_stands(page_size: int) -> None:
+def test_scan_sees_a_single_byte_wherever_it_is(page_size: int) -> None:
     memory = np.zeros(3 * page_size, dtype=np.uint8)
     words = ffi.new("uint64_t[1]")
     for at in [0, 1, 7, 8, 255, 256, page_size // 2 + 3, page_size - 8, page_size - 1]:

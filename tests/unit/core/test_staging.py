@@ -221,7 +221,7 @@ def test_change_to_a_page_that_became_zero_applies_to_zeros(staged: Any) -> None
 
 
 @pytest.mark.parametrize("away", [Record(0, 3, fill=0), Record(0, 3, page=bytes(4096))])
-def test_page_that_ceases_to_be_data_is_told_of(staged: Any, away: Record) -> None:
+def test_page_that_ceases_to_be_data_is_reported(staged: Any, away: Record) -> None:
     made = staged([70, 1])
     assert made.feed(stream_of([page(3, 0x41), page(5, 1), FAR, away], NAMES, 4096)) == 1
     made.write()

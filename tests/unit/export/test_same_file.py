@@ -115,7 +115,7 @@ def test_raw_files_do_not_replace_their_snapshot(
     assert [entry.name for entry in directory.iterdir()] == [name]
 
 
-def test_a_file_of_the_same_content_is_no_source(snapshot: Path) -> None:
+def test_a_file_of_the_same_content_is_not_a_source(snapshot: Path) -> None:
     copy = snapshot.with_name("copy")
     copy.write_bytes(snapshot.read_bytes())
     convert(snapshot, copy, to="mapped-ram")

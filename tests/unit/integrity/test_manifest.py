@@ -38,7 +38,7 @@ def test_one_that_is_there_is_replaced(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "a.seal") == manifest(6)
 
 
-def test_no_file_is_no_seal(tmp_path: Path) -> None:
+def test_manifest_of_a_missing_file_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in ("a", "none/a", "file/a", "a" * 300):
         assert read_manifest(tmp_path / path) is None
@@ -84,7 +84,7 @@ def test_a_seal_that_claims_much_is_refused_before_it_is_read(tmp_path: Path) ->
     path = tmp_path / "a.seal"
     head = SealHead(Algorithm.XXH3_128, 1 << 46, 0, True)
     path.write_bytes(head.encode(b""))
-    with pytest.raises(SnapshotError, match="by its head"):
+    with pytest.raises(SnapshotError, match="its head requires"):
         read_manifest(path)
 
 
@@ -131,7 +131,7 @@ def test_digests_are_not_held_twice(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_a_huge_file_that_is_no_seal_is_refused(tmp_path: Path) -> None:
+def test_a_huge_file_that_is_not_a_seal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.seal").touch()
     os.truncate(tmp_path / "a.seal", 1 << 40)
     with pytest.raises(SnapshotError, match="does not end"):
@@ -141,7 +141,7 @@ def test_a_huge_file_that_is_no_seal_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path / "b.seal")
 
 
-def test_what_is_no_regular_file_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+def test_what_is_not_a_regular_file_is_refused_and_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "directory").mkdir()
     for name in ("fifo", "directory"):

@@ -196,7 +196,7 @@ def test_a_save_that_fails_leaves_the_seal_of_what_is_there(disk: Path) -> None:
     check(disk / "snap")
 
 
-def test_a_file_that_is_no_seal_is_left_alone(disk: Path) -> None:
+def test_a_file_that_is_not_a_seal_is_left_alone(disk: Path) -> None:
     save_known(disk / "snap")
     (disk / "snap.seal").write_text("wax")
     save_known(disk / "snap", seed=2)

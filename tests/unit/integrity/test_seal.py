@@ -134,7 +134,7 @@ def test_a_file_of_a_big_endian_host_is_sealed_as_such(foreign: Foreign, stale: 
     assert found.head.bitmap_order == "big"
 
 
-def test_damage_in_a_file_of_a_big_endian_host_is_told_with_its_pages(foreign: Foreign) -> None:
+def test_damage_in_a_file_of_a_big_endian_host_is_reported_with_its_pages(foreign: Foreign) -> None:
     made = foreign()
     seal(made.path, bitmap_order="big")
     _, pages = made.block("big")
@@ -216,7 +216,7 @@ def test_a_file_that_is_written_in_place_is_not_sealed(disk: Path) -> None:
     assert not made.seal.exists()
 
 
-def test_what_is_no_whole_snapshot_is_not_sealed(tmp_path: Path) -> None:
+def test_what_is_not_a_whole_snapshot_is_not_sealed(tmp_path: Path) -> None:
     made = Sealed.make(tmp_path / "guest", seal=None)
     os.truncate(made.path, made.path.stat().st_size - 5)
     with pytest.raises(SnapshotError):
@@ -341,7 +341,7 @@ def test_descriptors_have_no_seal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"wax", b'{"format": "another seal"}\n', None])
-def test_a_file_that_is_no_seal_is_left_alone_and_nothing_is_changed(
+def test_a_file_that_is_not_a_seal_is_left_alone_and_nothing_is_changed(
     disk: Path, content: bytes | None
 ) -> None:
     made = Sealed.make(disk / "guest", seal=None)
@@ -389,7 +389,7 @@ def test_an_old_seal_is_gone_for_good_before_a_page_is_cleared(
     assert order == ["directory, without", "clear", "directory, with"]
 
 
-def test_a_seal_that_somebody_puts_a_file_over_meanwhile_is_not_removed(
+def test_a_seal_that_another_process_puts_a_file_over_is_not_removed(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Sealed.make(disk / "guest", seal=None)

@@ -28,7 +28,7 @@ def test_a_whole_file_has_no_damage(sealed: Sealed) -> None:
     check.raise_if_damaged()
 
 
-def test_a_flipped_bit_in_a_page_is_told_with_mib_block_and_pages(sealed: Sealed) -> None:
+def test_a_flipped_bit_in_a_page_is_reported_with_mib_block_and_pages(sealed: Sealed) -> None:
     _, pages = sealed.block("big")
     at = pages + 2 * MIB + 12345
     sealed.write(at, bytes([sealed.read(at, 1)[0] ^ 4]))
@@ -53,7 +53,7 @@ def test_every_bit_of_some_bytes_is_watched(sealed: Sealed) -> None:
     assert sealed.check().intact
 
 
-def test_a_cleared_and_a_set_bitmap_bit_are_told_with_the_pages_of_the_bitmap(
+def test_a_cleared_and_a_set_bitmap_bit_are_reported_with_the_pages_of_the_bitmap(
     sealed: Sealed,
 ) -> None:
     at, _ = sealed.block("big")
@@ -88,7 +88,7 @@ def test_two_swapped_mib_are_found(sealed: Sealed) -> None:
     assert (found.offset, found.length) == (pages, 2 * MIB)
 
 
-def test_a_cut_of_any_length_is_found_and_told(sealed: Sealed) -> None:
+def test_a_cut_of_any_length_is_found_and_reported(sealed: Sealed) -> None:
     size, rng = sealed.path.stat().st_size, random.Random(0)
     cuts = {1, 2, 100, 5000, MIB, size - 1, size, *(rng.randrange(1, size) for _ in range(10))}
     whole = sealed.path.read_bytes()
@@ -122,7 +122,7 @@ def test_bytes_that_were_added_are_found(sealed: Sealed, more: int) -> None:
     assert "added" in found.why
 
 
-def test_a_hole_that_is_filled_with_zeros_is_no_damage(sealed: Sealed) -> None:
+def test_a_hole_that_is_filled_with_zeros_is_not_damage(sealed: Sealed) -> None:
     sealed.path.write_bytes(sealed.path.read_bytes())
     check = sealed.check()
     assert check.intact
@@ -160,7 +160,7 @@ def test_what_follows_and_precedes_the_stream_is_watched_too(tmp_path: Path) -> 
     assert found.parts[0].what == "what is before the stream"
 
 
-def test_another_snapshot_under_the_name_is_told_as_such(sealed: Sealed) -> None:
+def test_another_snapshot_under_the_name_is_reported_as_such(sealed: Sealed) -> None:
     other = sealed.path.with_name("other")
     Sealed.make(other, density=0.1)
     other.rename(sealed.path)
@@ -232,7 +232,9 @@ def test_head_and_device_state_of_a_sequential_stream_are_named(stream: Sealed) 
 
 
 @pytest.mark.parametrize("how", ["cut", "framing"])
-def test_sequential_stream_that_does_not_parse_is_told_as_such(stream: Sealed, how: str) -> None:
+def test_sequential_stream_that_does_not_parse_is_reported_as_such(
+    stream: Sealed, how: str
+) -> None:
     if how == "cut":
         os.truncate(stream.path, 2 * MIB + 5)
     else:

@@ -203,7 +203,7 @@ def test_more_pages_than_memory_has_bits_for_are_not_supported(npages: int) -> N
         Bitmap(npages)
 
 
-def test_a_read_that_ends_before_the_file_does_is_no_clear_bitmap() -> None:
+def test_a_read_that_ends_before_the_file_does_is_not_a_clear_bitmap() -> None:
     """It was taken for zeros, and the pages were loaded as zeros."""
 
     class Short(File):

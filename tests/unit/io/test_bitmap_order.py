@@ -73,7 +73,7 @@ def test_big_with_a_bit_over_a_hole_is_not_believed(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("big", [True, False])
-def test_the_order_that_fits_better_is_told(disk: Path, big: bool) -> None:
+def test_the_order_that_fits_better_is_reported(disk: Path, big: bool) -> None:
     make(disk / "s", ram(1024), "pc-q35-10.0", big=big)
     right, wrong = ("big", "little") if big else ("little", "big")
     for order, better in ((right, None), (wrong, right)):

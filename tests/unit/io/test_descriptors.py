@@ -65,7 +65,7 @@ def test_a_buffered_descriptor_alone_is_enough(disk: Path) -> None:
             pyqmigrate.save(Descriptors(fd), [block()], direct_io="on")
 
 
-def test_where_the_descriptors_stand_does_not_matter_and_is_not_changed(disk: Path) -> None:
+def test_where_the_descriptors_are_does_not_matter_and_is_not_changed(disk: Path) -> None:
     path = disk / "snap"
     with opened((path, os.O_RDWR), (path, os.O_RDWR | os.O_DIRECT)) as (buffered, direct):
         os.lseek(buffered, 12345, os.SEEK_SET)
@@ -138,7 +138,7 @@ def test_descriptors_of_a_wrong_kind_are_refused_and_the_file_left_alone(
     assert (load(path)["ram"] == memory).all()
 
 
-def test_a_dup_is_no_second_descriptor(disk: Path) -> None:
+def test_a_dup_is_not_a_second_descriptor(disk: Path) -> None:
     with opened((disk / "snap", os.O_RDWR)) as (fd,):
         twin = os.dup(fd)
         with pytest.raises(UsageError, match="dup"):
@@ -169,7 +169,7 @@ def test_a_negative_offset_is_refused(disk: Path) -> None:
         save(fd, offset=-1)
 
 
-def test_what_is_no_regular_file_is_refused() -> None:
+def test_what_is_not_a_regular_file_is_refused() -> None:
     left, right = socket.socketpair()
     reader, writer = os.pipe()
     null = os.open("/dev/null", os.O_RDWR)

@@ -95,7 +95,7 @@ def test_a_mapping_and_shared_memory_can_be_saved_and_loaded(disk: Path) -> None
     ],
     ids=["None", "int", "str", "list", "object", "strided array", "strided view"],
 )
-def test_what_is_no_contiguous_buffer_is_refused(disk: Path, memory: Any) -> None:
+def test_what_is_not_a_contiguous_buffer_is_refused(disk: Path, memory: Any) -> None:
     with pytest.raises(UsageError, match="'ram'"):
         pyqmigrate.save(disk / "snap", [RamBlock("ram", memory)])
 
@@ -284,7 +284,7 @@ def test_what_is_not_inside_the_file_is_refused(
         saved(disk, FileMemory(fd, offset, length))
 
 
-def test_what_is_no_file_is_refused(disk: Path, same_descriptors: None) -> None:
+def test_what_is_not_a_file_is_refused(disk: Path, same_descriptors: None) -> None:
     reader, writer = os.pipe()
     null = os.open("/dev/null", os.O_RDWR)
     with memfd() as closed:

@@ -99,7 +99,7 @@ def test_only_what_is_ours_is_removed(tmp_path: Path, content: bytes, removed: b
     assert (tmp_path / "lump").exists() is not removed
 
 
-def test_a_link_is_not_removed_and_a_missing_file_is_no_matter(tmp_path: Path) -> None:
+def test_a_link_is_not_removed_and_a_missing_file_is_harmless(tmp_path: Path) -> None:
     (tmp_path / "lump").write_bytes(b"wax")
     (tmp_path / "link").symlink_to("lump")
     for name in ("link", "missing", "n" * 300):

@@ -137,7 +137,7 @@ def test_what_has_passed_by_cannot_be_read_again(disk: Path) -> None:
     assert not (disk / "to").exists()
 
 
-def test_pipe_is_no_snapshot_where_pages_are_read_at_random(disk: Path) -> None:
+def test_pipe_is_not_a_snapshot_where_pages_are_read_at_random(disk: Path) -> None:
     save_stream(disk / "from")
     data = (disk / "from").read_bytes()
     with pipe_of(data) as path, pytest.raises(UsageError, match="regular file"):

@@ -87,7 +87,7 @@ def _block() -> RamBlock:
 
 @root
 @pytest.mark.parametrize("change", ["ours", "the directory's owner's", "not sticky", "not shared"])
-def test_links_that_nobody_else_can_plant_are_followed(shared: Path, change: str) -> None:
+def test_links_that_no_other_user_can_plant_are_followed(shared: Path, change: str) -> None:
     if change == "ours":
         link = planted(shared, OURS)
     elif change == "the directory's owner's":

@@ -124,7 +124,7 @@ def test_what_no_process_has_is_refused(disk: Path, pid: Any, address: Any, leng
     assert not [*disk.iterdir()]
 
 
-def test_part_of_a_page_is_no_block(disk: Path) -> None:
+def test_part_of_a_page_is_not_a_block(disk: Path) -> None:
     with Holder(4, [0], flags=PRIVATE) as holder:
         memory = ProcessMemory(holder.pid, holder.address, PAGE + 1)
         with pytest.raises(UsageError, match="multiple of the page size"):

@@ -162,7 +162,9 @@ def test_a_failed_rename_leaves_the_old_file_and_nothing_else(
     assert names(disk) == ["snap"]
 
 
-def test_no_space_for_the_head_is_no_space(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_for_the_head_is_a_no_space_error(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "injected")
 
@@ -232,7 +234,7 @@ def test_a_missing_directory_is_a_target_error(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"reuse": True}])
-def test_a_directory_is_no_target(disk: Path, options: dict[str, bool]) -> None:
+def test_a_directory_is_not_a_target(disk: Path, options: dict[str, bool]) -> None:
     with pytest.raises(pyqmigrate.TargetError) as caught:
         save_known(disk, **options)
     assert caught.value.errno == errno.EISDIR
@@ -248,7 +250,7 @@ def test_a_fifo_is_refused_and_not_waited_for(disk: Path, options: dict[str, boo
 
 
 @pytest.mark.timeout(10)
-def test_a_fifo_is_no_snapshot_and_not_waited_for(disk: Path) -> None:
+def test_a_fifo_is_not_a_snapshot_and_not_waited_for(disk: Path) -> None:
     os.mkfifo(disk / "fifo")
     with pytest.raises(pyqmigrate.UsageError):
         pyqmigrate.open_snapshot(disk / "fifo")
@@ -392,7 +394,7 @@ def test_no_thread_is_left_after_a_cancelled_save(disk: Path) -> None:
 # ---- direct I/O ----------------------------------------------------------------------------------
 
 
-def test_direct_io_on_a_disk_is_used_and_the_reason_told(disk: Path) -> None:
+def test_direct_io_on_a_disk_is_used_and_the_reason_reported(disk: Path) -> None:
     report = pyqmigrate.save(disk / "snap", [RamBlock("ram", known_memory())])
     assert report.direct_io
     assert "aligned" in report.direct_io_reason

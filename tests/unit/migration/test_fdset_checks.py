@@ -117,7 +117,7 @@ def test_two_names_of_one_file_pass(sets, path, tmp_path):
     check_fdset(sets, NAME, Direction.SAVE, direct_io=True, offset=0)
 
 
-def test_a_dup_pair_is_told_apart_from_two_opens(sets, path):
+def test_a_dup_pair_is_distinguished_from_two_opens(sets, path):
     [first] = fill(sets, path, W)
     second = sets.add(os.dup(first), 1).fd
     fcntl.fcntl(second, fcntl.F_SETFL, D)
@@ -140,14 +140,14 @@ def test_a_position_is_refused_without_an_offset(sets, path):
     check_fdset(sets, NAME, Direction.SAVE, direct_io=False, offset=4096)
 
 
-def test_only_the_member_that_would_be_used_must_stand_at_zero(sets, path):
+def test_only_the_member_that_would_be_used_must_be_at_zero(sets, path):
     old, _ = fill(sets, path, W, W)
     os.lseek(old, 4096, os.SEEK_SET)
     check_fdset(sets, NAME, Direction.SAVE, direct_io=False, offset=0)
 
 
 @pytest.mark.parametrize("other", ["/dev/null", "/"])
-def test_something_that_is_no_regular_file_is_refused(sets, other):
+def test_something_that_is_not_a_regular_file_is_refused(sets, other):
     fd = sets.add(os.open(other, R), 1).fd
     assert complaint(sets, Direction.LOAD) == (
         f"fd {fd} is not a regular file; hand in one that is"
@@ -182,7 +182,7 @@ def test_checking_changes_no_flag_and_no_position(sets, path):
     assert after == before
 
 
-def test_description_tells_what_the_kernel_knows(sets, path):
+def test_description_shows_what_the_kernel_knows(sets, path):
     sets.add(os.open(path, W | D), 1, "wr:direct")
     [member] = describe_fdset(sets, NAME)
     assert (member.access, member.direct, member.sync) == (W, True, False)

@@ -114,7 +114,7 @@ OURS, THEIRS = UUID(int=1), UUID(int=2)
         (OURS, THEIRS, False, True),
     ],
 )
-def test_identities_are_compared_where_both_are_told(
+def test_identities_are_compared_where_both_are_known(
     disk: Path,
     kind: dict[str, bool],
     told: UUID | None,

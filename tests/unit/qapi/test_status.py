@@ -37,7 +37,7 @@ def test_a_load_tells_its_status_only():
     assert MigrationInfo(Status.COMPLETED).to_json() == {"status": "completed"}
 
 
-def test_an_error_is_told_with_the_status():
+def test_an_error_is_reported_with_the_status():
     assert MigrationInfo(Status.FAILED, "no room", RAM).to_json() == {
         "status": "failed",
         "error-desc": "no room",

@@ -40,7 +40,7 @@ def test_a_missing_member_is_named():
 
 
 @pytest.mark.parametrize("value", ["1", 1.0, True, None, 2**63, -(2**63) - 1, []])
-def test_what_is_no_signed_64_bit_integer_is_of_the_wrong_type(value):
+def test_what_is_not_a_signed_64_bit_integer_is_of_the_wrong_type(value):
     assert refusal(id=value) == "Invalid parameter type for 'id', expected: integer"
 
 
@@ -58,14 +58,14 @@ def test_what_is_no_signed_64_bit_integer_is_of_the_wrong_type(value):
         ("list", None, "array"),
     ],
 )
-def test_a_wrong_type_is_told_with_the_one_expected(member, value, word):
+def test_a_wrong_type_is_reported_with_the_one_expected(member, value, word):
     assert refusal(**{member: value}) == (
         f"Invalid parameter type for '{member}', expected: {word}"
     )
 
 
 @pytest.mark.parametrize("value", ["1", 1.0, True, None, 2**64, -(2**63) - 1])
-def test_what_is_no_integer_of_64_bits_is_no_unsigned_one(value):
+def test_what_is_not_an_integer_of_64_bits_is_not_an_unsigned_one(value):
     assert refusal(small=value) == "Parameter 'small' expects uint64"
     assert refusal(big=value) == "Parameter 'big' expects uint64"
 
@@ -84,7 +84,7 @@ def test_null_is_the_empty_text_where_it_is_allowed():
     assert SHAPE.read({"id": 1, "text": None})["text"] == ""
 
 
-def test_an_unknown_word_is_told_without_its_path():
+def test_an_unknown_word_is_reported_without_its_path():
     assert refusal(word="three") == "Parameter 'word' does not accept value 'three'"
     assert refusal(words=["two"]) == "Parameter 'null' does not accept value 'two'"
 

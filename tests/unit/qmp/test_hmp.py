@@ -58,7 +58,7 @@ def test_a_migration_without_numbers_shows_its_status(status):
     )
 
 
-def test_an_error_stands_behind_the_status():
+def test_an_error_is_behind_the_status():
     shown = render_migration(MigrationInfo(Status.FAILED, "no room"))
     assert "Migration status: failed (no room)\r\n" in shown
 

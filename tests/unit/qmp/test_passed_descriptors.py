@@ -88,7 +88,7 @@ def test_descriptors_held_back_are_closed_in_the_end(pair):
     assert open_fds() == before
 
 
-def test_an_empty_socket_is_told_from_a_closed_one(pair):
+def test_an_empty_socket_is_distinguished_from_a_closed_one(pair):
     ours, theirs = pair
     with pytest.raises(BlockingIOError):
         ours.receive(10)

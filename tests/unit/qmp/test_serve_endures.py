@@ -468,7 +468,7 @@ def target_of(path: Path, offset: int) -> str:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_server_killed_amid_a_save_leaves_what_is_no_snapshot_and_can_be_saved_over(
+def test_a_server_killed_amid_a_save_leaves_what_is_not_a_snapshot_and_can_be_saved_over(
     driver: Driver, ram: GuestRam, disk: Path, place: str
 ) -> None:
     path, offset = disk / "out", PLACES[place][1]

@@ -83,7 +83,7 @@ def test_a_file_in_the_way_is_refused_and_kept(tmp_path):
     assert path.read_text() == "content"
 
 
-def test_a_socket_that_nobody_serves_any_more_is_replaced(tmp_path, serve):
+def test_a_socket_that_no_process_serves_any_more_is_replaced(tmp_path, serve):
     with socket.socket(socket.AF_UNIX) as old:
         old.bind(str(tmp_path / "qmp0"))
     assert serve.connect(serve()).execute("query-fdsets") == {"return": []}
@@ -208,7 +208,7 @@ def test_strict_serves_several_at_once(serve):
         assert client.execute("query-fdsets") == {"return": []}
 
 
-def test_a_stalled_client_stops_nobody_else_and_is_cut_off_when_it_is_owed_too_much(serve):
+def test_a_stalled_client_stops_no_other_client_and_is_cut_off_when_it_is_owed_too_much(serve):
     server = serve(policy=Policy.STRICT)
     stalled, other = serve.connect(server), serve.connect(server)
     for _ in range(2):  # each answer is large, and none is read
@@ -514,7 +514,7 @@ def test_closing_before_listening_is_harmless():
     asyncio.run(run())
 
 
-def test_a_file_name_that_is_no_text_is_answered_in_ascii(client, tmp_path):
+def test_a_file_name_that_is_not_text_is_answered_in_ascii(client, tmp_path):
     answer = client.execute("migrate", uri=f"file:{tmp_path}/é\x7f/x")
     assert json.dumps(answer).isascii()
     assert answer["error"]["desc"].startswith("Could not create")

@@ -65,7 +65,7 @@ def test_pages_of_any_size_are_read_at_random(disk: Path, page_size: int) -> Non
         assert block.read(0, block.length) == memory
 
 
-def test_block_tells_what_it_holds(disk: Path) -> None:
+def test_block_shows_what_it_holds(disk: Path) -> None:
     memory = save_sequential(disk / "snap")
     pages = memory.reshape(-1, 4096).any(axis=1)
     with open_snapshot(disk / "snap") as snapshot:
@@ -273,7 +273,7 @@ def test_unfinished_libvirt_image_is_refused(disk: Path) -> None:
         open_snapshot(disk / "snap")
 
 
-def test_image_compressed_with_lzop_tells_what_to_do(disk: Path) -> None:
+def test_image_compressed_with_lzop_shows_what_to_do(disk: Path) -> None:
     (disk / "snap").write_bytes(header(ImageFormat.LZOP) + bytes(100))
     with pytest.raises(NotSupported, match=r"lzop.*tail -c \+4322 .*lzop -dc.*convert - OUT"):
         open_snapshot(disk / "snap")

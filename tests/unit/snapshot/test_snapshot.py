@@ -21,7 +21,7 @@ from tests.harness.examples import some
 from tests.harness.snapshots import Bytes, known_memory, ram, save_known
 
 
-def test_a_block_tells_where_it_stands_and_what_it_holds(disk: Path) -> None:
+def test_a_block_shows_where_it_is_and_what_it_holds(disk: Path) -> None:
     memory = save_known(disk / "snap", machine="pc-q35-10.0")
     with open_snapshot(disk / "snap") as snapshot:
         assert snapshot.machine == "pc-q35-10.0"
@@ -246,7 +246,7 @@ def test_a_damaged_head_never_gives_more_than_an_error(
 
 
 @pytest.mark.parametrize("content", [b"", b"Q", b"QEVM", b"QEVM\0\0\0\3", bytes(1 << 20)])
-def test_what_is_no_snapshot_is_a_snapshot_error(disk: Path, content: bytes) -> None:
+def test_what_is_not_a_snapshot_is_a_snapshot_error(disk: Path, content: bytes) -> None:
     (disk / "snap").write_bytes(content)
     with pytest.raises(SnapshotError):
         open_snapshot(disk / "snap")

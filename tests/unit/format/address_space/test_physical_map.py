@@ -185,7 +185,7 @@ def test_equal_nodes_are_taken_only_where_their_names_ascend() -> None:
 
 @some
 @given(st.binary(max_size=200), st.dictionaries(st.text(max_size=3), st.integers(1, 99)))
-def test_any_bytes_may_stand_in_the_table(data: bytes, backends: dict[str, int]) -> None:
+def test_any_bytes_may_be_in_the_table(data: bytes, backends: dict[str, int]) -> None:
     found = nodes_in_order(b"SRAT" + data, backends)
     assert found is None or sorted(found) == sorted(backends)
 
@@ -200,7 +200,7 @@ def test_module_beside_ram_of_a_known_size_is_left_out() -> None:
     assert {one.block for one in found} == {"ram0"}
 
 
-def test_machines_called_virt_are_told_apart_by_their_blocks() -> None:
+def test_machines_called_virt_are_distinguished_by_their_blocks() -> None:
     arm = device(fields(ARM))
     assert physical_map("virt-9.2", {"mach-virt.ram": GIB})[0].address == GIB
     assert physical_map("virt", {"riscv_virt_board.ram": GIB})[0].address == 2 * GIB
@@ -306,7 +306,7 @@ def test_any_text_is_a_placement_or_wrong_usage(text: str) -> None:
         "ram@٣",
     ],
 )
-def test_text_that_is_no_placement_is_refused(text: str) -> None:
+def test_text_that_is_not_a_placement_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="NAME@ADDRESS"):
         parse_placement(text)
 
@@ -327,7 +327,7 @@ def test_processor_is_that_of_the_machine_or_of_its_cpus() -> None:
     ("modes", "narrow"),
     [((0x13,), True), ((0x10,), False), ((0x10, 0x1F), True), ((0x13, 5), False)],
 )
-def test_arm_of_32_bits_is_told_by_its_modes(modes: tuple[int, ...], narrow: bool) -> None:
+def test_arm_of_32_bits_is_recognized_by_its_modes(modes: tuple[int, ...], narrow: bool) -> None:
     """Programs of 32 bits may have a kernel of 64 below them."""
     cpus = [device(fields(ARM | {"cpsr": mode}), instance=n) for n, mode in enumerate(modes)]
     if narrow:
@@ -337,6 +337,6 @@ def test_arm_of_32_bits_is_told_by_its_modes(modes: tuple[int, ...], narrow: boo
         assert processor_of("virt-9.2", ["mach-virt.ram"], cpus).elf == 183
 
 
-def test_snapshot_without_memory_is_told_from_an_unknown_machine() -> None:
+def test_snapshot_without_memory_is_distinguished_from_an_unknown_machine() -> None:
     with pytest.raises(NotSupported, match="no RAM blocks"):
         physical_map("x-remote", {})

@@ -71,7 +71,7 @@ def test_cpus_are_in_the_order_of_their_numbers() -> None:
     assert [cpu.index for cpu in cpu_registers(devices)] == [0, 1, 2]
 
 
-def test_what_is_no_known_cpu_is_left_out() -> None:
+def test_what_is_not_a_known_cpu_is_left_out() -> None:
     unknown = [
         device(fields(X86), name="apic"),
         device(state(env__msr=1)),

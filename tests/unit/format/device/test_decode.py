@@ -203,7 +203,7 @@ def test_tree_has_keys_and_values() -> None:
     ]
 
 
-def test_array_of_unequal_elements_keeps_what_stands_before_it() -> None:
+def test_array_of_unequal_elements_keeps_what_is_before_it() -> None:
     inner = vmsd(field("a", "buffer", 4))
     body = b"\0\5" + b"abcd" + b"ab" + b"\7"
     device = decode(

@@ -68,6 +68,6 @@ def test_lime_header_comes_back(address: int, data: st.DataObject) -> None:
 
 @some
 @given(st.binary(max_size=40))
-def test_what_is_no_lime_header_is_refused(data: bytes) -> None:
+def test_what_is_not_a_lime_header_is_refused(data: bytes) -> None:
     with pytest.raises(SnapshotError):
         lime.decode_header(data)

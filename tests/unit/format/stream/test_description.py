@@ -60,7 +60,7 @@ def test_objects_inside_do_not_pass_for_the_description() -> None:
         b"\0\x06\0\0\0\x02{}x",
     ],
 )
-def test_tail_that_is_no_description_is_not_one(tail: bytes) -> None:
+def test_tail_that_is_not_a_description_is_not_one(tail: bytes) -> None:
     assert read_from_end(Sparse([(0, b"stream" + tail)])) is None
 
 
@@ -103,7 +103,7 @@ def test_description_cut_short_is_refused() -> None:
         read(Cursor(Sparse([(0, b"\x06\0\0\0\x03{}")]), 0))
 
 
-def test_description_that_is_no_object_is_refused() -> None:
+def test_description_that_is_not_an_object_is_refused() -> None:
     with pytest.raises(SnapshotError, match="object"):
         read(Cursor(Sparse([(0, encode(b"[]"))]), 0))
 

@@ -143,7 +143,7 @@ def test_records_are_read_in_every_part_and_in_end() -> None:
     assert [data[at : at + 8] for at in seen] == [MARK] * 3
 
 
-def test_guest_address_stands_in_entries_with_ignore_shared() -> None:
+def test_guest_address_is_in_entries_with_ignore_shared() -> None:
     head = configured(capabilities("x-ignore-shared"))
     data = head + blocks(entry("a", 4096, words(0x1000)), entry("b", 4096, words(0)), total=8192)
     got = stream(data + ENDED)
@@ -189,7 +189,7 @@ def test_page_size_comes_from_the_description_next() -> None:
     assert refusal(data, page_size=4096).field == "page_size"
 
 
-def test_page_size_is_the_caller_s_where_none_is_told() -> None:
+def test_page_size_is_the_caller_s_where_none_is_stated() -> None:
     data = configured() + ONE + end(1, MARK) + EOF
     assert stream(data, page_size=2048).page_size == 2048
     assert stream(data).page_size == 4096

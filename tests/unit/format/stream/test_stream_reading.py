@@ -222,7 +222,7 @@ def test_external_block_is_not_jumped_over() -> None:
     assert stream.total_ram == 65536
 
 
-def test_bitmap_may_stand_after_the_pages() -> None:
+def test_bitmap_may_be_after_the_pages() -> None:
     raw = Raw(bitmap_offset=(1 << 20) + 65536 + 5000, size=2 << 20, description=None)
     assert parse(raw.file()).blocks[0].bitmap_offset == (1 << 20) + 65536 + 5000
 

@@ -92,7 +92,7 @@ def test_pages_are_aligned_in_the_file_not_in_the_stream(offset: int, pages: int
     assert encode_head("pc", EXAMPLE, offset=offset).blocks[0].pages_offset == pages
 
 
-def test_page_bits_stand_before_the_capabilities() -> None:
+def test_page_bits_are_before_the_capabilities() -> None:
     data = encode_head("virt", [BlockSpec("ram", 4096)], target_page_bits=12).pieces[0].data
     expected = hexed('05 1E "configuration/target-page-bits" 00000001 0000000C 05 1A')
     assert expected in data

@@ -96,7 +96,7 @@ def test_wrong_options_are_refused(two: Any, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("direct_io", ["on", "off", "auto"])
-def test_the_report_tells_of_direct_io(two: Any, direct_io: str) -> None:
+def test_the_report_shows_direct_io(two: Any, direct_io: str) -> None:
     path, memories = two
     report = pyqmigrate.open_snapshot(path).load(buffers(memories), direct_io=direct_io)
     assert report.direct_io == (direct_io != "off")

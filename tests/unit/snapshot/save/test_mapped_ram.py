@@ -317,7 +317,7 @@ def test_several_saves_run_side_by_side(disk: Path) -> None:
         assert (load(disk / str(n))["ram"] == memory).all()
 
 
-def test_more_channels_than_ranges_are_no_trouble(disk: Path) -> None:
+def test_more_channels_than_ranges_are_harmless(disk: Path) -> None:
     memory = known_memory()
     pyqmigrate.save(disk / "snap", [RamBlock("ram", memory)], channels=255)
     assert (load(disk / "snap", channels=255)["ram"] == memory).all()

@@ -81,7 +81,7 @@ def test_agent_that_does_not_answer_costs_no_more_than_the_time_it_is_given(tmp_
         set_by(tmp_path / "agent", 0.1)
 
 
-def test_agent_that_nobody_serves_is_an_error(tmp_path: Path) -> None:
+def test_agent_that_no_process_serves_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(QemuError, match="No such file"):
         set_by(tmp_path / "agent")
     with socket.socket(socket.AF_UNIX) as bound:

@@ -205,7 +205,7 @@ def test_device_with_state_in_several_parts_is_named(tmp_path: Path) -> None:
         read_migrated(migrated(tmp_path / "state", before=live, sections=ended + SECTIONS))
 
 
-def test_device_whose_state_stands_before_ram_is_named(tmp_path: Path) -> None:
+def test_device_whose_state_is_before_ram_is_named(tmp_path: Path) -> None:
     early = full(3, "virtio-mem-device-early", b"12345678")
     path = migrated(
         tmp_path / "state",
@@ -230,7 +230,7 @@ def given_all(names: Mapping[str, int]) -> dict[str, bytes]:
     return {name: memory(length, seed) for seed, (name, length) in enumerate(names.items())}
 
 
-def test_device_state_is_told_apart_without_a_description(tmp_path: Path) -> None:
+def test_device_state_is_distinguished_without_a_description(tmp_path: Path) -> None:
     state = devices_of(device_file(tmp_path / "state"))
     assert state.sections == SECTIONS
     assert state.devices == (("timer", 0), ("globalstate", 0))

@@ -210,7 +210,7 @@ def test_shared_memory_in_pieces_of_two_files_is_read_from_the_process(memfd: in
     assert block.shared and isinstance(block.memory, ProcessMemory)
 
 
-def test_address_that_is_not_mapped_is_told() -> None:
+def test_address_that_is_not_mapped_is_reported() -> None:
     memory = mmap.mmap(-1, MIB)
     address = address_of(memory)
     block = found(address, 1 << 46)

@@ -38,7 +38,7 @@ def test_number_that_is_new_anyway_or_the_callers_stays() -> None:
         assert with_new_generation(unchanged) == (unchanged, [])
 
 
-def test_guests_are_told_by_vmgenid_where_there_is_one() -> None:
+def test_guests_are_recognized_by_vmgenid_where_there_is_one() -> None:
     assert "vmgenid has them reseed" in shared_identity(command("-device", "vmgenid"))
     assert "a device vmgenid would" in shared_identity(command("-m", "64"))
 

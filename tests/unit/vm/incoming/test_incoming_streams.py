@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("same_descriptors")
-def test_stream_that_nobody_waits_for_ends_in_silence(
+def test_stream_that_no_process_waits_for_ends_in_silence(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cancelled = threading.Event()

@@ -124,7 +124,7 @@ def test_nodes_of_the_host_stay_a_list(
     assert json.loads(option.value or "")["host-nodes"] == nodes
 
 
-def test_node_of_the_host_that_is_no_number_is_refused(
+def test_node_of_the_host_that_is_not_a_number_is_refused(
     snapshot: pyqmigrate.MappedRamSnapshot,
 ) -> None:
     with pytest.raises(UsageError, match="host-nodes='x'"):
@@ -224,7 +224,7 @@ def test_configuration_file_with_memory_in_it_is_refused(
         mapped(snapshot, f"-m 4 -readconfig {tmp_path}/vm.cfg")
 
 
-def test_configuration_file_without_memory_is_no_hindrance(
+def test_configuration_file_without_memory_is_harmless(
     snapshot: pyqmigrate.MappedRamSnapshot, tmp_path: Path
 ) -> None:
     (tmp_path / "vm.cfg").write_text('[device]\n driver = "virtio-rng-pci"\n')

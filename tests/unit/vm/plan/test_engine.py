@@ -72,7 +72,7 @@ def test_direct_that_is_asked_for_and_refused_is_an_error_with_every_reason() ->
         choose_engine(one, engine="direct")
 
 
-def test_reason_that_counts_for_both_ways_is_told_once() -> None:
+def test_reason_that_counts_for_both_ways_is_reported_once() -> None:
     one = guest(devices=(("/machine/peripheral/gpu", "vfio-pci"),))
     assert len([r for r in choose_engine(one).refused if "gpu" in r]) == 1
 
@@ -123,7 +123,7 @@ def test_guest_that_cannot_be_saved_now(changes: dict[str, Any], words: str, eng
 
 
 @pytest.mark.parametrize("status", ["none", "completed", "failed", "cancelled"])
-def test_migration_that_has_ended_is_no_obstacle(status: str) -> None:
+def test_migration_that_has_ended_is_harmless(status: str) -> None:
     assert why_no_migration(guest(migration_status=status)) is None
 
 
@@ -145,7 +145,7 @@ def test_migration_that_has_ended_is_no_obstacle(status: str) -> None:
         {"capabilities": {"x-colo": True, "x-ignore-shared": False}},
     ],
 )
-def test_what_would_be_missed_is_told(way: DeviceStateMethod, changes: dict[str, Any]) -> None:
+def test_what_would_be_missed_is_reported(way: DeviceStateMethod, changes: dict[str, Any]) -> None:
     assert len(missed_devices(guest(**changes), way)) == 1
 
 

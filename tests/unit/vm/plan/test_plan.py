@@ -115,7 +115,9 @@ def test_we_leave_zero_pages_out_where_gaps_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("engine", ["qemu", "direct"])
-def test_data_that_does_not_fit_is_told_with_the_need_of_what_was_asked_for(engine: str) -> None:
+def test_data_that_does_not_fit_is_reported_with_the_need_of_what_was_asked_for(
+    engine: str,
+) -> None:
     with memory(RUNS) as block:
         plan = planned(block, engine, LENGTH // 4)
     assert plan.fits is False and plan.data == LENGTH // 2

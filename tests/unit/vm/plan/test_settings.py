@@ -129,7 +129,7 @@ def test_dense_writes_every_page() -> None:
     assert zero_pages(Sample(4 * GIB, 2 * GIB, 16384), Sparse.DENSE) == "none"
 
 
-def test_direct_io_that_is_not_to_be_had_is_switched_off() -> None:
+def test_direct_io_that_is_not_available_is_switched_off() -> None:
     changes = pages(guest(parameters={"direct-io": True}), direct=False)
     assert changes.parameters["direct-io"].after is False
 
@@ -141,7 +141,7 @@ def test_device_state_of_a_running_guest_comes_at_once() -> None:
     assert name not in pages(guest()).parameters
 
 
-def test_what_may_change_later_is_put_back_too() -> None:
+def test_what_may_change_later_is_restored_too() -> None:
     unlimited = guest(parameters={"max-bandwidth": 0})
     assert pages(unlimited).touched == {"downtime-limit": 300, "max-bandwidth": 0}
 

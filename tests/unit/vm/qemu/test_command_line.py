@@ -38,7 +38,7 @@ def test_short_name_of_machine_is_the_long_one() -> None:
     assert parse("-M q35").last("machine") == Option("machine", "q35")
 
 
-def test_word_that_is_no_option_is_a_disk_image() -> None:
+def test_word_that_is_not_an_option_is_a_disk_image() -> None:
     assert parse("-nographic disk.img -m 64").all("") == [Option("", "disk.img")]
 
 

@@ -85,7 +85,7 @@ def test_downtime_that_was_not_reported_is_not_known(events: list[tuple[str, int
         (["RESUME"], [], False),
     ],
 )
-def test_guest_that_somebody_lets_run_is_noticed(
+def test_guest_that_another_process_lets_run_is_noticed(
     before: list[str], after: list[str], resumed: bool
 ) -> None:
     async def run() -> bool:

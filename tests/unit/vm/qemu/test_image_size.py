@@ -23,7 +23,7 @@ def test_qcow2_image_is_as_long_as_its_header_says(tmp_path: Path, version: int)
     assert image_size(str(tmp_path / "image")) == 5 << 30
 
 
-def test_what_is_no_image_has_no_size(tmp_path: Path) -> None:
+def test_what_is_not_an_image_has_no_size(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", ".", "missing", "nbd:host:1", 'json:{"driver":"null-co"}', "a\0b"):
         assert image_size(str(tmp_path / name)) is None

@@ -107,7 +107,7 @@ def test_without_sock_diag_the_names_of_connections_serve(
         assert "not at the other end" in str(pid_of(find_process(peer, own_threads(), anything)))
 
 
-def test_connection_that_is_not_accepted_yet_is_held_by_nobody(tmp_path: Path) -> None:
+def test_connection_that_is_not_accepted_yet_is_held_by_no_process(tmp_path: Path) -> None:
     """Its other end has no inode, and neither has a descriptor that is not a socket."""
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
         listener.bind(str(tmp_path / "monitor"))

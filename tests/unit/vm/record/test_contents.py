@@ -47,7 +47,7 @@ def test_record_is_known_by_its_first_line() -> None:
     assert not is_record(b'{"format": "something else"}')
 
 
-def test_unknown_keys_are_no_fault() -> None:
+def test_unknown_keys_are_harmless() -> None:
     text = changed(lambda data: data.update(later={"a": 1}))
     assert decode_record(text) == record()
 
@@ -81,7 +81,7 @@ def test_record_that_is_not_one_is_refused(
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b"[" * 100_000, b"1" * 100_000, b"nul"])
-def test_text_that_is_no_record_is_refused(text: bytes) -> None:
+def test_text_that_is_not_a_record_is_refused(text: bytes) -> None:
     with pytest.raises(SnapshotError):
         decode_record(text)
 

@@ -229,7 +229,7 @@ def test_name_of_a_block_by_its_path_is_kept() -> None:
     assert json.loads(options[1].value or "")["x-use-canonical-path-for-ramblock-id"] is True
 
 
-def test_taps_are_told() -> None:
+def test_taps_are_reported() -> None:
     assert twin("-m 64 -netdev tap,id=n").taps
     assert twin("-m 64 -nic bridge").taps
     assert not twin("-m 64 -netdev user,id=n").taps
