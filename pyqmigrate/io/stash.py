@@ -5,15 +5,15 @@ disk takes longer. The pages are at their offsets in private anonymous memory as
 which costs only where pages are copied::
 
     with Stash([StashBlock("pc.ram", memory, 4096, pages=mapped_pages)]) as stash:
-        stash.prepare(channels=2)     # while the guest runs: make the memory resident
-        stash.copy(channels=2)        # while it is stopped
+        stash.prepare(channels=2)              # while the guest runs: make the memory resident
+        stash.start_copy(channels=2).wait()    # while it is stopped
         ...                           # stash.memory_of("pc.ram", identity), stash.pages["pc.ram"]
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +24,7 @@ from pyqmigrate.errors import GuestMemoryError, NotSupported, UsageError
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, check_channels
 from pyqmigrate.io.in_use import FileId
+from pyqmigrate.io.job import Job
 from pyqmigrate.io.layered import buffer_memory, layered
 from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.memory import Memory, OpenMemory, ProcessMemory, RamBlock, SnapshotMemory, attach
@@ -53,7 +54,7 @@ class StashBlock:
 class Stash:
     """Memory for the pages of blocks. Close it.
 
-    ``pages`` are bitmaps of what :meth:`copy` copied, by block. Raises UsageError for unsuitable
+    ``pages`` are bitmaps of what the copy copied, by block. Raises UsageError for unsuitable
     blocks, GuestMemoryError if memory cannot be read, NotSupported if there is no address space.
     """
 
@@ -88,19 +89,19 @@ class Stash:
                     seen.close()
         return expected
 
-    def copy(
-        self, *, channels: int = 2, cancel_at: Callable[[Channels], object] | None = None
-    ) -> int:
-        """Copy the pages; return their bytes. The guest is stopped. Call it once.
+    def start_copy(self, *, channels: int = 2) -> Job[int]:
+        """Begin to copy the pages; the result is their bytes. The guest is stopped. Call it once.
 
-        ``cancel_at`` is called with the channels first, so that another thread can cancel them. Raises
-        GuestMemoryError, Cancelled.
+        The result raises GuestMemoryError and Cancelled.
         """
         crew = Channels(check_channels(channels), "pyqmigrate-stash")
-        if cancel_at is not None:
-            cancel_at(crew)
-        self._run(_core.lib.qm_stash_copy, crew, list(self._blocks.values()))
-        return crew.totals().bytes_done
+        blocks = list(self._blocks.values())
+
+        def copy() -> int:
+            self._run(_core.lib.qm_stash_copy, crew, blocks)
+            return crew.totals().bytes_done
+
+        return Job(crew, sum(block.length for block in blocks), copy)
 
     def _run(self, step: Any, crew: Channels, blocks: Sequence[_Block]) -> None:
         for block in blocks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def changed(
-    base: Path, touched: list[int], *, scan: bool | None = None, page_size: int = PAGE
+    base: Path, touched: Collection[int], *, scan: bool | None = None, page_size: int = PAGE
 ) -> Iterator[tuple[Holder, Stash]]:
     with Holder(NPAGES, touched, flags=PRIVATE, path=base) as holder:
         block = RestoredBlock("pc.ram", holder.address, holder.length, 0, page_size)
@@ -63,7 +63,7 @@ def test_changed_pages_are_copied_and_no_others(
     with changed(base, sorted(touched), scan=scan) as (holder, stash):
         if populated:
             assert stash.prepare(channels=channels) == len(touched) * PAGE
-        assert stash.copy(channels=channels) == len(touched) * PAGE
+        assert stash.start_copy(channels=channels).wait() == len(touched) * PAGE
         assert set_pages(stash.pages["pc.ram"]) == sorted(touched)
         kept = np.frombuffer(stash.buffer("pc.ram"), dtype=np.uint8).reshape(-1, PAGE)
         content = holder.content.reshape(-1, PAGE)
@@ -77,7 +77,7 @@ def test_changed_pages_are_copied_and_no_others(
 def test_long_runs_are_copied_whole(base: Path) -> None:
     touched = [*range(10, 1800), *range(2000, 2001), *range(3000, 4999)]
     with changed(base, touched) as (holder, stash):
-        stash.copy(channels=2)
+        stash.start_copy(channels=2).wait()
         memory = stash.memory_of("pc.ram", SOME_FILE)
         expected = np.zeros_like(holder.content).reshape(-1, PAGE)
         expected[touched] = holder.content.reshape(-1, PAGE)[touched]
@@ -87,7 +87,7 @@ def test_long_runs_are_copied_whole(base: Path) -> None:
 def test_layers_are_the_whole_memory(base: Path) -> None:
     with changed(base, [0, 7, 8, 4000]) as (holder, stash):
         stash.prepare()
-        stash.copy()
+        stash.start_copy().wait()
         content = base.read_bytes()
         from pyqmigrate.io.layered import buffer_memory
 
@@ -97,7 +97,7 @@ def test_layers_are_the_whole_memory(base: Path) -> None:
 
 def test_pages_of_another_size_are_copied_whole(base: Path) -> None:
     with changed(base, [3, 40], page_size=8192) as (holder, stash):
-        stash.copy()
+        stash.start_copy().wait()
         assert set_pages(stash.pages["pc.ram"]) == [1, 20]
         start = 2 * PAGE
         kept = bytes(stash.buffer("pc.ram")[start : start + 2 * PAGE])
@@ -114,7 +114,7 @@ def test_given_pages_of_a_file_are_copied_and_its_holes_stay_zero(tmp_path: Path
         pages.fill(memoryview(b"\xff\x01" + bytes(6)))
         with Stash([StashBlock("m", FileMemory(file.fileno()), PAGE, pages=pages)]) as stash:
             assert stash.prepare() == 9 * PAGE
-            stash.copy()
+            stash.start_copy().wait()
             expected = bytearray(64 * PAGE)
             expected[5 * PAGE : 6 * PAGE] = b"x" * PAGE
             assert bytes(stash.buffer("m")) == expected
@@ -123,7 +123,7 @@ def test_given_pages_of_a_file_are_copied_and_its_holes_stay_zero(tmp_path: Path
 def test_block_without_a_selection_is_copied_whole(tmp_path: Path) -> None:
     with Holder(3000, [0, 1, 2999], flags=PRIVATE) as holder:
         with Stash([StashBlock("vga", holder.memory)]) as stash:
-            assert stash.copy() == holder.length
+            assert stash.start_copy().wait() == holder.length
             assert bytes(stash.buffer("vga")) == holder.content.tobytes()
             assert stash.pages["vga"].count() == 3000
         assert holder.present().sum() < 600, "pages that were never touched have come into being"
@@ -134,7 +134,7 @@ def test_process_that_ends_is_noticed(base: Path) -> None:
         stash.prepare()
         holder.end()
         with pytest.raises(GuestMemoryError):
-            stash.copy()
+            stash.start_copy().wait()
 
 
 def test_memory_that_ends_is_noticed(tmp_path: Path) -> None:
@@ -143,12 +143,15 @@ def test_memory_that_ends_is_noticed(tmp_path: Path) -> None:
         with Stash([StashBlock("m", FileMemory(file.fileno()))]) as stash:
             file.truncate(10 * PAGE)
             with pytest.raises(GuestMemoryError):
-                stash.copy()
+                stash.start_copy().wait()
 
 
 def test_copy_can_be_cancelled(base: Path) -> None:
-    with changed(base, [1]) as (_, stash), pytest.raises(Cancelled):
-        stash.copy(cancel_at=lambda channels: channels.cancel())
+    with changed(base, range(NPAGES)) as (_, stash):
+        job = stash.start_copy()
+        job.cancel()
+        with contextlib.suppress(Cancelled):  # it may have been too late
+            assert job.result() == NPAGES * PAGE
 
 
 def test_memory_here_cannot_be_a_mapping_of_another_process(base: Path) -> None:
