@@ -36,7 +36,8 @@ class Written:
     """What an engine did. ``downtime`` is in seconds, None if the guest did not run before or does
     not run again. ``manifest`` returns the seal of the file, given the time of its last
     modification (ns). ``rounds``, ``slowdown``, ``base`` and ``changed_pages`` are those of
-    :class:`~pyqmigrate.vm.outgoing.report.VmSaveReport`."""
+    :class:`~pyqmigrate.vm.outgoing.report.VmSaveReport`. ``confirm`` is called when the file is durable,
+    before it gets its name; an exception undoes the save."""
 
     bytes_written: int
     downtime: float | None
@@ -46,6 +47,7 @@ class Written:
     slowdown: float | None = None
     base: str | None = None
     changed_pages: int | None = None
+    confirm: Callable[[], object] | None = None
 
 
 async def migrate(

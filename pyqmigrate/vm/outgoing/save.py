@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -57,6 +58,7 @@ from pyqmigrate.vm.outgoing.precopy import save_precopy
 from pyqmigrate.vm.outgoing.qemu import save_qemu
 from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.disks import prepare, restore_needs
 from pyqmigrate.vm.plan.engine import EngineChoice, choose_engine, fall_back
 from pyqmigrate.vm.plan.live import LiveChoice, choose_live
@@ -139,6 +141,8 @@ class _Save:
         for choice in choices:
             self.live = choice
             self.choice = choose_engine(self.guest, engine=choice.engine)
+            if self._saves_changed:
+                self.choice = replace(self.choice, way=DeviceStateMethod.DEVICES_ONLY)
             self._prepare_disks()
             try:
                 return await self._attempt()
@@ -206,7 +210,7 @@ class _Save:
         written = await self._write(transaction, output, plan)
         file_size, allocated = os.fstat(output.fd).st_size, output.allocated_bytes()
         direct, reason = output.direct is not None, output.direct_io_reason
-        await self._publish(output)
+        await self._publish(output, written)
         modified = os.fstat(output.fd).st_mtime_ns
         seconds = time.monotonic() - self.started_at
         await transaction.commit(resume=self._resumes)
@@ -254,6 +258,10 @@ class _Save:
         )
 
     @property
+    def _saves_changed(self) -> bool:
+        return self.live is not None and self.live.method is LiveMethod.CHANGED
+
+    @property
     def _resumes(self) -> bool:
         """Whether the guest shall run after the save."""
         if self.options.then is None:
@@ -271,7 +279,8 @@ class _Save:
             live=None if self.live is None else self.live.method,
             max_pause=None if self.options.live is None else self.options.live.max_pause,
             with_disks=self.disks is not None,
-            free=output.free_bytes(),
+            # How much a save of changed pages writes is known when they were found.
+            free=None if self._saves_changed else output.free_bytes(),
         )
         if plan.fits is False and plan.free is not None:
             raise NoSpace(
@@ -349,7 +358,7 @@ class _Save:
             await shielded(asyncio.to_thread(job.join))
             raise
 
-    async def _publish(self, output: OutputFile) -> None:
+    async def _publish(self, output: OutputFile, written: Written) -> None:
         """Make the file durable, verify it and give it its name, unless cancelled before that."""
         check_cancelled()
         cancelled = threading.Event()
@@ -357,6 +366,8 @@ class _Save:
         def check() -> None:
             _verify(output, self.guest)
             self.recording.prepare(output, resumed=self._resumes)
+            if written.confirm is not None:
+                written.confirm()
             if cancelled.is_set():
                 raise Cancelled("cancelled")
 
