@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from pyqmigrate.errors import LiveSaveAbandoned, NotSupported, QemuRefused
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.snapshot.save.background import complete_background_snapshot
 from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest.inspect import GuestInfo
@@ -33,7 +35,8 @@ from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 __all__ = ["save_background"]
 
 _POLL = 0.001  # seconds
-_PIECE = 1 << 20
+_PIECE = 1 << 20  # bytes
+_HUGE_PAGE = 2 << 20  # bytes
 _UNTOUCHED = (
     "the memory of QEMU could not be touched beforehand (it cannot be read from here), which may "
     "have made the pause longer"
@@ -56,6 +59,7 @@ async def save_background(save: LiveSave) -> Written:
         raise NotSupported("QEMU writes a background snapshot through the page cache only")
     transaction = save.transaction
     notes: list[str] = []
+    allocated = _allocated(save.guest)
     with open_for_qemu(save.output) as fds:
         async with transaction.add_fds({"buffered": fds["buffered"]}) as path:
             await _apply(save)
@@ -81,7 +85,7 @@ async def save_background(save: LiveSave) -> Written:
         set_run_state, save.output, run_state
     ):
         notes.append(f"the snapshot records that the guest was paused, but it was {run_state}")
-    notes += _side_effects(save.guest)
+    notes += _side_effects(save.guest, allocated)
     written = max(info["ram"]["transferred"], pages << (save.guest.target_page_bits or 12))
     return Written(written, downtime, tuple(notes), rounds=1)
 
@@ -113,7 +117,7 @@ def _explain(reason: str) -> str:
 
 
 async def _start_with_disks(save: LiveSave, path: str) -> None:
-    """Stop the guest, take its disks, start the migration, and resume the guest as soon as its
+    """Stop the guest, start the migration, take the disks, and resume the guest as soon as its
     memory is protected."""
     transaction, limit = save.transaction, save.request.max_pause
     assert save.while_paused is not None
@@ -121,8 +125,9 @@ async def _start_with_disks(save: LiveSave, path: str) -> None:
     await transaction.stop()
     try:
         transaction.events.stands()
-        await save.while_paused()
+        # QEMU touches and protects the memory in the meantime.
         await transaction.migrate(path, background=True)
+        await save.while_paused()
         while not await _writes_pages(transaction):
             check_cancelled()
             if limit is not None and time.monotonic() - stopped_at > limit:
@@ -164,20 +169,36 @@ def _touch_memory(guest: GuestInfo) -> bool:
     return True
 
 
-def _side_effects(guest: GuestInfo) -> list[str]:
-    """Return what a background snapshot does to memory for good."""
-    notes = []
-    if any(block.shared and block.length >= _PIECE for block in guest.blocks):
-        notes.append(
-            "memory of the guest that was never used is allocated now, as QEMU touches all shared "
-            "memory for a background snapshot"
-        )
-    if any(
-        not block.shared and block.length >= _PIECE and block.page_size <= 4096
+def _allocated(guest: GuestInfo) -> int:
+    """Return the bytes of memory that the files behind shared blocks hold, as far as is known."""
+    return sum(
+        os.fstat(block.memory.fd).st_blocks * 512
         for block in guest.blocks
+        if isinstance(block.memory, FileMemory)
+    )
+
+
+def _side_effects(guest: GuestInfo, allocated_before: int) -> list[str]:
+    """Return what the background snapshot did to the guest's memory for good."""
+    notes = []
+    grown = _allocated(guest) - allocated_before
+    if grown >= _PIECE:
+        notes.append(
+            f"{grown >> 20} MiB of memory that the guest had not used before are allocated now: "
+            "QEMU touches all shared memory for a background snapshot"
+        )
+    if _huge_pages_enabled() and any(
+        not block.shared and block.length >= _HUGE_PAGE > block.page_size for block in guest.blocks
     ):
         notes.append(
             "transparent huge pages of the guest's memory were split into small pages; the kernel "
             "joins them again in time"
         )
     return notes
+
+
+def _huge_pages_enabled() -> bool:
+    try:
+        return "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
