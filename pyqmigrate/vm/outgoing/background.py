@@ -65,6 +65,7 @@ async def save_background(save: LiveSave) -> Written:
             await _apply(save)
             if save.while_paused is None:
                 await asyncio.to_thread(save.see_disks)
+                transaction.events.stands()
                 await transaction.migrate(path, background=True)
             else:
                 if not await asyncio.to_thread(_touch_memory, save.guest):

@@ -211,9 +211,10 @@ class SaveTransaction:
         self._journal_steps(Step.MIGRATED, undone=(Step.MIGRATING,))
 
     async def went_on(self) -> None:
-        """Note that the guest runs after a migration that resumed it itself, so that it is not
-        resumed again if another client stops it from now on."""
-        if (await self.monitor.execute("query-status"))["running"]:
+        """Note that the guest was resumed since ``events.stands()``: if another client has stopped it
+        again, it stays stopped."""
+        running = (await self.monitor.execute("query-status"))["running"]
+        if running or self.events.resumed():
             self._journal_steps(undone=(Step.STOPPED, Step.MIGRATED))
 
     async def check_still_stopped(self) -> None:
