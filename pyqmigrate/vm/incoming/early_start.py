@@ -79,6 +79,17 @@ def _check_recording(source: RestoreSource, options: RestoreOptions) -> None:
     check_working_set_place(source.place)
 
 
+def _recordable(source: RestoreSource) -> contextlib.AbstractContextManager[None]:
+    """Prepare for a recording: the kernel maps what the page cache has around a touched page, and
+    all of a large folio, so that the page table would show far more than was touched."""
+    from pyqmigrate.io.page_cache import drop_cached
+    from pyqmigrate.vm.qemu.huge_pages import without_huge_pages
+
+    with contextlib.suppress(TargetError):
+        drop_cached(source.fd)
+    return without_huge_pages()
+
+
 def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions) -> StartedRestore:
     """Start the QEMU of ``mapped``, and to read a recorded working set. Not for the main thread.
 
@@ -86,14 +97,15 @@ def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions)
     """
     files = RamFiles(mapped.command, source.snapshot, mapped.blocks)
     try:
-        qemu = start(
-            mapped.command,
-            [source.fd, *options.pass_fds],
-            qmp=options.qmp,
-            stdin=options.stdin,
-            stdout=options.stdout,
-            stderr=options.stderr,
-        )
+        with contextlib.nullcontext() if options.record is None else _recordable(source):
+            qemu = start(
+                mapped.command,
+                [source.fd, *options.pass_fds],
+                qmp=options.qmp,
+                stdin=options.stdin,
+                stdout=options.stdout,
+                stderr=options.stderr,
+            )
     except BaseException:
         files.close()
         raise
