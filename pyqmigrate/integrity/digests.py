@@ -17,7 +17,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pyqmigrate.core import Channel, File
 from pyqmigrate.errors import SnapshotError, TargetError
@@ -42,13 +42,13 @@ class Digests:
     """The digests of a file's pieces, as far as they are known. Costs 17 bytes a MiB.
 
     ``size`` is the file's, ``bytes_read`` what was not in holes or known before, both in bytes.
-    ``overlay`` is ``(position, bytes)`` that reading shall find there, where no hole is: what is
+    ``overlay`` lists ``(position, bytes)`` that reading finds there, outside of holes: what is
     written last of all.
     Its methods are for one thread at a time, but for what channels do in :meth:`read_rest`, and
     while a save writes.
     """
 
-    def __init__(self, algorithm: Algorithm, *, overlay: tuple[int, bytes] | None = None) -> None:
+    def __init__(self, algorithm: Algorithm, *, overlay: Sequence[tuple[int, bytes]] = ()) -> None:
         self.algorithm = algorithm
         self.size = 0
         self.bytes_read = 0
@@ -178,12 +178,10 @@ class Digests:
         self._known[number] = 1
 
     def _lay_over(self, view: memoryview, at: int) -> None:
-        if self._overlay is None:
-            return
-        position, data = self._overlay
-        for n in range(len(data)):
-            if at <= position + n < at + len(view):
-                view[position + n - at] = data[n]
+        for position, data in self._overlay:
+            for n in range(len(data)):
+                if at <= position + n < at + len(view):
+                    view[position + n - at] = data[n]
 
     def _writing(self, at: int, data: memoryview | None, length: int) -> None:
         if data is None or at % PIECE:

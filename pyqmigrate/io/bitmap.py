@@ -89,6 +89,34 @@ class Bitmap:
         if self.npages % 64:
             self.core[self.npages // 64] &= (1 << self.npages % 64) - 1
 
+    def add(self, other: Bitmap) -> None:
+        """Set the bits that are set in ``other``, a bitmap of as many pages."""
+        if other.npages != self.npages:
+            raise UsageError(f"bitmaps of {self.npages} and of {other.npages} pages")
+        self._reach = max(self._reach, other._reach)
+        for start, end in other._touched(other.nbytes):
+            added = int.from_bytes(other._memory[start:end], sys.byteorder)
+            if added:
+                own = int.from_bytes(self._memory[start:end], sys.byteorder)
+                self._memory[start:end] = (own | added).to_bytes(end - start, sys.byteorder)
+
+    def remove(self, other: Bitmap) -> None:
+        """Clear the bits that are set in ``other``, a bitmap of as many pages."""
+        if other.npages != self.npages:
+            raise UsageError(f"bitmaps of {self.npages} and of {other.npages} pages")
+        for start, end in self._touched(self.nbytes):
+            own = int.from_bytes(self._memory[start:end], sys.byteorder)
+            if own:
+                removed = int.from_bytes(other._memory[start:end], sys.byteorder)
+                self._memory[start:end] = (own & ~removed).to_bytes(end - start, sys.byteorder)
+
+    def add_all(self) -> None:
+        """Set all bits."""
+        self._reach = self.npages
+        self._memory[: self.nbytes] = b"\xff" * self.nbytes
+        if self.npages % 64:
+            self.core[self.npages // 64] &= (1 << self.npages % 64) - 1
+
     def count(self, npages: int | None = None) -> int:
         """How many of the first ``npages`` bits (default: all) are set."""
         return self._count(self.npages if npages is None else npages)[0]

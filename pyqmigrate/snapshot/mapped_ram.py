@@ -123,6 +123,10 @@ class MappedRamSnapshot(Snapshot):
         self._blocks: Mapping[str, MappedRamBlock] = {}
         try:
             check_bitmap_order(bitmap_order)
+            if stream_file.increment is not None:
+                raise UsageError(
+                    f"{self.source.name!r} is an increment: open it with open_snapshot()"
+                )
             if self.source.forward:
                 raise NotSupported(
                     f"a mapped-ram file has its pages at fixed places, and {self.source.name!r} is "
@@ -228,9 +232,10 @@ def start_load(
 ) -> Job[LoadReport]:
     """Open a mapped-ram file and start to load it; it is closed when the job ends.
 
-    Arguments and errors are those of :meth:`~pyqmigrate.snapshot.base.Snapshot.load`.
+    An increment is loaded with its base. Arguments and errors are those of
+    :meth:`~pyqmigrate.snapshot.base.Snapshot.load`.
     """
-    snapshot = MappedRamSnapshot(StreamFile.open(target, offset=offset))
+    snapshot = _open(StreamFile.open(target, offset=offset))
     try:
         return snapshot.start_load(
             memories, channels=channels, direct_io=direct_io, clear=clear
@@ -238,3 +243,11 @@ def start_load(
     except BaseException:
         snapshot.close()
         raise
+
+
+def _open(stream_file: StreamFile) -> Snapshot:
+    if stream_file.increment is None:
+        return MappedRamSnapshot(stream_file)
+    from pyqmigrate.snapshot.increment import IncrementSnapshot
+
+    return IncrementSnapshot(stream_file)
