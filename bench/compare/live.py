@@ -20,15 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.compare import walking
 from bench.disk import Disk
 from bench.results import OURS, Sample
 from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.io.working_set_file import working_set_path
 from pyqmigrate.qmp.client import QmpClient
 from pyqmigrate.vm import sync
 from tests.harness.gaps import GapRecorder
 from tests.harness.linux_guest import Console, LinuxGuest
 from tests.harness.machine import BINARY
+from tests.harness.walking_guest import WalkingGuest
 from tests.harness.writing_guest import GuestSetup, WritingGuest, check_snapshot, restore, start
 
 __all__ = [
@@ -67,6 +68,8 @@ _STEADY = 50e6
 _BEFORE = 1.0  # seconds in which the speed of a guest is measured
 _CHANGED = (40, 400)  # MiB
 _WALKED = 300 * _MIB
+_WALKED_MEMORY = 3 * _GIB  # at most, of that guest
+_CLUSTER = 16  # pages
 _CLONES = 10
 _RECORD_SECONDS = 5
 _LINUX_IDLE = 3.0  # seconds before an increment
@@ -347,30 +350,26 @@ def _shares(guest: WritingGuest) -> tuple[int, int]:
 def _working_set(run: _Run) -> None:
     """Instant restores of a cold file, with and without the record of an earlier one, until the
     guest has read each page of its working set."""
-    setup = walking.WalkSetup(run.size, min(_WALKED, run.size // 4))
-    walking.save_base(setup, run.base)
-    first = walking.visited_in(run.base)
-    record = run.base.with_name(f"{run.base.name}.workingset")
-    with walking.restored(setup, run.base, record=_RECORD_SECONDS) as guest:
-        guest.wait_until_visited(first + setup.pages)
-        deadline = time.monotonic() + _RECORD_SECONDS + 20
-        while not record.exists():
-            assert time.monotonic() < deadline, "no record was written"
-            time.sleep(0.1)
-    aside = record.with_name("aside")
-    for number in range(2 * max(run.repeat, 3)):
-        recorded = number % 2 == 0
-        if not recorded:
+    size = min(_WALKED, run.size // 4)
+    spread = min(run.size, _WALKED_MEMORY) * 3 // 4 // size * _CLUSTER
+    with tempfile.TemporaryDirectory(prefix="walking-", dir=run.directory) as name:
+        guest = WalkingGuest(Path(name), size, cluster=_CLUSTER, spread=spread)
+        guest.save()
+        guest.record(_RECORD_SECONDS)
+        record = working_set_path(guest.path)
+        aside = record.with_name("aside")
+        for _ in range(max(run.repeat, 3)):
+            _add_walk(run, guest, RECORDED)
             record.rename(aside)
-        run.disk.make_cold(run.base)
-        began = time.monotonic()
-        with walking.restored(setup, run.base) as guest:
-            running = time.monotonic() - began
-            guest.wait_until_visited(first + setup.pages)
-            sample = Sample(time.monotonic() - began, facts={"running_seconds": running})
-        run.add(WORKING_SET_WORK, OURS, RECORDED if recorded else UNRECORDED, sample)
-        if not recorded:
+            _add_walk(run, guest, UNRECORDED)
             aside.rename(record)
+
+
+def _add_walk(run: _Run, guest: WalkingGuest, name: str) -> None:
+    run.clear()
+    seconds, report = guest.seconds_to_walk()
+    facts = {"running": report.total_seconds, "prefetched_bytes": report.prefetched_bytes}
+    run.add(WORKING_SET_WORK, OURS, name, Sample(seconds, facts=facts))
 
 
 def _cost(run: _Run) -> None:

@@ -1,25 +1,34 @@
 /*
- * A guest that reads its working set again and again: runs of RUN_PAGES pages, apart from each
- * other, in a scattered order. bench/compare/walking.py is its counterpart.
+ * A guest that reads one word of each page of its working set, in a scattered order, over and over:
+ * what a restore from a cold file costs. walking_guest.py is its harness.
+ *
+ * The working set is PAGES pages in clusters of CLUSTER pages, one in each SPREAD pages of memory.
+ * Every page of memory from FIRST on holds its number, written once.
  */
 typedef unsigned long u64;
 
 static volatile struct {
-    u64 visited; /* pages, since the start */
-    u64 sum;     /* of what was read, so that it is read */
+    u64 visited; /* pages, of all walks */
+    u64 wrong;   /* pages that did not hold their number */
 } progress __attribute__((section(".progress"), aligned(4096))) = {0};
 
-static const volatile u64 *words_at(u64 offset)
+static volatile u64 *word_of(u64 number)
 {
-    return (const volatile u64 *)(offset < LOW_BYTES ? offset : offset - LOW_BYTES + (1UL << 32));
+    return (volatile u64 *)(FIRST + number * 4096);
 }
 
 void guest_main(void)
 {
-    for (u64 run = 0;; run = (run + STEP) % RUNS) {
-        for (u64 page = 0; page < RUN_PAGES; page++) {
-            progress.sum += *words_at(FIRST + run * APART + page * 4096);
-            progress.visited++;
-        }
+    u64 page = 0;
+
+    for (u64 number = 0; number < PAGES / CLUSTER * SPREAD; number++)
+        *word_of(number) = number + 1;
+    for (;;) {
+        u64 number = page / CLUSTER * SPREAD + page % CLUSTER;
+
+        if (*word_of(number) != number + 1)
+            progress.wrong++;
+        progress.visited++;
+        page = (page + STRIDE) % PAGES;
     }
 }

@@ -48,6 +48,10 @@ class VmRestoreOptions(_CommonOptions, total=False):
     set_time: set the guest's clock by its agent, once it runs. If that fails, or takes more than
         five seconds, a note says so.
     guest_agent: the path of the agent's socket; None finds it in the command line.
+    record: for how many seconds to record which pages the guest touches, for SNAPSHOT.workingset,
+        which a later restore reads ahead. Only in mode ``instant``. It goes on after the restore
+        has returned: await ``recording`` of the result; closing the result writes what was seen
+        until then. :mod:`pyqmigrate.vm.sync` waits for it.
     """
 
     qmp: str | os.PathLike[str] | None
@@ -58,6 +62,7 @@ class VmRestoreOptions(_CommonOptions, total=False):
     stderr: Stream
     set_time: bool
     guest_agent: str | os.PathLike[str] | None
+    record: float | None
 
 
 class VmCloneOptions(_CommonOptions, total=False):

@@ -93,6 +93,7 @@ async def _closing(streams: IncomingStreams, work: Awaitable[RestoredVm]) -> Res
         async with streams:
             vm = await work
     except BaseException:
+        streams.source.cancel_prefetch()
         if vm is not None:
             await vm.end()
         raise
@@ -121,7 +122,7 @@ async def _restore_from(
     streams: IncomingStreams, chosen: ChosenCommand, options: RestoreOptions
 ) -> RestoredVm:
     started_at = time.monotonic()
-    command, options, notes = prepare(chosen.command, options, streams.source.snapshot)
+    command, options, notes = prepare(chosen.command, options, streams.source)
     attempt = RestoreAttempt(streams, options, started_at, (*chosen.notes, *notes))
     if options.mode not in (Mode.AUTO, Mode.INSTANT):
         return await attempt.load(command, "asked for")

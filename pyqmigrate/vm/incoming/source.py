@@ -1,29 +1,42 @@
-"""The snapshot of a restore: opened and checked once, for one guest or many."""
+"""The snapshot of a restore: opened and checked once, for one guest or many.
+
+The memory of a guest is mapped from the snapshot itself; of an increment, from its base.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pyqmigrate.errors import DirectIORefused, NotSupported, TargetError
+from pyqmigrate.errors import DirectIORefused, NotSupported, TargetError, UsageError
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.lock import lock_file
 from pyqmigrate.io.page_cache import cached_bytes
-from pyqmigrate.io.place import seal_path
+from pyqmigrate.io.place import resolve_symlink, seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+
+if TYPE_CHECKING:
+    from pyqmigrate.format.snapshot_id import SnapshotId
+    from pyqmigrate.io.working_set_file import RecordedWorkingSet
+    from pyqmigrate.vm.incoming.prefetch import Prefetch
 
 __all__ = ["Reading", "RestoreSource"]
 
 _WARM = 0.5  # share of the file in the page cache from which direct I/O is slower
 _COLD_CHANNELS = 32  # QEMU has one direct read in flight for each
 _WARM_CHANNELS = 4
+# As pyqmigrate.format.working_set has it: most snapshots have no working set, and a restore has no
+# time for a module that it does not need.
+_WORKING_SET = ".workingset"
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,8 @@ class RestoreSource:
     """
 
     def __init__(self, target: Target, offset: int | None) -> None:
+        self._prefetch: Prefetch | None = None
+        self._prefetch_lock = threading.Lock()
         self._input = InputFile(target)
         self.name, self.place = self._input.name, self._input.place
         try:
@@ -92,6 +107,62 @@ class RestoreSource:
             raise TargetError(
                 errno.EBUSY, "another process is writing the snapshot in place", self.name
             ) from error
+
+    def prefetch(self) -> Prefetch | None:
+        """Start to read the recorded working set ahead, unless that was started; None without one.
+
+        Returns at once, and raises nothing.
+        """
+        with self._prefetch_lock:
+            if self._prefetch is None:
+                self._prefetch = self._start_prefetch()
+            return self._prefetch
+
+    @property
+    def started_prefetch(self) -> Prefetch | None:
+        """The prefetch, if :meth:`prefetch` has started one."""
+        return self._prefetch
+
+    def cancel_prefetch(self) -> None:
+        """Read no more of the working set ahead, if that was started."""
+        with self._prefetch_lock:
+            if self._prefetch is not None:
+                self._prefetch.cancel()
+
+    def _start_prefetch(self) -> Prefetch | None:
+        path = self._working_set_path()
+        if path is None or not os.path.lexists(path):
+            return None
+        from pyqmigrate.vm.incoming.prefetch import Prefetch
+
+        layouts = {layout.name: layout for layout in self.snapshot.layouts}
+        try:
+            identity = self.identify()
+        except (OSError, UsageError):
+            return None
+
+        def read() -> RecordedWorkingSet:
+            from pyqmigrate.io.working_set_file import read_current_working_set
+
+            return read_current_working_set(path, identity)
+
+        return Prefetch(self.fd, layouts, read)
+
+    def _working_set_path(self) -> str | None:
+        if self.place is None:
+            return None
+        try:
+            return os.fspath(resolve_symlink(self.place)) + _WORKING_SET
+        except TargetError:
+            return None
+
+    def identify(self) -> SnapshotId:
+        """Return the identity of the open file. Raises UsageError for a descriptor, OSError."""
+        from pyqmigrate.io.companion_file import identify_snapshot
+
+        if self.place is None:
+            raise UsageError("the snapshot is a descriptor, which has no name")
+        return identify_snapshot(self.place, self.fd)
 
     def clear_pages_are_zero(self) -> bool:
         """Whether a seal of the file as it is now says that its clear pages are zeros."""
