@@ -16,6 +16,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -26,6 +27,7 @@ from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.io.companion_file import identify_snapshot
+from pyqmigrate.io.in_use import FileId
 from pyqmigrate.io.lock import lock_file
 from pyqmigrate.io.place import resolve_symlink
 from pyqmigrate.io.stream_file import StreamFile
@@ -39,13 +41,47 @@ if TYPE_CHECKING:
     from pyqmigrate.io.page_digests import DigestTable
     from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo
 
-__all__ = ["AUTO", "GuestBase"]
+__all__ = ["AUTO", "BaseMark", "GuestBase"]
 
 AUTO = "auto"
 _HEAD = 16  # bytes, enough to recognize a snapshot
 _DELETED = " (deleted)"
 _WHOLE_MAX = 256 << 20  # bytes of blocks that are copied whole
 _OTHERWISE = "save without a base (--live --method changed writes a whole snapshot, which can be the next base)"
+
+
+@dataclass(frozen=True)
+class BaseMark:
+    """The file that a base was: its path, None if it has no name, its device and inode, and its size and
+    time of modification."""
+
+    path: Path | None
+    file: FileId
+    identity: SnapshotId
+
+    def check(self, fd: int | None = None) -> None:
+        """Raise SnapshotError if the path leads to another file by now, or the file was changed.
+
+        ``fd`` is the open base; without it the file is opened by its path.
+        """
+        name = "" if self.path is None else f" {os.fspath(self.path)!r}"
+        if self.path is not None:
+            try:
+                found = FileId.of(self.path.stat())
+            except OSError:
+                found = None
+            if found != self.file:
+                raise SnapshotError(f"the base{name} was replaced or removed during the save")
+        if fd is not None:
+            now = _identify(self.path, fd)
+        elif self.path is not None:
+            with self.path.open("rb") as file:
+                now = _identify(self.path, file.fileno())
+        else:
+            return
+        difference = self.identity.differs_from(now)
+        if difference is not None:
+            raise SnapshotError(f"the base{name} was changed during the save: {difference}")
 
 
 class GuestBase:
@@ -71,7 +107,7 @@ class GuestBase:
             raise
         try:
             self._check_layout()
-            self.identity = self._identify()
+            self.identity = _identify(path, self.snapshot.source.fd)
         except BaseException:
             self.close()
             raise
@@ -141,19 +177,12 @@ class GuestBase:
 
     def check_unchanged(self) -> None:
         """Raise SnapshotError if the path leads to another file by now, or the file was changed."""
-        fd = self.snapshot.source.fd
-        if self.path is not None and not _leads_to(self.path, fd):
-            raise SnapshotError(f"the base {os.fspath(self.path)!r} was replaced during the save")
-        difference = self.identity.differs_from(self._identify())
-        if difference is not None:
-            raise SnapshotError(f"the base was changed during the save: {difference}")
+        self.mark.check(self.snapshot.source.fd)
 
-    def _identify(self) -> SnapshotId:
-        fd = self.snapshot.source.fd
-        if self.path is None:
-            info = os.fstat(fd)
-            return SnapshotId(info.st_size, info.st_mtime_ns)
-        return identify_snapshot(self.path, fd)
+    @property
+    def mark(self) -> BaseMark:
+        """What the base is recognized by when it is closed."""
+        return BaseMark(self.path, self.snapshot.identity, self.identity)
 
     def _lock(self, stream_file: StreamFile) -> None:
         source = stream_file.source
@@ -315,6 +344,13 @@ def _is_snapshot(pid: int, mapping: Mapping) -> bool:
     finally:
         os.close(fd)
     return head.startswith(MAGIC) or is_libvirt(head)
+
+
+def _identify(path: Path | None, fd: int) -> SnapshotId:
+    if path is None:
+        info = os.fstat(fd)
+        return SnapshotId(info.st_size, info.st_mtime_ns)
+    return identify_snapshot(path, fd)
 
 
 def _name_of(pid: int, mapping: Mapping, fd: int) -> Path | None:

@@ -17,9 +17,13 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeVar
 
-from pyqmigrate.errors import Cancelled, LiveSaveAbandoned, NoSpace, UsageError
+from pyqmigrate.errors import Cancelled, LiveSaveAbandoned, NoSpace, NotSupported, UsageError
+from pyqmigrate.format.increment import MAGIC as INCREMENT_MAGIC
+from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.direct_io import DirectIO
@@ -28,8 +32,10 @@ from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_digests import PageDigests
 from pyqmigrate.io.stash import Stash, StashBlock
 from pyqmigrate.io.target import Descriptors
+from pyqmigrate.snapshot.save.increment import Base, IncrementWriter, increment_offset
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport
+from pyqmigrate.snapshot.save.reflink import ReflinkWriter
+from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 from pyqmigrate.vm.cancellation import acquired, check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file
 from pyqmigrate.vm.guest.guest_base import GuestBase
@@ -88,6 +94,14 @@ def _refuse_as_target(save: LiveSave, base: GuestBase) -> None:
             )
 
 
+class _Kind(Enum):
+    """The kinds of file."""
+
+    WHOLE = auto()
+    INCREMENT = auto()
+    CLONE = auto()
+
+
 class _Changed:
     """One save by this method. Close it after the file was written."""
 
@@ -100,7 +114,13 @@ class _Changed:
         self._stash: Stash | None = None
         self._notes: list[str] = []
         self._whole = {block.name for block in base.whole}
+        self._clone: ReflinkWriter | None = None
+        self._kind = _Kind.WHOLE
+        if save.request.base is not None:
+            self._kind = _Kind.CLONE if save.request.full else _Kind.INCREMENT
         try:
+            if self._kind is _Kind.CLONE:
+                self._clone = self._begin_clone()
             blocks = self._mapped() if base.ram is not None else self._compared()
             whole = [StashBlock(b.name, b.memory, self._page_size) for b in base.whole if b.memory]
             self._stash = Stash([*blocks, *whole])
@@ -113,6 +133,17 @@ class _Changed:
         except BaseException:
             self.close()
             raise
+
+    def _begin_clone(self) -> ReflinkWriter:
+        base, guest = self.base.snapshot, self.save.guest
+        if base.machine != guest.machine:
+            raise NotSupported("the base names no machine type, so its clone would not, either")
+        first = base.layouts[0].header_offset
+        if any(s.kind is SectionKind.FULL and s.offset < first for s in base.stream.sections):
+            raise NotSupported("the base has device state before its RAM, which a clone would keep")
+        clone = ReflinkWriter(self.save.output, base, channels=self.save.options.channels)
+        clone.begin()
+        return clone
 
     @property
     def stash(self) -> Stash:
@@ -201,16 +232,22 @@ class _Changed:
             await asyncio.to_thread(guest.process.check)
         report, observer = await self._write(state)
         base = self.base
+        await asyncio.to_thread(base.check_unchanged)
+        is_increment = self._kind is _Kind.INCREMENT
         return Written(
             report.bytes_written,
             downtime,
             (*self._notes, *self._notes_on(report)),
             None if observer is None else observer.manifest,
             rounds=1,
-            base=None,
-            changed_pages=None,
-            confirm=base.check_unchanged if base.path is not None else None,
+            base=os.fspath(base.path) if is_increment and base.path is not None else None,
+            changed_pages=self._changed_pages if is_increment else None,
+            confirm=base.mark.check,
         )
+
+    @property
+    def _changed_pages(self) -> int:
+        return sum(bitmap.count() for bitmap in self.stash.pages.values())
 
     async def _pause(self, path: str) -> float | None:
         """Stop the guest, have its device state written to ``path``, copy its changed pages and let it
@@ -316,16 +353,41 @@ class _Changed:
         return report, observer
 
     def _start(self, state: DeviceState) -> tuple[Job[SaveReport], SaveSeal | None]:
-        save = self.save
-        seal = save.options.seal
-        observer = None if seal is None else SaveSeal(seal, save.output.offset)
-        writer = Writer(self._target, self._layers(), self._options(state), observer)
+        """Start to write the file, in threads."""
+        if self._clone is not None:
+            return self._start_clone(self._clone, state), None
+        writer: Writer
+        seal = self.save.options.seal
+        observer = None
+        selections: Sequence[Bitmap | None] | None = None
+        if self._kind is _Kind.INCREMENT:
+            described = Base.of(self.base.snapshot)
+            if seal is not None:
+                observer = SaveSeal(seal, increment_offset(described), first=INCREMENT_MAGIC)
+            writer = IncrementWriter(
+                self._target,
+                self._changes(),
+                replace(self._options(state), sparse=Sparse.EXACT),
+                described,
+                observer,
+                created_ns=self._stopped_ns,
+            )
+            writer.target.place = self.save.output.place
+            selections = self._selections()
+        else:
+            if seal is not None:
+                observer = SaveSeal(seal, self.save.output.offset)
+            writer = Writer(self._target, self._layers(), self._options(state), observer)
 
         def write() -> SaveReport:
             try:
                 writer.begin()
-                writer.write_pages()
-                return writer.finish_with(encode_rest(state, self.describing, writer))
+                writer.write_pages(selections)
+                report = writer.finish_with(encode_rest(state, self.describing, writer))
+                # It gets its name as what it has become.
+                self.save.output.prefix = writer.target.prefix
+                self.save.output.offset = writer.target.offset
+                return report
             finally:
                 writer.close()
 
@@ -334,6 +396,37 @@ class _Changed:
         except BaseException:
             writer.close()
             raise
+
+    def _start_clone(self, clone: ReflinkWriter, state: DeviceState) -> Job[SaveReport]:
+        def write() -> SaveReport:
+            return clone.write(
+                self._changes(),
+                self._selections(),
+                lambda: encode_rest(state, self.describing, clone),
+            )
+
+        return Job(clone.channels, clone.total, write)
+
+    def _selections(self) -> list[Bitmap | None]:
+        """Return the pages to write of each block, in the order of the base; None is all of them."""
+        return [
+            None if name in self._whole else self.stash.pages[name]
+            for name in self.base.snapshot.blocks
+        ]
+
+    def _changes(self) -> list[RamBlock]:
+        """Return the blocks with the changed pages, in the order of the base."""
+        identity = self.base.snapshot.identity
+        return [
+            RamBlock(
+                name,
+                self.stash.buffer(name)
+                if name in self._whole
+                else self.stash.memory_of(name, identity),
+                block.page_size,
+            )
+            for name, block in self.base.snapshot.blocks.items()
+        ]
 
     @property
     def _target(self) -> Descriptors:
@@ -370,6 +463,13 @@ class _Changed:
         ]
         if self.describing is not None and self.describing.note:
             notes.append(self.describing.note)
+        changed = self._changed_pages * self._page_size
+        if self._kind is _Kind.INCREMENT and changed > self.base.data_bytes / 2:
+            notes.append(
+                f"{changed >> 20} MiB differ from the base, more than half of its "
+                f"{self.base.data_bytes >> 20} MiB: a whole snapshot, restored with mode instant, "
+                "would be a better base for the next increments"
+            )
         return notes
 
     def close(self) -> None:

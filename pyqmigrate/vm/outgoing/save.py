@@ -447,7 +447,7 @@ def _verify(output: OutputFile, guest: GuestInfo) -> None:
     """Read the structure back and compare it with the guest."""
     with (
         output.opened_for_reading() as fd,
-        MappedRamSnapshot(StreamFile.open(Descriptors(fd))) as snapshot,
+        MappedRamSnapshot(StreamFile.open(Descriptors(fd)).without_header()) as snapshot,
     ):
         snapshot.verify()
         saved: dict[str, Any] = {name: block.length for name, block in snapshot.blocks.items()}
