@@ -12,8 +12,8 @@ could not be separated and are not listed); ``bitmap_order`` (little or big, as 
 read; null in a sequential stream); ``blocks``, a list of ``name``, ``length``,
 ``page_size``, ``pages``, ``data_pages``, ``zero_pages``, ``bitmap_offset``, ``pages_offset`` (null
 in a sequential stream), ``external`` (true: the content is in another file, and page counts are null);
-``increment`` (null, or ``base``, an object of ``path`` as opened, ``recorded_path``, ``size``,
-``mtime_ns``, ``seal`` (null without one); ``created_ns``; ``changed_pages``; ``changed_bytes``;
+``increment`` (null, or ``base``, its path as opened; ``recorded_base``; ``base_identity``, an object
+of ``size``, ``mtime_ns``, ``seal`` (null without one); ``created_ns``; ``changed_pages``; ``changed_bytes``;
 ``share_of_base``, their number divided by that of the base's data pages, null if it has none;
 ``changed_blocks``, the changed pages by block);
 ``libvirt`` (null, or ``version``, ``format``, ``was_running``, ``xml``, ``cookie``);
@@ -169,9 +169,9 @@ def _increment(snapshot: Snapshot) -> dict[str, Any] | None:
     header, seal = snapshot.header, snapshot.header.base.seal
     whole = sum(block.data_pages for block in snapshot.base.blocks.values())
     return {
-        "base": {
-            "path": snapshot.base.source.name,
-            "recorded_path": header.base_path,
+        "base": snapshot.base.source.name,
+        "recorded_base": header.base_path,
+        "base_identity": {
             "size": header.base.size,
             "mtime_ns": header.base.mtime_ns,
             "seal": None if seal is None else seal.hex(),
@@ -222,7 +222,7 @@ def _lines(snapshot: Snapshot, data: dict[str, Any], origin: Provenance) -> Iter
     yield f"stream    {snapshot.offset:#x} to {stream.end:#x}, {snapshot.format}"
     if (increment := data["increment"]) is not None:
         share = increment["share_of_base"]
-        yield f"base      {printable(increment['base']['path'])}"
+        yield f"base      {printable(increment['base'])}"
         yield (
             f"increment {counted(increment['changed_pages'], 'page')}, "
             f"{show_size(increment['changed_bytes'])}"

@@ -21,9 +21,9 @@ JSON: ``snapshot``; ``valid``; ``seal``, null without a seal, otherwise an objec
 words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. If it is intact
 or null: ``bitmap_order`` (null for a sequential stream), ``notes`` (sentences), ``block_count``,
 ``data_pages``, ``zero_pages`` (numbers); with --deep ``device_count`` (null if they cannot be
-separated), ``stale_pages`` and ``stale_blocks`` (their number by block). Of an increment: ``base``,
-an object of ``path`` and ``seal``, like the one above (``valid`` is false if the base is not intact);
-the page counts are those of both files, the clear pages of ``--deep`` those of the increment. The exit code is 1
+separated), ``stale_pages`` and ``stale_blocks`` (their number by block). Of an increment:
+``base``, its path, and ``base_seal``, like ``seal`` (``valid`` is false if the base is not intact); the
+page counts are those of both files, the clear pages of ``--deep`` those of the increment. The exit code is 1
 for damage, and for a snapshot or a seal that cannot be parsed, which is an error.
 """
 
@@ -111,7 +111,7 @@ def _check_base(
     assert isinstance(snapshot, IncrementSnapshot)
     path = snapshot.base.source.name
     check = _check_seal(args, path)
-    data["base"] = {"path": path, "seal": None if check is None else check.to_json()}
+    data |= {"base": path, "base_seal": None if check is None else check.to_json()}
     if check is None:
         return True
     lines += _about(path, check)
