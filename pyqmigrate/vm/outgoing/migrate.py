@@ -35,12 +35,19 @@ _STOPPING = {"finish-migrate", "save-vm"}
 class Written:
     """What an engine did. ``downtime`` is in seconds, None if the guest did not run before or does
     not run again. ``manifest`` returns the seal of the file, given the time of its last
-    modification (ns)."""
+    modification (ns). ``rounds``, ``slowdown``, ``base`` and ``changed_pages`` are those of
+    :class:`~pyqmigrate.vm.outgoing.report.VmSaveReport`. ``confirm`` is called when the file is durable,
+    before it gets its name; an exception undoes the save."""
 
     bytes_written: int
     downtime: float | None
     notes: tuple[str, ...] = ()
     manifest: Callable[[int], Manifest] | None = None
+    rounds: int | None = None
+    slowdown: float | None = None
+    base: str | None = None
+    changed_pages: int | None = None
+    confirm: Callable[[], object] | None = None
 
 
 async def migrate(

@@ -21,6 +21,7 @@ __all__ = [
     "Changes",
     "UsedSetting",
     "Value",
+    "for_background",
     "for_device_state",
     "for_pages",
     "no_changes",
@@ -111,12 +112,14 @@ def for_pages(
     sparse: Sparse,
     pause: bool,
     sample: Sample | None,
+    max_pause: float | None = None,
 ) -> Changes:
     """Return the changes for engine ``qemu``, where QEMU writes a mapped-ram file.
 
-    ``direct``: direct I/O is possible; ``sample`` is an estimate of what
-    the guest's memory holds; ``pause``: something is to be done while the guest is paused. Raises
-    NotSupported for a QEMU that cannot write such a file.
+    ``direct``: direct I/O is possible; ``sample`` is an estimate of what the guest's memory holds;
+    ``pause``: something is to be done while the guest is paused; ``max_pause``: the guest runs until
+    the rest takes no longer than this many seconds. Raises NotSupported for a QEMU that cannot
+    write such a file.
     """
     if not {"mapped-ram", "multifd"} <= guest.capabilities.keys():
         version = ".".join(map(str, guest.version))
@@ -139,7 +142,15 @@ def for_pages(
         "zero-page-detection": _zero_pages(sparse, sample),
         **_PLAIN_FAST,
     }
+    if max_pause is not None:
+        milliseconds = max(round(max_pause * 1000), 1)
+        parameters["downtime-limit"] = (milliseconds, "the longest pause, in ms")
     return _changes(guest, capabilities, parameters)
+
+
+def for_background(guest: GuestInfo) -> Changes:
+    """Return the changes for the live method ``background``."""
+    raise NotSupported("the live method background is not available")
 
 
 def for_device_state(guest: GuestInfo, *, pause: bool) -> Changes:
