@@ -56,7 +56,7 @@ from pyqmigrate.migration import Migration
 from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.status import Status
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
-from tests.harness.increments import save_base, save_increment
+from tests.harness.increment_files import save_base, save_increment
 from tests.harness.snapshots import Bytes, ram
 
 __all__ = ["WORK", "run"]

@@ -44,7 +44,7 @@ from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource
 from tests.harness.device_example import BODY, RTC
-from tests.harness.increments import save_increment
+from tests.harness.increment_files import save_increment
 from tests.harness.snapshots import ram
 from tests.harness.stream_mutations import Anatomy, dissect, mutate
 

@@ -13,11 +13,12 @@ import re
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyqmigrate.errors import QemuError, QemuRefused
 from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
+from pyqmigrate.vm.guest.ramblock import parse_ramblock
 from pyqmigrate.vm.incoming.compatibility import compare_blocks, compare_devices, compare_type
 from pyqmigrate.vm.incoming.early_start import StartedRestore
 from pyqmigrate.vm.incoming.identity import runs_already, shared_identity
@@ -25,6 +26,7 @@ from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.load import Incoming, take_in
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
+from pyqmigrate.vm.incoming.prefetch import PrefetchState
 from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
 from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
 from pyqmigrate.vm.incoming.run_state import RUNS, describe_state
@@ -33,6 +35,9 @@ from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.launch import QemuSession, answered, launch
 from pyqmigrate.vm.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.incoming.recording import WorkingSetRecorder
 
 __all__ = ["RestoreAttempt"]
 
@@ -104,34 +109,52 @@ class RestoreAttempt:
                 differences = await self._compare(qemu, mapped.command)
                 stream = await building
                 await asyncio.to_thread(files.clear)
+                recorder = await self._start_recording(qemu, mapped.blocks)
                 fd = stream.open_for_reading()
                 try:
-                    incoming = Incoming({"incoming-stream": fd}, self.source.snapshot.offset)
+                    incoming = Incoming(
+                        {"incoming-stream": fd},
+                        self.source.snapshot.offset,
+                        channels=stream.channels_for_load,
+                    )
                     seconds = await _load_stream(qemu, incoming, differences)
+                    return await self._hand_over(
+                        qemu,
+                        mapped.command,
+                        other_guests,
+                        seconds,
+                        incoming,
+                        recorder,
+                        mode=Mode.INSTANT,
+                        why=self._why_instant(),
+                        mapped_blocks=tuple(mapped.blocks),
+                        stale_pages=stream.stale_pages,
+                        stale_seconds=stream.stale_seconds,
+                        notes=(
+                            *self.notes,
+                            *differences,
+                            *mapped.notes,
+                            *files.notes,
+                            *_seal_note(stream),
+                        ),
+                    )
+                except BaseException:
+                    if recorder is not None:
+                        recorder.drop()
+                    raise
                 finally:
                     os.close(fd)
-                return await self._hand_over(
-                    qemu,
-                    mapped.command,
-                    other_guests,
-                    seconds,
-                    incoming,
-                    mode=Mode.INSTANT,
-                    why="the memory is mapped from the snapshot",
-                    mapped_blocks=tuple(mapped.blocks),
-                    stale_pages=stream.stale_pages,
-                    stale_seconds=stream.stale_seconds,
-                    notes=(
-                        *self.notes,
-                        *differences,
-                        *mapped.notes,
-                        *files.notes,
-                        *_seal_note(stream),
-                    ),
-                )
         finally:
             building.cancel()
             files.close()
+
+    def _why_instant(self) -> str:
+        if self.source.increment is None:
+            return "the memory is mapped from the snapshot"
+        return (
+            f"the memory is mapped from the base {self.source.mapped.source.name!r}, and "
+            f"{self.source.increment.changed_pages} changed pages are loaded"
+        )
 
     async def load(self, command: CommandLine, why: str) -> RestoredVm:
         """Restore by a load; ``why`` is for the report."""
@@ -241,6 +264,7 @@ class RestoreAttempt:
         other_guests: asyncio.Future[bool],
         seconds: float,
         incoming: Incoming,
+        recorder: WorkingSetRecorder | None = None,
         *,
         notes: tuple[str, ...],
         **details: Any,
@@ -255,6 +279,11 @@ class RestoreAttempt:
         if note is not None and not self.options.paused:
             notes = (*notes, note)
         notes = (*notes, *await self._set_clock(qemu.process.pid, state))
+        if self.options.record is not None and recorder is None:
+            notes = (*notes, "no working set is recorded: the memory is not mapped")
+        ahead = self._read_ahead()
+        if ahead.reason is not None:
+            notes = (*notes, f"the recorded working set is not all read ahead: {ahead.reason}")
         report = RestoreReport(
             machine=self.source.snapshot.machine,
             qemu=".".join(map(str, qemu.monitor.version)),
@@ -264,16 +293,58 @@ class RestoreAttempt:
             start_seconds=qemu.seconds,
             total_seconds=time.monotonic() - self.started_at,
             settings=incoming.settings(),
+            recorded_pages=ahead.recorded_pages,
+            prefetched_bytes=ahead.requested,
             notes=notes,
             **details,
         )
         qemu.hand_over()
-        return RestoredVm(qemu, report)
+        return RestoredVm(qemu, report, recorder)
+
+    async def _start_recording(
+        self, qemu: QemuSession, mapped: Sequence[str]
+    ) -> WorkingSetRecorder | None:
+        """Start to record which pages are touched, if that is asked for: before the load, since
+        the guest may run as soon as it is loaded."""
+        if self.options.record is None or self.source.place is None:
+            return None
+        from pyqmigrate.vm.guest.changed_pages import RestoredBlock
+        from pyqmigrate.vm.incoming.recording import WorkingSetRecorder
+
+        recorder = WorkingSetRecorder(
+            self.source.place, await asyncio.to_thread(self.source.identify), self.options.record
+        )
+        table = parse_ramblock(await qemu.monitor.hmp("info ramblock"))
+        layouts = {layout.name: layout for layout in self.source.mapped.layouts}
+        increment = self.source.increment
+        recorder.start(
+            qemu.process.pid,
+            [
+                RestoredBlock(
+                    line.name,
+                    line.host_address,
+                    layouts[line.name].length,
+                    layouts[line.name].pages_offset,
+                    layouts[line.name].page_size,
+                )
+                for line in table
+                if line.name in mapped
+            ],
+            known=None
+            if increment is None
+            else [increment.blocks[line.name].bitmap for line in table if line.name in mapped],
+        )
+        return recorder
+
+    def _read_ahead(self) -> PrefetchState:
+        """Return how far the prefetch of a recorded working set is."""
+        prefetch = self.source.started_prefetch
+        return PrefetchState() if prefetch is None else prefetch.state
 
     def _start_lookup(self) -> asyncio.Future[bool]:
         """Start to look for other guests of this snapshot: the kernel's answer takes longer than a
         restore should, so ask while QEMU starts."""
-        lookup = asyncio.ensure_future(asyncio.to_thread(runs_already, self.source.fd))
+        lookup = asyncio.ensure_future(asyncio.to_thread(runs_already, self.source.mapped_fd))
         lookup.add_done_callback(lambda task: task.cancelled() or task.exception())
         return lookup
 

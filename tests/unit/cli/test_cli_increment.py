@@ -12,7 +12,7 @@ from pyqmigrate import open_snapshot, seal
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from tests.harness.command import Command
 from tests.harness.device_example import BODY, RTC
-from tests.harness.increments import save_base, save_increment
+from tests.harness.increment_files import save_base, save_increment
 from tests.harness.json_page import assert_as_documented
 from tests.harness.snapshots import ram
 

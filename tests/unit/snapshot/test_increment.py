@@ -41,7 +41,7 @@ from pyqmigrate.snapshot.increment import IncrementSnapshot
 from pyqmigrate.snapshot.load.sequential import start_sequential_save
 from pyqmigrate.snapshot.save.increment import Base, IncrementWriter, increment_offset
 from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse
-from tests.harness.increments import MACHINE, base_of, bitmap_of, save_base, save_increment
+from tests.harness.increment_files import MACHINE, base_of, bitmap_of, save_base, save_increment
 from tests.harness.snapshots import Bytes, load, ram
 
 PAGE = 4096
