@@ -170,6 +170,8 @@ def convert(
     written in place.
     """
     form = parse_enum(Format, to, "to")
+    if form is Format.INCREMENT:
+        raise UsageError("no snapshot is converted to an increment: a save writes them")
     check_channels(channels)
     parse_enum(DirectIO, direct_io, "direct_io")
     parse_enum(Sparse, sparse, "sparse")

@@ -109,7 +109,8 @@ class OutputFile:
         change until :meth:`publish`; descriptors are accepted too, which get its magic last.
 
         After this an existing file that is written in place is not a snapshot any more. Before
-        that, and before a seal is removed, the target is compared with ``in_use``
+        that, and before a seal is removed, an existing file is refused if it is the base of increments
+        beside it (:mod:`pyqmigrate.io.increments_of`), and the target is compared with ``in_use``
         (:mod:`pyqmigrate.io.in_use`), whether it will be written in place or replaced; so are the
         seal of a path and ``beside``, other files that the caller will write. If an unfinished file
         needs a name, that ends in ``.MARK.partial``; without ``mark``, in a random one. Raises
@@ -180,6 +181,10 @@ class OutputFile:
                     "path of the file itself",
                     self.name,
                 )
+        # Not needed for a new name, and a restore has no time for it.
+        from pyqmigrate.io.increments_of import refuse_base
+
+        refuse_base(self.place)
         return True
 
     @property

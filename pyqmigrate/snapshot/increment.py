@@ -338,7 +338,7 @@ def _open_base(increment: str, path: Path, header: IncrementHeader) -> MappedRam
             )
         if stream_file.source.is_device:
             raise SnapshotError(f"{what} is a block device, which records no time of change")
-        if stream_file.source.forward or MAPPED_RAM not in stream_file.configuration.capabilities:
+        if stream_file.source.forward or not _is_mapped_ram(stream_file, what):
             raise SnapshotError(f"{what} is not a mapped-ram file{_ELSEWHERE}")
         fd = stream_file.source.fd
         try:
@@ -355,10 +355,21 @@ def _open_base(increment: str, path: Path, header: IncrementHeader) -> MappedRam
             raise SnapshotError(
                 f"{what} is not the file that the increment was made from: {difference}{_ELSEWHERE}"
             )
-        return _check_base(MappedRamSnapshot(stream_file), what, header)
+        try:
+            base = MappedRamSnapshot(stream_file)
+        except SnapshotError as error:
+            raise SnapshotError(f"{what} cannot be used: {error}") from error
+        return _check_base(base, what, header)
     except BaseException:
         stream_file.close()
         raise
+
+
+def _is_mapped_ram(stream_file: StreamFile, what: str) -> bool:
+    try:
+        return MAPPED_RAM in stream_file.configuration.capabilities
+    except SnapshotError as error:
+        raise SnapshotError(f"{what} cannot be used: {error}{_ELSEWHERE}") from error
 
 
 def _check_base(base: MappedRamSnapshot, what: str, header: IncrementHeader) -> MappedRamSnapshot:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from pyqmigrate.argument_types import check
+from pyqmigrate.enums import Format
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.device.sections import DeviceSection, run_state_of
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM
@@ -77,6 +78,11 @@ def _signs(snapshot: Snapshot) -> list[tuple[tuple[int, int], str]]:
 def _obstacles(snapshot: Snapshot) -> tuple[str, ...]:
     stream = snapshot.stream
     found = []
+    if snapshot.format is Format.INCREMENT:
+        found.append(
+            "it is an increment, which QEMU cannot load without its base: vm restore loads both, and "
+            "convert writes a whole snapshot"
+        )
     if not stream.complete:
         found.append("the end of the stream was not seen: device state may be cut off")
     try:

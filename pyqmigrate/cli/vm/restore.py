@@ -12,6 +12,10 @@ whatever its size; the file must not change in place while the guest runs, but m
 removed. In mode load QEMU reads the whole file first; postcopy is QEMU's own lazy load, if it has
 one. The default, auto, is instant if possible.
 
+If SNAPSHOT is an increment, the guest's memory is mapped from its base, and the changed pages are
+loaded over it. The base must be the file that the increment was made from; --base names it if it was
+moved. In mode load the two are merged and streamed to QEMU.
+
 QEMU inherits this command's standard streams and every other open descriptor (-add-fd fd=5, -netdev
 tap,fd=5). The command waits until QEMU ends, and forwards SIGINT, SIGTERM and SIGHUP to it; before
 the restore is complete they end it, and the guest has not run. The report is printed on standard
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
 
 __all__ = [
+    "add_base",
     "add_command",
     "add_disks",
     "add_parser",
@@ -79,6 +84,7 @@ __all__ = [
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "restore", _run, __doc__)
     parser.add_argument("snapshot", metavar="SNAPSHOT")
+    add_base(parser)
     parser.add_argument(
         "--mode",
         choices=["auto", "instant", "load", "postcopy"],
@@ -115,6 +121,14 @@ def _read_seconds(text: str) -> float:
         return check_record(float(text))
     except (ValueError, UsageError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        help="where the base of an increment is (default: the place that the increment records)",
+    )
 
 
 def add_run_state(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +205,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         set_time=args.set_time,
         guest_agent=args.guest_agent,
         record=args.record,
+        base=None if args.base is None else Path(args.base),
     )
     early = None
     if options.mode in (Mode.AUTO, Mode.INSTANT):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pyqmigrate.core import Policy
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.increment import IncrementHeader, base_path
 from pyqmigrate.format.snapshot_id import SnapshotId
@@ -32,7 +33,7 @@ from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.target import Target, stream_offset
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.mapped_ram import Writer
-from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, WriteObserver
+from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, WriteObserver
 
 __all__ = ["Base", "IncrementWriter", "increment_offset"]
 
@@ -89,8 +90,8 @@ class IncrementWriter(Writer):
 
     The blocks have the names, lengths and page sizes of the base, in the same order. A page has its
     bit set if it was selected in any pass; a block that was passed None instead of a bitmap has all
-    bits set. A selected page that is zero is a hole. ``created_ns`` is when the guest stopped,
-    nanoseconds since 1970, now if it is not given.
+    bits set. A selected page that is zero is a hole, except with ``Sparse.DENSE``. ``created_ns`` is
+    when the guest stopped, nanoseconds since 1970, now if it is not given.
 
     The target is a path, which gets its name last, or Descriptors of a file; ``reuse``, ``left_out``
     and an offset raise UsageError, as do blocks that are not those of the base.
@@ -121,6 +122,8 @@ class IncrementWriter(Writer):
             for bitmap in self._selected:
                 self._cleanup.callback(bitmap.close)
             self._complete: set[int] = set()  # blocks with all bits set
+            # Gaps between selected pages are not zeros: none is written along.
+            self.policy = Policy(everything=self.sparse is Sparse.DENSE)
 
     def _open(self, target: Target, direct_io: DirectIO) -> None:
         self._check_blocks()  # before an existing file is changed
@@ -154,11 +157,16 @@ class IncrementWriter(Writer):
                 self._complete.add(number)
             else:
                 self._selected[number].add(selection)
+        direct = self.target.direct
+        if direct is not None and self.specs[0].page_size < direct.off_align:
+            self._stale = True  # writes are rounded outward, to pages that are not selected
         super().write_pages(selections)
 
     def _ranges(self, selections: Sequence[Bitmap | None] | None) -> Iterator[Range] | None:
         """Return the ranges that contain selected pages: the rest of memory is not looked at."""
-        assert selections is not None
+        return None if selections is None else self._selected_ranges(selections)
+
+    def _selected_ranges(self, selections: Sequence[Bitmap | None]) -> Iterator[Range]:
         for number, (selection, layout) in enumerate(
             zip(selections, self.head.blocks, strict=True)
         ):

@@ -229,11 +229,8 @@ class StreamWriter(abc.ABC):
         """Check the space and write the head, without its magic."""
 
     @abc.abstractmethod
-    def write_pages(self, selections: Sequence[Bitmap | None] | None = None) -> None:
-        """Write all pages, or the pages selected by one bitmap per block, in one pass.
-
-        None instead of a bitmap selects all pages of the block.
-        """
+    def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
+        """Write all pages, or the pages selected by one bitmap per block, in one pass."""
 
     @abc.abstractmethod
     def clean(self) -> int:

@@ -112,7 +112,11 @@ class RestoreAttempt:
                 recorder = await self._start_recording(qemu, mapped.blocks)
                 fd = stream.open_for_reading()
                 try:
-                    incoming = Incoming({"incoming-stream": fd}, self.source.snapshot.offset)
+                    incoming = Incoming(
+                        {"incoming-stream": fd},
+                        self.source.snapshot.offset,
+                        channels=stream.channels_for_load,
+                    )
                     seconds = await _load_stream(qemu, incoming, differences)
                     return await self._hand_over(
                         qemu,
@@ -122,7 +126,7 @@ class RestoreAttempt:
                         incoming,
                         recorder,
                         mode=Mode.INSTANT,
-                        why="the memory is mapped from the snapshot",
+                        why=self._why_instant(),
                         mapped_blocks=tuple(mapped.blocks),
                         stale_pages=stream.stale_pages,
                         stale_seconds=stream.stale_seconds,
@@ -143,6 +147,14 @@ class RestoreAttempt:
         finally:
             building.cancel()
             files.close()
+
+    def _why_instant(self) -> str:
+        if self.source.increment is None:
+            return "the memory is mapped from the snapshot"
+        return (
+            f"the memory is mapped from the base {self.source.mapped.source.name!r}, and "
+            f"{self.source.increment.changed_pages} changed pages are loaded"
+        )
 
     async def load(self, command: CommandLine, why: str) -> RestoredVm:
         """Restore by a load; ``why`` is for the report."""
@@ -303,7 +315,8 @@ class RestoreAttempt:
             self.source.place, await asyncio.to_thread(self.source.identify), self.options.record
         )
         table = parse_ramblock(await qemu.monitor.hmp("info ramblock"))
-        layouts = {layout.name: layout for layout in self.source.snapshot.layouts}
+        layouts = {layout.name: layout for layout in self.source.mapped.layouts}
+        increment = self.source.increment
         recorder.start(
             qemu.process.pid,
             [
@@ -317,6 +330,9 @@ class RestoreAttempt:
                 for line in table
                 if line.name in mapped
             ],
+            known=None
+            if increment is None
+            else [increment.blocks[line.name].bitmap for line in table if line.name in mapped],
         )
         return recorder
 
@@ -328,7 +344,7 @@ class RestoreAttempt:
     def _start_lookup(self) -> asyncio.Future[bool]:
         """Start to look for other guests of this snapshot: the kernel's answer takes longer than a
         restore should, so ask while QEMU starts."""
-        lookup = asyncio.ensure_future(asyncio.to_thread(runs_already, self.source.fd))
+        lookup = asyncio.ensure_future(asyncio.to_thread(runs_already, self.source.mapped_fd))
         lookup.add_done_callback(lambda task: task.cancelled() or task.exception())
         return lookup
 

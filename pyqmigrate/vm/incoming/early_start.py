@@ -20,10 +20,10 @@ from pyqmigrate.vm.incoming.images_in_use import refuse_in_use
 from pyqmigrate.vm.incoming.listeners import refuse_taken
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from pyqmigrate.vm.incoming.ram_files import RamFiles
-from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
+from pyqmigrate.vm.incoming.ram_mapping import Mapped
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
 from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
-from pyqmigrate.vm.incoming.source import RestoreSource
+from pyqmigrate.vm.incoming.source import RestoreSource, map_source
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 
@@ -86,7 +86,7 @@ def _recordable(source: RestoreSource) -> contextlib.AbstractContextManager[None
     from pyqmigrate.vm.qemu.huge_pages import without_huge_pages
 
     with contextlib.suppress(TargetError):
-        drop_cached(source.fd)
+        drop_cached(source.mapped_fd)
     return without_huge_pages()
 
 
@@ -100,7 +100,7 @@ def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions)
         with contextlib.nullcontext() if options.record is None else _recordable(source):
             qemu = start(
                 mapped.command,
-                [source.fd, *options.pass_fds],
+                [source.mapped_fd, *options.pass_fds],
                 qmp=options.qmp,
                 stdin=options.stdin,
                 stdout=options.stdout,
@@ -162,13 +162,13 @@ def start_early(
 
 
 def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOptions) -> EarlyRestore:
-    source = RestoreSource(snapshot, options.offset)
+    source = RestoreSource(snapshot, options.offset, options.base)
     with contextlib.ExitStack() as undo:
         undo.callback(source.close)
         chosen = choose_command(source, words, options.disks)
         undo.callback(chosen.discard)
         command, options, notes = prepare(chosen.command, options, source)
-        mapped = map_blocks(command, source.snapshot, source.fd)
+        mapped = map_source(command, source)
         started = start_mapped(source, mapped, options)
         undo.pop_all()
         return EarlyRestore(started, command, options, (*chosen.notes, *notes), chosen)

@@ -77,6 +77,7 @@ class RestoreOptions(NamedTuple):
     set_time: bool = False
     guest_agent: str | os.PathLike[str] | None = None
     record: float | None = None
+    base: Path | None = None
 
     @classmethod
     def check(cls, options: VmRestoreOptions) -> Self:
@@ -95,6 +96,8 @@ class RestoreOptions(NamedTuple):
             values["pass_fds"] = check_descriptors(values["pass_fds"])
         if values.get("record") is not None:
             values["record"] = check_record(values["record"])
+        if values.get("base") is not None:
+            values["base"] = Path(os.fsdecode(values["base"]))
         directory = values.pop("disks_dir", None)
         values["disks"] = DiskOptions(
             values.pop("with_disks", False),

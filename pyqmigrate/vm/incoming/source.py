@@ -23,13 +23,16 @@ from pyqmigrate.io.place import resolve_symlink, seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
 if TYPE_CHECKING:
     from pyqmigrate.format.snapshot_id import SnapshotId
     from pyqmigrate.io.working_set_file import RecordedWorkingSet
+    from pyqmigrate.snapshot.increment import IncrementSnapshot
     from pyqmigrate.vm.incoming.prefetch import Prefetch
 
-__all__ = ["Reading", "RestoreSource"]
+__all__ = ["Reading", "RestoreSource", "map_source"]
 
 _WARM = 0.5  # share of the file in the page cache from which direct I/O is slower
 _COLD_CHANNELS = 32  # QEMU has one direct read in flight for each
@@ -48,15 +51,58 @@ class Reading:
     why: str
 
 
+def map_source(command: CommandLine, source: RestoreSource) -> Mapped:
+    """Return a command line that maps every block possible from the mapped file of ``source``.
+
+    Raises NotSupported with the reason if that is not possible, or if it would leave a block out of
+    which an increment has only the changed pages; UsageError for an invalid command line.
+    """
+    mapped = map_blocks(command, source.mapped, source.mapped_fd)
+    if source.increment is not None:
+        for block in source.increment.blocks.values():
+            if block.name not in mapped.blocks and block.changed_pages < block.num_pages:
+                raise NotSupported(
+                    f"the increment has only the changed pages of block {block.name!r}, and this "
+                    "command line does not map it"
+                )
+    return mapped
+
+
+def _open_increment(
+    stream_file: StreamFile, base: str | os.PathLike[str] | None
+) -> IncrementSnapshot | None:
+    """Return the increment in an open file, with its base; None for another snapshot."""
+    if stream_file.increment is not None:
+        # A restore has no time for a module that it does not need.
+        from pyqmigrate.snapshot.increment import IncrementSnapshot
+
+        return IncrementSnapshot(stream_file, base=base)
+    if base is not None:
+        stream_file.close()
+        raise UsageError(
+            f"{stream_file.source.name!r} is not an increment, and has no base: leave base out"
+        )
+    return None
+
+
 class RestoreSource:
     """An open, verified snapshot. Close it.
 
     ``place`` is its absolute path, None for a descriptor. ``was_running`` is from libvirt's header:
-    libvirt pauses a guest before it saves it. ``fd`` carries a shared lock (flock), which a process
-    that inherits it keeps: the file must not change in place while memory is mapped from it.
+    libvirt pauses a guest before it saves it. ``snapshot`` is what QEMU loads; of an increment, its
+    own stream alone. ``increment`` is the increment with its base, or None.
+
+    Memory is mapped from ``mapped``: the snapshot, or the base of an increment. ``mapped_fd`` is its
+    file, with a shared lock (flock), which a process that inherits it keeps: the file must not
+    change in place while memory is mapped from it.
+
+    base: the path of an increment's base, instead of the recorded one. UsageError for another
+        snapshot.
     """
 
-    def __init__(self, target: Target, offset: int | None) -> None:
+    def __init__(
+        self, target: Target, offset: int | None, base: str | os.PathLike[str] | None = None
+    ) -> None:
         self._prefetch: Prefetch | None = None
         self._prefetch_lock = threading.Lock()
         self._input = InputFile(target)
@@ -68,19 +114,25 @@ class RestoreSource:
             raise
         stream_file = StreamFile.find(self._input, offset)
         self.was_running = stream_file.libvirt is not None and stream_file.libvirt.was_running
-        self.snapshot = MappedRamSnapshot(stream_file)
+        self.increment = _open_increment(stream_file, base)
+        if self.increment is None:
+            self.snapshot = self.mapped = MappedRamSnapshot(stream_file)
+        else:
+            self.snapshot, self.mapped = self.increment.changes, self.increment.base
         try:
-            self.snapshot.verify()
-            if self.snapshot.stream.background:
-                raise NotSupported(
-                    "QEMU wrote this background snapshot without bitmaps, and would load zeros: "
-                    "convert it to mapped-ram first (pyqmigrate convert --to mapped-ram)"
-                )
-            if self.snapshot.bitmap_order != sys.byteorder:
-                raise NotSupported(
-                    f"a {self.snapshot.bitmap_order}-endian host wrote this file, and QEMU reads "
-                    "its bitmaps in this host's order: convert it to mapped-ram here first"
-                )
+            (self.increment or self.snapshot).verify()
+            for snapshot in (self.snapshot, self.mapped):
+                if snapshot.stream.background:
+                    raise NotSupported(
+                        "QEMU wrote this background snapshot without bitmaps, and would load zeros: "
+                        "convert it to mapped-ram first (pyqmigrate convert --to mapped-ram)"
+                    )
+                if snapshot.bitmap_order != sys.byteorder:
+                    raise NotSupported(
+                        f"a {snapshot.bitmap_order}-endian host wrote {snapshot.source.name!r}, and "
+                        "QEMU reads its bitmaps in this host's order: convert it to mapped-ram here "
+                        "first"
+                    )
         except BaseException:
             self.close()
             raise
@@ -90,13 +142,17 @@ class RestoreSource:
         return self._input.fd
 
     @property
+    def mapped_fd(self) -> int:
+        return self.mapped.source.fd
+
+    @property
     def age(self) -> float:
         """Seconds since the file was written."""
         return max(time.time() - os.fstat(self.fd).st_mtime, 0.0)
 
     def close(self) -> None:
         """Close it. Idempotent."""
-        self.snapshot.close()
+        (self.increment or self.snapshot).close()
 
     def _lock(self) -> None:
         if self._input.is_duplicate:
@@ -135,7 +191,7 @@ class RestoreSource:
             return None
         from pyqmigrate.vm.incoming.prefetch import Prefetch
 
-        layouts = {layout.name: layout for layout in self.snapshot.layouts}
+        layouts = {layout.name: layout for layout in self.mapped.layouts}
         try:
             identity = self.identify()
         except (OSError, UsageError):
@@ -146,7 +202,7 @@ class RestoreSource:
 
             return read_current_working_set(path, identity)
 
-        return Prefetch(self.fd, layouts, read)
+        return Prefetch(self.mapped_fd, layouts, read)
 
     def _working_set_path(self) -> str | None:
         if self.place is None:
@@ -165,18 +221,19 @@ class RestoreSource:
         return identify_snapshot(self.place, self.fd)
 
     def clear_pages_are_zero(self) -> bool:
-        """Whether a seal of the file as it is now says that its clear pages are zeros."""
+        """Whether a seal of the mapped file as it is now says that its clear pages are zeros."""
+        place = self.mapped.source.place
         # The name of the seal may be too long, for which Path.exists() would raise.
-        if self.place is None or not os.path.exists(seal_path(self.place)):  # noqa: PTH110
+        if place is None or not os.path.exists(seal_path(place)):  # noqa: PTH110
             return False
         # Most snapshots have no seal, and a restore has no time for a module that it does not need.
         from pyqmigrate.integrity.seal import current_seal
 
-        seal = current_seal(self.place, self.fd)
+        seal = current_seal(place, self.mapped_fd)
         return (
             seal is not None
             and seal.clear_pages_zero
-            and seal.head.bitmap_order == self.snapshot.bitmap_order
+            and seal.head.bitmap_order == self.mapped.bitmap_order
         )
 
     def choose_reading(self, channels: int | None, direct_io: DirectIO) -> Reading:
