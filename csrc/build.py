@@ -32,6 +32,7 @@ SOURCES = [
     "xxh3.c",
     "page_digests.c",
     "page_states.c",
+    "stash.c",
 ]
 HEADERS = [
     "qmigrate.h",

@@ -664,6 +664,35 @@ uint64_t qm_add_bits(uint64_t *seen, const uint64_t *now, uint64_t *fresh, uint6
 uint64_t qm_list_runs(const uint64_t *bits, uint64_t first, uint64_t end, uint64_t *runs,
                       uint64_t max_runs, uint64_t *next);
 
+/* ---- stash ---------------------------------------------------------------------------------- */
+
+/* Pages of a block at one instant, at their offsets in the mapping `base` of this process, which is
+ * as long as the block, private, anonymous and zero at first.
+ *   memory    the block.
+ *   process   the argument of qm_process_fill if the memory is that of another process, else NULL.
+ *   changed   the same block as a private mapping of a file: qm_stash_copy finds its changed pages
+ *             first, and adds them to `bits`. NULL: the pages of `bits` are copied.
+ *   bits      the pages of the stash.
+ *   next      the page up to which channels have taken the block: 0 before each pass. */
+struct qm_stash {
+    const struct qm_memory *memory;
+    const struct qm_process *process;
+    const struct qm_mapped_block *changed;
+    unsigned char *base;
+    uint64_t *bits;
+    uint64_t npages;
+    uint32_t page_size;
+    uint64_t next;
+};
+
+/* Copy the pages. Each channel calls this once; it returns when the whole block is taken. What is a
+ * hole, or what `memory->next` passes over, is left as zeros. -ESRCH: the process is gone. */
+int qm_stash_copy(qm_job *job, struct qm_stash *stash, struct qm_fault *fault);
+
+/* Make the pages of `bits` resident in the mapping, so that a later copy has no page faults. Before
+ * the first copy only. Each channel calls this once. -ENOMEM. */
+int qm_stash_populate(qm_job *job, struct qm_stash *stash);
+
 /* ---- direct I/O ----------------------------------------------------------------------------- */
 
 /* Get from the kernel what direct I/O on the file requires of addresses and of positions.

@@ -17,7 +17,8 @@ class Format(enum.StrEnum):
 
     ``mapped-ram`` and ``stream`` (a sequential stream: page records one after another) are QEMU's
     own. A ``libvirt`` save image is one of the two after a header; ``raw`` is a directory with a
-    file for each RAM block; ``elf`` and ``lime`` contain the guest's physical memory.
+    file for each RAM block; ``elf`` and ``lime`` contain the guest's physical memory. An
+    ``increment`` has what changed since a base snapshot; nothing is converted to it.
     """
 
     MAPPED_RAM = "mapped-ram"
@@ -26,6 +27,7 @@ class Format(enum.StrEnum):
     ELF = "elf"
     LIME = "lime"
     LIBVIRT = "libvirt"
+    INCREMENT = "increment"
 
 
 def parse_enum(kind: type[E], value: E | str, name: str) -> E:

@@ -16,7 +16,8 @@ keep working::
     |-- GuestMemoryError (OSError)       guest memory went away or cannot be reached
     |-- QemuError        (RuntimeError)  a QEMU did not do as requested
     |   |-- QemuRefused                  it answered a command with an error
-    |   `-- QemuGone                     it ended, or hung up
+    |   |-- QemuGone                     it ended, or hung up
+    |   `-- LiveSaveAbandoned            a live save was given up: the pause would be too long
     |-- NotSupported     (NotImplementedError)   well-formed, but not supported
     |-- Cancelled        (RuntimeError)  the job was cancelled
     `-- JobTimeout       (TimeoutError)  the job is still running
@@ -34,6 +35,7 @@ __all__ = [
     "DirectIORefused",
     "GuestMemoryError",
     "JobTimeout",
+    "LiveSaveAbandoned",
     "NoSpace",
     "NotDurable",
     "NotSupported",
@@ -204,6 +206,11 @@ class QemuRefused(QemuError):
 
 class QemuGone(QemuError):
     """QEMU exited, was killed, or closed its monitor connection."""
+
+
+class LiveSaveAbandoned(QemuError):
+    """A live save was given up, because it would have paused the guest for too long or would not
+    have ended. The guest runs as before."""
 
 
 class NotSupported(PyqmigrateError, NotImplementedError):

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import pyqmigrate
 from bench.compare.contenders import Contender, SharedRam, load_contenders, save_contenders
 from bench.compare.libvirt import libvirt_savers
+from bench.compare.live import ROWS, live
 from bench.compare.picture import draw
 from bench.compare.processor import measure_scan, save_with_core_clock
 from bench.compare.seal import seals
@@ -51,7 +52,7 @@ from tests.harness.contents import Contents, data_pages, fill
 from tests.harness.machine import BINARY
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "memfd", "restores")
+PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "memfd", "restores", "live")
 # Who took longer than both, the first time, is not repeated as often.
 _SLOW = 4.0  # times the fastest
 _SLOW_SECONDS = 10.0
@@ -68,6 +69,7 @@ class Bench:
         self.repeat: int = options.repeat
         self.slow_repeat: int = options.slow_repeat
         self.channels: int = options.channels
+        self.live_rows: list[str] = options.live
         self.disk = disk
         self.path = disk.directory / "guest.mapped"
         self.results = Results()
@@ -107,6 +109,8 @@ class Bench:
             self.make_room()
         if "restores" in parts:
             restores(self.size, self.path, self.disk, self.repeat, self.add)
+        if "live" in parts:
+            live(self.size, self.disk.directory, self.disk, self.repeat, self.add, self.live_rows)
 
     def saves(self, ram: SharedRam, contents: Contents) -> None:
         # fio has no zero pages to leave out: it is a peer for memory without any.
@@ -215,10 +219,10 @@ def byte_size(text: str) -> int:
     return int(match[1]) * (GIB if match[2] == "GiB" else MIB)
 
 
-def part_list(text: str) -> list[str]:
+def part_list(text: str, known: Collection[str] = PARTS) -> list[str]:
     parts = text.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
+    if unknown := [part for part in parts if part not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
     return parts
 
 
@@ -254,6 +258,13 @@ def parse_arguments() -> argparse.Namespace:
         default=list(PARTS),
         metavar="PARTS",
         help=f"a list with commas out of {','.join(PARTS)}",
+    )
+    parser.add_argument(
+        "--live",
+        type=partial(part_list, known=ROWS),
+        default=list(ROWS),
+        metavar="ROWS",
+        help=f"of the part live: a list with commas out of {','.join(ROWS)}",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times there")

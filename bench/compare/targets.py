@@ -5,6 +5,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
+from bench.compare.live import (
+    AGAIN,
+    BACKGROUND_WORK,
+    CLONES_WORK,
+    CONVERGE_WORK,
+    COST_WORK,
+    INCREMENT_WORK,
+    INSTANT,
+    LINUX_WORK,
+    PRECOPY_WORK,
+    PRIVATE,
+    RECORDED,
+    STOPPED,
+    UNRECORDED,
+    WORKING_SET_WORK,
+)
 from bench.compare.seal import CACHED, COLD, PLAIN, SEALED, seal_work
 from bench.compare.vm import (
     INSTANT_WORK,
@@ -47,6 +63,8 @@ def verdicts(results: Results) -> list[Verdict]:
         *_page_cache(results),
         *_seals(results),
         *_restores(results),
+        *_live(results),
+        *_increments(results),
     ]
 
 
@@ -272,3 +290,97 @@ def _page_cache(results: Results) -> Iterator[Verdict]:
                 "%",
                 detail=f"{direct}; the most of {len(shares)} saves",
             )
+
+
+def _live(results: Results) -> Iterator[Verdict]:
+    """The pause as the guest sees it; in the detail, what the report says of it."""
+    if results.names(CONVERGE_WORK, OURS):
+        yield _pause(results, CONVERGE_WORK, "converge", 20)
+        if results.of(CONVERGE_WORK, OURS, STOPPED):
+            ours, theirs = (results.median(CONVERGE_WORK, OURS, n) for n in ("converge", STOPPED))
+            yield _ratio(f"{CONVERGE_WORK} / engine qemu, {STOPPED}", ours, theirs, 1.2)
+    for name in results.names(BACKGROUND_WORK, OURS):
+        private = name == PRIVATE
+        yield _pause(results, BACKGROUND_WORK, name, 100 if private else 150)
+        if private:
+            yield _pause(results, BACKGROUND_WORK, name, 15, "pause_early")
+        speed = _fact(results, BACKGROUND_WORK, name, "speed")
+        work = f"{BACKGROUND_WORK} ({name}), the guest's speed / before"
+        yield Verdict(work, speed, 0.5, at_least=True)
+    for name in results.names(PRECOPY_WORK, OURS):
+        if STOPPED in name:
+            continue
+        gib = float(name.split()[0])
+        yield _pause(results, PRECOPY_WORK, name, 350 * gib / 4)
+        plain = f"{name}, {STOPPED}"
+        if results.names(PRECOPY_WORK, OURS).count(plain):
+            ours, theirs = (results.median(PRECOPY_WORK, OURS, n) for n in (name, plain))
+            yield _ratio(f"{PRECOPY_WORK} ({name}) / {STOPPED}", ours, theirs, 1.25)
+    for name in results.names(COST_WORK, OURS):
+        speed = _fact(results, COST_WORK, name, "speed")
+        yield Verdict(f"{COST_WORK} ({name})", speed, 0.97, at_least=True)
+
+
+def _increments(results: Results) -> Iterator[Verdict]:
+    for name in results.names(INCREMENT_WORK, OURS):
+        pause, total = (20, 0.25) if name.startswith("40 ") else (150, 1.0)
+        yield _pause(results, INCREMENT_WORK, name, pause)
+        seconds = results.median(INCREMENT_WORK, OURS, name)
+        yield Verdict(f"{INCREMENT_WORK} ({name}), with fsync", seconds, total, "s")
+        changed = _fact(results, INCREMENT_WORK, name, "working_set")
+        size = _fact(results, INCREMENT_WORK, name, "allocated_bytes")
+        yield Verdict(
+            f"{INCREMENT_WORK} ({name}), the file", size / MIB, changed / MIB * 1.05 + 2, "MiB"
+        )
+    for name in results.names(LINUX_WORK, OURS):
+        yield _pause(results, LINUX_WORK, name, 10)
+        size = _fact(results, LINUX_WORK, name, "allocated_bytes")
+        yield Verdict(f"{LINUX_WORK} ({name}), the file", size / MIB, 4, "MiB")
+    for name in results.names(AGAIN, OURS):
+        if name.startswith(INSTANT):
+            continue
+        plain = f"{INSTANT}, {name.partition(', ')[2]}"
+        ours, theirs = (results.median(AGAIN, OURS, n) * 1000 for n in (name, plain))
+        yield Verdict(
+            f"{AGAIN} ({name}), beyond {INSTANT}",
+            ours - theirs,
+            60 if "of 40 MiB" in name else 400,
+            "ms",
+            detail=f"{ours:.0f} ms against {theirs:.0f} ms",
+        )
+    for name in results.names(CLONES_WORK, OURS):
+        memory, whole, base, changed = (
+            _fact(results, CLONES_WORK, name, fact) / MIB
+            for fact in ("memory_pss", "process_pss", "base_bytes", "changed_bytes")
+        )
+        yield Verdict(
+            f"{CLONES_WORK} ({name}), PSS of their memory",
+            memory,
+            base + 1.2 * changed,
+            "MiB",
+            detail=f"base {base:.0f}, changed {changed:.0f}; of the whole processes {whole:.0f}",
+        )
+    if results.names(WORKING_SET_WORK, OURS):
+        ours, theirs = (
+            results.median(WORKING_SET_WORK, OURS, name) for name in (RECORDED, UNRECORDED)
+        )
+        yield _ratio(f"{WORKING_SET_WORK}: {RECORDED} / {UNRECORDED}", ours, theirs, 0.4)
+
+
+def _pause(results: Results, work: str, name: str, limit: float, fact: str = "pause") -> Verdict:
+    """In ms; ``fact`` says which of its pauses."""
+    samples = [s.facts for s in results.of(work, OURS, name)]
+    pauses = [facts[fact] * 1000 for facts in samples]
+    reported = [f["downtime_reported"] * 1000 for f in samples if f["downtime_reported"]]
+    detail = f"{min(pauses):.1f} to {max(pauses):.1f}"
+    if reported:
+        detail += f"; reported {statistics.median(reported):.1f}"
+    where = "at the start" if fact == "pause_early" else "pause"
+    return Verdict(
+        f"{work} ({name}), {where}", statistics.median(pauses), limit, "ms", detail=detail
+    )
+
+
+def _fact(results: Results, work: str, name: str, fact: str) -> float:
+    """The median of a fact."""
+    return statistics.median(sample.facts[fact] for sample in results.of(work, OURS, name))

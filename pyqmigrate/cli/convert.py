@@ -9,6 +9,8 @@ SNAPSHOT is a snapshot of any kind. ``--to`` chooses what DST becomes:
   ``lime``        a LiME file of the guest's physical memory, for volatility3
   ``libvirt``     a save image for virsh restore, with the header of an older image (``--like``)
 
+An increment is read together with its base, so that DST contains all of the guest's memory.
+
 A sequential stream is read once, front to back, to make a mapped-ram file or raw files. SNAPSHOT may
 then be a pipe (``ssh HOST cat OLD | pyqmigrate convert - DST --to mapped-ram``), or compressed with
 gzip, bzip2, xz or zstd (which needs Python 3.14, or ``pip install zstandard``).
@@ -76,7 +78,7 @@ def add_parser(verbs: Verbs) -> None:
         "target", metavar="DST", help="what to write; - is standard output (see above)"
     )
     parser.set_defaults(writes="target")
-    forms = [str(form) for form in Format]
+    forms = [str(form) for form in Format if form is not Format.INCREMENT]
     parser.add_argument("--to", choices=forms, required=True, help="the form of DST")
     parser.add_argument(
         "--memory",

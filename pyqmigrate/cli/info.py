@@ -3,7 +3,7 @@
 ``--xml`` prints only the domain's XML that libvirt stored before the stream, also for a compressed or
 unfinished image.
 
-JSON: ``snapshot``; ``kind`` (mapped-ram or stream); ``machine`` (perhaps empty);
+JSON: ``snapshot``; ``kind`` (mapped-ram, stream or increment); ``machine`` (perhaps empty);
 ``capabilities`` (names); ``target_page_bits`` and ``uuid`` (null: the file does not record
 them); ``offset`` where the stream starts and ``end`` where it ends; ``file_size`` and
 ``bytes_allocated``; ``total_ram`` in bytes;
@@ -12,6 +12,10 @@ could not be separated and are not listed); ``bitmap_order`` (little or big, as 
 read; null in a sequential stream); ``blocks``, a list of ``name``, ``length``,
 ``page_size``, ``pages``, ``data_pages``, ``zero_pages``, ``bitmap_offset``, ``pages_offset`` (null
 in a sequential stream), ``external`` (true: the content is in another file, and page counts are null);
+``increment`` (null, or ``base``, its path as opened; ``recorded_base``; ``base_identity``, an object
+of ``size``, ``mtime_ns``, ``seal`` (null without one); ``created_ns``; ``changed_pages``; ``changed_bytes``;
+``share_of_base``, their number divided by that of the base's data pages, null if it has none;
+``changed_blocks``, the changed pages by block);
 ``libvirt`` (null, or ``version``, ``format``, ``was_running``, ``xml``, ``cookie``);
 ``written_by``, an object of ``qemu`` (the oldest version that can have written it, or null),
 ``reasons``, ``by_libvirt``; ``run_state`` after a load (null: not recorded); ``loadable`` (by a
@@ -37,9 +41,10 @@ from typing import Any
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.opening import add_snapshot, opened
-from pyqmigrate.cli.outcome import Outcome, printable, table
+from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.sizes import show_size
 from pyqmigrate.cli.standard_streams import read_from
+from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.libvirt import LibvirtHeader
 from pyqmigrate.format.stream.wire import Section
@@ -136,7 +141,9 @@ def _data(snapshot: Snapshot, origin: Provenance) -> dict[str, Any]:
         "total_ram": stream.total_ram,
         "complete": stream.complete,
         "opaque_tail": stream.opaque_tail,
+        "background": stream.background,
         "bitmap_order": snapshot.bitmap_order,
+        "increment": _increment(snapshot),
         "libvirt": _libvirt(snapshot.libvirt),
         "written_by": {
             "qemu": None if origin.qemu is None else ".".join(map(str, origin.qemu)),
@@ -151,6 +158,30 @@ def _data(snapshot: Snapshot, origin: Provenance) -> dict[str, Any]:
         "sections": [
             asdict(section) | {"kind": section.kind.name.lower()} for section in stream.sections
         ],
+    }
+
+
+def _increment(snapshot: Snapshot) -> dict[str, Any] | None:
+    if snapshot.format is not Format.INCREMENT:
+        return None
+    from pyqmigrate.snapshot.increment import IncrementSnapshot
+
+    assert isinstance(snapshot, IncrementSnapshot)
+    header, seal = snapshot.header, snapshot.header.base.seal
+    whole = sum(block.data_pages for block in snapshot.base.blocks.values())
+    return {
+        "base": snapshot.base.source.name,
+        "recorded_base": header.base_path,
+        "base_identity": {
+            "size": header.base.size,
+            "mtime_ns": header.base.mtime_ns,
+            "seal": None if seal is None else seal.hex(),
+        },
+        "created_ns": header.created_ns,
+        "changed_pages": snapshot.changed_pages,
+        "changed_bytes": header.changed_bytes,
+        "share_of_base": snapshot.changed_pages / whole if whole else None,
+        "changed_blocks": {name: block.changed_pages for name, block in snapshot.blocks.items()},
     }
 
 
@@ -191,6 +222,14 @@ def _lines(snapshot: Snapshot, data: dict[str, Any], origin: Provenance) -> Iter
     yield f"machine   {printable(stream.machine) or '(none: loads on any)'}"
     yield f"file      {show_size(snapshot.size)}, {show_size(snapshot.allocated)} allocated"
     yield f"stream    {snapshot.offset:#x} to {stream.end:#x}, {snapshot.format}"
+    if (increment := data["increment"]) is not None:
+        share = increment["share_of_base"]
+        yield f"base      {printable(increment['base'])}"
+        yield (
+            f"increment {counted(increment['changed_pages'], 'page')}, "
+            f"{show_size(increment['changed_bytes'])}"
+            + ("" if share is None else f", {share:.1%} of the base's data")
+        )
     if stream.capabilities:
         yield f"requires  {', '.join(printable(name) for name in stream.capabilities)}"
     if stream.uuid is not None:

@@ -34,6 +34,12 @@ def add_snapshot(parser: Parser) -> None:
         default=None,
         help="keep an index of a sequential stream there: where its pages are, for random reads",
     )
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        default=None,
+        help="the base of an increment (default: the path that the increment records)",
+    )
 
 
 @contextlib.contextmanager
@@ -47,6 +53,7 @@ def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> It
         bitmap_order=args.bitmap_order,
         page_size=args.page_size,
         index=args.index,
+        base=args.base,
         allow_pipe=True,
     ) as snapshot:
         if snapshot.one_pass and not one_pass:

@@ -6,6 +6,9 @@ sequential stream the pages are found through its records, if these still parse.
 checked, with or without a seal: every length and offset against each other and the file's size, every
 bitmap or page record, and the end of the stream. Without a seal, flipped bits in pages cannot be found.
 
+Of an increment the base is verified too: that it is the file that the increment was made from, its
+seal if it has one, and its structure.
+
 A note says if the bitmaps would fit the file better in the other byte order (see --bitmap-order).
 
 ``--deep`` also decodes the device state, and counts pages whose bit is clear and that do not read as
@@ -18,7 +21,9 @@ JSON: ``snapshot``; ``valid``; ``seal``, null without a seal, otherwise an objec
 words), ``block``, ``first_page``, ``end_page`` (not included), ``data_pages``. If it is intact
 or null: ``bitmap_order`` (null for a sequential stream), ``notes`` (sentences), ``block_count``,
 ``data_pages``, ``zero_pages`` (numbers); with --deep ``device_count`` (null if they cannot be
-separated), ``stale_pages`` and ``stale_blocks`` (their number by block). The exit code is 1
+separated), ``stale_pages`` and ``stale_blocks`` (their number by block). Of an increment:
+``base``, its path, and ``base_seal``, like ``seal`` (``valid`` is false if the base is not intact); the
+page counts are those of both files, the clear pages of ``--deep`` those of the increment. The exit code is 1
 for damage, and for a snapshot or a seal that cannot be parsed, which is an error.
 """
 
@@ -34,6 +39,7 @@ from pyqmigrate.cli.outcome import Outcome, counted, printable, shown_seal
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import read_from
+from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.integrity.seal import SealCheck, stale_pages, verify_seal
 from pyqmigrate.io.bitmap_order import better_order, says_better
@@ -55,7 +61,9 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    check = None if _is_pipe(args.snapshot) else _check_seal(args)
+    check = None
+    if not _is_pipe(args.snapshot):
+        check = _check_seal(args, read_from(args.snapshot, None)[0])
     data: dict[str, Any] = {
         "snapshot": args.snapshot,
         "valid": True,
@@ -65,6 +73,8 @@ def _run(args: argparse.Namespace) -> Outcome:
     if check is not None and not check.intact:
         return Outcome(data | {"valid": False}, lines, ExitCode.BAD)
     with opened(args, args.snapshot) as snapshot:
+        if snapshot.format is Format.INCREMENT and not _check_base(args, snapshot, data, lines):
+            return Outcome(data | {"valid": False}, lines, ExitCode.BAD)
         snapshot.verify()
         blocks = [block for block in snapshot.blocks.values() if not block.external]
         pages = sum(block.data_pages for block in blocks)
@@ -92,8 +102,23 @@ def _is_pipe(path: str) -> bool:
     return PipeReader.is_pipe(read_from(path, None)[0])
 
 
-def _check_seal(args: argparse.Namespace) -> SealCheck | None:
-    path, _ = read_from(args.snapshot, None)
+def _check_base(
+    args: argparse.Namespace, snapshot: Snapshot, data: dict[str, Any], lines: list[str]
+) -> bool:
+    """Compare the base of an increment with its seal; return whether it is intact."""
+    from pyqmigrate.snapshot.increment import IncrementSnapshot
+
+    assert isinstance(snapshot, IncrementSnapshot)
+    path = snapshot.base.source.name
+    check = _check_seal(args, path)
+    data |= {"base": path, "base_seal": None if check is None else check.to_json()}
+    if check is None:
+        return True
+    lines += _about(path, check)
+    return check.intact
+
+
+def _check_seal(args: argparse.Namespace, path: str) -> SealCheck | None:
     with shown("verify") as show:
         return verify_seal(
             path,

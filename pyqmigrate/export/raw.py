@@ -29,6 +29,7 @@ from pyqmigrate.io.channels import Channels, check_channels
 from pyqmigrate.io.direct_io import Direct, DirectIO, find_direct
 from pyqmigrate.io.free_space import free_bytes
 from pyqmigrate.io.in_use import refuse_in_use
+from pyqmigrate.io.increments_of import refuse_base
 from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.new_file import NewFile, give_names
@@ -311,6 +312,7 @@ class _NewFile:
 
     def __init__(self, dir_fd: int, path: str, name: str) -> None:
         self._path = f"{path}/{name}"
+        refuse_base(absolute(self._path))
         with _refusing("cannot create", self._path):
             self.new = NewFile(dir_fd, name, secrets.token_hex(8))
         self.fd = self.new.fd

@@ -15,7 +15,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pyqmigrate.core import Channel, File
 from pyqmigrate.errors import SnapshotError, TargetError
@@ -40,11 +40,11 @@ class Digests:
     """The known digests of a file's pieces. They take 17 bytes for each MiB.
 
     ``size`` is that of the file, ``bytes_read`` counts the bytes that were read, both in bytes.
-    ``overlay`` is ``(position, bytes)``: the bytes that are written last of all, as if they were in
-    the file already. Methods are for one thread at a time, except for calls made by channel threads.
+    ``overlay`` lists ``(position, bytes)``: what is written last of all, as if it were in the file
+    already. Methods are for one thread at a time, except for calls made by channel threads.
     """
 
-    def __init__(self, algorithm: Algorithm, *, overlay: tuple[int, bytes] | None = None) -> None:
+    def __init__(self, algorithm: Algorithm, *, overlay: Sequence[tuple[int, bytes]] = ()) -> None:
         self.algorithm = algorithm
         self.size = 0
         self.bytes_read = 0
@@ -174,12 +174,10 @@ class Digests:
         self._known[number] = 1
 
     def _lay_over(self, view: memoryview, offset: int) -> None:
-        if self._overlay is None:
-            return
-        position, data = self._overlay
-        for n in range(len(data)):
-            if offset <= position + n < offset + len(view):
-                view[position + n - offset] = data[n]
+        for position, data in self._overlay:
+            for n in range(len(data)):
+                if offset <= position + n < offset + len(view):
+                    view[position + n - offset] = data[n]
 
     def _writing(self, offset: int, data: memoryview | None, length: int) -> None:
         if data is None or offset % PIECE:

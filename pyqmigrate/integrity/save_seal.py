@@ -19,12 +19,15 @@ __all__ = ["SaveSeal"]
 class SaveSeal(Digests):
     """An observer of a writer (:class:`pyqmigrate.snapshot.save.writer.WriteObserver`).
 
-    ``offset`` is where the stream starts in the file. With ``place`` the seal is written there when
+    ``offset`` is where the stream starts in the file, and ``first`` are the file's first bytes if
+    they, too, are written last (an increment's, by descriptors). With ``place`` the seal is written there when
     the snapshot has its name; without, :meth:`manifest` makes it later.
     """
 
-    def __init__(self, algorithm: Algorithm, offset: int, place: Path | None = None) -> None:
-        super().__init__(algorithm, overlay=(offset, MAGIC))
+    def __init__(
+        self, algorithm: Algorithm, offset: int, place: Path | None = None, *, first: bytes = b""
+    ) -> None:
+        super().__init__(algorithm, overlay=[(offset, MAGIC), (0, first)])
         self._place = place
         self._head: Head | None = None
 

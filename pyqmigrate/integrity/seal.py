@@ -33,7 +33,7 @@ from pyqmigrate.errors import (
     target_error,
 )
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
-from pyqmigrate.format.seal import PIECE, SEALED_MAX, count_pieces
+from pyqmigrate.format.seal import PIECE, SEALED_MAX, SealLine, count_pieces
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, ByteOrder
 from pyqmigrate.integrity.damage import Damage, parts_of
 from pyqmigrate.integrity.digests import Digests, open_direct
@@ -49,10 +49,11 @@ from pyqmigrate.io.bitmap_order import other_order
 from pyqmigrate.io.channels import Channels, check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import files_in_use, refuse_in_use
+from pyqmigrate.io.increments_of import increments_of, refuse_base
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.lock import lock_file
-from pyqmigrate.io.place import seal_path
+from pyqmigrate.io.place import resolve_symlink, seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.base import Snapshot
@@ -280,6 +281,7 @@ class _Sealing:
             clear_pages_zero=blocks is not None,
             bitmap_order=order or "little",
         )
+        self._check_increments(manifest)
         write_manifest(self.place, manifest)
         return SealReport(
             source.name,
@@ -296,18 +298,42 @@ class _Sealing:
             order,
         )
 
+    @property
+    def _file(self) -> Path:
+        """The file that is sealed: the seal is beside it, not beside a link to it."""
+        return resolve_symlink(self.source.name)
+
+    def _check_increments(self, manifest: Manifest) -> None:
+        """Refuse another seal for a base whose increments know it by the seal that it has."""
+        digest = SealLine.decode(manifest.head.encode(manifest.digests)).digest
+        for path, header in increments_of(self._file):
+            if header.base.seal not in (None, digest):
+                raise UsageError(
+                    f"{self.source.name!r} is the base of {path.name!r}, which knows it by its seal: "
+                    "it cannot get another one. Keep the seal, or first convert the increment to "
+                    "mapped-ram"
+                )
+
     def _prepare(
         self, stream_file: StreamFile, before: os.stat_result
     ) -> tuple[int, int, tuple[BlockLayout, ...] | None, ByteOrder | None]:
         """Verify the structure and clear stale pages. Return how many, where the stream starts, the
         blocks, and the byte order of their bitmaps."""
+        shared = stream_file.share()
+        if shared.increment is not None:
+            shared = shared.without_header()  # the seal is of this file, whatever its base is
         with snapshot_of(
-            stream_file.share(), page_size=self.page_size, bitmap_order=self.bitmap_order
+            shared, page_size=self.page_size, bitmap_order=self.bitmap_order
         ) as snapshot:
             snapshot.verify()
             order = snapshot.bitmap_order
             if order is None:
                 return 0, snapshot.offset, None, None
+            if snapshot.stream.background:
+                raise NotSupported(
+                    "a background snapshot without bitmaps cannot be sealed: convert it to "
+                    "mapped-ram first"
+                )
             channels = self.channels.sibling("pyqmigrate-stale")
             stale = find_stale(snapshot, channels)
             if stale:
@@ -343,6 +369,7 @@ class _Sealing:
         """Make the pages holes. The file must be the one ``before`` its bitmaps were read: a writer
         that takes no lock, such as QEMU, may have replaced its content since, and the old bitmaps
         would clear pages of the new snapshot."""
+        refuse_base(self._file, change="changed, because pages have to be cleared in it")
         self._lock("a guest runs from it, and pages have to be cleared in it", exclusive=True)
         self._check_unchanged(before)
         # An earlier seal would report this change as damage.

@@ -9,16 +9,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pyqmigrate.argument_types import check
 from pyqmigrate.core import CHUNK, Channel, JobState, Totals, error_from_fault
 from pyqmigrate.errors import Cancelled, UsageError
 from pyqmigrate.io.threads import start_thread
 
-__all__ = ["MAX_CHANNELS", "Channels", "Range", "check_channels", "split_ranges"]
+if TYPE_CHECKING:
+    from pyqmigrate.io.bitmap import Bitmap
+
+__all__ = ["MAX_CHANNELS", "Channels", "Range", "check_channels", "selected_ranges", "split_ranges"]
 
 MAX_CHANNELS = 255
 _RANGE = 32 << 20  # bytes of a block that one call moves
+_CHUNKS_A_RANGE = 8
 _RANGES_A_BLOCK = 8192  # more than so many, and the ranges get larger
 
 
@@ -37,6 +42,23 @@ def split_ranges(block: int, npages: int, page_size: int) -> Iterator[Range]:
     step = -(-step // CHUNK) * CHUNK // page_size
     for first in range(0, npages, step):
         yield Range(block, first, min(step, npages - first))
+
+
+def selected_ranges(block: int, selection: Bitmap, page_size: int) -> Iterator[Range]:
+    """Yield the ranges of a block, whole chunks of the core, that contain every set bit."""
+    chunk = CHUNK // page_size
+    pages, first = selection.npages, 0
+    while first < pages:
+        if not selection[first]:
+            found = selection.run_end(first, pages)
+            if found == pages:
+                return
+            first = found // chunk * chunk
+        end = first + chunk
+        while end - first < _CHUNKS_A_RANGE * chunk and end < pages and selection[end]:
+            end += chunk
+        yield Range(block, first, min(end, pages) - first)
+        first = end
 
 
 def check_channels(channels: int) -> int:

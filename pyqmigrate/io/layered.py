@@ -30,6 +30,7 @@ def layered(
         min(upper.length, lower.extent_bytes + in_upper.count() * page_size),
         upper.identity,
         MemorySource.layered(upper.source, lower.source, in_upper, in_upper.npages, page_size),
+        (*upper.others, lower.identity, *lower.others),
     )
 
 

@@ -66,13 +66,14 @@ class SnapshotMemory:
     """A block of a snapshot as guest memory, for saves. Valid until the snapshot is closed.
 
     ``length`` and ``extent_bytes``, an upper bound of the data, are in bytes; ``identity`` is that
-    of the snapshot's file.
+    of the snapshot's file, ``others`` those of other files with parts of it.
     """
 
     length: int
     extent_bytes: int
     identity: FileId
     source: MemorySource
+    others: tuple[FileId, ...] = ()
 
     def part(self, offset: int, length: int) -> SnapshotMemory:
         """Return the bytes ``[offset, offset + length)``, whole pages, as memory."""
@@ -81,7 +82,11 @@ class SnapshotMemory:
         if length == self.length:
             return self
         return SnapshotMemory(
-            length, min(length, self.extent_bytes), self.identity, self.source.slice(offset)
+            length,
+            min(length, self.extent_bytes),
+            self.identity,
+            self.source.slice(offset),
+            self.others,
         )
 
 
@@ -268,7 +273,8 @@ def files_of(memories: Iterable[OpenMemory]) -> dict[FileId, str]:
     for memory in memories:
         what = f"the memory of block {memory.name!r}"
         if memory._stored is not None:
-            found[memory._stored.identity] = "the snapshot that is read"
+            stored = memory._stored
+            found |= dict.fromkeys((stored.identity, *stored.others), "the snapshot that is read")
         elif memory._fd >= 0:
             found |= files_in_use([(memory._fd, what)])
         elif memory._process is None:

@@ -41,6 +41,7 @@ from pyqmigrate.io.target import Descriptors, Target, check_borrowed, split_targ
 __all__ = ["OutputFile"]
 
 _MODE = 0o600
+_PREFIX_MAGIC = 8  # bytes at the start of a prefix that are written last
 
 
 class OutputFile:
@@ -55,14 +56,19 @@ class OutputFile:
 
     forward = False
 
-    def __init__(self, target: Target, *, reuse: bool, prefix: bytes = b"") -> None:
+    def __init__(
+        self, target: Target, *, reuse: bool, prefix: bytes = b"", stream_offset: int | None = None
+    ) -> None:
         self.name, self.offset = split_target(target)
-        if prefix and (self.offset or reuse or isinstance(target, Descriptors)):
+        borrowed = isinstance(target, Descriptors) and stream_offset is None
+        if prefix and (self.offset or reuse or borrowed):
             raise UsageError("a header before the stream needs a new file: give a path as target")
         self._changes_in_place = bool(self.offset or reuse)
-        self._prefix = prefix
+        self.prefix = prefix
+        self._kept = self.offset  # bytes at the start of an existing file that do not change
         if prefix:
-            self.offset = len(prefix)
+            self.offset = len(prefix) if stream_offset is None else stream_offset
+            self._kept = 0
         self.reuse = reuse
         self.fd = -1
         self.direct: Direct | None = None
@@ -95,18 +101,23 @@ class OutputFile:
         beside: Collection[Named] = (),
         mark: str | None = None,
         prefix: bytes = b"",
+        stream_offset: int | None = None,
     ) -> OutputFile:
         """Open the target and try direct I/O. ``prefix`` is what a new file has before its stream.
 
+        With ``stream_offset`` the stream starts there, the prefix has a magic of 8 bytes, and can
+        change until :meth:`publish`; descriptors are accepted too, which get its magic last.
+
         After this an existing file that is written in place is not a snapshot any more. Before
-        that, and before a seal is removed, the target is compared with ``in_use``
+        that, and before a seal is removed, an existing file is refused if it is the base of increments
+        beside it (:mod:`pyqmigrate.io.increments_of`), and the target is compared with ``in_use``
         (:mod:`pyqmigrate.io.in_use`), whether it will be written in place or replaced; so are the
         seal of a path and ``beside``, other files that the caller will write. If an unfinished file
         needs a name, that ends in ``.MARK.partial``; without ``mark``, in a random one. Raises
         UsageError for a file that is in use and for descriptors that do not fit, TargetError when
         the system refuses.
         """
-        self = cls(target, reuse=reuse, prefix=prefix)
+        self = cls(target, reuse=reuse, prefix=prefix, stream_offset=stream_offset)
         self._in_use = in_use or {}
         self._mark = mark or self._mark
         if self._borrowed and self._given_direct is None and direct_io is DirectIO.ON:
@@ -170,6 +181,10 @@ class OutputFile:
                     "path of the file itself",
                     self.name,
                 )
+        # Not needed for a new name, and a restore has no time for it.
+        from pyqmigrate.io.increments_of import refuse_base
+
+        refuse_base(self.place)
         return True
 
     @property
@@ -203,7 +218,7 @@ class OutputFile:
         info = os.fstat(self.fd)
         with self._refusing("cannot truncate"):
             if not self.reuse:
-                os.ftruncate(self.fd, self.offset)
+                os.ftruncate(self.fd, self._kept)
             elif info.st_size > self.offset:
                 os.pwrite(self.fd, bytes(4), self.offset)
                 os.fdatasync(self.fd)
@@ -224,7 +239,7 @@ class OutputFile:
         """Give the file its final size (bytes), as one hole unless it is being reused."""
         with self._refusing(f"cannot be made {size} bytes long"):
             if not self.reuse:
-                os.ftruncate(self.fd, self.offset)
+                os.ftruncate(self.fd, self._kept)
             os.ftruncate(self.fd, size)
 
     @contextlib.contextmanager
@@ -277,13 +292,16 @@ class OutputFile:
         """
         with self._refusing("cannot make durable"):
             if not self.in_place:
-                self.write_at(0, self._prefix)  # empty where the stream starts at 0
+                self.write_at(0, self.prefix)  # empty where the stream starts at 0
                 self.write_at(self.offset, magic)
+            elif self.prefix:
+                self.write_at(_PREFIX_MAGIC, self.prefix[_PREFIX_MAGIC:])
             os.fsync(self.fd)
         check()
         if self._new is None:
             self._check_name()
             self.write_at(self.offset, magic)
+            self.write_at(0, self.prefix[:_PREFIX_MAGIC])
         else:
             self._check_replaced(self._new)
             self._remove_seal()

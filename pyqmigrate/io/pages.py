@@ -53,14 +53,21 @@ def ranges_of(blocks: Sequence[StoredPages]) -> Iterator[Range]:
 
 
 def write_pages(
-    blocks: Sequence[BlockPages], file: File, policy: Policy, channels: Channels, target: str
+    blocks: Sequence[BlockPages],
+    file: File,
+    policy: Policy,
+    channels: Channels,
+    target: str,
+    ranges: Iterable[Range] | None = None,
 ) -> None:
     """Write the selected pages, by the policy, and update ``data`` of each block.
 
-    ``target`` names the file in errors.
+    ``target`` names the file in errors. ``ranges``: only in these pages.
     """
     transfers = _transfers(blocks, file, policy, channels)
-    _write_ranges(blocks, transfers, ranges_of(blocks), channels, target)
+    _write_ranges(
+        blocks, transfers, ranges_of(blocks) if ranges is None else ranges, channels, target
+    )
     # All direct writes have returned: now the pages that share a file block with one of them.
     with Channel() as channel:
         for block, transfer in zip(blocks, transfers, strict=True):

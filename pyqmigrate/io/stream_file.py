@@ -3,7 +3,8 @@
     with contextlib.closing(StreamFile.open("/var/lib/libvirt/save/guest")) as stream_file:
         print(stream_file.offset, stream_file.configuration.machine)
 
-A stream starts at the start of its file, at an offset, or behind libvirt's header. A compressed
+A stream starts at the start of its file, at an offset, or behind the header of libvirt's or of an
+increment (:mod:`pyqmigrate.format.increment`). A compressed
 stream, also in a compressed image of libvirt's, is decompressed as it is read: its source is
 forward-only then, like that of a pipe (:mod:`pyqmigrate.io.pipe`).
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pyqmigrate.argument_types import check
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
@@ -24,22 +25,32 @@ from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.io.input import InputFile, Source
 from pyqmigrate.io.target import Descriptors, Target
 
+if TYPE_CHECKING:
+    from pyqmigrate.format.increment import IncrementHeader
+
 __all__ = ["StreamFile", "open_source", "read_libvirt_header"]
+
+_INCREMENT_STARTS = b"QM"  # the first bytes of its magic
 
 
 class StreamFile:
     """An open source and the stream that starts at ``offset`` bytes of it. Close it.
 
-    ``libvirt`` is the header before the stream, or None.
+    ``libvirt`` is libvirt's header before the stream, ``increment`` that of an increment, or None.
     """
 
     def __init__(
-        self, source: Source, offset: int = 0, libvirt: LibvirtHeader | None = None
+        self,
+        source: Source,
+        offset: int = 0,
+        libvirt: LibvirtHeader | None = None,
+        increment: IncrementHeader | None = None,
     ) -> None:
         """Take what is known already; :meth:`open` and :meth:`find` look at the file."""
         self.source = source
         self.offset = offset
         self.libvirt = libvirt
+        self.increment = increment
         self._owned = True
 
     @classmethod
@@ -68,9 +79,10 @@ class StreamFile:
     def find(cls, source: Source, offset: int | None = None) -> Self:
         """Find the stream in an open source, which the result owns; it is closed if this fails.
 
-        Raises SnapshotError for a save image that libvirt did not finish, NotSupported for a stream
-        that is compressed in a way that cannot be read here, and for a file of another known kind
-        (a disk image, a core), which the message names; UsageError, TargetError.
+        Raises SnapshotError for a save image that libvirt did not finish and for an increment with a
+        damaged header, NotSupported for a stream that is compressed in a way that cannot be read
+        here, and for a file of another known kind (a disk image, a core), which the message names;
+        UsageError, also for the offset of an increment's stream; TargetError.
         """
         try:
             start = source.offset if offset is None else offset
@@ -80,11 +92,15 @@ class StreamFile:
             header = None if offset is not None or start else read_libvirt_header(source)
             if header is not None:
                 source, start = _behind(header, source)
-            _refuse_foreign(source, start)
+            increment = _read_increment(source, start)
+            if increment is not None:
+                start = increment.stream_offset
+            else:
+                _refuse_foreign(source, start)
         except BaseException:
             source.close()
             raise
-        return cls(source, start, header)
+        return cls(source, start, header, increment)
 
     @functools.cached_property
     def start(self) -> StreamStart:
@@ -101,9 +117,16 @@ class StreamFile:
 
     def share(self) -> StreamFile:
         """Return the same open file for a second reader, which does not close it."""
-        shared = StreamFile(self.source, self.offset, self.libvirt)
+        shared = StreamFile(self.source, self.offset, self.libvirt, self.increment)
         shared._owned = False
         return shared
+
+    def without_header(self) -> StreamFile:
+        """Return the stream alone, to read what an increment contains without its base; the result
+        closes the file instead of this object."""
+        bare = StreamFile(self.source, self.offset)
+        bare._owned, self._owned = self._owned, False
+        return bare
 
     def close(self) -> None:
         """Close the file, unless it is shared. Idempotent."""
@@ -139,6 +162,22 @@ def _behind(header: LibvirtHeader, source: Source) -> tuple[Source, int]:
         return source, header.stream_offset
     compression = Compression(header.format.name.lower())
     return _decompress(source, compression, header.stream_offset), 0
+
+
+def _read_increment(source: Source, start: int) -> IncrementHeader | None:
+    if source.read_at(0, len(_INCREMENT_STARTS)) != _INCREMENT_STARTS:
+        return None
+    # A restore has no time for modules that only other files need.
+    from pyqmigrate.format.increment import MAGIC as INCREMENT
+    from pyqmigrate.format.increment import IncrementHeader
+
+    if source.read_at(0, len(INCREMENT)) != INCREMENT:
+        return None
+    if start:
+        raise UsageError(
+            f"{source.name!r} is an increment, which has no stream by itself: give no offset"
+        )
+    return IncrementHeader.read(source)
 
 
 def _refuse_foreign(source: Source, offset: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyqmigrate.errors import UsageError
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.working_set import SUFFIX, WORKING_SET, WorkingSet, WorkingSetLine
@@ -28,6 +29,7 @@ __all__ = [
     "WORKING_SET_FILE",
     "RecordedWorkingSet",
     "check_working_set_place",
+    "read_current_working_set",
     "read_working_set",
     "working_set_path",
     "write_working_set",
@@ -73,6 +75,20 @@ def write_working_set(
     """
     line = WorkingSetLine.of(snapshot, blocks, len(working_set), seconds).encode(working_set)
     write_companion(place, WORKING_SET_FILE, line, [working_set.encode()], sync_name=sync_name)
+
+
+def read_current_working_set(path: Path | str, snapshot: SnapshotId) -> RecordedWorkingSet:
+    """Return the working set stored in ``path``, of ``snapshot`` as it is now.
+
+    Raises UsageError if it is missing or of another snapshot, SnapshotError, TargetError.
+    """
+    recorded = read_working_set(Path(path))
+    if recorded is None:
+        raise UsageError("it does not exist")
+    difference = recorded.snapshot.differs_from(snapshot)
+    if difference is not None:
+        raise UsageError(f"it is not of this snapshot: {difference}")
+    return recorded
 
 
 def read_working_set(path: Path) -> RecordedWorkingSet | None:

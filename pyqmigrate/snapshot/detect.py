@@ -30,10 +30,11 @@ def open_snapshot(
     bitmap_order: ByteOrder | None = None,
     page_size: int | None = None,
     index: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
     allow_pipe: bool = False,
 ) -> Snapshot:
-    """Open a mapped-ram file or a sequential stream: in a file or on a block device, behind
-    libvirt's header or at an offset, compressed or not.
+    """Open a mapped-ram file, a sequential stream or an increment: in a file or on a block device,
+    behind libvirt's header or at an offset, compressed or not.
 
     target: a path, a ``file:`` URI or Descriptors (borrowed, open for reading).
     offset: where the stream starts, bytes, for a path. Without it libvirt's header is looked for at
@@ -42,6 +43,8 @@ def open_snapshot(
         :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`.
     page_size, index: for a sequential stream, see
         :class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`.
+    base: the path of an increment's base, instead of the one that the increment records; see
+        :class:`~pyqmigrate.snapshot.increment.IncrementSnapshot`. Other files have no base.
     allow_pipe: whether the path of a pipe is accepted. It carries a sequential stream, which can be
         converted, unpacked or loaded once. Its description comes last, so ``page_size`` is needed
         if the configuration does not state it and it is not 4096.
@@ -56,8 +59,11 @@ def open_snapshot(
     check_bitmap_order(bitmap_order)
     check("page_size", page_size, int, type(None))
     check("index", index, str, os.PathLike, type(None))
+    check("base", base, str, os.PathLike, type(None))
     stream_file = StreamFile.open(target, offset=offset, allow_pipe=allow_pipe)
-    return snapshot_of(stream_file, bitmap_order=bitmap_order, page_size=page_size, index=index)
+    return snapshot_of(
+        stream_file, bitmap_order=bitmap_order, page_size=page_size, index=index, base=base
+    )
 
 
 def snapshot_of(
@@ -66,6 +72,7 @@ def snapshot_of(
     bitmap_order: ByteOrder | None = None,
     page_size: int | None = None,
     index: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Snapshot:
     """Return the snapshot in an open file, which it owns; the file is closed if this fails.
 
@@ -76,6 +83,10 @@ def snapshot_of(
     except BaseException:
         stream_file.close()
         raise
+    if stream_file.increment is not None:
+        from pyqmigrate.snapshot.increment import IncrementSnapshot
+
+        return IncrementSnapshot(stream_file, base=base, bitmap_order=bitmap_order)
     if mapped_ram:
         return MappedRamSnapshot(stream_file, bitmap_order=bitmap_order)
     return SequentialSnapshot(stream_file, page_size=page_size, index=index)

@@ -99,6 +99,8 @@ def devices(
                 source.run_out()
             stream = _StateAlone(read_device_sections(source))
             return _decode(source, described_by(stream, description), None, False, name, section_id)
+        if stream_file.increment is not None:
+            stream_file = stream_file.without_header()  # device state needs no base
         with snapshot_of(stream_file, page_size=page_size, index=index) as snapshot:
             return _decode_snapshot(snapshot, name, section_id, description, progress)
 

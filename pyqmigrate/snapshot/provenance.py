@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from pyqmigrate.argument_types import check
+from pyqmigrate.enums import Format
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.device.sections import DeviceSection, run_state_of
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM
@@ -77,6 +78,11 @@ def _signs(snapshot: Snapshot) -> list[tuple[tuple[int, int], str]]:
 def _obstacles(snapshot: Snapshot) -> tuple[str, ...]:
     stream = snapshot.stream
     found = []
+    if snapshot.format is Format.INCREMENT:
+        found.append(
+            "it is an increment, which QEMU cannot load without its base: vm restore loads both, and "
+            "convert writes a whole snapshot"
+        )
     if not stream.complete:
         found.append("the end of the stream was not seen: device state may be cut off")
     try:
@@ -84,6 +90,11 @@ def _obstacles(snapshot: Snapshot) -> tuple[str, ...]:
     except SnapshotError as error:
         if stream.complete:
             found.append(str(error))
+    if MAPPED_RAM in stream.capabilities and stream.background:
+        found.append(
+            "a background snapshot without bitmaps, which QEMU would load as zeros: convert it to "
+            "mapped-ram first"
+        )
     return tuple(found)
 
 
@@ -94,8 +105,10 @@ def _remarks(snapshot: Snapshot) -> tuple[str, ...]:
         found.append("QEMU needs the capability mapped-ram on, from 9.0")
         if IGNORE_SHARED in stream.capabilities:
             found.append("QEMU before 11.0 cannot load mapped-ram together with x-ignore-shared")
+    elif stream.background:
+        found.append("a background snapshot: it holds the instant at which the save began")
     order = snapshot.bitmap_order
-    if order is not None:
+    if order is not None and not stream.background:
         better = better_order(snapshot.source, snapshot.layouts, order)
         if better is not None:
             found.append(says_better(better))

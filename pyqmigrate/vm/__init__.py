@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.options import Mode
     from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
     from pyqmigrate.vm.incoming.restore import restore
-    from pyqmigrate.vm.outgoing.options import Then, VmCheckOptions, VmSaveOptions
+    from pyqmigrate.vm.outgoing.options import Then, VmCheckOptions, VmLiveOptions, VmSaveOptions
     from pyqmigrate.vm.outgoing.report import VmSaveReport
     from pyqmigrate.vm.plan.check import CheckReport
     from pyqmigrate.vm.plan.engine import Engine
+    from pyqmigrate.vm.plan.live_option import LiveMethod
     from pyqmigrate.vm.qemu.monitor import Monitor
 
 __all__ = [
@@ -43,9 +44,11 @@ __all__ = [
     "CheckReport",
     "VmSaveOptions",
     "VmCheckOptions",
+    "VmLiveOptions",
     "VmRestoreOptions",
     "VmCloneOptions",
     "Engine",
+    "LiveMethod",
     "Then",
     "Mode",
     "Monitor",
@@ -55,6 +58,7 @@ __all__ = [
 _HOME = {
     "CheckReport": "plan.check",
     "Engine": "plan.engine",
+    "LiveMethod": "plan.live_option",
     "Clone": "incoming.clone",
     "clone": "incoming.clone",
     "Monitor": "qemu.monitor",
@@ -68,6 +72,7 @@ _HOME = {
     "restore": "incoming.restore",
     "Then": "outgoing.options",
     "VmCheckOptions": "outgoing.options",
+    "VmLiveOptions": "outgoing.options",
     "VmSaveOptions": "outgoing.options",
     "VmSaveReport": "outgoing.report",
 }

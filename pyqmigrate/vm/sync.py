@@ -25,6 +25,7 @@ from pyqmigrate import vm
 from pyqmigrate.errors import PyqmigrateError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
+from pyqmigrate.vm.incoming.recording import WorkingSetReport
 from pyqmigrate.vm.incoming.report import RestoreReport
 from pyqmigrate.vm.outgoing.options import VmCheckOptions, VmSaveOptions
 from pyqmigrate.vm.outgoing.report import VmSaveReport
@@ -67,21 +68,27 @@ class RestoredVm:
     """A restored guest; ``process`` is its QEMU, which has to be waited for as any child.
 
     Nothing is connected to its monitor: give ``restore`` a ``qmp`` to reach it later.
+    ``recording`` is what the option ``record`` gave, or why it failed.
     """
 
     process: subprocess.Popen[bytes]
     report: RestoreReport
+    recording: WorkingSetReport | PyqmigrateError | None = None
 
 
 def restore(
     snapshot: Target, command: Sequence[str] | None = None, **options: Unpack[VmRestoreOptions]
 ) -> RestoredVm:
-    """As :func:`pyqmigrate.vm.restore`."""
+    """As :func:`pyqmigrate.vm.restore`; with ``record``, returns after that many seconds."""
 
     async def run() -> RestoredVm:
         guest = await vm.restore(snapshot, command, **options)
-        await _close([guest])
-        return RestoredVm(guest.process, guest.report)
+        recording = None
+        try:
+            recording = await _recorded(guest)
+        finally:
+            await _close([guest])
+        return RestoredVm(guest.process, guest.report, recording)
 
     return _run("restore", run())
 
@@ -118,6 +125,19 @@ def clone(
         ]
 
     return _run("clone", run())
+
+
+async def _recorded(guest: vm.RestoredVm) -> WorkingSetReport | PyqmigrateError | None:
+    """Wait for the recording of a guest; a cancellation ends the guest, which nobody gets."""
+    if guest.recording is None:
+        return None
+    try:
+        return await asyncio.shield(guest.recording)
+    except PyqmigrateError as error:
+        return error
+    except BaseException:
+        await guest.end()
+        raise
 
 
 async def _close(guests: Sequence[vm.RestoredVm]) -> None:

@@ -51,10 +51,12 @@ from pyqmigrate.cli import main as command
 from pyqmigrate.errors import target_error
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.migration import Migration
 from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.status import Status
 from pyqmigrate.snapshot.save.sequential import start_sequential_save
+from tests.harness.increment_files import save_base, save_increment
 from tests.harness.snapshots import Bytes, ram
 
 __all__ = ["WORK", "run"]
@@ -146,6 +148,21 @@ def with_memory_files(prepare: Callable[[Path], None]) -> Callable[[Path], None]
     return do
 
 
+def a_base(directory: Path) -> None:
+    memories = {block.name: np.full(len(block.memory), 5, np.uint8) for block in BLOCKS}  # type: ignore[arg-type]
+    save_base(directory / "base", memories)
+
+
+def a_base_and_an_old_one(directory: Path) -> None:
+    a_base(directory)
+    an_old_one(directory)
+
+
+def an_increment(directory: Path) -> None:
+    a_base(directory)
+    save_step(directory / "from", directory, "off")
+
+
 def raw_memory(directory: Path) -> None:
     (directory / "ram").write_bytes(NEW.tobytes())
 
@@ -163,6 +180,18 @@ def saved(**options: object) -> Callable[[Path, random.Random], None]:
         save(directory / "new", BLOCKS, **settings)  # type: ignore[arg-type]
 
     return do
+
+
+def save_step(path: Path, directory: Path, direct_io: str) -> None:
+    """An increment whose base has none of the pages of its first block."""
+    memories = {block.name: block.memory for block in BLOCKS}
+    changed = {BLOCKS[0].name: np.ones(len(NEW) // 4096, bool)}
+    options = {"direct_io": DirectIO(direct_io)}
+    save_increment(path, directory / "base", memories, changed, **options)
+
+
+def saved_as_increment(directory: Path, rng: random.Random) -> None:
+    save_step(directory / "new", directory, rng.choice(("auto", "off")))
 
 
 def saved_at_an_offset(directory: Path, rng: random.Random) -> None:
@@ -359,6 +388,24 @@ def unchanged(directory: Path, done: bool) -> None:
         assert found.intact
 
 
+def with_base(check: Callable[[Path, bool], None]) -> Callable[[Path, bool], None]:
+    """The check, and the base as it was; without it the check could read no increment."""
+
+    def with_it(directory: Path, done: bool) -> None:
+        with open_snapshot(directory / "base") as snapshot:
+            snapshot.verify()
+            for block in snapshot.blocks.values():
+                assert block.read(0, block.length) == b"\5" * block.length
+        check(directory, done)
+
+    return with_it
+
+
+def unchanged_increment(directory: Path, done: bool) -> None:
+    assert names(directory) <= {"base", "from", "from.seal"}, names(directory)
+    assert holds(directory / "from", NEW_BLOCKS)
+
+
 def in_files(directory: Path, done: bool) -> None:
     for block in BLOCKS:
         path = directory / f"{block.name}.ram"
@@ -395,6 +442,13 @@ WORK: dict[str, Work] = {
     "save from a file": Work(raw_memory, saved_from_a_file, new_or("ram", memory={"pc.ram": NEW})),
     "load": Work(a_mapped_one, loaded, unchanged),
     "load into files": Work(with_memory_files(a_mapped_one), loaded_into_files, in_files),
+    "increment": Work(a_base, saved_as_increment, with_base(new_or("base"))),
+    "increment over": Work(
+        a_base_and_an_old_one, saved_as_increment, with_base(new_or("base", "new"))
+    ),
+    "load increment": Work(an_increment, loaded, with_base(unchanged_increment)),
+    "seal increment": Work(an_increment, sealed, with_base(unchanged_increment)),
+    "flatten": Work(an_increment, converted("mapped-ram"), with_base(new_or("from", "base"))),
     "load sequential": Work(a_sequential_one, loaded, unchanged),
     "load sequential into files": Work(
         with_memory_files(a_sequential_one), loaded_into_files, in_files

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import zstandard
 
 from pyqmigrate import FileMemory, MappedRamSnapshot, PyqmigrateError, RamBlock, open_snapshot
@@ -43,6 +44,7 @@ from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource
 from tests.harness.device_example import BODY, RTC
+from tests.harness.increment_files import save_increment
 from tests.harness.snapshots import ram
 from tests.harness.stream_mutations import Anatomy, dissect, mutate
 
@@ -56,6 +58,7 @@ STREAMED = 256 << 20  # bytes of guest memory that a sequential stream is writte
 LOADED = 64 << 20
 CODES = {0, 1, 2, 3, 5}  # of the command; 4 is for guests, and there is none
 VERBS_A_FILE = 5
+TIMES = (1, 1)  # nanoseconds: of the last access and modification of every file
 
 SECTIONS, DESCRIPTION = encode_devices([DeviceSection("rtc", BODY, 0, 3, RTC)], 4096)
 BLOCKS = [RamBlock("pc.ram", ram(200, seed=4)), RamBlock("vga.vram", ram(40, seed=5))]
@@ -92,6 +95,25 @@ def mapped(path: Path, seal: bool = False, offset: int = 0) -> None:
     writer.run(SECTIONS, DESCRIPTION)
     if seal:
         assert command(["seal", str(path)]) == 0
+
+
+def increment(directory: Path, path: Path) -> None:
+    """An increment at ``path``, and its base beside it, modified when all files here are."""
+    base = directory / "base"
+    mapped(base)
+    os.utime(base, ns=TIMES)
+    changed = np.zeros(200, bool)
+    changed[::7] = True
+    save_increment(
+        path,
+        base,
+        {"pc.ram": ram(200, seed=6), "vga.vram": ram(40, seed=7)},
+        {"pc.ram": changed},
+        sections=SECTIONS,
+        description=DESCRIPTION,
+        direct_io=DirectIO.OFF,
+        channels=1,
+    )
 
 
 def sequential(path: Path) -> None:
@@ -144,6 +166,10 @@ def bases(directory: Path) -> dict[str, Base]:
     with open_snapshot(path, index=directory / "index") as snapshot:
         snapshot.blocks["pc.ram"].read(0, 4096)
     add("index", damaged="index", index=True)
+    increment(directory, path)
+    add("increment")
+    increment(directory, path)
+    add("base of an increment", damaged="base")
     return found
 
 
@@ -333,7 +359,7 @@ def outcomes(
         work.mkdir()
         for name, data in base.files.items():
             (work / name).write_bytes(damaged if name == base.damaged else data)
-            os.utime(work / name, ns=(1, 1))
+            os.utime(work / name, ns=TIMES)
         wrong, codes = in_child(lambda: run_verbs(work, base, names))  # noqa: B023
         shutil.rmtree(work)
         yield seed, kind, mutation, wrong, codes

@@ -116,15 +116,20 @@ def dissect(data: bytes, file: Path, offset: int) -> Anatomy:
             return _dissect_sequential(data, opened)
         offset, stream = opened.offset, opened.stream
         libvirt = opened.libvirt is not None
+        increment = opened.format is Format.INCREMENT
         sections = [section for section in stream.sections if section.name != "ram"]
         blocks = sorted(
-            (b.pages_offset, b.length, name) for name, b in opened.blocks.items() if not b.external
+            (layout.pages_offset, layout.length, layout.name)
+            for layout in opened.layouts
+            if not layout.external
         )
     fields = [(offset, 4), (offset + 4, 4), (offset + 8, 1), (offset + 9, 4)]
     metadata, numbers, end = [], [len(data)], offset
     if libvirt:
         fields += LIBVIRT_FIELDS
         metadata.append((0, offset))
+    if increment:
+        fields += [(8, 4), (12, 4), (16, 8), (24, 8)]
     for section in sections:
         fields += [(section.offset, 1), (section.offset + 1, 4)]
         if section.kind is not SectionKind.FULL:  # its body has numbers of its own

@@ -286,7 +286,7 @@ class WritingGuest:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                return QmpClient(socket, timeout=_PATIENCE)
+                return QmpClient.connect(socket, timeout=_PATIENCE)
             except (FileNotFoundError, ConnectionError):
                 assert self.process.poll() is None, self._stderr.read_text(errors="replace")
                 assert time.monotonic() < deadline, "QEMU does not open its monitor"

@@ -154,7 +154,11 @@ async def running(snapshot: Path) -> None:
     saved = await guest.save(
         snapshot,
         engine="direct",
-        live=False,
+        live=vm.LiveMethod.CONVERGE,
+        max_pause=0.02,
+        base=None,
+        full=False,
+        keep_digests=False,
         then=vm.Then.QUIT,
         channels=4,
         direct_io="on",

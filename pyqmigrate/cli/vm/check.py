@@ -2,12 +2,15 @@
 
 Queries QEMU, inspects its memory, and with --dir measures the disk by writing 64 MiB to an unnamed
 file. The exit code is 1 if the guest cannot be saved or the file would not fit. The report is about
-a save with the same --engine, --live and --sparse and no other options.
+a save with the same --engine and --sparse, the same options of live saves, and no other options.
 
 JSON: ``possible``; ``qemu`` (its version); ``pid`` (or null); ``machine``; ``run_state``;
 ``total_ram``; ``engine`` and ``way`` (null if there is none), ``why`` and ``refused`` (reasons
 against engine direct); ``settings`` (QEMU's, which the save would change temporarily: each with
-``value`` and ``why``); ``blockers``, ``warnings`` and ``notes`` (sentences); ``data`` (bytes of pages
+``value`` and ``why``); ``method`` (that a live save would try first, or null), ``method_why`` and
+``instant`` (start or end: of the save, whose state the file would hold); ``methods``, a list of
+``method``, ``possible``, ``expected_pause`` (seconds, or null), ``basis`` (a sentence on that),
+``reasons`` (against it) and ``instant``; ``blockers``, ``warnings`` and ``notes`` (sentences); ``data`` (bytes of pages
 that are not zero), ``basis`` (counted; sampled; or bound: an upper bound, since not all memory can be
 read) and ``need`` (maximum size of the file on disk, including zero pages that are written along; a
 live save needs more if the guest fills pages during the save); ``directory``, ``free``, ``fits``,
@@ -31,6 +34,7 @@ from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, printable, table
 from pyqmigrate.cli.sizes import show_rate, show_size
+from pyqmigrate.cli.vm.live import add_live, live_options
 from pyqmigrate.cli.vm.settings import setting_lines
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.snapshot.save.writer import Sparse
@@ -38,6 +42,7 @@ from pyqmigrate.snapshot.save.writer import Sparse
 if TYPE_CHECKING:
     from pyqmigrate.vm.guest.inspect import GuestBlock
     from pyqmigrate.vm.plan.check import CheckReport
+    from pyqmigrate.vm.plan.live_option import LiveOption
 
 __all__ = ["add_parser"]
 
@@ -56,7 +61,7 @@ def add_parser(verbs: Verbs) -> None:
         default="auto",
         help="who writes the pages (default: auto)",
     )
-    parser.add_argument("--live", action="store_true", help="check a save that lets the guest run")
+    add_live(parser)
     parser.add_argument(
         "--sparse",
         choices=[str(policy) for policy in Sparse],
@@ -79,7 +84,7 @@ async def _check(args: argparse.Namespace) -> CheckReport:
 
     async with await Monitor.connect(args.qmp) as monitor:
         return await check(
-            monitor, args.dir, engine=args.engine, live=args.live, sparse=args.sparse
+            monitor, args.dir, engine=args.engine, sparse=args.sparse, **live_options(args)
         )
 
 
@@ -96,6 +101,10 @@ def _data(report: CheckReport) -> dict[str, Any]:
         "way": None if choice is None or choice.way is None else str(choice.way),
         "why": "" if choice is None else choice.why,
         "refused": [] if choice is None else list(choice.refused),
+        "method": None if report.live is None else str(report.live.method),
+        "method_why": "" if report.live is None else report.live.why,
+        "instant": "start" if report.live is None else str(report.live.instant),
+        "methods": [_method(option) for option in report.methods],
         "blockers": list(report.blockers),
         "warnings": list(report.warnings),
         "notes": list(report.notes),
@@ -115,6 +124,17 @@ def _data(report: CheckReport) -> dict[str, Any]:
         "disk_needs": list(report.disk_needs),
         "with_disks": report.disks_along,
         "why_no_disks": report.why_no_disks,
+    }
+
+
+def _method(option: LiveOption) -> dict[str, Any]:
+    return {
+        "method": str(option.method),
+        "possible": option.possible,
+        "expected_pause": option.expected_pause,
+        "basis": option.basis,
+        "reasons": list(option.reasons),
+        "instant": str(option.method.instant),
     }
 
 
@@ -139,6 +159,9 @@ def _lines(report: CheckReport, data: dict[str, Any]) -> Iterator[str]:
     else:
         yield f"engine    {report.choice.engine}: {report.choice.why}"
         yield from (f"          not direct: {reason}" for reason in report.choice.refused)
+    if report.live is not None:
+        yield f"method    {report.live.method}: {report.live.why}"
+    yield from (_method_line(option) for option in report.methods)
     about = _ABOUT[report.estimate.basis]
     yield (
         f"RAM       {show_size(report.total_ram)}, {about}{show_size(report.estimate.data)} of it "
@@ -158,6 +181,14 @@ def _lines(report: CheckReport, data: dict[str, Any]) -> Iterator[str]:
         ("block", "length", "read from"),
         [(b["name"], show_size(b["length"]), b["kind"] or "nowhere") for b in data["blocks"]],
     )
+
+
+def _method_line(option: LiveOption) -> str:
+    if not option.possible:
+        return f"live      not {option.method}: {'; '.join(option.reasons)}"
+    if option.expected_pause is None:
+        return f"live      {option.method}: how long it pauses the guest is not known"
+    return f"live      {option.method}: a pause of about {option.expected_pause * 1e3:.0f} ms"
 
 
 def _disk_lines(report: CheckReport) -> Iterator[str]:

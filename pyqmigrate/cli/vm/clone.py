@@ -27,7 +27,14 @@ from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, announce, error_data, printable, shown_error, table
-from pyqmigrate.cli.vm.restore import add_command, add_disks, add_run_state, ended, pass_signals_on
+from pyqmigrate.cli.vm.restore import (
+    add_base,
+    add_command,
+    add_disks,
+    add_run_state,
+    ended,
+    pass_signals_on,
+)
 from pyqmigrate.errors import QemuError
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ __all__ = ["add_parser"]
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "clone", _run, __doc__)
     parser.add_argument("snapshot", metavar="SNAPSHOT")
+    add_base(parser)
     parser.add_argument("--count", type=int, required=True, metavar="N", help="number of guests")
     parser.add_argument(
         "--dir",
@@ -79,6 +87,7 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
         with_disks=args.with_disks,
         disks_dir=args.disks_dir,
         disks_as_they_are=args.disks_as_they_are,
+        base=args.base,
     )
     vms = [clone.vm for clone in clones if clone.vm is not None]
     pass_signals_on(vms)

@@ -12,6 +12,10 @@ whatever its size; the file must not change in place while the guest runs, but m
 removed. In mode load QEMU reads the whole file first; postcopy is QEMU's own lazy load, if it has
 one. The default, auto, is instant if possible.
 
+If SNAPSHOT is an increment, the guest's memory is mapped from its base, and the changed pages are
+loaded over it. The base must be the file that the increment was made from; --base names it if it was
+moved. In mode load the two are merged and streamed to QEMU.
+
 QEMU inherits this command's standard streams and every other open descriptor (-add-fd fd=5, -netdev
 tap,fd=5). The command waits until QEMU ends, and forwards SIGINT, SIGTERM and SIGHUP to it; before
 the restore is complete they end it, and the guest has not run. The report is printed on standard
@@ -20,14 +24,21 @@ error when the guest is restored.
 A saved guest's clocks stop, so its wall clock falls behind. ``--set-time`` sets it by the guest
 agent, whose socket is found in the command line; otherwise a note says how.
 
+With --record the pages that the guest touches within SECONDS are recorded into
+SNAPSHOT.workingset, in the order of first touch. The recording ends earlier if QEMU ends, by a signal
+for instance; what was seen until then is written. Later instant restores of the snapshot read these
+pages ahead while QEMU starts, which helps if the snapshot is not in the page cache. A recorded
+working set that is damaged, or of another snapshot, is not used; a note says so.
+
 The exit code is 0 if QEMU ended with 0, and 4 otherwise.
 
 JSON, printed as soon as the guest is restored: ``mode``; ``why``; ``machine``; ``qemu``, its
 version; ``pid``; ``run_state``; ``load_seconds``, from migrate-incoming to completed;
 ``start_seconds`` until QEMU answered; ``total_seconds``; ``settings`` of QEMU that are not its
 defaults, each an object of ``value``; ``mapped_blocks``; ``stale_pages`` for which the file had old
-bytes, and ``stale_seconds`` to find them; ``notes``. If QEMU fails later, standard error and the exit
-code report it.
+bytes, and ``stale_seconds`` to find them; ``recorded_pages`` of the recorded working set, and
+``prefetched_bytes``, how much of it was requested until then; ``notes``. If QEMU fails later, standard
+error and the exit code report it.
 """
 
 from __future__ import annotations
@@ -51,11 +62,15 @@ from pyqmigrate.cli.outcome import Outcome, announce, counted, printable
 from pyqmigrate.io.direct_io import DirectIO
 
 if TYPE_CHECKING:
+    import asyncio
+
     from pyqmigrate.vm.incoming.early_start import EarlyRestore
     from pyqmigrate.vm.incoming.options import DiskOptions, RestoreOptions
+    from pyqmigrate.vm.incoming.recording import WorkingSetReport
     from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
 
 __all__ = [
+    "add_base",
     "add_command",
     "add_disks",
     "add_parser",
@@ -69,6 +84,7 @@ __all__ = [
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "restore", _run, __doc__)
     parser.add_argument("snapshot", metavar="SNAPSHOT")
+    add_base(parser)
     parser.add_argument(
         "--mode",
         choices=["auto", "instant", "load", "postcopy"],
@@ -88,7 +104,31 @@ def add_parser(verbs: Verbs) -> None:
     )
     add_direct_io(parser)
     add_disks(parser, "beside the snapshot")
+    parser.add_argument(
+        "--record",
+        type=_read_seconds,
+        metavar="SECONDS",
+        help="record which pages the guest touches in this time, for later restores to read ahead",
+    )
     add_command(parser)
+
+
+def _read_seconds(text: str) -> float:
+    from pyqmigrate.errors import UsageError
+    from pyqmigrate.vm.incoming.options import check_record
+
+    try:
+        return check_record(float(text))
+    except (ValueError, UsageError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        help="where the base of an increment is (default: the place that the increment records)",
+    )
 
 
 def add_run_state(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +204,8 @@ def _run(args: argparse.Namespace) -> Outcome:
         disks=_disk_options(args),
         set_time=args.set_time,
         guest_agent=args.guest_agent,
+        record=args.record,
+        base=None if args.base is None else Path(args.base),
     )
     early = None
     if options.mode in (Mode.AUTO, Mode.INSTANT):
@@ -191,10 +233,26 @@ async def _restore(
     pass_signals_on([vm])  # from here on signals end this command only through QEMU
     async with vm:
         announce(args, vm.report.to_json(), report_lines(vm.report))
+        if vm.recording is not None:
+            vm.recording.add_done_callback(_print_recording)
         code = await vm.wait()
     if not code:
         return ended()
     return ended(f"QEMU was killed by signal {-code}" if code < 0 else f"QEMU ended with {code}")
+
+
+def _print_recording(result: asyncio.Future[WorkingSetReport]) -> None:
+    """Print what a recording gave, or why it failed, on standard error."""
+    error = result.exception()
+    if error is None:
+        report = result.result()
+        text = (
+            f"recorded {counted(report.pages, 'page')} in {report.seconds:.1f} s: "
+            f"{printable(str(report.path))}"
+        )
+    else:
+        text = f"no working set is recorded: {printable(str(error))}"
+    print(f"pyqmigrate: {text}", file=sys.stderr, flush=True)
 
 
 def ended(problem: str = "") -> Outcome:
@@ -234,6 +292,11 @@ def report_lines(report: RestoreReport) -> list[str]:
         lines.append(
             f"stale     {counted(report.stale_pages, 'page')} marked, found in "
             f"{report.stale_seconds * 1000:.0f} ms"
+        )
+    if report.recorded_pages:
+        lines.append(
+            f"prefetch  {counted(report.recorded_pages, 'page')} recorded, "
+            f"{report.prefetched_bytes / (1 << 20):.0f} MiB read ahead so far"
         )
     return lines + [f"note      {printable(note)}" for note in report.notes]
 

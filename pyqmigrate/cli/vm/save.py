@@ -20,7 +20,11 @@ changed temporarily, each with ``value`` and ``why``; ``direct_io``, ``direct_io
 ``seconds``; ``bytes_written``, ``bytes_allocated``, ``file_size``; ``rate`` (bytes a second);
 ``run_state_before``, ``run_state_after`` (null: QEMU was told to quit); ``disk_needs`` (sentences
 on what a restore needs of the writable disks); ``record`` (the file that describes the VM, or null);
-``seal`` (null, or an object of ``path`` and ``algorithm``); ``notes`` (sentences).
+``seal`` (null, or an object of ``path`` and ``algorithm``); ``method`` (that of a live save, or
+null) and ``method_why``; ``instant`` (start or end: of the save, whose state the file holds);
+``rounds`` (how often a live save went through the memory), ``slowdown`` (the share of its speed that
+the guest lost during the save; null if not known); ``base`` (the snapshot that an increment belongs
+to, or null) and ``changed_pages`` (null without one); ``notes`` (sentences).
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from pyqmigrate.cli.outcome import Outcome, counted, printable, seal_data
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import refuse_standard
+from pyqmigrate.cli.vm.live import add_live, live_options
 from pyqmigrate.cli.vm.settings import setting_lines
 from pyqmigrate.io.place import seal_path
 from pyqmigrate.snapshot.save.writer import Sparse
@@ -64,7 +69,7 @@ def add_parser(verbs: Verbs) -> None:
         default="auto",
         help="who writes the pages (default: auto, direct unless that would miss something)",
     )
-    parser.add_argument("--live", action="store_true", help="let the guest run during the save")
+    add_live(parser)
     parser.add_argument(
         "--then",
         choices=["pause", "resume", "quit"],
@@ -105,7 +110,6 @@ def _run(args: argparse.Namespace) -> Outcome:
                 args.qmp,
                 args.snapshot,
                 engine=args.engine,
-                live=args.live,
                 then=args.then,
                 channels=args.channels,
                 direct_io=args.direct_io,
@@ -116,6 +120,7 @@ def _run(args: argparse.Namespace) -> Outcome:
                 set_time=args.set_time,
                 guest_agent=args.guest_agent,
                 progress=show,
+                **live_options(args),
             )
         )
     data = report.to_json()
@@ -134,6 +139,8 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
         f"{counted(report.channels, 'channel')}, direct I/O {'on' if report.direct_io else 'off'} "
         f"({report.direct_io_reason})"
     )
+    if report.method is not None:
+        yield f"method    {report.method}: {report.method_why}"
     downtime = "" if report.downtime is None else f", paused for {report.downtime:.3f} s"
     yield f"guest     {report.run_state_before} before, {_after(report)} now{downtime}"
     yield from setting_lines(report.settings)

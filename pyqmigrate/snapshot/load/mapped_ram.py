@@ -14,15 +14,15 @@ from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import SnapshotError, TargetError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
-from pyqmigrate.io.channels import Channels, Range, check_channels, split_ranges
-from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.channels import Channels, Range, check_channels, selected_ranges, split_ranges
+from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.input import Source
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, OpenMemory
 from pyqmigrate.log import logger
 from pyqmigrate.snapshot.load.memories import match_memories, open_memory
 
-__all__ = ["Clear", "LoadReport", "start_load"]
+__all__ = ["Clear", "Layer", "LoadReport", "start_load", "start_load_layers"]
 
 # Reads into fresh memory wait for page faults: more threads than channels hide that.
 _THREADS_A_CHANNEL = 4
@@ -71,38 +71,68 @@ def start_load(
     (DirectIORefused). The job's result raises SnapshotError if the file has become shorter,
     GuestMemoryError, TargetError, Cancelled.
     """
+    return start_load_layers(
+        [Layer(source, blocks)], memories, channels=channels, direct_io=direct_io, clear=clear
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A file, and the blocks whose pages come from it where their bitmap has bits set."""
+
+    source: Source
+    blocks: Sequence[tuple[BlockLayout, Bitmap]]
+
+
+def start_load_layers(
+    layers: Sequence[Layer],
+    memories: Mapping[str, Memory],
+    *,
+    channels: int = 2,
+    direct_io: DirectIO | str = DirectIO.AUTO,
+    clear: Clear | str = Clear.ZERO,
+) -> Job[LoadReport]:
+    """Start to load pages from several files, which have the same blocks; return at once.
+
+    Each page is in one layer at most; ``clear`` says what becomes of the others. Otherwise like
+    :func:`start_load`.
+    """
     load = _Load(
-        source,
-        blocks,
+        layers,
         memories,
         check_channels(channels),
         parse_enum(DirectIO, direct_io, "direct_io"),
         parse_enum(Clear, clear, "clear"),
     )
     try:
-        return Job(load.channels, sum(layout.length for layout, _ in blocks), load.run)
+        return Job(load.channels, load.total, load.run)
     except BaseException:
         load.close()
         raise
 
 
 class _Load:
-    """A load. It owns the memories and the direct descriptor until run() ends."""
+    """A load. It owns the memories and the direct descriptors until run() ends."""
 
     def __init__(
         self,
-        source: Source,
-        blocks: Sequence[tuple[BlockLayout, Bitmap]],
+        layers: Sequence[Layer],
         memories: Mapping[str, Memory],
         channels: int,
         direct_io: DirectIO,
         clear: Clear,
     ) -> None:
         self.started = time.monotonic()
+        blocks = layers[0].blocks
         match_memories([layout.name for layout, _ in blocks], memories)
-        self.source = source
-        self.blocks = blocks
+        self.layers = layers
         self.clear = clear
+        self.total = sum(layout.length for layout, _ in blocks) + sum(
+            item.npages * layout.page_size
+            for layer in layers[1:]
+            for layout, bitmap in layer.blocks
+            for item in selected_ranges(0, bitmap, layout.page_size)
+        )
         self.count = channels
         threads = max(channels, min(channels * _THREADS_A_CHANNEL, _MOST_THREADS))
         self.channels = Channels(threads, "pyqmigrate-load")
@@ -114,12 +144,17 @@ class _Load:
                     memories[layout.name],
                     layout.length,
                     writable=True,
-                    source_fd=source.file_fd,
+                    source_fd=layers[0].source.file_fd,
                 )
                 stack.callback(memory.close)
                 self.memories.append(memory)
-            self.direct, self.reason = source.open_direct(direct_io)
-            stack.callback(source.close_direct, self.direct)
+                for layer in layers[1:]:
+                    memory.refuse_as_source(layer.source.file_fd)
+            self.direct: list[Direct | None] = []
+            for layer in layers:
+                direct, self.reason = layer.source.open_direct(direct_io)
+                stack.callback(layer.source.close_direct, direct)
+                self.direct.append(direct)
             self._cleanup = stack.pop_all()
 
     def close(self) -> None:
@@ -127,10 +162,14 @@ class _Load:
 
     def run(self) -> LoadReport:
         with self._cleanup:
-            self._read_pages()
+            for number in range(len(self.layers)):
+                self._read_pages(number)
             return self._report()
 
-    def _read_pages(self) -> None:
+    def _read_pages(self, number: int) -> None:
+        """Read the pages of one layer. The first one clears pages that no layer has."""
+        layer = self.layers[number]
+        clear = self.clear if number == 0 else Clear.LEAVE
         # A restore that has QEMU read the pages does without.
         from pyqmigrate.io.pages import BlockPages, read_pages
 
@@ -138,13 +177,13 @@ class _Load:
             read_pages(
                 [
                     BlockPages(layout, bitmap, memory)
-                    for (layout, bitmap), memory in zip(self.blocks, self.memories, strict=True)
+                    for (layout, bitmap), memory in zip(layer.blocks, self.memories, strict=True)
                 ],
-                File(self.source.fd, self.direct),
-                Policy(max_gap=_READ_GAP, zero_clear=self.clear is Clear.ZERO),
+                File(layer.source.fd, self.direct[number]),
+                Policy(max_gap=_READ_GAP, zero_clear=clear is Clear.ZERO),
                 self.channels,
-                self.source.name,
-                (item for n in range(len(self.blocks)) for item in self._ranges(n)),
+                layer.source.name,
+                self._ranges(number, clear),
             )
         except TargetError as error:
             if error.errno == errno.ENODATA:
@@ -154,30 +193,34 @@ class _Load:
                 ) from error
             raise
 
-    def _ranges(self, number: int) -> Iterator[Range]:
-        """Yield the ranges of a block; with ``leave`` only those with data."""
-        layout, bitmap = self.blocks[number]
-        for item in split_ranges(number, layout.num_pages, layout.page_size):
-            if self.clear is Clear.ZERO or bitmap.may_hold(item.first, item.npages):
-                yield item
-            else:
-                length = item.npages * layout.page_size
-                self.channels.core.count_pages(length, zero_pages=item.npages)
+    def _ranges(self, number: int, clear: Clear) -> Iterator[Range]:
+        """Yield the ranges of a layer; with ``leave`` only those with data."""
+        for block, (layout, bitmap) in enumerate(self.layers[number].blocks):
+            if number:
+                yield from selected_ranges(block, bitmap, layout.page_size)
+                continue
+            for item in split_ranges(block, layout.num_pages, layout.page_size):
+                if clear is Clear.ZERO or bitmap.may_hold(item.first, item.npages):
+                    yield item
+                else:
+                    length = item.npages * layout.page_size
+                    self.channels.core.count_pages(length, zero_pages=item.npages)
 
     def _report(self) -> LoadReport:
         totals = self.channels.totals()
-        direct = self.direct
+        aligned = [direct.mem_align for direct in self.direct if direct is not None]
+        pages = sum(layout.num_pages for layout, _ in self.layers[0].blocks)
         report = LoadReport(
             data_pages=totals.data_pages,
-            zero_pages=totals.zero_pages,
+            zero_pages=pages - totals.data_pages,
             bytes_read=totals.bytes_moved,
             seconds=time.monotonic() - self.started,
-            direct_io=direct is not None,
+            direct_io=bool(aligned),
             direct_io_reason=self.reason,
             channels=self.count,
             unaligned_blocks=tuple(
-                m.name for m in self.memories if direct and m.unaligned(direct.mem_align)
+                memory.name for memory in self.memories if any(map(memory.unaligned, aligned))
             ),
         )
-        logger.info("loaded %s: %s", self.source.name, report)
+        logger.info("loaded %s: %s", self.layers[-1].source.name, report)
         return report

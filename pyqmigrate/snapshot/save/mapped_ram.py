@@ -7,12 +7,13 @@ tail, fsync, magic.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from pyqmigrate.core import File
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.format.stream.writer import Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Range
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.pages import BlockPages, count_pages, punch_stale_in_turn, write_pages
 from pyqmigrate.io.target import Target, stream_offset
@@ -48,7 +49,7 @@ class Writer(StreamWriter):
             self.head: Head = encode_head(
                 options.machine,
                 self.specs,
-                offset=stream_offset(target) + len(options.prefix),
+                offset=_stream_starts(target, options),
                 target_page_bits=options.target_page_bits,
                 uuid=options.uuid,
                 left_out=options.left_out,
@@ -72,7 +73,7 @@ class Writer(StreamWriter):
                 data = bytes(len(MAGIC)) + data[len(MAGIC) :]
             self.write_at(piece.offset, data)
 
-    def write_pages(self, selections: Sequence[Bitmap] | None = None) -> None:
+    def write_pages(self, selections: Sequence[Bitmap | None] | None = None) -> None:
         file = File(self.target.fd, self.target.direct)
         if self.observer is not None and not self.reuse:
             self.observer.watch(file)
@@ -84,7 +85,12 @@ class Writer(StreamWriter):
             self.policy,
             self.channels,
             self.target.name,
+            self._ranges(selections),
         )
+
+    def _ranges(self, selections: Sequence[Bitmap | None] | None) -> Iterator[Range] | None:
+        """Return the ranges that a pass looks at; None: all."""
+        return None
 
     def clean(self) -> int:
         """Make clear pages zeros in the file, where earlier passes or an earlier snapshot left bytes.
@@ -158,7 +164,7 @@ class Writer(StreamWriter):
         return sum(memory.length if dense else memory.extent_bytes for memory in stored)
 
     def _stored(
-        self, bitmaps: Sequence[Bitmap], selections: Sequence[Bitmap] | None = None
+        self, bitmaps: Sequence[Bitmap], selections: Sequence[Bitmap | None] | None = None
     ) -> list[BlockPages]:
         """Return the pages of each block whose content is written."""
         return [
@@ -182,3 +188,9 @@ class Writer(StreamWriter):
         finally:
             for bitmap in bitmaps:
                 bitmap.close()
+
+
+def _stream_starts(target: Target, options: SaveOptions) -> int:
+    if options.stream_offset is not None:
+        return options.stream_offset
+    return stream_offset(target) + len(options.prefix)

@@ -21,6 +21,7 @@ from pyqmigrate.format.stream.writer import Head
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.in_use import FileId
 from pyqmigrate.io.memory import OpenMemory, RamBlock, attach, check_blocks, files_of
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.target import Target
@@ -71,6 +72,7 @@ class SaveOptions:
         (``x-ignore-shared``); None with that capability off.
     before: encoded elements that precede RAM's.
     prefix: what a new file has before its stream.
+    stream_offset: where the stream starts then; None: directly after the prefix.
     """
 
     channels: int = 2
@@ -85,6 +87,7 @@ class SaveOptions:
     left_out: Collection[str] | None = None
     before: bytes = b""
     prefix: bytes = b""
+    stream_offset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ class StreamWriter(abc.ABC):
         self.started = time.monotonic()
         self.reuse = options.reuse
         self.prefix = options.prefix
+        self.stream_offset = options.stream_offset
         self.left_out = options.left_out or ()
         self.channels = Channels(channels, "pyqmigrate-save")
         self.channels.set_rate(options.max_bandwidth)
@@ -180,9 +184,18 @@ class StreamWriter(abc.ABC):
     def _open(self, target: Target, direct_io: DirectIO) -> None:
         """Open the target, as the last step of a constructor: an existing file may change now."""
         self.target = OutputFile.open(
-            target, direct_io, reuse=self.reuse, in_use=files_of(self.memories), prefix=self.prefix
+            target,
+            direct_io,
+            reuse=self.reuse,
+            in_use=self._in_use(),
+            prefix=self.prefix,
+            stream_offset=self.stream_offset,
         )
         self._cleanup.callback(self.target.abort)
+
+    def _in_use(self) -> dict[FileId, str]:
+        """Return the files that must not be overwritten."""
+        return files_of(self.memories)
 
     @property
     def total(self) -> int:

@@ -185,6 +185,13 @@ class RestoredRam:
                 return piece if piece.private and not piece.anonymous else None
         return None
 
+    def pages_of(self, name: str) -> MappedPages:
+        """Return the pages of a block, for :class:`pyqmigrate.io.stash.Stash`."""
+        for block, pages in zip(self.blocks, self._pages, strict=True):
+            if block.name == name:
+                return pages
+        raise UsageError(f"unknown block {name!r}")
+
     def find_changed(self, *, channels: int = 1) -> dict[str, ChangedPages]:
         """The pages of each block, by its name, that the process has changed.
 

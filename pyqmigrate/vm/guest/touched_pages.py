@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pyqmigrate.errors import GuestMemoryError
@@ -46,12 +46,17 @@ class Recording:
 
 
 def record_working_set(
-    ram: RestoredRam, seconds: float, *, stop: threading.Event | None = None
+    ram: RestoredRam,
+    seconds: float,
+    *,
+    stop: threading.Event | None = None,
+    known: Sequence[Bitmap] | None = None,
 ) -> Recording:
-    """Watch the blocks of ``ram`` for so many seconds, or until ``stop`` is set. Blocks.
+    """Watch the blocks of ``ram`` for ``seconds``, or until ``stop`` is set. Blocks.
 
-    Takes at most a twentieth of one processor. The recording ends when the guest ends. Raises
-    GuestMemoryError if the guest's pages cannot be examined at the start.
+    ``known`` are pages of each block that are not recorded. Takes at most a twentieth of one
+    processor. The recording ends when the guest ends. Raises GuestMemoryError if the guest's pages
+    cannot be examined at the start.
     """
     stop = stop or threading.Event()
     started = time.monotonic()
@@ -60,6 +65,8 @@ def record_working_set(
     now, seen, fresh = ([Bitmap(npages) for npages in sizes] for _ in range(3))
     working_set, looks, complete = WorkingSet(), 0, True
     try:
+        for pages, skipped, scratch in zip(seen, known or (), fresh, strict=False):
+            add_bits(pages, skipped, scratch)
         while True:
             began = time.thread_time()
             try:

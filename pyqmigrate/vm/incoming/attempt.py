@@ -7,17 +7,19 @@ done here before it loads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import re
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyqmigrate.errors import QemuError, QemuRefused
+from pyqmigrate.errors import NotSupported, QemuError, QemuRefused
 from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
+from pyqmigrate.vm.guest.ramblock import parse_ramblock
 from pyqmigrate.vm.incoming.compatibility import compare_blocks, compare_devices, compare_type
 from pyqmigrate.vm.incoming.early_start import StartedRestore
 from pyqmigrate.vm.incoming.identity import runs_already, shared_identity
@@ -25,6 +27,7 @@ from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.load import Incoming, take_in
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
+from pyqmigrate.vm.incoming.prefetch import PrefetchState
 from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
 from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
 from pyqmigrate.vm.incoming.run_state import RUNS, describe_state
@@ -33,6 +36,10 @@ from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.launch import QemuSession, answered, launch
 from pyqmigrate.vm.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from pyqmigrate.snapshot.increment import IncrementSnapshot
+    from pyqmigrate.vm.incoming.recording import WorkingSetRecorder
 
 __all__ = ["RestoreAttempt"]
 
@@ -63,6 +70,15 @@ async def _load_stream(qemu: QemuSession, incoming: Incoming, differences: Seque
             raise
         causes = "\n".join(f"perhaps because {note}" for note in differences)
         raise type(error)(f"{error}\n{causes}") from error
+
+
+@contextlib.asynccontextmanager
+async def _merged(increment: IncrementSnapshot) -> AsyncIterator[Incoming]:
+    # Loaded only for this: it imports all that converts.
+    from pyqmigrate.vm.incoming.merged_stream import merged_stream
+
+    async with merged_stream(increment) as fd:
+        yield Incoming({}, 0, stream=fd)
 
 
 @dataclass(frozen=True)
@@ -104,40 +120,66 @@ class RestoreAttempt:
                 differences = await self._compare(qemu, mapped.command)
                 stream = await building
                 await asyncio.to_thread(files.clear)
+                recorder = await self._start_recording(qemu, mapped.blocks)
                 fd = stream.open_for_reading()
                 try:
-                    incoming = Incoming({"incoming-stream": fd}, self.source.snapshot.offset)
+                    incoming = Incoming(
+                        {"incoming-stream": fd},
+                        self.source.snapshot.offset,
+                        channels=stream.channels_for_load,
+                    )
                     seconds = await _load_stream(qemu, incoming, differences)
+                    return await self._hand_over(
+                        qemu,
+                        mapped.command,
+                        other_guests,
+                        seconds,
+                        incoming,
+                        recorder,
+                        mode=Mode.INSTANT,
+                        why=self._why_instant(),
+                        mapped_blocks=tuple(mapped.blocks),
+                        stale_pages=stream.stale_pages,
+                        stale_seconds=stream.stale_seconds,
+                        notes=(
+                            *self.notes,
+                            *differences,
+                            *mapped.notes,
+                            *files.notes,
+                            *_seal_note(stream),
+                        ),
+                    )
+                except BaseException:
+                    if recorder is not None:
+                        recorder.drop()
+                    raise
                 finally:
                     os.close(fd)
-                return await self._hand_over(
-                    qemu,
-                    mapped.command,
-                    other_guests,
-                    seconds,
-                    incoming,
-                    mode=Mode.INSTANT,
-                    why="the memory is mapped from the snapshot",
-                    mapped_blocks=tuple(mapped.blocks),
-                    stale_pages=stream.stale_pages,
-                    stale_seconds=stream.stale_seconds,
-                    notes=(
-                        *self.notes,
-                        *differences,
-                        *mapped.notes,
-                        *files.notes,
-                        *_seal_note(stream),
-                    ),
-                )
         finally:
             building.cancel()
             files.close()
 
+    def _why_instant(self) -> str:
+        if self.source.increment is None:
+            return "the memory is mapped from the snapshot"
+        return (
+            f"the memory is mapped from the base {self.source.mapped.source.name!r}, and "
+            f"{self.source.increment.changed_pages} changed pages are loaded"
+        )
+
     async def load(self, command: CommandLine, why: str) -> RestoredVm:
         """Restore by a load; ``why`` is for the report."""
         options = self.options
+        increment = self.source.increment
+        if increment is not None:
+            if options.mode is Mode.POSTCOPY:
+                raise NotSupported("mode postcopy cannot load an increment: use instant or load")
+            note = "the increment and its base are merged, and streamed to QEMU"
+            async with _merged(increment) as incoming:
+                return await self._load(command, why, Mode.LOAD, incoming, note)
         if options.mode is Mode.POSTCOPY:
-            return await self._load(command, why, Mode.POSTCOPY, {}, 0)
+            with self._whole_file({}, 0) as incoming:
+                return await self._load(command, why, Mode.POSTCOPY, incoming)
         reading = await acquired(
             asyncio.to_thread(self.source.choose_reading, options.channels, options.direct_io),
             self.source.close_reading,
@@ -145,18 +187,13 @@ class RestoreAttempt:
         try:
             direct = {"direct": reading.direct.fd} if reading.direct else {}
             note = f"reading: {reading.why}"
-            return await self._load(command, why, Mode.LOAD, direct, reading.channels, note)
+            with self._whole_file(direct, reading.channels) as incoming:
+                return await self._load(command, why, Mode.LOAD, incoming, note)
         finally:
             self.source.close_reading(reading)
 
     async def _load(
-        self,
-        command: CommandLine,
-        why: str,
-        mode: Mode,
-        direct: dict[str, int],
-        channels: int,
-        *notes: str,
+        self, command: CommandLine, why: str, mode: Mode, incoming: Incoming, *notes: str
     ) -> RestoredVm:
         command, changes = loadable(command, self.source.snapshot)
         with await self._files(command) as files:
@@ -173,19 +210,7 @@ class RestoreAttempt:
             async with await self._wait_for_monitor(launching) as qemu:
                 differences = await self._compare(qemu, command)
                 await asyncio.to_thread(files.clear)
-                fd = self.source.open_again()
-                try:
-                    incoming = Incoming(
-                        {"buffered": fd, **direct},
-                        self.source.snapshot.offset,
-                        self.source.capabilities,
-                        channels,
-                        bool(direct),
-                        mode is Mode.POSTCOPY,
-                    )
-                    seconds = await _load_stream(qemu, incoming, differences)
-                finally:
-                    os.close(fd)
+                seconds = await _load_stream(qemu, incoming, differences)
                 return await self._hand_over(
                     qemu,
                     command,
@@ -196,6 +221,21 @@ class RestoreAttempt:
                     why=why,
                     notes=(*self.notes, *differences, *changes, *files.notes, *notes),
                 )
+
+    @contextlib.contextmanager
+    def _whole_file(self, direct: dict[str, int], channels: int) -> Iterator[Incoming]:
+        fd = self.source.open_again()
+        try:
+            yield Incoming(
+                {"buffered": fd, **direct},
+                self.source.snapshot.offset,
+                self.source.capabilities,
+                channels,
+                bool(direct),
+                self.options.mode is Mode.POSTCOPY,
+            )
+        finally:
+            os.close(fd)
 
     async def _files(self, command: CommandLine) -> RamFiles:
         """Check the memory files before QEMU starts."""
@@ -241,6 +281,7 @@ class RestoreAttempt:
         other_guests: asyncio.Future[bool],
         seconds: float,
         incoming: Incoming,
+        recorder: WorkingSetRecorder | None = None,
         *,
         notes: tuple[str, ...],
         **details: Any,
@@ -255,6 +296,11 @@ class RestoreAttempt:
         if note is not None and not self.options.paused:
             notes = (*notes, note)
         notes = (*notes, *await self._set_clock(qemu.process.pid, state))
+        if self.options.record is not None and recorder is None:
+            notes = (*notes, "no working set is recorded: the memory is not mapped")
+        ahead = self._read_ahead()
+        if ahead.reason is not None:
+            notes = (*notes, f"the recorded working set is not all read ahead: {ahead.reason}")
         report = RestoreReport(
             machine=self.source.snapshot.machine,
             qemu=".".join(map(str, qemu.monitor.version)),
@@ -264,16 +310,58 @@ class RestoreAttempt:
             start_seconds=qemu.seconds,
             total_seconds=time.monotonic() - self.started_at,
             settings=incoming.settings(),
+            recorded_pages=ahead.recorded_pages,
+            prefetched_bytes=ahead.requested,
             notes=notes,
             **details,
         )
         qemu.hand_over()
-        return RestoredVm(qemu, report)
+        return RestoredVm(qemu, report, recorder)
+
+    async def _start_recording(
+        self, qemu: QemuSession, mapped: Sequence[str]
+    ) -> WorkingSetRecorder | None:
+        """Start to record which pages are touched, if that is asked for: before the load, since
+        the guest may run as soon as it is loaded."""
+        if self.options.record is None or self.source.place is None:
+            return None
+        from pyqmigrate.vm.guest.changed_pages import RestoredBlock
+        from pyqmigrate.vm.incoming.recording import WorkingSetRecorder
+
+        recorder = WorkingSetRecorder(
+            self.source.place, await asyncio.to_thread(self.source.identify), self.options.record
+        )
+        table = parse_ramblock(await qemu.monitor.hmp("info ramblock"))
+        layouts = {layout.name: layout for layout in self.source.mapped.layouts}
+        increment = self.source.increment
+        recorder.start(
+            qemu.process.pid,
+            [
+                RestoredBlock(
+                    line.name,
+                    line.host_address,
+                    layouts[line.name].length,
+                    layouts[line.name].pages_offset,
+                    layouts[line.name].page_size,
+                )
+                for line in table
+                if line.name in mapped
+            ],
+            known=None
+            if increment is None
+            else [increment.blocks[line.name].bitmap for line in table if line.name in mapped],
+        )
+        return recorder
+
+    def _read_ahead(self) -> PrefetchState:
+        """Return how far the prefetch of a recorded working set is."""
+        prefetch = self.source.started_prefetch
+        return PrefetchState() if prefetch is None else prefetch.state
 
     def _start_lookup(self) -> asyncio.Future[bool]:
         """Start to look for other guests of this snapshot: the kernel's answer takes longer than a
         restore should, so ask while QEMU starts."""
-        lookup = asyncio.ensure_future(asyncio.to_thread(runs_already, self.source.fd))
+        lookup = asyncio.ensure_future(asyncio.to_thread(runs_already, self.source.mapped_fd))
         lookup.add_done_callback(lambda task: task.cancelled() or task.exception())
         return lookup
 

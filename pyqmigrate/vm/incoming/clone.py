@@ -27,12 +27,11 @@ from pyqmigrate.vm.incoming.inherited_fds import descriptors_in_use
 from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
 from pyqmigrate.vm.incoming.listeners import listeners
 from pyqmigrate.vm.incoming.options import DiskOptions, Mode, RestoreOptions
-from pyqmigrate.vm.incoming.ram_mapping import map_blocks
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore import restore_from
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, CommandChoice
 from pyqmigrate.vm.incoming.shared_files import written_files
-from pyqmigrate.vm.incoming.source import RestoreSource
+from pyqmigrate.vm.incoming.source import RestoreSource, map_source
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 
 __all__ = ["Clone", "clone"]
@@ -109,7 +108,7 @@ async def _clone(
         return Clone(number, qmp, vm)
 
     try:
-        async with await IncomingStreams.open(snapshot, options.offset) as streams:
+        async with await IncomingStreams.open(snapshot, options.offset, options.base) as streams:
             await asyncio.to_thread(_make_directory, directory)
             choosing = asyncio.to_thread(_choose, streams.source, command, count, options.disks)
             chosen = await acquired(choosing, _discard)
@@ -175,8 +174,7 @@ def _refuse_shared(
     if mode in (Mode.AUTO, Mode.INSTANT):
         with contextlib.suppress(NotSupported):
             started = {
-                number: map_blocks(command, source.snapshot, source.fd).command
-                for number, command in commands.items()
+                number: map_source(command, source).command for number, command in commands.items()
             }
     for first, second, address, option in _in_common(commands, _addresses):
         raise UsageError(

@@ -11,20 +11,19 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pyqmigrate.errors import TargetError
+from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.io.target import Target
 from pyqmigrate.io.threads import start_thread
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.incoming.command import make_incoming
 from pyqmigrate.vm.incoming.compatibility import compare_command
 from pyqmigrate.vm.incoming.images_in_use import refuse_in_use
 from pyqmigrate.vm.incoming.listeners import refuse_taken
-from pyqmigrate.vm.incoming.options import RestoreOptions
+from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from pyqmigrate.vm.incoming.ram_files import RamFiles
-from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
+from pyqmigrate.vm.incoming.ram_mapping import Mapped
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
 from pyqmigrate.vm.incoming.saved_machine import read_saved_machine
-from pyqmigrate.vm.incoming.source import RestoreSource
+from pyqmigrate.vm.incoming.source import RestoreSource, map_source
 from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 
@@ -50,7 +49,7 @@ class StartedRestore(NamedTuple):
 
 
 def prepare(
-    command: CommandLine, options: RestoreOptions, snapshot: MappedRamSnapshot
+    command: CommandLine, options: RestoreOptions, source: RestoreSource
 ) -> tuple[CommandLine, RestoreOptions, tuple[str, ...]]:
     """Return the command line of a QEMU that waits for a snapshot, the options it implies, and
     notes on what was changed.
@@ -58,33 +57,59 @@ def prepare(
     Raises UsageError for options that contradict a restore or the snapshot, and for sockets and
     disks that another process uses.
     """
+    if options.record is not None:
+        _check_recording(source, options)
     if options.paused is None and command.has("S"):
         options = options._replace(paused=True)
     command, notes = make_incoming(command, paused=options.paused)
     refuse_taken(command, options.qmp)
     refuse_in_use(command)
-    notes += compare_command(command, read_saved_machine(snapshot))
+    notes += compare_command(command, read_saved_machine(source.snapshot))
     return command, options, tuple(notes)
 
 
+def _check_recording(source: RestoreSource, options: RestoreOptions) -> None:
+    """Raise UsageError if no working set can be recorded."""
+    if options.mode not in (Mode.AUTO, Mode.INSTANT):
+        raise UsageError(f"a working set is recorded in mode instant, not in mode {options.mode}")
+    if source.place is None:
+        raise UsageError("a working set is recorded beside a snapshot that is given by its path")
+    from pyqmigrate.io.working_set_file import check_working_set_place
+
+    check_working_set_place(source.place)
+
+
+def _recordable(source: RestoreSource) -> contextlib.AbstractContextManager[None]:
+    """Prepare for a recording: the kernel maps what the page cache has around a touched page, and
+    all of a large folio, so that the page table would show far more than was touched."""
+    from pyqmigrate.io.page_cache import drop_cached
+    from pyqmigrate.vm.qemu.huge_pages import without_huge_pages
+
+    with contextlib.suppress(TargetError):
+        drop_cached(source.mapped_fd)
+    return without_huge_pages()
+
+
 def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions) -> StartedRestore:
-    """Start the QEMU of ``mapped``. Not for the main thread.
+    """Start the QEMU of ``mapped``, and to read a recorded working set. Not for the main thread.
 
     Raises QemuError, UsageError, and what RamFiles raises.
     """
     files = RamFiles(mapped.command, source.snapshot, mapped.blocks)
     try:
-        qemu = start(
-            mapped.command,
-            [source.fd, *options.pass_fds],
-            qmp=options.qmp,
-            stdin=options.stdin,
-            stdout=options.stdout,
-            stderr=options.stderr,
-        )
+        with contextlib.nullcontext() if options.record is None else _recordable(source):
+            qemu = start(
+                mapped.command,
+                [source.mapped_fd, *options.pass_fds],
+                qmp=options.qmp,
+                stdin=options.stdin,
+                stdout=options.stdout,
+                stderr=options.stderr,
+            )
     except BaseException:
         files.close()
         raise
+    source.prefetch()  # QEMU starts in the meantime
     return StartedRestore(source, mapped, files, qemu)
 
 
@@ -137,13 +162,13 @@ def start_early(
 
 
 def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOptions) -> EarlyRestore:
-    source = RestoreSource(snapshot, options.offset)
+    source = RestoreSource(snapshot, options.offset, options.base)
     with contextlib.ExitStack() as undo:
         undo.callback(source.close)
         chosen = choose_command(source, words, options.disks)
         undo.callback(chosen.discard)
-        command, options, notes = prepare(chosen.command, options, source.snapshot)
-        mapped = map_blocks(command, source.snapshot, source.fd)
+        command, options, notes = prepare(chosen.command, options, source)
+        mapped = map_source(command, source)
         started = start_mapped(source, mapped, options)
         undo.pop_all()
         return EarlyRestore(started, command, options, (*chosen.notes, *notes), chosen)

@@ -35,7 +35,10 @@ class IncomingStream:
     ``snapshot_fd`` is the snapshot's file, open for reading; its position is moved. After
     :meth:`build`, ``stale_pages`` is the number of marked pages; finding them took
     ``stale_seconds``. ``sealed``: a seal guarantees that there are none, so the file is not scanned.
+    ``channels_for_load`` is how many channels QEMU should read it with, 0 without multifd.
     """
+
+    channels_for_load = 0
 
     def __init__(
         self,
@@ -61,11 +64,7 @@ class IncomingStream:
         Raises SnapshotError for bad bitmaps, TargetError if a file cannot be read or written.
         """
         try:
-            self._copy_framing()
-            for block in self._snapshot.blocks.values():
-                if block.name not in self._mapped:
-                    self._copy(block.bitmap_offset, block.layout.bitmap_size)
-                    self._copy(block.pages_offset, block.length)
+            self._copy_stream()
         except OSError as error:
             raise target_error(error, "cannot write the incoming stream") from error
         started = time.monotonic()
@@ -73,6 +72,14 @@ class IncomingStream:
             if block.name in self._mapped and not self.sealed:
                 self._mark_stale(block)
         self.stale_seconds = time.monotonic() - started
+
+    def _copy_stream(self) -> None:
+        """Copy everything but the bitmaps and pages of the mapped blocks."""
+        self._copy_framing()
+        for block in self._snapshot.blocks.values():
+            if block.name not in self._mapped:
+                self._copy(block.bitmap_offset, block.layout.bitmap_size)
+                self._copy(block.pages_offset, block.length)
 
     def cancel(self) -> None:
         self._channels.cancel()

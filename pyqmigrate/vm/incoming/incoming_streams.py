@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Self
 
@@ -23,10 +24,12 @@ class IncomingStreams:
         self._tasks: dict[tuple[str, ...], asyncio.Task[IncomingStream]] = {}
 
     @classmethod
-    async def open(cls, snapshot: Target, offset: int | None) -> Self:
-        """Open a snapshot; raises SnapshotError, NotSupported or TargetError if it cannot be
-        restored."""
-        opening = asyncio.to_thread(RestoreSource, snapshot, offset)
+    async def open(
+        cls, snapshot: Target, offset: int | None, base: str | os.PathLike[str] | None = None
+    ) -> Self:
+        """Open a snapshot; raises SnapshotError, NotSupported or TargetError if it, or the base of
+        an increment, cannot be restored."""
+        opening = asyncio.to_thread(RestoreSource, snapshot, offset, base)
         return cls(await acquired(opening, RestoreSource.close))
 
     async def get(self, blocks: Sequence[str]) -> IncomingStream:
@@ -39,7 +42,13 @@ class IncomingStreams:
     async def _build(self, blocks: Sequence[str]) -> IncomingStream:
         source = self.source
         sealed = await asyncio.to_thread(source.clear_pages_are_zero)
-        stream = IncomingStream(source.snapshot, source.fd, blocks, sealed=sealed)
+        stream: IncomingStream
+        if source.increment is None:
+            stream = IncomingStream(source.snapshot, source.fd, blocks, sealed=sealed)
+        else:
+            from pyqmigrate.vm.incoming.increment_stream import IncrementStream
+
+            stream = IncrementStream(source.increment, blocks, sealed=sealed)
         building = asyncio.ensure_future(asyncio.to_thread(stream.build))
         try:
             await asyncio.shield(building)

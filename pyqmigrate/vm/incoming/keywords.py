@@ -21,6 +21,7 @@ class _CommonOptions(TypedDict, total=False):
     with_disks: bool
     disks_dir: str | os.PathLike[str] | None
     disks_as_they_are: bool
+    base: str | os.PathLike[str] | None
 
 
 class VmRestoreOptions(_CommonOptions, total=False):
@@ -36,6 +37,7 @@ class VmRestoreOptions(_CommonOptions, total=False):
         in the directory ``disks_dir`` (None: beside the snapshot). They are removed if the restore
         fails; the report's notes name them.
     disks_dir: see ``with_disks``.
+    base: where the base of an increment is; None is the place that the increment records.
     disks_as_they_are: restore even if the disks have changed since the snapshot or are not the
         recorded ones. The guest's file systems are then at risk.
     qmp: the path of a monitor socket to add, or unix:PATH.
@@ -48,6 +50,10 @@ class VmRestoreOptions(_CommonOptions, total=False):
     set_time: set the guest's clock by its agent, once it runs. If that fails, or takes more than
         five seconds, a note says so.
     guest_agent: the path of the agent's socket; None finds it in the command line.
+    record: for how many seconds to record which pages the guest touches, for SNAPSHOT.workingset,
+        which a later restore reads ahead. Only in mode ``instant``. It goes on after the restore
+        has returned: await ``recording`` of the result; closing the result writes what was seen
+        until then. :mod:`pyqmigrate.vm.sync` waits for it.
     """
 
     qmp: str | os.PathLike[str] | None
@@ -58,12 +64,13 @@ class VmRestoreOptions(_CommonOptions, total=False):
     stderr: Stream
     set_time: bool
     guest_agent: str | os.PathLike[str] | None
+    record: float | None
 
 
 class VmCloneOptions(_CommonOptions, total=False):
     """The options of :func:`pyqmigrate.vm.clone`.
 
-    mode, paused, offset, with_disks, disks_as_they_are: as in :class:`VmRestoreOptions`.
+    mode, paused, offset, with_disks, disks_as_they_are, base: as in :class:`VmRestoreOptions`.
     directory: where the monitors are made; it is created (the current directory).
     at_once: how many guests start at the same time; None is the number of processors.
     pass_fds: descriptors for every guest; ``fd=1{n}`` has guest 2 use descriptor 12.

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pyqmigrate.enums import parse_enum
+from pyqmigrate.errors import UsageError
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.vm.qemu.spawn import Stream
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.keywords import VmRestoreOptions
 
-__all__ = ["DiskOptions", "Mode", "RestoreOptions"]
+__all__ = ["DiskOptions", "Mode", "RestoreOptions", "check_record"]
+
+_RECORD_MAX = 1_000_000  # seconds
 
 
 class Mode(enum.StrEnum):
@@ -47,6 +50,16 @@ class DiskOptions(NamedTuple):
     as_they_are: bool = False
 
 
+def check_record(seconds: float) -> float:
+    """Return how long to record. Raises UsageError unless it is more than 0 seconds."""
+    from pyqmigrate.argument_types import check
+
+    check("record", seconds, int, float)
+    if not 0 < seconds <= _RECORD_MAX:
+        raise UsageError(f"record must be more than 0 and at most {_RECORD_MAX} s, not {seconds}")
+    return float(seconds)
+
+
 class RestoreOptions(NamedTuple):
     """Checked :class:`~pyqmigrate.vm.VmRestoreOptions`, with their defaults."""
 
@@ -63,6 +76,8 @@ class RestoreOptions(NamedTuple):
     disks: DiskOptions = DiskOptions()
     set_time: bool = False
     guest_agent: str | os.PathLike[str] | None = None
+    record: float | None = None
+    base: Path | None = None
 
     @classmethod
     def check(cls, options: VmRestoreOptions) -> Self:
@@ -79,6 +94,10 @@ class RestoreOptions(NamedTuple):
             values["direct_io"] = parse_enum(DirectIO, values["direct_io"], "direct_io")
         if "pass_fds" in values:
             values["pass_fds"] = check_descriptors(values["pass_fds"])
+        if values.get("record") is not None:
+            values["record"] = check_record(values["record"])
+        if values.get("base") is not None:
+            values["base"] = Path(os.fsdecode(values["base"]))
         directory = values.pop("disks_dir", None)
         values["disks"] = DiskOptions(
             values.pop("with_disks", False),

@@ -1,16 +1,16 @@
-"""Read the working set of a guest ahead, while its QEMU starts.
+"""Read the recorded working set of a guest ahead, while its QEMU starts.
 
-A guest that is restored instantly from a file that is not in the page cache waits for the disk at every
-page it touches. Where an earlier restore has recorded what it touches (``SNAPSHOT.workingset``), these
-pages are asked for beforehand, in the order in which they were touched::
+A guest that is restored instantly from a file that is not in the page cache waits for the disk at
+every page it touches. If an earlier restore recorded what the guest touches
+(``SNAPSHOT.workingset``), these pages are requested beforehand, in the order of first touch::
 
-    prefetch = Prefetch(fd, layouts, recorded)      # a thread begins; nothing here can fail
+    prefetch = Prefetch(fd, layouts, read)          # starts a thread; never fails
     ...                                             # QEMU starts, the guest runs
-    report = prefetch.join()
+    print(prefetch.state.requested)
 
-``posix_fadvise(POSIX_FADV_WILLNEED)`` queues the reads and returns: one thread keeps the disk busy, copies
-nothing, and reads no page that was not requested. Reading the ranges into a buffer took twice as long
-with 16 threads, and 2.5 times the CPU time.
+``posix_fadvise(POSIX_FADV_WILLNEED)`` queues the reads in the kernel and returns: one thread keeps
+the disk busy, copies nothing, and reads no page that was not recorded. Reading the ranges into a
+buffer took twice as long with 16 threads, and 2.5 times the CPU time.
 """
 
 from __future__ import annotations
@@ -19,102 +19,128 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.threads import start_thread
-from pyqmigrate.io.working_set_file import RecordedWorkingSet
 
-__all__ = ["Prefetch", "PrefetchReport", "file_ranges"]
+if TYPE_CHECKING:
+    from pyqmigrate.io.working_set_file import RecordedWorkingSet
 
-_PIECE = 4 << 20  # bytes asked for at a time: so long a cancelled one goes on
-_MEMORY_SHARE = 0.5  # of the memory that is available: more would push out what was read first
+__all__ = ["Prefetch", "PrefetchState", "file_ranges"]
+
+_PIECE = 4 << 20  # bytes requested at a time; a cancellation waits for one
+_MEMORY_SHARE = 0.5  # of the available memory: more would evict what was read first
 
 
 @dataclass(frozen=True)
-class PrefetchReport:
-    """What was asked for: ``nbytes`` of the file in ``seconds``. ``reason`` says why that is not all of
-    the working set; None where it is."""
+class PrefetchState:
+    """How far a prefetch is.
 
-    nbytes: int
-    seconds: float
+    ``recorded_pages`` are those of the working set, 0 until it is read; ``requested`` bytes of the
+    file were requested within ``seconds``. ``reason`` says why that is not the whole working set;
+    None if it is, or while the prefetch goes on.
+    """
+
+    recorded_pages: int = 0
+    requested: int = 0
+    seconds: float = 0.0
     reason: str | None = None
 
 
 class Prefetch:
-    """A thread that has the kernel read ahead what ``recorded`` lists, from the snapshot open as ``fd``.
+    """A thread that has the kernel read ahead what ``read`` returns, from the file open as ``fd``.
 
-    ``layouts`` are the snapshot's blocks by name. ``fd`` is borrowed for the call only; ``limit`` is in
-    bytes, None for half of the memory that is available. Raises nothing: where it cannot be done, the
-    report says so.
+    ``layouts`` are the file's blocks by name. ``read`` is called in the thread. ``fd`` is borrowed
+    for the call only; ``limit`` is in bytes, None for half of the available memory. Raises nothing:
+    if something fails, the state says so. The thread ends with the process.
     """
 
     def __init__(
         self,
         fd: int,
         layouts: Mapping[str, BlockLayout],
-        recorded: RecordedWorkingSet,
+        read: Callable[[], RecordedWorkingSet],
         *,
         limit: int | None = None,
     ) -> None:
-        self._report: PrefetchReport | None = None
+        self._state = PrefetchState()
         self._cancelled = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._started = time.monotonic()
-        self._limit = _available_memory() if limit is None else limit
+        self._ended = threading.Event()
+        self._started_at = time.monotonic()
+        self._limit = limit
         own = -1
         try:
             own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
             thread = threading.Thread(
-                target=self._run, args=(own, layouts, recorded), name="pyqmigrate-prefetch"
+                target=self._run, args=(own, layouts, read), name="pyqmigrate-prefetch", daemon=True
             )
             start_thread(thread)
         except (OSError, ValueError) as error:  # TargetError is an OSError
             if own >= 0:
                 os.close(own)
-            self._end(0, str(error))
-            return
-        self._thread = thread
+            self._end(str(error))
 
     def cancel(self) -> None:
-        """Ask for no more; does not wait. What was asked for is read all the same."""
+        """Request no more; does not wait. What was requested is read all the same."""
         self._cancelled.set()
 
+    @property
+    def state(self) -> PrefetchState:
+        """How far it is now."""
+        return self._state
+
     def done(self) -> bool:
-        """Whether all that will be asked for has been."""
-        return self._report is not None
+        """Whether everything has been requested that will be."""
+        return self._ended.is_set()
 
-    def join(self) -> PrefetchReport:
-        """Wait until all has been asked for, which is about when the disk has read it."""
-        if self._thread is not None:
-            self._thread.join()
-        assert self._report is not None
-        return self._report
+    def join(self) -> PrefetchState:
+        """Wait until everything has been requested, which is about when the disk has read it."""
+        self._ended.wait()
+        return self._state
 
-    def _end(self, nbytes: int, reason: str | None) -> None:
-        self._report = PrefetchReport(nbytes, time.monotonic() - self._started, reason)
+    def _note(self, pages: int, requested: int, reason: str | None = None) -> None:
+        seconds = time.monotonic() - self._started_at
+        self._state = PrefetchState(pages, requested, seconds, reason)
+
+    def _end(self, reason: str | None) -> None:
+        self._note(self._state.recorded_pages, self._state.requested, reason)
+        self._ended.set()
 
     def _run(
-        self, fd: int, layouts: Mapping[str, BlockLayout], recorded: RecordedWorkingSet
+        self, fd: int, layouts: Mapping[str, BlockLayout], read: Callable[[], RecordedWorkingSet]
     ) -> None:
-        done, reason = 0, None
+        reason = None
         try:
-            for offset, length in file_ranges(layouts, recorded):
-                if self._cancelled.is_set():
-                    reason = "cancelled"
-                    break
-                if done + length > self._limit:
-                    reason = f"the working set exceeds the limit of {self._limit >> 20} MiB"
-                    break
-                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
-                done += length
-        except Exception as error:  # only a hint: the guest runs without it
+            reason = self._request(fd, layouts, read())
+        except (PyqmigrateError, OSError) as error:
             reason = str(error)
+        except Exception as error:  # only a hint: the guest runs without it
+            reason = f"{type(error).__name__}: {error}"
         finally:
             os.close(fd)
-            self._end(done, reason)
+            self._end(reason)
+
+    def _request(
+        self, fd: int, layouts: Mapping[str, BlockLayout], recorded: RecordedWorkingSet
+    ) -> str | None:
+        """Request everything; return why it was not everything."""
+        pages, requested = recorded.working_set.npages, 0
+        limit = _available_memory() if self._limit is None else self._limit
+        self._note(pages, 0)
+        for offset, length in file_ranges(layouts, recorded):
+            if self._cancelled.is_set():
+                return "cancelled"
+            if requested + length > limit:
+                return f"the working set exceeds the limit of {limit >> 20} MiB"
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+            requested += length
+            self._note(pages, requested)
+        return None
 
 
 def file_ranges(
@@ -122,8 +148,8 @@ def file_ranges(
 ) -> Iterator[tuple[int, int]]:
     """Yield ``(file offset, bytes)`` for the runs, in their order, in pieces of at most 4 MiB.
 
-    Runs that follow one another in the file are joined. Blocks that the snapshot has otherwise, or not
-    at all, are left out.
+    Runs that follow one another in the file are joined. Blocks that the file lacks, or that it has
+    with another length or page size, are left out.
     """
     places: list[BlockLayout | None] = []
     for block in recorded.blocks:
@@ -153,7 +179,7 @@ def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _available_memory() -> int:
-    """How many bytes may be read ahead; all that is asked for where that cannot be found out."""
+    """Return how many bytes may be read ahead; no limit if the available memory is unknown."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             name, _, rest = line.partition(":")

@@ -36,6 +36,8 @@ _OWN_MEMORY = ("nvdimm", "virtio-pmem", "virtio-mem", "ivshmem")
 _KEPT_SWITCHES = ("merge", "dump", "reserve")
 # Patterns are strings, compiled when first used: a restore waits for each import.
 _ID = r"[A-Za-z][A-Za-z0-9._-]*"  # QEMU's rule for ids
+# The kernel maps what is cached of the 64 KiB, or 2 MiB, around a touched page: the guest's own.
+_ALIGNMENT = 2 << 20
 _NODES_MAX = 1 << 10  # of any Linux
 _DROPPED = {
     "mem-path": "-mem-path is left out: memory is mapped from the snapshot",
@@ -204,6 +206,7 @@ def _backend(
         "share": False,
         "readonly": True,
         "rom": "off",
+        "align": _ALIGNMENT,
         "prealloc": False,
         "x-use-canonical-path-for-ramblock-id": block.name != name,
     }

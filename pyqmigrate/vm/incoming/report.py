@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pyqmigrate.vm.incoming.options import Mode
 from pyqmigrate.vm.qemu.exit import ProcessExit
 from pyqmigrate.vm.qemu.launch import QemuSession
 from pyqmigrate.vm.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.incoming.recording import WorkingSetRecorder, WorkingSetReport
 
 __all__ = ["RestoreReport", "RestoredVm"]
 
@@ -21,7 +25,9 @@ class RestoreReport:
     ``load_seconds`` is from ``migrate-incoming`` to completed, ``start_seconds`` until the new
     QEMU's monitor answered, ``total_seconds`` the whole restore. ``settings`` are QEMU's that
     differ from its defaults. ``stale_pages`` are zero pages for which the file holds old bytes;
-    finding them took ``stale_seconds``, during the start. ``run_state`` is QEMU's (``running``,
+    finding them took ``stale_seconds``, during the start. ``recorded_pages`` are those of the
+    recorded working set, ``prefetched_bytes`` what was requested of it until this report; the
+    prefetch goes on. ``run_state`` is QEMU's (``running``,
     ``paused``, ``prelaunch``). ``notes`` are sentences on changes to the command line and on what
     to mind.
     """
@@ -39,6 +45,8 @@ class RestoreReport:
     mapped_blocks: tuple[str, ...] = ()
     stale_pages: int = 0
     stale_seconds: float = 0.0
+    recorded_pages: int = 0
+    prefetched_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -54,9 +62,20 @@ class RestoredVm:
     session; QEMU goes on. Its process has to be waited for, as any child.
     """
 
-    def __init__(self, qemu: QemuSession, report: RestoreReport) -> None:
+    def __init__(
+        self, qemu: QemuSession, report: RestoreReport, recorder: WorkingSetRecorder | None = None
+    ) -> None:
         self._qemu = qemu
+        self._recorder = recorder
         self.report = report
+
+    @property
+    def recording(self) -> asyncio.Future[WorkingSetReport] | None:
+        """The recording of the working set (option ``record``), to be awaited; None without it.
+
+        To cancel it ends the recording: what was seen is written.
+        """
+        return None if self._recorder is None else self._recorder.result
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -78,11 +97,21 @@ class RestoredVm:
 
     async def end(self) -> None:
         """End QEMU whatever the guest does: by SIGTERM, then by SIGKILL."""
+        await self._finish_recording()
         await self._qemu.end()
 
     async def close(self) -> None:
-        """End the monitor session; the guest goes on. Can be called again."""
+        """End the monitor session; the guest goes on. Can be called again.
+
+        A recording ends, too: what was seen until now is written.
+        """
+        await self._finish_recording()
         await self.monitor.close()
+
+    async def _finish_recording(self) -> None:
+        if self._recorder is not None:
+            self._recorder.stop()
+            await asyncio.wait([self._recorder.result])
 
     async def __aenter__(self) -> Self:
         return self

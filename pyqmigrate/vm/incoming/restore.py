@@ -27,9 +27,9 @@ from pyqmigrate.vm.incoming.attempt import RestoreAttempt
 from pyqmigrate.vm.incoming.early_start import EarlyRestore, StartedRestore, prepare, start_mapped
 from pyqmigrate.vm.incoming.incoming_streams import IncomingStreams
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
-from pyqmigrate.vm.incoming.ram_mapping import map_blocks
 from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore_command import ChosenCommand, choose_command
+from pyqmigrate.vm.incoming.source import map_source
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.keywords import VmRestoreOptions
@@ -63,7 +63,7 @@ async def restore_checked(
     snapshot: Target, command: Sequence[str] | None, options: RestoreOptions
 ) -> RestoredVm:
     """As :func:`restore`, with checked options."""
-    streams = await IncomingStreams.open(snapshot, options.offset)
+    streams = await IncomingStreams.open(snapshot, options.offset, options.base)
     return await _closing(streams, _restore(streams, command, options))
 
 
@@ -93,6 +93,7 @@ async def _closing(streams: IncomingStreams, work: Awaitable[RestoredVm]) -> Res
         async with streams:
             vm = await work
     except BaseException:
+        streams.source.cancel_prefetch()
         if vm is not None:
             await vm.end()
         raise
@@ -121,13 +122,13 @@ async def _restore_from(
     streams: IncomingStreams, chosen: ChosenCommand, options: RestoreOptions
 ) -> RestoredVm:
     started_at = time.monotonic()
-    command, options, notes = prepare(chosen.command, options, streams.source.snapshot)
+    command, options, notes = prepare(chosen.command, options, streams.source)
     attempt = RestoreAttempt(streams, options, started_at, (*chosen.notes, *notes))
     if options.mode not in (Mode.AUTO, Mode.INSTANT):
         return await attempt.load(command, "asked for")
     source = streams.source
     try:
-        mapped = map_blocks(command, source.snapshot, source.fd)
+        mapped = map_source(command, source)
     except NotSupported as error:
         if options.mode is Mode.INSTANT:
             raise NotSupported(f"no instant restore: {error}") from error

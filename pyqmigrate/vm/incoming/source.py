@@ -1,29 +1,45 @@
-"""The snapshot of a restore: opened and checked once, for one guest or many."""
+"""The snapshot of a restore: opened and checked once, for one guest or many.
+
+The memory of a guest is mapped from the snapshot itself; of an increment, from its base.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pyqmigrate.errors import DirectIORefused, NotSupported, TargetError
+from pyqmigrate.errors import DirectIORefused, NotSupported, TargetError, UsageError
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.lock import lock_file
 from pyqmigrate.io.page_cache import cached_bytes
-from pyqmigrate.io.place import seal_path
+from pyqmigrate.io.place import resolve_symlink, seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
+from pyqmigrate.vm.qemu.command_line import CommandLine
 
-__all__ = ["Reading", "RestoreSource"]
+if TYPE_CHECKING:
+    from pyqmigrate.format.snapshot_id import SnapshotId
+    from pyqmigrate.io.working_set_file import RecordedWorkingSet
+    from pyqmigrate.snapshot.increment import IncrementSnapshot
+    from pyqmigrate.vm.incoming.prefetch import Prefetch
+
+__all__ = ["Reading", "RestoreSource", "map_source"]
 
 _WARM = 0.5  # share of the file in the page cache from which direct I/O is slower
 _COLD_CHANNELS = 32  # QEMU has one direct read in flight for each
 _WARM_CHANNELS = 4
+# As pyqmigrate.format.working_set has it: most snapshots have no working set, and a restore has no
+# time for a module that it does not need.
+_WORKING_SET = ".workingset"
 
 
 @dataclass(frozen=True)
@@ -35,15 +51,60 @@ class Reading:
     why: str
 
 
+def map_source(command: CommandLine, source: RestoreSource) -> Mapped:
+    """Return a command line that maps every block possible from the mapped file of ``source``.
+
+    Raises NotSupported with the reason if that is not possible, or if it would leave a block out of
+    which an increment has only the changed pages; UsageError for an invalid command line.
+    """
+    mapped = map_blocks(command, source.mapped, source.mapped_fd)
+    if source.increment is not None:
+        for block in source.increment.blocks.values():
+            if block.name not in mapped.blocks and block.changed_pages < block.num_pages:
+                raise NotSupported(
+                    f"the increment has only the changed pages of block {block.name!r}, and this "
+                    "command line does not map it"
+                )
+    return mapped
+
+
+def _open_increment(
+    stream_file: StreamFile, base: str | os.PathLike[str] | None
+) -> IncrementSnapshot | None:
+    """Return the increment in an open file, with its base; None for another snapshot."""
+    if stream_file.increment is not None:
+        # A restore has no time for a module that it does not need.
+        from pyqmigrate.snapshot.increment import IncrementSnapshot
+
+        return IncrementSnapshot(stream_file, base=base)
+    if base is not None:
+        stream_file.close()
+        raise UsageError(
+            f"{stream_file.source.name!r} is not an increment, and has no base: leave base out"
+        )
+    return None
+
+
 class RestoreSource:
     """An open, verified snapshot. Close it.
 
     ``place`` is its absolute path, None for a descriptor. ``was_running`` is from libvirt's header:
-    libvirt pauses a guest before it saves it. ``fd`` carries a shared lock (flock), which a process
-    that inherits it keeps: the file must not change in place while memory is mapped from it.
+    libvirt pauses a guest before it saves it. ``snapshot`` is what QEMU loads; of an increment, its
+    own stream alone. ``increment`` is the increment with its base, or None.
+
+    Memory is mapped from ``mapped``: the snapshot, or the base of an increment. ``mapped_fd`` is its
+    file, with a shared lock (flock), which a process that inherits it keeps: the file must not
+    change in place while memory is mapped from it.
+
+    base: the path of an increment's base, instead of the recorded one. UsageError for another
+        snapshot.
     """
 
-    def __init__(self, target: Target, offset: int | None) -> None:
+    def __init__(
+        self, target: Target, offset: int | None, base: str | os.PathLike[str] | None = None
+    ) -> None:
+        self._prefetch: Prefetch | None = None
+        self._prefetch_lock = threading.Lock()
         self._input = InputFile(target)
         self.name, self.place = self._input.name, self._input.place
         try:
@@ -53,14 +114,25 @@ class RestoreSource:
             raise
         stream_file = StreamFile.find(self._input, offset)
         self.was_running = stream_file.libvirt is not None and stream_file.libvirt.was_running
-        self.snapshot = MappedRamSnapshot(stream_file)
+        self.increment = _open_increment(stream_file, base)
+        if self.increment is None:
+            self.snapshot = self.mapped = MappedRamSnapshot(stream_file)
+        else:
+            self.snapshot, self.mapped = self.increment.changes, self.increment.base
         try:
-            self.snapshot.verify()
-            if self.snapshot.bitmap_order != sys.byteorder:
-                raise NotSupported(
-                    f"a {self.snapshot.bitmap_order}-endian host wrote this file, and QEMU reads "
-                    "its bitmaps in this host's order: convert it to mapped-ram here first"
-                )
+            (self.increment or self.snapshot).verify()
+            for snapshot in (self.snapshot, self.mapped):
+                if snapshot.stream.background:
+                    raise NotSupported(
+                        "QEMU wrote this background snapshot without bitmaps, and would load zeros: "
+                        "convert it to mapped-ram first (pyqmigrate convert --to mapped-ram)"
+                    )
+                if snapshot.bitmap_order != sys.byteorder:
+                    raise NotSupported(
+                        f"a {snapshot.bitmap_order}-endian host wrote {snapshot.source.name!r}, and "
+                        "QEMU reads its bitmaps in this host's order: convert it to mapped-ram here "
+                        "first"
+                    )
         except BaseException:
             self.close()
             raise
@@ -70,13 +142,17 @@ class RestoreSource:
         return self._input.fd
 
     @property
+    def mapped_fd(self) -> int:
+        return self.mapped.source.fd
+
+    @property
     def age(self) -> float:
         """Seconds since the file was written."""
         return max(time.time() - os.fstat(self.fd).st_mtime, 0.0)
 
     def close(self) -> None:
         """Close it. Idempotent."""
-        self.snapshot.close()
+        (self.increment or self.snapshot).close()
 
     def _lock(self) -> None:
         if self._input.is_duplicate:
@@ -88,19 +164,76 @@ class RestoreSource:
                 errno.EBUSY, "another process is writing the snapshot in place", self.name
             ) from error
 
+    def prefetch(self) -> Prefetch | None:
+        """Start to read the recorded working set ahead, unless that was started; None without one.
+
+        Returns at once, and raises nothing.
+        """
+        with self._prefetch_lock:
+            if self._prefetch is None:
+                self._prefetch = self._start_prefetch()
+            return self._prefetch
+
+    @property
+    def started_prefetch(self) -> Prefetch | None:
+        """The prefetch, if :meth:`prefetch` has started one."""
+        return self._prefetch
+
+    def cancel_prefetch(self) -> None:
+        """Read no more of the working set ahead, if that was started."""
+        with self._prefetch_lock:
+            if self._prefetch is not None:
+                self._prefetch.cancel()
+
+    def _start_prefetch(self) -> Prefetch | None:
+        path = self._working_set_path()
+        if path is None or not os.path.lexists(path):
+            return None
+        from pyqmigrate.vm.incoming.prefetch import Prefetch
+
+        layouts = {layout.name: layout for layout in self.mapped.layouts}
+        try:
+            identity = self.identify()
+        except (OSError, UsageError):
+            return None
+
+        def read() -> RecordedWorkingSet:
+            from pyqmigrate.io.working_set_file import read_current_working_set
+
+            return read_current_working_set(path, identity)
+
+        return Prefetch(self.mapped_fd, layouts, read)
+
+    def _working_set_path(self) -> str | None:
+        if self.place is None:
+            return None
+        try:
+            return os.fspath(resolve_symlink(self.place)) + _WORKING_SET
+        except TargetError:
+            return None
+
+    def identify(self) -> SnapshotId:
+        """Return the identity of the open file. Raises UsageError for a descriptor, OSError."""
+        from pyqmigrate.io.companion_file import identify_snapshot
+
+        if self.place is None:
+            raise UsageError("the snapshot is a descriptor, which has no name")
+        return identify_snapshot(self.place, self.fd)
+
     def clear_pages_are_zero(self) -> bool:
-        """Whether a seal of the file as it is now says that its clear pages are zeros."""
+        """Whether a seal of the mapped file as it is now says that its clear pages are zeros."""
+        place = self.mapped.source.place
         # The name of the seal may be too long, for which Path.exists() would raise.
-        if self.place is None or not os.path.exists(seal_path(self.place)):
+        if place is None or not os.path.exists(seal_path(place)):
             return False
         # Most snapshots have no seal, and a restore has no time for a module that it does not need.
         from pyqmigrate.integrity.seal import current_seal
 
-        seal = current_seal(self.place, self.fd)
+        seal = current_seal(place, self.mapped_fd)
         return (
             seal is not None
             and seal.clear_pages_zero
-            and seal.head.bitmap_order == self.snapshot.bitmap_order
+            and seal.head.bitmap_order == self.mapped.bitmap_order
         )
 
     def choose_reading(self, channels: int | None, direct_io: DirectIO) -> Reading:

@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
 from pyqmigrate.errors import NotSupported, QemuRefused
 from pyqmigrate.format.digest import Algorithm
+from pyqmigrate.format.stream.configuration import Configuration
 from pyqmigrate.format.stream.writer import encode_tail
 from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.direct_io import DirectIO
@@ -38,7 +39,13 @@ from pyqmigrate.vm.plan.settings import Changes
 if TYPE_CHECKING:
     from pyqmigrate.vm.twin.describing import Describing
 
-__all__ = ["DeviceStateRefused", "save_direct"]
+__all__ = [
+    "DeviceStateRefused",
+    "encode_rest",
+    "read_device_sections_of",
+    "save_device_sections",
+    "save_direct",
+]
 
 _SAVE_DEVICES = "xen-save-devices-state"
 _REPORT_EVERY = 0.1  # seconds
@@ -167,7 +174,6 @@ async def _migrate_devices(
 async def _save_devices(
     transaction: SaveTransaction, guest: GuestInfo, while_paused: WhilePaused | None
 ) -> DeviceState:
-    monitor = transaction.monitor
     if guest.running:
         await transaction.stop()
     transaction.events.stands()
@@ -175,19 +181,32 @@ async def _save_devices(
         await while_paused()
     with memory_file() as (written, read):
         async with transaction.add_fds({"device-state": written}) as path:
-            try:
-                await monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
-            except QemuRefused as error:
-                raise DeviceStateRefused(_SAVE_DEVICES, _refusal(error, guest)) from error
-        return await asyncio.to_thread(
-            read_devices,
-            Descriptors(read),
-            machine=guest.machine,
-            blocks={block.name: block.length for block in guest.blocks},
-            page_size=1 << (guest.target_page_bits or 12),
-            uuid=UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None,
-            run_state=guest.run_state if guest.run_state in LOADABLE else "paused",
-        )
+            await save_device_sections(transaction, guest, path)
+        return await asyncio.to_thread(read_device_sections_of, guest, read)
+
+
+async def save_device_sections(transaction: SaveTransaction, guest: GuestInfo, path: str) -> None:
+    """Have QEMU write the device state of a stopped guest into ``path``, an fdset.
+
+    Raises DeviceStateRefused.
+    """
+    try:
+        await transaction.monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
+    except QemuRefused as error:
+        raise DeviceStateRefused(_SAVE_DEVICES, _refusal(error, guest)) from error
+
+
+def read_device_sections_of(guest: GuestInfo, fd: int) -> DeviceState:
+    """Read what :func:`save_device_sections` had written. Raises as
+    :func:`~pyqmigrate.vm.guest.device_state.read_devices` does."""
+    return read_devices(
+        Descriptors(fd),
+        machine=guest.machine,
+        blocks={block.name: block.length for block in guest.blocks},
+        page_size=1 << (guest.target_page_bits or 12),
+        uuid=UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None,
+        run_state=guest.run_state if guest.run_state in LOADABLE else "paused",
+    )
 
 
 def _refusal(error: QemuRefused, guest: GuestInfo) -> str:
@@ -234,7 +253,7 @@ def _start(
             writer.begin()
             writer.write_pages()
             notify()
-            return writer.finish_with(_tail(state, describing, writer))
+            return writer.finish_with(encode_rest(state, describing, writer))
         finally:
             writer.close()
 
@@ -246,7 +265,16 @@ def _start(
         raise
 
 
-def _tail(state: DeviceState, describing: Describing | None, writer: Writer) -> Iterator[bytes]:
+class Tailed(Protocol):
+    """A file that lacks its tail only."""
+
+    target: OutputFile
+    settings: Configuration
+
+
+def encode_rest(
+    state: DeviceState, describing: Describing | None, writer: Tailed
+) -> Iterator[bytes]:
     """Generate what follows the pages; flush the file while waiting for the description."""
     description = None
     if describing is not None:

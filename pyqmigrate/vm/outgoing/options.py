@@ -15,8 +15,16 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Progress
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.plan.engine import Engine
+from pyqmigrate.vm.plan.live_option import LiveMethod, LiveRequest, check_live
 
-__all__ = ["ProgressCallback", "SaveOptions", "Then", "VmCheckOptions", "VmSaveOptions"]
+__all__ = [
+    "ProgressCallback",
+    "SaveOptions",
+    "Then",
+    "VmCheckOptions",
+    "VmLiveOptions",
+    "VmSaveOptions",
+]
 
 ProgressCallback: TypeAlias = Callable[[Progress], object]
 
@@ -29,16 +37,37 @@ class Then(StrEnum):
     QUIT = "quit"
 
 
-class VmCheckOptions(TypedDict, total=False):
-    """The options of :meth:`pyqmigrate.vm.Vm.check`: those of the save it is about.
+class VmLiveOptions(TypedDict, total=False):
+    """The options that make a save live.
+
+    live: let the guest run while most of it is saved, by the method with the shortest pause, or by
+        this :class:`~pyqmigrate.vm.plan.live_option.LiveMethod`.
+    max_pause: with ``live``, the longest pause in seconds. A save that cannot keep it fails before
+        it stops the guest, or lets it go at once; None promises nothing.
+    base: write only what changed since this snapshot, from which the guest was restored; ``auto``
+        finds it. None writes a whole snapshot. The save is live, by method ``changed``.
+    full: with ``base``, write a whole snapshot that shares the unchanged pages with the base on
+        disk, on a file system that can.
+    keep_digests: write digests of the pages beside the snapshot, for the next save of this guest.
+        The save is live, by a method that reads the pages itself.
+    """
+
+    live: bool | LiveMethod | str
+    max_pause: float | None
+    base: str | os.PathLike[str] | None
+    full: bool
+    keep_digests: bool
+
+
+class VmCheckOptions(VmLiveOptions, total=False):
+    """The options of :meth:`pyqmigrate.vm.Vm.check`: those of the save it is about,
+    besides :class:`VmLiveOptions`.
 
     engine: ``qemu``, ``direct``, or ``auto`` (the default): direct unless that would miss something.
-    live: let the guest run while most of it is saved; engine qemu only.
     sparse: ``exact`` allocates no zero page, ``dense`` all of them, ``auto`` is fast.
     """
 
     engine: Engine | str
-    live: bool
     sparse: Sparse | str
 
 
@@ -87,7 +116,7 @@ class SaveOptions:
     """Checked :class:`VmSaveOptions`, with their defaults."""
 
     engine: str = "auto"
-    live: bool = False
+    live: LiveRequest | None = None  # with max_pause, base, full and keep_digests
     then: Then | None = None
     channels: int = 2
     direct_io: DirectIO = DirectIO.AUTO
@@ -106,6 +135,14 @@ class SaveOptions:
         for name, kind in _ENUMS.items():
             if name in values and not (values[name] is None and name in _NONE_ALLOWED):
                 values[name] = parse_enum(kind, values[name], name)
+        values["live"] = check_live(
+            engine=values.get("engine", "auto"),
+            live=values.pop("live", False),
+            max_pause=values.pop("max_pause", None),
+            base=values.pop("base", None),
+            full=values.pop("full", False),
+            keep_digests=values.pop("keep_digests", False),
+        )
         checked = cls(**values)
         check_channels(checked.channels)
         return checked

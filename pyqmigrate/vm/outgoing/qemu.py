@@ -1,7 +1,6 @@
 """Engine ``qemu``: QEMU writes the snapshot itself, to descriptors that are passed to it.
 
-The guest is stopped first, unless the save is ``live``: then it runs until the rest takes no longer
-than ``downtime-limit``. Because the save stopped the guest, QEMU records ``paused``; the record is
+The guest is stopped first. Because the save stopped the guest, QEMU records ``paused``; the record is
 corrected before the file is published. (QEMU could stop the guest itself, but would then write all
 memory in a phase that cannot be cancelled.)
 """
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.vm.guest.run_state import set_run_state
@@ -22,10 +20,6 @@ from pyqmigrate.vm.plan.settings import Changes
 
 __all__ = ["save_qemu"]
 
-# A live save of a guest that writes faster than the disk never converges.
-_PASSES = 10
-_LONGEST_DOWNTIME = 2_000_000  # ms; the largest that QEMU accepts
-
 
 async def save_qemu(
     transaction: SaveTransaction,
@@ -34,7 +28,6 @@ async def save_qemu(
     *,
     run_state: str,
     running: bool,
-    live: bool,
     resume: bool,
     while_paused: WhilePaused | None = None,
     progress: ProgressCallback | None = None,
@@ -45,34 +38,18 @@ async def save_qemu(
     Raises QemuError if the migration fails (QemuGone if QEMU ends, NoSpace), Cancelled,
     TargetError. ``transaction`` applies the ``changes`` and rolls everything back.
     """
-    monitor = transaction.monitor
     notes: list[str] = []
-
-    async def shorten(info: dict[str, Any]) -> None:
-        if info.get("ram", {}).get("dirty-sync-count", 0) > _PASSES and not notes:
-            notes.append(
-                "the guest changed memory faster than it was written: it was stopped after "
-                f"{_PASSES} passes"
-            )
-            await monitor.execute("migrate-set-parameters", {"downtime-limit": _LONGEST_DOWNTIME})
 
     with open_for_qemu(target) as fds:
         async with transaction.add_fds(fds) as path:
             await transaction.apply(changes)
             stopped_at = time.monotonic()
-            if running and not live:
+            if running:
                 await transaction.stop()
-            info = await migrate(
-                transaction,
-                path,
-                while_paused=while_paused,
-                pause=running and live,
-                progress=progress,
-                watch=shorten if live else None,
-            )
+            info = await migrate(transaction, path, while_paused=while_paused, progress=progress)
             if while_paused is not None:
                 await transaction.check_still_stopped()
-            completed_at = now = time.monotonic()
+            now = time.monotonic()
             if resume:
                 await transaction.resume()
                 now = time.monotonic()
@@ -80,7 +57,7 @@ async def save_qemu(
     if running and resume:
         downtime = transaction.events.downtime(now - stopped_at)
         if downtime is None:
-            downtime = now - completed_at + info["downtime"] / 1000 if live else now - stopped_at
-    if running and not live and not await asyncio.to_thread(set_run_state, target, run_state):
+            downtime = now - stopped_at
+    if running and not await asyncio.to_thread(set_run_state, target, run_state):
         notes.append(f"the snapshot records that the guest was paused, but it was {run_state}")
     return Written(info["ram"]["transferred"], downtime, tuple(notes))

@@ -8,6 +8,7 @@ from typing import Any
 
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.vm.plan.engine import Engine
+from pyqmigrate.vm.plan.live_option import Instant, LiveMethod
 from pyqmigrate.vm.plan.settings import UsedSetting
 
 __all__ = ["VmSaveReport"]
@@ -24,6 +25,12 @@ class VmSaveReport:
     the writable disks, ``record`` is the file that describes the VM
     (:mod:`pyqmigrate.vm.record.contents`), None if it could not be published. ``seal`` is the
     algorithm of the seal, if any. ``notes`` are sentences.
+
+    ``method`` is that of a live save, None if the guest was stopped for all of it; ``method_why``
+    is a sentence. ``instant`` is the instant of the save whose state the file holds. ``rounds`` is
+    how often the memory was gone through, ``slowdown`` the share of its speed that the guest lost
+    meanwhile; None if not known. ``base`` is the snapshot that an increment belongs to, and
+    ``changed_pages`` the number of pages that differ from it; None for a whole snapshot.
     """
 
     snapshot: str
@@ -45,6 +52,13 @@ class VmSaveReport:
     record: str | None
     seal: Algorithm | None = None
     notes: tuple[str, ...] = ()
+    method: LiveMethod | None = None
+    method_why: str = ""
+    instant: Instant = Instant.START
+    rounds: int | None = None
+    slowdown: float | None = None
+    base: str | None = None
+    changed_pages: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-compatible values; ``disks`` are ``disk_needs``."""

@@ -14,13 +14,17 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from pyqmigrate.errors import (
     Cancelled,
+    LiveSaveAbandoned,
     NoSpace,
     NotDurable,
+    NotSupported,
     PyqmigrateError,
     QemuError,
     QemuGone,
@@ -31,6 +35,7 @@ from pyqmigrate.format.digest import digester
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.integrity.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.integrity.seal import start_seal
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.stream_file import StreamFile
@@ -38,18 +43,27 @@ from pyqmigrate.io.target import Descriptors, stream_offset, target_path
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
+from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.files import files_of
 from pyqmigrate.vm.guest.inspect import GuestInfo, inspect
 from pyqmigrate.vm.guest.run_state import what_stopped
+from pyqmigrate.vm.outgoing.background import save_background
+from pyqmigrate.vm.outgoing.changed import save_changed
+from pyqmigrate.vm.outgoing.converge import save_converge
 from pyqmigrate.vm.outgoing.direct import DeviceStateRefused, save_direct
 from pyqmigrate.vm.outgoing.disk_snapshots import stranded
+from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
 from pyqmigrate.vm.outgoing.options import SaveOptions, Then, VmSaveOptions
+from pyqmigrate.vm.outgoing.precopy import save_precopy
 from pyqmigrate.vm.outgoing.qemu import save_qemu
 from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.disks import prepare, restore_needs
 from pyqmigrate.vm.plan.engine import EngineChoice, choose_engine, fall_back
+from pyqmigrate.vm.plan.live import LiveChoice, choose_live
+from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveRequest
 from pyqmigrate.vm.plan.plan import Plan, make_plan
 from pyqmigrate.vm.qemu.exit import ProcessExit
 from pyqmigrate.vm.qemu.monitor import Monitor
@@ -58,6 +72,13 @@ from pyqmigrate.vm.record.recording import Recording
 __all__ = ["save"]
 
 _QUIT_TIMEOUT = 30.0  # seconds
+
+_LIVE: Mapping[LiveMethod, Callable[[LiveSave], Awaitable[Written]]] = {
+    LiveMethod.CONVERGE: save_converge,
+    LiveMethod.BACKGROUND: save_background,
+    LiveMethod.PRECOPY: save_precopy,
+    LiveMethod.CHANGED: save_changed,
+}
 
 
 async def save(
@@ -99,11 +120,43 @@ class _Save:
         self.name = name
         self.path = path
         self.options = options
-        self.choice: EngineChoice = choose_engine(guest, engine=options.engine, live=options.live)
-        self.disks = prepare(guest, path) if options.with_disks else None
+        self.choice: EngineChoice
+        self.live: LiveChoice | None = None
+        self.disks: DiskPlan | None
         self.recording: Recording
+        self.notes: list[str] = []
 
     async def run(self) -> VmSaveReport:
+        request = self.options.live
+        if request is not None and (self.guest.running or request.needs_digests_or_base):
+            return await self._save_live(request)
+        if request is not None:
+            self.notes.append("the guest does not run, so no live method is needed")
+        self.choice = choose_engine(self.guest, engine=self.options.engine)
+        self._prepare_disks()
+        return await self._save_stopped()
+
+    async def _save_live(self, request: LiveRequest) -> VmSaveReport:
+        """Try the possible methods until one is not abandoned."""
+        choices = await shielded(asyncio.to_thread(choose_live, self.guest, request))
+        for choice in choices:
+            self.live = choice
+            self.choice = choose_engine(self.guest, engine=choice.engine)
+            if self._saves_changed:
+                self.choice = replace(self.choice, way=DeviceStateMethod.DEVICES_ONLY)
+            self._prepare_disks()
+            try:
+                return await self._attempt()
+            except (LiveSaveAbandoned, NotSupported, DeviceStateRefused) as error:
+                left = getattr(error, "__notes__", ())  # on a guest that was not restored
+                if left or choice is choices[-1]:
+                    for note in self.notes:
+                        error.add_note(f"({note}) ")
+                    raise
+                self.notes.append(f"the live method {choice.method} was abandoned: {error}")
+        raise AssertionError("no method to try")
+
+    async def _save_stopped(self) -> VmSaveReport:
         try:
             return await self._attempt()
         except DeviceStateRefused as error:
@@ -111,13 +164,15 @@ class _Save:
                 raise
             # A migration may succeed; if not, it names the device.
             self.choice = fall_back(self.guest, error)
-            if self.disks is not None:  # those of the first attempt were rolled back
-                self.disks = prepare(self.guest, self.path)
+            self._prepare_disks()  # those of the first attempt were rolled back
             try:
                 return await self._attempt()
             except QemuError as second:
                 second.add_note(f"(engine direct: {error}) ")
                 raise
+
+    def _prepare_disks(self) -> None:
+        self.disks = prepare(self.guest, self.path) if self.options.with_disks else None
 
     async def _attempt(self) -> VmSaveReport:
         self.recording = recording = await Recording.begin(
@@ -135,7 +190,7 @@ class _Save:
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
             opening = transaction.open_output(
-                self.options.direct_io, in_use=in_use, beside=[recording.path]
+                self._direct_io, in_use=in_use, beside=[recording.path]
             )
             async with transaction, opening as output:
                 plan = await shielded(asyncio.to_thread(self._plan, output))
@@ -156,7 +211,7 @@ class _Save:
         written = await self._write(transaction, output, plan)
         file_size, allocated = os.fstat(output.fd).st_size, output.allocated_bytes()
         direct, reason = output.direct is not None, output.direct_io_reason
-        await self._publish(output)
+        await self._publish(output, written)
         modified = os.fstat(output.fd).st_mtime_ns
         seconds = time.monotonic() - self.started_at
         await transaction.commit(resume=self._resumes)
@@ -185,7 +240,15 @@ class _Save:
             ),
             record=os.fspath(self.recording.path) if self.recording.published else None,
             seal=self.options.seal,
+            method=None if self.live is None else self.live.method,
+            method_why="" if self.live is None else self.live.why,
+            instant=Instant.START if self.live is None else self.live.instant,
+            rounds=written.rounds,
+            slowdown=written.slowdown,
+            base=written.base,
+            changed_pages=written.changed_pages,
             notes=(
+                *self.notes,
                 *plan.notes,
                 *written.notes,
                 *self.recording.notes,
@@ -194,6 +257,16 @@ class _Save:
                 *transaction.rollback_errors,
             ),
         )
+
+    @property
+    def _saves_changed(self) -> bool:
+        return self.live is not None and self.live.method is LiveMethod.CHANGED
+
+    @property
+    def _direct_io(self) -> DirectIO:
+        """Whether to try direct I/O: a background snapshot is written through the page cache."""
+        background = self.live is not None and self.live.method is LiveMethod.BACKGROUND
+        return DirectIO.OFF if background else self.options.direct_io
 
     @property
     def _resumes(self) -> bool:
@@ -210,9 +283,11 @@ class _Save:
             channels=self.options.channels,
             direct=output.direct is not None,
             sparse=self.options.sparse,
-            live=self.options.live,
+            live=None if self.live is None else self.live.method,
+            max_pause=None if self.options.live is None else self.options.live.max_pause,
             with_disks=self.disks is not None,
-            free=output.free_bytes(),
+            # How much a save of changed pages writes is known when they were found.
+            free=None if self._saves_changed else output.free_bytes(),
         )
         if plan.fits is False and plan.free is not None:
             raise NoSpace(
@@ -224,6 +299,23 @@ class _Save:
     async def _write(self, transaction: SaveTransaction, output: OutputFile, plan: Plan) -> Written:
         options = self.options
         while_paused: WhilePaused | None = transaction.take_disks if self.disks else None
+        request = options.live
+        if self.live is not None and request is not None:
+            return await _LIVE[self.live.method](
+                LiveSave(
+                    transaction=transaction,
+                    guest=self.guest,
+                    output=output,
+                    plan=plan,
+                    engine=self.choice,
+                    request=request,
+                    live=self.live,
+                    options=options,
+                    resume=self._resumes,
+                    while_paused=while_paused,
+                    see_disks=self.recording.see_disks,
+                )
+            )
         if self.choice.way is None:
             return await save_qemu(
                 transaction,
@@ -231,7 +323,6 @@ class _Save:
                 plan.changes,
                 run_state=self.guest.run_state,
                 running=self.guest.running,
-                live=options.live,
                 resume=self._resumes,
                 while_paused=while_paused,
                 progress=options.progress,
@@ -275,7 +366,7 @@ class _Save:
             await shielded(asyncio.to_thread(job.join))
             raise
 
-    async def _publish(self, output: OutputFile) -> None:
+    async def _publish(self, output: OutputFile, written: Written) -> None:
         """Make the file durable, verify it and give it its name, unless cancelled before that."""
         check_cancelled()
         cancelled = threading.Event()
@@ -283,6 +374,8 @@ class _Save:
         def check() -> None:
             _verify(output, self.guest)
             self.recording.prepare(output, resumed=self._resumes)
+            if written.confirm is not None:
+                written.confirm()
             if cancelled.is_set():
                 raise Cancelled("cancelled")
 
@@ -354,7 +447,7 @@ def _verify(output: OutputFile, guest: GuestInfo) -> None:
     """Read the structure back and compare it with the guest."""
     with (
         output.opened_for_reading() as fd,
-        MappedRamSnapshot(StreamFile.open(Descriptors(fd))) as snapshot,
+        MappedRamSnapshot(StreamFile.open(Descriptors(fd)).without_header()) as snapshot,
     ):
         snapshot.verify()
         saved: dict[str, Any] = {name: block.length for name, block in snapshot.blocks.items()}

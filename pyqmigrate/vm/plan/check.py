@@ -18,6 +18,8 @@ from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.disks import prepare, restore_needs
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice, choose_engine
 from pyqmigrate.vm.plan.estimate import Basis, DiskRate, Estimate, estimate, measure_rate
+from pyqmigrate.vm.plan.live import LiveChoice, choose_live, live_options
+from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption, LiveRequest, check_live
 from pyqmigrate.vm.plan.plan import Plan, make_plan
 from pyqmigrate.vm.plan.settings import UsedSetting
 from pyqmigrate.vm.qemu.monitor import Monitor
@@ -52,6 +54,8 @@ class CheckReport:
 
     ``choice`` and ``plan`` are None if the guest cannot be saved; ``blockers`` are the reasons.
     ``estimate`` is of the memory's data, ``need`` the most disk space that the file takes.
+    ``live`` is the method that a live save would try first, None if none was requested or is
+    possible; ``methods`` is what is known of each method for this guest.
     ``settings`` are those of QEMU that the save would change temporarily, ``notes`` those of its
     report. ``disk`` is None without a ``directory``; the settings are then those for a disk with
     direct I/O. ``warnings`` are about current settings of QEMU that would harm a save that did not
@@ -70,6 +74,8 @@ class CheckReport:
     choice: EngineChoice | None
     plan: Plan | None
     settings: Mapping[str, UsedSetting]
+    live: LiveChoice | None
+    methods: tuple[LiveOption, ...]
     notes: tuple[str, ...]
     blockers: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -105,7 +111,11 @@ async def check(
     directory: str | os.PathLike[str] | None = None,
     *,
     engine: str = "auto",
-    live: bool = False,
+    live: bool | LiveMethod | str = False,
+    max_pause: float | None = None,
+    base: str | os.PathLike[str] | None = None,
+    full: bool = False,
+    keep_digests: bool = False,
     sparse: Sparse | str = Sparse.AUTO,
 ) -> CheckReport:
     """Predict what a save into ``directory`` would do; the other arguments are those of a save.
@@ -115,22 +125,34 @@ async def check(
     be written to, UsageError for an invalid engine.
     """
     policy = parse_enum(Sparse, sparse, "sparse")
+    request = check_live(
+        engine=engine,
+        live=live,
+        max_pause=max_pause,
+        base=base,
+        full=full,
+        keep_digests=keep_digests,
+    )
     with await inspect(monitor) as guest:
         choice: EngineChoice | None = None
         plan: Plan | None = None
+        methods: list[LiveChoice] = []
         blockers: list[str] = []
         where = None if directory is None else Path(directory)
         rate = None if where is None else await asyncio.to_thread(measure_rate, where)
         guessed: Estimate | None = None
         try:
-            choice = choose_engine(guest, engine=engine, live=live)
-            plan = await asyncio.to_thread(_plan, guest, choice, policy, live, rate)
+            if request is not None and (guest.running or request.needs_digests_or_base):
+                methods = await asyncio.to_thread(choose_live, guest, request)
+            choice = choose_engine(guest, engine=methods[0].engine if methods else engine)
+            plan = await asyncio.to_thread(_plan, guest, choice, policy, request, methods, rate)
             guessed = _counted(guest, plan)
         except (NotSupported, QemuError, GuestMemoryError) as error:
             choice = None
             blockers.append(str(error))
         if guessed is None:
             guessed = await asyncio.to_thread(estimate, guest)
+        options = await asyncio.to_thread(live_options, guest, request or LiveRequest())
         why_no_disks = _why_no_disks(guest, where)
         writable = any(disk.writable for disk in guest.disks)
         return CheckReport(
@@ -144,6 +166,8 @@ async def check(
             plan=plan,
             settings={} if plan is None else plan.changes.used(),
             notes=() if plan is None else (*plan.notes, *_undescribed(guest, choice)),
+            live=methods[0] if methods else None,
+            methods=options,
             blockers=tuple(blockers),
             warnings=tuple(_warnings(guest, choice, rate)),
             estimate=guessed,
@@ -158,7 +182,12 @@ async def check(
 
 
 def _plan(
-    guest: GuestInfo, choice: EngineChoice, sparse: Sparse, live: bool, disk: DiskRate | None
+    guest: GuestInfo,
+    choice: EngineChoice,
+    sparse: Sparse,
+    request: LiveRequest | None,
+    methods: list[LiveChoice],
+    disk: DiskRate | None,
 ) -> Plan:
     return make_plan(
         guest,
@@ -166,7 +195,8 @@ def _plan(
         channels=2,
         direct=disk is None or disk.direct_io,
         sparse=sparse,
-        live=live,
+        live=methods[0].method if methods else None,
+        max_pause=None if request is None else request.max_pause,
         with_disks=False,
         free=None if disk is None else disk.free,
     )

@@ -38,8 +38,8 @@ class EngineChoice:
     stays: bool = True
 
 
-def choose_engine(guest: GuestInfo, *, engine: str = "auto", live: bool = False) -> EngineChoice:
-    """Choose for ``engine`` "auto", "direct" or "qemu"; ``live``: the guest keeps running.
+def choose_engine(guest: GuestInfo, *, engine: str = "auto") -> EngineChoice:
+    """Choose for ``engine`` "auto", "direct" or "qemu".
 
     Raises NotSupported if ``direct`` is requested and would lose state, or if no engine can save
     this guest as requested; QemuError if it cannot be saved now; UsageError for another engine.
@@ -50,13 +50,9 @@ def choose_engine(guest: GuestInfo, *, engine: str = "auto", live: bool = False)
         raise QemuError(why_not)
     refused: tuple[str, ...] = ()
     if engine != Engine.QEMU:
-        refused = (
-            "a live save was requested, and engine direct copies pages while the guest is paused",
-        )
-        if not live:
-            way, refused = _way(guest)
-            if way is not None:
-                return _direct(guest, way)
+        way, refused = _way(guest)
+        if way is not None:
+            return _direct(guest, way)
         if engine == Engine.DIRECT:
             raise NotSupported(f"engine direct cannot save this guest: {'; '.join(refused)}")
     return _qemu(guest, refused)

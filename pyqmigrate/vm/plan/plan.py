@@ -13,10 +13,13 @@ from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice
+from pyqmigrate.vm.plan.live_converge import DEFAULT_PAUSE, downtime_limit
+from pyqmigrate.vm.plan.live_option import LiveMethod
 from pyqmigrate.vm.plan.sampling import Sample, count_data, extent_bytes, sample_memory
 from pyqmigrate.vm.plan.settings import (
     WRITE_SECONDS,
     Changes,
+    for_background,
     for_device_state,
     for_pages,
     no_changes,
@@ -74,17 +77,20 @@ def make_plan(
     channels: int,
     direct: bool,
     sparse: Sparse,
-    live: bool,
+    live: LiveMethod | None = None,
+    max_pause: float | None = None,
     with_disks: bool,
     free: int | None,
 ) -> Plan:
     """Plan a save into ``free`` bytes; pages are counted only if the space may not suffice.
 
-    ``direct``: direct I/O is possible. The guest may keep running. Blocks; counting takes about a
+    ``direct``: direct I/O is possible. ``live`` is the method of a live save, ``max_pause`` its
+    promised pause in seconds. The guest may keep running. Blocks; counting takes about a
     second per 10 GiB. Raises NotSupported for a QEMU that cannot save like this, GuestMemoryError
     if the memory can no longer be read.
     """
-    sample = sample_memory(guest) if choice.engine is Engine.QEMU else None
+    by_channels = choice.engine is Engine.QEMU and live is not LiveMethod.BACKGROUND
+    sample = sample_memory(guest) if by_channels else None
     page_size = 1 << (guest.target_page_bits or _LEAST_PAGE_BITS)
     unseen = sum(block.length for block in guest.blocks if block.memory is None)
 
@@ -93,7 +99,7 @@ def make_plan(
             choice.engine,
             guest.total_ram,
             sparse,
-            _changes(guest, choice, channels, direct, sparse, live, with_disks, sample),
+            _changes(guest, choice, channels, direct, sparse, live, max_pause, with_disks, sample),
             _need(choice.engine, sparse, sample, data, guest.total_ram, page_size),
             data if counted else None,
             free,
@@ -137,7 +143,8 @@ def _changes(
     channels: int,
     direct: bool,
     sparse: Sparse,
-    live: bool,
+    live: LiveMethod | None,
+    max_pause: float | None,
     with_disks: bool,
     sample: Sample | None,
 ) -> Changes:
@@ -146,6 +153,14 @@ def _changes(
     pause = with_disks and guest.running
     if choice.way is DeviceStateMethod.IGNORE_SHARED:
         return for_device_state(guest, pause=pause)
+    if live is LiveMethod.BACKGROUND:
+        return for_background(guest, sparse=sparse)
     return for_pages(
-        guest, channels=channels, direct=direct, sparse=sparse, pause=pause and live, sample=sample
+        guest,
+        channels=channels,
+        direct=direct,
+        sparse=sparse,
+        pause=pause and live is not None,
+        sample=sample,
+        downtime_limit=None if live is None else downtime_limit(max_pause or DEFAULT_PAUSE),
     )

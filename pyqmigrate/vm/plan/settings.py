@@ -21,6 +21,7 @@ __all__ = [
     "Changes",
     "UsedSetting",
     "Value",
+    "for_background",
     "for_device_state",
     "for_pages",
     "no_changes",
@@ -51,6 +52,10 @@ _OFF = {
 }
 _EVENTS: Mapping[str, tuple[bool, str]] = {
     "events": (True, "QEMU reports the end of the migration at once")
+}
+_GENTLE: Mapping[str, tuple[bool, str]] = {
+    "auto-converge": (False, "it would slow the guest down"),
+    "dirty-limit": (False, "it would slow the guest down"),
 }
 _PLAIN_FAST: Mapping[str, tuple[Value, str]] = {
     "max-bandwidth": (0, "no limit"),
@@ -111,12 +116,14 @@ def for_pages(
     sparse: Sparse,
     pause: bool,
     sample: Sample | None,
+    downtime_limit: int | None = None,
 ) -> Changes:
     """Return the changes for engine ``qemu``, where QEMU writes a mapped-ram file.
 
-    ``direct``: direct I/O is possible; ``sample`` is an estimate of what
-    the guest's memory holds; ``pause``: something is to be done while the guest is paused. Raises
-    NotSupported for a QEMU that cannot write such a file.
+    ``direct``: direct I/O is possible; ``sample`` is an estimate of what the guest's memory holds;
+    ``pause``: something is to be done while the guest is paused; ``downtime_limit``: the guest
+    runs until the rest takes no longer than this many ms. Raises NotSupported for a QEMU that
+    cannot write such a file.
     """
     if not {"mapped-ram", "multifd"} <= guest.capabilities.keys():
         version = ".".join(map(str, guest.version))
@@ -138,6 +145,43 @@ def for_pages(
         ),
         "zero-page-detection": _zero_pages(sparse, sample),
         **_PLAIN_FAST,
+    }
+    if downtime_limit is not None:
+        capabilities |= _GENTLE
+        parameters["downtime-limit"] = (
+            downtime_limit,
+            "the guest is stopped when the rest can be written in so many ms",
+        )
+        parameters["avail-switchover-bandwidth"] = (0, "QEMU goes by the rate that it measures")
+    return _changes(guest, capabilities, parameters)
+
+
+def for_background(guest: GuestInfo, *, sparse: Sparse) -> Changes:
+    """Return the changes for the live method ``background``. Raises NotSupported for a QEMU that
+    cannot write such a file."""
+    if not {"mapped-ram", "background-snapshot"} <= guest.capabilities.keys():
+        raise NotSupported("this QEMU has no background-snapshot, or no mapped-ram")
+    capabilities = {
+        "mapped-ram": (True, "the format of the file"),
+        "background-snapshot": (True, "each page is written before the guest changes it"),
+        **_EVENTS,
+        **_off("multifd", "QEMU refuses it with background-snapshot"),
+        **_off("x-ignore-shared", "the snapshot must contain all memory"),
+        **_off("pause-before-switchover", "QEMU refuses it with background-snapshot"),
+        **_off("auto-converge", "QEMU refuses it with background-snapshot"),
+        **_off("dirty-bitmaps", "QEMU refuses it with background-snapshot"),
+        **_off("validate-uuid", "QEMU refuses it with background-snapshot"),
+        **_off("late-block-activate", "QEMU refuses it with background-snapshot"),
+    }
+    parameters: dict[str, tuple[Value, str]] = {
+        "direct-io": (False, "pages are written one at a time, through the page cache"),
+        "zero-page-detection": (
+            ("none", "every page is written, as requested")
+            if sparse is Sparse.DENSE
+            else ("legacy", "zero pages are not written")
+        ),
+        **_PLAIN_FAST,
+        "max-bandwidth": (0, "no limit: the guest waits for the pages that it changes"),
     }
     return _changes(guest, capabilities, parameters)
 

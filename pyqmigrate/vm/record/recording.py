@@ -135,7 +135,7 @@ class Recording:
         draft = self._draft
         with (
             target.opened_for_reading() as fd,
-            MappedRamSnapshot(StreamFile.open(Descriptors(fd))) as snapshot,
+            MappedRamSnapshot(StreamFile.open(Descriptors(fd)).without_header()) as snapshot,
         ):
             identity = identify(snapshot)
         self._draft = draft._replace(

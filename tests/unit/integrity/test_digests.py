@@ -85,7 +85,7 @@ def test_digests_are_those_of_the_files_bytes(directory: Path, data: st.DataObje
 @pytest.mark.parametrize("position", [0, 100, PIECE - 2, 2 * PIECE])
 def test_what_is_laid_over_is_digested(directory: Path, position: int) -> None:
     content = make(directory / "file", 3 * PIECE, {0: random.Random(0).randbytes(3 * PIECE)})
-    digests = Digests(Algorithm.XXH3_128, overlay=(position, b"QEVM"))
+    digests = Digests(Algorithm.XXH3_128, overlay=[(position, b"QEVM")])
     digests.resize(3 * PIECE)
     patched = content[:position] + b"QEVM" + content[position + 4 :]
     assert read_all(directory / "file", digests) == plain(patched)

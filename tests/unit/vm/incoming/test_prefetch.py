@@ -90,9 +90,9 @@ def test_blocks_that_the_snapshot_has_otherwise_are_left_out(block: BlockSpec) -
 
 
 def test_what_was_recorded_comes_into_the_page_cache_and_nothing_else(cold: int) -> None:
-    report = Prefetch(cold, LAYOUTS, recorded((0, 5000, 3000), (1, 16, 32))).join()
+    report = Prefetch(cold, LAYOUTS, lambda: recorded((0, 5000, 3000), (1, 16, 32))).join()
     wanted = 3000 * PAGE + 32 * 65536
-    assert (report.nbytes, report.reason) == (wanted, None)
+    assert (report.requested, report.reason) == (wanted, None)
     for offset, length in ((MIB + 5000 * PAGE, 3000 * PAGE), (67 * MIB, 2 * MIB)):
         os.pread(cold, length, offset)  # waits for what is under way
     assert wanted <= cached_bytes(cold) <= wanted + 4 * MIB
@@ -100,9 +100,9 @@ def test_what_was_recorded_comes_into_the_page_cache_and_nothing_else(cold: int)
 
 
 def test_the_descriptor_is_borrowed_for_the_call_only(cold: int) -> None:
-    reading = Prefetch(cold, LAYOUTS, recorded((0, 0, 10_000)))
+    reading = Prefetch(cold, LAYOUTS, lambda: recorded((0, 0, 10_000)))
     os.close(cold)
-    assert reading.join().nbytes == 10_000 * PAGE
+    assert reading.join().requested == 10_000 * PAGE
     assert reading.done()
 
 
@@ -115,7 +115,7 @@ def test_a_cancelled_one_asks_for_no_more(cold: int, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(prefetch.os, "posix_fadvise", advise)
     reading = Prefetch.__new__(Prefetch)
-    reading.__init__(cold, LAYOUTS, recorded((0, 0, 16_384)))  # type: ignore[misc]
+    reading.__init__(cold, LAYOUTS, lambda: recorded((0, 0, 16_384)))  # type: ignore[misc]
     report = reading.join()
     assert report.reason == "cancelled"
     assert len(asked) < 16
@@ -123,22 +123,22 @@ def test_a_cancelled_one_asks_for_no_more(cold: int, monkeypatch: pytest.MonkeyP
 
 
 def test_no_more_is_read_than_would_stay_in_memory(cold: int) -> None:
-    report = Prefetch(cold, LAYOUTS, recorded((0, 0, 16_384)), limit=9 * MIB).join()
-    assert report.nbytes == 8 * MIB
+    report = Prefetch(cold, LAYOUTS, lambda: recorded((0, 0, 16_384)), limit=9 * MIB).join()
+    assert report.requested == 8 * MIB
     assert report.reason == "the working set exceeds the limit of 9 MiB"
     os.close(cold)
 
 
 def test_nothing_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = Prefetch(-1, LAYOUTS, recorded((0, 0, 1))).join()
-    assert report.nbytes == 0
+    report = Prefetch(-1, LAYOUTS, lambda: recorded((0, 0, 1))).join()
+    assert report.requested == 0
     assert report.reason is not None
     reader, writer = os.pipe()
-    report = Prefetch(reader, LAYOUTS, recorded((0, 0, 1))).join()
+    report = Prefetch(reader, LAYOUTS, lambda: recorded((0, 0, 1))).join()
     assert report.reason is not None
     assert "Illegal seek" in report.reason
     monkeypatch.setattr(threads.threading.Thread, "start", _refuse)
-    report = Prefetch(reader, LAYOUTS, recorded((0, 0, 1))).join()
+    report = Prefetch(reader, LAYOUTS, lambda: recorded((0, 0, 1))).join()
     assert report.reason is not None
     assert "cannot start a thread" in report.reason
     os.close(reader)

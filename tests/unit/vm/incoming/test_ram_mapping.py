@@ -57,6 +57,7 @@ def test_machine_of_m_alone_gets_a_backend_of_its_blocks_name(
         "share": "off",
         "readonly": "on",
         "rom": "off",
+        "align": str(2 * MIB),
         "offset": str(snapshot.blocks["pc.ram"].pages_offset),
         "prealloc": "off",
         "x-use-canonical-path-for-ramblock-id": "off",

@@ -64,14 +64,7 @@ def planned(block: GuestBlock, engine: str, free: int | None, sparse: Sparse = S
     )
     choice = choose_engine(guest, engine=engine)
     return make_plan(
-        guest,
-        choice,
-        channels=2,
-        direct=True,
-        sparse=sparse,
-        live=False,
-        with_disks=False,
-        free=free,
+        guest, choice, channels=2, direct=True, sparse=sparse, with_disks=False, free=free
     )
 
 

@@ -1,0 +1,64 @@
+"""The options of live saves, for ``vm save`` and ``vm check``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.outgoing.options import VmLiveOptions
+
+__all__ = ["add_live", "live_options"]
+
+
+def add_live(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--live",
+        action="store_true",
+        help="let the guest run during the save, by the method with the shortest pause",
+    )
+    parser.add_argument(
+        "--method",
+        choices=["converge", "background", "precopy", "changed"],
+        default=None,
+        help="save live by this method only",
+    )
+    parser.add_argument(
+        "--max-pause",
+        metavar="MS",
+        type=_milliseconds,
+        default=None,
+        help="with --live or --method: fail rather than pause the guest for longer than this",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="auto|PATH|none",
+        default="none",
+        help="write only what changed since this snapshot, from which the guest was restored "
+        "(auto: find it)",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="with --base: write a whole snapshot that shares unchanged pages with the base",
+    )
+    parser.add_argument(
+        "--keep-digests",
+        action="store_true",
+        help="write digests of the pages into SNAPSHOT.pages, for the next save of this guest",
+    )
+
+
+def live_options(args: argparse.Namespace) -> VmLiveOptions:
+    return {
+        "live": args.live if args.method is None else args.method,
+        "max_pause": args.max_pause,
+        "base": None if args.base == "none" else args.base,
+        "full": args.full,
+        "keep_digests": args.keep_digests,
+    }
+
+
+def _milliseconds(text: str) -> float:
+    """Return them in seconds."""
+    return float(text) / 1000

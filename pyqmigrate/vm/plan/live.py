@@ -1,0 +1,121 @@
+"""Choose how a guest is saved while it runs.
+
+Each method has a module that knows the reasons against it and how long it pauses the guest
+(:mod:`~pyqmigrate.vm.plan.live_converge` and so on). The method with the shortest expected pause is
+tried first; with a promised pause (``max_pause``) only the methods that are expected to keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pyqmigrate.errors import NotSupported
+from pyqmigrate.vm.guest.inspect import GuestInfo
+from pyqmigrate.vm.plan.engine import Engine
+from pyqmigrate.vm.plan.live_background import background_option
+from pyqmigrate.vm.plan.live_changed import changed_option
+from pyqmigrate.vm.plan.live_converge import converge_option
+from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveOption, LiveRequest
+from pyqmigrate.vm.plan.live_precopy import precopy_option
+
+__all__ = ["ENGINES", "LiveChoice", "choose_live", "live_options"]
+
+ENGINES: Mapping[LiveMethod, Engine] = {
+    LiveMethod.CONVERGE: Engine.QEMU,
+    LiveMethod.BACKGROUND: Engine.QEMU,
+    LiveMethod.PRECOPY: Engine.DIRECT,
+    LiveMethod.CHANGED: Engine.DIRECT,
+}
+_OPTIONS: Mapping[LiveMethod, Callable[[GuestInfo, LiveRequest], LiveOption]] = {
+    LiveMethod.CONVERGE: converge_option,
+    LiveMethod.BACKGROUND: background_option,
+    LiveMethod.PRECOPY: precopy_option,
+    LiveMethod.CHANGED: changed_option,
+}
+
+
+@dataclass(frozen=True)
+class LiveChoice:
+    """A live method to try, and a sentence ``why``.
+
+    ``expected_pause`` is in seconds, None if unknown. ``refused`` has the reasons against each
+    method that was considered and is not possible.
+    """
+
+    method: LiveMethod
+    why: str
+    expected_pause: float | None
+    refused: Mapping[LiveMethod, tuple[str, ...]]
+
+    @property
+    def instant(self) -> Instant:
+        """The instant of the save whose state the file holds."""
+        return self.method.instant
+
+    @property
+    def engine(self) -> Engine:
+        return ENGINES[self.method]
+
+
+def live_options(guest: GuestInfo, request: LiveRequest) -> tuple[LiveOption, ...]:
+    """Return what is known of each method that ``request`` allows. Blocks."""
+    return tuple(_OPTIONS[method](guest, request) for method in request.methods)
+
+
+def choose_live(guest: GuestInfo, request: LiveRequest) -> list[LiveChoice]:
+    """Return the methods to try, the shortest expected pause first. Blocks.
+
+    Raises NotSupported, with all reasons, if no method is possible or none is expected to keep
+    ``request.max_pause``.
+    """
+    options = []
+    refused: dict[LiveMethod, tuple[str, ...]] = {}
+    for option in live_options(guest, request):
+        reasons = [*option.reasons, *_against(option, request)]
+        if reasons:
+            refused[option.method] = tuple(reasons)
+        else:
+            options.append(option)
+    if not options:
+        raise NotSupported(
+            "this guest cannot be saved live as requested: "
+            + "; ".join(f"{method}: {', '.join(refused[method])}" for method in refused)
+        )
+    options.sort(key=_pause_of)  # stable: otherwise in the order requested
+    alone = len(request.methods) == 1
+    return [
+        LiveChoice(option.method, _why(option, alone), option.expected_pause, refused)
+        for option in options
+    ]
+
+
+def _against(option: LiveOption, request: LiveRequest) -> list[str]:
+    """Return the reasons of the request against a method."""
+    engine = ENGINES[option.method]
+    if request.engine not in ("auto", engine):
+        return [f"engine {request.engine} was requested, and this is engine {engine}'s"]
+    if request.max_pause is None:
+        return []
+    if option.expected_pause is None:
+        return ["how long it pauses the guest is not known"]
+    if option.expected_pause > request.max_pause:
+        return [
+            f"it pauses the guest for about {option.expected_pause * 1e3:.0f} ms "
+            f"({option.basis}), and {request.max_pause * 1e3:.0f} ms are allowed"
+        ]
+    return []
+
+
+def _pause_of(option: LiveOption) -> float:
+    return float("inf") if option.expected_pause is None else option.expected_pause
+
+
+def _why(option: LiveOption, alone: bool) -> str:
+    if alone:
+        return "it was requested"
+    if option.expected_pause is None:
+        return "no other method is possible"
+    return (
+        f"its expected pause is the shortest: {option.expected_pause * 1e3:.0f} ms ({option.basis})"
+    )
