@@ -2,7 +2,7 @@
 
 A guest that is restored instantly from a file that is not in the page cache waits for the disk at every
 page it touches. Where an earlier restore has recorded what it touches (``SNAPSHOT.workingset``), these
-pages are asked for beforehand, in the order in which they were touched::
+pages are requested in advance, in the order in which they were touched::
 
     prefetch = Prefetch(fd, layouts, recorded)      # a thread begins; nothing here can fail
     ...                                             # QEMU starts, the guest runs
@@ -29,14 +29,14 @@ from pyqmigrate.io.working_set_file import RecordedWorkingSet
 
 __all__ = ["Prefetch", "PrefetchReport", "file_ranges"]
 
-_PIECE = 4 << 20  # bytes asked for at a time: so long a cancelled one goes on
-_MEMORY_SHARE = 0.5  # of the memory that is available: more would push out what was read first
+_PIECE = 4 << 20  # bytes requested at once: a cancelled prefetch finishes its piece
+_MEMORY_SHARE = 0.5  # of the available memory: more would evict the pages that were read first
 
 
 @dataclass(frozen=True)
 class PrefetchReport:
-    """What was asked for: ``nbytes`` of the file in ``seconds``. ``reason`` says why that is not all of
-    the working set; None where it is."""
+    """How much was requested: ``nbytes`` of the file in ``seconds``. ``reason`` is why that is not all
+    of the working set, or None."""
 
     nbytes: int
     seconds: float
