@@ -1,4 +1,4 @@
-"""Page tables and working sets beside a snapshot: where they are, how they are read and written.
+"""Page tables and working sets beside a snapshot: their paths, reading and writing.
 
 :mod:`pyqmigrate.format.snapshot_companion` describes their format.
 """
@@ -66,7 +66,7 @@ def open_companion(path: Path, kind: CompanionKind) -> Iterator[tuple[int, bytes
     """Yield a descriptor of the file and its first bytes, enough for its line; None where there is no
     file. Raises SnapshotError unless it is a regular file without holes, TargetError."""
     try:
-        # O_NONBLOCK: to open a FIFO must not wait for a writer.
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in _ABSENT:
@@ -77,7 +77,7 @@ def open_companion(path: Path, kind: CompanionKind) -> Iterator[tuple[int, bytes
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise kind.fault("not a regular file")
-        # A file of a few bytes can claim any size by a hole.
+        # With a hole, a file of a few bytes can have any size.
         if next_hole(fd, 0, info.st_size) < info.st_size:
             raise kind.fault("unexpected hole")
         yield fd, os.pread(fd, LINE_MAX, 0)

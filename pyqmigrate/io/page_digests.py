@@ -23,7 +23,6 @@ import mmap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from pyqmigrate import _core
@@ -51,13 +50,13 @@ class DigestTable:
     def __init__(self, npages: int) -> None:
         self.npages = npages
         self.nbytes = npages * DIGEST_SIZE
-        # Private: looking at shared anonymous memory already allocates it.
+        # Private: reading shared anonymous memory allocates it.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         try:
             self._memory = mmap.mmap(-1, max(self.nbytes, mmap.PAGESIZE), flags=flags)
         except (OSError, OverflowError) as error:
             raise NotSupported(
-                f"there is not enough memory for the digests of {npages} pages ({error})"
+                f"not enough memory for the digests of {npages} pages ({error})"
             ) from error
         self._buffer = _core.ffi.from_buffer("unsigned char[]", self._memory)
         self.core: Any = self._buffer
@@ -100,12 +99,12 @@ class DigestTable:
             )
 
     def pieces(self) -> Iterator[bytes]:
-        """The entries in order, a MiB at a time."""
+        """Yield the entries in order, a MiB at a time."""
         for start in range(0, self.nbytes, _PIECE):
             yield self._memory[start : min(start + _PIECE, self.nbytes)]
 
     def put(self, offset: int, entries: Data) -> None:
-        """Put entries that were kept at byte ``offset`` of the table. UsageError outside of it."""
+        """Store entries at byte ``offset`` of the table. UsageError outside of it."""
         if not 0 <= offset <= self.nbytes - len(entries):
             raise UsageError(f"a table of {self.nbytes} bytes has no room at {offset}")
         self._memory[offset : offset + len(entries)] = entries
@@ -119,7 +118,7 @@ class DigestTable:
 
 @dataclass(frozen=True)
 class DigestReport:
-    """What a pass over memory found. ``pages`` were looked at, ``zero_pages`` of them are zero, and
+    """The result of a pass over memory. ``pages`` were examined, ``zero_pages`` of them are zero, and
     ``changed_pages`` differ from the table (all of them when digests were only taken)."""
 
     pages: int
@@ -166,7 +165,7 @@ class PageDigests:
     def start_compute(
         self, *, selection: Mapping[str, Bitmap] | None = None, channels: int = 4
     ) -> Job[DigestReport]:
-        """Begin to enter the digests of all pages, or of those whose bits ``selection`` has set.
+        """Start to enter the digests of all pages, or of those whose bits ``selection`` has set.
 
         Blocks that ``selection`` does not name are left out. The job's result raises
         GuestMemoryError when memory goes away, and Cancelled.
@@ -181,7 +180,7 @@ class PageDigests:
         selection: Mapping[str, Bitmap] | None = None,
         channels: int = 4,
     ) -> Job[DigestReport]:
-        """Begin to set, in ``changed``, the bits of pages that differ from their digests.
+        """Start to set, in ``changed``, the bits of pages that differ from their digests.
 
         There must be a bitmap for each block that is looked at; bits that are set stay so.
         ``update``: the tables get the new digests. ``selection`` and what the result raises are as
@@ -277,7 +276,7 @@ class PageDigests:
                     yield item
 
     def close(self) -> None:
-        """Let go of the memory; the tables stay as they are, and the caller's. Idempotent."""
+        """Release the memory; the tables belong to the caller and stay. Idempotent."""
         for memory in self._memories:
             memory.close()
         self._memories = []
@@ -285,10 +284,5 @@ class PageDigests:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -28,15 +28,15 @@ from pyqmigrate.vm.guest.changed_pages import RestoredRam
 
 __all__ = ["Recording", "record_working_set"]
 
-_INTERVAL = 0.01  # seconds between two looks, at first
-_SHARE = 0.05  # of one processor that looking takes at most
-_JOINED = 4  # pages: shorter gaps are read along
+_INTERVAL = 0.01  # seconds between two polls, at least
+_SHARE = 0.05  # of one processor, at most, for polling
+_JOINED = 4  # pages: shorter gaps become part of a run
 _RUN_MAX = (1 << 32) - 1  # pages
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What was seen. ``looks`` is how often, ``seconds`` for how long. ``complete`` is False where the
+    """The result of a recording: ``looks`` polls in ``seconds``. ``complete`` is False if the
     guest ended, or touched more than a working set can list."""
 
     working_set: WorkingSet
@@ -96,7 +96,7 @@ def record_working_set(
 
 
 def _join(block: int, runs: Iterator[tuple[int, int]]) -> Iterator[TouchedRun]:
-    """The runs of one look, in order, those joined that have a short gap between them."""
+    """Yield the runs of one poll, in order; runs with a short gap between them are joined."""
     first, end = 0, 0
     for start, npages in runs:
         if end and start - end <= _JOINED and start + npages - first <= _RUN_MAX:
