@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -145,7 +145,7 @@ class _Save:
             except (LiveSaveAbandoned, NotSupported, DeviceStateRefused) as error:
                 left = getattr(error, "__notes__", ())  # on a guest that was not restored
                 if left or choice is choices[-1]:
-                    for note in self.notes:
+                    for note in (*self.notes, *_not_tried(choice)):
                         error.add_note(f"({note}) ")
                     raise
                 self.notes.append(f"the live method {choice.method} was abandoned: {error}")
@@ -422,6 +422,12 @@ class _Save:
         except OSError:
             return f"process {pid} has ended"
         return f"process {pid} is a zombie" if state == "Z" else f"process {pid} still exists"
+
+
+def _not_tried(choice: LiveChoice) -> Iterator[str]:
+    """Yield why each other live method was not tried."""
+    for method, reasons in choice.refused.items():
+        yield f"live method {method} was not tried: {', '.join(reasons)}"
 
 
 def _verify(output: OutputFile, guest: GuestInfo) -> None:
