@@ -136,6 +136,7 @@ def _data(snapshot: Snapshot, origin: Provenance) -> dict[str, Any]:
         "total_ram": stream.total_ram,
         "complete": stream.complete,
         "opaque_tail": stream.opaque_tail,
+        "background": stream.background,
         "bitmap_order": snapshot.bitmap_order,
         "libvirt": _libvirt(snapshot.libvirt),
         "written_by": {

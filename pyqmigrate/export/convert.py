@@ -461,7 +461,7 @@ def _carried(
     others = [s for s in stream.sections if not _is_ram(s)]
     if len(stream.sections) > PARTS_LISTED and any(s.kind is SectionKind.PART for s in others):
         raise NotSupported("too many sections of live devices to convert")
-    start, end = ours[0], ours[-1]
+    start = ours[0]
     if start.section_id != _RAM_ID and any(s.section_id == _RAM_ID for s in others):
         raise NotSupported(f"another section than RAM's has the id {_RAM_ID}")
     own = stream.description_offset
@@ -470,9 +470,11 @@ def _carried(
     return _Carried(
         before=_before(source, stream.sections),
         middle=tuple(
-            (s.offset, s.offset + s.length) for s in others if start.offset < s.offset < end.offset
+            (s.offset, s.offset + s.length)
+            for s in others
+            if start.offset < s.offset < stream.ram_end
         ),
-        after=(end.offset + end.length, stream.end if own is None else own),
+        after=(stream.after_ram, stream.end if own is None else own),
         description=description,
     )
 

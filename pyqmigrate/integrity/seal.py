@@ -308,6 +308,11 @@ class _Sealing:
             order = snapshot.bitmap_order
             if order is None:
                 return 0, snapshot.offset, None, None
+            if snapshot.stream.background:
+                raise NotSupported(
+                    "a background snapshot without bitmaps cannot be sealed: convert it to "
+                    "mapped-ram first"
+                )
             channels = self.channels.sibling("pyqmigrate-stale")
             stale = find_stale(snapshot, channels)
             if stale:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import pyqmigrate._core as _core
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
-from pyqmigrate.io.holes import next_data
+from pyqmigrate.io.holes import next_data, next_hole
 from pyqmigrate.io.mapping import unmap
 
 __all__ = ["Bitmap"]
@@ -205,6 +205,34 @@ class Bitmap:
             bitmap.close()
             raise
         return bitmap
+
+    @classmethod
+    def of_extents(cls, fd: int, layout: BlockLayout) -> Bitmap:
+        """Return a bitmap of the pages that the regular file ``fd`` has any data for.
+
+        The others lie in holes of the file, and read as zeros. Moves the position of ``fd``.
+        """
+        bitmap = cls(layout.num_pages)
+        start, end, page_size = layout.pages_offset, layout.pages_end, layout.page_size
+        position = next_data(fd, start, end)
+        while position < end:
+            hole = next_hole(fd, position, end)
+            bitmap._set((position - start) // page_size, -(-(hole - start) // page_size))
+            position = next_data(fd, hole, end)
+        if sys.byteorder != "little":
+            bitmap._swap()
+        return bitmap
+
+    def _set(self, first: int, end: int) -> None:
+        """Set the bits ``[first, end)``, as bytes of little-endian words."""
+        first_byte, last_byte = first // 8, (end - 1) // 8
+        first_mask, last_mask = 0xFF << first % 8 & 0xFF, 0xFF >> 7 - (end - 1) % 8
+        if first_byte == last_byte:
+            self._memory[first_byte] |= first_mask & last_mask
+            return
+        self._memory[first_byte] |= first_mask
+        self._memory[first_byte + 1 : last_byte] = b"\xff" * (last_byte - first_byte - 1)
+        self._memory[last_byte] |= last_mask
 
     def _read(self, source: _Readable, layout: BlockLayout) -> None:
         needed = layout.bitmap_offset + (self.npages + 7) // 8  # writers of 32-bit words end there

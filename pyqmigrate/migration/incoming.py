@@ -194,6 +194,11 @@ class _IncomingFile:
             raise SnapshotError(
                 "Capability mapped-ram is on, but received capability is off"
             ) from error
+        if stream.background:
+            raise SnapshotError(
+                "no RAM END section: a background snapshot, whose bitmaps were never written; "
+                "convert it to mapped-ram first"
+            )
         self._check_settings(stream)
         return self._load_mapped(stream, memories)
 

@@ -8,6 +8,7 @@ with open_snapshot("/snap/guest.mapped") as snapshot:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
@@ -67,14 +68,29 @@ class MappedRamBlock(Block):
     def bitmap(self) -> Bitmap:
         """Which pages have data; read and checked on first use.
 
-        Raises SnapshotError for bits past the end of the block or of the file.
+        In a background snapshot of QEMU's, which has no bitmaps, those that are not in a hole of the
+        file. Raises SnapshotError for bits past the end of the block or of the file.
         """
         with self._snapshot._lock:
             if self._bitmap is None:
-                self._bitmap = Bitmap.read_from(
-                    self._snapshot.source, self.layout, self._snapshot.bitmap_order
-                )
+                self._bitmap = self._read_bitmap()
             return self._bitmap
+
+    def _read_bitmap(self) -> Bitmap:
+        source = self._snapshot.source
+        bitmap = Bitmap.read_from(source, self.layout, self._snapshot.bitmap_order)
+        if not self._snapshot.stream.background or self.external:
+            return bitmap
+        with contextlib.closing(bitmap):
+            if bitmap.last() >= 0:
+                raise SnapshotError(
+                    "a file without RAM END is complete only as a background snapshot, whose bitmaps"
+                    " are empty; this one is not",
+                    offset=self.bitmap_offset,
+                    block=self.name,
+                    field="bitmap",
+                )
+        return Bitmap.of_extents(source.fd, self.layout)
 
     @property
     def data_pages(self) -> int:
@@ -111,6 +127,10 @@ class MappedRamSnapshot(Snapshot):
     record. By default it is ``little``, unless the guest suggests a big-endian host (an s390 guest)
     and the file confirms it (:mod:`pyqmigrate.io.bitmap_order`).
 
+    ``stream.background``: QEMU wrote it as a background snapshot, in the mode in which it leaves out
+    the bitmaps and RAM's END. All of this class works on such a file, as long as it is a regular
+    one, but QEMU would load it as zeros: convert it to mapped-ram first.
+
     Opening parses and checks everything except the bitmaps and the pages. Raises SnapshotError for
     a file that is not a complete snapshot, NotSupported for a well-formed stream of another kind.
     """
@@ -129,6 +149,11 @@ class MappedRamSnapshot(Snapshot):
                     "read front to back: put it into a file, decompressed"
                 )
             self._stream = parse(self.source, self.offset, stream_file.start)
+            if self._stream.background and self.source.is_device:
+                raise NotSupported(
+                    "a background snapshot without bitmaps on a block device: which of its pages are"
+                    " zeros is only known of a regular file, by its holes"
+                )
         except BaseException:
             self.close()
             raise

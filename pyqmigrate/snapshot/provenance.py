@@ -84,6 +84,11 @@ def _obstacles(snapshot: Snapshot) -> tuple[str, ...]:
     except SnapshotError as error:
         if stream.complete:
             found.append(str(error))
+    if MAPPED_RAM in stream.capabilities and stream.background:
+        found.append(
+            "a background snapshot without bitmaps, which QEMU would load as zeros: convert it to "
+            "mapped-ram first"
+        )
     return tuple(found)
 
 
@@ -94,8 +99,10 @@ def _remarks(snapshot: Snapshot) -> tuple[str, ...]:
         found.append("QEMU needs the capability mapped-ram on, from 9.0")
         if IGNORE_SHARED in stream.capabilities:
             found.append("QEMU before 11.0 cannot load mapped-ram together with x-ignore-shared")
+    elif stream.background:
+        found.append("a background snapshot: it holds the instant at which the save began")
     order = snapshot.bitmap_order
-    if order is not None:
+    if order is not None and not stream.background:
         better = better_order(snapshot.source, snapshot.layouts, order)
         if better is not None:
             found.append(says_better(better))

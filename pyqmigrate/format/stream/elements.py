@@ -49,6 +49,8 @@ class ElementReader:
 
     read_ram: reads the body of a RAM section, up to its footer; it is given whether the section
         is START and the offset of its element.
+    ram_left_open: called with the offset of the first device section if RAM's PARTs have no END
+        before it, as in a background snapshot; before the body of that section is read.
 
     ``unfinished`` is the reader's error if the stream ends, or cannot be skipped any further,
     before RAM is complete; the owner sets it to None then, or at once if there is no RAM.
@@ -63,6 +65,7 @@ class ElementReader:
         cursor: Cursor,
         read_ram: Callable[[bool, int], None],
         *,
+        ram_left_open: Callable[[int], None] | None = None,
         unfinished: str | None = None,
     ) -> None:
         self.cursor = cursor
@@ -71,6 +74,8 @@ class ElementReader:
         self.unfinished = unfinished
         self._source = source
         self._read_ram = read_ram
+        self._ram_left_open = ram_left_open
+        self._ram_is_open = False  # the last RAM section was a PART
         self._live: dict[int, Section] = {}  # START sections without their END, by section id
         self._description: Description | None = None
         self._lengths: dict[tuple[str, int], int] = {}
@@ -183,6 +188,9 @@ class ElementReader:
                     field="section id",
                 )
             name, instance, version = start.name, start.instance_id, start.version_id
+        if kind is SectionKind.FULL and self._ram_is_open and self._ram_left_open is not None:
+            self._ram_is_open = False
+            self._ram_left_open(offset)
         body = cursor.position
         read_body = live_sections.body_reader(name, version)
         if kind is not SectionKind.FULL and name == RAM_NAME:
@@ -194,6 +202,7 @@ class ElementReader:
                     field="version",
                 )
             self._read_ram(kind is SectionKind.START, offset)
+            self._ram_is_open = kind is SectionKind.PART
         elif kind is not SectionKind.FULL and read_body is not None:
             read_body(cursor, kind is SectionKind.START, self._chunks)
         elif not self._skip_body(kind, section_id, name, instance):

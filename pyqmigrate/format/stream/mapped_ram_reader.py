@@ -32,11 +32,6 @@ def parse(source: ByteSource, offset: int = 0, start: StreamStart | None = None)
 
 
 class _MappedRamStreamReader(StreamReader):
-    unfinished = (
-        f"{StreamReader.unfinished}, or it was a background snapshot, whose bitmaps are never"
-        " written"
-    )
-
     def stream(self, start: StreamStart | None) -> Stream:
         self._blocks: tuple[BlockLayout, ...] = ()
         self.read_head(start)
@@ -57,6 +52,7 @@ class _MappedRamStreamReader(StreamReader):
             end=description.end if description else self._cursor.size if opaque else elements_end,
             complete=not opaque or description is not None,
             opaque_tail=opaque,
+            background=self.background,
         )
 
     def _check_form(self) -> None:

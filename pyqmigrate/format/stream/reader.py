@@ -29,6 +29,10 @@ class StreamReader(abc.ABC):
 
     A source of unknown size has ``run_out``, which fetches the rest of it and returns its size.
     Such a stream's description, at its end, is read after RAM's END.
+
+    QEMU writes no END of RAM in a background snapshot: there RAM ends before the first device
+    section that follows a PART, and ``background`` is set. Only the end of the stream shows that
+    such a save finished, so it must be found.
     """
 
     unfinished = _UNFINISHED  # the error for a stream without RAM END
@@ -41,8 +45,13 @@ class StreamReader(abc.ABC):
         self._offset = offset
         self._cursor = Cursor(source, offset)
         self._elements = ElementReader(
-            source, self._cursor, self._read_ram, unfinished=self.unfinished
+            source,
+            self._cursor,
+            self._read_ram,
+            ram_left_open=self._leave_ram_open,
+            unfinished=self.unfinished,
         )
+        self.background = False
         self._total = 0
         self._ram_start: Section | None = None
         self._ram_end: int | None = None
@@ -66,14 +75,21 @@ class StreamReader(abc.ABC):
     def read_rest(self) -> tuple[int, int]:
         """Read the rest of the elements, and the description.
 
-        Return the offset of RAM END, and that of the end of the elements.
+        Return the offset of RAM END, or of the first device section of a background snapshot, and
+        that of the end of the elements.
         """
         for section in self._elements:
             if section.kind is SectionKind.END and section.name == RAM_NAME:
-                self._end_ram(section)
+                if self.background:
+                    raise SnapshotError("RAM END after device sections", offset=section.offset)
+                self._end_ram(section.offset)
         end = self._cursor.position
         if self._ram_end is None:
             raise SnapshotError(self.unfinished, offset=end)
+        if self.background and self._elements.opaque and self._elements.description is None:
+            raise SnapshotError(
+                "a background snapshot whose end is missing: the save did not finish", offset=end
+            )
         if not self._elements.opaque:
             self._read_description()
         return self._ram_end, end
@@ -90,8 +106,12 @@ class StreamReader(abc.ABC):
     def _read_pages(self) -> None:
         """Read the body of RAM's PART or END, up to its footer."""
 
-    def _end_ram(self, section: Section) -> None:
-        self._ram_end = section.offset
+    def _leave_ram_open(self, offset: int) -> None:
+        self.background = True
+        self._end_ram(offset)
+
+    def _end_ram(self, offset: int) -> None:
+        self._ram_end = offset
         self._elements.unfinished = None
         if self._run_out is not None:
             self._cursor.size = self._run_out()

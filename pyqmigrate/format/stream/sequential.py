@@ -30,7 +30,7 @@ from pyqmigrate.format.cursor import ByteSource
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED, MAPPED_RAM, Configuration
 from pyqmigrate.format.stream.mapped_ram import BLOCKS_MAX, OFFSET_MAX, PAGE_SIZES, BlockSpec
 from pyqmigrate.format.stream.reader import StreamReader
-from pyqmigrate.format.stream.wire import Section
+from pyqmigrate.format.stream.wire import Section, after_ram
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_front
 
 __all__ = [
@@ -80,6 +80,12 @@ class SequentialStream:
     end: int
     complete: bool
     opaque_tail: bool
+    background: bool = False
+
+    @property
+    def after_ram(self) -> int:
+        """The offset of the first element after RAM."""
+        return after_ram(self.sections, self.ram_end, self.background)
 
     @property
     def ignore_shared(self) -> bool:
@@ -133,8 +139,6 @@ class SequentialStreamReader(StreamReader):
     ``blocks`` and ``page_size`` are known after ``read_head``. Raises the errors of
     :func:`pyqmigrate.format.stream.writer.parse`, and those of ``read_records``.
     """
-
-    unfinished = "no RAM END section: the save did not finish, or it was a background snapshot"
 
     def __init__(
         self,
@@ -191,6 +195,7 @@ class SequentialStreamReader(StreamReader):
             end=description.end if description else end,
             complete=not opaque or description is not None,
             opaque_tail=opaque,
+            background=self.background,
         )
 
     def _check_form(self) -> None:

@@ -28,12 +28,13 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
 
-__all__ = ["MAGIC", "Section", "SectionKind", "Stream"]
+__all__ = ["MAGIC", "Section", "SectionKind", "Stream", "after_ram"]
 
 MAGIC = b"QEVM"
 VERSION = 3
@@ -110,8 +111,10 @@ class Stream:
     - ``sections``: in the order of the stream, as far as it could be read. After the first 65536,
       PARTs are left out: a live save can have millions.
     - ``description``: the parsed JSON, or None; ``description_offset`` that of its type byte.
-    - ``ram_end``: the offset of RAM's END element. A stream without one is refused, since QEMU
-      writes the bitmaps just before it.
+    - ``ram_end``: the offset of RAM's END element, or of the first device section of a background
+      snapshot.
+    - ``background``: QEMU wrote it with ``background-snapshot`` and no other program has completed
+      it: it has no END of RAM, and its bitmaps were never written.
     - ``end``: the offset after the stream; the file's size if the end was not found.
     - ``opaque_tail``: the device state could not be read to its end (it is cut off, or does not fit
       its description); ``sections`` ends before it.
@@ -134,3 +137,17 @@ class Stream:
     complete: bool
     opaque_tail: bool
     mapped_ram: bool = True
+    background: bool = False
+
+    @property
+    def after_ram(self) -> int:
+        """The offset of the first element after RAM."""
+        return after_ram(self.sections, self.ram_end, self.background)
+
+
+def after_ram(sections: Sequence[Section], ram_end: int, background: bool) -> int:
+    """Return the offset after RAM END, which is at ``ram_end``; a background snapshot has none."""
+    if background:
+        return ram_end
+    end = next(section for section in sections if section.offset == ram_end)
+    return end.offset + end.length

@@ -137,7 +137,7 @@ def read_migrated(source: Target, *, elsewhere: Collection[str] = ()) -> DeviceS
 
 
 def sections_of(source: Source, stream: Stream | SequentialStream) -> bytes:
-    """Return what is between RAM's END and the end-of-stream byte, if only device sections are.
+    """Return what is between RAM and the end-of-stream byte, if only device sections are.
 
     Raises SnapshotError if the end of the stream is missing, NotSupported for other sections.
     """
@@ -153,9 +153,7 @@ def sections_of(source: Source, stream: Stream | SequentialStream) -> bytes:
         if section.kind is SectionKind.FULL and section.offset < stream.ram_end:
             raise NotSupported(f"{section.name!r} has state that must come before RAM")
     end = stream.end if stream.description_offset is None else stream.description_offset
-    ram_end = next(s for s in stream.sections if s.offset == stream.ram_end)
-    first = ram_end.offset + ram_end.length
-    return _read(source, first, end - 1)
+    return _read(source, stream.after_ram, end - 1)
 
 
 def _description_of(source: Source, stream: SequentialStream) -> bytes | None:

@@ -56,6 +56,11 @@ class RestoreSource:
         self.snapshot = MappedRamSnapshot(stream_file)
         try:
             self.snapshot.verify()
+            if self.snapshot.stream.background:
+                raise NotSupported(
+                    "QEMU wrote this background snapshot without bitmaps, and would load zeros: "
+                    "convert it to mapped-ram first (pyqmigrate convert --to mapped-ram)"
+                )
             if self.snapshot.bitmap_order != sys.byteorder:
                 raise NotSupported(
                     f"a {self.snapshot.bitmap_order}-endian host wrote this file, and QEMU reads "

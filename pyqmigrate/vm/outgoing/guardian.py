@@ -103,6 +103,8 @@ class Step(StrEnum):
     """The guest was stopped."""
     MIGRATING = "migrating"
     """A migration was started and may be active."""
+    BACKGROUND = "background"
+    """That migration is a background snapshot. The guest waits for it, so it is not slowed down."""
     MIGRATED = "migrated"
     """The migration has ended; if it completed, it left the guest in ``postmigrate``."""
 
@@ -132,7 +134,7 @@ def rollback_steps(
     errors: list[str] = []
     steps = set(journal["steps"])
     if Step.MIGRATING in steps:
-        yield from _end_migration(errors)
+        yield from _end_migration(errors, slow_down=Step.BACKGROUND not in steps)
     elif Step.MIGRATED in steps:
         yield from _wait_for_run_state()
     if journal["resume"] if resume is None else resume:
@@ -252,14 +254,14 @@ def _publish_record(journal: dict[str, Any]) -> None:
             os.close(directory)
 
 
-def _end_migration(errors: list[str]) -> Generator[Command, Any, None]:
+def _end_migration(errors: list[str], *, slow_down: bool) -> Generator[Command, Any, None]:
     """Cancel the migration, or wait for its end, and for the run state that follows.
 
     QEMU 10.0.2 may crash when a cancel meets channels that are being set up or have pages left to
     send: it frees their bitmaps first. So the migration is slowed down until the channels are idle.
-    What cannot be slowed down is left to complete.
+    What cannot be slowed down is left to complete. ``slow_down`` is False if there are no channels.
     """
-    slowed = cancelled = False
+    slowed, cancelled = not slow_down, False
     while (info := (yield "query-migrate", None)).get("status") in _UNDER_WAY:
         status = info["status"]
         if status == "active" and not slowed:

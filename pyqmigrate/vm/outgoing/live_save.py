@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyqmigrate.io.output import OutputFile
@@ -24,7 +25,8 @@ class LiveSave:
     ``transaction`` applies ``plan.changes`` and rolls everything back. ``engine.way`` is how a
     method of engine ``direct`` gets the device state. ``resume``: the guest shall run afterwards.
     ``while_paused`` takes the disks: call it at the instant that the file holds, while the guest is
-    stopped. ``request.max_pause`` is the promised pause in seconds, or None; a method that cannot
+    stopped. ``see_disks`` notes the state of the disks for the record; it is called when the guest is
+    resumed, and blocks. ``request.max_pause`` is the promised pause in seconds, or None; a method that cannot
     keep it raises :class:`~pyqmigrate.errors.LiveSaveAbandoned`. ``request.base`` is None, "auto" or
     an absolute path.
     """
@@ -39,3 +41,4 @@ class LiveSave:
     options: SaveOptions
     resume: bool
     while_paused: WhilePaused | None
+    see_disks: Callable[[], None]

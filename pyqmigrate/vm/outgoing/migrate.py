@@ -18,7 +18,7 @@ from pyqmigrate.vm.cancellation import check_cancelled
 from pyqmigrate.vm.outgoing.options import ProgressCallback
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 
-__all__ = ["WhilePaused", "Written", "migrate"]
+__all__ = ["ENDED", "WhilePaused", "Written", "finish_migration", "migrate"]
 
 WhilePaused: TypeAlias = Callable[[], Awaitable[object]]
 """Called while the guest is stopped and QEMU still owns its disks."""
@@ -27,7 +27,7 @@ _Watch: TypeAlias = Callable[[dict[str, Any]], Awaitable[object]]
 _FIRST_POLL, _LAST_POLL = 0.001, 0.02  # seconds between two queries, without an event
 _STATE_POLL = 0.001  # seconds
 _REPORT_EVERY = 0.1  # seconds
-_ENDED = {Status.COMPLETED, Status.FAILED, Status.CANCELLED}
+ENDED = {Status.COMPLETED, Status.FAILED, Status.CANCELLED}
 _STOPPING = {"finish-migrate", "save-vm"}
 
 
@@ -75,6 +75,21 @@ async def migrate(
             await while_paused()
             state = Status.PRE_SWITCHOVER.value
             await transaction.monitor.execute("migrate-continue", {"state": state})
+    return await finish_migration(transaction, started, progress=progress, watch=watch)
+
+
+async def finish_migration(
+    transaction: SaveTransaction,
+    started: float | None = None,
+    *,
+    progress: ProgressCallback | None = None,
+    watch: _Watch | None = None,
+) -> dict[str, Any]:
+    """Wait for the end of a migration; return and raise as :func:`migrate` does.
+
+    ``started``: when it began, of time.monotonic(); by default now.
+    """
+    started = time.monotonic() if started is None else started
     info = await _wait(transaction, started, progress, watch)
     transaction.migration_ended()
     if info["status"] == Status.CANCELLED:
@@ -102,7 +117,7 @@ async def _wait(
     while True:
         info: dict[str, Any] = await transaction.monitor.execute("query-migrate")
         check_cancelled()
-        if info.get("status") in (until, *_ENDED):
+        if info.get("status") in (until, *ENDED):
             return info
         now = time.monotonic()
         if progress is not None and now - reported >= _REPORT_EVERY and "ram" in info:

@@ -34,6 +34,7 @@ from pyqmigrate.format.digest import digester
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.integrity.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.integrity.seal import start_seal
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.stream_file import StreamFile
@@ -185,7 +186,7 @@ class _Save:
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
             opening = transaction.open_output(
-                self.options.direct_io, in_use=in_use, beside=[recording.path]
+                self._direct_io, in_use=in_use, beside=[recording.path]
             )
             async with transaction, opening as output:
                 plan = await shielded(asyncio.to_thread(self._plan, output))
@@ -254,6 +255,12 @@ class _Save:
         )
 
     @property
+    def _direct_io(self) -> DirectIO:
+        """Whether to try direct I/O: a background snapshot is written through the page cache."""
+        background = self.live is not None and self.live.method is LiveMethod.BACKGROUND
+        return DirectIO.OFF if background else self.options.direct_io
+
+    @property
     def _resumes(self) -> bool:
         """Whether the guest shall run after the save."""
         if self.options.then is None:
@@ -297,6 +304,7 @@ class _Save:
                     options=options,
                     resume=self._resumes,
                     while_paused=while_paused,
+                    see_disks=self.recording.see_disks,
                 )
             )
         if self.choice.way is None:

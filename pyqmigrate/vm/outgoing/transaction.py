@@ -195,19 +195,27 @@ class SaveTransaction:
         self._journal_steps(Step.STOPPED)
         await self.monitor.execute("stop")
 
-    async def migrate(self, path: str) -> None:
-        """Start to migrate to the file ``path``. Raises QemuRefused if QEMU refuses, as it does
-        when another client's migration is active."""
-        self._journal_steps(Step.SETTINGS, Step.MIGRATING)
+    async def migrate(self, path: str, *, background: bool = False) -> None:
+        """Start to migrate to the file ``path``; ``background``: as a background snapshot. Raises
+        QemuRefused if QEMU refuses, as it does when another client's migration is active."""
+        kind = (Step.BACKGROUND,) if background else ()
+        self._journal_steps(Step.SETTINGS, Step.MIGRATING, *kind)
         try:
             await self.monitor.execute("migrate", {"uri": f"file:{path}"})
         except QemuRefused:
-            self._journal_steps(undone=(Step.MIGRATING,))
+            self._journal_steps(undone=(Step.MIGRATING, Step.BACKGROUND))
             raise
 
     def migration_ended(self) -> None:
         """Note that the migration has ended, successfully or not."""
         self._journal_steps(Step.MIGRATED, undone=(Step.MIGRATING,))
+
+    async def went_on(self) -> None:
+        """Note that the guest was resumed since ``events.stands()``: if another client has stopped it
+        again, it stays stopped."""
+        running = (await self.monitor.execute("query-status"))["running"]
+        if running or self.events.resumed():
+            self._journal_steps(undone=(Step.STOPPED, Step.MIGRATED))
 
     async def check_still_stopped(self) -> None:
         """Raise QemuError if another client has resumed the guest since ``events.stands()``."""

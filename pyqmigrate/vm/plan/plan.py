@@ -89,7 +89,8 @@ def make_plan(
     second per 10 GiB. Raises NotSupported for a QEMU that cannot save like this, GuestMemoryError
     if the memory can no longer be read.
     """
-    sample = sample_memory(guest) if choice.engine is Engine.QEMU else None
+    by_channels = choice.engine is Engine.QEMU and live is not LiveMethod.BACKGROUND
+    sample = sample_memory(guest) if by_channels else None
     page_size = 1 << (guest.target_page_bits or _LEAST_PAGE_BITS)
     unseen = sum(block.length for block in guest.blocks if block.memory is None)
 
@@ -153,7 +154,7 @@ def _changes(
     if choice.way is DeviceStateMethod.IGNORE_SHARED:
         return for_device_state(guest, pause=pause)
     if live is LiveMethod.BACKGROUND:
-        return for_background(guest)
+        return for_background(guest, sparse=sparse)
     return for_pages(
         guest,
         channels=channels,

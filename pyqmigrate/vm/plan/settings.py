@@ -156,9 +156,34 @@ def for_pages(
     return _changes(guest, capabilities, parameters)
 
 
-def for_background(guest: GuestInfo) -> Changes:
-    """Return the changes for the live method ``background``."""
-    raise NotSupported("the live method background is not available")
+def for_background(guest: GuestInfo, *, sparse: Sparse) -> Changes:
+    """Return the changes for the live method ``background``. Raises NotSupported for a QEMU that
+    cannot write such a file."""
+    if not {"mapped-ram", "background-snapshot"} <= guest.capabilities.keys():
+        raise NotSupported("this QEMU has no background-snapshot, or no mapped-ram")
+    capabilities = {
+        "mapped-ram": (True, "the format of the file"),
+        "background-snapshot": (True, "each page is written before the guest changes it"),
+        **_EVENTS,
+        **_off("multifd", "QEMU refuses it with background-snapshot"),
+        **_off("x-ignore-shared", "the snapshot must contain all memory"),
+        **_off("pause-before-switchover", "QEMU refuses it with background-snapshot"),
+        **_off("auto-converge", "QEMU refuses it with background-snapshot"),
+        **_off("dirty-bitmaps", "QEMU refuses it with background-snapshot"),
+        **_off("validate-uuid", "QEMU refuses it with background-snapshot"),
+        **_off("late-block-activate", "QEMU refuses it with background-snapshot"),
+    }
+    parameters: dict[str, tuple[Value, str]] = {
+        "direct-io": (False, "pages are written one at a time, through the page cache"),
+        "zero-page-detection": (
+            ("none", "every page is written, as requested")
+            if sparse is Sparse.DENSE
+            else ("legacy", "zero pages are not written")
+        ),
+        **_PLAIN_FAST,
+        "max-bandwidth": (0, "no limit: the guest waits for the pages that it changes"),
+    }
+    return _changes(guest, capabilities, parameters)
 
 
 def for_device_state(guest: GuestInfo, *, pause: bool) -> Changes:

@@ -94,8 +94,8 @@ def test_sequential_stream_is_not_supported(capabilities: tuple[str, ...]) -> No
         parse(Raw(capabilities=capabilities, subsections=None if capabilities else b"").file())
 
 
-def test_background_snapshot_is_refused() -> None:
-    assert "background snapshot" in str(refusal(Raw(ram_end=b"").file()))
+def test_stream_without_ram_end_is_refused() -> None:
+    assert "did not finish" in str(refusal(Raw(ram_end=b"").file()))
 
 
 def test_file_that_stops_after_the_head_is_refused() -> None:

@@ -11,7 +11,7 @@ from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.live_converge import downtime_limit
 from pyqmigrate.vm.plan.sampling import Sample
-from pyqmigrate.vm.plan.settings import Changes, for_device_state, for_pages
+from pyqmigrate.vm.plan.settings import Changes, for_background, for_device_state, for_pages
 
 GIB = 1 << 30
 CAPABILITIES = dict.fromkeys(
@@ -104,6 +104,31 @@ def test_every_change_knows_what_was_before_and_why() -> None:
     for name, change in {**changes.capabilities, **changes.parameters}.items():
         assert change.before == {**CAPABILITIES, **PARAMETERS}[name] != change.after
         assert change.why
+
+
+def test_background_snapshot_switches_off_what_qemu_refuses_with_it() -> None:
+    refused = (
+        "multifd",
+        "return-path",
+        "xbzrle",
+        "release-ram",
+        "dirty-bitmaps",
+        "x-ignore-shared",
+    )
+    found = guest(
+        dict.fromkeys((*refused, "background-snapshot"), True) | {"background-snapshot": False}
+    )
+    changes = for_background(found, sparse=Sparse.AUTO)
+    after = {name: change.after for name, change in changes.capabilities.items()}
+    assert after == dict.fromkeys(refused, False) | {
+        "mapped-ram": True,
+        "background-snapshot": True,
+        "events": True,
+    }
+    assert changes.parameters["max-bandwidth"].after == 0
+    assert changes.parameters["zero-page-detection"].after == "legacy"
+    with pytest.raises(NotSupported):
+        for_background(guest(), sparse=Sparse.AUTO)
 
 
 def test_long_zero_runs_are_left_out_in_order() -> None:
