@@ -48,7 +48,8 @@ from pyqmigrate.vm.guest.run_state import what_stopped
 from pyqmigrate.vm.outgoing.background import save_background
 from pyqmigrate.vm.outgoing.changed import save_changed
 from pyqmigrate.vm.outgoing.converge import save_converge
-from pyqmigrate.vm.outgoing.direct import DeviceStateRefused, save_direct
+from pyqmigrate.vm.outgoing.device_state import DeviceStateRefused
+from pyqmigrate.vm.outgoing.direct import save_direct
 from pyqmigrate.vm.outgoing.disk_snapshots import stranded
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
