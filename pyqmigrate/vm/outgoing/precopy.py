@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
 from pyqmigrate.errors import LiveSaveAbandoned, NotSupported
+from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.page_copies import PageCopies
 from pyqmigrate.io.page_digests import DigestTable
+from pyqmigrate.io.page_table_file import write_page_table
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
@@ -138,6 +140,7 @@ class _Precopy:
             downtime,
             (*notes_of(report, describing), *self._notes(changed)),
             None if self.observer is None else self.observer.manifest,
+            self._release_tables() if save.request.keep_digests else None,
             rounds=self.rounds + 1,
         )
 
@@ -259,6 +262,20 @@ class _Precopy:
             writer.clean()
         return writer.finish_with(encode_rest(state, self.describing, writer))
 
+    def _release_tables(self) -> Callable[[Path, SnapshotId], None]:
+        """Return what writes the digests; they are its own from now on."""
+        blocks, tables, self.tables = self.writer.specs, self.tables, []
+
+        def write(place: Path, snapshot: SnapshotId) -> None:
+            try:
+                named = {block.name: table for block, table in zip(blocks, tables, strict=True)}
+                write_page_table(place, snapshot, blocks, named)
+            finally:
+                for table in tables:
+                    table.close()
+
+        return write
+
     def _notes(self, changed: int) -> list[str]:
         if not self.guest.running:
             return []
@@ -317,7 +334,9 @@ class _Precopy:
         if block.memory is not None:
             return block.memory
         # QEMU writes it with the device state: zeros until then.
-        self.carried[name] = memory = mmap.mmap(-1, block.length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.carried[name] = memory = mmap.mmap(
+            -1, block.length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         return memory
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.vm.guest.inspect import GuestInfo
-from pyqmigrate.vm.plan.engine import Engine
+from pyqmigrate.vm.plan.engine import Engine, EngineChoice
 from pyqmigrate.vm.plan.live_background import background_option
 from pyqmigrate.vm.plan.live_changed import changed_option
 from pyqmigrate.vm.plan.live_converge import converge_option
 from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveOption, LiveRequest
-from pyqmigrate.vm.plan.live_precopy import precopy_option
+from pyqmigrate.vm.plan.live_precopy import precopy_option, why_precopy
 
-__all__ = ["ENGINES", "LiveChoice", "choose_live", "live_options"]
+__all__ = ["ENGINES", "LiveChoice", "automatic_precopy", "choose_live", "live_options"]
 
 ENGINES: Mapping[LiveMethod, Engine] = {
     LiveMethod.CONVERGE: Engine.QEMU,
@@ -88,6 +88,15 @@ def choose_live(guest: GuestInfo, request: LiveRequest) -> list[LiveChoice]:
         LiveChoice(option.method, _why(option, alone), option.expected_pause, refused)
         for option in options
     ]
+
+
+def automatic_precopy(guest: GuestInfo, choice: EngineChoice) -> LiveChoice | None:
+    """Return the method ``precopy`` for a save that was not requested to be live, if the guest is
+    better saved so by the engine of ``choice``. The guest goes on after the save. Blocks."""
+    if choice.way is None or not guest.running:
+        return None
+    why = why_precopy(guest)
+    return None if why is None else LiveChoice(LiveMethod.PRECOPY, why, None, {})
 
 
 def _against(option: LiveOption, request: LiveRequest) -> list[str]:
