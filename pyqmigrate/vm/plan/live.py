@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pyqmigrate.errors import NotSupported, QemuError
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.blockers import why_no_migration
-from pyqmigrate.vm.plan.engine import Engine
+from pyqmigrate.vm.plan.engine import Engine, EngineChoice
 from pyqmigrate.vm.plan.live_background import background_option
 from pyqmigrate.vm.plan.live_changed import changed_option
 from pyqmigrate.vm.plan.live_converge import converge_option
 from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveOption, LiveRequest
-from pyqmigrate.vm.plan.live_precopy import precopy_option
+from pyqmigrate.vm.plan.live_precopy import precopy_option, why_precopy
 
-__all__ = ["ENGINES", "LiveChoice", "choose_live", "live_options"]
+__all__ = ["ENGINES", "LiveChoice", "automatic_precopy", "choose_live", "live_options"]
 
 ENGINES: Mapping[LiveMethod, Engine] = {
     LiveMethod.CONVERGE: Engine.QEMU,
@@ -105,6 +105,15 @@ def _with_disks(option: LiveOption, guest: GuestInfo, request: LiveRequest) -> L
         expected_pause=option.expected_pause + count * _DISK_PAUSE,
         basis=f"{option.basis}, and snapshots of {count} disks are taken",
     )
+
+
+def automatic_precopy(guest: GuestInfo, choice: EngineChoice) -> LiveChoice | None:
+    """Return the method ``precopy`` for a save that was not requested to be live, if the guest is
+    better saved so by the engine of ``choice``. The guest goes on after the save. Blocks."""
+    if choice.way is None or not guest.running:
+        return None
+    why = why_precopy(guest)
+    return None if why is None else LiveChoice(LiveMethod.PRECOPY, why, None, {})
 
 
 def _against(option: LiveOption, request: LiveRequest) -> list[str]:
