@@ -17,7 +17,7 @@ from pyqmigrate.vm.plan.engine import Engine, EngineChoice
 from pyqmigrate.vm.plan.live_background import background_option
 from pyqmigrate.vm.plan.live_changed import changed_option
 from pyqmigrate.vm.plan.live_converge import converge_option
-from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveOption, LiveRequest
+from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveOption, LiveRequest, disks_pause
 from pyqmigrate.vm.plan.live_precopy import precopy_option, why_precopy
 
 __all__ = ["ENGINES", "LiveChoice", "automatic_precopy", "choose_live", "live_options"]
@@ -28,7 +28,7 @@ ENGINES: Mapping[LiveMethod, Engine] = {
     LiveMethod.PRECOPY: Engine.DIRECT,
     LiveMethod.CHANGED: Engine.DIRECT,
 }
-_DISK_PAUSE = 0.02  # seconds, for the snapshot of one
+_ROUNDING = 1e-6  # seconds
 _OPTIONS: Mapping[LiveMethod, Callable[[GuestInfo, LiveRequest], LiveOption]] = {
     LiveMethod.CONVERGE: converge_option,
     LiveMethod.BACKGROUND: background_option,
@@ -97,13 +97,13 @@ def choose_live(guest: GuestInfo, request: LiveRequest) -> list[LiveChoice]:
 
 def _with_disks(option: LiveOption, guest: GuestInfo, request: LiveRequest) -> LiveOption:
     """Add the time that snapshots of the disks take."""
-    count = sum(disk.writable for disk in guest.disks)
-    if not request.with_disks or not count or option.expected_pause is None:
+    seconds = disks_pause(guest, request.with_disks)
+    if not seconds or option.expected_pause is None:
         return option
     return replace(
         option,
-        expected_pause=option.expected_pause + count * _DISK_PAUSE,
-        basis=f"{option.basis}, and snapshots of {count} disks are taken",
+        expected_pause=option.expected_pause + seconds,
+        basis=f"{option.basis}, and snapshots of the disks take {seconds * 1e3:.0f} ms",
     )
 
 
@@ -125,7 +125,7 @@ def _against(option: LiveOption, request: LiveRequest) -> list[str]:
         return []
     if option.expected_pause is None:
         return ["how long it pauses the guest is not known"]
-    if option.expected_pause > request.max_pause:
+    if option.expected_pause > request.max_pause + _ROUNDING:
         return [
             f"it pauses the guest for about {option.expected_pause * 1e3:.0f} ms "
             f"({option.basis}), and {request.max_pause * 1e3:.0f} ms are allowed"

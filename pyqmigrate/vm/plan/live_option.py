@@ -9,9 +9,19 @@ from enum import StrEnum
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.place import absolute
+from pyqmigrate.vm.guest.inspect import GuestInfo
 
-__all__ = ["METHODS", "Instant", "LiveMethod", "LiveOption", "LiveRequest", "check_live"]
+__all__ = [
+    "METHODS",
+    "Instant",
+    "LiveMethod",
+    "LiveOption",
+    "LiveRequest",
+    "check_live",
+    "disks_pause",
+]
 
+_DISK_PAUSE = 0.03  # seconds, for the snapshot of one
 _LONGEST_PAUSE = 2000.0  # seconds; the largest downtime-limit that QEMU accepts
 
 
@@ -122,6 +132,12 @@ def check_live(
         keep_digests=keep_digests,
         with_disks=with_disks,
     )
+
+
+def disks_pause(guest: GuestInfo, with_disks: bool) -> float:
+    """Return how long, in seconds, snapshots of the writable disks are expected to take in the
+    pause: QEMU creates their files then."""
+    return sum(disk.writable for disk in guest.disks) * _DISK_PAUSE if with_disks else 0.0
 
 
 def _base(base: str | os.PathLike[str]) -> str:

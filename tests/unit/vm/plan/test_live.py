@@ -128,9 +128,21 @@ def test_snapshots_of_disks_make_the_pause_longer(pauses: Pauses) -> None:
     disk = Disk("drive0", "", "node0", "/d.raw", "raw", True, 1 << 20, ())
     with_disks = guest(disks=(disk, disk))
     assert [c.method for c in chosen(with_disks, max_pause=0.05)] == [CONVERGE]
-    with pytest.raises(NotSupported, match=r"about 60 ms .*snapshots of 2 disks"):
+    with pytest.raises(NotSupported, match=r"about 80 ms .*snapshots of the disks take 60 ms"):
         chosen(with_disks, max_pause=0.05, with_disks=True)
-    assert chosen(with_disks, with_disks=True)[0].expected_pause == pytest.approx(0.06)
+    assert chosen(with_disks, with_disks=True)[0].expected_pause == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize(("promised", "possible"), [(0.1, True), (0.064, True), (0.063, False)])
+def test_converge_leaves_time_for_snapshots_of_disks(promised: float, possible: bool) -> None:
+    disk = Disk("drive0", "", "node0", "/d.raw", "raw", True, 1 << 20, ())
+    options: dict[str, Any] = {"max_pause": promised, "with_disks": True, "live": "converge"}
+    if possible:
+        (choice,) = chosen(guest(disks=(disk, disk)), **options)
+        assert choice.expected_pause == pytest.approx(promised)
+    else:
+        with pytest.raises(NotSupported, match="besides snapshots of the disks"):
+            chosen(guest(disks=(disk, disk)), **options)
 
 
 def test_guest_that_cannot_be_migrated_now_is_an_error_of_qemus(pauses: Pauses) -> None:
@@ -148,7 +160,7 @@ def test_options_are_those_of_the_requested_methods(pauses: Pauses) -> None:
     [
         (guest(), {}, None),
         (guest(), {"max_pause": 0.004}, None),
-        (guest(), {"max_pause": 0.003}, "alone takes"),
+        (guest(), {"max_pause": 0.003}, "takes about 4 ms"),
         (guest(capabilities={}), {}, "no mapped-ram"),
         (guest(run_state="suspended"), {}, "wake it"),
         (guest(), {"base": "auto"}, "knows no base"),
