@@ -96,8 +96,9 @@ def test_guest_that_was_let_run_between_its_disks_and_its_memory_is_not_saved(
             if live
             else pytest.raises(QemuError, match="another client resumed the guest")
         )
+        method = "converge" if live else False
         with outcome:
-            guest.save(disk / "snapshot", engine="qemu", with_disks=True, live=live)
+            guest.save(disk / "snapshot", engine="qemu", with_disks=True, live=method)
         assert refused == live
         if not live:
             guest.assert_as_before()
