@@ -7,9 +7,11 @@ from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.engine import Engine, choose_engine
 from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption, LiveRequest
 
-__all__ = ["DEFAULT_PAUSE", "converge_option"]
+__all__ = ["DEFAULT_PAUSE", "converge_option", "downtime_limit"]
 
-DEFAULT_PAUSE = 0.02  # seconds
+# Seconds.
+DEFAULT_PAUSE = 0.02
+_LEAST_PAUSE = 0.004  # to stop the guest, to save its device state, and to resume it
 
 
 def converge_option(guest: GuestInfo, request: LiveRequest) -> LiveOption:
@@ -21,6 +23,10 @@ def converge_option(guest: GuestInfo, request: LiveRequest) -> LiveOption:
         choose_engine(guest, engine=Engine.QEMU)
     except (NotSupported, QemuError) as error:
         reasons.append(str(error))
+    if request.max_pause is not None and request.max_pause < _LEAST_PAUSE:
+        reasons.append(
+            f"to stop the guest and to save its devices alone takes about {_LEAST_PAUSE * 1e3:g} ms"
+        )
     pause = DEFAULT_PAUSE if request.max_pause is None else request.max_pause
     return LiveOption(
         LiveMethod.CONVERGE,
@@ -28,3 +34,11 @@ def converge_option(guest: GuestInfo, request: LiveRequest) -> LiveOption:
         pause,
         "QEMU stops the guest once it expects to write the rest within this time",
     )
+
+
+def downtime_limit(max_pause: float) -> int:
+    """Return QEMU's ``downtime-limit``, in ms, for a pause of at most ``max_pause`` seconds.
+
+    QEMU counts only the time to write the pages that are left, at the rate that it measured last.
+    """
+    return max(round(max_pause * 750) - 1, 1)

@@ -50,7 +50,7 @@ class LiveRequest:
     ``engine`` is "auto" or an engine, ``methods`` are those allowed. ``max_pause`` is in seconds,
     None without a promise. ``base`` is None, "auto" or the absolute path of a snapshot; ``full``: a
     complete file is written although there is a base. ``keep_digests``: digests of the pages are
-    kept beside the snapshot.
+    kept beside the snapshot. ``with_disks``: snapshots of the disks are taken in the pause.
     """
 
     engine: str = "auto"
@@ -59,6 +59,7 @@ class LiveRequest:
     base: str | None = None
     full: bool = False
     keep_digests: bool = False
+    with_disks: bool = False
 
     @property
     def needs_digests_or_base(self) -> bool:
@@ -93,6 +94,7 @@ def check_live(
     base: str | os.PathLike[str] | None = None,
     full: bool = False,
     keep_digests: bool = False,
+    with_disks: bool = False,
 ) -> LiveRequest | None:
     """Return what a caller requests of a live save; None if the guest is to be stopped for it.
 
@@ -118,6 +120,7 @@ def check_live(
         base=None if base is None else _base(base),
         full=full,
         keep_digests=keep_digests,
+        with_disks=with_disks,
     )
 
 

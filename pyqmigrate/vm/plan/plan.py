@@ -13,7 +13,7 @@ from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice
-from pyqmigrate.vm.plan.live_converge import DEFAULT_PAUSE
+from pyqmigrate.vm.plan.live_converge import DEFAULT_PAUSE, downtime_limit
 from pyqmigrate.vm.plan.live_option import LiveMethod
 from pyqmigrate.vm.plan.sampling import Sample, count_data, extent_bytes, sample_memory
 from pyqmigrate.vm.plan.settings import (
@@ -162,5 +162,5 @@ def _changes(
         sparse=sparse,
         pause=pause and live is not None,
         sample=sample,
-        max_pause=None if live is None else max_pause or DEFAULT_PAUSE,
+        downtime_limit=None if live is None else downtime_limit(max_pause or DEFAULT_PAUSE),
     )

@@ -63,6 +63,10 @@ _FOREGROUND = (
 _EVENTS: Mapping[str, tuple[bool, str]] = {
     "events": (True, "QEMU reports the end of the migration at once")
 }
+_GENTLE: Mapping[str, tuple[bool, str]] = {
+    "auto-converge": (False, "it would slow the guest down"),
+    "dirty-limit": (False, "it would slow the guest down"),
+}
 _PLAIN_FAST: Mapping[str, tuple[Value, str]] = {
     "max-bandwidth": (0, "no limit"),
     "multifd-compression": ("none", "compressed pages have no place in the file"),
@@ -122,14 +126,14 @@ def for_pages(
     sparse: Sparse,
     pause: bool,
     sample: Sample | None,
-    max_pause: float | None = None,
+    downtime_limit: int | None = None,
 ) -> Changes:
     """Return the changes for engine ``qemu``, where QEMU writes a mapped-ram file.
 
     ``direct``: direct I/O is possible; ``sample`` is an estimate of what the guest's memory holds;
-    ``pause``: something is to be done while the guest is paused; ``max_pause``: the guest runs until
-    the rest takes no longer than this many seconds. Raises NotSupported for a QEMU that cannot
-    write such a file.
+    ``pause``: something is to be done while the guest is paused; ``downtime_limit``: the guest
+    runs until the rest takes no longer than this many ms. Raises NotSupported for a QEMU that
+    cannot write such a file.
     """
     if not {"mapped-ram", "multifd"} <= guest.capabilities.keys():
         version = ".".join(map(str, guest.version))
@@ -152,9 +156,13 @@ def for_pages(
         "zero-page-detection": _zero_pages(sparse, sample),
         **_PLAIN_FAST,
     }
-    if max_pause is not None:
-        milliseconds = max(round(max_pause * 1000), 1)
-        parameters["downtime-limit"] = (milliseconds, "the longest pause, in ms")
+    if downtime_limit is not None:
+        capabilities |= _GENTLE
+        parameters["downtime-limit"] = (
+            downtime_limit,
+            "the guest is stopped when the rest can be written in so many ms",
+        )
+        parameters["avail-switchover-bandwidth"] = (0, "QEMU goes by the rate that it measures")
     return _changes(guest, capabilities, parameters)
 
 

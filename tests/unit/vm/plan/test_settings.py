@@ -14,6 +14,7 @@ from pyqmigrate.qapi.capabilities import (
 )
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
+from pyqmigrate.vm.plan.live_converge import downtime_limit
 from pyqmigrate.vm.plan.sampling import Sample
 from pyqmigrate.vm.plan.settings import Changes, for_background, for_device_state, for_pages
 
@@ -220,3 +221,26 @@ def test_setting_that_this_qemu_does_not_have_is_left_alone() -> None:
 def test_qemu_without_mapped_ram_is_not_supported() -> None:
     with pytest.raises(NotSupported, match=r"10\.0\.2"):
         pages(guest(without=("mapped-ram",)))
+
+
+def test_guest_of_a_live_save_is_stopped_by_the_limit_and_not_slowed_down() -> None:
+    found = guest(
+        {"auto-converge": True}, {"downtime-limit": 300, "avail-switchover-bandwidth": GIB}
+    )
+    changes = for_pages(
+        found,
+        channels=2,
+        direct=True,
+        sparse=Sparse.AUTO,
+        pause=False,
+        sample=None,
+        downtime_limit=14,
+    )
+    assert changes.parameters["downtime-limit"].after == 14
+    assert changes.parameters["avail-switchover-bandwidth"].after == 0
+    assert changes.capabilities["auto-converge"].after is False
+
+
+@pytest.mark.parametrize(("pause", "limit"), [(0.02, 14), (0.01, 7), (0.004, 2), (0.001, 1)])
+def test_limit_leaves_time_to_stop_and_resume_the_guest(pause: float, limit: int) -> None:
+    assert downtime_limit(pause) == limit
