@@ -203,7 +203,7 @@ def save_as_promised(guest: WritingGuest, path: Path, pause: float) -> None:
     """Save, although the choice of methods does not expect the promise to be kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live_precopy, "_SECONDS", 0.0)
-        patch.setattr(live_precopy, "_SECONDS_PER_GIB", 0.0)
+        patch.setattr(live_precopy, "_compare_seconds", lambda guest: 0.0)
         save_live(guest, path, max_pause=pause)
 
 

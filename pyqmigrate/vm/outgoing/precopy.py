@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +37,7 @@ from pyqmigrate.vm.outgoing.direct import encode_rest, notes_of
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
+from pyqmigrate.vm.plan.live_precopy import pause_channels
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.twin.describing import Describing
@@ -47,7 +47,6 @@ __all__ = ["save_precopy"]
 T = TypeVar("T")
 
 _REPORT_EVERY = 0.1  # seconds
-_PAUSE_CHANNELS = 8  # at most; memory is not read faster by more
 _ROUNDS = 3  # passes over memory while the guest runs, at most
 _WORTH_A_ROUND = 64 << 20  # bytes; so much is copied in 20 to 40 ms
 _RESUMING = 0.004  # seconds of a promised pause that are left for the commands that end it
@@ -98,9 +97,7 @@ class _Precopy:
             self.close()
             raise
         self.comparing = self.writer.channels.sibling("pyqmigrate-compare")
-        # In the pause the processors have nothing else to do.
-        processors = min(len(os.sched_getaffinity(0)), _PAUSE_CHANNELS)
-        count = max(save.options.channels, processors)
+        count = max(save.options.channels, pause_channels())
         self.pausing = Channels(count, "pyqmigrate-compare")
         self.writer.channels.join(self.pausing)
 

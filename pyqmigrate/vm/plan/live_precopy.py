@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError
+from pyqmigrate.io.process_memory import ProcessMemory
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.engine import Engine, choose_engine
 from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption, LiveRequest
 from pyqmigrate.vm.plan.sampling import extent_bytes
 
-__all__ = ["LARGE_GUEST", "precopy_option", "why_precopy"]
+__all__ = ["LARGE_GUEST", "pause_channels", "precopy_option", "why_precopy"]
 
 LARGE_GUEST = 1 << 30
 """Bytes of memory from which a save of a running guest uses this method without being asked."""
-_SECONDS_PER_GIB = 0.08  # by two channels on two idle processors
+_PAUSE_CHANNELS = 8  # at most; memory is not read faster by more
+# Processor time that comparing takes: pages of a file are read in place, or by one copy; those of
+# another process by process_vm_readv.
+_SECONDS_PER_GIB = 0.11
+_SECONDS_PER_PRIVATE_GIB = 0.18
 _SECONDS = 0.01  # for the commands and the device state
 
 
@@ -30,7 +37,7 @@ def precopy_option(guest: GuestInfo, request: LiveRequest) -> LiveOption:
     return LiveOption(
         LiveMethod.PRECOPY,
         tuple(reasons),
-        _SECONDS + _data(guest) / (1 << 30) * _SECONDS_PER_GIB,
+        _SECONDS + _compare_seconds(guest) / pause_channels(),
         "all memory is read in the pause, to find what has changed",
     )
 
@@ -45,6 +52,17 @@ def why_precopy(guest: GuestInfo) -> str | None:
     if not precopy_option(guest, LiveRequest()).possible:
         return None
     return "the guest is large, and most of its memory can be copied while it runs"
+
+
+def pause_channels() -> int:
+    """Return how many channels compare in the pause, when the processors have nothing else to do."""
+    return min(len(os.sched_getaffinity(0)), _PAUSE_CHANNELS)
+
+
+def _compare_seconds(guest: GuestInfo) -> float:
+    private = sum(b.length for b in guest.blocks if isinstance(b.memory, ProcessMemory))
+    shared = max(_data(guest) - private, 0)
+    return (private * _SECONDS_PER_PRIVATE_GIB + shared * _SECONDS_PER_GIB) / (1 << 30)
 
 
 def _data(guest: GuestInfo) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,7 @@ def test_pages_of_a_running_guest_have_the_digests_of_their_copies(disk: Path) -
             memory[number] = (memory[number] + 1) % 3
             page = number // PAGE * PAGE
             memory[page : page + PAGE] = memory[page : page + PAGE][::-1]
+            time.sleep(0.0001)
 
     writer = threading.Thread(target=guest)
     writer.start()
