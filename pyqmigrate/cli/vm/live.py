@@ -61,4 +61,7 @@ def live_options(args: argparse.Namespace) -> VmLiveOptions:
 
 def _milliseconds(text: str) -> float:
     """Return them in seconds."""
-    return float(text) / 1000
+    try:
+        return float(text) / 1000
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a number of milliseconds: {text!r}") from None

@@ -31,14 +31,15 @@ from pyqmigrate.io.threads import start_thread
 if TYPE_CHECKING:
     from pyqmigrate.io.working_set_file import RecordedWorkingSet
 
-_PIECE = 4 << 20  # bytes requested at once: a cancelled prefetch finishes its piece
-_MEMORY_SHARE = 0.5  # of the available memory: more would evict the pages that were read first
+__all__ = ["Prefetch", "PrefetchState", "file_ranges"]
+
+_PIECE = 4 << 20  # bytes requested at a time; a cancellation waits for one
+_MEMORY_SHARE = 0.5  # of the available memory: more would evict what was read first
 
 
 @dataclass(frozen=True)
-class PrefetchReport:
-    """How much was requested: ``nbytes`` of the file in ``seconds``. ``reason`` is why that is not all
-    of the working set, or None."""
+class PrefetchState:
+    """How far a prefetch is.
 
     ``recorded_pages`` are those of the working set, 0 until it is read; ``requested`` bytes of the
     file were requested within ``seconds``. ``reason`` says why that is not the whole working set;

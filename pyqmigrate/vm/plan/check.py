@@ -18,7 +18,7 @@ from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.disks import prepare, restore_needs
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice, choose_engine
 from pyqmigrate.vm.plan.estimate import Basis, DiskRate, Estimate, estimate, measure_rate
-from pyqmigrate.vm.plan.live import LiveChoice, choose_live, live_options
+from pyqmigrate.vm.plan.live import LiveChoice, automatic_precopy, choose_live, live_options
 from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption, LiveRequest, check_live
 from pyqmigrate.vm.plan.plan import Plan, make_plan
 from pyqmigrate.vm.plan.settings import UsedSetting
@@ -54,8 +54,8 @@ class CheckReport:
 
     ``choice`` and ``plan`` are None if the guest cannot be saved; ``blockers`` are the reasons.
     ``estimate`` is of the memory's data, ``need`` the most disk space that the file takes.
-    ``live`` is the method that a live save would try first, None if none was requested or is
-    possible; ``methods`` is what is known of each method for this guest.
+    ``live`` is the method that the save would try first, None if the guest would be stopped for
+    all of it; ``methods`` is what is known of each method for this guest.
     ``settings`` are those of QEMU that the save would change temporarily, ``notes`` those of its
     report. ``disk`` is None without a ``directory``; the settings are then those for a disk with
     direct I/O. ``warnings`` are about current settings of QEMU that would harm a save that did not
@@ -145,6 +145,9 @@ async def check(
             if request is not None and (guest.running or request.needs_digests_or_base):
                 methods = await asyncio.to_thread(choose_live, guest, request)
             choice = choose_engine(guest, engine=methods[0].engine if methods else engine)
+            if request is None:  # a guest that goes on after the save
+                automatic = await asyncio.to_thread(automatic_precopy, guest, choice)
+                methods = [] if automatic is None else [automatic]
             plan = await asyncio.to_thread(_plan, guest, choice, policy, request, methods, rate)
             guessed = _counted(guest, plan)
         except (NotSupported, QemuError, GuestMemoryError) as error:
