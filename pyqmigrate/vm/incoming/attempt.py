@@ -7,15 +7,16 @@ done here before it loads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import re
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pyqmigrate.errors import QemuError, QemuRefused
+from pyqmigrate.errors import NotSupported, QemuError, QemuRefused
 from pyqmigrate.vm.cancellation import acquired
 from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest.ramblock import parse_ramblock
@@ -37,6 +38,7 @@ from pyqmigrate.vm.qemu.launch import QemuSession, answered, launch
 from pyqmigrate.vm.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
+    from pyqmigrate.snapshot.increment import IncrementSnapshot
     from pyqmigrate.vm.incoming.recording import WorkingSetRecorder
 
 __all__ = ["RestoreAttempt"]
@@ -68,6 +70,15 @@ async def _load_stream(qemu: QemuSession, incoming: Incoming, differences: Seque
             raise
         causes = "\n".join(f"perhaps because {note}" for note in differences)
         raise type(error)(f"{error}\n{causes}") from error
+
+
+@contextlib.asynccontextmanager
+async def _merged(increment: IncrementSnapshot) -> AsyncIterator[Incoming]:
+    # Loaded only for this: it imports all that converts.
+    from pyqmigrate.vm.incoming.merged_stream import merged_stream
+
+    async with merged_stream(increment) as fd:
+        yield Incoming({}, 0, stream=fd)
 
 
 @dataclass(frozen=True)
@@ -159,8 +170,16 @@ class RestoreAttempt:
     async def load(self, command: CommandLine, why: str) -> RestoredVm:
         """Restore by a load; ``why`` is for the report."""
         options = self.options
+        increment = self.source.increment
+        if increment is not None:
+            if options.mode is Mode.POSTCOPY:
+                raise NotSupported("mode postcopy cannot load an increment: use instant or load")
+            note = "the increment and its base are merged, and streamed to QEMU"
+            async with _merged(increment) as incoming:
+                return await self._load(command, why, Mode.LOAD, incoming, note)
         if options.mode is Mode.POSTCOPY:
-            return await self._load(command, why, Mode.POSTCOPY, {}, 0)
+            with self._whole_file({}, 0) as incoming:
+                return await self._load(command, why, Mode.POSTCOPY, incoming)
         reading = await acquired(
             asyncio.to_thread(self.source.choose_reading, options.channels, options.direct_io),
             self.source.close_reading,
@@ -168,18 +187,13 @@ class RestoreAttempt:
         try:
             direct = {"direct": reading.direct.fd} if reading.direct else {}
             note = f"reading: {reading.why}"
-            return await self._load(command, why, Mode.LOAD, direct, reading.channels, note)
+            with self._whole_file(direct, reading.channels) as incoming:
+                return await self._load(command, why, Mode.LOAD, incoming, note)
         finally:
             self.source.close_reading(reading)
 
     async def _load(
-        self,
-        command: CommandLine,
-        why: str,
-        mode: Mode,
-        direct: dict[str, int],
-        channels: int,
-        *notes: str,
+        self, command: CommandLine, why: str, mode: Mode, incoming: Incoming, *notes: str
     ) -> RestoredVm:
         command, changes = loadable(command, self.source.snapshot)
         with await self._files(command) as files:
@@ -196,19 +210,7 @@ class RestoreAttempt:
             async with await self._wait_for_monitor(launching) as qemu:
                 differences = await self._compare(qemu, command)
                 await asyncio.to_thread(files.clear)
-                fd = self.source.open_again()
-                try:
-                    incoming = Incoming(
-                        {"buffered": fd, **direct},
-                        self.source.snapshot.offset,
-                        self.source.capabilities,
-                        channels,
-                        bool(direct),
-                        mode is Mode.POSTCOPY,
-                    )
-                    seconds = await _load_stream(qemu, incoming, differences)
-                finally:
-                    os.close(fd)
+                seconds = await _load_stream(qemu, incoming, differences)
                 return await self._hand_over(
                     qemu,
                     command,
@@ -219,6 +221,21 @@ class RestoreAttempt:
                     why=why,
                     notes=(*self.notes, *differences, *changes, *files.notes, *notes),
                 )
+
+    @contextlib.contextmanager
+    def _whole_file(self, direct: dict[str, int], channels: int) -> Iterator[Incoming]:
+        fd = self.source.open_again()
+        try:
+            yield Incoming(
+                {"buffered": fd, **direct},
+                self.source.snapshot.offset,
+                self.source.capabilities,
+                channels,
+                bool(direct),
+                self.options.mode is Mode.POSTCOPY,
+            )
+        finally:
+            os.close(fd)
 
     async def _files(self, command: CommandLine) -> RamFiles:
         """Check the memory files before QEMU starts."""

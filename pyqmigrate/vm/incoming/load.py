@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ _CONFLICTING = frozenset(
         "zero-copy-send",
     }
 )
+_STREAM = "pyqmigrate-stream"
 _FIRST_POLL = 0.001  # seconds; doubled up to the last
 _LAST_POLL = 0.05
 
@@ -41,7 +43,8 @@ _LAST_POLL = 0.05
 class Incoming:
     """One ``migrate-incoming``: descriptors by name, where the stream starts, and the settings.
 
-    With ``channels`` 0 multifd is off.
+    With ``channels`` 0 multifd is off. With ``stream``, the descriptor of a pipe or socket, QEMU
+    reads a sequential stream from it instead.
     """
 
     fds: Mapping[str, int]
@@ -50,6 +53,7 @@ class Incoming:
     channels: int = 0
     direct_io: bool = False
     postcopy: bool = False
+    stream: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that differ from QEMU's defaults, by QEMU's names."""
@@ -60,6 +64,8 @@ class Incoming:
 
     def capabilities_on(self) -> list[str]:
         """Return the capabilities that the load needs."""
+        if self.stream is not None:
+            return []
         names = ["mapped-ram", *(name for name in self.capabilities if name == IGNORE_SHARED)]
         return names + ["multifd"] * bool(self.channels) + ["postcopy-ram"] * self.postcopy
 
@@ -76,13 +82,9 @@ async def take_in(qemu: QemuSession, incoming: Incoming) -> float:
         raise NotSupported(f"a restore needs QEMU 9.1 or later; this is {version}")
     try:
         await _configure(qemu, incoming)
-        async with monitor.fdset(incoming.fds) as fdset:
-            where = f",offset={incoming.offset:#x}" if incoming.offset else ""
+        async with _address(qemu, incoming) as uri:
             started = time.monotonic()
-            await monitor.execute(
-                "migrate-incoming",
-                {"uri": f"file:/dev/fdset/{fdset}{where}", "exit-on-error": False},
-            )
+            await monitor.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
             answer = await _wait(qemu)
             seconds = time.monotonic() - started
             if answer["status"] in ("failed", "cancelled"):
@@ -91,6 +93,18 @@ async def take_in(qemu: QemuSession, incoming: Incoming) -> float:
     except QemuGone as error:
         raise QemuGone(await qemu.described("QEMU died while loading the snapshot")) from error
     return seconds
+
+
+@contextlib.asynccontextmanager
+async def _address(qemu: QemuSession, incoming: Incoming) -> AsyncIterator[str]:
+    """Pass the descriptors to QEMU; yield the address of the stream."""
+    if incoming.stream is not None:
+        await qemu.monitor.get_fd(incoming.stream, _STREAM)
+        yield f"fd:{_STREAM}"
+        return
+    async with qemu.monitor.fdset(incoming.fds) as fdset:
+        where = f",offset={incoming.offset:#x}" if incoming.offset else ""
+        yield f"file:/dev/fdset/{fdset}{where}"
 
 
 async def _configure(qemu: QemuSession, incoming: Incoming) -> None:
@@ -103,6 +117,8 @@ async def _configure(qemu: QemuSession, incoming: Incoming) -> None:
         if entry["state"] and entry["capability"] in _CONFLICTING - set(names)
     ]
     states += [{"capability": name, "state": False} for name in preset]
+    if not states:
+        return
     try:
         await qemu.monitor.execute("migrate-set-capabilities", {"capabilities": states})
     except QemuRefused as error:

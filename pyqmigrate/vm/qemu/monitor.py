@@ -163,6 +163,12 @@ class Monitor:
             added = await self._execute("add-fd", arguments, _ANSWER_TIMEOUT)
         return int(added["fdset-id"])
 
+    async def get_fd(self, fd: int, name: str) -> None:
+        """Pass a descriptor to QEMU, for addresses ``fd:NAME``. The caller keeps ``fd``."""
+        async with self._turn:
+            self._send_fd(fd)
+            await self._execute("getfd", {"fdname": name}, _ANSWER_TIMEOUT)
+
     def _send_fd(self, fd: int) -> None:
         try:
             self._client.send_fd_scm(fd)
