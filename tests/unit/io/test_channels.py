@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate._core import ffi, lib
-from pyqmigrate.core import Channel
-from pyqmigrate.io.channels import Channels, Range, split_ranges
+from pyqmigrate.core import CHUNK, Channel
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Channels, Range, selected_ranges, split_ranges
 from tests.harness.examples import some
 from tests.harness.kernel import PAGE_SIZES
 
@@ -120,3 +121,20 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_no_hang(
         patched.setattr(threading.Thread, "start", start)
         run(Channels(4, "test"), 10, lambda c, i: time.sleep(0.01) or 0)
     assert not any(thread.is_alive() for thread in started)
+
+
+@some
+@given(st.sets(st.integers(0, 9999), max_size=40), st.sampled_from(PAGE_SIZES))
+def test_selected_ranges_are_whole_chunks_around_every_bit(pages: set[int], page_size: int) -> None:
+    selection = Bitmap(10000)
+    for page in pages:
+        selection.core[page // 64] |= 1 << page % 64
+    chunk = CHUNK // page_size
+    covered: set[int] = set()
+    for item in selected_ranges(2, selection, page_size):
+        assert item.block == 2 and item.first % chunk == 0
+        here = set(range(item.first, item.first + item.npages))
+        assert not here & covered and max(here) < 10000
+        covered |= here
+    assert pages <= covered
+    assert len(covered) <= len({page // chunk for page in pages}) * chunk
