@@ -312,8 +312,8 @@ class WritingGuest:
         self.wait_until_running()
         first, started_at = self._progress()[2], time.monotonic()
         time.sleep(0.05)
+        self._wait(lambda: self._progress()[2] > first, 10)  # a busy host may not have run it yet
         last, ended_at = self._progress()[2], time.monotonic()
-        assert last > first, "the guest does not run"
         return (last - first) / (ended_at - started_at)
 
     def _wait(self, done: Any, limit: float) -> None:

@@ -22,10 +22,7 @@ _CHANNELS = 2
 
 def changed_option(guest: GuestInfo, request: LiveRequest) -> LiveOption:
     """Return what is known of ``changed`` for ``guest``. Blocks while memory is looked at."""
-    reasons = [
-        reason.replace("xen-save-devices-state (builds for x86 have it)", _DEVICES)
-        for reason in missed_devices(guest, DeviceStateMethod.DEVICES_ONLY)
-    ]
+    reasons = missed_devices(guest, DeviceStateMethod.DEVICES_ONLY)
     if request.keep_digests:
         reasons.append("it does not read the pages that did not change, so it keeps no digests")
     try:
@@ -40,9 +37,6 @@ def changed_option(guest: GuestInfo, request: LiveRequest) -> LiveOption:
         except PyqmigrateError as error:
             reasons.append(str(error))
     return LiveOption(LiveMethod.CHANGED, tuple(reasons), pause, basis)
-
-
-_DEVICES = "xen-save-devices-state, the only way to its device state alone (builds for x86 have it)"
 
 
 def expected_pause(copied: int, *, scan: float = 0.0, compared: int = 0) -> float:
