@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from pyqmigrate.snapshot.base import Block, Snapshot
     from pyqmigrate.snapshot.detect import open_snapshot
     from pyqmigrate.snapshot.devices import Devices, devices
+    from pyqmigrate.snapshot.increment import IncrementBlock, IncrementSnapshot
     from pyqmigrate.snapshot.load.mapped_ram import Clear, LoadReport
     from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot, start_load
     from pyqmigrate.snapshot.provenance import Provenance, provenance
@@ -96,6 +97,8 @@ __all__ = [
     "MappedRamBlock",
     "MappedRamSnapshot",
     "SequentialSnapshot",
+    "IncrementBlock",
+    "IncrementSnapshot",
     "Format",
     "ImageReport",
     "Placement",
@@ -184,6 +187,8 @@ _HOME = {
     "verify_seal": "integrity.seal",
     "Block": "snapshot.base",
     "Snapshot": "snapshot.base",
+    "IncrementBlock": "snapshot.increment",
+    "IncrementSnapshot": "snapshot.increment",
     "MappedRamSnapshot": "snapshot.mapped_ram",
     "MappedRamBlock": "snapshot.mapped_ram",
     "start_load": "snapshot.mapped_ram",

@@ -89,6 +89,13 @@ class Bitmap:
         if self.npages % 64:
             self.core[self.npages // 64] &= (1 << self.npages % 64) - 1
 
+    def to_bytes(self) -> bytes:
+        """Return the bits as :meth:`fill` takes them."""
+        if sys.byteorder == "little":
+            return self._memory[: self.nbytes]
+        words = memoryview(self._memory)[: self.nbytes].cast("Q")
+        return b"".join(word.to_bytes(8, "little") for word in words)
+
     def add(self, other: Bitmap) -> None:
         """Set the bits that are set in ``other``, a bitmap of as many pages."""
         if other.npages != self.npages:

@@ -1,7 +1,8 @@
 """A snapshot: a file with the state of a guest, opened for reading.
 
-There is a class for each kind of file: :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot` and
-:class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`.
+There is a class for each kind of file: :class:`~pyqmigrate.snapshot.mapped_ram.MappedRamSnapshot`,
+:class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot` and
+:class:`~pyqmigrate.snapshot.increment.IncrementSnapshot`, whose pages are in two files.
 :func:`~pyqmigrate.snapshot.detect.open_snapshot` chooses between them. All other code works with the
 two base classes here, so that another kind needs a class and a line in ``detect.py``.
 """

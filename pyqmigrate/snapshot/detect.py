@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from pyqmigrate.argument_types import check
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.stream.configuration import MAPPED_RAM
 from pyqmigrate.format.stream.mapped_ram import ByteOrder
 from pyqmigrate.io.stream_file import StreamFile
@@ -44,7 +44,7 @@ def open_snapshot(
     page_size, index: for a sequential stream, see
         :class:`~pyqmigrate.snapshot.sequential.SequentialSnapshot`.
     base: the path of an increment's base, instead of the one that the increment records; see
-        :class:`~pyqmigrate.snapshot.increment.IncrementSnapshot`. Other files have no base.
+        :class:`~pyqmigrate.snapshot.increment.IncrementSnapshot`. UsageError for another file.
     allow_pipe: whether the path of a pipe is accepted. It carries a sequential stream, which can be
         converted, unpacked or loaded once. Its description comes last, so ``page_size`` is needed
         if the configuration does not state it and it is not 4096.
@@ -79,6 +79,10 @@ def snapshot_of(
     Arguments and errors are those of :func:`open_snapshot`.
     """
     try:
+        if base is not None and stream_file.increment is None:
+            raise UsageError(
+                f"{stream_file.source.name!r} is not an increment, and has no base: leave base out"
+            )
         mapped_ram = _is_mapped_ram(stream_file)
     except BaseException:
         stream_file.close()

@@ -175,3 +175,22 @@ def test_text_is_found(kitchen: Kitchen, saved: Saved) -> None:
         file.seek(offset + at)
         file.write(b"here it is")
     assert kitchen.cook("Find a text in guest memory") == [f"pc.ram {at:#x}\n"]
+
+
+def test_nights_are_kept(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    kitchen.cook("Keep a nightly series of increments")
+    with open_snapshot(kitchen.directory / "kept.mapped") as snapshot:
+        assert snapshot.format == "mapped-ram"
+    # The guest went on counting, through both saves.
+    counted = serial_says(kitchen.directory / "serial", 2)
+    assert counted[0] == len(saved.reports) + 1
+
+
+def test_an_agent_goes_back(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    kitchen.cook("Go back to an earlier step of an agent")
+    for name in ("step1", "step2", "step2-again"):
+        with open_snapshot(kitchen.directory / name) as snapshot:
+            assert snapshot.format == "increment"
+            snapshot.verify()

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from pyqmigrate.core import Policy
 from pyqmigrate.errors import UsageError
@@ -37,17 +37,22 @@ from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, Wri
 
 __all__ = ["Base", "IncrementWriter", "increment_offset"]
 
+_BITMAP_KEPT = 1 << 30  # bytes of a block
 _NUMBERS_AND_MACHINE = 4096  # bytes: more than these parts of a header can have
 
 
 @dataclass(frozen=True)
 class Base:
     """The snapshot that an increment refers to: its path, its identity, and its RAM blocks in the
-    order of the stream, without addresses."""
+    order of the stream, without addresses.
+
+    ``data`` are the bitmaps of blocks of at most 1 GiB, by name: the pages that are not zero.
+    """
 
     path: str
     identity: SnapshotId
     blocks: tuple[BlockSpec, ...]
+    data: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def of(cls, snapshot: MappedRamSnapshot) -> Base:
@@ -72,6 +77,11 @@ class Base:
                 BlockSpec(block.name, block.length, block.page_size)
                 for block in snapshot.blocks.values()
             ),
+            {
+                block.name: block.bitmap.to_bytes()
+                for block in snapshot.blocks.values()
+                if block.length <= _BITMAP_KEPT
+            },
         )
 
 
@@ -89,9 +99,11 @@ class IncrementWriter(Writer):
     """An increment of ``base`` being written.
 
     The blocks have the names, lengths and page sizes of the base, in the same order. A page has its
-    bit set if it was selected in any pass; a block that was passed None instead of a bitmap has all
-    bits set. A selected page that is zero is a hole, except with ``Sparse.DENSE``. ``created_ns`` is
-    when the guest stopped, nanoseconds since 1970, now if it is not given.
+    bit set if it was selected in any pass. A block that was passed None instead of a bitmap does not
+    need the base: each page that has data here or in the base has its bit set, and the others are
+    zero in both. If the pages of the base are not known, all bits are set. A selected page that is
+    zero is a hole, except with ``Sparse.DENSE``. ``created_ns`` is when the guest stopped,
+    nanoseconds since 1970, now if it is not given.
 
     The target is a path, which gets its name last, or Descriptors of a file; ``reuse``, ``left_out``
     and an offset raise UsageError, as do blocks that are not those of the base.
@@ -181,7 +193,7 @@ class IncrementWriter(Writer):
             self.clean()  # a page that an earlier pass wrote may be zero now
         for number, bitmap in enumerate(self.bitmaps):
             if number in self._complete:
-                bitmap.add_all()
+                self._add_base(bitmap, self.specs[number].name)
             else:
                 bitmap.add(self._selected[number])
         changed = sum(
@@ -192,6 +204,23 @@ class IncrementWriter(Writer):
         path = self.base.path if place is None else base_path(self.base.path, str(place))
         self.target.prefix = self._encode(path, changed)
         return super().finish_with(tail)
+
+    def _add_base(self, bitmap: Bitmap, block: str) -> None:
+        """Add the pages that have data in the base; all of them if that is not known.
+
+        QEMU need not load pages that are zero in both: that would give each guest a private copy of
+        an empty screen.
+        """
+        data = self.base.data.get(block)
+        if data is None:
+            bitmap.add_all()
+            return
+        theirs = Bitmap(bitmap.npages)
+        try:
+            theirs.fill(memoryview(data))
+            bitmap.add(theirs)
+        finally:
+            theirs.close()
 
     def _encode(self, path: str, changed: int) -> bytes:
         return IncrementHeader(

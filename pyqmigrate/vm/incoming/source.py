@@ -29,7 +29,7 @@ from pyqmigrate.vm.qemu.command_line import CommandLine
 if TYPE_CHECKING:
     from pyqmigrate.format.snapshot_id import SnapshotId
     from pyqmigrate.io.working_set_file import RecordedWorkingSet
-    from pyqmigrate.snapshot.increment import IncrementSnapshot
+    from pyqmigrate.snapshot.increment import IncrementBlock, IncrementSnapshot
     from pyqmigrate.vm.incoming.prefetch import Prefetch
 
 __all__ = ["Reading", "RestoreSource", "map_source"]
@@ -60,12 +60,21 @@ def map_source(command: CommandLine, source: RestoreSource) -> Mapped:
     mapped = map_blocks(command, source.mapped, source.mapped_fd)
     if source.increment is not None:
         for block in source.increment.blocks.values():
-            if block.name not in mapped.blocks and block.changed_pages < block.num_pages:
+            if block.name not in mapped.blocks and _needs_base(block):
                 raise NotSupported(
                     f"the increment has only the changed pages of block {block.name!r}, and this "
                     "command line does not map it"
                 )
     return mapped
+
+
+def _needs_base(block: IncrementBlock) -> bool:
+    """Return whether pages of the block are not zero, but only in the base."""
+    base_only = block.base_only()
+    try:
+        return base_only.count() > 0
+    finally:
+        base_only.close()
 
 
 def _open_increment(

@@ -218,3 +218,39 @@ def test_a_read_that_ends_before_the_file_does_is_no_clear_bitmap() -> None:
         with pytest.raises(SnapshotError, match="ends within the bitmap") as caught:
             Bitmap.read_from(file, place, "little")
         assert (caught.value.block, caught.value.offset) == ("ram", 200)
+
+
+@given(st.data(), st.integers(1, 300))
+def test_bits_of_another_bitmap_are_added_and_removed(data: st.DataObject, npages: int) -> None:
+    ours, theirs = (
+        np.array(data.draw(st.lists(st.booleans(), min_size=npages, max_size=npages)))
+        for _ in range(2)
+    )
+
+    def bitmap(bits: Bits) -> Bitmap:
+        made = Bitmap(npages)
+        made.fill(memoryview(np.packbits(bits, bitorder="little").tobytes()))
+        return made
+
+    other = bitmap(theirs)
+    for change, expected in ((Bitmap.add, ours | theirs), (Bitmap.remove, ours & ~theirs)):
+        changed = bitmap(ours)
+        change(changed, other)
+        assert [changed[page] for page in range(npages)] == list(expected)
+        assert changed.count() == expected.sum()
+    changed.add_all()
+    assert changed.count() == npages
+    with pytest.raises(UsageError, match="bitmaps of"):
+        changed.add(Bitmap(npages + 1))
+    with pytest.raises(UsageError, match="bitmaps of"):
+        changed.remove(Bitmap(npages + 1))
+
+
+def test_adding_to_a_long_bitmap_costs_what_is_set() -> None:
+    long, other = Bitmap(1 << 33), Bitmap(1 << 33)
+    other.core[1 << 26] = 1
+    long.add(other)
+    assert long.count() == 1
+    assert long[(1 << 26) * 64]
+    long.remove(other)
+    assert long.count() == 0

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate._core import ffi, lib
-from pyqmigrate.core import Channel, Fault, error_from_fault
-from pyqmigrate.io.channels import Channels, Range, split_ranges
+from pyqmigrate.core import CHUNK, Channel, Fault, error_from_fault
+from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.channels import Channels, Range, selected_ranges, split_ranges
 from pyqmigrate.io.job import Job
 from tests.harness.examples import some
 from tests.harness.kernel import PAGE_SIZES
@@ -170,3 +171,20 @@ def test_a_job_of_no_time_has_no_rate_of_infinity() -> None:
     assert job.result(5) == 1
     assert job.progress.rate == 0
     assert job.progress.bytes_total == 0
+
+
+@some
+@given(st.sets(st.integers(0, 9999), max_size=40), st.sampled_from(PAGE_SIZES))
+def test_selected_ranges_are_whole_chunks_around_every_bit(pages: set[int], page_size: int) -> None:
+    selection = Bitmap(10000)
+    for page in pages:
+        selection.core[page // 64] |= 1 << page % 64
+    chunk = CHUNK // page_size
+    covered: set[int] = set()
+    for item in selected_ranges(2, selection, page_size):
+        assert item.block == 2 and item.first % chunk == 0
+        here = set(range(item.first, item.first + item.npages))
+        assert not here & covered and max(here) < 10000
+        covered |= here
+    assert pages <= covered
+    assert len(covered) <= len({page // chunk for page in pages}) * chunk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gzip
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from pyqmigrate import (
     Format,
     MappedRamSnapshot,
+    NotSupported,
     RamBlock,
     SnapshotError,
     TargetError,
@@ -502,3 +504,23 @@ def test_pages_that_were_not_selected_are_holes(disk: Path, page_size: int, spar
         assert snapshot.blocks["ram"].changed_pages == changed.sum()
     expected = np.where(changed[:, None], new.reshape(npages, -1), old.reshape(npages, -1))
     assert contents(disk / "step") == {"ram": expected.tobytes()}
+
+
+def test_a_compressed_increment_says_what_to_do(saved: Path) -> None:
+    (saved / "step.gz").write_bytes(gzip.compress((saved / "step").read_bytes(), 1))
+    with pytest.raises(NotSupported, match="put it into a file, decompressed"):
+        open_snapshot(saved / "step.gz")
+
+
+def test_a_base_is_for_an_increment(saved: Path, same_descriptors: None) -> None:
+    with pytest.raises(UsageError, match="is not an increment, and has no base"):
+        open_snapshot(saved / "base", base=saved / "base")
+
+
+def test_an_increment_given_by_a_descriptor_needs_its_base_named(saved: Path) -> None:
+    expected = contents(saved / "step")
+    with (saved / "step").open("rb") as file:
+        with pytest.raises(UsageError, match="whose path is not known: give base"):
+            open_snapshot(Descriptors(file.fileno()))
+        found = contents(Descriptors(file.fileno()), base=saved / "base")  # type: ignore[arg-type]
+    assert found == expected
