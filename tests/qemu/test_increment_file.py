@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from pyqmigrate import convert, open_snapshot
+from pyqmigrate import UsageError, convert, open_snapshot
 from pyqmigrate.enums import Format
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.snapshot.increment import IncrementSnapshot
 from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.sync import connect
 from tests.harness.bare import BareQemu
 from tests.harness.compare_memory import assert_same_blocks
 from tests.harness.increments import save_twice, write_increment
@@ -83,3 +84,21 @@ def test_a_flattened_increment_loads_in_qemu_byte_for_byte(disk: Path, machine: 
     found = loaded_by_qemu(setup, whole, disk)
     assert_same_blocks({name: found[name] for name in expected}, expected)
     assert states(step) == states(later) == states(whole)
+
+
+def test_a_save_does_not_replace_the_base_of_increments(disk: Path) -> None:
+    """Refused before the guest is stopped, and by either engine."""
+    with BareQemu("-machine", "q35", "-m", "32M") as qemu:
+        qemu.run_state()  # its monitor listens
+        vm = connect(qemu.socket)
+        vm.save(disk / "base")
+        later = disk / "later"
+        vm.save(later)
+        write_increment(disk / "base", later, disk / "step", mapped=("pc.ram",))
+        before = (disk / "base").stat()
+        for engine in ("direct", "qemu"):
+            with pytest.raises(UsageError, match="is the base of 'step'"):
+                vm.save(disk / "base", engine=engine)
+        assert (disk / "base").stat() == before
+        assert qemu.run_state() == "prelaunch"
+    blocks_of(disk / "step")
