@@ -25,6 +25,7 @@ struct digester {
     unsigned char *table;
     uint64_t *changed; /* NULL: the table is filled, not compared with */
     int update;
+    const struct qm_copies *copies; /* NULL: pages that differ are not copied */
     struct qm_fault *fault;
     int in_place;  /* memory has an address, and every page of it may be touched */
     int extents;   /* memory has an address, but its holes must stay holes */
@@ -38,15 +39,37 @@ static int is_selected(const struct digester *d, uint64_t page)
     return !d->selection || bit_get(d->selection, page);
 }
 
-/* Enters the digests of pages [first, end). */
-static void enter(struct digester *d, uint64_t first, uint64_t end, const unsigned char *digests)
+/* Copies page `k`, NULL for zeros, and enters the digest of the copy. */
+static void copy_page(struct digester *d, uint64_t k, const unsigned char *bytes)
+{
+    size_t page = d->block->page_size;
+    unsigned char *copy = d->copies->base + k * page;
+    if (__atomic_fetch_sub(d->copies->room, (int64_t)page, __ATOMIC_RELAXED) < (int64_t)page)
+        return;
+    if (bytes)
+        memcpy(copy, bytes, page);
+    else if (!qm_is_zero(copy, page)) /* a page that was never touched stays so */
+        memset(copy, 0, page);
+    qm_xxh3_pages(copy, 1, page, d->table + k * QM_DIGEST);
+    bit_set(d->changed, k);
+}
+
+/* Enters the digests of pages [first, end), whose bytes are `bytes`, NULL for zeros. */
+static void enter(struct digester *d, uint64_t first, uint64_t end, const unsigned char *digests,
+                  const unsigned char *bytes)
 {
     uint64_t zero_pages = 0;
+    size_t page = d->block->page_size;
     for (uint64_t k = first; k < end; k++, digests += QM_DIGEST) {
         unsigned char *entry = d->table + k * QM_DIGEST;
-        zero_pages += memcmp(digests, d->zero, QM_DIGEST) == 0;
+        int zero = memcmp(digests, d->zero, QM_DIGEST) == 0;
+        zero_pages += (uint64_t)zero;
         if (memcmp(entry, digests, QM_DIGEST) == 0)
             continue;
+        if (d->copies) {
+            copy_page(d, k, zero || !bytes ? NULL : bytes + (k - first) * page);
+            continue;
+        }
         if (d->changed)
             bit_set(d->changed, k);
         if (!d->changed || d->update)
@@ -62,7 +85,7 @@ static void enter_zeros(struct digester *d, uint64_t first, uint64_t end)
 {
     for (uint64_t k = first; k < end; k++)
         if (is_selected(d, k))
-            enter(d, k, k + 1, d->zero);
+            enter(d, k, k + 1, d->zero, NULL);
 }
 
 /* Selected pages [first, end), at most STEP bytes. */
@@ -86,7 +109,7 @@ static int digest_step(struct digester *d, uint64_t first, uint64_t end)
         bytes = buffer;
     }
     qm_xxh3_pages(bytes, end - first, page, digests);
-    enter(d, first, end, digests);
+    enter(d, first, end, digests, bytes);
     return 0;
 }
 
@@ -191,10 +214,15 @@ static int digest_chunk(struct digester *d, uint64_t first, uint64_t end)
     return 0;
 }
 
+static int is_page_size(uint32_t size)
+{
+    return size >= QM_MIN_PAGE && size <= QM_MAX_PAGE && (size & (size - 1)) == 0;
+}
+
 static int check(const struct qm_block *block, uint64_t first, uint64_t npages)
 {
     uint32_t page = block->page_size;
-    if (page < QM_MIN_PAGE || page > QM_MAX_PAGE || (page & (page - 1)) || block->len % page)
+    if (!is_page_size(page) || block->len % page)
         return -EINVAL;
     uint64_t all = block->len / page;
     return first % 64 || first > all || npages > all - first ? -EINVAL : 0;
@@ -265,9 +293,69 @@ int qm_compare_pages(qm_job *job, qm_channel *channel, const struct qm_block *bl
     return digest_range(&d, first, npages);
 }
 
+int qm_copy_changed(const struct qm_transfer *t, qm_channel *channel, const struct qm_copies *copies,
+                    uint64_t first, uint64_t npages, struct qm_fault *fault)
+{
+    struct digester d = {
+        .job = t->job,
+        .channel = channel,
+        .block = t->block,
+        .memory = t->memory,
+        .selection = t->selection,
+        .table = copies->table,
+        .changed = copies->copied,
+        .copies = copies,
+        .fault = fault,
+    };
+    return digest_range(&d, first, npages);
+}
+
+int qm_digest_zeros(uint64_t npages, uint32_t page_size, unsigned char *table)
+{
+    static const unsigned char zeros[QM_MAX_PAGE];
+    if (!is_page_size(page_size))
+        return -EINVAL;
+    unsigned char zero[QM_DIGEST];
+    qm_xxh3_pages(zeros, 1, page_size, zero);
+    for (uint64_t k = 0; k < npages; k++)
+        memcpy(table + k * QM_DIGEST, zero, QM_DIGEST);
+    return 0;
+}
+
+/* Digests the pages of `block` among the `len` bytes that are written to `at`. */
+static int enter_written(const struct qm_digested_block *block, int64_t at,
+                         const unsigned char *bytes, size_t len)
+{
+    int64_t off = at - block->pages_offset;
+    size_t page = block->page_size;
+    if (off < 0 || (uint64_t)off >= block->len)
+        return 0;
+    if ((uint64_t)off % page || len % page || len > block->len - (uint64_t)off)
+        return -EINVAL;
+    unsigned char *entries = block->table + (uint64_t)off / page * QM_DIGEST;
+    if (bytes)
+        qm_xxh3_pages(bytes, len / page, page, entries);
+    else
+        memset(entries, 0, len / page * QM_DIGEST);
+    return 1;
+}
+
+int qm_digest_written(void *arg, int64_t at, const void *bytes, size_t len)
+{
+    const struct qm_written_digests *w = arg;
+    for (size_t i = 0; i < w->nblocks; i++) {
+        int rc = enter_written(&w->blocks[i], at, bytes, len);
+        if (rc < 0)
+            return rc;
+        if (rc)
+            break;
+    }
+    return w->next ? w->next(w->next_arg, at, bytes, len) : 0;
+}
+
 int qm_digest_bytes(const void *bytes, uint64_t npages, uint32_t page_size, unsigned char *table)
 {
-    if (page_size < QM_MIN_PAGE || page_size > QM_MAX_PAGE || (page_size & (page_size - 1)))
+    if (!is_page_size(page_size))
         return -EINVAL;
     qm_xxh3_pages(bytes, npages, page_size, table);
     return 0;

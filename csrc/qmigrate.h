@@ -163,8 +163,8 @@ typedef int (*qm_write_hook)(void *arg, int64_t at, const void *bytes, size_t le
  *                         positions and lengths: powers of two, at most QM_MAX_PAGE.
  *   hook, hook_arg        optional. A write without a selection then copies every page to a bounce
  *                         buffer first, zero pages as zeros, so that the hook sees exactly the bytes
- *                         that the kernel gets, even if guest memory changes. qm_write_tail does not
- *                         call the hook. */
+ *                         that the kernel gets, even if guest memory changes. qm_write_tail calls
+ *                         the hook for single pages. */
 struct qm_file {
     int fd;
     int fd_direct;
@@ -628,6 +628,52 @@ int qm_compare_pages(qm_job *job, qm_channel *channel, const struct qm_block *bl
 /* Puts the digests of `npages` pages at `bytes` at the start of `table`. -EINVAL for a bad page
  * size. */
 int qm_digest_bytes(const void *bytes, uint64_t npages, uint32_t page_size, unsigned char *table);
+
+/* Puts the digest of a zero page into all `npages` entries of `table`. -EINVAL for a bad page size. */
+int qm_digest_zeros(uint64_t npages, uint32_t page_size, unsigned char *table);
+
+/* The table of a block whose pages are written to a file. */
+struct qm_digested_block {
+    int64_t pages_offset;
+    uint64_t len;
+    uint32_t page_size;
+    unsigned char *table;
+};
+
+/* The argument of qm_digest_written. Byte ranges of different blocks do not overlap in the file.
+ *   next, next_arg   optional: another hook, which is called afterwards. */
+struct qm_written_digests {
+    const struct qm_digested_block *blocks;
+    size_t nblocks;
+    qm_write_hook next;
+    void *next_arg;
+};
+
+/* A qm_write_hook that enters the digests of the pages as they are written; the entries of pages whose
+ * bytes it does not get are cleared. It does not get pieces without data: their entries must be those
+ * of zero pages before (qm_digest_zeros). */
+int qm_digest_written(void *arg, int64_t at, const void *bytes, size_t len);
+
+/* Copies of the pages of a block that differ from their digests.
+ *   table    the digests; each entry becomes the digest of the copy.
+ *   base     memory as long as the block, private to the caller: page k is copied to its offset.
+ *   copied   the bits of copied pages are set.
+ *   room     how many bytes may be copied, at most; shared by blocks and channels. When it is
+ *            negative, pages that differ were left alone: neither their digest nor their bit is that
+ *            of a copy. */
+struct qm_copies {
+    unsigned char *table;
+    unsigned char *base;
+    uint64_t *copied;
+    int64_t *room;
+};
+
+/* Compares the pages as qm_compare_pages does, and copies those that differ. What is entered is the
+ * digest of the copy, so the memory may change meanwhile. Of the transfer it uses job, block, memory
+ * and selection. */
+int qm_copy_changed(const struct qm_transfer *transfer, qm_channel *channel,
+                    const struct qm_copies *copies, uint64_t first, uint64_t npages,
+                    struct qm_fault *fault);
 
 /* The digest of `len` bytes, more than 240. `portable`: without vector instructions. */
 int qm_xxh3_128(const void *bytes, size_t len, int portable, unsigned char *digest);

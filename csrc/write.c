@@ -246,14 +246,12 @@ static void copy_pages(const struct chunk *c, size_t page, size_t from, size_t t
     }
 }
 
-/* Call the hook for the pages [from, to) of the chunk, a piece. */
-static int call_hook(struct writer *w, const struct chunk *c, size_t from, size_t to,
-                     const unsigned char *bytes)
+/* Call the hook for `len` bytes at `off` of the block. */
+static int call_hook(struct writer *w, uint64_t off, const unsigned char *bytes, size_t len)
 {
     const struct qm_file *file = w->transfer->file;
-    size_t page = w->transfer->block->page_size;
-    off_t at = w->transfer->block->pages_offset + (off_t)(c->off + from * page);
-    int rc = file->hook(file->hook_arg, at, bytes, (to - from) * page);
+    off_t at = w->transfer->block->pages_offset + (off_t)off;
+    int rc = file->hook(file->hook_arg, at, bytes, len);
     return rc ? file_fault(w->source.fault, at, rc) : 0;
 }
 
@@ -274,7 +272,7 @@ static int write_copied(struct writer *w, const struct chunk *c, const uint64_t 
         size_t from = k / pages * pages;
         size_t to = from + pages < c->npages ? from + pages : c->npages;
         copy_pages(c, page, from, to, buffer);
-        int rc = call_hook(w, c, from, to, buffer + from * page);
+        int rc = call_hook(w, c->off + from * page, buffer + from * page, (to - from) * page);
         if (rc)
             return rc;
         uint64_t part[WORDS] = {0};
@@ -290,11 +288,11 @@ static int write_copied(struct writer *w, const struct chunk *c, const uint64_t 
 /* Call the hook for each piece of the chunk that is about to change. */
 static int announce_changes(struct writer *w, const struct chunk *c, const uint64_t *want)
 {
-    size_t pages = QM_PIECE / w->transfer->block->page_size;
+    size_t page = w->transfer->block->page_size, pages = QM_PIECE / page;
     for (size_t k = next_set(want, 0, c->npages); k < c->npages;) {
         size_t from = k / pages * pages;
         size_t to = from + pages < c->npages ? from + pages : c->npages;
-        int rc = call_hook(w, c, from, to, NULL);
+        int rc = call_hook(w, c->off + from * page, NULL, (to - from) * page);
         if (rc)
             return rc;
         k = next_set(want, to, c->npages);
@@ -337,9 +335,14 @@ static int write_chunk(struct writer *w, const struct chunk *c)
 static int write_range(struct writer *w, uint64_t first, uint64_t end)
 {
     struct chunk c;
+    const uint64_t *selection = w->transfer->selection;
+    uint64_t most = QM_CHUNK / w->transfer->block->page_size;
     for (uint64_t at = first; at < end; at += c.npages) {
         if (qm_job_cancelled(w->transfer->job))
             return -ECANCELED;
+        c.npages = end - at < most ? (size_t)(end - at) : (size_t)most;
+        if (selection && next_set(selection, at, at + c.npages) == at + c.npages)
+            continue; /* nothing of it is read */
         int rc = qm_chunk_load(&w->source, &c, at, end);
         if (rc == 0)
             rc = write_chunk(w, &c);
@@ -420,6 +423,11 @@ int qm_write_tail(const struct qm_transfer *t, qm_channel *channel, struct qm_fa
             bit_clear(t->data, k);
         else
             bit_set(t->data, k);
+        if (t->file->hook && (!zero || !t->selection || t->policy->everything)) {
+            rc = call_hook(&w, off, t->selection ? NULL : page, len);
+            if (rc)
+                return rc;
+        }
         if (!zero || t->policy->everything) {
             struct iovec iov = {.iov_base = page, .iov_len = len};
             rc = put(&w, &iov, 1, off, -1);

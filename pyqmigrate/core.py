@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyqmigrate._core as _core
@@ -20,6 +20,7 @@ __all__ = [
     "CHUNK",
     "Block",
     "Channel",
+    "CopyTarget",
     "Fault",
     "File",
     "JobState",
@@ -168,6 +169,7 @@ class File:
         self.core.mem_align = direct.mem_align if direct else 1
         self.core.off_align = direct.off_align if direct else 1
         self._hook: Any = None
+        self._digests: Any = None
 
     def set_write_hook(self, hook: Callable[[int, memoryview | None, int], object]) -> None:
         """Have ``hook(offset, data, length)`` called before pages are written, by the thread that
@@ -175,6 +177,22 @@ class File:
         if only selected pages are written; it is valid during the call."""
         self._hook = _core.ffi.new_handle(hook)
         self.core.hook, self.core.hook_arg = _write_hook, self._hook
+
+    def digest_pages(self, blocks: Sequence[tuple[BlockLayout, _Wrapper]]) -> None:
+        """Have the digests of pages entered into the table of their block as they are written.
+
+        All pages are written, in one pass. Before it starts, each table has the digests of zero
+        pages. Call it after :meth:`set_write_hook`, whose hook is called too.
+        """
+        places = _core.ffi.new("struct qm_digested_block[]", len(blocks))
+        for place, (layout, table) in zip(places, blocks, strict=True):
+            place.pages_offset, place.len = layout.pages_offset, layout.length
+            place.page_size, place.table = layout.page_size, table.core
+        digests = _core.ffi.new("struct qm_written_digests *")
+        digests.blocks, digests.nblocks = places, len(blocks)
+        digests.next, digests.next_arg = self.core.hook, self.core.hook_arg
+        self.core.hook, self.core.hook_arg = _function("qm_digest_written"), digests
+        self._digests = digests, places, blocks
 
 
 @_core.ffi.def_extern(error=-errno.EIO)  # type: ignore[untyped-decorator]
@@ -261,6 +279,13 @@ class Transfer:
     def read(self, channel: Channel, first: int, npages: int) -> int:
         return int(_core.lib.qm_read(self.core, channel.core, first, npages, channel.fault.core))
 
+    def copy_changed(self, channel: Channel, target: CopyTarget, first: int, npages: int) -> int:
+        fault = channel.fault.core
+        fault.in_memory, fault.at = 1, 0
+        return int(
+            _core.lib.qm_copy_changed(self.core, channel.core, target.core, first, npages, fault)
+        )
+
     def punch_stale(self, channel: Channel, first: int, npages: int) -> int:
         return int(
             _core.lib.qm_stale_punch(self.core, channel.core, first, npages, channel.fault.core)
@@ -275,6 +300,22 @@ class Transfer:
 
     def zero_clear(self, fault: Fault) -> int:
         return int(_core.lib.qm_zero_clear(self.core, fault.core))
+
+
+class CopyTarget:
+    """Where the changed pages of a block are copied to: ``struct qm_copies``. ``room`` is an
+    ``int64_t *``."""
+
+    def __init__(self, table: _Wrapper, memory: object, copied: _Wrapper, room: Any) -> None:
+        self.core = _core.ffi.new("struct qm_copies *")
+        self._memory = _core.ffi.from_buffer("unsigned char[]", memory, require_writable=True)
+        self.core.table, self.core.base = table.core, self._memory
+        self.core.copied, self.core.room = copied.core, room
+        self._kept = table, copied, room
+
+    def close(self) -> None:
+        """Release the buffer."""
+        _core.ffi.release(self._memory)
 
 
 class MemorySource:

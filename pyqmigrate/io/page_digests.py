@@ -89,6 +89,11 @@ class DigestTable:
         finally:
             _core.ffi.release(data)
 
+    def enter_zeros(self, page_size: int) -> None:
+        """Enter the digest of a zero page for all pages. UsageError for an invalid page size."""
+        if _core.lib.qm_digest_zeros(self.npages, page_size, self.core):
+            raise UsageError(f"pages cannot have {page_size} bytes")
+
     def forget(self, first: int, npages: int) -> None:
         """Clear the entries of some pages, so that they differ from every content."""
         if not 0 <= first <= self.npages - npages:

@@ -21,6 +21,7 @@ from pyqmigrate.errors import QemuError, TargetError
 from pyqmigrate.vm.plan.check import CheckReport, check
 from pyqmigrate.vm.plan.engine import Engine
 from pyqmigrate.vm.plan.estimate import Basis
+from pyqmigrate.vm.plan.live_option import LiveMethod
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
 from tests.harness.version import qemu_version
@@ -195,16 +196,28 @@ def test_engine_and_reason_are_those_of_a_save() -> None:
     with BareQemu(*shared("/dev/shm"), run=True) as qemu:
         assert checked(qemu).choice == checked(qemu, engine="direct").choice
         forced = checked(qemu, engine="qemu").choice
-        live = checked(qemu, live=True).choice
+        live = checked(qemu, live=True)
+        promised = checked(qemu, live="converge", max_pause=0.05)
     assert forced is not None and forced.engine is Engine.QEMU
-    assert live is not None and live.engine is Engine.QEMU and "live" in live.refused[0]
+    assert live.live is not None and live.choice is not None
+    assert live.choice.engine == live.live.engine
+    assert [option.method for option in live.methods] == list(LiveMethod)
+    assert promised.live is not None and promised.live.expected_pause == 0.05
+    assert promised.settings["downtime-limit"].value == 37
+
+
+def test_pause_that_no_method_keeps_is_a_blocker() -> None:
+    with BareQemu(*shared("/dev/shm"), run=True) as qemu:
+        report = checked(qemu, live=True, max_pause=0.001)
+    assert not report.possible
+    assert "converge: to stop the guest" in report.blockers[0]
 
 
 def test_impossible_demand_is_a_blocker() -> None:
-    with BareQemu(*shared("/dev/shm")) as qemu:
-        report = checked(qemu, engine="direct", live=True)
+    with BareQemu(*shared("/dev/shm"), run=True) as qemu:
+        report = checked(qemu, live="background", engine="direct")
     assert report.choice is None and not report.possible
-    assert "live" in report.blockers[0]
+    assert "engine direct was requested" in report.blockers[0]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.errors import NotSupported, QemuError
+from pyqmigrate.errors import QemuError
 from pyqmigrate.io.memory import FileMemory
 from pyqmigrate.io.process_memory import ProcessMemory
 from pyqmigrate.snapshot.detect import open_snapshot
@@ -412,14 +412,6 @@ def test_guest_that_does_not_run_stays_as_it_is(arguments: list[str]) -> None:
             DeviceStateMethod.DEVICES_ONLY,
             True,
         )
-
-
-def test_live_save_is_qemus() -> None:
-    with looked(*FILE, run=True) as (_, guest):
-        choice = choose_engine(guest, live=True)
-        assert choice.engine is Engine.QEMU and "live" in choice.refused[0]
-        with pytest.raises(NotSupported, match="live"):
-            choose_engine(guest, engine="direct", live=True)
 
 
 MEMORY_DEVICE = [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pyqmigrate import open_snapshot
-from pyqmigrate.errors import NotSupported, QemuError, UsageError
+from pyqmigrate.errors import QemuError, UsageError
 from pyqmigrate.io.job import Progress
 from pyqmigrate.vm.outgoing.save import _Save, save
 from pyqmigrate.vm.record.contents import read_record
@@ -87,35 +87,11 @@ def test_auto_leaves_a_paused_guest_paused(disk: Path) -> None:
         assert (report.engine, guest.status()) == ("direct", "paused")
 
 
-def test_live_save_is_qemus_and_says_why(disk: Path) -> None:
-    with source(disk) as guest:
-        report = guest.save(disk / "snapshot", live=True)
-        assert report.engine == "qemu"
-        guest.files.add("snapshot")
-        guest.assert_as_before()
-        with open_snapshot(disk / "snapshot") as snapshot:
-            block = snapshot.blocks["pc.ram"]
-            check_pattern(block.read(0, block.length))
-
-
-def test_guest_that_never_stands_still_is_stopped_after_some_passes(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pyqmigrate.vm.outgoing.qemu._PASSES", 3)  # on a busy machine it is slower
-    with source(disk, length=128 << 20) as guest:
-        guest.vm.execute("migrate-set-parameters", {"downtime-limit": 1})
-        guest.before = guest.settings()
-        report = guest.save(disk / "snapshot", live=True)
-        assert any("passes" in note for note in report.notes)
-        guest.files.add("snapshot")
-        guest.assert_as_before()
-
-
 @pytest.mark.parametrize(
     ("memory", "how"),
     [
         ("file", {"engine": "qemu"}),
-        ("file", {"engine": "qemu", "live": True}),
+        ("file", {"live": "converge"}),
         ("file", {"engine": "direct"}),
         ("private", {"engine": "direct"}),
     ],
@@ -151,11 +127,16 @@ def test_end_of_a_migration_is_reported_without_being_asked_for(
         guest.assert_as_before()
 
 
-def test_engine_direct_refuses_a_live_save(disk: Path) -> None:
+def test_live_save_is_of_the_engine_that_was_requested(disk: Path) -> None:
     with source(disk) as guest:
-        with pytest.raises(NotSupported, match="live"):
-            guest.save(disk / "snapshot", engine="direct", live=True)
-        guest.assert_as_before()
+        guest.files.add("snapshot")
+        for engine, methods in (("direct", {"precopy"}), ("qemu", {"converge", "background"})):
+            report = guest.save(disk / "snapshot", engine=engine, live=True)
+            assert report.engine == engine and str(report.method) in methods
+            guest.assert_as_before()
+            with open_snapshot(disk / "snapshot") as snapshot:
+                block = snapshot.blocks["pc.ram"]
+                check_pattern(block.read(0, block.length))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -37,11 +37,11 @@ def check(path: Path) -> None:
         ("direct", False, "file"),
         ("direct", False, "private"),
         ("qemu", False, "memfd"),
-        ("qemu", True, "file"),
+        ("qemu", "converge", "file"),
     ],
 )
 def test_save_with_a_seal_is_intact_and_loads(
-    engine: str, live: bool, memory: str, disk: Path
+    engine: str, live: bool | str, memory: str, disk: Path
 ) -> None:
     path = disk / "snapshot"
     with source(disk, memory=memory) as guest:

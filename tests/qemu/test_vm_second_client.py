@@ -10,6 +10,7 @@ import pytest
 
 from pyqmigrate import open_snapshot
 from pyqmigrate.errors import QemuError, QemuGone, QemuRefused
+from pyqmigrate.vm.outgoing import device_state
 from pyqmigrate.vm.outgoing import direct as engine_direct
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from tests.harness.pattern_guest import check_pattern
@@ -57,14 +58,14 @@ def test_guest_that_was_let_run_between_its_devices_and_its_memory_is_not_saved(
 ) -> None:
     with source(disk, memory=memory) as guest:
         for name in ("read_devices", "read_migrated"):
-            original = getattr(engine_direct, name)
+            original = getattr(device_state, name)
 
             def meddled(*arguments: Any, original: Any = original, **options: Any) -> Any:
                 guest.vm.execute("cont")
                 guest.vm.execute("stop")
                 return original(*arguments, **options)
 
-            monkeypatch.setattr(engine_direct, name, meddled)
+            monkeypatch.setattr(device_state, name, meddled)
         with pytest.raises(QemuError, match="another client resumed the guest"):
             guest.save(disk / "snapshot", engine="direct")
         guest.assert_as_before()
@@ -95,8 +96,9 @@ def test_guest_that_was_let_run_between_its_disks_and_its_memory_is_not_saved(
             if live
             else pytest.raises(QemuError, match="another client resumed the guest")
         )
+        method = "converge" if live else False
         with outcome:
-            guest.save(disk / "snapshot", engine="qemu", with_disks=True, live=live)
+            guest.save(disk / "snapshot", engine="qemu", with_disks=True, live=method)
         assert refused == live
         if not live:
             guest.assert_as_before()

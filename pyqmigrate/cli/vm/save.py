@@ -140,7 +140,9 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
         f"({report.direct_io_reason})"
     )
     if report.method is not None:
+        rounds = "" if report.rounds is None else f", {counted(report.rounds, 'round')}"
         yield f"method    {report.method}: {report.method_why}"
+        yield f"instant   {report.instant} of the save{rounds}"
     downtime = "" if report.downtime is None else f", paused for {report.downtime:.3f} s"
     yield f"guest     {report.run_state_before} before, {_after(report)} now{downtime}"
     yield from setting_lines(report.settings)

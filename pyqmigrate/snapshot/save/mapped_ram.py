@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from pyqmigrate.core import File
+from pyqmigrate.core import File, Policy
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.format.stream.writer import Head, encode_head, encode_tail
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Range
-from pyqmigrate.io.memory import RamBlock
+from pyqmigrate.io.direct_io import Direct
+from pyqmigrate.io.memory import OpenMemory, RamBlock
 from pyqmigrate.io.pages import BlockPages, count_pages, punch_stale_in_turn, write_pages
 from pyqmigrate.io.target import Target, stream_offset
 from pyqmigrate.snapshot.save.writer import (
@@ -24,6 +27,9 @@ from pyqmigrate.snapshot.save.writer import (
     StreamWriter,
     WriteObserver,
 )
+
+if TYPE_CHECKING:
+    from pyqmigrate.io.page_digests import DigestTable
 
 __all__ = ["Writer"]
 
@@ -44,6 +50,7 @@ class Writer(StreamWriter):
         self._stale = options.reuse  # whether clear pages may have old bytes in the file
         self._passes = 0
         self.sparse = options.sparse
+        self._mark_zero = options.mark_zero
         self.policy = options.sparse.policy(mark_zero=options.mark_zero)
         with self._closed_on_error():
             self.head: Head = encode_head(
@@ -73,20 +80,70 @@ class Writer(StreamWriter):
                 data = bytes(len(MAGIC)) + data[len(MAGIC) :]
             self.write_at(piece.offset, data)
 
-    def write_pages(self, selections: Sequence[Bitmap | None] | None = None) -> None:
-        file = File(self.target.fd, self.target.direct)
-        if self.observer is not None and not self.reuse:
-            self.observer.watch(file)
+    def write_pages(
+        self,
+        selections: Sequence[Bitmap | None] | None = None,
+        *,
+        tables: Sequence[DigestTable] | None = None,
+    ) -> None:
+        """Write all pages, or the pages selected by one bitmap per block, in one pass.
+
+        ``tables``, one for each block, get the digests of all pages as they are written; a file that
+        is reused has no place for them.
+        """
+        file = self._file(self.target.direct)
+        if tables is not None:
+            assert selections is None and not self.reuse
+            for table, layout in zip(tables, self.head.blocks, strict=True):
+                table.enter_zeros(layout.page_size)
+            file.digest_pages(list(zip(self.head.blocks, tables, strict=True)))
         self._passes += 1
         self._stale |= self._passes > 1
-        write_pages(
-            self._stored(self.bitmaps, selections),
-            file,
-            self.policy,
-            self.channels,
-            self.target.name,
-            self._ranges(selections),
+        self._write(
+            self._stored(self.bitmaps, selections), file, self.policy, self._ranges(selections)
         )
+
+    def rewrite_pages(
+        self, selections: Sequence[Bitmap], copies: Sequence[OpenMemory] | None = None
+    ) -> None:
+        """Write the selected pages again, zero pages too: no old bytes remain.
+
+        With ``Sparse.EXACT`` zero pages are not written; :meth:`clean` has to follow. ``copies``, one
+        for each block, have the selected pages at their offsets, and nothing else is written
+        from them.
+        """
+        exact = self.sparse is Sparse.EXACT
+        self._passes += 1
+        self._stale |= exact
+        blocks = self._stored(self.bitmaps, selections)
+        direct = self.target.direct
+        if copies is not None:
+            blocks = [
+                replace(block, memory=copies[number])
+                for number, block in zip(self.stored, blocks, strict=True)
+            ]
+            if direct is not None and any(
+                layout.page_size % direct.off_align for layout in self.head.blocks
+            ):
+                direct = None  # writes would be extended to pages that were not copied
+        # No gaps: a gap is not in the copies.
+        policy = Policy(everything=not exact, mark_zero=self._mark_zero and not exact)
+        self._write(blocks, self._file(direct), policy)
+
+    def _file(self, direct: Direct | None) -> File:
+        file = File(self.target.fd, direct)
+        if self.observer is not None and not self.reuse:
+            self.observer.watch(file)
+        return file
+
+    def _write(
+        self,
+        blocks: Sequence[BlockPages],
+        file: File,
+        policy: Policy,
+        ranges: Iterator[Range] | None = None,
+    ) -> None:
+        write_pages(blocks, file, policy, self.channels, self.target.name, ranges)
 
     def _ranges(self, selections: Sequence[Bitmap | None] | None) -> Iterator[Range] | None:
         """Return the ranges that a pass looks at; None: all."""

@@ -47,7 +47,7 @@ async def save_converge(save: LiveSave) -> Written:
     :func:`~pyqmigrate.vm.outgoing.qemu.save_qemu` does.
     """
     transaction, promised = save.transaction, save.request.max_pause
-    convergence = Convergence(DEFAULT_PAUSE if promised is None else promised)
+    convergence = Convergence(save.live.expected_pause or DEFAULT_PAUSE)
 
     async def watch(info: dict[str, Any]) -> None:
         if info.get("status") != Status.ACTIVE:

@@ -12,9 +12,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
-from uuid import UUID
 
-from pyqmigrate.errors import NotSupported, QemuRefused
+from pyqmigrate.errors import NotSupported
 from pyqmigrate.format.digest import Algorithm
 from pyqmigrate.format.stream.configuration import Configuration
 from pyqmigrate.format.stream.writer import encode_tail
@@ -27,33 +26,21 @@ from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 from pyqmigrate.vm.cancellation import check_cancelled, shielded
-from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_devices, read_migrated
+from pyqmigrate.vm.guest.device_state import DeviceState
 from pyqmigrate.vm.guest.inspect import GuestInfo
-from pyqmigrate.vm.guest.run_state import LOADABLE
-from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written, migrate
+from pyqmigrate.vm.outgoing.device_state import save_device_state
+from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
 from pyqmigrate.vm.outgoing.options import ProgressCallback
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
-from pyqmigrate.vm.plan.blockers import DeviceStateMethod, devices_with_backends
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.settings import Changes
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.twin.describing import Describing
 
-__all__ = [
-    "DeviceStateRefused",
-    "encode_rest",
-    "read_device_sections_of",
-    "save_device_sections",
-    "save_direct",
-]
+__all__ = ["encode_rest", "notes_of", "save_direct"]
 
-_SAVE_DEVICES = "xen-save-devices-state"
 _REPORT_EVERY = 0.1  # seconds
-
-
-class DeviceStateRefused(QemuRefused):
-    """QEMU cannot save a device's state. It names the device on its standard error only; a
-    migration reports the reason."""
 
 
 async def save_direct(
@@ -118,10 +105,7 @@ async def _save(
 ) -> Written:
     await transaction.apply(changes)
     stopped_at = time.monotonic()
-    if way is DeviceStateMethod.IGNORE_SHARED:
-        state = await _migrate_devices(transaction, guest, while_paused)
-    else:
-        state = await _save_devices(transaction, guest, while_paused)
+    state = await save_device_state(transaction, guest, way, while_paused)
     check_cancelled()
     observer = None if seal is None else SaveSeal(seal, target.offset)
     job, pages_written = _start(target, guest, state, channels, sparse, observer, describing)
@@ -155,66 +139,8 @@ async def _save(
     return Written(
         report.bytes_written,
         downtime,
-        _notes(report, describing),
+        notes_of(report, describing),
         None if observer is None else observer.manifest,
-    )
-
-
-async def _migrate_devices(
-    transaction: SaveTransaction, guest: GuestInfo, while_paused: WhilePaused | None
-) -> DeviceState:
-    external = [block.name for block in guest.blocks if block.file_backed]
-    with memory_file() as (written, read):
-        async with transaction.add_fds({"device-state": written}) as path:
-            await migrate(transaction, path, while_paused=while_paused, pause=guest.running)
-            transaction.events.stands()
-        return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=external)
-
-
-async def _save_devices(
-    transaction: SaveTransaction, guest: GuestInfo, while_paused: WhilePaused | None
-) -> DeviceState:
-    if guest.running:
-        await transaction.stop()
-    transaction.events.stands()
-    if while_paused is not None:
-        await while_paused()
-    with memory_file() as (written, read):
-        async with transaction.add_fds({"device-state": written}) as path:
-            await save_device_sections(transaction, guest, path)
-        return await asyncio.to_thread(read_device_sections_of, guest, read)
-
-
-async def save_device_sections(transaction: SaveTransaction, guest: GuestInfo, path: str) -> None:
-    """Have QEMU write the device state of a stopped guest into ``path``, an fdset.
-
-    Raises DeviceStateRefused.
-    """
-    try:
-        await transaction.monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
-    except QemuRefused as error:
-        raise DeviceStateRefused(_SAVE_DEVICES, _refusal(error, guest)) from error
-
-
-def read_device_sections_of(guest: GuestInfo, fd: int) -> DeviceState:
-    """Read what :func:`save_device_sections` had written. Raises as
-    :func:`~pyqmigrate.vm.guest.device_state.read_devices` does."""
-    return read_devices(
-        Descriptors(fd),
-        machine=guest.machine,
-        blocks={block.name: block.length for block in guest.blocks},
-        page_size=1 << (guest.target_page_bits or 12),
-        uuid=UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None,
-        run_state=guest.run_state if guest.run_state in LOADABLE else "paused",
-    )
-
-
-def _refusal(error: QemuRefused, guest: GuestInfo) -> str:
-    suspects = devices_with_backends(guest)
-    hint = f" (perhaps {', '.join(suspects)})" if suspects else ""
-    return (
-        f"{error.desc}; QEMU's standard error, or a save with --engine qemu, names the device whose "
-        f"state cannot be saved{hint}"
     )
 
 
@@ -317,7 +243,7 @@ async def _wait_for(
             progress(job.progress)
 
 
-def _notes(report: SaveReport, describing: Describing | None) -> tuple[str, ...]:
+def notes_of(report: SaveReport, describing: Describing | None) -> tuple[str, ...]:
     copied = [
         f"memory of block {name!r} is not aligned for direct I/O and was copied"
         for name in report.unaligned_blocks

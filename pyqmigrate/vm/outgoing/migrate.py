@@ -8,9 +8,11 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from pyqmigrate.errors import Cancelled, NoSpace, PyqmigrateError, QemuError
+from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.job import Progress
 from pyqmigrate.qapi.status import Status
@@ -35,14 +37,16 @@ _STOPPING = {"finish-migrate", "save-vm"}
 class Written:
     """What an engine did. ``downtime`` is in seconds, None if the guest did not run before or does
     not run again. ``manifest`` returns the seal of the file, given the time of its last
-    modification (ns). ``rounds``, ``slowdown``, ``base`` and ``changed_pages`` are those of
-    :class:`~pyqmigrate.vm.outgoing.report.VmSaveReport`. ``confirm`` is called when the file is durable,
-    before it gets its name; an exception undoes the save."""
+    modification (ns). ``confirm`` is called when the file is durable, before it gets its name; an
+    exception undoes the save. ``write_page_table`` writes the digests of the pages to a path, for a
+    snapshot of this identity, and releases them. ``rounds``, ``slowdown``, ``base`` and
+    ``changed_pages`` are those of :class:`~pyqmigrate.vm.outgoing.report.VmSaveReport`."""
 
     bytes_written: int
     downtime: float | None
     notes: tuple[str, ...] = ()
     manifest: Callable[[int], Manifest] | None = None
+    write_page_table: Callable[[Path, SnapshotId], None] | None = None
     rounds: int | None = None
     slowdown: float | None = None
     base: str | None = None

@@ -42,8 +42,8 @@ class VmLiveOptions(TypedDict, total=False):
 
     live: let the guest run while most of it is saved, by the method with the shortest pause, or by
         this :class:`~pyqmigrate.vm.plan.live_option.LiveMethod`.
-    max_pause: with ``live``, the longest pause in seconds. A save that cannot keep it fails before
-        it stops the guest, or lets it go at once; None promises nothing.
+    max_pause: the longest pause, in seconds, of a live save. A save that is not expected to keep it
+        fails before it stops the guest, or lets it go at once. None promises nothing.
     base: write only what changed since this snapshot, from which the guest was restored; ``auto``
         finds it. None writes a whole snapshot. The save is live, by method ``changed``.
     full: with ``base``, write a whole snapshot that shares the unchanged pages with the base on
@@ -116,7 +116,7 @@ class SaveOptions:
     """Checked :class:`VmSaveOptions`, with their defaults."""
 
     engine: str = "auto"
-    live: LiveRequest | None = None  # with max_pause, base, full and keep_digests
+    live: LiveRequest | None = None  # the options of VmLiveOptions
     then: Then | None = None
     channels: int = 2
     direct_io: DirectIO = DirectIO.AUTO
@@ -142,6 +142,7 @@ class SaveOptions:
             base=values.pop("base", None),
             full=values.pop("full", False),
             keep_digests=values.pop("keep_digests", False),
+            with_disks=values.get("with_disks", False),
         )
         checked = cls(**values)
         check_channels(checked.channels)

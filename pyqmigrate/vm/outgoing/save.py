@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -35,8 +35,10 @@ from pyqmigrate.format.digest import digester
 from pyqmigrate.format.stream.wire import MAGIC
 from pyqmigrate.integrity.manifest import check_place, seal_path, write_manifest
 from pyqmigrate.integrity.seal import start_seal
+from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
+from pyqmigrate.io.page_table_file import check_page_table_place, page_table_path
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors, stream_offset, target_path
@@ -50,7 +52,8 @@ from pyqmigrate.vm.guest.run_state import what_stopped
 from pyqmigrate.vm.outgoing.background import save_background
 from pyqmigrate.vm.outgoing.changed import save_changed
 from pyqmigrate.vm.outgoing.converge import save_converge
-from pyqmigrate.vm.outgoing.direct import DeviceStateRefused, save_direct
+from pyqmigrate.vm.outgoing.device_state import DeviceStateRefused
+from pyqmigrate.vm.outgoing.direct import save_direct
 from pyqmigrate.vm.outgoing.disk_snapshots import stranded
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
@@ -62,7 +65,7 @@ from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.disks import prepare, restore_needs
 from pyqmigrate.vm.plan.engine import EngineChoice, choose_engine, fall_back
-from pyqmigrate.vm.plan.live import LiveChoice, choose_live
+from pyqmigrate.vm.plan.live import LiveChoice, automatic_precopy, choose_live
 from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveRequest
 from pyqmigrate.vm.plan.plan import Plan, make_plan
 from pyqmigrate.vm.qemu.exit import ProcessExit
@@ -101,6 +104,8 @@ async def save(
     if checked.seal is not None:
         digester(checked.seal)
         await asyncio.to_thread(check_place, seal_path(path))
+    if checked.live is not None and checked.live.keep_digests:
+        await asyncio.to_thread(check_page_table_place, path)
     if stream_offset(os.fspath(snapshot)):
         raise UsageError("a guest is saved to a file of its own: give no offset")
     async with await Monitor.connect(qmp) as monitor:
@@ -122,6 +127,7 @@ class _Save:
         self.options = options
         self.choice: EngineChoice
         self.live: LiveChoice | None = None
+        self.request = options.live
         self.disks: DiskPlan | None
         self.recording: Recording
         self.notes: list[str] = []
@@ -150,7 +156,7 @@ class _Save:
             except (LiveSaveAbandoned, NotSupported, DeviceStateRefused) as error:
                 left = getattr(error, "__notes__", ())  # on a guest that was not restored
                 if left or choice is choices[-1]:
-                    for note in self.notes:
+                    for note in (*self.notes, *_not_tried(choice)):
                         error.add_note(f"({note}) ")
                     raise
                 self.notes.append(f"the live method {choice.method} was abandoned: {error}")
@@ -158,7 +164,7 @@ class _Save:
 
     async def _save_stopped(self) -> VmSaveReport:
         try:
-            return await self._attempt()
+            return await self._attempt_by_precopy() or await self._attempt()
         except DeviceStateRefused as error:
             if self.options.engine != "auto":
                 raise
@@ -170,6 +176,25 @@ class _Save:
             except QemuError as second:
                 second.add_note(f"(engine direct: {error}) ")
                 raise
+
+    async def _attempt_by_precopy(self) -> VmSaveReport | None:
+        """Save by method ``precopy`` where that pauses the guest much shorter; otherwise None."""
+        if not self._resumes:
+            return None
+        self.live = await shielded(asyncio.to_thread(automatic_precopy, self.guest, self.choice))
+        if self.live is None:
+            return None
+        self.request = LiveRequest(engine=self.options.engine, methods=(self.live.method,))
+        try:
+            return await self._attempt()
+        except NotSupported as error:
+            if getattr(error, "__notes__", ()):  # on a guest that was not restored
+                raise
+            self.notes.append(f"the guest was stopped for the whole save: {error}")
+            self._prepare_disks()
+            return None
+        finally:
+            self.live = self.request = None
 
     def _prepare_disks(self) -> None:
         self.disks = prepare(self.guest, self.path) if self.options.with_disks else None
@@ -189,9 +214,7 @@ class _Save:
         )
         try:
             in_use = await asyncio.to_thread(files_of, self.guest)
-            opening = transaction.open_output(
-                self._direct_io, in_use=in_use, beside=[recording.path]
-            )
+            opening = transaction.open_output(self._direct_io, in_use=in_use, beside=self._beside())
             async with transaction, opening as output:
                 plan = await shielded(asyncio.to_thread(self._plan, output))
                 return await self._run(output, plan, transaction)
@@ -204,6 +227,12 @@ class _Save:
         finally:
             if not transaction.published:
                 recording.discard()
+
+    def _beside(self) -> list[Path]:
+        """Return the other files that are written."""
+        request, record = self.options.live, self.recording.path
+        keep = request is not None and request.keep_digests
+        return [record, page_table_path(self.path)] if keep else [record]
 
     async def _run(
         self, output: OutputFile, plan: Plan, transaction: SaveTransaction
@@ -218,6 +247,7 @@ class _Save:
         clock_notes = await self._set_clock(written.downtime)
         run_state, end_notes = await self._end()
         await self._seal(written, modified)
+        await self._keep_digests(written, output)
         resumed = self._resumes and self.guest.running
         return VmSaveReport(
             snapshot=self.name,
@@ -299,8 +329,7 @@ class _Save:
     async def _write(self, transaction: SaveTransaction, output: OutputFile, plan: Plan) -> Written:
         options = self.options
         while_paused: WhilePaused | None = transaction.take_disks if self.disks else None
-        request = options.live
-        if self.live is not None and request is not None:
+        if self.live is not None and self.request is not None:
             return await _LIVE[self.live.method](
                 LiveSave(
                     transaction=transaction,
@@ -308,7 +337,7 @@ class _Save:
                     output=output,
                     plan=plan,
                     engine=self.choice,
-                    request=request,
+                    request=self.request,
                     live=self.live,
                     options=options,
                     resume=self._resumes,
@@ -365,6 +394,14 @@ class _Save:
             job.cancel()
             await shielded(asyncio.to_thread(job.join))
             raise
+
+    async def _keep_digests(self, written: Written, output: OutputFile) -> None:
+        """Write the digests of the pages beside the published snapshot."""
+        if written.write_page_table is None:
+            return
+        snapshot = await asyncio.to_thread(identify_snapshot, self.path, output.fd)
+        place = page_table_path(self.path)
+        await shielded(asyncio.to_thread(written.write_page_table, place, snapshot))
 
     async def _publish(self, output: OutputFile, written: Written) -> None:
         """Make the file durable, verify it and give it its name, unless cancelled before that."""
@@ -441,6 +478,12 @@ class _Save:
         except OSError:
             return f"process {pid} has ended"
         return f"process {pid} is a zombie" if state == "Z" else f"process {pid} still exists"
+
+
+def _not_tried(choice: LiveChoice) -> Iterator[str]:
+    """Yield why each other live method was not tried."""
+    for method, reasons in choice.refused.items():
+        yield f"live method {method} was not tried: {', '.join(reasons)}"
 
 
 def _verify(output: OutputFile, guest: GuestInfo) -> None:

@@ -8,18 +8,19 @@ tried first; with a promised pause (``max_pause``) only the methods that are exp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, QemuError
 from pyqmigrate.vm.guest.inspect import GuestInfo
-from pyqmigrate.vm.plan.engine import Engine
+from pyqmigrate.vm.plan.blockers import why_no_migration
+from pyqmigrate.vm.plan.engine import Engine, EngineChoice
 from pyqmigrate.vm.plan.live_background import background_option
 from pyqmigrate.vm.plan.live_changed import changed_option
 from pyqmigrate.vm.plan.live_converge import converge_option
-from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveOption, LiveRequest
-from pyqmigrate.vm.plan.live_precopy import precopy_option
+from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveOption, LiveRequest, disks_pause
+from pyqmigrate.vm.plan.live_precopy import precopy_option, why_precopy
 
-__all__ = ["ENGINES", "LiveChoice", "choose_live", "live_options"]
+__all__ = ["ENGINES", "LiveChoice", "automatic_precopy", "choose_live", "live_options"]
 
 ENGINES: Mapping[LiveMethod, Engine] = {
     LiveMethod.CONVERGE: Engine.QEMU,
@@ -27,6 +28,7 @@ ENGINES: Mapping[LiveMethod, Engine] = {
     LiveMethod.PRECOPY: Engine.DIRECT,
     LiveMethod.CHANGED: Engine.DIRECT,
 }
+_ROUNDING = 1e-6  # seconds
 _OPTIONS: Mapping[LiveMethod, Callable[[GuestInfo, LiveRequest], LiveOption]] = {
     LiveMethod.CONVERGE: converge_option,
     LiveMethod.BACKGROUND: background_option,
@@ -60,15 +62,18 @@ class LiveChoice:
 
 def live_options(guest: GuestInfo, request: LiveRequest) -> tuple[LiveOption, ...]:
     """Return what is known of each method that ``request`` allows. Blocks."""
-    return tuple(_OPTIONS[method](guest, request) for method in request.methods)
+    options = (_OPTIONS[method](guest, request) for method in request.methods)
+    return tuple(_with_disks(option, guest, request) for option in options)
 
 
 def choose_live(guest: GuestInfo, request: LiveRequest) -> list[LiveChoice]:
     """Return the methods to try, the shortest expected pause first. Blocks.
 
     Raises NotSupported, with all reasons, if no method is possible or none is expected to keep
-    ``request.max_pause``.
+    ``request.max_pause``; QemuError if the guest cannot be saved now.
     """
+    if (why_not := why_no_migration(guest)) is not None:
+        raise QemuError(why_not)
     options = []
     refused: dict[LiveMethod, tuple[str, ...]] = {}
     for option in live_options(guest, request):
@@ -85,9 +90,30 @@ def choose_live(guest: GuestInfo, request: LiveRequest) -> list[LiveChoice]:
     options.sort(key=_pause_of)  # stable: otherwise in the order requested
     alone = len(request.methods) == 1
     return [
-        LiveChoice(option.method, _why(option, alone), option.expected_pause, refused)
-        for option in options
+        LiveChoice(option.method, _why(option, alone, rank), option.expected_pause, refused)
+        for rank, option in enumerate(options)
     ]
+
+
+def _with_disks(option: LiveOption, guest: GuestInfo, request: LiveRequest) -> LiveOption:
+    """Add the time that snapshots of the disks take."""
+    seconds = disks_pause(guest, request.with_disks)
+    if not seconds or option.expected_pause is None:
+        return option
+    return replace(
+        option,
+        expected_pause=option.expected_pause + seconds,
+        basis=f"{option.basis}, and snapshots of the disks take {seconds * 1e3:.0f} ms",
+    )
+
+
+def automatic_precopy(guest: GuestInfo, choice: EngineChoice) -> LiveChoice | None:
+    """Return the method ``precopy`` for a save that was not requested to be live, if the guest is
+    better saved so by the engine of ``choice``. The guest goes on after the save. Blocks."""
+    if choice.way is None or not guest.running:
+        return None
+    why = why_precopy(guest)
+    return None if why is None else LiveChoice(LiveMethod.PRECOPY, why, None, {})
 
 
 def _against(option: LiveOption, request: LiveRequest) -> list[str]:
@@ -99,7 +125,7 @@ def _against(option: LiveOption, request: LiveRequest) -> list[str]:
         return []
     if option.expected_pause is None:
         return ["how long it pauses the guest is not known"]
-    if option.expected_pause > request.max_pause:
+    if option.expected_pause > request.max_pause + _ROUNDING:
         return [
             f"it pauses the guest for about {option.expected_pause * 1e3:.0f} ms "
             f"({option.basis}), and {request.max_pause * 1e3:.0f} ms are allowed"
@@ -111,11 +137,12 @@ def _pause_of(option: LiveOption) -> float:
     return float("inf") if option.expected_pause is None else option.expected_pause
 
 
-def _why(option: LiveOption, alone: bool) -> str:
+def _why(option: LiveOption, alone: bool, rank: int) -> str:
     if alone:
         return "it was requested"
     if option.expected_pause is None:
-        return "no other method is possible"
+        return "no other method is left"
     return (
-        f"its expected pause is the shortest: {option.expected_pause * 1e3:.0f} ms ({option.basis})"
+        f"its expected pause is the shortest{' of the methods left' if rank else ''}: "
+        f"{option.expected_pause * 1e3:.0f} ms ({option.basis})"
     )

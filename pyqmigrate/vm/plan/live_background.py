@@ -17,7 +17,7 @@ __all__ = ["background_option"]
 # Seconds, measured (docs/vm.md): to write-protect pages at the start and to end that, whichever is
 # longer, for each GiB.
 _LEAST = 0.01
-_SHARED = 0.035
+_SHARED = 0.034
 _PRIVATE = 0.022  # mostly at the end: huge pages are protected at once, and are split by then
 _HUGE = 0.005
 _HUGE_PAGE = 1 << 20

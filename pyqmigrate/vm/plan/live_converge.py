@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyqmigrate.errors import NotSupported, QemuError
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.engine import Engine, choose_engine
-from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption, LiveRequest
+from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption, LiveRequest, disks_pause
 
 __all__ = ["DEFAULT_PAUSE", "converge_option", "downtime_limit"]
 
@@ -23,11 +23,15 @@ def converge_option(guest: GuestInfo, request: LiveRequest) -> LiveOption:
         choose_engine(guest, engine=Engine.QEMU)
     except (NotSupported, QemuError) as error:
         reasons.append(str(error))
-    if request.max_pause is not None and request.max_pause < _LEAST_PAUSE:
-        reasons.append(
-            f"to stop the guest and to save its devices alone takes about {_LEAST_PAUSE * 1e3:g} ms"
-        )
-    pause = DEFAULT_PAUSE if request.max_pause is None else request.max_pause
+    pause = DEFAULT_PAUSE
+    if request.max_pause is not None:
+        pause = request.max_pause - disks_pause(guest, request.with_disks)
+        if pause < _LEAST_PAUSE:
+            others = "" if pause == request.max_pause else " besides snapshots of the disks"
+            reasons.append(
+                f"to stop the guest and to save its devices takes about {_LEAST_PAUSE * 1e3:g} "
+                f"ms{others}, and {request.max_pause * 1e3:g} ms are allowed"
+            )
     return LiveOption(
         LiveMethod.CONVERGE,
         tuple(reasons),

@@ -9,9 +9,19 @@ from enum import StrEnum
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.place import absolute
+from pyqmigrate.vm.guest.inspect import GuestInfo
 
-__all__ = ["METHODS", "Instant", "LiveMethod", "LiveOption", "LiveRequest", "check_live"]
+__all__ = [
+    "METHODS",
+    "Instant",
+    "LiveMethod",
+    "LiveOption",
+    "LiveRequest",
+    "check_live",
+    "disks_pause",
+]
 
+_DISK_PAUSE = 0.03  # seconds, for the snapshot of one
 _LONGEST_PAUSE = 2000.0  # seconds; the largest downtime-limit that QEMU accepts
 
 
@@ -50,7 +60,7 @@ class LiveRequest:
     ``engine`` is "auto" or an engine, ``methods`` are those allowed. ``max_pause`` is in seconds,
     None without a promise. ``base`` is None, "auto" or the absolute path of a snapshot; ``full``: a
     complete file is written although there is a base. ``keep_digests``: digests of the pages are
-    kept beside the snapshot.
+    kept beside the snapshot. ``with_disks``: snapshots of the disks are taken in the pause.
     """
 
     engine: str = "auto"
@@ -59,6 +69,7 @@ class LiveRequest:
     base: str | None = None
     full: bool = False
     keep_digests: bool = False
+    with_disks: bool = False
 
     @property
     def needs_digests_or_base(self) -> bool:
@@ -93,6 +104,7 @@ def check_live(
     base: str | os.PathLike[str] | None = None,
     full: bool = False,
     keep_digests: bool = False,
+    with_disks: bool = False,
 ) -> LiveRequest | None:
     """Return what a caller requests of a live save; None if the guest is to be stopped for it.
 
@@ -118,7 +130,14 @@ def check_live(
         base=None if base is None else _base(base),
         full=full,
         keep_digests=keep_digests,
+        with_disks=with_disks,
     )
+
+
+def disks_pause(guest: GuestInfo, with_disks: bool) -> float:
+    """Return how long, in seconds, snapshots of the writable disks are expected to take in the
+    pause: QEMU creates their files then."""
+    return sum(disk.writable for disk in guest.disks) * _DISK_PAUSE if with_disks else 0.0
 
 
 def _base(base: str | os.PathLike[str]) -> str:

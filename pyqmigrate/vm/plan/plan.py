@@ -14,7 +14,7 @@ from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice
 from pyqmigrate.vm.plan.live_converge import DEFAULT_PAUSE, downtime_limit
-from pyqmigrate.vm.plan.live_option import LiveMethod
+from pyqmigrate.vm.plan.live_option import LiveMethod, disks_pause
 from pyqmigrate.vm.plan.sampling import Sample, count_data, extent_bytes, sample_memory
 from pyqmigrate.vm.plan.settings import (
     WRITE_SECONDS,
@@ -155,6 +155,7 @@ def _changes(
         return for_device_state(guest, pause=pause)
     if live is LiveMethod.BACKGROUND:
         return for_background(guest, sparse=sparse)
+    rest = DEFAULT_PAUSE if max_pause is None else max_pause - disks_pause(guest, with_disks)
     return for_pages(
         guest,
         channels=channels,
@@ -162,5 +163,5 @@ def _changes(
         sparse=sparse,
         pause=pause and live is not None,
         sample=sample,
-        downtime_limit=None if live is None else downtime_limit(max_pause or DEFAULT_PAUSE),
+        downtime_limit=None if live is None else downtime_limit(rest),
     )

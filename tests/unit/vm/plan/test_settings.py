@@ -9,8 +9,9 @@ import pytest
 from pyqmigrate.errors import NotSupported
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
+from pyqmigrate.vm.plan.live_converge import downtime_limit
 from pyqmigrate.vm.plan.sampling import Sample
-from pyqmigrate.vm.plan.settings import Changes, for_device_state, for_pages
+from pyqmigrate.vm.plan.settings import Changes, for_background, for_device_state, for_pages
 
 GIB = 1 << 30
 CAPABILITIES = dict.fromkeys(
@@ -105,6 +106,31 @@ def test_every_change_knows_what_was_before_and_why() -> None:
         assert change.why
 
 
+def test_background_snapshot_switches_off_what_qemu_refuses_with_it() -> None:
+    refused = (
+        "multifd",
+        "return-path",
+        "xbzrle",
+        "release-ram",
+        "dirty-bitmaps",
+        "x-ignore-shared",
+    )
+    found = guest(
+        dict.fromkeys((*refused, "background-snapshot"), True) | {"background-snapshot": False}
+    )
+    changes = for_background(found, sparse=Sparse.AUTO)
+    after = {name: change.after for name, change in changes.capabilities.items()}
+    assert after == dict.fromkeys(refused, False) | {
+        "mapped-ram": True,
+        "background-snapshot": True,
+        "events": True,
+    }
+    assert changes.parameters["max-bandwidth"].after == 0
+    assert changes.parameters["zero-page-detection"].after == "legacy"
+    with pytest.raises(NotSupported):
+        for_background(guest(), sparse=Sparse.AUTO)
+
+
 def test_long_zero_runs_are_left_out_in_order() -> None:
     assert zero_pages(Sample(4 * GIB, 2 * GIB, 16384)) == "legacy"
 
@@ -181,3 +207,26 @@ def test_setting_that_this_qemu_does_not_have_is_left_alone() -> None:
 def test_qemu_without_mapped_ram_is_not_supported() -> None:
     with pytest.raises(NotSupported, match=r"10\.0\.2"):
         pages(guest(without=("mapped-ram",)))
+
+
+def test_guest_of_a_live_save_is_stopped_by_the_limit_and_not_slowed_down() -> None:
+    found = guest(
+        {"auto-converge": True}, {"downtime-limit": 300, "avail-switchover-bandwidth": GIB}
+    )
+    changes = for_pages(
+        found,
+        channels=2,
+        direct=True,
+        sparse=Sparse.AUTO,
+        pause=False,
+        sample=None,
+        downtime_limit=14,
+    )
+    assert changes.parameters["downtime-limit"].after == 14
+    assert changes.parameters["avail-switchover-bandwidth"].after == 0
+    assert changes.capabilities["auto-converge"].after is False
+
+
+@pytest.mark.parametrize(("pause", "limit"), [(0.02, 14), (0.01, 7), (0.004, 2), (0.001, 1)])
+def test_limit_leaves_time_to_stop_and_resume_the_guest(pause: float, limit: int) -> None:
+    assert downtime_limit(pause) == limit

@@ -1,0 +1,103 @@
+"""Have QEMU write its device state for engine ``direct``, with the guest stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import UUID
+
+from pyqmigrate.errors import QemuRefused
+from pyqmigrate.io.target import Descriptors
+from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_devices, read_migrated
+from pyqmigrate.vm.guest.inspect import GuestInfo
+from pyqmigrate.vm.guest.run_state import LOADABLE
+from pyqmigrate.vm.outgoing.migrate import WhilePaused, migrate
+from pyqmigrate.vm.outgoing.transaction import SaveTransaction
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod, devices_with_backends
+
+__all__ = [
+    "DeviceStateRefused",
+    "read_device_sections_of",
+    "save_device_sections",
+    "save_device_state",
+]
+
+_SAVE_DEVICES = "xen-save-devices-state"
+
+
+class DeviceStateRefused(QemuRefused):
+    """QEMU cannot save a device's state. It names the device on its standard error only; a
+    migration reports the reason."""
+
+
+async def save_device_state(
+    transaction: SaveTransaction,
+    guest: GuestInfo,
+    way: DeviceStateMethod,
+    while_paused: WhilePaused | None,
+) -> DeviceState:
+    """Return the device state; the guest is stopped on return.
+
+    ``while_paused`` is called at that instant. Raises QemuError (DeviceStateRefused), and
+    NotSupported if QEMU writes something that a snapshot cannot contain.
+    """
+    if way is DeviceStateMethod.IGNORE_SHARED:
+        return await _migrate_devices(transaction, guest, while_paused)
+    return await _save_devices(transaction, guest, while_paused)
+
+
+async def _migrate_devices(
+    transaction: SaveTransaction, guest: GuestInfo, while_paused: WhilePaused | None
+) -> DeviceState:
+    external = [block.name for block in guest.blocks if block.file_backed]
+    with memory_file() as (written, read):
+        async with transaction.add_fds({"device-state": written}) as path:
+            await migrate(transaction, path, while_paused=while_paused, pause=guest.running)
+            transaction.events.stands()
+        return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=external)
+
+
+async def _save_devices(
+    transaction: SaveTransaction, guest: GuestInfo, while_paused: WhilePaused | None
+) -> DeviceState:
+    if guest.running:
+        await transaction.stop()
+    transaction.events.stands()
+    if while_paused is not None:
+        await while_paused()
+    with memory_file() as (written, read):
+        async with transaction.add_fds({"device-state": written}) as path:
+            await save_device_sections(transaction, guest, path)
+        return await asyncio.to_thread(read_device_sections_of, guest, read)
+
+
+async def save_device_sections(transaction: SaveTransaction, guest: GuestInfo, path: str) -> None:
+    """Have QEMU write the device state of a stopped guest into ``path``, an fdset.
+
+    Raises DeviceStateRefused.
+    """
+    try:
+        await transaction.monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
+    except QemuRefused as error:
+        raise DeviceStateRefused(_SAVE_DEVICES, _refusal(error, guest)) from error
+
+
+def read_device_sections_of(guest: GuestInfo, fd: int) -> DeviceState:
+    """Read what :func:`save_device_sections` had written. Raises as
+    :func:`~pyqmigrate.vm.guest.device_state.read_devices` does."""
+    return read_devices(
+        Descriptors(fd),
+        machine=guest.machine,
+        blocks={block.name: block.length for block in guest.blocks},
+        page_size=1 << (guest.target_page_bits or 12),
+        uuid=UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None,
+        run_state=guest.run_state if guest.run_state in LOADABLE else "paused",
+    )
+
+
+def _refusal(error: QemuRefused, guest: GuestInfo) -> str:
+    suspects = devices_with_backends(guest)
+    hint = f" (perhaps {', '.join(suspects)})" if suspects else ""
+    return (
+        f"{error.desc}; QEMU's standard error, or a save with --engine qemu, names the device whose "
+        f"state cannot be saved{hint}"
+    )
