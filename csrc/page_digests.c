@@ -293,8 +293,9 @@ int qm_compare_pages(qm_job *job, qm_channel *channel, const struct qm_block *bl
     return digest_range(&d, first, npages);
 }
 
-int qm_copy_changed(const struct qm_transfer *t, qm_channel *channel, const struct qm_copies *copies,
-                    uint64_t first, uint64_t npages, struct qm_fault *fault)
+int qm_copy_changed(const struct qm_transfer *t, qm_channel *channel,
+                    const struct qm_copies *copies, uint64_t first, uint64_t npages,
+                    struct qm_fault *fault)
 {
     struct digester d = {
         .job = t->job,

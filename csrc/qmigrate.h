@@ -150,10 +150,10 @@ struct qm_block {
 };
 
 /* Called by qm_write before it writes pages of a piece: `len` bytes from file position `at` (the
- * last piece of a block may be shorter). `bytes` is what the piece will contain if it was a hole
- * before; it is valid until the hook returns. `bytes` is NULL when only selected pages are written,
- * since the rest of the piece is then unknown. Called from the channel's thread. Returns 0, or
- * -errno to stop the write. */
+ * last piece of a block may be shorter); by qm_write_tail for each page that it looks at. `bytes` is
+ * what the file will contain there if it was a hole before; it is valid until the hook returns.
+ * `bytes` is NULL when only selected pages are written, since the rest of the piece is then unknown.
+ * Called from the channel's thread. Returns 0, or -errno to stop the write. */
 typedef int (*qm_write_hook)(void *arg, int64_t at, const void *bytes, size_t len);
 
 /* The file.

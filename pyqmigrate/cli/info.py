@@ -8,8 +8,9 @@ JSON: ``snapshot``; ``kind`` (mapped-ram, stream or increment); ``machine`` (per
 them); ``offset`` where the stream starts and ``end`` where it ends; ``file_size`` and
 ``bytes_allocated``; ``total_ram`` in bytes;
 ``complete`` (false: device state may be cut off); ``opaque_tail`` (true: the last device sections
-could not be separated and are not listed); ``bitmap_order`` (little or big, as the bitmaps were
-read; null in a sequential stream); ``blocks``, a list of ``name``, ``length``,
+could not be separated and are not listed); ``background`` (true: a background snapshot as QEMU wrote
+it, without RAM's END and bitmaps); ``bitmap_order`` (little or big, as the bitmaps were read; null in
+a sequential stream); ``blocks``, a list of ``name``, ``length``,
 ``page_size``, ``pages``, ``data_pages``, ``zero_pages``, ``bitmap_offset``, ``pages_offset`` (null
 in a sequential stream), ``external`` (true: the content is in another file, and page counts are null);
 ``increment`` (null, or ``base``, its path as opened; ``recorded_base``; ``base_identity``, an object

@@ -200,10 +200,11 @@ def test_cancelled_save_leaves_the_guest_as_it_was(with_disks: bool, disk: Path)
     ("memory", "kills"),
     [
         ("memfd", 4),
-        pytest.param("memfd", 50, marks=pytest.mark.long),
-        pytest.param("private", 50, marks=pytest.mark.long),
+        pytest.param("memfd", 25, marks=pytest.mark.long),
+        pytest.param("private", 25, marks=pytest.mark.long),
     ],
 )
+@pytest.mark.timeout(900)
 def test_guest_survives_that_the_command_is_killed(memory: str, kills: int, disk: Path) -> None:
     rng = random.Random(kills)
     with source(disk, memory=memory, length=LARGE) as guest:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -63,27 +64,29 @@ async def save_background(save: LiveSave) -> Written:
     with open_for_qemu(save.output) as fds:
         async with transaction.add_fds({"buffered": fds["buffered"]}) as path:
             await _apply(save)
+            started_at = time.monotonic()
             if save.while_paused is None:
                 await asyncio.to_thread(save.see_disks)
                 transaction.events.stands()
                 await transaction.migrate(path, background=True)
             else:
-                if not await asyncio.to_thread(_touch_memory, save.guest):
+                if not await _touch_memory(save.guest):
                     notes.append(_UNTOUCHED)
+                started_at = time.monotonic()
                 await _start_with_disks(save, path)
             info = await finish_migration(transaction, progress=save.options.progress)
             await transaction.went_on()
-    downtime = transaction.events.downtime(info["total-time"] / 1000)
+    downtime = transaction.events.downtime(time.monotonic() - started_at)
     if downtime is None:
         downtime = info["downtime"] / 1000
     if save.request.max_pause is not None and downtime > save.request.max_pause:
         notes.append(
             f"the guest was paused for {downtime * 1e3:.0f} ms at the start, longer than expected"
         )
-    pages = await asyncio.to_thread(complete_background_snapshot, save.output)
+    pages = await shielded(asyncio.to_thread(complete_background_snapshot, save.output))
     run_state = save.guest.run_state
-    if save.while_paused is not None and not await asyncio.to_thread(
-        set_run_state, save.output, run_state
+    if save.while_paused is not None and not await shielded(
+        asyncio.to_thread(set_run_state, save.output, run_state)
     ):
         notes.append(f"the snapshot records that the guest was paused, but it was {run_state}")
     notes += _side_effects(save.guest, allocated)
@@ -152,15 +155,25 @@ async def _writes_pages(transaction: SaveTransaction) -> bool:
     return info["status"] in ENDED or ram.get("normal", 0) + ram.get("duplicate", 0) > 0
 
 
-def _touch_memory(guest: GuestInfo) -> bool:
+async def _touch_memory(guest: GuestInfo) -> bool:
     """Read all memory of QEMU's blocks, which maps their pages; return whether that succeeded."""
-    if guest.pid is None:
+    if guest.pid is None or any(block.memory is None for block in guest.blocks):
         return False
+    stop = threading.Event()
+    try:
+        return await asyncio.to_thread(_read_memory, guest, stop)
+    finally:
+        stop.set()
+
+
+def _read_memory(guest: GuestInfo, stop: threading.Event) -> bool:
     buffer = bytearray(_PIECE)
     try:
         with Path(f"/proc/{guest.pid}/mem").open("rb", buffering=0) as memory:
             for block in guest.blocks:
                 for offset in range(0, block.length, _PIECE):
+                    if stop.is_set():
+                        return False
                     memory.seek(block.host_address + offset)
                     size = min(_PIECE, block.length - offset)
                     if memory.readinto(memoryview(buffer)[:size]) != size:

@@ -133,11 +133,15 @@ def rollback_steps(
     """
     errors: list[str] = []
     steps = set(journal["steps"])
+    resume = journal["resume"] if resume is None else resume
+    if resume and steps >= {Step.STOPPED, Step.BACKGROUND}:
+        # Until QEMU can cancel it, it may touch all memory for a while.
+        yield from _attempt("cont", None, errors, only_in={"paused"})
     if Step.MIGRATING in steps:
         yield from _end_migration(errors, slow_down=Step.BACKGROUND not in steps)
     elif Step.MIGRATED in steps:
         yield from _wait_for_run_state()
-    if journal["resume"] if resume is None else resume:
+    if resume:
         yield from _attempt("cont", None, errors, only_in=_stopped_by(steps))
     for entry in (yield "query-fdsets", None):
         if any(journal["token"] in member.get("opaque", "") for member in entry["fds"]):

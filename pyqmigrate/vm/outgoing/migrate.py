@@ -131,7 +131,9 @@ async def _wait(
             reported = now
         if watch is not None:
             await watch(info)
-        await transaction.events.migration(pause)
+        if await transaction.events.migration(pause) == Status.DEVICE:
+            # The guest is stopped. Its end comes soon, and an answer would only be in its way.
+            await transaction.events.migration(_LAST_POLL)
         pause = min(pause * 1.5, _LAST_POLL)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from uuid import UUID
 from pyqmigrate.errors import LiveSaveAbandoned, NotSupported
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.integrity.save_seal import SaveSeal
+from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import Memory, RamBlock
@@ -45,6 +47,7 @@ __all__ = ["save_precopy"]
 T = TypeVar("T")
 
 _REPORT_EVERY = 0.1  # seconds
+_PAUSE_CHANNELS = 8  # at most; memory is not read faster by more
 _ROUNDS = 3  # passes over memory while the guest runs, at most
 _WORTH_A_ROUND = 64 << 20  # bytes; so much is copied in 20 to 40 ms
 _RESUMING = 0.004  # seconds of a promised pause that are left for the commands that end it
@@ -95,6 +98,11 @@ class _Precopy:
             self.close()
             raise
         self.comparing = self.writer.channels.sibling("pyqmigrate-compare")
+        # In the pause the processors have nothing else to do.
+        processors = min(len(os.sched_getaffinity(0)), _PAUSE_CHANNELS)
+        count = max(save.options.channels, processors)
+        self.pausing = Channels(count, "pyqmigrate-compare")
+        self.writer.channels.join(self.pausing)
 
     def close(self) -> None:
         self._cleanup.close()
@@ -241,14 +249,14 @@ class _Precopy:
         )
 
     def _copy(self) -> bool:
-        return self.copies.copy(self.comparing, _room())
+        return self.copies.copy(self.pausing, _room())
 
     def _copy_or_write(self) -> None:
         """Copy what has changed; what there is no memory for is written at once."""
         if self._copy():
             return
         with contextlib.ExitStack() as stack:
-            rest = self.copies.find_rest(self.comparing)
+            rest = self.copies.find_rest(self.pausing)
             for bitmap in rest:
                 stack.callback(bitmap.close)
             self.writer.rewrite_pages(rest)

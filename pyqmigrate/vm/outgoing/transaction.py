@@ -228,12 +228,13 @@ class SaveTransaction:
 
     async def resume(self) -> None:
         """Resume the guest. Raises QemuError if another client has migrated it."""
-        state = (await self.monitor.execute("query-status"))["status"]
-        migrated_here = {Step.MIGRATING, Step.MIGRATED} & set(self._journal["steps"])
-        if state == "postmigrate" and not migrated_here and self.guest.run_state != state:
-            raise QemuError(
-                "another client has migrated the guest during the save: it may run elsewhere now"
-            )
+        if not {Step.MIGRATING, Step.MIGRATED} & set(self._journal["steps"]):
+            state = (await self.monitor.execute("query-status"))["status"]
+            if state == "postmigrate" and self.guest.run_state != state:
+                raise QemuError(
+                    "another client has migrated the guest during the save: it may run elsewhere "
+                    "now"
+                )
         if self._recording is not None:
             await asyncio.to_thread(self._recording.see_disks)
         await self.monitor.execute("cont")

@@ -40,7 +40,9 @@ def why_precopy(guest: GuestInfo) -> str | None:
 
     The guest is running and goes on afterwards.
     """
-    if _data(guest) < LARGE_GUEST or not precopy_option(guest, LiveRequest()).possible:
+    if guest.total_ram < LARGE_GUEST or _data(guest) < LARGE_GUEST:
+        return None
+    if not precopy_option(guest, LiveRequest()).possible:
         return None
     return "the guest is large, and most of its memory can be copied while it runs"
 

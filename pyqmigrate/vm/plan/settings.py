@@ -50,6 +50,16 @@ _OFF = {
     "compress": "compressed pages have no place in the file",
     "block": "disks are not saved this way",
 }
+# Capabilities that background-snapshot excludes (QEMU 10.0.2), besides those.
+_FOREGROUND = (
+    "multifd",
+    "pause-before-switchover",
+    "auto-converge",
+    "dirty-bitmaps",
+    "validate-uuid",
+    "late-block-activate",
+    "rdma-pin-all",
+)
 _EVENTS: Mapping[str, tuple[bool, str]] = {
     "events": (True, "QEMU reports the end of the migration at once")
 }
@@ -165,13 +175,8 @@ def for_background(guest: GuestInfo, *, sparse: Sparse) -> Changes:
         "mapped-ram": (True, "the format of the file"),
         "background-snapshot": (True, "each page is written before the guest changes it"),
         **_EVENTS,
-        **_off("multifd", "QEMU refuses it with background-snapshot"),
         **_off("x-ignore-shared", "the snapshot must contain all memory"),
-        **_off("pause-before-switchover", "QEMU refuses it with background-snapshot"),
-        **_off("auto-converge", "QEMU refuses it with background-snapshot"),
-        **_off("dirty-bitmaps", "QEMU refuses it with background-snapshot"),
-        **_off("validate-uuid", "QEMU refuses it with background-snapshot"),
-        **_off("late-block-activate", "QEMU refuses it with background-snapshot"),
+        **dict.fromkeys(_FOREGROUND, (False, "QEMU refuses it with background-snapshot")),
     }
     parameters: dict[str, tuple[Value, str]] = {
         "direct-io": (False, "pages are written one at a time, through the page cache"),

@@ -40,16 +40,21 @@ PAGES_OFFSET = 3 * PIECE
 
 
 class Listener:
-    """Keeps what it is told, by position: bytes or None of every piece. ``answer``: its result."""
+    """Keeps what it is told, by position: bytes or None of every piece, and of the single pages at the
+    end of a block. ``answer``: its result."""
 
     def __init__(self, answer: int = 0) -> None:
         self.told: dict[int, bytes | None] = {}
+        self.pages: dict[int, bytes | None] = {}
 
         @ffi.callback("int(void *, int64_t, const void *, size_t)")
         def writing(argument: Any, at: int, data: Any, length: int) -> int:
             assert argument == self.argument
-            assert at % PIECE == 0
             content = None if data == ffi.NULL else bytes(ffi.buffer(data, length))
+            if at % PIECE:
+                assert at not in self.pages, "a page was told of twice"
+                self.pages[at] = content
+                return answer
             for start in range(0, length, PIECE):
                 assert at + start not in self.told, "a piece was told of twice"
                 self.told[at + start] = None if content is None else content[start : start + PIECE]
@@ -90,6 +95,8 @@ def check_told(file: File, listener: Listener, written: Bits, page_size: int) ->
         assert told is not None
         if len(told) == PIECE:
             assert told == file.read(at, PIECE).tobytes(), f"piece at {at:#x}"
+    for at, told in listener.pages.items():
+        assert told == file.read(at, page_size).tobytes(), f"page at {at:#x}"
     pages = PIECE // page_size
     for k in range(len(written) // pages):
         assert (PAGES_OFFSET + k * PIECE in listener.told) >= written[

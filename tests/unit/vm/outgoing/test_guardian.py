@@ -159,6 +159,17 @@ def test_background_snapshot_is_cancelled_at_full_speed(status: str) -> None:
     assert machine.executed[0] == "migrate_cancel"
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_guest_stopped_for_a_background_snapshot_runs_before_that_is_cancelled(
+    resume: bool,
+) -> None:
+    machine = Machine("setup", "paused")
+    machine.has_channels = False
+    journal = JOURNAL | {"steps": [*JOURNAL["steps"], "background"], "resume": resume}
+    drive(machine, journal)
+    assert machine.executed[: 1 + resume] == ["cont", "migrate_cancel"][1 - resume :]
+
+
 def test_migration_that_waits_is_cancelled_at_once() -> None:
     machine = Machine("pre-switchover", "finish-migrate")
     drive(machine)

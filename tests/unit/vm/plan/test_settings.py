@@ -7,6 +7,11 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import NotSupported
+from pyqmigrate.qapi.capabilities import (
+    _AGAINST_BACKGROUND_SNAPSHOT,
+    CAPABILITY_NAMES,
+    Capabilities,
+)
 from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.live_converge import downtime_limit
@@ -129,6 +134,15 @@ def test_background_snapshot_switches_off_what_qemu_refuses_with_it() -> None:
     assert changes.parameters["zero-page-detection"].after == "legacy"
     with pytest.raises(NotSupported):
         for_background(guest(), sparse=Sparse.AUTO)
+
+
+def test_all_that_background_snapshot_excludes_is_switched_off() -> None:
+    """By the checks of QEMU that this package has."""
+    on = {name: name in _AGAINST_BACKGROUND_SNAPSHOT for name in CAPABILITY_NAMES}
+    names = {name.replace("_", "-"): state for name, state in on.items()}
+    changes = for_background(guest(names), sparse=Sparse.AUTO)
+    after = names | {name: change.after for name, change in changes.capabilities.items()}
+    Capabilities().merge(after)  # raises if QEMU would refuse it
 
 
 def test_long_zero_runs_are_left_out_in_order() -> None:
