@@ -78,7 +78,7 @@ def assert_restores(setup: GuestSetup, path: Path, disk: Path) -> None:
     whole = disk / "whole.mapped"
     convert(path, whole, to="mapped-ram")
     for mode in ("instant", "load"):
-        with restore(setup, whole, disk, mode=mode) as restored:
+        with restore(setup, whole, disk, mode=mode, paused=False) as restored:
             restored.wait_for_writes(setup.working_pages)
             restored.assert_memory_held()
     whole.unlink()
@@ -172,7 +172,7 @@ def generations(disk: Path, count: int) -> None:
         base = disk / f"base{number}"
         convert(disk / "inc", base, to="mapped-ram")
         (disk / "inc").unlink()
-        with restore(SETUP, base, disk, mode="instant") as guest:
+        with restore(SETUP, base, disk, mode="instant", paused=False) as guest:
             guest.set_rate(RATE)
             guest.wait_for_writes(600)
             guest.execute("stop")
@@ -312,10 +312,10 @@ def test_increment_by_digests_of_a_guest_that_was_not_restored(disk: Path, memor
         save(guest, disk / "full", engine="direct")
         save(guest, disk / "tuesday", base=base)
         assert contents(disk / "tuesday") == contents(disk / "full")
+        assert_restores(SETUP, disk / "monday", disk)
         os.utime(base)
         with pytest.raises(NotSupported, match="not of this base"):
             save(guest, disk / "wednesday", base=base)
-    assert_restores(SETUP, disk / "monday", disk)
 
 
 def keep_digests(path: Path) -> None:
@@ -486,18 +486,20 @@ def run_elsewhere(name: str, directory: Path, *before: str) -> None:
 
 
 def as_nobody(directory: Path) -> None:
+    sys.executable = "/usr/bin/python3"  # for the guardian: ours may be in a directory of root's
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
     with start(SETUP, directory, memory="instant", rate=RATE) as guest:
         guest.wait_for_writes(500)
         found = AsFound(guest, directory)
-        save(guest, directory / "monday", base="auto")
+        save(guest, directory / "monday", base="auto", describe=False)
         check_snapshot(directory / "monday", SETUP)
         found.check(files=["monday", "monday.vm.json"])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="there is no /usr/bin/python3")
 def test_unprivileged_user_saves_a_qemu_of_its_own(disk: Path) -> None:
     os.chown(disk, 65534, 65534)
     disk.chmod(0o755)
@@ -521,7 +523,7 @@ def clones(directory: Path) -> None:
         assert contents(directory / "clone") == contents(directory / "full")
         assert devices(directory / "clone") == devices(directory / "full")
     for name, mode in (("whole", "instant"), ("clone", "load")):
-        with restore(SETUP, directory / name, directory, mode=mode) as guest:
+        with restore(SETUP, directory / name, directory, mode=mode, paused=False) as guest:
             guest.wait_for_writes(SETUP.working_pages)
             guest.assert_memory_held()
 
