@@ -311,3 +311,73 @@ def test_damaged_base_is_an_error(disk: Path) -> None:
     os.truncate(saved.base, 2 * MIB)
     with pytest.raises(PyqmigrateError, match="base"):
         started(saved)
+
+
+def test_next_increment_is_of_the_same_base(saved: Saved, disk: Path) -> None:
+    """A guest of an increment maps the base: no chain of increments comes about."""
+    second = disk / "second"
+    with saved.restored(mode="instant", paused=False) as guest:
+        guest.wait_for_writes(500)
+        report = sync.connect(guest.socket).save(second, base="auto")
+        assert Path(str(report.base)).samefile(saved.base)
+        guest.wait_for_writes(500)
+        guest.assert_memory_held()
+    instant = check_snapshot(second, saved.setup)
+    assert instant > instant_of(saved)
+    for mode in ("instant", "load"):
+        with restore(saved.setup, second, disk, mode=mode, paused=False) as guest:
+            guest.wait_for_writes()
+            guest.execute("stop")
+            guest.check_ram()
+            guest.assert_memory_held()
+
+
+@pytest.mark.long
+def test_guests_of_ten_increments_share_the_base(disk: Path) -> None:
+    """Of their memory, all that is private is what changed."""
+    setup = GuestSetup("pc", ram=768 * MIB, working_set=20 * MIB, filled=500 * MIB)
+    base, later = save_twice(setup, disk, 5120)
+    path = disk / "increment"
+    write_increment(base, later, path, [setup.block])
+    changed = path.stat().st_blocks * 512
+    alone = sync.restore(
+        base, setup.command(disk), mode="instant", stdin=subprocess.DEVNULL, paused=True
+    )
+    _touch(alone.process.pid, base)
+    one = _pss(alone.process.pid)
+    end(alone)
+    guests: list[sync.RestoredVm] = []
+    try:
+        for number in range(10):
+            copy = disk / f"increment{number}"
+            shutil.copy(path, copy)
+            guests.append(
+                sync.restore(
+                    copy, setup.command(disk), mode="instant", stdin=subprocess.DEVNULL, paused=True
+                )
+            )
+        for guest in guests:
+            _touch(guest.process.pid, base)
+        both = sum(_pss(guest.process.pid) for guest in guests)
+    finally:
+        for guest in guests:
+            end(guest)
+    print(f"one {one >> 20} MiB, ten {both >> 20}, changed {changed >> 20} each", file=sys.stderr)
+    own = 10 * (12 << 20)  # of each QEMU
+    assert both <= one + 1.2 * 10 * changed + own
+
+
+def _touch(pid: int, base: Path) -> None:
+    """Have every page of the guest's memory in its page table."""
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if line.endswith(str(base)):
+                start, stop = (int(number, 16) for number in line.split()[0].split("-"))
+                for address in range(start, stop, 16 * MIB):
+                    os.pread(memory.fileno(), min(16 * MIB, stop - address), address)
+
+
+def _pss(pid: int) -> int:
+    """Return the proportional set size of a process, bytes."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))

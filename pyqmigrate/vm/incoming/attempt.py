@@ -123,11 +123,7 @@ class RestoreAttempt:
                 recorder = await self._start_recording(qemu, mapped.blocks)
                 fd = stream.open_for_reading()
                 try:
-                    incoming = Incoming(
-                        {"incoming-stream": fd},
-                        self.source.snapshot.offset,
-                        channels=stream.channels_for_load,
-                    )
+                    incoming = Incoming({"incoming-stream": fd}, self.source.snapshot.offset)
                     seconds = await _load_stream(qemu, incoming, differences)
                     return await self._hand_over(
                         qemu,

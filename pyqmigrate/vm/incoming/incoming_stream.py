@@ -35,10 +35,7 @@ class IncomingStream:
     ``snapshot_fd`` is the snapshot's file, open for reading; its position is moved. After
     :meth:`build`, ``stale_pages`` is the number of marked pages; finding them took
     ``stale_seconds``. ``sealed``: a seal guarantees that there are none, so the file is not scanned.
-    ``channels_for_load`` is how many channels QEMU should read it with, 0 without multifd.
     """
-
-    channels_for_load = 0
 
     def __init__(
         self,

@@ -3,6 +3,9 @@
 QEMU loads the increment itself over its private mapping: the set bits are the pages that changed.
 Only if the base has stale pages (:mod:`pyqmigrate.vm.incoming.incoming_stream`) that the increment
 does not replace, QEMU loads a copy, in which the bits of these pages are set, too, over holes.
+
+It reads with one channel: two and four took as long, at 35 MiB (39 ms) and at 262 MiB (0.23 s), since
+the time goes into the page faults of the private mapping.
 """
 
 from __future__ import annotations
@@ -20,9 +23,6 @@ from pyqmigrate.snapshot.increment import IncrementBlock, IncrementSnapshot
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 
 __all__ = ["IncrementStream"]
-
-_CHANNEL_BYTES = 8 << 20  # from which QEMU reads faster with several channels
-_CHANNELS = 2
 
 
 class IncrementStream(IncomingStream):
@@ -42,8 +42,6 @@ class IncrementStream(IncomingStream):
         self._increment = increment
         self._over_base = [b for b in increment.blocks.values() if b.name in mapped]
         self._is_copy = False
-        changed = sum(block.changed_pages * block.page_size for block in increment.blocks.values())
-        self.channels_for_load = _CHANNELS if changed >= _CHANNEL_BYTES else 0
 
     def build(self) -> None:
         started_at = time.monotonic()
