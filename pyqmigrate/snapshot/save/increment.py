@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from pyqmigrate.core import Policy
 from pyqmigrate.errors import UsageError
@@ -34,6 +35,9 @@ from pyqmigrate.io.target import Target, stream_offset
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, WriteObserver
+
+if TYPE_CHECKING:
+    from pyqmigrate.io.page_digests import DigestTable
 
 __all__ = ["Base", "IncrementWriter", "increment_offset"]
 
@@ -160,7 +164,12 @@ class IncrementWriter(Writer):
         what = f"the base of this increment ({self.base.path!r})"
         return files_in_use([(self.base.path, what)]) | super()._in_use()
 
-    def write_pages(self, selections: Sequence[Bitmap | None] | None = None) -> None:
+    def write_pages(
+        self,
+        selections: Sequence[Bitmap | None] | None = None,
+        *,
+        tables: Sequence[DigestTable] | None = None,
+    ) -> None:
         """Write the selected pages in one pass; without selections all pages of all blocks."""
         if selections is None:
             selections = [None] * len(self.specs)
@@ -172,7 +181,7 @@ class IncrementWriter(Writer):
         direct = self.target.direct
         if direct is not None and self.specs[0].page_size < direct.off_align:
             self._stale = True  # writes are rounded outward, to pages that are not selected
-        super().write_pages(selections)
+        super().write_pages(selections, tables=tables)
 
     def _ranges(self, selections: Sequence[Bitmap | None] | None) -> Iterator[Range] | None:
         """Return the ranges that contain selected pages: the rest of memory is not looked at."""

@@ -39,7 +39,8 @@ from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 from pyqmigrate.vm.cancellation import acquired, check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file
 from pyqmigrate.vm.guest.guest_base import GuestBase
-from pyqmigrate.vm.outgoing.direct import encode_rest, read_device_sections_of, save_device_sections
+from pyqmigrate.vm.outgoing.device_state import read_device_sections_of, save_device_sections
+from pyqmigrate.vm.outgoing.direct import encode_rest
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written
 from pyqmigrate.vm.plan.live_changed import expected_pause

@@ -14,7 +14,12 @@ from pyqmigrate.vm.outgoing.migrate import WhilePaused, migrate
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod, devices_with_backends
 
-__all__ = ["DeviceStateRefused", "save_device_state"]
+__all__ = [
+    "DeviceStateRefused",
+    "read_device_sections_of",
+    "save_device_sections",
+    "save_device_state",
+]
 
 _SAVE_DEVICES = "xen-save-devices-state"
 
@@ -54,7 +59,6 @@ async def _migrate_devices(
 async def _save_devices(
     transaction: SaveTransaction, guest: GuestInfo, while_paused: WhilePaused | None
 ) -> DeviceState:
-    monitor = transaction.monitor
     if guest.running:
         await transaction.stop()
     transaction.events.stands()
@@ -62,19 +66,32 @@ async def _save_devices(
         await while_paused()
     with memory_file() as (written, read):
         async with transaction.add_fds({"device-state": written}) as path:
-            try:
-                await monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
-            except QemuRefused as error:
-                raise DeviceStateRefused(_SAVE_DEVICES, _refusal(error, guest)) from error
-        return await asyncio.to_thread(
-            read_devices,
-            Descriptors(read),
-            machine=guest.machine,
-            blocks={block.name: block.length for block in guest.blocks},
-            page_size=1 << (guest.target_page_bits or 12),
-            uuid=UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None,
-            run_state=guest.run_state if guest.run_state in LOADABLE else "paused",
-        )
+            await save_device_sections(transaction, guest, path)
+        return await asyncio.to_thread(read_device_sections_of, guest, read)
+
+
+async def save_device_sections(transaction: SaveTransaction, guest: GuestInfo, path: str) -> None:
+    """Have QEMU write the device state of a stopped guest into ``path``, an fdset.
+
+    Raises DeviceStateRefused.
+    """
+    try:
+        await transaction.monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
+    except QemuRefused as error:
+        raise DeviceStateRefused(_SAVE_DEVICES, _refusal(error, guest)) from error
+
+
+def read_device_sections_of(guest: GuestInfo, fd: int) -> DeviceState:
+    """Read what :func:`save_device_sections` had written. Raises as
+    :func:`~pyqmigrate.vm.guest.device_state.read_devices` does."""
+    return read_devices(
+        Descriptors(fd),
+        machine=guest.machine,
+        blocks={block.name: block.length for block in guest.blocks},
+        page_size=1 << (guest.target_page_bits or 12),
+        uuid=UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None,
+        run_state=guest.run_state if guest.run_state in LOADABLE else "paused",
+    )
 
 
 def _refusal(error: QemuRefused, guest: GuestInfo) -> str:
