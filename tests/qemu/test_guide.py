@@ -16,7 +16,7 @@ from tests.harness.saved import RAM, Saved, save_guest
 pytestmark = pytest.mark.qemu
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
-SECTION = "Any snapshot: open, look into, convert"
+SECTION = "Any snapshot: open, inspect, convert"
 
 
 @pytest.fixture(scope="module")

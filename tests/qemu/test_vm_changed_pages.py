@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pyqmigrate.errors import UsageError
+from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.guest.changed_pages import RestoredBlock, RestoredRam
 from pyqmigrate.vm.guest.ramblock import parse_ramblock
@@ -56,7 +57,7 @@ async def blocks_of(vm: RestoredVm, snapshot: MappedRamSnapshot) -> list[Restore
 async def prove(saved: Saved, serial: Path) -> None:
     vm = await restore(saved.path, saved.command(serial=serial), mode="instant", paused=True)
     try:
-        with MappedRamSnapshot(saved.path) as snapshot, saved.path.open("rb") as base:
+        with open_snapshot(saved.path) as snapshot, saved.path.open("rb") as base:
             blocks = await blocks_of(vm, snapshot)
             assert {block.name for block in blocks} == set(saved.blocks)
             with RestoredRam(vm.process.pid, blocks) as ram:

@@ -61,6 +61,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "bitmap_order": ORDER,
     "page_size": OPTIONAL_NUMBER,
     "index": (5, 1.5, [], ANYTHING),
+    "base": (5, 1.5, [], ANYTHING),
     "allow_pipe": (None, "yes", 1, [], ANYTHING),
     "to": CHOICE,
     "memories": (5, "ram", [5], {"ram": 5}, {5: bytearray(4096)}, ANYTHING),
@@ -117,6 +118,8 @@ VALUES = {
     "Snapshot",  # calling it is calling open_snapshot
     "MappedRamSnapshot",  # open_snapshot makes them
     "SequentialSnapshot",
+    "IncrementSnapshot",
+    "IncrementBlock",
     "RamBlock",
     "FileMemory",
     "ProcessMemory",
