@@ -14,7 +14,7 @@ from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption, LiveRequest
 
 __all__ = ["background_option"]
 
-# Seconds, measured (docs/vm.md): to write-protect pages at the start and to end that, whichever is
+# Seconds, from experiments (docs/live.md): to write-protect pages at the start and to end that, whichever is
 # longer, for each GiB.
 _LEAST = 0.01
 _SHARED = 0.034
