@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from pyqmigrate.format.device.sections import DeviceSection
     from pyqmigrate.format.device.values import Device
     from pyqmigrate.format.digest import Algorithm
-    from pyqmigrate.integrity.seal import SealCheck, SealReport, seal, verify_seal
+    from pyqmigrate.integrity.seal import SealReport, seal
+    from pyqmigrate.integrity.verify import SealCheck, verify_seal
     from pyqmigrate.io.direct_io import DirectIO
     from pyqmigrate.io.job import Job, Progress
     from pyqmigrate.io.memory import FileMemory, ProcessMemory, RamBlock
@@ -183,10 +184,10 @@ _HOME = {
     "SaveReport": "snapshot.save.writer",
     "save": "api",
     "start_save": "api",
-    "SealCheck": "integrity.seal",
+    "SealCheck": "integrity.verify",
     "SealReport": "integrity.seal",
     "seal": "integrity.seal",
-    "verify_seal": "integrity.seal",
+    "verify_seal": "integrity.verify",
     "Block": "snapshot.base",
     "Snapshot": "snapshot.base",
     "IncrementBlock": "snapshot.increment",

@@ -41,7 +41,8 @@ from pyqmigrate.cli.sizes import show_rate, show_size
 from pyqmigrate.cli.standard_streams import read_from
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported
-from pyqmigrate.integrity.seal import SealCheck, stale_pages, verify_seal
+from pyqmigrate.integrity.seal import stale_pages
+from pyqmigrate.integrity.verify import SealCheck, verify_seal
 from pyqmigrate.io.bitmap_order import better_order, says_better
 from pyqmigrate.io.pipe import PipeReader
 from pyqmigrate.snapshot.base import Snapshot

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import pyqmigrate
-from pyqmigrate.integrity.seal import SealCheck
+from pyqmigrate.integrity.verify import SealCheck
 from tests.harness.snapshots import Bytes, ram
 
 __all__ = ["PAGE", "Sealed", "damage", "flip", "replaced"]

@@ -22,7 +22,7 @@ from pyqmigrate.errors import (
     UsageError,
 )
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
-from pyqmigrate.integrity.seal import verify_seal
+from pyqmigrate.integrity.verify import verify_seal
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.memory import RamBlock

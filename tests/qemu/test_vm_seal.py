@@ -11,7 +11,8 @@ import pytest
 from pyqmigrate import open_snapshot, seal, verify_seal
 from pyqmigrate.errors import TargetError
 from pyqmigrate.integrity.digests import Digests
-from pyqmigrate.integrity.seal import current_seal, stale_pages
+from pyqmigrate.integrity.seal import stale_pages
+from pyqmigrate.integrity.verify import current_seal
 from pyqmigrate.vm.incoming.restore import restore
 from tests.harness.compare_memory import assert_same_blocks
 from tests.harness.pattern_guest import check_pattern

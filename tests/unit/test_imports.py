@@ -56,6 +56,7 @@ def test_a_restore_loads_nothing_that_saves_or_seals():
     saving = named(
         "api",
         "integrity.seal",
+        "integrity.verify",
         "snapshot.save.mapped_ram",
         "snapshot.save.writer",
         "snapshot.load.sequential",

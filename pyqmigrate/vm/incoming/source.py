@@ -236,7 +236,7 @@ class RestoreSource:
         if place is None or not os.path.exists(seal_path(place)):
             return False
         # Most snapshots have no seal, and a restore has no time for a module that it does not need.
-        from pyqmigrate.integrity.seal import current_seal
+        from pyqmigrate.integrity.verify import current_seal
 
         seal = current_seal(place, self.mapped_fd)
         return (

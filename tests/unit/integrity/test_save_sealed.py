@@ -15,7 +15,8 @@ import pyqmigrate
 from pyqmigrate import Algorithm, Descriptors, FileMemory, RamBlock, UsageError
 from pyqmigrate.integrity.digests import Digests
 from pyqmigrate.integrity.save_seal import SaveSeal
-from pyqmigrate.integrity.seal import current_seal, stale_pages, verify_seal
+from pyqmigrate.integrity.seal import stale_pages
+from pyqmigrate.integrity.verify import current_seal, verify_seal
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.place import seal_path

@@ -21,13 +21,8 @@ from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.integrity import seal as sealing
 from pyqmigrate.integrity.digests import Digests
 from pyqmigrate.integrity.manifest import read_manifest
-from pyqmigrate.integrity.seal import (
-    current_seal,
-    stale_pages,
-    start_seal,
-    start_verify,
-    verify_seal,
-)
+from pyqmigrate.integrity.seal import stale_pages, start_seal
+from pyqmigrate.integrity.verify import current_seal, start_verify, verify_seal
 from pyqmigrate.snapshot.detect import open_snapshot
 from tests.harness.sealed import PAGE, Sealed
 from tests.harness.snapshots import data_bytes, load, ram, save_known, turn_bitmaps

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pyqmigrate.integrity.manifest import read_manifest
-from pyqmigrate.integrity.seal import verify_seal
+from pyqmigrate.integrity.verify import verify_seal
 from tests.harness.sealed import Sealed
 from tests.harness.snapshots import Bytes, load
 

@@ -201,7 +201,8 @@ def test_a_limit_on_the_size_of_files_is_a_target_error(disk: Path) -> None:
 
 
 SEALING = """
-from pyqmigrate.integrity.seal import seal, verify_seal
+from pyqmigrate.integrity.seal import seal
+from pyqmigrate.integrity.verify import verify_seal
 path = directory / "snap"
 def sealed():
     return outcome(lambda: seal(path)) | {"names": sorted(p.name for p in directory.iterdir())}
