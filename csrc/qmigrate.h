@@ -669,7 +669,7 @@ struct qm_copies {
 };
 
 /* Compares the pages as qm_compare_pages does, and copies those that differ. What is entered is the
- * digest of the copy, so the memory may change meanwhile. Of the transfer it uses job, block, memory
+ * digest of the copy, so the memory may change during it. Of the transfer it uses job, block, memory
  * and selection. */
 int qm_copy_changed(const struct qm_transfer *transfer, qm_channel *channel,
                     const struct qm_copies *copies, uint64_t first, uint64_t npages,

@@ -18,18 +18,18 @@ R = TypeVar("R")
 
 
 async def end_of(job: Job[R]) -> R:
-    """Wait for the job without blocking the loop; its report, or what went wrong.
+    """Return the job's report, or raise its error, without blocking the loop.
 
     A task that is cancelled while it waits cancels the job, and ends when the job has.
     """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
 
-    def tell() -> None:
+    def wake() -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed before the job ended
             loop.call_soon_threadsafe(ended.set)
 
-    job.at_end(tell)
+    job.at_end(wake)
     try:
         await ended.wait()
     except GeneratorExit:  # the waiter was dropped, and there is no loop to wait on

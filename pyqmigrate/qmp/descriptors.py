@@ -48,7 +48,7 @@ class Receiver:
             held, self._held = self._held, None
             return held
         # Without room for descriptors, a peek reports them by MSG_CTRUNC and installs none. It
-        # may do so for some that stand further on than what it shows: it says that, not where.
+        # also reports those beyond the bytes that it returns, without their position.
         seen, _, flags, _ = self._sock.recvmsg(size, 0, socket.MSG_PEEK)
         if not flags & socket.MSG_CTRUNC:
             return self._take(len(seen))  # no more: later bytes may carry some

@@ -349,7 +349,7 @@ def _shown(stray: bytes) -> str:
     return _NONCHARACTER.sub("\ufffd", "\0".join(p.decode("utf-8", "replace") for p in parts))
 
 
-# What is to be left alone, then escapes as far as they go, a pair of surrogates never cut; not all
+# Text to leave alone, then escapes as far as they go, a pair of surrogates never cut; not all
 # of them at once, since a long text may consist of nothing else. It matches wherever the last match
 # ended: a search that moved on could begin in the middle of an escaped backslash.
 _LINE_ESCAPES = re.compile(

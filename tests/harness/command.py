@@ -68,5 +68,5 @@ def pages(count: int, seed: int = 0) -> bytes:
 
 
 def make_snapshot(target: str | Path, blocks: dict[str, bytes], **options: Any) -> None:
-    """A snapshot of ours with these blocks."""
+    """Write a snapshot with these blocks."""
     save(target, [RamBlock(name, memory) for name, memory in blocks.items()], **options)

@@ -45,7 +45,7 @@ class GapRecorder:
     def __init__(self, guest: WritingGuest, shortest: float = 0.001) -> None:
         self._guest, self._shortest = guest, shortest
         self.gaps: list[Gap] = []
-        self.rate = 0.0  # bytes a second that the guest wrote meanwhile
+        self.rate = 0.0  # bytes a second that the guest wrote in this time
 
     def __enter__(self) -> Self:
         self._output = tempfile.TemporaryFile()

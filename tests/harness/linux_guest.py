@@ -59,7 +59,7 @@ class Console:
         self._socket.close()
 
     def wait(self, limit: float = 60.0) -> None:
-        """Waits until a shell answers; what it prints meanwhile is dropped."""
+        """Wait until a shell answers; its output until then is dropped."""
         deadline = time.monotonic() + limit
         while True:
             try:

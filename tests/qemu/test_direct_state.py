@@ -222,7 +222,7 @@ def test_run_state_given_for_a_guest_is_that_of_the_loaded_one(stored: str, disk
         assert vm.execute("query-status")["status"] == stored
 
 
-def test_device_state_says_running_of_a_paused_guest_unless_told_otherwise(disk: Path) -> None:
+def test_device_state_of_a_paused_guest_records_running(disk: Path) -> None:
     with GuestRam(RAM) as ram, DirectQemu(ram, private=True) as vm:
         assert vm.device_state(disk).run_state == "running"
 

@@ -171,7 +171,9 @@ def test_all_blocks_of_one_qemu_come_back_in_another(disk: Path) -> None:
         assert_same_blocks(vm.read_blocks(), blocks)
 
 
-def test_what_qemu_saved_after_loading_ours_is_ours(memory: bytearray, disk: Path) -> None:
+def test_qemu_saves_the_memory_that_it_loaded_from_this_package(
+    memory: bytearray, disk: Path
+) -> None:
     ours, theirs = disk / "ours.mapped", disk / "theirs.mapped"
     save(ours, [RamBlock("pc.ram", memory)])
     with GuestRam(SMALL) as ram, Qemu(ram, incoming=True) as vm:

@@ -306,7 +306,7 @@ def fields(outcome: Outcome) -> dict[str, Sequence[str]]:
     return dict(found)
 
 
-def test_verb_tells_people_and_programs_the_same(tmp_path: Path) -> None:
+def test_text_and_json_report_the_same(tmp_path: Path) -> None:
     with BareQemu(*shared("/dev/shm")) as qemu:
         asyncio.run(_greeted(qemu))
         outcome = run_verb("--qmp", qemu.socket, "--dir", tmp_path)

@@ -57,7 +57,7 @@ def test_clock_is_set_when_the_guest_goes_on_after_a_save(tmp_path: Path) -> Non
     ]
 
 
-def test_guest_that_is_to_stand_has_its_clock_left_alone(tmp_path: Path) -> None:
+def test_clock_of_a_guest_that_stays_paused_is_not_set(tmp_path: Path) -> None:
     with Agent(tmp_path / "agent") as agent:
         saved(tmp_path / "s", then="pause", set_time=True, guest_agent=tmp_path / "agent")
     assert not agent.times

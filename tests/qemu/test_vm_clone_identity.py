@@ -65,7 +65,7 @@ def booted(module_disk: Path) -> Iterator[Booted]:
         yield Booted(path, address)
 
 
-def test_each_clone_is_told_another_number(booted: Booted, tmp_path: Path) -> None:
+def test_each_clone_gets_another_number(booted: Booted, tmp_path: Path) -> None:
     directory = tmp_path / "not" / "there"
 
     async def run() -> set[uuid.UUID]:
@@ -89,7 +89,7 @@ def test_each_clone_is_told_another_number(booted: Booted, tmp_path: Path) -> No
     assert NUMBER not in numbers
 
 
-def test_restore_tells_a_new_number_and_is_silent_about_what_is_not_shared(booted: Booted) -> None:
+def test_restored_guest_gets_a_new_number_and_no_note_on_shared_identity(booted: Booted) -> None:
     async def run() -> None:
         first = await restore(booted.path, booted.command("1"), paused=True)
         try:

@@ -118,7 +118,7 @@ def test_sequential_stream_in_a_raw_image_is_one_instant_of_the_guest(raw: Image
 def test_virsh_restores_what_was_converted(
     source: str, form: str, libvirt: Libvirt, disk: Path
 ) -> None:
-    """There and back: the guest of libvirt as a snapshot of ours, and as an image of its own."""
+    """A guest saved by libvirt becomes a snapshot of this package, and an image of libvirt again."""
     image = save(libvirt, disk, "pc", "--image-format", source)
     convert(image.path, disk / "ours", to="mapped-ram" if form == "raw" else "stream")
     new = disk / "new.save"

@@ -208,7 +208,7 @@ def save_as_promised(guest: WritingGuest, path: Path, pause: float) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 1 << 20])
-def test_what_there_is_no_memory_for_is_written_in_the_pause(
+def test_changed_pages_beyond_the_available_memory_are_written_in_the_pause(
     room: int, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precopy, "_room", lambda: room)

@@ -307,7 +307,7 @@ def test_all_of_the_file_is_read_by_any_settings(
         ("load", "xbzrle"),
     ],
 )
-def test_capabilities_of_the_command_line_do_not_stand_in_the_way(
+def test_capabilities_of_the_command_line_do_not_prevent_a_restore(
     saved_pc: Saved, serial: Path, preset: str, mode: str
 ) -> None:
     command = [*saved_pc.command(serial=serial), "-global", f"migration.x-{preset}=on"]
@@ -349,7 +349,9 @@ def test_postcopy_is_used_where_qemu_has_it(saved_pc: Saved, serial: Path) -> No
     asyncio.run(run())
 
 
-def test_own_monitors_are_there_besides_ours(saved_pc: Saved, serial: Path, tmp_path: Path) -> None:
+def test_monitors_of_the_command_line_work_besides_the_added_one(
+    saved_pc: Saved, serial: Path, tmp_path: Path
+) -> None:
     own, added = tmp_path / "own.qmp", tmp_path / "added.qmp"
     command = [*saved_pc.command(serial=serial), "-qmp", f"unix:{own},server=on,wait=off"]
 

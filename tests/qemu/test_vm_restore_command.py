@@ -274,7 +274,7 @@ def test_clones_are_listed_and_end_together(saved: Saved, started: Any, tmp_path
     assert not any(Path(f"/proc/{guest['pid']}").exists() for guest in guests)
 
 
-def test_clone_that_fails_is_named_and_the_exit_code_tells(
+def test_clone_that_fails_is_named_and_changes_the_exit_code(
     saved: Saved, started: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "1").mkdir()

@@ -383,7 +383,7 @@ def test_chain_of_a_guest_that_ended_is_flattened(
             restored(tmp_path / "one", with_disks=True)
 
 
-def test_line_that_a_refusal_shows_makes_what_it_says(
+def test_command_in_a_refusal_makes_the_overlay_that_helps(
     gone_on: tuple[Path, list[str]], disk: Path
 ) -> None:
     program, environment = qemu_img()
@@ -396,7 +396,7 @@ def test_line_that_a_refusal_shows_makes_what_it_says(
     restored(snapshot, [*command, *drive(Path(line[-1]), "qcow2")])
 
 
-def test_overlay_of_ours_is_a_whole_image(tmp_path: Path, disk: Path) -> None:
+def test_new_overlay_is_a_whole_image(tmp_path: Path, disk: Path) -> None:
     program, environment = qemu_img()
     new = make_overlay(tmp_path / "new.qcow2", disk)
     checked = subprocess.run(

@@ -143,7 +143,7 @@ def test_device_that_was_not_there_is_a_note(one: Path) -> None:
         ("paused", "cont resumes it"),
     ],
 )
-def test_guest_that_stood_still_is_what_it_was(
+def test_guest_that_was_stopped_comes_back_in_its_state(
     one: Path, tmp_path: Path, state: str, meaning: str
 ) -> None:
     path = tmp_path / "guest"

@@ -91,7 +91,7 @@ def test_copies_of_snapshot_and_record_belong_together(plain: Path, tmp_path: Pa
     restored(tmp_path / "snap")
 
 
-def test_damaged_record_is_told_and_can_be_moved_away(plain: Path, tmp_path: Path) -> None:
+def test_damaged_record_is_reported_and_can_be_moved_away(plain: Path, tmp_path: Path) -> None:
     shutil.copyfile(plain, tmp_path / "snap")
     record_path(tmp_path / "snap").write_text('{"format": "pyqmigrate vm record", "version": 1}')
     with pytest.raises(SnapshotError, match=r"snap\.vm\.json.*move the record away"):
@@ -166,7 +166,7 @@ def test_clones_of_a_recorded_guest_have_their_own_monitors_only(
     assert not (place / "qmp").exists() and not (place / "hmp").exists()
 
 
-def test_daemon_is_restored_as_a_process_of_ours(tmp_path: Path, place: Path) -> None:
+def test_daemon_is_restored_as_a_child_process(tmp_path: Path, place: Path) -> None:
     image(tmp_path / "disk")
     words = [
         *BARE,

@@ -251,7 +251,7 @@ def test_monitor_that_no_process_listens_at_is_an_error(disk: Path) -> None:
     assert list(disk.iterdir()) == []
 
 
-def test_command_saves_and_tells(disk: Path) -> None:
+def test_command_saves_and_reports(disk: Path) -> None:
     with source(disk) as guest:
         process = guest.start_save(disk / "snapshot", "--json")
         output, errors = process.communicate(timeout=60)
@@ -264,7 +264,7 @@ def test_command_saves_and_tells(disk: Path) -> None:
         wait_until(lambda: guest.vm.process.poll() is None, "QEMU ended")
 
 
-def test_command_tells_people_what_was_changed(disk: Path) -> None:
+def test_command_lists_the_changed_settings(disk: Path) -> None:
     with source(disk) as guest:
         process = guest.start_save(disk / "snapshot", "--engine", "qemu")
         output, errors = process.communicate(timeout=60)

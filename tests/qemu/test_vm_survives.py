@@ -72,7 +72,7 @@ def save_on(
     place.mkdir()
     guest.files.add("mounted")
     if subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespace of our own is to be had")
+        pytest.skip("a mount namespace is not available")
     script = (
         f'mount -t {file_system} none "$1"; place="$1"; shift; "$@" || echo "$?"; ls -A "$place"'
     )
@@ -404,7 +404,7 @@ def test_qemu_that_dies_is_reported_as_that(engine: str, disk: Path) -> None:
         assert guest._guardians() == []
 
 
-def test_second_save_at_the_same_time_is_told_who_is_in_its_way(disk: Path) -> None:
+def test_second_save_at_the_same_time_names_the_other_client(disk: Path) -> None:
     async def two(guest: Source) -> None:
         async with await Monitor.connect(guest.socket):
             started = time.monotonic()
@@ -465,7 +465,7 @@ class Interloper:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_migration_begun_by_another_client_meanwhile_is_left_alone(
+def test_migration_begun_by_another_client_during_a_save_is_left_alone(
     engine: str, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with source(disk, length=LARGE) as guest:
@@ -483,7 +483,7 @@ def test_migration_begun_by_another_client_meanwhile_is_left_alone(
 def test_migration_of_another_client_that_was_faster_is_left_alone(
     engine: str, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has settings of the save, which are put back when it has ended."""
+    """It has settings of the save, which are restored when it has ended."""
     with source(disk, length=LARGE) as guest:
         guest.files.add("other")
         other = Interloper(guest, monkeypatch, "migrate")

@@ -384,7 +384,7 @@ def test_snapshot_is_not_described_by_another_machine(disk: Path) -> None:
         assert asyncio.run(describe_snapshot(snapshot, words))
 
 
-def test_check_says_what_stands_against_a_twin(disk: Path) -> None:
+def test_check_reports_why_there_is_no_twin(disk: Path) -> None:
     forwarded = ("-netdev", f"user,id=n0,{FORWARD}", "-device", "virtio-net-pci,netdev=n0")
     for extra, expected in ((forwarded, [True]), ((), [])):
         with BareQemu("-m", "32", *extra) as qemu:

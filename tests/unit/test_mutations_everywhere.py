@@ -1,4 +1,4 @@
-"""Damaged files of every kind, under every verb: a result or an error of ours, soon and cheaply."""
+"""Damaged files of every kind, under every verb: a result or an error of the package, soon and cheaply."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ async def save_background(save: LiveSave) -> Written:
             started_at = time.monotonic()
             if save.while_paused is None:
                 await asyncio.to_thread(save.see_disks)
-                transaction.events.stands()
+                transaction.events.mark_stopped()
                 await transaction.migrate(path, background=True)
             else:
                 if not await _touch_memory(save.guest):
@@ -128,7 +128,7 @@ async def _start_with_disks(save: LiveSave, path: str) -> None:
     stopped_at = time.monotonic()
     await transaction.stop()
     try:
-        transaction.events.stands()
+        transaction.events.mark_stopped()
         # QEMU touches and protects the memory in the meantime.
         await transaction.migrate(path, background=True)
         await save.while_paused()

@@ -258,7 +258,7 @@ class _Changed:
         if save.guest.running:
             await transaction.stop()
         self._stopped_ns = time.time_ns()
-        transaction.events.stands()
+        transaction.events.mark_stopped()
         try:
             if save.while_paused is not None:
                 await save.while_paused()

@@ -52,7 +52,7 @@ async def _migrate_devices(
     with memory_file() as (written, read):
         async with transaction.add_fds({"device-state": written}) as path:
             await migrate(transaction, path, while_paused=while_paused, pause=guest.running)
-            transaction.events.stands()
+            transaction.events.mark_stopped()
         return await asyncio.to_thread(read_migrated, Descriptors(read), elsewhere=external)
 
 
@@ -61,7 +61,7 @@ async def _save_devices(
 ) -> DeviceState:
     if guest.running:
         await transaction.stop()
-    transaction.events.stands()
+    transaction.events.mark_stopped()
     if while_paused is not None:
         await while_paused()
     with memory_file() as (written, read):

@@ -28,8 +28,8 @@ class VmSaveReport:
 
     ``method`` is that of a live save, None if the guest was stopped for all of it; ``method_why``
     is a sentence. ``instant`` is the instant of the save whose state the file holds. ``rounds`` is
-    how often the memory was gone through, ``slowdown`` the share of its speed that the guest lost
-    meanwhile; None if not known. ``base`` is the snapshot that an increment belongs to, and
+    the number of passes over memory, ``slowdown`` the share of its speed that the guest lost during
+    the save; None if not known. ``base`` is the snapshot that an increment belongs to, and
     ``changed_pages`` the number of pages that differ from it; None for a whole snapshot.
     """
 

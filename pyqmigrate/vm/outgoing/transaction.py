@@ -187,7 +187,7 @@ class SaveTransaction:
         """Take the planned disk snapshots, all or none."""
         if self._plan is not None:
             self._journal_steps(Step.DISKS)
-            self.events.stands()
+            self.events.mark_stopped()
             await take(self.monitor, self._plan)
 
     async def stop(self) -> None:
@@ -211,14 +211,14 @@ class SaveTransaction:
         self._journal_steps(Step.MIGRATED, undone=(Step.MIGRATING,))
 
     async def went_on(self) -> None:
-        """Note that the guest was resumed since ``events.stands()``: if another client has stopped it
-        again, it stays stopped."""
+        """Note that the guest was resumed since ``events.mark_stopped()``: if another client has
+        stopped it again, it stays stopped."""
         running = (await self.monitor.execute("query-status"))["running"]
         if running or self.events.resumed():
             self._journal_steps(undone=(Step.STOPPED, Step.MIGRATED))
 
     async def check_still_stopped(self) -> None:
-        """Raise QemuError if another client has resumed the guest since ``events.stands()``."""
+        """Raise QemuError if another client has resumed the guest since ``events.mark_stopped()``."""
         await self.monitor.execute("query-status")  # its reply follows all earlier events
         if self.events.resumed():
             raise QemuError(

@@ -29,8 +29,8 @@ class EventLog:
         self._stack = contextlib.ExitStack()
         self._listener = self._stack.enter_context(monitor.listener((_STOP, _RESUME, _MIGRATION)))
         self._stopped_at: int | None = None
-        self._stood: int | None = None
-        self._stands = False
+        self._downtime: int | None = None
+        self._marked = False
         self._resumed = False
 
     def close(self) -> None:
@@ -54,20 +54,20 @@ class EventLog:
         time, or more than ``at_most`` seconds.
         """
         self._catch_up()
-        if self._stood is None:
+        if self._downtime is None:
             return None
-        seconds = self._stood / _MICROSECONDS
+        seconds = self._downtime / _MICROSECONDS
         return seconds if 0 <= seconds <= at_most else None
 
-    def stands(self) -> None:
+    def mark_stopped(self) -> None:
         """Note that the guest is stopped, for :meth:`resumed`. Only the first call counts."""
         self._catch_up()
-        if not self._stands:
-            self._stands = True
-            self._resumed = self._stopped_at is not None and self._stood is not None
+        if not self._marked:
+            self._marked = True
+            self._resumed = self._stopped_at is not None and self._downtime is not None
 
     def resumed(self) -> bool:
-        """Return whether the guest was resumed since :meth:`stands`, by the events so far."""
+        """Return whether the guest was resumed since :meth:`mark_stopped`, by the events so far."""
         self._catch_up()
         return self._resumed
 
@@ -80,8 +80,8 @@ class EventLog:
         time = event["timestamp"]
         happened_at = time["seconds"] * _MICROSECONDS + time["microseconds"]
         if event["event"] == _STOP:
-            self._stopped_at, self._stood = happened_at, None
+            self._stopped_at, self._downtime = happened_at, None
         elif event["event"] == _RESUME:
             self._resumed = True
             if self._stopped_at is not None:
-                self._stood = happened_at - self._stopped_at
+                self._downtime = happened_at - self._stopped_at

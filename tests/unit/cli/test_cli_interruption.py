@@ -20,7 +20,7 @@ from pyqmigrate.cli.interruption import run_interruptible
 
 async def answer():
     await asyncio.sleep(0.3)
-    return "put back"
+    return "restored"
 
 async def work():
     session = asyncio.create_task(asyncio.sleep(60))  # as the reader of a monitor
@@ -43,7 +43,7 @@ def test_signal_leaves_the_loop_whole_until_the_work_has_cleaned_up(number: sign
     assert process.stdout is not None
     assert process.stdout.readline() == "works\n"
     process.send_signal(number)
-    assert process.communicate(timeout=30)[0] == "put back False\n"
+    assert process.communicate(timeout=30)[0] == "restored False\n"
     assert process.returncode == 130
 
 

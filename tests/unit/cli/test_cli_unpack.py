@@ -1,4 +1,4 @@
-"""A snapshot into raw files, with names that nobody vouches for."""
+"""A snapshot into raw files, with untrusted names."""
 
 from __future__ import annotations
 

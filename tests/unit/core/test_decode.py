@@ -1,5 +1,4 @@
-"""What page records do to memory, against a twin in plain Python; and records that nobody vouches
-for."""
+"""What page records do to memory, against a twin in plain Python; and untrusted records."""
 
 from __future__ import annotations
 

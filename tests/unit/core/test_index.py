@@ -1,5 +1,4 @@
-"""The index of a sequential stream against a twin in plain Python; and indexes that nobody vouches
-for."""
+"""The index of a sequential stream against a twin in plain Python; and untrusted indexes."""
 
 from __future__ import annotations
 

@@ -417,7 +417,7 @@ def test_a_position_is_reported_where_the_file_cannot_be_written(file: File) -> 
     assert (fault.in_memory, fault.at) == (0, PAGES_OFFSET)
 
 
-def test_direct_alignment_is_told_for_a_disk(file: File, disk: Path) -> None:
+def test_direct_alignment_of_a_disk_is_reported(file: File, disk: Path) -> None:
     mem, off = ffi.new("uint32_t *"), ffi.new("uint32_t *")
     rc = lib.qm_direct_align(file.fd, mem, off)
     if rc in (-errno.ENOSYS, -errno.EOPNOTSUPP):

@@ -109,7 +109,7 @@ KINDS = ["plain", "unaligned", "memfd", "mapped memfd", "callback"]
 
 @some
 @given(st.data())
-def test_told_is_what_the_file_has(file: File, data: st.DataObject) -> None:
+def test_hook_gets_what_the_file_has(file: File, data: st.DataObject) -> None:
     page_size = data.draw(st.sampled_from(PAGE_SIZES))
     policy = data.draw(st.sampled_from(sorted(POLICIES)))
     direct = data.draw(st.booleans())
@@ -148,7 +148,7 @@ def test_told_is_what_the_file_has(file: File, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("direct", [True, False])
-def test_told_is_what_the_file_has_while_memory_changes(
+def test_hook_gets_what_the_file_has_while_memory_changes(
     file: File, policy: str, direct: bool
 ) -> None:
     memory = guest(np.random.default_rng(3).random(6000) < 0.5, 4096)
@@ -184,7 +184,7 @@ def _check_clear_pages_are_zeros(file: File, bits: Bits) -> None:
     assert not pages[~bits].any()
 
 
-def test_a_pass_over_a_selection_tells_only_that_something_changes(file: File) -> None:
+def test_hook_of_a_pass_over_a_selection_hears_only_that_something_changes(file: File) -> None:
     memory = guest(np.ones(2048, dtype=bool), 4096)
     selection = np.zeros(2048, dtype=bool)
     selection[[300, 301, 1900]] = True
@@ -204,7 +204,7 @@ def test_a_pass_over_a_selection_tells_only_that_something_changes(file: File) -
     assert listener.told == {PAGES_OFFSET + PIECE: None, PAGES_OFFSET + 7 * PIECE: None}
 
 
-def test_nothing_is_told_of_zeros(file: File) -> None:
+def test_hook_is_not_called_for_zeros(file: File) -> None:
     memory = guest(np.zeros(3000, dtype=bool), 4096)
     listener = Listener()
     rc, _ = saved(file, Memory(base=memory), 3000, 4096, "auto", direct=True, listener=listener)

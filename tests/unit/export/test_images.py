@@ -407,7 +407,7 @@ def test_progress_that_raises_leaves_nothing(form: str, disk: Path) -> None:
 
 @pytest.mark.parametrize("length", [1 << 62, (1 << 63) - 4096])
 @pytest.mark.parametrize("form", FORMS)
-def test_length_beyond_any_file_ends_in_an_error_of_ours(
+def test_length_beyond_any_file_raises_an_error_of_the_package(
     form: str, length: int, disk: Path
 ) -> None:
     source = make(disk / "s", "stream", machine="virt-9.2", **{"mach-virt.ram": bytes(8192)})
@@ -432,7 +432,7 @@ def damaged(data: bytes, choose: random.Random) -> bytes:
 
 @few
 @given(st.sampled_from(["mapped-ram", "stream"]), st.integers(0, 1 << 32))
-def test_damaged_snapshot_ends_in_a_result_or_an_error_of_ours(kind: str, seed: int) -> None:
+def test_damaged_snapshot_gives_a_result_or_an_error_of_the_package(kind: str, seed: int) -> None:
     choose = random.Random(seed)
     with directory_on_disk() as directory:
         make(directory / kind, kind, **{"pc.ram": ram(20).tobytes(), "pc.bios": ram(4).tobytes()})

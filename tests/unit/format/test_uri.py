@@ -24,7 +24,7 @@ def test_other_commas_belong_to_the_path():
     assert parse_file_uri("file:/t/m,offset") == ("/t/m,offset", 0)
 
 
-def test_first_offset_splits_and_there_is_no_escaping():
+def test_first_offset_splits_and_nothing_is_escaped():
     with pytest.raises(UsageError, match=r"^file URI has bad offset 1,offset=2: Invalid argument$"):
         parse_file_uri("file:/t/a,offset=1,offset=2")
 

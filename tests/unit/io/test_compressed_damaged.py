@@ -1,4 +1,4 @@
-"""Compressed and piped streams that are cut or damaged end with an error of ours, and soon."""
+"""Compressed and piped streams that are cut or damaged soon raise an error of the package."""
 
 from __future__ import annotations
 

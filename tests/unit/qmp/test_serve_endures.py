@@ -304,7 +304,7 @@ def test_a_second_client_may_cancel_the_migration_of_the_first(server: Serve, di
 
 
 def send_all(client: RawClient, data: bytes) -> None:
-    """As much as the server takes; it may hang up meanwhile, or take no more."""
+    """Send as much as the server takes; it may hang up, or take no more."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
         client.send(data)
 

@@ -52,13 +52,13 @@ def test_ram_beyond_the_split_goes_on_at_4_gib() -> None:
     )
 
 
-def test_split_is_what_firmware_was_told() -> None:
+def test_split_is_the_one_that_firmware_got() -> None:
     found = physical_map("pc-i440fx-9.2", {"pc.ram": 3 * GIB}, [clock(GIB, 2 * GIB)])
     assert [one.address for one in found] == [0, 4 * GIB]
     assert found[0].length == GIB
 
 
-def test_split_that_was_told_roughly_is_not_guessed() -> None:
+def test_split_that_firmware_knows_only_roughly_is_not_guessed() -> None:
     length = 3 * GIB + 4096
     with pytest.raises(NotSupported, match="64 KiB"):
         physical_map("pc-i440fx-9.2", {"pc.ram": length}, [clock(GIB, 2 * GIB)])
@@ -69,7 +69,7 @@ def test_split_that_was_told_roughly_is_not_guessed() -> None:
 
 @pytest.mark.parametrize("devices", [[], [clock(GIB, GIB)]], ids=["no-clock", "another-size"])
 @pytest.mark.parametrize("machine", ["pc", "q35", "isapc"])
-def test_split_that_is_not_told_is_not_guessed(machine: str, devices: list[Device]) -> None:
+def test_split_that_is_not_recorded_is_not_guessed(machine: str, devices: list[Device]) -> None:
     with pytest.raises(NotSupported, match="--max-ram-below-4g"):
         physical_map(machine, {"pc.ram": 4 * GIB}, devices)
     found = physical_map(machine, {"pc.ram": 4 * GIB}, devices, max_ram_below_4g=GIB)

@@ -1,4 +1,4 @@
-"""Sequential streams that we load: whole ones, foreign ones, and such as nobody vouches for."""
+"""Loading sequential streams: whole, foreign and untrusted ones."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_guest_that_another_process_lets_run_is_noticed(
         log = EventLog(cast("Monitor", reporter))
         for number, name in enumerate(before):
             await reporter.report(name, number)
-        log.stands()
+        log.mark_stopped()
         for number, name in enumerate(after, len(before)):
             await reporter.report(name, number)
         return log.resumed()

@@ -40,7 +40,7 @@ sys.stdin.read()
 def served(
     directory: Path, *, listens: bool = True, user: int | None = None, dumpable: bool = True
 ) -> Iterator[tuple[subprocess.Popen[bytes], Peer]]:
-    """A process that accepts a connection of ours, and the peer that the kernel shows.
+    """Start a process that accepts a connection of this one; yield it and the peer that the kernel shows.
 
     Without ``listens`` this process calls listen() and hands the socket on, as managers do.
     """

@@ -1,4 +1,4 @@
-"""A record that says anything at all: what reads it ends with an error of ours, or goes on."""
+"""Records with arbitrary content: a reader raises an error of the package, or goes on."""
 
 from __future__ import annotations
 
