@@ -209,8 +209,8 @@ class QemuGone(QemuError):
 
 
 class LiveSaveAbandoned(QemuError):
-    """A live save was given up, because it would have paused the guest for too long or would not
-    have ended. The guest runs as before."""
+    """A live save was abandoned, because it would have paused the guest for too long, or would not
+    have ended. The guest runs as before, and nothing is left."""
 
 
 class NotSupported(PyqmigrateError, NotImplementedError):

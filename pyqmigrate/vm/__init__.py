@@ -5,7 +5,7 @@
 
     async def main() -> None:
         report = await vm.connect("/run/guest.qmp").save("/snap/guest.mapped", then="quit")
-        print(report.engine, report.downtime)
+        print(report.engine, report.downtime)  # seconds that the guest was stopped
         guest = await vm.restore("/snap/guest.mapped", ["qemu-system-x86_64", "-m", "4G"])
         print(guest.report.load_seconds)
 
@@ -23,25 +23,30 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.clone import Clone, clone
     from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
     from pyqmigrate.vm.incoming.options import Mode
+    from pyqmigrate.vm.incoming.recording import WorkingSetReport
     from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
     from pyqmigrate.vm.incoming.restore import restore
     from pyqmigrate.vm.outgoing.options import Then, VmCheckOptions, VmLiveOptions, VmSaveOptions
     from pyqmigrate.vm.outgoing.report import VmSaveReport
     from pyqmigrate.vm.plan.check import CheckReport
     from pyqmigrate.vm.plan.engine import Engine
-    from pyqmigrate.vm.plan.live_option import LiveMethod
+    from pyqmigrate.vm.plan.live_option import Instant, LiveMethod
     from pyqmigrate.vm.qemu.monitor import Monitor
 
 __all__ = [
+    # Save, restore and clone.
     "connect",
     "Vm",
     "restore",
     "RestoredVm",
     "clone",
     "Clone",
+    # Reports.
     "VmSaveReport",
     "RestoreReport",
+    "WorkingSetReport",
     "CheckReport",
+    # Options.
     "VmSaveOptions",
     "VmCheckOptions",
     "VmLiveOptions",
@@ -49,8 +54,10 @@ __all__ = [
     "VmCloneOptions",
     "Engine",
     "LiveMethod",
+    "Instant",
     "Then",
     "Mode",
+    # QMP.
     "Monitor",
 ]
 
@@ -58,6 +65,7 @@ __all__ = [
 _HOME = {
     "CheckReport": "plan.check",
     "Engine": "plan.engine",
+    "Instant": "plan.live_option",
     "LiveMethod": "plan.live_option",
     "Clone": "incoming.clone",
     "clone": "incoming.clone",
@@ -67,6 +75,7 @@ _HOME = {
     "Mode": "incoming.options",
     "VmCloneOptions": "incoming.keywords",
     "VmRestoreOptions": "incoming.keywords",
+    "WorkingSetReport": "incoming.recording",
     "RestoredVm": "incoming.report",
     "RestoreReport": "incoming.report",
     "restore": "incoming.restore",

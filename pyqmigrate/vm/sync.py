@@ -128,7 +128,7 @@ def clone(
 
 
 async def _recorded(guest: vm.RestoredVm) -> WorkingSetReport | PyqmigrateError | None:
-    """Wait for the recording of a guest; a cancellation ends the guest, which nobody gets."""
+    """Wait for the recording of a guest; a cancellation ends the guest, which the caller does not get."""
     if guest.recording is None:
         return None
     try:

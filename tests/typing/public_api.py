@@ -28,6 +28,8 @@ from pyqmigrate import (
     Format,
     Guest,
     ImageReport,
+    IncrementBlock,
+    IncrementSnapshot,
     Job,
     LoadReport,
     MappedRamSnapshot,
@@ -115,6 +117,11 @@ def reads(path: Path, memories: Mapping[str, FileMemory]) -> None:
     with pyqmigrate.open_snapshot(path) as snapshot:
         if isinstance(snapshot, SequentialSnapshot):
             snapshot.read_through(show)
+    with pyqmigrate.open_snapshot(path, base="/snap/golden") as snapshot:
+        if isinstance(snapshot, IncrementSnapshot):
+            assert_type(snapshot.base.machine, str)
+            assert_type(snapshot.changed_pages, int)
+            assert_type(snapshot.blocks["pc.ram"], IncrementBlock)
     found = pyqmigrate.devices(path, name="cpu")
     assert_type(found, Devices)
     assert_type(found.devices, tuple[Device, ...])
@@ -172,6 +179,11 @@ async def running(snapshot: Path) -> None:
     )
     assert_type(saved, vm.VmSaveReport)
     assert_type(saved.downtime, float | None)
+    assert_type(saved.method, vm.LiveMethod | None)
+    assert_type(saved.instant, vm.Instant)
+    increment = await guest.save(snapshot, base="auto")
+    assert_type(increment.base, str | None)
+    assert_type(increment.changed_pages, int | None)
     check = await guest.check("/snap", engine="auto", live=True, sparse=Sparse.DENSE)
     assert_type(check, vm.CheckReport)
     command = ["qemu-system-x86_64", "-m", "4G"]
@@ -180,8 +192,11 @@ async def running(snapshot: Path) -> None:
     assert_type(restored.report, vm.RestoreReport)
     assert_type(restored.report.load_seconds, float)
     assert_type(await restored.wait(), int)
+    recorded = await vm.restore(snapshot, base="/snap/golden", record=10)
+    if recorded.recording is not None:
+        assert_type(await recorded.recording, vm.WorkingSetReport)
     await restored.close()
-    clones = await vm.clone(snapshot, command, 3, directory="/run", at_once=2)
+    clones = await vm.clone(snapshot, command, 3, directory="/run", at_once=2, base="/snap/golden")
     assert_type(clones, list[vm.Clone])
     async with await vm.Monitor.connect("/run/guest.qmp") as monitor:
         answer: Any = await monitor.execute("query-status")
@@ -196,10 +211,14 @@ def running_without_asyncio(snapshot: Path) -> None:
     guest.save(snapshot, channels="4")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     guest.save(snapshot, chanels=4)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     assert_type(guest.check("/snap", live=True), vm.CheckReport)
+    guest.save(snapshot, live="converge", max_pause=0.02)
+    guest.save(snapshot, base=snapshot, full=True)
     restored = sync.restore(snapshot, ["qemu-system-x86_64"], mode="load", paused=False)
     assert_type(restored, sync.RestoredVm)
     assert_type(restored.report, vm.RestoreReport)
     restored.process.wait()
+    recording = sync.restore(snapshot, base="/snap/golden", record=2.5).recording
+    assert_type(recording, vm.WorkingSetReport | pyqmigrate.PyqmigrateError | None)
     assert_type(sync.clone(snapshot, None, 2, directory="/run"), list[sync.Clone])
 
 
@@ -243,6 +262,8 @@ def fails(path: Path) -> None:
         assert_type(error.errno, int | None)
     except errors.TargetError as error:
         print(error.filename)
+    except pyqmigrate.LiveSaveAbandoned as error:
+        print(error)
     except pyqmigrate.SnapshotError as error:
         assert_type(error.block, str | None)
         assert_type(error.offset, int | None)

@@ -3,6 +3,7 @@
 Queries QEMU, inspects its memory, and with --dir measures the disk by writing 64 MiB to an unnamed
 file. The exit code is 1 if the guest cannot be saved or the file would not fit. The report is about
 a save with the same --engine and --sparse, the same options of live saves, and no other options.
+Each live method is listed with its expected pause, or the reasons against it.
 
 JSON: ``possible``; ``qemu`` (its version); ``pid`` (or null); ``machine``; ``run_state``;
 ``total_ram``; ``engine`` and ``way`` (null if there is none), ``why`` and ``refused`` (reasons

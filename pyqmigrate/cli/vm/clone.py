@@ -5,7 +5,9 @@ the guest, from 1 on; without it, the one that vm save recorded is used. --with-
 guest new overlays, N.SNAPSHOT.DISK.qcow2, over the disks as they were at the snapshot's instant.
 Each guest gets a monitor DIR/N.qmp of its own (DIR is created) and no standard input. Disks that
 more than one guest would write to are refused, and so are sockets at which more than one would
-listen. If a guest fails, the others go on.
+listen. If a guest fails, the others go on. Increments, and the pages that vm restore --record has
+recorded, are used as by vm restore.
+
 Every guest inherits the descriptors of this command. One that two guests name (-netdev tap,fd=5) is
 refused, unless it is a file open for reading only: fd=1{n} gives each its own.
 

@@ -15,37 +15,39 @@ def add_live(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--live",
         action="store_true",
-        help="let the guest run during the save, by the method with the shortest pause",
+        help="let the guest run during the save, by the method with the shortest expected pause",
     )
     parser.add_argument(
         "--method",
         choices=["converge", "background", "precopy", "changed"],
         default=None,
-        help="save live by this method only",
+        help="save live by this method only; implies --live",
     )
     parser.add_argument(
         "--max-pause",
         metavar="MS",
         type=_milliseconds,
         default=None,
-        help="with --live or --method: fail rather than pause the guest for longer than this",
+        help="of a live save: fail rather than pause the guest for more milliseconds than this",
     )
     parser.add_argument(
         "--base",
         metavar="auto|PATH|none",
         default="none",
-        help="write only what changed since this snapshot, from which the guest was restored "
-        "(auto: find it)",
+        help="write an increment: only what changed since this snapshot, from which the guest was "
+        "restored (auto: find it; default: none); implies --live, by method changed",
     )
     parser.add_argument(
         "--full",
         action="store_true",
-        help="with --base: write a whole snapshot that shares unchanged pages with the base",
+        help="with --base: write a whole snapshot that shares unchanged pages with the base on disk "
+        "(XFS, btrfs)",
     )
     parser.add_argument(
         "--keep-digests",
         action="store_true",
-        help="write digests of the pages into SNAPSHOT.pages, for the next save of this guest",
+        help="write digests of the pages into SNAPSHOT.pages, for later increments; implies --live, "
+        "by method precopy",
     )
 
 

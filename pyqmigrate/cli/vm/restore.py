@@ -24,7 +24,7 @@ error when the guest is restored.
 A saved guest's clocks stop, so its wall clock falls behind. ``--set-time`` sets it by the guest
 agent, whose socket is found in the command line; otherwise a note says how.
 
-With --record the pages that the guest touches within SECONDS are recorded into
+With --record (mode instant only) the pages that the guest touches within SECONDS are recorded into
 SNAPSHOT.workingset, in the order of first touch. The recording ends earlier if QEMU ends, by a signal
 for instance; what was seen until then is written. Later instant restores of the snapshot read these
 pages ahead while QEMU starts, which helps if the snapshot is not in the page cache. A recorded
@@ -108,7 +108,7 @@ def add_parser(verbs: Verbs) -> None:
         "--record",
         type=_read_seconds,
         metavar="SECONDS",
-        help="record which pages the guest touches in this time, for later restores to read ahead",
+        help="record which pages the guest touches within this time, for later restores to read ahead",
     )
     add_command(parser)
 

@@ -10,6 +10,14 @@ was found; --then quit ends QEMU once the snapshot has its name, and waits for t
 the clock of a guest that goes on, by its agent: the pause has put it behind. --seal writes
 SNAPSHOT.seal too (see the verb seal); with engine qemu the file is read for it.
 
+With --live the guest runs during the save, and is stopped for milliseconds only. There are four
+methods (--method): QEMU converges, or write-protects the memory (background); this command copies
+pages and compares them in the pause (precopy), or copies only those that changed since the guest was
+restored (changed). A save that cannot keep --max-pause lets the guest go on and fails. --base writes
+an increment: the changed pages, and the device state; it is restored together with its base. vm check
+predicts the methods and their pauses. Without --live, engine direct saves a running guest with at
+least 1 GiB of data by precopy, if the guest goes on afterwards.
+
 A guest whose memory is not a shared file is saved by QEMU's xen-save-devices-state, which does not
 describe device state. With --describe auto, the default, a second QEMU of the same machine, which
 never runs, describes it while the guest goes on; a note says if that is not possible.
@@ -22,7 +30,7 @@ changed temporarily, each with ``value`` and ``why``; ``direct_io``, ``direct_io
 on what a restore needs of the writable disks); ``record`` (the file that describes the VM, or null);
 ``seal`` (null, or an object of ``path`` and ``algorithm``); ``method`` (that of a live save, or
 null) and ``method_why``; ``instant`` (start or end: of the save, whose state the file holds);
-``rounds`` (how often a live save went through the memory), ``slowdown`` (the share of its speed that
+``rounds`` (passes of a live save over the memory, or null), ``slowdown`` (the share of its speed that
 the guest lost during the save; null if not known); ``base`` (the snapshot that an increment belongs
 to, or null) and ``changed_pages`` (null without one); ``notes`` (sentences).
 """

@@ -40,16 +40,17 @@ class Then(StrEnum):
 class VmLiveOptions(TypedDict, total=False):
     """The options that make a save live.
 
-    live: let the guest run while most of it is saved, by the method with the shortest pause, or by
-        this :class:`~pyqmigrate.vm.plan.live_option.LiveMethod`.
+    live: True lets the guest run while most of it is saved, by the method with the shortest expected
+        pause; a :class:`~pyqmigrate.vm.LiveMethod` or its name by this method only. The default is
+        False.
     max_pause: the longest pause, in seconds, of a live save. A save that is not expected to keep it
         fails before it stops the guest, or lets it go at once. None promises nothing.
     base: write only what changed since this snapshot, from which the guest was restored; ``auto``
         finds it. None writes a whole snapshot. The save is live, by method ``changed``.
     full: with ``base``, write a whole snapshot that shares the unchanged pages with the base on
-        disk, on a file system that can.
-    keep_digests: write digests of the pages beside the snapshot, for the next save of this guest.
-        The save is live, by a method that reads the pages itself.
+        disk; needs a file system that can (XFS, btrfs).
+    keep_digests: write digests of the pages into SNAPSHOT.pages, 16 bytes a page, for later saves
+        with this snapshot as ``base``. The save is live, by method ``precopy``.
     """
 
     live: bool | LiveMethod | str
@@ -79,7 +80,7 @@ class VmSaveOptions(VmCheckOptions, total=False):
     channels: threads, or multifd channels, that move pages: 1 to 255 (2).
     direct_io: ``auto``, ``on`` or ``off``.
     with_disks: take snapshots of the writable disks at the same instant.
-    seal: an :class:`~pyqmigrate.format.digest.Algorithm`: write a seal beside the snapshot, once
+    seal: an :class:`~pyqmigrate.Algorithm`: write a seal beside the snapshot, once
         the snapshot has its name and the guest is in its final state. With engine qemu the file is
         read for it. If that fails, the snapshot stays.
     describe: if QEMU writes no description of its device state (``xen-save-devices-state``), have a
@@ -88,7 +89,7 @@ class VmSaveOptions(VmCheckOptions, total=False):
     set_time: set the clock of a guest that goes on, by its agent. If that fails, or takes more than
         five seconds, a note says so.
     guest_agent: the path of the agent's socket; None finds it in QEMU's command line.
-    progress: called with a :class:`~pyqmigrate.io.channels.Progress` about ten times a second.
+    progress: called with a :class:`~pyqmigrate.Progress` about ten times a second.
     """
 
     then: Then | str | None

@@ -122,7 +122,7 @@ async def check(
 
     Sends only queries to QEMU, and writes up to 64 MiB into the directory, in a temporary file
     without a name. Raises QemuError if QEMU does not answer, TargetError if the directory cannot
-    be written to, UsageError for an invalid engine.
+    be written to, UsageError for options that are invalid or do not go together.
     """
     policy = parse_enum(Sparse, sparse, "sparse")
     request = check_live(
