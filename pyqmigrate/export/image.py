@@ -1,8 +1,8 @@
-"""A file that shows guest memory by address: what ELF cores and LiME files have in common.
+"""Write files that contain guest memory by address: the common part of ELF cores and LiME files.
 
-A head, then areas: pieces of RAM blocks at file positions of the format's choosing. Their pages
-are written by all channels, with direct I/O where an area's position allows it; zero pages become
-holes, and the file appears under its name when it is whole and durable.
+Such a file has a header and areas: parts of RAM blocks at positions that the format determines. All
+channels write their pages, with direct I/O where an area's position allows it; zero pages become
+holes. The file gets its name when it is complete and durable.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MAGIC_LENGTH = 4
 
 @dataclass(frozen=True)
 class Area:
-    """Bytes ``[offset, offset + length)`` of a block, whole pages, at a position of the file."""
+    """Bytes ``[offset, offset + length)`` of a block, whole pages, at ``position`` in the file."""
 
     block: Block
     offset: int
@@ -49,9 +49,12 @@ class Area:
 
 @dataclass(frozen=True)
 class Image:
-    """All of a file: its memory and its length; ``pieces`` gives, when memory is written, the rest
-    by position, the first at 0 and longer than a magic. ``direct_io_reason`` is why direct I/O
-    cannot write it, where that is so. ``watch`` makes of a block's memory what is read instead.
+    """The content of a file of ``length`` bytes.
+
+    ``pieces`` is called after the areas are written. It returns the other bytes with their
+    positions; the first piece is at 0 and longer than a magic. ``direct_io_reason`` says why direct
+    I/O cannot write the file, if that is so. ``watch`` replaces the memory of a block by the one to
+    read from.
     """
 
     areas: Sequence[Area]
@@ -63,9 +66,10 @@ class Image:
 
 @dataclass(frozen=True)
 class ImageReport:
-    """What an export did: the ``ranges`` of the guest's address space that the file has, the
-    blocks that are ``unplaced`` in it, how many ``cpus`` have notes. The rest is as in
-    :class:`~pyqmigrate.snapshot.save.writer.SaveReport`.
+    """What an export did.
+
+    ``ranges`` of the guest's address space are in the file, the blocks ``unplaced`` are not;
+    ``cpus`` is how many CPUs have notes. The rest is as in :class:`~pyqmigrate.SaveReport`.
     """
 
     ranges: tuple[Placement, ...]
@@ -95,8 +99,8 @@ def write_image(
     sparse: Sparse | str,
     progress: Callable[[Progress], object] | None,
 ) -> ImageReport:
-    """Write and publish it, and wait. Arguments and errors as in :func:`pyqmigrate.api.save`;
-    also SnapshotError when pages cannot be read."""
+    """Write and publish ``image``, and wait. Arguments and errors are those of
+    :func:`pyqmigrate.save`; also SnapshotError if pages cannot be read."""
     snapshot.refuse_as_target(target)
     writer = _Writer(
         snapshot,
@@ -117,7 +121,7 @@ def write_image(
 
 
 class _Writer:
-    """An image being written. It owns what it opens until :meth:`run` ends."""
+    """The export of one image. It owns the files and memories that it opens until :meth:`run` ends."""
 
     def __init__(
         self,
@@ -151,7 +155,7 @@ class _Writer:
             self.target = OutputFile.open(target, direct_io, in_use=snapshot.in_use())
             stack.callback(self.target.abort)
             if self.target.offset:
-                raise UsageError("such a file starts at the start; an offset is for snapshots")
+                raise UsageError("ELF and LiME files cannot be written at an offset")
             self._cleanup = stack.pop_all()
 
     def close(self) -> None:
@@ -182,7 +186,7 @@ class _Writer:
             raise Cancelled("cancelled")
 
     def _check_space(self) -> None:
-        """Fail before the first page where the data cannot fit; count it only if in doubt."""
+        """Raise NoSpace before the first page if the data cannot fit; count it only if in doubt."""
         free = self.target.free_bytes()
         dense = self.sparse is Sparse.DENSE
         need = sum(m.length if dense else m.extent_bytes for m in self.memories)
@@ -217,7 +221,7 @@ class _Writer:
 
     @contextlib.contextmanager
     def _snapshot_errors(self) -> Iterator[None]:
-        """Raise the snapshot's errors for those of memory, which is the snapshot's file."""
+        """Turn errors of memory, which is the snapshot's file, into errors of the snapshot."""
         try:
             yield
         except GuestMemoryError as error:

@@ -1,7 +1,9 @@
-"""Open a snapshot of any kind. Its content decides, not its name.
+"""Open a snapshot of any kind.
 
-with open_snapshot("/var/lib/libvirt/save/guest") as snapshot:
-    print(snapshot.format, snapshot.machine, snapshot.libvirt is not None)
+The kind of the file follows from its content, not from its name::
+
+    with open_snapshot("/var/lib/libvirt/save/guest") as snapshot:
+        print(snapshot.format, snapshot.machine, snapshot.libvirt is not None)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An increment, opened for reading together with its base: the guest's memory is in both.
 
-with open_snapshot("/snap/monday") as snapshot:
-    print(snapshot.base.source.name, snapshot.changed_pages)
-    first_page = snapshot.blocks["pc.ram"].read(0, 4096)
+    with open_snapshot("/snap/monday") as snapshot:
+        print(snapshot.base.source.name, snapshot.changed_pages)
+        first_page = snapshot.blocks["pc.ram"].read(0, 4096)
 
 Pages whose bit is set come from the increment, where a hole is a zero page, and all others from the
 base (docs/internals/format.md, "Increments").

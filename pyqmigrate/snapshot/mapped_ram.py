@@ -1,9 +1,11 @@
 """A mapped-ram file, opened for reading.
 
-with open_snapshot("/snap/guest.mapped") as snapshot:
-    print(snapshot.machine, snapshot.blocks["pc.ram"].length)
-    first_page = snapshot.blocks["pc.ram"].read(0, 4096)
-    snapshot.load({"pc.ram": buffer})
+It is what :func:`~pyqmigrate.open_snapshot` returns for such a file::
+
+    with open_snapshot("/snap/guest.mapped") as snapshot:
+        print(snapshot.machine, snapshot.blocks["pc.ram"].length)
+        first_page = snapshot.blocks["pc.ram"].read(0, 4096)
+        snapshot.load({"pc.ram": buffer})
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """The index of a sequential stream: where in the file each page of each block is.
 
 Pages have no fixed places in a sequential stream, so random reads need one pass over all of it. The
-index needs 8 bytes for each page (and 24 for each XBZRLE change), whatever the stream's size, and
-can be stored in a file beside it, so that later opens need no pass.
+index needs 8 bytes for each page, and 24 for each XBZRLE change. It can be stored in a file beside the
+stream, so that later opens need no pass.
 
-A stored index is an untrusted cache: it is used only if its digest is right, it has the file's size,
-time of change and first and last bytes, and every number in it is possible. Otherwise the pass is
-made again. Its format, little-endian::
+A stored index is an untrusted cache. It is used only if its digest is right, if it was made for a file
+with the same size, modification time, first and last bytes, and if every number in it is possible.
+Otherwise the stream is read again. Its format, little-endian::
 
-    "qmindex2", the digest: xxh3-128 of all that follows, 16 bytes
-    u32 length, JSON of that length, padded with zeros to a multiple of 8 of the file
-    for each block in turn, as many as the JSON says:
+    "qmindex2"
+    16 bytes: xxh3-128 of all that follows
+    u32 length, JSON of that length, zeros up to a file offset that is a multiple of 8
+    for each block, with the numbers of changes and runs from the JSON:
         changes   u64 before, u64 at, u64 length
         runs      u64 first page, u64 pages, a u64 word a page (csrc/qmigrate.h, qm_place)
 
@@ -46,10 +47,10 @@ __all__ = ["PageIndex", "check_place", "keep", "recall"]
 _MAGIC = b"qmindex2"
 _OLDER = b"qmindex1"  # had no digest
 _INDEX = FileKind("index", lambda head: head.startswith((_MAGIC, _OLDER)))
-_BODY = len(_MAGIC) + DIGEST_SIZE  # where the digested part starts
+_BODY = len(_MAGIC) + DIGEST_SIZE  # offset of the digested part
 _HEAD_MAX = 64 << 20
 _PIECE = 1 << 20  # bytes read at a time
-_RUN_MAX = 1 << 16  # pages in one run of a kept index
+_RUN_MAX = 1 << 16  # pages in one run of a stored index
 _DIGESTED = 64 << 10  # bytes at either end of the stream's file
 _CHANGE = struct.Struct("<QQQ")
 _RUN = struct.Struct("<QQ")
@@ -58,7 +59,7 @@ _RUN = struct.Struct("<QQ")
 class PageIndex:
     """The places of the pages of ``blocks``; empty at first.
 
-    ``of`` has the index of each block by its name. ``bodies`` maps the start of each body of
+    ``of`` maps names of blocks to their indexes. ``bodies`` maps the start of each body of
     records to its end. :meth:`read_records` fills both, a body at a time.
     """
 
@@ -89,8 +90,8 @@ def check_place(path: str | os.PathLike[str]) -> Path:
 
 
 def keep(index: PageIndex, stream_file: StreamFile, path: Path) -> None:
-    """Write the index to ``path``, where it appears complete. Its name need not be durable: a lost
-    index is made again.
+    """Write the index to ``path``, which appears when it is complete. The name need not be durable: a
+    lost index is made again.
 
     Raises UsageError if another file is there now, TargetError.
     """
@@ -239,7 +240,7 @@ def _read(
             of_block.put_change(before, position, length, source.size)
         for _ in range(runs):
             first, npages = _RUN.unpack(_take(file, _RUN.size))
-            # Only pieces as we write them: a single page costs the core as much as 512.
+            # Only pieces of the form that is written: one page costs the core as much as 512.
             if npages * 8 > size or first % 512 or (npages % 512 and first + npages != block_pages):
                 raise ValueError("no such run")
             of_block.put_words(first, _little_endian(_take(file, npages * 8)), source.size)

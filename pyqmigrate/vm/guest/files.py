@@ -1,7 +1,7 @@
 """The files that a running guest needs, which a save must not replace.
 
-They are compared by device and inode (:mod:`pyqmigrate.io.in_use`), because QEMU may have another
-root or working directory, and know them by other names.
+Files are compared by device and inode (:mod:`pyqmigrate.io.in_use`): QEMU may have another root or
+working directory, and other names for them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HEAD = 16  # bytes, enough to recognize a snapshot
 def name_images(
     disks: Sequence[Disk], devices: Sequence[Mapping[str, Any]], nodes: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[str, str], ...]:
-    """Return pairs of an image's file, as QEMU names it, and its use in the guest.
+    """Return pairs: an image's file as QEMU names it, and a description of its use in the guest.
 
     ``devices`` is the answer of ``query-block``, ``nodes`` that of ``query-named-block-nodes``:
     all open nodes, with backing files and images such as pflash that are not a disk.
@@ -50,11 +50,12 @@ def name_images(
 
 
 def files_of(guest: GuestInfo) -> dict[FileId, str]:
-    """Return the files of the guest's memory, its images with all backing files, the files that its
-    command line names, and those that QEMU has open; each with a description.
+    """Return the files that a save must not replace, each with a description.
 
-    Snapshots whose pages are mapped privately are left out: they may be replaced, since the guest
-    keeps the old file. Files that cannot be inspected are left out.
+    These are the files of the guest's memory, its images with all backing files, the files that
+    QEMU's command line names, and those that QEMU has open. Left out are files that cannot be
+    inspected, and snapshots that the guest maps privately: they may be replaced, because the guest
+    keeps the old file.
     """
     found: dict[FileId, str] = {}
     for files in (

@@ -1,7 +1,9 @@
-"""An increment merged with its base, as a sequential stream that QEMU reads while it is written.
+"""An increment merged with its base, as a sequential stream.
 
-async with merged_stream(increment) as fd:
-    ...                                     # QEMU loads from fd
+    async with merged_stream(increment) as fd:
+        ...                                     # QEMU loads from fd
+
+QEMU reads the stream while it is written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a live method is given."""
+"""The arguments of a live method."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class LiveSave:
     """One live save, by one method: ``live.method``.
 
     ``transaction`` applies ``plan.changes`` and rolls everything back. ``engine.way`` is how a
-    method of engine ``direct`` gets the device state. ``resume``: the guest shall run afterwards.
+    method of engine ``direct`` gets the device state. ``resume``: the guest runs afterwards.
     ``while_paused`` takes the disks: call it at the instant that the file holds, while the guest is
     stopped. ``see_disks`` notes the state of the disks for the record; it is called when the guest is
-    resumed, and blocks. ``request.max_pause`` is the promised pause in seconds, or None; a method that cannot
-    keep it raises :class:`~pyqmigrate.errors.LiveSaveAbandoned`. ``request.base`` is None, "auto" or
-    an absolute path.
+    resumed, and blocks. ``request.max_pause`` is the promised pause in seconds, or None; a method
+    that cannot keep it raises :class:`~pyqmigrate.errors.LiveSaveAbandoned`. ``request.base`` is
+    None, "auto" or an absolute path.
     """
 
     transaction: SaveTransaction
