@@ -1,7 +1,7 @@
 """Copies of the pages that differ from their digests, in memory of this process.
 
-A save that copies pages while the guest runs finds the pages that changed since in this way, and lets
-the guest go on before it writes them::
+A save that has written pages while the guest ran copies those that changed since, and lets the guest go
+on before it writes the copies::
 
     with PageCopies(memories, layouts, tables) as copies:
         copies.copy(channels, room)              # while the guest is stopped
@@ -43,7 +43,7 @@ class PageCopies:
 
     ``copied`` are the bitmaps of the pages copied by the last :meth:`copy`; ``memories`` are the
     copies, zeros elsewhere or what an earlier pass copied there. ``originals`` and ``tables`` are
-    borrowed. NotSupported if there is no address space. Close it.
+    borrowed. Raises NotSupported without address space for the copies. Close it.
     """
 
     def __init__(

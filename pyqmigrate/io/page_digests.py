@@ -43,8 +43,8 @@ _PIECE = 1 << 20  # bytes of a table moved at a time
 class DigestTable:
     """The digests of the ``npages`` pages of one block, each 16 bytes; all zero at first.
 
-    ``core`` is the ``unsigned char *`` that the core works on. Its memory is anonymous and comes
-    into being as digests are entered. NotSupported for more than there is memory for.
+    ``core`` is the ``unsigned char *`` that the core works on. Its anonymous memory is
+    allocated when digests are entered. Raises NotSupported if there is not enough memory.
     """
 
     def __init__(self, npages: int) -> None:
@@ -133,7 +133,7 @@ class DigestReport:
 
 
 class PageDigests:
-    """The memory of RAM blocks held ready, and a :class:`DigestTable` for each of them by name.
+    """The open memory of RAM blocks, and a :class:`DigestTable` for each of them by name.
 
     ``blocks`` are as for a save; their memory is only read, and borrowed until :meth:`close`.
     ``tables`` are those of an earlier pass, where given. One job at a time. Raises UsageError as a

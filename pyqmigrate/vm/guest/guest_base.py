@@ -89,7 +89,7 @@ class GuestBase:
 
     ``path`` is its absolute path, None if only its pages are needed and it has no name any more.
     ``ram`` has the blocks that the guest maps from it; None if it maps none, and ``tables`` are the
-    digests of its pages then. ``whole`` are the blocks that are to be copied whole.
+    digests of its pages then. ``whole`` are the blocks to copy whole.
     """
 
     def __init__(self, guest: GuestInfo, target: Target, path: Path | None) -> None:
@@ -116,7 +116,7 @@ class GuestBase:
     def find(cls, guest: GuestInfo, base: str | None) -> GuestBase:
         """Open the base of ``guest``: a path, or "auto" for the snapshot that its memory is mapped from.
 
-        None is the same without need of a name: it may have been deleted. Blocks while the files are
+        None is like "auto", but the snapshot may have been deleted. Blocks while the files are
         read. Raises NotSupported if the guest has no such base, UsageError if its memory is mapped
         from another file, SnapshotError if the base is damaged or of another machine, TargetError,
         GuestMemoryError.
@@ -181,7 +181,7 @@ class GuestBase:
 
     @property
     def mark(self) -> BaseMark:
-        """What the base is recognized by when it is closed."""
+        """The identity by which the base is recognized after it was closed."""
         return BaseMark(self.path, self.snapshot.identity, self.identity)
 
     def _lock(self, stream_file: StreamFile) -> None:

@@ -37,9 +37,9 @@ class VmRestoreOptions(_CommonOptions, total=False):
         in the directory ``disks_dir`` (None: beside the snapshot). They are removed if the restore
         fails; the report's notes name them.
     disks_dir: see ``with_disks``.
-    base: where the base of an increment is; None is the place that the increment records.
     disks_as_they_are: restore even if the disks have changed since the snapshot or are not the
         recorded ones. The guest's file systems are then at risk.
+    base: the path of an increment's base; None is the path that the increment records.
     qmp: the path of a monitor socket to add, or unix:PATH.
     channels: how many channels QEMU reads with in mode ``load``; None, the default, and
         ``direct_io="auto"`` choose by how much of the file is in the page cache.
@@ -50,10 +50,11 @@ class VmRestoreOptions(_CommonOptions, total=False):
     set_time: set the guest's clock by its agent, once it runs. If that fails, or takes more than
         five seconds, a note says so.
     guest_agent: the path of the agent's socket; None finds it in the command line.
-    record: for how many seconds to record which pages the guest touches, for SNAPSHOT.workingset,
-        which a later restore reads ahead. Only in mode ``instant``. It goes on after the restore
-        has returned: await ``recording`` of the result; closing the result writes what was seen
-        until then. :mod:`pyqmigrate.vm.sync` waits for it.
+    record: for how many seconds to record which pages the guest touches, into SNAPSHOT.workingset,
+        which later restores read ahead. Only in mode ``instant``. None, the default, records
+        nothing. The recording goes on after the restore has returned: await ``recording`` of the
+        result. Closing the result ends it; the pages seen until then are written.
+        :mod:`pyqmigrate.vm.sync` waits for it.
     """
 
     qmp: str | os.PathLike[str] | None

@@ -5,7 +5,7 @@
     report = await recorder.result           # after 10 seconds, or recorder.stop()
 
 The recording goes on in a thread, for the given time, until :meth:`~WorkingSetRecorder.stop`, or
-until the guest ends; whatever was seen until then is written to ``SNAPSHOT.workingset``.
+until the guest ends; the pages seen until then are written to ``SNAPSHOT.workingset``.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = ["WorkingSetRecorder", "WorkingSetReport"]
 
 @dataclass(frozen=True)
 class WorkingSetReport:
-    """A recorded working set: the file ``path``, its ``pages``, and for how many ``seconds`` the
-    guest was watched. ``complete`` is False if the guest ended, or touched more than the file can
+    """A recorded working set: the file ``path``, its number of ``pages``, and for how many ``seconds``
+    the guest was watched. ``complete`` is False if the guest ended, or touched more than the file can
     list."""
 
     path: Path

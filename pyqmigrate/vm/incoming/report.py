@@ -27,9 +27,8 @@ class RestoreReport:
     differ from its defaults. ``stale_pages`` are zero pages for which the file holds old bytes;
     finding them took ``stale_seconds``, during the start. ``recorded_pages`` are those of the
     recorded working set, ``prefetched_bytes`` what was requested of it until this report; the
-    prefetch goes on. ``run_state`` is QEMU's (``running``,
-    ``paused``, ``prelaunch``). ``notes`` are sentences on changes to the command line and on what
-    to mind.
+    prefetch goes on. ``run_state`` is QEMU's (``running``, ``paused``, ``prelaunch``). ``notes`` are
+    sentences on changes to the command line, and on what the user should know.
     """
 
     mode: Mode
@@ -71,9 +70,9 @@ class RestoredVm:
 
     @property
     def recording(self) -> asyncio.Future[WorkingSetReport] | None:
-        """The recording of the working set (option ``record``), to be awaited; None without it.
+        """The recording of the working set (option ``record``); None without it. Await it.
 
-        To cancel it ends the recording: what was seen is written.
+        Cancelling it ends the recording; the pages seen until then are written.
         """
         return None if self._recorder is None else self._recorder.result
 
@@ -103,7 +102,7 @@ class RestoredVm:
     async def close(self) -> None:
         """End the monitor session; the guest goes on. Can be called again.
 
-        A recording ends, too: what was seen until now is written.
+        A recording ends, too; the pages seen until then are written.
         """
         await self._finish_recording()
         await self.monitor.close()
