@@ -30,7 +30,7 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_digests import PageDigests
-from pyqmigrate.io.stash import Stash, StashBlock
+from pyqmigrate.io.stash import Stash, StashBlock, available_memory
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.increment import Base, IncrementWriter, increment_offset
 from pyqmigrate.snapshot.save.mapped_ram import Writer
@@ -56,6 +56,7 @@ R = TypeVar("R")
 _REPORT_EVERY = 0.1  # seconds
 _RESUME = 0.003  # seconds, to let the guest go on
 _SPARE = 8 << 20  # bytes of a file besides pages and bitmaps
+_MEMORY_SHARE = 0.75  # of the available memory: the copies may take it
 _GROWTH = 1.5  # of what has changed, until the guest is stopped
 
 
@@ -129,7 +130,7 @@ class _Changed:
             started = time.monotonic()
             if self._digests is not None:
                 self._compare().wait()
-            expected = self._stash.prepare(channels=channels)
+            expected = self._stash.prepare(channels=channels, room=_room())
             self._check(expected, time.monotonic() - started)
         except BaseException:
             self.close()
@@ -481,3 +482,13 @@ class _Changed:
             self._digests.close()
         for bitmap in self._differing.values():
             bitmap.close()
+
+
+def _room() -> int | None:
+    """Return how many bytes of copies this process may make; None if the available memory is unknown.
+
+    Without a limit the copies of a guest that changed most of its memory could have the kernel end
+    that guest.
+    """
+    available = available_memory()
+    return None if available is None else int(available * _MEMORY_SHARE)

@@ -26,6 +26,7 @@ from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.page_copies import PageCopies
 from pyqmigrate.io.page_digests import DigestTable
 from pyqmigrate.io.page_table_file import write_page_table
+from pyqmigrate.io.stash import available_memory
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
@@ -351,8 +352,4 @@ def _uuid(guest: GuestInfo) -> bytes | None:
 
 def _room() -> int:
     """Return how many bytes of copies this process may make."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("MemAvailable:"))
-        return max(int(line.split()[1]) * 1024 // _MOST_MEMORY, _LEAST_ROOM)
-    return _LEAST_ROOM
+    return max((available_memory() or 0) // _MOST_MEMORY, _LEAST_ROOM)
