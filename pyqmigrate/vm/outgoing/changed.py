@@ -39,7 +39,11 @@ from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 from pyqmigrate.vm.cancellation import acquired, check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file
 from pyqmigrate.vm.guest.guest_base import GuestBase
-from pyqmigrate.vm.outgoing.device_state import read_device_sections_of, save_device_sections
+from pyqmigrate.vm.outgoing.device_state import (
+    check_same_blocks,
+    read_device_sections_of,
+    save_device_sections,
+)
 from pyqmigrate.vm.outgoing.direct import encode_rest
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written
@@ -228,6 +232,7 @@ class _Changed:
         with memory_file() as (written, read):
             async with save.transaction.add_fds({"device-state": written}) as path:
                 downtime = await self._pause(path)
+            await check_same_blocks(save.transaction, guest)
             state = await asyncio.to_thread(read_device_sections_of, guest, read)
         check_cancelled()
         if guest.process is not None:

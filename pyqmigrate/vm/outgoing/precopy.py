@@ -33,7 +33,7 @@ from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState
 from pyqmigrate.vm.guest.inspect import GuestInfo
-from pyqmigrate.vm.outgoing.device_state import save_device_state
+from pyqmigrate.vm.outgoing.device_state import check_same_blocks, save_device_state
 from pyqmigrate.vm.outgoing.direct import encode_rest, notes_of
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written
@@ -129,6 +129,7 @@ class _Precopy:
                     longest = time.monotonic() - stopped_at
                     reported = transaction.events.downtime(longest)
                     downtime = longest if reported is None else reported
+            await check_same_blocks(transaction, self.guest)
             if describing is not None:
                 describing.start(state)
             changed = self.copies.copied_bytes
