@@ -188,6 +188,18 @@ def test_large_guest_whose_file_was_begun_wrongly_is_stopped_for_its_save(
     assert_saved(disk / "snapshot", SMALL)
 
 
+def test_large_guest_is_stopped_where_memory_is_scarce(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_precopy, "LARGE_GUEST", 32 << 20)
+    monkeypatch.setattr(precopy, "available_memory", lambda: 1 << 20)
+    with start(SMALL, disk) as guest:
+        report = save_live(guest, disk / "snapshot", live=False)
+        assert report.method is None
+        assert any("the host has only 1 MiB available" in note for note in report.notes)
+    assert_saved(disk / "snapshot", SMALL)
+
+
 # ---- the promise ----------------------------------------------------------------------------
 
 
