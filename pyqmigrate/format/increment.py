@@ -142,7 +142,11 @@ class IncrementHeader:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise _fault("the header is not JSON", "json", _JSON_AT) from error
-        return cls(**_read_value(value), stream_offset=offset)
+        fields = _read_value(value)
+        try:
+            return cls(**fields, stream_offset=offset)
+        except UsageError as error:  # it would be longer as it is written here
+            raise _fault("the header is too long for where the stream starts", "json") from error
 
 
 def base_path(base: str, increment: str) -> str:

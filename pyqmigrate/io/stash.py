@@ -12,9 +12,11 @@ which costs only where pages are copied::
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,7 +32,7 @@ from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.memory import Memory, OpenMemory, ProcessMemory, RamBlock, SnapshotMemory, attach
 from pyqmigrate.io.pagemap import MappedPages
 
-__all__ = ["Stash", "StashBlock"]
+__all__ = ["Stash", "StashBlock", "available_memory"]
 
 _MAP_NORESERVE = 0x4000
 
@@ -69,24 +71,33 @@ class Stash:
             self.close()
             raise
 
-    def prepare(self, *, channels: int = 2) -> int:
+    def prepare(self, *, channels: int = 2, room: int | None = None) -> int:
         """Find the changed pages, and make the memory of all pages resident; return their bytes.
 
-        Call it once, while the guest runs, so that the copy has few page faults. Raises
-        GuestMemoryError, and MemoryError if there is not enough memory.
+        Call it once, while the guest runs, so that the copy has few page faults. Raises NotSupported
+        for more than ``room`` bytes, before memory is used; GuestMemoryError; MemoryError if there is
+        not enough memory.
         """
         crew = Channels(check_channels(channels), "pyqmigrate-stash")
-        expected = 0
-        for block in self._blocks.values():
-            seen = block.find(crew)
-            try:
-                expected += seen.count() * block.page_size
-                block.core.bits = seen.core
-                self._run(_core.lib.qm_stash_populate, crew, [block])
-            finally:
-                block.core.bits = block.pages.core
+        with contextlib.ExitStack() as stack:
+            found: list[tuple[_Block, Bitmap]] = []
+            for block in self._blocks.values():
+                seen = block.find(crew)
                 if seen is not block.pages:
-                    seen.close()
+                    stack.callback(seen.close)
+                found.append((block, seen))
+            expected = sum(seen.count() * block.page_size for block, seen in found)
+            if room is not None and expected > room:
+                raise NotSupported(
+                    f"{expected >> 20} MiB have changed, and {room >> 20} MiB of the host's memory may "
+                    "be used for copies of them"
+                )
+            for block, seen in found:
+                try:
+                    block.core.bits = seen.core
+                    self._run(_core.lib.qm_stash_populate, crew, [block])
+                finally:
+                    block.core.bits = block.pages.core
         return expected
 
     def start_copy(self, *, channels: int = 2) -> Job[int]:
@@ -221,3 +232,13 @@ def _map(length: int) -> mmap.mmap:
         # A huge page would cost 2 MiB where one page changed.
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return memory
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that the host has available; None if that is unknown."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name == "MemAvailable":
+                return int(rest.split()[0]) * 1024
+    return None

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from pyqmigrate.argument_types import check, check_mapping, check_names
 from pyqmigrate.enums import Format
-from pyqmigrate.errors import SnapshotError, TargetError, UsageError
+from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.increment import IncrementHeader, base_location
 from pyqmigrate.format.stream.configuration import MAPPED_RAM
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec, ByteOrder
@@ -321,12 +322,15 @@ def _specs(snapshot: MappedRamSnapshot) -> tuple[BlockSpec, ...]:
 def _open_base(increment: str, path: Path, header: IncrementHeader) -> MappedRamSnapshot:
     """Open the base at ``path`` and check that it is the one that ``header`` describes."""
     what = f"the base {str(path)!r} of the increment {increment!r}"
+    _check_kind(path, what)
     try:
         stream_file = StreamFile.open(path)
     except TargetError as error:
         raise TargetError(
             error.errno or errno.EIO, f"cannot open {what}{_ELSEWHERE}", path
         ) from error
+    except NotSupported as error:
+        raise NotSupported(f"{what} cannot be used: {error}{_ELSEWHERE}") from error
     except SnapshotError as error:
         raise SnapshotError(f"{what} cannot be used: {error}") from error
     try:
@@ -336,8 +340,6 @@ def _open_base(increment: str, path: Path, header: IncrementHeader) -> MappedRam
                 "chain of files has to be kept: name that one, or convert this base to mapped-ram"
                 f"{_ELSEWHERE}"
             )
-        if stream_file.source.is_device:
-            raise SnapshotError(f"{what} is a block device, which records no time of change")
         if stream_file.source.forward or not _is_mapped_ram(stream_file, what):
             raise SnapshotError(f"{what} is not a mapped-ram file{_ELSEWHERE}")
         fd = stream_file.source.fd
@@ -363,6 +365,17 @@ def _open_base(increment: str, path: Path, header: IncrementHeader) -> MappedRam
     except BaseException:
         stream_file.close()
         raise
+
+
+def _check_kind(path: Path, what: str) -> None:
+    """Raise SnapshotError unless ``path`` is a regular file. An increment may name any path, and to
+    open a device or a FIFO can have an effect by itself."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # opening it reports the error
+    if not stat.S_ISREG(mode):
+        raise SnapshotError(f"{what} is not a regular file{_ELSEWHERE}")
 
 
 def _is_mapped_ram(stream_file: StreamFile, what: str) -> bool:

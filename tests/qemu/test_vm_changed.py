@@ -427,6 +427,16 @@ def test_qemu_that_is_killed_leaves_no_file(
     assert {path.name for path in disk.iterdir()} == files
 
 
+def test_more_changed_pages_than_the_host_has_memory_for_are_not_copied(
+    guest: WritingGuest, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = AsFound(guest, disk)
+    monkeypatch.setattr(changed_method, "available_memory", lambda: 1 << 20)
+    with pytest.raises(NotSupported, match="0 MiB of the host's memory may be used"):
+        save(guest, disk / "monday", base="auto")
+    found.check()
+
+
 @pytest.mark.parametrize("commands", [["cont"], ["cont", "stop"]])
 def test_guest_that_another_client_resumed_is_not_saved(
     guest: WritingGuest, disk: Path, monkeypatch: pytest.MonkeyPatch, commands: list[str]

@@ -7,6 +7,7 @@ import random
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan import live_precopy
+from tests.harness.as_found import AsFound
 from tests.harness.gaps import GapRecorder
 from tests.harness.saving import Source, source
 from tests.harness.writing_guest import (
@@ -117,6 +119,25 @@ def test_seal_and_digests_are_those_of_the_file(sparse: str, disk: Path) -> None
             assert digests.start_compare(changed).wait().changed_pages == 0
 
 
+def test_device_that_is_plugged_during_the_save_fails_it(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rom = tmp_path / "option.rom"
+    rom.write_bytes(b"\x55\xaa" + bytes(2046))
+    original = precopy._Precopy._write_live
+    with start(replace(SMALL, machine="pc"), disk) as guest:
+
+        def plug(self: precopy._Precopy) -> None:
+            original(self)
+            guest.execute("device_add", driver="e1000", id="net1", romfile=str(rom))
+
+        monkeypatch.setattr(precopy._Precopy, "_write_live", plug)
+        found = AsFound(guest, disk)
+        with pytest.raises(QemuError, match=r"e1000.rom' was added, removed or resized"):
+            save_live(guest, disk / "snapshot")
+        found.check()
+
+
 def test_digests_are_not_written_over_another_file(disk: Path) -> None:
     page_table_path(disk / "snapshot").write_bytes(b"mine")
     with source(disk) as guest:
@@ -164,6 +185,18 @@ def test_large_guest_whose_file_was_begun_wrongly_is_stopped_for_its_save(
         report = save_live(guest, disk / "snapshot", live=False)
         assert report.method is None
         assert any("stopped for the whole save" in note for note in report.notes)
+    assert_saved(disk / "snapshot", SMALL)
+
+
+def test_large_guest_is_stopped_where_memory_is_scarce(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_precopy, "LARGE_GUEST", 32 << 20)
+    monkeypatch.setattr(precopy, "available_memory", lambda: 1 << 20)
+    with start(SMALL, disk) as guest:
+        report = save_live(guest, disk / "snapshot", live=False)
+        assert report.method is None
+        assert any("the host has only 1 MiB available" in note for note in report.notes)
     assert_saved(disk / "snapshot", SMALL)
 
 

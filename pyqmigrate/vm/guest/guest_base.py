@@ -211,15 +211,20 @@ class GuestBase:
                 f"the base {name!r} is not of this machine: RAM block {different[0]!r} has "
                 f"{guest.get(different[0], 0)} bytes in the guest and {base.get(different[0], 0)} there"
             )
-        page_bits = self._guest.target_page_bits
-        for block in self.snapshot.blocks.values():
-            if block.external:
+        for block in self._guest.blocks:
+            if block.memory is None:
                 raise NotSupported(
-                    f"the content of block {block.name!r} is not in the base {name!r}"
+                    f"the memory of block {block.name!r} cannot be read: {block.why_not}"
                 )
-            if page_bits is not None and block.page_size != 1 << page_bits:
+        page_bits = self._guest.target_page_bits
+        for stored in self.snapshot.blocks.values():
+            if stored.external:
+                raise NotSupported(
+                    f"the content of block {stored.name!r} is not in the base {name!r}"
+                )
+            if page_bits is not None and stored.page_size != 1 << page_bits:
                 raise SnapshotError(
-                    f"the base {name!r} has pages of {block.page_size} bytes, the guest of "
+                    f"the base {name!r} has pages of {stored.page_size} bytes, the guest of "
                     f"{1 << page_bits}"
                 )
         if self.snapshot.machine not in ("", self._guest.machine):

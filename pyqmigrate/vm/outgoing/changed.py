@@ -30,7 +30,7 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_digests import PageDigests
-from pyqmigrate.io.stash import Stash, StashBlock
+from pyqmigrate.io.stash import Stash, StashBlock, available_memory
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.increment import Base, IncrementWriter, increment_offset
 from pyqmigrate.snapshot.save.mapped_ram import Writer
@@ -39,7 +39,11 @@ from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 from pyqmigrate.vm.cancellation import acquired, check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file
 from pyqmigrate.vm.guest.guest_base import GuestBase
-from pyqmigrate.vm.outgoing.device_state import read_device_sections_of, save_device_sections
+from pyqmigrate.vm.outgoing.device_state import (
+    check_same_blocks,
+    read_device_sections_of,
+    save_device_sections,
+)
 from pyqmigrate.vm.outgoing.direct import encode_rest
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written
@@ -56,6 +60,7 @@ R = TypeVar("R")
 _REPORT_EVERY = 0.1  # seconds
 _RESUME = 0.003  # seconds, to let the guest go on
 _SPARE = 8 << 20  # bytes of a file besides pages and bitmaps
+_MEMORY_SHARE = 0.75  # of the available memory: the copies may take it
 _GROWTH = 1.5  # of what has changed, until the guest is stopped
 
 
@@ -129,7 +134,7 @@ class _Changed:
             started = time.monotonic()
             if self._digests is not None:
                 self._compare().wait()
-            expected = self._stash.prepare(channels=channels)
+            expected = self._stash.prepare(channels=channels, room=_room())
             self._check(expected, time.monotonic() - started)
         except BaseException:
             self.close()
@@ -227,6 +232,7 @@ class _Changed:
         with memory_file() as (written, read):
             async with save.transaction.add_fds({"device-state": written}) as path:
                 downtime = await self._pause(path)
+            await check_same_blocks(save.transaction, guest)
             state = await asyncio.to_thread(read_device_sections_of, guest, read)
         check_cancelled()
         if guest.process is not None:
@@ -481,3 +487,13 @@ class _Changed:
             self._digests.close()
         for bitmap in self._differing.values():
             bitmap.close()
+
+
+def _room() -> int | None:
+    """Return how many bytes of copies this process may make; None if the available memory is unknown.
+
+    Without a limit the copies of a guest that changed most of its memory could have the kernel end
+    that guest.
+    """
+    available = available_memory()
+    return None if available is None else int(available * _MEMORY_SHARE)

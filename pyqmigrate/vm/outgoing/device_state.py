@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from uuid import UUID
 
-from pyqmigrate.errors import QemuRefused
+from pyqmigrate.errors import QemuError, QemuRefused
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.vm.guest.device_state import DeviceState, memory_file, read_devices, read_migrated
 from pyqmigrate.vm.guest.inspect import GuestInfo
+from pyqmigrate.vm.guest.ramblock import parse_ramblock
 from pyqmigrate.vm.guest.run_state import LOADABLE
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, migrate
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
@@ -16,6 +17,7 @@ from pyqmigrate.vm.plan.blockers import DeviceStateMethod, devices_with_backends
 
 __all__ = [
     "DeviceStateRefused",
+    "check_same_blocks",
     "read_device_sections_of",
     "save_device_sections",
     "save_device_state",
@@ -79,6 +81,23 @@ async def save_device_sections(transaction: SaveTransaction, guest: GuestInfo, p
         await transaction.monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
     except QemuRefused as error:
         raise DeviceStateRefused(_SAVE_DEVICES, _refusal(error, guest)) from error
+
+
+async def check_same_blocks(transaction: SaveTransaction, guest: GuestInfo) -> None:
+    """Raise QemuError if QEMU has other RAM blocks than when ``guest`` was inspected.
+
+    While a save copies memory of a running guest, another client can plug a device whose RAM would
+    not be in the file, and a restarted guest can have longer firmware tables.
+    """
+    table = parse_ramblock(await transaction.monitor.hmp("info ramblock"))
+    now = {line.name: (line.length, line.host_address) for line in table}
+    then = {block.name: (block.length, block.host_address) for block in guest.blocks}
+    if now != then:
+        names = [name for name in {**then, **now} if now.get(name) != then.get(name)]
+        raise QemuError(
+            f"RAM block {names[0]!r} was added, removed or resized during the save: a device was "
+            "plugged or unplugged, or the guest was restarted; save it again"
+        )
 
 
 def read_device_sections_of(guest: GuestInfo, fd: int) -> DeviceState:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
 from pyqmigrate.errors import LiveSaveAbandoned, NotSupported
+from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.integrity.save_seal import SaveSeal
 from pyqmigrate.io.channels import Channels
@@ -26,13 +27,14 @@ from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.page_copies import PageCopies
 from pyqmigrate.io.page_digests import DigestTable
 from pyqmigrate.io.page_table_file import write_page_table
+from pyqmigrate.io.stash import available_memory
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState
 from pyqmigrate.vm.guest.inspect import GuestInfo
-from pyqmigrate.vm.outgoing.device_state import save_device_state
+from pyqmigrate.vm.outgoing.device_state import check_same_blocks, save_device_state
 from pyqmigrate.vm.outgoing.direct import encode_rest, notes_of
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written
@@ -51,7 +53,7 @@ _ROUNDS = 3  # passes over memory while the guest runs, at most
 _WORTH_A_ROUND = 64 << 20  # bytes; so much is copied in 20 to 40 ms
 _RESUMING = 0.004  # seconds of a promised pause that are left for the commands that end it
 _COPY_RATE = 2 << 30  # bytes a second
-_MOST_MEMORY = 4  # of the available memory, the copies take one part
+_MOST_MEMORY = 4  # of the available memory, the copies take one part, and the digests one at most
 _LEAST_ROOM = 64 << 20  # bytes
 
 
@@ -89,6 +91,7 @@ class _Precopy:
             self.writer = self._make_writer()
             self._cleanup.callback(self.writer.close)
             layouts = self.writer.head.blocks
+            _check_memory(sum(layout.num_pages for layout in layouts))
             for layout in layouts:
                 self.tables.append(DigestTable(layout.num_pages))
             self.copies = PageCopies(self.writer.memories, layouts, self.tables)
@@ -128,6 +131,7 @@ class _Precopy:
                     longest = time.monotonic() - stopped_at
                     reported = transaction.events.downtime(longest)
                     downtime = longest if reported is None else reported
+            await check_same_blocks(transaction, self.guest)
             if describing is not None:
                 describing.start(state)
             changed = self.copies.copied_bytes
@@ -349,10 +353,17 @@ def _uuid(guest: GuestInfo) -> bytes | None:
     return UUID(guest.uuid).bytes if guest.capabilities.get("validate-uuid") else None
 
 
+def _check_memory(pages: int) -> None:
+    """Raise NotSupported if the digests of so many pages take much of the available memory: the
+    kernel might end the guest to get more."""
+    available, needed = available_memory(), pages * DIGEST_SIZE
+    if available is not None and needed > available // _MOST_MEMORY:
+        raise NotSupported(
+            f"the digests of the memory take {needed >> 20} MiB, and the host has only "
+            f"{available >> 20} MiB available"
+        )
+
+
 def _room() -> int:
     """Return how many bytes of copies this process may make."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("MemAvailable:"))
-        return max(int(line.split()[1]) * 1024 // _MOST_MEMORY, _LEAST_ROOM)
-    return _LEAST_ROOM
+    return max((available_memory() or 0) // _MOST_MEMORY, _LEAST_ROOM)

@@ -219,6 +219,19 @@ def test_what_is_not_an_object_is_refused(text: bytes) -> None:
     assert raised.value.field == "json"
 
 
+def test_header_that_would_be_longer_as_it_is_written_here_is_refused() -> None:
+    blocks = [
+        {"name": f"{number:04}" + "\u00fc" * 120, "length": 4096, "page_size": 4096}
+        for number in range(2500)
+    ]
+    value = json.loads(HEADER.encode(magic=True)[40:]) | {"blocks": blocks, "changed_bytes": 0}
+    text = json.dumps(value, ensure_ascii=False).encode()
+    assert len(text) < MIB - 40 < len(json.dumps(value))
+    with pytest.raises(SnapshotError) as raised:
+        read(with_json(text))
+    assert raised.value.field == "json"
+
+
 def test_further_keys_are_stepped_over() -> None:
     assert read(changed("later", to=[1])) == HEADER
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 from collections.abc import Collection, Iterator
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyqmigrate import FileMemory, GuestMemoryError, UsageError
+from pyqmigrate import FileMemory, GuestMemoryError, NotSupported, UsageError
 from pyqmigrate.errors import Cancelled
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.in_use import FileId
+from pyqmigrate.io.pagemap import address_of
 from pyqmigrate.io.stash import Stash, StashBlock
 from pyqmigrate.vm.guest.changed_pages import RestoredBlock, RestoredRam
 from tests.harness.examples import few
@@ -118,6 +120,23 @@ def test_given_pages_of_a_file_are_copied_and_its_holes_stay_zero(tmp_path: Path
             expected = bytearray(64 * PAGE)
             expected[5 * PAGE : 6 * PAGE] = b"x" * PAGE
             assert bytes(stash.buffer("m")) == expected
+
+
+def test_more_than_there_is_room_for_takes_no_memory(base: Path) -> None:
+    with changed(base, range(1000)) as (_, stash):
+        with pytest.raises(NotSupported, match="3 MiB have changed, and 2 MiB"):
+            stash.prepare(room=999 * PAGE - (1 << 20))
+        assert resident(stash.buffer("pc.ram")) == 0
+        assert stash.prepare(room=1000 * PAGE) == 1000 * PAGE
+        assert resident(stash.buffer("pc.ram")) == 1000 * PAGE
+
+
+def resident(memory: mmap.mmap) -> int:
+    """Return the bytes of a mapping that are in memory."""
+    pages = (ctypes.c_ubyte * (len(memory) // PAGE))()
+    address = ctypes.c_void_p(address_of(memory))
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(memory)), pages) == 0
+    return sum(state & 1 for state in pages) * PAGE
 
 
 def test_block_without_a_selection_is_copied_whole(tmp_path: Path) -> None:

@@ -242,6 +242,26 @@ def test_a_base_of_another_kind_is_refused(saved: Path) -> None:
     (saved / "text").write_text("no snapshot at all")
     with pytest.raises(SnapshotError, match=r"/text"):
         open_snapshot(saved / "step", base=saved / "text")
+    (saved / "disk").write_bytes(b"QFI\xfb\0\0\0\3" + bytes(1 << 16))
+    with pytest.raises(NotSupported, match=r"the base '.*/disk' of the increment"):
+        open_snapshot(saved / "step", base=saved / "disk")
+
+
+def test_base_that_is_not_a_regular_file_is_not_opened(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(saved / "fifo")
+    open_file, opened_files = StreamFile.open.__func__, []  # type: ignore[attr-defined]
+
+    def note(cls: type[StreamFile], target: object, **options: object) -> StreamFile:
+        opened_files.append(target)
+        return open_file(cls, target, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(StreamFile, "open", classmethod(note))
+    for base in (saved / "fifo", Path("/dev/null"), saved):
+        with pytest.raises(SnapshotError, match="is not a regular file"):
+            open_snapshot(saved / "step", base=base)
+    assert opened_files == [saved / "step"] * 3
 
 
 def test_an_increment_cannot_be_a_base(saved: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +111,16 @@ def test_base_of_another_machine_is_refused(restored: Restored) -> None:
         GuestBase.find(guest(blocks[0], longer, process=other), "auto")
     with pytest.raises(SnapshotError, match="is of machine"):
         GuestBase.find(guest(*blocks, process=other, machine="pc-i440fx-10.0"), "auto")
+
+
+def test_block_that_cannot_be_read_is_refused_before_the_guest_is_stopped(
+    restored: Restored,
+) -> None:
+    ram, video = restored.info.blocks
+    unreadable = replace(video, memory=None, why_not="ptrace_scope forbids it")
+    info = guest(ram, unreadable, process=restored.info.process)
+    with pytest.raises(NotSupported, match=r"'vga' cannot be read: ptrace_scope forbids it"):
+        GuestBase.find(info, "auto")
 
 
 def test_guest_without_a_process_or_a_mapping_has_no_base(restored: Restored) -> None:
