@@ -181,10 +181,7 @@ class OutputFile:
                     "path of the file itself",
                     self.name,
                 )
-        # Not needed for a new name, and a restore has no time for it.
-        from pyqmigrate.io.increments_of import refuse_base
-
-        refuse_base(self.place)
+        _refuse_base(self.place)
         return True
 
     @property
@@ -343,13 +340,15 @@ class OutputFile:
                 raise TargetError(errno.ESTALE, "was replaced while it was opened", self.name)
 
     def _check_replaced(self, new: NewFile) -> None:
-        """Check the file that is to be replaced: it may have been created during the save."""
+        """Check the file that is to be replaced: it, or an increment of it, may have been created
+        during the save."""
         assert self.place is not None
         refuse_in_use(self.place, self._in_use)
         with self._refusing("cannot replace"), contextlib.suppress(FileNotFoundError):
             mode = os.stat(new.name, dir_fd=self._dir_fd, follow_symlinks=False).st_mode
             if not stat.S_ISLNK(mode):
                 self._refuse_special(mode)
+                _refuse_base(self.place)
 
     def _remove_seal(self) -> None:
         """Remove the old file's seal, which would report the new file as damaged. In place this is
@@ -385,6 +384,13 @@ class OutputFile:
             raise
         except OSError as error:
             raise target_error(error, what, self.name) from error
+
+
+def _refuse_base(place: Path) -> None:
+    # Not needed for a new name, and a restore has no time for the module.
+    from pyqmigrate.io.increments_of import refuse_base
+
+    refuse_base(place)
 
 
 def _is_same(path: Path, info: os.stat_result, *, follow: bool = False) -> bool:

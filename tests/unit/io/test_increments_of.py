@@ -11,7 +11,9 @@ import pytest
 from pyqmigrate import RamBlock, UsageError, convert, open_snapshot, save
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.io import increments_of as module
+from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.increments_of import increments_of, refuse_base
+from pyqmigrate.io.output import OutputFile
 from tests.harness.increment_files import save_base, save_increment
 from tests.harness.snapshots import ram
 
@@ -74,6 +76,19 @@ def test_the_search_is_bounded(base: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "ENTRIES_MAX", 10)
     monkeypatch.setattr(module, "SECONDS_MAX", -1.0)
     assert found(base) == []
+
+
+def test_increment_that_is_made_during_a_save_keeps_its_base(base: Path) -> None:
+    before = base.read_bytes()
+    output = OutputFile.open(base, DirectIO.OFF)
+    try:
+        step(base.with_name("one"), base)
+        with pytest.raises(UsageError, match="is the base of 'one'"):
+            output.publish(b"QEVM", lambda: None)
+    finally:
+        output.abort()
+    assert base.read_bytes() == before
+    assert {path.name for path in base.parent.iterdir()} == {"base", "one"}
 
 
 def test_every_writer_asks(base: Path) -> None:
