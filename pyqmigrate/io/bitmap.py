@@ -274,12 +274,13 @@ class Bitmap:
         """Set the bits ``[first, end)``, as bytes of little-endian words."""
         first_byte, last_byte = first // 8, (end - 1) // 8
         first_mask, last_mask = 0xFF << first % 8 & 0xFF, 0xFF >> 7 - (end - 1) % 8
-        if first_byte == last_byte:
-            self._memory[first_byte] |= first_mask & last_mask
-            return
-        self._memory[first_byte] |= first_mask
-        self._memory[first_byte + 1 : last_byte] = b"\xff" * (last_byte - first_byte - 1)
-        self._memory[last_byte] |= last_mask
+        with memoryview(self._memory).cast("B") as memory:
+            if first_byte == last_byte:
+                memory[first_byte] |= first_mask & last_mask
+                return
+            memory[first_byte] |= first_mask
+            memory[first_byte + 1 : last_byte] = b"\xff" * (last_byte - first_byte - 1)
+            memory[last_byte] |= last_mask
 
     def _read(self, source: _Readable, layout: BlockLayout) -> None:
         needed = layout.bitmap_offset + (self.npages + 7) // 8  # writers of 32-bit words stop there

@@ -20,6 +20,7 @@ from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.plan import live
 from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption
 from tests.harness.gaps import GapRecorder
+from tests.harness.killed_saves import assert_old_or_whole, save_on, wait_for_touch
 from tests.harness.saving import Source, source, wait_until
 from tests.harness.writing_guest import (
     GuestSetup,
@@ -29,7 +30,6 @@ from tests.harness.writing_guest import (
     restore,
     start,
 )
-from tests.qemu.test_vm_survives import assert_old_or_whole, save_on, wait_for_touch
 
 pytestmark = pytest.mark.qemu
 

@@ -22,6 +22,7 @@ from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan import live, settings
 from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption
+from tests.harness.killed_saves import assert_old_or_whole, save_on, wait_for_touch
 from tests.harness.saving import ROOT, Source, source, wait_until
 from tests.harness.writing_guest import (
     GuestSetup,
@@ -31,7 +32,6 @@ from tests.harness.writing_guest import (
     restore,
     start,
 )
-from tests.qemu.test_vm_survives import assert_old_or_whole, save_on, wait_for_touch
 
 pytestmark = pytest.mark.qemu
 

@@ -15,29 +15,19 @@ from typing import Any, NoReturn
 
 import pytest
 
-from pyqmigrate import open_snapshot
 from pyqmigrate.errors import QemuError, QemuGone, TargetError
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.vm.guest.memory import GuestBlock, find_memory
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.qemu.monitor import Monitor
+from tests.harness.killed_saves import OLD, assert_old_or_whole, save_on, wait_for_touch
 from tests.harness.saving import ROOT, Source, source, wait_until
 
 pytestmark = pytest.mark.qemu
 
 ENGINES = ["qemu", "direct"]
 LARGE = 128 << 20
-OLD = b"what was there before"
-UNSHARE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
-# The command, on a file system that does not tell how full it is.
-BLIND = """
-import sys
-from pyqmigrate.cli import main
-from pyqmigrate.io.output import OutputFile
-OutputFile.free_bytes = lambda self: None
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 # The command, on a file system without files that have no name (O_TMPFILE).
@@ -62,46 +52,6 @@ OutputFile._open_direct = lambda *arguments: (time.sleep(1), open_direct(*argume
 
 
 SAVED = ["snapshot", "snapshot.vm.json"]
-
-
-def save_on(
-    guest: Source, file_system: str, *arguments: str, blind: bool = False
-) -> tuple[int, str, list[str]]:
-    """Save on a file system that only the command sees: exit code, standard error, files left."""
-    place = guest.directory / "mounted"
-    place.mkdir()
-    guest.files.add("mounted")
-    if subprocess.run([*UNSHARE, "true"], capture_output=True).returncode:
-        pytest.skip("a mount namespace is not available")
-    script = (
-        f'mount -t {file_system} none "$1"; place="$1"; shift; "$@" || echo "$?"; ls -A "$place"'
-    )
-    python = ["-c", BLIND] if blind else ["-m", "pyqmigrate"]
-    result = subprocess.run(
-        [
-            *UNSHARE,
-            "sh",
-            "-ec",
-            script,
-            "sh",
-            str(place),
-            sys.executable,
-            *python,
-            "vm",
-            "save",
-            "--qmp",
-            str(guest.socket),
-            *arguments,
-            str(place / "snapshot"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    lines = result.stdout.splitlines()
-    code = int(lines.pop(0)) if lines and lines[0].isdecimal() else 0
-    return code, result.stderr, lines
 
 
 @pytest.mark.parametrize("run", [True, False], ids=["running", "paused"])
@@ -294,23 +244,6 @@ def test_interrupted_command_puts_the_guest_back_before_it_ends(
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130, errors
         guest.assert_as_before()
-
-
-def wait_for_touch(guest: Source) -> None:
-    """Until a save is at work on QEMU."""
-    deadline = time.monotonic() + 20
-    while not guest.vm.execute("query-fdsets"):
-        assert time.monotonic() < deadline, "the save does not begin"
-
-
-def assert_old_or_whole(path: Path) -> None:
-    """The name shows what it showed, or a whole snapshot; then it shows the old one again."""
-    with path.open("rb") as file:
-        if file.read(len(OLD)) == OLD:
-            return
-    with open_snapshot(path) as snapshot:
-        snapshot.verify()
-    path.write_bytes(OLD)
 
 
 @pytest.mark.parametrize(

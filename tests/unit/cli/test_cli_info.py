@@ -36,6 +36,7 @@ def test_info_json_has_every_documented_key(snapshot: Path, command: Command) ->
         "opaque_tail",
         "blocks",
         "sections",
+        "background",
         "increment",
         "libvirt",
         "written_by",

@@ -209,7 +209,7 @@ def test_device_whose_state_is_before_ram_is_named(tmp_path: Path) -> None:
     early = full(3, "virtio-mem-device-early", b"12345678")
     path = migrated(
         tmp_path / "state",
-        before=early,
+        pages=early + PAGES,
         description=described(
             device("virtio-mem-device-early", 8), device("timer", 5), device("globalstate", 104)
         ),
