@@ -199,7 +199,7 @@ def test_cancelled_save_leaves_the_guest_as_it_was(with_disks: bool, disk: Path)
 @pytest.mark.parametrize(
     ("memory", "kills"),
     [
-        ("memfd", 4),
+        ("memfd", 2),
         pytest.param("memfd", 25, marks=pytest.mark.long),
         pytest.param("private", 25, marks=pytest.mark.long),
     ],

@@ -140,9 +140,9 @@ def series(guest: WritingGuest, disk: Path, count: int) -> None:
     guest.assert_memory_held()
 
 
-def test_ten_increments_equal_full_saves_of_the_same_stop(guest: WritingGuest, disk: Path) -> None:
-    series(guest, disk, 10)
-    assert_restores(SETUP, disk / "inc9", disk)
+def test_increments_equal_full_saves_of_the_same_stop(guest: WritingGuest, disk: Path) -> None:
+    series(guest, disk, 6)
+    assert_restores(SETUP, disk / "inc5", disk)
 
 
 @pytest.mark.long
@@ -154,7 +154,7 @@ def test_fifty_increments_equal_full_saves_of_the_same_stop(
 
 
 def test_generations_are_each_the_base_of_the_next(disk: Path) -> None:
-    generations(disk, 5)
+    generations(disk, 3)
 
 
 @pytest.mark.long
@@ -378,7 +378,7 @@ def kill_often(guest: WritingGuest, disk: Path, times: int) -> None:
 
 
 def test_killed_saver_leaves_the_guest_as_found(guest: WritingGuest, disk: Path) -> None:
-    kill_often(guest, disk, 5)
+    kill_often(guest, disk, 2)
 
 
 @pytest.mark.long

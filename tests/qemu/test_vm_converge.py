@@ -307,7 +307,7 @@ def test_cancelled_save_leaves_the_guest_as_it_was(disk: Path) -> None:
 @pytest.mark.parametrize(
     ("memory", "kills"),
     [
-        ("memfd", 4),
+        ("memfd", 2),
         pytest.param("memfd", 50, marks=pytest.mark.long),
         pytest.param("private", 50, marks=pytest.mark.long),
     ],

@@ -404,7 +404,7 @@ def assert_old_or_whole(path: Path) -> None:
 @pytest.mark.parametrize(
     ("memory", "kills"),
     [
-        ("private", 5),
+        ("private", 2),
         pytest.param("private", 50, marks=pytest.mark.long),
         pytest.param("file", 50, marks=pytest.mark.long),
     ],
