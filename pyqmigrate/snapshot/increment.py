@@ -175,7 +175,7 @@ class IncrementSnapshot(Snapshot):
         self._blocks = MappingProxyType(
             {
                 name: IncrementBlock(self, block, theirs[name])
-                for name, block in self._changes.blocks.items()
+                for name, block in self.changes.blocks.items()
             }
         )
 

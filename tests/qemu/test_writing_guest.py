@@ -53,6 +53,7 @@ def test_pause_is_measured_with_its_time_and_place(disk: Path) -> None:
     with start(SETUP, disk, rate=RATE) as guest, GapRecorder(guest) as gaps:
         time.sleep(0.1)
         before = time.monotonic()
+        time.sleep(0.05)  # a gap starts at the last progress, which must be after `before`
         guest.execute("stop")
         time.sleep(0.2)
         position = guest.position()

@@ -126,8 +126,8 @@ class WriteObserver(Protocol):
     def resize(self, size: int) -> None:
         """The file has ``size`` bytes."""
 
-    def forget(self, at: int, length: int) -> None:
-        """The bytes ``[at, at + length)`` were written again, or without the hook."""
+    def forget(self, offset: int, length: int) -> None:
+        """The bytes ``[offset, offset + length)`` were written again, or without the hook."""
 
     def finish(self, fd: int, name: str, channels: Channels) -> None:
         """The file is complete and durable, but not yet published. An exception undoes the save.
