@@ -18,8 +18,9 @@ LAYERS = [
     {"core"},
     {"io", "qapi"},
     {"snapshot"},
-    {"integrity", "export", "migration"},
-    {"api", "qmp", "vm"},
+    {"integrity", "export", "analysis", "migration"},
+    {"api", "qmp", "vm", "store"},
+    {"mount", "fleet"},
     {"cli"},
 ]
 FORMER_NAMES = {"opening", "sealing", "sequential"}  # of modules, without code of their own
