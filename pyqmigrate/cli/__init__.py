@@ -59,6 +59,8 @@ _VERBS = (
     "seal",
     "verify",
     "convert",
+    "mount",
+    "umount",
     "bench",
     "serve",
 )
