@@ -99,6 +99,12 @@ class Frames:
         if len(missing) > 1 and self.packs.place.directory is None:
             list(self._executor().map(self.packs.footer, missing))
 
+    def verify(self, pack: bytes, frame: Frame, compressed: memoryview) -> None:
+        """Compare the pages of a frame, whose bytes are at hand, with their digests. Nothing is kept
+        but bases. Raises DamagedPack, TargetError."""
+        bases = self._load_bases([(pack, frame)]) if frame.xor else {}
+        self._verified(pack, frame, compressed, bases)
+
     def close(self) -> None:
         """Forget all frames, and end the threads. Idempotent."""
         self.packs.stop.set()
