@@ -56,7 +56,8 @@ class Prefetch:
     """A thread that has the kernel read ahead what ``read`` returns, from the file open as ``fd``.
 
     ``layouts`` are the file's blocks by name. ``read`` is called in the thread. ``fd`` is borrowed
-    for the call only; ``limit`` is in bytes, None for half of the available memory. Raises nothing:
+    for the call only; ``limit`` is in bytes, None for half of the available memory. ``push`` is called
+    with the offset and length of each range, instead of asking the kernel. Raises nothing:
     if something fails, the state says so. The thread ends with the process.
     """
 
@@ -67,12 +68,13 @@ class Prefetch:
         read: Callable[[], RecordedWorkingSet],
         *,
         limit: int | None = None,
+        push: Callable[[int, int], object] | None = None,
     ) -> None:
         self._state = PrefetchState()
         self._cancelled = threading.Event()
         self._ended = threading.Event()
         self._started_at = time.monotonic()
-        self._limit = limit
+        self._limit, self._push = limit, push
         own = -1
         try:
             own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
@@ -137,7 +139,10 @@ class Prefetch:
                 return "cancelled"
             if requested + length > limit:
                 return f"the working set exceeds the limit of {limit >> 20} MiB"
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+            if self._push is None:
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+            else:
+                self._push(offset, length)
             requested += length
             self._note(pages, requested)
         return None
