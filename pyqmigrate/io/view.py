@@ -18,7 +18,7 @@ import importlib
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -75,8 +75,8 @@ class View(Protocol):
         """Whether :meth:`push` reads ahead, and :meth:`requests` has what was read."""
         ...
 
-    def push(self, offset: int, length: int) -> None:
-        """Have these bytes of the file read ahead, in the order of the calls. Does not wait.
+    def push(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have ranges of the file, each an offset and a length, read ahead in this order. Does not wait.
 
         Raises TargetError.
         """

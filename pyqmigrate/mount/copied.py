@@ -10,7 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pyqmigrate.errors import NotSupported, SnapshotTruncated, TargetError, target_error
@@ -45,7 +45,7 @@ class CopiedView:
             self.close()
             raise
 
-    def push(self, offset: int, length: int) -> None:
+    def push(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Do nothing: all of it is here."""
 
     def requests(self) -> Sequence[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +41,8 @@ class Shown:
         self._fd = os.open(self.views.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.path = Path(f"/proc/self/fd/{self._fd}") / self.name
 
-    def push(self, offset: int, length: int) -> None:
-        self.pushed.append((offset, length))
+    def push(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self.pushed.extend(ranges)
 
     def requests(self) -> Sequence[tuple[int, int]]:
         return self.views.requests

@@ -320,7 +320,7 @@ class RestoreAttempt:
         if self.options.record is None or self.source.place is None:
             return None
         if self.source.records_requests:
-            return await asyncio.to_thread(self._record_requests, self.options.record)
+            return await self._record_requests(self.options.record)
         from pyqmigrate.vm.guest.changed_pages import RestoredBlock
         from pyqmigrate.vm.incoming.recording import WorkingSetRecorder
 
@@ -349,14 +349,15 @@ class RestoreAttempt:
         )
         return recorder
 
-    def _record_requests(self, seconds: float) -> Recorder:
+    async def _record_requests(self, seconds: float) -> Recorder:
         """Start to record what is read of a snapshot of a store."""
         from pyqmigrate.vm.incoming.request_recording import RequestRecorder
 
-        assert self.source.view is not None
-        recorder = RequestRecorder(
-            self.source.view, self.source.identify(), self.source.snapshot.layouts, seconds
-        )
+        view = self.source.view
+        assert view is not None
+        place = await asyncio.to_thread(view.view.check_recordable)
+        identity = await asyncio.to_thread(self.source.identify)
+        recorder = RequestRecorder(view, place, identity, self.source.snapshot.layouts, seconds)
         recorder.start()
         return recorder
 

@@ -23,15 +23,20 @@ __all__ = ["RequestRecorder", "working_set_of"]
 class RequestRecorder(Recorder):
     """Records the reads of the snapshot ``identity``, whose blocks are ``layouts``, through ``view``.
 
-    Raises UsageError or TargetError if nothing can be written to the store.
+    ``place`` is what :meth:`~pyqmigrate.io.view.View.check_recordable` returned.
     """
 
     def __init__(
-        self, view: SharedView, identity: SnapshotId, layouts: Sequence[BlockLayout], seconds: float
+        self,
+        view: SharedView,
+        place: str,
+        identity: SnapshotId,
+        layouts: Sequence[BlockLayout],
+        seconds: float,
     ) -> None:
         super().__init__()
-        self._place = view.view.check_recordable()
-        self._identity, self._layouts, self._seconds = identity, layouts, seconds
+        self._place, self._identity = place, identity
+        self._layouts, self._seconds = layouts, seconds
         self._view = view.share()  # the restore closes its own
 
     def start(self) -> None:

@@ -131,7 +131,7 @@ def test_names_of_stored_snapshots_are_recognized(store: Path) -> None:
 
 
 def test_saving_under_the_name_of_a_stored_snapshot_is_refused(store: Path, views: Views) -> None:
-    with pytest.raises(UsageError, match="snapshot of a store, and cannot be written.*store add"):
+    with pytest.raises(UsageError, match=r"snapshot of a store, and cannot be written.*store add"):
         save_known(Path(f"{store}#monday"))
     assert not os.path.lexists(f"{store}#monday")
 
