@@ -53,11 +53,12 @@ class ViewOptions(NamedTuple):
 
     ``cache`` is the directory of packs of a remote store, None for the default one. ``for_guest``: a
     guest will run from the file. All of it is fetched from a remote store in the background then, and
-    other users may open it, if the system allows that.
+    other users may open it, if the system allows that. ``record``: what is read of it is noted.
     """
 
     cache: Path | None = None
     for_guest: bool = False
+    record: bool = False
 
 
 class View(Protocol):
@@ -83,7 +84,7 @@ class View(Protocol):
         ...
 
     def requests(self) -> Sequence[tuple[int, int]]:
-        """Return the offset and the length of each read of the file, in order."""
+        """Return the offset and the length of each read of the file, in order, if ``record`` is on."""
         ...
 
     def check_recordable(self) -> str:

@@ -172,7 +172,9 @@ def start_early(
 
 
 def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOptions) -> EarlyRestore:
-    source = RestoreSource(snapshot, options.offset, options.base, options.cache)
+    source = RestoreSource(
+        snapshot, options.offset, options.base, options.cache, options.record is not None
+    )
     with contextlib.ExitStack() as undo:
         undo.callback(source.close)
         chosen = choose_command(source, words, options.disks)

@@ -110,6 +110,7 @@ class RestoreSource:
     base: the path of an increment's base, instead of the recorded one. UsageError for another
         snapshot.
     cache: where the packs of a remote store are kept; None is the default directory.
+    record: whether what is read of a snapshot of a store is noted, for a working set.
     """
 
     def __init__(
@@ -118,10 +119,11 @@ class RestoreSource:
         offset: int | None,
         base: str | os.PathLike[str] | None = None,
         cache: Path | None = None,
+        record: bool = False,
     ) -> None:
         self._prefetch: Prefetch | None = None
         self._prefetch_lock = threading.Lock()
-        self._input = InputFile(target, cache=cache, for_guest=True)
+        self._input = InputFile(target, cache=cache, for_guest=True, record=record)
         self.name, self.place = self._input.name, self._input.place
         self.view = self._input.view
         try:
