@@ -419,6 +419,7 @@ class Keeper:
 
     def _reads(self, question: Object) -> Object:
         """Answer with the log of reads: names, and lists of number, offset and length."""
+        self._hear()  # of the nodes that the log has
         names = {number: node.name for number, node in self._nodes.items()}
         return {"names": names, "reads": list(self._board.logged_reads())}
 
@@ -426,6 +427,7 @@ class Keeper:
         """Have ranges pushed: lists of name, offset and length, in the order to push them."""
         if self._ranges:
             raise UsageError("another list is being pushed")
+        self._hear()  # of a node that the client has just opened
         by_name = {node.name: node.number for node in self._nodes.values()}  # the newest one
         ranges = []
         for name, offset, length in question["ranges"]:
