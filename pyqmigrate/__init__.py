@@ -40,6 +40,8 @@ from pyqmigrate.errors import (
 )
 
 if TYPE_CHECKING:
+    from pyqmigrate.analysis.comparison import diff
+    from pyqmigrate.analysis.report import BlockDiff, DeviceDiff, DiffReport, FieldDiff, PageRange
     from pyqmigrate.api import save, start_save
     from pyqmigrate.enums import Format
     from pyqmigrate.export.convert import convert
@@ -78,6 +80,7 @@ __all__ = [
     "Snapshot",
     "Block",
     "convert",
+    "diff",
     "seal",
     "verify_seal",
     # Memory and targets.
@@ -105,6 +108,12 @@ __all__ = [
     "ImageReport",
     "Placement",
     "parse_placement",
+    # The comparison of two snapshots.
+    "DiffReport",
+    "BlockDiff",
+    "PageRange",
+    "DeviceDiff",
+    "FieldDiff",
     # Device state, and the origin of a file.
     "devices",
     "Devices",
@@ -149,6 +158,12 @@ __all__ = [
 # Modules are imported on first use: a command that restores a guest has no time for the rest. No
 # module or folder here has the name of a public function, because importing it would hide that.
 _HOME = {
+    "diff": "analysis.comparison",
+    "BlockDiff": "analysis.report",
+    "DeviceDiff": "analysis.report",
+    "DiffReport": "analysis.report",
+    "FieldDiff": "analysis.report",
+    "PageRange": "analysis.report",
     "SequentialSnapshot": "snapshot.sequential",
     "Devices": "snapshot.devices",
     "devices": "snapshot.devices",

@@ -58,6 +58,7 @@ _VERBS = (
     "devices",
     "seal",
     "verify",
+    "diff",
     "convert",
     "bench",
     "serve",
