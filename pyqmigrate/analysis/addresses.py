@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pyqmigrate.analysis.report import PageRange
 from pyqmigrate.errors import NotSupported, UsageError
-from pyqmigrate.export.guest import Guest
 from pyqmigrate.format.address_space.placement import Placement
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.job import Progress
@@ -22,6 +21,8 @@ def placements(
 ) -> tuple[tuple[Placement, ...], str | None]:
     """Return where the snapshot's blocks are in the guest's address space, and None; or nothing, and
     why that is not known. Raises SnapshotError, TargetError."""
+    from pyqmigrate.export.guest import Guest  # slow to import, and seldom needed
+
     try:
         return Guest.of(snapshot, (), progress).ranges, None
     except (NotSupported, UsageError) as error:

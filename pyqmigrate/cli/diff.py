@@ -27,7 +27,7 @@ included) and ``address`` (of the first page, or null); ``devices``, those that 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pyqmigrate.analysis.comparison import diff
 from pyqmigrate.analysis.report import BlockDiff, DeviceDiff, DiffReport, FieldDiff
@@ -143,7 +143,28 @@ def _field(field: FieldDiff) -> str:
     if field.only_in is not None:
         value = field.a if field.only_in == "a" else field.b
         return f"{path}: only in {field.only_in.upper()}: {_shown(value)}"
+    if isinstance(field.a, tuple) and isinstance(field.b, tuple) and len(field.a) == len(field.b):
+        return f"{path}: {_elements(field.a, field.b)}"
+    if isinstance(field.a, bytes) and isinstance(field.b, bytes) and len(field.a) == len(field.b):
+        return f"{path}: {_from_first_difference(field.a, field.b)}"
     return f"{path}: {_shown(field.a)} -> {_shown(field.b)}"
+
+
+def _elements(a: Sequence[Value], b: Sequence[Value]) -> str:
+    """Return the elements of two arrays that differ, with their numbers."""
+    unequal = [number for number, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]]
+    shown = [f"[{n}] {_shown(a[n])} -> {_shown(b[n])}" for n in unequal[:_VALUES_SHOWN]]
+    more = f" ... {len(unequal)} values" if len(unequal) > _VALUES_SHOWN else ""
+    return ", ".join(shown) + more
+
+
+def _from_first_difference(a: bytes, b: bytes) -> str:
+    first = next(number for number, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
+    where = f"from byte {first} of {len(a)}: " if len(a) > _BYTES_SHOWN else ""
+    if not where:
+        return f"{_shown(a)} -> {_shown(b)}"
+    end = first + _BYTES_SHOWN
+    return f"{where}{a[first:end].hex(' ')} -> {b[first:end].hex(' ')}"
 
 
 def _shown(value: Value) -> str:
