@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pyqmigrate.analysis.comparison import diff
     from pyqmigrate.analysis.report import BlockDiff, DeviceDiff, DiffReport, FieldDiff, PageRange
     from pyqmigrate.api import save, start_save
+    from pyqmigrate.compaction import CompactReport, compact
     from pyqmigrate.enums import Format
     from pyqmigrate.export.convert import convert
     from pyqmigrate.export.image import ImageReport
@@ -80,6 +81,7 @@ __all__ = [
     "Snapshot",
     "Block",
     "convert",
+    "compact",
     "diff",
     "seal",
     "verify_seal",
@@ -106,6 +108,7 @@ __all__ = [
     "IncrementSnapshot",
     "Format",
     "ImageReport",
+    "CompactReport",
     "Placement",
     "parse_placement",
     # The comparison of two snapshots.
@@ -164,6 +167,8 @@ _HOME = {
     "DiffReport": "analysis.report",
     "FieldDiff": "analysis.report",
     "PageRange": "analysis.report",
+    "compact": "compaction",
+    "CompactReport": "compaction",
     "SequentialSnapshot": "snapshot.sequential",
     "Devices": "snapshot.devices",
     "devices": "snapshot.devices",

@@ -60,6 +60,7 @@ _VERBS = (
     "verify",
     "diff",
     "convert",
+    "compact",
     "bench",
     "serve",
 )

@@ -19,7 +19,7 @@ LAYERS = [
     {"io", "qapi"},
     {"snapshot"},
     {"integrity", "export", "migration"},
-    {"analysis", "api", "qmp", "vm", "store"},
+    {"analysis", "api", "compaction", "qmp", "vm", "store"},
     {"mount", "fleet"},
     {"cli"},
 ]
