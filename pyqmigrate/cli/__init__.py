@@ -58,7 +58,9 @@ _VERBS = (
     "devices",
     "seal",
     "verify",
+    "diff",
     "convert",
+    "compact",
     "bench",
     "serve",
 )
