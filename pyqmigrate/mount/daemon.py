@@ -42,9 +42,10 @@ _OOM_NEVER = "-1000"
 class MountRequest:
     """What to mount where.
 
-    ``place`` and ``names`` are those of :func:`~pyqmigrate.mount.files.open_files`; ``shown`` names
-    the place in messages and in /proc/mounts. ``allow_other`` lets other users read, too. ``log`` is
-    the absolute path of a file for messages, or empty. The rest is as in KeeperSettings.
+    ``place``, ``names`` and ``cache`` are those of :func:`~pyqmigrate.mount.files.open_files`;
+    ``shown`` names the place in messages and in /proc/mounts. ``allow_other`` lets other users read,
+    too. ``log`` is the absolute path of a file for messages, or empty. The rest is as in
+    KeeperSettings.
     """
 
     directory: str
@@ -57,6 +58,7 @@ class MountRequest:
     record: bool = False
     remember: bool = False
     follow: bool = False
+    cache: str = ""
 
 
 def start_keeper(request: MountRequest) -> KeeperClient:
@@ -130,7 +132,7 @@ def _serve(request: MountRequest, control: socket.socket) -> None:
         device = find_mounts(request.directory)[-1].device
         keeper = Keeper(
             fd,
-            lambda: open_files(request.place, request.names),
+            lambda: open_files(request.place, request.names, request.cache),
             KeeperSettings(
                 request.directory,
                 request.shown,
