@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pyqmigrate.errors import NotSupported, TargetError, target_error
 from pyqmigrate.io.view import View, ViewOptions
@@ -78,6 +79,10 @@ class MountedView:
 
     def fetch_rest(self) -> None:
         self._mount.fetch_rest()
+
+    def status(self) -> dict[str, Any]:
+        """Return what the keeper says of it (:meth:`PrivateMount.status`)."""
+        return self._mount.status()
 
     def requests(self) -> Sequence[tuple[int, int]]:
         return [
