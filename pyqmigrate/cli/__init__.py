@@ -62,6 +62,8 @@ _VERBS = (
     "convert",
     "compact",
     "store",
+    "mount",
+    "umount",
     "bench",
     "serve",
 )

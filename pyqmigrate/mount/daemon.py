@@ -42,9 +42,10 @@ _OOM_NEVER = "-1000"
 class MountRequest:
     """What to mount where.
 
-    ``place``, ``names`` and ``cache`` are those of :func:`~pyqmigrate.mount.files.open_files`; ``shown`` names
-    the place in messages and in /proc/mounts. ``allow_other`` lets other users read, too. ``log`` is the absolute path of a file
-    for messages, or empty. The rest is as in KeeperSettings.
+    ``place``, ``names`` and ``cache`` are those of :func:`~pyqmigrate.mount.files.open_files`;
+    ``shown`` names the place in messages and in /proc/mounts. ``allow_other`` lets other users read,
+    too. ``log`` is the absolute path of a file for messages, or empty. The rest is as in
+    KeeperSettings.
     """
 
     directory: str
@@ -56,6 +57,7 @@ class MountRequest:
     private: bool = False
     record: bool = False
     remember: bool = False
+    follow: bool = False
     cache: str = ""
 
 
@@ -73,6 +75,7 @@ def start_keeper(request: MountRequest) -> KeeperClient:
         answer = client.wait(_LIMIT)
         if "ready" not in answer:
             raise TargetError(errno.EPROTO, "the keeper does not say that it is ready")
+        client.keeper = answer["ready"]
     except BaseException:
         client.close()
         raise
@@ -139,6 +142,7 @@ def _serve(request: MountRequest, control: socket.socket) -> None:
                 private=request.private,
                 record=request.record,
                 remember=request.remember,
+                follow=request.follow,
             ),
             control=control,
             listener=listen(device),
