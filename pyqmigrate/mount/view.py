@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class MountedView:
     def __init__(self, place: str, name: str | None, options: ViewOptions) -> None:
         self._place, self._stored, self._name = place, name, name or Path(place).name
         self._directory = -1
+        self._asking = threading.Lock()
         self._mount = open_private(
             place,
             names=None if name is None else (name,),
@@ -75,19 +77,28 @@ class MountedView:
         self.path = Path(f"/proc/self/fd/{self._directory}", self._name)
 
     def push(self, ranges: Iterable[tuple[int, int]]) -> None:
-        self._mount.push(FileRange(self._name, offset, length) for offset, length in ranges)
+        with self._asking:
+            self._mount.push(FileRange(self._name, offset, length) for offset, length in ranges)
 
     def fetch_rest(self) -> None:
-        self._mount.fetch_rest()
+        with self._asking:
+            self._mount.fetch_rest()
 
     def status(self) -> dict[str, Any]:
-        """Return what the keeper says of it (:meth:`PrivateMount.status`)."""
-        return self._mount.status()
+        """Return what the keeper says of it (:meth:`PrivateMount.status`). Raises TargetError."""
+        with self._asking:
+            return self._mount.status()
 
     def requests(self) -> Sequence[tuple[int, int]]:
-        return [
-            (read.offset, read.length) for read in self._mount.requests() if read.name == self._name
-        ]
+        with self._asking:
+            reads = self._mount.requests()
+        return [(read.offset, read.length) for read in reads if read.name == self._name]
+
+    def messages(self) -> Sequence[str]:
+        try:
+            return [str(message["text"]) for message in self.status()["messages"]]
+        except TargetError:  # the keeper has ended
+            return ()
 
     def check_recordable(self) -> str:
         return check_recordable(self._place, self._stored)

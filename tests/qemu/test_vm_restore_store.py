@@ -20,6 +20,7 @@ from pyqmigrate.io.input import InputFile
 from pyqmigrate.mount.view import MountedView
 from pyqmigrate.store.store import Store
 from pyqmigrate.vm.incoming.report import RestoredVm
+from tests.harness.command import COMMAND
 from tests.harness.stored_guests import store_file
 from tests.harness.walking_guest import WalkingGuest
 
@@ -113,7 +114,7 @@ def test_no_name_of_the_mount_is_there_while_the_guest_runs(
         running = await restored(guest)
         try:
             assert os.listdir(tmp_path / "runtime") == []
-            assert "pyqmigrate" not in Path("/proc/mounts").read_text()
+            assert str(tmp_path) not in Path("/proc/mounts").read_text()
             assert keepers(tmp_path / "runtime")
         finally:
             await running.end()
@@ -122,9 +123,7 @@ def test_no_name_of_the_mount_is_there_while_the_guest_runs(
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.long)])
-def test_guest_survives_the_death_of_workers(
-    guest: WalkingGuest, stored: str, kills: int
-) -> None:
+def test_guest_survives_the_death_of_workers(guest: WalkingGuest, stored: str, kills: int) -> None:
     async def run() -> None:
         with contextlib.closing(InputFile(stored)) as source:
             running = await restored(guest)
@@ -148,9 +147,9 @@ def test_guest_survives_the_death_of_workers(
     asyncio.run(run())
 
 
-def test_damaged_pack_is_an_error_and_never_a_wrong_page(
-    guest: WalkingGuest, module_disk: Path, stored: str
-) -> None:
+@pytest.fixture(scope="module")
+def damaged(guest: WalkingGuest, module_disk: Path) -> tuple[str, str]:
+    """A stored snapshot with a damaged frame, and the digest of the pack that has it."""
     with Store.create(module_disk / "damaged") as store:
         name = store_file(store, guest.path, "monday", pack_pages=100)
         packs = store.read_snapshot("monday").packs
@@ -160,6 +159,13 @@ def test_damaged_pack_is_an_error_and_never_a_wrong_page(
         content[40] ^= 1  # of the first frame
         pack.chmod(0o600)
         pack.write_bytes(content)
+    return name, digest.hex()
+
+
+def test_damaged_frame_is_an_error_and_never_a_wrong_page(
+    guest: WalkingGuest, damaged: tuple[str, str], stored: str
+) -> None:
+    name, pack = damaged
     with contextlib.closing(InputFile(name)) as source, guest.path.open("rb") as plain:
         assert source.view is not None
         view = source.view.view
@@ -173,13 +179,32 @@ def test_damaged_pack_is_an_error_and_never_a_wrong_page(
             else:
                 assert shown == os.pread(plain.fileno(), len(shown), offset)
         assert failed
-        texts = [message["text"] for message in view.status()["messages"]]
-        assert any("monday" in text and digest.hex() in text and "page" in text for text in texts)
+        messages = view.messages()
+        assert any("monday" in text and pack in text and "page" in text for text in messages)
 
 
-def test_ten_clones_share_the_page_cache(
-    guest: WalkingGuest, stored: str, tmp_path: Path
+def test_error_of_a_damaged_frame_names_it(damaged: tuple[str, str], stored: str) -> None:
+    name, pack = damaged
+    ran = subprocess.run([*COMMAND, "verify", name], capture_output=True, text=True, check=False)
+    assert ran.returncode == 3
+    assert f"pack {pack}" in ran.stderr
+    assert "monday" in ran.stderr
+
+
+def test_guest_that_needs_a_damaged_page_ends_with_a_message(
+    guest: WalkingGuest, damaged: tuple[str, str], stored: str
 ) -> None:
+    name, pack = damaged
+    command = [*COMMAND, "vm", "restore", "--running", name, "--", *guest.command]
+    ran = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.returncode == 4
+    assert f"pack {pack}" in ran.stderr
+    assert "QEMU was killed by signal 7" in ran.stderr
+
+
+def test_ten_clones_share_the_page_cache(guest: WalkingGuest, stored: str, tmp_path: Path) -> None:
     plain, shown = clones_pss(guest, guest.path, tmp_path), clones_pss(guest, stored, tmp_path)
     assert shown < 1.05 * plain + 8 * MIB
 
