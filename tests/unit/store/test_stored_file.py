@@ -177,7 +177,7 @@ def test_a_base_that_is_itself_a_difference_is_refused(store: Store) -> None:
         file.read(0, PAGE)
 
 
-@pytest.mark.parametrize("n", range(0, 100, 9))
+@pytest.mark.parametrize("n", range(5))
 def test_a_flipped_bit_is_eio_with_its_place_and_never_a_wrong_page(store: Store, n: int) -> None:
     put_snapshot(store, "a", CONTENT, extents=EXTENTS, frame_pages=7)
     path = pack_file(store)
