@@ -46,6 +46,15 @@ def make_view(place: str, name: str | None, options: ViewOptions) -> View:
         return CopiedView(file, file_name)
 
 
+def _raise_reason(place: str, name: str | None) -> None:
+    """Raise why a snapshot cannot be read, which the kernel does not say."""
+    if name is not None:
+        from pyqmigrate.store.store import Store
+
+        with Store.open(place) as store:
+            store.open_file(name).close()
+
+
 class MountedView:
     """A private mount of a snapshot, whose name is taken away at once: a :class:`View`.
 
@@ -68,10 +77,12 @@ class MountedView:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             self._directory = os.open(self._mount.path, flags)
             self._mount.hide()
+            os.stat(self._name, dir_fd=self._directory)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError) and not isinstance(error, TargetError):
-                raise target_error(error, "cannot open the private mount of", place) from error
+                _raise_reason(place, name)
+                raise target_error(error, "cannot read", f"{place}#{name}") from error
             raise
         # The name is gone: the path leads through the descriptor.
         self.path = Path(f"/proc/self/fd/{self._directory}", self._name)

@@ -15,7 +15,8 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import vm
-from pyqmigrate.format.store.keys import pack_key
+from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.format.store.keys import pack_key, snapshot_key
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.mount.view import MountedView
 from pyqmigrate.store.store import Store
@@ -243,3 +244,37 @@ def test_what_is_read_is_recorded_in_the_store_and_comes_first(
         assert not any("working set" in note for note in restored_report.notes)
     finally:
         Path(store.name, "working-sets", "monday.ws").unlink()
+
+
+def test_missing_snapshot_is_named(store: Store, stored: str) -> None:
+    with pytest.raises(UsageError, match=r"there is no snapshot 'tuesday' in .*store"):
+        InputFile(f"{store.name}#tuesday")
+
+
+def test_damaged_document_is_named(guest: WalkingGuest, module_disk: Path, stored: str) -> None:
+    with Store.create(module_disk / "cut") as store:
+        name = store_file(store, guest.path, "monday")
+    document = module_disk / "cut" / snapshot_key("monday")
+    document.chmod(0o600)
+    document.write_bytes(document.read_bytes()[:-1])
+    with pytest.raises(SnapshotError, match="monday"):
+        InputFile(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="starts QEMU as another user")
+def test_qemu_of_another_user_runs_from_it(guest: WalkingGuest, stored: str) -> None:
+    guest.path.parent.chmod(0o711)  # its kernel is there
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+    async def run() -> None:
+        running = await vm.restore(
+            stored, [*other, *guest.command], mode="instant", stdin=subprocess.DEVNULL, paused=False
+        )
+        try:
+            status = Path(f"/proc/{running.process.pid}/status").read_text()
+            assert "Uid:\t65534" in status
+            await guest._walk(running.monitor, running.process.pid, guest.npages)
+        finally:
+            await running.end()
+
+    asyncio.run(run())
