@@ -61,6 +61,7 @@ _VERBS = (
     "diff",
     "convert",
     "compact",
+    "store",
     "mount",
     "umount",
     "bench",

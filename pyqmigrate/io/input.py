@@ -209,9 +209,8 @@ class InputFile:
             try:
                 part = os.pread(self.fd, length - have, offset + have)
             except OSError as error:
-                raise target_error(
-                    error, "cannot read", self.name, position=offset + have
-                ) from error
+                failure = target_error(error, "cannot read", self.name, position=offset + have)
+                raise (failure if self.view is None else self.view.explain(failure)) from error
             if not part:
                 break
             parts.append(part)

@@ -23,8 +23,11 @@ COMPANIONS = (".seal", ".vm.json", ".workingset")  # suffixes of the files besid
 class ShownFiles(Protocol):
     """Named files, all in one directory. Several threads call the methods at once.
 
-    They raise TargetError if the place of the files cannot be reached.
+    They raise TargetError if the place of the files cannot be reached. ``readers`` is how many threads
+    read ahead at once.
     """
+
+    readers: int
 
     def names(self) -> Iterator[str]:
         """Yield the names in the directory, those of companions included."""
@@ -68,6 +71,8 @@ def open_files(place: str, names: tuple[str, ...] | None = None, cache: str = ""
 
 class SingleFile:
     """One plain or compact file of a local disk, with its seal and the other files beside it."""
+
+    readers = 1
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)

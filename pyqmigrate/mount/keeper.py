@@ -409,6 +409,7 @@ class Keeper:
     # Answers.
 
     def _status(self, question: Object) -> Object:
+        self._hear()  # of a read that the client has just seen fail
         totals = self._board.totals()
         return {
             "directory": self._settings.directory,

@@ -20,6 +20,7 @@ __all__ = ["StoreFiles"]
 T = TypeVar("T")
 
 _KNOWN_SECONDS = 1.0  # for so long it is not looked again which snapshot has a name
+_REMOTE_READERS = 8
 _PAUSE_MIN, _PAUSE_MAX = 0.05, 2.0
 
 
@@ -36,6 +37,7 @@ class StoreFiles:
     def __init__(self, place: str, names: tuple[str, ...] | None, cache: str = "") -> None:
         self._names = names
         self._store = Store.open(place, cache=cache or default_directory(), patience=math.inf)
+        self.readers = 2 if self._store.place.directory is not None else _REMOTE_READERS
         self._lock = threading.Lock()
         self._known: dict[str, tuple[float, str | None]] = {}
         self._open: list[StoredFile] = []

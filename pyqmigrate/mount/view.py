@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pyqmigrate.errors import NotSupported, TargetError, target_error
 from pyqmigrate.io.view import View, ViewOptions
@@ -44,6 +46,15 @@ def make_view(place: str, name: str | None, options: ViewOptions) -> View:
         return CopiedView(file, file_name)
 
 
+def _raise_reason(place: str, name: str | None) -> None:
+    """Raise why a snapshot cannot be read, which the kernel does not say."""
+    if name is not None:
+        from pyqmigrate.store.store import Store
+
+        with Store.open(place) as store:
+            store.open_file(name).close()
+
+
 class MountedView:
     """A private mount of a snapshot, whose name is taken away at once: a :class:`View`.
 
@@ -55,6 +66,7 @@ class MountedView:
     def __init__(self, place: str, name: str | None, options: ViewOptions) -> None:
         self._place, self._stored, self._name = place, name, name or Path(place).name
         self._directory = -1
+        self._asking = threading.Lock()
         self._mount = open_private(
             place,
             names=None if name is None else (name,),
@@ -65,24 +77,39 @@ class MountedView:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             self._directory = os.open(self._mount.path, flags)
             self._mount.hide()
+            os.stat(self._name, dir_fd=self._directory)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError) and not isinstance(error, TargetError):
-                raise target_error(error, "cannot open the private mount of", place) from error
+                _raise_reason(place, name)
+                raise target_error(error, "cannot read", f"{place}#{name}") from error
             raise
         # The name is gone: the path leads through the descriptor.
         self.path = Path(f"/proc/self/fd/{self._directory}", self._name)
 
     def push(self, ranges: Iterable[tuple[int, int]]) -> None:
-        self._mount.push(FileRange(self._name, offset, length) for offset, length in ranges)
+        with self._asking:
+            self._mount.push(FileRange(self._name, offset, length) for offset, length in ranges)
 
     def fetch_rest(self) -> None:
-        self._mount.fetch_rest()
+        with self._asking:
+            self._mount.fetch_rest()
+
+    def status(self) -> dict[str, Any]:
+        """Return what the keeper says of it (:meth:`PrivateMount.status`). Raises TargetError."""
+        with self._asking:
+            return self._mount.status()
 
     def requests(self) -> Sequence[tuple[int, int]]:
-        return [
-            (read.offset, read.length) for read in self._mount.requests() if read.name == self._name
-        ]
+        with self._asking:
+            reads = self._mount.requests()
+        return [(read.offset, read.length) for read in reads if read.name == self._name]
+
+    def messages(self) -> Sequence[str]:
+        try:
+            return [str(message["text"]) for message in self.status()["messages"]]
+        except TargetError:  # the keeper has ended
+            return ()
 
     def check_recordable(self) -> str:
         return check_recordable(self._place, self._stored)

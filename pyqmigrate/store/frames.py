@@ -158,7 +158,7 @@ class Frames:
         spans: list[tuple[bytes, list[Frame]]] = []
         for pack, frames in groupby(sorted(wanted), key=lambda frame: frame[0]):
             footer = self.packs.footer(pack)
-            end = -1
+            end = -gap - 1  # the first frame of a pack begins a span
             for _, number in frames:
                 frame = _frame(footer, pack, number)
                 if not 0 <= frame.offset - end <= gap:
