@@ -28,14 +28,14 @@ _NAMED_MAX = 1000  # damages that are listed
 
 @dataclass(frozen=True)
 class StoreDamage:
-    """One thing that is damaged, and the names of the snapshots that cannot be read whole for it.
+    """One thing that is damaged, and the ``names`` of the snapshots that cannot be read whole for it.
 
     ``pack`` is the hexadecimal digest of a pack; ``frame`` and ``page`` are numbers in it, ``page``
     that of the first bad page. All three are None if the document of a snapshot is damaged.
     """
 
     why: str
-    snapshots: tuple[str, ...]
+    names: tuple[str, ...]
     pack: str | None = None
     frame: int | None = None
     page: int | None = None
@@ -44,7 +44,7 @@ class StoreDamage:
         where = [] if self.pack is None else [f"pack {self.pack}"]
         where += [] if self.frame is None else [f"frame {self.frame}"]
         where += [] if self.page is None else [f"page {self.page}"]
-        names = ", ".join(self.snapshots) or "no snapshot"
+        names = ", ".join(self.names) or "no snapshot"
         return f"{', '.join(where)}{': ' if where else ''}{self.why} ({names})"
 
 
@@ -52,7 +52,7 @@ class StoreDamage:
 class VerifyReport:
     """What was verified; ``damages`` are at most 1000 of ``damage_count``."""
 
-    snapshots: int
+    snapshot_count: int
     packs: int
     unneeded_packs: int
     bytes_read: int

@@ -48,7 +48,7 @@ def test_a_snapshot_is_added_listed_shown_and_got(
     code, shown = run("show", store, "one")
     assert code == 0
     assert shown["size"] == (tmp_path / "one.mapped").stat().st_size
-    assert shown["beside"][".seal"] > 0
+    assert shown["companions"][".seal"] > 0
     assert [block["length"] for block in shown["blocks"]] == [len(known_memory())]
     code, got = run("get", store, "one", tmp_path / "back")
     assert code == 0
@@ -85,7 +85,7 @@ def test_removing_and_collecting(store: Path, run: Callable[..., tuple[int, Any]
     code, removed = run("rm", store, "two")
     assert (code, removed["removed"]) == (0, ["two"])
     code, collected = run("gc", store)
-    assert (code, collected["removed_packs"], collected["snapshots"]) == (0, 0, 1)
+    assert (code, collected["removed_packs"], collected["snapshot_count"]) == (0, 0, 1)
     assert collected["young_packs"] > 0
     assert run("rm", store, "two")[0] == 2
     assert run("rm", store)[0] == 2
@@ -100,7 +100,7 @@ def test_a_snapshot_in_use_is_not_removed(store: Path, run: Callable[..., tuple[
 
 def test_verifying_finds_damage(store: Path, run: Callable[..., tuple[int, Any]]) -> None:
     code, verified = run("verify", store)
-    assert (code, verified["intact"], verified["snapshots"]) == (0, True, 2)
+    assert (code, verified["intact"], verified["snapshot_count"]) == (0, True, 2)
     pack = max((store / "packs").iterdir(), key=lambda path: path.stat().st_size)
     data = bytearray(pack.read_bytes())
     data[20] ^= 1  # in its first frame
@@ -110,8 +110,8 @@ def test_verifying_finds_damage(store: Path, run: Callable[..., tuple[int, Any]]
     (damage,) = verified["damages"]
     assert damage["pack"] == pack.stem
     assert damage["frame"] is not None
-    assert damage["snapshots"]
-    assert run("get", store, damage["snapshots"][0], store / "x")[0] == 3
+    assert damage["names"]
+    assert run("get", store, damage["names"][0], store / "x")[0] == 3
 
 
 def test_copying(store: Path, tmp_path: Path, run: Callable[..., tuple[int, Any]]) -> None:
@@ -161,7 +161,7 @@ def test_a_damaged_snapshot_is_listed_with_its_error(
     (store / "snapshots" / "one.snap").write_bytes(b"{}\n")
     code, listed = run("list", store)
     assert code == 1
-    assert [entry["error"] is None for entry in listed["snapshots"]] == [False, True]
+    assert [entry["damage"] is None for entry in listed["snapshots"]] == [False, True]
 
 
 @pytest.mark.parametrize(
