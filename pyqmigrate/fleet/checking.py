@@ -71,7 +71,7 @@ def verify_shown(plain: PlainFile, name: str, poll: Poll) -> Finding:
 
 def _damaged(check: SealCheck) -> Finding:
     more = f", and {len(check.damages) - 1} more" if len(check.damages) > 1 else ""
-    finding = Finding(Verdict.DAMAGED, f"not what was sealed: {check.damages[0]}{more}")
+    finding = Finding(Verdict.DAMAGED, f"{check.damages[0]}{more}")
     finding.data["seal"] = _seal(check)
     return finding
 

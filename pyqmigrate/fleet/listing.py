@@ -10,7 +10,6 @@ it. Seals and other companions of a listed file belong to it.
 from __future__ import annotations
 
 import errno
-import fnmatch
 import glob
 import os
 import stat
@@ -165,8 +164,3 @@ def _in_object_store(word: str) -> Iterator[Target | Result]:
     if mark:
         return _in_store(url, pattern)
     return list_objects(url)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Return whether a stored name fits a pattern, which may also be the very name."""
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)

@@ -28,7 +28,8 @@ def list_objects(url: str) -> Iterator[Target]:
         return _behind_prefix(url, "*")
     front, slash, last = url.rpartition("/")
     if not slash or front.endswith("/"):
-        raise UsageError(f"{url!r} is not the URL of an object: a prefix ends with a slash")
+        # The URL is not shown: it may contain credentials.
+        raise UsageError("a URL names no object: a prefix, or a bucket, ends with a slash")
     if _PATTERN.intersection(last):
         return _behind_prefix(f"{front}/", last)
     return _one(f"{front}/", last)
@@ -77,4 +78,4 @@ def _object(place: str, entry: Entry, seal: Entry | None, *, named: bool = False
 
 
 def _identity(entry: Entry) -> str:
-    return f"{entry.size}:{entry.mtime!r}"
+    return f"{entry.size}:{entry.mtime!r}:{entry.etag}"

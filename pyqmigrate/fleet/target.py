@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ def file_identity_of(info: os.stat_result, seal: os.stat_result | None) -> str:
     return "+".join(parts)
 
 
-def companion_of(name: str, names: Iterable[str]) -> str | None:
+def companion_of(name: str, names: Container[str]) -> str | None:
     """Return the name of the snapshot that ``name`` is a companion of (a seal, a record), if that is
     one of ``names``; None otherwise."""
     for suffix in COMPANION_SUFFIXES:

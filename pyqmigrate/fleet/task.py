@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from pyqmigrate.errors import Cancelled, PyqmigrateError, SnapshotError, UsageError
 from pyqmigrate.fleet.finding import Finding
@@ -55,9 +56,11 @@ def perform(work: Work, target: Target, stop: Callable[[], bool] = lambda: False
 def perform_travelling(text: str) -> str:
     """Do the work that ``text`` describes, JSON of ``work`` and ``target``; return JSON of the
     result. This is what Dask workers run."""
+    from distributed import get_worker
+
     given = json.loads(text)
     result = perform(Work.from_json(given["work"]), Target.from_json(given["target"]))
-    return json.dumps(result.to_json())
+    return json.dumps(replace(result, worker=str(get_worker().address)).to_json())
 
 
 def _perform(work: Work, target: Target, poll: Callable[[], None]) -> Finding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from pyqmigrate.errors import Cancelled
 from pyqmigrate.fleet.result import Result
@@ -19,7 +19,9 @@ __all__ = ["perform_on_threads"]
 _MOMENT = 0.1  # seconds
 
 
-def perform_on_threads(work: Work, targets: Iterable[Target], jobs: int) -> Iterator[Result | None]:
+def perform_on_threads(
+    work: Work, targets: Iterable[Target], jobs: int
+) -> Generator[Result | None, None, None]:
     """Yield the results as they come, and None at least every 100 ms.
 
     When the iterator is closed, or fails, tasks that run are cancelled; it returns when they have
