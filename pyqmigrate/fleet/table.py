@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -88,7 +89,8 @@ class ResultTable:
         if reading or self.path.exists():
             self._check_file()
         with self._refusing():
-            mode = "ro" if reading else "rwc"
+            # A reader that may write removes the files beside the table when it closes it.
+            mode = "rwc" if not reading else "rw" if os.access(self.path, os.W_OK) else "ro"
             self._database = sqlite3.connect(
                 f"{self.path.as_uri()}?mode={mode}", timeout=_BUSY, isolation_level=None, uri=True
             )
@@ -104,7 +106,7 @@ class ResultTable:
     def _check_file(self) -> None:
         """Refuse a file of another kind before SQLite, which would wait for a FIFO, opens it."""
         try:
-            if not self.path.is_file():
+            if not stat.S_ISREG(self.path.stat().st_mode):
                 raise UsageError(f"{os.fspath(self.path)!r} is not a file: it cannot be a table")
             with self.path.open("rb") as file:
                 head = file.read(16)
