@@ -33,6 +33,8 @@ SOURCES = [
     "page_digests.c",
     "page_states.c",
     "stash.c",
+    "blake3.c",
+    "dedup.c",
 ]
 HEADERS = [
     "qmigrate.h",
@@ -43,6 +45,7 @@ HEADERS = [
     "records.h",
     "xxh3.h",
     "pagemap.h",
+    "blake3.h",
 ]
 # A qm_write_hook, implemented in pyqmigrate/core.py.
 CALLBACKS = """

@@ -60,6 +60,7 @@ _VERBS = (
     "seal",
     "verify",
     "convert",
+    "store",
     "bench",
     "serve",
 )

@@ -83,7 +83,9 @@ class Packs:
         """Return the compressed bytes of ``frames``, which are in the order of the pack, with one
         request. With ``fresh``, not from the cache."""
         start, end = frames[0].offset, frames[-1].offset + frames[-1].length
-        data = None if fresh or self.cache is None else self.cache.read(pack, start, end - start)
+        data: Bytes | None = None
+        if self.cache is not None and not fresh:
+            data = self.cache.read(pack, start, end - start)
         if data is None:
             data = self._read(pack, start, end - start)
             if self.cache is not None:
