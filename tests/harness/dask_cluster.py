@@ -22,7 +22,7 @@ _SLOW = """
 import os, signal, time
 from pyqmigrate.fleet import task
 
-perform = task.perform
+perform = task.__dict__.setdefault("quick", task.perform)  # this is run more than once
 
 def slow(work, target, *stop):
     if "deadly" in target.name:
