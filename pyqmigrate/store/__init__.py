@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pyqmigrate.store.adding import AddReport, add
     from pyqmigrate.store.copying import CopyReport, copy
     from pyqmigrate.store.damage import DamagedPack
     from pyqmigrate.store.garbage import GcReport, gc
@@ -32,12 +33,14 @@ __all__ = [
     "StoredFile",
     "SnapshotEntry",
     # Work on a store.
+    "add",
     "get",
     "remove",
     "gc",
     "verify",
     "copy",
     # Reports.
+    "AddReport",
     "GetReport",
     "RemoveReport",
     "GcReport",
@@ -51,6 +54,8 @@ __all__ = [
 
 # Imported on first use, as in the package above.
 _HOME = {
+    "AddReport": "adding",
+    "add": "adding",
     "CopyReport": "copying",
     "copy": "copying",
     "DamagedPack": "damage",
