@@ -70,7 +70,7 @@ def _meant_by(word: str) -> Iterator[Target | Result]:
     if "://" in word:
         return _in_object_store(word)
     if os.path.isdir(word):
-        return _in_directory(absolute(word))
+        return _in_directory(absolute(word), absolute(word))
     if os.path.lexists(word):
         return _named_file(absolute(word))
     store, mark, pattern = word.rpartition("#")
@@ -84,7 +84,7 @@ def _meant_by(word: str) -> Iterator[Target | Result]:
 def _named_file(path: Path) -> Iterator[Target]:
     """Yield a file that the user named, unless a shell's pattern named it: the companion of another."""
     if companion_of(path.name, _Present(path.parent)) is None:
-        yield _file(path, named=True)
+        yield _file(path, path.parent, named=True)
 
 
 class _Present:
@@ -98,46 +98,50 @@ class _Present:
 
 
 def _matching(pattern: str) -> Iterator[Target | Result]:
+    parts = absolute(pattern).parts
+    fixed = next(n for n, part in enumerate(parts) if _PATTERN.intersection(part))
+    top = Path(*parts[:fixed])
     for name in sorted(glob.glob(pattern, recursive=True)):
         path = absolute(name)
         if path.is_dir():
             if "**" not in pattern:  # which lists what is in it, too
-                yield from _in_directory(path)
+                yield from _in_directory(path, top)
         elif companion_of(path.name, _Present(path.parent)) is None:
-            yield _entry(path)
+            yield _entry(path, top)
 
 
-def _in_directory(top: Path) -> Iterator[Target | Result]:
-    """Yield everything below a directory. Links are not followed, so that nothing is met twice."""
-    if (top / _CONFIG).is_file():
-        yield from _in_store(os.fspath(top), "*")
+def _in_directory(directory: Path, top: Path) -> Iterator[Target | Result]:
+    """Yield everything below a directory, itself below ``top``. Links are not followed, so that nothing
+    is met twice."""
+    if (directory / _CONFIG).is_file():
+        yield from _in_store(os.fspath(directory), "*")
         return
     try:
-        entries = sorted(os.scandir(top), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
     except OSError as error:
-        raise target_error(error, "cannot list", top) from error
+        raise target_error(error, "cannot list", directory) from error
     names = {entry.name for entry in entries}
     for entry in entries:
-        path = top / entry.name
+        path = directory / entry.name
         if entry.is_dir(follow_symlinks=False):
-            yield from _in_directory(path)
+            yield from _in_directory(path, top)
         elif companion_of(entry.name, names) is None:
-            yield _entry(path)
+            yield _entry(path, top)
 
 
-def _entry(path: Path) -> Target | Result:
+def _entry(path: Path, top: Path) -> Target | Result:
     """Return the target of a directory's entry, or why it is not one."""
     try:
         mode = path.lstat().st_mode
     except OSError as error:
         raise target_error(error, "cannot look at", path) from error
     if stat.S_ISREG(mode):
-        return _file(path)
+        return _file(path, top)
     why = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
     return Result(os.fspath(path), "", Verdict.SKIPPED, why)
 
 
-def _file(path: Path, *, named: bool = False) -> Target:
+def _file(path: Path, top: Path, *, named: bool = False) -> Target:
     try:
         info = path.stat()
     except OSError as error:
@@ -147,8 +151,9 @@ def _file(path: Path, *, named: bool = False) -> Target:
     except OSError:
         seal = None
     name = os.fspath(path)
+    below = os.fspath(path.relative_to(top))
     identity = file_identity_of(info, seal)
-    return Target(name, Kind.FILE, name, "", info.st_size, identity, seal is not None, named)
+    return Target(name, Kind.FILE, name, "", info.st_size, below, identity, seal is not None, named)
 
 
 def _in_store(text: str, pattern: str) -> Iterator[Target]:

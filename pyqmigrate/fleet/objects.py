@@ -71,6 +71,7 @@ def _object(place: str, entry: Entry, seal: Entry | None, *, named: bool = False
         place,
         entry.key,
         entry.size,
+        entry.key,
         identity,
         seal is not None,
         named,

@@ -121,8 +121,8 @@ def _check(work: Work, targets: Sequence[Target], jobs: int | None, scheduler: s
         raise UsageError(f"jobs must be a number from 1 to {_JOBS_MAX}, not {jobs}")
     if jobs is not None and scheduler is not None:
         raise UsageError("jobs are threads of this machine: leave them out with a scheduler")
-    if work.verb is Verb.ADD and not work.store:
-        raise UsageError("add needs a store")
+    if work.verb is Verb.ADD:
+        _check_added(work, targets)
     if work.verb is Verb.SEAL:
         for target in targets:
             if target.kind is Kind.OBJECT:
@@ -132,6 +132,25 @@ def _check(work: Work, targets: Sequence[Target], jobs: int | None, scheduler: s
                 )
             if target.kind is Kind.STORED:
                 raise UsageError(f"{target.name!r} has a seal, as every stored snapshot")
+
+
+def _check_added(work: Work, targets: Sequence[Target]) -> None:
+    from pyqmigrate.fleet.storing import stored_name
+
+    if not work.store:
+        raise UsageError("add needs a store")
+    names: dict[str, str] = {}
+    for target in targets:
+        if target.kind is Kind.STORED:
+            raise UsageError(
+                f"{target.name!r} is in a store: pyqmigrate store copy copies it into another one"
+            )
+        other = names.setdefault(stored_name(target), target.name)
+        if other != target.name:
+            raise UsageError(
+                f"{other!r} and {target.name!r} would both be stored as {stored_name(target)!r}: name "
+                "a directory above both, and their names contain the path below it"
+            )
 
 
 def _missing(targets: Sequence[Target], known: Mapping[str, Known]) -> list[Target]:

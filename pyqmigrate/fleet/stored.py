@@ -36,6 +36,7 @@ def list_store(text: str, pattern: str) -> Iterator[Target]:
                 place.name,
                 name,
                 entry.size,
+                name,
                 f"{entry.size}:{entry.mtime!r}:{entry.etag}",
                 named=name == pattern,
             )

@@ -39,7 +39,8 @@ class Target:
     ``name`` is what results are filed under: the absolute path of a file, ``PLACE/KEY`` of an
     object, ``STORE#NAME`` of a stored snapshot. ``place`` is the path of the file, or what opens
     the place of the object or store (without credentials); ``key`` is the key or the stored name.
-    ``size`` in bytes. ``identity`` changes when the content does. ``sealed``: there is a seal
+    ``size`` in bytes. ``below`` is its path below the directory or prefix that was listed, the last
+    part of its name if it was named itself. ``identity`` changes when the content does. ``sealed``: there is a seal
     beside it. ``named``: the user named it itself, so it is a snapshot, whatever its content looks
     like.
     """
@@ -49,6 +50,7 @@ class Target:
     place: str
     key: str
     size: int
+    below: str
     identity: str
     sealed: bool = False
     named: bool = False
