@@ -50,20 +50,15 @@ def list_targets(words: Iterable[str]) -> Listing:
     found: dict[str, Target] = {}
     skipped: dict[str, Result] = {}
     for word in words:
-        before = len(found), len(skipped)
-        for item in _meant_by(word):
+        items = list(_meant_by(word))
+        if not items and not os.path.isfile(word):  # which is the companion of another
+            raise UsageError(f"no snapshot fits {word!r}")
+        for item in items:
             if isinstance(item, Result):
                 skipped.setdefault(item.name, item)
             elif item.name not in found or item.named:
                 found[item.name] = item
-        if (len(found), len(skipped)) == before and not _is_known(word, found):
-            raise UsageError(f"no snapshot fits {word!r}")
     return Listing(tuple(found.values()), tuple(skipped.values()))
-
-
-def _is_known(word: str, found: dict[str, Target]) -> bool:
-    """Return whether nothing is new in ``word`` because an earlier word meant it already."""
-    return any(isinstance(item, Result) or item.name in found for item in _meant_by(word))
 
 
 def _meant_by(word: str) -> Iterator[Target | Result]:

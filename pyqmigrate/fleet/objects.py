@@ -15,7 +15,7 @@ from pyqmigrate.store.place import Entry, open_place
 __all__ = ["list_objects"]
 
 _CONFIG = "store.json"
-_PATTERN = frozenset("*?[")
+_PATTERN = frozenset("*[")
 
 
 def list_objects(url: str) -> Iterator[Target]:
@@ -24,6 +24,8 @@ def list_objects(url: str) -> Iterator[Target]:
 
     Raises TargetError, with ENOENT if there is no such object, UsageError, NotSupported.
     """
+    if "?" in url:  # not shown: it may be a credential
+        raise UsageError("a URL has no query here: give credentials in the environment")
     if url.endswith("/"):
         return _behind_prefix(url, "*")
     front, slash, last = url.rpartition("/")

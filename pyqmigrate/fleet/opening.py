@@ -30,15 +30,23 @@ _HEAD = max(MAGIC_MAX, MAGIC_LENGTH, len(INCREMENT_MAGIC), len(MAGIC))
 
 @contextlib.contextmanager
 def open_plain(target: Target, poll: Poll) -> Iterator[PlainFile]:
-    """Open an object or a stored snapshot as a file that is shown. Raises TargetError, SnapshotError."""
+    """Open an object or a stored snapshot as a file that is shown, for a ``with`` block.
+
+    Raises TargetError, and SnapshotError for a damaged store, also where the block reads a damaged
+    pack.
+    """
     if target.kind is Kind.STORED:
+        from pyqmigrate.store.damage import DamagedPack
         from pyqmigrate.store.store import Store
 
-        with (
-            contextlib.closing(Store.open(target.place)) as store,
-            contextlib.closing(store.open_file(target.key)) as stored,
-        ):
-            yield stored
+        try:
+            with (
+                contextlib.closing(Store.open(target.place)) as store,
+                contextlib.closing(store.open_file(target.key)) as stored,
+            ):
+                yield stored
+        except DamagedPack as error:
+            raise SnapshotError(f"pack {error.pack.hex()} of the store: {error.why}") from error
         return
     from pyqmigrate.store.place import open_place
 

@@ -75,9 +75,7 @@ def test_a_second_run_does_nothing(tmp_path: Path) -> None:
     assert first.results == second.results
 
 
-def test_a_second_run_does_what_changed_and_what_is_new_and_what_had_failed(
-    tmp_path: Path,
-) -> None:
+def test_a_second_run_does_what_changed_and_what_is_new_and_what_had_failed(tmp_path: Path) -> None:
     snaps = tmp_path / "snaps"
     make_fleet(snaps, 5, 0)
     targets = list_targets([str(snaps)]).targets
