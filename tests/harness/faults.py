@@ -311,7 +311,7 @@ def told(*words: str) -> Callable[[Path, random.Random], None]:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = command([word.replace("DIR", str(directory)) for word in words])
         if code:
-            raise Exited(code, err.getvalue())
+            raise Exited(code, err.getvalue() or out.getvalue())
 
     return do
 
@@ -479,6 +479,12 @@ WORK: dict[str, Work] = {
     "the command seal": Work(a_mapped_one, told("seal", "DIR/from"), unchanged),
     "the command verify": Work(a_mapped_one, told("verify", "DIR/from"), unchanged),
     "the command info": Work(a_sequential_one, told("info", "DIR/from"), unchanged),
+    "the command fleet verify": Work(
+        a_mapped_one, told("fleet", "verify", "DIR/from", "--jobs", "1"), unchanged
+    ),
+    "the command fleet seal": Work(
+        a_mapped_one, told("fleet", "seal", "DIR/from", "--jobs", "1"), unchanged
+    ),
 }
 
 

@@ -245,6 +245,8 @@ VERBS: dict[str, Verb] = {
     "verify": command_line("verify", "DIR/file"),
     "verify --json": command_line("verify", "DIR/file", "--json"),
     "devices": command_line("devices", "DIR/file"),
+    "fleet verify": command_line("fleet", "verify", "DIR/file", "--jobs", "1", index=False),
+    "fleet info": command_line("fleet", "info", "DIR", "--jobs", "1", index=False),
     "seal": command_line("seal", "DIR/file", index=False),
     "unpack": command_line("unpack", "DIR/file", "DIR/raw"),
     **{

@@ -29,6 +29,11 @@ VERBS = (
     "vm check",
     "vm restore",
     "vm clone",
+    "fleet verify",
+    "fleet info",
+    "fleet add",
+    "fleet seal",
+    "fleet table",
 )
 
 
