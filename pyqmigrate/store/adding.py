@@ -213,8 +213,8 @@ class _Addition:
         """Return which pieces are those of the parent, so that they need not be read."""
         if self._parent is None:
             return None
-        if not self._parent.number(self._known.starts()):
-            return None  # one of its packs is damaged
+        if not self._parent.number(self._known.ranges()):
+            return None  # a pack of its is missing or damaged
         return self._parent.same_pieces(self._guest())
 
     def run(self, name: str, labels: dict[str, str], started: float) -> AddReport:

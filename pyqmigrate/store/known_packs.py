@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from pyqmigrate.format.store.keys import PACKS, pack_of_key
 from pyqmigrate.format.store.pack import PackFooter
@@ -50,9 +51,9 @@ class KnownPacks:
             if footer.base_packs:
                 self.base_packs[pack] = set(footer.base_packs)
 
-    def starts(self) -> dict[bytes, int]:
-        """Return the number of the first page of each pack."""
-        return dict(zip(self.packs, self.pages.starts, strict=False))
+    def ranges(self) -> dict[bytes, tuple[int, int]]:
+        """Return the numbers of the pages of each pack, ``[first, end)``."""
+        return dict(zip(self.packs, pairwise(self.pages.starts), strict=False))
 
 
 def _footers(store: Store, packs: Sequence[bytes]) -> dict[bytes, PackFooter]:

@@ -32,7 +32,7 @@ from pyqmigrate.store.place import Place
 __all__ = ["BasePages", "FrameMaker", "MadeFrame", "PackWriter"]
 
 _WRITES = 2  # packs that are being written, at most
-_PATIENCE = 15  # frames that are not tried after XOR has failed again and again
+_PATIENCE = 3  # frames that are not tried after XOR has failed again and again
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class PackWriter:
         self._place = place
         self._key = config.key
         self._threads = ThreadPoolExecutor(1, "pyqmigrate-packs")
-        self._writes: deque[Future[bool]] = deque()
+        self._writes: deque[Future[None]] = deque()
         self.packs: list[bytes] = []
         self.starts: Numbers = array("Q", [first])
         self.bytes_written = 0
@@ -188,7 +188,13 @@ class PackWriter:
         self._begin()
         while len(self._writes) >= _WRITES:
             self._writes.popleft().result()
-        self._writes.append(self._threads.submit(self._place.write_new, pack_key(pack), data))
+        self._writes.append(self._threads.submit(self._put, pack, data))
+
+    def _put(self, pack: bytes, data: bytes) -> None:
+        """Write a pack. One that is there under its name is the same, or damaged: then it is replaced."""
+        key = pack_key(pack)
+        if not self._place.write_new(key, data) and bytes(self._place.read(key)) != data:
+            self._place.replace(key, data)
 
     def finish(self) -> None:
         """Write the last pack, and wait until all are durable. Raises TargetError."""

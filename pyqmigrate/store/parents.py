@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import add
+from operator import add, le
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError, UsageError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, Data
@@ -64,13 +64,18 @@ class Parent(BasePages):
             return None
         return _same(self.snapshot, guest)
 
-    def number(self, starts: Mapping[bytes, int]) -> bool:
-        """Take the numbers at which packs start; return whether all packs of the snapshot are there."""
+    def number(self, known: Mapping[bytes, tuple[int, int]]) -> bool:
+        """Take the numbers ``(first, end)`` of the pages of packs; return whether all packs and pages of
+        the snapshot are there."""
         try:
-            self._starts = [starts[pack] for pack in self.snapshot.packs]
+            packs = [known[pack] for pack in self.snapshot.packs]
         except KeyError:
             return False
-        return True
+        self._starts = [first for first, _ in packs]
+        sizes = [end - first for first, end in packs]
+        runs = self.snapshot.runs
+        ends = map(add, runs.pages, runs.counts)
+        return all(map(le, ends, map(sizes.__getitem__, runs.packs)))
 
     def runs(self, start: int, end: int) -> Numbers:
         """Return the runs of known pages in bytes ``[start, end)`` of the file: three numbers each."""

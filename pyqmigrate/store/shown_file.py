@@ -23,7 +23,7 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.holes import next_data, next_hole
 from pyqmigrate.io.store_pages import ExaminedPages, examine_pages
 from pyqmigrate.snapshot.base import Snapshot
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
 __all__ = ["CHUNK", "Chunk", "PagePart", "ShownFile", "Span"]
 
@@ -85,9 +85,14 @@ class ShownFile:
         self.size = self._info.st_size
         self.mtime_ns = self._info.st_mtime_ns
         self._buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        areas = []
+        areas: list[_Area] = []
+        self._tails: list[MappedRamBlock] = []
         for block in snapshot.blocks.values():
-            if not block.external and block.length >= PAGE:
+            if block.external:
+                continue
+            if block.length % PAGE:
+                self._tails.append(block)
+            if block.length >= PAGE:
                 end = block.pages_offset + block.length // PAGE * PAGE
                 areas.append(_Area(block.pages_offset, end, Block.of(block.layout), block.bitmap))
         self._areas = sorted(areas, key=lambda area: area.start)
@@ -152,6 +157,7 @@ class ShownFile:
         assert chunk.buffer is not None
         data = memoryview(chunk.buffer)[: end - start]
         self._fill(data, start)
+        self._clear_tails(data, start)
         at = start
         first = max(bisect_right(self._starts, start) - 1, 0)
         for area in self._areas[first:]:
@@ -207,6 +213,15 @@ class ShownFile:
                 high = after
             self._read_at(data[low - start : high - start], low)
             at = high
+
+    def _clear_tails(self, data: memoryview, start: int) -> None:
+        """Make zeros of pages with clear bits in the last bytes of blocks, which are not a store page."""
+        for block in self._tails:
+            size = block.page_size
+            for page in range(block.length // PAGE * PAGE // size, block.num_pages):
+                at = block.pages_offset + page * size - start
+                if 0 <= at < len(data) and not block.bitmap[page]:
+                    data[at : at + size] = _ZEROS[:size]
 
     def _read_at(self, data: memoryview, offset: int) -> None:
         have = 0
