@@ -15,6 +15,8 @@ from pyqmigrate.format.store.pack import MAGIC, PACK_MAX, PackFooter
 from pyqmigrate.format.store.snapshot import StoredSnapshot
 from pyqmigrate.io.job import Progress
 from pyqmigrate.store.damage import DamagedPack
+from pyqmigrate.store.frames import Frames
+from pyqmigrate.store.packs import Packs
 from pyqmigrate.store.place import is_unreachable
 from pyqmigrate.store.reporting import Reporter
 from pyqmigrate.store.store import NoSnapshot, Store
@@ -96,6 +98,8 @@ class _Verification:
         progress: Callable[[Progress], object] | None,
     ) -> None:
         self._store = store
+        # What was read before, or is in a local cache, proves nothing.
+        self._frames = Frames(Packs(store.place, store.config))
         self._all = names is None
         self._names = store.names() if names is None else list(dict.fromkeys(names))
         self._channels = max(1, channels)
@@ -125,6 +129,7 @@ class _Verification:
             report.add(listed.get(pack, 0))
 
         self._in_threads(check, packs)
+        self._frames.close()
         damages = [*self._documents, *self._unresolved(), *self._named()]
         return VerifyReport(
             len(self._names),
@@ -191,7 +196,7 @@ class _Verification:
         for number in range(len(footer.lengths)):
             frame = footer.frame(number)
             try:
-                self._store.frames.verify(pack, frame, data[frame.offset :][: frame.length])
+                self._frames.verify(pack, frame, data[frame.offset :][: frame.length])
             except DamagedPack as error:
                 found = True
                 pages = range(frame.first, frame.first + frame.npages)
