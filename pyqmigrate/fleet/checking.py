@@ -70,8 +70,9 @@ def verify_shown(plain: PlainFile, name: str, poll: Poll) -> Finding:
 
 
 def _damaged(check: SealCheck) -> Finding:
-    more = f", and {len(check.damages) - 1} more" if len(check.damages) > 1 else ""
-    finding = Finding(Verdict.DAMAGED, f"{check.damages[0]}{more}")
+    first, *others = check.damages
+    more = f", and {len(others)} more" if others else ""
+    finding = Finding(Verdict.DAMAGED, f"{first}{more}")
     finding.data["seal"] = _seal(check)
     return finding
 

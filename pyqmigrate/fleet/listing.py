@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ __all__ = ["Listing", "list_targets"]
 
 _CONFIG = "store.json"
 _PATTERN = frozenset("*?[")
+_UNFINISHED = re.compile(r"\..*\.partial", re.DOTALL)  # pyqmigrate.io.place.partial_name
 
 
 @dataclass(frozen=True)
@@ -108,20 +110,23 @@ def _matching(pattern: str) -> Iterator[Target | Result]:
 def _in_directory(directory: Path, top: Path) -> Iterator[Target | Result]:
     """Yield everything below a directory, itself below ``top``. Links are not followed, so that nothing
     is met twice."""
-    if (directory / _CONFIG).is_file():
-        yield from _in_store(os.fspath(directory), "*")
-        return
-    try:
-        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-    except OSError as error:
-        raise target_error(error, "cannot list", directory) from error
-    names = {entry.name for entry in entries}
-    for entry in entries:
-        path = directory / entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _in_directory(path, top)
-        elif companion_of(entry.name, names) is None:
-            yield _entry(path, top)
+    waiting = [directory]
+    while waiting:
+        directory = waiting.pop()
+        if (directory / _CONFIG).is_file():
+            yield from _in_store(os.fspath(directory), "*")
+            continue
+        try:
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except OSError as error:
+            raise target_error(error, "cannot list", directory) from error
+        names = {entry.name for entry in entries}
+        for entry in entries:
+            path = directory / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+            elif companion_of(entry.name, names) is None:
+                yield _entry(path, top)
 
 
 def _entry(path: Path, top: Path) -> Target | Result:
@@ -130,9 +135,12 @@ def _entry(path: Path, top: Path) -> Target | Result:
         mode = path.lstat().st_mode
     except OSError as error:
         raise target_error(error, "cannot look at", path) from error
-    if stat.S_ISREG(mode):
+    if _UNFINISHED.fullmatch(path.name):
+        why = "a file that is being written"
+    elif stat.S_ISREG(mode):
         return _file(path, top)
-    why = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+    else:
+        why = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
     return Result(os.fspath(path), "", Verdict.SKIPPED, why)
 
 

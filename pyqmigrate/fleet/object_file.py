@@ -6,7 +6,8 @@ import errno
 from collections.abc import Callable, Mapping
 
 from pyqmigrate.errors import TargetError
-from pyqmigrate.format.seal import SUFFIX
+from pyqmigrate.format.digest import DIGEST_SIZE
+from pyqmigrate.format.seal import SUFFIX, count_pieces
 from pyqmigrate.io.plain_file import Bytes
 from pyqmigrate.store.place import Place
 
@@ -14,7 +15,7 @@ __all__ = ["ObjectFile"]
 
 _WHOLE = 16 << 20  # bytes: a smaller object is one request
 _WINDOW = 8 << 20  # bytes of a request for a larger one
-_SEAL_MAX = 1 << 30  # bytes: that of a file of 64 TiB
+_SEAL_MAX = 64 << 20  # bytes, beyond those that the size of the object requires: it may be cut off
 
 
 class ObjectFile:
@@ -48,7 +49,8 @@ class ObjectFile:
         if not self._sealed:
             return {}
         self._poll()
-        return {SUFFIX: bytes(self._place.read(self._key + SUFFIX, 0, _SEAL_MAX))}
+        limit = count_pieces(self.size) * DIGEST_SIZE + _SEAL_MAX
+        return {SUFFIX: bytes(self._place.read(self._key + SUFFIX, 0, limit))}
 
     def read(self, offset: int, length: int) -> Bytes:
         end = min(offset + length, self.size)

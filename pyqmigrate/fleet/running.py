@@ -24,6 +24,7 @@ from pyqmigrate.fleet.target import Kind, Target, file_identity
 from pyqmigrate.fleet.threads import perform_on_threads
 from pyqmigrate.fleet.work import Verb, Work
 from pyqmigrate.io.job import Progress
+from pyqmigrate.io.place import absolute
 
 __all__ = ["FleetReport", "run"]
 
@@ -85,7 +86,8 @@ def run(
     check_callback("found", found)
     check_callback("progress", progress)
     check("scheduler", scheduler, str, type(None))
-    given = sorted(targets, key=lambda target: target.name)
+    own = _files_of(table)
+    given = sorted((t for t in targets if t.name not in own), key=lambda target: target.name)
     _check(work, given, jobs, scheduler)
     results: list[Result] = []
     with ExitStack() as stack:
@@ -151,6 +153,14 @@ def _check_added(work: Work, targets: Sequence[Target]) -> None:
                 f"{other!r} and {target.name!r} would both be stored as {stored_name(target)!r}: name "
                 "a directory above both, and their names contain the path below it"
             )
+
+
+def _files_of(table: str | os.PathLike[str] | None) -> set[str]:
+    """Return the paths of the table and of the files that SQLite makes beside it, which may be in a
+    directory that is looked through."""
+    if table is None:
+        return set()
+    return {f"{absolute(table)}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")}
 
 
 def _missing(targets: Sequence[Target], known: Mapping[str, Known]) -> list[Target]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,10 @@ def test_links_and_sockets_in_a_directory_are_skipped_and_named(snaps: Path) -> 
     (snaps / "link").symlink_to("a")
     (snaps / "elsewhere").symlink_to("/")
     os.mkfifo(snaps / "fifo")
+    (snaps / ".a.1234.partial").touch()
     skipped = {Path(result.name).name: result.message for result in listed(snaps).skipped}
     assert skipped == {
+        ".a.1234.partial": "a file that is being written",
         "elsewhere": "a symbolic link",
         "fifo": "not a regular file",
         "link": "a symbolic link",
@@ -109,6 +112,21 @@ def test_a_stored_snapshot_has_another_identity_after_it_was_replaced(
 def test_a_word_that_nothing_fits_is_an_error(tmp_path: Path, word: str) -> None:
     with pytest.raises((TargetError, UsageError)):
         listed(tmp_path / word)
+
+
+def test_deep_directories_are_listed(tmp_path: Path) -> None:
+    directory = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=directory)
+        below = os.open("d", os.O_RDONLY, dir_fd=directory)
+        os.close(directory)
+        directory = below
+    os.close(os.open("guest", os.O_CREAT, dir_fd=directory))
+    os.close(directory)
+    try:
+        assert len(listed(tmp_path).targets) == 1
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # too deep for Python's rmtree
 
 
 def test_an_empty_directory_is_an_error(tmp_path: Path) -> None:

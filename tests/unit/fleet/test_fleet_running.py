@@ -75,6 +75,12 @@ def test_a_second_run_does_nothing(tmp_path: Path) -> None:
     assert first.results == second.results
 
 
+def test_a_table_in_the_directory_is_not_looked_at(tmp_path: Path) -> None:
+    make_fleet(tmp_path, 2, 0)
+    for _ in range(2):
+        assert len(verify(tmp_path, table=tmp_path / "table").results) == 2
+
+
 def test_a_second_run_does_what_changed_and_what_is_new_and_what_had_failed(tmp_path: Path) -> None:
     snaps = tmp_path / "snaps"
     make_fleet(snaps, 5, 0)
