@@ -69,6 +69,34 @@ class NewFile:
         self._hidden = None
         self._named = True
 
+    def give_new_name(self) -> bool:
+        """Give it its name; return False if a file has the name, which is not changed. Raises
+        OSError."""
+        try:
+            if self._hidden is None:
+                source = f"/proc/self/fd/{self.fd}"
+                os.link(source, self.name, dst_dir_fd=self._dir_fd, follow_symlinks=True)
+            else:
+                self._link_hidden(self._hidden)
+        except FileExistsError:
+            return False
+        self._named = True
+        return True
+
+    def _link_hidden(self, hidden: str) -> None:
+        dir_fd = self._dir_fd
+        try:
+            os.link(hidden, self.name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # Another process may take the name between the two calls, where nothing is better.
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(self.name, dir_fd=dir_fd, follow_symlinks=False)
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+            os.rename(hidden, self.name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            self._hidden = None
+
     def keep_old(self) -> None:
         """Keep the file that has the name now, under a hidden name, so that :meth:`take_back` can
         restore it. Raises OSError."""

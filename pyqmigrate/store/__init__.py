@@ -1,0 +1,1 @@
+"""Many snapshots: deduplicated, compressed, in a directory or an object store."""

@@ -1,0 +1,251 @@
+"""A stored snapshot as the plain file that it shows: bytes, holes, and the files beside it."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from pyqmigrate.format.store.config import PAGE
+from pyqmigrate.format.store.snapshot import StoredSnapshot
+from pyqmigrate.store.damage import DamagedPack
+from pyqmigrate.store.frames import FrameId, Frames
+from pyqmigrate.store.prefetching import Prefetch
+
+__all__ = ["StoredFile"]
+
+_PAGES_TOGETHER = 1 << 14  # whose footers are read together
+_WORD = struct.Struct("<Q")
+
+
+class _Part(NamedTuple):
+    """Pages ``[page, page + npages)`` of the file: consecutive ones of a frame, from ``first`` on."""
+
+    page: int
+    npages: int
+    frame: FrameId
+    first: int
+
+
+class StoredFile:
+    """The file that a stored snapshot shows: a :class:`~pyqmigrate.io.plain_file.PlainFile`.
+
+    All methods may be called by several threads at once, in the process that opened the store. Every
+    page is compared with its digest before it is given out: what is damaged is a
+    :class:`~pyqmigrate.store.damage.DamagedPack`, an OSError with EIO. ``name`` is the snapshot's.
+    """
+
+    def __init__(
+        self,
+        snapshot: StoredSnapshot,
+        frames: Frames,
+        companions: Callable[[], Mapping[str, bytes]] = dict,
+        hold: Callable[[], None] | None = None,
+    ) -> None:
+        """``companions`` returns the files beside it that are not in the snapshot; ``hold`` is called
+        when the file is closed. The frames are borrowed."""
+        self.snapshot = snapshot
+        self.name = snapshot.head.name
+        self.size = snapshot.head.size
+        self.mtime_ns = snapshot.head.mtime_ns
+        self.frames = frames
+        self._more = companions
+        self._companions: Mapping[str, bytes] | None = None
+        self._hold = hold
+        self._data: tuple[Sequence[int], Sequence[int]] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def companions(self) -> Mapping[str, bytes]:
+        """The files beside it, by suffix: ``.seal``, always, and ``.vm.json`` and ``.workingset``."""
+        if self._companions is None:
+            found = {".seal": self.snapshot.seal, **self.snapshot.companions, **self._more()}
+            self._companions = found
+        return self._companions
+
+    def read(self, offset: int, length: int) -> bytes | bytearray | memoryview:
+        """Return ``length`` bytes at ``offset``; fewer only at the end. Raises TargetError."""
+        end = min(offset + length, self.size)
+        if not 0 <= offset < end:
+            return b""
+        first, last = offset // PAGE, -(-end // PAGE)
+        try:
+            parts = list(self._parts(first, last))
+            contents = self.frames.load(part.frame for part in parts)
+        except DamagedPack as error:
+            raise error.of(self.name) from error
+        pages: bytearray | memoryview
+        if len(parts) == 1 and parts[0].npages == last - first and not self._covered(first, last):
+            pages = memoryview(contents[parts[0].frame])[parts[0].first * PAGE :]
+        else:
+            pages = bytearray((last - first) * PAGE)
+            self._fill(pages, first, last)
+            for part in parts:
+                start = (part.page - first) * PAGE
+                content = memoryview(contents[part.frame])[part.first * PAGE :][
+                    : part.npages * PAGE
+                ]
+                pages[start : start + len(content)] = content
+            self._overlay(pages, first, last)
+        if len(pages) == end - offset:
+            return pages
+        return memoryview(pages)[offset - first * PAGE : end - first * PAGE]
+
+    def next_data(self, offset: int) -> int | None:
+        """Return the first byte at or after ``offset`` that is not in a hole; None for none."""
+        if not 0 <= offset < self.size:
+            return None
+        starts, ends = self._data_ranges()
+        k = bisect_right(ends, offset)
+        return None if k == len(starts) else max(offset, starts[k])
+
+    def next_hole(self, offset: int) -> int:
+        """Return the first byte at or after ``offset`` that is in a hole, or the end of the file."""
+        starts, ends = self._data_ranges()
+        k = bisect_right(starts, offset) - 1
+        return min(max(offset, ends[k] if k >= 0 else 0), self.size)
+
+    def frames_of(self, ranges: Iterable[tuple[int, int]]) -> Iterator[FrameId]:
+        """Yield the frames that have bytes of ``ranges``, of (offset, length) each: each frame once,
+        in that order. Raises TargetError."""
+        seen: set[FrameId] = set()
+        for offset, length in ranges:
+            end = -(-min(offset + length, self.size) // PAGE)
+            for first in range(offset // PAGE, end, _PAGES_TOGETHER):
+                for part in self._parts(first, min(first + _PAGES_TOGETHER, end)):
+                    if part.frame not in seen:
+                        seen.add(part.frame)
+                        yield part.frame
+
+    def prefetch(
+        self,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        workers: int = 3,
+        stop: threading.Event | None = None,
+        decompress: bool = True,
+        done: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Read ``ranges``, of (offset, length) each, ahead; return the number of frames that were.
+
+        It ends when all are read, or ``stop`` is set. In the given order, by ``workers`` threads, in
+        small requests, each of which waits until no reader waits for a frame. ``done`` is called by a
+        worker with each range that is ready, soon after it is. Without ``decompress``, frames only get
+        into the local cache of packs. Raises TargetError.
+        """
+        try:
+            return Prefetch(self, workers, stop or threading.Event(), decompress, done).run(ranges)
+        except DamagedPack as error:
+            raise error.of(self.name) from error
+
+    def data_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of the file that are not holes: offset and length, in order."""
+        starts, ends = self._data_ranges()
+        for start, end in zip(starts, ends, strict=True):
+            yield start, min(end, self.size) - start
+
+    def close(self) -> None:
+        """Close it; the store stays open. Idempotent."""
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold()
+
+    def __enter__(self) -> StoredFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _parts(self, first: int, last: int) -> Iterator[_Part]:
+        """Yield where the pages ``[first, last)`` that are in packs are, in order."""
+        runs = self.snapshot.runs
+        packs = self.snapshot.packs
+        k = max(0, bisect_right(runs.firsts, first) - 1)
+        spans = []
+        while k < len(runs) and runs.firsts[k] < last:
+            start = max(first, runs.firsts[k])
+            end = min(last, runs.firsts[k] + runs.counts[k])
+            if start < end:
+                spans.append((start, end, packs[runs.packs[k]], runs.pages[k] - runs.firsts[k]))
+            k += 1
+        self.frames.load_footers(pack for _, _, pack, _ in spans)
+        for start, end, pack, shift in spans:
+            footer = self.frames.packs.footer(pack)
+            while start < end:
+                try:
+                    frame = footer.frame_of(start + shift)
+                except IndexError as error:
+                    raise DamagedPack(
+                        f"it has {len(footer)} pages, and the snapshot needs page {start + shift}",
+                        pack,
+                        store=self.frames.packs.place.name,
+                    ) from error
+                inside = start + shift - frame.first
+                count = min(end - start, frame.npages - inside)
+                yield _Part(start, count, (pack, frame.number), inside)
+                start += count
+
+    def _fill(self, pages: bytearray, first: int, last: int) -> None:
+        """Write the pages that repeat a word."""
+        fills = self.snapshot.fills
+        k = max(0, bisect_right(fills.firsts, first) - 1)
+        while k < len(fills) and fills.firsts[k] < last:
+            start = max(first, fills.firsts[k])
+            end = min(last, fills.firsts[k] + fills.counts[k])
+            if start < end:
+                length = (end - start) * PAGE
+                at = (start - first) * PAGE
+                pages[at : at + length] = _WORD.pack(fills.words[k]) * (length // _WORD.size)
+            k += 1
+
+    def _extents(self, first: int, last: int) -> Iterator[tuple[int, memoryview]]:
+        """Yield the offset and the bytes of what is not stored as pages, within the pages."""
+        extents = self.snapshot.extents
+        k = max(0, bisect_right(extents, first * PAGE, key=lambda extent: extent.offset) - 1)
+        for extent in extents[k:]:
+            if extent.offset >= last * PAGE:
+                break
+            skipped = max(0, first * PAGE - extent.offset)
+            data = memoryview(extent.data)[skipped : last * PAGE - extent.offset]
+            if data:
+                yield extent.offset + skipped, data
+
+    def _overlay(self, pages: bytearray, first: int, last: int) -> None:
+        for offset, data in self._extents(first, last):
+            start = offset - first * PAGE
+            pages[start : start + len(data)] = data
+
+    def _covered(self, first: int, last: int) -> bool:
+        return next(self._extents(first, last), None) is not None
+
+    def _data_ranges(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the starts and ends of all data, in bytes; made when it is first needed."""
+        with self._lock:
+            if self._data is None:
+                self._data = _merged(self.snapshot, self.size)
+            return self._data
+
+
+def _merged(snapshot: StoredSnapshot, size: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the ranges of a snapshot's file that are data: joined, in order, whole pages."""
+    runs, fills = snapshot.runs, snapshot.fills
+    pages = list(zip(runs.firsts, runs.counts, strict=True))
+    pages += zip(fills.firsts, fills.counts, strict=True)
+    for extent in snapshot.extents:
+        first = extent.offset // PAGE
+        pages.append((first, -(-(extent.offset + len(extent.data)) // PAGE) - first))
+    pages.sort()  # three sorted lists, which it merges
+    starts, ends = array("Q"), array("Q")
+    end = -1
+    for first, count in pages:
+        if first > end:
+            starts.append(first * PAGE)
+            ends.append(0)
+        end = max(end, first + count)
+        ends[-1] = end * PAGE
+    if ends and ends[-1] > size:
+        ends[-1] = size
+    return starts, ends
