@@ -120,7 +120,7 @@ class InputFile:
     """A file or block device that is open for reading, a :class:`Source`.
 
     A snapshot of a store (``STORE#NAME``) and a compact file are opened through a view, for which
-    ``cache``, ``for_guest`` and ``record`` are (:class:`~pyqmigrate.io.view.ViewOptions`).
+    ``cache`` and ``record`` are (:class:`~pyqmigrate.io.view.ViewOptions`).
     ``is_duplicate`` says that ``fd`` shares the caller's open file description, with its position
     and its locks. Raises TargetError when it cannot be opened, UsageError for descriptors that do
     not fit, and for a snapshot of a store what :func:`pyqmigrate.io.view.open_view` raises.
@@ -129,18 +129,11 @@ class InputFile:
     forward = False
     run_out = None
 
-    def __init__(
-        self,
-        target: Target,
-        *,
-        cache: Path | None = None,
-        for_guest: bool = False,
-        record: bool = False,
-    ) -> None:
+    def __init__(self, target: Target, *, cache: Path | None = None, record: bool = False) -> None:
         self.name, self.offset = split_target(target)
         self.fd = -1
         self.view: SharedView | None = None
-        self._view_options = (cache, for_guest, record)
+        self._view_options = (cache, record)
         self._given_direct: int | None = None
         self._borrowed = isinstance(target, Descriptors)
         self.place = None if self._borrowed else absolute(self.name)
@@ -183,12 +176,13 @@ class InputFile:
 
     def _open_shown(self, info: os.stat_result) -> os.stat_result:
         """Open what a compact file shows, if this is one; return what is known of the open file."""
-        if os.pread(self.fd, len(_ZSTD), 0) != _ZSTD or self.place is None:
+        fd = self.fd
+        if os.pread(fd, len(_ZSTD), 0) != _ZSTD or self.place is None:
             return info
         # Only a compressed file needs it.
         from pyqmigrate.io.view import ViewOptions, is_compact, open_compact
 
-        if not is_compact(self.fd, info.st_size):
+        if not is_compact(lambda offset, length: os.pread(fd, length, offset), info.st_size):
             return info
         path = resolve_symlink(self.place)
         self.close()

@@ -18,7 +18,7 @@ import importlib
 import os
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -45,19 +45,18 @@ BASE_INSTEAD = (
 _MAKER = "pyqmigrate.mount.view"
 _URL = r"[a-z][a-z0-9+.-]*://"
 _STORE = "store.json"  # pyqmigrate.format.store: a module that a plain file does not need
+ZSTD = bytes.fromhex("28b52ffd")
 _SEEKABLE = bytes.fromhex("b1ea928f")  # at the end of a file in Zstandard's seekable form
 
 
 class ViewOptions(NamedTuple):
     """How a view is made.
 
-    ``cache`` is the directory of packs of a remote store, None for the default one. ``for_guest``: a
-    guest will run from the file. All of it is fetched from a remote store in the background then, and
-    other users may open it, if the system allows that. ``record``: what is read of it is noted.
+    ``cache`` is the directory of packs of a remote store, None for the default one. ``record``: what is
+    read of the file is noted.
     """
 
     cache: Path | None = None
-    for_guest: bool = False
     record: bool = False
 
 
@@ -78,6 +77,13 @@ class View(Protocol):
 
     def push(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Have ranges of the file, each an offset and a length, read ahead in this order. Does not wait.
+
+        Raises TargetError.
+        """
+        ...
+
+    def fetch_rest(self) -> None:
+        """Have all of the file fetched from a remote store, after what is pushed. Does not wait.
 
         Raises TargetError.
         """
@@ -187,9 +193,12 @@ def open_view(name: str, options: ViewOptions) -> SharedView | None:
     return SharedView((place, stored, options))
 
 
-def is_compact(fd: int, size: int) -> bool:
-    """Return whether an open file of Zstandard's, of ``size`` bytes, has the seekable form."""
-    return os.pread(fd, len(_SEEKABLE), max(size - len(_SEEKABLE), 0)) == _SEEKABLE
+def is_compact(read: Callable[[int, int], bytes], size: int) -> bool:
+    """Return whether a file of ``size`` bytes is a compact one. ``read`` returns bytes of it, by offset
+    and length."""
+    if read(0, len(ZSTD)) != ZSTD:
+        return False
+    return read(max(size - len(_SEEKABLE), 0), len(_SEEKABLE)) == _SEEKABLE
 
 
 def open_compact(path: Path, options: ViewOptions) -> SharedView:

@@ -48,6 +48,9 @@ class CopiedView:
     def push(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Do nothing: all of it is here."""
 
+    def fetch_rest(self) -> None:
+        """Do nothing: all of it is here."""
+
     def requests(self) -> Sequence[tuple[int, int]]:
         """Return nothing: reads of a file are not seen."""
         return ()

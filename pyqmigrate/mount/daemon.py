@@ -42,7 +42,7 @@ _OOM_NEVER = "-1000"
 class MountRequest:
     """What to mount where.
 
-    ``place`` and ``names`` are those of :func:`~pyqmigrate.mount.files.open_files`; ``shown`` names
+    ``place``, ``names`` and ``cache`` are those of :func:`~pyqmigrate.mount.files.open_files`; ``shown`` names
     the place in messages and in /proc/mounts. ``allow_other`` lets other users read, too. ``log`` is the absolute path of a file
     for messages, or empty. The rest is as in KeeperSettings.
     """
@@ -56,6 +56,7 @@ class MountRequest:
     private: bool = False
     record: bool = False
     remember: bool = False
+    cache: str = ""
 
 
 def start_keeper(request: MountRequest) -> KeeperClient:
@@ -128,7 +129,7 @@ def _serve(request: MountRequest, control: socket.socket) -> None:
         device = find_mounts(request.directory)[-1].device
         keeper = Keeper(
             fd,
-            lambda: open_files(request.place, request.names),
+            lambda: open_files(request.place, request.names, request.cache),
             KeeperSettings(
                 request.directory,
                 request.shown,

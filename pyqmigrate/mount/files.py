@@ -6,14 +6,14 @@ again in each worker, so nothing of it is shared.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from pyqmigrate.errors import TargetError, target_error
+from pyqmigrate.errors import target_error
 from pyqmigrate.io.plain_file import Bytes, LocalPlainFile, PlainFile
+from pyqmigrate.io.view import is_compact
 
 __all__ = ["COMPANIONS", "BytesFile", "OpenFiles", "ShownFiles", "SingleFile", "open_files"]
 
@@ -23,8 +23,11 @@ COMPANIONS = (".seal", ".vm.json", ".workingset")  # suffixes of the files besid
 class ShownFiles(Protocol):
     """Named files, all in one directory. Several threads call the methods at once.
 
-    They raise TargetError if the place of the files cannot be reached.
+    They raise TargetError if the place of the files cannot be reached. ``readers`` is how many threads
+    read ahead at once.
     """
+
+    readers: int
 
     def names(self) -> Iterator[str]:
         """Yield the names in the directory, those of companions included."""
@@ -41,22 +44,35 @@ class ShownFiles(Protocol):
         """Open a file. The caller closes it. Raises TargetError, with ENOENT if it is not there."""
         ...
 
+    def fetch_rest(self) -> None:
+        """Read all of the files that are open, in the background: what is not local becomes so.
+
+        Returns when that is done. Raises TargetError.
+        """
+        ...
+
 
 OpenFiles: TypeAlias = Callable[[], ShownFiles]
 
 
-def open_files(place: str, names: tuple[str, ...] | None = None) -> ShownFiles:
+def open_files(place: str, names: tuple[str, ...] | None = None, cache: str = "") -> ShownFiles:
     """Return the files of a place: an absolute path or a URL.
 
-    ``names`` restricts a store to these snapshots. Raises TargetError, UsageError.
+    ``names`` restricts a store to these snapshots; ``cache`` is the directory for the packs of a remote
+    one, empty for the default. Raises TargetError, UsageError, SnapshotError for a damaged store or
+    compact file, NotSupported without the libraries for it.
     """
     if "://" not in place and not os.path.isdir(place):
         return SingleFile(place)
-    raise TargetError(errno.ENOTSUP, "cannot show a store yet", place)
+    from pyqmigrate.mount.store_files import StoreFiles
+
+    return StoreFiles(place, names, cache)
 
 
 class SingleFile:
-    """One plain file of a local disk, with its seal and the other files beside it."""
+    """One plain or compact file of a local disk, with its seal and the other files beside it."""
+
+    readers = 1
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
@@ -78,7 +94,16 @@ class SingleFile:
         return f"{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}"
 
     def open(self, name: str) -> PlainFile:
-        return LocalPlainFile(self._path, COMPANIONS)
+        plain = LocalPlainFile(self._path, COMPANIONS)
+        if not is_compact(plain.read, plain.size):
+            return plain
+        plain.close()
+        from pyqmigrate.mount.compact_file import CompactFile
+
+        return CompactFile(self._path)
+
+    def fetch_rest(self) -> None:
+        """Do nothing: it is local."""
 
 
 class BytesFile:

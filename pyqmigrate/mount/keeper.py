@@ -110,6 +110,7 @@ class Keeper:
         self._released = control is None
         self._ranges: list[PushRange] = []
         self._pushed = 0
+        self._fetch = False
         self._told: set[int] = set()
         self._poll = select.poll()
         self._actions: dict[int, Callable[[int], None]] = {}
@@ -117,6 +118,7 @@ class Keeper:
             "status": self._status,
             "reads": self._reads,
             "push": self._take_push,
+            "fetch": self._take_fetch,
             "hide": self._hide,
             "release": self._release,
         }
@@ -256,6 +258,8 @@ class Keeper:
         self._serving = True
         self._failure = None
         self._send_push()
+        if self._fetch and self._worker is not None:
+            self._worker.send_fetch()
 
     def _worker_ended(self) -> None:
         worker = self._worker
@@ -447,6 +451,13 @@ class Keeper:
             fd = encode_ranges(self._ranges)
             self._worker.send_push(fd)
             os.close(fd)
+
+    def _take_fetch(self, question: Object) -> Object:
+        """Have the rest of the open files fetched, by this worker and by each later one."""
+        self._fetch = True
+        if self._worker is not None:
+            self._worker.send_fetch()
+        return {}
 
     def _hide(self, question: Object) -> Object:
         self._unmount()

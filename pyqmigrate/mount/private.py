@@ -56,6 +56,11 @@ class PrivateMount:
         """
         self._client.ask("push", ranges=[list(piece) for piece in ranges])
 
+    def fetch_rest(self) -> None:
+        """Have all of the open files read into the local cache, of a remote store, after what is pushed.
+        Returns at once. Raises TargetError if the keeper does not answer."""
+        self._client.ask("fetch")
+
     def requests(self) -> list[FileRange]:
         """Return the reads that came from the kernel so far, in their order, if they are recorded.
 
@@ -101,6 +106,7 @@ def open_private(
     shown: str = "",
     record: bool = False,
     remember: bool = False,
+    cache: str = "",
 ) -> PrivateMount:
     """Mount the files of ``place`` in a new private directory.
 
@@ -130,6 +136,7 @@ def open_private(
                 private=True,
                 record=record,
                 remember=remember,
+                cache=cache,
             )
         )
     except BaseException:

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pyqmigrate.errors import NotSupported, TargetError, target_error
 from pyqmigrate.io.view import View, ViewOptions
@@ -38,7 +39,9 @@ def make_view(place: str, name: str | None, options: ViewOptions) -> View:
     from pyqmigrate.mount.copied import CopiedView
 
     file_name = name or Path(place).name
-    with contextlib.closing(open_files(place, (file_name,)).open(file_name)) as file:
+    with contextlib.closing(
+        open_files(place, (file_name,), os.fspath(options.cache or "")).open(file_name)
+    ) as file:
         return CopiedView(file, file_name)
 
 
@@ -54,7 +57,10 @@ class MountedView:
         self._place, self._stored, self._name = place, name, name or Path(place).name
         self._directory = -1
         self._mount = open_private(
-            place, names=None if name is None else (name,), record=options.record
+            place,
+            names=None if name is None else (name,),
+            record=options.record,
+            cache=os.fspath(options.cache or ""),
         )
         try:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -71,11 +77,16 @@ class MountedView:
     def push(self, ranges: Iterable[tuple[int, int]]) -> None:
         self._mount.push(FileRange(self._name, offset, length) for offset, length in ranges)
 
+    def fetch_rest(self) -> None:
+        self._mount.fetch_rest()
+
+    def status(self) -> dict[str, Any]:
+        """Return what the keeper says of it (:meth:`PrivateMount.status`)."""
+        return self._mount.status()
+
     def requests(self) -> Sequence[tuple[int, int]]:
         return [
-            (read.offset, read.length)
-            for read in self._mount.requests()
-            if read.name == self._name
+            (read.offset, read.length) for read in self._mount.requests() if read.name == self._name
         ]
 
     def check_recordable(self) -> str:

@@ -96,6 +96,11 @@ class Worker:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             socket.send_fds(self._channel, [b"push"], [fd])
 
+    def send_fetch(self) -> None:
+        """Have it read the rest of the open files into the local cache."""
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            self._channel.send(b"fetch")
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
@@ -160,7 +165,7 @@ class _Work:
             self._channel.send(packet)
 
     def _listen(self, nodes: Nodes) -> None:
-        """Take what the keeper sends: lists to push."""
+        """Take what the keeper sends: lists to push, and to fetch the rest."""
         while True:
             message, fds, _, _ = socket.recv_fds(self._channel, 64, 1)
             if not message:
@@ -168,6 +173,15 @@ class _Work:
             for fd in fds:
                 taken = push(fd, self._connection, nodes, self._board)
                 self._say({"pushed": taken})
+            if message == b"fetch":
+                start_thread(threading.Thread(target=self._fetch, args=(nodes,), daemon=True))
+
+    def _fetch(self, nodes: Nodes) -> None:
+        """Read the rest; pushing and answering go first, as readers of the store."""
+        try:
+            nodes.files.fetch_rest()
+        except (OSError, PyqmigrateError) as error:
+            self.report(f"cannot fetch the rest: {error}")
 
 
 class _ToKeeper(logging.Handler):

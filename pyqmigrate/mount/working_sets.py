@@ -39,9 +39,7 @@ def check_recordable(place: str, name: str | None) -> str:
 def write_working_set(place: str, name: str | None, content: bytes) -> None:
     """Write it; an older one is replaced. Arguments and errors as for :func:`check_recordable`."""
     if name is None:
-        write_whole(
-            working_set_path(place), WORKING_SET_FILE, lambda file: file.write(content)
-        )
+        write_whole(working_set_path(place), WORKING_SET_FILE, lambda file: file.write(content))
         return
     from pyqmigrate.store.store import Store
 

@@ -36,6 +36,7 @@ class Shown:
     pushes: bool = False
     pushed: list[tuple[int, int]] = field(default_factory=list)
     closed: bool = False
+    fetched: bool = False
 
     def __post_init__(self) -> None:
         self._fd = os.open(self.views.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -43,6 +44,9 @@ class Shown:
 
     def push(self, ranges: Iterable[tuple[int, int]]) -> None:
         self.pushed.extend(ranges)
+
+    def fetch_rest(self) -> None:
+        self.fetched = True
 
     def requests(self) -> Sequence[tuple[int, int]]:
         return self.views.requests

@@ -51,7 +51,7 @@ def test_guest_goes_on_and_the_view_is_closed(
     assert report.mode == "instant"
     assert views.made
     assert all(view.closed for view in views.made)
-    assert all(view.options.for_guest for view in views.made)
+    assert all(view.fetched for view in views.made)
 
 
 @pytest.mark.parametrize("mode", ["load", "instant"])

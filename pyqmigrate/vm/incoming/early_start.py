@@ -120,6 +120,7 @@ def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions)
         raise
     if options.record is None or by_page_table:  # what is pushed is not read
         source.prefetch()  # QEMU starts in the meantime
+    source.fetch_rest()
     return StartedRestore(source, mapped, files, qemu)
 
 

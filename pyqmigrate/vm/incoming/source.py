@@ -123,7 +123,7 @@ class RestoreSource:
     ) -> None:
         self._prefetch: Prefetch | None = None
         self._prefetch_lock = threading.Lock()
-        self._input = InputFile(target, cache=cache, for_guest=True, record=record)
+        self._input = InputFile(target, cache=cache, record=record)
         self.name, self.place = self._input.name, self._input.place
         self.view = self._input.view
         try:
@@ -202,6 +202,11 @@ class RestoreSource:
     def started_prefetch(self) -> Prefetch | None:
         """The prefetch, if :meth:`prefetch` has started one."""
         return self._prefetch
+
+    def fetch_rest(self) -> None:
+        """Have all of the snapshot fetched from a remote store in the background. Raises TargetError."""
+        if self.mapped.source.view is not None:
+            self.mapped.source.view.view.fetch_rest()
 
     def cancel_prefetch(self) -> None:
         """Read no more of the working set ahead, if that was started."""
