@@ -31,6 +31,7 @@ SOURCES = [
     "search.c",
     "xxh3.c",
     "page_digests.c",
+    "compare.c",
     "page_states.c",
     "stash.c",
     "blake3.c",

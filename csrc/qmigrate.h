@@ -678,6 +678,29 @@ int qm_copy_changed(const struct qm_transfer *transfer, qm_channel *channel,
 /* The digest of `len` bytes, more than 240. `portable`: without vector instructions. */
 int qm_xxh3_128(const void *bytes, size_t len, int portable, unsigned char *digest);
 
+/* ---- comparison ----------------------------------------------------------------------------- */
+
+/* Two memories that are compared page by page. Several channels can use it at once.
+ *   memory     both have `fill`, and at least npages * page_size bytes.
+ *   selection  the pages that are compared; NULL: all.
+ *   differing  the bits of pages that differ are set; other bits do not change.
+ *   zero       the differing pages that are zero in each memory are added to these. */
+struct qm_comparison {
+    qm_job *job;
+    const struct qm_memory *memory[2];
+    uint64_t npages;
+    uint32_t page_size;
+    const uint64_t *selection;
+    uint64_t *differing;
+    uint64_t zero[2];
+};
+
+/* Compare those of the pages [first, first + npages) that are selected; `first` is a multiple of 64.
+ * Pages without data in both memories are equal, and not read. The job's bytes_moved are those read
+ * of each memory. In `fault`, `block` is the number of the memory that cannot be read. */
+int qm_compare_memories(struct qm_comparison *comparison, qm_channel *channel, uint64_t first,
+                        uint64_t npages, struct qm_fault *fault);
+
 /* ---- states of pages ------------------------------------------------------------------------ */
 
 /* A block that a process has mapped, at `address`. `pagemap` is /proc/PID/pagemap of it; `has_scan`

@@ -40,7 +40,10 @@ from pyqmigrate.errors import (
 )
 
 if TYPE_CHECKING:
+    from pyqmigrate.analysis.comparison import diff
+    from pyqmigrate.analysis.report import BlockDiff, DeviceDiff, DiffReport, FieldDiff, PageRange
     from pyqmigrate.api import save, start_save
+    from pyqmigrate.compaction import CompactReport, compact
     from pyqmigrate.enums import Format
     from pyqmigrate.export.convert import convert
     from pyqmigrate.export.image import ImageReport
@@ -78,6 +81,8 @@ __all__ = [
     "Snapshot",
     "Block",
     "convert",
+    "compact",
+    "diff",
     "seal",
     "verify_seal",
     # Memory and targets.
@@ -103,8 +108,15 @@ __all__ = [
     "IncrementSnapshot",
     "Format",
     "ImageReport",
+    "CompactReport",
     "Placement",
     "parse_placement",
+    # The comparison of two snapshots.
+    "DiffReport",
+    "BlockDiff",
+    "PageRange",
+    "DeviceDiff",
+    "FieldDiff",
     # Device state, and the origin of a file.
     "devices",
     "Devices",
@@ -149,6 +161,14 @@ __all__ = [
 # Modules are imported on first use: a command that restores a guest has no time for the rest. No
 # module or folder here has the name of a public function, because importing it would hide that.
 _HOME = {
+    "diff": "analysis.comparison",
+    "BlockDiff": "analysis.report",
+    "DeviceDiff": "analysis.report",
+    "DiffReport": "analysis.report",
+    "FieldDiff": "analysis.report",
+    "PageRange": "analysis.report",
+    "compact": "compaction",
+    "CompactReport": "compaction",
     "SequentialSnapshot": "snapshot.sequential",
     "Devices": "snapshot.devices",
     "devices": "snapshot.devices",

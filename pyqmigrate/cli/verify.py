@@ -30,6 +30,7 @@ for damage, and for a snapshot or a seal that cannot be parsed, which is an erro
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
 
 from pyqmigrate.cli.arguments import Verbs, add_channels, add_direct_io, add_verb
@@ -44,6 +45,7 @@ from pyqmigrate.errors import NotSupported
 from pyqmigrate.integrity.seal import stale_pages
 from pyqmigrate.integrity.verify import SealCheck, verify_seal
 from pyqmigrate.io.bitmap_order import better_order, says_better
+from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.pipe import PipeReader
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.devices import devices
@@ -62,9 +64,15 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    check = None
-    if not _is_pipe(args.snapshot):
-        check = _check_seal(args, read_from(args.snapshot, None)[0])
+    if _is_pipe(args.snapshot):
+        return _verify(args, None)
+    path = read_from(args.snapshot, None)[0]
+    # Held open: a snapshot of a store is then shown once for all that reads it.
+    with contextlib.closing(InputFile(path)):
+        return _verify(args, _check_seal(args, path))
+
+
+def _verify(args: argparse.Namespace, check: SealCheck | None) -> Outcome:
     data: dict[str, Any] = {
         "snapshot": args.snapshot,
         "valid": True,

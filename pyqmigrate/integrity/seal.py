@@ -138,6 +138,12 @@ def start_seal(
     check_bitmap_order(bitmap_order)
     source = InputFile(snapshot)
     try:
+        if source.view is not None:
+            raise UsageError(
+                f"{source.name!r} is shown from a store or a compact file, and cannot be sealed here: "
+                "a snapshot of a store has its seal, and a compact file gets the seal of the snapshot "
+                "that it is made of"
+            )
         if offset is not None and source.offset:
             raise UsageError("the offset is given twice")
         if source.is_device:

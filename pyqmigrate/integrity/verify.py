@@ -21,7 +21,7 @@ from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import Cancelled, NotSupported, PyqmigrateError, SnapshotError, UsageError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
-from pyqmigrate.format.seal import PIECE, count_pieces
+from pyqmigrate.format.seal import PIECE, SUFFIX, count_pieces
 from pyqmigrate.integrity.damage import Damage, parts_of
 from pyqmigrate.integrity.digests import Digests, open_direct
 from pyqmigrate.integrity.manifest import Manifest, read_manifest
@@ -122,7 +122,8 @@ def start_verify(
     check("page_size", page_size, int, type(None))
     source = InputFile(snapshot)
     try:
-        path = seal_path(source.name)
+        assert source.place is not None
+        path = seal_path(source.place)
         # Digests of pieces that the file does not have are not needed to report them missing.
         manifest = read_manifest(path, count_pieces(source.size) * DIGEST_SIZE)
         if manifest is None:
@@ -234,7 +235,7 @@ class _Checking:
         elif info.st_mtime_ns != manifest.head.mtime_ns:
             notes.append("the file has another time of modification than when it was sealed")
         return SealCheck(
-            str(self.path),
+            str(self.path) if source.view is None else source.name + SUFFIX,
             manifest.algorithm,
             manifest.size,
             damages,

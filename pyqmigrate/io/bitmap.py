@@ -134,6 +134,20 @@ class Bitmap:
         if self.npages % 64:
             self.core[self.npages // 64] &= (1 << self.npages % 64) - 1
 
+    def add_range(self, first: int, end: int) -> None:
+        """Set the bits ``[first, end)``. UsageError unless these pages exist."""
+        if not 0 <= first <= end <= self.npages:
+            raise UsageError(f"pages {first} to {end} of {self.npages} do not exist")
+        self._reach = max(self._reach, end)
+        if first == end:
+            return
+        if sys.byteorder == "little":
+            self._set(first, end)
+            return
+        for word in range(first // 64, (end - 1) // 64 + 1):
+            low, high = max(first - word * 64, 0), min(end - word * 64, 64)
+            self.core[word] |= (1 << high) - (1 << low)
+
     def count(self, npages: int | None = None) -> int:
         """Return how many of the first ``npages`` bits (default: all) are set."""
         return self._count(self.npages if npages is None else npages)[0]

@@ -12,22 +12,31 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pyqmigrate.errors import TargetError, UsageError, target_error
 from pyqmigrate.io.direct_io import Direct, DirectIO, find_direct
-from pyqmigrate.io.place import absolute
+from pyqmigrate.io.place import absolute, resolve_symlink
 from pyqmigrate.io.target import Descriptors, Target, check_borrowed, split_target
+
+if TYPE_CHECKING:
+    from pyqmigrate.io.view import SharedView
 
 __all__ = ["InputFile", "Source", "file_size"]
 
 _PIECE = 1 << 20
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_ZSTD = bytes.fromhex("28b52ffd")  # the magic of a compressed file, which may be a compact one
+# O_NONBLOCK: opening a FIFO must not wait for a writer.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class Source(Protocol):
     """The bytes of a stream.
 
-    ``name`` is for messages. ``place`` is the absolute path of the file, None without one.
+    ``name`` is for messages. ``place`` is the absolute path of the file, None without one. ``view``
+    is what shows a snapshot of a store as a file, None for others: ``place`` is in it then, and
+    nothing can be written there.
     ``offset`` is where its target says that the stream starts, bytes.
     ``forward`` says that it can be read front to back only, ``is_device`` that it is a block
     device, which records no time of change. ``fd`` is an open file description that is not shared:
@@ -37,6 +46,7 @@ class Source(Protocol):
     name: str
     offset: int
     place: Path | None
+    view: SharedView | None
     fd: int
     is_device: bool
 
@@ -109,17 +119,21 @@ class Source(Protocol):
 class InputFile:
     """A file or block device that is open for reading, a :class:`Source`.
 
+    A snapshot of a store (``STORE#NAME``) and a compact file are opened through a view, for which
+    ``cache`` and ``record`` are (:class:`~pyqmigrate.io.view.ViewOptions`).
     ``is_duplicate`` says that ``fd`` shares the caller's open file description, with its position
     and its locks. Raises TargetError when it cannot be opened, UsageError for descriptors that do
-    not fit.
+    not fit, and for a snapshot of a store what :func:`pyqmigrate.io.view.open_view` raises.
     """
 
     forward = False
     run_out = None
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, *, cache: Path | None = None, record: bool = False) -> None:
         self.name, self.offset = split_target(target)
         self.fd = -1
+        self.view: SharedView | None = None
+        self._view_options = (cache, record)
         self._given_direct: int | None = None
         self._borrowed = isinstance(target, Descriptors)
         self.place = None if self._borrowed else absolute(self.name)
@@ -134,13 +148,10 @@ class InputFile:
                 self.fd = fcntl.fcntl(target.buffered, fcntl.F_DUPFD_CLOEXEC, 3)
                 self.is_duplicate = True
         else:
-            try:
-                # O_NONBLOCK: opening a FIFO must not wait for a writer.
-                flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-                self.fd = os.open(self.name if self.place is None else self.place, flags)
-            except OSError as error:
-                raise target_error(error, "cannot open", self.name) from error
+            self._open()
         info = os.fstat(self.fd)
+        if stat.S_ISREG(info.st_mode) and self.view is None and not self._borrowed:
+            info = self._open_shown(info)
         if stat.S_ISDIR(info.st_mode):
             self.close()
             raise TargetError(errno.EISDIR, "cannot open", self.name)
@@ -148,6 +159,44 @@ class InputFile:
         if not (stat.S_ISREG(info.st_mode) or self.is_device):
             self.close()
             raise UsageError(f"{self.name!r} is neither a regular file nor a block device")
+
+    def _open(self) -> None:
+        try:
+            self.fd = os.open(self.name if self.place is None else self.place, _FLAGS)
+        except OSError as error:
+            if error.errno not in _ABSENT or "#" not in self.name:
+                raise target_error(error, "cannot open", self.name) from error
+            # Only a snapshot of a store needs it.
+            from pyqmigrate.io.view import ViewOptions, open_view
+
+            self.view = open_view(self.name, ViewOptions(*self._view_options))
+            if self.view is None:
+                raise target_error(error, "cannot open", self.name) from error
+            self._open_in(self.view)
+
+    def _open_shown(self, info: os.stat_result) -> os.stat_result:
+        """Open what a compact file shows, if this is one; return what is known of the open file."""
+        fd = self.fd
+        if os.pread(fd, len(_ZSTD), 0) != _ZSTD or self.place is None:
+            return info
+        # Only a compressed file needs it.
+        from pyqmigrate.io.view import ViewOptions, is_compact, open_compact
+
+        if not is_compact(lambda offset, length: os.pread(fd, length, offset), info.st_size):
+            return info
+        path = resolve_symlink(self.place)
+        self.close()
+        self.view = open_compact(path, ViewOptions(*self._view_options))
+        self._open_in(self.view)
+        return os.fstat(self.fd)
+
+    def _open_in(self, view: SharedView) -> None:
+        self.place = view.path
+        try:
+            self.fd = os.open(view.path, _FLAGS)
+        except OSError as error:
+            self.close()
+            raise target_error(error, "cannot open", self.name) from error
 
     @property
     def size(self) -> int:
@@ -218,6 +267,8 @@ class InputFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        if self.view is not None:
+            self.view.close()
 
 
 def file_size(fd: int) -> int:

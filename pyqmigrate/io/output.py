@@ -141,6 +141,12 @@ class OutputFile:
             self.fd = self._target.buffered
             self._invalidate()
             return
+        if "#" in self.name:
+            from pyqmigrate.io.view import refuse_stored
+
+            refuse_stored(
+                self.name, "be written", "write a file, and add that one (pyqmigrate store add)"
+            )
         self._path = absolute(self.name)
         self.place = place = resolve_symlink(self.name)
         exists = self._check_what_is_there()

@@ -16,11 +16,15 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import Cancelled, NotSupported, TargetError, UsageError, target_error
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
 from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.input import Source
+
+if TYPE_CHECKING:
+    from pyqmigrate.io.view import SharedView
 
 __all__ = ["KEPT_MAX", "ForwardInput", "PipeReader"]
 
@@ -55,6 +59,7 @@ class ForwardInput:
     ) -> None:
         self.name = name
         self.place: Path | None = None if beneath is None else beneath.place
+        self.view: SharedView | None = None if beneath is None else beneath.view
         self._stop: Callable[[], bool] = lambda: False
         self._start, self._close, self._again, self._beneath = start, close, again, beneath
         self._file = tempfile.TemporaryFile()  # noqa: SIM115

@@ -195,9 +195,9 @@ class IncrementSnapshot(Snapshot):
                 field="machine",
             )
 
-    def _base_path(self, given: str | os.PathLike[str] | None) -> Path:
+    def _base_path(self, given: str | os.PathLike[str] | None) -> str | Path:
         if given is not None:
-            return Path(os.fsdecode(given))
+            return os.fsdecode(given)
         recorded = self.header.base_path
         if self.source.place is None and not Path(recorded).is_absolute():
             raise UsageError(
@@ -319,7 +319,7 @@ def _specs(snapshot: MappedRamSnapshot) -> tuple[BlockSpec, ...]:
     )
 
 
-def _open_base(increment: str, path: Path, header: IncrementHeader) -> MappedRamSnapshot:
+def _open_base(increment: str, path: str | Path, header: IncrementHeader) -> MappedRamSnapshot:
     """Open the base at ``path`` and check that it is the one that ``header`` describes."""
     what = f"the base {str(path)!r} of the increment {increment!r}"
     _check_kind(path, what)
@@ -345,7 +345,7 @@ def _open_base(increment: str, path: Path, header: IncrementHeader) -> MappedRam
         fd = stream_file.source.fd
         try:
             lock_file(fd, exclusive=False)
-            found = identify_snapshot(path, fd)
+            found = identify_snapshot(stream_file.source.place or path, fd)
         except BlockingIOError as error:
             raise TargetError(
                 errno.EBUSY, f"{what} is being written by another process", path
@@ -367,11 +367,11 @@ def _open_base(increment: str, path: Path, header: IncrementHeader) -> MappedRam
         raise
 
 
-def _check_kind(path: Path, what: str) -> None:
+def _check_kind(path: str | Path, what: str) -> None:
     """Raise SnapshotError unless ``path`` is a regular file. An increment may name any path, and to
     open a device or a FIFO can have an effect by itself."""
     try:
-        mode = path.stat().st_mode
+        mode = os.stat(path).st_mode
     except OSError:
         return  # opening it reports the error
     if not stat.S_ISREG(mode):

@@ -38,7 +38,8 @@ _PATIENCE = 120.0  # seconds
 class WalkingGuest:
     """Walks over ``working_set`` bytes of its memory; its snapshot is ``path``.
 
-    They are in clusters of ``cluster`` pages, one in each ``spread`` pages.
+    They are in clusters of ``cluster`` pages, one in each ``spread`` pages. ``name`` is what it is
+    restored from: its snapshot, or another name of it.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class WalkingGuest:
         self.npages = working_set // PAGE
         assert self.npages % _STRIDE, "the walk would not visit all pages"
         self.path = directory / "walking.mapped"
+        self.name: str | Path = self.path
         constants = {
             "FIRST": f"{_FIRST}UL",
             "PAGES": f"{self.npages}UL",
@@ -98,7 +100,7 @@ class WalkingGuest:
 
     async def _restored(self, options: dict[str, Any]) -> RestoredVm:
         return await vm.restore(
-            self.path,
+            self.name,
             self.command,
             mode="instant",
             stdin=subprocess.DEVNULL,

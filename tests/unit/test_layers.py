@@ -18,8 +18,8 @@ LAYERS = [
     {"core"},
     {"io", "qapi"},
     {"snapshot"},
-    {"integrity", "export", "analysis", "migration"},
-    {"api", "qmp", "vm", "store"},
+    {"integrity", "export", "migration"},
+    {"analysis", "api", "compaction", "qmp", "vm", "store"},
     {"mount", "fleet"},
     {"cli"},
 ]

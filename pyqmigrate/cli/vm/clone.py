@@ -31,6 +31,7 @@ from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, announce, error_data, printable, shown_error, table
 from pyqmigrate.cli.vm.restore import (
     add_base,
+    add_cache,
     add_command,
     add_disks,
     add_run_state,
@@ -65,6 +66,7 @@ def add_parser(verbs: Verbs) -> None:
     add_run_state(parser)
     add_offset(parser)
     add_disks(parser, "the directory of the monitors")
+    add_cache(parser)
     add_command(parser)
 
 
@@ -90,6 +92,7 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
         disks_dir=args.disks_dir,
         disks_as_they_are=args.disks_as_they_are,
         base=args.base,
+        cache=args.cache,
     )
     vms = [clone.vm for clone in clones if clone.vm is not None]
     pass_signals_on(vms)

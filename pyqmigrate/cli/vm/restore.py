@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_base",
+    "add_cache",
     "add_command",
     "add_disks",
     "add_parser",
@@ -110,6 +111,7 @@ def add_parser(verbs: Verbs) -> None:
         metavar="SECONDS",
         help="record which pages the guest touches within this time, for later restores to read ahead",
     )
+    add_cache(parser)
     add_command(parser)
 
 
@@ -128,6 +130,14 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         "--base",
         metavar="PATH",
         help="where the base of an increment is (default: the place that the increment records)",
+    )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where packs of a remote store are kept (default: ~/.cache/pyqmigrate/packs)",
     )
 
 
@@ -205,7 +215,8 @@ def _run(args: argparse.Namespace) -> Outcome:
         set_time=args.set_time,
         guest_agent=args.guest_agent,
         record=args.record,
-        base=None if args.base is None else Path(args.base),
+        base=args.base,
+        cache=None if args.cache is None else Path(args.cache).absolute(),
     )
     early = None
     if options.mode in (Mode.AUTO, Mode.INSTANT):

@@ -32,6 +32,7 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId, files_in_use
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.target import Target, stream_offset
+from pyqmigrate.io.view import BASE_INSTEAD
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, WriteObserver
@@ -67,6 +68,10 @@ class Base:
             raise UsageError(
                 f"{source.name!r} is an increment itself, and cannot be a base: use its base, or "
                 "convert it to mapped-ram first"
+            )
+        if source.view is not None:
+            raise UsageError(
+                f"{source.name!r} is not a plain file, and cannot be a base: {BASE_INSTEAD}"
             )
         if source.place is None:
             raise UsageError("a base needs a path, which an increment names it by")

@@ -39,7 +39,7 @@ from pyqmigrate.vm.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     from pyqmigrate.snapshot.increment import IncrementSnapshot
-    from pyqmigrate.vm.incoming.recording import WorkingSetRecorder
+    from pyqmigrate.vm.incoming.recording import Recorder
 
 __all__ = ["RestoreAttempt"]
 
@@ -277,7 +277,7 @@ class RestoreAttempt:
         other_guests: asyncio.Future[bool],
         seconds: float,
         incoming: Incoming,
-        recorder: WorkingSetRecorder | None = None,
+        recorder: Recorder | None = None,
         *,
         notes: tuple[str, ...],
         **details: Any,
@@ -314,13 +314,13 @@ class RestoreAttempt:
         qemu.hand_over()
         return RestoredVm(qemu, report, recorder)
 
-    async def _start_recording(
-        self, qemu: QemuSession, mapped: Sequence[str]
-    ) -> WorkingSetRecorder | None:
+    async def _start_recording(self, qemu: QemuSession, mapped: Sequence[str]) -> Recorder | None:
         """Start to record which pages are touched, if that is asked for: before the load, since
         the guest may run as soon as it is loaded."""
         if self.options.record is None or self.source.place is None:
             return None
+        if self.source.records_requests:
+            return await self._record_requests(self.options.record)
         from pyqmigrate.vm.guest.changed_pages import RestoredBlock
         from pyqmigrate.vm.incoming.recording import WorkingSetRecorder
 
@@ -347,6 +347,18 @@ class RestoreAttempt:
             if increment is None
             else [increment.blocks[line.name].bitmap for line in table if line.name in mapped],
         )
+        return recorder
+
+    async def _record_requests(self, seconds: float) -> Recorder:
+        """Start to record what is read of a snapshot of a store."""
+        from pyqmigrate.vm.incoming.request_recording import RequestRecorder
+
+        view = self.source.view
+        assert view is not None
+        place = await asyncio.to_thread(view.view.check_recordable)
+        identity = await asyncio.to_thread(self.source.identify)
+        recorder = RequestRecorder(view, place, identity, self.source.snapshot.layouts, seconds)
+        recorder.start()
         return recorder
 
     def _read_ahead(self) -> PrefetchState:

@@ -108,7 +108,9 @@ async def _clone(
         return Clone(number, qmp, vm)
 
     try:
-        async with await IncomingStreams.open(snapshot, options.offset, options.base) as streams:
+        async with await IncomingStreams.open(
+            snapshot, options.offset, options.base, options.cache
+        ) as streams:
             await asyncio.to_thread(_make_directory, directory)
             choosing = asyncio.to_thread(_choose, streams.source, command, count, options.disks)
             chosen = await acquired(choosing, _discard)

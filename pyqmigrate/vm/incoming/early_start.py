@@ -74,6 +74,14 @@ def _check_recording(source: RestoreSource, options: RestoreOptions) -> None:
         raise UsageError(f"a working set is recorded in mode instant, not in mode {options.mode}")
     if source.place is None:
         raise UsageError("a working set is recorded beside a snapshot that is given by its path")
+    if source.view is not None:
+        if not source.records_requests:
+            raise UsageError(
+                "no working set is recorded: this system has no FUSE, and the snapshot is read from a "
+                "copy"
+            )
+        source.view.view.check_recordable()
+        return
     from pyqmigrate.io.working_set_file import check_working_set_place
 
     check_working_set_place(source.place)
@@ -97,7 +105,8 @@ def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions)
     """
     files = RamFiles(mapped.command, source.snapshot, mapped.blocks)
     try:
-        with contextlib.nullcontext() if options.record is None else _recordable(source):
+        by_page_table = options.record is not None and not source.records_requests
+        with _recordable(source) if by_page_table else contextlib.nullcontext():
             qemu = start(
                 mapped.command,
                 [source.mapped_fd, *options.pass_fds],
@@ -109,7 +118,9 @@ def start_mapped(source: RestoreSource, mapped: Mapped, options: RestoreOptions)
     except BaseException:
         files.close()
         raise
-    source.prefetch()  # QEMU starts in the meantime
+    if options.record is None or by_page_table:  # what is pushed is not read
+        source.prefetch()  # QEMU starts in the meantime
+    source.fetch_rest()
     return StartedRestore(source, mapped, files, qemu)
 
 
@@ -162,7 +173,9 @@ def start_early(
 
 
 def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOptions) -> EarlyRestore:
-    source = RestoreSource(snapshot, options.offset, options.base)
+    source = RestoreSource(
+        snapshot, options.offset, options.base, options.cache, options.record is not None
+    )
     with contextlib.ExitStack() as undo:
         undo.callback(source.close)
         chosen = choose_command(source, words, options.disks)

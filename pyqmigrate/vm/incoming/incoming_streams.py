@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Self
 
 from pyqmigrate.io.target import Target
@@ -25,11 +26,16 @@ class IncomingStreams:
 
     @classmethod
     async def open(
-        cls, snapshot: Target, offset: int | None, base: str | os.PathLike[str] | None = None
+        cls,
+        snapshot: Target,
+        offset: int | None,
+        base: str | os.PathLike[str] | None = None,
+        cache: Path | None = None,
+        record: bool = False,
     ) -> Self:
         """Open a snapshot; raises SnapshotError, NotSupported or TargetError if it, or the base of
         an increment, cannot be restored."""
-        opening = asyncio.to_thread(RestoreSource, snapshot, offset, base)
+        opening = asyncio.to_thread(RestoreSource, snapshot, offset, base, cache, record)
         return cls(await acquired(opening, RestoreSource.close))
 
     async def get(self, blocks: Sequence[str]) -> IncomingStream:

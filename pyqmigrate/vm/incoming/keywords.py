@@ -22,6 +22,7 @@ class _CommonOptions(TypedDict, total=False):
     disks_dir: str | os.PathLike[str] | None
     disks_as_they_are: bool
     base: str | os.PathLike[str] | None
+    cache: str | os.PathLike[str] | None
 
 
 class VmRestoreOptions(_CommonOptions, total=False):
@@ -40,6 +41,7 @@ class VmRestoreOptions(_CommonOptions, total=False):
     disks_as_they_are: restore even if the disks have changed since the snapshot or are not the
         recorded ones. The guest's file systems are then at risk.
     base: the path of an increment's base; None is the path that the increment records.
+    cache: the directory in which packs of a remote store are kept, None for the default one.
     qmp: the path of a monitor socket to add, or unix:PATH.
     channels: how many channels QEMU reads with in mode ``load``; None, the default, and
         ``direct_io="auto"`` choose by how much of the file is in the page cache.
@@ -71,7 +73,7 @@ class VmRestoreOptions(_CommonOptions, total=False):
 class VmCloneOptions(_CommonOptions, total=False):
     """The options of :func:`pyqmigrate.vm.clone`.
 
-    mode, paused, offset, with_disks, disks_as_they_are, base: as in :class:`VmRestoreOptions`.
+    mode, paused, offset, with_disks, disks_as_they_are, base, cache: as in :class:`VmRestoreOptions`.
     directory: where the monitors are made; it is created (the current directory).
     at_once: how many guests start at the same time; None is the number of processors.
     pass_fds: descriptors for every guest; ``fd=1{n}`` has guest 2 use descriptor 12.

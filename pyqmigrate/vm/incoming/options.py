@@ -77,7 +77,8 @@ class RestoreOptions(NamedTuple):
     set_time: bool = False
     guest_agent: str | os.PathLike[str] | None = None
     record: float | None = None
-    base: Path | None = None
+    base: str | os.PathLike[str] | None = None
+    cache: Path | None = None
 
     @classmethod
     def check(cls, options: VmRestoreOptions) -> Self:
@@ -97,7 +98,9 @@ class RestoreOptions(NamedTuple):
         if values.get("record") is not None:
             values["record"] = check_record(values["record"])
         if values.get("base") is not None:
-            values["base"] = Path(os.fsdecode(values["base"]))
+            values["base"] = os.fsdecode(values["base"])
+        if values.get("cache") is not None:
+            values["cache"] = Path(os.fsdecode(values["cache"])).absolute()
         directory = values.pop("disks_dir", None)
         values["disks"] = DiskOptions(
             values.pop("with_disks", False),

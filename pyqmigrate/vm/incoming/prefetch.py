@@ -56,7 +56,8 @@ class Prefetch:
     """A thread that has the kernel read ahead what ``read`` returns, from the file open as ``fd``.
 
     ``layouts`` are the file's blocks by name. ``read`` is called in the thread. ``fd`` is borrowed
-    for the call only; ``limit`` is in bytes, None for half of the available memory. Raises nothing:
+    for the call only; ``limit`` is in bytes, None for half of the available memory. ``push`` gets the
+    offset and length of each range, instead of the kernel. Raises nothing:
     if something fails, the state says so. The thread ends with the process.
     """
 
@@ -67,12 +68,14 @@ class Prefetch:
         read: Callable[[], RecordedWorkingSet],
         *,
         limit: int | None = None,
+        push: Callable[[Iterator[tuple[int, int]]], object] | None = None,
     ) -> None:
         self._state = PrefetchState()
         self._cancelled = threading.Event()
         self._ended = threading.Event()
         self._started_at = time.monotonic()
-        self._limit = limit
+        self._limit, self._push = limit, push
+        self._why_not: str | None = None
         own = -1
         try:
             own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
@@ -129,18 +132,32 @@ class Prefetch:
         self, fd: int, layouts: Mapping[str, BlockLayout], recorded: RecordedWorkingSet
     ) -> str | None:
         """Request everything; return why it was not everything."""
+        self._note(recorded.working_set.npages, 0)
+        ranges = self._ranges(layouts, recorded)
+        if self._push is not None:
+            self._push(ranges)
+        else:
+            for offset, length in ranges:
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+        return self._why_not
+
+    def _ranges(
+        self, layouts: Mapping[str, BlockLayout], recorded: RecordedWorkingSet
+    ) -> Iterator[tuple[int, int]]:
+        """Yield what is to be requested, and note how far that is, until the limit or a cancellation,
+        which ``_why_not`` says then."""
         pages, requested = recorded.working_set.npages, 0
         limit = _available_memory() if self._limit is None else self._limit
-        self._note(pages, 0)
         for offset, length in file_ranges(layouts, recorded):
             if self._cancelled.is_set():
-                return "cancelled"
+                self._why_not = "cancelled"
+                return
             if requested + length > limit:
-                return f"the working set exceeds the limit of {limit >> 20} MiB"
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+                self._why_not = f"the working set exceeds the limit of {limit >> 20} MiB"
+                return
+            yield offset, length
             requested += length
             self._note(pages, requested)
-        return None
 
 
 def file_ranges(

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +29,16 @@ from pyqmigrate.io.working_set_file import check_working_set_place, write_workin
 from pyqmigrate.vm.guest.changed_pages import RestoredBlock, RestoredRam
 from pyqmigrate.vm.guest.touched_pages import record_working_set
 
-__all__ = ["WorkingSetRecorder", "WorkingSetReport"]
+__all__ = ["Recorder", "WorkingSetRecorder", "WorkingSetReport"]
 
 
 @dataclass(frozen=True)
 class WorkingSetReport:
     """A recorded working set: the file ``path``, its number of ``pages``, and for how many ``seconds``
     the guest was watched. ``complete`` is False if the guest ended, or touched more than the file can
-    list."""
+    list. In a store ``path`` is a text: the store, and the name of the object in it."""
 
-    path: Path
+    path: Path | str
     pages: int
     seconds: float
     complete: bool
@@ -50,22 +51,65 @@ def _copy(bitmap: Bitmap) -> Bitmap:
     return copy
 
 
-class WorkingSetRecorder:
-    """Records the working set of one guest of the snapshot ``identity`` at ``snapshot``.
+class Recorder:
+    """A recording that goes on in a thread.
 
-    ``result`` is the report, once :meth:`start` was called; it may be awaited any number of times,
-    and to cancel it stops the recording. Raises UsageError or TargetError if the file cannot be
-    written beside the snapshot. Needs a running event loop.
+    ``result`` is the report, once the recording was started; it may be awaited any number of times,
+    and to cancel it stops the recording. Needs a running event loop.
     """
 
-    def __init__(self, snapshot: Path, identity: SnapshotId, seconds: float) -> None:
-        self._snapshot, self._identity, self._seconds = snapshot, identity, seconds
-        self._place = check_working_set_place(snapshot)
+    def __init__(self) -> None:
         self._stop = threading.Event()
         self._dropped = False
         self._future: concurrent.futures.Future[WorkingSetReport] = concurrent.futures.Future()
         self.result: asyncio.Future[WorkingSetReport] = asyncio.wrap_future(self._future)
         self.result.add_done_callback(self._ended)
+
+    def stop(self) -> None:
+        """Stop watching; what was seen is written. Does not wait. Idempotent."""
+        self._stop.set()
+
+    def drop(self) -> None:
+        """Stop watching; nothing is written unless that is happening already."""
+        self._dropped = True
+        self._stop.set()
+
+    def _start(self, record: Callable[[], WorkingSetReport]) -> None:
+        """Start the thread, in which ``record`` watches and writes. Raises TargetError."""
+        start_thread(
+            threading.Thread(
+                target=self._run, args=(record,), name="pyqmigrate-record", daemon=True
+            )
+        )
+
+    def _ended(self, result: asyncio.Future[WorkingSetReport]) -> None:
+        self.stop()
+        if not result.cancelled():
+            result.exception()  # retrieved: the caller need not await it
+
+    def _run(self, record: Callable[[], WorkingSetReport]) -> None:
+        self._future.set_running_or_notify_cancel()
+        try:
+            self._future.set_result(record())
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def _check_kept(self) -> None:
+        """Raise UsageError if the recording was dropped."""
+        if self._dropped:
+            raise UsageError("the restore failed")
+
+
+class WorkingSetRecorder(Recorder):
+    """Records the working set of one guest of the snapshot ``identity`` at ``snapshot``.
+
+    Raises UsageError or TargetError if the file cannot be written beside the snapshot.
+    """
+
+    def __init__(self, snapshot: Path, identity: SnapshotId, seconds: float) -> None:
+        super().__init__()
+        self._snapshot, self._identity, self._seconds = snapshot, identity, seconds
+        self._place = check_working_set_place(snapshot)
 
     def start(
         self, pid: int, blocks: Sequence[RestoredBlock], known: Sequence[Bitmap] | None = None
@@ -77,34 +121,10 @@ class WorkingSetRecorder:
         ram = RestoredRam(pid, blocks)
         try:
             known = None if known is None else [_copy(bitmap) for bitmap in known]
-            thread = threading.Thread(
-                target=self._run, args=(ram, known), name="pyqmigrate-record", daemon=True
-            )
-            start_thread(thread)
+            self._start(functools.partial(self._record, ram, known))
         except BaseException:
             ram.close()
             raise
-
-    def stop(self) -> None:
-        """Stop watching; what was seen is written. Does not wait. Idempotent."""
-        self._stop.set()
-
-    def drop(self) -> None:
-        """Stop watching; nothing is written unless that is happening already."""
-        self._dropped = True
-        self._stop.set()
-
-    def _ended(self, result: asyncio.Future[WorkingSetReport]) -> None:
-        self.stop()
-        if not result.cancelled():
-            result.exception()  # retrieved: the caller need not await it
-
-    def _run(self, ram: RestoredRam, known: Sequence[Bitmap] | None) -> None:
-        self._future.set_running_or_notify_cancel()
-        try:
-            self._future.set_result(self._record(ram, known))
-        except BaseException as error:
-            self._future.set_exception(error)
 
     def _record(self, ram: RestoredRam, known: Sequence[Bitmap] | None) -> WorkingSetReport:
         with ram:
@@ -122,8 +142,7 @@ class WorkingSetRecorder:
 
     def _check_snapshot(self) -> None:
         """Raise UsageError if the file of that name is no longer the restored snapshot."""
-        if self._dropped:
-            raise UsageError("the restore failed")
+        self._check_kept()
         try:
             info = os.stat(self._snapshot)
         except OSError as error:

@@ -13,7 +13,7 @@ from pyqmigrate.vm.qemu.launch import QemuSession
 from pyqmigrate.vm.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
-    from pyqmigrate.vm.incoming.recording import WorkingSetRecorder, WorkingSetReport
+    from pyqmigrate.vm.incoming.recording import Recorder, WorkingSetReport
 
 __all__ = ["RestoreReport", "RestoredVm"]
 
@@ -62,7 +62,7 @@ class RestoredVm:
     """
 
     def __init__(
-        self, qemu: QemuSession, report: RestoreReport, recorder: WorkingSetRecorder | None = None
+        self, qemu: QemuSession, report: RestoreReport, recorder: Recorder | None = None
     ) -> None:
         self._qemu = qemu
         self._recorder = recorder

@@ -63,7 +63,9 @@ async def restore_checked(
     snapshot: Target, command: Sequence[str] | None, options: RestoreOptions
 ) -> RestoredVm:
     """As :func:`restore`, with checked options."""
-    streams = await IncomingStreams.open(snapshot, options.offset, options.base)
+    streams = await IncomingStreams.open(
+        snapshot, options.offset, options.base, options.cache, options.record is not None
+    )
     return await _closing(streams, _restore(streams, command, options))
 
 

@@ -20,7 +20,7 @@ from pyqmigrate.vm.incoming.identity import with_new_generation
 from pyqmigrate.vm.incoming.options import DiskOptions
 from pyqmigrate.vm.incoming.source import RestoreSource
 from pyqmigrate.vm.qemu.command_line import CommandLine
-from pyqmigrate.vm.record.place import record_path
+from pyqmigrate.vm.record.place import SUFFIX, record_path
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.record.contents import VmRecord
@@ -61,7 +61,8 @@ class CommandChoice:
         self, source: RestoreSource, words: Sequence[str] | None, disks: DiskOptions
     ) -> None:
         self._disks = disks
-        self._snapshot = source.name
+        self._snapshot, self._in_view = source.name, source.view is not None
+        self._place = source.place or Path()
         self._path = Path()
         self.notes: list[str] = []
         self._no_record = "the snapshot is not a file with a name"
@@ -77,7 +78,7 @@ class CommandChoice:
             from pyqmigrate.vm.record.command import recorded_command
 
             self.command, changes = recorded_command(self._record, self._path)
-            self.notes += [f"the command line is from {os.fspath(self._path)!r}", *changes]
+            self.notes += [f"the command line is from {self._shown!r}", *changes]
         self.command, renewed = with_new_generation(self.command)
         self.notes += renewed
         if disks.new_overlays and self._record is None:
@@ -103,7 +104,7 @@ class CommandChoice:
 
     def _find_record(self, source: RestoreSource, place: Path) -> VmRecord | None:
         self._path = path = record_path(place)
-        self._no_record = f"the snapshot has no record ({os.fspath(path)!r})"
+        self._no_record = f"the snapshot has no record ({self._shown!r})"
         if not os.path.lexists(path):
             return None
         from pyqmigrate.vm.record.contents import read_record
@@ -116,10 +117,26 @@ class CommandChoice:
                 f"{error}: to restore by the command line alone, move the record away"
             ) from error
         if record is not None and record.identity != identify(source.snapshot):
-            self._no_record = f"{os.fspath(path)!r} is the record of another snapshot"
+            self._no_record = f"{self._shown!r} is the record of another snapshot"
             self.notes.append(f"{self._no_record} and is not used")
             return None
         return record
+
+    @property
+    def _shown(self) -> str:
+        """The record, for messages."""
+        return self._snapshot + SUFFIX if self._in_view else os.fspath(self._path)
+
+    @property
+    def _overlay_directory(self) -> Path:
+        """Where the overlays are made. Raises UsageError if it has to be given."""
+        if self._disks.directory is not None:
+            return self._disks.directory
+        if self._in_view:
+            raise UsageError(
+                f"the overlays cannot be beside {self._snapshot!r}: give their directory (--disks-dir)"
+            )
+        return self._path.parent
 
     def _settle(self, command: CommandLine, record: VmRecord, label: str) -> ChosenCommand:
         from pyqmigrate.vm.record.disk_check import check_disks
@@ -142,9 +159,9 @@ class CommandChoice:
             return ChosenCommand(command, tuple(notes), [])
         from pyqmigrate.vm.incoming.overlays import with_overlays
 
-        directory = self._disks.directory or self._path.parent
+        name = self._place.name if self._in_view else Path(self._snapshot).name
         command, overlays = with_overlays(
-            command, disks.needs_overlay, directory, Path(self._snapshot).name, label
+            command, disks.needs_overlay, self._overlay_directory, name, label
         )
         notes += [
             f"disk {disk.name} is the new overlay {os.fspath(path)!r} over {disk.file!r}"

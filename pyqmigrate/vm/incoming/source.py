@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import DirectIORefused, NotSupported, TargetError, UsageError
@@ -97,7 +98,8 @@ def _open_increment(
 class RestoreSource:
     """An open, verified snapshot. Close it.
 
-    ``place`` is its absolute path, None for a descriptor. ``was_running`` is from libvirt's header:
+    ``place`` is its absolute path, None for a descriptor. ``view`` shows a snapshot of a store, whose
+    ``place`` is only for reading; None for a file. ``was_running`` is from libvirt's header:
     libvirt pauses a guest before it saves it. ``snapshot`` is what QEMU loads; of an increment, its
     own stream alone. ``increment`` is the increment with its base, or None.
 
@@ -107,15 +109,23 @@ class RestoreSource:
 
     base: the path of an increment's base, instead of the recorded one. UsageError for another
         snapshot.
+    cache: where the packs of a remote store are kept; None is the default directory.
+    record: whether what is read of a snapshot of a store is noted, for a working set.
     """
 
     def __init__(
-        self, target: Target, offset: int | None, base: str | os.PathLike[str] | None = None
+        self,
+        target: Target,
+        offset: int | None,
+        base: str | os.PathLike[str] | None = None,
+        cache: Path | None = None,
+        record: bool = False,
     ) -> None:
         self._prefetch: Prefetch | None = None
         self._prefetch_lock = threading.Lock()
-        self._input = InputFile(target)
+        self._input = InputFile(target, cache=cache, record=record)
         self.name, self.place = self._input.name, self._input.place
+        self.view = self._input.view
         try:
             self._lock()
         except BaseException:
@@ -184,9 +194,19 @@ class RestoreSource:
             return self._prefetch
 
     @property
+    def records_requests(self) -> bool:
+        """Whether a working set is recorded by what is read of the snapshot, which a view knows."""
+        return self.view is not None and self.view.view.pushes and self.increment is None
+
+    @property
     def started_prefetch(self) -> Prefetch | None:
         """The prefetch, if :meth:`prefetch` has started one."""
         return self._prefetch
+
+    def fetch_rest(self) -> None:
+        """Have all of the snapshot fetched from a remote store in the background. Raises TargetError."""
+        if self.mapped.source.view is not None:
+            self.mapped.source.view.view.fetch_rest()
 
     def cancel_prefetch(self) -> None:
         """Read no more of the working set ahead, if that was started."""
@@ -211,7 +231,9 @@ class RestoreSource:
 
             return read_current_working_set(path, identity)
 
-        return Prefetch(self.mapped_fd, layouts, read)
+        view = self.mapped.source.view
+        push = view.view.push if view is not None and view.view.pushes else None
+        return Prefetch(self.mapped_fd, layouts, read, push=push)
 
     def _working_set_path(self) -> str | None:
         if self.place is None:

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pyqmigrate.enums import parse_enum
 from pyqmigrate.errors import UsageError
 from pyqmigrate.io.place import absolute
+from pyqmigrate.io.view import BASE_INSTEAD, refuse_stored
 from pyqmigrate.vm.guest.inspect import GuestInfo
 
 __all__ = [
@@ -142,4 +143,5 @@ def disks_pause(guest: GuestInfo, with_disks: bool) -> float:
 
 def _base(base: str | os.PathLike[str]) -> str:
     text = os.fspath(base)
+    refuse_stored(text, "be the base of a save", BASE_INSTEAD)
     return text if text == "auto" else os.fspath(absolute(text))

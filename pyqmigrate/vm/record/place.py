@@ -9,9 +9,9 @@ from pathlib import Path
 from pyqmigrate.io.place import resolve_symlink
 from pyqmigrate.io.target import target_path
 
-__all__ = ["record_path"]
+__all__ = ["SUFFIX", "record_path"]
 
-_SUFFIX = ".vm.json"
+SUFFIX = ".vm.json"
 _NAME_MAX = 255  # bytes of a name, on Linux file systems
 
 
@@ -22,8 +22,8 @@ def record_path(snapshot: str | os.PathLike[str]) -> Path:
     """
     path = resolve_symlink(target_path(snapshot))
     name = os.fsencode(path.name)
-    if len(name) + len(_SUFFIX) > _NAME_MAX:
+    if len(name) + len(SUFFIX) > _NAME_MAX:
         checksum = f".{zlib.crc32(name):08x}"
-        front = name[: _NAME_MAX - len(_SUFFIX) - len(checksum)].decode("utf-8", "ignore")
-        return path.with_name(front + checksum + _SUFFIX)
-    return path.with_name(path.name + _SUFFIX)
+        front = name[: _NAME_MAX - len(SUFFIX) - len(checksum)].decode("utf-8", "ignore")
+        return path.with_name(front + checksum + SUFFIX)
+    return path.with_name(path.name + SUFFIX)

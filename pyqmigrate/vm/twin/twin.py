@@ -107,7 +107,7 @@ async def describe_snapshot(snapshot: Snapshot, command: Sequence[str] | None = 
     command line, SnapshotError, TargetError.
     """
     sizes: dict[str, int] = {}
-    line = CommandLine.parse(command) if command else _recorded(snapshot.source.name, sizes)
+    line = CommandLine.parse(command) if command else _recorded(snapshot, sizes)
     state = await asyncio.to_thread(_state_of, snapshot)
     return await describe(
         Original.of_command(line),
@@ -117,10 +117,11 @@ async def describe_snapshot(snapshot: Snapshot, command: Sequence[str] | None = 
     )
 
 
-def _recorded(snapshot: str, sizes: dict[str, int]) -> CommandLine:
+def _recorded(snapshot: Snapshot, sizes: dict[str, int]) -> CommandLine:
     """Return the command line of the record beside a snapshot; add its images to ``sizes``."""
-    path = record_path(snapshot)
-    record = read_record(snapshot)
+    place = snapshot.source.place or snapshot.source.name
+    path = record_path(place)
+    record = read_record(place)
     if record is None:
         raise UsageError(
             f"the snapshot's machine is unknown because there is no {path.name}: give the VM's "

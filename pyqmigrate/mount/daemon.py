@@ -1,0 +1,178 @@
+"""Start the keeper of a mount in the background, and be one.
+
+The keeper is a process of its own, without the threads and descriptors of the program that starts it. It mounts,
+so that no mount is left when the program is killed: until the program says "release", the end of its
+socket unmounts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import NoReturn
+
+from pyqmigrate.errors import PyqmigrateError, TargetError, target_error
+from pyqmigrate.mount.asking import KeeperClient, error_object, listen
+from pyqmigrate.mount.files import open_files
+from pyqmigrate.mount.keeper import Keeper, KeeperSettings
+from pyqmigrate.mount.messages import Messages
+from pyqmigrate.mount.mounting import find_mounts, mount, unmount
+from pyqmigrate.mount.server import Owner
+
+__all__ = ["MountRequest", "main", "start_keeper"]
+
+_START = (
+    "import json, sys; sys.path += [p for p in json.loads(sys.argv[1]) if p not in sys.path]; "
+    "from pyqmigrate.mount.daemon import main; main(int(sys.argv[2]))"
+)
+_LIMIT = 60.0  # seconds until the mount serves: a remote store is opened
+_READ_AHEAD = 1024  # KiB; measured, docs/mount.md
+_OOM_NEVER = "-1000"
+
+
+@dataclass(frozen=True)
+class MountRequest:
+    """What to mount where.
+
+    ``place``, ``names`` and ``cache`` are those of :func:`~pyqmigrate.mount.files.open_files`; ``shown`` names
+    the place in messages and in /proc/mounts. ``allow_other`` lets other users read, too. ``log`` is the absolute path of a file
+    for messages, or empty. The rest is as in KeeperSettings.
+    """
+
+    directory: str
+    place: str
+    shown: str
+    names: tuple[str, ...] | None = None
+    allow_other: bool = False
+    log: str = ""
+    private: bool = False
+    record: bool = False
+    remember: bool = False
+    cache: str = ""
+
+
+def start_keeper(request: MountRequest) -> KeeperClient:
+    """Mount, and return a connection to the keeper when the mount serves.
+
+    The mount is gone when the connection is closed, unless "release" was asked before; files that are
+    open stay readable. Raises TargetError, UsageError, NotSupported.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    client = KeeperClient(ours)
+    try:
+        with theirs:
+            _spawn(request, theirs)
+        answer = client.wait(_LIMIT)
+        if "ready" not in answer:
+            raise TargetError(errno.EPROTO, "the keeper does not say that it is ready")
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def main(control_fd: int) -> NoReturn:
+    """Be the keeper: the order is on standard input, ``control_fd`` leads to the program."""
+    if os.fork():
+        os._exit(0)  # the program need not wait for the keeper, ever
+    os.set_inheritable(control_fd, False)
+    control = socket.socket(fileno=control_fd)
+    status = 1
+    try:
+        order = json.load(sys.stdin)
+        names = order.pop("names")
+        request = MountRequest(**order, names=None if names is None else tuple(names))
+        _detach()
+        _serve(request, control)
+        status = 0
+    except (OSError, PyqmigrateError) as error:
+        with contextlib.suppress(OSError):
+            control.sendall(json.dumps({"error": error_object(error)}).encode() + b"\n")
+    finally:
+        os._exit(status)
+
+
+def _spawn(request: MountRequest, control: socket.socket) -> None:
+    paths = json.dumps([path for path in sys.path if os.path.isabs(path)])
+    fd = control.fileno()
+    command = [sys.executable, "-I", "-c", _START, paths, str(fd), request.directory]
+    try:
+        subprocess.run(
+            command,
+            input=json.dumps(asdict(request)).encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(fd,),
+            start_new_session=True,
+            check=True,
+            timeout=_LIMIT,
+        )
+    except subprocess.SubprocessError as error:
+        raise TargetError(
+            errno.ECHILD, f"the keeper of the mount does not start: {error}"
+        ) from error
+    except OSError as error:
+        raise target_error(error, "cannot start the keeper of the mount", sys.executable) from error
+
+
+def _serve(request: MountRequest, control: socket.socket) -> None:
+    fd = mount(request.directory, request.shown, allow_other=request.allow_other)
+    try:
+        device = find_mounts(request.directory)[-1].device
+        keeper = Keeper(
+            fd,
+            lambda: open_files(request.place, request.names, request.cache),
+            KeeperSettings(
+                request.directory,
+                request.shown,
+                Owner(os.geteuid(), os.getegid(), readable_by_all=request.allow_other),
+                device=device,
+                read_ahead_kib=_READ_AHEAD,
+                private=request.private,
+                record=request.record,
+                remember=request.remember,
+            ),
+            control=control,
+            listener=listen(device),
+            messages=Messages(_log_writer(request.log)),
+        )
+    except BaseException:
+        unmount(request.directory, lazy=True)
+        raise
+    keeper.run()
+
+
+def _detach() -> None:
+    """Keep no directory busy, hold no terminal, and be the last to be killed for memory."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    os.close(null)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(_OOM_NEVER)  # root only; workers take it back
+
+
+def _log_writer(path: str) -> Callable[[str], object] | None:
+    """Return what appends a line to the log, or None without one."""
+    if not path:
+        return None
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise target_error(error, "cannot write the log", path) from error
+
+    def write(text: str) -> None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(fd, f"{when} {text}\n".encode(errors="surrogateescape"))
+
+    return write

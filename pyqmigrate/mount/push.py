@@ -1,0 +1,140 @@
+"""Bytes that go into the page cache before anybody reads them: a working set, in its order.
+
+The kernel takes them (FUSE_NOTIFY_STORE) as if they had been read. A read that somebody waits for goes
+first: the pusher pauses while one is served.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from pyqmigrate.errors import PyqmigrateError, TargetError
+from pyqmigrate.io.plain_file import PlainFile
+from pyqmigrate.log import logger
+from pyqmigrate.mount.board import Board
+from pyqmigrate.mount.connection import DeviceConnection
+from pyqmigrate.mount.nodes import Node, Nodes
+
+__all__ = ["PushRange", "encode_ranges", "push"]
+
+_CHUNK = 1 << 20  # bytes that go in one message
+_PAGE = 4096
+_POLL = 0.0005
+_PAUSE_MAX = 0.05  # seconds: a store that is always read from gets its working set all the same
+
+
+class PushRange(NamedTuple):
+    """Bytes of a node. ``offset`` and ``length`` in bytes."""
+
+    node: int
+    offset: int
+    length: int
+
+
+def encode_ranges(ranges: Iterable[PushRange]) -> int:
+    """Return a descriptor of a file with the ranges, for a worker. The caller closes it."""
+    words = array.array("Q", (word for piece in ranges for word in piece))
+    fd = os.memfd_create("pyqmigrate-push", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        words.tofile(file)
+    return fd
+
+
+def decode_ranges(fd: int) -> Iterator[PushRange]:
+    """Yield the ranges of a file that :func:`encode_ranges` made; close ``fd``."""
+    words = array.array("Q")
+    with os.fdopen(fd, "rb") as file:
+        file.seek(0)
+        words.frombytes(file.read())
+    for number in range(0, len(words), 3):
+        yield PushRange(*words[number : number + 3])
+
+
+def push(fd: int, connection: DeviceConnection, nodes: Nodes, board: Board) -> int:
+    """Push the ranges of a file of :func:`encode_ranges`, beginning where an earlier worker ended.
+
+    Returns the bytes that the kernel took. What follows something that cannot be read is left out.
+    """
+    pieces = (
+        piece for whole in decode_ranges(fd) for piece in _cut(whole, nodes.get(whole.node).size)
+    )
+    pusher = _Pusher(connection, nodes, board)
+    rest = itertools.islice(pieces, board.pushed, None)
+    for number, group in itertools.groupby(rest, key=lambda piece: piece.node):
+        pusher.push(number, group)
+    return pusher.taken
+
+
+def _cut(whole: PushRange, size: int) -> Iterator[PushRange]:
+    """Yield whole pages of a range of a node of ``size`` bytes, as the messages have them."""
+    start = whole.offset // _PAGE * _PAGE
+    end = min(-(-(whole.offset + whole.length) // _PAGE) * _PAGE, size)
+    for offset in range(start, end, _CHUNK):
+        yield PushRange(whole.node, offset, min(_CHUNK, end - offset))
+
+
+@runtime_checkable
+class _ReadsAhead(Protocol):
+    """A file that reads many ranges at once, as that of a store does."""
+
+    def prefetch(
+        self, ranges: Iterable[tuple[int, int]], *, workers: int, done: Callable[[int, int], None]
+    ) -> int: ...
+
+
+class _Pusher:
+    """Pushes ranges, and counts the bytes that the kernel took."""
+
+    def __init__(self, connection: DeviceConnection, nodes: Nodes, board: Board) -> None:
+        self._connection, self._nodes, self._board = connection, nodes, board
+        self._lock = threading.Lock()
+        self.taken = 0
+
+    def push(self, number: int, pieces: Iterable[PushRange]) -> None:
+        """Push pieces of one node."""
+        node, file = self._nodes.get(number), self._nodes.acquire(number)
+
+        def store(offset: int, length: int) -> None:
+            self._store(node, file, PushRange(number, offset, length))
+
+        try:
+            if isinstance(file, _ReadsAhead):
+                # Many reads of a remote store are under way at once.
+                file.prefetch(
+                    ((piece.offset, piece.length) for piece in pieces),
+                    workers=self._nodes.files.readers,
+                    done=store,
+                )
+            else:
+                for piece in pieces:
+                    store(piece.offset, piece.length)
+        except (OSError, PyqmigrateError) as error:
+            logger.warning("cannot push all of %s: %s", node.name, error)
+        finally:
+            self._nodes.release(number)
+
+    def _store(self, node: Node, file: PlainFile, piece: PushRange) -> None:
+        _give_way(self._board)
+        data = file.read(piece.offset, piece.length)
+        if len(data) != piece.length:
+            raise TargetError(
+                errno.EIO, f"{len(data)} bytes came instead of {piece.length}", node.name
+            )
+        taken = self._connection.store(piece.node, piece.offset, data)
+        with self._lock:
+            self.taken += piece.length if taken else 0
+            self._board.pushed += 1
+
+
+def _give_way(board: Board) -> None:
+    """Wait while a read is being served."""
+    until = time.monotonic() + _PAUSE_MAX
+    while not board.is_idle() and time.monotonic() < until:
+        time.sleep(_POLL)

@@ -1,0 +1,96 @@
+"""The snapshots of a store, as the files that a mount shows."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.io.plain_file import PlainFile
+from pyqmigrate.store.pack_cache import default_directory
+from pyqmigrate.store.place import is_unreachable
+from pyqmigrate.store.store import Store
+from pyqmigrate.store.stored_file import StoredFile
+
+__all__ = ["StoreFiles"]
+
+T = TypeVar("T")
+
+_KNOWN_SECONDS = 1.0  # for so long it is not looked again which snapshot has a name
+_REMOTE_READERS = 8
+_PAUSE_MIN, _PAUSE_MAX = 0.05, 2.0
+
+
+class StoreFiles:
+    """The snapshots of the store ``place``, or those of ``names`` only: a
+    :class:`~pyqmigrate.mount.files.ShownFiles`.
+
+    cache: directory for the packs of a remote store, empty for the default one.
+
+    A store that does not answer is asked again until it does, once it is open: a guest would not survive
+    an error. Raises UsageError if the place is not a store, TargetError, SnapshotError, NotSupported.
+    """
+
+    def __init__(self, place: str, names: tuple[str, ...] | None, cache: str = "") -> None:
+        self._names = names
+        self._store = Store.open(place, cache=cache or default_directory(), patience=math.inf)
+        self.readers = 2 if self._store.place.directory is not None else _REMOTE_READERS
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[float, str | None]] = {}
+        self._open: list[StoredFile] = []
+
+    def names(self) -> Iterator[str]:
+        for entry in self._store.list(self._names):
+            yield entry.name
+            if entry.head is not None:
+                yield f"{entry.name}.seal"
+
+    def identity(self, name: str) -> str | None:
+        if self._names is not None and name not in self._names:
+            return None
+        with self._lock:
+            until, found = self._known.get(name, (0.0, None))
+            if time.monotonic() < until:
+                return found
+        found = _patiently(lambda: self._identity(name))
+        with self._lock:
+            self._known[name] = time.monotonic() + _KNOWN_SECONDS, found
+        return found
+
+    def open(self, name: str) -> PlainFile:
+        file = _patiently(lambda: self._store.open_file(name))
+        with self._lock:
+            self._open.append(file)
+        return file
+
+    def fetch_rest(self) -> None:
+        """Read all of the open snapshots of a remote store into the local cache; readers go first."""
+        if self._store.packs.cache is None:
+            return
+        with self._lock:
+            files = list(self._open)
+        for file in files:
+            file.prefetch(file.data_ranges(), decompress=False)
+
+    def _identity(self, name: str) -> str | None:
+        try:
+            head = self._store.head(name)
+        except UsageError:
+            return None
+        return f"{head.size}:{head.mtime_ns}:{head.added_ns}"
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """Return the result of ``read``; wait for a store that does not answer."""
+    pause = _PAUSE_MIN
+    while True:
+        try:
+            return read()
+        except TargetError as error:
+            if not is_unreachable(error):
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _PAUSE_MAX)

@@ -1,0 +1,220 @@
+"""A guest goes on from a snapshot of a store: QEMU runs from a private mount of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pyqmigrate
+from pyqmigrate import vm
+from pyqmigrate.format.store.keys import pack_key
+from pyqmigrate.io.input import InputFile
+from pyqmigrate.mount.view import MountedView
+from pyqmigrate.store.store import Store
+from pyqmigrate.vm.incoming.report import RestoredVm
+from tests.harness.stored_guests import store_file
+from tests.harness.walking_guest import WalkingGuest
+
+pytestmark = pytest.mark.qemu
+
+MIB = 1 << 20
+PATIENCE = 20.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def guest(module_disk: Path) -> WalkingGuest:
+    """A guest that walks over 4 MiB and notices a wrong page."""
+    guest = WalkingGuest(module_disk, 4 * MIB, cluster=16, spread=32)
+    guest.save()
+    pyqmigrate.seal(guest.path)
+    return guest
+
+
+@pytest.fixture(scope="module")
+def store(guest: WalkingGuest, module_disk: Path) -> Iterator[Store]:
+    with Store.create(module_disk / "store") as store:
+        store_file(store, guest.path, "monday")
+        yield store
+
+
+@pytest.fixture
+def stored(
+    guest: WalkingGuest, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """The name of the snapshot, from which the guest is restored; nothing of the mount is left."""
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    guest.name = f"{store.name}#monday"
+    yield guest.name
+    guest.name = guest.path
+    deadline = time.monotonic() + PATIENCE
+    while os.listdir(runtime) or keepers(runtime):
+        assert time.monotonic() < deadline, (os.listdir(runtime), keepers(runtime))
+        time.sleep(0.05)
+    assert str(runtime) not in Path("/proc/mounts").read_text()
+
+
+def keepers(runtime: Path) -> list[str]:
+    """Return the processes that have a directory of ``runtime`` on their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(runtime).encode() in (process / "cmdline").read_bytes():
+                found.append(process.name)
+    return found
+
+
+def worker_of(source: InputFile) -> int:
+    """Return the worker of the mount through which a file is open; wait until there is one."""
+    assert source.view is not None
+    view = source.view.view
+    assert isinstance(view, MountedView)
+    deadline = time.monotonic() + PATIENCE
+    while not (worker := view.status()["worker"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return int(worker)
+
+
+async def restored(guest: WalkingGuest, mode: str = "instant") -> RestoredVm:
+    return await vm.restore(
+        str(guest.name), guest.command, mode=mode, stdin=subprocess.DEVNULL, paused=False
+    )
+
+
+@pytest.mark.parametrize("mode", ["instant", "load"])
+def test_guest_goes_on(guest: WalkingGuest, stored: str, mode: str) -> None:
+    async def run() -> None:
+        running = await restored(guest, mode)
+        try:
+            assert running.report.mode == mode
+            if mode == "instant":
+                assert any("sealed" in note for note in running.report.notes)
+            await guest._walk(running.monitor, running.process.pid, guest.npages)
+        finally:
+            await running.end()
+
+    asyncio.run(run())
+
+
+def test_no_name_of_the_mount_is_there_while_the_guest_runs(
+    guest: WalkingGuest, stored: str, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        running = await restored(guest)
+        try:
+            assert os.listdir(tmp_path / "runtime") == []
+            assert "pyqmigrate" not in Path("/proc/mounts").read_text()
+            assert keepers(tmp_path / "runtime")
+        finally:
+            await running.end()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.long)])
+def test_guest_survives_the_death_of_workers(
+    guest: WalkingGuest, stored: str, kills: int
+) -> None:
+    async def run() -> None:
+        with contextlib.closing(InputFile(stored)) as source:
+            running = await restored(guest)
+            killed = set()
+            try:
+                walking = asyncio.create_task(
+                    guest._walk(running.monitor, running.process.pid, guest.npages)
+                )
+                while len(killed) < kills:
+                    worker = await asyncio.to_thread(worker_of, source)
+                    os.kill(worker, signal.SIGKILL)
+                    killed.add(worker)
+                    # What is cached would need no worker.
+                    os.posix_fadvise(source.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                    await asyncio.sleep(0.02)
+                await walking
+                assert source.read_at(0, 4) == b"QEVM"
+            finally:
+                await running.end()
+
+    asyncio.run(run())
+
+
+def test_damaged_pack_is_an_error_and_never_a_wrong_page(
+    guest: WalkingGuest, module_disk: Path, stored: str
+) -> None:
+    with Store.create(module_disk / "damaged") as store:
+        name = store_file(store, guest.path, "monday", pack_pages=100)
+        packs = store.read_snapshot("monday").packs
+        digest = packs[len(packs) // 2]
+        pack = module_disk / "damaged" / pack_key(digest)
+        content = bytearray(pack.read_bytes())
+        content[40] ^= 1  # of the first frame
+        pack.chmod(0o600)
+        pack.write_bytes(content)
+    with contextlib.closing(InputFile(name)) as source, guest.path.open("rb") as plain:
+        assert source.view is not None
+        view = source.view.view
+        assert isinstance(view, MountedView)
+        failed = 0
+        for offset in range(0, source.size, 64 << 10):
+            try:
+                shown = os.pread(source.fd, 64 << 10, offset)
+            except OSError:
+                failed += 1
+            else:
+                assert shown == os.pread(plain.fileno(), len(shown), offset)
+        assert failed
+        texts = [message["text"] for message in view.status()["messages"]]
+        assert any("monday" in text and digest.hex() in text and "page" in text for text in texts)
+
+
+def test_ten_clones_share_the_page_cache(
+    guest: WalkingGuest, stored: str, tmp_path: Path
+) -> None:
+    plain, shown = clones_pss(guest, guest.path, tmp_path), clones_pss(guest, stored, tmp_path)
+    assert shown < 1.05 * plain + 8 * MIB
+
+
+def clones_pss(guest: WalkingGuest, name: str | Path, tmp_path: Path) -> int:
+    """Return the memory of ten clones that have walked, in bytes."""
+
+    async def run() -> int:
+        clones = await vm.clone(name, guest.command, 10, directory=tmp_path / "qmp", paused=False)
+        running = [clone.vm for clone in clones if clone.vm is not None]
+        try:
+            assert len(running) == 10
+            for one in running:
+                await guest._walk(one.monitor, one.process.pid, guest.npages)
+            return sum(map(pss_of, (one.process.pid for one in running)))
+        finally:
+            await asyncio.gather(*(one.end() for one in running))
+
+    return asyncio.run(run())
+
+
+def pss_of(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) << 10
+
+
+def test_what_is_read_is_recorded_in_the_store_and_comes_first(
+    guest: WalkingGuest, stored: str, store: Store
+) -> None:
+    report = guest.record(1.5)
+    assert str(report.path) == f"{store.name}/working-sets/monday.ws"
+    try:
+        with contextlib.closing(InputFile(stored)):
+            _, restored_report = guest.seconds_to_walk()
+        assert restored_report.recorded_pages == report.pages > 0
+        assert not any("working set" in note for note in restored_report.notes)
+    finally:
+        Path(store.name, "working-sets", "monday.ws").unlink()
