@@ -52,6 +52,7 @@ __all__ = ["build_parser", "main"]
 _VERBS = (
     "demo",
     "vm",
+    "fleet",
     "pack",
     "unpack",
     "info",

@@ -15,7 +15,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pyqmigrate.core import Channel, File
 from pyqmigrate.errors import SnapshotError, TargetError
@@ -28,6 +28,7 @@ from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.holes import next_data
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.page_cache import cached_bytes
+from pyqmigrate.io.plain_file import PlainFile
 
 __all__ = ["Digests", "open_direct"]
 
@@ -132,6 +133,26 @@ class Digests:
             return 0
 
         channels.run(self._unknown(fd, channels), read, name, [""])
+
+    def read_plain(self, plain: PlainFile, poll: Callable[[], None]) -> None:
+        """Read the pieces without a known digest, on this thread; ``poll`` is called before each.
+
+        Raises SnapshotError if the file has become shorter, TargetError.
+        """
+        for number in range(count_pieces(self.size)):
+            if self._known[number]:
+                continue
+            poll()
+            start, end = number * PIECE, min((number + 1) * PIECE, self.size)
+            data = plain.next_data(start)
+            if data is None or data >= end:
+                self._set_zero(number, number + 1)
+                continue
+            view = memoryview(plain.read(start, end - start)).cast("B")
+            if len(view) < end - start:
+                raise SnapshotError("the file has become shorter", offset=start + len(view))
+            self.bytes_read += len(view)
+            self._set(number, view)
 
     def _unknown(self, fd: int, channels: Channels) -> Iterator[Range]:
         """Yield the ranges of pieces to read. Pieces in holes become known on the way."""

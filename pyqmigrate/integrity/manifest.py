@@ -20,6 +20,7 @@ from pyqmigrate.io.seal_file import SEAL
 __all__ = [
     "Manifest",
     "check_place",
+    "decode_manifest",
     "read_manifest",
     "remove_manifest",
     "seal_path",
@@ -78,6 +79,21 @@ def read_manifest(
         raise TargetError(error.errno or errno.EIO, "cannot read the seal", path) from error
     finally:
         os.close(fd)
+
+
+def decode_manifest(data: bytes, limit: int | None = None) -> Manifest:
+    """Return the manifest in the bytes of a seal; arguments and errors are those of
+    :func:`read_manifest`."""
+    start = data.find(b"\n", 0, HEAD_MAX) + 1
+    line = SealLine.decode(data[:start])
+    digests = memoryview(data)[start:]
+    if len(digests) != line.head.digests_size:
+        raise SnapshotError(
+            f"the seal has {len(data)} bytes, but its head requires {start + line.head.digests_size}",
+            field="seal",
+        )
+    line.check([digests])
+    return Manifest(line.head, bytes(digests[:limit]))
 
 
 def _read(fd: int, limit: int | None, wanted: Callable[[SealHead], bool] | None) -> Manifest | None:

@@ -38,11 +38,12 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.place import seal_path
+from pyqmigrate.io.plain_file import PlainFile
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.sequential import SequentialSnapshot
 
-__all__ = ["SealCheck", "current_seal", "start_verify", "verify_seal"]
+__all__ = ["SealCheck", "current_seal", "start_verify", "verify_plain", "verify_seal"]
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,48 @@ def start_verify(
         raise
 
 
+def verify_plain(
+    plain: PlainFile,
+    manifest: Manifest,
+    seal: str,
+    framing: InputFile,
+    poll: Callable[[], None] = lambda: None,
+) -> SealCheck:
+    """Compare a file that is shown with its seal, on this thread; the file is read once.
+
+    seal: the name of the seal in the result.
+    framing: the same bytes as an open file, of which the bitmaps are read to locate damage.
+    poll: called before each MiB; what it raises ends the work.
+
+    Raises SnapshotError if the file becomes shorter during the work, TargetError.
+    """
+    started = time.monotonic()
+    digests = Digests(manifest.algorithm)
+    digests.resize(min(plain.size, manifest.size))
+    digests.read_plain(plain, poll)
+    if next(digests.differing(manifest.digests), None) is not None:
+        _read_bitmaps(framing, manifest)
+    return SealCheck(
+        seal,
+        manifest.algorithm,
+        manifest.size,
+        tuple(_damages(manifest, digests, plain.size, framing.fd)),
+        (),
+        manifest.clear_pages_zero,
+        digests.bytes_read,
+        time.monotonic() - started,
+        False,
+        "it is not a local file",
+    )
+
+
+def _read_bitmaps(framing: InputFile, manifest: Manifest) -> None:
+    for block in manifest.head.blocks:
+        end = min(block.bitmap_offset + block.bitmap_size, framing.size)
+        for offset in range(block.bitmap_offset, 0 if block.external else end, PIECE):
+            framing.read_at(offset, min(PIECE, end - offset))
+
+
 def current_seal(path: str | os.PathLike[str], fd: int | None = None) -> Manifest | None:
     """Return the seal beside ``path`` if it is intact and the file was not modified since.
 
@@ -189,7 +232,7 @@ class _Checking:
             digests.read_rest(source.fd, source.name, self.channels, direct)
         finally:
             source.close_direct(direct)
-        damages = tuple(self._damages(digests, info.st_size))
+        damages = tuple(_damages(manifest, digests, info.st_size, source.fd))
         notes = []
         head = manifest.head
         if damages and not head.blocks and not head.clear_pages_zero:
@@ -247,34 +290,34 @@ class _Checking:
             "record itself was damaged, other pages may be affected too"
         )
 
-    def _damages(self, digests: Digests, size: int) -> Iterator[Damage]:
-        sealed = self.manifest.size
-        bad = [*digests.differing(self.manifest.digests)]
-        if size < sealed and size % PIECE and (not bad or bad[-1] != size // PIECE):
-            bad.append(size // PIECE)
-        wrong = set(bad)
 
-        def intact(start: int, end: int) -> bool:
-            pieces = range(start // PIECE, count_pieces(end))
-            return end <= min(size, sealed) and wrong.isdisjoint(pieces)
+def _damages(manifest: Manifest, digests: Digests, size: int, fd: int) -> Iterator[Damage]:
+    """Yield the damages of a file of ``size`` bytes; bitmaps are read from ``fd``."""
+    sealed = manifest.size
+    bad = [*digests.differing(manifest.digests)]
+    if size < sealed and size % PIECE and (not bad or bad[-1] != size // PIECE):
+        bad.append(size // PIECE)
+    wrong = set(bad)
 
-        def parts(start: int, end: int) -> tuple[Any, ...]:
-            return tuple(parts_of(self.manifest.head, start, end, intact, self.source.fd))
+    def intact(start: int, end: int) -> bool:
+        pieces = range(start // PIECE, count_pieces(end))
+        return end <= min(size, sealed) and wrong.isdisjoint(pieces)
 
-        for first, last in _stretches(bad):
-            start, end = first * PIECE, min((last + 1) * PIECE, size, sealed)
-            yield Damage(start, end - start, "not what was sealed", parts(start, end))
-        if size < sealed:
-            yield Damage(
-                size,
-                sealed - size,
-                f"missing: the file had {sealed} bytes and has {size}",
-                parts(size, sealed),
-            )
-        if size > sealed:
-            yield Damage(
-                sealed, size - sealed, f"added: the file had {sealed} bytes and has {size}"
-            )
+    def parts(start: int, end: int) -> tuple[Any, ...]:
+        return tuple(parts_of(manifest.head, start, end, intact, fd))
+
+    for first, last in _stretches(bad):
+        start, end = first * PIECE, min((last + 1) * PIECE, size, sealed)
+        yield Damage(start, end - start, "not what was sealed", parts(start, end))
+    if size < sealed:
+        yield Damage(
+            size,
+            sealed - size,
+            f"missing: the file had {sealed} bytes and has {size}",
+            parts(size, sealed),
+        )
+    if size > sealed:
+        yield Damage(sealed, size - sealed, f"added: the file had {sealed} bytes and has {size}")
 
 
 def _stretches(numbers: list[int]) -> Iterator[tuple[int, int]]:

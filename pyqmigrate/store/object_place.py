@@ -253,4 +253,5 @@ def _is_beyond_end(error: Exception) -> bool:
 
 
 def _entry(key: str, found: Any) -> Entry:
-    return Entry(key, found["size"], found["last_modified"].timestamp())
+    etag = found.get("e_tag") or ""
+    return Entry(key, found["size"], found["last_modified"].timestamp(), etag)

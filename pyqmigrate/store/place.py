@@ -31,11 +31,13 @@ _UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ECONNREFUSED)
 @dataclass(frozen=True)
 class Entry:
     """An object that was listed: ``size`` in bytes, ``mtime`` when it was written, in seconds since
-    1970 by the clock of the place."""
+    1970 by the clock of the place. ``etag`` changes when the content does, where the place has such
+    tags."""
 
     key: str
     size: int
     mtime: float
+    etag: str = ""
 
 
 class Place(Protocol):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pyqmigrate
+import pyqmigrate.fleet
 import pyqmigrate.store
 import pyqmigrate.vm
 
@@ -28,7 +29,9 @@ def named(*names):
 
 
 @pytest.mark.parametrize(
-    "package", [pyqmigrate, pyqmigrate.vm, pyqmigrate.store], ids=lambda p: p.__name__
+    "package",
+    [pyqmigrate, pyqmigrate.fleet, pyqmigrate.store, pyqmigrate.vm],
+    ids=lambda package: package.__name__,
 )
 def test_every_public_name_is_there_and_listed(package):
     for name in package.__all__:

@@ -21,6 +21,7 @@ VERBS = (
     "devices",
     "seal",
     "verify",
+    "diff",
     "convert",
     "store create",
     "store add",
@@ -31,6 +32,7 @@ VERBS = (
     "store gc",
     "store verify",
     "store copy",
+    "compact",
     "demo",
     "bench",
     "serve",
@@ -38,6 +40,11 @@ VERBS = (
     "vm check",
     "vm restore",
     "vm clone",
+    "fleet verify",
+    "fleet info",
+    "fleet add",
+    "fleet seal",
+    "fleet table",
 )
 
 
@@ -80,6 +87,8 @@ def test_a_key_has_the_same_type_in_every_verb() -> None:
         ("store gc", ("{store}",)),
         ("store verify", ("{store}",)),
         ("store copy", ("{store}", "{new}")),
+        ("diff", ("{snapshot}", "{snapshot}", "--pages", "--fields")),
+        ("compact", ("{stream}", "{new}")),
         ("bench", ("--dir", "{directory}", "--size", "8MiB", "--channels", "1")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
