@@ -58,7 +58,7 @@ def same_descriptors() -> Iterator[None]:
     assert descriptors() == before
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def child_environment() -> dict[str, str]:
     """Environment for a Python child that has to find the package, and nothing preloaded."""
     root = Path(__file__).resolve().parent.parent
