@@ -14,8 +14,8 @@ line of JSON a mutation.
 from __future__ import annotations
 
 import argparse
-import gc
 import contextlib
+import gc
 import hashlib
 import json
 import os
