@@ -13,6 +13,9 @@ WARNINGS := -Wall -Wextra -Wconversion -Werror
 CORE := $(wildcard csrc/*.c csrc/*.h csrc/*.py)
 BUILD := setup.py pyproject.toml $(CORE)
 export PYTHON
+# Without byte code, each test process rewrites the assertions of all tests, and each command that a test
+# runs compiles the package.
+unexport PYTHONDONTWRITEBYTECODE
 
 # In a tree that was moved or copied, .venv still contains the old path.
 ifneq ($(wildcard $(VENV)/.place),)
@@ -29,12 +32,16 @@ endif
 demo: $(VENV)/.with-cli
 	$(BIN)/pyqmigrate demo $(DEMO_ARGS)
 
+# By file, because fixtures of a module start guests; in the order of names, because the longest files
+# (tests/qemu) come first then, and files of many short tests last.
+PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: test-system $(VENV)/.with-cli,analysis,test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not long" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long" $(PYTEST_ARGS)
 
 # pytest's status 5 means that no test was selected: correct only if no test is marked long.
 test-long: test-system newer-qemu-system $(VENV)/.with-cli,analysis,test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long $(PYTEST_ARGS) || \
+	$(BIN)/python -m pytest $(PARALLEL) -m long $(PYTEST_ARGS) || \
 	    { [ $$? = 5 ] && ! grep -rqs 'mark\.long' tests; }
 	$(MAKE) test-newer-qemu
 
@@ -42,7 +49,7 @@ test-long: test-system newer-qemu-system $(VENV)/.with-cli,analysis,test
 NEWER_QEMU = $${XDG_CACHE_HOME:-$$HOME/.cache}/pyqmigrate-tests/newer-qemu/run/qemu-system-x86_64
 test-newer-qemu: newer-qemu-system $(VENV)/.with-cli,analysis,test
 	@if [ -x "$(NEWER_QEMU)" ]; then \
-	    PYQMIGRATE_TEST_QEMU="$(NEWER_QEMU)" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+	    PYQMIGRATE_TEST_QEMU="$(NEWER_QEMU)" $(BIN)/python -m pytest $(PARALLEL) \
 	        -m "qemu and not long" $(PYTEST_ARGS); \
 	else echo "test-newer-qemu: skipped, there is no newer QEMU: see above"; fi
 

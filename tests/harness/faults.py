@@ -529,8 +529,9 @@ WORK: dict[str, Work] = {
 
 
 def state() -> tuple[set[str], int]:
-    """Open descriptors, and threads."""
+    """Open descriptors, and threads; the next collection then only examines newer objects."""
     gc.collect()
+    gc.freeze()
     open_files = set()
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):

@@ -1,12 +1,17 @@
-"""A save and a load in a child whose vectored reads and writes are made to fail.
+"""Saves and loads in children whose vectored reads and writes are made to fail.
 
-Arguments: directory, direct_io, page size. Prints what happened as JSON.
+Run as a program with ``odd_transfers.c`` preloaded. Each line of standard input is a trial as JSON
+(``directory``, ``direct_io``, ``page_size``, and in ``environment`` what the shim reads); each is
+done in a child, forked from a process that has imported everything. Prints what happened as a line
+of JSON.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +42,8 @@ def guests(page_size: int) -> dict[str, Bytes]:
     }
 
 
-def main() -> None:
-    directory, direct_io, page_size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def tried(directory: Path, direct_io: str, page_size: int) -> dict[str, Any]:
+    """What a save and a load of what it saved ended with."""
     memories = guests(page_size)
     blocks = [pyqmigrate.RamBlock(n, m, page_size) for n, m in memories.items()]
     path = directory / "snap"
@@ -49,7 +54,29 @@ def main() -> None:
             loaded = {name: bytearray(len(m)) for name, m in memories.items()}
             result["load"] = outcome(lambda: snapshot.load(loaded, direct_io=direct_io))
         result["equal"] = all(loaded[n] == m.tobytes() for n, m in memories.items())
-    print(json.dumps(result))
+    return result
+
+
+def in_child(trial: dict[str, Any]) -> None:
+    """Print the result of a trial, or how the child ended that did not print one."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.environ.update(trial["environment"])
+            result = tried(Path(trial["directory"]), trial["direct_io"], trial["page_size"])
+            print(json.dumps(result), flush=True)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        print(json.dumps({"code": code}), flush=True)
+
+
+def main() -> None:
+    _ = pyqmigrate.save, pyqmigrate.open_snapshot  # imported on first use
+    for line in sys.stdin:
+        in_child(json.loads(line))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""Build a guest program that boots by PVH: ``ring3.S`` and one C file."""
+"""Build a guest program that boots by PVH: ``ring3.S`` and one C file.
+
+A process compiles each program once.
+"""
 
 from __future__ import annotations
 
+import functools
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,14 +40,23 @@ def build_kernel(
     ``constants`` are defined for the preprocessor; ``sections`` are placed at fixed addresses.
     """
     kernel = directory / Path(source).with_suffix(".elf")
-    start, program = directory / "ring3.o", directory / Path(source).with_suffix(".o")
-    defined = [f"-D{name}={value}" for name, value in constants.items()]
-    places = [f"--section-start={name}={place:#x}" for name, place in (sections or {}).items()]
-    subprocess.run(["gcc", "-c", _SOURCES / "ring3.S", "-o", start], check=True)
-    compile_ = ["gcc", *_FREESTANDING, *defined, "-c", _SOURCES / source, "-o", program]
-    subprocess.run(compile_, check=True)
-    link = ["ld", "-n", "-static", "-z", "noexecstack", f"-Ttext={_LOADED_AT:#x}", *places]
-    subprocess.run(
-        [*link, "-e", "entry", "-o", kernel, start, program], check=True, capture_output=True
-    )
+    kernel.write_bytes(_built(source, (*constants.items(),), (*(sections or {}).items(),)))
     return kernel
+
+
+@functools.cache
+def _built(
+    source: str, constants: tuple[tuple[str, str], ...], sections: tuple[tuple[str, int], ...]
+) -> bytes:
+    defined = [f"-D{name}={value}" for name, value in constants]
+    places = [f"--section-start={name}={place:#x}" for name, place in sections]
+    with tempfile.TemporaryDirectory(prefix="kernel-") as name:
+        start, program, kernel = (Path(name) / file for file in ("ring3.o", "program.o", "kernel"))
+        subprocess.run(["gcc", "-c", _SOURCES / "ring3.S", "-o", start], check=True)
+        compile_ = ["gcc", *_FREESTANDING, *defined, "-c", _SOURCES / source, "-o", program]
+        subprocess.run(compile_, check=True)
+        link = ["ld", "-n", "-static", "-z", "noexecstack", f"-Ttext={_LOADED_AT:#x}", *places]
+        subprocess.run(
+            [*link, "-e", "entry", "-o", kernel, start, program], check=True, capture_output=True
+        )
+        return kernel.read_bytes()

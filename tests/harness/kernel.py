@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
 
@@ -255,24 +254,6 @@ def read(
         if rc:
             return rc
     return 0
-
-
-@st.composite
-def page_bits(draw: st.DrawFn, npages: int) -> Bits:
-    """Which pages of a block hold data: random stretches, or single pages of some density."""
-    if draw(st.booleans()):
-        density = draw(st.sampled_from([0.0, 0.02, 0.3, 0.5, 0.7, 0.95, 1.0]))
-        rng = np.random.default_rng(draw(st.integers(0, 999)))
-        return rng.random(npages) < density
-    bits = np.zeros(npages, dtype=bool)
-    lengths: Sequence[int] = draw(
-        st.lists(st.one_of(st.integers(1, 8), st.integers(1, 200)), min_size=1, max_size=60)
-    )
-    at = draw(st.integers(0, min(70, npages - 1)))
-    for n, length in enumerate(lengths):
-        bits[at : at + length] = n % 2 == 0
-        at += length
-    return bits
 
 
 def store(fd: int, memory: Any, at: int = 0) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import contextlib
+import gc
 import gzip
 import io
 import json
@@ -374,6 +375,7 @@ def outcomes(
             (directory / name).write_bytes(data)
         run_verbs(directory, base, [*VERBS])
     kinds = list(found)
+    gc.freeze()  # or each child's collections of garbage copy the pages of all objects
     for seed in range(first, first + count):
         rng = random.Random(seed)
         kind = kinds[seed % len(kinds)]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
 from tests.harness.kernel import Bits, Bytes, Memory, new_job, to_bits, to_words
@@ -174,38 +173,3 @@ class Decoder:
 
 
 NAMES = [b"pc.ram", b"a", b"b" * 255]
-
-
-@st.composite
-def record_lists(draw: st.DrawFn, npages: Sequence[int], page_size: int) -> list[Record]:
-    found: list[Record] = []
-    seed = draw(st.integers(0, 99))
-    rng = np.random.default_rng(seed)
-    for _ in range(draw(st.integers(0, 25))):
-        block = draw(st.integers(0, len(npages) - 1))
-        first = draw(st.integers(0, npages[block] - 1))
-        # Neighbouring pages are moved together: make some.
-        for k in range(first, min(first + draw(st.integers(1, 4)), npages[block])):
-            kind = draw(st.sampled_from(["zero", "fill", "page", "delta"]))
-            if kind == "zero":
-                found.append(Record(block, k, fill=0))
-            elif kind == "fill":
-                found.append(Record(block, k, fill=draw(st.integers(1, 255))))
-            elif kind == "page":
-                found.append(Record(block, k, page=rng.bytes(page_size)))
-            else:
-                found.append(Record(block, k, delta=draw(deltas(page_size))))
-    return found
-
-
-@st.composite
-def deltas(draw: st.DrawFn, page_size: int) -> tuple[tuple[int, bytes], ...]:
-    left, pairs = page_size, []
-    for n in range(draw(st.integers(0, 5))):
-        if left < 2:
-            break
-        same = draw(st.integers(0 if n == 0 else 1, min(left - 1, 600)))
-        changed = draw(st.integers(1, min(left - same, 300)))
-        pairs.append((same, bytes([draw(st.integers(0, 255))]) * changed))
-        left -= same + changed
-    return tuple(pairs)

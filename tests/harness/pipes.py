@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import lzma
 import os
@@ -17,9 +18,9 @@ from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 __all__ = ["COMPRESS", "front", "pipe_of"]
 
 COMPRESS: dict[ImageFormat, Callable[[bytes], bytes]] = {
-    ImageFormat.GZIP: gzip.compress,
-    ImageFormat.BZIP2: bz2.compress,
-    ImageFormat.XZ: lzma.compress,
+    ImageFormat.GZIP: functools.partial(gzip.compress, compresslevel=1),
+    ImageFormat.BZIP2: functools.partial(bz2.compress, compresslevel=1),
+    ImageFormat.XZ: functools.partial(lzma.compress, preset=0),
     ImageFormat.ZSTD: zstandard.compress,
 }
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -488,6 +489,7 @@ def _examine_in_child(file: Path, offset: int) -> tuple[str, str]:
 def outcomes(file: Path, offset: int, first: int, count: int) -> Iterator[Outcome]:
     base = file.read_bytes()
     anatomy = dissect(base, file, offset)
+    gc.freeze()  # or each child's collections of garbage copy the pages of all objects
     # Not on the disk: hundreds of conversions would be waited for.
     with tempfile.TemporaryDirectory(prefix="mutations-", dir="/dev/shm") as scratch:
         damaged = Path(scratch) / "damaged.mapped"

@@ -11,6 +11,7 @@ import pyqmigrate
 import pyqmigrate.fleet
 import pyqmigrate.store
 import pyqmigrate.vm
+from pyqmigrate.vm.plan.live_option import LiveMethod
 
 
 def loaded(code):
@@ -97,8 +98,28 @@ def test_a_save_loads_what_makes_a_twin_only_where_it_makes_one():
     assert not twin & loaded("import pyqmigrate.vm.outgoing.save")
 
 
+def test_live_methods_are_loaded_only_for_a_live_save():
+    live = named(
+        *(f"vm.outgoing.{method}" for method in LiveMethod),
+        *(f"vm.plan.live_{method}" for method in ("background", "changed", "precopy")),
+        "vm.outgoing.live_save",
+        "vm.outgoing.live_methods",
+        "vm.guest.changed_pages",
+        "vm.guest.guest_base",
+        "io.page_digests",
+        "io.page_table_file",
+        "io.stash",
+        "snapshot.save.background",
+        "snapshot.save.increment",
+    )
+    assert not live & loaded("import pyqmigrate.vm\npyqmigrate.vm.Vm, pyqmigrate.vm.restore")
+    assert not live & loaded("import pyqmigrate.cli.vm.save, pyqmigrate.vm.outgoing.save")
+
+
 @pytest.mark.parametrize(
-    "package", [pyqmigrate, pyqmigrate.vm, pyqmigrate.store], ids=lambda p: p.__name__
+    "package",
+    [pyqmigrate, pyqmigrate.fleet, pyqmigrate.store, pyqmigrate.vm],
+    ids=lambda package: package.__name__,
 )
 def test_no_module_hides_a_public_name(package):
     """``import PACKAGE.NAME`` makes the module the attribute, whatever that was before."""

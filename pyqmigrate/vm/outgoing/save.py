@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -38,7 +38,6 @@ from pyqmigrate.integrity.seal import start_seal
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
-from pyqmigrate.io.page_table_file import check_page_table_place, page_table_path
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Descriptors, stream_offset, target_path
@@ -49,16 +48,11 @@ from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.files import files_of
 from pyqmigrate.vm.guest.inspect import GuestInfo, inspect
 from pyqmigrate.vm.guest.run_state import what_stopped
-from pyqmigrate.vm.outgoing.background import save_background
-from pyqmigrate.vm.outgoing.changed import save_changed
-from pyqmigrate.vm.outgoing.converge import save_converge
 from pyqmigrate.vm.outgoing.device_state import DeviceStateRefused
 from pyqmigrate.vm.outgoing.direct import save_direct
 from pyqmigrate.vm.outgoing.disk_snapshots import stranded
-from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
 from pyqmigrate.vm.outgoing.options import SaveOptions, Then, VmSaveOptions
-from pyqmigrate.vm.outgoing.precopy import save_precopy
 from pyqmigrate.vm.outgoing.qemu import save_qemu
 from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
@@ -75,13 +69,6 @@ from pyqmigrate.vm.record.recording import Recording
 __all__ = ["save"]
 
 _QUIT_TIMEOUT = 30.0  # seconds
-
-_LIVE: Mapping[LiveMethod, Callable[[LiveSave], Awaitable[Written]]] = {
-    LiveMethod.CONVERGE: save_converge,
-    LiveMethod.BACKGROUND: save_background,
-    LiveMethod.PRECOPY: save_precopy,
-    LiveMethod.CHANGED: save_changed,
-}
 
 
 async def save(
@@ -107,6 +94,8 @@ async def save(
         digester(checked.seal)
         await asyncio.to_thread(check_place, seal_path(path))
     if checked.live is not None and checked.live.keep_digests:
+        from pyqmigrate.io.page_table_file import check_page_table_place
+
         await asyncio.to_thread(check_page_table_place, path)
     if stream_offset(os.fspath(snapshot)):
         raise UsageError("a guest is saved to a file of its own: give no offset")
@@ -233,8 +222,11 @@ class _Save:
     def _beside(self) -> list[Path]:
         """Return the other files that are written."""
         request, record = self.options.live, self.recording.path
-        keep = request is not None and request.keep_digests
-        return [record, page_table_path(self.path)] if keep else [record]
+        if request is None or not request.keep_digests:
+            return [record]
+        from pyqmigrate.io.page_table_file import page_table_path
+
+        return [record, page_table_path(self.path)]
 
     async def _run(
         self, output: OutputFile, plan: Plan, transaction: SaveTransaction
@@ -332,21 +324,7 @@ class _Save:
         options = self.options
         while_paused: WhilePaused | None = transaction.take_disks if self.disks else None
         if self.live is not None and self.request is not None:
-            return await _LIVE[self.live.method](
-                LiveSave(
-                    transaction=transaction,
-                    guest=self.guest,
-                    output=output,
-                    plan=plan,
-                    engine=self.choice,
-                    request=self.request,
-                    live=self.live,
-                    options=options,
-                    resume=self._resumes,
-                    while_paused=while_paused,
-                    see_disks=self.recording.see_disks,
-                )
-            )
+            return await self._write_live(transaction, output, plan, self.request, self.live)
         if self.choice.way is None:
             return await save_qemu(
                 transaction,
@@ -371,6 +349,33 @@ class _Save:
             describe=options.describe,
             while_paused=while_paused,
             progress=options.progress,
+        )
+
+    async def _write_live(
+        self,
+        transaction: SaveTransaction,
+        output: OutputFile,
+        plan: Plan,
+        request: LiveRequest,
+        live: LiveChoice,
+    ) -> Written:
+        from pyqmigrate.vm.outgoing.live_methods import save_by_method
+        from pyqmigrate.vm.outgoing.live_save import LiveSave
+
+        return await save_by_method(
+            LiveSave(
+                transaction=transaction,
+                guest=self.guest,
+                output=output,
+                plan=plan,
+                engine=self.choice,
+                request=request,
+                live=live,
+                options=self.options,
+                resume=self._resumes,
+                while_paused=transaction.take_disks if self.disks else None,
+                see_disks=self.recording.see_disks,
+            )
         )
 
     async def _set_clock(self, downtime: float | None) -> list[str]:
@@ -401,6 +406,8 @@ class _Save:
         """Write the digests of the pages beside the published snapshot."""
         if written.write_page_table is None:
             return
+        from pyqmigrate.io.page_table_file import page_table_path
+
         snapshot = await asyncio.to_thread(identify_snapshot, self.path, output.fd)
         place = page_table_path(self.path)
         await shielded(asyncio.to_thread(written.write_page_table, place, snapshot))

@@ -14,11 +14,7 @@ from pyqmigrate.errors import NotSupported, QemuError
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.plan.blockers import why_no_migration
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice
-from pyqmigrate.vm.plan.live_background import background_option
-from pyqmigrate.vm.plan.live_changed import changed_option
-from pyqmigrate.vm.plan.live_converge import converge_option
 from pyqmigrate.vm.plan.live_option import Instant, LiveMethod, LiveOption, LiveRequest, disks_pause
-from pyqmigrate.vm.plan.live_precopy import precopy_option, why_precopy
 
 __all__ = ["ENGINES", "LiveChoice", "automatic_precopy", "choose_live", "live_options"]
 
@@ -29,12 +25,6 @@ ENGINES: Mapping[LiveMethod, Engine] = {
     LiveMethod.CHANGED: Engine.DIRECT,
 }
 _ROUNDING = 1e-6  # seconds
-_OPTIONS: Mapping[LiveMethod, Callable[[GuestInfo, LiveRequest], LiveOption]] = {
-    LiveMethod.CONVERGE: converge_option,
-    LiveMethod.BACKGROUND: background_option,
-    LiveMethod.PRECOPY: precopy_option,
-    LiveMethod.CHANGED: changed_option,
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,7 @@ class LiveChoice:
 
 def live_options(guest: GuestInfo, request: LiveRequest) -> tuple[LiveOption, ...]:
     """Return what is known of each method that ``request`` allows. Blocks."""
-    options = (_OPTIONS[method](guest, request) for method in request.methods)
+    options = (_option(method)(guest, request) for method in request.methods)
     return tuple(_with_disks(option, guest, request) for option in options)
 
 
@@ -95,6 +85,27 @@ def choose_live(guest: GuestInfo, request: LiveRequest) -> list[LiveChoice]:
     ]
 
 
+def _option(method: LiveMethod) -> Callable[[GuestInfo, LiveRequest], LiveOption]:
+    """Return what finds out about a method; imported only for a live save, or the check of one."""
+    match method:
+        case LiveMethod.CONVERGE:
+            from pyqmigrate.vm.plan.live_converge import converge_option
+
+            return converge_option
+        case LiveMethod.BACKGROUND:
+            from pyqmigrate.vm.plan.live_background import background_option
+
+            return background_option
+        case LiveMethod.PRECOPY:
+            from pyqmigrate.vm.plan.live_precopy import precopy_option
+
+            return precopy_option
+        case LiveMethod.CHANGED:
+            from pyqmigrate.vm.plan.live_changed import changed_option
+
+            return changed_option
+
+
 def _with_disks(option: LiveOption, guest: GuestInfo, request: LiveRequest) -> LiveOption:
     """Add the time that snapshots of the disks take."""
     seconds = disks_pause(guest, request.with_disks)
@@ -112,6 +123,8 @@ def automatic_precopy(guest: GuestInfo, choice: EngineChoice) -> LiveChoice | No
     better saved so by the engine of ``choice``. The guest goes on after the save. Blocks."""
     if choice.way is None or not guest.running:
         return None
+    from pyqmigrate.vm.plan.live_precopy import why_precopy
+
     why = why_precopy(guest)
     return None if why is None else LiveChoice(LiveMethod.PRECOPY, why, None, {})
 

@@ -29,11 +29,11 @@ from tests.harness.kernel import (
     new_block,
     new_channel,
     new_job,
-    page_bits,
     store,
     to_bits,
     to_words,
 )
+from tests.harness.strategies import page_bits
 
 SIZE = lib.QM_DIGEST
 PLENTY = 1 << 60

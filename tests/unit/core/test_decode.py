@@ -27,10 +27,10 @@ from tests.harness.page_records import (
     ZERO,
     Decoder,
     Record,
-    record_lists,
     str8,
     word,
 )
+from tests.harness.strategies import record_lists
 
 STALE = 0x77
 KINDS = ["buffer", "mapped", "file"]

@@ -31,11 +31,11 @@ from tests.harness.kernel import (
     new_block,
     new_channel,
     new_job,
-    page_bits,
     to_words,
     totals,
 )
 from tests.harness.page_records import Name
+from tests.harness.strategies import page_bits
 
 NAME = b"pc.ram"
 

@@ -16,7 +16,8 @@ from pyqmigrate._core import ffi, lib
 from tests.harness import page_records as records
 from tests.harness.examples import some
 from tests.harness.kernel import Bytes, new_job
-from tests.harness.page_records import NAMES, Name, Record, record_lists
+from tests.harness.page_records import NAMES, Name, Record
+from tests.harness.strategies import record_lists
 
 FILL, PLACED, CHANGED = 1, 2, 3
 END = 1 << 62

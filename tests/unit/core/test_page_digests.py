@@ -30,12 +30,12 @@ from tests.harness.kernel import (
     new_block,
     new_channel,
     new_job,
-    page_bits,
     to_bits,
     to_words,
     totals,
 )
 from tests.harness.processes import PAGE, Holder
+from tests.harness.strategies import page_bits
 
 SIZE = lib.QM_DIGEST
 KINDS = ["plain", "mapped", "file", "fill"]

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from pyqmigrate._core import ffi, lib
 from tests.harness.examples import some
-from tests.harness.kernel import Bits, page_bits, to_bits, to_words
+from tests.harness.kernel import Bits, to_bits, to_words
+from tests.harness.strategies import page_bits
 
 NPAGES = 700
 

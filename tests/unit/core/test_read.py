@@ -25,11 +25,11 @@ from tests.harness.kernel import (
     memfd,
     new_block,
     new_job,
-    page_bits,
     read,
     to_words,
     totals,
 )
+from tests.harness.strategies import page_bits
 
 STALE = 0x77  # what memory holds before a load
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pyqmigrate._core import ffi, lib
 from tests.harness import core_twin as twin
 from tests.harness.examples import some
-from tests.harness.kernel import PAGE_SIZES, guest, page_bits, to_bits, to_words
+from tests.harness.kernel import PAGE_SIZES, guest, to_bits, to_words
+from tests.harness.strategies import page_bits
 
 GUARD = 0xA5A5A5A5A5A5A5A5
 

@@ -33,7 +33,8 @@ from tests.harness.kernel import (
     to_bits,
     to_words,
 )
-from tests.harness.page_records import Record, record_lists, stream_of
+from tests.harness.page_records import Record, stream_of
+from tests.harness.strategies import record_lists
 
 NAMES = [b"pc.ram", b"a"]
 PAGES_AT = 1 << 20

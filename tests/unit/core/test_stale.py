@@ -22,9 +22,9 @@ from tests.harness.kernel import (
     new_block,
     new_channel,
     new_job,
-    page_bits,
     to_words,
 )
+from tests.harness.strategies import page_bits
 
 
 def punch(file: File, block: Any, words: Any, job: Any = None) -> int:

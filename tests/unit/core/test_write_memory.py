@@ -30,13 +30,13 @@ from tests.harness.kernel import (
     mapped,
     memfd,
     new_block,
-    page_bits,
     read,
     store,
     to_bits,
     to_words,
     write,
 )
+from tests.harness.strategies import page_bits
 
 PAGES_OFFSET = 1 << 20
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW

@@ -33,12 +33,12 @@ from tests.harness.kernel import (
     new_channel,
     new_job,
     new_policy,
-    page_bits,
     to_bits,
     to_words,
     totals,
     write,
 )
+from tests.harness.strategies import page_bits
 
 PAGES_OFFSET = 1 << 20
 

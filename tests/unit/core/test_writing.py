@@ -27,13 +27,13 @@ from tests.harness.kernel import (
     mapped,
     memfd,
     new_block,
-    page_bits,
     read,
     store,
     to_bits,
     to_words,
     write,
 )
+from tests.harness.strategies import page_bits
 
 PIECE = lib.QM_PIECE
 PAGES_OFFSET = 3 * PIECE

@@ -15,7 +15,8 @@ from pyqmigrate.format.stream.mapped_ram import BlockLayout
 from pyqmigrate.io.bitmap import Bitmap
 from tests.harness.core_twin import stretches
 from tests.harness.examples import some
-from tests.harness.kernel import Bits, page_bits
+from tests.harness.kernel import Bits
+from tests.harness.strategies import page_bits
 
 
 class File:

@@ -23,8 +23,9 @@ from tests.harness import page_records as records
 from tests.harness.converted import FORMS, content
 from tests.harness.directories import directory_on_disk
 from tests.harness.examples import few
-from tests.harness.page_records import Record, record_lists, stream_of
+from tests.harness.page_records import Record, stream_of
 from tests.harness.snapshots import Bytes, ram
+from tests.harness.strategies import record_lists
 from tests.harness.stream_builders import EOF, RAM_EOS, described, end, part, start, str8, words
 
 PART = 16 << 20

@@ -20,8 +20,9 @@ from pyqmigrate.snapshot.provenance import provenance
 from pyqmigrate.snapshot.save.background import complete_background_snapshot
 from tests.harness.background import DEVICES, write_background_snapshot
 from tests.harness.examples import few
-from tests.harness.kernel import Bits, Bytes, guest, page_bits
+from tests.harness.kernel import Bits, Bytes, guest
 from tests.harness.snapshots import load
+from tests.harness.strategies import page_bits
 from tests.harness.stream_builders import RAM_EOS, part, start
 
 PAGES = 200

@@ -20,8 +20,9 @@ import pyqmigrate
 from pyqmigrate import FileMemory, JobTimeout, Progress, RamBlock
 from pyqmigrate.io.output import OutputFile
 from tests.harness.examples import some
-from tests.harness.kernel import PAGE_SIZES, guest, memfd, page_bits
+from tests.harness.kernel import PAGE_SIZES, guest, memfd
 from tests.harness.snapshots import SLOW, data_bytes, known_memory, load, ram
+from tests.harness.strategies import page_bits
 
 MIB = 1 << 20
 

@@ -35,8 +35,9 @@ from pyqmigrate.snapshot.load.sequential import (
 )
 from pyqmigrate.snapshot.save.sequential import SequentialWriter, start_sequential_save
 from tests.harness.examples import some
-from tests.harness.kernel import guest, memfd, page_bits
+from tests.harness.kernel import guest, memfd
 from tests.harness.snapshots import KNOWN, SLOW, Bytes, known_memory, ram
+from tests.harness.strategies import page_bits
 
 pytestmark = pytest.mark.usefixtures("same_descriptors")
 
