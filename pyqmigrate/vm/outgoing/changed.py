@@ -25,12 +25,13 @@ from pyqmigrate.errors import Cancelled, LiveSaveAbandoned, NoSpace, NotSupporte
 from pyqmigrate.format.increment import MAGIC as INCREMENT_MAGIC
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.integrity.save_seal import SaveSeal
+from pyqmigrate.io.available_memory import available_memory
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_digests import PageDigests
-from pyqmigrate.io.stash import Stash, StashBlock, available_memory
+from pyqmigrate.io.stash import Stash, StashBlock
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.increment import Base, IncrementWriter, increment_offset
 from pyqmigrate.snapshot.save.mapped_ram import Writer

@@ -20,6 +20,7 @@ from pyqmigrate.errors import LiveSaveAbandoned, NotSupported
 from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.integrity.save_seal import SaveSeal
+from pyqmigrate.io.available_memory import available_memory
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job
@@ -27,7 +28,6 @@ from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.page_copies import PageCopies
 from pyqmigrate.io.page_digests import DigestTable
 from pyqmigrate.io.page_table_file import write_page_table
-from pyqmigrate.io.stash import available_memory
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
