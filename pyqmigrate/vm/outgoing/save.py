@@ -48,6 +48,7 @@ from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.files import files_of
 from pyqmigrate.vm.guest.inspect import GuestInfo, inspect
+from pyqmigrate.vm.guest.processor_time import ProcessorClock
 from pyqmigrate.vm.guest.run_state import what_stopped
 from pyqmigrate.vm.outgoing.background import save_background
 from pyqmigrate.vm.outgoing.changed import save_changed
@@ -133,6 +134,7 @@ class _Save:
         self.disks: DiskPlan | None
         self.recording: Recording
         self.notes: list[str] = []
+        self.clock = ProcessorClock(guest)
 
     async def run(self) -> VmSaveReport:
         request = self.options.live
@@ -332,7 +334,10 @@ class _Save:
         options = self.options
         while_paused: WhilePaused | None = transaction.take_disks if self.disks else None
         if self.live is not None and self.request is not None:
-            return await _LIVE[self.live.method](
+            if not self._saves_changed:  # that takes hardly longer
+                await self.clock.settle()
+            self.clock.begin()
+            written = await _LIVE[self.live.method](
                 LiveSave(
                     transaction=transaction,
                     guest=self.guest,
@@ -347,6 +352,7 @@ class _Save:
                     see_disks=self.recording.see_disks,
                 )
             )
+            return replace(written, slowdown=self.clock.slowdown() if self._resumes else None)
         if self.choice.way is None:
             return await save_qemu(
                 transaction,
