@@ -55,7 +55,7 @@ from pyqmigrate.vm.outgoing.changed import save_changed
 from pyqmigrate.vm.outgoing.converge import save_converge
 from pyqmigrate.vm.outgoing.device_state import DeviceStateRefused
 from pyqmigrate.vm.outgoing.direct import save_direct
-from pyqmigrate.vm.outgoing.disk_snapshots import stranded
+from pyqmigrate.vm.outgoing.disk_snapshots import remove_unused, stranded
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
 from pyqmigrate.vm.outgoing.options import SaveOptions, Then, VmSaveOptions
@@ -224,6 +224,8 @@ class _Save:
                 return await self._run(output, plan, transaction)
         except QemuGone as error:
             error.add_note(f"({self._process_state()}) ")
+            if self.disks is not None:
+                remove_unused(self.disks)
             if self.disks is not None and self.disks.taken and not transaction.published:
                 for left in stranded(self.disks):
                     error.add_note(f"({left}) ")
@@ -333,6 +335,7 @@ class _Save:
     async def _write(self, transaction: SaveTransaction, output: OutputFile, plan: Plan) -> Written:
         options = self.options
         while_paused: WhilePaused | None = transaction.take_disks if self.disks else None
+        await transaction.create_overlays()
         if self.live is not None and self.request is not None:
             if not self._saves_changed:  # that takes hardly longer
                 await self.clock.settle()

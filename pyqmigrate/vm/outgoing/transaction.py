@@ -43,7 +43,7 @@ from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.outgoing import guardian
-from pyqmigrate.vm.outgoing.disk_snapshots import take
+from pyqmigrate.vm.outgoing.disk_snapshots import create, take
 from pyqmigrate.vm.outgoing.guardian import Step
 from pyqmigrate.vm.plan.blockers import why_no_migration_now
 from pyqmigrate.vm.plan.settings import Changes
@@ -182,6 +182,12 @@ class SaveTransaction:
                 for name, change in changes.capabilities.items()
             ]
             await self.monitor.execute("migrate-set-capabilities", {"capabilities": entries})
+
+    async def create_overlays(self) -> None:
+        """Create the files of the planned disk snapshots, while the guest still runs."""
+        if self._plan is not None and self._plan.overlays:
+            self._journal_steps(Step.DISKS)
+            await create(self.monitor, self._plan)
 
     async def take_disks(self) -> None:
         """Take the planned disk snapshots, all or none."""
