@@ -28,7 +28,7 @@ from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.plan.check import check
 from pyqmigrate.vm.qemu.launch import QemuSession
 from pyqmigrate.vm.qemu.monitor import Monitor
-from pyqmigrate.vm.twin import twin
+from pyqmigrate.vm.twin import describing, twin
 from pyqmigrate.vm.twin.twin import describe_snapshot
 from tests.harness.bare import BareQemu
 from tests.harness.saving import Source, source, wait_until
@@ -506,7 +506,7 @@ def test_twin_that_takes_too_long_is_ended(disk: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(twin, "take_in", hang)
     with source(disk, memory="private") as guest:
-        monkeypatch.setattr(twin.describe, "__kwdefaults__", {"timeout": 2.0})
+        monkeypatch.setattr(describing, "TIMEOUT", 2.0)
         report = guest.save(disk / "s")
         guest.files |= {"s"}
         guest.assert_as_before()

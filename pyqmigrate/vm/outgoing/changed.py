@@ -72,15 +72,16 @@ async def save_changed(save: LiveSave) -> Written:
     base is not usable or was replaced, NoSpace, QemuError, GuestMemoryError, TargetError, Cancelled.
     """
     async with contextlib.AsyncExitStack() as stack:
-        finding = asyncio.to_thread(GuestBase.find, save.guest, save.request.base)
-        base = await acquired(finding, GuestBase.close)
-        stack.callback(base.close)
-        _refuse_as_target(save, base)
         describing = None
         if save.options.describe:
             from pyqmigrate.vm.twin.describing import Describing
 
             describing = await stack.enter_async_context(Describing(save.guest))
+            describing.start_ahead()
+        finding = asyncio.to_thread(GuestBase.find, save.guest, save.request.base)
+        base = await acquired(finding, GuestBase.close)
+        stack.callback(base.close)
+        _refuse_as_target(save, base)
         changed = await acquired(
             asyncio.to_thread(_Changed, save, base, describing), _Changed.close
         )
@@ -232,6 +233,8 @@ class _Changed:
         await save.transaction.apply(no_changes())
         with memory_file() as (written, read):
             async with save.transaction.add_fds({"device-state": written}) as path:
+                if self.describing is not None:
+                    await self.describing.until_ready()
                 downtime = await self._pause(path)
             await check_same_blocks(save.transaction, guest)
             state = await asyncio.to_thread(read_device_sections_of, guest, read)
