@@ -160,10 +160,7 @@ class SaveTransaction:
         """
         if self._guardian is None or self._guardian.poll() is not None:
             raise QemuError("the guardian process ended unexpectedly")
-        # Another client may have started one since the guest was inspected.
-        status = (await self.monitor.execute("query-migrate")).get("status", "none")
-        if (why_not := why_no_migration_now(str(status))) is not None:
-            raise QemuError(why_not)
+        await self.check_no_migration()
         self._write_journal(
             capabilities={name: change.before for name, change in changes.capabilities.items()},
             parameters={
@@ -182,6 +179,12 @@ class SaveTransaction:
                 for name, change in changes.capabilities.items()
             ]
             await self.monitor.execute("migrate-set-capabilities", {"capabilities": entries})
+
+    async def check_no_migration(self) -> None:
+        """Raise QemuError if another client has started a migration since the guest was inspected."""
+        status = (await self.monitor.execute("query-migrate")).get("status", "none")
+        if (why_not := why_no_migration_now(str(status))) is not None:
+            raise QemuError(why_not)
 
     async def create_overlays(self) -> None:
         """Create the files of the planned disk snapshots, while the guest still runs."""
