@@ -16,7 +16,6 @@ import contextlib
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,7 +31,7 @@ from pyqmigrate.io.mapping import unmap
 from pyqmigrate.io.memory import Memory, OpenMemory, ProcessMemory, RamBlock, SnapshotMemory, attach
 from pyqmigrate.io.pagemap import MappedPages
 
-__all__ = ["Stash", "StashBlock", "available_memory"]
+__all__ = ["Stash", "StashBlock"]
 
 _MAP_NORESERVE = 0x4000
 
@@ -232,13 +231,3 @@ def _map(length: int) -> mmap.mmap:
         # A huge page would cost 2 MiB where one page changed.
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return memory
-
-
-def available_memory() -> int | None:
-    """Return the bytes of memory that the host has available; None if that is unknown."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            if name == "MemAvailable":
-                return int(rest.split()[0]) * 1024
-    return None

@@ -16,6 +16,7 @@ from pyqmigrate import convert, open_snapshot, seal, verify_seal
 from pyqmigrate.errors import Cancelled, NotSupported, PyqmigrateError
 from pyqmigrate.snapshot.provenance import provenance
 from pyqmigrate.vm import sync
+from pyqmigrate.vm.guest import processor_time
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.plan import live
 from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption
@@ -76,6 +77,17 @@ def test_file_holds_one_instant_of_the_start(machine: str, memory: str, disk: Pa
         with restore(setup, path, disk, mode=mode) as guest:
             guest.wait_for_writes()
             guest.assert_memory_held()
+
+
+def test_report_has_the_slowdown_of_a_guest_that_writes(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor_time, "_LEAST_BUSY", 1e-6)  # however busy the host is
+    setup = GuestSetup(working_set=16 * MIB, filled=4 * MIB)
+    with start(setup, disk) as guest:
+        guest.wait_for_writes(100)
+        report = sync.connect(guest.socket).save(disk / "snapshot", **METHOD)
+    assert report.slowdown is not None and 0 <= report.slowdown <= 1
 
 
 @pytest.mark.long

@@ -34,6 +34,8 @@ from pyqmigrate.io.page_table_file import page_table_path, write_page_table
 from pyqmigrate.vm import sync
 from pyqmigrate.vm.outgoing import changed as changed_method
 from pyqmigrate.vm.outgoing.report import VmSaveReport
+from pyqmigrate.vm.outgoing.transaction import SaveTransaction
+from pyqmigrate.vm.twin import twin
 from tests.harness.as_found import AsFound
 from tests.harness.saving import ROOT
 from tests.harness.writing_guest import (
@@ -269,6 +271,29 @@ def test_guest_that_was_not_restored_instantly_has_no_base(disk: Path) -> None:
         with pytest.raises(NotSupported, match="not restored with mode instant"):
             save(guest, disk / "monday", base="auto")
         found.check()
+
+
+def test_twin_has_started_when_the_guest_is_stopped(
+    guest: WritingGuest, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    launch, stop = twin.launch, SaveTransaction.stop
+
+    async def launched(*args: Any, **options: Any) -> Any:
+        started = await launch(*args, **options)
+        order.append("twin")
+        return started
+
+    async def stopped(self: SaveTransaction) -> None:
+        order.append("stop")
+        await stop(self)
+
+    monkeypatch.setattr(twin, "launch", launched)
+    monkeypatch.setattr(SaveTransaction, "stop", stopped)
+    save(guest, disk / "inc", base="auto")
+    assert order == ["twin", "stop"]
+    with open_snapshot(disk / "inc") as snapshot:
+        assert snapshot.stream.description_offset is not None
 
 
 def test_pause_that_cannot_be_kept_is_not_begun(guest: WritingGuest, disk: Path) -> None:

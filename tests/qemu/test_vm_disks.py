@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pyqmigrate.errors import NotSupported, QemuRefused
+from pyqmigrate.errors import NotSupported, QemuError, QemuRefused
 from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.inspect import inspect
 from pyqmigrate.vm.outgoing import guardian
-from pyqmigrate.vm.outgoing.disk_snapshots import stranded, take
+from pyqmigrate.vm.outgoing.disk_snapshots import create, stranded, take
 from pyqmigrate.vm.outgoing.transaction import run_commands
 from pyqmigrate.vm.plan.disks import prepare
 from pyqmigrate.vm.qemu.monitor import Monitor
@@ -198,6 +198,76 @@ def test_all_or_none(images: Path) -> None:
 
     with_plan(images, task)
     assert listed(images) == ["left", "right", OVERLAYS[1]]
+
+
+async def nodes_of(monitor: Monitor) -> set[str]:
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return {str(node["node-name"]) for node in nodes}
+
+
+def test_overlays_are_created_beforehand_and_only_opened_in_the_pause(images: Path) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        before = await nodes_of(monitor)
+        await create(monitor, plan)
+        assert listed(images) == sorted([*BASES, *OVERLAYS])
+        assert await files(monitor) == BASES
+        assert await nodes_of(monitor) == before
+        assert await monitor.execute("query-jobs") == []
+        created = [overlay.here.stat().st_ino for overlay in plan.overlays]
+        await disk_write(monitor)  # the guest still runs
+        await take(monitor, plan)
+        assert await files(monitor) == OVERLAYS
+        assert [overlay.here.stat().st_ino for overlay in plan.overlays] == created
+        await disk_write(monitor, "right")
+
+    with_plan(images, task, run=True)
+    assert (images / "left").read_bytes()[:512] == NEW
+    assert (images / "right").read_bytes()[:512] == OLD
+
+
+def test_forgetting_overlays_that_were_only_created_removes_them(images: Path) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        await create(monitor, plan)
+        assert await forget(monitor, plan) == []
+        assert await files(monitor) == BASES
+
+    with_plan(images, task, run=True)
+    assert listed(images) == BASES
+
+
+def test_forgetting_an_unfinished_creation_removes_its_node_and_job(images: Path) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        before = await nodes_of(monitor)
+        overlay = plan.overlays[0]
+        job, node = guardian.creation_of(overlay.node)
+        options = {"driver": "file", "filename": overlay.file, "size": 0}
+        await monitor.execute("blockdev-create", {"job-id": job, "options": options})
+        while (await monitor.execute("query-jobs"))[0]["status"] != "concluded":
+            await asyncio.sleep(0.001)
+        await monitor.execute(
+            "blockdev-add", {"driver": "file", "node-name": node, "filename": overlay.file}
+        )
+        assert await forget(monitor, plan) == []
+        assert await nodes_of(monitor) == before
+        assert await monitor.execute("query-jobs") == []
+
+    with_plan(images, task, run=True)
+    assert listed(images) == BASES
+
+
+def test_disk_that_was_resized_since_is_refused(images: Path) -> None:
+    async def task(monitor: Monitor, plan: DiskPlan) -> None:
+        await create(monitor, plan)
+        await monitor.execute(
+            "block_resize", {"node-name": plan.overlays[0].disk.node, "size": 2 * SIZE}
+        )
+        with pytest.raises(QemuError, match="resized"):
+            await take(monitor, plan)
+        assert not plan.taken
+        assert await forget(monitor, plan) == []
+
+    with_plan(images, task)
+    assert listed(images) == BASES
 
 
 def test_second_snapshot_goes_over_the_first(images: Path) -> None:

@@ -31,11 +31,16 @@ from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.page_copies import PageCopies
 from pyqmigrate.io.page_digests import PageDigests
 from pyqmigrate.io.page_table_file import page_table_path, read_page_table
-from pyqmigrate.vm.outgoing import precopy
+from pyqmigrate.vm import sync
+from pyqmigrate.vm.guest.inspect import GuestInfo, inspect
+from pyqmigrate.vm.outgoing import device_state, precopy
+from pyqmigrate.vm.outgoing.device_state import DeviceStateRefused
 from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.plan import live_precopy
+from pyqmigrate.vm.plan.blockers import DeviceStateMethod
+from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.as_found import AsFound
 from tests.harness.gaps import GapRecorder
 from tests.harness.saving import Source, source
@@ -168,6 +173,47 @@ def test_large_guest_is_saved_so_without_being_asked(
             report = save_live(guest, disk / "snapshot", live=False, then=then)
             assert report.method == method
             assert_saved(disk / "snapshot", SMALL)
+
+
+def test_device_state_that_qemu_refuses_is_noticed_before_memory_is_copied(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no such device here, so the refusal is made up; engine qemu takes over."""
+    monkeypatch.setattr(live_precopy, "LARGE_GUEST", 32 << 20)
+    states: list[bool] = []
+
+    async def refuse(transaction: SaveTransaction, guest: GuestInfo, path: str) -> None:
+        states.append((await transaction.monitor.execute("query-status"))["running"])
+        raise DeviceStateRefused("xen-save-devices-state", "no")
+
+    def copy(self: precopy._Precopy) -> None:
+        raise AssertionError("memory was copied")
+
+    monkeypatch.setattr(device_state, "save_device_sections", refuse)
+    monkeypatch.setattr(precopy._Precopy, "_write_live", copy)
+    with start(SMALL, disk, memory="private") as guest:
+        report = sync.connect(guest.socket).save(disk / "snapshot")
+        guest.wait_for_writes(100)
+    assert states == [True]
+    assert (report.engine, report.method) == ("qemu", None)
+    assert "no" in report.why
+
+
+def test_asking_for_the_device_state_lets_the_guest_go_on(disk: Path) -> None:
+    async def ask(path: Path) -> tuple[list[str], int]:
+        async with await Monitor.connect(path) as monitor:
+            with await inspect(monitor) as found:
+                transaction = SaveTransaction(monitor, found, str(disk / "snapshot"))
+                async with transaction:
+                    way = DeviceStateMethod.DEVICES_ONLY
+                    await device_state.try_device_state(transaction, found, way)
+                    status = await monitor.execute("query-status")
+                return [status["status"]], len(await monitor.execute("query-fdsets"))
+
+    with start(SMALL, disk, memory="private") as guest:
+        guest.wait_for_writes(100)
+        assert asyncio.run(ask(guest.socket)) == (["running"], 0)
+        guest.wait_for_writes(100)
 
 
 def test_small_guest_is_saved_while_it_is_stopped(disk: Path) -> None:

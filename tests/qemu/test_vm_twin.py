@@ -22,13 +22,15 @@ from pyqmigrate.export.convert import convert
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.format.device.cpu import cpu_registers
 from pyqmigrate.snapshot.devices import devices
+from pyqmigrate.vm.guest.inspect import inspect
 from pyqmigrate.vm.incoming.load import Incoming
 from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.save import save
 from pyqmigrate.vm.plan.check import check
 from pyqmigrate.vm.qemu.launch import QemuSession
 from pyqmigrate.vm.qemu.monitor import Monitor
-from pyqmigrate.vm.twin import twin
+from pyqmigrate.vm.twin import describing, twin
+from pyqmigrate.vm.twin.describing import Describing
 from pyqmigrate.vm.twin.twin import describe_snapshot
 from tests.harness.bare import BareQemu
 from tests.harness.saving import Source, source, wait_until
@@ -496,6 +498,36 @@ def test_save_is_whole_whatever_becomes_of_its_twin(
         snapshot.verify()
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_twin_that_was_started_ahead_ends_if_there_is_nothing_to_describe(
+    waits: bool, disk: Path
+) -> None:
+    children = Path(f"/proc/{os.getpid()}/task")
+
+    def qemus() -> list[str]:
+        pids = " ".join((task / "children").read_text() for task in children.iterdir()).split()
+        programs = [Path(f"/proc/{pid}/exe").readlink().name for pid in pids]
+        return [program for program in programs if program.startswith("qemu")]
+
+    async def started(guest: Source) -> int:
+        async with await Monitor.connect(guest.socket) as monitor:
+            with await inspect(monitor) as found:
+                async with Describing(found) as describing:
+                    describing.start_ahead()
+                    if waits:
+                        while not describing._twin.done():  # type: ignore[union-attr]
+                            await describing.until_ready()
+                        return len(qemus())
+        return 0
+
+    with source(disk, memory="private") as guest:
+        before = len(qemus())
+        during = asyncio.run(started(guest))
+        assert len(qemus()) == before
+        assert not waits or during == before + 1
+        guest.assert_as_before()
+
+
 def test_twin_that_takes_too_long_is_ended(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pids = []
 
@@ -506,7 +538,7 @@ def test_twin_that_takes_too_long_is_ended(disk: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(twin, "take_in", hang)
     with source(disk, memory="private") as guest:
-        monkeypatch.setattr(twin.describe, "__kwdefaults__", {"timeout": 2.0})
+        monkeypatch.setattr(describing, "TIMEOUT", 2.0)
         report = guest.save(disk / "s")
         guest.files |= {"s"}
         guest.assert_as_before()

@@ -30,9 +30,9 @@ changed temporarily, each with ``value`` and ``why``; ``direct_io``, ``direct_io
 on what a restore needs of the writable disks); ``record`` (the file that describes the VM, or null);
 ``seal`` (null, or an object of ``path`` and ``algorithm``); ``method`` (that of a live save, or
 null) and ``method_why``; ``instant`` (start or end: of the save, whose state the file holds);
-``rounds`` (passes of a live save over the memory, or null), ``slowdown`` (the share of its speed that
-the guest lost during the save; null if not known); ``base`` (the snapshot that an increment belongs
-to, or null) and ``changed_pages`` (null without one); ``notes`` (sentences).
+``rounds`` (passes of a live save over the memory, or null), ``slowdown`` (the share of the
+processor time of its CPUs that the guest lost during the save; null if not known); ``base`` (the
+snapshot that an increment belongs to, or null) and ``changed_pages`` (null without one); ``notes`` (sentences).
 """
 
 from __future__ import annotations

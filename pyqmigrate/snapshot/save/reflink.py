@@ -50,7 +50,9 @@ class ReflinkWriter:
         self._base = base
         if base.offset or target.offset:
             raise UsageError(
-                "a base behind a header cannot be cloned: convert it to mapped-ram first"
+                f"the base {base.source.name!r} is behind a header of libvirt, which a clone would keep: "
+                "save without full (an increment costs as little), or a whole snapshot by the live "
+                "method changed, without a base"
             )
 
     def begin(self) -> None:

@@ -71,10 +71,14 @@ class Overlay:
 
 @dataclass
 class DiskPlan:
-    """External snapshots to take, or taken, of all writable disks."""
+    """External snapshots to take, or taken, of all writable disks.
+
+    ``created``: files of the overlays may exist; ``taken``: the disks go on in them.
+    """
 
     snapshot: Path
     overlays: tuple[Overlay, ...]
+    created: bool = False
     taken: bool = False
 
 

@@ -63,7 +63,8 @@ class GuestInfo:
     that of ``query-migrate``, "none" before the first. ``blocks`` are the blocks of a stream, in
     QEMU's order. ``devices`` are pairs of QOM path and type, ``dirty_bitmaps`` of node and bitmap,
     ``images`` of a file as QEMU names it and its use (with pflash and backing files), ``commands``
-    the available QMP commands.
+    the available QMP commands. ``processor_threads`` are the threads of the virtual CPUs, as numbered
+    in QEMU's own pid namespace.
 
     It owns descriptors: close it, or use it as a context manager.
     """
@@ -87,6 +88,7 @@ class GuestInfo:
     dirty_bitmaps: tuple[tuple[str, str], ...]
     commands: frozenset[str]
     images: tuple[tuple[str, str], ...] = ()
+    processor_threads: frozenset[int] = frozenset()
 
     @property
     def pid(self) -> int | None:
@@ -153,7 +155,8 @@ async def inspect(monitor: Monitor) -> GuestInfo:
     lines = parse_ramblock(await monitor.hmp("info ramblock"))
     backends = await _backends(monitor)
     processors = await monitor.execute("query-cpus-fast")
-    threads = {int(processor["thread-id"]) for processor in processors}
+    threads = frozenset(int(processor["thread-id"]) for processor in processors)
+    facts["processor_threads"] = threads
     guest = asyncio.to_thread(_with_memory, facts, lines, backends, monitor.peer, threads)
     return await acquired(guest, GuestInfo.close)
 
@@ -163,7 +166,7 @@ def _with_memory(
     lines: list[RamLine],
     backends: Mapping[str, Backend],
     peer: Peer,
-    threads: set[int],
+    threads: frozenset[int],
 ) -> GuestInfo:
     process, why_not = find_process(peer, threads, lambda space: fits(lines, backends, space))
     binary = "" if process is None else _binary(process.pid)

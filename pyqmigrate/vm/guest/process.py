@@ -27,6 +27,7 @@ __all__ = [
     "command_of",
     "covering",
     "find_process",
+    "host_threads",
     "open_mapped",
     "read_mappings",
 ]
@@ -168,6 +169,22 @@ def _own_numbers(pid: int) -> set[int]:
     except OSError:
         return set()
     return {int(numbers[-1]) for task in tasks if (numbers := read_status(task).get("NSpid"))}
+
+
+def host_threads(pid: int, own: Iterable[int]) -> list[int]:
+    """Return the threads of a process, as numbered here, that have the numbers ``own`` in its own pid
+    namespace; empty unless all are found."""
+    wanted = set(own)
+    try:
+        tasks = list((_PROC / str(pid) / "task").iterdir())
+    except OSError:
+        return []
+    found = [
+        int(task.name)
+        for task in tasks
+        if (numbers := read_status(task).get("NSpid")) and int(numbers[-1]) in wanted
+    ]
+    return found if len(found) == len(wanted) else []
 
 
 def command_of(pid: int) -> CommandLine | None:

@@ -21,11 +21,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import PyqmigrateError
 from pyqmigrate.format.stream.mapped_ram import BlockLayout
+from pyqmigrate.io.available_memory import available_memory
 from pyqmigrate.io.threads import start_thread
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Prefetch:
         """Yield what is to be requested, and note how far that is, until the limit or a cancellation,
         which ``_why_not`` says then."""
         pages, requested = recorded.working_set.npages, 0
-        limit = _available_memory() if self._limit is None else self._limit
+        limit = _room() if self._limit is None else self._limit
         for offset, length in file_ranges(layouts, recorded):
             if self._cancelled.is_set():
                 self._why_not = "cancelled"
@@ -195,13 +195,7 @@ def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
         yield offset, min(_PIECE, end - offset)
 
 
-def _available_memory() -> int:
+def _room() -> int:
     """Return how many bytes may be read ahead; no limit if the available memory is unknown."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            if name == "MemAvailable":
-                return int(int(rest.split()[0]) * 1024 * _MEMORY_SHARE)
-    except (OSError, ValueError, IndexError):
-        pass
-    return 1 << 63
+    available = available_memory()
+    return 1 << 63 if available is None else int(available * _MEMORY_SHARE)

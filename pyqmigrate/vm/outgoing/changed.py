@@ -25,12 +25,13 @@ from pyqmigrate.errors import Cancelled, LiveSaveAbandoned, NoSpace, NotSupporte
 from pyqmigrate.format.increment import MAGIC as INCREMENT_MAGIC
 from pyqmigrate.format.stream.wire import SectionKind
 from pyqmigrate.integrity.save_seal import SaveSeal
+from pyqmigrate.io.available_memory import available_memory
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.io.page_digests import PageDigests
-from pyqmigrate.io.stash import Stash, StashBlock, available_memory
+from pyqmigrate.io.stash import Stash, StashBlock
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.increment import Base, IncrementWriter, increment_offset
 from pyqmigrate.snapshot.save.mapped_ram import Writer
@@ -71,15 +72,16 @@ async def save_changed(save: LiveSave) -> Written:
     base is not usable or was replaced, NoSpace, QemuError, GuestMemoryError, TargetError, Cancelled.
     """
     async with contextlib.AsyncExitStack() as stack:
-        finding = asyncio.to_thread(GuestBase.find, save.guest, save.request.base)
-        base = await acquired(finding, GuestBase.close)
-        stack.callback(base.close)
-        _refuse_as_target(save, base)
         describing = None
         if save.options.describe:
             from pyqmigrate.vm.twin.describing import Describing
 
             describing = await stack.enter_async_context(Describing(save.guest))
+            describing.start_ahead()
+        finding = asyncio.to_thread(GuestBase.find, save.guest, save.request.base)
+        base = await acquired(finding, GuestBase.close)
+        stack.callback(base.close)
+        _refuse_as_target(save, base)
         changed = await acquired(
             asyncio.to_thread(_Changed, save, base, describing), _Changed.close
         )
@@ -231,6 +233,8 @@ class _Changed:
         await save.transaction.apply(no_changes())
         with memory_file() as (written, read):
             async with save.transaction.add_fds({"device-state": written}) as path:
+                if self.describing is not None:
+                    await self.describing.until_ready()
                 downtime = await self._pause(path)
             await check_same_blocks(save.transaction, guest)
             state = await asyncio.to_thread(read_device_sections_of, guest, read)

@@ -21,6 +21,7 @@ __all__ = [
     "read_device_sections_of",
     "save_device_sections",
     "save_device_state",
+    "try_device_state",
 ]
 
 _SAVE_DEVICES = "xen-save-devices-state"
@@ -81,6 +82,23 @@ async def save_device_sections(transaction: SaveTransaction, guest: GuestInfo, p
         await transaction.monitor.execute(_SAVE_DEVICES, {"filename": path, "live": False})
     except QemuRefused as error:
         raise DeviceStateRefused(_SAVE_DEVICES, _refusal(error, guest)) from error
+
+
+async def try_device_state(
+    transaction: SaveTransaction, guest: GuestInfo, way: DeviceStateMethod
+) -> None:
+    """Find out whether QEMU can save its device state, before a live save copies all memory.
+
+    QEMU stops a running guest for it by itself, for some milliseconds. The state is not kept. Does
+    nothing for other guests, and where a migration writes the state. Raises DeviceStateRefused, and
+    QemuError if another client's migration is active.
+    """
+    if way is not DeviceStateMethod.DEVICES_ONLY or guest.run_state != "running":
+        return
+    await transaction.check_no_migration()
+    with memory_file() as (written, _):
+        async with transaction.add_fds({"device-state": written}) as path:
+            await save_device_sections(transaction, guest, path)
 
 
 async def check_same_blocks(transaction: SaveTransaction, guest: GuestInfo) -> None:

@@ -56,6 +56,7 @@ __all__ = [
     "Step",
     "Refused",
     "Command",
+    "creation_of",
     "rollback_steps",
     "undo_disks",
 ]
@@ -98,7 +99,7 @@ class Step(StrEnum):
     SETTINGS = "settings"
     """Settings may have been changed."""
     DISKS = "disks"
-    """Disk snapshots may have been taken."""
+    """Overlays may have been created, and disk snapshots taken."""
     STOPPED = "stopped"
     """The guest was stopped."""
     MIGRATING = "migrating"
@@ -181,8 +182,8 @@ def _stopped_by(steps: set[str]) -> set[str]:
 def undo_disks(journal: dict[str, Any], errors: list[str]) -> Generator[Command, Any, None]:
     """Commit the overlays into the files below and remove them.
 
-    QEMU is asked nothing if there are no disk snapshots. An overlay that QEMU does not use was left
-    by a refused transaction.
+    QEMU is asked nothing if there are no disk snapshots. An overlay that QEMU does not use was
+    created for a snapshot that was not taken.
     """
     _remove_record(journal)
     if not journal["disks"]:
@@ -193,6 +194,7 @@ def undo_disks(journal: dict[str, Any], errors: list[str]) -> Generator[Command,
     nodes = {node.get("node-name") for node in (yield "query-named-block-nodes", {"flat": True})}
     for disk in journal["disks"]:
         try:
+            yield from _end_creation(disk["node"], nodes)
             if disk["node"] in nodes:
                 yield from _commit(disk["node"], disk["base"])
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
@@ -206,6 +208,27 @@ def undo_disks(journal: dict[str, Any], errors: list[str]) -> Generator[Command,
             errors.append(
                 f"cannot remove {disk['file']} ({error.strerror}), which is no longer needed"
             )
+
+
+def creation_of(node: str) -> tuple[str, str]:
+    """Return the names of the job that creates the overlay of the node ``node``, and of the node of
+    its file during that."""
+    return f"create-{node}", f"{node}-file"
+
+
+def _end_creation(overlay: str, nodes: set[str]) -> Generator[Command, Any, None]:
+    """Wait for the end of an overlay's creation, and remove what is temporary."""
+    name, node = creation_of(overlay)
+    for _ in range(_polls(_COMMIT_TIMEOUT)):
+        job = yield from _job(name)
+        if job is None:
+            break
+        if job["status"] == "concluded":
+            yield "job-dismiss", {"id": name}
+            break
+        yield None
+    if node in nodes:
+        yield "blockdev-del", {"node-name": node}
 
 
 def _overlay_in_use(disk: dict[str, str]) -> str:

@@ -20,6 +20,7 @@ from pyqmigrate.errors import LiveSaveAbandoned, NotSupported
 from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.integrity.save_seal import SaveSeal
+from pyqmigrate.io.available_memory import available_memory
 from pyqmigrate.io.channels import Channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Job
@@ -27,14 +28,17 @@ from pyqmigrate.io.memory import Memory, RamBlock
 from pyqmigrate.io.page_copies import PageCopies
 from pyqmigrate.io.page_digests import DigestTable
 from pyqmigrate.io.page_table_file import write_page_table
-from pyqmigrate.io.stash import available_memory
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse
 from pyqmigrate.vm.cancellation import check_cancelled, shielded
 from pyqmigrate.vm.guest.device_state import DeviceState
 from pyqmigrate.vm.guest.inspect import GuestInfo
-from pyqmigrate.vm.outgoing.device_state import check_same_blocks, save_device_state
+from pyqmigrate.vm.outgoing.device_state import (
+    check_same_blocks,
+    save_device_state,
+    try_device_state,
+)
 from pyqmigrate.vm.outgoing.direct import encode_rest, notes_of
 from pyqmigrate.vm.outgoing.live_save import LiveSave
 from pyqmigrate.vm.outgoing.migrate import Written
@@ -113,6 +117,8 @@ class _Precopy:
         save, transaction, describing = self.save, self.save.transaction, self.describing
         progress = save.options.progress
         try:
+            if self.max_pause is None:  # otherwise one pause was promised
+                await try_device_state(transaction, self.guest, self.way)
             await self._in_job(self._write_live)
             self._check_expected_pause()
             await transaction.apply(save.plan.changes)

@@ -28,8 +28,9 @@ class VmSaveReport:
 
     ``method`` is that of a live save, None if the guest was stopped for all of it; ``method_why``
     is a sentence. ``instant`` is the instant of the save whose state the file holds. ``rounds`` is
-    the number of passes over memory, ``slowdown`` the share of its speed that the guest lost during
-    the save; None if not known. ``base`` is the snapshot that an increment belongs to, and
+    the number of passes over memory, ``slowdown`` the share, from 0 to 1, of the processor time of its
+    virtual CPUs that the guest lost during the save (:mod:`pyqmigrate.vm.guest.processor_time`);
+    None if not known. ``base`` is the snapshot that an increment belongs to, and
     ``changed_pages`` the number of pages that differ from it; None for a whole snapshot.
     """
 

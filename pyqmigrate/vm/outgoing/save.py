@@ -47,10 +47,11 @@ from pyqmigrate.vm.guest.clock import correct_clock, note_on_clock
 from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.files import files_of
 from pyqmigrate.vm.guest.inspect import GuestInfo, inspect
+from pyqmigrate.vm.guest.processor_time import ProcessorClock
 from pyqmigrate.vm.guest.run_state import what_stopped
 from pyqmigrate.vm.outgoing.device_state import DeviceStateRefused
 from pyqmigrate.vm.outgoing.direct import save_direct
-from pyqmigrate.vm.outgoing.disk_snapshots import stranded
+from pyqmigrate.vm.outgoing.disk_snapshots import remove_unused, stranded
 from pyqmigrate.vm.outgoing.migrate import WhilePaused, Written
 from pyqmigrate.vm.outgoing.options import SaveOptions, Then, VmSaveOptions
 from pyqmigrate.vm.outgoing.qemu import save_qemu
@@ -122,6 +123,7 @@ class _Save:
         self.disks: DiskPlan | None
         self.recording: Recording
         self.notes: list[str] = []
+        self.clock = ProcessorClock(guest)
 
     async def run(self) -> VmSaveReport:
         request = self.options.live
@@ -211,6 +213,8 @@ class _Save:
                 return await self._run(output, plan, transaction)
         except QemuGone as error:
             error.add_note(f"({self._process_state()}) ")
+            if self.disks is not None:
+                remove_unused(self.disks)
             if self.disks is not None and self.disks.taken and not transaction.published:
                 for left in stranded(self.disks):
                     error.add_note(f"({left}) ")
@@ -323,6 +327,7 @@ class _Save:
     async def _write(self, transaction: SaveTransaction, output: OutputFile, plan: Plan) -> Written:
         options = self.options
         while_paused: WhilePaused | None = transaction.take_disks if self.disks else None
+        await transaction.create_overlays()
         if self.live is not None and self.request is not None:
             return await self._write_live(transaction, output, plan, self.request, self.live)
         if self.choice.way is None:
@@ -362,7 +367,10 @@ class _Save:
         from pyqmigrate.vm.outgoing.live_methods import save_by_method
         from pyqmigrate.vm.outgoing.live_save import LiveSave
 
-        return await save_by_method(
+        if not self._saves_changed:  # that takes hardly longer
+            await self.clock.settle()
+        self.clock.begin()
+        written = await save_by_method(
             LiveSave(
                 transaction=transaction,
                 guest=self.guest,
@@ -377,6 +385,7 @@ class _Save:
                 see_disks=self.recording.see_disks,
             )
         )
+        return replace(written, slowdown=self.clock.slowdown() if self._resumes else None)
 
     async def _set_clock(self, downtime: float | None) -> list[str]:
         if not self._resumes:

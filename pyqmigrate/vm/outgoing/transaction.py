@@ -43,7 +43,7 @@ from pyqmigrate.vm.cancellation import acquired, shielded
 from pyqmigrate.vm.guest.disks import DiskPlan
 from pyqmigrate.vm.guest.inspect import GuestInfo
 from pyqmigrate.vm.outgoing import guardian
-from pyqmigrate.vm.outgoing.disk_snapshots import take
+from pyqmigrate.vm.outgoing.disk_snapshots import create, take
 from pyqmigrate.vm.outgoing.guardian import Step
 from pyqmigrate.vm.plan.blockers import why_no_migration_now
 from pyqmigrate.vm.plan.settings import Changes
@@ -160,10 +160,7 @@ class SaveTransaction:
         """
         if self._guardian is None or self._guardian.poll() is not None:
             raise QemuError("the guardian process ended unexpectedly")
-        # Another client may have started one since the guest was inspected.
-        status = (await self.monitor.execute("query-migrate")).get("status", "none")
-        if (why_not := why_no_migration_now(str(status))) is not None:
-            raise QemuError(why_not)
+        await self.check_no_migration()
         self._write_journal(
             capabilities={name: change.before for name, change in changes.capabilities.items()},
             parameters={
@@ -182,6 +179,18 @@ class SaveTransaction:
                 for name, change in changes.capabilities.items()
             ]
             await self.monitor.execute("migrate-set-capabilities", {"capabilities": entries})
+
+    async def check_no_migration(self) -> None:
+        """Raise QemuError if another client has started a migration since the guest was inspected."""
+        status = (await self.monitor.execute("query-migrate")).get("status", "none")
+        if (why_not := why_no_migration_now(str(status))) is not None:
+            raise QemuError(why_not)
+
+    async def create_overlays(self) -> None:
+        """Create the files of the planned disk snapshots, while the guest still runs."""
+        if self._plan is not None and self._plan.overlays:
+            self._journal_steps(Step.DISKS)
+            await create(self.monitor, self._plan)
 
     async def take_disks(self) -> None:
         """Take the planned disk snapshots, all or none."""

@@ -14,8 +14,8 @@ from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption, LiveRequest
 
 __all__ = ["background_option"]
 
-# Seconds, from experiments (docs/live.md): to write-protect pages at the start and to end that, whichever is
-# longer, for each GiB.
+# Seconds, from experiments: to write-protect pages at the start and to end that, whichever is longer, for
+# each GiB. docs/vm.md repeats them (tests/unit/docs/test_live_figures.py).
 _LEAST = 0.01
 _SHARED = 0.034
 _PRIVATE = 0.022  # mostly at the end: huge pages are protected at once, and are split by then

@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuError, UsageError
@@ -47,9 +47,9 @@ from pyqmigrate.vm.record.place import record_path
 from pyqmigrate.vm.twin.command import Sizes, make_twin
 from pyqmigrate.vm.twin.original import Original
 
-__all__ = ["TIMEOUT", "describe", "describe_snapshot"]
+__all__ = ["TIMEOUT", "RunningTwin", "describe", "describe_snapshot"]
 
-TIMEOUT = 10.0  # seconds from the twin's start to its description
+TIMEOUT = 10.0  # seconds from the state to its description
 _POLL = 0.002  # seconds
 # Where firmware puts the ROMs of a PC. The device kvm-tpr-opt looks for its own there when it is
 # loaded, and fails without it.
@@ -58,35 +58,93 @@ Pages = Callable[[str, int, int], bytes]
 """Return guest memory: block name, offset, length in bytes."""
 
 
-async def describe(
-    original: Original, state: DeviceState, sizes: Sizes, pages: Pages, *, timeout: float = TIMEOUT
-) -> bytes:
-    """Return the description of ``state``'s sections: JSON text as QEMU writes it.
+class RunningTwin:
+    """A twin that has started and waits for the device state that it describes; end it.
 
-    sizes: the size in bytes of the image with an id, a node name or a path; None if unknown.
-    pages: the guest's memory, which may keep changing: only the firmware's ROMs are read.
-
-    Starts a QEMU and ends it, in at most ``timeout`` seconds. Raises NotSupported with the reason
-    if no twin is possible, or if its description does not match ``state``.
+    It can be started before the state is known: starting a QEMU is most of the time that a
+    description takes.
     """
+
+    def __init__(self, qemu: QemuSession, files: contextlib.ExitStack) -> None:
+        self._qemu, self._files = qemu, files
+
+    @classmethod
+    async def start(
+        cls, original: Original, blocks: Mapping[str, int], sizes: Sizes
+    ) -> RunningTwin:
+        """Start a twin of ``original``.
+
+        blocks: the length in bytes of every RAM block, by name.
+        sizes: the size in bytes of the image with an id, a node name or a path; None if unknown.
+
+        Raises NotSupported with the reason if no twin is possible.
+        """
+        with contextlib.ExitStack() as files, _refusals():
+            start = await shielded(asyncio.to_thread(_prepare, original, blocks, sizes, files))
+            qemu = await launch(
+                start.command,
+                start.fds,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            return cls(qemu, files.pop_all())
+
+    async def describe(self, state: DeviceState, pages: Pages) -> bytes:
+        """Return the description of ``state``'s sections: JSON text as QEMU writes it. Call it once.
+
+        pages: the guest's memory, which may keep changing: only the firmware's ROMs are read.
+
+        Raises NotSupported with the reason, also if the description does not match ``state``.
+        """
+        with _refusals():
+            stream = await shielded(asyncio.to_thread(_stream, state, pages, self._files))
+            await take_in(self._qemu, Incoming({"device-state": stream}, 0))
+            theirs = await _migrate(self._qemu, state)
+        if theirs.description is None:
+            raise NotSupported("the twin wrote no description")
+        try:
+            return await asyncio.to_thread(
+                _checked, state.sections, theirs.sections, theirs.description
+            )
+        except PyqmigrateError as error:
+            raise NotSupported(f"the twin is a different machine: {error}") from error
+
+    async def end(self) -> None:
+        """Kill it, and close its files. Shielded from cancellation."""
+        try:
+            self._qemu.process.kill()  # it has no data to lose
+            await self._qemu.end()
+        finally:
+            self._files.close()
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what a twin fails of into NotSupported."""
     try:
-        async with asyncio.timeout(timeout):
-            theirs = await _migrated_by_twin(original, state, sizes, pages)
-    except TimeoutError as error:
-        raise NotSupported(f"the twin took longer than {timeout:g} s") from error
+        yield
     except NotSupported:
         raise
     except (PyqmigrateError, OSError) as error:
         # QEMU's output has several lines, and becomes part of a sentence.
         raise NotSupported("; ".join(str(error).splitlines())) from error
-    if theirs.description is None:
-        raise NotSupported("the twin wrote no description")
+
+
+async def describe(
+    original: Original, state: DeviceState, sizes: Sizes, pages: Pages, *, timeout: float = TIMEOUT
+) -> bytes:
+    """Start a twin, and return its description as :meth:`RunningTwin.describe` does, in at most
+    ``timeout`` seconds. Raises NotSupported with the reason."""
     try:
-        return await asyncio.to_thread(
-            _checked, state.sections, theirs.sections, theirs.description
-        )
-    except PyqmigrateError as error:
-        raise NotSupported(f"the twin is a different machine: {error}") from error
+        async with asyncio.timeout(timeout):
+            twin = await RunningTwin.start(original, state.blocks, sizes)
+            try:
+                return await twin.describe(state, pages)
+            finally:
+                await twin.end()
+    except TimeoutError as error:
+        raise NotSupported(f"the twin took longer than {timeout:g} s") from error
 
 
 def _checked(ours: bytes, theirs: bytes, description: bytes) -> bytes:
@@ -151,37 +209,16 @@ def _state_of(snapshot: Snapshot) -> DeviceState:
     )
 
 
-async def _migrated_by_twin(
-    original: Original, state: DeviceState, sizes: Sizes, pages: Pages
-) -> DeviceState:
-    with contextlib.ExitStack() as stack:
-        start = await asyncio.to_thread(_prepare, original, state, sizes, pages, stack)
-        qemu = await launch(
-            start.command,
-            start.fds,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            await take_in(qemu, Incoming({"device-state": start.stream}, 0))
-            return await _migrate(qemu, state)
-        finally:
-            qemu.process.kill()  # it has no data to lose
-            await shielded(qemu.end())
-
-
 @dataclass(frozen=True)
 class _Start:
-    """The command of a twin, the descriptors it inherits, and the stream it loads."""
+    """The command of a twin, and the descriptors it inherits."""
 
     command: CommandLine
     fds: tuple[int, ...]
-    stream: int
 
 
 def _prepare(
-    original: Original, state: DeviceState, sizes: Sizes, pages: Pages, stack: contextlib.ExitStack
+    original: Original, blocks: Mapping[str, int], sizes: Sizes, stack: contextlib.ExitStack
 ) -> _Start:
     """Make the files of a twin; ``stack`` closes them."""
     fds: list[int] = []
@@ -193,7 +230,7 @@ def _prepare(
         fds.append(fd)
         return f"/proc/self/fd/{fd}"
 
-    twin = make_twin(original.command, state.blocks, sizes, memory)
+    twin = make_twin(original.command, blocks, sizes, memory)
     before = original.words_before()
     if twin.taps and "unshare" not in before:
         raise NotSupported("a tap device has no stand-in without a private network namespace")
@@ -206,7 +243,7 @@ def _prepare(
         else:
             command = command._replace(program=program)
     command = command._replace(before=(*before, *command.before))
-    return _Start(command, tuple(fds), _stream(state, pages, stack))
+    return _Start(command, tuple(fds))
 
 
 def _stream(state: DeviceState, pages: Pages, stack: contextlib.ExitStack) -> int:

@@ -84,6 +84,9 @@ class Machine:
                 return [{"node-name": node} for node in self.nodes]
             case "query-jobs":
                 return self.jobs
+            case "blockdev-del":
+                assert arguments is not None
+                self.nodes.remove(arguments["node-name"])
             case "block-commit":
                 assert arguments is not None
                 self.jobs = [{"id": arguments["job-id"], "status": "ready"}]
@@ -298,6 +301,16 @@ def test_overlay_that_a_refused_transaction_left_is_removed(tmp_path: Path) -> N
     machine = Machine()
     assert drive(machine, with_disk(tmp_path)) == []
     assert "block-commit" not in machine.executed
+    assert listed(tmp_path) == []
+
+
+def test_creation_of_an_overlay_is_awaited_and_undone(tmp_path: Path) -> None:
+    machine = Machine()
+    machine.nodes.add("overlay-file")
+    machine.jobs = [{"id": "create-overlay", "status": "concluded"}]
+    assert drive(machine, with_disk(tmp_path)) == []
+    assert machine.executed[2:4] == ["job-dismiss", "blockdev-del"]
+    assert machine.jobs == [] and machine.nodes == {"base"}
     assert listed(tmp_path) == []
 
 
