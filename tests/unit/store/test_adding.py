@@ -153,7 +153,7 @@ def prototype_size(memory: Bytes) -> int:
 
 
 def test_what_is_stored_is_not_larger_than_by_the_prototype(store: Store, tmp_path: Path) -> None:
-    memory = text_memory(4000, seed=7)
+    memory = text_memory(1500, seed=7)
     report = add(store, write(tmp_path / "a", memory))
     assert report.new_bytes + report.snapshot_bytes <= 1.05 * prototype_size(memory)
 
