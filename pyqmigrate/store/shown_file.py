@@ -121,6 +121,15 @@ class ShownFile:
             if not block.external
         )
 
+    @property
+    def data_bytes(self) -> int:
+        """The pages of RAM with data, in bytes."""
+        return sum(
+            block.data_pages * block.page_size
+            for block in self.snapshot.blocks.values()
+            if not block.external
+        )
+
     def spans(self, same: bytes | None) -> Iterator[Span]:
         """Yield the whole file in order. ``same`` has, for each piece, whether it is the parent's."""
         count = -(-self.size // PIECE)
