@@ -59,6 +59,7 @@ _VERBS = (
     "seal",
     "verify",
     "convert",
+    "store",
     "bench",
     "serve",
 )

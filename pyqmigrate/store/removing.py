@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.store.keys import snapshot_key, working_set_key
 from pyqmigrate.store.holding import remove_unheld
+from pyqmigrate.store.leases import leased
+from pyqmigrate.store.locks import adding
 from pyqmigrate.store.retention import Dated, Retention
 from pyqmigrate.store.store import NoSnapshot, SnapshotEntry, Store
 
@@ -18,12 +20,14 @@ __all__ = ["RemoveReport", "remove"]
 @dataclass(frozen=True)
 class RemoveReport:
     """Names of snapshots: ``removed`` (with a dry run: that would be), ``kept`` among those that were
-    looked at, and ``in_use``, which were not removed because a process reads them."""
+    looked at, and ``in_use``, which were not removed because a process reads them. ``notes`` are
+    sentences."""
 
     removed: tuple[str, ...]
     kept: tuple[str, ...]
     in_use: tuple[str, ...]
     dry_run: bool
+    notes: tuple[str, ...] = ()
 
 
 def remove(
@@ -40,7 +44,8 @@ def remove(
         is known by its UUID, or else by its machine type and RAM blocks.
     match: a pattern of names (``web-*``), to which ``keep`` is limited.
 
-    A snapshot of a local store that a process reads (a mount, a restored guest) is not removed. Raises
+    A snapshot that a process reads (a mount, a restored guest) is not removed; see
+    :meth:`Store.open_file`. Waits for a collector to end. Raises
     UsageError for a name that is not there, before anything is removed; SnapshotError, likewise, if
     ``keep`` is given and a snapshot is damaged; TargetError.
     """
@@ -55,18 +60,31 @@ def remove(
             snapshot_key(name)  # checks it
             if name not in there:
                 raise NoSnapshot(f"there is no snapshot {name!r} in {store.name}")
-        doomed, kept = list(dict.fromkeys(listed)), []
+        doomed, kept, notes = list(dict.fromkeys(listed)), [], []
     else:
         retention = Retention.parse(keep)
         entries = [e for e in store.list() if match is None or fnmatchcase(e.name, match)]
         stay = retention.kept(map(_dated, entries))
         doomed = [entry.name for entry in entries if entry.name not in stay]
+        notes = _notes(entries, match)
         kept = [entry.name for entry in entries if entry.name in stay]
-    in_use = []
-    if not dry_run:
-        in_use = [name for name in doomed if not _remove(store, name)]
+    in_use: list[str] = []
+    if not dry_run and doomed:
+        with adding(store.place) as place:
+            read = set() if place.directory is not None else leased(place, place.lock.now)
+            in_use = [name for name in doomed if name in read or not _remove(store, name)]
     removed = [name for name in doomed if name not in in_use]
-    return RemoveReport(tuple(removed), tuple(kept), tuple(in_use), dry_run)
+    return RemoveReport(tuple(removed), tuple(kept), tuple(in_use), dry_run, tuple(notes))
+
+
+def _notes(entries: Sequence[SnapshotEntry], match: str | None) -> list[str]:
+    unknown = sum(entry.head is not None and entry.head.uuid is None for entry in entries)
+    if not unknown or match is not None:
+        return []
+    return [
+        f"{unknown} snapshots do not record the UUID of their guest: guests with the same machine type "
+        "and RAM count as one; limit the rules to the names of one guest if there are several"
+    ]
 
 
 def _dated(entry: SnapshotEntry) -> Dated:
