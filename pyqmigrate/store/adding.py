@@ -41,7 +41,7 @@ from pyqmigrate.store.new_pages import NewPages
 from pyqmigrate.store.pack_writer import FrameMaker, PackWriter
 from pyqmigrate.store.parents import Guest, choose_parent
 from pyqmigrate.store.place import Place
-from pyqmigrate.store.plain_snapshot import PlainSnapshot, open_plain
+from pyqmigrate.store.plain_snapshot import RECORD_SUFFIX, PlainSnapshot, open_plain
 from pyqmigrate.store.reporting import Reporter
 from pyqmigrate.store.shown_file import CHUNK, Chunk, ShownFile, Span
 from pyqmigrate.store.store import Store
@@ -143,9 +143,10 @@ class _Addition:
         progress: Callable[[Progress], object] | None,
     ) -> None:
         self._store, self._place, self._plain = store, place, plain
-        self._file = ShownFile(plain.file, store.config.key)
+        self._file = ShownFile(plain.file, plain.info, store.config.key)
         if self._file.size > SEALED_MAX:
             raise UsageError(f"a file of {self._file.size} bytes; {SEALED_MAX} are possible")
+        self._record = plain.record()
         self._manifest = plain.seal()
         self._algorithm = Algorithm.XXH3_128
         if self._manifest is not None:
@@ -295,7 +296,6 @@ class _Addition:
             self._plain.blocks,
             counts,
         )
-        record = self._plain.record()
         seal = self._seal()
         document = StoredSnapshot(
             head,
@@ -304,7 +304,7 @@ class _Addition:
             runs,
             FillRuns(self._fills[0::3], array("I", self._fills[1::3]), self._fills[2::3]),
             seal,
-            {} if record is None else {".vm.json": record},
+            {} if self._record is None else {RECORD_SUFFIX: self._record},
         )
         data = document.encode(self._store.config.key)
         if not self._place.write_new(snapshot_key(name), data):

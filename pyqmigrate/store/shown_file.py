@@ -75,15 +75,14 @@ class Span:
 
 class ShownFile:
     """The mapped-ram file of an open snapshot, which is borrowed. :meth:`read` may be called by several
-    threads. ``bytes_read`` counts what was read."""
+    threads. ``info`` is what the system said of it before anything was read."""
 
-    def __init__(self, snapshot: MappedRamSnapshot, key: bytes) -> None:
+    def __init__(self, snapshot: MappedRamSnapshot, info: os.stat_result, key: bytes) -> None:
         self.snapshot = snapshot
         self.source = snapshot.source
         self._key = key
-        self._info = os.fstat(self.source.fd)
+        self._info = info
         self.size = self._info.st_size
-        self.mtime_ns = self._info.st_mtime_ns
         self._buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         areas: list[_Area] = []
         self._tails: list[MappedRamBlock] = []
