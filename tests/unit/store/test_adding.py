@@ -77,7 +77,7 @@ def seal_of(store: Store, name: str) -> bytes:
 
 def packs(store: Store) -> set[str]:
     assert store.place.directory is not None
-    return {path.name for path in (store.place.directory / "packs").iterdir()}
+    return {path.name for path in (store.place.directory / "packs").glob("*")}
 
 
 def expected_image(path: Path) -> bytes:
@@ -368,6 +368,39 @@ def test_a_file_that_changes_meanwhile_is_not_added(
     with pytest.raises(TargetError, match="was changed while it was being added"):
         add(store, path)
     assert store.names() == []
+
+
+def test_a_stream_that_changes_while_it_is_converted_is_not_added(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_known(tmp_path / "mapped")
+    path = tmp_path / "stream"
+    pyqmigrate.convert(tmp_path / "mapped", path, to="stream")
+    convert = pyqmigrate.convert
+
+    def touch(*arguments: object, **options: object) -> None:
+        convert(*arguments, **options)  # type: ignore[call-overload]
+        os.utime(path)
+
+    monkeypatch.setattr("pyqmigrate.store.plain_snapshot.convert", touch)
+    with pytest.raises(TargetError, match="was changed while it was being added"):
+        add(store, path)
+    assert store.names() == []
+
+
+def test_a_record_that_cannot_be_one_is_refused_or_left_alone(store: Store, tmp_path: Path) -> None:
+    path = write(tmp_path / "a", ram(300))
+    record = Path(f"{path}.vm.json")
+    record.touch()
+    os.truncate(record, 17 * MIB)
+    with pytest.raises(SnapshotError, match="record"):
+        add(store, path)
+    assert not packs(store)
+    record.unlink()
+    os.mkfifo(record)
+    add(store, path)
+    with store.open_file("a") as file:
+        assert set(file.companions) == {".seal"}
 
 
 def test_bad_arguments_are_refused_before_anything_is_written(store: Store, tmp_path: Path) -> None:
