@@ -21,9 +21,7 @@ def keyed_digest(key: bytes, pieces: Iterable[Data]) -> bytes:
     try:
         from blake3 import blake3
     except ImportError:
-        raise NotSupported(
-            "a store needs the package blake3: pip install 'pyqmigrate[store]'"
-        ) from None
+        raise NotSupported("a store needs the package blake3: pip install blake3") from None
     state: Any = blake3(key=key)
     for piece in pieces:
         state.update(piece)

@@ -53,7 +53,5 @@ def _library() -> Any:
     try:
         import zstandard
     except ImportError:
-        raise NotSupported(
-            "a store needs the package zstandard: pip install 'pyqmigrate[store]'"
-        ) from None
+        raise NotSupported("a store needs the package zstandard: pip install zstandard") from None
     return zstandard
