@@ -33,6 +33,8 @@ VERBS = (
     "store copy",
     "demo",
     "bench",
+    "mount",
+    "umount",
     "serve",
     "vm save",
     "vm check",
