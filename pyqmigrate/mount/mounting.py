@@ -191,9 +191,11 @@ def _find_helper() -> str | None:
     return next((path for name in _HELPERS if (path := shutil.which(name))), None)
 
 
-def _run(command: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: list[str], *, pass_fds: tuple[int, ...] = (), env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        return subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -201,7 +203,8 @@ def _run(command: list[str], **settings: object) -> subprocess.CompletedProcess[
             errors="replace",
             timeout=_LIMIT,
             check=False,
-            **settings,
+            pass_fds=pass_fds,
+            env=env,
         )
     except subprocess.TimeoutExpired:
         raise TargetError(errno.ETIMEDOUT, f"{command[0]} does not end") from None
