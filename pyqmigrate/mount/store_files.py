@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -40,7 +41,7 @@ class StoreFiles:
         self.readers = 2 if self._store.place.directory is not None else _REMOTE_READERS
         self._lock = threading.Lock()
         self._known: dict[str, tuple[float, str | None]] = {}
-        self._open: list[StoredFile] = []
+        self._open: weakref.WeakSet[StoredFile] = weakref.WeakSet()
 
     def names(self) -> Iterator[str]:
         for entry in self._store.list(self._names):
@@ -63,7 +64,7 @@ class StoreFiles:
     def open(self, name: str) -> PlainFile:
         file = _patiently(lambda: self._store.open_file(name))
         with self._lock:
-            self._open.append(file)
+            self._open.add(file)
         return file
 
     def fetch_rest(self) -> None:
@@ -74,6 +75,9 @@ class StoreFiles:
             files = list(self._open)
         for file in files:
             file.prefetch(file.data_ranges(), decompress=False)
+
+    def close(self) -> None:
+        self._store.close()
 
     def _identity(self, name: str) -> str | None:
         try:
