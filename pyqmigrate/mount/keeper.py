@@ -374,7 +374,8 @@ class Keeper:
         """End the worker and close everything."""
         worker = self._worker
         if worker is not None:
-            select.select([worker.ended], [], [], _END_LIMIT)
+            if self._remembered is None:  # otherwise it does not see that the mount is gone
+                select.select([worker.ended], [], [], _END_LIMIT)
             worker.kill()
             worker.reap()
         if self._control is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.format.store.keys import WORKING_SETS, working_set_key
 from pyqmigrate.io.plain_file import PlainFile
 from pyqmigrate.store.pack_cache import default_directory
 from pyqmigrate.store.place import is_unreachable
@@ -44,10 +45,18 @@ class StoreFiles:
         self._open: weakref.WeakSet[StoredFile] = weakref.WeakSet()
 
     def names(self) -> Iterator[str]:
-        for entry in self._store.list(self._names):
-            yield entry.name
-            if entry.head is not None:
-                yield f"{entry.name}.seal"
+        """Yield the names and those of seals and working sets, from listings: no snapshot is read.
+
+        So a record (NAME.vm.json) is not listed, but can be opened.
+        """
+        place = self._store.place
+        others = {entry.key for entry in _patiently(lambda: [*place.list(WORKING_SETS)])}
+        for name in _patiently(self._store.names):
+            if self._names is None or name in self._names:
+                yield name
+                yield f"{name}.seal"
+                if working_set_key(name) in others:
+                    yield f"{name}.workingset"
 
     def identity(self, name: str) -> str | None:
         if self._names is not None and name not in self._names:

@@ -158,13 +158,13 @@ class Frames:
         spans: list[tuple[bytes, list[Frame]]] = []
         for pack, frames in groupby(sorted(wanted), key=lambda frame: frame[0]):
             footer = self.packs.footer(pack)
-            end = -gap - 1  # the first frame of a pack begins a span
+            together: list[Frame] = []
             for _, number in frames:
                 frame = _frame(footer, pack, number)
-                if not 0 <= frame.offset - end <= gap:
-                    spans.append((pack, []))
-                spans[-1][1].append(frame)
-                end = frame.offset + frame.length
+                if not together or frame.offset - _end(together[-1]) > gap:
+                    together = []
+                    spans.append((pack, together))
+                together.append(frame)
         return spans
 
     def _read_span(self, span: tuple[bytes, list[Frame]]) -> tuple[BaseException | None, _Xored]:
@@ -296,6 +296,10 @@ class Frames:
                 content = memoryview(bases[place[0]])[place[1] * PAGE :][: count * PAGE]
                 pages[n * PAGE : (n + count) * PAGE] = content
         return pages
+
+
+def _end(frame: Frame) -> int:
+    return frame.offset + frame.length
 
 
 def _first_difference(left: bytes, right: bytes) -> int:

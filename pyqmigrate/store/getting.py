@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import queue
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
-from pyqmigrate.errors import NoSpace, TargetError, target_error
+from pyqmigrate.errors import NoSpace, target_error
 from pyqmigrate.format.seal import SUFFIX as SEAL_SUFFIX
 from pyqmigrate.format.working_set import SUFFIX as WORKING_SET_SUFFIX
 from pyqmigrate.io.direct_io import DirectIO
@@ -22,6 +22,7 @@ from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.own_files import FileKind, check_replaceable, remove, write_whole
 from pyqmigrate.io.seal_file import SEAL
 from pyqmigrate.io.working_set_file import WORKING_SET_FILE
+from pyqmigrate.store.place import Bytes
 from pyqmigrate.store.reporting import Reporter
 from pyqmigrate.store.store import Store
 from pyqmigrate.store.stored_file import StoredFile
@@ -29,6 +30,8 @@ from pyqmigrate.store.stored_file import StoredFile
 __all__ = ["GetReport", "get"]
 
 _PIECE = 4 << 20  # bytes of the file that one thread reads and writes
+_FLUSHED = 16  # pieces that are written to the disk together
+_VIEWS_MAX = 1024  # of one system call
 _RECORD_SUFFIX = ".vm.json"
 _RECORD_HEAD = (
     b'{\n  "format": "pyqmigrate vm record",'  # as pyqmigrate.vm.record.contents writes it
@@ -108,30 +111,58 @@ def _copy(
     for piece in pieces:
         work.put(piece)
     failed: list[BaseException] = []
+    written = threading.Semaphore(0)  # pieces since the start
+    ended = threading.Event()
+
+    def flush() -> None:
+        """Write to the disk what is in the page cache, so that the end does not wait for all."""
+        try:
+            while not ended.is_set():
+                for _ in range(_FLUSHED):
+                    written.acquire()
+                if not ended.is_set():
+                    out.flush()
+        except BaseException as error:
+            failed.append(error)
 
     def run() -> None:
         try:
             while not failed:
                 offset, length = work.get_nowait()
-                data = file.read(offset, length)
-                if len(data) != length:
-                    raise TargetError(errno.EIO, "cannot read", file.name, position=offset)
-                out.write_at(offset, data)
+                _write_views(out, offset, file.views(offset, length))
                 report.add(length)
+                written.release()
         except queue.Empty:
             pass
         except BaseException as error:
             failed.append(error)
 
-    with ThreadPoolExecutor(max(1, channels), "pyqmigrate-get") as pool:
+    with ThreadPoolExecutor(max(1, channels) + 1, "pyqmigrate-get") as pool:
         try:
+            pool.submit(flush)
             for future in [pool.submit(run) for _ in range(max(1, channels))]:
                 future.result()
         except BaseException as error:
             failed.append(error)
+        finally:
+            ended.set()
+            written.release(_FLUSHED)
     if failed:
         raise failed[0]
     return total
+
+
+def _write_views(out: OutputFile, offset: int, views: Sequence[Bytes]) -> None:
+    """Write all views, one after another."""
+    for start in range(0, len(views), _VIEWS_MAX):
+        some = views[start : start + _VIEWS_MAX]
+        try:
+            done = os.pwritev(out.fd, some, offset)
+        except OSError as error:
+            raise target_error(error, "cannot write", out.name, position=offset) from error
+        if done < sum(map(len, some)):
+            out.write_at(offset + done, b"".join(some)[done:])  # the rest, or why it cannot be
+        offset += sum(map(len, some))
 
 
 def _pieces(file: StoredFile) -> Iterator[tuple[int, int]]:

@@ -15,6 +15,8 @@ from pyqmigrate.format.store.pack import MAGIC, PACK_MAX, PackFooter
 from pyqmigrate.format.store.snapshot import StoredSnapshot
 from pyqmigrate.io.job import Progress
 from pyqmigrate.store.damage import DamagedPack
+from pyqmigrate.store.frames import Frames
+from pyqmigrate.store.packs import Packs
 from pyqmigrate.store.place import is_unreachable
 from pyqmigrate.store.reporting import Reporter
 from pyqmigrate.store.store import NoSnapshot, Store
@@ -26,14 +28,14 @@ _NAMED_MAX = 1000  # damages that are listed
 
 @dataclass(frozen=True)
 class StoreDamage:
-    """One thing that is damaged, and the names of the snapshots that cannot be read whole for it.
+    """One thing that is damaged, and the ``names`` of the snapshots that cannot be read whole for it.
 
     ``pack`` is the hexadecimal digest of a pack; ``frame`` and ``page`` are numbers in it, ``page``
     that of the first bad page. All three are None if the document of a snapshot is damaged.
     """
 
     why: str
-    snapshots: tuple[str, ...]
+    names: tuple[str, ...]
     pack: str | None = None
     frame: int | None = None
     page: int | None = None
@@ -42,7 +44,7 @@ class StoreDamage:
         where = [] if self.pack is None else [f"pack {self.pack}"]
         where += [] if self.frame is None else [f"frame {self.frame}"]
         where += [] if self.page is None else [f"page {self.page}"]
-        names = ", ".join(self.snapshots) or "no snapshot"
+        names = ", ".join(self.names) or "no snapshot"
         return f"{', '.join(where)}{': ' if where else ''}{self.why} ({names})"
 
 
@@ -50,7 +52,7 @@ class StoreDamage:
 class VerifyReport:
     """What was verified; ``damages`` are at most 1000 of ``damage_count``."""
 
-    snapshots: int
+    snapshot_count: int
     packs: int
     unneeded_packs: int
     bytes_read: int
@@ -96,6 +98,8 @@ class _Verification:
         progress: Callable[[Progress], object] | None,
     ) -> None:
         self._store = store
+        # What was read before, or is in a local cache, proves nothing.
+        self._frames = Frames(Packs(store.place, store.config))
         self._all = names is None
         self._names = store.names() if names is None else list(dict.fromkeys(names))
         self._channels = max(1, channels)
@@ -125,6 +129,7 @@ class _Verification:
             report.add(listed.get(pack, 0))
 
         self._in_threads(check, packs)
+        self._frames.close()
         damages = [*self._documents, *self._unresolved(), *self._named()]
         return VerifyReport(
             len(self._names),
@@ -191,7 +196,7 @@ class _Verification:
         for number in range(len(footer.lengths)):
             frame = footer.frame(number)
             try:
-                self._store.frames.verify(pack, frame, data[frame.offset :][: frame.length])
+                self._frames.verify(pack, frame, data[frame.offset :][: frame.length])
             except DamagedPack as error:
                 found = True
                 pages = range(frame.first, frame.first + frame.npages)

@@ -57,6 +57,8 @@ class GatedFile(LocalPlainFile):
 class DirectoryFiles:
     """The files of a directory, as they are at each moment."""
 
+    readers = 1
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
@@ -137,19 +139,17 @@ class Mounted:
 
 
 def kill_workers(
-    mounted: Mounted, kills: int, still_needed: Callable[[], bool], seed: int = 1
-) -> int:
-    """SIGKILL the worker ``kills`` times at random moments, each after it began to serve; return how
-    often it was, in case that the reader ends before."""
+    mounted: Mounted, kills: int, reader: subprocess.Popen[bytes], seed: int = 1
+) -> None:
+    """SIGKILL the worker ``kills`` times at random moments, while ``reader`` runs."""
     rng = random.Random(seed)
-    for number in range(kills):
-        if not still_needed():
-            return number
+    killed = mounted.status()["restarts"]
+    for number in range(killed, killed + kills):
         time.sleep(rng.uniform(0.0, 0.06))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(mounted.worker(), signal.SIGKILL)
+        if reader.poll() is not None:
+            return
+        os.kill(mounted.worker(), signal.SIGKILL)
         await_that(lambda number=number: mounted.status()["restarts"] > number)
-    return kills
 
 
 def await_that(condition: Callable[[], bool], limit: float = 20.0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import mmap
 import os
 import signal
@@ -44,12 +45,19 @@ def reading(path: Path, offset: int = 0) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-@pytest.fixture(params=[False, True], ids=["resend", "remember"])
+@pytest.fixture
 def mounted(request: pytest.FixtureRequest, source: Path, mount_point: Path) -> Iterator[Mounted]:
-    with Mounted(source, mount_point, remember=request.param) as mounted:
+    with Mounted(source, mount_point, remember=getattr(request, "param", False)) as mounted:
         yield mounted
 
 
+# Tests in which it matters who reads the requests: the worker, or the keeper on old kernels.
+both_ways = pytest.mark.parametrize(
+    "mounted", [False, True], ids=["resend", "remember"], indirect=True
+)
+
+
+@both_ways
 def test_every_byte_is_that_of_the_file(mounted: Mounted, source: Path) -> None:
     (source / "guest").write_bytes(content(3 * MIB + 1234))
     assert (mounted.path / "guest").read_bytes() == content(3 * MIB + 1234)
@@ -74,8 +82,9 @@ def test_holes_are_holes(mounted: Mounted, source: Path) -> None:
         fd = file.fileno()
         assert os.lseek(fd, 0, os.SEEK_DATA) == 2 * MIB
         assert os.lseek(fd, 2 * MIB, os.SEEK_HOLE) == 3 * MIB
-        with pytest.raises(OSError, match="ENXIO|No such device"):
+        with pytest.raises(OSError) as caught:
             os.lseek(fd, 3 * MIB, os.SEEK_DATA)
+        assert caught.value.errno == errno.ENXIO
         assert os.fstat(fd).st_blocks * 512 == MIB
 
 
@@ -141,6 +150,7 @@ def test_damaged_bytes_are_an_error_and_a_message(mounted: Mounted, source: Path
     assert "guest: cannot read" in status["messages"][-1]["text"]
 
 
+@both_ways
 def test_status_names_who_waits_for_what_while_the_store_is_stuck(
     mounted: Mounted, source: Path
 ) -> None:
@@ -165,6 +175,7 @@ def test_status_names_who_waits_for_what_while_the_store_is_stuck(
     await_that(lambda: not mounted.status()["waiting"])
 
 
+@both_ways
 def test_many_stuck_readers_delay_nobody_else(mounted: Mounted, source: Path) -> None:
     (source / "guest").write_bytes(content(64 * MIB))
     (source / "other").write_bytes(b"other")
@@ -178,6 +189,7 @@ def test_many_stuck_readers_delay_nobody_else(mounted: Mounted, source: Path) ->
         (source / "guest.gate").unlink()
 
 
+@both_ways
 def test_reader_of_a_stuck_store_can_be_killed(mounted: Mounted, source: Path) -> None:
     (source / "guest").write_bytes(content(8 * MIB))
     (source / "guest.gate").touch()
@@ -189,6 +201,7 @@ def test_reader_of_a_stuck_store_can_be_killed(mounted: Mounted, source: Path) -
     assert (mounted.path / "guest").read_bytes() == content(8 * MIB)
 
 
+@both_ways
 def test_a_signal_that_does_not_kill_is_no_error_of_a_page_fault(
     mounted: Mounted, source: Path
 ) -> None:
@@ -231,6 +244,7 @@ def walk(path: Path, seed: int) -> subprocess.Popen[bytes]:
     )
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("kills", "size"),
     [(5, 8 * MIB), pytest.param(50, 96 * MIB, marks=pytest.mark.long)],
@@ -239,8 +253,6 @@ def walk(path: Path, seed: int) -> subprocess.Popen[bytes]:
 def test_killed_worker_costs_no_reader_a_byte(
     mounted: Mounted, source: Path, kills: int, size: int
 ) -> None:
-    import hashlib
-
     digest = hashlib.sha256(content(size)).hexdigest().encode()
     (source / "guest").write_bytes(content(size))
     killed, rounds = 0, 0
@@ -251,13 +263,14 @@ def test_killed_worker_costs_no_reader_a_byte(
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         process = walk(mounted.path / "guest", rounds)
         before = mounted.status()["restarts"]
-        kill_workers(mounted, kills - killed, lambda: process.poll() is None, rounds)
+        kill_workers(mounted, kills - killed, process, rounds)
         assert process.communicate(timeout=200)[0].strip() == digest
         assert process.returncode == 0
         killed += mounted.status()["restarts"] - before
     assert mounted.status()["restarts"] == killed
 
 
+@both_ways
 def test_wait_of_a_request_goes_on_when_the_worker_is_killed(
     mounted: Mounted, source: Path
 ) -> None:
@@ -274,11 +287,13 @@ def test_wait_of_a_request_goes_on_when_the_worker_is_killed(
         assert process.stdout.read() == "4096\n"
 
 
+@both_ways
 def test_keeper_ends_with_its_mount(mounted: Mounted) -> None:
     subprocess.run(["umount", str(mounted.path)], check=True)
     assert mounted.process.wait(10) == 0
 
 
+@both_ways
 def test_keeper_that_is_asked_to_end_serves_its_open_files_first(
     mounted: Mounted, source: Path
 ) -> None:
@@ -291,6 +306,7 @@ def test_keeper_that_is_asked_to_end_serves_its_open_files_first(
     assert mounted.process.wait(10) == 0
 
 
+@both_ways
 def test_stuck_worker_does_not_outlive_its_mount(mounted: Mounted, source: Path) -> None:
     (source / "guest").write_bytes(content(4 * MIB))
     (source / "guest.gate").touch()

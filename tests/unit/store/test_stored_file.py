@@ -65,6 +65,9 @@ def test_any_range_is_read(file: StoredFile) -> None:
         offset = rng.randrange(SIZE)
         length = rng.choice([1, 100, PAGE, rng.randrange(1, 40 * PAGE)])
         assert bytes(file.read(offset, length)) == CONTENT[offset : offset + length]
+        assert b"".join(file.views(offset, length)) == CONTENT[offset : offset + length]
+        pages = (offset // PAGE * PAGE, length // PAGE * PAGE)
+        assert b"".join(file.views(*pages)) == CONTENT[pages[0] : sum(pages)]
 
 
 def test_a_read_beyond_the_end_is_empty(file: StoredFile) -> None:
