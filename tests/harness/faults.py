@@ -42,6 +42,8 @@ from pyqmigrate import (
     RamBlock,
     SnapshotError,
     TargetError,
+    compact,
+    diff,
     open_snapshot,
     save,
     seal,
@@ -52,6 +54,7 @@ from pyqmigrate.errors import target_error
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.seekable_file import SeekableFile
 from pyqmigrate.migration import Migration
 from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.status import Status
@@ -70,6 +73,8 @@ HARMLESS = {SHORT, errno.EINTR}
 QUEUE = {"setup", "submit", "event"}
 OLD, NEW = ram(300, seed=1), ram(700, seed=2)
 BLOCKS = [RamBlock("pc.ram", NEW), RamBlock("small", OLD)]
+OTHER = ram(300, seed=3)
+DIFFERING = int((OLD.reshape(-1, 4096) != OTHER.reshape(-1, 4096)).any(axis=1).sum())
 
 
 class Shim:
@@ -147,6 +152,11 @@ def with_memory_files(prepare: Callable[[Path], None]) -> Callable[[Path], None]
             path.write_bytes(b"\7" * len(block.memory))  # type: ignore[arg-type]
 
     return do
+
+
+def two_of_them(directory: Path) -> None:
+    a_mapped_one(directory)
+    save(directory / "other", [RamBlock("pc.ram", NEW), RamBlock("small", OTHER)])
 
 
 def a_base(directory: Path) -> None:
@@ -316,6 +326,15 @@ class Exited(Exception):
     """The command's exit code, and what it wrote to standard error."""
 
 
+def compacted(directory: Path, rng: random.Random) -> None:
+    compact(directory / "from", directory / "new", channels=rng.choice((1, 2)))
+
+
+def compared(directory: Path, rng: random.Random) -> None:
+    report = diff(directory / "from", directory / "other", channels=rng.choice((1, 2)), pages=True)
+    assert report.differing_pages == DIFFERING, "compared wrong"
+
+
 def told(*words: str) -> Callable[[Path, random.Random], None]:
     """The command line."""
 
@@ -427,6 +446,21 @@ def in_files(directory: Path, done: bool) -> None:
     unchanged(directory, done)
 
 
+def unchanged_pair(directory: Path, done: bool) -> None:
+    (directory / "other").unlink()
+    unchanged(directory, done)
+
+
+def compact_whole(directory: Path, done: bool) -> None:
+    """The compact file whole, or none."""
+    assert names(directory) <= {"from", "new"}, names(directory)
+    assert done <= (directory / "new").exists()
+    if (directory / "new").exists():
+        with contextlib.closing(SeekableFile(directory / "new")) as file:
+            (directory / "plain").write_bytes(file.read(0, file.size))
+        assert holds(directory / "plain", NEW_BLOCKS)
+
+
 def core(directory: Path, done: bool) -> None:
     assert names(directory) <= {"from", "new"}, names(directory)
     assert not done or (directory / "new").read_bytes()[:4] == b"\x7fELF"
@@ -496,6 +530,9 @@ WORK: dict[str, Work] = {
         told("convert", "DIR/from", "DIR/new", "--to", "elf", "--map", "pc.ram@0+0,2867200"),
         core,
     ),
+    "compact": Work(a_mapped_one, compacted, compact_whole),
+    "compact sequential": Work(a_sequential_one, compacted, compact_whole),
+    "diff": Work(two_of_them, compared, unchanged_pair),
     "unpack": Work(a_mapped_one, unpacked, raw_files),
     "unpack sequential": Work(a_sequential_one, unpacked, raw_files),
     "migrate": Work(nothing, migrated, new_or()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from pyqmigrate.snapshot.save.writer import SaveOptions
 from tests.harness.device_example import BODY, RTC
 from tests.harness.examples import few
 from tests.harness.increment_files import MACHINE, save_base, save_increment
+from tests.harness.json_page import assert_as_documented
 from tests.harness.snapshots import Bytes, ram
 
 PAGE = 4096
@@ -375,6 +377,24 @@ def test_what_is_found_is_what_was_changed(
     path = make(directory / "b", {"ram": other}, base=base)
     twin = (memory.reshape(-1, PAGE) != other.reshape(-1, PAGE)).any(axis=1)
     assert pages_of(diff(base, path, pages=True)) == twin.nonzero()[0].tolist()
+
+
+def test_json_has_the_documented_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = with_devices(tmp_path / "a", BODY, names="rtc extra")
+    b = with_devices(tmp_path / "b", BODY[:-1] + bytes([BODY[-1] ^ 1]))
+    with open_snapshot(b) as snapshot, b.open("r+b") as file:
+        file.seek(snapshot.layouts[0].pages_offset + 4096 * ram(20)[::4096].argmax())
+        file.write(b"other")
+    assert command(["diff", str(a), str(b), "--pages", "--fields", "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert_as_documented("diff", data)
+    assert data["differing_pages"] == len(data["blocks"][0]["ranges"]) == 1
+    assert {device["name"]: device["only_in"] for device in data["devices"]} == {
+        "rtc": None,
+        "extra": "a",
+    }
+    rtc = next(device for device in data["devices"] if device["name"] == "rtc")
+    assert [set(field) for field in rtc["fields"]] == [{"path", "value_a", "value_b", "only_in"}]
 
 
 def test_the_command_says_1_for_a_difference_and_0_for_none(
