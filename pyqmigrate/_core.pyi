@@ -182,14 +182,7 @@ class _Lib:
     ) -> int: ...
     def qm_known_index(self, known: Any, first: int, npages: int) -> int: ...
     def qm_find_pages(
-        self,
-        known: Any,
-        found: Any,
-        data: Any,
-        page: int,
-        npages: int,
-        kinds: Any,
-        digests: Any,
+        self, known: Any, found: Any, data: Any, page: int, npages: int, kinds: Any, digests: Any
     ) -> int: ...
     def qm_split_runs(
         self, runs: Any, nruns: int, starts: Any, nstarts: int, parts: Any, groups: Any

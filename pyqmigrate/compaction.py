@@ -318,7 +318,10 @@ class _Compaction:
         frames: list[_Frame] = []
         compressor = self._compressor()
         # A description of its own: to look for holes moves the position.
-        fd = os.open(f"/proc/self/fd/{self._plain.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(f"/proc/self/fd/{self._plain.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise target_error(error, "cannot open", self._plain.snapshot.source.name) from error
         try:
             while offset < end:
                 if self.channels.cancelled:

@@ -69,8 +69,8 @@ class FieldDiff:
         """Return values for JSON; bytes are hexadecimal."""
         return {
             "path": self.path,
-            "a": _json_value(self.a),
-            "b": _json_value(self.b),
+            "value_a": _json_value(self.a),
+            "value_b": _json_value(self.b),
             "only_in": self.only_in,
         }
 
@@ -100,7 +100,8 @@ class DeviceDiff:
             "name": self.name,
             "instance_id": self.instance_id,
             "only_in": self.only_in,
-            "sizes": list(self.sizes),
+            "size_a": self.sizes[0],
+            "size_b": self.sizes[1],
         }
         if self.fields is not None:
             data["fields"] = [field.to_json() for field in self.fields]

@@ -18,9 +18,9 @@ bytes), ``page_size``, ``pages`` (of both), ``compared_pages`` (the others are e
 base), ``differing_pages``, ``zero_in`` (how many of these are zero in A, and in B), ``external`` (true: the
 content is in another file, and not compared) and with --pages ``ranges``, a list of ``first``, ``end`` (not
 included) and ``address`` (of the first page, or null); ``devices``, those that differ, a list of ``name``,
-``instance_id``, ``only_in`` (null, a or b), ``sizes`` (bytes, null where it is missing) and with --fields
-``fields``, a list of ``path``, ``a``, ``b`` (values as in devices) and ``only_in``; ``tail_differs``
-(true: device state differs that cannot be separated into devices); ``seals`` (whether they were used);
+``instance_id``, ``only_in`` (null, a or b), ``size_a``, ``size_b`` (bytes, null where it is missing) and with
+--fields ``fields``, a list of ``path``, ``value_a``, ``value_b`` (as in devices) and ``only_in``;
+``tail_differs`` (true: device state differs that cannot be separated into devices); ``seals`` (whether they were used);
 ``bytes_read`` of each snapshot; ``seconds``; ``notes`` (sentences).
 """
 

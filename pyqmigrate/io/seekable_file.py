@@ -21,7 +21,13 @@ from typing import Any
 
 import xxhash
 
-from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, target_error
+from pyqmigrate.errors import (
+    NotSupported,
+    SnapshotError,
+    SnapshotTruncated,
+    TargetError,
+    target_error,
+)
 from pyqmigrate.format.compact import FRAME, FRAME_SIZE_MAX, CompactHead
 from pyqmigrate.format.seekable import FOOTER_SIZE, Footer, SeekTable, decode_skippable
 from pyqmigrate.io.holes import next_hole
@@ -242,15 +248,15 @@ class SeekableFile:
         length = table.positions[frame + 1] - table.positions[frame]
         if end - start > length + (length >> 3) + _ZERO_FRAME_MAX:
             raise self._damaged(frame, "it is larger than its content")
-        data = self._pread(start, end - start)
         try:
+            data = self._pread(start, end - start)
             # The library allocates what a frame claims to have.
             if self._zstd.frame_content_size(data) not in (length, -1):
                 raise self._damaged(frame, "it has another length than in the seek table")
             content: bytes = self._decompressor().decompress(
                 data, max_output_size=length, allow_extra_data=False
             )
-        except self._zstd.ZstdError as error:
+        except (self._zstd.ZstdError, SnapshotTruncated) as error:
             raise self._damaged(frame, str(error)) from error
         if len(content) != length:
             raise self._damaged(frame, f"it has {len(content)} bytes instead of {length}")
@@ -279,9 +285,7 @@ class SeekableFile:
             except OSError as error:
                 raise target_error(error, "cannot read", self._path, position=offset) from error
             if not part:
-                raise TargetError(
-                    errno.EIO, "the compact file became shorter", self._path, position=offset
-                )
+                raise SnapshotTruncated("the compact file became shorter", offset=offset)
             parts.append(part)
             offset, length = offset + len(part), length - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -61,6 +61,10 @@ class ShownFiles(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Close what the files come from; all of them are closed before. A worker need not."""
+        ...
+
 
 OpenFiles: TypeAlias = Callable[[], ShownFiles]
 
@@ -126,6 +130,9 @@ class SingleFile:
 
     def fetch_rest(self) -> None:
         """Do nothing: it is local."""
+
+    def close(self) -> None:
+        """Do nothing: only its files are open."""
 
 
 class BytesFile:

@@ -85,6 +85,9 @@ class StoreFiles:
         for file in files:
             file.prefetch(file.data_ranges(), decompress=False)
 
+    def close(self) -> None:
+        self._store.close()
+
     def _identity(self, name: str) -> str | None:
         try:
             head = self._store.head(name)

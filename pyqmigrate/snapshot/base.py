@@ -329,6 +329,8 @@ class Snapshot(metaclass=_OpensByCall):
         if self.source.place is not None:
             seal = seal_path(self.source.place)
             files.append((seal, f"the seal of the snapshot that is read ({name!r})"))
+        if self.source.view is not None:  # of a compact file; a snapshot of a store is not a file
+            files.append((name, f"the compact file that is read ({name!r})"))
         return files_in_use(files)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,12 +18,22 @@ from pyqmigrate.io.job import Progress
 from pyqmigrate.store.damage import DamagedPack
 from pyqmigrate.store.frames import Frames
 from pyqmigrate.store.packs import Packs
-from pyqmigrate.store.place import is_unreachable
 from pyqmigrate.store.reporting import Reporter
 from pyqmigrate.store.store import NoSnapshot, Store
 
 __all__ = ["StoreDamage", "VerifyReport", "verify"]
 
+# Of an object, not of the system: what the disk lost, what is missing, or is not a file.
+_BAD = (
+    errno.EIO,
+    errno.ENOENT,
+    errno.ELOOP,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EINVAL,
+    errno.EBADMSG,
+    errno.EUCLEAN,
+)
 _NAMED_MAX = 1000  # damages that are listed
 
 
@@ -176,7 +187,7 @@ class _Verification:
         try:
             data = memoryview(self._store.place.read(pack_key(pack), 0, PACK_MAX + 1))
         except TargetError as error:
-            if is_unreachable(error):
+            if error.errno not in _BAD:
                 raise
             self._note(pack, f"it cannot be read: {error.strerror}")
             return

@@ -42,6 +42,8 @@ from pyqmigrate import (
     RamBlock,
     SnapshotError,
     TargetError,
+    compact,
+    diff,
     open_snapshot,
     save,
     seal,
@@ -52,10 +54,12 @@ from pyqmigrate.errors import target_error
 from pyqmigrate.export.convert import convert
 from pyqmigrate.export.raw import unpack
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.seekable_file import SeekableFile
 from pyqmigrate.migration import Migration
 from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.status import Status
 from pyqmigrate.snapshot.save.sequential import start_sequential_save
+from pyqmigrate.store import Store, add, get, verify
 from tests.harness.increment_files import save_base, save_increment
 from tests.harness.snapshots import Bytes, ram
 
@@ -69,6 +73,8 @@ HARMLESS = {SHORT, errno.EINTR}
 QUEUE = {"setup", "submit", "event"}
 OLD, NEW = ram(300, seed=1), ram(700, seed=2)
 BLOCKS = [RamBlock("pc.ram", NEW), RamBlock("small", OLD)]
+OTHER = ram(300, seed=3)
+DIFFERING = int((OLD.reshape(-1, 4096) != OTHER.reshape(-1, 4096)).any(axis=1).sum())
 
 
 class Shim:
@@ -148,6 +154,11 @@ def with_memory_files(prepare: Callable[[Path], None]) -> Callable[[Path], None]
     return do
 
 
+def two_of_them(directory: Path) -> None:
+    a_mapped_one(directory)
+    save(directory / "other", [RamBlock("pc.ram", NEW), RamBlock("small", OTHER)])
+
+
 def a_base(directory: Path) -> None:
     memories = {block.name: np.full(len(block.memory), 5, np.uint8) for block in BLOCKS}  # type: ignore[arg-type]
     save_base(directory / "base", memories)
@@ -161,6 +172,18 @@ def a_base_and_an_old_one(directory: Path) -> None:
 def an_increment(directory: Path) -> None:
     a_base(directory)
     save_step(directory / "from", directory, "off")
+
+
+def an_empty_store(directory: Path) -> None:
+    a_mapped_one(directory)
+    Store.create(directory / "store").close()
+
+
+def a_store(directory: Path) -> None:
+    an_empty_store(directory)
+    with Store.open(directory / "store") as store:
+        add(store, directory / "from", "a")
+    (directory / "from").unlink()
 
 
 def raw_memory(directory: Path) -> None:
@@ -303,6 +326,15 @@ class Exited(Exception):
     """The command's exit code, and what it wrote to standard error."""
 
 
+def compacted(directory: Path, rng: random.Random) -> None:
+    compact(directory / "from", directory / "new", channels=rng.choice((1, 2)))
+
+
+def compared(directory: Path, rng: random.Random) -> None:
+    report = diff(directory / "from", directory / "other", channels=rng.choice((1, 2)), pages=True)
+    assert report.differing_pages == DIFFERING, "compared wrong"
+
+
 def told(*words: str) -> Callable[[Path, random.Random], None]:
     """The command line."""
 
@@ -414,6 +446,21 @@ def in_files(directory: Path, done: bool) -> None:
     unchanged(directory, done)
 
 
+def unchanged_pair(directory: Path, done: bool) -> None:
+    (directory / "other").unlink()
+    unchanged(directory, done)
+
+
+def compact_whole(directory: Path, done: bool) -> None:
+    """The compact file whole, or none."""
+    assert names(directory) <= {"from", "new"}, names(directory)
+    assert done <= (directory / "new").exists()
+    if (directory / "new").exists():
+        with contextlib.closing(SeekableFile(directory / "new")) as file:
+            (directory / "plain").write_bytes(file.read(0, file.size))
+        assert holds(directory / "plain", NEW_BLOCKS)
+
+
 def core(directory: Path, done: bool) -> None:
     assert names(directory) <= {"from", "new"}, names(directory)
     assert not done or (directory / "new").read_bytes()[:4] == b"\x7fELF"
@@ -429,6 +476,26 @@ def raw_files(directory: Path, done: bool) -> None:
             memory = NEW_BLOCKS[block["name"]].tobytes()
             assert (directory / "raw" / block["file"]).read_bytes() == memory
     assert not any(name.endswith(".partial") for name in there), there
+
+
+def in_store(name: str, *before: str) -> Callable[[Path, bool], None]:
+    """The store is intact, and has the snapshot whole, or not at all."""
+
+    def check(directory: Path, done: bool) -> None:
+        assert names(directory) <= {*before, name}, names(directory)
+        if not (directory / name / "store.json").exists():
+            assert not done
+            return
+        with Store.open(directory / name) as store:
+            assert verify(store).intact
+            assert store.names() == ["a"] or not done
+            if store.names():
+                get(store, "a", directory / "got")
+                assert holds(directory / "got", NEW_BLOCKS)
+        hidden = [path.name for path in (directory / name).rglob(".*")]
+        assert not hidden, f"left behind: {hidden}"
+
+    return check
 
 
 WORK: dict[str, Work] = {
@@ -463,6 +530,9 @@ WORK: dict[str, Work] = {
         told("convert", "DIR/from", "DIR/new", "--to", "elf", "--map", "pc.ram@0+0,2867200"),
         core,
     ),
+    "compact": Work(a_mapped_one, compacted, compact_whole),
+    "compact sequential": Work(a_sequential_one, compacted, compact_whole),
+    "diff": Work(two_of_them, compared, unchanged_pair),
     "unpack": Work(a_mapped_one, unpacked, raw_files),
     "unpack sequential": Work(a_sequential_one, unpacked, raw_files),
     "migrate": Work(nothing, migrated, new_or()),
@@ -479,6 +549,18 @@ WORK: dict[str, Work] = {
     "the command seal": Work(a_mapped_one, told("seal", "DIR/from"), unchanged),
     "the command verify": Work(a_mapped_one, told("verify", "DIR/from"), unchanged),
     "the command info": Work(a_sequential_one, told("info", "DIR/from"), unchanged),
+    "the command store add": Work(
+        an_empty_store,
+        told("store", "add", "DIR/store", "DIR/from", "--name", "a"),
+        in_store("store", "from"),
+    ),
+    "the command store get": Work(
+        a_store, told("store", "get", "DIR/store", "a", "DIR/new"), new_or("store")
+    ),
+    "the command store copy": Work(
+        a_store, told("store", "copy", "DIR/store", "DIR/other"), in_store("other", "store")
+    ),
+    "the command store gc": Work(a_store, told("store", "gc", "DIR/store"), in_store("store")),
 }
 
 

@@ -33,7 +33,14 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from pyqmigrate import FileMemory, MappedRamSnapshot, PyqmigrateError, RamBlock, open_snapshot
+from pyqmigrate import (
+    FileMemory,
+    MappedRamSnapshot,
+    PyqmigrateError,
+    RamBlock,
+    compact,
+    open_snapshot,
+)
 from pyqmigrate.cli import main as command
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
@@ -158,6 +165,11 @@ def bases(directory: Path) -> dict[str, Base]:
         files = {"file": path.read_bytes()}
         found[f"libvirt, {form.name.lower()}"] = Base(files, "file", flat(files["file"]))
         path.unlink()
+    mapped(path)
+    compact(path, directory / "compact")
+    (directory / "compact").replace(path)
+    found["compact"] = Base({"file": path.read_bytes()}, "file", flat(path.read_bytes()))
+    path.unlink()
     mapped(path, seal=True)
     add("seal", damaged="file.seal")
     mapped(path, seal=True)
@@ -220,6 +232,16 @@ def load(directory: Path, _: bool) -> int:
     return 0
 
 
+def compare(directory: Path, _: bool) -> int:
+    """With a copy, so that its content is read: one file would be equal to itself."""
+    other = directory / "to"
+    shutil.copyfile(directory / "file", other)
+    try:
+        return command(["diff", str(directory / "file"), str(other), "--pages", "--fields"])
+    finally:
+        other.unlink()
+
+
 def restore(directory: Path, _: bool) -> int:
     """What ``vm restore`` reads before a QEMU does: the snapshot, its seal, the incoming stream."""
     source = RestoreSource(str(directory / "file"), None)
@@ -251,6 +273,8 @@ VERBS: dict[str, Verb] = {
         f"convert --to {form}": command_line("convert", "DIR/file", "DIR/to", "--to", form)
         for form in ("mapped-ram", "stream", "raw", "elf", "lime")
     },
+    "compact": command_line("compact", "DIR/file", "DIR/to"),
+    "diff": compare,
     "load": load,
     "vm restore": restore,
 }

@@ -194,3 +194,21 @@ def test_an_agent_goes_back(kitchen: Kitchen, saved: Saved) -> None:
         with open_snapshot(kitchen.directory / name) as snapshot:
             assert snapshot.format == "increment"
             snapshot.verify()
+
+
+def test_what_changed_is_seen(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    _, printed = kitchen.cook("See what changed between two moments of a guest")
+    ranges = [line.split() for line in printed.splitlines()]
+    # The guest writes over all of its memory, which a PC has from address 0 on.
+    found = [(int(first), int(address)) for block, first, _, address in ranges if block == "pc.ram"]
+    assert found
+    assert all(first * 4096 == address for first, address in found)
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="there is no zstd command")
+def test_a_snapshot_is_kept_compressed(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    kitchen.cook("Keep a snapshot in a fifth of the space")
+    reports = len(saved.reports)
+    assert serial_says(kitchen.directory / "serial", 2)[:2] == bytes([reports + 1, reports + 2])

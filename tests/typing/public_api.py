@@ -15,15 +15,20 @@ import pyqmigrate
 from pyqmigrate import (
     Algorithm,
     Block,
+    BlockDiff,
     Capabilities,
     Clear,
+    CompactReport,
     CpuRegisters,
     Descriptors,
     Device,
+    DeviceDiff,
     Devices,
     DeviceSection,
+    DiffReport,
     DirectIO,
     FdSets,
+    FieldDiff,
     FileMemory,
     Format,
     Guest,
@@ -34,6 +39,7 @@ from pyqmigrate import (
     LoadReport,
     MappedRamSnapshot,
     Migration,
+    PageRange,
     Parameters,
     Placement,
     Policy,
@@ -153,6 +159,19 @@ def converts(path: Path, snapshot: Snapshot) -> None:
     assert_type(lime.unplaced, tuple[str, ...])
     raw = pyqmigrate.convert(path, "g", to="raw")
     assert_type(raw.blocks[0].name, str)
+
+
+def compares(path: Path, snapshot: Snapshot) -> None:
+    report = pyqmigrate.diff(path, snapshot, pages=True, fields=True, progress=show)
+    assert_type(report, DiffReport)
+    assert_type(report.blocks[0], BlockDiff)
+    assert_type(report.blocks[0].ranges, tuple[PageRange, ...] | None)
+    assert_type(report.devices[0], DeviceDiff)
+    assert_type(report.devices[0].fields, tuple[FieldDiff, ...] | None)
+    assert_type(report.to_json(), dict[str, Any])
+    compacted = pyqmigrate.compact(snapshot, "h", level=3, channels=1)
+    assert_type(compacted, CompactReport)
+    assert_type(compacted.compact_size, int)
 
 
 async def running(snapshot: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from array import array
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pyqmigrate.errors import TargetError
 from pyqmigrate.format.store.config import PAGE
 from pyqmigrate.format.store.keys import snapshot_key
 from pyqmigrate.format.store.pack import BasePage, PackFooter
@@ -167,3 +169,20 @@ def test_damage_of_a_base_hits_what_is_a_difference_to_it(store: Store) -> None:
     report = verify(store)
     found = {(damage.pack, damage.names) for damage in report.damages}
     assert found == {(path.stem, ("a",)), (pack.hex(), ("d",))}
+
+
+def test_an_error_that_is_not_the_packs_is_raised(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> bytes:
+        raise TargetError(number, "cannot read", "x")
+
+    snapshot = store.read_snapshot("a")
+    number = errno.EIO
+    monkeypatch.setattr(type(store.place), "read", read)
+    monkeypatch.setattr(Store, "read_snapshot", lambda *_: snapshot)
+    assert len(damages(verify(store))) == 2
+    for number in (errno.EMFILE, errno.EACCES, errno.ETIMEDOUT):
+        with pytest.raises(TargetError) as error:
+            verify(store)
+        assert error.value.errno == number
