@@ -15,7 +15,9 @@ import shutil
 import socket
 import stat
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyqmigrate.errors import NotSupported, TargetError, UsageError, target_error
 
@@ -49,8 +51,16 @@ class Mounted:
     uid: int
 
 
-def check_mount_point(directory: str) -> None:
-    """Raise UsageError unless this is an empty directory of this user; root takes any empty one."""
+def check_mount_point(directory: str, used: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Raise UsageError unless this is an empty directory of this user; root takes any empty one.
+
+    ``used`` are paths that the mount itself will use: below the mount point it would wait for itself.
+    """
+    for path in used:
+        if Path(os.path.realpath(path)).is_relative_to(directory):
+            raise UsageError(
+                f"{os.fspath(path)!r} is used by the mount: it must not be on {directory!r}"
+            )
     if find_mounts(directory):  # before anything looks into it: its keeper may be stuck
         raise UsageError(f"{directory!r} is mounted already; see pyqmigrate mount --status")
     try:

@@ -37,6 +37,15 @@ def test_what_is_not_an_empty_directory_is_refused(tmp_path: Path) -> None:
         check_mount_point(str(tmp_path / "missing"))
 
 
+def test_what_the_mount_uses_itself_must_not_be_on_it(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "mounted")
+    (tmp_path / "mounted").mkdir()
+    for used in (tmp_path / "mounted", tmp_path / "link/packs", tmp_path / "mounted/log"):
+        with pytest.raises(UsageError, match="is used by the mount"):
+            check_mount_point(str(tmp_path / "mounted"), [used])
+    check_mount_point(str(tmp_path / "mounted"), [tmp_path / "mounted.log", "/var/cache"])
+
+
 def test_directory_of_another_user_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
