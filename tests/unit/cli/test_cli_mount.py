@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -124,6 +125,24 @@ def test_mount_in_use_is_not_unmounted_and_its_user_is_named(
         assert (ran.code, ran.json["ended"]) == (0, False)
         assert not find_mounts(str(directory))
         assert file.read() == image(300)
+
+
+def test_mount_whose_processes_were_killed_can_be_unmounted(
+    store: Path, directory: Path, command: Command
+) -> None:
+    assert command("mount", store, directory).code == 0
+    (status,) = command("mount", "--status", "--json", directory).json["mounts"]
+    for process in (status["keeper"], status["worker"]):
+        os.kill(process, signal.SIGKILL)
+    with pytest.raises(OSError) as caught:
+        await_that(lambda: not os.listdir(directory))
+    assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    ran = command("mount", "--status", "--json", directory)
+    assert_as_documented("mount", ran.json)
+    assert ran.json["mounts"][0]["keeper"] is None
+    assert "its keeper does not answer" in command("mount", "--status", directory).out
+    ran = command("umount", "--json", directory)
+    assert (ran.code, ran.json["keeper"], ran.json["ended"]) == (0, None, True)
 
 
 @pytest.mark.parametrize(
