@@ -49,12 +49,23 @@ def add_parser(verbs: Verbs) -> None:
         action="store_true",
         help="let other users read the files, which are the memory of guests",
     )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="directory for parts of a remote store (default: ~/.cache/pyqmigrate/packs)",
+    )
     parser.add_argument("--log", metavar="FILE", help="append messages to this file")
 
 
 def _run(args: argparse.Namespace) -> Outcome:
     if args.status:
-        if args.directory is not None or args.foreground or args.allow_other or args.log:
+        if (
+            args.directory is not None
+            or args.foreground
+            or args.allow_other
+            or args.log
+            or args.cache
+        ):
             raise UsageError("--status takes DIR and nothing else")
         mounts = mount_status(args.store)
         return Outcome({"mounts": mounts}, _status_lines(mounts))
@@ -67,28 +78,31 @@ def _mount(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.mount.daemon import MountRequest, start_keeper
     from pyqmigrate.mount.mounting import check_mount_point
     from pyqmigrate.mount.unmounting import place_of
+    from pyqmigrate.store.pack_cache import default_directory
 
     started = time.monotonic()
     directory = place_of(args.directory)
-    check_mount_point(directory)
+    check_mount_point(directory, [args.cache or default_directory(), *[args.log] * bool(args.log)])
     place = args.store if "://" in args.store else os.path.abspath(args.store)
+    shown = _name_of(place)
     client = start_keeper(
         MountRequest(
             directory,
             place,
-            place,
+            shown,
+            cache=os.path.abspath(args.cache) if args.cache else "",
             allow_other=args.allow_other,
             log=os.path.abspath(args.log) if args.log else "",
             follow=args.foreground,
         )
     )
     data = {
-        "store": args.store,
+        "store": shown,
         "directory": directory,
         "keeper": client.keeper,
         "seconds": time.monotonic() - started,
     }
-    lines = [f"{printable(directory)}: shows {printable(args.store)}"]
+    lines = [f"{printable(directory)}: shows {printable(shown)}"]
     if args.foreground:
         announce(args, data, lines)
         _follow(client, quiet=args.quiet)
@@ -96,6 +110,20 @@ def _mount(args: argparse.Namespace) -> Outcome:
     client.ask("release")
     client.close()
     return Outcome(data, lines)
+
+
+def _name_of(place: str) -> str:
+    """Return the place as messages name it, without credentials; raise the error of one that cannot be
+    opened."""
+    if "://" not in place and not os.path.isdir(place):
+        from pyqmigrate.mount.files import SingleFile
+
+        SingleFile(place).open(os.path.basename(place)).close()
+        return place
+    from pyqmigrate.store.store import Store
+
+    with Store.open(place) as store:
+        return store.name
 
 
 def _follow(client: Any, *, quiet: bool) -> None:

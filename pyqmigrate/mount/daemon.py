@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from pyqmigrate.errors import PyqmigrateError, TargetError, target_error
 from pyqmigrate.mount.asking import KeeperClient, error_object, listen
-from pyqmigrate.mount.files import open_files
+from pyqmigrate.mount.files import import_readers, open_files
 from pyqmigrate.mount.keeper import Keeper, KeeperSettings
 from pyqmigrate.mount.messages import Messages
 from pyqmigrate.mount.mounting import find_mounts, mount, unmount
@@ -30,7 +30,7 @@ from pyqmigrate.mount.server import Owner
 __all__ = ["MountRequest", "main", "start_keeper"]
 
 _START = (
-    "import json, sys; sys.path += [p for p in json.loads(sys.argv[1]) if p not in sys.path]; "
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from pyqmigrate.mount.daemon import main; main(int(sys.argv[2]))"
 )
 _LIMIT = 60.0  # seconds until the mount serves: a remote store is opened
@@ -127,6 +127,7 @@ def _spawn(request: MountRequest, control: socket.socket) -> None:
 
 
 def _serve(request: MountRequest, control: socket.socket) -> None:
+    import_readers(request.place)
     fd = mount(request.directory, request.shown, allow_other=request.allow_other)
     try:
         device = find_mounts(request.directory)[-1].device

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, TargetError, target_error
+from pyqmigrate.io.plain_file import PlainFile
 from pyqmigrate.io.view import View, ViewOptions
 from pyqmigrate.log import logger
 from pyqmigrate.mount.files import open_files
@@ -39,20 +40,19 @@ def make_view(place: str, name: str | None, options: ViewOptions) -> View:
         logger.info("nothing can be mounted, so the snapshot is copied: %s", error)
     from pyqmigrate.mount.copied import CopiedView
 
-    file_name = name or Path(place).name
-    with contextlib.closing(
-        open_files(place, (file_name,), os.fspath(options.cache or "")).open(file_name)
-    ) as file:
-        return CopiedView(file, file_name)
+    with _open_plain(place, name, options) as file:
+        return CopiedView(file, name or Path(place).name)
 
 
-def _raise_reason(place: str, name: str | None) -> None:
-    """Raise why a snapshot cannot be read, which the kernel does not say."""
-    if name is not None:
-        from pyqmigrate.store.store import Store
-
-        with Store.open(place) as store:
-            store.open_file(name).close()
+@contextlib.contextmanager
+def _open_plain(place: str, name: str | None, options: ViewOptions) -> Iterator[PlainFile]:
+    """Open the snapshot in this process."""
+    name = name or Path(place).name
+    with (
+        contextlib.closing(open_files(place, (name,), os.fspath(options.cache or ""))) as files,
+        contextlib.closing(files.open(name)) as file,
+    ):
+        yield file
 
 
 class MountedView:
@@ -65,6 +65,7 @@ class MountedView:
 
     def __init__(self, place: str, name: str | None, options: ViewOptions) -> None:
         self._place, self._stored, self._name = place, name, name or Path(place).name
+        self._shown = place if name is None else f"{place}#{name}"
         self._directory = -1
         self._asking = threading.Lock()
         self._mount = open_private(
@@ -81,8 +82,10 @@ class MountedView:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError) and not isinstance(error, TargetError):
-                _raise_reason(place, name)
-                raise target_error(error, "cannot read", f"{place}#{name}") from error
+                # The kernel does not say why; opening it here does.
+                with _open_plain(place, name, options):
+                    pass
+                raise target_error(error, "cannot read", self._shown) from error
             raise
         # The name is gone: the path leads through the descriptor.
         self.path = Path(f"/proc/self/fd/{self._directory}", self._name)
@@ -122,4 +125,4 @@ class MountedView:
         self._mount.close()
         if self._directory >= 0:
             os.close(self._directory)
-            self._directory = -1
+        self._directory = -1

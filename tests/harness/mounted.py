@@ -57,6 +57,8 @@ class GatedFile(LocalPlainFile):
 class DirectoryFiles:
     """The files of a directory, as they are at each moment."""
 
+    readers = 1
+
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 

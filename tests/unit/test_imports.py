@@ -82,6 +82,17 @@ def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
     assert not late & loaded(code)
 
 
+def test_a_snapshot_in_a_file_loads_nothing_of_stores():
+    stores = named("io.view", "mount.view", "store.store", "format.store.config")
+    code = (
+        "import pyqmigrate.cli.vm.restore, pyqmigrate.cli.vm.clone, pyqmigrate.cli.verify\n"
+        "import pyqmigrate.vm.incoming.restore\n"
+        "from pyqmigrate.io.input import InputFile\n"
+        f"InputFile({__file__!r}).close()"
+    )
+    assert not stores & loaded(code)
+
+
 def test_a_verb_of_a_store_loads_no_other_verb_and_no_library_for_urls() -> None:
     code = (
         "import pyqmigrate.cli, tempfile\n"

@@ -35,6 +35,8 @@ VERBS = (
     "compact",
     "demo",
     "bench",
+    "mount",
+    "umount",
     "serve",
     "vm save",
     "vm check",

@@ -28,6 +28,8 @@ class Memory(BytesFile):
 class Files:
     """Contents by name, and all files that were opened."""
 
+    readers = 1
+
     def __init__(self, **contents: bytes) -> None:
         self.contents = contents
         self.companions: dict[str, bytes] = {}
