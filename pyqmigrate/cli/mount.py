@@ -78,10 +78,11 @@ def _mount(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.mount.daemon import MountRequest, start_keeper
     from pyqmigrate.mount.mounting import check_mount_point
     from pyqmigrate.mount.unmounting import place_of
+    from pyqmigrate.store.pack_cache import default_directory
 
     started = time.monotonic()
     directory = place_of(args.directory)
-    check_mount_point(directory)
+    check_mount_point(directory, [args.cache or default_directory(), *[args.log] * bool(args.log)])
     place = args.store if "://" in args.store else os.path.abspath(args.store)
     shown = _name_of(place)
     client = start_keeper(

@@ -30,7 +30,7 @@ from pyqmigrate.mount.server import Owner
 __all__ = ["MountRequest", "main", "start_keeper"]
 
 _START = (
-    "import json, sys; sys.path += [p for p in json.loads(sys.argv[1]) if p not in sys.path]; "
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from pyqmigrate.mount.daemon import main; main(int(sys.argv[2]))"
 )
 _LIMIT = 60.0  # seconds until the mount serves: a remote store is opened

@@ -390,8 +390,9 @@ class Keeper:
         slow = [wait for wait in self._waits() if wait.seconds >= _SLOW]
         for wait in slow:
             if wait.unique not in self._told:
+                who = f"process {wait.pid} ({wait.command})" if wait.pid else "the kernel"
                 self._tell(
-                    f"process {wait.pid} ({wait.command}) waits for {wait.file} at file offset "
+                    f"{who} waits for {wait.file or 'the directory'} at file offset "
                     f"{wait.offset:#x} since {wait.seconds:.0f} s"
                 )
         self._told = {wait.unique for wait in slow}

@@ -15,7 +15,9 @@ import shutil
 import socket
 import stat
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyqmigrate.errors import NotSupported, TargetError, UsageError, target_error
 
@@ -49,8 +51,16 @@ class Mounted:
     uid: int
 
 
-def check_mount_point(directory: str) -> None:
-    """Raise UsageError unless this is an empty directory of this user; root takes any empty one."""
+def check_mount_point(directory: str, used: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Raise UsageError unless this is an empty directory of this user; root takes any empty one.
+
+    ``used`` are paths that the mount itself will use: below the mount point it would wait for itself.
+    """
+    for path in used:
+        if Path(os.path.realpath(path)).is_relative_to(directory):
+            raise UsageError(
+                f"{os.fspath(path)!r} is used by the mount: it must not be on {directory!r}"
+            )
     if find_mounts(directory):  # before anything looks into it: its keeper may be stuck
         raise UsageError(f"{directory!r} is mounted already; see pyqmigrate mount --status")
     try:
@@ -191,9 +201,11 @@ def _find_helper() -> str | None:
     return next((path for name in _HELPERS if (path := shutil.which(name))), None)
 
 
-def _run(command: list[str], **settings: object) -> subprocess.CompletedProcess[str]:
+def _run(
+    command: list[str], *, pass_fds: tuple[int, ...] = (), env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        return subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -201,7 +213,8 @@ def _run(command: list[str], **settings: object) -> subprocess.CompletedProcess[
             errors="replace",
             timeout=_LIMIT,
             check=False,
-            **settings,
+            pass_fds=pass_fds,
+            env=env,
         )
     except subprocess.TimeoutExpired:
         raise TargetError(errno.ETIMEDOUT, f"{command[0]} does not end") from None

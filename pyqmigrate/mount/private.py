@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit, urlunsplit
 
 from pyqmigrate.errors import target_error
 from pyqmigrate.mount.asking import KeeperClient
@@ -130,7 +131,7 @@ def open_private(
             MountRequest(
                 str(path),
                 text,
-                shown or text,
+                shown or _without_credentials(text),
                 None if names is None else tuple(names),
                 allow_other=os.geteuid() == 0,
                 private=True,
@@ -145,6 +146,14 @@ def open_private(
                 directory.rmdir()
         raise
     return PrivateMount(client, path)
+
+
+def _without_credentials(place: str) -> str:
+    """Return a place for messages and /proc/mounts: a URL without its user, password and query."""
+    if "://" not in place:
+        return place
+    parts = urlsplit(place)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _runtime_directory() -> str | None:

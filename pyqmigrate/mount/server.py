@@ -30,6 +30,8 @@ _IDLE_MAX = 3  # threads that wait for requests
 _NAME_SECONDS = 1  # for so long the kernel may keep a name: another snapshot may get it
 _ATTRIBUTE_SECONDS = 3600  # a node never changes
 _ERRNO_END = 512  # the kernel takes no others
+# Errors that say nothing about the store: of names, of seeks beyond the end, and of the requests.
+_EXPECTED = (errno.ENOENT, errno.ENXIO, errno.EINVAL)
 
 
 Body: TypeAlias = bytes | bytearray | memoryview
@@ -176,26 +178,37 @@ class Server:
             else:
                 answer = handler(request, body)
         except Exception as error:
-            failure = self._failure(request, offset, size, error)
+            failure = self._failure(request, body, error)
         finally:
             self._interrupts.end(unique)
             read = len(answer) if operation == protocol.READ else -1
             self._board.end(slot, read, failed=failure not in (0, errno.ENOSYS, errno.ENOENT))
         self._connection.reply(unique, answer, failure)
 
-    def _failure(self, request: Request, offset: int, size: int, error: Exception) -> int:
-        """Return the errno for a request that failed, and report it if it was a read."""
+    def _failure(self, request: Request, body: memoryview, error: Exception) -> int:
+        """Return the errno for a request that failed, and report it if the store is the reason."""
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         if not isinstance(error, OSError | PyqmigrateError):
             logger.exception("operation %d of the mount failed", request.operation)
-        if request.operation != protocol.READ:
-            return number if number < _ERRNO_END else errno.EIO
-        try:
-            name = self._nodes.get(request.node).name
-        except OSError:
-            name = f"file {request.node}"
-        self._report(f"{name}: cannot read {size} bytes at file offset {offset:#x}: {error}")
-        return errno.EIO  # nothing else means something to a reader of a file
+        if request.operation == protocol.READ:
+            number = errno.EIO  # nothing else means something to a reader of a file
+        elif number >= _ERRNO_END:
+            number = errno.EIO
+        if number not in _EXPECTED:
+            self._report(f"{self._work_of(request, body)}: {error}")
+        return number
+
+    def _work_of(self, request: Request, body: memoryview) -> str:
+        """Return for a message what a request wanted."""
+        with contextlib.suppress(OSError):
+            if request.operation == protocol.LOOKUP:
+                return f"{protocol.decode_name(body)}: cannot be shown"
+            name = "the directory" if request.node == ROOT else self._nodes.get(request.node).name
+            if request.operation != protocol.READ:
+                return name
+            _, offset, length = protocol.decode_range(body)
+            return f"{name}: cannot read {length} bytes at file offset {offset:#x}"
+        return f"file {request.node}"
 
     def _interrupt(self, unique: int, body: memoryview) -> None:
         try:

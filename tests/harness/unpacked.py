@@ -9,14 +9,14 @@ from typing import NoReturn
 
 import pytest
 
-__all__ = ["emulator", "lack", "newer_qemu", "qemu_img", "unpacked"]
+__all__ = ["emulator", "fusermount", "lack", "newer_qemu", "qemu_img", "unpacked"]
 
 _ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyqmigrate-tests"
 
 
 def unpacked(name: str) -> Path:
-    """The root of the packages unpacked as ``name``: targets, linux, libvirt, crash or
-    qemu-img."""
+    """The root of the packages unpacked as ``name``: targets, linux, libvirt, crash, fuse
+    or qemu-img."""
     root = _ROOT / name
     if not (root / ".complete").exists():
         lack(f"{root} is not there: run .ci/ensure-system qemu")
@@ -37,6 +37,12 @@ def qemu_img() -> tuple[str, dict[str, str]]:
     root = unpacked("qemu-img")
     libraries = ":".join(str(path) for path in sorted(root.glob("usr/lib/*-linux-gnu")))
     return str(root / "usr/bin/qemu-img"), {**os.environ, "LD_LIBRARY_PATH": libraries}
+
+
+def fusermount() -> Path:
+    """fusermount3, the one that is installed or the one unpacked, which has no setuid bit."""
+    installed = shutil.which("fusermount3")
+    return Path(installed) if installed else unpacked("fuse") / "bin/fusermount3"
 
 
 def newer_qemu() -> Path:

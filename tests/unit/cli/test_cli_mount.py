@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -86,6 +87,19 @@ def test_damaged_pack_is_an_error_and_a_message_with_snapshot_and_pack(
     assert "monday" in command("mount", "--status", directory).out
 
 
+def test_damaged_snapshot_is_listed_and_a_message_says_why_it_cannot_be_opened(
+    store: Path, directory: Path, command: Command
+) -> None:
+    (store / "snapshots/monday.snap").write_bytes(b"damaged")
+    assert command("mount", store, directory).code == 0
+    assert "monday" in os.listdir(directory)
+    with pytest.raises(OSError, match="Input/output error"):
+        (directory / "monday").stat()
+    assert (directory / "tuesday").read_bytes() == image(300, 1)
+    (status,) = command("mount", "--status", "--json", directory).json["mounts"]
+    assert status["messages"][0]["text"].startswith("monday: cannot be shown: ")
+
+
 def test_status_of_all_mounts_and_of_one(store: Path, directory: Path, command: Command) -> None:
     assert command("mount", store, directory).code == 0
     assert (directory / "monday").read_bytes() == image(300)
@@ -113,6 +127,24 @@ def test_mount_in_use_is_not_unmounted_and_its_user_is_named(
         assert file.read() == image(300)
 
 
+def test_mount_whose_processes_were_killed_can_be_unmounted(
+    store: Path, directory: Path, command: Command
+) -> None:
+    assert command("mount", store, directory).code == 0
+    (status,) = command("mount", "--status", "--json", directory).json["mounts"]
+    for process in (status["keeper"], status["worker"]):
+        os.kill(process, signal.SIGKILL)
+    with pytest.raises(OSError) as caught:
+        await_that(lambda: not os.listdir(directory))
+    assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    ran = command("mount", "--status", "--json", directory)
+    assert_as_documented("mount", ran.json)
+    assert ran.json["mounts"][0]["keeper"] is None
+    assert "its keeper does not answer" in command("mount", "--status", directory).out
+    ran = command("umount", "--json", directory)
+    assert (ran.code, ran.json["keeper"], ran.json["ended"]) == (0, None, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
@@ -121,6 +153,7 @@ def test_mount_in_use_is_not_unmounted_and_its_user_is_named(
         (("{store}", "{missing}"), 3, "no file"),
         (("{missing}", "{directory}"), 3, "no file"),
         (("{directory}", "{directory}"), 2, "not a store"),
+        (("--log", "{directory}/log", "{store}", "{directory}"), 2, "is used by the mount"),
         (("--status", "{directory}"), 2, "not a mount of pyqmigrate"),
         (("--status", "{store}", "{directory}"), 2, "--status takes DIR"),
     ],

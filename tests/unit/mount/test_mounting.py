@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import stat
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from pyqmigrate.errors import NotSupported, TargetError, UsageError
 from pyqmigrate.mount import mounting
 from pyqmigrate.mount.mounting import check_mount_point, find_mounts, mount, unmount
+from tests.harness.unpacked import fusermount
 
 
 def test_empty_directory_is_taken(tmp_path: Path) -> None:
@@ -33,6 +35,15 @@ def test_what_is_not_an_empty_directory_is_refused(tmp_path: Path) -> None:
             check_mount_point(str(tmp_path / name))
     with pytest.raises(TargetError, match="No such file"):
         check_mount_point(str(tmp_path / "missing"))
+
+
+def test_what_the_mount_uses_itself_must_not_be_on_it(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "mounted")
+    (tmp_path / "mounted").mkdir()
+    for used in (tmp_path / "mounted", tmp_path / "link/packs", tmp_path / "mounted/log"):
+        with pytest.raises(UsageError, match="is used by the mount"):
+            check_mount_point(str(tmp_path / "mounted"), [used])
+    check_mount_point(str(tmp_path / "mounted"), [tmp_path / "mounted.log", "/var/cache"])
 
 
 def test_directory_of_another_user_is_refused(
@@ -131,19 +142,54 @@ def test_what_the_helper_says_is_part_of_the_error(helper: Path, tmp_path: Path)
         mount(str(tmp_path / "bad"), "store", allow_other=False)
 
 
-def test_real_helper_mounts_and_unmounts(
-    mount_point: Path, monkeypatch: pytest.MonkeyPatch
+def _let_everybody_open_fuse(node: Path) -> None:
+    """Put this process into a mount namespace in which /dev/fuse has the mode of distributions."""
+    new_namespace = 0x20000
+    if ctypes.CDLL(None, use_errno=True).unshare(new_namespace):
+        raise OSError(ctypes.get_errno(), "unshare")
+    os.mknod(node, 0o20666, os.stat("/dev/fuse").st_rdev)
+    node.chmod(0o666)
+    for words in (["--make-rprivate", "/"], ["--bind", str(node), "/dev/fuse"]):
+        subprocess.run(["mount", *words], check=True)
+
+
+def test_ordinary_user_mounts_and_unmounts_through_fusermount(
+    mount_point: Path, tmp_path: Path
 ) -> None:
-    if mounting._find_helper() is None:
-        pytest.skip("fusermount3 is not installed (package fuse3)")
-    fd = mounting._mount_with_helper(str(mount_point), "a store", allow_other=False)
-    try:
-        assert stat.S_ISCHR(os.fstat(fd).st_mode)
-        (mounted,) = find_mounts(str(mount_point))
-        assert (mounted.source, mounted.directory) == ("a store", str(mount_point))
-    finally:
-        unmount(str(mount_point), lazy=True)
-        os.close(fd)
+    if os.geteuid():
+        pytest.skip("only root can give fusermount3 its setuid bit")
+    program = tmp_path / "bin" / "fusermount3"
+    program.parent.mkdir()
+    shutil.copy(fusermount(), program)
+    program.chmod(0o4755)
+    for directory in (program.parent, *program.parent.parents):
+        if directory.stat().st_mode & 0o001 == 0:
+            directory.chmod(directory.stat().st_mode | 0o011)  # of pytest: for its owner only
+    os.chown(mount_point, 65534, 65534)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            _let_everybody_open_fuse(tmp_path / "fuse")
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            os.environ["PATH"] = str(program.parent)
+            check_mount_point(str(mount_point))
+            fd = mount(str(mount_point), "a store, shown", allow_other=False)
+            (mounted,) = find_mounts(str(mount_point))
+            os.write(write, repr((mounted.source, mounted.uid, os.get_inheritable(fd))).encode())
+            unmount(str(mount_point))
+            status = len(find_mounts(str(mount_point)))
+        except BaseException as error:
+            os.write(write, repr(error).encode())
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as file:
+        assert file.read() == "('a store, shown', 65534, False)"
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 IN_A_NAMESPACE = """

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.mount import private
+from pyqmigrate.mount.daemon import MountRequest
 from pyqmigrate.mount.mounting import find_mounts
 from pyqmigrate.mount.private import FileRange, open_private
 from tests.harness.mounted import await_that
@@ -107,6 +110,20 @@ def test_nothing_is_pushed_for_a_file_that_was_not_opened(guest: Path) -> None:
         with (view.path / "guest").open("rb"):
             view.push([FileRange("guest", 0, 4096)])
             await_that(lambda: view.status()["pushed"] == 4096)
+
+
+def test_credentials_of_a_url_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[MountRequest] = []
+
+    def start(request: MountRequest) -> NoReturn:
+        seen.append(request)
+        raise TargetError(5, "not here")
+
+    monkeypatch.setattr(private, "start_keeper", start)
+    url = "https://user:secret@host:8080/a/store?token=secret"
+    with pytest.raises(TargetError):
+        open_private(url)
+    assert (seen[0].place, seen[0].shown) == (url, "https://host:8080/a/store")
 
 
 def test_missing_store_is_an_error_and_leaves_nothing(runtime: Path, mount_point: Path) -> None:
