@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyqmigrate
 from pyqmigrate import vm
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.store.store import Store
+from tests.harness.mounted_guests import worker_of
 from tests.harness.object_store import ObjectStore, object_store
 from tests.harness.stored_guests import store_file
 from tests.harness.walking_guest import WalkingGuest
@@ -111,33 +113,37 @@ def test_working_set_is_kept_in_the_store(
 
 
 def test_outage_stops_the_guest_and_does_not_end_it(
-    guest: WalkingGuest, stored: str, object_store: ObjectStore
+    guest: WalkingGuest, stored: str, object_store: ObjectStore, tmp_path: Path
 ) -> None:
-    url = object_store.url("guests")
-    with Store.open(url) as store:
-        store_file(store, guest.path, "many", pack_pages=10)
-    object_store.delay = 0.1
+    cache = tmp_path / "caches" / "pyqmigrate" / "packs"
 
     async def run() -> None:
         paused = await vm.restore(
-            f"{url}#many", guest.command, mode="instant", stdin=subprocess.DEVNULL, paused=True
+            stored, guest.command, mode="instant", stdin=subprocess.DEVNULL, paused=True
         )
         try:
+            with contextlib.closing(InputFile(stored)) as source:
+                worker = await asyncio.to_thread(worker_of, source)
+            # So that to look at the guest's progress does not wait for the store.
+            await guest._walk(paused.monitor, paused.process.pid, 0)
             object_store.stop()
             try:
+                # Nothing that was read is kept anywhere but in the kernel.
+                os.kill(worker, signal.SIGKILL)
+                for pack in cache.iterdir():
+                    pack.unlink()
                 await paused.monitor.execute("cont")
                 walking = asyncio.create_task(
                     guest._walk(paused.monitor, paused.process.pid, guest.npages)
                 )
-                await asyncio.sleep(8)
+                await asyncio.sleep(7)
                 assert paused.process.poll() is None
                 assert not walking.done()
                 messages = await paused.store_messages()
             finally:
-                object_store.delay = 0
                 object_store.start()
             await walking
-            assert any("waits" in text for text in messages)
+            assert any("cannot serve" in text or "waits" in text for text in messages)
         finally:
             await paused.end()
 

@@ -22,13 +22,13 @@ from pyqmigrate.mount.view import MountedView
 from pyqmigrate.store.store import Store
 from pyqmigrate.vm.incoming.report import RestoredVm
 from tests.harness.command import COMMAND
+from tests.harness.mounted_guests import PATIENCE, keepers, worker_of
 from tests.harness.stored_guests import store_file
 from tests.harness.walking_guest import WalkingGuest
 
 pytestmark = pytest.mark.qemu
 
 MIB = 1 << 20
-PATIENCE = 20.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -63,28 +63,6 @@ def stored(
         assert time.monotonic() < deadline, (os.listdir(runtime), keepers(runtime))
         time.sleep(0.05)
     assert str(runtime) not in Path("/proc/mounts").read_text()
-
-
-def keepers(runtime: Path) -> list[str]:
-    """Return the processes that have a directory of ``runtime`` on their command line."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if str(runtime).encode() in (process / "cmdline").read_bytes():
-                found.append(process.name)
-    return found
-
-
-def worker_of(source: InputFile) -> int:
-    """Return the worker of the mount through which a file is open; wait until there is one."""
-    assert source.view is not None
-    view = source.view.view
-    assert isinstance(view, MountedView)
-    deadline = time.monotonic() + PATIENCE
-    while not (worker := view.status()["worker"]):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return int(worker)
 
 
 async def restored(guest: WalkingGuest, mode: str = "instant") -> RestoredVm:
