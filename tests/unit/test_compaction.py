@@ -140,6 +140,26 @@ def test_the_record_and_the_working_set_are_taken_along(tmp_path: Path, snapshot
         assert file.companions[".workingset"] == b"pages"
 
 
+def test_what_is_no_record_is_left_where_it_is(tmp_path: Path, snapshot: Path) -> None:
+    Path(f"{snapshot}.vm.json").mkdir()
+    os.mkfifo(f"{snapshot}.workingset")
+    compact(snapshot, tmp_path / "compact")
+    with contextlib.closing(SeekableFile(tmp_path / "compact")) as file:
+        assert set(file.companions) == {".seal"}
+
+
+def test_the_working_set_of_another_file_is_not_taken_along(
+    tmp_path: Path, snapshot: Path, memory: Bytes
+) -> None:
+    bits = np.zeros(NPAGES, dtype=bool)
+    save_increment(tmp_path / "i", snapshot, {"pc.ram": memory}, {"pc.ram": bits})
+    for suffix in (".vm.json", ".workingset"):
+        (tmp_path / f"i{suffix}").write_bytes(b"{}")
+    compact(tmp_path / "i", tmp_path / "compact")
+    with contextlib.closing(SeekableFile(tmp_path / "compact")) as file:
+        assert set(file.companions) == {".seal", ".vm.json"}
+
+
 def test_what_is_before_the_stream_is_kept(tmp_path: Path, memory: Bytes) -> None:
     path = tmp_path / "image"
     header = LibvirtHeader(True, 2, ImageFormat.SPARSE, True, "<domain/>", "<c/>", 300, "little")
