@@ -403,6 +403,16 @@ def test_a_damaged_file_is_named(tmp_path: Path, memory: Bytes) -> None:
     assert any(str(tmp_path / "b") in note for note in raised.value.__notes__)
 
 
+def test_a_damaged_bitmap_is_named_with_its_file(tmp_path: Path) -> None:
+    a, b = mapped(tmp_path / "a", {"ram": ram(20)}), mapped(tmp_path / "b", {"ram": ram(20)})
+    with open_snapshot(b) as snapshot, b.open("r+b") as file:
+        file.seek(snapshot.layouts[0].bitmap_offset + 7)
+        file.write(b"\x80")
+    with pytest.raises(SnapshotError, match="past page 20") as raised:
+        diff(a, b)
+    assert raised.value.__notes__ == [f"{b}: "]
+
+
 def test_a_compressed_stream_is_refused_with_advice(tmp_path: Path, memory: Bytes) -> None:
     a = mapped(tmp_path / "a", {"ram": memory})
     stream = sequential(tmp_path / "s", {"ram": memory})
