@@ -34,6 +34,8 @@ SOURCES = [
     "compare.c",
     "page_states.c",
     "stash.c",
+    "blake3.c",
+    "dedup.c",
 ]
 HEADERS = [
     "qmigrate.h",
@@ -44,6 +46,7 @@ HEADERS = [
     "records.h",
     "xxh3.h",
     "pagemap.h",
+    "blake3.h",
 ]
 # A qm_write_hook, implemented in pyqmigrate/core.py.
 CALLBACKS = """

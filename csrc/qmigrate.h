@@ -762,6 +762,90 @@ int qm_stash_copy(qm_job *job, struct qm_stash *stash, struct qm_fault *fault);
  * the first copy only. Each channel calls this once. -ENOMEM. */
 int qm_stash_populate(qm_job *job, struct qm_stash *stash);
 
+/* ---- pages of a store ----------------------------------------------------------------------- */
+
+/*
+ * A store (docs/internals/store-format.md) keeps each page of QM_STORE_PAGE bytes once, whatever the
+ * page size of the block. Its digest is keyed BLAKE3, of which QM_DIGEST bytes are kept. Known pages
+ * have numbers: those of the packs, one pack after another, then those that are found to be new.
+ */
+#define QM_STORE_PAGE ((size_t)4096)
+#define QM_STORE_KEY ((size_t)32)
+
+#define QM_PAGE_ZERO 0
+#define QM_PAGE_FILLED 1 /* repeats one 8-byte word */
+#define QM_PAGE_DATA 2
+
+/* Puts the digests of `npages` pages into `digests`. `portable`: without vector instructions that
+ * not every processor of this architecture has. */
+int qm_blake3_pages(const unsigned char *key, const void *bytes, uint64_t npages, int portable,
+                    unsigned char *digests);
+
+/* Finds the kinds of the `npages` pages at `bytes`, which are those at byte `off` of the block, and
+ * the digests of data pages; a filled page has its word at the start of its digest. Pages of the block
+ * whose bits are clear become zero in `bytes`; `bits` may be NULL. `off` is a multiple of
+ * QM_STORE_PAGE. -EINVAL for a bad page size, and outside of the block. */
+int qm_examine_pages(const unsigned char *key, const struct qm_block *block, const uint64_t *bits,
+                     uint64_t off, unsigned char *bytes, uint64_t npages, unsigned char *kinds,
+                     unsigned char *digests);
+
+/* The known pages.
+ *   digests   QM_DIGEST bytes for each number below `npages`; there is room for `room`.
+ *   slots     a table of numbers + 1, zero where nothing is; `nslots` is a power of two, and twice
+ *             as large as `npages` will be, or larger. */
+struct qm_known {
+    unsigned char *digests;
+    uint64_t npages;
+    uint64_t room;
+    uint32_t *slots;
+    uint64_t nslots;
+};
+
+/* Enters the pages [first, npages) into the slots: their digests are in place. Of equal digests the
+ * first is found later. -ENOSPC: there are too few slots. */
+int qm_known_index(struct qm_known *known, uint64_t first, uint64_t npages);
+
+/* `npages` pages from page `first` of a file on, that are `number` and the following ones of the known
+ * pages; or that all repeat the word `number`. */
+struct qm_page_run {
+    uint64_t first;
+    uint64_t npages;
+    uint64_t number;
+};
+
+/* What qm_find_pages found. All arrays have room for `room` elements, `fresh` for as many pages.
+ *   runs      of known pages, in the order of the file
+ *   fills     of filled pages
+ *   fresh     the new pages, in order, which have the last numbers
+ *   places    the file page of each new page */
+struct qm_found {
+    uint64_t room;
+    struct qm_page_run *runs;
+    uint64_t nruns;
+    struct qm_page_run *fills;
+    uint64_t nfills;
+    unsigned char *fresh;
+    uint64_t *places;
+    uint64_t nfresh;
+};
+
+/* Looks up `npages` pages that qm_examine_pages has examined, from file page `page` on; those that
+ * are not known yet become so. -ENOSPC: there are too few slots for so many new pages; -EINVAL: there
+ * is too little room. Nothing is changed then. */
+int qm_find_pages(struct qm_known *known, struct qm_found *found, const unsigned char *bytes,
+                  uint64_t page, uint64_t npages, const unsigned char *kinds,
+                  const unsigned char *digests);
+
+/* Splits runs where their numbers pass from one group to the next: group g has the numbers
+ * [starts[g], starts[g + 1]), and there are `nstarts` - 1 groups. The numbers of `parts` count from the
+ * start of their group, which is in `groups`. Both may be NULL. Returns how many parts there are;
+ * -EINVAL for a number of no group. */
+int64_t qm_split_runs(const struct qm_page_run *runs, uint64_t nruns, const uint64_t *starts,
+                      uint64_t nstarts, struct qm_page_run *parts, uint32_t *groups);
+
+/* XORs `len` bytes with `other`. */
+void qm_xor(void *bytes, const void *other, size_t len);
+
 /* ---- direct I/O ----------------------------------------------------------------------------- */
 
 /* Get from the kernel what direct I/O on the file requires of addresses and of positions.

@@ -31,6 +31,7 @@ PUBLIC = {
     "pyqmigrate": "Files and memories",
     "pyqmigrate.vm": "A running QEMU",
     "pyqmigrate.vm.sync": "A running QEMU, without asyncio",
+    "pyqmigrate.store": "A store of snapshots",
 }
 
 

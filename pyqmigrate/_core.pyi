@@ -26,6 +26,11 @@ class _Lib:
     QM_CHANGES_MAX: int
     QM_STAGING_MAX: int
     QM_DIGEST: int
+    QM_STORE_PAGE: int
+    QM_STORE_KEY: int
+    QM_PAGE_ZERO: int
+    QM_PAGE_FILLED: int
+    QM_PAGE_DATA: int
     qm_call_write_hook: Any
 
     def qm_job_create(self) -> Any: ...
@@ -161,6 +166,28 @@ class _Lib:
     def qm_list_runs(
         self, bits: Any, first: int, end: int, runs: Any, max_runs: int, next: Any
     ) -> int: ...
+    def qm_blake3_pages(
+        self, key: Any, data: Any, npages: int, portable: int, digests: Any
+    ) -> int: ...
+    def qm_examine_pages(
+        self,
+        key: Any,
+        block: Any,
+        bits: Any,
+        offset: int,
+        data: Any,
+        npages: int,
+        kinds: Any,
+        digests: Any,
+    ) -> int: ...
+    def qm_known_index(self, known: Any, first: int, npages: int) -> int: ...
+    def qm_find_pages(
+        self, known: Any, found: Any, data: Any, page: int, npages: int, kinds: Any, digests: Any
+    ) -> int: ...
+    def qm_split_runs(
+        self, runs: Any, nruns: int, starts: Any, nstarts: int, parts: Any, groups: Any
+    ) -> int: ...
+    def qm_xor(self, data: Any, other: Any, length: int) -> None: ...
     def qm_stash_copy(self, job: Any, stash: Any, fault: Any) -> int: ...
     def qm_stash_populate(self, job: Any, stash: Any) -> int: ...
     def qm_direct_align(self, fd: int, mem_align: Any, off_align: Any) -> int: ...

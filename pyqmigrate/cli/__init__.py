@@ -61,6 +61,9 @@ _VERBS = (
     "diff",
     "convert",
     "compact",
+    "store",
+    "mount",
+    "umount",
     "bench",
     "serve",
 )

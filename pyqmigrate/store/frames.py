@@ -13,9 +13,9 @@ from pyqmigrate.format.digest import DIGEST_SIZE
 from pyqmigrate.format.store.config import PAGE
 from pyqmigrate.format.store.pack import BasePage, Frame, PackFooter
 from pyqmigrate.format.store.zstd import decompress
+from pyqmigrate.io.store_pages import page_digests, xor_into
 from pyqmigrate.store.damage import DamagedPack
 from pyqmigrate.store.packs import Packs
-from pyqmigrate.store.page_digests import first_other_page
 
 __all__ = ["FrameId", "Frames"]
 
@@ -99,6 +99,12 @@ class Frames:
         if len(missing) > 1 and self.packs.place.directory is None:
             list(self._executor().map(self.packs.footer, missing))
 
+    def verify(self, pack: bytes, frame: Frame, compressed: memoryview) -> None:
+        """Compare the pages of a frame, whose bytes are at hand, with their digests. Nothing is kept
+        but bases. Raises DamagedPack, TargetError."""
+        bases = self._load_bases([(pack, frame)]) if frame.xor else {}
+        self._verified(pack, frame, compressed, bases)
+
     def close(self) -> None:
         """Forget all frames, and end the threads. Idempotent."""
         self.packs.stop.set()
@@ -152,13 +158,13 @@ class Frames:
         spans: list[tuple[bytes, list[Frame]]] = []
         for pack, frames in groupby(sorted(wanted), key=lambda frame: frame[0]):
             footer = self.packs.footer(pack)
-            end = -1
+            together: list[Frame] = []
             for _, number in frames:
                 frame = _frame(footer, pack, number)
-                if not 0 <= frame.offset - end <= gap:
-                    spans.append((pack, []))
-                spans[-1][1].append(frame)
-                end = frame.offset + frame.length
+                if not together or frame.offset - _end(together[-1]) > gap:
+                    together = []
+                    spans.append((pack, together))
+                together.append(frame)
         return spans
 
     def _read_span(self, span: tuple[bytes, list[Frame]]) -> tuple[BaseException | None, _Xored]:
@@ -235,13 +241,17 @@ class Frames:
         except ValueError as error:
             raise DamagedPack(str(error), pack, frame.number, frame.first, store=store) from error
         if frame.xor:
-            content = _xor(content, self._base_pages(pack, frame, bases))
-        digests = memoryview(footer.digests)[frame.first * DIGEST_SIZE :]
-        digests = digests[: frame.npages * DIGEST_SIZE]
-        bad = first_other_page(self.packs.config.key, content, digests)
-        if bad is not None:
+            pages = self._base_pages(pack, frame, bases)
+            xor_into(pages, content)
+            content = bytes(pages)
+        digests = footer.digests[
+            frame.first * DIGEST_SIZE : (frame.first + frame.npages) * DIGEST_SIZE
+        ]
+        found = page_digests(self.packs.config.key, content)
+        if found != digests:
+            page = frame.first + _first_difference(found, digests)
             why = "the page is not what its digest was made of"
-            raise DamagedPack(why, pack, frame.number, frame.first + bad, store=store)
+            raise DamagedPack(why, pack, frame.number, page, store=store)
         return content
 
     def _load_bases(self, frames: Iterable[tuple[bytes, Frame]]) -> dict[FrameId, bytes]:
@@ -288,9 +298,14 @@ class Frames:
         return pages
 
 
-def _xor(left: bytes, right: bytearray) -> bytes:
-    word = int.from_bytes(left, "little") ^ int.from_bytes(right, "little")
-    return word.to_bytes(len(left), "little")
+def _end(frame: Frame) -> int:
+    return frame.offset + frame.length
+
+
+def _first_difference(left: bytes, right: bytes) -> int:
+    """Return the number of the first digest that differs."""
+    steps = range(0, len(left), DIGEST_SIZE)
+    return next(n for n, k in enumerate(steps) if left[k:][:DIGEST_SIZE] != right[k:][:DIGEST_SIZE])
 
 
 def _joined(

@@ -115,6 +115,26 @@ class LocalPlace:
             raise
         return fd
 
+    def open_lock(self, name: str) -> int:
+        """Return a descriptor of the file ``name``, created if it is missing, to lock it. The caller
+        closes it. Raises TargetError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            return os.open(name, flags, 0o600, dir_fd=self._fd)
+        except OSError as error:
+            raise self._error(error, "cannot open", name) from error
+
+    def remove_incomplete(self, folder: str, older_than: float) -> None:
+        """Remove what killed writers left in a folder on file systems without unnamed files.
+        ``older_than`` is a time, in seconds since 1970."""
+        with contextlib.suppress(FileNotFoundError), self._folder([folder]) as fd:
+            with os.scandir(fd) as found:
+                names = [e.name for e in found if e.name[0] == "." and e.name.endswith(".partial")]
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime < older_than:
+                        os.unlink(name, dir_fd=fd)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

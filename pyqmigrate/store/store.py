@@ -38,7 +38,7 @@ from pyqmigrate.store.packs import Packs
 from pyqmigrate.store.place import Place, open_place, read_at_most
 from pyqmigrate.store.stored_file import StoredFile
 
-__all__ = ["SnapshotEntry", "Store"]
+__all__ = ["NoSnapshot", "SnapshotEntry", "Store"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,6 +47,10 @@ _DOCUMENT_MAX = HEAD_MAX + BODY_MAX + 16
 _WORKING_SET_MAX = HEAD_MAX + 16 * RUNS_MAX
 _HEAD_GUESS = 16 << 10  # bytes: nearly every head
 _REMOTE_READERS = 16  # of heads, at once
+
+
+class NoSnapshot(UsageError):
+    """There is no snapshot of this name in the store."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class Store:
     def read_snapshot(self, name: str) -> StoredSnapshot:
         """Return the whole document of a snapshot.
 
-        Raises UsageError if there is none of this name, SnapshotError if it is damaged, TargetError.
+        Raises NoSnapshot if there is none of this name, SnapshotError if it is damaged, TargetError.
         """
         key = snapshot_key(name)
         with self._naming(name):
@@ -228,8 +232,8 @@ class Store:
         name, size = document
         try:
             line = self._line(name)
-        except UsageError:
-            return None  # removed since it was listed
+        except NoSnapshot:
+            return None  # it was removed since it was listed
         except (SnapshotError, NotSupported) as error:
             return SnapshotEntry(name, size, None, error=str(error))
         return SnapshotEntry(name, size, line.head, line.packs)
@@ -254,4 +258,4 @@ class Store:
         except TargetError as error:
             if error.errno != errno.ENOENT:
                 raise
-            raise UsageError(f"there is no snapshot {name!r} in {self.name}") from error
+            raise NoSnapshot(f"there is no snapshot {name!r} in {self.name}") from error

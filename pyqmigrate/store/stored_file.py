@@ -94,6 +94,30 @@ class StoredFile:
             return pages
         return memoryview(pages)[offset - first * PAGE : end - first * PAGE]
 
+    def views(self, offset: int, length: int) -> list[bytes | bytearray | memoryview]:
+        """Return what :meth:`read` does in parts, most of which are not copied: for writev()."""
+        end = min(offset + length, self.size)
+        first, last = offset // PAGE, -(-end // PAGE)
+        whole = offset == first * PAGE and end == last * PAGE
+        if not whole or offset >= end or self._covered(first, last):
+            return [self.read(offset, length)]
+        try:
+            parts = list(self._parts(first, last))
+            contents = self.frames.load(part.frame for part in parts)
+        except DamagedPack as error:
+            raise error.of(self.name) from error
+        found: list[bytes | bytearray | memoryview] = []
+        page = first
+        for part in parts:
+            if page < part.page:
+                found.append(self._between(page, part.page))
+            content = memoryview(contents[part.frame])
+            found.append(content[part.first * PAGE : (part.first + part.npages) * PAGE])
+            page = part.page + part.npages
+        if page < last:
+            found.append(self._between(page, last))
+        return found
+
     def next_data(self, offset: int) -> int | None:
         """Return the first byte at or after ``offset`` that is not in a hole; None for none."""
         if not 0 <= offset < self.size:
@@ -200,6 +224,12 @@ class StoredFile:
                 at = (start - first) * PAGE
                 pages[at : at + length] = _WORD.pack(fills.words[k]) * (length // _WORD.size)
             k += 1
+
+    def _between(self, first: int, last: int) -> bytearray:
+        """Return pages that are in no pack."""
+        pages = bytearray((last - first) * PAGE)
+        self._fill(pages, first, last)
+        return pages
 
     def _extents(self, first: int, last: int) -> Iterator[tuple[int, memoryview]]:
         """Yield the offset and the bytes of what is not stored as pages, within the pages."""

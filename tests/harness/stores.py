@@ -70,8 +70,8 @@ def put_pack(
             elif xor:
                 numbers.append(NO_BASE)
                 base_pages.append(NO_BASE)
-            mask = bytes(PAGE) if base is None else known[base]
-            content += bytes(a ^ b for a, b in zip(pages[page], mask, strict=True))
+            mask = 0 if base is None else int.from_bytes(known[base], "little")
+            content += (int.from_bytes(pages[page], "little") ^ mask).to_bytes(PAGE, "little")
         frames.append(compress(content, 1))
         kinds.append(int(xor))
         counts.append(len(here))

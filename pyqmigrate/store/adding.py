@@ -1,0 +1,430 @@
+"""Add a snapshot of any kind to a store.
+
+    with Store.open("/srv/store") as store:
+        report = add(store, "/snap/monday.mapped", "monday")
+
+Two threads read, digest and compress; the thread that calls looks up the pages in the order of the file,
+so that new pages get into frames in that order. Packs are written and durable before the snapshot is.
+Where the file and its parent have seals, pieces of the same digest are not read: their pages are those
+of the parent. Memory is bounded, except for the digests of pages (24 to 32 bytes each) and the index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pyqmigrate.argument_types import check, check_callback
+from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, digester, zero_digest
+from pyqmigrate.format.seal import PIECE, SEALED_MAX, SealHead, SealLine
+from pyqmigrate.format.snapshot_id import SnapshotId
+from pyqmigrate.format.store.config import PAGE
+from pyqmigrate.format.store.keys import check_name, snapshot_key
+from pyqmigrate.format.store.numbers import Numbers
+from pyqmigrate.format.store.snapshot import BODY_MAX, Extent, FillRuns, PageRuns, StoredSnapshot
+from pyqmigrate.format.store.snapshot_head import Counts, SnapshotHead, check_labels
+from pyqmigrate.integrity.manifest import Manifest
+from pyqmigrate.io.job import Progress
+from pyqmigrate.io.target import Descriptors, Target, target_path
+from pyqmigrate.snapshot.base import Snapshot
+from pyqmigrate.store.known_packs import KnownPacks
+from pyqmigrate.store.locks import adding
+from pyqmigrate.store.pack_writer import FrameMaker, MadeFrame, PackWriter
+from pyqmigrate.store.parents import Guest, choose_parent
+from pyqmigrate.store.place import Place
+from pyqmigrate.store.plain_snapshot import PlainSnapshot, open_plain
+from pyqmigrate.store.reporting import Reporter
+from pyqmigrate.store.shown_file import CHUNK, Chunk, ShownFile, Span
+from pyqmigrate.store.store import Store
+
+__all__ = ["AddReport", "add"]
+
+_THREADS = 2
+_AHEAD = 4  # chunks that are read ahead, and groups of frames that are compressed at a time
+_GROUP = 1024  # pages that are compressed by one task
+_CHUNK_PAGES = CHUNK // PAGE
+_EXTENTS_MAX = BODY_MAX // 2  # bytes
+
+
+@dataclass(frozen=True)
+class AddReport:
+    """What was added. ``size`` is that of the shown file, ``bytes_read`` of it, in bytes.
+
+    ``pages`` are stored, ``same_pages`` repeat one word; ``new_pages`` were in no pack before, for
+    which ``new_packs`` packs were written, ``new_bytes`` altogether; ``snapshot_bytes`` is the size of
+    the snapshot's own document. ``parent`` is what it was compared with, ``source`` what kind of
+    snapshot it was; ``sealed``: its seal was used. ``data_bytes`` are the guest's pages with data.
+    """
+
+    name: str
+    source: str
+    parent: str | None
+    size: int
+    data_bytes: int
+    bytes_read: int
+    pages: int
+    same_pages: int
+    new_pages: int
+    new_packs: int
+    new_bytes: int
+    snapshot_bytes: int
+    sealed: bool
+    seconds: float
+
+
+def add(
+    store: Store,
+    snapshot: Snapshot | Target,
+    name: str | None = None,
+    *,
+    parent: str | None = "auto",
+    labels: Mapping[str, str] | None = None,
+    progress: Callable[[Progress], object] | None = None,
+) -> AddReport:
+    """Add a snapshot of any kind under ``name``, and wait until that is durable.
+
+    snapshot: an open snapshot, which stays open, or a target as for ``open_snapshot``.
+    name: None for the name of its file.
+    parent: the stored snapshot to compare with; ``auto`` for the one that shares the most, None for
+        none. Its pages are found without it as well; it makes what is read and stored less.
+    labels: texts to store with it.
+    progress: called with the progress now and then, in bytes of the file.
+
+    Raises UsageError for a name that is invalid or in use, a bad parent and bad labels; SnapshotError
+    for a file that is damaged, also if it differs from its seal; NotSupported; TargetError (errno EBUSY
+    if the file is changed while it is read, or if a gc of the store does not end). Packs that were
+    written before a failure stay for a later add, until a gc.
+    """
+    check_callback("progress", progress)
+    check("parent", parent, str, type(None))
+    chosen_labels = check_labels(labels or {})
+    chosen = check_name(_default_name(snapshot) if name is None else name)
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(adding(store.place))
+        _refuse_existing(place, chosen)
+        plain = open_plain(snapshot, store.place.directory, stack)
+        work = _Addition(store, place, plain, parent, progress)
+        stack.callback(work.close)
+        return work.run(chosen, chosen_labels, started)
+
+
+class _Group:
+    """New pages that are compressed together, and the file page of each."""
+
+    def __init__(self) -> None:
+        room = _GROUP + _CHUNK_PAGES
+        self.pages = memoryview(bytearray(room * PAGE))
+        self.places = memoryview(array("Q", bytes(8 * room)))
+        self.filled = 0
+
+    def room(self) -> tuple[memoryview, memoryview]:
+        """Return where the next new pages go."""
+        return self.pages[self.filled * PAGE :], self.places[self.filled :]
+
+    def take_rest(self, other: _Group, first: int) -> None:
+        """Become the pages of another group from ``first`` on."""
+        self.filled = other.filled - first
+        self.pages[: self.filled * PAGE] = other.pages[first * PAGE : other.filled * PAGE]
+        self.places[: self.filled] = other.places[first : other.filled]
+
+
+def _default_name(snapshot: Snapshot | Target) -> str:
+    if isinstance(snapshot, Snapshot):
+        if snapshot.source.place is not None:
+            return snapshot.source.place.name
+    elif not isinstance(snapshot, Descriptors):
+        return os.path.basename(target_path(snapshot))
+    raise UsageError("give name: the snapshot has no path to take it from")
+
+
+def _refuse_existing(place: Place, name: str) -> None:
+    if place.find(snapshot_key(name)) is not None:
+        raise UsageError(f"{place.name} has a snapshot {name!r} already: give another name")
+
+
+class _Addition:
+    """One snapshot that is being added. The methods are for one thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        place: Place,
+        plain: PlainSnapshot,
+        parent: str | None,
+        progress: Callable[[Progress], object] | None,
+    ) -> None:
+        self._store, self._place, self._plain = store, place, plain
+        self._file = ShownFile(plain.file, store.config.key)
+        if self._file.size > SEALED_MAX:
+            raise UsageError(f"a file of {self._file.size} bytes; {SEALED_MAX} are possible")
+        self._manifest = plain.seal()
+        self._algorithm = Algorithm.XXH3_128
+        if self._manifest is not None:
+            self._algorithm = self._manifest.algorithm
+        self._digest = digester(self._algorithm)
+        self._parent = choose_parent(store, self._guest(), parent)
+        packs = () if self._parent is None else self._parent.snapshot.packs
+        room = self._file.data_pages + _CHUNK_PAGES  # a lookup wants room for a whole chunk
+        self._known = KnownPacks(store, packs, room)
+        self._threads = ThreadPoolExecutor(_THREADS, "pyqmigrate-add")
+        self._writer = PackWriter(place, store.config, len(self._known.pages))
+        self._first_new = len(self._known.pages)
+        self._same = self._same_pieces()
+        self._frames = FrameMaker(store.config, self._parent)
+        self._reporter = Reporter(progress, self._file.size)
+        self._reads: deque[tuple[Span, Future[Chunk] | None]] = deque()
+        self._makes: deque[tuple[_Group, int, Future[list[MadeFrame]]]] = deque()
+        self._free: list[_Group] = []
+        self._group = _Group()
+        self._runs, self._fills = array("Q"), array("Q")
+        self._extents: list[Extent] = []
+        self._extent_bytes = 0
+        self._digests = bytearray()
+        self._bytes_read = 0
+        self._made_to = self._first_new  # new pages below have been given to be compressed
+
+    def close(self) -> None:
+        """End the threads, and release the memory. Idempotent."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._writer.abandon()
+        self._known.pages.close()
+
+    def _guest(self) -> Guest:
+        manifest, file = self._manifest, self._plain.file
+        return Guest(
+            file.stream.uuid,
+            file.machine,
+            self._plain.blocks,
+            self._file.size,
+            None if manifest is None else manifest.algorithm,
+            b"" if manifest is None else bytes(manifest.digests),
+            self._plain.base,
+        )
+
+    def _same_pieces(self) -> bytes | None:
+        """Return which pieces are those of the parent, so that they need not be read."""
+        if self._parent is None:
+            return None
+        if not self._parent.number(self._known.ranges()):
+            return None  # a pack of its is missing or damaged
+        return self._parent.same_pieces(self._guest())
+
+    def run(self, name: str, labels: dict[str, str], started: float) -> AddReport:
+        for span in self._file.spans(self._same):
+            reading = None
+            if not (span.same or span.hole):
+                reading = self._threads.submit(self._file.read, span, self._digest)
+            self._reads.append((span, reading))
+            while len(self._reads) > _AHEAD:
+                self._take(*self._reads.popleft())
+        while self._reads:
+            self._take(*self._reads.popleft())
+        self._flush(last=True)
+        self._file.check_unchanged()
+        self._writer.finish()
+        return self._publish(name, labels, started)
+
+    def _take(self, span: Span, reading: Future[Chunk] | None) -> None:
+        """Take the next bytes of the file."""
+        if reading is not None:
+            self._take_chunk(reading.result())
+        elif span.hole:
+            self._add_digests(span, self._zero_digests(span))
+        else:
+            assert self._parent is not None
+            assert self._manifest is not None
+            _extend(self._runs, self._parent.runs(span.start, span.end), 1)
+            _extend(self._fills, self._parent.fills(span.start, span.end), 0)
+            self._add_extents(self._parent.extents(span.start, span.end))
+            first, end = span.start // PIECE, -(-span.end // PIECE)
+            self._digests += self._manifest.digests[first * DIGEST_SIZE : end * DIGEST_SIZE]
+        read = span.end - span.start if reading is not None else 0
+        self._bytes_read += read
+        self._reporter.add(span.end - span.start, read)
+
+    def _take_chunk(self, chunk: Chunk) -> None:
+        self._add_digests(Span(chunk.start, chunk.end), chunk.digests)
+        self._add_extents(chunk.extents)
+        for part in chunk.pages:
+            found = self._known.pages.find(
+                part.data, part.first, part.examined, *self._group.room()
+            )
+            _extend(self._runs, found.runs, 1)
+            _extend(self._fills, found.fills, 0)
+            self._group.filled += found.fresh
+            if self._group.filled >= _GROUP:
+                self._flush()
+        self._file.release(chunk)
+
+    def _add_extents(self, extents: list[Extent]) -> None:
+        self._extent_bytes += sum(len(extent.data) for extent in extents)
+        if self._extent_bytes > _EXTENTS_MAX:
+            raise UsageError(
+                f"{self._plain.file.source.name!r} has more than {_EXTENTS_MAX >> 20} MiB that are not "
+                "pages of RAM: it cannot be stored"
+            )
+        self._extents += extents
+
+    def _zero_digests(self, span: Span) -> bytes:
+        whole, rest = divmod(span.end - span.start, PIECE)
+        return zero_digest(self._algorithm, PIECE) * whole + (
+            zero_digest(self._algorithm, rest) if rest else b""
+        )
+
+    def _add_digests(self, span: Span, digests: bytes) -> None:
+        """Add the digests of pieces; those of the seal must be the same."""
+        if self._manifest is not None:
+            at = span.start // PIECE * DIGEST_SIZE
+            expected = self._manifest.digests[at : at + len(digests)]
+            if digests != expected:
+                number = next(
+                    k
+                    for k in range(0, len(digests), DIGEST_SIZE)
+                    if digests[k : k + DIGEST_SIZE] != expected[k : k + DIGEST_SIZE]
+                )
+                raise SnapshotError(
+                    "the file is damaged: a piece of 1 MiB differs from its seal (pyqmigrate verify "
+                    "names what is damaged)",
+                    offset=span.start + number // DIGEST_SIZE * PIECE,
+                )
+        self._digests += digests
+
+    def _flush(self, *, last: bool = False) -> None:
+        """Give whole frames of new pages to be compressed; with ``last`` all of them."""
+        group, frame_pages = self._group, self._store.config.frame_pages
+        count = group.filled if last else group.filled // frame_pages * frame_pages
+        if count:
+            self._group = self._free.pop() if self._free else _Group()
+            self._group.take_rest(group, count)
+            pages, places = group.pages[: count * PAGE], group.places[:count].tolist()
+            making = self._threads.submit(self._frames.make, pages, places)
+            self._makes.append((group, self._made_to, making))
+            self._made_to += count
+        while self._makes and (last or len(self._makes) > _AHEAD):
+            group, first, making = self._makes.popleft()
+            for frame in making.result():
+                self._writer.add(frame, self._known.pages.digests(first, frame.npages))
+                first += frame.npages
+            self._free.append(group)
+
+    def _publish(self, name: str, labels: dict[str, str], started: float) -> AddReport:
+        """Write the snapshot's document, and return the report."""
+        runs, packs = self._placed()
+        counts = Counts(
+            sum(runs.counts),
+            sum(self._fills[1::3]),
+            len(self._known.pages) - self._first_new,
+            self._writer.bytes_written,
+        )
+        parent = None if self._parent is None else self._parent.name
+        stream = self._plain.file.stream
+        head = SnapshotHead(
+            name,
+            self._file.size,
+            self._plain.mtime_ns,
+            self._plain.file.machine,
+            stream.uuid,
+            time.time_ns(),
+            parent,
+            self._plain.source,
+            labels,
+            self._plain.blocks,
+            counts,
+        )
+        record = self._plain.record()
+        seal = self._seal()
+        document = StoredSnapshot(
+            head,
+            packs,
+            tuple(self._extents),
+            runs,
+            FillRuns(self._fills[0::3], array("I", self._fills[1::3]), self._fills[2::3]),
+            seal,
+            {} if record is None else {".vm.json": record},
+        )
+        data = document.encode(self._store.config.key)
+        if not self._place.write_new(snapshot_key(name), data):
+            raise UsageError(
+                f"{self._place.name} has a snapshot {name!r} already: give another name"
+            )
+        self._copy_working_set(name, seal)
+        return AddReport(
+            name,
+            self._plain.source,
+            parent,
+            self._file.size,
+            sum(block.data_pages * block.page_size for block in self._plain.file.blocks.values()),
+            self._bytes_read,
+            counts.pages,
+            counts.same_pages,
+            counts.new_pages,
+            len(self._writer.packs),
+            counts.new_bytes,
+            len(data),
+            self._manifest is not None,
+            time.monotonic() - started,
+        )
+
+    def _placed(self) -> tuple[PageRuns, tuple[bytes, ...]]:
+        """Return the runs by pack, and the packs that the snapshot needs."""
+        known = self._known
+        starts: Numbers = known.pages.starts + self._writer.starts[1:]
+        placed = known.pages.place(self._runs, starts)
+        all_packs = [*known.packs, *self._writer.packs]
+        used = sorted(set(placed.packs))
+        numbers = {pack: number for number, pack in enumerate(used)}
+        packs = [all_packs[pack] for pack in used]
+        needed = dict.fromkeys(packs)
+        for pack in packs:
+            for bases in (known.base_packs, self._writer.base_packs):
+                needed.update(dict.fromkeys(sorted(bases.get(pack, ()))))
+        runs = PageRuns(
+            placed.firsts,
+            placed.counts,
+            array("I", map(numbers.__getitem__, placed.packs)),
+            placed.pages,
+        )
+        return runs, tuple(needed)
+
+    def _seal(self) -> bytes:
+        manifest = self._manifest
+        if manifest is None:
+            file = self._plain.file
+            head = SealHead(
+                self._algorithm,
+                self._file.size,
+                self._plain.mtime_ns,
+                clear_pages_zero=True,
+                offset=file.offset,
+                blocks=file.layouts,
+                bitmap_order=file.bitmap_order,
+            )
+            manifest = Manifest(head, self._digests)
+        return manifest.head.encode(manifest.digests) + manifest.digests
+
+    def _copy_working_set(self, name: str, seal: bytes) -> None:
+        line, newline, _ = seal.partition(b"\n")
+        digest = SealLine.decode(line + newline).digest
+        identity = SnapshotId(self._file.size, self._plain.mtime_ns, digest)
+        found = self._plain.working_set(identity)
+        if found is not None:
+            self._store.write_working_set(name, found)
+
+
+def _extend(runs: Numbers, more: Numbers, step: int) -> None:
+    """Add runs, three numbers each; one that continues the last becomes part of it. ``step`` is by how
+    much the number grows from page to page."""
+    if runs and more:
+        follows = runs[-3] + runs[-2] == more[0] and runs[-1] + step * runs[-2] == more[2]
+        if follows:
+            runs[-2] += more[1]
+            more = more[3:]
+    runs.extend(more)
