@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,9 +32,9 @@ from pyqmigrate.errors import (
     target_error,
 )
 from pyqmigrate.export.convert import convert
-from pyqmigrate.format.compact import FRAME, SUFFIXES, CompactHead
+from pyqmigrate.format.compact import FRAME, RECORD, SEAL, WORKING_SET, CompactHead
 from pyqmigrate.format.digest import Algorithm
-from pyqmigrate.format.seal import SEALED_MAX, SUFFIX
+from pyqmigrate.format.seal import SEALED_MAX
 from pyqmigrate.format.seekable import encode_skippable, encode_table
 from pyqmigrate.integrity.digests import Digests
 from pyqmigrate.integrity.manifest import Manifest
@@ -189,11 +190,14 @@ class _PlainSource:
             )
 
     def companions(self, channels: Channels) -> dict[str, bytes]:
-        """Return the files beside the snapshot by suffix: a seal, and the others if they exist."""
+        """Return the files beside the snapshot by suffix: a seal, and the others if they exist.
+
+        A working set belongs to the file that it was recorded of, not to a conversion.
+        """
         manifest = self.manifest or self._seal(channels)
-        found = {SUFFIX: manifest.head.encode(manifest.digests) + bytes(manifest.digests)}
-        for suffix in SUFFIXES:
-            if suffix != SUFFIX and self.place is not None:
+        found = {SEAL: manifest.head.encode(manifest.digests) + bytes(manifest.digests)}
+        if self.place is not None:
+            for suffix in (RECORD,) if self.converted else (RECORD, WORKING_SET):
                 content = _small_file(self.place.with_name(self.place.name + suffix))
                 if content is not None:
                     found[suffix] = content
@@ -246,24 +250,25 @@ def _converted(
 
 
 def _small_file(path: Path) -> bytes | None:
-    """Return the content of a regular file; None if there is none."""
+    """Return the content of a regular file; None if there is none, or one that is too large for its
+    kind. Raises TargetError."""
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO):
             return None
         raise target_error(error, "cannot open", path) from error
-    with open(fd, "rb") as file:
+    try:
         info = os.fstat(fd)
-        if info.st_size > _COMPANION_MAX:
-            raise SnapshotError(
-                f"{os.fspath(path)!r} has {info.st_size} bytes, too many for its kind"
-            )
-        try:
+        if not stat.S_ISREG(info.st_mode) or info.st_size > _COMPANION_MAX:
+            return None
+        with open(fd, "rb", closefd=False) as file:
             return file.read(_COMPANION_MAX)
-        except OSError as error:
-            raise target_error(error, "cannot read", path) from error
+    except OSError as error:
+        raise target_error(error, "cannot read", path) from error
+    finally:
+        os.close(fd)
 
 
 _Frame = tuple[bytes, int, int]  # compressed bytes, length and checksum of the content

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 from pyqmigrate.analysis.addresses import page_ranges, placements
 from pyqmigrate.analysis.device_comparison import compare_devices, compare_fields
+from pyqmigrate.analysis.naming import naming
 from pyqmigrate.analysis.report import BlockDiff, DiffReport
 from pyqmigrate.analysis.selection import Selector
 from pyqmigrate.argument_types import check, check_callback
@@ -71,7 +72,7 @@ def diff(
     with contextlib.ExitStack() as stack:
         opened = []
         for target in (a, b):
-            with _named(target):
+            with naming(target):
                 snapshot = stack.enter_context(_opened(target, page_size, base))
                 snapshot.prepare_random_reads(progress)
                 if not snapshot.stream.complete:
@@ -101,18 +102,6 @@ def _open(target: Target, page_size: int | None, base: str | os.PathLike[str] | 
     # One of the two may be a whole snapshot, which has no base.
     given = None if stream_file.increment is None else base
     return snapshot_of(stream_file, page_size=page_size, base=given)
-
-
-@contextlib.contextmanager
-def _named(target: Snapshot | Target) -> Iterator[None]:
-    """Have the errors of one snapshot say which it is."""
-    try:
-        yield
-    except (SnapshotError, NotSupported) as error:
-        name = target.source.name if isinstance(target, Snapshot) else target
-        if isinstance(name, str | os.PathLike):
-            error.add_note(f"{os.fsdecode(name)}: ")
-        raise
 
 
 class _Comparison:
@@ -170,7 +159,10 @@ class _Comparison:
             )
         selection = self._selector.pages(name)
         try:
-            memories = a.memory(), b.memory()
+            with naming(self._a):
+                memory = a.memory()
+            with naming(self._b):
+                memories = memory, b.memory()
             return PageComparison(name, memories, shorter // page_size, page_size, selection)
         except BaseException:
             if selection is not None:

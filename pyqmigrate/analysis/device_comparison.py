@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from pyqmigrate.analysis.naming import naming
 from pyqmigrate.analysis.report import DeviceDiff, FieldDiff
 from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.device.values import Device, State, Value
@@ -100,13 +101,7 @@ def compare_fields(
     """Return these devices with the fields that differ. Raises the errors of ``devices``."""
     if all(device.only_in for device in differing):
         return tuple(differing)
-    ours, theirs = (
-        {
-            (device.name, device.instance_id): device
-            for device in devices(s, progress=progress).devices
-        }
-        for s in (a, b)
-    )
+    ours, theirs = _decoded(a, progress), _decoded(b, progress)
     found = []
     for device in differing:
         key = device.name, device.instance_id
@@ -114,6 +109,14 @@ def compare_fields(
             device = replace(device, fields=tuple(_fields(ours[key], theirs[key])))
         found.append(device)
     return tuple(found)
+
+
+def _decoded(
+    snapshot: Snapshot, progress: Callable[[Progress], object] | None
+) -> dict[_Key, Device]:
+    with naming(snapshot):
+        found = devices(snapshot, progress=progress).devices
+    return {(device.name, device.instance_id): device for device in found}
 
 
 def _fields(a: Device, b: Device) -> Iterator[FieldDiff]:

@@ -26,10 +26,10 @@ from pyqmigrate.errors import SnapshotError
 from pyqmigrate.format.digest import Algorithm, digest_of_all
 from pyqmigrate.format.stream.mapped_ram import OFFSET_MAX
 
-__all__ = ["FRAME", "FRAME_SIZE_MAX", "SUFFIXES", "CompactHead"]
+__all__ = ["FRAME", "FRAME_SIZE_MAX", "RECORD", "SEAL", "SUFFIXES", "WORKING_SET", "CompactHead"]
 
 FRAME = 13  # 0x184D2A5D
-SUFFIXES = (".seal", ".vm.json", ".workingset")
+SEAL, RECORD, WORKING_SET = SUFFIXES = (".seal", ".vm.json", ".workingset")
 FRAME_SIZE_MAX = 512 << 20  # bytes; a guest of 16 TiB has a seal of 256 MiB
 _LINE_MAX = 64 << 10
 _FORMAT = "pyqmigrate-compact"

@@ -32,11 +32,13 @@ from pyqmigrate.cli import main as command
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.format.seal import SealLine
 from pyqmigrate.io.seekable_file import SeekableFile
+from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.writer import SaveOptions
 from tests.harness.background import write_background_snapshot
 from tests.harness.increment_files import MACHINE, save_base, save_increment
 from tests.harness.snapshots import Bytes, load, ram
+from tests.harness.stream_builders import full
 
 NPAGES = 700
 
@@ -138,6 +140,26 @@ def test_the_record_and_the_working_set_are_taken_along(tmp_path: Path, snapshot
         assert file.companions[".workingset"] == b"pages"
 
 
+def test_what_is_no_record_is_left_where_it_is(tmp_path: Path, snapshot: Path) -> None:
+    Path(f"{snapshot}.vm.json").mkdir()
+    os.mkfifo(f"{snapshot}.workingset")
+    compact(snapshot, tmp_path / "compact")
+    with contextlib.closing(SeekableFile(tmp_path / "compact")) as file:
+        assert set(file.companions) == {".seal"}
+
+
+def test_the_working_set_of_another_file_is_not_taken_along(
+    tmp_path: Path, snapshot: Path, memory: Bytes
+) -> None:
+    bits = np.zeros(NPAGES, dtype=bool)
+    save_increment(tmp_path / "i", snapshot, {"pc.ram": memory}, {"pc.ram": bits})
+    for suffix in (".vm.json", ".workingset"):
+        (tmp_path / f"i{suffix}").write_bytes(b"{}")
+    compact(tmp_path / "i", tmp_path / "compact")
+    with contextlib.closing(SeekableFile(tmp_path / "compact")) as file:
+        assert set(file.companions) == {".seal", ".vm.json"}
+
+
 def test_what_is_before_the_stream_is_kept(tmp_path: Path, memory: Bytes) -> None:
     path = tmp_path / "image"
     header = LibvirtHeader(True, 2, ImageFormat.SPARSE, True, "<domain/>", "<c/>", 300, "little")
@@ -211,13 +233,17 @@ def test_the_base_of_an_increment_is_not_overwritten(
     assert snapshot.read_bytes() == before
 
 
-def test_a_damaged_snapshot_is_refused_and_an_old_file_stays(
-    tmp_path: Path, snapshot: Path
+@pytest.mark.parametrize("cut", [1, 100_000])
+def test_an_incomplete_snapshot_is_refused_and_an_old_file_stays(
+    tmp_path: Path, memory: Bytes, cut: int
 ) -> None:
-    os.truncate(snapshot, snapshot.stat().st_size - 9)
+    section = full(7, "timer", b"\7" * 24)  # without a description, only the last byte ends it
+    blocks = [pyqmigrate.RamBlock("pc.ram", memory)]
+    Writer(str(tmp_path / "guest"), blocks, SaveOptions(machine=MACHINE)).run(section, None)
+    os.truncate(tmp_path / "guest", (tmp_path / "guest").stat().st_size - cut)
     (tmp_path / "compact").write_bytes(b"old")
     with pytest.raises(SnapshotError):
-        compact(snapshot, tmp_path / "compact")
+        compact(tmp_path / "guest", tmp_path / "compact")
     assert (tmp_path / "compact").read_bytes() == b"old"
 
 

@@ -298,18 +298,20 @@ def test_a_device_of_one_snapshot_only_is_a_difference(tmp_path: Path) -> None:
     ]
 
 
-def test_device_state_that_cannot_be_separated_is_compared_as_a_whole(tmp_path: Path) -> None:
-    def save(path: Path, body: bytes) -> Path:
-        data, _ = encode_devices([DeviceSection("rtc", body, 0, 3, RTC)], PAGE)
-        options = SaveOptions(direct_io=DirectIO.OFF, machine=MACHINE)
-        Writer(str(path), [RamBlock("ram", ram(20))], options).run(data, None)
-        return path
+def undescribed(path: Path, body: bytes) -> Path:
+    data, _ = encode_devices([DeviceSection("rtc", body, 0, 3, RTC)], PAGE)
+    options = SaveOptions(direct_io=DirectIO.OFF, machine=MACHINE)
+    Writer(str(path), [RamBlock("ram", ram(20))], options).run(data, None)
+    return path
 
-    a, b = save(tmp_path / "a", BODY), save(tmp_path / "b", BODY[:-1] + b"\xee")
-    assert diff(a, save(tmp_path / "c", BODY)).equal
-    report = diff(a, b)
-    assert report.tail_differs or report.devices
-    assert not report.equal
+
+def test_device_state_that_cannot_be_separated_is_compared_as_a_whole(tmp_path: Path) -> None:
+    a = undescribed(tmp_path / "a", BODY)
+    assert diff(a, undescribed(tmp_path / "b", BODY)).equal
+    for body in (BODY[:-1] + b"\xee", BODY + b"\0"):
+        report = diff(a, undescribed(tmp_path / "b", body), fields=True)
+        assert report.tail_differs or report.devices
+        assert not report.equal
 
 
 def test_a_seal_of_a_file_with_old_bytes_is_not_believed(tmp_path: Path) -> None:
@@ -348,9 +350,9 @@ def test_pages_of_two_sizes_are_compared_as_the_larger(tmp_path: Path, larger: s
 
 
 def test_a_snapshot_without_its_end_is_refused(tmp_path: Path) -> None:
-    a = with_devices(tmp_path / "a", BODY)
-    (tmp_path / "b").write_bytes(a.read_bytes()[:-200])
-    with pytest.raises(SnapshotError) as raised:
+    a = undescribed(tmp_path / "a", BODY)
+    (tmp_path / "b").write_bytes(a.read_bytes()[:-1])
+    with pytest.raises(SnapshotError, match="end of the stream") as raised:
         diff(a, tmp_path / "b")
     assert any(str(tmp_path / "b") in note for note in raised.value.__notes__)
 
@@ -399,6 +401,16 @@ def test_a_damaged_file_is_named(tmp_path: Path, memory: Bytes) -> None:
     with pytest.raises(SnapshotError) as raised:
         diff(a, tmp_path / "b")
     assert any(str(tmp_path / "b") in note for note in raised.value.__notes__)
+
+
+def test_a_damaged_bitmap_is_named_with_its_file(tmp_path: Path) -> None:
+    a, b = mapped(tmp_path / "a", {"ram": ram(20)}), mapped(tmp_path / "b", {"ram": ram(20)})
+    with open_snapshot(b) as snapshot, b.open("r+b") as file:
+        file.seek(snapshot.layouts[0].bitmap_offset + 7)
+        file.write(b"\x80")
+    with pytest.raises(SnapshotError, match="past page 20") as raised:
+        diff(a, b)
+    assert raised.value.__notes__ == [f"{b}: "]
 
 
 def test_a_compressed_stream_is_refused_with_advice(tmp_path: Path, memory: Bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from pyqmigrate import SnapshotError
 from pyqmigrate.format.compact import SUFFIXES, CompactHead
+from pyqmigrate.format.digest import Algorithm, digest_of_all
 from tests.harness.examples import some
 
 HEADS = st.builds(
@@ -51,28 +53,40 @@ def test_a_head_that_is_cut_off_is_refused(length: int) -> None:
         pass
 
 
-def changed(**keys: object) -> bytes:
+def changed(listed: int = 7, **keys: object) -> bytes:
+    """The head with other values, and a digest that fits them; ``listed`` bytes are of files."""
     line, _, rest = HEAD.encode().partition(b"\n")
-    return json.dumps(json.loads(line) | keys).encode() + b"\n" + rest
+    value = json.loads(line)
+    digest = value.pop("digest")
+    front = json.dumps(value | keys).encode()[:-1]
+    if "digest" not in keys:
+        digest = digest_of_all(Algorithm.XXH3_128, [rest[:listed], front]).hex()
+    return front + f', "digest": "{digest}"}}\n'.encode() + rest
+
+
+def test_the_helper_makes_valid_heads() -> None:
+    assert CompactHead.decode(changed()) == HEAD
+    assert CompactHead.decode(changed(more=1)) == HEAD
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("keys", "message"),
     [
-        {"version": 2},
-        {"size": -1},
-        {"size": True},
-        {"mtime_ns": "now"},
-        {"files": None},
-        {"files": [{"suffix": "/../../etc/passwd", "length": 3}]},
-        {"files": [{"suffix": ".seal", "length": 1 << 80}]},
-        {"files": [{"suffix": ".seal", "length": 1}] * 2},
-        {"files": [{"suffix": ".seal", "length": 7}]},
-        {"digest": "00"},
+        ({"version": 2}, "version 2"),
+        ({"size": -1}, "out of its range"),
+        ({"size": True}, "not a whole number"),
+        ({"mtime_ns": "now"}, "not a whole number"),
+        ({"files": None}, "no list"),
+        ({"files": [{"suffix": "/../../etc/passwd", "length": 3}]}, "unknown kind"),
+        ({"files": [{"suffix": ".seal", "length": 1 << 80}]}, "out of its range"),
+        ({"files": [{"suffix": ".seal", "length": 3}, {"suffix": ".seal", "length": 4}]}, "twice"),
+        ({"files": [{"suffix": ".seal", "length": 6}], "listed": 6}, "are listed"),
+        ({"files": [{"suffix": ".seal", "length": 8}]}, "are listed"),
+        ({"listed": 6}, "digest"),
     ],
 )
-def test_impossible_values_are_refused(keys: dict[str, object]) -> None:
-    with pytest.raises(SnapshotError) as raised:
+def test_impossible_values_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(SnapshotError, match=message) as raised:
         CompactHead.decode(changed(**keys))
     assert raised.value.field == "companions"
 
