@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyqmigrate.fleet.work import Verb, Work
 
 __all__ = [
+    # What to do with what.
     "run",
     "list_targets",
     "Work",
@@ -27,6 +28,7 @@ __all__ = [
     "Target",
     "Kind",
     "Listing",
+    # What came of it.
     "FleetReport",
     "Result",
     "Verdict",
