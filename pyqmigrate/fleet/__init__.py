@@ -1,11 +1,14 @@
-"""Work with many snapshots: files, objects and stores, on threads or on the workers of a Dask scheduler.
+"""Work with many snapshots: files, objects and stores, on threads or on the workers of Dask.
 
-from pyqmigrate import fleet
+Verify all snapshots of a directory and an object store; the table makes a second run do only what is
+new or has changed::
 
-listing = fleet.list_targets(["/snap", "s3://bucket/saves/"])
-report = fleet.run(fleet.Work(fleet.Verb.VERIFY), listing.targets, table="results.db")
-for result in report.damaged:
-    print(result.name, result.message)
+    from pyqmigrate import fleet
+
+    listing = fleet.list_targets(["/snap", "s3://bucket/saves/"])
+    report = fleet.run(fleet.Work(fleet.Verb.VERIFY), listing.targets, table="results.db")
+    for result in report.damaged:
+        print(result.name, result.message)
 """
 
 import importlib

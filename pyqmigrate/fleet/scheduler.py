@@ -196,7 +196,9 @@ class _Run:
         try:
             found = Result.from_json(json.loads(future.result(timeout=_CONNECT)))
         except TimeoutError:
-            future.add_done_callback(self._ended.put)  # its worker was lost with it: it is made again
+            future.add_done_callback(
+                self._ended.put
+            )  # its worker was lost with it: it is made again
             return None
         except KilledWorker as error:
             count = error.allowed_failures + 1
