@@ -32,6 +32,7 @@ PUBLIC = {
     "pyqmigrate.fleet": "Many snapshots",
     "pyqmigrate.vm": "A running QEMU",
     "pyqmigrate.vm.sync": "A running QEMU, without asyncio",
+    "pyqmigrate.store": "A store of snapshots",
 }
 
 

@@ -102,25 +102,23 @@ def _differing(
 ) -> Iterator[tuple[int, int]]:
     """Yield the pages ``[first, end)`` of the pieces of a block whose digests are not equal.
 
-    The pages start with a piece in both files. A file may end before the pages of a block do.
+    The pages start with a piece in both files. A file may end before the pages of a block do: what
+    is past the end of both are zeros.
     """
     pages = PIECE // of_a.page_size
-    total = -(-of_a.num_pages // pages)
-    starts = of_a.pages_offset // PIECE, of_b.pages_offset // PIECE
-    views = memoryview(a.digests), memoryview(b.digests)
-
-    def digests(side: int, first: int, end: int) -> memoryview:
-        start = starts[side]
-        return views[side][(start + first) * DIGEST_SIZE : (start + end) * DIGEST_SIZE]
-
+    digests = _digests(a, of_a), _digests(b, of_b)
+    total = min(-(-of_a.num_pages // pages), max(map(len, digests)) // DIGEST_SIZE)
     for first in range(0, total, _COMPARED_AT_ONCE):
         end = min(first + _COMPARED_AT_ONCE, total)
-        left, right = digests(0, first, end), digests(1, first, end)
-        full = (end - first) * DIGEST_SIZE
-        if len(left) == len(right) == full and left == right:
+        left, right = (part[first * DIGEST_SIZE : end * DIGEST_SIZE] for part in digests)
+        if left == right:
             continue
         for piece in range(first, end):
-            at = (piece - first) * DIGEST_SIZE
-            ours, theirs = left[at : at + DIGEST_SIZE], right[at : at + DIGEST_SIZE]
-            if len(ours) < DIGEST_SIZE or ours != theirs:
+            start = (piece - first) * DIGEST_SIZE
+            if left[start : start + DIGEST_SIZE] != right[start : start + DIGEST_SIZE]:
                 yield piece * pages, min((piece + 1) * pages, of_a.num_pages)
+
+
+def _digests(manifest: Manifest, layout: BlockLayout) -> memoryview:
+    """Return the digests from the first piece of a block on."""
+    return memoryview(manifest.digests)[layout.pages_offset // PIECE * DIGEST_SIZE :]

@@ -63,6 +63,8 @@ _VERBS = (
     "convert",
     "compact",
     "store",
+    "mount",
+    "umount",
     "bench",
     "serve",
 )

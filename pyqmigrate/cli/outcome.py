@@ -113,14 +113,15 @@ def describe_error(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, MemoryError):
         return "not enough memory"
+    # A note names the file if the error itself does not, or the reason.
+    notes = "".join(getattr(error, "__notes__", ()))
     if isinstance(error, OSError) and error.strerror:
         missing = _missing(error)
         if missing is not None:
             return missing
         name = "" if error.filename is None else f": {os.fsdecode(error.filename)!r}"
-        return f"{error.strerror}{name}"
-    # A note names the file if the error itself does not.
-    return "".join([*getattr(error, "__notes__", ()), str(error)])
+        return f"{notes}{error.strerror}{name}"
+    return f"{notes}{error}"
 
 
 def _missing(error: OSError) -> str | None:

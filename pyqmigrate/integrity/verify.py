@@ -19,7 +19,14 @@ from typing import Any
 
 from pyqmigrate.argument_types import check, check_callback
 from pyqmigrate.enums import parse_enum
-from pyqmigrate.errors import Cancelled, NotSupported, PyqmigrateError, SnapshotError, UsageError
+from pyqmigrate.errors import (
+    Cancelled,
+    NotSupported,
+    PyqmigrateError,
+    SnapshotError,
+    TargetError,
+    UsageError,
+)
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm
 from pyqmigrate.format.seal import PIECE, SUFFIX, count_pieces
 from pyqmigrate.integrity.damage import Damage, parts_of
@@ -208,6 +215,10 @@ class _Checking:
     def run(self) -> SealCheck:
         try:
             return self._run(time.monotonic())
+        except TargetError as error:
+            if self.source.view is not None:
+                self.source.view.explain(error)
+            raise
         finally:
             self.source.close()
 

@@ -176,15 +176,19 @@ class InputFile:
 
     def _open_shown(self, info: os.stat_result) -> os.stat_result:
         """Open what a compact file shows, if this is one; return what is known of the open file."""
-        fd = self.fd
-        if os.pread(fd, len(_ZSTD), 0) != _ZSTD or self.place is None:
-            return info
-        # Only a compressed file needs it.
-        from pyqmigrate.io.view import ViewOptions, is_compact, open_compact
+        assert self.place is not None
+        try:
+            if self.read_at(0, len(_ZSTD)) != _ZSTD:
+                return info
+            # Only a compressed file needs it.
+            from pyqmigrate.io.view import ViewOptions, is_compact, open_compact
 
-        if not is_compact(lambda offset, length: os.pread(fd, length, offset), info.st_size):
-            return info
-        path = resolve_symlink(self.place)
+            if not is_compact(self.read_at, info.st_size):
+                return info
+            path = resolve_symlink(self.place)
+        except BaseException:
+            self.close()
+            raise
         self.close()
         self.view = open_compact(path, ViewOptions(*self._view_options))
         self._open_in(self.view)
@@ -209,9 +213,8 @@ class InputFile:
             try:
                 part = os.pread(self.fd, length - have, offset + have)
             except OSError as error:
-                raise target_error(
-                    error, "cannot read", self.name, position=offset + have
-                ) from error
+                failure = target_error(error, "cannot read", self.name, position=offset + have)
+                raise (failure if self.view is None else self.view.explain(failure)) from error
             if not part:
                 break
             parts.append(part)

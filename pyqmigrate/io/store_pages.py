@@ -127,7 +127,7 @@ class KnownPages:
             raise NotSupported(
                 f"{room} pages are too many to compare; fewer than 2**32 are possible"
             )
-        self._core = _core.ffi.new("struct qm_known *")
+        self._core: Any = _core.ffi.new("struct qm_known *")
         self._digests, self._digests_core = self._map(max(room * DIGEST_SIZE, 1))
         self._slots, slots_core = self._map(_SLOTS_MIN * 4)
         self._core.digests, self._core.room = self._digests_core, room

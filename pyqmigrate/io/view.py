@@ -14,6 +14,7 @@ name when a view is needed: the rest of the package opens files, and does not kn
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from pyqmigrate.errors import UsageError
+from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.io.place import absolute
 
 __all__ = [
@@ -93,6 +94,11 @@ class View(Protocol):
         """Return the offset and the length of each read of the file, in order, if ``record`` is on."""
         ...
 
+    def messages(self) -> Sequence[str]:
+        """Return what went wrong so far, the oldest first: damaged packs, a store that does not answer.
+        Raises nothing."""
+        ...
+
     def check_recordable(self) -> str:
         """Return where :meth:`write_working_set` writes. Raises UsageError or TargetError if it
         cannot."""
@@ -143,6 +149,14 @@ class SharedView:
     def path(self) -> Path:
         """The absolute path of the file."""
         return self.view.path
+
+    def explain(self, error: TargetError) -> TargetError:
+        """Return an error of the system with the reason, if the view knows one: the kernel only says
+        that a read failed."""
+        messages = self.view.messages() if error.errno == errno.EIO else ()
+        if messages:
+            error.add_note(f"{messages[-1]}: ")
+        return error
 
     def share(self) -> SharedView:
         """Return another use of the same view."""

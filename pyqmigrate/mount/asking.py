@@ -129,9 +129,15 @@ class Listener:
 
 
 class KeeperClient:
-    """The other side: asks a keeper. Owns the socket."""
+    """The other side: asks a keeper. Owns the socket.
+
+    ``on_message`` gets the messages that a keeper sends on its own account to who follows it.
+    ``keeper`` is its process, once it is known.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
+        self.on_message: Callable[[str], None] = lambda text: None
+        self.keeper = 0
         self._socket = connection
         self._file = connection.makefile("rb")
 
@@ -149,15 +155,21 @@ class KeeperClient:
 
     def wait(self, limit: float | None) -> Object:
         """Return the next object that the keeper sends. Raises as :meth:`ask` does."""
-        try:
-            self._socket.settimeout(limit)
-            line = self._file.readline()
-            answer = json.loads(line) if line else None
-        except (OSError, ValueError) as error:
-            number = error.errno if isinstance(error, OSError) and error.errno else errno.ETIMEDOUT
-            raise TargetError(number, "the keeper of the mount does not answer") from error
-        if not isinstance(answer, dict):
-            raise TargetError(errno.ECONNRESET, "the keeper of the mount has ended")
+        while True:
+            try:
+                self._socket.settimeout(limit)
+                line = self._file.readline()
+                answer = json.loads(line) if line else None
+            except TimeoutError as error:
+                text = "the keeper of the mount does not answer"
+                raise TargetError(errno.ETIMEDOUT, text) from error
+            except (OSError, ValueError):
+                answer = None
+            if not isinstance(answer, dict):
+                raise TargetError(errno.ECONNRESET, "the keeper of the mount has ended")
+            if "message" not in answer:
+                break
+            self.on_message(str(answer["message"]))
         if "error" in answer:
             raise error_of(answer["error"])
         return answer

@@ -55,6 +55,10 @@ class CopiedView:
         """Return nothing: reads of a file are not seen."""
         return ()
 
+    def messages(self) -> Sequence[str]:
+        """Return nothing: reads of a file fail by themselves."""
+        return ()
+
     def check_recordable(self) -> str:
         raise NotSupported("no working set can be recorded: the snapshot is read from a copy")
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from pyqmigrate.errors import PyqmigrateError, TargetError, target_error
 from pyqmigrate.mount.asking import KeeperClient, error_object, listen
-from pyqmigrate.mount.files import open_files
+from pyqmigrate.mount.files import import_readers, open_files
 from pyqmigrate.mount.keeper import Keeper, KeeperSettings
 from pyqmigrate.mount.messages import Messages
 from pyqmigrate.mount.mounting import find_mounts, mount, unmount
@@ -42,9 +42,10 @@ _OOM_NEVER = "-1000"
 class MountRequest:
     """What to mount where.
 
-    ``place``, ``names`` and ``cache`` are those of :func:`~pyqmigrate.mount.files.open_files`; ``shown`` names
-    the place in messages and in /proc/mounts. ``allow_other`` lets other users read, too. ``log`` is the absolute path of a file
-    for messages, or empty. The rest is as in KeeperSettings.
+    ``place``, ``names`` and ``cache`` are those of :func:`~pyqmigrate.mount.files.open_files`;
+    ``shown`` names the place in messages and in /proc/mounts. ``allow_other`` lets other users read,
+    too. ``log`` is the absolute path of a file for messages, or empty. The rest is as in
+    KeeperSettings.
     """
 
     directory: str
@@ -56,6 +57,7 @@ class MountRequest:
     private: bool = False
     record: bool = False
     remember: bool = False
+    follow: bool = False
     cache: str = ""
 
 
@@ -73,6 +75,7 @@ def start_keeper(request: MountRequest) -> KeeperClient:
         answer = client.wait(_LIMIT)
         if "ready" not in answer:
             raise TargetError(errno.EPROTO, "the keeper does not say that it is ready")
+        client.keeper = answer["ready"]
     except BaseException:
         client.close()
         raise
@@ -124,6 +127,7 @@ def _spawn(request: MountRequest, control: socket.socket) -> None:
 
 
 def _serve(request: MountRequest, control: socket.socket) -> None:
+    import_readers(request.place)
     fd = mount(request.directory, request.shown, allow_other=request.allow_other)
     try:
         device = find_mounts(request.directory)[-1].device
@@ -139,6 +143,7 @@ def _serve(request: MountRequest, control: socket.socket) -> None:
                 private=request.private,
                 record=request.record,
                 remember=request.remember,
+                follow=request.follow,
             ),
             control=control,
             listener=listen(device),

@@ -6,6 +6,8 @@ again in each worker, so nothing of it is shared.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +17,15 @@ from pyqmigrate.errors import target_error
 from pyqmigrate.io.plain_file import Bytes, LocalPlainFile, PlainFile
 from pyqmigrate.io.view import is_compact
 
-__all__ = ["COMPANIONS", "BytesFile", "OpenFiles", "ShownFiles", "SingleFile", "open_files"]
+__all__ = [
+    "COMPANIONS",
+    "BytesFile",
+    "OpenFiles",
+    "ShownFiles",
+    "SingleFile",
+    "import_readers",
+    "open_files",
+]
 
 COMPANIONS = (".seal", ".vm.json", ".workingset")  # suffixes of the files beside a snapshot
 
@@ -51,6 +61,10 @@ class ShownFiles(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Close what the files come from; all of them are closed before. A worker need not."""
+        ...
+
 
 OpenFiles: TypeAlias = Callable[[], ShownFiles]
 
@@ -67,6 +81,18 @@ def open_files(place: str, names: tuple[str, ...] | None = None, cache: str = ""
     from pyqmigrate.mount.store_files import StoreFiles
 
     return StoreFiles(place, names, cache)
+
+
+def import_readers(place: str) -> None:
+    """Import what :func:`open_files` needs for a place, so that a worker need not: it is forked."""
+    modules = ["pyqmigrate.mount.compact_file", "zstandard"]
+    if "://" in place or os.path.isdir(place):
+        modules = ["pyqmigrate.mount.store_files", "pyqmigrate.store.local_place", "zstandard"]
+        if "://" in place and not place.startswith("file:"):
+            modules += ["pyqmigrate.store.object_place", "obstore"]
+    for module in modules:
+        with contextlib.suppress(ImportError):  # the worker says what is missing
+            importlib.import_module(module)
 
 
 class SingleFile:
@@ -104,6 +130,9 @@ class SingleFile:
 
     def fetch_rest(self) -> None:
         """Do nothing: it is local."""
+
+    def close(self) -> None:
+        """Do nothing: only its files are open."""
 
 
 class BytesFile:

@@ -43,8 +43,7 @@ _INIT_LIMIT = 30.0  # seconds for the kernel's first request
 _TICK = 1.0
 _SLOW = 5.0  # seconds: a wait that is worth a message
 _END_LIMIT = 1.0  # for a worker to see that the mount is gone
-_QUICK = 1.0  # a worker that lives shorter is started again after a pause
-_PAUSE_MIN, _PAUSE_MAX = 0.01, 2.0
+_PAUSE_MIN, _PAUSE_MAX = 0.01, 2.0  # seconds before a worker is started again
 _WANTED = (
     protocol.ASYNC_READ
     | protocol.PARALLEL_DIROPS
@@ -60,7 +59,8 @@ class KeeperSettings:
     """``directory`` is where it is mounted, ``device`` the st_dev of its files; ``place`` names the files
     in messages. ``read_ahead_kib`` is for the kernel, if it lets us (0: its own). With ``private``
     the directory and the one above it are removed in the end. ``record`` switches the log of reads
-    on. With ``remember`` the keeper remembers the requests, as on kernels without RESEND."""
+    on. With ``remember`` the keeper remembers the requests, as on kernels without RESEND. With ``follow``
+    messages go to the program that started it, too."""
 
     directory: str
     place: str
@@ -70,6 +70,7 @@ class KeeperSettings:
     private: bool = False
     record: bool = False
     remember: bool = False
+    follow: bool = False
 
 
 class Keeper:
@@ -99,9 +100,9 @@ class Keeper:
         self._worker: Worker | None = None
         self._remembered: RememberedRequests | None = None
         self._began = time.monotonic()
-        self._worker_began = 0.0
         self._start_at = 0.0  # when the next worker is started
-        self._quick_deaths = 0
+        self._vain_starts = 0
+        self._answered = 0  # requests, when the last worker ended
         self._restarts = 0
         self._serving = False  # whether a worker has ever served
         self._failure: PyqmigrateError | None = None
@@ -218,10 +219,9 @@ class Keeper:
             if error.errno in (errno.ENODEV, errno.ENOTCONN):
                 self._gone = True
                 return
-            self._messages.add(f"cannot start a worker: {error}")
+            self._tell(f"cannot start a worker: {error}")
             self._start_at = time.monotonic() + _PAUSE_MAX
             return
-        self._worker_began = time.monotonic()
         self._register(worker.fileno(), select.POLLIN, lambda _: self._hear())
         self._register(worker.ended, select.POLLIN, lambda _: self._worker_ended())
         if remembered is not None and worker.requests is not None:
@@ -238,13 +238,13 @@ class Keeper:
                 node = Node(**said["node"])
                 self._nodes[node.number] = node
             elif "message" in said:
-                self._messages.add(said["message"])
+                self._tell(said["message"])
             elif "pushed" in said:
                 self._pushed += said["pushed"]
                 self._ranges = []
             elif "failed" in said:
                 self._failure = error_of(said["failed"])
-                self._messages.add(f"the worker cannot serve: {self._failure}")
+                self._tell(f"the worker cannot serve: {self._failure}")
             elif "serving" in said:
                 self._served()
 
@@ -280,12 +280,13 @@ class Keeper:
             raise self._failure
         self._restarts += 1
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        self._messages.add(f"worker {worker.pid} ended {how}; another one is started")
-        now = time.monotonic()
-        quick = now - self._worker_began < _QUICK
-        self._quick_deaths = self._quick_deaths + 1 if quick else 0
-        pause = _PAUSE_MIN * 2 ** min(self._quick_deaths - 1, 10) if quick else 0.0
-        self._start_at = now + min(pause, _PAUSE_MAX)
+        self._tell(f"worker {worker.pid} ended {how}; another one is started")
+        # At once, unless workers die without an answer: of a damaged installation, for instance.
+        answered = self._board.totals().requests
+        self._vain_starts = 0 if answered > self._answered else self._vain_starts + 1
+        self._answered = answered
+        pause = _PAUSE_MIN * 2 ** min(self._vain_starts, 10) if self._vain_starts else 0.0
+        self._start_at = time.monotonic() + min(pause, _PAUSE_MAX)
 
     # Requests that the keeper passes on.
 
@@ -325,7 +326,7 @@ class Keeper:
         for fd, action in self._actions.items():
             if action == self._terminate:
                 os.read(fd, 64)
-        self._messages.add("SIGTERM: the mount has no name any more; it ends with its last file")
+        self._tell("SIGTERM: the mount has no name any more; it ends with its last file")
         self._unmount()
 
     def _control_spoke(self, event: int) -> None:
@@ -360,7 +361,7 @@ class Keeper:
                 unmount(self._settings.directory, lazy=True)
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOENT):  # somebody else did it
-                    self._messages.add(str(error))
+                    self._tell(str(error))
         self._remove_directory()
 
     def _remove_directory(self) -> None:
@@ -373,7 +374,8 @@ class Keeper:
         """End the worker and close everything."""
         worker = self._worker
         if worker is not None:
-            select.select([worker.ended], [], [], _END_LIMIT)
+            if self._remembered is None:  # otherwise it does not see that the mount is gone
+                select.select([worker.ended], [], [], _END_LIMIT)
             worker.kill()
             worker.reap()
         if self._control is not None:
@@ -388,11 +390,16 @@ class Keeper:
         slow = [wait for wait in self._waits() if wait.seconds >= _SLOW]
         for wait in slow:
             if wait.unique not in self._told:
-                self._messages.add(
+                self._tell(
                     f"process {wait.pid} ({wait.command}) waits for {wait.file} at file offset "
                     f"{wait.offset:#x} since {wait.seconds:.0f} s"
                 )
         self._told = {wait.unique for wait in slow}
+
+    def _tell(self, text: str) -> None:
+        """Keep a message, and send it to the program that follows."""
+        if self._messages.add(text) and self._settings.follow and self._control is not None:
+            self._control.send({"message": text})
 
     def _waits(self) -> list[Wait]:
         remembered = self._remembered
@@ -402,6 +409,7 @@ class Keeper:
     # Answers.
 
     def _status(self, question: Object) -> Object:
+        self._hear()  # of a read that the client has just seen fail
         totals = self._board.totals()
         return {
             "directory": self._settings.directory,

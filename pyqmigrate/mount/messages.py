@@ -29,16 +29,17 @@ class Messages:
         self._kept: deque[Message] = deque(maxlen=_KEPT)
         self._write = write
 
-    def add(self, text: str) -> None:
-        """Add a message; the same text again within 10 seconds is not a new one."""
+    def add(self, text: str) -> bool:
+        """Add a message; the same text again within 10 seconds is not a new one: then return False."""
         text = text[:_TEXT_MAX]
         now = time.time()
         if any(old.text == text and now - old.when < _REPEATED for old in self._kept):
-            return
+            return False
         self._kept.append(Message(now, text))
         if self._write is not None:
             with contextlib.suppress(OSError):  # a full disk does not end the mount
                 self._write(text)
+        return True
 
     def all(self) -> list[Message]:
         """Return the messages, the oldest first."""

@@ -51,14 +51,14 @@ class Mounted:
 
 def check_mount_point(directory: str) -> None:
     """Raise UsageError unless this is an empty directory of this user; root takes any empty one."""
+    if find_mounts(directory):  # before anything looks into it: its keeper may be stuck
+        raise UsageError(f"{directory!r} is mounted already; see pyqmigrate mount --status")
     try:
         info = os.lstat(directory)
         if stat.S_ISLNK(info.st_mode):
             raise UsageError(f"{directory!r} is a symbolic link; mount on the directory itself")
         if not stat.S_ISDIR(info.st_mode):
             raise UsageError(f"{directory!r} is not a directory")
-        if find_mounts(directory):
-            raise UsageError(f"{directory!r} is mounted already; see pyqmigrate mount --status")
         if os.geteuid() not in (0, info.st_uid):
             raise UsageError(f"{directory!r} belongs to another user")
         if next(os.scandir(directory), None) is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.format.store.keys import WORKING_SETS, working_set_key
 from pyqmigrate.io.plain_file import PlainFile
 from pyqmigrate.store.pack_cache import default_directory
 from pyqmigrate.store.place import is_unreachable
@@ -40,13 +42,21 @@ class StoreFiles:
         self.readers = 2 if self._store.place.directory is not None else _REMOTE_READERS
         self._lock = threading.Lock()
         self._known: dict[str, tuple[float, str | None]] = {}
-        self._open: list[StoredFile] = []
+        self._open: weakref.WeakSet[StoredFile] = weakref.WeakSet()
 
     def names(self) -> Iterator[str]:
-        for entry in self._store.list(self._names):
-            yield entry.name
-            if entry.head is not None:
-                yield f"{entry.name}.seal"
+        """Yield the names and those of seals and working sets, from listings: no snapshot is read.
+
+        So a record (NAME.vm.json) is not listed, but can be opened.
+        """
+        place = self._store.place
+        others = {entry.key for entry in _patiently(lambda: [*place.list(WORKING_SETS)])}
+        for name in _patiently(self._store.names):
+            if self._names is None or name in self._names:
+                yield name
+                yield f"{name}.seal"
+                if working_set_key(name) in others:
+                    yield f"{name}.workingset"
 
     def identity(self, name: str) -> str | None:
         if self._names is not None and name not in self._names:
@@ -63,7 +73,7 @@ class StoreFiles:
     def open(self, name: str) -> PlainFile:
         file = _patiently(lambda: self._store.open_file(name))
         with self._lock:
-            self._open.append(file)
+            self._open.add(file)
         return file
 
     def fetch_rest(self) -> None:
@@ -74,6 +84,9 @@ class StoreFiles:
             files = list(self._open)
         for file in files:
             file.prefetch(file.data_ranges(), decompress=False)
+
+    def close(self) -> None:
+        self._store.close()
 
     def _identity(self, name: str) -> str | None:
         try:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, TargetError, target_error
+from pyqmigrate.io.plain_file import PlainFile
 from pyqmigrate.io.view import View, ViewOptions
 from pyqmigrate.log import logger
 from pyqmigrate.mount.files import open_files
@@ -38,11 +40,19 @@ def make_view(place: str, name: str | None, options: ViewOptions) -> View:
         logger.info("nothing can be mounted, so the snapshot is copied: %s", error)
     from pyqmigrate.mount.copied import CopiedView
 
-    file_name = name or Path(place).name
-    with contextlib.closing(
-        open_files(place, (file_name,), os.fspath(options.cache or "")).open(file_name)
-    ) as file:
-        return CopiedView(file, file_name)
+    with _open_plain(place, name, options) as file:
+        return CopiedView(file, name or Path(place).name)
+
+
+@contextlib.contextmanager
+def _open_plain(place: str, name: str | None, options: ViewOptions) -> Iterator[PlainFile]:
+    """Open the snapshot in this process."""
+    name = name or Path(place).name
+    with (
+        contextlib.closing(open_files(place, (name,), os.fspath(options.cache or ""))) as files,
+        contextlib.closing(files.open(name)) as file,
+    ):
+        yield file
 
 
 class MountedView:
@@ -55,7 +65,9 @@ class MountedView:
 
     def __init__(self, place: str, name: str | None, options: ViewOptions) -> None:
         self._place, self._stored, self._name = place, name, name or Path(place).name
+        self._shown = place if name is None else f"{place}#{name}"
         self._directory = -1
+        self._asking = threading.Lock()
         self._mount = open_private(
             place,
             names=None if name is None else (name,),
@@ -66,28 +78,41 @@ class MountedView:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             self._directory = os.open(self._mount.path, flags)
             self._mount.hide()
+            os.stat(self._name, dir_fd=self._directory)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError) and not isinstance(error, TargetError):
-                raise target_error(error, "cannot open the private mount of", place) from error
+                # The kernel does not say why; opening it here does.
+                with _open_plain(place, name, options):
+                    pass
+                raise target_error(error, "cannot read", self._shown) from error
             raise
         # The name is gone: the path leads through the descriptor.
         self.path = Path(f"/proc/self/fd/{self._directory}", self._name)
 
     def push(self, ranges: Iterable[tuple[int, int]]) -> None:
-        self._mount.push(FileRange(self._name, offset, length) for offset, length in ranges)
+        with self._asking:
+            self._mount.push(FileRange(self._name, offset, length) for offset, length in ranges)
 
     def fetch_rest(self) -> None:
-        self._mount.fetch_rest()
+        with self._asking:
+            self._mount.fetch_rest()
 
     def status(self) -> dict[str, Any]:
-        """Return what the keeper says of it (:meth:`PrivateMount.status`)."""
-        return self._mount.status()
+        """Return what the keeper says of it (:meth:`PrivateMount.status`). Raises TargetError."""
+        with self._asking:
+            return self._mount.status()
 
     def requests(self) -> Sequence[tuple[int, int]]:
-        return [
-            (read.offset, read.length) for read in self._mount.requests() if read.name == self._name
-        ]
+        with self._asking:
+            reads = self._mount.requests()
+        return [(read.offset, read.length) for read in reads if read.name == self._name]
+
+    def messages(self) -> Sequence[str]:
+        try:
+            return [str(message["text"]) for message in self.status()["messages"]]
+        except TargetError:  # the keeper has ended
+            return ()
 
     def check_recordable(self) -> str:
         return check_recordable(self._place, self._stored)
@@ -100,4 +125,4 @@ class MountedView:
         self._mount.close()
         if self._directory >= 0:
             os.close(self._directory)
-            self._directory = -1
+        self._directory = -1

@@ -144,7 +144,8 @@ def error_from_errno(number: int, source: Source, block: str) -> Exception:
         )
     if number == errno.EBADMSG:
         return SnapshotError("the change to a page does not fit it", block=block, field="xbzrle")
-    return TargetError(number, f"cannot read pages of block {block!r}", source.name)
+    error = TargetError(number, f"cannot read pages of block {block!r}", source.name)
+    return error if source.view is None else source.view.explain(error)
 
 
 class _OpensByCall(abc.ABCMeta):

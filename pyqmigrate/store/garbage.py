@@ -27,7 +27,7 @@ class GcReport:
     """What was removed, or with a dry run would be: packs and their bytes. ``young_packs`` are not
     needed either, but may belong to an add that was interrupted, or to one on a host without locks."""
 
-    snapshots: int
+    snapshot_count: int
     removed_packs: int
     removed_bytes: int
     kept_packs: int

@@ -12,15 +12,17 @@ from pyqmigrate.log import logger
 from pyqmigrate.store.damage import DamagedPack
 from pyqmigrate.store.store import Store
 
-__all__ = ["KNOWN_MAX", "KnownPacks"]
+__all__ = ["KNOWN_MAX", "PACKS_MAX", "KnownPacks"]
 
 KNOWN_MAX = 1 << 24  # pages, 64 GiB of them: some 400 MiB of memory
+PACKS_MAX = 2048  # besides those of the parent: each is a request
 _AT_ONCE = 64  # footers that are read together
 
 
 class KnownPacks:
     """The known pages of a store, and the packs that they are in: ``packs`` in the order of their
-    numbers. The packs of ``first`` are known whatever their number, then the newest ones.
+    numbers. The packs of ``first`` are known whatever their number, then the newest ones, up to
+    PACKS_MAX packs and KNOWN_MAX pages.
 
     Packs that no snapshot names are known as well: those of an adder that was killed are used by the
     next one. Damaged packs are left out.
@@ -34,7 +36,7 @@ class KnownPacks:
         listed = sorted(store.place.list(PACKS), key=lambda entry: entry.mtime, reverse=True)
         wanted = set(first)
         digests = filter(None, (pack_of_key(entry.key) for entry in listed))
-        others = [digest for digest in digests if digest not in wanted]
+        others = [digest for digest in digests if digest not in wanted][:PACKS_MAX]
         for at in range(0, len(others), _AT_ONCE):
             for pack, footer in _footers(store, others[at : at + _AT_ONCE]).items():
                 if count + len(footer) <= KNOWN_MAX:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,12 +18,14 @@ __all__ = ["RemoveReport", "remove"]
 @dataclass(frozen=True)
 class RemoveReport:
     """Names of snapshots: ``removed`` (with a dry run: that would be), ``kept`` among those that were
-    looked at, and ``in_use``, which were not removed because a process reads them."""
+    looked at, and ``in_use``, which were not removed because a process reads them. ``notes`` are
+    sentences."""
 
     removed: tuple[str, ...]
     kept: tuple[str, ...]
     in_use: tuple[str, ...]
     dry_run: bool
+    notes: tuple[str, ...] = ()
 
 
 def remove(
@@ -55,18 +57,29 @@ def remove(
             snapshot_key(name)  # checks it
             if name not in there:
                 raise NoSnapshot(f"there is no snapshot {name!r} in {store.name}")
-        doomed, kept = list(dict.fromkeys(listed)), []
+        doomed, kept, notes = list(dict.fromkeys(listed)), [], []
     else:
         retention = Retention.parse(keep)
         entries = [e for e in store.list() if match is None or fnmatchcase(e.name, match)]
         stay = retention.kept(map(_dated, entries))
         doomed = [entry.name for entry in entries if entry.name not in stay]
+        notes = _notes(entries, match)
         kept = [entry.name for entry in entries if entry.name in stay]
     in_use = []
     if not dry_run:
         in_use = [name for name in doomed if not _remove(store, name)]
     removed = [name for name in doomed if name not in in_use]
-    return RemoveReport(tuple(removed), tuple(kept), tuple(in_use), dry_run)
+    return RemoveReport(tuple(removed), tuple(kept), tuple(in_use), dry_run, tuple(notes))
+
+
+def _notes(entries: Sequence[SnapshotEntry], match: str | None) -> list[str]:
+    unknown = sum(entry.head is not None and entry.head.uuid is None for entry in entries)
+    if not unknown or match is not None:
+        return []
+    return [
+        f"{unknown} snapshots do not record the UUID of their guest: guests with the same machine type "
+        "and RAM count as one; limit the rules to the names of one guest if there are several"
+    ]
 
 
 def _dated(entry: SnapshotEntry) -> Dated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,25 +18,35 @@ from pyqmigrate.io.job import Progress
 from pyqmigrate.store.damage import DamagedPack
 from pyqmigrate.store.frames import Frames
 from pyqmigrate.store.packs import Packs
-from pyqmigrate.store.place import is_unreachable
 from pyqmigrate.store.reporting import Reporter
 from pyqmigrate.store.store import NoSnapshot, Store
 
 __all__ = ["StoreDamage", "VerifyReport", "verify"]
 
+# Of an object, not of the system: what the disk lost, what is missing, or is not a file.
+_BAD = (
+    errno.EIO,
+    errno.ENOENT,
+    errno.ELOOP,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EINVAL,
+    errno.EBADMSG,
+    errno.EUCLEAN,
+)
 _NAMED_MAX = 1000  # damages that are listed
 
 
 @dataclass(frozen=True)
 class StoreDamage:
-    """One thing that is damaged, and the names of the snapshots that cannot be read whole for it.
+    """One thing that is damaged, and the ``names`` of the snapshots that cannot be read whole for it.
 
     ``pack`` is the hexadecimal digest of a pack; ``frame`` and ``page`` are numbers in it, ``page``
     that of the first bad page. All three are None if the document of a snapshot is damaged.
     """
 
     why: str
-    snapshots: tuple[str, ...]
+    names: tuple[str, ...]
     pack: str | None = None
     frame: int | None = None
     page: int | None = None
@@ -44,7 +55,7 @@ class StoreDamage:
         where = [] if self.pack is None else [f"pack {self.pack}"]
         where += [] if self.frame is None else [f"frame {self.frame}"]
         where += [] if self.page is None else [f"page {self.page}"]
-        names = ", ".join(self.snapshots) or "no snapshot"
+        names = ", ".join(self.names) or "no snapshot"
         return f"{', '.join(where)}{': ' if where else ''}{self.why} ({names})"
 
 
@@ -52,7 +63,7 @@ class StoreDamage:
 class VerifyReport:
     """What was verified; ``damages`` are at most 1000 of ``damage_count``."""
 
-    snapshots: int
+    snapshot_count: int
     packs: int
     unneeded_packs: int
     bytes_read: int
@@ -176,7 +187,7 @@ class _Verification:
         try:
             data = memoryview(self._store.place.read(pack_key(pack), 0, PACK_MAX + 1))
         except TargetError as error:
-            if is_unreachable(error):
+            if error.errno not in _BAD:
                 raise
             self._note(pack, f"it cannot be read: {error.strerror}")
             return

@@ -59,6 +59,7 @@ from pyqmigrate.migration import Migration
 from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.status import Status
 from pyqmigrate.snapshot.save.sequential import start_sequential_save
+from pyqmigrate.store import Store, add, get, verify
 from tests.harness.increment_files import save_base, save_increment
 from tests.harness.snapshots import Bytes, ram
 
@@ -171,6 +172,18 @@ def a_base_and_an_old_one(directory: Path) -> None:
 def an_increment(directory: Path) -> None:
     a_base(directory)
     save_step(directory / "from", directory, "off")
+
+
+def an_empty_store(directory: Path) -> None:
+    a_mapped_one(directory)
+    Store.create(directory / "store").close()
+
+
+def a_store(directory: Path) -> None:
+    an_empty_store(directory)
+    with Store.open(directory / "store") as store:
+        add(store, directory / "from", "a")
+    (directory / "from").unlink()
 
 
 def raw_memory(directory: Path) -> None:
@@ -465,6 +478,26 @@ def raw_files(directory: Path, done: bool) -> None:
     assert not any(name.endswith(".partial") for name in there), there
 
 
+def in_store(name: str, *before: str) -> Callable[[Path, bool], None]:
+    """The store is intact, and has the snapshot whole, or not at all."""
+
+    def check(directory: Path, done: bool) -> None:
+        assert names(directory) <= {*before, name}, names(directory)
+        if not (directory / name / "store.json").exists():
+            assert not done
+            return
+        with Store.open(directory / name) as store:
+            assert verify(store).intact
+            assert store.names() == ["a"] or not done
+            if store.names():
+                get(store, "a", directory / "got")
+                assert holds(directory / "got", NEW_BLOCKS)
+        hidden = [path.name for path in (directory / name).rglob(".*")]
+        assert not hidden, f"left behind: {hidden}"
+
+    return check
+
+
 WORK: dict[str, Work] = {
     "save": Work(nothing, saved(), new_or()),
     "save over": Work(an_old_one, saved(), new_or("new")),
@@ -522,6 +555,18 @@ WORK: dict[str, Work] = {
     "the command fleet seal": Work(
         a_mapped_one, told("fleet", "seal", "DIR/from", "--jobs", "1"), unchanged
     ),
+    "the command store add": Work(
+        an_empty_store,
+        told("store", "add", "DIR/store", "DIR/from", "--name", "a"),
+        in_store("store", "from"),
+    ),
+    "the command store get": Work(
+        a_store, told("store", "get", "DIR/store", "a", "DIR/new"), new_or("store")
+    ),
+    "the command store copy": Work(
+        a_store, told("store", "copy", "DIR/store", "DIR/other"), in_store("other", "store")
+    ),
+    "the command store gc": Work(a_store, told("store", "gc", "DIR/store"), in_store("store")),
 }
 
 

@@ -43,6 +43,7 @@ class ObjectStore:
         s3_backends.reset()
         self.delay = 0.0
         self.requests: list[Request] = []
+        self._stopped = False
         self._app: Any = DomainDispatcherApplication(create_backend_app)
         self._server: Any = None
         self._port = 0
@@ -60,6 +61,7 @@ class ObjectStore:
 
     def start(self) -> None:
         """Answer again, at the same port."""
+        self._stopped = False
         from werkzeug.serving import WSGIRequestHandler, make_server
 
         class Quiet(WSGIRequestHandler):
@@ -74,7 +76,9 @@ class ObjectStore:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
-        """Refuse connections until :meth:`start`; what is stored remains."""
+        """Refuse connections until :meth:`start`, and drop those that are open; what is stored
+        remains."""
+        self._stopped = True
         self._server.shutdown()
         self._server.server_close()
 
@@ -87,6 +91,8 @@ class ObjectStore:
     ) -> Iterable[bytes]:
         if self.delay:
             time.sleep(self.delay)
+        if self._stopped:
+            raise ConnectionResetError
         sent = int(environ.get("CONTENT_LENGTH") or 0)
         self.requests.append(Request(environ["REQUEST_METHOD"], environ["PATH_INFO"], sent))
         answer: Iterable[bytes] = self._app(environ, start_response)

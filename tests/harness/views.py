@@ -51,6 +51,9 @@ class Shown:
     def requests(self) -> Sequence[tuple[int, int]]:
         return self.views.requests
 
+    def messages(self) -> Sequence[str]:
+        return self.views.messages
+
     def check_recordable(self) -> str:
         return f"{self.views.directory}/{self.name}.workingset"
 
@@ -72,6 +75,7 @@ class Views:
     made: list[Shown] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     requests: list[tuple[int, int]] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     pushes: bool = False
 
     def make_view(self, place: str, name: str | None, options: ViewOptions) -> Shown:

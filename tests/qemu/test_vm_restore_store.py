@@ -15,11 +15,13 @@ import pytest
 
 import pyqmigrate
 from pyqmigrate import vm
-from pyqmigrate.format.store.keys import pack_key
+from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.format.store.keys import pack_key, snapshot_key
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.mount.view import MountedView
 from pyqmigrate.store.store import Store
 from pyqmigrate.vm.incoming.report import RestoredVm
+from tests.harness.command import COMMAND
 from tests.harness.stored_guests import store_file
 from tests.harness.walking_guest import WalkingGuest
 
@@ -113,7 +115,7 @@ def test_no_name_of_the_mount_is_there_while_the_guest_runs(
         running = await restored(guest)
         try:
             assert os.listdir(tmp_path / "runtime") == []
-            assert "pyqmigrate" not in Path("/proc/mounts").read_text()
+            assert str(tmp_path) not in Path("/proc/mounts").read_text()
             assert keepers(tmp_path / "runtime")
         finally:
             await running.end()
@@ -122,9 +124,7 @@ def test_no_name_of_the_mount_is_there_while_the_guest_runs(
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.long)])
-def test_guest_survives_the_death_of_workers(
-    guest: WalkingGuest, stored: str, kills: int
-) -> None:
+def test_guest_survives_the_death_of_workers(guest: WalkingGuest, stored: str, kills: int) -> None:
     async def run() -> None:
         with contextlib.closing(InputFile(stored)) as source:
             running = await restored(guest)
@@ -135,8 +135,9 @@ def test_guest_survives_the_death_of_workers(
                 )
                 while len(killed) < kills:
                     worker = await asyncio.to_thread(worker_of, source)
-                    os.kill(worker, signal.SIGKILL)
-                    killed.add(worker)
+                    with contextlib.suppress(ProcessLookupError):  # the one before
+                        os.kill(worker, signal.SIGKILL)
+                        killed.add(worker)
                     # What is cached would need no worker.
                     os.posix_fadvise(source.fd, 0, 0, os.POSIX_FADV_DONTNEED)
                     await asyncio.sleep(0.02)
@@ -148,9 +149,9 @@ def test_guest_survives_the_death_of_workers(
     asyncio.run(run())
 
 
-def test_damaged_pack_is_an_error_and_never_a_wrong_page(
-    guest: WalkingGuest, module_disk: Path, stored: str
-) -> None:
+@pytest.fixture(scope="module")
+def damaged(guest: WalkingGuest, module_disk: Path) -> tuple[str, str]:
+    """A stored snapshot with a damaged frame, and the digest of the pack that has it."""
     with Store.create(module_disk / "damaged") as store:
         name = store_file(store, guest.path, "monday", pack_pages=100)
         packs = store.read_snapshot("monday").packs
@@ -160,6 +161,13 @@ def test_damaged_pack_is_an_error_and_never_a_wrong_page(
         content[40] ^= 1  # of the first frame
         pack.chmod(0o600)
         pack.write_bytes(content)
+    return name, digest.hex()
+
+
+def test_damaged_frame_is_an_error_and_never_a_wrong_page(
+    guest: WalkingGuest, damaged: tuple[str, str], stored: str
+) -> None:
+    name, pack = damaged
     with contextlib.closing(InputFile(name)) as source, guest.path.open("rb") as plain:
         assert source.view is not None
         view = source.view.view
@@ -173,13 +181,32 @@ def test_damaged_pack_is_an_error_and_never_a_wrong_page(
             else:
                 assert shown == os.pread(plain.fileno(), len(shown), offset)
         assert failed
-        texts = [message["text"] for message in view.status()["messages"]]
-        assert any("monday" in text and digest.hex() in text and "page" in text for text in texts)
+        messages = view.messages()
+        assert any("monday" in text and pack in text and "page" in text for text in messages)
 
 
-def test_ten_clones_share_the_page_cache(
-    guest: WalkingGuest, stored: str, tmp_path: Path
+def test_error_of_a_damaged_frame_names_it(damaged: tuple[str, str], stored: str) -> None:
+    name, pack = damaged
+    ran = subprocess.run([*COMMAND, "verify", name], capture_output=True, text=True, check=False)
+    assert ran.returncode == 3
+    assert f"pack {pack}" in ran.stderr
+    assert "monday" in ran.stderr
+
+
+def test_guest_that_needs_a_damaged_page_ends_with_a_message(
+    guest: WalkingGuest, damaged: tuple[str, str], stored: str
 ) -> None:
+    name, pack = damaged
+    command = [*COMMAND, "vm", "restore", "--running", name, "--", *guest.command]
+    ran = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.returncode == 4
+    assert f"pack {pack}" in ran.stderr
+    assert "QEMU was killed by signal 7" in ran.stderr
+
+
+def test_ten_clones_share_the_page_cache(guest: WalkingGuest, stored: str, tmp_path: Path) -> None:
     plain, shown = clones_pss(guest, guest.path, tmp_path), clones_pss(guest, stored, tmp_path)
     assert shown < 1.05 * plain + 8 * MIB
 
@@ -218,3 +245,37 @@ def test_what_is_read_is_recorded_in_the_store_and_comes_first(
         assert not any("working set" in note for note in restored_report.notes)
     finally:
         Path(store.name, "working-sets", "monday.ws").unlink()
+
+
+def test_missing_snapshot_is_named(store: Store, stored: str) -> None:
+    with pytest.raises(UsageError, match=r"there is no snapshot 'tuesday' in .*store"):
+        InputFile(f"{store.name}#tuesday")
+
+
+def test_damaged_document_is_named(guest: WalkingGuest, module_disk: Path, stored: str) -> None:
+    with Store.create(module_disk / "cut") as store:
+        name = store_file(store, guest.path, "monday")
+    document = module_disk / "cut" / snapshot_key("monday")
+    document.chmod(0o600)
+    document.write_bytes(document.read_bytes()[:-1])
+    with pytest.raises(SnapshotError, match="monday"):
+        InputFile(name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="starts QEMU as another user")
+def test_qemu_of_another_user_runs_from_it(guest: WalkingGuest, stored: str) -> None:
+    guest.path.parent.chmod(0o711)  # its kernel is there
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+    async def run() -> None:
+        running = await vm.restore(
+            stored, [*other, *guest.command], mode="instant", stdin=subprocess.DEVNULL, paused=False
+        )
+        try:
+            status = Path(f"/proc/{running.process.pid}/status").read_text()
+            assert "Uid:\t65534" in status
+            await guest._walk(running.monitor, running.process.pid, guest.npages)
+        finally:
+            await running.end()
+
+    asyncio.run(run())

@@ -34,6 +34,7 @@ from pyqmigrate.format.seal import SealLine
 from pyqmigrate.io.seekable_file import SeekableFile
 from pyqmigrate.snapshot.save.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.writer import SaveOptions
+from tests.harness.background import write_background_snapshot
 from tests.harness.increment_files import MACHINE, save_base, save_increment
 from tests.harness.snapshots import Bytes, load, ram
 
@@ -175,6 +176,12 @@ def test_an_increment_becomes_a_whole_mapped_ram_file(
     other[:4096], bits[0] = 9, True
     save_increment(tmp_path / "i", snapshot, {"pc.ram": other}, {"pc.ram": bits})
     converted_as(tmp_path / "i", tmp_path, other)
+
+
+def test_a_background_snapshot_gets_its_bitmaps(tmp_path: Path, memory: Bytes) -> None:
+    bits = memory.reshape(-1, 4096).any(axis=1)
+    write_background_snapshot(tmp_path / "b", {"pc.ram": (memory, bits)})
+    converted_as(tmp_path / "b", tmp_path, memory)
 
 
 def test_nothing_else_is_left_in_the_directory(tmp_path: Path, memory: Bytes) -> None:

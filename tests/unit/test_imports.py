@@ -9,6 +9,7 @@ import pytest
 
 import pyqmigrate
 import pyqmigrate.fleet
+import pyqmigrate.store
 import pyqmigrate.vm
 
 
@@ -28,7 +29,9 @@ def named(*names):
 
 
 @pytest.mark.parametrize(
-    "package", [pyqmigrate, pyqmigrate.fleet, pyqmigrate.vm], ids=lambda p: p.__name__
+    "package",
+    [pyqmigrate, pyqmigrate.fleet, pyqmigrate.store, pyqmigrate.vm],
+    ids=lambda package: package.__name__,
 )
 def test_every_public_name_is_there_and_listed(package):
     for name in package.__all__:
@@ -78,16 +81,40 @@ def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
     assert not late & loaded(code)
 
 
+def test_a_snapshot_in_a_file_loads_nothing_of_stores():
+    stores = named("io.view", "mount.view", "store.store", "format.store.config")
+    code = (
+        "import pyqmigrate.cli.vm.restore, pyqmigrate.cli.vm.clone, pyqmigrate.cli.verify\n"
+        "import pyqmigrate.vm.incoming.restore\n"
+        "from pyqmigrate.io.input import InputFile\n"
+        f"InputFile({__file__!r}).close()"
+    )
+    assert not stores & loaded(code)
+
+
+def test_a_verb_of_a_store_loads_no_other_verb_and_no_library_for_urls() -> None:
+    code = (
+        "import pyqmigrate.cli, tempfile\n"
+        "pyqmigrate.cli.main(['store', 'create', tempfile.mkdtemp()])"
+    )
+    found = loaded(code)
+    assert "pyqmigrate.cli.store.create" in found
+    assert not named("cli.store.get", "store.adding", "store.object_place", "vm") & found
+    assert not {"obstore", "numpy", "asyncio"} & found
+
+
 def test_a_save_loads_what_makes_a_twin_only_where_it_makes_one():
     twin = named("vm.twin.twin", "vm.qemu.launch")
     assert not twin & loaded("import pyqmigrate.vm.outgoing.save")
 
 
-@pytest.mark.parametrize("package", [pyqmigrate, pyqmigrate.vm], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "package", [pyqmigrate, pyqmigrate.vm, pyqmigrate.store], ids=lambda p: p.__name__
+)
 def test_no_module_hides_a_public_name(package):
     """``import PACKAGE.NAME`` makes the module the attribute, whatever that was before."""
     root = Path(package.__file__).parent
     modules = {path.stem for path in root.glob("*.py")}
     folders = {path.parent.name for path in root.glob("*/__init__.py")}
-    assert folders
+    assert modules
     assert not (modules | folders) & set(package.__all__)

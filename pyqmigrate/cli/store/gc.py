@@ -4,7 +4,7 @@ Packs that are younger than an hour stay, since an add that was interrupted can 
 again. While a snapshot is added or copied to the store, nothing is removed, and the exit code is 3;
 --wait waits for the end of that. It can be killed at any moment.
 
-JSON: ``store``; ``snapshots`` (their number); ``removed_packs``, ``removed_bytes``; ``kept_packs``,
+JSON: ``store``; ``snapshot_count``; ``removed_packs``, ``removed_bytes``; ``kept_packs``,
 ``kept_bytes`` (that snapshots need); ``young_packs``, ``young_bytes`` (that stay because they are
 young); ``removed_working_sets``; ``dry_run``.
 """
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     lines = [
         f"{counted(report.removed_packs, 'pack')} {what}, {show_size(report.removed_bytes)}",
         f"{counted(report.kept_packs, 'pack')} kept, {show_size(report.kept_bytes)}, for "
-        f"{counted(report.snapshots, 'snapshot')}",
+        f"{counted(report.snapshot_count, 'snapshot')}",
     ]
     if report.young_packs:
         lines.append(

@@ -3,12 +3,12 @@
 ``new`` is what each added to the packs when it was stored. A damaged snapshot is listed with its
 error, and makes the exit code 1.
 
-JSON: ``store``; ``snapshots``, a list of ``name``, ``error`` (null), ``size`` (bytes of the file that is
+JSON: ``store``; ``snapshots``, a list of ``name``, ``damage`` (null), ``size`` (bytes of the file that is
 shown), ``mtime_ns`` (when the file was saved), ``added_ns``, ``machine``, ``uuid`` (null), ``parent``
 (null), ``source`` (what was added: mapped-ram, sequential, increment or libvirt), ``labels``, ``pages``
 (stored as pages), ``same_pages`` (that repeat one word), ``new_pages`` and ``new_bytes`` (that were
 stored for it), ``packs`` (that it needs), ``document_bytes``; of a damaged one only ``name`` and
-``error``.
+``damage``, which says what is wrong.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def shown_time(time_ns: int) -> str:
 
 def entry_data(entry: SnapshotEntry) -> dict[str, Any]:
     """Return a snapshot of a list for ``--json``."""
-    data: dict[str, Any] = {"name": entry.name, "error": entry.error}
+    data: dict[str, Any] = {"name": entry.name, "damage": entry.error}
     head = entry.head
     if head is None:
         return data

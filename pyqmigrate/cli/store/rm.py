@@ -9,7 +9,7 @@ blocks. --match limits them to some names. --dry-run shows what would be removed
 A snapshot of a local store that is in use (a mount, a restored guest) is not removed, and makes the
 exit code 3. Packs remain until the next gc.
 
-JSON: ``store``; ``removed``, ``kept`` (with --keep), ``in_use`` (names); ``dry_run``.
+JSON: ``store``; ``removed``, ``kept`` (with --keep), ``in_use`` (names); ``dry_run``; ``notes`` (sentences).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         report = remove(store, args.names, keep=args.keep, match=args.match, dry_run=args.dry_run)
     what = "would be removed" if report.dry_run else "removed"
     lines = [f"{what}: {printable(name)}" for name in report.removed]
+    lines += [f"note: {note}" for note in report.notes]
     lines += [f"in use, not removed: {printable(name)}" for name in report.in_use]
     lines.append(
         f"{counted(len(report.removed), 'snapshot')} {what}"

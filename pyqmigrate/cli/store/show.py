@@ -1,7 +1,7 @@
 """Show what a store knows of one snapshot.
 
 JSON: ``store``; the keys of an object of ``store list``; ``blocks``, a list of ``name``, ``length`` and
-``page_size``; ``beside``, the files that are shown beside it, an object of suffix and size;
+``page_size``; ``companions``, the files that are shown beside it, an object of suffix and size;
 ``pack_names``, the packs that it needs; ``device_bytes`` (that are not pages of RAM).
 """
 
@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> Outcome:
             {"name": block.name, "length": block.length, "page_size": block.page_size}
             for block in head.blocks
         ],
-        "beside": beside,
+        "companions": beside,
         "pack_names": [pack.hex() for pack in snapshot.packs],
         "device_bytes": device_bytes,
     }

@@ -5,8 +5,8 @@ compared with its digest. Each damage is reported with its pack, frame and page,
 that cannot be read whole for it. With NAMEs only those snapshots and the packs that they need are
 verified. The exit code is 1 for damage.
 
-JSON: ``store``; ``intact``; ``snapshots``, ``packs``, ``unneeded_packs`` (numbers); ``bytes_read``;
-``damages`` (the first 1000), a list of ``why``, ``snapshots`` (names), ``pack``, ``frame``, ``page``
+JSON: ``store``; ``intact``; ``snapshot_count``, ``packs``, ``unneeded_packs`` (numbers); ``bytes_read``;
+``damages`` (the first 1000), a list of ``why``, ``names`` (of snapshots), ``pack``, ``frame``, ``page``
 (each null if it does not apply); ``damage_count``; ``seconds``.
 """
 
@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     verdict = "intact" if report.intact else "NOT intact"
     rate = show_rate(report.bytes_read, report.seconds)
     lines.append(
-        f"{counted(report.snapshots, 'snapshot')}, {counted(report.packs, 'pack')}: {verdict}: "
+        f"{counted(report.snapshot_count, 'snapshot')}, {counted(report.packs, 'pack')}: {verdict}: "
         f"{show_size(report.bytes_read)} read in {report.seconds:.2f} s, {rate} MiB/s"
     )
     if report.unneeded_packs:

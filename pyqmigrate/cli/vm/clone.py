@@ -38,6 +38,7 @@ from pyqmigrate.cli.vm.restore import (
     ended,
     pass_signals_on,
 )
+from pyqmigrate.cli.vm.store_messages import store_messages_shown
 from pyqmigrate.errors import QemuError
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
     vms = [clone.vm for clone in clones if clone.vm is not None]
     pass_signals_on(vms)
     announce(args, {"guests": [_data(clone) for clone in clones]}, _lines(clones))
-    codes = await asyncio.gather(*(vm.wait() for vm in vms))
+    async with store_messages_shown(vms):
+        codes = await asyncio.gather(*(vm.wait() for vm in vms))
     await asyncio.gather(*(vm.close() for vm in vms))
     failed = len(clones) - len(vms)
     if failed:

@@ -235,6 +235,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 async def _restore(
     args: argparse.Namespace, options: RestoreOptions, early: EarlyRestore | None
 ) -> Outcome:
+    from pyqmigrate.cli.vm.store_messages import store_messages_shown
     from pyqmigrate.vm.incoming.restore import finish_restore, restore_checked
 
     if early is not None:
@@ -246,7 +247,8 @@ async def _restore(
         announce(args, vm.report.to_json(), report_lines(vm.report))
         if vm.recording is not None:
             vm.recording.add_done_callback(_print_recording)
-        code = await vm.wait()
+        async with store_messages_shown([vm]):
+            code = await vm.wait()
     if not code:
         return ended()
     return ended(f"QEMU was killed by signal {-code}" if code < 0 else f"QEMU ended with {code}")

@@ -161,7 +161,7 @@ class GuestBase:
             os.close(fd)
         raise SnapshotError(
             f"the snapshot that the guest runs from, {mapping.path.removesuffix(_DELETED)!r}, was "
-            f"deleted, moved or replaced: {_OTHERWISE}"
+            f"deleted, moved or replaced, or is a snapshot of a store: {_OTHERWISE}"
         )
 
     @property

@@ -311,8 +311,10 @@ class RestoreAttempt:
             notes=notes,
             **details,
         )
+        view = self.source.mapped.source.view
+        view = view.share() if view is not None else None
         qemu.hand_over()
-        return RestoredVm(qemu, report, recorder)
+        return RestoredVm(qemu, report, recorder, view)
 
     async def _start_recording(self, qemu: QemuSession, mapped: Sequence[str]) -> Recorder | None:
         """Start to record which pages are touched, if that is asked for: before the load, since

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +14,7 @@ from pyqmigrate.vm.qemu.launch import QemuSession
 from pyqmigrate.vm.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
+    from pyqmigrate.io.view import SharedView
     from pyqmigrate.vm.incoming.recording import Recorder, WorkingSetReport
 
 __all__ = ["RestoreReport", "RestoredVm"]
@@ -62,11 +64,29 @@ class RestoredVm:
     """
 
     def __init__(
-        self, qemu: QemuSession, report: RestoreReport, recorder: Recorder | None = None
+        self,
+        qemu: QemuSession,
+        report: RestoreReport,
+        recorder: Recorder | None = None,
+        view: SharedView | None = None,
     ) -> None:
+        """``view`` is that of a snapshot of a store; it is closed with this object."""
         self._qemu = qemu
         self._recorder = recorder
+        self._view = view
         self.report = report
+
+    @property
+    def runs_from_store(self) -> bool:
+        """Whether the guest runs from a snapshot of a store, about which there may be messages."""
+        return self._view is not None
+
+    async def store_messages(self) -> Sequence[str]:
+        """Return what went wrong with the store so far, the oldest first: a damaged pack, a store that
+        does not answer. Empty for a snapshot in a file."""
+        if self._view is None:
+            return ()
+        return await asyncio.to_thread(self._view.view.messages)
 
     @property
     def recording(self) -> asyncio.Future[WorkingSetReport] | None:
@@ -98,6 +118,7 @@ class RestoredVm:
         """End QEMU whatever the guest does: by SIGTERM, then by SIGKILL."""
         await self._finish_recording()
         await self._qemu.end()
+        self._close_view()
 
     async def close(self) -> None:
         """End the monitor session; the guest goes on. Can be called again.
@@ -106,6 +127,11 @@ class RestoredVm:
         """
         await self._finish_recording()
         await self.monitor.close()
+        self._close_view()
+
+    def _close_view(self) -> None:
+        if self._view is not None:
+            self._view.close()
 
     async def _finish_recording(self) -> None:
         if self._recorder is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate import (
+    BlockDiff,
     Cancelled,
+    DeviceDiff,
+    DiffReport,
     NotSupported,
     RamBlock,
     SnapshotError,
@@ -26,6 +32,7 @@ from pyqmigrate import (
 from pyqmigrate.cli import main as command
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.seekable_file import SeekableFile
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.writer import SaveOptions
@@ -305,6 +312,65 @@ def test_device_state_that_cannot_be_separated_is_compared_as_a_whole(tmp_path: 
     assert not report.equal
 
 
+def test_a_seal_of_a_file_with_old_bytes_is_not_believed(tmp_path: Path) -> None:
+    memory = ram(300, density=1.0)
+    a, b = sealed(tmp_path / "a", {"ram": memory}), mapped(tmp_path / "b", {"ram": memory})
+    with open_snapshot(b) as snapshot, b.open("r+b") as file:
+        file.seek(snapshot.layouts[0].bitmap_offset + 2)
+        file.write(b"\xfe")  # page 16 is zero now, and its bytes are still in the file
+    # Such a seal is in a compact file.
+    pyqmigrate.compact(b, tmp_path / "compact")
+    with contextlib.closing(SeekableFile(tmp_path / "compact")) as compacted:
+        (tmp_path / "b.seal").write_bytes(compacted.companions[".seal"])
+    report = diff(a, b, pages=True)
+    assert not report.seals
+    assert pages_of(report) == [16]
+
+
+def test_sealed_blocks_of_other_lengths_are_compared_as_far_as_both_go(tmp_path: Path) -> None:
+    memory = ram(600)
+    a = sealed(tmp_path / "a", {"ram": memory})
+    b = sealed(tmp_path / "b", {"ram": changed(memory, {7: 1})[: 500 * PAGE]})
+    report = diff(a, b, pages=True)
+    assert pages_of(report) == [7]
+    assert report.blocks[0].compared_pages == 500
+
+
+@pytest.mark.parametrize("larger", ["a", "b"])
+def test_pages_of_two_sizes_are_compared_as_the_larger(tmp_path: Path, larger: str) -> None:
+    memory = ram(64, density=1.0)
+    other = changed(memory, {9: 1})
+    for name, content in (("a", memory), ("b", other)):
+        save_base(tmp_path / name, {"ram": content}, page_size=16384 if name == larger else 4096)
+    report = diff(tmp_path / "a", tmp_path / "b", pages=True)
+    assert report.blocks[0].page_size == 16384
+    assert pages_of(report) == [2]
+
+
+def test_a_snapshot_without_its_end_is_refused(tmp_path: Path) -> None:
+    a = with_devices(tmp_path / "a", BODY)
+    (tmp_path / "b").write_bytes(a.read_bytes()[:-200])
+    with pytest.raises(SnapshotError) as raised:
+        diff(a, tmp_path / "b")
+    assert any(str(tmp_path / "b") in note for note in raised.value.__notes__)
+
+
+def test_anything_that_differs_makes_the_guests_unequal() -> None:
+    block = BlockDiff("ram", (4096, 4096), 4096, 1, 1)
+    equal = DiffReport("a", "b", ("pc", "pc"), (), (), (block,), (), False, False, 0, 0.0)
+    assert equal.equal
+    for change in (
+        {"machines": ("pc", "q35")},
+        {"only_in_a": ("x",)},
+        {"only_in_b": ("x",)},
+        {"blocks": (replace(block, differing_pages=1),)},
+        {"blocks": (replace(block, lengths=(4096, 8192)),)},
+        {"devices": (DeviceDiff("cpu", 0, (1, 1)),)},
+        {"tail_differs": True},
+    ):
+        assert not replace(equal, **change).equal
+
+
 def test_another_machine_type_is_a_difference(tmp_path: Path) -> None:
     for machine in ("pc-q35-10.0", "pc-q35-9.2"):
         pyqmigrate.save(tmp_path / machine, [RamBlock("ram", ram(9))], machine=machine)
@@ -336,8 +402,6 @@ def test_a_damaged_file_is_named(tmp_path: Path, memory: Bytes) -> None:
 
 
 def test_a_compressed_stream_is_refused_with_advice(tmp_path: Path, memory: Bytes) -> None:
-    import gzip
-
     a = mapped(tmp_path / "a", {"ram": memory})
     stream = sequential(tmp_path / "s", {"ram": memory})
     (tmp_path / "s.gz").write_bytes(gzip.compress(stream.read_bytes(), 1))

@@ -23,9 +23,20 @@ VERBS = (
     "verify",
     "diff",
     "convert",
+    "store create",
+    "store add",
+    "store list",
+    "store show",
+    "store get",
+    "store rm",
+    "store gc",
+    "store verify",
+    "store copy",
     "compact",
     "demo",
     "bench",
+    "mount",
+    "umount",
     "serve",
     "vm save",
     "vm check",
@@ -68,6 +79,16 @@ def test_a_key_has_the_same_type_in_every_verb() -> None:
         ("convert", ("{stream}", "{new}", "--to", "mapped-ram")),
         ("convert", ("{snapshot}", "{new}", "--to", "raw")),
         ("convert", ("{snapshot}", "{new}", "--to", "lime", "--map", "pc.ram@0")),
+        ("store create", ("{new}",)),
+        ("store add", ("{store}", "{snapshot}", "--name", "b", "--label", "a=b")),
+        ("store list", ("{store}",)),
+        ("store show", ("{store}", "a")),
+        ("store get", ("{store}", "a", "{new}")),
+        ("store rm", ("{store}", "a")),
+        ("store rm", ("{store}", "--keep", "7d/4w", "-n")),
+        ("store gc", ("{store}",)),
+        ("store verify", ("{store}",)),
+        ("store copy", ("{store}", "{new}")),
         ("diff", ("{snapshot}", "{snapshot}", "--pages", "--fields")),
         ("compact", ("{stream}", "{new}")),
         ("bench", ("--dir", "{directory}", "--size", "8MiB", "--channels", "1")),
@@ -84,13 +105,17 @@ def test_json_has_the_documented_keys(
         "new": tmp_path / "new",
         "memory": tmp_path / "memory",
         "directory": tmp_path,
+        "store": tmp_path / "store",
     }
     places["memory"].write_bytes(pages(5, 3))
     if "{stream}" in arguments:
         command("convert", snapshot, places["stream"], "--to", "stream")
     if "{sealed}" in arguments:
         command("pack", places["sealed"], f"ram={places['memory']}", "--seal")
-    ran = command(verb, *(text.format(**places) for text in arguments), "--json")
+    if "{store}" in arguments:
+        command("store", "create", places["store"])
+        assert command("store", "add", places["store"], snapshot, "--name", "a").code == 0
+    ran = command(*verb.split(), *(text.format(**places) for text in arguments), "--json")
     assert ran.code == 0, ran.err
     assert ran.json["schema"] == 1
     assert_as_documented(verb, ran.json)

@@ -21,6 +21,7 @@ from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageErr
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.store.keys import pack_key, snapshot_key
+from pyqmigrate.format.store.zstd import compress
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io.companion_file import identify_snapshot
@@ -140,6 +141,21 @@ def test_the_same_guest_again_needs_no_pack(store: Store, tmp_path: Path) -> Non
     assert (second.pages, second.new_pages, second.new_bytes) == (first.pages, 0, 0)
     assert packs(store) == before
     assert shown(store, "second") == (tmp_path / "b").read_bytes()
+
+
+def prototype_size(memory: Bytes) -> int:
+    """Bytes of a store of this memory as the reference prototype makes it: pages that are not zero, each
+    once, in order, 64 to a frame of zstd at level 1."""
+    pages = (memory[at : at + PAGE].tobytes() for at in range(0, len(memory), PAGE))
+    unique = [page for page in dict.fromkeys(pages) if any(page)]
+    frames = (b"".join(unique[first : first + 64]) for first in range(0, len(unique), 64))
+    return sum(len(compress(frame, 1)) for frame in frames)
+
+
+def test_what_is_stored_is_not_larger_than_by_the_prototype(store: Store, tmp_path: Path) -> None:
+    memory = text_memory(1500, seed=7)
+    report = add(store, write(tmp_path / "a", memory))
+    assert report.new_bytes + report.snapshot_bytes <= 1.05 * prototype_size(memory)
 
 
 def test_equal_pages_of_one_snapshot_are_stored_once(store: Store, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def packs(store: Store) -> set[str]:
 def test_what_snapshots_need_stays(store: Store) -> None:
     age(store)
     report = gc(store)
-    assert (report.snapshots, report.removed_packs, report.kept_packs) == (3, 0, 3)
+    assert (report.snapshot_count, report.removed_packs, report.kept_packs) == (3, 0, 3)
     assert verify(store).intact
 
 

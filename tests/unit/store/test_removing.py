@@ -76,3 +76,15 @@ def test_by_age_nothing_is_removed_if_a_snapshot_is_damaged_but_by_name_it_is(st
         remove(store, keep="1d")
     assert len(store.names()) == 10
     assert remove(store, ["g1-2"]).removed == ("g1-2",)
+
+
+def test_guests_without_a_uuid_that_look_alike_count_as_one_and_a_note_says_so(
+    tmp_path: Path,
+) -> None:
+    with Store.create(tmp_path / "other") as store:
+        for n, name in enumerate(("web-1", "web-2", "db")):
+            put_snapshot(store, name, image(2), mtime_ns=START + n * DAY)
+        report = remove(store, keep="1d", dry_run=True)
+        assert report.kept == ("db",)
+        assert "3 snapshots do not record the UUID" in report.notes[0]
+        assert remove(store, keep="1d", match="web-*", dry_run=True).notes == ()

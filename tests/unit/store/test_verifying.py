@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from array import array
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pyqmigrate.errors import TargetError
 from pyqmigrate.format.store.config import PAGE
 from pyqmigrate.format.store.keys import snapshot_key
 from pyqmigrate.format.store.pack import BasePage, PackFooter
@@ -55,14 +57,14 @@ def flip(path: Path, at: int) -> None:
 def damages(report: VerifyReport) -> list[tuple[int | None, int | None, tuple[str, ...]]]:
     assert not report.intact
     assert report.damage_count == len(report.damages)
-    return [(damage.frame, damage.page, damage.snapshots) for damage in report.damages]
+    return [(damage.frame, damage.page, damage.names) for damage in report.damages]
 
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_an_intact_store_is_intact(store: Store, channels: int) -> None:
     report = verify(store, channels=channels)
     assert report.intact
-    assert (report.snapshots, report.packs, report.unneeded_packs) == (3, 2, 0)
+    assert (report.snapshot_count, report.packs, report.unneeded_packs) == (3, 2, 0)
     sizes = sum(path.stat().st_size for path in folder(store, "packs").iterdir())
     assert report.bytes_read == sizes
 
@@ -123,7 +125,7 @@ def test_only_what_the_named_snapshots_need_is_verified(store: Store) -> None:
     pack_of(store, "b", 1).unlink()
     report = verify(store, ["a", "c"])
     assert report.intact
-    assert (report.snapshots, report.packs) == (2, 1)
+    assert (report.snapshot_count, report.packs) == (2, 1)
     with pytest.raises(NoSnapshot):
         verify(store, ["a", "x"])
 
@@ -165,5 +167,22 @@ def test_damage_of_a_base_hits_what_is_a_difference_to_it(store: Store) -> None:
     assert verify(store).intact
     flip(path, footer_of(store, path).frame(0).offset + 20)
     report = verify(store)
-    found = {(damage.pack, damage.snapshots) for damage in report.damages}
+    found = {(damage.pack, damage.names) for damage in report.damages}
     assert found == {(path.stem, ("a",)), (pack.hex(), ("d",))}
+
+
+def test_an_error_that_is_not_the_packs_is_raised(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> bytes:
+        raise TargetError(number, "cannot read", "x")
+
+    snapshot = store.read_snapshot("a")
+    number = errno.EIO
+    monkeypatch.setattr(type(store.place), "read", read)
+    monkeypatch.setattr(Store, "read_snapshot", lambda *_: snapshot)
+    assert len(damages(verify(store))) == 2
+    for number in (errno.EMFILE, errno.EACCES, errno.ETIMEDOUT):
+        with pytest.raises(TargetError) as error:
+            verify(store)
+        assert error.value.errno == number
