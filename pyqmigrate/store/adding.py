@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pyqmigrate.argument_types import check, check_callback
-from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.errors import SnapshotError, TargetError, UsageError
 from pyqmigrate.format.digest import DIGEST_SIZE, Algorithm, digester, zero_digest
 from pyqmigrate.format.seal import PIECE, SEALED_MAX, SealHead, SealLine
 from pyqmigrate.format.snapshot_id import SnapshotId
@@ -33,13 +33,15 @@ from pyqmigrate.format.store.snapshot_head import Counts, SnapshotHead, check_la
 from pyqmigrate.integrity.manifest import Manifest
 from pyqmigrate.io.job import Progress
 from pyqmigrate.io.target import Descriptors, Target, target_path
+from pyqmigrate.log import logger
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.store.known_packs import KnownPacks
 from pyqmigrate.store.locks import adding
-from pyqmigrate.store.pack_writer import FrameMaker, MadeFrame, PackWriter
+from pyqmigrate.store.new_pages import NewPages
+from pyqmigrate.store.pack_writer import FrameMaker, PackWriter
 from pyqmigrate.store.parents import Guest, choose_parent
 from pyqmigrate.store.place import Place
-from pyqmigrate.store.plain_snapshot import PlainSnapshot, open_plain
+from pyqmigrate.store.plain_snapshot import RECORD_SUFFIX, PlainSnapshot, open_plain
 from pyqmigrate.store.reporting import Reporter
 from pyqmigrate.store.shown_file import CHUNK, Chunk, ShownFile, Span
 from pyqmigrate.store.store import Store
@@ -47,8 +49,7 @@ from pyqmigrate.store.store import Store
 __all__ = ["AddReport", "add"]
 
 _THREADS = 2
-_AHEAD = 4  # chunks that are read ahead, and groups of frames that are compressed at a time
-_GROUP = 1024  # pages that are compressed by one task
+_AHEAD = 4  # chunks that are read ahead
 _CHUNK_PAGES = CHUNK // PAGE
 _EXTENTS_MAX = BODY_MAX // 2  # bytes
 
@@ -116,26 +117,6 @@ def add(
         return work.run(chosen, chosen_labels, started)
 
 
-class _Group:
-    """New pages that are compressed together, and the file page of each."""
-
-    def __init__(self) -> None:
-        room = _GROUP + _CHUNK_PAGES
-        self.pages = memoryview(bytearray(room * PAGE))
-        self.places = memoryview(array("Q", bytes(8 * room)))
-        self.filled = 0
-
-    def room(self) -> tuple[memoryview, memoryview]:
-        """Return where the next new pages go."""
-        return self.pages[self.filled * PAGE :], self.places[self.filled :]
-
-    def take_rest(self, other: _Group, first: int) -> None:
-        """Become the pages of another group from ``first`` on."""
-        self.filled = other.filled - first
-        self.pages[: self.filled * PAGE] = other.pages[first * PAGE : other.filled * PAGE]
-        self.places[: self.filled] = other.places[first : other.filled]
-
-
 def _default_name(snapshot: Snapshot | Target) -> str:
     if isinstance(snapshot, Snapshot):
         if snapshot.source.place is not None:
@@ -162,9 +143,10 @@ class _Addition:
         progress: Callable[[Progress], object] | None,
     ) -> None:
         self._store, self._place, self._plain = store, place, plain
-        self._file = ShownFile(plain.file, store.config.key)
+        self._file = ShownFile(plain.file, plain.info, store.config.key)
         if self._file.size > SEALED_MAX:
             raise UsageError(f"a file of {self._file.size} bytes; {SEALED_MAX} are possible")
+        self._record = plain.record()
         self._manifest = plain.seal()
         self._algorithm = Algorithm.XXH3_128
         if self._manifest is not None:
@@ -176,20 +158,22 @@ class _Addition:
         self._known = KnownPacks(store, packs, room)
         self._threads = ThreadPoolExecutor(_THREADS, "pyqmigrate-add")
         self._writer = PackWriter(place, store.config, len(self._known.pages))
-        self._first_new = len(self._known.pages)
         self._same = self._same_pieces()
-        self._frames = FrameMaker(store.config, self._parent)
+        self._new = NewPages(
+            self._known.pages,
+            FrameMaker(store.config, self._parent),
+            self._writer,
+            self._threads,
+            frame_pages=store.config.frame_pages,
+            most=_CHUNK_PAGES,
+        )
         self._reporter = Reporter(progress, self._file.size)
         self._reads: deque[tuple[Span, Future[Chunk] | None]] = deque()
-        self._makes: deque[tuple[_Group, int, Future[list[MadeFrame]]]] = deque()
-        self._free: list[_Group] = []
-        self._group = _Group()
         self._runs, self._fills = array("Q"), array("Q")
         self._extents: list[Extent] = []
         self._extent_bytes = 0
         self._digests = bytearray()
         self._bytes_read = 0
-        self._made_to = self._first_new  # new pages below have been given to be compressed
 
     def close(self) -> None:
         """End the threads, and release the memory. Idempotent."""
@@ -227,9 +211,8 @@ class _Addition:
                 self._take(*self._reads.popleft())
         while self._reads:
             self._take(*self._reads.popleft())
-        self._flush(last=True)
+        self._new.finish()
         self._file.check_unchanged()
-        self._writer.finish()
         return self._publish(name, labels, started)
 
     def _take(self, span: Span, reading: Future[Chunk] | None) -> None:
@@ -254,14 +237,9 @@ class _Addition:
         self._add_digests(Span(chunk.start, chunk.end), chunk.digests)
         self._add_extents(chunk.extents)
         for part in chunk.pages:
-            found = self._known.pages.find(
-                part.data, part.first, part.examined, *self._group.room()
-            )
+            found = self._new.find(part.data, part.first, part.examined)
             _extend(self._runs, found.runs, 1)
             _extend(self._fills, found.fills, 0)
-            self._group.filled += found.fresh
-            if self._group.filled >= _GROUP:
-                self._flush()
         self._file.release(chunk)
 
     def _add_extents(self, extents: list[Extent]) -> None:
@@ -297,32 +275,11 @@ class _Addition:
                 )
         self._digests += digests
 
-    def _flush(self, *, last: bool = False) -> None:
-        """Give whole frames of new pages to be compressed; with ``last`` all of them."""
-        group, frame_pages = self._group, self._store.config.frame_pages
-        count = group.filled if last else group.filled // frame_pages * frame_pages
-        if count:
-            self._group = self._free.pop() if self._free else _Group()
-            self._group.take_rest(group, count)
-            pages, places = group.pages[: count * PAGE], group.places[:count].tolist()
-            making = self._threads.submit(self._frames.make, pages, places)
-            self._makes.append((group, self._made_to, making))
-            self._made_to += count
-        while self._makes and (last or len(self._makes) > _AHEAD):
-            group, first, making = self._makes.popleft()
-            for frame in making.result():
-                self._writer.add(frame, self._known.pages.digests(first, frame.npages))
-                first += frame.npages
-            self._free.append(group)
-
     def _publish(self, name: str, labels: dict[str, str], started: float) -> AddReport:
         """Write the snapshot's document, and return the report."""
         runs, packs = self._placed()
         counts = Counts(
-            sum(runs.counts),
-            sum(self._fills[1::3]),
-            len(self._known.pages) - self._first_new,
-            self._writer.bytes_written,
+            sum(runs.counts), sum(self._fills[1::3]), len(self._new), self._writer.bytes_written
         )
         parent = None if self._parent is None else self._parent.name
         stream = self._plain.file.stream
@@ -339,7 +296,6 @@ class _Addition:
             self._plain.blocks,
             counts,
         )
-        record = self._plain.record()
         seal = self._seal()
         document = StoredSnapshot(
             head,
@@ -348,7 +304,7 @@ class _Addition:
             runs,
             FillRuns(self._fills[0::3], array("I", self._fills[1::3]), self._fills[2::3]),
             seal,
-            {} if record is None else {".vm.json": record},
+            {} if self._record is None else {RECORD_SUFFIX: self._record},
         )
         data = document.encode(self._store.config.key)
         if not self._place.write_new(snapshot_key(name), data):
@@ -361,7 +317,7 @@ class _Addition:
             self._plain.source,
             parent,
             self._file.size,
-            sum(block.data_pages * block.page_size for block in self._plain.file.blocks.values()),
+            self._file.data_bytes,
             self._bytes_read,
             counts.pages,
             counts.same_pages,
@@ -415,8 +371,12 @@ class _Addition:
         digest = SealLine.decode(line + newline).digest
         identity = SnapshotId(self._file.size, self._plain.mtime_ns, digest)
         found = self._plain.working_set(identity)
-        if found is not None:
+        if found is None:
+            return
+        try:
             self._store.write_working_set(name, found)
+        except TargetError as error:  # the snapshot is complete without it
+            logger.warning("the working set of %r is not stored: %s", name, error)
 
 
 def _extend(runs: Numbers, more: Numbers, step: int) -> None:

@@ -98,7 +98,7 @@ class Adding:
 
 
 @contextlib.contextmanager
-def adding(place: Place, *, wait: float = _ADDER_WAITS) -> Iterator[Place]:
+def adding(place: Place, *, wait: float = _ADDER_WAITS) -> Iterator[Adding]:
     """Hold the lock of an adder; the place that is yielded checks it before each write.
 
     Waits ``wait`` seconds for a collector to end, then raises TargetError (EBUSY).

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from pyqmigrate.errors import NotSupported, TargetError, UsageError
-from pyqmigrate.store.place import Bytes, Entry, check_key
+from pyqmigrate.store.place import Bytes, Entry, check_key, split_url
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -65,7 +64,7 @@ class ObjectPlace:
 
     def __init__(self, url: str) -> None:
         """Raises UsageError for a URL that cannot be one, NotSupported without obstore."""
-        parts = urlsplit(url)
+        parts = split_url(url)
         if parts.scheme not in SCHEMES:
             raise UsageError(f"{parts.scheme}:// is not one of file, {', '.join(SCHEMES)}")
         # abfs://CONTAINER@ACCOUNT... is not a user.

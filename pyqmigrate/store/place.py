@@ -16,11 +16,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pyqmigrate.errors import SnapshotError, TargetError, UsageError
 
-__all__ = ["Bytes", "Entry", "Place", "check_key", "is_unreachable", "open_place", "read_at_most"]
+__all__ = [
+    "Bytes",
+    "Entry",
+    "Place",
+    "check_key",
+    "is_unreachable",
+    "open_place",
+    "read_at_most",
+    "split_url",
+]
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -109,13 +118,23 @@ def open_place(text: str, *, create: bool = False) -> Place:
     if scheme == "file":
         from pyqmigrate.store.local_place import LocalPlace
 
-        parts = urlsplit(text)
+        parts = split_url(text)
         if parts.netloc not in ("", "localhost") or not parts.path:
             raise UsageError(f"{text!r} is not the URL of a local directory: file:///PATH")
         return LocalPlace(unquote(parts.path), create=create)
     from pyqmigrate.store.object_place import ObjectPlace
 
     return ObjectPlace(text)
+
+
+def split_url(url: str) -> SplitResult:
+    """Return the parts of a URL. Raises UsageError for one that has no such parts."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise UsageError("this URL is malformed: s3://BUCKET/PREFIX is not") from None
+    return parts
 
 
 def check_key(key: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ It also has what is beside the file: its seal, if it fits, the record of its mac
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -37,19 +38,21 @@ from pyqmigrate.snapshot.increment import IncrementSnapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.store.shown_file import ShownFile
 
-__all__ = ["PlainSnapshot", "open_plain"]
+__all__ = ["RECORD_SUFFIX", "PlainSnapshot", "open_plain"]
 
-_RECORD = ".vm.json"
+RECORD_SUFFIX = ".vm.json"
 _RECORD_MAX = 16 << 20  # bytes
 
 
 @dataclass
 class PlainSnapshot:
-    """A mapped-ram file that is open. ``mtime_ns`` is the time of change that is shown; ``source`` is
-    what it was, as in the head of a stored snapshot; ``place`` is its path, None if that is not known or
-    the file was converted."""
+    """A mapped-ram file that is open. ``info`` is what the system said of it before it was read;
+    ``mtime_ns`` is the time of change that is shown. ``source`` is what it was, as in the head of a stored
+    snapshot. ``place`` is its path, None if that is not known or the file was converted; ``original`` is
+    that of what was added."""
 
     file: MappedRamSnapshot
+    info: os.stat_result
     mtime_ns: int
     source: str
     place: Path | None
@@ -68,7 +71,7 @@ class PlainSnapshot:
         left alone; so is a damaged one."""
         if self.place is None:
             return None
-        info = os.fstat(self.file.source.fd)
+        info = self.info
 
         def fits(head: SealHead) -> bool:
             current = (head.size, head.mtime_ns) == (info.st_size, info.st_mtime_ns)
@@ -89,7 +92,7 @@ class PlainSnapshot:
         """
         if self.original is None:
             return None
-        path = companion_path(self.original, _RECORD)
+        path = companion_path(self.original, RECORD_SUFFIX)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
@@ -137,18 +140,21 @@ def open_plain(
         snapshot = open_snapshot(target)
         stack.callback(snapshot.close)
     source, base = _kind(snapshot)
-    mtime_ns = os.fstat(snapshot.source.file_fd).st_mtime_ns
+    info = os.fstat(snapshot.source.file_fd)
     place = snapshot.source.place
     if isinstance(snapshot, MappedRamSnapshot) and ShownFile.fits(snapshot):
         snapshot.verify()
-        return PlainSnapshot(snapshot, mtime_ns, source, place, place, base)
+        return PlainSnapshot(snapshot, info, info.st_mtime_ns, source, place, place, base)
     fd = _unnamed(directory, place)
     stack.callback(os.close, fd)
     convert(snapshot, Descriptors(fd), to=Format.MAPPED_RAM)
+    now = os.fstat(snapshot.source.file_fd)
+    if (now.st_size, now.st_mtime_ns) != (info.st_size, info.st_mtime_ns):
+        raise TargetError(errno.EBUSY, "was changed while it was being added", snapshot.source.name)
     converted = open_snapshot(Descriptors(fd))
     stack.callback(converted.close)
     assert isinstance(converted, MappedRamSnapshot)
-    return PlainSnapshot(converted, mtime_ns, source, None, place, base)
+    return PlainSnapshot(converted, os.fstat(fd), info.st_mtime_ns, source, None, place, base)
 
 
 def _kind(snapshot: Snapshot) -> tuple[str, SnapshotId | None]:

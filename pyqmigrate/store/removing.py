@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from pyqmigrate.errors import SnapshotError, UsageError
 from pyqmigrate.format.store.keys import snapshot_key, working_set_key
 from pyqmigrate.store.holding import remove_unheld
+from pyqmigrate.store.leases import leased
+from pyqmigrate.store.locks import adding
 from pyqmigrate.store.retention import Dated, Retention
 from pyqmigrate.store.store import NoSnapshot, SnapshotEntry, Store
 
@@ -42,7 +44,8 @@ def remove(
         is known by its UUID, or else by its machine type and RAM blocks.
     match: a pattern of names (``web-*``), to which ``keep`` is limited.
 
-    A snapshot of a local store that a process reads (a mount, a restored guest) is not removed. Raises
+    A snapshot that a process reads (a mount, a restored guest) is not removed; see
+    :meth:`Store.open_file`. Waits for a collector to end. Raises
     UsageError for a name that is not there, before anything is removed; SnapshotError, likewise, if
     ``keep`` is given and a snapshot is damaged; TargetError.
     """
@@ -65,9 +68,11 @@ def remove(
         doomed = [entry.name for entry in entries if entry.name not in stay]
         notes = _notes(entries, match)
         kept = [entry.name for entry in entries if entry.name in stay]
-    in_use = []
-    if not dry_run:
-        in_use = [name for name in doomed if not _remove(store, name)]
+    in_use: list[str] = []
+    if not dry_run and doomed:
+        with adding(store.place) as place:
+            read = set() if place.directory is not None else leased(place, place.lock.now)
+            in_use = [name for name in doomed if name in read or not _remove(store, name)]
     removed = [name for name in doomed if name not in in_use]
     return RemoveReport(tuple(removed), tuple(kept), tuple(in_use), dry_run, tuple(notes))
 

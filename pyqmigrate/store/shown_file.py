@@ -75,15 +75,14 @@ class Span:
 
 class ShownFile:
     """The mapped-ram file of an open snapshot, which is borrowed. :meth:`read` may be called by several
-    threads. ``bytes_read`` counts what was read."""
+    threads. ``info`` is what the system said of it before anything was read."""
 
-    def __init__(self, snapshot: MappedRamSnapshot, key: bytes) -> None:
+    def __init__(self, snapshot: MappedRamSnapshot, info: os.stat_result, key: bytes) -> None:
         self.snapshot = snapshot
         self.source = snapshot.source
         self._key = key
-        self._info = os.fstat(self.source.fd)
+        self._info = info
         self.size = self._info.st_size
-        self.mtime_ns = self._info.st_mtime_ns
         self._buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         areas: list[_Area] = []
         self._tails: list[MappedRamBlock] = []
@@ -117,6 +116,15 @@ class ShownFile:
         # A page of the guest may be smaller than one of the store, and then counts as one.
         return sum(
             block.data_pages * -(-block.page_size // PAGE)
+            for block in self.snapshot.blocks.values()
+            if not block.external
+        )
+
+    @property
+    def data_bytes(self) -> int:
+        """The pages of RAM with data, in bytes."""
+        return sum(
+            block.data_pages * block.page_size
             for block in self.snapshot.blocks.values()
             if not block.external
         )

@@ -33,6 +33,7 @@ from pyqmigrate.format.store.snapshot_head import BODY_MAX, HEAD_MAX, HeadLine, 
 from pyqmigrate.format.working_set import RUNS_MAX, SUFFIX
 from pyqmigrate.store.frames import Frames
 from pyqmigrate.store.holding import hold_snapshot
+from pyqmigrate.store.leases import Leases
 from pyqmigrate.store.pack_cache import DEFAULT_LIMIT, PackCache
 from pyqmigrate.store.packs import Packs
 from pyqmigrate.store.place import Place, open_place, read_at_most
@@ -85,6 +86,7 @@ class Store:
         self.config = config
         self.packs = Packs(place, config, cache, patience=patience)
         self.frames = Frames(self.packs)
+        self._leases = None if place.directory is not None else Leases(place)
 
     @classmethod
     def create(cls, target: str | os.PathLike[str]) -> Store:
@@ -178,12 +180,15 @@ class Store:
         return StoredSnapshot.decode(self.config.key, bytes(data), name)
 
     def open_file(self, name: str) -> StoredFile:
-        """Open a snapshot as the file that it shows. While it is open it cannot be removed from a
-        local store. Raises as :meth:`read_snapshot`."""
+        """Open a snapshot as the file that it shows; while it is open, :func:`remove` refuses it (of an
+        object store: soon after it was opened, by a reader that may write). Raises as
+        :meth:`read_snapshot`."""
         with contextlib.ExitStack() as stack:
             with self._naming(name):
                 stack.callback(hold_snapshot(self.place, snapshot_key(name)))
             snapshot = self.read_snapshot(name)
+            if self._leases is not None:
+                stack.callback(self._leases.hold(name))
             release = stack.pop_all().close
         return StoredFile(snapshot, self.frames, lambda: self._companions(name), release)
 
@@ -212,6 +217,8 @@ class Store:
 
     def close(self) -> None:
         """Close it. Idempotent."""
+        if self._leases is not None:
+            self._leases.close()
         self.frames.close()
         if self.packs.cache is not None:
             self.packs.cache.close()

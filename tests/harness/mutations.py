@@ -48,6 +48,7 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse
+from pyqmigrate.store import Store, verify
 from pyqmigrate.vm.incoming.incoming_stream import IncomingStream
 from pyqmigrate.vm.incoming.source import RestoreSource
 from tests.harness.device_example import BODY, RTC
@@ -261,6 +262,16 @@ def restore(directory: Path, _: bool) -> int:
     return 0
 
 
+def add_to_store(directory: Path, _: bool) -> int:
+    """``store add``: the store is intact, whatever the file."""
+    with Store.create(directory / "store") as store:
+        code = command(["store", "add", store.name, str(directory / "file"), "--name", "a"])
+        assert verify(store).intact
+        assert store.names() == ([] if code else ["a"])
+    shutil.rmtree(directory / "store")
+    return code
+
+
 VERBS: dict[str, Verb] = {
     "info": command_line("info", "DIR/file"),
     "info --json": command_line("info", "DIR/file", "--json"),
@@ -277,6 +288,7 @@ VERBS: dict[str, Verb] = {
     },
     "compact": command_line("compact", "DIR/file", "DIR/to"),
     "diff": compare,
+    "store add": add_to_store,
     "load": load,
     "vm restore": restore,
 }

@@ -6,8 +6,8 @@ one of the rules keeps. The time of a snapshot is when its file was saved. The r
 snapshots of each guest by themselves: guests are told apart by UUID, or else by machine type and RAM
 blocks. --match limits them to some names. --dry-run shows what would be removed.
 
-A snapshot of a local store that is in use (a mount, a restored guest) is not removed, and makes the
-exit code 3. Packs remain until the next gc.
+A snapshot that is in use (a mount, a restored guest) is not removed, and makes the exit code 3. Packs
+remain until the next gc.
 
 JSON: ``store``; ``removed``, ``kept`` (with --keep), ``in_use`` (names); ``dry_run``; ``notes`` (sentences).
 """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import os
+import random
+import shutil
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 import pyqmigrate
 from pyqmigrate import RamBlock, open_snapshot, save, seal, verify_seal
-from pyqmigrate.errors import NotSupported, SnapshotError, TargetError, UsageError
+from pyqmigrate.errors import NotSupported, PyqmigrateError, SnapshotError, TargetError, UsageError
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.store.keys import pack_key, snapshot_key
@@ -26,8 +27,9 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.working_set_file import working_set_path, write_working_set
-from pyqmigrate.store import AddReport, Store, add, gc, get
+from pyqmigrate.store import AddReport, Store, add, gc, get, known_packs
 from pyqmigrate.store import adding as module
+from pyqmigrate.store.pack_writer import PackWriter
 from tests.harness.examples import few
 from tests.harness.increment_files import save_increment
 from tests.harness.kernel import PAGE_SIZES, guest
@@ -75,7 +77,7 @@ def seal_of(store: Store, name: str) -> bytes:
 
 def packs(store: Store) -> set[str]:
     assert store.place.directory is not None
-    return {path.name for path in (store.place.directory / "packs").iterdir()}
+    return {path.name for path in (store.place.directory / "packs").glob("*")}
 
 
 def expected_image(path: Path) -> bytes:
@@ -356,16 +358,49 @@ def test_a_file_that_changes_meanwhile_is_not_added(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a", ram(300))
-    publish = module._Addition._flush
+    finish = PackWriter.finish
 
-    def touch(self: Any, *, last: bool = False) -> None:
+    def touch(self: PackWriter) -> None:
         os.utime(path)
-        publish(self, last=last)
+        finish(self)
 
-    monkeypatch.setattr(module._Addition, "_flush", touch)
+    monkeypatch.setattr(PackWriter, "finish", touch)
     with pytest.raises(TargetError, match="was changed while it was being added"):
         add(store, path)
     assert store.names() == []
+
+
+def test_a_stream_that_changes_while_it_is_converted_is_not_added(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_known(tmp_path / "mapped")
+    path = tmp_path / "stream"
+    pyqmigrate.convert(tmp_path / "mapped", path, to="stream")
+    convert = pyqmigrate.convert
+
+    def touch(*arguments: object, **options: object) -> None:
+        convert(*arguments, **options)  # type: ignore[call-overload]
+        os.utime(path)
+
+    monkeypatch.setattr("pyqmigrate.store.plain_snapshot.convert", touch)
+    with pytest.raises(TargetError, match="was changed while it was being added"):
+        add(store, path)
+    assert store.names() == []
+
+
+def test_a_record_that_cannot_be_one_is_refused_or_left_alone(store: Store, tmp_path: Path) -> None:
+    path = write(tmp_path / "a", ram(300))
+    record = Path(f"{path}.vm.json")
+    record.touch()
+    os.truncate(record, 17 * MIB)
+    with pytest.raises(SnapshotError, match="record"):
+        add(store, path)
+    assert not packs(store)
+    record.unlink()
+    os.mkfifo(record)
+    add(store, path)
+    with store.open_file("a") as file:
+        assert set(file.companions) == {".seal"}
 
 
 def test_bad_arguments_are_refused_before_anything_is_written(store: Store, tmp_path: Path) -> None:
@@ -501,3 +536,59 @@ def test_a_parent_with_pages_past_the_end_of_its_pack_is_not_copied(
     assert report.parent == "a"
     assert report.bytes_read >= 900 * PAGE  # nothing is taken from it
     assert shown(store, "b") == (tmp_path / "b").read_bytes()
+
+
+def test_only_the_newest_packs_are_compared_with(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        add(store, write(tmp_path / name, text_memory(300, seed=ord(name))), parent=None)
+    path = write(tmp_path / "c", text_memory(300, seed=ord("a")))
+    monkeypatch.setattr(known_packs, "PACKS_MAX", 1)
+    monkeypatch.setattr(known_packs, "KNOWN_MAX", 10)
+    assert add(store, path, parent="a").new_pages == 0  # the parent's are known all the same
+    again = add(store, path, "again", parent=None)
+    assert again.new_pages == again.pages
+    assert shown(store, "again") == path.read_bytes()
+
+
+def test_no_damage_of_the_store_makes_a_wrong_snapshot(tmp_path: Path) -> None:
+    """Any bytes of any file are changed, then a guest that shares pages is added."""
+    rng = random.Random(11)
+    memory = ram(700, density=1.0)
+    first = write(tmp_path / "a", memory, sealed=True)
+    second = write(tmp_path / "b", changed(memory, [5, 300, 301, 699]), sealed=True)
+    with Store.create(tmp_path / "store") as store:
+        add(store, first)
+    added = 0
+    for number in range(40):
+        directory = tmp_path / f"damaged{number}"
+        shutil.copytree(tmp_path / "store", directory)
+        files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+        for path in rng.sample([path for path in files if path.stat().st_size], 1):
+            os.chmod(path, 0o600)
+            path.write_bytes(damaged(path.read_bytes(), rng))
+        try:
+            with Store.open(directory) as store:
+                add(store, second)
+                content = shown(store, "b")
+        except (PyqmigrateError, OSError):
+            continue
+        finally:
+            shutil.rmtree(directory)
+        assert content == second.read_bytes()
+        added += 1
+    assert added > 5  # what was damaged is often not needed
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    changed_bytes = bytearray(data)
+    kind = rng.randrange(3)
+    if kind == 0:
+        return data[: rng.randrange(len(data))]
+    for _ in range(rng.randint(1, 4)):
+        at = rng.choice(
+            [rng.randrange(len(data)), rng.randrange(max(len(data) - 600, 0), len(data))]
+        )
+        changed_bytes[at] ^= 1 << rng.randrange(8)
+    return bytes(changed_bytes)

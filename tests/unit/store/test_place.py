@@ -276,7 +276,9 @@ def test_no_error_shows_a_credential(object_store: ObjectStore) -> None:
     assert not [text for text in texts if secret in text]
 
 
-@pytest.mark.parametrize("url", ["ftp://host/x", "s3://", "az://container/path"])
+@pytest.mark.parametrize(
+    "url", ["ftp://host/x", "s3://", "s3://[x", "http://h:x/", "file://[x/", "az://container/path"]
+)
 def test_a_url_that_cannot_be_opened_is_a_usage_error(url: str) -> None:
     pytest.importorskip("obstore")
     with pytest.raises(UsageError):

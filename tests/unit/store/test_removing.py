@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.errors import SnapshotError, TargetError, UsageError
+from pyqmigrate.store import leases
+from pyqmigrate.store.object_place import ObjectPlace
 from pyqmigrate.store.removing import remove
 from pyqmigrate.store.store import NoSnapshot, Store
 from tests.harness.stores import image, put_snapshot
@@ -88,3 +93,70 @@ def test_guests_without_a_uuid_that_look_alike_count_as_one_and_a_note_says_so(
         assert report.kept == ("db",)
         assert "3 snapshots do not record the UUID" in report.notes[0]
         assert remove(store, keep="1d", match="web-*", dry_run=True).notes == ()
+
+
+# ---- an object store ----
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pytest.importorskip("obstore")
+    monkeypatch.setattr(leases, "_AFTER", 0.01)
+    url = f"memory://{os.urandom(8).hex()}"
+    with Store.create(url) as store:
+        put_snapshot(store, "a", image(2))
+        yield url
+
+
+def locks(store: Store, count: int) -> bool:
+    """Wait until there are so many locks."""
+    for _ in range(500):
+        if len(list(store.place.list("locks/"))) == count:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_snapshot_of_an_object_store_that_is_read_is_not_removed(remote: str) -> None:
+    with Store.open(remote) as store, Store.open(remote) as other:
+        with store.open_file("a"):
+            assert locks(other, 1)
+            assert remove(other, ["a"]).in_use == ("a",)
+        assert list(other.place.list("locks/")) == []
+        assert remove(other, ["a"]).removed == ("a",)
+
+
+def test_the_lease_of_a_reader_that_is_gone_becomes_stale(
+    remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open(remote) as store:
+        store.place.write_new(f"locks/read-{'0' * 16}-a.json", b"{}")
+        assert remove(store, ["a"]).in_use == ("a",)
+        monkeypatch.setattr(leases, "STALE", -1.0)
+        assert remove(store, ["a"]).removed == ("a",)
+
+
+def test_a_reader_that_may_not_write_reads(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refused(self: ObjectPlace, key: str, data: bytes) -> None:
+        asked.append(key)
+        raise TargetError(errno.EACCES, "cannot write", key)
+
+    monkeypatch.setattr(ObjectPlace, "replace", refused)
+    with Store.open(remote) as store, store.open_file("a") as file:
+        assert len(file.read(0, file.size)) == file.size
+        while not asked:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    assert len(asked) == 1
+
+
+def test_closing_a_store_ends_its_leases(remote: str) -> None:
+    with Store.open(remote) as other:
+        store = Store.open(remote)
+        store.open_file("a")
+        assert locks(other, 1)
+        store.close()
+        store.close()
+        assert list(other.place.list("locks/")) == []
