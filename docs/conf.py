@@ -29,6 +29,7 @@ nitpicky = False
 # The packages whose `__all__` is the public interface. A comment in that list starts a group.
 PUBLIC = {
     "pyqmigrate": "Files and memories",
+    "pyqmigrate.fleet": "Many snapshots",
     "pyqmigrate.vm": "A running QEMU",
     "pyqmigrate.vm.sync": "A running QEMU, without asyncio",
     "pyqmigrate.store": "A store of snapshots",

@@ -36,6 +36,7 @@ from bench.compare.picture import draw
 from bench.compare.processor import measure_scan, save_with_core_clock
 from bench.compare.seal import seals
 from bench.compare.sparse import save_memfd, sparse_memfd, watch_child
+from bench.compare.store import store
 from bench.compare.targets import (
     GIB,
     MIB,
@@ -52,7 +53,7 @@ from tests.harness.contents import Contents, data_pages, fill
 from tests.harness.machine import BINARY
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "memfd", "restores", "live")
+PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "memfd", "restores", "live", "store")
 # Who took longer than both, the first time, is not repeated as often.
 _SLOW = 4.0  # times the fastest
 _SLOW_SECONDS = 10.0
@@ -111,6 +112,8 @@ class Bench:
             restores(self.size, self.path, self.disk, self.repeat, self.add)
         if "live" in parts:
             live(self.size, self.disk.directory, self.disk, self.repeat, self.add, self.live_rows)
+        if "store" in parts:
+            store(self.size, self.disk.directory, self.disk, self.repeat, self.add)
 
     def saves(self, ram: SharedRam, contents: Contents) -> None:
         # fio has no zero pages to leave out: it is a peer for memory without any.

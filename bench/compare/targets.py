@@ -22,6 +22,19 @@ from bench.compare.live import (
     WORKING_SET_WORK,
 )
 from bench.compare.seal import CACHED, COLD, PLAIN, SEALED, seal_work
+from bench.compare.store import (
+    ADD_WORK,
+    COPY,
+    COPY_WORK,
+    DIFF_WORK,
+    FAULT_WORK,
+    FIRST,
+    FLEET_WORK,
+    LATER,
+    MOUNTED,
+    WALK_WORK,
+)
+from bench.compare.store import PLAIN as PLAIN_FILE
 from bench.compare.vm import (
     INSTANT_WORK,
     MEMFD_FULL,
@@ -65,6 +78,7 @@ def verdicts(results: Results) -> list[Verdict]:
         *_restores(results),
         *_live(results),
         *_increments(results),
+        *_store(results),
     ]
 
 
@@ -365,6 +379,51 @@ def _increments(results: Results) -> Iterator[Verdict]:
             results.median(WORKING_SET_WORK, OURS, name) for name in (RECORDED, UNRECORDED)
         )
         yield _ratio(f"{WORKING_SET_WORK}: {RECORDED} / {UNRECORDED}", ours, theirs, 0.4)
+
+
+def _store(results: Results) -> Iterator[Verdict]:
+    for name in results.names(ADD_WORK, OURS):
+        limit = {FIRST: 1.5, LATER: 0.3}.get(name.partition(",")[0])
+        if limit is not None:
+            yield Verdict(f"{ADD_WORK}, {name}", results.median(ADD_WORK, OURS, name), limit, "s")
+    if results.names(COPY_WORK, COPY):
+        ours, theirs = (results.median(COPY_WORK, who, "1 file") for who in (OURS, COPY))
+        yield _ratio(f"{COPY_WORK} / cp of the plain file", ours, theirs, 2.0)
+    if results.names(WALK_WORK, OURS):
+        ours, theirs = (
+            results.of(WALK_WORK, OURS, name)[0].facts["bytes"]
+            / results.median(WALK_WORK, OURS, name)
+            / MIB
+            for name in (MOUNTED, PLAIN_FILE)
+        )
+        yield Verdict(f"{WALK_WORK} ({MOUNTED})", ours, 500, "MiB/s", at_least=True)
+        yield Verdict(
+            f"{WALK_WORK} ({MOUNTED}), rate / {PLAIN_FILE}'s", ours / theirs, 0.8, at_least=True
+        )
+        ours, theirs = (
+            results.of(FAULT_WORK, OURS, name)[0].facts["bytes"]
+            / 4096
+            / results.median(FAULT_WORK, OURS, name)
+            for name in (MOUNTED, PLAIN_FILE)
+        )
+        yield Verdict(
+            f"{FAULT_WORK} ({MOUNTED})",
+            ours,
+            10_000,
+            "a second",
+            at_least=True,
+            detail=f"plain file {theirs:.0f}",
+        )
+    for name in results.names(DIFF_WORK, OURS):
+        size = results.of(DIFF_WORK, OURS, name)[0].facts["bytes"]
+        seconds = results.median(DIFF_WORK, OURS, name) * GIB / size
+        yield Verdict(f"{DIFF_WORK}, {name}", seconds, 0.4, "s a GiB")
+    for name in results.names(FLEET_WORK, OURS):
+        seconds = results.median(FLEET_WORK, OURS, name)
+        if name == FIRST:
+            yield Verdict(f"{FLEET_WORK}, each", seconds / 200 * 1000, 40, "ms")
+        else:
+            yield Verdict(f"{FLEET_WORK}, second run in all", seconds, 0.2, "s")
 
 
 def _pause(results: Results, work: str, name: str, limit: float, fact: str = "pause") -> Verdict:

@@ -1,11 +1,14 @@
-"""Work with many snapshots: files, objects and stores, on threads or on the workers of a Dask scheduler.
+"""Work with many snapshots: files, objects and stores, on threads or on the workers of Dask.
 
-from pyqmigrate import fleet
+Verify all snapshots of a directory and an object store; the table makes a second run do only what is
+new or has changed::
 
-listing = fleet.list_targets(["/snap", "s3://bucket/saves/"])
-report = fleet.run(fleet.Work(fleet.Verb.VERIFY), listing.targets, table="results.db")
-for result in report.damaged:
-    print(result.name, result.message)
+    from pyqmigrate import fleet
+
+    listing = fleet.list_targets(["/snap", "s3://bucket/saves/"])
+    report = fleet.run(fleet.Work(fleet.Verb.VERIFY), listing.targets, table="results.db")
+    for result in report.damaged:
+        print(result.name, result.message)
 """
 
 import importlib
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from pyqmigrate.fleet.work import Verb, Work
 
 __all__ = [
+    # What to do with what.
     "run",
     "list_targets",
     "Work",
@@ -27,6 +31,7 @@ __all__ = [
     "Target",
     "Kind",
     "Listing",
+    # What came of it.
     "FleetReport",
     "Result",
     "Verdict",

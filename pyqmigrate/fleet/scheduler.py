@@ -191,22 +191,28 @@ class _Run:
         """Return the result of a task that has ended; None if it is tried again."""
         from distributed.scheduler import KilledWorker
 
-        target = self._running.pop(future)
+        target = self._running[future]
+        found: Result | None
         try:
-            text = future.result(timeout=_CONNECT)
+            found = Result.from_json(json.loads(future.result(timeout=_CONNECT)))
+        except TimeoutError:
+            future.add_done_callback(
+                self._ended.put
+            )  # its worker was lost with it: it is made again
+            return None
         except KilledWorker as error:
+            count = error.allowed_failures + 1
+            found = _failed(target, f"each of the {count} workers that tried it was lost")
             if not self._alone:
                 self._suspects.append(target)
-                return None
-            count = error.allowed_failures + 1
-            return _failed(target, f"each of the {count} workers that tried it was lost")
+                found = None
         except Exception as error:
             if future.status in ("cancelled", "lost"):
                 raise self._lost() from error
-            return _failed(target, f"the worker could not run it: {type(error).__name__}")
-        finally:
-            future.release()
-        return Result.from_json(json.loads(text))
+            found = _failed(target, f"the worker could not run it: {type(error).__name__}")
+        del self._running[future]
+        future.release()
+        return found
 
     def _count_workers(self) -> None:
         now = time.monotonic()

@@ -114,6 +114,7 @@ def test_a_word_that_nothing_fits_is_an_error(tmp_path: Path, word: str) -> None
         listed(tmp_path / word)
 
 
+@pytest.mark.long
 def test_deep_directories_are_listed(tmp_path: Path) -> None:
     directory = os.open(tmp_path, os.O_RDONLY)
     for _ in range(1010):
