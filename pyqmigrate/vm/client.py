@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from pyqmigrate.qapi.monitor_address import monitor_path
 from pyqmigrate.vm.outgoing.options import VmCheckOptions, VmSaveOptions
 from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.save import save
-from pyqmigrate.vm.plan.check import CheckReport, check
 from pyqmigrate.vm.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from pyqmigrate.vm.plan.check import CheckReport
 
 __all__ = ["Vm", "connect"]
 
@@ -46,5 +48,7 @@ class Vm:
     ) -> CheckReport:
         """Report what a save into ``directory`` would do; see
         :func:`pyqmigrate.vm.plan.check.check`."""
+        from pyqmigrate.vm.plan.check import check
+
         async with await Monitor.connect(self.qmp) as monitor:
             return await check(monitor, directory, **options)

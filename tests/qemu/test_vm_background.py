@@ -152,7 +152,7 @@ def test_memory_that_is_a_file_on_a_disk_is_refused(disk: Path) -> None:
 
 def test_refusal_of_qemu_is_explained(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     option = LiveOption(LiveMethod.BACKGROUND, (), 0.01, "")
-    monkeypatch.setattr(live, "_OPTIONS", {LiveMethod.BACKGROUND: lambda *_: option})
+    monkeypatch.setattr(live, "_option", lambda _: lambda *_: option)
     setup = GuestSetup(working_set=8 * MIB)
     with start(setup, disk, memory="instant") as guest:
         found = settings(guest)

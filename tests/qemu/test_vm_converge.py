@@ -194,7 +194,8 @@ def test_live_save_goes_on_with_the_next_method(
     others = (LiveMethod.BACKGROUND, LiveMethod.PRECOPY)  # they are as good for a guest so small
     options = {method: LiveOption(method, (), 0.1, "it is slow") for method in others}
     later = {method: lambda *_, option=option: option for method, option in options.items()}
-    monkeypatch.setattr(live, "_OPTIONS", {**live._OPTIONS, **later})
+    known = live._option
+    monkeypatch.setattr(live, "_option", lambda method: later.get(method) or known(method))
     setup = GuestSetup(working_set=96 * MIB)
     path = disk / "snapshot"
     with start(setup, disk) as guest:

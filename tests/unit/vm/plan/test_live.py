@@ -41,7 +41,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> dict[LiveMethod, float | str | No
 
         return option
 
-    monkeypatch.setattr(live, "_OPTIONS", {method: option_of(method) for method in LiveMethod})
+    monkeypatch.setattr(live, "_option", option_of)
     return known
 
 
