@@ -33,7 +33,7 @@ KINDS = ["file", "memfd", "private"]
 MACHINES = ["pc", "q35", "microvm"]
 MATRIX = covering(
     ((machine, kind, engine) for machine in MACHINES for kind in KINDS for engine in ENGINES),
-    short=[("microvm", "private", "direct"), ("microvm", "memfd", "qemu")],
+    short=[("microvm", "file", "direct")],  # the tests below have the others
 )
 
 
@@ -154,7 +154,7 @@ def test_guest_finds_its_memory_as_it_left_it(
             asyncio.run(restored())
 
 
-@pytest.mark.parametrize("engine", covering(["direct", "qemu"], short=["direct"]))
+@pytest.mark.parametrize("engine", covering(["direct", "qemu"], short=["qemu"]))
 def test_clones_go_on_each_by_itself(engine: str, disk: Path, kernel: Path) -> None:
     path = disk / "snapshot"
     with beating(disk, kernel, "microvm", "private") as guest:

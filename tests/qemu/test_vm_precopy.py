@@ -450,7 +450,7 @@ def assert_old_or_whole(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("memory", "kills"),
-    covering([("private", 2), ("private", 50), ("file", 50)], short=[("private", 2)]),
+    covering([("private", 1), ("private", 50), ("file", 50)], short=[("private", 1)]),
 )
 def test_guest_survives_that_the_saver_is_killed(memory: str, kills: int, disk: Path) -> None:
     choose, whole, killed = random.Random(kills), 4.0, 0
