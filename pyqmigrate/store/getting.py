@@ -31,9 +31,9 @@ __all__ = ["GetReport", "get"]
 
 _PIECE = 4 << 20  # bytes of the file that one thread reads and writes
 _FLUSHED = 16  # pieces that are written to the disk together
-_WRITTEN = (
-    256 << 10
-)  # bytes of one system call: then the page cache need not find large free blocks
+# Bytes of one system call. For more, the kernel looks for larger free blocks, which a hypervisor that
+# takes free memory back must first give again.
+_WRITTEN = 256 << 10
 _RECORD_SUFFIX = ".vm.json"
 _RECORD_HEAD = (
     b'{\n  "format": "pyqmigrate vm record",'  # as pyqmigrate.vm.record.contents writes it
