@@ -75,8 +75,8 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 def _mount(args: argparse.Namespace) -> Outcome:
-    from pyqmigrate.mount.daemon import MountRequest, start_keeper
     from pyqmigrate.mount.mounting import check_mount_point
+    from pyqmigrate.mount.starting import MountRequest, start_keeper
     from pyqmigrate.mount.unmounting import place_of
     from pyqmigrate.store.pack_cache import default_directory
 

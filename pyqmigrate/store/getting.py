@@ -31,7 +31,9 @@ __all__ = ["GetReport", "get"]
 
 _PIECE = 4 << 20  # bytes of the file that one thread reads and writes
 _FLUSHED = 16  # pieces that are written to the disk together
-_VIEWS_MAX = 1024  # of one system call
+# Bytes of one system call. For more, the kernel looks for larger free blocks, which a hypervisor that
+# takes free memory back must first give again.
+_WRITTEN = 256 << 10
 _RECORD_SUFFIX = ".vm.json"
 _RECORD_HEAD = (
     b'{\n  "format": "pyqmigrate vm record",'  # as pyqmigrate.vm.record.contents writes it
@@ -153,16 +155,28 @@ def _copy(
 
 
 def _write_views(out: OutputFile, offset: int, views: Sequence[Bytes]) -> None:
-    """Write all views, one after another."""
-    for start in range(0, len(views), _VIEWS_MAX):
-        some = views[start : start + _VIEWS_MAX]
-        try:
-            done = os.pwritev(out.fd, some, offset)
-        except OSError as error:
-            raise target_error(error, "cannot write", out.name, position=offset) from error
-        if done < sum(map(len, some)):
-            out.write_at(offset + done, b"".join(some)[done:])  # the rest, or why it cannot be
-        offset += sum(map(len, some))
+    """Write all views, none of which is longer than a frame, one after another."""
+    some: list[Bytes] = []
+    length = 0
+    for view in views:
+        if some and length + len(view) > _WRITTEN:
+            offset = _write_together(out, offset, some, length)
+            some, length = [], 0
+        some.append(view)
+        length += len(view)
+    if some:
+        _write_together(out, offset, some, length)
+
+
+def _write_together(out: OutputFile, offset: int, views: list[Bytes], length: int) -> int:
+    """Write views with one system call; return where they end."""
+    try:
+        done = os.pwritev(out.fd, views, offset)
+    except OSError as error:
+        raise target_error(error, "cannot write", out.name, position=offset) from error
+    if done < length:
+        out.write_at(offset + done, b"".join(views)[done:])  # the rest, or why it cannot be
+    return offset + length
 
 
 def _pieces(file: StoredFile) -> Iterator[tuple[int, int]]:
