@@ -10,8 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.harness.directories import descriptors, directory_on_disk
+
+# `make test` tries few examples of a property; `make test-long` tries the properties again, with many.
+settings.register_profile("short", max_examples=30)
+settings.register_profile("long", max_examples=300)
+settings.load_profile("short")
 
 
 def pytest_configure() -> None:

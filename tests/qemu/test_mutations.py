@@ -13,6 +13,7 @@ import pytest
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from tests.harness import stream_mutations as mutations
 from tests.harness.contents import Contents, fill
+from tests.harness.covering import covering
 from tests.harness.machine import GuestRam, Mode, Qemu
 from tests.harness.other_targets import TARGETS, OtherQemu
 from tests.harness.pattern_guest import build
@@ -133,7 +134,11 @@ BASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=BASES, ids=lambda f: f.__name__)
+# What the others have besides, the mutations of tests/unit have too.
+SHORT = [running, sequential_with_changes, behind_libvirts_header, of_aarch64]
+
+
+@pytest.fixture(scope="module", params=covering(BASES, SHORT), ids=lambda f: f.__name__)
 def base(request: pytest.FixtureRequest, module_disk: Path) -> Iterator[Base]:
     make: Callable[[Path], Base] = request.param
     path = module_disk / f"{make.__name__}.mapped"

@@ -19,6 +19,7 @@ from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.save import save
 from tests.harness.beat import accelerator, assert_beats_on, build, cpu_options
+from tests.harness.covering import covering
 from tests.harness.machine import BINARY, RAM_BLOCK, GuestRam, Qemu
 from tests.harness.pattern_guest import check_pattern
 from tests.harness.saving import wait_until
@@ -30,15 +31,10 @@ BEATS = 4
 ENGINES = ["qemu", "direct"]
 KINDS = ["file", "memfd", "private"]
 MACHINES = ["pc", "q35", "microvm"]
-SHORT = {
-    ("microvm", "file", "direct"),
-    ("microvm", "private", "direct"),
-    ("microvm", "memfd", "qemu"),
-}
-MATRIX = [
-    pytest.param(*row, marks=() if row in SHORT else pytest.mark.long)
-    for row in ((m, k, e) for m in MACHINES for k in KINDS for e in ENGINES)
-]
+MATRIX = covering(
+    ((machine, kind, engine) for machine in MACHINES for kind in KINDS for engine in ENGINES),
+    short=[("microvm", "private", "direct"), ("microvm", "memfd", "qemu")],
+)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +154,7 @@ def test_guest_finds_its_memory_as_it_left_it(
             asyncio.run(restored())
 
 
-@pytest.mark.parametrize("engine", ["direct", pytest.param("qemu", marks=pytest.mark.long)])
+@pytest.mark.parametrize("engine", covering(["direct", "qemu"], short=["direct"]))
 def test_clones_go_on_each_by_itself(engine: str, disk: Path, kernel: Path) -> None:
     path = disk / "snapshot"
     with beating(disk, kernel, "microvm", "private") as guest:

@@ -37,6 +37,7 @@ from pyqmigrate.vm.outgoing.report import VmSaveReport
 from pyqmigrate.vm.outgoing.transaction import SaveTransaction
 from pyqmigrate.vm.twin import twin
 from tests.harness.as_found import AsFound
+from tests.harness.covering import covering
 from tests.harness.saving import ROOT
 from tests.harness.writing_guest import (
     PAGE,
@@ -86,7 +87,7 @@ def assert_restores(setup: GuestSetup, path: Path, disk: Path) -> None:
     whole.unlink()
 
 
-@pytest.mark.parametrize("machine", ["pc", "q35", "microvm"])
+@pytest.mark.parametrize("machine", covering(["pc", "q35", "microvm"], short=["q35", "microvm"]))
 def test_increment_holds_one_instant_and_its_guest_goes_on(machine: str, disk: Path) -> None:
     setup = replace(SETUP, machine=machine)
     with start(setup, disk, memory="instant", rate=RATE) as guest:
@@ -143,8 +144,8 @@ def series(guest: WritingGuest, disk: Path, count: int) -> None:
 
 
 def test_increments_equal_full_saves_of_the_same_stop(guest: WritingGuest, disk: Path) -> None:
-    series(guest, disk, 6)
-    assert_restores(SETUP, disk / "inc5", disk)
+    series(guest, disk, 2)
+    assert_restores(SETUP, disk / "inc1", disk)
 
 
 @pytest.mark.long
@@ -156,7 +157,7 @@ def test_fifty_increments_equal_full_saves_of_the_same_stop(
 
 
 def test_generations_are_each_the_base_of_the_next(disk: Path) -> None:
-    generations(disk, 3)
+    generations(disk, 2)
 
 
 @pytest.mark.long
@@ -319,7 +320,7 @@ def test_pause_that_becomes_too_long_is_ended_at_once(
     found.check()
 
 
-@pytest.mark.parametrize("memory", ["memfd", "private"])
+@pytest.mark.parametrize("memory", covering(["memfd", "private"], short=["private"]))
 def test_increment_by_digests_of_a_guest_that_was_not_restored(disk: Path, memory: str) -> None:
     base = disk / "base"
     with start(SETUP, disk, memory=memory, rate=RATE) as guest:
@@ -403,7 +404,7 @@ def kill_often(guest: WritingGuest, disk: Path, times: int) -> None:
 
 
 def test_killed_saver_leaves_the_guest_as_found(guest: WritingGuest, disk: Path) -> None:
-    kill_often(guest, disk, 2)
+    kill_often(guest, disk, 1)
 
 
 @pytest.mark.long
@@ -567,7 +568,11 @@ def clones(directory: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 @pytest.mark.parametrize(
-    "kind, make", [("xfs", ["mkfs.xfs", "-q"]), ("btrfs", ["mkfs.btrfs", "-q"])]
+    "kind, make",
+    covering(
+        [("xfs", ["mkfs.xfs", "-q"]), ("btrfs", ["mkfs.btrfs", "-q"])],
+        short=[("xfs", ["mkfs.xfs", "-q"])],
+    ),
 )
 def test_whole_snapshot_shares_its_pages_with_the_base(
     disk: Path, kind: str, make: list[str]

@@ -15,6 +15,7 @@ from pyqmigrate.vm.incoming.report import RestoredVm
 from pyqmigrate.vm.incoming.restore import restore
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.covering import covering
 from tests.harness.saved import RAM, Saved, goes_on, memory_of, save_guest, serial_says
 
 pytestmark = pytest.mark.qemu
@@ -140,8 +141,8 @@ def test_cancelled_clones_are_all_ended(saved: Saved, tmp_path: Path) -> None:
     assert children() <= before
 
 
-def share_of_memory(directory: Path, ram: int) -> None:
-    """Ten paused guests whose memory has all been looked at use hardly more than one."""
+def share_of_memory(directory: Path, ram: int, count: int) -> None:
+    """``count`` paused guests whose memory has all been looked at use hardly more than one."""
     arguments = ["-M", "pc", "-m", str(ram >> 20)]
     # Saved paused: old bytes under clear bits would become zero pages of each guest's own.
     saved = save_guest(directory, arguments, ram=ram, paused=True)
@@ -158,7 +159,7 @@ def share_of_memory(directory: Path, ram: int) -> None:
         alone = await restore(saved.path, command, paused=True)
         base = proportional_bytes(await touch(Clone(0, directory, alone)))
         await alone.end()
-        clones = await clone(saved.path, command, 10, directory=directory, paused=True)
+        clones = await clone(saved.path, command, count, directory=directory, paused=True)
         try:
             pids = [await touch(one) for one in clones]
             together = sum(map(proportional_bytes, pids))
@@ -166,12 +167,13 @@ def share_of_memory(directory: Path, ram: int) -> None:
             await end_all(clones)
         assert base > ram // 2, "its memory is not resident: the test proves nothing"
         # What every QEMU has of its own: code that it shares is small, its heap is not.
-        assert together < base + 10 * (40 * MIB), f"{together >> 20} MiB, one: {base >> 20} MiB"
+        assert together < base + count * (40 * MIB), f"{together >> 20} MiB, one: {base >> 20} MiB"
 
     asyncio.run(run())
 
 
-def test_ten_clones_that_write_share_what_they_have_not_changed(disk: Path) -> None:
+@pytest.mark.parametrize("count", covering([3, 10], short=[3]))
+def test_clones_that_write_share_what_they_have_not_changed(disk: Path, count: int) -> None:
     """Each writes over the first 32 MiB, again and again; the rest of its memory it only has."""
     ram, written = 256 * MIB, 28 * MIB
     saved = save_guest(disk, ["-M", "pc", "-m", "256"], ram=32 * MIB, paused=True)
@@ -186,7 +188,7 @@ def test_ten_clones_that_write_share_what_they_have_not_changed(disk: Path) -> N
         pid = await looked_at(alone)
         base, own = proportional_bytes(pid), changed_bytes(pid)
         await alone.end()
-        clones = await clone(saved.path, command, 10, directory=disk)
+        clones = await clone(saved.path, command, count, directory=disk)
         try:
             for one in clones:
                 assert one.vm is not None, one.error
@@ -210,13 +212,11 @@ def test_ten_clones_that_write_share_what_they_have_not_changed(disk: Path) -> N
     asyncio.run(run())
 
 
-def test_ten_clones_share_their_memory(disk: Path) -> None:
-    share_of_memory(disk, 256 * MIB)
-
-
-@pytest.mark.long
-def test_ten_clones_of_2_gib_share_their_memory(disk: Path) -> None:
-    share_of_memory(disk, 2048 * MIB)
+@pytest.mark.parametrize(
+    ("count", "mib"), covering([(3, 256), (10, 256), (10, 2048)], short=[(3, 256)])
+)
+def test_clones_share_their_memory(disk: Path, count: int, mib: int) -> None:
+    share_of_memory(disk, mib * MIB, count)
 
 
 def test_descriptor_that_all_would_use_is_refused(saved: Saved, tmp_path: Path) -> None:

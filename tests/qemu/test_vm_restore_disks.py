@@ -20,6 +20,7 @@ from pyqmigrate.vm.qemu.monitor import Monitor
 from pyqmigrate.vm.record.contents import read_record
 from pyqmigrate.vm.record.disk_identity import look_at_qcow2
 from tests.harness.bare import BareQemu
+from tests.harness.covering import covering
 from tests.harness.machine import BINARY
 from tests.harness.recorded import (
     SIZE,
@@ -294,16 +295,17 @@ def test_qcow2_that_qemu_closed_after_the_save_is_untouched(
         restored(tmp_path / "snap")
 
 
-def test_twenty_saves_with_disks_and_every_one_can_be_restored(
-    tmp_path: Path, disk: Path, place: Path
+@pytest.mark.parametrize("count", covering([4, 20], short=[4]))
+def test_saves_with_disks_can_each_be_restored(
+    tmp_path: Path, disk: Path, place: Path, count: int
 ) -> None:
     """Also when the guest has its disk in one file again: the first recipe in docs/vm-record.md."""
-    names = [f"a-snapshot-with-a-name-{number}" for number in range(21)]
+    names = [f"a-snapshot-with-a-name-{number}" for number in range(count + 1)]
     with BareQemu(*VM, *drive(disk), run=True, socket=place / "qmp") as qemu:
-        for name in names[:20]:
+        for name in names[:count]:
             saved(qemu, tmp_path / name, with_disks=True)
-        record = read_record(tmp_path / names[19])
-        assert record is not None and len(record.disks[0].images) == 20
+        record = read_record(tmp_path / names[count - 1])
+        assert record is not None and len(record.disks[0].images) == count
         assert max(len(name) for name in overlays(tmp_path)) < 50
 
         async def stream(monitor: Monitor) -> None:
@@ -312,12 +314,12 @@ def test_twenty_saves_with_disks_and_every_one_can_be_restored(
             await ended(monitor)
 
         qemu.run(stream)
-        record = saved(qemu, tmp_path / names[20], with_disks=True)
+        record = saved(qemu, tmp_path / names[count], with_disks=True)
         assert len(record.disks[0].images) == 1
-    for number in (7, 19, 20):
+    for number in (count // 3, count - 1, count):
         restored(tmp_path / names[number], with_disks=True)
     with pytest.raises(UsageError, match="would corrupt that"):
-        restored(tmp_path / names[7])
+        restored(tmp_path / names[count // 3])
 
 
 async def top_node(monitor: Monitor) -> str:

@@ -24,6 +24,7 @@ from pyqmigrate.vm import sync
 from pyqmigrate.vm.incoming.early_start import start_early
 from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
 from tests.harness.command import COMMAND
+from tests.harness.covering import covering
 from tests.harness.increments import save_twice, write_increment
 from tests.harness.writing_guest import GuestSetup, Instant, WritingGuest, check_snapshot, restore
 
@@ -73,7 +74,7 @@ def instant_of(saved: Saved) -> Instant:
     return check_snapshot(saved.later, saved.setup)
 
 
-@pytest.mark.parametrize("machine", SETUPS)
+@pytest.mark.parametrize("machine", covering(SETUPS, short=["q35", "microvm"]))
 def test_memory_is_that_of_the_instant_in_each_mode(machine: str, disk: Path) -> None:
     saved = make(disk, machine)
     with restore(saved.setup, saved.later, disk, mode="load", paused=True) as whole:
@@ -205,9 +206,10 @@ def test_command_line_that_cannot_be_mapped_is_loaded(disk: Path) -> None:
         end(vm)
 
 
-def test_clones_of_an_increment_share_the_base(saved: Saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", covering([2, 3], short=[2]))
+def test_clones_of_an_increment_share_the_base(saved: Saved, tmp_path: Path, count: int) -> None:
     clones = sync.clone(
-        saved.path, saved.command(), 3, directory=tmp_path, paused=False, mode="instant"
+        saved.path, saved.command(), count, directory=tmp_path, paused=False, mode="instant"
     )
     try:
         for clone in clones:
@@ -279,8 +281,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("mode", ["instant", "load"])
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    covering(
+        ((mode, n) for mode in ("instant", "load") for n in (signal.SIGINT, signal.SIGTERM)),
+        short=[("instant", signal.SIGTERM), ("load", signal.SIGINT)],
+    ),
+)
 def test_signal_during_the_load_leaves_no_qemu(
     saved: Saved, mode: str, number: signal.Signals
 ) -> None:

@@ -22,6 +22,7 @@ from pyqmigrate.mount.view import MountedView
 from pyqmigrate.store.store import Store
 from pyqmigrate.vm.incoming.report import RestoredVm
 from tests.harness.command import COMMAND
+from tests.harness.covering import covering
 from tests.harness.mounted_guests import PATIENCE, keepers, worker_of
 from tests.harness.stored_guests import store_file
 from tests.harness.walking_guest import WalkingGuest
@@ -101,7 +102,7 @@ def test_no_name_of_the_mount_is_there_while_the_guest_runs(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", covering([5, 50], short=[5]))
 def test_guest_survives_the_death_of_workers(guest: WalkingGuest, stored: str, kills: int) -> None:
     async def run() -> None:
         with contextlib.closing(InputFile(stored)) as source:
@@ -184,19 +185,25 @@ def test_guest_that_needs_a_damaged_page_ends_with_a_message(
     assert "QEMU was killed by signal 7" in ran.stderr
 
 
-def test_ten_clones_share_the_page_cache(guest: WalkingGuest, stored: str, tmp_path: Path) -> None:
-    plain, shown = clones_pss(guest, guest.path, tmp_path), clones_pss(guest, stored, tmp_path)
+@pytest.mark.parametrize("count", covering([3, 10], short=[3]))
+def test_clones_share_the_page_cache(
+    guest: WalkingGuest, stored: str, tmp_path: Path, count: int
+) -> None:
+    plain = clones_pss(guest, guest.path, tmp_path, count)
+    shown = clones_pss(guest, stored, tmp_path, count)
     assert shown < 1.05 * plain + 8 * MIB
 
 
-def clones_pss(guest: WalkingGuest, name: str | Path, tmp_path: Path) -> int:
-    """Return the memory of ten clones that have walked, in bytes."""
+def clones_pss(guest: WalkingGuest, name: str | Path, tmp_path: Path, count: int) -> int:
+    """Return the memory of ``count`` clones that have walked, in bytes."""
 
     async def run() -> int:
-        clones = await vm.clone(name, guest.command, 10, directory=tmp_path / "qmp", paused=False)
+        clones = await vm.clone(
+            name, guest.command, count, directory=tmp_path / "qmp", paused=False
+        )
         running = [clone.vm for clone in clones if clone.vm is not None]
         try:
-            assert len(running) == 10
+            assert len(running) == count
             for one in running:
                 await guest._walk(one.monitor, one.process.pid, guest.npages)
             return sum(map(pss_of, (one.process.pid for one in running)))

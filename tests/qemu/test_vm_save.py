@@ -17,6 +17,7 @@ from pyqmigrate.errors import QemuError, UsageError
 from pyqmigrate.io.job import Progress
 from pyqmigrate.vm.outgoing.save import _Save, save
 from pyqmigrate.vm.record.contents import read_record
+from tests.harness.covering import covering
 from tests.harness.machine import RAM_BLOCK
 from tests.harness.pattern_guest import check_pattern
 from tests.harness.saving import KINDS, loaded, source, wait_until
@@ -24,15 +25,21 @@ from tests.harness.saving import KINDS, loaded, source, wait_until
 pytestmark = pytest.mark.qemu
 
 ENGINES = ["qemu", "direct"]
-# With each machine in the short form: one kind of memory; with pc all.
-SHORT = {("q35", "file"), ("microvm", "private"), *(("pc", memory) for memory in KINDS)}
-MATRIX = [
-    pytest.param(
-        engine, machine, memory, marks=() if (machine, memory) in SHORT else pytest.mark.long
-    )
+# Each machine with one kind of memory; on pc each kind with one engine.
+MATRIX = covering(
+    ((engine, machine, memory) for engine in ENGINES for machine in RAM_BLOCK for memory in KINDS),
+    short=[
+        ("direct", "q35", "file"),
+        ("qemu", "microvm", "private"),
+        *((ENGINES[number % 2], "pc", memory) for number, memory in enumerate(KINDS)),
+    ],
+)
+# Engine, kind of memory, and whether it runs.
+DISKS = [
+    (engine, memory, run)
     for engine in ENGINES
-    for machine in RAM_BLOCK
-    for memory in KINDS
+    for memory in ("file", "private")
+    for run in (True, False)
 ]
 
 
@@ -279,9 +286,18 @@ def with_disk(directory: Path) -> tuple[str, ...]:
     return ("-drive", f"file={directory}/image,format=raw,if=virtio")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("memory", ["file", "private"])
-@pytest.mark.parametrize("run", [True, False], ids=["running", "paused"])
+@pytest.mark.parametrize(
+    ("engine", "memory", "run"),
+    covering(
+        DISKS,
+        short=[
+            ("qemu", "file", True),
+            ("direct", "file", False),
+            ("direct", "private", True),
+            ("qemu", "private", False),
+        ],
+    ),
+)
 def test_disks_are_taken_along(engine: str, memory: str, run: bool, disk: Path) -> None:
     with source(disk, memory=memory, run=run, extra=with_disk(disk)) as guest:
         report = guest.save(disk / "snapshot", engine=engine, with_disks=True)
@@ -298,8 +314,13 @@ def test_disks_are_taken_along(engine: str, memory: str, run: bool, disk: Path) 
             guest.wait_for_count(guest.count() + 1)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("memory", ["file", "private"])
+@pytest.mark.parametrize(
+    ("engine", "memory"),
+    covering(
+        ((engine, memory) for engine in ENGINES for memory in ("file", "private")),
+        short=[("qemu", "file"), ("direct", "private")],
+    ),
+)
 def test_disks_are_what_they_were_when_the_save_fails(engine: str, memory: str, disk: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.bytes_done == progress.bytes_total:
@@ -313,13 +334,18 @@ def test_disks_are_what_they_were_when_the_save_fails(engine: str, memory: str, 
         assert medium["file"] == str(disk / "image")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("run", [True, False], ids=["running", "paused"])
+@pytest.mark.parametrize(
+    ("engine", "run", "kills"),
+    covering(
+        ((engine, run, kills) for kills in (1, 3) for engine in ENGINES for run in (True, False)),
+        short=[("qemu", True, 1), ("direct", True, 1), ("direct", False, 1)],
+    ),
+)
 def test_disks_are_what_they_were_when_the_save_is_killed(
-    engine: str, run: bool, disk: Path
+    engine: str, run: bool, kills: int, disk: Path
 ) -> None:
     with source(disk, run=run, length=128 << 20, extra=with_disk(disk)) as guest:
-        for _ in range(3):
+        for _ in range(kills):
             process = guest.start_save(disk / "snapshot", "--engine", engine, "--with-disks")
             wait_until((disk / "image.snapshot.qcow2").exists, "no overlay")
             process.kill()

@@ -16,6 +16,7 @@ from pyqmigrate.vm.guest.inspect import inspect
 from pyqmigrate.vm.qemu.monitor import Monitor
 from tests.harness.bare import BareQemu
 from tests.harness.compare_memory import assert_same_blocks
+from tests.harness.covering import covering
 from tests.harness.machine import BINARY
 from tests.harness.pattern_guest import build
 from tests.harness.saved import RAM, memory_of, serial_says
@@ -142,8 +143,26 @@ GUESTS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["direct", "qemu"])
-@pytest.mark.parametrize("kind", GUESTS)
+# Each kind of guest; both engines where memory was plugged in, or is of two kinds.
+SHORT = [
+    ("memory plugged in", "qemu"),
+    ("shared memory plugged in", "direct"),
+    ("a shared and a private node", "direct"),
+    ("a shared and a private node", "qemu"),
+    ("nvdimm", "direct"),
+    ("virtio-pmem", "qemu"),
+    ("ivshmem, the master", "direct"),
+    ("a machine that is none", "qemu"),
+    ("huge pages", "direct"),
+    ("one instruction at a time", "direct"),
+    ("a sandbox", "qemu"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    covering(((kind, engine) for kind in GUESTS for engine in ("direct", "qemu")), SHORT),
+)
 def test_guest_of_an_unusual_kind_is_saved(kind: str, engine: str, disk: Path) -> None:
     started, later, commands = GUESTS[kind]
     if kind == "huge pages":
@@ -212,19 +231,37 @@ def started_otherwise(directory: Path) -> dict[str, tuple[list[str], list[str]]]
     }
 
 
-@pytest.mark.parametrize("engine", ["direct", "qemu"])
-@pytest.mark.parametrize("memory", [PC, FILE], ids=["private", "file"])
+MEMORY = {"private": PC, "file": FILE}
+
+
 @pytest.mark.parametrize(
-    "how", ["another user", "chroot", "another user in a chroot", "namespaces"]
+    ("how", "memory", "engine"),
+    covering(
+        (
+            (how, memory, engine)
+            for how in ("another user", "chroot", "another user in a chroot", "namespaces")
+            for memory in MEMORY
+            for engine in ("direct", "qemu")
+        ),
+        short=[
+            ("another user", "private", "direct"),
+            ("another user", "file", "qemu"),
+            ("chroot", "file", "direct"),
+            ("another user in a chroot", "private", "direct"),
+            ("another user in a chroot", "file", "qemu"),
+            ("namespaces", "private", "direct"),
+            ("namespaces", "private", "qemu"),
+        ],
+    ),
 )
 def test_qemu_that_sees_another_system_is_saved(
-    how: str, memory: list[str], engine: str, disk: Path
+    how: str, memory: str, engine: str, disk: Path
 ) -> None:
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("only root may do that")
     before, after = started_otherwise(disk)[how]
     image, serial = build(disk, RAM), disk / "serial"
-    machine = [*memory, "-bios", str(image)]
+    machine = [*MEMORY[memory], "-bios", str(image)]
     with BareQemu(*machine, "-serial", f"file:{serial}", *after, run=True, before=before) as qemu:
         serial_says(serial, 2)
         settings = qemu.run(found)

@@ -74,7 +74,7 @@ def check(
 def test_a_failing_call_leaves_what_was_there_or_the_whole_result(
     shim: Path, places: list[Path], child_environment: dict[str, str]
 ) -> None:
-    check(0, 112, shim, places, child_environment)
+    check(0, 64, shim, places, child_environment)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])

@@ -44,7 +44,7 @@ def check(first: int, count: int, directory: Path, environment: dict[str, str]) 
 
 
 def test_every_verb_ends_with_a_damaged_file(shm: Path, child_environment: dict[str, str]) -> None:
-    check(0, 150, shm, child_environment)
+    check(0, 60, shm, child_environment)
 
 
 @pytest.mark.long

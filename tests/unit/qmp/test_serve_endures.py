@@ -20,6 +20,7 @@ from pyqmigrate import FileMemory, RamBlock, SnapshotError, open_snapshot
 from pyqmigrate.migration import Migration
 from pyqmigrate.qmp import QmpServer, connection
 from tests.harness.contents import Contents, fill
+from tests.harness.covering import covering
 from tests.harness.directories import descriptors
 from tests.harness.machine import GuestRam
 from tests.harness.qmp_server import RawClient
@@ -180,7 +181,7 @@ def handed_over_in_vain(client: RawClient, disk: Path) -> None:
 
 
 ROUND = (through_a_fdset, to_a_path_and_a_named_descriptor, cancelled, failed, handed_over_in_vain)
-ROUNDS = [30, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(1200)])]
+ROUNDS = covering([5, 1000], short=[5], timeout=1200)
 
 
 def leak(path: Path, disk: Path, rounds: int, count: Callable[[], Any]) -> None:
