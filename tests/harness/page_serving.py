@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from pyqmigrate.page_server.server import Ending
 from pyqmigrate.page_server.serving import ServeRequest, serve
 from tests.harness.lazy_destination import Destination, Memory
 
-__all__ = ["Serving", "received"]
+__all__ = ["Relay", "Serving", "received"]
 
 
 class Serving:
@@ -61,6 +62,56 @@ class Serving:
     def __exit__(self, *_: object) -> None:
         self.parent.close()
         self.join()
+
+
+class Relay:
+    """Carries bytes between a server and a destination, until it cuts both off in the middle."""
+
+    def __init__(self, server: socket.socket, destination: socket.socket) -> None:
+        self._ends = (server, destination)
+        self._lock = threading.Lock()
+        self._left: int | None = None
+        self._threads = [
+            threading.Thread(target=self._carry, args=ends)
+            for ends in ((server, destination, True), (destination, server, False))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def cut_after(self, nbytes: int | None) -> None:
+        """Cut after so many more bytes to the destination; None: never."""
+        with self._lock:
+            self._left = nbytes
+
+    def _carry(self, source: socket.socket, target: socket.socket, forth: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                with self._lock:
+                    if forth and self._left is not None:
+                        data = data[: self._left]
+                        self._left -= len(data)
+                target.sendall(data)
+                if forth and self._left == 0:
+                    break
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self.join()
+        for end in self._ends:
+            end.close()
 
 
 def received(snapshot: Path | str, **options: Any) -> Memory:
