@@ -125,7 +125,7 @@ def test_fresh_server_goes_on_where_the_connection_was_cut(tmp_path: Path) -> No
         resume = False
         while not memory.ended:
             limit = rng.randrange(1, 1 << 20)
-            with served(tmp_path / "a", memory, limit=limit, resume=resume) as (serving, found):
+            with served(tmp_path / "a", memory, limit=limit, resume=resume) as (_serving, found):
                 found.join()
             assert found.error is None or "cut" in str(found.error)
             resume = True
@@ -203,7 +203,7 @@ def test_damaged_page_is_named_and_never_sent_and_a_repaired_one_goes_on(
     bit = (data_offset(path) + PIECE + 100) * 8
     flip(path, bit)
     memory = Memory()
-    with served(path, memory) as (serving, destination):
+    with served(path, memory) as (serving, _destination):
         damage = serving.wait_for("damage")
         assert damage["block"] == "ram"
         assert f"page {damage['page']}" in damage["error"]
@@ -224,7 +224,7 @@ def assert_flips(path: Path, content: Bytes, count: int, seed: int) -> None:
         bit = rng.randrange(size * 8)
         flip(path, bit)
         memory = Memory()
-        with served(path, memory, push=Push.ALWAYS) as (serving, destination):
+        with served(path, memory, push=Push.ALWAYS) as (serving, _destination):
             wait_for(
                 lambda s=serving, m=memory: s.error is not None or s.named("damage") or m.ended
             )
