@@ -317,23 +317,24 @@ class PageServer:
         """Mark pages of a read as sent, and encode them."""
         block = self._served[read.block]
         size = block.page_size
-        taken = block.take(read.first, read.end, zeros=zeros)
-        if not taken:
+        runs = block.take(read.first, read.end, zeros=zeros)
+        if not runs:
             return
         self._out = self._encoder.encode(
             block.name,
             size,
             [
                 (
-                    page,
-                    pages[(page - read.first) * size : (page - read.first + 1) * size]
-                    if block.has_data(page)
+                    first,
+                    end,
+                    pages[(first - read.first) * size : (end - read.first) * size]
+                    if has_data
                     else None,
                 )
-                for page in taken
+                for first, end, has_data in runs
             ],
         )
-        self._faults.sent += len(taken)
+        self._faults.sent += sum(end - first for first, end, _ in runs)
 
     def _left(self) -> int:
         return sum(block.left for block in self._served)
@@ -480,6 +481,18 @@ class PageServer:
         except ConnectionError:
             self._ending = self._ending or Ending.BROKEN
             return
+        if sent == sum(map(len, self._out)):
+            self._out = []
+        else:
+            self._drop_sent(sent)
+        if not self._out and self._answering:
+            now = time.monotonic()
+            for since in self._answering:
+                self._faults.answered(now - since)
+            self._answering.clear()
+
+    def _drop_sent(self, sent: int) -> None:
+        """Keep what follows the first ``sent`` bytes."""
         done = 0
         for piece in self._out:
             if sent < len(piece):
@@ -489,11 +502,6 @@ class PageServer:
         del self._out[:done]
         if sent:
             self._out[0] = memoryview(self._out[0])[sent:]
-        if not self._out and self._answering:
-            now = time.monotonic()
-            for since in self._answering:
-                self._faults.answered(now - since)
-            self._answering.clear()
 
     def status(self) -> dict[str, Any]:
         """Return how far it is: pages left, requests, their latency in seconds."""
