@@ -59,7 +59,7 @@ def _connect(address: str) -> Any:
         distributed: Any = importlib.import_module("distributed")
     except ImportError:
         raise NotSupported(
-            "a scheduler needs the library distributed: pip install 'pyqmigrate[fleet]'"
+            "a scheduler needs the library distributed: pip install distributed"
         ) from None
     try:
         return distributed.Client(address, timeout=_CONNECT, set_as_default=False)
@@ -99,7 +99,7 @@ def _check_workers(client: Any, address: str, work: Work, targets: list[Target])
             f"the module {module} is missing",
             [worker for worker, value in found.items() if value != ()],
             len(versions),
-            f"pip install 'pyqmigrate[{extra}]' there",
+            f"install pyqmigrate with the extra {extra} there",
         )
     # It unpickles tasks, too.
     try:

@@ -37,7 +37,8 @@ class ShownFiles(Protocol):
     read ahead at once.
     """
 
-    readers: int
+    @property
+    def readers(self) -> int: ...
 
     def names(self) -> Iterator[str]:
         """Yield the names in the directory, those of companions included."""

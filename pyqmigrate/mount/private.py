@@ -28,6 +28,7 @@ from pyqmigrate.mount.daemon import MountRequest, start_keeper
 __all__ = ["FileRange", "PrivateMount", "open_private"]
 
 _FILES = "files"
+_FUSE_CONFIGURATION = "/etc/fuse.conf"
 
 
 class FileRange(NamedTuple):
@@ -133,7 +134,7 @@ def open_private(
                 text,
                 shown or _without_credentials(text),
                 None if names is None else tuple(names),
-                allow_other=os.geteuid() == 0,
+                allow_other=_may_let_others_read(),
                 private=True,
                 record=record,
                 remember=remember,
@@ -154,6 +155,17 @@ def _without_credentials(place: str) -> str:
         return place
     parts = urlsplit(place)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _may_let_others_read() -> bool:
+    """Return whether this user may let others read a mount: root, and all where the system says so."""
+    if os.geteuid() == 0:
+        return True
+    try:
+        with open(_FUSE_CONFIGURATION, encoding="utf-8", errors="replace") as file:
+            return any(line.strip() == "user_allow_other" for line in file)
+    except OSError:
+        return False
 
 
 def _runtime_directory() -> str | None:

@@ -6,24 +6,20 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.errors import UsageError
 from pyqmigrate.format.store.keys import WORKING_SETS, working_set_key
 from pyqmigrate.io.plain_file import PlainFile
+from pyqmigrate.mount.patience import patiently
 from pyqmigrate.store.pack_cache import default_directory
-from pyqmigrate.store.place import is_unreachable
 from pyqmigrate.store.store import Store
 from pyqmigrate.store.stored_file import StoredFile
 
 __all__ = ["StoreFiles"]
 
-T = TypeVar("T")
-
 _KNOWN_SECONDS = 1.0  # for so long it is not looked again which snapshot has a name
 _REMOTE_READERS = 8
-_PAUSE_MIN, _PAUSE_MAX = 0.05, 2.0
 
 
 class StoreFiles:
@@ -50,8 +46,8 @@ class StoreFiles:
         So a record (NAME.vm.json) is not listed, but can be opened.
         """
         place = self._store.place
-        others = {entry.key for entry in _patiently(lambda: [*place.list(WORKING_SETS)])}
-        for name in _patiently(self._store.names):
+        others = {entry.key for entry in patiently(lambda: [*place.list(WORKING_SETS)])}
+        for name in patiently(self._store.names):
             if self._names is None or name in self._names:
                 yield name
                 yield f"{name}.seal"
@@ -65,13 +61,13 @@ class StoreFiles:
             until, found = self._known.get(name, (0.0, None))
             if time.monotonic() < until:
                 return found
-        found = _patiently(lambda: self._identity(name))
+        found = patiently(lambda: self._identity(name))
         with self._lock:
             self._known[name] = time.monotonic() + _KNOWN_SECONDS, found
         return found
 
     def open(self, name: str) -> PlainFile:
-        file = _patiently(lambda: self._store.open_file(name))
+        file = patiently(lambda: self._store.open_file(name))
         with self._lock:
             self._open.add(file)
         return file
@@ -94,16 +90,3 @@ class StoreFiles:
         except UsageError:
             return None
         return f"{head.size}:{head.mtime_ns}:{head.added_ns}"
-
-
-def _patiently(read: Callable[[], T]) -> T:
-    """Return the result of ``read``; wait for a store that does not answer."""
-    pause = _PAUSE_MIN
-    while True:
-        try:
-            return read()
-        except TargetError as error:
-            if not is_unreachable(error):
-                raise
-        time.sleep(pause)
-        pause = min(2 * pause, _PAUSE_MAX)

@@ -24,7 +24,7 @@ from pyqmigrate.log import logger
 from pyqmigrate.mount.asking import error_object
 from pyqmigrate.mount.board import Board
 from pyqmigrate.mount.connection import DeviceConnection, KeeperConnection
-from pyqmigrate.mount.files import OpenFiles
+from pyqmigrate.mount.files import OpenFiles, ShownFiles
 from pyqmigrate.mount.nodes import Node, Nodes
 from pyqmigrate.mount.push import push
 from pyqmigrate.mount.server import Owner, Server
@@ -139,7 +139,14 @@ class _Work:
 
     def run(self) -> None:
         """Serve until the mount is gone."""
-        nodes = Nodes(self._open_files(), self._known, self._announce)
+        known = list(self._known)
+        if known:
+            from pyqmigrate.mount.late_files import LateFiles
+
+            files: ShownFiles = LateFiles(self._open_files)
+        else:
+            files = self._open_files()
+        nodes = Nodes(files, known, self._announce)
         server = Server(
             self._connection, nodes, self._board, self._owner, since=self._since, report=self.report
         )

@@ -9,8 +9,8 @@
             head = file.read(0, 4096)                   # or without a copy: every page verified
         gc(store)
 
-A target is a directory or a URL (``s3://bucket/prefix``). It needs the extra ``store`` (``pip install
-'pyqmigrate[store]'``), for URLs ``remote``.
+A target is a directory or a URL (``s3://bucket/prefix``). It needs the extra ``store`` of this
+package, for URLs ``remote``.
 """
 
 import importlib

@@ -229,9 +229,7 @@ def _open(url: str, scheme: str) -> ObjectStore:
         from obstore.exceptions import BaseError
         from obstore.store import MemoryStore, from_url
     except ImportError:
-        raise NotSupported(
-            f"{scheme}:// needs the library obstore: pip install 'pyqmigrate[remote]'"
-        ) from None
+        raise NotSupported(f"{scheme}:// needs the library obstore: pip install obstore") from None
     if scheme == "memory":
         with _memory_lock:
             store: ObjectStore = _memory.setdefault(url, MemoryStore())

@@ -212,3 +212,21 @@ def test_a_snapshot_is_kept_compressed(kitchen: Kitchen, saved: Saved) -> None:
     kitchen.cook("Keep a snapshot in a fifth of the space")
     reports = len(saved.reports)
     assert serial_says(kitchen.directory / "serial", 2)[:2] == bytes([reports + 1, reports + 2])
+
+
+def test_guest_that_must_not_stand_still_is_saved(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    kitchen.cook("Save a guest that must not stand still")
+    with open_snapshot(kitchen.directory / "later") as snapshot:
+        assert snapshot.format == "increment"
+    # The guest went on counting, through both saves.
+    assert serial_says(kitchen.directory / "serial", 2)[0] == len(saved.reports) + 1
+
+
+def test_slow_disk_is_read_ahead(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    kitchen.cook("Restore fast from a slow disk")
+    output = kitchen.running[-1].stdout
+    assert output is not None
+    lines = iter(output.readline, b"")
+    assert next(line for line in lines if line.startswith(b"prefetch ")).split()[1] != b"0"

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pyqmigrate
 from pyqmigrate import vm
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.store.store import Store
-from tests.harness.mounted_guests import worker_of
+from tests.harness.mounted_guests import PATIENCE, keepers, worker_of
 from tests.harness.object_store import ObjectStore, object_store
 from tests.harness.stored_guests import store_file
 from tests.harness.walking_guest import WalkingGuest
@@ -43,6 +44,8 @@ def stored(
 ) -> Iterator[str]:
     """The name of the snapshot, whose store answers late."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    (tmp_path / "runtime").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
     url = object_store.url("guests")
     with Store.create(url) as store:
         store_file(store, guest.path, "monday", pack_pages=300)
@@ -148,3 +151,37 @@ def test_outage_stops_the_guest_and_does_not_end_it(
             await paused.end()
 
     asyncio.run(run())
+
+
+def test_guest_that_is_killed_in_an_outage_leaves_nothing(
+    guest: WalkingGuest, stored: str, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    cache = tmp_path / "caches" / "pyqmigrate" / "packs"
+
+    async def run() -> None:
+        paused = await vm.restore(
+            stored, guest.command, mode="instant", stdin=subprocess.DEVNULL, paused=True
+        )
+        try:
+            with contextlib.closing(InputFile(stored)) as source:
+                worker = await asyncio.to_thread(worker_of, source)
+            object_store.stop()
+            os.kill(worker, signal.SIGKILL)
+            for pack in cache.iterdir():
+                pack.unlink()
+            await paused.monitor.execute("cont")
+            await asyncio.sleep(1)
+            assert keepers(tmp_path / "runtime")
+            paused.process.kill()
+            await paused.wait()
+        finally:
+            await paused.end()
+
+    try:
+        asyncio.run(run())
+        deadline = time.monotonic() + PATIENCE
+        while keepers(tmp_path / "runtime"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        object_store.start()

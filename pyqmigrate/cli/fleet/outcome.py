@@ -61,7 +61,7 @@ def result_data(result: Result) -> dict[str, Any]:
         "message": result.message,
         "seconds": result.seconds,
         "finished": result.finished,
-        "worker": result.worker or None,
+        "dask_worker": result.worker or None,
         "found": dict(result.data),
     }
 

@@ -9,7 +9,7 @@ base of an increment in an object store is not looked for.
 JSON: ``verb``; ``table`` (null without one); ``good_count``, ``damaged_count``, ``failed_count``,
 ``skipped_count``; ``done_before``, how many of the results the table had; ``seconds``; ``results``, a
 list by name of ``name``, ``identity``, ``verdict`` (good, damaged, failed, skipped), ``message``,
-``seconds``, ``finished`` (since 1970), ``worker`` (null: this machine), and ``found``: of a snapshot
+``seconds``, ``finished`` (since 1970), ``dask_worker`` (null: this machine), and ``found``: of a snapshot
 that is good ``kind``, ``machine``, ``block_count``, ``data_pages``, ``zero_pages``, ``seal`` (null, or
 ``algorithm``, ``intact``, ``damage_count``, ``damages``, the first 20, ``bytes_read``) and of an increment
 ``base``; of one that is not as sealed, ``seal``. The exit code is 1 if any is damaged, otherwise 3 if any

@@ -4,9 +4,8 @@ It must be empty. A store has a random key of its own, which all digests depend 
 can read all of its snapshots; who can add to it can find out which pages it has: use one store for guests
 that trust each other, not one for all.
 
-The URLs s3://BUCKET/PREFIX, gs:// and az:// need the library obstore, which the extra "remote" of this
-package installs (pip install 'pyqmigrate[remote]'). Credentials and the endpoint come from the
-environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL;
+The URLs s3://BUCKET/PREFIX, gs:// and az:// need the library obstore (pip install obstore). Credentials and
+the endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL;
 GOOGLE_SERVICE_ACCOUNT; AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY).
 
 JSON: ``store``, as it was named; ``version``, of the format.

@@ -24,6 +24,10 @@ error when the guest is restored.
 A saved guest's clocks stop, so its wall clock falls behind. ``--set-time`` sets it by the guest
 agent, whose socket is found in the command line; otherwise a note says how.
 
+SNAPSHOT may be a snapshot of a store, STORE#NAME: the guest runs from a private mount of it, and what goes
+wrong with the store meanwhile is printed on standard error. --with-disks needs --disks-dir then, and
+--record writes into the store.
+
 With --record (mode instant only) the pages that the guest touches within SECONDS are recorded into
 SNAPSHOT.workingset, in the order of first touch. The recording ends earlier if QEMU ends, by a signal
 for instance; what was seen until then is written. Later instant restores of the snapshot read these

@@ -150,7 +150,8 @@ def _lines(report: VmSaveReport) -> Iterator[str]:
     if report.method is not None:
         rounds = "" if report.rounds is None else f", {counted(report.rounds, 'round')}"
         yield f"method    {report.method}: {report.method_why}"
-        yield f"instant   {report.instant} of the save{rounds}"
+        slowdown = "" if report.slowdown is None else f", guest {report.slowdown:.0%} slower"
+        yield f"instant   {report.instant} of the save{rounds}{slowdown}"
     downtime = "" if report.downtime is None else f", paused for {report.downtime:.3f} s"
     yield f"guest     {report.run_state_before} before, {_after(report)} now{downtime}"
     yield from setting_lines(report.settings)

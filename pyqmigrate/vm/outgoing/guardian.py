@@ -13,6 +13,7 @@ of a journal:
 =============  ====================================================================
 monitor        absolute path of the monitor's socket
 pid            QEMU's process, or null if unknown
+threads        the threads that it had when the save began; empty if unknown
 snapshot       absolute path that the snapshot will have
 token          marks the descriptors added to QEMU, and the unfinished file if it has
                a name
@@ -72,6 +73,7 @@ _COMMIT_TIMEOUT = 60.0  # an overlay gets little data during one save
 _RATE_SLOT = 0.12  # QEMU sends something in each slot of its rate limit, however low that is
 _QUIET = 0.03  # this long without a byte: the channels are idle
 _QUIET_TIMEOUT = 0.6
+_REST_TIMEOUT = 5.0  # on a busy host, a channel may wait for a processor
 _UNDER_WAY = {"setup", "active", "pre-switchover", "device", "cancelling", "failing", "wait-unplug"}
 _POSTCOPY = {
     "postcopy-active",
@@ -139,7 +141,7 @@ def rollback_steps(
         # Until QEMU can cancel it, it may touch all memory for a while.
         yield from _attempt("cont", None, errors, only_in={"paused"})
     if Step.MIGRATING in steps:
-        yield from _end_migration(errors, slow_down=Step.BACKGROUND not in steps)
+        yield from _end_migration(journal, errors, slow_down=Step.BACKGROUND not in steps)
     elif Step.MIGRATED in steps:
         yield from _wait_for_run_state()
     if resume:
@@ -281,7 +283,9 @@ def _publish_record(journal: dict[str, Any]) -> None:
             os.close(directory)
 
 
-def _end_migration(errors: list[str], *, slow_down: bool) -> Generator[Command, Any, None]:
+def _end_migration(
+    journal: dict[str, Any], errors: list[str], *, slow_down: bool
+) -> Generator[Command, Any, None]:
     """Cancel the migration, or wait for its end, and for the run state that follows.
 
     QEMU 10.0.2 may crash when a cancel meets channels that are being set up or have pages left to
@@ -294,7 +298,7 @@ def _end_migration(errors: list[str], *, slow_down: bool) -> Generator[Command, 
         if status == "active" and not slowed:
             slowed = True
             yield from _attempt("migrate-set-parameters", _CRAWL, errors)
-            yield from _until_quiet()
+            yield from _until_quiet(journal)
         elif status in _CANCELLABLE and not cancelled:
             cancelled = True
             yield from _attempt("migrate_cancel", None, errors)
@@ -307,19 +311,50 @@ def _wait_for_run_state() -> Generator[Command, Any, None]:
         yield None
 
 
-def _until_quiet() -> Generator[Command, Any, None]:
-    """Wait for a pause after QEMU sent something, which it does every 100 ms at any rate limit."""
+def _until_quiet(journal: dict[str, Any]) -> Generator[Command, Any, None]:
+    """Wait until the channels are idle: for a pause after QEMU sent something, which it does every 100
+    ms at any rate limit, in which the channels' threads sleep."""
     slot, quiet = _polls(_RATE_SLOT), _polls(_QUIET)
     sent: list[int] = []
-    for _ in range(_polls(_QUIET_TIMEOUT)):
+    pauses = 0
+    for number in range(_polls(_REST_TIMEOUT)):
         yield None
         info = yield "query-migrate", None
         if info.get("status") != "active":
             return
         sent.append(info.get("ram", {}).get("transferred", 0))
         latest = sent[slot:]
-        if latest and latest[0] != latest[-1] and latest[-quiet:] == [latest[-1]] * quiet:
+        is_pause = bool(latest) and latest[0] != latest[-1]
+        is_pause = is_pause and latest[-quiet:] == [latest[-1]] * quiet
+        pauses += is_pause
+        if pauses == 0 and number < _polls(_QUIET_TIMEOUT):
+            continue
+        if (is_pause or not pauses) and _new_threads_sleep(journal):
             return
+
+
+def _new_threads_sleep(journal: dict[str, Any]) -> bool:
+    """Return whether all threads that QEMU has started since the save began sleep.
+
+    A channel with pages left to send runs, is ready to run, or writes (state R or D). On a busy host that can
+    take longer than any pause in what QEMU has sent. True if it is not known.
+    """
+    pid, before = journal["pid"], set(journal.get("threads", ()))
+    if pid is None or not before:
+        return True
+    try:
+        threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return True
+    return all(_sleeps(pid, thread) for thread in threads if thread not in before)
+
+
+def _sleeps(pid: int, thread: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/task/{thread}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("R", "D")
+    except (OSError, IndexError):  # it has ended
+        return True
 
 
 def _attempt(

@@ -90,6 +90,7 @@ class SaveTransaction:
         self._journal: dict[str, Any] = {
             "monitor": os.fspath(Path(monitor.path).absolute()),
             "pid": guest.pid,
+            "threads": _threads(guest.pid),
             "snapshot": os.path.abspath(snapshot),
             "token": self._token,
             "resume": guest.running,
@@ -366,6 +367,13 @@ class SaveTransaction:
         self._guardian = None
         if self._channel is not None:
             self._channel.close()
+
+
+def _threads(pid: int | None) -> list[int]:
+    try:
+        return [] if pid is None else [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return []
 
 
 async def run_commands(monitor: Monitor, commands: Generator[guardian.Command, Any, T]) -> T:

@@ -10,8 +10,9 @@ PAGE = (ROOT / "docs" / "internals" / "architecture.md").read_text()
 ANSWERS = re.findall(r"^\| [^|]*\? \| `([\w/]+\.\w+)`: `(\w+)`(?: of `(\w+)`)?", PAGE, re.MULTILINE)
 
 
-def test_there_are_ten_answers() -> None:
-    assert len(ANSWERS) == 10
+def test_every_question_has_an_answer() -> None:
+    questions = re.findall(r"^\| [^|]*\? \|", PAGE, re.MULTILINE)
+    assert len(ANSWERS) == len(questions) >= 10
 
 
 @pytest.mark.parametrize(("file", "name", "owner"), ANSWERS)

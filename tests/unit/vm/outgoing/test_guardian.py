@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -171,6 +172,45 @@ def test_guest_stopped_for_a_background_snapshot_runs_before_that_is_cancelled(
     journal = JOURNAL | {"steps": [*JOURNAL["steps"], "background"], "resume": resume}
     drive(machine, journal)
     assert machine.executed[: 1 + resume] == ["cont", "migrate_cancel"][1 - resume :]
+
+
+@pytest.fixture
+def thread() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs until it is told to sleep; its one thread stands for a channel."""
+    program = "import sys\nprint(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_migration_is_not_cancelled_while_a_channel_is_about_to_send(
+    thread: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: on a busy host it waits for a processor."""
+    machine = Machine("active", "running")
+    machine.patience = 450
+    asleep: list[bool] = []
+
+    def sleeps(pid: int, number: int) -> bool:
+        found = real(pid, number)
+        asleep.append(found)
+        if len(asleep) == 100:
+            os.kill(pid, signal.SIGSTOP)  # state T: it does not write, either
+        return found
+
+    real = guardian._sleeps
+    monkeypatch.setattr(guardian, "_sleeps", sleeps)
+    assert drive(machine, {**JOURNAL, "pid": thread.pid, "threads": [1]}) == []
+    assert len(asleep) > 100 and not any(asleep[:100]) and asleep[-1]
+    assert "migrate_cancel" in machine.executed
+
+
+def test_threads_that_qemu_had_before_are_not_waited_for(thread: subprocess.Popen[bytes]) -> None:
+    machine = Machine("active", "running")
+    assert drive(machine, {**JOURNAL, "pid": thread.pid, "threads": [thread.pid]}) == []
+    assert "migrate_cancel" in machine.executed
 
 
 def test_migration_that_waits_is_cancelled_at_once() -> None:
