@@ -124,6 +124,7 @@ class PageServer:
         self.control: int | None = None
         self.on_control: Callable[[], bool] = lambda: False
         self.loaded = False
+        self._reading = Reading(source)
         self._reset()
         try:
             for number, block in enumerate(self._blocks):
@@ -134,7 +135,6 @@ class PageServer:
 
     def _reset(self) -> None:
         """Forget the connection."""
-        self._reading: Reading | None = None
         self._encoder = PartEncoder()
         self._answers = ReturnPath({block.spec.name: block for block in self._blocks})
         self._out: list[RecordData] = []
@@ -201,9 +201,9 @@ class PageServer:
 
     def _take_over(self, connection: socket.socket) -> None:
         self._let_go()
+        self._reading.forget()
         self._reset()
         self._connection = connection
-        self._reading = Reading(self._source)
 
     @contextlib.contextmanager
     def _gone(self, what: str) -> Any:
@@ -232,7 +232,6 @@ class PageServer:
         return self._ending
 
     def _step(self, connection: socket.socket) -> None:
-        assert self._reading is not None
         for read, result in self._reading.ended():
             self._finish(read, result)
         now = time.monotonic()
@@ -259,7 +258,6 @@ class PageServer:
 
     def _timeout(self, now: float) -> float | None:
         """Return how long to wait for the connection."""
-        assert self._reading is not None
         if self._out:
             return None
         if self._reading.has_results:
@@ -278,7 +276,6 @@ class PageServer:
         return self._last_request + (_HOLD if self._options.record else QUIET)
 
     def _may_push_later(self) -> bool:
-        assert self._reading is not None
         if not self.loaded or self._options.push is Push.NEVER:
             return False
         return bool(self._ready) or (
@@ -344,7 +341,6 @@ class PageServer:
     def _read_ahead(self) -> None:
         """Start reads of pages that nobody has asked for; those that end at once are ready."""
         reading = self._reading
-        assert reading is not None
         if len(self._ready) > reading.window:
             return
         while reading.ahead < reading.window and (read := self._next_window()) is not None:
@@ -383,7 +379,6 @@ class PageServer:
 
     def _finish(self, read: Read, result: RecordData | Exception) -> None:
         """Take the result of a read."""
-        assert self._reading is not None
         if read.demand:
             self._asked.discard((read.block, read.first))
         if not isinstance(result, Exception):
@@ -426,7 +421,6 @@ class PageServer:
 
     def _retry(self) -> None:
         """Read what could not be read once more."""
-        assert self._reading is not None
         self._retry_after = min(self._retry_after * 2, _RETRY_MAX)
         self._retry_at = time.monotonic() + self._retry_after
         for read in list(self._withheld.values()):
@@ -457,7 +451,6 @@ class PageServer:
 
     def _request(self, request: Request) -> None:
         """Start to answer a request."""
-        assert self._reading is not None
         now = self._last_request = time.monotonic()
         number = self._numbers[request.block]
         block = self._served[number]
@@ -526,9 +519,6 @@ class PageServer:
         self._report({"event": name, **more, **self.status()})
 
     def _let_go(self) -> None:
-        if self._reading is not None:
-            self._reading.close()
-            self._reading = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -536,6 +526,7 @@ class PageServer:
     def close(self) -> None:
         """Close the connection and free memory. Idempotent."""
         self._let_go()
+        self._reading.close()
         for block in self._served:
             block.close()
         self._served = []
