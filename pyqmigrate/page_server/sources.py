@@ -90,11 +90,21 @@ class ReadAt(abc.ABC):
         """Return exactly ``length`` bytes. Raises SnapshotError, TargetError."""
 
 
-def open_source(snapshot: str | os.PathLike[str], *, sealed: bool = True) -> PageSource:
+def open_source(
+    snapshot: str | os.PathLike[str],
+    *,
+    sealed: bool = True,
+    base: str | None = None,
+    offset: int | None = None,
+    cache: str | None = None,
+) -> PageSource:
     """Open a snapshot of any kind: a path, a ``file:`` URI, ``STORE#NAME``.
 
     sealed: whether what is read is compared with the seal, if there is one. Pages of a store are always
         compared with their digests.
+    base: where the base of an increment is, instead of the recorded place.
+    offset: where the stream starts in a file, bytes; None finds it.
+    cache: where the packs of a remote store are kept, None for the default directory.
 
     Raises the errors of :func:`~pyqmigrate.snapshot.detect.open_snapshot`, and NotSupported for a snapshot
     whose blocks are partly elsewhere or whose device state cannot be separated.
@@ -103,10 +113,10 @@ def open_source(snapshot: str | os.PathLike[str], *, sealed: bool = True) -> Pag
     if "#" in name and names_stored(name):
         from pyqmigrate.page_server.stored import StoredSource
 
-        return StoredSource(name)
+        return StoredSource(name, cache)
     from pyqmigrate.page_server.opened import open_file_source
 
-    return open_file_source(name, sealed=sealed)
+    return open_file_source(name, sealed=sealed, base=base, offset=offset)
 
 
 def guest_state(

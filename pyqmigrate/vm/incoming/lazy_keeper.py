@@ -4,9 +4,9 @@ This is a program of its own, started by :mod:`pyqmigrate.vm.incoming.lazy_proce
 lazy_keeper.py SNAPSHOT`` (SNAPSHOT is there for people who read a list of processes). It outlives the
 process that restored the guest. Its standard input is a socket to that process, the *parent*.
 
-The page server (``pyqmigrate.page_server``) is its child, and sends the pages to QEMU over a socket. If the server dies,
-the guest's processors stop at the first page that is missing, and a command like ``stop`` blocks QEMU's
-monitors. So the keeper has a monitor of its own, with out-of-band commands enabled from the start: by
+The page server (``pyqmigrate.page_server``) is its child, and sends the pages to QEMU over a socket. If
+the server dies, the guest's processors stop at the first page that is missing, and a command like ``stop``
+blocks QEMU's monitors. So the keeper has a monitor of its own, with out-of-band commands enabled from the start: by
 ``migrate-recover`` it gives QEMU a new connection, on which a new server asks what has arrived, and goes on.
 The connections are passed to QEMU beforehand (``getfd`` is not an out-of-band command).
 
@@ -19,7 +19,7 @@ setup        the first line: ``server`` (command line of a page server, without 
              ``snapshot``, ``kept`` (a list of [absolute path, inherited descriptor] of its
              files), ``monitor`` and ``source`` (inherited descriptors: the monitor, and
              the socket on which QEMU expects the stream), ``hold`` (seconds without any
-             push, while a working set is recorded, or null)
+             push, while a working set is recorded, or null) and ``push`` (its policy then)
 start        once QEMU waits for the stream: ``pid`` of QEMU, ``host_pages`` (page sizes
              of its blocks by name), and ``collapse``, a list of [address, length] of
              memory whose pages are to be made huge at the end; empty for none
@@ -33,6 +33,7 @@ A client may send ``{"resume": SNAPSHOT}``: the pages come from that copy of the
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -349,7 +350,7 @@ class Keeper:
         if self._listener is not None:
             found[self._listener.fileno()] = (select.POLLIN, self._accept)
         for client in self._clients:
-            add(client, lambda client=client: self._hear_client(client))
+            add(client, functools.partial(self._hear_client, client))
         if self._qemu_pidfd >= 0:
             found[self._qemu_pidfd] = (select.POLLIN, self._qemu_gone)
         if self._server is not None:
@@ -391,7 +392,7 @@ class Keeper:
     def _push(self) -> None:
         """Let the server send what nobody has asked for."""
         if self._server is not None:
-            self._server.control.send({"command": "push", "policy": "idle"})
+            self._server.control.send({"command": "push", "policy": self._setup["push"]})
 
     def _listen(self, pid: int) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -28,6 +28,7 @@ from pyqmigrate.vm.incoming import lazy_keeper
 __all__ = ["Damage", "KeeperProcess", "LazyState", "ServerSettings", "follow", "start_keeper"]
 
 _LINE_MAX = 1 << 20
+_END_TIMEOUT = 5.0  # seconds
 _SERVER = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
     "runpy.run_module('pyqmigrate.page_server', run_name='__main__', alter_sys=True)"
@@ -124,10 +125,7 @@ class ServerSettings:
 
 def _words(values: Mapping[str, object]) -> list[str]:
     return [
-        word
-        for name, value in values.items()
-        if value is not None
-        for word in (name, str(value))
+        word for name, value in values.items() if value is not None for word in (name, str(value))
     ]
 
 
@@ -146,7 +144,9 @@ class KeeperProcess:
         try:
             self._channel.sendall(json.dumps(line).encode() + b"\n")
         except OSError as error:
-            raise QemuError(f"the keeper of the lazy restore has ended: {error.strerror}") from error
+            raise QemuError(
+                f"the keeper of the lazy restore has ended: {error.strerror}"
+            ) from error
 
     def attach(self) -> None:
         """Follow what it reports, in the running event loop."""
@@ -155,10 +155,8 @@ class KeeperProcess:
             self._reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             await follow(self._channel, self._take)
-        except OSError:
-            pass
         if not self.state.ended:
             self._take(LazyState("failed", error="the keeper of the lazy restore has ended"))
 
@@ -207,9 +205,11 @@ class KeeperProcess:
         self.process.poll()  # no zombie, if it has ended
 
     def end(self) -> None:
-        """End a keeper whose guest has not run. Idempotent."""
+        """End a keeper whose QEMU has ended, or has not loaded anything. Blocks. Idempotent."""
         self._channel.close()
-        if self.process.poll() is None:
+        try:
+            self.process.wait(_END_TIMEOUT)  # it ends its server
+        except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
@@ -250,6 +250,7 @@ def start_keeper(
         "server": server,
         "first": settings.first_words(),
         "hold": settings.record_seconds,
+        "push": settings.push,
         "snapshot": snapshot,
         "kept": kept,
         "monitor": monitor.fileno(),

@@ -121,6 +121,7 @@ class RestoreSource:
         cache: Path | None = None,
         record: bool = False,
     ) -> None:
+        self._target = target
         self._prefetch: Prefetch | None = None
         self._prefetch_lock = threading.Lock()
         self._input = InputFile(target, cache=cache, record=record)
@@ -163,6 +164,22 @@ class RestoreSource:
     @property
     def mapped_fd(self) -> int:
         return self.mapped.source.fd
+
+    @property
+    def server_target(self) -> str:
+        """What a page server, which has another working directory, opens."""
+        if self.view is not None and isinstance(self._target, str | os.PathLike):
+            target = os.fspath(self._target)
+            return target if "://" in target else os.path.abspath(target)
+        return f"/proc/self/fd/{self.fd}" if self.place is None else os.fspath(self.place)
+
+    @property
+    def kept_files(self) -> list[tuple[str, int]]:
+        """The files by their absolute paths, with descriptors, so that they stay the same ones."""
+        sources = [self.snapshot.source]
+        if self.increment is not None:
+            sources.append(self.increment.base.source)
+        return [(os.fspath(source.place or ""), source.fd) for source in sources]
 
     @property
     def age(self) -> float:

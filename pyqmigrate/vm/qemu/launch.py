@@ -89,14 +89,7 @@ async def launch(
     QEMU's standard error when it does not start, UsageError for invalid arguments.
     """
     starting = asyncio.to_thread(
-        start,
-        command,
-        pass_fds,
-        qmp=qmp,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        second=second,
+        start, command, pass_fds, qmp=qmp, stdin=stdin, stdout=stdout, stderr=stderr, second=second
     )
     return await answered(await acquired(starting, QemuProcess.end))
 

@@ -124,8 +124,9 @@ def start(
 ) -> QemuProcess:
     """Start ``command`` with an additional monitor, and another one that listens at ``qmp``.
 
-    ``second`` is QEMU's end of a connection to one more monitor; it is borrowed. Streams are as subprocess.Popen takes them; None is this process's own. Do not call it in the
-    main thread: a signal handler that raised between fork and bookkeeping would leave QEMU running.
+    ``second`` is QEMU's end of a connection to one more monitor; it is borrowed. Streams are as
+    subprocess.Popen takes them; None is this process's own. Do not call it in the main thread: a
+    signal handler that raised between fork and bookkeeping would leave QEMU running.
 
     Raises QemuError when the program cannot be started, UsageError for invalid arguments, and for
     an invalid socket path ``qmp``.
