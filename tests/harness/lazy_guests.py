@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -59,7 +60,8 @@ async def _complete(vm: RestoredVm) -> LazyState:
 def children_of(pid: int) -> Iterator[int]:
     """The process ids of a process's children."""
     for task in Path(f"/proc/{pid}/task").iterdir():
-        yield from map(int, (task / "children").read_text().split())
+        with contextlib.suppress(OSError):  # the thread has ended
+            yield from map(int, (task / "children").read_text().split())
 
 
 def server_of(vm: RestoredVm) -> int | None:
