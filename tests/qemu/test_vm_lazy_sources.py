@@ -74,7 +74,7 @@ def test_a_store_by_a_relative_path_is_found_by_the_server(
 @pytest.mark.parametrize("mode", ["lazy", "auto"])
 def test_a_sequential_stream_is_restored_lazily(saved: Saved, mode: str, tmp_path: Path) -> None:
     stream = tmp_path / "guest.stream"
-    pyqmigrate.convert(saved.path, stream, to="sequential")
+    pyqmigrate.convert(saved.path, stream, to="stream")
     asyncio.run(_whole(saved, str(stream), tmp_path / "out", mode))
 
 
@@ -163,40 +163,39 @@ def test_vm_restore_names_the_page_and_vm_wait_goes_on(
 
     vm = [sys.executable, "-m", "pyqmigrate", "vm"]
     command = _command(saved, tmp_path / "out")
-    with (tmp_path / "errors").open("w+") as errors:
-        with subprocess.Popen(
-            [*vm, "restore", "--json", "--mode", "lazy", str(damaged), "--", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        ) as restoring:
-            try:
-                assert restoring.stdout is not None
-                lines = ""
-                while not lines.endswith("}\n") or lines.count("{") > lines.count("}"):
-                    line = restoring.stdout.readline()
-                    assert line, (tmp_path / "errors").read_text()
-                    lines += line
-                report = json.loads(lines)
-                assert report["mode"] == "lazy"
-                assert report["lazy"]["pages_left"] > 0
-                deadline = time.monotonic() + _PATIENCE
-                while "not as it was sealed" not in (said := (tmp_path / "errors").read_text()):
-                    assert time.monotonic() < deadline, said
-                    time.sleep(0.05)
-                assert f"vm wait {report['pid']} --resume" in said
-                waiting = subprocess.run(
-                    [*vm, "wait", str(report["pid"]), "--resume", str(saved.path), "--json"],
-                    capture_output=True,
-                    text=True,
-                    timeout=_PATIENCE,
-                )
-                assert waiting.returncode == 0, waiting.stderr
-                assert json.loads(waiting.stdout)["pages_left"] == 0
-            finally:
-                restoring.terminate()
-                restoring.wait(_PATIENCE)
+    with (tmp_path / "errors").open("w+") as errors, subprocess.Popen(
+        [*vm, "restore", "--json", "--mode", "lazy", str(damaged), "--", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+    ) as restoring:
+        try:
+            assert restoring.stdout is not None
+            lines = ""
+            while not lines.endswith("}\n") or lines.count("{") > lines.count("}"):
+                line = restoring.stdout.readline()
+                assert line, (tmp_path / "errors").read_text()
+                lines += line
+            report = json.loads(lines)
+            assert report["mode"] == "lazy"
+            assert report["lazy"]["pages_left"] > 0
+            deadline = time.monotonic() + _PATIENCE
+            while "not as it was sealed" not in (said := (tmp_path / "errors").read_text()):
+                assert time.monotonic() < deadline, said
+                time.sleep(0.05)
+            assert f"vm wait {report['pid']} --resume" in said
+            waiting = subprocess.run(
+                [*vm, "wait", str(report["pid"]), "--resume", str(saved.path), "--json"],
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE,
+            )
+            assert waiting.returncode == 0, waiting.stderr
+            assert json.loads(waiting.stdout)["pages_left"] == 0
+        finally:
+            restoring.terminate()
+            restoring.wait(_PATIENCE)
 
 
 def test_there_is_nothing_to_resume_without_a_lazy_restore(saved: Saved) -> None:

@@ -329,7 +329,7 @@ class RestoreAttempt:
             notes=notes,
             **details,
         )
-        view = self.source.mapped.source.view
+        view = self.source.pages_from.source.view
         view = view.share() if view is not None else None
         qemu.hand_over()
         return RestoredVm(qemu, report, recorder, view, keeper)
@@ -377,7 +377,7 @@ class RestoreAttempt:
         assert view is not None
         place = await asyncio.to_thread(view.view.check_recordable)
         identity = await asyncio.to_thread(self.source.identify)
-        recorder = RequestRecorder(view, place, identity, self.source.snapshot.layouts, seconds)
+        recorder = RequestRecorder(view, place, identity, self.source.loaded.layouts, seconds)
         recorder.start()
         return recorder
 
