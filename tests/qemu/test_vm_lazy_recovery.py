@@ -163,9 +163,7 @@ def test_a_restore_that_is_cancelled_leaves_no_process(saved: Saved, tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["system_reset", "stop"])
-def test_commands_work_while_pages_are_missing(
-    command: str, saved: Saved, tmp_path: Path
-) -> None:
+def test_commands_work_while_pages_are_missing(command: str, saved: Saved, tmp_path: Path) -> None:
     async def run() -> None:
         vm = await _lazy(saved, tmp_path / "out", push="never")
         assert vm.lazy is not None

@@ -163,13 +163,16 @@ def test_vm_restore_names_the_page_and_vm_wait_goes_on(
 
     vm = [sys.executable, "-m", "pyqmigrate", "vm"]
     command = _command(saved, tmp_path / "out")
-    with (tmp_path / "errors").open("w+") as errors, subprocess.Popen(
-        [*vm, "restore", "--json", "--mode", "lazy", str(damaged), "--", *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-    ) as restoring:
+    with (
+        (tmp_path / "errors").open("w+") as errors,
+        subprocess.Popen(
+            [*vm, "restore", "--json", "--mode", "lazy", str(damaged), "--", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as restoring,
+    ):
         try:
             assert restoring.stdout is not None
             lines = ""

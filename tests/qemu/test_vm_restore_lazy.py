@@ -58,11 +58,7 @@ def test_a_guest_goes_on_lazily(machine: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        backend("ram", share="on"),
-        backend("memfd", share="on"),
-        backend("memfd", share="off"),
-    ],
+    [backend("ram", share="on"), backend("memfd", share="on"), backend("memfd", share="off")],
     ids=["shared", "memfd", "private memfd"],
 )
 def test_memory_of_any_kind_is_filled_lazily(
@@ -96,7 +92,9 @@ def test_a_memory_file_on_a_disk_is_refused_before_qemu_starts(
     if shutil.disk_usage(tmp_path).free == 0 or _is_tmpfs(tmp_path):
         pytest.skip("the tests' directory is on a tmpfs")
     command = saved.command(*backend("file", share="on", mem_path=str(path)), serial=tmp_path / "o")
-    with pytest.raises(NotSupported, match="no lazy restore: .*QEMU fills only memory files on tmpfs"):
+    with pytest.raises(
+        NotSupported, match=r"no lazy restore: .*QEMU fills only memory files on tmpfs"
+    ):
         asyncio.run(restore(saved.path, command, mode="lazy"))
     assert not path.exists()
 

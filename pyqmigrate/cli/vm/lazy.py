@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -102,6 +101,8 @@ class LazyLines:
 @contextlib.asynccontextmanager
 async def lazy_shown(vms: Sequence[RestoredVm]) -> AsyncIterator[None]:
     """Show how the memory of these guests arrives, while the context lasts."""
+    import asyncio  # a restore starts QEMU before
+
     several = len(vms) > 1
     watches = [
         asyncio.create_task(
