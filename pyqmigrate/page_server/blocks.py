@@ -42,6 +42,7 @@ class ServedBlock:
     def mark_received(self, bits: bytes) -> None:
         """Take the pages that the destination has, in a connection that replaces a broken one."""
         self.sent.fill(memoryview(bits))
+        self.pending.add(self._data)  # what was sent need not have arrived
         self.pending.remove(self.sent)
         self.left = self.pending.count()
 
