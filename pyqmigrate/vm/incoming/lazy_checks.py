@@ -23,10 +23,10 @@ _MEMORY_TYPES = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
 _PINNING = ("vfio", "vhost-vdpa")
 
 
-def why_not_lazy(command: CommandLine, snapshot: Snapshot) -> str | None:
-    """Return what makes a lazy restore of ``snapshot`` with ``command`` impossible; None if nothing is
-    known to."""
-    for block in snapshot.blocks.values():
+def why_not_lazy(command: CommandLine, snapshot: Snapshot | None = None) -> str | None:
+    """Return what makes a lazy restore with ``command``, of ``snapshot`` if given, impossible; None if
+    nothing is known to."""
+    for block in () if snapshot is None else snapshot.blocks.values():
         if block.external:
             return f"the content of block {block.name!r} is not in the snapshot"
     return _pinned(command) or userfaultfd_obstacle() or next(_files_on_disks(command), None)
