@@ -20,7 +20,7 @@ live save needs more if the guest fills pages during the save); ``directory``, `
 (file, process, or null: cannot be read), ``shared``, ``file_backed``, ``why_not``; ``disks``, a list
 of ``device``, ``qdev``, ``node``, ``file``, ``format``, ``writable``, ``size`` and ``chain``, the
 backing files (``file``, ``format``, ``size``); ``disk_needs`` (sentences); ``with_disks`` (whether
---with-disks is possible, null if no disk is writable) and ``why_no_disks``; ``lazy`` (whether a restore
+--with-disks is possible, null if no disk is writable) and ``why_no_disks``; ``can_be_lazy`` (whether a restore
 with this command line, on this host, can be in mode lazy) and ``why_not_lazy``. Sizes are in bytes.
 """
 
@@ -126,7 +126,7 @@ def _data(report: CheckReport) -> dict[str, Any]:
         "disk_needs": list(report.disk_needs),
         "with_disks": report.disks_along,
         "why_no_disks": report.why_no_disks,
-        "lazy": not report.why_not_lazy,
+        "can_be_lazy": not report.why_not_lazy,
         "why_not_lazy": report.why_not_lazy,
     }
 

@@ -61,8 +61,8 @@ class LazyLines:
         """Print what has not been printed yet."""
         for damage in state.damages:
             self._print(self._damage(damage))
-        for message in state.messages:
-            self._print(message)
+        for warning in state.warnings:
+            self._print(warning)
         if state.ended:
             self._end(state)
         elif sys.stderr.isatty() and state.pages_left is not None:
@@ -80,7 +80,7 @@ class LazyLines:
 
     def _end(self, state: LazyState) -> None:
         if state.state == "failed":
-            self._print(f"the guest does not get the rest of its memory: {state.error}")
+            self._print(f"the guest does not get the rest of its memory: {state.failure}")
             return
         if state.state == "gone":
             return

@@ -9,8 +9,8 @@ The exit code is 4 if QEMU ended before it had all of its memory.
 
 JSON: ``state`` (completed); ``pages_left``; ``faults``, how many pages the guest asked for, and
 ``fault_seconds``, their mean latency in the page server; ``restarts`` of the page server; ``damages``, a list of
-``block``, ``page`` and ``error``; ``messages``; ``huge``, bytes that were made huge pages; ``loaded`` and
-``error`` (of a failure, else null).
+``block``, ``page`` and ``why``; ``warnings``, sentences; ``huge``, bytes that were made huge pages; ``loaded`` and
+``failure`` (why it failed, or null).
 """
 
 from __future__ import annotations

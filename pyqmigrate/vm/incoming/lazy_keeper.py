@@ -51,7 +51,7 @@ ENDED = ("completed", "failed", "gone")
 _SPARES = 8  # connections that QEMU has for recoveries: one is used by each
 _LINE_MAX = 1 << 16
 _DAMAGES_MAX = 100
-_MESSAGES_MAX = 20
+_WARNINGS_MAX = 20
 _CLIENTS_MAX = 64
 _RETRY = 0.01  # seconds between attempts to recover
 _RETRY_MAX = 1.0
@@ -65,6 +65,7 @@ _MADV_COLLAPSE = 25
 
 # Keys of the state, and the server's names for them.
 _COUNTS = {"pages_left": "pages_left", "faults": "requests", "fault_seconds": "mean_latency"}
+_DAMAGE = {"block": "block", "page": "page", "why": "error"}
 
 State = dict[str, Any]
 """What is told about a restore:
@@ -79,10 +80,10 @@ pages_left      data pages that were not sent yet, or null
 faults          requests for pages by QEMU so far, and
 fault_seconds   their mean latency in the server, or null
 restarts        how often the server was replaced
-damages         a list of ``block``, ``page`` and ``error``: pages that cannot be had
-messages        sentences on what went wrong
+damages         a list of ``block``, ``page`` and ``why``: pages that cannot be had
+warnings        sentences on what went wrong
 huge            bytes of memory that were made huge pages at the end
-error           why it ``failed``, or null
+failure         why it ``failed``, or null
 ==============  ===================================================================
 """
 
@@ -293,9 +294,9 @@ class Keeper:
             "fault_seconds": None,
             "restarts": 0,
             "damages": [],
-            "messages": [],
+            "warnings": [],
             "huge": 0,
-            "error": None,
+            "failure": None,
         }
 
     # --- the loop -----------------------------------------------------------------------------------
@@ -438,10 +439,10 @@ class Keeper:
                 listener.send(self.state)
 
     def _note(self, message: str) -> None:
-        messages = self.state["messages"]
-        if message not in messages:
-            messages.append(message)
-            del messages[:-_MESSAGES_MAX]
+        warnings = self.state["warnings"]
+        if message not in warnings:
+            warnings.append(message)
+            del warnings[:-_WARNINGS_MAX]
             self._publish()
 
     # --- the server -----------------------------------------------------------------------------------
@@ -515,7 +516,7 @@ class Keeper:
                 self.state[key] = line[name]
 
     def _take_damage(self, line: dict[str, Any]) -> None:
-        damage = {key: line.get(key) for key in ("block", "page", "error")}
+        damage = {name: line.get(key) for name, key in _DAMAGE.items()}
         damages = self.state["damages"]
         if damage not in damages and len(damages) < _DAMAGES_MAX:
             damages.append(damage)
@@ -678,10 +679,10 @@ class Keeper:
 
     # --- the end ------------------------------------------------------------------------------------------
 
-    def _end(self, state: str, error: str | None) -> None:
+    def _end(self, state: str, failure: str | None) -> None:
         if self.state["state"] in ENDED:
             return
-        self.state |= {"state": state, "error": error}
+        self.state |= {"state": state, "failure": failure}
         self._publish()
 
     def _close(self) -> None:

@@ -37,15 +37,15 @@ _SERVER = (
 
 @dataclass(frozen=True)
 class Damage:
-    """A page that cannot be had from the snapshot: the guest waits when it touches it. ``error`` says
-    why, with the block and the page; ``page`` is the number of the page in the block."""
+    """A page that cannot be had from the snapshot: the guest waits when it touches it. ``why`` says
+    that, with the block and the page; ``page`` is the number of the page in the block."""
 
     block: str
     page: int
-    error: str
+    why: str
 
     def __str__(self) -> str:
-        return self.error
+        return self.why
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class LazyState:
     ended). ``pages_left`` counts pages with data that were not sent yet, None if that is not known;
     ``faults`` are the guest's requests for pages, ``fault_seconds`` their mean latency in the server.
     ``restarts`` counts replacements of the server, ``huge`` the bytes that were made huge pages.
+    ``damages`` are pages that cannot be had, ``warnings`` sentences on what else went wrong, ``failure``
+    is why it failed or ended.
     """
 
     state: str = "starting"
@@ -66,19 +68,19 @@ class LazyState:
     fault_seconds: float | None = None
     restarts: int = 0
     damages: tuple[Damage, ...] = ()
-    messages: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     huge: int = 0
-    error: str | None = None
+    failure: str | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Return what a line of the keeper says."""
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         known["damages"] = tuple(
-            Damage(str(entry["block"]), int(entry["page"]), str(entry["error"]))
+            Damage(str(entry["block"]), int(entry["page"]), str(entry["why"]))
             for entry in values.get("damages", ())
         )
-        known["messages"] = tuple(map(str, values.get("messages", ())))
+        known["warnings"] = tuple(map(str, values.get("warnings", ())))
         return cls(**known)
 
     @property
@@ -158,7 +160,7 @@ class KeeperProcess:
         with contextlib.suppress(OSError):
             await follow(self._channel, self._take)
         if not self.state.ended:
-            self._take(LazyState("failed", error="the keeper of the lazy restore has ended"))
+            self._take(LazyState("failed", failure="the keeper of the lazy restore has ended"))
 
     def _take(self, state: LazyState) -> None:
         self.state = state
@@ -175,7 +177,7 @@ class KeeperProcess:
         """Wait until QEMU has loaded the device state. Raises QemuError if it fails before."""
         while not self.state.loaded:
             if self.state.ended:
-                raise QemuError(self.state.error or "the lazy restore has ended")
+                raise QemuError(self.state.failure or "the lazy restore has ended")
             await self.changed()
 
     async def completed(self) -> LazyState:
@@ -186,7 +188,7 @@ class KeeperProcess:
         while not self.state.ended:
             await self.changed()
         if self.state.state != "completed":
-            raise QemuError(self.state.error or "the lazy restore has ended")
+            raise QemuError(self.state.failure or "the lazy restore has ended")
         return self.state
 
     def begin(

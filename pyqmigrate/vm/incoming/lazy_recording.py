@@ -51,7 +51,7 @@ class LazyRecorder:
                 )
             found = await asyncio.to_thread(read_working_set, self.path)
             if found is None:
-                raise PyqmigrateError("; ".join(state.messages) or f"{self.path} was not written")
+                raise PyqmigrateError("; ".join(state.warnings) or f"{self.path} was not written")
             return WorkingSetReport(self.path, found.working_set.npages, found.seconds, True)
         finally:
             for wait in waits:

@@ -70,7 +70,7 @@ async def wait_for_memory(
     if last.state == "gone":
         raise QemuGone(f"process {pid} ended before it had all of its memory")
     if last.state != "completed":
-        raise QemuError(last.error or "the keeper of the lazy restore has ended")
+        raise QemuError(last.failure or "the keeper of the lazy restore has ended")
     return last
 
 
