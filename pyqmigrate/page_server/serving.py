@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate.errors import QemuGone, UsageError
+from pyqmigrate.errors import QemuGone, SnapshotError, UsageError
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io.own_files import check_replaceable
 from pyqmigrate.io.working_set_file import (
@@ -40,6 +40,8 @@ class ServeRequest:
     working_set: a file with the pages to push first; record: where to write the pages that were asked for.
     sealed: whether the snapshot is compared with its seal.
     wait: whether the parent has to say ``begin`` first, with the ``host_pages``.
+    expect: the digest of the state that the snapshot has to have (``GuestState.digest``), or None. An
+        event ``opened`` reports it, with the key ``state``.
     base, offset, cache: as for :func:`~pyqmigrate.page_server.sources.open_source`.
     """
 
@@ -54,6 +56,7 @@ class ServeRequest:
     base: str | None = None
     offset: int | None = None
     cache: str | None = None
+    expect: str | None = None
 
 
 def serve(
@@ -85,6 +88,12 @@ def serve(
                 cache=request.cache,
             )
         )
+        state = source.state.digest()
+        if request.expect not in (None, state):
+            raise SnapshotError(
+                f"{source.name!r} is not a copy of the snapshot that the guest was restored from"
+            )
+        report({"event": "opened", "state": state})
         options = ServerOptions(
             Push(request.push), _working_set(source, request.working_set), place is not None
         )

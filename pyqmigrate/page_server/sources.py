@@ -12,6 +12,7 @@ by :func:`~pyqmigrate.snapshot.detect.open_snapshot`; a snapshot of a store is r
 from __future__ import annotations
 
 import abc
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,17 @@ class GuestState:
     blocks: tuple[BlockSpec, ...]
     early: bytes
     devices: bytes
+
+    def digest(self) -> str:
+        """Return what a copy of the snapshot has in common with it, in whatever form: a digest of the
+        machine, the blocks and the state of the devices. Another save has another clock."""
+        digest = hashlib.blake2b(self.settings.machine.encode(), digest_size=16)
+        for block in self.blocks:
+            digest.update(f"\n{block.length} {block.name}".encode())
+        for sections in (self.early, self.devices):
+            digest.update(len(sections).to_bytes(8, "big"))
+            digest.update(sections)
+        return digest.hexdigest()
 
 
 class PageSource(abc.ABC):

@@ -155,6 +155,31 @@ def test_a_damaged_page_is_named_and_the_guest_goes_on_from_a_good_copy(
     asyncio.run(run())
 
 
+def test_another_snapshot_is_not_taken_for_a_copy(
+    saved: Saved, damaged: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    other = save_guest(tmp_path / "elsewhere", ["-M", "pc", "-m", str(RAM >> 20)])
+
+    async def run() -> None:
+        vm = await restore(damaged, _command(saved, tmp_path / "out"), mode="lazy")
+        assert vm.lazy is not None
+        try:
+            await _until_damaged(vm)
+            wrong = asyncio.create_task(wait_for_memory(vm.process.pid, resume=other.path))
+            async with asyncio.timeout(_PATIENCE):
+                while not vm.lazy.state.warnings:
+                    await vm.lazy.changed()
+            assert "is not a copy of the snapshot" in vm.lazy.state.warnings[0]
+            await asyncio.wait_for(wait_for_memory(vm.process.pid, resume=saved.path), _PATIENCE)
+            await wrong
+            await goes_on(saved, vm, tmp_path / "out")
+        finally:
+            await vm.end()
+
+    asyncio.run(run())
+
+
 def test_vm_restore_names_the_page_and_vm_wait_goes_on(
     saved: Saved, damaged: Path, tmp_path: Path
 ) -> None:

@@ -277,6 +277,7 @@ class Keeper:
         self._server: _Server | None = None
         self._setup: dict[str, Any] = {}
         self._snapshot = ""
+        self._expected: str | None = None  # the state of the snapshot, by a digest
         self._former: str | None = None  # the former snapshot, while another copy is tried
         self._start: dict[str, Any] = {}
         self._spares: list[tuple[str, socket.socket]] = []
@@ -451,6 +452,8 @@ class Keeper:
         snapshot, fds = self._unchanged_snapshot()
         if resume:
             more = ["--resume", "--host-pages", json.dumps(self._start["host_pages"])]
+            if self._expected is not None:
+                more += ["--expect", self._expected]
         else:
             more = ["--wait", *self._setup["first"]]
         words = [*self._setup["server"], "--snapshot", snapshot, *more]
@@ -496,6 +499,10 @@ class Keeper:
             self.state |= {"loaded": True, "state": "running"}
         elif event == "damage":
             self._take_damage(line)
+        elif event == "opened":
+            if self._expected is None:
+                self._expected = str(line.get("state"))
+            return
         elif event == "error":
             server.error = str(line.get("error"))
             return

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import pyqmigrate
 from pyqmigrate.errors import QemuError, TargetError, target_error
 from pyqmigrate.vm.incoming import lazy_keeper
 
@@ -29,6 +30,7 @@ __all__ = ["Damage", "KeeperProcess", "LazyState", "ServerSettings", "follow", "
 
 _LINE_MAX = 1 << 20
 _END_TIMEOUT = 5.0  # seconds
+_PACKAGES = os.path.dirname(os.path.dirname(os.path.abspath(pyqmigrate.__file__)))
 _SERVER = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
     "runpy.run_module('pyqmigrate.page_server', run_name='__main__', alter_sys=True)"
@@ -244,8 +246,9 @@ def start_keeper(
 
     Raises TargetError.
     """
-    paths = json.dumps([path for path in sys.path if os.path.isabs(path)])
-    server = [sys.executable, "-I", "-c", _SERVER, paths, *settings.words()]
+    # Without site: the guest waits for the imports.
+    paths = [_PACKAGES, *(path for path in sys.path if os.path.isabs(path))]
+    server = [sys.executable, "-I", "-S", "-c", _SERVER, json.dumps(paths), *settings.words()]
     command = [sys.executable, "-I", "-S", lazy_keeper.__file__, snapshot]
     ours, theirs = socket.socketpair()
     setup = {
