@@ -498,7 +498,8 @@ class Keeper:
             self._former = None
             self.state |= {"loaded": True, "state": "running"}
         elif event == "damage":
-            self._take_damage(line)
+            if not self._take_damage(line):
+                return
         elif event == "opened":
             if self._expected is None:
                 self._expected = str(line.get("state"))
@@ -522,11 +523,14 @@ class Keeper:
             if name in line:
                 self.state[key] = line[name]
 
-    def _take_damage(self, line: dict[str, Any]) -> None:
+    def _take_damage(self, line: dict[str, Any]) -> bool:
+        """List a page, unless that was done or there are too many; return whether it was listed."""
         damage = {name: line.get(key) for name, key in _DAMAGE.items()}
         damages = self.state["damages"]
-        if damage not in damages and len(damages) < _DAMAGES_MAX:
-            damages.append(damage)
+        if damage in damages or len(damages) >= _DAMAGES_MAX:
+            return False
+        damages.append(damage)
+        return True
 
     def _server_ended(self) -> None:
         """Go on with another server, unless all is done."""
@@ -589,13 +593,14 @@ class Keeper:
 
     def _resume_from(self, snapshot: str) -> None:
         """Have the pages come from another copy of the snapshot."""
-        if not self.state["loaded"] or self._server is None:
+        if not self.state["loaded"] or self._all_sent:
             self._note("a restore that is not under way cannot go on from another copy")
             return
         self._former, self._snapshot = self._snapshot, snapshot
         self.state["damages"] = []
-        self._server.served = True
-        self._server.process.kill()
+        if self._server is not None:  # else the next one is about to be started
+            self._server.served = True
+            self._server.process.kill()
 
     # --- QEMU -------------------------------------------------------------------------------------------
 

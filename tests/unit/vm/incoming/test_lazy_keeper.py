@@ -208,9 +208,10 @@ def test_damage_is_listed_once_and_bounded(tmp_path: Path) -> None:
     ]
     with keeper(tmp_path, [OPENED, LOADED, *damages, "wait"], [], FakeQemu()) as (parent, pid):
         lines = parent.makefile("r")
-        for _ in range(1 + len(damages)):
-            state = LazyState.of(json.loads(lines.readline()))
+        while len(LazyState.of(json.loads(lines.readline())).damages) < lazy_keeper._DAMAGES_MAX:
+            pass
         os.kill(pid, 9)
+        state = LazyState.of(json.loads(lines.readlines()[-1]))
     assert len(state.damages) == lazy_keeper._DAMAGES_MAX
     assert len(set(state.damages)) == len(state.damages)
     assert str(state.damages[0]) == "page 1 is damaged"
