@@ -35,10 +35,6 @@ class ServedBlock:
             stack.pop_all()
         self.data_pages = self.left = self.pending.count()
 
-    def has_data(self, page: int) -> bool:
-        """Return whether the page has data, sent or not."""
-        return self._data[page]
-
     def mark_received(self, bits: bytes) -> None:
         """Take the pages that the destination has, in a connection that replaces a broken one."""
         self.sent.fill(memoryview(bits))
@@ -46,29 +42,29 @@ class ServedBlock:
         self.pending.remove(self.sent)
         self.left = self.pending.count()
 
-    def take(self, first: int, end: int, *, zeros: bool) -> list[int]:
-        """Return the pages of ``[first, end)`` that have to be sent, marked as sent.
+    def take(self, first: int, end: int, *, zeros: bool) -> list[tuple[int, int, bool]]:
+        """Return the pages of ``[first, end)`` that have to be sent, marked as sent: ``(from, to, whether
+        they have data)`` for each run of them.
 
         With ``zeros`` also pages without data. Pages that are one of the destination are returned all
         or not at all.
         """
+        found: list[tuple[int, int, bool]] = []
         if self.together > 1:
-            pages = [
-                page
-                for start in range(first, end, self.together)
-                if not self.sent[start]
-                and (zeros or self.pending.count_between(start, start + self.together))
-                for page in range(start, start + self.together)
-            ]
+            for start in range(first, end, self.together):
+                stop = start + self.together
+                if not self.sent[start] and (zeros or self.pending.count_between(start, stop)):
+                    found += _runs(self._data, start, stop)
         elif zeros:
-            pages = [page for page in range(first, end) if not self.sent[page]]
+            for start, stop, sent in _runs(self.sent, first, end):
+                found += [] if sent else _runs(self._data, start, stop)
         else:
-            pages = [page for page in range(first, end) if self.pending[page]]
-        for start, stop in _runs(pages):
-            self.left -= self.pending.count_between(start, stop)
+            found = [run for run in _runs(self.pending, first, end) if run[2]]
+        for start, stop, has_data in found:
+            self.left -= (stop - start) if has_data else 0
             self.sent.add_range(start, stop)
             self.pending.remove_range(start, stop)
-        return pages
+        return found
 
     def next_window(self, start: int, longest: int) -> tuple[int, int] | None:
         """Return the next pages, at most ``longest`` or one of the destination, whose first and last are
@@ -92,10 +88,9 @@ class ServedBlock:
         self.pending.close()
 
 
-def _runs(pages: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield ``[first, end)`` of each run of consecutive pages."""
-    start = 0
-    for k in range(1, len(pages) + 1):
-        if k == len(pages) or pages[k] != pages[k - 1] + 1:
-            yield pages[start], pages[k - 1] + 1
-            start = k
+def _runs(bitmap: Bitmap, first: int, end: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield ``(from, to, set)`` of each run of equal bits in ``[first, end)``."""
+    while first < end:
+        stop = bitmap.run_end(first, end)
+        yield first, stop, bitmap[first]
+        first = stop

@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, SnapshotError
+from pyqmigrate.export.convert import convert
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
@@ -16,12 +18,14 @@ from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.memory import SnapshotMemory
 from pyqmigrate.io.place import seal_path
+from pyqmigrate.io.target import Descriptors
 from pyqmigrate.page_server.pieces import OpenFile, SealedFile
 from pyqmigrate.page_server.sources import PageSource, ReadAt, guest_state
 from pyqmigrate.snapshot.base import Snapshot, error_from_errno
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.increment import IncrementSnapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.store.plain_snapshot import unnamed_file
 
 __all__ = ["Layer", "MappedRamSource", "SequentialSource", "open_file_source"]
 
@@ -39,6 +43,8 @@ def open_file_source(
             )
         if isinstance(snapshot, MappedRamSnapshot | IncrementSnapshot):
             return MappedRamSource(snapshot, sealed=sealed)
+        if snapshot.source.forward:
+            return _unpacked(snapshot, sealed=sealed)
         return SequentialSource(snapshot, sealed=sealed)
     except BaseException:
         snapshot.close()
@@ -157,12 +163,8 @@ class SequentialSource(PageSource):
         self._snapshot = snapshot
         self.name = snapshot.source.name
         self.identity = _identity(snapshot)
-        if sealed and snapshot.source.place is not None:
-            check = verify_seal(os.fspath(snapshot.source.place))
-            if check is not None and not check.intact:
-                raise SnapshotError(
-                    f"{self.name!r} is not as it was sealed: {'; '.join(map(str, check.damages))}"
-                )
+        if sealed:
+            _check_whole(snapshot)
         snapshot.prepare_random_reads()
         self._specs = specs_of(snapshot)
         self._memories: Sequence[SnapshotMemory] = [
@@ -203,3 +205,35 @@ class SequentialSource(PageSource):
     def close(self) -> None:
         self._drop()
         self._snapshot.close()
+
+
+def _unpacked(snapshot: Snapshot, *, sealed: bool) -> PageSource:
+    """Return a source for a compressed stream, which is taken over: what it contains, in an unnamed file.
+
+    The file is made beside the snapshot, or among temporary files. Raises TargetError without space.
+    """
+    if sealed:
+        _check_whole(snapshot)
+    name, identity = snapshot.source.name, _identity(snapshot)
+    fd = unnamed_file(None, snapshot.source.place)
+    try:
+        convert(snapshot, Descriptors(fd), to=Format.MAPPED_RAM)
+        unpacked = open_snapshot(Descriptors(fd))
+    finally:
+        os.close(fd)
+    assert isinstance(unpacked, MappedRamSnapshot)
+    source = MappedRamSource(unpacked, sealed=False)
+    source.name, source.identity = name, identity
+    snapshot.close()
+    return source
+
+
+def _check_whole(snapshot: Snapshot) -> None:
+    """Compare a file with its seal, if it has one. Raises SnapshotError if they differ."""
+    if snapshot.source.place is None:
+        return
+    check = verify_seal(os.fspath(snapshot.source.place))
+    if check is not None and not check.intact:
+        raise SnapshotError(
+            f"{snapshot.source.name!r} is not as it was sealed: {'; '.join(map(str, check.damages))}"
+        )

@@ -30,12 +30,15 @@ class Read:
 class Reading:
     """Reads under way. ``fd`` is readable when one has ended in a thread; -1 if they end at once.
 
-    ``window`` is how many reads ahead should be under way.
+    ``window`` is how many reads ahead should be under way, ``ahead`` how many are.
     """
 
     def __init__(self, source: PageSource) -> None:
         self._source = source
-        self._done: collections.deque[tuple[Read, RecordData | Exception]] = collections.deque()
+        self._done: collections.deque[tuple[int, Read, RecordData | Exception]] = (
+            collections.deque()
+        )
+        self._connection = 0
         self.fd = -1
         self.window = max(source.readers, 1)
         self.ahead = 0
@@ -51,10 +54,17 @@ class Reading:
         if not read.demand:
             self.ahead += 1
         if not self._pools:
-            self._done.append((read, self._read(read)))
+            self._done.append((self._connection, read, self._read(read)))
             return
+        number = self._connection
         future = self._pools[read.demand].submit(self._read, read)
-        future.add_done_callback(lambda ended: self._end(read, ended))
+        future.add_done_callback(lambda ended: self._end(number, read, ended))
+
+    def forget(self) -> None:
+        """Drop the results of all reads that were started: they are of a connection that broke. Those in
+        threads go on."""
+        self._connection += 1
+        self.ahead = 0
 
     def _read(self, read: Read) -> RecordData | Exception:
         try:
@@ -62,11 +72,10 @@ class Reading:
         except (PyqmigrateError, OSError) as error:
             return error
 
-    def _end(self, read: Read, ended: Future[RecordData | Exception]) -> None:
-        with contextlib.suppress(OSError):  # closed
-            if not ended.cancelled():
-                self._done.append((read, ended.result()))
-                os.eventfd_write(self.fd, 1)
+    def _end(self, number: int, read: Read, ended: Future[RecordData | Exception]) -> None:
+        if not ended.cancelled():
+            self._done.append((number, read, ended.result()))
+            os.eventfd_write(self.fd, 1)  # close() waits for all threads before it closes this
 
     def ended(self) -> Iterator[tuple[Read, RecordData | Exception]]:
         """Yield the reads that have ended, each with its pages, or why there are none."""
@@ -74,7 +83,9 @@ class Reading:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.fd)
         while self._done:
-            read, result = self._done.popleft()
+            number, read, result = self._done.popleft()
+            if number != self._connection:
+                continue
             if not read.demand:
                 self.ahead -= 1
             yield read, result

@@ -124,6 +124,7 @@ class PageServer:
         self.control: int | None = None
         self.on_control: Callable[[], bool] = lambda: False
         self.loaded = False
+        self._reading = Reading(source)
         self._reset()
         try:
             for number, block in enumerate(self._blocks):
@@ -134,7 +135,6 @@ class PageServer:
 
     def _reset(self) -> None:
         """Forget the connection."""
-        self._reading: Reading | None = None
         self._encoder = PartEncoder()
         self._answers = ReturnPath({block.spec.name: block for block in self._blocks})
         self._out: list[RecordData] = []
@@ -201,9 +201,9 @@ class PageServer:
 
     def _take_over(self, connection: socket.socket) -> None:
         self._let_go()
+        self._reading.forget()
         self._reset()
         self._connection = connection
-        self._reading = Reading(self._source)
 
     @contextlib.contextmanager
     def _gone(self, what: str) -> Any:
@@ -232,7 +232,6 @@ class PageServer:
         return self._ending
 
     def _step(self, connection: socket.socket) -> None:
-        assert self._reading is not None
         for read, result in self._reading.ended():
             self._finish(read, result)
         now = time.monotonic()
@@ -259,7 +258,6 @@ class PageServer:
 
     def _timeout(self, now: float) -> float | None:
         """Return how long to wait for the connection."""
-        assert self._reading is not None
         if self._out:
             return None
         if self._reading.has_results:
@@ -278,7 +276,6 @@ class PageServer:
         return self._last_request + (_HOLD if self._options.record else QUIET)
 
     def _may_push_later(self) -> bool:
-        assert self._reading is not None
         if not self.loaded or self._options.push is Push.NEVER:
             return False
         return bool(self._ready) or (
@@ -317,23 +314,24 @@ class PageServer:
         """Mark pages of a read as sent, and encode them."""
         block = self._served[read.block]
         size = block.page_size
-        taken = block.take(read.first, read.end, zeros=zeros)
-        if not taken:
+        runs = block.take(read.first, read.end, zeros=zeros)
+        if not runs:
             return
         self._out = self._encoder.encode(
             block.name,
             size,
             [
                 (
-                    page,
-                    pages[(page - read.first) * size : (page - read.first + 1) * size]
-                    if block.has_data(page)
+                    first,
+                    end,
+                    pages[(first - read.first) * size : (end - read.first) * size]
+                    if has_data
                     else None,
                 )
-                for page in taken
+                for first, end, has_data in runs
             ],
         )
-        self._faults.sent += len(taken)
+        self._faults.sent += sum(end - first for first, end, _ in runs)
 
     def _left(self) -> int:
         return sum(block.left for block in self._served)
@@ -343,7 +341,6 @@ class PageServer:
     def _read_ahead(self) -> None:
         """Start reads of pages that nobody has asked for; those that end at once are ready."""
         reading = self._reading
-        assert reading is not None
         if len(self._ready) > reading.window:
             return
         while reading.ahead < reading.window and (read := self._next_window()) is not None:
@@ -382,7 +379,6 @@ class PageServer:
 
     def _finish(self, read: Read, result: RecordData | Exception) -> None:
         """Take the result of a read."""
-        assert self._reading is not None
         if read.demand:
             self._asked.discard((read.block, read.first))
         if not isinstance(result, Exception):
@@ -425,7 +421,6 @@ class PageServer:
 
     def _retry(self) -> None:
         """Read what could not be read once more."""
-        assert self._reading is not None
         self._retry_after = min(self._retry_after * 2, _RETRY_MAX)
         self._retry_at = time.monotonic() + self._retry_after
         for read in list(self._withheld.values()):
@@ -456,7 +451,6 @@ class PageServer:
 
     def _request(self, request: Request) -> None:
         """Start to answer a request."""
-        assert self._reading is not None
         now = self._last_request = time.monotonic()
         number = self._numbers[request.block]
         block = self._served[number]
@@ -480,6 +474,18 @@ class PageServer:
         except ConnectionError:
             self._ending = self._ending or Ending.BROKEN
             return
+        if sent == sum(map(len, self._out)):
+            self._out = []
+        else:
+            self._drop_sent(sent)
+        if not self._out and self._answering:
+            now = time.monotonic()
+            for since in self._answering:
+                self._faults.answered(now - since)
+            self._answering.clear()
+
+    def _drop_sent(self, sent: int) -> None:
+        """Keep what follows the first ``sent`` bytes."""
         done = 0
         for piece in self._out:
             if sent < len(piece):
@@ -489,11 +495,6 @@ class PageServer:
         del self._out[:done]
         if sent:
             self._out[0] = memoryview(self._out[0])[sent:]
-        if not self._out and self._answering:
-            now = time.monotonic()
-            for since in self._answering:
-                self._faults.answered(now - since)
-            self._answering.clear()
 
     def status(self) -> dict[str, Any]:
         """Return how far it is: pages left, requests, their latency in seconds."""
@@ -518,9 +519,6 @@ class PageServer:
         self._report({"event": name, **more, **self.status()})
 
     def _let_go(self) -> None:
-        if self._reading is not None:
-            self._reading.close()
-            self._reading = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -528,6 +526,7 @@ class PageServer:
     def close(self) -> None:
         """Close the connection and free memory. Idempotent."""
         self._let_go()
+        self._reading.close()
         for block in self._served:
             block.close()
         self._served = []

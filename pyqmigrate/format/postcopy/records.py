@@ -7,6 +7,9 @@ short. All records of one page of the destination's memory are in order in one P
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 from pyqmigrate.format.stream.wire import WORD
 from pyqmigrate.format.stream.writer import RAM_EOS, encode_part_header
 
@@ -26,22 +29,42 @@ class PartEncoder:
         self._header = encode_part_header()
 
     def encode(
-        self, block: str, page_size: int, pages: list[tuple[int, RecordData | None]]
+        self, block: str, page_size: int, runs: Iterable[tuple[int, int, memoryview | None]]
     ) -> list[RecordData]:
         """Return the pieces of a PART, to be sent one after another; pages are not copied.
 
-        pages: the number and the content of each page of the block; None for a zero page.
+        runs: pages ``[first, end)`` of the block, each with their content; None for zero pages.
         """
         out: list[RecordData] = [self._header]
-        for page, data in pages:
-            kind = _ZERO if data is None else _PAGE
-            word = page * page_size | kind
-            if self._last == block:
-                out.append(WORD.pack(word | _CONTINUE))
+        for first, end, content in runs:
+            if self._last != block:
+                self._name_block(out, block, page_size, first, content)
+                first += 1
+                content = None if content is None else content[page_size:]
+            flags = _CONTINUE | (_ZERO if content is None else _PAGE)
+            start = first * page_size | flags
+            words = map(WORD.pack, range(start, end * page_size | flags, page_size))
+            if content is None:
+                pages: Iterable[RecordData] = itertools.repeat(_NOTHING)
             else:
-                name = block.encode("utf-8", "surrogateescape")
-                out += (WORD.pack(word), bytes([len(name)]) + name)
-                self._last = block
-            out.append(_NOTHING if data is None else data)
+                length = (end - first) * page_size
+                pages = [content[k : k + page_size] for k in range(0, length, page_size)]
+            for word, page in zip(words, pages, strict=False):
+                out += (word, page)
         out.append(RAM_EOS)
         return out
+
+    def _name_block(
+        self,
+        out: list[RecordData],
+        block: str,
+        page_size: int,
+        page: int,
+        content: memoryview | None,
+    ) -> None:
+        """Add the record of a page that names its block."""
+        name = block.encode("utf-8", "surrogateescape")
+        word = page * page_size | (_ZERO if content is None else _PAGE)
+        out += (WORD.pack(word), bytes([len(name)]) + name)
+        out.append(_NOTHING if content is None else content[:page_size])
+        self._last = block

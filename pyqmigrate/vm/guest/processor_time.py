@@ -9,8 +9,8 @@
 A guest that waits does not compute: for QEMU to write a page that it wants to change, in a pause, or
 because QEMU throttles it. So a guest that was busy before loses processor time. Its threads are QEMU's,
 one for each virtual CPU, and Linux counts their time in ``/proc/PID/task/TID/schedstat`` (nanoseconds
-on a processor). The time that the kernel spends for them, such as for page faults, is included, so
-the guest may have lost a little more.
+on a processor). Page faults, and the second attempt at a write that faulted, are included, so this is a
+lower bound: during a background snapshot of shared memory the guest may have lost much more.
 """
 
 from __future__ import annotations

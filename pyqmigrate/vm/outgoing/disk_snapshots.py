@@ -56,9 +56,8 @@ async def _create(monitor: Monitor, plan: DiskPlan) -> None:
         try:
             await _run(monitor, job, options)
         finally:
-            with contextlib.suppress(
-                QemuError
-            ):  # as long as a job uses it: the rollback waits for that
+            # A job that still runs keeps it; the rollback waits for that.
+            with contextlib.suppress(QemuError):
                 await monitor.execute("blockdev-del", {"node-name": node})
 
 

@@ -11,7 +11,8 @@ from pyqmigrate.analysis.report import PageRange
 from pyqmigrate.format.address_space.placement import Placement
 from tests.harness.examples import some
 from tests.harness.increment_files import bitmap_of
-from tests.harness.kernel import Bits, page_bits
+from tests.harness.kernel import Bits
+from tests.harness.strategies import page_bits
 
 PAGE = 4096
 

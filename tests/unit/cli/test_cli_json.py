@@ -37,6 +37,7 @@ VERBS = (
     "bench",
     "mount",
     "umount",
+    "page-server",
     "serve",
     "vm save",
     "vm check",

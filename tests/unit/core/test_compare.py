@@ -19,11 +19,11 @@ from tests.harness.kernel import (
     Bytes,
     new_channel,
     new_job,
-    page_bits,
     to_bits,
     to_words,
     totals,
 )
+from tests.harness.strategies import page_bits
 
 
 class Source:

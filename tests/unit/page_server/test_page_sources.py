@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
-from pyqmigrate import convert, save, seal
+from pyqmigrate import compact, convert, save, seal
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.page_server.server import PageServer, ServerOptions
@@ -56,6 +59,40 @@ def test_sequential_stream(tmp_path: Path, blocks: dict[str, Bytes]) -> None:
     written(tmp_path / "a", blocks)
     convert(tmp_path / "a", tmp_path / "b", to="stream")
     assert_received(received(tmp_path / "b"), blocks)
+
+
+@pytest.mark.parametrize("compressed", [gzip.compress, zstandard.compress])
+def test_compressed_stream(
+    tmp_path: Path, blocks: dict[str, Bytes], compressed: Callable[[bytes], bytes]
+) -> None:
+    written(tmp_path / "a", blocks)
+    convert(tmp_path / "a", tmp_path / "b", to="stream")
+    (tmp_path / "c").write_bytes(compressed((tmp_path / "b").read_bytes()))
+    before = set(tmp_path.iterdir())
+    assert_received(received(tmp_path / "c"), blocks)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_compact_file(tmp_path: Path, blocks: dict[str, Bytes]) -> None:
+    path = written(tmp_path / "a", blocks)
+    seal(path)
+    compact(path, tmp_path / "b.zst")
+    assert_received(received(tmp_path / "b.zst"), blocks)
+
+
+def test_sequential_stream_that_differs_from_its_seal_is_refused(
+    tmp_path: Path, blocks: dict[str, Bytes]
+) -> None:
+    written(tmp_path / "a", blocks)
+    convert(tmp_path / "a", tmp_path / "b", to="stream")
+    seal(tmp_path / "b")
+    with (tmp_path / "b").open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(SnapshotError, match="not as it was sealed: MiB 0"):
+        open_source(tmp_path / "b")
 
 
 def test_increment_with_its_base(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def test_end_and_recovery() -> None:
 def test_parts_name_a_block_once() -> None:
     encoder = PartEncoder()
     page = bytes(range(256)) * 16
-    first = encoder.encode("a", PAGE, [(3, page), (4, None)])
+    view = memoryview(page)
+    first = encoder.encode("a", PAGE, [(3, 4, view), (4, 5, None)])
     head, foot = bytes.fromhex("02" + ID), bytes.fromhex("0000000000000010 7e" + ID)
     assert b"".join(first) == (
         head
@@ -64,17 +65,20 @@ def test_parts_name_a_block_once() -> None:
         + bytes.fromhex("0000000000004022 00")
         + foot
     )
-    assert b"".join(encoder.encode("a", PAGE, [(5, page)])) == (
+    assert b"".join(encoder.encode("a", PAGE, [(5, 6, view)])) == (
         head + bytes.fromhex("0000000000005028") + page + foot
     )
-    assert b"".join(encoder.encode("b", PAGE, [(0, None)])) == (
+    assert b"".join(encoder.encode("b", PAGE, [(0, 1, None)])) == (
         head + bytes.fromhex("0000000000000002 01 62 00") + foot
     )
 
 
 def test_content_of_pages_is_not_copied() -> None:
-    page = memoryview(bytes(PAGE))
-    assert any(piece is page for piece in PartEncoder().encode("a", PAGE, [(0, page)]))
+    content = bytearray(3 * PAGE)
+    pieces = PartEncoder().encode("a", PAGE, [(0, 3, memoryview(content))])
+    views = [piece for piece in pieces if isinstance(piece, memoryview)]
+    assert [len(view) for view in views] == [PAGE] * 3
+    assert all(view.obj is content for view in views)
 
 
 def test_stream_without_blocks_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
@@ -72,7 +73,7 @@ def test_pieces_make_no_difference(cuts: list[int]) -> None:
     path = ReturnPath(BLOCKS)
     found: list[Message] = []
     bounds = [0, *sorted(cuts), len(STREAM)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         found += path.feed(STREAM[start:end])
     assert found == MESSAGES
 

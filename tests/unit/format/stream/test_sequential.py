@@ -15,7 +15,7 @@ from pyqmigrate.format.stream.sequential import (
     encode_head,
 )
 from pyqmigrate.format.stream.wire import SectionKind
-from pyqmigrate.format.stream.writer import encode_end, encode_part_header
+from pyqmigrate.format.stream.writer import RAM_SECTION_ID, encode_end, encode_part_header
 from tests.harness.stream_builders import (
     EOF,
     Sparse,
@@ -153,7 +153,8 @@ def test_guest_address_is_in_entries_with_ignore_shared() -> None:
 
 def test_guest_addresses_are_written_with_ignore_shared() -> None:
     specs = [BlockSpec("a", 4096, address=0x1000), BlockSpec("b", 4096, address=(1 << 64) - 1)]
-    got = stream(encode_head("pc", specs, ignore_shared=True) + ENDED)
+    ended = end(RAM_SECTION_ID, MARK) + EOF
+    got = stream(encode_head("pc", specs, ignore_shared=True) + ended)
     assert [block.gpa for block in got.blocks] == [0x1000, (1 << 64) - 1]
     for wrong in (-1, 1 << 64):
         with pytest.raises(UsageError, match="address"):

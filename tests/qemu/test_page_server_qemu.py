@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import socket
 import tempfile
 import time
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from pyqmigrate import convert, open_snapshot, seal
 from pyqmigrate.page_server.server import Ending, Push
 from pyqmigrate.page_server.serving import ServeRequest
+from pyqmigrate.store import Store, add
 from tests.harness.compare_memory import assert_same_blocks
 from tests.harness.huge_pages import HUGE_PAGE, huge_pages
 from tests.harness.lazy_guest import (
@@ -27,6 +30,7 @@ from tests.harness.lazy_guest import (
 from tests.harness.machine import RAM_BLOCK
 from tests.harness.page_serving import Relay, Serving
 from tests.harness.pattern_guest import check_pattern
+from tests.harness.saving import source
 
 pytestmark = pytest.mark.qemu
 
@@ -172,3 +176,62 @@ def test_thousand_cuts_and_kills(saved: SavedGuest, shm: Path) -> None:
     while done < 1000:
         done += restore_through_a_relay(saved, shm, rng, 12)
         done += restore_with_cuts(saved, shm, rng, 4)
+
+
+def test_direct_save_gives_ram_an_id_of_its_own(disk: Path) -> None:
+    """slirp has section id 1, which RAM had in former direct saves."""
+    extra = ("-netdev", "user,id=net0")
+    with source(disk, run=False, length=RAM, extra=extra) as guest:
+        guest.save(disk / "direct.mapped", engine="direct")
+    with open_snapshot(disk / "direct.mapped") as snapshot:
+        numbers = {s.section_id: s.name for s in snapshot.stream.sections if s.name != "ram"}
+        [ram] = {s.section_id for s in snapshot.stream.sections if s.name == "ram"}
+    assert numbers.get(1) == "slirp"
+    assert ram not in numbers
+
+
+def test_damaged_snapshot_is_replaced_by_a_good_copy(
+    saved: SavedGuest, disk: Path, shm: Path
+) -> None:
+    good, bad = disk / "good.mapped", disk / "bad.mapped"
+    shutil.copy2(saved.path, good)
+    seal(good)
+    shutil.copy2(good, bad)
+    shutil.copy2(f"{good}.seal", f"{bad}.seal")
+    with open_snapshot(good) as snapshot:
+        layout = snapshot.blocks[RAM_BLOCK[saved.machine]].layout
+    assert layout is not None
+    offset = layout.pages_offset + (8 << 20) + 5
+    with bad.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 4]))
+    with lazy_guest(saved, shm) as guest:
+        with ServerProcess(bad, guest.connect()) as server:
+            server.wait_for("loaded")
+            guest.execute("cont")
+            damage = server.wait_for("damage")
+            assert "block 'pc.ram', page " in damage["error"]
+            wait_for(lambda: server.wait_for("progress")["pages_left"] <= 256, "others wait")
+            assert guest.migration() == "postcopy-active"
+            server.kill()
+        wait_for(lambda: guest.migration() == "postcopy-paused", "the guest does not pause")
+        with ServerProcess(good, guest.connect(recover=True), "--resume") as server:
+            server.wait_for("end")
+        wait_for(lambda: guest.migration() == "completed", "the migration does not complete")
+        guest.execute("stop")
+        check_pattern(guest.read_blocks()[RAM_BLOCK[saved.machine]])
+
+
+def test_snapshot_of_a_store_and_a_sequential_stream_arrive(
+    saved: SavedGuest, disk: Path, shm: Path
+) -> None:
+    with Store.create(disk / "store") as store:
+        add(store, saved.path, "a")
+    convert(saved.path, disk / "stream", to="stream")
+    for snapshot in (f"{disk}/store#a", disk / "stream"):
+        with lazy_guest(saved, shm) as guest, ServerProcess(snapshot, guest.connect()) as server:
+            server.wait_for("end")
+            wait_for(lambda g=guest: g.migration() == "completed", "it does not complete")
+            assert_same_blocks(guest.read_blocks(), saved.blocks)
