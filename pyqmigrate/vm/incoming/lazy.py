@@ -2,7 +2,7 @@
 
 QEMU takes part in a post-copy migration whose source is a page server, a process of this package: pages
 are sent when the guest asks for them, and the others while it does not. A keeper process
-(:mod:`pyqmigrate.vm.incoming.lazy_keeper`) sees to that until the guest has all of its memory.
+(:mod:`pyqmigrate.vm.incoming.keeper.keeper`) sees to that until the guest has all of its memory.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     await lazy.loaded()                          # the guest can run; its pages follow
     await lazy.completed()                       # it has all of its memory
 
-See :mod:`pyqmigrate.vm.incoming.lazy_keeper`. The keeper goes on when this process ends.
+See :mod:`pyqmigrate.vm.incoming.keeper.keeper`. The keeper goes on when this process ends.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ from typing import Any, Self
 
 import pyqmigrate
 from pyqmigrate.errors import QemuError, TargetError, target_error
-from pyqmigrate.vm.incoming import lazy_keeper
+from pyqmigrate.vm.incoming.keeper.keeper import ENDED
 
 __all__ = ["Damage", "KeeperProcess", "LazyState", "ServerSettings", "follow", "start_keeper"]
 
 _LINE_MAX = 1 << 20
 _END_TIMEOUT = 5.0  # seconds
 _PACKAGES = os.path.dirname(os.path.dirname(os.path.abspath(pyqmigrate.__file__)))
+_KEEPER = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from pyqmigrate.vm.incoming.keeper.keeper import main; main()"
+)
 _SERVER = (
     "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
     "runpy.run_module('pyqmigrate.page_server', run_name='__main__', alter_sys=True)"
@@ -87,7 +91,7 @@ class LazyState:
 
     @property
     def ended(self) -> bool:
-        return self.state in lazy_keeper.ENDED
+        return self.state in ENDED
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-compatible values."""
@@ -249,7 +253,7 @@ def start_keeper(
     # Without site: the guest waits for the imports.
     paths = [_PACKAGES, *(path for path in sys.path if os.path.isabs(path))]
     server = [sys.executable, "-I", "-S", "-c", _SERVER, json.dumps(paths), *settings.words()]
-    command = [sys.executable, "-I", "-S", lazy_keeper.__file__, snapshot]
+    command = [sys.executable, "-I", "-S", "-c", _KEEPER, _PACKAGES, snapshot]
     ours, theirs = socket.socketpair()
     setup = {
         "server": server,

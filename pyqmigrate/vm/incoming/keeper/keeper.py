@@ -1,7 +1,7 @@
 """Keeps the page server of a lazily restored guest going until the guest has all of its memory.
 
-This is a program of its own, started by :mod:`pyqmigrate.vm.incoming.lazy_process` as ``python -I -S
-lazy_keeper.py SNAPSHOT`` (SNAPSHOT is there for people who read a list of processes). It outlives the
+This is a program of its own, started by :mod:`pyqmigrate.vm.incoming.lazy_process` without ``site``; its
+only argument, the snapshot, is there for people who read a list of processes. It outlives the
 process that restored the guest. Its standard input is a socket to that process, the *parent*.
 
 The page server (``pyqmigrate.page_server``) is its child, and sends the pages to QEMU over a socket. If
@@ -10,8 +10,8 @@ blocks QEMU's monitors. So the keeper has a monitor of its own, with out-of-band
 ``migrate-recover`` it gives QEMU a new connection, on which a new server asks what has arrived, and goes on.
 The connections are passed to QEMU beforehand (``getfd`` is not an out-of-band command).
 
-It imports the standard library only: it must start fast, and stay small. The lines that it exchanges are
-JSON objects. From the parent:
+It imports the standard library and the modules of this folder only: it must start fast, and stay small.
+The lines that it exchanges are JSON objects. From the parent:
 
 ===========  ======================================================================
 setup        the first line: ``server`` (command line of a page server, without the
@@ -40,17 +40,19 @@ import select
 import signal
 import socket
 import struct
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ENDED", "Keeper", "State", "status_name"]
+from pyqmigrate.vm.incoming.keeper.lines import Lines
+from pyqmigrate.vm.incoming.keeper.monitor import KeeperMonitor
+from pyqmigrate.vm.incoming.keeper.server import ServerProcess
+
+__all__ = ["DAMAGES_MAX", "ENDED", "Keeper", "State", "main", "status_name"]
 
 ENDED = ("completed", "failed", "gone")
 _SPARES = 8  # connections that QEMU has for recoveries: one is used by each
-_LINE_MAX = 1 << 16
-_DAMAGES_MAX = 100
+DAMAGES_MAX = 100
 _WARNINGS_MAX = 20
 _CLIENTS_MAX = 64
 _RETRY = 0.01  # seconds between attempts to recover
@@ -58,10 +60,6 @@ _RETRY_MAX = 1.0
 _BACKOFF = 0.05  # seconds until a server that did nothing is restarted; doubled
 _BACKOFF_MAX = 5.0
 _FINAL_STATUS = 10.0  # seconds from the last page until QEMU has to report completion
-_LAST_WORDS = 4096  # bytes of the server's standard error kept
-_HUGE = 2 << 20
-_PROCESS_MADVISE = 440  # system call, the same on all architectures
-_MADV_COLLAPSE = 25
 
 # Keys of the state, and the server's names for them.
 _COUNTS = {"pages_left": "pages_left", "faults": "requests", "fault_seconds": "mean_latency"}
@@ -93,188 +91,15 @@ def status_name(pid: int) -> str:
     return f"\0pyqmigrate-lazy/{pid}"
 
 
-class _Lines:
-    """A non-blocking socket that carries lines of JSON objects."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self.connection = connection
-        self._received = bytearray()
-        self._unsent = bytearray()
-        self.closed = False
-
-    def fileno(self) -> int:
-        return self.connection.fileno()
-
-    @property
-    def unsent(self) -> bool:
-        return bool(self._unsent)
-
-    def receive(self) -> list[dict[str, Any]]:
-        """Return what has come. Sets ``closed`` at the end, and for what is not a line."""
-        while not self.closed:
-            try:
-                data = self.connection.recv(65536)
-            except BlockingIOError:
-                break
-            except OSError:
-                data = b""
-            if not data:
-                self.closed = True
-                break
-            self._received += data
-            if len(data) < 65536:
-                break
-        *lines, rest = self._received.split(b"\n")
-        self._received = rest
-        if len(rest) > _LINE_MAX:
-            self.closed = True
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    found.append(value)
-        return found
-
-    def send(self, value: dict[str, Any]) -> None:
-        """Send a line, as much of it as goes; the rest follows with :meth:`flush`."""
-        self._unsent += json.dumps(value).encode() + b"\n"
-        self.flush()
-
-    def flush(self) -> None:
-        while self._unsent and not self.closed:
-            try:
-                done = self.connection.send(self._unsent, socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                if len(self._unsent) > 16 * _LINE_MAX:  # nobody reads them
-                    self.closed = True
-                return
-            except OSError:
-                self.closed = True
-                return
-            del self._unsent[:done]
-
-    def close(self) -> None:
-        self.closed = True
-        self.connection.close()
-
-
-_Answer = Callable[[dict[str, Any]], None]
-
-
-class _Monitor(_Lines):
-    """A session with QEMU's monitor, with out-of-band commands. Commands are answered by callbacks."""
-
-    def __init__(self, connection: socket.socket, ready: Callable[[], None]) -> None:
-        super().__init__(connection)
-        self._answers: dict[int, _Answer] = {}
-        self._number = 0
-        self._ready = ready
-        self.usable = False
-        self.out_of_band = False
-
-    def execute(
-        self, command: str, arguments: dict[str, Any], answer: _Answer, *, oob: bool = False
-    ) -> None:
-        """Send a command; ``answer`` gets QEMU's reply, with ``return`` or ``error``."""
-        self._number += 1
-        self._answers[self._number] = answer
-        key = "exec-oob" if oob and self.out_of_band else "execute"
-        self.send({key: command, "arguments": arguments, "id": self._number})
-
-    def pass_fd(self, fd: int, name: str, answer: _Answer) -> None:
-        """Give QEMU a descriptor, one at a time: only the latest that was not taken is kept."""
-        try:
-            socket.send_fds(self.connection, [b" "], [fd])
-        except OSError:
-            self.closed = True
-            return
-        self.execute("getfd", {"fdname": name}, answer)
-
-    def take(self) -> None:
-        """Handle what QEMU has sent."""
-        for line in self.receive():
-            if "QMP" in line:
-                self.out_of_band = "oob" in line["QMP"].get("capabilities", [])
-                enabled = ["oob"] * self.out_of_band
-                self.execute("qmp_capabilities", {"enable": enabled}, self._negotiated)
-            elif line.get("id") in self._answers:
-                self._answers.pop(line["id"])(line)
-
-    def _negotiated(self, reply: dict[str, Any]) -> None:
-        if "return" in reply:
-            self.usable = True
-            self._ready()
-        else:
-            self.closed = True
-
-
-class _Server:
-    """A page server: its process, and the control channel."""
-
-    def __init__(self, command: list[str], source: socket.socket, fds: list[int]) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs, source:  # only the server may keep them: its end is noticed by QEMU
-            words = ["--fd", str(source.fileno()), "--control", str(theirs.fileno())]
-            self.process = subprocess.Popen(
-                [*command, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[source.fileno(), theirs.fileno(), *fds],
-                start_new_session=True,
-            )
-        self.control = _Lines(ours)
-        self.pidfd = os.pidfd_open(self.process.pid)
-        assert self.process.stderr is not None
-        os.set_blocking(self.process.stderr.fileno(), False)
-        self.served = False  # has QEMU taken anything from it?
-        self.error = ""
-        self._errors = b""
-
-    @property
-    def stderr(self) -> int:
-        assert self.process.stderr is not None
-        return self.process.stderr.fileno()
-
-    def read_errors(self) -> bool:
-        """Keep the end of its standard error; return whether there may be more."""
-        try:
-            data = os.read(self.stderr, 65536)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        self._errors = (self._errors + data)[-_LAST_WORDS:]
-        return bool(data)
-
-    def close(self) -> str:
-        """End it; return how it ended, with what it wrote."""
-        if self.process.poll() is None:
-            self.process.kill()
-        code = self.process.wait()
-        self.read_errors()
-        self.control.close()
-        os.close(self.pidfd)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        if self.error:
-            return self.error
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-        text = self._errors.decode("utf-8", "replace").strip()
-        return f"the page server {how}" + (f": {text}" if text else "")
-
-
 class Keeper:
     """The server, the monitor, the parent and the clients of one restore; see the module."""
 
     def __init__(self, parent: socket.socket) -> None:
-        self._parent = _Lines(parent)
-        self._clients: list[_Lines] = []
+        self._parent = Lines(parent)
+        self._clients: list[Lines] = []
         self._listener: socket.socket | None = None
-        self._monitor: _Monitor | None = None
-        self._server: _Server | None = None
+        self._monitor: KeeperMonitor | None = None
+        self._server: ServerProcess | None = None
         self._setup: dict[str, Any] = {}
         self._snapshot = ""
         self._expected: str | None = None  # the state of the snapshot, by a digest
@@ -336,7 +161,7 @@ class Keeper:
         """Return what to poll: events and what handles them, by descriptor."""
         found: dict[int, tuple[int, Callable[[], None]]] = {}
 
-        def add(lines: _Lines, handle: Callable[[], None]) -> None:
+        def add(lines: Lines, handle: Callable[[], None]) -> None:
             events = select.POLLIN | (select.POLLOUT if lines.unsent else 0)
 
             def work() -> None:
@@ -378,7 +203,7 @@ class Keeper:
 
     def _set_up(self, setup: dict[str, Any]) -> None:
         self._setup, self._snapshot = setup, setup["snapshot"]
-        self._monitor = _Monitor(socket.socket(fileno=setup["monitor"]), self._refill)
+        self._monitor = KeeperMonitor(socket.socket(fileno=setup["monitor"]), self._refill)
         self._start_server(socket.socket(fileno=setup["source"]), resume=False)
 
     def _begin(self, start: dict[str, Any]) -> None:
@@ -422,11 +247,11 @@ class Keeper:
         if user not in (0, os.geteuid()) or len(self._clients) >= _CLIENTS_MAX:
             connection.close()
             return
-        client = _Lines(connection)
+        client = Lines(connection)
         self._clients.append(client)
         client.send(self.state)
 
-    def _hear_client(self, client: _Lines) -> None:
+    def _hear_client(self, client: Lines) -> None:
         for line in client.receive():
             if isinstance(line.get("resume"), str):
                 self._resume_from(line["resume"])
@@ -458,7 +283,7 @@ class Keeper:
             more = ["--wait", *self._setup["first"]]
         words = [*self._setup["server"], "--snapshot", snapshot, *more]
         try:
-            self._server = _Server(words, source, fds)
+            self._server = ServerProcess(words, source, fds)
         except OSError as error:
             self._end("failed", f"cannot start a page server: {error.strerror}")
 
@@ -489,7 +314,7 @@ class Keeper:
         if server.control.closed:
             server.read_errors()
 
-    def _handle(self, server: _Server, line: dict[str, Any]) -> None:
+    def _handle(self, server: ServerProcess, line: dict[str, Any]) -> None:
         event = line.get("event")
         self._take_progress(line)
         if event == "loaded":
@@ -527,7 +352,7 @@ class Keeper:
         """List a page, unless that was done or there are too many; return whether it was listed."""
         damage = {name: line.get(key) for name, key in _DAMAGE.items()}
         damages = self.state["damages"]
-        if damage in damages or len(damages) >= _DAMAGES_MAX:
+        if damage in damages or len(damages) >= DAMAGES_MAX:
             return False
         damages.append(damage)
         return True
@@ -665,29 +490,17 @@ class Keeper:
             return
         self.state["pages_left"] = 0
         if self._start.get("collapse"):
-            self._collapse()
+            self._make_huge()
         self._end("completed", None)
 
-    def _collapse(self) -> None:
-        """Have the kernel make huge pages of the guest's memory."""
-        import ctypes
+    def _make_huge(self) -> None:
+        # It imports ctypes, which few restores need.
+        from pyqmigrate.vm.incoming.keeper.collapse import collapse
 
-        libc = ctypes.CDLL(None, use_errno=True)
-        done = 0
-        for address, length in self._start["collapse"]:
-            first = -(-address // _HUGE) * _HUGE
-            for start in range(first, (address + length) // _HUGE * _HUGE, _HUGE):
-                vector = (ctypes.c_size_t * 2)(start, _HUGE)
-                result = libc.syscall(
-                    _PROCESS_MADVISE, self._qemu_pidfd, vector, 1, _MADV_COLLAPSE, 0
-                )
-                if result > 0:
-                    done += _HUGE
-                elif ctypes.get_errno() in (1, 38, 3):  # EPERM, ENOSYS, ESRCH
-                    reason = os.strerror(ctypes.get_errno())
-                    self._note(f"no huge pages: {reason}")
-                    return
-        self.state["huge"] = done
+        try:
+            self.state["huge"] = collapse(self._qemu_pidfd, self._start["collapse"])
+        except OSError as error:
+            self._note(f"no huge pages: {error.strerror}")
 
     # --- the end ------------------------------------------------------------------------------------------
 
@@ -715,7 +528,3 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     Keeper(socket.socket(fileno=0)).run()
-
-
-if __name__ == "__main__":
-    main()

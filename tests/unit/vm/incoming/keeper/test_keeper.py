@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from pyqmigrate.errors import QemuGone, TargetError
-from pyqmigrate.vm.incoming import lazy_keeper
-from pyqmigrate.vm.incoming.lazy_keeper import Keeper, status_name
+from pyqmigrate.vm.incoming.keeper.keeper import DAMAGES_MAX, Keeper, status_name
+from pyqmigrate.vm.incoming.keeper.lines import LINE_MAX
 from pyqmigrate.vm.incoming.lazy_process import LazyState
 from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
 
@@ -184,7 +184,7 @@ def test_a_client_that_sends_no_line_is_hung_up_on(tmp_path: Path) -> None:
             client.connect(status_name(pid))
             client.settimeout(10)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                client.sendall(b"x" * (lazy_keeper._LINE_MAX + 70000))
+                client.sendall(b"x" * (LINE_MAX + 70000))
                 while client.recv(65536):
                     pass
 
@@ -208,11 +208,11 @@ def test_damage_is_listed_once_and_bounded(tmp_path: Path) -> None:
     ]
     with keeper(tmp_path, [OPENED, LOADED, *damages, "wait"], [], FakeQemu()) as (parent, pid):
         lines = parent.makefile("r")
-        while len(LazyState.of(json.loads(lines.readline())).damages) < lazy_keeper._DAMAGES_MAX:
+        while len(LazyState.of(json.loads(lines.readline())).damages) < DAMAGES_MAX:
             pass
         os.kill(pid, 9)
         state = LazyState.of(json.loads(lines.readlines()[-1]))
-    assert len(state.damages) == lazy_keeper._DAMAGES_MAX
+    assert len(state.damages) == DAMAGES_MAX
     assert len(set(state.damages)) == len(state.damages)
     assert str(state.damages[0]) == "page 1 is damaged"
 
