@@ -43,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.working_set,
         args.record,
         args.sealed,
+        args.wait,
+        args.base,
+        args.offset,
+        args.cache,
+        args.expect,
     )
     try:
         ending = serve(request, socket.socket(fileno=args.fd), control.send, control)
@@ -69,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--record")
     parser.add_argument("--host-pages", default="{}", help="JSON: page size in bytes by block")
     parser.add_argument("--no-seal", dest="sealed", action="store_false")
+    parser.add_argument("--wait", action="store_true", help="until the parent says begin")
+    parser.add_argument("--base", help="of an increment")
+    parser.add_argument("--expect", help="digest of the state that the snapshot has to have")
+    parser.add_argument("--offset", type=int, help="of the stream in the file")
+    parser.add_argument("--cache", help="directory for the packs of a remote store")
     return parser
 
 

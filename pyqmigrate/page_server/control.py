@@ -3,6 +3,8 @@
 Each message is an object of JSON on a line. The server sends events, with the key ``event``; the parent
 sends commands, with the key ``command``:
 
+- ``begin``, with the key ``host_pages``: the page sizes of the destination, for which a server that was
+  started with ``--wait`` waits before it sends anything;
 - ``resume``: go on over the socket that comes with the message (SCM_RIGHTS), after a broken connection;
 - ``push``, with the key ``policy``: ``idle``, ``always`` or ``never``;
 - ``status``: send an event ``progress`` now;

@@ -30,9 +30,11 @@ from pyqmigrate.store.plain_snapshot import unnamed_file
 __all__ = ["Layer", "MappedRamSource", "SequentialSource", "open_file_source"]
 
 
-def open_file_source(name: str, *, sealed: bool) -> PageSource:
+def open_file_source(
+    name: str, *, sealed: bool, base: str | None = None, offset: int | None = None
+) -> PageSource:
     """Open a snapshot in a file, or in a view. See :func:`pyqmigrate.page_server.sources.open_source`."""
-    snapshot = open_snapshot(name)
+    snapshot = open_snapshot(name, base=base, offset=offset)
     try:
         if any(block.external for block in snapshot.blocks.values()):
             raise NotSupported(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyqmigrate.errors import QemuGone, UsageError
+from pyqmigrate.errors import QemuGone, SnapshotError, UsageError
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io.own_files import check_replaceable
 from pyqmigrate.io.working_set_file import (
@@ -39,6 +39,10 @@ class ServeRequest:
     resume: the first connection replaces a broken one.
     working_set: a file with the pages to push first; record: where to write the pages that were asked for.
     sealed: whether the snapshot is compared with its seal.
+    wait: whether the parent has to say ``begin`` first, with the ``host_pages``.
+    expect: the digest of the state that the snapshot has to have (``GuestState.digest``), or None. An
+        event ``opened`` reports it, with the key ``state``.
+    base, offset, cache: as for :func:`~pyqmigrate.page_server.sources.open_source`.
     """
 
     snapshot: str
@@ -48,6 +52,11 @@ class ServeRequest:
     working_set: str | None = None
     record: str | None = None
     sealed: bool = True
+    wait: bool = False
+    base: str | None = None
+    offset: int | None = None
+    cache: str | None = None
+    expect: str | None = None
 
 
 def serve(
@@ -71,11 +80,28 @@ def serve(
         place = None if request.record is None else Path(os.path.abspath(request.record))
         if place is not None:
             check_replaceable(place, WORKING_SET_FILE)
-        source = stack.enter_context(open_source(request.snapshot, sealed=request.sealed))
+        source = stack.enter_context(
+            open_source(
+                request.snapshot,
+                sealed=request.sealed,
+                base=request.base,
+                offset=request.offset,
+                cache=request.cache,
+            )
+        )
+        state = source.state.digest()
+        if request.expect not in (None, state):
+            raise SnapshotError(
+                f"{source.name!r} is not a copy of the snapshot that the guest was restored from"
+            )
+        report({"event": "opened", "state": state})
         options = ServerOptions(
             Push(request.push), _working_set(source, request.working_set), place is not None
         )
-        server = PageServer(source, request.host_pages, options, report)
+        host_pages = request.host_pages
+        if request.wait and control is not None:
+            host_pages = _await_begin(control)
+        server = PageServer(source, host_pages, options, report)
         stack.callback(server.close)
         started = time.monotonic()
         accepted = connection() if callable(connection) else connection
@@ -83,6 +109,15 @@ def serve(
         if place is not None:
             _record(source, server, place, time.monotonic() - started)
         return ending
+
+
+def _await_begin(control: Control) -> dict[str, int]:
+    """Wait for the command ``begin``; return the page sizes that it names. Raises QemuGone."""
+    while not control.gone:
+        for command, _ in control.receive():
+            if command.get("command") == "begin":
+                return {str(name): int(size) for name, size in command["host_pages"].items()}
+    raise QemuGone("the parent has ended before the destination was there")
 
 
 class _Service:

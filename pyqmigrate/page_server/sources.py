@@ -12,6 +12,7 @@ by :func:`~pyqmigrate.snapshot.detect.open_snapshot`; a snapshot of a store is r
 from __future__ import annotations
 
 import abc
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,17 @@ class GuestState:
     blocks: tuple[BlockSpec, ...]
     early: bytes
     devices: bytes
+
+    def digest(self) -> str:
+        """Return what a copy of the snapshot has in common with it, in whatever form: a digest of the
+        machine, the blocks and the state of the devices. Another save has another clock."""
+        digest = hashlib.blake2b(self.settings.machine.encode(), digest_size=16)
+        for block in self.blocks:
+            digest.update(f"\n{block.length} {block.name}".encode())
+        for sections in (self.early, self.devices):
+            digest.update(len(sections).to_bytes(8, "big"))
+            digest.update(sections)
+        return digest.hexdigest()
 
 
 class PageSource(abc.ABC):
@@ -90,11 +102,21 @@ class ReadAt(abc.ABC):
         """Return exactly ``length`` bytes. Raises SnapshotError, TargetError."""
 
 
-def open_source(snapshot: str | os.PathLike[str], *, sealed: bool = True) -> PageSource:
+def open_source(
+    snapshot: str | os.PathLike[str],
+    *,
+    sealed: bool = True,
+    base: str | None = None,
+    offset: int | None = None,
+    cache: str | None = None,
+) -> PageSource:
     """Open a snapshot of any kind: a path, a ``file:`` URI, ``STORE#NAME``.
 
     sealed: whether what is read is compared with the seal, if there is one. Pages of a store are always
         compared with their digests.
+    base: where the base of an increment is, instead of the recorded place.
+    offset: where the stream starts in a file, bytes; None finds it.
+    cache: where the packs of a remote store are kept, None for the default directory.
 
     Raises the errors of :func:`~pyqmigrate.snapshot.detect.open_snapshot`, and NotSupported for a snapshot
     whose blocks are partly elsewhere or whose device state cannot be separated.
@@ -103,10 +125,10 @@ def open_source(snapshot: str | os.PathLike[str], *, sealed: bool = True) -> Pag
     if "#" in name and names_stored(name):
         from pyqmigrate.page_server.stored import StoredSource
 
-        return StoredSource(name)
+        return StoredSource(name, cache)
     from pyqmigrate.page_server.opened import open_file_source
 
-    return open_file_source(name, sealed=sealed)
+    return open_file_source(name, sealed=sealed, base=base, offset=offset)
 
 
 def guest_state(

@@ -31,16 +31,19 @@ _REMOTE_READERS = 8
 class StoredSource(PageSource):
     """A snapshot ``STORE#NAME``. Raises the errors of :meth:`~pyqmigrate.store.store.Store.open_file`.
 
+    cache_directory: where the packs of a remote store are kept; None is the default.
     patience: for how many seconds a read is repeated if the store does not answer.
     """
 
-    def __init__(self, snapshot: str, *, patience: float = 30.0) -> None:
+    def __init__(
+        self, snapshot: str, cache_directory: str | None = None, *, patience: float = 30.0
+    ) -> None:
         place, _, stored = snapshot.rpartition("#")
         self.name = snapshot
         self._stack = contextlib.ExitStack()
         self._data: list[Bitmap] = []
         try:
-            cache = default_directory() if "://" in place else None
+            cache = (cache_directory or default_directory()) if "://" in place else None
             store = self._stack.enter_context(Store.open(place, cache=cache, patience=patience))
             self.name = f"{store.name}#{stored}"
             self.readers = _LOCAL_READERS if store.place.directory else _REMOTE_READERS

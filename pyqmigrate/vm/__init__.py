@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.client import Vm, connect
     from pyqmigrate.vm.incoming.clone import Clone, clone
     from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
-    from pyqmigrate.vm.incoming.options import Mode
+    from pyqmigrate.vm.incoming.lazy_process import Damage, LazyState
+    from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
+    from pyqmigrate.vm.incoming.options import Mode, Push
     from pyqmigrate.vm.incoming.recording import WorkingSetReport
     from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
     from pyqmigrate.vm.incoming.restore import restore
@@ -41,11 +43,14 @@ __all__ = [
     "RestoredVm",
     "clone",
     "Clone",
+    "wait_for_memory",
     # Reports.
     "VmSaveReport",
     "RestoreReport",
     "WorkingSetReport",
     "CheckReport",
+    "LazyState",
+    "Damage",
     # Options.
     "VmSaveOptions",
     "VmCheckOptions",
@@ -57,6 +62,7 @@ __all__ = [
     "Instant",
     "Then",
     "Mode",
+    "Push",
     # QMP.
     "Monitor",
 ]
@@ -72,7 +78,11 @@ _HOME = {
     "Monitor": "qemu.monitor",
     "Vm": "client",
     "connect": "client",
+    "Damage": "incoming.lazy_process",
+    "LazyState": "incoming.lazy_process",
     "Mode": "incoming.options",
+    "Push": "incoming.options",
+    "wait_for_memory": "incoming.lazy_status",
     "VmCloneOptions": "incoming.keywords",
     "VmRestoreOptions": "incoming.keywords",
     "WorkingSetReport": "incoming.recording",

@@ -43,6 +43,7 @@ VERBS = (
     "vm check",
     "vm restore",
     "vm clone",
+    "vm wait",
     "fleet verify",
     "fleet info",
     "fleet add",
