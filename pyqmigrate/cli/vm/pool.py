@@ -26,6 +26,7 @@ of the first guest answered, ``load_seconds`` and ``total_seconds`` of its resto
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -106,11 +107,12 @@ async def _pool(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
     from pyqmigrate.vm.pool.pool import Pool
     from pyqmigrate.vm.pool.server import PoolServer
 
+    directory = args.dir or f"{args.socket}.guests"
     pool = Pool(
         args.snapshot,
         args.command or None,
         args.ready,
-        directory=args.dir or f"{args.socket}.guests",
+        directory=directory,
         limit=args.limit,
         mode=args.mode,
         paused=args.paused,
@@ -129,6 +131,9 @@ async def _pool(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
         announce(args, _data(pool, server, args), _lines(pool, server))
         async with store_messages_shown([pool]):
             await end.wait()
+    if args.dir is None:
+        with contextlib.suppress(OSError):  # it has files of the guests
+            os.rmdir(directory)  # made by a pool that was killed
     return ended()
 
 

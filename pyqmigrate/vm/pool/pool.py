@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Self, Unpack, cast
 
 from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
 from pyqmigrate.io.place import absolute
+from pyqmigrate.io.socket_path import remove_stale_socket
 from pyqmigrate.io.target import Target
 from pyqmigrate.log import logger
 from pyqmigrate.vm.cancellation import shielded
@@ -34,6 +36,7 @@ from pyqmigrate.vm.pool.series import GuestSeries
 
 __all__ = ["Pool"]
 
+_MONITOR = r"[1-9][0-9]*\.qmp"
 _RETRY = 1.0  # seconds from the death of a guest that was ready until another is started
 
 
@@ -171,6 +174,7 @@ class Pool:
         try:
             await asyncio.to_thread(make_directory, self.directory)
             self._made_directory = made
+            await asyncio.to_thread(_remove_stale_monitors, self.directory)
             self._series = await GuestSeries.open(
                 self._snapshot, self._command, self.directory, self._options
             )
@@ -290,6 +294,15 @@ class Pool:
         if self._made_directory:
             with contextlib.suppress(OSError):  # it has files of the guests
                 self.directory.rmdir()
+
+
+def _remove_stale_monitors(directory: Path) -> None:
+    """Remove the monitor sockets of a pool that was killed: on which no process listens."""
+    with contextlib.suppress(OSError):
+        for path in list(directory.iterdir()):
+            if re.fullmatch(_MONITOR, path.name):
+                with contextlib.suppress(OSError, UsageError):
+                    remove_stale_socket(path)
 
 
 async def _end_taken(taking: asyncio.Future[PooledGuest]) -> None:

@@ -42,6 +42,7 @@ VERBS = (
     "vm check",
     "vm restore",
     "vm clone",
+    "vm pool",
     "fleet verify",
     "fleet info",
     "fleet add",
