@@ -42,6 +42,7 @@ from pyqmigrate.cli.vm.restore import (
     ended,
 )
 from pyqmigrate.cli.vm.store_messages import store_messages_shown
+from pyqmigrate.vm.incoming.options import Mode
 
 if TYPE_CHECKING:
     from pyqmigrate.vm.pool.pool import Pool
@@ -84,8 +85,8 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--mode",
-        choices=["auto", "instant", "load", "postcopy"],
-        default="auto",
+        choices=list(map(str, Mode)),
+        default=str(Mode.AUTO),
         help="how guest memory is restored (default: auto)",
     )
     add_run_state(parser)

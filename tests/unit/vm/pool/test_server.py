@@ -207,6 +207,31 @@ def test_client_that_never_reads_makes_the_server_keep_little(path: Path) -> Non
     serve(path, work)
 
 
+def test_client_beyond_the_most_is_turned_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyqmigrate.vm.pool.server._CLIENTS_MAX", 2)
+
+    def work(pool: FakePool, path: Path) -> None:
+        with PoolClient(path) as one, PoolClient(path) as two:
+            one.ask("status")
+            two.ask("status")
+            with PoolClient(path) as three:
+                assert "the pool has 2 clients" in three.receive()["error"]["message"]
+            assert one.ask("take")["guest"]["number"] == 1
+
+    serve(path, work)
+
+
+def test_limit_of_the_pool_is_an_error_of_the_request(path: Path) -> None:
+    def work(pool: FakePool, path: Path) -> None:
+        pool.limit = 1
+        with PoolClient(path) as client:
+            client.ask("take")
+            assert client.ask("take")["error"]["type"] == "TargetError"
+            assert client.ask("reset")["ended"] == 1
+
+    serve(path, work)
+
+
 def test_closed_server_hangs_up_and_removes_its_socket(path: Path) -> None:
     clients: list[PoolClient] = []
 
