@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.client import Vm, connect
     from pyqmigrate.vm.incoming.clone import Clone, clone
     from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmPoolOptions, VmRestoreOptions
-    from pyqmigrate.vm.incoming.options import Mode
+    from pyqmigrate.vm.incoming.lazy_process import Damage, LazyState
+    from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
+    from pyqmigrate.vm.incoming.options import Mode, Push
     from pyqmigrate.vm.incoming.recording import WorkingSetReport
     from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
     from pyqmigrate.vm.incoming.restore import restore
@@ -44,6 +46,7 @@ __all__ = [
     "RestoredVm",
     "clone",
     "Clone",
+    "wait_for_memory",
     # Guests that are ready ahead.
     "Pool",
     "PooledGuest",
@@ -53,6 +56,8 @@ __all__ = [
     "RestoreReport",
     "WorkingSetReport",
     "CheckReport",
+    "LazyState",
+    "Damage",
     # Options.
     "VmSaveOptions",
     "VmCheckOptions",
@@ -65,6 +70,7 @@ __all__ = [
     "Instant",
     "Then",
     "Mode",
+    "Push",
     # QMP.
     "Monitor",
 ]
@@ -80,7 +86,11 @@ _HOME = {
     "Monitor": "qemu.monitor",
     "Vm": "client",
     "connect": "client",
+    "Damage": "incoming.lazy_process",
+    "LazyState": "incoming.lazy_process",
     "Mode": "incoming.options",
+    "Push": "incoming.options",
+    "wait_for_memory": "incoming.lazy_status",
     "VmCloneOptions": "incoming.keywords",
     "VmPoolOptions": "incoming.keywords",
     "VmRestoreOptions": "incoming.keywords",

@@ -342,13 +342,22 @@ def test_cancelled_start_of_a_pool_leaves_nothing(
     asyncio.run(run())
 
 
-def test_pool_that_loads_has_the_same_memory(
-    saved: Saved, command: list[str], tmp_path: Path
+@pytest.mark.parametrize("mode", ["load", "lazy"])
+def test_guests_of_another_mode_have_the_same_memory(
+    saved: Saved, command: list[str], tmp_path: Path, mode: str
 ) -> None:
     async def run() -> None:
-        async with Pool(saved.path, command, 1, mode="load", directory=tmp_path) as pool:
+        async with (
+            nothing_left(tmp_path),
+            Pool(saved.path, command, 2, mode=mode, directory=tmp_path) as pool,
+        ):
             guest = await pool.take(paused=True)
-            assert guest.report.mode == "load"
-            await assert_as_saved(guest, saved, None)
+            for _ in range(3):
+                assert guest.report.mode == mode
+                if guest.vm.lazy is not None:
+                    await guest.vm.lazy.completed()
+                await assert_as_saved(guest, saved, None)
+                guest = await pool.reset(guest, paused=True)
+            await guest.run()
 
     asyncio.run(run())

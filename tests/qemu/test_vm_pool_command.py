@@ -34,9 +34,10 @@ def command(saved: Saved, tmp_path: Path) -> list[str]:
     return saved.command(serial=tmp_path / "serial-{n}")
 
 
-def children_of(process: subprocess.Popen[bytes]) -> list[int]:
-    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-    return [int(pid) for task in tasks for pid in task.read_text().split()]
+def descendants_of(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    return children + [pid for child in children for pid in descendants_of(child)]
 
 
 def test_client_gets_a_guest_that_goes_on(saved: Saved, command: list[str], tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_client_gets_a_guest_that_goes_on(saved: Saved, command: list[str], tmp_
         with PoolClient(report["socket"]) as client:
             guest = client.ask("take")["guest"]
             assert guest["run_state"] == "running"
-            assert guest["pid"] in children_of(process)
+            assert guest["pid"] in descendants_of(process.pid)
             said = serial_says(tmp_path / f"serial-{guest['number']}", 1)
             assert said[0] == len(saved.reports) + 1 & 0x7F
 
@@ -69,7 +70,7 @@ def test_signal_ends_the_pool_and_all_guests(
     with pool_process(saved.path, command, tmp_path / "s", "--keep") as (process, report):
         with PoolClient(report["socket"]) as client:
             taken = client.ask("take")["guest"]["pid"]
-            guests = children_of(process)
+            guests = descendants_of(process.pid)
             assert taken in guests
             process.send_signal(number)
             assert process.wait(30) == 0
@@ -78,14 +79,17 @@ def test_signal_ends_the_pool_and_all_guests(
         assert not Path(report["directory"]).exists()
 
 
+@pytest.mark.parametrize("mode", ["instant", "lazy"])
 def test_killed_pool_takes_all_guests_with_it_and_another_begins_in_its_place(
-    saved: Saved, command: list[str], tmp_path: Path
+    saved: Saved, command: list[str], tmp_path: Path, mode: str
 ) -> None:
-    with pool_process(saved.path, command, tmp_path / "s", "--keep") as (process, report):
+    options = ("--keep", "--mode", mode, "--push", "never")
+    with pool_process(saved.path, command, tmp_path / "s", *options) as (process, report):
+        assert report["mode"] == mode
         with PoolClient(report["socket"]) as client:
             client.ask("take")
-            guests = children_of(process)
-            assert len(guests) >= 2
+            guests = descendants_of(process.pid)
+            assert len(guests) >= (2 if mode == "instant" else 6)  # QEMU, keeper, page server
             process.kill()
             process.wait()
         until(lambda: not any(map(is_alive, guests)), "guests of a killed pool go on")

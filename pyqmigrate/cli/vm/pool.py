@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
 from pyqmigrate.cli.interruption import ending_signals, run_interruptible
 from pyqmigrate.cli.outcome import Outcome, announce, counted, printable
+from pyqmigrate.cli.vm.lazy import add_lazy, working_set_of
 from pyqmigrate.cli.vm.restore import (
     add_base,
     add_cache,
@@ -92,6 +93,7 @@ def add_parser(verbs: Verbs) -> None:
     add_run_state(parser)
     add_offset(parser)
     add_disks(parser, "the directory of the monitors")
+    add_lazy(parser)
     add_cache(parser)
     add_command(parser)
 
@@ -124,6 +126,9 @@ async def _pool(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
         disks_as_they_are=args.disks_as_they_are,
         base=args.base,
         cache=args.cache,
+        working_set=working_set_of(args),
+        push=args.push,
+        huge_pages=args.huge_pages,
     )
     async with pool, PoolServer(pool, args.socket, keep=args.keep) as server:
         end = asyncio.Event()

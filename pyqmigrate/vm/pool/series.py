@@ -89,7 +89,7 @@ class GuestSeries:
     @property
     def view(self) -> SharedView | None:
         """The view of a snapshot of a store; None for a file."""
-        return self._streams.source.mapped.source.view
+        return self._streams.source.pages_from.source.view
 
     def can_run(self, guest: PooledGuest) -> bool:
         """Whether ``cont`` resumes the guest: it had not crashed or shut down when it was saved."""

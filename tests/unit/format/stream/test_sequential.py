@@ -62,16 +62,16 @@ def refusal(data: bytes, **options: int) -> SnapshotError:
     return caught.value
 
 
-def test_head_is_byte_for_byte_that_of_qemu() -> None:
+def test_head_is_that_of_qemu_but_for_the_id_of_ram() -> None:
     assert encode_head("pc-i440fx-10.0", SPECS) == (
         bytes.fromhex("5145564D 00000003 07 0000000E")
         + b"pc-i440fx-10.0"
-        + bytes.fromhex("01 00000001 03 72616d 00000000 00000004 0000000004040004")
+        + bytes.fromhex("01 0052414d 03 72616d 00000000 00000004 0000000004040004")
         + b"\x06pc.ram"
         + bytes.fromhex("0000000004000000")
         + b"\x07pc.bios"
         + bytes.fromhex("0000000000040000")
-        + bytes.fromhex("0000000000000010 7E00000001")
+        + bytes.fromhex("0000000000000010 7E0052414D")
     )
 
 
