@@ -157,12 +157,34 @@ def test_ready_guest_that_was_killed_is_never_handed_over(
 ) -> None:
     async def run() -> None:
         async with nothing_left(tmp_path), Pool(saved.path, command, 2, directory=tmp_path) as pool:
-            killed = pool.ready[0]
-            os.kill(killed.pid, signal.SIGKILL)
-            await killed.wait()
-            guest = await pool.take()
-            assert guest.number != killed.number
-            assert is_alive(guest.pid)
+            for paused in (True, False):
+                while len(pool.ready) < 2:
+                    await asyncio.sleep(0.01)
+                killed = pool.ready[0]
+                os.kill(killed.pid, signal.SIGKILL)
+                until(lambda: killed.process.poll() is not None, "it lives")  # noqa: B023
+                guest = await pool.take(paused=paused)
+                assert guest.number != killed.number
+                assert is_alive(guest.pid)
+
+    asyncio.run(run())
+
+
+def test_cancelled_reset_ends_the_guest_and_loses_no_other(
+    saved: Saved, command: list[str], tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async with nothing_left(tmp_path), Pool(saved.path, command, 1, directory=tmp_path) as pool:
+            for delay in (0, 0.001, 0.01, 0.05):
+                guest = await pool.take()
+                reset = asyncio.create_task(pool.reset(guest))
+                await asyncio.sleep(delay)
+                reset.cancel()
+                results = await asyncio.gather(reset, return_exceptions=True)
+                taken = [new.number for new in results if isinstance(new, PooledGuest)]
+                assert [new.number for new in pool.taken if new is not guest] == taken
+                await guest.wait()
+                await asyncio.gather(*(new.end() for new in pool.taken))
 
     asyncio.run(run())
 
@@ -272,6 +294,8 @@ def test_start_that_fails_is_reported_and_tried_again(saved: Saved, tmp_path: Pa
             with pytest.raises(QemuError, match="No such file or directory"):
                 await pool.take()
             assert pool.taken == ()
+            while pool.starting:
+                await asyncio.sleep(0.01)
             (tmp_path / "moved").rename(place)
             assert (await pool.take()).run_state == "running"
             assert pool.last_error is None

@@ -78,7 +78,7 @@ class PooledGuest:
     @property
     def has_ended(self) -> bool:
         """Whether QEMU has ended, or is being ended."""
-        return self._exited.is_set() or self._ending is not None
+        return self._ending is not None or self.vm.process.poll() is not None
 
     @property
     def listeners(self) -> Sequence[Listener]:

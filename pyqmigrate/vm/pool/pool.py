@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
-from pyqmigrate.errors import NotSupported, PyqmigrateError, TargetError, UsageError
+from pyqmigrate.errors import NotSupported, PyqmigrateError, QemuGone, TargetError, UsageError
 from pyqmigrate.io.place import absolute
 from pyqmigrate.io.socket_path import remove_stale_socket
 from pyqmigrate.io.target import Target
@@ -76,6 +76,7 @@ class Pool:
         self._made_directory = False
         self._report: RestoreReport | None = None
         self._asked = 0  # calls of take that have no guest yet
+        self._living: set[PooledGuest] = set()
         self._ready: deque[PooledGuest] = deque()
         self._taken: dict[int, PooledGuest] = {}
         self._waiting: deque[asyncio.Future[PooledGuest]] = deque()
@@ -135,18 +136,21 @@ class Pool:
                 errno.EBUSY,
                 f"{self.limit} guests of the pool are in use, which is its limit: end one, or reset it",
             )
-        self._asked += 1
-        try:
-            guest = await self._next()
-            self._taken[guest.number] = guest
-        finally:
-            self._asked -= 1
-        try:
-            if (series.runs if paused is None else not paused) and series.can_run(guest):
-                await self._resume(guest)
-        finally:
-            self._fill()  # after the guest was resumed: a start takes processor time
-        return guest
+        while True:
+            self._asked += 1
+            try:
+                guest = await self._next()
+                self._taken[guest.number] = guest
+            finally:
+                self._asked -= 1
+            try:
+                if (series.runs if paused is None else not paused) and series.can_run(guest):
+                    await self._resume(guest)
+            except QemuGone:  # it was killed while it was ready
+                continue
+            finally:
+                self._fill()  # after the guest was resumed: a start takes processor time
+            return guest
 
     async def reset(self, guest: PooledGuest, *, paused: bool | None = None) -> PooledGuest:
         """End ``guest`` and return another, as :meth:`take` does. It ends even if that fails."""
@@ -160,7 +164,7 @@ class Pool:
             return taking.result()
         except BaseException:
             taking.cancel()
-            await shielded(_end_taken(taking))
+            await shielded(_end_taken(taking, ending))
             raise
 
     async def close(self) -> None:
@@ -239,11 +243,10 @@ class Pool:
         except PyqmigrateError as error:
             self._fail(error)
             return
-        except asyncio.CancelledError:
-            raise
         except Exception as error:  # a bug must not leave clients waiting
             self._fail(NotSupported(f"the pool cannot start a guest: {error!r}"))
             raise
+        self._living.add(guest)
         self.last_error = None
         if self._report is None:
             self._report = guest.report
@@ -269,6 +272,7 @@ class Pool:
 
     def _forget(self, guest: PooledGuest) -> None:
         """Note the end of a guest. One that was ready, and was killed, is replaced after a while."""
+        self._living.discard(guest)
         self._taken.pop(guest.number, None)
         if guest in self._ready:
             self._ready.remove(guest)
@@ -286,8 +290,7 @@ class Pool:
         for task in list(self._starting):
             task.cancel()
         await asyncio.gather(*self._starting, return_exceptions=True)
-        guests = [*self._ready, *self._taken.values()]
-        await asyncio.gather(*(guest.end() for guest in guests), return_exceptions=True)
+        await asyncio.gather(*(guest.end() for guest in self._living), return_exceptions=True)
         if self._series is not None:
             await self._series.close()
             self._series = None
@@ -305,9 +308,9 @@ def _remove_stale_monitors(directory: Path) -> None:
                     remove_stale_socket(path)
 
 
-async def _end_taken(taking: asyncio.Future[PooledGuest]) -> None:
-    """End the guest that a cancelled take has returned nevertheless."""
-    await asyncio.wait([taking])
+async def _end_taken(taking: asyncio.Future[PooledGuest], ending: asyncio.Future[None]) -> None:
+    """Wait for both; end the guest that a cancelled take has returned nevertheless."""
+    await asyncio.gather(taking, ending, return_exceptions=True)
     if not taking.cancelled() and taking.exception() is None:
         await taking.result().end()
 

@@ -275,7 +275,6 @@ def say_as_nobody(path: Path) -> str:
             os.setgid(65534)
             os.setuid(65534)
             with PoolClient(path) as client:
-                client.send(b'{"command":"take"}\n')
                 os.write(writer, str(client.receive()).encode())
         finally:
             os._exit(0)
