@@ -31,6 +31,7 @@ VM_LAYERS = [
     {"guest"},
     {"record"},
     {"incoming"},
+    {"pool"},
     {"twin"},
     {"plan"},
     {"outgoing"},

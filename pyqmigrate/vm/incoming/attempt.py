@@ -331,7 +331,7 @@ class RestoreAttempt:
         )
         view = self.source.pages_from.source.view
         view = view.share() if view is not None else None
-        qemu.hand_over()
+        qemu.hand_over(bound=self.options.bound)
         return RestoredVm(qemu, report, recorder, view, keeper)
 
     async def _start_recording(self, qemu: QemuSession, mapped: Sequence[str]) -> Recorder | None:

@@ -1,4 +1,5 @@
-"""The keyword arguments of :func:`pyqmigrate.vm.restore` and :func:`pyqmigrate.vm.clone`."""
+"""The keyword arguments of :func:`pyqmigrate.vm.restore`, :func:`pyqmigrate.vm.clone` and
+:class:`pyqmigrate.vm.Pool`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.vm.incoming.options import Mode, Push
 from pyqmigrate.vm.qemu.spawn import Stream
 
-__all__ = ["VmCloneOptions", "VmRestoreOptions"]
+__all__ = ["VmCloneOptions", "VmPoolOptions", "VmRestoreOptions"]
 
 
 class _CommonOptions(TypedDict, total=False):
@@ -94,3 +95,25 @@ class VmCloneOptions(_CommonOptions, total=False):
 
     directory: str | os.PathLike[str]
     at_once: int | None
+
+
+class VmPoolOptions(_CommonOptions, total=False):
+    """The options of :class:`pyqmigrate.vm.Pool`.
+
+    mode, offset, with_disks, disks_as_they_are, base, cache, working_set, push,
+        huge_pages: as in :class:`VmRestoreOptions`.
+    paused: whether a guest is paused when it is handed over; None does as ``-S`` or else the snapshot
+        says. Until then every guest is paused.
+    directory: where the monitors are made, and the overlays unless ``disks_dir`` is given; it is
+        created (the current directory).
+    at_once: how many guests start at the same time; None is the number of processors.
+    limit: how many guests may be in use at the same time; None is any number.
+    pass_fds: descriptors for every guest, open for reading only.
+    stderr: QEMU's, as for subprocess.Popen; None is this process's own.
+    disks_dir: where the overlays are made. They are removed when their guest ends.
+    """
+
+    directory: str | os.PathLike[str]
+    at_once: int | None
+    limit: int | None
+    stderr: Stream

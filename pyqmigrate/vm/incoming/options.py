@@ -71,7 +71,10 @@ def check_record(seconds: float) -> float:
 
 
 class RestoreOptions(NamedTuple):
-    """Checked :class:`~pyqmigrate.vm.VmRestoreOptions`, with their defaults."""
+    """Checked :class:`~pyqmigrate.vm.VmRestoreOptions`, with their defaults.
+
+    ``bound``: QEMU is killed when this process ends, even after the restore.
+    """
 
     mode: Mode = Mode.AUTO
     paused: bool | None = None
@@ -89,6 +92,7 @@ class RestoreOptions(NamedTuple):
     record: float | None = None
     base: str | os.PathLike[str] | None = None
     cache: Path | None = None
+    bound: bool = False
     working_set: Path | None = None
     push: Push = Push.IDLE
     huge_pages: bool = False

@@ -45,10 +45,11 @@ class QemuSession:
         """Return ``what``, how the process ended if it did, and what it wrote to stderr."""
         return await asyncio.to_thread(self._started.describe, what)
 
-    def hand_over(self) -> None:
-        """Let QEMU outlive this process, and pass its standard error on to the caller's stream."""
+    def hand_over(self, *, bound: bool = False) -> None:
+        """Let QEMU outlive this process unless ``bound``, and pass its standard error on to the
+        caller's stream."""
         self.has_run = True
-        self._started.hand_over()
+        self._started.hand_over(bound=bound)
 
     async def end(self) -> None:
         """End the process, and the guest with it, at once. Shielded from cancellation."""

@@ -92,9 +92,11 @@ class QemuProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout)
 
-    def hand_over(self) -> None:
-        """Let QEMU outlive this process, and pass its standard error on to the caller's stream."""
-        self._lifeline.close()
+    def hand_over(self, *, bound: bool = False) -> None:
+        """Let QEMU outlive this process unless ``bound``, and pass its standard error on to the
+        caller's stream."""
+        if not bound:
+            self._lifeline.close()
         self._errors.hand_over()
 
     def end(self, timeout: float = END_TIMEOUT) -> None:

@@ -44,6 +44,7 @@ VERBS = (
     "vm restore",
     "vm clone",
     "vm wait",
+    "vm pool",
     "fleet verify",
     "fleet info",
     "fleet add",
