@@ -38,6 +38,19 @@ from pyqmigrate.page_server.status_socket import StatusSocket
 __all__ = ["add_parser"]
 
 _DAMAGES = 100
+# Keys of single events; all others are the status.
+_OF_EVENTS = (
+    "event",
+    "block",
+    "page",
+    "pages",
+    "demand",
+    "error",
+    "status",
+    "complete",
+    "resumed",
+    "recoverable",
+)
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -117,8 +130,7 @@ class _Events:
                 self.damages.append(event["error"])
             if not self._quiet and sys.stderr is not None:
                 print(f"pyqmigrate: {printable(event['error'])}", file=sys.stderr, flush=True)
-        own = ("block", "page", "pages", "demand", "error", "status", "complete", "resumed")
-        self.status = {key: value for key, value in event.items() if key not in own}
+        self.status = {key: value for key, value in event.items() if key not in _OF_EVENTS}
 
 
 def _connect(events: _Events, path: str) -> socket.socket:
@@ -151,9 +163,8 @@ def _host_pages(given: list[str]) -> dict[str, int]:
 
 def _outcome(snapshot: str, ending: Ending, events: _Events) -> Outcome:
     complete = ending is Ending.DONE
-    status = {
-        key: value for key, value in events.status.items() if key not in ("event", "recoverable")
-    }
+    status = dict(events.status)
+    end_sent = status.pop("end_sent", complete)
     data = {
         "snapshot": snapshot,
         "seconds": time.monotonic() - events.started,
@@ -161,12 +172,18 @@ def _outcome(snapshot: str, ending: Ending, events: _Events) -> Outcome:
         **status,
         "damaged_pages": events.damages,
     }
-    what = (
-        "QEMU has all pages"
-        if complete
-        else f"the connection broke with {counted(status['pages_left'], 'page')} left: give "
-        "migrate-recover to QEMU, and go on with --resume"
-    )
+    if complete:
+        what = "QEMU has all pages"
+    elif end_sent:
+        what = (
+            "the connection broke after the last page: QEMU has all pages if query-migrate says "
+            "completed; otherwise give it migrate-recover, and go on with --resume"
+        )
+    else:
+        what = (
+            f"the connection broke with {counted(status['pages_left'], 'page')} left: give QEMU "
+            "migrate-recover, and go on with --resume"
+        )
     line = (
         f"{printable(snapshot)}: {what}; {counted(status['pages_sent'], 'page')} sent, "
         f"{counted(status['requests'], 'request')}, {status['mean_latency'] * 1e6:.0f} us on average"

@@ -97,7 +97,8 @@ class PageServer:
 
     ``report`` is called with an event, a dictionary with the key ``event``: ``loaded``, ``progress``,
     ``damage``, ``shut``. ``control`` is a descriptor, or None; when it is readable, ``on_control`` is
-    called, and returns whether to stop.
+    called, and returns whether to stop. ``end_sent``: if the connection breaks now, the destination may
+    have everything; its status is ``completed`` then.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class PageServer:
         self._answering: list[float] = []
         self._first = collections.deque(self._options.working_set)
         self._cursor = (0, 0)
-        self._end_sent = False
+        self.end_sent = False
         self._last_request = 0.0
         self._withheld: dict[tuple[int, int], Read] = {}
         self._named: set[tuple[int, int]] = getattr(self, "_named", set())
@@ -294,9 +295,9 @@ class PageServer:
         if self._withheld and now >= self._retry_at:
             self._retry()
         if self._left() == 0:
-            if not self._end_sent:
+            if not self.end_sent:
                 self._out.append(END)
-                self._end_sent = True
+                self.end_sent = True
             return
         if self._options.push is Push.NEVER or now < self._quiet_until():
             return
@@ -445,7 +446,7 @@ class PageServer:
                 self.loaded = True
                 self._event("loaded", resumed=False)
             elif isinstance(message, Shut):
-                done = message.status == 0 and self._end_sent
+                done = message.status == 0 and self.end_sent
                 self._event("shut", status=message.status, complete=done)
                 self._ending = Ending.DONE if done else Ending.BROKEN
 

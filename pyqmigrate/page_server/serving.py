@@ -68,7 +68,8 @@ def serve(
     """Serve until the destination has everything; return how it ended.
 
     connection: taken over; a function that makes it is called when the snapshot is open. After a broken
-        one, ``control`` may bring another. An event ``broken`` with ``recoverable`` is reported first.
+        one, ``control`` may bring another. An event ``broken`` is reported first, with ``recoverable``, and with
+        ``end_sent`` if the destination may have everything.
 
     Raises the errors of :func:`~pyqmigrate.page_server.sources.open_source`, UsageError for a working set
     of another snapshot, QemuGone if the destination closes the connection before it can be replaced.
@@ -146,7 +147,14 @@ class _Service:
             if ending is not Ending.BROKEN and self._next is None:
                 return ending
             if self._next is None:
-                self._report({"event": "broken", "recoverable": server.loaded, **server.status()})
+                self._report(
+                    {
+                        "event": "broken",
+                        "recoverable": server.loaded,
+                        "end_sent": server.end_sent,
+                        **server.status(),
+                    }
+                )
                 if not server.loaded:
                     raise QemuGone(
                         "the destination closed the connection before it had loaded the device state"
