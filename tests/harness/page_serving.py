@@ -34,7 +34,9 @@ class Serving:
         try:
             self.ending = serve(request, connection, self._report, self._control)
         except Exception as error:
-            self.error = error
+            with self._changed:
+                self.error = error
+                self._changed.notify_all()
         finally:
             connection.close()
             self._control.close()
@@ -49,7 +51,11 @@ class Serving:
 
     def wait_for(self, name: str, count: int = 1, limit: float = 30) -> dict[str, Any]:
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self.named(name)) >= count, limit), name
+            assert self._changed.wait_for(
+                lambda: len(self.named(name)) >= count or self.error is not None, limit
+            ), name
+            if self.error is not None:
+                raise self.error
             return self.named(name)[count - 1]
 
     def join(self) -> None:

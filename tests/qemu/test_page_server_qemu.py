@@ -34,6 +34,8 @@ from tests.harness.saving import source
 
 pytestmark = pytest.mark.qemu
 
+_ENDS = ("postcopy-paused", "completed")
+
 
 @pytest.fixture(scope="module")
 def saved(module_disk: Path) -> SavedGuest:
@@ -154,8 +156,7 @@ def restore_through_a_relay(
             if serving.ending is Ending.DONE:
                 break
             done += 1
-            ends = ("postcopy-paused", "completed")
-            wait_for(lambda: guest.migration() in ends, "the guest does not pause")
+            wait_for(lambda: guest.migration() in _ENDS, "the guest does not pause")
             if guest.migration() == "completed":
                 break  # the end had arrived, and only QEMU's answer was lost
             resume = True

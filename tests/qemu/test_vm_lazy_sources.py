@@ -71,7 +71,7 @@ def test_a_store_by_a_relative_path_is_found_by_the_server(
     asyncio.run(_whole(saved, os.path.relpath(stored), tmp_path / "out"))
 
 
-@pytest.mark.parametrize("mode", ["lazy", "auto"])
+@pytest.mark.parametrize("mode", ["auto", pytest.param("lazy", marks=pytest.mark.long)])
 def test_a_sequential_stream_is_restored_lazily(saved: Saved, mode: str, tmp_path: Path) -> None:
     stream = tmp_path / "guest.stream"
     pyqmigrate.convert(saved.path, stream, to="stream")

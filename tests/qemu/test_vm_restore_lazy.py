@@ -62,7 +62,11 @@ def test_a_guest_goes_on_lazily(machine: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [backend("ram", share="on"), backend("memfd", share="on"), backend("memfd", share="off")],
+    [
+        pytest.param(backend("ram", share="on"), marks=pytest.mark.long),
+        backend("memfd", share="on"),
+        pytest.param(backend("memfd", share="off"), marks=pytest.mark.long),
+    ],
     ids=["shared", "memfd", "private memfd"],
 )
 def test_memory_of_any_kind_is_filled_lazily(

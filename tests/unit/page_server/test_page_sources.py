@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +16,18 @@ from pyqmigrate import compact, convert, save, seal
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
 from pyqmigrate.io.memory import RamBlock
 from pyqmigrate.page_server.server import PageServer, ServerOptions
+from pyqmigrate.page_server.serving import ServeRequest
 from pyqmigrate.page_server.sources import open_source
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.writer import SaveOptions
 from pyqmigrate.store import Store, add
 from tests.harness.increment_files import save_increment
-from tests.harness.lazy_destination import PAGE, Memory
-from tests.harness.page_serving import received
+from tests.harness.lazy_destination import PAGE, Destination, Memory
+from tests.harness.object_store import ObjectStore, object_store
+from tests.harness.page_serving import Serving, received
 from tests.harness.snapshots import Bytes, ram, save_known
+
+__all__ = ["object_store"]
 
 
 def assert_received(memory: Memory, expected: dict[str, Bytes]) -> None:
@@ -115,6 +120,46 @@ def test_snapshot_of_a_store(tmp_path: Path, blocks: dict[str, Bytes], sealed: b
     with Store.create(tmp_path / "store") as store:
         add(store, path, "a")
     assert_received(received(f"{tmp_path}/store#a"), blocks)
+
+
+def test_snapshot_of_an_object_store(
+    tmp_path: Path,
+    blocks: dict[str, Bytes],
+    object_store: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = written(tmp_path / "a", blocks)
+    with Store.create(object_store.url("p")) as store:
+        add(store, path, "a")
+    assert_received(received(f"{object_store.url('p')}#a"), blocks)
+
+
+def test_damaged_page_of_a_store_is_withheld(tmp_path: Path) -> None:
+    content = np.random.default_rng(6).integers(0, 256, 800 * PAGE, dtype=np.uint8)
+    blocks = {"ram": content}
+    path = written(tmp_path / "a", blocks)
+    with Store.create(tmp_path / "store") as store:
+        add(store, path, "a")
+    [pack] = (tmp_path / "store" / "packs").glob("*")
+    data = bytearray(pack.read_bytes())
+    data[100_000] ^= 1
+    pack.chmod(0o600)
+    pack.write_bytes(data)
+    ours, theirs = socket.socketpair()
+    memory = Memory()
+    destination = Destination(theirs, memory).start()
+    with Serving(ServeRequest(f"{tmp_path}/store#a"), ours) as serving:
+        damage = serving.wait_for("damage")
+        assert damage["error"].startswith(f"block '{damage['block']}', page {damage['page']}: ")
+        assert pack.stem in damage["error"]
+        serving.wait_for("progress", 2)
+        destination.cut()
+    destination.join()
+    assert not memory.ended
+    for name, page in memory.order:
+        expected = blocks[name][page * PAGE : (page + 1) * PAGE].tobytes()
+        assert bytes(memory.blocks[name][page * PAGE : (page + 1) * PAGE]) == expected
 
 
 def test_pages_of_the_destination_are_sent_whole(tmp_path: Path) -> None:
