@@ -55,6 +55,7 @@ _RECEIVE = 1 << 16
 _VECTORS = 1000  # of one sendmsg; the kernel takes 1024
 _RETRY = 5.0  # seconds until pages that could not be read are tried again
 _RETRY_MAX = 60.0
+_WITHHELD_MAX = 1 << 16  # pages; then nothing is pushed until some of them can be read
 _PROGRESS = 1.0  # seconds
 _HOLD = 1.0  # seconds without a request before anything is pushed while a working set is recorded
 
@@ -279,6 +280,8 @@ class PageServer:
     def _may_push_later(self) -> bool:
         if not self.loaded or self._options.push is Push.NEVER:
             return False
+        if len(self._withheld) >= _WITHHELD_MAX and not self._ready:
+            return False
         return bool(self._ready) or (
             self._reading.ahead < self._reading.window and self._has_windows()
         )
@@ -342,7 +345,7 @@ class PageServer:
     def _read_ahead(self) -> None:
         """Start reads of pages that nobody has asked for; those that end at once are ready."""
         reading = self._reading
-        if len(self._ready) > reading.window:
+        if len(self._ready) > reading.window or len(self._withheld) >= _WITHHELD_MAX:
             return
         while reading.ahead < reading.window and (read := self._next_window()) is not None:
             reading.start(read)
