@@ -134,8 +134,15 @@ BASES = [
 ]
 
 
-# What the others have besides, the mutations of tests/unit have too.
-SHORT = [running, sequential_with_changes, behind_libvirts_header, of_aarch64]
+# One of each form and of each peculiarity; dirty bitmaps, which take the longest, are long.
+SHORT = [
+    at_an_offset,
+    running,
+    sequential_with_changes,
+    behind_libvirts_header,
+    without_shared_memory,
+    of_aarch64,
+]
 
 
 @pytest.fixture(scope="module", params=covering(BASES, SHORT), ids=lambda f: f.__name__)

@@ -18,7 +18,6 @@ from pyqmigrate.io.process_memory import ProcessMemory
 from pyqmigrate.vm.guest.memory import Backend, GuestBlock, find_memory, fits
 from pyqmigrate.vm.guest.process import Mapping, covering, open_mapped, read_mappings
 from pyqmigrate.vm.guest.ramblock import RamLine, parse_ramblock
-from tests.harness.covering import covering
 
 MIB = 1 << 20
 HEAD_10 = (
