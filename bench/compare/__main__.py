@@ -33,6 +33,7 @@ from bench.compare.contenders import Contender, SharedRam, load_contenders, save
 from bench.compare.libvirt import libvirt_savers
 from bench.compare.live import ROWS, live
 from bench.compare.picture import draw
+from bench.compare.pool import pool
 from bench.compare.processor import measure_scan, save_with_core_clock
 from bench.compare.seal import seals
 from bench.compare.sparse import save_memfd, sparse_memfd, watch_child
@@ -46,14 +47,26 @@ from bench.compare.targets import (
     TEBIBYTE_WORK,
     verdicts,
 )
-from bench.compare.vm import MEMFD_WORK, memfd_savers, restores, vm_savers
+from bench.compare.vm import MEMFD_WORK, chatterer, memfd_savers, restores, vm_savers
 from bench.disk import Disk, NotADisk
 from bench.results import OURS, Results, Sample, table
 from tests.harness.contents import Contents, data_pages, fill
 from tests.harness.machine import BINARY
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("scan", "saves", "cpu", "loads", "sparse", "seals", "memfd", "restores", "live", "store")
+PARTS = (
+    "scan",
+    "saves",
+    "cpu",
+    "loads",
+    "sparse",
+    "seals",
+    "memfd",
+    "restores",
+    "pool",
+    "live",
+    "store",
+)
 # Who took longer than both, the first time, is not repeated as often.
 _SLOW = 4.0  # times the fastest
 _SLOW_SECONDS = 10.0
@@ -110,6 +123,8 @@ class Bench:
             self.make_room()
         if "restores" in parts:
             restores(self.size, self.path, self.disk, self.repeat, self.add)
+        if "pool" in parts:
+            pool(self.disk.directory, self.disk, chatterer, self.add)
         if "live" in parts:
             live(self.size, self.disk.directory, self.disk, self.repeat, self.add, self.live_rows)
         if "store" in parts:

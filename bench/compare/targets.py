@@ -21,6 +21,7 @@ from bench.compare.live import (
     UNRECORDED,
     WORKING_SET_WORK,
 )
+from bench.compare.pool import RESET_WORK, TAKE_WORK
 from bench.compare.seal import CACHED, COLD, PLAIN, SEALED, seal_work
 from bench.compare.store import (
     ADD_WORK,
@@ -78,6 +79,7 @@ def verdicts(results: Results) -> list[Verdict]:
         *_restores(results),
         *_live(results),
         *_increments(results),
+        *_pool(results),
         *_store(results),
     ]
 
@@ -379,6 +381,25 @@ def _increments(results: Results) -> Iterator[Verdict]:
             results.median(WORKING_SET_WORK, OURS, name) for name in (RECORDED, UNRECORDED)
         )
         yield _ratio(f"{WORKING_SET_WORK}: {RECORDED} / {UNRECORDED}", ours, theirs, 0.4)
+
+
+def _pool(results: Results) -> Iterator[Verdict]:
+    for name in results.names(TAKE_WORK, OURS):
+        samples = [sample.seconds * 1000 for sample in results.of(TAKE_WORK, OURS, name)]
+        detail = f"{min(samples):.1f} to {max(samples):.1f}"
+        yield Verdict(f"{TAKE_WORK}, {name}", statistics.median(samples), 10, "ms", detail=detail)
+    for name in results.names(RESET_WORK, OURS):
+        speed = 1 / results.median(RESET_WORK, OURS, name)
+        yield Verdict(f"{RESET_WORK}, {name}", speed, 20, "a second", at_least=True)
+        cpu = results.cpu(RESET_WORK, OURS, name)
+        if cpu:
+            yield Verdict(
+                f"{RESET_WORK}, {name}, by processor time of two cores",
+                2 / cpu,
+                20,
+                "a second",
+                at_least=True,
+            )
 
 
 def _store(results: Results) -> Iterator[Verdict]:

@@ -33,6 +33,7 @@ __all__ = [
     "SERIAL_WORK",
     "VM_DIRECT",
     "VM_QEMU",
+    "chatterer",
     "memfd_of",
     "memfd_savers",
     "restores",
@@ -135,7 +136,7 @@ def restores(
                 add(INSTANT_WORK, OURS, f"{gib} GiB", _restore(path, gib * _GIB, "instant"))
         disk.clear(path)
     with tempfile.TemporaryDirectory(prefix="chatter-") as name:
-        bios = _chatterer(Path(name))
+        bios = chatterer(Path(name))
         # As pip leaves it; in a tree of one's own it may not be.
         compileall.compile_dir(Path(pyqmigrate.__file__).parent, quiet=1)
         with _saved(size, path, size, bios=bios):
@@ -219,7 +220,8 @@ def _load(path: Path, size: int, mode: Mode) -> Sample:
         return Sample(time.perf_counter() - start)
 
 
-def _chatterer(directory: Path) -> Path:
+def chatterer(directory: Path) -> Path:
+    """Make the firmware of a guest that does nothing but write to its serial port."""
     image = bytearray(64 << 10)
     for at, code in _CHATTERS.items():
         image[at : at + len(code)] = code

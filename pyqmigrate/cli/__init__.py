@@ -65,6 +65,7 @@ _VERBS = (
     "store",
     "mount",
     "umount",
+    "page-server",
     "bench",
     "serve",
 )

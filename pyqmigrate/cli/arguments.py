@@ -56,7 +56,8 @@ class Parser(argparse.ArgumentParser):
     _offered: tuple[str, Sequence[str]] | None = None
 
     def offer(self, package: str, names: Sequence[str]) -> None:
-        """Accept the verbs ``names``: modules of ``package`` with a function ``add_parser``."""
+        """Accept the verbs ``names``: modules of ``package``, with ``_`` for ``-``, that have a function
+        ``add_parser``."""
         self._offered = package, names
 
     def load_verbs(self, words: Sequence[str], *, nested: bool = False) -> None:
@@ -73,7 +74,8 @@ class Parser(argparse.ArgumentParser):
         place = next((n for n, word in enumerate(words) if not word.startswith("-")), len(words))
         named = words[place : place + 1]
         for name in named if named and named[0] in names else names:
-            importlib.import_module(f"{package}.{name}").add_parser(verbs)
+            module = name.replace("-", "_")
+            importlib.import_module(f"{package}.{module}").add_parser(verbs)
             if nested:
                 verbs.choices[name].load_verbs(words[place + 1 :], nested=True)
 

@@ -75,8 +75,8 @@ def _run(args: argparse.Namespace) -> Outcome:
 
 
 def _mount(args: argparse.Namespace) -> Outcome:
-    from pyqmigrate.mount.daemon import MountRequest, start_keeper
-    from pyqmigrate.mount.mounting import check_mount_point
+    from pyqmigrate.mount.mounting import check_mount_point, check_not_in_store
+    from pyqmigrate.mount.starting import MountRequest, start_keeper
     from pyqmigrate.mount.unmounting import place_of
     from pyqmigrate.store.pack_cache import default_directory
 
@@ -85,6 +85,7 @@ def _mount(args: argparse.Namespace) -> Outcome:
     check_mount_point(directory, [args.cache or default_directory(), *[args.log] * bool(args.log)])
     place = args.store if "://" in args.store else os.path.abspath(args.store)
     shown = _name_of(place)
+    check_not_in_store(directory, shown)
     client = start_keeper(
         MountRequest(
             directory,

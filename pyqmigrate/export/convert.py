@@ -43,7 +43,12 @@ from pyqmigrate.format.stream.description import with_configuration
 from pyqmigrate.format.stream.elements import PARTS_LISTED
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
-from pyqmigrate.format.stream.writer import RAM_EOS, encode_part_header, encode_ram_end
+from pyqmigrate.format.stream.writer import (
+    RAM_EOS,
+    RAM_SECTION_ID,
+    encode_part_header,
+    encode_ram_end,
+)
 from pyqmigrate.io.block_index import BlockIndex
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import DirectIO
@@ -64,7 +69,6 @@ __all__ = ["convert", "start_stream_conversion"]
 
 _NO_FILE = FileId(0, 0)
 _PIECE = 1 << 20
-_RAM_ID = 1  # section id in the streams of our writers
 _IMAGES = (Format.ELF, Format.LIME)
 
 
@@ -464,8 +468,8 @@ def _carried(
     if len(stream.sections) > PARTS_LISTED and any(s.kind is SectionKind.PART for s in others):
         raise NotSupported("too many sections of live devices to convert")
     start = ours[0]
-    if start.section_id != _RAM_ID and any(s.section_id == _RAM_ID for s in others):
-        raise NotSupported(f"another section than RAM's has the id {_RAM_ID}")
+    if any(section.section_id == RAM_SECTION_ID for section in others):
+        raise NotSupported(f"another section than RAM's has the id {RAM_SECTION_ID}")
     own = stream.description_offset
     if description is None and own is not None:
         description = b"".join(_read(source, own + DESCRIPTION_HEADER, stream.end))

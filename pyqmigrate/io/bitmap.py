@@ -148,6 +148,17 @@ class Bitmap:
             low, high = max(first - word * 64, 0), min(end - word * 64, 64)
             self.core[word] |= (1 << high) - (1 << low)
 
+    def remove_range(self, first: int, end: int) -> None:
+        """Clear the bits ``[first, end)``. UsageError unless these pages exist."""
+        if not 0 <= first <= end <= self.npages:
+            raise UsageError(f"pages {first} to {end} of {self.npages} do not exist")
+        if first == end:
+            return
+        core = self.core
+        for word in range(first // 64, (end - 1) // 64 + 1):
+            low, high = max(first - word * 64, 0), min(end - word * 64, 64)
+            core[word] &= ~((1 << high) - (1 << low)) & 0xFFFFFFFFFFFFFFFF
+
     def count(self, npages: int | None = None) -> int:
         """Return how many of the first ``npages`` bits (default: all) are set."""
         return self._count(self.npages if npages is None else npages)[0]

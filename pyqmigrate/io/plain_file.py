@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
-from pyqmigrate.errors import target_error
+from pyqmigrate.errors import TargetError, target_error
 
-__all__ = ["Bytes", "LocalPlainFile", "PlainFile"]
+__all__ = ["Bytes", "FileOfFrames", "LocalPlainFile", "PlainFile", "views_of"]
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -49,6 +49,35 @@ class PlainFile(Protocol):
     def close(self) -> None:
         """Close it. Idempotent."""
         ...
+
+
+@runtime_checkable
+class FileOfFrames(Protocol):
+    """A :class:`PlainFile` whose bytes are read and decompressed a frame at a time."""
+
+    def views(self, offset: int, length: int) -> Sequence[Bytes]:
+        """Return what :meth:`PlainFile.read` does in parts that are not copied: for writev()."""
+        ...
+
+    def cheap_range(self, offset: int, length: int) -> tuple[int, int]:
+        """Return the start and end of the bytes around a range that was just read for which nothing
+        has to be read or decompressed any more. They are bounds of pages, or the end of the file."""
+        ...
+
+
+def views_of(file: PlainFile, offset: int, length: int) -> Sequence[Bytes]:
+    """Return ``length`` bytes of a file in parts, for writev(), copied only if they must be.
+
+    Raises TargetError, with EIO also if there are fewer.
+    """
+    if isinstance(file, FileOfFrames):
+        found = file.views(offset, length)
+    else:
+        found = (file.read(offset, length),)
+    size = sum(map(len, found))
+    if size != length:
+        raise TargetError(errno.EIO, f"{size} bytes came instead of {length}")
+    return found
 
 
 class LocalPlainFile:

@@ -37,6 +37,8 @@ __all__ = ["SeekableFile", "checksum", "zstd_library"]
 _CACHED = 32 << 20  # bytes of decompressed frames that are kept
 _WINDOW_MAX = 1 << 27  # bytes that a frame may make the decompressor allocate
 _ZERO_FRAME_MAX = 4096  # compressed bytes of a frame of zeros
+_PAGE = 4096
+_AROUND = 256 << 10  # bytes
 _PIECE = 1 << 20  # bytes read at a time
 
 
@@ -103,21 +105,37 @@ class SeekableFile:
 
         Raises TargetError, with EIO for a damaged frame.
         """
+        parts = self.views(offset, length)
+        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+    def views(self, offset: int, length: int) -> list[memoryview]:
+        """Return what :meth:`read` does in parts that are not copied: for writev()."""
         end = min(offset + length, self.size)
+        parts: list[memoryview] = []
         if offset >= end:
-            return b""
-        parts = []
+            return parts
         frame = self._table.frame_at(offset)
         while offset < end:
             start, stop = self._table.positions[frame], self._table.positions[frame + 1]
             if stop > offset:
-                content = self._content(frame)
                 upto = min(end, stop)
-                whole = offset == start and upto == stop
-                parts.append(content if whole else content[offset - start : upto - start])
+                parts.append(memoryview(self._content(frame))[offset - start : upto - start])
                 offset = upto
             frame += 1
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts
+
+    def cheap_range(self, offset: int, length: int) -> tuple[int, int]:
+        """Return the start and end of the bytes around a range that was just read which are in the same
+        frames, 256 KiB more on each side at most. Whole pages."""
+        end = min(offset + length, self.size)
+        if offset >= end:
+            return offset, offset
+        positions = self._table.positions
+        start = positions[self._table.frame_at(offset)]
+        stop = positions[self._table.frame_at(end - 1) + 1]
+        low = -(-max(start, offset - _AROUND) // _PAGE) * _PAGE
+        high = stop if stop == self.size else stop // _PAGE * _PAGE
+        return min(low, offset), max(min(high, (end + _AROUND) // _PAGE * _PAGE), end)
 
     def next_data(self, offset: int) -> int | None:
         """Return where the first data at or after ``offset`` are; None if only a hole follows."""

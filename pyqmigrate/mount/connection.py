@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Sequence
 
 from pyqmigrate.mount.protocol import encode_notify_store, encode_reply
 
@@ -19,9 +20,15 @@ __all__ = ["DeviceConnection", "KeeperConnection", "reply_to_kernel"]
 
 _AGAIN = (errno.EINTR, errno.ENOENT, errno.EAGAIN)  # of a read; ENOENT: the reader was interrupted
 _UNWANTED = (errno.ENOENT, errno.EINTR)  # of a reply: nobody waits for it any more
+_PARTS_MAX = 1000  # the kernel takes 1024
 _GONE = (errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
 
 Body = bytes | bytearray | memoryview
+
+
+def _few(parts: Sequence[Body]) -> Sequence[Body]:
+    """Return parts that one system call takes."""
+    return parts if len(parts) <= _PARTS_MAX else (b"".join(parts),)
 
 
 class DeviceConnection:
@@ -40,14 +47,16 @@ class DeviceConnection:
                 if error.errno not in _AGAIN:
                     raise
 
-    def reply(self, unique: int, body: Body, error: int) -> None:
+    def reply(self, unique: int, body: Sequence[Body], error: int) -> None:
         reply_to_kernel(self._fd, unique, body, error)
 
-    def store(self, node: int, offset: int, data: Body) -> bool:
-        """Put ``data`` into the page cache of a node. Return False if the kernel does not know it,
-        or has no memory for that."""
+    def store(self, node: int, offset: int, data: Sequence[Body]) -> bool:
+        """Put ``data``, in parts, into the page cache of a node. Return False if the kernel does not
+        know it, or has no memory for that."""
+        data = _few(data)
+        header = encode_notify_store(node, offset, sum(map(len, data)))
         try:
-            os.writev(self._fd, [encode_notify_store(node, offset, len(data)), data])
+            os.writev(self._fd, [header, *data])
         except OSError as error:
             if error.errno in (*_UNWANTED, *_GONE, errno.ENOMEM, errno.EINVAL):
                 return False
@@ -70,17 +79,17 @@ class KeeperConnection(DeviceConnection):
                 return None
             raise
 
-    def reply(self, unique: int, body: Body, error: int) -> None:
+    def reply(self, unique: int, body: Sequence[Body], error: int) -> None:
         super().reply(unique, body, error)
         self._requests.send(unique.to_bytes(8, "little"))
 
 
-def reply_to_kernel(fd: int, unique: int, body: Body = b"", error: int = 0) -> None:
-    """Answer a request. If nobody waits for the answer any more, nothing happens."""
-    if error:
-        body = b""
+def reply_to_kernel(fd: int, unique: int, body: Sequence[Body] = (), error: int = 0) -> None:
+    """Answer a request, with a body in parts. If nobody waits for the answer any more, nothing
+    happens."""
+    body = () if error else _few(body)
     try:
-        os.writev(fd, [encode_reply(unique, len(body), error), body])
+        os.writev(fd, [encode_reply(unique, sum(map(len, body)), error), *body])
     except OSError as failure:
         if failure.errno not in (*_UNWANTED, *_GONE):
             raise

@@ -157,7 +157,7 @@ class Keeper:
         want = _WANTED & init.flags
         if self._settings.remember:
             want &= ~protocol.HAS_RESEND
-        reply_to_kernel(self._fd, request.unique, protocol.encode_init(init, want))
+        reply_to_kernel(self._fd, request.unique, [protocol.encode_init(init, want)])
         if not want & protocol.HAS_RESEND:
             os.set_blocking(self._fd, False)
             self._remembered = RememberedRequests(self._fd)

@@ -25,6 +25,7 @@ __all__ = [
     "KIND",
     "Mounted",
     "check_mount_point",
+    "check_not_in_store",
     "find_mounts",
     "mount",
     "set_read_ahead",
@@ -75,6 +76,13 @@ def check_mount_point(directory: str, used: Iterable[str | os.PathLike[str]] = (
             raise UsageError(f"{directory!r} is not empty; mount on an empty directory")
     except OSError as error:
         raise target_error(error, "cannot mount on it", directory) from error
+
+
+def check_not_in_store(directory: str, store: str) -> None:
+    """Raise UsageError if the mount point is in the store that is to be shown: the worker, which looks
+    for files there, would wait for itself. A store that is no directory is fine."""
+    if Path(directory).is_relative_to(os.path.realpath(store)):
+        raise UsageError(f"{directory!r} is in the store itself; mount on a directory elsewhere")
 
 
 def mount(directory: str, source: str, *, allow_other: bool) -> int:

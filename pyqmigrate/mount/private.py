@@ -23,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pyqmigrate.errors import target_error
 from pyqmigrate.mount.asking import KeeperClient
-from pyqmigrate.mount.daemon import MountRequest, start_keeper
+from pyqmigrate.mount.starting import MountRequest, start_keeper
 
 __all__ = ["FileRange", "PrivateMount", "open_private"]
 

@@ -7,7 +7,6 @@ first: the pusher pauses while one is served.
 from __future__ import annotations
 
 import array
-import errno
 import itertools
 import os
 import threading
@@ -15,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from pyqmigrate.errors import PyqmigrateError, TargetError
-from pyqmigrate.io.plain_file import PlainFile
+from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.io.plain_file import PlainFile, views_of
 from pyqmigrate.log import logger
 from pyqmigrate.mount.board import Board
 from pyqmigrate.mount.connection import DeviceConnection
@@ -122,11 +121,7 @@ class _Pusher:
 
     def _store(self, node: Node, file: PlainFile, piece: PushRange) -> None:
         _give_way(self._board)
-        data = file.read(piece.offset, piece.length)
-        if len(data) != piece.length:
-            raise TargetError(
-                errno.EIO, f"{len(data)} bytes came instead of {piece.length}", node.name
-            )
+        data = views_of(file, piece.offset, piece.length)
         taken = self._connection.store(piece.node, piece.offset, data)
         with self._lock:
             self.taken += piece.length if taken else 0

@@ -12,10 +12,11 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from pyqmigrate.errors import PyqmigrateError, TargetError
+from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.io.plain_file import FileOfFrames, views_of
 from pyqmigrate.io.threads import start_thread
 from pyqmigrate.log import logger
 from pyqmigrate.mount import protocol
@@ -29,6 +30,7 @@ __all__ = ["Connection", "Owner", "Server"]
 _IDLE_MAX = 3  # threads that wait for requests
 _NAME_SECONDS = 1  # for so long the kernel may keep a name: another snapshot may get it
 _ATTRIBUTE_SECONDS = 3600  # a node never changes
+_SMALL = 64 << 10  # bytes of a read: what is read ahead, or from one end to the other, is larger
 _ERRNO_END = 512  # the kernel takes no others
 # Errors that say nothing about the store: of names, of seeks beyond the end, and of the requests.
 _EXPECTED = (errno.ENOENT, errno.ENXIO, errno.EINVAL)
@@ -44,8 +46,13 @@ class Connection(Protocol):
         """Wait for a request and return its length; None when the mount is gone."""
         ...
 
-    def reply(self, unique: int, body: Body, error: int) -> None:
-        """Answer a request. If nobody waits for the answer, that is not an error."""
+    def reply(self, unique: int, body: Sequence[Body], error: int) -> None:
+        """Answer a request, with a body in parts. If nobody waits for the answer, that is not an
+        error."""
+        ...
+
+    def store(self, node: int, offset: int, data: Sequence[Body]) -> bool:
+        """Put ``data``, in parts, into the page cache of a node. Return whether the kernel took it."""
         ...
 
 
@@ -84,13 +91,13 @@ class Server:
         self._report = report
         self._interrupts = Interrupts(self._abandon)
         self._lock = threading.Lock()
+        self._storing = threading.Lock()
         self._free = list(range(SLOTS))
         self._idle = 0
         self._gone = threading.Event()
         self._listings: dict[int, list[str]] = {}
         self._started_ns = time.time_ns()
         self._handlers: dict[int, Callable[[Request, memoryview], Body]] = {
-            protocol.READ: self._read,
             protocol.LOOKUP: self._lookup,
             protocol.GETATTR: self._getattr,
             protocol.OPEN: self._open,
@@ -162,28 +169,36 @@ class Server:
             self._interrupt(unique, body)
             return
         offset = size = 0
-        with contextlib.suppress(BadRequest):
-            if operation == protocol.READ:
+        wrong: BadRequest | None = None
+        if operation == protocol.READ:
+            try:
                 _, offset, size = protocol.decode_range(body)
+            except BadRequest as error:
+                wrong = error
         started = self._since.pop(unique & ~protocol.RESENT, 0) or time.monotonic_ns()
         about = (unique, request.node, offset, started, operation, size, request.pid, request.uid)
         self._board.begin(slot, Activity._make(about))
         self._interrupts.begin(unique, request.pid)
-        answer: Body = b""
+        answer: Sequence[Body] = ()
         failure = 0
         try:
-            handler = self._handlers.get(operation)
-            if handler is None:
-                failure = errno.ENOSYS
+            if wrong is not None:
+                raise wrong
+            if operation == protocol.READ:
+                answer = self._read(request.node, offset, size)
+            elif operation in self._handlers:
+                answer = (self._handlers[operation](request, body),)
             else:
-                answer = handler(request, body)
+                failure = errno.ENOSYS
         except Exception as error:
             failure = self._failure(request, body, error)
         finally:
             self._interrupts.end(unique)
-            read = len(answer) if operation == protocol.READ else -1
+            read = sum(map(len, answer)) if operation == protocol.READ else -1
             self._board.end(slot, read, failed=failure not in (0, errno.ENOSYS, errno.ENOENT))
         self._connection.reply(unique, answer, failure)
+        if operation == protocol.READ and size <= _SMALL and not failure:
+            self._store_around(request.node, offset, size)
 
     def _failure(self, request: Request, body: memoryview, error: Exception) -> int:
         """Return the errno for a request that failed, and report it if the store is the reason."""
@@ -217,26 +232,47 @@ class Server:
             logger.warning("%s", error)
             return
         if not known:  # perhaps another thread has just received it: the kernel asks again
-            self._connection.reply(unique, b"", errno.EAGAIN)
+            self._connection.reply(unique, (), errno.EAGAIN)
 
     def _abandon(self, unique: int) -> None:
-        self._connection.reply(unique, b"", errno.EINTR)
+        self._connection.reply(unique, (), errno.EINTR)
 
-    def _read(self, request: Request, body: memoryview) -> Body:
-        _, offset, length = protocol.decode_range(body)
-        number = request.node
+    def _read(self, number: int, offset: int, length: int) -> Sequence[Body]:
         node = self._nodes.get(number)
         length = max(min(length, node.size - offset), 0)
         self._board.log(number, offset, length)
         file = self._nodes.acquire(number)
         try:
             self._nodes.count_read(number)
-            data = file.read(offset, length)
+            # With fewer bytes, the kernel would show zeros instead of the rest.
+            return views_of(file, offset, length)
         finally:
             self._nodes.release(number)
-        if len(data) != length:  # the kernel would show zeros instead of the rest
-            raise TargetError(errno.EIO, f"{len(data)} bytes came instead of {length}")
-        return data
+
+    def _store_around(self, number: int, offset: int, length: int) -> None:
+        """Put what was decompressed for a small read into the page cache, so that no neighbour of a
+        page has to be asked for. Not while reads are recorded: they would be fewer.
+
+        One thread at a time: the kernel keeps it waiting while another page of these is being read.
+        """
+        if self._board.logging or not self._storing.acquire(blocking=False):
+            return
+        try:
+            file = self._nodes.acquire(number)
+            try:
+                if isinstance(file, FileOfFrames):
+                    end = min(offset + length, self._nodes.get(number).size)
+                    first, last = file.cheap_range(offset, length)
+                    for start, stop in ((end, last), (first, offset)):
+                        if start < stop:
+                            data = file.views(start, stop - start)
+                            self._connection.store(number, start, data)
+            finally:
+                self._nodes.release(number)
+        except (OSError, PyqmigrateError) as error:
+            logger.debug("node %d: %s", number, error)  # a reader of these bytes hears of it
+        finally:
+            self._storing.release()
 
     def _lookup(self, request: Request, body: memoryview) -> Body:
         name = protocol.decode_name(body)

@@ -19,7 +19,6 @@ from pyqmigrate.io.view import View, ViewOptions
 from pyqmigrate.log import logger
 from pyqmigrate.mount.files import open_files
 from pyqmigrate.mount.private import FileRange, open_private
-from pyqmigrate.mount.working_sets import check_recordable, write_working_set
 
 __all__ = ["MountedView", "make_view"]
 
@@ -115,9 +114,13 @@ class MountedView:
             return ()
 
     def check_recordable(self) -> str:
+        from pyqmigrate.mount.working_sets import check_recordable
+
         return check_recordable(self._place, self._stored)
 
     def write_working_set(self, content: bytes) -> None:
+        from pyqmigrate.mount.working_sets import write_working_set
+
         write_working_set(self._place, self._stored, content)
 
     def close(self) -> None:

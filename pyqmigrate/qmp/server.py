@@ -16,21 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import socket
-import struct
 import time
 from collections.abc import Callable, Coroutine
 from importlib import metadata
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.io.listening_socket import ListeningSocket, peer_of
 from pyqmigrate.io.place import absolute
-from pyqmigrate.io.socket_path import SocketPath, remove_stale_socket
 from pyqmigrate.migration.fdset import FdSets
 from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.monitor_address import monitor_path
@@ -80,7 +76,7 @@ class QmpServer:
         self._connections: dict[Connection, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         # Each with its path, which the current directory does not change, and what has it.
-        self._listeners: list[tuple[socket.socket, Path, os.stat_result]] = []
+        self._listeners: list[ListeningSocket] = []
         self._unsubscribe: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._quitting = False
@@ -95,14 +91,14 @@ class QmpServer:
         and for a file name that a socket cannot have.
         """
         place = absolute(monitor_path(path))
-        listener, made = _listener(place)
-        self._listeners.append((listener, place, made))
+        listener = ListeningSocket(place, "the QMP socket")
+        self._listeners.append(listener)
         if self._unsubscribe is None:
             self._loop = asyncio.get_running_loop()
             self._unsubscribe = self._migration.subscribe(
                 lambda event: self._call_soon(self.send_event, event)
             )
-        self._start(self._accept(listener))
+        self._start(self._accept(listener.socket))
 
     def send_event(self, event: Event) -> None:
         """Send an event to every client that has finished negotiation."""
@@ -123,8 +119,7 @@ class QmpServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for listener, place, made in self._listeners:
-            _remove_socket(place, made)
+        for listener in self._listeners:
             listener.close()
         self._listeners.clear()
         self._names.close_all()
@@ -219,38 +214,8 @@ class QmpServer:
                 self._loop.call_soon_threadsafe(call, *arguments)
 
 
-def _listener(place: Path) -> tuple[socket.socket, os.stat_result]:
-    """A listening socket and its file."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        remove_stale_socket(place)
-        with SocketPath(place) as name:
-            listener.bind(name.path)
-        place.chmod(0o600)  # clients cannot connect before listen()
-        made = place.lstat()
-        listener.listen()
-    except UsageError:
-        listener.close()
-        raise
-    except OSError as refused:
-        listener.close()
-        raise TargetError(
-            refused.errno or errno.EINVAL, "cannot listen on the QMP socket", place
-        ) from None
-    listener.setblocking(False)
-    return listener, made
-
-
-def _remove_socket(place: Path, made: os.stat_result) -> None:
-    """Remove the socket's file, unless another process has replaced it."""
-    with contextlib.suppress(OSError):
-        if os.path.samestat(place.lstat(), made):
-            place.unlink()
-
-
 def _is_trusted(client: socket.socket) -> bool:
-    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, _ = struct.unpack("3i", credentials)
+    pid, uid = peer_of(client)
     if uid in (0, os.geteuid()):
         return True
     _log.warning("turned away process %d of user %d: only ours and root may connect", pid, uid)

@@ -1,4 +1,4 @@
-"""Many snapshots: deduplicated, compressed, in a directory or an object store.
+"""Many snapshots: deduplicated, compressed, in a directory or an object store::
 
     from pyqmigrate.store import Store, add, gc, get
 

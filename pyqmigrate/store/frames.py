@@ -87,6 +87,10 @@ class Frames:
                     self._idle.notify_all()
         return found
 
+    def is_kept(self, frame: FrameId) -> bool:
+        """Return whether a frame is in memory, so that loading it costs nothing."""
+        return frame in self._kept
+
     def wait_until_idle(self, stop: threading.Event) -> None:
         """Return when no reader waits for a frame, or ``stop`` is set."""
         with self._lock:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
-from pyqmigrate.errors import NoSpace, target_error
+from pyqmigrate.errors import NoSpace, UsageError, target_error
 from pyqmigrate.format.seal import SUFFIX as SEAL_SUFFIX
 from pyqmigrate.format.working_set import SUFFIX as WORKING_SET_SUFFIX
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.job import Progress
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.own_files import FileKind, check_replaceable, remove, write_whole
+from pyqmigrate.io.place import resolve_symlink
 from pyqmigrate.io.seal_file import SEAL
 from pyqmigrate.io.working_set_file import WORKING_SET_FILE
 from pyqmigrate.store.place import Bytes
@@ -31,7 +32,9 @@ __all__ = ["GetReport", "get"]
 
 _PIECE = 4 << 20  # bytes of the file that one thread reads and writes
 _FLUSHED = 16  # pieces that are written to the disk together
-_VIEWS_MAX = 1024  # of one system call
+# Bytes of one system call. For more, the kernel looks for larger free blocks, which a hypervisor that
+# takes free memory back must first give again.
+_WRITTEN = 256 << 10
 _RECORD_SUFFIX = ".vm.json"
 _RECORD_HEAD = (
     b'{\n  "format": "pyqmigrate vm record",'  # as pyqmigrate.vm.record.contents writes it
@@ -65,11 +68,12 @@ def get(
     beside it.
 
     The file appears when it is complete and durable, with its time of change, which the seal names;
-    a file that has the name is replaced. Pages without data are holes. ``channels`` are threads.
+    a file that has the name is replaced, but none in the store. Pages without data are holes. ``channels`` are threads.
     Raises NoSnapshot, SnapshotError or DamagedPack for damage in the store, UsageError for a path
     that must not be replaced, TargetError, NoSpace.
     """
     began = time.monotonic()
+    _check_not_in_store(store, path)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(store.open_file(name))
         beside = [
@@ -153,16 +157,28 @@ def _copy(
 
 
 def _write_views(out: OutputFile, offset: int, views: Sequence[Bytes]) -> None:
-    """Write all views, one after another."""
-    for start in range(0, len(views), _VIEWS_MAX):
-        some = views[start : start + _VIEWS_MAX]
-        try:
-            done = os.pwritev(out.fd, some, offset)
-        except OSError as error:
-            raise target_error(error, "cannot write", out.name, position=offset) from error
-        if done < sum(map(len, some)):
-            out.write_at(offset + done, b"".join(some)[done:])  # the rest, or why it cannot be
-        offset += sum(map(len, some))
+    """Write all views, none of which is longer than a frame, one after another."""
+    some: list[Bytes] = []
+    length = 0
+    for view in views:
+        if some and length + len(view) > _WRITTEN:
+            offset = _write_together(out, offset, some, length)
+            some, length = [], 0
+        some.append(view)
+        length += len(view)
+    if some:
+        _write_together(out, offset, some, length)
+
+
+def _write_together(out: OutputFile, offset: int, views: list[Bytes], length: int) -> int:
+    """Write views with one system call; return where they end."""
+    try:
+        done = os.pwritev(out.fd, views, offset)
+    except OSError as error:
+        raise target_error(error, "cannot write", out.name, position=offset) from error
+    if done < length:
+        out.write_at(offset + done, b"".join(views)[done:])  # the rest, or why it cannot be
+    return offset + length
 
 
 def _pieces(file: StoredFile) -> Iterator[tuple[int, int]]:
@@ -173,6 +189,15 @@ def _pieces(file: StoredFile) -> Iterator[tuple[int, int]]:
             stop = min(end, (offset // _PIECE + 1) * _PIECE)
             yield offset, stop - offset
             offset = stop
+
+
+def _check_not_in_store(store: Store, path: str | os.PathLike[str]) -> None:
+    """Refuse a path in the store, where a pack could be replaced that all snapshots need."""
+    directory = store.place.directory
+    if directory is None:
+        return
+    if resolve_symlink(path).resolve().is_relative_to(directory.resolve()):
+        raise UsageError(f"{os.fspath(path)!r} is in the store itself: write to another directory")
 
 
 def _check_space(file: StoredFile, out: OutputFile) -> None:

@@ -38,7 +38,7 @@ from pyqmigrate.snapshot.increment import IncrementSnapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.store.shown_file import ShownFile
 
-__all__ = ["RECORD_SUFFIX", "PlainSnapshot", "open_plain"]
+__all__ = ["RECORD_SUFFIX", "PlainSnapshot", "open_plain", "unnamed_file"]
 
 RECORD_SUFFIX = ".vm.json"
 _RECORD_MAX = 16 << 20  # bytes
@@ -145,7 +145,7 @@ def open_plain(
     if isinstance(snapshot, MappedRamSnapshot) and ShownFile.fits(snapshot):
         snapshot.verify()
         return PlainSnapshot(snapshot, info, info.st_mtime_ns, source, place, place, base)
-    fd = _unnamed(directory, place)
+    fd = unnamed_file(directory, place)
     stack.callback(os.close, fd)
     convert(snapshot, Descriptors(fd), to=Format.MAPPED_RAM)
     now = os.fstat(snapshot.source.file_fd)
@@ -165,8 +165,11 @@ def _kind(snapshot: Snapshot) -> tuple[str, SnapshotId | None]:
     return ("mapped-ram" if isinstance(snapshot, MappedRamSnapshot) else "sequential"), None
 
 
-def _unnamed(directory: Path | None, place: Path | None) -> int:
-    """Open an unnamed file: in the store's directory, beside the snapshot, or among temporary files."""
+def unnamed_file(directory: Path | None, place: Path | None) -> int:
+    """Open an unnamed file: in ``directory``, beside the snapshot at ``place``, or among temporary files.
+
+    The caller closes the descriptor. Raises TargetError.
+    """
     tried = [directory, None if place is None else place.parent, Path(tempfile.gettempdir())]
     error: OSError | None = None
     for parent in tried:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 from array import array
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from pyqmigrate.format.store.config import PAGE
 from pyqmigrate.format.store.snapshot import StoredSnapshot
+from pyqmigrate.io.plain_file import Bytes
 from pyqmigrate.store.damage import DamagedPack
 from pyqmigrate.store.frames import FrameId, Frames
 from pyqmigrate.store.prefetching import Prefetch
@@ -18,7 +20,10 @@ from pyqmigrate.store.prefetching import Prefetch
 __all__ = ["StoredFile"]
 
 _PAGES_TOGETHER = 1 << 14  # whose footers are read together
+_AROUND = 64  # pages: a frame
 _WORD = struct.Struct("<Q")
+_ZEROS = memoryview(bytes(64 * PAGE))
+_FILLED = 16  # pages
 
 
 class _Part(NamedTuple):
@@ -28,6 +33,15 @@ class _Part(NamedTuple):
     npages: int
     frame: FrameId
     first: int
+
+
+class _Span(NamedTuple):
+    """Pages ``[page, page + npages)`` of the file: consecutive ones of a pack, from ``number`` on."""
+
+    page: int
+    npages: int
+    pack: bytes
+    number: int
 
 
 class StoredFile:
@@ -66,57 +80,47 @@ class StoredFile:
             self._companions = found
         return self._companions
 
-    def read(self, offset: int, length: int) -> bytes | bytearray | memoryview:
+    def read(self, offset: int, length: int) -> Bytes:
         """Return ``length`` bytes at ``offset``; fewer only at the end. Raises TargetError."""
-        end = min(offset + length, self.size)
-        if not 0 <= offset < end:
-            return b""
-        first, last = offset // PAGE, -(-end // PAGE)
-        try:
-            parts = list(self._parts(first, last))
-            contents = self.frames.load(part.frame for part in parts)
-        except DamagedPack as error:
-            raise error.of(self.name) from error
-        pages: bytearray | memoryview
-        if len(parts) == 1 and parts[0].npages == last - first and not self._covered(first, last):
-            pages = memoryview(contents[parts[0].frame])[parts[0].first * PAGE :]
-        else:
-            pages = bytearray((last - first) * PAGE)
-            self._fill(pages, first, last)
-            for part in parts:
-                start = (part.page - first) * PAGE
-                content = memoryview(contents[part.frame])[part.first * PAGE :][
-                    : part.npages * PAGE
-                ]
-                pages[start : start + len(content)] = content
-            self._overlay(pages, first, last)
-        if len(pages) == end - offset:
-            return pages
-        return memoryview(pages)[offset - first * PAGE : end - first * PAGE]
+        views = self.views(offset, length)
+        return views[0] if len(views) == 1 else b"".join(views)
 
-    def views(self, offset: int, length: int) -> list[bytes | bytearray | memoryview]:
+    def views(self, offset: int, length: int) -> list[Bytes]:
         """Return what :meth:`read` does in parts, most of which are not copied: for writev()."""
         end = min(offset + length, self.size)
+        if not 0 <= offset < end:
+            return []
         first, last = offset // PAGE, -(-end // PAGE)
-        whole = offset == first * PAGE and end == last * PAGE
-        if not whole or offset >= end or self._covered(first, last):
-            return [self.read(offset, length)]
         try:
             parts = list(self._parts(first, last))
             contents = self.frames.load(part.frame for part in parts)
         except DamagedPack as error:
             raise error.of(self.name) from error
-        found: list[bytes | bytearray | memoryview] = []
-        page = first
-        for part in parts:
-            if page < part.page:
-                found.append(self._between(page, part.page))
-            content = memoryview(contents[part.frame])
-            found.append(content[part.first * PAGE : (part.first + part.npages) * PAGE])
-            page = part.page + part.npages
-        if page < last:
-            found.append(self._between(page, last))
+        found: list[Bytes] = list(self._pages(first, last, parts, contents))
+        if self._covered(first, last):
+            found = [self._overlaid(found, first, last)]
+        if offset > first * PAGE:
+            found[0] = memoryview(found[0])[offset - first * PAGE :]
+        if end < last * PAGE:
+            found[-1] = memoryview(found[-1])[: end - last * PAGE]
         return found
+
+    def cheap_range(self, offset: int, length: int) -> tuple[int, int]:
+        """Return the start and end of the bytes around a range that was just read, 256 KiB more on each
+        side at most, for which nothing has to be read or decompressed any more. Whole pages."""
+        end = min(offset + length, self.size)
+        first, last = offset // PAGE, -(-end // PAGE)
+        low = max(first - _AROUND, 0)
+        high = min(last + _AROUND, -(-self.size // PAGE))
+        for span in self._spans(low, high):
+            for part in self._split(span) if self.frames.packs.has_footer(span.pack) else (span,):
+                if isinstance(part, _Part) and self.frames.is_kept(part.frame):
+                    continue
+                if part.page < first:
+                    low = min(first, part.page + part.npages)
+                if part.page + part.npages > last:
+                    return low * PAGE, min(max(last, part.page) * PAGE, self.size)
+        return low * PAGE, min(high * PAGE, self.size)
 
     def next_data(self, offset: int) -> int | None:
         """Return the first byte at or after ``offset`` that is not in a hole; None for none."""
@@ -185,51 +189,70 @@ class StoredFile:
 
     def _parts(self, first: int, last: int) -> Iterator[_Part]:
         """Yield where the pages ``[first, last)`` that are in packs are, in order."""
+        spans = list(self._spans(first, last))
+        self.frames.load_footers(span.pack for span in spans)
+        for span in spans:
+            yield from self._split(span)
+
+    def _spans(self, first: int, last: int) -> Iterator[_Span]:
+        """Yield the runs of pages within ``[first, last)`` that are in packs, in order."""
         runs = self.snapshot.runs
         packs = self.snapshot.packs
-        k = max(0, bisect_right(runs.firsts, first) - 1)
-        spans = []
-        while k < len(runs) and runs.firsts[k] < last:
+        for k in range(max(0, bisect_right(runs.firsts, first) - 1), len(runs)):
             start = max(first, runs.firsts[k])
             end = min(last, runs.firsts[k] + runs.counts[k])
             if start < end:
-                spans.append((start, end, packs[runs.packs[k]], runs.pages[k] - runs.firsts[k]))
-            k += 1
-        self.frames.load_footers(pack for _, _, pack, _ in spans)
-        for start, end, pack, shift in spans:
-            footer = self.frames.packs.footer(pack)
-            while start < end:
-                try:
-                    frame = footer.frame_of(start + shift)
-                except IndexError as error:
-                    raise DamagedPack(
-                        f"it has {len(footer)} pages, and the snapshot needs page {start + shift}",
-                        pack,
-                        store=self.frames.packs.place.name,
-                    ) from error
-                inside = start + shift - frame.first
-                count = min(end - start, frame.npages - inside)
-                yield _Part(start, count, (pack, frame.number), inside)
-                start += count
+                number = runs.pages[k] + start - runs.firsts[k]
+                yield _Span(start, end - start, packs[runs.packs[k]], number)
+            elif runs.firsts[k] >= last:
+                return
 
-    def _fill(self, pages: bytearray, first: int, last: int) -> None:
-        """Write the pages that repeat a word."""
+    def _split(self, span: _Span) -> Iterator[_Part]:
+        """Yield the parts of a run, one for each frame."""
+        page, npages, pack, number = span
+        footer = self.frames.packs.footer(pack)
+        while npages:
+            try:
+                frame = footer.frame_of(number)
+            except IndexError as error:
+                raise DamagedPack(
+                    f"it has {len(footer)} pages, and the snapshot needs page {number}",
+                    pack,
+                    store=self.frames.packs.place.name,
+                ) from error
+            inside = number - frame.first
+            count = min(npages, frame.npages - inside)
+            yield _Part(page, count, (pack, frame.number), inside)
+            page, npages, number = page + count, npages - count, number + count
+
+    def _pages(
+        self, first: int, last: int, parts: Iterable[_Part], contents: Mapping[FrameId, bytes]
+    ) -> Iterator[bytes | memoryview]:
+        """Yield the pages ``[first, last)`` in parts, none of them empty; extents are left out."""
+        page = first
+        for part in parts:
+            yield from self._between(page, part.page)
+            content = memoryview(contents[part.frame])
+            yield content[part.first * PAGE : (part.first + part.npages) * PAGE]
+            page = part.page + part.npages
+        yield from self._between(page, last)
+
+    def _between(self, first: int, last: int) -> Iterator[bytes | memoryview]:
+        """Yield pages that are in no pack: those that repeat a word, and zeros."""
+        if first >= last:
+            return
         fills = self.snapshot.fills
-        k = max(0, bisect_right(fills.firsts, first) - 1)
-        while k < len(fills) and fills.firsts[k] < last:
+        page = first
+        for k in range(max(0, bisect_right(fills.firsts, first) - 1), len(fills)):
             start = max(first, fills.firsts[k])
             end = min(last, fills.firsts[k] + fills.counts[k])
             if start < end:
-                length = (end - start) * PAGE
-                at = (start - first) * PAGE
-                pages[at : at + length] = _WORD.pack(fills.words[k]) * (length // _WORD.size)
-            k += 1
-
-    def _between(self, first: int, last: int) -> bytearray:
-        """Return pages that are in no pack."""
-        pages = bytearray((last - first) * PAGE)
-        self._fill(pages, first, last)
-        return pages
+                yield from _repeated(_ZEROS, start - page)
+                yield from _repeated(_filled(fills.words[k]), end - start)
+                page = end
+            elif fills.firsts[k] >= last:
+                break
+        yield from _repeated(_ZEROS, last - page)
 
     def _extents(self, first: int, last: int) -> Iterator[tuple[int, memoryview]]:
         """Yield the offset and the bytes of what is not stored as pages, within the pages."""
@@ -243,10 +266,13 @@ class StoredFile:
             if data:
                 yield extent.offset + skipped, data
 
-    def _overlay(self, pages: bytearray, first: int, last: int) -> None:
+    def _overlaid(self, found: Iterable[Bytes], first: int, last: int) -> bytearray:
+        """Return pages with the extents over them."""
+        pages = bytearray().join(found)
         for offset, data in self._extents(first, last):
             start = offset - first * PAGE
             pages[start : start + len(data)] = data
+        return pages
 
     def _covered(self, first: int, last: int) -> bool:
         return next(self._extents(first, last), None) is not None
@@ -257,6 +283,21 @@ class StoredFile:
             if self._data is None:
                 self._data = _merged(self.snapshot, self.size)
             return self._data
+
+
+@functools.lru_cache(maxsize=64)
+def _filled(word: int) -> memoryview:
+    """Return pages that repeat a word."""
+    return memoryview(_WORD.pack(word) * (_FILLED * PAGE // _WORD.size))
+
+
+def _repeated(pattern: memoryview, npages: int) -> Iterator[memoryview]:
+    """Yield so many pages of a pattern of equal pages."""
+    length = npages * PAGE
+    for _ in range(length // len(pattern)):
+        yield pattern
+    if length % len(pattern):
+        yield pattern[: length % len(pattern)]
 
 
 def _merged(snapshot: StoredSnapshot, size: int) -> tuple[Sequence[int], Sequence[int]]:

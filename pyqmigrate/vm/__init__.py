@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyqmigrate.vm.client import Vm, connect
     from pyqmigrate.vm.incoming.clone import Clone, clone
-    from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmRestoreOptions
-    from pyqmigrate.vm.incoming.options import Mode
+    from pyqmigrate.vm.incoming.keywords import VmCloneOptions, VmPoolOptions, VmRestoreOptions
+    from pyqmigrate.vm.incoming.lazy_process import Damage, LazyState
+    from pyqmigrate.vm.incoming.lazy_status import wait_for_memory
+    from pyqmigrate.vm.incoming.options import Mode, Push
     from pyqmigrate.vm.incoming.recording import WorkingSetReport
     from pyqmigrate.vm.incoming.report import RestoredVm, RestoreReport
     from pyqmigrate.vm.incoming.restore import restore
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from pyqmigrate.vm.plan.check import CheckReport
     from pyqmigrate.vm.plan.engine import Engine
     from pyqmigrate.vm.plan.live_option import Instant, LiveMethod
+    from pyqmigrate.vm.pool.guest import PooledGuest
+    from pyqmigrate.vm.pool.pool import Pool
+    from pyqmigrate.vm.pool.server import PoolServer
     from pyqmigrate.vm.qemu.monitor import Monitor
 
 __all__ = [
@@ -41,22 +46,31 @@ __all__ = [
     "RestoredVm",
     "clone",
     "Clone",
+    "wait_for_memory",
+    # Guests that are ready ahead.
+    "Pool",
+    "PooledGuest",
+    "PoolServer",
     # Reports.
     "VmSaveReport",
     "RestoreReport",
     "WorkingSetReport",
     "CheckReport",
+    "LazyState",
+    "Damage",
     # Options.
     "VmSaveOptions",
     "VmCheckOptions",
     "VmLiveOptions",
     "VmRestoreOptions",
     "VmCloneOptions",
+    "VmPoolOptions",
     "Engine",
     "LiveMethod",
     "Instant",
     "Then",
     "Mode",
+    "Push",
     # QMP.
     "Monitor",
 ]
@@ -72,13 +86,21 @@ _HOME = {
     "Monitor": "qemu.monitor",
     "Vm": "client",
     "connect": "client",
+    "Damage": "incoming.lazy_process",
+    "LazyState": "incoming.lazy_process",
     "Mode": "incoming.options",
+    "Push": "incoming.options",
+    "wait_for_memory": "incoming.lazy_status",
     "VmCloneOptions": "incoming.keywords",
+    "VmPoolOptions": "incoming.keywords",
     "VmRestoreOptions": "incoming.keywords",
     "WorkingSetReport": "incoming.recording",
     "RestoredVm": "incoming.report",
     "RestoreReport": "incoming.report",
     "restore": "incoming.restore",
+    "Pool": "pool.pool",
+    "PooledGuest": "pool.guest",
+    "PoolServer": "pool.server",
     "Then": "outgoing.options",
     "VmCheckOptions": "outgoing.options",
     "VmLiveOptions": "outgoing.options",

@@ -56,6 +56,7 @@ from pyqmigrate.export.raw import unpack
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.seekable_file import SeekableFile
 from pyqmigrate.migration import Migration
+from pyqmigrate.page_server.sources import open_source
 from pyqmigrate.qapi.event import Event
 from pyqmigrate.qapi.status import Status
 from pyqmigrate.snapshot.save.sequential import start_sequential_save
@@ -348,6 +349,13 @@ def told(*words: str) -> Callable[[Path, random.Random], None]:
     return do
 
 
+def served_pages(directory: Path, _: random.Random) -> None:
+    """All pages that a page server would send."""
+    with open_source(directory / "from") as source:
+        for number, spec in enumerate(source.state.blocks):
+            source.read(number, 0, spec.length // spec.page_size)
+
+
 # ---- what is there afterwards ----
 
 
@@ -548,6 +556,7 @@ WORK: dict[str, Work] = {
     "the command unpack": Work(a_mapped_one, told("unpack", "DIR/from", "DIR/raw"), raw_files),
     "the command seal": Work(a_mapped_one, told("seal", "DIR/from"), unchanged),
     "the command verify": Work(a_mapped_one, told("verify", "DIR/from"), unchanged),
+    "the pages of a page server": Work(a_mapped_one, served_pages, unchanged),
     "the command info": Work(a_sequential_one, told("info", "DIR/from"), unchanged),
     "the command fleet verify": Work(
         a_mapped_one, told("fleet", "verify", "DIR/from", "--jobs", "1"), unchanged

@@ -45,7 +45,10 @@ from pyqmigrate import (
 from pyqmigrate.cli import main as command
 from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from pyqmigrate.format.postcopy.stream import PostcopyBlock, encode_head, encode_package
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.page_server.blocks import ServedBlock
+from pyqmigrate.page_server.sources import open_source
 from pyqmigrate.snapshot.save.mapped_ram import Writer
 from pyqmigrate.snapshot.save.sequential import SequentialWriter
 from pyqmigrate.snapshot.save.writer import SaveOptions, Sparse
@@ -263,6 +266,26 @@ def restore(directory: Path, _: bool) -> int:
     return 0
 
 
+def serve_pages(directory: Path, _: bool) -> int:
+    """What ``page-server`` reads and sends: the state, and some pages of each block."""
+    with open_source(directory / "file") as source:
+        state = source.state
+        blocks = [PostcopyBlock(spec, max(4096, spec.page_size)) for spec in state.blocks]
+        encode_head(state.settings, blocks, state.early)
+        encode_package(state.devices)
+        for number, block in enumerate(blocks):
+            with contextlib.closing(ServedBlock(number, block, source.data(number))) as served:
+                start = 0
+                for _ in range(20):
+                    window = served.next_window(start, 64)
+                    if window is None:
+                        break
+                    first, start = window
+                    source.read(number, first, start - first)
+                    served.take(first, start, zeros=False)
+    return 0
+
+
 def add_to_store(directory: Path, _: bool) -> int:
     """``store add``: the store is intact, whatever the file."""
     with Store.create(directory / "store") as store:
@@ -290,6 +313,7 @@ VERBS: dict[str, Verb] = {
     "compact": command_line("compact", "DIR/file", "DIR/to"),
     "diff": compare,
     "store add": add_to_store,
+    "page-server": serve_pages,
     "load": load,
     "vm restore": restore,
 }

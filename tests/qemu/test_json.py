@@ -56,9 +56,16 @@ def test_vm_verbs_have_the_documented_keys(disk: Path) -> None:
         *MACHINE,
         *drive,
     ]
-    for mode in ("instant", "load"):
+    for mode in ("instant", "load", "lazy"):
         with verbs.restored(snapshot, command, "--mode", mode) as report:
             assert_as_documented("vm restore", report)
+            if mode == "lazy":
+                ran = subprocess.run(
+                    [*COMMAND, "vm", "wait", "--json", str(report["pid"])],
+                    capture_output=True,
+                    check=True,
+                )
+                assert_as_documented("vm wait", json.loads(ran.stdout))
 
 
 def test_vm_clone_has_the_documented_keys(disk: Path) -> None:

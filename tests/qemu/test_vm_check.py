@@ -334,3 +334,10 @@ def test_verb_ends_with_one_where_nothing_can_be_saved() -> None:
 def test_verb_without_anybody_listening_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(QemuError, match="cannot connect"):
         run_verb("--qmp", tmp_path / "nobody")
+
+
+def test_whether_a_restore_can_be_lazy_is_told(disk: Path) -> None:
+    with BareQemu("-M", "pc", "-m", "32M") as qemu:
+        assert checked(qemu).why_not_lazy == ""
+    with BareQemu(*shared(disk / "ram", 32)) as qemu:
+        assert f"{str(disk / 'ram')!r} on " in checked(qemu).why_not_lazy

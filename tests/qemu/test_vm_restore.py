@@ -126,6 +126,8 @@ async def prove(saved: Saved, serial: Path, command: list[str], mode: str) -> Re
     vm = await restore(saved.path, command, mode=mode, paused=True)
     try:
         assert vm.report.run_state == "paused"
+        if vm.lazy is not None:
+            await vm.lazy.completed()
         assert_same_blocks(await memory_of(vm.monitor, vm.process.pid), saved.memory)
         await vm.monitor.execute("cont")
         await goes_on(saved, vm, serial)

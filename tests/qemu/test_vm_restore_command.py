@@ -335,7 +335,7 @@ def test_descriptors_of_the_shell_are_qemus(
 def test_configuration_through_a_pipe_is_read_by_qemu_alone(
     saved: Saved, child_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """It could describe memory: that is not looked into, so memory is loaded."""
+    """It could describe memory: that is not looked into, so memory is not mapped."""
     command = shlex.join(saved.command(serial=tmp_path / "serial"))
     text = '[chardev "null"]\\n backend = "null"\\n'
     process = subprocess.Popen(
@@ -357,7 +357,7 @@ def test_configuration_through_a_pipe_is_read_by_qemu_alone(
     try:
         assert process.stderr is not None
         said = process.stderr.readline()
-        assert said.startswith("restored  load: ")
+        assert said.startswith("restored  lazy: ")
         assert "is not a regular file" in said
     finally:
         process.terminate()

@@ -192,12 +192,12 @@ def test_postcopy_is_refused(saved: Saved) -> None:
         started(saved, mode="postcopy")
 
 
-def test_command_line_that_cannot_be_mapped_is_loaded(disk: Path) -> None:
+def test_command_line_that_cannot_be_mapped_is_merged(disk: Path) -> None:
     saved = make(disk)
     options = ["-readconfig", str(disk / "memory.cfg")]
     (disk / "memory.cfg").write_text('[memory]\n  size = "128M"\n')
     vm = sync.restore(
-        saved.path, [*saved.command(), *options], stdin=subprocess.DEVNULL, paused=True
+        saved.path, [*saved.command(), *options], stdin=subprocess.DEVNULL, paused=True, mode="load"
     )
     try:
         assert vm.report.mode == "load"

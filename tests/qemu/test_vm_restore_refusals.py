@@ -194,7 +194,7 @@ def test_vhost_user_keeps_memory_from_being_mapped(saved: Saved, tmp_path: Path)
     assert "vhost-user" in str(error)
 
 
-def test_auto_loads_and_says_why_where_memory_cannot_be_mapped(
+def test_auto_is_lazy_and_says_why_where_memory_cannot_be_mapped(
     saved: Saved, tmp_path: Path
 ) -> None:
     serial, configuration = tmp_path / "serial", tmp_path / "vm.cfg"
@@ -204,8 +204,10 @@ def test_auto_loads_and_says_why_where_memory_cannot_be_mapped(
     async def run() -> None:
         vm = await restore(saved.path, command)
         try:
-            assert vm.report.mode is Mode.LOAD
+            assert vm.report.mode is Mode.LAZY
             assert "describes memory" in vm.report.why
+            assert vm.lazy is not None
+            await vm.lazy.completed()
             await goes_on(saved, vm, serial)
         finally:
             await vm.end()
@@ -213,7 +215,30 @@ def test_auto_loads_and_says_why_where_memory_cannot_be_mapped(
     asyncio.run(run())
 
 
-def test_auto_loads_where_qemu_does_not_start_with_mapped_memory(
+def test_auto_loads_and_says_why_where_it_can_be_neither_mapped_nor_lazy(
+    saved: Saved, disk: Path, tmp_path: Path
+) -> None:
+    serial, configuration = tmp_path / "serial", tmp_path / "vm.cfg"
+    configuration.write_text(f'[memory]\n  size = "{M}M"\n')
+    command = [
+        *saved.command("-M", "pc", "-readconfig", str(configuration), serial=serial),
+        *("-mem-path", str(disk / "ram")),
+    ]
+
+    async def run() -> None:
+        vm = await restore(saved.path, command)
+        try:
+            assert vm.report.mode is Mode.LOAD
+            assert "describes memory" in vm.report.why
+            assert "QEMU fills only memory files on tmpfs" in vm.report.why
+            await goes_on(saved, vm, serial)
+        finally:
+            await vm.end()
+
+    asyncio.run(run())
+
+
+def test_auto_is_lazy_where_qemu_does_not_start_with_mapped_memory(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program around QEMU that closes the descriptors it does not know."""
@@ -229,8 +254,10 @@ def test_auto_loads_where_qemu_does_not_start_with_mapped_memory(
     async def run() -> None:
         vm = await restore(saved.path, command)
         try:
-            assert vm.report.mode is Mode.LOAD
+            assert vm.report.mode is Mode.LAZY
             assert "open backing store" in vm.report.why
+            assert vm.lazy is not None
+            await vm.lazy.completed()
             await goes_on(saved, vm, serial)
         finally:
             await vm.end()

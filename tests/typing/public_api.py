@@ -217,6 +217,12 @@ async def running(snapshot: Path) -> None:
     await restored.close()
     clones = await vm.clone(snapshot, command, 3, directory="/run", at_once=2, base="/snap/golden")
     assert_type(clones, list[vm.Clone])
+    async with vm.Pool(snapshot, command, ready=2, directory="/run", limit=8) as pool:
+        pooled = await pool.take(paused=True)
+        assert_type(pooled, vm.PooledGuest)
+        assert_type(await pool.reset(pooled), vm.PooledGuest)
+        async with vm.PoolServer(pool, "/run/pool", keep=True) as server:
+            assert_type(server.path, Path)
     async with await vm.Monitor.connect("/run/guest.qmp") as monitor:
         answer: Any = await monitor.execute("query-status")
         print(answer["status"])

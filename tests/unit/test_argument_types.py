@@ -87,6 +87,12 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "capabilities": (5, "x", {"x": 1}, ANYTHING),
     "parameters": (5, "x", {"x": 1}, ANYTHING),
     "on_exit": CALLABLE,
+    "a": TARGET,
+    "b": TARGET,
+    "pages": (None, "yes", 1, [], ANYTHING),
+    "fields": (None, "yes", 1, [], ANYTHING),
+    "seals": (None, "yes", 1, [], ANYTHING),
+    "level": NUMBER,
 }
 
 
@@ -103,6 +109,8 @@ def calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
     )
     yield "open_snapshot", pyqmigrate.open_snapshot, {"target": "stream"}
     yield "convert", pyqmigrate.convert, {"source": "snapshot", "target": "new", "to": "stream"}
+    yield "diff", pyqmigrate.diff, {"a": "snapshot", "b": "stream"}
+    yield "compact", pyqmigrate.compact, {"source": "snapshot", "target": "new"}
     yield "seal", pyqmigrate.seal, {"snapshot": "snapshot"}
     yield "verify_seal", pyqmigrate.verify_seal, {"snapshot": "snapshot"}
     yield "devices", pyqmigrate.devices, {"target": "snapshot"}
@@ -129,6 +137,12 @@ VALUES = {
     "SaveReport",
     "LoadReport",
     "SealReport",
+    "CompactReport",
+    "DiffReport",
+    "BlockDiff",
+    "DeviceDiff",
+    "FieldDiff",
+    "PageRange",
     "SealCheck",
     "MappedRamBlock",
     "ImageReport",

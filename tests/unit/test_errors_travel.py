@@ -25,6 +25,7 @@ from pyqmigrate import (
     SnapshotError,
     TargetError,
 )
+from pyqmigrate.store.damage import DamagedPack
 
 WAYS: dict[str, Callable[[PyqmigrateError], PyqmigrateError]] = {
     **{
@@ -37,6 +38,13 @@ WAYS: dict[str, Callable[[PyqmigrateError], PyqmigrateError]] = {
 
 # What the constructors of these take, where that is more than one text; subclasses likewise.
 ARGUMENTS: list[tuple[type[PyqmigrateError], list[Callable[[type], PyqmigrateError]]]] = [
+    (
+        DamagedPack,
+        [
+            lambda kind: kind("not what it was", b"pack", 3, 7, snapshot="a", store="/srv"),
+            lambda kind: kind("missing", b"pack"),
+        ],
+    ),
     (
         NoSpace,
         [

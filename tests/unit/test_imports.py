@@ -76,6 +76,29 @@ def test_a_restore_loads_no_guest_agent_until_it_sets_a_clock():
     assert not other & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.restore")
 
 
+def test_the_keeper_of_a_lazy_restore_is_small():
+    own = {
+        name
+        for name in loaded("import pyqmigrate.vm.incoming.keeper.keeper")
+        if name.startswith("pyqmigrate.")
+    }
+    keeper = ("keeper", "keeper.keeper", "keeper.lines", "keeper.monitor", "keeper.server")
+    allowed = named("errors", "vm", "vm.incoming", *(f"vm.incoming.{name}" for name in keeper))
+    assert own <= allowed
+    assert not {"asyncio", "cffi", "ctypes"} & loaded("import pyqmigrate.vm.incoming.keeper.keeper")
+
+
+def test_a_restore_loads_nothing_of_a_lazy_one():
+    lazy = named(
+        "vm.incoming.lazy",
+        "vm.incoming.lazy_checks",
+        "vm.incoming.lazy_process",
+        "vm.incoming.lazy_status",
+        "vm.incoming.keeper",
+    )
+    assert not lazy & loaded("import pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.restore")
+
+
 def test_a_restore_starts_qemu_before_it_loads_an_event_loop_or_a_monitor():
     code = "import pyqmigrate.cli, pyqmigrate.cli.vm.restore, pyqmigrate.vm.incoming.early_start"
     late = {"asyncio", "ssl", "qemu.qmp"} | named("vm.qemu.monitor", "qapi.parameters")

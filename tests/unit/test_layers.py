@@ -20,7 +20,7 @@ LAYERS = [
     {"snapshot"},
     {"integrity", "export", "migration"},
     {"analysis", "api", "compaction", "qmp", "vm", "store"},
-    {"mount", "fleet"},
+    {"mount", "fleet", "page_server"},
     {"cli"},
 ]
 FORMER_NAMES = {"opening", "sealing", "sequential"}  # of modules, without code of their own
@@ -31,6 +31,7 @@ VM_LAYERS = [
     {"guest"},
     {"record"},
     {"incoming"},
+    {"pool"},
     {"twin"},
     {"plan"},
     {"outgoing"},

@@ -1,4 +1,5 @@
-"""Work with a running QEMU: save, restore and clone it, check what a save would do."""
+"""Work with a running QEMU: save, restore and clone it, keep guests ready, check what a save would do,
+wait for its memory."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from pyqmigrate.cli.arguments import Verbs, add_general
 
 __all__ = ["add_parser"]
 
-_VERBS = ("save", "check", "restore", "clone")
+_VERBS = ("save", "check", "restore", "clone", "pool", "wait")
 
 
 def add_parser(verbs: Verbs) -> None:

@@ -20,7 +20,8 @@ live save needs more if the guest fills pages during the save); ``directory``, `
 (file, process, or null: cannot be read), ``shared``, ``file_backed``, ``why_not``; ``disks``, a list
 of ``device``, ``qdev``, ``node``, ``file``, ``format``, ``writable``, ``size`` and ``chain``, the
 backing files (``file``, ``format``, ``size``); ``disk_needs`` (sentences); ``with_disks`` (whether
---with-disks is possible, null if no disk is writable) and ``why_no_disks``. Sizes are in bytes.
+--with-disks is possible, null if no disk is writable) and ``why_no_disks``; ``can_be_lazy`` (whether a restore
+with this command line, on this host, can be in mode lazy) and ``why_not_lazy``. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ def _data(report: CheckReport) -> dict[str, Any]:
         "disk_needs": list(report.disk_needs),
         "with_disks": report.disks_along,
         "why_no_disks": report.why_no_disks,
+        "can_be_lazy": not report.why_not_lazy,
+        "why_not_lazy": report.why_not_lazy,
     }
 
 
@@ -177,6 +180,8 @@ def _lines(report: CheckReport, data: dict[str, Any]) -> Iterator[str]:
     if report.disks_along is not None:
         possible = "possible" if report.disks_along else f"impossible: {report.why_no_disks}"
         yield f"disks     --with-disks is {possible}"
+    possible = f"impossible: {report.why_not_lazy}" if report.why_not_lazy else "possible here"
+    yield f"restore   --mode lazy is {possible}"
     yield ""
     yield from table(
         ("block", "length", "read from"),

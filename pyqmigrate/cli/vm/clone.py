@@ -6,7 +6,7 @@ guest new overlays, N.SNAPSHOT.DISK.qcow2, over the disks as they were at the sn
 Each guest gets a monitor DIR/N.qmp of its own (DIR is created) and no standard input. Disks that
 more than one guest would write to are refused, and so are sockets at which more than one would
 listen. If a guest fails, the others go on. Increments, and the pages that vm restore --record has
-recorded, are used as by vm restore.
+recorded, are used as by vm restore. In mode lazy each guest has a page server and memory of its own.
 
 Every guest inherits the descriptors of this command. One that two guests name (-netdev tap,fd=5) is
 refused, unless it is a file open for reading only: fd=1{n} gives each its own.
@@ -29,6 +29,7 @@ from pyqmigrate.cli.arguments import Verbs, add_offset, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
 from pyqmigrate.cli.interruption import run_interruptible
 from pyqmigrate.cli.outcome import Outcome, announce, error_data, printable, shown_error, table
+from pyqmigrate.cli.vm.lazy import add_lazy, lazy_shown, working_set_of
 from pyqmigrate.cli.vm.restore import (
     add_base,
     add_cache,
@@ -60,13 +61,14 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument(
         "--mode",
-        choices=["auto", "instant", "load", "postcopy"],
+        choices=["auto", "instant", "lazy", "load", "postcopy"],
         default="auto",
         help="how guest memory is restored (default: auto)",
     )
     add_run_state(parser)
     add_offset(parser)
     add_disks(parser, "the directory of the monitors")
+    add_lazy(parser)
     add_cache(parser)
     add_command(parser)
 
@@ -94,11 +96,14 @@ async def _clone(args: argparse.Namespace, fds: tuple[int, ...]) -> Outcome:
         disks_as_they_are=args.disks_as_they_are,
         base=args.base,
         cache=args.cache,
+        working_set=working_set_of(args),
+        push=args.push,
+        huge_pages=args.huge_pages,
     )
     vms = [clone.vm for clone in clones if clone.vm is not None]
     pass_signals_on(vms)
     announce(args, {"guests": [_data(clone) for clone in clones]}, _lines(clones))
-    async with store_messages_shown(vms):
+    async with store_messages_shown(vms), lazy_shown(vms):
         codes = await asyncio.gather(*(vm.wait() for vm in vms))
     await asyncio.gather(*(vm.close() for vm in vms))
     failed = len(clones) - len(vms)

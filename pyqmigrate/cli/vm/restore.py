@@ -10,7 +10,15 @@ SNAPSHOT.DISK.qcow2, over the disks as they were.
 In mode instant the guest's memory is mapped from the snapshot, and the guest runs after milliseconds
 whatever its size; the file must not change in place while the guest runs, but may be replaced or
 removed. In mode load QEMU reads the whole file first; postcopy is QEMU's own lazy load, if it has
-one. The default, auto, is instant if possible.
+one. The default, auto, is instant if possible, else lazy if possible, else load.
+
+In mode lazy the guest runs after milliseconds, too, whatever the form of the snapshot and the kind of its
+memory (shared, memfd, tmpfs file, huge pages): a page server sends the pages to QEMU over a post-copy
+migration, first those that the guest asks for and those of --working-set. It is a process of its own, goes
+on when this command is killed, and is restarted when it dies itself. A page that cannot be read, or is not
+as it was sealed, is never sent: the guest waits when it touches it, and the page is named on standard error.
+"vm wait" waits until the guest has all of its memory, or goes on from a good copy. QEMU's user needs access
+to /dev/userfaultfd, or vm.unprivileged_userfaultfd must be 1.
 
 If SNAPSHOT is an increment, the guest's memory is mapped from its base, and the changed pages are
 loaded over it. The base must be the file that the increment was made from; --base names it if it was
@@ -28,9 +36,11 @@ SNAPSHOT may be a snapshot of a store, STORE#NAME: the guest runs from a private
 wrong with the store meanwhile is printed on standard error. --with-disks needs --disks-dir then, and
 --record writes into the store.
 
-With --record (mode instant only) the pages that the guest touches within SECONDS are recorded into
+With --record (modes instant and lazy) the pages that the guest touches within SECONDS are recorded into
 SNAPSHOT.workingset, in the order of first touch. The recording ends earlier if QEMU ends, by a signal
-for instance; what was seen until then is written. Later instant restores of the snapshot read these
+for instance; what was seen until then is written. In mode lazy nothing is sent within that time but what
+the guest asks for, and the file, that of --working-set if given, is written when the guest has all of its
+memory. Later instant restores of the snapshot read these
 pages ahead while QEMU starts, which helps if the snapshot is not in the page cache. A recorded
 working set that is damaged, or of another snapshot, is not used; a note says so.
 
@@ -41,7 +51,8 @@ version; ``pid``; ``run_state``; ``load_seconds``, from migrate-incoming to comp
 ``start_seconds`` until QEMU answered; ``total_seconds``; ``settings`` of QEMU that are not its
 defaults, each an object of ``value``; ``mapped_blocks``; ``stale_pages`` for which the file had old
 bytes, and ``stale_seconds`` to find them; ``recorded_pages`` of the recorded working set, and
-``prefetched_bytes``, how much of it was requested until then; ``notes``. If QEMU fails later, standard
+``prefetched_bytes``, how much of it was requested until then; ``lazy``, null or how far a lazy restore was,
+as vm wait prints it; ``notes``. If QEMU fails later, standard
 error and the exit code report it.
 """
 
@@ -63,6 +74,7 @@ from pyqmigrate.cli.arguments import (
 )
 from pyqmigrate.cli.exit_codes import ExitCode
 from pyqmigrate.cli.outcome import Outcome, announce, counted, printable
+from pyqmigrate.cli.vm.lazy import add_lazy, working_set_of
 from pyqmigrate.io.direct_io import DirectIO
 
 if TYPE_CHECKING:
@@ -92,7 +104,7 @@ def add_parser(verbs: Verbs) -> None:
     add_base(parser)
     parser.add_argument(
         "--mode",
-        choices=["auto", "instant", "load", "postcopy"],
+        choices=["auto", "instant", "lazy", "load", "postcopy"],
         default="auto",
         help="how guest memory is restored (default: auto)",
     )
@@ -115,6 +127,7 @@ def add_parser(verbs: Verbs) -> None:
         metavar="SECONDS",
         help="record which pages the guest touches within this time, for later restores to read ahead",
     )
+    add_lazy(parser)
     add_cache(parser)
     add_command(parser)
 
@@ -200,7 +213,7 @@ def add_command(parser: Parser) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.incoming.early_start import start_early
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
-    from pyqmigrate.vm.incoming.options import Mode, RestoreOptions
+    from pyqmigrate.vm.incoming.options import Mode, Push, RestoreOptions
 
     qmp = None
     if args.qmp is not None:
@@ -221,6 +234,9 @@ def _run(args: argparse.Namespace) -> Outcome:
         record=args.record,
         base=args.base,
         cache=None if args.cache is None else Path(args.cache).absolute(),
+        working_set=working_set_of(args),
+        push=Push(args.push),
+        huge_pages=args.huge_pages,
     )
     early = None
     if options.mode in (Mode.AUTO, Mode.INSTANT):
@@ -239,6 +255,7 @@ def _run(args: argparse.Namespace) -> Outcome:
 async def _restore(
     args: argparse.Namespace, options: RestoreOptions, early: EarlyRestore | None
 ) -> Outcome:
+    from pyqmigrate.cli.vm.lazy import lazy_shown
     from pyqmigrate.cli.vm.store_messages import store_messages_shown
     from pyqmigrate.vm.incoming.restore import finish_restore, restore_checked
 
@@ -251,7 +268,7 @@ async def _restore(
         announce(args, vm.report.to_json(), report_lines(vm.report))
         if vm.recording is not None:
             vm.recording.add_done_callback(_print_recording)
-        async with store_messages_shown([vm]):
+        async with store_messages_shown([vm]), lazy_shown([vm]):
             code = await vm.wait()
     if not code:
         return ended()
@@ -315,6 +332,8 @@ def report_lines(report: RestoreReport) -> list[str]:
             f"prefetch  {counted(report.recorded_pages, 'page')} recorded, "
             f"{report.prefetched_bytes / (1 << 20):.0f} MiB read ahead so far"
         )
+    if report.lazy is not None and report.lazy.pages_left is not None:
+        lines.append(f"lazy      {counted(report.lazy.pages_left, 'page')} to come")
     return lines + [f"note      {printable(note)}" for note in report.notes]
 
 

@@ -6,20 +6,26 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pyqmigrate.cli.outcome import printable
-
-if TYPE_CHECKING:
-    from pyqmigrate.vm.incoming.report import RestoredVm
 
 __all__ = ["store_messages_shown"]
 
 _INTERVAL = 1.0  # seconds
 
 
+class _Runs(Protocol):
+    """A restored guest, or a pool of them."""
+
+    @property
+    def runs_from_store(self) -> bool: ...
+
+    async def store_messages(self) -> Sequence[str]: ...
+
+
 @contextlib.asynccontextmanager
-async def store_messages_shown(vms: Sequence[RestoredVm]) -> AsyncIterator[None]:
+async def store_messages_shown(vms: Sequence[_Runs]) -> AsyncIterator[None]:
     """Print each new message about the store that the guests run from, and at the end what is left."""
     stored = next((vm for vm in vms if vm.runs_from_store), None)  # they share one view
     if stored is None:
@@ -35,13 +41,13 @@ async def store_messages_shown(vms: Sequence[RestoredVm]) -> AsyncIterator[None]
         await _print_new(stored, printed)
 
 
-async def _watch(vm: RestoredVm, printed: set[str]) -> None:
+async def _watch(vm: _Runs, printed: set[str]) -> None:
     while True:
         await _print_new(vm, printed)
         await asyncio.sleep(_INTERVAL)
 
 
-async def _print_new(vm: RestoredVm, printed: set[str]) -> None:
+async def _print_new(vm: _Runs, printed: set[str]) -> None:
     for text in await vm.store_messages():
         if text not in printed:
             printed.add(text)

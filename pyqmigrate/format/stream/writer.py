@@ -43,6 +43,7 @@ from pyqmigrate.format.stream.wire import (
 
 __all__ = [
     "RAM_EOS",
+    "RAM_SECTION_ID",
     "Head",
     "Piece",
     "encode_end",
@@ -53,8 +54,9 @@ __all__ = [
     "encode_tail",
 ]
 
-_RAM_ID = 1
-RAM_EOS = WORD.pack(FLAG_EOS) + SECTION_ID.pack(FOOTER_TYPE, _RAM_ID)
+# QEMU numbers the sections of a stream from 0 on, so that no device's section has this id ("RAM").
+RAM_SECTION_ID = 0x52414D
+RAM_EOS = WORD.pack(FLAG_EOS) + SECTION_ID.pack(FOOTER_TYPE, RAM_SECTION_ID)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def encode_front(
             PREAMBLE.pack(MAGIC, VERSION, TYPE_CONFIGURATION),
             configuration.encode(settings),
             before,
-            SECTION_ID.pack(SectionKind.START.value, _RAM_ID),
+            SECTION_ID.pack(SectionKind.START.value, RAM_SECTION_ID),
             bytes([len(RAM_NAME)]) + RAM_NAME.encode(),
             INSTANCE.pack(RAM_INSTANCE, RAM_VERSION),
             WORD.pack(sum(spec.length for spec in specs) | FLAG_MEM_SIZE),
@@ -205,12 +207,12 @@ def _check_blocks(specs: Sequence[BlockSpec], target_page_bits: int | None) -> N
 
 def encode_part_header() -> bytes:
     """Return the start of a PART of RAM; :data:`RAM_EOS` ends it."""
-    return SECTION_ID.pack(SectionKind.PART.value, _RAM_ID)
+    return SECTION_ID.pack(SectionKind.PART.value, RAM_SECTION_ID)
 
 
 def encode_ram_end() -> bytes:
     """Return the END of RAM, without pages."""
-    return SECTION_ID.pack(SectionKind.END.value, _RAM_ID) + RAM_EOS
+    return SECTION_ID.pack(SectionKind.END.value, RAM_SECTION_ID) + RAM_EOS
 
 
 def encode_end(

@@ -39,6 +39,8 @@ from pyqmigrate.vm.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     from pyqmigrate.snapshot.increment import IncrementSnapshot
+    from pyqmigrate.vm.incoming.lazy_process import KeeperProcess
+    from pyqmigrate.vm.incoming.lazy_recording import LazyRecorder
     from pyqmigrate.vm.incoming.recording import Recorder
 
 __all__ = ["RestoreAttempt"]
@@ -105,7 +107,7 @@ class RestoreAttempt:
                 raise
             why = f"no instant restore: with mapped memory, {error}"
             try:
-                return await self.load(command, why)
+                return await self.lazy_or_load(command, why)
             except QemuError as second:
                 raise QemuError(f"{second}\n{why}") from second
 
@@ -162,6 +164,20 @@ class RestoreAttempt:
             f"the memory is mapped from the base {self.source.mapped.source.name!r}, and "
             f"{self.source.increment.changed_pages} changed pages are loaded"
         )
+
+    async def lazy_or_load(self, command: CommandLine, why: str = "") -> RestoredVm:
+        """Restore lazily, or by a load if that is not possible and mode auto allows it; ``why`` says why
+        it is not instant."""
+        # Loaded only for this, as it imports all that an instant restore does without.
+        from pyqmigrate.vm.incoming.lazy import LazyAttempt
+
+        attempt = LazyAttempt(self.streams, self.options, self.started_at, self.notes)
+        try:
+            return await attempt.lazily(command, why or "asked for")
+        except NotSupported as error:
+            if self.options.mode is Mode.LAZY:
+                raise
+            return await self.load(command, f"{why}; {error}")
 
     async def load(self, command: CommandLine, why: str) -> RestoredVm:
         """Restore by a load; ``why`` is for the report."""
@@ -277,7 +293,8 @@ class RestoreAttempt:
         other_guests: asyncio.Future[bool],
         seconds: float,
         incoming: Incoming,
-        recorder: Recorder | None = None,
+        recorder: Recorder | LazyRecorder | None = None,
+        keeper: KeeperProcess | None = None,
         *,
         notes: tuple[str, ...],
         **details: Any,
@@ -306,15 +323,16 @@ class RestoreAttempt:
             start_seconds=qemu.seconds,
             total_seconds=time.monotonic() - self.started_at,
             settings=incoming.settings(),
+            lazy=None if keeper is None else keeper.state,
             recorded_pages=ahead.recorded_pages,
             prefetched_bytes=ahead.requested,
             notes=notes,
             **details,
         )
-        view = self.source.mapped.source.view
+        view = self.source.pages_from.source.view
         view = view.share() if view is not None else None
-        qemu.hand_over()
-        return RestoredVm(qemu, report, recorder, view)
+        qemu.hand_over(bound=self.options.bound)
+        return RestoredVm(qemu, report, recorder, view, keeper)
 
     async def _start_recording(self, qemu: QemuSession, mapped: Sequence[str]) -> Recorder | None:
         """Start to record which pages are touched, if that is asked for: before the load, since
@@ -359,7 +377,7 @@ class RestoreAttempt:
         assert view is not None
         place = await asyncio.to_thread(view.view.check_recordable)
         identity = await asyncio.to_thread(self.source.identify)
-        recorder = RequestRecorder(view, place, identity, self.source.snapshot.layouts, seconds)
+        recorder = RequestRecorder(view, place, identity, self.source.loaded.layouts, seconds)
         recorder.start()
         return recorder
 

@@ -34,7 +34,7 @@ from pyqmigrate.vm.incoming.shared_files import written_files
 from pyqmigrate.vm.incoming.source import RestoreSource, map_source
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option
 
-__all__ = ["Clone", "clone"]
+__all__ = ["Clone", "clone", "make_directory", "refuse_shared"]
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ async def _clone(
         async with await IncomingStreams.open(
             snapshot, options.offset, options.base, options.cache
         ) as streams:
-            await asyncio.to_thread(_make_directory, directory)
+            await asyncio.to_thread(make_directory, directory)
             choosing = asyncio.to_thread(_choose, streams.source, command, count, options.disks)
             chosen = await acquired(choosing, _discard)
             commands = {number: choice.command for number, choice in chosen.items()}
-            mode = _refuse_shared(commands, streams.source, options.mode, command is None)
+            mode = refuse_shared(commands, streams.source, options.mode, command is None)
             options = options._replace(mode=mode)
             tasks = [asyncio.create_task(make(streams, number)) for number in chosen]
             try:
@@ -163,7 +163,7 @@ async def _end_all(started: Sequence[RestoredVm]) -> None:
     await asyncio.gather(*(vm.end() for vm in started), return_exceptions=True)
 
 
-def _refuse_shared(
+def refuse_shared(
     commands: dict[int, CommandLine], source: RestoreSource, mode: Mode, recorded: bool
 ) -> Mode:
     """Raise UsageError for what guests cannot share; return the mode for which the check holds.
@@ -198,7 +198,8 @@ def _refuse_shared(
     return mode
 
 
-def _make_directory(directory: Path) -> None:
+def make_directory(directory: Path) -> None:
+    """Create the directory of the monitors, with its parents. Raises TargetError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

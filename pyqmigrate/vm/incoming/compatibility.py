@@ -17,7 +17,7 @@ from pyqmigrate.vm.incoming.saved_machine import SavedMachine
 from pyqmigrate.vm.qemu.command_line import CommandLine
 
 if TYPE_CHECKING:
-    from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+    from pyqmigrate.snapshot.base import Snapshot
     from pyqmigrate.vm.qemu.monitor import Monitor
 
 __all__ = ["compare_blocks", "compare_command", "compare_devices", "compare_type"]
@@ -97,7 +97,7 @@ async def compare_devices(monitor: Monitor, command: CommandLine, saved: SavedMa
     return notes
 
 
-async def compare_type(monitor: Monitor, snapshot: MappedRamSnapshot) -> None:
+async def compare_type(monitor: Monitor, snapshot: Snapshot) -> None:
     """Raise UsageError if QEMU's machine type is not the snapshot's."""
     kind = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     machine = str(kind).removesuffix("-machine")
@@ -108,7 +108,7 @@ async def compare_type(monitor: Monitor, snapshot: MappedRamSnapshot) -> None:
         )
 
 
-async def compare_blocks(monitor: Monitor, snapshot: MappedRamSnapshot) -> None:
+async def compare_blocks(monitor: Monitor, snapshot: Snapshot) -> None:
     """Compare the RAM blocks of a QEMU with the snapshot's.
 
     Raises BlockMismatch for a block that is missing on either side, or has another length and

@@ -70,8 +70,12 @@ def prepare(
 
 def _check_recording(source: RestoreSource, options: RestoreOptions) -> None:
     """Raise UsageError if no working set can be recorded."""
+    if options.mode is Mode.LAZY:
+        return  # checked with the other settings of its page server
     if options.mode not in (Mode.AUTO, Mode.INSTANT):
-        raise UsageError(f"a working set is recorded in mode instant, not in mode {options.mode}")
+        raise UsageError(
+            f"a working set is recorded in the modes instant and lazy, not in mode {options.mode}"
+        )
     if source.place is None:
         raise UsageError("a working set is recorded beside a snapshot that is given by its path")
     if source.view is not None:

@@ -50,7 +50,7 @@ class IncomingStreams:
         sealed = await asyncio.to_thread(source.clear_pages_are_zero)
         stream: IncomingStream
         if source.increment is None:
-            stream = IncomingStream(source.snapshot, source.fd, blocks, sealed=sealed)
+            stream = IncomingStream(source.loaded, source.fd, blocks, sealed=sealed)
         else:
             from pyqmigrate.vm.incoming.increment_stream import IncrementStream
 

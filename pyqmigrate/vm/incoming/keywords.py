@@ -1,4 +1,5 @@
-"""The keyword arguments of :func:`pyqmigrate.vm.restore` and :func:`pyqmigrate.vm.clone`."""
+"""The keyword arguments of :func:`pyqmigrate.vm.restore`, :func:`pyqmigrate.vm.clone` and
+:class:`pyqmigrate.vm.Pool`."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from collections.abc import Collection
 from typing import TypedDict
 
 from pyqmigrate.io.direct_io import DirectIO
-from pyqmigrate.vm.incoming.options import Mode
+from pyqmigrate.vm.incoming.options import Mode, Push
 from pyqmigrate.vm.qemu.spawn import Stream
 
-__all__ = ["VmCloneOptions", "VmRestoreOptions"]
+__all__ = ["VmCloneOptions", "VmPoolOptions", "VmRestoreOptions"]
 
 
 class _CommonOptions(TypedDict, total=False):
@@ -23,6 +24,9 @@ class _CommonOptions(TypedDict, total=False):
     disks_as_they_are: bool
     base: str | os.PathLike[str] | None
     cache: str | os.PathLike[str] | None
+    working_set: str | os.PathLike[str] | None
+    push: Push | str
+    huge_pages: bool
 
 
 class VmRestoreOptions(_CommonOptions, total=False):
@@ -53,10 +57,17 @@ class VmRestoreOptions(_CommonOptions, total=False):
         five seconds, a note says so.
     guest_agent: the path of the agent's socket; None finds it in the command line.
     record: for how many seconds to record which pages the guest touches, into SNAPSHOT.workingset,
-        which later restores read ahead. Only in mode ``instant``. None, the default, records
-        nothing. The recording goes on after the restore has returned: await ``recording`` of the
-        result. Closing the result ends it; the pages seen until then are written.
-        :mod:`pyqmigrate.vm.sync` waits for it.
+        which later restores read ahead. In the modes ``instant`` and ``lazy``; in mode ``lazy``
+        nothing is sent within this time but what the guest requests, and the file is written when
+        the guest has all of its memory. None, the default, records nothing. The recording goes on
+        after the restore has returned: await ``recording`` of the result. Closing the result ends it;
+        the pages seen until then are written. :mod:`pyqmigrate.vm.sync` waits for it.
+    working_set: in mode ``lazy``, the file with the pages to send first, in its order; with ``record``
+        the file to write. None is SNAPSHOT.workingset.
+    push: in mode ``lazy``, when pages are sent that the guest has not requested; see
+        :class:`~pyqmigrate.vm.Push`.
+    huge_pages: in mode ``lazy``, have the kernel make huge pages of the guest's private memory at the
+        end, which arrives in pages of 4 KiB.
     """
 
     qmp: str | os.PathLike[str] | None
@@ -73,7 +84,8 @@ class VmRestoreOptions(_CommonOptions, total=False):
 class VmCloneOptions(_CommonOptions, total=False):
     """The options of :func:`pyqmigrate.vm.clone`.
 
-    mode, paused, offset, with_disks, disks_as_they_are, base, cache: as in :class:`VmRestoreOptions`.
+    mode, paused, offset, with_disks, disks_as_they_are, base, cache, working_set, push,
+        huge_pages: as in :class:`VmRestoreOptions`.
     directory: where the monitors are made; it is created (the current directory).
     at_once: how many guests start at the same time; None is the number of processors.
     pass_fds: descriptors for every guest; ``fd=1{n}`` has guest 2 use descriptor 12.
@@ -83,3 +95,25 @@ class VmCloneOptions(_CommonOptions, total=False):
 
     directory: str | os.PathLike[str]
     at_once: int | None
+
+
+class VmPoolOptions(_CommonOptions, total=False):
+    """The options of :class:`pyqmigrate.vm.Pool`.
+
+    mode, offset, with_disks, disks_as_they_are, base, cache, working_set, push,
+        huge_pages: as in :class:`VmRestoreOptions`.
+    paused: whether a guest is paused when it is handed over; None does as ``-S`` or else the snapshot
+        says. Until then every guest is paused.
+    directory: where the monitors are made, and the overlays unless ``disks_dir`` is given; it is
+        created (the current directory).
+    at_once: how many guests start at the same time; None is the number of processors.
+    limit: how many guests may be in use at the same time; None is any number.
+    pass_fds: descriptors for every guest, open for reading only.
+    stderr: QEMU's, as for subprocess.Popen; None is this process's own.
+    disks_dir: where the overlays are made. They are removed when their guest ends.
+    """
+
+    directory: str | os.PathLike[str]
+    at_once: int | None
+    limit: int | None
+    stderr: Stream

@@ -13,7 +13,7 @@ from pyqmigrate.errors import NotSupported, QemuError, QemuGone, QemuRefused
 from pyqmigrate.format.stream.configuration import IGNORE_SHARED
 from pyqmigrate.vm.qemu.launch import QemuSession
 
-__all__ = ["NEEDED", "Incoming", "take_in"]
+__all__ = ["NEEDED", "Incoming", "configure", "stream_address", "take_in"]
 
 NEEDED = (9, 1, 0)  # descriptors in fdsets, exit-on-error
 # Capabilities that change the format of an incoming stream, or how it is loaded.
@@ -44,7 +44,7 @@ class Incoming:
     """One ``migrate-incoming``: descriptors by name, where the stream starts, and the settings.
 
     With ``channels`` 0 multifd is off. With ``stream``, the descriptor of a pipe or socket, QEMU
-    reads a sequential stream from it instead.
+    reads a sequential stream from it instead; with ``lazy`` too, that of a post-copy migration.
     """
 
     fds: Mapping[str, int]
@@ -54,6 +54,7 @@ class Incoming:
     direct_io: bool = False
     postcopy: bool = False
     stream: int | None = None
+    lazy: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that differ from QEMU's defaults, by QEMU's names."""
@@ -65,7 +66,7 @@ class Incoming:
     def capabilities_on(self) -> list[str]:
         """Return the capabilities that the load needs."""
         if self.stream is not None:
-            return []
+            return ["postcopy-ram"] * self.lazy
         names = ["mapped-ram", *(name for name in self.capabilities if name == IGNORE_SHARED)]
         return names + ["multifd"] * bool(self.channels) + ["postcopy-ram"] * self.postcopy
 
@@ -77,12 +78,9 @@ async def take_in(qemu: QemuSession, incoming: Incoming) -> float:
     if it ends. After an error the process cannot be used.
     """
     monitor = qemu.monitor
-    if monitor.version < NEEDED:
-        version = ".".join(map(str, monitor.version))
-        raise NotSupported(f"a restore needs QEMU 9.1 or later; this is {version}")
     try:
-        await _configure(qemu, incoming)
-        async with _address(qemu, incoming) as uri:
+        await configure(qemu, incoming)
+        async with stream_address(qemu, incoming) as uri:
             started = time.monotonic()
             await monitor.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
             answer = await _wait(qemu)
@@ -96,7 +94,7 @@ async def take_in(qemu: QemuSession, incoming: Incoming) -> float:
 
 
 @contextlib.asynccontextmanager
-async def _address(qemu: QemuSession, incoming: Incoming) -> AsyncIterator[str]:
+async def stream_address(qemu: QemuSession, incoming: Incoming) -> AsyncIterator[str]:
     """Pass the descriptors to QEMU; yield the address of the stream."""
     if incoming.stream is not None:
         await qemu.monitor.get_fd(incoming.stream, _STREAM)
@@ -107,7 +105,11 @@ async def _address(qemu: QemuSession, incoming: Incoming) -> AsyncIterator[str]:
         yield f"file:/dev/fdset/{fdset}{where}"
 
 
-async def _configure(qemu: QemuSession, incoming: Incoming) -> None:
+async def configure(qemu: QemuSession, incoming: Incoming) -> None:
+    """Set what the load needs, and nothing else. Raises NotSupported if QEMU does not have it."""
+    if qemu.monitor.version < NEEDED:
+        version = ".".join(map(str, qemu.monitor.version))
+        raise NotSupported(f"a restore needs QEMU 9.1 or later; this is {version}")
     names = incoming.capabilities_on()
     states = [{"capability": name, "state": True} for name in names]
     # The command line may switch on others (-global migration.x-...).

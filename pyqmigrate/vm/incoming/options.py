@@ -19,7 +19,7 @@ from pyqmigrate.vm.qemu.spawn import Stream
 if TYPE_CHECKING:
     from pyqmigrate.vm.incoming.keywords import VmRestoreOptions
 
-__all__ = ["DiskOptions", "Mode", "RestoreOptions", "check_record"]
+__all__ = ["DiskOptions", "Mode", "Push", "RestoreOptions", "check_record"]
 
 _RECORD_MAX = 1_000_000  # seconds
 
@@ -27,14 +27,24 @@ _RECORD_MAX = 1_000_000  # seconds
 class Mode(enum.StrEnum):
     """How guest memory gets into the new QEMU.
 
-    ``auto`` is instant if possible. QEMU is started a second time, to load, only if its memory kept
-    it from starting.
+    ``auto`` is instant if possible, else lazy if possible, else load. QEMU is started a second time
+    only if its memory kept it from starting, or it refuses the lazy way.
     """
 
     AUTO = "auto"
     INSTANT = "instant"
+    LAZY = "lazy"
     LOAD = "load"
     POSTCOPY = "postcopy"
+
+
+class Push(enum.StrEnum):
+    """When pages are sent in mode lazy that the guest has not asked for: while it asks for none,
+    always, or never."""
+
+    IDLE = "idle"
+    ALWAYS = "always"
+    NEVER = "never"
 
 
 class DiskOptions(NamedTuple):
@@ -61,7 +71,10 @@ def check_record(seconds: float) -> float:
 
 
 class RestoreOptions(NamedTuple):
-    """Checked :class:`~pyqmigrate.vm.VmRestoreOptions`, with their defaults."""
+    """Checked :class:`~pyqmigrate.vm.VmRestoreOptions`, with their defaults.
+
+    ``bound``: QEMU is killed when this process ends, even after the restore.
+    """
 
     mode: Mode = Mode.AUTO
     paused: bool | None = None
@@ -79,6 +92,15 @@ class RestoreOptions(NamedTuple):
     record: float | None = None
     base: str | os.PathLike[str] | None = None
     cache: Path | None = None
+    bound: bool = False
+    working_set: Path | None = None
+    push: Push = Push.IDLE
+    huge_pages: bool = False
+
+    @property
+    def may_be_lazy(self) -> bool:
+        """Whether the mode allows a lazy restore."""
+        return self.mode in (Mode.AUTO, Mode.LAZY)
 
     @classmethod
     def check(cls, options: VmRestoreOptions) -> Self:
@@ -99,6 +121,10 @@ class RestoreOptions(NamedTuple):
             values["record"] = check_record(values["record"])
         if values.get("base") is not None:
             values["base"] = os.fsdecode(values["base"])
+        if "push" in values:
+            values["push"] = parse_enum(Push, values["push"], "push")
+        if values.get("working_set") is not None:
+            values["working_set"] = Path(os.fsdecode(values["working_set"])).absolute()
         if values.get("cache") is not None:
             values["cache"] = Path(os.fsdecode(values["cache"])).absolute()
         directory = values.pop("disks_dir", None)

@@ -20,14 +20,14 @@ from typing import NamedTuple, Self
 from pyqmigrate.errors import NotSupported, TargetError, UsageError
 from pyqmigrate.format.uri import parse_size
 from pyqmigrate.io.holes import next_data
-from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
+from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.vm.incoming.ram_mapping import block_of, memories_of, memory_backends
 from pyqmigrate.vm.qemu.command_line import CommandLine, Option, is_on
 
 __all__ = ["RamFiles", "loadable"]
 
 
-def loadable(command: CommandLine, snapshot: MappedRamSnapshot) -> tuple[CommandLine, list[str]]:
+def loadable(command: CommandLine, snapshot: Snapshot) -> tuple[CommandLine, list[str]]:
     """Return ``command`` for a QEMU that loads all of its memory, and notes.
 
     Memory must not be written before the load, so ``prealloc`` is left out. So is ``-mem-path`` of a
@@ -100,7 +100,7 @@ class RamFiles:
     """
 
     def __init__(
-        self, command: CommandLine, snapshot: MappedRamSnapshot, mapped: Collection[str] = ()
+        self, command: CommandLine, snapshot: Snapshot, mapped: Collection[str] = ()
     ) -> None:
         """Check the files of ``command``; ``mapped`` are blocks whose memory is not loaded.
 
@@ -116,7 +116,7 @@ class RamFiles:
                 self._check(path, block, properties)
             undo.pop_all()
 
-    def _check(self, path: str, block: MappedRamBlock, properties: dict[str, str]) -> None:
+    def _check(self, path: str, block: Block, properties: dict[str, str]) -> None:
         shared = is_on(properties.get("share"))
         try:
             # Opening a pipe or a device may block or have effects.
@@ -164,8 +164,8 @@ class RamFiles:
 
 
 def _files(
-    command: CommandLine, snapshot: MappedRamSnapshot, mapped: Collection[str]
-) -> Iterator[tuple[str, MappedRamBlock, dict[str, str]]]:
+    command: CommandLine, snapshot: Snapshot, mapped: Collection[str]
+) -> Iterator[tuple[str, Block, dict[str, str]]]:
     """Generate the files of blocks whose memory is in the stream."""
     shared = memories_of(command, ("ivshmem",))  # meant to be shared with other processes
     for _, properties in memory_backends(command):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pyqmigrate.errors import NotSupported, UsageError
+from pyqmigrate.snapshot.base import Block, Snapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 from pyqmigrate.vm.qemu.command_line import (
     CommandLine,
@@ -69,7 +70,7 @@ def map_blocks(command: CommandLine, snapshot: MappedRamSnapshot, fd: int) -> Ma
     changes: dict[Option, Option] = {}
     for option, properties in memory_backends(command):
         name = properties.get("id", "")
-        block = block_of(name, snapshot)
+        block = _mapped_block(name, snapshot)
         if block is None or name in excluded or is_on(properties.get("readonly")):
             continue
         nodes = _numbers(option.listed("host-nodes"))
@@ -155,10 +156,15 @@ def memory_backends(command: CommandLine) -> Iterator[tuple[Option, dict[str, st
             yield option, properties
 
 
-def block_of(backend: str, snapshot: MappedRamSnapshot) -> MappedRamBlock | None:
+def block_of(backend: str, snapshot: Snapshot) -> Block | None:
     """Return the block of the backend with this id."""
     # Machine types up to 4.0 name the blocks of some backends by QOM path.
     return snapshot.blocks.get(backend) or snapshot.blocks.get(f"/objects/{backend}")
+
+
+def _mapped_block(backend: str, snapshot: MappedRamSnapshot) -> MappedRamBlock | None:
+    block = block_of(backend, snapshot)
+    return None if block is None else snapshot.blocks[block.name]
 
 
 def _has_backend(command: CommandLine) -> bool:

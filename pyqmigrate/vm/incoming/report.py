@@ -15,6 +15,8 @@ from pyqmigrate.vm.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     from pyqmigrate.io.view import SharedView
+    from pyqmigrate.vm.incoming.lazy_process import KeeperProcess, LazyState
+    from pyqmigrate.vm.incoming.lazy_recording import LazyRecorder
     from pyqmigrate.vm.incoming.recording import Recorder, WorkingSetReport
 
 __all__ = ["RestoreReport", "RestoredVm"]
@@ -29,8 +31,9 @@ class RestoreReport:
     differ from its defaults. ``stale_pages`` are zero pages for which the file holds old bytes;
     finding them took ``stale_seconds``, during the start. ``recorded_pages`` are those of the
     recorded working set, ``prefetched_bytes`` what was requested of it until this report; the
-    prefetch goes on. ``run_state`` is QEMU's (``running``, ``paused``, ``prelaunch``). ``notes`` are
-    sentences on changes to the command line, and on what the user should know.
+    prefetch goes on. ``lazy`` is how far a lazy restore was. ``run_state`` is QEMU's (``running``,
+    ``paused``, ``prelaunch``). ``notes`` are sentences on changes to the
+    command line, and on what the user should know.
     """
 
     mode: Mode
@@ -48,6 +51,7 @@ class RestoreReport:
     stale_seconds: float = 0.0
     recorded_pages: int = 0
     prefetched_bytes: int = 0
+    lazy: LazyState | None = None
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -67,10 +71,13 @@ class RestoredVm:
         self,
         qemu: QemuSession,
         report: RestoreReport,
-        recorder: Recorder | None = None,
+        recorder: Recorder | LazyRecorder | None = None,
         view: SharedView | None = None,
+        keeper: KeeperProcess | None = None,
     ) -> None:
-        """``view`` is that of a snapshot of a store; it is closed with this object."""
+        """``view`` is that of a snapshot of a store; it is closed with this object, as is the connection
+        to ``keeper``."""
+        self._keeper = keeper
         self._qemu = qemu
         self._recorder = recorder
         self._view = view
@@ -87,6 +94,15 @@ class RestoredVm:
         if self._view is None:
             return ()
         return await asyncio.to_thread(self._view.view.messages)
+
+    @property
+    def lazy(self) -> KeeperProcess | None:
+        """How the memory of a guest in mode ``lazy`` arrives: ``state``, :meth:`~pyqmigrate.vm.incoming.\
+lazy_process.KeeperProcess.changed` and ``completed``. None in other modes.
+
+        It arrives also when this object is closed, or this process ends.
+        """
+        return self._keeper
 
     @property
     def recording(self) -> asyncio.Future[WorkingSetReport] | None:
@@ -118,6 +134,7 @@ class RestoredVm:
         """End QEMU whatever the guest does: by SIGTERM, then by SIGKILL."""
         await self._finish_recording()
         await self._qemu.end()
+        await self._close_keeper(ended=True)
         self._close_view()
 
     async def close(self) -> None:
@@ -127,7 +144,14 @@ class RestoredVm:
         """
         await self._finish_recording()
         await self.monitor.close()
+        await self._close_keeper()
         self._close_view()
+
+    async def _close_keeper(self, ended: bool = False) -> None:
+        if self._keeper is not None:
+            await self._keeper.close()
+            if ended:
+                await asyncio.to_thread(self._keeper.end)
 
     def _close_view(self) -> None:
         if self._view is not None:

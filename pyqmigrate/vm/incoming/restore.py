@@ -4,10 +4,12 @@
     print(guest.report.mode, guest.report.load_seconds)
     await guest.wait()
 
-The three modes:
+The modes:
 
 - ``instant``: QEMU's RAM is a private mapping of the snapshot, and QEMU loads only a small incoming
   stream. The time does not depend on the size of the guest.
+- ``lazy``: the guest runs at once, too, whatever its memory is: a page server sends the pages over
+  a post-copy migration, those that the guest asks for first.
 - ``load``: QEMU reads the whole file before the guest runs.
 - ``postcopy``: QEMU's own lazy load, if it has one.
 """
@@ -126,6 +128,8 @@ async def _restore_from(
     started_at = time.monotonic()
     command, options, notes = prepare(chosen.command, options, streams.source)
     attempt = RestoreAttempt(streams, options, started_at, (*chosen.notes, *notes))
+    if options.mode is Mode.LAZY:
+        return await attempt.lazy_or_load(command)
     if options.mode not in (Mode.AUTO, Mode.INSTANT):
         return await attempt.load(command, "asked for")
     source = streams.source
@@ -134,7 +138,7 @@ async def _restore_from(
     except NotSupported as error:
         if options.mode is Mode.INSTANT:
             raise NotSupported(f"no instant restore: {error}") from error
-        return await attempt.load(command, f"no instant restore: {error}")
+        return await attempt.lazy_or_load(command, f"no instant restore: {error}")
     starting = asyncio.to_thread(start_mapped, source, mapped, options)
     started = await acquired(starting, StartedRestore.end)
     return await attempt.instant_or_load(started, command)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyqmigrate.errors import SnapshotError, UsageError
+from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.incoming.identity import with_new_generation
 from pyqmigrate.vm.incoming.options import DiskOptions
 from pyqmigrate.vm.incoming.source import RestoreSource
@@ -116,7 +117,10 @@ class CommandChoice:
             raise SnapshotError(
                 f"{error}: to restore by the command line alone, move the record away"
             ) from error
-        if record is not None and record.identity != identify(source.snapshot):
+        if record is not None and not (
+            isinstance(source.snapshot, MappedRamSnapshot)
+            and record.identity == identify(source.snapshot)
+        ):
             self._no_record = f"{self._shown!r} is the record of another snapshot"
             self.notes.append(f"{self._no_record} and is not used")
             return None

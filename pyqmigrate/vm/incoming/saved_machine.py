@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pyqmigrate.format.device.sections import DeviceSection, run_state_of
 from pyqmigrate.format.stream.wire import Section, SectionKind
-from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
+from pyqmigrate.snapshot.base import Snapshot
 
 __all__ = ["SavedMachine", "read_saved_machine"]
 
@@ -44,7 +44,7 @@ class SavedMachine(NamedTuple):
     counts: Mapping[str, int] | None
 
 
-def read_saved_machine(snapshot: MappedRamSnapshot) -> SavedMachine:
+def read_saved_machine(snapshot: Snapshot) -> SavedMachine:
     """Read the device sections; raises TargetError if the file cannot be read."""
     stream = snapshot.stream
     sections = [s for s in stream.sections if s.kind in (SectionKind.FULL, SectionKind.START)]
@@ -65,14 +65,14 @@ def read_saved_machine(snapshot: MappedRamSnapshot) -> SavedMachine:
     )
 
 
-def _run_state(snapshot: MappedRamSnapshot, sections: list[Section]) -> str | None:
+def _run_state(snapshot: Snapshot, sections: list[Section]) -> str | None:
     for section in sections:
         if section.name == _GLOBAL_STATE:
             return run_state_of([DeviceSection(section.name, _body(snapshot, section))])
     return None
 
 
-def _body(snapshot: MappedRamSnapshot, section: Section) -> bytes:
+def _body(snapshot: Snapshot, section: Section) -> bytes:
     return snapshot.source.read_at(section.body_offset, min(section.body_length, _BODY_MAX))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyqmigrate.errors import DirectIORefused, NotSupported, TargetError, UsageError
+from pyqmigrate.format.stream.configuration import MAPPED_RAM
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import Direct, DirectIO
 from pyqmigrate.io.input import InputFile
@@ -23,6 +24,7 @@ from pyqmigrate.io.page_cache import cached_bytes
 from pyqmigrate.io.place import resolve_symlink, seal_path
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.io.target import Target
+from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
 from pyqmigrate.vm.incoming.ram_mapping import Mapped, map_blocks
 from pyqmigrate.vm.qemu.command_line import CommandLine
@@ -78,6 +80,14 @@ def _needs_base(block: IncrementBlock) -> bool:
         base_only.close()
 
 
+def _is_sequential(stream_file: StreamFile) -> bool:
+    try:
+        return MAPPED_RAM not in stream_file.configuration.capabilities
+    except BaseException:
+        stream_file.close()
+        raise
+
+
 def _open_increment(
     stream_file: StreamFile, base: str | os.PathLike[str] | None
 ) -> IncrementSnapshot | None:
@@ -105,7 +115,8 @@ class RestoreSource:
 
     Memory is mapped from ``mapped``: the snapshot, or the base of an increment. ``mapped_fd`` is its
     file, with a shared lock (flock), which a process that inherits it keeps: the file must not
-    change in place while memory is mapped from it.
+    change in place while memory is mapped from it. A sequential stream can only be restored lazily:
+    ``mapped`` raises NotSupported then.
 
     base: the path of an increment's base, instead of the recorded one. UsageError for another
         snapshot.
@@ -121,6 +132,7 @@ class RestoreSource:
         cache: Path | None = None,
         record: bool = False,
     ) -> None:
+        self._target = target
         self._prefetch: Prefetch | None = None
         self._prefetch_lock = threading.Lock()
         self._input = InputFile(target, cache=cache, record=record)
@@ -134,13 +146,20 @@ class RestoreSource:
         stream_file = StreamFile.find(self._input, offset)
         self.was_running = stream_file.libvirt is not None and stream_file.libvirt.was_running
         self.increment = _open_increment(stream_file, base)
-        if self.increment is None:
-            self.snapshot = self.mapped = MappedRamSnapshot(stream_file)
+        self._base: MappedRamSnapshot | None = None
+        self.snapshot: Snapshot
+        if self.increment is not None:
+            self.snapshot, self._base = self.increment.changes, self.increment.base
+        elif _is_sequential(stream_file):
+            # A restore has no time for a module that it does not need.
+            from pyqmigrate.snapshot.detect import snapshot_of
+
+            self.snapshot = snapshot_of(stream_file)
         else:
-            self.snapshot, self.mapped = self.increment.changes, self.increment.base
+            self.snapshot = self._base = MappedRamSnapshot(stream_file)
         try:
             (self.increment or self.snapshot).verify()
-            for snapshot in (self.snapshot, self.mapped):
+            for snapshot in () if self._base is None else (self.loaded, self._base):
                 if snapshot.stream.background:
                     raise NotSupported(
                         "QEMU wrote this background snapshot without bitmaps, and would load zeros: "
@@ -161,8 +180,49 @@ class RestoreSource:
         return self._input.fd
 
     @property
+    def mapped(self) -> MappedRamSnapshot:
+        """What memory is mapped from. Raises NotSupported for a sequential stream."""
+        if self._base is None:
+            raise self._sequential()
+        return self._base
+
+    @property
+    def loaded(self) -> MappedRamSnapshot:
+        """``snapshot``, as QEMU can load it. Raises NotSupported for a sequential stream."""
+        if not isinstance(self.snapshot, MappedRamSnapshot):
+            raise self._sequential()
+        return self.snapshot
+
+    def _sequential(self) -> NotSupported:
+        return NotSupported(
+            f"{self.name!r} is a sequential stream: restore it in mode lazy, or convert it first "
+            "(pyqmigrate convert --to mapped-ram)"
+        )
+
+    @property
+    def pages_from(self) -> Snapshot:
+        """Where most pages come from: the snapshot, or the base of an increment."""
+        return self._base or self.snapshot
+
+    @property
     def mapped_fd(self) -> int:
-        return self.mapped.source.fd
+        return self.pages_from.source.fd
+
+    @property
+    def server_target(self) -> str:
+        """What a page server, which has another working directory, opens."""
+        if self.view is not None and isinstance(self._target, str | os.PathLike):
+            target = os.fspath(self._target)
+            return target if "://" in target else os.path.abspath(target)
+        return f"/proc/self/fd/{self.fd}" if self.place is None else os.fspath(self.place)
+
+    @property
+    def kept_files(self) -> list[tuple[str, int]]:
+        """The files by their absolute paths, with descriptors, so that they stay the same ones."""
+        sources = [self.snapshot.source]
+        if self.increment is not None:
+            sources.append(self.increment.base.source)
+        return [(os.fspath(source.place or ""), source.fd) for source in sources]
 
     @property
     def age(self) -> float:
@@ -205,8 +265,9 @@ class RestoreSource:
 
     def fetch_rest(self) -> None:
         """Have all of the snapshot fetched from a remote store in the background. Raises TargetError."""
-        if self.mapped.source.view is not None:
-            self.mapped.source.view.view.fetch_rest()
+        view = self.pages_from.source.view
+        if view is not None:
+            view.view.fetch_rest()
 
     def cancel_prefetch(self) -> None:
         """Read no more of the working set ahead, if that was started."""
@@ -273,6 +334,7 @@ class RestoreSource:
         Pass the result to :meth:`close_reading`. Raises DirectIORefused if direct I/O is required
         but not available.
         """
+        _ = self.loaded
         if channels is not None:
             check_channels(channels)
         direct, why = None, "direct I/O is switched off"
@@ -292,7 +354,7 @@ class RestoreSource:
         """Close ``direct`` if the disk cannot read single pages, as QEMU does."""
         if direct is None or all(
             block.page_size % direct.off_align == 0 and block.pages_offset % direct.off_align == 0
-            for block in self.snapshot.blocks.values()
+            for block in self.loaded.blocks.values()
         ):
             return direct, why
         alignment = direct.off_align

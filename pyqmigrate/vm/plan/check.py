@@ -14,6 +14,7 @@ from pyqmigrate.snapshot.save.writer import Sparse
 from pyqmigrate.vm.guest.disks import Disk
 from pyqmigrate.vm.guest.inspect import GuestBlock, GuestInfo, inspect
 from pyqmigrate.vm.guest.run_state import what_stopped
+from pyqmigrate.vm.incoming.lazy_checks import userfaultfd_obstacle, why_not_lazy
 from pyqmigrate.vm.plan.blockers import DeviceStateMethod
 from pyqmigrate.vm.plan.disks import prepare, restore_needs
 from pyqmigrate.vm.plan.engine import Engine, EngineChoice, choose_engine
@@ -22,7 +23,9 @@ from pyqmigrate.vm.plan.live import LiveChoice, automatic_precopy, choose_live, 
 from pyqmigrate.vm.plan.live_option import LiveMethod, LiveOption, LiveRequest, check_live
 from pyqmigrate.vm.plan.plan import Plan, make_plan
 from pyqmigrate.vm.plan.settings import UsedSetting
+from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.monitor import Monitor
+from pyqmigrate.vm.qemu.process_command import read_command
 from pyqmigrate.vm.twin.describing import why_not_described
 
 __all__ = ["CheckReport", "check"]
@@ -62,7 +65,8 @@ class CheckReport:
     change them, and about unusual states of the guest. ``disk_needs`` are sentences on what a
     restore needs of the writable ``disks`` if the guest goes on after the save; ``disks_along`` is
     whether they can be snapshotted at the same instant (``with_disks``), None without writable
-    disks, and ``why_no_disks`` is the reason if not.
+    disks, and ``why_no_disks`` is the reason if not. ``why_not_lazy`` is what keeps a restore with
+    this guest's command line, on this host, from mode ``lazy``; empty if nothing is known to.
     """
 
     version: tuple[int, int, int]
@@ -87,6 +91,7 @@ class CheckReport:
     disk_needs: tuple[str, ...]
     disks_along: bool | None
     why_no_disks: str
+    why_not_lazy: str
 
     @property
     def fits(self) -> bool | None:
@@ -181,6 +186,7 @@ async def check(
             disk_needs=tuple(restore_needs(guest.disks, resumed=guest.running)),
             disks_along=not why_no_disks if writable else None,
             why_no_disks=why_no_disks if writable else "",
+            why_not_lazy=await asyncio.to_thread(_why_not_lazy, guest),
         )
 
 
@@ -220,6 +226,18 @@ def _why_no_disks(guest: GuestInfo, directory: Path | None) -> str:
     except (NotSupported, UsageError) as error:
         return str(error)
     return ""
+
+
+def _why_not_lazy(guest: GuestInfo) -> str:
+    """Return what keeps a restore with the guest's own command line from mode lazy."""
+    command = read_command(guest.pid)
+    if command.words is None:
+        return userfaultfd_obstacle() or ""
+    try:
+        parsed = CommandLine.parse(command.words)
+    except UsageError:
+        return userfaultfd_obstacle() or ""
+    return why_not_lazy(parsed._replace(directory=command.directory)) or ""
 
 
 def _undescribed(guest: GuestInfo, choice: EngineChoice | None) -> Iterator[str]:

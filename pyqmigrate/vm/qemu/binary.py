@@ -14,26 +14,41 @@ _SECTION = struct.Struct("IIQQQQIIQQ")  # Elf64_Shdr
 _PROGBITS, _WRITE, _EXECUTE = 1, 1, 4
 _SECTIONS_MAX = 1 << 10
 _CONSTANTS_MAX = 16 << 20  # bytes; QEMU 10 and 11 have 2 MiB
+_KNOWN_MAX = 16  # answers
+_known: dict[tuple[object, ...], bool] = {}  # by type, and identity of the file
 
 
 def has_type(executable: str | os.PathLike[str], name: str) -> bool:
     """Return whether a QEMU has the object type ``name``, judging by its executable's constants.
 
-    False for a file that is not a 64-bit ELF of this host's byte order, or cannot be read.
+    False for a file that is not a 64-bit ELF of this host's byte order, or cannot be read. The answer
+    is remembered as long as the file does not change.
     """
     try:
         fd = os.open(executable, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        # Searched in place: copying megabytes would take longer, and QEMU is waiting.
-        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as text:
-            wanted = b"\0%s\0" % name.encode()
-            return any(text.find(wanted, *section) >= 0 for section in _constants(fd))
+        info = os.fstat(fd)
+        key = (name, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        found = _known.get(key)
+        if found is None:
+            found = _find(fd, name)
+            if len(_known) >= _KNOWN_MAX:
+                _known.clear()
+            _known[key] = found
+        return found
     except (OSError, ValueError, struct.error):
         return False
     finally:
         os.close(fd)
+
+
+def _find(fd: int, name: str) -> bool:
+    # Searched in place: copying megabytes would take longer, and QEMU is waiting.
+    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as text:
+        wanted = b"\0%s\0" % name.encode()
+        return any(text.find(wanted, *section) >= 0 for section in _constants(fd))
 
 
 def _constants(fd: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 
 __all__ = ["ProcessExit"]
 
@@ -43,6 +44,12 @@ class ProcessExit:
         finally:
             loop.remove_reader(self._fd)
         return exited.is_set()
+
+    def kill(self) -> None:
+        """Send SIGKILL to this process, and to no other that has its number by now."""
+        if self._fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, signal.SIGKILL)
 
     def close(self) -> None:
         if self._fd >= 0:

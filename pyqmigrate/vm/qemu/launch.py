@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import time
 from collections.abc import Collection
@@ -44,10 +45,11 @@ class QemuSession:
         """Return ``what``, how the process ended if it did, and what it wrote to stderr."""
         return await asyncio.to_thread(self._started.describe, what)
 
-    def hand_over(self) -> None:
-        """Let QEMU outlive this process, and pass its standard error on to the caller's stream."""
+    def hand_over(self, *, bound: bool = False) -> None:
+        """Let QEMU outlive this process unless ``bound``, and pass its standard error on to the
+        caller's stream."""
         self.has_run = True
-        self._started.hand_over()
+        self._started.hand_over(bound=bound)
 
     async def end(self) -> None:
         """End the process, and the guest with it, at once. Shielded from cancellation."""
@@ -79,14 +81,16 @@ async def launch(
     stdin: Stream = None,
     stdout: Stream = None,
     stderr: Stream = None,
+    second: socket.socket | None = None,
 ) -> QemuSession:
-    """Start ``command`` and wait until its monitor answers; another monitor listens at ``qmp``.
+    """Start ``command`` and wait until its monitor answers; another monitor listens at ``qmp``, and
+    ``second`` is QEMU's end of a connection to one more.
 
     Streams are as subprocess.Popen takes them; None is this process's own. Raises QemuError with
     QEMU's standard error when it does not start, UsageError for invalid arguments.
     """
     starting = asyncio.to_thread(
-        start, command, pass_fds, qmp=qmp, stdin=stdin, stdout=stdout, stderr=stderr
+        start, command, pass_fds, qmp=qmp, stdin=stdin, stdout=stdout, stderr=stderr, second=second
     )
     return await answered(await acquired(starting, QemuProcess.end))
 

@@ -39,6 +39,7 @@ END_TIMEOUT = 5.0  # seconds from SIGTERM to SIGKILL
 _KEPT = 1 << 16  # bytes of standard error kept for error messages
 _LAST_WORDS = 0.2  # seconds to wait for QEMU's last lines
 _NAME = "pyqmigrate"
+_SECOND = "pyqmigrate-second"  # of the monitor that another process uses
 QMP_CHARDEV = "pyqmigrate-qmp"  # of the additional monitor
 _WRAPPER_TIMEOUT = 0.5  # seconds until a program that starts QEMU has become QEMU
 _WRAPPER_POLL = 0.001
@@ -91,9 +92,11 @@ class QemuProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout)
 
-    def hand_over(self) -> None:
-        """Let QEMU outlive this process, and pass its standard error on to the caller's stream."""
-        self._lifeline.close()
+    def hand_over(self, *, bound: bool = False) -> None:
+        """Let QEMU outlive this process unless ``bound``, and pass its standard error on to the
+        caller's stream."""
+        if not bound:
+            self._lifeline.close()
         self._errors.hand_over()
 
     def end(self, timeout: float = END_TIMEOUT) -> None:
@@ -119,11 +122,13 @@ def start(
     stdin: Stream = None,
     stdout: Stream = None,
     stderr: Stream = None,
+    second: socket.socket | None = None,
 ) -> QemuProcess:
     """Start ``command`` with an additional monitor, and another one that listens at ``qmp``.
 
-    Streams are as subprocess.Popen takes them; None is this process's own. Do not call it in the
-    main thread: a signal handler that raised between fork and bookkeeping would leave QEMU running.
+    ``second`` is QEMU's end of a connection to one more monitor; it is borrowed. Streams are as
+    subprocess.Popen takes them; None is this process's own. Do not call it in the main thread: a
+    signal handler that raised between fork and bookkeeping would leave QEMU running.
 
     Raises QemuError when the program cannot be started, UsageError for invalid arguments, and for
     an invalid socket path ``qmp``.
@@ -144,6 +149,8 @@ def start(
         description.flush()
         added = [Option("readconfig", f"/proc/self/fd/{configuration}")]
         fds = [qemu_end.fileno(), configuration, lifeline.fd, *pass_fds]
+        if second is not None:
+            fds.append(second.fileno())
         if qmp is not None:
             place = inherited.enter_context(SocketPath(qmp))
             fds += place.fds
@@ -170,10 +177,14 @@ def start(
             raise UsageError(f"invalid command-line argument: {error}") from error
         on_failure.callback(_end, process)
         lifeline.hold(process.pid)
-        monitors = [_NAME] if qmp is None else [_NAME, QMP_CHARDEV]
+        connections = {_NAME: qemu_end}
+        if second is not None:
+            connections[_SECOND] = second
+        monitors = [*connections] if qmp is None else [*connections, QMP_CHARDEV]
         form = _MONITOR_QMP if _has_monitor_qmp(process.pid, configuration) else _MON
         with contextlib.suppress(BrokenPipeError):  # QEMU has ended; the caller finds out why
-            description.write(_CHARDEV.format(name=_NAME, fd=qemu_end.fileno()))
+            texts = [_CHARDEV.format(name=n, fd=c.fileno()) for n, c in connections.items()]
+            description.write(_HEAD.join(texts))
             description.writelines(form.format(name=name) for name in monitors)
             description.close()
         on_failure.pop_all()

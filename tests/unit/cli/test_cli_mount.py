@@ -154,6 +154,7 @@ def test_mount_whose_processes_were_killed_can_be_unmounted(
         (("{missing}", "{directory}"), 3, "no file"),
         (("{directory}", "{directory}"), 2, "not a store"),
         (("--log", "{directory}/log", "{store}", "{directory}"), 2, "is used by the mount"),
+        (("{store}", "{store}/working-sets"), 2, "is in the store itself"),
         (("--status", "{directory}"), 2, "not a mount of pyqmigrate"),
         (("--status", "{store}", "{directory}"), 2, "--status takes DIR"),
     ],
@@ -166,6 +167,7 @@ def test_what_cannot_be_mounted_is_refused(
     code: int,
     reason: str,
 ) -> None:
+    (store / "working-sets").mkdir()
     places = {"store": store, "directory": directory, "missing": store.parent / "missing"}
     ran = command("mount", *(argument.format(**places) for argument in arguments))
     assert ran.code == code, ran.err

@@ -9,7 +9,9 @@ from pyqmigrate.errors import QemuError, UsageError
 from tests.harness.command import Command
 
 
-@pytest.mark.parametrize("verb", [["restore"], ["clone", "--count", "2"]])
+@pytest.mark.parametrize(
+    "verb", [["restore"], ["clone", "--count", "2"], ["pool", "--socket", "s"]]
+)
 @pytest.mark.parametrize(
     ("words", "first"),
     [
@@ -27,7 +29,9 @@ def test_forgotten_dashes_before_the_command_line_are_named(
     assert f"-- must come before {first}: SNAPSHOT -- {first} ..." in ran.err
 
 
-@pytest.mark.parametrize("verb", [["restore"], ["clone", "--count", "2"]])
+@pytest.mark.parametrize(
+    "verb", [["restore"], ["clone", "--count", "2"], ["pool", "--socket", "s"]]
+)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -255,3 +255,28 @@ def test_adding_to_a_long_bitmap_costs_what_is_set() -> None:
     assert long[(1 << 26) * 64]
     long.remove(other)
     assert long.count() == 0
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_removed_range_is_clear_and_no_other_bit(first: int, end: int) -> None:
+    first, end = sorted((first, end))
+    bitmap = Bitmap(300)
+    try:
+        bitmap.add_all()
+        bitmap.remove_range(first, end)
+        assert [bitmap[page] for page in range(300)] == [
+            not first <= page < end for page in range(300)
+        ]
+        assert bitmap.count() == 300 - (end - first)
+    finally:
+        bitmap.close()
+
+
+@pytest.mark.parametrize("pages", [(-1, 2), (3, 2), (0, 301)])
+def test_range_that_does_not_exist_is_not_removed(pages: tuple[int, int]) -> None:
+    bitmap = Bitmap(300)
+    try:
+        with pytest.raises(UsageError):
+            bitmap.remove_range(*pages)
+    finally:
+        bitmap.close()

@@ -96,6 +96,25 @@ def test_holes_are_the_frames_of_zeros(tmp_path: Path, parts: list[bytes], last:
         assert found == expected
 
 
+def test_the_bytes_around_a_read_are_whole_pages_of_its_frames(tmp_path: Path) -> None:
+    parts = [bytes([n + 1]) * (5 * 4096) for n in range(4)]
+    parts.append(b"end")
+    whole = b"".join(parts)
+    with opened(tmp_path / "c", seekable(parts)) as file:
+        assert file.cheap_range(7 * 4096, 4096) == (5 * 4096, 10 * 4096)
+        assert file.cheap_range(9 * 4096, 8192) == (5 * 4096, 15 * 4096)
+        assert file.cheap_range(20 * 4096, 4096) == (20 * 4096, len(whole))
+        assert file.cheap_range(len(whole), 4096) == (len(whole), len(whole))
+        assert b"".join(file.views(6 * 4096 + 1, 40000)) == whole[6 * 4096 + 1 :][:40000]
+
+
+def test_frames_that_are_not_whole_pages_are_left_at_bounds_of_pages(tmp_path: Path) -> None:
+    parts = [bytes([n + 1]) * 10000 for n in range(5)]
+    with opened(tmp_path / "c", seekable(parts)) as file:
+        assert file.cheap_range(3 * 4096, 4096) == (3 * 4096, 4 * 4096)
+        assert file.cheap_range(4 * 4096, 8192) == (3 * 4096, 7 * 4096)
+
+
 def test_a_frame_that_only_claims_to_be_zeros_is_no_hole(tmp_path: Path) -> None:
     zeros, other = bytes(SIZE), b"x" * SIZE
     data = seekable([zeros, other, zeros], checksums=[checksum(zeros)] * 3)

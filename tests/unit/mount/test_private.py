@@ -12,9 +12,9 @@ import pytest
 
 from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.mount import private
-from pyqmigrate.mount.daemon import MountRequest
 from pyqmigrate.mount.mounting import find_mounts
 from pyqmigrate.mount.private import FileRange, open_private
+from pyqmigrate.mount.starting import MountRequest
 from tests.harness.mounted import await_that
 
 

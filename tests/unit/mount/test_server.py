@@ -7,7 +7,7 @@ import os
 import queue
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class Kernel:
         self._requests: queue.Queue[bytes | None] = queue.Queue()
         self._replies: dict[int, queue.Queue[tuple[int, bytes]]] = {}
         self._unique = 0
+        self.stored: queue.Queue[tuple[int, int, bytes]] = queue.Queue()
 
     def receive(self, buffer: bytearray) -> int | None:
         request = self._requests.get()
@@ -42,8 +43,12 @@ class Kernel:
         buffer[: len(request)] = request
         return len(request)
 
-    def reply(self, unique: int, body: bytes, error: int) -> None:
-        self._replies[unique].put((error, bytes(body)))
+    def reply(self, unique: int, body: Sequence[bytes], error: int) -> None:
+        self._replies[unique].put((error, b"".join(body)))
+
+    def store(self, node: int, offset: int, data: Sequence[bytes]) -> bool:
+        self.stored.put((node, offset, b"".join(data)))
+        return True
 
     def send(self, operation: int, node: int = ROOT, body: bytes = b"", pid: int = 0) -> int:
         self._unique += 2
@@ -116,6 +121,48 @@ def kernel(served: Served) -> Kernel:
 def test_read_returns_what_is_there(kernel: Kernel, offset: int, length: int) -> None:
     node = kernel.lookup("guest")
     assert kernel.read(node, offset, length) == (0, CONTENT[offset : offset + length])
+
+
+class FileOfFrames(LocalPlainFile):
+    """A file whose pages come in pairs."""
+
+    def views(self, offset: int, length: int) -> list[bytes]:
+        data = self.read(offset, length)
+        return [data[:1], data[1:]]
+
+    def cheap_range(self, offset: int, length: int) -> tuple[int, int]:
+        return offset // 8192 * 8192, min(-(-(offset + length) // 8192) * 8192, self.size)
+
+
+@pytest.mark.parametrize(("page", "around"), [(0, 1), (1, 0), (2, 3), (3, 2)])
+def test_what_a_small_read_has_decompressed_goes_into_the_page_cache(
+    served: Served, page: int, around: int
+) -> None:
+    served.files.open = lambda name: FileOfFrames(served.files._path)  # type: ignore[method-assign]
+    served.board.logging = False
+    kernel = served.kernel
+    node = kernel.lookup("guest")
+    assert kernel.read(node, page * 4096, 4096) == (0, CONTENT[page * 4096 :][:4096])
+    expected = (node, around * 4096, CONTENT[around * 4096 :][:4096])
+    assert kernel.stored.get(timeout=10) == expected
+    assert kernel.stored.empty()
+
+
+def test_nothing_is_stored_around_reads_that_are_recorded_or_large(served: Served) -> None:
+    served.files.open = lambda name: FileOfFrames(served.files._path)  # type: ignore[method-assign]
+    kernel = served.kernel
+    node = kernel.lookup("guest")
+    kernel.read(node, 0, 4096)
+    served.board.logging = False
+    kernel.read(node, 4096, 128 << 10)
+    kernel.end()
+    served.thread.join(10)
+    assert kernel.stored.empty()
+
+
+def test_a_read_that_is_cut_off_is_refused(kernel: Kernel) -> None:
+    node = kernel.lookup("guest")
+    assert kernel.ask(protocol.READ, node, b"short")[0] == errno.EIO
 
 
 def test_unknown_names_and_numbers(kernel: Kernel) -> None:

@@ -76,6 +76,19 @@ def test_a_file_beside_it_that_is_not_ours_is_not_replaced(store: Store, tmp_pat
     assert listed(tmp_path) == ["x.seal"]
 
 
+@pytest.mark.parametrize("through", ["store", "link"])
+def test_a_path_in_the_store_is_refused_and_no_pack_is_replaced(
+    store: Store, tmp_path: Path, through: str
+) -> None:
+    (tmp_path / "link").symlink_to("store")
+    pack = next((tmp_path / "store" / "packs").iterdir())
+    before = pack.read_bytes()
+    with pytest.raises(UsageError, match="is in the store itself"):
+        get(store, "a", tmp_path / through / "packs" / pack.name)
+    assert pack.read_bytes() == before
+    assert os.listdir(pack.parent) == [pack.name]
+
+
 def test_damage_in_the_store_leaves_nothing(store: Store, tmp_path: Path) -> None:
     pack = next((tmp_path / "store" / "packs").iterdir())
     data = bytearray(pack.read_bytes())

@@ -288,5 +288,5 @@ def test_a_url_that_cannot_be_opened_is_a_usage_error(url: str) -> None:
 def test_without_the_library_the_command_for_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
     monkeypatch.setitem(__import__("sys").modules, "obstore.exceptions", None)
-    with pytest.raises(NotSupported, match=r"pip install 'pyqmigrate\[remote\]'"):
+    with pytest.raises(NotSupported, match="pip install obstore"):
         open_place("s3://bucket/x")

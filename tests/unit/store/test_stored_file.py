@@ -70,6 +70,39 @@ def test_any_range_is_read(file: StoredFile) -> None:
         assert b"".join(file.views(*pages)) == CONTENT[pages[0] : sum(pages)]
 
 
+def test_long_runs_of_one_word_are_read(store: Store) -> None:
+    content = b"".join(
+        bytes([n % 3]) * (n * PAGE) + random.Random(n).randbytes(PAGE) for n in range(70)
+    )
+    put_snapshot(store, "a", content)
+    with store.open_file("a") as file:
+        assert bytes(file.read(0, len(content))) == content
+        assert bytes(file.read(100 * PAGE + 5, 99 * PAGE)) == content[100 * PAGE + 5 :][: 99 * PAGE]
+
+
+def test_the_bytes_around_a_read_need_no_other_read(store: Store, file: StoredFile) -> None:
+    for page in range(0, 701, 3):
+        offset = page * PAGE
+        file.read(offset, PAGE)
+        before = store.packs.requests
+        start, end = file.cheap_range(offset, PAGE)
+        assert start % PAGE == 0
+        assert end in (SIZE, end // PAGE * PAGE)
+        assert start <= offset < min(offset + PAGE, SIZE) <= end
+        assert bytes(file.read(start, end - start)) == CONTENT[start:end]
+        assert store.packs.requests == before
+
+
+def test_the_bytes_around_a_read_end_where_the_next_frame_begins(store: Store) -> None:
+    pages = random.Random(5).randbytes(300 * PAGE)
+    put_snapshot(store, "a", pages, frame_pages=10)
+    with store.open_file("a") as file:
+        file.read(154 * PAGE, PAGE)
+        assert file.cheap_range(154 * PAGE, PAGE) == (150 * PAGE, 160 * PAGE)
+        file.read(0, len(pages))
+        assert file.cheap_range(154 * PAGE, PAGE) == (90 * PAGE, 219 * PAGE)
+
+
 def test_a_read_beyond_the_end_is_empty(file: StoredFile) -> None:
     assert bytes(file.read(SIZE, 10)) == b""
     assert bytes(file.read(SIZE + PAGE, 10)) == b""

@@ -15,7 +15,7 @@ from pyqmigrate.format.stream.sequential import (
     encode_head,
 )
 from pyqmigrate.format.stream.wire import SectionKind
-from pyqmigrate.format.stream.writer import encode_end, encode_part_header
+from pyqmigrate.format.stream.writer import RAM_SECTION_ID, encode_end, encode_part_header
 from tests.harness.stream_builders import (
     EOF,
     Sparse,
@@ -62,16 +62,16 @@ def refusal(data: bytes, **options: int) -> SnapshotError:
     return caught.value
 
 
-def test_head_is_byte_for_byte_that_of_qemu() -> None:
+def test_head_is_that_of_qemu_but_for_the_id_of_ram() -> None:
     assert encode_head("pc-i440fx-10.0", SPECS) == (
         bytes.fromhex("5145564D 00000003 07 0000000E")
         + b"pc-i440fx-10.0"
-        + bytes.fromhex("01 00000001 03 72616d 00000000 00000004 0000000004040004")
+        + bytes.fromhex("01 0052414d 03 72616d 00000000 00000004 0000000004040004")
         + b"\x06pc.ram"
         + bytes.fromhex("0000000004000000")
         + b"\x07pc.bios"
         + bytes.fromhex("0000000000040000")
-        + bytes.fromhex("0000000000000010 7E00000001")
+        + bytes.fromhex("0000000000000010 7E0052414D")
     )
 
 
@@ -153,7 +153,8 @@ def test_guest_address_is_in_entries_with_ignore_shared() -> None:
 
 def test_guest_addresses_are_written_with_ignore_shared() -> None:
     specs = [BlockSpec("a", 4096, address=0x1000), BlockSpec("b", 4096, address=(1 << 64) - 1)]
-    got = stream(encode_head("pc", specs, ignore_shared=True) + ENDED)
+    ended = end(RAM_SECTION_ID, MARK) + EOF
+    got = stream(encode_head("pc", specs, ignore_shared=True) + ended)
     assert [block.gpa for block in got.blocks] == [0x1000, (1 << 64) - 1]
     for wrong in (-1, 1 << 64):
         with pytest.raises(UsageError, match="address"):

@@ -85,7 +85,7 @@ def test_elements_tile_the_stream() -> None:
 def test_end_of_ram_is_where_its_section_starts() -> None:
     source = snapshot()
     stream = parse(source)
-    assert source.read_at(stream.ram_end, 5) == b"\x03\0\0\0\x01"
+    assert source.read_at(stream.ram_end, 5) == b"\x03\0RAM"
 
 
 def test_only_framing_is_read() -> None:

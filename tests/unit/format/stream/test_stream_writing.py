@@ -40,7 +40,7 @@ def test_head_of_a_pc_is_byte_for_byte_that_of_qemu() -> None:
     assert head.pieces[0].data == hexed(
         '5145564D 00000003 07 0000000E "pc-i440fx-10.0"'
         '05 1A "configuration/capabilities" 00000001 00000001 0A "mapped-ram"'
-        '01 00000001 03 "ram" 00000000 00000004 0000000004082004'
+        '01 0052414D 03 "ram" 00000000 00000004 0000000004082004'
         '06 "pc.ram" 0000000004000000'
         "00000001 0000000000001000 000000000000008E 0000000000100000"
     )
@@ -58,10 +58,10 @@ def test_head_of_a_pc_is_byte_for_byte_that_of_qemu() -> None:
 def test_tail_is_byte_for_byte_that_of_qemu() -> None:
     tail = encode_tail(sections=b"SECTIONS", description=b"{}", switchover_start=True)
     assert tail == hexed(
-        "0000000000000010 7E00000001"
-        "02 00000001 0000000000000010 7E00000001"
+        "0000000000000010 7E0052414D"
+        "02 0052414D 0000000000000010 7E0052414D"
         "08 000B 0000"
-        "03 00000001 0000000000000010 7E00000001"
+        "03 0052414D 0000000000000010 7E0052414D"
         '"SECTIONS" 00 06 00000002 "{}"'
     )
 

@@ -24,6 +24,7 @@ from pyqmigrate import (
 from pyqmigrate.format.device.sections import global_state
 from pyqmigrate.format.stream.configuration import Configuration
 from pyqmigrate.format.stream.description import with_configuration
+from pyqmigrate.format.stream.writer import RAM_SECTION_ID
 from pyqmigrate.vm.guest.device_state import DeviceState, read_devices, read_migrated
 from tests.harness.direct import write_snapshot
 from tests.harness.examples import some
@@ -328,7 +329,7 @@ def test_snapshot_of_migrated_state_has_pages_from_both(disk: Path) -> None:
     assert not loaded["empty"].any()
     described = with_configuration(DESCRIPTION, Configuration("pc-q35-10.0", ("mapped-ram",)))
     tail = (disk / "snap").read_bytes()
-    assert tail.endswith(end(1, MARK) + SECTIONS + EOF + described_as(described))
+    assert tail.endswith(end(RAM_SECTION_ID, MARK) + SECTIONS + EOF + described_as(described))
 
 
 def test_snapshot_of_device_state_is_whole(disk: Path) -> None:
@@ -342,7 +343,7 @@ def test_snapshot_of_device_state_is_whole(disk: Path) -> None:
         names = [s.name for s in snapshot.stream.sections if s.kind.name == "FULL"]
         assert names == ["timer", "globalstate"]
     assert {n: m.tobytes() for n, m in load(disk / "snap").items()} == memories
-    assert end(1, MARK) + SECTIONS + EOF in (disk / "snap").read_bytes()
+    assert end(RAM_SECTION_ID, MARK) + SECTIONS + EOF in (disk / "snap").read_bytes()
 
 
 def test_carried_block_of_some_pages_is_zero_elsewhere(tmp_path: Path) -> None:

@@ -42,3 +42,19 @@ def test_other_files_have_none(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(content)
     assert not has_type(file, "monitor-qmp")
     assert not has_type(tmp_path / "none", "monitor-qmp")
+
+
+def test_replaced_executable_is_looked_at_again(tmp_path: Path) -> None:
+    file = elf(tmp_path / "qemu", b"\0monitor-qmp\0")
+    assert has_type(file, "monitor-qmp")
+    elf(tmp_path / "new", b"\0monitor-hmp\0").rename(file)
+    assert not has_type(file, "monitor-qmp")
+
+
+def test_unchanged_executable_is_searched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = elf(tmp_path / "qemu", b"\0monitor-qmp\0")
+    assert has_type(file, "monitor-qmp")
+    monkeypatch.setattr("pyqmigrate.vm.qemu.binary.mmap", None)
+    assert has_type(file, "monitor-qmp")

@@ -1,0 +1,111 @@
+"""Ask the keeper of a lazy restore how far it is, from any process of the same user.
+
+state = await wait_for_memory(pid)                        # of QEMU: it has all of its memory
+await wait_for_memory(pid, resume="/backup/guest.mapped") # the pages come from this copy from now on
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from pyqmigrate.errors import QemuError, QemuGone, UsageError
+from pyqmigrate.io.view import names_stored
+from pyqmigrate.snapshot.detect import open_snapshot
+from pyqmigrate.vm.incoming.keeper.keeper import status_name
+from pyqmigrate.vm.incoming.lazy_process import LazyState, follow
+
+__all__ = ["wait_for_memory"]
+
+_CREDENTIALS = "iII"
+
+
+async def wait_for_memory(
+    pid: int,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Callable[[LazyState], object] | None = None,
+) -> LazyState:
+    """Wait until a guest that was restored in mode ``lazy`` has all of its memory; return the last state.
+
+    pid: QEMU's process.
+    resume: a good copy of the snapshot, from which the pages come from now on: where a page was
+        damaged, the guest goes on.
+    progress: called with each state.
+
+    If no lazy restore of the process is under way, its memory is complete, and a state says so. Raises
+    QemuGone if the process does not exist or ends, QemuError if the restore fails; UsageError if there is
+    nothing to ``resume``, and the errors of opening the copy.
+    """
+    copy = None if resume is None else await asyncio.to_thread(_checked_copy, resume)
+    connection = _connect(pid)
+    if connection is None:
+        if not Path(f"/proc/{pid}").exists():
+            raise QemuGone(f"there is no process {pid}")
+        if copy is not None:
+            raise UsageError(f"no lazy restore of process {pid} is under way: nothing to resume")
+        return LazyState("completed", loaded=True, pages_left=0)
+    last = LazyState()
+
+    def take(state: LazyState) -> None:
+        nonlocal last
+        last = state
+        if progress is not None:
+            progress(state)
+
+    with connection:
+        connection.setblocking(False)
+        if copy is not None:
+            line = json.dumps({"resume": copy}).encode() + b"\n"
+            await asyncio.get_running_loop().sock_sendall(connection, line)
+        try:
+            await follow(connection, take)
+        except OSError as error:
+            raise QemuError(f"the keeper of the lazy restore hung up: {error.strerror}") from error
+    if last.state == "gone":
+        raise QemuGone(f"process {pid} ended before it had all of its memory")
+    if last.state != "completed":
+        raise QemuError(last.failure or "the keeper of the lazy restore has ended")
+    return last
+
+
+def _checked_copy(snapshot: str | os.PathLike[str]) -> str:
+    """Return the absolute name of a copy that can be opened. Raises the errors of opening it."""
+    name = os.fspath(snapshot)
+    with open_snapshot(name):
+        pass
+    if "://" in name:
+        return name
+    if names_stored(name):
+        place, _, stored = name.rpartition("#")
+        return f"{os.path.abspath(place)}#{stored}"
+    return os.path.abspath(name)
+
+
+def _connect(pid: int) -> socket.socket | None:
+    """Connect to the keeper of QEMU ``pid``; None if there is none."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(status_name(pid))
+    except OSError:
+        connection.close()
+        return None
+    size = struct.calcsize(_CREDENTIALS)
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    _, user, _ = struct.unpack(_CREDENTIALS, data)
+    if user not in (0, os.geteuid(), _owner(pid)):
+        connection.close()
+        raise QemuError(f"user {user} answers for the lazy restore of process {pid}")
+    return connection
+
+
+def _owner(pid: int) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
