@@ -222,8 +222,8 @@ def capabilities(*names: str) -> bytes:
     return head + b"".join(map(str8, names))
 
 
-def blocks(*entries: bytes, total: int) -> bytes:
-    return start(1, "ram", 4, words(total | 4) + b"".join(entries) + RAM_EOS)
+def blocks(*entries: bytes, total: int, section_id: int = 1) -> bytes:
+    return start(section_id, "ram", 4, words(total | 4) + b"".join(entries) + RAM_EOS)
 
 
 def entry(name: str, length: int, gpa: bytes = b"") -> bytes:

@@ -162,7 +162,7 @@ def test_closing_the_session_writes_what_was_seen(guest: WalkingGuest) -> None:
 
 
 def test_recording_that_cannot_be_made_is_refused(guest: WalkingGuest, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="mode instant"):
+    with pytest.raises(UsageError, match="modes instant and lazy"):
         asyncio.run(vm.restore(guest.path, guest.command, mode="load", record=1))
     with pytest.raises(UsageError, match="more than 0"):
         asyncio.run(vm.restore(guest.path, guest.command, record=0))

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pyqmigrate.core import File
 from pyqmigrate.errors import Cancelled, NotSupported, UsageError, target_error
-from pyqmigrate.format.stream.wire import MAGIC
+from pyqmigrate.format.stream.wire import MAGIC, RAM_NAME
+from pyqmigrate.format.stream.writer import RAM_SECTION_ID
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.channels import Channels, Range, check_channels, selected_ranges, split_ranges
 from pyqmigrate.io.memory import RamBlock, attach
@@ -73,6 +74,9 @@ class ReflinkWriter:
                 "have reflinks. Without full an increment is written, which costs as little"
             ) from error
         self.target.write_at(0, bytes(len(MAGIC)))
+        # The clone's end is written by this package, with its own id of RAM; QEMU's ids differ.
+        start = next(s for s in self._base.stream.sections if s.name == RAM_NAME)
+        self.target.write_at(start.offset + 1, RAM_SECTION_ID.to_bytes(4, "big"))
 
     @property
     def total(self) -> int:

@@ -98,7 +98,9 @@ def test_a_snapshot_in_use_is_not_removed(store: Path, run: Callable[..., tuple[
     assert (code, removed["in_use"], removed["removed"]) == (3, ["one"], [])
 
 
-def test_verifying_finds_damage(store: Path, run: Callable[..., tuple[int, Any]]) -> None:
+def test_verifying_finds_damage(
+    store: Path, tmp_path: Path, run: Callable[..., tuple[int, Any]]
+) -> None:
     code, verified = run("verify", store)
     assert (code, verified["intact"], verified["snapshot_count"]) == (0, True, 2)
     pack = max((store / "packs").iterdir(), key=lambda path: path.stat().st_size)
@@ -111,7 +113,7 @@ def test_verifying_finds_damage(store: Path, run: Callable[..., tuple[int, Any]]
     assert damage["pack"] == pack.stem
     assert damage["frame"] is not None
     assert damage["names"]
-    assert run("get", store, damage["names"][0], store / "x")[0] == 3
+    assert run("get", store, damage["names"][0], tmp_path / "x")[0] == 3
 
 
 def test_copying(store: Path, tmp_path: Path, run: Callable[..., tuple[int, Any]]) -> None:

@@ -26,6 +26,7 @@ from pyqmigrate import (
 from pyqmigrate.enums import Format
 from pyqmigrate.export.convert import convert
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
+from pyqmigrate.format.stream.writer import encode_part_header
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.save.sequential import start_sequential_save
 from tests.harness.directories import directory_on_disk
@@ -340,7 +341,7 @@ def test_cut_stream_is_a_snapshot_error_wherever_it_is_cut(disk: Path) -> None:
 def test_multifd_without_mapped_ram_is_not_supported(disk: Path) -> None:
     save_sequential(disk / "snap")
     data = (disk / "snap").read_bytes()
-    part = data.index(b"\x02\0\0\0\1") + 5
+    part = data.index(encode_part_header()) + len(encode_part_header())
     (disk / "snap").write_bytes(data[:part] + (0x200).to_bytes(8, "big") + data[part:])
     with open_snapshot(disk / "snap") as snapshot:
         with pytest.raises(NotSupported, match="multifd"):

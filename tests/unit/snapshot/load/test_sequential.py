@@ -23,7 +23,7 @@ from pyqmigrate import (
 )
 from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import encode_head
-from pyqmigrate.format.stream.writer import RAM_EOS, encode_end, encode_part_header
+from pyqmigrate.format.stream.writer import RAM_EOS, RAM_SECTION_ID, encode_end, encode_part_header
 from pyqmigrate.io.stream_file import StreamFile
 from pyqmigrate.snapshot.load.sequential import (
     DeviceSection,
@@ -176,7 +176,10 @@ def test_memories_that_do_not_fit_are_refused_before_the_start(
 
 def test_shared_block_without_records_keeps_its_memory(tmp_path: Path) -> None:
     head = configured(capabilities("x-ignore-shared")) + blocks(
-        entry("a", 8192, word(0, 0)), entry("b", 4096, word(0, 0)), total=12288
+        entry("a", 8192, word(0, 0)),
+        entry("b", 4096, word(0, 0)),
+        total=12288,
+        section_id=RAM_SECTION_ID,
     )
     path = written(tmp_path / "x", word(0, ZERO) + str8(b"b") + b"\0", head=head)
     report, memories = loaded(path)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pyqmigrate import convert, open_snapshot, seal
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.stream.wire import SectionKind
+from pyqmigrate.format.stream.writer import RAM_SECTION_ID
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.target import Descriptors
@@ -151,14 +152,14 @@ def test_file_that_was_cut_short_is_refused(cut: int, disk: Path) -> None:
 def test_state_in_several_parts_is_refused(disk: Path) -> None:
     path = disk / "snapshot"
     live = start(9, "dirty-bitmap", 1, b"\0\0\0\1")
-    write_background_snapshot(path, known(), devices=live + part(1, RAM_EOS) + DEVICES)
+    write_background_snapshot(path, known(), devices=live + part(RAM_SECTION_ID, RAM_EOS) + DEVICES)
     with pytest.raises(NotSupported, match="in several parts"):
         complete(path)
 
 
 def test_last_of_several_parts_becomes_the_end(disk: Path) -> None:
     path = disk / "snapshot"
-    write_background_snapshot(path, known(), devices=part(1, RAM_EOS) + DEVICES)
+    write_background_snapshot(path, known(), devices=part(RAM_SECTION_ID, RAM_EOS) + DEVICES)
     assert complete(path) > 0
     with open_snapshot(path) as snapshot:
         sections = [s for s in snapshot.stream.sections if s.name == "ram"]
