@@ -84,8 +84,8 @@ class VmRestoreOptions(_CommonOptions, total=False):
 class VmCloneOptions(_CommonOptions, total=False):
     """The options of :func:`pyqmigrate.vm.clone`.
 
-    mode, paused, offset, with_disks, disks_as_they_are, base, cache, working_set, push,
-        huge_pages: as in :class:`VmRestoreOptions`.
+    mode, paused, offset, with_disks, disks_as_they_are: as in :class:`VmRestoreOptions`.
+    base, cache, working_set, push, huge_pages: likewise.
     directory: where the monitors are made; it is created (the current directory).
     at_once: how many guests start at the same time; None is the number of processors.
     pass_fds: descriptors for every guest; ``fd=1{n}`` has guest 2 use descriptor 12.
@@ -100,8 +100,8 @@ class VmCloneOptions(_CommonOptions, total=False):
 class VmPoolOptions(_CommonOptions, total=False):
     """The options of :class:`pyqmigrate.vm.Pool`.
 
-    mode, offset, with_disks, disks_as_they_are, base, cache, working_set, push,
-        huge_pages: as in :class:`VmRestoreOptions`.
+    mode, offset, with_disks, disks_as_they_are: as in :class:`VmRestoreOptions`.
+    base, cache, working_set, push, huge_pages: likewise.
     paused: whether a guest is paused when it is handed over; None does as ``-S`` or else the snapshot
         says. Until then every guest is paused.
     directory: where the monitors are made, and the overlays unless ``disks_dir`` is given; it is
