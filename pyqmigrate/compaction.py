@@ -97,7 +97,7 @@ def compact(
     source: an open snapshot, which stays open; or a path (of a pipe too), a ``file:`` URI or
         Descriptors. Of a mapped-ram file every byte is stored. Of another kind (an increment, a
         sequential stream, a background snapshot without bitmaps) the mapped-ram file that a
-        conversion makes, which takes disk space in the target's directory meanwhile.
+        conversion makes, which takes disk space in the target's directory temporarily.
     target: a path. A file there is replaced as by a save; not one that is read, or that increments
         refer to.
     level: of compression, 1 to 19.

@@ -5,7 +5,7 @@ Zstandard's seekable form, so ``zstd -d DST`` makes the plain file of it, and ``
 
 SNAPSHOT is a snapshot of any kind. Of a mapped-ram file DST has every byte, also libvirt's header before
 it. Of an increment, a sequential stream or a compressed one, DST has the mapped-ram file that convert
-makes, which takes disk space beside DST meanwhile. The seal and the record beside SNAPSHOT
+makes, which temporarily takes disk space beside DST. The seal and the record beside SNAPSHOT
 (SNAPSHOT.seal, SNAPSHOT.vm.json) and its working set become part of DST; a snapshot without a current seal
 gets one in DST.
 

@@ -28,7 +28,7 @@ class PageComparison:
     """The first ``npages`` pages of one block, of ``page_size`` bytes, in two snapshots.
 
     ``differing`` has a bit for each page that was found to differ. ``selection``: only the pages whose
-    bits are set are compared; it is closed along with this. The snapshots stay open meanwhile. Raises
+    bits are set are compared; it is closed along with this. The snapshots must stay open. Raises
     UsageError for more pages than a memory has.
     """
 

@@ -316,7 +316,7 @@ class Keeper:
             events = select.POLLIN | (select.POLLOUT if self._remembered.has_unsent else 0)
             self._poll.modify(self._worker.requests.fileno(), events)
 
-    # Whoever speaks to the keeper.
+    # The processes that talk to the keeper.
 
     def _disconnected(self, event: int) -> None:
         self._gone = True
@@ -360,7 +360,7 @@ class Keeper:
             try:
                 unmount(self._settings.directory, lazy=True)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOENT):  # somebody else did it
+                if error.errno not in (errno.EINVAL, errno.ENOENT):  # another process did it
                     self._tell(str(error))
         self._remove_directory()
 

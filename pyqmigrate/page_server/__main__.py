@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     os.set_inheritable(args.fd, False)
     os.set_inheritable(args.control, False)
-    # The guest lives longer than the terminal of whoever restored it.
+    # The guest lives longer than the terminal from which it was restored.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     control = Control(socket.socket(fileno=args.control))

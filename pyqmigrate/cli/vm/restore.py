@@ -33,7 +33,7 @@ A saved guest's clocks stop, so its wall clock falls behind. ``--set-time`` sets
 agent, whose socket is found in the command line; otherwise a note says how.
 
 SNAPSHOT may be a snapshot of a store, STORE#NAME: the guest runs from a private mount of it, and what goes
-wrong with the store meanwhile is printed on standard error. --with-disks needs --disks-dir then, and
+wrong with the store while it runs is printed on standard error. --with-disks needs --disks-dir then, and
 --record writes into the store.
 
 With --record (modes instant and lazy) the pages that the guest touches within SECONDS are recorded into

@@ -1,7 +1,7 @@
 """Wait until a lazily restored guest has all of its memory.
 
 PID is the process of QEMU, as vm restore reports it. Returns at once if no lazy restore of it is under way.
-What goes wrong meanwhile is printed on standard error: a page of the snapshot that cannot be read or is not
+What goes wrong during the wait is printed on standard error: a page of the snapshot that cannot be read or is not
 as it was sealed is never sent, and the guest waits when it touches it. With --resume the pages come from COPY
 from now on, a good copy of the same snapshot, and the guest goes on.
 
