@@ -32,6 +32,7 @@ SOURCES = [
     "xxh3.c",
     "page_digests.c",
     "compare.c",
+    "contiguous.c",
     "page_states.c",
     "stash.c",
     "blake3.c",

@@ -40,6 +40,7 @@ struct qm_channel {
     const struct qm_memory *memory;
     uint64_t data_from;
     uint64_t data_to;
+    int looked, pagemap; /* of this process, opened on first use; -1: there is none */
     struct qm_queue queue;
 };
 

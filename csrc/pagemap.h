@@ -20,8 +20,11 @@ struct pagemap_region {
 #define PAGEMAP_IS_FILE ((uint64_t)1 << 2)
 #define PAGEMAP_IS_PRESENT ((uint64_t)1 << 3)
 #define PAGEMAP_IS_SWAPPED ((uint64_t)1 << 4)
+#define PAGEMAP_IS_ZERO_PAGE ((uint64_t)1 << 5)
+#define PAGEMAP_IS_HUGE ((uint64_t)1 << 6)
 
-/* The words of the file, one a page. */
+/* The words of the file, one a page. The frame is 0 where the kernel does not tell. */
+#define PAGEMAP_WORD_FRAME (((uint64_t)1 << 55) - 1)
 #define PAGEMAP_WORD_FILE ((uint64_t)1 << 61)
 #define PAGEMAP_WORD_SWAPPED ((uint64_t)1 << 62)
 #define PAGEMAP_WORD_PRESENT ((uint64_t)1 << 63)

@@ -1,31 +1,13 @@
 /* Memory of another process: read it, and find the pages that were never touched. */
 #define _GNU_SOURCE
+#include "pagemap.h"
 #include "qmigrate.h"
 
 #include <errno.h>
 #include <poll.h>
-#include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* PAGEMAP_SCAN (Linux 6.7): find ranges of /proc/PID/pagemap by the kind of their pages. Declared
- * here, since the system's headers may be older than its kernel. */
-struct scan {
-    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-    uint64_t inverted, all_of, any_of, returned;
-};
-
-struct scanned {
-    uint64_t start, end, kinds;
-};
-
-#define SCAN _IOWR('f', 16, struct scan)
-#define SCAN_PRESENT ((uint64_t)1 << 3)
-#define SCAN_SWAPPED ((uint64_t)1 << 4)
-#define SCAN_ZERO_PAGE ((uint64_t)1 << 5)
-
-/* Words of the pagemap, one per page. */
-#define WORD_TOUCHED ((uint64_t)3 << 62) /* present or swapped */
 #define WORDS_AT_ONCE 512
 
 /* Called after the process number was used: as long as the old process exists, the number cannot
@@ -68,20 +50,20 @@ ssize_t qm_process_fill(void *arg, void *buf, uint64_t off, size_t len)
 
 static int64_t next_by_scan(const struct qm_process *p, uint64_t from, uint64_t end)
 {
-    struct scanned found;
-    struct scan scan = {
+    struct pagemap_region found;
+    struct pagemap_scan scan = {
         .size = sizeof(scan),
         .start = from,
         .end = end,
         .vec = (uintptr_t)&found,
         .vec_len = 1,
         .max_pages = 1,
-        .inverted = SCAN_ZERO_PAGE,
-        .all_of = SCAN_ZERO_PAGE,
-        .any_of = SCAN_PRESENT | SCAN_SWAPPED,
-        .returned = SCAN_PRESENT,
+        .inverted = PAGEMAP_IS_ZERO_PAGE,
+        .all_of = PAGEMAP_IS_ZERO_PAGE,
+        .any_of = PAGEMAP_IS_PRESENT | PAGEMAP_IS_SWAPPED,
+        .returned = PAGEMAP_IS_PRESENT,
     };
-    int n = ioctl(p->pagemap, SCAN, &scan);
+    int n = ioctl(p->pagemap, PAGEMAP_SCAN, &scan);
     if (n < 0)
         return -errno;
     return (int64_t)(n > 0 ? found.start : end);
@@ -89,8 +71,8 @@ static int64_t next_by_scan(const struct qm_process *p, uint64_t from, uint64_t 
 
 int qm_process_can_scan(int pagemap)
 {
-    struct scan nothing = {.size = sizeof(nothing)};
-    return ioctl(pagemap, SCAN, &nothing) == 0;
+    struct pagemap_scan nothing = {.size = sizeof(nothing)};
+    return ioctl(pagemap, PAGEMAP_SCAN, &nothing) == 0;
 }
 
 static int64_t next_by_words(const struct qm_process *p, uint64_t from, uint64_t end, uint64_t page)
@@ -105,7 +87,7 @@ static int64_t next_by_words(const struct qm_process *p, uint64_t from, uint64_t
         if (got < (ssize_t)sizeof(words[0]))
             return got < 0 ? -errno : -ESRCH;
         for (size_t k = 0; k < (size_t)got / sizeof(words[0]); k++, from += page)
-            if (words[k] & WORD_TOUCHED)
+            if (words[k] & (PAGEMAP_WORD_PRESENT | PAGEMAP_WORD_SWAPPED))
                 return (int64_t)from;
     }
     return (int64_t)end;

@@ -83,6 +83,10 @@ typedef struct qm_channel qm_channel;
  * memory. */
 qm_channel *qm_channel_create(void);
 void qm_channel_destroy(qm_channel *channel);
+/* Return 1 when the pages that contain `bytes`, memory of this process, are in short pieces of the
+ * machine's memory (on average under 32 KiB), also if that is unknown, else 0. Without CAP_SYS_ADMIN only
+ * huge pages (Linux 6.7) are known not to be. */
+int qm_channel_scattered(qm_channel *channel, const unsigned char *bytes, size_t len);
 
 /* ---- memory --------------------------------------------------------------------------------- */
 

@@ -285,6 +285,28 @@ static int write_copied(struct writer *w, const struct chunk *c, const uint64_t 
     return 0;
 }
 
+/* Direct writes of scattered pages are split at the device's limit of segments; a buffer on huge pages
+ * is written in one piece. Few pages are few segments anyway. */
+static int is_scattered(struct writer *w, const struct chunk *c, uint64_t data_pages)
+{
+    return w->unit > 1 && c->buffer < 0 && data_pages >= c->npages / 8 && data_pages > 0 &&
+           qm_channel_scattered(w->source.channel, c->bytes, c->len);
+}
+
+/* Write a chunk from a bounce buffer. */
+static int write_gathered(struct writer *w, const struct chunk *c, const uint64_t *want)
+{
+    struct chunk copy = *c;
+    copy.buffer = qm_channel_next(w->source.channel, w->transfer->job);
+    unsigned char *buffer = qm_channel_buffer(w->source.channel, copy.buffer);
+    if (!buffer)
+        return -ENOMEM;
+    copy.bytes = buffer;
+    copy.has_holes = 0;
+    copy_pages(c, w->transfer->block->page_size, 0, c->npages, buffer);
+    return write_runs(w, &copy, want);
+}
+
 /* Call the hook for each piece of the chunk that is about to change. */
 static int announce_changes(struct writer *w, const struct chunk *c, const uint64_t *want)
 {
@@ -322,8 +344,12 @@ static int write_chunk(struct writer *w, const struct chunk *c)
     w->source.look_for_holes = data_pages == 0;
     if (t->file->fd >= 0) {
         int rc = t->file->hook && t->selection ? announce_changes(w, c, want) : 0;
-        if (rc == 0)
-            rc = t->file->hook && !t->selection ? write_copied(w, c, want) : write_runs(w, c, want);
+        if (rc == 0 && t->file->hook && !t->selection)
+            rc = write_copied(w, c, want);
+        else if (rc == 0 && is_scattered(w, c, data_pages))
+            rc = write_gathered(w, c, want);
+        else if (rc == 0)
+            rc = write_runs(w, c, want);
         if (rc)
             return rc;
     }
