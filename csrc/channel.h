@@ -49,6 +49,9 @@ unsigned char *qm_channel_buffer(qm_channel *channel, int k);
 /* Return the number of a buffer that no transfer uses. */
 int qm_channel_next(qm_channel *channel, qm_job *job);
 
+/* Return whether the page that contains `byte`, which may be read, is mapped as part of a huge page. */
+int qm_channel_maps_huge(qm_channel *channel, const unsigned char *byte);
+
 /* Start a transfer of whole units. The error may be that of an earlier transfer; *bad is its file
  * position. -ENODATA: the file ends within the transfer. `buffer` is the bounce buffer that `iov`
  * points into, or -1; the memory must stay valid until the queue is drained. The array is

@@ -143,6 +143,19 @@ static int holes_are_pages(const struct qm_transfer *t)
     return t->block->page_size <= (uint64_t)page && t->memory->fd_offset % page == 0;
 }
 
+/* Return whether a chunk of a mapped file is read through the mapping. For direct I/O small pages are
+ * not: to map them takes as long as to copy them, and they are scattered. */
+static int use_mapping(struct qm_source *s, const struct chunk *c)
+{
+    const struct qm_memory *m = s->transfer->memory;
+    if (m->fd < 0 || !s->direct)
+        return m->fd < 0 || holes_are_pages(s->transfer);
+    uint64_t end = c->off + c->len;
+    uint64_t data = (uint64_t)qm_next_data(m, c->off, end);
+    return holes_are_pages(s->transfer) &&
+           (data == end || qm_channel_maps_huge(s->channel, m->base + data));
+}
+
 int qm_chunk_load(struct qm_source *s, struct chunk *c, uint64_t first, uint64_t end)
 {
     const struct qm_memory *m = s->transfer->memory;
@@ -155,7 +168,7 @@ int qm_chunk_load(struct qm_source *s, struct chunk *c, uint64_t first, uint64_t
     memset(c->data, 0, sizeof(c->data));
     c->buffer = -1;
     c->has_holes = 0;
-    if (!m->base || (m->fd >= 0 && !holes_are_pages(s->transfer)))
+    if (!m->base || !use_mapping(s, c))
         return fill_chunk(s, c);
     c->bytes = m->base + c->off;
     if (m->fd >= 0) {

@@ -14,6 +14,7 @@ struct qm_source {
     struct qm_fault *fault;
     uint64_t longest_gap; /* bytes: longer holes are left undefined where a chunk is copied */
     int look_for_holes;   /* at the start of a chunk that has to be copied */
+    int direct;           /* where the chunks go: small pages of a file are copied first */
 };
 
 struct chunk {

@@ -45,13 +45,25 @@ static int is_huge(int pagemap, uint64_t address, uint64_t end)
     return huge > (end - address) / 2;
 }
 
-int qm_channel_scattered(qm_channel *channel, const unsigned char *bytes, size_t len)
+static int open_pagemap(qm_channel *channel)
 {
     if (!channel->looked) {
         channel->looked = 1;
         channel->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     }
-    if (channel->pagemap < 0)
+    return channel->pagemap;
+}
+
+int qm_channel_maps_huge(qm_channel *channel, const unsigned char *byte)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), address = (uintptr_t)byte / page * page;
+    (void)*(const volatile unsigned char *)byte; /* what is not mapped yet has no size */
+    return is_huge(open_pagemap(channel), address, address + page);
+}
+
+int qm_channel_scattered(qm_channel *channel, const unsigned char *bytes, size_t len)
+{
+    if (open_pagemap(channel) < 0)
         return 1;
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     uint64_t from = (uintptr_t)bytes / page, end = ((uintptr_t)bytes + len + page - 1) / page;

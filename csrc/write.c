@@ -402,6 +402,7 @@ int qm_write(const struct qm_transfer *t, qm_channel *channel, uint64_t first, u
         w.fd = t->file->fd_direct;
         w.unit = t->file->off_align;
         w.mem_align = t->file->mem_align;
+        w.source.direct = 1;
         if (end > direct_pages(t))
             end = direct_pages(t);
     }
