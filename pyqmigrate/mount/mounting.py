@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyqmigrate.errors import NotSupported, TargetError, UsageError, target_error
+from pyqmigrate.io.enclosing_store import refuse_in_store
 
 __all__ = [
     "KIND",
@@ -79,10 +80,11 @@ def check_mount_point(directory: str, used: Iterable[str | os.PathLike[str]] = (
 
 
 def check_not_in_store(directory: str, store: str) -> None:
-    """Raise UsageError if the mount point is in the store that is to be shown: the worker, which looks
-    for files there, would wait for itself. A store that is no directory is fine."""
+    """Raise UsageError if the mount point is in the store that is to be shown, whose worker would wait for
+    itself, or in another one. A store that is not a directory is fine."""
     if Path(directory).is_relative_to(os.path.realpath(store)):
         raise UsageError(f"{directory!r} is in the store itself; mount on a directory elsewhere")
+    refuse_in_store(directory, "a mount point")
 
 
 def mount(directory: str, source: str, *, allow_other: bool) -> int:
