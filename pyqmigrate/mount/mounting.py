@@ -36,6 +36,7 @@ __all__ = [
 KIND = "fuse.pyqmigrate"  # of the file system, in /proc/mounts
 
 _DEVICE = "/dev/fuse"
+_DEVICE_NUMBER = os.makedev(10, 229)  # Documentation/admin-guide/devices.txt
 _HELPERS = ("fusermount3", "fusermount")
 _READ_MAX = 1 << 20
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
@@ -94,10 +95,14 @@ def mount(directory: str, source: str, *, allow_other: bool) -> int:
     """
     try:
         fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NotSupported(f"this system has no FUSE: there is no {_DEVICE}") from None
     except PermissionError:
         return _mount_with_helper(directory, source, allow_other=allow_other)
+    except OSError as error:
+        raise NotSupported(f"this system has no FUSE: {_DEVICE}: {error.strerror}") from None
+    info = os.fstat(fd)
+    if not stat.S_ISCHR(info.st_mode) or info.st_rdev != _DEVICE_NUMBER:
+        os.close(fd)
+        raise NotSupported(f"this system has no FUSE: {_DEVICE} is something else")
     options = (
         f"fd={fd},rootmode={stat.S_IFDIR:o},user_id={os.geteuid()},group_id={os.getegid()},"
         f"default_permissions,max_read={_READ_MAX}{',allow_other' * allow_other}"

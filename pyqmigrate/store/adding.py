@@ -165,10 +165,12 @@ class _Addition:
         self._known = KnownPacks(store, packs, room)
         self._threads = ThreadPoolExecutor(_THREADS, "pyqmigrate-add")
         self._writer = PackWriter(place, store.config, len(self._known.pages))
+        # A parent that lacks a pack is not relied on; frames of it may be in memory still.
+        self._whole = None if parent is None or not parent.number(self._known.ranges()) else parent
         self._same = self._same_pieces()
         self._new = NewPages(
             self._known.pages,
-            FrameMaker(store.config, self._parent),
+            FrameMaker(store.config, self._whole),
             self._writer,
             self._threads,
             frame_pages=store.config.frame_pages,
@@ -190,13 +192,11 @@ class _Addition:
 
     def _same_pieces(self) -> bytes | None:
         """Return which pieces are those of the parent, so that they need not be read."""
-        if self._parent is None:
+        if self._whole is None:
             return None
-        if not self._parent.number(self._known.ranges()):
-            return None  # a pack of its is missing or damaged
         if self._plain.pages is not None:
             return self._plain.unchanged
-        return self._parent.same_pieces(self._plain.guest(self._manifest))
+        return self._whole.same_pieces(self._plain.guest(self._manifest))
 
     def run(self, name: str, labels: dict[str, str], started: float) -> AddReport:
         for span in self._file.spans(self._same):
@@ -219,12 +219,12 @@ class _Addition:
         elif span.hole:
             self._add_digests(span, self._zero_digests(span))
         else:
-            assert self._parent is not None
-            _extend(self._runs, self._parent.runs(span.start, span.end), 1)
-            _extend(self._fills, self._parent.fills(span.start, span.end), 0)
-            self._add_extents(self._parent.extents(span.start, span.end))
+            assert self._whole is not None
+            _extend(self._runs, self._whole.runs(span.start, span.end), 1)
+            _extend(self._fills, self._whole.fills(span.start, span.end), 0)
+            self._add_extents(self._whole.extents(span.start, span.end))
             first, end = span.start // PIECE, -(-span.end // PIECE)
-            self._digests += self._parent.digests(first, end)
+            self._digests += self._whole.digests(first, end)
         read = span.end - span.start if reading is not None else 0
         self._bytes_read += read
         self._reporter.add(span.end - span.start, read)
