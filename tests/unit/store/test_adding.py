@@ -94,7 +94,7 @@ def expected_image(path: Path) -> bytes:
     return bytes(data)
 
 
-@few
+@settings(few, max_examples=6)
 @given(st.data(), st.sampled_from(PAGE_SIZES), st.sampled_from(["auto", "exact", "dense"]))
 def test_any_memory_is_shown_byte_for_byte_and_its_seal_is_right(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, page_size: int, sparse: str

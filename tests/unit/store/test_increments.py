@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate import open_snapshot, seal
@@ -65,7 +65,7 @@ def document(store: Store, name: str) -> bytes:
     ).encode(store.config.key)
 
 
-@few
+@settings(few, max_examples=6)
 @given(st.data(), st.sampled_from([4096, 16384, 65536]), st.booleans(), st.booleans())
 def test_the_document_is_that_of_the_converted_file(
     tmp_path_factory: pytest.TempPathFactory,
