@@ -189,7 +189,7 @@ def test_with_both_seals_only_the_pieces_that_differ_are_read(store: Store, tmp_
     assert seal_of(store, "b") == Path(f"{path}.seal").read_bytes()
 
 
-@settings(few, max_examples=5)
+@settings(few, max_examples=3)
 @given(st.sets(st.integers(0, 5 * 256 - 1), max_size=30), st.integers(0, 9))
 def test_any_change_of_a_sealed_guest_is_shown(
     tmp_path_factory: pytest.TempPathFactory, pages: set[int], seed: int
