@@ -383,11 +383,16 @@ class MemorySource:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return whole pages. OSError with the core's errno."""
-        buffer = _core.ffi.new("char[]", length)
-        got = self.fill(self.argument, buffer, offset, length)
+        buffer = bytearray(length)
+        self.read_into(buffer, offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """Read whole pages, until the buffer is full. OSError with the core's errno."""
+        with _core.ffi.from_buffer(buffer) as memory:
+            got = self.fill(self.argument, memory, offset, len(buffer))
         if got < 0:
             raise OSError(-got, os.strerror(-got))
-        return bytes(_core.ffi.buffer(buffer))
 
 
 class PatternSearch:

@@ -132,6 +132,30 @@ class TargetError(PyqmigrateError, OSError):
         self.position = position
 
 
+class DamagedContent(SnapshotError, TargetError):
+    """A part of a stored or compact snapshot is damaged, as a digest or checksum shows.
+
+    It is a SnapshotError, and since it is found by a read an OSError with EIO.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        filename: str | os.PathLike[str] | None = None,
+        *,
+        position: int | None = None,
+    ) -> None:
+        at = "" if position is None else f" at file offset {position:#x}"
+        name = None if filename is None else os.fspath(filename)
+        OSError.__init__(self, _errno.EIO, f"{what}{at}", name)
+        self.offset = self.position = position
+        self.block = self.field = None
+
+    def __str__(self) -> str:
+        name = "" if self.filename is None else f": {self.filename!r}"
+        return f"{self.strerror}{name}"
+
+
 class NoSpace(TargetError):
     """The file system is full, or would be before the snapshot is complete."""
 

@@ -144,7 +144,11 @@ def _missing(error: OSError) -> str | None:
         return f"{front}{name!r} is not a directory"
     if Path(name).is_symlink():
         return f"{front}{name!r} is a link to a file that is missing"
-    return None if os.path.lexists(name) else f"{front}no file {name!r}"
+    if os.path.lexists(name):
+        return None
+    store, separator, stored = name.rpartition("#")
+    note = f", and {store!r} is not a store" if store and separator and stored else ""
+    return f"{front}no file {name!r}{note}"
 
 
 def error_data(error: BaseException, code: ExitCode) -> dict[str, Any]:

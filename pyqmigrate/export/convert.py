@@ -20,40 +20,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypedDict, Unpack, overload
 
 from pyqmigrate.argument_types import check, check_callback, check_mapping
 from pyqmigrate.core import MemorySource
 from pyqmigrate.enums import Format, parse_enum
-from pyqmigrate.errors import GuestMemoryError, NotSupported, SnapshotError, UsageError
+from pyqmigrate.errors import GuestMemoryError, NotSupported, UsageError
+from pyqmigrate.export.carried import Carried, carried_of, sections_before
 from pyqmigrate.export.elf import write_elf
 from pyqmigrate.export.image import ImageReport
 from pyqmigrate.export.libvirt import image_header
 from pyqmigrate.export.lime import write_lime
 from pyqmigrate.export.raw import RawReport, unpack
 from pyqmigrate.format.address_space.placement import GivenPlacement
-from pyqmigrate.format.stream.configuration import Configuration
-from pyqmigrate.format.stream.description import HEADER_LENGTH as DESCRIPTION_HEADER
-from pyqmigrate.format.stream.description import encode as encode_description
-from pyqmigrate.format.stream.description import with_configuration
-from pyqmigrate.format.stream.elements import PARTS_LISTED
-from pyqmigrate.format.stream.sequential import SequentialStream
-from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
-from pyqmigrate.format.stream.writer import (
-    RAM_EOS,
-    RAM_SECTION_ID,
-    encode_part_header,
-    encode_ram_end,
-)
 from pyqmigrate.io.block_index import BlockIndex
 from pyqmigrate.io.channels import check_channels
 from pyqmigrate.io.direct_io import DirectIO
 from pyqmigrate.io.in_use import FileId
-from pyqmigrate.io.input import Source
 from pyqmigrate.io.job import Job, Progress
 from pyqmigrate.io.memory import Memory, RamBlock, SnapshotMemory
 from pyqmigrate.io.target import Descriptors, Target
@@ -68,7 +54,6 @@ from pyqmigrate.snapshot.save.writer import SaveOptions, SaveReport, Sparse, Str
 __all__ = ["convert", "start_stream_conversion"]
 
 _NO_FILE = FileId(0, 0)
-_PIECE = 1 << 20
 _IMAGES = (Format.ELF, Format.LIME)
 
 
@@ -300,7 +285,7 @@ def start_stream_conversion(
             prefix,
             description,
         )
-    carried = _carried(source.source, source.stream, description)
+    carried = carried_of(source.source, source.stream, description)
     blocks, left_out = _blocks(source, memories or {})
     writer: StreamWriter
     stream = source.stream
@@ -360,7 +345,7 @@ def _start_one_pass(
             machine=source.machine,
             target_page_bits=configuration.target_page_bits,
             uuid=configuration.uuid,
-            before=_before(source.source, source.head),
+            before=sections_before(source.source, source.head),
             prefix=prefix,
         ),
     )
@@ -398,7 +383,7 @@ def _place(
             if stream.ignore_shared and name not in memories and name not in unpacker.mentioned:
                 raise _left_out(name)
         data = sum(bitmap.count() for bitmap in writer.bitmaps)
-        carried = _carried(source.source, stream, description)
+        carried = carried_of(source.source, stream, description)
         report = writer.finish_with(carried.tail(source.source, Format.MAPPED_RAM, writer.settings))
         pages = sum(bitmap.npages for bitmap in writer.bitmaps)
         return replace(report, data_pages=data, zero_pages=pages - data)
@@ -411,7 +396,7 @@ def _left_out(name: str) -> NotSupported:
     )
 
 
-def _write(writer: StreamWriter, source: Snapshot, carried: _Carried, to: Format) -> SaveReport:
+def _write(writer: StreamWriter, source: Snapshot, carried: Carried, to: Format) -> SaveReport:
     with contextlib.closing(writer):
         writer.begin()
         try:
@@ -422,80 +407,6 @@ def _write(writer: StreamWriter, source: Snapshot, carried: _Carried, to: Format
                 error.errno or errno.EIO, source.source, error.block or ""
             ) from error
         return writer.finish_with(carried.tail(source.source, to, writer.settings))
-
-
-@dataclass(frozen=True)
-class _Carried:
-    """What a stream has besides RAM: ``before`` it, in the ``middle`` before its END, and ``after``
-    that, as ranges of the file up to the end-of-stream byte; and its description's text, or None."""
-
-    before: bytes
-    middle: tuple[tuple[int, int], ...]
-    after: tuple[int, int]
-    description: bytes | None
-
-    def tail(self, source: Source, to: Format, settings: Configuration) -> Iterator[bytes]:
-        """Yield what follows the pages. In a mapped-ram file RAM's list and a PART end first."""
-        if to is Format.MAPPED_RAM:
-            yield RAM_EOS + encode_part_header() + RAM_EOS
-        for start, end in self.middle:
-            yield from _read(source, start, end)
-        yield encode_ram_end()
-        yield from _read(source, *self.after)
-        if self.description is not None:
-            yield encode_description(with_configuration(self.description, settings))
-
-
-def _read(source: Source, start: int, end: int) -> Iterator[bytes]:
-    while start < end:
-        data = source.read_at(start, min(_PIECE, end - start))
-        if not data:
-            raise SnapshotError("the file became shorter during the conversion", offset=start)
-        yield data
-        start += len(data)
-
-
-def _carried(
-    source: Source, stream: Stream | SequentialStream, description: bytes | None
-) -> _Carried:
-    """Return what a stream has besides RAM. ``description`` replaces the stream's own."""
-    if not stream.complete:
-        raise SnapshotError(
-            "the end of the stream is missing: device state is cut off", offset=stream.end
-        )
-    ours = [s for s in stream.sections if _is_ram(s)]
-    others = [s for s in stream.sections if not _is_ram(s)]
-    if len(stream.sections) > PARTS_LISTED and any(s.kind is SectionKind.PART for s in others):
-        raise NotSupported("too many sections of live devices to convert")
-    start = ours[0]
-    if any(section.section_id == RAM_SECTION_ID for section in others):
-        raise NotSupported(f"another section than RAM's has the id {RAM_SECTION_ID}")
-    own = stream.description_offset
-    if description is None and own is not None:
-        description = b"".join(_read(source, own + DESCRIPTION_HEADER, stream.end))
-    return _Carried(
-        before=_before(source, stream.sections),
-        middle=tuple(
-            (s.offset, s.offset + s.length)
-            for s in others
-            if start.offset < s.offset < stream.ram_end
-        ),
-        after=(stream.after_ram, stream.end if own is None else own),
-        description=description,
-    )
-
-
-def _before(source: Source, sections: Sequence[Section]) -> bytes:
-    """Return the elements before RAM's first section."""
-    before = list(itertools.takewhile(lambda section: not _is_ram(section), sections))
-    if sum(s.length for s in before) > _PIECE:
-        raise NotSupported("more than 1 MiB of sections before RAM")
-    return b"".join(b"".join(_read(source, s.offset, s.offset + s.length)) for s in before)
-
-
-def _is_ram(section: Section) -> bool:
-    live = (SectionKind.START, SectionKind.PART, SectionKind.END)
-    return section.kind in live and section.name == RAM_NAME
 
 
 def _blocks(source: Snapshot, memories: Mapping[str, Memory]) -> tuple[list[RamBlock], list[str]]:

@@ -36,17 +36,13 @@ def open_plain(target: Target, poll: Poll) -> Iterator[PlainFile]:
     pack.
     """
     if target.kind is Kind.STORED:
-        from pyqmigrate.store.damage import DamagedPack
         from pyqmigrate.store.store import Store
 
-        try:
-            with (
-                contextlib.closing(Store.open(target.place)) as store,
-                contextlib.closing(store.open_file(target.key)) as stored,
-            ):
-                yield stored
-        except DamagedPack as error:
-            raise SnapshotError(f"pack {error.pack.hex()} of the store: {error.why}") from error
+        with (
+            contextlib.closing(Store.open(target.place)) as store,
+            contextlib.closing(store.open_file(target.key)) as stored,
+        ):
+            yield stored
         return
     from pyqmigrate.store.place import open_place
 

@@ -216,9 +216,9 @@ class _Checking:
         try:
             return self._run(time.monotonic())
         except TargetError as error:
-            if self.source.view is not None:
-                self.source.view.explain(error)
-            raise
+            if self.source.view is None:
+                raise
+            raise self.source.view.explain(error) from error
         finally:
             self.source.close()
 

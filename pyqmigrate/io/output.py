@@ -29,6 +29,7 @@ from pyqmigrate.errors import NotDurable, TargetError, UsageError, target_error
 from pyqmigrate.format.seal import SUFFIX
 from pyqmigrate.format.stream.mapped_ram import PAGES_ALIGNMENT
 from pyqmigrate.io.direct_io import Direct, DirectIO, find_direct
+from pyqmigrate.io.enclosing_store import refuse_in_store
 from pyqmigrate.io.free_space import free_bytes
 from pyqmigrate.io.in_use import InUse, Named, refuse_in_use
 from pyqmigrate.io.lock import lock_file
@@ -114,8 +115,8 @@ class OutputFile:
         (:mod:`pyqmigrate.io.in_use`), whether it will be written in place or replaced; so are the
         seal of a path and ``beside``, other files that the caller will write. If an unfinished file
         needs a name, that ends in ``.MARK.partial``; without ``mark``, in a random one. Raises
-        UsageError for a file that is in use and for descriptors that do not fit, TargetError when
-        the system refuses.
+        UsageError for a file that is in use, one in the directory of a store and descriptors that do
+        not fit, TargetError when the system refuses.
         """
         self = cls(target, reuse=reuse, prefix=prefix, stream_offset=stream_offset)
         self._in_use = in_use or {}
@@ -147,6 +148,7 @@ class OutputFile:
             refuse_stored(
                 self.name, "be written", "write a file, and add that one (pyqmigrate store add)"
             )
+        refuse_in_store(self.name, "a file that is written")
         self._path = absolute(self.name)
         self.place = place = resolve_symlink(self.name)
         exists = self._check_what_is_there()

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from pyqmigrate.errors import TargetError, target_error
 
-__all__ = ["Bytes", "FileOfFrames", "LocalPlainFile", "PlainFile", "views_of"]
+__all__ = ["Bytes", "FileOfFrames", "HeldFile", "LocalPlainFile", "PlainFile", "views_of"]
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -62,6 +62,19 @@ class FileOfFrames(Protocol):
     def cheap_range(self, offset: int, length: int) -> tuple[int, int]:
         """Return the start and end of the bytes around a range that was just read for which nothing
         has to be read or decompressed any more. They are bounds of pages, or the end of the file."""
+        ...
+
+
+@runtime_checkable
+class HeldFile(Protocol):
+    """A :class:`PlainFile` that is kept from being removed while it is in use."""
+
+    def let_go(self) -> None:
+        """Allow that it is removed; it is not read until :meth:`hold`. Idempotent."""
+        ...
+
+    def hold(self) -> bool:
+        """Keep it from being removed again; return False if that was done, or another has its name."""
         ...
 
 

@@ -10,7 +10,6 @@ frame is compared before a byte of it is given out.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from array import array
@@ -22,6 +21,7 @@ from typing import Any
 import xxhash
 
 from pyqmigrate.errors import (
+    DamagedContent,
     NotSupported,
     SnapshotError,
     SnapshotTruncated,
@@ -103,7 +103,7 @@ class SeekableFile:
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes at ``offset``; fewer only at the end of the file.
 
-        Raises TargetError, with EIO for a damaged frame.
+        Raises DamagedContent for a damaged frame, TargetError.
         """
         parts = self.views(offset, length)
         return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
@@ -260,7 +260,7 @@ class SeekableFile:
         return content
 
     def _decompressed(self, frame: int) -> bytes:
-        """Return the content of a frame, checked. Raises TargetError (EIO) if it is damaged."""
+        """Return the content of a frame, checked. Raises DamagedContent, TargetError."""
         table = self._table
         start, end = table.offsets[frame], table.offsets[frame + 1]
         length = table.positions[frame + 1] - table.positions[frame]
@@ -287,9 +287,8 @@ class SeekableFile:
             self._local.decompressor = self._zstd.ZstdDecompressor(max_window_size=_WINDOW_MAX)
         return self._local.decompressor
 
-    def _damaged(self, frame: int, why: str) -> TargetError:
-        return TargetError(
-            errno.EIO,
+    def _damaged(self, frame: int, why: str) -> DamagedContent:
+        return DamagedContent(
             f"frame {frame} of the compact file is damaged ({why})",
             self._path,
             position=self._table.offsets[frame],

@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.errors import DamagedContent, TargetError, UsageError
 from pyqmigrate.io.place import absolute
 
 __all__ = [
     "BASE_INSTEAD",
+    "DAMAGED",
     "SharedView",
     "View",
     "ViewOptions",
@@ -43,6 +44,7 @@ BASE_INSTEAD = (
     "make a file of it (pyqmigrate store get), or save a whole snapshot and add it to the store, which "
     "keeps only what is new"
 )
+DAMAGED = "damaged content"  # in the messages of a view if that is the reason of a failed read
 _MAKER = "pyqmigrate.mount.view"
 _URL = r"[a-z][a-z0-9+.-]*://"
 _STORE = "store.json"  # pyqmigrate.format.store: a module that a plain file does not need
@@ -152,8 +154,11 @@ class SharedView:
 
     def explain(self, error: TargetError) -> TargetError:
         """Return an error of the system with the reason, if the view knows one: the kernel only says
-        that a read failed."""
+        that a read failed. If content is damaged, that is DamagedContent."""
         messages = self.view.messages() if error.errno == errno.EIO else ()
+        for text in reversed(messages):
+            if f": {DAMAGED}: " in text:
+                return DamagedContent(text, error.filename)
         if messages:
             error.add_note(f"{messages[-1]}: ")
         return error

@@ -52,7 +52,8 @@ class ShownFiles(Protocol):
         ...
 
     def open(self, name: str) -> PlainFile:
-        """Open a file. The caller closes it. Raises TargetError, with ENOENT if it is not there."""
+        """Open a file. The caller closes it. Raises TargetError, with ENOENT if it is not there, or
+        UsageError if a store does not have it."""
         ...
 
     def fetch_rest(self) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyqmigrate.errors import NotSupported, TargetError, UsageError, target_error
+from pyqmigrate.io.enclosing_store import refuse_in_store
 
 __all__ = [
     "KIND",
@@ -35,6 +36,7 @@ __all__ = [
 KIND = "fuse.pyqmigrate"  # of the file system, in /proc/mounts
 
 _DEVICE = "/dev/fuse"
+_DEVICE_NUMBER = os.makedev(10, 229)  # Documentation/admin-guide/devices.txt
 _HELPERS = ("fusermount3", "fusermount")
 _READ_MAX = 1 << 20
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
@@ -79,10 +81,11 @@ def check_mount_point(directory: str, used: Iterable[str | os.PathLike[str]] = (
 
 
 def check_not_in_store(directory: str, store: str) -> None:
-    """Raise UsageError if the mount point is in the store that is to be shown: the worker, which looks
-    for files there, would wait for itself. A store that is no directory is fine."""
+    """Raise UsageError if the mount point is in the store that is to be shown, whose worker would wait for
+    itself, or in another one. A store that is not a directory is fine."""
     if Path(directory).is_relative_to(os.path.realpath(store)):
         raise UsageError(f"{directory!r} is in the store itself; mount on a directory elsewhere")
+    refuse_in_store(directory, "a mount point")
 
 
 def mount(directory: str, source: str, *, allow_other: bool) -> int:
@@ -92,10 +95,14 @@ def mount(directory: str, source: str, *, allow_other: bool) -> int:
     """
     try:
         fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NotSupported(f"this system has no FUSE: there is no {_DEVICE}") from None
     except PermissionError:
         return _mount_with_helper(directory, source, allow_other=allow_other)
+    except OSError as error:
+        raise NotSupported(f"this system has no FUSE: {_DEVICE}: {error.strerror}") from None
+    info = os.fstat(fd)
+    if not stat.S_ISCHR(info.st_mode) or info.st_rdev != _DEVICE_NUMBER:
+        os.close(fd)
+        raise NotSupported(f"this system has no FUSE: {_DEVICE} is something else")
     options = (
         f"fd={fd},rootmode={stat.S_IFDIR:o},user_id={os.geteuid()},group_id={os.getegid()},"
         f"default_permissions,max_read={_READ_MAX}{',allow_other' * allow_other}"

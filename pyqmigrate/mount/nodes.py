@@ -14,8 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pyqmigrate.errors import TargetError
-from pyqmigrate.io.plain_file import PlainFile
+from pyqmigrate.errors import TargetError, UsageError
+from pyqmigrate.io.plain_file import HeldFile, PlainFile
 from pyqmigrate.mount.files import COMPANIONS, BytesFile, ShownFiles
 from pyqmigrate.mount.protocol import ROOT
 
@@ -59,6 +59,7 @@ class _OpenFile:
         self.file = file
         self.opens = 0
         self.users = 0
+        self.let_go = False  # a store may remove it: it is held again before its next use
         self.opening = threading.Lock()
 
 
@@ -111,13 +112,18 @@ class Nodes:
             if entry is None:
                 entry = self._files[number] = _OpenFile()
             entry.users += 1
-        if entry.file is not None:
-            return entry.file
+            file = None if entry.let_go else entry.file
+        if file is not None:
+            return file
         try:
             with entry.opening:
+                if entry.let_go and isinstance(entry.file, HeldFile) and not entry.file.hold():
+                    gone, entry.file = entry.file, None
+                    gone.close()
+                entry.let_go = False
                 if entry.file is None:
                     entry.file = self._open(node)
-            return entry.file
+                return entry.file
         except BaseException:
             self.release(number)
             raise
@@ -133,6 +139,17 @@ class Nodes:
             unused = self._take_unused()
         for file in unused:
             file.close()
+        self._let_go(entry)
+
+    def _let_go(self, entry: _OpenFile) -> None:
+        """Let a file without a user be removed, which is kept open for the next one."""
+        if not isinstance(entry.file, HeldFile):
+            return
+        with entry.opening:
+            with self._lock:
+                entry.let_go = not (entry.opens or entry.users)
+            if entry.let_go:
+                entry.file.let_go()
 
     def count_open(self, number: int) -> None:
         """Keep the file of a node open until :meth:`count_close`."""
@@ -184,11 +201,14 @@ class Nodes:
                     self._by_content[node.content] = node
                     self._files[node.number], file = _OpenFile(file), None
                 unused = self._take_unused()
+                entry = self._files.get(node.number)
         finally:
             if file is not None:
                 file.close()
         for other in unused:
             other.close()
+        if entry is not None:
+            self._let_go(entry)
         return node
 
     def _companion(self, base: Node, suffix: str) -> Node | None:
@@ -210,7 +230,12 @@ class Nodes:
 
     def _open(self, node: Node) -> PlainFile:
         if self.files.identity(node.base) == node.identity:
-            file = self.files.open(node.base)
+            try:
+                file = self.files.open(node.base)
+            except (TargetError, UsageError) as error:  # UsageError: the store does not have it
+                if isinstance(error, TargetError) and error.errno != errno.ENOENT:
+                    raise
+                raise _stale(node) from error
             if not node.suffix:
                 return file
             try:
@@ -219,7 +244,7 @@ class Nodes:
                 file.close()
             if content is not None and _digest(content) == node.digest:
                 return BytesFile(content, node.mtime_ns)
-        raise TargetError(errno.ESTALE, "it was removed, or is another file now", node.name)
+        raise _stale(node)
 
     def _take_unused(self) -> list[PlainFile]:
         """Remove the files without a user that have been unused for longest; return them."""
@@ -228,6 +253,10 @@ class Nodes:
         ]
         removed = [self._files.pop(number) for number in idle[: max(len(idle) - _IDLE_MAX, 0)]]
         return [entry.file for entry in removed if entry.file is not None]
+
+
+def _stale(node: Node) -> TargetError:
+    return TargetError(errno.ESTALE, "it was removed, or is another file now", node.name)
 
 
 def _digest(content: bytes) -> str:

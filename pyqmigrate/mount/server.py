@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.errors import PyqmigrateError, SnapshotError
 from pyqmigrate.io.plain_file import FileOfFrames, views_of
 from pyqmigrate.io.threads import start_thread
+from pyqmigrate.io.view import DAMAGED
 from pyqmigrate.log import logger
 from pyqmigrate.mount import protocol
 from pyqmigrate.mount.board import SLOTS, Activity, Board
@@ -210,7 +211,8 @@ class Server:
         elif number >= _ERRNO_END:
             number = errno.EIO
         if number not in _EXPECTED:
-            self._report(f"{self._work_of(request, body)}: {error}")
+            damaged = f"{DAMAGED}: " if isinstance(error, SnapshotError) else ""
+            self._report(f"{self._work_of(request, body)}: {damaged}{error}")
         return number
 
     def _work_of(self, request: Request, body: memoryview) -> str:

@@ -6,7 +6,8 @@
 Two threads read, digest and compress; the thread that calls looks up the pages in the order of the file,
 so that new pages get into frames in that order. Packs are written and durable before the snapshot is.
 Where the file and its parent have seals, pieces of the same digest are not read: their pages are those
-of the parent. Memory is bounded, except for the digests of pages (24 to 32 bytes each) and the index.
+of the parent; so are pieces of an increment's sealed base in which no page has changed. Memory is
+bounded, except for the digests of pages (24 to 32 bytes each) and the index.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pyqmigrate.store.known_packs import KnownPacks
 from pyqmigrate.store.locks import adding
 from pyqmigrate.store.new_pages import NewPages
 from pyqmigrate.store.pack_writer import FrameMaker, PackWriter
-from pyqmigrate.store.parents import Guest, choose_parent
+from pyqmigrate.store.parents import Parent, choose_parent
 from pyqmigrate.store.place import Place
 from pyqmigrate.store.plain_snapshot import RECORD_SUFFIX, PlainSnapshot, open_plain
 from pyqmigrate.store.reporting import Reporter
@@ -111,8 +112,13 @@ def add(
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(adding(store.place))
         _refuse_existing(place, chosen)
-        plain = open_plain(snapshot, store.place.directory, stack)
-        work = _Addition(store, place, plain, parent, progress)
+        plain, manifest, chosen_parent = open_plain(
+            snapshot,
+            store.place.directory,
+            stack,
+            lambda guest: choose_parent(store, guest, parent),
+        )
+        work = _Addition(store, place, plain, manifest, chosen_parent, progress)
         stack.callback(work.close)
         return work.run(chosen, chosen_labels, started)
 
@@ -139,29 +145,32 @@ class _Addition:
         store: Store,
         place: Place,
         plain: PlainSnapshot,
-        parent: str | None,
+        manifest: Manifest | None,
+        parent: Parent | None,
         progress: Callable[[Progress], object] | None,
     ) -> None:
         self._store, self._place, self._plain = store, place, plain
-        self._file = ShownFile(plain.file, plain.info, store.config.key)
+        self._file = ShownFile(plain.file, store.config.key, plain.pages, plain.snapshot)
         if self._file.size > SEALED_MAX:
             raise UsageError(f"a file of {self._file.size} bytes; {SEALED_MAX} are possible")
         self._record = plain.record()
-        self._manifest = plain.seal()
+        self._manifest = manifest
         self._algorithm = Algorithm.XXH3_128
         if self._manifest is not None:
             self._algorithm = self._manifest.algorithm
         self._digest = digester(self._algorithm)
-        self._parent = choose_parent(store, self._guest(), parent)
+        self._parent = parent
         packs = () if self._parent is None else self._parent.snapshot.packs
         room = self._file.data_pages + _CHUNK_PAGES  # a lookup wants room for a whole chunk
         self._known = KnownPacks(store, packs, room)
         self._threads = ThreadPoolExecutor(_THREADS, "pyqmigrate-add")
         self._writer = PackWriter(place, store.config, len(self._known.pages))
+        # A parent that lacks a pack is not relied on; frames of it may be in memory still.
+        self._whole = None if parent is None or not parent.number(self._known.ranges()) else parent
         self._same = self._same_pieces()
         self._new = NewPages(
             self._known.pages,
-            FrameMaker(store.config, self._parent),
+            FrameMaker(store.config, self._whole),
             self._writer,
             self._threads,
             frame_pages=store.config.frame_pages,
@@ -181,25 +190,13 @@ class _Addition:
         self._writer.abandon()
         self._known.pages.close()
 
-    def _guest(self) -> Guest:
-        manifest, file = self._manifest, self._plain.file
-        return Guest(
-            file.stream.uuid,
-            file.machine,
-            self._plain.blocks,
-            self._file.size,
-            None if manifest is None else manifest.algorithm,
-            b"" if manifest is None else bytes(manifest.digests),
-            self._plain.base,
-        )
-
     def _same_pieces(self) -> bytes | None:
         """Return which pieces are those of the parent, so that they need not be read."""
-        if self._parent is None:
+        if self._whole is None:
             return None
-        if not self._parent.number(self._known.ranges()):
-            return None  # a pack of its is missing or damaged
-        return self._parent.same_pieces(self._guest())
+        if self._plain.pages is not None:
+            return self._plain.unchanged
+        return self._whole.same_pieces(self._plain.guest(self._manifest))
 
     def run(self, name: str, labels: dict[str, str], started: float) -> AddReport:
         for span in self._file.spans(self._same):
@@ -212,7 +209,7 @@ class _Addition:
         while self._reads:
             self._take(*self._reads.popleft())
         self._new.finish()
-        self._file.check_unchanged()
+        self._plain.check_unchanged()
         return self._publish(name, labels, started)
 
     def _take(self, span: Span, reading: Future[Chunk] | None) -> None:
@@ -222,13 +219,12 @@ class _Addition:
         elif span.hole:
             self._add_digests(span, self._zero_digests(span))
         else:
-            assert self._parent is not None
-            assert self._manifest is not None
-            _extend(self._runs, self._parent.runs(span.start, span.end), 1)
-            _extend(self._fills, self._parent.fills(span.start, span.end), 0)
-            self._add_extents(self._parent.extents(span.start, span.end))
+            assert self._whole is not None
+            _extend(self._runs, self._whole.runs(span.start, span.end), 1)
+            _extend(self._fills, self._whole.fills(span.start, span.end), 0)
+            self._add_extents(self._whole.extents(span.start, span.end))
             first, end = span.start // PIECE, -(-span.end // PIECE)
-            self._digests += self._manifest.digests[first * DIGEST_SIZE : end * DIGEST_SIZE]
+            self._digests += self._whole.digests(first, end)
         read = span.end - span.start if reading is not None else 0
         self._bytes_read += read
         self._reporter.add(span.end - span.start, read)

@@ -55,7 +55,8 @@ def copy(
     """Copy all snapshots, or ``names``, to the store in the directory or below the URL ``target``.
 
     An empty or missing place becomes a store with the key of the source; a store with another key is
-    NotSupported, since its digests differ. Packs go first, each snapshot after its packs: a copy that
+    NotSupported, since its digests differ. A pack that is there with another size than here is sent again,
+    also if the snapshots that need it are there. Packs go first, each snapshot after its packs: a copy that
     was interrupted is resumed by the same call, and sends no pack twice. ``channels`` are threads, each
     with a pack of 8 MiB at most. Each pack is compared with its digest before it is sent. Raises
     NoSnapshot, UsageError for another snapshot of the same name there, DamagedPack, TargetError.
@@ -67,38 +68,50 @@ def copy(
             stack.callback(_hold(source, name))
         present = [name for name in wanted if _is_there(source, there, name)]
         left = [name for name in wanted if name not in present]
-        known = {pack_of_key(entry.key) for entry in there.list(PACKS)}
-        sizes = {pack_of_key(entry.key): entry.size for entry in source.place.list(PACKS)}
-        needed = {name: source.read_snapshot(name).packs for name in left}
-        missing = {pack for packs in needed.values() for pack in packs if pack not in known}
+        known = _packs_in(there)
+        sizes = _packs_in(source.place)
+        needed = {name: source.read_snapshot(name).packs for name in (*left, *present)}
+        every = {pack for packs in needed.values() for pack in packs}
+        # What is there and missing here is not compared.
+        missing = {
+            pack
+            for pack in every
+            if pack not in known or (pack in sizes and known[pack] != sizes[pack])
+        }
         report = Reporter(progress, sum(sizes.get(pack, 0) for pack in missing))
         sent_packs = sent_bytes = 0
 
         def send(pack: bytes) -> int:
-            size = _send_pack(source, there, pack)
+            size = _send_pack(source, there, pack, again=pack in known)
             report.add(size)
             return size
 
         with ThreadPoolExecutor(max(1, channels), "pyqmigrate-copy") as pool:
             try:
-                for name in left:
+                for name in needed:
                     packs = [pack for pack in needed[name] if pack in missing]
                     sent_bytes += sum(pool.map(send, packs))
                     sent_packs += len(packs)
                     missing.difference_update(packs)
-                    _send_snapshot(source, there, name)
+                    if name in left:
+                        _send_snapshot(source, there, name)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    total = len({pack for packs in needed.values() for pack in packs})
     return CopyReport(
         tuple(left),
         tuple(present),
         sent_packs,
         sent_bytes,
-        total - sent_packs,
+        len(every) - sent_packs,
         time.monotonic() - began,
     )
+
+
+def _packs_in(place: Place) -> dict[bytes, int]:
+    """Return the sizes of all packs in a place, in bytes."""
+    named = ((pack_of_key(entry.key), entry.size) for entry in place.list(PACKS))
+    return {pack: size for pack, size in named if pack is not None}
 
 
 @contextlib.contextmanager
@@ -145,7 +158,8 @@ def _is_there(source: Store, there: Place, name: str) -> bool:
     return True
 
 
-def _send_pack(source: Store, there: Place, pack: bytes) -> int:
+def _send_pack(source: Store, there: Place, pack: bytes, *, again: bool) -> int:
+    """Send a pack, and return its size; ``again`` replaces the one that is there."""
     try:
         data = source.place.read(pack_key(pack), 0, PACK_MAX + 1)
     except TargetError as error:
@@ -154,7 +168,10 @@ def _send_pack(source: Store, there: Place, pack: bytes) -> int:
         raise DamagedPack("it is missing", pack, store=source.name) from error
     if keyed_digest(source.config.key, [data]) != pack:
         raise DamagedPack("its bytes are not those of its name", pack, store=source.name)
-    there.write_new(pack_key(pack), data)
+    if again:
+        there.replace(pack_key(pack), data)
+    else:
+        there.write_new(pack_key(pack), data)
     return len(data)
 
 

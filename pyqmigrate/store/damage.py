@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-
-from pyqmigrate.errors import TargetError
+from pyqmigrate.errors import DamagedContent
 
 __all__ = ["DamagedPack"]
 
 
-class DamagedPack(TargetError):
+class DamagedPack(DamagedContent):
     """A pack of a store is damaged, missing, or not what its snapshot needs; errno is EIO.
 
     ``pack`` is its digest; ``frame`` and ``page`` are numbers in it, None if all of it is concerned.
@@ -31,7 +29,7 @@ class DamagedPack(TargetError):
         where += [] if frame is None else [f"frame {frame}"]
         where += [] if page is None else [f"page {page}"]
         front = "" if snapshot is None else f"snapshot {snapshot!r}: "
-        super().__init__(errno.EIO, f"{front}{', '.join(where)}: {why}", store)
+        super().__init__(f"{front}{', '.join(where)}: {why}", store)
 
     def of(self, snapshot: str) -> DamagedPack:
         """Return the error with the name of the snapshot in which the pack was read."""

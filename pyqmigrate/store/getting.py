@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
-from pyqmigrate.errors import NoSpace, UsageError, target_error
+from pyqmigrate.errors import NoSpace, target_error
 from pyqmigrate.format.seal import SUFFIX as SEAL_SUFFIX
 from pyqmigrate.format.working_set import SUFFIX as WORKING_SET_SUFFIX
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.io.enclosing_store import refuse_in_store
 from pyqmigrate.io.job import Progress
 from pyqmigrate.io.output import OutputFile
 from pyqmigrate.io.own_files import FileKind, check_replaceable, remove, write_whole
-from pyqmigrate.io.place import resolve_symlink
 from pyqmigrate.io.seal_file import SEAL
 from pyqmigrate.io.working_set_file import WORKING_SET_FILE
 from pyqmigrate.store.place import Bytes
@@ -68,12 +68,12 @@ def get(
     beside it.
 
     The file appears when it is complete and durable, with its time of change, which the seal names;
-    a file that has the name is replaced, but none in the store. Pages without data are holes. ``channels`` are threads.
-    Raises NoSnapshot, SnapshotError or DamagedPack for damage in the store, UsageError for a path
-    that must not be replaced, TargetError, NoSpace.
+    a file that has the name is replaced, but none in a store. Pages without data are holes.
+    ``channels`` are threads. Raises NoSnapshot, SnapshotError or DamagedPack for damage in the store,
+    UsageError for a path that must not be replaced, TargetError, NoSpace.
     """
     began = time.monotonic()
-    _check_not_in_store(store, path)
+    refuse_in_store(path, "a file that is written")
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(store.open_file(name))
         beside = [
@@ -189,15 +189,6 @@ def _pieces(file: StoredFile) -> Iterator[tuple[int, int]]:
             stop = min(end, (offset // _PIECE + 1) * _PIECE)
             yield offset, stop - offset
             offset = stop
-
-
-def _check_not_in_store(store: Store, path: str | os.PathLike[str]) -> None:
-    """Refuse a path in the store, where a pack could be replaced that all snapshots need."""
-    directory = store.place.directory
-    if directory is None:
-        return
-    if resolve_symlink(path).resolve().is_relative_to(directory.resolve()):
-        raise UsageError(f"{os.fspath(path)!r} is in the store itself: write to another directory")
 
 
 def _check_space(file: StoredFile, out: OutputFile) -> None:

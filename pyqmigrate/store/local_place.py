@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pyqmigrate.errors import NotDurable, TargetError, target_error
+from pyqmigrate.io.enclosing_store import refuse_in_store
 from pyqmigrate.io.new_file import NewFile
 from pyqmigrate.io.place import absolute
 from pyqmigrate.store.place import Bytes, Entry, check_key
@@ -34,8 +35,11 @@ class LocalPlace:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
-        """Raises TargetError if it cannot be opened; ``create`` makes the last part of the path."""
+        """Raises TargetError if it cannot be opened; ``create`` makes the last part of the path, and
+        raises UsageError in the directory of another store."""
         self.directory = absolute(path)
+        if create:
+            refuse_in_store(self.directory, "a store")
         try:
             if create:
                 with contextlib.suppress(FileExistsError):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pyqmigrate.errors import TargetError, UsageError, target_error
 from pyqmigrate.format.store.pack import MAGIC, PACK_MAX
+from pyqmigrate.io.enclosing_store import refuse_in_store
 from pyqmigrate.store.place import Bytes
 
 __all__ = ["DEFAULT_LIMIT", "PackCache", "default_directory"]
@@ -42,9 +43,11 @@ class PackCache:
     """
 
     def __init__(self, directory: str | os.PathLike[str], limit: int = DEFAULT_LIMIT) -> None:
-        """Raises TargetError if the directory cannot be used, UsageError for a limit below 8 MiB."""
+        """Raises TargetError if the directory cannot be used, UsageError for one in a store and for a
+        limit below 8 MiB."""
         if limit < PACK_MAX:
             raise UsageError(f"the limit of a cache is at least {PACK_MAX} bytes, not {limit}")
+        refuse_in_store(directory, "a cache")
         self.limit = limit
         self._written = 0
         self._lock = threading.Lock()

@@ -110,7 +110,7 @@ class Packs:
             if end is not None:
                 try:
                     return self._decode(pack, *end)
-                except (SnapshotError, DamagedPack):
+                except SnapshotError:
                     pass  # of the cache: read again
         data, size = self._read_end(pack, END_GUESS)
         try:
@@ -118,6 +118,8 @@ class Packs:
             if needed > len(data):
                 data, size = self._read_end(pack, needed)
             footer = self._decode(pack, data, size)
+        except DamagedPack:
+            raise
         except SnapshotError as error:
             raise DamagedPack(str(error), pack, store=self.place.name) from error
         if self.cache is not None:

@@ -64,6 +64,11 @@ class Parent(BasePages):
             return None
         return _same(self.snapshot, guest)
 
+    def digests(self, first: int, end: int) -> bytes:
+        """Return the digests of the pieces ``[first, end)`` from its seal."""
+        digests = self.snapshot.seal.partition(b"\n")[2]
+        return digests[first * DIGEST_SIZE : end * DIGEST_SIZE]
+
     def number(self, known: Mapping[bytes, tuple[int, int]]) -> bool:
         """Take the numbers ``(first, end)`` of the pages of packs; return whether all packs and pages of
         the snapshot are there."""

@@ -1,6 +1,7 @@
 """A mapped-ram file as a store takes it: pages of RAM, extents of other bytes, and digests for a seal.
 
-Pages whose bit is clear are zeros in what is stored, whatever the file has in their place.
+Pages whose bit is clear are zeros in what is stored, whatever the file has in their place. The pages of
+an increment are read from the increment and its base: its mapped-ram file is an outline.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import errno
 import os
 import queue
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from pyqmigrate.core import Block
-from pyqmigrate.errors import SnapshotTruncated, TargetError, target_error
+from pyqmigrate.core import Block, MemorySource
+from pyqmigrate.errors import SnapshotTruncated, target_error
 from pyqmigrate.format.digest import Data
 from pyqmigrate.format.seal import PIECE
 from pyqmigrate.format.store.config import PAGE
@@ -22,7 +23,7 @@ from pyqmigrate.format.store.snapshot import Extent
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.holes import next_data, next_hole
 from pyqmigrate.io.store_pages import ExaminedPages, examine_pages
-from pyqmigrate.snapshot.base import Snapshot
+from pyqmigrate.snapshot.base import Snapshot, error_from_errno
 from pyqmigrate.snapshot.mapped_ram import MappedRamBlock, MappedRamSnapshot
 
 __all__ = ["CHUNK", "Chunk", "PagePart", "ShownFile", "Span"]
@@ -34,12 +35,16 @@ _ZEROS = bytes(CHUNK)
 
 @dataclass(frozen=True)
 class _Area:
-    """The whole store pages of a block: bytes ``[start, end)`` of the file."""
+    """The whole store pages of a block: bytes ``[start, end)`` of the file. ``source`` has them if the
+    file does not."""
 
     start: int
     end: int
     block: Block
     bitmap: Bitmap
+    name: str
+    page_size: int
+    source: MemorySource | None
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,21 @@ class Span:
 
 class ShownFile:
     """The mapped-ram file of an open snapshot, which is borrowed. :meth:`read` may be called by several
-    threads. ``info`` is what the system said of it before anything was read."""
+    threads. ``pages`` are the blocks of a file that has only their places, by name, and ``original`` the
+    snapshot that they are read from."""
 
-    def __init__(self, snapshot: MappedRamSnapshot, info: os.stat_result, key: bytes) -> None:
+    def __init__(
+        self,
+        snapshot: MappedRamSnapshot,
+        key: bytes,
+        pages: Mapping[str, MemorySource] | None = None,
+        original: Snapshot | None = None,
+    ) -> None:
         self.snapshot = snapshot
         self.source = snapshot.source
+        self._original = snapshot if original is None else original
         self._key = key
-        self._info = info
-        self.size = self._info.st_size
+        self.size = os.fstat(self.source.fd).st_size
         self._buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         areas: list[_Area] = []
         self._tails: list[MappedRamBlock] = []
@@ -93,7 +105,17 @@ class ShownFile:
                 self._tails.append(block)
             if block.length >= PAGE:
                 end = block.pages_offset + block.length // PAGE * PAGE
-                areas.append(_Area(block.pages_offset, end, Block.of(block.layout), block.bitmap))
+                areas.append(
+                    _Area(
+                        block.pages_offset,
+                        end,
+                        Block.of(block.layout),
+                        block.bitmap,
+                        block.name,
+                        block.page_size,
+                        None if pages is None else pages[block.name],
+                    )
+                )
         self._areas = sorted(areas, key=lambda area: area.start)
         self._starts = [area.start for area in self._areas]
 
@@ -146,7 +168,7 @@ class ShownFile:
 
     def _unequal(self, start: int, end: int) -> Iterator[Span]:
         while start < end:
-            data = next_data(self.source.fd, start, end)
+            data = self._next_data(start, end)
             stop = end if data == end else data // PIECE * PIECE
             if stop > start:
                 yield Span(start, stop, hole=True)
@@ -167,13 +189,7 @@ class ShownFile:
         self._fill(data, start)
         self._clear_tails(data, start)
         at = start
-        first = max(bisect_right(self._starts, start) - 1, 0)
-        for area in self._areas[first:]:
-            low, high = max(area.start, start), min(area.end, end)
-            if low >= high:
-                if area.start >= end:
-                    break
-                continue
+        for area, low, high in self._areas_in(start, end):
             chunk.extents += _extents(data[at - start : low - start], at)
             part = data[low - start : high - start]
             examined = examine_pages(self._key, area.block, area.bitmap, low - area.start, part)
@@ -192,12 +208,29 @@ class ShownFile:
             self._buffers.put(chunk.buffer)
             chunk.buffer = None
 
-    def check_unchanged(self) -> None:
-        """Raise TargetError if the file was changed since it was opened."""
-        now = os.fstat(self.source.fd)
-        before = self._info
-        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise TargetError(errno.EBUSY, "was changed while it was being added", self.source.name)
+    def _areas_in(self, start: int, end: int) -> Iterator[tuple[_Area, int, int]]:
+        """Yield the areas in bytes ``[start, end)``, and which bytes of these they are."""
+        first = max(bisect_right(self._starts, start) - 1, 0)
+        for number in range(first, len(self._areas)):
+            area = self._areas[number]
+            if area.start >= end:
+                return
+            low, high = max(area.start, start), min(area.end, end)
+            if low < high:
+                yield area, low, high
+
+    def _next_data(self, start: int, end: int) -> int:
+        """Return the first byte from ``start`` on that may have data, at most ``end``."""
+        found = next_data(self.source.fd, start, end)
+        for area, low, high in self._areas_in(start, found):
+            if area.source is None:
+                continue
+            page, stop = ((at - area.start) // area.page_size for at in (low, high))
+            if not area.bitmap[page]:
+                page = area.bitmap.run_end(page, stop)
+            if page < stop:
+                return max(area.start + page * area.page_size, start)
+        return found
 
     def _buffer(self) -> bytearray:
         try:
@@ -206,7 +239,20 @@ class ShownFile:
             return bytearray(CHUNK)
 
     def _fill(self, data: memoryview, start: int) -> None:
-        """Read the bytes from ``start`` on; those of holes become zeros."""
+        """Read the bytes from ``start`` on."""
+        self._fill_from_file(data, start)
+        for area, low, high in self._areas_in(start, start + len(data)):
+            if area.source is None:
+                continue
+            try:
+                area.source.read_into(data[low - start : high - start], low - area.start)
+            except OSError as error:
+                raise error_from_errno(
+                    error.errno or errno.EIO, self._original.source, area.name
+                ) from error
+
+    def _fill_from_file(self, data: memoryview, start: int) -> None:
+        """Read the bytes of the file from ``start`` on; those of holes become zeros."""
         end, at = start + len(data), start
         fd = self.source.fd
         while at < end:

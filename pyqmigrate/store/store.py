@@ -190,7 +190,29 @@ class Store:
             if self._leases is not None:
                 stack.callback(self._leases.hold(name))
             release = stack.pop_all().close
-        return StoredFile(snapshot, self.frames, lambda: self._companions(name), release)
+        again = None if self.place.directory is None else lambda: self._hold_again(snapshot)
+        return StoredFile(snapshot, self.frames, lambda: self._companions(name), release, again)
+
+    def _hold_again(self, snapshot: StoredSnapshot) -> Callable[[], None] | None:
+        """Keep an open snapshot of a local store from being removed; return None if it was, or another one
+        has its name."""
+        name = snapshot.head.name
+        try:
+            release = hold_snapshot(self.place, snapshot_key(name))
+        except TargetError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        try:
+            if self.head(name) == snapshot.head:
+                return release
+        except SnapshotError:
+            pass
+        except BaseException:
+            release()
+            raise
+        release()
+        return None
 
     def working_set(self, name: str) -> bytes | None:
         """Return the content of the file ``NAME.workingset``, None if there is none."""

@@ -57,10 +57,12 @@ class StoredFile:
         snapshot: StoredSnapshot,
         frames: Frames,
         companions: Callable[[], Mapping[str, bytes]] = dict,
-        hold: Callable[[], None] | None = None,
+        release: Callable[[], None] | None = None,
+        hold: Callable[[], Callable[[], None] | None] | None = None,
     ) -> None:
-        """``companions`` returns the files beside it that are not in the snapshot; ``hold`` is called
-        when the file is closed. The frames are borrowed."""
+        """``companions`` returns the files beside it that are not in the snapshot; ``release`` is called
+        when the file is closed; it ends what keeps the snapshot from being removed. ``hold`` begins that
+        again and returns what ends it, or None if the snapshot is gone. The frames are borrowed."""
         self.snapshot = snapshot
         self.name = snapshot.head.name
         self.size = snapshot.head.size
@@ -68,7 +70,8 @@ class StoredFile:
         self.frames = frames
         self._more = companions
         self._companions: Mapping[str, bytes] | None = None
-        self._hold = hold
+        self._release = release
+        self._hold_again = hold
         self._data: tuple[Sequence[int], Sequence[int]] | None = None
         self._lock = threading.Lock()
 
@@ -177,9 +180,26 @@ class StoredFile:
 
     def close(self) -> None:
         """Close it; the store stays open. Idempotent."""
-        hold, self._hold = self._hold, None
-        if hold is not None:
-            hold()
+        self._hold_again = None
+        self._end_hold()
+
+    def let_go(self) -> None:
+        """Allow that :func:`remove` removes it, until :meth:`hold`. Idempotent. A snapshot of an object store
+        stays held."""
+        if self._hold_again is not None:
+            self._end_hold()
+
+    def hold(self) -> bool:
+        """Keep it from being removed again; return False if it was. Raises TargetError."""
+        if self._hold_again is None or self._release is not None:
+            return True
+        self._release = self._hold_again()
+        return self._release is not None
+
+    def _end_hold(self) -> None:
+        release, self._release = self._release, None
+        if release is not None:
+            release()
 
     def __enter__(self) -> StoredFile:
         return self

@@ -61,7 +61,8 @@ class StoreDamage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was verified; ``damages`` are at most 1000 of ``damage_count``."""
+    """What was verified; ``packs`` are those that could be read, ``damages`` at most 1000 of
+    ``damage_count``."""
 
     snapshot_count: int
     packs: int
@@ -123,6 +124,7 @@ class _Verification:
         self._bad: list[tuple[bytes, int | None, int | None, range | None, str]] = []
         self._lock = threading.Lock()
         self._read = 0
+        self._packs_read = 0
 
     def run(self) -> VerifyReport:
         listed = {
@@ -144,7 +146,7 @@ class _Verification:
         damages = [*self._documents, *self._unresolved(), *self._named()]
         return VerifyReport(
             len(self._names),
-            len(packs),
+            self._packs_read,
             len(listed.keys() - needed) if self._all else 0,
             self._read,
             tuple(damages[:_NAMED_MAX]),
@@ -193,6 +195,7 @@ class _Verification:
             return
         with self._lock:
             self._read += len(data)
+            self._packs_read += 1
         key = self._store.config.key
         intact = keyed_digest(key, [data]) == pack
         try:

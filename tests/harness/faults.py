@@ -187,6 +187,12 @@ def a_store(directory: Path) -> None:
     (directory / "from").unlink()
 
 
+def an_increment_and_its_stored_base(directory: Path) -> None:
+    an_increment(directory)
+    with Store.create(directory / "store") as store:
+        add(store, directory / "base", "base")
+
+
 def raw_memory(directory: Path) -> None:
     (directory / "ram").write_bytes(NEW.tobytes())
 
@@ -486,7 +492,7 @@ def raw_files(directory: Path, done: bool) -> None:
     assert not any(name.endswith(".partial") for name in there), there
 
 
-def in_store(name: str, *before: str) -> Callable[[Path, bool], None]:
+def in_store(name: str, *before: str, snapshot: str = "a") -> Callable[[Path, bool], None]:
     """The store is intact, and has the snapshot whole, or not at all."""
 
     def check(directory: Path, done: bool) -> None:
@@ -496,14 +502,41 @@ def in_store(name: str, *before: str) -> Callable[[Path, bool], None]:
             return
         with Store.open(directory / name) as store:
             assert verify(store).intact
-            assert store.names() == ["a"] or not done
+            assert store.names() == [snapshot] or not done
             if store.names():
-                get(store, "a", directory / "got")
+                get(store, snapshot, directory / "got")
                 assert holds(directory / "got", NEW_BLOCKS)
         hidden = [path.name for path in (directory / name).rglob(".*")]
         assert not hidden, f"left behind: {hidden}"
 
     return check
+
+
+def in_store_with_its_base(directory: Path, done: bool) -> None:
+    """The same for an increment whose base is in the store."""
+    with Store.open(directory / "store") as store:
+        assert verify(store).intact
+        assert store.names() in (["a", "base"], ["base"])
+        assert "a" in store.names() or not done
+        if "a" in store.names():
+            get(store, "a", directory / "got")
+            assert holds(directory / "got", NEW_BLOCKS)
+
+
+def removed_from_store(directory: Path, done: bool) -> None:
+    """The store is intact, without the snapshot, or with all of it."""
+    with Store.open(directory / "store") as store:
+        assert verify(store).intact
+        assert store.names() in ([], ["a"])
+        assert not done or not store.names()
+
+
+def a_new_store(directory: Path, done: bool) -> None:
+    """An empty store, or none."""
+    assert names(directory) <= {"from", "store"}, names(directory)
+    if done or (directory / "store" / "store.json").exists():
+        with Store.open(directory / "store") as store:
+            assert store.names() == []
 
 
 WORK: dict[str, Work] = {
@@ -563,6 +596,32 @@ WORK: dict[str, Work] = {
     ),
     "the command fleet seal": Work(
         a_mapped_one, told("fleet", "seal", "DIR/from", "--jobs", "1"), unchanged
+    ),
+    "the command fleet info": Work(
+        a_mapped_one, told("fleet", "info", "DIR/from", "--jobs", "1"), unchanged
+    ),
+    "the command fleet add": Work(
+        an_empty_store,
+        told("fleet", "add", "DIR/from", "--store", "DIR/store", "--jobs", "1"),
+        in_store("store", "from", snapshot="from"),
+    ),
+    "the command store create": Work(
+        a_mapped_one, told("store", "create", "DIR/store"), a_new_store
+    ),
+    "the command store add of an increment": Work(
+        an_increment_and_its_stored_base,
+        told("store", "add", "DIR/store", "DIR/from", "--name", "a"),
+        in_store_with_its_base,
+    ),
+    "the command store list": Work(a_store, told("store", "list", "DIR/store"), in_store("store")),
+    "the command store show": Work(
+        a_store, told("store", "show", "DIR/store", "a"), in_store("store")
+    ),
+    "the command store verify": Work(
+        a_store, told("store", "verify", "DIR/store"), in_store("store")
+    ),
+    "the command store rm": Work(
+        a_store, told("store", "rm", "DIR/store", "a"), removed_from_store
     ),
     "the command store add": Work(
         an_empty_store,

@@ -47,6 +47,8 @@ from pyqmigrate.format.device.sections import DeviceSection, encode_devices
 from pyqmigrate.format.libvirt import ImageFormat, LibvirtHeader, encode_header
 from pyqmigrate.format.postcopy.stream import PostcopyBlock, encode_head, encode_package
 from pyqmigrate.io.direct_io import DirectIO
+from pyqmigrate.mount.files import open_files
+from pyqmigrate.mount.nodes import Nodes
 from pyqmigrate.page_server.blocks import ServedBlock
 from pyqmigrate.page_server.sources import open_source
 from pyqmigrate.snapshot.save.mapped_ram import Writer
@@ -296,6 +298,39 @@ def add_to_store(directory: Path, _: bool) -> int:
     return code
 
 
+PIECE, SHOWN = 128 << 10, 16 << 20  # bytes that a mount reads together, and of a run of data here
+
+
+def show(directory: Path, _: bool) -> int:
+    """What a ``mount`` of the file shows: every name, and the bytes of each, past the end too."""
+    with contextlib.closing(open_files(str(directory / "file"))) as files:
+        nodes = Nodes(files, (), lambda node: None)
+        for name in files.names():
+            node = nodes.find(name)
+            assert node is not None
+            file = nodes.acquire(node.number)
+            position = file.next_data(0)
+            while position is not None:
+                end = file.next_hole(position)
+                assert position < end, (position, end)
+                for offset in range(position, min(end, position + SHOWN), PIECE):
+                    assert len(file.read(offset, PIECE)) <= PIECE
+                position = file.next_data(end) if end < file.size else None
+            nodes.release(node.number)
+    return 0
+
+
+def fleet_add(directory: Path, _: bool) -> int:
+    """``fleet add``: the store is intact, whatever the file."""
+    with Store.create(directory / "store") as store:
+        words = ["fleet", "add", str(directory / "file"), "--store", store.name, "--jobs", "1"]
+        code = command(words)
+        assert verify(store).intact
+        assert store.names() == ([] if code else ["file"])
+    shutil.rmtree(directory / "store")
+    return code
+
+
 VERBS: dict[str, Verb] = {
     "info": command_line("info", "DIR/file"),
     "info --json": command_line("info", "DIR/file", "--json"),
@@ -313,6 +348,8 @@ VERBS: dict[str, Verb] = {
     "compact": command_line("compact", "DIR/file", "DIR/to"),
     "diff": compare,
     "store add": add_to_store,
+    "fleet add": fleet_add,
+    "mount": show,
     "page-server": serve_pages,
     "load": load,
     "vm restore": restore,

@@ -2,7 +2,8 @@
 
 A mapped-ram file, a sequential stream, a file of libvirt's or an increment is stored as the mapped-ram
 file that convert makes of it. If there is a seal beside it (SNAPSHOT.seal, see the verb seal) and its parent
-in the store has one, only the pieces that differ are read. The record that vm save wrote
+in the store has one, only the pieces that differ are read; of an increment whose base is sealed and in the
+store, only those with changed pages. The record that vm save wrote
 (SNAPSHOT.vm.json) is stored with it.
 
 The parent is a stored snapshot of the same guest, which the new one is compared with: by default the

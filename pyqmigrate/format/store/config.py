@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pyqmigrate.errors import NotSupported, SnapshotError
 from pyqmigrate.format.store.keyed import KEY_SIZE
 
-__all__ = ["CONFIG_MAX", "FRAME_PAGES_MAX", "PAGE", "StoreConfig"]
+__all__ = ["CONFIG_MAX", "FRAME_PAGES_MAX", "PAGE", "StoreConfig", "is_config"]
 
 PAGE = 4096  # bytes: the unit of deduplication
 FRAME_PAGES_MAX = 64
@@ -29,6 +29,11 @@ CONFIG_MAX = 1 << 16  # bytes
 _FORMAT = "pyqmigrate-store"
 _VERSION = 1
 _LEVELS = range(1, 20)
+
+
+def is_config(data: bytes) -> bool:
+    """Return whether a file that starts with ``data`` is, or was, the configuration of a store."""
+    return b'"' + _FORMAT.encode() + b'"' in data
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,12 @@ class PackFooter:
         """Where the footer begins in the pack, bytes."""
         return self._offsets[-1]
 
+    @property
+    def pack_size(self) -> int:
+        """The size of the pack, bytes."""
+        counts = len(self.lengths), len(self), len(self.base_pages), len(self.base_packs)
+        return self.frames_end + footer_size(*counts) + TRAILER_SIZE
+
     def frame(self, number: int) -> Frame:
         """Return frame ``number``. Raises IndexError."""
         if not 0 <= number < len(self.lengths):

@@ -18,6 +18,7 @@ NOT_A_DIRECTORY = "memory' is not a directory"
     [
         ("info missing", NO_FILE),
         ("verify missing", NO_FILE),
+        ("info none#monday", "no file 'none#monday', and 'none' is not a store"),
         ("devices missing", NO_FILE),
         ("seal missing", NO_FILE),
         ("unpack missing out", NO_FILE),

@@ -113,7 +113,7 @@ def test_verifying_finds_damage(
     assert damage["pack"] == pack.stem
     assert damage["frame"] is not None
     assert damage["names"]
-    assert run("get", store, damage["names"][0], tmp_path / "x")[0] == 3
+    assert run("get", store, damage["names"][0], tmp_path / "x")[0] == 1
 
 
 def test_copying(store: Path, tmp_path: Path, run: Callable[..., tuple[int, Any]]) -> None:

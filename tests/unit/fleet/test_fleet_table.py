@@ -34,7 +34,7 @@ def result(name: str, identity: str = "1", verdict: Verdict = Verdict.GOOD) -> R
     return Result(name, identity, verdict)
 
 
-@settings(max_examples=25, deadline=None)  # the disk is slow at times
+@settings(max_examples=8, deadline=None)  # the disk is slow at times
 @given(given_result=RESULTS)
 def test_what_is_kept_is_what_is_read(
     given_result: Result, tmp_path_factory: pytest.TempPathFactory

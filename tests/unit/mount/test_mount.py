@@ -55,6 +55,13 @@ def mounted(request: pytest.FixtureRequest, source: Path, mount_point: Path) -> 
 both_ways = pytest.mark.parametrize(
     "mounted", [False, True], ids=["resend", "remember"], indirect=True
 )
+# The same, where those above cover the way of old kernels for `make test`.
+mostly_one_way = pytest.mark.parametrize(
+    "mounted",
+    [False, pytest.param(True, marks=pytest.mark.long)],
+    ids=["resend", "remember"],
+    indirect=True,
+)
 
 
 @both_ways
@@ -150,7 +157,7 @@ def test_damaged_bytes_are_an_error_and_a_message(mounted: Mounted, source: Path
     assert "guest: cannot read" in status["messages"][-1]["text"]
 
 
-@both_ways
+@mostly_one_way
 def test_status_names_who_waits_for_what_while_the_store_is_stuck(
     mounted: Mounted, source: Path
 ) -> None:
@@ -175,7 +182,7 @@ def test_status_names_who_waits_for_what_while_the_store_is_stuck(
     await_that(lambda: not mounted.status()["waiting"])
 
 
-@both_ways
+@mostly_one_way
 def test_many_stuck_readers_delay_nobody_else(mounted: Mounted, source: Path) -> None:
     (source / "guest").write_bytes(content(64 * MIB))
     (source / "other").write_bytes(b"other")
@@ -189,7 +196,7 @@ def test_many_stuck_readers_delay_nobody_else(mounted: Mounted, source: Path) ->
         (source / "guest.gate").unlink()
 
 
-@both_ways
+@mostly_one_way
 def test_reader_of_a_stuck_store_can_be_killed(mounted: Mounted, source: Path) -> None:
     (source / "guest").write_bytes(content(8 * MIB))
     (source / "guest.gate").touch()
@@ -201,7 +208,7 @@ def test_reader_of_a_stuck_store_can_be_killed(mounted: Mounted, source: Path) -
     assert (mounted.path / "guest").read_bytes() == content(8 * MIB)
 
 
-@both_ways
+@mostly_one_way
 def test_a_signal_that_does_not_kill_is_no_error_of_a_page_fault(
     mounted: Mounted, source: Path
 ) -> None:
@@ -287,13 +294,13 @@ def test_wait_of_a_request_goes_on_when_the_worker_is_killed(
         assert process.stdout.read() == "4096\n"
 
 
-@both_ways
+@mostly_one_way
 def test_keeper_ends_with_its_mount(mounted: Mounted) -> None:
     subprocess.run(["umount", str(mounted.path)], check=True)
     assert mounted.process.wait(10) == 0
 
 
-@both_ways
+@mostly_one_way
 def test_keeper_that_is_asked_to_end_serves_its_open_files_first(
     mounted: Mounted, source: Path
 ) -> None:
@@ -306,7 +313,7 @@ def test_keeper_that_is_asked_to_end_serves_its_open_files_first(
     assert mounted.process.wait(10) == 0
 
 
-@both_ways
+@mostly_one_way
 def test_stuck_worker_does_not_outlive_its_mount(mounted: Mounted, source: Path) -> None:
     (source / "guest").write_bytes(content(4 * MIB))
     (source / "guest.gate").touch()

@@ -54,6 +54,24 @@ def test_directory_of_another_user_is_refused(
         check_mount_point(str(tmp_path))
 
 
+@pytest.mark.parametrize("what", ["missing", "file", "directory", "other device", "link"])
+def test_without_the_device_of_fuse_nothing_can_be_mounted(
+    mount_point: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    device = tmp_path / "fuse"
+    if what == "file":
+        device.touch()
+    elif what == "directory":
+        device.mkdir()
+    elif what == "link":
+        device.symlink_to("none")
+    elif what == "other device":
+        device = Path("/dev/null")
+    monkeypatch.setattr(mounting, "_DEVICE", str(device))
+    with pytest.raises(NotSupported, match="this system has no FUSE"):
+        mount(str(mount_point), "source", allow_other=False)
+
+
 def test_mount_is_found_with_its_odd_name_until_it_is_unmounted(mount_point: Path) -> None:
     source = "s3://bucket/pre fix, with\\"
     fd = mount(str(mount_point), source, allow_other=False)

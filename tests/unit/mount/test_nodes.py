@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,9 @@ from pyqmigrate.errors import TargetError
 from pyqmigrate.io.plain_file import PlainFile
 from pyqmigrate.mount.files import BytesFile
 from pyqmigrate.mount.nodes import Node, Nodes
+from pyqmigrate.mount.store_files import StoreFiles
+from pyqmigrate.store import Store, remove
+from tests.harness.stores import image, put_snapshot
 
 
 class Memory(BytesFile):
@@ -186,3 +191,88 @@ def test_allocated_size_is_without_the_holes(pages: int, allocated: int) -> None
     files = Files(a=b"1")
     files.open = lambda name: Holes(bytes(pages * 4096), {})  # type: ignore[method-assign]
     assert find(nodes_of(files)[0], "a").allocated == allocated * 4096
+
+
+class Held(Memory):
+    """A file that must not be removed while it is in use."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content, {})
+        self.held = True
+        self.gone = False
+
+    def let_go(self) -> None:
+        self.held = False
+
+    def hold(self) -> bool:
+        self.held = not self.gone
+        return self.held
+
+
+class HeldFiles(Files):
+    def open(self, name: str) -> PlainFile:
+        self.opened.append(Held(self.contents[name]))
+        return self.opened[-1]
+
+
+def test_a_file_is_held_while_it_is_used_only() -> None:
+    files = HeldFiles(a=b"1")
+    nodes, _ = nodes_of(files)
+    node = find(nodes, "a")
+    (file,) = files.opened
+    assert isinstance(file, Held)
+    assert not file.held
+    assert nodes.acquire(node.number) is file
+    assert file.held
+    nodes.release(node.number)
+    assert not file.held
+    nodes.count_open(node.number)
+    nodes.acquire(node.number)
+    nodes.release(node.number)
+    assert file.held
+    nodes.count_close(node.number)
+    assert not file.held
+    assert files.opened == [file]
+
+
+def test_a_file_that_was_removed_while_it_was_not_used_is_stale() -> None:
+    files = HeldFiles(a=b"1")
+    nodes, _ = nodes_of(files)
+    node = find(nodes, "a")
+    (file,) = files.opened
+    assert isinstance(file, Held)
+    file.gone = True
+    del files.contents["a"]
+    with pytest.raises(TargetError) as caught:
+        nodes.acquire(node.number)
+    assert caught.value.errno == errno.ESTALE
+    assert file.closed
+
+
+def test_a_stored_snapshot_that_a_mount_only_looked_at_can_be_removed(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "store") as store:
+        put_snapshot(store, "a", image(4))
+        with contextlib.closing(StoreFiles(str(tmp_path / "store"), None)) as files:
+            nodes = Nodes(files, (), lambda node: None)
+            node = find(nodes, "a")
+            nodes.count_open(node.number)
+            assert remove(store, ["a"]).in_use == ("a",)
+            nodes.count_close(node.number)
+            assert bytes(nodes.acquire(node.number).read(0, 8)) == image(4)[:8]
+            nodes.release(node.number)
+            assert remove(store, ["a"]).removed == ("a",)
+            with pytest.raises(TargetError) as caught:
+                nodes.acquire(node.number)
+            assert caught.value.errno == errno.ESTALE
+
+
+def test_another_snapshot_of_the_name_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "store") as store:
+        put_snapshot(store, "a", image(4))
+        with store.open_file("a") as file:
+            file.let_go()
+            remove(store, ["a"])
+            put_snapshot(store, "a", image(4, seed=1), mtime_ns=5)
+            assert not file.hold()
+            assert remove(store, ["a"]).removed == ("a",)
+            assert not file.hold()

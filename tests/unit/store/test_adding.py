@@ -27,7 +27,7 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.working_set import TouchedRun, WorkingSet
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.working_set_file import working_set_path, write_working_set
-from pyqmigrate.store import AddReport, Store, add, gc, get, known_packs
+from pyqmigrate.store import AddReport, Store, add, gc, get, known_packs, verify
 from pyqmigrate.store import adding as module
 from pyqmigrate.store.pack_writer import PackWriter
 from tests.harness.examples import few
@@ -94,7 +94,7 @@ def expected_image(path: Path) -> bytes:
     return bytes(data)
 
 
-@few
+@settings(few, max_examples=6)
 @given(st.data(), st.sampled_from(PAGE_SIZES), st.sampled_from(["auto", "exact", "dense"]))
 def test_any_memory_is_shown_byte_for_byte_and_its_seal_is_right(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, page_size: int, sparse: str
@@ -189,7 +189,7 @@ def test_with_both_seals_only_the_pieces_that_differ_are_read(store: Store, tmp_
     assert seal_of(store, "b") == Path(f"{path}.seal").read_bytes()
 
 
-@settings(few, max_examples=5)
+@settings(few, max_examples=3)
 @given(st.sets(st.integers(0, 5 * 256 - 1), max_size=30), st.integers(0, 9))
 def test_any_change_of_a_sealed_guest_is_shown(
     tmp_path_factory: pytest.TempPathFactory, pages: set[int], seed: int
@@ -269,6 +269,31 @@ def test_a_sequential_stream_is_stored_as_convert_makes_it(store: Store, tmp_pat
         assert shown(store, name) == convert_to(tmp_path / name, tmp_path / f"{name}.mapped")
     get(store, "stream", tmp_path / "back")
     assert verify_seal(tmp_path / "back").intact
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "its base is missing"])
+def test_pages_of_a_pack_that_is_not_there_are_stored_again(
+    store: Store, tmp_path: Path, damage: str
+) -> None:
+    memory = text_memory(600)
+    first = add(store, write(tmp_path / "a", memory), "a")
+    assert store.place.directory is not None
+    folder = store.place.directory / "packs"
+    pack = next(folder.iterdir())
+    if damage == "its base is missing":
+        after = memory.copy()
+        after[::PAGE] ^= 1  # so that all pages are new, and XORed with the parent's
+        first = add(store, write(tmp_path / "b", after), "b")
+        assert pack.stem in {name.hex() for name in store.read_snapshot("b").packs}
+        memory = after
+        add(store, tmp_path / "b", "whole", parent=None)  # whose footers are known now
+    if damage == "short":
+        pack.write_bytes(pack.read_bytes()[:-1])
+    else:
+        pack.unlink()
+    report = add(store, write(tmp_path / "again", memory), "again")
+    assert report.new_pages == first.new_pages > 400
+    assert verify(store, ["again"]).intact
 
 
 def test_an_increment_is_stored_whole_and_its_base_is_the_parent(

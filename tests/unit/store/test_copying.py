@@ -72,6 +72,31 @@ def test_only_what_is_missing_is_sent(store: Store, object_store: ObjectStore) -
     assert object_store.count("PUT", "/packs/") == 0
 
 
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_pack_of_a_snapshot_that_is_there_is_sent_again(
+    store: Store, tmp_path: Path, damage: str
+) -> None:
+    target = tmp_path / "new"
+    copy(store, str(target))
+    path = sorted((target / "packs").iterdir())[1]
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    report = copy(store, str(target))
+    assert (report.copied, report.sent_packs) == ((), 1)
+    assert report.present == ("a", "b", "c")
+    check(str(target))
+
+
+def test_a_pack_that_only_the_target_has_is_left_alone(store: Store, tmp_path: Path) -> None:
+    copy(store, str(tmp_path / "new"))
+    path = next((tmp_path / "store" / "packs").iterdir())
+    path.unlink()
+    assert copy(store, str(tmp_path / "new")).sent_packs == 0
+    check(str(tmp_path / "new"))
+
+
 def test_another_snapshot_of_the_name_stops_the_copy(store: Store, tmp_path: Path) -> None:
     copy(store, str(tmp_path / "new"), ["a"])
     with Store.open(tmp_path / "new") as there:

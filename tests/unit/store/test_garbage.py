@@ -240,7 +240,7 @@ def forking(child_environment: dict[str, str]) -> Iterator[subprocess.Popen[str]
         program.stdin.close()
 
 
-@pytest.mark.parametrize("rounds", [20, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [8, pytest.param(500, marks=pytest.mark.long)])
 @pytest.mark.timeout(3000)
 def test_whatever_is_killed_no_snapshot_is_ever_broken(
     rounds: int, tmp_path: Path, forking: subprocess.Popen[str]

@@ -63,7 +63,7 @@ def use(path: Path, out: Path) -> None:
 
 
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [60, pytest.param(5000, marks=pytest.mark.long)])
 def test_a_hostile_store_gives_errors_only_in_bounded_time_and_memory(
     count: int, store: Path, shm: Path
 ) -> None:
