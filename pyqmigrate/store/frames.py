@@ -23,7 +23,7 @@ FrameId: TypeAlias = tuple[bytes, int]  # a pack's digest, and a frame's number 
 
 _Xored: TypeAlias = "list[tuple[bytes, Frame, memoryview]]"
 
-_REQUESTS = 8  # at once, to a remote place
+_REQUESTS = 32  # at once, to a remote place: most of their time is the way there and back
 _GAP = 64 << 10  # bytes between frames that one request to a remote place reads over
 
 
@@ -102,6 +102,18 @@ class Frames:
         missing = [pack for pack in dict.fromkeys(packs) if not self.packs.has_footer(pack)]
         if len(missing) > 1 and self.packs.place.directory is None:
             list(self._executor().map(self.packs.footer, missing))
+
+    def fetch(self, wanted: Iterable[FrameId]) -> None:
+        """Have frames in the local cache of packs, compressed; nothing is done without one.
+
+        Raises DamagedPack, TargetError.
+        """
+        if self.packs.cache is not None:
+            spans = self._spans(wanted)
+            if len(spans) > 1:
+                list(self._executor().map(self.packs.frames, *zip(*spans, strict=True)))
+            elif spans:
+                self.packs.frames(*spans[0])
 
     def verify(self, pack: bytes, frame: Frame, compressed: memoryview) -> None:
         """Compare the pages of a frame, whose bytes are at hand, with their digests. Nothing is kept

@@ -93,11 +93,6 @@ class Packs:
         view = memoryview(data)
         return [view[frame.offset - start :][: frame.length] for frame in frames]
 
-    def fetch(self, pack: bytes, frames: Sequence[Frame]) -> None:
-        """Have frames in the local cache, compressed; nothing is done without one."""
-        if self.cache is not None:
-            self.frames(pack, frames)
-
     def _read(self, pack: bytes, start: int, length: int) -> Bytes:
         data = self._patiently(lambda: self.place.read(pack_key(pack), start, length), pack)
         if len(data) != length:
