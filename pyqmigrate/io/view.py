@@ -54,11 +54,13 @@ class ViewOptions(NamedTuple):
     """How a view is made.
 
     ``cache`` is the directory of packs of a remote store, None for the default one. ``record``: what is
-    read of the file is noted.
+    read of the file is noted. ``ahead``: a recorded working set is read ahead from the start, before
+    :meth:`View.push` asks for it.
     """
 
     cache: Path | None = None
     record: bool = False
+    ahead: bool = False
 
 
 class View(Protocol):

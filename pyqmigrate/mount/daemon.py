@@ -68,6 +68,7 @@ def _serve(request: MountRequest, control: socket.socket) -> None:
                 read_ahead_kib=_READ_AHEAD,
                 private=request.private,
                 record=request.record,
+                ahead=request.ahead,
                 remember=request.remember,
                 follow=request.follow,
             ),

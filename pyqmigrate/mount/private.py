@@ -16,7 +16,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -104,9 +104,10 @@ class PrivateMount:
 def open_private(
     place: str | os.PathLike[str],
     *,
-    names: Iterable[str] | None = None,
+    names: Sequence[str] | None = None,
     shown: str = "",
     record: bool = False,
+    ahead: bool = False,
     remember: bool = False,
     cache: str = "",
 ) -> PrivateMount:
@@ -114,7 +115,8 @@ def open_private(
 
     ``place`` is a store (a directory or a URL) or a single file; ``names`` restricts a store to these
     snapshots; ``shown`` names it in messages (default: the place). With ``record`` the reads are
-    recorded (:meth:`PrivateMount.requests`). For root the files are readable for
+    recorded (:meth:`PrivateMount.requests`). With ``ahead`` the working set of the one snapshot of
+    ``names`` is pushed as soon as that is looked up. For root the files are readable for
     all users, because QEMU may run as another one: only who gets a descriptor reaches them. Blocks until the mount
     serves. Raises TargetError; NotSupported if this user cannot mount.
     """
@@ -137,6 +139,7 @@ def open_private(
                 allow_other=_may_let_others_read(),
                 private=True,
                 record=record,
+                ahead=names[0] if ahead and names is not None and len(names) == 1 else "",
                 remember=remember,
                 cache=cache,
             )

@@ -28,7 +28,8 @@ class MountRequest:
     """What to mount where.
 
     ``place``, ``names`` and ``cache`` are those of :func:`~pyqmigrate.mount.files.open_files`;
-    ``shown`` names the place in messages and in /proc/mounts. ``allow_other`` lets other users read,
+    ``ahead`` is the snapshot whose working set is pushed from the start, or empty. ``shown`` names the
+    place in messages and in /proc/mounts. ``allow_other`` lets other users read,
     too. ``log`` is the absolute path of a file for messages, or empty. The rest is as in
     KeeperSettings.
     """
@@ -41,6 +42,7 @@ class MountRequest:
     log: str = ""
     private: bool = False
     record: bool = False
+    ahead: str = ""
     remember: bool = False
     follow: bool = False
     cache: str = ""
