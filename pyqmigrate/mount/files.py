@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -25,6 +25,7 @@ __all__ = [
     "SingleFile",
     "import_readers",
     "open_files",
+    "reader_modules",
 ]
 
 COMPANIONS = (".seal", ".vm.json", ".workingset")  # suffixes of the files beside a snapshot
@@ -84,13 +85,18 @@ def open_files(place: str, names: tuple[str, ...] | None = None, cache: str = ""
     return StoreFiles(place, names, cache)
 
 
-def import_readers(place: str) -> None:
-    """Import what :func:`open_files` needs for a place, so that a worker need not: it is forked."""
+def reader_modules(place: str) -> list[str]:
+    """Return the modules that :func:`open_files` needs for a place."""
     modules = ["pyqmigrate.mount.compact_file", "zstandard"]
     if "://" in place or os.path.isdir(place):
         modules = ["pyqmigrate.mount.store_files", "pyqmigrate.store.local_place", "zstandard"]
         if "://" in place and not place.startswith("file:"):
             modules += ["pyqmigrate.store.object_place", "obstore"]
+    return modules
+
+
+def import_readers(modules: Iterable[str]) -> None:
+    """Import :func:`reader_modules`, so that a worker need not: it is forked."""
     for module in modules:
         with contextlib.suppress(ImportError):  # the worker says what is missing
             importlib.import_module(module)
