@@ -63,6 +63,11 @@ class ShownFiles(Protocol):
         """
         ...
 
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        """Have ``count`` called with each request to a remote place, and with whether a reader waits for
+        the answer."""
+        ...
+
     def close(self) -> None:
         """Close what the files come from; all of them are closed before. A worker need not."""
         ...
@@ -137,6 +142,9 @@ class SingleFile:
 
     def fetch_rest(self) -> None:
         """Do nothing: it is local."""
+
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        """Do nothing: the kernel reads it."""
 
     def close(self) -> None:
         """Do nothing: only its files are open."""

@@ -415,6 +415,7 @@ class Keeper:
     def _status(self, question: Object) -> Object:
         self._hear()  # of a read that the client has just seen fail
         totals = self._board.totals()
+        fetched, demanded = self._board.fetched
         return {
             "directory": self._settings.directory,
             "place": self._settings.place,
@@ -429,6 +430,8 @@ class Keeper:
             "bytes_read": totals.bytes,
             "failed": totals.failed,
             "pushed": self._pushed,
+            "fetched": fetched,
+            "fetched_on_demand": demanded,
             "waiting": [vars(wait) for wait in self._waits()],
             "messages": [message._asdict() for message in self._messages.all()],
         }

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pyqmigrate.errors import UsageError
 from pyqmigrate.format.store.keys import WORKING_SETS, snapshot_key, working_set_key
@@ -85,6 +85,10 @@ class StoreFiles:
             files = list(self._open)
         for file in files:
             file.prefetch(file.data_ranges(), decompress=False)
+
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        if self._store.place.directory is None:
+            self._store.packs.on_request = count
 
     def close(self) -> None:
         self._store.close()

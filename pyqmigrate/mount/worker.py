@@ -153,6 +153,7 @@ class _Work:
             files: ShownFiles = LateFiles(self._open_files)
         else:
             files = self._open_files()
+        files.on_request(self._board.count_fetch)
         nodes = Nodes(files, known, self._announce)
         server = Server(
             self._connection, nodes, self._board, self._owner, since=self._since, report=self.report

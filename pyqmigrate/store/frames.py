@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from typing import TypeAlias
 
@@ -70,7 +71,7 @@ class Frames:
             self._demands += demand
         try:
             if mine:
-                self._read_all(mine)
+                self._read_all(mine, demand)
                 found.update((frame, future.result()) for frame, future in mine.items())
             failed = []
             for frame, future in theirs.items():
@@ -97,11 +98,12 @@ class Frames:
             while self._demands and not stop.is_set():
                 self._idle.wait(0.05)
 
-    def load_footers(self, packs: Iterable[bytes]) -> None:
-        """Read the footers of packs, several at once from a remote place."""
+    def load_footers(self, packs: Iterable[bytes], *, demand: bool = True) -> None:
+        """Read the footers of packs, several at once from a remote place. With ``demand`` a reader
+        waits."""
         missing = [pack for pack in dict.fromkeys(packs) if not self.packs.has_footer(pack)]
-        if len(missing) > 1 and self.packs.place.directory is None:
-            list(self._executor().map(self.packs.footer, missing))
+        if missing and self.packs.place.directory is None:
+            list(self._executor().map(partial(self.packs.footer, demand=demand), missing))
 
     def fetch(self, wanted: Iterable[FrameId]) -> None:
         """Have frames in the local cache of packs, compressed; nothing is done without one.
@@ -110,10 +112,8 @@ class Frames:
         """
         if self.packs.cache is not None:
             spans = self._spans(wanted)
-            if len(spans) > 1:
-                list(self._executor().map(self.packs.frames, *zip(*spans, strict=True)))
-            elif spans:
-                self.packs.frames(*spans[0])
+            read = partial(self.packs.frames, demand=False)
+            list(self._executor().map(read, *zip(*spans, strict=True)))
 
     def verify(self, pack: bytes, frame: Frame, compressed: memoryview) -> None:
         """Compare the pages of a frame, whose bytes are at hand, with their digests. Nothing is kept
@@ -137,7 +137,7 @@ class Frames:
                 self._pool = ThreadPoolExecutor(_REQUESTS, "pyqmigrate-store")
             return self._pool
 
-    def _read_all(self, wanted: dict[FrameId, Future[bytes]]) -> None:
+    def _read_all(self, wanted: dict[FrameId, Future[bytes]], demand: bool) -> None:
         """Read frames and complete their futures; all of them, whatever fails. Raises the first
         error.
 
@@ -148,9 +148,10 @@ class Frames:
         try:
             spans = self._spans(wanted)
             if len(spans) > 1 and self.packs.place.directory is None:
-                done = list(self._executor().map(self._read_span, spans))
+                read = partial(self._read_span, demand=demand)
+                done = list(self._executor().map(read, spans))
             else:
-                done = [self._read_span(span) for span in spans]
+                done = [self._read_span(span, demand=demand) for span in spans]
             errors += [error for error, _ in done if error is not None]
             xored = [frame for _, frames in done for frame in frames]
             if xored:
@@ -183,14 +184,16 @@ class Frames:
                 together.append(frame)
         return spans
 
-    def _read_span(self, span: tuple[bytes, list[Frame]]) -> tuple[BaseException | None, _Xored]:
+    def _read_span(
+        self, span: tuple[bytes, list[Frame]], *, demand: bool
+    ) -> tuple[BaseException | None, _Xored]:
         """Read frames of one pack with one request, and complete the futures of the plain ones.
 
         Return the first error, and what is left: XOR frames with their compressed bytes.
         """
         pack, frames = span
         try:
-            contents = self.packs.frames(pack, frames)
+            contents = self.packs.frames(pack, frames, demand=demand)
         except BaseException as error:
             for frame in frames:
                 self._complete((pack, frame.number), error)

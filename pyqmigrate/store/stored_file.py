@@ -150,7 +150,7 @@ class StoredFile:
                         yield part.frame
 
     def load_footers(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Read the footers of the packs that have bytes of ``ranges``, several at once from a remote
+        """Read ahead the footers of the packs that have bytes of ``ranges``, several at once from a remote
         place: without them, each costs a request of its own when it is needed. The first 128 packs.
 
         Raises DamagedPack, TargetError.
@@ -160,7 +160,7 @@ class StoredFile:
             for offset, length in ranges
             for span in self._spans(offset // PAGE, -(-min(offset + length, self.size) // PAGE))
         )
-        self.frames.load_footers(_first(_FOOTERS_TOGETHER, packs))
+        self.frames.load_footers(_first(_FOOTERS_TOGETHER, packs), demand=False)
 
     def prefetch(
         self,

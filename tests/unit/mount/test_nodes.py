@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
@@ -47,6 +47,9 @@ class Files:
             raise TargetError(errno.ENOENT, "it is not there", name)
         self.opened.append(Memory(self.contents[name], dict(self.companions)))
         return self.opened[-1]
+
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        """Do nothing: no place is remote."""
 
     def fetch_rest(self) -> None:
         raise AssertionError("nothing is fetched here")
