@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,9 +23,12 @@ __all__ = ["FrameId", "Frames"]
 
 FrameId: TypeAlias = tuple[bytes, int]  # a pack's digest, and a frame's number in it
 
+_Span: TypeAlias = "tuple[bytes, list[Frame]]"  # frames of a pack that one request reads
 _Xored: TypeAlias = "list[tuple[bytes, Frame, memoryview]]"
+_Read: TypeAlias = "tuple[BaseException | None, _Xored]"
 
 _REQUESTS = 32  # at once, to a remote place: most of their time is the way there and back
+_PROCESSORS = len(os.sched_getaffinity(0))
 _GAP = 64 << 10  # bytes between frames that one request to a remote place reads over
 
 
@@ -151,7 +155,7 @@ class Frames:
                 read = partial(self._read_span, demand=demand)
                 done = list(self._executor().map(read, spans))
             else:
-                done = [self._read_span(span, demand=demand) for span in spans]
+                done = self._read_local(spans, demand)
             errors += [error for error, _ in done if error is not None]
             xored = [frame for _, frames in done for frame in frames]
             if xored:
@@ -169,10 +173,24 @@ class Frames:
         if errors:
             raise errors[0]
 
-    def _spans(self, wanted: Iterable[FrameId]) -> list[tuple[bytes, list[Frame]]]:
+    def _read_local(self, spans: Sequence[_Span], demand: bool) -> list[_Read]:
+        """Read spans of a place that answers at once: what takes time is decompressing. If one reader
+        waits and nothing else is done, two processors do it."""
+        def read(some: Sequence[_Span]) -> list[_Read]:
+            return [self._read_span(span, demand=demand) for span in some]
+
+        if not (demand and self._demands == 1 and _PROCESSORS > 1):
+            return read(spans)
+        here, there = _halves(spans)
+        if not there:
+            return read(here)
+        reading = self._executor().submit(read, there)
+        return read(here) + reading.result()
+
+    def _spans(self, wanted: Iterable[FrameId]) -> list[_Span]:
         """Return what one request each reads: a pack, and the frames wanted of it, in order."""
         gap = _GAP if self.packs.place.directory is None else 0
-        spans: list[tuple[bytes, list[Frame]]] = []
+        spans: list[_Span] = []
         for pack, frames in groupby(sorted(wanted), key=lambda frame: frame[0]):
             footer = self.packs.footer(pack)
             together: list[Frame] = []
@@ -184,9 +202,7 @@ class Frames:
                 together.append(frame)
         return spans
 
-    def _read_span(
-        self, span: tuple[bytes, list[Frame]], *, demand: bool
-    ) -> tuple[BaseException | None, _Xored]:
+    def _read_span(self, span: _Span, *, demand: bool) -> _Read:
         """Read frames of one pack with one request, and complete the futures of the plain ones.
 
         Return the first error, and what is left: XOR frames with their compressed bytes.
@@ -315,6 +331,20 @@ class Frames:
                 content = memoryview(bases[place[0]])[place[1] * PAGE :][: count * PAGE]
                 pages[n * PAGE : (n + count) * PAGE] = content
         return pages
+
+
+def _halves(spans: Sequence[_Span]) -> tuple[list[_Span], list[_Span]]:
+    """Return the first and the second half of the frames."""
+    left = (sum(len(frames) for _, frames in spans) + 1) // 2
+    first: list[_Span] = []
+    second: list[_Span] = []
+    for pack, frames in spans:
+        if frames[:left]:
+            first.append((pack, frames[:left]))
+        if frames[left:]:
+            second.append((pack, frames[left:]))
+        left = max(left - len(frames), 0)
+    return first, second
 
 
 def _end(frame: Frame) -> int:
