@@ -176,6 +176,7 @@ class Frames:
     def _read_local(self, spans: Sequence[_Span], demand: bool) -> list[_Read]:
         """Read spans of a place that answers at once: what takes time is decompressing. If one reader
         waits and nothing else is done, two processors do it."""
+
         def read(some: Sequence[_Span]) -> list[_Read]:
             return [self._read_span(span, demand=demand) for span in some]
 
