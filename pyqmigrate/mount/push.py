@@ -133,8 +133,8 @@ class _Pusher:
             self._nodes.release(number)
 
     def _store(self, node: Node, file: PlainFile, piece: PushRange) -> None:
-        if self._ready is not None:
-            self._ready.wait(_KNOWN_LIMIT)
+        if self._ready is not None and not self._ready.wait(_KNOWN_LIMIT):
+            self._ready.set()  # nobody looks it up: the others need not wait as long
         _give_way(self._board)
         data = views_of(file, piece.offset, piece.length)
         taken = self._connection.store(piece.node, piece.offset, data)

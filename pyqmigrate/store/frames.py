@@ -185,7 +185,10 @@ class Frames:
         here, there = _halves(spans)
         if not there:
             return read(here)
-        reading = self._executor().submit(read, there)
+        try:
+            reading = self._executor().submit(read, there)
+        except RuntimeError:  # no room for a thread
+            return read(spans)
         return read(here) + reading.result()
 
     def _spans(self, wanted: Iterable[FrameId]) -> list[_Span]:
