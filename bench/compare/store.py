@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyqmigrate
+from bench.compare.store_restores import first_bytes
 from bench.disk import Disk
 from bench.results import OURS, Sample
 from pyqmigrate.errors import PyqmigrateError
@@ -34,6 +35,7 @@ from tests.harness.machine import BINARY
 __all__ = [
     "ADD_WORK",
     "COPY",
+    "COPY_ALONE",
     "COPY_WORK",
     "DIFF_WORK",
     "FAULT_WORK",
@@ -49,7 +51,7 @@ __all__ = [
 ADD_WORK, COPY_WORK, DIFF_WORK = "store add", "store get", "diff of a sealed pair"
 WALK_WORK, FAULT_WORK, FLEET_WORK = "walk, cold", "random faults, cold", "fleet verify of objects"
 FIRST, LATER, MUCH_LATER, OTHER = "first", "8 s later", "a minute later", "another boot"
-COPY, PLAIN, MOUNTED = "cp", "plain file", "mounted store"
+COPY, COPY_ALONE, PLAIN, MOUNTED = "cp and sync", "cp", "plain file", "mounted store"
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _MEMORY = _GIB  # of the guest, at most
@@ -65,7 +67,7 @@ mkdir /tmp/w
 cat /bin/f* > /tmp/w/all; gzip -1 /tmp/w/all
 dd if=/dev/urandom of=/tmp/w/random bs=1M count={random} 2>/dev/null
 cat /bin/f?00 | tr -cs A-Za-z '\\n' | sort > /tmp/w/words
-(while :; do date >> /tmp/w/log; md5sum /tmp/w/log > /tmp/w/sum; sleep 0.1; done) > /dev/null 2>&1 &
+(while :; do date >> /tmp/w/log; md5sum /tmp/w/log > /tmp/w/sum; echo > /dev/ttyS0; sleep 0.1; done) > /dev/null 2>&1 &
 """
 _MORE_WORK = "cat /bin/f?1? | tr -cs A-Za-z '\\n' | sort -u > /tmp/w/more"
 
@@ -75,9 +77,11 @@ Add = Callable[[str, str, str, Sample], None]
 @dataclass(frozen=True)
 class _Run:
     directory: Path
+    size: int
     disk: Disk
     repeat: int
     add: Add
+    guests: list[LinuxGuest] = field(default_factory=list)
 
     def snapshot(self, name: str) -> Path:
         return self.directory / f"{name.replace(' ', '-')}.mapped"
@@ -86,10 +90,10 @@ class _Run:
 def store(size: int, directory: Path, disk: Disk, repeat: int, add: Add) -> None:
     """Measure everything, with a guest of ``size`` bytes, at most 1 GiB."""
     with tempfile.TemporaryDirectory(prefix="store-", dir=directory) as name:
-        run = _Run(Path(name), disk, repeat, add)
+        run = _Run(Path(name), min(size, _MEMORY), disk, repeat, add)
         if shutil.which(BINARY):
-            _make_snapshots(run, min(size, _MEMORY))
-            for row in (_adds, _copies, _walks, _diffs):
+            _make_snapshots(run)
+            for row in (_adds, _copies, _walks, _diffs, _restores):
                 try:
                     row(run)
                 except (PyqmigrateError, AssertionError) as error:
@@ -97,12 +101,14 @@ def store(size: int, directory: Path, disk: Disk, repeat: int, add: Add) -> None
         _fleet(run)
 
 
-def _make_snapshots(run: _Run, size: int) -> None:
+def _make_snapshots(run: _Run) -> None:
+    size = run.size
     files = dict(_host_files(min(_FILES, size // 8)))
     for boot, moments in enumerate(((FIRST, LATER, MUCH_LATER), (OTHER,))):
         directory = run.directory / f"guest{boot}"
         directory.mkdir()
         guest = LinuxGuest(directory, megabytes=size >> 20, files=files)
+        run.guests.append(guest)
         with guest.boot() as console:
             _work(console, _WORK.format(random=size // _MIB // 25))
             for moment in moments:
@@ -155,10 +161,11 @@ def _adds(run: _Run) -> None:
 
 
 def _copies(run: _Run) -> None:
-    """A plain file from the store, and from a plain file: both to the fsync, the source cold."""
+    """A plain file from the store, and from a plain file: both to the fsync, the source cold. And cp
+    alone, which leaves the file in the page cache."""
     source, target = run.snapshot(FIRST), run.directory / "copy"
     for number in range(run.repeat):
-        for who in random.Random(number).sample((OURS, COPY), 2):
+        for who in random.Random(number).sample((OURS, COPY, COPY_ALONE), 3):
             run.disk.clear(target)
             _make_cold(run)
             cpu, start = _processor(), time.perf_counter()
@@ -167,7 +174,8 @@ def _copies(run: _Run) -> None:
                     get(opened, source.name, target)
             else:
                 subprocess.run(["cp", "--sparse=always", source, target], check=True)
-                subprocess.run(["sync", target], check=True)
+                if who == COPY:
+                    subprocess.run(["sync", target], check=True)
             run.add(
                 COPY_WORK, who, "1 file", Sample(time.perf_counter() - start, _processor() - cpu)
             )
@@ -218,6 +226,20 @@ def _diffs(run: _Run) -> None:
         pyqmigrate.diff(a, b, pages=True)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         run.add(DIFF_WORK, OURS, LATER, Sample(seconds, cpu, {"bytes": a.stat().st_size}))
+
+
+def _restores(run: _Run) -> None:
+    def command(serial: Path) -> list[str]:
+        return [*run.guests[0].command(serial)[:-1], f"unix:{serial}"]
+
+    first_bytes(
+        run.snapshot(FIRST),
+        run.directory / "store",
+        command,
+        run.repeat,
+        lambda: _make_cold(run),
+        run.add,
+    )
 
 
 def _fleet(run: _Run) -> None:

@@ -26,6 +26,7 @@ from bench.compare.seal import CACHED, COLD, PLAIN, SEALED, seal_work
 from bench.compare.store import (
     ADD_WORK,
     COPY,
+    COPY_ALONE,
     COPY_WORK,
     DIFF_WORK,
     FAULT_WORK,
@@ -36,6 +37,13 @@ from bench.compare.store import (
     WALK_WORK,
 )
 from bench.compare.store import PLAIN as PLAIN_FILE
+from bench.compare.store_restores import (
+    FIRST_BYTE_WORK,
+    FROM_PLAIN,
+    FROM_REMOTE_SET,
+    FROM_STORE,
+    FROM_STORE_SET,
+)
 from bench.compare.vm import (
     INSTANT_WORK,
     MEMFD_FULL,
@@ -409,7 +417,9 @@ def _store(results: Results) -> Iterator[Verdict]:
             yield Verdict(f"{ADD_WORK}, {name}", results.median(ADD_WORK, OURS, name), limit, "s")
     if results.names(COPY_WORK, COPY):
         ours, theirs = (results.median(COPY_WORK, who, "1 file") for who in (OURS, COPY))
-        yield _ratio(f"{COPY_WORK} / cp of the plain file", ours, theirs, 2.0)
+        yield _ratio(f"{COPY_WORK} / {COPY} of the plain file", ours, theirs, 2.0)
+        alone = results.median(COPY_WORK, COPY_ALONE, "1 file")
+        yield _ratio(f"{COPY_WORK} / {COPY_ALONE} of it, which is not synced", ours, alone, 2.0)
     if results.names(WALK_WORK, OURS):
         ours, theirs = (
             results.of(WALK_WORK, OURS, name)[0].facts["bytes"]
@@ -439,12 +449,32 @@ def _store(results: Results) -> Iterator[Verdict]:
         size = results.of(DIFF_WORK, OURS, name)[0].facts["bytes"]
         seconds = results.median(DIFF_WORK, OURS, name) * GIB / size
         yield Verdict(f"{DIFF_WORK}, {name}", seconds, 0.4, "s a GiB")
+    if results.names(FIRST_BYTE_WORK, OURS):
+        yield from _first_bytes(results)
     for name in results.names(FLEET_WORK, OURS):
         seconds = results.median(FLEET_WORK, OURS, name)
         if name == FIRST:
             yield Verdict(f"{FLEET_WORK}, each", seconds / 200 * 1000, 40, "ms")
         else:
             yield Verdict(f"{FLEET_WORK}, second run in all", seconds, 0.2, "s")
+
+
+def _first_bytes(results: Results) -> Iterator[Verdict]:
+    for name, than, limit in (
+        (FROM_STORE, FROM_PLAIN, 0.4),
+        (FROM_STORE_SET, FROM_PLAIN, 0.15),
+        (FROM_REMOTE_SET, FROM_STORE_SET, 0.3),
+    ):
+        found, base = (results.median(FIRST_BYTE_WORK, OURS, who) for who in (name, than))
+        yield Verdict(
+            f"{FIRST_BYTE_WORK}: {name} - {than}",
+            found - base,
+            limit,
+            "s",
+            detail=f"{found:.2f} and {base:.2f}",
+        )
+    demanded = _fact(results, FIRST_BYTE_WORK, FROM_REMOTE_SET, "fetched_on_demand")
+    yield Verdict(f"{FIRST_BYTE_WORK}: {FROM_REMOTE_SET}, requests on demand", demanded, 5)
 
 
 def _pause(results: Results, work: str, name: str, limit: float, fact: str = "pause") -> Verdict:

@@ -56,11 +56,13 @@ class ViewOptions(NamedTuple):
     """How a view is made.
 
     ``cache`` is the directory of packs of a remote store, None for the default one. ``record``: what is
-    read of the file is noted.
+    read of the file is noted. ``ahead``: a recorded working set is read ahead from the start, before
+    :meth:`View.push` asks for it.
     """
 
     cache: Path | None = None
     record: bool = False
+    ahead: bool = False
 
 
 class View(Protocol):
@@ -134,8 +136,11 @@ class SharedView:
     def __init__(self, key: tuple[str, str | None, ViewOptions]) -> None:
         """Open the view of ``key``, unless it is open. Raises what the maker of views raises."""
         self._key = key
+        place, name, options = key
+        # The first opening decides whether the view reads ahead.
+        self._shared = (place, name, options._replace(ahead=False))
         with _entries_lock:
-            self._entry = _entries.setdefault(key, _Entry())
+            self._entry = _entries.setdefault(self._shared, _Entry())
             self._entry.users += 1
         self._open = True
         try:
@@ -176,7 +181,7 @@ class SharedView:
             self._entry.users -= 1
             if self._entry.users:
                 return
-            del _entries[self._key]
+            del _entries[self._shared]
         if self._entry.view is not None:
             self._entry.view.close()
 

@@ -29,7 +29,9 @@ _COUNTS = struct.Struct("=QQQQ")
 _COUNTS_AT = 64
 _LOGGED_AT = 0
 _PUSHED_AT = 8
+_FETCHED_AT = 16
 _NUMBER = struct.Struct("=Q")
+_TWO_NUMBERS = struct.Struct("=QQ")
 _ENTRY = struct.Struct("=QQQ")
 _TRIES = 100
 
@@ -143,6 +145,18 @@ class Board:
     @pushed.setter
     def pushed(self, count: int) -> None:
         _NUMBER.pack_into(self._memory, _PUSHED_AT, count)
+
+    def count_fetch(self, on_demand: bool) -> None:
+        """Count a request to a store; ``on_demand``: a reader waits for the answer."""
+        with self._log_lock:
+            fetched, demanded = self.fetched
+            _TWO_NUMBERS.pack_into(self._memory, _FETCHED_AT, fetched + 1, demanded + on_demand)
+
+    @property
+    def fetched(self) -> tuple[int, int]:
+        """How many requests to a store there were, and how many of them on demand."""
+        fetched, demanded = _TWO_NUMBERS.unpack_from(self._memory, _FETCHED_AT)
+        return fetched, demanded
 
     @property
     def logged(self) -> int:

@@ -31,19 +31,25 @@ _READ_AHEAD = 1024  # KiB; measured, docs/mount.md
 _OOM_NEVER = "-1000"
 
 
-def main(control_fd: int) -> NoReturn:
-    """Be the keeper: the order is on standard input, ``control_fd`` leads to the program."""
+def main(control_fd: int, modules: list[str]) -> NoReturn:
+    """Be the keeper: the order is on standard input, ``control_fd`` leads to the program.
+
+    The order may come later, or not at all; ``modules`` are imported before.
+    """
     if os.fork():
         os._exit(0)  # the program need not wait for the keeper, ever
     os.set_inheritable(control_fd, False)
     control = socket.socket(fileno=control_fd)
     status = 1
     try:
-        order = json.load(sys.stdin)
-        names = order.pop("names")
-        request = MountRequest(**order, names=None if names is None else tuple(names))
-        _detach()
-        _serve(request, control)
+        import_readers(modules)
+        text = sys.stdin.read()
+        if text:  # otherwise it is not needed
+            order = json.loads(text)
+            names = order.pop("names")
+            request = MountRequest(**order, names=None if names is None else tuple(names))
+            _detach()
+            _serve(request, control)
         status = 0
     except (OSError, PyqmigrateError) as error:
         with contextlib.suppress(OSError):
@@ -53,7 +59,6 @@ def main(control_fd: int) -> NoReturn:
 
 
 def _serve(request: MountRequest, control: socket.socket) -> None:
-    import_readers(request.place)
     fd = mount(request.directory, request.shown, allow_other=request.allow_other)
     try:
         device = find_mounts(request.directory)[-1].device
@@ -68,6 +73,7 @@ def _serve(request: MountRequest, control: socket.socket) -> None:
                 read_ahead_kib=_READ_AHEAD,
                 private=request.private,
                 record=request.record,
+                ahead=request.ahead,
                 remember=request.remember,
                 follow=request.follow,
             ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -25,6 +25,7 @@ __all__ = [
     "SingleFile",
     "import_readers",
     "open_files",
+    "reader_modules",
 ]
 
 COMPANIONS = (".seal", ".vm.json", ".workingset")  # suffixes of the files beside a snapshot
@@ -63,6 +64,11 @@ class ShownFiles(Protocol):
         """
         ...
 
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        """Have ``count`` called with each request to a remote place, and with whether a reader waits for
+        the answer."""
+        ...
+
     def close(self) -> None:
         """Close what the files come from; all of them are closed before. A worker need not."""
         ...
@@ -85,13 +91,18 @@ def open_files(place: str, names: tuple[str, ...] | None = None, cache: str = ""
     return StoreFiles(place, names, cache)
 
 
-def import_readers(place: str) -> None:
-    """Import what :func:`open_files` needs for a place, so that a worker need not: it is forked."""
+def reader_modules(place: str) -> list[str]:
+    """Return the modules that :func:`open_files` needs for a place."""
     modules = ["pyqmigrate.mount.compact_file", "zstandard"]
     if "://" in place or os.path.isdir(place):
         modules = ["pyqmigrate.mount.store_files", "pyqmigrate.store.local_place", "zstandard"]
         if "://" in place and not place.startswith("file:"):
             modules += ["pyqmigrate.store.object_place", "obstore"]
+    return modules
+
+
+def import_readers(modules: Iterable[str]) -> None:
+    """Import :func:`reader_modules`, so that a worker need not: it is forked."""
     for module in modules:
         with contextlib.suppress(ImportError):  # the worker says what is missing
             importlib.import_module(module)
@@ -132,6 +143,9 @@ class SingleFile:
 
     def fetch_rest(self) -> None:
         """Do nothing: it is local."""
+
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        """Do nothing: the kernel reads it."""
 
     def close(self) -> None:
         """Do nothing: only its files are open."""

@@ -59,8 +59,9 @@ class KeeperSettings:
     """``directory`` is where it is mounted, ``device`` the st_dev of its files; ``place`` names the files
     in messages. ``read_ahead_kib`` is for the kernel, if it lets us (0: its own). With ``private``
     the directory and the one above it are removed in the end. ``record`` switches the log of reads
-    on. With ``remember`` the keeper remembers the requests, as on kernels without RESEND. With ``follow``
-    messages go to the program that started it, too."""
+    on. ``ahead`` names the file whose working set a worker pushes by itself. With ``remember`` the
+    keeper remembers the requests, as on kernels without RESEND. With ``follow`` messages go to the
+    program that started it, too."""
 
     directory: str
     place: str
@@ -69,6 +70,7 @@ class KeeperSettings:
     read_ahead_kib: int = 0
     private: bool = False
     record: bool = False
+    ahead: str = ""
     remember: bool = False
     follow: bool = False
 
@@ -213,6 +215,7 @@ class Keeper:
                 self._board,
                 self._settings.owner,
                 self._since,
+                ahead=self._settings.ahead,
                 forwarded=remembered is not None,
             )
         except OSError as error:
@@ -412,6 +415,7 @@ class Keeper:
     def _status(self, question: Object) -> Object:
         self._hear()  # of a read that the client has just seen fail
         totals = self._board.totals()
+        fetched, demanded = self._board.fetched
         return {
             "directory": self._settings.directory,
             "place": self._settings.place,
@@ -426,6 +430,8 @@ class Keeper:
             "bytes_read": totals.bytes,
             "failed": totals.failed,
             "pushed": self._pushed,
+            "fetched": fetched,
+            "fetched_on_demand": demanded,
             "waiting": [vars(wait) for wait in self._waits()],
             "messages": [message._asdict() for message in self._messages.all()],
         }
@@ -450,7 +456,8 @@ class Keeper:
                 raise UsageError(f"{length} bytes at {offset} cannot be pushed")
             ranges.append(PushRange(by_name[name], offset, length))
         self._ranges = ranges
-        self._board.pushed = 0
+        if not self._settings.ahead:  # what the worker pushes by itself is counted from its start
+            self._board.pushed = 0
         self._send_push()
         return {}
 

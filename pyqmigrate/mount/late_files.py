@@ -8,7 +8,7 @@ killed during an outage would stay.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pyqmigrate.io.plain_file import PlainFile
 from pyqmigrate.mount.files import OpenFiles, ShownFiles
@@ -25,6 +25,7 @@ class LateFiles:
         self._open_files = open_files
         self._files: ShownFiles | None = None
         self._lock = threading.Lock()
+        self._count: Callable[[bool], object] | None = None
 
     @property
     def readers(self) -> int:
@@ -42,6 +43,9 @@ class LateFiles:
     def fetch_rest(self) -> None:
         self._opened().fetch_rest()
 
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        self._count = count  # before anything is opened
+
     def close(self) -> None:
         if self._files is not None:
             self._files.close()
@@ -50,4 +54,6 @@ class LateFiles:
         with self._lock:
             if self._files is None:
                 self._files = patiently(self._open_files)
+                if self._count is not None:
+                    self._files.on_request(self._count)
             return self._files

@@ -76,6 +76,7 @@ class Nodes:
         self._by_content = {node.content: node for node in self._by_number.values()}
         self._next = max(self._by_number, default=ROOT) + 1
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()  # the one used last is at the end
+        self._adding: dict[str, threading.Lock] = {}
 
     def get(self, number: int) -> Node:
         """Return a node. Raises TargetError (ESTALE) for a number that was never given."""
@@ -94,7 +95,13 @@ class Nodes:
         """Return the node of the file that has this name now; None if there is none."""
         identity = self.files.identity(name)
         if identity is not None:
-            return self._of_content(name, identity, "") or self._add(name, "", identity, "")
+            known = self._of_content(name, identity, "")
+            if known is not None:
+                return known
+            with self._lock:
+                adding = self._adding.setdefault(name, threading.Lock())
+            with adding:  # a file is not opened twice
+                return self._of_content(name, identity, "") or self._add(name, "", identity, "")
         for suffix in COMPANIONS:
             base = self.find(name[: -len(suffix)]) if name.endswith(suffix) else None
             if base is not None and not base.suffix:

@@ -16,16 +16,17 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from pyqmigrate.errors import target_error
 from pyqmigrate.mount.asking import KeeperClient
-from pyqmigrate.mount.starting import MountRequest, start_keeper
+from pyqmigrate.mount.starting import MountRequest, WaitingKeeper
 
-__all__ = ["FileRange", "PrivateMount", "open_private"]
+__all__ = ["FileRange", "PreparedMount", "PrivateMount", "open_private", "prepare_private"]
 
 _FILES = "files"
 _FUSE_CONFIGURATION = "/etc/fuse.conf"
@@ -101,12 +102,88 @@ class PrivateMount:
         self.close()
 
 
+class PreparedMount:
+    """A private directory, and a keeper that waits for the order to mount ``place`` there. A context
+    manager, whose end removes what was not used.
+    """
+
+    def __init__(self, place: str | os.PathLike[str]) -> None:
+        """Raises TargetError if there is no room for it."""
+        self.place = _absolute(place)
+        try:
+            self._outer = Path(tempfile.mkdtemp(prefix="pyqmigrate-", dir=_runtime_directory()))
+        except OSError as error:
+            raise target_error(error, "cannot make a private directory") from error
+        self.path = self._outer / _FILES
+        self._keeper: WaitingKeeper | None = None
+        try:
+            self.path.mkdir()
+            self._keeper = WaitingKeeper(str(self.path), self.place)
+        except BaseException:
+            self._remove()
+            raise
+
+    def start(self, request: MountRequest) -> KeeperClient:
+        """Mount. Raises as :func:`open_private`."""
+        keeper, self._keeper = self._keeper, None
+        assert keeper is not None
+        try:
+            return keeper.start(request)
+        except BaseException:
+            self._remove()
+            raise
+
+    def close(self) -> None:
+        """End the keeper and remove the directory, if they were not used. Idempotent."""
+        with _prepared_lock:
+            if self in _prepared:
+                _prepared.remove(self)
+        if self._keeper is not None:
+            self._keeper.close()
+            self._keeper = None
+            self._remove()
+
+    def _remove(self) -> None:
+        for directory in (self.path, self._outer):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_prepared: list[PreparedMount] = []
+_prepared_lock = threading.Lock()
+
+
+def prepare_private(place: str | os.PathLike[str]) -> PreparedMount:
+    """Start the keeper for the next :func:`open_private` of ``place``: that takes as long as the imports
+    of a restore, which go on at the same time. Close the result. Raises TargetError."""
+    prepared = PreparedMount(place)
+    with _prepared_lock:
+        _prepared.append(prepared)
+    return prepared
+
+
+def _take_prepared(place: str) -> PreparedMount:
+    """Return what was prepared for a place, or a new one."""
+    with _prepared_lock:
+        for number, prepared in enumerate(_prepared):
+            if prepared.place == place:
+                return _prepared.pop(number)
+    return PreparedMount(place)
+
+
 def open_private(
     place: str | os.PathLike[str],
     *,
-    names: Iterable[str] | None = None,
+    names: Sequence[str] | None = None,
     shown: str = "",
     record: bool = False,
+    ahead: bool = False,
     remember: bool = False,
     cache: str = "",
 ) -> PrivateMount:
@@ -114,39 +191,33 @@ def open_private(
 
     ``place`` is a store (a directory or a URL) or a single file; ``names`` restricts a store to these
     snapshots; ``shown`` names it in messages (default: the place). With ``record`` the reads are
-    recorded (:meth:`PrivateMount.requests`). For root the files are readable for
+    recorded (:meth:`PrivateMount.requests`). With ``ahead`` the working set of the one snapshot of
+    ``names`` is pushed as soon as that is looked up. For root the files are readable for
     all users, because QEMU may run as another one: only who gets a descriptor reaches them. Blocks until the mount
     serves. Raises TargetError; NotSupported if this user cannot mount.
     """
-    text = os.fspath(place)
-    if "://" not in text:
-        text = os.path.abspath(text)
-    try:
-        outer = Path(tempfile.mkdtemp(prefix="pyqmigrate-", dir=_runtime_directory()))
-    except OSError as error:
-        raise target_error(error, "cannot make a private directory") from error
-    path = outer / _FILES
-    try:
-        path.mkdir()
-        client = start_keeper(
-            MountRequest(
-                str(path),
-                text,
-                shown or _without_credentials(text),
-                None if names is None else tuple(names),
-                allow_other=_may_let_others_read(),
-                private=True,
-                record=record,
-                remember=remember,
-                cache=cache,
-            )
+    text = _absolute(place)
+    prepared = _take_prepared(text)
+    client = prepared.start(
+        MountRequest(
+            str(prepared.path),
+            text,
+            shown or _without_credentials(text),
+            None if names is None else tuple(names),
+            allow_other=_may_let_others_read(),
+            private=True,
+            record=record,
+            ahead=names[0] if ahead and names is not None and len(names) == 1 else "",
+            remember=remember,
+            cache=cache,
         )
-    except BaseException:
-        for directory in (path, outer):
-            with contextlib.suppress(OSError):
-                directory.rmdir()
-        raise
-    return PrivateMount(client, path)
+    )
+    return PrivateMount(client, prepared.path)
+
+
+def _absolute(place: str | os.PathLike[str]) -> str:
+    text = os.fspath(place)
+    return text if "://" in text else os.path.abspath(text)
 
 
 def _without_credentials(place: str) -> str:

@@ -21,10 +21,11 @@ from pyqmigrate.mount.board import Board
 from pyqmigrate.mount.connection import DeviceConnection
 from pyqmigrate.mount.nodes import Node, Nodes
 
-__all__ = ["PushRange", "encode_ranges", "push"]
+__all__ = ["PushRange", "decode_ranges", "encode_ranges", "push"]
 
 _CHUNK = 1 << 20  # bytes that go in one message
 _PAGE = 4096
+_KNOWN_LIMIT = 60.0  # seconds until the kernel knows a node; otherwise it takes nothing
 _POLL = 0.0005
 _PAUSE_MAX = 0.05  # seconds: a store that is always read from gets its working set all the same
 
@@ -56,15 +57,20 @@ def decode_ranges(fd: int) -> Iterator[PushRange]:
         yield PushRange(*words[number : number + 3])
 
 
-def push(fd: int, connection: DeviceConnection, nodes: Nodes, board: Board) -> int:
-    """Push the ranges of a file of :func:`encode_ranges`, beginning where an earlier worker ended.
+def push(
+    ranges: Iterable[PushRange],
+    connection: DeviceConnection,
+    nodes: Nodes,
+    board: Board,
+    ready: threading.Event | None = None,
+) -> int:
+    """Push ranges, beginning where an earlier worker ended.
 
-    Returns the bytes that the kernel took. What follows something that cannot be read is left out.
+    ``ready`` is set when the kernel knows their nodes. Returns the bytes that it took. What follows
+    something that cannot be read is left out.
     """
-    pieces = (
-        piece for whole in decode_ranges(fd) for piece in _cut(whole, nodes.get(whole.node).size)
-    )
-    pusher = _Pusher(connection, nodes, board)
+    pieces = (piece for whole in ranges for piece in _cut(whole, nodes.get(whole.node).size))
+    pusher = _Pusher(connection, nodes, board, ready)
     rest = itertools.islice(pieces, board.pushed, None)
     for number, group in itertools.groupby(rest, key=lambda piece: piece.node):
         pusher.push(number, group)
@@ -91,8 +97,15 @@ class _ReadsAhead(Protocol):
 class _Pusher:
     """Pushes ranges, and counts the bytes that the kernel took."""
 
-    def __init__(self, connection: DeviceConnection, nodes: Nodes, board: Board) -> None:
+    def __init__(
+        self,
+        connection: DeviceConnection,
+        nodes: Nodes,
+        board: Board,
+        ready: threading.Event | None,
+    ) -> None:
         self._connection, self._nodes, self._board = connection, nodes, board
+        self._ready = ready
         self._lock = threading.Lock()
         self.taken = 0
 
@@ -120,6 +133,8 @@ class _Pusher:
             self._nodes.release(number)
 
     def _store(self, node: Node, file: PlainFile, piece: PushRange) -> None:
+        if self._ready is not None and not self._ready.wait(_KNOWN_LIMIT):
+            self._ready.set()  # nobody looks it up: the others need not wait as long
         _give_way(self._board)
         data = views_of(file, piece.offset, piece.length)
         taken = self._connection.store(piece.node, piece.offset, data)

@@ -96,6 +96,7 @@ class Server:
         self._free = list(range(SLOTS))
         self._idle = 0
         self._gone = threading.Event()
+        self.looked_up = threading.Event()  # the kernel knows a node
         self._listings: dict[int, list[str]] = {}
         self._started_ns = time.time_ns()
         self._handlers: dict[int, Callable[[Request, memoryview], Body]] = {
@@ -198,6 +199,8 @@ class Server:
             read = sum(map(len, answer)) if operation == protocol.READ else -1
             self._board.end(slot, read, failed=failure not in (0, errno.ENOSYS, errno.ENOENT))
         self._connection.reply(unique, answer, failure)
+        if operation == protocol.LOOKUP and not failure:
+            self.looked_up.set()
         if operation == protocol.READ and size <= _SMALL and not failure:
             self._store_around(request.node, offset, size)
 

@@ -6,10 +6,10 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pyqmigrate.errors import UsageError
-from pyqmigrate.format.store.keys import WORKING_SETS, working_set_key
+from pyqmigrate.format.store.keys import WORKING_SETS, snapshot_key, working_set_key
 from pyqmigrate.io.plain_file import PlainFile
 from pyqmigrate.mount.patience import patiently
 from pyqmigrate.store.pack_cache import default_directory
@@ -34,7 +34,12 @@ class StoreFiles:
 
     def __init__(self, place: str, names: tuple[str, ...] | None, cache: str = "") -> None:
         self._names = names
-        self._store = Store.open(place, cache=cache or default_directory(), patience=math.inf)
+        self._store = Store.open(
+            place,
+            cache=cache or default_directory(),
+            patience=math.inf,
+            early=_keys_of(names) if names is not None and len(names) == 1 else (),
+        )
         self.readers = 2 if self._store.place.directory is not None else _REMOTE_READERS
         self._lock = threading.Lock()
         self._known: dict[str, tuple[float, str | None]] = {}
@@ -81,6 +86,10 @@ class StoreFiles:
         for file in files:
             file.prefetch(file.data_ranges(), decompress=False)
 
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        if self._store.place.directory is None:
+            self._store.packs.on_request = count
+
     def close(self) -> None:
         self._store.close()
 
@@ -90,3 +99,8 @@ class StoreFiles:
         except UsageError:
             return None
         return f"{head.size}:{head.mtime_ns}:{head.added_ns}"
+
+
+def _keys_of(names: tuple[str, ...]) -> list[str]:
+    """Return the keys of the objects that the snapshots ``names`` are opened with."""
+    return [key(name) for name in names for key in (snapshot_key, working_set_key)]

@@ -71,6 +71,7 @@ class MountedView:
             place,
             names=None if name is None else (name,),
             record=options.record,
+            ahead=options.ahead,
             cache=os.fspath(options.cache or ""),
         )
         try:

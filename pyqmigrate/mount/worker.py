@@ -26,7 +26,7 @@ from pyqmigrate.mount.board import Board
 from pyqmigrate.mount.connection import DeviceConnection, KeeperConnection
 from pyqmigrate.mount.files import OpenFiles, ShownFiles
 from pyqmigrate.mount.nodes import Node, Nodes
-from pyqmigrate.mount.push import push
+from pyqmigrate.mount.push import PushRange, decode_ranges, push
 from pyqmigrate.mount.server import Owner, Server
 
 __all__ = ["GONE", "Worker"]
@@ -49,9 +49,13 @@ class Worker:
         owner: Owner,
         since: dict[int, int],
         *,
+        ahead: str,
         forwarded: bool,
     ) -> None:
-        """Fork it. Raises OSError if the system has no room for a process."""
+        """Fork it; the working set of the file ``ahead``, if it is not empty, is pushed at once.
+
+        Raises OSError if the system has no room for a process.
+        """
         kind = socket.SOCK_SEQPACKET
         self._channel, channel = socket.socketpair(socket.AF_UNIX, kind)
         self.requests: socket.socket | None = None
@@ -70,7 +74,7 @@ class Worker:
             if requests is not None:
                 connection = KeeperConnection(fd, requests)
             _close_others({fd, channel.fileno(), requests.fileno() if requests else -1})
-            _main(_Work(connection, open_files, nodes, board, owner, since, channel))
+            _main(_Work(connection, open_files, nodes, board, owner, since, channel, ahead))
         channel.close()
         if requests is not None:
             requests.close()
@@ -127,6 +131,7 @@ class _Work:
         owner: Owner,
         since: dict[int, int],
         channel: socket.socket,
+        ahead: str,
     ) -> None:
         self._connection = connection
         self._open_files = open_files
@@ -135,6 +140,8 @@ class _Work:
         self._owner = owner
         self._since = since
         self._channel = channel
+        self._ahead = ahead
+        self._pushed_ahead = False
         self._sending = threading.Lock()
 
     def run(self) -> None:
@@ -146,11 +153,17 @@ class _Work:
             files: ShownFiles = LateFiles(self._open_files)
         else:
             files = self._open_files()
+        files.on_request(self._board.count_fetch)
         nodes = Nodes(files, known, self._announce)
         server = Server(
             self._connection, nodes, self._board, self._owner, since=self._since, report=self.report
         )
-        listening = threading.Thread(target=self._listen, args=(nodes,), daemon=True)
+        if known:
+            server.looked_up.set()  # by an earlier worker
+        pushing = threading.Thread(target=self._push_ahead, args=(nodes, server), daemon=True)
+        if self._ahead:
+            start_thread(pushing)
+        listening = threading.Thread(target=self._listen, args=(nodes, pushing), daemon=True)
         start_thread(listening)
         self._say({"serving": True})
         server.run()
@@ -171,14 +184,42 @@ class _Work:
         with self._sending, contextlib.suppress(ConnectionError):
             self._channel.send(packet)
 
-    def _listen(self, nodes: Nodes) -> None:
-        """Take what the keeper sends: lists to push, and to fetch the rest."""
+    def _push_ahead(self, nodes: Nodes, server: Server) -> None:
+        """Push the working set of the file ``ahead``, if it has one."""
+        from pyqmigrate.mount.working_sets import working_set_ranges
+
+        try:
+            node = nodes.find(self._ahead)
+            if node is None:
+                return
+            file = nodes.acquire(node.number)
+            try:
+                ranges = working_set_ranges(file)
+            finally:
+                nodes.release(node.number)
+        except (OSError, PyqmigrateError) as error:
+            logger.debug("%s: nothing is read ahead: %s", self._ahead, error)  # a reader is told
+            return
+        if ranges:
+            self._pushed_ahead = True
+            pieces = (PushRange(node.number, offset, length) for offset, length in ranges)
+            taken = push(pieces, self._connection, nodes, self._board, server.looked_up)
+            self._say({"pushed": taken})
+
+    def _listen(self, nodes: Nodes, pushing: threading.Thread) -> None:
+        """Take what the keeper sends: lists to push, and to fetch the rest. Both begin when what is
+        pushed ahead is done; a list is then that, again."""
         while True:
             message, fds, _, _ = socket.recv_fds(self._channel, 64, 1)
             if not message:
                 return
+            if self._ahead:
+                pushing.join()
             for fd in fds:
-                taken = push(fd, self._connection, nodes, self._board)
+                ranges = decode_ranges(fd)
+                taken = 0
+                if not self._pushed_ahead:
+                    taken = push(ranges, self._connection, nodes, self._board)
                 self._say({"pushed": taken})
             if message == b"fetch":
                 start_thread(threading.Thread(target=self._fetch, args=(nodes,), daemon=True))

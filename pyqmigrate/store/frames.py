@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from typing import TypeAlias
 
@@ -21,9 +23,12 @@ __all__ = ["FrameId", "Frames"]
 
 FrameId: TypeAlias = tuple[bytes, int]  # a pack's digest, and a frame's number in it
 
+_Span: TypeAlias = "tuple[bytes, list[Frame]]"  # frames of a pack that one request reads
 _Xored: TypeAlias = "list[tuple[bytes, Frame, memoryview]]"
+_Read: TypeAlias = "tuple[BaseException | None, _Xored]"
 
-_REQUESTS = 8  # at once, to a remote place
+_REQUESTS = 32  # at once, to a remote place: most of their time is the way there and back
+_PROCESSORS = len(os.sched_getaffinity(0))
 _GAP = 64 << 10  # bytes between frames that one request to a remote place reads over
 
 
@@ -70,7 +75,7 @@ class Frames:
             self._demands += demand
         try:
             if mine:
-                self._read_all(mine)
+                self._read_all(mine, demand)
                 found.update((frame, future.result()) for frame, future in mine.items())
             failed = []
             for frame, future in theirs.items():
@@ -97,11 +102,22 @@ class Frames:
             while self._demands and not stop.is_set():
                 self._idle.wait(0.05)
 
-    def load_footers(self, packs: Iterable[bytes]) -> None:
-        """Read the footers of packs, several at once from a remote place."""
+    def load_footers(self, packs: Iterable[bytes], *, demand: bool = True) -> None:
+        """Read the footers of packs, several at once from a remote place. With ``demand`` a reader
+        waits."""
         missing = [pack for pack in dict.fromkeys(packs) if not self.packs.has_footer(pack)]
-        if len(missing) > 1 and self.packs.place.directory is None:
-            list(self._executor().map(self.packs.footer, missing))
+        if missing and self.packs.place.directory is None:
+            list(self._executor().map(partial(self.packs.footer, demand=demand), missing))
+
+    def fetch(self, wanted: Iterable[FrameId]) -> None:
+        """Have frames in the local cache of packs, compressed; nothing is done without one.
+
+        Raises DamagedPack, TargetError.
+        """
+        if self.packs.cache is not None:
+            spans = self._spans(wanted)
+            read = partial(self.packs.frames, demand=False)
+            list(self._executor().map(read, *zip(*spans, strict=True)))
 
     def verify(self, pack: bytes, frame: Frame, compressed: memoryview) -> None:
         """Compare the pages of a frame, whose bytes are at hand, with their digests. Nothing is kept
@@ -125,7 +141,7 @@ class Frames:
                 self._pool = ThreadPoolExecutor(_REQUESTS, "pyqmigrate-store")
             return self._pool
 
-    def _read_all(self, wanted: dict[FrameId, Future[bytes]]) -> None:
+    def _read_all(self, wanted: dict[FrameId, Future[bytes]], demand: bool) -> None:
         """Read frames and complete their futures; all of them, whatever fails. Raises the first
         error.
 
@@ -136,9 +152,10 @@ class Frames:
         try:
             spans = self._spans(wanted)
             if len(spans) > 1 and self.packs.place.directory is None:
-                done = list(self._executor().map(self._read_span, spans))
+                read = partial(self._read_span, demand=demand)
+                done = list(self._executor().map(read, spans))
             else:
-                done = [self._read_span(span) for span in spans]
+                done = self._read_local(spans, demand)
             errors += [error for error, _ in done if error is not None]
             xored = [frame for _, frames in done for frame in frames]
             if xored:
@@ -156,10 +173,28 @@ class Frames:
         if errors:
             raise errors[0]
 
-    def _spans(self, wanted: Iterable[FrameId]) -> list[tuple[bytes, list[Frame]]]:
+    def _read_local(self, spans: Sequence[_Span], demand: bool) -> list[_Read]:
+        """Read spans of a place that answers at once: what takes time is decompressing. If one reader
+        waits and nothing else is done, two processors do it."""
+
+        def read(some: Sequence[_Span]) -> list[_Read]:
+            return [self._read_span(span, demand=demand) for span in some]
+
+        if not (demand and self._demands == 1 and _PROCESSORS > 1):
+            return read(spans)
+        here, there = _halves(spans)
+        if not there:
+            return read(here)
+        try:
+            reading = self._executor().submit(read, there)
+        except RuntimeError:  # no room for a thread
+            return read(spans)
+        return read(here) + reading.result()
+
+    def _spans(self, wanted: Iterable[FrameId]) -> list[_Span]:
         """Return what one request each reads: a pack, and the frames wanted of it, in order."""
         gap = _GAP if self.packs.place.directory is None else 0
-        spans: list[tuple[bytes, list[Frame]]] = []
+        spans: list[_Span] = []
         for pack, frames in groupby(sorted(wanted), key=lambda frame: frame[0]):
             footer = self.packs.footer(pack)
             together: list[Frame] = []
@@ -171,14 +206,14 @@ class Frames:
                 together.append(frame)
         return spans
 
-    def _read_span(self, span: tuple[bytes, list[Frame]]) -> tuple[BaseException | None, _Xored]:
+    def _read_span(self, span: _Span, *, demand: bool) -> _Read:
         """Read frames of one pack with one request, and complete the futures of the plain ones.
 
         Return the first error, and what is left: XOR frames with their compressed bytes.
         """
         pack, frames = span
         try:
-            contents = self.packs.frames(pack, frames)
+            contents = self.packs.frames(pack, frames, demand=demand)
         except BaseException as error:
             for frame in frames:
                 self._complete((pack, frame.number), error)
@@ -300,6 +335,20 @@ class Frames:
                 content = memoryview(bases[place[0]])[place[1] * PAGE :][: count * PAGE]
                 pages[n * PAGE : (n + count) * PAGE] = content
         return pages
+
+
+def _halves(spans: Sequence[_Span]) -> tuple[list[_Span], list[_Span]]:
+    """Return the first and the second half of the frames."""
+    left = (sum(len(frames) for _, frames in spans) + 1) // 2
+    first: list[_Span] = []
+    second: list[_Span] = []
+    for pack, frames in spans:
+        if frames[:left]:
+            first.append((pack, frames[:left]))
+        if frames[left:]:
+            second.append((pack, frames[left:]))
+        left = max(left - len(frames), 0)
+    return first, second
 
 
 def _end(frame: Frame) -> int:

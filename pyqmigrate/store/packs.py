@@ -34,7 +34,8 @@ class Packs:
     """The packs of the store in ``place``; all methods may be called by several threads at once.
 
     For ``patience`` seconds a place that does not answer is asked again, each time; ``stop`` ends that
-    earlier. ``requests`` counts the reads from the place.
+    earlier. ``requests`` counts the reads from the place; ``on_request`` is called with each, and with
+    whether a reader waits for it.
     """
 
     def __init__(
@@ -51,11 +52,12 @@ class Packs:
         self.patience = patience
         self.stop = threading.Event()
         self.requests = 0
+        self.on_request: Callable[[bool], object] | None = None
         self._footers: OrderedDict[bytes, PackFooter] = OrderedDict()
         self._footer_bytes = 0
         self._lock = threading.Lock()
 
-    def footer(self, pack: bytes) -> PackFooter:
+    def footer(self, pack: bytes, *, demand: bool = True) -> PackFooter:
         """Return the footer of a pack. Raises DamagedPack for a pack that is damaged or missing,
         TargetError."""
         with self._lock:
@@ -63,7 +65,7 @@ class Packs:
             if found is not None:
                 self._footers.move_to_end(pack)
                 return found
-        found = self._read_footer(pack)
+        found = self._read_footer(pack, demand)
         with self._lock:
             if pack not in self._footers:
                 self._footers[pack] = found
@@ -78,33 +80,28 @@ class Packs:
             return pack in self._footers
 
     def frames(
-        self, pack: bytes, frames: Sequence[Frame], *, fresh: bool = False
+        self, pack: bytes, frames: Sequence[Frame], *, fresh: bool = False, demand: bool = True
     ) -> list[memoryview]:
         """Return the compressed bytes of ``frames``, which are in the order of the pack, with one
-        request. With ``fresh``, not from the cache."""
+        request. With ``fresh``, not from the cache; with ``demand`` a reader waits."""
         start, end = frames[0].offset, frames[-1].offset + frames[-1].length
         data: Bytes | None = None
         if self.cache is not None and not fresh:
             data = self.cache.read(pack, start, end - start)
         if data is None:
-            data = self._read(pack, start, end - start)
+            data = self._read(pack, start, end - start, demand)
             if self.cache is not None:
                 self.cache.write(pack, start, data)
         view = memoryview(data)
         return [view[frame.offset - start :][: frame.length] for frame in frames]
 
-    def fetch(self, pack: bytes, frames: Sequence[Frame]) -> None:
-        """Have frames in the local cache, compressed; nothing is done without one."""
-        if self.cache is not None:
-            self.frames(pack, frames)
-
-    def _read(self, pack: bytes, start: int, length: int) -> Bytes:
-        data = self._patiently(lambda: self.place.read(pack_key(pack), start, length), pack)
+    def _read(self, pack: bytes, start: int, length: int, demand: bool) -> Bytes:
+        data = self._patiently(lambda: self.place.read(pack_key(pack), start, length), pack, demand)
         if len(data) != length:
             raise DamagedPack("it is cut off", pack, store=self.place.name)
         return data
 
-    def _read_footer(self, pack: bytes) -> PackFooter:
+    def _read_footer(self, pack: bytes, demand: bool) -> PackFooter:
         if self.cache is not None:
             end = self.cache.read_end(pack, END_GUESS)
             if end is not None:
@@ -112,11 +109,11 @@ class Packs:
                     return self._decode(pack, *end)
                 except SnapshotError:
                     pass  # of the cache: read again
-        data, size = self._read_end(pack, END_GUESS)
+        data, size = self._read_end(pack, END_GUESS, demand)
         try:
             needed = PackFooter.end_size(bytes(data[-TRAILER_SIZE:]), size, pack.hex())
             if needed > len(data):
-                data, size = self._read_end(pack, needed)
+                data, size = self._read_end(pack, needed, demand)
             footer = self._decode(pack, data, size)
         except DamagedPack:
             raise
@@ -126,18 +123,20 @@ class Packs:
             self.cache.write(pack, size - len(data), data, size)
         return footer
 
-    def _read_end(self, pack: bytes, length: int) -> tuple[Bytes, int]:
-        return self._patiently(lambda: self.place.read_end(pack_key(pack), length), pack)
+    def _read_end(self, pack: bytes, length: int, demand: bool) -> tuple[Bytes, int]:
+        return self._patiently(lambda: self.place.read_end(pack_key(pack), length), pack, demand)
 
     def _decode(self, pack: bytes, end: Bytes, size: int) -> PackFooter:
         return PackFooter.decode(self.config.key, bytes(end), size, pack.hex())
 
-    def _patiently(self, read: Callable[[], T], pack: bytes) -> T:
+    def _patiently(self, read: Callable[[], T], pack: bytes, demand: bool) -> T:
         """Read from the place, and again for a while if it does not answer."""
         began, pause = time.monotonic(), _FIRST_PAUSE
         while True:
             with self._lock:
                 self.requests += 1
+                if self.on_request is not None:
+                    self.on_request(demand)
             try:
                 return read()
             except TargetError as error:

@@ -115,6 +115,7 @@ class Store:
         cache: str | os.PathLike[str] | None = None,
         cache_limit: int = DEFAULT_LIMIT,
         patience: float = 0.0,
+        early: Iterable[str] = (),
     ) -> Store:
         """Open the store in a directory or below a URL (see :func:`pyqmigrate.store.place.open_place`).
 
@@ -122,6 +123,8 @@ class Store:
             may use it, too. cache_limit: its size in bytes, about.
         patience: for how many seconds a read of a stored snapshot is repeated if the place does not
             answer; ``math.inf`` to wait for it.
+        early: keys of objects that will be needed at once, which are requested together with the
+            configuration, from a remote store.
 
         Raises UsageError if this is not a store, SnapshotError if its configuration is damaged,
         NotSupported for a version that is not known here, TargetError.
@@ -129,6 +132,11 @@ class Store:
         with contextlib.ExitStack() as stack:
             place = open_place(os.fspath(target))
             stack.callback(place.close)
+            if place.directory is None and early:
+                # A local store has no time for a module that it does not need.
+                from pyqmigrate.store.early_reads import EarlyReads
+
+                place = EarlyReads(place, (CONFIG_KEY, *early))
             try:
                 data = read_at_most(place, CONFIG_KEY, CONFIG_MAX, "configuration")
             except TargetError as error:

@@ -20,6 +20,7 @@ from pyqmigrate.store.prefetching import Prefetch
 __all__ = ["StoredFile"]
 
 _PAGES_TOGETHER = 1 << 14  # whose footers are read together
+_FOOTERS_TOGETHER = 128
 _AROUND = 64  # pages: a frame
 _WORD = struct.Struct("<Q")
 _ZEROS = memoryview(bytes(64 * PAGE))
@@ -150,6 +151,19 @@ class StoredFile:
                     if part.frame not in seen:
                         seen.add(part.frame)
                         yield part.frame
+
+    def load_footers(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Read ahead the footers of the packs that have bytes of ``ranges``, several at once from a remote
+        place: without them, each costs a request of its own when it is needed. The first 128 packs.
+
+        Raises DamagedPack, TargetError.
+        """
+        packs = (
+            span.pack
+            for offset, length in ranges
+            for span in self._spans(offset // PAGE, -(-min(offset + length, self.size) // PAGE))
+        )
+        self.frames.load_footers(_first(_FOOTERS_TOGETHER, packs), demand=False)
 
     def prefetch(
         self,
@@ -303,6 +317,16 @@ class StoredFile:
             if self._data is None:
                 self._data = _merged(self.snapshot, self.size)
             return self._data
+
+
+def _first(count: int, packs: Iterable[bytes]) -> list[bytes]:
+    """Return the first packs, each of them once."""
+    found: dict[bytes, None] = {}
+    for pack in packs:
+        found[pack] = None
+        if len(found) == count:
+            break
+    return list(found)
 
 
 @functools.lru_cache(maxsize=64)

@@ -75,6 +75,9 @@ class DirectoryFiles:
     def open(self, name: str) -> PlainFile:
         return GatedFile(self._directory / name)
 
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        """Do nothing: no place is remote."""
+
     def fetch_rest(self) -> None:
         """Do nothing: all is local."""
 

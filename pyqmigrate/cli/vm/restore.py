@@ -59,6 +59,7 @@ error and the exit code report it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -211,6 +212,29 @@ def add_command(parser: Parser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    with _prepared_mount(args.snapshot):
+        return _run_restore(args)
+
+
+def _prepared_mount(snapshot: str) -> contextlib.AbstractContextManager[object]:
+    """Start the keeper of a snapshot of a store, so that it imports what it needs at the same time as
+    this process."""
+    if "#" not in snapshot:
+        return contextlib.nullcontext()
+    from pyqmigrate.errors import TargetError
+    from pyqmigrate.io.view import names_stored
+
+    if not names_stored(snapshot):
+        return contextlib.nullcontext()
+    from pyqmigrate.mount.private import prepare_private
+
+    try:
+        return prepare_private(snapshot.rpartition("#")[0])
+    except TargetError:  # the restore meets it again
+        return contextlib.nullcontext()
+
+
+def _run_restore(args: argparse.Namespace) -> Outcome:
     from pyqmigrate.vm.incoming.early_start import start_early
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
     from pyqmigrate.vm.incoming.options import Mode, Push, RestoreOptions

@@ -11,7 +11,7 @@ from pyqmigrate.format.stream.reader import StreamReader
 from pyqmigrate.format.stream.start import StreamStart
 from pyqmigrate.format.stream.wire import Stream
 
-__all__ = ["parse"]
+__all__ = ["parse", "read_layouts"]
 
 
 def parse(source: ByteSource, offset: int = 0, start: StreamStart | None = None) -> Stream:
@@ -29,6 +29,14 @@ def parse(source: ByteSource, offset: int = 0, start: StreamStart | None = None)
     configuration. The source's own errors pass through.
     """
     return _MappedRamStreamReader(source, offset).stream(start)
+
+
+def read_layouts(source: ByteSource, offset: int = 0) -> tuple[BlockLayout, ...]:
+    """Return where the blocks of such a stream are in its file, without a look at what follows the list.
+
+    Raises as :func:`parse`, but for what is wrong with the rest.
+    """
+    return _MappedRamStreamReader(source, offset).layouts()
 
 
 class _MappedRamStreamReader(StreamReader):
@@ -54,6 +62,11 @@ class _MappedRamStreamReader(StreamReader):
             opaque_tail=opaque,
             background=self.background,
         )
+
+    def layouts(self) -> tuple[BlockLayout, ...]:
+        self._blocks = ()
+        self.read_head()
+        return self._blocks
 
     def _check_form(self) -> None:
         if MAPPED_RAM not in self._configuration.capabilities:

@@ -178,7 +178,12 @@ def start_early(
 
 def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOptions) -> EarlyRestore:
     source = RestoreSource(
-        snapshot, options.offset, options.base, options.cache, options.record is not None
+        snapshot,
+        options.offset,
+        options.base,
+        options.cache,
+        record=options.record is not None,
+        ahead=options.reads_ahead,
     )
     with contextlib.ExitStack() as undo:
         undo.callback(source.close)

@@ -32,10 +32,11 @@ class IncomingStreams:
         base: str | os.PathLike[str] | None = None,
         cache: Path | None = None,
         record: bool = False,
+        ahead: bool = False,
     ) -> Self:
         """Open a snapshot; raises SnapshotError, NotSupported or TargetError if it, or the base of
         an increment, cannot be restored."""
-        opening = asyncio.to_thread(RestoreSource, snapshot, offset, base, cache, record)
+        opening = asyncio.to_thread(RestoreSource, snapshot, offset, base, cache, record, ahead)
         return cls(await acquired(opening, RestoreSource.close))
 
     async def get(self, blocks: Sequence[str]) -> IncomingStream:

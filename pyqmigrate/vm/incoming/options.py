@@ -102,6 +102,14 @@ class RestoreOptions(NamedTuple):
         """Whether the mode allows a lazy restore."""
         return self.mode in (Mode.AUTO, Mode.LAZY)
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the working set of a snapshot of a store is read ahead as soon as that is open.
+
+        What is pushed is not read, and would not be recorded.
+        """
+        return self.mode in (Mode.AUTO, Mode.INSTANT) and self.record is None
+
     @classmethod
     def check(cls, options: VmRestoreOptions) -> Self:
         """Raise UsageError for a value that is not one of its option's, or a closed descriptor."""

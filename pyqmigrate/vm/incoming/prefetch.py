@@ -19,7 +19,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from pyqmigrate.io.threads import start_thread
 if TYPE_CHECKING:
     from pyqmigrate.io.working_set_file import RecordedWorkingSet
 
-__all__ = ["Prefetch", "PrefetchState", "file_ranges"]
+__all__ = ["Prefetch", "PrefetchState", "file_ranges", "within_memory"]
 
 _PIECE = 4 << 20  # bytes requested at a time; a cancellation waits for one
 _MEMORY_SHARE = 0.5  # of the available memory: more would evict what was read first
@@ -188,6 +188,16 @@ def file_ranges(
             start = offset
         end = offset + npages * layout.page_size
     yield from _cut(start, end)
+
+
+def within_memory(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield ranges of ``(file offset, bytes)`` until they exceed half of the available memory."""
+    left = _room()
+    for offset, length in ranges:
+        left -= length
+        if left < 0:
+            return
+        yield offset, length
 
 
 def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -77,7 +77,7 @@ def test_missing_snapshot_is_the_error_of_the_store(store: Path, views: Views) -
 
 def test_openings_at_the_same_time_share_one_view(store: Path, views: Views) -> None:
     save_known(views.directory / "monday")
-    first, second = InputFile(f"{store}#monday"), InputFile(f"{store}#monday")
+    first, second = InputFile(f"{store}#monday", ahead=True), InputFile(f"{store}#monday")
     first.close()
     assert len(views.made) == 1
     assert not views.made[0].closed

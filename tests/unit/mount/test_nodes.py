@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,9 @@ class Files:
             raise TargetError(errno.ENOENT, "it is not there", name)
         self.opened.append(Memory(self.contents[name], dict(self.companions)))
         return self.opened[-1]
+
+    def on_request(self, count: Callable[[bool], object]) -> None:
+        """Do nothing: no place is remote."""
 
     def fetch_rest(self) -> None:
         raise AssertionError("nothing is fetched here")

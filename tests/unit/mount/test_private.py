@@ -13,9 +13,10 @@ import pytest
 from pyqmigrate.errors import TargetError, UsageError
 from pyqmigrate.mount import private
 from pyqmigrate.mount.mounting import find_mounts
-from pyqmigrate.mount.private import FileRange, open_private
-from pyqmigrate.mount.starting import MountRequest
+from pyqmigrate.mount.private import FileRange, open_private, prepare_private
+from pyqmigrate.mount.starting import MountRequest, WaitingKeeper
 from tests.harness.mounted import await_that
+from tests.harness.mounted_guests import keepers
 
 
 @pytest.fixture
@@ -115,11 +116,12 @@ def test_nothing_is_pushed_for_a_file_that_was_not_opened(guest: Path) -> None:
 def test_credentials_of_a_url_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[MountRequest] = []
 
-    def start(request: MountRequest) -> NoReturn:
+    def start(keeper: WaitingKeeper, request: MountRequest) -> NoReturn:
+        keeper.close()
         seen.append(request)
         raise TargetError(5, "not here")
 
-    monkeypatch.setattr(private, "start_keeper", start)
+    monkeypatch.setattr(private.WaitingKeeper, "start", start)
     url = "https://user:secret@host:8080/a/store?token=secret"
     with pytest.raises(TargetError):
         open_private(url)
@@ -145,3 +147,28 @@ def test_keeper_that_was_killed_is_an_error_for_questions_only(guest: Path) -> N
             view.status()
     view.close()
     await_that(lambda: not is_there(status["worker"]))
+
+
+def test_prepared_keeper_serves_the_next_mount_of_its_place_only(
+    guest: Path, runtime: Path
+) -> None:
+    with prepare_private(guest) as prepared:
+        with open_private(guest) as view:
+            assert view.path == prepared.path
+            assert (view.path / "guest").read_bytes() == guest.read_bytes()
+        with open_private(guest) as other:
+            assert other.path != prepared.path
+
+
+def test_prepared_keeper_that_is_not_used_leaves_nothing(
+    guest: Path, runtime: Path, mount_point: Path
+) -> None:
+    with prepare_private(guest) as prepared, open_private(guest) as view:
+        assert view.path == prepared.path
+    with prepare_private(mount_point):
+        assert len(list(runtime.iterdir())) == 1
+        assert keepers(runtime)
+    await_that(lambda: not keepers(runtime))
+    assert list(runtime.iterdir()) == []
+    with open_private(guest) as view:  # what was prepared is gone
+        assert os.listdir(view.path)

@@ -12,13 +12,19 @@ import pytest
 import pyqmigrate
 from pyqmigrate.cli import main
 from pyqmigrate.errors import NotSupported, SnapshotError, UsageError
+from pyqmigrate.format.store.keys import working_set_key
+from pyqmigrate.format.stream.mapped_ram import BlockSpec
+from pyqmigrate.format.working_set import TouchedRun, WorkingSet, WorkingSetLine
+from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.input import InputFile
 from pyqmigrate.io.view import ViewOptions
 from pyqmigrate.mount import view as views
 from pyqmigrate.mount.copied import CopiedView
 from pyqmigrate.mount.view import MountedView, make_view
+from pyqmigrate.mount.working_sets import working_set_ranges
 from pyqmigrate.store.store import Store
-from tests.harness.sealed import Sealed
+from tests.harness.mounted import await_that
+from tests.harness.sealed import PAGE, Sealed
 from tests.harness.snapshots import load
 from tests.harness.stored_guests import store_file
 
@@ -116,6 +122,67 @@ def test_reads_are_noted_if_that_is_wanted(sealed: Sealed, store: Store) -> None
             assert any(offset <= 3 << 20 < offset + length for offset, length in view.requests())
         finally:
             os.close(fd)
+    finally:
+        view.close()
+
+
+WORKING_SET = WorkingSet([TouchedRun(0, 700, 100), TouchedRun(1, 3, 2), TouchedRun(0, 0, 1)])
+
+
+@pytest.fixture
+def recorded(sealed: Sealed, store: Store) -> Iterator[list[tuple[int, int]]]:
+    """A working set in the store: where its ranges are in the file."""
+    with pyqmigrate.open_snapshot(sealed.path) as snapshot:
+        blocks = [BlockSpec(b.name, b.length, b.page_size) for b in snapshot.blocks.values()]
+        starts = [block.pages_offset for block in snapshot.blocks.values()]
+        identity = identify_snapshot(sealed.path, snapshot.source.fd)
+    line = WorkingSetLine.of(identity, blocks, len(WORKING_SET), 1.0)
+    store.write_working_set("monday", line.encode(WORKING_SET) + WORKING_SET.encode())
+    yield [(starts[run.block] + run.first * PAGE, run.npages * PAGE) for run in WORKING_SET]
+    store.place.delete(working_set_key("monday"))
+
+
+def test_ranges_of_a_working_set_are_in_its_order(
+    store: Store, recorded: list[tuple[int, int]]
+) -> None:
+    with store.open_file("monday") as file:
+        assert working_set_ranges(file) == recorded
+
+
+def test_working_set_of_another_snapshot_has_no_ranges(
+    store: Store, recorded: list[tuple[int, int]]
+) -> None:
+    with store.open_file("monday") as file:
+        file.mtime_ns += 1
+        assert working_set_ranges(file) == []
+
+
+def test_damaged_working_set_has_none(store: Store, recorded: list[tuple[int, int]]) -> None:
+    content = store.working_set("monday")
+    assert content is not None
+    store.write_working_set("monday", content[:-8])
+    with store.open_file("monday") as file, pytest.raises(SnapshotError, match="working set"):
+        working_set_ranges(file)
+
+
+@pytest.mark.usefixtures("mounts")
+@pytest.mark.parametrize("kind", ["local", "damaged"])
+def test_working_set_is_pushed_without_being_asked_for(
+    store: Store, recorded: list[tuple[int, int]], kind: str
+) -> None:
+    if kind == "damaged":
+        store.write_working_set("monday", b"not one")
+    view = make_view(store.name, "monday", ViewOptions(ahead=True))
+    assert isinstance(view, MountedView)
+    total = sum(length for _, length in recorded)
+    try:
+        if kind == "local":
+            await_that(lambda: view.status()["pushed"] == total)
+        fd = os.open(view.path, os.O_RDONLY)
+        os.close(fd)
+        view.push(recorded)  # what was pushed is not pushed again
+        await_that(lambda: view.status()["pushed"] == total)
+        view.push(recorded[:1])  # which is refused while a list is being pushed
     finally:
         view.close()
 

@@ -9,6 +9,7 @@ import threading
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from pyqmigrate.format.store.config import PAGE
 from pyqmigrate.format.store.keys import pack_key, snapshot_key
 from pyqmigrate.format.store.pack import BasePage, PackFooter
 from pyqmigrate.format.store.snapshot import PageRuns, StoredSnapshot
+from pyqmigrate.store import frames
 from pyqmigrate.store.damage import DamagedPack
 from pyqmigrate.store.frames import Frames
 from pyqmigrate.store.packs import Packs
@@ -348,6 +350,31 @@ def test_kept_frames_are_bounded(store: Store) -> None:
         file.read(0, 600 * PAGE)
     assert 0 < store.frames._kept_bytes <= 20 * 8 * PAGE
     assert store.frames._kept_bytes == sum(map(len, store.frames._kept.values()))
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_reader_that_is_alone_has_frames_decompressed_by_two_threads(
+    store: Store, file: StoredFile, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threads: set[int] = set()
+    together = threading.Barrier(2, timeout=10)
+    read_span = store.frames._read_span
+
+    def met(span: Any, *, demand: bool) -> Any:
+        if room and threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            together.wait()
+        return read_span(span, demand=demand)
+
+    monkeypatch.setattr(frames, "_PROCESSORS", 2)
+    monkeypatch.setattr(store.frames, "_read_span", met)
+    if not room:
+        monkeypatch.setattr(store.frames._executor(), "submit", refuse)
+    assert bytes(file.read(0, 90 * PAGE)) == CONTENT[: 90 * PAGE]
+    assert len(threads) == 2 * room
 
 
 def test_prefetching_reads_every_frame_once_and_tells_when_ranges_are_ready(
