@@ -68,6 +68,14 @@ class Piece:
         """Return whether it begins where the other one ends, in the same block."""
         return self.stretch.block is other.stretch.block and self.start == other.end
 
+    def start_address(self) -> int | None:
+        """Return the guest-physical address of its first byte, if that is known."""
+        return self.stretch.address_of(self.start)
+
+    def end_address(self) -> int | None:
+        """Return the address after that of its last byte."""
+        return self.stretch.address_of(self.end)
+
 
 @dataclass(frozen=True)
 class View:

@@ -61,7 +61,8 @@ class RegularExpression:
         if any(looking_back in pattern for looking_back in (b"(?<", rb"\b", rb"\B")):
             return True
         zeros = bytes(2 * LONGEST_MATCH)
-        return any(found.end() > found.start() for found in self._compiled.finditer(zeros))
+        # All positions in zeros are alike, but for the first one: a search would take its time at each.
+        return any(self._compiled.match(zeros, start) is not None for start in (0, LONGEST_MATCH))
 
     def find(self, data: Buffer, start: int, end: int) -> tuple[array[int], array[int], int]:
         """Return the starts and ends of matches that start in ``[start, end)``, and where to go on.

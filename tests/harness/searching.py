@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 import pyqmigrate
 from tests.harness.snapshots import Bytes
 
-__all__ = ["PAGE", "SMALL_WINDOW", "found_by_bytes", "found_by_re", "memories", "save", "strings_of"]
+__all__ = [
+    "PAGE",
+    "SMALL_WINDOW",
+    "found_by_bytes",
+    "found_by_re",
+    "memories",
+    "save",
+    "strings_of",
+]
 
 PAGE = 1024
 SMALL_WINDOW = 64 * PAGE  # the smallest that a scan can have
@@ -40,7 +48,9 @@ def memories(draw: st.DrawFn, most: int = 200) -> Bytes:
 
 def save(path: Path, *blocks: tuple[str, Bytes], page_size: int = PAGE) -> None:
     pyqmigrate.save(
-        path, [pyqmigrate.RamBlock(name, memory, page_size) for name, memory in blocks], sparse="exact"
+        path,
+        [pyqmigrate.RamBlock(name, memory, page_size) for name, memory in blocks],
+        sparse="exact",
     )
 
 

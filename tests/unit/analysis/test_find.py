@@ -15,23 +15,18 @@ from pyqmigrate import BlockMismatch, Cancelled, SnapshotError, UsageError, open
 from pyqmigrate.analysis import memory_scan
 from pyqmigrate.analysis.regular_expression import RegularExpression
 from pyqmigrate.analysis.search import find
-from tests.harness.searching import (
-    PAGE,
-    SMALL_WINDOW,
-    found_by_bytes,
-    found_by_re,
-    memories,
-    save,
-)
+from tests.harness.searching import PAGE, SMALL_WINDOW, found_by_bytes, found_by_re, memories, save
 from tests.harness.snapshots import Bytes
 
 PATTERNS = st.one_of(
     st.text("ab\0", min_size=1, max_size=6).map(str.encode),
-    st.sampled_from([b"\0", b"\0" * 1500, b"\0a", b"a\0", b"\0" * 1030 + b"b", b"a" * 70_0, b"\xff\n"]),
+    st.sampled_from(
+        [b"\0", b"\0" * 1500, b"\0a", b"a\0", b"\0" * 1030 + b"b", b"a" * 70_0, b"\xff\n"]
+    ),
 )
 EXPRESSIONS = [
     rb"a+", rb"b\0+a", rb"\0{3}", rb"[^a\0]b", rb"(?:ab|b\0)+c?", rb"a{2,5}", rb"(?<=a)\0", rb"\bc",
-    rb"\0*a\n", rb"(?i)AB", rb".{7}",
+    rb"\0{0,40}a\n", rb"(?i)AB", rb".{7}",
 ]  # fmt: skip
 
 
@@ -95,7 +90,9 @@ def test_every_kind_of_snapshot_is_searched(tmp_path: Path, kind: str, pattern: 
 
         memory = random_memory(seed=1)
         changed = np.arange(300) % 3 == 0
-        merged = np.where(changed[:, None], memory.reshape(300, -1), random_memory().reshape(300, -1))
+        merged = np.where(
+            changed[:, None], memory.reshape(300, -1), random_memory().reshape(300, -1)
+        )
         save_increment(path, tmp_path / "plain", {"ram": memory}, {"ram": changed}, page_size=PAGE)
         memory = merged.reshape(-1)
     with open_snapshot(path, **({"page_size": PAGE} if kind == "sequential" else {})) as snapshot:
@@ -162,7 +159,9 @@ def test_only_the_named_block_is_searched(tmp_path: Path) -> None:
     save(tmp_path / "a", ("one", random_memory(20)), ("two", random_memory(20, 1)))
     with open_snapshot(tmp_path / "a") as snapshot:
         assert {match.block for match in find(snapshot, b"ab", block="two")} == {"two"}
-        assert [m.block for m in find(snapshot, b"ab")] == sorted(m.block for m in find(snapshot, b"ab"))
+        assert [m.block for m in find(snapshot, b"ab")] == sorted(
+            m.block for m in find(snapshot, b"ab")
+        )
         with pytest.raises(BlockMismatch, match="three"):
             find(snapshot, b"ab", block="three")
 
@@ -184,7 +183,10 @@ def test_wrong_arguments_are_refused(
     tmp_path: Path, pattern: bytes, options: dict[str, object]
 ) -> None:
     save(tmp_path / "a", ("ram", random_memory(2)))
-    with open_snapshot(tmp_path / "a") as snapshot, pytest.raises((UsageError, pyqmigrate.NotSupported)):
+    with (
+        open_snapshot(tmp_path / "a") as snapshot,
+        pytest.raises((UsageError, pyqmigrate.NotSupported)),
+    ):
         find(snapshot, pattern, **options)  # type: ignore[arg-type]
 
 
@@ -208,7 +210,9 @@ def test_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
             find(snapshot, b"b").count()
 
 
-def test_progress_is_reported_and_can_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported_and_can_end_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory_scan, "_REPORT_EVERY", 0)
     save(tmp_path / "a", ("ram", random_memory()))
     done: list[int] = []
