@@ -28,7 +28,7 @@ __all__ = ["FIRST_MULTIPLE", "PagesInFile", "Window", "WindowReader"]
 
 FIRST_MULTIPLE = 64  # a window starts at a multiple of so many pages
 
-_READ_GAP = 128 << 10  # bytes: as in a load
+_READ_GAP = 32 << 10  # bytes: longer gaps between pages with data are not read over
 
 
 @dataclass(frozen=True)
