@@ -8,8 +8,8 @@ syntax of Python's re. A match of an expression is found whole up to 64 KiB. The
 not anything was found.
 
 JSON: an object in one line for each match, with the key ``match``: ``block``, ``offset`` (bytes, in the
-block), ``address`` (guest-physical, or null), ``hex``, ``before`` and ``after`` (the bytes, as hex digits). The last line
-is an object of ``matches`` (their number), ``engine`` (bytes, re or re2), ``bytes_read``, ``seconds`` and
+block), ``address`` (guest-physical, or null), ``hex``, ``before`` and ``after`` (the bytes, as hex digits).
+The last line is an object of ``matches`` (their number), ``engine`` (bytes, re or re2), ``bytes_read``, ``seconds`` and
 ``notes`` (sentences). With --count there is only this.
 """
 

@@ -38,6 +38,7 @@ from pyqmigrate.snapshot.load.memories import check_known
 
 if TYPE_CHECKING:
     from pyqmigrate.format.stream.sequential import SequentialStream
+    from pyqmigrate.snapshot.block_array import BlockArray
     from pyqmigrate.snapshot.load.staging import StreamUnpacker
 
 __all__ = ["Block", "Snapshot", "error_from_errno"]
@@ -129,6 +130,17 @@ class Block(abc.ABC):
             number = error.errno or errno.EIO
             raise error_from_errno(number, self.snapshot.source, self.name) from None
         return pages[offset - start : offset - start + length]
+
+    def as_array(self) -> BlockArray:
+        """Return the block as an array for numpy, read when it is indexed; NotSupported without numpy.
+
+        Raises UsageError for an external block.
+        """
+        from pyqmigrate.snapshot.block_array import BlockArray
+
+        if self.external:
+            raise self._elsewhere()
+        return BlockArray(self)
 
     def _elsewhere(self) -> UsageError:
         return UsageError(f"the content of block {self.name!r} is not in this file")
