@@ -216,6 +216,12 @@ def test_memory_is_read_by_address(kitchen: Kitchen, saved: Saved) -> None:
     assert "0x0 0xc0000 pc.ram\n" in printed
 
 
+@pytest.mark.skipif(shutil.which("jq") is None, reason="there is no jq command")
+def test_host_is_compared(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    kitchen.cook("Check whether a snapshot can be restored on this host")
+
+
 def test_nights_are_kept(kitchen: Kitchen, saved: Saved) -> None:
     shutil.copy(saved.path, kitchen.directory / "guest.mapped")
     kitchen.cook("Keep a nightly series of increments")
