@@ -1,6 +1,6 @@
 """Find a text, bytes or a regular expression in a guest's memory.
 
-SNAPSHOT is of any kind that can be read at random. The results come in the order of guest-physical
+SNAPSHOT is of any kind. The results come in the order of guest-physical
 addresses, those in memory without a known address last. Memory without data is not read, and counts as
 zeros. Of matches that overlap only the first is given. PATTERN is a text in UTF-8; ``--hex`` bytes such as
 "de ad be ef", ``--utf-16`` a text in UTF-16LE (Windows), ``--regex`` a regular expression over bytes in the
@@ -21,7 +21,7 @@ import os
 from pyqmigrate.analysis.search import Match, Search, find
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.lines_output import LinesOutput
-from pyqmigrate.cli.opening import add_snapshot, opened
+from pyqmigrate.cli.opening import add_snapshot, opened_at_random
 from pyqmigrate.cli.outcome import Outcome, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.search_options import add_area, shown_place
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     pattern = _pattern(args)
     output = LinesOutput(args)
     with (
-        opened(args, args.snapshot) as snapshot,
+        opened_at_random(args) as snapshot,
         shown("find") as show,
         find(
             snapshot,

@@ -1,7 +1,7 @@
 """Show bytes of a guest's memory, by guest-physical address or by block.
 
 WHERE is @ADDRESS, a guest-physical address as ``convert --to elf`` has it, or BLOCK:OFFSET. LENGTH is in
-bytes. SNAPSHOT is of any kind that can be read at random. The bytes are shown in lines of 16 as hex digits
+bytes. SNAPSHOT is of any kind. The bytes are shown in lines of 16 as hex digits
 and text; ``--hex`` prints only digits, ``--raw`` the bytes as they are. It is an error if there is no memory
 at one of the addresses.
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.lines_output import LinesOutput
-from pyqmigrate.cli.opening import add_snapshot, opened
+from pyqmigrate.cli.opening import add_snapshot, opened_at_random
 from pyqmigrate.cli.outcome import Outcome
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> Outcome:
         raise UsageError(f"--json is for at most {_JSON_MAX >> 20} MiB, without --raw")
     if args.raw and os.isatty(1):
         raise UsageError("standard output is a terminal: redirect it to a file or a pipe")
-    with opened(args, args.snapshot) as snapshot, shown("read") as show:
+    with opened_at_random(args) as snapshot, shown("read") as show:
         snapshot.prepare_random_reads(show)
         read = _reader(snapshot, block)
         if args.json:

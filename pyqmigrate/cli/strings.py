@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pyqmigrate.analysis.text_search import strings
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.lines_output import LinesOutput
-from pyqmigrate.cli.opening import add_snapshot, opened
+from pyqmigrate.cli.opening import add_snapshot, opened_at_random
 from pyqmigrate.cli.outcome import Outcome, printable
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.search_options import add_area, shown_place
@@ -45,7 +45,7 @@ def add_parser(verbs: Verbs) -> None:
 def _run(args: argparse.Namespace) -> Outcome:
     output = LinesOutput(args)
     with (
-        opened(args, args.snapshot) as snapshot,
+        opened_at_random(args) as snapshot,
         shown("strings") as show,
         strings(
             snapshot,

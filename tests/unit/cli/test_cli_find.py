@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 from pathlib import Path
@@ -126,6 +127,25 @@ def test_wrong_use_is_refused(
 def test_address_is_refused_where_none_is_known(guest: Path, command: Command) -> None:
     for words in (("read", guest, "@0", "1"), ("find", guest, "a", "--address-range", "0-1G")):
         assert command(*words).code == 5
+
+
+def test_compressed_stream_and_pipe_are_searched(
+    guest: Path, command: Command, tmp_path: Path
+) -> None:
+    stream = tmp_path / "stream"
+    assert command("convert", guest, stream, "--to", "stream").code == 0
+    (tmp_path / "gz").write_bytes(gzip.compress(stream.read_bytes()))
+    place = "one:0x3000  secret\n"
+    assert place in command("find", tmp_path / "gz", "secret").out
+    done = subprocess.run(
+        [*COMMAND, "find", "-", "secret"],
+        input=stream.read_bytes(),
+        capture_output=True,
+        check=True,
+    )
+    assert place in done.stdout.decode()
+    assert "746865\n" in command("read", tmp_path / "gz", "one:0x2ffc", "3", "--hex").out
+    assert "the secret word" in command("strings", tmp_path / "gz", "-n", "9").out
 
 
 def test_reader_that_goes_away_ends_the_search(guest: Path) -> None:
