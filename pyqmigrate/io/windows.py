@@ -1,7 +1,7 @@
 """Windows: parts of a RAM block of a snapshot in memory, to look at their bytes.
 
-    with WindowReader(memory, layers) as reader, Window(8 << 20) as window:
-        data = reader.read(channel, window, first_page, npages)
+    reader = WindowReader(block.memory(), block.page_size, layers, job)
+    data = reader.read(channel, Window(8 << 20), first_page, npages)
 
 Pages without data are filled with zeros and not read. A block whose pages have fixed places in files is
 read by the core as in a load, with direct I/O if there is a descriptor for that; any other is read
@@ -61,17 +61,17 @@ class Window:
 
 
 class WindowReader:
-    """Reads windows of one block, of ``npages`` pages; several threads may.
+    """Reads windows of one block, whose ``memory`` this is; several threads may.
 
-    ``layers`` are its pages in files, the first of which is asked for all others as zeros; empty for
-    a block without fixed places. Files, bitmaps and ``memory`` stay open meanwhile; ``job`` counts
+    ``layers`` are its pages in files, none for a block without fixed places; pages that are in none
+    of them are zeros. Files, bitmaps and ``memory`` must stay open; ``job`` counts
     what was read, and can be cancelled.
     """
 
     def __init__(
         self, memory: SnapshotMemory, page_size: int, layers: Sequence[PagesInFile], job: JobState
     ) -> None:
-        self._source, self._length, self._page_size = memory.source, memory.length, page_size
+        self._source, self._page_size = memory.source, page_size
         self._layers, self._job = layers, job
 
     def next_data(self, offset: int, end: int) -> int:
