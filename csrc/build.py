@@ -29,6 +29,7 @@ SOURCES = [
     "index.c",
     "staging.c",
     "search.c",
+    "find.c",
     "xxh3.c",
     "page_digests.c",
     "compare.c",

@@ -234,6 +234,23 @@ int64_t qm_scan(const void *bytes, uint64_t npages, uint32_t page_size, uint64_t
 /* Return the sum of all 64-bit words: the speed of plain reading, to compare the scan with. */
 uint64_t qm_sum(const void *bytes, size_t len);
 
+/* ---- find ----------------------------------------------------------------------------------- */
+
+/* Find occurrences of a pattern that start in [from, to) and end within the `len` bytes, less than
+ * 4 GiB. An occurrence that overlaps the one found before it does not count. Write the positions of
+ * at most `most` to `found`, and to *next where to go on: `to` if there are no more. Returns how many
+ * were found. */
+int64_t qm_find(const void *bytes, size_t len, size_t from, size_t to, const void *pattern,
+                size_t pattern_len, uint32_t *found, size_t most, size_t *next);
+
+/* Find runs of printable characters (ASCII and tab) that start in [from, to): of at least `min`
+ * characters, or of any number that touches the edges, less than `width` bytes from `from`, or `to`.
+ * `width` is 1, or 2 for UTF-16, little-endian. A run ends at the first character that starts at `to`
+ * or later. Write the start and the end of at most `most` to `found`, and to *next where to go on. A
+ * run that is continued there has not ended. Returns how many were found. */
+int64_t qm_strings(const void *bytes, size_t len, size_t from, size_t to, size_t min, size_t width,
+                   uint32_t *found, size_t most, size_t *next);
+
 /* ---- write ---------------------------------------------------------------------------------- */
 
 /* Write those of the pages [first, first + npages) that are selected and not zero. In `data` their

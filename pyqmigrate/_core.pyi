@@ -49,6 +49,30 @@ class _Lib:
     def qm_is_zero(self, data: Any, length: int) -> int: ...
     def qm_scan(self, data: Any, npages: int, page_size: int, bits: Any) -> int: ...
     def qm_sum(self, data: Any, length: int) -> int: ...
+    def qm_find(
+        self,
+        data: Any,
+        length: int,
+        first: int,
+        end: int,
+        pattern: Any,
+        pattern_length: int,
+        found: Any,
+        most: int,
+        next: Any,
+    ) -> int: ...
+    def qm_strings(
+        self,
+        data: Any,
+        length: int,
+        first: int,
+        end: int,
+        least: int,
+        width: int,
+        found: Any,
+        most: int,
+        next: Any,
+    ) -> int: ...
     def qm_count(self, bits: Any, npages: int, last: Any) -> int: ...
     def qm_write(self, transfer: Any, channel: Any, first: int, npages: int, fault: Any) -> int: ...
     def qm_write_tail(self, transfer: Any, channel: Any, fault: Any) -> int: ...

@@ -40,6 +40,7 @@ from typing import Any, NoReturn, TextIO
 from pyqmigrate import __version__
 from pyqmigrate.cli.arguments import BadArguments, Parser, add_general
 from pyqmigrate.cli.exit_codes import ExitCode, exit_code
+from pyqmigrate.cli.lines_output import json_line
 from pyqmigrate.cli.missing_streams import fill_missing_streams
 from pyqmigrate.cli.outcome import Outcome, error_data, json_text, shown_error
 from pyqmigrate.cli.standard_streams import is_standard
@@ -60,6 +61,9 @@ _VERBS = (
     "seal",
     "verify",
     "diff",
+    "find",
+    "strings",
+    "read",
     "convert",
     "compact",
     "store",
@@ -106,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _write(sys.stderr, f"{usage}pyqmigrate: {shown_error(error)}\n")
             if as_json:
                 stream = sys.stderr if _fills_stdout(parsed) else sys.stdout
-                _write(stream, json_text({"error": error_data(error, code)}))
+                # A verb with a result in many lines fails in one, too.
+                text = json_line if getattr(parsed, "json_lines", False) else json_text
+                _write(stream, text({"error": error_data(error, code)}))
         return code
 
 

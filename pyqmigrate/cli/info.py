@@ -1,5 +1,10 @@
 """Show what a snapshot contains.
 
+``--host`` compares the CPU features that the guest uses (XCR0, CR4, EFER, and registers that not every
+processor has) with this host's processor and with what its QEMU can give, without a guest. It is for x86.
+The exit code is 1 if something is missing; the report says what, and what to do. Features that a guest
+uses without switching them on, such as AES, do not show: give ``--cpu`` the model that it was saved with.
+
 ``--xml`` prints only the domain's XML that libvirt stored before the stream, also for a compressed or
 unfinished image.
 
@@ -24,6 +29,9 @@ QEMU with the same machine), ``obstacles`` to a load and ``remarks``, texts; ``s
 of ``kind`` (start, part, end, full, command), ``section_id``, ``name``, ``instance_id``,
 ``version_id``, ``offset``, ``length``, ``body_offset``, ``body_length``. Offsets are absolute in
 the file, or in the decompressed stream if libvirt compressed it; offsets and lengths are in bytes.
+With --host also ``host``, an object of ``possible``, ``cpus`` (their number), ``xcr0``, ``xsave_size``,
+``features`` (a list of ``name`` and ``why``), ``msrs`` (names of QEMU's states), ``accelerator``, ``qemu``
+(the executable, or null), ``model``, ``missing`` (features), ``obstacles`` and ``notes`` (sentences).
 
 If the stream of an image by libvirt cannot be read (lzop), the header is shown, with exit code 5; JSON:
 ``snapshot``, ``offset``, ``libvirt``, and ``unreadable``, which says why and what to do.
@@ -41,6 +49,7 @@ from typing import Any
 
 from pyqmigrate.cli.arguments import Verbs, add_verb
 from pyqmigrate.cli.exit_codes import ExitCode
+from pyqmigrate.cli.host import add_host, check_host_options, host_data, host_lines, host_report
 from pyqmigrate.cli.opening import add_snapshot, opened
 from pyqmigrate.cli.outcome import Outcome, counted, printable, table
 from pyqmigrate.cli.sizes import show_size
@@ -61,14 +70,18 @@ def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "info", _run, __doc__)
     add_snapshot(parser)
     parser.add_argument("--xml", action="store_true", help="print only the XML in libvirt's header")
+    add_host(parser)
 
 
 def _run(args: argparse.Namespace) -> Outcome:
+    check_host_options(args)
     if args.xml:
         return _xml(args)
     try:
         return _whole(args)
     except NotSupported as error:
+        if args.host:
+            raise
         header = _header(args)
         if header is None:
             raise
@@ -79,7 +92,13 @@ def _whole(args: argparse.Namespace) -> Outcome:
     with opened(args, args.snapshot) as snapshot:
         origin = provenance(snapshot)
         data = {"snapshot": args.snapshot, **_data(snapshot, origin)}
-        return Outcome(data, list(_lines(snapshot, data, origin)))
+        lines = list(_lines(snapshot, data, origin))
+        if not args.host:
+            return Outcome(data, lines)
+        report = host_report(args, snapshot)
+        data["host"] = host_data(report)
+        code = ExitCode.DONE if report.possible else ExitCode.BAD
+        return Outcome(data, [*lines, *host_lines(report)], code)
 
 
 def _header(args: argparse.Namespace) -> LibvirtHeader | None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Iterator
 
 from pyqmigrate.cli.arguments import Parser, add_bitmap_order, add_offset
 from pyqmigrate.cli.progress import shown
 from pyqmigrate.cli.sizes import read_size
 from pyqmigrate.cli.standard_streams import read_from
+from pyqmigrate.io.target import Descriptors
 from pyqmigrate.snapshot.base import Snapshot
 from pyqmigrate.snapshot.detect import open_snapshot
 
-__all__ = ["add_snapshot", "opened"]
+__all__ = ["add_snapshot", "opened", "opened_at_random"]
 
 
 def add_snapshot(parser: Parser) -> None:
@@ -60,3 +62,28 @@ def opened(args: argparse.Namespace, path: str, *, one_pass: bool = False) -> It
             with shown("read through") as show:
                 snapshot.read_through(show)
         yield snapshot
+
+
+@contextlib.contextmanager
+def opened_at_random(args: argparse.Namespace) -> Iterator[Snapshot]:
+    """Open the snapshot of a verb that reads its pages at random.
+
+    A compressed stream and one from a pipe, which are read front to back, are unpacked into an unnamed
+    file in TMPDIR (/var/tmp) first.
+    """
+    with opened(args, args.snapshot, one_pass=True) as snapshot:
+        if not (snapshot.one_pass and snapshot.source.forward):
+            with shown("read through") as show:
+                snapshot.prepare_random_reads(show)
+            yield snapshot
+            return
+        # Other verbs need neither.
+        import tempfile
+
+        from pyqmigrate.export.convert import convert
+
+        with tempfile.TemporaryFile(dir=os.environ.get("TMPDIR") or "/var/tmp") as file:
+            with shown("unpack") as show:
+                convert(snapshot, Descriptors(file.fileno()), to="mapped-ram", progress=show)
+            with open_snapshot(Descriptors(file.fileno())) as unpacked:
+                yield unpacked

@@ -10,11 +10,12 @@ two base classes here, so that another kind needs a class and a line in ``detect
 from __future__ import annotations
 
 import abc
+import contextlib
 import errno
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from pyqmigrate.argument_types import check_callback
 from pyqmigrate.enums import Format
@@ -37,6 +38,7 @@ from pyqmigrate.snapshot.load.memories import check_known
 
 if TYPE_CHECKING:
     from pyqmigrate.format.stream.sequential import SequentialStream
+    from pyqmigrate.snapshot.block_array import BlockArray
     from pyqmigrate.snapshot.load.staging import StreamUnpacker
 
 __all__ = ["Block", "Snapshot", "error_from_errno"]
@@ -129,6 +131,17 @@ class Block(abc.ABC):
             raise error_from_errno(number, self.snapshot.source, self.name) from None
         return pages[offset - start : offset - start + length]
 
+    def as_array(self) -> BlockArray:
+        """Return the block as an array for numpy, read when it is indexed; NotSupported without numpy.
+
+        Raises UsageError for an external block.
+        """
+        from pyqmigrate.snapshot.block_array import BlockArray
+
+        if self.external:
+            raise self._elsewhere()
+        return BlockArray(self)
+
     def _elsewhere(self) -> UsageError:
         return UsageError(f"the content of block {self.name!r} is not in this file")
 
@@ -146,6 +159,13 @@ def error_from_errno(number: int, source: Source, block: str) -> Exception:
         return SnapshotError("the change to a page does not fit it", block=block, field="xbzrle")
     error = TargetError(number, f"cannot read pages of block {block!r}", source.name)
     return error if source.view is None else source.view.explain(error)
+
+
+class _Work(Protocol):
+    """What reads a snapshot in the background."""
+
+    def cancel(self) -> None: ...
+    def join(self) -> object: ...
 
 
 class _OpensByCall(abc.ABCMeta):
@@ -178,7 +198,7 @@ class Snapshot(metaclass=_OpensByCall):
         if not isinstance(stream_file, StreamFile):
             raise UsageError("a snapshot is opened with open_snapshot(target)")
         self._lock = threading.RLock()
-        self._jobs: list[Job[Any]] = []
+        self._jobs: list[_Work] = []
         self._stream_file: StreamFile | None = stream_file
         self.libvirt = stream_file.libvirt
 
@@ -347,6 +367,16 @@ class Snapshot(metaclass=_OpensByCall):
         """Cancel the job when the snapshot is closed before it ends."""
         self._jobs.append(job)
         return job.at_end(lambda: self._jobs.remove(job))
+
+    def attach(self, work: _Work) -> None:
+        """Cancel ``work``, which reads the snapshot, and wait for its end when this is closed."""
+        _ = self.source  # raises if the snapshot is closed
+        self._jobs.append(work)
+
+    def detach(self, work: _Work) -> None:
+        """Forget attached work that has ended. Idempotent."""
+        with contextlib.suppress(ValueError):
+            self._jobs.remove(work)
 
     def _drop(self) -> None:
         """Free memory; called once, after all jobs have ended."""

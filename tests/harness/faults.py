@@ -590,6 +590,13 @@ WORK: dict[str, Work] = {
     "the command seal": Work(a_mapped_one, told("seal", "DIR/from"), unchanged),
     "the command verify": Work(a_mapped_one, told("verify", "DIR/from"), unchanged),
     "the pages of a page server": Work(a_mapped_one, served_pages, unchanged),
+    "the command find": Work(
+        a_mapped_one, told("find", "DIR/from", "no such text in it"), unchanged
+    ),
+    "the command strings": Work(
+        a_sequential_one, told("strings", "DIR/from", "-n", "90"), unchanged
+    ),
+    "the command read": Work(a_mapped_one, told("read", "DIR/from", "small:0", "4096"), unchanged),
     "the command info": Work(a_sequential_one, told("info", "DIR/from"), unchanged),
     "the command fleet verify": Work(
         a_mapped_one, told("fleet", "verify", "DIR/from", "--jobs", "1"), unchanged

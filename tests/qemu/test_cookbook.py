@@ -177,6 +177,51 @@ def test_text_is_found(kitchen: Kitchen, saved: Saved) -> None:
     assert kitchen.cook("Find a text in guest memory") == [f"pc.ram {at:#x}\n"]
 
 
+def put_text(path: Path, text: bytes) -> int:
+    """Write a text into the last page of RAM with data; return where it is in the block."""
+    with open_snapshot(path) as snapshot:
+        ram = snapshot.blocks["pc.ram"]
+        last = [first for first, _, data in ram.runs() if data][-1]
+        at = last * ram.page_size + 77
+        offset = ram.pages_offset  # type: ignore[union-attr]
+    with path.open("r+b") as file:
+        file.seek(offset + at)
+        file.write(text)
+    return at
+
+
+def test_secret_is_found(kitchen: Kitchen, saved: Saved) -> None:
+    path = kitchen.directory / "guest.mapped"
+    shutil.copy(saved.path, path)
+    at = put_text(path, b"here it is")
+    _, printed = kitchen.cook("Find a secret in a guest that was saved, and where it is")
+    before = saved.memory["pc.ram"][at - 8 : at].hex()
+    assert printed == f"pc.ram {at:#x} {at:#x} {before}\n"
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="there is no jq command")
+def test_strings_are_compared(kitchen: Kitchen, saved: Saved) -> None:
+    for name in ("guest.mapped", "later.mapped"):
+        shutil.copy(saved.path, kitchen.directory / name)
+    put_text(kitchen.directory / "later.mapped", b"\0here it is\0")
+    kitchen.cook("Compare the strings of two snapshots")
+
+
+def test_memory_is_read_by_address(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    console, _, printed = kitchen.cook("Read memory by its guest-physical address")
+    firmware = saved.image.read_bytes()[-16:].hex(" ")
+    assert firmware in console
+    assert printed.endswith(f"{firmware}\n")
+    assert "0x0 0xc0000 pc.ram\n" in printed
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="there is no jq command")
+def test_host_is_compared(kitchen: Kitchen, saved: Saved) -> None:
+    shutil.copy(saved.path, kitchen.directory / "guest.mapped")
+    kitchen.cook("Check whether a snapshot can be restored on this host")
+
+
 def test_nights_are_kept(kitchen: Kitchen, saved: Saved) -> None:
     shutil.copy(saved.path, kitchen.directory / "guest.mapped")
     kitchen.cook("Keep a nightly series of increments")
