@@ -81,7 +81,8 @@ class BlockingMonitor:
         request: dict[str, object] = {"execute": command, "id": self._number}
         if arguments:
             request["arguments"] = dict(arguments)
-        line = json.dumps(request).encode() + b"\n"
+        # Short: QEMU reads its monitors byte by byte.
+        line = json.dumps(request, separators=(",", ":")).encode() + b"\n"
         try:
             sent = socket.send_fds(self._connection, [line], list(fds)) if fds else 0
             self._connection.sendall(line[sent:], socket.MSG_NOSIGNAL)
