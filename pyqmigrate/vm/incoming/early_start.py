@@ -29,6 +29,7 @@ from pyqmigrate.vm.qemu.command_line import CommandLine
 from pyqmigrate.vm.qemu.spawn import QemuProcess, start
 
 if TYPE_CHECKING:
+    from pyqmigrate.vm.incoming.lazy_keeper import StartedKeeper
     from pyqmigrate.vm.incoming.lazy_start import StartedLazy
 
 __all__ = ["EarlyRestore", "StartedRestore", "prepare", "start_early", "start_mapped"]
@@ -149,9 +150,13 @@ class EarlyRestore(NamedTuple):
 
 
 def start_early(
-    snapshot: Target, command: Sequence[str] | None, options: RestoreOptions
+    snapshot: Target,
+    command: Sequence[str] | None,
+    options: RestoreOptions,
+    keeper: StartedKeeper | None = None,
 ) -> EarlyRestore | None:
-    """Start an instant or a lazy restore; arguments as for :func:`pyqmigrate.vm.restore`.
+    """Start an instant or a lazy restore; arguments as for :func:`pyqmigrate.vm.restore`. ``keeper`` is
+    that of a lazy one, started ahead; it is taken over.
 
     Returns None if it could not be started, for any reason: the restore that follows meets it again
     and reports it, or loads. If the wait is interrupted, QEMU is ended.
@@ -160,8 +165,10 @@ def start_early(
 
     def work() -> None:
         try:
-            start = _start_lazy if options.mode is Mode.LAZY else _start
-            results.append(start(snapshot, command, options))
+            if keeper is None:
+                results.append(_start(snapshot, command, options))
+            else:
+                results.append(_start_lazy(snapshot, command, options, keeper))
         except Exception:  # the restore that follows meets it again
             return
 
@@ -197,15 +204,11 @@ def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOption
 
 
 def _start_lazy(
-    snapshot: Target, words: Sequence[str] | None, options: RestoreOptions
+    snapshot: Target, words: Sequence[str] | None, options: RestoreOptions, keeper: StartedKeeper
 ) -> EarlyRestore:
-    # Loaded only for this, as it imports all that an instant restore does without.
-    from pyqmigrate.vm.incoming.lazy_keeper import keeper_for
-
-    keeper = keeper_for(snapshot if isinstance(snapshot, str) else "")
     with contextlib.ExitStack() as undo:
         undo.callback(keeper.end)
-        # More imports, while the page server has its own.
+        # Loaded only for this, as it imports all that an instant restore does without.
         from pyqmigrate.vm.incoming.lazy_start import LazyStart
 
         source = RestoreSource(snapshot, options.offset, options.base, options.cache)

@@ -7,10 +7,9 @@ processes.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
-
-from pyqmigrate.vm.incoming.keeper.server import ServerProgram
 
 __all__ = ["SERVER", "main"]
 
@@ -22,16 +21,31 @@ SERVER = (
 
 def main() -> None:
     """Keep the restore whose parent is standard input."""
-    kind, paths = sys.argv[2], sys.argv[4:]
-    first = ServerProgram.fork(lambda: _serve(kind, paths))
+    ours, theirs = socket.socketpair()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        _become_server(theirs.fileno(), writer)
+    theirs.close()
+    os.close(writer)
     from pyqmigrate.vm.incoming.keeper.keeper import Keeper, ignore_signals
+    from pyqmigrate.vm.incoming.keeper.server import ServerProcess, ServerProgram
 
     ignore_signals()
     command = [sys.executable, "-I", "-S", "-c", SERVER, *sys.argv[1:]]
+    first = ServerProcess(pid, ours, reader)
     Keeper(socket.socket(fileno=0), ServerProgram(command), first).run()
 
 
-def _serve(kind: str, paths: list[str]) -> None:
-    from pyqmigrate.vm.incoming.keeper.preloaded import serve
+def _become_server(control: int, errors: int) -> None:
+    """Serve, with the control channel as standard input. Ends the process."""
+    try:
+        os.setsid()
+        os.dup2(control, 0)
+        os.dup2(errors, 2)
+        os.closerange(3, max(control, errors) + 1)  # the keeper's
+        from pyqmigrate.vm.incoming.keeper.preloaded import main as serve
 
-    serve(kind, paths)
+        serve()
+    finally:
+        os._exit(1)
