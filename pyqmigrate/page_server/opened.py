@@ -110,6 +110,13 @@ class MappedRamSource(PageSource):
             first = stop
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def place(self, block: int) -> tuple[int, int] | None:
+        layers = self._layers[block]
+        file = layers[0].file
+        if self.readers or len(layers) > 1 or not isinstance(file, OpenFile):
+            return None
+        return file.fd, layers[0].layout.pages_offset
+
     def _drop(self) -> None:
         for bitmap in self._data:
             bitmap.close()
