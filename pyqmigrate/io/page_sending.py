@@ -128,9 +128,7 @@ class PageSending:
         """Whether requested pages are being sent."""
         return self._pages[1] is not None
 
-    def send(
-        self, block: int, first: int, npages: int, pages: Data | None, since: int = 0
-    ) -> None:
+    def send(self, block: int, first: int, npages: int, pages: Data | None, since: int = 0) -> None:
         """Have :meth:`serve` send pages ``[first, first + npages)``; those that were sent are left out.
 
         pages: their content, kept until they are sent; None if they are zeros.

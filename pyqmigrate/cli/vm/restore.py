@@ -211,12 +211,6 @@ def add_command(parser: Parser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    keeper = None
-    if args.mode == "lazy":
-        # The guest waits for the imports of its page server: they begin before those here.
-        from pyqmigrate.vm.incoming.lazy_keeper import keeper_for
-
-        keeper = keeper_for(args.snapshot)
     from pyqmigrate.vm.incoming.early_start import start_early
     from pyqmigrate.vm.incoming.inherited_fds import inherited_descriptors
     from pyqmigrate.vm.incoming.options import Mode, Push, RestoreOptions
@@ -246,7 +240,7 @@ def _run(args: argparse.Namespace) -> Outcome:
     )
     early = None
     if options.mode in (Mode.AUTO, Mode.INSTANT, Mode.LAZY):
-        early = start_early(args.snapshot, args.command or None, options, keeper)
+        early = start_early(args.snapshot, args.command or None, options)
     try:
         # These imports take long: QEMU starts in the meantime.
         from pyqmigrate.cli.interruption import run_interruptible

@@ -150,24 +150,22 @@ class EarlyRestore(NamedTuple):
 
 
 def start_early(
-    snapshot: Target,
-    command: Sequence[str] | None,
-    options: RestoreOptions,
-    keeper: StartedKeeper | None = None,
+    snapshot: Target, command: Sequence[str] | None, options: RestoreOptions
 ) -> EarlyRestore | None:
-    """Start an instant or a lazy restore; arguments as for :func:`pyqmigrate.vm.restore`. ``keeper`` is
-    that of a lazy one, started ahead; it is taken over.
+    """Start an instant or a lazy restore; arguments as for :func:`pyqmigrate.vm.restore`. Not for a
+    process with threads: a lazy one forks.
 
     Returns None if it could not be started, for any reason: the restore that follows meets it again
     and reports it, or loads. If the wait is interrupted, QEMU is ended.
     """
+    keeper = _forked_keeper(snapshot) if options.mode is Mode.LAZY else None
     results: list[EarlyRestore] = []
 
     def work() -> None:
         try:
-            if keeper is None:
+            if options.mode is not Mode.LAZY:
                 results.append(_start(snapshot, command, options))
-            else:
+            elif keeper is not None:
                 results.append(_start_lazy(snapshot, command, options, keeper))
         except Exception:  # the restore that follows meets it again
             return
@@ -186,6 +184,18 @@ def start_early(
             early.end()
         raise
     return results[0] if results else None
+
+
+def _forked_keeper(snapshot: Target) -> StartedKeeper | None:
+    # Loaded only for this, and before the fork, which has it then: it imports all that an instant restore
+    # does without.
+    import pyqmigrate.vm.incoming.lazy_start  # noqa: F401
+    from pyqmigrate.vm.incoming.forked_keeper import fork_keeper
+
+    try:
+        return fork_keeper(snapshot if isinstance(snapshot, str) else "")
+    except TargetError:  # the restore that follows meets it again
+        return None
 
 
 def _start(snapshot: Target, words: Sequence[str] | None, options: RestoreOptions) -> EarlyRestore:
@@ -208,7 +218,6 @@ def _start_lazy(
 ) -> EarlyRestore:
     with contextlib.ExitStack() as undo:
         undo.callback(keeper.end)
-        # Loaded only for this, as it imports all that an instant restore does without.
         from pyqmigrate.vm.incoming.lazy_start import LazyStart
 
         source = RestoreSource(snapshot, options.offset, options.base, options.cache)

@@ -28,7 +28,7 @@ from pyqmigrate.vm.incoming.incoming_settings import (
     settings_of,
 )
 from pyqmigrate.vm.incoming.lazy_checks import why_not_lazy
-from pyqmigrate.vm.incoming.lazy_keeper import ServerSettings, StartedKeeper, keeper_for
+from pyqmigrate.vm.incoming.lazy_keeper import ServerSettings, StartedKeeper, start_keeper
 from pyqmigrate.vm.incoming.lazy_settings import server_settings
 from pyqmigrate.vm.incoming.options import RestoreOptions
 from pyqmigrate.vm.incoming.ram_files import RamFiles, loadable
@@ -176,7 +176,7 @@ class LazyStart:
     ) -> StartedKeeper:
         keeper = self._keeper
         if keeper is None:
-            keeper = self._keeper = keeper_for(self._source.name)
+            keeper = self._keeper = start_keeper(self._source.name)
             on_failure.callback(keeper.end)
         self._check_abandoned()
         source = self._source
