@@ -29,6 +29,7 @@ from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_SECTION_ID
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.page_sending import PagesInFile
 from pyqmigrate.io.view import names_stored
 
 __all__ = ["GuestState", "PageSource", "ReadAt", "guest_state", "open_source"]
@@ -85,9 +86,8 @@ class PageSource(abc.ABC):
         the file, the caller adds block and pages.
         """
 
-    def place(self, block: int) -> tuple[int, int] | None:
-        """Return where the pages of a block are in a plain file, of which nothing has to be compared:
-        its descriptor, which is borrowed, and the position of page 0. None if they are not."""
+    def place(self, block: int) -> PagesInFile | None:
+        """Return where the pages of a block are in one plain file; None if they are not."""
         return None
 
     @abc.abstractmethod
