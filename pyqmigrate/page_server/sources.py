@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.postcopy.stream import PACKAGE_MAX
 from pyqmigrate.format.snapshot_id import SnapshotId
@@ -89,6 +89,17 @@ class PageSource(abc.ABC):
     def place(self, block: int) -> PagesInFile | None:
         """Return where the pages of a block are in one plain file; None if they are not."""
         return None
+
+    def working_set(self) -> bytes:
+        """Return the working set that the store of the snapshot keeps; empty if it has none.
+
+        Raises UsageError for a snapshot that is not in a store, TargetError.
+        """
+        raise UsageError(f"{self.name!r} is not in a store, which would keep its working set")
+
+    def write_working_set(self, content: bytes) -> None:
+        """Have the store keep a working set. Raises as :meth:`working_set`."""
+        self.working_set()
 
     @abc.abstractmethod
     def close(self) -> None:

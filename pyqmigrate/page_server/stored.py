@@ -16,6 +16,7 @@ from pyqmigrate.format.seal import SealLine
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
 from pyqmigrate.format.stream.mapped_ram_reader import parse
+from pyqmigrate.format.working_set import SUFFIX as WORKING_SET_SUFFIX
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.page_server.sources import PageSource, ReadAt, guest_state
 from pyqmigrate.store.pack_cache import default_directory
@@ -44,7 +45,9 @@ class StoredSource(PageSource):
         self._data: list[Bitmap] = []
         try:
             cache = (cache_directory or default_directory()) if "://" in place else None
-            store = self._stack.enter_context(Store.open(place, cache=cache, patience=patience))
+            store = self._store = self._stack.enter_context(
+                Store.open(place, cache=cache, patience=patience)
+            )
             self.name = f"{store.name}#{stored}"
             self.readers = _LOCAL_READERS if store.place.directory else _REMOTE_READERS
             self._file = _StoredBytes(self._stack.enter_context(store.open_file(stored)), self.name)
@@ -83,6 +86,12 @@ class StoredSource(PageSource):
         layout = self._blocks[block]
         size = layout.page_size
         return self._file.view(layout.pages_offset + first * size, npages * size)
+
+    def working_set(self) -> bytes:
+        return bytes(self._file.file.companions.get(WORKING_SET_SUFFIX, b""))
+
+    def write_working_set(self, content: bytes) -> None:
+        self._store.write_working_set(self._file.file.name, content)
 
     def close(self) -> None:
         for bitmap in self._data:
