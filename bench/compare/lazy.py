@@ -114,7 +114,7 @@ def _remote_byte(place: Path, disk: Disk, bios: Path, add_sample: Add) -> None:
 
 def _workload(place: Path, disk: Disk, _: Path, add_sample: Add) -> None:
     """The walk of a guest over its working set: first with what the server chooses, then as recorded."""
-    guest = WalkingGuest(place, _WALKED, cluster=2, spread=32)
+    guest = WalkingGuest(place, _WALKED, cluster=16, spread=2048)
     guest.save()
     guest.mode = "lazy"
     seal(guest.path)
@@ -180,7 +180,7 @@ def _faults(place: Path, disk: Disk, _: Path, add_sample: Add) -> None:
     newer = newer_qemu()
     if not newer.exists():
         raise AssertionError("no QEMU with a counter of latencies (.ci/ensure-system newer-qemu)")
-    guest = WalkingGuest(place, _WALKED, cluster=2, spread=32)
+    guest = WalkingGuest(place, _WALKED, cluster=16, spread=1024)
     guest.save()
     for _ in range(_PUSH_ROUNDS):
         facts = asyncio.run(_fault_latency(guest, newer))

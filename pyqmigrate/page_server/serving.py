@@ -104,9 +104,10 @@ def serve(
                 f"{source.name!r} is not a copy of the snapshot that the guest was restored from"
             )
         report({"event": "opened", "state": state})
-        options = ServerOptions(
-            Push(request.push), _working_set(source, request.working_set), recording
-        )
+        working_set = _working_set(source, request.working_set)
+        if working_set:
+            source.prefetch(working_set)  # while the destination starts
+        options = ServerOptions(Push(request.push), working_set, recording)
         host_pages = request.host_pages
         if request.wait and control is not None:
             host_pages = _await_begin(control)

@@ -28,6 +28,7 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_SECTION_ID
+from pyqmigrate.format.working_set import TouchedRun
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.page_sending import PagesInFile
 from pyqmigrate.io.view import names_stored
@@ -89,6 +90,10 @@ class PageSource(abc.ABC):
     def place(self, block: int) -> PagesInFile | None:
         """Return where the pages of a block are in one plain file; None if they are not."""
         return None
+
+    def prefetch(self, runs: Sequence[TouchedRun]) -> None:
+        """Have pages ready that will be read soon, in this order. Returns at once, and raises nothing."""
+        return  # where reads are quick
 
     def working_set(self) -> bytes:
         """Return the working set that the store of the snapshot keeps; empty if it has none.
