@@ -283,8 +283,8 @@ class _Probe:
 
 _SERVER = """
 import json, sys, time
-from tests.harness.object_store import ObjectStore
-server = ObjectStore()
+from tests.harness.quick_objects import QuickObjectStore
+server = QuickObjectStore()
 print(json.dumps(server.environment), flush=True)
 for line in sys.stdin:
     server.delay = float(line)
