@@ -430,15 +430,12 @@ int qm_postcopy_serve(qm_postcopy *p, struct qm_serving *s)
     int64_t deadline = s->timeout < 0 ? INT64_MAX : now_ns() + s->timeout;
     s->events = 0;
     for (;;) {
-        int took = 0;
-        if (!s->raw)
-            took = take_requests(p, s);
-        else if (p->received)
-            s->events |= QM_MESSAGE;
         int rc = send_some(p, s);
         if (rc)
             return rc;
-        if (took && !s->events)
+        if (s->raw && p->received)
+            s->events |= QM_MESSAGE;
+        else if (!s->raw && take_requests(p, s) && !s->events)
             continue;
         int64_t now = now_ns(), until = deadline;
         if (s->push && !p->push.busy && !p->answer.busy) {
