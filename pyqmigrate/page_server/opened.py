@@ -71,6 +71,8 @@ class Layer:
 class MappedRamSource(PageSource):
     """A mapped-ram file, or an increment and its base; the snapshot is taken over."""
 
+    window = PIECE // 4096
+
     def __init__(self, snapshot: MappedRamSnapshot | IncrementSnapshot, *, sealed: bool) -> None:
         self._snapshot = snapshot
         self.name = snapshot.source.name

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyqmigrate.errors import QemuError, UsageError
@@ -107,6 +107,7 @@ def block_twins(draw: st.DrawFn) -> list[BlockTwin]:
     return found
 
 
+@settings(deadline=None)
 @given(block_twins(), st.data())
 def test_core_sends_what_the_twin_sends(twins: list[BlockTwin], data: st.DataObject) -> None:
     sender, expected = SenderTwin(twins), b""
@@ -176,6 +177,7 @@ def _parsed(path: ReturnPath, data: bytes) -> Iterator[object]:
         yield "nonsense"
 
 
+@settings(deadline=None)
 @given(st.lists(messages(), max_size=12), st.integers(1, 40))
 def test_core_takes_the_requests_that_the_parser_takes(sent: list[bytes], step: int) -> None:
     blocks = {"ram": PostcopyBlock(BlockSpec("ram", 64 * PAGE, PAGE))}
