@@ -140,10 +140,12 @@ class MappedRamSource(PageSource):
         layers = self._layers[block]
         if self.readers or len(layers) > 1:
             return None
-        file, offset = layers[0].file, layers[0].layout.pages_offset
-        if isinstance(file, SealedFile):
-            return PagesInFile(file.file.fd, offset, file.checked)
-        return PagesInFile(file.fd, offset)
+        file, layout = layers[0].file, layers[0].layout
+        if not isinstance(file, SealedFile):
+            return PagesInFile(file.fd, layout.pages_offset)
+        if layout.pages_end > file.size:
+            return None
+        return PagesInFile(file.file.fd, layout.pages_offset, file.checked)
 
     def _drop(self) -> None:
         for bitmap in self._data:
