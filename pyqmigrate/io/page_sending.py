@@ -217,6 +217,12 @@ class PageSending:
         length = _core.lib.qm_postcopy_received(self._core, out, _RECEIVED)
         return bytes(_core.ffi.buffer(out, length))
 
+    @property
+    def last_asked(self) -> int | None:
+        """The number of the block that the latest request was for, None before any."""
+        number = int(_core.lib.qm_postcopy_last_asked(self._core))
+        return None if number < 0 else number
+
     def asked(self, block: int) -> None:
         """Note a request that was among the messages: for pages of this block."""
         self._serving.requests += 1
