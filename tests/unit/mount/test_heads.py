@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pyqmigrate
@@ -16,7 +15,7 @@ from tests.harness.stored_guests import store_file
 def test_a_view_of_heads_has_all_but_the_pages(tmp_path: Path) -> None:
     path = tmp_path / "guest.mapped"
     memory = ram(600)
-    pyqmigrate.save(path, {"ram": memory}, seal="xxh3-128")
+    pyqmigrate.save(path, [pyqmigrate.RamBlock("ram", memory)], seal="xxh3-128")
     with Store.create(tmp_path / "store") as store:
         name = store_file(store, path, "monday")
     view = open_view(name, ViewOptions(pages=False))
@@ -35,4 +34,3 @@ def test_a_view_of_heads_has_all_but_the_pages(tmp_path: Path) -> None:
     finally:
         view.close()
     assert not place.exists()
-    shutil.rmtree(tmp_path / "store")
