@@ -114,10 +114,12 @@ class StoredSource(PageSource):
         StoredFile.prefetch would wait while the guest waits for a page: it always does here.
         """
         file = self._file.file
-        with ThreadPoolExecutor(self.readers, "pyqmigrate-prefetch") as pool:
-            with contextlib.suppress(PyqmigrateError, OSError):  # met again when the pages are sent
-                for frame in file.frames_of(ranges):
-                    pool.submit(self._load, frame)
+        with (
+            contextlib.suppress(PyqmigrateError, OSError),  # met again when the pages are sent
+            ThreadPoolExecutor(self.readers, "pyqmigrate-prefetch") as pool,
+        ):
+            for frame in file.frames_of(ranges):
+                pool.submit(self._load, frame)
 
     def _load(self, frame: FrameId) -> None:
         if not self._stop.is_set():
