@@ -84,7 +84,9 @@ def _become_keeper(channel: int, words: list[str]) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # of the command: QEMU must be the only one to keep them
+        os.closerange(
+            3, os.sysconf("SC_OPEN_MAX")
+        )  # of the command: QEMU must be the only one to keep them
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         keep(words)
