@@ -213,7 +213,7 @@ class Keeper:
             self._former = None
             self._progress.values |= {"loaded": True, "state": "running"}
         elif event == "damage":
-            if not self._progress.add_damage(line):
+            if server.dismissed or not self._progress.add_damage(line):
                 return
         elif event == "opened":
             if self._expected is None:
@@ -294,7 +294,7 @@ class Keeper:
         self._former, self._snapshot = self._snapshot, snapshot
         self._progress.values["damages"] = []
         if self._server is not None:  # else the next one is about to be started
-            self._server.served = True
+            self._server.served = self._server.dismissed = True
             self._server.kill()
 
     # --- QEMU -------------------------------------------------------------------------------------------

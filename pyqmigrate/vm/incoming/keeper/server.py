@@ -33,6 +33,7 @@ class ServerProcess:
         os.set_blocking(errors, False)
         self._closed = False
         self.served = False  # has QEMU taken anything from it?
+        self.dismissed = False  # another one serves another copy of the snapshot from now on
         self.error = ""
         self._errors = b""
 
