@@ -38,6 +38,7 @@ SOURCES = [
     "stash.c",
     "blake3.c",
     "dedup.c",
+    "postcopy.c",
 ]
 HEADERS = [
     "qmigrate.h",

@@ -57,12 +57,13 @@ class ViewOptions(NamedTuple):
 
     ``cache`` is the directory of packs of a remote store, None for the default one. ``record``: what is
     read of the file is noted. ``ahead``: a recorded working set is read ahead from the start, before
-    :meth:`View.push` asks for it.
+    :meth:`View.push` asks for it. Without ``pages``, those of a snapshot of a store need not be there.
     """
 
     cache: Path | None = None
     record: bool = False
     ahead: bool = False
+    pages: bool = True
 
 
 class View(Protocol):
@@ -156,6 +157,11 @@ class SharedView:
     def path(self) -> Path:
         """The absolute path of the file."""
         return self.view.path
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is of a snapshot of a store, not of a compact file."""
+        return self._key[1] is not None
 
     def explain(self, error: TargetError) -> TargetError:
         """Return an error of the system with the reason, if the view knows one: the kernel only says

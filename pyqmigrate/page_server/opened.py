@@ -8,24 +8,23 @@ from dataclasses import dataclass
 
 from pyqmigrate.enums import Format
 from pyqmigrate.errors import NotSupported, SnapshotError
-from pyqmigrate.export.convert import convert
 from pyqmigrate.format.postcopy.records import RecordData
+from pyqmigrate.format.seal import PIECE
 from pyqmigrate.format.snapshot_id import SnapshotId
 from pyqmigrate.format.stream.mapped_ram import BlockLayout, BlockSpec
 from pyqmigrate.integrity.manifest import Manifest, read_manifest
-from pyqmigrate.integrity.verify import verify_seal
 from pyqmigrate.io.bitmap import Bitmap
 from pyqmigrate.io.companion_file import identify_snapshot
 from pyqmigrate.io.memory import SnapshotMemory
+from pyqmigrate.io.page_sending import PagesInFile
 from pyqmigrate.io.place import seal_path
 from pyqmigrate.io.target import Descriptors
 from pyqmigrate.page_server.pieces import OpenFile, SealedFile
-from pyqmigrate.page_server.sources import PageSource, ReadAt, guest_state
+from pyqmigrate.page_server.sources import PageSource, guest_state
 from pyqmigrate.snapshot.base import Snapshot, error_from_errno
 from pyqmigrate.snapshot.detect import open_snapshot
 from pyqmigrate.snapshot.increment import IncrementSnapshot
 from pyqmigrate.snapshot.mapped_ram import MappedRamSnapshot
-from pyqmigrate.store.plain_snapshot import unnamed_file
 
 __all__ = ["Layer", "MappedRamSource", "SequentialSource", "open_file_source"]
 
@@ -60,7 +59,7 @@ def specs_of(snapshot: Snapshot) -> list[BlockSpec]:
 class Layer:
     """A block in a mapped-ram file; ``present`` are the pages that the file decides."""
 
-    file: ReadAt
+    file: OpenFile | SealedFile
     layout: BlockLayout
     present: Bitmap
 
@@ -72,20 +71,23 @@ class Layer:
 class MappedRamSource(PageSource):
     """A mapped-ram file, or an increment and its base; the snapshot is taken over."""
 
+    window = PIECE // 4096
+
     def __init__(self, snapshot: MappedRamSnapshot | IncrementSnapshot, *, sealed: bool) -> None:
         self._snapshot = snapshot
         self.name = snapshot.source.name
         self.identity = _identity(snapshot)
-        top = snapshot.changes if isinstance(snapshot, IncrementSnapshot) else snapshot
-        file = _file_of(top, sealed=sealed)
-        self._layers = [[Layer(file, b.layout, b.bitmap)] for b in top.blocks.values()]
-        if isinstance(snapshot, IncrementSnapshot):
-            base = _file_of(snapshot.base, sealed=sealed)
-            for layers, name in zip(self._layers, top.blocks, strict=True):
-                block = snapshot.base.blocks[name]
-                layers.append(Layer(base, block.layout, block.bitmap))
         self._data: list[Bitmap] = []
+        self._files: list[SealedFile] = []
         try:
+            top = snapshot.changes if isinstance(snapshot, IncrementSnapshot) else snapshot
+            file = self._file_of(top, sealed=sealed)
+            self._layers = [[Layer(file, b.layout, b.bitmap)] for b in top.blocks.values()]
+            if isinstance(snapshot, IncrementSnapshot):
+                base = self._file_of(snapshot.base, sealed=sealed)
+                for layers, name in zip(self._layers, top.blocks, strict=True):
+                    block = snapshot.base.blocks[name]
+                    layers.append(Layer(base, block.layout, block.bitmap))
             for layers in self._layers:
                 data = Bitmap(layers[0].layout.num_pages)
                 self._data.append(data)
@@ -95,6 +97,27 @@ class MappedRamSource(PageSource):
         except BaseException:
             self._drop()
             raise
+
+    def _file_of(self, snapshot: MappedRamSnapshot, *, sealed: bool) -> OpenFile | SealedFile:
+        """Return the file of a snapshot, compared with its seal if it has one.
+
+        What was read already is compared here: headers, bitmaps, and what follows the pages.
+        """
+        source = snapshot.source
+        file = OpenFile(source.file_fd, source.name)
+        manifest = _seal_of(snapshot) if sealed else None
+        if manifest is None:
+            return file
+        self.window = PIECE // 4096
+        checked = SealedFile(file, source.file_size, manifest)
+        self._files.append(checked)
+        position = 0
+        for layout in snapshot.layouts:
+            checked.check(position, layout.header_end)
+            checked.check(layout.bitmap_offset, layout.bitmap_offset + (layout.num_pages + 7) // 8)
+            position = layout.pages_end
+        checked.check(min(position, source.file_size), source.file_size)
+        return checked
 
     def data(self, block: int) -> Bitmap:
         return self._data[block]
@@ -113,34 +136,27 @@ class MappedRamSource(PageSource):
             first = stop
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def place(self, block: int) -> PagesInFile | None:
+        layers = self._layers[block]
+        if self.readers or len(layers) > 1:
+            return None
+        file, layout = layers[0].file, layers[0].layout
+        if not isinstance(file, SealedFile):
+            return PagesInFile(file.fd, layout.pages_offset)
+        if layout.pages_end > file.size:
+            return None
+        return PagesInFile(file.file.fd, layout.pages_offset, file.checked)
+
     def _drop(self) -> None:
         for bitmap in self._data:
             bitmap.close()
-        self._data = []
+        for file in self._files:
+            file.close()
+        self._data, self._files = [], []
 
     def close(self) -> None:
         self._drop()
         self._snapshot.close()
-
-
-def _file_of(snapshot: MappedRamSnapshot, *, sealed: bool) -> ReadAt:
-    """Return the file of a snapshot, compared with its seal if it has one.
-
-    What was read already is compared here: headers, bitmaps, and what follows the pages.
-    """
-    source = snapshot.source
-    file = OpenFile(source.file_fd, source.name)
-    manifest = _seal_of(snapshot) if sealed else None
-    if manifest is None:
-        return file
-    checked = SealedFile(file, source.file_size, manifest)
-    position = 0
-    for layout in snapshot.layouts:
-        checked.check(position, layout.header_end)
-        checked.check(layout.bitmap_offset, layout.bitmap_offset + (layout.num_pages + 7) // 8)
-        position = layout.pages_end
-    checked.check(min(position, source.file_size), source.file_size)
-    return checked
 
 
 def _identity(snapshot: Snapshot) -> SnapshotId:
@@ -212,6 +228,10 @@ def _unpacked(snapshot: Snapshot, *, sealed: bool) -> PageSource:
 
     The file is made beside the snapshot, or among temporary files. Raises TargetError without space.
     """
+    # Loaded only for this: a guest waits for the imports of its page server.
+    from pyqmigrate.export.convert import convert
+    from pyqmigrate.store.plain_snapshot import unnamed_file
+
     if sealed:
         _check_whole(snapshot)
     name, identity = snapshot.source.name, _identity(snapshot)
@@ -232,6 +252,8 @@ def _check_whole(snapshot: Snapshot) -> None:
     """Compare a file with its seal, if it has one. Raises SnapshotError if they differ."""
     if snapshot.source.place is None:
         return
+    from pyqmigrate.integrity.verify import verify_seal
+
     check = verify_seal(os.fspath(snapshot.source.place))
     if check is not None and not check.intact:
         raise SnapshotError(

@@ -12,13 +12,12 @@ by :func:`~pyqmigrate.snapshot.detect.open_snapshot`; a snapshot of a store is r
 from __future__ import annotations
 
 import abc
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from pyqmigrate.errors import NotSupported
+from pyqmigrate.errors import NotSupported, UsageError
 from pyqmigrate.format.postcopy.records import RecordData
 from pyqmigrate.format.postcopy.stream import PACKAGE_MAX
 from pyqmigrate.format.snapshot_id import SnapshotId
@@ -28,7 +27,9 @@ from pyqmigrate.format.stream.mapped_ram import BlockSpec
 from pyqmigrate.format.stream.sequential import SequentialStream
 from pyqmigrate.format.stream.wire import RAM_NAME, Section, SectionKind, Stream
 from pyqmigrate.format.stream.writer import RAM_SECTION_ID
+from pyqmigrate.format.working_set import TouchedRun
 from pyqmigrate.io.bitmap import Bitmap
+from pyqmigrate.io.page_sending import PagesInFile
 from pyqmigrate.io.view import names_stored
 
 __all__ = ["GuestState", "PageSource", "ReadAt", "guest_state", "open_source"]
@@ -47,6 +48,8 @@ class GuestState:
     def digest(self) -> str:
         """Return what a copy of the snapshot has in common with it, in whatever form: a digest of the
         machine, the blocks and the state of the devices. Another save has another clock."""
+        import hashlib
+
         digest = hashlib.blake2b(self.settings.machine.encode(), digest_size=16)
         for block in self.blocks:
             digest.update(f"\n{block.length} {block.name}".encode())
@@ -61,12 +64,14 @@ class PageSource(abc.ABC):
 
     ``name`` is for messages, ``identity`` is that of the file, for working sets. ``readers`` is how many
     reads are best under way at once; 0 if they are so quick that the caller need not use threads.
+    ``window`` is how many pages are best read together.
     """
 
     name: str
     identity: SnapshotId
     state: GuestState
     readers = 0
+    window = 64
 
     @abc.abstractmethod
     def data(self, block: int) -> Bitmap:
@@ -82,6 +87,25 @@ class PageSource(abc.ABC):
         May be called by several threads. Raises SnapshotError for damage, TargetError; the message names
         the file, the caller adds block and pages.
         """
+
+    def place(self, block: int) -> PagesInFile | None:
+        """Return where the pages of a block are in one plain file; None if they are not."""
+        return None
+
+    def prefetch(self, runs: Sequence[TouchedRun]) -> None:
+        """Have pages ready that will be read soon, in this order. Returns at once, and raises nothing."""
+        return  # where reads are quick
+
+    def working_set(self) -> bytes:
+        """Return the working set that the store of the snapshot keeps; empty if it has none.
+
+        Raises UsageError for a snapshot that is not in a store, TargetError.
+        """
+        raise UsageError(f"{self.name!r} is not in a store, which would keep its working set")
+
+    def write_working_set(self, content: bytes) -> None:
+        """Have the store keep a working set. Raises as :meth:`working_set`."""
+        self.working_set()
 
     @abc.abstractmethod
     def close(self) -> None:

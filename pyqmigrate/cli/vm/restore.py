@@ -263,7 +263,7 @@ def _run_restore(args: argparse.Namespace) -> Outcome:
         huge_pages=args.huge_pages,
     )
     early = None
-    if options.mode in (Mode.AUTO, Mode.INSTANT):
+    if options.mode in (Mode.AUTO, Mode.INSTANT, Mode.LAZY):
         early = start_early(args.snapshot, args.command or None, options)
     try:
         # These imports take long: QEMU starts in the meantime.

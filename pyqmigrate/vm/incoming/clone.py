@@ -109,7 +109,12 @@ async def _clone(
 
     try:
         async with await IncomingStreams.open(
-            snapshot, options.offset, options.base, options.cache, ahead=options.reads_ahead
+            snapshot,
+            options.offset,
+            options.base,
+            options.cache,
+            ahead=options.reads_ahead,
+            pages=options.reads_pages,
         ) as streams:
             await asyncio.to_thread(make_directory, directory)
             choosing = asyncio.to_thread(_choose, streams.source, command, count, options.disks)

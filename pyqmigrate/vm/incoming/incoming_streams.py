@@ -33,10 +33,16 @@ class IncomingStreams:
         cache: Path | None = None,
         record: bool = False,
         ahead: bool = False,
+        pages: bool = True,
     ) -> Self:
-        """Open a snapshot; raises SnapshotError, NotSupported or TargetError if it, or the base of
-        an increment, cannot be restored."""
-        opening = asyncio.to_thread(RestoreSource, snapshot, offset, base, cache, record, ahead)
+        """Open a snapshot, as :class:`~pyqmigrate.vm.incoming.source.RestoreSource` does.
+
+        Raises SnapshotError, NotSupported or TargetError if it, or the base of an increment, cannot be
+        restored.
+        """
+        opening = asyncio.to_thread(
+            RestoreSource, snapshot, offset, base, cache, record, ahead, pages
+        )
         return cls(await acquired(opening, RestoreSource.close))
 
     async def get(self, blocks: Sequence[str]) -> IncomingStream:

@@ -72,6 +72,7 @@ async def restore_checked(
         options.cache,
         record=options.record is not None,
         ahead=options.reads_ahead,
+        pages=options.reads_pages,
     )
     return await _closing(streams, _restore(streams, command, options))
 
@@ -89,9 +90,14 @@ async def finish_restore(early: EarlyRestore) -> RestoredVm:
     is ended."""
     started = early.started
     streams = IncomingStreams(started.source)
-    attempt = RestoreAttempt(streams, early.options, started.qemu.started_at, early.notes)
+    arguments = (streams, early.options, started.qemu.started_at, early.notes)
     with _discarding(early.chosen):
-        return await _closing(streams, attempt.instant_or_load(started, early.command))
+        if isinstance(started, StartedRestore):
+            attempt = RestoreAttempt(*arguments)
+            return await _closing(streams, attempt.instant_or_load(started, early.command))
+        from pyqmigrate.vm.incoming.lazy import LazyAttempt
+
+        return await _closing(streams, LazyAttempt(*arguments).finish(started))
 
 
 async def _closing(streams: IncomingStreams, work: Awaitable[RestoredVm]) -> RestoredVm:

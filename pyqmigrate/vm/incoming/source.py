@@ -123,6 +123,8 @@ class RestoreSource:
     cache: where the packs of a remote store are kept; None is the default directory.
     record: whether what is read of a snapshot of a store is noted, for a working set.
     ahead: whether its recorded working set is read ahead from the start, for an instant restore.
+    pages: whether pages are read, or mapped; of a snapshot of a store a lazy restore leaves them to its
+        page server.
     """
 
     def __init__(
@@ -133,11 +135,12 @@ class RestoreSource:
         cache: Path | None = None,
         record: bool = False,
         ahead: bool = False,
+        pages: bool = True,
     ) -> None:
         self._target = target
         self._prefetch: Prefetch | None = None
         self._prefetch_lock = threading.Lock()
-        self._input = InputFile(target, cache=cache, record=record, ahead=ahead)
+        self._input = InputFile(target, cache=cache, record=record, ahead=ahead, pages=pages)
         self.name, self.place = self._input.name, self._input.place
         self.view = self._input.view
         try:
@@ -212,15 +215,19 @@ class RestoreSource:
 
     @property
     def server_target(self) -> str:
-        """What a page server, which has another working directory, opens."""
+        """What a page server, which has another working directory, opens; empty for the first of
+        :attr:`kept_files`."""
         if self.view is not None and isinstance(self._target, str | os.PathLike):
             target = os.fspath(self._target)
             return target if "://" in target else os.path.abspath(target)
-        return f"/proc/self/fd/{self.fd}" if self.place is None else os.fspath(self.place)
+        return "" if self.place is None else os.fspath(self.place)
 
     @property
     def kept_files(self) -> list[tuple[str, int]]:
-        """The files by their absolute paths, with descriptors, so that they stay the same ones."""
+        """The files by their absolute paths, with descriptors, so that they stay the same ones; none of
+        a snapshot that is read through a view. The path of a descriptor is empty."""
+        if self.view is not None:
+            return []
         sources = [self.snapshot.source]
         if self.increment is not None:
             sources.append(self.increment.base.source)
