@@ -329,3 +329,29 @@ def test_second_pages_are_refused_while_the_first_are_sent() -> None:
         connection.sending.send(0, 0, 1, bytes(PAGE))
         with pytest.raises(UsageError):
             connection.sending.send(0, 1, 1, bytes(PAGE))
+
+
+def test_last_words_of_a_destination_that_went_are_heard() -> None:
+    with Connection([_twin()]) as connection:
+        ours, theirs = socket.socketpair()
+        connection.sending.connect(ours)
+        theirs.sendall(_message(1, bytes(4)))
+        theirs.close()
+        connection.sending.send(0, 0, 64, bytes(64 * PAGE), time.monotonic_ns())
+        assert connection.serve(Events.MESSAGE)
+        assert connection.sending.received() == _message(1, bytes(4))
+        with pytest.raises(ConnectionError):
+            connection.serve(Events.MESSAGE)
+        ours.close()
+
+
+def test_sending_is_idle_only_between_records() -> None:
+    with Connection([_twin(4096)]) as connection:
+        assert connection.sending.idle
+        ours, theirs = socket.socketpair()
+        connection.sending.connect(ours)
+        connection.sending.send(0, 0, 4096, bytes(4096 * PAGE))
+        connection.sending.serve(push=False, quiet=0, timeout=1_000_000)
+        assert not connection.sending.idle
+        ours.close()
+        theirs.close()
