@@ -31,6 +31,7 @@ class SlowSource(MappedRamSource):
     """Each read takes ``seconds``; ``fail`` is called first, and may raise."""
 
     readers = 3
+    window = 64
     seconds = 0.02
     reads: ClassVar[list[tuple[int, int]]]
 
