@@ -212,7 +212,7 @@ def add_command(parser: Parser) -> None:
 
 
 def _run(args: argparse.Namespace) -> Outcome:
-    with _prepared_mount(args.snapshot):
+    with contextlib.nullcontext() if args.mode == "lazy" else _prepared_mount(args.snapshot):
         return _run_restore(args)
 
 
