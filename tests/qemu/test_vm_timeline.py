@@ -43,8 +43,8 @@ def test_timeline_has_the_pause_and_what_was_done(method: str, disk: Path) -> No
     assert_as_documented("vm save", data)
     phases: list[dict[str, Any]] = data["timeline"]
     assert expected <= {phase["name"] for phase in phases}
-    assert all(0 <= phase["start"] <= phase["end"] for phase in phases)
-    pauses = [phase["end"] - phase["start"] for phase in phases if phase["name"] == "stopped"]
+    assert all(0 <= phase["begins"] <= phase["ends"] for phase in phases)
+    pauses = [phase["ends"] - phase["begins"] for phase in phases if phase["name"] == "stopped"]
     assert pauses[-1] == pytest.approx(data["downtime"], abs=1e-4)
     [title] = ET.parse(disk / "timeline.svg").getroot().findall("{http://www.w3.org/2000/svg}title")
     assert title.text is not None and title.text.startswith("Timeline: snapshot: ")

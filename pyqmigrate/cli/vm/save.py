@@ -34,7 +34,7 @@ null) and ``method_why``; ``instant`` (start or end: of the save, whose state th
 processor time of its CPUs that the guest lost during the save; null if not known); ``base`` (the
 snapshot that an increment belongs to, or null) and ``changed_pages`` (null without one);
 ``timeline`` (what happened when: a list of objects with ``lane``, which is guest, qemu, pages, file or
-channel N, ``name``, ``start`` and ``end`` in seconds since the save began, and ``pages``, how many pages a
+channel N, ``name``, ``begins`` and ``ends`` in seconds since the save began, and ``pages``, how many pages a
 channel went through, or null); ``timeline_picture`` (the path of the picture, or null); ``notes`` (sentences).
 """
 

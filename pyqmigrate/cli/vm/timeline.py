@@ -65,13 +65,13 @@ def picture(phases: Sequence[Phase], title: str, subtitle: str) -> bytes:
 
 
 def _panels(phases: Sequence[Phase]) -> list[_Panel]:
-    end = max((phase.end for phase in phases), default=0.0) or 1e-3
+    end = max((phase.ends for phase in phases), default=0.0) or 1e-3
     panels = [_Panel("the save", 0.0, end, _lanes(phases))]
     longest = max(_pauses(phases), key=_length, default=None)
     if longest is not None and 0 < _length(longest) < _SHORT * end:
         around = _BEFORE_AND_AFTER * _length(longest)
-        first, last = max(longest.start - around, 0.0), min(longest.end + around, end)
-        shown = [phase for phase in phases if phase.start < last and phase.end > first]
+        first, last = max(longest.begins - around, 0.0), min(longest.ends + around, end)
+        shown = [phase for phase in phases if phase.begins < last and phase.ends > first]
         panels.append(_Panel("the pause", first, last, _lanes(shown)))
     return panels
 
@@ -85,15 +85,15 @@ def _pauses(phases: Sequence[Phase]) -> list[Phase]:
 
 
 def _length(phase: Phase) -> float:
-    return phase.end - phase.start
+    return phase.ends - phase.begins
 
 
 def _lanes(phases: Sequence[Phase]) -> tuple[tuple[str, list[list[Phase]]], ...]:
     """Return the lanes from top to bottom, each with rows of phases that do not overlap."""
     by_lane: dict[str, list[list[Phase]]] = {}
-    for phase in sorted(phases, key=lambda phase: (phase.start, -phase.end)):
+    for phase in sorted(phases, key=lambda phase: (phase.begins, -phase.ends)):
         rows = by_lane.setdefault(phase.lane, [])
-        free = next((row for row in rows if row[-1].end <= phase.start), None)
+        free = next((row for row in rows if row[-1].ends <= phase.begins), None)
         if free is None:
             rows.append([phase])
         else:
@@ -122,7 +122,7 @@ def _draw_panel(svg: Svg, top: float, panel: _Panel, pauses: Sequence[Phase]) ->
             y += _ROW
     free_from = 0.0
     for pause in pauses:
-        if pause.start < panel.end and pause.end > panel.start:
+        if pause.begins < panel.end and pause.ends > panel.start:
             free_from = _draw_pause(svg, panel, pause, lanes_top, lanes_end, free_from)
 
 
@@ -140,9 +140,9 @@ def _draw_axis(svg: Svg, panel: _Panel, top: float, end: float) -> None:
 def _draw_row(svg: Svg, panel: _Panel, y: float, row: Sequence[Phase]) -> None:
     free_from: float = _LEFT  # of texts and bars
     for number, phase in enumerate(row):
-        x, end = panel.x(phase.start), panel.x(phase.end)
+        x, end = panel.x(phase.begins), panel.x(phase.ends)
         width = max(end - x - 1, _LEAST)  # neighbours do not touch
-        following = panel.x(row[number + 1].start) if number + 1 < len(row) else _WIDTH - _MARGIN
+        following = panel.x(row[number + 1].begins) if number + 1 < len(row) else _WIDTH - _MARGIN
         colour, ink = _colours(phase)
         svg.rectangle(x, y, width, _BAR, colour, radius=min(3, width / 2), tip=_tip(phase))
         needed = text_width(phase.name, 11) + 2 * _AROUND
@@ -170,7 +170,7 @@ def _draw_pause(
 ) -> float:
     """Mark the pause through all lanes, with its length above them if there is space from there on;
     return where the space begins then."""
-    left, right = panel.x(pause.start), panel.x(pause.end)
+    left, right = panel.x(pause.begins), panel.x(pause.ends)
     for x in {left, right}:
         svg.line([(x, top - 6), (x, end)], "red", dashed=True)
     text = f"paused {_precise(_length(pause))}"
@@ -186,7 +186,7 @@ def _tip(phase: Phase) -> str:
     pages = "" if phase.pages is None else f", {phase.pages:,} pages"
     return (
         f"{_NAMES.get(phase.lane, phase.lane)}: {phase.name}, {_precise(_length(phase))} "
-        f"from {_precise(phase.start)} on{pages}"
+        f"from {_precise(phase.begins)} on{pages}"
     )
 
 

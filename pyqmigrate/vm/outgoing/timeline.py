@@ -33,7 +33,7 @@ class Lane(StrEnum):
 
 @dataclass(frozen=True)
 class Phase:
-    """Something that took from ``start`` to ``end``, in seconds since the save began.
+    """Something that took from ``begins`` to ``ends``, in seconds since the save began.
 
     ``lane`` is a :class:`Lane` or ``channel N``, ``pages`` how many pages of guest memory a channel
     went through.
@@ -41,8 +41,8 @@ class Phase:
 
     lane: str
     name: str
-    start: float
-    end: float
+    begins: float
+    ends: float
     pages: int | None = None
 
 
@@ -98,4 +98,4 @@ class Timeline:
             since, runs = end, resume is not None
         if since < now:
             guest.append(Phase(Lane.GUEST, "runs" if runs else "stopped", since, now))
-        return tuple(sorted([*guest, *self._phases], key=lambda phase: (phase.start, phase.end)))
+        return tuple(sorted([*guest, *self._phases], key=lambda phase: (phase.begins, phase.ends)))

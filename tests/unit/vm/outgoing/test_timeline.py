@@ -32,8 +32,8 @@ def test_phases_are_in_order_of_their_start(timeline: Timeline) -> None:
     timeline.add(Lane.QEMU, "device state", time.monotonic() - 5, time.monotonic() - 4)
     phases = timeline.phases([], runs_at_first=False)
     assert names(phases) == [("guest", "stopped"), ("qemu", "device state"), ("file", "fsync")]
-    assert phases[1].start == pytest.approx(5, abs=0.5)
-    assert phases[1].end == pytest.approx(6, abs=0.5)
+    assert phases[1].begins == pytest.approx(5, abs=0.5)
+    assert phases[1].ends == pytest.approx(6, abs=0.5)
 
 
 def test_phase_that_fails_is_noted(timeline: Timeline) -> None:
@@ -45,14 +45,14 @@ def test_phase_that_fails_is_noted(timeline: Timeline) -> None:
 def test_guest_runs_before_and_after_a_pause(timeline: Timeline) -> None:
     phases = timeline.phases(pauses_at((2, 3)), runs_at_first=True)
     assert [phase.name for phase in phases] == ["runs", "stopped", "runs"]
-    assert [phase.start for phase in phases] == pytest.approx([0, 2, 3], abs=0.01)
-    assert [phase.end for phase in phases] == pytest.approx([2, 3, 10], abs=0.5)
+    assert [phase.begins for phase in phases] == pytest.approx([0, 2, 3], abs=0.01)
+    assert [phase.ends for phase in phases] == pytest.approx([2, 3, 10], abs=0.5)
 
 
 def test_guest_that_stays_paused_is_stopped_until_the_end(timeline: Timeline) -> None:
     phases = timeline.phases(pauses_at((2, None)), runs_at_first=True)
     assert [phase.name for phase in phases] == ["runs", "stopped"]
-    assert phases[-1].end == pytest.approx(10, abs=0.5)
+    assert phases[-1].ends == pytest.approx(10, abs=0.5)
 
 
 def test_guest_that_is_resumed_afterwards_was_stopped_before(timeline: Timeline) -> None:
@@ -65,8 +65,8 @@ def test_times_of_a_clock_that_was_set_stay_in_the_save(
     timeline: Timeline, pause: tuple[float, float]
 ) -> None:
     phases = timeline.phases(pauses_at(pause), runs_at_first=True)
-    assert all(0 <= phase.start <= phase.end < 11 for phase in phases)
-    assert all(a.end == b.start for a, b in itertools.pairwise(phases))
+    assert all(0 <= phase.begins <= phase.ends < 11 for phase in phases)
+    assert all(a.ends == b.begins for a, b in itertools.pairwise(phases))
 
 
 def test_each_channel_has_a_lane_with_its_pages(timeline: Timeline) -> None:
