@@ -28,6 +28,7 @@ class ElfView:
     def __init__(self, snapshot: Snapshot, layout: ElfLayout, vmcoreinfo: bytes = b"") -> None:
         self.snapshot = snapshot
         self.layout = layout
+        self.vmcoreinfo = vmcoreinfo
         self.head = layout.head(vmcoreinfo)
         self.size = layout.length
         self._starts = [area.position for area in layout.areas]

@@ -29,12 +29,22 @@ import drgn
 import drgn.cli
 
 from pyqmigrate.errors import PyqmigrateError
+from pyqmigrate.export.elf_layout import ElfLayout
 from pyqmigrate.export.elf_view import ElfView
 from pyqmigrate.format.address_space.placement import GivenPlacement
 from pyqmigrate.integrations.opened import open_any, view_of
 from pyqmigrate.snapshot.base import Snapshot
 
 __all__ = ["main", "program"]
+
+# By their numbers in ELF files.
+_ARCHITECTURES = {
+    21: drgn.Architecture.PPC64,
+    22: drgn.Architecture.S390X,
+    62: drgn.Architecture.X86_64,
+    183: drgn.Architecture.AARCH64,
+    243: drgn.Architecture.RISCV64,
+}
 
 
 def program(
@@ -52,7 +62,8 @@ def program(
     base: as in :func:`pyqmigrate.open_snapshot`, for a path.
     placements, max_ram_below_4g: as in :func:`pyqmigrate.convert`.
     vmcoreinfo: the text of a Linux guest's VMCOREINFO. None searches the memory for it, which takes
-        as long as reading the memory up to it; without one the program has physical memory only.
+        as long as reading the memory up to it. A guest without one is not a Linux for drgn: the
+        program has its physical memory only, and no registers.
 
     Raises the errors of :func:`pyqmigrate.open_snapshot` and :func:`pyqmigrate.convert`, and the
     errors of :meth:`drgn.Program.set_core_dump`.
@@ -77,20 +88,36 @@ def program(
 
 
 def _program(view: ElfView, vmcoreinfo: bytes | None) -> drgn.Program:
+    if vmcoreinfo is None and not view.vmcoreinfo:
+        # drgn refuses the core of a guest that is not a Linux, and has no other way to take registers.
+        prog = drgn.Program(_platform(view.layout))
+        _add_memory(prog, view)
+        return prog
     prog = drgn.Program(vmcoreinfo=vmcoreinfo)
     fd = os.memfd_create("snapshot.elf")
     try:
         with open(fd, "wb", closefd=False) as head:
             head.write(view.head)
-        prog.set_core_dump(fd)  # it keeps a descriptor of its own
+        # By a path: drgn opens a descriptor of its own. One that it is given it closes, if it fails.
+        prog.set_core_dump(f"/proc/self/fd/{fd}")
     finally:
         os.close(fd)
+    _add_memory(prog, view)  # hides the segments of the core, whose bytes the memfd does not have
+    return prog
+
+
+def _platform(layout: ElfLayout) -> drgn.Platform:
+    flags = drgn.PlatformFlags.IS_64_BIT
+    if not layout.big_endian:
+        flags |= drgn.PlatformFlags.IS_LITTLE_ENDIAN
+    return drgn.Platform(_ARCHITECTURES.get(layout.machine, drgn.Architecture.UNKNOWN), flags)
+
+
+def _add_memory(prog: drgn.Program, view: ElfView) -> None:
     for segment in view.layout.segments:
-        # Later segments hide earlier ones: those of the core, whose bytes the memfd does not have.
         prog.add_memory_segment(
             segment.address, segment.length, partial(_read, view, segment.position), True
         )
-    return prog
 
 
 def _read(
