@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace) -> Outcome:
             )
         )
     if place is not None:
-        report = _draw(report, place, args.timeline)
+        report = _draw(report, place, str(args.timeline))
     data = report.to_json() | {"timeline_picture": args.timeline}
     if report.seal is not None:
         data["seal"] = seal_data(seal_path(report.snapshot), report.seal)
